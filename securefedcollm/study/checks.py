@@ -1,0 +1,176 @@
+"""What a study's fields must satisfy together. Every refusal names the key and the fix."""
+
+from __future__ import annotations
+
+from securefedcollm.errors import ConfigError
+from securefedcollm.study.config import Model, Study
+
+
+def check(study: Study) -> None:
+    """Refuse an impossible or unsafe combination.
+
+    Raises:
+        ConfigError: for the first one found, with its key path and a hint.
+    """
+    _check_silos(study)
+    _check_ring(study)
+    _check_privacy(study)
+    _check_data(study)
+    _check_model("models.llm", study.models.llm)
+    _check_model("models.slm", study.models.slm)
+    _check_distillation(study)
+    _check_roster(study)
+
+
+def _check_silos(study: Study) -> None:
+    n, c, t = study.silos.count, study.silos.colluders, study.threshold
+    if t > n:
+        raise ConfigError(
+            f"{t} of {n} silos can never be reached",
+            where="aggregation.threshold",
+            hint=f"at most {n}; leave it out for the default {(n + c) // 2 + 1}",
+        )
+    # Adversary: a server that shows two halves of the cohort different survivor sets and collects
+    # both kinds of share for one silo. Two sets of t responders share more than c silos, so at
+    # least one honest silo, exactly when 2t > n + c.
+    if 2 * t <= n + c:
+        raise ConfigError(
+            f"a server with {c} colluding silo(s) could split {n} silos into two quorums of {t}",
+            where="aggregation.threshold",
+            hint=f"at least {(n + c) // 2 + 1} (twice the threshold must exceed count + colluders)",
+        )
+    # Adversary: the server and c silos subtract what they know from the sum; two honest vectors
+    # must remain in it, or the rest is one silo's own.
+    if study.minimum - c < 2:
+        raise ConfigError(
+            f"a sum over {study.minimum} silos, {c} of them colluding, would be one silo's own update",
+            where="silos.minimum",
+            hint=f"at least colluders + 2 = {c + 2}",
+        )
+    if study.minimum > n:
+        raise ConfigError(
+            f"{study.minimum} survivors of {n} silos can never be reached",
+            where="silos.minimum",
+            hint=f"at most {n}",
+        )
+
+
+def _check_ring(study: Study) -> None:
+    # Both the packed sum of all silos and one silo's sum of squares (the exact clip) must fit in a
+    # 64-bit word; a sum that wrapped would be silently wrong.
+    if study.field.bound < 2 ** (study.aggregation.value_bits - 1) - 1:
+        raise ConfigError(
+            f"sums and squares of {study.aggregation.value_bits}-bit values of "
+            f"{study.silos.count} silos overflow the 64-bit ring",
+            where="aggregation.value_bits",
+            hint="lower it; 16 loses nothing that training would notice",
+        )
+
+
+def _check_privacy(study: Study) -> None:
+    privacy = study.privacy
+    if privacy is None:
+        return
+    if privacy.delta > 1e-2:
+        raise ConfigError(
+            f"δ = {privacy.delta:g} would allow publishing one record in "
+            f"{max(1, round(1 / privacy.delta))}",
+            where="privacy.delta",
+            hint="below 1 / (number of records), e.g. 1e-5",
+        )
+
+
+def _check_data(study: Study) -> None:
+    data = study.task.data
+    files = [name for name in ("train", "test", "public", "per_silo") if getattr(data, name)]
+    if data.builtin and files:
+        raise ConfigError(
+            "the built-in world and files exclude each other",
+            where=f"task.data.{files[0]}",
+            hint="remove task.data.builtin, or the file keys",
+        )
+    if not data.builtin:
+        for name in ("train", "test", "public", "per_silo"):
+            if getattr(data, name) is None:
+                raise ConfigError(
+                    "this key is missing",
+                    where=f"task.data.{name}",
+                    hint="give train, test, public and per_silo, or builtin: hospitals",
+                )
+        for name in ("train", "test"):
+            file = getattr(data, name)
+            if file.startswith(("/", "~")) or ".." in file.split("/"):
+                raise ConfigError(
+                    f"{file!r} is not a plain file name",
+                    where=f"task.data.{name}",
+                    hint="name it relative to the directory that --data gives",
+                )
+        if data.public is not None and data.public_labelled > data.public:
+            raise ConfigError(
+                f"{data.public_labelled} labelled of {data.public} public questions",
+                where="task.data.public_labelled",
+                hint="at most task.data.public",
+            )
+
+
+def _check_model(where: str, model: Model) -> None:
+    kind, _, rest = model.source.partition(":")
+    if kind not in {"builtin", "path", "hub"} or not rest:
+        raise ConfigError(
+            f"{model.source!r} is no model source",
+            where=f"{where}.source",
+            hint="builtin:NAME, path:DIRECTORY or hub:ORG/NAME",
+        )
+    if kind == "hub" and model.revision is None:
+        raise ConfigError(
+            "a hub model without a revision can change under the participants' feet",
+            where=f"{where}.revision",
+            hint="give the full 40-digit commit hash",
+        )
+    if kind != "hub" and model.revision is not None:
+        raise ConfigError(
+            "only hub models have a revision",
+            where=f"{where}.revision",
+            hint="pin the weights with sha256 instead",
+        )
+
+
+def _check_distillation(study: Study) -> None:
+    plan = study.distillation
+    if plan.batch_labelled + plan.batch_unlabelled == 0:
+        raise ConfigError(
+            "both batches are empty",
+            where="distillation.batch_unlabelled",
+            hint="give at least one of batch_labelled and batch_unlabelled",
+        )
+    if plan.loss == "none" and plan.batch_labelled == 0:
+        raise ConfigError(
+            "without distillation only labelled questions teach anything",
+            where="distillation.batch_labelled",
+            hint="raise it above 0, or choose loss: entropy-pooled",
+        )
+
+
+def _check_roster(study: Study) -> None:
+    if not study.roster:
+        return
+    names = [p.name for p in study.roster]
+    for values, what in ((names, "name"), ([p.key for p in study.roster], "key")):
+        twice = {v for v in values if values.count(v) > 1}
+        if twice:
+            raise ConfigError(
+                f"the {what} {min(twice)[:16]} appears twice",
+                where="roster",
+                hint="every participant has a name and a key of its own",
+            )
+    silos = [p for p in study.roster if p.role == "silo"]
+    if len(silos) != study.silos.count:
+        raise ConfigError(
+            f"{len(silos)} silos are listed, silos.count says {study.silos.count}",
+            where="roster",
+            hint="list every silo, or mend silos.count",
+        )
+    if len(study.roster) - len(silos) != 1:
+        raise ConfigError(
+            "exactly one participant has the role server", where="roster", hint="mend the roles"
+        )

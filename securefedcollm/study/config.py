@@ -1,0 +1,239 @@
+"""The study: everything that the participants must agree on, as one typed value.
+
+A study is written as YAML (:mod:`securefedcollm.study.load`), checked as a whole
+(:mod:`securefedcollm.study.checks`) and identified by a digest (:func:`digest`). It holds what all
+participants may know. It never holds a path of private data, a key or a password.
+
+Defaults are the values that a consortium of hospitals would want; a field without a default is one
+that nobody can choose for them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+import rfc8785
+from msgspec import Meta
+
+from securefedcollm.primitives import sha256
+
+Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+Count = Annotated[int, Meta(ge=1)]
+Positive = Annotated[float, Meta(gt=0)]
+Fraction = Annotated[float, Meta(ge=0, lt=1)]
+Hex32 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A mapping in the YAML file. Unknown keys are refused."""
+
+
+class Model(_Section, frozen=True):
+    """Where a base model comes from.
+
+    ``source`` is ``builtin:NAME`` (made on first use), ``path:DIR`` (a transformers directory with
+    safetensors weights, relative to ``--data``) or ``hub:ORG/NAME`` (then ``revision`` is the full
+    commit hash). ``sha256`` pins the weights; a participant whose weights differ refuses to run.
+    """
+
+    source: str
+    revision: Annotated[str, Meta(pattern=r"^[0-9a-f]{40}$")] | None = None
+    sha256: Hex32 | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class Models(_Section, frozen=True):
+    """The server's large model and the model that every silo tunes."""
+
+    llm: Model
+    slm: Model
+
+
+class Data(_Section, frozen=True):
+    """The task's questions: what is public to all, and how ``simulate`` deals out the rest.
+
+    ``builtin: hospitals`` generates the embedded world. Otherwise ``train`` and ``test`` are files
+    (JSONL, CSV or Parquet) under ``--data``; the first ``public`` shuffled training questions are
+    public, ``public_labelled`` of them with answers; ``simulate`` gives ``per_silo`` of the rest to
+    each silo. A real silo reads its own file instead.
+    """
+
+    builtin: Literal["hospitals"] | None = None
+    train: str | None = None
+    test: str | None = None
+    public: Count | None = None
+    public_labelled: Annotated[int, Meta(ge=0)] = 0
+    per_silo: Count | None = None
+    max_test: Count | None = None
+
+
+class Task(_Section, frozen=True):
+    """What is learnt. ``score`` turns the log-likelihoods of a question's choices into scores."""
+
+    data: Data
+    kind: Literal["multiple_choice"] = "multiple_choice"
+    score: Literal["plain", "length", "pmi"] = "plain"
+    max_tokens: Count = 256
+
+
+class Adapter(_Section, frozen=True):
+    """The low-rank adapter (PEFT) that is tuned; base weights stay frozen.
+
+    ``ffa-lora`` trains B only, with A fixed by the study's seed: exact under a sum. ``rolora``
+    trains B and A in alternate rounds: exact in each round. ``lora`` trains both, as the FedCoLLM
+    paper does: the mean of products is not the product of means, so the average is inexact.
+    """
+
+    method: Literal["ffa-lora", "rolora", "lora"] = "ffa-lora"
+    rank: Count = 8
+    alpha: Positive = 16.0
+    dropout: Fraction = 0.0
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    top_layers: Count | None = None
+    layout: Hex32 | None = None
+
+
+class Silos(_Section, frozen=True):
+    """Who takes part. ``minimum`` survivors are needed for a sum to be opened at all.
+
+    ``colluders`` is the number c of silos that may work with the server without breaking any
+    guarantee of this study.
+    """
+
+    count: Annotated[int, Meta(ge=3, le=128)]
+    minimum: Annotated[int, Meta(ge=2)] | None = None
+    colluders: Annotated[int, Meta(ge=0)] = 1
+
+
+class Local(_Section, frozen=True):
+    """Tuning inside a silo, per round. With DP-SGD ``batch_size`` is the expected Poisson batch."""
+
+    steps: Count
+    batch_size: Count
+    learning_rate: Positive
+    optimizer: Literal["adam", "sgd"] = "adam"
+    loss: Literal["answer", "choices"] = "answer"
+    max_grad_norm: Positive | None = None
+    micro_batch: Count = 64
+
+
+class Privacy(_Section, frozen=True):
+    """The differential-privacy claim of the whole study, all rounds together.
+
+    ``unit: record`` with ``noise: local`` is DP-SGD inside each silo: (ε, δ) for one record against
+    everybody. Neighbouring data sets differ by adding or removing one unit.
+    """
+
+    epsilon: Positive
+    delta: Annotated[float, Meta(gt=0, lt=1)]
+    unit: Literal["record"] = "record"
+    noise: Literal["local"] = "local"
+    clip_norm: Positive = 1.0
+
+
+class Aggregation(_Section, frozen=True):
+    """How the server learns the sum and nothing else.
+
+    ``clip_norm`` bounds the L2 norm of a silo's whole update; ``value_bits`` is the least precision
+    of one coordinate inside that bound. ``threshold`` silos must take part in unmasking; the default
+    is the smallest that a lying server cannot split: ⌊(count + colluders) / 2⌋ + 1.
+    """
+
+    clip_norm: Positive = 1.0
+    scheme: Literal["masking"] = "masking"
+    value_bits: Annotated[int, Meta(ge=8)] = 16
+    threshold: Annotated[int, Meta(ge=2)] | None = None
+
+
+class Distillation(_Section, frozen=True):
+    """The server's phase on the public set, after every sum.
+
+    ``entropy-pooled``: both models learn a mixture of their own predictions, weighted by which of
+    them is surer. ``mutual-kl``: the paper's losses (arXiv 2411.11707, eq. 3 and 4) with weight λ.
+    ``none``: each is tuned on the labelled public questions alone.
+    """
+
+    loss: Literal["entropy-pooled", "mutual-kl", "none"] = "entropy-pooled"
+    steps: Count = 40
+    batch_labelled: Annotated[int, Meta(ge=0)] = 32
+    batch_unlabelled: Annotated[int, Meta(ge=0)] = 128
+    learning_rate_slm: Positive = 2e-3
+    learning_rate_llm: Positive = 4e-3
+    weight: Positive = 1.0
+    temperature: Positive = 1.0
+    direction: Literal["forward", "reverse", "js"] = "forward"
+
+
+class Participant(_Section, frozen=True):
+    """One line of the roster: an organisation's name, its role and its Ed25519 public key (hex)."""
+
+    name: Name
+    role: Literal["server", "silo"]
+    key: Hex32
+
+
+class Study(_Section, frozen=True):
+    """A whole study. Compare by :func:`digest`, not by file content."""
+
+    study: Name
+    rounds: Annotated[int, Meta(ge=1, le=10_000)]
+    task: Task
+    models: Models
+    silos: Silos
+    local: Local
+    version: Literal[1] = 1
+    seed: Annotated[int, Meta(ge=0, lt=2**53)] = 0
+    adapter: Adapter = Adapter()
+    privacy: Privacy | None = None
+    aggregation: Aggregation = Aggregation()
+    distillation: Distillation = Distillation()
+    roster: list[Participant] = []
+
+    @property
+    def threshold(self) -> int:
+        """Shamir threshold t, given or derived."""
+        given = self.aggregation.threshold
+        return given or (self.silos.count + self.silos.colluders) // 2 + 1
+
+    @property
+    def minimum(self) -> int:
+        """Least number of survivors of a round, given or the threshold."""
+        return self.silos.minimum or self.threshold
+
+    @property
+    def field(self) -> Field:
+        """The packed field of one coordinate, derived from ``value_bits`` and the silo count."""
+        return Field.fit(self.aggregation.value_bits, self.silos.count)
+
+
+class Field(msgspec.Struct, frozen=True):
+    """One coordinate's place in a 64-bit word of the masked vector.
+
+    ``per_word`` fields of ``bits`` bits share a word. Each silo's integer lies in [−bound, bound]
+    and is stored with the offset ``bound``, so ``silos`` of them never carry into the next field.
+    """
+
+    bits: int
+    per_word: int
+    bound: int
+
+    @classmethod
+    def fit(cls, value_bits: int, silos: int) -> Field:
+        """The densest packing with at least ``value_bits`` of precision, its bound filled up.
+
+        ``bound`` also stays below 2^31 so that a sum of squares is exact in int64.
+        """
+        least = 2 ** (value_bits - 1) - 1
+        needed = (2 * least * silos).bit_length()
+        if needed > 64:
+            return cls(bits=0, per_word=0, bound=0)
+        per_word = 64 // needed
+        bits = 64 // per_word
+        room = (2**bits - 1) // (2 * silos)
+        return cls(bits=bits, per_word=per_word, bound=min(room, 2**31 - 1))
+
+
+def digest(study: Study) -> bytes:
+    """SHA-256 of the study's RFC 8785 (JCS) form: 32 bytes, the same for every spelling of it."""
+    return sha256(b"securefedcollm/study/v1\0", rfc8785.dumps(msgspec.to_builtins(study)))

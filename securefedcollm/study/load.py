@@ -1,0 +1,182 @@
+"""YAML → :class:`Study`, with errors that name the key path and the fix."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import msgspec
+import yaml
+
+from securefedcollm.errors import ConfigError
+from securefedcollm.study.checks import check
+from securefedcollm.study.config import Study
+
+_MAX_BYTES = 1 << 20  # a study is a page of text; a larger file is a mistake or an attack
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses duplicate keys and reads 1e-5 as the number that it is."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise ConfigError(
+                    f"the key {key.value!r} is given twice (line {key.start_mark.line + 1})",
+                    hint="keep one of the two",
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
+    """Read, override and check a study.
+
+    Args:
+        path: the YAML file.
+        overrides: ``key.path=value`` strings, values in YAML (``privacy=null`` switches it off).
+
+    Raises:
+        ConfigError: naming the file or key path, and the fix.
+    """
+    tree = _parse(_read(path), str(path))
+    for override in overrides:
+        _override(tree, override)
+    return study_from_tree(tree)
+
+
+def study_from_tree(tree: dict[str, Any]) -> Study:
+    """A checked study from plain dictionaries (as YAML or JSON gives them)."""
+    if tree.get("privacy") == "none":
+        tree = {**tree, "privacy": None}
+    try:
+        study = msgspec.convert(tree, Study)
+    except msgspec.ValidationError as error:
+        raise _explain(error) from None
+    check(study)
+    return study
+
+
+def dump_study(study: Study) -> str:
+    """The study as YAML, every default written out; loads to the same digest."""
+    tree = msgspec.to_builtins(study)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ConfigError(
+                "the file is over 1 MiB", where=str(path), hint="is this the study file?"
+            )
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            "there is no such file", where=str(path), hint="configs/ has studies to start from"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot be read ({error})", where=str(path), hint="give a readable UTF-8 YAML file"
+        ) from None
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        tree = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a subclass of SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" (line {mark.line + 1})" if mark else ""
+        problem = getattr(error, "problem", None) or "not valid YAML"
+        raise ConfigError(
+            f"{problem}{line}", where=where, hint="mend the YAML syntax at that line"
+        ) from None
+    except ConfigError as error:
+        raise ConfigError(error.message, where=where, hint=error.hint) from None
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            "a study is a mapping of keys", where=where, hint="see configs/quickstart.yaml"
+        )
+    return tree
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    path, found, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not found or not all(keys):
+        raise ConfigError(
+            f"{override!r} is not key=value", where="--set", hint="e.g. --set local.steps=20"
+        )
+    value = _parse(f"value: {text}", f"--set {path}")["value"]
+    node = tree
+    for key in keys[:-1]:
+        child = node.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise ConfigError(
+                f"{key!r} holds a plain value, not a section",
+                where=f"--set {path}",
+                hint=f"set {key}={{…}} as a whole",
+            )
+        node = child
+    node[keys[-1]] = value
+
+
+_PLACE = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
+_FIELD = re.compile(r"`(?P<field>[^`]+)`")
+
+
+def _explain(error: msgspec.ValidationError) -> ConfigError:
+    """Turn msgspec's message into ours: key path first, then what is wrong, then the fix."""
+    match = _PLACE.match(str(error))
+    what, path = (match["what"], match["path"] or "") if match else (str(error), "")
+    path = path.replace("[...]", "[]")
+    field = _FIELD.search(what)
+    if what.startswith("Object contains unknown field") and field:
+        name = field["field"]
+        known = _fields_at(path)
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+        return ConfigError("unknown key", where=_join(path, name), hint=hint)
+    if what.startswith("Object missing required field") and field:
+        return ConfigError(
+            "this key is missing",
+            where=_join(path, field["field"]),
+            hint="add it; configs/quickstart.yaml shows every section",
+        )
+    if "null" in what and path in {"", "privacy"}:
+        what = what.replace("| null", "or `none`")
+    return ConfigError(
+        what[0].lower() + what[1:],
+        where=path or "study",
+        hint="run `securefedcollm study check --schema` for every key, its type and its default",
+    )
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _fields_at(path: str) -> list[str]:
+    """Names of the keys that the section at ``path`` knows."""
+    section: Any = Study
+    for key in filter(None, path.replace("[]", "").split(".")):
+        hint = get_type_hints(section, include_extras=False).get(key)
+        options = [hint, *get_args(hint)]
+        section = next((o for o in options if isinstance(o, type) and _is_section(o)), None)
+        if section is None:
+            return []
+    return list(section.__struct_fields__)
+
+
+def _is_section(kind: type) -> bool:
+    return issubclass(kind, msgspec.Struct)
