@@ -11,7 +11,7 @@
     ├── CryptoError            a signature, tag, key or commitment does not verify
     ├── BudgetExceeded         the release would spend more ε than is left; nothing was released
     ├── EvidenceError          a ledger, log or bundle is not what its owner wrote
-    ├── TrainingError          training produced something that must not be released (NaN, no change)
+    ├── TrainingError          training produced what must not be released (NaN, no change)
     ├── StateError             a file of a run cannot be read or written
     └── TransportError         an engine could not carry a frame
 

@@ -61,7 +61,7 @@ def equal(a: bytes, b: bytes) -> bool:
 
 
 def hkdf(secret: bytes, *, salt: bytes, info: bytes, length: int = KEY_BYTES) -> bytes:
-    """HKDF-SHA256 (RFC 5869). ``salt`` and ``info`` are mandatory: no derivation without binding."""
+    """HKDF-SHA256 (RFC 5869). ``salt`` and ``info`` are mandatory: every key is bound."""
     if not salt or not info:
         raise ValueError("hkdf needs a salt and an info")
     return HKDF(algorithm=SHA256(), length=length, salt=salt, info=info).derive(secret)
@@ -192,7 +192,7 @@ class Keystream:
     def words(self, count: int) -> npt.NDArray[np.uint64]:
         """The next ``count`` keystream words, little-endian, as uint64 [count]."""
         out = np.empty(count, dtype="<u8")
-        self.into(memoryview(out))
+        self.into(out.data)
         return out.astype(np.uint64, copy=False)
 
     def __repr__(self) -> str:

@@ -136,8 +136,8 @@ class Aggregation(_Section, frozen=True):
     """How the server learns the sum and nothing else.
 
     ``clip_norm`` bounds the L2 norm of a silo's whole update; ``value_bits`` is the least precision
-    of one coordinate inside that bound. ``threshold`` silos must take part in unmasking; the default
-    is the smallest that a lying server cannot split: ⌊(count + colluders) / 2⌋ + 1.
+    of one coordinate inside that bound. ``threshold`` silos must take part in unmasking; the
+    default is the smallest that a lying server cannot split: ⌊(count + colluders) / 2⌋ + 1.
     """
 
     clip_norm: Positive = 1.0
