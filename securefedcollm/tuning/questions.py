@@ -1,0 +1,309 @@
+"""Questions with choices, their tensors, and packed-choice scoring.
+
+Every task of this project is a question with choices, scored by the log-likelihood of each choice
+after the prompt (zero-shot multiple choice as in lm-eval). One question is one batch row, so that a
+per-example gradient is a per-question gradient (what DP-SGD clips).
+
+**Packed choices.** A row holds the prompt once, then the tokens of every choice but each choice's
+last (nothing has to be predicted after it). A block mask lets a choice see the prompt and itself,
+never another choice, and its position ids continue from the prompt: the scores equal those of one
+forward pass per choice. With one-token choices nothing follows the prompt, and the same code is one
+plain causal forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's own name for it
+from torch import Tensor, nn
+
+from securefedcollm.errors import DataError
+
+Normalisation = Literal["plain", "length", "pmi"]
+
+PMI_PROMPT = "Answer:"
+"""The content-free prompt whose log-likelihood of a choice the ``pmi`` score subtracts."""
+
+_PROMPT, _PAD = 0, -1
+_UNLABELLED = -1
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt and its choices; ``answer`` is None on an unlabelled public prompt.
+
+    A choice is joined to the prompt by one space, so neither end carries it. ``group`` names the
+    column of the result table (``general``, ``private``).
+    """
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int | None
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class EncodedQuestions:
+    """N questions of at most C choices as right-padded tensors.
+
+    The packed row of a question has at most L tokens. Its *slots* are the U positions whose
+    predictions are needed: the prompt's last token, then the packed choice tokens. The K *targets*
+    of a row are all tokens of all its choices; target k is predicted at slot ``target_slot[k]``.
+    """
+
+    tokens: Tensor  # int64 [N, L]
+    segments: Tensor  # int8 [N, L]: 0 prompt, c + 1 choice c, -1 padding
+    positions: Tensor  # int64 [N, L]
+    prompt_tokens: Tensor  # int64 [N]
+    targets: Tensor  # int64 [N, K]: token ids, 0 where padded
+    target_slots: Tensor  # int64 [N, K]
+    target_choices: Tensor  # int64 [N, K]: choice index; C where padded
+    choice_mask: Tensor  # bool [N, C]
+    choice_lengths: Tensor  # float32 [N, C]: characters, at least 1 (lm-eval's acc_norm)
+    answers: Tensor  # int64 [N]: -1 where unlabelled
+    groups: tuple[str, ...]
+    prior: Tensor | None = None  # float32 [N, C]: log p(choice | "Answer:"); for "pmi"
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def select(self, index: Tensor) -> EncodedQuestions:
+        """The rows ``index`` (int64 [B]), padding trimmed to what these rows need."""
+        segments = self.segments[index]
+        targets = self.target_choices[index] < self.choice_mask.shape[1]
+        length = int((segments != _PAD).sum(1).max()) if len(index) else 0
+        width = int(targets.sum(1).max()) if len(index) else 0
+        return EncodedQuestions(
+            tokens=self.tokens[index, :length],
+            segments=segments[:, :length],
+            positions=self.positions[index, :length],
+            prompt_tokens=self.prompt_tokens[index],
+            targets=self.targets[index, :width],
+            target_slots=self.target_slots[index, :width],
+            target_choices=self.target_choices[index, :width],
+            choice_mask=self.choice_mask[index],
+            choice_lengths=self.choice_lengths[index],
+            answers=self.answers[index],
+            groups=tuple(self.groups[i] for i in index.tolist()),
+            prior=None if self.prior is None else self.prior[index],
+        )
+
+    def to(self, device: torch.device) -> EncodedQuestions:
+        """The same questions on ``device``."""
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)
+        }
+        return replace(self, **moved)
+
+    def attention_mask(self, dtype: torch.dtype) -> Tensor | None:
+        """Additive mask [B, 1, L, L] of ``dtype`` (0 where attention is allowed).
+
+        None when plain causal attention is right already: no packed choices and no padding.
+        """
+        if not bool((self.segments != _PROMPT).any()):
+            return None
+        key, query = self.segments[:, None, :], self.segments[:, :, None]
+        length = self.segments.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=key.device).tril()
+        allowed = causal & ((key == _PROMPT) | ((key == query) & (key != _PAD)))
+        # A padded query attends to itself: a softmax over nothing would be NaN.
+        allowed |= torch.eye(length, dtype=torch.bool, device=key.device)
+        mask = torch.zeros(allowed.shape, dtype=dtype, device=key.device)
+        return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+
+
+def encode(questions: Sequence[Question], tokenizer: Any, max_tokens: int) -> EncodedQuestions:
+    """Tokenise ``questions`` for a Hugging Face ``tokenizer``.
+
+    ``max_tokens`` bounds the prompt plus its longest choice; a longer prompt loses its beginning
+    (after the first token, if that is the tokenizer's beginning-of-text token).
+
+    Raises:
+        DataError: a question has no choices, an answer outside of them, a choice without tokens, or
+            choices that alone pass ``max_tokens``.
+    """
+    if not questions:
+        raise DataError("no questions", where="questions", hint="give at least one question")
+    rows = [_tokenise(q, i, tokenizer, max_tokens) for i, q in enumerate(questions)]
+    n, c = len(rows), max(len(choices) for _, choices in rows)
+    length = max(len(p) + sum(len(t) - 1 for t in cs) for p, cs in rows)
+    width = max(sum(len(t) for t in cs) for _, cs in rows)
+    out = EncodedQuestions(
+        tokens=torch.zeros(n, length, dtype=torch.int64),
+        segments=torch.full((n, length), _PAD, dtype=torch.int8),
+        positions=torch.zeros(n, length, dtype=torch.int64),
+        prompt_tokens=torch.tensor([len(p) for p, _ in rows]),
+        targets=torch.zeros(n, width, dtype=torch.int64),
+        target_slots=torch.zeros(n, width, dtype=torch.int64),
+        target_choices=torch.full((n, width), c, dtype=torch.int64),
+        choice_mask=torch.tensor([[k < len(cs) for k in range(c)] for _, cs in rows]),
+        choice_lengths=torch.tensor(
+            [[float(len(t)) for t in q.choices] + [1.0] * (c - len(q.choices)) for q in questions]
+        ),
+        answers=torch.tensor([_UNLABELLED if q.answer is None else q.answer for q in questions]),
+        groups=tuple(q.group for q in questions),
+    )
+    for i, (prompt, choices) in enumerate(rows):
+        _fill(out, i, prompt, choices)
+    return out
+
+
+def _fill(out: EncodedQuestions, i: int, prompt: list[int], choices: list[list[int]]) -> None:
+    """Write row ``i`` of the packed tensors."""
+    tokens, segments, positions = list(prompt), [_PROMPT] * len(prompt), list(range(len(prompt)))
+    targets: list[int] = []
+    slots: list[int] = []
+    owners: list[int] = []
+    for c, choice in enumerate(choices):
+        first_slot = len(tokens) - len(prompt) + 1  # where this choice's own tokens will stand
+        targets += choice
+        slots += [0, *range(first_slot, first_slot + len(choice) - 1)]
+        owners += [c] * len(choice)
+        tokens += choice[:-1]
+        segments += [c + 1] * (len(choice) - 1)
+        positions += range(len(prompt), len(prompt) + len(choice) - 1)
+    out.tokens[i, : len(tokens)] = torch.tensor(tokens)
+    out.segments[i, : len(tokens)] = torch.tensor(segments, dtype=torch.int8)
+    out.positions[i, : len(tokens)] = torch.tensor(positions)
+    out.targets[i, : len(targets)] = torch.tensor(targets)
+    out.target_slots[i, : len(targets)] = torch.tensor(slots)
+    out.target_choices[i, : len(targets)] = torch.tensor(owners)
+
+
+def _tokenise(
+    question: Question, number: int, tokenizer: Any, max_tokens: int
+) -> tuple[list[int], list[list[int]]]:
+    where = f"question {number}"
+    if not question.choices:
+        raise DataError("it has no choices", where=where, hint="give at least one choice")
+    if question.answer is not None and not 0 <= question.answer < len(question.choices):
+        raise DataError(
+            f"answer {question.answer} is outside its {len(question.choices)} choices",
+            where=where,
+            hint="number the choices from 0",
+        )
+    prompt = _without_end(tokenizer(question.prompt)["input_ids"], tokenizer)
+    choices = [_continuation(question.prompt, prompt, c, tokenizer) for c in question.choices]
+    if not prompt or not all(choices):
+        raise DataError(
+            "its prompt or one of its choices has no tokens", where=where, hint="remove it"
+        )
+    room = max_tokens - max(map(len, choices))
+    if room < 2:
+        raise DataError(
+            f"a choice has {max(map(len, choices))} tokens, the limit is {max_tokens}",
+            where=where,
+            hint="shorten the choice or raise max_tokens",
+        )
+    if len(prompt) > room:
+        begin = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
+        prompt = begin + prompt[len(prompt) - room + len(begin) :]
+    return prompt, choices
+
+
+def _continuation(prompt: str, prompt_ids: list[int], choice: str, tokenizer: Any) -> list[int]:
+    """Tokens of ``" " + choice`` after ``prompt``: tokenised together where the split is clean."""
+    whole = _without_end(tokenizer(f"{prompt} {choice}")["input_ids"], tokenizer)
+    if whole[: len(prompt_ids)] == prompt_ids:
+        return whole[len(prompt_ids) :]
+    ids: list[int] = tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
+    """Some tokenizers close every text with an end token, which a prompt must not have."""
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def choice_scores(
+    model: nn.Module, batch: EncodedQuestions, normalisation: Normalisation = "plain"
+) -> Tensor:
+    """Score every choice of every question; differentiable.
+
+    ``plain``: the sum of the log-probabilities of the choice's tokens after the prompt.
+    ``length``: that, per character of the choice. ``pmi``: that, minus log p(choice | "Answer:")
+    (Holtzman et al. 2021, domain-conditional PMI), which :func:`with_prior` must have computed.
+
+    Args:
+        model: a causal language model of transformers, plain or with PEFT layers.
+
+    Returns:
+        float32 [B, C]; ``-inf`` where a question has fewer than C choices.
+    """
+    logits = slot_logits(model, batch)  # [B, U, V]
+    log_probs = F.log_softmax(logits.float(), dim=-1)
+    rows = torch.arange(len(batch), device=logits.device)[:, None]
+    token_scores = log_probs[rows, batch.target_slots, batch.targets]  # [B, K]
+    choices = batch.choice_mask.shape[1]
+    scores = token_scores.new_zeros(len(batch), choices + 1)  # last column collects the padding
+    scores = scores.scatter_add(1, batch.target_choices, token_scores)[:, :choices]
+    if normalisation == "length":
+        scores = scores / batch.choice_lengths
+    elif normalisation == "pmi":
+        if batch.prior is None:
+            raise ValueError("pmi scores need a prior: call with_prior first")
+        scores = scores - batch.prior
+    return scores.masked_fill(~batch.choice_mask, -torch.inf)
+
+
+def slot_logits(model: nn.Module, batch: EncodedQuestions) -> Tensor:
+    """Vocabulary logits at the slots of every row: [B, U, V] in the model's dtype.
+
+    The output layer runs on the slots only: with a vocabulary of 49k it costs more than the rest.
+    """
+    causal = unwrapped(model)
+    hidden = causal.base_model(
+        input_ids=batch.tokens,
+        position_ids=batch.positions,
+        attention_mask=batch.attention_mask(causal.dtype),
+        use_cache=False,
+    ).last_hidden_state  # [B, L, D]
+    count = int(batch.target_slots.max()) + 1
+    slots = batch.prompt_tokens[:, None] - 1 + torch.arange(count, device=hidden.device)
+    rows = torch.arange(len(batch), device=hidden.device)[:, None]
+    # Rows with fewer slots than U read their last token again; no target points there.
+    taken = hidden[rows, slots.clamp(max=hidden.shape[1] - 1)]
+    logits: Tensor = causal.get_output_embeddings()(taken)
+    return logits
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside a PeftModel (its LoRA layers stay active), or ``model``."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@torch.no_grad()
+def with_prior(
+    model: nn.Module,
+    questions: Sequence[Question],
+    encoded: EncodedQuestions,
+    tokenizer: Any,
+    batch_size: int = 64,
+) -> EncodedQuestions:
+    """``encoded`` with log p(choice | "Answer:") of ``model`` (the base, untuned) filled in."""
+    bare = [Question(PMI_PROMPT, q.choices, None) for q in questions]
+    priors = encode(bare, tokenizer, max_tokens=2**30)
+    training = model.training
+    model.eval()
+    parts = [choice_scores(model, batch) for batch in in_order(priors, batch_size)]
+    model.train(training)
+    prior = torch.cat(parts).masked_fill(~encoded.choice_mask, 0.0)
+    return replace(encoded, prior=prior)
+
+
+def in_order(data: EncodedQuestions, batch_size: int) -> Iterator[EncodedQuestions]:
+    """All rows once, in order."""
+    for part in torch.split(torch.arange(len(data)), batch_size):
+        yield data.select(part)
+
+
+def shuffled_batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless shuffled epochs of row indices (int64 [min(batch_size, count)], no short batch)."""
+    size = min(batch_size, count)
+    while True:
+        order = torch.randperm(count, generator=generator)
+        yield from torch.split(order[: count - count % size], size)
