@@ -1,0 +1,199 @@
+"""Which question belongs to whom: identity of records, fingerprint of a set, and dealing it out.
+
+A question's identity is its content (:func:`record_id`), never its place in a file, so that a
+re-ordered copy of a file gives the same fingerprint, the same split and the same budget.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from securefedcollm.errors import ConfigError, DataError
+from securefedcollm.tuning.questions import Question
+
+
+def record_id(question: Question) -> bytes:
+    """SHA-256 (32 bytes) of the prompt, the choices as a set, and the right choice's text.
+
+    Blind to Unicode normalisation form, to runs of white space, to the order in which the choices
+    are listed, and to ``group``: none of them makes a record another person's record.
+    """
+    right = None if question.answer is None else _folded(question.choices[question.answer])
+    choices = sorted(_folded(choice) for choice in question.choices)
+    canonical = json.dumps([_folded(question.prompt), choices, right], ensure_ascii=False)
+    return hashlib.sha256(b"securefedcollm/record/v1\0" + canonical.encode()).digest()
+
+
+def dataset_fingerprint(questions: Iterable[Question]) -> str:
+    """SHA-256 (hex) of the set of :func:`record_id`: equal for the same records in any order.
+
+    The privacy ledger keys a silo's budget by it, so it must collide whenever the records are the
+    same: order, duplicates, layout and file format do not change it. It is bookkeeping between
+    honest runs, not a defence: adding, dropping or rewording one record gives another fingerprint,
+    so whoever holds the data can still start a fresh budget (the ledger's audit compares names and
+    counts as well). It is computed from private text without a secret, so a small, guessable set
+    can be confirmed by it; it belongs in the silo's own ledger.
+    """
+    digest = hashlib.sha256(b"securefedcollm/dataset/v1\0")
+    for record in sorted({record_id(question) for question in questions}):
+        digest.update(record)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Split:
+    """One training file dealt out.
+
+    Attributes:
+        silos: the private questions of each silo.
+        public_labelled: public questions whose answers are public too.
+        public_unlabelled: public questions with ``answer=None``: their answers are nobody's.
+        dev: held out for choosing hyper-parameters; no participant trains on it.
+        unused: what was left.
+    """
+
+    silos: tuple[tuple[Question, ...], ...]
+    public_labelled: tuple[Question, ...]
+    public_unlabelled: tuple[Question, ...]
+    dev: tuple[Question, ...]
+    unused: tuple[Question, ...]
+
+
+def split_questions(
+    questions: Sequence[Question],
+    *,
+    silos: int,
+    per_silo: int,
+    public: int,
+    public_labelled: int = 0,
+    dev: int = 0,
+    seed: int,
+    concentration: float | None = None,
+) -> Split:
+    """Deal one training file out to the silos, the public set and the development set.
+
+    Deterministic in (the set of records, the arguments). Questions with the same prompt stay
+    together, so that no part holds another part's question with other distractors.
+
+    Args:
+        questions: all labelled.
+        silos: number of silos S.
+        per_silo: private questions of each silo.
+        public: public questions, of which ``public_labelled`` keep their answers.
+        dev: development questions.
+        seed: of the shuffle (and of the Dirichlet draw).
+        concentration: None deals the silos' questions independently and identically distributed.
+            A number α > 0 draws for every ``group`` a Dirichlet(α) distribution over the silos
+            (Hsu, Qi and Brown, arXiv 1909.06335): the smaller, the more one silo owns a group.
+
+    Raises:
+        DataError: there are too few questions.
+        ConfigError: a Dirichlet split of questions that all have one group, or impossible counts.
+    """
+    if public_labelled > public:
+        raise ConfigError(
+            f"{public_labelled} labelled of {public} public questions",
+            where="task.data.public_labelled",
+            hint="it counts those public questions that keep their answers",
+        )
+    needed = silos * per_silo + public + dev
+    if needed > len(questions):
+        raise DataError(
+            f"the study needs {needed} training questions ({silos} × {per_silo} private, {public} "
+            f"public, {dev} development) but the file has {len(questions)}",
+            where="task.data",
+            hint="lower task.data.per_silo or task.data.public, or give a larger file",
+        )
+    rng = np.random.Generator(np.random.Philox(key=[seed, _STREAM]))
+    clusters = _clusters(questions)
+    order = [clusters[int(i)] for i in rng.permutation(len(clusters))]
+    held_dev, order = _take(order, dev)
+    held_public, order = _take(order, public)
+    if concentration is None:
+        private = []
+        for _ in range(silos):
+            part, order = _take(order, per_silo)
+            private.append(part)
+        rest = [question for cluster in order for question in cluster]
+    else:
+        private, rest = _dirichlet(order, silos, per_silo, concentration, rng)
+    return Split(
+        silos=tuple(tuple(part) for part in private),
+        public_labelled=tuple(held_public[:public_labelled]),
+        public_unlabelled=tuple(replace(q, answer=None) for q in held_public[public_labelled:]),
+        dev=tuple(held_dev),
+        unused=tuple(rest),
+    )
+
+
+def without(questions: Iterable[Question], held_out: Iterable[Question]) -> list[Question]:
+    """``questions`` less those whose prompt occurs in ``held_out`` (public sets do overlap)."""
+    seen = {_folded(question.prompt) for question in held_out}
+    return [question for question in questions if _folded(question.prompt) not in seen]
+
+
+_STREAM = 0x5EED_5B1175  # keeps this use of a study's seed apart from every other one
+
+
+def _folded(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _clusters(questions: Sequence[Question]) -> list[list[Question]]:
+    """Questions by prompt, in an order that depends on their content alone."""
+    by_prompt: dict[str, list[Question]] = {}
+    for question in sorted(questions, key=record_id):
+        by_prompt.setdefault(_folded(question.prompt), []).append(question)
+    return sorted(by_prompt.values(), key=lambda cluster: record_id(cluster[0]))
+
+
+def _take(order: list[list[Question]], count: int) -> tuple[list[Question], list[list[Question]]]:
+    """The first ``count`` questions in whole clusters, skipping clusters that overshoot."""
+    taken: list[Question] = []
+    left: list[list[Question]] = []
+    for cluster in order:
+        if len(taken) + len(cluster) <= count:
+            taken.extend(cluster)
+        else:
+            left.append(cluster)
+    if len(taken) < count:
+        raise DataError(
+            f"{count} questions cannot be taken without dividing questions of the same prompt",
+            where="task.data",
+            hint="lower task.data.per_silo or task.data.public, or remove repeated prompts",
+        )
+    return taken, left
+
+
+def _dirichlet(
+    order: list[list[Question]],
+    silos: int,
+    per_silo: int,
+    concentration: float,
+    rng: np.random.Generator,
+) -> tuple[list[list[Question]], list[Question]]:
+    """Equal sizes, unequal topics: each group's questions follow its own draw over the silos."""
+    groups = sorted({cluster[0].group for cluster in order})
+    if len(groups) < 2:
+        raise ConfigError(
+            "a Dirichlet split needs questions of several groups, and all have the same",
+            where="task.data",
+            hint="add a subject column with at least two values, or split IID",
+        )
+    shares = {group: rng.dirichlet(np.full(silos, concentration)) for group in groups}
+    parts: list[list[Question]] = [[] for _ in range(silos)]
+    rest: list[Question] = []
+    for cluster in order:
+        room = np.array([len(part) + len(cluster) <= per_silo for part in parts])
+        weights = np.where(room, shares[cluster[0].group] + 1e-9, 0.0)
+        if not weights.any():
+            rest.extend(cluster)
+            continue
+        parts[int(rng.choice(silos, p=weights / weights.sum()))].extend(cluster)
+    return parts, rest
