@@ -1,0 +1,1 @@
+"""Clip and quantise, exact noise, accounting, and the budget ledger (see ``docs/privacy.md``)."""

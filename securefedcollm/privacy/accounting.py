@@ -1,0 +1,353 @@
+"""ε from events: three accountants for the claim and an independent second opinion.
+
+| name   | library         | understands                               | is                           |
+| ------ | --------------- | ----------------------------------------- | ---------------------------- |
+| `pld`  | dp-accounting   | Gaussian and Poisson-sampled Gaussian     | tight upper bound            |
+| `rdp`  | dp-accounting   | every event                               | upper bound                  |
+| `zcdp` | dp-accounting   | every event without sampling              | upper bound                  |
+| `prv`  | prv-accountant  | as `pld`                                  | upper bound, second opinion  |
+
+Everything is add/remove ("zero-out") adjacency. What an accountant does not understand it refuses:
+there is no approximation by the nearest known mechanism, and no GDP accountant (it is an
+asymptotic formula, wrong for mixed rounds).
+
+Discrete noise. A sum of integers with a discrete Gaussian satisfies the zCDP of the continuous one
+(Canonne, Kamath and Steinke 2020, Theorem 14). With Poisson sampling it is charged in RDP at
+integer orders only: for integer α the moments E_Q[(P/Q)^l], l <= α, of a lattice Gaussian shifted
+by an integer vector equal those of the continuous Gaussian (the shift l·Δ is again an integer
+vector, so the normaliser cancels), hence so does E_Q[((1-q) + q P/Q)^α]; the other direction is
+dominated by the reflection x -> Δ - x, which maps the lattice to itself (Mironov, Talwar and Zhang
+2019, Theorem 5).
+
+Slack. An event that is within total variation η of the mechanism analysed is (ε, δ) private if the
+mechanism is (ε, δ - (1 + e^ε) η) private; :func:`epsilon` solves for that.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, Final, Literal, get_args
+
+import msgspec
+
+from securefedcollm.errors import ConfigError
+from securefedcollm.privacy.events import (
+    DiscreteGaussian,
+    Event,
+    Events,
+    Gaussian,
+    PoissonGaussian,
+    merge,
+    repeat,
+    times,
+)
+
+Accountant = Literal["pld", "rdp", "zcdp", "prv"]
+
+_SHARES_OF_DELTA: Final = (2.0**-30, 2.0**-10, 0.5)
+_INTEGER_ORDERS: Final = (*range(2, 65), 80, 96, 128, 192, 256, 384, 512, 1024)
+_PRV_EPS_ERROR: Final = 0.01
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """(ε, δ) with the accountant that says so."""
+
+    epsilon: float
+    delta: float
+    accountant: str
+
+
+def epsilon(events: Sequence[Event], delta: float, accountant: Accountant = "pld") -> float:
+    """Upper bound on ε at ``delta`` of the composition of ``events``.
+
+    The parameters of the events must not depend on the outcome of earlier ones; a sequence whose
+    parameters are chosen as it goes is the business of :func:`filter_epsilon`.
+
+    Returns:
+        ε >= 0; ``inf`` if the slack of the events alone exceeds ``delta``.
+
+    Raises:
+        ConfigError: ``delta`` outside (0, 1), an unknown accountant, or an event that this
+            accountant has no analysis for.
+    """
+    if not 0.0 < delta < 1.0:
+        raise ConfigError(f"δ lies in (0, 1), not {delta}", where="delta")
+    if accountant not in get_args(Accountant):
+        raise ConfigError(
+            f"there is no accountant {accountant!r}",
+            where="accountant",
+            hint=f"choose one of {', '.join(get_args(Accountant))}",
+        )
+    merged = merge(events)
+    if not merged:
+        return 0.0
+    slack = math.fsum(event.slack for event in merged)
+    for share in (0.0,) if slack == 0.0 else _SHARES_OF_DELTA:
+        found = _ideal_epsilon(merged, delta * (1.0 - share), accountant)
+        if slack * (1.0 + math.exp(min(found, 700.0))) <= delta * share:
+            return found
+    return math.inf
+
+
+def delta_of_slack(events: Sequence[Event], eps: float) -> float:
+    """The part of δ that goes to implementation residuals (sampler, batch cap, sum) at ε."""
+    return (1.0 + math.exp(min(eps, 700.0))) * math.fsum(event.slack for event in merge(events))
+
+
+def claim(events: Sequence[Event], delta: float) -> Claim:
+    """The tightest ε that an accountant of this project stands behind.
+
+    PLD where it applies, else the smaller of zCDP and RDP. For parameters fixed in advance.
+    """
+    merged = merge(events)
+    if not any(isinstance(event, DiscreteGaussian) for event in merged):
+        return Claim(epsilon(merged, delta, "pld"), delta, "pld")
+    if all(not isinstance(event, PoissonGaussian) and _rate(event) == 1.0 for event in merged):
+        return Claim(epsilon(merged, delta, "zcdp"), delta, "zcdp")
+    return Claim(epsilon(merged, delta, "rdp"), delta, "rdp")
+
+
+@lru_cache(maxsize=512)
+def _ideal_epsilon(events: Events, delta: float, accountant: Accountant) -> float:
+    match accountant:
+        case "pld":
+            return _pld(events, delta)
+        case "rdp":
+            return _rdp_epsilon(events, delta)
+        case "zcdp":
+            return zcdp_epsilon(math.fsum(zcdp(event) for event in events), delta)
+        case "prv":
+            return _prv(events, delta)[2]
+
+
+def prv_bounds(events: Sequence[Event], delta: float) -> tuple[float, float, float]:
+    """(lower, estimate, upper) of ε from prv-accountant: the independent second opinion.
+
+    Slack is not booked here; it is below the width of the bounds for every event of this project.
+    """
+    return _prv(merge(events), delta)
+
+
+def calibrate(
+    target: float, delta: float, q: float, steps: int, *, accountant: Accountant = "pld"
+) -> float:
+    """Smallest noise multiplier (to 4 decimals, rounded up) for DP-SGD within (``target``, δ).
+
+    Args:
+        target: ε, above 0.
+        delta: δ in (0, 1).
+        q: Poisson sampling rate; 1 for no sampling.
+        steps: optimiser steps in all rounds together.
+
+    Returns:
+        z such that ``epsilon([PoissonGaussian(q, z, steps)], delta, accountant) <= target``.
+
+    Raises:
+        ConfigError: no noise multiplier up to 10^5 reaches the target.
+    """
+
+    def at(z: float) -> Events:
+        return (Gaussian(z, steps) if q == 1.0 else PoissonGaussian(q, z, steps),)
+
+    return calibrate_events(at, target, delta, accountant=accountant)
+
+
+def calibrate_events(
+    at: Any, target: float, delta: float, *, accountant: Accountant | None = None
+) -> float:
+    """Smallest z (4 decimals, rounded up) with ε of ``at(z)`` within ``target``.
+
+    ``at`` maps a noise multiplier to events and is decreasing in ε. ``accountant`` None: that of
+    :func:`claim`. The search runs on a fast accountant, the answer is checked on the claimed one.
+    """
+    if not target > 0.0:
+        raise ConfigError(f"ε must be above 0, not {target}", where="epsilon")
+    chosen: Accountant = accountant or claim_name(at(1.0))
+    fast: Accountant = "prv" if chosen == "pld" else chosen
+    low, high = 0.01, 1.0
+    while epsilon(at(high), delta, "rdp") > target:
+        low, high = high, high * 2.0
+        if high > 1e5:
+            raise ConfigError(
+                f"no noise reaches ε = {target:g} at δ = {delta:g}",
+                where="epsilon",
+                hint="raise ε, use fewer steps or a smaller batch",
+            )
+    while high - low > 1e-4 * high:
+        middle = 0.5 * (low + high)
+        low, high = (low, middle) if epsilon(at(middle), delta, "rdp") <= target else (middle, high)
+    return _polish(at, high, target, delta, fast, chosen)
+
+
+def _polish(
+    at: Any, start: float, target: float, delta: float, fast: Accountant, chosen: Accountant
+) -> float:
+    """From the RDP answer (an upper bound on z) down to the tight one, by secant on log ε."""
+
+    def excess(z: float) -> float:
+        if fast == "prv":
+            return math.log(max(prv_bounds(at(z), delta)[1], 1e-9) / target)
+        return math.log(max(epsilon(at(z), delta, fast), 1e-9) / target)
+
+    z0, e0 = start, excess(start)
+    z1 = start * math.exp(e0)
+    for _ in range(20):
+        e1 = excess(z1)
+        if abs(e1) < 1e-6 or z1 == z0 or e1 == e0:
+            break
+        slope = (e1 - e0) / (math.log(z1) - math.log(z0))
+        z0, e0, z1 = z1, e1, z1 * math.exp(max(min(-e1 / slope, 1.0), -1.0))
+    z = math.ceil(z1 * 1e4 - 1e-3) / 1e4
+    while epsilon(at(z), delta, chosen) > target:
+        z = round(z + 1e-4, 4)
+    return z
+
+
+def claim_name(events: Sequence[Event]) -> Accountant:
+    """Which accountant :func:`claim` uses for events of these kinds."""
+    if not any(isinstance(event, DiscreteGaussian) for event in events):
+        return "pld"
+    return "zcdp" if all(_rate(event) == 1.0 for event in events) else "rdp"
+
+
+# --- zCDP ---------------------------------------------------------------------------------------
+
+
+def zcdp(event: Event) -> float:
+    """ρ of one event.
+
+    Raises:
+        ConfigError: a Poisson-sampled event, whose amplification zCDP cannot express.
+    """
+    if _rate(event) != 1.0:
+        raise _refusal("zcdp", event)
+    if isinstance(event, PoissonGaussian):
+        return event.steps / (2.0 * event.noise_multiplier**2)
+    return event.count / (2.0 * event.noise_multiplier**2)
+
+
+def zcdp_epsilon(rho: float, delta: float) -> float:
+    """ε at ``delta`` of ρ-zCDP (dp-accounting: Canonne, Kamath and Steinke 2020, Prop. 12)."""
+    import dp_accounting
+
+    return _compose_rdp([(dp_accounting.ZCDpEvent(rho), 1)], delta, None)
+
+
+# --- RDP ----------------------------------------------------------------------------------------
+
+
+def _rdp_epsilon(events: Events, delta: float) -> float:
+    import dp_accounting
+
+    terms: list[tuple[Any, int]] = []
+    orders = None
+    for event in events:
+        gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)
+        q = _rate(event)
+        if isinstance(event, DiscreteGaussian) and q < 1.0:
+            orders = _INTEGER_ORDERS
+        sampled = gaussian if q == 1.0 else dp_accounting.PoissonSampledDpEvent(q, gaussian)
+        terms.append((sampled, times(event)))
+    return _compose_rdp(terms, delta, orders)
+
+
+def _compose_rdp(
+    terms: Sequence[tuple[Any, int]], delta: float, orders: Sequence[int] | None
+) -> float:
+    from dp_accounting.rdp import RdpAccountant
+
+    accountant = RdpAccountant(orders)
+    with _quiet_absl():
+        for event, count in terms:
+            accountant.compose(event, count)
+        return float(accountant.get_epsilon(delta))
+
+
+@contextmanager
+def _quiet_absl() -> Iterator[None]:
+    # dp-accounting logs every low order that it leaves out of the minimum; leaving out is sound.
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+# --- PLD and PRV --------------------------------------------------------------------------------
+
+
+def _pld(events: Events, delta: float) -> float:
+    import dp_accounting
+    from dp_accounting.pld import PLDAccountant
+
+    accountant = PLDAccountant()
+    for event in events:
+        if isinstance(event, DiscreteGaussian):
+            raise _refusal("pld", event)
+        gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)
+        q = _rate(event)
+        sampled = gaussian if q == 1.0 else dp_accounting.PoissonSampledDpEvent(q, gaussian)
+        accountant.compose(sampled, times(event))
+    return float(accountant.get_epsilon(delta))
+
+
+def _prv(events: Events, delta: float) -> tuple[float, float, float]:
+    from prv_accountant import PRVAccountant
+    from prv_accountant.privacy_random_variables import (
+        GaussianMechanism,
+        PoissonSubsampledGaussianMechanism,
+    )
+
+    variables = []
+    for event in events:
+        if isinstance(event, DiscreteGaussian):
+            raise _refusal("prv", event)
+        q, z = _rate(event), event.noise_multiplier
+        variables.append(
+            GaussianMechanism(z)
+            if q == 1.0
+            else PoissonSubsampledGaussianMechanism(sampling_probability=q, noise_multiplier=z)
+        )
+    counts = [times(event) for event in events]
+    accountant = PRVAccountant(
+        variables,
+        eps_error=_PRV_EPS_ERROR,
+        delta_error=delta / 1000.0,
+        max_self_compositions=counts,
+    )
+    lower, estimate, upper = accountant.compute_epsilon(delta, counts)
+    return float(lower), float(estimate), float(upper)
+
+
+def _rate(event: Event) -> float:
+    return 1.0 if isinstance(event, Gaussian) else event.q
+
+
+def _refusal(accountant: str, event: Event) -> ConfigError:
+    return ConfigError(
+        f"the {accountant} accountant has no analysis for a {type(event).__name__} event"
+        + (" with sampling" if _rate(event) < 1.0 else ""),
+        where="accountant",
+        hint="use rdp, which bounds every event of this project",
+    )
+
+
+__all__ = [
+    "Accountant",
+    "Claim",
+    "calibrate",
+    "calibrate_events",
+    "claim",
+    "delta_of_slack",
+    "epsilon",
+    "prv_bounds",
+    "repeat",
+    "zcdp",
+    "zcdp_epsilon",
+]

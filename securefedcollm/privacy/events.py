@@ -1,0 +1,209 @@
+"""What was released, as data: the events that accountants interpret and the ledger keeps.
+
+An event says everything an accountant needs and nothing about the data. Every event is charged
+under the add/remove ("zero-out") relation: two data sets are neighbours if one unit (record,
+subject or silo) contributes a zero vector in one of them. Sensitivities are derived from the clip
+that was enforced, never stated by a caller as an opinion.
+
+An event also carries its ``slack``: a bound on the total variation distance between what the code
+drew and the ideal mechanism that the accountant analyses (sampler residual, capped batch, sum of
+discrete Gaussians). A slack of η costs (1 + e^ε)·η of δ; :mod:`.accounting` books it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import msgspec
+
+from securefedcollm.errors import ConfigError, EvidenceError
+
+CAP_SLACK: Final = 2.0**-100
+"""Total variation of one Poisson batch of :class:`~.noise.NoiseSource` to an uncapped one."""
+
+SAMPLER_SLACK: Final = 2.0**-100
+"""Total variation of one draw of the discrete Gaussian sampler to the exact distribution."""
+
+SMALLEST_SHARE: Final = 4.0
+"""Below this σ of one share, a sum of discrete Gaussians is not close enough to one."""
+
+
+class Gaussian(msgspec.Struct, frozen=True, tag="gaussian", tag_field="kind"):
+    """``count`` releases of a sum with L2 sensitivity C plus N(0, (noise_multiplier·C)²).
+
+    The whole data set takes part in each (no amplification). Also the charge for any batch loader
+    that this project did not build and drive itself.
+    """
+
+    noise_multiplier: float
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        _positive("noise_multiplier", self.noise_multiplier)
+        _at_least("count", self.count, 1)
+
+    @property
+    def slack(self) -> float:
+        return 0.0
+
+
+class PoissonGaussian(msgspec.Struct, frozen=True, tag="poisson-gaussian", tag_field="kind"):
+    """``steps`` steps of DP-SGD: Poisson sample at rate ``q``, clip to C, sum, add noise.
+
+    Amplification holds against everyone, the server included, because only the silo knows its
+    sample; it may be claimed only for batches of :meth:`~.noise.NoiseSource.poisson_batch`.
+    """
+
+    q: float
+    noise_multiplier: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _probability(self.q)
+        _positive("noise_multiplier", self.noise_multiplier)
+        _at_least("steps", self.steps, 1)
+
+    @property
+    def slack(self) -> float:
+        return self.steps * CAP_SLACK
+
+
+class DiscreteGaussian(msgspec.Struct, frozen=True, tag="discrete-gaussian", tag_field="kind"):
+    """``count`` secure sums of integer vectors, each silo adding a discrete Gaussian share.
+
+    Args:
+        share_sigma: the parameter σᵢ of each silo's share, in integer units; at least 4.
+        sensitivity_squared: largest Σq² of one unit's contribution: an integer fact that
+            :mod:`.quantise` checks for every vector before it leaves.
+        values: length d of the vector.
+        shares: noise shares in the sum: the threshold when reserved, the survivors when settled.
+        colluders: shares whose noise the adversary knows.
+        count: how many such sums.
+        q: Poisson rate at which a unit takes part in each sum (1: always). Below 1 only if the
+            unit's own silo draws the sample and nobody else learns it (joint DP-SGD).
+    """
+
+    share_sigma: float
+    sensitivity_squared: int
+    values: int
+    shares: int
+    colluders: int = 0
+    count: int = 1
+    q: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive("share_sigma", self.share_sigma)
+        if self.share_sigma < SMALLEST_SHARE:
+            raise ConfigError(
+                f"a noise share of σ = {self.share_sigma:g} integers is too coarse for its sum to "
+                "be a discrete Gaussian",
+                where="share_sigma",
+                hint=f"raise the quantisation bound until the share has σ >= {SMALLEST_SHARE:g}",
+            )
+        _at_least("sensitivity_squared", self.sensitivity_squared, 1)
+        _at_least("values", self.values, 1)
+        _at_least("colluders", self.colluders, 0)
+        _at_least("shares", self.shares, self.colluders + 1)
+        _at_least("count", self.count, 1)
+        _probability(self.q)
+
+    @property
+    def honest(self) -> int:
+        """Shares whose noise hides a unit from the adversary."""
+        return self.shares - self.colluders
+
+    @property
+    def noise_multiplier(self) -> float:
+        """√honest·σᵢ/Δ: the effective noise multiplier against this adversary."""
+        return self.share_sigma * math.sqrt(self.honest / self.sensitivity_squared)
+
+    @property
+    def sum_gap(self) -> float:
+        """τ·d: max-divergence of the honest shares' sum from one discrete Gaussian.
+
+        τ = 10 Σ_{k<h} exp(-2π²σᵢ² k/(k+1)) (Kairouz, Liu and Steinke 2021, Theorem 1).
+        """
+        gaps = (
+            math.exp(-2.0 * (math.pi * self.share_sigma) ** 2 * k / (k + 1))
+            for k in range(1, self.honest)
+        )
+        return 10.0 * math.fsum(gaps) * self.values
+
+    @property
+    def slack(self) -> float:
+        draws = self.values * self.honest * SAMPLER_SLACK
+        batches = CAP_SLACK if self.q < 1.0 else 0.0
+        return self.count * (draws + batches + math.expm1(self.sum_gap))
+
+
+Event = Gaussian | PoissonGaussian | DiscreteGaussian
+Events = tuple[Event, ...]
+
+
+def encode_events(events: Sequence[Event]) -> list[dict[str, object]]:
+    """Plain JSON values, for the ledger and the bundle."""
+    plain: list[dict[str, object]] = msgspec.to_builtins(list(events))
+    return plain
+
+
+def decode_events(plain: object) -> Events:
+    """Inverse of :func:`encode_events`.
+
+    Raises:
+        EvidenceError: an event of unknown kind, a missing or surplus type, an impossible value.
+            What this version does not understand is refused, not skipped.
+    """
+    try:
+        return msgspec.convert(plain, Events)
+    except (msgspec.ValidationError, ConfigError) as error:
+        raise EvidenceError(
+            f"a privacy event cannot be read: {error}",
+            hint="it was written by a newer version or changed by hand; do not release on it",
+        ) from error
+
+
+def merge(events: Iterable[Event]) -> Events:
+    """The same releases with equal mechanisms counted together, in a canonical order."""
+    counts: dict[Event, int] = {}
+    for event in events:
+        base = repeat(event, 1)
+        counts[base] = counts.get(base, 0) + times(event)
+    merged = [repeat(base, count) for base, count in counts.items()]
+    return tuple(sorted(merged, key=lambda event: msgspec.json.encode(event)))
+
+
+def times(event: Event) -> int:
+    """How many times the mechanism of ``event`` ran."""
+    return event.steps if isinstance(event, PoissonGaussian) else event.count
+
+
+def repeat(event: Event, count: int) -> Event:
+    """The mechanism of ``event``, run ``count`` times."""
+    if isinstance(event, PoissonGaussian):
+        return msgspec.structs.replace(event, steps=count)
+    return msgspec.structs.replace(event, count=count)
+
+
+def _positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0.0):
+        raise ConfigError(
+            f"must be a positive number, not {value}",
+            where=name,
+            hint="a release without noise has no ε; run the study with privacy off instead",
+        )
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"must be at least {least}, not {value}", where=name)
+
+
+def _probability(q: float) -> None:
+    if not 0.0 < q <= 1.0:
+        raise ConfigError(
+            f"a sampling probability lies in (0, 1], not {q}",
+            where="q",
+            hint="use expected batch / records of the silo",
+        )
