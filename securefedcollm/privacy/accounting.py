@@ -1,14 +1,14 @@
 """ε from events: three accountants for the claim and an independent second opinion.
 
-| name   | library         | understands                               | is                           |
-| ------ | --------------- | ----------------------------------------- | ---------------------------- |
-| `pld`  | dp-accounting   | Gaussian and Poisson-sampled Gaussian     | tight upper bound            |
-| `rdp`  | dp-accounting   | every event                               | upper bound                  |
-| `zcdp` | dp-accounting   | every event without sampling              | upper bound                  |
-| `prv`  | prv-accountant  | as `pld`                                  | upper bound, second opinion  |
+| name   | library        | understands                         | is                          |
+| ------ | -------------- | ----------------------------------- | --------------------------- |
+| `pld`  | dp-accounting  | Gaussian, Poisson-sampled Gaussian  | tight upper bound           |
+| `rdp`  | dp-accounting  | every event                         | upper bound                 |
+| `zcdp` | dp-accounting  | every event without sampling        | upper bound                 |
+| `prv`  | prv-accountant | as `pld`                            | upper bound, second opinion |
 
-Everything is add/remove ("zero-out") adjacency. What an accountant does not understand it refuses:
-there is no approximation by the nearest known mechanism, and no GDP accountant (it is an
+Everything is add/remove ("zero-out") adjacency. What an accountant does not understand it
+refuses: there is no approximation by the nearest known mechanism, and no GDP accountant (it is an
 asymptotic formula, wrong for mixed rounds).
 
 Discrete noise. A sum of integers with a discrete Gaussian satisfies the zCDP of the continuous one
