@@ -22,6 +22,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from torch import Tensor, nn
 
 from securefedcollm.errors import DataError
+from securefedcollm.tuning.recipe import inference_mode
 
 Normalisation = Literal["plain", "length", "pmi"]
 
@@ -276,7 +277,6 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-@torch.no_grad()
 def with_prior(
     model: nn.Module,
     questions: Sequence[Question],
@@ -287,10 +287,8 @@ def with_prior(
     """``encoded`` with log p(choice | "Answer:") of ``model`` (the base, untuned) filled in."""
     bare = [Question(PMI_PROMPT, q.choices, None) for q in questions]
     priors = encode(bare, tokenizer, max_tokens=2**30)
-    training = model.training
-    model.eval()
-    parts = [choice_scores(model, batch) for batch in in_order(priors, batch_size)]
-    model.train(training)
+    with inference_mode(model):
+        parts = [choice_scores(model, batch) for batch in in_order(priors, batch_size)]
     prior = torch.cat(parts).masked_fill(~encoded.choice_mask, 0.0)
     return replace(encoded, prior=prior)
 

@@ -1,0 +1,278 @@
+"""LoRA adapters as PEFT objects, and the flat float vector that a secure sum carries.
+
+``ffa-lora`` (Sun et al. 2024, "Improving LoRA in privacy-preserving federated learning") freezes
+every A at a value that all participants derive from the study's seed, and trains B: the product BA
+is linear in what is trained, so the mean of the silos' vectors *is* the mean of their updates, and
+noise stays noise. ``rolora`` (Chen et al. 2024) trains B in even rounds and A in odd ones: exact
+within each round. ``lora`` trains both at once, as the FedCoLLM paper does; the mean of products is
+not the product of means, so its average carries a bias.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from uuid import uuid4
+
+import numpy as np
+import numpy.typing as npt
+import rfc8785
+import torch
+from torch import nn
+
+from securefedcollm.errors import ConfigError, StateError
+from securefedcollm.primitives import sha256
+from securefedcollm.tuning.questions import unwrapped
+
+Method = Literal["ffa-lora", "rolora", "lora"]
+Vector = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """What one round's vector holds: parameters in this order, each flattened row by row.
+
+    Two participants may add their vectors only if their ``digest`` is equal.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: str = "float32"
+
+    @property
+    def size(self) -> int:
+        """Length d of the vector."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the RFC 8785 form of dtype, names and shapes."""
+        entries: list[Any] = [[n, list(s)] for n, s in zip(self.names, self.shapes, strict=True)]
+        return sha256(rfc8785.dumps({"dtype": self.dtype, "parameters": entries})).hex()
+
+
+def attach(
+    model: nn.Module,
+    *,
+    method: Method = "ffa-lora",
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    targets: str | Sequence[str] = "all-linear",
+    top_layers: int | None = None,
+    seed: int = 0,
+) -> Any:
+    """Put a fresh adapter on ``model`` and return the ``PeftModel``; the base is frozen.
+
+    A is drawn from ``seed`` and the parameter's name, bit for bit the same on every machine and in
+    every version; B is zero, so the adapter starts as the identity. Global random state is neither
+    read nor changed.
+
+    Args:
+        targets: ``"all-linear"`` (every linear layer but the output layer) or module names.
+        top_layers: adapt only the last so many layers.
+
+    Raises:
+        ConfigError: no module matches ``targets``, or ``top_layers`` passes the model's depth.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # a float α is fine: scaling = α / r
+        lora_dropout=dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        layers_to_transform=_top(model, top_layers),
+        fan_in_fan_out=_is_conv1d(model),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        # PEFT draws an A of its own (replaced below).
+        with torch.random.fork_rng(devices=[]), _quiet_peft():
+            adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigError(
+            f"the adapter fits no module of the model: {error}",
+            where="adapter.targets",
+            hint="use all-linear, or names of linear modules such as q_proj",
+        ) from error
+    for name, parameter in _adapter_parameters(adapted):
+        if ".lora_A." in name:
+            parameter.data.copy_(torch.from_numpy(_shared_init(seed, name, parameter.shape)))
+        else:
+            parameter.data.zero_()
+    select(adapted, layout_of(adapted, method))
+    return adapted
+
+
+def layout_of(model: nn.Module, method: Method, round_number: int = 0) -> AdapterLayout:
+    """The layout of what ``method`` trains in round ``round_number`` (from 0)."""
+    parts = {
+        "ffa-lora": (".lora_B.",),
+        "rolora": (".lora_B.",) if round_number % 2 == 0 else (".lora_A.",),
+        "lora": (".lora_A.", ".lora_B."),
+    }[method]
+    chosen = [(n, p) for n, p in _adapter_parameters(model) if any(part in n for part in parts)]
+    return AdapterLayout(
+        names=tuple(name for name, _ in chosen),
+        shapes=tuple(tuple(parameter.shape) for _, parameter in chosen),
+    )
+
+
+def full_layout(model: nn.Module) -> AdapterLayout:
+    """The layout of the whole adapter, trained or not: what a checkpoint must hold."""
+    return layout_of(model, "lora")
+
+
+def select(model: nn.Module, layout: AdapterLayout) -> list[nn.Parameter]:
+    """Make exactly the parameters of ``layout`` trainable; return them in layout order."""
+    parameters = _checked(model, layout)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    return parameters
+
+
+def to_vector(model: nn.Module, layout: AdapterLayout) -> Vector:
+    """The parameters of ``layout`` as one float32 [d]."""
+    parameters = _checked(model, layout)
+    flat: Vector = torch.cat([p.detach().reshape(-1).float().cpu() for p in parameters]).numpy()
+    return flat
+
+
+def load_vector(model: nn.Module, layout: AdapterLayout, vector: npt.NDArray[Any]) -> None:
+    """Overwrite the parameters of ``layout`` with ``vector`` (float [d]).
+
+    Raises:
+        ConfigError: the model or the vector has another shape.
+    """
+    parameters = _checked(model, layout)
+    if vector.shape != (layout.size,):
+        raise ConfigError(
+            f"the vector has shape {vector.shape}, the layout needs ({layout.size},)",
+            where="adapter.layout",
+            hint="every participant must run the same study with the same base model",
+        )
+    values = torch.from_numpy(np.array(vector, dtype=np.float32))
+    at = 0
+    for parameter in parameters:
+        part = values[at : at + parameter.numel()].view(parameter.shape)
+        parameter.data.copy_(part)
+        at += parameter.numel()
+
+
+def save_adapter(model: Any, directory: Path) -> None:
+    """Write the adapter in PEFT's format (safetensors) for ``PeftModel.from_pretrained``.
+
+    The directory is replaced as a whole: a reader sees the old adapter or the new one.
+
+    Raises:
+        StateError: the directory cannot be written.
+    """
+    fresh = directory.with_name(f".{directory.name}.{uuid4().hex}")
+    try:
+        fresh.mkdir(parents=True)
+        # False: PEFT would look the base model up on the hub to compare vocabularies.
+        model.save_pretrained(fresh, safe_serialization=True, save_embedding_layers=False)
+        if directory.exists():
+            shutil.rmtree(directory)
+        fresh.rename(directory)
+    except OSError as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise StateError(
+            f"cannot write the adapter to {directory}: {error.strerror}",
+            hint="choose a writable output directory with --out",
+        ) from error
+
+
+def load_adapter(model: nn.Module, directory: Path) -> Any:
+    """The ``PeftModel`` of a base ``model`` and an adapter that :func:`save_adapter` wrote.
+
+    Raises:
+        ConfigError: the directory holds no safetensors adapter, or one of another model.
+    """
+    from peft import PeftModel
+
+    if not (directory / "adapter_model.safetensors").is_file():
+        raise ConfigError(
+            "no adapter_model.safetensors there",
+            where=str(directory),
+            hint="give the directory of one adapter, such as runs/NAME/adapters/slm",
+        )
+    try:
+        with torch.random.fork_rng(devices=[]), _quiet_peft():
+            return PeftModel.from_pretrained(model, str(directory), is_trainable=False)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            "the adapter was made for another base model",
+            where=str(directory),
+            hint="load it on the model that it was tuned on",
+        ) from error
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """PEFT reads a property that transformers 5 has renamed; the warning is not for our users."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
+
+
+def _adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """LoRA matrices by PEFT's checkpoint name (``default`` left out), sorted: A before B."""
+    found = [
+        (name.replace(".default.", "."), parameter)
+        for name, parameter in model.named_parameters()
+        if ".lora_A." in name or ".lora_B." in name
+    ]
+    return iter(sorted(found, key=lambda item: item[0]))
+
+
+def _checked(model: nn.Module, layout: AdapterLayout) -> list[nn.Parameter]:
+    """The parameters of ``layout`` in its order, or a ConfigError that names the difference."""
+    have = dict(_adapter_parameters(model))
+    for name, shape in zip(layout.names, layout.shapes, strict=True):
+        found = tuple(have[name].shape) if name in have else None
+        if found != shape:
+            raise ConfigError(
+                f"{name} has shape {shape} in the layout and {found or 'no place'} in this model",
+                where="adapter.layout",
+                hint="every participant must run the same study with the same base model",
+            )
+    return [have[name] for name in layout.names]
+
+
+def _shared_init(seed: int, name: str, shape: Sequence[int]) -> Vector:
+    """Uniform in ±1/√(fan in), PEFT's Kaiming range, made from raw Philox words only.
+
+    NumPy promises the stream of a bit generator for ever, but not that of its distributions.
+    """
+    key = int.from_bytes(sha256(b"adapter/A\0", f"{seed}\0{name}".encode())[:16], "little")
+    words = np.random.Philox(key=key).random_raw(math.prod(shape))
+    unit = (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1)
+    return (unit * np.float32(1 / math.sqrt(shape[1]))).reshape(tuple(shape))
+
+
+def _top(model: nn.Module, top_layers: int | None) -> list[int] | None:
+    if top_layers is None:
+        return None
+    depth = int(unwrapped(model).config.num_hidden_layers)
+    if top_layers > depth:
+        raise ConfigError(
+            f"{top_layers} layers asked for, the model has {depth}",
+            where="adapter.top_layers",
+            hint=f"use at most {depth}",
+        )
+    return list(range(depth - top_layers, depth))
+
+
+def _is_conv1d(model: nn.Module) -> bool:
+    """GPT-2 stores its linear layers transposed."""
+    return any(type(module).__name__ == "Conv1D" for module in model.modules())

@@ -1,0 +1,297 @@
+"""Tuning inside a silo: plain, and with DP-SGD.
+
+Both functions train the parameters of one adapter layout on the silo's questions and return the
+change as one vector. Nothing else about the records leaves them: no loss, no gradient norm, no
+batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from securefedcollm.errors import ConfigError, DataError, TrainingError
+from securefedcollm.privacy.events import Event, PoissonGaussian
+from securefedcollm.privacy.noise import NoiseSource
+from securefedcollm.tuning.adapters import AdapterLayout, Vector, select, to_vector
+from securefedcollm.tuning.questions import (
+    EncodedQuestions,
+    Normalisation,
+    choice_scores,
+    shuffled_batches,
+    unwrapped,
+)
+from securefedcollm.tuning.recipe import (
+    Optimizer,
+    Progress,
+    make_optimizer,
+    silent,
+    training_mode,
+)
+
+Loss = Literal["answer", "choices"]
+
+_DIVERGED = "lower local.learning_rate, or use a float32 model"
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What a silo's round of tuning made.
+
+    ``delta``: float32 [d], the trained minus the received parameters, in layout order.
+    ``events``: what DP-SGD did, for the accountant; empty without DP.
+    """
+
+    delta: Vector
+    events: tuple[Event, ...] = ()
+
+
+def question_losses(
+    model: nn.Module, batch: EncodedQuestions, loss: Loss, normalisation: Normalisation
+) -> Tensor:
+    """Training loss of every question: float32 [B].
+
+    ``answer``: the language-model cross-entropy of the right choice's tokens over the whole
+    vocabulary, summed over them. ``choices``: the cross-entropy over the scores of the choices.
+    """
+    if loss == "answer":
+        return -choice_scores(model, batch).gather(1, batch.answers[:, None])[:, 0]
+    scores = choice_scores(model, batch, normalisation)
+    return F.cross_entropy(scores, batch.answers, reduction="none")
+
+
+def train_plain(
+    model: nn.Module,
+    layout: AdapterLayout,
+    data: EncodedQuestions,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    optimizer: Optimizer = "adam",
+    loss: Loss = "answer",
+    normalisation: Normalisation = "plain",
+    max_grad_norm: float | None = None,
+    micro_batch: int = 64,
+    progress: Progress = silent,
+) -> LocalResult:
+    """Tune without differential privacy: ``steps`` shuffled minibatches, mean loss.
+
+    Deterministic for a ``seed`` and a thread count. ``model`` is changed in place.
+
+    Raises:
+        DataError: a question has no answer.
+        TrainingError: a loss or weight became NaN or infinite, or nothing moved.
+    """
+    parameters, start = _begin(model, layout, data)
+    descend = make_optimizer(optimizer, parameters, learning_rate)
+    batches = shuffled_batches(len(data), batch_size, torch.Generator().manual_seed(seed))
+    with training_mode(model, seed=seed):
+        for step in range(steps):
+            batch = next(batches)
+            descend.zero_grad()
+            for rows in torch.split(batch, micro_batch):
+                losses = question_losses(model, data.select(rows), loss, normalisation)
+                torch.autograd.backward(losses.sum() / len(batch))
+            norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or torch.inf)
+            if not bool(torch.isfinite(norm)):
+                raise TrainingError(f"the gradient of step {step} is not finite", hint=_DIVERGED)
+            descend.step()
+            progress(step + 1, steps, "local tuning")
+    return LocalResult(_finish(model, layout, start))
+
+
+def train_dp(
+    model: nn.Module,
+    layout: AdapterLayout,
+    data: EncodedQuestions,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    noise_multiplier: float,
+    clip_norm: float,
+    noise: NoiseSource,
+    seed: int,
+    optimizer: Optimizer = "adam",
+    loss: Loss = "answer",
+    normalisation: Normalisation = "plain",
+    subjects: Sequence[str] | None = None,
+    micro_batch: int = 64,
+    progress: Progress = silent,
+) -> LocalResult:
+    """Tune with DP-SGD (Abadi et al. 2016): the returned delta is itself differentially private.
+
+    Every step takes each unit with probability q = batch_size / units, clips the gradient of each
+    taken unit to L2 norm ``clip_norm``, adds N(0, (noise_multiplier · clip_norm)²) to every
+    coordinate of the sum, and divides by the *expected* batch. A step whose sample is empty is
+    taken all the same, on noise alone. Sampling and noise come from ``noise``; ``seed`` only drives
+    dropout. The unit is a record or, with ``subjects`` (one name per record), all records of one
+    subject, whose gradients are summed before clipping.
+
+    Adversary: anyone who sees the delta, the server included. Neighbours differ by one unit added
+    or removed. The events are true only if the whole delta of every call is accounted for.
+
+    Args:
+        batch_size: expected number of units in a batch.
+        micro_batch: records whose per-record gradients are in memory at a time; all records of a
+            subject are always taken together.
+
+    Raises:
+        ConfigError: fewer units than ``batch_size``.
+        DataError: a question has no answer.
+        TrainingError: a gradient became NaN or infinite, or an adapter matrix got none.
+    """
+    parameters, start = _begin(model, layout, data)
+    members = _members(len(data), subjects)
+    if batch_size > len(members):
+        raise ConfigError(
+            f"an expected batch of {batch_size} needs as many units, the silo has {len(members)}",
+            where="local.batch_size",
+            hint=f"use at most {len(members)}",
+        )
+    rate = batch_size / len(members)
+    descend = make_optimizer(optimizer, parameters, learning_rate)
+    moved = False
+    with training_mode(model, seed=seed), _per_record_gradients(model):
+        for step in range(steps):
+            total = np.zeros(layout.size)
+            for units in _micro_batches(
+                noise.poisson_batch(len(members), rate), members, micro_batch
+            ):
+                losses = question_losses(
+                    model, data.select(torch.from_numpy(np.concatenate(units))), loss, normalisation
+                )
+                torch.autograd.backward(losses.sum())
+                gradients = _take_gradients(parameters, [len(unit) for unit in units])
+                total += _clipped_sum(gradients, clip_norm, step)
+            moved = moved or bool(total.any())
+            total += noise_multiplier * clip_norm * noise.gaussian(layout.size)
+            _set_gradient(parameters, total / batch_size)
+            descend.step()
+            progress(step + 1, steps, "local tuning with DP-SGD")
+    if not moved:
+        raise TrainingError(
+            "no record had a gradient in any step", hint="check that the adapter is attached"
+        )
+    event = PoissonGaussian(q=rate, noise_multiplier=noise_multiplier, steps=steps)
+    return LocalResult(_finish(model, layout, start), (event,))
+
+
+def _begin(
+    model: nn.Module, layout: AdapterLayout, data: EncodedQuestions
+) -> tuple[list[nn.Parameter], Vector]:
+    if bool((data.answers < 0).any()):
+        raise DataError(
+            "local tuning needs an answer to every question",
+            where="training questions",
+            hint="remove the questions without an answer",
+        )
+    return select(model, layout), to_vector(model, layout)
+
+
+def _finish(model: nn.Module, layout: AdapterLayout, start: Vector) -> Vector:
+    delta = to_vector(model, layout) - start
+    if not np.isfinite(delta).all():
+        raise TrainingError("the tuned adapter is not finite", hint=_DIVERGED)
+    if not delta.any():
+        raise TrainingError(
+            "tuning changed nothing", hint="raise local.steps or local.learning_rate"
+        )
+    return delta
+
+
+@contextmanager
+def _per_record_gradients(model: nn.Module) -> Iterator[None]:
+    """Let every backward pass leave ``grad_sample`` [B, *shape] on the trainable parameters."""
+    from opacus import GradSampleModule
+
+    # Without it the first layer's inputs carry no gradient and its hooks would not be reliable.
+    unwrapped(model).enable_input_require_grads()
+    hooked = GradSampleModule(model, loss_reduction="sum")
+    try:
+        yield
+    finally:
+        hooked.remove_hooks()
+        unwrapped(model).disable_input_require_grads()
+        for parameter in model.parameters():
+            for leftover in ("grad_sample", "_forward_counter", "_current_grad_sample"):
+                if hasattr(parameter, leftover):
+                    delattr(parameter, leftover)
+            parameter.grad = None
+
+
+def _members(records: int, subjects: Sequence[str] | None) -> list[npt.NDArray[np.int64]]:
+    """The records of every unit."""
+    if subjects is None:
+        return list(np.arange(records)[:, None])
+    if len(subjects) != records:
+        raise ValueError("subjects needs one name per record")
+    _, owner = np.unique(np.asarray(subjects), return_inverse=True)
+    return [np.flatnonzero(owner == unit) for unit in range(int(owner.max()) + 1)]
+
+
+def _micro_batches(
+    units: npt.NDArray[np.int64], members: list[npt.NDArray[np.int64]], micro_batch: int
+) -> Iterator[list[npt.NDArray[np.int64]]]:
+    """Group whole units into lists of at most ``micro_batch`` records (or one larger unit)."""
+    group: list[npt.NDArray[np.int64]] = []
+    size = 0
+    for unit in units:
+        records = members[int(unit)]
+        if group and size + len(records) > micro_batch:
+            yield group
+            group, size = [], 0
+        group.append(records)
+        size += len(records)
+    if group:
+        yield group
+
+
+def _take_gradients(parameters: list[nn.Parameter], sizes: list[int]) -> npt.NDArray[np.float64]:
+    """Per-unit gradients float64 [units, d]; ``sizes`` counts each unit's records."""
+    columns = []
+    for parameter in parameters:
+        samples = getattr(parameter, "grad_sample", None)
+        if samples is None:
+            raise TrainingError(
+                "an adapter matrix got no per-record gradient",
+                hint="DP-SGD supports adapters on linear layers without gradient checkpointing",
+            )
+        columns.append(samples.reshape(samples.shape[0], -1))
+        parameter.grad_sample = None  # type: ignore[attr-defined]
+        parameter.grad = None
+    records: npt.NDArray[np.float64] = torch.cat(columns, 1).double().numpy()
+    if max(sizes) == 1:
+        return records
+    starts = np.cumsum([0, *sizes[:-1]])
+    return np.add.reduceat(records, starts, axis=0)
+
+
+def _clipped_sum(
+    gradients: npt.NDArray[np.float64], clip_norm: float, step: int
+) -> npt.NDArray[np.float64]:
+    """Σ gᵢ · min(1, C/‖gᵢ‖) over the units: float64 [d]."""
+    norms = np.linalg.norm(gradients, axis=1)
+    if not np.isfinite(norms).all():
+        raise TrainingError(f"a gradient of step {step} is not finite", hint=_DIVERGED)
+    scale = np.minimum(1.0, clip_norm / np.maximum(norms, np.finfo(np.float64).tiny))
+    total: npt.NDArray[np.float64] = scale @ gradients
+    return total
+
+
+def _set_gradient(parameters: list[nn.Parameter], gradient: npt.NDArray[np.float64]) -> None:
+    values = torch.from_numpy(gradient.astype(np.float32))
+    at = 0
+    for parameter in parameters:
+        parameter.grad = values[at : at + parameter.numel()].view(parameter.shape).clone()
+        at += parameter.numel()
