@@ -1,0 +1,204 @@
+"""Loading models: what is accepted, what is refused, and what the digest sees."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from securefedcollm.errors import ConfigError, StateError
+from securefedcollm.tuning.models import load_model, save_model, weights_digest
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+def tiny(seed: int = 0, tied: bool = True, layers: int = 2) -> LlamaForCausalLM:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=11,
+                hidden_size=8,
+                intermediate_size=16,
+                num_hidden_layers=layers,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                tie_word_embeddings=tied,
+                bos_token_id=1,
+                eos_token_id=1,
+                pad_token_id=1,
+            )
+        ).eval()
+
+
+def words() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    vocabulary = {word: i for i, word in enumerate(["?", "end", *"abcdefghi"])}
+    inner = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+    inner.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?", eos_token="end")
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    save_model(tiny(), words(), tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_a_saved_model_comes_back_whole(directory: Path) -> None:
+    loaded = load_model(f"path:{directory}")
+    tokens = torch.tensor([[2, 3, 4]])
+    with torch.no_grad():
+        assert torch.equal(loaded.model(tokens).logits, tiny()(tokens).logits)
+    assert not loaded.model.training
+    assert loaded.tokenizer("a c b")["input_ids"] == [2, 4, 3]
+    assert loaded.digest == weights_digest(tiny())
+    assert load_model("path:base", base_dir=directory.parent).digest == loaded.digest
+    assert not list(directory.parent.glob(".*"))
+
+
+def test_the_digest_sees_weights_and_nothing_else(directory: Path, tmp_path: Path) -> None:
+    digest = load_model(f"path:{directory}").digest
+    sharded = tmp_path / "sharded"
+    tiny().save_pretrained(sharded, max_shard_size="1KB")
+    words().save_pretrained(sharded)
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    assert load_model(f"path:{sharded}").digest == digest
+
+    assert weights_digest(tiny(seed=1)) != digest
+    assert weights_digest(tiny().bfloat16()) != digest
+    nudged = tiny()
+    with torch.no_grad():
+        nudged.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-6
+    assert weights_digest(nudged) != digest
+    # Same bytes in another shape are another model.
+    turned = tiny()
+    up = turned.model.layers[0].mlp.up_proj
+    up.weight = torch.nn.Parameter(up.weight.detach().reshape(8, 16))
+    assert weights_digest(turned) != digest
+
+
+def test_a_pinned_digest_is_enforced(directory: Path) -> None:
+    """Adversary: a server that hands some silos a model with other weights."""
+    digest = load_model(f"path:{directory}").digest
+    load_model(f"path:{directory}", sha256=digest)
+    with pytest.raises(ConfigError, match="the study pins") as caught:
+        load_model(f"path:{directory}", sha256="0" * 64)
+    assert "agree" in caught.value.hint
+
+
+def test_bfloat16_is_loaded_as_such(directory: Path) -> None:
+    loaded = load_model(f"path:{directory}", dtype="bfloat16")
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
+    assert loaded.digest == weights_digest(tiny().bfloat16())
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pytest.fail, ("a pickle was loaded",)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_pickled_weights_are_refused_unread(directory: Path, name: str) -> None:
+    """Adversary: whoever supplies the directory; unpickling would run their code."""
+    (directory / "model.safetensors").unlink()
+    (directory / name).write_bytes(pickle.dumps(_Bomb()))
+    with pytest.raises(ConfigError, match=f"only {name}, which is not loaded"):
+        load_model(f"path:{directory}")
+
+
+def test_code_that_comes_with_a_model_is_not_run(directory: Path) -> None:
+    """Adversary: as above, with a ``modeling_*.py`` next to the weights."""
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}}
+    (directory / "config.json").write_text(json.dumps(config))
+    marker = directory / "ran"
+    (directory / "modeling_evil.py").write_text(f"open({str(marker)!r}, 'w')")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_model(f"path:{directory}")
+    assert not marker.exists()
+
+
+def test_missing_weights_are_not_made_up(directory: Path) -> None:
+    """The library would fill them with random numbers and go on."""
+    from safetensors.torch import load_file, save_file
+
+    file = directory / "model.safetensors"
+    weights = load_file(file)
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lack 1 weights, model\.layers\.1\.mlp"):
+        load_model(f"path:{directory}")
+
+
+def test_sources_that_lead_nowhere(directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text("{}")
+    (directory / "model.safetensors").write_bytes(b"not safetensors")
+    for source, says in {
+        "nothing": "is no model source",
+        "builtin:other": "no such built-in model",
+        "builtin:smollm2-135m": "has not been prepared",
+        f"path:{tmp_path}/absent": "no transformers directory",
+        f"path:{tmp_path}/adapter": "is an adapter",
+        f"path:{tmp_path}/bare": "holds no weights",
+        f"path:{directory}": "cannot be loaded",
+        "hub:org/name": "needs its full commit hash",
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            load_model(source, cache_dir=tmp_path / "cache")
+        assert says in str(caught.value)
+        assert caught.value.hint
+        assert "\n" not in str(caught.value)
+
+
+def test_a_branch_name_is_no_revision() -> None:
+    """Adversary: whoever may push to the repository after the participants agreed."""
+    with pytest.raises(ConfigError, match="full commit hash"):
+        load_model("hub:org/name", revision="main")
+
+
+def test_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match="not in the cache and cannot be downloaded") as caught:
+        load_model("hub:org/name", revision=REVISION)
+    assert f"hf download org/name --revision {REVISION}" in caught.value.hint
+
+
+def test_a_cached_hub_model_loads_without_a_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, directory: Path
+) -> None:
+    import huggingface_hub.constants
+
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / REVISION
+    snapshot.parent.mkdir(parents=True)
+    directory.rename(snapshot)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    loaded = load_model("hub:org/name", revision=REVISION)
+    assert loaded.digest == weights_digest(tiny())
+    with pytest.raises(ConfigError, match="cannot be downloaded"):
+        load_model("hub:org/name", revision=REVISION[::-1])
+
+
+def test_saving_never_overwrites(directory: Path, tmp_path: Path) -> None:
+    before = sorted(directory.iterdir())
+    with pytest.raises(StateError, match="not empty"):
+        save_model(tiny(seed=1), words(), directory)
+    assert sorted(directory.iterdir()) == before
+    (tmp_path / "file").touch()
+    with pytest.raises(StateError, match="cannot be written"):
+        save_model(tiny(), words(), tmp_path / "file" / "model")
