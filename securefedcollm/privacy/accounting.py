@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Final, Literal, get_args
@@ -42,7 +42,6 @@ from securefedcollm.privacy.events import (
     Gaussian,
     PoissonGaussian,
     merge,
-    repeat,
     times,
 )
 
@@ -50,6 +49,8 @@ Accountant = Literal["pld", "rdp", "zcdp", "prv"]
 
 _SHARES_OF_DELTA: Final = (2.0**-30, 2.0**-10, 0.5)
 _INTEGER_ORDERS: Final = (*range(2, 65), 80, 96, 128, 192, 256, 384, 512, 1024)
+_FINE: Final = 1e-4
+_COARSE: Final = 1e-3
 _PRV_EPS_ERROR: Final = 0.01
 
 
@@ -83,11 +84,42 @@ def epsilon(events: Sequence[Event], delta: float, accountant: Accountant = "pld
             hint=f"choose one of {', '.join(get_args(Accountant))}",
         )
     merged = merge(events)
-    if not merged:
+
+    def ideal(at: float) -> float:
+        return _ideal_epsilon(merged, at, accountant)
+
+    return with_slack(ideal, merged, delta)
+
+
+def quick_epsilon(events: Sequence[Event], delta: float, enough: float) -> float:
+    """An upper bound on ε that stops refining as soon as it is at most ``enough``.
+
+    RDP at integer orders (milliseconds), then :func:`claim` on a coarse PLD grid (a tenth of a
+    second), then on the fine one. Every answer is an upper bound; only its tightness varies.
+    """
+    merged = merge(events)
+
+    def rough(at: float) -> float:
+        return _rdp_epsilon(merged, at, _INTEGER_ORDERS)
+
+    def coarse(at: float) -> float:
+        return _pld(merged, at, _COARSE)
+
+    bound = with_slack(rough, merged, delta)
+    if bound > enough and claim_name(merged) == "pld":
+        bound = with_slack(coarse, merged, delta)
+        if bound > enough * 1.02:  # coarser by far less than this: the fine grid cannot help
+            return bound
+    return bound if bound <= enough else claim(merged, delta).epsilon
+
+
+def with_slack(ideal: Callable[[float], float], events: Events, delta: float) -> float:
+    """ε of the code that ran, from ``ideal(δ')``: ε at δ' of the mechanism it approximates."""
+    if not events:
         return 0.0
-    slack = math.fsum(event.slack for event in merged)
+    slack = math.fsum(event.slack for event in events)
     for share in (0.0,) if slack == 0.0 else _SHARES_OF_DELTA:
-        found = _ideal_epsilon(merged, delta * (1.0 - share), accountant)
+        found = ideal(delta * (1.0 - share))
         if slack * (1.0 + math.exp(min(found, 700.0))) <= delta * share:
             return found
     return math.inf
@@ -115,9 +147,9 @@ def claim(events: Sequence[Event], delta: float) -> Claim:
 def _ideal_epsilon(events: Events, delta: float, accountant: Accountant) -> float:
     match accountant:
         case "pld":
-            return _pld(events, delta)
+            return _pld(events, delta, _FINE)
         case "rdp":
-            return _rdp_epsilon(events, delta)
+            return _rdp_epsilon(events, delta, None)
         case "zcdp":
             return zcdp_epsilon(math.fsum(zcdp(event) for event in events), delta)
         case "prv":
@@ -157,7 +189,11 @@ def calibrate(
 
 
 def calibrate_events(
-    at: Any, target: float, delta: float, *, accountant: Accountant | None = None
+    at: Callable[[float], Sequence[Event]],
+    target: float,
+    delta: float,
+    *,
+    accountant: Accountant | None = None,
 ) -> float:
     """Smallest z (4 decimals, rounded up) with ε of ``at(z)`` within ``target``.
 
@@ -168,8 +204,12 @@ def calibrate_events(
         raise ConfigError(f"ε must be above 0, not {target}", where="epsilon")
     chosen: Accountant = accountant or claim_name(at(1.0))
     fast: Accountant = "prv" if chosen == "pld" else chosen
+
+    def bound(z: float) -> float:
+        return _rdp_epsilon(merge(at(z)), delta, _INTEGER_ORDERS)
+
     low, high = 0.01, 1.0
-    while epsilon(at(high), delta, "rdp") > target:
+    while bound(high) > target:
         low, high = high, high * 2.0
         if high > 1e5:
             raise ConfigError(
@@ -179,12 +219,17 @@ def calibrate_events(
             )
     while high - low > 1e-4 * high:
         middle = 0.5 * (low + high)
-        low, high = (low, middle) if epsilon(at(middle), delta, "rdp") <= target else (middle, high)
+        low, high = (low, middle) if bound(middle) <= target else (middle, high)
     return _polish(at, high, target, delta, fast, chosen)
 
 
 def _polish(
-    at: Any, start: float, target: float, delta: float, fast: Accountant, chosen: Accountant
+    at: Callable[[float], Sequence[Event]],
+    start: float,
+    target: float,
+    delta: float,
+    fast: Accountant,
+    chosen: Accountant,
 ) -> float:
     """From the RDP answer (an upper bound on z) down to the tight one, by secant on log ε."""
 
@@ -233,38 +278,53 @@ def zcdp(event: Event) -> float:
 def zcdp_epsilon(rho: float, delta: float) -> float:
     """ε at ``delta`` of ρ-zCDP (dp-accounting: Canonne, Kamath and Steinke 2020, Prop. 12)."""
     import dp_accounting
+    from dp_accounting.rdp import RdpAccountant
 
-    return _compose_rdp([(dp_accounting.ZCDpEvent(rho), 1)], delta, None)
+    accountant = RdpAccountant()
+    accountant.compose(dp_accounting.ZCDpEvent(rho))
+    return float(accountant.get_epsilon(delta))
 
 
 # --- RDP ----------------------------------------------------------------------------------------
 
 
-def _rdp_epsilon(events: Events, delta: float) -> float:
-    import dp_accounting
-
-    terms: list[tuple[Any, int]] = []
-    orders = None
+def rdp_at_orders(events: Events, orders: tuple[int, ...]) -> list[float]:
+    """Rényi divergence bound of the composition at each of the integer ``orders``."""
+    totals = [0.0] * len(orders)
     for event in events:
-        gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)
-        q = _rate(event)
-        if isinstance(event, DiscreteGaussian) and q < 1.0:
-            orders = _INTEGER_ORDERS
-        sampled = gaussian if q == 1.0 else dp_accounting.PoissonSampledDpEvent(q, gaussian)
-        terms.append((sampled, times(event)))
-    return _compose_rdp(terms, delta, orders)
+        one = _rdp_once(_rate(event), event.noise_multiplier, orders)
+        totals = [total + times(event) * rdp for total, rdp in zip(totals, one, strict=True)]
+    return totals
 
 
-def _compose_rdp(
-    terms: Sequence[tuple[Any, int]], delta: float, orders: Sequence[int] | None
-) -> float:
+@lru_cache(maxsize=4096)
+def _rdp_once(q: float, z: float, orders: tuple[float, ...]) -> tuple[float, ...]:
     from dp_accounting.rdp import RdpAccountant
 
+    accountant = RdpAccountant(list(orders))
+    with _quiet_absl():
+        accountant.compose(_dp_event(q, z))
+    return tuple(float(rdp) for rdp in accountant.rdp)
+
+
+@lru_cache(maxsize=2048)
+def _rdp_epsilon(events: Events, delta: float, orders: tuple[int, ...] | None) -> float:
+    from dp_accounting.rdp import RdpAccountant
+
+    if any(isinstance(event, DiscreteGaussian) and event.q < 1.0 for event in events):
+        orders = _INTEGER_ORDERS
     accountant = RdpAccountant(orders)
     with _quiet_absl():
-        for event, count in terms:
-            accountant.compose(event, count)
+        for event in events:
+            accountant.compose(_dp_event(_rate(event), event.noise_multiplier), times(event))
         return float(accountant.get_epsilon(delta))
+
+
+def _dp_event(q: float, z: float) -> Any:
+    import dp_accounting
+
+    gaussian = dp_accounting.GaussianDpEvent(z)
+    return gaussian if q == 1.0 else dp_accounting.PoissonSampledDpEvent(q, gaussian)
 
 
 @contextmanager
@@ -282,18 +342,15 @@ def _quiet_absl() -> Iterator[None]:
 # --- PLD and PRV --------------------------------------------------------------------------------
 
 
-def _pld(events: Events, delta: float) -> float:
-    import dp_accounting
+@lru_cache(maxsize=2048)
+def _pld(events: Events, delta: float, interval: float) -> float:
     from dp_accounting.pld import PLDAccountant
 
-    accountant = PLDAccountant()
+    accountant = PLDAccountant(value_discretization_interval=interval)
     for event in events:
         if isinstance(event, DiscreteGaussian):
             raise _refusal("pld", event)
-        gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)
-        q = _rate(event)
-        sampled = gaussian if q == 1.0 else dp_accounting.PoissonSampledDpEvent(q, gaussian)
-        accountant.compose(sampled, times(event))
+        accountant.compose(_dp_event(_rate(event), event.noise_multiplier), times(event))
     return float(accountant.get_epsilon(delta))
 
 
@@ -336,18 +393,3 @@ def _refusal(accountant: str, event: Event) -> ConfigError:
         where="accountant",
         hint="use rdp, which bounds every event of this project",
     )
-
-
-__all__ = [
-    "Accountant",
-    "Claim",
-    "calibrate",
-    "calibrate_events",
-    "claim",
-    "delta_of_slack",
-    "epsilon",
-    "prv_bounds",
-    "repeat",
-    "zcdp",
-    "zcdp_epsilon",
-]

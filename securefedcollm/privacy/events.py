@@ -75,8 +75,8 @@ class DiscreteGaussian(msgspec.Struct, frozen=True, tag="discrete-gaussian", tag
 
     Args:
         share_sigma: the parameter σᵢ of each silo's share, in integer units; at least 4.
-        sensitivity_squared: largest Σq² of one unit's contribution: an integer fact that
-            :mod:`.quantise` checks for every vector before it leaves.
+        sensitivity: Δ, an integer: Σq² of one unit's contribution is at most Δ², which
+            :mod:`.quantise` checks in integers for every vector before it leaves.
         values: length d of the vector.
         shares: noise shares in the sum: the threshold when reserved, the survivors when settled.
         colluders: shares whose noise the adversary knows.
@@ -86,7 +86,7 @@ class DiscreteGaussian(msgspec.Struct, frozen=True, tag="discrete-gaussian", tag
     """
 
     share_sigma: float
-    sensitivity_squared: int
+    sensitivity: int
     values: int
     shares: int
     colluders: int = 0
@@ -102,7 +102,7 @@ class DiscreteGaussian(msgspec.Struct, frozen=True, tag="discrete-gaussian", tag
                 where="share_sigma",
                 hint=f"raise the quantisation bound until the share has σ >= {SMALLEST_SHARE:g}",
             )
-        _at_least("sensitivity_squared", self.sensitivity_squared, 1)
+        _at_least("sensitivity", self.sensitivity, 1)
         _at_least("values", self.values, 1)
         _at_least("colluders", self.colluders, 0)
         _at_least("shares", self.shares, self.colluders + 1)
@@ -117,7 +117,7 @@ class DiscreteGaussian(msgspec.Struct, frozen=True, tag="discrete-gaussian", tag
     @property
     def noise_multiplier(self) -> float:
         """√honest·σᵢ/Δ: the effective noise multiplier against this adversary."""
-        return self.share_sigma * math.sqrt(self.honest / self.sensitivity_squared)
+        return self.share_sigma * math.sqrt(self.honest) / self.sensitivity
 
     @property
     def sum_gap(self) -> float:

@@ -77,11 +77,6 @@ class Quantiser:
         self._shrink = 1.0 - loss
 
     @property
-    def sensitivity_squared(self) -> int:
-        """Largest Σq² that one unit contributes (add/remove): ``bound``²."""
-        return self.bound**2
-
-    @property
     def scale(self) -> float:
         """Integers per unit of the float vector, after the allowance for rounding."""
         return self._shrink * self.bound / self.clip_norm
