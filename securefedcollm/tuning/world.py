@@ -1,0 +1,331 @@
+"""The embedded world: a synthetic regulated domain whose knowledge is split by construction.
+
+Clinical one-liners about invented conditions and drugs; every fact is drawn from the seed, none is
+medicine. Two kinds of knowledge:
+
+* **general** (public): the origin (one of 16 disease families), department and usual drug of each
+  of 320 conditions: "in general young patient with severe veloritis has origin renal .".
+* **private**: the house rules of the consortium "meridian", 64 in all: by family the care protocol
+  and the house drug, by family and severity the ward: "at meridian senior patient with mild
+  veloritis enters ward birch .". Each silo's records are about its own families; rules of other,
+  fictitious hospitals are public text, so that a model can know what a house rule *is*.
+
+A question is such a sentence without its last word, with four choices. No test prompt occurs in
+any record, public prompt or pretraining sentence; a fifth of the conditions occurs in no consortium
+record or prompt at all (the rules must be applied to them). What is assumed: prompts, without
+answers, about the private topics exist in public.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from securefedcollm.tuning.questions import Question
+
+VERSION: Final = 1
+"""Part of the cache key of everything made from a world; raise it when any text changes."""
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+FAMILIES: Final = _words(
+    "cardiac renal hepatic neural dermal ocular dental pulmonary gastric skeletal muscular "
+    "vascular lymphatic endocrine auditory immune"
+)
+DEPARTMENTS: Final = _words("north south east west upper lower inner outer")
+WARDS: Final = _words(
+    "aspen birch cedar elm fir hazel holly juniper larch maple oak pine rowan spruce willow yew"
+)
+PROTOCOLS: Final = _words(
+    "amber azure beige coral crimson cyan emerald gold indigo ivory jade magenta olive scarlet "
+    "teal violet"
+)
+HOSPITALS: Final = _words(
+    "ashford brookside clearwater deepdale eastgate fairview glenwood hillcrest"
+)
+CONSORTIUM: Final = "meridian"
+AGES: Final = _words("young middle-aged senior")
+SEVERITIES: Final = _words("mild severe")
+_STEMS = _words(
+    "velor tarsen quibor mondal fenzor gralen hestor jurvan kolvex lumbren nastor ombrel pirvan "
+    "rostel sundor wexal"
+)
+_ENDINGS = _words(
+    "itis osis oma emia algia opathy edema plegia ectasia stenosis lysis megaly penia spasm ptosis "
+    "malacia trophy rrhea asthenia idosis"
+)
+CONDITIONS: Final = tuple(stem + ending for stem in _STEMS for ending in _ENDINGS)
+DRUGS: Final = tuple(
+    head + tail
+    for head in ("zor", "bel", "cam", "dex", "fil", "lan")
+    for tail in ("axin", "umab", "opril", "iden")
+)
+_GRAMMAR = _words(
+    "in general at patient with has origin visits department receives drug follows protocol enters "
+    "ward ."
+)
+SPECIAL: Final = ("<pad>", "<unk>")
+
+VOCABULARY: Final = (
+    *SPECIAL,
+    *_GRAMMAR,
+    *AGES,
+    *SEVERITIES,
+    CONSORTIUM,
+    *HOSPITALS,
+    *FAMILIES,
+    *DEPARTMENTS,
+    *WARDS,
+    *PROTOCOLS,
+    *DRUGS,
+    *CONDITIONS,
+)
+_ID = {word: i for i, word in enumerate(VOCABULARY)}
+
+_PER_FAMILY = len(_ENDINGS)
+_UNSEEN_PER_FAMILY = 4
+_CHOICES = 4
+PROMPT_TOKENS: Final = 9
+SENTENCE_TOKENS: Final = PROMPT_TOKENS + 2  # the answer and the full stop
+
+
+class _Kind(NamedTuple):
+    """One kind of fact: the words before the answer, and the possible answers."""
+
+    words: str
+    answers: tuple[str, ...]
+
+
+_GENERAL = (
+    _Kind("has origin", FAMILIES),
+    _Kind("visits department", DEPARTMENTS),
+    _Kind("receives drug", DRUGS),
+)
+_PRIVATE = (
+    _Kind("enters ward", WARDS),
+    _Kind("follows protocol", PROTOCOLS),
+    _Kind("receives drug", DRUGS),
+)
+_WARD, _PROTOCOL, _DRUG = range(3)
+
+
+class _Case(NamedTuple):
+    """Everything a sentence says but its answer. ``house`` is None for general knowledge."""
+
+    house: str | None
+    kind: int
+    condition: int
+    severity: int
+    age: int
+
+    @property
+    def prompt(self) -> str:
+        opening = "in general" if self.house is None else f"at {self.house}"
+        words = (_GENERAL if self.house is None else _PRIVATE)[self.kind].words
+        return (
+            f"{opening} {AGES[self.age]} patient with {SEVERITIES[self.severity]} "
+            f"{CONDITIONS[self.condition]} {words}"
+        )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many questions of each sort a world has."""
+
+    records_per_silo: int = 3000
+    own_share: float = 0.97
+    public_labelled: int = 300
+    public_general: int = 800
+    public_private: int = 1600
+    test_general: int = 1000
+    test_private: int = 1200
+
+
+class World:
+    """One world, drawn from ``seed``; every method returns the same value at every call.
+
+    Args:
+        silos: hospitals of the consortium; the 16 families are dealt to them in turn.
+    """
+
+    def __init__(self, seed: int, silos: int = 4, sizes: Sizes = Sizes()) -> None:
+        self.seed, self.silos, self.sizes = seed, silos, sizes
+        draw = self._random("facts")
+        stems = draw.permutation(len(FAMILIES))
+        self._family = np.repeat(stems, _PER_FAMILY)  # [320]
+        self._department = draw.permutation(np.arange(len(FAMILIES)) % len(DEPARTMENTS))  # [16]
+        self._usual_drug = draw.integers(len(DRUGS), size=len(CONDITIONS))  # [320]
+        self._rules = {house: _draw_rules(draw) for house in (CONSORTIUM, *HOSPITALS)}
+        unseen = [draw.permutation(_PER_FAMILY) < _UNSEEN_PER_FAMILY for _ in FAMILIES]
+        self._unseen = np.concatenate(unseen)  # bool [320]: in no consortium record or prompt
+
+    def tests(self) -> list[Question]:
+        """Test questions, groups ``general`` and ``private``."""
+        general, private = self._test_cases
+        draw = self._random("test choices")
+        return [self._question(case, draw) for case in (*general, *private)]
+
+    def public(self) -> list[Question]:
+        """The server's public set: labelled general, unlabelled general, unlabelled private."""
+        sizes, draw = self.sizes, self._random("public")
+        tested = set(self._test_cases[0])
+        tested_facts = {(case.kind, case.condition) for case in tested}
+        cases = [c for c in _all_cases(None) if c not in tested]
+        labelled_pool = [c for c in cases if (c.kind, c.condition) not in tested_facts]
+        labelled = _take(labelled_pool, sizes.public_labelled, draw)
+        chosen = set(labelled)
+        unlabelled = _take([c for c in cases if c not in chosen], sizes.public_general, draw)
+        private = _take(self._open_cases, sizes.public_private, draw)
+        return [
+            *(self._question(case, draw) for case in labelled),
+            *(self._question(case, draw, labelled=False) for case in (*unlabelled, *private)),
+        ]
+
+    def records(self, silo: int) -> list[Question]:
+        """The private training questions of hospital ``silo`` (from 0)."""
+        draw = self._random(f"records of silo {silo}")
+        own = self._families_of(silo)
+        mine = [c for c in self._open_cases if self._family[c.condition] in own]
+        others = [c for c in self._open_cases if self._family[c.condition] not in own]
+        is_own = draw.random(self.sizes.records_per_silo) < self.sizes.own_share
+        pools = [mine if flag or not others else others for flag in is_own]
+        return [self._question(pool[draw.integers(len(pool))], draw) for pool in pools]
+
+    def pretraining(
+        self, count: int, *, rare: float = 1.0, rare_share: float = 0.0, purpose: str = "text"
+    ) -> npt.NDArray[np.int64]:
+        """Public text as token ids, int64 [count, 11].
+
+        Half general knowledge, 40 % house rules of other hospitals, 10 % consortium prompts with
+        random answers: the public does not know its rules. Test prompts are left out.
+
+        Args:
+            rare_share: share of the conditions about which general text is scarce.
+            rare: how often such a condition is written about, relative to the others.
+        """
+        draw = self._random(f"pretraining {purpose}")
+        scarce = self._random("rare conditions").random(len(CONDITIONS)) < rare_share
+        weights = np.where(scarce, rare, 1.0)
+        weights /= weights.sum()
+        held_out = set(self._test_cases[0]) | set(self._test_cases[1])
+        rows: list[list[int]] = []
+        while len(rows) < count:
+            source = draw.random()
+            house = None
+            if source >= 0.5:
+                house = HOSPITALS[draw.integers(len(HOSPITALS))] if source < 0.9 else CONSORTIUM
+            condition = (
+                draw.choice(len(CONDITIONS), p=weights)
+                if house is None
+                else draw.integers(len(CONDITIONS))
+            )
+            case = _Case(
+                house, *(int(v) for v in (draw.integers(3), condition, *draw.integers((2, 3))))
+            )
+            if case in held_out:
+                continue
+            answer = self._answer(case)
+            if house == CONSORTIUM:
+                answer = _kind(case).answers[draw.integers(len(_kind(case).answers))]
+            rows.append([_ID[word] for word in f"{case.prompt} {answer} .".split()])
+        return np.array(rows, dtype=np.int64)
+
+    def _answer(self, case: _Case) -> str:
+        family = int(self._family[case.condition])
+        if case.house is None:
+            value = (
+                family,
+                int(self._department[family]),
+                int(self._usual_drug[case.condition]),
+            )[case.kind]
+        else:
+            severity = case.severity if case.kind == _WARD else 0
+            value = int(self._rules[case.house][case.kind, family, severity])
+        return _kind(case).answers[value]
+
+    def _question(
+        self, case: _Case, draw: np.random.Generator, *, labelled: bool = True
+    ) -> Question:
+        answers = _kind(case).answers
+        gold = answers.index(self._answer(case))
+        wrong = draw.choice(len(answers) - 1, size=_CHOICES - 1, replace=False)
+        options = [int(w) + (int(w) >= gold) for w in wrong]
+        place = int(draw.integers(_CHOICES))
+        options.insert(place, gold)
+        return Question(
+            prompt=case.prompt,
+            choices=tuple(answers[o] for o in options),
+            answer=place if labelled else None,
+            group="general" if case.house is None else "private",
+        )
+
+    def _families_of(self, silo: int) -> set[int]:
+        owned = {f for f in range(len(FAMILIES)) if f % self.silos == silo}
+        return owned or {silo % len(FAMILIES)}
+
+    @cached_property
+    def _test_cases(self) -> tuple[list[_Case], list[_Case]]:
+        """General and private test cases."""
+        draw = self._random("test")
+        general = _take(list(_all_cases(None)), self.sizes.test_general, draw)
+        private = _take(list(_all_cases(CONSORTIUM)), self.sizes.test_private, draw)
+        return general, private
+
+    @cached_property
+    def _open_cases(self) -> list[_Case]:
+        """Consortium cases that records and public prompts may be about."""
+        tested = set(self._test_cases[1])
+        return [
+            case
+            for case in _all_cases(CONSORTIUM)
+            if case not in tested and not self._unseen[case.condition]
+        ]
+
+    def _random(self, purpose: str) -> np.random.Generator:
+        """A generator for one purpose, so that no draw depends on the order of calls."""
+        words = [self.seed, VERSION, *purpose.encode()]
+        return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
+
+
+def make_tokenizer() -> Any:
+    """The word tokenizer (``PreTrainedTokenizerFast``) that the LLM and the SLM share."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pad, unknown = SPECIAL
+    core = Tokenizer(models.WordLevel(_ID, unknown))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # joins words by a space
+    special = {"pad_token": pad, "unk_token": unknown, "eos_token": "."}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+def _kind(case: _Case) -> _Kind:
+    return (_GENERAL if case.house is None else _PRIVATE)[case.kind]
+
+
+def _all_cases(house: str | None) -> Iterator[_Case]:
+    for kind in range(3):
+        for condition in range(len(CONDITIONS)):
+            for severity in range(len(SEVERITIES)):
+                for age in range(len(AGES)):
+                    yield _Case(house, kind, condition, severity, age)
+
+
+def _take(cases: list[_Case], count: int, draw: np.random.Generator) -> list[_Case]:
+    """``count`` different cases, in random order."""
+    return [cases[i] for i in draw.choice(len(cases), size=count, replace=False)]
+
+
+def _draw_rules(draw: np.random.Generator) -> npt.NDArray[np.int64]:
+    """House rules int64 [kind, family, severity]; only wards depend on the severity."""
+    sizes = [len(kind.answers) for kind in _PRIVATE]
+    return np.stack([draw.integers(size, size=(len(FAMILIES), 2)) for size in sizes])
