@@ -108,7 +108,8 @@ def quick_epsilon(events: Sequence[Event], delta: float, enough: float) -> float
     bound = with_slack(rough, merged, delta)
     if bound > enough and claim_name(merged) == "pld":
         bound = with_slack(coarse, merged, delta)
-        if bound > enough * 1.02:  # coarser by far less than this: the fine grid cannot help
+        runs = sum(times(event) for event in merged)
+        if bound > enough + 4.0 * runs * _COARSE**2:  # the fine grid cannot gain that much
             return bound
     return bound if bound <= enough else claim(merged, delta).epsilon
 

@@ -186,6 +186,51 @@ def repeat(event: Event, count: int) -> Event:
     return msgspec.structs.replace(event, count=count)
 
 
+def louder(event: Event, factor: float) -> Event:
+    """The same mechanism with ``factor`` times the noise."""
+    if isinstance(event, DiscreteGaussian):
+        return msgspec.structs.replace(event, share_sigma=event.share_sigma * factor)
+    return msgspec.structs.replace(event, noise_multiplier=event.noise_multiplier * factor)
+
+
+def dominates(reserved: Sequence[Event], actual: Sequence[Event]) -> bool:
+    """Whether ``actual`` is something, and is covered by ``reserved``.
+
+    Every actual run must be charged to a reserved run of the same kind that is at least as bad in
+    every parameter; runs that did not take place need no cover. So the ε of ``actual`` is at most
+    that of ``reserved`` under every accountant.
+    """
+    left = [times(event) for event in reserved]
+    for event in actual:
+        need = times(event)
+        for index, worst in enumerate(reserved):
+            if need and left[index] and _no_worse(event, worst):
+                used = min(need, left[index])
+                need, left[index] = need - used, left[index] - used
+        if need:
+            return False
+    return bool(actual)
+
+
+def _no_worse(actual: Event, worst: Event) -> bool:
+    match actual, worst:
+        case Gaussian(), Gaussian():
+            return actual.noise_multiplier >= worst.noise_multiplier
+        case PoissonGaussian(), PoissonGaussian():
+            return actual.q <= worst.q and actual.noise_multiplier >= worst.noise_multiplier
+        case DiscreteGaussian(), DiscreteGaussian():
+            return (
+                actual.share_sigma >= worst.share_sigma
+                and actual.sensitivity <= worst.sensitivity
+                and actual.values <= worst.values
+                and actual.shares >= worst.shares
+                and actual.colluders == worst.colluders
+                and actual.q <= worst.q
+            )
+        case _:
+            return False
+
+
 def _positive(name: str, value: float) -> None:
     if not (math.isfinite(value) and value > 0.0):
         raise ConfigError(

@@ -50,12 +50,15 @@ def filter_epsilon(events: Sequence[Event], delta: float, budget: float) -> Clai
     return Claim(_renyi_filter(merged, delta, filter_orders(budget, delta)), delta, "rdp-filter")
 
 
-def filter_within(events: Sequence[Event], delta: float, budget: float) -> float:
-    """As :func:`filter_epsilon`, but no tighter than needed to see that it is within ``budget``."""
+def filter_within(events: Sequence[Event], delta: float, limit: float, agreed: float) -> float:
+    """As :func:`filter_epsilon`, but no tighter than needed to see that it is within ``limit``.
+
+    ``agreed``: the ε agreed before the first release (``budget`` of :func:`filter_epsilon`).
+    """
     merged = merge(events)
     if len(merged) <= 1 or all(isinstance(event, Gaussian) for event in merged):
-        return quick_epsilon(merged, delta, budget)
-    return filter_epsilon(merged, delta, budget).epsilon
+        return quick_epsilon(merged, delta, limit)
+    return filter_epsilon(merged, delta, agreed).epsilon
 
 
 def _unsampled(events: Events) -> bool:

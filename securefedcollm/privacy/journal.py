@@ -1,0 +1,167 @@
+"""The ledger's paper: an append-only, hash-chained journal in one SQLite file.
+
+A row's digest is the SHA-256 of its body, canonical JSON (RFC 8785) that contains the digest of
+the row before. Whoever edits, drops or reorders a row must rewrite every later one; and that shows
+as soon as any head of the old chain was anchored elsewhere (the evidence log), because a chain that
+was rewritten or cut back no longer contains it.
+
+Adversary: somebody with write access to the file *later on* who wants budget back. Without an
+anchor, a whole rewrite or a restored old copy of the file cannot be told from the original.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import rfc8785
+
+from securefedcollm.errors import EvidenceError, StateError
+from securefedcollm.primitives import sha256
+
+_GENESIS: Final = b"securefedcollm/ledger/v1\0"
+_BUSY_SECONDS: Final = 60.0
+_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS journal
+  (seq INTEGER PRIMARY KEY, body BLOB NOT NULL, digest BLOB NOT NULL) STRICT;
+CREATE TRIGGER IF NOT EXISTS journal_keep BEFORE UPDATE ON journal
+  BEGIN SELECT RAISE(ABORT, 'the journal is append-only'); END;
+CREATE TRIGGER IF NOT EXISTS journal_hold BEFORE DELETE ON journal
+  BEGIN SELECT RAISE(ABORT, 'the journal is append-only'); END;
+"""
+
+
+class Head(NamedTuple):
+    """Digest of the newest row; anchor it where the ledger's owner cannot quietly change it."""
+
+    rows: int
+    digest: bytes
+
+
+class Row(NamedTuple):
+    """One journal row: number from 1, content, digest."""
+
+    seq: int
+    body: dict[str, Any]
+    digest: bytes
+
+
+class Journal:
+    """Append and read rows. One object per process and thread.
+
+    Args:
+        path: the SQLite file; created with mode 0600.
+        owner: whose ledger it is; another owner's file is refused.
+
+    Raises:
+        StateError: the file cannot be opened or written.
+        EvidenceError: the chain does not verify.
+    """
+
+    def __init__(self, path: Path, owner: str, *, now: Callable[[], float] = time.time) -> None:
+        self.path = path
+        self._now = now
+        self._head = Head(0, sha256(_GENESIS, owner.encode()))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            self._db = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.executescript(_SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            raise self._unusable(error) from error
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the write lock: whatever is read inside stays true until the end of the block."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error):
+                raise self._unusable(error) from error
+            raise
+
+    def news(self) -> list[Row]:
+        """Rows that this object has not seen yet, checked against the chain.
+
+        Raises:
+            EvidenceError: naming the first row that does not verify.
+        """
+        try:
+            if self._head.rows:
+                (kept,) = self._db.execute(
+                    "SELECT count(*) FROM journal WHERE seq = ? AND digest = ?", self._head
+                ).fetchone()
+                if not kept:
+                    raise self._broken(self._head.rows, "it changed while the ledger was open")
+            found = self._db.execute(
+                "SELECT seq, body, digest FROM journal WHERE seq > ? ORDER BY seq",
+                (self._head.rows,),
+            ).fetchall()
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+        rows = []
+        for seq, body, digest in found:
+            row = self._check(seq, body, digest)
+            self._head = Head(row.seq, row.digest)
+            rows.append(row)
+        return rows
+
+    def append(self, content: dict[str, Any]) -> Row:
+        """Write one row; inside :meth:`writing`, after :meth:`news`."""
+        seq = self._head.rows + 1
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._now()))
+        body = {**content, "seq": seq, "time": stamp, "previous": self._head.digest.hex()}
+        raw = rfc8785.dumps(body)
+        digest = sha256(raw)
+        self._db.execute("INSERT INTO journal VALUES (?, ?, ?)", (seq, raw, digest))
+        return Row(seq, body, digest)
+
+    def head(self) -> Head:
+        return self._head
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _check(self, seq: int, raw: object, digest: object) -> Row:
+        if seq != self._head.rows + 1:
+            raise self._broken(self._head.rows + 1, "it is missing")
+        if not isinstance(raw, bytes) or sha256(raw) != digest:
+            raise self._broken(seq, "its content does not match its digest")
+        try:
+            body = json.loads(raw)
+        except ValueError as error:
+            raise self._broken(seq, "it is not JSON") from error
+        if not isinstance(body, dict) or body.get("seq") != seq:
+            raise self._broken(seq, "it carries another number")
+        if body.get("previous") != self._head.digest.hex():
+            what = "it does not follow the row before"
+            raise self._broken(seq, what + (" (or the ledger has another owner)" * (seq == 1)))
+        assert isinstance(digest, bytes)
+        return Row(seq, body, digest)
+
+    def _broken(self, seq: int, what: str) -> EvidenceError:
+        return EvidenceError(
+            f"{self.path}: row {seq} of the privacy ledger does not verify: {what}",
+            hint="release nothing; restore a copy whose head is in the evidence log",
+        )
+
+    def _unusable(self, error: Exception) -> StateError:
+        return StateError(
+            f"{self.path}: the privacy ledger cannot be used: {error}",
+            hint="check path, permissions and free space; without a ledger nothing is released",
+        )

@@ -1,0 +1,72 @@
+"""What a person needs to hear when a release does not fit the budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from securefedcollm.privacy.events import Event, Events, louder, merge, repeat, times
+from securefedcollm.privacy.filters import filter_epsilon, filter_within
+
+_MOST_STEPS = 4096
+
+
+def explain(
+    counted: Events, asked: Events, limit: float, delta: float, agreed: float
+) -> tuple[str, str]:
+    """(message, hint): what is spent, what is left, what was asked, and what would fit."""
+    spent = filter_epsilon(counted, delta, agreed).epsilon
+    total = filter_epsilon(merge(counted + asked), delta, agreed).epsilon
+    message = (
+        f"ε = {_up(spent)} of {limit:g} is spent at δ = {delta:g}, {_down(limit - spent)} is left, "
+        f"and this release would bring it to {_up(total)}; nothing was released"
+    )
+
+    def fits(events: list[Event]) -> bool:
+        return filter_within(merge([*counted, *events]), delta, limit, agreed) <= limit
+
+    return message, _what_fits(asked, fits)
+
+
+def _what_fits(asked: Events, fits: Callable[[list[Event]], bool]) -> str:
+    offers = []
+    runs = times(asked[0])
+    if len(asked) == 1 and 1 < runs <= _MOST_STEPS:
+        count = _largest(runs - 1, lambda n: fits([repeat(asked[0], n)]))
+        if count:
+            offers.append(f"{count} of its {runs} steps")
+    factor = _smallest_factor(lambda f: fits([louder(event, f) for event in asked]))
+    if factor is not None:
+        noise = asked[0].noise_multiplier * factor
+        offers.append(f"a noise multiplier of {math.ceil(noise * 1e3) / 1e3:g}")
+    if not offers:
+        return "no release of this kind fits any more; use other data or agree on a larger budget"
+    return "what would fit: " + ", or ".join(offers)
+
+
+def _largest(top: int, fits: Callable[[int], bool]) -> int:
+    low, high = 0, top
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _smallest_factor(fits: Callable[[float], bool]) -> float | None:
+    high = next((2.0**k for k in range(1, 8) if fits(2.0**k)), None)
+    if high is None:
+        return None
+    low = high / 2.0
+    while high - low > 0.01 * high:
+        middle = 0.5 * (low + high)
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
+
+
+def _up(value: float) -> str:
+    """ε to three decimals, rounded up: a shown ε is never below the true one."""
+    return f"{math.ceil(value * 1e3) / 1e3:.3f}" if math.isfinite(value) else "∞"
+
+
+def _down(value: float) -> str:
+    return f"{math.floor(max(value, 0.0) * 1e3) / 1e3:.3f}"
