@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -45,6 +45,7 @@ NONCE_BYTES: Final = 12
 
 _BLOCK = 16
 _CHUNK = 128 * 1024  # zero source of the keystream; stays in L2
+_ZEROS: Final = bytes(_CHUNK)  # shared by every stream: a round may hold a thousand of them
 
 
 def sha256(*parts: bytes) -> bytes:
@@ -53,6 +54,17 @@ def sha256(*parts: bytes) -> bytes:
     for part in parts:
         digest.update(part)
     return digest.digest()
+
+
+def merkle_root(leaves: Sequence[bytes]) -> bytes:
+    """The Merkle tree hash of ``leaves`` (RFC 9162 §2.1.1; SHA-256, 32 bytes).
+
+    Leaves and nodes are hashed under different prefixes, so that no node passes for a leaf.
+    """
+    if len(leaves) < 2:
+        return sha256(b"\0", leaves[0]) if leaves else sha256()
+    split = 1 << ((len(leaves) - 1).bit_length() - 1)  # the largest power of two below the count
+    return sha256(b"\1", merkle_root(leaves[:split]), merkle_root(leaves[split:]))
 
 
 def equal(a: bytes, b: bytes) -> bool:
@@ -89,6 +101,10 @@ class SigningKey:
         """
         return self._key.sign(_bound(context, message))
 
+    def sign_statement(self, payload_type: str, payload: bytes) -> bytes:
+        """64-byte signature over the DSSE v1 pre-authentication encoding, for other tools too."""
+        return self._key.sign(_pae(payload_type, payload))
+
     def seed(self) -> bytes:
         """The 32 secret bytes; only for storing the key encrypted."""
         return self._key.private_bytes_raw()
@@ -107,6 +123,24 @@ def verify(public: bytes, context: bytes, message: bytes, signature: bytes) -> N
         Ed25519PublicKey.from_public_bytes(public).verify(signature, _bound(context, message))
     except (InvalidSignature, ValueError) as error:
         raise CryptoError("the signature does not verify") from error
+
+
+def verify_statement(public: bytes, payload_type: str, payload: bytes, signature: bytes) -> None:
+    """Check a signature of :meth:`SigningKey.sign_statement`.
+
+    Raises:
+        CryptoError: the key is malformed or the signature does not verify.
+    """
+    try:
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, _pae(payload_type, payload))
+    except (InvalidSignature, ValueError) as error:
+        raise CryptoError("the signature does not verify") from error
+
+
+def _pae(payload_type: str, payload: bytes) -> bytes:
+    """DSSE v1: "DSSEv1" SP len SP type SP len SP payload. Never begins like :func:`_bound`."""
+    kind = payload_type.encode()
+    return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
 
 
 def _bound(context: bytes, message: bytes) -> bytes:
@@ -170,7 +204,7 @@ class Keystream:
     big-endian, 128 bit, from zero (SP 800-38A §6.5).
     """
 
-    __slots__ = ("_context", "_zeros")
+    __slots__ = ("_context",)
 
     def __init__(self, key: bytes, *, offset: int = 0) -> None:
         """``offset``: bytes to skip; a multiple of 16."""
@@ -180,14 +214,13 @@ class Keystream:
             raise ValueError("seek in whole 16-byte blocks")
         counter = (offset // _BLOCK).to_bytes(_BLOCK, "big")
         self._context = Cipher(AES256(key), CTR(counter)).encryptor()
-        self._zeros = bytes(_CHUNK)
 
     def into(self, buffer: memoryview) -> None:
         """Overwrite ``buffer`` (writable, bytes, contiguous) with the next keystream bytes."""
         view = buffer.cast("B")
         for start in range(0, len(view), _CHUNK):
             part = view[start : start + _CHUNK]
-            self._context.update_into(memoryview(self._zeros)[: len(part)], part)
+            self._context.update_into(memoryview(_ZEROS)[: len(part)], part)
 
     def words(self, count: int) -> npt.NDArray[np.uint64]:
         """The next ``count`` keystream words, little-endian, as uint64 [count]."""

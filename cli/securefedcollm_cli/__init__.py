@@ -1,0 +1,1 @@
+"""The command line of securefedcollm: parse, call, render; nothing else."""

@@ -1,0 +1,109 @@
+"""``securefedcollm identity …``: a participant's long-lived signing key."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from securefedcollm.errors import ConfigError
+from securefedcollm_cli.options import Json
+
+app = typer.Typer(no_args_is_help=True, help="Make and show the key that signs for you.")
+
+PassphraseFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--passphrase-file",
+        metavar="FILE",
+        help="Read the passphrase from the first line of FILE [else SECUREFEDCOLLM_PASSPHRASE, "
+        "else a prompt].",
+    ),
+]
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Your organisation's name, e.g. hospital-a.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Where to put it.")
+    ] = None,
+    passphrase_file: PassphraseFile = None,
+    plain: Annotated[
+        bool,
+        typer.Option("--no-passphrase", help="Store the key unencrypted. Think twice."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make an Ed25519 identity, encrypted with a passphrase, readable by you alone."""
+    from securefedcollm.study.identity import create_identity, default_path
+
+    path = out or default_path(name)
+    passphrase = None if plain else read_passphrase(passphrase_file, confirm=True)
+    identity = create_identity(name, path, passphrase)
+    _print(identity.name, identity.public, identity.encrypted, path, "silo", as_json)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="The identity's name, or the path of its file.")],
+    role: Annotated[
+        Literal["silo", "server"], typer.Option(help="The role for the roster line.")
+    ] = "silo",
+    as_json: Json = False,
+) -> None:
+    """Print the public key and the roster line for the study. Never the private key."""
+    from securefedcollm.study.identity import read_identity
+
+    path = find(name)
+    identity = read_identity(path)
+    _print(identity.name, identity.public, identity.encrypted, path, role, as_json)
+
+
+def find(name: str) -> Path:
+    """The file of an identity given by name or path."""
+    from securefedcollm.study.identity import default_path
+
+    return Path(name) if "/" in name or name.endswith(".json") else default_path(name)
+
+
+def read_passphrase(file: Path | None, *, confirm: bool = False) -> str:
+    """From ``--passphrase-file``, the environment, or a prompt on the terminal."""
+    if file is not None:
+        try:
+            return file.read_text().splitlines()[0]
+        except (OSError, IndexError) as error:
+            raise ConfigError(
+                "no passphrase can be read from it",
+                where=str(file),
+                hint="a text file whose first line is the passphrase",
+            ) from error
+    if from_environment := os.environ.get("SECUREFEDCOLLM_PASSPHRASE"):
+        return from_environment
+    prompted: str = typer.prompt("passphrase", hide_input=True, confirmation_prompt=confirm)
+    return prompted
+
+
+def _print(name: str, public: str, encrypted: bool, path: Path, role: str, as_json: bool) -> None:
+    line = f"- {{name: {name}, role: {role}, key: {public}}}"
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {
+                    "name": name,
+                    "public": public,
+                    "encrypted": encrypted,
+                    "file": str(path),
+                    "roster_line": line,
+                }
+            )
+        )
+        return
+    typer.echo(f"identity  {name}")
+    typer.echo(f"public    {public}")
+    typer.echo(f"file      {path} ({'encrypted' if encrypted else 'NOT encrypted'})")
+    typer.echo("for the study's roster:")
+    typer.echo(f"  {line}")

@@ -1,0 +1,62 @@
+"""``securefedcollm``: the root command. Sub-commands import what they need when they run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from securefedcollm import __version__
+from securefedcollm.errors import SecureFedCoLLMError
+from securefedcollm_cli import identity, model, simulate, study
+
+app = typer.Typer(
+    name="securefedcollm",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Federated co-tuning of a server's LLM and its silos' SLMs with secure aggregation, "
+    "differential privacy and evidence that anyone can check.\n\n"
+    "Start with `securefedcollm simulate configs/quickstart.yaml`: four hospitals on this machine.",
+)
+app.command()(simulate.simulate)
+app.add_typer(study.app, name="study")
+app.add_typer(identity.app, name="identity")
+app.add_typer(model.app, name="model")
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    if version:
+        typer.echo(f"securefedcollm {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: expected errors become one line on stderr and exit code 2."""
+    try:
+        app()
+    except SecureFedCoLLMError as error:
+        sys.exit(report(error))
+    except KeyboardInterrupt:
+        typer.echo("interrupted; a run that was under way continues with --resume", err=True)
+        sys.exit(130)
+
+
+def report(error: SecureFedCoLLMError) -> int:
+    """Print ``error`` for a person, or as JSON when ``--json`` was given. Returns the exit code."""
+    if "--json" in sys.argv:
+        typer.echo(
+            json.dumps(
+                {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+            )
+        )
+    hint = f" — {error.hint}" if error.hint else ""
+    typer.echo(f"error: {error}{hint}", err=True)
+    return 2

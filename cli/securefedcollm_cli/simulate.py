@@ -1,0 +1,140 @@
+"""``securefedcollm simulate``: every role of a study on this machine, and what came of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from securefedcollm_cli.options import DataDir, Json, Overrides, StudyFile
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_BASELINES = ("standalone", "fedavg")
+
+
+def simulate(
+    config: StudyFile,
+    overrides: Overrides = None,
+    data: DataDir = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Run directory [runs/STUDY].")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in the run directory.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a run that is there already.")
+    ] = False,
+    baselines: Annotated[
+        bool,
+        typer.Option(help="Also run FedAvg and standalone silos, for comparison (slower)."),
+    ] = True,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes that run the silos [one per core]; 0: in this one."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a whole study on this machine: server, silos, secure sums, distillation.
+
+    Every silo has its own keys, data, state and privacy ledger under the run directory, and talks
+    to the server only in the frames that a real silo would send. The identities are throw-away.
+    """
+    from securefedcollm.federation.simulate import Simulation
+    from securefedcollm.study import load_study
+
+    study = load_study(config, overrides or [])
+    simulation = Simulation(
+        study,
+        out=out or Path("runs") / study.study,
+        data=data,
+        resume=resume,
+        overwrite=overwrite,
+        baselines=_BASELINES if baselines else (),
+        workers=workers,
+    )
+    from securefedcollm_cli.progress import Bars
+
+    with Bars(quiet=as_json) as bars:
+        results = simulation.run(bars.report, bars.say)
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+    else:
+        _render(results)
+
+
+def _render(results: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    console.print()
+    console.print(_accuracy_table(results))
+    for note in results["notes"]:
+        console.print(f"  [dim]{note}[/dim]")
+    console.print()
+    console.print(_silo_table(results))
+    _print_places(console, results)
+
+
+def _accuracy_table(results: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    groups = results["groups"]
+    table = Table(title="Accuracy on the test questions, %", title_justify="left")
+    table.add_column("model")
+    table.add_column("method")
+    for group in groups:
+        table.add_column(group, justify="right")
+    if len(groups) > 1:
+        table.add_column("mean", justify="right")
+    last = None
+    for row in results["table"]:
+        if last not in (None, row["model"]):
+            table.add_section()
+        last = row["model"]
+        scores = [row["accuracy"][group] for group in groups]
+        cells = [f"{100 * s:.1f}" for s in scores]
+        if len(groups) > 1:
+            cells.append(f"{100 * sum(scores) / len(scores):.1f}")
+        style = "bold" if row["method"] == "FedCoLLM" else None
+        table.add_row(row["model"].upper(), row["method"], *cells, style=style)
+    return table
+
+
+def _silo_table(results: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="What it cost each silo", title_justify="left")
+    for column in ("silo", "records", "ε spent", "of", "sent", "received"):
+        table.add_column(column, justify="left" if column == "silo" else "right")
+    for silo in results["silos"]:
+        spent, budget = silo["epsilon_spent"], silo["epsilon_budget"]
+        table.add_row(
+            silo["name"],
+            f"{silo['records']:,}",
+            "no DP" if spent is None else f"{spent:.2f}",
+            "" if budget is None else f"{budget:g} (δ = {silo['delta']:g})",
+            _bytes(silo["bytes_up"]),
+            _bytes(silo["bytes_down"]),
+        )
+    return table
+
+
+def _print_places(console: Console, results: dict[str, Any]) -> None:
+    console.print()
+    for what, place in results["places"].items():
+        console.print(f"  {what:<10} {place}", soft_wrap=True)
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

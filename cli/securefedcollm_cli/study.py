@@ -1,0 +1,178 @@
+"""``securefedcollm study …``: look at what the participants are about to agree to."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from securefedcollm_cli.identity import PassphraseFile, find, read_passphrase
+from securefedcollm_cli.options import Json, Overrides, StudyFile
+
+app = typer.Typer(no_args_is_help=True, help="Check, show and describe a study file.")
+
+
+@app.command()
+def check(config: StudyFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Check a study and print what follows from it: digest, thresholds, packing, privacy.
+
+    Reads nothing but the file: no data, no model, no network.
+    """
+    from securefedcollm.study import load_study
+
+    facts = derived(load_study(config, overrides or []))
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in facts["reading"].items():
+        table.add_row(key, value)
+    console = Console()
+    console.print(table)
+    console.print("[green]the study is sound[/green]")
+
+
+@app.command()
+def show(config: StudyFile, overrides: Overrides = None) -> None:
+    """Print the study with every default written out (YAML)."""
+    from securefedcollm.study import dump_study, load_study
+
+    typer.echo(dump_study(load_study(config, overrides or [])), nl=False)
+
+
+@app.command()
+def sign(
+    config: StudyFile,
+    identity: Annotated[
+        str, typer.Option("--identity", metavar="NAME", help="Your identity: a name or a file.")
+    ],
+    passphrase_file: PassphraseFile = None,
+) -> None:
+    """Sign the study's digest with your identity, into CONFIG.signatures.json."""
+    from securefedcollm.study import digest, load_study
+    from securefedcollm.study.identity import open_identity, read_identity
+    from securefedcollm.study.signing import sign_study, signatures_path
+
+    study = load_study(config)
+    file = read_identity(find(identity))
+    passphrase = read_passphrase(passphrase_file) if file.encrypted else None
+    key = open_identity(file, passphrase)
+    envelope = sign_study(study, file.name, key, signatures_path(config))
+    typer.echo(f"{file.name} signed {study.study} (sha256:{digest(study).hex()})")
+    typer.echo(f"{len(envelope.signatures)} of {len(study.roster)} participants have signed")
+
+
+@app.command()
+def verify(config: StudyFile, as_json: Json = False) -> None:
+    """Check that every participant on the roster signed exactly this study."""
+    from securefedcollm.study import digest, load_study
+    from securefedcollm.study.signing import (
+        read_envelope,
+        require_signed,
+        signatures_path,
+        verify_signatures,
+    )
+
+    study = load_study(config)
+    path = signatures_path(config)
+    signed = verify_signatures(study, read_envelope(path, study))
+    if as_json:
+        typer.echo(json.dumps({"digest": digest(study).hex(), "signed": signed}))
+    else:
+        for participant in study.roster:
+            state = "signed" if signed[participant.name] else "MISSING"
+            typer.echo(f"{state:<8} {participant.role:<7} {participant.name}")
+    require_signed(study, path)
+
+
+@app.command()
+def schema(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the JSON schema for editors and machines.")
+    ] = False,
+) -> None:
+    """Print every key of a study, its type and its default."""
+    import msgspec
+
+    from securefedcollm.study.config import Study
+
+    if as_json:
+        typer.echo(json.dumps(msgspec.json.schema(Study), indent=2))
+        return
+    for line in _outline(Study, indent=0):
+        typer.echo(line)
+
+
+def derived(study: Any) -> dict[str, Any]:
+    """What a study implies, as data and as sentences."""
+    from securefedcollm.study import digest
+
+    n, c = study.silos.count, study.silos.colluders
+    field = study.field
+    privacy = study.privacy
+    reading = {
+        "study": f"{study.study}, digest sha256:{digest(study).hex()}",
+        "models": f"LLM {study.models.llm.source}, SLM {study.models.slm.source}",
+        "silos": f"{n}, of which {c} may collude with the server",
+        "a sum opens with": f"{study.minimum} survivors, {study.threshold} of them unmasking "
+        f"({n - max(study.minimum, study.threshold)} dropout(s) tolerated per round)",
+        "adapter": f"{study.adapter.method}, rank {study.adapter.rank}, α {study.adapter.alpha:g}",
+        "ring": f"{field.per_word} fields of {field.bits} bits per 64-bit word "
+        f"({8 / field.per_word:.2f} bytes a value), integers within ±{field.bound}, "
+        f"resolution {study.aggregation.clip_norm / field.bound:.2g}",
+        "privacy": (
+            f"(ε = {privacy.epsilon:g}, δ = {privacy.delta:g}) per {privacy.unit}, noise "
+            f"{privacy.noise}, all {study.rounds} rounds together"
+            if privacy
+            else "no differential privacy: the global adapter may reveal records"
+        ),
+        "distillation": study.distillation.loss,
+    }
+    return {
+        "study": study.study,
+        "digest": digest(study).hex(),
+        "threshold": study.threshold,
+        "minimum": study.minimum,
+        "field_bits": field.bits,
+        "fields_per_word": field.per_word,
+        "bound": field.bound,
+        "reading": reading,
+    }
+
+
+def _outline(section: Any, indent: int) -> list[str]:
+    import typing
+
+    import msgspec
+
+    lines = []
+    hints = typing.get_type_hints(section)
+    for item in msgspec.structs.fields(section):
+        kinds = [hints[item.name], *typing.get_args(hints[item.name])]
+        inner = next(
+            (k for k in kinds if isinstance(k, type) and issubclass(k, msgspec.Struct)), None
+        )
+        default = "required" if item.required else f"default {_default(item)}"
+        if inner is not None:
+            note = "" if item.required else f"  # {default}"
+            lines.append(f"{'  ' * indent}{item.encode_name}:{note}")
+            lines.extend(_outline(inner, indent + 1))
+        else:
+            name = str(hints[item.name]).replace("typing.", "").replace("<class '", "")
+            lines.append(
+                f"{'  ' * indent}{item.encode_name}: {name.rstrip(chr(62) + chr(39))}  # {default}"
+            )
+    return lines
+
+
+def _default(item: Any) -> Any:
+    import msgspec
+
+    if item.default is not msgspec.NODEFAULT:
+        value = item.default
+        return "as below" if isinstance(value, msgspec.Struct) else value
+    return "[]"

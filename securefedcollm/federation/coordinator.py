@@ -1,0 +1,226 @@
+"""The server's round loop: broadcast, let silos tune, aggregate, absorb the mean, distil, repeat.
+
+Adversary: this code. Nothing here is trusted by the silos; it sees packed masked words, their sum,
+and what follows from the sum. It decodes only what the aggregation protocol opened, which needs the
+consent of a threshold of silos.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from securefedcollm.aggregation import CoordinatorSide, Roster, coordinator_side
+from securefedcollm.errors import ProtocolError, RemoteProtocolError, SecureFedCoLLMError
+from securefedcollm.federation.engines import Engine, Failure
+from securefedcollm.federation.messages import (
+    Aggregate,
+    Aggregated,
+    BeginRound,
+    Refused,
+    Request,
+    Trained,
+    adapter_bytes,
+    decode_reply,
+    encode,
+    model_digest,
+)
+from securefedcollm.federation.plan import quantiser, round_header
+from securefedcollm.federation.runstore import RunStore
+from securefedcollm.federation.workload import Progress, ServerWorkload, Vector
+from securefedcollm.study import Study
+
+log = logging.getLogger(__name__)
+
+TRAIN_TIMEOUT = 24 * 3600.0
+STEP_TIMEOUT = 600.0
+MAX_ATTEMPTS = 3
+
+
+class Coordinator:
+    """Runs a study's rounds over an engine, durably."""
+
+    def __init__(
+        self,
+        *,
+        study: Study,
+        roster: Roster,
+        engine: Engine,
+        workload: ServerWorkload,
+        store: RunStore,
+        progress: Progress,
+        on_round: Callable[[dict[str, Any]], None] = lambda record: None,
+    ) -> None:
+        """``on_round`` is called with each finished round's record, after it is durable."""
+        self._study = study
+        self._roster = roster
+        self._engine = engine
+        self._workload = workload
+        self._store = store
+        self._progress = progress
+        self._on_round = on_round
+
+    def run(self) -> None:
+        """Run every round that is still to do.
+
+        Raises:
+            ProtocolError: too few silos are left; the reasons are in the message. The run can be
+                resumed.
+        """
+        state = self._store.state
+        if state.round == 0 and not state.history:
+            self._store.save_adapters(self._workload, 0)
+        self._store.load_adapters(self._workload)
+        while state.round < self._study.rounds:
+            self._progress(state.round, self._study.rounds, "rounds")
+            self._run_round(state.round)
+        self._progress(self._study.rounds, self._study.rounds, "rounds")
+
+    def _run_round(self, round_: int) -> None:
+        started = time.monotonic()
+        record: dict[str, Any] = {"round": round_ + 1}
+        if self._store.state.opened:  # a crash came after the sum: it is not asked for again
+            mean = self._store.load_mean()
+        else:
+            mean = self._aggregate_round(round_, record)
+        record["survivors"] = self._store.state.opened
+        self._workload.absorb(mean, round_)
+        aggregated = time.monotonic()
+        record["distillation"] = self._workload.distil(round_, self._progress)
+        record["evaluation"] = self._workload.evaluate()
+        record["seconds"] = {
+            "silos_and_sum": round(aggregated - started, 3),
+            "server": round(time.monotonic() - aggregated, 3),
+        }
+        self._store.finish_round(self._workload, record)
+        self._on_round(record)
+
+    def _aggregate_round(self, round_: int, record: dict[str, Any]) -> Vector:
+        """One opened mean, repeating a failed attempt with whoever is still there."""
+        problems: list[str] = []
+        for _ in range(MAX_ATTEMPTS):
+            attempt = self._store.begin_attempt()
+            try:
+                return self._attempt(round_, attempt, record)
+            except ProtocolError as error:
+                log.warning("round %d attempt %d: %s", round_ + 1, attempt, error)
+                problems.append(error.message)
+                if error.hint == _HOPELESS:
+                    break
+        raise ProtocolError(
+            f"round {round_ + 1} failed: {'; '.join(dict.fromkeys(problems))}",
+            hint="mend the silos named, then continue with --resume",
+        )
+
+    def _attempt(self, round_: int, attempt: int, record: dict[str, Any]) -> Vector:
+        adapter = adapter_bytes(self._workload.adapter())
+        header = round_header(
+            self._study,
+            roster=self._roster,
+            run_id=self._store.run_id,
+            round_=round_,
+            attempt=attempt,
+            model=model_digest(self._workload.base_digest, self._workload.layout(round_), adapter),
+            values=self._workload.update_size(round_),
+        )
+        traffic = _Traffic(self._roster.names)
+        lost: dict[str, str] = {}
+        begin = BeginRound(
+            run_id=self._store.run_id,
+            round=round_,
+            attempt=attempt,
+            layout=self._workload.layout(round_),
+            adapter=adapter,
+        )
+        replies = self._ask(dict.fromkeys(self._roster.names, begin), TRAIN_TIMEOUT, traffic, lost)
+        trained = [silo for silo, reply in replies.items() if isinstance(reply, Trained)]
+        if len(trained) < self._study.minimum:
+            raise ProtocolError(
+                f"{len(trained)} of {self._study.silos.count} silos delivered an update, "
+                f"{self._study.minimum} are needed"
+                + "".join(f"; {silo}: {reason}" for silo, reason in sorted(lost.items())),
+                hint=_HOPELESS,
+            )
+        side = coordinator_side(self._study.aggregation.scheme, header=header, roster=self._roster)
+        for silo, reason in lost.items():
+            side.lost(silo, reason)
+        self._drive(side, traffic)
+        result = side.result
+        record["bytes_up"], record["bytes_down"] = traffic.up, traffic.down
+        record["dropouts"] = dict(sorted((lost | dict(result.excluded)).items()))
+        mean = quantiser(self._study, header.parameters.values).decode(
+            result.sum, len(result.survivors)
+        )
+        mean = np.asarray(mean, dtype=np.float32)
+        self._store.save_mean(mean, list(result.survivors))
+        return mean
+
+    def _drive(self, side: CoordinatorSide, traffic: _Traffic) -> None:
+        """Play the aggregation protocol to its end."""
+        step = 0
+        while True:
+            self._progress(step, 5, "secure aggregation")
+            requests = {silo: Aggregate(frame) for silo, frame in side.requests().items()}
+            lost: dict[str, str] = {}
+            replies = self._ask(requests, STEP_TIMEOUT, traffic, lost)
+            for silo, reason in lost.items():
+                side.lost(silo, reason)
+            for silo, reply in replies.items():
+                if not isinstance(reply, Aggregated):
+                    side.lost(silo, "answered out of turn")
+                    continue
+                try:
+                    side.receive(silo, reply.frame)
+                except RemoteProtocolError as error:
+                    log.warning("%s", error)  # the silo is out of this round and named in it
+            step += 1
+            if not side.advance():
+                self._progress(5, 5, "secure aggregation")
+                return
+
+    def _ask(
+        self,
+        requests: Mapping[str, Request],
+        timeout: float,
+        traffic: _Traffic,
+        lost: dict[str, str],
+    ) -> dict[str, Trained | Aggregated]:
+        """Exchange typed messages; those who fail or refuse go to ``lost`` with the reason."""
+        encoded: dict[int, bytes] = {}
+        frames = {}
+        for silo, request in requests.items():
+            frame = encoded.setdefault(id(request), b"") or encode(request)
+            encoded[id(request)] = frame
+            frames[silo] = frame
+            traffic.down[silo] += len(frame)
+        answers: dict[str, Trained | Aggregated] = {}
+        for silo, reply in self._engine.exchange(frames, timeout).items():
+            if isinstance(reply, Failure):
+                lost[silo] = reply.reason
+                continue
+            traffic.up[silo] += len(reply)
+            try:
+                message = decode_reply(reply, silo)
+            except SecureFedCoLLMError as error:
+                lost[silo] = error.message
+                continue
+            if isinstance(message, Refused):
+                lost[silo] = message.message + (f" ({message.hint})" if message.hint else "")
+            else:
+                answers[silo] = message
+        return answers
+
+
+_HOPELESS = "the same silos would fail again"
+
+
+class _Traffic:
+    """Bytes that crossed between server and each silo in one attempt."""
+
+    def __init__(self, silos: tuple[str, ...]) -> None:
+        self.up = dict.fromkeys(silos, 0)
+        self.down = dict.fromkeys(silos, 0)

@@ -1,0 +1,363 @@
+"""The real workloads: tuning and distillation of language models, as the round loops want them.
+
+Built from a study and data in the process that runs them; importing this module imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from securefedcollm.errors import ConfigError, StateError
+from securefedcollm.federation.workload import Progress, Vector, silent
+from securefedcollm.primitives import sha256
+from securefedcollm.privacy.accounting import calibrate
+from securefedcollm.privacy.events import Event, PoissonGaussian
+from securefedcollm.privacy.noise import NoiseSource
+from securefedcollm.study import Study
+from securefedcollm.study.config import Model
+from securefedcollm.tuning.adapters import (
+    AdapterLayout,
+    attach,
+    full_layout,
+    layout_of,
+    load_vector,
+    save_adapter,
+    to_vector,
+)
+from securefedcollm.tuning.distil import DistilStep, distil
+from securefedcollm.tuning.evaluate import evaluate
+from securefedcollm.tuning.local import train_dp, train_plain
+from securefedcollm.tuning.models import LoadedModel, load_model
+from securefedcollm.tuning.questions import EncodedQuestions, Question, encode, with_prior
+from securefedcollm.tuning.splits import dataset_fingerprint
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A base model with a fresh adapter, and what identifies both."""
+
+    model: Any  # peft.PeftModel
+    tokenizer: Any
+    base_digest: bytes
+    study: Study
+
+    @classmethod
+    def load(
+        cls, study: Study, spec: Model, *, data: Path | None, progress: Progress = silent
+    ) -> Tuned:
+        """Load the base that ``spec`` names and attach the study's adapter.
+
+        Raises:
+            ConfigError: the model is missing, unsafe, other than pinned, or the adapter does not
+                fit it.
+        """
+        loaded: LoadedModel = load_model(
+            spec.source,
+            revision=spec.revision,
+            sha256=spec.sha256,
+            dtype=spec.dtype,
+            base_dir=data or Path(),
+            progress=progress,
+        )
+        adapter = study.adapter
+        model = attach(
+            loaded.model,
+            method=adapter.method,
+            rank=adapter.rank,
+            alpha=adapter.alpha,
+            dropout=adapter.dropout,
+            targets=adapter.targets,
+            top_layers=adapter.top_layers,
+            seed=study.seed,
+        )
+        return cls(model, loaded.tokenizer, bytes.fromhex(loaded.digest), study)
+
+    def encode(self, questions: Sequence[Question]) -> EncodedQuestions:
+        """Tensors of ``questions`` for this model, with the base model's prior if scores need it."""
+        task = self.study.task
+        encoded = encode(questions, self.tokenizer, task.max_tokens)
+        if task.score == "pmi":
+            with self.model.disable_adapter():
+                encoded = with_prior(self.model, questions, encoded, self.tokenizer)
+        return encoded
+
+    def broadcast_layout(self) -> AdapterLayout:
+        """What travels from server to silos: all that is ever trained."""
+        if self.study.adapter.method == "ffa-lora":
+            return layout_of(self.model, "ffa-lora")
+        return full_layout(self.model)
+
+    def update_layout(self, round_: int) -> AdapterLayout:
+        """What a silo trains and uploads in this round."""
+        return layout_of(self.model, self.study.adapter.method, round_)
+
+    def layout_digest(self, round_: int) -> bytes:
+        """Names both layouts of the round; a study may pin it as ``adapter.layout`` (round 1).
+
+        Raises:
+            ConfigError: the study pins another layout.
+        """
+        both = (self.broadcast_layout().digest, self.update_layout(round_).digest)
+        digest = sha256(b"securefedcollm/layout/v1\0", *(bytes.fromhex(d) for d in both))
+        pinned = self.study.adapter.layout
+        if pinned is not None and round_ == 0 and digest.hex() != pinned:
+            raise ConfigError(
+                f"this model's adapter has the layout {digest.hex()[:16]}…, the study pins "
+                f"{pinned[:16]}…",
+                where="adapter.layout",
+                hint="use the models that the participants agreed on",
+            )
+        return digest
+
+
+class SiloTuning:
+    """Implements :class:`securefedcollm.federation.workload.SiloWorkload` with a real SLM."""
+
+    def __init__(
+        self,
+        study: Study,
+        name: str,
+        questions: Sequence[Question],
+        *,
+        data: Path | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        """
+        Raises:
+            ConfigError: the silo has fewer records than the expected batch, or no noise reaches
+                the study's ε.
+        """
+        self._study = study
+        self._name = name
+        self._tuned = Tuned.load(study, study.models.slm, data=data, progress=progress)
+        self._data = self._tuned.encode(questions)
+        self.records = len(questions)
+        self.dataset = dataset_fingerprint(questions)
+        self.base_digest = self._tuned.base_digest
+        self._event: PoissonGaussian | None = None
+        if study.privacy is not None:
+            self._event = planned_event(study, self.records)
+
+    def layout(self, round_: int) -> bytes:
+        return self._tuned.layout_digest(round_)
+
+    def size(self, round_: int) -> int:
+        return self._tuned.broadcast_layout().size
+
+    def update_size(self, round_: int) -> int:
+        return self._tuned.update_layout(round_).size
+
+    def events(self) -> tuple[Event, ...]:
+        return () if self._event is None else (self._event,)
+
+    def fit(self, adapter: Vector, round_: int, progress: Progress) -> Vector:
+        local, task = self._study.local, self._study.task
+        load_vector(self._tuned.model, self._tuned.broadcast_layout(), adapter)
+        layout = self._tuned.update_layout(round_)
+        seed = training_seed(self._study, self._name, round_)
+        if self._event is None or self._study.privacy is None:
+            return train_plain(
+                self._tuned.model,
+                layout,
+                self._data,
+                steps=local.steps,
+                batch_size=local.batch_size,
+                learning_rate=local.learning_rate,
+                seed=seed,
+                optimizer=local.optimizer,
+                loss=local.loss,
+                normalisation=task.score,
+                max_grad_norm=local.max_grad_norm,
+                micro_batch=local.micro_batch,
+                progress=progress,
+            ).delta
+        return train_dp(
+            self._tuned.model,
+            layout,
+            self._data,
+            steps=local.steps,
+            batch_size=local.batch_size,
+            learning_rate=local.learning_rate,
+            noise_multiplier=self._event.noise_multiplier,
+            clip_norm=self._study.privacy.clip_norm,
+            noise=NoiseSource(),
+            seed=seed,
+            optimizer=local.optimizer,
+            loss=local.loss,
+            normalisation=task.score,
+            micro_batch=local.micro_batch,
+            progress=progress,
+        ).delta
+
+    def adapter(self) -> Vector:
+        """The adapter as it stands: for a silo that tunes alone, without any exchange."""
+        return to_vector(self._tuned.model, self._tuned.broadcast_layout())
+
+    def evaluate(self, test: Sequence[Question]) -> dict[str, float]:
+        """Accuracy of this silo's own model by group."""
+        return accuracies(self._tuned, self._tuned.encode(test))
+
+
+class ServerTuning:
+    """Implements :class:`securefedcollm.federation.workload.ServerWorkload` with real models."""
+
+    def __init__(
+        self,
+        study: Study,
+        *,
+        public: Sequence[Question],
+        test: Sequence[Question] = (),
+        distillation: bool = True,
+        data: Path | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        """``distillation=False`` makes this plain FedAvg: the LLM is not even loaded."""
+        self._study = study
+        self._slm = Tuned.load(study, study.models.slm, data=data, progress=progress)
+        self._slm_test = self._slm.encode(test) if test else None
+        self._llm: Tuned | None = None
+        self.base_digest = self._slm.base_digest
+        if distillation:
+            self._llm = Tuned.load(study, study.models.llm, data=data, progress=progress)
+            self._llm_test = self._llm.encode(test) if test else None
+            self._llm_public = self._llm.encode(public)
+            self._slm_public = self._slm.encode(public)
+
+    def layout(self, round_: int) -> bytes:
+        return self._slm.layout_digest(round_)
+
+    def update_size(self, round_: int) -> int:
+        return self._slm.update_layout(round_).size
+
+    def adapter(self) -> Vector:
+        return to_vector(self._slm.model, self._slm.broadcast_layout())
+
+    def absorb(self, mean: Vector, round_: int) -> None:
+        layout = self._slm.update_layout(round_)
+        load_vector(self._slm.model, layout, to_vector(self._slm.model, layout) + mean)
+
+    def distil(self, round_: int, progress: Progress) -> dict[str, float]:
+        if self._llm is None:
+            return {}
+        plan = self._study.distillation
+        steps: list[DistilStep] = []
+        distil(
+            self._llm.model,
+            self._slm.model,
+            self._llm.broadcast_layout(),
+            self._slm.broadcast_layout(),
+            self._llm_public,
+            self._slm_public,
+            steps=plan.steps,
+            batch_labelled=plan.batch_labelled,
+            batch_unlabelled=plan.batch_unlabelled,
+            learning_rate_llm=plan.learning_rate_llm,
+            learning_rate_slm=plan.learning_rate_slm,
+            seed=training_seed(self._study, "server", round_),
+            loss=plan.loss,
+            weight=plan.weight,
+            temperature=plan.temperature,
+            direction=plan.direction,
+            normalisation=self._study.task.score,
+            micro_batch=self._study.local.micro_batch,
+            on_step=steps.append,
+            progress=progress,
+        )
+        return {
+            "first_loss_llm": steps[0].loss_llm,
+            "last_loss_llm": steps[-1].loss_llm,
+            "first_loss_slm": steps[0].loss_slm,
+            "last_loss_slm": steps[-1].loss_slm,
+        }
+
+    def evaluate(self) -> dict[str, float]:
+        scores: dict[str, float] = {}
+        if self._slm_test is not None:
+            scores |= {f"slm/{g}": a for g, a in accuracies(self._slm, self._slm_test).items()}
+        if self._llm is not None and self._llm_test is not None:
+            scores |= {f"llm/{g}": a for g, a in accuracies(self._llm, self._llm_test).items()}
+        return scores
+
+    def save(self, directory: Path) -> None:
+        for name, tuned in self._models():
+            save_adapter(tuned.model, directory / name)
+
+    def load(self, directory: Path) -> None:
+        from safetensors.numpy import load_file
+
+        for name, tuned in self._models():
+            path = directory / name / "adapter_model.safetensors"
+            try:
+                tensors = load_file(path)
+            except Exception as error:
+                raise StateError(
+                    f"{path}: the saved adapter cannot be read ({error})",
+                    hint="start again with --overwrite",
+                ) from None
+            layout = full_layout(tuned.model)
+            load_vector(tuned.model, layout, _in_order(tensors, layout, path))
+
+    def _models(self) -> list[tuple[str, Tuned]]:
+        models = [("slm", self._slm)]
+        return models if self._llm is None else [*models, ("llm", self._llm)]
+
+
+def planned_event(study: Study, records: int) -> PoissonGaussian:
+    """What one round of DP-SGD releases, with the least noise that keeps the study's claim.
+
+    Raises:
+        ConfigError: fewer records than the expected batch.
+    """
+    privacy, local = study.privacy, study.local
+    if privacy is None:
+        raise ValueError("a study without privacy plans no event")
+    if local.batch_size > records:
+        raise ConfigError(
+            f"an expected batch of {local.batch_size} needs as many records, there are {records}",
+            where="local.batch_size",
+            hint=f"at most {records}; a tenth of it amplifies privacy well",
+        )
+    rate = local.batch_size / records
+    noise = calibrate(privacy.epsilon, privacy.delta, rate, local.steps * study.rounds)
+    return PoissonGaussian(q=rate, noise_multiplier=noise, steps=local.steps)
+
+
+def training_seed(study: Study, who: str, round_: int) -> int:
+    """Seed of shuffling and dropout; never of keys, noise or Poisson samples."""
+    text = f"{study.seed}\0{who}\0{round_}".encode()
+    return int.from_bytes(sha256(b"securefedcollm/training-seed/v1\0", text)[:6], "big")
+
+
+def accuracies(tuned: Tuned, test: EncodedQuestions) -> dict[str, float]:
+    """Accuracy in [0, 1] by question group."""
+    scores = evaluate(tuned.model, test, normalisation=tuned.study.task.score)
+    return {group: score.accuracy for group, score in scores.by_group().items()}
+
+
+def set_threads(count: int) -> None:
+    """Threads that torch may use in this process."""
+    torch.set_num_threads(max(1, count))
+
+
+def _in_order(tensors: dict[str, Any], layout: AdapterLayout, path: Path) -> Vector:
+    missing = [name for name in layout.names if name not in tensors]
+    if missing or len(tensors) != len(layout.names):
+        raise StateError(
+            f"{path}: not this study's adapter (lacks {missing[:1] or 'nothing'})",
+            hint="start again with --overwrite",
+        )
+    parts = []
+    for name, shape in zip(layout.names, layout.shapes, strict=True):
+        if tensors[name].shape != shape:
+            raise StateError(
+                f"{path}: {name} has shape {tensors[name].shape}, the model needs {shape}",
+                hint="start again with --overwrite",
+            )
+        parts.append(tensors[name].reshape(-1))
+    return np.concatenate(parts).astype(np.float32)

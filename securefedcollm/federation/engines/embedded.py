@@ -1,0 +1,195 @@
+"""The engine for one machine: silos in this process, or spread over worker processes.
+
+Each silo is built inside the process that runs it, so its keys, data and updates never exist in the
+coordinator's process when ``workers > 0``. Replies come back over a pipe; a worker that dies takes
+its silos' exchanges with it, which the protocol treats as dropouts.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from securefedcollm.errors import SecureFedCoLLMError, TransportError
+from securefedcollm.federation.engines import Failure, SiloPort
+from securefedcollm.federation.workload import Progress
+
+log = logging.getLogger(__name__)
+
+SiloFactory = Callable[[str, Progress], SiloPort]
+"""Builds the silo of that name; picklable when workers are used."""
+
+
+class EmbeddedEngine:
+    """See the module's docstring. Use as a context manager."""
+
+    def __init__(
+        self,
+        silos: Sequence[str],
+        factory: SiloFactory,
+        *,
+        workers: int,
+        progress: Progress,
+    ) -> None:
+        """
+        Args:
+            silos: their names.
+            factory: called once for each silo, in the process that will run it.
+            workers: number of processes; 0 runs the silos here, one after another.
+            progress: receives the silos' progress, prefixed with their names.
+
+        Raises:
+            SecureFedCoLLMError: what the factory raised for a silo (bad data, say).
+        """
+        self._progress = progress
+        self._local: dict[str, SiloPort] = {}
+        self._workers: list[_Worker] = []
+        self._home: dict[str, _Worker] = {}
+        if workers == 0:
+            self._local = {name: factory(name, _prefixed(progress, name)) for name in silos}
+            return
+        try:
+            for index in range(min(workers, len(silos))):
+                mine = list(silos[index::workers])
+                worker = _Worker(mine, factory)
+                self._workers.append(worker)
+                self._home.update(dict.fromkeys(mine, worker))
+            for worker in self._workers:
+                worker.wait_until_ready(progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def exchange(self, frames: Mapping[str, bytes], timeout: float) -> dict[str, bytes | Failure]:
+        """See :class:`securefedcollm.federation.engines.Engine`."""
+        if self._local:
+            return {name: self._local[name].step(frame) for name, frame in frames.items()}
+        replies: dict[str, bytes | Failure] = {}
+        for name, frame in frames.items():
+            if not self._home[name].send(name, frame):
+                replies[name] = Failure("its worker process has ended")
+        deadline = time.monotonic() + timeout
+        waiting = set(frames) - set(replies)
+        while waiting:
+            homes = {self._home[name].pipe: self._home[name] for name in waiting}
+            ready = wait(list(homes), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                replies.update({n: Failure(f"no reply in {timeout:.0f} s") for n in waiting})
+                for worker in {self._home[name] for name in waiting}:
+                    worker.stop()  # a late reply must not be taken for the next exchange's
+                break
+            for pipe in ready:
+                for name, reply in homes[pipe].receive(self._progress, waiting):  # type: ignore[index]
+                    replies[name] = reply
+                    waiting.discard(name)
+        return replies
+
+    def close(self) -> None:
+        """End the worker processes."""
+        for worker in self._workers:
+            worker.stop()
+
+    def __enter__(self) -> EmbeddedEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Worker:
+    """One child process and the pipe to it."""
+
+    def __init__(self, silos: list[str], factory: SiloFactory) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.silos = silos
+        self.pipe, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(
+            target=_serve, args=(theirs, silos, factory), daemon=True
+        )
+        self.process.start()
+        theirs.close()
+
+    def wait_until_ready(self, progress: Progress) -> None:
+        while True:
+            try:
+                message = self.pipe.recv()
+            except EOFError:
+                raise TransportError(
+                    f"the worker process of {', '.join(self.silos)} ended while starting",
+                    hint="is there enough memory? try --workers 1",
+                ) from None
+            match message:
+                case ("ready",):
+                    return
+                case ("error", error):
+                    raise error
+                case ("progress", done, total, text):
+                    progress(done, total, text)
+
+    def send(self, silo: str, frame: bytes) -> bool:
+        try:
+            self.pipe.send((silo, frame))
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def receive(self, progress: Progress, waiting: set[str]) -> list[tuple[str, bytes | Failure]]:
+        """What has arrived: at most one reply, or the failure of all its silos."""
+        try:
+            message = self.pipe.recv()
+        except (EOFError, OSError):
+            self.stop()
+            return [(s, Failure("its worker process ended")) for s in self.silos if s in waiting]
+        match message:
+            case ("progress", done, total, text):
+                progress(done, total, text)
+                return []
+            case ("failed", silo, reason):
+                return [(silo, Failure(reason))]
+            case (silo, reply):
+                return [(silo, reply)]
+        raise TransportError(f"the worker of {', '.join(self.silos)} sent an unknown message")
+
+    def stop(self) -> None:
+        self.pipe.close()
+        self.process.terminate()
+        self.process.join(timeout=10)
+
+
+def _serve(pipe: Connection[Any, Any], silos: list[str], factory: SiloFactory) -> None:
+    """A worker's life: build its silos, then answer until the pipe closes."""
+
+    def report(done: int, total: int, text: str) -> None:
+        pipe.send(("progress", done, total, text))
+
+    try:
+        ports = {name: factory(name, _prefixed(report, name)) for name in silos}
+    except SecureFedCoLLMError as error:
+        pipe.send(("error", error))
+        return
+    pipe.send(("ready",))
+    while True:
+        try:
+            silo, frame = pipe.recv()
+        except (EOFError, OSError, KeyboardInterrupt):
+            return
+        try:
+            pipe.send((silo, ports[silo].step(frame)))
+        except KeyboardInterrupt:
+            return
+        except Exception as error:  # a bug in one silo is that silo's dropout, not the run's end
+            log.error("%s failed: %s", silo, traceback.format_exc())
+            pipe.send(("failed", silo, f"internal error {type(error).__name__}"))
+
+
+def _prefixed(progress: Progress, silo: str) -> Progress:
+    def report(done: int, total: int, text: str) -> None:
+        progress(done, total, f"{silo}: {text}")
+
+    return report

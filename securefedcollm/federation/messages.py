@@ -1,0 +1,102 @@
+"""What coordinator and silo say to each other around the aggregation protocol.
+
+One request, one reply. The inner aggregation frames are opaque here; they carry their own
+signatures and bindings (:mod:`securefedcollm.aggregation`). Nothing in these messages is trusted by
+a silo beyond its type and size: the adapter is bound into the round header by its hash, so a server
+that sends different adapters to different silos cannot unmask their sum.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from securefedcollm.errors import RemoteProtocolError
+from securefedcollm.primitives import sha256
+
+MAX_FRAME = 1 << 31  # 2 GiB: above any adapter and packed vector that a silo would agree to
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    pass
+
+
+class BeginRound(_Message, frozen=True, tag="begin"):
+    """Server → silo: tune this adapter. ``adapter``: little-endian float32 in layout order."""
+
+    run_id: bytes
+    round: int
+    attempt: int
+    layout: bytes
+    adapter: bytes
+
+
+class Aggregate(_Message, frozen=True, tag="aggregate"):
+    """Server → silo: the next request of the aggregation protocol."""
+
+    frame: bytes
+
+
+class Trained(_Message, frozen=True, tag="trained"):
+    """Silo → server: my update is ready. Deliberately empty: no counts, no norms, no metrics."""
+
+
+class Aggregated(_Message, frozen=True, tag="aggregated"):
+    """Silo → server: my answer in the aggregation protocol."""
+
+    frame: bytes
+
+
+class Refused(_Message, frozen=True, tag="refused"):
+    """Silo → server: I will not do that. ``kind`` is a class name of the error tree."""
+
+    kind: str
+    message: str
+    hint: str
+
+
+Request = BeginRound | Aggregate
+Reply = Trained | Aggregated | Refused
+
+_requests = msgspec.msgpack.Decoder(Request)
+_replies = msgspec.msgpack.Decoder(Reply)
+encode = msgspec.msgpack.Encoder().encode
+
+
+def decode_request(frame: bytes) -> Request:
+    """Raises: RemoteProtocolError if the server's frame is not a request."""
+    return _checked(frame, _requests, "server")
+
+
+def decode_reply(frame: bytes, silo: str) -> Reply:
+    """Raises: RemoteProtocolError naming ``silo`` if its frame is not a reply."""
+    return _checked(frame, _replies, silo)
+
+
+_T = TypeVar("_T")
+
+
+def _checked(frame: bytes, decoder: msgspec.msgpack.Decoder[_T], peer: str) -> _T:
+    if len(frame) > MAX_FRAME:
+        raise RemoteProtocolError(f"a frame of {len(frame)} bytes is too large", peer=peer)
+    try:
+        return decoder.decode(frame)
+    except msgspec.DecodeError as error:
+        raise RemoteProtocolError(
+            f"a frame does not decode ({error})",
+            peer=peer,
+            hint="do both sides run the same version?",
+        ) from None
+
+
+def adapter_bytes(adapter: npt.NDArray[np.float32]) -> bytes:
+    """float32 [d] → 4·d bytes, little-endian."""
+    return adapter.astype("<f4", copy=False).tobytes()
+
+
+def model_digest(base: bytes, layout: bytes, adapter: bytes) -> bytes:
+    """SHA-256 that stands for "the global model I was sent": base weights, layout and adapter."""
+    return sha256(b"securefedcollm/global-model/v1\0", base, layout, sha256(adapter))

@@ -1,0 +1,375 @@
+"""A whole study on one machine: every role real, only the distances are missing.
+
+Each silo runs in a worker process with its own directory (keys in memory, ledger, journal, updates)
+and exchanges the same frames as over a network. Identities are made for the occasion and forgotten.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from securefedcollm import __version__
+from securefedcollm.aggregation import Roster
+from securefedcollm.errors import ConfigError
+from securefedcollm.federation.coordinator import Coordinator
+from securefedcollm.federation.engines.embedded import EmbeddedEngine
+from securefedcollm.federation.files import make_directory, write_durably
+from securefedcollm.federation.plan import silo_names
+from securefedcollm.federation.runstore import RunStore
+from securefedcollm.federation.silo import SiloSession
+from securefedcollm.federation.silostore import SiloStore
+from securefedcollm.federation.workload import Progress, silent
+from securefedcollm.primitives import SigningKey
+from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.study import Study, digest, dump_study
+
+Say = Callable[[str], None]
+
+
+class Simulation:
+    """Runs a study, and its baselines, into one directory."""
+
+    def __init__(
+        self,
+        study: Study,
+        *,
+        out: Path,
+        data: Path | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+        baselines: Iterable[str] = ("standalone", "fedavg"),
+        workers: int | None = None,
+    ) -> None:
+        """
+        Args:
+            out: the run directory.
+            data: directory of the study's data files and ``path:`` models.
+            resume: continue the run in ``out``.
+            overwrite: remove the run in ``out`` first.
+            baselines: which comparisons to run: ``standalone``, ``fedavg``.
+            workers: processes for the silos; None: one per core; 0: none.
+        """
+        self._study = study
+        self._out = out
+        self._data = data
+        self._resume = resume
+        self._overwrite = overwrite
+        self._baselines = tuple(baselines)
+        cores = len(os.sched_getaffinity(0))
+        self._workers = min(cores, study.silos.count) if workers is None else workers
+        self._threads = max(1, cores // max(1, self._workers))
+
+    def run(self, progress: Progress, say: Say) -> dict[str, Any]:
+        """Run what is still to do and return the content of ``results.json``.
+
+        Raises:
+            SecureFedCoLLMError: with the run in a state that ``resume`` continues.
+        """
+        started = time.monotonic()
+        self._open_directory()
+        store = RunStore(self._out, digest(self._study), resume=self._resume)
+        write_durably(self._out / "study.yaml", dump_study(self._study).encode())
+
+        from securefedcollm.federation import cotuning
+        from securefedcollm.federation.dealing import deal
+
+        dealt = deal(self._study, self._data)
+        self._prepare_models(progress, say)
+        cotuning.set_threads(self._threads)
+        server = cotuning.ServerTuning(
+            self._study,
+            public=dealt.public,
+            test=dealt.test,
+            data=self._data,
+            progress=progress,
+        )
+        zero_shot = self._once("zero-shot", server.evaluate)
+        self._federate(store, server, self._out, progress, say)
+        for name in ("slm", "llm"):
+            _replace_tree(self._out / "server" / _last(store) / name, self._out / "adapters" / name)
+        final = store.state.history[-1]["evaluation"]
+        table = _rows("zero-shot", zero_shot) + _rows("FedCoLLM", final)
+        del server
+        if "standalone" in self._baselines:
+            table += _rows("standalone", self._standalone(progress))
+        if "fedavg" in self._baselines:
+            table += _rows("FedAvg", self._fedavg(dealt, progress))
+        results = self._results(store, table, {n: len(q) for n, q in dealt.silos.items()})
+        results["seconds"] = round(time.monotonic() - started, 1)
+        write_durably(self._out / "results.json", json.dumps(results, indent=2).encode())
+        return results
+
+    def _open_directory(self) -> None:
+        if self._overwrite and self._out.exists():
+            known = {"study.yaml", "server"}
+            if any(self._out.iterdir()) and not known & {p.name for p in self._out.iterdir()}:
+                raise ConfigError(
+                    "is not a run directory; it will not be removed",
+                    where=str(self._out),
+                    hint="choose another --out",
+                )
+            shutil.rmtree(self._out)
+        if self._resume and not (self._out / "server" / "state.json").exists():
+            raise ConfigError(
+                "there is no run to resume", where=str(self._out), hint="leave out --resume"
+            )
+        make_directory(self._out)
+
+    def _prepare_models(self, progress: Progress, say: Say) -> None:
+        """Make the built-in models on first use, both at once."""
+        sources = (self._study.models.llm.source, self._study.models.slm.source)
+        if any(source.startswith("builtin:hospital-") for source in sources):
+            from securefedcollm.tuning.builtin import prepare
+            from securefedcollm.tuning.models import default_cache
+
+            prepare(default_cache(), progress)
+
+    def _federate(
+        self, store: RunStore, server: Any, directory: Path, progress: Progress, say: Say
+    ) -> None:
+        """All rounds of one federation, from wherever ``store`` stands."""
+        if store.state.round >= self._study.rounds:
+            return
+        names = silo_names(self._study)
+        keys = {name: SigningKey.generate() for name in names}
+        roster = Roster({name: key.public for name, key in keys.items()})
+        factory = partial(
+            make_silo,
+            study=self._study,
+            roster=roster,
+            seeds={name: Secret(key.seed()) for name, key in keys.items()},
+            directory=directory,
+            data=self._data,
+            threads=self._threads,
+        )
+
+        def on_round(record: dict[str, Any]) -> None:
+            write_durably(
+                directory / "metrics.jsonl",
+                b"".join(json.dumps(r).encode() + b"\n" for r in store.state.history),
+            )
+            say(_sentence(record, self._study.rounds))
+
+        with EmbeddedEngine(names, factory, workers=self._workers, progress=progress) as engine:
+            Coordinator(
+                study=self._study,
+                roster=roster,
+                engine=engine,
+                workload=server,
+                store=store,
+                progress=progress,
+                on_round=on_round,
+            ).run()
+
+    def _fedavg(self, dealt: Any, progress: Progress) -> dict[str, float]:
+        """The same federation without the server's phase."""
+        from securefedcollm.federation import cotuning
+
+        directory = make_directory(self._out / "baselines" / "fedavg")
+        resume = (directory / "server" / "state.json").exists()
+        store = RunStore(directory, digest(self._study), resume=resume)
+        server = cotuning.ServerTuning(
+            self._study, public=(), test=dealt.test, distillation=False, data=self._data
+        )
+        self._federate(store, server, directory, _prefixed(progress, "FedAvg"), lambda text: None)
+        evaluation: dict[str, float] = store.state.history[-1]["evaluation"]
+        return evaluation
+
+    def _standalone(self, progress: Progress) -> dict[str, float]:
+        """Every silo tunes as long by itself; the mean of their accuracies."""
+        names = silo_names(self._study)
+        job = partial(
+            tune_alone,
+            study=self._study,
+            data=self._data,
+            directory=make_directory(self._out / "baselines" / "standalone"),
+            threads=self._threads,
+        )
+        scores = []
+        if self._workers == 0:
+            scores = [job(name) for name in names]
+        else:
+            context = get_context("spawn")
+            with ProcessPoolExecutor(self._workers, mp_context=context) as pool:
+                for done, score in enumerate(pool.map(job, names), start=1):
+                    scores.append(score)
+                    progress(done, len(names), "standalone silos")
+        return {group: sum(s[group] for s in scores) / len(scores) for group in scores[0]}
+
+    def _once(self, name: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+        return remembered(self._out / "server" / f"{name}.json", make)
+
+    def _results(
+        self, store: RunStore, table: list[dict[str, Any]], records: dict[str, int]
+    ) -> dict[str, Any]:
+        order = ["zero-shot", "standalone", "FedAvg", "FedCoLLM"]
+        table.sort(key=lambda row: (row["model"] != "slm", order.index(row["method"])))
+        privacy = self._study.privacy
+        history = store.state.history
+        silos = []
+        for name, count in records.items():
+            silos.append(
+                {
+                    "name": name,
+                    "records": count,
+                    "epsilon_spent": _spent(self._out / "silos" / name, self._study),
+                    "epsilon_budget": privacy.epsilon if privacy else None,
+                    "delta": privacy.delta if privacy else None,
+                    "bytes_up": sum(r.get("bytes_up", {}).get(name, 0) for r in history),
+                    "bytes_down": sum(r.get("bytes_down", {}).get(name, 0) for r in history),
+                }
+            )
+        return {
+            "study": self._study.study,
+            "digest": digest(self._study).hex(),
+            "version": __version__,
+            "run_id": store.state.run_id,
+            "groups": list(table[0]["accuracy"]),
+            "table": table,
+            "silos": silos,
+            "rounds": history,
+            "notes": _notes(self._study, self._baselines),
+            "places": {
+                "results": str(self._out / "results.json"),
+                "adapters": str(self._out / "adapters"),
+                "metrics": str(self._out / "metrics.jsonl"),
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Secret:
+    """Bytes that travel to a worker process and never into a repr."""
+
+    value: bytes
+
+    def __repr__(self) -> str:
+        return "Secret(<redacted>)"
+
+
+def make_silo(
+    name: str,
+    progress: Progress,
+    *,
+    study: Study,
+    roster: Roster,
+    seeds: dict[str, Secret],
+    directory: Path,
+    data: Path | None,
+    threads: int,
+) -> SiloSession:
+    """Build one silo in the process that will run it."""
+    from securefedcollm.federation import cotuning
+    from securefedcollm.federation.dealing import deal
+
+    cotuning.set_threads(threads)
+    home = make_directory(directory / "silos" / name)
+    workload = cotuning.SiloTuning(
+        study, name, deal(study, data).silos[name], data=data, progress=progress
+    )
+    return SiloSession(
+        study=study,
+        name=name,
+        roster=roster,
+        key=SigningKey(seeds[name].value),
+        workload=workload,
+        store=SiloStore(home),
+        ledger=Ledger(home / "ledger.sqlite", name),
+        progress=progress,
+        threads=threads,
+    )
+
+
+def tune_alone(
+    name: str, *, study: Study, data: Path | None, directory: Path, threads: int
+) -> dict[str, float]:
+    """One silo without a federation: the same steps, noise and rounds, nothing leaves it."""
+
+    def tune() -> dict[str, float]:
+        from securefedcollm.federation import cotuning
+        from securefedcollm.federation.dealing import deal
+
+        cotuning.set_threads(threads)
+        dealt = deal(study, data)
+        workload = cotuning.SiloTuning(study, name, dealt.silos[name], data=data)
+        adapter = workload.adapter()
+        for round_ in range(study.rounds):
+            workload.fit(adapter, round_, silent)
+            adapter = workload.adapter()
+        return {f"slm/{g}": a for g, a in workload.evaluate(dealt.test).items()}
+
+    return remembered(directory / f"{name}.json", tune)
+
+
+def remembered(path: Path, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """The JSON in ``path``, made once."""
+    if not path.exists():
+        write_durably(path, json.dumps(make()).encode())
+    content: dict[str, float] = json.loads(path.read_bytes())
+    return content
+
+
+def _rows(method: str, scores: dict[str, float]) -> list[dict[str, Any]]:
+    """``{"slm/private": .7, …}`` → one row per model."""
+    rows: dict[str, dict[str, float]] = {}
+    for key, value in scores.items():
+        model, _, group = key.partition("/")
+        rows.setdefault(model, {})[group] = value
+    return [{"model": m, "method": method, "accuracy": a} for m, a in rows.items()]
+
+
+def _spent(home: Path, study: Study) -> float | None:
+    if study.privacy is None:
+        return None
+    return Ledger(home / "ledger.sqlite", home.name).total_spent(study.privacy.delta)
+
+
+def _sentence(record: dict[str, Any], rounds: int) -> str:
+    scores = ", ".join(
+        f"{key.replace('/', ' ')} {100 * value:.0f} %"
+        for key, value in record["evaluation"].items()
+    )
+    silos = len(record["survivors"])
+    return f"round {record['round']} of {rounds}: {silos} silos in the sum; {scores}"
+
+
+def _notes(study: Study, baselines: tuple[str, ...]) -> list[str]:
+    notes = []
+    if study.task.data.builtin:
+        notes += [
+            "general: knowledge that the LLM had; private: rules that only silos' records hold.",
+            f"A standalone silo sees 1/{study.silos.count} of the private rules, which caps it.",
+            "The public prompts include unanswered ones on the private topics.",
+        ]
+    if baselines and study.privacy:
+        notes.append(
+            "Each row is a run of its own with the same ε; publishing them all would add up."
+        )
+    notes.append("Identities were throw-away; a real study is signed by its participants.")
+    return notes
+
+
+def _last(store: RunStore) -> str:
+    return f"round-{store.state.round:05d}"
+
+
+def _replace_tree(source: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+
+
+def _prefixed(progress: Progress, prefix: str) -> Progress:
+    def report(done: int, total: int, text: str) -> None:
+        progress(done, total, f"{prefix}: {text}")
+
+    return report

@@ -1,0 +1,92 @@
+"""What the round loops ask of training; :mod:`securefedcollm.federation.cotuning` answers.
+
+The loops see flat float32 vectors only. ``layout(round)`` identifies names, shapes and order of the
+tensors behind them; two sides whose layouts differ do not talk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from securefedcollm.privacy.events import Event
+
+Vector = npt.NDArray[np.float32]
+Progress = Callable[[int, int, str], None]
+"""``progress(done, total, text)``; called often, must be cheap. (That of ``tuning``, torch-free.)"""
+
+
+def silent(done: int, total: int, text: str) -> None:
+    """Report nothing."""
+
+
+class SiloWorkload(Protocol):
+    """Tuning at one silo, on data that it alone sees."""
+
+    dataset: str
+    """Fingerprint of the private data set: the key of its privacy budget."""
+
+    base_digest: bytes
+    """SHA-256 of the base model's weights."""
+
+    def layout(self, round_: int) -> bytes:
+        """32-byte digest of the adapter's layout in this round."""
+        ...
+
+    def size(self, round_: int) -> int:
+        """Length of the broadcast adapter."""
+        ...
+
+    def update_size(self, round_: int) -> int:
+        """Length d of the update that enters the sum; at most :meth:`size`."""
+        ...
+
+    def events(self) -> Sequence[Event]:
+        """What one round's training will release, in the worst case. Empty without DP."""
+        ...
+
+    def fit(self, adapter: Vector, round_: int, progress: Progress) -> Vector:
+        """Tune from ``adapter`` and return the update, float32 [d].
+
+        Raises:
+            TrainingError: the result is not finite, or nothing was trained.
+        """
+        ...
+
+
+class ServerWorkload(Protocol):
+    """The server's two models, their adapters, and the distillation between them."""
+
+    base_digest: bytes
+
+    def layout(self, round_: int) -> bytes: ...
+
+    def update_size(self, round_: int) -> int: ...
+
+    def adapter(self) -> Vector:
+        """The global SLM adapter, as broadcast."""
+        ...
+
+    def absorb(self, mean: Vector, round_: int) -> None:
+        """Add the mean update, float32 [d], to the global SLM adapter."""
+        ...
+
+    def distil(self, round_: int, progress: Progress) -> dict[str, float]:
+        """Run the server's phase on the public set; returns its losses."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracies of both models on the test sets that the server has; may be empty."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write both adapters into ``directory`` (exists, empty), safetensors only."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Restore what :meth:`save` wrote, bit for bit."""
+        ...
