@@ -48,7 +48,7 @@ _CHUNK = 128 * 1024  # zero source of the keystream; stays in L2
 _ZEROS: Final = bytes(_CHUNK)  # shared by every stream: a round may hold a thousand of them
 
 
-def sha256(*parts: bytes) -> bytes:
+def sha256(*parts: bytes | memoryview) -> bytes:
     """SHA-256 of the concatenation of ``parts`` (32 bytes)."""
     digest = hashlib.sha256()
     for part in parts:

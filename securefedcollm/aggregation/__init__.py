@@ -1,0 +1,32 @@
+"""The sans-IO core: protected vectors go in, one opened sum comes out.
+
+``aggregation`` sums integers within a declared bound and knows nothing of what they mean. It has no
+sockets, files, clock or global randomness; the federation carries its frames and keeps its journal.
+"""
+
+from securefedcollm.aggregation.header import RingParameters, Roster, RoundHeader
+from securefedcollm.aggregation.scheme import (
+    CoordinatorSide,
+    Journal,
+    RoundResult,
+    SchemeName,
+    SiloSide,
+    coordinator_side,
+    silo_side,
+)
+from securefedcollm.aggregation.steps import TRANSITIONS, Step
+
+__all__ = [
+    "TRANSITIONS",
+    "CoordinatorSide",
+    "Journal",
+    "RingParameters",
+    "Roster",
+    "RoundHeader",
+    "RoundResult",
+    "SchemeName",
+    "SiloSide",
+    "Step",
+    "coordinator_side",
+    "silo_side",
+]

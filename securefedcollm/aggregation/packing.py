@@ -1,0 +1,103 @@
+"""Planar packing of bounded integers into 64-bit words.
+
+m = ⌊64 / b⌋ fields of b bits share one word: value i of a vector sits in word i mod w, field
+i div w (field 0 lowest), with w = ⌈d / m⌉. A value is stored with the offset ``bound`` so that it
+is not negative; fields without a value hold zero. b is wide enough for the offset sum of all n
+silos, so no field carries into the next and words are added and masked as wholes modulo 2^64, with
+no keystream spent on a modulus. Planes are contiguous: packing is a handful of vector operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from securefedcollm.aggregation.header import WORD_BITS, RingParameters
+from securefedcollm.aggregation.masks import CHUNK_WORDS, Words, each_part
+from securefedcollm.errors import LocalProtocolError, ProtocolError
+
+Vector = npt.NDArray[np.int64]
+
+
+def pack(vector: Vector, parameters: RingParameters, out: Words, threads: int = 1) -> None:
+    """Write the packed ``vector`` to ``out``.
+
+    Args:
+        vector: int64 [d], contiguous; abs(q) <= bound.
+        parameters: sizes.
+        out: uint64 [w]; overwritten.
+        threads: parts worked on at the same time.
+
+    Raises:
+        LocalProtocolError: wrong type or length, or a value out of bounds: the caller's clipping
+            failed, and a wrapped sum would be silently wrong.
+    """
+    hint = "quantise to the study's bound and length first"
+    if vector.dtype != np.int64 or vector.shape != (parameters.values,):
+        message = f"the vector is {vector.dtype} {vector.shape}, not int64 ({parameters.values},)"
+        raise LocalProtocolError(message, hint=hint)
+    unsigned = np.ascontiguousarray(vector).view(np.uint64)
+    offset, greatest = np.uint64(parameters.bound), np.uint64(2 * parameters.bound)
+
+    def work(start: int, stop: int) -> None:
+        scratch = np.empty(CHUNK_WORDS, dtype=np.uint64)
+        for low in range(start, stop, CHUNK_WORDS):
+            words = out[low : min(low + CHUNK_WORDS, stop)]
+            words.fill(0)
+            for shift, first, last in _planes(parameters, low, low + len(words)):
+                field = np.add(unsigned[first:last], offset, out=scratch[: last - first])
+                if field.max() > greatest:
+                    message = f"a value exceeds the bound {parameters.bound}"
+                    raise LocalProtocolError(message, hint=hint)
+                np.left_shift(field, np.uint64(shift), out=field)
+                words[: last - first] += field
+
+    each_part(parameters.words, threads, work)
+
+
+def unpack(words: Words, parameters: RingParameters, count: int) -> Vector:
+    """The sum of ``count`` packed vectors, from the sum of their words.
+
+    Args:
+        words: uint64 [w], masks removed.
+        parameters: sizes.
+        count: vectors in the sum, 1 <= count <= silos.
+
+    Returns:
+        int64 [d].
+
+    Raises:
+        ProtocolError: a field is greater than ``count`` honest vectors can make it, or a bit that
+            no field owns is set: some silo uploaded what is not a packed vector within bounds. The
+            masks hide which. (What stays within bounds cannot be told from honest values.)
+    """
+    w, bits = parameters.words, parameters.field_bits
+    result = np.empty(parameters.values, dtype=np.int64)
+    fields = result.view(np.uint64)
+    used = np.zeros(w, dtype=np.uint64)  # the words again, of owned fields only
+    low_bits, greatest = np.uint64(2**bits - 1), np.uint64(2 * parameters.bound * count)
+    intact = True
+    for shift, first, last in _planes(parameters, 0, w):
+        field = fields[first:last]
+        np.right_shift(words[: last - first], np.uint64(shift), out=field)
+        np.bitwise_and(field, low_bits, out=field)
+        intact = intact and bool(field.max() <= greatest)
+        used[: last - first] |= field << np.uint64(shift)
+    if not intact or not np.array_equal(used, words):
+        raise ProtocolError(
+            "the opened sum is out of bounds: a silo uploaded values outside the agreed range",
+            hint="masks hide which silo it was; nothing was released, go on with the next round",
+        )
+    result -= parameters.bound * count
+    return result
+
+
+def _planes(parameters: RingParameters, low: int, high: int) -> Iterator[tuple[int, int, int]]:
+    """(shift, first, last) of the values whose fields lie in words low..high-1; none if empty."""
+    for field in range(WORD_BITS // parameters.field_bits):
+        first = field * parameters.words + low
+        last = min(field * parameters.words + high, parameters.values)
+        if first < last:
+            yield field * parameters.field_bits, first, last

@@ -1,0 +1,160 @@
+"""The two roles of a secure-aggregation scheme, and the function that picks the scheme.
+
+A round is a fixed number of exchanges. In each, the coordinator has one frame for every silo that
+takes part, and every silo returns one frame or is lost. Neither role does I/O: the federation's
+engines carry the bytes, and its journal is the only thing that outlives a process.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from securefedcollm.aggregation.header import Roster, RoundHeader
+from securefedcollm.aggregation.steps import Step
+from securefedcollm.primitives import RandomSource, SigningKey
+
+SchemeName = Literal["masking"]
+
+
+class Journal(Protocol):
+    """A silo's write-ahead record: what it has already said, kept across crashes and restarts."""
+
+    def record(self, key: bytes, value: bytes) -> bytes:
+        """Store ``value`` under ``key`` unless something is stored there; return what is stored.
+
+        Must be atomic across processes (first writer wins) and must not return before the record
+        would survive a power failure: the caller sends its reply next. Keys are at most 40 bytes,
+        values 32 bytes; neither is secret. Raises whatever the store raises; the silo then answers
+        nothing.
+        """
+        ...
+
+
+class RoundResult(msgspec.Struct, frozen=True):
+    """What a completed round gives the server.
+
+    Args:
+        sum: int64 [d], the exact sum of the survivors' vectors.
+        survivors: names whose vectors are in the sum, in roster order.
+        dropouts: names that dealt shares but whose vectors are not in the sum.
+        excluded: name -> reason for every silo that stopped taking part. One that left after its
+            upload is still among the survivors.
+        header_digest: 32 bytes.
+        transcript: 32 bytes, the lists digest that the survivors signed in R3.
+        agreements: name -> 64-byte signature over the transcript, for the audit log.
+    """
+
+    sum: npt.NDArray[np.int64]
+    survivors: tuple[str, ...]
+    dropouts: tuple[str, ...]
+    excluded: dict[str, str]
+    header_digest: bytes
+    transcript: bytes
+    agreements: dict[str, bytes]
+
+    def __repr__(self) -> str:
+        return f"RoundResult(survivors={self.survivors}, excluded={self.excluded})"
+
+
+class SiloSide(Protocol):
+    """A silo's side of one attempt at one round."""
+
+    @property
+    def step(self) -> Step: ...
+
+    def handle(self, frame: bytes) -> bytes:
+        """Answer the server's next request.
+
+        Raises:
+            RemoteProtocolError: the request must not be answered. This side has failed for good and
+                has dropped its secrets.
+        """
+        ...
+
+
+class CoordinatorSide(Protocol):
+    """The server's side of one attempt at one round."""
+
+    @property
+    def step(self) -> Step: ...
+
+    @property
+    def excluded(self) -> dict[str, str]:
+        """Name -> reason for every silo that has stopped taking part so far."""
+        ...
+
+    def requests(self) -> dict[str, bytes]:
+        """One frame for every silo that takes part in this step."""
+        ...
+
+    def receive(self, silo: str, frame: bytes) -> None:
+        """Take a silo's reply.
+
+        Raises:
+            RemoteProtocolError: the reply does not fit; that silo is out. A second or a late reply
+                changes nothing.
+        """
+        ...
+
+    def lost(self, silo: str, reason: str) -> None:
+        """Take note that a silo will not reply (timeout, disconnected, refused)."""
+        ...
+
+    def advance(self) -> bool:
+        """Close this step; whoever has not replied is out. True while there is a next step.
+
+        Raises:
+            ProtocolError: too few silos are left, or one of them (``RemoteProtocolError.peer``)
+                made the sum impossible to open. The attempt has failed and nothing was learnt.
+        """
+        ...
+
+    @property
+    def result(self) -> RoundResult:
+        """The sum, once :meth:`advance` has returned False."""
+        ...
+
+
+def silo_side(
+    scheme: SchemeName,
+    *,
+    header: RoundHeader,
+    roster: Roster,
+    name: str,
+    signing_key: SigningKey,
+    vector: npt.NDArray[np.int64],
+    journal: Journal,
+    random: RandomSource = os.urandom,
+    threads: int = 1,
+) -> SiloSide:
+    """The silo's side of ``scheme``; the arguments are those of :class:`~.silo.SiloRound`."""
+    match scheme:
+        case "masking":
+            from securefedcollm.aggregation.silo import SiloRound
+
+            return SiloRound(
+                header=header,
+                roster=roster,
+                name=name,
+                signing_key=signing_key,
+                vector=vector,
+                journal=journal,
+                random=random,
+                threads=threads,
+            )
+
+
+def coordinator_side(
+    scheme: SchemeName, *, header: RoundHeader, roster: Roster, threads: int = 1
+) -> CoordinatorSide:
+    """The server's side of ``scheme``; the arguments are those of ``CoordinatorRound``."""
+    match scheme:
+        case "masking":
+            from securefedcollm.aggregation.coordinator import CoordinatorRound
+
+            return CoordinatorRound(header=header, roster=roster, threads=threads)

@@ -1,0 +1,540 @@
+"""A silo's side of one attempt at one round of pairwise-mask secure aggregation.
+
+Bonawitz et al., CCS 2017, the variant against an active server, hardened. The adversary is the
+server together with up to c silos. It relays every frame, so it may alter, drop, repeat, delay or
+invent any of them, show different silos different things, crash this process and start it again.
+What it must not get is anything about this silo's vector beyond the sum over at least ``min_silos``
+silos of one agreed survivor set. Every check below says what it is against.
+
+Why one answer per silo is enough: with 2t > n + c, any two sets of t responders have an honest silo
+in common. An honest silo signs one pair of lists per attempt and opens one attempt per round, so t
+signatures exist for one pair of lists at most. Both kinds of share for one peer, two survivor sets
+in one attempt, and two attempts whose sums differ by one silo's vector would each need two quorums
+without a common honest silo. The rules hold even if a process is cloned or restored from a
+snapshot, as long as all copies share one :class:`~.scheme.Journal`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from securefedcollm.aggregation import keys, masks, packing, shamir
+from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster
+from securefedcollm.aggregation.messages import (
+    UNSIGNED,
+    Advertise,
+    Agreement,
+    Ask,
+    Deal,
+    Delivery,
+    Opening,
+    Parcel,
+    Refusal,
+    Roll,
+    Signed,
+    Statement,
+    Survey,
+    Unmask,
+    decode,
+    sign,
+)
+from securefedcollm.aggregation.scheme import Journal
+from securefedcollm.aggregation.steps import TRANSITIONS, Step
+from securefedcollm.aggregation.upload import Upload, UploadBuffer, words_digest
+from securefedcollm.errors import CryptoError, LocalProtocolError, RemoteProtocolError
+from securefedcollm.primitives import (
+    KEY_BYTES,
+    AgreementKey,
+    RandomSource,
+    SigningKey,
+    equal,
+    seal,
+    sha256,
+    unseal,
+    verify,
+)
+
+SERVER: Final = "server"
+
+
+@dataclass(repr=False)
+class _Secrets:
+    """Everything that must not outlive the attempt."""
+
+    buffer: UploadBuffer
+    mask_secret: bytes
+    share_secret: bytes
+    seed: bytes
+    held: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
+    """Dealer -> (seed share, mask-key share) that this silo holds."""
+
+
+class _DealerFaultError(Exception):
+    """A dealer signed a parcel that does not check; carries the dealer's index."""
+
+    def __init__(self, dealer: int) -> None:
+        super().__init__(dealer)
+        self.dealer = dealer
+
+
+class SiloRound:
+    """Answers the server's five requests, in order, once each.
+
+    Args:
+        header: this silo's own view of the round, never the server's.
+        roster: the silos of the signed study.
+        name: this silo.
+        signing_key: its Ed25519 identity.
+        vector: int64 [d] with abs(q) <= bound; packed at once, not kept.
+        journal: durable, shared by every process that may act for this silo.
+        random: source of the round's secrets; recorded bytes only in test vectors. Read for the
+            mask secret, share secret and seed (32 bytes each), then for the two dealings.
+        threads: for packing and masking.
+
+    Raises:
+        LocalProtocolError: header, roster, identity and vector do not belong together.
+    """
+
+    def __init__(
+        self,
+        *,
+        header: RoundHeader,
+        roster: Roster,
+        name: str,
+        signing_key: SigningKey,
+        vector: npt.NDArray[np.int64],
+        journal: Journal,
+        random: RandomSource = os.urandom,
+        threads: int = 1,
+    ) -> None:
+        check_roster(header, roster)
+        self._index = roster.index(name)
+        if roster.key(self._index) != signing_key.public:
+            raise LocalProtocolError(
+                f"this identity is not {name}'s on the roster",
+                hint="run with the identity that signed the study",
+            )
+        self._header = header
+        self._header_digest = header.digest
+        self._parameters = header.parameters
+        self._roster = roster
+        self._signing_key = signing_key
+        self._journal = journal
+        self._random = random
+        self._threads = threads
+        self._step = Step.ADVERTISE
+        buffer = UploadBuffer(header.parameters)
+        packing.pack(vector, header.parameters, buffer.words, threads)
+        self._secrets: _Secrets | None = _Secrets(
+            buffer, random(KEY_BYTES), random(KEY_BYTES), random(KEY_BYTES)
+        )
+        # Public transcript, filled step by step.
+        self._own_keys: Advertise
+        self._roll: dict[int, Advertise]
+        self._roll_digest: bytes
+        self._own_statement: Statement
+        self._dealers: tuple[int, ...]
+        self._delivery_digest: bytes
+        self._lists: tuple[tuple[int, ...], tuple[int, ...]]
+        self._lists_digest: bytes
+
+    @property
+    def step(self) -> Step:
+        """The step whose request this silo will answer next."""
+        return self._step
+
+    def __repr__(self) -> str:
+        return f"SiloRound(silo={self._roster.name(self._index)!r}, step={self._step.value})"
+
+    def handle(self, frame: bytes) -> bytes:
+        """Answer the server's next request.
+
+        A :class:`~.messages.Refusal` in reply to the delivery is an answer too: it names a dealer,
+        and this side has then failed.
+
+        Raises:
+            RemoteProtocolError: the request must not be answered; the round is over for this silo.
+            Exception: whatever the journal raises; the round is over for this silo.
+        """
+        secrets = self._secrets
+        if secrets is None:
+            _refuse(
+                f"sent a frame although this silo's round is over ({self._step.value})",
+                "start a new attempt or the next round",
+            )
+        try:
+            reply = self._answer(frame, secrets)
+        except _DealerFaultError as fault:
+            self._finish(Step.FAILED)
+            return self._refusal(fault.dealer)
+        except BaseException:
+            self._finish(Step.FAILED)
+            raise
+        self._step = TRANSITIONS[self._step].following
+        if self._step is Step.DONE:
+            self._finish(Step.DONE)
+        return reply
+
+    def _answer(self, frame: bytes, secrets: _Secrets) -> bytes:
+        match self._step:
+            case Step.ADVERTISE:
+                return self._on_ask(decode(Ask, frame, SERVER), secrets)
+            case Step.SHARE:
+                return self._on_roll(decode(Roll, frame, SERVER), secrets)
+            case Step.UPLOAD:
+                return self._on_delivery(decode(Delivery, frame, SERVER), secrets)
+            case Step.AGREE:
+                return self._on_survey(decode(Survey, frame, SERVER))
+            case _:
+                return self._on_opening(decode(Opening, frame, SERVER), secrets)
+
+    def _finish(self, step: Step) -> None:
+        self._step = step
+        self._secrets = None
+
+    # R0 ---------------------------------------------------------------------------------------
+
+    def _on_ask(self, ask: Ask, secrets: _Secrets) -> bytes:
+        # Adversary: a server that runs another study, model, round, modulus or threshold. Only the
+        # silo's own header is ever used; this comparison is for a message that names the field.
+        if ask.header != self._header:
+            fields = ", ".join(self._header.differences(ask.header))
+            _refuse(
+                f"announced a round that differs from this silo's in: {fields}",
+                "compare the signed study and the global model that both sides hold",
+            )
+        self._own_keys = sign(
+            Advertise(
+                header=self._header_digest,
+                index=self._index,
+                signature=UNSIGNED,
+                mask_public=AgreementKey(secrets.mask_secret).public,
+                share_public=AgreementKey(secrets.share_secret).public,
+            ),
+            self._signing_key,
+        )
+        # Adversary: a server that crashes this process and has it begin again, to get two sets of
+        # keys signed for one attempt and show them to different silos.
+        self._record(
+            b"begin:" + self._header.attempt_scope,
+            sha256(self._own_keys.signed()),
+            "asks again to begin an attempt that this silo has begun before",
+        )
+        return self._own_keys.encode()
+
+    # R1 ---------------------------------------------------------------------------------------
+
+    def _on_roll(self, roll: Roll, secrets: _Secrets) -> bytes:
+        entries = roll.advertisements
+        self._check_members([entry.index for entry in entries], self._roster_indices(), "roll")
+        for entry in entries:
+            # Adversary: the relay puts itself in the middle, invents peers, replays keys of another
+            # round, or showed that peer another model (then its header differs).
+            self._check_signed(entry, "keys")
+        # Adversary: a silo that repeats another's key without knowing its secret.
+        publics = {key for entry in entries for key in (entry.mask_public, entry.share_public)}
+        if len(publics) != 2 * len(entries):
+            _refuse("relayed a roll in which one key appears twice", "report the silos on it")
+        self._roll = {entry.index: entry for entry in entries}
+        # Adversary: a relay that swaps in keys which this silo signed elsewhere.
+        if self._roll[self._index] != self._own_keys:
+            _refuse("relayed keys that this silo did not send", "start a new attempt")
+        self._roll_digest = keys.roll_digest(self._header_digest, entries)
+        return self._deal(secrets)
+
+    def _deal(self, secrets: _Secrets) -> bytes:
+        holders = tuple(self._roll)
+        threshold = self._parameters.threshold
+        seed_shares = shamir.deal(secrets.seed, threshold, holders, self._random)
+        key_shares = shamir.deal(secrets.mask_secret, threshold, holders, self._random)
+        share_key = AgreementKey(secrets.share_secret)
+        parcels = tuple(
+            self._parcel(holder, seed_share, key_share, share_key)
+            for holder, seed_share, key_share in zip(holders, seed_shares, key_shares, strict=True)
+        )
+        mine = holders.index(self._index)
+        secrets.held[self._index] = seed_shares[mine], key_shares[mine]
+        self._own_statement = sign(
+            Statement(
+                header=self._header_digest,
+                index=self._index,
+                signature=UNSIGNED,
+                roll=self._roll_digest,
+                seed_commitment=keys.seed_commitment(
+                    self._header_digest, self._index, secrets.seed
+                ),
+                parcels=tuple(keys.parcel_digest(parcel) for parcel in parcels),
+            ),
+            self._signing_key,
+        )
+        return Deal(self._own_statement, parcels).encode()
+
+    def _parcel(
+        self, holder: int, seed_share: bytes, key_share: bytes, share_key: AgreementKey
+    ) -> Parcel:
+        header, dealer = self._header_digest, self._index
+        box = b""
+        if holder != dealer:
+            key = self._box_key(share_key, dealer, holder)
+            associated = keys.box_associated(header, self._roll_digest, dealer, holder)
+            box = seal(key, keys.ZERO_NONCE, seed_share + key_share, associated)
+        return Parcel(
+            dealer=dealer,
+            holder=holder,
+            box=box,
+            seed_share_commitment=keys.share_commitment(header, dealer, holder, "seed", seed_share),
+            key_share_commitment=keys.share_commitment(header, dealer, holder, "key", key_share),
+        )
+
+    def _box_key(self, share_key: AgreementKey, dealer: int, holder: int) -> bytes:
+        peer = self._roll[holder if dealer == self._index else dealer]
+        try:
+            return keys.box_key(
+                share_key, peer.share_public, self._header_digest, self._roll_digest, dealer, holder
+            )
+        except CryptoError as error:
+            self._refuse_key(peer.index, error)
+
+    # R2 ---------------------------------------------------------------------------------------
+
+    def _on_delivery(self, delivery: Delivery, secrets: _Secrets) -> bytes:
+        statements = delivery.statements
+        self._dealers = tuple(statement.index for statement in statements)
+        self._check_members(self._dealers, tuple(self._roll), "delivery")
+        for statement in statements:
+            self._check_signed(statement, "dealing")
+            # Adversary: a server that showed the dealer another roll (other peers, other keys).
+            if statement.roll != self._roll_digest or len(statement.parcels) != len(self._roll):
+                _refuse(
+                    f"showed {self._roster.name(statement.index)} another roll than this silo",
+                    "start a new attempt; if it happens again, report the server",
+                )
+        if statements[self._dealers.index(self._index)] != self._own_statement:
+            _refuse("relayed a dealing that this silo did not make", "start a new attempt")
+        self._delivery_digest = keys.delivery_digest(self._roll_digest, statements)
+        self._open_parcels(delivery, secrets)
+        return self._upload(secrets)
+
+    def _open_parcels(self, delivery: Delivery, secrets: _Secrets) -> None:
+        others = tuple(dealer for dealer in self._dealers if dealer != self._index)
+        if tuple(parcel.dealer for parcel in delivery.parcels) != others:
+            _refuse("did not relay one parcel from each dealer", "start a new attempt")
+        statements = {statement.index: statement for statement in delivery.statements}
+        position = tuple(self._roll).index(self._index)
+        share_key = AgreementKey(secrets.share_secret)
+        for parcel in delivery.parcels:
+            # Adversary: a relay that swaps or alters parcels. The dealer signed their digests.
+            signed_digest = statements[parcel.dealer].parcels[position]
+            if not equal(keys.parcel_digest(parcel), signed_digest):
+                _refuse(
+                    f"altered the parcel from {self._roster.name(parcel.dealer)}",
+                    "start a new attempt; if it happens again, report the server",
+                )
+            secrets.held[parcel.dealer] = self._open_parcel(parcel, share_key)
+
+    def _open_parcel(self, parcel: Parcel, share_key: AgreementKey) -> tuple[bytes, bytes]:
+        """The two shares in a parcel that its dealer has signed.
+
+        Adversary: a dealer that hands out boxes that do not open or shares other than committed, so
+        that honest holders would later look like the liars. Found here, it is the dealer's fault.
+        """
+        header, dealer, holder = self._header_digest, parcel.dealer, self._index
+        key = self._box_key(share_key, dealer, holder)
+        associated = keys.box_associated(header, self._roll_digest, dealer, holder)
+        try:
+            shares = unseal(key, keys.ZERO_NONCE, parcel.box, associated)
+        except CryptoError as error:
+            raise _DealerFaultError(dealer) from error
+        seed_share, key_share = shares[: shamir.SHARE_BYTES], shares[shamir.SHARE_BYTES :]
+        seed_commitment = keys.share_commitment(header, dealer, holder, "seed", seed_share)
+        key_commitment = keys.share_commitment(header, dealer, holder, "key", key_share)
+        committed = parcel.seed_share_commitment + parcel.key_share_commitment
+        if parcel.holder != holder or not equal(seed_commitment + key_commitment, committed):
+            raise _DealerFaultError(dealer)
+        return seed_share, key_share
+
+    def _refusal(self, dealer: int) -> bytes:
+        return sign(
+            Refusal(
+                header=self._header_digest,
+                index=self._index,
+                signature=UNSIGNED,
+                delivery=self._delivery_digest,
+                accused=dealer,
+            ),
+            self._signing_key,
+        ).encode()
+
+    def _upload(self, secrets: _Secrets) -> bytes:
+        words = secrets.buffer.words
+        add, subtract = self._mask_keys(secrets)
+        masks.apply(words, add=add, subtract=subtract, threads=self._threads)
+        upload = sign(
+            Upload(
+                header=self._header_digest,
+                index=self._index,
+                signature=UNSIGNED,
+                delivery=self._delivery_digest,
+                words=words_digest(words, self._threads),
+            ),
+            self._signing_key,
+        )
+        del words
+        frame = secrets.buffer.finish(upload)
+        # From here on this silo only hands out shares; its own secrets are no longer needed.
+        secrets.mask_secret = secrets.share_secret = secrets.seed = b""
+        return frame
+
+    def _mask_keys(self, secrets: _Secrets) -> tuple[list[bytes], list[bytes]]:
+        header, delivery = self._header_digest, self._delivery_digest
+        mask_key = AgreementKey(secrets.mask_secret)
+        add = [keys.self_mask_key(secrets.seed, header, delivery, self._index)]
+        subtract: list[bytes] = []
+        for peer in self._dealers:
+            if peer == self._index:
+                continue
+            try:
+                key = keys.pair_mask_key(
+                    mask_key, self._roll[peer].mask_public, header, delivery, self._index, peer
+                )
+            except CryptoError as error:
+                self._refuse_key(peer, error)
+            (add if self._index < peer else subtract).append(key)
+        return add, subtract
+
+    # R3 ---------------------------------------------------------------------------------------
+
+    def _on_survey(self, survey: Survey) -> bytes:
+        lists = survey.survivors, survey.dropouts
+        self._check_lists(*lists)
+        digest = keys.lists_digest(self._delivery_digest, *lists)
+        # Adversary: a server that restores this process from a snapshot to have it sign two pairs
+        # of lists in one attempt.
+        self._record(
+            b"agree:" + self._header.attempt_scope,
+            digest,
+            "asks for agreement to other lists than this silo signed before",
+        )
+        self._lists, self._lists_digest = lists, digest
+        agreement = Agreement(
+            header=self._header_digest, index=self._index, signature=UNSIGNED, lists=digest
+        )
+        return sign(agreement, self._signing_key).encode()
+
+    def _check_lists(self, survivors: tuple[int, ...], dropouts: tuple[int, ...]) -> None:
+        # Adversary: a server that lists one silo as both, leaves one out, or opens a sum of too
+        # few. A silo that is itself called a dropout has its mask key opened and must say no more.
+        self._check_members(survivors, self._dealers, "survivors")
+        merged = sorted(survivors + dropouts)
+        if tuple(merged) != self._dealers or list(dropouts) != sorted(dropouts):
+            _refuse(
+                "sent survivors and dropouts that do not split the dealers in two",
+                "start a new attempt; if it happens again, report the server",
+            )
+
+    # R4 ---------------------------------------------------------------------------------------
+
+    def _on_opening(self, opening: Opening, secrets: _Secrets) -> bytes:
+        # Adversary: a server that asks for other shares than were agreed to, e.g. both kinds of
+        # one peer's. The lists are those this silo signed, or there is no answer.
+        if (opening.survivors, opening.dropouts) != self._lists:
+            _refuse("asks to open other lists than this silo agreed to", "report the server")
+        self._check_quorum(opening.agreements)
+        # Adversary: a crash, restart or snapshot between two requests with other lists, and another
+        # attempt at the same round, whose sum would differ from this one's by a few silos. Written
+        # down before the shares leave: one opening per round, for good.
+        self._record(
+            b"open:" + self._header.round_scope,
+            self._lists_digest,
+            "asks this silo to open a second sum in one round",
+        )
+        survivors = frozenset(opening.survivors)
+        shares = tuple(
+            secrets.held[dealer][0 if dealer in survivors else 1] for dealer in self._dealers
+        )
+        unmask = Unmask(
+            header=self._header_digest,
+            index=self._index,
+            signature=UNSIGNED,
+            lists=self._lists_digest,
+            shares=shares,
+        )
+        return sign(unmask, self._signing_key).encode()
+
+    def _check_quorum(self, agreements: Sequence[Agreement]) -> None:
+        # Adversary: a server that shows different silos different lists. t signatures of distinct
+        # survivors on exactly these lists exist for one pair of lists only (2t > n + c).
+        signers = [agreement.index for agreement in agreements]
+        survivors = self._lists[0]
+        if signers != sorted(set(signers)) or not set(signers) <= set(survivors):
+            _refuse("sent agreements that are not by distinct survivors", "report the server")
+        if len(signers) < self._parameters.threshold:
+            _refuse(
+                f"sent {len(signers)} agreements; {self._parameters.threshold} are needed",
+                "too few silos agree; go on with the next round",
+            )
+        for agreement in agreements:
+            self._check_signed(agreement, "agreement")
+            if agreement.lists != self._lists_digest:
+                name = self._roster.name(agreement.index)
+                _refuse(f"showed {name} other lists than this silo", "report the server")
+
+    # Checks used by several steps -------------------------------------------------------------
+
+    def _roster_indices(self) -> tuple[int, ...]:
+        return tuple(range(1, len(self._roster) + 1))
+
+    def _check_members(self, members: Sequence[int], allowed: tuple[int, ...], what: str) -> None:
+        """``members`` ascend strictly, are ``allowed``, include this silo and are a quorum.
+
+        Adversary: a server that opens a sum over this silo alone, over colluders and this silo, or
+        over silos that are not in the study or did not deal shares.
+        """
+        if list(members) != sorted(set(members)) or not set(members) <= set(allowed):
+            _refuse(f"sent a {what} list with repeated or unknown silos", "report the server")
+        if self._index not in members:
+            _refuse(f"left this silo out of the {what} list", "start a new attempt")
+        if len(members) < self._parameters.quorum:
+            _refuse(
+                f"sent a {what} list of {len(members)} silos; {self._parameters.quorum} are needed",
+                "wait until more silos are online",
+            )
+
+    def _check_signed(self, message: Signed, what: str) -> None:
+        name = self._roster.name(message.index)
+        if message.header != self._header_digest:
+            _refuse(
+                f"relayed {name}'s {what} for another round, study or global model",
+                "all silos must hold the same study and the same global model",
+            )
+        try:
+            verify(
+                self._roster.key(message.index),
+                message.CONTEXT,
+                message.signed(),
+                message.signature,
+            )
+        except CryptoError:
+            _refuse(f"relayed {name}'s {what} with a bad signature", "report the server")
+
+    def _refuse_key(self, peer: int, error: CryptoError) -> NoReturn:
+        # Adversary: a key of small order fixes the shared secret for everyone to know.
+        raise RemoteProtocolError(
+            f"relayed an unusable public key of {self._roster.name(peer)}",
+            peer=SERVER,
+            hint="an honest server drops such a silo; report both",
+        ) from error
+
+    def _record(self, key: bytes, value: bytes, otherwise: str) -> None:
+        if not equal(self._journal.record(key, value), value):
+            _refuse(otherwise, "go on with the next round; if it happens again, report the server")
+
+
+def _refuse(message: str, hint: str) -> NoReturn:
+    raise RemoteProtocolError(message, peer=SERVER, hint=hint)

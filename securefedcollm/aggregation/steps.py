@@ -1,0 +1,43 @@
+"""The steps of a round and the one table of transitions that both state machines follow.
+
+The state diagram in ``docs/protocol.md`` is generated from :data:`TRANSITIONS`.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Final, NamedTuple
+
+
+class Step(Enum):
+    """Where a round stands; a silo's and the coordinator's agree unless one of them failed."""
+
+    ADVERTISE = "advertise"
+    SHARE = "share"
+    UPLOAD = "upload"
+    AGREE = "agree"
+    UNMASK = "unmask"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class Transition(NamedTuple):
+    """What the server asks in a step, what a silo replies, and the step that follows.
+
+    Anything else leads to :attr:`Step.FAILED`, for good: a silo goes there at the first frame that
+    does not fit, the coordinator when too few silos are left.
+    """
+
+    request: str
+    reply: str
+    following: Step
+
+
+TRANSITIONS: Final[dict[Step, Transition]] = {
+    Step.ADVERTISE: Transition("Ask", "Advertise", Step.SHARE),
+    Step.SHARE: Transition("Roll", "Deal", Step.UPLOAD),
+    Step.UPLOAD: Transition("Delivery", "Upload", Step.AGREE),
+    Step.AGREE: Transition("Survey", "Agreement", Step.UNMASK),
+    Step.UNMASK: Transition("Opening", "Unmask", Step.DONE),
+}
+"""R0 to R4. ``DONE`` and ``FAILED`` have no way out."""
