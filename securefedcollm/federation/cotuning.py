@@ -79,7 +79,7 @@ class Tuned:
         return cls(model, loaded.tokenizer, bytes.fromhex(loaded.digest), study)
 
     def encode(self, questions: Sequence[Question]) -> EncodedQuestions:
-        """Tensors of ``questions`` for this model, with the base model's prior if scores need it."""
+        """Tensors of ``questions`` for this model, with the base's prior if the score needs it."""
         task = self.study.task
         encoded = encode(questions, self.tokenizer, task.max_tokens)
         if task.score == "pmi":

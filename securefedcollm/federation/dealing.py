@@ -39,9 +39,9 @@ def deal(study: Study, data: Path | None) -> Dealt:
     if spec.builtin:
         world = World(seed=study.seed, silos=len(names))
         return Dealt(
-            public=tuple(world.public_questions()),
-            silos={name: tuple(world.silo_questions(i)) for i, name in enumerate(names)},
-            test=tuple(world.test_questions()),
+            public=tuple(world.public()),
+            silos={name: tuple(world.records(i)) for i, name in enumerate(names)},
+            test=tuple(world.tests()),
         )
     if data is None:
         raise ConfigError(
@@ -50,7 +50,10 @@ def deal(study: Study, data: Path | None) -> Dealt:
             hint="give the directory that holds them: --data DIR",
         )
     # study.checks has seen to it that file studies have all of these
-    assert spec.train and spec.test and spec.public and spec.per_silo
+    assert spec.train
+    assert spec.test
+    assert spec.public
+    assert spec.per_silo
     split = split_questions(
         read_questions(data / spec.train),
         silos=len(names),

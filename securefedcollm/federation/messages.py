@@ -61,8 +61,9 @@ class Refused(_Message, frozen=True, tag="refused"):
 Request = BeginRound | Aggregate
 Reply = Trained | Aggregated | Refused
 
-_requests = msgspec.msgpack.Decoder(Request)
-_replies = msgspec.msgpack.Decoder(Reply)
+_T = TypeVar("_T")
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 encode = msgspec.msgpack.Encoder().encode
 
 
@@ -74,9 +75,6 @@ def decode_request(frame: bytes) -> Request:
 def decode_reply(frame: bytes, silo: str) -> Reply:
     """Raises: RemoteProtocolError naming ``silo`` if its frame is not a reply."""
     return _checked(frame, _replies, silo)
-
-
-_T = TypeVar("_T")
 
 
 def _checked(frame: bytes, decoder: msgspec.msgpack.Decoder[_T], peer: str) -> _T:

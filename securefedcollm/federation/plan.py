@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from securefedcollm.aggregation import Roster, RoundHeader, RoundParameters
+from securefedcollm.aggregation import RingParameters, Roster, RoundHeader
 from securefedcollm.privacy.quantise import Quantiser
 from securefedcollm.study import Study, digest
 
@@ -32,7 +32,7 @@ def round_header(
         round=round_,
         attempt=attempt,
         model_digest=model,
-        parameters=RoundParameters(
+        parameters=RingParameters(
             values=values,
             bound=field.bound,
             field_bits=field.bits,

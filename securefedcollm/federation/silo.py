@@ -36,7 +36,7 @@ from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.federation.workload import Progress, SiloWorkload, Vector, silent
 from securefedcollm.primitives import SigningKey
 from securefedcollm.privacy.events import Event
-from securefedcollm.privacy.ledger import Ledger, Reservation
+from securefedcollm.privacy.ledger import Key, Ledger, Reservation
 from securefedcollm.study import Study
 
 log = logging.getLogger(__name__)
@@ -159,40 +159,50 @@ class SiloSession:
 
         With local DP the stored update was already charged, and releasing the same value again
         costs nothing. A second global model for the same round is a second release: it is trained,
-        and reserved, as a further one.
+        and reserved, as a further one. So is a training whose update was lost after its release.
         """
         training = self._store.training(run, round_, model)
         finished = self._store.load_update(run, round_, training)
         events = tuple(self._workload.events())
-        reservation = self._reserve(run, round_, training, events)
+        if not events:
+            return finished if finished is not None else self._train(run, round_, training, adapter)
+        key = Key(self._workload.dataset, self._unit(), run.hex(), round_, training)
+        state = next((e.state for e in self._ledger.entries() if e.key == key), None)
+        if finished is not None and state in {"released", "settled"}:
+            return finished
+        if finished is None and state in {"released", "settled", "void"}:
+            training = self._store.new_training(run, round_, model)
+            key = key._replace(attempt=training)
+        reservation = self._reserve(key, events)
         if finished is None:
-            finished = self._workload.fit(adapter, round_, self._progress)
-            if (
-                len(finished) != self._workload.update_size(round_)
-                or not np.isfinite(finished).all()
-            ):
-                raise TrainingError(
-                    f"round {round_ + 1} made an update that is not finite",
-                    hint="lower local.learning_rate",
-                )
-            self._store.save_update(run, round_, training, finished)
-        if reservation is not None:
-            self._ledger.release(reservation)
-            self._ledger.settle(reservation, events)
+            finished = self._train(run, round_, training, adapter)
+        self._ledger.release(reservation)
+        self._ledger.settle(reservation, events)
         return finished
 
-    def _reserve(
-        self, run: bytes, round_: int, training: int, events: Sequence[Event]
-    ) -> Reservation | None:
+    def _train(self, run: bytes, round_: int, training: int, adapter: Vector) -> Vector:
+        update = self._workload.fit(adapter, round_, self._progress)
+        expected = self._workload.update_size(round_)
+        if update.shape != (expected,) or not np.isfinite(update).all():
+            raise TrainingError(
+                f"round {round_ + 1} made an update that is not finite",
+                hint="lower local.learning_rate",
+            )
+        self._store.save_update(run, round_, training, update)
+        return update
+
+    def _reserve(self, key: Key, events: Sequence[Event]) -> Reservation:
         privacy = self._study.privacy
-        if privacy is None:
-            return None
+        assert privacy is not None  # only a study with privacy has events
         return self._ledger.reserve(
-            dataset=self._workload.dataset,
-            unit=privacy.unit,
-            run=run.hex(),
-            round=round_,
-            attempt=training,
-            events=events,
-            budget=(privacy.epsilon, privacy.delta),
+            key.dataset,
+            key.unit,
+            key.run,
+            key.round,
+            key.attempt,
+            events,
+            (privacy.epsilon, privacy.delta),
         )
+
+    def _unit(self) -> str:
+        return self._study.privacy.unit if self._study.privacy else ""

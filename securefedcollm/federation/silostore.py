@@ -65,8 +65,8 @@ class SiloStore:
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
             self._db.execute(
-                "INSERT OR IGNORE INTO trainings SELECT ?1, ?2, ?3, COUNT(*) FROM trainings "
-                "WHERE run = ?1 AND round = ?2",
+                "INSERT OR IGNORE INTO trainings SELECT ?1, ?2, ?3, "
+                "COALESCE(1 + MAX(training), 0) FROM trainings WHERE run = ?1 AND round = ?2",
                 (run, round_, model),
             )
             row = self._db.execute(
@@ -74,6 +74,17 @@ class SiloStore:
                 (run, round_, model),
             ).fetchone()
         return int(row[0])
+
+    def new_training(self, run: bytes, round_: int, model: bytes) -> int:
+        """Give up this model's training, whose result was lost, for a further one; its number."""
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.execute(
+                "UPDATE trainings SET training = (SELECT 1 + MAX(training) FROM trainings "
+                "WHERE run = ?1 AND round = ?2) WHERE run = ?1 AND round = ?2 AND model = ?3",
+                (run, round_, model),
+            )
+        return self.training(run, round_, model)
 
     def save_update(self, run: bytes, round_: int, training: int, update: Vector) -> None:
         """Keep a finished update until the run's next round but one."""

@@ -331,7 +331,12 @@ def _rows(method: str, scores: dict[str, float]) -> list[dict[str, Any]]:
 def _spent(home: Path, study: Study) -> float | None:
     if study.privacy is None:
         return None
-    return Ledger(home / "ledger.sqlite", home.name).total_spent(study.privacy.delta)
+    with Ledger(home / "ledger.sqlite", home.name) as ledger:
+        accounts = {entry.key[:2] for entry in ledger.entries()}
+        return max(
+            (ledger.spent(*account, study.privacy.delta).claim.epsilon for account in accounts),
+            default=0.0,
+        )
 
 
 def _sentence(record: dict[str, Any], rounds: int) -> str:

@@ -17,7 +17,7 @@ from securefedcollm.privacy.events import Event
 
 Vector = npt.NDArray[np.float32]
 Progress = Callable[[int, int, str], None]
-"""``progress(done, total, text)``; called often, must be cheap. (That of ``tuning``, torch-free.)"""
+"""``progress(done, total, text)``; called often, must be cheap. As in ``tuning``, without torch."""
 
 
 def silent(done: int, total: int, text: str) -> None:

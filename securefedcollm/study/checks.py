@@ -43,7 +43,7 @@ def _check_silos(study: Study) -> None:
     # must remain in it, or the rest is one silo's own.
     if study.minimum - c < 2:
         raise ConfigError(
-            f"a sum over {study.minimum} silos, {c} of them colluding, would bare one silo's update",
+            f"a sum over {study.minimum} silos, {c} of them colluding, bares one silo's update",
             where="silos.minimum",
             hint=f"at least colluders + 2 = {c + 2}",
         )

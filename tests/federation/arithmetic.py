@@ -1,0 +1,122 @@
+"""Workloads without torch: a silo's update is a known function of its name and the round."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from securefedcollm.aggregation import Roster
+from securefedcollm.federation.silo import SiloSession
+from securefedcollm.federation.silostore import SiloStore
+from securefedcollm.primitives import SigningKey
+from securefedcollm.privacy.events import PoissonGaussian
+from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.study import Study, study_from_tree
+
+SIZE = 101
+NAMES = ("silo-1", "silo-2", "silo-3", "silo-4")
+KEYS = {name: SigningKey(hashlib.sha256(name.encode()).digest()) for name in NAMES}
+ROSTER = Roster({name: key.public for name, key in KEYS.items()})
+
+
+def make_study(**changes) -> Study:
+    tree = {
+        "study": "arithmetic",
+        "rounds": 3,
+        "task": {"data": {"builtin": "hospitals"}},
+        "models": {
+            "llm": {"source": "builtin:hospital-llm"},
+            "slm": {"source": "builtin:hospital-slm"},
+        },
+        "silos": {"count": 4},
+        "local": {"steps": 1, "batch_size": 8, "learning_rate": 0.1},
+        "privacy": {"epsilon": 8.0, "delta": 1e-5},
+        "aggregation": {"clip_norm": 20.0},
+    }
+    return study_from_tree(tree | changes)
+
+
+def update_of(name: str, round_: int, adapter: np.ndarray) -> np.ndarray:
+    rng = np.random.default_rng([int(name[-1]), round_])
+    return (rng.normal(size=SIZE) + 0.01 * adapter).astype(np.float32)
+
+
+class ArithmeticSilo:
+    base_digest = b"b" * 32
+
+    def __init__(self, name: str, private: bool = True, fails: bool = False) -> None:
+        self.name = name
+        self.dataset = hashlib.sha256(name.encode()).hexdigest()
+        self.trained: list[int] = []
+        self.private = private
+        self.fails = fails
+
+    def layout(self, round_):
+        return b"l" * 32
+
+    def size(self, round_):
+        return SIZE
+
+    def update_size(self, round_):
+        return SIZE
+
+    def events(self):
+        return (PoissonGaussian(q=0.1, noise_multiplier=1.0, steps=5),) if self.private else ()
+
+    def fit(self, adapter, round_, progress):
+        self.trained.append(round_)
+        progress(1, 1, "fit")
+        update = update_of(self.name, round_, adapter)
+        if self.fails:
+            update[3] = np.nan
+        return update
+
+
+class ArithmeticServer:
+    base_digest = b"b" * 32
+
+    def __init__(self) -> None:
+        self.theta = np.zeros(SIZE, dtype=np.float32)
+        self.distilled: list[int] = []
+
+    def layout(self, round_):
+        return b"l" * 32
+
+    def update_size(self, round_):
+        return SIZE
+
+    def adapter(self):
+        return self.theta.copy()
+
+    def absorb(self, mean, round_):
+        self.theta = self.theta + mean
+
+    def distil(self, round_, progress):
+        self.distilled.append(round_)
+        self.theta = self.theta * np.float32(0.5)
+        return {"loss": float(np.abs(self.theta).sum())}
+
+    def evaluate(self):
+        return {"slm/all": float(self.theta[0])}
+
+    def save(self, directory: Path):
+        np.save(directory / "theta.npy", self.theta)
+
+    def load(self, directory: Path):
+        self.theta = np.load(directory / "theta.npy")
+
+
+def make_silo(name, progress, *, study, directory, private=True, fails=()):
+    home = Path(directory) / name
+    return SiloSession(
+        study=study,
+        name=name,
+        roster=ROSTER,
+        key=KEYS[name],
+        workload=ArithmeticSilo(name, private, name in fails),
+        store=SiloStore(home),
+        ledger=Ledger(home / "ledger.sqlite", name),
+        progress=progress,
+    )
