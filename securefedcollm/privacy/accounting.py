@@ -47,7 +47,6 @@ from securefedcollm.privacy.events import (
 
 Accountant = Literal["pld", "rdp", "zcdp", "prv"]
 
-_SHARES_OF_DELTA: Final = (2.0**-30, 2.0**-10, 0.5)
 _INTEGER_ORDERS: Final = (*range(2, 65), 80, 96, 128, 192, 256, 384, 512, 1024)
 _FINE: Final = 1e-4
 _COARSE: Final = 1e-3
@@ -86,7 +85,7 @@ def epsilon(events: Sequence[Event], delta: float, accountant: Accountant = "pld
     merged = merge(events)
 
     def ideal(at: float) -> float:
-        return _ideal_epsilon(merged, at, accountant)
+        return ideal_epsilon(merged, at, accountant)
 
     return with_slack(ideal, merged, delta)
 
@@ -119,16 +118,23 @@ def with_slack(ideal: Callable[[float], float], events: Events, delta: float) ->
     if not events:
         return 0.0
     slack = math.fsum(event.slack for event in events)
-    for share in (0.0,) if slack == 0.0 else _SHARES_OF_DELTA:
-        found = ideal(delta * (1.0 - share))
-        if slack * (1.0 + math.exp(min(found, 700.0))) <= delta * share:
-            return found
-    return math.inf
+    # An upper bound on the answer says how much of δ the slack can need at most.
+    above = _rdp_epsilon(events, 0.5 * delta, _INTEGER_ORDERS)
+    share = _price(slack, above) / delta
+    if share <= 0.5:
+        return ideal(delta * (1.0 - share))
+    found = ideal(0.5 * delta)
+    return found if _price(slack, found) <= 0.5 * delta else math.inf
+
+
+def _price(slack: float, eps: float) -> float:
+    """The δ that a total variation of ``slack`` costs at ε."""
+    return slack * (1.0 + math.exp(eps)) if eps < 700.0 else math.inf
 
 
 def delta_of_slack(events: Sequence[Event], eps: float) -> float:
     """The part of δ that goes to implementation residuals (sampler, batch cap, sum) at ε."""
-    return (1.0 + math.exp(min(eps, 700.0))) * math.fsum(event.slack for event in merge(events))
+    return _price(math.fsum(event.slack for event in merge(events)), eps)
 
 
 def claim(events: Sequence[Event], delta: float) -> Claim:
@@ -145,7 +151,8 @@ def claim(events: Sequence[Event], delta: float) -> Claim:
 
 
 @lru_cache(maxsize=512)
-def _ideal_epsilon(events: Events, delta: float, accountant: Accountant) -> float:
+def ideal_epsilon(events: Events, delta: float, accountant: Accountant) -> float:
+    """ε of the mathematical mechanisms, before slack; ``events`` as :func:`merge` returns them."""
     match accountant:
         case "pld":
             return _pld(events, delta, _FINE)

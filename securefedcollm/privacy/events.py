@@ -26,6 +26,10 @@ CAP_SLACK: Final = 2.0**-100
 SAMPLER_SLACK: Final = 2.0**-100
 """Total variation of one draw of the discrete Gaussian sampler to the exact distribution."""
 
+STEP_SLACK: Final = 2.0**-70
+"""Total variation of one Gaussian release of up to 2^26 values by :class:`~.noise.NoiseSource`
+to the continuous mechanism: 2^26·(2^-97 + SAMPLER_SLACK), and CAP_SLACK where it samples."""
+
 SMALLEST_SHARE: Final = 4.0
 """Below this σ of one share, a sum of discrete Gaussians is not close enough to one."""
 
@@ -46,7 +50,7 @@ class Gaussian(msgspec.Struct, frozen=True, tag="gaussian", tag_field="kind"):
 
     @property
     def slack(self) -> float:
-        return 0.0
+        return self.count * STEP_SLACK
 
 
 class PoissonGaussian(msgspec.Struct, frozen=True, tag="poisson-gaussian", tag_field="kind"):
@@ -67,7 +71,7 @@ class PoissonGaussian(msgspec.Struct, frozen=True, tag="poisson-gaussian", tag_f
 
     @property
     def slack(self) -> float:
-        return self.steps * CAP_SLACK
+        return self.steps * STEP_SLACK
 
 
 class DiscreteGaussian(msgspec.Struct, frozen=True, tag="discrete-gaussian", tag_field="kind"):
