@@ -178,7 +178,7 @@ def _write_new(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
+    except FileExistsError if path.exists() else ():
         raise ConfigError(
             "there is an identity already",
             where=str(path),

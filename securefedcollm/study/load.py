@@ -158,7 +158,7 @@ def _explain(error: msgspec.ValidationError) -> ConfigError:
     return ConfigError(
         what[0].lower() + what[1:],
         where=path or "study",
-        hint="run `securefedcollm study check --schema` for every key, its type and its default",
+        hint="run `securefedcollm study schema` for every key, its type and its default",
     )
 
 

@@ -1,0 +1,139 @@
+"""A study file: what is accepted, what is refused, and with which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from securefedcollm.errors import ConfigError
+from securefedcollm.study import Field, digest, dump_study, load_study
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_config_loads(path):
+    assert len(digest(load_study(path))) == 32
+
+
+def test_the_digest_is_that_of_the_meaning_not_of_the_spelling(tmp_path):
+    study = load_study(QUICKSTART)
+    written_out = tmp_path / "study.yaml"
+    written_out.write_text(dump_study(study))
+    assert digest(load_study(written_out)) == digest(study)
+    assert digest(load_study(QUICKSTART, ["rounds=5"])) != digest(study)
+    assert digest(load_study(QUICKSTART, ["privacy.delta=0.00001"])) == digest(study)
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "hint"),
+    [
+        ("privcy.epsilon=3", "privcy: unknown key", "did you mean 'privacy'"),
+        ("privacy.epsilom=3", "privacy.epsilom: unknown key", "did you mean 'epsilon'"),
+        ("privacy={epsilon: 3}", "privacy.delta: this key is missing", "add it"),
+        ("privacy.epsilon=x", "privacy.epsilon: expected `float`", "study schema"),
+        ("privacy.epsilon=-1", "privacy.epsilon: expected `float` > 0", ""),
+        ("privacy.delta=0.5", "privacy.delta: δ = 0.5 would allow", "1e-5"),
+        ("rounds=true", "rounds: expected `int`, got `bool`", ""),
+        ("seed=1.5", "seed: expected `int`", ""),
+        ("study=A B", "study: expected `str` matching regex", ""),
+        ("silos.minimum=2", "silos.minimum: a sum over 2 silos, 1 of them", "colluders + 2 = 3"),
+        ("silos.minimum=5", "silos.minimum: 5 survivors of 4", "at most 4"),
+        ("aggregation.threshold=2", "aggregation.threshold: a server with 1", "at least 3"),
+        ("aggregation.threshold=5", "aggregation.threshold: 5 of 4", "at most 4"),
+        ("aggregation.value_bits=33", "aggregation.value_bits: sums and squares", "lower it"),
+        ("aggregation.value_bits=90", "aggregation.value_bits: sums and squares", "lower it"),
+        ("models.llm.source=gpt2", "models.llm.source: 'gpt2' is no model source", "hub:ORG"),
+        ("models.llm.source=hub:a/b", "models.llm.revision: a hub model without", "40-digit"),
+        ("models.slm.revision=" + "a" * 40, "models.slm.revision: only hub models", "sha256"),
+        ("task.data.train=x.jsonl", "task.data.train: the built-in world and files", "remove"),
+        ("task.data={}", "task.data.train: this key is missing", "builtin"),
+        (
+            "task.data={train: /etc/x, test: y, public: 1, per_silo: 1}",
+            "task.data.train: '/etc/x' is not a plain file name",
+            "--data",
+        ),
+        (
+            "task.data={train: x, test: y, public: 1, per_silo: 1, public_labelled: 2}",
+            "task.data.public_labelled: 2 labelled of 1",
+            "at most",
+        ),
+        ("distillation.batch_labelled=9.5", "distillation.batch_labelled: expected `int`", ""),
+        (
+            "distillation={loss: none, batch_labelled: 0}",
+            "distillation.batch_labelled: without distillation",
+            "above 0",
+        ),
+        (
+            "distillation={batch_labelled: 0, batch_unlabelled: 0}",
+            "distillation.batch_unlabelled: both batches are empty",
+            "at least one",
+        ),
+        ("nonsense", "--set: 'nonsense' is not key=value", "--set local.steps=20"),
+        ("study.x=1", "--set study.x: 'study' holds a plain value", ""),
+        ("rounds=[", "--set rounds: ", "YAML"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_place_and_the_fix(override, where, hint):
+    with pytest.raises(ConfigError) as caught:
+        load_study(QUICKSTART, [override])
+    assert str(caught.value).startswith(where)
+    assert hint in caught.value.hint
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "line 1"),
+        ("- a\n- b\n", "a study is a mapping"),
+        ("study: a\nstudy: b\n", "'study' is given twice \\(line 2\\)"),
+        ("x" * (2 << 20), "over 1 MiB"),
+        ("\udc80", "cannot be read"),
+    ],
+)
+def test_a_broken_file_is_refused_by_name(tmp_path, text, message):
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_study(path)
+    assert "broken.yaml" in str(caught.value)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"none.yaml: there is no such file"):
+        load_study(tmp_path / "none.yaml")
+
+
+def test_python_objects_in_yaml_are_not_made(tmp_path):
+    path = tmp_path / "evil.yaml"
+    path.write_text("study: !!python/object/apply:os.system ['true']\n")
+    with pytest.raises(ConfigError, match="could not determine a constructor"):
+        load_study(path)
+
+
+def test_the_default_threshold_is_the_smallest_that_cannot_be_split():
+    for n in range(3, 129):
+        for c in range(3):
+            if c + 2 > n or (n + c) // 2 + 1 > n:
+                continue
+            study = load_study(
+                QUICKSTART, [f"silos={{count: {n}, colluders: {c}, minimum: {max(c + 2, 2)}}}"]
+            )
+            assert 2 * study.threshold > n + c >= 2 * (study.threshold - 1)
+
+
+@given(value_bits=st.integers(8, 32), silos=st.integers(3, 128))
+def test_a_field_holds_the_sum_of_all_silos_at_the_precision_asked_for(value_bits, silos):
+    field = Field.fit(value_bits, silos)
+    assert field.per_word * field.bits <= 64
+    assert 2 * field.bound * silos < 2**field.bits  # no carry into the next field
+    assert field.bound >= 2 ** (value_bits - 1) - 1
+    assert field.bound < 2**31
+    # The densest packing: one more field in the word would be too narrow.
+    narrower = 64 // (field.per_word + 1)
+    assert 2 * (2 ** (value_bits - 1) - 1) * silos >= 2**narrower
