@@ -178,15 +178,16 @@ def _write_new(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError if path.exists() else ():
+    except OSError as error:
+        if not path.exists():
+            raise StateError(
+                f"{path}: cannot be written ({error.strerror})",
+                hint="choose another place with --out",
+            ) from None
         raise ConfigError(
             "there is an identity already",
             where=str(path),
             hint="an identity is never overwritten; choose another name or --out",
-        ) from None
-    except OSError as error:
-        raise StateError(
-            f"{path}: cannot be written ({error.strerror})", hint="choose another place with --out"
         ) from None
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)

@@ -22,6 +22,9 @@ from securefedcollm.study import digest
 from .arithmetic import NAMES, ROSTER, SIZE, ArithmeticServer, make_silo, make_study, update_of
 
 
+CHARGED_ONCE = [(0, 0, "settled"), (1, 0, "settled"), (2, 0, "settled")]
+
+
 class Run:
     """One coordinator's life over an engine; made again on the same directory, it resumes."""
 
@@ -71,9 +74,7 @@ def test_the_mean_is_that_of_plain_arithmetic_bit_for_bit(tmp_path, workers):
     study = make_study()
     theta = Run(tmp_path, study, workers=workers).go()
     np.testing.assert_array_equal(theta, expected_theta(study))
-    assert spent(tmp_path, study) == dict.fromkeys(
-        NAMES, [(0, 0, "settled"), (1, 0, "settled"), (2, 0, "settled")]
-    )
+    assert spent(tmp_path, study) == {name: CHARGED_ONCE for name in NAMES}
 
 
 class Wiretap:
@@ -206,6 +207,4 @@ def test_killed_at_any_exchange_the_run_resumes_to_the_same_end(tmp_path, at, be
     theta = Run(tmp_path, study, resume=True).go()
     np.testing.assert_array_equal(theta, expected_theta(study))
     # Every round was charged once: a finished update is released again, never trained again.
-    assert spent(tmp_path, study) == dict.fromkeys(
-        NAMES, [(0, 0, "settled"), (1, 0, "settled"), (2, 0, "settled")]
-    )
+    assert spent(tmp_path, study) == {name: CHARGED_ONCE for name in NAMES}
