@@ -21,7 +21,6 @@ from securefedcollm.study import digest
 
 from .arithmetic import NAMES, ROSTER, SIZE, ArithmeticServer, make_silo, make_study, update_of
 
-
 CHARGED_ONCE = [(0, 0, "settled"), (1, 0, "settled"), (2, 0, "settled")]
 
 
@@ -74,7 +73,7 @@ def test_the_mean_is_that_of_plain_arithmetic_bit_for_bit(tmp_path, workers):
     study = make_study()
     theta = Run(tmp_path, study, workers=workers).go()
     np.testing.assert_array_equal(theta, expected_theta(study))
-    assert spent(tmp_path, study) == {name: CHARGED_ONCE for name in NAMES}
+    assert spent(tmp_path, study) == dict.fromkeys(NAMES, CHARGED_ONCE)
 
 
 class Wiretap:
@@ -207,4 +206,4 @@ def test_killed_at_any_exchange_the_run_resumes_to_the_same_end(tmp_path, at, be
     theta = Run(tmp_path, study, resume=True).go()
     np.testing.assert_array_equal(theta, expected_theta(study))
     # Every round was charged once: a finished update is released again, never trained again.
-    assert spent(tmp_path, study) == {name: CHARGED_ONCE for name in NAMES}
+    assert spent(tmp_path, study) == dict.fromkeys(NAMES, CHARGED_ONCE)
