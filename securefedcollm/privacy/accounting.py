@@ -350,8 +350,13 @@ def _quiet_absl() -> Iterator[None]:
 # --- PLD and PRV --------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=2048)
 def _pld(events: Events, delta: float, interval: float) -> float:
+    return float(_pld_accountant(events, interval).get_epsilon(delta))
+
+
+@lru_cache(maxsize=64)
+def _pld_accountant(events: Events, interval: float) -> Any:
+    """The composed distribution; asking it for ε at another δ costs nothing."""
     from dp_accounting.pld import PLDAccountant
 
     accountant = PLDAccountant(value_discretization_interval=interval)
@@ -359,7 +364,7 @@ def _pld(events: Events, delta: float, interval: float) -> float:
         if isinstance(event, DiscreteGaussian):
             raise _refusal("pld", event)
         accountant.compose(_dp_event(_rate(event), event.noise_multiplier), times(event))
-    return float(accountant.get_epsilon(delta))
+    return accountant
 
 
 def _prv(events: Events, delta: float) -> tuple[float, float, float]:

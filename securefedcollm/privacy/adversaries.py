@@ -1,0 +1,59 @@
+"""ε for each party that might want to know: the same releases, seen from different chairs.
+
+* *server*: sees every released sum, knows the cohort of every round (so sampling of silos earns
+  nothing against it), and none of the honest silos' noise.
+* *server + c silos*: subtracts the noise shares of c colluding silos as well. The ledger charges
+  this one.
+* *another silo*: sees every global model, and knows its own noise share.
+* *outsider*: sees what is published. Charged like the server: the final model alone may reveal
+  less, but this project claims no reduction for it.
+
+Noise that a silo adds by itself (DP-SGD in the silo) protects equally against all of them, and so
+does Poisson sampling of records, because nobody else learns the sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from securefedcollm.privacy.accounting import Claim, claim
+from securefedcollm.privacy.events import DiscreteGaussian, Event
+
+
+class AdversaryRow(msgspec.Struct, frozen=True):
+    """ε of one adversary at several δ."""
+
+    adversary: str
+    epsilons: tuple[Claim, ...]
+
+
+def per_adversary(
+    events: Sequence[Event], deltas: Sequence[float], colluders: int
+) -> list[AdversaryRow]:
+    """ε for every adversary, each δ of ``deltas`` in turn.
+
+    Args:
+        colluders: c, silos that may collude with the server.
+
+    Raises:
+        ConfigError: fewer shares than the adversary knows.
+    """
+    chairs = [("outsider", 0), ("server", 0), ("another silo", 1)]
+    if colluders:
+        chairs.append((f"server+{colluders} silo{'s' * (colluders > 1)}", colluders))
+    return [
+        AdversaryRow(name, tuple(claim(seen_by(events, known), delta) for delta in deltas))
+        for name, known in chairs
+    ]
+
+
+def seen_by(events: Sequence[Event], known_shares: int) -> list[Event]:
+    """The events for an adversary who knows the noise of ``known_shares`` silos."""
+    return [
+        msgspec.structs.replace(event, colluders=known_shares)
+        if isinstance(event, DiscreteGaussian)
+        else event
+        for event in events
+    ]

@@ -1,0 +1,129 @@
+"""Noise sources: distribution, batches and their cap, and that nothing shows the key."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from securefedcollm.errors import ConfigError, TrainingError
+from securefedcollm.privacy import noise as noise_module
+from securefedcollm.privacy.noise import NoiseSource, batch_cap
+
+KEY = bytes(range(32))
+
+
+def test_gaussian_is_standard_normal():
+    samples = NoiseSource(KEY).gaussian(500_000)
+    assert samples.dtype == np.float64
+    assert stats.kstest(samples, "norm").pvalue > 1e-3
+    assert abs(np.corrcoef(samples[:-1], samples[1:])[0, 1]) < 4 / math.sqrt(len(samples))
+
+
+def test_sources_without_a_key_differ():
+    assert (NoiseSource().gaussian(8) != NoiseSource().gaussian(8)).all()
+
+
+def test_add_gaussian_adds_noise_of_sigma():
+    total = np.linspace(-3.0, 3.0, 400_000)
+    noisy = NoiseSource(KEY).add_gaussian(total, 2.5)
+    assert stats.kstest((noisy - total) / 2.5, "norm").pvalue > 1e-3
+
+
+def test_add_gaussian_reveals_only_the_grid_point_of_the_sum():
+    """Two sums with the same grid point give bit-identical outputs under the same noise, and every
+    output is a grid point: the low bits carry nothing of the sum (Mironov's attack)."""
+    step = 3.0 / 2.0**46
+    rng = np.random.default_rng(3)
+    points = rng.integers(-(2**40), 2**40, 5000)
+    sums = [points * step, (points + rng.uniform(-0.4, 0.4, 5000)) * step]
+    first, second = (NoiseSource(KEY).add_gaussian(total, 3.0) for total in sums)
+    np.testing.assert_array_equal(first, second)
+    grid = np.rint(first / step)
+    np.testing.assert_array_equal(grid * step, first)
+    assert (np.rint(NoiseSource(KEY).add_gaussian(sums[0] + step, 3.0) / step) - grid == 1).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 2.0**15 * 1.01])
+def test_add_gaussian_refuses_what_does_not_fit_the_grid(bad):
+    with pytest.raises(TrainingError, match="proportion") as caught:
+        NoiseSource(KEY).add_gaussian(np.array([0.0, bad]), 1.0)
+    assert str(bad) not in str(caught.value)
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan, math.inf])
+def test_add_gaussian_needs_noise(sigma):
+    with pytest.raises(ConfigError):
+        NoiseSource(KEY).add_gaussian(np.zeros(3), sigma)
+
+
+def test_poisson_batch_includes_each_record_independently():
+    source, records, q, draws = NoiseSource(KEY), 200, 0.3, 5000
+    included = np.zeros((draws, records), dtype=bool)
+    for row in included:
+        batch = source.poisson_batch(records, q)
+        assert batch.dtype == np.int64
+        assert (np.diff(batch) > 0).all()
+        row[batch] = True
+    # every record: binomial counts; batch sizes: binomial, not constant
+    counts = included.sum(axis=0)
+    z = (counts - draws * q) / math.sqrt(draws * q * (1 - q))
+    assert stats.chi2.sf(float((z**2).sum()), records) > 1e-3
+    sizes = included.sum(axis=1)
+    assert abs(sizes.var() / (records * q * (1 - q)) - 1) < 0.1
+    pairs = np.corrcoef(included[:, :20].T)[np.triu_indices(20, 1)]
+    assert np.abs(pairs).max() < 5 / math.sqrt(draws)
+
+
+def test_poisson_batch_edges():
+    source = NoiseSource(KEY)
+    assert source.poisson_batch(0, 0.5).tolist() == []
+    assert source.poisson_batch(5, 1.0).tolist() == [0, 1, 2, 3, 4]
+    assert len(source.poisson_batch(100, 1e-9)) == 0
+    big = source.poisson_batch(200_000, 0.5)
+    assert big.max() > noise_module._CHUNK
+    for bad in (0.0, -0.1, 1.1, math.nan):
+        with pytest.raises(ConfigError):
+            source.poisson_batch(10, bad)
+    with pytest.raises(ConfigError):
+        source.poisson_batch(-1, 0.5)
+
+
+@pytest.mark.parametrize(("n", "q"), [(8, 0.5), (60, 0.05), (400, 0.02), (500, 0.3)])
+def test_cap_is_passed_with_probability_at_most_2_to_minus_100(n, q):
+    cap, rate = batch_cap(n, q), Fraction(q)
+    tail = sum(math.comb(n, k) * rate**k * (1 - rate) ** (n - k) for k in range(cap + 1, n + 1))
+    assert tail <= Fraction(1, 2**100)
+
+
+def test_cap_stays_near_the_mean():
+    n, q = 1_000_000, 0.001
+    assert n * q < batch_cap(n, q) < n * q + 15 * math.sqrt(n * q)
+    assert batch_cap(50, 1.0) == 50
+
+
+def test_a_batch_over_the_cap_loses_random_records(monkeypatch):
+    monkeypatch.setattr(noise_module, "batch_cap", lambda n, q: 10)
+    source = NoiseSource(KEY)
+    seen = set()
+    for _ in range(60):
+        batch = source.poisson_batch(40, 0.9)
+        assert len(batch) == 10
+        assert (np.diff(batch) > 0).all()
+        seen |= set(batch.tolist())
+    assert seen == set(range(40))
+
+
+def test_the_key_never_shows():
+    source = NoiseSource(KEY)
+    assert repr(source) == "NoiseSource(<redacted>)"
+    with pytest.raises(TypeError):
+        pickle.dumps(source)
+    with pytest.raises(TypeError):
+        copy.deepcopy(source)
+    assert not hasattr(source, "__dict__")
