@@ -72,6 +72,25 @@ def read_questions(path: str | Path, *, labelled: bool = True) -> list[Question]
     return questions
 
 
+def read_text(path: Path) -> list[str]:
+    """Plain text to heal a model on: a UTF-8 file, or every question of a question file.
+
+    Raises:
+        DataError: the file is missing, unreadable, not UTF-8, or a bad question file.
+    """
+    if path.suffix in SUFFIXES:
+        questions = read_questions(path, labelled=False)
+        return [" ".join([q.prompt, *q.choices]) for q in questions]
+    try:
+        return [path.read_text(encoding="utf-8")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"cannot be read as text ({type(error).__name__})",
+            where=str(path),
+            hint="give a UTF-8 text file, or a .jsonl, .csv or .parquet question file",
+        ) from None
+
+
 class _BadField(Exception):  # noqa: N818 - never leaves this module; becomes a DataError
     def __init__(self, field: str, problem: str, hint: str = _ROW_HINT) -> None:
         super().__init__(field, problem)

@@ -32,7 +32,7 @@ PREPARED: Final = {
 }
 """Built-in models that a command of their own puts into the cache, and that command."""
 
-_HOSPITAL: Final = {"hospital-llm": "llm", "hospital-slm": "slm"}
+_HOSPITAL: Final[dict[str, Literal["llm", "slm"]]] = {"hospital-llm": "llm", "hospital-slm": "slm"}
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 _COMMIT: Final = re.compile(r"^[0-9a-f]{40}$")
 

