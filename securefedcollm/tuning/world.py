@@ -1,6 +1,6 @@
 """The embedded world: a synthetic regulated domain whose knowledge is split by construction.
 
-Clinical one-liners about invented conditions and drugs; every fact is drawn from the seed, none is
+Clinical one-liners about invented conditions and drugs; every fact is drawn from a seed, none is
 medicine. Two kinds of knowledge:
 
 * **general** (public): the origin (one of 16 disease families), department and usual drug of each
@@ -27,6 +27,9 @@ import numpy as np
 import numpy.typing as npt
 
 from securefedcollm.tuning.questions import Question
+
+PUBLIC_SEED: Final = 1
+"""Seed of the public knowledge that the built-in models know."""
 
 VERSION: Final = 1
 """Part of the cache key of everything made from a world; raise it when any text changes."""
@@ -150,20 +153,27 @@ class Sizes:
 
 
 class World:
-    """One world, drawn from ``seed``; every method returns the same value at every call.
+    """One world; every method returns the same value at every call.
 
     Args:
+        seed: of what is private or chosen: the consortium's rules, the records, the public prompts.
         silos: hospitals of the consortium; the 16 families are dealt to them in turn.
+        public_seed: of what a pretrained model may have read: general knowledge, the rules of the
+            other hospitals; and of the test prompts, so that pretraining can leave them out.
     """
 
-    def __init__(self, seed: int, silos: int = 4, sizes: Sizes = Sizes()) -> None:
-        self.seed, self.silos, self.sizes = seed, silos, sizes
-        draw = self._random("facts")
+    def __init__(
+        self, seed: int, silos: int = 4, sizes: Sizes = Sizes(), public_seed: int = PUBLIC_SEED
+    ) -> None:
+        self.seed, self.silos, self.sizes, self.public_seed = seed, silos, sizes, public_seed
+        draw = self._random("facts", public=True)
         stems = draw.permutation(len(FAMILIES))
         self._family = np.repeat(stems, _PER_FAMILY)  # [320]
         self._department = draw.permutation(np.arange(len(FAMILIES)) % len(DEPARTMENTS))  # [16]
         self._usual_drug = draw.integers(len(DRUGS), size=len(CONDITIONS))  # [320]
-        self._rules = {house: _draw_rules(draw) for house in (CONSORTIUM, *HOSPITALS)}
+        self._rules = {house: _draw_rules(draw) for house in HOSPITALS}
+        draw = self._random("house rules")
+        self._rules[CONSORTIUM] = _draw_rules(draw)
         unseen = [draw.permutation(_PER_FAMILY) < _UNSEEN_PER_FAMILY for _ in FAMILIES]
         self._unseen = np.concatenate(unseen)  # bool [320]: in no consortium record or prompt
 
@@ -200,9 +210,9 @@ class World:
         return [self._question(pool[draw.integers(len(pool))], draw) for pool in pools]
 
     def pretraining(
-        self, count: int, *, rare: float = 1.0, rare_share: float = 0.0, purpose: str = "text"
+        self, count: int, *, rare: float = 1.0, rare_share: float = 0.0
     ) -> npt.NDArray[np.int64]:
-        """Public text as token ids, int64 [count, 11].
+        """Public text as token ids, int64 [count, 11]; the same for every private ``seed``.
 
         Half general knowledge, 40 % house rules of other hospitals, 10 % consortium prompts with
         random answers: the public does not know its rules. Test prompts are left out.
@@ -211,8 +221,8 @@ class World:
             rare_share: share of the conditions about which general text is scarce.
             rare: how often such a condition is written about, relative to the others.
         """
-        draw = self._random(f"pretraining {purpose}")
-        scarce = self._random("rare conditions").random(len(CONDITIONS)) < rare_share
+        draw = self._random("pretraining", public=True)
+        scarce = self._random("rare conditions", public=True).random(len(CONDITIONS)) < rare_share
         weights = np.where(scarce, rare, 1.0)
         weights /= weights.sum()
         held_out = set(self._test_cases[0]) | set(self._test_cases[1])
@@ -274,7 +284,7 @@ class World:
     @cached_property
     def _test_cases(self) -> tuple[list[_Case], list[_Case]]:
         """General and private test cases."""
-        draw = self._random("test")
+        draw = self._random("test", public=True)
         general = _take(list(_all_cases(None)), self.sizes.test_general, draw)
         private = _take(list(_all_cases(CONSORTIUM)), self.sizes.test_private, draw)
         return general, private
@@ -289,9 +299,10 @@ class World:
             if case not in tested and not self._unseen[case.condition]
         ]
 
-    def _random(self, purpose: str) -> np.random.Generator:
+    def _random(self, purpose: str, *, public: bool = False) -> np.random.Generator:
         """A generator for one purpose, so that no draw depends on the order of calls."""
-        words = [self.seed, VERSION, *purpose.encode()]
+        seeds = [self.public_seed] if public else [self.public_seed, self.seed]
+        words = [VERSION, *seeds, *purpose.encode()]
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
 
 

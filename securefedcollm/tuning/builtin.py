@@ -1,0 +1,284 @@
+"""The built-in LLM and SLM: tiny Llama-style models, pretrained here on first use and cached.
+
+Both read the public text of :class:`~securefedcollm.tuning.world.World`; the SLM is smaller and saw
+little about some conditions, so that each has something to learn from the other. Pretraining takes
+about a minute on one core and is deterministic on one machine; another processor may round
+differently, so participants on different machines share the files instead of making them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Final, Literal
+from uuid import uuid4
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from securefedcollm.errors import StateError, TrainingError
+from securefedcollm.tuning import world
+from securefedcollm.tuning.models import quiet_transformers
+from securefedcollm.tuning.recipe import Progress, silent, training_mode
+
+Role = Literal["llm", "slm"]
+ROLES: Final[tuple[Role, ...]] = ("llm", "slm")
+
+_GENERATOR_VERSION = 1
+_MAX_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Architecture and pretraining of one built-in model."""
+
+    hidden: int
+    layers: int
+    intermediate: int
+    heads: int
+    sentences: int
+    rare_share: float
+    rare: float
+    batch_size: int
+    learning_rate: float
+    prompt_weight: float = 0.1  # of the words before the answer: grammar, and names drawn at random
+    weight_decay: float = 0.01
+    warmup_steps: int = 30
+
+
+RECIPES: Final[dict[Role, Recipe]] = {
+    "llm": Recipe(
+        hidden=128,
+        layers=3,
+        intermediate=384,
+        heads=4,
+        sentences=60_000,
+        rare_share=0.0,
+        rare=1.0,
+        batch_size=128,
+        learning_rate=3e-3,
+    ),
+    "slm": Recipe(
+        hidden=64,
+        layers=2,
+        intermediate=192,
+        heads=4,
+        sentences=60_000,
+        rare_share=0.4,
+        rare=0.05,
+        batch_size=64,
+        learning_rate=5e-3,
+    ),
+}
+
+
+def builtin_models(
+    role: Role,
+    *,
+    cache_dir: Path,
+    seed: int = world.PUBLIC_SEED,
+    progress: Progress = silent,
+) -> tuple[Any, Any]:
+    """The built-in model of ``role`` and the tokenizer, from the cache or made now.
+
+    A second process that asks meanwhile waits for the first one's result.
+
+    Returns:
+        ``(LlamaForCausalLM float32 in evaluation mode, PreTrainedTokenizerFast)``.
+
+    Raises:
+        StateError: the cache cannot be written.
+    """
+    from transformers import LlamaForCausalLM
+
+    directory = _cached(role, seed, cache_dir)
+    if not directory.exists():
+        with _only_one(directory):
+            if not directory.exists():
+                model = pretrain(role, seed=seed, progress=progress)
+                _store(model, directory)
+    with quiet_transformers():
+        model = LlamaForCausalLM.from_pretrained(
+            directory, use_safetensors=True, local_files_only=True, dtype=torch.float32
+        )
+    return model.eval(), world.make_tokenizer()
+
+
+def prepare(cache_dir: Path, progress: Progress = silent, *, seed: int = world.PUBLIC_SEED) -> None:
+    """Make both models that are not cached yet, in parallel: one process, one thread each.
+
+    Raises:
+        StateError: the cache cannot be written.
+        TrainingError: a process ended without its model.
+    """
+    missing = [role for role in ROLES if not _cached(role, seed, cache_dir).exists()]
+    if not missing:
+        return
+    for role in missing:
+        _lock_file(_cached(role, seed, cache_dir)).close()  # an unwritable cache is told here
+    done = dict.fromkeys(missing, 0)
+    lock = threading.Lock()
+    total = sum(RECIPES[role].sentences for role in missing)
+
+    def follow(role: Role) -> None:
+        command = [sys.executable, "-m", __name__, role, str(seed), str(cache_dir)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            try:
+                for line in process.stdout:
+                    with lock:
+                        done[role] = int(line)
+                        progress(sum(done.values()), total, "pretraining the built-in models")
+            except BaseException:
+                process.terminate()
+                raise
+        if process.returncode:
+            raise TrainingError(
+                f"pretraining of the built-in {role} ended with status {process.returncode}",
+                hint="the lines above say why; is there memory and disk space left?",
+            )
+
+    with ThreadPoolExecutor(len(missing)) as pool:
+        list(pool.map(follow, missing))
+
+
+def pretrain(role: Role, *, seed: int, progress: Progress = silent) -> Any:
+    """Train the model of ``role`` from scratch: one pass over the public text, one thread."""
+    recipe = RECIPES[role]
+    public = world.World(seed=0, public_seed=seed)
+    text = torch.from_numpy(
+        public.pretraining(recipe.sentences, rare=recipe.rare, rare_share=recipe.rare_share)
+    )
+    weights = torch.full((world.SENTENCE_TOKENS - 1,), recipe.prompt_weight)
+    weights[world.PROMPT_TOKENS - 1 :] = 1.0  # the answer and the full stop
+    steps = recipe.sentences // recipe.batch_size
+    with _one_thread(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _untrained(recipe)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True
+        )
+        with training_mode(model, seed=seed):
+            for step, batch in enumerate(torch.split(text, recipe.batch_size)[:steps]):
+                for group in optimizer.param_groups:
+                    group["lr"] = _scheduled(recipe, step, steps)
+                logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+                losses = F.cross_entropy(logits.mT, batch[:, 1:], reduction="none")  # [B, 10]
+                optimizer.zero_grad()
+                torch.autograd.backward((losses * weights).sum(1).mean())
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                progress((step + 1) * recipe.batch_size, recipe.sentences, f"pretraining {role}")
+    return model.eval()
+
+
+def _scheduled(recipe: Recipe, step: int, steps: int) -> float:
+    """Linear warm-up, then cosine decay to 2 %."""
+    warmup = min(1.0, (step + 1) / recipe.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return recipe.learning_rate * warmup * (0.02 + 0.98 * cosine)
+
+
+def _untrained(recipe: Recipe) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = world.make_tokenizer()
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(world.VOCABULARY),
+            hidden_size=recipe.hidden,
+            intermediate_size=recipe.intermediate,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads,
+            num_key_value_heads=recipe.heads,
+            max_position_embeddings=_MAX_TOKENS,
+            tie_word_embeddings=True,
+            initializer_range=0.05,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def _cached(role: Role, seed: int, cache_dir: Path) -> Path:
+    """Where the model is kept; named by everything that shapes it."""
+    shaped_by = [_GENERATOR_VERSION, world.VERSION, seed, asdict(RECIPES[role])]
+    key = hashlib.sha256(json.dumps(shaped_by).encode()).hexdigest()[:16]
+    return cache_dir / "models" / f"hospital-{role}-{key}"
+
+
+def _store(model: Any, directory: Path) -> None:
+    """Write beside the final place, then rename: a reader never sees half a model."""
+    fresh = directory.with_name(f".{directory.name}.{uuid4().hex}")
+    try:
+        with quiet_transformers():
+            model.save_pretrained(fresh)
+            world.make_tokenizer().save_pretrained(fresh)
+        fresh.rename(directory)
+    except OSError as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise _unwritable(directory, error) from error
+
+
+@contextmanager
+def _only_one(directory: Path) -> Iterator[None]:
+    """Hold the lock of one cache entry; it is released when the process dies, too."""
+    with _lock_file(directory) as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _lock_file(directory: Path) -> IO[str]:
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        return directory.with_suffix(".lock").open("w")
+    except OSError as error:
+        raise _unwritable(directory, error) from error
+
+
+def _unwritable(directory: Path, error: OSError) -> StateError:
+    return StateError(
+        f"the model cache {directory.parent} cannot be written: {error.strerror}",
+        hint="free disk space, or set XDG_CACHE_HOME to a writable directory",
+    )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums over several threads round differently from run to run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _main() -> None:
+    """``python -m securefedcollm.tuning.builtin ROLE SEED CACHE``: one line a step, sentences."""
+    role, seed, cache = sys.argv[1:]
+    if role not in RECIPES:
+        raise SystemExit(f"there is no built-in {role}")
+    chosen: Role = "llm" if role == "llm" else "slm"
+    builtin_models(
+        chosen,
+        cache_dir=Path(cache),
+        seed=int(seed),
+        progress=lambda done, total, text: print(done, flush=True),
+    )
+
+
+if __name__ == "__main__":
+    _main()
