@@ -34,7 +34,9 @@ SMALLEST_SHARE: Final = 4.0
 """Below this σ of one share, a sum of discrete Gaussians is not close enough to one."""
 
 
-class Gaussian(msgspec.Struct, frozen=True, tag="gaussian", tag_field="kind"):
+class Gaussian(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="gaussian", tag_field="kind"
+):
     """``count`` releases of a sum with L2 sensitivity C plus N(0, (noise_multiplier·C)²).
 
     The whole data set takes part in each (no amplification). Also the charge for any batch loader
@@ -53,7 +55,13 @@ class Gaussian(msgspec.Struct, frozen=True, tag="gaussian", tag_field="kind"):
         return self.count * STEP_SLACK
 
 
-class PoissonGaussian(msgspec.Struct, frozen=True, tag="poisson-gaussian", tag_field="kind"):
+class PoissonGaussian(
+    msgspec.Struct,
+    frozen=True,
+    forbid_unknown_fields=True,
+    tag="poisson-gaussian",
+    tag_field="kind",
+):
     """``steps`` steps of DP-SGD: Poisson sample at rate ``q``, clip to C, sum, add noise.
 
     Amplification holds against everyone, the server included, because only the silo knows its
@@ -74,7 +82,13 @@ class PoissonGaussian(msgspec.Struct, frozen=True, tag="poisson-gaussian", tag_f
         return self.steps * STEP_SLACK
 
 
-class DiscreteGaussian(msgspec.Struct, frozen=True, tag="discrete-gaussian", tag_field="kind"):
+class DiscreteGaussian(
+    msgspec.Struct,
+    frozen=True,
+    forbid_unknown_fields=True,
+    tag="discrete-gaussian",
+    tag_field="kind",
+):
     """``count`` secure sums of integer vectors, each silo adding a discrete Gaussian share.
 
     Args:

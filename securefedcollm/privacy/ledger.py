@@ -325,7 +325,10 @@ class Ledger:
         try:
             key = Key(*(body[name] for name in Key._fields))
             before, after = _NEXT[body["action"]]
-            events = decode_events(body["events"]) if "events" in body else ()
+            weighs = body["action"] in ("reserve", "settle")
+            events = decode_events(body["events"]) if weighs else ()
+            if weighs and not events:
+                raise self._nonsense(row.seq, f"a {body['action']} of nothing")
             known = entries.get(key)
             if (known.state if known else None) != before:
                 raise self._nonsense(row.seq, f"{body['action']} out of order")
