@@ -19,6 +19,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from securefedcollm.errors import ConfigError, DataError, TrainingError
+from securefedcollm.tuning.layers import decoder_layers
 from securefedcollm.tuning.questions import shuffled_batches
 from securefedcollm.tuning.recipe import (
     Progress,
@@ -212,20 +213,3 @@ def _kd_backward(student: Any, teacher: Any, batch: Tensor) -> float:
         total += loss.item()
     hidden.backward(leaf.grad)
     return total
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The list of decoder layers, whatever the family calls it.
-
-    Raises:
-        ConfigError: the model has no such list.
-    """
-    depth = model.config.num_hidden_layers
-    for module in model.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise ConfigError(
-        f"no list of {depth} decoder layers in {type(model).__name__}",
-        where="model",
-        hint="pruning knows decoder-only transformers with one list of layers",
-    )
