@@ -239,7 +239,12 @@ class CoordinatorRound:
             raise ProtocolError(
                 f"only {count} silos completed step {self._step.value}; {needed} are needed"
                 f"{self._reasons()}",
-                hint="nothing was opened; bring the lost silos back for the next attempt or round",
+                hint="nothing was opened; "
+                + (
+                    "silos open one attempt per round: go on with the next round"
+                    if self._step is Step.UNMASK
+                    else "bring the lost silos back and start another attempt"
+                ),
             )
 
     def _reasons(self) -> str:

@@ -7,10 +7,10 @@ What it must not get is anything about this silo's vector beyond the sum over at
 silos of one agreed survivor set. Every check below says what it is against.
 
 Why one answer per silo is enough: with 2t > n + c, any two sets of t responders have an honest silo
-in common. An honest silo signs one pair of lists per attempt and opens one attempt per round, so t
-signatures exist for one pair of lists at most. Both kinds of share for one peer, two survivor sets
-in one attempt, and two attempts whose sums differ by one silo's vector would each need two quorums
-without a common honest silo. The rules hold even if a process is cloned or restored from a
+in common. An honest silo gives one answer per step of an attempt and opens one attempt per round,
+so t signatures exist for one pair of lists at most. Both kinds of share for one peer, two survivor
+sets in one attempt, and two attempts whose sums differ by one silo's vector would each need two
+quorums without a common honest silo. The rules hold even if a process is cloned or restored from a
 snapshot, as long as all copies share one :class:`~.scheme.Journal`.
 """
 
@@ -84,7 +84,7 @@ class _DealerFaultError(Exception):
 
 
 class SiloRound:
-    """Answers the server's five requests, in order, once each.
+    """Answers the server's five requests, in order, once each. Not thread-safe.
 
     Args:
         header: this silo's own view of the round, never the server's.
@@ -151,6 +151,9 @@ class SiloRound:
 
     def __repr__(self) -> str:
         return f"SiloRound(silo={self._roster.name(self._index)!r}, step={self._step.value})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a SiloRound holds secrets: it is neither copied nor pickled")
 
     def handle(self, frame: bytes) -> bytes:
         """Answer the server's next request.
@@ -221,11 +224,7 @@ class SiloRound:
         )
         # Adversary: a server that crashes this process and has it begin again, to get two sets of
         # keys signed for one attempt and show them to different silos.
-        self._record(
-            b"begin:" + self._header.attempt_scope,
-            sha256(self._own_keys.signed()),
-            "asks again to begin an attempt that this silo has begun before",
-        )
+        self._record(b"keys:" + self._header.attempt_scope, sha256(self._own_keys.signed()))
         return self._own_keys.encode()
 
     # R1 ---------------------------------------------------------------------------------------
@@ -273,6 +272,9 @@ class SiloRound:
             ),
             self._signing_key,
         )
+        # Adversary: a server that forks this process and shows its halves different rolls, so that
+        # one set of secrets is shared out twice.
+        self._record(b"deal:" + self._header.attempt_scope, sha256(self._own_statement.signed()))
         return Deal(self._own_statement, parcels).encode()
 
     def _parcel(
@@ -372,6 +374,8 @@ class SiloRound:
         ).encode()
 
     def _upload(self, secrets: _Secrets) -> bytes:
+        # Adversary: as before, to have one vector masked twice, among different peers.
+        self._record(b"upload:" + self._header.attempt_scope, self._delivery_digest)
         words = secrets.buffer.words
         add, subtract = self._mask_keys(secrets)
         masks.apply(words, add=add, subtract=subtract, threads=self._threads)
@@ -416,11 +420,7 @@ class SiloRound:
         digest = keys.lists_digest(self._delivery_digest, *lists)
         # Adversary: a server that restores this process from a snapshot to have it sign two pairs
         # of lists in one attempt.
-        self._record(
-            b"agree:" + self._header.attempt_scope,
-            digest,
-            "asks for agreement to other lists than this silo signed before",
-        )
+        self._record(b"agree:" + self._header.attempt_scope, digest)
         self._lists, self._lists_digest = lists, digest
         agreement = Agreement(
             header=self._header_digest, index=self._index, signature=UNSIGNED, lists=digest
@@ -449,11 +449,7 @@ class SiloRound:
         # Adversary: a crash, restart or snapshot between two requests with other lists, and another
         # attempt at the same round, whose sum would differ from this one's by a few silos. Written
         # down before the shares leave: one opening per round, for good.
-        self._record(
-            b"open:" + self._header.round_scope,
-            self._lists_digest,
-            "asks this silo to open a second sum in one round",
-        )
+        self._record(b"open:" + self._header.round_scope, self._lists_digest)
         survivors = frozenset(opening.survivors)
         shares = tuple(
             secrets.held[dealer][0 if dealer in survivors else 1] for dealer in self._dealers
@@ -531,9 +527,18 @@ class SiloRound:
             hint="an honest server drops such a silo; report both",
         ) from error
 
-    def _record(self, key: bytes, value: bytes, otherwise: str) -> None:
+    def _record(self, key: bytes, value: bytes) -> None:
+        """Write down what this silo is about to say; if it has said otherwise before, say nothing.
+
+        One answer per step and attempt, and one opening per round, whatever becomes of the process.
+        """
         if not equal(self._journal.record(key, value), value):
-            _refuse(otherwise, "go on with the next round; if it happens again, report the server")
+            what = "this round" if key.startswith(b"open:") else "this attempt"
+            _refuse(
+                f"asks a second time for what this silo has answered in {what} "
+                f"({self._step.value})",
+                "normal after a restart: go on with the next attempt or round",
+            )
 
 
 def _refuse(message: str, hint: str) -> NoReturn:

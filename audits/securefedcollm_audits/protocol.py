@@ -1,0 +1,64 @@
+"""Protocol audit: malicious servers and silos against the real state machines.
+
+Every case plays one attack and says who refused it and *what the attacker learnt*, as judged by
+:class:`~.spy.Spy` from everything the attacker saw. The server cases up to ``late_upload`` are
+weaknesses that public secure-aggregation code has shipped with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from securefedcollm_audits import server_attacks, silo_attacks
+from securefedcollm_audits.attacks import Outcome
+
+Case = Callable[[], Outcome]
+
+SERVER_CASES: Final[tuple[Case, ...]] = (
+    server_attacks.narrow_seed,
+    server_attacks.both_lists,
+    server_attacks.both_lists_at_opening,
+    server_attacks.downgrade,
+    server_attacks.victim_alone,
+    server_attacks.middleman,
+    server_attacks.invented_peers,
+    server_attacks.small_order_mask_key,
+    server_attacks.small_order_share_key,
+    server_attacks.side_channels,
+    server_attacks.overflow,
+    server_attacks.small_values,
+    server_attacks.late_upload,
+    server_attacks.inconsistent_models,
+    server_attacks.split_survivors,
+    server_attacks.mixed_agreements,
+    server_attacks.split_deliveries,
+    server_attacks.altered_boxes,
+    server_attacks.crash_and_restart,
+    server_attacks.snapshots,
+    server_attacks.second_attempt,
+    server_attacks.replays,
+    server_attacks.out_of_order,
+)
+
+SILO_CASES: Final[tuple[Case, ...]] = (
+    silo_attacks.bad_signatures,
+    silo_attacks.malformed,
+    silo_attacks.impersonation,
+    silo_attacks.copied_keys,
+    silo_attacks.small_order_keys,
+    silo_attacks.unfitting_dealing,
+    silo_attacks.bad_boxes,
+    silo_attacks.false_commitment,
+    silo_attacks.false_mask_secret,
+    silo_attacks.false_refusal,
+    silo_attacks.other_delivery,
+    silo_attacks.other_lists,
+    silo_attacks.wrong_shares,
+    silo_attacks.out_of_bounds,
+)
+
+
+def run(cases: tuple[Case, ...] = SERVER_CASES + SILO_CASES) -> dict[str, Outcome]:
+    """Play ``cases``; outcome by case name."""
+    return {case.__name__: case() for case in cases}
