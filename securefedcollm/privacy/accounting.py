@@ -205,13 +205,13 @@ def calibrate_events(
 ) -> float:
     """Smallest z (4 decimals, rounded up) with ε of ``at(z)`` within ``target``.
 
-    ``at`` maps a noise multiplier to events and is decreasing in ε. ``accountant`` None: that of
-    :func:`claim`. The search runs on a fast accountant, the answer is checked on the claimed one.
+    Args:
+        at: maps a noise multiplier to events; ε decreases in it.
+        accountant: None for the one that :func:`claim` uses.
     """
     if not target > 0.0:
         raise ConfigError(f"ε must be above 0, not {target}", where="epsilon")
     chosen: Accountant = accountant or claim_name(at(1.0))
-    fast: Accountant = "prv" if chosen == "pld" else chosen
 
     def bound(z: float) -> float:
         return _rdp_epsilon(merge(at(z)), delta, _INTEGER_ORDERS)
@@ -228,23 +228,41 @@ def calibrate_events(
     while high - low > 1e-4 * high:
         middle = 0.5 * (low + high)
         low, high = (low, middle) if bound(middle) <= target else (middle, high)
-    return _polish(at, high, target, delta, fast, chosen)
+    return _polish(_searchable(at, target, delta, chosen), high, target)
+
+
+def _searchable(
+    at: Callable[[float], Sequence[Event]], target: float, delta: float, chosen: Accountant
+) -> tuple[Callable[[float], float], Callable[[float], float]]:
+    """(estimate, bound): ε of ``at(z)`` by something quick, and by what the answer must satisfy."""
+
+    def exact(z: float) -> float:
+        return epsilon(at(z), delta, chosen)
+
+    def estimate(z: float) -> float:
+        return prv_bounds(at(z), delta)[1]
+
+    def coarse(z: float) -> float:
+        merged = merge(at(z))
+        return with_slack(lambda share: _pld(merged, share, _COARSE), merged, delta)
+
+    if chosen != "pld":
+        return exact, exact
+    # The coarse PLD is an upper bound too, and for few steps and an ε of 1 or more as good.
+    good = target >= 1.0 and sum(times(event) for event in at(1.0)) <= 500
+    return (coarse, coarse) if good else (estimate, exact)
 
 
 def _polish(
-    at: Callable[[float], Sequence[Event]],
+    functions: tuple[Callable[[float], float], Callable[[float], float]],
     start: float,
     target: float,
-    delta: float,
-    fast: Accountant,
-    chosen: Accountant,
 ) -> float:
     """From the RDP answer (an upper bound on z) down to the tight one, by secant on log ε."""
+    estimate, bound = functions
 
     def excess(z: float) -> float:
-        if fast == "prv":
-            return math.log(max(prv_bounds(at(z), delta)[1], 1e-9) / target)
-        return math.log(max(epsilon(at(z), delta, fast), 1e-9) / target)
+        return math.log(max(estimate(z), 1e-9) / target)
 
     z0, e0 = start, excess(start)
     z1 = start * math.exp(e0)
@@ -255,7 +273,7 @@ def _polish(
         slope = (e1 - e0) / (math.log(z1) - math.log(z0))
         z0, e0, z1 = z1, e1, z1 * math.exp(max(min(-e1 / slope, 1.0), -1.0))
     z = math.ceil(z1 * 1e4 - 1e-3) / 1e4
-    while epsilon(at(z), delta, chosen) > target:
+    while bound(z) > target:
         z = round(z + 1e-4, 4)
     return z
 

@@ -1,0 +1,142 @@
+"""The distributed discrete Gaussian: every silo adds a share of the noise that hides the sum.
+
+Nobody is trusted with the whole noise. Each of n silos adds N_Z(0, σᵢ²) with σᵢ² = (zγC)²/h, where
+h = least survivors − colluders is the number of honest shares that are certain to be in an opened
+sum; whatever the server does, the honest noise has at least variance (zγC)². γC = ``bound``.
+
+Adversary: the server and c silos, who know the sum and c shares. A silo that adds *no* noise is one
+of the c; beyond c such silos the claim does not hold, and masks make their laziness invisible.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from securefedcollm.errors import ConfigError
+from securefedcollm.privacy.discrete_gaussian import TAIL
+from securefedcollm.privacy.events import DiscreteGaussian
+from securefedcollm.privacy.noise import NoiseSource
+from securefedcollm.privacy.quantise import Floats, Quantiser
+
+
+class DistributedGaussian:
+    """Clip, quantise and add this silo's share of the noise.
+
+    Args:
+        values: length d.
+        clip_norm: C, per silo (``silo`` unit) or per record (joint DP-SGD).
+        field_bound: largest |integer| that one silo may send (the ring's per-silo bound). The
+            quantisation bound γC is the largest for which contributions and noise always fit.
+        noise_multiplier: z: noise of the sum over C, against server + c silos at least survivors.
+        least_survivors: fewest silos with which a sum is opened (the threshold or minimum).
+        colluders: c.
+        contributions: most units that one silo sums (the batch cap in joint DP-SGD).
+
+    Raises:
+        ConfigError: too few honest shares, or a field too narrow for the vector or the noise.
+    """
+
+    __slots__ = (
+        "colluders",
+        "contributions",
+        "least_survivors",
+        "noise_multiplier",
+        "quantiser",
+        "share_sigma",
+    )
+
+    def __init__(
+        self,
+        *,
+        values: int,
+        clip_norm: float,
+        field_bound: int,
+        noise_multiplier: float,
+        least_survivors: int,
+        colluders: int,
+        contributions: int = 1,
+    ) -> None:
+        honest = least_survivors - colluders
+        if honest < 1:
+            raise ConfigError(
+                f"no honest noise share is certain with {least_survivors} survivors and "
+                f"{colluders} colluders",
+                where="silos.minimum",
+                hint="require more survivors",
+            )
+        per_share = noise_multiplier / math.sqrt(honest)
+        bound = int(field_bound / (contributions + TAIL * per_share))
+        if bound < 1:
+            raise ConfigError(
+                "the field is too narrow for this noise",
+                where="aggregation.value_bits",
+                hint="raise it",
+            )
+        self.quantiser = Quantiser(values, clip_norm, min(bound, 2**31 - 1))
+        self.share_sigma = per_share * self.quantiser.bound
+        self.noise_multiplier = noise_multiplier
+        self.least_survivors = least_survivors
+        self.colluders = colluders
+        self.contributions = contributions
+        self.event(least_survivors)  # refuses a share too coarse before anything is trained
+
+    @property
+    def largest(self) -> int:
+        """No protected integer ever exceeds this; at most the ``field_bound`` given."""
+        return self.contributions * self.quantiser.bound + math.floor(TAIL * self.share_sigma)
+
+    def protect(self, vector: Floats, noise: NoiseSource) -> npt.NDArray[np.int64]:
+        """One unit's vector, clipped, quantised and noised, int64 [d]; ready for masking.
+
+        Raises:
+            TrainingError: a value is not finite.
+        """
+        return self._noised(self.quantiser.encode(vector).integers, noise)
+
+    def protect_sum(self, rows: Iterable[Floats], noise: NoiseSource) -> npt.NDArray[np.int64]:
+        """Sum of units' vectors, each clipped and quantised by itself, plus one noise share.
+
+        Raises:
+            TrainingError: a value is not finite.
+            ConfigError: more rows than ``contributions``.
+        """
+        listed = list(rows)
+        if len(listed) > self.contributions:
+            raise ConfigError(
+                f"{len(listed)} units in one sum, the field is made for {self.contributions}",
+                where="contributions",
+                hint="size it by batch_cap",
+            )
+        return self._noised(self.quantiser.encode_sum(listed), noise)
+
+    def event(self, shares: int, *, count: int = 1, q: float = 1.0) -> DiscreteGaussian:
+        """What ``count`` sums of ``shares`` silos release; ``least_survivors`` for the worst case.
+
+        ``q``: Poisson rate of a unit, if its silo alone draws and knows the sample.
+        """
+        return DiscreteGaussian(
+            share_sigma=self.share_sigma,
+            sensitivity=self.quantiser.bound,
+            values=self.quantiser.values,
+            shares=shares,
+            colluders=self.colluders,
+            count=count,
+            q=q,
+        )
+
+    def _noised(self, integers: npt.NDArray[np.int64], noise: NoiseSource) -> npt.NDArray[np.int64]:
+        share = noise.discrete_gaussian(self.share_sigma, len(integers))
+        share += integers
+        return share
+
+
+def mean_noise(values: int, z: float, silos: int, honest: int, summed: float) -> float:
+    """‖noise‖₂/C of the mean, with all ``silos`` shares in it: z·√(n/h)·√d / ``summed``.
+
+    ``summed``: number of unit contributions that the mean divides by.
+    """
+    return z * math.sqrt(silos / honest * values) / summed
