@@ -130,3 +130,16 @@ def test_layers_come_back_after_a_failure() -> None:
     with pytest.raises(ZeroDivisionError), passed_over(model, 0, 3):
         raise ZeroDivisionError
     assert list(decoder_layers(model)) == before
+
+
+def test_scores_without_gradients_are_chunked_and_the_same(
+    data: EncodedQuestions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from securefedcollm.tuning import questions as module
+
+    model = adapted()
+    whole = choice_scores(model, data).detach()
+    for chunk in (1, 3, 256):
+        monkeypatch.setattr(module, "_HEAD_CHUNK", chunk)
+        with torch.no_grad():
+            torch.testing.assert_close(choice_scores(model, data), whole)
