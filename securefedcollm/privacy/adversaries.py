@@ -20,6 +20,7 @@ import msgspec
 
 from securefedcollm.privacy.accounting import Claim, claim
 from securefedcollm.privacy.events import DiscreteGaussian, Event
+from securefedcollm.privacy.filters import filter_epsilon
 
 
 class AdversaryRow(msgspec.Struct, frozen=True):
@@ -30,12 +31,18 @@ class AdversaryRow(msgspec.Struct, frozen=True):
 
 
 def per_adversary(
-    events: Sequence[Event], deltas: Sequence[float], colluders: int
+    events: Sequence[Event],
+    deltas: Sequence[float],
+    colluders: int,
+    *,
+    agreed: float | None = None,
 ) -> list[AdversaryRow]:
     """ε for every adversary, each δ of ``deltas`` in turn.
 
     Args:
         colluders: c, silos that may collude with the server.
+        agreed: None if all parameters were fixed beforehand; else the ε agreed before the first
+            release, and the answer is that of the ledger's privacy filter.
 
     Raises:
         ConfigError: fewer shares than the adversary knows.
@@ -43,9 +50,13 @@ def per_adversary(
     chairs = [("outsider", 0), ("server", 0), ("another silo", 1)]
     if colluders:
         chairs.append((f"server+{colluders} silo{'s' * (colluders > 1)}", colluders))
+
+    def at(known: int, delta: float) -> Claim:
+        seen = seen_by(events, known)
+        return claim(seen, delta) if agreed is None else filter_epsilon(seen, delta, agreed)
+
     return [
-        AdversaryRow(name, tuple(claim(seen_by(events, known), delta) for delta in deltas))
-        for name, known in chairs
+        AdversaryRow(name, tuple(at(known, delta) for delta in deltas)) for name, known in chairs
     ]
 
 

@@ -66,6 +66,7 @@ class Journal:
 
     def __init__(self, path: Path, owner: str, *, now: Callable[[], float] = time.time) -> None:
         self.path = path
+        self._owner = owner
         self._now = now
         self._head = Head(0, sha256(_GENESIS, owner.encode()))
         try:
@@ -125,11 +126,41 @@ class Journal:
         """Write one row; inside :meth:`writing`, after :meth:`news`."""
         seq = self._head.rows + 1
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._now()))
-        body = {**content, "seq": seq, "time": stamp, "previous": self._head.digest.hex()}
+        body = {
+            **content,
+            "owner": self._owner,
+            "seq": seq,
+            "time": stamp,
+            "previous": self._head.digest.hex(),
+        }
         raw = rfc8785.dumps(body)
         digest = sha256(raw)
         self._db.execute("INSERT INTO journal VALUES (?, ?, ?)", (seq, raw, digest))
         return Row(seq, body, digest)
+
+    @staticmethod
+    def owner_of(path: Path) -> str | None:
+        """Whose ledger the file says it is; None if it has no row. Opening it then verifies that.
+
+        Raises:
+            StateError: there is no such file, or it is not a ledger.
+        """
+        if not path.is_file():
+            raise StateError(
+                f"{path}: there is no such ledger", hint="name the ledger file of a silo"
+            )
+        try:
+            db = sqlite3.connect(path, timeout=_BUSY_SECONDS)
+            try:
+                row = db.execute("SELECT body FROM journal WHERE seq = 1").fetchone()
+            finally:
+                db.close()
+            owner = json.loads(row[0])["owner"] if row else None
+        except (sqlite3.Error, ValueError, KeyError, TypeError) as error:
+            raise StateError(
+                f"{path}: this is not a privacy ledger", hint="name the ledger file of a silo"
+            ) from error
+        return str(owner) if row else None
 
     def head(self) -> Head:
         return self._head

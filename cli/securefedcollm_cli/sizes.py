@@ -1,0 +1,105 @@
+"""How many values and records a study has, without loading torch, a model or data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from securefedcollm.errors import ConfigError
+from securefedcollm.study import Study
+
+BUILTIN_SLM: Final[dict[str, Any]] = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+BUILTIN_RECORDS: Final = 3000
+
+
+def update_values(study: Study, data: Path | None) -> int:
+    """d: values that a silo sends in a round (the larger of RoLoRA's two kinds of round).
+
+    Raises:
+        ConfigError: the SLM's shape is not known here; give --values.
+    """
+    kind, _, rest = study.models.slm.source.partition(":")
+    if kind == "builtin":
+        config = BUILTIN_SLM
+    elif kind == "path" and data is not None:
+        config = _read(data / rest / "config.json")
+    else:
+        raise ConfigError(
+            "the small model's shape is not known before it is loaded",
+            where="models.slm",
+            hint="give --values N (the size of an update), or --data DIR for a path: model",
+        )
+    return lora_values(config, study)
+
+
+def unit_records(study: Study) -> int:
+    """Records of each simulated silo.
+
+    Raises:
+        ConfigError: the study does not say.
+    """
+    if study.task.data.builtin:
+        return BUILTIN_RECORDS
+    if study.task.data.per_silo is None:
+        raise ConfigError(
+            "the study does not say how many records a silo has",
+            where="task.data.per_silo",
+            hint="give --records N: those of the smallest silo",
+        )
+    return study.task.data.per_silo
+
+
+def lora_values(config: dict[str, Any], study: Study) -> int:
+    """Trained values of a LoRA adapter on a Llama-style model with this ``config.json``."""
+    try:
+        hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+        layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
+        groups = int(config.get("num_key_value_heads") or heads)
+        width = int(config.get("head_dim") or hidden // heads)
+    except (KeyError, TypeError, ValueError):
+        raise ConfigError(
+            "the small model's config.json is not that of a Llama-style model",
+            where="models.slm",
+            hint="give --values N, the size of an update",
+        ) from None
+    shapes = {  # (in, out)
+        "q_proj": (hidden, heads * width),
+        "k_proj": (hidden, groups * width),
+        "v_proj": (hidden, groups * width),
+        "o_proj": (heads * width, hidden),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
+    }
+    adapter = study.adapter
+    chosen = [
+        shape
+        for name, shape in shapes.items()
+        if adapter.targets == "all-linear" or name in adapter.targets
+    ]
+    layers = min(layers, adapter.top_layers or layers)
+    sides = {
+        "A": adapter.rank * layers * sum(given for given, _ in chosen),
+        "B": adapter.rank * layers * sum(out for _, out in chosen),
+    }
+    if adapter.method == "lora":
+        return sides["A"] + sides["B"]
+    return max(sides.values()) if adapter.method == "rolora" else sides["B"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot be read ({error})", where=str(path), hint="is --data the right directory?"
+        ) from None
+    if not isinstance(found, dict):
+        raise ConfigError("is not a model's config", where=str(path), hint="check models.slm")
+    return found

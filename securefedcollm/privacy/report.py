@@ -1,0 +1,152 @@
+"""The privacy budget of one participant as data: what ``budget show`` and ``budget report`` say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from securefedcollm.errors import ConfigError
+from securefedcollm.privacy.accounting import Claim, delta_of_slack, prv_bounds
+from securefedcollm.privacy.adversaries import AdversaryRow, per_adversary
+from securefedcollm.privacy.events import DiscreteGaussian, Events, encode_events, merge
+from securefedcollm.privacy.filters import filter_within
+from securefedcollm.privacy.journal import Journal
+from securefedcollm.privacy.ledger import Budget, Entry, Ledger
+
+_MOST_POINTS: Final = 40
+
+ASSUMPTIONS: Final = (
+    "Neighbouring data sets differ by adding or removing one unit (a zero contribution).",
+    "The number of units in the data set is public.",
+    "Only the releases listed here are covered. Metrics shown to others, tuning runs outside the "
+    "ledger, checkpoints and logs that left the silo are not.",
+    "ε is charged under a privacy filter, so that later studies may be chosen after seeing the "
+    "results of earlier ones.",
+    "The silo's machine, its operating system's random source and this software are trusted; "
+    "timing of the silo's process is not visible to the adversary.",
+    "Where noise is distributed, at most the stated number of silos collude or leave out noise.",
+)
+
+
+class Line(msgspec.Struct, frozen=True):
+    """One ledger entry."""
+
+    run: str
+    round: int
+    attempt: int
+    state: str
+    time: str
+    reserved: list[dict[str, object]]
+    settled: list[dict[str, object]] | None
+    cumulative: float | None
+    """Upper bound on ε after this entry; None where left out of a long ledger."""
+
+
+class Account(msgspec.Struct, frozen=True):
+    """Everything about one data set and unit."""
+
+    dataset: str
+    unit: str
+    budget: Budget
+    spent: Claim
+    left: float
+    delta_residual: float
+    """The part of δ that implementation residuals take (sampler, batch cap, sum of shares)."""
+    adversaries: list[AdversaryRow]
+    second_opinion: tuple[float, float, float] | None
+    """(lower, estimate, upper) of ε by prv-accountant, parameters taken as fixed; None where it
+    has no analysis (discrete noise)."""
+    lines: list[Line]
+
+
+class BudgetReport(msgspec.Struct, frozen=True):
+    """A participant's ledger, read and verified."""
+
+    owner: str
+    ledger: str
+    head: str
+    rows: int
+    accounts: list[Account]
+    assumptions: tuple[str, ...] = ASSUMPTIONS
+
+
+def read_report(path: Path, *, details: bool = True) -> BudgetReport:
+    """Verify the ledger at ``path`` and sum it up.
+
+    ``details``: also ε per adversary, the second opinion and the course of ε (seconds more).
+
+    Raises:
+        StateError: no such file, or not a ledger.
+        EvidenceError: it does not verify.
+    """
+    owner = Journal.owner_of(path)
+    if owner is None:
+        return BudgetReport("", str(path), "", 0, [])
+    with Ledger(path, owner) as ledger:
+        head = ledger.verify()
+        entries = ledger.entries()
+        keys = dict.fromkeys(entry.key[:2] for entry in entries)
+        accounts = [
+            _account(ledger, [e for e in entries if e.key[:2] == key], details) for key in keys
+        ]
+    return BudgetReport(owner, str(path), head.digest.hex(), head.rows, accounts)
+
+
+def _account(ledger: Ledger, entries: Sequence[Entry], details: bool) -> Account:
+    dataset, unit = entries[0].key[:2]
+    budget = entries[-1].budget
+    summary = ledger.spent(dataset, unit, budget.delta)
+    agreed = entries[0].budget.epsilon
+    return Account(
+        dataset=dataset,
+        unit=unit,
+        budget=budget,
+        spent=summary.claim,
+        left=max(0.0, budget.epsilon - summary.claim.epsilon),
+        delta_residual=delta_of_slack(summary.events, summary.claim.epsilon),
+        adversaries=_adversaries(summary.events, budget.delta, agreed) if details else [],
+        second_opinion=_second_opinion(summary.events, budget.delta) if details else None,
+        lines=_lines(entries, budget.delta, agreed, details),
+    )
+
+
+def _adversaries(events: Events, delta: float, agreed: float) -> list[AdversaryRow]:
+    colluders = max((e.colluders for e in events if isinstance(e, DiscreteGaussian)), default=0)
+    deltas = [delta * 10.0, delta, delta / 10.0]
+    return per_adversary(events, [d for d in deltas if d < 1.0], colluders, agreed=agreed)
+
+
+def _second_opinion(events: Events, delta: float) -> tuple[float, float, float] | None:
+    if not events:
+        return None
+    try:
+        return prv_bounds(events, delta)
+    except ConfigError:
+        return None
+
+
+def _lines(entries: Sequence[Entry], delta: float, agreed: float, details: bool) -> list[Line]:
+    every = max(1, math.ceil(len(entries) / _MOST_POINTS))
+    counted: Events = ()
+    lines = []
+    for index, entry in enumerate(entries):
+        counted = merge(counted + entry.counted)
+        wanted = details and (index % every == 0 or index == len(entries) - 1)
+        key = entry.key
+        lines.append(
+            Line(
+                run=key.run,
+                round=key.round,
+                attempt=key.attempt,
+                state=entry.state,
+                time=entry.time,
+                reserved=encode_events(entry.reserved),
+                settled=None if entry.settled is None else encode_events(entry.settled),
+                cumulative=filter_within(counted, delta, 0.0, agreed) if wanted else None,
+            )
+        )
+    return lines
