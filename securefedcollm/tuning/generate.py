@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from securefedcollm.errors import ConfigError
+from securefedcollm.tuning.adapters import load_adapter
 from securefedcollm.tuning.models import LoadedModel, quiet_transformers
 from securefedcollm.tuning.recipe import inference_mode
 
@@ -22,7 +22,7 @@ def generate(
     Raises:
         ConfigError: the adapter cannot be read or does not fit the model, or the prompt is empty.
     """
-    model = loaded.model if adapter is None else _adapted(loaded, adapter)
+    model = loaded.model if adapter is None else load_adapter(loaded.model, adapter)
     tokens = loaded.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if tokens["input_ids"].numel() == 0:
         raise ConfigError("the prompt has no tokens", where="--prompt", hint="give it some words")
@@ -36,24 +36,3 @@ def generate(
     new = out[0, tokens["input_ids"].shape[1] :]
     text: str = loaded.tokenizer.decode(new, skip_special_tokens=True)
     return text.strip()
-
-
-def _adapted(loaded: LoadedModel, adapter: Path) -> Any:
-    from peft import PeftModel
-
-    # Adversary: whoever supplies the adapter; adapter_model.bin would be unpickled.
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise ConfigError(
-            f"{adapter} holds no adapter_model.safetensors",
-            where="--adapter",
-            hint="give the adapters/llm or adapters/slm directory of a run",
-        )
-    try:
-        return PeftModel.from_pretrained(loaded.model, str(adapter))
-    except Exception as error:
-        # PEFT raises what the base model's mismatch happens to raise.
-        raise ConfigError(
-            f"{adapter} does not fit the model ({type(error).__name__})",
-            where="--adapter",
-            hint="use the base model that it was trained on",
-        ) from error

