@@ -177,6 +177,8 @@ def _print_reports(reports: list[BudgetReport]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from securefedcollm.privacy.shown import down, up
+
     table = Table(title="Privacy budgets, hash chains verified", title_justify="left")
     for column in ("owner", "data set", "unit", "ε spent", "of", "left", "δ", "entries"):
         table.add_column(column, justify="right" if column in _NUMBERS else "left")
@@ -188,9 +190,9 @@ def _print_reports(reports: list[BudgetReport]) -> None:
                 found.owner,
                 account.dataset[:12],
                 account.unit,
-                f"{account.spent.epsilon:.3f}",
+                up(account.spent.epsilon),
                 f"{account.budget.epsilon:g}",
-                f"{account.left:.3f}",
+                down(account.left),
                 f"{account.spent.delta:g}",
                 _states(account.lines),
             )

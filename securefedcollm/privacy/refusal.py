@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from securefedcollm.privacy.events import Event, Events, louder, merge, repeat, times
 from securefedcollm.privacy.filters import filter_epsilon, filter_within
+from securefedcollm.privacy.shown import down, up
 
 _MOST_STEPS = 4096
 
@@ -18,8 +19,8 @@ def explain(
     spent = filter_epsilon(counted, delta, agreed).epsilon
     total = filter_epsilon(merge(counted + asked), delta, agreed).epsilon
     message = (
-        f"ε = {_up(spent)} of {limit:g} is spent at δ = {delta:g}, {_down(limit - spent)} is left, "
-        f"and this release would bring it to {_up(total)}; nothing was released"
+        f"ε = {up(spent)} of {limit:g} is spent at δ = {delta:g}, {down(limit - spent)} is left, "
+        f"and this release would bring it to {up(total)}; nothing was released"
     )
 
     def fits(events: list[Event]) -> bool:
@@ -61,12 +62,3 @@ def _smallest_factor(fits: Callable[[float], bool]) -> float | None:
         middle = 0.5 * (low + high)
         low, high = (low, middle) if fits(middle) else (middle, high)
     return high
-
-
-def _up(value: float) -> str:
-    """ε to three decimals, rounded up: a shown ε is never below the true one."""
-    return f"{math.ceil(value * 1e3) / 1e3:.3f}" if math.isfinite(value) else "∞"
-
-
-def _down(value: float) -> str:
-    return f"{math.floor(max(value, 0.0) * 1e3) / 1e3:.3f}"

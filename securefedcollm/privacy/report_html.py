@@ -6,6 +6,7 @@ import math
 from html import escape
 
 from securefedcollm.privacy.report import Account, BudgetReport, Line
+from securefedcollm.privacy.shown import down, up
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
@@ -48,10 +49,10 @@ def _account(account: Account) -> str:
     return (
         f"<h2>{escape(account.unit)} level, data set <code>{escape(account.dataset[:16])}</code>"
         "</h2>"
-        f'<p class="claim">All releases so far together are (ε = {_up(spent.epsilon)}, '
+        f'<p class="claim">All releases so far together are (ε = {up(spent.epsilon)}, '
         f"δ = {spent.delta:g}) differentially private for one {escape(_noun(account.unit))}, "
         f"against the strongest adversary below. Budget: ε = {budget.epsilon:g}; "
-        f"{_down(account.left)} is left. Accountant: {escape(spent.accountant)}.</p>"
+        f"{down(account.left)} is left. Accountant: {escape(spent.accountant)}.</p>"
         f"{_plot(account)}{_adversaries(account)}{_opinion(account)}{_lines(account.lines)}"
     )
 
@@ -63,11 +64,12 @@ def _adversaries(account: Account) -> str:
     head = "".join(f'<th class="n">ε at δ = {delta:.0e}</th>' for delta in deltas)
     rows = "".join(
         f"<tr><td>{escape(row.adversary)}</td>"
-        + "".join(f'<td class="n">{_up(claim.epsilon)}</td>' for claim in row.epsilons)
+        + "".join(f'<td class="n">{up(claim.epsilon)}</td>' for claim in row.epsilons)
         + "</tr>"
         for row in account.adversaries
     )
-    return f"<h3>Who learns how much, at most</h3><table><tr><th>adversary</th>{head}</tr>{rows}</table>"
+    title = "<h3>Who learns how much, at most</h3>"
+    return f"{title}<table><tr><th>adversary</th>{head}</tr>{rows}</table>"
 
 
 def _opinion(account: Account) -> str:
@@ -92,7 +94,7 @@ def _lines(lines: list[Line]) -> str:
         f'<td class="n">{line.round + 1}</td><td class="n">{line.attempt}</td>'
         f"<td>{line.state}</td><td>{escape(line.time)}</td>"
         f"<td><code>{escape(_event(line))}</code></td>"
-        f'<td class="n">{"" if line.cumulative is None else _up(line.cumulative)}</td></tr>'
+        f'<td class="n">{"" if line.cumulative is None else up(line.cumulative)}</td></tr>'
         for line in lines
     )
     return (
@@ -153,11 +155,3 @@ def _plot(account: Account) -> str:
 
 def _noun(unit: str) -> str:
     return unit.replace("subject:", "subject, by ")
-
-
-def _up(value: float) -> str:
-    return f"{math.ceil(value * 1e3) / 1e3:.3f}" if math.isfinite(value) else "∞"
-
-
-def _down(value: float) -> str:
-    return f"{math.floor(value * 1e3) / 1e3:.3f}"

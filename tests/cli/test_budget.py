@@ -1,0 +1,145 @@
+"""``budget plan``, ``show`` and ``report``, as a person or a script runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from securefedcollm.errors import ConfigError, StateError
+from securefedcollm.privacy.events import Gaussian
+from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.study import load_study
+from securefedcollm_cli import sizes
+from securefedcollm_cli.budget import app
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+
+
+def run(*words: object):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def output(*words: object) -> str:
+    result = run(*words)
+    assert result.exit_code == 0, result.exception
+    return result.stdout
+
+
+def test_plan_as_json():
+    (made,) = json.loads(output("plan", QUICKSTART, "--json"))
+    assert made["epsilon"] == 8.0
+    assert [f"{o['unit']}/{o['noise']}" for o in made["options"]] == [
+        "record/local",
+        "record/distributed",
+        "silo/distributed",
+    ]
+    assert all(option["epsilon"] <= 8.0 for option in made["options"])
+
+
+def test_plan_for_people_says_what_is_hopeless():
+    text = " ".join(output("plan", QUICKSTART, "--epsilon", "1", "--values", "5000").split())
+    assert "ε = 1" in text
+    assert "5,000 values" in text
+    assert "hopeless" in text
+    assert "silo/distributed would release noise, not a model" in text
+
+
+def test_plan_of_a_study_without_privacy_needs_an_epsilon():
+    result = run("plan", QUICKSTART, "--set", "privacy=null")
+    assert isinstance(result.exception, ConfigError)
+    assert "--epsilon" in result.exception.hint
+    words = ("--set", "privacy=null", "--epsilon", "3", "--json")
+    (made,) = json.loads(output("plan", QUICKSTART, *words))
+    assert made["epsilon"] == 3.0
+
+
+def test_sizes_of_the_built_in_study_are_the_real_ones():
+    """The planner must not load torch: its copy of these facts is checked against the source."""
+    from securefedcollm.tuning.builtin import RECIPES
+    from securefedcollm.tuning.world import World
+
+    study = load_study(QUICKSTART)
+    recipe = RECIPES["slm"]
+    assert sizes.BUILTIN_SLM == {
+        "hidden_size": recipe.hidden,
+        "intermediate_size": recipe.intermediate,
+        "num_hidden_layers": recipe.layers,
+        "num_attention_heads": recipe.heads,
+    }
+    assert len(World(seed=1, silos=4).records(0)) == sizes.BUILTIN_RECORDS
+    assert sizes.update_values(study, None) == 11_264
+
+
+@pytest.mark.parametrize(
+    ("adapter", "values"),
+    [
+        ("{method: ffa-lora, rank: 4}", 704 * 2 * 4),
+        ("{method: lora, rank: 4}", (704 + 64 * 6 + 192) * 2 * 4),
+        ("{method: rolora, rank: 4}", 704 * 2 * 4),
+        ("{method: ffa-lora, rank: 4, targets: [q_proj, v_proj]}", 128 * 2 * 4),
+        ("{method: ffa-lora, rank: 4, top_layers: 1}", 704 * 4),
+    ],
+)
+def test_adapter_sizes(adapter, values):
+    assert sizes.update_values(load_study(QUICKSTART, [f"adapter={adapter}"]), None) == values
+
+
+def test_size_of_a_model_in_a_directory(tmp_path):
+    (tmp_path / "slm").mkdir()
+    config = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
+    (tmp_path / "slm" / "config.json").write_text(json.dumps(config))
+    study = load_study(QUICKSTART, ["models.slm.source='path:slm'"])
+    per_layer = 576 + 192 + 192 + 576 + 1536 + 1536 + 576
+    assert sizes.update_values(study, tmp_path) == 8 * 30 * per_layer
+    with pytest.raises(ConfigError, match="not known"):
+        sizes.update_values(study, None)
+    (tmp_path / "slm" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="Llama-style"):
+        sizes.update_values(study, tmp_path)
+    (tmp_path / "slm" / "config.json").unlink()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        sizes.update_values(study, tmp_path)
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    path = tmp_path / "runs" / "quickstart" / "silos" / "north" / "ledger.sqlite"
+    with Ledger(path, "north") as opened:
+        opened.release(
+            opened.reserve("d" * 64, "record", "run", 0, 0, [Gaussian(2.0)], (8.0, 1e-5))
+        )
+    return path
+
+
+def test_show(ledger, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in (("show",), ("show", "--ledger", ledger)):
+        text = output(*words)
+        assert "north" in text
+        assert "1 released" in text
+    (found,) = json.loads(output("show", "--json"))
+    assert found["accounts"][0]["budget"] == {"epsilon": 8.0, "delta": 1e-5}
+    assert found["accounts"][0]["spent"]["epsilon"] < 8.0
+
+
+def test_show_without_a_ledger(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(run("show").exception, ConfigError)
+    assert isinstance(run("show", "--ledger", "absent").exception, StateError)
+
+
+def test_report(ledger, tmp_path):
+    page = tmp_path / "budget.html"
+    assert str(page) in output("report", "--html", page, "--ledger", ledger).replace("\n", "")
+    assert "Privacy budget of north" in page.read_text(encoding="utf-8")
+    failed = run("report", "--html", tmp_path / "no" / "where.html", "--ledger", ledger)
+    assert isinstance(failed.exception, StateError)
