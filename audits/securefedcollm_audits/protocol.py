@@ -39,6 +39,10 @@ SERVER_CASES: Final[tuple[Case, ...]] = (
     server_attacks.second_attempt,
     server_attacks.replays,
     server_attacks.out_of_order,
+    server_attacks.repeated_keys,
+    server_attacks.stolen_identity,
+    server_attacks.split_rolls,
+    server_attacks.repeated_signers,
 )
 
 SILO_CASES: Final[tuple[Case, ...]] = (

@@ -406,3 +406,57 @@ def out_of_order() -> Outcome:
     puppet.deliver(rest, deals)
     puppet.open(rest, names[3:], names[:3], [])  # before agreement
     return judge("frames out of order", puppet, names, "")
+
+
+def repeated_keys() -> Outcome:
+    """A colluder signs a peer's public key as its own, and the server lets it through."""
+    cohort = Cohort()
+    puppet = Puppet(cohort)
+    adverts = puppet.ask()
+    victim, friend = cohort.names[0], cohort.names[-1]
+    copied = altered(adverts[friend], mask_public=adverts[victim].mask_public)
+    adverts[friend] = sign(copied, cohort.keys[friend])
+    puppet.roll(cohort.honest, adverts.values())
+    return judge("one key twice on the roll", puppet, cohort.honest, "appears twice")
+
+
+def stolen_identity() -> Outcome:
+    """Relay keys or a dealing signed with the victim's own stolen identity key."""
+    cohort = Cohort()
+    puppet = Puppet(cohort)
+    names, stolen = cohort.names, cohort.keys[cohort.names[0]]
+    adverts = puppet.ask()
+    false = sign(altered(adverts[names[0]], mask_public=bytes(range(32))), stolen)
+    puppet.roll(names[:1], (adverts | {names[0]: false}).values())
+    second = Puppet(Cohort())
+    deals = second.roll(names, second.ask().values())
+    statement = sign(altered(deals[names[0]].statement, seed_commitment=bytes(32)), stolen)
+    deals[names[0]] = altered(deals[names[0]], statement=statement)
+    second.deliver(names[:1], deals)
+    return both(
+        judge("a stolen identity key", puppet, names[:1], "did not send"),
+        judge("a stolen identity key", second, names[:1], "did not make"),
+    )
+
+
+def split_rolls() -> Outcome:
+    """Show a colluding dealer another roll than its holders."""
+    cohort = Cohort()
+    puppet = Puppet(cohort)
+    deals = puppet.roll(cohort.names, puppet.ask().values())
+    friend = cohort.names[-1]
+    statement = sign(altered(deals[friend].statement, roll=bytes(32)), cohort.keys[friend])
+    deals[friend] = altered(deals[friend], statement=statement)
+    puppet.deliver(cohort.honest, deals)
+    return judge("equivocated rolls", puppet, cohort.honest, "another roll")
+
+
+def repeated_signers() -> Outcome:
+    """Count one survivor's agreement twice to reach the quorum."""
+    cohort = Cohort()
+    puppet = Puppet(cohort)
+    puppet.through_upload()
+    names = cohort.names
+    signed = list(puppet.survey(names[:3], names).values())
+    puppet.open(names[:3], names, [], [*signed, signed[0]])
+    return judge("repeated signatures", puppet, names[:3], "distinct survivors")

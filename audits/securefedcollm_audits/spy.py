@@ -9,6 +9,7 @@ sum with fewer than two honest vectors in it, is a leak.
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 from securefedcollm.aggregation import keys, masks, packing, shamir
 from securefedcollm.aggregation.header import Roster, RoundHeader
+from securefedcollm.aggregation.masks import WORD_BYTES
 from securefedcollm.aggregation.messages import (
     Advertise,
     Ask,
@@ -30,7 +32,7 @@ from securefedcollm.aggregation.messages import (
     Unmask,
 )
 from securefedcollm.aggregation.upload import HEAD_BYTES, MAGIC
-from securefedcollm.errors import CryptoError, SecureFedCoLLMError
+from securefedcollm.errors import CryptoError, ProtocolError, SecureFedCoLLMError
 from securefedcollm.primitives import AgreementKey, RandomSource, unseal
 
 _NOTED = Advertise | Ask | Deal | Delivery | Opening | Roll | Survey | Unmask
@@ -70,8 +72,8 @@ class Spy:
             return
         try:
             message = msgspec.msgpack.decode(frame, type=_NOTED)
-        except (msgspec.MsgspecError, SecureFedCoLLMError):
-            return
+        except (msgspec.MsgspecError, SecureFedCoLLMError, UnicodeDecodeError):
+            return  # altered on its way: nothing to learn from it
         match message:
             case Ask(header=header):
                 self._headers[header.digest] = header
@@ -134,7 +136,8 @@ class Spy:
             index: AgreementKey(secret)
             for index, secret in self._secrets("key", roll_digest, dealers).items()
         }
-        uploads = self._uploads[delivery]
+        size = HEAD_BYTES + WORD_BYTES * header.parameters.words
+        uploads = {i: up for i, up in self._uploads[delivery].items() if len(up) == size}
         found = []
         for group in self._groups(set(uploads) & set(seeds), set(dealers), set(known)):
             words = np.zeros(header.parameters.words, dtype="<u8")
@@ -150,7 +153,10 @@ class Spy:
                     key = keys.pair_mask_key(own, public, header_digest, delivery, i, j)
                     (subtract if i < j else add).append(key)
             masks.apply(words, add=add, subtract=subtract)
-            total = packing.unpack(words, header.parameters, len(group))
+            try:
+                total = packing.unpack(words, header.parameters, len(group))
+            except ProtocolError:
+                continue  # an upload that was altered on its way
             found.append(Opened(header.round_scope, frozenset(group), total))
         return found
 
@@ -184,9 +190,10 @@ class Spy:
             if len(shares) >= threshold:
                 holders = sorted(shares)[:threshold]
                 chosen = [shares[holder] for holder in holders]
-                secret = shamir.rebuild(chosen, shamir.weights(holders))
-                if self._is_secret(kind, roll, dealer, secret):
-                    found[dealer] = secret
+                with contextlib.suppress(CryptoError):  # a share altered on its way
+                    secret = shamir.rebuild(chosen, shamir.weights(holders))
+                    if self._is_secret(kind, roll, dealer, secret):
+                        found[dealer] = secret
         return found
 
     def _is_secret(self, kind: keys.Kind, roll: bytes, dealer: int, secret: bytes) -> bool:
