@@ -137,7 +137,7 @@ class Cohort:
         *,
         header: RoundHeader | None = None,
         incarnation: str = "",
-        threads: int = 1,
+        random: RandomSource | None = None,
     ) -> SiloRound:
         """A silo at the start of the attempt; the same ``incarnation`` has the same secrets.
 
@@ -151,8 +151,7 @@ class Cohort:
             signing_key=self.keys[name],
             vector=self.vectors[name],
             journal=self.journals[name],
-            random=self.randomness(name, header, incarnation),
-            threads=threads,
+            random=random or self.randomness(name, header, incarnation),
         )
 
     def randomness(self, name: str, header: RoundHeader, incarnation: str = "") -> RandomSource:
