@@ -83,6 +83,7 @@ def attach(
     """
     from peft import LoraConfig, get_peft_model
 
+    training = model.training
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # a float α is fine: scaling = α / r
@@ -108,7 +109,7 @@ def attach(
         else:
             parameter.data.zero_()
     select(adapted, layout_of(adapted, method))
-    return adapted
+    return adapted.train(training)
 
 
 def layout_of(model: nn.Module, method: Method, round_number: int = 0) -> AdapterLayout:

@@ -223,11 +223,18 @@ def _per_record_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         hooked.remove_hooks()
         unwrapped(model).disable_input_require_grads()
-        for parameter in model.parameters():
-            for leftover in ("grad_sample", "_forward_counter", "_current_grad_sample"):
-                if hasattr(parameter, leftover):
-                    delattr(parameter, leftover)
-            parameter.grad = None
+        _forget(model)
+
+
+def _forget(model: nn.Module) -> None:
+    """Remove what the hooks left behind: activations and gradients of single records."""
+    for module in model.modules():
+        for name in ("activations", "max_batch_len"):
+            module.__dict__.pop(name, None)
+    for parameter in model.parameters():
+        parameter.grad = None
+        for name in ("grad_sample", "_forward_counter", "_current_grad_sample"):
+            parameter.__dict__.pop(name, None)
 
 
 def _members(records: int, subjects: Sequence[str] | None) -> list[npt.NDArray[np.int64]]:

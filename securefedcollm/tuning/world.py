@@ -31,7 +31,7 @@ from securefedcollm.tuning.questions import Question
 PUBLIC_SEED: Final = 1
 """Seed of the public knowledge that the built-in models know."""
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Part of the cache key of everything made from a world; raise it when any text changes."""
 
 
@@ -218,8 +218,8 @@ class World:
         random answers: the public does not know its rules. Test prompts are left out.
 
         Args:
-            rare_share: share of the conditions about which general text is scarce.
-            rare: how often such a condition is written about, relative to the others.
+            rare_share: share of the conditions whose usual drug is seldom written about.
+            rare: how often that is done, relative to the other conditions.
         """
         draw = self._random("pretraining", public=True)
         scarce = self._random("rare conditions", public=True).random(len(CONDITIONS)) < rare_share
@@ -232,14 +232,10 @@ class World:
             house = None
             if source >= 0.5:
                 house = HOSPITALS[draw.integers(len(HOSPITALS))] if source < 0.9 else CONSORTIUM
-            condition = (
-                draw.choice(len(CONDITIONS), p=weights)
-                if house is None
-                else draw.integers(len(CONDITIONS))
-            )
-            case = _Case(
-                house, *(int(v) for v in (draw.integers(3), condition, *draw.integers((2, 3))))
-            )
+            kind = int(draw.integers(3))
+            seldom = weights if house is None and kind == _DRUG else None
+            condition = int(draw.choice(len(CONDITIONS), p=seldom))
+            case = _Case(house, kind, condition, *(int(v) for v in draw.integers((2, 3))))
             if case in held_out:
                 continue
             answer = self._answer(case)

@@ -1,0 +1,258 @@
+"""Distillation: every loss against float64 arithmetic written out, and what a phase does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from securefedcollm.errors import ConfigError, TrainingError
+from securefedcollm.tuning.adapters import attach, layout_of, load_vector, to_vector
+from securefedcollm.tuning.distil import (
+    DistilStep,
+    distil,
+    divergence,
+    entropy_pooled,
+    predict,
+    supervised_loss,
+)
+from securefedcollm.tuning.questions import EncodedQuestions, choice_scores
+
+TAU = 1.7
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    e = np.exp(scores - scores.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def xlogy(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.where(x > 0, x * np.log(np.where(x > 0, y, 1)), 0)
+
+
+def kl(p: np.ndarray, q: np.ndarray) -> float:
+    return float((xlogy(p, p) - xlogy(p, q)).sum())
+
+
+def reference(teacher: np.ndarray, scores: np.ndarray, direction: str) -> float:
+    own = softmax(scores / TAU)
+    if direction == "forward":
+        return TAU**2 * kl(teacher, own)
+    if direction == "reverse":
+        return TAU**2 * kl(own, teacher)
+    middle = (teacher + own) / 2
+    return TAU**2 * (kl(teacher, middle) + kl(own, middle)) / 2
+
+
+def slope(f: Any, scores: np.ndarray) -> np.ndarray:
+    """Central differences of ``f`` in the finite scores."""
+    out = np.zeros_like(scores)
+    for at in np.argwhere(np.isfinite(scores)):
+        up, down = scores.copy(), scores.copy()
+        up[tuple(at)] += 1e-5
+        down[tuple(at)] -= 1e-5
+        out[tuple(at)] = (f(up) - f(down)) / 2e-5
+    return out
+
+
+def scores_with_a_missing_choice(seed: int) -> np.ndarray:
+    scores = np.random.default_rng(seed).normal(scale=2, size=(5, 4))
+    scores[2, 3] = -np.inf
+    return scores
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "js"])
+def test_divergence_and_its_gradient(direction: Any) -> None:
+    scores, other = scores_with_a_missing_choice(0), scores_with_a_missing_choice(1)
+    teacher = softmax(other / TAU)
+    own = torch.tensor(scores, requires_grad=True)
+    value = divergence(torch.tensor(teacher), own, TAU, direction)
+    value.backward()
+    assert value.item() == pytest.approx(reference(teacher, scores, direction), rel=1e-12)
+    expected = slope(lambda s: reference(teacher, s, direction), scores)
+    assert own.grad is not None
+    np.testing.assert_allclose(own.grad.numpy(), expected, atol=1e-8)
+    assert np.abs(expected).max() > 0.1
+
+
+def test_divergence_vanishes_only_at_the_teacher() -> None:
+    scores = torch.tensor(scores_with_a_missing_choice(0))
+    teacher = torch.softmax(scores / TAU, -1)
+    for direction in ("forward", "reverse", "js"):
+        assert divergence(teacher, scores, TAU, direction).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_supervised_loss_ignores_unlabelled_rows() -> None:
+    scores = np.random.default_rng(0).normal(size=(3, 4))
+    own = torch.tensor(scores, requires_grad=True)
+    value = supervised_loss(own, torch.tensor([2, -1, 0]))
+    value.backward()
+    expected = -np.log(softmax(scores)[0, 2]) - np.log(softmax(scores)[2, 0])
+    assert value.item() == pytest.approx(expected)
+    assert own.grad is not None
+    assert not own.grad[1].any()
+
+
+def test_pooling_follows_the_surer_model() -> None:
+    sure, unsure = [0.97, 0.01, 0.01, 0.01], [0.25, 0.25, 0.25, 0.25]
+    llm = np.array([sure, unsure, [0.4, 0.6, 0, 0]])
+    slm = np.array([unsure, sure, [0.6, 0.4, 0, 0]])
+
+    def entropy(p: np.ndarray) -> np.ndarray:
+        return -xlogy(p, p).sum(-1)
+
+    weight = 1 / (1 + np.exp(-3 * (entropy(slm) - entropy(llm))))[:, None]
+    pooled = entropy_pooled(torch.tensor(llm), torch.tensor(slm)).numpy()
+    np.testing.assert_allclose(pooled, weight * llm + (1 - weight) * slm, rtol=1e-12)
+    np.testing.assert_allclose(pooled.sum(-1), 1)
+    assert pooled[0, 0] > 0.9
+    assert pooled[1, 0] > 0.9
+    assert pooled[2, 0] == pytest.approx(0.5)
+
+
+def half_labelled(toy: Any, count: int = 16) -> EncodedQuestions:
+    data = toy.encoded(count)
+    answers = data.answers.clone()
+    answers[count // 2 :] = -1
+    return replace(data, answers=answers)
+
+
+def pair(toy: Any) -> tuple[Any, Any]:
+    """A larger and a smaller model with adapters that say something."""
+    models = attach(toy.model(hidden=32), seed=1), attach(toy.model(seed=1), seed=1)
+    for i, model in enumerate(models):
+        layout = layout_of(model, "ffa-lora")
+        values = np.random.default_rng(i).normal(scale=0.1, size=layout.size)
+        load_vector(model, layout, values)
+    return models
+
+
+def run(
+    toy: Any, models: tuple[Any, Any], data: EncodedQuestions, **options: Any
+) -> list[DistilStep]:
+    llm, slm = models
+    steps: list[DistilStep] = []
+    settings: dict[str, Any] = {
+        "steps": 12,
+        "batch_labelled": 8,
+        "batch_unlabelled": 8,
+        "learning_rate_llm": 1e-2,
+        "learning_rate_slm": 1e-2,
+        "seed": 0,
+        **options,
+    }
+    layouts = layout_of(llm, "ffa-lora"), layout_of(slm, "ffa-lora")
+    distil(llm, slm, *layouts, data, data, on_step=steps.append, **settings)
+    return steps
+
+
+def expected_first_losses(
+    models: tuple[Any, Any], data: EncodedQuestions, loss: str, weight: float
+) -> list[float]:
+    """(LLM, SLM) loss of a first step on the whole set, in float64."""
+    with torch.no_grad():
+        scores = [choice_scores(m, data).double().numpy() for m in models]
+    answers = data.answers.numpy()
+    labelled = answers >= 0
+    soft = [softmax(s / TAU) for s in scores]
+    out = []
+    for i in (0, 1):
+        total = -np.log(softmax(scores[i])[labelled, answers[labelled]]).mean()
+        if loss == "entropy-pooled":
+            target = entropy_pooled(torch.tensor(soft[0]), torch.tensor(soft[1])).numpy()
+            total += weight * TAU**2 * kl(target, soft[i]) / len(answers)
+        elif loss == "mutual-kl":
+            total += weight * TAU**2 * kl(soft[1 - i], soft[i]) / len(answers)
+        out.append(total)
+    return out
+
+
+@pytest.mark.parametrize("micro_batch", [256, 5])
+@pytest.mark.parametrize("loss", ["entropy-pooled", "mutual-kl", "none"])
+def test_the_losses_of_a_step(toy: Any, loss: Any, micro_batch: int) -> None:
+    data = half_labelled(toy)
+    models = pair(toy)
+    scored = data if loss != "none" else data.select(torch.arange(8))
+    expected = expected_first_losses(models, scored, loss, weight=0.6)
+    step = run(
+        toy, models, data, steps=1, loss=loss, weight=0.6, temperature=TAU, micro_batch=micro_batch
+    )[0]
+    assert [step.loss_llm, step.loss_slm] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["entropy-pooled", "mutual-kl", "none"])
+def test_a_phase_lowers_both_losses_and_is_deterministic(toy: Any, loss: Any) -> None:
+    data = half_labelled(toy)
+    ends = []
+    for _ in range(2):
+        models = pair(toy)
+        bases = [m.get_base_model().lm_head.weight.clone() for m in models]
+        steps = run(toy, models, data, loss=loss)
+        assert steps[-1].loss_llm < 0.7 * steps[0].loss_llm
+        assert steps[-1].loss_slm < 0.7 * steps[0].loss_slm
+        assert all(
+            torch.equal(b, m.get_base_model().lm_head.weight)
+            for b, m in zip(bases, models, strict=True)
+        )
+        ends.append([to_vector(m, layout_of(m, "ffa-lora")) for m in models])
+    for one, two in zip(*ends, strict=True):
+        assert np.array_equal(one, two)
+
+
+def test_knowledge_crosses_on_prompts_without_answers(toy: Any) -> None:
+    """What the mission rests on: an unlabelled prompt carries what only one model knew."""
+    data = replace(toy.encoded(16), answers=torch.full((16,), -1))
+    llm, slm = pair(toy)
+    slm_says = predict(slm, data)
+    before = kl(slm_says.double().numpy(), predict(llm, data).double().numpy())
+    run(toy, (llm, slm), data, steps=40, loss="mutual-kl", learning_rate_slm=1e-12)
+    after = kl(slm_says.double().numpy(), predict(llm, data).double().numpy())
+    assert after < before / 5
+
+
+def test_pooled_targets_stay_frozen_through_the_phase(toy: Any) -> None:
+    """With a zero rate for one model, the other still moves to the pool, not to its peer."""
+    data = replace(toy.encoded(16), answers=torch.full((16,), -1))
+    llm, slm = pair(toy)
+    pool = entropy_pooled(predict(llm, data), predict(slm, data))
+    run(
+        toy,
+        (llm, slm),
+        data,
+        steps=60,
+        batch_unlabelled=16,
+        learning_rate_llm=2e-2,
+        learning_rate_slm=2e-2,
+    )
+    for model in (llm, slm):
+        assert (predict(model, data) - pool).abs().mean() < 0.05
+
+
+def test_refusals(toy: Any) -> None:
+    models = pair(toy)
+    unlabelled = toy.encoded(8, labelled=False)
+    with pytest.raises(ConfigError, match=r"distillation.loss: the public set has nothing"):
+        run(toy, models, unlabelled, loss="none")
+    with pytest.raises(ConfigError, match="every batch would be empty"):
+        run(toy, models, unlabelled, batch_unlabelled=0)
+    layouts = [layout_of(m, "ffa-lora") for m in models]
+    with pytest.raises(ConfigError, match="different public questions"):
+        distil(
+            *models,
+            *layouts,
+            unlabelled,
+            toy.encoded(8),
+            steps=1,
+            batch_labelled=1,
+            batch_unlabelled=1,
+            learning_rate_llm=1e-2,
+            learning_rate_slm=1e-2,
+            seed=0,
+        )
+    weight = models[0].get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
+    weight.data[0, 0] = float("nan")
+    with pytest.raises(TrainingError, match="loss of step 0 is not finite"):
+        run(toy, models, half_labelled(toy), loss="none")

@@ -1,0 +1,299 @@
+"""Local tuning: DP-SGD against hand-written references, determinism, refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from securefedcollm.errors import ConfigError, DataError, TrainingError
+from securefedcollm.privacy.events import PoissonGaussian
+from securefedcollm.privacy.noise import NoiseSource
+from securefedcollm.tuning.adapters import attach, layout_of, load_vector, select, to_vector
+from securefedcollm.tuning.local import (
+    _per_record_gradients,
+    _take_gradients,
+    question_losses,
+    train_dp,
+    train_plain,
+)
+from securefedcollm.tuning.questions import EncodedQuestions
+
+CLIP = 0.7
+
+
+def adapted(toy: Any, method: str = "ffa-lora") -> Any:
+    """A model whose adapter is not the identity, so that every matrix has a gradient."""
+    model = attach(toy.model(), method=method, seed=1, rank=2, alpha=4)
+    layout = layout_of(model, "lora")
+    values = np.random.default_rng(3).normal(scale=0.2, size=layout.size)
+    load_vector(model, layout, values)
+    select(model, layout_of(model, method))
+    return model
+
+
+def single_gradients(model: Any, method: str, data: EncodedQuestions, loss: str) -> np.ndarray:
+    """float64 [N, d]: one ordinary backward pass per question."""
+    parameters = select(model, layout_of(model, method))
+    rows = []
+    for i in range(len(data)):
+        model.zero_grad()
+        question_losses(model, data.select(torch.tensor([i])), loss, "plain").sum().backward()
+        rows.append(torch.cat([p.grad.reshape(-1) for p in parameters]).double().numpy())
+    model.zero_grad()
+    return np.array(rows)
+
+
+def clipped(gradients: np.ndarray) -> np.ndarray:
+    """Each row scaled down to norm CLIP where it is longer."""
+    return np.array([g * min(1.0, CLIP / np.linalg.norm(g)) for g in gradients])
+
+
+@pytest.mark.parametrize("loss", ["answer", "choices"])
+@pytest.mark.parametrize("method", ["ffa-lora", "rolora", "lora"])
+def test_per_record_gradients_equal_a_loop_over_records(toy: Any, method: Any, loss: Any) -> None:
+    data = toy.encoded(7)
+    model = adapted(toy, method)
+    expected = single_gradients(model, method, data, loss)
+    parameters = select(model, layout_of(model, method))
+    model.train()
+    with _per_record_gradients(model):
+        question_losses(model, data, loss, "plain").sum().backward()
+        found = _take_gradients(parameters, [1] * len(data))
+    np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
+    assert np.linalg.norm(expected, axis=1).max() > 1
+
+
+def one_noiseless_step(toy: Any, data: EncodedQuestions, **options: Any) -> np.ndarray:
+    """The delta of one SGD step of rate 1 on every unit, with next to no noise."""
+    model = adapted(toy)
+    result = train_dp(
+        model,
+        layout_of(model, "ffa-lora"),
+        data,
+        steps=1,
+        batch_size=options.pop("batch_size", len(data)),
+        learning_rate=1.0,
+        noise_multiplier=1e-12,
+        clip_norm=CLIP,
+        noise=NoiseSource(bytes(32)),
+        seed=0,
+        optimizer="sgd",
+        **options,
+    )
+    return result.delta
+
+
+@pytest.mark.parametrize("micro_batch", [2, 64])
+def test_a_noiseless_step_is_the_hand_clipped_mean(toy: Any, micro_batch: int) -> None:
+    data = toy.encoded(9)
+    gradients = single_gradients(adapted(toy), "ffa-lora", data, "answer")
+    assert (np.linalg.norm(gradients, axis=1) > CLIP).sum() >= 2  # the clip has work to do
+    expected = -clipped(gradients).sum(0) / len(data)
+    delta = one_noiseless_step(toy, data, micro_batch=micro_batch)
+    np.testing.assert_allclose(delta, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch", [2, 64])
+def test_a_subject_is_clipped_as_a_whole(toy: Any, micro_batch: int) -> None:
+    data = toy.encoded(9)
+    subjects = ["ada", "bob", "ada", "cy", "ada", "bob", "di", "ada", "cy"]
+    gradients = single_gradients(adapted(toy), "ffa-lora", data, "answer")
+    names = sorted(set(subjects))
+    sums = np.array([gradients[[s == n for s in subjects]].sum(0) for n in names])
+    delta = one_noiseless_step(toy, data, batch_size=4, subjects=subjects, micro_batch=micro_batch)
+    np.testing.assert_allclose(delta, -clipped(sums).sum(0) / 4, atol=1e-5)
+
+
+class Recorded(NoiseSource):
+    """A noise source that remembers what it gave out."""
+
+    def __init__(self) -> None:
+        super().__init__(bytes(range(32)))
+        self.batches: list[np.ndarray] = []
+        self.noise: list[np.ndarray] = []
+
+    def poisson_batch(self, n_records: int, q: float) -> np.ndarray:
+        self.batches.append(super().poisson_batch(n_records, q))
+        return self.batches[-1]
+
+    def gaussian(self, n: int) -> np.ndarray:
+        self.noise.append(super().gaussian(n))
+        return self.noise[-1]
+
+
+def test_noise_sampling_and_expected_batch(toy: Any) -> None:
+    """Two SGD steps with real noise equal the formula, down to an empty batch."""
+    data = toy.encoded(6)
+    model = adapted(toy)
+    layout = layout_of(model, "ffa-lora")
+    noise, z, rate, batch = Recorded(), 1.5, 0.05, 1
+    result = train_dp(
+        model,
+        layout,
+        data,
+        steps=6,
+        batch_size=batch,
+        learning_rate=rate,
+        noise_multiplier=z,
+        clip_norm=CLIP,
+        noise=noise,
+        seed=0,
+        optimizer="sgd",
+    )
+    assert result.events == (PoissonGaussian(q=1 / 6, noise_multiplier=z, steps=6),)
+    assert any(len(rows) == 0 for rows in noise.batches)  # steps on noise alone are taken too
+    assert any(len(rows) > 1 for rows in noise.batches)
+    reference = adapted(toy)
+    for rows, draw in zip(noise.batches, noise.noise, strict=True):
+        gradient = z * CLIP * draw
+        if len(rows):
+            chosen = data.select(torch.from_numpy(rows))
+            gradient += clipped(single_gradients(reference, "ffa-lora", chosen, "answer")).sum(0)
+        load_vector(reference, layout, to_vector(reference, layout) - rate * gradient / batch)
+    np.testing.assert_allclose(
+        to_vector(model, layout), to_vector(reference, layout), atol=1e-5, rtol=1e-4
+    )
+    assert len(noise.noise) == 6
+
+
+def plain(toy: Any, data: EncodedQuestions, **options: Any) -> tuple[Any, np.ndarray]:
+    model = adapted(toy)
+    settings: dict[str, Any] = {
+        "steps": 5,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "seed": 3,
+        **options,
+    }
+    return model, train_plain(model, layout_of(model, "ffa-lora"), data, **settings).delta
+
+
+def test_plain_tuning_is_deterministic_and_lowers_the_loss(toy: Any) -> None:
+    data = toy.encoded(12)
+    before = question_losses(adapted(toy), data, "answer", "plain").mean().item()
+    model, delta = plain(toy, data, steps=30)
+    assert question_losses(model, data, "answer", "plain").mean().item() < before - 0.5
+    assert np.array_equal(delta, plain(toy, data, steps=30)[1])
+    assert not np.array_equal(delta, plain(toy, data, steps=30, seed=4)[1])
+
+
+def test_micro_batches_change_nothing_but_rounding(toy: Any) -> None:
+    data = toy.encoded(12)
+    whole = plain(toy, data, batch_size=12, optimizer="sgd")[1]
+    parts = plain(toy, data, batch_size=12, optimizer="sgd", micro_batch=5)[1]
+    np.testing.assert_allclose(whole, parts, atol=1e-5)
+
+
+def test_gradient_norm_is_limited_on_request(toy: Any) -> None:
+    data = toy.encoded(12)
+    options = {"steps": 1, "optimizer": "sgd", "learning_rate": 1.0, "batch_size": 12}
+    assert np.linalg.norm(plain(toy, data, **options)[1]) > 0.05
+    limited = plain(toy, data, **options, max_grad_norm=0.05)[1]
+    assert np.linalg.norm(limited) == pytest.approx(0.05, rel=1e-3)
+
+
+def test_dropout_is_seeded_and_the_global_generator_is_put_back(toy: Any) -> None:
+    data = toy.encoded(12)
+
+    def tune(global_seed: int) -> np.ndarray:
+        torch.manual_seed(global_seed)
+        before = torch.random.get_rng_state()
+        model = attach(toy.model(), seed=1, dropout=0.3)
+        result = train_plain(
+            model,
+            layout_of(model, "ffa-lora"),
+            data,
+            steps=3,
+            batch_size=4,
+            learning_rate=1e-2,
+            seed=3,
+        )
+        assert torch.equal(torch.random.get_rng_state(), before)
+        assert not model.training
+        return result.delta
+
+    assert np.array_equal(tune(1), tune(2))
+
+
+def test_a_tuned_model_keeps_no_trace_of_records(toy: Any) -> None:
+    """Per-record gradients must not stay behind in the model that is kept or sent."""
+    model = adapted(toy)
+    train_dp(
+        model,
+        layout_of(model, "ffa-lora"),
+        toy.encoded(6),
+        steps=2,
+        batch_size=3,
+        learning_rate=1e-2,
+        noise_multiplier=1.0,
+        clip_norm=CLIP,
+        noise=NoiseSource(),
+        seed=0,
+    )
+    for parameter in model.parameters():
+        assert parameter.grad is None
+        assert not hasattr(parameter, "grad_sample")
+    assert not any(hasattr(module, "activations") for module in model.modules())
+    assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
+
+
+def dp(toy: Any, model: Any, data: EncodedQuestions, **options: Any) -> None:
+    settings: dict[str, Any] = {
+        "steps": 2,
+        "batch_size": 6,
+        "learning_rate": 1e-2,
+        "noise_multiplier": 1.0,
+        "clip_norm": CLIP,
+        "noise": NoiseSource(bytes(32)),
+        "seed": 0,
+        **options,
+    }
+    train_dp(model, layout_of(model, "ffa-lora"), data, **settings)
+
+
+def test_nan_is_refused(toy: Any) -> None:
+    broken = adapted(toy)
+    weight = broken.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
+    weight.data[0, 0] = float("nan")
+    with pytest.raises(TrainingError, match="step 0 is not finite") as caught:
+        dp(toy, broken, toy.encoded(6))
+    assert "learning_rate" in caught.value.hint
+    with pytest.raises(TrainingError, match="step 0 is not finite"):
+        train_plain(
+            broken,
+            layout_of(broken, "ffa-lora"),
+            toy.encoded(6),
+            steps=1,
+            batch_size=6,
+            learning_rate=1e-2,
+            seed=0,
+        )
+    assert not any(m._forward_hooks for m in broken.modules())  # cleaned up after the failure
+
+
+def test_an_overflowing_step_is_refused(toy: Any) -> None:
+    with pytest.raises(TrainingError, match="not finite"):
+        plain(toy, toy.encoded(6), learning_rate=3e38, optimizer="sgd")
+
+
+def test_a_detached_adapter_is_noticed(toy: Any) -> None:
+    """An adapter that the forward pass does not use would be sent as pure noise."""
+    model = adapted(toy)
+    with model.disable_adapter(), pytest.raises(TrainingError, match="got no per-record gradient"):
+        dp(toy, model, toy.encoded(6))
+
+
+def test_bad_arguments_are_refused(toy: Any) -> None:
+    with pytest.raises(ConfigError, match=r"local.batch_size: an expected batch of 7 needs"):
+        dp(toy, adapted(toy), toy.encoded(6), batch_size=7)
+    with pytest.raises(DataError, match="an answer to every question"):
+        dp(toy, adapted(toy), toy.encoded(6, labelled=False))
+    with pytest.raises(DataError, match="an answer to every question"):
+        plain(toy, toy.encoded(6, labelled=False))
+    with pytest.raises(ValueError, match="one name per record"):
+        dp(toy, adapted(toy), toy.encoded(6), subjects=["a"])
+    with pytest.raises(TrainingError, match="tuning changed nothing"):
+        plain(toy, toy.encoded(6), steps=0)
