@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from securefedcollm_cli import sizes
+from securefedcollm_cli.budget import app
 from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.privacy.events import Gaussian
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import load_study
-from securefedcollm_cli import sizes
-from securefedcollm_cli.budget import app
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
@@ -63,12 +63,12 @@ def test_sizes_of_the_built_in_study_are_the_real_ones():
 
     study = load_study(QUICKSTART)
     recipe = RECIPES["slm"]
-    assert sizes.BUILTIN_SLM == {
+    assert {
         "hidden_size": recipe.hidden,
         "intermediate_size": recipe.intermediate,
         "num_hidden_layers": recipe.layers,
         "num_attention_heads": recipe.heads,
-    }
+    } == sizes.BUILTIN_SLM
     assert len(World(seed=1, silos=4).records(0)) == sizes.BUILTIN_RECORDS
     assert sizes.update_values(study, None) == 11_264
 
