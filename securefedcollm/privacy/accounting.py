@@ -42,12 +42,16 @@ from securefedcollm.privacy.events import (
     Gaussian,
     PoissonGaussian,
     merge,
+    rate,
     times,
 )
 
 Accountant = Literal["pld", "rdp", "zcdp", "prv"]
 
 _INTEGER_ORDERS: Final = (*range(2, 65), 80, 96, 128, 192, 256, 384, 512, 1024)
+TIGHT_SHARE: Final = 7 / 8
+"""Share of δ that the ledger's tight filter gets; the rest pays for adaptive choices."""
+
 _FINE: Final = 1e-4
 _COARSE: Final = 1e-3
 _PRV_EPS_ERROR: Final = 0.01
@@ -145,7 +149,7 @@ def claim(events: Sequence[Event], delta: float) -> Claim:
     merged = merge(events)
     if not any(isinstance(event, DiscreteGaussian) for event in merged):
         return Claim(epsilon(merged, delta, "pld"), delta, "pld")
-    if all(not isinstance(event, PoissonGaussian) and _rate(event) == 1.0 for event in merged):
+    if all(not isinstance(event, PoissonGaussian) and rate(event) == 1.0 for event in merged):
         return Claim(epsilon(merged, delta, "zcdp"), delta, "zcdp")
     return Claim(epsilon(merged, delta, "rdp"), delta, "rdp")
 
@@ -175,16 +179,17 @@ def prv_bounds(events: Sequence[Event], delta: float) -> tuple[float, float, flo
 def calibrate(
     target: float, delta: float, q: float, steps: int, *, accountant: Accountant = "pld"
 ) -> float:
-    """Smallest noise multiplier (to 4 decimals, rounded up) for DP-SGD within (``target``, δ).
+    """Smallest noise multiplier (4 decimals, rounded up) that the ledger admits for DP-SGD.
 
     Args:
         target: ε, above 0.
-        delta: δ in (0, 1).
+        delta: δ in (0, 1). An eighth of it pays for the ledger's freedom to admit other mechanisms
+            later (see :mod:`.filters`), which costs well below 1 % more noise.
         q: Poisson sampling rate; 1 for no sampling.
         steps: optimiser steps in all rounds together.
 
     Returns:
-        z such that ``epsilon([PoissonGaussian(q, z, steps)], delta, accountant) <= target``.
+        z such that ``epsilon([PoissonGaussian(q, z, steps)], TIGHT_SHARE * delta) <= target``.
 
     Raises:
         ConfigError: no noise multiplier up to 10^5 reaches the target.
@@ -193,7 +198,7 @@ def calibrate(
     def at(z: float) -> Events:
         return (Gaussian(z, steps) if q == 1.0 else PoissonGaussian(q, z, steps),)
 
-    return calibrate_events(at, target, delta, accountant=accountant)
+    return calibrate_events(at, target, TIGHT_SHARE * delta, accountant=accountant)
 
 
 def calibrate_events(
@@ -203,7 +208,7 @@ def calibrate_events(
     *,
     accountant: Accountant | None = None,
 ) -> float:
-    """Smallest z (4 decimals, rounded up) with ε of ``at(z)`` within ``target``.
+    """Smallest z (4 decimals, rounded up) with ε of ``at(z)`` at ``delta`` within ``target``.
 
     Args:
         at: maps a noise multiplier to events; ε decreases in it.
@@ -282,7 +287,7 @@ def claim_name(events: Sequence[Event]) -> Accountant:
     """Which accountant :func:`claim` uses for events of these kinds."""
     if not any(isinstance(event, DiscreteGaussian) for event in events):
         return "pld"
-    return "zcdp" if all(_rate(event) == 1.0 for event in events) else "rdp"
+    return "zcdp" if all(rate(event) == 1.0 for event in events) else "rdp"
 
 
 # --- zCDP ---------------------------------------------------------------------------------------
@@ -294,7 +299,7 @@ def zcdp(event: Event) -> float:
     Raises:
         ConfigError: a Poisson-sampled event, whose amplification zCDP cannot express.
     """
-    if _rate(event) != 1.0:
+    if rate(event) != 1.0:
         raise _refusal("zcdp", event)
     if isinstance(event, PoissonGaussian):
         return event.steps / (2.0 * event.noise_multiplier**2)
@@ -318,7 +323,7 @@ def rdp_at_orders(events: Events, orders: tuple[int, ...]) -> list[float]:
     """Rényi divergence bound of the composition at each of the integer ``orders``."""
     totals = [0.0] * len(orders)
     for event in events:
-        one = _rdp_once(_rate(event), event.noise_multiplier, orders)
+        one = _rdp_once(rate(event), event.noise_multiplier, orders)
         totals = [total + times(event) * rdp for total, rdp in zip(totals, one, strict=True)]
     return totals
 
@@ -342,7 +347,7 @@ def _rdp_epsilon(events: Events, delta: float, orders: tuple[int, ...] | None) -
     accountant = RdpAccountant(orders)
     with _quiet_absl():
         for event in events:
-            accountant.compose(_dp_event(_rate(event), event.noise_multiplier), times(event))
+            accountant.compose(_dp_event(rate(event), event.noise_multiplier), times(event))
         return float(accountant.get_epsilon(delta))
 
 
@@ -381,7 +386,7 @@ def _pld_accountant(events: Events, interval: float) -> Any:
     for event in events:
         if isinstance(event, DiscreteGaussian):
             raise _refusal("pld", event)
-        accountant.compose(_dp_event(_rate(event), event.noise_multiplier), times(event))
+        accountant.compose(_dp_event(rate(event), event.noise_multiplier), times(event))
     return accountant
 
 
@@ -396,7 +401,7 @@ def _prv(events: Events, delta: float) -> tuple[float, float, float]:
     for event in events:
         if isinstance(event, DiscreteGaussian):
             raise _refusal("prv", event)
-        q, z = _rate(event), event.noise_multiplier
+        q, z = rate(event), event.noise_multiplier
         variables.append(
             GaussianMechanism(z)
             if q == 1.0
@@ -413,14 +418,10 @@ def _prv(events: Events, delta: float) -> tuple[float, float, float]:
     return float(lower), float(estimate), float(upper)
 
 
-def _rate(event: Event) -> float:
-    return 1.0 if isinstance(event, Gaussian) else event.q
-
-
 def _refusal(accountant: str, event: Event) -> ConfigError:
     return ConfigError(
         f"the {accountant} accountant has no analysis for a {type(event).__name__} event"
-        + (" with sampling" if _rate(event) < 1.0 else ""),
+        + (" with sampling" if rate(event) < 1.0 else ""),
         where="accountant",
         hint="use rdp, which bounds every event of this project",
     )

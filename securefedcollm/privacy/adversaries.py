@@ -20,7 +20,7 @@ import msgspec
 
 from securefedcollm.privacy.accounting import Claim, claim
 from securefedcollm.privacy.events import DiscreteGaussian, Event
-from securefedcollm.privacy.filters import filter_epsilon
+from securefedcollm.privacy.filters import Terms, filter_epsilon
 
 
 class AdversaryRow(msgspec.Struct, frozen=True):
@@ -35,13 +35,13 @@ def per_adversary(
     deltas: Sequence[float],
     colluders: int,
     *,
-    agreed: float | None = None,
+    terms: Terms | None = None,
 ) -> list[AdversaryRow]:
     """ε for every adversary, each δ of ``deltas`` in turn.
 
     Args:
         colluders: c, silos that may collude with the server.
-        agreed: None if all parameters were fixed beforehand; else the ε agreed before the first
+        terms: None if all parameters were fixed beforehand; else what was agreed before the first
             release, and the answer is that of the ledger's privacy filter.
 
     Raises:
@@ -53,7 +53,10 @@ def per_adversary(
 
     def at(known: int, delta: float) -> Claim:
         seen = seen_by(events, known)
-        return claim(seen, delta) if agreed is None else filter_epsilon(seen, delta, agreed)
+        if terms is None:
+            return claim(seen, delta)
+        (first,) = seen_by([terms.first], known)
+        return filter_epsilon(seen, delta, terms._replace(first=first))
 
     return [
         AdversaryRow(name, tuple(at(known, delta) for delta in deltas)) for name, known in chairs

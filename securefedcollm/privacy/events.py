@@ -197,6 +197,11 @@ def times(event: Event) -> int:
     return event.steps if isinstance(event, PoissonGaussian) else event.count
 
 
+def rate(event: Event) -> float:
+    """Poisson rate at which a unit takes part; 1 without sampling."""
+    return 1.0 if isinstance(event, Gaussian) else event.q
+
+
 def repeat(event: Event, count: int) -> Event:
     """The mechanism of ``event``, run ``count`` times."""
     if isinstance(event, PoissonGaussian):

@@ -2,87 +2,137 @@
 
 Ordinary composition theorems fix every mechanism's parameters beforehand. A ledger cannot: a later
 study is designed by people who saw the earlier one's results. What holds then is a *privacy
-filter*: a rule that refuses the release after which the total could pass (ε, δ). Not every
-accountant makes a valid filter. Used here, the first that applies:
+filter*: a rule, fixed before the first release, that refuses the release after which the total
+could pass (ε, δ). Two filters run side by side, and a release is admitted if either admits it. An
+outcome then ends within the one or within the other, so their failure probabilities add: the first
+gets 7/8 of δ, the second 1/8.
 
-1. One mechanism, repeated. Whatever decides when to stop, the releases are a prefix of the longest
-   sequence that fits, whose length is fixed in advance: any accountant is valid.
-2. Unsampled Gaussians of any noise. Their sum of 1/z² is a filter (Smith and Thakurta 2022;
-   Koskela, Tobaben and Honkela 2023) and PLD is exact for it.
-3. No sampling. The sum of ρ is a zCDP filter (Feldman and Zrnic 2021; Whitehouse, Ramdas, Rogers
-   and Wu 2023).
-4. Anything else: Rényi filters at three orders fixed by the budget before the first release, each
-   at δ/3. Whichever order the sequence ends on, its own filter held (Feldman and Zrnic 2021), and
-   the three failure probabilities add up to δ. This costs some ε over the non-adaptive bound:
-   keep the mechanism of a run constant.
+**The tight filter** follows from the mechanism that was reserved first.
+
+* A sampled mechanism: releases no worse than that one, all charged as that one. However the end is
+  decided, they are a prefix of the longest admitted run of one fixed mechanism, so any accountant
+  is valid.
+* Unsampled Gaussian noise: Gaussians of any scale. Their sum of 1/z² is a filter (Smith and
+  Thakurta 2022; Koskela, Tobaben and Honkela 2023), and PLD is exact for it.
+* Unsampled discrete noise: unsampled releases of any scale. Their sum of ρ is a filter (Feldman and
+  Zrnic 2021; Whitehouse, Ramdas, Rogers and Wu 2023).
+
+**The general filter** takes anything: Rényi filters (Feldman and Zrnic 2021) at three orders fixed
+by the first mechanism and the agreed ε, each at a third of this filter's δ.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Final, NamedTuple
 
 from securefedcollm.privacy.accounting import (
+    TIGHT_SHARE,
     Claim,
     claim,
-    claim_name,
     epsilon,
     quick_epsilon,
     rdp_at_orders,
     with_slack,
 )
-from securefedcollm.privacy.events import Event, Events, Gaussian, merge
+from securefedcollm.privacy.events import (
+    DiscreteGaussian,
+    Event,
+    Events,
+    Gaussian,
+    dominates,
+    merge,
+    rate,
+    repeat,
+    times,
+)
 
 _SPREAD: Final = (0.75, 1.0, 1.4)
+_CANDIDATES: Final = (*range(2, 33), 40, 48, 64, 96, 128, 192, 256)
 
 
-def filter_epsilon(events: Sequence[Event], delta: float, budget: float) -> Claim:
-    """Upper bound on ε at ``delta`` that holds for parameters chosen as the sequence went.
+class Terms(NamedTuple):
+    """What was known before the first release: fixes the filters."""
 
-    ``budget``: the ε agreed before the first release; it fixes the orders of filter 4.
-    """
+    first: Event
+    """The mechanism reserved first."""
+    epsilon: float
+    """The ε agreed then."""
+
+
+def filter_epsilon(events: Sequence[Event], delta: float, terms: Terms) -> Claim:
+    """Upper bound on ε at ``delta`` that holds for parameters chosen as the sequence went."""
     merged = merge(events)
-    if len(merged) <= 1 or all(isinstance(event, Gaussian) for event in merged):
-        return claim(merged, delta)
-    if _unsampled(merged):
-        return Claim(epsilon(merged, delta, "zcdp"), delta, "zcdp-filter")
-    return Claim(_renyi_filter(merged, delta, filter_orders(budget, delta)), delta, "rdp-filter")
+    found = [Claim(_general(merged, delta, terms), delta, "rdp-filter")]
+    charged = _charged_tightly(merged, terms.first)
+    if charged is not None:
+        tight = _tight_claim(charged, TIGHT_SHARE * delta, terms.first)
+        found.append(Claim(tight.epsilon, delta, tight.accountant))
+    return min(found, key=lambda one: one.epsilon)
 
 
-def filter_within(events: Sequence[Event], delta: float, limit: float, agreed: float) -> float:
-    """As :func:`filter_epsilon`, but no tighter than needed to see that it is within ``limit``.
-
-    ``agreed``: the ε agreed before the first release (``budget`` of :func:`filter_epsilon`).
-    """
+def filter_within(events: Sequence[Event], delta: float, limit: float, terms: Terms) -> float:
+    """As :func:`filter_epsilon`, but no tighter than needed to see that it is within ``limit``."""
     merged = merge(events)
-    if len(merged) <= 1 or all(isinstance(event, Gaussian) for event in merged):
-        return quick_epsilon(merged, delta, limit)
-    return filter_epsilon(merged, delta, agreed).epsilon
+    general = _general(merged, delta, terms)
+    charged = _charged_tightly(merged, terms.first)
+    if general <= limit or charged is None:
+        return general
+    if isinstance(terms.first, DiscreteGaussian) and rate(terms.first) == 1.0:
+        return min(general, _tight_claim(charged, TIGHT_SHARE * delta, terms.first).epsilon)
+    return min(general, quick_epsilon(charged, TIGHT_SHARE * delta, limit))
 
 
-def _unsampled(events: Events) -> bool:
-    return claim_name(events) != "rdp" and all(getattr(event, "q", 1.0) == 1.0 for event in events)
+def _charged_tightly(events: Events, first: Event) -> Events | None:
+    """What the tight filter charges for ``events``; None if it has no place for one of them."""
+    if not events:
+        return ()
+    if rate(first) < 1.0:
+        total = sum(times(event) for event in events)
+        worst = repeat(first, total)
+        return (worst,) if dominates([worst], events) else None
+    if isinstance(first, Gaussian):
+        return events if all(isinstance(event, Gaussian) for event in events) else None
+    return events if all(rate(event) == 1.0 for event in events) else None
 
 
-def filter_orders(budget: float, delta: float) -> tuple[int, ...]:
-    """Three integer Rényi orders around the best one of a Gaussian that just meets the budget."""
-    log_delta = math.log(1.0 / delta)
-    root_rho = math.sqrt(log_delta + budget) - math.sqrt(log_delta)  # ε = ρ + 2√(ρ log 1/δ)
-    best = 1.0 + math.sqrt(log_delta) / root_rho
-    return tuple(sorted({max(2, round(best * factor)) for factor in _SPREAD}))
+def _tight_claim(charged: Events, delta: float, first: Event) -> Claim:
+    if rate(first) == 1.0 and not isinstance(first, Gaussian):
+        return Claim(epsilon(charged, delta, "zcdp"), delta, "zcdp")
+    return claim(charged, delta)
 
 
-def _renyi_filter(events: Events, delta: float, orders: tuple[int, ...]) -> float:
+def _general(events: Events, delta: float, terms: Terms) -> float:
+    orders = filter_orders(repeat(terms.first, 1), terms.epsilon, delta)
     spent = rdp_at_orders(events, orders)
 
     def ideal(at: float) -> float:
-        share = at / len(orders)
-        bounds = (
-            # Canonne, Kamath and Steinke 2020, Proposition 12
-            rdp + math.log1p(-1.0 / order) - math.log(share * order) / (order - 1)
-            for order, rdp in zip(orders, spent, strict=True)
-        )
+        to_epsilon = _conversion(at / len(orders))
+        bounds = (to_epsilon(*pair) for pair in zip(orders, spent, strict=True))
         return max(0.0, min(bounds))
 
-    return with_slack(ideal, events, delta)
+    return with_slack(ideal, events, (1.0 - TIGHT_SHARE) * delta)
+
+
+@lru_cache(maxsize=256)
+def filter_orders(mechanism: Event, budget: float, delta: float) -> tuple[int, ...]:
+    """Three integer Rényi orders around the one that admits most repetitions of ``mechanism``."""
+    once = rdp_at_orders((mechanism,), _CANDIDATES)
+    to_epsilon = _conversion((1.0 - TIGHT_SHARE) * delta / len(_SPREAD))
+    admitted = [
+        (budget - to_epsilon(order, 0.0)) / max(rdp, 1e-300)
+        for order, rdp in zip(_CANDIDATES, once, strict=True)
+    ]
+    best = _CANDIDATES[max(range(len(admitted)), key=admitted.__getitem__)]
+    return tuple(sorted({max(2, round(best * factor)) for factor in _SPREAD}))
+
+
+def _conversion(delta: float) -> Callable[[int, float], float]:
+    """(order, RDP) -> ε at ``delta`` (Canonne, Kamath and Steinke 2020, Proposition 12)."""
+
+    def to_epsilon(order: int, rdp: float) -> float:
+        return rdp + math.log1p(-1.0 / order) - math.log(delta * order) / (order - 1)
+
+    return to_epsilon

@@ -38,8 +38,9 @@ from securefedcollm.privacy.events import (
     dominates,
     encode_events,
     merge,
+    repeat,
 )
-from securefedcollm.privacy.filters import filter_epsilon, filter_within
+from securefedcollm.privacy.filters import Terms, filter_epsilon, filter_within
 from securefedcollm.privacy.journal import Head, Journal, Row
 from securefedcollm.privacy.refusal import explain
 
@@ -105,6 +106,11 @@ class Entry(msgspec.Struct, frozen=True):
             return ()
         return self.reserved if self.settled is None else self.settled
 
+    @property
+    def terms(self) -> Terms:
+        """The filter terms of an account that this entry opens."""
+        return Terms(repeat(self.reserved[0], 1), self.budget.epsilon)
+
 
 class SpentSummary(msgspec.Struct, frozen=True):
     """What a data set and unit have spent."""
@@ -165,14 +171,15 @@ class Ledger:
         key, asked, limit = Key(dataset, unit, run, round, attempt), merge(events), Budget(*budget)
         if not asked:
             raise LocalProtocolError("a reservation names at least one event")
-        filter_within(asked, limit.delta, limit.epsilon, limit.epsilon)  # imports, outside the lock
+        opening = Terms(repeat(asked[0], 1), limit.epsilon)
+        filter_within(asked, limit.delta, limit.epsilon, opening)  # imports, outside the lock
         with self._journal.writing():
             self._catch_up()
             known = self._entries.get(key)
             if known is not None:
                 return self._again(known, asked)
-            counted, agreed = self._counted(key, limit)
-            total = filter_within(merge(counted + asked), limit.delta, limit.epsilon, agreed)
+            counted, terms = self._counted(key, opening)
+            total = filter_within(merge(counted + asked), limit.delta, limit.epsilon, terms)
             fits = total <= limit.epsilon
             if fits:
                 row = self._write(
@@ -182,7 +189,7 @@ class Ledger:
                     budget={"epsilon": limit.epsilon, "delta": limit.delta},
                 )
         if not fits:  # explained outside the lock: finding out what would fit takes a second
-            message, hint = explain(counted, asked, limit.epsilon, limit.delta, agreed)
+            message, hint = explain(counted, asked, limit.epsilon, limit.delta, terms)
             raise BudgetExceeded(f"round {round} of {unit} data: {message}", hint=hint)
         self._catch_up()
         return Reservation(key, asked, row.seq)
@@ -224,11 +231,13 @@ class Ledger:
         """ε at ``delta`` of everything counted for the data set and unit."""
         self._catch_up()
         entries = self._account(dataset, unit)
-        events, agreed = self._counted(Key(dataset, unit, "", 0, 0), Budget(1.0, delta))
         states: dict[str, int] = {}
         for entry in entries:
             states[entry.state] = states.get(entry.state, 0) + 1
-        claim = filter_epsilon(events, delta, agreed)
+        events = merge(event for entry in entries for event in entry.counted)
+        claim = Claim(0.0, delta, "none")
+        if entries:
+            claim = filter_epsilon(events, delta, entries[0].terms)
         return SpentSummary(dataset, unit, claim, events, states)
 
     def entries(self) -> list[Entry]:
@@ -291,11 +300,11 @@ class Ledger:
             hint="a retry is a new attempt, and is charged as one",
         )
 
-    def _counted(self, key: Key, limit: Budget) -> tuple[Events, float]:
-        """What the account is charged so far, and the ε agreed at its first entry."""
+    def _counted(self, key: Key, opening: Terms) -> tuple[Events, Terms]:
+        """What the account is charged so far, and the terms of its first entry."""
         account = self._account(key.dataset, key.unit)
-        agreed = account[0].budget.epsilon if account else limit.epsilon
-        return merge(event for entry in account for event in entry.counted), agreed
+        counted = merge(event for entry in account for event in entry.counted)
+        return counted, account[0].terms if account else opening
 
     def _account(self, dataset: str, unit: str) -> list[Entry]:
         return [e for e in self._entries.values() if e.key[:2] == (dataset, unit)]

@@ -17,6 +17,7 @@ import msgspec
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.privacy.accounting import (
+    TIGHT_SHARE,
     calibrate,
     calibrate_events,
     claim_name,
@@ -152,7 +153,7 @@ def _record_distributed(fed: Federation, target: float, delta: float) -> Option:
         made = _mechanism(fed, z, contributions=cap)
         return (made.event(fed.least_survivors, count=steps, q=rate),)
 
-    z = calibrate_events(at, target, delta)
+    z = calibrate_events(at, target, TIGHT_SHARE * delta)
     ratio = mean_noise(fed.values, z, fed.silos, fed.honest, fed.batch_size * fed.silos)
     return _option(
         "record",
@@ -172,7 +173,7 @@ def _silo_distributed(fed: Federation, target: float, delta: float) -> Option:
     def at(z: float) -> tuple[Event, ...]:
         return (_mechanism(fed, z).event(fed.least_survivors, count=fed.rounds),)
 
-    z = calibrate_events(at, target, delta)
+    z = calibrate_events(at, target, TIGHT_SHARE * delta)
     ratio = mean_noise(fed.values, z, fed.silos, fed.honest, fed.silos)
     needed = math.ceil(ratio * fed.silos / math.sqrt(fed.rounds) / _WORKABLE)
     return _option(
@@ -207,7 +208,7 @@ def _option(
         unit=unit,
         noise=noise,
         protects=protects,
-        epsilon=quick_epsilon(events, delta, target),
+        epsilon=quick_epsilon(events, TIGHT_SHARE * delta, target),
         accountant=claim_name(events),
         noise_multiplier=z,
         releases=event.steps if isinstance(event, PoissonGaussian) else event.count,

@@ -6,25 +6,25 @@ import math
 from collections.abc import Callable
 
 from securefedcollm.privacy.events import Event, Events, louder, merge, repeat, times
-from securefedcollm.privacy.filters import filter_epsilon, filter_within
+from securefedcollm.privacy.filters import Terms, filter_epsilon, filter_within
 from securefedcollm.privacy.shown import down, up
 
 _MOST_STEPS = 4096
 
 
 def explain(
-    counted: Events, asked: Events, limit: float, delta: float, agreed: float
+    counted: Events, asked: Events, limit: float, delta: float, terms: Terms
 ) -> tuple[str, str]:
     """(message, hint): what is spent, what is left, what was asked, and what would fit."""
-    spent = filter_epsilon(counted, delta, agreed).epsilon
-    total = filter_epsilon(merge(counted + asked), delta, agreed).epsilon
+    spent = filter_epsilon(counted, delta, terms).epsilon
+    total = filter_epsilon(merge(counted + asked), delta, terms).epsilon
     message = (
         f"ε = {up(spent)} of {limit:g} is spent at δ = {delta:g}, {down(limit - spent)} is left, "
         f"and this release would bring it to {up(total)}; nothing was released"
     )
 
     def fits(events: list[Event]) -> bool:
-        return filter_within(merge([*counted, *events]), delta, limit, agreed) <= limit
+        return filter_within(merge([*counted, *events]), delta, limit, terms) <= limit
 
     return message, _what_fits(asked, fits)
 

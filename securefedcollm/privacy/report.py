@@ -10,10 +10,10 @@ from typing import Final
 import msgspec
 
 from securefedcollm.errors import ConfigError
-from securefedcollm.privacy.accounting import Claim, delta_of_slack, prv_bounds
+from securefedcollm.privacy.accounting import TIGHT_SHARE, Claim, delta_of_slack, prv_bounds
 from securefedcollm.privacy.adversaries import AdversaryRow, per_adversary
 from securefedcollm.privacy.events import DiscreteGaussian, Events, encode_events, merge
-from securefedcollm.privacy.filters import filter_within
+from securefedcollm.privacy.filters import Terms, filter_within
 from securefedcollm.privacy.journal import Journal
 from securefedcollm.privacy.ledger import Budget, Entry, Ledger
 
@@ -58,8 +58,8 @@ class Account(msgspec.Struct, frozen=True):
     """The part of δ that implementation residuals take (sampler, batch cap, sum of shares)."""
     adversaries: list[AdversaryRow]
     second_opinion: tuple[float, float, float] | None
-    """(lower, estimate, upper) of ε by prv-accountant, parameters taken as fixed; None where it
-    has no analysis (discrete noise)."""
+    """(lower, estimate, upper) of ε by prv-accountant at the tight filter's 7/8 of δ, parameters
+    taken as fixed; None where it has no analysis (discrete noise)."""
     lines: list[Line]
 
 
@@ -100,7 +100,7 @@ def _account(ledger: Ledger, entries: Sequence[Entry], details: bool) -> Account
     dataset, unit = entries[0].key[:2]
     budget = entries[-1].budget
     summary = ledger.spent(dataset, unit, budget.delta)
-    agreed = entries[0].budget.epsilon
+    terms = entries[0].terms
     return Account(
         dataset=dataset,
         unit=unit,
@@ -108,28 +108,28 @@ def _account(ledger: Ledger, entries: Sequence[Entry], details: bool) -> Account
         spent=summary.claim,
         left=max(0.0, budget.epsilon - summary.claim.epsilon),
         delta_residual=delta_of_slack(summary.events, summary.claim.epsilon),
-        adversaries=_adversaries(summary.events, budget.delta, agreed) if details else [],
+        adversaries=_adversaries(summary.events, budget.delta, terms) if details else [],
         second_opinion=_second_opinion(summary.events, budget.delta) if details else None,
-        lines=_lines(entries, budget.delta, agreed, details),
+        lines=_lines(entries, budget.delta, terms, details),
     )
 
 
-def _adversaries(events: Events, delta: float, agreed: float) -> list[AdversaryRow]:
+def _adversaries(events: Events, delta: float, terms: Terms) -> list[AdversaryRow]:
     colluders = max((e.colluders for e in events if isinstance(e, DiscreteGaussian)), default=0)
     deltas = [delta * 10.0, delta, delta / 10.0]
-    return per_adversary(events, [d for d in deltas if d < 1.0], colluders, agreed=agreed)
+    return per_adversary(events, [d for d in deltas if d < 1.0], colluders, terms=terms)
 
 
 def _second_opinion(events: Events, delta: float) -> tuple[float, float, float] | None:
     if not events:
         return None
     try:
-        return prv_bounds(events, delta)
+        return prv_bounds(events, TIGHT_SHARE * delta)
     except ConfigError:
         return None
 
 
-def _lines(entries: Sequence[Entry], delta: float, agreed: float, details: bool) -> list[Line]:
+def _lines(entries: Sequence[Entry], delta: float, terms: Terms, details: bool) -> list[Line]:
     every = max(1, math.ceil(len(entries) / _MOST_POINTS))
     counted: Events = ()
     lines = []
@@ -146,7 +146,7 @@ def _lines(entries: Sequence[Entry], delta: float, agreed: float, details: bool)
                 time=entry.time,
                 reserved=encode_events(entry.reserved),
                 settled=None if entry.settled is None else encode_events(entry.settled),
-                cumulative=filter_within(counted, delta, 0.0, agreed) if wanted else None,
+                cumulative=filter_within(counted, delta, 0.0, terms) if wanted else None,
             )
         )
     return lines

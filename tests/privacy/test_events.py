@@ -23,7 +23,6 @@ from securefedcollm.privacy.events import (
     merge,
     times,
 )
-from securefedcollm.privacy.filters import filter_epsilon, filter_orders, filter_within
 
 noise = st.floats(0.3, 50.0)
 runs = st.integers(1, 40)
@@ -143,41 +142,3 @@ def test_more_noise_is_covered_and_costs_less(listed, factor):
     noisier = merge(louder(event, factor) for event in listed)
     assert dominates(quieter, noisier)
     assert epsilon(noisier, 1e-5, "rdp") <= epsilon(quieter, 1e-5, "rdp") * (1 + 1e-9)
-
-
-# --- filters ------------------------------------------------------------------------------------
-
-MIXED = [PoissonGaussian(0.085, 1.5, 15), PoissonGaussian(0.085, 1.6, 45)]
-
-
-def test_one_mechanism_repeated_gets_the_tight_accountant():
-    found = filter_epsilon([PoissonGaussian(0.01, 1.0, 400)] * 2, 1e-5, 8.0)
-    assert found.accountant == "pld"
-
-
-def test_gaussians_of_any_noise_get_the_tight_accountant():
-    assert filter_epsilon([Gaussian(3.0, 2), Gaussian(5.0)], 1e-5, 8.0).accountant == "pld"
-
-
-def test_discrete_sums_with_changing_survivors_get_the_zcdp_filter():
-    sums = [DiscreteGaussian(500.0, 200, 10, shares) for shares in (6, 8, 9)]
-    found = filter_epsilon(sums, 1e-5, 8.0)
-    assert found.accountant == "zcdp-filter"
-    assert found.epsilon == pytest.approx(epsilon(sums, 1e-5, "zcdp"))
-
-
-def test_mixed_sampled_events_pay_for_adaptivity():
-    """Never below the non-adaptive bound at the same orders, and within a third of RDP's."""
-    found = filter_epsilon(MIXED, 1e-5, 3.0)
-    fixed = epsilon(MIXED, 1e-5, "rdp")
-    assert found.accountant == "rdp-filter"
-    assert fixed < found.epsilon < 1.35 * fixed
-    assert filter_within(MIXED, 1e-5, 3.0, 3.0) == found.epsilon
-
-
-@given(st.floats(0.05, 30.0), st.sampled_from([1e-4, 1e-5, 1e-8]))
-def test_orders_depend_on_the_budget_alone_and_are_at_least_two(budget, delta):
-    orders = filter_orders(budget, delta)
-    assert 1 <= len(orders) <= 3
-    assert min(orders) >= 2
-    assert list(orders) == sorted(set(orders))

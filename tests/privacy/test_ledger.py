@@ -19,7 +19,7 @@ from securefedcollm.errors import (
     StateError,
 )
 from securefedcollm.primitives import sha256
-from securefedcollm.privacy.accounting import claim
+from securefedcollm.privacy.accounting import TIGHT_SHARE, claim
 from securefedcollm.privacy.events import DiscreteGaussian, Gaussian, PoissonGaussian
 from securefedcollm.privacy.journal import Head
 from securefedcollm.privacy.ledger import Ledger
@@ -69,7 +69,8 @@ def test_spent_is_the_claim_of_everything_counted(ledger):
     for round_ in range(3):
         ledger.release(reserve(ledger, round_))
     summary = ledger.spent("data", "record", 1e-5)
-    assert summary.claim == claim([PoissonGaussian(0.05, 1.0, 30)], 1e-5)
+    tight = claim([PoissonGaussian(0.05, 1.0, 30)], TIGHT_SHARE * 1e-5)
+    assert (summary.claim.epsilon, summary.claim.delta) == (tight.epsilon, 1e-5)
     assert summary.entries == {"released": 3}
     assert ledger.spent("other", "record", 1e-5).claim.epsilon == 0.0
     assert ledger.spent("data", "silo", 1e-5).claim.epsilon == 0.0
@@ -172,8 +173,8 @@ def test_a_release_past_the_budget_is_refused_and_nothing_is_written(ledger):
         reserve_until_refused()
     grants = len(ledger.entries())
     assert grants > 0
-    assert claim([Gaussian(2.0, 2 * grants)], 1e-5).epsilon <= 8.0
-    assert claim([Gaussian(2.0, 2 * grants + 2)], 1e-5).epsilon > 8.0
+    assert claim([Gaussian(2.0, 2 * grants)], TIGHT_SHARE * 1e-5).epsilon <= 8.0
+    assert claim([Gaussian(2.0, 2 * grants + 2)], TIGHT_SHARE * 1e-5).epsilon > 8.0
     assert len(ledger.rows()) == grants
     message, hint = caught.value.message, caught.value.hint
     spent = ledger.spent("data", "record", 1e-5).claim.epsilon
@@ -281,8 +282,8 @@ def test_two_processes_cannot_both_reserve_the_last_epsilon(tmp_path):
     ]
     grants = [int(process.communicate(timeout=120)[0]) for process in others]
     total = sum(grants)
-    assert claim([Gaussian(2.0, total)], 1e-5).epsilon <= 8.0
-    assert claim([Gaussian(2.0, total + 1)], 1e-5).epsilon > 8.0
+    assert claim([Gaussian(2.0, total)], TIGHT_SHARE * 1e-5).epsilon <= 8.0
+    assert claim([Gaussian(2.0, total + 1)], TIGHT_SHARE * 1e-5).epsilon > 8.0
     with Ledger(tmp_path / "ledger.db", "north") as ledger:
         ledger.verify()
         assert len(ledger.entries()) == total
