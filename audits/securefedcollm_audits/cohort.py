@@ -150,6 +150,7 @@ class Cohort:
             name=name,
             signing_key=self.keys[name],
             vector=self.vectors[name],
+            vector_id=sha256(self.vectors[name].tobytes()),
             journal=self.journals[name],
             random=random or self.randomness(name, header, incarnation),
         )

@@ -7,10 +7,11 @@ What it must not get is anything about this silo's vector beyond the sum over at
 silos of one agreed survivor set. Every check below says what it is against.
 
 Why one answer per silo is enough: with 2t > n + c, any two sets of t responders have an honest silo
-in common. An honest silo gives one answer per step of an attempt and opens one attempt per round,
-so t signatures exist for one pair of lists at most. Both kinds of share for one peer, two survivor
-sets in one attempt, and two attempts whose sums differ by one silo's vector would each need two
-quorums without a common honest silo. The rules hold even if a process is cloned or restored from a
+in common. An honest silo gives one answer per step of an attempt, so t signatures exist for one pair
+of lists at most; and in all attempts at a round together it uploads one vector and opens one
+survivor set. Both kinds of share for one peer, two survivor sets in one attempt, and two attempts
+whose sums differ by one silo's vector would each need two quorums without a common honest silo, or
+an honest silo that uploads two vectors. The rules hold even if a process is cloned or restored from a
 snapshot, as long as all copies share one :class:`~.scheme.Journal`.
 """
 
@@ -92,6 +93,8 @@ class SiloRound:
         name: this silo.
         signing_key: its Ed25519 identity.
         vector: int64 [d] with abs(q) <= bound; packed at once, not kept.
+        vector_id: 32 bytes that stand for ``vector``: whoever gives the same id in two attempts at a
+            round promises that the vectors are equal, noise included.
         journal: durable, shared by every process that may act for this silo.
         random: source of the round's secrets; recorded bytes only in test vectors. Read for the
             mask secret, share secret and seed (32 bytes each), then for the two dealings.
@@ -109,6 +112,7 @@ class SiloRound:
         name: str,
         signing_key: SigningKey,
         vector: npt.NDArray[np.int64],
+        vector_id: bytes,
         journal: Journal,
         random: RandomSource = os.urandom,
         threads: int = 1,
@@ -120,6 +124,9 @@ class SiloRound:
                 f"this identity is not {name}'s on the roster",
                 hint="run with the identity that signed the study",
             )
+        if len(vector_id) != KEY_BYTES:
+            raise LocalProtocolError(f"a vector id has {KEY_BYTES} bytes")
+        self._vector_id = vector_id
         self._header = header
         self._header_digest = header.digest
         self._parameters = header.parameters
@@ -321,6 +328,9 @@ class SiloRound:
             _refuse("relayed a dealing that this silo did not make", "start a new attempt")
         self._delivery_digest = keys.delivery_digest(self._roll_digest, statements)
         self._open_parcels(delivery, secrets)
+        # Adversary: a server that gets two vectors of this silo into two sums over the same
+        # survivors; their difference would be this silo's alone.
+        self._record(b"vector:" + self._header.round_scope, self._vector_id)
         return self._upload(secrets)
 
     def _open_parcels(self, delivery: Delivery, secrets: _Secrets) -> None:
@@ -448,8 +458,11 @@ class SiloRound:
         self._check_quorum(opening.agreements)
         # Adversary: a crash, restart or snapshot between two requests with other lists, and another
         # attempt at the same round, whose sum would differ from this one's by a few silos. Written
-        # down before the shares leave: one opening per round, for good.
-        self._record(b"open:" + self._header.round_scope, self._lists_digest)
+        # down before the shares leave: one survivor set per round, for good. The same set in a
+        # further attempt gives the same sum, since every honest silo uploads one vector per round;
+        # so a server that crashed before it had stored the sum may have it opened again.
+        names = [self._roster.name(index).encode() for index in opening.survivors]
+        self._record(b"open:" + self._header.round_scope, sha256(*(sha256(name) for name in names)))
         survivors = frozenset(opening.survivors)
         shares = tuple(
             secrets.held[dealer][0 if dealer in survivors else 1] for dealer in self._dealers
@@ -530,10 +543,11 @@ class SiloRound:
     def _record(self, key: bytes, value: bytes) -> None:
         """Write down what this silo is about to say; if it has said otherwise before, say nothing.
 
-        One answer per step and attempt, and one opening per round, whatever becomes of the process.
+        One answer per step and attempt, one vector and one survivor set per round, whatever becomes
+        of the process.
         """
         if not equal(self._journal.record(key, value), value):
-            what = "this round" if key.startswith(b"open:") else "this attempt"
+            what = "this round" if key.startswith((b"open:", b"vector:")) else "this attempt"
             _refuse(
                 f"asks a second time for what this silo has answered in {what} "
                 f"({self._step.value})",

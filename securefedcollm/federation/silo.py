@@ -34,7 +34,7 @@ from securefedcollm.federation.messages import (
 from securefedcollm.federation.plan import quantiser, round_header
 from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.federation.workload import Progress, SiloWorkload, Vector, silent
-from securefedcollm.primitives import SigningKey
+from securefedcollm.primitives import SigningKey, sha256
 from securefedcollm.privacy.events import Event
 from securefedcollm.privacy.ledger import Key, Ledger, Reservation
 from securefedcollm.study import Study
@@ -112,6 +112,7 @@ class SiloSession:
             name=self._name,
             signing_key=self._key,
             vector=quantised,
+            vector_id=sha256(b"securefedcollm/vector/v1\0", update.tobytes()),
             journal=self._store,
             threads=self._threads,
         )
@@ -164,20 +165,18 @@ class SiloSession:
         training = self._store.training(run, round_, model)
         finished = self._store.load_update(run, round_, training)
         events = tuple(self._workload.events())
-        if not events:
-            return finished if finished is not None else self._train(run, round_, training, adapter)
-        key = Key(self._workload.dataset, self._unit(), run.hex(), round_, training)
-        state = next((e.state for e in self._ledger.entries() if e.key == key), None)
-        if finished is not None and state in {"released", "settled"}:
-            return finished
-        if finished is None and state in {"released", "settled", "void"}:
+        state = self._state(run, round_, training)
+        if finished is None and state not in {None, "reserved"}:
             training = self._store.new_training(run, round_, model)
-            key = key._replace(attempt=training)
-        reservation = self._reserve(key, events)
+            state = None
+        if events and state in {None, "reserved"}:
+            reservation = self._reserve(run, round_, training, events)
+            if finished is None:
+                finished = self._train(run, round_, training, adapter)
+            self._ledger.release(reservation)
+            self._ledger.settle(reservation, events)
         if finished is None:
             finished = self._train(run, round_, training, adapter)
-        self._ledger.release(reservation)
-        self._ledger.settle(reservation, events)
         return finished
 
     def _train(self, run: bytes, round_: int, training: int, adapter: Vector) -> Vector:
@@ -191,18 +190,19 @@ class SiloSession:
         self._store.save_update(run, round_, training, update)
         return update
 
-    def _reserve(self, key: Key, events: Sequence[Event]) -> Reservation:
+    def _entry(self, run: bytes, round_: int, training: int) -> Key:
+        unit = self._study.privacy.unit if self._study.privacy else ""
+        return Key(self._workload.dataset, unit, run.hex(), round_, training)
+
+    def _state(self, run: bytes, round_: int, training: int) -> str | None:
+        """What the ledger says about a training; None if it has no entry."""
+        key = self._entry(run, round_, training)
+        return next((e.state for e in self._ledger.entries() if e.key == key), None)
+
+    def _reserve(
+        self, run: bytes, round_: int, training: int, events: Sequence[Event]
+    ) -> Reservation:
         privacy = self._study.privacy
         assert privacy is not None  # only a study with privacy has events
-        return self._ledger.reserve(
-            key.dataset,
-            key.unit,
-            key.run,
-            key.round,
-            key.attempt,
-            events,
-            (privacy.epsilon, privacy.delta),
-        )
-
-    def _unit(self) -> str:
-        return self._study.privacy.unit if self._study.privacy else ""
+        key = self._entry(run, round_, training)
+        return self._ledger.reserve(*key, events, (privacy.epsilon, privacy.delta))

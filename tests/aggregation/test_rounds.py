@@ -20,7 +20,7 @@ from securefedcollm.errors import (
     RemoteProtocolError,
     StateError,
 )
-from securefedcollm.primitives import SigningKey
+from securefedcollm.primitives import SigningKey, sha256
 
 STEPS = tuple(TRANSITIONS)
 
@@ -58,6 +58,7 @@ def test_the_sum_is_exact(
             name=name,
             signing_key=cohort.keys[name],
             vector=cohort.vectors[name],
+            vector_id=sha256(cohort.vectors[name].tobytes()),
             journal=cohort.journals[name],
             threads=threads,
         )

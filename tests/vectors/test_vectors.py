@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +18,9 @@ from securefedcollm.aggregation.header import RingParameters, Roster, RoundHeade
 from securefedcollm.aggregation.silo import SiloRound
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.errors import RemoteProtocolError
-from securefedcollm.primitives import Keystream, SigningKey
+from securefedcollm.primitives import AgreementKey, Keystream, SigningKey, sha256
 
+from . import protocol_page
 from .generate import HERE, VECTORS, render
 
 STEPS = [step.value for step in TRANSITIONS]
@@ -77,6 +80,7 @@ def make_silo(name: str) -> tuple[SiloRound, MemoryJournal]:
         name=name,
         signing_key=SigningKey(unhex(silo["identity_seed"])),
         vector=np.array(silo["vector"], dtype=np.int64),
+        vector_id=sha256(np.array(silo["vector"], dtype=np.int64).tobytes()),
         journal=journal,
         random=recorded(silo["random"]),
     )
@@ -174,3 +178,41 @@ def test_mask_words_are_the_keystream() -> None:
     case = load("masks")
     words = Keystream(unhex(case["key"])).words(4).tobytes().hex()
     assert words == case["first_words"]
+
+
+def test_keys_by_the_formulas_of_the_page() -> None:
+    """The key schedule once more, with nothing but the standard library."""
+    case = load("keys")
+    header, transcript = unhex(case["header"]), unhex(case["transcript"])
+
+    def derive(secret: bytes, info: bytes) -> str:  # RFC 5869, one block of output
+        extracted = hmac.digest(header, secret, "sha256")
+        return hmac.digest(extracted, info + b"\1", "sha256").hex()
+
+    def index(*values: int) -> bytes:
+        return b"".join(value.to_bytes(2, "big") for value in values)
+
+    def hashed(*parts: bytes) -> str:
+        return hashlib.sha256(b"securefedcollm/v1/" + b"".join(parts)).hexdigest()
+
+    secret = AgreementKey(unhex(case["secret_of_1"])).agree(unhex(case["public_of_2"]))
+    prefix = b"securefedcollm/v1/"
+    pair = derive(secret, prefix + b"pair\0" + transcript + index(1, 2))
+    box = derive(secret, prefix + b"box\0" + transcript + index(1, 2))
+    own = derive(unhex(case["seed"]), prefix + b"self\0" + transcript + index(1, 1))
+    assert (pair, box) == (case["pair_mask_key"], case["box_key_1_to_2"])
+    assert own == case["self_mask_key_of_1"]
+    seed, share = unhex(case["seed"]), unhex(case["share"])
+    assert hashed(b"seed-commitment\0", header, index(1, 1), seed) == case["seed_commitment_of_1"]
+    for kind in ("seed", "key"):
+        committed = hashed(b"share-commitment\0", header, index(1, 2), kind.encode() + b"\0", share)
+        assert committed == case[f"{kind}_share_commitment_1_to_2"]
+    lists = hashed(b"lists\0", transcript, index(2, 1), index(1, 3, 2))
+    assert lists == case["lists_1_3_and_2"]
+
+
+def test_the_protocol_page_is_up_to_date() -> None:
+    page = protocol_page.PAGE.read_text()
+    assert protocol_page.render(page) == page, "run python -m tests.vectors.protocol_page"
+    assert "stateDiagram" in page
+    assert "`agreement`" in page
