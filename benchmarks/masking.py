@@ -98,6 +98,7 @@ class _Setting:
             name=name,
             signing_key=self.keys[name],
             vector=vector,
+            vector_id=bytes(32),
             journal=_Journal(),
             threads=threads,
         )

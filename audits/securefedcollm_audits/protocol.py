@@ -37,6 +37,7 @@ SERVER_CASES: Final[tuple[Case, ...]] = (
     server_attacks.crash_and_restart,
     server_attacks.snapshots,
     server_attacks.second_attempt,
+    server_attacks.second_vector,
     server_attacks.replays,
     server_attacks.out_of_order,
     server_attacks.repeated_keys,

@@ -348,6 +348,22 @@ def second_attempt() -> Outcome:
     return judge("a second sum of one round", again, names[1:3], "a second time")
 
 
+def second_vector() -> Outcome:
+    """Have a silo train again and open its new vector with the same others': subtract the sums."""
+    cohort = Cohort(silos=6)
+    names = cohort.names
+    puppet = Puppet(cohort)
+    puppet.through_upload()
+    puppet.open(names, names, [], puppet.survey(names, names).values())
+    for name in cohort.honest:
+        cohort.vectors[name] = -cohort.vectors[name]
+    header = altered(cohort.header, attempt=1)
+    cohort.betray(puppet.spy, header)
+    again = Puppet(cohort, {name: cohort.silo(name, header=header) for name in names}, puppet.spy)
+    again.deliver(names, again.roll(names, again.ask(header=header).values()))
+    return judge("another vector in one round", again, cohort.honest, "a second time")
+
+
 def replays() -> Outcome:
     """Relay keys, dealings and agreements of another study, run, round, attempt or model."""
     changes: list[dict[str, object]] = [

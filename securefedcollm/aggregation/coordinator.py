@@ -241,7 +241,7 @@ class CoordinatorRound:
                 f"{self._reasons()}",
                 hint="nothing was opened; "
                 + (
-                    "silos open one attempt per round: go on with the next round"
+                    "try again with exactly these survivors, or go on with the next round"
                     if self._step is Step.UNMASK
                     else "bring the lost silos back and start another attempt"
                 ),

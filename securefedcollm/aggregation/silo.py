@@ -7,12 +7,12 @@ What it must not get is anything about this silo's vector beyond the sum over at
 silos of one agreed survivor set. Every check below says what it is against.
 
 Why one answer per silo is enough: with 2t > n + c, any two sets of t responders have an honest silo
-in common. An honest silo gives one answer per step of an attempt, so t signatures exist for one pair
-of lists at most; and in all attempts at a round together it uploads one vector and opens one
+in common. An honest silo gives one answer per step of an attempt, so t signatures exist for one
+pair of lists at most; and in all attempts at a round together it uploads one vector and opens one
 survivor set. Both kinds of share for one peer, two survivor sets in one attempt, and two attempts
 whose sums differ by one silo's vector would each need two quorums without a common honest silo, or
-an honest silo that uploads two vectors. The rules hold even if a process is cloned or restored from a
-snapshot, as long as all copies share one :class:`~.scheme.Journal`.
+an honest silo that uploads two vectors. The rules hold even if a process is cloned or restored from
+a snapshot, as long as all copies share one :class:`~.scheme.Journal`.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class SiloRound:
         name: this silo.
         signing_key: its Ed25519 identity.
         vector: int64 [d] with abs(q) <= bound; packed at once, not kept.
-        vector_id: 32 bytes that stand for ``vector``: whoever gives the same id in two attempts at a
-            round promises that the vectors are equal, noise included.
+        vector_id: 32 bytes that stand for ``vector``: whoever gives the same id in two attempts at
+            a round promises that the vectors are equal, noise included.
         journal: durable, shared by every process that may act for this silo.
         random: source of the round's secrets; recorded bytes only in test vectors. Read for the
             mask secret, share secret and seed (32 bytes each), then for the two dealings.
@@ -125,7 +125,9 @@ class SiloRound:
                 hint="run with the identity that signed the study",
             )
         if len(vector_id) != KEY_BYTES:
-            raise LocalProtocolError(f"a vector id has {KEY_BYTES} bytes")
+            raise LocalProtocolError(
+                f"a vector id has {KEY_BYTES} bytes", hint="hash what the vector was made from"
+            )
         self._vector_id = vector_id
         self._header = header
         self._header_digest = header.digest

@@ -269,6 +269,22 @@ def test_a_silo_runs_with_its_own_identity() -> None:
         cohort.silo(cohort.names[0])
 
 
+def test_a_vector_id_has_32_bytes() -> None:
+    cohort = Cohort()
+    name = cohort.names[0]
+    with pytest.raises(LocalProtocolError, match="vector id"):
+        silo_side(
+            "masking",
+            header=cohort.header,
+            roster=cohort.roster,
+            name=name,
+            signing_key=cohort.keys[name],
+            vector=cohort.vectors[name],
+            vector_id=b"",
+            journal=cohort.journals[name],
+        )
+
+
 def test_failure_is_for_good_and_forgets_the_secrets() -> None:
     cohort = Cohort()
     silo = cohort.silo(cohort.names[0])
@@ -299,7 +315,7 @@ def test_no_answer_leaves_if_the_journal_cannot_be_written() -> None:
                 raise StateError("the disk is full", hint="make room")
             return value
 
-    for good in range(5):
+    for good in range(6):
         cohort.journals = {name: Broken(good) for name in cohort.names}
         silos, coordinator = both_sides(cohort)
         with pytest.raises(StateError):

@@ -1,0 +1,48 @@
+"""Keep the generated parts of ``docs/protocol.md``: ``python -m tests.vectors.protocol_page``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from securefedcollm.aggregation import messages
+from securefedcollm.aggregation.steps import TRANSITIONS
+
+PAGE = Path(__file__).parents[2] / "docs" / "protocol.md"
+_PART = re.compile(r"(<!-- generated: (\w+) .*?-->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def transitions() -> str:
+    """The table of transitions as a Mermaid state diagram."""
+    first = next(iter(TRANSITIONS))
+    lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {first.value}"]
+    for number, (step, transition) in enumerate(TRANSITIONS.items()):
+        request, reply = transition.request.lower(), transition.reply.lower()
+        lines.append(
+            f"    {step.value} --> {transition.following.value}: R{number} {request} / {reply}"
+        )
+        lines.append(f"    {step.value} --> failed: anything else")
+    return "\n".join([*lines, "    done --> [*]", "    failed --> [*]", "```"]) + "\n"
+
+
+def layouts() -> str:
+    """Tag, fields and greatest size of every msgpack message."""
+    rows = ["| tag | fields | limit, bytes |", "| --- | --- | --- |"]
+    inner = {messages.Parcel, messages.Statement}
+    for kind in vars(messages).values():
+        if isinstance(kind, type) and issubclass(kind, messages.Message):
+            tag = kind.__struct_config__.tag
+            if tag:
+                limit = "inside others" if kind in inner else str(kind.LIMIT)
+                rows.append(f"| `{tag}` | {', '.join(kind.__struct_fields__)} | {limit} |")
+    return "\n".join(rows) + "\n"
+
+
+def render(page: str) -> str:
+    """``page`` with its generated parts made anew."""
+    parts = {"transitions": transitions, "messages": layouts}
+    return _PART.sub(lambda match: f"{match[1]}{parts[match[2]]()}{match[3]}", page)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(PAGE.read_text()))
