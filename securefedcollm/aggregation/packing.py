@@ -45,14 +45,16 @@ def pack(vector: Vector, parameters: RingParameters, out: Words, threads: int = 
         scratch = np.empty(CHUNK_WORDS, dtype=np.uint64)
         for low in range(start, stop, CHUNK_WORDS):
             words = out[low : min(low + CHUNK_WORDS, stop)]
-            words.fill(0)
             for shift, first, last in _planes(parameters, low, low + len(words)):
-                field = np.add(unsigned[first:last], offset, out=scratch[: last - first])
+                # Field 0 has a value for every word: it is written in place, the others added.
+                target = scratch[: last - first] if shift else words
+                field = np.add(unsigned[first:last], offset, out=target)
                 if field.max() > greatest:
                     message = f"a value exceeds the bound {parameters.bound}"
                     raise LocalProtocolError(message, hint=hint)
-                np.left_shift(field, np.uint64(shift), out=field)
-                words[: last - first] += field
+                if shift:
+                    np.left_shift(field, np.uint64(shift), out=field)
+                    words[: last - first] += field
 
     each_part(parameters.words, threads, work)
 
