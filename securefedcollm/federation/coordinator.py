@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from securefedcollm.aggregation import CoordinatorSide, Roster, coordinator_side
+from securefedcollm.aggregation import CoordinatorSide, Roster, Step, coordinator_side
 from securefedcollm.errors import ProtocolError, RemoteProtocolError, SecureFedCoLLMError
 from securefedcollm.federation.engines import Engine, Failure
 from securefedcollm.federation.messages import (
@@ -84,11 +84,12 @@ class Coordinator:
         started = time.monotonic()
         record: dict[str, Any] = {"round": round_ + 1}
         if self._store.state.opened:  # a crash came after the sum: it is not asked for again
-            mean = self._store.load_mean()
+            mean: Vector | None = self._store.load_mean()
         else:
             mean = self._aggregate_round(round_, record)
         record["survivors"] = self._store.state.opened
-        self._workload.absorb(mean, round_)
+        if mean is not None:
+            self._workload.absorb(mean, round_)
         aggregated = time.monotonic()
         record["distillation"] = self._workload.distil(round_, self._progress)
         record["evaluation"] = self._workload.evaluate()
@@ -99,20 +100,36 @@ class Coordinator:
         self._store.finish_round(self._workload, record)
         self._on_round(record)
 
-    def _aggregate_round(self, round_: int, record: dict[str, Any]) -> Vector:
-        """One opened mean, repeating a failed attempt with whoever is still there."""
+    def _aggregate_round(self, round_: int, record: dict[str, Any]) -> Vector | None:
+        """One opened mean, repeating a failed attempt with whoever is still there.
+
+        None if the sum was being opened when it failed and can no longer be: silos unmask one
+        survivor set per round, for good. The run goes on without this round's updates.
+
+        Raises:
+            ProtocolError: too few silos; nothing was opened, and the round can be resumed.
+        """
         problems: list[str] = []
-        for _ in range(MAX_ATTEMPTS):
+        hopeless = False
+        while len(problems) < MAX_ATTEMPTS and not hopeless:
             attempt = self._store.begin_attempt()
             try:
                 return self._attempt(round_, attempt, record)
+            except _TooFewUpdatesError as error:
+                problems.append(error.message)
+                hopeless = True  # the same silos would fail again, in this round and the next
             except ProtocolError as error:
                 log.warning("round %d attempt %d: %s", round_ + 1, attempt, error)
                 problems.append(error.message)
-                if error.hint == _HOPELESS:
+                if problems.count(error.message) > 1:
                     break
+        reasons = "; ".join(dict.fromkeys(problems))
+        if self._store.state.opening and not hopeless:
+            log.warning("round %d is lost: its sum was being opened and cannot be", round_ + 1)
+            record["lost"] = reasons
+            return None
         raise ProtocolError(
-            f"round {round_ + 1} failed: {'; '.join(dict.fromkeys(problems))}",
+            f"round {round_ + 1} failed: {reasons}",
             hint="mend the silos named, then continue with --resume",
         )
 
@@ -139,11 +156,10 @@ class Coordinator:
         replies = self._ask(dict.fromkeys(self._roster.names, begin), TRAIN_TIMEOUT, traffic, lost)
         trained = [silo for silo, reply in replies.items() if isinstance(reply, Trained)]
         if len(trained) < self._study.minimum:
-            raise ProtocolError(
+            raise _TooFewUpdatesError(
                 f"{len(trained)} of {self._study.silos.count} silos delivered an update, "
                 f"{self._study.minimum} are needed"
-                + "".join(f"; {silo}: {reason}" for silo, reason in sorted(lost.items())),
-                hint=_HOPELESS,
+                + "".join(f"; {silo}: {reason}" for silo, reason in sorted(lost.items()))
             )
         side = coordinator_side(self._study.aggregation.scheme, header=header, roster=self._roster)
         for silo, reason in lost.items():
@@ -164,6 +180,8 @@ class Coordinator:
         step = 0
         while True:
             self._progress(step, 5, "secure aggregation")
+            if side.step is Step.UNMASK:
+                self._store.begin_opening()
             requests = {silo: Aggregate(frame) for silo, frame in side.requests().items()}
             lost: dict[str, str] = {}
             replies = self._ask(requests, STEP_TIMEOUT, traffic, lost)
@@ -215,7 +233,8 @@ class Coordinator:
         return answers
 
 
-_HOPELESS = "the same silos would fail again"
+class _TooFewUpdatesError(ProtocolError):
+    """Silos failed or refused before the aggregation began."""
 
 
 class _Traffic:

@@ -25,14 +25,16 @@ class RunState:
     """What ``state.json`` holds.
 
     ``round`` is the round to run next (from 0); ``attempt`` the number of aggregation attempts
-    already begun for it; ``opened`` the sum's survivors once the sum is out, so that it is never
-    asked for again; ``history`` one record per finished round.
+    already begun for it; ``opening`` whether silos were ever asked to unmask it, after which only
+    that same sum can be opened; ``opened`` the sum's survivors once the sum is out, so that it is
+    never asked for again; ``history`` one record per finished round.
     """
 
     run_id: str
     study: str
     round: int = 0
     attempt: int = 0
+    opening: bool = False
     opened: list[str] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -80,6 +82,11 @@ class RunStore:
         self._write()
         return number
 
+    def begin_opening(self) -> None:
+        """Note, durably, that silos are about to unmask this round's sum."""
+        self.state.opening = True
+        self._write()
+
     def save_mean(self, mean: Vector, survivors: list[str]) -> None:
         """Keep the opened mean, so that a crash during distillation does not ask for it again."""
         path = self._server / "mean.npy"
@@ -108,6 +115,7 @@ class RunStore:
         self.state.history.append(record)
         self.state.round += 1
         self.state.attempt = 0
+        self.state.opening = False
         self.state.opened = []
         self._write()
         shutil.rmtree(self._adapters(self.state.round - 2), ignore_errors=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from securefedcollm.aggregation.upload import HEAD_BYTES
-from securefedcollm.errors import ProtocolError
+from securefedcollm.errors import ConfigError, ProtocolError, StateError
 from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
@@ -207,3 +207,32 @@ def test_killed_at_any_exchange_the_run_resumes_to_the_same_end(tmp_path, at, be
     np.testing.assert_array_equal(theta, expected_theta(study))
     # Every round was charged once: a finished update is released again, never trained again.
     assert spent(tmp_path, study) == dict.fromkeys(NAMES, CHARGED_ONCE)
+
+
+def test_a_round_whose_opening_was_cut_short_is_given_up_if_a_survivor_is_gone(tmp_path):
+    """All four opened round 1, then the server died and silo-4 never came back: a sum of the other
+    three would reveal silo-4's update. The round's updates are lost; the run goes on."""
+    study = make_study()
+    run = Run(tmp_path, study, wrap=lambda e: Dies(e, 5, before=False))
+    with pytest.raises(Killed):
+        run.go()
+    again = Run(tmp_path, study, resume=True, wrap=lambda e: Cut(e, ("silo-4",), 0))
+    again.go()
+    first, *rest = again.store.state.history
+    assert "lost" in first
+    assert first["survivors"] == []
+    assert [r["survivors"] for r in rest] == [["silo-1", "silo-2", "silo-3"]] * 2
+
+
+def test_bad_state_is_refused_by_name(tmp_path):
+    study = make_study(rounds=1)
+    Run(tmp_path, study).go()
+    with pytest.raises(ConfigError, match="there is a run in this directory already"):
+        RunStore(tmp_path, digest(study), resume=False)
+    with pytest.raises(ConfigError, match="belongs to another study"):
+        RunStore(tmp_path, b"x" * 32, resume=True)
+    (tmp_path / "server" / "state.json").write_text('{"run_id": 1')
+    with pytest.raises(StateError, match=r"state.json: the run's state cannot be read"):
+        RunStore(tmp_path, digest(study), resume=True)
+    with pytest.raises(StateError, match="cannot be written"):
+        RunStore(tmp_path / "server" / "state.json", digest(study), resume=False)
