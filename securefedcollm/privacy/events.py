@@ -223,16 +223,65 @@ def dominates(reserved: Sequence[Event], actual: Sequence[Event]) -> bool:
     every parameter; runs that did not take place need no cover. So the ε of ``actual`` is at most
     that of ``reserved`` under every accountant.
     """
-    left = [times(event) for event in reserved]
-    for event in actual:
+    covers = [[_no_worse(event, worst) for worst in reserved] for event in actual]
+    charged = [[0] * len(reserved) for _ in actual]
+    free = [times(worst) for worst in reserved]
+    for index, event in enumerate(actual):
         need = times(event)
-        for index, worst in enumerate(reserved):
-            if need and left[index] and _no_worse(event, worst):
-                used = min(need, left[index])
-                need, left[index] = need - used, left[index] - used
-        if need:
-            return False
+        while need:
+            moved = _charge(index, need, covers, charged, free)
+            if not moved:
+                return False
+            need -= moved
     return bool(actual)
+
+
+def _charge(
+    start: int, need: int, covers: list[list[bool]], charged: list[list[int]], free: list[int]
+) -> int:
+    """Charge up to ``need`` runs of actual event ``start``, moving earlier charges if it must.
+
+    One augmenting path of a bipartite flow (Ford and Fulkerson), breadth first. Returns the number
+    of runs charged; 0 if there is no cover for even one.
+    """
+    came_from: dict[int, int | None] = {start: None}  # actual event -> reserved one it gives up
+    takes: dict[int, int] = {}  # reserved event -> actual one that would take runs of it
+    queue = [start]
+    for event in queue:
+        for worst in range(len(free)):
+            if not covers[event][worst] or worst in takes:
+                continue
+            takes[worst] = event
+            if free[worst]:
+                return _move(worst, need, came_from, takes, charged, free)
+            for holder in range(len(charged)):
+                if charged[holder][worst] and holder not in came_from:
+                    came_from[holder] = worst
+                    queue.append(holder)
+    return 0
+
+
+def _move(
+    worst: int,
+    need: int,
+    came_from: dict[int, int | None],
+    takes: dict[int, int],
+    charged: list[list[int]],
+    free: list[int],
+) -> int:
+    path = []  # (actual, takes from, gives up)
+    at: int | None = worst
+    while at is not None:
+        taker = takes[at]
+        path.append((taker, at, came_from[taker]))
+        at = came_from[taker]
+    runs = min([need, free[worst], *(charged[a][up] for a, _, up in path if up is not None)])
+    free[worst] -= runs
+    for taker, taken, given_up in path:
+        charged[taker][taken] += runs
+        if given_up is not None:
+            charged[taker][given_up] -= runs
+    return runs
 
 
 def _no_worse(actual: Event, worst: Event) -> bool:

@@ -135,6 +135,34 @@ def test_a_settlement_may_split_but_not_multiply_runs():
     assert not dominates(reserved, [])
 
 
+def test_a_cover_is_found_whatever_the_order():
+    """The gentle run must leave the harsh reservation to the run that needs it."""
+    reserved = [Gaussian(1.0, 2), Gaussian(5.0, 3)]
+    assert dominates(reserved, [Gaussian(15.0, 3), Gaussian(3.0, 2)])
+    assert dominates(reserved[::-1], [Gaussian(15.0, 3), Gaussian(3.0, 2)])
+    assert not dominates(reserved, [Gaussian(15.0, 2), Gaussian(3.0, 3)])
+
+
+costs = st.builds(PoissonGaussian, st.sampled_from([0.1, 0.2, 0.3]), noise, st.integers(1, 4))
+
+
+@given(st.lists(costs, min_size=1, max_size=5), st.lists(costs, min_size=1, max_size=5))
+def test_cover_is_hall_s_condition(reserved, actual):
+    """Against brute force over all subsets of the actual events (Hall 1935)."""
+    from itertools import combinations
+
+    def covers(worst, event):
+        return event.q <= worst.q and event.noise_multiplier >= worst.noise_multiplier
+
+    feasible = all(
+        sum(event.steps for event in some)
+        <= sum(worst.steps for worst in reserved if any(covers(worst, e) for e in some))
+        for size in range(1, len(actual) + 1)
+        for some in combinations(actual, size)
+    )
+    assert dominates(reserved, actual) is feasible
+
+
 @settings(max_examples=10, deadline=None)
 @given(st.lists(events, min_size=1, max_size=3), st.floats(1.0, 3.0))
 def test_more_noise_is_covered_and_costs_less(listed, factor):

@@ -186,17 +186,16 @@ def test_a_release_past_the_budget_is_refused_and_nothing_is_written(ledger):
 
 
 def test_what_the_hint_says_would_fit_does_fit(ledger):
-    reserve(ledger, events=[PoissonGaussian(0.05, 1.0, 60)], budget=(6.0, 1e-5))
+    reserve(ledger, events=[Gaussian(8.0, 20)])
     with pytest.raises(BudgetExceeded) as caught:
-        reserve(ledger, 1, events=[PoissonGaussian(0.05, 1.0, 400)], budget=(6.0, 1e-5))
+        reserve(ledger, 1, events=[Gaussian(8.0, 400)])
     steps = int(caught.value.hint.split("fit: ")[1].split(" of its 400")[0])
     noise = float(caught.value.hint.rsplit(" ", 1)[1])
     assert 0 < steps < 400
     with pytest.raises(BudgetExceeded):
-        reserve(ledger, 1, events=[PoissonGaussian(0.05, 1.0, steps + 1)], budget=(6.0, 1e-5))
-    louder = [PoissonGaussian(0.05, noise, 400)]
-    ledger.void(reserve(ledger, 1, events=louder, budget=(6.0, 1e-5)))
-    reserve(ledger, 2, events=[PoissonGaussian(0.05, 1.0, steps)], budget=(6.0, 1e-5))
+        reserve(ledger, 1, events=[Gaussian(8.0, steps + 1)])
+    ledger.void(reserve(ledger, 1, events=[Gaussian(noise, 400)]))
+    reserve(ledger, 2, events=[Gaussian(8.0, steps)])
 
 
 def test_a_calibrated_plan_spends_its_budget_to_the_last_round(ledger):

@@ -10,7 +10,7 @@ import pytest
 from securefedcollm.errors import ConfigError
 from securefedcollm.privacy.accounting import claim
 from securefedcollm.privacy.events import PoissonGaussian
-from securefedcollm.privacy.planner import Federation, plan
+from securefedcollm.privacy.planner import Federation, _silo_distributed, plan
 
 QUICKSTART = Federation(
     values=11_264,
@@ -51,7 +51,7 @@ def test_silo_level_privacy_of_four_silos_is_called_hopeless(quickstart):
 def test_silo_level_privacy_pays_for_a_large_federation():
     """The remark's number of silos makes it workable, and half of them does not."""
     large = msgspec.structs.replace(QUICKSTART, silos=1000, least_survivors=900)
-    silo = by_name(plan(large, 8.0, 1e-5))["silo/distributed"]
+    silo = _silo_distributed(large, 8.0, 1e-5)
     assert silo.verdict == "workable"
     needed = int(silo.remark.split("about ")[1].split(" silos")[0].replace(",", ""))
     assert needed < 1000
@@ -60,7 +60,7 @@ def test_silo_level_privacy_pays_for_a_large_federation():
         sized = msgspec.structs.replace(
             QUICKSTART, silos=count, least_survivors=max(3, round(0.9 * count))
         )
-        return by_name(plan(sized, 8.0, 1e-5))["silo/distributed"].verdict
+        return _silo_distributed(sized, 8.0, 1e-5).verdict
 
     assert verdict(needed) == "workable"
     assert verdict(needed // 2) != "workable"
