@@ -31,9 +31,10 @@ from securefedcollm.tuning.adapters import AdapterLayout, select
 from securefedcollm.tuning.questions import (
     EncodedQuestions,
     Normalisation,
+    by_length,
     choice_scores,
-    in_order,
     shuffled_batches,
+    sorted_by_length,
 )
 from securefedcollm.tuning.recipe import (
     Progress,
@@ -116,7 +117,7 @@ def distil(
             rows = next(batches)
             labels = max(1, int((llm_data.answers[rows] >= 0).sum()))
             losses = [0.0, 0.0]
-            for part in torch.split(rows, micro_batch):
+            for part in torch.split(sorted_by_length(llm_data, rows), micro_batch):
                 batch = [p.data.select(part) for p in pairs]
                 scores = [
                     choice_scores(p.model, b, normalisation)
@@ -151,12 +152,14 @@ def predict(
     *,
     normalisation: Normalisation = "plain",
     temperature: float = 1.0,
-    batch_size: int = 256,
+    batch_size: int = 64,
 ) -> Tensor:
     """softmax(scores / τ) of every question: float32 [N, C], without gradients."""
+    scores = torch.zeros(data.choice_mask.shape)
     with inference_mode(model):
-        scores = [choice_scores(model, b, normalisation) for b in in_order(data, batch_size)]
-    return F.softmax(torch.cat(scores) / temperature, dim=-1)
+        for rows, batch in by_length(data, batch_size):
+            scores[rows] = choice_scores(model, batch, normalisation).cpu()
+    return F.softmax(scores / temperature, dim=-1)
 
 
 def entropy_pooled(llm: Tensor, slm: Tensor, sharpness: float = 3.0) -> Tensor:

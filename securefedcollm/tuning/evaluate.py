@@ -11,7 +11,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from securefedcollm.errors import DataError
-from securefedcollm.tuning.questions import EncodedQuestions, Normalisation, choice_scores, in_order
+from securefedcollm.tuning.questions import (
+    EncodedQuestions,
+    Normalisation,
+    by_length,
+    choice_scores,
+)
 from securefedcollm.tuning.recipe import Progress, inference_mode, silent
 
 
@@ -51,7 +56,7 @@ def evaluate(
     data: EncodedQuestions,
     *,
     normalisation: Normalisation = "plain",
-    batch_size: int = 256,
+    batch_size: int = 64,
     progress: Progress = silent,
 ) -> Evaluation:
     """Answer every question with the choice of the highest score (ties: the first).
@@ -65,14 +70,13 @@ def evaluate(
             where="test questions",
             hint="remove the questions without an answer",
         )
-    scores = []
+    stacked = torch.zeros(data.choice_mask.shape)
     done = 0
     with inference_mode(model):
-        for batch in in_order(data, batch_size):
-            scores.append(choice_scores(model, batch, normalisation))
+        for rows, batch in by_length(data, batch_size):
+            stacked[rows] = choice_scores(model, batch, normalisation).cpu()
             done += len(batch)
             progress(done, len(data), "evaluation")
-    stacked = torch.cat(scores).cpu()
     answers = data.answers.cpu()
     gold = F.log_softmax(stacked, dim=-1).gather(1, answers[:, None])[:, 0]
     correct = stacked.argmax(1) == answers

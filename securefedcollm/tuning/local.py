@@ -27,6 +27,7 @@ from securefedcollm.tuning.questions import (
     Normalisation,
     choice_scores,
     shuffled_batches,
+    sorted_by_length,
     unwrapped,
 )
 from securefedcollm.tuning.recipe import (
@@ -99,7 +100,7 @@ def train_plain(
         for step in range(steps):
             batch = next(batches)
             descend.zero_grad()
-            for rows in torch.split(batch, micro_batch):
+            for rows in torch.split(sorted_by_length(data, batch), micro_batch):
                 losses = question_losses(model, data.select(rows), loss, normalisation)
                 torch.autograd.backward(losses.sum() / len(batch))
             norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or torch.inf)
@@ -153,6 +154,8 @@ def train_dp(
     """
     parameters, start = _begin(model, layout, data)
     members = _members(len(data), subjects)
+    tokens = (data.segments >= 0).sum(1).numpy()
+    length = np.array([tokens[unit].max() for unit in members])
     if batch_size > len(members):
         raise ConfigError(
             f"an expected batch of {batch_size} needs as many units, the silo has {len(members)}",
@@ -165,9 +168,10 @@ def train_dp(
     with training_mode(model, seed=seed), _per_record_gradients(model):
         for step in range(steps):
             total = np.zeros(layout.size)
-            for units in _micro_batches(
-                noise.poisson_batch(len(members), rate), members, micro_batch
-            ):
+            taken = noise.poisson_batch(len(members), rate)
+            # Like lengths together: a micro-batch is as long as its longest record.
+            taken = taken[np.argsort(length[taken], kind="stable")]
+            for units in _micro_batches(taken, members, micro_batch):
                 losses = question_losses(
                     model, data.select(torch.from_numpy(np.concatenate(units))), loss, normalisation
                 )

@@ -310,10 +310,11 @@ def with_prior(
     """``encoded`` with log p(choice | "Answer:") of ``model`` (the base, untuned) filled in."""
     bare = [Question(PMI_PROMPT, q.choices, None) for q in questions]
     priors = encode(bare, tokenizer, max_tokens=2**30)
+    prior = torch.zeros(encoded.choice_mask.shape)
     with inference_mode(model):
-        parts = [choice_scores(model, batch) for batch in in_order(priors, batch_size)]
-    prior = torch.cat(parts).masked_fill(~encoded.choice_mask, 0.0)
-    return replace(encoded, prior=prior)
+        for rows, batch in by_length(priors, batch_size):
+            prior[rows] = choice_scores(model, batch).cpu()
+    return replace(encoded, prior=prior.masked_fill(~encoded.choice_mask, 0.0))
 
 
 def with_prefix(
@@ -332,20 +333,27 @@ def with_prefix(
         return encoded
     depth = config.num_hidden_layers
     states = torch.zeros(*encoded.tokens.shape, config.hidden_size, dtype=causal.dtype)
-    start = 0
     with inference_mode(model), passed_over(causal, layers, depth) as first:
-        for batch in in_order(encoded, batch_size):
+        for rows, batch in by_length(encoded, batch_size):
             _last_hidden(causal, batch)
             assert first.seen is not None
-            states[start : start + len(batch), : first.seen.shape[1]] = first.seen
-            start += len(batch)
+            states[rows, : first.seen.shape[1]] = first.seen
     return replace(encoded, prefix=states, prefix_layers=layers)
 
 
-def in_order(data: EncodedQuestions, batch_size: int) -> Iterator[EncodedQuestions]:
-    """All rows once, in order."""
-    for part in torch.split(torch.arange(len(data)), batch_size):
-        yield data.select(part)
+def by_length(data: EncodedQuestions, batch_size: int) -> Iterator[tuple[Tensor, EncodedQuestions]]:
+    """(row indices int64 [B], those rows), every row once, rows of like length together.
+
+    In file order a batch of questions is half padding or more, as long as its longest row.
+    """
+    for rows in torch.split(sorted_by_length(data, torch.arange(len(data))), batch_size):
+        yield rows, data.select(rows)
+
+
+def sorted_by_length(data: EncodedQuestions, rows: Tensor) -> Tensor:
+    """``rows`` (int64 [B]) from the shortest packed row to the longest, ties in their order."""
+    lengths = (data.segments[rows] != _PAD).sum(1)
+    return rows[torch.argsort(lengths, stable=True)]
 
 
 def shuffled_batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -21,9 +21,9 @@ from securefedcollm.errors import DataError
 from securefedcollm.tuning.questions import (
     EncodedQuestions,
     Question,
+    by_length,
     choice_scores,
     encode,
-    in_order,
     shuffled_batches,
     with_prior,
 )
@@ -121,10 +121,18 @@ def test_scores_do_not_depend_on_the_batch_or_on_padding() -> None:
     encoded = encode(batch, TOKENIZER, 64)
     with torch.no_grad():
         together = choice_scores(MODELS["llama"], encoded)
-        for i, part in enumerate(in_order(encoded, 1)):
+        for rows, part in by_length(encoded, 1):
             alone = choice_scores(MODELS["llama"], part)
-            torch.testing.assert_close(alone[0], together[i], atol=1e-4, rtol=1e-5)
+            torch.testing.assert_close(alone, together[rows], atol=1e-4, rtol=1e-5)
             assert part.tokens.shape[1] == int((part.segments != -1).sum())  # trimmed
+
+
+def test_rows_of_like_length_come_together_and_every_row_once() -> None:
+    words = [1, 7, 2, 6, 1, 5]
+    batch = [Question(" ".join(["w1"] * n), ("w2", "w3"), 0) for n in words]
+    parts = [(rows.tolist(), part) for rows, part in by_length(encode(batch, TOKENIZER, 64), 2)]
+    assert [rows for rows, _ in parts] == [[0, 4], [2, 5], [3, 1]]
+    assert [part.tokens.shape[1] for _, part in parts] == [1, 5, 7]
 
 
 def test_one_token_choices_need_no_mask() -> None:
