@@ -1,4 +1,4 @@
-"""securefedcollm: federated co-tuning of a server's LLM and its silos' SLMs, with checkable privacy.
+"""securefedcollm: federated co-tuning of a server's LLM and its silos' SLMs, privacy checkable.
 
 The rooms, in the order in which one update walks through them: ``study`` (what everybody agreed),
 ``tuning`` (the only one with torch), ``privacy``, ``aggregation``, ``evidence`` and ``federation``

@@ -15,10 +15,8 @@ import hashlib
 import hmac
 import os
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import numpy as np
-import numpy.typing as npt
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import (
     Ed25519PrivateKey,
@@ -34,6 +32,10 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from securefedcollm.errors import CryptoError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 RandomSource = Callable[[int], bytes]
 """``random(n)`` returns ``n`` unpredictable bytes; ``os.urandom`` everywhere but in vectors."""
@@ -224,6 +226,8 @@ class Keystream:
 
     def words(self, count: int) -> npt.NDArray[np.uint64]:
         """The next ``count`` keystream words, little-endian, as uint64 [count]."""
+        import numpy as np  # here, so that commands that need no arrays start without it
+
         out = np.empty(count, dtype="<u8")
         self.into(out.data)
         return out.astype(np.uint64, copy=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from securefedcollm import __version__
 from securefedcollm.errors import SecureFedCoLLMError
-from securefedcollm_cli import identity, model, simulate, study
+from securefedcollm_cli import budget, identity, model, simulate, study
 
 app = typer.Typer(
     name="securefedcollm",
@@ -25,14 +26,20 @@ app.command()(simulate.simulate)
 app.add_typer(study.app, name="study")
 app.add_typer(identity.app, name="identity")
 app.add_typer(model.app, name="model")
+app.add_typer(budget.app, name="budget")
 
 
 @app.callback(invoke_without_command=True)
 def root(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log what happens, on stderr: ids and sizes.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
     ] = False,
 ) -> None:
+    level = logging.INFO if verbose else logging.ERROR
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", force=True)
     if version:
         typer.echo(f"securefedcollm {__version__}")
         raise typer.Exit

@@ -38,6 +38,14 @@ def simulate(
         int | None,
         typer.Option(min=0, help="Processes that run the silos [one per core]; 0: in this one."),
     ] = None,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--drop",
+            metavar="SILO@STEP",
+            help="Lose a silo on purpose, e.g. 2@upload or 3@unmask:1 (in round 1 only).",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run a whole study on this machine: server, silos, secure sums, distillation.
@@ -57,6 +65,7 @@ def simulate(
         overwrite=overwrite,
         baselines=_BASELINES if baselines else (),
         workers=workers,
+        drops=drop or (),
     )
     from securefedcollm_cli.progress import Bars
 
@@ -89,7 +98,7 @@ def _accuracy_table(results: dict[str, Any]) -> Table:
     table.add_column("model")
     table.add_column("method")
     for group in groups:
-        table.add_column(group, justify="right")
+        table.add_column(group or "accuracy", justify="right")
     if len(groups) > 1:
         table.add_column("mean", justify="right")
     last = None

@@ -25,15 +25,9 @@ def check(config: StudyFile, overrides: Overrides = None, as_json: Json = False)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in facts["reading"].items():
-        table.add_row(key, value)
-    console = Console()
-    console.print(table)
-    console.print("[green]the study is sound[/green]")
+        typer.echo(f"{key:<17} {value}")
+    typer.secho("the study is sound", fg="green")
 
 
 @app.command()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,9 @@ class ServerTuning:
         return models if self._llm is None else [*models, ("llm", self._llm)]
 
 
+_calibrated = lru_cache(calibrate)  # silos of equal size in one process need it once
+
+
 def planned_event(study: Study, records: int) -> PoissonGaussian:
     """What one round of DP-SGD releases, with the least noise that keeps the study's claim.
 
@@ -324,7 +328,7 @@ def planned_event(study: Study, records: int) -> PoissonGaussian:
             hint=f"at most {records}; a tenth of it amplifies privacy well",
         )
     rate = local.batch_size / records
-    noise = calibrate(privacy.epsilon, privacy.delta, rate, local.steps * study.rounds)
+    noise = _calibrated(privacy.epsilon, privacy.delta, rate, local.steps * study.rounds)
     return PoissonGaussian(q=rate, noise_multiplier=noise, steps=local.steps)
 
 

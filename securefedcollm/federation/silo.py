@@ -37,7 +37,7 @@ from securefedcollm.federation.workload import Progress, SiloWorkload, Vector, s
 from securefedcollm.primitives import SigningKey, sha256
 from securefedcollm.privacy.events import Event
 from securefedcollm.privacy.ledger import Key, Ledger, Reservation
-from securefedcollm.study import Study
+from securefedcollm.study import Study, digest
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +127,14 @@ class SiloSession:
             raise RemoteProtocolError(
                 f"asked for round {begin.round + 1} of a study of {self._study.rounds}",
                 peer="server",
+            )
+        # Adversary: a server that starts the study again under another run id, to have the same
+        # updates summed over other survivors; the difference would be one silo's own.
+        if self._store.record(b"run:" + digest(self._study), begin.run_id) != begin.run_id:
+            raise RemoteProtocolError(
+                "asked for a second run of a study that this silo takes part in",
+                peer="server",
+                hint="resume the run; for another one agree on a new study, e.g. with another seed",
             )
         run, *last = self._at
         if run == begin.run_id and last >= [begin.round, begin.attempt]:

@@ -22,6 +22,7 @@ from securefedcollm import __version__
 from securefedcollm.aggregation import Roster
 from securefedcollm.errors import ConfigError
 from securefedcollm.federation.coordinator import Coordinator
+from securefedcollm.federation.engines.dropouts import Drop, DroppingEngine
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.files import make_directory, write_durably
 from securefedcollm.federation.plan import silo_names
@@ -49,6 +50,7 @@ class Simulation:
         overwrite: bool = False,
         baselines: Iterable[str] = ("standalone", "fedavg"),
         workers: int | None = None,
+        drops: Iterable[str] = (),
     ) -> None:
         """
         Args:
@@ -58,6 +60,10 @@ class Simulation:
             overwrite: remove the run in ``out`` first.
             baselines: which comparisons to run: ``standalone``, ``fedavg``.
             workers: processes for the silos; None: one per core; 0: none.
+            drops: silos to lose on purpose, ``SILO@STEP[:ROUND]``.
+
+        Raises:
+            ConfigError: a drop names no silo or step.
         """
         self._study = study
         self._out = out
@@ -65,6 +71,7 @@ class Simulation:
         self._resume = resume
         self._overwrite = overwrite
         self._baselines = tuple(baselines)
+        self._drops = [Drop.parse(spec, silo_names(study)) for spec in drops]
         cores = len(os.sched_getaffinity(0))
         self._workers = min(cores, study.silos.count) if workers is None else workers
         self._threads = max(1, cores // max(1, self._workers))
@@ -164,7 +171,7 @@ class Simulation:
             Coordinator(
                 study=self._study,
                 roster=roster,
-                engine=engine,
+                engine=DroppingEngine(engine, self._drops) if self._drops else engine,
                 workload=server,
                 store=store,
                 progress=progress,
@@ -345,7 +352,9 @@ def _sentence(record: dict[str, Any], rounds: int) -> str:
         for key, value in record["evaluation"].items()
     )
     silos = len(record["survivors"])
-    return f"round {record['round']} of {rounds}: {silos} silos in the sum; {scores}"
+    gone = "".join(f"; {silo} lost ({why})" for silo, why in record.get("dropouts", {}).items())
+    lost = "; THE ROUND IS LOST, its sum cannot be opened" if "lost" in record else ""
+    return f"round {record['round']} of {rounds}: {silos} silos in the sum{gone}{lost}; {scores}"
 
 
 def _notes(study: Study, baselines: tuple[str, ...]) -> list[str]:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from functools import partial
 
+import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from securefedcollm.aggregation.upload import HEAD_BYTES
-from securefedcollm.errors import ConfigError, ProtocolError, StateError
+from securefedcollm.errors import ConfigError, ProtocolError, RemoteProtocolError, StateError
 from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
-from securefedcollm.federation.messages import Aggregated, decode_reply
+from securefedcollm.federation.messages import (
+    Aggregate,
+    Aggregated,
+    BeginRound,
+    Refused,
+    Trained,
+    decode_reply,
+    encode,
+)
 from securefedcollm.federation.plan import quantiser
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.workload import silent
@@ -61,11 +74,12 @@ def expected_theta(study, survivors=NAMES):
 
 
 def spent(directory, study):
-    found = {}
-    for name in NAMES:
-        with Ledger(directory / "silos" / name / "ledger.sqlite", name) as ledger:
-            found[name] = [(e.key.round, e.key.attempt, e.state) for e in ledger.entries()]
-    return found
+    return {name: spent_by(directory / "silos", name) for name in NAMES}
+
+
+def spent_by(silos, name):
+    with Ledger(silos / name / "ledger.sqlite", name) as ledger:
+        return [(e.key.round, e.key.attempt, e.state) for e in ledger.entries()]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -236,3 +250,79 @@ def test_bad_state_is_refused_by_name(tmp_path):
         RunStore(tmp_path, digest(study), resume=True)
     with pytest.raises(StateError, match="cannot be written"):
         RunStore(tmp_path / "server" / "state.json", digest(study), resume=False)
+
+
+def test_a_silo_takes_part_in_one_run_of_a_study(tmp_path):
+    """Adversary: a server that forgets the run, to get the same updates summed over fewer silos."""
+    study = make_study()
+    Run(tmp_path, study).go()
+    shutil.rmtree(tmp_path / "server")
+    with pytest.raises(ProtocolError, match="asked for a second run of a study"):
+        Run(tmp_path, study).go()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"round": 3}, "asked for round 4 of a study of 3"),
+        ({"round": -1}, "asked for round 0"),
+        ({"attempt": -1}, "malformed request"),
+        ({"run_id": b"short"}, "malformed request"),
+        ({"layout": b"x" * 32}, "adapter layout .* is not this silo's"),
+        ({"adapter": b"1234"}, "an adapter of 4 bytes, this layout has 404"),
+        ({"adapter": b"\xff" * 4 * SIZE}, "the global adapter is not finite"),
+    ],
+)
+def test_a_silo_refuses_what_does_not_fit_its_own_study(tmp_path, change, message):
+    """Adversary: the server. The refusal is a reply; nothing is trained, reserved or released."""
+    silo = make_silo("silo-1", silent, study=make_study(), directory=tmp_path)
+    begin = BeginRound(b"r" * 16, 0, 0, b"l" * 32, bytes(4 * SIZE))
+    refusal = decode_reply(silo.step(encode(msgspec.structs.replace(begin, **change))), "silo-1")
+    assert isinstance(refusal, Refused)
+    assert re.search(message, refusal.message)
+    assert spent_by(tmp_path, "silo-1") == []
+    assert isinstance(decode_reply(silo.step(encode(begin)), "silo-1"), Trained)
+
+
+@given(frame=st.binary(max_size=200))
+def test_garbage_is_refused_by_both_sides(tmp_path_factory, frame):
+    silo = make_silo("silo-1", silent, study=make_study(), directory=tmp_path_factory.mktemp("s"))
+    assert isinstance(decode_reply(silo.step(frame), "silo-1"), Refused)
+    with pytest.raises(RemoteProtocolError, match="silo-1: "):
+        decode_reply(b"\xc1" + frame, "silo-1")
+
+
+def test_an_inner_frame_before_a_round_and_a_repeated_round_are_refused(tmp_path):
+    silo = make_silo("silo-1", silent, study=make_study(), directory=tmp_path)
+    early = decode_reply(silo.step(encode(Aggregate(b"x"))), "silo-1")
+    assert isinstance(early, Refused)
+    begin = encode(BeginRound(b"r" * 16, 1, 0, b"l" * 32, bytes(4 * SIZE)))
+    assert isinstance(decode_reply(silo.step(begin), "silo-1"), Trained)
+    assert isinstance(decode_reply(silo.step(begin), "silo-1"), Refused)
+    older = encode(BeginRound(b"r" * 16, 0, 5, b"l" * 32, bytes(4 * SIZE)))
+    assert isinstance(decode_reply(silo.step(older), "silo-1"), Refused)
+
+
+def test_a_second_model_for_a_round_costs_a_second_time_and_a_lost_update_too(tmp_path):
+    study = make_study()
+    silo = make_silo("silo-1", silent, study=study, directory=tmp_path)
+    for attempt, model in enumerate((0.0, 1.0, 0.0)):
+        adapter = np.full(SIZE, model, dtype="<f4").tobytes()
+        begin = BeginRound(b"r" * 16, 0, attempt, b"l" * 32, adapter)
+        assert isinstance(decode_reply(silo.step(encode(begin)), "silo-1"), Trained)
+    assert spent_by(tmp_path, "silo-1") == [(0, 0, "settled"), (0, 1, "settled")]
+    for update in (tmp_path / "silo-1").glob("update-*"):
+        update.unlink()
+    begin = BeginRound(b"r" * 16, 0, 3, b"l" * 32, bytes(4 * SIZE))
+    assert isinstance(decode_reply(silo.step(encode(begin)), "silo-1"), Trained)
+    assert len(spent_by(tmp_path, "silo-1")) == 3
+
+
+def test_a_budget_that_is_used_up_stops_the_training_and_says_what_is_left(tmp_path):
+    study = make_study(privacy={"epsilon": 0.5, "delta": 1e-5})
+    silo = make_silo("silo-1", silent, study=study, directory=tmp_path)
+    begin = BeginRound(b"r" * 16, 0, 0, b"l" * 32, bytes(4 * SIZE))
+    refusal = decode_reply(silo.step(encode(begin)), "silo-1")
+    assert isinstance(refusal, Refused)
+    assert refusal.kind == "BudgetExceeded"
+    assert spent_by(tmp_path, "silo-1") == []

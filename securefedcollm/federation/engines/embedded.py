@@ -22,6 +22,8 @@ from securefedcollm.federation.workload import Progress
 
 log = logging.getLogger(__name__)
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
 SiloFactory = Callable[[str, Progress], SiloPort]
 """Builds the silo of that name; picklable when workers are used."""
 
@@ -110,7 +112,9 @@ class _Worker:
         self.silos = silos
         self.pipe, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(
-            target=_serve, args=(theirs, silos, factory), daemon=True
+            target=_serve,
+            args=(theirs, silos, factory, logging.getLogger().getEffectiveLevel()),
+            daemon=True,
         )
         self.process.start()
         theirs.close()
@@ -162,8 +166,11 @@ class _Worker:
         self.process.join(timeout=10)
 
 
-def _serve(pipe: Connection[Any, Any], silos: list[str], factory: SiloFactory) -> None:
+def _serve(
+    pipe: Connection[Any, Any], silos: list[str], factory: SiloFactory, log_level: int
+) -> None:
     """A worker's life: build its silos, then answer until the pipe closes."""
+    logging.basicConfig(level=log_level, format=LOG_FORMAT, force=True)
 
     def report(done: int, total: int, text: str) -> None:
         pipe.send(("progress", done, total, text))

@@ -1,0 +1,205 @@
+"""``simulate``: a whole run through the command line, on tiny models and real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from securefedcollm_cli.main import app
+from typer.testing import CliRunner
+
+from securefedcollm.errors import SecureFedCoLLMError
+
+from .tiny import make_inputs
+
+NO_PRIVACY = ["--set", "privacy=none"]
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("inputs")
+    make_inputs(directory)
+    return directory
+
+
+def run(inputs, out, *more, workers="0"):
+    """Run the command in this process; the error that it would report, or its JSON."""
+    arguments = ["simulate", str(inputs / "tiny.yaml"), "--data", str(inputs), "--out", str(out)]
+    result = CliRunner().invoke(app, [*arguments, "--workers", workers, "--json", *more])
+    if isinstance(result.exception, SecureFedCoLLMError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def adapters(out, which="slm"):
+    return load_file(out / "adapters" / which / "adapter_model.safetensors")
+
+
+def test_a_run_ends_with_table_ledger_and_adapters(inputs, tmp_path):
+    results = run(inputs, tmp_path / "run")
+    methods = {(row["model"], row["method"]) for row in results["table"]}
+    assert methods == {
+        ("slm", "zero-shot"),
+        ("slm", "standalone"),
+        ("slm", "FedAvg"),
+        ("slm", "FedCoLLM"),
+        ("llm", "zero-shot"),
+        ("llm", "FedCoLLM"),
+    }
+    assert len(results["rounds"]) == 2
+    for silo in results["silos"]:
+        assert silo["records"] == 32
+        assert 0 < silo["epsilon_spent"] <= 8
+        assert silo["bytes_up"] > 0
+        assert silo["bytes_down"] > 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [1, 2]
+    for which in ("slm", "llm"):
+        moved = [v for k, v in adapters(tmp_path / "run", which).items() if "lora_B" in k]
+        assert moved
+        assert any(v.any() for v in moved)
+
+
+def test_the_saved_adapters_load_with_peft(inputs, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run(inputs, tmp_path / "run", "--no-baselines")
+    for which in ("slm", "llm"):
+        base = AutoModelForCausalLM.from_pretrained(inputs / which)
+        model = PeftModel.from_pretrained(base, tmp_path / "run" / "adapters" / which)
+        assert model.peft_config["default"].r == 2
+
+
+def test_the_same_seed_gives_the_same_run_and_workers_change_nothing(inputs, tmp_path):
+    """Without DP; keys and run ids differ, and masks cancel exactly."""
+    runs = [
+        run(inputs, tmp_path / name, *NO_PRIVACY, "--no-baselines", workers=workers)
+        for name, workers in (("a", "0"), ("b", "0"), ("c", "2"))
+    ]
+    assert len({r["run_id"] for r in runs}) == 3
+    assert runs[0]["table"] == runs[1]["table"] == runs[2]["table"]
+    for which in ("slm", "llm"):
+        first, *others = (adapters(tmp_path / name, which) for name in "abc")
+        for other in others:
+            for key, value in first.items():
+                np.testing.assert_array_equal(value, other[key])
+
+
+@pytest.mark.parametrize("method", ["lora", "rolora"])
+def test_the_other_adapter_methods_run(inputs, tmp_path, method):
+    change = ["--set", f"adapter.method={method}", "--set", "distillation.loss=mutual-kl"]
+    results = run(inputs, tmp_path / "run", *change, "--no-baselines")
+    assert len(results["rounds"]) == 2
+
+
+def test_a_dropout_is_survived_and_named(inputs, tmp_path):
+    results = run(inputs, tmp_path / "run", "--no-baselines", "--drop", "2@upload:1")
+    first, second = results["rounds"]
+    assert first["survivors"] == ["silo-1", "silo-3", "silo-4"]
+    assert first["dropouts"] == {"silo-2": "dropped on purpose at upload"}
+    assert len(second["survivors"]) == 4
+
+
+def test_killed_with_minus_nine_and_resumed(inputs, tmp_path):
+    """A real process group, killed while round 2 is under way."""
+    out = tmp_path / "run"
+    command = [
+        str(Path(sys.executable).with_name("securefedcollm")),
+        *("simulate", str(inputs / "tiny.yaml"), "--data", str(inputs), "--out", str(out)),
+        *("--workers", "2", "--no-baselines", "--json", "--set", "rounds=3"),
+    ]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    state = out / "server" / "state.json"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if state.exists() and json.loads(state.read_text())["round"] == 1:
+            break
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = json.loads(state.read_text())["round"]
+    assert finished < 3
+    results = json.loads(subprocess.run([*command, "--resume"], capture_output=True).stdout)
+    assert [r["round"] for r in results["rounds"]] == [1, 2, 3]
+    assert results["run_id"] == json.loads(state.read_text())["run_id"]
+    for silo in results["silos"]:
+        assert 0 < silo["epsilon_spent"] <= 8  # three rounds fit the budget exactly; four would not
+
+
+def broken_line(directory: Path) -> None:
+    lines = (directory / "train.jsonl").read_text().splitlines()
+    lines[4] = '{"question": "colour of'
+    (directory / "train.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--set", "rounds=x"], "rounds: expected `int`"),
+        (["--set", "adaptor.rank=2"], "adaptor: unknown key"),
+        (["--set", "task.data.train=none.jsonl"], "none.jsonl"),
+        (["--set", "models.slm.source=path:nowhere"], "path:nowhere"),
+        (["--set", "adapter.layout=" + "a" * 64], "adapter.layout: this model's adapter"),
+        (["--set", "models.slm.sha256=" + "b" * 64], "the study pins bbbb"),
+        (["--set", "adapter.targets=[nothing]"], "adapter.targets: the adapter fits no module"),
+        (["--set", "task.data.per_silo=1000"], "task.data: the study needs"),
+        (["--set", "local.batch_size=33"], "local.batch_size: an expected batch of 33"),
+        (["--set", "local.learning_rate=1e30"], "not finite"),
+        (["--set", "privacy=none", "--set", "local.learning_rate=1e30"], "not finite"),
+        (["--drop", "9@upload"], "there is no silo '9'"),
+        (["--drop", "2@lunch"], "is not SILO@STEP"),
+        (["--resume"], "there is no run to resume"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_place(inputs, tmp_path, more, message):
+    with pytest.raises(SecureFedCoLLMError) as caught:
+        run(inputs, tmp_path / "run", "--no-baselines", *more)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_line_is_named_and_the_process_exits_with_2(tmp_path):
+    make_inputs(tmp_path)
+    broken_line(tmp_path)
+    command = [str(Path(sys.executable).with_name("securefedcollm")), "simulate"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "tiny.yaml"), "--data", str(tmp_path), "--out", "/proc/x"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: /proc/x: cannot be written")
+    done = subprocess.run(
+        [*command, str(tmp_path / "tiny.yaml"), "--data", str(tmp_path), "--out", tmp_path / "o"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "train.jsonl" in done.stderr
+    assert "line 5" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_run_is_not_overwritten_unasked_and_a_stranger_directory_never(inputs, tmp_path):
+    run(inputs, tmp_path / "run", "--no-baselines", "--set", "rounds=1")
+    with pytest.raises(SecureFedCoLLMError, match="there is a run in this directory already"):
+        run(inputs, tmp_path / "run", "--no-baselines", "--set", "rounds=1")
+    run(inputs, tmp_path / "run", "--no-baselines", "--set", "rounds=1", "--overwrite")
+    stranger = tmp_path / "home"
+    stranger.mkdir()
+    (stranger / "thesis.tex").write_text("years of work")
+    with pytest.raises(SecureFedCoLLMError, match="is not a run directory"):
+        run(inputs, stranger, "--overwrite")
+    assert (stranger / "thesis.tex").exists()
