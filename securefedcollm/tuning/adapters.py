@@ -28,6 +28,7 @@ from torch import nn
 
 from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.primitives import sha256
+from securefedcollm.tuning.layers import decoder_layers
 from securefedcollm.tuning.questions import unwrapped
 
 Method = Literal["ffa-lora", "rolora", "lora"]
@@ -88,7 +89,7 @@ def attach(
         r=rank,
         lora_alpha=alpha,  # a float α is fine: scaling = α / r
         lora_dropout=dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=_targets(model, targets, top_layers),
         layers_to_transform=_top(model, top_layers),
         fan_in_fan_out=_is_conv1d(model),
         task_type="CAUSAL_LM",
@@ -259,6 +260,23 @@ def _shared_init(seed: int, name: str, shape: Sequence[int]) -> Vector:
     words = np.random.Philox(key=key).random_raw(math.prod(shape))
     unit = (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1)
     return (unit * np.float32(1 / math.sqrt(shape[1]))).reshape(tuple(shape))
+
+
+def _targets(
+    model: nn.Module, targets: str | Sequence[str], top_layers: int | None
+) -> str | list[str]:
+    """PEFT takes "all-linear" or a choice of layers, not both: spell the names out for it."""
+    if not isinstance(targets, str):
+        return list(targets)
+    if top_layers is None:
+        return targets
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in decoder_layers(unwrapped(model))[0].named_modules()
+            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        }
+    )
 
 
 def _top(model: nn.Module, top_layers: int | None) -> list[int] | None:

@@ -139,6 +139,10 @@ def test_targets_and_top_layers(toy: Any) -> None:
     ).names
     assert len(names) == 2
     assert all(".layers.1.self_attn." in name for name in names)
+    every = layout_of(attach(toy.model(), targets="all-linear", top_layers=1), "ffa-lora").names
+    both = layout_of(attach(toy.model(), targets="all-linear"), "ffa-lora").names
+    assert len(every) == 7
+    assert set(every) == {name for name in both if ".layers.1." in name}
     with pytest.raises(ConfigError, match=r"adapter.targets: the adapter fits no module"):
         attach(toy.model(), targets=["nonsense"])
     with pytest.raises(ConfigError, match=r"adapter.top_layers: 3 layers asked for, the model has"):
