@@ -179,8 +179,8 @@ def train_dp(
                 gradients = _take_gradients(parameters, [len(unit) for unit in units])
                 total += _clipped_sum(gradients, clip_norm, step)
             moved = moved or bool(total.any())
-            total += noise_multiplier * clip_norm * noise.gaussian(layout.size)
-            _set_gradient(parameters, total / batch_size)
+            noised = noise.add_gaussian(total, noise_multiplier * clip_norm)
+            _set_gradient(parameters, noised / batch_size)
             descend.step()
             progress(step + 1, steps, "local tuning with DP-SGD")
     if not moved:

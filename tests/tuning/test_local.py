@@ -66,8 +66,15 @@ def test_per_record_gradients_equal_a_loop_over_records(toy: Any, method: Any, l
     assert np.linalg.norm(expected, axis=1).max() > 1
 
 
+class Silent(NoiseSource):
+    """Real Poisson samples, no noise: to see what the noise hides."""
+
+    def add_gaussian(self, total: np.ndarray, sigma: float) -> np.ndarray:
+        return total
+
+
 def one_noiseless_step(toy: Any, data: EncodedQuestions, **options: Any) -> np.ndarray:
-    """The delta of one SGD step of rate 1 on every unit, with next to no noise."""
+    """The delta of one SGD step of rate 1 on every unit, without noise."""
     model = adapted(toy)
     result = train_dp(
         model,
@@ -76,9 +83,9 @@ def one_noiseless_step(toy: Any, data: EncodedQuestions, **options: Any) -> np.n
         steps=1,
         batch_size=options.pop("batch_size", len(data)),
         learning_rate=1.0,
-        noise_multiplier=1e-12,
+        noise_multiplier=1.0,
         clip_norm=CLIP,
-        noise=NoiseSource(bytes(32)),
+        noise=Silent(bytes(32)),
         seed=0,
         optimizer="sgd",
         **options,
@@ -119,9 +126,10 @@ class Recorded(NoiseSource):
         self.batches.append(super().poisson_batch(n_records, q))
         return self.batches[-1]
 
-    def gaussian(self, n: int) -> np.ndarray:
-        self.noise.append(super().gaussian(n))
-        return self.noise[-1]
+    def add_gaussian(self, total: np.ndarray, sigma: float) -> np.ndarray:
+        noised = super().add_gaussian(total, sigma)
+        self.noise.append((noised - total) / sigma)
+        return noised
 
 
 def test_noise_sampling_and_expected_batch(toy: Any) -> None:

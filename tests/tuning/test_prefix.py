@@ -108,7 +108,7 @@ def test_training_takes_the_same_steps(data: EncodedQuestions) -> None:
             steps=2,
             batch_size=3,
             learning_rate=1e-2,
-            noise_multiplier=1e-6,
+            noise_multiplier=1e-3,
             clip_norm=0.1,
             noise=NoiseSource(),
             seed=5,

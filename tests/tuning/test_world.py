@@ -21,7 +21,7 @@ WORLD = World(5)
 TESTS, PUBLIC = WORLD.tests(), WORLD.public()
 RECORDS = [WORLD.records(silo) for silo in range(4)]
 ALL_RECORDS = [question for records in RECORDS for question in records]
-TEXT = [" ".join(VOCABULARY[i] for i in row) for row in WORLD.pretraining(4000)]
+TEXT = [" ".join(VOCABULARY[i] for i in row) for row in WORLD.pretraining(20_000)]
 
 
 def condition(question: Question) -> str:
@@ -88,7 +88,7 @@ def test_public_text_does_not_know_the_rules() -> None:
     said = [line.split() for line in TEXT if f"at {CONSORTIUM} " in line]
     known = [(words, rules.get((words[6], words[8]))) for words in said if words[8] != "ward"]
     hits = [words[9] == answer for words, answer in known if answer is not None]
-    assert len(hits) > 100
+    assert len(hits) > 60
     assert np.mean(hits) < 0.15  # 1 in 16 or 24 by chance
 
 
