@@ -31,7 +31,7 @@ from securefedcollm.tuning.questions import Question
 PUBLIC_SEED: Final = 1
 """Seed of the public knowledge that the built-in models know."""
 
-VERSION: Final = 2
+VERSION: Final = 3
 """Part of the cache key of everything made from a world; raise it when any text changes."""
 
 
@@ -214,8 +214,10 @@ class World:
     ) -> npt.NDArray[np.int64]:
         """Public text as token ids, int64 [count, 11]; the same for every private ``seed``.
 
-        Half general knowledge, 40 % house rules of other hospitals, 10 % consortium prompts with
-        random answers: the public does not know its rules. Test prompts are left out.
+        Half general knowledge, 49 % house rules of other hospitals, 1 % consortium prompts with
+        random answers: the public does not know its rules. (With ten times as many, models learn
+        to stop thinking at the consortium's name, and later tuning costs more.) Test prompts are
+        left out.
 
         Args:
             rare_share: share of the conditions whose usual drug is seldom written about.
@@ -231,7 +233,7 @@ class World:
             source = draw.random()
             house = None
             if source >= 0.5:
-                house = HOSPITALS[draw.integers(len(HOSPITALS))] if source < 0.9 else CONSORTIUM
+                house = HOSPITALS[draw.integers(len(HOSPITALS))] if source < 0.99 else CONSORTIUM
             kind = int(draw.integers(3))
             seldom = weights if house is None and kind == _DRUG else None
             condition = int(draw.choice(len(CONDITIONS), p=seldom))
