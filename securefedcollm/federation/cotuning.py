@@ -35,7 +35,14 @@ from securefedcollm.tuning.distil import DistilStep, distil
 from securefedcollm.tuning.evaluate import evaluate
 from securefedcollm.tuning.local import train_dp, train_plain
 from securefedcollm.tuning.models import LoadedModel, load_model
-from securefedcollm.tuning.questions import EncodedQuestions, Question, encode, with_prior
+from securefedcollm.tuning.questions import (
+    EncodedQuestions,
+    Question,
+    encode,
+    unwrapped,
+    with_prefix,
+    with_prior,
+)
 from securefedcollm.tuning.splits import dataset_fingerprint
 
 
@@ -80,12 +87,19 @@ class Tuned:
         return cls(model, loaded.tokenizer, bytes.fromhex(loaded.digest), study)
 
     def encode(self, questions: Sequence[Question]) -> EncodedQuestions:
-        """Tensors of ``questions`` for this model, with the base's prior if the score needs it."""
+        """Tensors of ``questions`` for this model, with all that the frozen part can say about them.
+
+        That is the base's prior if the score needs it, and the hidden states below the adapted
+        layers if only the top ones are adapted.
+        """
         task = self.study.task
         encoded = encode(questions, self.tokenizer, task.max_tokens)
         if task.score == "pmi":
             with self.model.disable_adapter():
                 encoded = with_prior(self.model, questions, encoded, self.tokenizer)
+        if self.study.adapter.top_layers is not None:
+            depth = unwrapped(self.model).config.num_hidden_layers
+            encoded = with_prefix(self.model, encoded, depth - self.study.adapter.top_layers)
         return encoded
 
     def broadcast_layout(self) -> AdapterLayout:
