@@ -25,6 +25,10 @@ format: $(VENV)/.ready  ## rewrite the code in house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: $(VENV)/.ready .venv-bench/.ready  ## masking and noise against their peers (JSON)
+	$(BIN)/python -m benchmarks.masking --repeats 5 --json
+	$(BIN)/python -m benchmarks.noise --json
+
 clean:           ## remove what make made (not the runs)
 	rm -rf $(VENV) .venv-bench .mypy_cache .ruff_cache .pytest_cache
 
@@ -32,4 +36,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# The peers that the benchmarks compare with, apart from us so that their pins never bind ours.
+.venv-bench/.ready:
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check \
+		flwr==1.41.0 opendp==0.16.0
 	@touch $@

@@ -87,7 +87,7 @@ class Tuned:
         return cls(model, loaded.tokenizer, bytes.fromhex(loaded.digest), study)
 
     def encode(self, questions: Sequence[Question]) -> EncodedQuestions:
-        """Tensors of ``questions`` for this model, with all that the frozen part can say about them.
+        """Tensors of ``questions`` for this model, and all that its frozen part says about them.
 
         That is the base's prior if the score needs it, and the hidden states below the adapted
         layers if only the top ones are adapted.

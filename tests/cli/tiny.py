@@ -68,10 +68,11 @@ def write_questions(path: Path, count: int, seed: int) -> None:
     lines = []
     for i in range(count):
         thing = THINGS[i % len(THINGS)]
+        second, third = THINGS[(7 * i + seed) % 12], THINGS[i // 12 % 12]
         order = torch.randperm(4, generator=draw).tolist()
         lines.append(
             {
-                "question": f"colour of {thing} {THINGS[(7 * i + seed) % 12]} {THINGS[i // 12 % 12]}",
+                "question": f"colour of {thing} {second} {third}",
                 "choices": [COLOURS[o] for o in order],
                 "answer": order.index(i % len(THINGS) % 4),
             }
