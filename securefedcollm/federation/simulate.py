@@ -74,6 +74,7 @@ class Simulation:
         self._drops = [Drop.parse(spec, silo_names(study)) for spec in drops]
         cores = len(os.sched_getaffinity(0))
         self._workers = min(cores, study.silos.count) if workers is None else workers
+        self._server_threads = cores  # silos and server never work at the same time
         self._threads = max(1, cores // max(1, self._workers))
 
     def run(self, progress: Progress, say: Say) -> dict[str, Any]:
@@ -92,7 +93,7 @@ class Simulation:
 
         dealt = deal(self._study, self._data)
         self._prepare_models(progress, say)
-        cotuning.set_threads(self._threads)
+        cotuning.set_threads(self._server_threads)
         server = cotuning.ServerTuning(
             self._study,
             public=dealt.public,

@@ -1,0 +1,135 @@
+"""Commands that need no model: help, study, identity; and what the process does with errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from securefedcollm_cli.main import app
+from typer.testing import CliRunner
+
+from securefedcollm import __version__
+from securefedcollm.errors import ConfigError, SecureFedCoLLMError
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+COMMAND = str(Path(sys.executable).with_name("securefedcollm"))
+
+
+def call(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments), env={"SECUREFEDCOLLM_PASSPHRASE": ""})
+    if isinstance(result.exception, SecureFedCoLLMError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_every_command_has_help():
+    from typer.main import get_command
+
+    def walk(command, path):
+        yield path
+        for name, child in getattr(command, "commands", {}).items():
+            yield from walk(child, [*path, name])
+
+    paths = list(walk(get_command(app), []))
+    assert len(paths) > 15
+    for path in paths:
+        assert "Usage" in call(*path, "--help")
+
+
+def test_version():
+    assert call("--version") == f"securefedcollm {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["study", "check", QUICKSTART], ["study", "schema"]]
+)
+def test_light_commands_never_import_torch(arguments):
+    program = (
+        "import sys; from securefedcollm_cli.main import app\n"
+        "try: app()\n"
+        "except SystemExit as end: code = end.code\n"
+        "heavy = {'torch', 'transformers', 'peft', 'opacus', 'datasets', 'tenseal', 'scipy'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_crypto_side_never_imports_torch():
+    program = (
+        "import sys, securefedcollm.aggregation.silo, securefedcollm.aggregation.coordinator\n"
+        "import securefedcollm.privacy.ledger, securefedcollm.study.signing\n"
+        "import securefedcollm.federation.silo, securefedcollm.federation.coordinator\n"
+        "assert 'torch' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_study_check_says_what_follows():
+    facts = json.loads(call("study", "check", QUICKSTART, "--json"))
+    assert facts["threshold"] == 3
+    assert facts["fields_per_word"] == 3
+    text = call("study", "check", QUICKSTART, "--set", "privacy=none")
+    assert "no differential privacy" in text
+    assert text.endswith("the study is sound\n")
+
+
+def test_study_show_round_trips(tmp_path):
+    path = tmp_path / "copy.yaml"
+    path.write_text(call("study", "show", QUICKSTART))
+    first, second = (
+        json.loads(call("study", "check", p, "--json")) for p in (QUICKSTART, str(path))
+    )
+    assert first["digest"] == second["digest"]
+
+
+def test_the_schema_names_every_key():
+    outline = call("study", "schema")
+    for line in ("privacy:", "  epsilon: float", "  method: ", "rounds:", "required"):
+        assert line in outline
+    assert "Study" in json.loads(call("study", "schema", "--json"))["$defs"]
+
+
+def test_identities_roster_and_signatures_from_the_command_line(tmp_path):
+    words = tmp_path / "words"
+    words.write_text("correct horse battery staple\n")
+    lines = []
+    for name, role in (("server", "server"), ("a", "silo"), ("b", "silo"), ("c", "silo")):
+        out = str(tmp_path / f"{name}.json")
+        call("identity", "new", name, "--out", out, "--passphrase-file", str(words))
+        shown = json.loads(call("identity", "show", out, "--role", role, "--json"))
+        assert shown["encrypted"]
+        lines.append(shown["roster_line"])
+    study = tmp_path / "study.yaml"
+    text = Path(QUICKSTART).read_text().replace("count: 4", "count: 3")
+    study.write_text(text + "\nroster:\n" + "".join(f"  {line}\n" for line in lines))
+    for name in ("server", "a", "b"):
+        identity = str(tmp_path / f"{name}.json")
+        call("study", "sign", str(study), "--identity", identity, "--passphrase-file", str(words))
+    with pytest.raises(ConfigError, match="not signed yet by c"):
+        call("study", "verify", str(study))
+    identity = str(tmp_path / "c.json")
+    call("study", "sign", str(study), "--identity", identity, "--passphrase-file", str(words))
+    assert json.loads(call("study", "verify", str(study), "--json"))["signed"]["c"]
+    study.write_text(study.read_text().replace("rounds: 4", "rounds: 5"))
+    with pytest.raises(ConfigError, match="another version"):
+        call("study", "verify", str(study))
+
+
+def test_an_error_is_one_line_and_exit_code_2(tmp_path):
+    done = subprocess.run([COMMAND, "study", "check", "none.yaml"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: none.yaml: there is no such file — ")
+    assert done.stderr.count("\n") == 1
+    done = subprocess.run(
+        [COMMAND, "study", "check", "none.yaml", "--json"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["error"] == "ConfigError"
