@@ -279,6 +279,7 @@ class ServerTuning:
             weight=plan.weight,
             temperature=plan.temperature,
             direction=plan.direction,
+            sharpness=plan.sharpness,
             normalisation=self._study.task.score,
             micro_batch=self._study.local.micro_batch,
             on_step=steps.append,

@@ -150,7 +150,7 @@ class Distillation(_Section, frozen=True):
     """The server's phase on the public set, after every sum.
 
     ``entropy-pooled``: both models learn a mixture of their own predictions, weighted by which of
-    them is surer. ``mutual-kl``: the paper's losses (arXiv 2411.11707, eq. 3 and 4) with weight λ.
+    them is surer (``sharpness``: how much that counts). ``mutual-kl``: the paper's losses (arXiv 2411.11707, eq. 3 and 4) with weight λ.
     ``none``: each is tuned on the labelled public questions alone.
     """
 
@@ -163,6 +163,7 @@ class Distillation(_Section, frozen=True):
     weight: Positive = 1.0
     temperature: Positive = 1.0
     direction: Literal["forward", "reverse", "js"] = "forward"
+    sharpness: Positive = 3.0
 
 
 class Participant(_Section, frozen=True):
