@@ -150,8 +150,9 @@ class Distillation(_Section, frozen=True):
     """The server's phase on the public set, after every sum.
 
     ``entropy-pooled``: both models learn a mixture of their own predictions, weighted by which of
-    them is surer (``sharpness``: how much that counts). ``mutual-kl``: the paper's losses (arXiv 2411.11707, eq. 3 and 4) with weight λ.
-    ``none``: each is tuned on the labelled public questions alone.
+    them is surer (``sharpness``: how much that counts). ``mutual-kl``: the paper's losses (arXiv
+    2411.11707, eq. 3 and 4) with weight λ. ``none``: each is tuned on the labelled public questions
+    alone.
     """
 
     loss: Literal["entropy-pooled", "mutual-kl", "none"] = "entropy-pooled"
