@@ -28,8 +28,8 @@ class Journal(Protocol):
         """Store ``value`` under ``key`` unless something is stored there; return what is stored.
 
         Must be atomic across processes (first writer wins) and must not return before the record
-        would survive a power failure: the caller sends its reply next. Keys are at most 40 bytes,
-        values 32 bytes; neither is secret. Raises whatever the store raises; the silo then answers
+        would survive a power failure: the caller sends its reply next. Keys and values are short
+        (at most 64 bytes) and not secret. Raises whatever the store raises; the silo then answers
         nothing.
         """
         ...

@@ -153,7 +153,9 @@ class Coordinator:
             layout=self._workload.layout(round_),
             adapter=adapter,
         )
-        replies = self._ask(dict.fromkeys(self._roster.names, begin), TRAIN_TIMEOUT, traffic, lost)
+        lost |= self._store.state.barred
+        invited = [silo for silo in self._roster.names if silo not in lost]
+        replies = self._ask(dict.fromkeys(invited, begin), TRAIN_TIMEOUT, traffic, lost)
         trained = [silo for silo, reply in replies.items() if isinstance(reply, Trained)]
         if len(trained) < self._study.minimum:
             raise _TooFewUpdatesError(
@@ -196,7 +198,13 @@ class Coordinator:
                 except RemoteProtocolError as error:
                     log.warning("%s", error)  # the silo is out of this round and named in it
             step += 1
-            if not side.advance():
+            try:
+                more = side.advance()
+            except RemoteProtocolError as error:
+                # A dealer whose shares fit no secret spoils the opening for all; not twice.
+                self._store.bar(error.peer, error.message)
+                raise
+            if not more:
                 self._progress(5, 5, "secure aggregation")
                 return
 

@@ -82,7 +82,7 @@ def _checked(frame: bytes, decoder: msgspec.msgpack.Decoder[_T], peer: str) -> _
         raise RemoteProtocolError(f"a frame of {len(frame)} bytes is too large", peer=peer)
     try:
         return decoder.decode(frame)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RemoteProtocolError(
             f"a frame does not decode ({error})",
             peer=peer,

@@ -27,7 +27,8 @@ class RunState:
     ``round`` is the round to run next (from 0); ``attempt`` the number of aggregation attempts
     already begun for it; ``opening`` whether silos were ever asked to unmask it, after which only
     that same sum can be opened; ``opened`` the sum's survivors once the sum is out, so that it is
-    never asked for again; ``history`` one record per finished round.
+    never asked for again; ``barred`` silos that spoilt an opening and why; ``history`` one record
+    per finished round.
     """
 
     run_id: str
@@ -36,6 +37,7 @@ class RunState:
     attempt: int = 0
     opening: bool = False
     opened: list[str] = field(default_factory=list)
+    barred: dict[str, str] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -85,6 +87,11 @@ class RunStore:
     def begin_opening(self) -> None:
         """Note, durably, that silos are about to unmask this round's sum."""
         self.state.opening = True
+        self._write()
+
+    def bar(self, silo: str, reason: str) -> None:
+        """Keep ``silo`` out of the rest of the run."""
+        self.state.barred[silo] = reason
         self._write()
 
     def save_mean(self, mean: Vector, survivors: list[str]) -> None:

@@ -18,6 +18,7 @@ from securefedcollm.errors import (
     ConfigError,
     RemoteProtocolError,
     SecureFedCoLLMError,
+    StateError,
     TrainingError,
 )
 from securefedcollm.federation.messages import (
@@ -57,7 +58,25 @@ class SiloSession:
         ledger: Ledger,
         progress: Progress = silent,
         threads: int = 1,
+        explain: bool = False,
     ) -> None:
+        """
+        Args:
+            roster: the silos; that of the study, if the study has one.
+            explain: tell the server *why* this silo cannot go on. Only for a simulation, in which
+                the two are the same person: reasons depend on private data and other studies.
+
+        Raises:
+            ConfigError: the roster is not the study's.
+        """
+        listed = {p.name: bytes.fromhex(p.key) for p in study.roster if p.role == "silo"}
+        if listed and Roster(listed).root != roster.root:
+            raise ConfigError(
+                "the silos of this run are not those of the signed study",
+                where="roster",
+                hint="build the roster from the study",
+            )
+        self._explain = explain
         self._study = study
         self._name = name
         self._roster = roster
@@ -86,15 +105,22 @@ class SiloSession:
         except SecureFedCoLLMError as error:
             log.warning("%s: %s", self._name, error)
             self._side = None
-            reply = Refused(type(error).__name__, error.message, error.hint)
+            reply = self._refusal(error)
         return encode(reply)
+
+    def _refusal(self, error: SecureFedCoLLMError) -> Refused:
+        # Adversary: a server that learns from refusals. What follows from its own frame it may
+        # read; ε spent elsewhere, record counts, paths and failures on records stay here.
+        if self._explain or isinstance(error, RemoteProtocolError):
+            return Refused(type(error).__name__, error.message, error.hint)
+        return Refused("Refused", "this silo cannot take part", "its own log says why")
 
     def _begin(self, begin: BeginRound) -> Trained:
         self._side = None
         self._check_order(begin)
         adapter = self._read_adapter(begin)
         model = model_digest(self._workload.base_digest, begin.layout, begin.adapter)
-        update = self._update(begin.run_id, begin.round, model, adapter)
+        values = self._workload.update_size(begin.round)
         header = round_header(
             self._study,
             roster=self._roster,
@@ -102,39 +128,55 @@ class SiloSession:
             round_=begin.round,
             attempt=begin.attempt,
             model=model,
-            values=len(update),
+            values=values,
         )
-        quantised = quantiser(self._study, len(update)).encode(update).integers
+        quantise = quantiser(self._study, values)
+        scope = sha256(b"securefedcollm/run/v1\0", header.study_digest, begin.run_id)
+        self._enter(scope, begin, model)
+        integers = quantise.encode(self._update(scope, begin.round, adapter)).integers
         self._side = silo_side(
             self._study.aggregation.scheme,
             header=header,
             roster=self._roster,
             name=self._name,
             signing_key=self._key,
-            vector=quantised,
-            vector_id=sha256(b"securefedcollm/vector/v1\0", update.tobytes()),
+            vector=integers,
+            vector_id=sha256(b"securefedcollm/vector/v1\0", integers.tobytes()),
             journal=self._store,
             threads=self._threads,
         )
         self._at = (begin.run_id, begin.round, begin.attempt)
         return Trained()
 
+    def _enter(self, scope: bytes, begin: BeginRound, model: bytes) -> None:
+        """Durable rules about what may be trained at all, whatever becomes of the process."""
+        # Adversary: a server that starts the study again under another run id, to have the same
+        # updates summed over other survivors; the difference would be one silo's own.
+        run = b"run:" + digest(self._study)
+        if self._store.record(run, begin.run_id) != begin.run_id:
+            raise RemoteProtocolError(
+                "asked for a second run of a study that this silo takes part in",
+                peer="server",
+                hint="resume the run; for another one agree on a new study, e.g. with another seed",
+            )
+        # Adversary: a server that burns a silo's budget on rounds whose updates it never sums:
+        # past rounds again, or one round with many models.
+        if not self._store.enter_round(scope, begin.round):
+            raise RemoteProtocolError(f"asked for the past round {begin.round + 1}", peer="server")
+        pin = b"model:" + scope[:16] + begin.round.to_bytes(4, "big")
+        if self._store.record(pin, model) != model:
+            raise RemoteProtocolError(
+                f"sent a second global model for round {begin.round + 1}", peer="server"
+            )
+
     def _check_order(self, begin: BeginRound) -> None:
         """Rounds and attempts of a run only ever go up, within the study's horizon."""
-        if len(begin.run_id) != 16 or begin.attempt < 0:
+        if len(begin.run_id) != 16 or not 0 <= begin.attempt < 2**32:
             raise RemoteProtocolError("a malformed request to begin a round", peer="server")
         if not 0 <= begin.round < self._study.rounds:
             raise RemoteProtocolError(
                 f"asked for round {begin.round + 1} of a study of {self._study.rounds}",
                 peer="server",
-            )
-        # Adversary: a server that starts the study again under another run id, to have the same
-        # updates summed over other survivors; the difference would be one silo's own.
-        if self._store.record(b"run:" + digest(self._study), begin.run_id) != begin.run_id:
-            raise RemoteProtocolError(
-                "asked for a second run of a study that this silo takes part in",
-                peer="server",
-                hint="resume the run; for another one agree on a new study, e.g. with another seed",
             )
         run, *last = self._at
         if run == begin.run_id and last >= [begin.round, begin.attempt]:
@@ -146,10 +188,10 @@ class SiloSession:
         """The broadcast adapter, if it is one for this silo's own model and study."""
         expected = self._workload.layout(begin.round)
         if begin.layout != expected:
-            raise ConfigError(
-                f"the server's adapter layout {begin.layout.hex()[:12]}… is not this silo's "
+            raise RemoteProtocolError(
+                f"its adapter layout {begin.layout.hex()[:12]}… is not this silo's "
                 f"{expected.hex()[:12]}…",
-                where="adapter",
+                peer="server",
                 hint="compare models.slm and adapter of the two studies",
             )
         size = self._workload.size(begin.round)
@@ -163,31 +205,65 @@ class SiloSession:
             raise RemoteProtocolError("the global adapter is not finite", peer="server")
         return adapter
 
-    def _update(self, run: bytes, round_: int, model: bytes, adapter: Vector) -> Vector:
-        """This round's update for this global model: from disk if finished, else trained now.
+    def _update(self, scope: bytes, round_: int, adapter: Vector) -> Vector:
+        """This round's update: from disk if finished, else trained now.
 
-        With local DP the stored update was already charged, and releasing the same value again
-        costs nothing. A second global model for the same round is a second release: it is trained,
-        and reserved, as a further one. So is a training whose update was lost after its release.
+        The stored update was charged when it was first released, and releasing the same value
+        again costs nothing. It is bound to its charge by its hash, so that no other value goes out
+        under it: not that of a second process, nor of a training that was never charged.
+
+        Raises:
+            BudgetExceeded: the round does not fit; nothing was trained.
+            StateError: the update that was released is lost; this silo sits the round out.
         """
-        training = self._store.training(run, round_, model)
-        finished = self._store.load_update(run, round_, training)
+        training = self._store.failed_trainings(scope, round_)
+        finished = self._store.load_update(scope, round_, training)
         events = tuple(self._workload.events())
-        state = self._state(run, round_, training)
-        if finished is None and state not in {None, "reserved"}:
-            training = self._store.new_training(run, round_, model)
-            state = None
-        if events and state in {None, "reserved"}:
-            reservation = self._reserve(run, round_, training, events)
+        if not events:
+            return self._train(scope, round_, training, adapter) if finished is None else finished
+        released = self._store.recorded(_release_key(scope, round_, training))
+        state = self._state(scope, round_, training)
+        if released is None and state not in {None, "reserved"}:  # charged, then it failed
+            training = self._store.count_failed_training(scope, round_)
+            finished = state = None
+        if state in {None, "reserved"}:
+            reservation = self._reserve(scope, round_, training, events)
             if finished is None:
-                finished = self._train(run, round_, training, adapter)
+                finished = self._train_charged(reservation, events, scope, round_, adapter)
+            released = self._store.record(
+                _release_key(scope, round_, training), sha256(finished.tobytes())
+            )
             self._ledger.release(reservation)
             self._ledger.settle(reservation, events)
-        if finished is None:
-            finished = self._train(run, round_, training, adapter)
+        if finished is None or released != sha256(finished.tobytes()):
+            raise StateError(
+                f"the update of round {round_ + 1}, which was released, is lost",
+                hint="this silo sits the round out; it takes part again in the next",
+            )
         return finished
 
-    def _train(self, run: bytes, round_: int, training: int, adapter: Vector) -> Vector:
+    def _train_charged(
+        self,
+        reservation: Reservation,
+        events: Sequence[Event],
+        scope: bytes,
+        round_: int,
+        adapter: Vector,
+    ) -> Vector:
+        """Train; a failure is charged before it is answered.
+
+        Adversary: a server whose adapter makes training fail on certain records only. That it
+        failed is then a release; uncharged, it could be asked for again and again.
+        """
+        try:
+            return self._train(scope, round_, reservation.key.attempt, adapter)
+        except Exception:
+            self._ledger.release(reservation)
+            self._ledger.settle(reservation, events)
+            self._store.count_failed_training(scope, round_)
+            raise
+
+    def _train(self, scope: bytes, round_: int, training: int, adapter: Vector) -> Vector:
         update = self._workload.fit(adapter, round_, self._progress)
         expected = self._workload.update_size(round_)
         if update.shape != (expected,) or not np.isfinite(update).all():
@@ -195,22 +271,26 @@ class SiloSession:
                 f"round {round_ + 1} made an update that is not finite",
                 hint="lower local.learning_rate",
             )
-        self._store.save_update(run, round_, training, update)
+        self._store.save_update(scope, round_, training, update)
         return update
 
-    def _entry(self, run: bytes, round_: int, training: int) -> Key:
+    def _entry(self, scope: bytes, round_: int, training: int) -> Key:
         unit = self._study.privacy.unit if self._study.privacy else ""
-        return Key(self._workload.dataset, unit, run.hex(), round_, training)
+        return Key(self._workload.dataset, unit, scope.hex(), round_, training)
 
-    def _state(self, run: bytes, round_: int, training: int) -> str | None:
+    def _state(self, scope: bytes, round_: int, training: int) -> str | None:
         """What the ledger says about a training; None if it has no entry."""
-        key = self._entry(run, round_, training)
+        key = self._entry(scope, round_, training)
         return next((e.state for e in self._ledger.entries() if e.key == key), None)
 
     def _reserve(
-        self, run: bytes, round_: int, training: int, events: Sequence[Event]
+        self, scope: bytes, round_: int, training: int, events: Sequence[Event]
     ) -> Reservation:
         privacy = self._study.privacy
         assert privacy is not None  # only a study with privacy has events
-        key = self._entry(run, round_, training)
+        key = self._entry(scope, round_, training)
         return self._ledger.reserve(*key, events, (privacy.epsilon, privacy.delta))
+
+
+def _release_key(scope: bytes, round_: int, training: int) -> bytes:
+    return b"released:" + scope[:16] + round_.to_bytes(4, "big") + training.to_bytes(4, "big")

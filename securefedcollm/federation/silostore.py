@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import os
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,7 @@ from securefedcollm.federation.workload import Vector
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS journal (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS trainings (
-  run BLOB NOT NULL, round INTEGER NOT NULL, model BLOB NOT NULL, training INTEGER NOT NULL,
-  PRIMARY KEY (run, round, model), UNIQUE (run, round, training)
+  run BLOB NOT NULL, round INTEGER NOT NULL, failed INTEGER NOT NULL, PRIMARY KEY (run, round)
 ) WITHOUT ROWID;
 """
 
@@ -51,48 +52,60 @@ class SiloStore:
 
     def record(self, key: bytes, value: bytes) -> bytes:
         """Durable put-if-absent: the stored value, which is ``value`` only for the first writer."""
-        with self._db:
-            self._db.execute("INSERT OR IGNORE INTO journal VALUES (?, ?)", (key, value))
-            row = self._db.execute("SELECT value FROM journal WHERE key = ?", (key,)).fetchone()
+        with self._writing() as db:
+            db.execute("INSERT OR IGNORE INTO journal VALUES (?, ?)", (key, value))
+            row = db.execute("SELECT value FROM journal WHERE key = ?", (key,)).fetchone()
         return bytes(row[0])
 
-    def training(self, run: bytes, round_: int, model: bytes) -> int:
-        """Number of the training of this round that starts from this global model: 0, 1, …
+    def recorded(self, key: bytes) -> bytes | None:
+        """What :meth:`record` stored under ``key``."""
+        with self._writing() as db:
+            row = db.execute("SELECT value FROM journal WHERE key = ?", (key,)).fetchone()
+        return None if row is None else bytes(row[0])
 
-        The same model gives the same number, also after a crash, so that its budget reservation
-        is found again. A server that sends a second model for a round pays a second reservation.
-        """
-        with self._db:
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.execute(
-                "INSERT OR IGNORE INTO trainings SELECT ?1, ?2, ?3, "
-                "COALESCE(1 + MAX(training), 0) FROM trainings WHERE run = ?1 AND round = ?2",
-                (run, round_, model),
-            )
-            row = self._db.execute(
-                "SELECT training FROM trainings WHERE run = ? AND round = ? AND model = ?",
-                (run, round_, model),
+    def enter_round(self, run: bytes, round_: int) -> bool:
+        """Note that ``round_`` has begun; False if a later round of this run has begun before."""
+        with self._writing() as db:
+            db.execute("INSERT OR IGNORE INTO trainings VALUES (?, ?, 0)", (run, round_))
+            row = db.execute("SELECT MAX(round) FROM trainings WHERE run = ?", (run,)).fetchone()
+        return int(row[0]) == round_
+
+    def failed_trainings(self, run: bytes, round_: int) -> int:
+        """How many trainings of this round were charged and gave no update."""
+        with self._writing() as db:
+            row = db.execute(
+                "SELECT failed FROM trainings WHERE run = ? AND round = ?", (run, round_)
             ).fetchone()
         return int(row[0])
 
-    def new_training(self, run: bytes, round_: int, model: bytes) -> int:
-        """Give up this model's training, whose result was lost, for a further one; its number."""
-        with self._db:
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.execute(
-                "UPDATE trainings SET training = (SELECT 1 + MAX(training) FROM trainings "
-                "WHERE run = ?1 AND round = ?2) WHERE run = ?1 AND round = ?2 AND model = ?3",
-                (run, round_, model),
+    def count_failed_training(self, run: bytes, round_: int) -> int:
+        """Count one more; returns the new number."""
+        with self._writing() as db:
+            db.execute(
+                "UPDATE trainings SET failed = failed + 1 WHERE run = ? AND round = ?",
+                (run, round_),
             )
-        return self.training(run, round_, model)
+        return self.failed_trainings(run, round_)
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with self._db:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield self._db
+        except sqlite3.Error as error:
+            raise StateError(
+                f"{self._directory}: the silo's state cannot be written ({error})",
+                hint="free some space; nothing was answered",
+            ) from None
 
     def save_update(self, run: bytes, round_: int, training: int, update: Vector) -> None:
-        """Keep a finished update until the run's next round but one."""
+        """Keep a finished update until the next round's."""
         buffer = io.BytesIO()
         np.save(buffer, update, allow_pickle=False)
         write_durably(self._update(run, round_, training), buffer.getvalue())
         for old in self._directory.glob(f"update-{run.hex()}-*.npy"):
-            if int(old.stem.split("-")[2]) < round_ - 1:
+            if int(old.stem.split("-")[2]) < round_:
                 old.unlink(missing_ok=True)
 
     def load_update(self, run: bytes, round_: int, training: int) -> Vector | None:
@@ -105,7 +118,7 @@ class SiloStore:
         except (OSError, ValueError) as error:
             raise StateError(
                 f"{path}: a finished update cannot be read ({error})",
-                hint="remove the file to train this round again (it will cost its ε again)",
+                hint="this silo sits the round out; it takes part again in the next",
             ) from None
         return np.asarray(vector, dtype=np.float32)
 

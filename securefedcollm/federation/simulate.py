@@ -295,6 +295,7 @@ def make_silo(
         ledger=Ledger(home / "ledger.sqlite", name),
         progress=progress,
         threads=threads,
+        explain=True,
     )
 
 

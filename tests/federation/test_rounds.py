@@ -32,7 +32,16 @@ from securefedcollm.federation.workload import silent
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import digest
 
-from .arithmetic import NAMES, ROSTER, SIZE, ArithmeticServer, make_silo, make_study, update_of
+from .arithmetic import (
+    KEYS,
+    NAMES,
+    ROSTER,
+    SIZE,
+    ArithmeticServer,
+    make_silo,
+    make_study,
+    update_of,
+)
 
 CHARGED_ONCE = [(0, 0, "settled"), (1, 0, "settled"), (2, 0, "settled")]
 
@@ -182,7 +191,7 @@ def test_one_dropout_before_the_upload_leaves_the_sum_of_the_others(tmp_path, at
 def test_too_few_silos_fail_the_round_and_name_the_reason(tmp_path):
     study = make_study()
     run = Run(tmp_path, study, fails=("silo-1", "silo-3"))
-    with pytest.raises(ProtocolError, match=r"2 of 4 silos .* silo-1: round 1 .* not finite"):
+    with pytest.raises(ProtocolError, match=r"2 of 4 silos .* silo-1: this silo cannot take part"):
         run.go()
     assert run.store.state.round == 0
     theta = Run(tmp_path, study, resume=True).go()  # mended: the run goes on
@@ -276,12 +285,12 @@ def test_a_silo_takes_part_in_one_run_of_a_study(tmp_path):
 def test_a_silo_refuses_what_does_not_fit_its_own_study(tmp_path, change, message):
     """Adversary: the server. The refusal is a reply; nothing is trained, reserved or released."""
     silo = make_silo("silo-1", silent, study=make_study(), directory=tmp_path)
-    begin = BeginRound(b"r" * 16, 0, 0, b"l" * 32, bytes(4 * SIZE))
-    refusal = decode_reply(silo.step(encode(msgspec.structs.replace(begin, **change))), "silo-1")
+    good = BeginRound(b"r" * 16, 0, 0, b"l" * 32, bytes(4 * SIZE))
+    refusal = reply_to(silo, encode(msgspec.structs.replace(good, **change)))
     assert isinstance(refusal, Refused)
     assert re.search(message, refusal.message)
     assert spent_by(tmp_path, "silo-1") == []
-    assert isinstance(decode_reply(silo.step(encode(begin)), "silo-1"), Trained)
+    assert isinstance(reply_to(silo, encode(good)), Trained)
 
 
 @given(frame=st.binary(max_size=200))
@@ -296,33 +305,100 @@ def test_an_inner_frame_before_a_round_and_a_repeated_round_are_refused(tmp_path
     silo = make_silo("silo-1", silent, study=make_study(), directory=tmp_path)
     early = decode_reply(silo.step(encode(Aggregate(b"x"))), "silo-1")
     assert isinstance(early, Refused)
-    begin = encode(BeginRound(b"r" * 16, 1, 0, b"l" * 32, bytes(4 * SIZE)))
-    assert isinstance(decode_reply(silo.step(begin), "silo-1"), Trained)
-    assert isinstance(decode_reply(silo.step(begin), "silo-1"), Refused)
-    older = encode(BeginRound(b"r" * 16, 0, 5, b"l" * 32, bytes(4 * SIZE)))
-    assert isinstance(decode_reply(silo.step(older), "silo-1"), Refused)
+    assert isinstance(reply_to(silo, begin(1)), Trained)
+    assert isinstance(reply_to(silo, begin(1)), Refused)
+    assert isinstance(reply_to(silo, begin(0, attempt=5)), Refused)
 
 
-def test_a_second_model_for_a_round_costs_a_second_time_and_a_lost_update_too(tmp_path):
+def begin(round_=0, attempt=0, model=0.0, run=b"r" * 16) -> bytes:
+    adapter = np.full(SIZE, model, dtype="<f4").tobytes()
+    return encode(BeginRound(run, round_, attempt, b"l" * 32, adapter))
+
+
+def reply_to(silo, frame):
+    return decode_reply(silo.step(frame), "silo-1")
+
+
+def test_a_server_cannot_burn_the_budget_on_models_and_rounds_that_it_never_sums(tmp_path):
+    silo = make_silo("silo-1", silent, study=make_study(), directory=tmp_path)
+    assert isinstance(reply_to(silo, begin(1)), Trained)
+    second = reply_to(silo, begin(1, attempt=1, model=1.0))
+    assert "second global model for round 2" in second.message
+    again = make_silo("silo-1", silent, study=make_study(), directory=tmp_path)  # restarted
+    assert "past round 1" in reply_to(again, begin(0, attempt=2)).message
+    assert isinstance(reply_to(again, begin(1, attempt=3)), Trained)
+    assert spent_by(tmp_path, "silo-1") == [(1, 0, "settled")]
+
+
+def test_an_attempt_out_of_range_costs_nothing(tmp_path):
+    silo = make_silo("silo-1", silent, study=make_study(), directory=tmp_path)
+    assert isinstance(reply_to(silo, begin(attempt=2**32)), Refused)
+    assert spent_by(tmp_path, "silo-1") == []
+
+
+def test_two_studies_share_nothing_but_the_ledger(tmp_path):
+    """Adversary: a server that runs two studies under one run id, for one update in two sums."""
+    for seed in (1, 2):
+        silo = make_silo("silo-1", silent, study=make_study(seed=seed), directory=tmp_path)
+        assert isinstance(reply_to(silo, begin()), Trained)
+        assert silo._workload.trained == [0]  # trained afresh, and charged
+    assert spent_by(tmp_path, "silo-1") == [(0, 0, "settled")] * 2
+
+
+def test_two_processes_of_one_silo_release_one_update(tmp_path):
+    study = make_study()
+    first, second = (make_silo("silo-1", silent, study=study, directory=tmp_path) for _ in range(2))
+
+    def overtaken(adapter, round_, progress):  # the other process trains meanwhile
+        assert isinstance(reply_to(first, begin()), Trained)
+        return np.ones(SIZE, dtype=np.float32)
+
+    second._workload.fit = overtaken
+    assert isinstance(reply_to(second, begin(attempt=1)), Refused)
+    assert spent_by(tmp_path, "silo-1") == [(0, 0, "settled")]
+
+
+def test_an_update_that_was_released_and_lost_is_not_replaced(tmp_path):
     study = make_study()
     silo = make_silo("silo-1", silent, study=study, directory=tmp_path)
-    for attempt, model in enumerate((0.0, 1.0, 0.0)):
-        adapter = np.full(SIZE, model, dtype="<f4").tobytes()
-        begin = BeginRound(b"r" * 16, 0, attempt, b"l" * 32, adapter)
-        assert isinstance(decode_reply(silo.step(encode(begin)), "silo-1"), Trained)
-    assert spent_by(tmp_path, "silo-1") == [(0, 0, "settled"), (0, 1, "settled")]
+    assert isinstance(reply_to(silo, begin()), Trained)
     for update in (tmp_path / "silo-1").glob("update-*"):
         update.unlink()
-    begin = BeginRound(b"r" * 16, 0, 3, b"l" * 32, bytes(4 * SIZE))
-    assert isinstance(decode_reply(silo.step(encode(begin)), "silo-1"), Trained)
-    assert len(spent_by(tmp_path, "silo-1")) == 3
+    assert isinstance(reply_to(silo, begin(attempt=1)), Refused)
+    assert isinstance(reply_to(silo, begin(round_=1)), Trained)
+    assert spent_by(tmp_path, "silo-1") == [(0, 0, "settled"), (1, 0, "settled")]
 
 
-def test_a_budget_that_is_used_up_stops_the_training_and_says_what_is_left(tmp_path):
+def test_a_training_that_fails_is_charged_and_says_nothing(tmp_path):
+    """Adversary: a server whose adapter makes certain records fail, and who asks again."""
+    silo = make_silo("silo-1", silent, study=make_study(), directory=tmp_path, fails=("silo-1",))
+    for attempt in range(2):
+        refusal = reply_to(silo, begin(attempt=attempt))
+        assert (refusal.kind, refusal.message) == ("Refused", "this silo cannot take part")
+    assert spent_by(tmp_path, "silo-1") == [(0, 0, "settled"), (0, 1, "settled")]
+
+
+def test_a_budget_that_is_used_up_stops_the_training_and_only_the_silo_knows_why(tmp_path, caplog):
     study = make_study(privacy={"epsilon": 0.5, "delta": 1e-5})
     silo = make_silo("silo-1", silent, study=study, directory=tmp_path)
-    begin = BeginRound(b"r" * 16, 0, 0, b"l" * 32, bytes(4 * SIZE))
-    refusal = decode_reply(silo.step(encode(begin)), "silo-1")
+    refusal = reply_to(silo, begin())
     assert isinstance(refusal, Refused)
-    assert refusal.kind == "BudgetExceeded"
+    assert refusal.message == "this silo cannot take part"
+    assert "ε" in caplog.text
+    assert silo._workload.trained == []
     assert spent_by(tmp_path, "silo-1") == []
+
+
+def test_a_frame_with_broken_text_does_not_stop_the_coordinator():
+    """Adversary: a silo. (msgpack: refused, with a string that is not UTF-8.)"""
+    frame = bytes.fromhex("94a7") + b"refused" + bytes.fromhex("a1ffa0a0")
+    with pytest.raises(RemoteProtocolError, match="silo-1: a frame does not decode"):
+        decode_reply(frame, "silo-1")
+
+
+def test_the_roster_of_a_run_is_that_of_the_study(tmp_path):
+    listed = [{"name": n, "role": "silo", "key": k.public.hex()} for n, k in KEYS.items()]
+    listed[0]["key"] = "ab" * 32
+    listed.append({"name": "server", "role": "server", "key": "cd" * 32})
+    with pytest.raises(ConfigError, match="not those of the signed study"):
+        make_silo("silo-1", silent, study=make_study(roster=listed), directory=tmp_path)

@@ -13,6 +13,7 @@ from securefedcollm.privacy.events import PoissonGaussian
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.tuning.adapters import attach, layout_of, load_vector, select, to_vector
 from securefedcollm.tuning.local import (
+    _clipped_sum,
     _per_record_gradients,
     _take_gradients,
     question_losses,
@@ -266,10 +267,10 @@ def test_nan_is_refused(toy: Any) -> None:
     broken = adapted(toy)
     weight = broken.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
     weight.data[0, 0] = float("nan")
-    with pytest.raises(TrainingError, match="step 0 is not finite") as caught:
+    with pytest.raises(TrainingError, match="weights that are not finite") as caught:
         dp(toy, broken, toy.encoded(6))
     assert "learning_rate" in caught.value.hint
-    with pytest.raises(TrainingError, match="step 0 is not finite"):
+    with pytest.raises(TrainingError, match="weights that are not finite"):
         train_plain(
             broken,
             layout_of(broken, "ffa-lora"),
@@ -280,6 +281,12 @@ def test_nan_is_refused(toy: Any) -> None:
             seed=0,
         )
     assert not any(m._forward_hooks for m in broken.modules())  # cleaned up after the failure
+
+
+def test_no_record_decides_whether_private_training_fails() -> None:
+    """Adversary: a server whose adapter makes single records overflow. They count as zero."""
+    gradients = np.array([[3.0, 4.0], [np.inf, 1.0], [np.nan, 0.0], [0.3, 0.4]])
+    np.testing.assert_allclose(_clipped_sum(gradients, 1.0), [0.6 + 0.3, 0.8 + 0.4])
 
 
 def test_an_overflowing_step_is_refused(toy: Any) -> None:
