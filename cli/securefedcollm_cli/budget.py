@@ -145,7 +145,7 @@ def _print_plans(plans: list[Plan]) -> None:
     )
     for made in plans:
         table = Table(title=f"ε = {made.epsilon:g}, δ = {made.delta:g}", title_justify="left")
-        table.add_column("unit/noise")
+        table.add_column("unit/noise", no_wrap=True)
         for column in ("z", "releases", "noise/signal", "in the run"):
             table.add_column(column, justify="right")
         table.add_column("verdict")
