@@ -158,7 +158,6 @@ def broken_line(directory: Path) -> None:
         (["--set", "adapter.targets=[nothing]"], "adapter.targets: the adapter fits no module"),
         (["--set", "task.data.per_silo=1000"], "task.data: the study needs"),
         (["--set", "local.batch_size=33"], "local.batch_size: an expected batch of 33"),
-        (["--set", "local.learning_rate=1e30"], "not finite"),
         (["--set", "privacy=none", "--set", "local.learning_rate=1e30"], "not finite"),
         (["--drop", "9@upload"], "there is no silo '9'"),
         (["--drop", "2@lunch"], "is not SILO@STEP"),
@@ -189,8 +188,7 @@ def test_a_broken_line_is_named_and_the_process_exits_with_2(tmp_path):
         text=True,
     )
     assert done.returncode == 2
-    assert "train.jsonl" in done.stderr
-    assert "line 5" in done.stderr
+    assert "train.jsonl:5:" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from functools import partial
@@ -379,6 +380,7 @@ def test_a_training_that_fails_is_charged_and_says_nothing(tmp_path):
 
 
 def test_a_budget_that_is_used_up_stops_the_training_and_only_the_silo_knows_why(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
     study = make_study(privacy={"epsilon": 0.5, "delta": 1e-5})
     silo = make_silo("silo-1", silent, study=study, directory=tmp_path)
     refusal = reply_to(silo, begin())
