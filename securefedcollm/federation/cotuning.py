@@ -355,7 +355,12 @@ def training_seed(study: Study, who: str, round_: int) -> int:
 
 def accuracies(tuned: Tuned, test: EncodedQuestions) -> dict[str, float]:
     """Accuracy in [0, 1] by question group."""
-    scores = evaluate(tuned.model, test, normalisation=tuned.study.task.score)
+    scores = evaluate(
+        tuned.model,
+        test,
+        normalisation=tuned.study.task.score,
+        batch_size=tuned.study.local.micro_batch,
+    )
     return {group: score.accuracy for group, score in scores.by_group().items()}
 
 

@@ -106,7 +106,13 @@ def distil(
     targets = None
     if loss == "entropy-pooled":
         llm_says, slm_says = (
-            predict(p.model, p.data, normalisation=normalisation, temperature=temperature)
+            predict(
+                p.model,
+                p.data,
+                normalisation=normalisation,
+                temperature=temperature,
+                batch_size=micro_batch,
+            )
             for p in pairs
         )
         targets = entropy_pooled(llm_says, slm_says, sharpness)

@@ -290,9 +290,10 @@ def _clipped_sum(gradients: npt.NDArray[np.float64], clip_norm: float) -> npt.ND
     A gradient that is not finite contributes zero. Adversary: a server whose adapter makes one
     record's gradient overflow, to see the silo fail: before the noise, no record may decide that.
     """
-    norms = np.linalg.norm(gradients, axis=1)
+    norms = np.sqrt(np.einsum("ij,ij->i", gradients, gradients))
     broken = ~np.isfinite(norms)
-    gradients, norms = np.where(broken[:, None], 0.0, gradients), np.where(broken, 0.0, norms)
+    if broken.any():
+        gradients, norms = np.where(broken[:, None], 0.0, gradients), np.where(broken, 0.0, norms)
     scale = np.minimum(1.0, clip_norm / np.maximum(norms, np.finfo(np.float64).tiny))
     total: npt.NDArray[np.float64] = scale @ gradients
     return total

@@ -134,7 +134,7 @@ def encode(questions: Sequence[Question], tokenizer: Any, max_tokens: int) -> En
     """
     if not questions:
         raise DataError("no questions", where="questions", hint="give at least one question")
-    rows = [_tokenise(q, i, tokenizer, max_tokens) for i, q in enumerate(questions)]
+    rows = _tokenise(questions, tokenizer, max_tokens)
     n, c = len(rows), max(len(choices) for _, choices in rows)
     length = max(len(p) + sum(len(t) - 1 for t in cs) for p, cs in rows)
     width = max(sum(len(t) for t in cs) for _, cs in rows)
@@ -172,28 +172,60 @@ def _fill(out: EncodedQuestions, i: int, prompt: list[int], choices: list[list[i
         tokens += choice[:-1]
         segments += [c + 1] * (len(choice) - 1)
         positions += range(len(prompt), len(prompt) + len(choice) - 1)
-    out.tokens[i, : len(tokens)] = torch.tensor(tokens)
-    out.segments[i, : len(tokens)] = torch.tensor(segments, dtype=torch.int8)
-    out.positions[i, : len(tokens)] = torch.tensor(positions)
-    out.targets[i, : len(targets)] = torch.tensor(targets)
-    out.target_slots[i, : len(targets)] = torch.tensor(slots)
-    out.target_choices[i, : len(targets)] = torch.tensor(owners)
+    for tensor, values in (
+        (out.tokens, tokens),
+        (out.segments, segments),
+        (out.positions, positions),
+        (out.targets, targets),
+        (out.target_slots, slots),
+        (out.target_choices, owners),
+    ):
+        tensor.numpy()[i, : len(values)] = values
 
 
 def _tokenise(
-    question: Question, number: int, tokenizer: Any, max_tokens: int
-) -> tuple[list[int], list[list[int]]]:
-    where = f"question {number}"
-    if not question.choices:
-        raise DataError("it has no choices", where=where, hint="give at least one choice")
-    if question.answer is not None and not 0 <= question.answer < len(question.choices):
-        raise DataError(
-            f"answer {question.answer} is outside its {len(question.choices)} choices",
-            where=where,
-            hint="number the choices from 0",
-        )
-    prompt = _without_end(tokenizer(question.prompt)["input_ids"], tokenizer)
-    choices = [_continuation(question.prompt, prompt, c, tokenizer) for c in question.choices]
+    questions: Sequence[Question], tokenizer: Any, max_tokens: int
+) -> list[tuple[list[int], list[list[int]]]]:
+    """Prompt and choice tokens of every question, in two calls of the tokenizer."""
+    for i, question in enumerate(questions):
+        if not question.choices:
+            raise DataError(
+                "it has no choices", where=f"question {i}", hint="give at least one choice"
+            )
+        if question.answer is not None and not 0 <= question.answer < len(question.choices):
+            raise DataError(
+                f"answer {question.answer} is outside its {len(question.choices)} choices",
+                where=f"question {i}",
+                hint="number the choices from 0",
+            )
+    prompts = _ids([q.prompt for q in questions], tokenizer)
+    wholes = iter(_ids([f"{q.prompt} {c}" for q in questions for c in q.choices], tokenizer))
+    rows = []
+    for i, (question, prompt) in enumerate(zip(questions, prompts, strict=True)):
+        choices = [_continuation(prompt, next(wholes), c, tokenizer) for c in question.choices]
+        rows.append((_shortened(prompt, choices, f"question {i}", tokenizer, max_tokens), choices))
+    return rows
+
+
+def _ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Tokens of every text; without the end token with which some tokenizers close every text."""
+    end = tokenizer.eos_token_id
+    rows: list[list[int]] = tokenizer(texts)["input_ids"]
+    return [row[:-1] if row and row[-1] == end else row for row in rows]
+
+
+def _continuation(prompt: list[int], whole: list[int], choice: str, tokenizer: Any) -> list[int]:
+    """Tokens of ``" " + choice`` after ``prompt``: tokenised together where the split is clean."""
+    if whole[: len(prompt)] == prompt:
+        return whole[len(prompt) :]
+    ids: list[int] = tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _shortened(
+    prompt: list[int], choices: list[list[int]], where: str, tokenizer: Any, max_tokens: int
+) -> list[int]:
+    """``prompt`` without the beginning for which its longest choice leaves no room."""
     if not prompt or not all(choices):
         raise DataError(
             "its prompt or one of its choices has no tokens", where=where, hint="remove it"
@@ -205,24 +237,10 @@ def _tokenise(
             where=where,
             hint="shorten the choice or raise max_tokens",
         )
-    if len(prompt) > room:
-        begin = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
-        prompt = begin + prompt[len(prompt) - room + len(begin) :]
-    return prompt, choices
-
-
-def _continuation(prompt: str, prompt_ids: list[int], choice: str, tokenizer: Any) -> list[int]:
-    """Tokens of ``" " + choice`` after ``prompt``: tokenised together where the split is clean."""
-    whole = _without_end(tokenizer(f"{prompt} {choice}")["input_ids"], tokenizer)
-    if whole[: len(prompt_ids)] == prompt_ids:
-        return whole[len(prompt_ids) :]
-    ids: list[int] = tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
-    return ids
-
-
-def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
-    """Some tokenizers close every text with an end token, which a prompt must not have."""
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    if len(prompt) <= room:
+        return prompt
+    begin = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
+    return begin + prompt[len(prompt) - room + len(begin) :]
 
 
 def choice_scores(
