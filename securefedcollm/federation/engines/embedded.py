@@ -26,7 +26,7 @@ from securefedcollm.federation.workload import Progress
 log = logging.getLogger(__name__)
 
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
-"""glibc, in child processes: keep a step's freed tensors for the next step (a fifth of its time)."""
+"""glibc, in child processes: keep a step's freed tensors for the next (a fifth of its time)."""
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
