@@ -352,14 +352,15 @@ def _spent(home: Path, study: Study) -> float | None:
 
 
 def _sentence(record: dict[str, Any], rounds: int) -> str:
-    scores = ", ".join(
-        f"{key.replace('/', ' ')} {100 * value:.0f} %"
-        for key, value in record["evaluation"].items()
-    )
-    silos = len(record["survivors"])
+    models: dict[str, list[str]] = {}
+    for key, value in record["evaluation"].items():
+        model, _, group = key.partition("/")
+        models.setdefault(model.upper(), []).append(f"{group} {100 * value:.0f} %".strip())
+    scores = "".join(f"; {model} {', '.join(found)}" for model, found in models.items())
     gone = "".join(f"; {silo} lost ({why})" for silo, why in record.get("dropouts", {}).items())
     lost = "; THE ROUND IS LOST, its sum cannot be opened" if "lost" in record else ""
-    return f"round {record['round']} of {rounds}: {silos} silos in the sum{gone}{lost}; {scores}"
+    silos = len(record["survivors"])
+    return f"round {record['round']} of {rounds}: sum of {silos} silos{gone}{lost}{scores}"
 
 
 def _notes(study: Study, baselines: tuple[str, ...]) -> list[str]:
