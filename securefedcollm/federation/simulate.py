@@ -355,12 +355,12 @@ def _sentence(record: dict[str, Any], rounds: int) -> str:
     models: dict[str, list[str]] = {}
     for key, value in record["evaluation"].items():
         model, _, group = key.partition("/")
-        models.setdefault(model.upper(), []).append(f"{group} {100 * value:.0f} %".strip())
-    scores = "".join(f"; {model} {', '.join(found)}" for model, found in models.items())
-    gone = "".join(f"; {silo} lost ({why})" for silo, why in record.get("dropouts", {}).items())
-    lost = "; THE ROUND IS LOST, its sum cannot be opened" if "lost" in record else ""
+        models.setdefault(model.upper(), []).append(f"{group} {100 * value:.0f}".strip())
+    scores = "; ".join(f"{model} {', '.join(found)}" for model, found in models.items())
+    gone = "".join(f", {silo} lost ({why})" for silo, why in record.get("dropouts", {}).items())
+    lost = ", THE ROUND IS LOST: its sum cannot be opened" if "lost" in record else ""
     silos = len(record["survivors"])
-    return f"round {record['round']} of {rounds}: sum of {silos} silos{gone}{lost}{scores}"
+    return f"round {record['round']}/{rounds}, {silos} silos{gone}{lost}: {scores} (%)"
 
 
 def _notes(study: Study, baselines: tuple[str, ...]) -> list[str]:
