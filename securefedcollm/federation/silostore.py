@@ -7,7 +7,6 @@ silo's own machine. Keys of the aggregation protocol are never among it.
 from __future__ import annotations
 
 import io
-import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import numpy as np
 from securefedcollm.errors import StateError
 from securefedcollm.federation.files import make_directory, write_durably
 from securefedcollm.federation.workload import Vector
+from securefedcollm.privacy.journal import durable_database
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS journal (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
@@ -39,11 +39,7 @@ class SiloStore:
         self._directory = make_directory(directory)
         path = directory / "silo.sqlite"
         try:
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-            self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.executescript(_SCHEMA)
+            self._db = durable_database(path, _SCHEMA)
         except (OSError, sqlite3.Error) as error:
             raise StateError(
                 f"{path}: the silo's state cannot be opened ({error})",

@@ -6,6 +6,7 @@ import json
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -285,6 +286,18 @@ def test_two_processes_cannot_both_reserve_the_last_epsilon(tmp_path):
     with Ledger(tmp_path / "ledger.db", "north") as ledger:
         ledger.verify()
         assert len(ledger.entries()) == total
+
+
+def test_a_ledger_that_another_process_is_just_creating_is_waited_for(tmp_path):
+    path = tmp_path / "ledger.db"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")  # SQLite answers the change into WAL at once: locked
+    release = threading.Timer(0.2, other.execute, ["COMMIT"])
+    release.start()
+    with Ledger(path, "north") as ledger:
+        ledger.reserve("data", "record", "run", 0, 0, [Gaussian(2.0)], (8.0, 1e-5))
+    release.join()
+    other.close()
 
 
 # --- the paper ----------------------------------------------------------------------------------
