@@ -39,7 +39,7 @@ from securefedcollm.federation.silostore import Integers, SiloStore, SumMemory
 from securefedcollm.federation.workload import Progress, SiloWorkload, Vector, silent
 from securefedcollm.primitives import SigningKey, sha256
 from securefedcollm.privacy.events import Event
-from securefedcollm.privacy.ledger import Key, Ledger, Reservation
+from securefedcollm.privacy.ledger import Budget, Key, Ledger, Reservation
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.privacy.silo_unit import SiloUnit, with_survivors
 from securefedcollm.study import Study, digest
@@ -63,10 +63,13 @@ class SiloSession:
         progress: Progress = silent,
         threads: int = 1,
         explain: bool = False,
+        budget: Budget | None = None,
     ) -> None:
         """
         Args:
             roster: the silos; that of the study, if the study has one.
+            budget: this silo's own limit for its data set, all studies together; by default that
+                of the study.
             explain: tell the server *why* this silo cannot go on. Only for a simulation, in which
                 the two are the same person: reasons depend on private data and other studies.
 
@@ -81,6 +84,7 @@ class SiloSession:
                 hint="build the roster from the study",
             )
         self._explain = explain
+        self._budget = budget
         self._study = study
         self._name = name
         self._roster = roster
@@ -252,7 +256,8 @@ class SiloSession:
         under it: not that of a second process, nor of a training that was never charged.
 
         Raises:
-            BudgetExceeded: the round does not fit; nothing was trained.
+            BudgetExceeded: the round, or at a run's first the run, does not fit; nothing was
+                trained.
             StateError: the update that was released is lost; this silo sits the round out.
         """
         training = self._store.failed_trainings(scope, round_)
@@ -334,8 +339,11 @@ class SiloSession:
         for entry in self._ledger.entries():
             if entry.key.run != scope.hex() or entry.key.round >= round_:
                 continue
+            released = _release_key(scope, entry.key.round, entry.key.attempt)
+            if entry.state != "released" or self._store.recorded(released) is None:
+                continue  # settled, or a training that failed and gave no vector
             survivors = SumMemory(self._store, scope, entry.key.round).survivors()
-            if entry.state == "released" and survivors is not None:
+            if survivors is not None:
                 settled = [with_survivors(event, survivors) for event in entry.reserved]
                 self._ledger.settle(Reservation(entry.key, entry.reserved, entry.row), settled)
 
@@ -354,7 +362,13 @@ class SiloSession:
         privacy = self._study.privacy
         assert privacy is not None  # only a study with privacy has events
         key = self._entry(scope, round_, training)
-        return self._ledger.reserve(*key, events, (privacy.epsilon, privacy.delta))
+        budget = self._budget or Budget(privacy.epsilon, privacy.delta)
+        limit = (budget.epsilon, budget.delta)
+        if all(entry.key.run != key.run for entry in self._ledger.entries()):
+            # A run that the budget cannot see through to its end is not begun.
+            rounds = self._study.rounds - round_
+            self._ledger.foresee(key.dataset, key.unit, events, rounds, limit)
+        return self._ledger.reserve(*key, events, limit)
 
 
 def _run_key(study: Study) -> bytes:
