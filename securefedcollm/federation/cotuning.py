@@ -156,7 +156,7 @@ class SiloTuning:
         self.dataset = dataset_fingerprint(questions)
         self.base_digest = self._tuned.base_digest
         self._event: PoissonGaussian | None = None
-        if study.privacy is not None:
+        if study.privacy is not None and study.privacy.noise == "local":
             self._event = planned_event(study, self.records)
 
     def layout(self, round_: int) -> bytes:
