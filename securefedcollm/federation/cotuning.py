@@ -5,7 +5,7 @@ Built from a study and data in the process that runs them; importing this module
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from securefedcollm.errors import ConfigError, StateError
-from securefedcollm.federation.workload import Progress, Vector, silent
+from securefedcollm.federation.workload import Gradient, Progress, Vector, silent
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.accounting import calibrate
 from securefedcollm.privacy.events import Event, PoissonGaussian
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.study import Study
-from securefedcollm.study.config import Model
+from securefedcollm.study.config import Model, Privacy
 from securefedcollm.tuning.adapters import (
     AdapterLayout,
     attach,
@@ -31,9 +31,10 @@ from securefedcollm.tuning.adapters import (
     save_adapter,
     to_vector,
 )
+from securefedcollm.tuning.descent import Descent
 from securefedcollm.tuning.distil import DistilStep, distil
 from securefedcollm.tuning.evaluate import evaluate
-from securefedcollm.tuning.local import train_dp, train_plain
+from securefedcollm.tuning.local import sampled_gradients, train_dp, train_plain
 from securefedcollm.tuning.models import LoadedModel, load_model
 from securefedcollm.tuning.questions import (
     EncodedQuestions,
@@ -143,15 +144,18 @@ class SiloTuning:
         data: Path | None = None,
         progress: Progress = silent,
         planned: PoissonGaussian | None = None,
+        alone: bool = False,
     ) -> None:
         """
         Args:
             planned: :func:`planned_event` of this many records, where it is already known: a
                 simulation's processes need not all work it out.
+            alone: the silo takes part in no sum and keeps the study's ε by its own noise, also
+                where the study has the silos noise their sum together.
 
         Raises:
-            ConfigError: the silo has fewer records than the expected batch, or no noise reaches
-                the study's ε.
+            ConfigError: the silo has fewer records than the expected batch, or more than all silos
+                should have together, or no noise reaches the study's ε.
         """
         self._study = study
         self._name = name
@@ -161,8 +165,10 @@ class SiloTuning:
         self.dataset = dataset_fingerprint(questions)
         self.base_digest = self._tuned.base_digest
         self._event: PoissonGaussian | None = None
-        if study.privacy is not None and study.privacy.noise == "local":
+        if study.privacy and (study.privacy.noise == "local" or (alone and study.joint)):
             self._event = planned or planned_event(study, self.records)
+        elif study.joint:
+            _check_joint_records(study, self.records)
 
     def layout(self, round_: int) -> bytes:
         return self._tuned.layout_digest(round_)
@@ -202,7 +208,7 @@ class SiloTuning:
             layout,
             self._data,
             steps=local.steps,
-            batch_size=local.batch_size,
+            batch_size=round(self._event.q * self.records),
             learning_rate=local.learning_rate,
             noise_multiplier=self._event.noise_multiplier,
             clip_norm=self._study.privacy.clip_norm,
@@ -214,6 +220,21 @@ class SiloTuning:
             micro_batch=local.micro_batch,
             progress=progress,
         ).delta
+
+    def gradients(self, adapter: Vector, round_: int, q: float) -> Iterator[Gradient]:
+        local = self._study.local
+        load_vector(self._tuned.model, self._tuned.broadcast_layout(), adapter)
+        return sampled_gradients(
+            self._tuned.model,
+            self._tuned.update_layout(round_),
+            self._data,
+            q=q,
+            noise=NoiseSource(),
+            seed=training_seed(self._study, self._name, round_),
+            loss=local.loss,
+            normalisation=self._study.task.score,
+            micro_batch=local.micro_batch,
+        )
 
     def adapter(self) -> Vector:
         """The adapter as it stands: for a silo that tunes alone, without any exchange."""
@@ -243,6 +264,7 @@ class ServerTuning:
         self._slm_test = self._slm.encode(test) if test else None
         self._llm: Tuned | None = None
         self.base_digest = self._slm.base_digest
+        self._descent = Descent(study.local.optimizer, study.local.learning_rate)
         if distillation:
             self._llm = Tuned.load(study, study.models.llm, data=data, progress=progress)
             self._llm_test = self._llm.encode(test) if test else None
@@ -261,6 +283,18 @@ class ServerTuning:
     def absorb(self, mean: Vector, round_: int) -> None:
         layout = self._slm.update_layout(round_)
         load_vector(self._slm.model, layout, to_vector(self._slm.model, layout) + mean)
+
+    def descend(self, gradient: Vector, round_: int) -> None:
+        layout = self._slm.update_layout(round_)
+        point = to_vector(self._slm.model, layout)
+        load_vector(self._slm.model, layout, self._descent.step(point, gradient))
+
+    def descent(self) -> dict[str, Vector]:
+        return {"adapter": self.adapter(), **self._descent.state()}
+
+    def restore_descent(self, state: Mapping[str, Vector]) -> None:
+        load_vector(self._slm.model, self._slm.broadcast_layout(), state["adapter"])
+        self._descent.restore({k: v for k, v in state.items() if k != "adapter"})
 
     def distil(self, round_: int, progress: Progress) -> dict[str, float]:
         if self._llm is None:
@@ -341,15 +375,33 @@ def planned_event(study: Study, records: int) -> PoissonGaussian:
     privacy, local = study.privacy, study.local
     if privacy is None:
         raise ValueError("a study without privacy plans no event")
+    if study.joint:  # a silo by itself, with its own part of the expected batch
+        assert local.sampling_rate is not None  # study.checks
+        return _planned(study, privacy, max(1, round(local.sampling_rate * records)) / records)
     if local.batch_size > records:
         raise ConfigError(
             f"an expected batch of {local.batch_size} needs as many records, there are {records}",
             where="local.batch_size",
             hint=f"at most {records}; a tenth of it amplifies privacy well",
         )
-    rate = local.batch_size / records
-    noise = _calibrated(privacy.epsilon, privacy.delta, rate, local.steps * study.rounds)
-    return PoissonGaussian(q=rate, noise_multiplier=noise, steps=local.steps)
+    return _planned(study, privacy, local.batch_size / records)
+
+
+def _planned(study: Study, privacy: Privacy, rate: float) -> PoissonGaussian:
+    steps = study.local.steps
+    noise = _calibrated(privacy.epsilon, privacy.delta, rate, steps * study.rounds)
+    return PoissonGaussian(q=rate, noise_multiplier=noise, steps=steps)
+
+
+def _check_joint_records(study: Study, records: int) -> None:
+    assert study.local.sampling_rate is not None  # study.checks
+    everybody = round(study.local.batch_size / study.local.sampling_rate)
+    if records > everybody:
+        raise ConfigError(
+            f"this silo has {records} records, batch and rate of the study mean {everybody} in all",
+            where="local.sampling_rate",
+            hint=f"lower it to batch_size over all silos' records, or use {everybody} records",
+        )
 
 
 def training_seed(study: Study, who: str, round_: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from securefedcollm.aggregation import RingParameters, Roster, RoundHeader
+from securefedcollm.privacy.joint import JointSetting, JointStep, calibrate_joint
 from securefedcollm.privacy.quantise import Quantiser
 from securefedcollm.privacy.silo_unit import Setting, SiloUnit, calibrate_silo
 from securefedcollm.study import Study, digest
@@ -15,6 +16,23 @@ def silo_names(study: Study) -> list[str]:
     listed = sorted(p.name for p in study.roster if p.role == "silo")
     width = len(str(study.silos.count))
     return listed or [f"silo-{i + 1:0{width}d}" for i in range(study.silos.count)]
+
+
+def round_of(study: Study, sum_: int) -> int:
+    """The round that the secure sum number ``sum_`` of the run belongs to, both from 0."""
+    return sum_ // study.local.steps if study.joint else sum_
+
+
+def ends_round(study: Study, sum_: int) -> bool:
+    """Whether the server's phase follows this sum."""
+    return round_of(study, sum_ + 1) > round_of(study, sum_)
+
+
+def sum_name(study: Study, sum_: int) -> str:
+    """What an operator calls the sum: ``round 2``, or ``round 2, step 7`` in joint DP-SGD."""
+    round_ = round_of(study, sum_)
+    step = f", step {sum_ - round_ * study.local.steps + 1}" if study.joint else ""
+    return f"round {round_ + 1}{step}"
 
 
 def round_header(
@@ -73,3 +91,24 @@ def silo_unit(study: Study, update_size: Callable[[int], int], round_: int) -> S
     setting = Setting(largest, study.field.bound, study.quorum, study.silos.colluders)
     noise = calibrate_silo(privacy.epsilon, privacy.delta, study.rounds, setting)
     return SiloUnit(setting._replace(values=update_size(round_)), noise, privacy.clip_norm)
+
+
+def joint_step(study: Study, values: int) -> JointStep | None:
+    """The mechanism of every step in joint DP-SGD, for gradients of ``values``; else None.
+
+    Raises:
+        ConfigError: the study's field has no room for the gradients and the noise.
+    """
+    privacy, local = study.privacy, study.local
+    if not study.joint or privacy is None or local.sampling_rate is None:
+        return None
+    setting = JointSetting(
+        values=values,
+        field_bound=study.field.bound,
+        least_survivors=study.quorum,
+        colluders=study.silos.colluders,
+        sampling_rate=local.sampling_rate,
+        batch_size=local.batch_size,
+    )
+    noise = calibrate_joint(privacy.epsilon, privacy.delta, study.sums, setting)
+    return JointStep(setting, noise, privacy.clip_norm)

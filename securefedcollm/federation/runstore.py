@@ -6,9 +6,11 @@ complete before it is pointed at, so a kill at any moment leaves a run that ``--
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,20 +26,23 @@ from securefedcollm.federation.workload import ServerWorkload, Vector
 class RunState:
     """What ``state.json`` holds.
 
-    ``round`` is the round to run next (from 0); ``attempt`` the number of aggregation attempts
-    already begun for it; ``opening`` whether silos were ever asked to unmask it, after which only
-    that same sum can be opened; ``opened`` the sum's survivors once the sum is out, so that it is
-    never asked for again; ``barred`` silos that spoilt an opening and why; ``history`` one record
-    per finished round.
+    ``round`` is the round to run next (from 0), ``step`` how many of its secure sums are done
+    already (joint DP-SGD; else 0) and ``partial`` what there is of its record; ``attempt`` the
+    number of aggregation attempts already begun for the next sum; ``opening`` whether silos were
+    ever asked to unmask it, after which only that same sum can be opened; ``opened`` the sum's
+    survivors once it is out, so that it is never asked for again; ``barred`` silos that spoilt an
+    opening and why; ``history`` one record per finished round.
     """
 
     run_id: str
     study: str
     round: int = 0
+    step: int = 0
     attempt: int = 0
     opening: bool = False
     opened: list[str] = field(default_factory=list)
     barred: dict[str, str] = field(default_factory=dict)
+    partial: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -116,16 +121,54 @@ class RunStore:
                 hint="start again with --overwrite",
             ) from None
 
-    def finish_round(self, workload: ServerWorkload, record: dict[str, Any]) -> None:
-        """Save the adapters, then move on to the next round in one atomic step."""
-        self.save_adapters(workload, self.state.round + 1)
-        self.state.history.append(record)
-        self.state.round += 1
+    def finish_step(self, workload: ServerWorkload, record: dict[str, Any]) -> None:
+        """Save what one step of joint DP-SGD changed, then move on to the next one atomically."""
+        state = self.state
+        self._save_descent(workload, state.round, state.step + 1)
+        state.step += 1
+        state.partial = record
+        self._next_sum()
+        self._forget_descents()
+
+    def finish_round(
+        self, workload: ServerWorkload, record: dict[str, Any], *, joint: bool = False
+    ) -> None:
+        """Save the adapters, then move on to the next round in one atomic step.
+
+        Args:
+            joint: save the optimiser's state as well.
+        """
+        state = self.state
+        self.save_adapters(workload, state.round + 1)
+        if joint:
+            self._save_descent(workload, state.round + 1, 0)
+        state.history.append(record)
+        state.round += 1
+        state.step = 0
+        state.partial = {}
+        self._next_sum()
+        shutil.rmtree(self._adapters(state.round - 2), ignore_errors=True)
+        self._forget_descents()
+
+    def _next_sum(self) -> None:
         self.state.attempt = 0
         self.state.opening = False
         self.state.opened = []
         self._write()
-        shutil.rmtree(self._adapters(self.state.round - 2), ignore_errors=True)
+
+    def _save_descent(self, workload: ServerWorkload, round_: int, step: int) -> None:
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **workload.descent())
+        write_durably(self._descent(round_, step), buffer.getvalue())
+
+    def _forget_descents(self) -> None:
+        current = self._descent(self.state.round, self.state.step)
+        for path in self._server.glob("descent-*.npz"):
+            if path != current:
+                path.unlink(missing_ok=True)
+
+    def _descent(self, round_: int, step: int) -> Path:
+        return self._server / f"descent-{round_:05d}-{step:05d}.npz"
 
     def save_adapters(self, workload: ServerWorkload, round_: int) -> None:
         target = self._adapters(round_)
@@ -141,8 +184,23 @@ class RunStore:
         temporary.replace(target)
 
     def load_adapters(self, workload: ServerWorkload) -> None:
-        """Bring ``workload`` to the state after the last finished round."""
+        """Bring ``workload`` to the state after the last finished round, or step of one.
+
+        Raises:
+            StateError: a file is lost or damaged.
+        """
         workload.load(self._adapters(self.state.round))
+        path = self._descent(self.state.round, self.state.step)
+        if not self.state.step and not path.exists():
+            return
+        try:
+            with np.load(path, allow_pickle=False) as state:
+                workload.restore_descent(dict(state))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise StateError(
+                f"{path}: the optimiser's state cannot be read ({error})",
+                hint="start again with --overwrite, or restore the file",
+            ) from None
 
     def _adapters(self, round_: int) -> Path:
         return self._server / f"round-{round_:05d}"

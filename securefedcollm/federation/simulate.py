@@ -333,7 +333,7 @@ def tune_alone(
         cotuning.set_threads(threads)
         dealt = deal(study, data)
         workload = cotuning.SiloTuning(
-            study, name, dealt.silos[name], data=data, planned=planned[name]
+            study, name, dealt.silos[name], data=data, planned=planned[name], alone=True
         )
         adapter = workload.adapter()
         for round_ in range(study.rounds):
@@ -347,7 +347,7 @@ def tune_alone(
 def _planned(study: Study, records: int) -> PoissonGaussian | None:
     from securefedcollm.federation.cotuning import planned_event
 
-    if study.privacy is None or study.privacy.noise != "local":
+    if study.privacy is None or study.privacy.unit == "silo":
         return None
     return planned_event(study, records)
 

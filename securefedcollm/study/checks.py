@@ -15,6 +15,7 @@ def check(study: Study) -> None:
     _check_silos(study)
     _check_ring(study)
     _check_privacy(study)
+    _check_joint(study)
     _check_data(study)
     _check_model("models.llm", study.models.llm)
     _check_model("models.slm", study.models.slm)
@@ -92,6 +93,28 @@ def _check_privacy(study: Study) -> None:
             "bound the same update, a silo's whole one",
             where="privacy.clip_norm",
             hint="give both keys the same value",
+        )
+
+
+def _check_joint(study: Study) -> None:
+    local = study.local
+    if study.joint and local.sampling_rate is None:
+        raise ConfigError(
+            "joint DP-SGD needs the rate at which records take part in a step",
+            where="local.sampling_rate",
+            hint="local.batch_size over the records of all silos together, e.g. 0.02",
+        )
+    if not study.joint and local.sampling_rate is not None:
+        raise ConfigError(
+            "only joint DP-SGD has a rate that all silos share",
+            where="local.sampling_rate",
+            hint="remove it, or set privacy.unit: record and privacy.noise: distributed",
+        )
+    if study.joint and study.adapter.method == "rolora":
+        raise ConfigError(
+            "rolora alternates between matrices from round to round, one optimiser has no place",
+            where="adapter.method",
+            hint="choose ffa-lora, which is exact under a sum too",
         )
 
 

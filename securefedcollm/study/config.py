@@ -107,7 +107,13 @@ class Silos(_Section, frozen=True):
 
 
 class Local(_Section, frozen=True):
-    """Tuning inside a silo, per round. With DP-SGD ``batch_size`` is the expected Poisson batch."""
+    """Tuning inside a silo, per round. With DP-SGD ``batch_size`` is the expected Poisson batch.
+
+    In joint DP-SGD (``privacy.noise: distributed`` with ``unit: record``) a step is taken by all
+    silos together: ``sampling_rate`` is the probability with which each of their records takes part
+    in a step, ``batch_size`` the expected batch of all silos, and ``batch_size / sampling_rate``
+    therefore the number of records that the participants think they have in all.
+    """
 
     steps: Count
     batch_size: Count
@@ -116,6 +122,7 @@ class Local(_Section, frozen=True):
     loss: Literal["answer", "choices"] = "answer"
     max_grad_norm: Positive | None = None
     micro_batch: Count = 64
+    sampling_rate: Annotated[float, Meta(gt=0, le=1)] | None = None
 
 
 class Privacy(_Section, frozen=True):
@@ -124,8 +131,11 @@ class Privacy(_Section, frozen=True):
     ``unit: record`` with ``noise: local`` is DP-SGD inside each silo: (ε, δ) for one record against
     everybody. ``unit: silo`` with ``noise: distributed`` clips a silo's whole update and adds a
     share of discrete Gaussian noise to it: (ε, δ) for one silo's whole data set against the server
-    and ``silos.colluders`` other silos. Neighbouring data sets differ by adding or removing one
-    unit. ``clip_norm`` bounds what one unit contributes: per step, or per round for a silo.
+    and ``silos.colluders`` other silos. ``unit: record`` with ``noise: distributed`` is joint
+    DP-SGD: every optimiser step is one secure sum of clipped gradients and noise shares, and one
+    record is protected against the same adversary by the noise of all. Neighbouring data sets
+    differ by adding or removing one unit. ``clip_norm`` bounds what one unit contributes: per step,
+    or per round for a silo.
     """
 
     epsilon: Positive
@@ -212,6 +222,17 @@ class Study(_Section, frozen=True):
         return max(self.minimum, self.threshold)
 
     @property
+    def joint(self) -> bool:
+        """Whether every optimiser step is a secure sum of its own (joint DP-SGD)."""
+        privacy = self.privacy
+        return privacy is not None and (privacy.unit, privacy.noise) == ("record", "distributed")
+
+    @property
+    def sums(self) -> int:
+        """Secure sums in the whole run: one a round, or one an optimiser step in joint DP-SGD."""
+        return self.rounds * (self.local.steps if self.joint else 1)
+
+    @property
     def field(self) -> Field:
         """The packed field of one coordinate, derived from ``value_bits`` and the silo count."""
         return Field.fit(self.aggregation.value_bits, self.silos.count)
@@ -244,7 +265,9 @@ class Field(msgspec.Struct, frozen=True):
         return cls(bits=bits, per_word=per_word, bound=min(room, 2**31 - 1))
 
 
-PLACEMENTS: Final = frozenset({("record", "local"), ("silo", "distributed")})
+PLACEMENTS: Final = frozenset(
+    {("record", "local"), ("record", "distributed"), ("silo", "distributed")}
+)
 """(unit, noise) pairs that a study can ask for."""
 
 

@@ -185,6 +185,50 @@ def train_dp(
     return LocalResult(_finish(model, layout, start), (event,))
 
 
+def sampled_gradients(
+    model: nn.Module,
+    layout: AdapterLayout,
+    data: EncodedQuestions,
+    *,
+    q: float,
+    noise: NoiseSource,
+    seed: int,
+    loss: Loss = "answer",
+    normalisation: Normalisation = "plain",
+    micro_batch: int = 64,
+) -> Iterator[npt.NDArray[np.float64]]:
+    """The gradient of each record of one Poisson sample at rate ``q``: float64 [d], one by one.
+
+    For a step of joint DP-SGD. They are neither clipped nor noised: whoever takes them does that,
+    before anything leaves the silo. A gradient that is not finite comes as zeros, see
+    :func:`_finite`.
+
+    Raises:
+        DataError: a question has no answer.
+        TrainingError: the model is not finite, or an adapter matrix got no gradient.
+    """
+    parameters, _ = _begin(model, layout, data)
+    length = (data.segments >= 0).sum(1).numpy()
+    taken = noise.poisson_batch(len(data), q)
+    taken = taken[np.argsort(length[taken], kind="stable")]
+    with training_mode(model, seed=seed), _per_record_gradients(model):
+        for start in range(0, len(taken), micro_batch):
+            rows = torch.from_numpy(taken[start : start + micro_batch])
+            losses = question_losses(model, data.select(rows), loss, normalisation)
+            torch.autograd.backward(losses.sum())
+            yield from _finite(_take_gradients(parameters, [1] * len(rows)))
+
+
+def _finite(gradients: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """``gradients`` [B, d] with those rows set to zero that are not finite.
+
+    Adversary: a server whose adapter makes one record's gradient overflow, to see the silo fail:
+    before the noise, no record may decide that.
+    """
+    broken = ~np.isfinite(np.einsum("ij,ij->i", gradients, gradients))
+    return np.where(broken[:, None], 0.0, gradients) if broken.any() else gradients
+
+
 def _begin(
     model: nn.Module, layout: AdapterLayout, data: EncodedQuestions
 ) -> tuple[list[nn.Parameter], Vector]:
@@ -285,15 +329,9 @@ def _take_gradients(parameters: list[nn.Parameter], sizes: list[int]) -> npt.NDA
 
 
 def _clipped_sum(gradients: npt.NDArray[np.float64], clip_norm: float) -> npt.NDArray[np.float64]:
-    """Σ gᵢ · min(1, C/‖gᵢ‖) over the units: float64 [d].
-
-    A gradient that is not finite contributes zero. Adversary: a server whose adapter makes one
-    record's gradient overflow, to see the silo fail: before the noise, no record may decide that.
-    """
+    """Σ gᵢ · min(1, C/‖gᵢ‖) over the units: float64 [d]."""
+    gradients = _finite(gradients)
     norms = np.sqrt(np.einsum("ij,ij->i", gradients, gradients))
-    broken = ~np.isfinite(norms)
-    if broken.any():
-        gradients, norms = np.where(broken[:, None], 0.0, gradients), np.where(broken, 0.0, norms)
     scale = np.minimum(1.0, clip_norm / np.maximum(norms, np.finfo(np.float64).tiny))
     total: npt.NDArray[np.float64] = scale @ gradients
     return total
