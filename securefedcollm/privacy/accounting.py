@@ -319,8 +319,8 @@ def zcdp_epsilon(rho: float, delta: float) -> float:
 # --- RDP ----------------------------------------------------------------------------------------
 
 
-def rdp_at_orders(events: Events, orders: tuple[int, ...]) -> list[float]:
-    """Rényi divergence bound of the composition at each of the integer ``orders``."""
+def rdp_at_orders(events: Events, orders: tuple[float, ...]) -> list[float]:
+    """Rényi divergence bound of the composition at each of the ``orders``."""
     totals = [0.0] * len(orders)
     for event in events:
         one = _rdp_once(rate(event), event.noise_multiplier, orders)
@@ -339,16 +339,15 @@ def _rdp_once(q: float, z: float, orders: tuple[float, ...]) -> tuple[float, ...
 
 
 @lru_cache(maxsize=2048)
-def _rdp_epsilon(events: Events, delta: float, orders: tuple[int, ...] | None) -> float:
-    from dp_accounting.rdp import RdpAccountant
+def _rdp_epsilon(events: Events, delta: float, orders: tuple[float, ...] | None) -> float:
+    from dp_accounting.rdp import compute_epsilon
+    from dp_accounting.rdp.rdp_privacy_accountant import DEFAULT_RDP_ORDERS
 
     if any(isinstance(event, DiscreteGaussian) and event.q < 1.0 for event in events):
         orders = _INTEGER_ORDERS
-    accountant = RdpAccountant(orders)
+    orders = orders or tuple(DEFAULT_RDP_ORDERS)
     with _quiet_absl():
-        for event in events:
-            accountant.compose(_dp_event(rate(event), event.noise_multiplier), times(event))
-        return float(accountant.get_epsilon(delta))
+        return float(compute_epsilon(orders, rdp_at_orders(events, orders), delta)[0])
 
 
 def _dp_event(q: float, z: float) -> Any:

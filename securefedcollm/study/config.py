@@ -10,6 +10,7 @@ that nobody can choose for them.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -188,7 +189,7 @@ class Participant(_Section, frozen=True):
     key: Hex32
 
 
-class Study(_Section, frozen=True):
+class Study(_Section, frozen=True, dict=True):
     """A whole study. Compare by :func:`digest`, not by file content."""
 
     study: Name
@@ -204,6 +205,11 @@ class Study(_Section, frozen=True):
     aggregation: Aggregation = Aggregation()
     distillation: Distillation = Distillation()
     roster: list[Participant] = []
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of the RFC 8785 (JCS) form: 32 bytes, the same for every spelling of it."""
+        return sha256(b"securefedcollm/study/v1\0", rfc8785.dumps(msgspec.to_builtins(self)))
 
     @property
     def threshold(self) -> int:
@@ -272,5 +278,5 @@ PLACEMENTS: Final = frozenset(
 
 
 def digest(study: Study) -> bytes:
-    """SHA-256 of the study's RFC 8785 (JCS) form: 32 bytes, the same for every spelling of it."""
-    return sha256(b"securefedcollm/study/v1\0", rfc8785.dumps(msgspec.to_builtins(study)))
+    """What identifies a study: :attr:`Study.digest`."""
+    return study.digest
