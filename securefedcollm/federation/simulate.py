@@ -36,7 +36,7 @@ from securefedcollm.study import Study, digest, dump_study
 
 Say = Callable[[str], None]
 
-_PRELOAD = ("securefedcollm.federation.cotuning", "peft", "opacus")  # seconds to import
+_PRELOAD = ("securefedcollm.federation.cotuning", "peft")  # seconds to import
 
 
 class Simulation:

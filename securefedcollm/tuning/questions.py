@@ -301,8 +301,7 @@ def _last_hidden(causal: Any, batch: EncodedQuestions) -> Tensor:
     """Hidden states after the last layer; starts at the cached prefix if the batch has one."""
     start = {"input_ids": batch.tokens}
     if batch.prefix is not None:
-        # Backward hooks of the first layer (per-record gradients) want an input with a gradient.
-        start = {"inputs_embeds": batch.prefix.detach().requires_grad_(torch.is_grad_enabled())}
+        start = {"inputs_embeds": batch.prefix}
     with passed_over(causal, 0, batch.prefix_layers):
         states: Tensor = causal.base_model(
             **start,
