@@ -6,7 +6,7 @@ Built from a study and data in the process that runs them; importing this module
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from securefedcollm.errors import ConfigError, StateError
+from securefedcollm.errors import ConfigError, DataError, StateError
 from securefedcollm.federation.workload import Progress, Vector, silent
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.accounting import calibrate
@@ -145,19 +145,24 @@ class SiloTuning:
     ) -> None:
         """
         Raises:
-            ConfigError: the silo has fewer records than the expected batch, or no noise reaches
-                the study's ε.
+            ConfigError: the silo has fewer units than the expected batch, or no noise reaches the
+                study's ε.
+            DataError: the unit is the subject, and a question has none.
         """
+        self._subjects = _subjects(study, questions)
         self._study = study
         self._name = name
         self._tuned = Tuned.load(study, study.models.slm, data=data, progress=progress)
         self._data = self._tuned.encode(questions)
         self.records = len(questions)
-        self.dataset = dataset_fingerprint(questions)
+        self.dataset = dataset_fingerprint(
+            questions if self._subjects else [replace(q, subject=None) for q in questions]
+        )
         self.base_digest = self._tuned.base_digest
         self._event: PoissonGaussian | None = None
         if study.privacy is not None and study.privacy.noise == "local":
-            self._event = planned_event(study, self.records)
+            units = len(set(self._subjects)) if self._subjects else self.records
+            self._event = planned_event(study, units)
 
     def layout(self, round_: int) -> bytes:
         return self._tuned.layout_digest(round_)
@@ -206,6 +211,7 @@ class SiloTuning:
             optimizer=local.optimizer,
             loss=local.loss,
             normalisation=task.score,
+            subjects=self._subjects,
             micro_batch=local.micro_batch,
             progress=progress,
         ).delta
@@ -327,22 +333,40 @@ class ServerTuning:
 _calibrated = lru_cache(calibrate)  # silos of equal size in one process need it once
 
 
-def planned_event(study: Study, records: int) -> PoissonGaussian:
+def _subjects(study: Study, questions: Sequence[Question]) -> list[str] | None:
+    """Whose record each question is, if that is the unit."""
+    if study.subject is None:
+        return None
+    subjects = [question.subject for question in questions]
+    if None in subjects:
+        raise DataError(
+            f"{subjects.count(None)} of {len(subjects)} questions have no {study.subject}",
+            where="privacy.subject",
+            hint="every record needs its subject, or privacy.subject another column",
+        )
+    return [str(subject) for subject in subjects]
+
+
+def planned_event(study: Study, units: int) -> PoissonGaussian:
     """What one round of DP-SGD releases, with the least noise that keeps the study's claim.
 
+    Args:
+        units: records, or subjects, of the silo.
+
     Raises:
-        ConfigError: fewer records than the expected batch.
+        ConfigError: fewer units than the expected batch.
     """
     privacy, local = study.privacy, study.local
     if privacy is None:
         raise ValueError("a study without privacy plans no event")
-    if local.batch_size > records:
+    if local.batch_size > units:
         raise ConfigError(
-            f"an expected batch of {local.batch_size} needs as many records, there are {records}",
+            f"an expected batch of {local.batch_size} needs as many {privacy.unit}s, "
+            f"there are {units}",
             where="local.batch_size",
-            hint=f"at most {records}; a tenth of it amplifies privacy well",
+            hint=f"at most {units}; a tenth of it amplifies privacy well",
         )
-    rate = local.batch_size / records
+    rate = local.batch_size / units
     noise = _calibrated(privacy.epsilon, privacy.delta, rate, local.steps * study.rounds)
     return PoissonGaussian(q=rate, noise_multiplier=noise, steps=local.steps)
 

@@ -122,15 +122,18 @@ class Privacy(_Section, frozen=True):
     """The differential-privacy claim of the whole study, all rounds together.
 
     ``unit: record`` with ``noise: local`` is DP-SGD inside each silo: (ε, δ) for one record against
-    everybody. ``unit: silo`` with ``noise: distributed`` clips a silo's whole update and adds a
-    share of discrete Gaussian noise to it: (ε, δ) for one silo's whole data set against the server
-    and ``silos.colluders`` other silos. Neighbouring data sets differ by adding or removing one
-    unit. ``clip_norm`` bounds what one unit contributes: per step, or per round for a silo.
+    everybody. ``unit: subject`` is the same for all records with one value of the column
+    ``subject`` (a patient, a client), in one silo; ``local.batch_size`` then counts subjects.
+    ``unit: silo`` with ``noise: distributed`` clips a silo's whole update and adds a share of
+    discrete Gaussian noise to it: (ε, δ) for one silo's whole data set against the server and
+    ``silos.colluders`` other silos. Neighbouring data sets differ by adding or removing one unit.
+    ``clip_norm`` bounds what one unit contributes: per step, or per round for a silo.
     """
 
     epsilon: Positive
     delta: Annotated[float, Meta(gt=0, lt=1)]
-    unit: Literal["record", "silo"] = "record"
+    unit: Literal["record", "subject", "silo"] = "record"
+    subject: Annotated[str, Meta(min_length=1)] | None = None
     noise: Literal["local", "distributed"] = "local"
     clip_norm: Positive = 1.0
 
@@ -212,6 +215,11 @@ class Study(_Section, frozen=True):
         return max(self.minimum, self.threshold)
 
     @property
+    def subject(self) -> str | None:
+        """The column whose values are the privacy units; None where the unit is another."""
+        return self.privacy.subject if self.privacy else None
+
+    @property
     def field(self) -> Field:
         """The packed field of one coordinate, derived from ``value_bits`` and the silo count."""
         return Field.fit(self.aggregation.value_bits, self.silos.count)
@@ -244,8 +252,12 @@ class Field(msgspec.Struct, frozen=True):
         return cls(bits=bits, per_word=per_word, bound=min(room, 2**31 - 1))
 
 
-PLACEMENTS: Final = frozenset({("record", "local"), ("silo", "distributed")})
+PLACEMENTS: Final = frozenset({("record", "local"), ("subject", "local"), ("silo", "distributed")})
 """(unit, noise) pairs that a study can ask for."""
+
+
+BUILTIN_SUBJECT: Final = "patient"
+"""The subject column of ``task.data.builtin: hospitals``."""
 
 
 def digest(study: Study) -> bytes:

@@ -39,13 +39,15 @@ class Question:
     """One prompt and its choices; ``answer`` is None on an unlabelled public prompt.
 
     A choice is joined to the prompt by one space, so neither end carries it. ``group`` names the
-    column of the result table (``general``, ``private``).
+    column of the result table (``general``, ``private``). ``subject`` says whose record it is,
+    where that is the unit of privacy.
     """
 
     prompt: str
     choices: tuple[str, ...]
     answer: int | None
     group: str = ""
+    subject: str | None = None
 
 
 @dataclass(frozen=True)

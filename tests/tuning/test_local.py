@@ -157,6 +157,29 @@ def test_a_subject_is_clipped_as_a_whole(toy: Any, micro_batch: int) -> None:
     np.testing.assert_allclose(delta, -clipped(sums).sum(0) / 4, atol=1e-5)
 
 
+@pytest.mark.parametrize("protected", ["subject", "record"])
+def test_a_subject_s_whole_influence_on_the_sum_is_at_most_the_clip(
+    toy: Any, protected: str
+) -> None:
+    """Adversary: knows all but one person's records. Clipped one by one, five records of one
+    person move the sum by more than C: the same check fails where the record is the unit."""
+    data = toy.encoded(9)
+    subjects = ["ada", "bob", "ada", "cy", "ada", "bob", "di", "ada", "ada"]
+    others = [i for i, name in enumerate(subjects) if name != "ada"]
+
+    def summed(rows: list[int]) -> np.ndarray:
+        names = [subjects[row] for row in rows] if protected == "subject" else None
+        units = len(set(names)) if names else len(rows)
+        chosen = data.select(torch.tensor(rows))
+        return units * one_noiseless_step(toy, chosen, batch_size=units, subjects=names)
+
+    influence = np.linalg.norm(summed(list(range(9))) - summed(others))
+    if protected == "subject":
+        assert 0.99 * CLIP < influence < CLIP * (1 + 1e-5)
+    else:
+        assert influence > 1.2 * CLIP
+
+
 class Recorded(NoiseSource):
     """A noise source that remembers what it gave out."""
 
