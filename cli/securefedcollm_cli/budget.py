@@ -39,7 +39,8 @@ def plan(
         int | None, typer.Option(min=1, help="Values in an update [from the small model's shape].")
     ] = None,
     records: Annotated[
-        int | None, typer.Option(min=1, help="Records of the smallest silo [from the study].")
+        int | None,
+        typer.Option(min=1, help="Records (or subjects) of the smallest silo [from the study]."),
     ] = None,
     data: DataDir = None,
     as_json: Json = False,
@@ -68,6 +69,7 @@ def plan(
         rounds=study.rounds,
         steps=study.local.steps,
         batch_size=study.local.batch_size,
+        unit="record" if study.subject is None else "subject",
     )
     delta = study.privacy.delta if study.privacy else min(1e-5, 0.1 / federation.records)
     targets = epsilon or [study.privacy.epsilon if study.privacy else 0.0]
@@ -137,8 +139,8 @@ def _print_plans(plans: list[Plan]) -> None:
     console = Console()
     fed = plans[0].federation
     console.print(
-        f"{fed.silos} silos of at least {fed.records:,} records, {fed.values:,} values an update; "
-        f"a sum opens with {fed.least_survivors} survivors, {fed.colluders} may collude"
+        f"{fed.silos} silos of at least {fed.records:,} {fed.unit}s, {fed.values:,} values "
+        f"an update; a sum opens with {fed.least_survivors} survivors, {fed.colluders} may collude"
     )
     for made in plans:
         table = Table(title=f"ε = {made.epsilon:g}, δ = {made.delta:g}", title_justify="left")

@@ -6,7 +6,7 @@ Built from a study and data in the process that runs them; importing this module
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from securefedcollm.errors import ConfigError, StateError
+from securefedcollm.errors import ConfigError, DataError, StateError
 from securefedcollm.federation.workload import Gradient, Progress, Vector, silent
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.accounting import calibrate
 from securefedcollm.privacy.events import Event, PoissonGaussian
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.study import Study
-from securefedcollm.study.config import Model, Privacy
+from securefedcollm.study.config import Model
 from securefedcollm.tuning.adapters import (
     AdapterLayout,
     attach,
@@ -148,27 +148,34 @@ class SiloTuning:
     ) -> None:
         """
         Args:
-            planned: :func:`planned_event` of this many records, where it is already known: a
+            planned: :func:`planned_event` of this many units, where it is already known: a
                 simulation's processes need not all work it out.
             alone: the silo takes part in no sum and keeps the study's ε by its own noise, also
                 where the study has the silos noise their sum together.
 
         Raises:
-            ConfigError: the silo has fewer records than the expected batch, or more than all silos
+            ConfigError: the silo has fewer units than the expected batch, or more than all silos
                 should have together, or no noise reaches the study's ε.
+            DataError: the unit is the subject, and a question has none.
         """
+        self._subjects = _subjects(study, questions)
         self._study = study
         self._name = name
         self._tuned = Tuned.load(study, study.models.slm, data=data, progress=progress)
         self._data = self._tuned.encode(questions)
         self.records = len(questions)
-        self.dataset = dataset_fingerprint(questions)
+        self.dataset = dataset_fingerprint(
+            questions if self._subjects else [replace(q, subject=None) for q in questions]
+        )
         self.base_digest = self._tuned.base_digest
         self._event: PoissonGaussian | None = None
+        self._units = count_units(study, questions)
         if study.privacy and (study.privacy.noise == "local" or (alone and study.joint)):
-            self._event = planned or planned_event(study, self.records)
+            if planned and planned.q != _expected_batch(study, self._units) / self._units:
+                raise ValueError("this noise was planned for another data set")
+            self._event = planned or planned_event(study, self._units)
         elif study.joint:
-            _check_joint_records(study, self.records)
+            _check_joint_units(study, self._units)
 
     def layout(self, round_: int) -> bytes:
         return self._tuned.layout_digest(round_)
@@ -208,7 +215,7 @@ class SiloTuning:
             layout,
             self._data,
             steps=local.steps,
-            batch_size=round(self._event.q * self.records),
+            batch_size=_expected_batch(self._study, self._units),
             learning_rate=local.learning_rate,
             noise_multiplier=self._event.noise_multiplier,
             clip_norm=self._study.privacy.clip_norm,
@@ -217,6 +224,7 @@ class SiloTuning:
             optimizer=local.optimizer,
             loss=local.loss,
             normalisation=task.score,
+            subjects=self._subjects,
             micro_batch=local.micro_batch,
             progress=progress,
         ).delta
@@ -233,6 +241,7 @@ class SiloTuning:
             seed=training_seed(self._study, self._name, round_),
             loss=local.loss,
             normalisation=self._study.task.score,
+            subjects=self._subjects,
             micro_batch=local.micro_batch,
         )
 
@@ -366,41 +375,69 @@ class ServerTuning:
 _calibrated = lru_cache(calibrate)  # silos of equal size in one process need it once
 
 
-def planned_event(study: Study, records: int) -> PoissonGaussian:
-    """What one round of DP-SGD releases, with the least noise that keeps the study's claim.
+def _subjects(study: Study, questions: Sequence[Question]) -> list[str] | None:
+    """Whose record each question is, if that is the unit."""
+    if study.subject is None:
+        return None
+    subjects = [question.subject for question in questions]
+    if None in subjects:
+        raise DataError(
+            f"{subjects.count(None)} of {len(subjects)} questions have no {study.subject}",
+            where="privacy.subject",
+            hint="every record needs its subject, or privacy.subject another column",
+        )
+    return [str(subject) for subject in subjects]
+
+
+def planned_event(study: Study, units: int) -> PoissonGaussian:
+    """What one round of a silo's own DP-SGD releases, with the least noise that keeps the claim.
+
+    Args:
+        units: records, or subjects, of the silo.
 
     Raises:
-        ConfigError: fewer records than the expected batch.
+        ConfigError: fewer units than the expected batch, or no noise reaches the study's ε.
     """
-    privacy, local = study.privacy, study.local
+    privacy, steps = study.privacy, study.local.steps
     if privacy is None:
         raise ValueError("a study without privacy plans no event")
-    if study.joint:  # a silo by itself, with its own part of the expected batch
-        assert local.sampling_rate is not None  # study.checks
-        return _planned(study, privacy, max(1, round(local.sampling_rate * records)) / records)
-    if local.batch_size > records:
-        raise ConfigError(
-            f"an expected batch of {local.batch_size} needs as many records, there are {records}",
-            where="local.batch_size",
-            hint=f"at most {records}; a tenth of it amplifies privacy well",
-        )
-    return _planned(study, privacy, local.batch_size / records)
-
-
-def _planned(study: Study, privacy: Privacy, rate: float) -> PoissonGaussian:
-    steps = study.local.steps
+    rate = _expected_batch(study, units) / units
     noise = _calibrated(privacy.epsilon, privacy.delta, rate, steps * study.rounds)
     return PoissonGaussian(q=rate, noise_multiplier=noise, steps=steps)
 
 
-def _check_joint_records(study: Study, records: int) -> None:
+def count_units(study: Study, questions: Sequence[Question]) -> int:
+    """How many privacy units a silo has: its subjects, if they are the unit, or its records.
+
+    Raises:
+        DataError: the unit is the subject, and a question has none.
+    """
+    subjects = _subjects(study, questions)
+    return len(set(subjects)) if subjects else len(questions)
+
+
+def _expected_batch(study: Study, units: int) -> int:
+    local = study.local
+    if local.sampling_rate is not None:  # joint DP-SGD: a silo by itself takes its own part
+        return max(1, round(local.sampling_rate * units))
+    if local.batch_size > units:
+        what = study.privacy.unit if study.privacy else "record"
+        raise ConfigError(
+            f"an expected batch of {local.batch_size} needs as many {what}s, there are {units}",
+            where="local.batch_size",
+            hint=f"at most {units}; a tenth of it amplifies privacy well",
+        )
+    return local.batch_size
+
+
+def _check_joint_units(study: Study, units: int) -> None:
     assert study.local.sampling_rate is not None  # study.checks
     everybody = round(study.local.batch_size / study.local.sampling_rate)
-    if records > everybody:
+    if units > everybody:
         raise ConfigError(
-            f"this silo has {records} records, batch and rate of the study mean {everybody} in all",
+            f"this silo has {units} units, batch and rate of the study mean {everybody} in all",
             where="local.sampling_rate",
-            hint=f"lower it to batch_size over all silos' records, or use {everybody} records",
+            hint=f"lower it to batch_size over all silos' units, or use {everybody} of them",
         )
 
 

@@ -55,7 +55,7 @@ def deal(study: Study, data: Path | None) -> Dealt:
     assert spec.public
     assert spec.per_silo
     split = split_questions(
-        read_questions(data / spec.train),
+        read_questions(data / spec.train, owner=study.subject),
         silos=len(names),
         per_silo=spec.per_silo,
         public=spec.public,

@@ -6,16 +6,16 @@ complete before it is pointed at, so a kill at any moment leaves a run that ``--
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
-import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors
 
 from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.federation.files import make_directory, write_durably
@@ -115,7 +115,7 @@ class RunStore:
         path = self._server / "mean.npy"
         try:
             return np.asarray(np.load(path, allow_pickle=False), dtype=np.float32)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise StateError(
                 f"{path}: the round's mean cannot be read ({error})",
                 hint="start again with --overwrite",
@@ -157,18 +157,16 @@ class RunStore:
         self._write()
 
     def _save_descent(self, workload: ServerWorkload, round_: int, step: int) -> None:
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **workload.descent())
-        write_durably(self._descent(round_, step), buffer.getvalue())
+        write_durably(self._descent(round_, step), safetensors.save(workload.descent()))
 
     def _forget_descents(self) -> None:
         current = self._descent(self.state.round, self.state.step)
-        for path in self._server.glob("descent-*.npz"):
+        for path in self._server.glob("descent-*.safetensors"):
             if path != current:
                 path.unlink(missing_ok=True)
 
     def _descent(self, round_: int, step: int) -> Path:
-        return self._server / f"descent-{round_:05d}-{step:05d}.npz"
+        return self._server / f"descent-{round_:05d}-{step:05d}.safetensors"
 
     def save_adapters(self, workload: ServerWorkload, round_: int) -> None:
         target = self._adapters(round_)
@@ -194,9 +192,8 @@ class RunStore:
         if not self.state.step and not path.exists():
             return
         try:
-            with np.load(path, allow_pickle=False) as state:
-                workload.restore_descent(dict(state))
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            workload.restore_descent(safetensors.load(path.read_bytes()))
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise StateError(
                 f"{path}: the optimiser's state cannot be read ({error})",
                 hint="start again with --overwrite, or restore the file",

@@ -37,7 +37,7 @@ from securefedcollm.study import Study, digest, dump_study
 
 Say = Callable[[str], None]
 
-_PRELOAD = ("securefedcollm.federation.cotuning", "peft", "opacus")  # seconds to import
+_PRELOAD = ("securefedcollm.federation.cotuning", "peft")  # seconds to import
 
 
 class Simulation:
@@ -96,7 +96,7 @@ class Simulation:
         from securefedcollm.federation.dealing import deal
 
         dealt = deal(self._study, self._data)
-        self._planned = {n: _planned(self._study, len(q)) for n, q in dealt.silos.items()}
+        self._planned = {n: _planned(self._study, q) for n, q in dealt.silos.items()}
         self._prepare_models(progress, say)
         cotuning.set_threads(self._server_threads)
         server = cotuning.ServerTuning(
@@ -344,12 +344,12 @@ def tune_alone(
     return remembered(directory / f"{name}.json", tune)
 
 
-def _planned(study: Study, records: int) -> PoissonGaussian | None:
-    from securefedcollm.federation.cotuning import planned_event
+def _planned(study: Study, questions: Any) -> PoissonGaussian | None:
+    from securefedcollm.federation.cotuning import count_units, planned_event
 
     if study.privacy is None or study.privacy.unit == "silo":
         return None
-    return planned_event(study, records)
+    return planned_event(study, count_units(study, questions))
 
 
 def remembered(path: Path, make: Callable[[], dict[str, float]]) -> dict[str, float]:

@@ -44,6 +44,7 @@ class Federation(msgspec.Struct, frozen=True):
         least_survivors: fewest silos with which a sum is opened.
         colluders: c.
         records: records (or subjects) of the smallest silo.
+        unit: ``record`` or ``subject``: what the options below the silo protect.
         rounds: rounds of the study.
         steps: optimiser steps of a silo in a round.
         batch_size: expected batch of a step in one silo.
@@ -57,6 +58,7 @@ class Federation(msgspec.Struct, frozen=True):
     rounds: int
     steps: int
     batch_size: int
+    unit: Literal["record", "subject"] = "record"
 
     @property
     def honest(self) -> int:
@@ -131,9 +133,9 @@ def _record_local(fed: Federation, target: float, delta: float) -> Option:
     z = calibrate(target, delta, rate, steps)
     alone = mean_noise(fed.values, z, 1, 1, fed.batch_size)
     return _option(
-        "record",
+        fed.unit,
         "local",
-        "a record, against everybody",
+        f"a {fed.unit}, against everybody",
         (PoissonGaussian(rate, z, steps),),
         target,
         delta,
@@ -156,9 +158,9 @@ def _record_distributed(fed: Federation, target: float, delta: float) -> Option:
     z = calibrate_events(at, target, TIGHT_SHARE * delta)
     ratio = mean_noise(fed.values, z, fed.silos, fed.honest, fed.batch_size * fed.silos)
     return _option(
-        "record",
+        fed.unit,
         "distributed",
-        f"a record, against the server and {fed.colluders} silo(s)",
+        f"a {fed.unit}, against the server and {fed.colluders} silo(s)",
         at(z),
         target,
         delta,
@@ -259,7 +261,8 @@ def _advice(options: tuple[Option, ...]) -> str:
 def _check(fed: Federation) -> None:
     if fed.batch_size > fed.records:
         raise ConfigError(
-            f"an expected batch of {fed.batch_size} needs as many records, there are {fed.records}",
+            f"an expected batch of {fed.batch_size} needs as many {fed.unit}s, "
+            f"there are {fed.records}",
             where="local.batch_size",
             hint=f"at most {fed.records}; a tenth of it amplifies privacy well",
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from securefedcollm.errors import ConfigError
-from securefedcollm.study.config import PLACEMENTS, Model, Study
+from securefedcollm.study.config import BUILTIN_SUBJECT, PLACEMENTS, Model, Study
 
 
 def check(study: Study) -> None:
@@ -85,6 +85,25 @@ def _check_privacy(study: Study) -> None:
             f"no study can ask for unit: {privacy.unit} with noise: {privacy.noise}",
             where="privacy.noise",
             hint=f"choose {pairs}",
+        )
+    if (privacy.unit == "subject") != (privacy.subject is not None):
+        missing = privacy.subject is None
+        raise ConfigError(
+            "no column says whose a record is" if missing else f"unit: {privacy.unit} needs none",
+            where="privacy.subject",
+            hint="name the column" if missing else "remove it, or choose unit: subject",
+        )
+    if privacy.subject in {"question", "choices", "answer"}:
+        raise ConfigError(
+            f"{privacy.subject!r} is what a record says, not whose it is",
+            where="privacy.subject",
+            hint="name the column with the patient, client or author",
+        )
+    if privacy.subject not in {None, BUILTIN_SUBJECT} and study.task.data.builtin:
+        raise ConfigError(
+            f"the built-in world has no column {privacy.subject!r}",
+            where="privacy.subject",
+            hint=f"its column is {BUILTIN_SUBJECT}",
         )
     # The clip of a silo's whole update is what its sensitivity follows from: there is one of it.
     if privacy.unit == "silo" and privacy.clip_norm != study.aggregation.clip_norm:

@@ -130,18 +130,21 @@ class Privacy(_Section, frozen=True):
     """The differential-privacy claim of the whole study, all rounds together.
 
     ``unit: record`` with ``noise: local`` is DP-SGD inside each silo: (ε, δ) for one record against
-    everybody. ``unit: silo`` with ``noise: distributed`` clips a silo's whole update and adds a
-    share of discrete Gaussian noise to it: (ε, δ) for one silo's whole data set against the server
-    and ``silos.colluders`` other silos. ``unit: record`` with ``noise: distributed`` is joint
-    DP-SGD: every optimiser step is one secure sum of clipped gradients and noise shares, and one
-    record is protected against the same adversary by the noise of all. Neighbouring data sets
-    differ by adding or removing one unit. ``clip_norm`` bounds what one unit contributes: per step,
-    or per round for a silo.
+    everybody. ``unit: subject`` is the same for all records with one value of the column
+    ``subject`` (a patient, a client), in one silo; ``local.batch_size`` then counts subjects.
+    ``unit: silo`` with ``noise: distributed`` clips a silo's whole update and adds a share of
+    discrete Gaussian noise to it: (ε, δ) for one silo's whole data set against the server and
+    ``silos.colluders`` other silos. ``unit: record`` or ``subject`` with ``noise: distributed`` is
+    joint DP-SGD: every optimiser step is one secure sum of clipped gradients and noise shares, and
+    one unit is protected against the same adversary by the noise of all silos. Neighbouring data
+    sets differ by adding or removing one unit. ``clip_norm`` bounds what one unit contributes: per
+    step, or per round for a silo.
     """
 
     epsilon: Positive
     delta: Annotated[float, Meta(gt=0, lt=1)]
-    unit: Literal["record", "silo"] = "record"
+    unit: Literal["record", "subject", "silo"] = "record"
+    subject: Annotated[str, Meta(min_length=1)] | None = None
     noise: Literal["local", "distributed"] = "local"
     clip_norm: Positive = 1.0
 
@@ -231,12 +234,17 @@ class Study(_Section, frozen=True, dict=True):
     def joint(self) -> bool:
         """Whether every optimiser step is a secure sum of its own (joint DP-SGD)."""
         privacy = self.privacy
-        return privacy is not None and (privacy.unit, privacy.noise) == ("record", "distributed")
+        return privacy is not None and privacy.unit != "silo" and privacy.noise == "distributed"
 
     @property
     def sums(self) -> int:
         """Secure sums in the whole run: one a round, or one an optimiser step in joint DP-SGD."""
         return self.rounds * (self.local.steps if self.joint else 1)
+
+    @property
+    def subject(self) -> str | None:
+        """The column whose values are the privacy units; None where the unit is another."""
+        return self.privacy.subject if self.privacy else None
 
     @property
     def field(self) -> Field:
@@ -272,9 +280,19 @@ class Field(msgspec.Struct, frozen=True):
 
 
 PLACEMENTS: Final = frozenset(
-    {("record", "local"), ("record", "distributed"), ("silo", "distributed")}
+    {
+        ("record", "local"),
+        ("record", "distributed"),
+        ("subject", "local"),
+        ("subject", "distributed"),
+        ("silo", "distributed"),
+    }
 )
 """(unit, noise) pairs that a study can ask for."""
+
+
+BUILTIN_SUBJECT: Final = "patient"
+"""The subject column of ``task.data.builtin: hospitals``."""
 
 
 def digest(study: Study) -> bytes:

@@ -41,7 +41,7 @@ class Descent:
         if self._optimizer is None or self._point is None:
             return {}
         kept = self._optimizer.state[self._point]
-        return {name: np.array(value.detach()) for name, value in kept.items()}
+        return {name: value.detach().numpy().copy() for name, value in kept.items()}
 
     def restore(self, state: Mapping[str, Vector]) -> None:
         """Take up where :meth:`state` was taken."""

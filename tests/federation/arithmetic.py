@@ -73,12 +73,20 @@ class ArithmeticSilo:
             update[3] = np.nan
         return update
 
+    def gradients(self, adapter, round_, q):
+        """Ten records, all of whose gradients have norm 5 in the coordinate of the round."""
+        self.trained.append(round_)
+        gradient = np.zeros(SIZE)
+        gradient[round_] = 5.0
+        return [gradient] * sum(np.random.default_rng().random(10) < q)
+
 
 class ArithmeticServer:
     base_digest = b"b" * 32
 
     def __init__(self) -> None:
         self.theta = np.zeros(SIZE, dtype=np.float32)
+        self.descents = 0
         self.distilled: list[int] = []
 
     def layout(self, round_):
@@ -92,6 +100,17 @@ class ArithmeticServer:
 
     def absorb(self, mean, round_):
         self.theta = self.theta + mean
+
+    def descend(self, gradient, round_):
+        self.theta = self.theta - gradient
+        self.descents += 1
+
+    def descent(self):
+        return {"theta": self.theta, "count": np.float32([self.descents])}
+
+    def restore_descent(self, state):
+        self.theta = state["theta"]
+        self.descents = int(state["count"][0])
 
     def distil(self, round_, progress):
         self.distilled.append(round_)

@@ -180,7 +180,7 @@ def test_a_field_without_room_names_the_key():
     ("change", "where"),
     [
         ({"unit": "silo", "noise": "local"}, "privacy.noise: no study can ask for unit: silo"),
-        ({"unit": "record", "noise": "distributed"}, "privacy.noise: no study can ask"),
+        ({"unit": "record", "noise": "distributed"}, "local.sampling_rate: joint DP-SGD needs"),
         ({"clip_norm": 1.0}, "privacy.clip_norm: 1 and aggregation.clip_norm: 20"),
     ],
 )
