@@ -60,15 +60,17 @@ def plan(
             where="privacy",
             hint="add a privacy section, or give --epsilon to see what it would cost",
         )
+    units, rate = records or unit_records(study), study.local.sampling_rate
     federation = planner.Federation(
         values=values or update_values(study, data),
         silos=study.silos.count,
         least_survivors=study.quorum,
         colluders=study.silos.colluders,
-        records=records or unit_records(study),
+        records=units,
         rounds=study.rounds,
         steps=study.local.steps,
-        batch_size=study.local.batch_size,
+        # in joint DP-SGD the study gives the batch of all silos together
+        batch_size=max(1, round(rate * units)) if rate else study.local.batch_size,
         unit="record" if study.subject is None else "subject",
     )
     delta = study.privacy.delta if study.privacy else min(1e-5, 0.1 / federation.records)

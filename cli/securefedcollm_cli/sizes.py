@@ -45,7 +45,7 @@ def unit_records(study: Study) -> int:
     Raises:
         ConfigError: the study does not say.
     """
-    if study.task.data.builtin:
+    if study.task.data.builtin and study.task.data.per_silo is None:
         return BUILTIN_RECORDS if study.subject is None else BUILTIN_SUBJECTS
     if study.subject is not None:
         raise ConfigError(

@@ -139,7 +139,7 @@ def _check_joint(study: Study) -> None:
 
 def _check_data(study: Study) -> None:
     data = study.task.data
-    files = [name for name in ("train", "test", "public", "per_silo") if getattr(data, name)]
+    files = [name for name in ("train", "test", "public") if getattr(data, name)]
     if data.builtin and files:
         raise ConfigError(
             "the built-in world and files exclude each other",

@@ -54,7 +54,8 @@ class Models(_Section, frozen=True):
 class Data(_Section, frozen=True):
     """The task's questions: what is public to all, and how ``simulate`` deals out the rest.
 
-    ``builtin: hospitals`` generates the embedded world. Otherwise ``train`` and ``test`` are files
+    ``builtin: hospitals`` generates the embedded world, with ``per_silo`` records in each hospital
+    (3,000 if it is not given). Otherwise ``train`` and ``test`` are files
     (JSONL, CSV or Parquet) under ``--data``; the first ``public`` shuffled training questions are
     public, ``public_labelled`` of them with answers; ``simulate`` gives ``per_silo`` of the rest to
     each silo. A real silo reads its own file instead.
