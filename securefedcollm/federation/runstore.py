@@ -27,8 +27,8 @@ class RunState:
     ``round`` is the round to run next (from 0); ``attempt`` the number of aggregation attempts
     already begun for it; ``opening`` whether silos were ever asked to unmask it, after which only
     that same sum can be opened; ``opened`` the sum's survivors once the sum is out, so that it is
-    never asked for again; ``barred`` silos that spoilt an opening and why; ``history`` one record
-    per finished round.
+    never asked for again; ``clip_norm`` that of the next sum, if it adapts; ``barred`` silos that
+    spoilt an opening and why; ``history`` one record per finished round.
     """
 
     run_id: str
@@ -37,6 +37,7 @@ class RunState:
     attempt: int = 0
     opening: bool = False
     opened: list[str] = field(default_factory=list)
+    clip_norm: float | None = None
     barred: dict[str, str] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -94,8 +95,11 @@ class RunStore:
         self.state.barred[silo] = reason
         self._write()
 
-    def save_mean(self, mean: Vector, survivors: list[str]) -> None:
-        """Keep the opened mean, so that a crash during distillation does not ask for it again."""
+    def save_mean(self, mean: Vector, survivors: list[str], clip_norm: float | None = None) -> None:
+        """Keep the opened mean, so that a crash during distillation does not ask for it again.
+
+        ``clip_norm``: what follows from the same sum for the next one.
+        """
         path = self._server / "mean.npy"
         with (self._server / ".mean.npy.tmp").open("wb") as file:
             np.save(file, mean, allow_pickle=False)
@@ -103,6 +107,7 @@ class RunStore:
             os.fsync(file.fileno())
         (self._server / ".mean.npy.tmp").replace(path)
         self.state.opened = survivors
+        self.state.clip_norm = clip_norm
         self._write()
 
     def load_mean(self) -> Vector:

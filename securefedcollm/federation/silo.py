@@ -34,7 +34,7 @@ from securefedcollm.federation.messages import (
     encode,
     model_digest,
 )
-from securefedcollm.federation.plan import quantiser, round_header, silo_unit
+from securefedcollm.federation.plan import adaptive_clip, quantiser, round_header, silo_unit
 from securefedcollm.federation.silostore import Integers, SiloStore, SumMemory
 from securefedcollm.federation.workload import Progress, SiloWorkload, Vector, silent
 from securefedcollm.primitives import SigningKey, sha256
@@ -125,7 +125,8 @@ class SiloSession:
         self._side = None
         self._check_order(begin)
         adapter = self._read_adapter(begin)
-        unit = silo_unit(self._study, self._workload.update_size, begin.round)
+        clip_norm = self._read_clip_norm(begin)
+        unit = silo_unit(self._study, self._workload.update_size, begin.round, clip_norm)
         model = model_digest(
             self._workload.base_digest,
             begin.layout,
@@ -245,6 +246,28 @@ class SiloSession:
         if not np.isfinite(adapter).all():
             raise RemoteProtocolError("the global adapter is not finite", peer="server")
         return adapter
+
+    def _read_clip_norm(self, begin: BeginRound) -> float | None:
+        """The clip norm of this round, if the study lets it adapt.
+
+        Adversary: a server that invents C. Privacy does not rest on it (:class:`SiloUnit`), and all
+        silos of a sum have the same, which the round header binds. One that the noised counts could
+        not have led to would only spoil the updates.
+        """
+        clip = adaptive_clip(self._study)
+        if clip is None:
+            if begin.clip_norm:
+                raise RemoteProtocolError("sent a clip norm, which the study fixes", peer="server")
+            return None
+        least, most = clip.reach(begin.round)
+        if not least <= begin.clip_norm <= most:  # nor if it is no number
+            raise RemoteProtocolError(
+                f"sent clip norm {begin.clip_norm:g}, round {begin.round + 1} has one within "
+                f"{least:.6g}..{most:.6g}",
+                peer="server",
+                hint="compare privacy.clip_norm and privacy.adaptive of the two studies",
+            )
+        return begin.clip_norm
 
     def _update(
         self, scope: bytes, round_: int, adapter: Vector, unit: SiloUnit | None

@@ -270,6 +270,12 @@ def _polish(
         return math.log(max(estimate(z), 1e-9) / target)
 
     z0, e0 = start, excess(start)
+    if math.isinf(e0):
+        raise ConfigError(
+            f"at ε = {target:g} the samplers' residuals would take all of δ",
+            where="epsilon",
+            hint="lower it; above 40 it promises nothing anyway",
+        )
     z1 = start * math.exp(e0)
     for _ in range(20):
         e1 = excess(z1)
