@@ -142,8 +142,13 @@ class SiloTuning:
         *,
         data: Path | None = None,
         progress: Progress = silent,
+        planned: PoissonGaussian | None = None,
     ) -> None:
         """
+        Args:
+            planned: :func:`planned_event` of these questions, where it is already known: a
+                simulation's processes need not all work it out.
+
         Raises:
             ConfigError: the silo has fewer units than the expected batch, or no noise reaches the
                 study's ε.
@@ -161,8 +166,9 @@ class SiloTuning:
         self.base_digest = self._tuned.base_digest
         self._event: PoissonGaussian | None = None
         if study.privacy is not None and study.privacy.noise == "local":
-            units = len(set(self._subjects)) if self._subjects else self.records
-            self._event = planned_event(study, units)
+            self._event = planned or planned_event(study, questions)
+            if self._event.q != sampling_rate(study, questions):
+                raise ValueError("the planned event is one of other records")
 
     def layout(self, round_: int) -> bytes:
         return self._tuned.layout_digest(round_)
@@ -347,26 +353,35 @@ def _subjects(study: Study, questions: Sequence[Question]) -> list[str] | None:
     return [str(subject) for subject in subjects]
 
 
-def planned_event(study: Study, units: int) -> PoissonGaussian:
-    """What one round of DP-SGD releases, with the least noise that keeps the study's claim.
-
-    Args:
-        units: records, or subjects, of the silo.
+def sampling_rate(study: Study, questions: Sequence[Question]) -> float:
+    """Rate at which a silo with these questions takes each record, or subject, into a batch.
 
     Raises:
         ConfigError: fewer units than the expected batch.
     """
-    privacy, local = study.privacy, study.local
-    if privacy is None:
-        raise ValueError("a study without privacy plans no event")
-    if local.batch_size > units:
+    batch, subjects = study.local.batch_size, _subjects(study, questions)
+    units = len(set(subjects)) if subjects else len(questions)
+    if batch > units:
         raise ConfigError(
-            f"an expected batch of {local.batch_size} needs as many {privacy.unit}s, "
+            f"an expected batch of {batch} needs as many {'subjects' if subjects else 'records'}, "
             f"there are {units}",
             where="local.batch_size",
             hint=f"at most {units}; a tenth of it amplifies privacy well",
         )
-    rate = local.batch_size / units
+    return batch / units
+
+
+def planned_event(study: Study, questions: Sequence[Question]) -> PoissonGaussian:
+    """What one round of DP-SGD releases, with the least noise that keeps the study's claim.
+
+    Raises:
+        ConfigError: fewer units than the expected batch.
+        DataError: the unit is the subject, and a question has none.
+    """
+    privacy, local = study.privacy, study.local
+    if privacy is None:
+        raise ValueError("a study without privacy plans no event")
+    rate = sampling_rate(study, questions)
     noise = _calibrated(privacy.epsilon, privacy.delta, rate, local.steps * study.rounds)
     return PoissonGaussian(q=rate, noise_multiplier=noise, steps=local.steps)
 
