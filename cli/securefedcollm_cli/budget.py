@@ -60,6 +60,7 @@ def plan(
             where="privacy",
             hint="add a privacy section, or give --epsilon to see what it would cost",
         )
+    adaptive = study.privacy.adaptive if study.privacy else None
     federation = planner.Federation(
         values=values or update_values(study, data),
         silos=study.silos.count,
@@ -70,6 +71,7 @@ def plan(
         steps=study.local.steps,
         batch_size=study.local.batch_size,
         unit="record" if study.subject is None else "subject",
+        count_noise=adaptive.count_noise if adaptive else None,
     )
     delta = study.privacy.delta if study.privacy else min(1e-5, 0.1 / federation.records)
     targets = epsilon or [study.privacy.epsilon if study.privacy else 0.0]
