@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from securefedcollm.errors import ConfigError, DataError, StateError
+from securefedcollm.errors import ConfigError, DataError, LocalProtocolError, StateError
 from securefedcollm.federation.workload import Progress, Vector, silent
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.accounting import calibrate
@@ -203,7 +203,7 @@ class SiloTuning:
                 micro_batch=local.micro_batch,
                 progress=progress,
             ).delta
-        return train_dp(
+        result = train_dp(
             self._tuned.model,
             layout,
             self._data,
@@ -220,7 +220,10 @@ class SiloTuning:
             subjects=self._subjects,
             micro_batch=local.micro_batch,
             progress=progress,
-        ).delta
+        )
+        if result.events != (self._event,):  # our own mistake: nothing may leave
+            raise LocalProtocolError("the training was not the one that was charged")
+        return result.delta
 
     def adapter(self) -> Vector:
         """The adapter as it stands: for a silo that tunes alone, without any exchange."""
