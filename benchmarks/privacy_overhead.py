@@ -141,7 +141,7 @@ def main() -> None:
     times = [{name: step_ms(run) for name, run in runs.items()} for _ in range(asked.repeats)]
 
     if study.privacy is not None:
-        planned_event(study, len(records))  # calibration is done once a study, not once a round
+        planned_event(study, records)  # calibration is done once a study, not once a round
     rounds = [(round_s(open_study, asked.data), round_s(study, asked.data)) for _ in range(3)]
     plain_round, dp_round = (statistics.median(column) for column in zip(*rounds, strict=True))
 

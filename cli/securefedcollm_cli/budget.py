@@ -60,6 +60,7 @@ def plan(
             where="privacy",
             hint="add a privacy section, or give --epsilon to see what it would cost",
         )
+    adaptive = study.privacy.adaptive if study.privacy else None
     units, rate = records or unit_records(study), study.local.sampling_rate
     federation = planner.Federation(
         values=values or update_values(study, data),
@@ -72,6 +73,7 @@ def plan(
         # in joint DP-SGD the study gives the batch of all silos together
         batch_size=max(1, round(rate * units)) if rate else study.local.batch_size,
         unit="record" if study.subject is None else "subject",
+        count_noise=adaptive.count_noise if adaptive else None,
     )
     delta = study.privacy.delta if study.privacy else min(1e-5, 0.1 / federation.records)
     targets = epsilon or [study.privacy.epsilon if study.privacy else 0.0]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 
 from securefedcollm.aggregation import CoordinatorSide, Roster, Step, coordinator_side
 from securefedcollm.errors import ProtocolError, RemoteProtocolError, SecureFedCoLLMError
@@ -32,6 +33,7 @@ from securefedcollm.federation.messages import (
     model_digest,
 )
 from securefedcollm.federation.plan import (
+    adaptive_clip,
     joint_step,
     quantiser,
     round_header,
@@ -41,6 +43,7 @@ from securefedcollm.federation.plan import (
 )
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.workload import Progress, ServerWorkload, Vector
+from securefedcollm.privacy.adaptive_clip import AdaptiveClip
 from securefedcollm.privacy.joint import JointStep
 from securefedcollm.study import Study
 
@@ -173,8 +176,10 @@ class Coordinator:
         round_ = round_of(self._study, sum_)
         layout = self._workload.layout(round_)
         size = self._workload.update_size(round_)
+        clip = self._clip()
+        clip_norm = clip.clip_norm if clip else None
         unit = joint_step(self._study, size) or silo_unit(
-            self._study, self._workload.update_size, round_
+            self._study, self._workload.update_size, round_, clip_norm
         )
         header = round_header(
             self._study,
@@ -195,6 +200,7 @@ class Coordinator:
             attempt=attempt,
             layout=layout,
             adapter=adapter,
+            clip_norm=clip_norm or 0.0,
         )
         lost |= self._store.state.barred
         invited = [silo for silo in self._roster.names if silo not in lost]
@@ -220,10 +226,18 @@ class Coordinator:
         elif unit is None:
             mean = quantiser(self._study, size).decode(result.sum, count)
         else:
-            mean = unit.decode(result.sum, count).mean
+            mean, indicator_sum = unit.decode(result.sum, count)
+            if clip is not None and indicator_sum is not None:
+                record["clip_norm"] = clip.clip_norm
+                clip_norm = clip.next(indicator_sum, count).clip_norm
         mean = np.asarray(mean, dtype=np.float32)
-        self._store.save_mean(mean, list(result.survivors))
+        self._store.save_mean(mean, list(result.survivors), clip_norm)
         return mean
+
+    def _clip(self) -> AdaptiveClip | None:
+        """The clip norm of the coming round, if it is one that adapts."""
+        start, now = adaptive_clip(self._study), self._store.state.clip_norm
+        return start if start is None or now is None else structs.replace(start, clip_norm=now)
 
     def _drive(self, side: CoordinatorSide, traffic: _Traffic) -> None:
         """Play the aggregation protocol to its end."""

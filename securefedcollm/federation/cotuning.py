@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from securefedcollm.errors import ConfigError, DataError, StateError
+from securefedcollm.errors import ConfigError, DataError, LocalProtocolError, StateError
 from securefedcollm.federation.workload import Gradient, Progress, Vector, silent
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.accounting import calibrate
@@ -148,7 +148,7 @@ class SiloTuning:
     ) -> None:
         """
         Args:
-            planned: :func:`planned_event` of this many units, where it is already known: a
+            planned: :func:`planned_event` of these questions, where it is already known: a
                 simulation's processes need not all work it out.
             alone: the silo takes part in no sum and keeps the study's ε by its own noise, also
                 where the study has the silos noise their sum together.
@@ -171,9 +171,9 @@ class SiloTuning:
         self._event: PoissonGaussian | None = None
         self._units = count_units(study, questions)
         if study.privacy and (study.privacy.noise == "local" or (alone and study.joint)):
-            if planned and planned.q != _expected_batch(study, self._units) / self._units:
-                raise ValueError("this noise was planned for another data set")
-            self._event = planned or planned_event(study, self._units)
+            self._event = planned or planned_event(study, questions)
+            if self._event.q != sampling_rate(study, questions):
+                raise ValueError("the planned event is one of other records")
         elif study.joint:
             _check_joint_units(study, self._units)
 
@@ -210,12 +210,12 @@ class SiloTuning:
                 micro_batch=local.micro_batch,
                 progress=progress,
             ).delta
-        return train_dp(
+        result = train_dp(
             self._tuned.model,
             layout,
             self._data,
             steps=local.steps,
-            batch_size=_expected_batch(self._study, self._units),
+            batch_size=round(self._event.q * self._units),
             learning_rate=local.learning_rate,
             noise_multiplier=self._event.noise_multiplier,
             clip_norm=self._study.privacy.clip_norm,
@@ -227,7 +227,10 @@ class SiloTuning:
             subjects=self._subjects,
             micro_batch=local.micro_batch,
             progress=progress,
-        ).delta
+        )
+        if result.events != (self._event,):  # our own mistake: nothing may leave
+            raise LocalProtocolError("the training was not the one that was charged")
+        return result.delta
 
     def gradients(self, adapter: Vector, round_: int, q: float) -> Iterator[Gradient]:
         local = self._study.local
@@ -389,21 +392,25 @@ def _subjects(study: Study, questions: Sequence[Question]) -> list[str] | None:
     return [str(subject) for subject in subjects]
 
 
-def planned_event(study: Study, units: int) -> PoissonGaussian:
-    """What one round of a silo's own DP-SGD releases, with the least noise that keeps the claim.
-
-    Args:
-        units: records, or subjects, of the silo.
+def sampling_rate(study: Study, questions: Sequence[Question]) -> float:
+    """Rate at which a silo with these questions takes each record, or subject, into a batch.
 
     Raises:
-        ConfigError: fewer units than the expected batch, or no noise reaches the study's ε.
+        ConfigError: fewer units than the expected batch.
+        DataError: the unit is the subject, and a question has none.
     """
-    privacy, steps = study.privacy, study.local.steps
-    if privacy is None:
-        raise ValueError("a study without privacy plans no event")
-    rate = _expected_batch(study, units) / units
-    noise = _calibrated(privacy.epsilon, privacy.delta, rate, steps * study.rounds)
-    return PoissonGaussian(q=rate, noise_multiplier=noise, steps=steps)
+    batch, subjects = study.local.batch_size, _subjects(study, questions)
+    units = count_units(study, questions)
+    if study.local.sampling_rate is not None:  # joint DP-SGD: a silo by itself takes its own part
+        batch = max(1, round(study.local.sampling_rate * units))
+    if batch > units:
+        raise ConfigError(
+            f"an expected batch of {batch} needs as many {'subjects' if subjects else 'records'}, "
+            f"there are {units}",
+            where="local.batch_size",
+            hint=f"at most {units}; a tenth of it amplifies privacy well",
+        )
+    return batch / units
 
 
 def count_units(study: Study, questions: Sequence[Question]) -> int:
@@ -416,18 +423,19 @@ def count_units(study: Study, questions: Sequence[Question]) -> int:
     return len(set(subjects)) if subjects else len(questions)
 
 
-def _expected_batch(study: Study, units: int) -> int:
-    local = study.local
-    if local.sampling_rate is not None:  # joint DP-SGD: a silo by itself takes its own part
-        return max(1, round(local.sampling_rate * units))
-    if local.batch_size > units:
-        what = study.privacy.unit if study.privacy else "record"
-        raise ConfigError(
-            f"an expected batch of {local.batch_size} needs as many {what}s, there are {units}",
-            where="local.batch_size",
-            hint=f"at most {units}; a tenth of it amplifies privacy well",
-        )
-    return local.batch_size
+def planned_event(study: Study, questions: Sequence[Question]) -> PoissonGaussian:
+    """What one round of a silo's own DP-SGD releases, with the least noise that keeps the claim.
+
+    Raises:
+        ConfigError: fewer units than the expected batch, or no noise reaches the study's ε.
+        DataError: the unit is the subject, and a question has none.
+    """
+    privacy, local = study.privacy, study.local
+    if privacy is None:
+        raise ValueError("a study without privacy plans no event")
+    rate = sampling_rate(study, questions)
+    noise = _calibrated(privacy.epsilon, privacy.delta, rate, local.steps * study.rounds)
+    return PoissonGaussian(q=rate, noise_multiplier=noise, steps=local.steps)
 
 
 def _check_joint_units(study: Study, units: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from securefedcollm.aggregation import RingParameters, Roster, RoundHeader
+from securefedcollm.privacy.adaptive_clip import AdaptiveClip
 from securefedcollm.privacy.joint import JointSetting, JointStep, calibrate_joint
 from securefedcollm.privacy.quantise import Quantiser
 from securefedcollm.privacy.silo_unit import Setting, SiloUnit, calibrate_silo
@@ -71,12 +72,33 @@ def quantiser(study: Study, values: int) -> Quantiser:
     return Quantiser(values=values, clip_norm=study.aggregation.clip_norm, bound=study.field.bound)
 
 
-def silo_unit(study: Study, update_size: Callable[[int], int], round_: int) -> SiloUnit | None:
+def adaptive_clip(study: Study) -> AdaptiveClip | None:
+    """The clip norm before the first round, if it is one that adapts."""
+    privacy = study.privacy
+    if privacy is None or privacy.adaptive is None:
+        return None
+    start = privacy.clip_norm
+    return AdaptiveClip(
+        clip_norm=start,
+        quantile=privacy.adaptive.quantile,
+        learning_rate=privacy.adaptive.learning_rate,
+        smallest=start * 1e-6,
+        largest=start * 1e6,
+    )
+
+
+def silo_unit(
+    study: Study,
+    update_size: Callable[[int], int],
+    round_: int,
+    clip_norm: float | None = None,
+) -> SiloUnit | None:
     """The mechanism of ``round_`` in a study whose privacy unit is the silo.
 
     Args:
         update_size: length of the update of a round; they alternate between two at most, and one
             noise multiplier serves all rounds.
+        clip_norm: of this round, where it adapts; else the study's.
 
     Returns:
         None for a study of another unit, whose updates :func:`quantiser` takes as they are.
@@ -88,9 +110,15 @@ def silo_unit(study: Study, update_size: Callable[[int], int], round_: int) -> S
     if privacy is None or privacy.unit != "silo":
         return None
     largest = max(update_size(r) for r in range(min(2, study.rounds)))
-    setting = Setting(largest, study.field.bound, study.quorum, study.silos.colluders)
+    counting = privacy.adaptive is not None
+    setting = Setting(largest + counting, study.field.bound, study.quorum, study.silos.colluders)
     noise = calibrate_silo(privacy.epsilon, privacy.delta, study.rounds, setting)
-    return SiloUnit(setting._replace(values=update_size(round_)), noise, privacy.clip_norm)
+    return SiloUnit(
+        setting._replace(values=update_size(round_)),
+        noise,
+        clip_norm or privacy.clip_norm,
+        privacy.adaptive.count_noise if privacy.adaptive else None,
+    )
 
 
 def joint_step(study: Study, values: int) -> JointStep | None:

@@ -30,8 +30,9 @@ class RunState:
     already (joint DP-SGD; else 0) and ``partial`` what there is of its record; ``attempt`` the
     number of aggregation attempts already begun for the next sum; ``opening`` whether silos were
     ever asked to unmask it, after which only that same sum can be opened; ``opened`` the sum's
-    survivors once it is out, so that it is never asked for again; ``barred`` silos that spoilt an
-    opening and why; ``history`` one record per finished round.
+    survivors once it is out, so that it is never asked for again; ``clip_norm`` that of the next
+    sum, if it adapts; ``barred`` silos that spoilt an opening and why; ``history`` one record per
+    finished round.
     """
 
     run_id: str
@@ -41,6 +42,7 @@ class RunState:
     attempt: int = 0
     opening: bool = False
     opened: list[str] = field(default_factory=list)
+    clip_norm: float | None = None
     barred: dict[str, str] = field(default_factory=dict)
     partial: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -99,8 +101,11 @@ class RunStore:
         self.state.barred[silo] = reason
         self._write()
 
-    def save_mean(self, mean: Vector, survivors: list[str]) -> None:
-        """Keep the opened mean, so that a crash during distillation does not ask for it again."""
+    def save_mean(self, mean: Vector, survivors: list[str], clip_norm: float | None = None) -> None:
+        """Keep the opened mean, so that a crash during distillation does not ask for it again.
+
+        ``clip_norm``: what follows from the same sum for the next one.
+        """
         path = self._server / "mean.npy"
         with (self._server / ".mean.npy.tmp").open("wb") as file:
             np.save(file, mean, allow_pickle=False)
@@ -108,6 +113,7 @@ class RunStore:
             os.fsync(file.fileno())
         (self._server / ".mean.npy.tmp").replace(path)
         self.state.opened = survivors
+        self.state.clip_norm = clip_norm
         self._write()
 
     def load_mean(self) -> Vector:

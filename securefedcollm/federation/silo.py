@@ -35,6 +35,7 @@ from securefedcollm.federation.messages import (
     model_digest,
 )
 from securefedcollm.federation.plan import (
+    adaptive_clip,
     joint_step,
     quantiser,
     round_header,
@@ -133,7 +134,7 @@ class SiloSession:
         self._side = None
         self._check_order(begin)
         adapter = self._read_adapter(begin)
-        unit = self._mechanism(begin.round)
+        unit = self._mechanism(begin.round, self._read_clip_norm(begin))
         model = model_digest(
             self._workload.base_digest,
             begin.layout,
@@ -167,11 +168,11 @@ class SiloSession:
         self._at = (begin.run_id, begin.round, begin.attempt)
         return Trained()
 
-    def _mechanism(self, sum_: int) -> SiloUnit | JointStep | None:
+    def _mechanism(self, sum_: int, clip_norm: float | None) -> SiloUnit | JointStep | None:
         """How this sum is noised; None if it is a plain sum of updates that need no more noise."""
         if self._study.joint:
             return joint_step(self._study, self._values(sum_))
-        return silo_unit(self._study, self._workload.update_size, sum_)
+        return silo_unit(self._study, self._workload.update_size, sum_, clip_norm)
 
     def _values(self, sum_: int) -> int:
         return self._workload.update_size(round_of(self._study, sum_))
@@ -268,6 +269,28 @@ class SiloSession:
         if not np.isfinite(adapter).all():
             raise RemoteProtocolError("the global adapter is not finite", peer="server")
         return adapter
+
+    def _read_clip_norm(self, begin: BeginRound) -> float | None:
+        """The clip norm of this round, if the study lets it adapt.
+
+        Adversary: a server that invents C. Privacy does not rest on it (:class:`SiloUnit`), and all
+        silos of a sum have the same, which the round header binds. One that the noised counts could
+        not have led to would only spoil the updates.
+        """
+        clip = adaptive_clip(self._study)
+        if clip is None:
+            if begin.clip_norm:
+                raise RemoteProtocolError("sent a clip norm, which the study fixes", peer="server")
+            return None
+        least, most = clip.reach(begin.round)
+        if not least <= begin.clip_norm <= most:  # nor if it is no number
+            raise RemoteProtocolError(
+                f"sent clip norm {begin.clip_norm:g}, round {begin.round + 1} has one within "
+                f"{least:.6g}..{most:.6g}",
+                peer="server",
+                hint="compare privacy.clip_norm and privacy.adaptive of the two studies",
+            )
+        return begin.clip_norm
 
     def _update(
         self, scope: bytes, round_: int, adapter: Vector, unit: SiloUnit | JointStep | None

@@ -10,12 +10,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from securefedcollm import __version__
 from securefedcollm.aggregation import Roster
@@ -34,6 +34,9 @@ from securefedcollm.privacy.adversaries import per_adversary
 from securefedcollm.privacy.events import PoissonGaussian
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import Study, digest, dump_study
+
+if TYPE_CHECKING:
+    from securefedcollm.tuning.questions import Question
 
 Say = Callable[[str], None]
 
@@ -344,12 +347,12 @@ def tune_alone(
     return remembered(directory / f"{name}.json", tune)
 
 
-def _planned(study: Study, questions: Any) -> PoissonGaussian | None:
-    from securefedcollm.federation.cotuning import count_units, planned_event
+def _planned(study: Study, questions: Sequence[Question]) -> PoissonGaussian | None:
+    from securefedcollm.federation.cotuning import planned_event
 
     if study.privacy is None or study.privacy.unit == "silo":
         return None
-    return planned_event(study, count_units(study, questions))
+    return planned_event(study, questions)
 
 
 def remembered(path: Path, make: Callable[[], dict[str, float]]) -> dict[str, float]:

@@ -105,6 +105,12 @@ def _check_privacy(study: Study) -> None:
             where="privacy.subject",
             hint=f"its column is {BUILTIN_SUBJECT}",
         )
+    if privacy.adaptive is not None and privacy.unit != "silo":
+        raise ConfigError(
+            f"the clip norm of unit: {privacy.unit} is fixed",
+            where="privacy.adaptive",
+            hint="remove it, or choose unit: silo with noise: distributed",
+        )
     # The clip of a silo's whole update is what its sensitivity follows from: there is one of it.
     if privacy.unit == "silo" and privacy.clip_norm != study.aggregation.clip_norm:
         raise ConfigError(

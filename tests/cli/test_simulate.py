@@ -89,7 +89,9 @@ def test_a_study_can_protect_whole_patients(inputs, tmp_path):
 
 def test_client_level_privacy_runs_and_says_what_each_adversary_could_learn(inputs, tmp_path):
     change = ["--set", "privacy.unit=silo", "--set", "privacy.noise=distributed"]
-    results = run(inputs, tmp_path / "run", *change, "--no-baselines", "--drop", "2@upload:1")
+    change += ["--set", "privacy.adaptive={quantile: 0.7}", "--no-baselines"]
+    results = run(inputs, tmp_path / "run", *change, "--drop", "2@upload:1")
+    assert results["rounds"][0]["clip_norm"] == 1.0 != results["rounds"][1]["clip_norm"]
     for silo in results["silos"]:
         found = silo["epsilon_by_adversary"]
         assert 0 < found["server"] == found["outsider"] < found["server+1 silo"] <= 8

@@ -46,8 +46,11 @@ def update_of(name: str, round_: int, adapter: np.ndarray) -> np.ndarray:
 class ArithmeticSilo:
     base_digest = b"b" * 32
 
-    def __init__(self, name: str, private: bool = True, fails: bool = False) -> None:
+    def __init__(
+        self, name: str, private: bool = True, fails: bool = False, norm: float | None = None
+    ) -> None:
         self.name = name
+        self.norm = norm
         self.dataset = hashlib.sha256(name.encode()).hexdigest()
         self.trained: list[int] = []
         self.private = private
@@ -69,6 +72,8 @@ class ArithmeticSilo:
         self.trained.append(round_)
         progress(1, 1, "fit")
         update = update_of(self.name, round_, adapter)
+        if self.norm is not None:
+            update *= np.float32(self.norm / np.linalg.norm(update))
         if self.fails:
             update[3] = np.nan
         return update
@@ -127,14 +132,14 @@ class ArithmeticServer:
         self.theta = np.load(directory / "theta.npy")
 
 
-def make_silo(name, progress, *, study, directory, private=True, fails=(), budget=None):
+def make_silo(name, progress, *, study, directory, private=True, fails=(), budget=None, norms=None):
     home = Path(directory) / name
     return SiloSession(
         study=study,
         name=name,
         roster=ROSTER,
         key=KEYS[name],
-        workload=ArithmeticSilo(name, private, name in fails),
+        workload=ArithmeticSilo(name, private, name in fails, norms and norms[name]),
         store=SiloStore(home),
         ledger=Ledger(home / "ledger.sqlite", name),
         progress=progress,
