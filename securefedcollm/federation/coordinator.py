@@ -14,7 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from securefedcollm.aggregation import CoordinatorSide, Roster, Step, coordinator_side
+from securefedcollm.aggregation import (
+    CoordinatorSide,
+    Roster,
+    RoundHeader,
+    Step,
+    coordinator_side,
+)
 from securefedcollm.errors import ProtocolError, RemoteProtocolError, SecureFedCoLLMError
 from securefedcollm.federation.engines import Engine, Failure
 from securefedcollm.federation.messages import (
@@ -24,12 +30,14 @@ from securefedcollm.federation.messages import (
     Refused,
     Request,
     Trained,
+    Witnessed,
     adapter_bytes,
     decode_reply,
     encode,
     model_digest,
 )
 from securefedcollm.federation.plan import quantiser, round_header
+from securefedcollm.federation.recording import ServerRecord
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.workload import Progress, ServerWorkload, Vector
 from securefedcollm.study import Study
@@ -54,8 +62,10 @@ class Coordinator:
         store: RunStore,
         progress: Progress,
         on_round: Callable[[dict[str, Any]], None] = lambda record: None,
+        evidence: ServerRecord | None = None,
     ) -> None:
         """``on_round`` is called with each finished round's record, after it is durable."""
+        self._evidence = evidence or ServerRecord(None, key=None, roster=roster)
         self._study = study
         self._roster = roster
         self._engine = engine
@@ -75,9 +85,13 @@ class Coordinator:
         if state.round == 0 and not state.history:
             self._store.save_adapters(self._workload, 0)
         self._store.load_adapters(self._workload)
+        if state.round:  # a crash may have come between the two
+            self._note_finished(state.round - 1)
         while state.round < self._study.rounds:
             self._progress(state.round, self._study.rounds, "rounds")
             self._run_round(state.round)
+        if not self._evidence.sealed:
+            self._countersign()
         self._progress(self._study.rounds, self._study.rounds, "rounds")
 
     def _run_round(self, round_: int) -> None:
@@ -98,7 +112,31 @@ class Coordinator:
             "server": round(time.monotonic() - aggregated, 3),
         }
         self._store.finish_round(self._workload, record)
+        self._note_finished(round_)
+        self._countersign()
         self._on_round(record)
+
+    def _note_finished(self, round_: int) -> None:
+        adapter = adapter_bytes(self._workload.adapter())
+        self._evidence.finished(round_, adapter, self._store.adapters)
+
+    def _countersign(self) -> None:
+        """Have every silo that is there vouch for the evidence log so far."""
+        silos = list(self._roster.names)
+        for _ in range(2):  # a silo that vouched for another head than we know of is asked again
+            asked = {silo: self._evidence.witness(silo) for silo in silos}
+            requests = {silo: request for silo, request in asked.items() if request is not None}
+            if not requests:
+                return
+            traffic, lost = _Traffic(self._roster.names), dict[str, str]()
+            replies = self._ask(requests, STEP_TIMEOUT, traffic, lost)
+            for silo, reason in lost.items():
+                log.warning("%s does not vouch for the evidence log: %s", silo, reason)
+            silos = [
+                silo
+                for silo, reply in replies.items()
+                if isinstance(reply, Witnessed) and not self._evidence.witnessed(silo, reply)
+            ]
 
     def _aggregate_round(self, round_: int, record: dict[str, Any]) -> Vector | None:
         """One opened mean, repeating a failed attempt with whoever is still there.
@@ -116,9 +154,11 @@ class Coordinator:
             try:
                 return self._attempt(round_, attempt, record)
             except _TooFewUpdatesError as error:
+                self._evidence.failed(round_, attempt, error)
                 problems.append(error.message)
                 hopeless = True  # the same silos would fail again, in this round and the next
             except ProtocolError as error:
+                self._evidence.failed(round_, attempt, error)
                 log.warning("round %d attempt %d: %s", round_ + 1, attempt, error)
                 problems.append(error.message)
                 if problems.count(error.message) > 1:
@@ -127,6 +167,7 @@ class Coordinator:
         if self._store.state.opening and not hopeless:
             log.warning("round %d is lost: its sum was being opened and cannot be", round_ + 1)
             record["lost"] = reasons
+            self._evidence.lost(round_)
             return None
         raise ProtocolError(
             f"round {round_ + 1} failed: {reasons}",
@@ -143,6 +184,9 @@ class Coordinator:
             attempt=attempt,
             model=model_digest(self._workload.base_digest, self._workload.layout(round_), adapter),
             values=self._workload.update_size(round_),
+        )
+        self._evidence.round(
+            header, self._workload.base_digest, self._workload.layout(round_), adapter
         )
         traffic = _Traffic(self._roster.names)
         lost: dict[str, str] = {}
@@ -166,8 +210,9 @@ class Coordinator:
         side = coordinator_side(self._study.aggregation.scheme, header=header, roster=self._roster)
         for silo, reason in lost.items():
             side.lost(silo, reason)
-        self._drive(side, traffic)
+        self._drive(side, header, traffic)
         result = side.result
+        self._evidence.summed(header, result)
         record["bytes_up"], record["bytes_down"] = traffic.up, traffic.down
         record["dropouts"] = dict(sorted((lost | dict(result.excluded)).items()))
         mean = quantiser(self._study, header.parameters.values).decode(
@@ -177,12 +222,13 @@ class Coordinator:
         self._store.save_mean(mean, list(result.survivors))
         return mean
 
-    def _drive(self, side: CoordinatorSide, traffic: _Traffic) -> None:
+    def _drive(self, side: CoordinatorSide, header: RoundHeader, traffic: _Traffic) -> None:
         """Play the aggregation protocol to its end."""
         step = 0
         while True:
             self._progress(step, 5, "secure aggregation")
             if side.step is Step.UNMASK:
+                self._evidence.opening(header, side.transcript)
                 self._store.begin_opening()
             requests = {silo: Aggregate(frame) for silo, frame in side.requests().items()}
             lost: dict[str, str] = {}
@@ -214,7 +260,7 @@ class Coordinator:
         timeout: float,
         traffic: _Traffic,
         lost: dict[str, str],
-    ) -> dict[str, Trained | Aggregated]:
+    ) -> dict[str, Trained | Aggregated | Witnessed]:
         """Exchange typed messages; those who fail or refuse go to ``lost`` with the reason."""
         encoded: dict[int, bytes] = {}
         frames = {}
@@ -223,7 +269,7 @@ class Coordinator:
             encoded[id(request)] = frame
             frames[silo] = frame
             traffic.down[silo] += len(frame)
-        answers: dict[str, Trained | Aggregated] = {}
+        answers: dict[str, Trained | Aggregated | Witnessed] = {}
         for silo, reply in self._engine.exchange(frames, timeout).items():
             if isinstance(reply, Failure):
                 lost[silo] = reply.reason

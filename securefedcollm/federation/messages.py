@@ -40,6 +40,22 @@ class Aggregate(_Message, frozen=True, tag="aggregate"):
     frame: bytes
 
 
+class Witness(_Message, frozen=True, tag="witness"):
+    """Server → silo: vouch for the head of my evidence log.
+
+    ``consistency``: RFC 9162 proof from the head of ``old`` entries, the last one that this silo
+    vouched for. ``entry``: the newest opening of a sum, as it stands at ``index``, with its
+    inclusion proof; empty if there was none.
+    """
+
+    checkpoint: str
+    old: int
+    consistency: list[bytes]
+    entry: bytes
+    index: int
+    inclusion: list[bytes]
+
+
 class Trained(_Message, frozen=True, tag="trained"):
     """Silo → server: my update is ready. Deliberately empty: no counts, no norms, no metrics."""
 
@@ -50,6 +66,14 @@ class Aggregated(_Message, frozen=True, tag="aggregated"):
     frame: bytes
 
 
+class Witnessed(_Message, frozen=True, tag="witnessed"):
+    """Silo → server: my cosignature line; or, if it is empty, the ``size`` that I vouched for last,
+    from which a proof is needed."""
+
+    size: int
+    cosignature: bytes
+
+
 class Refused(_Message, frozen=True, tag="refused"):
     """Silo → server: I will not do that. ``kind`` is a class name of the error tree."""
 
@@ -58,8 +82,8 @@ class Refused(_Message, frozen=True, tag="refused"):
     hint: str
 
 
-Request = BeginRound | Aggregate
-Reply = Trained | Aggregated | Refused
+Request = BeginRound | Aggregate | Witness
+Reply = Trained | Aggregated | Witnessed | Refused
 
 _T = TypeVar("_T")
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

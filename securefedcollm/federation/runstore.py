@@ -144,6 +144,11 @@ class RunStore:
         """Bring ``workload`` to the state after the last finished round."""
         workload.load(self._adapters(self.state.round))
 
+    @property
+    def adapters(self) -> Path:
+        """The directory with the adapters after the last finished round."""
+        return self._adapters(self.state.round)
+
     def _adapters(self, round_: int) -> Path:
         return self._server / f"round-{round_:05d}"
 

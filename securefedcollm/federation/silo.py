@@ -28,11 +28,13 @@ from securefedcollm.federation.messages import (
     Refused,
     Reply,
     Trained,
+    Witness,
     decode_request,
     encode,
     model_digest,
 )
 from securefedcollm.federation.plan import quantiser, round_header
+from securefedcollm.federation.recording import SiloRecord
 from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.federation.workload import Progress, SiloWorkload, Vector, silent
 from securefedcollm.primitives import SigningKey, sha256
@@ -59,6 +61,7 @@ class SiloSession:
         progress: Progress = silent,
         threads: int = 1,
         explain: bool = False,
+        evidence: SiloRecord | None = None,
     ) -> None:
         """
         Args:
@@ -77,6 +80,7 @@ class SiloSession:
                 hint="build the roster from the study",
             )
         self._explain = explain
+        self._evidence = evidence or SiloRecord(None, name=name, key=key, roster=roster)
         self._study = study
         self._name = name
         self._roster = roster
@@ -102,8 +106,12 @@ class SiloSession:
                             "asked to aggregate before a round began", peer="server"
                         )
                     reply = Aggregated(self._side.handle(inner))
+                    self._evidence.said(self._side)
+                case Witness() as request:
+                    reply = self._evidence.countersign(request)
         except SecureFedCoLLMError as error:
             log.warning("%s: %s", self._name, error)
+            self._evidence.refused(error)
             self._side = None
             reply = self._refusal(error)
         return encode(reply)
@@ -133,6 +141,7 @@ class SiloSession:
         quantise = quantiser(self._study, values)
         scope = sha256(b"securefedcollm/run/v1\0", header.study_digest, begin.run_id)
         self._enter(scope, begin, model)
+        self._evidence.round(header, self._workload.base_digest, begin.layout, begin.adapter)
         integers = quantise.encode(self._update(scope, begin.round, adapter)).integers
         self._side = silo_side(
             self._study.aggregation.scheme,
