@@ -63,7 +63,10 @@ class Opened(_What, frozen=True, tag="opened"):
 
 class Round(_What, frozen=True, tag="round"):
     """An attempt at a round begins: at the server before the model is sent, at a silo before it
-    trains. ``model`` = H(base, layout, adapter); ``header`` binds it and everything else."""
+    trains. ``model`` = H(base, layout, adapter, mechanism); ``header`` binds it and all else.
+
+    ``mechanism``: how updates are noised in the sum, if they are (unit ``silo``).
+    """
 
     round: Count
     attempt: Count
@@ -73,6 +76,7 @@ class Round(_What, frozen=True, tag="round"):
     model: Hex
     values: Count
     header: Hex
+    mechanism: Hex | None = None
 
 
 class Uploaded(_What, frozen=True, tag="uploaded"):
@@ -302,7 +306,7 @@ def decode_canonical(raw: bytes) -> Any:
         raise ValueError(f"not JSON ({str(error)[:120]})") from None
     try:
         same = canonical(plain) == raw
-    except RecursionError:
+    except (RecursionError, ValueError):  # a number that canonical JSON cannot carry
         same = False
     if not same:
         raise ValueError("not in canonical form (RFC 8785)")

@@ -27,6 +27,8 @@ from securefedcollm.federation.messages import (
     Aggregate,
     Aggregated,
     BeginRound,
+    Ended,
+    EndRun,
     Refused,
     Request,
     Trained,
@@ -36,7 +38,7 @@ from securefedcollm.federation.messages import (
     encode,
     model_digest,
 )
-from securefedcollm.federation.plan import quantiser, round_header
+from securefedcollm.federation.plan import quantiser, round_header, silo_unit
 from securefedcollm.federation.recording import ServerRecord
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.workload import Progress, ServerWorkload, Vector
@@ -93,6 +95,13 @@ class Coordinator:
         if not self._evidence.sealed:
             self._countersign()
         self._progress(self._study.rounds, self._study.rounds, "rounds")
+        if self._study.privacy and self._study.privacy.noise == "distributed":
+            self._end()
+
+    def _end(self) -> None:
+        """Tell the silos, so that they settle what the last sum cost them."""
+        requests = dict.fromkeys(self._roster.names, EndRun(self._store.run_id))
+        self._ask(requests, STEP_TIMEOUT, _Traffic(self._roster.names), {})
 
     def _run_round(self, round_: int) -> None:
         started = time.monotonic()
@@ -176,25 +185,26 @@ class Coordinator:
 
     def _attempt(self, round_: int, attempt: int, record: dict[str, Any]) -> Vector:
         adapter = adapter_bytes(self._workload.adapter())
+        layout = self._workload.layout(round_)
+        unit = silo_unit(self._study, self._workload.update_size, round_)
+        base, mechanism = self._workload.base_digest, unit.identity if unit else b""
         header = round_header(
             self._study,
             roster=self._roster,
             run_id=self._store.run_id,
             round_=round_,
             attempt=attempt,
-            model=model_digest(self._workload.base_digest, self._workload.layout(round_), adapter),
-            values=self._workload.update_size(round_),
+            model=model_digest(base, layout, adapter, mechanism),
+            values=unit.values if unit else self._workload.update_size(round_),
         )
-        self._evidence.round(
-            header, self._workload.base_digest, self._workload.layout(round_), adapter
-        )
+        self._evidence.round(header, base, layout, adapter, mechanism)
         traffic = _Traffic(self._roster.names)
         lost: dict[str, str] = {}
         begin = BeginRound(
             run_id=self._store.run_id,
             round=round_,
             attempt=attempt,
-            layout=self._workload.layout(round_),
+            layout=layout,
             adapter=adapter,
         )
         lost |= self._store.state.barred
@@ -215,9 +225,11 @@ class Coordinator:
         self._evidence.summed(header, result)
         record["bytes_up"], record["bytes_down"] = traffic.up, traffic.down
         record["dropouts"] = dict(sorted((lost | dict(result.excluded)).items()))
-        mean = quantiser(self._study, header.parameters.values).decode(
-            result.sum, len(result.survivors)
-        )
+        count = len(result.survivors)
+        if unit is None:
+            mean = quantiser(self._study, header.parameters.values).decode(result.sum, count)
+        else:
+            mean = unit.decode(result.sum, count).mean
         mean = np.asarray(mean, dtype=np.float32)
         self._store.save_mean(mean, list(result.survivors))
         return mean
@@ -260,7 +272,7 @@ class Coordinator:
         timeout: float,
         traffic: _Traffic,
         lost: dict[str, str],
-    ) -> dict[str, Trained | Aggregated | Witnessed]:
+    ) -> dict[str, Trained | Aggregated | Witnessed | Ended]:
         """Exchange typed messages; those who fail or refuse go to ``lost`` with the reason."""
         encoded: dict[int, bytes] = {}
         frames = {}
@@ -269,7 +281,7 @@ class Coordinator:
             encoded[id(request)] = frame
             frames[silo] = frame
             traffic.down[silo] += len(frame)
-        answers: dict[str, Trained | Aggregated | Witnessed] = {}
+        answers: dict[str, Trained | Aggregated | Witnessed | Ended] = {}
         for silo, reply in self._engine.exchange(frames, timeout).items():
             if isinstance(reply, Failure):
                 lost[silo] = reply.reason

@@ -34,6 +34,12 @@ class BeginRound(_Message, frozen=True, tag="begin"):
     adapter: bytes
 
 
+class EndRun(_Message, frozen=True, tag="end"):
+    """Server → silo: there is no further attempt at any round of this run."""
+
+    run_id: bytes
+
+
 class Aggregate(_Message, frozen=True, tag="aggregate"):
     """Server → silo: the next request of the aggregation protocol."""
 
@@ -54,6 +60,10 @@ class Witness(_Message, frozen=True, tag="witness"):
     entry: bytes
     index: int
     inclusion: list[bytes]
+
+
+class Ended(_Message, frozen=True, tag="ended"):
+    """Silo → server: I take part in no further attempt at this run."""
 
 
 class Trained(_Message, frozen=True, tag="trained"):
@@ -82,8 +92,8 @@ class Refused(_Message, frozen=True, tag="refused"):
     hint: str
 
 
-Request = BeginRound | Aggregate | Witness
-Reply = Trained | Aggregated | Witnessed | Refused
+Request = BeginRound | Aggregate | Witness | EndRun
+Reply = Trained | Aggregated | Witnessed | Refused | Ended
 
 _T = TypeVar("_T")
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
@@ -119,6 +129,9 @@ def adapter_bytes(adapter: npt.NDArray[np.float32]) -> bytes:
     return adapter.astype("<f4", copy=False).tobytes()
 
 
-def model_digest(base: bytes, layout: bytes, adapter: bytes) -> bytes:
-    """SHA-256 that stands for "the global model I was sent": base weights, layout and adapter."""
-    return sha256(b"securefedcollm/global-model/v1\0", base, layout, sha256(adapter))
+def model_digest(base: bytes, layout: bytes, adapter: bytes, mechanism: bytes = b"") -> bytes:
+    """SHA-256 that stands for "the global model I was sent": base weights, layout and adapter.
+
+    ``mechanism``: identity of how updates to it are noised in the sum, if they are.
+    """
+    return sha256(b"securefedcollm/global-model/v1\0", base, layout, sha256(adapter), mechanism)

@@ -65,13 +65,16 @@ def _opened(header: RoundHeader, roster: Roster, server: bytes, sbom: bytes | No
     )
 
 
-def _round(header: RoundHeader, base: bytes, layout: bytes, adapter: bytes) -> Round:
+def _round(
+    header: RoundHeader, base: bytes, layout: bytes, adapter: bytes, mechanism: bytes
+) -> Round:
     return Round(
         round=header.round,
         attempt=header.attempt,
         base=base.hex(),
         layout=layout.hex(),
         adapter=sha256(adapter).hex(),
+        mechanism=mechanism.hex() or None,
         model=header.model_digest.hex(),
         values=header.parameters.values,
         header=header.digest.hex(),
@@ -101,14 +104,16 @@ class SiloRecord:
         self._server = server
         self._header: RoundHeader | None = None
 
-    def round(self, header: RoundHeader, base: bytes, layout: bytes, adapter: bytes) -> None:
+    def round(
+        self, header: RoundHeader, base: bytes, layout: bytes, adapter: bytes, mechanism: bytes
+    ) -> None:
         """Before this silo trains."""
         self._header = header
         if self._log is None:
             return
         if not self._log.size:
             self._log.append(_opened(header, self._roster, self._server, None))
-        self._log.append(_round(header, base, layout, adapter))
+        self._log.append(_round(header, base, layout, adapter, mechanism))
 
     def said(self, side: SiloSide) -> None:
         """After the aggregation's answer was made, before it leaves."""
@@ -255,7 +260,9 @@ class ServerRecord:
         """Whether nothing was written since a silo last vouched for the log."""
         return self._log is None or self._log.size in self._vouched.values()
 
-    def round(self, header: RoundHeader, base: bytes, layout: bytes, adapter: bytes) -> None:
+    def round(
+        self, header: RoundHeader, base: bytes, layout: bytes, adapter: bytes, mechanism: bytes
+    ) -> None:
         """Before the model is sent."""
         if self._log is None or self._key is None:
             return
@@ -263,7 +270,7 @@ class ServerRecord:
             sbom = bill_of_materials()
             write_durably(self._log.path.with_name(SBOM), sbom)
             self._log.append(_opened(header, self._roster, self._key.public, sbom))
-        self._log.append(_round(header, base, layout, adapter))
+        self._log.append(_round(header, base, layout, adapter, mechanism))
 
     def opening(self, header: RoundHeader, seen: Transcript) -> None:
         """Before anybody is asked to unmask."""

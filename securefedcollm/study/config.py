@@ -10,7 +10,7 @@ that nobody can choose for them.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 import rfc8785
@@ -122,13 +122,16 @@ class Privacy(_Section, frozen=True):
     """The differential-privacy claim of the whole study, all rounds together.
 
     ``unit: record`` with ``noise: local`` is DP-SGD inside each silo: (ε, δ) for one record against
-    everybody. Neighbouring data sets differ by adding or removing one unit.
+    everybody. ``unit: silo`` with ``noise: distributed`` clips a silo's whole update and adds a
+    share of discrete Gaussian noise to it: (ε, δ) for one silo's whole data set against the server
+    and ``silos.colluders`` other silos. Neighbouring data sets differ by adding or removing one
+    unit. ``clip_norm`` bounds what one unit contributes: per step, or per round for a silo.
     """
 
     epsilon: Positive
     delta: Annotated[float, Meta(gt=0, lt=1)]
-    unit: Literal["record"] = "record"
-    noise: Literal["local"] = "local"
+    unit: Literal["record", "silo"] = "record"
+    noise: Literal["local", "distributed"] = "local"
     clip_norm: Positive = 1.0
 
 
@@ -204,6 +207,11 @@ class Study(_Section, frozen=True):
         return self.silos.minimum or self.threshold
 
     @property
+    def quorum(self) -> int:
+        """Fewest silos with which a sum is ever opened."""
+        return max(self.minimum, self.threshold)
+
+    @property
     def field(self) -> Field:
         """The packed field of one coordinate, derived from ``value_bits`` and the silo count."""
         return Field.fit(self.aggregation.value_bits, self.silos.count)
@@ -234,6 +242,10 @@ class Field(msgspec.Struct, frozen=True):
         bits = 64 // per_word
         room = (2**bits - 1) // (2 * silos)
         return cls(bits=bits, per_word=per_word, bound=min(room, 2**31 - 1))
+
+
+PLACEMENTS: Final = frozenset({("record", "local"), ("silo", "distributed")})
+"""(unit, noise) pairs that a study can ask for."""
 
 
 def digest(study: Study) -> bytes:

@@ -136,7 +136,7 @@ def good():
 )
 def test_an_entry_has_one_spelling(change):
     assert encode_entry(decode_entry(good(), "here")) == good()
-    with pytest.raises(EvidenceError, match="^here: not an entry") as caught:
+    with pytest.raises(EvidenceError, match=r"^here: not an entry") as caught:
         decode_entry(good().replace(*change, 1), "here")
     assert len(str(caught.value)) < 400
 
