@@ -154,11 +154,18 @@ class SiloRecord:
                 )
 
     def refused(self, error: Exception) -> None:
-        """A request was not answered. Only the kind of error is written: reasons are private."""
-        if self._log is None:
+        """A request was not answered. Only the kind of error is written: reasons are private.
+
+        Adversary: a server that fills this silo's disk with refusals. One is written for any number
+        of the same kind in a row, and none before the first round.
+        """
+        if self._log is None or not self._log.size:
+            return
+        refusal = Refused(error=type(error).__name__)
+        if self._log.entries[-1].what == refusal:
             return
         try:
-            self._log.append(Refused(error=type(error).__name__))
+            self._log.append(refusal)
         except StateError as full:  # saying nothing needs no evidence
             log.warning("%s", full)
 
@@ -241,10 +248,23 @@ class SiloRecord:
 
 
 class ServerRecord:
-    """The server's side of the evidence."""
+    """The server's side of the evidence.
 
-    def __init__(self, log: EvidenceLog | None, *, key: SigningKey | None, roster: Roster) -> None:
+    Args:
+        quorum: silos that must vouch for the log. Two quorums share an honest silo, so no two logs
+            that contradict each other have one each.
+    """
+
+    def __init__(
+        self,
+        log: EvidenceLog | None,
+        *,
+        key: SigningKey | None,
+        roster: Roster,
+        quorum: int = 1,
+    ) -> None:
         self._log = log
+        self._quorum = quorum
         self._key = key
         self._roster = roster
         self._vouched: dict[str, int] = {}
@@ -257,8 +277,10 @@ class ServerRecord:
 
     @property
     def sealed(self) -> bool:
-        """Whether nothing was written since a silo last vouched for the log."""
-        return self._log is None or self._log.size in self._vouched.values()
+        """Whether nothing was written since a quorum of silos vouched for the log."""
+        if self._log is None:
+            return True
+        return list(self._vouched.values()).count(self._log.size) >= self._quorum
 
     def round(
         self, header: RoundHeader, base: bytes, layout: bytes, adapter: bytes, mechanism: bytes

@@ -155,13 +155,14 @@ class Simulation:
     ) -> None:
         """All rounds of one federation, from wherever ``store`` stands."""
         names = silo_names(self._study)
-        keys = {name: _identity(directory / "silos" / name, name) for name in names}
         key = _identity(directory / "server", SERVER)
-        roster = Roster({name: key.public for name, key in keys.items()})
+        roster = Roster(
+            {name: _identity(directory / "silos" / name, name).public for name in names}
+        )
         log = EvidenceLog(
             directory / "server" / EVIDENCE, study=digest(self._study), owner=SERVER, key=key
         )
-        evidence = ServerRecord(log, key=key, roster=roster)
+        evidence = ServerRecord(log, key=key, roster=roster, quorum=self._study.threshold)
         if store.state.round >= self._study.rounds and evidence.sealed:
             return
         factory = partial(
