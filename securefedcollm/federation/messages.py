@@ -134,4 +134,9 @@ def model_digest(base: bytes, layout: bytes, adapter: bytes, mechanism: bytes = 
 
     ``mechanism``: identity of how updates to it are noised in the sum, if they are.
     """
-    return sha256(b"securefedcollm/global-model/v1\0", base, layout, sha256(adapter), mechanism)
+    return model_digest_of(base, layout, sha256(adapter), mechanism)
+
+
+def model_digest_of(base: bytes, layout: bytes, adapter_digest: bytes, mechanism: bytes) -> bytes:
+    """:func:`model_digest` for who knows only the adapter's SHA-256."""
+    return sha256(b"securefedcollm/global-model/v1\0", base, layout, adapter_digest, mechanism)
