@@ -20,15 +20,22 @@ def sentence(verdict: Verdict) -> str:
     return f"evidence verified offline: {verdict.passed} checks passed"
 
 
-def text(verdict: Verdict, width: int = 100) -> str:
-    """The table of checks: mark, name, evidence; faults below, one a line."""
-    lines = [f"bundle {verdict.bundle}", f"sha256 {verdict.sha256}"]
+def about(verdict: Verdict) -> list[str]:
+    """Which bundle this is about, in a few lines."""
+    lines = [f"bundle {verdict.bundle}"]
+    if verdict.sha256:
+        lines.append(f"sha256 {verdict.sha256}")
     if verdict.study:
         lines.append(
             f"study  {verdict.study} ({verdict.digest[:16]}…), run {verdict.run[:8]}…, "
             f"{verdict.rounds_done} of {verdict.rounds} rounds finished"
         )
-    lines.append("")
+    return lines
+
+
+def text(verdict: Verdict, width: int = 100) -> str:
+    """The table of checks: mark, name, evidence; faults below, one a line."""
+    lines = [*about(verdict), ""]
     for result in verdict.results:
         head = f"{_MARKS[result.status]:<5}{result.name:<18} "
         found = result.evidence if result.status != "fail" else f"{result.title}: not so"

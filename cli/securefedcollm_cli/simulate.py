@@ -13,6 +13,7 @@ from securefedcollm_cli.options import DataDir, Json, Overrides, StudyFile
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from securefedcollm_audits.verdict import Verdict
 
 _BASELINES = ("standalone", "fedavg")
 
@@ -57,9 +58,10 @@ def simulate(
     from securefedcollm.study import load_study
 
     study = load_study(config, overrides or [])
+    directory = out or Path("runs") / study.study
     simulation = Simulation(
         study,
-        out=out or Path("runs") / study.study,
+        out=directory,
         data=data,
         resume=resume,
         overwrite=overwrite,
@@ -71,15 +73,32 @@ def simulate(
 
     with Bars(quiet=as_json) as bars:
         results = simulation.run(bars.report, bars.say)
+        bars.report(0, 1, "verifying the evidence")
+        verdict = _verify(directory)
     if as_json:
-        typer.echo(json.dumps(results, indent=2))
+        evidence = {"bundle": verdict.bundle, "holds": verdict.holds, "passed": verdict.passed}
+        typer.echo(json.dumps(results | {"evidence": evidence}, indent=2))
     else:
-        _render(results)
+        _render(results, verdict)
+    if not verdict.holds:
+        raise typer.Exit(1)
 
 
-def _render(results: dict[str, Any]) -> None:
+def _verify(run: Path) -> Verdict:
+    """Bundle the run's evidence and check it as an outsider would."""
+    from securefedcollm_audits.verify import verify
+
+    from securefedcollm_cli.audit import write_bundle
+
+    path = run / "evidence.zip"
+    write_bundle(run, path, [])
+    return verify(path)
+
+
+def _render(results: dict[str, Any], verdict: Verdict) -> None:
     from rich.console import Console
     from rich.padding import Padding
+    from securefedcollm_audits import table
 
     console = Console()
     console.print()
@@ -88,7 +107,14 @@ def _render(results: dict[str, Any]) -> None:
         console.print(Padding(f"[dim]{note}[/dim]", (0, 2)))
     console.print()
     console.print(_silo_table(results))
-    _print_places(console, results)
+    _print_places(console, results["places"] | {"evidence": verdict.bundle})
+    console.print()
+    for failed in verdict.failed:
+        console.print(f"  {failed.title}: not so", style="red", markup=False)
+        for fault in failed.faults:
+            console.print(f"    {fault}", style="red", markup=False)
+    style = "bold green" if verdict.holds else "bold red"
+    console.print(table.sentence(verdict), style=style, markup=False, highlight=False)
 
 
 def _accuracy_table(results: dict[str, Any]) -> Table:
@@ -135,9 +161,9 @@ def _silo_table(results: dict[str, Any]) -> Table:
     return table
 
 
-def _print_places(console: Console, results: dict[str, Any]) -> None:
+def _print_places(console: Console, places: dict[str, str]) -> None:
     console.print()
-    for what, place in results["places"].items():
+    for what, place in places.items():
         console.print(f"  {what:<10} {place}", soft_wrap=True)
 
 

@@ -63,6 +63,12 @@ def test_a_run_ends_with_table_ledger_and_adapters(inputs, tmp_path):
         assert set(silo["epsilon_by_adversary"].values()) == {silo["epsilon_spent"]}
         assert silo["bytes_up"] > 0
         assert silo["bytes_down"] > 0
+    evidence = results.pop("evidence")
+    assert evidence == {
+        "bundle": str(tmp_path / "run" / "evidence.zip"),
+        "holds": True,
+        "passed": 22,  # all but the study's signatures, which a simulation has not
+    }
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in lines] == [1, 2]
@@ -83,6 +89,7 @@ def test_client_level_privacy_runs_and_says_what_each_adversary_could_learn(inpu
     # had the same three shares in round 1, and all four in round 2.
     assert len({silo["epsilon_spent"] for silo in results["silos"]}) == 1
     assert results["silos"][0]["epsilon_spent"] < 7.5
+    assert results["evidence"]["passed"] == 22
 
 
 def test_the_saved_adapters_load_with_peft(inputs, tmp_path):
@@ -152,6 +159,8 @@ def test_killed_with_minus_nine_and_resumed(inputs, tmp_path):
     assert results["run_id"] == json.loads(state.read_text())["run_id"]
     for silo in results["silos"]:
         assert 0 < silo["epsilon_spent"] <= 8  # three rounds fit the budget exactly; four would not
+    assert results["evidence"]["holds"]  # the logs of before the kill and of after it are one
+    assert results["evidence"]["passed"] == 22
 
 
 def broken_line(directory: Path) -> None:

@@ -1,0 +1,129 @@
+"""``securefedcollm audit …``: bundle a run's evidence, verify it offline, attack the protocol."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from securefedcollm_cli.options import Json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from securefedcollm_audits.verdict import Verdict
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Bundle a run's evidence, verify it offline, and attack the protocol.",
+)
+
+BundleFile = Annotated[Path, typer.Argument(metavar="FILE", help="A bundle of `audit bundle`.")]
+
+
+@app.command()
+def bundle(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The bundle [RUN/evidence.zip].")
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="NAME", help="Only this participant's log (repeatable)."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Put a run's evidence into one file: logs, signatures, study, hashes. No key, vector or data.
+
+    A silo's log says how much noise its records need, and so how many it has; its owner decides who
+    sees it.
+    """
+    path = out or run / "evidence.zip"
+    size = write_bundle(run, path, only or [])
+    if as_json:
+        typer.echo(json.dumps({"bundle": str(path), "bytes": size}))
+    else:
+        typer.echo(f"wrote {path} ({size / 1000:.1f} kB); check it with `audit verify {path}`")
+
+
+def write_bundle(run: Path, path: Path, only: list[str]) -> int:
+    """Write the bundle of ``run`` to ``path``; returns its size in bytes."""
+    from securefedcollm.errors import StateError
+    from securefedcollm.evidence.bundle import make_bundle
+
+    content = make_bundle(run, only)
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise StateError(
+            f"{path}: cannot be written ({error.strerror or error})", hint="choose another --out"
+        ) from None
+    return len(content)
+
+
+@app.command()
+def verify(file: BundleFile, as_json: Json = False) -> None:
+    """Check a bundle offline, without trusting anybody who made it.
+
+    Exit code 0: all that the bundle covers holds; 1: something does not; 2: bad input.
+    """
+    from securefedcollm_audits.verify import verify as check
+
+    _report(check(file), as_json)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="One silo's bundle of a run.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another's, of the same run.")],
+    as_json: Json = False,
+) -> None:
+    """Hold two bundles of one run side by side: did the server tell both the same?
+
+    Exit codes as of `audit verify`.
+    """
+    from securefedcollm_audits.compare import compare as held_together
+
+    _report(held_together(first, second), as_json)
+
+
+def _report(verdict: Verdict, as_json: bool) -> None:
+    from securefedcollm_audits import table
+
+    if as_json:
+        typer.echo(json.dumps(table.plain(verdict), indent=2))
+    else:
+        _print(verdict)
+    if not verdict.holds:
+        raise typer.Exit(1)
+
+
+def _print(verdict: Verdict) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from securefedcollm_audits import table
+
+    console = Console()
+    for line in table.about(verdict):
+        console.print(escape(line), highlight=False)
+    console.print(checks_table(verdict))
+    style = "bold green" if verdict.holds else "bold red"
+    console.print(escape(table.sentence(verdict)), style=style, highlight=False)
+
+
+def checks_table(verdict: Verdict) -> Table:
+    """The checks: mark, what was checked, evidence or faults."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    colours = {"pass": "green", "fail": "bold red", "not covered": "yellow"}
+    shown = Table(title="Checks", title_justify="left")
+    shown.add_column("", no_wrap=True)
+    shown.add_column("check")
+    shown.add_column("evidence")
+    for result in verdict.results:
+        found = "\n".join(result.faults) or result.evidence
+        mark = f"[{colours[result.status]}]{result.status}[/]"
+        shown.add_row(mark, f"{result.title}\n[dim]{result.name}[/dim]", escape(found))
+    return shown

@@ -1,0 +1,73 @@
+"""``audit …``: the commands, their output for people and machines, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from securefedcollm_cli.main import app
+from typer.testing import CliRunner
+
+from securefedcollm.errors import ConfigError, EvidenceError, SecureFedCoLLMError
+
+from ..audits.conftest import record_bundle  # noqa: F401 - a fixture
+from ..audits.forge import doctor
+
+
+def call(*arguments):
+    result = CliRunner().invoke(app, ["audit", *map(str, arguments)])
+    if isinstance(result.exception, SecureFedCoLLMError):
+        raise result.exception
+    return result.exit_code, result.stdout
+
+
+def test_bundle_verify_and_compare(record_bundle, tmp_path):  # noqa: F811
+    run, mine = record_bundle.parent, tmp_path / "mine.zip"
+    code, out = call("bundle", run, "--out", mine, "--only", "server", "--only", "silo-3", "--json")
+    assert (code, json.loads(out)) == (0, {"bundle": str(mine), "bytes": mine.stat().st_size})
+    code, out = call("verify", mine)
+    assert code == 0
+    assert out.splitlines()[-1] == "evidence verified offline: 22 checks passed"
+    assert "No silo had both kinds" in out
+    code, out = call("verify", mine, "--json")
+    assert (code, json.loads(out)["holds"]) == (0, True)
+    assert len(json.loads(out)["results"]) == 23
+    code, out = call("compare", mine, record_bundle)
+    assert code == 0
+    assert "common-logs" in out
+    code, out = call("compare", mine, record_bundle, "--json")
+    assert json.loads(out)["participants"] == ["server", "silo-3", "silo-1", "silo-2", "silo-4"]
+
+
+def test_a_doctored_bundle_exits_with_1_and_names_the_entry(record_bundle, tmp_path):  # noqa: F811
+    def understate(forger):
+        forger.what("silo-1", "settled", -1)["spent"]["epsilon"] = 1.0
+
+    forged = doctor(record_bundle, tmp_path / "forged.zip", understate)
+    code, out = call("verify", forged)
+    assert code == 1
+    assert "evidence does NOT hold: 1 of the checks failed (second-accountant)" in out
+    assert "silo-1#12 (settled)" in out
+
+
+def test_bad_input_is_one_line(record_bundle, tmp_path):  # noqa: F811
+    with pytest.raises(ConfigError, match=r"nowhere.zip: there is no such file"):
+        call("verify", tmp_path / "nowhere.zip")
+    with pytest.raises(ConfigError, match=r"is not a run directory"):
+        call("bundle", tmp_path)
+    with pytest.raises(ConfigError, match=r"no evidence log of silo-9"):
+        call("bundle", record_bundle.parent, "--only", "silo-9")
+    with pytest.raises(SecureFedCoLLMError, match=r"cannot be written"):
+        call("bundle", record_bundle.parent, "--out", tmp_path / "none" / "x.zip")
+
+
+def test_a_ledger_that_was_put_back_is_not_bundled(record_bundle, tmp_path):  # noqa: F811
+    """Adversary: the operator of silo-1, who restores an empty ledger to spend its budget again."""
+    run = tmp_path / "run"
+    shutil.copytree(record_bundle.parent, run)
+    for file in (run / "silos" / "silo-1").glob("ledger.sqlite*"):
+        file.unlink()
+    shutil.copy(run / "silos" / "silo-2" / "ledger.sqlite", run / "silos" / "silo-1")
+    with pytest.raises(EvidenceError, match="ledger"):
+        call("bundle", run)
