@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from securefedcollm_cli.options import Json
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from securefedcollm_audits.attacks import Outcome
     from securefedcollm_audits.verdict import Verdict
 
 app = typer.Typer(
@@ -49,16 +51,11 @@ def bundle(
 
 def write_bundle(run: Path, path: Path, only: list[str]) -> int:
     """Write the bundle of ``run`` to ``path``; returns its size in bytes."""
-    from securefedcollm.errors import StateError
     from securefedcollm.evidence.bundle import make_bundle
+    from securefedcollm.federation.files import write_durably
 
     content = make_bundle(run, only)
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise StateError(
-            f"{path}: cannot be written ({error.strerror or error})", hint="choose another --out"
-        ) from None
+    write_durably(path, content)
     return len(content)
 
 
@@ -86,6 +83,67 @@ def compare(
     from securefedcollm_audits.compare import compare as held_together
 
     _report(held_together(first, second), as_json)
+
+
+@app.command()
+def protocol(
+    case: Annotated[
+        list[str] | None,
+        typer.Option("--case", metavar="NAME", help="Play only this attack (repeatable)."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Attack the aggregation protocol: malicious servers and silos against the real state machines.
+
+    Exit code 0: nobody learnt anything beyond one agreed sum; 1: an attack was not stopped. That
+    all are stopped is no proof; many of these have worked against other systems.
+    """
+    from securefedcollm_audits import protocol as attacks
+
+    from securefedcollm_cli.progress import Bars
+
+    with Bars(quiet=as_json) as bars:
+        outcomes = attacks.run(
+            attacks.named(case or []), lambda done, total: bars.report(done, total, "attacks")
+        )
+    broken = [name for name, outcome in outcomes.items() if not outcome.held]
+    if as_json:
+        rows = [
+            {"case": name, "adversary": attacks.adversary(name), **asdict(outcome)}
+            for name, outcome in outcomes.items()
+        ]
+        typer.echo(json.dumps({"held": not broken, "outcomes": rows}, indent=2))
+    else:
+        _print_attacks(outcomes, broken)
+    if broken:
+        raise typer.Exit(1)
+
+
+def _print_attacks(outcomes: dict[str, Outcome], broken: list[str]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+    from securefedcollm_audits import protocol as attacks
+
+    table = Table(title="Attacks on secure aggregation", title_justify="left")
+    for column in ("", "adversary", "what was tried", "what stopped it", "learnt"):
+        table.add_column(column, no_wrap=not column)
+    for name, outcome in outcomes.items():
+        table.add_row(
+            "[green]held[/]" if outcome.held else "[bold red]BROKEN[/]",
+            attacks.adversary(name),
+            f"{escape(outcome.attack)}\n[dim]{name}[/dim]",
+            escape(outcome.defence),
+            escape("; ".join(outcome.learnt)) or "nothing",
+        )
+    console = Console()
+    console.print(table)
+    held = len(outcomes) - len(broken)
+    if broken:
+        text = f"{len(broken)} of {len(outcomes)} attacks were not stopped: {', '.join(broken)}"
+        console.print(text, style="bold red")
+    else:
+        console.print(f"{held} of {held} attacks learnt nothing", style="bold green")
 
 
 def _report(verdict: Verdict, as_json: bool) -> None:

@@ -9,6 +9,7 @@ import pytest
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
+from securefedcollm.aggregation.silo import SiloRound
 from securefedcollm.errors import ConfigError, EvidenceError, SecureFedCoLLMError
 
 from ..audits.conftest import record_bundle  # noqa: F401 - a fixture
@@ -60,6 +61,34 @@ def test_bad_input_is_one_line(record_bundle, tmp_path):  # noqa: F811
         call("bundle", record_bundle.parent, "--only", "silo-9")
     with pytest.raises(SecureFedCoLLMError, match=r"cannot be written"):
         call("bundle", record_bundle.parent, "--out", tmp_path / "none" / "x.zip")
+
+
+def test_protocol_plays_attacks_and_says_what_was_learnt():
+    code, out = call("protocol", "--case", "both_lists", "--case", "copied_keys", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["held"]
+    assert [(o["case"], o["adversary"], o["learnt"]) for o in found["outcomes"]] == [
+        ("both_lists", "server", []),
+        ("copied_keys", "silo", []),
+    ]
+    code, out = call("protocol", "--case", "split_survivors")
+    assert code == 0
+    assert "1 of 1 attacks learnt nothing" in out
+    with pytest.raises(ConfigError, match="there is no attack 'x'"):
+        call("protocol", "--case", "x")
+
+
+def test_builds_with_a_check_missing_are_caught(monkeypatch):
+    monkeypatch.setattr(SiloRound, "_check_quorum", lambda self, agreements: None)
+    code, out = call("protocol", "--case", "split_survivors")
+    assert code == 1
+    assert "1 of 1 attacks were not stopped: split_survivors" in out
+    monkeypatch.setattr(SiloRound, "_record", lambda self, key, value: None)
+    code, out = call("protocol", "--case", "second_attempt", "--json")
+    assert code == 1
+    (outcome,) = json.loads(out)["outcomes"]
+    assert outcome["learnt"]
 
 
 def test_a_ledger_that_was_put_back_is_not_bundled(record_bundle, tmp_path):  # noqa: F811
