@@ -35,6 +35,7 @@ from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.federation.workload import Progress, silent
 from securefedcollm.primitives import SigningKey
 from securefedcollm.privacy.adversaries import per_adversary
+from securefedcollm.privacy.events import PoissonGaussian
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import Study, digest, dump_study
 from securefedcollm.study.identity import create_identity, open_identity, read_identity
@@ -100,6 +101,7 @@ class Simulation:
         from securefedcollm.federation.dealing import deal
 
         dealt = deal(self._study, self._data)
+        self._planned = {n: _planned(self._study, len(q)) for n, q in dealt.silos.items()}
         self._prepare_models(progress, say)
         cotuning.set_threads(self._server_threads)
         server = cotuning.ServerTuning(
@@ -148,7 +150,7 @@ class Simulation:
             from securefedcollm.tuning.builtin import prepare
             from securefedcollm.tuning.models import default_cache
 
-            prepare(default_cache(), progress)
+            prepare(default_cache(), progress, context=self._context)
 
     def _federate(
         self, store: RunStore, server: Any, directory: Path, progress: Progress, say: Say
@@ -173,6 +175,7 @@ class Simulation:
             directory=directory,
             data=self._data,
             threads=self._threads,
+            planned=self._planned,
         )
 
         def on_round(record: dict[str, Any]) -> None:
@@ -220,6 +223,7 @@ class Simulation:
             data=self._data,
             directory=make_directory(self._out / "baselines" / "standalone"),
             threads=self._threads,
+            planned=self._planned,
         )
         scores = []
         if self._workers == 0:
@@ -284,6 +288,7 @@ def make_silo(
     directory: Path,
     data: Path | None,
     threads: int,
+    planned: dict[str, PoissonGaussian | None],
 ) -> SiloSession:
     """Build one silo in the process that will run it."""
     from securefedcollm.federation import cotuning
@@ -292,7 +297,12 @@ def make_silo(
     cotuning.set_threads(threads)
     home = make_directory(directory / "silos" / name)
     workload = cotuning.SiloTuning(
-        study, name, deal(study, data).silos[name], data=data, progress=progress
+        study,
+        name,
+        deal(study, data).silos[name],
+        data=data,
+        progress=progress,
+        planned=planned[name],
     )
     key = _identity(home, name)
     log = EvidenceLog(home / EVIDENCE, study=digest(study), owner=name, key=key)
@@ -320,7 +330,13 @@ def _identity(home: Path, name: str) -> SigningKey:
 
 
 def tune_alone(
-    name: str, *, study: Study, data: Path | None, directory: Path, threads: int
+    name: str,
+    *,
+    study: Study,
+    data: Path | None,
+    directory: Path,
+    threads: int,
+    planned: dict[str, PoissonGaussian | None],
 ) -> dict[str, float]:
     """One silo without a federation: the same steps, noise and rounds, nothing leaves it."""
 
@@ -330,7 +346,9 @@ def tune_alone(
 
         cotuning.set_threads(threads)
         dealt = deal(study, data)
-        workload = cotuning.SiloTuning(study, name, dealt.silos[name], data=data)
+        workload = cotuning.SiloTuning(
+            study, name, dealt.silos[name], data=data, planned=planned[name]
+        )
         adapter = workload.adapter()
         for round_ in range(study.rounds):
             workload.fit(adapter, round_, silent)
@@ -338,6 +356,14 @@ def tune_alone(
         return {f"slm/{g}": a for g, a in workload.evaluate(dealt.test).items()}
 
     return remembered(directory / f"{name}.json", tune)
+
+
+def _planned(study: Study, records: int) -> PoissonGaussian | None:
+    from securefedcollm.federation.cotuning import planned_event
+
+    if study.privacy is None or study.privacy.noise != "local":
+        return None
+    return planned_event(study, records)
 
 
 def remembered(path: Path, make: Callable[[], dict[str, float]]) -> dict[str, float]:
