@@ -14,6 +14,8 @@ from securefedcollm_cli.options import Json
 if TYPE_CHECKING:
     from rich.table import Table
     from securefedcollm_audits.attacks import Outcome
+    from securefedcollm_audits.case import Case
+    from securefedcollm_audits.report import Report
     from securefedcollm_audits.verdict import Verdict
 
 app = typer.Typer(
@@ -117,6 +119,46 @@ def protocol(
         _print_attacks(outcomes, broken)
     if broken:
         raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    file: BundleFile,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="OUT", help="The page to write.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Verify a bundle and write what it shows as one self-contained HTML page, or as JSON.
+
+    Exit codes as of `audit verify`; a bundle that does not hold has a page that says so.
+    """
+    from securefedcollm_audits.report import make_report
+
+    from securefedcollm.errors import ConfigError
+
+    if html is None and not as_json:
+        raise ConfigError("nothing to write", where="--html", hint="give --html OUT or --json")
+    found, case = make_report(file)
+    if html is not None:
+        write_page(found, case, html)
+    if as_json:
+        import msgspec
+
+        typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+    else:
+        typer.echo(f"wrote {html}")
+    if not found.verdict.holds:
+        raise typer.Exit(1)
+
+
+def write_page(found: Report, case: Case, path: Path) -> None:
+    """Write a report as HTML."""
+    from securefedcollm_audits.report_html import to_html
+
+    from securefedcollm.federation.files import write_durably
+
+    write_durably(path, to_html(found, case).encode())
 
 
 def _print_attacks(outcomes: dict[str, Outcome], broken: list[str]) -> None:
