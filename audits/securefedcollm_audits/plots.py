@@ -27,8 +27,8 @@ def participation_plot(silos: Sequence[str], rounds: Sequence[Collection[str]]) 
     caption = f"rounds 1 to {len(rounds)}; outlined: not in the sum"
     squares.append(f'<text x="{left:.0f}" y="{height - 8:.0f}">{caption}</text>')
     return (
-        f'<svg viewBox="0 0 {max(width, 720):.0f} {height:.0f}" role="img" '
-        f'aria-label="Which silos are in the sum of each round">{"".join(squares)}</svg>'
+        f'<div class="wide"><svg viewBox="0 0 {max(width, 720):.0f} {height:.0f}" role="img" '
+        f'aria-label="Which silos are in the sum of each round">{"".join(squares)}</svg></div>'
     )
 
 
@@ -44,8 +44,8 @@ def advantage_plot(points: Sequence[tuple[float, float]]) -> str:
 
     path = " ".join(place(*point) for point in [(0.0, 0.0), *points])
     return (
-        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="Greatest share of members '
-        'that any test finds, by its false-alarm rate">'
+        f'<div class="wide"><svg viewBox="0 0 {width:g} {height:g}" role="img" '
+        'aria-label="Greatest share of members that any test finds, by its false-alarm rate">'
         f'<polyline points="{place(0, 1)} {place(0, 0)} {place(1, 0)}" fill="none" '
         'stroke="var(--soft)"/>'
         f'<polyline points="{place(0, 0)} {place(1, 1)}" fill="none" stroke="var(--soft)" '
@@ -53,5 +53,5 @@ def advantage_plot(points: Sequence[tuple[float, float]]) -> str:
         f'<polyline points="{path}" fill="none" stroke="var(--blue)" stroke-width="2"/>'
         f'<text x="2" y="14">100 %</text><text x="{width - 150:.0f}" y="{height - 10:.0f}">'
         f'false alarms, 0 to 100 %</text><text x="{left + 6:.0f}" y="{height - 10:.0f}">'
-        "members found (up); dashed: guessing</text></svg>"
+        "members found (up); dashed: guessing</text></svg></div>"
     )

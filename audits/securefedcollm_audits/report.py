@@ -31,14 +31,15 @@ from securefedcollm.privacy.adversaries import AdversaryRow, per_adversary
 from securefedcollm.privacy.events import DiscreteGaussian, Event, Events, decode_events, merge
 from securefedcollm.privacy.filters import Terms, filter_within
 from securefedcollm.privacy.report import ASSUMPTIONS
+from securefedcollm.privacy.shown import up
 from securefedcollm_audits.case import SERVER, Case, of
 from securefedcollm_audits.checks.budget import Training, trainings
 from securefedcollm_audits.second_accountant import bracket
 from securefedcollm_audits.verdict import Verdict
 from securefedcollm_audits.verify import verify
 
-MOST_POINTS = 40
-"""Rounds for which ε so far is worked out: a tenth of a second each."""
+MOST_POINTS = 80
+"""Places in all silos' ledgers at which ε so far is worked out: a tenth of a second each."""
 
 NOT_COVERED = (
     "Accuracy and other metrics, whoever computed them and on whatever data.",
@@ -133,7 +134,8 @@ def make_report(path: Path) -> tuple[Report, Case]:
 
 
 def _summed_up(verdict: Verdict, case: Case) -> Report:
-    silos = [_silo(name, log) for name, log in case.silos.items()]
+    points = max(2, MOST_POINTS // max(1, len(case.silos)))
+    silos = [_silo(name, log, points) for name, log in case.silos.items()]
     worst = _worst(case)
     adversaries = _adversaries(case, worst) if worst else []
     privacy = case.study.privacy
@@ -194,7 +196,7 @@ def _claim(case: Case, silos: list[SiloRow]) -> str:
     what = "one record of a silo" if privacy.unit == "record" else "one silo's whole data set"
     helpers = "" if not c else f" together with any {c} of the other silos"
     amount = (
-        f"(ε = {spent:.3f}, δ = {privacy.delta:g})"
+        f"(ε = {up(spent)}, δ = {privacy.delta:g})"
         if spent is not None
         else f"at most (ε = {privacy.epsilon:g}, δ = {privacy.delta:g}), not settled yet,"
     )
@@ -275,7 +277,7 @@ def _witnesses(heads: list[Checkpoint], finished: Entry | None) -> int:
     return max((len(head.lines) - 1 for head in heads if head.size > finished.seq), default=0)
 
 
-def _silo(name: str, log: list[Entry]) -> SiloRow:
+def _silo(name: str, log: list[Entry], points: int) -> SiloRow:
     done = trainings(log)
     claims = [(entry, what.spent) for entry, what in of(log, Settled) if what.spent]
     limit = next((what for _, what in of(log, Reserved)), None)
@@ -290,13 +292,13 @@ def _silo(name: str, log: list[Entry]) -> SiloRow:
         high=tight.high,
         method=tight.method,
         refusals=sum(isinstance(entry.what, Refused) for entry in log),
-        charges=_charges(done),
+        charges=_charges(done, points),
         place=claims[-1][0].place if claims else None,
     )
 
 
-def _charges(done: list[Training]) -> list[ChargeRow]:
-    every = max(1, math.ceil(len(done) / MOST_POINTS))
+def _charges(done: list[Training], points: int) -> list[ChargeRow]:
+    every = max(1, math.ceil(len(done) / points))
     terms, rows = _terms(done), []
     counted: Events = ()
     for index, training in enumerate(done):

@@ -25,6 +25,8 @@ from securefedcollm_audits.table import sentence
 from securefedcollm_audits.verdict import Result
 
 _PLACE = re.compile(r"^(?P<owner>[^#]{1,64})#(?P<seq>\d+)\b")
+_MOST_SILOS = 12
+"""Ledgers that are printed line by line: those that spent most."""
 _CLASS = {"pass": "pass", "fail": "fail", "not covered": "open"}
 
 GLOSSARY = (
@@ -184,8 +186,11 @@ def _ledger(report: Report, cited: Citations) -> str:
         rounds = "<p>The server's log is not in this bundle, or no round was opened.</p>"
     names = sorted({name for row in report.rounds for name in (*row.survivors, *row.dropouts)})
     plot = participation_plot(names, [set(row.survivors) for row in report.rounds])
-    silos = "".join(_charges(silo, cited) for silo in report.silos)
-    return f"<h2>4. Round by round</h2>{rounds}{plot}{silos}"
+    shown = sorted(report.silos, key=lambda silo: -silo.high)[:_MOST_SILOS]
+    silos = "".join(_charges(silo, cited) for silo in shown)
+    rest = len(report.silos) - len(shown)
+    more = f"<p>{rest} further silos spent less; <code>--json</code> has them.</p>" if rest else ""
+    return f"<h2>4. Round by round</h2>{rounds}{plot}{silos}{more}"
 
 
 def _round(row: RoundRow, cited: Citations) -> tuple[str, ...]:

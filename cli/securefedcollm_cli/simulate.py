@@ -74,28 +74,35 @@ def simulate(
     with Bars(quiet=as_json) as bars:
         results = simulation.run(bars.report, bars.say)
         bars.report(0, 1, "verifying the evidence")
-        verdict = _verify(directory)
+        verdict, page = _verify(directory)
     if as_json:
-        evidence = {"bundle": verdict.bundle, "holds": verdict.holds, "passed": verdict.passed}
+        evidence = {
+            "bundle": verdict.bundle,
+            "report": page,
+            "holds": verdict.holds,
+            "passed": verdict.passed,
+        }
         typer.echo(json.dumps(results | {"evidence": evidence}, indent=2))
     else:
-        _render(results, verdict)
+        _render(results, verdict, page)
     if not verdict.holds:
         raise typer.Exit(1)
 
 
-def _verify(run: Path) -> Verdict:
-    """Bundle the run's evidence and check it as an outsider would."""
-    from securefedcollm_audits.verify import verify
+def _verify(run: Path) -> tuple[Verdict, str]:
+    """Bundle the run's evidence, check it as an outsider would, and write the report's page."""
+    from securefedcollm_audits.report import make_report
 
-    from securefedcollm_cli.audit import write_bundle
+    from securefedcollm_cli.audit import write_bundle, write_page
 
-    path = run / "evidence.zip"
+    path, page = run / "evidence.zip", run / "report.html"
     write_bundle(run, path, [])
-    return verify(path)
+    report, case = make_report(path)
+    write_page(report, case, page)
+    return report.verdict, str(page)
 
 
-def _render(results: dict[str, Any], verdict: Verdict) -> None:
+def _render(results: dict[str, Any], verdict: Verdict, page: str) -> None:
     from rich.console import Console
     from rich.padding import Padding
     from securefedcollm_audits import table
@@ -107,7 +114,7 @@ def _render(results: dict[str, Any], verdict: Verdict) -> None:
         console.print(Padding(f"[dim]{note}[/dim]", (0, 2)))
     console.print()
     console.print(_silo_table(results))
-    _print_places(console, results["places"] | {"evidence": verdict.bundle})
+    _print_places(console, results["places"] | {"evidence": verdict.bundle, "report": page})
     console.print()
     for failed in verdict.failed:
         console.print(f"  {failed.title}: not so", style="red", markup=False)

@@ -23,7 +23,7 @@ a { color: var(--blue); }
 table { border-collapse: collapse; width: 100%; margin: .6rem 0; font-size: .9rem; }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line);
   vertical-align: top; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 code { font-size: .85em; overflow-wrap: anywhere; }
 .claim { background: var(--tint); border-left: 4px solid var(--blue); padding: .7rem 1rem; }
 .claim.bad { border-color: var(--red); }
@@ -31,7 +31,7 @@ code { font-size: .85em; overflow-wrap: anywhere; }
 .pass { color: var(--green); } .fail { color: var(--red); font-weight: 600; }
 .open { color: var(--amber); }
 .ref { font-size: .8rem; white-space: nowrap; }
-svg { width: 100%; height: auto; }
+svg { width: 100%; min-width: 30rem; max-width: 46rem; height: auto; display: block; }
 svg text { font-size: 12px; fill: var(--soft); }
 @media print { :root { --ink: #000; --soft: #444; --line: #bbb; --back: #fff; --tint: #f2f2f2;
   --blue: #1a4f8a; --red: #a32020; --green: #1c5237; --amber: #7a4a10; }
@@ -91,7 +91,7 @@ def step_plot(points: Sequence[tuple[int, float | None]], limit: float, what: st
     start, end = place(0, limit), place(count, limit)
     label = escape(what, quote=True)
     return (
-        f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" role="img" '
+        f'<div class="wide"><svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" role="img" '
         f'aria-label="Cumulative ε by {label}, budget {limit:g}">'
         f'<polyline points="{place(0, top)} {place(0, 0)} {place(count, 0)}" fill="none" '
         'stroke="var(--soft)"/>'
@@ -99,5 +99,5 @@ def step_plot(points: Sequence[tuple[int, float | None]], limit: float, what: st
         'fill="none"/>'
         f'<polyline points="{" ".join(path)}" fill="none" stroke="var(--blue)" stroke-width="2"/>'
         f'<text x="2" y="{float(start.split(",")[1]) + 4:.0f}">ε = {limit:g}</text>'
-        f'<text x="{_WIDTH / 2:.0f}" y="{_HEIGHT - 8:.0f}">{label}</text></svg>'
+        f'<text x="{_WIDTH / 2:.0f}" y="{_HEIGHT - 8:.0f}">{label}</text></svg></div>'
     )

@@ -66,6 +66,7 @@ def test_a_run_ends_with_table_ledger_and_adapters(inputs, tmp_path):
     evidence = results.pop("evidence")
     assert evidence == {
         "bundle": str(tmp_path / "run" / "evidence.zip"),
+        "report": str(tmp_path / "run" / "report.html"),
         "holds": True,
         "passed": 22,  # all but the study's signatures, which a simulation has not
     }
