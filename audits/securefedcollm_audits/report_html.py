@@ -29,6 +29,11 @@ _MOST_SILOS = 12
 """Ledgers that are printed line by line: those that spent most."""
 _CLASS = {"pass": "pass", "fail": "fail", "not covered": "open"}
 
+_WEAK = (
+    "At this ε the bound by itself promises little against an attacker of that strength. Real "
+    "attackers know less and find fewer, but how many fewer no accountant can say."
+)
+
 GLOSSARY = (
     ("ε (epsilon)", "How much one unit's data can change what anybody may conclude: each odds "
      "ratio by a factor of at most e^ε. Smaller is better; 0 would be no influence at all."),
@@ -150,6 +155,7 @@ def _adversaries(report: Report) -> str:
         for row in report.adversaries
     ]
     points = [p for p in report.advantage if p[0] in {0.001, 0.01, 0.05, 0.1}]
+    weak = "" if dict(points).get(0.01, 0.0) < 0.5 else f"<p>{_WEAK}</p>"
     telling = table(
         ("false alarms that the attacker accepts", "members found, at most"),
         [(f"{100 * alpha:g} %", f"{100 * power:.1f} %") for alpha, power in points],
@@ -159,8 +165,8 @@ def _adversaries(report: Report) -> str:
         f"{title}<p>Upper bounds for the silo that spent most. A smaller δ asks for more certainty "
         f"and so gives a larger ε.</p>{table(head, rows, numbers=range(1, len(head)))}"
         "<h3>What that means for one unit</h3><p>Suppose an attacker knows everything but whether "
-        "one unit was in the data, and tests for it. Whatever the test, of those who were in it "
-        f"finds at most:</p>{telling}{advantage_plot(report.advantage)}"
+        "one unit was in the data, and tests for it. Whatever the test, it finds at most this "
+        f"share of those who were in it:</p>{telling}{weak}{advantage_plot(report.advantage)}"
     )
 
 

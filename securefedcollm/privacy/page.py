@@ -23,7 +23,9 @@ a { color: var(--blue); }
 table { border-collapse: collapse; width: 100%; margin: .6rem 0; font-size: .9rem; }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line);
   vertical-align: top; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+td.n { white-space: nowrap; }
+pre { white-space: pre-wrap; }
 code { font-size: .85em; overflow-wrap: anywhere; }
 .claim { background: var(--tint); border-left: 4px solid var(--blue); padding: .7rem 1rem; }
 .claim.bad { border-color: var(--red); }
