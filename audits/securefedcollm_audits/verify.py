@@ -24,21 +24,17 @@ def verify(path: Path) -> Verdict:
     """Carry out every check on the bundle at ``path``.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: there is no such file, or it cannot be read.
     """
-    if not path.is_file():
-        raise ConfigError(
-            "there is no such file", where=str(path), hint="`audit bundle RUN --out FILE` makes one"
-        )
+    digest = _digest(path)
     try:
         bundle = read_bundle(path)
     except EvidenceError as error:
         fault = error.message.removeprefix(f"{path}: ")
-        broken = Result(*_ARCHIVE, "fail", fault, [fault])
-        return Verdict(str(path), _digest(path), [broken])
+        return Verdict(str(path), digest, [Result(*_ARCHIVE, "fail", fault, [fault])])
     files = len(bundle.logs) + len(bundle.heads)
     whole = Result(*_ARCHIVE, "pass", f"{files} logs and heads, study and lists: hashes fit")
-    return _verdict(bundle, str(path), _digest(path), whole)
+    return _verdict(bundle, str(path), digest, whole)
 
 
 def _verdict(bundle: Bundle, path: str, digest: str, first: Result) -> Verdict:
@@ -57,6 +53,13 @@ def _verdict(bundle: Bundle, path: str, digest: str, first: Result) -> Verdict:
 
 
 def _digest(path: Path) -> str:
-    if path.stat().st_size > MAX_BYTES:
-        return ""
-    return sha256(path.read_bytes()).hex()
+    """SHA-256 (hex) of the file; empty for one that no bundle is as large as."""
+    hint = "`audit bundle RUN --out FILE` makes one"
+    if not path.is_file():
+        raise ConfigError("there is no such file", where=str(path), hint=hint)
+    try:
+        return sha256(path.read_bytes()).hex() if path.stat().st_size <= MAX_BYTES else ""
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be read ({error.strerror})", where=str(path), hint=hint
+        ) from None

@@ -75,6 +75,7 @@ def simulate(
         results = simulation.run(bars.report, bars.say)
         bars.report(0, 1, "verifying the evidence")
         verdict, page = _verify(directory)
+        bars.report(1, 1, "verifying the evidence")
     if as_json:
         evidence = {
             "bundle": verdict.bundle,

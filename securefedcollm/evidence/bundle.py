@@ -39,8 +39,8 @@ from securefedcollm.study import Study, digest, load_study, study_from_tree
 from securefedcollm.study.signing import Envelope, read_envelope, signatures_path
 
 FORMAT: Final = "securefedcollm-bundle-v1"
-MAX_BYTES: Final = 64 << 20
-"""Of a bundle: a hundred rounds of 128 silos take a few MB."""
+MAX_BYTES: Final = 512 << 20
+"""Of a bundle: three rounds of 4 silos take 50 kB, a hundred of 128 about 100 MB."""
 MAX_MEMBERS: Final = 512
 _PATH: Final = re.compile(r"^[a-z0-9][a-z0-9._-]{0,127}(/[a-z0-9][a-z0-9._-]{0,127})?$")
 _HINT: Final = "ask whoever made it for the bundle again; `audit bundle RUN` writes one"
@@ -93,6 +93,12 @@ def make_bundle(run: Path, only: Sequence[str] = ()) -> bytes:
     if signatures_path(study_file).exists():
         envelope = read_envelope(signatures_path(study_file), study)
         members["study.signatures.json"] = canonical(msgspec.to_builtins(envelope))
+    if sum(map(len, members.values())) > MAX_BYTES // 2:
+        raise ConfigError(
+            f"its evidence is over {MAX_BYTES >> 21} MiB",
+            where=str(run),
+            hint="bundle fewer participants at a time with --only",
+        )
     return pack(members)
 
 

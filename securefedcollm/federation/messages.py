@@ -46,20 +46,25 @@ class Aggregate(_Message, frozen=True, tag="aggregate"):
     frame: bytes
 
 
+class Shown(_Message, frozen=True):
+    """An entry of the server's log as it stands at ``index``, with its RFC 9162 inclusion proof."""
+
+    index: int
+    entry: bytes
+    inclusion: list[bytes]
+
+
 class Witness(_Message, frozen=True, tag="witness"):
     """Server → silo: vouch for the head of my evidence log.
 
     ``consistency``: RFC 9162 proof from the head of ``old`` entries, the last one that this silo
-    vouched for. ``entry``: the newest opening of a sum, as it stands at ``index``, with its
-    inclusion proof; empty if there was none.
+    vouched for. ``openings``: those of the newest round that has any: one an attempt.
     """
 
     checkpoint: str
     old: int
     consistency: list[bytes]
-    entry: bytes
-    index: int
-    inclusion: list[bytes]
+    openings: list[Shown]
 
 
 class Ended(_Message, frozen=True, tag="ended"):

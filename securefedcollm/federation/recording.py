@@ -17,7 +17,6 @@ from securefedcollm.errors import CryptoError, EvidenceError, RemoteProtocolErro
 from securefedcollm.evidence.bundle import file_digests
 from securefedcollm.evidence.entries import (
     Agreed,
-    Entry,
     Failed,
     Finished,
     Lost,
@@ -210,25 +209,23 @@ class SiloRecord:
         return Witnessed(size=0, root=sha256().hex())
 
     def _compare(self, request: messages.Witness, head: Checkpoint) -> None:
-        """The server's newest opening against this silo's own entries of the round."""
+        """The openings of the server's newest round against this silo's own entries."""
         agreed, unmasked = self._own()
-        if not request.entry:
-            if unmasked is not None:
-                raise EvidenceError(f"it hides the opening of round {unmasked.round + 1}")
-            return
-        verify_inclusion(request.entry, request.index, head.size, request.inclusion, head.root)
-        theirs = decode_entry(request.entry, "the server's entry").what
-        if not isinstance(theirs, Opening):
-            raise EvidenceError("the entry shown is not an opening")
+        theirs: dict[str, Opening] = {}
+        for shown in request.openings:
+            verify_inclusion(shown.entry, shown.index, head.size, shown.inclusion, head.root)
+            what = decode_entry(shown.entry, "the server's entry").what
+            if not isinstance(what, Opening):
+                raise EvidenceError("the entry shown is not an opening")
+            theirs[what.header] = what
         for mine in agreed:
-            if mine.header == theirs.header and (mine.lists, mine.survivors) != (
-                theirs.lists,
-                theirs.survivors,
-            ):
+            same = theirs.get(mine.header)
+            if same and (same.lists, same.survivors) != (mine.lists, mine.survivors):
                 raise EvidenceError(f"it names other survivors of round {mine.round + 1}")
-        if unmasked is None or theirs.round > unmasked.round:
+        if unmasked is None or any(what.round > unmasked.round for what in theirs.values()):
             return  # a later round, in which this silo was absent
-        if (unmasked.round, unmasked.seeds_of) != (theirs.round, theirs.survivors):
+        opened = theirs.get(unmasked.header)
+        if opened is None or opened.survivors != unmasked.seeds_of:
             raise EvidenceError(f"it hides or alters the opening of round {unmasked.round + 1}")
 
     def _own(self) -> tuple[list[Agreed], Unmasked | None]:
@@ -267,6 +264,10 @@ class ServerRecord:
         self._quorum = quorum
         self._key = key
         self._roster = roster
+        self._proofs: dict[tuple[int, int], list[bytes]] = {}
+        """(old, new size) → consistency proof: the same for most silos of a round."""
+        self._openings: list[messages.Shown] = []
+        self._shown_at = -1
         self._vouched: dict[str, int] = {}
         """Silo → entries of the head that it last vouched for."""
         if log is not None:
@@ -351,16 +352,34 @@ class ServerRecord:
         if self._log is None or not self._log.size:
             return None
         leaves = self._log.leaves
-        newest = _newest_opening(self._log.entries)
         old = self._vouched.get(silo, 0)
         return messages.Witness(
             checkpoint=self._log.head.note,
             old=old,
-            consistency=consistency_proof(leaves, old),
-            entry=b"" if newest is None else leaves[newest],
-            index=newest or 0,
-            inclusion=[] if newest is None else inclusion_proof(leaves, newest),
+            consistency=self._consistency(leaves, old),
+            openings=self._shown(),
         )
+
+    def _shown(self) -> list[messages.Shown]:
+        """The openings of the newest round that has any: a silo may know of an earlier attempt."""
+        assert self._log is not None
+        if self._shown_at != self._log.size:
+            found = [(e.seq, e.what) for e in self._log.entries if isinstance(e.what, Opening)]
+            leaves, round_ = self._log.leaves, found[-1][1].round if found else -1
+            self._openings = [
+                messages.Shown(seq, leaves[seq], inclusion_proof(leaves, seq))
+                for seq, what in found
+                if what.round == round_
+            ]
+            self._shown_at = self._log.size
+        return self._openings
+
+    def _consistency(self, leaves: list[bytes], old: int) -> list[bytes]:
+        key = (old, len(leaves))
+        if key not in self._proofs:
+            self._proofs = {k: proof for k, proof in self._proofs.items() if k[1] == len(leaves)}
+            self._proofs[key] = consistency_proof(leaves, old)
+        return self._proofs[key]
 
     def witnessed(self, silo: str, reply: messages.Witnessed) -> bool:
         """Take a silo's cosignature; False if it must be asked again with another proof."""
@@ -378,7 +397,3 @@ class ServerRecord:
         self._log.add_cosignature(head.size, name, reply.cosignature)
         self._vouched[silo] = head.size
         return True
-
-
-def _newest_opening(entries: list[Entry]) -> int | None:
-    return next((e.seq for e in reversed(entries) if isinstance(e.what, Opening)), None)

@@ -77,8 +77,9 @@ class SiloUnit:
     def identity(self) -> bytes:
         """32 bytes that two participants share exactly if they run the same mechanism."""
         made = self._distributed
-        numbers = (self.clip_norm, made.share_sigma, made.quantiser.bound, made.quantiser.values)
-        return sha256(b"securefedcollm/silo-unit/v1\0", struct.pack(">ddQQ", *numbers))
+        return identity_of(
+            self.clip_norm, made.share_sigma, made.quantiser.bound, made.quantiser.values
+        )
 
     def protect(self, update: Floats, noise: NoiseSource) -> npt.NDArray[np.int64]:
         """Clip, quantise and noise one update, float [d] to int64 [values].
@@ -95,6 +96,12 @@ class SiloUnit:
     def event(self) -> DiscreteGaussian:
         """What one round releases in the worst case: ``least_survivors`` shares."""
         return self._distributed.event(self._distributed.least_survivors)
+
+
+def identity_of(clip_norm: float, share_sigma: float, bound: int, values: int) -> bytes:
+    """The identity of a mechanism from its numbers, which an event and the study hold."""
+    numbers = struct.pack(">ddQQ", clip_norm, share_sigma, bound, values)
+    return sha256(b"securefedcollm/silo-unit/v1\0", numbers)
 
 
 def with_survivors(reserved: Event, survivors: int) -> Event:

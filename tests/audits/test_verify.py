@@ -216,7 +216,13 @@ def a_share_too_many(f):
     f.what("silo-1", "settled", -1)["events"][0]["shares"] = 4
 
 
+def more_noise_than_there_was(f):
+    for kind in ("reserved", "settled"):
+        f.what("silo-1", kind)["events"][0]["share_sigma"] *= 2.0
+
+
 SILO_FORGERIES = [
+    ("mechanism", more_noise_than_there_was, r"silo-1#2 \(reserved\): charges for other noise"),
     ("mechanism", fewer_colluders, r"silo-1#2 \(reserved\): allows for 0 colluders, not 1"),
     ("mechanism", a_share_too_many, r"silo-1#\d+ \(settled\): counts 4 noise shares"),
     ("second-accountant", understated, r"silo-1#\d+ \(settled\): claims ε = 1.0000; it is ≥"),

@@ -7,8 +7,10 @@ import sqlite3
 
 import msgspec
 import pytest
+from securefedcollm_audits.verify import verify
 
 from securefedcollm.errors import EvidenceError, ProtocolError
+from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.evidence.entries import (
     Agreed,
     Finished,
@@ -22,9 +24,11 @@ from securefedcollm.evidence.entries import (
 from securefedcollm.evidence.ledger import check_anchors
 from securefedcollm.evidence.merkle import consistency_proof, inclusion_proof
 from securefedcollm.evidence.note import origin, sign_checkpoint
+from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.messages import (
     Aggregate,
     Refused,
+    Shown,
     Witness,
     Witnessed,
     decode_reply,
@@ -208,9 +212,7 @@ def ask(study, leaves, old=0, key=SERVER_KEY, name="server", **changes):
         checkpoint=head.note,
         old=old,
         consistency=consistency_proof(leaves, old),
-        entry=leaves[shown[-1]] if shown else b"",
-        index=shown[-1] if shown else 0,
-        inclusion=inclusion_proof(leaves, shown[-1]) if shown else [],
+        openings=[Shown(i, leaves[i], inclusion_proof(leaves, i)) for i in shown],
     )
     return encode(msgspec.structs.replace(request, **changes))
 
@@ -249,9 +251,8 @@ def test_a_silo_vouches_for_what_agrees_with_its_own_log_and_only_for_what_exten
     ("forge", "changes", "message"),
     [
         (("survivors", ["silo-1", "silo-2", "silo-3"]), {}, "names other survivors"),
-        (None, {"entry": b"", "index": 0, "inclusion": []}, "hides the opening of round 1"),
-        (None, {"index": 0}, "is not in the log"),
-        (("dropouts", ["silo-9"]), {"inclusion": []}, "is not in the log"),
+        (None, {"openings": []}, "hides or alters the opening of round 1"),
+        (None, {"openings": [Shown(2, b"{}", [])]}, "is not in the log"),
         (None, {"name": "silo-2"}, "is of another log"),
         (None, {"key": ALL_KEYS["silo-2"]}, "no signature by"),
         (None, {"checkpoint": "nonsense"}, "well-formed signed note"),
@@ -271,6 +272,37 @@ def test_a_lie_about_the_opened_round_is_refused_under_any_header(midway):
     study, silo, leaves = midway
     lie = forged(leaves, Opening, header="0" * 64, survivors=["silo-1", "silo-2", "silo-3"])
     assert "hides or alters the opening of round 1" in answer(silo, ask(study, lie)).message
+
+
+class Away:
+    """An engine that loses silo-4 while the round goes on, and has it back to be asked to vouch."""
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    def exchange(self, frames, timeout):
+        if isinstance(decode_request(frames["silo-1"]), Witness):
+            return self.engine.exchange(frames, timeout)
+        here = {name: frame for name, frame in frames.items() if name != "silo-4"}
+        gone = {name: Failure("away") for name in frames if name == "silo-4"}
+        return self.engine.exchange(here, timeout) | gone
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_an_honest_server_that_lost_a_round_is_vouched_for(tmp_path, rounds):
+    """All four opened, the server died, and silo-4 stayed away: the others agree to a sum of three
+    and refuse to open it. Both openings are in the server's log; everybody knows one of them."""
+    study = recorded_study(rounds=rounds)
+    with pytest.raises(Killed):
+        RecordedRun(tmp_path, study, wrap=lambda e: Dies(e, 5, before=False)).go()
+    RecordedRun(tmp_path, study, resume=True, wrap=Away).go()
+    log = server_log(tmp_path, study)
+    assert kinds(log)[:6] == ["opened", "round", "opening", "round", "opening", "failed"]
+    assert "lost" in kinds(log)
+    for name in NAMES:
+        log.head.verify_cosigned(origin(digest(study), name), KEYS[name].public)
+    (tmp_path / "evidence.zip").write_bytes(make_bundle(tmp_path))
+    assert verify(tmp_path / "evidence.zip").failed == []
 
 
 def test_logs_of_silos_and_server_name_the_same_transcripts(tmp_path):

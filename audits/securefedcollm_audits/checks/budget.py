@@ -26,6 +26,7 @@ from securefedcollm.privacy.events import (
     repeat,
     times,
 )
+from securefedcollm.privacy.silo_unit import identity_of
 from securefedcollm.study.config import Privacy
 from securefedcollm_audits.case import Case, count, of
 from securefedcollm_audits.second_accountant import bracket
@@ -163,15 +164,17 @@ def mechanism(case: Case, wrong: Faults) -> str:
     charged = 0
     for log in case.silos.values():
         survivors = {what.round: len(what.seeds_of) for _, what in of(log, Unmasked)}
-        begun = {what.round for _, what in of(log, Round)}
+        begun = {what.round: what.mechanism for _, what in of(log, Round)}
         for entry, what in charges(log):
             if what.unit != privacy.unit:
                 wrong(entry, f"charges the unit {what.unit}; the study's is {privacy.unit}")
             if what.round not in begun:
                 wrong(entry, f"charges round {what.round + 1}, which has not begun")
+                continue
             if isinstance(what, Reserved | Settled):
                 shares = survivors.get(what.round) if isinstance(what, Settled) else None
-                fault = _fits(case, decode_events(what.events), shares)
+                events = decode_events(what.events)
+                fault = _fits(case, events, shares) or _named(privacy, events, begun[what.round])
                 charged += 1
                 if fault:
                     wrong(entry, fault)
@@ -196,6 +199,18 @@ def _fits(case: Case, events: tuple[Event, ...], survivors: int | None) -> str:
         # A failed training is settled at what was reserved: it gave no vector to any sum.
         if event.shares not in {shares, case.study.quorum}:
             return f"counts {event.shares} noise shares; the sum has {shares}"
+    return ""
+
+
+def _named(privacy: Privacy, events: tuple[Event, ...], mechanism: str | None) -> str:
+    """Whether the noise charged for is that which all silos bound into the round's header."""
+    for event in events:
+        if isinstance(event, DiscreteGaussian):
+            found = identity_of(
+                privacy.clip_norm, event.share_sigma, event.sensitivity, event.values
+            )
+            if found.hex() != mechanism:
+                return "charges for other noise than the round's header names"
     return ""
 
 
