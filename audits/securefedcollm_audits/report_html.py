@@ -319,7 +319,9 @@ def _controls(report: Report) -> str:
             (
                 escape(row["control"]),
                 escape(row["asks"]),
-                " ".join(_check(name, status.get(name, "not covered")) for name in row["checks"]),
+                "<br>".join(
+                    _check(name, status.get(name, "not covered")) for name in row["checks"]
+                ),
                 escape(row["elsewhere"]),
             )
             for row in framework["rows"]

@@ -37,7 +37,8 @@ svg { width: 100%; min-width: 30rem; max-width: 46rem; height: auto; display: bl
 svg text { font-size: 12px; fill: var(--soft); }
 @media print { :root { --ink: #000; --soft: #444; --line: #bbb; --back: #fff; --tint: #f2f2f2;
   --blue: #1a4f8a; --red: #a32020; --green: #1c5237; --amber: #7a4a10; }
-  body { margin: 0; max-width: none; font-size: 11px; } h2, h3 { break-after: avoid; }
+  html { font-size: 11px; } body { margin: 0; max-width: none; font-size: 1rem; }
+  h2, h3 { break-after: avoid; }
   tr, svg, .claim { break-inside: avoid; } a { text-decoration: none; } .wide { overflow: visible; }
 }
 """

@@ -52,6 +52,27 @@ def test_a_doctored_bundle_exits_with_1_and_names_the_entry(record_bundle, tmp_p
     assert "silo-1#12 (settled)" in out
 
 
+def test_report_writes_a_page_or_json_and_says_when_a_bundle_does_not_hold(
+    record_bundle,  # noqa: F811
+    tmp_path,
+):
+    page = tmp_path / "report.html"
+    assert call("report", record_bundle, "--html", page) == (0, f"wrote {page}\n")
+    assert page.read_text().startswith("<!doctype html>")
+    code, out = call("report", record_bundle, "--json")
+    assert code == 0
+    assert json.loads(out)["epsilon"] == pytest.approx(2.89, abs=0.01)
+    forged = doctor(
+        record_bundle,
+        tmp_path / "forged.zip",
+        lambda f: f.what("silo-1", "settled", -1)["spent"].update(epsilon=1.0),
+    )
+    assert call("report", forged, "--html", page)[0] == 1
+    assert "evidence does NOT hold" in page.read_text()
+    with pytest.raises(ConfigError, match="--html: nothing to write"):
+        call("report", record_bundle)
+
+
 def test_bad_input_is_one_line(record_bundle, tmp_path):  # noqa: F811
     with pytest.raises(ConfigError, match=r"nowhere.zip: there is no such file"):
         call("verify", tmp_path / "nowhere.zip")
