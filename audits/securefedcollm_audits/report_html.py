@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from html import escape
 from importlib import resources
 from typing import Any
@@ -319,9 +319,7 @@ def _controls(report: Report) -> str:
             (
                 escape(row["control"]),
                 escape(row["asks"]),
-                "<br>".join(
-                    _check(name, status.get(name, "not covered")) for name in row["checks"]
-                ),
+                "<br>".join(_check(name, status) for name in row["checks"]),
                 escape(row["elsewhere"]),
             )
             for row in framework["rows"]
@@ -331,8 +329,9 @@ def _controls(report: Report) -> str:
     return "".join(parts)
 
 
-def _check(name: str, status: str) -> str:
-    return f'<a class="{_CLASS[status]}" href="#c-{escape(name)}">{escape(name)}: {status}</a>'
+def _check(name: str, status: Mapping[str, str]) -> str:
+    found = status[name]
+    return f'<a class="{_CLASS[found]}" href="#c-{escape(name)}">{escape(name)}: {found}</a>'
 
 
 def _glossary() -> str:
