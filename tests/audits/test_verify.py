@@ -5,8 +5,11 @@ Adversary: whoever made the bundle, with every participant's key (see :mod:`.for
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
+import sqlite3
 import subprocess
 import sys
 import zipfile
@@ -20,6 +23,7 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.evidence.bundle import make_bundle, pack, read_members
 from securefedcollm.evidence.entries import canonical
 from securefedcollm.primitives import sha256
+from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study.signing import read_envelope, sign_study, signatures_path
 
 from ..evidence.runs import ALL_KEYS, NAMES, RecordedRun, recorded_study
@@ -458,3 +462,21 @@ def test_the_module_s_exit_codes(record_bundle, tmp_path):
         if "--json" in arguments:
             assert json.loads(done.stdout)["results"][0]["status"] == "fail"
             assert json.loads(done.stdout)["sha256"] == sha256(broken.read_bytes()).hex()
+
+
+def test_nothing_secret_is_in_a_bundle(record_bundle):
+    """Adversary: a reader who looks for keys, the blinds, data-set fingerprints, ledger heads."""
+    run = record_bundle.parent
+    secrets = [key.seed() for key in ALL_KEYS.values()]
+    secrets += [hashlib.sha256(name.encode()).digest() for name in NAMES]  # the data sets
+    for name in NAMES:
+        with Ledger(run / "silos" / name / "ledger.sqlite", name) as ledger:
+            secrets += [row.digest for row in ledger.rows()]
+    for path in run.rglob("evidence.sqlite"):
+        ((blind,),) = sqlite3.connect(path).execute("SELECT value FROM own WHERE name = 'blind'")
+        secrets.append(blind)
+    assert len(secrets) == 5 + 4 + 4 * 6 + 5
+    text = b"".join(read_members(record_bundle).values())
+    for secret in secrets:
+        for spelling in (secret, secret.hex().encode(), base64.b64encode(secret)[:42]):
+            assert spelling not in text
