@@ -23,7 +23,6 @@ from securefedcollm.privacy.events import (
     decode_events,
     dominates,
     merge,
-    repeat,
     times,
 )
 from securefedcollm.privacy.silo_unit import identity_of
@@ -260,12 +259,6 @@ def second_accountant(case: Case, wrong: Faults) -> str:
         raise NotCovered("nothing was charged")
     more = f"; {count(others, 'claim')} also covers earlier studies" if others else ""
     return f"{' and '.join(sorted(methods))}: ε between {low:.3f} and {high:.3f}{more}"
-
-
-def one_round(log: list[Entry]) -> tuple[Event, ...]:
-    """The first reservation of a silo's log, once: the mechanism that it charges for."""
-    first = next((decode_events(what.events) for _, what in of(log, Reserved)), ())
-    return tuple(repeat(event, 1) for event in first)
 
 
 CHECKS = (
