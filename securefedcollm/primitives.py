@@ -107,6 +107,14 @@ class SigningKey:
         """64-byte signature over the DSSE v1 pre-authentication encoding, for other tools too."""
         return self._key.sign(_pae(payload_type, payload))
 
+    def sign_note(self, text: bytes) -> bytes:
+        """64-byte signature over ``text`` as it is: C2SP signed notes and cosignatures.
+
+        Raises:
+            ValueError: ``text`` could pass for a message of :meth:`sign` or :meth:`sign_statement`.
+        """
+        return self._key.sign(_note(text))
+
     def seed(self) -> bytes:
         """The 32 secret bytes; only for storing the key encrypted."""
         return self._key.private_bytes_raw()
@@ -137,6 +145,25 @@ def verify_statement(public: bytes, payload_type: str, payload: bytes, signature
         Ed25519PublicKey.from_public_bytes(public).verify(signature, _pae(payload_type, payload))
     except (InvalidSignature, ValueError) as error:
         raise CryptoError("the signature does not verify") from error
+
+
+def verify_note(public: bytes, text: bytes, signature: bytes) -> None:
+    """Check a signature of :meth:`SigningKey.sign_note`.
+
+    Raises:
+        CryptoError: the key is malformed or the signature does not verify.
+    """
+    try:
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, _note(text))
+    except (InvalidSignature, ValueError) as error:
+        raise CryptoError("the signature does not verify") from error
+
+
+def _note(text: bytes) -> bytes:
+    # Messages of sign() hold a NUL byte, DSSE's begin with its name: no note is either.
+    if not text.endswith(b"\n") or b"\0" in text or text.startswith(b"DSSEv1 "):
+        raise ValueError("a note is text that ends in a newline")
+    return text
 
 
 def _pae(payload_type: str, payload: bytes) -> bytes:

@@ -7,9 +7,10 @@ weaknesses that public secure-aggregation code has shipped with.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
+from securefedcollm.errors import ConfigError
 from securefedcollm_audits import server_attacks, silo_attacks
 from securefedcollm_audits.attacks import Outcome
 
@@ -64,6 +65,36 @@ SILO_CASES: Final[tuple[Case, ...]] = (
 )
 
 
-def run(cases: tuple[Case, ...] = SERVER_CASES + SILO_CASES) -> dict[str, Outcome]:
-    """Play ``cases``; outcome by case name."""
-    return {case.__name__: case() for case in cases}
+CASES: Final = SERVER_CASES + SILO_CASES
+
+
+def run(
+    cases: Sequence[Case] = CASES, progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Outcome]:
+    """Play ``cases``; outcome by case name. ``progress``: cases done, and in all."""
+    outcomes = {}
+    for done, case in enumerate(cases):
+        progress(done, len(cases))
+        outcomes[case.__name__] = case()
+    progress(len(cases), len(cases))
+    return outcomes
+
+
+def named(names: Sequence[str]) -> list[Case]:
+    """The cases of these names; all for none.
+
+    Raises:
+        ConfigError: there is no such case.
+    """
+    known = {case.__name__: case for case in CASES}
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"there is no attack {name!r}", where="--case", hint=f"one of {', '.join(known)}"
+            )
+    return [known[name] for name in names] or list(CASES)
+
+
+def adversary(name: str) -> str:
+    """``server`` or ``silo``: who attacks in a case."""
+    return "server" if name in {case.__name__ for case in SERVER_CASES} else "silo"

@@ -11,7 +11,7 @@ import typer
 
 from securefedcollm import __version__
 from securefedcollm.errors import SecureFedCoLLMError
-from securefedcollm_cli import budget, identity, model, simulate, study
+from securefedcollm_cli import audit, budget, identity, model, simulate, study
 
 app = typer.Typer(
     name="securefedcollm",
@@ -27,6 +27,7 @@ app.add_typer(study.app, name="study")
 app.add_typer(identity.app, name="identity")
 app.add_typer(model.app, name="model")
 app.add_typer(budget.app, name="budget")
+app.add_typer(audit.app, name="audit")
 
 
 @app.callback(invoke_without_command=True)

@@ -13,6 +13,7 @@ from securefedcollm_cli.options import DataDir, Json, Overrides, StudyFile
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from securefedcollm_audits.verdict import Verdict
 
 _BASELINES = ("standalone", "fedavg")
 
@@ -57,9 +58,10 @@ def simulate(
     from securefedcollm.study import load_study
 
     study = load_study(config, overrides or [])
+    directory = out or Path("runs") / study.study
     simulation = Simulation(
         study,
-        out=out or Path("runs") / study.study,
+        out=directory,
         data=data,
         resume=resume,
         overwrite=overwrite,
@@ -71,15 +73,40 @@ def simulate(
 
     with Bars(quiet=as_json) as bars:
         results = simulation.run(bars.report, bars.say)
+        bars.report(0, 1, "verifying the evidence")
+        verdict, page = _verify(directory)
+        bars.report(1, 1, "verifying the evidence")
     if as_json:
-        typer.echo(json.dumps(results, indent=2))
+        evidence = {
+            "bundle": verdict.bundle,
+            "report": page,
+            "holds": verdict.holds,
+            "passed": verdict.passed,
+        }
+        typer.echo(json.dumps(results | {"evidence": evidence}, indent=2))
     else:
-        _render(results)
+        _render(results, verdict, page)
+    if not verdict.holds:
+        raise typer.Exit(1)
 
 
-def _render(results: dict[str, Any]) -> None:
+def _verify(run: Path) -> tuple[Verdict, str]:
+    """Bundle the run's evidence, check it as an outsider would, and write the report's page."""
+    from securefedcollm_audits.report import make_report
+
+    from securefedcollm_cli.audit import write_bundle, write_page
+
+    path, page = run / "evidence.zip", run / "report.html"
+    write_bundle(run, path, [])
+    report, case = make_report(path)
+    write_page(report, case, page)
+    return report.verdict, str(page)
+
+
+def _render(results: dict[str, Any], verdict: Verdict, page: str) -> None:
     from rich.console import Console
     from rich.padding import Padding
+    from securefedcollm_audits import table
 
     console = Console()
     console.print()
@@ -93,7 +120,14 @@ def _render(results: dict[str, Any]) -> None:
         said = ", ".join(f"{value:.2f} ({name})" for name, value in others.items())
         note = f"ε by accountants that are not the claim, without the ledger's reserve: {said}"
         console.print(Padding(f"[dim]{note}[/dim]", (0, 2)))
-    _print_places(console, results)
+    _print_places(console, results["places"] | {"evidence": verdict.bundle, "report": page})
+    console.print()
+    for failed in verdict.failed:
+        console.print(f"  {failed.title}: not so", style="red", markup=False)
+        for fault in failed.faults:
+            console.print(f"    {fault}", style="red", markup=False)
+    style = "bold green" if verdict.holds else "bold red"
+    console.print(table.sentence(verdict), style=style, markup=False, highlight=False)
 
 
 def _accuracy_table(results: dict[str, Any]) -> Table:
@@ -140,9 +174,9 @@ def _silo_table(results: dict[str, Any]) -> Table:
     return table
 
 
-def _print_places(console: Console, results: dict[str, Any]) -> None:
+def _print_places(console: Console, places: dict[str, str]) -> None:
     console.print()
-    for what, place in results["places"].items():
+    for what, place in places.items():
         console.print(f"  {what:<10} {place}", soft_wrap=True)
 
 

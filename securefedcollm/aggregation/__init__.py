@@ -11,6 +11,7 @@ from securefedcollm.aggregation.scheme import (
     RoundResult,
     SchemeName,
     SiloSide,
+    Transcript,
     coordinator_side,
     silo_side,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "SchemeName",
     "SiloSide",
     "Step",
+    "Transcript",
     "coordinator_side",
     "silo_side",
 ]

@@ -32,7 +32,7 @@ from securefedcollm.aggregation.messages import (
     Unmask,
     decode,
 )
-from securefedcollm.aggregation.scheme import RoundResult
+from securefedcollm.aggregation.scheme import RoundResult, Transcript
 from securefedcollm.aggregation.steps import TRANSITIONS, Step
 from securefedcollm.aggregation.upload import MAGIC, split
 from securefedcollm.errors import (
@@ -93,6 +93,18 @@ class CoordinatorRound:
     def step(self) -> Step:
         """The step whose replies are being collected."""
         return self._step
+
+    @property
+    def transcript(self) -> Transcript:
+        """What the silos have agreed to so far."""
+        return Transcript(
+            header=self._header_digest,
+            delivery=self._delivery_digest,
+            lists=self._lists_digest,
+            survivors=tuple(self._roster.name(index) for index in self._survivors),
+            dropouts=tuple(self._roster.name(index) for index in self._dropouts),
+            agreements=self._signatures(),
+        )
 
     @property
     def excluded(self) -> dict[str, str]:
@@ -392,12 +404,15 @@ class CoordinatorRound:
             excluded=dict(self._excluded),
             header_digest=header,
             transcript=self._lists_digest,
-            agreements={
-                self._roster.name(index): self._agreements[index].signature
-                for index in sorted(self._agreements)
-            },
+            agreements=self._signatures(),
         )
         self._forget()
+
+    def _signatures(self) -> dict[str, bytes]:
+        return {
+            self._roster.name(index): self._agreements[index].signature
+            for index in sorted(self._agreements)
+        }
 
     def _rebuild(self) -> tuple[dict[int, bytes], dict[int, AgreementKey]]:
         """Survivors' seeds and dropouts' mask keys, each checked against what its owner published.

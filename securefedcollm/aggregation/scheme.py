@@ -61,6 +61,23 @@ class RoundResult(msgspec.Struct, frozen=True):
         return f"RoundResult(survivors={self.survivors}, excluded={self.excluded})"
 
 
+class Transcript(msgspec.Struct, frozen=True):
+    """What one side has seen agreed in an attempt so far: public, for the evidence log.
+
+    Args:
+        header, delivery, lists: digests, 32 bytes each; empty if not there yet.
+        survivors, dropouts: names, in roster order.
+        agreements: coordinator only: name -> 64-byte signature over the lists.
+    """
+
+    header: bytes
+    delivery: bytes = b""
+    lists: bytes = b""
+    survivors: tuple[str, ...] = ()
+    dropouts: tuple[str, ...] = ()
+    agreements: dict[str, bytes] = {}
+
+
 class SiloSide(Protocol):
     """A silo's side of one attempt at one round."""
 
@@ -68,8 +85,8 @@ class SiloSide(Protocol):
     def step(self) -> Step: ...
 
     @property
-    def survivors(self) -> tuple[str, ...]:
-        """Names in the sum that this silo has agreed to open; empty before."""
+    def transcript(self) -> Transcript:
+        """What this silo has accepted so far."""
         ...
 
     def handle(self, frame: bytes) -> bytes:
@@ -87,6 +104,11 @@ class CoordinatorSide(Protocol):
 
     @property
     def step(self) -> Step: ...
+
+    @property
+    def transcript(self) -> Transcript:
+        """What the silos have agreed to so far."""
+        ...
 
     @property
     def excluded(self) -> dict[str, str]:

@@ -45,7 +45,7 @@ from securefedcollm.aggregation.messages import (
     decode,
     sign,
 )
-from securefedcollm.aggregation.scheme import Journal
+from securefedcollm.aggregation.scheme import Journal, Transcript
 from securefedcollm.aggregation.steps import TRANSITIONS, Step
 from securefedcollm.aggregation.upload import Upload, UploadBuffer, words_digest
 from securefedcollm.errors import CryptoError, LocalProtocolError, RemoteProtocolError
@@ -149,9 +149,9 @@ class SiloRound:
         self._roll_digest: bytes
         self._own_statement: Statement
         self._dealers: tuple[int, ...]
-        self._delivery_digest: bytes
-        self._lists: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
-        self._lists_digest: bytes
+        self._delivery_digest = b""
+        self._lists: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+        self._lists_digest = b""
 
     @property
     def step(self) -> Step:
@@ -159,9 +159,16 @@ class SiloRound:
         return self._step
 
     @property
-    def survivors(self) -> tuple[str, ...]:
-        """Names in the sum that this silo has agreed to open; empty before step R3."""
-        return tuple(self._roster.name(index) for index in self._lists[0])
+    def transcript(self) -> Transcript:
+        """What this silo has accepted so far."""
+        survivors, dropouts = self._lists
+        return Transcript(
+            header=self._header_digest,
+            delivery=self._delivery_digest,
+            lists=self._lists_digest,
+            survivors=tuple(self._roster.name(index) for index in survivors),
+            dropouts=tuple(self._roster.name(index) for index in dropouts),
+        )
 
     def __repr__(self) -> str:
         return f"SiloRound(silo={self._roster.name(self._index)!r}, step={self._step.value})"

@@ -15,7 +15,13 @@ from typing import Any
 import numpy as np
 from msgspec import structs
 
-from securefedcollm.aggregation import CoordinatorSide, Roster, Step, coordinator_side
+from securefedcollm.aggregation import (
+    CoordinatorSide,
+    Roster,
+    RoundHeader,
+    Step,
+    coordinator_side,
+)
 from securefedcollm.errors import ProtocolError, RemoteProtocolError, SecureFedCoLLMError
 from securefedcollm.federation.engines import Engine, Failure
 from securefedcollm.federation.messages import (
@@ -27,6 +33,7 @@ from securefedcollm.federation.messages import (
     Refused,
     Request,
     Trained,
+    Witnessed,
     adapter_bytes,
     decode_reply,
     encode,
@@ -41,6 +48,7 @@ from securefedcollm.federation.plan import (
     silo_unit,
     sum_name,
 )
+from securefedcollm.federation.recording import ServerRecord
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.workload import Progress, ServerWorkload, Vector
 from securefedcollm.privacy.adaptive_clip import AdaptiveClip
@@ -67,8 +75,10 @@ class Coordinator:
         store: RunStore,
         progress: Progress,
         on_round: Callable[[dict[str, Any]], None] = lambda record: None,
+        evidence: ServerRecord | None = None,
     ) -> None:
         """``on_round`` is called with each finished round's record, after it is durable."""
+        self._evidence = evidence or ServerRecord(None, key=None, roster=roster)
         self._study = study
         self._roster = roster
         self._engine = engine
@@ -88,9 +98,12 @@ class Coordinator:
         if state.round == 0 and not state.history:
             self._store.save_adapters(self._workload, 0)
         self._store.load_adapters(self._workload)
+        self._note_finished()  # a crash may have come between the two
         while state.round < self._study.rounds:
             self._progress(state.round, self._study.rounds, "rounds")
             self._run_round(state.round)
+        if not self._evidence.sealed:
+            self._countersign()
         self._progress(self._study.rounds, self._study.rounds, "rounds")
         if self._study.privacy and self._study.privacy.noise == "distributed":
             self._end()
@@ -111,6 +124,7 @@ class Coordinator:
             self._sum(round_ * sums + step, round_, record)
             if step + 1 < sums:
                 self._store.finish_step(self._workload, record)
+                self._note_finished()
         aggregated = time.monotonic()
         record["distillation"] = self._workload.distil(round_, self._progress)
         record["evaluation"] = self._workload.evaluate()
@@ -119,6 +133,8 @@ class Coordinator:
             "server": round(time.monotonic() - aggregated, 3),
         }
         self._store.finish_round(self._workload, record, joint=study.joint)
+        self._note_finished()
+        self._countersign()
         self._on_round(record)
 
     def _sum(self, sum_: int, round_: int, record: dict[str, Any]) -> None:
@@ -137,6 +153,33 @@ class Coordinator:
         else:
             self._workload.absorb(mean, round_)
 
+    def _note_finished(self) -> None:
+        """Evidence of the newest sum whose consequences are durable. A round that is done has
+        adapters to name; a step in the middle of one only its model."""
+        state = self._store.state
+        done = state.round * (self._study.sums // self._study.rounds) + state.step
+        if done:
+            adapter = adapter_bytes(self._workload.adapter())
+            self._evidence.finished(done - 1, adapter, None if state.step else self._store.adapters)
+
+    def _countersign(self) -> None:
+        """Have every silo that is there vouch for the evidence log so far."""
+        silos = list(self._roster.names)
+        for _ in range(2):  # a silo that vouched for another head than we know of is asked again
+            asked = {silo: self._evidence.witness(silo) for silo in silos}
+            requests = {silo: request for silo, request in asked.items() if request is not None}
+            if not requests:
+                return
+            traffic, lost = _Traffic(self._roster.names), dict[str, str]()
+            replies = self._ask(requests, STEP_TIMEOUT, traffic, lost)
+            for silo, reason in lost.items():
+                log.warning("%s does not vouch for the evidence log: %s", silo, reason)
+            silos = [
+                silo
+                for silo, reply in replies.items()
+                if isinstance(reply, Witnessed) and not self._evidence.witnessed(silo, reply)
+            ]
+
     def _aggregate_round(self, sum_: int, record: dict[str, Any]) -> Vector | None:
         """One opened mean, repeating a failed attempt with whoever is still there.
 
@@ -153,9 +196,11 @@ class Coordinator:
             try:
                 return self._attempt(sum_, attempt, record)
             except _TooFewUpdatesError as error:
+                self._evidence.failed(sum_, attempt, error)
                 problems.append(error.message)
                 hopeless = True  # the same silos would fail again, in this round and the next
             except ProtocolError as error:
+                self._evidence.failed(sum_, attempt, error)
                 log.warning("%s attempt %d: %s", sum_name(self._study, sum_), attempt, error)
                 problems.append(error.message)
                 if problems.count(error.message) > 1:
@@ -165,6 +210,7 @@ class Coordinator:
         if self._store.state.opening and not hopeless:
             log.warning("%s is lost: its sum was being opened and cannot be", name)
             record["lost"] = reasons
+            self._evidence.lost(sum_)
             return None
         raise ProtocolError(
             f"{name} failed: {reasons}",
@@ -181,17 +227,17 @@ class Coordinator:
         unit = joint_step(self._study, size) or silo_unit(
             self._study, self._workload.update_size, round_, clip_norm
         )
+        base, mechanism = self._workload.base_digest, unit.identity if unit else b""
         header = round_header(
             self._study,
             roster=self._roster,
             run_id=self._store.run_id,
             round_=sum_,
             attempt=attempt,
-            model=model_digest(
-                self._workload.base_digest, layout, adapter, unit.identity if unit else b""
-            ),
+            model=model_digest(base, layout, adapter, mechanism),
             values=unit.values if unit else size,
         )
+        self._evidence.round(header, base, layout, adapter, mechanism, clip_norm)
         traffic = _Traffic(self._roster.names)
         lost: dict[str, str] = {}
         begin = BeginRound(
@@ -215,8 +261,9 @@ class Coordinator:
         side = coordinator_side(self._study.aggregation.scheme, header=header, roster=self._roster)
         for silo, reason in lost.items():
             side.lost(silo, reason)
-        self._drive(side, traffic)
+        self._drive(side, header, traffic)
         result = side.result
+        self._evidence.summed(header, result)
         traffic.add_to(record)
         gone = record.get("dropouts", {}) | lost | dict(result.excluded)
         record["dropouts"] = dict(sorted(gone.items()))
@@ -239,12 +286,13 @@ class Coordinator:
         start, now = adaptive_clip(self._study), self._store.state.clip_norm
         return start if start is None or now is None else structs.replace(start, clip_norm=now)
 
-    def _drive(self, side: CoordinatorSide, traffic: _Traffic) -> None:
+    def _drive(self, side: CoordinatorSide, header: RoundHeader, traffic: _Traffic) -> None:
         """Play the aggregation protocol to its end."""
         step = 0
         while True:
             self._progress(step, 5, "secure aggregation")
             if side.step is Step.UNMASK:
+                self._evidence.opening(header, side.transcript)
                 self._store.begin_opening()
             requests = {silo: Aggregate(frame) for silo, frame in side.requests().items()}
             lost: dict[str, str] = {}
@@ -276,7 +324,7 @@ class Coordinator:
         timeout: float,
         traffic: _Traffic,
         lost: dict[str, str],
-    ) -> dict[str, Trained | Aggregated | Ended]:
+    ) -> dict[str, Trained | Aggregated | Witnessed | Ended]:
         """Exchange typed messages; those who fail or refuse go to ``lost`` with the reason."""
         encoded: dict[int, bytes] = {}
         frames = {}
@@ -285,7 +333,7 @@ class Coordinator:
             encoded[id(request)] = frame
             frames[silo] = frame
             traffic.down[silo] += len(frame)
-        answers: dict[str, Trained | Aggregated | Ended] = {}
+        answers: dict[str, Trained | Aggregated | Witnessed | Ended] = {}
         for silo, reply in self._engine.exchange(frames, timeout).items():
             if isinstance(reply, Failure):
                 lost[silo] = reply.reason

@@ -50,6 +50,27 @@ class Aggregate(_Message, frozen=True, tag="aggregate"):
     frame: bytes
 
 
+class Shown(_Message, frozen=True):
+    """An entry of the server's log as it stands at ``index``, with its RFC 9162 inclusion proof."""
+
+    index: int
+    entry: bytes
+    inclusion: list[bytes]
+
+
+class Witness(_Message, frozen=True, tag="witness"):
+    """Server → silo: vouch for the head of my evidence log.
+
+    ``consistency``: RFC 9162 proof from the head of ``old`` entries, the last one that this silo
+    vouched for. ``openings``: those of the newest round that has any: one an attempt.
+    """
+
+    checkpoint: str
+    old: int
+    consistency: list[bytes]
+    openings: list[Shown]
+
+
 class Ended(_Message, frozen=True, tag="ended"):
     """Silo → server: I take part in no further attempt at this run."""
 
@@ -64,6 +85,14 @@ class Aggregated(_Message, frozen=True, tag="aggregated"):
     frame: bytes
 
 
+class Witnessed(_Message, frozen=True, tag="witnessed"):
+    """Silo → server: my cosignature line; or, if it is empty, the ``size`` that I vouched for last,
+    from which a proof is needed."""
+
+    size: int
+    cosignature: bytes
+
+
 class Refused(_Message, frozen=True, tag="refused"):
     """Silo → server: I will not do that. ``kind`` is a class name of the error tree."""
 
@@ -72,8 +101,8 @@ class Refused(_Message, frozen=True, tag="refused"):
     hint: str
 
 
-Request = BeginRound | Aggregate | EndRun
-Reply = Trained | Aggregated | Refused | Ended
+Request = BeginRound | Aggregate | Witness | EndRun
+Reply = Trained | Aggregated | Witnessed | Refused | Ended
 
 _T = TypeVar("_T")
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
@@ -114,4 +143,9 @@ def model_digest(base: bytes, layout: bytes, adapter: bytes, mechanism: bytes = 
 
     ``mechanism``: identity of how updates to it are noised in the sum, if they are.
     """
-    return sha256(b"securefedcollm/global-model/v1\0", base, layout, sha256(adapter), mechanism)
+    return model_digest_of(base, layout, sha256(adapter), mechanism)
+
+
+def model_digest_of(base: bytes, layout: bytes, adapter_digest: bytes, mechanism: bytes) -> bytes:
+    """:func:`model_digest` for who knows only the adapter's SHA-256."""
+    return sha256(b"securefedcollm/global-model/v1\0", base, layout, adapter_digest, mechanism)

@@ -205,6 +205,11 @@ class RunStore:
                 hint="start again with --overwrite, or restore the file",
             ) from None
 
+    @property
+    def adapters(self) -> Path:
+        """The directory with the adapters after the last finished round."""
+        return self._adapters(self.state.round)
+
     def _adapters(self, round_: int) -> Path:
         return self._server / f"round-{round_:05d}"
 

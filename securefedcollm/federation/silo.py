@@ -30,6 +30,7 @@ from securefedcollm.federation.messages import (
     Refused,
     Reply,
     Trained,
+    Witness,
     decode_request,
     encode,
     model_digest,
@@ -43,6 +44,7 @@ from securefedcollm.federation.plan import (
     silo_unit,
     sum_name,
 )
+from securefedcollm.federation.recording import SiloRecord
 from securefedcollm.federation.silostore import Integers, SiloStore, SumMemory
 from securefedcollm.federation.workload import Progress, SiloWorkload, Vector, silent
 from securefedcollm.primitives import SigningKey, sha256
@@ -73,6 +75,7 @@ class SiloSession:
         threads: int = 1,
         explain: bool = False,
         budget: Budget | None = None,
+        evidence: SiloRecord | None = None,
     ) -> None:
         """
         Args:
@@ -94,6 +97,7 @@ class SiloSession:
             )
         self._explain = explain
         self._budget = budget
+        self._evidence = evidence or SiloRecord(None, name=name, key=key, roster=roster)
         self._study = study
         self._name = name
         self._roster = roster
@@ -115,10 +119,13 @@ class SiloSession:
                     reply = self._begin(begin)
                 case Aggregate(frame=inner):
                     reply = Aggregated(self._aggregate(inner))
+                case Witness() as request:
+                    reply = self._evidence.countersign(request)
                 case EndRun() as end:
                     reply = self._end(end)
         except SecureFedCoLLMError as error:
             log.warning("%s: %s", self._name, error)
+            self._evidence.refused(error)
             self._side = None
             reply = self._refusal(error)
         return encode(reply)
@@ -134,13 +141,10 @@ class SiloSession:
         self._side = None
         self._check_order(begin)
         adapter = self._read_adapter(begin)
-        unit = self._mechanism(begin.round, self._read_clip_norm(begin))
-        model = model_digest(
-            self._workload.base_digest,
-            begin.layout,
-            begin.adapter,
-            unit.identity if unit else b"",
-        )
+        clip_norm = self._read_clip_norm(begin)
+        unit = self._mechanism(begin.round, clip_norm)
+        base, mechanism = self._workload.base_digest, unit.identity if unit else b""
+        model = model_digest(base, begin.layout, begin.adapter, mechanism)
         header = round_header(
             self._study,
             roster=self._roster,
@@ -153,6 +157,7 @@ class SiloSession:
         scope = self._scope(begin.run_id)
         self._enter(scope, begin, model)
         self._settle_before(scope, begin.round)
+        self._evidence.round(header, base, begin.layout, begin.adapter, mechanism, clip_norm)
         integers = self._update(scope, begin.round, adapter, unit)
         self._side = silo_side(
             self._study.aggregation.scheme,
@@ -183,13 +188,15 @@ class SiloSession:
             raise RemoteProtocolError("asked to aggregate before a round began", peer="server")
         step = side.step
         reply = side.handle(frame)
-        # Durable before the reply leaves: what the settlement of this round will rest on.
+        # Durable before the reply leaves: what the settlement of this round will rest on, and the
+        # evidence.
         run_id, round_, attempt = self._at
         memory = SumMemory(self._store, self._scope(run_id), round_)
         if step is Step.UPLOAD:
             memory.uploaded(attempt)
         elif step is Step.UNMASK:
-            memory.opened(attempt, len(side.survivors))
+            memory.opened(attempt, len(side.transcript.survivors))
+        self._evidence.said(side)
         return reply
 
     def _end(self, end: EndRun) -> Ended:

@@ -1,7 +1,8 @@
 """A whole study on one machine: every role real, only the distances are missing.
 
-Each silo runs in a worker process with its own directory (keys in memory, ledger, journal, updates)
-and exchanges the same frames as over a network. Identities are made for the occasion and forgotten.
+Each silo runs in a worker process with its own directory (identity, ledger, log, journal, updates)
+and exchanges the same frames as over a network. Identities are made for the run; their keys lie in
+the participants' directories, unencrypted.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,15 @@ from typing import TYPE_CHECKING, Any
 from securefedcollm import __version__
 from securefedcollm.aggregation import Roster
 from securefedcollm.errors import ConfigError
+from securefedcollm.evidence.ledger import LoggedLedger
+from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
+from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.engines.dropouts import Drop, DroppingEngine
 from securefedcollm.federation.engines.embedded import EmbeddedEngine, process_context
 from securefedcollm.federation.files import make_directory, write_durably
 from securefedcollm.federation.plan import silo_names
+from securefedcollm.federation.recording import SERVER, ServerRecord, SiloRecord
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore
@@ -35,6 +39,7 @@ from securefedcollm.privacy.adversaries import per_adversary
 from securefedcollm.privacy.events import Events, PoissonGaussian
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import Study, digest, dump_study
+from securefedcollm.study.identity import create_identity, open_identity, read_identity
 
 if TYPE_CHECKING:
     from securefedcollm.tuning.questions import Question
@@ -155,16 +160,22 @@ class Simulation:
         self, store: RunStore, server: Any, directory: Path, progress: Progress, say: Say
     ) -> None:
         """All rounds of one federation, from wherever ``store`` stands."""
-        if store.state.round >= self._study.rounds:
-            return
         names = silo_names(self._study)
-        keys = {name: SigningKey.generate() for name in names}
-        roster = Roster({name: key.public for name, key in keys.items()})
+        key = _identity(directory / "server", SERVER)
+        roster = Roster(
+            {name: _identity(directory / "silos" / name, name).public for name in names}
+        )
+        log = EvidenceLog(
+            directory / "server" / EVIDENCE, study=digest(self._study), owner=SERVER, key=key
+        )
+        evidence = ServerRecord(log, key=key, roster=roster, quorum=self._study.threshold)
+        if store.state.round >= self._study.rounds and evidence.sealed:
+            return
         factory = partial(
             make_silo,
             study=self._study,
             roster=roster,
-            seeds={name: Secret(key.seed()) for name, key in keys.items()},
+            server=key.public,
             directory=directory,
             data=self._data,
             threads=self._threads,
@@ -189,7 +200,9 @@ class Simulation:
                 store=store,
                 progress=progress,
                 on_round=on_round,
+                evidence=evidence,
             ).run()
+        log.close()
 
     def _fedavg(self, dealt: Any, progress: Progress) -> dict[str, float]:
         """The same federation without the server's phase."""
@@ -267,23 +280,13 @@ class Simulation:
         }
 
 
-@dataclass(frozen=True)
-class Secret:
-    """Bytes that travel to a worker process and never into a repr."""
-
-    value: bytes
-
-    def __repr__(self) -> str:
-        return "Secret(<redacted>)"
-
-
 def make_silo(
     name: str,
     progress: Progress,
     *,
     study: Study,
     roster: Roster,
-    seeds: dict[str, Secret],
+    server: bytes,
     directory: Path,
     data: Path | None,
     threads: int,
@@ -303,18 +306,29 @@ def make_silo(
         progress=progress,
         planned=planned[name],
     )
+    key = _identity(home, name)
+    log = EvidenceLog(home / EVIDENCE, study=digest(study), owner=name, key=key)
     return SiloSession(
         study=study,
         name=name,
         roster=roster,
-        key=SigningKey(seeds[name].value),
+        key=key,
         workload=workload,
         store=SiloStore(home),
-        ledger=Ledger(home / "ledger.sqlite", name),
+        ledger=LoggedLedger(home / "ledger.sqlite", name, log, rounds=study.rounds),
         progress=progress,
         threads=threads,
         explain=True,
+        evidence=SiloRecord(log, name=name, key=key, roster=roster, server=server),
     )
+
+
+def _identity(home: Path, name: str) -> SigningKey:
+    """The participant's throw-away identity: in its own directory, so that ``resume`` has it."""
+    path = make_directory(home) / "identity.json"
+    if not path.exists():
+        create_identity(name, path, None)
+    return open_identity(read_identity(path), None)
 
 
 def tune_alone(

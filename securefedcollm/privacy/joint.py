@@ -83,10 +83,9 @@ class JointStep:
     @property
     def identity(self) -> bytes:
         """32 bytes that two participants share exactly if they run the same mechanism."""
-        made, setting = self._distributed, self._setting
-        numbers = (made.quantiser.clip_norm, made.share_sigma, setting.sampling_rate)
-        counts = (made.quantiser.bound, setting.values, setting.batch_size, setting.batch_cap)
-        return sha256(b"securefedcollm/joint-step/v1\0", struct.pack(">dddQQQQ", *numbers, *counts))
+        made = self._distributed
+        clip_norm, bound = made.quantiser.clip_norm, made.quantiser.bound
+        return identity_of(self._setting, clip_norm, made.share_sigma, bound)
 
     def protect(self, gradients: Iterable[Floats], noise: NoiseSource) -> npt.NDArray[np.int64]:
         """One silo's batch, each gradient float [d] by itself, to its noised sum, int64 [d].
@@ -103,6 +102,13 @@ class JointStep:
         """What one step releases in the worst case: ``least_survivors`` shares."""
         made = self._distributed
         return made.event(made.least_survivors, q=self._setting.sampling_rate)
+
+
+def identity_of(setting: JointSetting, clip_norm: float, share_sigma: float, bound: int) -> bytes:
+    """The identity of a mechanism from the study's setting and an event's numbers."""
+    numbers = (clip_norm, share_sigma, setting.sampling_rate)
+    counts = (bound, setting.values, setting.batch_size, setting.batch_cap)
+    return sha256(b"securefedcollm/joint-step/v1\0", struct.pack(">dddQQQQ", *numbers, *counts))
 
 
 @lru_cache(maxsize=64)

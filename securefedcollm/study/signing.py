@@ -90,22 +90,36 @@ def read_envelope(path: Path, study: Study) -> Envelope:
     try:
         content = path.read_bytes()[: _MAX_BYTES + 1]
         envelope = msgspec.json.decode(content, type=Envelope)
-        payload = base64.b64decode(envelope.payload, validate=True)
     except FileNotFoundError:
         raise ConfigError(
             "nobody has signed this study", where=str(path), hint="run `securefedcollm study sign`"
         ) from None
-    except (OSError, msgspec.DecodeError, binascii.Error) as error:
+    except (OSError, msgspec.DecodeError) as error:
         raise ConfigError(
             f"is not a signature envelope ({error})", where=str(path), hint="ask for it again"
+        ) from None
+    check_envelope(envelope, study, str(path))
+    return envelope
+
+
+def check_envelope(envelope: Envelope, study: Study, where: str) -> None:
+    """Check that an envelope's payload is exactly this study.
+
+    Raises:
+        ConfigError: naming ``where``.
+    """
+    try:
+        payload = base64.b64decode(envelope.payload, validate=True)
+    except binascii.Error as error:
+        raise ConfigError(
+            f"is not a signature envelope ({error})", where=where, hint="ask for it again"
         ) from None
     if envelope.payload_type != PAYLOAD_TYPE or not equal(payload, _payload(study)):
         raise ConfigError(
             "the signatures are for another version of the study",
-            where=str(path),
+            where=where,
             hint="the study changed after it was signed: everybody must sign again",
         )
-    return envelope
 
 
 def verify_signatures(study: Study, envelope: Envelope) -> dict[str, bool]:

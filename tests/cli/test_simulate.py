@@ -67,6 +67,13 @@ def test_a_run_ends_with_table_ledger_and_adapters(inputs, tmp_path):
         assert all(0 < other <= silo["epsilon_spent"] + 0.01 for other in others.values())
         assert silo["bytes_up"] > 0
         assert silo["bytes_down"] > 0
+    evidence = results.pop("evidence")
+    assert evidence == {
+        "bundle": str(tmp_path / "run" / "evidence.zip"),
+        "report": str(tmp_path / "run" / "report.html"),
+        "holds": True,
+        "passed": 22,  # all but the study's signatures, which a simulation has not
+    }
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in lines] == [1, 2]
@@ -90,6 +97,28 @@ def test_a_study_can_protect_whole_patients(inputs, tmp_path):
         run(inputs, tmp_path / "other", *change, "--set", "privacy.subject=doctor")
 
 
+JOINT = [
+    *("--set", "privacy.noise=distributed"),
+    *("--set", "local={steps: 2, batch_size: 32, learning_rate: 0.01, sampling_rate: 0.25}"),
+    *("--set", "aggregation.value_bits=20"),
+]
+
+
+def test_joint_dp_sgd_runs_drops_a_silo_and_leaves_evidence_that_holds(inputs, tmp_path):
+    results = run(inputs, tmp_path / "run", *JOINT, "--no-baselines", "--drop", "2@upload:1")
+    assert [len(r["survivors"]) for r in results["rounds"]] == [3, 4]  # gone in step 1
+    spent = [silo["epsilon_spent"] for silo in results["silos"]]
+    assert all(0 < epsilon <= 8 for epsilon in spent)
+    assert results["evidence"]["holds"]
+    assert results["evidence"]["passed"] >= 22
+    with Ledger(tmp_path / "run" / "silos" / "silo-1" / "ledger.sqlite", "silo-1") as ledger:
+        entries = ledger.entries()
+    assert [(e.key.round, e.key.unit, e.state) for e in entries] == [
+        (step, "record", "settled") for step in range(4)
+    ]
+    assert entries[0].counted[0].shares == 3
+
+
 def test_client_level_privacy_runs_and_says_what_each_adversary_could_learn(inputs, tmp_path):
     change = ["--set", "privacy.unit=silo", "--set", "privacy.noise=distributed"]
     change += ["--set", "privacy.adaptive={quantile: 0.7}", "--no-baselines"]
@@ -99,10 +128,12 @@ def test_client_level_privacy_runs_and_says_what_each_adversary_could_learn(inpu
         found = silo["epsilon_by_adversary"]
         assert 0 < found["server"] == found["outsider"] < found["server+1 silo"] <= 8
         assert silo["epsilon_spent"] == found["server+1 silo"]
+    assert results["evidence"]["holds"]
     # silo-2 does not know what became of round 1 and stays charged at the worst case; the others
     # had the same three shares in round 1, and all four in round 2.
     assert len({silo["epsilon_spent"] for silo in results["silos"]}) == 1
     assert results["silos"][0]["epsilon_spent"] < 7.5
+    assert results["evidence"]["passed"] == 22
 
 
 def test_the_saved_adapters_load_with_peft(inputs, tmp_path):
@@ -172,6 +203,8 @@ def test_killed_with_minus_nine_and_resumed(inputs, tmp_path):
     assert results["run_id"] == json.loads(state.read_text())["run_id"]
     for silo in results["silos"]:
         assert 0 < silo["epsilon_spent"] <= 8  # three rounds fit the budget exactly; four would not
+    assert results["evidence"]["holds"]  # the logs of before the kill and of after it are one
+    assert results["evidence"]["passed"] == 22
 
 
 def broken_line(directory: Path) -> None:

@@ -1,0 +1,39 @@
+"""``python -m securefedcollm_audits verify FILE``: for an auditor who installs nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from securefedcollm.errors import SecureFedCoLLMError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Exit code 0: everything that the bundle covers holds; 1: something does not; 2: bad input."""
+    parser = argparse.ArgumentParser(prog="python -m securefedcollm_audits", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("verify", help="check a bundle offline")
+    command.add_argument("file", type=Path, help="the bundle")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args(arguments)
+    try:
+        sys.exit(_verify(given.file, given.json))
+    except SecureFedCoLLMError as error:
+        print(f"error: {error} — {error.hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _verify(file: Path, as_json: bool) -> int:
+    from securefedcollm_audits import table
+    from securefedcollm_audits.verify import verify
+
+    verdict = verify(file)
+    print(json.dumps(table.plain(verdict), indent=2) if as_json else table.text(verdict))
+    return 0 if verdict.holds else 1
+
+
+if __name__ == "__main__":
+    main()

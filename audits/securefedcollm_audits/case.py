@@ -1,0 +1,131 @@
+"""A bundle, laid out for checking: logs by role, keys, and what each participant says it opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+from securefedcollm.aggregation.header import Roster, RoundHeader
+from securefedcollm.evidence.bundle import Bundle
+from securefedcollm.evidence.entries import Entry, Finished, Opened, Round
+from securefedcollm.evidence.merkle import Frontier
+from securefedcollm.federation.plan import round_header
+from securefedcollm.study import Study, digest
+from securefedcollm_audits.verdict import NotCovered
+
+SERVER = "server"
+
+_What = TypeVar("_What")
+
+
+class Case:
+    """What the checks look at.
+
+    The keys are those of the signed study; in a study without a roster (a simulation), those that
+    the logs agree on.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.study: Study = bundle.study
+        self.digest = digest(bundle.study)
+        self.logs: Mapping[str, list[Entry]] = bundle.logs
+        self.server: list[Entry] = bundle.logs.get(SERVER, [])
+        self.silos = {name: log for name, log in bundle.logs.items() if name != SERVER}
+        self.opened: dict[str, Opened] = {
+            name: log[0].what
+            for name, log in bundle.logs.items()
+            if log and isinstance(log[0].what, Opened)
+        }
+        self._roots: dict[str, list[bytes]] = {}
+
+    @property
+    def keys(self) -> dict[str, bytes]:
+        """Participant → Ed25519 public key."""
+        if self.study.roster:
+            return {p.name: bytes.fromhex(p.key) for p in self.study.roster}
+        first = next(iter(self.opened.values()), None)
+        return {} if first is None else {m.name: bytes.fromhex(m.key) for m in first.roster}
+
+    @property
+    def roster(self) -> Roster:
+        """The silos.
+
+        Raises:
+            ConfigError: the keys make no roster.
+        """
+        return Roster({name: key for name, key in self.keys.items() if name != self.server_name})
+
+    @property
+    def server_name(self) -> str:
+        """The server's name: logs and signed heads call it ``server`` in every study."""
+        named = [p.name for p in self.study.roster if p.role == "server"]
+        return named[0] if named else SERVER
+
+    @property
+    def run(self) -> bytes:
+        """The run's id, 16 bytes; empty if no log says."""
+        first = next(iter(self.opened.values()), None)
+        return b"" if first is None else bytes.fromhex(first.run)
+
+    def key(self, name: str) -> bytes | None:
+        """The key under which ``name``'s log is signed."""
+        return self.keys.get(self.server_name if name == SERVER else name)
+
+    def header(self, entry: Round) -> RoundHeader:
+        """The round header that follows from the study, roster and run for this attempt."""
+        return round_header(
+            self.study,
+            roster=self.roster,
+            run_id=self.run,
+            round_=entry.round,
+            attempt=entry.attempt,
+            model=bytes.fromhex(entry.model),
+            values=entry.values,
+        )
+
+    def roots(self, name: str) -> list[bytes]:
+        """RFC 9162 roots of the first 0, 1, 2 … entries of a log."""
+        if name not in self._roots:
+            tree = Frontier()
+            self._roots[name] = [tree.root]
+            for leaf in self.bundle.leaves[name]:
+                tree.append(leaf)
+                self._roots[name].append(tree.root)
+        return self._roots[name]
+
+    def rounds_done(self) -> int:
+        """Rounds that the server's log calls finished."""
+        return len({e.what.round for e in self.server if isinstance(e.what, Finished)})
+
+    def need_server(self) -> list[Entry]:
+        """The server's log.
+
+        Raises:
+            NotCovered: it is not in the bundle.
+        """
+        if not self.server:
+            raise NotCovered("the server's log is not in this bundle")
+        return self.server
+
+    def need_silos(self) -> dict[str, list[Entry]]:
+        """The silos' logs.
+
+        Raises:
+            NotCovered: none is in the bundle.
+        """
+        if not self.silos:
+            raise NotCovered("no silo's log is in this bundle")
+        return self.silos
+
+
+def of(log: list[Entry], kind: type[_What]) -> Iterator[tuple[Entry, _What]]:
+    """Entries of one kind, with their content."""
+    for entry in log:
+        if isinstance(entry.what, kind):
+            yield entry, entry.what
+
+
+def count(number: int, noun: str) -> str:
+    """``1 round``, ``2 rounds``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,282 @@
+"""The privacy budget: charged before anything left, never less than what happened, within ε."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from securefedcollm.evidence.entries import (
+    Entry,
+    Released,
+    Reserved,
+    Round,
+    Settled,
+    Unmasked,
+    Uploaded,
+    Voided,
+)
+from securefedcollm.federation.plan import joint_setting
+from securefedcollm.privacy import joint
+from securefedcollm.privacy.accounting import TIGHT_SHARE
+from securefedcollm.privacy.events import (
+    DiscreteGaussian,
+    Event,
+    PoissonGaussian,
+    decode_events,
+    dominates,
+    merge,
+    times,
+)
+from securefedcollm.privacy.silo_unit import event_identity
+from securefedcollm.study.config import Privacy
+from securefedcollm_audits.case import Case, count, of
+from securefedcollm_audits.second_accountant import bracket
+from securefedcollm_audits.verdict import Check, Faults, NotCovered
+
+_Charge = Reserved | Released | Settled | Voided
+_MAY_FOLLOW: Final[dict[type[_Charge], tuple[type[_Charge] | None, ...]]] = {
+    # A crash between ledger and log repeats an entry; it never skips one on the way down.
+    Reserved: (None, Reserved, Released),
+    Released: (Reserved, Released),
+    Settled: (Released,),
+    Voided: (Reserved,),
+}
+TOLERANCE: Final = 0.02
+"""Of ε: the width of the second accountant's own bracket."""
+
+
+class Training(NamedTuple):
+    """What a silo's log says of one training: its newest entry of each kind."""
+
+    reserved: tuple[Entry, Reserved] | None
+    settled: tuple[Entry, Settled] | None
+    voided: bool
+
+    @property
+    def counted(self) -> tuple[Event, ...]:
+        """What the budget is charged."""
+        if self.voided or self.reserved is None:
+            return ()
+        return decode_events((self.settled or self.reserved)[1].events)
+
+
+def trainings(log: list[Entry]) -> list[Training]:
+    """All trainings of a silo's log, by first entry."""
+    found: dict[tuple[str, str, int, int], Training] = {}
+    for entry, what in charges(log):
+        key = _key(what)
+        now = found.get(key, Training(None, None, False))
+        match what:
+            case Reserved():
+                now = now._replace(reserved=now.reserved or (entry, what))
+            case Settled():
+                now = now._replace(settled=(entry, what))
+            case Voided():
+                now = now._replace(voided=True)
+            case _:
+                pass
+        found[key] = now
+    return list(found.values())
+
+
+def charges(log: list[Entry]) -> Iterator[tuple[Entry, _Charge]]:
+    """Entries about the ledger."""
+    for entry in log:
+        if isinstance(entry.what, Reserved | Released | Settled | Voided):
+            yield entry, entry.what
+
+
+def _key(what: _Charge) -> tuple[str, str, int, int]:
+    return what.account, what.unit, what.round, what.training
+
+
+def _claimed(case: Case) -> Privacy:
+    """The study's claim.
+
+    Raises:
+        NotCovered: it makes none, or no silo's log is here.
+    """
+    case.need_silos()
+    if case.study.privacy is None:
+        raise NotCovered("the study claims no differential privacy")
+    return case.study.privacy
+
+
+def charged_first(case: Case, wrong: Faults) -> str:
+    """Adversary: a silo's operator who trains first and charges later, or never."""
+    _claimed(case)
+    uploads = 0
+    for log in case.silos.values():
+        released: set[int] = set()
+        for entry in log:
+            if isinstance(entry.what, Released):
+                released.add(entry.what.round)
+            elif isinstance(entry.what, Uploaded):
+                uploads += 1
+                if entry.what.round not in released:
+                    wrong(entry, "left before it was charged")
+    return f"{count(uploads, 'upload')}, each after its charge"
+
+
+def ledger_order(case: Case, wrong: Faults) -> str:
+    """Adversary: an operator who gives a charge back after its update has left."""
+    steps = 0
+    for log in case.need_silos().values():
+        state: dict[tuple[str, str, int, int], _Charge] = {}
+        accounts = set()
+        for entry, what in charges(log):
+            before = state.get(_key(what))
+            if (type(before) if before else None) not in _MAY_FOLLOW[type(what)]:
+                wrong(entry, f"follows {type(before).__name__.lower() if before else 'nothing'}")
+            if isinstance(what, Reserved) and isinstance(before, Reserved) and before != what:
+                same = (before.events, before.epsilon, before.delta)
+                if same != (what.events, what.epsilon, what.delta):
+                    wrong(entry, "reserves something else under the same number")
+            state[_key(what)] = what
+            accounts.add((what.account, what.unit))
+            steps += 1
+            if len(accounts) > 1:
+                wrong(entry, "charges another data set or unit")
+    if case.study.privacy is None and steps == 0:
+        raise NotCovered("the study claims no differential privacy")
+    return f"{count(steps, 'step')} in {count(len(case.silos), 'ledger')}"
+
+
+def settled_within(case: Case, wrong: Faults) -> str:
+    """Adversary: an operator who reserves little and settles more."""
+    _claimed(case)
+    settled = 0
+    for log in case.silos.values():
+        for training in trainings(log):
+            if training.settled is None:
+                continue
+            entry, what = training.settled
+            settled += 1
+            reserved = decode_events(training.reserved[1].events) if training.reserved else ()
+            if not dominates(reserved, decode_events(what.events)):
+                wrong(entry, "settles more than was reserved")
+    return f"{count(settled, 'settlement')}, none above its reservation"
+
+
+def mechanism(case: Case, wrong: Faults) -> str:
+    """Adversary: an operator who charges for more noise, fewer steps or more honest shares than
+    there were."""
+    privacy = _claimed(case)
+    charged = 0
+    for log in case.silos.values():
+        survivors = {what.round: len(what.seeds_of) for _, what in of(log, Unmasked)}
+        begun = {what.round: what for _, what in of(log, Round)}
+        for entry, what in charges(log):
+            if what.unit != privacy.unit:
+                wrong(entry, f"charges the unit {what.unit}; the study's is {privacy.unit}")
+            if what.round not in begun:
+                wrong(entry, f"charges round {what.round + 1}, which has not begun")
+                continue
+            if isinstance(what, Reserved | Settled):
+                shares = survivors.get(what.round) if isinstance(what, Settled) else None
+                events = decode_events(what.events)
+                fault = _fits(case, events, shares) or _named(case, events, begun[what.round])
+                charged += 1
+                if fault:
+                    wrong(entry, fault)
+    noise = "DP-SGD steps" if privacy.noise == "local" else "noised sums"
+    return f"{count(charged, 'charge')} for {noise} as in the study"
+
+
+def _fits(case: Case, events: tuple[Event, ...], survivors: int | None) -> str:
+    """What is wrong with a round's charge; ``survivors``: of the sum, for a settlement."""
+    if case.study.privacy and case.study.privacy.noise == "local":
+        steps = case.study.local.steps
+        if not all(isinstance(event, PoissonGaussian) for event in events):
+            return "is not DP-SGD, which the study asks for"
+        found = sum(times(event) for event in events)
+        return "" if found == steps else f"charges {found} steps; the study has {steps} a round"
+    shares = case.study.quorum if survivors is None else survivors
+    rate = case.study.local.sampling_rate if case.study.joint else 1.0
+    for event in events:
+        if not isinstance(event, DiscreteGaussian) or event.q != rate or event.count != 1:
+            return "is not one noised sum, which the study asks for"
+        if event.colluders != case.study.silos.colluders:
+            return f"allows for {event.colluders} colluders, not {case.study.silos.colluders}"
+        # A failed training is settled at what was reserved: it gave no vector to any sum.
+        if event.shares not in {shares, case.study.quorum}:
+            return f"counts {event.shares} noise shares; the sum has {shares}"
+    return ""
+
+
+def _named(case: Case, events: tuple[Event, ...], begun: Round) -> str:
+    """Whether the noise charged for is that which all silos bound into the round's header."""
+    for event in events:
+        if isinstance(event, DiscreteGaussian) and _identity(case, event, begun) != begun.mechanism:
+            return "charges for other noise than the round's header names"
+    return ""
+
+
+def _identity(case: Case, event: DiscreteGaussian, begun: Round) -> str | None:
+    privacy, setting = case.study.privacy, joint_setting(case.study, event.values)
+    if privacy is None:
+        return None
+    if setting is not None:
+        clip_norm = privacy.clip_norm
+        return joint.identity_of(setting, clip_norm, event.share_sigma, event.sensitivity).hex()
+    count_noise = privacy.adaptive.count_noise if privacy.adaptive else None
+    clip_norm = begun.clip_norm or privacy.clip_norm
+    return event_identity(event, case.study.quorum, clip_norm, count_noise).hex()
+
+
+def budget(case: Case, wrong: Faults) -> str:
+    """Adversary: a silo that has spent more than it agreed to, and says so only in its ledger."""
+    privacy = _claimed(case)
+    worst, said = 0.0, 0
+    for log in case.silos.values():
+        limits = [(what.epsilon, what.delta) for _, what in of(log, Reserved)]
+        for entry, what in of(log, Settled):
+            if what.spent is None:
+                continue
+            said += 1
+            worst = max(worst, what.spent.epsilon)
+            if not limits or what.spent.delta != limits[-1][1]:
+                wrong(entry, f"a claim at δ = {what.spent.delta:g}, which was not agreed")
+            elif what.spent.epsilon > limits[-1][0]:
+                wrong(entry, f"ε = {what.spent.epsilon:.3f} spent of {limits[-1][0]:g}")
+    if not said:
+        raise NotCovered("no silo has settled the last round yet")
+    return f"{count(said, 'claim')}: at most ε = {worst:.3f}; the study allows {privacy.epsilon:g}"
+
+
+def second_accountant(case: Case, wrong: Faults) -> str:
+    """Adversary: an operator whose claim of ε is lower than what was released; a mistake in the
+    first accountant."""
+    privacy = _claimed(case)
+    low = high = 0.0
+    methods, others = set(), 0
+    for name, log in case.silos.items():
+        events = merge(event for training in trainings(log) for event in training.counted)
+        tight = bracket(events, TIGHT_SHARE * privacy.delta)
+        if not events:
+            continue
+        low, high = max(low, tight.low), max(high, tight.high)
+        methods.add(tight.method)
+        newest = log[-1] if log else f"logs/{name}.jsonl"
+        if bracket(events, privacy.delta).low > privacy.epsilon:
+            wrong(newest, f"its releases cost ε ≥ {tight.low:.3f}; the study allows less")
+        for entry, what in of(log, Settled):
+            if what.spent is None:
+                continue
+            if what.spent.epsilon < bracket(events, what.spent.delta).low - 1e-9:
+                wrong(entry, f"claims ε = {what.spent.epsilon:.4f}; it is ≥ {tight.low:.4f}")
+            others += what.spent.epsilon > tight.high * (1.0 + TOLERANCE) + TOLERANCE
+    if not methods:
+        raise NotCovered("nothing was charged")
+    more = f"; {count(others, 'claim')} also covers earlier studies" if others else ""
+    return f"{' and '.join(sorted(methods))}: ε between {low:.3f} and {high:.3f}{more}"
+
+
+CHECKS = (
+    Check("charged-first", "Nothing left a silo before it was charged", charged_first),
+    Check("ledger-order", "Charges are reserved, released, settled, in this order", ledger_order),
+    Check("settled", "Nothing was settled above its reservation", settled_within),
+    Check("mechanism", "What was charged is what the study asks for", mechanism),
+    Check("budget", "ε stays within what was agreed", budget),
+    Check("second-accountant", "A second accountant agrees on ε", second_accountant),
+)

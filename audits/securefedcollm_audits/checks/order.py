@@ -1,0 +1,158 @@
+"""The order of every log's entries: nothing opened twice, summed before it was agreed, or skipped.
+
+One small automaton a role. It follows the code's own crash windows: an attempt may break off
+anywhere, and a sum whose result was lost in a crash may be opened again in another attempt.
+"""
+
+from __future__ import annotations
+
+from securefedcollm.evidence.entries import (
+    Agreed,
+    Entry,
+    Failed,
+    Finished,
+    Lost,
+    Opening,
+    Round,
+    Summed,
+    Unmasked,
+    Uploaded,
+)
+from securefedcollm_audits.case import Case, count
+from securefedcollm_audits.verdict import Check, Faults
+
+_SERVER_ONLY = (Opening, Summed, Failed, Lost, Finished)
+_SILO_STEPS = (Uploaded, Agreed, Unmasked)
+
+
+def step_order(case: Case, wrong: Faults) -> str:
+    """Adversary: the server, which opens first and asks later, or redoes a round it disliked."""
+    steps = 0
+    if case.server:
+        steps += _ServerLog(case.study.sums).follow(case.server, wrong)
+    for log in case.silos.values():
+        steps += _SiloLog(case.study.sums).follow(log, wrong)
+    what = "steps" if case.study.joint else "rounds"
+    done = f"{case.rounds_done()} of {case.study.sums} {what} finished"
+    return f"{count(steps, 'step')} in {count(len(case.logs), 'log')}; {done}"
+
+
+class _ServerLog:
+    """Round r, attempts upwards; in an attempt opening, then sum; finished; round r + 1."""
+
+    def __init__(self, rounds: int) -> None:
+        self._rounds = rounds
+        self._round = 0
+        self._attempt: Round | None = None
+        self._opening: Opening | None = None
+        self._opened = self._ended = False
+        self._last = -1
+
+    def follow(self, log: list[Entry], wrong: Faults) -> int:
+        for entry in log[1:]:
+            what = entry.what
+            if isinstance(what, Round):
+                fault = self._begin(what)
+            elif isinstance(what, _SERVER_ONLY):
+                fault = self._step(what)
+            else:
+                fault = "has no place in a server's log"
+            if fault:
+                wrong(entry, fault)
+        return len(log) - 1
+
+    def _begin(self, what: Round) -> str:
+        if what.round != self._round or what.round >= self._rounds:
+            return f"round {what.round + 1} out of order; round {self._round + 1} is due"
+        fault = "" if what.attempt > self._last else f"attempt {what.attempt} again"
+        self._attempt, self._opening, self._last = what, None, what.attempt
+        return fault
+
+    def _step(self, what: Opening | Summed | Failed | Lost | Finished) -> str:
+        if what.round != self._round:
+            return f"about round {what.round + 1}; round {self._round + 1} is under way"
+        match what:
+            case Opening():
+                if not self._now(what) or self._opening:
+                    return "opens without an attempt, or an attempt twice"
+                self._opening, self._opened = what, True
+            case Summed():
+                before = self._opening
+                if not self._now(what) or not before or before.survivors != what.survivors:
+                    return "a sum of other silos than were opened before"
+                self._ended = True
+            case Failed():
+                if not self._attempt or self._attempt.attempt != what.attempt:
+                    return "the failure of an attempt that was not under way"
+            case Lost():
+                if not self._opened:
+                    return "a round is lost only while its sum is being opened"
+                self._ended = True
+            case Finished():
+                if not self._ended:
+                    return "finished without a sum"
+                self._round, self._last = self._round + 1, -1
+                self._attempt = self._opening = None
+                self._opened = self._ended = False
+        return ""
+
+    def _now(self, what: Opening | Summed) -> bool:
+        now = self._attempt
+        return now is not None and (now.attempt, now.header) == (what.attempt, what.header)
+
+
+class _SiloLog:
+    """Rounds upwards; in an attempt upload, agreement, unmasking, once each and of one header."""
+
+    def __init__(self, rounds: int) -> None:
+        self._rounds = rounds
+        self._at: Round | None = None
+        self._said: list[Uploaded | Agreed | Unmasked] = []
+        self._answered: set[tuple[int, int, str]] = set()
+
+    def follow(self, log: list[Entry], wrong: Faults) -> int:
+        for entry in log[1:]:
+            what = entry.what
+            fault = ""
+            if isinstance(what, Round):
+                fault = self._begin(what)
+            elif isinstance(what, _SILO_STEPS):
+                fault = self._step(what)
+            elif isinstance(what, _SERVER_ONLY):
+                fault = "has no place in a silo's log"
+            if fault:
+                wrong(entry, fault)
+        return len(log) - 1
+
+    def _begin(self, what: Round) -> str:
+        before = self._at
+        self._at, self._said = what, []
+        if what.round >= self._rounds:
+            return f"round {what.round + 1} of a study of {self._rounds}"
+        if before and (what.round, what.attempt) < (before.round, before.attempt):
+            return f"round {what.round + 1}, attempt {what.attempt} after a later one"
+        return ""
+
+    def _step(self, what: Uploaded | Agreed | Unmasked) -> str:
+        now = self._at
+        key = (what.round, what.attempt, type(what).__name__)
+        again = key in self._answered
+        self._answered.add(key)
+        place = (what.round, what.attempt, what.header)
+        if now is None or (now.round, now.attempt, now.header) != place:
+            return "belongs to no attempt that this silo was in"
+        if again or len(self._said) != _SILO_STEPS.index(type(what)):
+            return "out of order, or twice in one attempt"
+        if isinstance(what, Agreed) and what.delivery != self._said[-1].delivery:  # type: ignore[union-attr]
+            return "agrees on another delivery than it uploaded for"
+        if isinstance(what, Unmasked):
+            agreed = self._said[-1]
+            assert isinstance(agreed, Agreed)
+            mine = (agreed.lists, agreed.survivors, agreed.dropouts)
+            if mine != (what.lists, what.seeds_of, what.keys_of):
+                return "unmasks other lists than it agreed to"
+        self._said.append(what)
+        return ""
+
+
+CHECKS = (Check("step-order", "Every step came in its order", step_order),)

@@ -1,0 +1,239 @@
+"""The rounds: parameters, models, quorums, signatures, and what was opened."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from securefedcollm.aggregation.keys import lists_digest
+from securefedcollm.aggregation.messages import UNSIGNED, Agreement
+from securefedcollm.errors import CryptoError
+from securefedcollm.evidence.entries import (
+    Agreed,
+    Entry,
+    Finished,
+    Opening,
+    Round,
+    Summed,
+    Unmasked,
+    Uploaded,
+)
+from securefedcollm.federation.messages import model_digest_of
+from securefedcollm.primitives import verify
+from securefedcollm_audits.case import Case, count, of
+from securefedcollm_audits.verdict import Check, Faults, NotCovered
+
+
+def headers(case: Case, wrong: Faults) -> str:
+    """Adversary: a server that runs another threshold, modulus, roster or model than was signed.
+    Every message and key of an attempt is bound to its header, which is computed afresh here."""
+    noised = case.study.privacy is not None and case.study.privacy.noise == "distributed"
+    attempts = 0
+    for log in case.logs.values():
+        for entry, what in of(log, Round):
+            parts = (what.base, what.layout, what.adapter, what.mechanism or "")
+            base, layout, adapter, mechanism = (bytes.fromhex(part) for part in parts)
+            if (what.mechanism is not None) != noised:
+                wrong(entry, "noise in the sum and the study's unit do not fit")
+            if model_digest_of(base, layout, adapter, mechanism).hex() != what.model:
+                wrong(entry, "the model's digest is not that of its parts")
+            if case.header(what).digest.hex() != what.header:
+                wrong(entry, "the header is not that of the study, roster, run and model")
+            attempts += 1
+    if not attempts:
+        raise NotCovered("no round has begun")
+    study = case.study
+    return (
+        f"{count(attempts, 'attempt')}: {study.silos.count} silos, {study.quorum} for a sum, "
+        f"threshold {study.threshold}, {study.silos.colluders} may collude"
+    )
+
+
+def models(case: Case, wrong: Faults) -> str:
+    """Adversary: a server that swaps the model between rounds, or shows silos different ones."""
+    pinned, base = case.study.models.slm.sha256, ""
+    ends = {what.round: what.adapter for _, what in of(case.server, Finished)}
+    starts: dict[int, str] = {}
+    for log in case.logs.values():
+        for entry, what in of(log, Round):
+            base = base or what.base
+            if what.base != base or what.base != (pinned or what.base):
+                wrong(entry, "another base model than pinned, or than in the other rounds")
+            if starts.setdefault(what.round, what.adapter) != what.adapter:
+                wrong(entry, f"another adapter in round {what.round + 1} than elsewhere")
+            if ends.get(what.round - 1, what.adapter) != what.adapter:
+                wrong(entry, f"does not start from what round {what.round} ended with")
+    if not starts:
+        raise NotCovered("no round has begun")
+    pin = "as the study pins it" if pinned else "not pinned by the study"
+    return f"base sha256:{base[:16]}… ({pin}), {count(len(starts), 'adapter')} in a chain"
+
+
+def artefacts(case: Case, wrong: Faults) -> str:
+    """Adversary: whoever swaps the adapters that are handed on after the run."""
+    case.need_server()
+    finished = [(entry, what) for entry, what in of(case.server, Finished)]
+    if case.rounds_done() < case.study.sums:
+        raise NotCovered(f"the run is under way: {case.rounds_done()} of {case.study.sums}")
+    entry, last = finished[-1]
+    here = case.bundle.artefacts
+    if not here:
+        wrong("artefacts.json", "missing or empty")
+        return ""
+    for path in sorted({*here, *last.files}):
+        if here.get(path) != last.files.get(path):
+            wrong("artefacts.json", f"{path} is not what {entry.place} made")
+    return f"{count(len(here), 'file')}, hashes as {entry.place} says"
+
+
+def quorum(case: Case, wrong: Faults) -> str:
+    """Adversary: a server that opens a sum of so few silos that it shows one of them."""
+    study, sums = case.study, 0
+    known = set(case.roster.names)
+    for log in case.logs.values():
+        for entry, what in _openings(log):
+            survivors, dropouts = set(what.survivors), set(what.dropouts)
+            if len(what.survivors) != len(survivors) or len(survivors) < study.quorum:
+                wrong(entry, f"a sum of {len(survivors)} silos; {study.quorum} are needed")
+            if survivors & dropouts or not survivors | dropouts <= known:
+                wrong(entry, "a silo is on both lists, or on no roster")
+            if isinstance(what, Agreed) and entry.owner not in survivors:
+                wrong(entry, "agrees to a sum that it is not in")
+            if isinstance(what, Opening):
+                if not set(what.agreements) <= survivors:
+                    wrong(entry, "an agreement by a silo that is not in the sum")
+                if len(what.agreements) < study.threshold:
+                    wrong(entry, f"{len(what.agreements)} agreements; {study.threshold} are needed")
+            sums += 1
+    if not sums:
+        raise NotCovered("nothing was opened")
+    return f"{count(sums, 'opening')}: at least {study.quorum} silos in each sum"
+
+
+def agreements(case: Case, wrong: Faults) -> str:
+    """Adversary: a server that opens a sum which the silos did not agree to."""
+    signatures = lists = 0
+    roster = case.roster
+    for log in case.logs.values():
+        for entry, what in _openings(log):
+            survivors = [roster.index(name) for name in what.survivors]
+            dropouts = [roster.index(name) for name in what.dropouts]
+            digest = lists_digest(bytes.fromhex(what.delivery), survivors, dropouts)
+            if digest.hex() != what.lists:
+                wrong(entry, "what was signed is not the digest of these lists")
+            lists += 1
+            if not isinstance(what, Opening):
+                continue
+            for name, signature in what.agreements.items():
+                index = roster.index(name)
+                said = Agreement(
+                    header=bytes.fromhex(what.header), index=index, signature=UNSIGNED, lists=digest
+                )
+                try:
+                    verify(roster.key(index), said.CONTEXT, said.signed(), bytes.fromhex(signature))
+                except CryptoError:
+                    wrong(entry, f"the agreement of {name} does not verify")
+                signatures += 1
+    if not lists:
+        raise NotCovered("nothing was opened")
+    return f"{count(signatures, 'signature')} by survivors, {count(lists, 'list')}"
+
+
+def _openings(log: list[Entry]) -> Iterable[tuple[Entry, Opening | Agreed]]:
+    yield from of(log, Opening)
+    yield from of(log, Agreed)
+
+
+def one_kind(case: Case, wrong: Faults) -> str:
+    """Adversary: a server that collects both kinds of share of one silo: seed and mask key together
+    unmask its update."""
+    kinds: dict[tuple[int, int], dict[str, dict[str, Entry]]] = defaultdict(dict)
+    answers = 0
+    for log in case.need_silos().values():
+        for entry, what in of(log, Unmasked):
+            attempt = kinds[what.round, what.attempt]
+            for kind, dealers in (("seed", what.seeds_of), ("mask key", what.keys_of)):
+                for dealer in dealers:
+                    given = attempt.setdefault(dealer, {})
+                    given.setdefault(kind, entry)
+                    if len(given) > 1:
+                        other = next(e for k, e in given.items() if k != kind)
+                        wrong(entry, f"{dealer}: both kinds of share, see {other.place}")
+            answers += 1
+    if not answers:
+        raise NotCovered("no silo has unmasked anything")
+    return f"{count(answers, 'answer')} of silos: one kind of share of each dealer"
+
+
+def one_sum(case: Case, wrong: Faults) -> str:
+    """Adversary: a server that has two sums of one round opened; their difference is one silo's."""
+    opened: dict[int, tuple[list[str], Entry]] = {}
+    values: dict[int, tuple[str, Entry]] = {}
+    for log in case.logs.values():
+        found: list[tuple[Entry, int, list[str]]] = [
+            (entry, what.round, what.seeds_of) for entry, what in of(log, Unmasked)
+        ]
+        found += [(entry, what.round, what.survivors) for entry, what in of(log, Summed)]
+        for entry, round_, survivors in found:
+            first, where = opened.setdefault(round_, (survivors, entry))
+            if first != survivors:
+                wrong(entry, f"round {round_ + 1} was opened for others too, see {where.place}")
+        for entry, what in of(log, Summed):
+            value, where = values.setdefault(what.round, (what.sum, entry))
+            if value != what.sum:
+                wrong(entry, f"a second sum of round {what.round + 1}, see {where.place}")
+    if not opened:
+        raise NotCovered("nothing was opened")
+    return f"{count(len(opened), 'round')}, one set of survivors in each"
+
+
+def transcripts(case: Case, wrong: Faults) -> str:
+    """Adversary: a server that tells silos, or the auditor, different things about a round."""
+    if len(case.logs) < 2:
+        raise NotCovered("only one participant's log is in this bundle")
+    begun: dict[tuple[int, int], tuple[str, Entry]] = {}
+    for log in case.logs.values():
+        for entry, what in of(log, Round):
+            header, where = begun.setdefault((what.round, what.attempt), (what.header, entry))
+            if header != what.header:
+                wrong(entry, f"another header than {where.place}: another model or roster")
+    agreed: dict[tuple[int, int], tuple[str, Entry]] = {}
+    for log in case.logs.values():
+        for entry, said in _openings(log):
+            lists, where = agreed.setdefault((said.round, said.attempt), (said.lists, entry))
+            if lists != said.lists:
+                wrong(entry, f"other lists than {where.place}")
+    if case.server:
+        for name, log in case.silos.items():
+            _story(case, name, log, wrong)
+    return f"{count(len(begun), 'attempt')} in {count(len(case.logs), 'log')}"
+
+
+def _story(case: Case, name: str, log: list[Entry], wrong: Faults) -> None:
+    """One silo's log against the server's."""
+    openings = {what.header: what for _, what in of(case.server, Opening)}
+    for entry, what in of(log, Unmasked):
+        if what.header not in openings:
+            wrong(entry, "the server's log hides that this was opened")
+    mine = {what.header: what for _, what in of(log, Agreed)}
+    uploads = {what.header: what for _, what in of(log, Uploaded)}
+    for entry, opening in of(case.server, Opening):
+        if name in opening.agreements and opening.header not in mine:
+            wrong(entry, f"an agreement that the log of {name} does not know")
+        if name not in opening.survivors:
+            continue
+        upload = uploads.get(opening.header)
+        if upload is None or upload.delivery != opening.delivery:
+            wrong(entry, f"counts an upload that the log of {name} does not know")
+
+
+CHECKS = (
+    Check("headers", "Sizes, thresholds and models are those of the study", headers),
+    Check("models", "Every round starts from what the last one ended with", models),
+    Check("artefacts", "The adapters are those that the last round made", artefacts),
+    Check("quorum", "Every sum has enough silos in it, and enough agreed", quorum),
+    Check("agreements", "The survivors signed who is in the sum", agreements),
+    Check("one-kind", "No silo had both kinds of share revealed", one_kind),
+    Check("one-sum", "Every round was opened for one set of silos", one_sum),
+    Check("transcripts", "Silos and server tell the same story", transcripts),
+)

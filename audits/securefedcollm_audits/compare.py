@@ -1,0 +1,100 @@
+"""Compare two bundles of one run: a server that told two silos different things is exposed.
+
+Adversary: the server, which shows every silo, and every silo's auditor, a history of its own. Each
+of two bundles may hold together by itself; side by side they contradict each other, and the two
+signed heads, or two silos' own entries, are the proof.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from securefedcollm.errors import ConfigError, EvidenceError
+from securefedcollm.evidence.bundle import Bundle, read_bundle
+from securefedcollm_audits.case import Case, count
+from securefedcollm_audits.checks import logs, rounds
+from securefedcollm_audits.verdict import Check, Faults, NotCovered, Result, Verdict, carry_out
+from securefedcollm_audits.verify import verify
+
+_ACROSS = ("one-history", "same-code", "models", "one-kind", "one-sum", "transcripts")
+"""Checks that look at several logs at once; they see those of both bundles."""
+
+
+def compare(first: Path, second: Path) -> Verdict:
+    """What two bundles say together.
+
+    Raises:
+        ConfigError: a file is missing, or they are not of one study and run.
+    """
+    own = [verify(first), verify(second)]
+    results = [_alone(verdict, label) for verdict, label in zip(own, "AB", strict=True)]
+    outcome = Verdict(f"{first} and {second}", "", results)
+    try:
+        pair = read_bundle(first), read_bundle(second)
+    except EvidenceError:
+        return outcome
+    cases = Case(pair[0]), Case(pair[1])
+    if (cases[0].digest, cases[0].run) != (cases[1].digest, cases[1].run):
+        raise ConfigError(
+            "are not of one study and run", where=outcome.bundle, hint="compare bundles of one run"
+        )
+    common = Check("common-logs", "Nobody signed two different logs", _Common(pair).check)
+    both = Case(_united(*pair))
+    chosen = [c for c in (*logs.CHECKS, *rounds.CHECKS) if c.name in _ACROSS]
+    results += [carry_out(check, both) for check in (common, *chosen)]
+    return msgspec.structs.replace(
+        outcome,
+        study=both.study.study,
+        digest=both.digest.hex(),
+        run=both.run.hex(),
+        participants=list(both.logs),
+        rounds_done=both.rounds_done(),
+        rounds=both.study.sums,
+    )
+
+
+def _alone(verdict: Verdict, label: str) -> Result:
+    title = f"Bundle {label} holds by itself"
+    if verdict.holds:
+        return Result(f"bundle-{label}", title, "pass", f"{count(verdict.passed, 'check')} passed")
+    faults = [f"{result.name}: {fault}" for result in verdict.failed for fault in result.faults]
+    return Result(f"bundle-{label}", title, "fail", faults[0], faults)
+
+
+def _united(first: Bundle, second: Bundle) -> Bundle:
+    """Both bundles' logs, the longer where both have one."""
+    longer = {
+        name: bundle
+        for bundle in (first, second)
+        for name in bundle.logs
+        if len(bundle.logs[name]) >= max(len(b.logs.get(name, [])) for b in (first, second))
+    }
+    return msgspec.structs.replace(
+        first,
+        logs={name: bundle.logs[name] for name, bundle in longer.items()},
+        leaves={name: bundle.leaves[name] for name, bundle in longer.items()},
+        heads={name: bundle.heads[name] for name, bundle in longer.items()},
+    )
+
+
+class _Common:
+    """The logs that both bundles hold: one is the beginning of the other."""
+
+    def __init__(self, pair: tuple[Bundle, Bundle]) -> None:
+        self._pair = pair
+
+    def check(self, case: Case, wrong: Faults) -> str:
+        first, second = self._pair
+        shared = sorted(set(first.logs) & set(second.logs))
+        for name in shared:
+            leaves = zip(first.leaves[name], second.leaves[name], strict=False)
+            for seq, (mine, theirs) in enumerate(leaves):
+                if mine != theirs:
+                    entry, other = first.logs[name][seq], second.logs[name][seq]
+                    wrong(entry, f"in A; {other.place} in B is another: {name} signed both")
+                    break
+        if not shared:
+            raise NotCovered("no participant's log is in both")
+        return f"{', '.join(shared)}: one is the beginning of the other"

@@ -1,0 +1,57 @@
+"""Inline SVG for the report: who took part in which round, and what an attacker could tell."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from html import escape
+
+
+def participation_plot(silos: Sequence[str], rounds: Sequence[Collection[str]]) -> str:
+    """A square a silo and round: filled if its update is in the sum, else an outline."""
+    if not silos or not rounds:
+        return ""
+    side, left = min(18.0, 560.0 / len(rounds)), 110.0
+    width, height = left + side * len(rounds) + 10, side * len(silos) + 28
+    squares = []
+    for row, name in enumerate(silos):
+        y = side * row
+        label = escape(name[:14])
+        squares.append(f'<text x="0" y="{y + side * 0.75:.1f}">{label}</text>')
+        for column, survivors in enumerate(rounds):
+            taken = name in survivors
+            squares.append(
+                f'<rect x="{left + side * column:.1f}" y="{y + 1:.1f}" width="{side - 2:.1f}" '
+                f'height="{side - 2:.1f}" fill="{"var(--blue)" if taken else "none"}" '
+                f'stroke="{"var(--blue)" if taken else "var(--red)"}"/>'
+            )
+    caption = f"rounds 1 to {len(rounds)}; outlined: not in the sum"
+    squares.append(f'<text x="{left:.0f}" y="{height - 8:.0f}">{caption}</text>')
+    return (
+        f'<div class="wide"><svg viewBox="0 0 {max(width, 720):.0f} {height:.0f}" role="img" '
+        f'aria-label="Which silos are in the sum of each round">{"".join(squares)}</svg></div>'
+    )
+
+
+def advantage_plot(points: Sequence[tuple[float, float]]) -> str:
+    """Greatest share of members found (up) by share of false alarms (right); dashed: guessing."""
+    if not points:
+        return ""
+    width, height, left, bottom = 720.0, 240.0, 44.0, 34.0
+
+    def place(alpha: float, power: float) -> str:
+        x = left + (width - left - 10) * alpha
+        return f"{x:.1f},{height - bottom - (height - bottom - 10) * power:.1f}"
+
+    path = " ".join(place(*point) for point in [(0.0, 0.0), *points])
+    return (
+        f'<div class="wide"><svg viewBox="0 0 {width:g} {height:g}" role="img" '
+        'aria-label="Greatest share of members that any test finds, by its false-alarm rate">'
+        f'<polyline points="{place(0, 1)} {place(0, 0)} {place(1, 0)}" fill="none" '
+        'stroke="var(--soft)"/>'
+        f'<polyline points="{place(0, 0)} {place(1, 1)}" fill="none" stroke="var(--soft)" '
+        'stroke-dasharray="5 4"/>'
+        f'<polyline points="{path}" fill="none" stroke="var(--blue)" stroke-width="2"/>'
+        f'<text x="2" y="14">100 %</text><text x="{width - 150:.0f}" y="{height - 10:.0f}">'
+        f'false alarms, 0 to 100 %</text><text x="{left + 6:.0f}" y="{height - 10:.0f}">'
+        "members found (up); dashed: guessing</text></svg></div>"
+    )

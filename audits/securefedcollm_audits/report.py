@@ -1,0 +1,383 @@
+"""What a bundle says, as data: the privacy report of a run, every number with its evidence entry.
+
+Only what the bundle holds: no metrics, no utility, nothing about a silo's records beyond what its
+log says. ``place`` fields name entries as ``silo-1#12 (settled)``.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from securefedcollm.errors import EvidenceError
+from securefedcollm.evidence.bundle import read_bundle
+from securefedcollm.evidence.entries import (
+    Entry,
+    Failed,
+    Finished,
+    Lost,
+    Opening,
+    Refused,
+    Reserved,
+    Settled,
+    Summed,
+)
+from securefedcollm.evidence.note import Checkpoint
+from securefedcollm.privacy.accounting import TIGHT_SHARE
+from securefedcollm.privacy.adversaries import AdversaryRow, per_adversary
+from securefedcollm.privacy.events import DiscreteGaussian, Event, Events, decode_events, merge
+from securefedcollm.privacy.filters import Terms, filter_within
+from securefedcollm.privacy.report import ASSUMPTIONS
+from securefedcollm.privacy.shown import up
+from securefedcollm_audits.case import SERVER, Case, of
+from securefedcollm_audits.checks.budget import Training, trainings
+from securefedcollm_audits.second_accountant import bracket
+from securefedcollm_audits.verdict import Verdict
+from securefedcollm_audits.verify import verify
+
+MOST_POINTS = 80
+"""Places in all silos' ledgers at which ε so far is worked out: a tenth of a second each."""
+
+NOT_COVERED = (
+    "Accuracy and other metrics, whoever computed them and on whatever data.",
+    "Runs that were made to choose learning rates, clip norms or models.",
+    "Checkpoints, log files and update norms that left a silo in other ways.",
+    "The timing of a silo's process, and that it took part in a round at all.",
+    "What a silo's own staff can see of its own records.",
+)
+
+
+class RoundRow(msgspec.Struct, frozen=True):
+    """One round as the server's log tells it. ``place``: the entry that ends or opens it."""
+
+    round: int
+    survivors: list[str]
+    dropouts: list[str]
+    agreements: int
+    attempts: int
+    lost: bool
+    witnesses: int
+    opening: str | None
+    sum: str | None
+    place: str | None
+
+
+class ChargeRow(msgspec.Struct, frozen=True):
+    """One training of one silo in its ledger. ``cumulative``: upper bound on ε so far, or None."""
+
+    round: int
+    state: str
+    mechanism: str
+    noise_multiplier: float
+    sensitivity: int | None
+    honest_shares: int | None
+    cumulative: float | None
+    reserved: str | None
+    settled: str | None
+
+
+class SiloRow(msgspec.Struct, frozen=True):
+    """One silo's budget. ``low``, ``high``: the second accountant's bracket of its releases."""
+
+    name: str
+    claimed: float | None
+    accountant: str
+    limit: float | None
+    delta: float | None
+    low: float
+    high: float
+    method: str
+    refusals: int
+    charges: list[ChargeRow]
+    place: str | None
+
+
+class Report(msgspec.Struct, frozen=True):
+    """Everything the page shows, and the verdict that it rests on."""
+
+    verdict: Verdict
+    claim: str
+    unit: str | None
+    epsilon: float | None
+    delta: float | None
+    adversaries: list[AdversaryRow]
+    """Of the silo that spent most, at three δ."""
+    advantage: list[tuple[float, float]]
+    """(share of false alarms, greatest share of members that any test can then tell)."""
+    rounds: list[RoundRow]
+    silos: list[SiloRow]
+    parameters: dict[str, Any]
+    registry: dict[str, Any]
+    assumptions: tuple[str, ...] = ASSUMPTIONS
+    not_covered: tuple[str, ...] = NOT_COVERED
+
+
+def make_report(path: Path) -> tuple[Report, Case]:
+    """Verify the bundle at ``path`` and sum it up. A bundle that fails has a report, which says so.
+
+    Raises:
+        ConfigError: there is no such file.
+        EvidenceError: it is too broken to be summed up.
+    """
+    verdict = verify(path)
+    case = Case(read_bundle(path))
+    try:
+        return _summed_up(verdict, case), case
+    except (ValueError, LookupError, ArithmeticError) as error:
+        raise EvidenceError(
+            f"{path}: too broken for a report ({error})",
+            hint="`audit verify` says which entries are wrong",
+        ) from None
+
+
+def _summed_up(verdict: Verdict, case: Case) -> Report:
+    points = max(2, MOST_POINTS // max(1, len(case.silos)))
+    silos = [_silo(name, log, points) for name, log in case.silos.items()]
+    worst = _worst(case)
+    adversaries = _adversaries(case, worst) if worst else []
+    privacy = case.study.privacy
+    report = Report(
+        verdict=verdict,
+        claim=_claim(case, silos),
+        unit=privacy.unit if privacy else None,
+        epsilon=_spent(silos) if privacy else None,
+        delta=privacy.delta if privacy else None,
+        adversaries=adversaries,
+        advantage=advantage([(c.epsilon, c.delta) for c in adversaries[-1].epsilons])
+        if adversaries
+        else [],
+        rounds=_rounds(case),
+        silos=silos,
+        parameters=_parameters(case),
+        registry={},
+    )
+    return msgspec.structs.replace(report, registry=_registry(case, report))
+
+
+def advantage(claims: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Greatest power of a membership test at each false-alarm rate, by every (ε, δ) at once.
+
+    Of a test with false-alarm rate α, (ε, δ)-DP allows a power of at most e^ε·α + δ and
+    1 − e^−ε·(1 − α − δ) (Kairouz, Oh and Viswanath 2015); the least over all pairs holds.
+    """
+    rates = [0.001, 0.005, 0.01, 0.02, *(i / 20 for i in range(1, 21))]
+    found = []
+    for alpha in rates:
+        bounds = [
+            bound
+            for eps, delta in claims
+            for bound in (
+                math.exp(min(eps, 700.0)) * alpha + delta,
+                1.0 - math.exp(-eps) * (1.0 - alpha - delta),
+            )
+        ]
+        found.append((alpha, min(1.0, *bounds)))
+    return found
+
+
+def _spent(silos: list[SiloRow]) -> float | None:
+    claims = [silo.claimed for silo in silos if silo.claimed is not None]
+    return max(claims, default=None)
+
+
+def _claim(case: Case, silos: list[SiloRow]) -> str:
+    """The claim in one sentence: unit, adjacency, adversary, ε at δ, horizon."""
+    study, privacy = case.study, case.study.privacy
+    if privacy is None:
+        return (
+            "This study claims no differential privacy: updates were hidden in sums of at least "
+            f"{study.quorum} silos, but the released adapters may reveal single records."
+        )
+    spent = _spent(silos)
+    done, c = case.rounds_done(), study.silos.colluders
+    what = {
+        "record": "one record of a silo",
+        "subject": "all records of one subject in a silo",
+        "silo": "one silo's whole data set",
+    }[privacy.unit]
+    parts = "steps" if study.joint else "rounds"
+    helpers = "" if not c else f" together with any {c} of the other silos"
+    amount = (
+        f"(ε = {up(spent)}, δ = {privacy.delta:g})"
+        if spent is not None
+        else f"at most (ε = {privacy.epsilon:g}, δ = {privacy.delta:g}), not settled yet,"
+    )
+    return (
+        f"What the {done} finished of {study.sums} {parts} released is {amount} differentially "
+        f"private for {what}, added or removed, against the server{helpers}, the other silos and "
+        "everybody who sees the adapters."
+    )
+
+
+def _worst(case: Case) -> tuple[Events, Terms] | None:
+    """Events and filter terms of the silo whose releases cost most."""
+    found = []
+    for log in case.silos.values():
+        done = trainings(log)
+        events = _counted(done)
+        terms = _terms(done)
+        if events and terms and case.study.privacy:
+            found.append((bracket(events, case.study.privacy.delta).low, events, terms))
+    return max(found, key=lambda one: one[0])[1:] if found else None
+
+
+def _counted(done: list[Training]) -> Events:
+    return merge(event for training in done for event in training.counted)
+
+
+def _terms(done: list[Training]) -> Terms | None:
+    for training in done:
+        if training.reserved:
+            what = training.reserved[1]
+            (first, *_) = merge(decode_events(what.events))
+            return Terms(merge([first])[0], what.epsilon)
+    return None
+
+
+def _adversaries(case: Case, worst: tuple[Events, Terms]) -> list[AdversaryRow]:
+    privacy = case.study.privacy
+    assert privacy is not None
+    deltas = [d for d in (privacy.delta * 10.0, privacy.delta, privacy.delta / 10.0) if d < 1.0]
+    events, terms = worst
+    return per_adversary(events, deltas, case.study.silos.colluders, terms=terms)
+
+
+def _rounds(case: Case) -> list[RoundRow]:
+    rows = []
+    last = max((what.round for _, what in of(case.server, Opening)), default=-1)
+    for round_ in range(max(last + 1, case.rounds_done())):
+        mine = [e for e in case.server if getattr(e.what, "round", None) == round_]
+        opening = next((e for e in reversed(mine) if isinstance(e.what, Opening)), None)
+        summed = next((e for e in reversed(mine) if isinstance(e.what, Summed)), None)
+        finished = next((e for e in mine if isinstance(e.what, Finished)), None)
+        shown = opening.what if opening and isinstance(opening.what, Opening) else None
+        rows.append(
+            RoundRow(
+                round=round_ + 1,
+                survivors=shown.survivors if shown and summed else [],
+                dropouts=_absent(case, shown if summed else None),
+                agreements=len(shown.agreements) if shown else 0,
+                attempts=1 + sum(isinstance(e.what, Failed) for e in mine),
+                lost=any(isinstance(e.what, Lost) for e in mine),
+                witnesses=_witnesses(case.bundle.heads[SERVER], finished),
+                opening=opening.place if opening else None,
+                sum=summed.place if summed else None,
+                place=finished.place if finished else None,
+            )
+        )
+    return rows
+
+
+def _absent(case: Case, shown: Opening | None) -> list[str]:
+    return [name for name in case.roster.names if not shown or name not in shown.survivors]
+
+
+def _witnesses(heads: list[Checkpoint], finished: Entry | None) -> int:
+    """Silos that cosigned a head over the round's end."""
+    if finished is None:
+        return 0
+    return max((len(head.lines) - 1 for head in heads if head.size > finished.seq), default=0)
+
+
+def _silo(name: str, log: list[Entry], points: int) -> SiloRow:
+    done = trainings(log)
+    claims = [(entry, what.spent) for entry, what in of(log, Settled) if what.spent]
+    limit = next((what for _, what in of(log, Reserved)), None)
+    tight = bracket(_counted(done), TIGHT_SHARE * limit.delta) if limit else bracket((), 0.5)
+    return SiloRow(
+        name=name,
+        claimed=claims[-1][1].epsilon if claims else None,
+        accountant=claims[-1][1].accountant if claims else "",
+        limit=limit.epsilon if limit else None,
+        delta=limit.delta if limit else None,
+        low=tight.low,
+        high=tight.high,
+        method=tight.method,
+        refusals=sum(isinstance(entry.what, Refused) for entry in log),
+        charges=_charges(done, points),
+        place=claims[-1][0].place if claims else None,
+    )
+
+
+def _charges(done: list[Training], points: int) -> list[ChargeRow]:
+    every = max(1, math.ceil(len(done) / points))
+    terms, rows = _terms(done), []
+    counted: Events = ()
+    for index, training in enumerate(done):
+        counted = merge((*counted, *training.counted))
+        wanted = terms and (index % every == 0 or index == len(done) - 1)
+        found = training.settled or training.reserved
+        if found is None:
+            continue
+        event = decode_events(found[1].events)[0]
+        discrete = event if isinstance(event, DiscreteGaussian) else None
+        limit = training.reserved[1] if training.reserved else None
+        rows.append(
+            ChargeRow(
+                round=found[1].round + 1,
+                state=_state(training),
+                mechanism=_mechanism(event),
+                noise_multiplier=event.noise_multiplier,
+                sensitivity=discrete.sensitivity if discrete else None,
+                honest_shares=discrete.honest if discrete else None,
+                cumulative=filter_within(counted, limit.delta, 0.0, terms)
+                if wanted and limit and terms
+                else None,
+                reserved=training.reserved[0].place if training.reserved else None,
+                settled=training.settled[0].place if training.settled else None,
+            )
+        )
+    return rows
+
+
+def _state(training: Training) -> str:
+    if training.voided:
+        return "given back"
+    return "settled" if training.settled else "at the worst case"
+
+
+def _mechanism(event: Event) -> str:
+    fields = msgspec.to_builtins(event)
+    kind = fields.pop("kind")
+    parts = [f"{k} = {v:.5g}" if isinstance(v, float) else f"{k} = {v}" for k, v in fields.items()]
+    return f"{kind}: {', '.join(parts)}"
+
+
+def _parameters(case: Case) -> dict[str, Any]:
+    study = case.study
+    return {
+        "silos": study.silos.count,
+        "fewest silos in a sum": study.quorum,
+        "threshold of shares and agreements": study.threshold,
+        "silos that may collude with the server": study.silos.colluders,
+        "rounds": study.rounds,
+        "adapter": f"{study.adapter.method}, rank {study.adapter.rank}",
+        "small model": study.models.slm.source,
+        "large model": study.models.llm.source,
+    }
+
+
+def _registry(case: Case, report: Report) -> dict[str, Any]:
+    """The run for a public register of deployments: plain names, to be fitted to its form."""
+    privacy = case.study.privacy
+    charge = next((c for silo in report.silos for c in silo.charges), None)
+    return {
+        "deployment": case.study.study,
+        "study_digest": case.digest.hex(),
+        "evidence_sha256": report.verdict.sha256,
+        "data_product": "low-rank adapters of a language model",
+        "model_of_trust": "no trusted curator: noise is added inside each silo, sums are masked",
+        "privacy_unit": report.unit,
+        "neighbouring_relation": "add or remove one unit (zero-out)",
+        "variant": "approximate differential privacy (ε, δ)",
+        "epsilon": report.epsilon,
+        "delta": report.delta,
+        "budget_epsilon": privacy.epsilon if privacy else None,
+        "releases": case.rounds_done(),
+        "mechanism": charge.mechanism if charge else None,
+        "accountants": sorted({a for s in report.silos for a in (s.accountant, s.method) if a}),
+        "not_covered": list(NOT_COVERED),
+    }

@@ -1,0 +1,65 @@
+"""Verify a bundle offline: without the server, the people who ran it, torch, or any network.
+
+Adversary: whoever made the bundle or had it in between. A participant with its own key can write
+its own log as it likes; it cannot write the others' logs, signatures and countersignatures, and
+the checks look at where these must agree.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from securefedcollm.errors import ConfigError, EvidenceError
+from securefedcollm.evidence.bundle import MAX_BYTES, Bundle, read_bundle
+from securefedcollm.primitives import sha256
+from securefedcollm_audits.case import Case
+from securefedcollm_audits.checks import budget, logs, order, rounds
+from securefedcollm_audits.verdict import Check, Result, Verdict, carry_out
+
+CHECKS: tuple[Check, ...] = (*logs.CHECKS, *order.CHECKS, *rounds.CHECKS, *budget.CHECKS)
+_ARCHIVE = ("archive", "The archive is complete and unaltered")
+
+
+def verify(path: Path) -> Verdict:
+    """Carry out every check on the bundle at ``path``.
+
+    Raises:
+        ConfigError: there is no such file, or it cannot be read.
+    """
+    digest = _digest(path)
+    try:
+        bundle = read_bundle(path)
+    except EvidenceError as error:
+        fault = error.message.removeprefix(f"{path}: ")
+        return Verdict(str(path), digest, [Result(*_ARCHIVE, "fail", fault, [fault])])
+    files = len(bundle.logs) + len(bundle.heads)
+    whole = Result(*_ARCHIVE, "pass", f"{files} logs and heads, study and lists: hashes fit")
+    return _verdict(bundle, str(path), digest, whole)
+
+
+def _verdict(bundle: Bundle, path: str, digest: str, first: Result) -> Verdict:
+    case = Case(bundle)
+    return Verdict(
+        bundle=path,
+        sha256=digest,
+        results=[first, *(carry_out(check, case) for check in CHECKS)],
+        study=case.study.study,
+        digest=case.digest.hex(),
+        run=case.run.hex(),
+        participants=list(case.logs),
+        rounds_done=case.rounds_done(),
+        rounds=case.study.sums,
+    )
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 (hex) of the file; empty for one that no bundle is as large as."""
+    hint = "`audit bundle RUN --out FILE` makes one"
+    if not path.is_file():
+        raise ConfigError("there is no such file", where=str(path), hint=hint)
+    try:
+        return sha256(path.read_bytes()).hex() if path.stat().st_size <= MAX_BYTES else ""
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be read ({error.strerror})", where=str(path), hint=hint
+        ) from None

@@ -1,0 +1,229 @@
+"""``securefedcollm audit …``: bundle a run's evidence, verify it offline, attack the protocol."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from securefedcollm_cli.options import Json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from securefedcollm_audits.attacks import Outcome
+    from securefedcollm_audits.case import Case
+    from securefedcollm_audits.report import Report
+    from securefedcollm_audits.verdict import Verdict
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Bundle a run's evidence, verify it offline, and attack the protocol.",
+)
+
+BundleFile = Annotated[Path, typer.Argument(metavar="FILE", help="A bundle of `audit bundle`.")]
+
+
+@app.command()
+def bundle(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The bundle [RUN/evidence.zip].")
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="NAME", help="Only this participant's log (repeatable)."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Put a run's evidence into one file: logs, signatures, study, hashes. No key, vector or data.
+
+    A silo's log says how much noise its records need, and so how many it has; its owner decides who
+    sees it.
+    """
+    path = out or run / "evidence.zip"
+    size = write_bundle(run, path, only or [])
+    if as_json:
+        typer.echo(json.dumps({"bundle": str(path), "bytes": size}))
+    else:
+        typer.echo(f"wrote {path} ({size / 1000:.1f} kB); check it with `audit verify {path}`")
+
+
+def write_bundle(run: Path, path: Path, only: list[str]) -> int:
+    """Write the bundle of ``run`` to ``path``; returns its size in bytes."""
+    from securefedcollm.evidence.bundle import make_bundle
+    from securefedcollm.federation.files import write_durably
+
+    content = make_bundle(run, only)
+    write_durably(path, content)
+    return len(content)
+
+
+@app.command()
+def verify(file: BundleFile, as_json: Json = False) -> None:
+    """Check a bundle offline, without trusting anybody who made it.
+
+    Exit code 0: all that the bundle covers holds; 1: something does not; 2: bad input.
+    """
+    from securefedcollm_audits.verify import verify as check
+
+    _report(check(file), as_json)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="One silo's bundle of a run.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another's, of the same run.")],
+    as_json: Json = False,
+) -> None:
+    """Hold two bundles of one run side by side: did the server tell both the same?
+
+    Exit codes as of `audit verify`.
+    """
+    from securefedcollm_audits.compare import compare as held_together
+
+    _report(held_together(first, second), as_json)
+
+
+@app.command()
+def protocol(
+    case: Annotated[
+        list[str] | None,
+        typer.Option("--case", metavar="NAME", help="Play only this attack (repeatable)."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Attack the aggregation protocol: malicious servers and silos against the real state machines.
+
+    Exit code 0: nobody learnt anything beyond one agreed sum; 1: an attack was not stopped. That
+    all are stopped is no proof; many of these have worked against other systems.
+    """
+    from securefedcollm_audits import protocol as attacks
+
+    from securefedcollm_cli.progress import Bars
+
+    with Bars(quiet=as_json) as bars:
+        outcomes = attacks.run(
+            attacks.named(case or []), lambda done, total: bars.report(done, total, "attacks")
+        )
+    broken = [name for name, outcome in outcomes.items() if not outcome.held]
+    if as_json:
+        rows = [
+            {"case": name, "adversary": attacks.adversary(name), **asdict(outcome)}
+            for name, outcome in outcomes.items()
+        ]
+        typer.echo(json.dumps({"held": not broken, "outcomes": rows}, indent=2))
+    else:
+        _print_attacks(outcomes, broken)
+    if broken:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    file: BundleFile,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="OUT", help="The page to write.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Verify a bundle and write what it shows as one self-contained HTML page, or as JSON.
+
+    Exit codes as of `audit verify`; a bundle that does not hold has a page that says so.
+    """
+    from securefedcollm_audits.report import make_report
+
+    from securefedcollm.errors import ConfigError
+
+    if html is None and not as_json:
+        raise ConfigError("nothing to write", where="--html", hint="give --html OUT or --json")
+    found, case = make_report(file)
+    if html is not None:
+        write_page(found, case, html)
+    if as_json:
+        import msgspec
+
+        typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+    else:
+        typer.echo(f"wrote {html}")
+    if not found.verdict.holds:
+        raise typer.Exit(1)
+
+
+def write_page(found: Report, case: Case, path: Path) -> None:
+    """Write a report as HTML."""
+    from securefedcollm_audits.report_html import to_html
+
+    from securefedcollm.federation.files import write_durably
+
+    write_durably(path, to_html(found, case).encode())
+
+
+def _print_attacks(outcomes: dict[str, Outcome], broken: list[str]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+    from securefedcollm_audits import protocol as attacks
+
+    table = Table(title="Attacks on secure aggregation", title_justify="left")
+    for column in ("", "adversary", "what was tried", "what stopped it", "learnt"):
+        table.add_column(column, no_wrap=not column)
+    for name, outcome in outcomes.items():
+        table.add_row(
+            "[green]held[/]" if outcome.held else "[bold red]BROKEN[/]",
+            attacks.adversary(name),
+            f"{escape(outcome.attack)}\n[dim]{name}[/dim]",
+            escape(outcome.defence),
+            escape("; ".join(outcome.learnt)) or "nothing",
+        )
+    console = Console()
+    console.print(table)
+    held = len(outcomes) - len(broken)
+    if broken:
+        text = f"{len(broken)} of {len(outcomes)} attacks were not stopped: {', '.join(broken)}"
+        console.print(text, style="bold red")
+    else:
+        console.print(f"{held} of {held} attacks learnt nothing", style="bold green")
+
+
+def _report(verdict: Verdict, as_json: bool) -> None:
+    from securefedcollm_audits import table
+
+    if as_json:
+        typer.echo(json.dumps(table.plain(verdict), indent=2))
+    else:
+        _print(verdict)
+    if not verdict.holds:
+        raise typer.Exit(1)
+
+
+def _print(verdict: Verdict) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from securefedcollm_audits import table
+
+    console = Console()
+    for line in table.about(verdict):
+        console.print(escape(line), highlight=False)
+    console.print(checks_table(verdict))
+    style = "bold green" if verdict.holds else "bold red"
+    console.print(escape(table.sentence(verdict)), style=style, highlight=False)
+
+
+def checks_table(verdict: Verdict) -> Table:
+    """The checks: mark, what was checked, evidence or faults."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    colours = {"pass": "green", "fail": "bold red", "not covered": "yellow"}
+    shown = Table(title="Checks", title_justify="left")
+    shown.add_column("", no_wrap=True)
+    shown.add_column("check")
+    shown.add_column("evidence")
+    for result in verdict.results:
+        found = "\n".join(result.faults) or result.evidence
+        mark = f"[{colours[result.status]}]{result.status}[/]"
+        shown.add_row(mark, f"{result.title}\n[dim]{result.name}[/dim]", escape(found))
+    return shown

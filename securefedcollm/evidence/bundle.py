@@ -1,0 +1,252 @@
+"""The archive that an auditor gets: logs, heads, study and hashes; never keys, vectors or data.
+
+An uncompressed ZIP with one spelling: the same members give the same bytes, and a bundle that is
+not what this module would write from its members is refused, so no bit of it goes unread.
+
+::
+
+    manifest.json            format and SHA-256 of every other member
+    study.json               the study, RFC 8785
+    study.signatures.json    who signed it (DSSE), where the study names its participants
+    logs/NAME.jsonl          a participant's log, one entry a line
+    heads/NAME.json          its signed heads: the newest, and all that were cosigned
+    sbom.json                bill of materials of the server's software (CycloneDX)
+    artefacts.json           SHA-256 of the adapters that the run left behind
+
+Adversary of the reader: whoever made the file. Nothing in it is unpacked to disk, inflated or
+trusted; sizes and counts are bounded before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from securefedcollm.errors import ConfigError, EvidenceError, SecureFedCoLLMError
+from securefedcollm.evidence.entries import Entry, canonical, decode_canonical, decode_entry
+from securefedcollm.evidence.ledger import check_anchors
+from securefedcollm.evidence.log import FILE_NAME, EvidenceLog
+from securefedcollm.evidence.note import Checkpoint, parse_checkpoint
+from securefedcollm.primitives import sha256
+from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.study import Study, digest, load_study, study_from_tree
+from securefedcollm.study.signing import Envelope, read_envelope, signatures_path
+
+FORMAT: Final = "securefedcollm-bundle-v1"
+MAX_BYTES: Final = 512 << 20
+"""Of a bundle: three rounds of 4 silos take 50 kB, a hundred of 128 about 100 MB."""
+MAX_MEMBERS: Final = 512
+_PATH: Final = re.compile(r"^[a-z0-9][a-z0-9._-]{0,127}(/[a-z0-9][a-z0-9._-]{0,127})?$")
+_HINT: Final = "ask whoever made it for the bundle again; `audit bundle RUN` writes one"
+
+
+class Bundle(msgspec.Struct, frozen=True):
+    """A decoded bundle. Its hashes fit; what the entries say is not verified yet."""
+
+    study: Study
+    envelope: Envelope | None
+    logs: dict[str, list[Entry]]
+    leaves: dict[str, list[bytes]]
+    heads: dict[str, list[Checkpoint]]
+    sbom: bytes | None
+    artefacts: dict[str, str] | None
+    """Path → SHA-256 (hex) of the run's adapters."""
+
+
+def make_bundle(run: Path, only: Sequence[str] = ()) -> bytes:
+    """The bundle of a run directory.
+
+    Each silo's ledger is first checked against the heads that its log anchored.
+
+    Args:
+        only: participants whose logs go in; empty for all that are there.
+
+    Raises:
+        ConfigError: not a run with evidence, or a participant that is not in it.
+        EvidenceError: a log or ledger does not verify.
+    """
+    study_file = run / "study.yaml"
+    if not study_file.is_file():
+        raise ConfigError(
+            "is not a run directory", where=str(run), hint="name the directory given to --out"
+        )
+    study = load_study(study_file)
+    homes = _homes(run, only)
+    members: dict[str, bytes] = {"study.json": canonical(msgspec.to_builtins(study))}
+    for name, home in homes.items():
+        log = EvidenceLog(home / FILE_NAME, study=digest(study), owner=name, key=None)
+        members[f"logs/{name}.jsonl"] = b"".join(leaf + b"\n" for leaf in log.leaves)
+        members[f"heads/{name}.json"] = canonical([head.note for head in log.heads()])
+        if (home / "ledger.sqlite").exists():
+            with Ledger(home / "ledger.sqlite", name) as ledger:
+                check_anchors(log, ledger)
+        if (home / "sbom.json").exists():
+            members["sbom.json"] = (home / "sbom.json").read_bytes()
+            members["artefacts.json"] = canonical(file_digests(run / "adapters"))
+        log.close()
+    if signatures_path(study_file).exists():
+        envelope = read_envelope(signatures_path(study_file), study)
+        members["study.signatures.json"] = canonical(msgspec.to_builtins(envelope))
+    if sum(map(len, members.values())) > MAX_BYTES // 2:
+        raise ConfigError(
+            f"its evidence is over {MAX_BYTES >> 21} MiB",
+            where=str(run),
+            hint="bundle fewer participants at a time with --only",
+        )
+    return pack(members)
+
+
+def _homes(run: Path, only: Sequence[str]) -> dict[str, Path]:
+    found = {path.name: path for path in sorted((run / "silos").glob("*")) if path.is_dir()}
+    found = {
+        name: path
+        for name, path in {"server": run / "server", **found}.items()
+        if (path / FILE_NAME).exists()
+    }
+    unknown = [name for name in only if name not in found]
+    if unknown or not found:
+        raise ConfigError(
+            f"no evidence log of {', '.join(unknown) or 'anybody'}",
+            where=str(run),
+            hint=f"there are logs of: {', '.join(found) or 'nobody; the run is an older one'}",
+        )
+    return {name: path for name, path in found.items() if not only or name in only}
+
+
+def file_digests(directory: Path) -> dict[str, str]:
+    """Path below ``directory`` → SHA-256 (hex) of every file in it."""
+    return {
+        path.relative_to(directory).as_posix(): sha256(path.read_bytes()).hex()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def pack(members: Mapping[str, bytes]) -> bytes:
+    """Members → the archive, manifest added: the same bytes for the same members."""
+    manifest = {
+        "format": FORMAT,
+        "files": {name: sha256(content).hex() for name, content in members.items()},
+    }
+    return _zip({**members, "manifest.json": canonical(manifest)})
+
+
+def _zip(members: Mapping[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(members):
+            info = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+            info.create_system = 3
+            info.external_attr = 0o644 << 16
+            archive.writestr(info, members[name])
+    return buffer.getvalue()
+
+
+def read_members(path: Path) -> dict[str, bytes]:
+    """The archive's members, hashes checked.
+
+    Raises:
+        EvidenceError: one line that says what is wrong with the file.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise EvidenceError(f"{path}: over {MAX_BYTES >> 20} MiB, no bundle is", hint=_HINT)
+        content = path.read_bytes()
+    except OSError as error:
+        raise EvidenceError(
+            f"{path}: cannot be read ({error.strerror})", hint="name a bundle file"
+        ) from None
+    members = _unzip(content, path)
+    try:
+        manifest = decode_canonical(members.get("manifest.json", b""))
+        listed = manifest["files"]
+        if manifest["format"] != FORMAT or set(manifest) != {"format", "files"}:
+            raise ValueError("of another format")
+        hashes = {name: sha256(raw).hex() for name, raw in members.items()}
+        hashes.pop("manifest.json")
+    except (ValueError, KeyError, TypeError) as error:
+        raise EvidenceError(f"{path}: the manifest is {error}", hint=_HINT) from None
+    for name in sorted({*hashes, *listed}):
+        if hashes.get(name) != listed.get(name):
+            raise EvidenceError(f"{path}: {name} is not what the manifest says", hint=_HINT)
+    return members
+
+
+def _unzip(content: bytes, path: Path) -> dict[str, bytes]:
+    members: dict[str, bytes] = {}
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            infos = archive.infolist()
+            if len(infos) > MAX_MEMBERS:
+                raise ValueError(f"{len(infos)} members")
+            for info in infos:
+                # Adversary: a zip bomb, a path that climbs out, a member that hides another.
+                if info.compress_type != zipfile.ZIP_STORED or info.file_size > len(content):
+                    raise ValueError("a compressed member")
+                if not _PATH.match(info.filename) or info.filename in members:
+                    raise ValueError("a member with an impossible or repeated name")
+                members[info.filename] = archive.read(info)
+        if _zip(members) != content:
+            raise ValueError("bytes that belong to no member")
+    except Exception as error:  # zipfile raises a dozen kinds on garbage
+        raise EvidenceError(f"{path}: not a bundle ({str(error)[:120]})", hint=_HINT) from None
+    return members
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Read and decode a bundle.
+
+    Raises:
+        EvidenceError: naming the member that cannot be read.
+    """
+    members = read_members(path)
+    members.pop("manifest.json")
+    study_bytes = members.pop("study.json", b"")
+    try:
+        tree = decode_canonical(study_bytes)
+        study = study_from_tree(tree)
+        if canonical(msgspec.to_builtins(study)) != study_bytes:
+            raise ValueError("not a study with every default written out")
+        sbom = members.pop("sbom.json", None)
+        artefacts = _typed(members.pop("artefacts.json", None), dict[str, str])
+        envelope = _typed(members.pop("study.signatures.json", None), Envelope)
+    except (ValueError, TypeError, AttributeError, msgspec.MsgspecError) as error:
+        raise EvidenceError(f"{path}: {str(error)[:200]}", hint=_HINT) from None
+    except SecureFedCoLLMError as error:
+        raise EvidenceError(f"{path}: study.json: {error.message}", hint=_HINT) from None
+    logs, leaves, heads = {}, {}, {}
+    for name in sorted(members):
+        room, _, base = name.partition("/")
+        who = base.rpartition(".")[0]
+        if name != {"logs": f"logs/{who}.jsonl", "heads": f"heads/{who}.json"}.get(room):
+            raise EvidenceError(f"{path}: {name} has no place in a bundle", hint=_HINT)
+        if room == "logs":
+            leaves[who] = members[name].split(b"\n")[:-1]
+            if not members[name].endswith(b"\n"):
+                raise EvidenceError(f"{path}: {name} breaks off", hint=_HINT)
+            logs[who] = [
+                decode_entry(raw, f"{path}: {who}#{seq}") for seq, raw in enumerate(leaves[who])
+            ]
+        else:
+            heads[who] = _heads(members[name], f"{path}: {name}")
+    if set(logs) != set(heads) or not logs:
+        raise EvidenceError(f"{path}: logs and signed heads do not pair up", hint=_HINT)
+    return Bundle(study, envelope, logs, leaves, heads, sbom, artefacts)
+
+
+def _typed(raw: bytes | None, kind: Any) -> Any:
+    return None if raw is None else msgspec.convert(decode_canonical(raw), kind)
+
+
+def _heads(raw: bytes, place: str) -> list[Checkpoint]:
+    try:
+        notes = _typed(raw, list[str])
+    except (ValueError, msgspec.MsgspecError) as error:
+        raise EvidenceError(f"{place}: {str(error)[:120]}", hint=_HINT) from None
+    return [parse_checkpoint(note) for note in notes]

@@ -1,0 +1,315 @@
+"""What a log holds: one frozen type per kind of event, in one canonical spelling (RFC 8785).
+
+Deliberately absent, because a log is made to be shown: keys, shares, seeds and vectors; losses,
+norms, metrics and batch sizes; the reasons of refusals (they depend on private data and on other
+studies); the data set's fingerprint and the ledger's bare head (computed from records without a
+secret, so a guessed record could be confirmed by them): both appear only under the log's own blind.
+What a *silo's* log does tell whoever the silo shows it to: its noise multiplier and sampling rate,
+hence, with the study's batch size, how many records it has. The server never gets a silo's log.
+
+Digests are SHA-256 in hex, rounds count from 0.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import msgspec
+import rfc8785
+from msgspec import Meta
+
+from securefedcollm.errors import EvidenceError
+
+Hex = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+Short = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$")]
+Signature = Annotated[str, Meta(pattern=r"^[0-9a-f]{128}$")]
+Who = Annotated[str, Meta(min_length=1, max_length=64)]
+Count = Annotated[int, Meta(ge=0, lt=2**53)]
+Names = Annotated[list[Who], Meta(max_length=128)]
+
+MAX_ENTRY = 256 << 10
+"""Bytes of one entry: an opening agreed to by 128 silos takes 40 kB."""
+
+
+class _What(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", kw_only=True
+):
+    pass
+
+
+class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A participant as this log's keeper knew it: name, ``server`` or ``silo``, Ed25519 key."""
+
+    name: Who
+    role: Annotated[str, Meta(pattern=r"^(server|silo)$")]
+    key: Hex
+
+
+class Opened(_What, frozen=True, tag="opened"):
+    """The first entry: which study and run, who takes part, which code runs here.
+
+    ``code`` is the digest of this package's source files; ``sbom`` that of the server's bill of
+    materials.
+    """
+
+    study: Hex
+    run: Short
+    roster: Annotated[list[Member], Meta(max_length=129)]
+    version: str
+    code: Hex
+    sbom: Hex | None = None
+
+
+class Round(_What, frozen=True, tag="round"):
+    """An attempt at a round begins: at the server before the model is sent, at a silo before it
+    trains. ``model`` = H(base, layout, adapter, mechanism); ``header`` binds it and all else.
+
+    In joint DP-SGD a "round" of the log is a step; they are counted through the whole run.
+    ``mechanism``: how updates are noised in the sum, if they are; ``clip_norm``: C, if it adapts.
+    """
+
+    round: Count
+    attempt: Count
+    base: Hex
+    layout: Hex
+    adapter: Hex
+    model: Hex
+    values: Count
+    header: Hex
+    mechanism: Hex | None = None
+    clip_norm: float | None = None
+
+
+class Uploaded(_What, frozen=True, tag="uploaded"):
+    """Silo: the masked vector is about to leave, masked for the dealers of ``delivery``."""
+
+    round: Count
+    attempt: Count
+    header: Hex
+    delivery: Hex
+
+
+class Agreed(_What, frozen=True, tag="agreed"):
+    """Silo: signed that exactly ``survivors`` are in the sum. ``lists`` is what was signed."""
+
+    round: Count
+    attempt: Count
+    header: Hex
+    delivery: Hex
+    survivors: Names
+    dropouts: Names
+    lists: Hex
+
+
+class Unmasked(_What, frozen=True, tag="unmasked"):
+    """Silo: of these dealers it gave away its share of the self-mask seed, or of the mask key."""
+
+    round: Count
+    attempt: Count
+    header: Hex
+    lists: Hex
+    seeds_of: Names
+    keys_of: Names
+
+
+class Opening(_What, frozen=True, tag="opening"):
+    """Server: before anybody is asked to unmask; with the survivors' signatures over ``lists``."""
+
+    round: Count
+    attempt: Count
+    header: Hex
+    delivery: Hex
+    survivors: Names
+    dropouts: Names
+    lists: Hex
+    agreements: Annotated[dict[Who, Signature], Meta(max_length=128)]
+
+
+class Summed(_What, frozen=True, tag="summed"):
+    """Server: the opened sum, before it is used. ``sum`` = H(int64 little-endian)."""
+
+    round: Count
+    attempt: Count
+    header: Hex
+    survivors: Names
+    sum: Hex
+
+
+class Lost(_What, frozen=True, tag="lost"):
+    """Server: the round's sum was being opened and cannot be; its updates are lost."""
+
+    round: Count
+
+
+class Failed(_What, frozen=True, tag="failed"):
+    """Server: an attempt failed. ``error`` is a class name of the error tree."""
+
+    round: Count
+    attempt: Count
+    error: Who
+
+
+class Finished(_What, frozen=True, tag="finished"):
+    """Server: the round is done. ``adapter`` is what the next round broadcasts; ``files`` the
+    digests of the adapters saved, by path; none after a step that ends no round."""
+
+    round: Count
+    adapter: Hex
+    files: Annotated[dict[str, Hex], Meta(max_length=64)]
+
+
+class Spent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """(ε, δ) of everything the silo's ledger counts on these data, and the accountant that says
+    so."""
+
+    epsilon: Annotated[float, Meta(ge=0)]
+    delta: Annotated[float, Meta(gt=0, lt=1)]
+    accountant: Who
+
+
+class _Charge(_What, frozen=True):
+    """``account``: data set and unit, under the log's blind; ``ledger``: the ledger's head after
+    the step, likewise; ``training``: number of the training in its round."""
+
+    account: Short
+    unit: Who
+    round: Count
+    training: Count
+    ledger: Hex
+
+
+class Reserved(_Charge, frozen=True, tag="reserved"):
+    """Silo: the worst case was charged, before training."""
+
+    events: list[dict[str, Any]]
+    epsilon: Annotated[float, Meta(gt=0)]
+    delta: Annotated[float, Meta(gt=0, lt=1)]
+
+
+class Released(_Charge, frozen=True, tag="released"):
+    """Silo: from here on something may have left; the charge stays."""
+
+
+class Settled(_Charge, frozen=True, tag="settled"):
+    """Silo: what really happened. ``spent`` with the study's last round."""
+
+    events: list[dict[str, Any]]
+    spent: Spent | None = None
+
+
+class Voided(_Charge, frozen=True, tag="voided"):
+    """Silo: a reservation given back, of which nothing had left."""
+
+
+class Refused(_What, frozen=True, tag="refused"):
+    """Silo: the server's request was not answered. ``error`` is a class name; the reason stays in
+    the silo's own log file."""
+
+    error: Who
+
+
+class Witnessed(_What, frozen=True, tag="witnessed"):
+    """Silo: vouched for this head of the server's log, which extends the one before."""
+
+    size: Count
+    root: Hex
+
+
+What = (
+    Opened
+    | Round
+    | Uploaded
+    | Agreed
+    | Unmasked
+    | Opening
+    | Summed
+    | Lost
+    | Failed
+    | Finished
+    | Reserved
+    | Released
+    | Settled
+    | Voided
+    | Refused
+    | Witnessed
+)
+
+
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Entry ``seq`` (from 0) of ``owner``'s log; ``time`` by the owner's clock, UTC."""
+
+    seq: Count
+    time: Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+    owner: Who
+    what: What
+
+    @property
+    def place(self) -> str:
+        """How a finding names this entry."""
+        return f"{self.owner}#{self.seq} ({self.what.__struct_config__.tag})"
+
+
+def encode_entry(entry: Entry) -> bytes:
+    """RFC 8785 canonical JSON: the leaf of the Merkle tree.
+
+    Raises:
+        EvidenceError: longer than :data:`MAX_ENTRY`.
+    """
+    raw = rfc8785.dumps(msgspec.to_builtins(entry))
+    if len(raw) > MAX_ENTRY:
+        raise EvidenceError(f"an evidence entry of {len(raw)} bytes is too long")
+    return raw
+
+
+def decode_entry(raw: bytes, place: str) -> Entry:
+    """Inverse of :func:`encode_entry`.
+
+    Adversary: whoever wrote the file. Unknown kinds and fields, duplicate keys, numbers that two
+    readers could read differently and any second spelling are refused: it must re-encode to itself.
+
+    Raises:
+        EvidenceError: naming ``place``.
+    """
+    try:
+        entry = msgspec.json.decode(raw, type=Entry)
+        if canonical(msgspec.to_builtins(entry)) == raw:
+            return entry
+        why = "not in its canonical form"
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        why = str(error)[:200]
+    raise EvidenceError(
+        f"{place}: not an entry of an evidence log ({why})",
+        hint="it was changed, or written by another version",
+    )
+
+
+def canonical(plain: Any) -> bytes:
+    """RFC 8785 form of plain JSON values.
+
+    Raises:
+        ValueError: a value that JSON cannot carry exactly (an integer beyond 2^53, NaN).
+    """
+    try:
+        return rfc8785.dumps(plain)
+    except rfc8785.CanonicalizationError as error:
+        raise ValueError(str(error)) from None
+
+
+def decode_canonical(raw: bytes) -> Any:
+    """Plain values of a canonical JSON document.
+
+    Raises:
+        ValueError: not JSON, or not in canonical form (duplicate keys, spaces, huge numbers).
+    """
+    try:
+        plain = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({str(error)[:120]})") from None
+    try:
+        same = canonical(plain) == raw
+    except (RecursionError, ValueError):  # a number that canonical JSON cannot carry
+        same = False
+    if not same:
+        raise ValueError("not in canonical form (RFC 8785)")
+    return plain

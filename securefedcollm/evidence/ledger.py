@@ -1,0 +1,137 @@
+"""A privacy ledger whose every step is also in the evidence log, under the ledger's own head.
+
+Order: the ledger first for ``reserve`` and ``settle`` (an entry that is missing from the log after
+a crash leaves the worst case counted there), the log first for ``release`` (nothing leaves that it
+does not know of).
+
+Adversary: a silo's operator who wants budget back and restores an old ledger file. Each entry holds
+the head that the ledger had, so a ledger that no longer contains it is found out
+(:func:`check_anchors`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from securefedcollm.errors import EvidenceError
+from securefedcollm.evidence.entries import (
+    Entry,
+    Released,
+    Reserved,
+    Settled,
+    Spent,
+    Voided,
+)
+from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.privacy.events import Event, encode_events
+from securefedcollm.privacy.ledger import Key, Ledger, Reservation
+
+CHARGES = (Reserved, Released, Settled, Voided)
+
+
+class LoggedLedger(Ledger):
+    """A :class:`~securefedcollm.privacy.ledger.Ledger` that writes evidence of every step.
+
+    Args:
+        rounds: the study's; with the last one ``settled`` also says what was spent in all.
+    """
+
+    def __init__(self, path: Path | str, owner: str, log: EvidenceLog, *, rounds: int) -> None:
+        super().__init__(path, owner)
+        self._log = log
+        self._rounds = rounds
+
+    def reserve(
+        self,
+        dataset: str,
+        unit: str,
+        run: str,
+        round: int,
+        attempt: int,
+        events: Sequence[Event],
+        budget: tuple[float, float],
+    ) -> Reservation:
+        """See the base class."""
+        granted = super().reserve(dataset, unit, run, round, attempt, events, budget)
+        self._log.append(
+            Reserved(
+                **self._about(granted.key),
+                events=encode_events(granted.events),
+                epsilon=float(budget[0]),
+                delta=budget[1],
+            )
+        )
+        return granted
+
+    def release(self, reservation: Reservation) -> None:
+        """See the base class."""
+        self._log.append(Released(**self._about(reservation.key)))
+        super().release(reservation)
+
+    def settle(self, reservation: Reservation, actual: Sequence[Event]) -> None:
+        """See the base class."""
+        super().settle(reservation, actual)
+        self._log.append(
+            Settled(
+                **self._about(reservation.key),
+                events=encode_events(actual),
+                spent=self._spent(reservation),
+            )
+        )
+
+    def void(self, reservation: Reservation) -> None:
+        """See the base class."""
+        super().void(reservation)
+        self._log.append(Voided(**self._about(reservation.key)))
+
+    def _spent(self, reservation: Reservation) -> Spent | None:
+        key = reservation.key
+        if key.round < self._rounds - 1:
+            return None
+        delta = next(e.budget.delta for e in self.entries() if e.key == key)
+        claim = self.spent(key.dataset, key.unit, delta).claim
+        return Spent(float(claim.epsilon), claim.delta, claim.accountant)
+
+    def _about(self, key: Key) -> dict[str, Any]:
+        account = self._log.blinded(f"account\0{key.dataset}\0{key.unit}".encode())
+        return {
+            "account": account.hex()[:32],
+            "unit": key.unit,
+            "round": key.round,
+            "training": key.attempt,
+            "ledger": anchor(self._log, self.head.digest).hex(),
+        }
+
+
+def anchor(log: EvidenceLog, head: bytes) -> bytes:
+    """What the log says instead of a ledger's head."""
+    return log.blinded(b"ledger\0" + head)
+
+
+def check_anchors(log: EvidenceLog, ledger: Ledger) -> int:
+    """Check that the ledger still contains every head that the log anchored; returns how many.
+
+    Only who holds both files can: the anchors are blinded.
+
+    Raises:
+        EvidenceError: naming the entry whose head is gone.
+    """
+    heads = {anchor(log, row.digest).hex(): row.seq for row in ledger.rows()}
+    charges = [entry for entry in log.entries if isinstance(entry.what, CHARGES)]
+    last = 0
+    for entry in charges:
+        row = heads.get(_head(entry), 0)
+        if row < last or not row:
+            raise EvidenceError(
+                f"{ledger.owner}: the privacy ledger does not contain what {entry.place} anchored",
+                hint="it was cut back, rewritten or replaced; restore the newest copy",
+            )
+        last = row
+    return len(charges)
+
+
+def _head(entry: Entry) -> str:
+    assert isinstance(entry.what, CHARGES)
+    return entry.what.ledger

@@ -1,0 +1,422 @@
+"""What the two round loops write into their evidence logs, and how silos vouch for the server's.
+
+Both classes take ``log=None`` and then write nothing: for tests of the loops alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+
+from securefedcollm import __version__
+from securefedcollm.aggregation import Roster, RoundHeader, RoundResult, SiloSide, Step, Transcript
+from securefedcollm.errors import CryptoError, EvidenceError, RemoteProtocolError, StateError
+from securefedcollm.evidence.bundle import file_digests
+from securefedcollm.evidence.entries import (
+    Agreed,
+    Failed,
+    Finished,
+    Lost,
+    Member,
+    Opened,
+    Opening,
+    Refused,
+    Round,
+    Summed,
+    Unmasked,
+    Uploaded,
+    Witnessed,
+    decode_entry,
+)
+from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.evidence.merkle import (
+    consistency_proof,
+    inclusion_proof,
+    verify_consistency,
+    verify_inclusion,
+)
+from securefedcollm.evidence.note import Checkpoint, cosign, origin, parse_checkpoint
+from securefedcollm.evidence.software import bill_of_materials, code_digest
+from securefedcollm.federation import messages
+from securefedcollm.federation.files import write_durably
+from securefedcollm.primitives import SigningKey, sha256
+
+log = logging.getLogger(__name__)
+
+SERVER = "server"
+SBOM = "sbom.json"
+
+
+def _opened(header: RoundHeader, roster: Roster, server: bytes, sbom: bytes | None) -> Opened:
+    silos = [
+        Member(name, "silo", key.hex()) for name, key in zip(roster.names, roster.keys, strict=True)
+    ]
+    return Opened(
+        study=header.study_digest.hex(),
+        run=header.run_id.hex(),
+        roster=[Member(SERVER, "server", server.hex()), *silos],
+        version=__version__,
+        code=code_digest().hex(),
+        sbom=None if sbom is None else sha256(sbom).hex(),
+    )
+
+
+def _round(
+    header: RoundHeader,
+    base: bytes,
+    layout: bytes,
+    adapter: bytes,
+    mechanism: bytes,
+    clip_norm: float | None,
+) -> Round:
+    return Round(
+        round=header.round,
+        attempt=header.attempt,
+        base=base.hex(),
+        layout=layout.hex(),
+        adapter=sha256(adapter).hex(),
+        mechanism=mechanism.hex() or None,
+        clip_norm=clip_norm,
+        model=header.model_digest.hex(),
+        values=header.parameters.values,
+        header=header.digest.hex(),
+    )
+
+
+class SiloRecord:
+    """A silo's side of the evidence.
+
+    Args:
+        server: the server's Ed25519 public key, 32 bytes.
+    """
+
+    def __init__(
+        self,
+        log: EvidenceLog | None,
+        *,
+        name: str,
+        key: SigningKey,
+        roster: Roster,
+        server: bytes = b"",
+    ) -> None:
+        self._log = log
+        self._name = name
+        self._key = key
+        self._roster = roster
+        self._server = server
+        self._header: RoundHeader | None = None
+
+    def round(
+        self,
+        header: RoundHeader,
+        base: bytes,
+        layout: bytes,
+        adapter: bytes,
+        mechanism: bytes,
+        clip_norm: float | None = None,
+    ) -> None:
+        """Before this silo trains."""
+        self._header = header
+        if self._log is None:
+            return
+        if not self._log.size:
+            self._log.append(_opened(header, self._roster, self._server, None))
+        self._log.append(_round(header, base, layout, adapter, mechanism, clip_norm))
+
+    def said(self, side: SiloSide) -> None:
+        """After the aggregation's answer was made, before it leaves."""
+        if self._log is None or self._header is None:
+            return
+        seen, round_, attempt = side.transcript, self._header.round, self._header.attempt
+        header, lists = seen.header.hex(), seen.lists.hex()
+        survivors, dropouts = list(seen.survivors), list(seen.dropouts)
+        match side.step:
+            case Step.AGREE:
+                self._log.append(
+                    Uploaded(
+                        round=round_, attempt=attempt, header=header, delivery=seen.delivery.hex()
+                    )
+                )
+            case Step.UNMASK:
+                self._log.append(
+                    Agreed(
+                        round=round_,
+                        attempt=attempt,
+                        header=header,
+                        delivery=seen.delivery.hex(),
+                        survivors=survivors,
+                        dropouts=dropouts,
+                        lists=lists,
+                    )
+                )
+            case Step.DONE:
+                self._log.append(
+                    Unmasked(
+                        round=round_,
+                        attempt=attempt,
+                        header=header,
+                        lists=lists,
+                        seeds_of=survivors,
+                        keys_of=dropouts,
+                    )
+                )
+
+    def refused(self, error: Exception) -> None:
+        """A request was not answered. Only the kind of error is written: reasons are private.
+
+        Adversary: a server that fills this silo's disk with refusals. One is written for any number
+        of the same kind in a row, and none before the first round.
+        """
+        if self._log is None or not self._log.size:
+            return
+        refusal = Refused(error=type(error).__name__)
+        if self._log.entries[-1].what == refusal:
+            return
+        try:
+            self._log.append(refusal)
+        except StateError as full:  # saying nothing needs no evidence
+            log.warning("%s", full)
+
+    def countersign(self, request: messages.Witness) -> messages.Witnessed:
+        """Vouch for the server's log: it extends what this silo vouched for before, and says of
+        this round's opening what this silo saw.
+
+        Raises:
+            RemoteProtocolError: it does not. Adversary: a server that rewrites its history, or
+                keeps one log for each reader.
+        """
+        if self._log is None:
+            raise RemoteProtocolError("asked a silo without a log to vouch for its", peer=SERVER)
+        last = self._vouched()
+        if request.old != last.size:
+            return messages.Witnessed(last.size, b"")
+        try:
+            head = parse_checkpoint(request.checkpoint)
+            if head.origin != origin(self._log.study, SERVER):
+                raise EvidenceError("the checkpoint is of another log")
+            head.verify(self._server)
+            verify_consistency(
+                last.size, bytes.fromhex(last.root), head.size, head.root, request.consistency
+            )
+            self._compare(request, head)
+        except (EvidenceError, CryptoError) as error:
+            raise RemoteProtocolError(
+                f"its evidence log does not hold: {error.message}",
+                peer=SERVER,
+                hint="keep both signed heads, and stop: the server contradicts itself",
+            ) from None
+        if head.size > last.size:
+            self._log.append(Witnessed(size=head.size, root=head.root.hex()))
+        line = cosign(head, self._log.origin, self._key, int(time.time()))
+        return messages.Witnessed(head.size, line)
+
+    def _vouched(self) -> Witnessed:
+        assert self._log is not None
+        for entry in reversed(self._log.entries):
+            if isinstance(entry.what, Witnessed):
+                return entry.what
+        return Witnessed(size=0, root=sha256().hex())
+
+    def _compare(self, request: messages.Witness, head: Checkpoint) -> None:
+        """The openings of the server's newest round against this silo's own entries."""
+        agreed, unmasked = self._own()
+        theirs: dict[str, Opening] = {}
+        for shown in request.openings:
+            verify_inclusion(shown.entry, shown.index, head.size, shown.inclusion, head.root)
+            what = decode_entry(shown.entry, "the server's entry").what
+            if not isinstance(what, Opening):
+                raise EvidenceError("the entry shown is not an opening")
+            theirs[what.header] = what
+        for mine in agreed:
+            same = theirs.get(mine.header)
+            if same and (same.lists, same.survivors) != (mine.lists, mine.survivors):
+                raise EvidenceError(f"it names other survivors of round {mine.round + 1}")
+        if unmasked is None or any(what.round > unmasked.round for what in theirs.values()):
+            return  # a later round, in which this silo was absent
+        opened = theirs.get(unmasked.header)
+        if opened is None or opened.survivors != unmasked.seeds_of:
+            raise EvidenceError(f"it hides or alters the opening of round {unmasked.round + 1}")
+
+    def _own(self) -> tuple[list[Agreed], Unmasked | None]:
+        """What this silo agreed to and unmasked in the round it is in."""
+        assert self._log is not None
+        agreed: list[Agreed] = []
+        unmasked: Unmasked | None = None
+        for entry in reversed(self._log.entries):
+            what = entry.what
+            if isinstance(what, Round) and self._header and what.round < self._header.round:
+                break
+            if isinstance(what, Agreed):
+                agreed.append(what)
+            elif isinstance(what, Unmasked) and unmasked is None:
+                unmasked = what
+        return agreed, unmasked
+
+
+class ServerRecord:
+    """The server's side of the evidence.
+
+    Args:
+        quorum: silos that must vouch for the log. Two quorums share an honest silo, so no two logs
+            that contradict each other have one each.
+    """
+
+    def __init__(
+        self,
+        log: EvidenceLog | None,
+        *,
+        key: SigningKey | None,
+        roster: Roster,
+        quorum: int = 1,
+    ) -> None:
+        self._log = log
+        self._quorum = quorum
+        self._key = key
+        self._roster = roster
+        self._proofs: dict[tuple[int, int], list[bytes]] = {}
+        """(old, new size) → consistency proof: the same for most silos of a round."""
+        self._openings: list[messages.Shown] = []
+        self._shown_at = -1
+        self._vouched: dict[str, int] = {}
+        """Silo → entries of the head that it last vouched for."""
+        if log is not None:
+            names = {origin(log.study, name): name for name in roster.names}
+            for head in log.heads():
+                signers = [names[signer] for signer, _ in head.lines if signer in names]
+                self._vouched |= dict.fromkeys(signers, head.size)
+
+    @property
+    def sealed(self) -> bool:
+        """Whether nothing was written since a quorum of silos vouched for the log."""
+        if self._log is None:
+            return True
+        return list(self._vouched.values()).count(self._log.size) >= self._quorum
+
+    def round(
+        self,
+        header: RoundHeader,
+        base: bytes,
+        layout: bytes,
+        adapter: bytes,
+        mechanism: bytes,
+        clip_norm: float | None = None,
+    ) -> None:
+        """Before the model is sent."""
+        if self._log is None or self._key is None:
+            return
+        if not self._log.size:
+            sbom = bill_of_materials()
+            write_durably(self._log.path.with_name(SBOM), sbom)
+            self._log.append(_opened(header, self._roster, self._key.public, sbom))
+        self._log.append(_round(header, base, layout, adapter, mechanism, clip_norm))
+
+    def opening(self, header: RoundHeader, seen: Transcript) -> None:
+        """Before anybody is asked to unmask."""
+        if self._log is None:
+            return
+        self._log.append(
+            Opening(
+                round=header.round,
+                attempt=header.attempt,
+                header=seen.header.hex(),
+                delivery=seen.delivery.hex(),
+                survivors=list(seen.survivors),
+                dropouts=list(seen.dropouts),
+                lists=seen.lists.hex(),
+                agreements={name: raw.hex() for name, raw in seen.agreements.items()},
+            )
+        )
+
+    def summed(self, header: RoundHeader, result: RoundResult) -> None:
+        """Before the sum is used."""
+        if self._log is None:
+            return
+        self._log.append(
+            Summed(
+                round=header.round,
+                attempt=header.attempt,
+                header=result.header_digest.hex(),
+                survivors=list(result.survivors),
+                sum=sha256(np.ascontiguousarray(result.sum, dtype="<i8").data.cast("B")).hex(),
+            )
+        )
+
+    def failed(self, round_: int, attempt: int, error: Exception) -> None:
+        """An attempt failed."""
+        if self._log is not None:
+            name = type(error).__name__.lstrip("_")
+            self._log.append(Failed(round=round_, attempt=attempt, error=name))
+
+    def lost(self, round_: int) -> None:
+        """The run goes on without this round's updates."""
+        if self._log is not None:
+            self._log.append(Lost(round=round_))
+
+    def finished(self, round_: int, adapter: bytes, directory: Path | None) -> None:
+        """The round is done and its adapters are in ``directory``. Written once a round.
+
+        Args:
+            round_: number of the round, or in joint DP-SGD of the step, in the whole run.
+            directory: None after a step that ends no round.
+        """
+        if self._log is None or any(
+            isinstance(entry.what, Finished) and entry.what.round == round_
+            for entry in self._log.entries
+        ):
+            return
+        digests = file_digests(directory) if directory else {}
+        self._log.append(Finished(round=round_, adapter=sha256(adapter).hex(), files=digests))
+
+    def witness(self, silo: str) -> messages.Witness | None:
+        """What ``silo`` is asked to vouch for; None if there is nothing."""
+        if self._log is None or not self._log.size:
+            return None
+        leaves = self._log.leaves
+        old = self._vouched.get(silo, 0)
+        return messages.Witness(
+            checkpoint=self._log.head.note,
+            old=old,
+            consistency=self._consistency(leaves, old),
+            openings=self._shown(),
+        )
+
+    def _shown(self) -> list[messages.Shown]:
+        """The openings of the newest round that has any: a silo may know of an earlier attempt."""
+        assert self._log is not None
+        if self._shown_at != self._log.size:
+            found = [(e.seq, e.what) for e in self._log.entries if isinstance(e.what, Opening)]
+            leaves, round_ = self._log.leaves, found[-1][1].round if found else -1
+            self._openings = [
+                messages.Shown(seq, leaves[seq], inclusion_proof(leaves, seq))
+                for seq, what in found
+                if what.round == round_
+            ]
+            self._shown_at = self._log.size
+        return self._openings
+
+    def _consistency(self, leaves: list[bytes], old: int) -> list[bytes]:
+        key = (old, len(leaves))
+        if key not in self._proofs:
+            self._proofs = {k: proof for k, proof in self._proofs.items() if k[1] == len(leaves)}
+            self._proofs[key] = consistency_proof(leaves, old)
+        return self._proofs[key]
+
+    def witnessed(self, silo: str, reply: messages.Witnessed) -> bool:
+        """Take a silo's cosignature; False if it must be asked again with another proof."""
+        assert self._log is not None
+        if not reply.cosignature:
+            self._vouched[silo] = min(max(0, reply.size), self._log.size)
+            return False
+        name = origin(self._log.study, silo)
+        head = self._log.head.with_line(name, reply.cosignature)
+        try:
+            head.verify_cosigned(name, self._roster.key(self._roster.index(silo)))
+        except CryptoError as error:
+            log.warning("%s: %s", silo, error)
+            return True
+        self._log.add_cosignature(head.size, name, reply.cosignature)
+        self._vouched[silo] = head.size
+        return True

@@ -1,0 +1,164 @@
+"""The report of a bundle: what it says, that every link lands, and that nothing is fetched."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import msgspec
+import pytest
+from securefedcollm_audits.report import advantage, make_report
+from securefedcollm_audits.report_html import controls, to_html
+from securefedcollm_audits.verify import CHECKS
+
+from securefedcollm.errors import EvidenceError
+from securefedcollm.evidence.bundle import make_bundle
+from securefedcollm.privacy.shown import up
+
+from ..evidence.runs import NAMES
+from .forge import doctor
+
+
+class Reader(HTMLParser):
+    """Anchors, links and text of a page that closes what it opens."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.links, self.ids, self.words = [], [], [], []
+        self.feed(page)
+        assert self.open == []
+        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in {"meta", "br"}:
+            self.open.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+        self.ids += [value for name, value in attrs if name == "id"]
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def record(record_bundle):
+    report, case = make_report(record_bundle)
+    return report, to_html(report, case)
+
+
+def test_every_link_lands_in_the_page_and_nothing_is_fetched(record):
+    _, page = record
+    reader = Reader(page)
+    assert len(reader.ids) == len(set(reader.ids))
+    assert {link[0] for link in reader.links} == {"#"}
+    assert {link[1:] for link in reader.links} <= set(reader.ids)
+    assert len(reader.links) > 50
+    assert not re.search(r"<script|url\(|@import|https?://", page)
+    assert "prefers-color-scheme: dark" in page
+    assert "@media print" in page
+
+
+def test_it_says_what_the_bundle_says(record, record_bundle):
+    report, page = record
+    text = Reader(page).text
+    spent = report.silos[0].claimed
+    assert report.epsilon == spent
+    assert f"(ε = {up(spent)}, δ = 1e-05) differentially private for one record of a silo" in text
+    assert "evidence verified offline: 22 checks passed" in text
+    for silo in report.silos:
+        assert silo.low < silo.claimed < silo.high
+        assert [c.round for c in silo.charges] == [1, 2]
+        assert silo.charges[0].cumulative < silo.charges[1].cumulative
+        assert silo.charges[1].cumulative == pytest.approx(silo.claimed, abs=2e-3)
+        assert silo.place == f"{silo.name}#12 (settled)"
+    assert [(r.round, r.survivors, r.agreements, r.witnesses) for r in report.rounds] == [
+        (1, list(NAMES), 4, 4),
+        (2, list(NAMES), 4, 4),
+    ]
+    for name in ("GDPR", "HIPAA", "EU AI Act", "SR 11-7", "NIST SP 800-226"):
+        assert name in text
+    assert "compliant" not in text.lower()
+    assert json.loads(msgspec.json.encode(report))["registry"]["epsilon"] == spent
+
+
+def test_client_level_privacy_names_adversaries_and_the_absent(silo_bundle):
+    report, case = make_report(silo_bundle)
+    by_name = {row.adversary: row.epsilons[1].epsilon for row in report.adversaries}
+    assert (
+        by_name["server"]
+        < by_name["server+1 silo"]
+        == pytest.approx(max(s.claimed for s in report.silos if s.claimed), abs=0.7)
+    )
+    assert "one silo's whole data set" in report.claim
+    assert "together with any 1 of the other silos" in report.claim
+    second = report.rounds[1]
+    assert (len(second.survivors), second.dropouts) == (3, ["silo-4"])
+    charges = report.silos[0].charges
+    assert [charge.honest_shares for charge in charges] == [3, 2]  # of 4 and 3, one colludes
+    assert report.silos[3].charges[1].state == "at the worst case"
+    assert "missing" in Reader(to_html(report, case)).text
+
+
+def test_a_bundle_that_fails_has_a_page_that_says_so_and_is_escaped(record_bundle, tmp_path):
+    """Adversary: whoever made the bundle, with markup in every text that is theirs to choose."""
+    attack = "<script>alert(1)</script>"
+
+    def inject(f):
+        f.what("silo-1", "settled", -1)["spent"].update(accountant=attack, epsilon=0.5)
+        f.what("silo-2", "opened")["version"] = attack
+
+    report, case = make_report(doctor(record_bundle, tmp_path / "forged.zip", inject))
+    page = to_html(report, case)
+    assert "<script" not in page
+    reader = Reader(page)
+    assert "evidence does NOT hold: 2 of the checks failed" in reader.text
+    assert "claims ε = 0.5000" in reader.text
+    assert "e-silo-1-12" in reader.ids
+
+
+def test_too_broken_for_a_report_is_one_line(record_bundle, tmp_path):
+    forged = doctor(
+        record_bundle,
+        tmp_path / "forged.zip",
+        lambda f: f.what("silo-1", "reserved").update(events=[]),
+    )
+    with pytest.raises(EvidenceError, match="too broken for a report"):
+        make_report(forged)
+    (tmp_path / "x.zip").write_bytes(b"PK")
+    with pytest.raises(EvidenceError, match="not a bundle"):
+        make_report(tmp_path / "x.zip")
+
+
+def test_parts_of_a_run_have_a_report_too(record_bundle, tmp_path):
+    for only in (["server"], ["silo-1"]):
+        (tmp_path / "part.zip").write_bytes(make_bundle(record_bundle.parent, only))
+        report, case = make_report(tmp_path / "part.zip")
+        reader = Reader(to_html(report, case))
+        assert {link[1:] for link in reader.links} <= set(reader.ids)
+        assert bool(report.rounds) == (only == ["server"])
+        assert bool(report.silos) == (only == ["silo-1"])
+
+
+def test_the_advantage_is_that_of_the_definition():
+    """With δ = 0, ε = ln 3 and 10 % false alarms, at most 30 % are found; at 50 %, 5/6."""
+    found = dict(advantage([(math.log(3.0), 0.0)]))
+    assert found[0.1] == pytest.approx(0.3)
+    assert found[0.5] == pytest.approx(5.0 / 6.0)
+    assert found[1.0] == 1.0
+    both = dict(advantage([(math.log(3.0), 0.0), (0.0, 0.05)]))
+    assert both[0.5] == pytest.approx(0.55)
+
+
+def test_the_control_tables_name_checks_that_exist():
+    known = {check.name for check in CHECKS} | {"archive"}
+    rows = [row for framework in controls()["frameworks"] for row in framework["rows"]]
+    named = {name for row in rows for name in row["checks"]}
+    assert named <= known
+    assert known - named == set()  # every check is evidence for something

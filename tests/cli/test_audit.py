@@ -1,0 +1,123 @@
+"""``audit …``: the commands, their output for people and machines, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from securefedcollm_cli.main import app
+from typer.testing import CliRunner
+
+from securefedcollm.aggregation.silo import SiloRound
+from securefedcollm.errors import ConfigError, EvidenceError, SecureFedCoLLMError
+
+from ..audits.conftest import record_bundle  # noqa: F401 - a fixture
+from ..audits.forge import doctor
+
+
+def call(*arguments):
+    result = CliRunner().invoke(app, ["audit", *map(str, arguments)])
+    if isinstance(result.exception, SecureFedCoLLMError):
+        raise result.exception
+    return result.exit_code, result.stdout
+
+
+def test_bundle_verify_and_compare(record_bundle, tmp_path):  # noqa: F811
+    run, mine = record_bundle.parent, tmp_path / "mine.zip"
+    code, out = call("bundle", run, "--out", mine, "--only", "server", "--only", "silo-3", "--json")
+    assert (code, json.loads(out)) == (0, {"bundle": str(mine), "bytes": mine.stat().st_size})
+    code, out = call("verify", mine)
+    assert code == 0
+    assert out.splitlines()[-1] == "evidence verified offline: 22 checks passed"
+    assert "No silo had both kinds" in out
+    code, out = call("verify", mine, "--json")
+    assert (code, json.loads(out)["holds"]) == (0, True)
+    assert len(json.loads(out)["results"]) == 23
+    code, out = call("compare", mine, record_bundle)
+    assert code == 0
+    assert "common-logs" in out
+    code, out = call("compare", mine, record_bundle, "--json")
+    assert json.loads(out)["participants"] == ["server", "silo-3", "silo-1", "silo-2", "silo-4"]
+
+
+def test_a_doctored_bundle_exits_with_1_and_names_the_entry(record_bundle, tmp_path):  # noqa: F811
+    def understate(forger):
+        forger.what("silo-1", "settled", -1)["spent"]["epsilon"] = 1.0
+
+    forged = doctor(record_bundle, tmp_path / "forged.zip", understate)
+    code, out = call("verify", forged)
+    assert code == 1
+    assert "evidence does NOT hold: 1 of the checks failed (second-accountant)" in out
+    assert "silo-1#12 (settled)" in out
+
+
+def test_report_writes_a_page_or_json_and_says_when_a_bundle_does_not_hold(
+    record_bundle,  # noqa: F811
+    tmp_path,
+):
+    page = tmp_path / "report.html"
+    assert call("report", record_bundle, "--html", page) == (0, f"wrote {page}\n")
+    assert page.read_text().startswith("<!doctype html>")
+    code, out = call("report", record_bundle, "--json")
+    assert code == 0
+    assert json.loads(out)["epsilon"] == pytest.approx(2.89, abs=0.01)
+    forged = doctor(
+        record_bundle,
+        tmp_path / "forged.zip",
+        lambda f: f.what("silo-1", "settled", -1)["spent"].update(epsilon=1.0),
+    )
+    assert call("report", forged, "--html", page)[0] == 1
+    assert "evidence does NOT hold" in page.read_text()
+    with pytest.raises(ConfigError, match="--html: nothing to write"):
+        call("report", record_bundle)
+
+
+def test_bad_input_is_one_line(record_bundle, tmp_path):  # noqa: F811
+    with pytest.raises(ConfigError, match=r"nowhere.zip: there is no such file"):
+        call("verify", tmp_path / "nowhere.zip")
+    with pytest.raises(ConfigError, match=r"is not a run directory"):
+        call("bundle", tmp_path)
+    with pytest.raises(ConfigError, match=r"no evidence log of silo-9"):
+        call("bundle", record_bundle.parent, "--only", "silo-9")
+    with pytest.raises(SecureFedCoLLMError, match=r"cannot be written"):
+        call("bundle", record_bundle.parent, "--out", tmp_path / "none" / "x.zip")
+
+
+def test_protocol_plays_attacks_and_says_what_was_learnt():
+    code, out = call("protocol", "--case", "both_lists", "--case", "copied_keys", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["held"]
+    assert [(o["case"], o["adversary"], o["learnt"]) for o in found["outcomes"]] == [
+        ("both_lists", "server", []),
+        ("copied_keys", "silo", []),
+    ]
+    code, out = call("protocol", "--case", "split_survivors")
+    assert code == 0
+    assert "1 of 1 attacks learnt nothing" in out
+    with pytest.raises(ConfigError, match="there is no attack 'x'"):
+        call("protocol", "--case", "x")
+
+
+def test_builds_with_a_check_missing_are_caught(monkeypatch):
+    monkeypatch.setattr(SiloRound, "_check_quorum", lambda self, agreements: None)
+    code, out = call("protocol", "--case", "split_survivors")
+    assert code == 1
+    assert "1 of 1 attacks were not stopped: split_survivors" in out
+    monkeypatch.setattr(SiloRound, "_record", lambda self, key, value: None)
+    code, out = call("protocol", "--case", "second_attempt", "--json")
+    assert code == 1
+    (outcome,) = json.loads(out)["outcomes"]
+    assert outcome["learnt"]
+
+
+def test_a_ledger_that_was_put_back_is_not_bundled(record_bundle, tmp_path):  # noqa: F811
+    """Adversary: the operator of silo-1, who restores an empty ledger to spend its budget again."""
+    run = tmp_path / "run"
+    shutil.copytree(record_bundle.parent, run)
+    for file in (run / "silos" / "silo-1").glob("ledger.sqlite*"):
+        file.unlink()
+    shutil.copy(run / "silos" / "silo-2" / "ledger.sqlite", run / "silos" / "silo-1")
+    with pytest.raises(EvidenceError, match="ledger"):
+        call("bundle", run)

@@ -1,0 +1,131 @@
+"""Runs with evidence at every participant, with arithmetic in place of training: no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from functools import partial
+from pathlib import Path
+
+from securefedcollm.evidence.ledger import LoggedLedger
+from securefedcollm.evidence.log import FILE_NAME, EvidenceLog
+from securefedcollm.federation.coordinator import Coordinator
+from securefedcollm.federation.engines.embedded import EmbeddedEngine
+from securefedcollm.federation.files import write_durably
+from securefedcollm.federation.plan import silo_unit
+from securefedcollm.federation.recording import SERVER, ServerRecord, SiloRecord
+from securefedcollm.federation.runstore import RunStore
+from securefedcollm.federation.silo import SiloSession
+from securefedcollm.federation.silostore import SiloStore
+from securefedcollm.federation.workload import silent
+from securefedcollm.primitives import SigningKey
+from securefedcollm.privacy.events import PoissonGaussian
+from securefedcollm.study import Study, digest, dump_study
+
+from ..federation.arithmetic import (
+    KEYS,
+    NAMES,
+    ROSTER,
+    SIZE,
+    ArithmeticServer,
+    ArithmeticSilo,
+    make_study,
+)
+
+SERVER_KEY = SigningKey(hashlib.sha256(SERVER.encode()).digest())
+ALL_KEYS = {SERVER: SERVER_KEY, **KEYS}
+LOCAL = {"steps": 5, "batch_size": 8, "learning_rate": 0.1}
+SILO_PRIVACY = {
+    "epsilon": 8.0,
+    "delta": 1e-5,
+    "unit": "silo",
+    "noise": "distributed",
+    "clip_norm": 20.0,
+}
+
+
+class RecordedSilo(ArithmeticSilo):
+    """Its charge follows from the study, as that of a real silo does."""
+
+    def __init__(self, name: str, study: Study, fails: bool = False) -> None:
+        record = study.privacy is not None and study.privacy.unit == "record"
+        super().__init__(name, private=record, fails=fails)
+        self.steps = study.local.steps
+
+    def events(self):
+        event = PoissonGaussian(q=0.1, noise_multiplier=1.0, steps=self.steps)
+        return (event,) if self.private else ()
+
+
+def recorded_study(**changes) -> Study:
+    return make_study(**({"local": LOCAL} | changes))
+
+
+def make_silo(name, progress, *, study, directory, fails=()):
+    home = Path(directory) / "silos" / name
+    home.mkdir(parents=True, exist_ok=True)
+    log = EvidenceLog(home / FILE_NAME, study=digest(study), owner=name, key=KEYS[name])
+    return SiloSession(
+        study=study,
+        name=name,
+        roster=ROSTER,
+        key=KEYS[name],
+        workload=RecordedSilo(name, study, name in fails),
+        store=SiloStore(home),
+        ledger=LoggedLedger(home / "ledger.sqlite", name, log, rounds=study.rounds),
+        progress=progress,
+        evidence=SiloRecord(
+            log, name=name, key=KEYS[name], roster=ROSTER, server=SERVER_KEY.public
+        ),
+    )
+
+
+class RecordedRun:
+    """One life of a coordinator and its silos; made again on the same directory, it resumes."""
+
+    def __init__(self, directory, study, *, resume=False, wrap=lambda e: e, **silo):
+        self.directory = directory
+        self.study = study
+        self.store = RunStore(directory, digest(study), resume=resume)
+        write_durably(directory / "study.yaml", dump_study(study).encode())
+        self.server = ArithmeticServer()
+        factory = partial(make_silo, study=study, directory=directory, **silo)
+        self.engine = EmbeddedEngine(NAMES, factory, workers=0, progress=silent)
+        self.log = server_log(directory, study, SERVER_KEY)
+        self.coordinator = Coordinator(
+            study=study,
+            roster=ROSTER,
+            engine=wrap(self.engine),
+            workload=self.server,
+            store=self.store,
+            progress=silent,
+            evidence=ServerRecord(self.log, key=SERVER_KEY, roster=ROSTER, quorum=study.threshold),
+        )
+
+    def go(self):
+        try:
+            self.coordinator.run()
+        finally:
+            self.engine.close()
+        shutil.rmtree(self.directory / "adapters", ignore_errors=True)
+        shutil.copytree(self.store.adapters, self.directory / "adapters")
+        return self.server.theta
+
+
+def server_log(directory, study, key=None):
+    path = directory / "server" / FILE_NAME
+    return EvidenceLog(path, study=digest(study), owner=SERVER, key=key)
+
+
+def silo_log(directory, study, name, key=None):
+    path = directory / "silos" / name / FILE_NAME
+    return EvidenceLog(path, study=digest(study), owner=name, key=key)
+
+
+def kinds(log):
+    """The kinds of a log's entries, in order."""
+    return [type(entry.what).__name__.lower() for entry in log.entries]
+
+
+def unit_of(study):
+    return silo_unit(study, lambda round_: SIZE, 0)

@@ -1,0 +1,319 @@
+"""What the two round loops write down, that it survives them, and what silos do not vouch for."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+
+import msgspec
+import pytest
+from securefedcollm_audits.verify import verify
+
+from securefedcollm.errors import EvidenceError, ProtocolError
+from securefedcollm.evidence.bundle import make_bundle
+from securefedcollm.evidence.entries import (
+    Agreed,
+    Finished,
+    Opening,
+    Settled,
+    Summed,
+    Uploaded,
+    decode_entry,
+    encode_entry,
+)
+from securefedcollm.evidence.ledger import check_anchors
+from securefedcollm.evidence.merkle import consistency_proof, inclusion_proof
+from securefedcollm.evidence.note import origin, sign_checkpoint
+from securefedcollm.federation.engines import Failure
+from securefedcollm.federation.messages import (
+    Aggregate,
+    Refused,
+    Shown,
+    Witness,
+    Witnessed,
+    decode_reply,
+    decode_request,
+    encode,
+)
+from securefedcollm.federation.workload import silent
+from securefedcollm.primitives import merkle_root
+from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.study import digest
+
+from ..federation.test_rounds import Cut, Dies, Killed, expected_theta
+from .runs import (
+    ALL_KEYS,
+    KEYS,
+    NAMES,
+    SERVER_KEY,
+    SILO_PRIVACY,
+    RecordedRun,
+    kinds,
+    make_silo,
+    recorded_study,
+    server_log,
+    silo_log,
+)
+
+SERVER_ROUND = ["round", "opening", "summed", "finished"]
+SILO_ROUND = [
+    *("round", "reserved", "released", "settled"),
+    *("uploaded", "agreed", "unmasked", "witnessed"),
+]
+
+
+def test_every_participant_writes_its_log_and_silos_vouch_for_the_server_s(tmp_path):
+    study = recorded_study()
+    RecordedRun(tmp_path, study).go()
+    log = server_log(tmp_path, study)
+    assert kinds(log) == ["opened", *SERVER_ROUND * 3]
+    for name in NAMES:
+        mine = silo_log(tmp_path, study, name)
+        assert kinds(mine) == ["opened", *SILO_ROUND * 3]
+        mine.head.verify(KEYS[name].public)
+        assert mine.entries[-5].what.spent.epsilon < 8  # said with the last round
+        for head in log.heads():
+            head.verify(SERVER_KEY.public)
+            head.verify_cosigned(origin(digest(study), name), KEYS[name].public)
+    assert [head.size for head in log.heads()] == [5, 9, 13]
+
+
+def test_the_silo_unit_settles_with_the_survivors(tmp_path):
+    study = recorded_study(privacy=SILO_PRIVACY)
+    RecordedRun(tmp_path, study, wrap=lambda e: Cut(e, ("silo-2",), 9)).go()
+    entries = [e.what for e in silo_log(tmp_path, study, "silo-1").entries]
+    settled = [what for what in entries if isinstance(what, Settled)]
+    assert [(s.round, s.events[0]["shares"]) for s in settled] == [(0, 4), (1, 3), (2, 3)]
+    assert settled[-1].spent is not None
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("at", [0, 3, 5, 6])
+def test_killed_at_any_exchange_the_logs_go_on(tmp_path, at, before):
+    """Exchange 6 collects cosignatures. All processes die; each participant keeps its directory."""
+    study = recorded_study(rounds=2)
+    with pytest.raises(Killed):
+        RecordedRun(tmp_path, study, wrap=lambda e: Dies(e, at, before)).go()
+    before_kill = server_log(tmp_path, study).leaves
+    theta = RecordedRun(tmp_path, study, resume=True).go()
+    assert (theta == expected_theta(study)).all()
+    log = server_log(tmp_path, study)
+    assert log.leaves[: len(before_kill)] == before_kill
+    finished = [e.what.round for e in log.entries if isinstance(e.what, Finished)]
+    assert finished == [0, 1]
+    assert kinds(log).count("opened") == 1
+    sums = {e.what.round: e.what.sum for e in log.entries if isinstance(e.what, Summed)}
+    assert len(sums) == 2
+    for name in NAMES:
+        mine = silo_log(tmp_path, study, name)
+        with Ledger(tmp_path / "silos" / name / "ledger.sqlite", name) as ledger:
+            assert check_anchors(mine, ledger) >= 6
+
+
+class Reads:
+    """An engine that looks into the logs whenever something is about to leave."""
+
+    def __init__(self, engine, directory, study):
+        self.engine, self.directory, self.study = engine, directory, study
+        self.looked = 0
+
+    def exchange(self, frames, timeout):
+        inner = decode_request(next(iter(frames.values())))
+        replies = self.engine.exchange(frames, timeout)
+        if isinstance(inner, Aggregate) and b"opening" in inner.frame[:16]:
+            assert kinds(server_log(self.directory, self.study))[-1] == "opening"
+            for name in NAMES:
+                assert kinds(silo_log(self.directory, self.study, name))[-1] == "unmasked"
+            self.looked += 1
+        if isinstance(inner, Aggregate) and b"delivery" in inner.frame[:16]:
+            for name in NAMES:  # the upload waits in ``replies``: charged and written down
+                assert kinds(silo_log(self.directory, self.study, name))[-4:] == [
+                    *("reserved", "released", "settled", "uploaded")
+                ]
+            self.looked += 1
+        return replies
+
+
+def test_what_leaves_is_on_disk_before(tmp_path):
+    study = recorded_study(rounds=2)
+    readers = []
+
+    def wrap(engine):
+        readers.append(Reads(engine, tmp_path, study))
+        return readers[-1]
+
+    RecordedRun(tmp_path, study, wrap=wrap).go()
+    assert readers[0].looked == 4
+
+
+def test_a_silo_that_cannot_write_its_log_says_nothing(tmp_path):
+    study = recorded_study(rounds=1)
+    run = RecordedRun(tmp_path, study)
+    for name in NAMES:  # a full disk, as SQLite sees it
+        run.engine._local[name]._evidence._log._db.execute("PRAGMA query_only = ON")
+    with pytest.raises(ProtocolError, match="0 of 4 silos delivered an update"):
+        run.go()
+    assert kinds(silo_log(tmp_path, study, "silo-1")) == []
+
+
+def test_refusals_are_written_once_and_without_their_reasons(tmp_path):
+    study = recorded_study()
+    run = RecordedRun(tmp_path, study, fails=("silo-3",))
+    run.go()
+    log = silo_log(tmp_path, study, "silo-3")
+    assert kinds(log)[1:6] == ["round", "reserved", "released", "settled", "refused"]
+    assert not re.search(rb"finite|learning_rate", b"".join(log.leaves))
+    silo = run.engine._local["silo-3"]
+    for _ in range(50):
+        silo.step(b"garbage")
+    assert silo._evidence._log.size <= log.size + 1
+
+
+def test_an_old_ledger_file_is_found_out(tmp_path):
+    """Adversary: an operator who restores the file of before round 2 to have its budget back."""
+    study = recorded_study(rounds=2)
+    path = tmp_path / "silos" / "silo-1" / "ledger.sqlite"
+    with pytest.raises(Killed):
+        RecordedRun(tmp_path, study, wrap=lambda e: Dies(e, 7, True)).go()
+    old = tmp_path / "old.sqlite"
+    source, target = sqlite3.connect(path), sqlite3.connect(old)
+    source.backup(target)
+    target.close()
+    RecordedRun(tmp_path, study, resume=True).go()
+    log = silo_log(tmp_path, study, "silo-1")
+    with Ledger(path, "silo-1") as ledger:
+        assert check_anchors(log, ledger) == 6
+    with (
+        Ledger(old, "silo-1") as ledger,
+        pytest.raises(EvidenceError, match=r"does not contain what silo-1#\d+ \(reserved\)"),
+    ):
+        check_anchors(log, ledger)
+
+
+# --- What silos refuse to vouch for ---------------------------------------------------------------
+
+
+@pytest.fixture
+def midway(tmp_path):
+    """silo-1 after round 1 of 2, and the server's leaves; nobody has vouched for anything."""
+    study = recorded_study(rounds=2)
+    with pytest.raises(Killed):
+        RecordedRun(tmp_path, study, wrap=lambda e: Dies(e, 6, True)).go()
+    silo = make_silo("silo-1", silent, study=study, directory=tmp_path)
+    silo._evidence._header = None
+    return study, silo, server_log(tmp_path, study).leaves
+
+
+def ask(study, leaves, old=0, key=SERVER_KEY, name="server", **changes):
+    """What an adversary with the server's key can ask silo-1 to vouch for."""
+    shown = [i for i, leaf in enumerate(leaves) if b'"kind":"opening"' in leaf]
+    head = sign_checkpoint(origin(digest(study), name), key, len(leaves), merkle_root(leaves))
+    request = Witness(
+        checkpoint=head.note,
+        old=old,
+        consistency=consistency_proof(leaves, old),
+        openings=[Shown(i, leaves[i], inclusion_proof(leaves, i)) for i in shown],
+    )
+    return encode(msgspec.structs.replace(request, **changes))
+
+
+def answer(silo, frame):
+    return decode_reply(silo.step(frame), "silo-1")
+
+
+def forged(leaves, kind, **changes):
+    """The log with the fields of one kind of entry changed."""
+    made = []
+    for leaf in leaves:
+        entry = decode_entry(leaf, "here")
+        if isinstance(entry.what, kind):
+            changed = msgspec.structs.replace(entry.what, **changes)
+            entry = msgspec.structs.replace(entry, what=changed)
+        made.append(encode_entry(entry))
+    return made
+
+
+def test_a_silo_vouches_for_what_agrees_with_its_own_log_and_only_for_what_extends_it(midway):
+    study, silo, leaves = midway
+    reply = answer(silo, ask(study, leaves))
+    assert isinstance(reply, Witnessed)
+    assert reply.cosignature
+    # A server that forgot is told from where to prove; one that rewrote history cannot.
+    assert answer(silo, ask(study, leaves)) == Witnessed(len(leaves), b"")
+    longer = [*leaves, leaves[-1]]
+    rewritten = [leaves[0].replace(b"server", b"sErver", 1), *longer[1:]]
+    refusal = answer(silo, ask(study, rewritten, old=len(leaves)))
+    assert "does not extend" in refusal.message
+    assert answer(silo, ask(study, longer, old=len(leaves))).cosignature
+
+
+@pytest.mark.parametrize(
+    ("forge", "changes", "message"),
+    [
+        (("survivors", ["silo-1", "silo-2", "silo-3"]), {}, "names other survivors"),
+        (None, {"openings": []}, "hides or alters the opening of round 1"),
+        (None, {"openings": [Shown(2, b"{}", [])]}, "is not in the log"),
+        (None, {"name": "silo-2"}, "is of another log"),
+        (None, {"key": ALL_KEYS["silo-2"]}, "no signature by"),
+        (None, {"checkpoint": "nonsense"}, "well-formed signed note"),
+    ],
+)
+def test_a_silo_does_not_vouch_for(midway, forge, changes, message):
+    """Adversary: the server, with its own key, after silo-1 opened the sum of round 1."""
+    study, silo, leaves = midway
+    if forge is not None:
+        leaves = forged(leaves, Opening, **dict([forge]))
+    refusal = answer(silo, ask(study, leaves, **changes))
+    assert isinstance(refusal, Refused)
+    assert message in refusal.message
+
+
+def test_a_lie_about_the_opened_round_is_refused_under_any_header(midway):
+    study, silo, leaves = midway
+    lie = forged(leaves, Opening, header="0" * 64, survivors=["silo-1", "silo-2", "silo-3"])
+    assert "hides or alters the opening of round 1" in answer(silo, ask(study, lie)).message
+
+
+class Away:
+    """An engine that loses silo-4 while the round goes on, and has it back to be asked to vouch."""
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    def exchange(self, frames, timeout):
+        if isinstance(decode_request(frames["silo-1"]), Witness):
+            return self.engine.exchange(frames, timeout)
+        here = {name: frame for name, frame in frames.items() if name != "silo-4"}
+        gone = {name: Failure("away") for name in frames if name == "silo-4"}
+        return self.engine.exchange(here, timeout) | gone
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_an_honest_server_that_lost_a_round_is_vouched_for(tmp_path, rounds):
+    """All four opened, the server died, and silo-4 stayed away: the others agree to a sum of three
+    and refuse to open it. Both openings are in the server's log; everybody knows one of them."""
+    study = recorded_study(rounds=rounds)
+    with pytest.raises(Killed):
+        RecordedRun(tmp_path, study, wrap=lambda e: Dies(e, 5, before=False)).go()
+    RecordedRun(tmp_path, study, resume=True, wrap=Away).go()
+    log = server_log(tmp_path, study)
+    assert kinds(log)[:6] == ["opened", "round", "opening", "round", "opening", "failed"]
+    assert "lost" in kinds(log)
+    for name in NAMES:
+        log.head.verify_cosigned(origin(digest(study), name), KEYS[name].public)
+    (tmp_path / "evidence.zip").write_bytes(make_bundle(tmp_path))
+    assert verify(tmp_path / "evidence.zip").failed == []
+
+
+def test_logs_of_silos_and_server_name_the_same_transcripts(tmp_path):
+    study = recorded_study(rounds=1)
+    RecordedRun(tmp_path, study).go()
+    (opening,) = [
+        e.what for e in server_log(tmp_path, study).entries if isinstance(e.what, Opening)
+    ]
+    for name in NAMES:
+        entries = silo_log(tmp_path, study, name).entries
+        (agreed,) = [e.what for e in entries if isinstance(e.what, Agreed)]
+        (uploaded,) = [e.what for e in entries if isinstance(e.what, Uploaded)]
+        assert (agreed.header, agreed.lists) == (opening.header, opening.lists)
+        assert uploaded.delivery == opening.delivery
