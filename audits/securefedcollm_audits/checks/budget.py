@@ -15,6 +15,7 @@ from securefedcollm.evidence.entries import (
     Uploaded,
     Voided,
 )
+from securefedcollm.privacy import joint, silo_unit
 from securefedcollm.privacy.accounting import TIGHT_SHARE
 from securefedcollm.privacy.events import (
     DiscreteGaussian,
@@ -25,7 +26,7 @@ from securefedcollm.privacy.events import (
     merge,
     times,
 )
-from securefedcollm.privacy.silo_unit import identity_of
+from securefedcollm.study import Study
 from securefedcollm.study.config import Privacy
 from securefedcollm_audits.case import Case, count, of
 from securefedcollm_audits.second_accountant import bracket
@@ -173,25 +174,26 @@ def mechanism(case: Case, wrong: Faults) -> str:
             if isinstance(what, Reserved | Settled):
                 shares = survivors.get(what.round) if isinstance(what, Settled) else None
                 events = decode_events(what.events)
-                fault = _fits(case, events, shares) or _named(privacy, events, begun[what.round])
+                fault = _fits(case, events, shares) or _named(case, events, begun[what.round])
                 charged += 1
                 if fault:
                     wrong(entry, fault)
-    noise = "DP-SGD steps" if privacy.unit == "record" else "noised sums"
+    noise = "DP-SGD steps" if privacy.noise == "local" else "noised sums"
     return f"{count(charged, 'charge')} for {noise} as in the study"
 
 
 def _fits(case: Case, events: tuple[Event, ...], survivors: int | None) -> str:
     """What is wrong with a round's charge; ``survivors``: of the sum, for a settlement."""
-    if case.study.privacy and case.study.privacy.unit == "record":
+    if case.study.privacy and case.study.privacy.noise == "local":
         steps = case.study.local.steps
         if not all(isinstance(event, PoissonGaussian) for event in events):
             return "is not DP-SGD, which the study asks for"
         found = sum(times(event) for event in events)
         return "" if found == steps else f"charges {found} steps; the study has {steps} a round"
     shares = case.study.quorum if survivors is None else survivors
+    rate = case.study.local.sampling_rate if case.study.joint else 1.0
     for event in events:
-        if not isinstance(event, DiscreteGaussian) or event.q != 1.0 or event.count != 1:
+        if not isinstance(event, DiscreteGaussian) or event.q != rate or event.count != 1:
             return "is not one noised sum, which the study asks for"
         if event.colluders != case.study.silos.colluders:
             return f"allows for {event.colluders} colluders, not {case.study.silos.colluders}"
@@ -201,16 +203,35 @@ def _fits(case: Case, events: tuple[Event, ...], survivors: int | None) -> str:
     return ""
 
 
-def _named(privacy: Privacy, events: tuple[Event, ...], mechanism: str | None) -> str:
-    """Whether the noise charged for is that which all silos bound into the round's header."""
+def _named(case: Case, events: tuple[Event, ...], mechanism: str | None) -> str:
+    """Whether the noise charged for is that which all silos bound into the round's header.
+
+    An adaptive clip is not in the log, so its mechanism's name cannot be computed afresh.
+    """
+    privacy = case.study.privacy
+    if privacy is None or privacy.adaptive is not None:
+        return ""
     for event in events:
-        if isinstance(event, DiscreteGaussian):
-            found = identity_of(
-                privacy.clip_norm, event.share_sigma, event.sensitivity, event.values
-            )
-            if found.hex() != mechanism:
-                return "charges for other noise than the round's header names"
+        if isinstance(event, DiscreteGaussian) and _identity(case.study, event) != mechanism:
+            return "charges for other noise than the round's header names"
     return ""
+
+
+def _identity(study: Study, event: DiscreteGaussian) -> str:
+    """Name (hex) of the mechanism that releases this event in a round of the study."""
+    assert study.privacy is not None
+    clip_norm, sigma, bound = study.privacy.clip_norm, event.share_sigma, event.sensitivity
+    if not study.joint:
+        return silo_unit.identity_of((clip_norm, 0.0, sigma), (bound, event.values)).hex()
+    setting = joint.JointSetting(
+        values=event.values,
+        field_bound=study.field.bound,
+        least_survivors=study.quorum,
+        colluders=study.silos.colluders,
+        sampling_rate=event.q,
+        batch_size=study.local.batch_size,
+    )
+    return joint.identity_of(setting, clip_norm, sigma, bound).hex()
 
 
 def budget(case: Case, wrong: Faults) -> str:
@@ -257,7 +278,8 @@ def second_accountant(case: Case, wrong: Faults) -> str:
             others += what.spent.epsilon > tight.high * (1.0 + TOLERANCE) + TOLERANCE
     if not methods:
         raise NotCovered("nothing was charged")
-    more = f"; {count(others, 'claim')} also covers earlier studies" if others else ""
+    cause = "earlier studies, or choices made on the way"
+    more = f"; {count(others, 'claim')} higher, for {cause}" if others else ""
     return f"{' and '.join(sorted(methods))}: ε between {low:.3f} and {high:.3f}{more}"
 
 

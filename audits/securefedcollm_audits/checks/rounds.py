@@ -27,14 +27,14 @@ from securefedcollm_audits.verdict import Check, Faults, NotCovered
 def headers(case: Case, wrong: Faults) -> str:
     """Adversary: a server that runs another threshold, modulus, roster or model than was signed.
     Every message and key of an attempt is bound to its header, which is computed afresh here."""
-    noised = case.study.privacy is not None and case.study.privacy.unit == "silo"
+    noised = case.study.privacy is not None and case.study.privacy.noise == "distributed"
     attempts = 0
     for log in case.logs.values():
         for entry, what in of(log, Round):
             parts = (what.base, what.layout, what.adapter, what.mechanism or "")
             base, layout, adapter, mechanism = (bytes.fromhex(part) for part in parts)
             if (what.mechanism is not None) != noised:
-                wrong(entry, "noise in the sum and the study's unit do not fit")
+                wrong(entry, "noise in the sum and the study do not fit")
             if model_digest_of(base, layout, adapter, mechanism).hex() != what.model:
                 wrong(entry, "the model's digest is not that of its parts")
             if case.header(what).digest.hex() != what.header:
