@@ -51,7 +51,7 @@ def compare(first: Path, second: Path) -> Verdict:
         run=both.run.hex(),
         participants=list(both.logs),
         rounds_done=both.rounds_done(),
-        rounds=both.study.sums,
+        rounds=both.study.rounds,
     )
 
 

@@ -24,11 +24,11 @@ def participation_plot(silos: Sequence[str], rounds: Sequence[Collection[str]]) 
                 f'height="{side - 2:.1f}" fill="{"var(--blue)" if taken else "none"}" '
                 f'stroke="{"var(--blue)" if taken else "var(--red)"}"/>'
             )
-    caption = f"rounds 1 to {len(rounds)}; outlined: not in the sum"
+    caption = f"sums 1 to {len(rounds)}; outlined: not in the sum"
     squares.append(f'<text x="{left:.0f}" y="{height - 8:.0f}">{caption}</text>')
     return (
         f'<div class="wide"><svg viewBox="0 0 {max(width, 720):.0f} {height:.0f}" role="img" '
-        f'aria-label="Which silos are in the sum of each round">{"".join(squares)}</svg></div>'
+        f'aria-label="Which silos are in each sum">{"".join(squares)}</svg></div>'
     )
 
 

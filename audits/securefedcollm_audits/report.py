@@ -26,6 +26,7 @@ from securefedcollm.evidence.entries import (
     Summed,
 )
 from securefedcollm.evidence.note import Checkpoint
+from securefedcollm.federation.plan import sum_name
 from securefedcollm.privacy.accounting import TIGHT_SHARE
 from securefedcollm.privacy.adversaries import AdversaryRow, per_adversary
 from securefedcollm.privacy.events import DiscreteGaussian, Event, Events, decode_events, merge
@@ -51,9 +52,11 @@ NOT_COVERED = (
 
 
 class RoundRow(msgspec.Struct, frozen=True):
-    """One round as the server's log tells it. ``place``: the entry that ends or opens it."""
+    """One secure sum as the server's log tells it; ``name``: its round, and step if it is one.
+    ``place``: the entry that ends its round."""
 
     round: int
+    name: str
     survivors: list[str]
     dropouts: list[str]
     agreements: int
@@ -195,10 +198,9 @@ def _claim(case: Case, silos: list[SiloRow]) -> str:
     done, c = case.rounds_done(), study.silos.colluders
     what = {
         "record": "one record of a silo",
-        "subject": "all records of one subject in a silo",
+        "subject": f"all records of one {privacy.subject} in a silo",
         "silo": "one silo's whole data set",
     }[privacy.unit]
-    parts = "steps" if study.joint else "rounds"
     helpers = "" if not c else f" together with any {c} of the other silos"
     amount = (
         f"(ε = {up(spent)}, δ = {privacy.delta:g})"
@@ -206,7 +208,7 @@ def _claim(case: Case, silos: list[SiloRow]) -> str:
         else f"at most (ε = {privacy.epsilon:g}, δ = {privacy.delta:g}), not settled yet,"
     )
     return (
-        f"What the {done} finished of {study.sums} {parts} released is {amount} differentially "
+        f"What the {done} finished of {study.rounds} rounds released is {amount} differentially "
         f"private for {what}, added or removed, against the server{helpers}, the other silos and "
         "everybody who sees the adapters."
     )
@@ -248,7 +250,7 @@ def _adversaries(case: Case, worst: tuple[Events, Terms]) -> list[AdversaryRow]:
 def _rounds(case: Case) -> list[RoundRow]:
     rows = []
     last = max((what.round for _, what in of(case.server, Opening)), default=-1)
-    for round_ in range(max(last + 1, case.rounds_done())):
+    for round_ in range(last + 1):
         mine = [e for e in case.server if getattr(e.what, "round", None) == round_]
         opening = next((e for e in reversed(mine) if isinstance(e.what, Opening)), None)
         summed = next((e for e in reversed(mine) if isinstance(e.what, Summed)), None)
@@ -257,12 +259,13 @@ def _rounds(case: Case) -> list[RoundRow]:
         rows.append(
             RoundRow(
                 round=round_ + 1,
+                name=sum_name(case.study, round_),
                 survivors=shown.survivors if shown and summed else [],
                 dropouts=_absent(case, shown if summed else None),
                 agreements=len(shown.agreements) if shown else 0,
                 attempts=1 + sum(isinstance(e.what, Failed) for e in mine),
                 lost=any(isinstance(e.what, Lost) for e in mine),
-                witnesses=_witnesses(case.bundle.heads[SERVER], finished),
+                witnesses=_witnesses(case.bundle.heads[SERVER], finished or summed),
                 opening=opening.place if opening else None,
                 sum=summed.place if summed else None,
                 place=finished.place if finished else None,
@@ -275,11 +278,11 @@ def _absent(case: Case, shown: Opening | None) -> list[str]:
     return [name for name in case.roster.names if not shown or name not in shown.survivors]
 
 
-def _witnesses(heads: list[Checkpoint], finished: Entry | None) -> int:
-    """Silos that cosigned a head over the round's end."""
-    if finished is None:
+def _witnesses(heads: list[Checkpoint], end: Entry | None) -> int:
+    """Silos that cosigned a head over this entry."""
+    if end is None:
         return 0
-    return max((len(head.lines) - 1 for head in heads if head.size > finished.seq), default=0)
+    return max((len(head.lines) - 1 for head in heads if head.size > end.seq), default=0)
 
 
 def _silo(name: str, log: list[Entry], points: int) -> SiloRow:

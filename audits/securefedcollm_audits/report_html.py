@@ -184,9 +184,9 @@ def _pyramid(report: Report) -> str:
 
 def _ledger(report: Report, cited: Citations) -> str:
     rounds = table(
-        ("round", "in the sum", "missing", "agreed", "vouched", "attempts", "evidence"),
+        ("sum of", "in the sum", "missing", "agreed", "vouched", "attempts", "evidence"),
         [_round(row, cited) for row in report.rounds],
-        numbers=(0, 3, 4, 5),
+        numbers=(3, 4, 5),
     )
     if not report.rounds:
         rounds = "<p>The server's log is not in this bundle, or no round was opened.</p>"
@@ -201,7 +201,7 @@ def _ledger(report: Report, cited: Citations) -> str:
 
 def _round(row: RoundRow, cited: Citations) -> tuple[str, ...]:
     return (
-        str(row.round),
+        escape(row.name),
         '<span class="fail">lost: its sum cannot be opened</span>'
         if row.lost and not row.survivors
         else f"{len(row.survivors)} silos",
@@ -228,7 +228,7 @@ def _charges(silo: SiloRow, cited: Citations) -> str:
         )
         for charge in silo.charges
     ]
-    head = ("round", "charged", "z", "sensitivity", "honest shares", "ε so far ≤", "evidence")
+    head = ("sum", "charged", "z", "sensitivity", "honest shares", "ε so far ≤", "evidence")
     points = [(i + 1, charge.cumulative) for i, charge in enumerate(silo.charges)]
     refused = f" It refused the server {silo.refusals} times." if silo.refusals else ""
     return (

@@ -6,9 +6,9 @@
   here: below, the exact (ε, δ) curve of continuous Gaussians (Balle and Wang 2018, Theorem 8),
   which the discrete ones follow to far more digits than are compared; above, zCDP in its simplest
   conversion (Bun and Steinke 2016, Proposition 1.3).
-* The same with Poisson sampling (joint DP-SGD): below, ``prv-accountant`` for continuous noise;
-  above, the Rényi divergence at integer orders in closed form (Mironov, Talwar and Zhang 2019,
-  section 3.3), which takes nothing of the noise but its divergence, in the simplest conversion.
+* Discrete Gaussian noise over a Poisson sample: below, ``prv-accountant`` on the continuous
+  counterpart; above, the Rényi bound of integer order (Mironov, Talwar and Zhang 2019), which holds
+  for discrete noise too, written out here.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from securefedcollm.privacy.events import (
     DiscreteGaussian,
     Event,
     Events,
+    Gaussian,
     PoissonGaussian,
     merge,
     rate,
@@ -39,10 +40,7 @@ class Bracket(NamedTuple):
 
 
 def bracket(events: Sequence[Event], delta: float) -> Bracket:
-    """ε at ``delta`` of the composition of ``events``.
-
-    Unsampled and sampled noise in one sum of releases are taken together as sampled.
-    """
+    """ε at ``delta`` of the composition of ``events``."""
     return _bracket(merge(events), delta)
 
 
@@ -54,11 +52,49 @@ def _bracket(events: Events, delta: float) -> Bracket:
         low, _, high = prv_bounds(events, delta)
         return Bracket(low, high, "prv-accountant")
     if any(rate(event) < 1.0 for event in events):
-        continuous = [_continuous(event) for event in events]
-        low, _, _ = prv_bounds(continuous, delta)
+        low, _, _ = prv_bounds([_continuous(event) for event in events], delta)
         return Bracket(low, _renyi(events, delta), "prv-accountant and closed form")
     squares = math.fsum(times(event) / event.noise_multiplier**2 for event in events)
     return Bracket(_gaussian(squares, delta), _concentrated(0.5 * squares, delta), "closed form")
+
+
+def _continuous(event: Event) -> Event:
+    """The event with continuous noise of the same size."""
+    if rate(event) == 1.0:
+        return Gaussian(event.noise_multiplier, times(event))
+    return PoissonGaussian(rate(event), event.noise_multiplier, times(event))
+
+
+def _renyi(events: Events, delta: float) -> float:
+    """ε by Rényi divergence of orders 2 to 256 (conversion: Canonne, Kamath and Steinke 2020)."""
+    found: list[float] = []
+    for order in (*range(2, 65), 96, 128, 192, 256):
+        spent = math.fsum(
+            times(event) * _sampled(rate(event), event.noise_multiplier, order) for event in events
+        )
+        gained = math.log1p(-1.0 / order) - math.log(delta * order) / (order - 1)
+        found.append(spent + gained)
+    return max(0.0, min(found))
+
+
+def _sampled(q: float, z: float, order: int) -> float:
+    """Rényi divergence of integer ``order`` of one Gaussian release over a Poisson sample.
+
+    log Σ_k C(α, k) (1 − q)^(α − k) q^k exp(k (k − 1) / 2z²) / (α − 1), in logarithms.
+    """
+    if q == 1.0:
+        return order / (2.0 * z * z)
+    terms = [
+        math.lgamma(order + 1)
+        - math.lgamma(k + 1)
+        - math.lgamma(order - k + 1)
+        + (order - k) * math.log1p(-q)
+        + k * math.log(q)
+        + k * (k - 1) / (2.0 * z * z)
+        for k in range(order + 1)
+    ]
+    top = max(terms)
+    return (top + math.log(math.fsum(math.exp(term - top) for term in terms))) / (order - 1)
 
 
 def _gaussian(squares: float, delta: float) -> float:
@@ -81,36 +117,6 @@ def _gaussian_delta(mu: float, eps: float) -> float:
 def _tail(x: float) -> float:
     """P(N(0, 1) > x)."""
     return 0.5 * math.erfc(x / math.sqrt(2.0))
-
-
-def _continuous(event: Event) -> Event:
-    return PoissonGaussian(rate(event), event.noise_multiplier, times(event))
-
-
-def _renyi(events: Events, delta: float) -> float:
-    """The smallest ε over integer orders a: RDP + log(1/δ)/(a - 1)."""
-    return min(
-        math.fsum(times(event) * _sampled_rdp(event, a) for event in events)
-        + math.log(1.0 / delta) / (a - 1)
-        for a in range(2, 129)
-    )
-
-
-def _sampled_rdp(event: Event, order: int) -> float:
-    """log Σₖ C(a, k) (1 - q)^(a-k) q^k exp(k(k - 1) / 2z²) / (a - 1)."""
-    q, z = rate(event), event.noise_multiplier
-    logs = [
-        math.lgamma(order + 1)
-        - math.lgamma(k + 1)
-        - math.lgamma(order - k + 1)
-        + (0.0 if k == order else (order - k) * math.log1p(-q))
-        + k * math.log(q)
-        + k * (k - 1) / (2.0 * z * z)
-        for k in range(order + 1)
-        if q < 1.0 or k == order
-    ]
-    top = max(logs)
-    return (top + math.log(math.fsum(math.exp(x - top) for x in logs))) / (order - 1)
 
 
 def _concentrated(rho: float, delta: float) -> float:

@@ -48,7 +48,7 @@ def _verdict(bundle: Bundle, path: str, digest: str, first: Result) -> Verdict:
         run=case.run.hex(),
         participants=list(case.logs),
         rounds_done=case.rounds_done(),
-        rounds=case.study.sums,
+        rounds=case.study.rounds,
     )
 
 

@@ -7,7 +7,8 @@ secret, so a guessed record could be confirmed by them): both appear only under 
 What a *silo's* log does tell whoever the silo shows it to: its noise multiplier and sampling rate,
 hence, with the study's batch size, how many records it has. The server never gets a silo's log.
 
-Digests are SHA-256 in hex, rounds count from 0.
+Digests are SHA-256 in hex. ``round`` is the number of the secure sum, from 0, as in its header: one
+a round, or one an optimiser step where these are taken jointly.
 """
 
 from __future__ import annotations
@@ -65,8 +66,7 @@ class Round(_What, frozen=True, tag="round"):
     """An attempt at a round begins: at the server before the model is sent, at a silo before it
     trains. ``model`` = H(base, layout, adapter, mechanism); ``header`` binds it and all else.
 
-    In joint DP-SGD a "round" of the log is a step; they are counted through the whole run.
-    ``mechanism``: how updates are noised in the sum, if they are; ``clip_norm``: C, if it adapts.
+    ``mechanism``: how the sum is noised, where silos share the noise.
     """
 
     round: Count
@@ -78,7 +78,6 @@ class Round(_What, frozen=True, tag="round"):
     values: Count
     header: Hex
     mechanism: Hex | None = None
-    clip_norm: float | None = None
 
 
 class Uploaded(_What, frozen=True, tag="uploaded"):
@@ -151,8 +150,8 @@ class Failed(_What, frozen=True, tag="failed"):
 
 
 class Finished(_What, frozen=True, tag="finished"):
-    """Server: the round is done. ``adapter`` is what the next round broadcasts; ``files`` the
-    digests of the adapters saved, by path; none after a step that ends no round."""
+    """Server: a round is done, ``round`` being its last sum. ``adapter`` is what the next round
+    broadcasts; ``files`` the digests of the adapters saved, by path."""
 
     round: Count
     adapter: Hex
@@ -192,7 +191,7 @@ class Released(_Charge, frozen=True, tag="released"):
 
 
 class Settled(_Charge, frozen=True, tag="settled"):
-    """Silo: what really happened. ``spent`` with the study's last round."""
+    """Silo: what really happened. ``spent`` with the study's last sum."""
 
     events: list[dict[str, Any]]
     spent: Spent | None = None

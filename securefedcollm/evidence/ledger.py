@@ -35,13 +35,13 @@ class LoggedLedger(Ledger):
     """A :class:`~securefedcollm.privacy.ledger.Ledger` that writes evidence of every step.
 
     Args:
-        rounds: the study's; with the last one ``settled`` also says what was spent in all.
+        sums: the study's; with the last one ``settled`` also says what was spent in all.
     """
 
-    def __init__(self, path: Path | str, owner: str, log: EvidenceLog, *, rounds: int) -> None:
+    def __init__(self, path: Path | str, owner: str, log: EvidenceLog, *, sums: int) -> None:
         super().__init__(path, owner)
         self._log = log
-        self._rounds = rounds
+        self._sums = sums
 
     def reserve(
         self,
@@ -88,7 +88,7 @@ class LoggedLedger(Ledger):
 
     def _spent(self, reservation: Reservation) -> Spent | None:
         key = reservation.key
-        if key.round < self._rounds - 1:
+        if key.round < self._sums - 1:
             return None
         delta = next(e.budget.delta for e in self.entries() if e.key == key)
         claim = self.spent(key.dataset, key.unit, delta).claim

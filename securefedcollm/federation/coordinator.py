@@ -98,7 +98,8 @@ class Coordinator:
         if state.round == 0 and not state.history:
             self._store.save_adapters(self._workload, 0)
         self._store.load_adapters(self._workload)
-        self._note_finished()  # a crash may have come between the two
+        if state.round:  # a crash may have come between the two
+            self._note_finished(state.round - 1)
         while state.round < self._study.rounds:
             self._progress(state.round, self._study.rounds, "rounds")
             self._run_round(state.round)
@@ -124,7 +125,6 @@ class Coordinator:
             self._sum(round_ * sums + step, round_, record)
             if step + 1 < sums:
                 self._store.finish_step(self._workload, record)
-                self._note_finished()
         aggregated = time.monotonic()
         record["distillation"] = self._workload.distil(round_, self._progress)
         record["evaluation"] = self._workload.evaluate()
@@ -133,7 +133,7 @@ class Coordinator:
             "server": round(time.monotonic() - aggregated, 3),
         }
         self._store.finish_round(self._workload, record, joint=study.joint)
-        self._note_finished()
+        self._note_finished(round_)
         self._countersign()
         self._on_round(record)
 
@@ -153,14 +153,10 @@ class Coordinator:
         else:
             self._workload.absorb(mean, round_)
 
-    def _note_finished(self) -> None:
-        """Evidence of the newest sum whose consequences are durable. A round that is done has
-        adapters to name; a step in the middle of one only its model."""
-        state = self._store.state
-        done = state.round * (self._study.sums // self._study.rounds) + state.step
-        if done:
-            adapter = adapter_bytes(self._workload.adapter())
-            self._evidence.finished(done - 1, adapter, None if state.step else self._store.adapters)
+    def _note_finished(self, round_: int) -> None:
+        adapter = adapter_bytes(self._workload.adapter())
+        last = (round_ + 1) * (self._study.sums // self._study.rounds) - 1
+        self._evidence.finished(last, adapter, self._store.adapters)
 
     def _countersign(self) -> None:
         """Have every silo that is there vouch for the evidence log so far."""
@@ -221,13 +217,13 @@ class Coordinator:
         adapter = adapter_bytes(self._workload.adapter())
         round_ = round_of(self._study, sum_)
         layout = self._workload.layout(round_)
-        size = self._workload.update_size(round_)
+        base, size = self._workload.base_digest, self._workload.update_size(round_)
         clip = self._clip()
         clip_norm = clip.clip_norm if clip else None
         unit = joint_step(self._study, size) or silo_unit(
             self._study, self._workload.update_size, round_, clip_norm
         )
-        base, mechanism = self._workload.base_digest, unit.identity if unit else b""
+        mechanism = unit.identity if unit else b""
         header = round_header(
             self._study,
             roster=self._roster,
@@ -237,7 +233,7 @@ class Coordinator:
             model=model_digest(base, layout, adapter, mechanism),
             values=unit.values if unit else size,
         )
-        self._evidence.round(header, base, layout, adapter, mechanism, clip_norm)
+        self._evidence.round(header, base, layout, adapter, mechanism)
         traffic = _Traffic(self._roster.names)
         lost: dict[str, str] = {}
         begin = BeginRound(

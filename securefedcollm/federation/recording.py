@@ -65,12 +65,7 @@ def _opened(header: RoundHeader, roster: Roster, server: bytes, sbom: bytes | No
 
 
 def _round(
-    header: RoundHeader,
-    base: bytes,
-    layout: bytes,
-    adapter: bytes,
-    mechanism: bytes,
-    clip_norm: float | None,
+    header: RoundHeader, base: bytes, layout: bytes, adapter: bytes, mechanism: bytes
 ) -> Round:
     return Round(
         round=header.round,
@@ -79,7 +74,6 @@ def _round(
         layout=layout.hex(),
         adapter=sha256(adapter).hex(),
         mechanism=mechanism.hex() or None,
-        clip_norm=clip_norm,
         model=header.model_digest.hex(),
         values=header.parameters.values,
         header=header.digest.hex(),
@@ -110,13 +104,7 @@ class SiloRecord:
         self._header: RoundHeader | None = None
 
     def round(
-        self,
-        header: RoundHeader,
-        base: bytes,
-        layout: bytes,
-        adapter: bytes,
-        mechanism: bytes,
-        clip_norm: float | None = None,
+        self, header: RoundHeader, base: bytes, layout: bytes, adapter: bytes, mechanism: bytes
     ) -> None:
         """Before this silo trains."""
         self._header = header
@@ -124,7 +112,7 @@ class SiloRecord:
             return
         if not self._log.size:
             self._log.append(_opened(header, self._roster, self._server, None))
-        self._log.append(_round(header, base, layout, adapter, mechanism, clip_norm))
+        self._log.append(_round(header, base, layout, adapter, mechanism))
 
     def said(self, side: SiloSide) -> None:
         """After the aggregation's answer was made, before it leaves."""
@@ -296,13 +284,7 @@ class ServerRecord:
         return list(self._vouched.values()).count(self._log.size) >= self._quorum
 
     def round(
-        self,
-        header: RoundHeader,
-        base: bytes,
-        layout: bytes,
-        adapter: bytes,
-        mechanism: bytes,
-        clip_norm: float | None = None,
+        self, header: RoundHeader, base: bytes, layout: bytes, adapter: bytes, mechanism: bytes
     ) -> None:
         """Before the model is sent."""
         if self._log is None or self._key is None:
@@ -311,7 +293,7 @@ class ServerRecord:
             sbom = bill_of_materials()
             write_durably(self._log.path.with_name(SBOM), sbom)
             self._log.append(_opened(header, self._roster, self._key.public, sbom))
-        self._log.append(_round(header, base, layout, adapter, mechanism, clip_norm))
+        self._log.append(_round(header, base, layout, adapter, mechanism))
 
     def opening(self, header: RoundHeader, seen: Transcript) -> None:
         """Before anybody is asked to unmask."""
@@ -355,19 +337,14 @@ class ServerRecord:
         if self._log is not None:
             self._log.append(Lost(round=round_))
 
-    def finished(self, round_: int, adapter: bytes, directory: Path | None) -> None:
-        """The round is done and its adapters are in ``directory``. Written once a round.
-
-        Args:
-            round_: number of the round, or in joint DP-SGD of the step, in the whole run.
-            directory: None after a step that ends no round.
-        """
+    def finished(self, round_: int, adapter: bytes, directory: Path) -> None:
+        """The round is done and its adapters are in ``directory``. Written once a round."""
         if self._log is None or any(
             isinstance(entry.what, Finished) and entry.what.round == round_
             for entry in self._log.entries
         ):
             return
-        digests = file_digests(directory) if directory else {}
+        digests = file_digests(directory)
         self._log.append(Finished(round=round_, adapter=sha256(adapter).hex(), files=digests))
 
     def witness(self, silo: str) -> messages.Witness | None:

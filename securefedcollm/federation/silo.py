@@ -141,8 +141,7 @@ class SiloSession:
         self._side = None
         self._check_order(begin)
         adapter = self._read_adapter(begin)
-        clip_norm = self._read_clip_norm(begin)
-        unit = self._mechanism(begin.round, clip_norm)
+        unit = self._mechanism(begin.round, self._read_clip_norm(begin))
         base, mechanism = self._workload.base_digest, unit.identity if unit else b""
         model = model_digest(base, begin.layout, begin.adapter, mechanism)
         header = round_header(
@@ -157,7 +156,7 @@ class SiloSession:
         scope = self._scope(begin.run_id)
         self._enter(scope, begin, model)
         self._settle_before(scope, begin.round)
-        self._evidence.round(header, base, begin.layout, begin.adapter, mechanism, clip_norm)
+        self._evidence.round(header, base, begin.layout, begin.adapter, mechanism)
         integers = self._update(scope, begin.round, adapter, unit)
         self._side = silo_side(
             self._study.aggregation.scheme,

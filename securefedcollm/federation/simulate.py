@@ -315,7 +315,7 @@ def make_silo(
         key=key,
         workload=workload,
         store=SiloStore(home),
-        ledger=LoggedLedger(home / "ledger.sqlite", name, log, rounds=study.rounds),
+        ledger=LoggedLedger(home / "ledger.sqlite", name, log, sums=study.sums),
         progress=progress,
         threads=threads,
         explain=True,

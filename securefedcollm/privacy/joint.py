@@ -105,7 +105,7 @@ class JointStep:
 
 
 def identity_of(setting: JointSetting, clip_norm: float, share_sigma: float, bound: int) -> bytes:
-    """The identity of a mechanism from the study's setting and an event's numbers."""
+    """A mechanism's identity from its numbers; ``bound``: of one record's integers."""
     numbers = (clip_norm, share_sigma, setting.sampling_rate)
     counts = (bound, setting.values, setting.batch_size, setting.batch_cap)
     return sha256(b"securefedcollm/joint-step/v1\0", struct.pack(">dddQQQQ", *numbers, *counts))

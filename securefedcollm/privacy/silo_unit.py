@@ -81,7 +81,8 @@ class SiloUnit:
         self.clip_norm = clip_norm
         self._count = 0.0
         if count_noise is not None:
-            self._count = _count_size(clip_norm, noise_multiplier, count_noise)
+            noise = count_noise * noise_multiplier
+            self._count = clip_norm * split(noise_multiplier, noise) / noise
             setting = setting._replace(values=setting.values + 1)
         norm = math.hypot(clip_norm, self._count)
         self._distributed = _mechanism(setting, noise_multiplier, norm)
@@ -99,8 +100,10 @@ class SiloUnit:
     def identity(self) -> bytes:
         """32 bytes that two participants share exactly if they run the same mechanism."""
         made = self._distributed
-        bound, values = made.quantiser.bound, made.quantiser.values
-        return identity_of(self.clip_norm, self._count, made.share_sigma, bound, values)
+        return identity_of(
+            (self.clip_norm, self._count, made.share_sigma),
+            (made.quantiser.bound, made.quantiser.values),
+        )
 
     def protect(self, update: Floats, noise: NoiseSource) -> npt.NDArray[np.int64]:
         """Clip, quantise and noise one update, float [d] to int64 [values].
@@ -130,34 +133,9 @@ class SiloUnit:
         return self._distributed.event(self._distributed.least_survivors)
 
 
-def identity_of(
-    clip_norm: float, count: float, share_sigma: float, bound: int, values: int
-) -> bytes:
-    """The identity of a mechanism from its numbers; ``count``: s of the count, 0 without one."""
-    numbers = struct.pack(">dddQQ", clip_norm, count, share_sigma, bound, values)
-    return sha256(b"securefedcollm/silo-unit/v1\0", numbers)
-
-
-def event_identity(
-    event: DiscreteGaussian, quorum: int, clip_norm: float, count_noise: float | None
-) -> bytes:
-    """The identity of the mechanism that ``event`` is of, for an auditor who has only that.
-
-    Args:
-        quorum: fewest silos with which a sum is opened.
-        count_noise: as in the study's ``privacy.adaptive``, if it has one.
-    """
-    count = 0.0
-    if count_noise is not None:
-        worst = msgspec.structs.replace(event, shares=quorum)
-        multiplier = round(worst.noise_multiplier, 4)  # as calibrated
-        count = _count_size(clip_norm, multiplier, count_noise)
-    return identity_of(clip_norm, count, event.share_sigma, event.sensitivity, event.values)
-
-
-def _count_size(clip_norm: float, noise_multiplier: float, count_noise: float) -> float:
-    noise = count_noise * noise_multiplier
-    return clip_norm * split(noise_multiplier, noise) / noise
+def identity_of(floats: tuple[float, float, float], integers: tuple[int, int]) -> bytes:
+    """A mechanism's identity: (C, s of the count or 0, σ of a share), (bound, values)."""
+    return sha256(b"securefedcollm/silo-unit/v1\0", struct.pack(">dddQQ", *floats, *integers))
 
 
 def with_survivors(reserved: Event, survivors: int) -> Event:

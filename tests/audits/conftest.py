@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from securefedcollm.evidence.bundle import make_bundle
+from securefedcollm.federation.engines import Failure
 
 from ..evidence.runs import NAMES, SILO_PRIVACY, RecordedRun, recorded_study
 from ..federation.test_rounds import Cut
@@ -16,6 +17,35 @@ def bundle_of(directory, study, wrap=lambda e: e):
     path = directory / "evidence.zip"
     path.write_bytes(make_bundle(directory))
     return path
+
+
+JOINT = {
+    "rounds": 2,
+    "local": {"steps": 2, "batch_size": 20, "learning_rate": 0.1, "sampling_rate": 0.5},
+    "privacy": {"epsilon": 8.0, "delta": 1e-5, "noise": "distributed"},
+    "aggregation": {"value_bits": 20},
+}
+
+
+@pytest.fixture(scope="session")
+def joint_bundle(tmp_path_factory):
+    """Joint DP-SGD: every step a sum; silo-4 is lost at the upload of the second step."""
+    directory = tmp_path_factory.mktemp("joint") / "run"
+    return bundle_of(directory, recorded_study(**JOINT), wrap=Lost)
+
+
+class Lost:
+    """An engine that loses silo-4 for the rest of the second of the sums."""
+
+    def __init__(self, engine):
+        self.engine, self.count = engine, 0
+
+    def exchange(self, frames, timeout):
+        self.count += 1
+        gone = NAMES[3:] if 9 < self.count <= 12 else ()
+        here = {name: frame for name, frame in frames.items() if name not in gone}
+        lost = {name: Failure("cut off") for name in frames if name in gone}
+        return self.engine.exchange(here, timeout) | lost
 
 
 @pytest.fixture(scope="session")

@@ -106,6 +106,17 @@ def test_client_level_privacy_names_adversaries_and_the_absent(silo_bundle):
     assert "missing" in Reader(to_html(report, case)).text
 
 
+def test_joint_steps_are_named_and_bracketed(joint_bundle):
+    report, case = make_report(joint_bundle)
+    names = [f"round {r}, step {s}" for r in (1, 2) for s in (1, 2)]
+    assert [row.name for row in report.rounds] == names
+    assert [len(row.survivors) for row in report.rounds] == [4, 3, 4, 4]
+    first = report.silos[0]
+    assert first.low < first.claimed <= 8
+    assert first.low < first.high < first.claimed  # the filter charges every step as the worst
+    assert "round 2, step 1" in Reader(to_html(report, case)).text
+
+
 def test_a_bundle_that_fails_has_a_page_that_says_so_and_is_escaped(record_bundle, tmp_path):
     """Adversary: whoever made the bundle, with markup in every text that is theirs to choose."""
     attack = "<script>alert(1)</script>"

@@ -36,8 +36,8 @@ def by_name(verdict):
     return {result.name: result for result in verdict.results}
 
 
-def test_honest_bundles_pass_every_check(record_bundle, silo_bundle):
-    for bundle in (record_bundle, silo_bundle):
+def test_honest_bundles_pass_every_check(record_bundle, silo_bundle, joint_bundle):
+    for bundle in (record_bundle, silo_bundle, joint_bundle):
         verdict = verify(bundle)
         assert verdict.holds
         silent = [r.name for r in verdict.results if r.status != "pass"]
@@ -239,10 +239,28 @@ SILO_FORGERIES = [
 ]
 
 
+JOINT_FORGERIES = [
+    ("mechanism", more_noise_than_there_was, r"silo-1#2 \(reserved\): charges for other noise"),
+    ("settled", change("silo-1", "settled", events=[]), r"silo-1#\d+ \(settled\): settles more"),
+    ("second-accountant", understated, r"silo-1#\d+ \(settled\): claims ε = 1.0000; it is ≥"),
+    (
+        "step-order",
+        lambda f: f.remove("server", "summed"),
+        r"server#3 \(round\): round 1, step 2 out",
+    ),
+    (
+        "step-order",
+        lambda f: f.remove("server", "finished"),
+        r"server#7 \(round\): round 2, step 1",
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("base", "check", "edit", "place"),
     [("record", *forgery) for forgery in RECORD_FORGERIES]
-    + [("silo", *forgery) for forgery in SILO_FORGERIES],
+    + [("silo", *forgery) for forgery in SILO_FORGERIES]
+    + [("joint", *forgery) for forgery in JOINT_FORGERIES],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_a_forgery_fails_its_check_and_the_wrong_entry_is_named(

@@ -72,7 +72,7 @@ def make_silo(name, progress, *, study, directory, fails=()):
         key=KEYS[name],
         workload=RecordedSilo(name, study, name in fails),
         store=SiloStore(home),
-        ledger=LoggedLedger(home / "ledger.sqlite", name, log, rounds=study.rounds),
+        ledger=LoggedLedger(home / "ledger.sqlite", name, log, sums=study.sums),
         progress=progress,
         evidence=SiloRecord(
             log, name=name, key=KEYS[name], roster=ROSTER, server=SERVER_KEY.public

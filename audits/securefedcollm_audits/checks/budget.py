@@ -15,8 +15,7 @@ from securefedcollm.evidence.entries import (
     Uploaded,
     Voided,
 )
-from securefedcollm.federation.plan import joint_setting
-from securefedcollm.privacy import joint
+from securefedcollm.privacy import joint, silo_unit
 from securefedcollm.privacy.accounting import TIGHT_SHARE
 from securefedcollm.privacy.events import (
     DiscreteGaussian,
@@ -27,7 +26,7 @@ from securefedcollm.privacy.events import (
     merge,
     times,
 )
-from securefedcollm.privacy.silo_unit import event_identity
+from securefedcollm.study import Study
 from securefedcollm.study.config import Privacy
 from securefedcollm_audits.case import Case, count, of
 from securefedcollm_audits.second_accountant import bracket
@@ -165,7 +164,7 @@ def mechanism(case: Case, wrong: Faults) -> str:
     charged = 0
     for log in case.silos.values():
         survivors = {what.round: len(what.seeds_of) for _, what in of(log, Unmasked)}
-        begun = {what.round: what for _, what in of(log, Round)}
+        begun = {what.round: what.mechanism for _, what in of(log, Round)}
         for entry, what in charges(log):
             if what.unit != privacy.unit:
                 wrong(entry, f"charges the unit {what.unit}; the study's is {privacy.unit}")
@@ -204,24 +203,35 @@ def _fits(case: Case, events: tuple[Event, ...], survivors: int | None) -> str:
     return ""
 
 
-def _named(case: Case, events: tuple[Event, ...], begun: Round) -> str:
-    """Whether the noise charged for is that which all silos bound into the round's header."""
+def _named(case: Case, events: tuple[Event, ...], mechanism: str | None) -> str:
+    """Whether the noise charged for is that which all silos bound into the round's header.
+
+    An adaptive clip is not in the log, so its mechanism's name cannot be computed afresh.
+    """
+    privacy = case.study.privacy
+    if privacy is None or privacy.adaptive is not None:
+        return ""
     for event in events:
-        if isinstance(event, DiscreteGaussian) and _identity(case, event, begun) != begun.mechanism:
+        if isinstance(event, DiscreteGaussian) and _identity(case.study, event) != mechanism:
             return "charges for other noise than the round's header names"
     return ""
 
 
-def _identity(case: Case, event: DiscreteGaussian, begun: Round) -> str | None:
-    privacy, setting = case.study.privacy, joint_setting(case.study, event.values)
-    if privacy is None:
-        return None
-    if setting is not None:
-        clip_norm = privacy.clip_norm
-        return joint.identity_of(setting, clip_norm, event.share_sigma, event.sensitivity).hex()
-    count_noise = privacy.adaptive.count_noise if privacy.adaptive else None
-    clip_norm = begun.clip_norm or privacy.clip_norm
-    return event_identity(event, case.study.quorum, clip_norm, count_noise).hex()
+def _identity(study: Study, event: DiscreteGaussian) -> str:
+    """Name (hex) of the mechanism that releases this event in a round of the study."""
+    assert study.privacy is not None
+    clip_norm, sigma, bound = study.privacy.clip_norm, event.share_sigma, event.sensitivity
+    if not study.joint:
+        return silo_unit.identity_of((clip_norm, 0.0, sigma), (bound, event.values)).hex()
+    setting = joint.JointSetting(
+        values=event.values,
+        field_bound=study.field.bound,
+        least_survivors=study.quorum,
+        colluders=study.silos.colluders,
+        sampling_rate=event.q,
+        batch_size=study.local.batch_size,
+    )
+    return joint.identity_of(setting, clip_norm, sigma, bound).hex()
 
 
 def budget(case: Case, wrong: Faults) -> str:
@@ -268,7 +278,8 @@ def second_accountant(case: Case, wrong: Faults) -> str:
             others += what.spent.epsilon > tight.high * (1.0 + TOLERANCE) + TOLERANCE
     if not methods:
         raise NotCovered("nothing was charged")
-    more = f"; {count(others, 'claim')} also covers earlier studies" if others else ""
+    cause = "earlier studies, or choices made on the way"
+    more = f"; {count(others, 'claim')} higher, for {cause}" if others else ""
     return f"{' and '.join(sorted(methods))}: ε between {low:.3f} and {high:.3f}{more}"
 
 

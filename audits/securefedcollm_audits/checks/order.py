@@ -18,6 +18,8 @@ from securefedcollm.evidence.entries import (
     Unmasked,
     Uploaded,
 )
+from securefedcollm.federation.plan import ends_round, sum_name
+from securefedcollm.study import Study
 from securefedcollm_audits.case import Case, count
 from securefedcollm_audits.verdict import Check, Faults
 
@@ -29,19 +31,19 @@ def step_order(case: Case, wrong: Faults) -> str:
     """Adversary: the server, which opens first and asks later, or redoes a round it disliked."""
     steps = 0
     if case.server:
-        steps += _ServerLog(case.study.sums).follow(case.server, wrong)
+        steps += _ServerLog(case.study).follow(case.server, wrong)
     for log in case.silos.values():
-        steps += _SiloLog(case.study.sums).follow(log, wrong)
-    what = "steps" if case.study.joint else "rounds"
-    done = f"{case.rounds_done()} of {case.study.sums} {what} finished"
+        steps += _SiloLog(case.study).follow(log, wrong)
+    done = f"{case.rounds_done()} of {case.study.rounds} rounds finished"
     return f"{count(steps, 'step')} in {count(len(case.logs), 'log')}; {done}"
 
 
 class _ServerLog:
-    """Round r, attempts upwards; in an attempt opening, then sum; finished; round r + 1."""
+    """Sum s, attempts upwards; in an attempt opening, then sum; with the last of a round finished;
+    sum s + 1."""
 
-    def __init__(self, rounds: int) -> None:
-        self._rounds = rounds
+    def __init__(self, study: Study) -> None:
+        self._study = study
         self._round = 0
         self._attempt: Round | None = None
         self._opening: Opening | None = None
@@ -61,16 +63,27 @@ class _ServerLog:
                 wrong(entry, fault)
         return len(log) - 1
 
+    def _name(self, sum_: int) -> str:
+        return sum_name(self._study, sum_)
+
+    def _next(self) -> None:
+        self._round, self._last = self._round + 1, -1
+        self._attempt = self._opening = None
+        self._opened = self._ended = False
+
     def _begin(self, what: Round) -> str:
-        if what.round != self._round or what.round >= self._rounds:
-            return f"round {what.round + 1} out of order; round {self._round + 1} is due"
+        within = self._ended and not ends_round(self._study, self._round)
+        if within and what.round == self._round + 1:  # a joint step, with nothing between
+            self._next()
+        if what.round != self._round or what.round >= self._study.sums:
+            return f"{self._name(what.round)} out of order; {self._name(self._round)} is due"
         fault = "" if what.attempt > self._last else f"attempt {what.attempt} again"
         self._attempt, self._opening, self._last = what, None, what.attempt
         return fault
 
     def _step(self, what: Opening | Summed | Failed | Lost | Finished) -> str:
         if what.round != self._round:
-            return f"about round {what.round + 1}; round {self._round + 1} is under way"
+            return f"about {self._name(what.round)}; {self._name(self._round)} is under way"
         match what:
             case Opening():
                 if not self._now(what) or self._opening:
@@ -89,11 +102,9 @@ class _ServerLog:
                     return "a round is lost only while its sum is being opened"
                 self._ended = True
             case Finished():
-                if not self._ended:
-                    return "finished without a sum"
-                self._round, self._last = self._round + 1, -1
-                self._attempt = self._opening = None
-                self._opened = self._ended = False
+                if not self._ended or not ends_round(self._study, self._round):
+                    return "finished without its last sum"
+                self._next()
         return ""
 
     def _now(self, what: Opening | Summed) -> bool:
@@ -104,8 +115,8 @@ class _ServerLog:
 class _SiloLog:
     """Rounds upwards; in an attempt upload, agreement, unmasking, once each and of one header."""
 
-    def __init__(self, rounds: int) -> None:
-        self._rounds = rounds
+    def __init__(self, study: Study) -> None:
+        self._study = study
         self._at: Round | None = None
         self._said: list[Uploaded | Agreed | Unmasked] = []
         self._answered: set[tuple[int, int, str]] = set()
@@ -127,10 +138,10 @@ class _SiloLog:
     def _begin(self, what: Round) -> str:
         before = self._at
         self._at, self._said = what, []
-        if what.round >= self._rounds:
-            return f"round {what.round + 1} of a study of {self._rounds}"
+        if what.round >= self._study.sums:
+            return f"sum {what.round + 1} of a study of {self._study.sums}"
         if before and (what.round, what.attempt) < (before.round, before.attempt):
-            return f"round {what.round + 1}, attempt {what.attempt} after a later one"
+            return f"{sum_name(self._study, what.round)} after a later one"
         return ""
 
     def _step(self, what: Uploaded | Agreed | Unmasked) -> str:

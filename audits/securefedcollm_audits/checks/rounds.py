@@ -34,7 +34,7 @@ def headers(case: Case, wrong: Faults) -> str:
             parts = (what.base, what.layout, what.adapter, what.mechanism or "")
             base, layout, adapter, mechanism = (bytes.fromhex(part) for part in parts)
             if (what.mechanism is not None) != noised:
-                wrong(entry, "noise in the sum and the study's unit do not fit")
+                wrong(entry, "noise in the sum and the study do not fit")
             if model_digest_of(base, layout, adapter, mechanism).hex() != what.model:
                 wrong(entry, "the model's digest is not that of its parts")
             if case.header(what).digest.hex() != what.header:
@@ -73,8 +73,8 @@ def artefacts(case: Case, wrong: Faults) -> str:
     """Adversary: whoever swaps the adapters that are handed on after the run."""
     case.need_server()
     finished = [(entry, what) for entry, what in of(case.server, Finished)]
-    if case.rounds_done() < case.study.sums:
-        raise NotCovered(f"the run is under way: {case.rounds_done()} of {case.study.sums}")
+    if case.rounds_done() < case.study.rounds:
+        raise NotCovered(f"the run is under way: {case.rounds_done()} of {case.study.rounds}")
     entry, last = finished[-1]
     here = case.bundle.artefacts
     if not here:

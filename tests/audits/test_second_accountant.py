@@ -1,0 +1,43 @@
+"""The second accountant against the first, which shares no formula with it."""
+
+from __future__ import annotations
+
+import pytest
+from securefedcollm_audits.second_accountant import bracket
+
+from securefedcollm.privacy.accounting import epsilon
+from securefedcollm.privacy.events import DiscreteGaussian, Gaussian, PoissonGaussian
+
+DELTA = 1e-5
+
+
+def discrete(**changes):
+    return DiscreteGaussian(
+        **({"share_sigma": 2.0**18, "sensitivity": 2**18, "values": 10, "shares": 4} | changes)
+    )
+
+
+def test_prv_brackets_dp_sgd():
+    found = bracket([PoissonGaussian(0.05, 1.0, 40)], DELTA)
+    assert found.low < epsilon([PoissonGaussian(0.05, 1.0, 40)], DELTA) < found.high
+    assert found.high - found.low < 0.05
+
+
+def test_noised_sums_lie_between_the_exact_curve_and_zcdp():
+    """Two shares known to the adversary: z = √(4 − 2)·1."""
+    events = [discrete(colluders=2, count=5)]
+    found = bracket(events, DELTA)
+    exact = epsilon([Gaussian(2.0**0.5, 5)], DELTA)
+    assert found.low == pytest.approx(exact, rel=2e-3)
+    assert found.low < epsilon(events, DELTA, "zcdp") < found.high
+
+
+def test_sampled_noised_sums_lie_between_prv_and_the_renyi_bound():
+    events = [discrete(q=0.1, count=20), discrete(q=0.1, shares=3, count=4)]
+    found = bracket(events, DELTA)
+    assert found.high == pytest.approx(epsilon(events, DELTA, "rdp"), rel=1e-6)
+    assert found.low < found.high < 1.5 * found.low
+
+
+def test_nothing_costs_nothing():
+    assert bracket([], DELTA)[:2] == (0.0, 0.0)
