@@ -6,6 +6,7 @@ sockets, files, clock or global randomness; the federation carries its frames an
 
 from securefedcollm.aggregation.header import RingParameters, Roster, RoundHeader
 from securefedcollm.aggregation.scheme import (
+    AbandonedError,
     CoordinatorSide,
     Journal,
     RoundResult,
@@ -14,10 +15,12 @@ from securefedcollm.aggregation.scheme import (
     coordinator_side,
     silo_side,
 )
-from securefedcollm.aggregation.steps import TRANSITIONS, Step
+from securefedcollm.aggregation.steps import CKKS_TRANSITIONS, TRANSITIONS, Step
 
 __all__ = [
+    "CKKS_TRANSITIONS",
     "TRANSITIONS",
+    "AbandonedError",
     "CoordinatorSide",
     "Journal",
     "RingParameters",

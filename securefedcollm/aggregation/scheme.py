@@ -16,9 +16,22 @@ import numpy.typing as npt
 
 from securefedcollm.aggregation.header import Roster, RoundHeader
 from securefedcollm.aggregation.steps import Step
+from securefedcollm.errors import ProtocolError
 from securefedcollm.primitives import RandomSource, SigningKey
 
-SchemeName = Literal["masking"]
+SchemeName = Literal["masking", "ckks"]
+
+
+class AbandonedError(ProtocolError):
+    """An attempt that cannot go on without silos that were lost; others may repeat it.
+
+    Args:
+        lost: name -> reason.
+    """
+
+    def __init__(self, message: str, *, lost: dict[str, str], hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.lost = lost
 
 
 class Journal(Protocol):
@@ -45,8 +58,8 @@ class RoundResult(msgspec.Struct, frozen=True):
         excluded: name -> reason for every silo that stopped taking part. One that left after its
             upload is still among the survivors.
         header_digest: 32 bytes.
-        transcript: 32 bytes, the lists digest that the survivors signed in R3.
-        agreements: name -> 64-byte signature over the transcript, for the audit log.
+        transcript: 32 bytes that fix what is in the sum; every name in ``agreements`` signed it.
+        agreements: name -> 64-byte signature that covers the transcript, for the audit log.
     """
 
     sum: npt.NDArray[np.int64]
@@ -149,6 +162,19 @@ def silo_side(
                 random=random,
                 threads=threads,
             )
+        case "ckks":
+            from securefedcollm.aggregation.ckks_silo import CkksSiloRound
+
+            return CkksSiloRound(
+                header=header,
+                roster=roster,
+                name=name,
+                signing_key=signing_key,
+                vector=vector,
+                vector_id=vector_id,
+                journal=journal,
+                random=random,
+            )
 
 
 def coordinator_side(
@@ -160,3 +186,7 @@ def coordinator_side(
             from securefedcollm.aggregation.coordinator import CoordinatorRound
 
             return CoordinatorRound(header=header, roster=roster, threads=threads)
+        case "ckks":
+            from securefedcollm.aggregation.ckks_coordinator import CkksCoordinatorRound
+
+            return CkksCoordinatorRound(header=header, roster=roster)

@@ -1,0 +1,195 @@
+"""Microsoft SEAL behind TenSEAL's ``sealapi``: the only module that imports tenseal.
+
+SEAL samples keys and encryption noise (Blake2xb, seeded by the system) and does every product and
+transform. Polynomials go in and out as arrays, through anonymous memory and SEAL's own file format,
+which this module alone writes and reads; no byte of a peer ever reaches SEAL's loader
+(:mod:`~.ckks_ring` reads those). SEAL has no way to inject randomness safely, so runs of this
+scheme are not replayable, unlike those of masking.
+
+Two spare parts make SEAL do what its interface does not offer. A ciphertext whose second polynomial
+is zero is refused as "transparent" after an operation, so such a place is filled with the constant
+1, whose transform is 1 everywhere. And a ciphertext (x, c) that was never encrypted decrypts to
+x + c·s: a partial decryption with x = noise, a key part with c = the common polynomial.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import Final
+
+import numpy as np
+import pyarrow
+import tenseal.sealapi as seal
+from tenseal.sealapi import Encryptor
+from tenseal.sealapi import SecretKey as SecretKey
+
+from securefedcollm.aggregation.ckks_ring import Residues, subtract
+from securefedcollm.errors import CryptoError
+from securefedcollm.study.ring import DEGREE, CkksRing
+
+_HEADER: Final = struct.Struct("<HBBBBHQ")  # magic, header size, version ×2, compression, 0, size
+_CIPHER: Final = struct.Struct("<BQQQdQ")  # NTT form, polynomials, N, primes, scale, correction
+_MAGIC: Final = 0xA15E
+_ZSTD: Final = 2
+_ONE: Final = np.uint64(1)
+
+
+class _Memory:
+    """An anonymous file, since sealapi saves and loads by path only."""
+
+    def __init__(self) -> None:
+        self._fd = os.memfd_create("securefedcollm-ckks", os.MFD_CLOEXEC)
+        self.path = f"/proc/self/fd/{self._fd}"
+
+    def put(self, content: bytes) -> None:
+        os.ftruncate(self._fd, len(content))
+        os.pwrite(self._fd, content, 0)
+
+    def get(self) -> bytes:
+        return os.pread(self._fd, os.fstat(self._fd).st_size, 0)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class Seal:
+    """SEAL for one ring. Use as a context manager: it owns two anonymous files."""
+
+    def __init__(self, ring: CkksRing) -> None:
+        self.ring = ring
+        parameters = seal.EncryptionParameters(seal.SCHEME_TYPE.CKKS)
+        parameters.set_poly_modulus_degree(DEGREE)
+        modulus = seal.Modulus(ring.prime)
+        parameters.set_coeff_modulus([modulus])
+        # TC128: SEAL itself refuses a modulus too wide for 128-bit security at this degree.
+        self._context = seal.SEALContext(parameters, False, seal.SEC_LEVEL_TYPE.TC128)
+        if not self._context.parameters_set():
+            raise CryptoError(f"SEAL refuses the ring: {self._context.parameters_error_name()}")
+        self._parms = struct.pack("<4Q", *self._context.first_parms_id())
+        self._evaluator = seal.Evaluator(self._context)
+        self._in, self._out = _Memory(), _Memory()
+        seal.Ciphertext(self._context).save(self._out.path)
+        self._version = _HEADER.unpack_from(self._out.get())[2:4]
+
+    def __enter__(self) -> Seal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the anonymous memory back."""
+        self._in.close()
+        self._out.close()
+
+    def secret(self) -> SecretKey:
+        """A fresh ternary secret key."""
+        return seal.KeyGenerator(self._context).secret_key()
+
+    def key_part(self, secret: SecretKey, common: Residues) -> Residues:
+        """b = e − a·s for the common polynomial a: [1, N], transformed.
+
+        e is what SEAL's own encryption of zero under the secret decrypts to.
+        """
+        zero = seal.Ciphertext(self._context)
+        Encryptor(self._context, secret).encrypt_zero_symmetric(zero)
+        error = self._decrypt(zero, secret)
+        product = self._decrypt(self._load(np.zeros_like(common[0]), common[0]), secret)
+        return subtract(error, product, self.ring).reshape(1, DEGREE)
+
+    def encryptor(self, joint: Residues, common: Residues) -> Encryptor:
+        """SEAL's encryptor under the public key (b, a)."""
+        self._write(np.concatenate([joint[0], common[0]]), transformed=True)
+        public = seal.PublicKey()
+        public.load(self._context, self._in.path)
+        return Encryptor(self._context, public)
+
+    def encrypt(self, encryptor: Encryptor, message: Residues) -> tuple[Residues, Residues]:
+        """Encrypt coefficients [N]: an encryption of zero by SEAL plus the transformed message."""
+        cipher = seal.Ciphertext(self._context)
+        encryptor.encrypt_zero(cipher)
+        plain = self._load(message, _constant_one(), transformed=False)
+        self._evaluator.transform_to_ntt_inplace(plain)
+        self._evaluator.add_inplace(cipher, plain)
+        c0, c1 = self._read(cipher, 2)
+        return c0, subtract(c1, np.full(DEGREE, _ONE), self.ring)
+
+    def partial(self, secret: SecretKey, c1: Residues, noise: Residues) -> Residues:
+        """c1·s + noise: c1 [N] transformed, noise [N] coefficients; transformed."""
+        flood = self._load(noise, _constant_one(), transformed=False)
+        self._evaluator.transform_to_ntt_inplace(flood)
+        rest = subtract(c1, np.full(DEGREE, _ONE), self.ring)
+        self._evaluator.add_inplace(flood, self._load(np.zeros_like(c1), rest))
+        return self._decrypt(flood, secret)
+
+    def coefficients(self, transformed: Residues) -> Residues:
+        """The inverse transform of polynomials [k, N]."""
+        out = np.empty_like(transformed)
+        ones = np.full(DEGREE, _ONE)
+        for row in range(0, len(transformed), 2):
+            pair = transformed[row : row + 2]
+            second = pair[1] if len(pair) == 2 and pair[1].any() else ones
+            cipher = self._load(pair[0], second)
+            self._evaluator.transform_from_ntt_inplace(cipher)
+            found = self._read(cipher, 2)
+            out[row] = found[0]
+            if len(pair) == 2:
+                out[row + 1] = found[1] if pair[1].any() else 0
+        return out
+
+    def _decrypt(self, cipher: seal.Ciphertext, secret: SecretKey) -> Residues:
+        plain = seal.Plaintext()
+        seal.Decryptor(self._context, secret).decrypt(cipher, plain)
+        plain.save(self._out.path)
+        return self._content(DEGREE)
+
+    def _load(self, first: Residues, second: Residues, transformed: bool = True) -> seal.Ciphertext:
+        self._write(np.concatenate([first, second]), transformed)
+        cipher = seal.Ciphertext(self._context)
+        cipher.load(self._context, self._in.path)
+        return cipher
+
+    def _write(self, words: Residues, transformed: bool) -> None:
+        body = words.astype("<u8", copy=False).tobytes()
+        inner = (
+            self._parms
+            + _CIPHER.pack(transformed, len(words) // DEGREE, DEGREE, 1, 1.0, 1)
+            + self._head(8 + len(body))
+            + len(words).to_bytes(8, "little")
+            + body
+        )
+        self._in.put(self._head(len(inner)) + inner)
+
+    def _head(self, size: int) -> bytes:
+        return _HEADER.pack(_MAGIC, _HEADER.size, *self._version, 0, 0, _HEADER.size + size)
+
+    def _read(self, cipher: seal.Ciphertext, polynomials: int) -> Residues:
+        cipher.save(self._out.path)
+        return self._content(polynomials * DEGREE).reshape(polynomials, DEGREE)
+
+    def _content(self, count: int) -> Residues:
+        """The last ``count`` words of what SEAL has just saved."""
+        saved = self._out.get()
+        magic, _, _, _, compression, _, size = _HEADER.unpack_from(saved)
+        body: bytes = saved[_HEADER.size : size]
+        # A single-segment zstd frame states its content's size after the descriptor (RFC 8878).
+        flag, sized = body[4] >> 6, body[4] & 0x20
+        width = (1, 2, 4, 8)[flag]
+        length = int.from_bytes(body[5 : 5 + width], "little") + (256 if flag == 1 else 0)
+        if magic != _MAGIC or compression != _ZSTD or not sized or length < 8 * count:
+            raise CryptoError(
+                "SEAL saved in another format than this module reads",
+                hint="install the tenseal of constraints.txt",
+            )
+        inner: bytes = pyarrow.decompress(body, length, codec="zstd", asbytes=True)
+        content = np.frombuffer(inner, dtype="<u8", offset=length - 8 * count)
+        if int.from_bytes(inner[-8 * count - 8 : -8 * count], "little") != count:
+            raise CryptoError("SEAL saved another number of words than expected")
+        return content.astype(np.uint64)
+
+
+def _constant_one() -> Residues:
+    one = np.zeros(DEGREE, dtype=np.uint64)
+    one[0] = 1
+    return one
