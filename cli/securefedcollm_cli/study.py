@@ -112,11 +112,9 @@ def derived(study: Any) -> dict[str, Any]:
         "study": f"{study.study}, digest sha256:{digest(study).hex()}",
         "models": f"LLM {study.models.llm.source}, SLM {study.models.slm.source}",
         "silos": f"{n}, of which {c} may collude with the server",
-        "a sum opens with": f"{study.minimum} survivors, {study.threshold} of them unmasking "
-        f"({n - max(study.minimum, study.threshold)} dropout(s) tolerated per round)",
+        "a sum opens with": _opens_with(study),
         "adapter": f"{study.adapter.method}, rank {study.adapter.rank}, α {study.adapter.alpha:g}",
-        "ring": f"{field.per_word} fields of {field.bits} bits per 64-bit word "
-        f"({8 / field.per_word:.2f} bytes a value), integers within ±{field.bound}, "
+        "ring": f"{_packing(study)}, integers within ±{field.bound}, "
         f"resolution {study.aggregation.clip_norm / field.bound:.2g}",
         "privacy": (
             f"(ε = {privacy.epsilon:g}, δ = {privacy.delta:g}) per {privacy.unit}, noise "
@@ -136,6 +134,32 @@ def derived(study: Any) -> dict[str, Any]:
         "bound": field.bound,
         "reading": reading,
     }
+
+
+def _opens_with(study: Any) -> str:
+    quorum = max(study.minimum, study.threshold)
+    tolerated = f"({study.silos.count - quorum} dropout(s) tolerated per round)"
+    if study.ring is None:
+        return f"{study.minimum} survivors, {study.threshold} of them unmasking {tolerated}"
+    return (
+        f"{quorum} silos, all of which made the key and decrypt; else the rest repeat {tolerated}"
+    )
+
+
+def _packing(study: Any) -> str:
+    ring, field = study.ring, study.field
+    if ring is None:
+        return (
+            f"{field.per_word} fields of {field.bits} bits per 64-bit word "
+            f"({8 / field.per_word:.2f} bytes a value)"
+        )
+    after = "exact once rounded" if ring.exact else f"at most {ring.greatest_error:.0f}"
+    return (
+        f"CKKS {ring.name}, N = 4096, q of {ring.prime.bit_length()} bits, Δ = 2^{ring.scale_bits} "
+        f"({2 * ring.value_bytes:g} bytes a value and {ring.value_bytes:g} to decrypt), flooding "
+        f"2^{ring.flood_bits}, a sum of {ring.silos} cannot wrap and has a predicted rms error of "
+        f"{ring.rms:.2g} units ({after})"
+    )
 
 
 def _outline(section: Any, indent: int) -> list[str]:

@@ -4,7 +4,13 @@
 sockets, files, clock or global randomness; the federation carries its frames and keeps its journal.
 """
 
-from securefedcollm.aggregation.header import RingParameters, Roster, RoundHeader
+from securefedcollm.aggregation.header import (
+    CKKS_SUITES,
+    SUITE,
+    RingParameters,
+    Roster,
+    RoundHeader,
+)
 from securefedcollm.aggregation.scheme import (
     AbandonedError,
     CoordinatorSide,
@@ -18,7 +24,9 @@ from securefedcollm.aggregation.scheme import (
 from securefedcollm.aggregation.steps import CKKS_TRANSITIONS, TRANSITIONS, Step
 
 __all__ = [
+    "CKKS_SUITES",
     "CKKS_TRANSITIONS",
+    "SUITE",
     "TRANSITIONS",
     "AbandonedError",
     "CoordinatorSide",

@@ -12,7 +12,13 @@ from typing import Annotated, ClassVar, Final
 import msgspec
 
 from securefedcollm.aggregation.ckks_ring import chunks, polynomial_bytes
-from securefedcollm.aggregation.header import MAX_SILOS, Digest, RingParameters, RoundHeader
+from securefedcollm.aggregation.header import (
+    CKKS_SUITES,
+    MAX_SILOS,
+    Digest,
+    RingParameters,
+    RoundHeader,
+)
 from securefedcollm.aggregation.messages import (
     Message,
     Signed,
@@ -20,13 +26,9 @@ from securefedcollm.aggregation.messages import (
 )
 from securefedcollm.errors import ConfigError
 from securefedcollm.primitives import sha256
-from securefedcollm.study.ring import CkksRing, CkksSet, derive
+from securefedcollm.study.ring import CkksRing, derive
 
 _PREFIX: Final = b"securefedcollm/v1/ckks-"
-SUITES: Final[dict[CkksSet, str]] = {
-    "precise": "securefedcollm-ckks-precise-v1",
-    "compact": "securefedcollm-ckks-compact-v1",
-}
 _FEW: Final = msgspec.Meta(max_length=MAX_SILOS)
 _SLACK: Final = 64 * 1024
 """Room for everything in a frame but polynomials, digests and signatures of MAX_SILOS silos."""
@@ -38,7 +40,7 @@ def ring_of(header: RoundHeader) -> CkksRing:
     Raises:
         ConfigError: the suite is not CKKS, or no such ring holds the sum.
     """
-    for name, suite in SUITES.items():
+    for name, suite in CKKS_SUITES.items():
         if suite == header.suite:
             parameters = header.parameters
             return derive(name, silos=parameters.silos, bound=parameters.bound)

@@ -14,7 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from securefedcollm.aggregation import CoordinatorSide, Roster, Step, coordinator_side
+from securefedcollm.aggregation import (
+    AbandonedError,
+    CoordinatorSide,
+    Roster,
+    Step,
+    coordinator_side,
+)
 from securefedcollm.errors import ProtocolError, RemoteProtocolError, SecureFedCoLLMError
 from securefedcollm.federation.engines import Engine, Failure
 from securefedcollm.federation.messages import (
@@ -111,13 +117,21 @@ class Coordinator:
         """
         problems: list[str] = []
         hopeless = False
+        absent: dict[str, str] = {}
         while len(problems) < MAX_ATTEMPTS and not hopeless:
             attempt = self._store.begin_attempt()
             try:
-                return self._attempt(round_, attempt, record)
+                return self._attempt(round_, attempt, record, absent)
             except _TooFewUpdatesError as error:
                 problems.append(error.message)
                 hopeless = True  # the same silos would fail again, in this round and the next
+            except AbandonedError as error:
+                # The key needs all its shares, so the others go on without the lost; once a sum was
+                # being opened, only its very members can open it.
+                log.warning("round %d attempt %d: %s", round_ + 1, attempt, error)
+                problems.append(error.message)
+                if not self._store.state.opening:
+                    absent |= error.lost
             except ProtocolError as error:
                 log.warning("round %d attempt %d: %s", round_ + 1, attempt, error)
                 problems.append(error.message)
@@ -133,7 +147,9 @@ class Coordinator:
             hint="mend the silos named, then continue with --resume",
         )
 
-    def _attempt(self, round_: int, attempt: int, record: dict[str, Any]) -> Vector:
+    def _attempt(
+        self, round_: int, attempt: int, record: dict[str, Any], absent: dict[str, str]
+    ) -> Vector:
         adapter = adapter_bytes(self._workload.adapter())
         header = round_header(
             self._study,
@@ -153,7 +169,7 @@ class Coordinator:
             layout=self._workload.layout(round_),
             adapter=adapter,
         )
-        lost |= self._store.state.barred
+        lost |= self._store.state.barred | absent
         invited = [silo for silo in self._roster.names if silo not in lost]
         replies = self._ask(dict.fromkeys(invited, begin), TRAIN_TIMEOUT, traffic, lost)
         trained = [silo for silo, reply in replies.items() if isinstance(reply, Trained)]

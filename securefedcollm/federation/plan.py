@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from securefedcollm.aggregation import RingParameters, Roster, RoundHeader
+from securefedcollm.aggregation import CKKS_SUITES, SUITE, RingParameters, Roster, RoundHeader
 from securefedcollm.privacy.quantise import Quantiser
 from securefedcollm.study import Study, digest
 
@@ -25,7 +25,7 @@ def round_header(
     values: int,
 ) -> RoundHeader:
     """The header that every message of this aggregation is bound to."""
-    field = study.field
+    field, plan = study.field, study.aggregation
     return RoundHeader(
         study_digest=digest(study),
         run_id=run_id,
@@ -42,6 +42,7 @@ def round_header(
             colluders=study.silos.colluders,
         ),
         roster_root=roster.root,
+        suite=CKKS_SUITES[plan.ckks] if plan.scheme == "ckks" else SUITE,
     )
 
 

@@ -65,6 +65,7 @@ def _check_ring(study: Study) -> None:
             where="aggregation.value_bits",
             hint="lower it; 16 loses nothing that training would notice",
         )
+    _ = study.ring  # refuses a CKKS sum that could wrap
 
 
 def _check_privacy(study: Study) -> None:

@@ -11,6 +11,7 @@ from securefedcollm_audits.cohort import Cohort
 from securefedcollm.aggregation import ckks_messages, ckks_ring
 from securefedcollm.aggregation.ckks_coordinator import CkksCoordinatorRound
 from securefedcollm.aggregation.ckks_silo import CkksSiloRound
+from securefedcollm.aggregation.header import CKKS_SUITES
 from securefedcollm.aggregation.messages import sign
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.errors import RemoteProtocolError
@@ -39,7 +40,7 @@ REQUESTS = {
 def cohort(silos: int = 4, *, values: int = 5000, kind="precise", **options) -> Cohort:
     """Five thousand values: two chunks, the second one mostly padding."""
     made = Cohort(silos=silos, values=values, **options)
-    made.header = msgspec.structs.replace(made.header, suite=ckks_messages.SUITES[kind])
+    made.header = msgspec.structs.replace(made.header, suite=CKKS_SUITES[kind])
     return made
 
 
