@@ -62,7 +62,7 @@ def plan(
     federation = planner.Federation(
         values=values or update_values(study, data),
         silos=study.silos.count,
-        least_survivors=max(study.minimum, study.threshold),
+        least_survivors=study.quorum,
         colluders=study.silos.colluders,
         records=records or unit_records(study),
         rounds=study.rounds,
@@ -113,13 +113,10 @@ def report(
 
 
 def _offered(unit: str, noise: str) -> bool:
-    """Whether the study format knows this unit and placement."""
-    from typing import get_args, get_type_hints
+    """Whether a study can ask for this unit and placement."""
+    from securefedcollm.study.config import PLACEMENTS
 
-    from securefedcollm.study.config import Privacy
-
-    kinds = get_type_hints(Privacy)
-    return unit in get_args(kinds["unit"]) and noise in get_args(kinds["noise"])
+    return (unit, noise) in PLACEMENTS
 
 
 def _ledgers(given: list[Path] | None) -> list[Path]:

@@ -79,12 +79,13 @@ def simulate(
 
 def _render(results: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.padding import Padding
 
     console = Console()
     console.print()
     console.print(_accuracy_table(results))
     for note in results["notes"]:
-        console.print(f"  [dim]{note}[/dim]")
+        console.print(Padding(f"[dim]{note}[/dim]", (0, 2)))
     console.print()
     console.print(_silo_table(results))
     _print_places(console, results)

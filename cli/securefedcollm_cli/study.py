@@ -137,12 +137,12 @@ def derived(study: Any) -> dict[str, Any]:
 
 
 def _opens_with(study: Any) -> str:
-    quorum = max(study.minimum, study.threshold)
-    tolerated = f"({study.silos.count - quorum} dropout(s) tolerated per round)"
+    tolerated = f"({study.silos.count - study.quorum} dropout(s) tolerated per round)"
     if study.ring is None:
         return f"{study.minimum} survivors, {study.threshold} of them unmasking {tolerated}"
     return (
-        f"{quorum} silos, all of which made the key and decrypt; else the rest repeat {tolerated}"
+        f"{study.quorum} silos, all of which made the key and decrypt; else the rest repeat "
+        f"{tolerated}"
     )
 
 

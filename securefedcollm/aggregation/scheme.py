@@ -80,6 +80,11 @@ class SiloSide(Protocol):
     @property
     def step(self) -> Step: ...
 
+    @property
+    def survivors(self) -> tuple[str, ...]:
+        """Names in the sum that this silo has agreed to open; empty before."""
+        ...
+
     def handle(self, frame: bytes) -> bytes:
         """Answer the server's next request.
 

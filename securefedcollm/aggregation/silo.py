@@ -150,13 +150,18 @@ class SiloRound:
         self._own_statement: Statement
         self._dealers: tuple[int, ...]
         self._delivery_digest: bytes
-        self._lists: tuple[tuple[int, ...], tuple[int, ...]]
+        self._lists: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
         self._lists_digest: bytes
 
     @property
     def step(self) -> Step:
         """The step whose request this silo will answer next."""
         return self._step
+
+    @property
+    def survivors(self) -> tuple[str, ...]:
+        """Names in the sum that this silo has agreed to open; empty before step R3."""
+        return tuple(self._roster.name(index) for index in self._lists[0])
 
     def __repr__(self) -> str:
         return f"SiloRound(silo={self._roster.name(self._index)!r}, step={self._step.value})"

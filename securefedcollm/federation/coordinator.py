@@ -27,6 +27,8 @@ from securefedcollm.federation.messages import (
     Aggregate,
     Aggregated,
     BeginRound,
+    Ended,
+    EndRun,
     Refused,
     Request,
     Trained,
@@ -35,7 +37,7 @@ from securefedcollm.federation.messages import (
     encode,
     model_digest,
 )
-from securefedcollm.federation.plan import quantiser, round_header
+from securefedcollm.federation.plan import quantiser, round_header, silo_unit
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.workload import Progress, ServerWorkload, Vector
 from securefedcollm.study import Study
@@ -85,6 +87,13 @@ class Coordinator:
             self._progress(state.round, self._study.rounds, "rounds")
             self._run_round(state.round)
         self._progress(self._study.rounds, self._study.rounds, "rounds")
+        if self._study.privacy and self._study.privacy.noise == "distributed":
+            self._end()
+
+    def _end(self) -> None:
+        """Tell the silos, so that they settle what the last sum cost them."""
+        requests = dict.fromkeys(self._roster.names, EndRun(self._store.run_id))
+        self._ask(requests, STEP_TIMEOUT, _Traffic(self._roster.names), {})
 
     def _run_round(self, round_: int) -> None:
         started = time.monotonic()
@@ -151,14 +160,18 @@ class Coordinator:
         self, round_: int, attempt: int, record: dict[str, Any], absent: dict[str, str]
     ) -> Vector:
         adapter = adapter_bytes(self._workload.adapter())
+        layout = self._workload.layout(round_)
+        unit = silo_unit(self._study, self._workload.update_size, round_)
         header = round_header(
             self._study,
             roster=self._roster,
             run_id=self._store.run_id,
             round_=round_,
             attempt=attempt,
-            model=model_digest(self._workload.base_digest, self._workload.layout(round_), adapter),
-            values=self._workload.update_size(round_),
+            model=model_digest(
+                self._workload.base_digest, layout, adapter, unit.identity if unit else b""
+            ),
+            values=unit.values if unit else self._workload.update_size(round_),
         )
         traffic = _Traffic(self._roster.names)
         lost: dict[str, str] = {}
@@ -166,7 +179,7 @@ class Coordinator:
             run_id=self._store.run_id,
             round=round_,
             attempt=attempt,
-            layout=self._workload.layout(round_),
+            layout=layout,
             adapter=adapter,
         )
         lost |= self._store.state.barred | absent
@@ -186,9 +199,11 @@ class Coordinator:
         result = side.result
         record["bytes_up"], record["bytes_down"] = traffic.up, traffic.down
         record["dropouts"] = dict(sorted((lost | dict(result.excluded)).items()))
-        mean = quantiser(self._study, header.parameters.values).decode(
-            result.sum, len(result.survivors)
-        )
+        count = len(result.survivors)
+        if unit is None:
+            mean = quantiser(self._study, header.parameters.values).decode(result.sum, count)
+        else:
+            mean = unit.decode(result.sum, count).mean
         mean = np.asarray(mean, dtype=np.float32)
         self._store.save_mean(mean, list(result.survivors))
         return mean
@@ -230,7 +245,7 @@ class Coordinator:
         timeout: float,
         traffic: _Traffic,
         lost: dict[str, str],
-    ) -> dict[str, Trained | Aggregated]:
+    ) -> dict[str, Trained | Aggregated | Ended]:
         """Exchange typed messages; those who fail or refuse go to ``lost`` with the reason."""
         encoded: dict[int, bytes] = {}
         frames = {}
@@ -239,7 +254,7 @@ class Coordinator:
             encoded[id(request)] = frame
             frames[silo] = frame
             traffic.down[silo] += len(frame)
-        answers: dict[str, Trained | Aggregated] = {}
+        answers: dict[str, Trained | Aggregated | Ended] = {}
         for silo, reply in self._engine.exchange(frames, timeout).items():
             if isinstance(reply, Failure):
                 lost[silo] = reply.reason

@@ -34,10 +34,20 @@ class BeginRound(_Message, frozen=True, tag="begin"):
     adapter: bytes
 
 
+class EndRun(_Message, frozen=True, tag="end"):
+    """Server → silo: there is no further attempt at any round of this run."""
+
+    run_id: bytes
+
+
 class Aggregate(_Message, frozen=True, tag="aggregate"):
     """Server → silo: the next request of the aggregation protocol."""
 
     frame: bytes
+
+
+class Ended(_Message, frozen=True, tag="ended"):
+    """Silo → server: I take part in no further attempt at this run."""
 
 
 class Trained(_Message, frozen=True, tag="trained"):
@@ -58,8 +68,8 @@ class Refused(_Message, frozen=True, tag="refused"):
     hint: str
 
 
-Request = BeginRound | Aggregate
-Reply = Trained | Aggregated | Refused
+Request = BeginRound | Aggregate | EndRun
+Reply = Trained | Aggregated | Refused | Ended
 
 _T = TypeVar("_T")
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
@@ -95,6 +105,9 @@ def adapter_bytes(adapter: npt.NDArray[np.float32]) -> bytes:
     return adapter.astype("<f4", copy=False).tobytes()
 
 
-def model_digest(base: bytes, layout: bytes, adapter: bytes) -> bytes:
-    """SHA-256 that stands for "the global model I was sent": base weights, layout and adapter."""
-    return sha256(b"securefedcollm/global-model/v1\0", base, layout, sha256(adapter))
+def model_digest(base: bytes, layout: bytes, adapter: bytes, mechanism: bytes = b"") -> bytes:
+    """SHA-256 that stands for "the global model I was sent": base weights, layout and adapter.
+
+    ``mechanism``: identity of how updates to it are noised in the sum, if they are.
+    """
+    return sha256(b"securefedcollm/global-model/v1\0", base, layout, sha256(adapter), mechanism)

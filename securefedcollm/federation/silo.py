@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from securefedcollm.aggregation import Roster, SiloSide, silo_side
+from securefedcollm.aggregation import Roster, SiloSide, Step, silo_side
 from securefedcollm.errors import (
     ConfigError,
     RemoteProtocolError,
@@ -25,6 +25,8 @@ from securefedcollm.federation.messages import (
     Aggregate,
     Aggregated,
     BeginRound,
+    Ended,
+    EndRun,
     Refused,
     Reply,
     Trained,
@@ -32,12 +34,14 @@ from securefedcollm.federation.messages import (
     encode,
     model_digest,
 )
-from securefedcollm.federation.plan import quantiser, round_header
-from securefedcollm.federation.silostore import SiloStore
+from securefedcollm.federation.plan import quantiser, round_header, silo_unit
+from securefedcollm.federation.silostore import Integers, SiloStore, SumMemory
 from securefedcollm.federation.workload import Progress, SiloWorkload, Vector, silent
 from securefedcollm.primitives import SigningKey, sha256
 from securefedcollm.privacy.events import Event
-from securefedcollm.privacy.ledger import Key, Ledger, Reservation
+from securefedcollm.privacy.ledger import Budget, Key, Ledger, Reservation
+from securefedcollm.privacy.noise import NoiseSource
+from securefedcollm.privacy.silo_unit import SiloUnit, with_survivors
 from securefedcollm.study import Study, digest
 
 log = logging.getLogger(__name__)
@@ -59,10 +63,13 @@ class SiloSession:
         progress: Progress = silent,
         threads: int = 1,
         explain: bool = False,
+        budget: Budget | None = None,
     ) -> None:
         """
         Args:
             roster: the silos; that of the study, if the study has one.
+            budget: this silo's own limit for its data set, all studies together; by default that
+                of the study.
             explain: tell the server *why* this silo cannot go on. Only for a simulation, in which
                 the two are the same person: reasons depend on private data and other studies.
 
@@ -77,6 +84,7 @@ class SiloSession:
                 hint="build the roster from the study",
             )
         self._explain = explain
+        self._budget = budget
         self._study = study
         self._name = name
         self._roster = roster
@@ -97,11 +105,9 @@ class SiloSession:
                 case BeginRound() as begin:
                     reply = self._begin(begin)
                 case Aggregate(frame=inner):
-                    if self._side is None:
-                        raise RemoteProtocolError(
-                            "asked to aggregate before a round began", peer="server"
-                        )
-                    reply = Aggregated(self._side.handle(inner))
+                    reply = Aggregated(self._aggregate(inner))
+                case EndRun() as end:
+                    reply = self._end(end)
         except SecureFedCoLLMError as error:
             log.warning("%s: %s", self._name, error)
             self._side = None
@@ -119,8 +125,13 @@ class SiloSession:
         self._side = None
         self._check_order(begin)
         adapter = self._read_adapter(begin)
-        model = model_digest(self._workload.base_digest, begin.layout, begin.adapter)
-        values = self._workload.update_size(begin.round)
+        unit = silo_unit(self._study, self._workload.update_size, begin.round)
+        model = model_digest(
+            self._workload.base_digest,
+            begin.layout,
+            begin.adapter,
+            unit.identity if unit else b"",
+        )
         header = round_header(
             self._study,
             roster=self._roster,
@@ -128,12 +139,12 @@ class SiloSession:
             round_=begin.round,
             attempt=begin.attempt,
             model=model,
-            values=values,
+            values=unit.values if unit else self._workload.update_size(begin.round),
         )
-        quantise = quantiser(self._study, values)
-        scope = sha256(b"securefedcollm/run/v1\0", header.study_digest, begin.run_id)
+        scope = self._scope(begin.run_id)
         self._enter(scope, begin, model)
-        integers = quantise.encode(self._update(scope, begin.round, adapter)).integers
+        self._settle_before(scope, begin.round)
+        integers = self._update(scope, begin.round, adapter, unit)
         self._side = silo_side(
             self._study.aggregation.scheme,
             header=header,
@@ -148,12 +159,42 @@ class SiloSession:
         self._at = (begin.run_id, begin.round, begin.attempt)
         return Trained()
 
+    def _aggregate(self, frame: bytes) -> bytes:
+        side = self._side
+        if side is None:
+            raise RemoteProtocolError("asked to aggregate before a round began", peer="server")
+        step = side.step
+        reply = side.handle(frame)
+        # Durable before the reply leaves: what the settlement of this round will rest on.
+        run_id, round_, attempt = self._at
+        memory = SumMemory(self._store, self._scope(run_id), round_)
+        if step is Step.UPLOAD:
+            memory.uploaded(attempt)
+        elif step is Step.UNMASK:
+            memory.opened(attempt, len(side.survivors))
+        return reply
+
+    def _end(self, end: EndRun) -> Ended:
+        """No further attempt at this run, durably; so its last sum can be settled too.
+
+        Adversary: a server that ends a run early loses this silo's further rounds, and no more.
+        """
+        self._side = None
+        if self._store.recorded(_run_key(self._study)) != end.run_id:
+            raise RemoteProtocolError("ended a run that this silo takes no part in", peer="server")
+        scope = self._scope(end.run_id)
+        self._store.enter_round(scope, self._study.rounds)
+        self._settle_before(scope, self._study.rounds)
+        return Ended()
+
+    def _scope(self, run_id: bytes) -> bytes:
+        return sha256(b"securefedcollm/run/v1\0", digest(self._study), run_id)
+
     def _enter(self, scope: bytes, begin: BeginRound, model: bytes) -> None:
         """Durable rules about what may be trained at all, whatever becomes of the process."""
         # Adversary: a server that starts the study again under another run id, to have the same
         # updates summed over other survivors; the difference would be one silo's own.
-        run = b"run:" + digest(self._study)
-        if self._store.record(run, begin.run_id) != begin.run_id:
+        if self._store.record(_run_key(self._study), begin.run_id) != begin.run_id:
             raise RemoteProtocolError(
                 "asked for a second run of a study that this silo takes part in",
                 peer="server",
@@ -205,22 +246,27 @@ class SiloSession:
             raise RemoteProtocolError("the global adapter is not finite", peer="server")
         return adapter
 
-    def _update(self, scope: bytes, round_: int, adapter: Vector) -> Vector:
-        """This round's update: from disk if finished, else trained now.
+    def _update(
+        self, scope: bytes, round_: int, adapter: Vector, unit: SiloUnit | None
+    ) -> Integers:
+        """This round's integers, int64 [values]: from disk if finished, else trained now.
 
         The stored update was charged when it was first released, and releasing the same value
         again costs nothing. It is bound to its charge by its hash, so that no other value goes out
         under it: not that of a second process, nor of a training that was never charged.
 
         Raises:
-            BudgetExceeded: the round does not fit; nothing was trained.
+            BudgetExceeded: the round, or at a run's first the run, does not fit; nothing was
+                trained.
             StateError: the update that was released is lost; this silo sits the round out.
         """
         training = self._store.failed_trainings(scope, round_)
         finished = self._store.load_update(scope, round_, training)
-        events = tuple(self._workload.events())
+        events = (unit.event(),) if unit else tuple(self._workload.events())
         if not events:
-            return self._train(scope, round_, training, adapter) if finished is None else finished
+            if finished is None:
+                finished = self._train(scope, round_, training, adapter, unit)
+            return finished
         released = self._store.recorded(_release_key(scope, round_, training))
         state = self._state(scope, round_, training)
         if released is None and state not in {None, "reserved"}:  # charged, then it failed
@@ -229,12 +275,13 @@ class SiloSession:
         if state in {None, "reserved"}:
             reservation = self._reserve(scope, round_, training, events)
             if finished is None:
-                finished = self._train_charged(reservation, events, scope, round_, adapter)
+                finished = self._train_charged(reservation, events, scope, round_, adapter, unit)
             released = self._store.record(
                 _release_key(scope, round_, training), sha256(finished.tobytes())
             )
             self._ledger.release(reservation)
-            self._ledger.settle(reservation, events)
+            if unit is None:  # else what it cost depends on the sum: _settle_before
+                self._ledger.settle(reservation, events)
         if finished is None or released != sha256(finished.tobytes()):
             raise StateError(
                 f"the update of round {round_ + 1}, which was released, is lost",
@@ -249,21 +296,24 @@ class SiloSession:
         scope: bytes,
         round_: int,
         adapter: Vector,
-    ) -> Vector:
+        unit: SiloUnit | None,
+    ) -> Integers:
         """Train; a failure is charged before it is answered.
 
         Adversary: a server whose adapter makes training fail on certain records only. That it
         failed is then a release; uncharged, it could be asked for again and again.
         """
         try:
-            return self._train(scope, round_, reservation.key.attempt, adapter)
+            return self._train(scope, round_, reservation.key.attempt, adapter, unit)
         except Exception:
             self._ledger.release(reservation)
             self._ledger.settle(reservation, events)
             self._store.count_failed_training(scope, round_)
             raise
 
-    def _train(self, scope: bytes, round_: int, training: int, adapter: Vector) -> Vector:
+    def _train(
+        self, scope: bytes, round_: int, training: int, adapter: Vector, unit: SiloUnit | None
+    ) -> Integers:
         update = self._workload.fit(adapter, round_, self._progress)
         expected = self._workload.update_size(round_)
         if update.shape != (expected,) or not np.isfinite(update).all():
@@ -271,8 +321,31 @@ class SiloSession:
                 f"round {round_ + 1} made an update that is not finite",
                 hint="lower local.learning_rate",
             )
-        self._store.save_update(scope, round_, training, update)
-        return update
+        if unit is None:
+            integers = quantiser(self._study, expected).encode(update).integers
+        else:  # noised once: an attempt that is repeated repeats the noise
+            integers = unit.protect(update, NoiseSource())
+        self._store.save_update(scope, round_, training, integers)
+        return integers
+
+    def _settle_before(self, scope: bytes, round_: int) -> None:
+        """Settle the sums of rounds before ``round_``, which can no longer be opened otherwise.
+
+        Adversary: a server that opens a sum of few survivors, with as few noise shares, after it
+        had this silo agree to many. A round is settled with the survivors that this silo opened if
+        its update went into one attempt only, and into no later one: it has entered ``round_``.
+        Otherwise the worst case stays charged.
+        """
+        for entry in self._ledger.entries():
+            if entry.key.run != scope.hex() or entry.key.round >= round_:
+                continue
+            released = _release_key(scope, entry.key.round, entry.key.attempt)
+            if entry.state != "released" or self._store.recorded(released) is None:
+                continue  # settled, or a training that failed and gave no vector
+            survivors = SumMemory(self._store, scope, entry.key.round).survivors()
+            if survivors is not None:
+                settled = [with_survivors(event, survivors) for event in entry.reserved]
+                self._ledger.settle(Reservation(entry.key, entry.reserved, entry.row), settled)
 
     def _entry(self, scope: bytes, round_: int, training: int) -> Key:
         unit = self._study.privacy.unit if self._study.privacy else ""
@@ -289,7 +362,17 @@ class SiloSession:
         privacy = self._study.privacy
         assert privacy is not None  # only a study with privacy has events
         key = self._entry(scope, round_, training)
-        return self._ledger.reserve(*key, events, (privacy.epsilon, privacy.delta))
+        budget = self._budget or Budget(privacy.epsilon, privacy.delta)
+        limit = (budget.epsilon, budget.delta)
+        if all(entry.key.run != key.run for entry in self._ledger.entries()):
+            # A run that the budget cannot see through to its end is not begun.
+            rounds = self._study.rounds - round_
+            self._ledger.foresee(key.dataset, key.unit, events, rounds, limit)
+        return self._ledger.reserve(*key, events, limit)
+
+
+def _run_key(study: Study) -> bytes:
+    return b"run:" + digest(study)
 
 
 def _release_key(scope: bytes, round_: int, training: int) -> bytes:

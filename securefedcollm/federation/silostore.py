@@ -7,17 +7,19 @@ silo's own machine. Keys of the aggregation protocol are never among it.
 from __future__ import annotations
 
 import io
-import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from securefedcollm.errors import StateError
 from securefedcollm.federation.files import make_directory, write_durably
-from securefedcollm.federation.workload import Vector
+from securefedcollm.privacy.journal import durable_database
+
+Integers = npt.NDArray[np.int64]
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS journal (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
@@ -39,11 +41,7 @@ class SiloStore:
         self._directory = make_directory(directory)
         path = directory / "silo.sqlite"
         try:
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-            self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.executescript(_SCHEMA)
+            self._db = durable_database(path, _SCHEMA)
         except (OSError, sqlite3.Error) as error:
             raise StateError(
                 f"{path}: the silo's state cannot be opened ({error})",
@@ -99,8 +97,8 @@ class SiloStore:
                 hint="free some space; nothing was answered",
             ) from None
 
-    def save_update(self, run: bytes, round_: int, training: int, update: Vector) -> None:
-        """Keep a finished update until the next round's."""
+    def save_update(self, run: bytes, round_: int, training: int, update: Integers) -> None:
+        """Keep a finished update, quantised and noised, until the next round's."""
         buffer = io.BytesIO()
         np.save(buffer, update, allow_pickle=False)
         write_durably(self._update(run, round_, training), buffer.getvalue())
@@ -108,7 +106,7 @@ class SiloStore:
             if int(old.stem.split("-")[2]) < round_:
                 old.unlink(missing_ok=True)
 
-    def load_update(self, run: bytes, round_: int, training: int) -> Vector | None:
+    def load_update(self, run: bytes, round_: int, training: int) -> Integers | None:
         """The finished update, or None if this training was never finished."""
         path = self._update(run, round_, training)
         try:
@@ -120,10 +118,49 @@ class SiloStore:
                 f"{path}: a finished update cannot be read ({error})",
                 hint="this silo sits the round out; it takes part again in the next",
             ) from None
-        return np.asarray(vector, dtype=np.float32)
+        if vector.dtype != np.int64:
+            raise StateError(
+                f"{path}: not a finished update of this version",
+                hint="this silo sits the round out; it takes part again in the next",
+            )
+        return np.asarray(vector, dtype=np.int64)
 
     def _update(self, run: bytes, round_: int, training: int) -> Path:
         return self._directory / f"update-{run.hex()}-{round_:05d}-{training}.npy"
 
     def close(self) -> None:
         self._db.close()
+
+
+class SumMemory:
+    """What a silo knows about the one sum of a round that its update went into.
+
+    Durable, first writer wins, like everything in the journal.
+    """
+
+    def __init__(self, store: SiloStore, run: bytes, round_: int) -> None:
+        self._store = store
+        self._key = run[:16] + round_.to_bytes(4, "big")
+
+    def uploaded(self, attempt: int) -> None:
+        """Note that the update is about to leave in ``attempt``."""
+        number = attempt.to_bytes(4, "big")
+        if self._store.record(b"uploaded:" + self._key, number) != number:
+            self._store.record(b"again:" + self._key, number)
+
+    def opened(self, attempt: int, survivors: int) -> None:
+        """Note that shares are about to leave that open a sum of ``survivors`` silos."""
+        self._store.record(
+            b"opened:" + self._key, attempt.to_bytes(4, "big") + survivors.to_bytes(2, "big")
+        )
+
+    def survivors(self) -> int | None:
+        """How many silos are in the sum, if it can only be the one that this silo opened.
+
+        None if the update left in a second attempt too, or this silo never saw it opened. A
+        threshold of silos agrees to one survivor set per attempt, so one attempt is one sum.
+        """
+        opened = self._store.recorded(b"opened:" + self._key)
+        if opened is None or self._store.recorded(b"again:" + self._key) is not None:
+            return None
+        return int.from_bytes(opened[4:], "big")

@@ -30,6 +30,7 @@ from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.federation.workload import Progress, silent
 from securefedcollm.primitives import SigningKey
+from securefedcollm.privacy.adversaries import per_adversary
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import Study, digest, dump_study
 
@@ -232,11 +233,13 @@ class Simulation:
         history = store.state.history
         silos = []
         for name, count in records.items():
+            spent, adversaries = _spent(self._out / "silos" / name, self._study)
             silos.append(
                 {
                     "name": name,
                     "records": count,
-                    "epsilon_spent": _spent(self._out / "silos" / name, self._study),
+                    "epsilon_spent": spent,
+                    "epsilon_by_adversary": adversaries,
                     "epsilon_budget": privacy.epsilon if privacy else None,
                     "delta": privacy.delta if privacy else None,
                     "bytes_up": sum(r.get("bytes_up", {}).get(name, 0) for r in history),
@@ -343,26 +346,30 @@ def _rows(method: str, scores: dict[str, float]) -> list[dict[str, Any]]:
     return [{"model": m, "method": method, "accuracy": a} for m, a in rows.items()]
 
 
-def _spent(home: Path, study: Study) -> float | None:
+def _spent(home: Path, study: Study) -> tuple[float | None, dict[str, float] | None]:
+    """The ledger's ε, and ε for each adversary, at the study's δ; None without DP."""
     if study.privacy is None:
-        return None
+        return None, None
+    delta = study.privacy.delta
     with Ledger(home / "ledger.sqlite", home.name) as ledger:
-        accounts = {entry.key[:2] for entry in ledger.entries()}
-        return max(
-            (ledger.spent(*account, study.privacy.delta).claim.epsilon for account in accounts),
-            default=0.0,
-        )
+        entries = ledger.entries()
+        if not entries:
+            return 0.0, {}
+        summary = ledger.spent(*entries[0].key[:2], delta)
+    rows = per_adversary(summary.events, [delta], study.silos.colluders, terms=entries[0].terms)
+    return summary.claim.epsilon, {row.adversary: row.epsilons[0].epsilon for row in rows}
 
 
 def _sentence(record: dict[str, Any], rounds: int) -> str:
-    scores = ", ".join(
-        f"{key.replace('/', ' ')} {100 * value:.0f} %"
-        for key, value in record["evaluation"].items()
-    )
+    models: dict[str, list[str]] = {}
+    for key, value in record["evaluation"].items():
+        model, _, group = key.partition("/")
+        models.setdefault(model.upper(), []).append(f"{group} {100 * value:.0f}".strip())
+    scores = "; ".join(f"{model} {', '.join(found)}" for model, found in models.items())
+    gone = "".join(f", {silo} lost ({why})" for silo, why in record.get("dropouts", {}).items())
+    lost = ", THE ROUND IS LOST: its sum cannot be opened" if "lost" in record else ""
     silos = len(record["survivors"])
-    gone = "".join(f"; {silo} lost ({why})" for silo, why in record.get("dropouts", {}).items())
-    lost = "; THE ROUND IS LOST, its sum cannot be opened" if "lost" in record else ""
-    return f"round {record['round']} of {rounds}: {silos} silos in the sum{gone}{lost}; {scores}"
+    return f"round {record['round']}/{rounds}, {silos} silos{gone}{lost}: {scores} (%)"
 
 
 def _notes(study: Study, baselines: tuple[str, ...]) -> list[str]:
@@ -377,6 +384,8 @@ def _notes(study: Study, baselines: tuple[str, ...]) -> list[str]:
         notes.append(
             "Each row is a run of its own with the same ε; publishing them all would add up."
         )
+    if study.privacy and study.privacy.unit == "silo" and "standalone" in baselines:
+        notes.append("A standalone silo shows its model to nobody: it trains without noise.")
     notes.append("Identities were throw-away; a real study is signed by its participants.")
     return notes
 

@@ -16,7 +16,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -35,6 +35,31 @@ CREATE TRIGGER IF NOT EXISTS journal_keep BEFORE UPDATE ON journal
 CREATE TRIGGER IF NOT EXISTS journal_hold BEFORE DELETE ON journal
   BEGIN SELECT RAISE(ABORT, 'the journal is append-only'); END;
 """
+
+
+def durable_database(path: Path, schema: str) -> sqlite3.Connection:
+    """An SQLite file in WAL mode whose commits survive a power cut; made with mode 0600.
+
+    Several processes may open, and create, the same file at once.
+
+    Raises:
+        OSError, sqlite3.Error: it cannot be opened, or stayed locked for a minute.
+    """
+    with suppress(FileExistsError):  # never open and close an existing one: that drops its locks
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    db = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:  # SQLite's own waiting does not cover the change into WAL
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            break
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.005)
+    db.execute("PRAGMA synchronous = FULL")
+    db.executescript(schema)
+    return db
 
 
 class Head(NamedTuple):
@@ -71,11 +96,7 @@ class Journal:
         self._head = Head(0, sha256(_GENESIS, owner.encode()))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-            self._db = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.executescript(_SCHEMA)
+            self._db = durable_database(path, _SCHEMA)
         except (OSError, sqlite3.Error) as error:
             raise self._unusable(error) from error
 

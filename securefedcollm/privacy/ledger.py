@@ -42,7 +42,7 @@ from securefedcollm.privacy.events import (
 )
 from securefedcollm.privacy.filters import Terms, filter_epsilon, filter_within
 from securefedcollm.privacy.journal import Head, Journal, Row
-from securefedcollm.privacy.refusal import explain
+from securefedcollm.privacy.refusal import explain, explain_run, repeated
 
 State = Literal["reserved", "released", "settled", "void"]
 
@@ -178,7 +178,7 @@ class Ledger:
             known = self._entries.get(key)
             if known is not None:
                 return self._again(known, asked)
-            counted, terms = self._counted(key, opening)
+            counted, terms = self._counted(dataset, unit, opening)
             total = filter_within(merge(counted + asked), limit.delta, limit.epsilon, terms)
             fits = total <= limit.epsilon
             if fits:
@@ -193,6 +193,33 @@ class Ledger:
             raise BudgetExceeded(f"round {round} of {unit} data: {message}", hint=hint)
         self._catch_up()
         return Reservation(key, asked, row.seq)
+
+    def foresee(
+        self,
+        dataset: str,
+        unit: str,
+        events: Sequence[Event],
+        rounds: int,
+        budget: tuple[float, float],
+    ) -> None:
+        """Refuse a run of which not every round would fit, before anything is spent on it.
+
+        Charges nothing: :meth:`reserve` decides about every round again.
+
+        Args:
+            events: what one round will release at worst.
+            rounds: rounds that are still to come.
+
+        Raises:
+            BudgetExceeded: says how much is left and what would fit.
+        """
+        asked, limit = merge(events), Budget(*budget)
+        self._catch_up()
+        counted, terms = self._counted(dataset, unit, Terms(repeat(asked[0], 1), limit.epsilon))
+        whole = merge(counted + repeated(asked, rounds))
+        if filter_within(whole, limit.delta, limit.epsilon, terms) > limit.epsilon:
+            message, hint = explain_run(counted, asked, rounds, limit.epsilon, limit.delta, terms)
+            raise BudgetExceeded(f"{unit} data: {message}", hint=hint)
 
     def release(self, reservation: Reservation) -> None:
         """Record, durably, that bytes are about to leave. Call it before they do.
@@ -300,9 +327,9 @@ class Ledger:
             hint="a retry is a new attempt, and is charged as one",
         )
 
-    def _counted(self, key: Key, opening: Terms) -> tuple[Events, Terms]:
+    def _counted(self, dataset: str, unit: str, opening: Terms) -> tuple[Events, Terms]:
         """What the account is charged so far, and the terms of its first entry."""
-        account = self._account(key.dataset, key.unit)
+        account = self._account(dataset, unit)
         counted = merge(event for entry in account for event in entry.counted)
         return counted, account[0].terms if account else opening
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from securefedcollm.privacy.events import Event, Events, louder, merge, repeat, times
 from securefedcollm.privacy.filters import Terms, filter_epsilon, filter_within
@@ -29,6 +29,37 @@ def explain(
     return message, _what_fits(asked, fits)
 
 
+def explain_run(
+    counted: Events, asked: Events, rounds: int, limit: float, delta: float, terms: Terms
+) -> tuple[str, str]:
+    """As :func:`explain`, for a run of ``rounds`` rounds that each release ``asked``."""
+    spent = filter_epsilon(counted, delta, terms).epsilon
+    total = filter_epsilon(merge(counted + repeated(asked, rounds)), delta, terms).epsilon
+    message = (
+        f"ε = {up(spent)} of {limit:g} is spent at δ = {delta:g}, {down(limit - spent)} is left, "
+        f"and the {rounds} rounds of this run would bring it to {up(total)}; nothing was trained"
+    )
+
+    def fits(events: Sequence[Event]) -> bool:
+        return filter_within(merge([*counted, *events]), delta, limit, terms) <= limit
+
+    offers = []
+    count = _largest(rounds - 1, lambda n: fits(repeated(asked, n)))
+    if count:
+        offers.append(f"{count} of its {rounds} rounds at this noise")
+    factor = _smallest_factor(lambda f: fits([louder(e, f) for e in repeated(asked, rounds)]))
+    if factor is not None:
+        quieter = merge(louder(event, factor) for event in repeated(asked, rounds))
+        alone = filter_epsilon(quieter, delta, Terms(repeat(quieter[0], 1), limit)).epsilon
+        offers.append(f"all of them with privacy.epsilon: {down(alone)} ({_noise(asked, factor)})")
+    return message, _offered(offers)
+
+
+def repeated(asked: Sequence[Event], rounds: int) -> Events:
+    """What ``rounds`` rounds release that each release ``asked``."""
+    return tuple(repeat(event, times(event) * rounds) for event in asked)
+
+
 def _what_fits(asked: Events, fits: Callable[[list[Event]], bool]) -> str:
     offers = []
     runs = times(asked[0])
@@ -38,8 +69,15 @@ def _what_fits(asked: Events, fits: Callable[[list[Event]], bool]) -> str:
             offers.append(f"{count} of its {runs} steps")
     factor = _smallest_factor(lambda f: fits([louder(event, f) for event in asked]))
     if factor is not None:
-        noise = asked[0].noise_multiplier * factor
-        offers.append(f"a noise multiplier of {math.ceil(noise * 1e3) / 1e3:g}")
+        offers.append(_noise(asked, factor))
+    return _offered(offers)
+
+
+def _noise(asked: Events, factor: float) -> str:
+    return f"a noise multiplier of {math.ceil(asked[0].noise_multiplier * factor * 1e3) / 1e3:g}"
+
+
+def _offered(offers: list[str]) -> str:
     if not offers:
         return "no release of this kind fits any more; use other data or agree on a larger budget"
     return "what would fit: " + ", or ".join(offers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from securefedcollm.errors import ConfigError
-from securefedcollm.study.config import Model, Study
+from securefedcollm.study.config import PLACEMENTS, Model, Study
 
 
 def check(study: Study) -> None:
@@ -78,6 +78,21 @@ def _check_privacy(study: Study) -> None:
             f"{max(1, round(1 / privacy.delta))}",
             where="privacy.delta",
             hint="below 1 / (number of records), e.g. 1e-5",
+        )
+    if (privacy.unit, privacy.noise) not in PLACEMENTS:
+        pairs = " or ".join(f"{unit} with {noise}" for unit, noise in sorted(PLACEMENTS))
+        raise ConfigError(
+            f"no study can ask for unit: {privacy.unit} with noise: {privacy.noise}",
+            where="privacy.noise",
+            hint=f"choose {pairs}",
+        )
+    # The clip of a silo's whole update is what its sensitivity follows from: there is one of it.
+    if privacy.unit == "silo" and privacy.clip_norm != study.aggregation.clip_norm:
+        raise ConfigError(
+            f"{privacy.clip_norm:g} and aggregation.clip_norm: {study.aggregation.clip_norm:g} "
+            "bound the same update, a silo's whole one",
+            where="privacy.clip_norm",
+            hint="give both keys the same value",
         )
 
 

@@ -10,7 +10,7 @@ that nobody can choose for them.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 import rfc8785
@@ -123,13 +123,16 @@ class Privacy(_Section, frozen=True):
     """The differential-privacy claim of the whole study, all rounds together.
 
     ``unit: record`` with ``noise: local`` is DP-SGD inside each silo: (ε, δ) for one record against
-    everybody. Neighbouring data sets differ by adding or removing one unit.
+    everybody. ``unit: silo`` with ``noise: distributed`` clips a silo's whole update and adds a
+    share of discrete Gaussian noise to it: (ε, δ) for one silo's whole data set against the server
+    and ``silos.colluders`` other silos. Neighbouring data sets differ by adding or removing one
+    unit. ``clip_norm`` bounds what one unit contributes: per step, or per round for a silo.
     """
 
     epsilon: Positive
     delta: Annotated[float, Meta(gt=0, lt=1)]
-    unit: Literal["record"] = "record"
-    noise: Literal["local"] = "local"
+    unit: Literal["record", "silo"] = "record"
+    noise: Literal["local", "distributed"] = "local"
     clip_norm: Positive = 1.0
 
 
@@ -211,6 +214,11 @@ class Study(_Section, frozen=True):
         return self.silos.minimum or self.threshold
 
     @property
+    def quorum(self) -> int:
+        """Fewest silos with which a sum is ever opened."""
+        return max(self.minimum, self.threshold)
+
+    @property
     def field(self) -> Field:
         """The packed field of one coordinate, derived from ``value_bits`` and the silo count.
 
@@ -257,6 +265,10 @@ class Field(msgspec.Struct, frozen=True):
         room = (2**bits - 1) // (2 * silos)
         bound = min(room, 2**31 - 1) if fill else least
         return cls(bits=bits, per_word=per_word, bound=bound)
+
+
+PLACEMENTS: Final = frozenset({("record", "local"), ("silo", "distributed")})
+"""(unit, noise) pairs that a study can ask for."""
 
 
 def digest(study: Study) -> bytes:

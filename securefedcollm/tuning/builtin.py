@@ -60,10 +60,10 @@ class Recipe:
 RECIPES: Final[dict[Role, Recipe]] = {
     "llm": Recipe(
         hidden=128,
-        layers=3,
+        layers=2,
         intermediate=384,
         heads=4,
-        sentences=60_000,
+        sentences=45_000,
         rare_share=0.0,
         rare=1.0,
         batch_size=128,

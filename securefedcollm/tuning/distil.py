@@ -111,7 +111,7 @@ def distil(
                 p.data,
                 normalisation=normalisation,
                 temperature=temperature,
-                batch_size=micro_batch,
+                batch_size=max(64, micro_batch),
             )
             for p in pairs
         )

@@ -60,6 +60,7 @@ def test_a_run_ends_with_table_ledger_and_adapters(inputs, tmp_path):
     for silo in results["silos"]:
         assert silo["records"] == 32
         assert 0 < silo["epsilon_spent"] <= 8
+        assert set(silo["epsilon_by_adversary"].values()) == {silo["epsilon_spent"]}
         assert silo["bytes_up"] > 0
         assert silo["bytes_down"] > 0
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
@@ -69,6 +70,19 @@ def test_a_run_ends_with_table_ledger_and_adapters(inputs, tmp_path):
         moved = [v for k, v in adapters(tmp_path / "run", which).items() if "lora_B" in k]
         assert moved
         assert any(v.any() for v in moved)
+
+
+def test_client_level_privacy_runs_and_says_what_each_adversary_could_learn(inputs, tmp_path):
+    change = ["--set", "privacy.unit=silo", "--set", "privacy.noise=distributed"]
+    results = run(inputs, tmp_path / "run", *change, "--no-baselines", "--drop", "2@upload:1")
+    for silo in results["silos"]:
+        found = silo["epsilon_by_adversary"]
+        assert 0 < found["server"] == found["outsider"] < found["server+1 silo"] <= 8
+        assert silo["epsilon_spent"] == found["server+1 silo"]
+    # silo-2 does not know what became of round 1 and stays charged at the worst case; the others
+    # had the same three shares in round 1, and all four in round 2.
+    assert len({silo["epsilon_spent"] for silo in results["silos"]}) == 1
+    assert results["silos"][0]["epsilon_spent"] < 7.5
 
 
 def test_the_saved_adapters_load_with_peft(inputs, tmp_path):

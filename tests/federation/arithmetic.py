@@ -12,7 +12,7 @@ from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.primitives import SigningKey
 from securefedcollm.privacy.events import PoissonGaussian
-from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.privacy.ledger import Budget, Ledger
 from securefedcollm.study import Study, study_from_tree
 
 SIZE = 101
@@ -108,7 +108,7 @@ class ArithmeticServer:
         self.theta = np.load(directory / "theta.npy")
 
 
-def make_silo(name, progress, *, study, directory, private=True, fails=()):
+def make_silo(name, progress, *, study, directory, private=True, fails=(), budget=None):
     home = Path(directory) / name
     return SiloSession(
         study=study,
@@ -119,4 +119,5 @@ def make_silo(name, progress, *, study, directory, private=True, fails=()):
         store=SiloStore(home),
         ledger=Ledger(home / "ledger.sqlite", name),
         progress=progress,
+        budget=None if budget is None else Budget(*budget),
     )

@@ -39,6 +39,7 @@ from .arithmetic import (
     ROSTER,
     SIZE,
     ArithmeticServer,
+    ArithmeticSilo,
     make_silo,
     make_study,
     update_of,
@@ -389,6 +390,38 @@ def test_a_budget_that_is_used_up_stops_the_training_and_only_the_silo_knows_why
     assert "ε" in caplog.text
     assert silo._workload.trained == []
     assert spent_by(tmp_path, "silo-1") == []
+
+
+def test_a_run_that_the_budget_cannot_see_through_is_not_begun(tmp_path, caplog):
+    """One round of this run would fit. The silo's own operator hears what is left and what would
+    fit; the server hears nothing of either."""
+    caplog.set_level(logging.WARNING)
+    study = make_study(privacy={"epsilon": 3.0, "delta": 1e-5})
+    (event,) = ArithmeticSilo("silo-1").events()
+    with Ledger(tmp_path / "silo-1" / "ledger.sqlite", "silo-1") as ledger:
+        ledger.reserve("d", "record", "run", 0, 0, [event], (3.0, 1e-5))  # fits
+    silo = make_silo("silo-1", silent, study=study, directory=tmp_path)
+    refusal = reply_to(silo, begin())
+    assert (refusal.kind, refusal.message) == ("Refused", "this silo cannot take part")
+    assert not re.search(r"ε|budget|left|\d", refusal.message + refusal.hint)
+    assert "the 3 rounds of this run would bring it to" in caplog.text
+    assert "3.000 is left" in caplog.text
+    assert silo._workload.trained == []
+    assert [key for key in spent_by(tmp_path, "silo-1") if key[2] != "reserved"] == []
+
+
+def test_a_silo_s_own_budget_is_for_all_studies_on_its_data(tmp_path):
+    """The second study would fit its own ε, but not what this silo has agreed to in all."""
+    sessions = [
+        make_silo(
+            "silo-1", silent, study=make_study(seed=seed), directory=tmp_path, budget=(4.0, 1e-5)
+        )
+        for seed in (1, 2)
+    ]
+    for round_ in range(3):
+        assert isinstance(reply_to(sessions[0], begin(round_)), Trained)
+    assert isinstance(reply_to(sessions[1], begin()), Refused)
+    assert sessions[1]._workload.trained == []
 
 
 def test_a_frame_with_broken_text_does_not_stop_the_coordinator():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from securefedcollm.errors import (
     StateError,
 )
 from securefedcollm.primitives import sha256
-from securefedcollm.privacy.accounting import TIGHT_SHARE, claim
+from securefedcollm.privacy.accounting import TIGHT_SHARE, calibrate, claim
 from securefedcollm.privacy.events import DiscreteGaussian, Gaussian, PoissonGaussian
 from securefedcollm.privacy.journal import Head
 from securefedcollm.privacy.ledger import Ledger
@@ -164,6 +166,49 @@ def test_more_survivors_than_the_threshold_give_budget_back(ledger):
 # --- the budget ---------------------------------------------------------------------------------
 
 
+def test_a_run_that_would_not_fit_is_foreseen_and_its_advice_is_true(ledger):
+    """Half of the budget is gone: three more rounds do not fit, and what is offered just does."""
+    rounds, asked = 3, [Gaussian(4.0, 5)]
+    ledger.foresee("data", "record", asked, rounds, BUDGET)
+    ledger.release(reserve(ledger, events=[Gaussian(3.0, 18)], run="earlier"))
+    before = ledger.rows()
+    with pytest.raises(BudgetExceeded) as caught:
+        ledger.foresee("data", "record", asked, rounds, BUDGET)
+    assert ledger.rows() == before
+    left = float(re.search(r"([0-9.]+) is left", caught.value.message)[1])
+    spent = ledger.spent("data", "record", 1e-5).claim.epsilon
+    assert 0 < 8.0 - spent - left < 1e-3
+    assert "the 3 rounds of this run would bring it to" in caught.value.message
+    fits = re.search(
+        r"what would fit: (\d) of its 3 rounds at this noise, or all of them with "
+        r"privacy.epsilon: ([0-9.]+) \(a noise multiplier of ([0-9.]+)\)",
+        caught.value.hint,
+    )
+    count, epsilon, noise = int(fits[1]), float(fits[2]), float(fits[3])
+    assert 1 <= count < rounds
+    ledger.foresee("data", "record", asked, count, BUDGET)
+    with pytest.raises(BudgetExceeded):
+        ledger.foresee("data", "record", asked, count + 1, BUDGET)
+    smaller = calibrate(epsilon, 1e-5, 1.0, 5 * rounds)  # what such a study would choose
+    assert smaller == pytest.approx(noise, rel=0.02)
+    for multiplier in (noise, smaller):
+        ledger.foresee("data", "record", [Gaussian(multiplier, 5)], rounds, BUDGET)
+
+
+def test_where_more_noise_does_not_help_only_fewer_rounds_are_offered(ledger):
+    """The tight filter of a sampled mechanism charges every release as the first one."""
+    asked = [PoissonGaussian(0.05, 0.9, 60)]
+    reserve(ledger, events=[PoissonGaussian(0.05, 0.9, 250)], run="earlier")
+    with pytest.raises(BudgetExceeded) as caught:
+        ledger.foresee("data", "record", asked, 3, BUDGET)
+    assert caught.value.hint == "what would fit: 1 of its 3 rounds at this noise"
+    ledger.foresee("data", "record", asked, 1, BUDGET)
+    reserve(ledger, events=[PoissonGaussian(0.05, 0.9, 110)], run="last")
+    with pytest.raises(BudgetExceeded) as caught:
+        ledger.foresee("data", "record", asked, 3, BUDGET)
+    assert "no release of this kind fits any more" in caught.value.hint
+
+
 def test_a_release_past_the_budget_is_refused_and_nothing_is_written(ledger):
     def reserve_until_refused():
         for round_ in range(1000):
@@ -285,6 +330,18 @@ def test_two_processes_cannot_both_reserve_the_last_epsilon(tmp_path):
     with Ledger(tmp_path / "ledger.db", "north") as ledger:
         ledger.verify()
         assert len(ledger.entries()) == total
+
+
+def test_a_ledger_that_another_process_is_just_creating_is_waited_for(tmp_path):
+    path = tmp_path / "ledger.db"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")  # SQLite answers the change into WAL at once: locked
+    release = threading.Timer(0.2, other.execute, ["COMMIT"])
+    release.start()
+    with Ledger(path, "north") as ledger:
+        ledger.reserve("data", "record", "run", 0, 0, [Gaussian(2.0)], (8.0, 1e-5))
+    release.join()
+    other.close()
 
 
 # --- the paper ----------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ class Letters:
 
     bos_token_id = eos_token_id = None
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [1 + ord(letter) % 30 for letter in text]}
+    def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[1 + ord(letter) % 30 for letter in text] for text in texts]}
 
 
 def adapted(seed: int = 0) -> Any:

@@ -1,0 +1,164 @@
+"""A fuzz target for the aggregation protocol: a whole round, its frames altered as the input says.
+
+``python -m securefedcollm_audits.fuzz --seconds 60`` plays it with random inputs, and guided by
+coverage if the package ``atheris`` is installed. Adversary: the network and the server between
+honest state machines. Whatever is done to frames, both sides answer with their own errors only, a
+sum that comes out is the sum of its survivors, and the server's notebook opens nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+
+from securefedcollm.aggregation.coordinator import CoordinatorRound
+from securefedcollm.errors import ProtocolError
+from securefedcollm_audits.cohort import Cohort, play
+
+_OPERATION: Final = 6  # bytes of input that say one alteration
+_MOST: Final = 6  # alterations of one round
+_FRAMES: Final = 50  # five requests and five replies of five silos
+
+
+class BrokenError(Exception):
+    """The round gave away or got wrong what no alteration may."""
+
+
+def one_round(script: bytes) -> str:
+    """Play a round of five silos with the alterations that ``script`` says.
+
+    Every six bytes are one alteration: which frame, what is done, where (two bytes), with what
+    (two bytes).
+
+    Returns:
+        ``"summed"``, or the class of the error that ended the round.
+
+    Raises:
+        BrokenError: a wrong sum, or the spy learnt something.
+        Exception: anything that is not this project's error is a finding, too.
+    """
+    plan = {
+        script[at] % _FRAMES: script[at + 1 : at + _OPERATION]
+        for at in range(0, min(len(script), _MOST * _OPERATION) - _OPERATION + 1, _OPERATION)
+    }
+    cohort = Cohort(label="fuzz")
+    silos = {name: cohort.silo(name) for name in cohort.names}
+    coordinator = CoordinatorRound(header=cohort.header, roster=cohort.roster)
+    spy = cohort.spy()
+    passed: list[bytes] = []
+
+    def meddle(step: object, name: str, frame: bytes) -> bytes | None:
+        operation = plan.get(len(passed))
+        passed.append(frame)
+        return frame if operation is None else _altered(frame, passed, operation)
+
+    try:
+        result = play(silos, coordinator, spy=spy, request=meddle, reply=meddle)
+    except ProtocolError as error:
+        ended = type(error).__name__
+    else:
+        ended = "summed"
+        if not np.array_equal(result.sum, cohort.plain_sum(result.survivors)):
+            raise BrokenError("a sum that is not the sum of its survivors")
+    if spy.leaks():
+        raise BrokenError(f"the server learnt {spy.leaks()}")
+    return ended
+
+
+def _altered(frame: bytes, passed: list[bytes], operation: bytes) -> bytes | None:
+    kind, where, value = operation[0], operation[1:3], operation[3:5]
+    at = int.from_bytes(where, "little") % len(frame)
+    other = passed[int.from_bytes(value, "little") % len(passed)]
+    match kind % 8:
+        case 0:
+            return None
+        case 1:
+            return frame[:at]
+        case 2:
+            return frame[:at] + bytes([frame[at] ^ (value[0] or 1)]) + frame[at + 1 :]
+        case 3:
+            return frame[:at] + value + frame[at:]
+        case 4:
+            return other
+        case 5:
+            return frame[:at] + other[at:]
+        case 6:
+            return frame + other
+        case _:
+            return _grafted(frame, other, at, value)
+
+
+def _grafted(frame: bytes, other: bytes, at: int, value: bytes) -> bytes:
+    """``frame`` with one field replaced by one of ``other``'s, well-formed as a message."""
+    try:
+        scion, stock = msgspec.msgpack.decode(other), msgspec.msgpack.decode(frame)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return frame[:at] + value + frame[at + 2 :]
+    if isinstance(stock, list) and isinstance(scion, list):
+        places, donors = _leaves(stock), _leaves(scion)
+        place = places[at % len(places)]
+        place.branch[place.key] = donors[value[0] % len(donors)].value
+    return msgspec.msgpack.encode(stock)
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """A place in a decoded message that holds no other message, and what lies there."""
+
+    branch: Any  # the list or mapping that holds it
+    key: Any
+    value: Any
+
+
+def _leaves(tree: Any) -> list[_Leaf]:
+    branches = enumerate(tree) if isinstance(tree, list) else tree.items()
+    return [
+        leaf
+        for key, value in branches
+        for leaf in (
+            _leaves(value) if isinstance(value, list | dict) else [_Leaf(tree, key, value)]
+        )
+    ]
+
+
+def main() -> None:
+    """Fuzz for a while; a finding ends the program with its input in hexadecimal."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--input", type=bytes.fromhex, help="play this one input (hexadecimal)")
+    arguments = parser.parse_args()
+    if arguments.input is not None:
+        print(one_round(arguments.input))
+        return
+    try:
+        import atheris
+    except ImportError:
+        _play_random(arguments.seconds)
+        return
+    atheris.instrument_all()
+    atheris.Setup([sys.argv[0], f"-max_total_time={arguments.seconds}", "-max_len=36"], one_round)
+    atheris.Fuzz()
+
+
+def _play_random(seconds: int) -> None:
+    deadline = time.monotonic() + seconds
+    counts: dict[str, int] = {}
+    while time.monotonic() < deadline:
+        script = os.urandom(_OPERATION * (1 + os.urandom(1)[0] % _MOST))
+        try:
+            ended = one_round(script)
+        except Exception as error:
+            sys.exit(f"found by --input {script.hex()}: {error!r}")
+        counts[ended] = counts.get(ended, 0) + 1
+    print(f"{sum(counts.values())} rounds, no finding: {counts}")
+
+
+if __name__ == "__main__":
+    main()

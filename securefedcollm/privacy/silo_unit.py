@@ -1,0 +1,142 @@
+"""The ``silo`` unit in a round: a whole update in, noised integers out, and a mean back.
+
+One silo is one unit. Its update is clipped to L2 norm C as a whole, quantised with the exact
+integer check of :mod:`.quantise` and given this silo's share of the noise; the server decodes the
+sum (:mod:`.distributed`). Both sides derive the same mechanism from the study; :attr:`identity`
+goes into the round's header, so that silos which do not share it refuse each other's keys.
+
+Adversary: the server and c silos. The server chooses nothing here that the guarantee rests on.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import lru_cache
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from securefedcollm.errors import ConfigError
+from securefedcollm.primitives import sha256
+from securefedcollm.privacy.accounting import TIGHT_SHARE, calibrate_events
+from securefedcollm.privacy.distributed import DistributedGaussian
+from securefedcollm.privacy.events import DiscreteGaussian, Event
+from securefedcollm.privacy.noise import NoiseSource
+from securefedcollm.privacy.quantise import Floats
+
+
+class Setting(NamedTuple):
+    """What fixes the mechanism but for the noise: the same on both sides."""
+
+    values: int
+    """Largest length d of an update in any round."""
+    field_bound: int
+    """Largest absolute integer of one silo in the ring."""
+    least_survivors: int
+    """Fewest silos with which a sum is opened."""
+    colluders: int
+
+
+class Opened(NamedTuple):
+    """What the server decodes from one sum."""
+
+    mean: npt.NDArray[np.float32]
+    """Noised mean update, float32 [d]."""
+
+
+class SiloUnit:
+    """Protects one silo's update of one round, and decodes the sum of all.
+
+    Args:
+        setting: with ``values`` the length of this round's update.
+        noise_multiplier: z of the sum, against the adversary, with ``least_survivors``.
+        clip_norm: C of this round.
+
+    Raises:
+        ConfigError: no honest share, or a field too narrow; names the study's key.
+    """
+
+    __slots__ = ("_distributed", "clip_norm")
+
+    def __init__(self, setting: Setting, noise_multiplier: float, clip_norm: float) -> None:
+        self.clip_norm = clip_norm
+        self._distributed = _mechanism(setting, noise_multiplier, clip_norm)
+
+    @property
+    def values(self) -> int:
+        """Length of the integer vector."""
+        return self._distributed.quantiser.values
+
+    @property
+    def noise_multiplier(self) -> float:
+        return self._distributed.noise_multiplier
+
+    @property
+    def identity(self) -> bytes:
+        """32 bytes that two participants share exactly if they run the same mechanism."""
+        made = self._distributed
+        numbers = (self.clip_norm, made.share_sigma, made.quantiser.bound, made.quantiser.values)
+        return sha256(b"securefedcollm/silo-unit/v1\0", struct.pack(">ddQQ", *numbers))
+
+    def protect(self, update: Floats, noise: NoiseSource) -> npt.NDArray[np.int64]:
+        """Clip, quantise and noise one update, float [d] to int64 [values].
+
+        Raises:
+            TrainingError: a value is not finite.
+        """
+        return self._distributed.protect(update, noise)
+
+    def decode(self, total: npt.NDArray[np.int64], survivors: int) -> Opened:
+        """The mean of ``survivors`` updates from their noised integer sum, int64 [values]."""
+        return Opened(self._distributed.quantiser.decode(total, survivors))
+
+    def event(self) -> DiscreteGaussian:
+        """What one round releases in the worst case: ``least_survivors`` shares."""
+        return self._distributed.event(self._distributed.least_survivors)
+
+
+def with_survivors(reserved: Event, survivors: int) -> Event:
+    """The ``reserved`` event as it was, with the noise of ``survivors`` silos in the sum."""
+    if not isinstance(reserved, DiscreteGaussian):
+        return reserved
+    return msgspec.structs.replace(reserved, shares=survivors)
+
+
+@lru_cache(maxsize=64)
+def calibrate_silo(epsilon: float, delta: float, rounds: int, setting: Setting) -> float:
+    """Smallest noise multiplier with which ``rounds`` worst-case rounds are (ε, δ) private.
+
+    Against the server and ``colluders`` silos, within the ledger's tight filter.
+
+    Raises:
+        ConfigError: no noise within this field reaches ε.
+    """
+
+    def at(z: float) -> tuple[Event, ...]:
+        made = _mechanism(setting, z, 1.0)
+        return (made.event(setting.least_survivors, count=rounds),)
+
+    return calibrate_events(at, epsilon, TIGHT_SHARE * delta)
+
+
+def _mechanism(setting: Setting, z: float, clip_norm: float) -> DistributedGaussian:
+    try:
+        return DistributedGaussian(
+            values=setting.values,
+            clip_norm=clip_norm,
+            field_bound=setting.field_bound,
+            noise_multiplier=z,
+            least_survivors=setting.least_survivors,
+            colluders=setting.colluders,
+        )
+    except ConfigError as error:
+        if error.where not in {"bound", "share_sigma"}:
+            raise
+        raise ConfigError(
+            f"the field is too narrow for {setting.values} values with this noise "
+            f"({error.message})",
+            where="aggregation.value_bits",
+            hint="raise it, or allow less noise with a larger privacy.epsilon",
+        ) from None
