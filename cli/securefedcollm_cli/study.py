@@ -132,6 +132,7 @@ def derived(study: Any) -> dict[str, Any]:
         "field_bits": field.bits,
         "fields_per_word": field.per_word,
         "bound": field.bound,
+        "ckks": _ring_facts(study),
         "reading": reading,
     }
 
@@ -154,12 +155,30 @@ def _packing(study: Any) -> str:
             f"({8 / field.per_word:.2f} bytes a value)"
         )
     after = "exact once rounded" if ring.exact else f"at most {ring.greatest_error:.0f}"
+    leak = ring.leak(10**6)
+    told = f"advantage at most {leak:.1g} per million values" if leak < 1 else "no such bound"
     return (
         f"CKKS {ring.name}, N = 4096, q of {ring.prime.bit_length()} bits, Δ = 2^{ring.scale_bits} "
-        f"({2 * ring.value_bytes:g} bytes a value and {ring.value_bytes:g} to decrypt), flooding "
-        f"2^{ring.flood_bits}, a sum of {ring.silos} cannot wrap and has a predicted rms error of "
-        f"{ring.rms:.2g} units ({after})"
+        f"({2 * ring.value_bytes:g} bytes a value and {ring.value_bytes:g} to decrypt), a sum of "
+        f"{ring.silos} cannot wrap, predicted rms error {ring.rms:.2g} units ({after}), flooding "
+        f"2^{ring.flood_bits} for one decryption per key (statistical {told})"
     )
+
+
+def _ring_facts(study: Any) -> dict[str, Any] | None:
+    ring = study.ring
+    if ring is None:
+        return None
+    return {
+        "set": ring.name,
+        "modulus_bits": ring.prime.bit_length(),
+        "scale_bits": ring.scale_bits,
+        "flood_bits": ring.flood_bits,
+        "rms": ring.rms,
+        "greatest_error": ring.greatest_error,
+        "exact": ring.exact,
+        "advantage_per_million_values": ring.leak(10**6),
+    }
 
 
 def _outline(section: Any, indent: int) -> list[str]:

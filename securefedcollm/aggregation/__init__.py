@@ -12,6 +12,7 @@ from securefedcollm.aggregation.header import (
     RoundHeader,
 )
 from securefedcollm.aggregation.scheme import (
+    STEPS,
     AbandonedError,
     CoordinatorSide,
     Journal,
@@ -26,6 +27,7 @@ from securefedcollm.aggregation.steps import CKKS_TRANSITIONS, TRANSITIONS, Step
 __all__ = [
     "CKKS_SUITES",
     "CKKS_TRANSITIONS",
+    "STEPS",
     "SUITE",
     "TRANSITIONS",
     "AbandonedError",

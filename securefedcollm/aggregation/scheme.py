@@ -8,18 +8,24 @@ engines carry the bytes, and its journal is the only thing that outlives a proce
 from __future__ import annotations
 
 import os
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from securefedcollm.aggregation.header import Roster, RoundHeader
-from securefedcollm.aggregation.steps import Step
+from securefedcollm.aggregation.steps import CKKS_TRANSITIONS, TRANSITIONS, Step
 from securefedcollm.errors import ProtocolError
 from securefedcollm.primitives import RandomSource, SigningKey
 
 SchemeName = Literal["masking", "ckks"]
+
+STEPS: Final[dict[SchemeName, tuple[Step, ...]]] = {
+    "masking": tuple(TRANSITIONS),
+    "ckks": tuple(CKKS_TRANSITIONS),
+}
+"""The exchanges of a round, in order."""
 
 
 class AbandonedError(ProtocolError):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from securefedcollm.aggregation import (
+    STEPS,
     AbandonedError,
     CoordinatorSide,
     Roster,
@@ -127,7 +128,9 @@ class Coordinator:
         problems: list[str] = []
         hopeless = False
         absent: dict[str, str] = {}
-        while len(problems) < MAX_ATTEMPTS and not hopeless:
+        failures = 0
+        while failures < MAX_ATTEMPTS and not hopeless:
+            failures += 1
             attempt = self._store.begin_attempt()
             try:
                 return self._attempt(round_, attempt, record, absent)
@@ -141,6 +144,7 @@ class Coordinator:
                 problems.append(error.message)
                 if not self._store.state.opening:
                     absent |= error.lost
+                    failures -= 1  # one silo fewer each time, down to the quorum
             except ProtocolError as error:
                 log.warning("round %d attempt %d: %s", round_ + 1, attempt, error)
                 problems.append(error.message)
@@ -210,9 +214,9 @@ class Coordinator:
 
     def _drive(self, side: CoordinatorSide, traffic: _Traffic) -> None:
         """Play the aggregation protocol to its end."""
-        step = 0
+        step, steps = 0, len(STEPS[self._study.aggregation.scheme])
         while True:
-            self._progress(step, 5, "secure aggregation")
+            self._progress(step, steps, "secure aggregation")
             if side.step is Step.UNMASK:
                 self._store.begin_opening()
             requests = {silo: Aggregate(frame) for silo, frame in side.requests().items()}
@@ -236,7 +240,7 @@ class Coordinator:
                 self._store.bar(error.peer, error.message)
                 raise
             if not more:
-                self._progress(5, 5, "secure aggregation")
+                self._progress(steps, steps, "secure aggregation")
                 return
 
     def _ask(

@@ -146,12 +146,14 @@ class Aggregation(_Section, frozen=True):
     ``masking``: pairwise masks; survives dropouts at every step. ``ckks``: threshold homomorphic
     encryption; whoever takes part must stay until the sum is open, or the others repeat. ``ckks:
     precise`` gives exact sums at 15 bytes a value; ``compact`` has an error that ``study check``
-    prints, at 10 bytes, and much less flooding noise.
+    prints, at 10 bytes, and much less flooding noise. ``key_model: threshold``: the key is made by
+    all and held by nobody.
     """
 
     clip_norm: Positive = 1.0
     scheme: Literal["masking", "ckks"] = "masking"
     ckks: CkksSet = "precise"
+    key_model: Literal["threshold", "authority"] = "threshold"
     value_bits: Annotated[int, Meta(ge=8)] = 16
     threshold: Annotated[int, Meta(ge=2)] | None = None
 

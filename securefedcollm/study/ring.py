@@ -141,7 +141,8 @@ def derive(name: CkksSet, *, silos: int, bound: int) -> CkksRing:
         raise ConfigError(
             f"the {name} ring cannot hold a sum of {silos} values bounded by {bound}",
             where="aggregation.value_bits",
-            hint="lower it, choose ckks: precise, or scheme: masking",
+            hint="lower it, or choose scheme: masking"
+            + (", or ckks: precise" if name == "compact" else ""),
         )
     greatest = (silos * bound << scale_bits) + _greatest_noise(silos)
     assert greatest + _greatest_flood(silos, flood_bits) < half

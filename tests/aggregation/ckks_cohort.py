@@ -6,20 +6,22 @@ from collections.abc import Callable
 
 import msgspec
 import numpy as np
+import pytest
 from securefedcollm_audits.cohort import Cohort
 
-from securefedcollm.aggregation import ckks_messages, ckks_ring
+from securefedcollm.aggregation import CKKS_TRANSITIONS, ckks_messages, ckks_ring
 from securefedcollm.aggregation.ckks_coordinator import CkksCoordinatorRound
 from securefedcollm.aggregation.ckks_silo import CkksSiloRound
 from securefedcollm.aggregation.header import CKKS_SUITES
 from securefedcollm.aggregation.messages import sign
 from securefedcollm.aggregation.steps import Step
-from securefedcollm.errors import RemoteProtocolError
+from securefedcollm.errors import ProtocolError, RemoteProtocolError
 from securefedcollm.primitives import sha256
 
 Hook = Callable[[Step, str, bytes], bytes | None]
 """Sees each frame on its way, and may alter or (None) drop it."""
 
+STEPS = tuple(CKKS_TRANSITIONS)
 REPLIES = {
     Step.ADVERTISE: ckks_messages.KeyCommitment,
     Step.SHARE: ckks_messages.KeyPart,
@@ -116,6 +118,24 @@ def at(step: Step, who, change) -> Hook:
     return hook
 
 
+def fails(played: Round, **hooks: Hook) -> str:
+    """Play to the end, which must not be a sum; returns why."""
+    with pytest.raises(ProtocolError) as caught:
+        played.play(**hooks)
+    assert played.coordinator.step is Step.FAILED
+    return caught.value.message
+
+
+def attempt(made: Cohort, number: int = 1):
+    """The header of another attempt at the same round."""
+    return msgspec.structs.replace(made.header, attempt=number)
+
+
+def sign_as(made: Cohort, name: str, message, **changes):
+    """What a colluder signs: ``message`` with other content."""
+    return sign(msgspec.structs.replace(message, **changes), made.keys[name])
+
+
 def edit(kind, change, key=None):
     """Decode, change some fields, sign again if a key is given, encode."""
 
@@ -145,3 +165,7 @@ def opened(made: Cohort, ciphertext, shares) -> np.ndarray:
     with Seal(ring) as seal:
         coefficients = ckks_ring.centred(seal.coefficients(total), ring)
     return coefficients.reshape(-1)[: made.header.parameters.values] / 2.0**ring.scale_bits
+
+
+def dropped(frame: bytes) -> None:
+    """A change for :func:`at`: the frame is lost."""

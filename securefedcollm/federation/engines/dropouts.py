@@ -6,14 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from securefedcollm.aggregation import CKKS_TRANSITIONS, TRANSITIONS, SchemeName
+from securefedcollm.aggregation import STEPS as ROUND_STEPS
+from securefedcollm.aggregation import SchemeName
 from securefedcollm.errors import ConfigError
 from securefedcollm.federation.engines import Engine, Failure
 from securefedcollm.federation.messages import BeginRound, decode_request
 
 STEPS: dict[SchemeName, tuple[str, ...]] = {
-    "masking": ("train", *(step.value for step in TRANSITIONS)),
-    "ckks": ("train", *(step.value for step in CKKS_TRANSITIONS)),
+    scheme: ("train", *(step.value for step in steps)) for scheme, steps in ROUND_STEPS.items()
 }
 """The exchanges of a round, in order."""
 
