@@ -65,7 +65,9 @@ class CkksCoordinatorRound:
         self._transcript = b""
         self._firsts: dict[int, bytes] = {}  # digests
         self._seconds: dict[int, bytes] = {}  # packed polynomials, relayed to the verifiers
-        self._sum = np.zeros((0, 0), dtype=np.uint64)
+        self._second_digests: dict[int, bytes] = {}
+        self._sum = np.zeros((0, 0), dtype=np.uint64)  # of first polynomials, then of shares too
+        self._adding = np.zeros((0, 0), dtype=np.uint64)  # of second polynomials
         self._second_sum = b""
         self._sum_digests: list[bytes] = []
         self._verdicts: dict[int, m.Verdict] = {}
@@ -128,7 +130,7 @@ class CkksCoordinatorRound:
             tuple(
                 m.PieceList(
                     self._firsts[index],
-                    m.polynomial_digests(second, self._size),
+                    self._second_digests[index],
                     b"".join(second[k * self._size : (k + 1) * self._size] for k in mine),
                 )
                 for index, second in self._seconds.items()
@@ -225,9 +227,11 @@ class CkksCoordinatorRound:
                 self._transcript = m.transcript(self._key_id, tuple(self._sealed.values()))
                 shape = (self._count, DEGREE)
                 self._sum = np.zeros(shape, dtype=np.uint64)
+                self._adding = np.zeros(shape, dtype=np.uint64)
             case Step.UPLOAD:
                 self._seconds = self._everyone(self._seconds)
-                self._second_sum = self._add_seconds()
+                self._second_sum = ckks_ring.pack(self._adding, self._ring)
+                self._adding = np.zeros((0, 0), dtype=np.uint64)
                 digests = m.polynomial_digests(self._second_sum, self._size)
                 self._sum_digests = [digests[at : at + 32] for at in range(0, len(digests), 32)]
             case Step.AGREE:
@@ -239,7 +243,7 @@ class CkksCoordinatorRound:
 
     def _forget(self) -> None:
         self._seconds.clear()
-        self._sum = np.zeros((0, 0), dtype=np.uint64)
+        self._sum = self._adding = np.zeros((0, 0), dtype=np.uint64)
 
     def _waiting(self) -> tuple[int, ...]:
         return tuple(
@@ -305,20 +309,20 @@ class CkksCoordinatorRound:
             or found != self._commitments[index].commitment
         ):
             self._blame(index, "revealed another key part than it committed to")
-        self._unpack(index, part.part, 1)
+        self._accumulate(index, np.zeros((1, DEGREE), dtype=np.uint64), part.part)
         self._parts[index] = part
 
     def _on_upload(self, index: int, upload: m.CipherUpload) -> None:
         # Adversary: a silo or the network that replaces a ciphertext after the commitments were
         # shown; a flipped bit, which SEAL would decrypt to garbage without an error.
-        first = self._unpack(index, upload.first, self._count)
-        self._unpack(index, upload.second, self._count)
         digest = sha256(upload.first)
         seconds = m.polynomial_digests(upload.second, self._size)
         if m.cipher_root(self._key_id, index, digest, seconds) != self._sealed[index].root:
             self._blame(index, "uploaded another ciphertext than it committed to")
-        self._sum = ckks_ring.add(self._sum, first, self._ring)
-        self._firsts[index], self._seconds[index] = digest, upload.second
+        self._accumulate(index, self._sum, upload.first)
+        self._accumulate(index, self._adding, upload.second)
+        self._firsts[index], self._second_digests[index] = digest, seconds
+        self._seconds[index] = upload.second
 
     def _on_verdict(self, index: int, verdict: m.Verdict) -> None:
         self._check_signed(index, verdict)
@@ -333,14 +337,7 @@ class CkksCoordinatorRound:
         self._check_signed(index, partial)
         if partial.transcript != self._transcript:
             self._blame(index, "decrypted another aggregate")
-        share = self._unpack(index, partial.share, self._count)
-        self._sum = ckks_ring.add(self._sum, share, self._ring)
-
-    def _add_seconds(self) -> bytes:
-        total = np.zeros_like(self._sum)
-        for index, second in self._seconds.items():
-            total = ckks_ring.add(total, self._unpack(index, second, self._count), self._ring)
-        return ckks_ring.pack(total, self._ring)
+        self._accumulate(index, self._sum, partial.share)
 
     def _open(self) -> None:
         members = tuple(self._parts)
@@ -367,10 +364,11 @@ class CkksCoordinatorRound:
         members = tuple(self._parts)
         return m.assigned(index, members, self._parameters.colluders, self._count)
 
-    def _unpack(self, index: int, data: bytes, rows: int) -> Residues:
-        # Adversary: an empty or short vector, which SEAL's loader would take for a valid one.
+    def _accumulate(self, index: int, total: Residues, data: bytes) -> None:
+        # Adversary: an empty or short vector, which SEAL's loader would take for a valid one. The
+        # total is spoilt then, and no longer needed: without this silo the attempt is abandoned.
         try:
-            return ckks_ring.unpack(data, self._ring, rows)
+            ckks_ring.accumulate(total, data, self._ring)
         except CryptoError as error:
             self._blame(index, f"sent malformed polynomials: {error}")
 

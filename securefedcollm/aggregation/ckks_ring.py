@@ -25,6 +25,9 @@ from securefedcollm.study.ring import DEGREE, FLOOD_TAIL, CkksRing
 Residues = npt.NDArray[np.uint64]
 """uint64 [polynomials, N], every entry below q."""
 
+ROWS: Final = 16
+"""Polynomials worked on at a time: 512 KiB of residues, which stay in a core's cache."""
+
 _PLANE: Final = DEGREE // 16
 _LOW60: Final = np.uint64(2**60 - 1)
 
@@ -44,6 +47,21 @@ def add(a: Residues, b: Residues, ring: CkksRing) -> Residues:
     total = a + b
     np.minimum(total, total - np.uint64(ring.prime), out=total)  # unsigned: below zero wraps high
     return total
+
+
+def accumulate(total: Residues, data: bytes, ring: CkksRing) -> None:
+    """Add the packed polynomials of ``data`` to ``total``, in place.
+
+    Raises:
+        CryptoError: as :func:`unpack`; ``total`` is spoilt then.
+    """
+    size = polynomial_bytes(ring)
+    _check_length(data, ring, len(total))
+    view = memoryview(data)
+    for start in range(0, len(total), ROWS):
+        block = total[start : start + ROWS]
+        block += unpack(view[start * size : (start + ROWS) * size], ring, len(block))
+        np.minimum(block, block - np.uint64(ring.prime), out=block)
 
 
 def subtract(a: Residues, b: Residues, ring: CkksRing) -> Residues:
@@ -76,10 +94,7 @@ def unpack(data: bytes | memoryview, ring: CkksRing, rows: int) -> Residues:
     Raises:
         CryptoError: not exactly that many bytes, or a residue that is not below q.
     """
-    if len(data) != rows * polynomial_bytes(ring):
-        raise CryptoError(
-            f"{len(data)} bytes are not {rows} polynomials of {polynomial_bytes(ring)}"
-        )
+    _check_length(data, ring, rows)
     if ring.prime.bit_length() == 60:
         words = np.frombuffer(data, dtype="<u8").reshape(rows, 15, _PLANE)
         residues = np.empty((rows, 16, _PLANE), dtype=np.uint64)
@@ -96,6 +111,13 @@ def unpack(data: bytes | memoryview, ring: CkksRing, rows: int) -> Residues:
     if rows and int(result.max()) >= ring.prime:
         raise CryptoError("a residue is not below the modulus")
     return result
+
+
+def _check_length(data: bytes | memoryview, ring: CkksRing, rows: int) -> None:
+    if len(data) != rows * polynomial_bytes(ring):
+        raise CryptoError(
+            f"{len(data)} bytes are not {rows} polynomials of {polynomial_bytes(ring)}"
+        )
 
 
 def encode(vector: npt.NDArray[np.int64], ring: CkksRing) -> Residues:
@@ -117,16 +139,19 @@ def encode(vector: npt.NDArray[np.int64], ring: CkksRing) -> Residues:
         )
     rows = chunks(len(vector))
     out = np.zeros((rows, DEGREE), dtype=np.uint64)
-    flat = out.reshape(-1)[: len(vector)]
-    flat[:] = (vector << ring.scale_bits).view(np.uint64)
-    flat[vector < 0] += np.uint64(ring.prime)
+    out.reshape(-1)[: len(vector)] = _residues(vector << ring.scale_bits, ring)
     return out
+
+
+def _residues(integers: npt.NDArray[np.int64], ring: CkksRing) -> npt.NDArray[np.uint64]:
+    """Integers in (−q, q) modulo q: q is added where the sign bit is set."""
+    return (integers + ((integers >> 63) & ring.prime)).view(np.uint64)
 
 
 def centred(residues: Residues, ring: CkksRing) -> npt.NDArray[np.int64]:
     """Residues as integers in (−q/2, q/2)."""
     signed = residues.astype(np.int64)
-    signed[signed > ring.prime // 2] -= ring.prime
+    signed -= ring.prime * (signed > ring.prime // 2)
     return signed
 
 
@@ -183,6 +208,4 @@ def flooding(rows: int, ring: CkksRing, random: RandomSource) -> Residues:
     normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
     noise = np.rint(normal * 2.0**ring.flood_bits).astype(np.int64)
     assert np.abs(noise).max(initial=0) <= FLOOD_TAIL << ring.flood_bits
-    residues = noise.view(np.uint64)
-    residues[noise < 0] += np.uint64(ring.prime)
-    return residues.reshape(rows, DEGREE)
+    return _residues(noise, ring).reshape(rows, DEGREE)

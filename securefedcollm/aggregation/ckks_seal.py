@@ -14,6 +14,7 @@ x + c·s: a partial decryption with x = noise, a key part with c = the common po
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 from typing import Final
@@ -32,24 +33,52 @@ _HEADER: Final = struct.Struct("<HBBBBHQ")  # magic, header size, version ×2, c
 _CIPHER: Final = struct.Struct("<BQQQdQ")  # NTT form, polynomials, N, primes, scale, correction
 _MAGIC: Final = 0xA15E
 _ZSTD: Final = 2
-_ONE: Final = np.uint64(1)
 
 
-class _Memory:
-    """An anonymous file, since sealapi saves and loads by path only."""
+class _Outbox:
+    """An anonymous file for what SEAL saves, since sealapi saves and loads by path only."""
 
     def __init__(self) -> None:
         self._fd = os.memfd_create("securefedcollm-ckks", os.MFD_CLOEXEC)
         self.path = f"/proc/self/fd/{self._fd}"
 
-    def put(self, content: bytes) -> None:
-        os.ftruncate(self._fd, len(content))
-        os.pwrite(self._fd, content, 0)
-
     def get(self) -> bytes:
         return os.pread(self._fd, os.fstat(self._fd).st_size, 0)
 
     def close(self) -> None:
+        os.close(self._fd)
+
+
+class _Inbox:
+    """An anonymous file with one ciphertext of two polynomials in SEAL's format, for SEAL to load.
+
+    ``words`` are its residues, [2, N], in place.
+    """
+
+    def __init__(self, parms: bytes, version: tuple[int, int]) -> None:
+        def head(size: int) -> bytes:
+            return _HEADER.pack(_MAGIC, _HEADER.size, *version, 0, 0, _HEADER.size + size)
+
+        count = 2 * DEGREE
+        array = head(8 + 8 * count) + count.to_bytes(8, "little")
+        inner = parms + _CIPHER.pack(True, 2, DEGREE, 1, 1.0, 1) + array
+        content = head(len(inner) + 8 * count) + inner
+        self._fd = os.memfd_create("securefedcollm-ckks", os.MFD_CLOEXEC)
+        self.path = f"/proc/self/fd/{self._fd}"
+        os.ftruncate(self._fd, len(content) + 8 * count)
+        self._memory = mmap.mmap(self._fd, len(content) + 8 * count)
+        self._memory[: len(content)] = content
+        self._form = _HEADER.size + len(parms)
+        self.words: Residues = np.frombuffer(
+            self._memory, dtype="<u8", offset=len(content)
+        ).reshape(2, DEGREE)
+
+    def set_form(self, transformed: bool) -> None:
+        self._memory[self._form] = transformed
+
+    def close(self) -> None:
+        """Vectors and noise went through here."""
+        self.words[:] = 0
         os.close(self._fd)
 
 
@@ -66,11 +95,15 @@ class Seal:
         self._context = seal.SEALContext(parameters, False, seal.SEC_LEVEL_TYPE.TC128)
         if not self._context.parameters_set():
             raise CryptoError(f"SEAL refuses the ring: {self._context.parameters_error_name()}")
-        self._parms = struct.pack("<4Q", *self._context.first_parms_id())
         self._evaluator = seal.Evaluator(self._context)
-        self._in, self._out = _Memory(), _Memory()
+        self._out = _Outbox()
         seal.Ciphertext(self._context).save(self._out.path)
-        self._version = _HEADER.unpack_from(self._out.get())[2:4]
+        parms = struct.pack("<4Q", *self._context.first_parms_id())
+        self._in = _Inbox(parms, _HEADER.unpack_from(self._out.get())[2:4])
+        self._one = np.zeros(DEGREE, dtype=np.uint64)
+        self._one[0] = 1
+        self._zero = np.zeros(DEGREE, dtype=np.uint64)
+        self._ones = np.full(DEGREE, 1, dtype=np.uint64)
 
     def __enter__(self) -> Seal:
         return self
@@ -95,12 +128,12 @@ class Seal:
         zero = seal.Ciphertext(self._context)
         Encryptor(self._context, secret).encrypt_zero_symmetric(zero)
         error = self._decrypt(zero, secret)
-        product = self._decrypt(self._load(np.zeros_like(common[0]), common[0]), secret)
+        product = self._decrypt(self._load(self._zero, common[0]), secret)
         return subtract(error, product, self.ring).reshape(1, DEGREE)
 
     def encryptor(self, joint: Residues, common: Residues) -> Encryptor:
         """SEAL's encryptor under the public key (b, a)."""
-        self._write(np.concatenate([joint[0], common[0]]), transformed=True)
+        self._write(joint[0], common[0], transformed=True)
         public = seal.PublicKey()
         public.load(self._context, self._in.path)
         return Encryptor(self._context, public)
@@ -109,27 +142,26 @@ class Seal:
         """Encrypt coefficients [N]: an encryption of zero by SEAL plus the transformed message."""
         cipher = seal.Ciphertext(self._context)
         encryptor.encrypt_zero(cipher)
-        plain = self._load(message, _constant_one(), transformed=False)
+        plain = self._load(message, self._one, transformed=False)
         self._evaluator.transform_to_ntt_inplace(plain)
         self._evaluator.add_inplace(cipher, plain)
         c0, c1 = self._read(cipher, 2)
-        return c0, subtract(c1, np.full(DEGREE, _ONE), self.ring)
+        return c0, subtract(c1, self._ones, self.ring)
 
     def partial(self, secret: SecretKey, c1: Residues, noise: Residues) -> Residues:
         """c1·s + noise: c1 [N] transformed, noise [N] coefficients; transformed."""
-        flood = self._load(noise, _constant_one(), transformed=False)
+        flood = self._load(noise, self._one, transformed=False)
         self._evaluator.transform_to_ntt_inplace(flood)
-        rest = subtract(c1, np.full(DEGREE, _ONE), self.ring)
-        self._evaluator.add_inplace(flood, self._load(np.zeros_like(c1), rest))
+        rest = subtract(c1, self._ones, self.ring)
+        self._evaluator.add_inplace(flood, self._load(self._zero, rest))
         return self._decrypt(flood, secret)
 
     def coefficients(self, transformed: Residues) -> Residues:
         """The inverse transform of polynomials [k, N]."""
         out = np.empty_like(transformed)
-        ones = np.full(DEGREE, _ONE)
         for row in range(0, len(transformed), 2):
             pair = transformed[row : row + 2]
-            second = pair[1] if len(pair) == 2 and pair[1].any() else ones
+            second = pair[1] if len(pair) == 2 and pair[1].any() else self._ones
             cipher = self._load(pair[0], second)
             self._evaluator.transform_from_ntt_inplace(cipher)
             found = self._read(cipher, 2)
@@ -145,24 +177,14 @@ class Seal:
         return self._content(DEGREE)
 
     def _load(self, first: Residues, second: Residues, transformed: bool = True) -> seal.Ciphertext:
-        self._write(np.concatenate([first, second]), transformed)
+        self._write(first, second, transformed)
         cipher = seal.Ciphertext(self._context)
         cipher.load(self._context, self._in.path)
         return cipher
 
-    def _write(self, words: Residues, transformed: bool) -> None:
-        body = words.astype("<u8", copy=False).tobytes()
-        inner = (
-            self._parms
-            + _CIPHER.pack(transformed, len(words) // DEGREE, DEGREE, 1, 1.0, 1)
-            + self._head(8 + len(body))
-            + len(words).to_bytes(8, "little")
-            + body
-        )
-        self._in.put(self._head(len(inner)) + inner)
-
-    def _head(self, size: int) -> bytes:
-        return _HEADER.pack(_MAGIC, _HEADER.size, *self._version, 0, 0, _HEADER.size + size)
+    def _write(self, first: Residues, second: Residues, transformed: bool) -> None:
+        self._in.set_form(transformed)
+        self._in.words[0], self._in.words[1] = first, second
 
     def _read(self, cipher: seal.Ciphertext, polynomials: int) -> Residues:
         cipher.save(self._out.path)
@@ -187,9 +209,3 @@ class Seal:
         if int.from_bytes(inner[-8 * count - 8 : -8 * count], "little") != count:
             raise CryptoError("SEAL saved another number of words than expected")
         return content.astype(np.uint64)
-
-
-def _constant_one() -> Residues:
-    one = np.zeros(DEGREE, dtype=np.uint64)
-    one[0] = 1
-    return one

@@ -22,8 +22,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +30,7 @@ import numpy.typing as npt
 from securefedcollm.aggregation import ckks_messages as m
 from securefedcollm.aggregation import ckks_ring
 from securefedcollm.aggregation.ckks_ring import Residues
-from securefedcollm.aggregation.ckks_seal import Seal, SecretKey
+from securefedcollm.aggregation.ckks_secrets import CkksSecrets
 from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster
 from securefedcollm.aggregation.messages import UNSIGNED, Ask, Signed, decode, sign
 from securefedcollm.aggregation.scheme import Journal
@@ -46,19 +45,6 @@ from securefedcollm.primitives import (
     sha256,
     verify,
 )
-
-_BATCH: Final = 64
-"""Chunks worked on at a time: 2 MiB of residues."""
-
-
-@dataclass(repr=False)
-class _Secrets:
-    """Everything that must not outlive the attempt."""
-
-    seal: Seal
-    message: Residues
-    key: SecretKey
-    upload: m.CipherUpload
 
 
 class CkksSiloRound:
@@ -105,14 +91,9 @@ class CkksSiloRound:
         self._signing_key = signing_key
         self._vector_id = vector_id
         self._journal = journal
-        self._random = random
         self._step = Step.ADVERTISE
         self._common = ckks_ring.hash_to_ring(self._header_digest, self._ring)
-        message = ckks_ring.encode(vector, self._ring)
-        seal = Seal(self._ring)
-        self._secrets: _Secrets | None = _Secrets(
-            seal, message, seal.secret(), m.CipherUpload(b"", b"")
-        )
+        self._secrets: CkksSecrets | None = CkksSecrets(self._ring, vector, self._common, random)
         # Public transcript, filled step by step.
         self._part: bytes
         self._commitments: dict[int, m.KeyCommitment]
@@ -163,7 +144,7 @@ class CkksSiloRound:
             self._finish(Step.DONE)
         return reply
 
-    def _answer(self, frame: bytes, secrets: _Secrets) -> bytes:
+    def _answer(self, frame: bytes, secrets: CkksSecrets) -> bytes:
         limit, silos = self._limit, self._parameters.silos
         match self._step:
             case Step.ADVERTISE:
@@ -188,12 +169,12 @@ class CkksSiloRound:
     def _finish(self, step: Step) -> None:
         self._step = step
         if self._secrets is not None:
-            self._secrets.seal.close()
+            self._secrets.close()
         self._secrets = None
 
     # K0, K1: the joint key --------------------------------------------------------------------
 
-    def _on_ask(self, ask: Ask, secrets: _Secrets) -> bytes:
+    def _on_ask(self, ask: Ask, secrets: CkksSecrets) -> bytes:
         # Adversary: a server that runs another study, model, round or parameter set. Only the
         # silo's own header is ever used; this comparison is for a message that names the field.
         if ask.header != self._header:
@@ -202,8 +183,7 @@ class CkksSiloRound:
                 f"announced a round that differs from this silo's in: {fields}",
                 "compare the signed study and the global model that both sides hold",
             )
-        part = secrets.seal.key_part(secrets.key, self._common)
-        self._part = ckks_ring.pack(part, self._ring)
+        self._part = secrets.key_part()
         commitment = m.key_commitment(self._header_digest, self._index, self._part)
         # Adversary: a server that restarts this process for a second key in the same attempt.
         return self._say(
@@ -229,7 +209,7 @@ class CkksSiloRound:
 
     # K2, K3: the ciphertext, first its digest, then itself --------------------------------------
 
-    def _on_parts(self, message: m.KeyParts, secrets: _Secrets) -> bytes:
+    def _on_parts(self, message: m.KeyParts, secrets: CkksSecrets) -> bytes:
         entries = message.entries
         self._check_members([entry.index for entry in entries], tuple(self._commitments))
         self._check_all_signed(entries, "key part")
@@ -243,36 +223,21 @@ class CkksSiloRound:
                 or found != self._commitments[entry.index].commitment
             ):
                 self._accuse(entry.index, "key part is not the one it committed to")
-            joint = ckks_ring.add(joint, self._unpack(entry.part, entry.index, 1), self._ring)
+            self._accumulate(joint, entry.part, entry.index)
         self._check_own(next(entry for entry in entries if entry.index == self._index))
         self._members = tuple(entry.index for entry in entries)
         self._key_id = m.key_id(self._commitments_digest, entries)
         # Adversary: a server that gets two vectors of this silo into two sums over the same
         # members; their difference would be this silo's alone.
         self._record(b"vector:" + self._header.round_scope, self._vector_id)
-        secrets.upload = self._encrypt(joint, secrets)
-        root = m.cipher_root(
-            self._key_id,
-            self._index,
-            sha256(secrets.upload.first),
-            m.polynomial_digests(secrets.upload.second, self._size),
-        )
+        upload = secrets.encrypt(joint)
+        seconds = m.polynomial_digests(upload.second, self._size)
+        root = m.cipher_root(self._key_id, self._index, sha256(upload.first), seconds)
         return self._say(
             b"seal:", m.Sealed(self._header_digest, self._index, UNSIGNED, self._key_id, root)
         )
 
-    def _encrypt(self, joint: Residues, secrets: _Secrets) -> m.CipherUpload:
-        encryptor = secrets.seal.encryptor(joint, self._common)
-        first, second = bytearray(), bytearray()
-        for start in range(0, self._count, _BATCH):
-            rows = secrets.message[start : start + _BATCH]
-            pairs = [secrets.seal.encrypt(encryptor, row) for row in rows]
-            first += ckks_ring.pack(np.stack([c0 for c0, _ in pairs]), self._ring)
-            second += ckks_ring.pack(np.stack([c1 for _, c1 in pairs]), self._ring)
-        secrets.message = np.zeros((0, 0), dtype=np.uint64)
-        return m.CipherUpload(bytes(first), bytes(second))
-
-    def _on_sealed(self, message: m.SealedRoll, secrets: _Secrets) -> bytes:
+    def _on_sealed(self, message: m.SealedRoll, secrets: CkksSecrets) -> bytes:
         entries = message.entries
         self._check_exactly([entry.index for entry in entries])
         self._check_all_signed(entries, "ciphertext commitment")
@@ -286,9 +251,7 @@ class CkksSiloRound:
         # Adversary: a server that shows this ciphertext's commitment among two sets of others, and
         # fills the second set after it has seen the ciphertext.
         self._record(b"upload:" + self._header.attempt_scope, self._transcript)
-        frame = secrets.upload.encode()
-        secrets.upload = m.CipherUpload(b"", b"")
-        return frame
+        return secrets.take_upload().encode()
 
     # K4: is the aggregate the sum? --------------------------------------------------------------
 
@@ -308,8 +271,7 @@ class CkksSiloRound:
                 or m.polynomial_digests(pieces.pieces, self._size) != expected
             ):
                 self._accuse(index, "ciphertext is not the one it committed to")
-            residues = self._unpack(pieces.pieces, index, len(mine))
-            total = ckks_ring.add(total, residues, self._ring)
+            self._accumulate(total, pieces.pieces, index)
         sums = m.polynomial_digests(ckks_ring.pack(total, self._ring), self._size)
         # Adversary: a restart, to have two different sums vouched for.
         return self._say(
@@ -319,7 +281,7 @@ class CkksSiloRound:
 
     # K5: one opening ----------------------------------------------------------------------------
 
-    def _on_aggregate(self, message: m.Aggregate, secrets: _Secrets) -> bytes:
+    def _on_aggregate(self, message: m.Aggregate, secrets: CkksSecrets) -> bytes:
         self._check_exactly([verdict.index for verdict in message.verdicts])
         self._check_all_signed(message.verdicts, "verdict")
         for verdict in message.verdicts:
@@ -328,28 +290,19 @@ class CkksSiloRound:
                 self._accuse(verdict.index, "verdict is on other ciphertexts than this silo's")
         self._check_own(next(v for v in message.verdicts if v.index == self._index))
         self._check_sums(message)
-        try:
-            second = ckks_ring.unpack(message.second, self._ring, self._count)
-        except CryptoError as error:
-            _refuse(f"sent an aggregate that is malformed ({error})", "report the server")
         # Adversary: a server that opens this attempt and then another one over other members; the
         # difference would bare the silos in which they differ. One set of members per round.
         names = [self._roster.name(index).encode() for index in self._members]
         self._record(b"open:" + self._header.round_scope, sha256(*(sha256(name) for name in names)))
-        share = bytearray()
-        for start in range(0, self._count, _BATCH):
-            rows = second[start : start + _BATCH]
-            noise = ckks_ring.flooding(len(rows), self._ring, self._random)
-            parts = [
-                secrets.seal.partial(secrets.key, c1, flood)
-                for c1, flood in zip(rows, noise, strict=True)
-            ]
-            share += ckks_ring.pack(np.stack(parts), self._ring)
+        try:
+            share = secrets.decrypt(message.second)
+        except CryptoError as error:
+            _refuse(f"sent an aggregate that is malformed ({error})", "report the server")
         # Adversary: a clone of this process that answers again, so that the average of the answers
         # has less flooding noise. The noise is in what is recorded: only one of them leaves.
         return self._say(
             b"partial:",
-            m.Partial(self._header_digest, self._index, UNSIGNED, self._transcript, bytes(share)),
+            m.Partial(self._header_digest, self._index, UNSIGNED, self._transcript, share),
         )
 
     def _check_sums(self, message: m.Aggregate) -> None:
@@ -427,9 +380,9 @@ class CkksSiloRound:
             except CryptoError:
                 _refuse(f"relayed {name}'s {what} with a bad signature", "report the server")
 
-    def _unpack(self, data: bytes, index: int, rows: int) -> Residues:
+    def _accumulate(self, total: Residues, data: bytes, index: int) -> None:
         try:
-            return ckks_ring.unpack(data, self._ring, rows)
+            ckks_ring.accumulate(total, data, self._ring)
         except CryptoError as error:
             self._accuse(index, f"polynomials are malformed ({error})")
 

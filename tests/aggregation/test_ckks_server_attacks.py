@@ -95,6 +95,22 @@ def test_nobody_decrypts_a_single_ciphertext(vouching) -> None:
     assert all("does not vouch for" in why for why in honest)
 
 
+def test_beyond_the_collusion_threshold_a_silo_still_fails_with_an_error_of_ours() -> None:
+    """Adversary: both verifiers of a chunk, one more than the study allows, who vouch for bytes
+    that are no polynomial."""
+    made = cohort(4, values=10)
+    played = Round(made).until(Step.UNMASK)
+    junk = b"\xff" * SIZE
+    verdicts = dict(played.coordinator._verdicts)
+    for index in (1, 2):
+        name = made.names[index - 1]
+        verdicts[index] = sign_as(made, name, verdicts[index], sums=sha256(junk))
+    evil = m.Aggregate(tuple(verdicts.values()), junk).encode()
+    fails(played, request=lambda step, name, frame: evil)
+    assert "not below the modulus" in played.refused["silo-003"]
+    assert played.shares == []
+
+
 def test_one_chunk_swapped_is_enough_to_be_refused() -> None:
     """Adversary: a server that sums honestly but for one chunk, which is the victim's alone."""
     made = cohort(4)
@@ -290,9 +306,9 @@ def test_a_cloned_silo_does_not_answer_twice() -> None:
         frame = played.coordinator.requests()[VICTIM]
         clone = silo(made, VICTIM)
         clone.__dict__.update({k: v for k, v in vars(side).items() if k != "_secrets"})
-        clone._secrets = type(side._secrets)(
-            Seal(side._ring), side._secrets.message, side._secrets.key, side._secrets.upload
-        )
+        secrets = vars(side._secrets) | {"_seal": Seal(side._ring)}
+        clone._secrets = object.__new__(type(side._secrets))
+        clone._secrets.__dict__.update(secrets)
         side.handle(frame)
         if step is Step.UPLOAD:  # the very same ciphertext may leave again
             assert clone.handle(frame)
