@@ -81,7 +81,7 @@ class _Round:
         self.silo_cpu = self.server_cpu = 0.0
         self.sent: dict[Step, int] = {}
         self.received: dict[Step, int] = {}
-        self._decrypted = np.zeros((ckks_ring.chunks(values), 4096), dtype=np.uint64)
+        self._decrypted = np.zeros((ckks_messages.shape_of(header).chunks, 4096), dtype=np.uint64)
         sides = {}
         for name in names:
             vector = rng.integers(-field.bound, field.bound + 1, values)
@@ -156,7 +156,7 @@ def ours(values: int, silos: int, kind: CkksSet) -> dict[str, float]:
     return {
         "client_us_per_value": 1e6 * played.silo_cpu / silos / values,
         "server_us_per_value_per_silo": 1e6 * played.server_cpu / silos / values,
-        "bytes_up_per_value": played.sent[Step.UPLOAD] / values,
+        "bytes_up_per_value": (played.sent[Step.UPLOAD] + played.sent[Step.SHARE]) / values,
         "bytes_share_per_value": played.sent[Step.UNMASK] / values,
         "bytes_down_per_value": sum(played.received.values()) / values,
         "rms": played.rms(),
@@ -240,8 +240,9 @@ def compare(values: int, silos: int, kind: CkksSet, repeats: int) -> dict[str, o
 
 
 def _encrypt(ring: CkksRing, vector: np.ndarray) -> int:
-    common = ckks_ring.hash_to_ring(b"benchmark", ring)
-    return len(CkksSecrets(ring, vector, common, os.urandom).encrypt(common).first)
+    common, shape = ckks_ring.hash_to_ring(b"benchmark", ring), ring.shape(len(vector), 1)
+    secrets = CkksSecrets(ring, shape, vector, common, os.urandom)
+    return len(secrets.encrypt(np.repeat(common, shape.keys, axis=0)).first)
 
 
 def parallel(values: int) -> dict[str, object]:

@@ -157,12 +157,20 @@ def _packing(study: Any) -> str:
     after = "exact once rounded" if ring.exact else f"at most {ring.greatest_error:.0f}"
     leak = ring.leak(10**6)
     told = f"advantage at most {leak:.1g} per million values" if leak < 1 else "no such bound"
+    up, share = _ring_bytes(study)
     return (
         f"CKKS {ring.name}, N = 4096, q of {ring.prime.bit_length()} bits, Δ = 2^{ring.scale_bits} "
-        f"({2 * ring.value_bytes:g} bytes a value and {ring.value_bytes:g} to decrypt), a sum of "
+        f"({up:.2g} bytes a value of a million and {share:.2g} to decrypt), a sum of "
         f"{ring.silos} cannot wrap, predicted rms error {ring.rms:.2g} units ({after}), flooding "
         f"2^{ring.flood_bits} for one decryption per key (statistical {told})"
     )
+
+
+def _ring_bytes(study: Any) -> tuple[float, float]:
+    """Bytes a value, of a million: of a ciphertext with its keys, and of a share."""
+    shape = study.ring.shape(10**6, study.silos.colluders)
+    size = study.ring.value_bytes * 4096 / 10**6
+    return size * (shape.keys + shape.chunks + shape.groups), size * shape.chunks
 
 
 def _ring_facts(study: Any) -> dict[str, Any] | None:

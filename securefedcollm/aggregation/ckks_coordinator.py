@@ -51,7 +51,7 @@ class CkksCoordinatorRound:
         self._parameters = header.parameters
         self._ring = m.ring_of(header)
         self._size = ckks_ring.polynomial_bytes(self._ring)
-        self._count = ckks_ring.chunks(header.parameters.values)
+        self._shape = m.shape_of(header)
         self._roster = roster
         self._step = Step.ADVERTISE
         self._excluded: dict[str, str] = {}
@@ -66,8 +66,8 @@ class CkksCoordinatorRound:
         self._firsts: dict[int, bytes] = {}  # digests
         self._seconds: dict[int, bytes] = {}  # packed polynomials, relayed to the verifiers
         self._second_digests: dict[int, bytes] = {}
-        self._sum = np.zeros((0, 0), dtype=np.uint64)  # of first polynomials, then of shares too
-        self._adding = np.zeros((0, 0), dtype=np.uint64)  # of second polynomials
+        self._sum = _zeros(0)  # of first polynomials, then of shares too
+        self._adding = _zeros(0)  # of second polynomials
         self._second_sum = b""
         self._sum_digests: list[bytes] = []
         self._verdicts: dict[int, m.Verdict] = {}
@@ -162,6 +162,8 @@ class CkksCoordinatorRound:
         self._replied.add(index)
 
     def _take(self, index: int, silo: str, frame: bytes) -> None:
+        shape = self._shape
+
         def limit(polynomials: int) -> int:
             return m.frame_limit(self._parameters, self._ring, polynomials)
 
@@ -171,7 +173,7 @@ class CkksCoordinatorRound:
                 self._check_signed(index, commitment)
                 self._commitments[index] = commitment
             case Step.SHARE:
-                self._on_part(index, decode(m.KeyPart, frame, silo, limit(1)))
+                self._on_part(index, decode(m.KeyPart, frame, silo, limit(shape.keys)))
             case Step.ENCRYPT:
                 sealed = decode(m.Sealed, frame, silo)
                 self._check_signed(index, sealed)
@@ -179,12 +181,12 @@ class CkksCoordinatorRound:
                     self._blame(index, "encrypted under another key")
                 self._sealed[index] = sealed
             case Step.UPLOAD:
-                most = limit(2 * self._count)
+                most = limit(shape.chunks + shape.groups)
                 self._on_upload(index, decode(m.CipherUpload, frame, silo, most))
             case Step.AGREE:
                 self._on_verdict(index, decode(m.Verdict, frame, silo, limit(0)))
             case _:
-                self._on_partial(index, decode(m.Partial, frame, silo, limit(self._count)))
+                self._on_partial(index, decode(m.Partial, frame, silo, limit(shape.chunks)))
 
     def lost(self, silo: str, reason: str) -> None:
         """Take note that ``silo`` will not reply: it is out."""
@@ -225,13 +227,12 @@ class CkksCoordinatorRound:
             case Step.ENCRYPT:
                 self._sealed = self._everyone(self._sealed)
                 self._transcript = m.transcript(self._key_id, tuple(self._sealed.values()))
-                shape = (self._count, DEGREE)
-                self._sum = np.zeros(shape, dtype=np.uint64)
-                self._adding = np.zeros(shape, dtype=np.uint64)
+                self._sum = _zeros(self._shape.chunks)
+                self._adding = _zeros(self._shape.groups)
             case Step.UPLOAD:
                 self._seconds = self._everyone(self._seconds)
                 self._second_sum = ckks_ring.pack(self._adding, self._ring)
-                self._adding = np.zeros((0, 0), dtype=np.uint64)
+                self._adding = _zeros(0)
                 digests = m.polynomial_digests(self._second_sum, self._size)
                 self._sum_digests = [digests[at : at + 32] for at in range(0, len(digests), 32)]
             case Step.AGREE:
@@ -243,7 +244,7 @@ class CkksCoordinatorRound:
 
     def _forget(self) -> None:
         self._seconds.clear()
-        self._sum = self._adding = np.zeros((0, 0), dtype=np.uint64)
+        self._sum = self._adding = _zeros(0)
 
     def _waiting(self) -> tuple[int, ...]:
         return tuple(
@@ -309,7 +310,7 @@ class CkksCoordinatorRound:
             or found != self._commitments[index].commitment
         ):
             self._blame(index, "revealed another key part than it committed to")
-        self._accumulate(index, np.zeros((1, DEGREE), dtype=np.uint64), part.part)
+        self._accumulate(index, _zeros(self._shape.keys), part.part)
         self._parts[index] = part
 
     def _on_upload(self, index: int, upload: m.CipherUpload) -> None:
@@ -362,7 +363,7 @@ class CkksCoordinatorRound:
 
     def _assigned(self, index: int) -> list[int]:
         members = tuple(self._parts)
-        return m.assigned(index, members, self._parameters.colluders, self._count)
+        return m.assigned(index, members, self._parameters.colluders, self._shape.groups)
 
     def _accumulate(self, index: int, total: Residues, data: bytes) -> None:
         # Adversary: an empty or short vector, which SEAL's loader would take for a valid one. The
@@ -388,3 +389,7 @@ class CkksCoordinatorRound:
         raise RemoteProtocolError(
             what, peer=name, hint="the silo's operator should compare study, model and version"
         ) from None
+
+
+def _zeros(rows: int) -> Residues:
+    return np.zeros((rows, DEGREE), dtype=np.uint64)

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Final
 
 import msgspec
 
-from securefedcollm.aggregation.ckks_ring import chunks, polynomial_bytes
+from securefedcollm.aggregation.ckks_ring import polynomial_bytes
 from securefedcollm.aggregation.header import (
     CKKS_SUITES,
     MAX_SILOS,
@@ -26,7 +26,7 @@ from securefedcollm.aggregation.messages import (
 )
 from securefedcollm.errors import ConfigError
 from securefedcollm.primitives import sha256
-from securefedcollm.study.ring import CkksRing, derive
+from securefedcollm.study.ring import CkksRing, Shape, derive
 
 _PREFIX: Final = b"securefedcollm/v1/ckks-"
 _FEW: Final = msgspec.Meta(max_length=MAX_SILOS)
@@ -45,6 +45,12 @@ def ring_of(header: RoundHeader) -> CkksRing:
             parameters = header.parameters
             return derive(name, silos=parameters.silos, bound=parameters.bound)
     raise ConfigError(f"{header.suite!r} is not a CKKS suite", where="aggregation.scheme")
+
+
+def shape_of(header: RoundHeader) -> Shape:
+    """The numbers of polynomials that a header's parameters fix."""
+    parameters = header.parameters
+    return ring_of(header).shape(parameters.values, parameters.colluders)
 
 
 class KeyCommitment(Signed, frozen=True, tag="key-commitment"):
@@ -67,7 +73,10 @@ class KeyCommitments(Message, frozen=True, tag="key-commitments"):
 
 
 class KeyPart(Signed, frozen=True, tag="key-part"):
-    """Silo → server, K1: b = e − a·s. ``commitments``: the digest of the list it was shown."""
+    """Silo → server, K1: b = e − a·s for every key, one after another.
+
+    ``commitments``: the digest of the list it was shown.
+    """
 
     CONTEXT: ClassVar[bytes] = _PREFIX + b"key-part"
 
@@ -105,7 +114,7 @@ class SealedRoll(Message, frozen=True, tag="sealed-roll"):
 
 
 class CipherUpload(Message, frozen=True, tag="cipher-upload"):
-    """Silo → server, K3: the ciphertext, all first polynomials, then all second ones.
+    """Silo → server, K3: the ciphertext, a first polynomial per chunk, a second one per group.
 
     No signature: it must hash to the root that its owner signed.
     """
@@ -122,8 +131,8 @@ class PieceList(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
 
     Args:
         first: digest of all its first polynomials.
-        seconds: concatenated 32-byte digests of its second polynomials, one a chunk.
-        pieces: the second polynomials of the receiver's chunks, by ascending chunk.
+        seconds: concatenated 32-byte digests of its second polynomials, one a group.
+        pieces: the second polynomials of the receiver's groups, ascending.
     """
 
     first: Digest
@@ -138,7 +147,7 @@ class Pieces(Message, frozen=True, tag="pieces"):
 
 
 class Verdict(Signed, frozen=True, tag="verdict"):
-    """Silo → server, K4: what it was shown, and the digests of the chunks that it added up."""
+    """Silo → server, K4: what it was shown, and the digests of the groups that it added up."""
 
     CONTEXT: ClassVar[bytes] = _PREFIX + b"verdict"
 
@@ -172,18 +181,19 @@ class Partial(Signed, frozen=True, tag="partial"):
 
 
 def frame_limit(parameters: RingParameters, ring: CkksRing, polynomials: int) -> int:
-    """Greatest frame that holds so many polynomials and, for each silo, a digest per chunk."""
-    digests = parameters.silos * 32 * chunks(parameters.values)
+    """Greatest frame that holds so many polynomials and, for each silo, a digest per group."""
+    shape = ring.shape(parameters.values, parameters.colluders)
+    digests = parameters.silos * 32 * shape.groups
     return polynomials * polynomial_bytes(ring) + digests + _SLACK
 
 
-def verifiers(chunk: int, members: Sequence[int], colluders: int) -> tuple[int, ...]:
-    """The c + 1 members that add up a chunk themselves; at least one of them is honest."""
-    return tuple(members[(chunk + k) % len(members)] for k in range(colluders + 1))
+def verifiers(group: int, members: Sequence[int], colluders: int) -> tuple[int, ...]:
+    """The c + 1 members that add up a group's second polynomials; one of them is honest."""
+    return tuple(members[(group + k) % len(members)] for k in range(colluders + 1))
 
 
 def assigned(index: int, members: Sequence[int], colluders: int, count: int) -> list[int]:
-    """The chunks that a member verifies, ascending."""
+    """The groups, of ``count``, that a member verifies, ascending."""
     return [k for k in range(count) if index in verifiers(k, members, colluders)]
 
 

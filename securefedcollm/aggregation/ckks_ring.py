@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from securefedcollm.errors import CryptoError, LocalProtocolError, ProtocolError
 from securefedcollm.primitives import Keystream, RandomSource, sha256
-from securefedcollm.study.ring import DEGREE, FLOOD_TAIL, CkksRing
+from securefedcollm.study.ring import DEGREE, ERROR_GREATEST, FLOOD_TAIL, CkksRing
 
 Residues = npt.NDArray[np.uint64]
 """uint64 [polynomials, N], every entry below q."""
@@ -29,12 +29,8 @@ ROWS: Final = 16
 """Polynomials worked on at a time: 512 KiB of residues, which stay in a core's cache."""
 
 _PLANE: Final = DEGREE // 16
+_WORD21: Final = np.uint64(2**ERROR_GREATEST - 1)
 _LOW60: Final = np.uint64(2**60 - 1)
-
-
-def chunks(values: int) -> int:
-    """Polynomials that hold a vector of ``values`` integers."""
-    return -(-values // DEGREE)
 
 
 def polynomial_bytes(ring: CkksRing) -> int:
@@ -137,7 +133,7 @@ def encode(vector: npt.NDArray[np.int64], ring: CkksRing) -> Residues:
             f"a value exceeds the bound {ring.bound}",
             hint="quantise to the study's bound and length first",
         )
-    rows = chunks(len(vector))
+    rows = -(-len(vector) // DEGREE)
     out = np.zeros((rows, DEGREE), dtype=np.uint64)
     out.reshape(-1)[: len(vector)] = _residues(vector << ring.scale_bits, ring)
     return out
@@ -192,6 +188,15 @@ def hash_to_ring(seed: bytes, ring: CkksRing) -> Residues:
         drawn = stream.words(DEGREE) & mask
         found = np.concatenate([found, drawn[drawn < ring.prime]])
     return found[:DEGREE].reshape(1, DEGREE)
+
+
+def errors(rows: int, ring: CkksRing, random: RandomSource) -> Residues:
+    """Encryption errors mod q, [rows, N]: differences of the bit counts of two 21-bit words from
+    ``random``. SEAL's own distribution."""
+    words = Keystream(random(32)).words(rows * DEGREE)
+    low = np.bitwise_count(words & _WORD21).astype(np.int64)
+    high = np.bitwise_count((words >> np.uint64(21)) & _WORD21).astype(np.int64)
+    return _residues(low - high, ring).reshape(rows, DEGREE)
 
 
 def flooding(rows: int, ring: CkksRing, random: RandomSource) -> Residues:

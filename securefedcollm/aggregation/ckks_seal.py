@@ -1,15 +1,12 @@
 """Microsoft SEAL behind TenSEAL's ``sealapi``: the only module that imports tenseal.
 
-SEAL samples keys and encryption noise (Blake2xb, seeded by the system) and does every product and
-transform. Polynomials go in and out as arrays, through anonymous memory and SEAL's own file format,
-which this module alone writes and reads; no byte of a peer ever reaches SEAL's loader
-(:mod:`~.ckks_ring` reads those). SEAL has no way to inject randomness safely, so runs of this
-scheme are not replayable, unlike those of masking.
+SEAL samples secrets (seeded by the system) and does every product and transform. Polynomials go in
+and out as arrays, through anonymous memory and SEAL's own file format, which this module alone
+writes and reads; no byte of a peer ever reaches SEAL's loader (:mod:`~.ckks_ring` reads those).
 
-Two spare parts make SEAL do what its interface does not offer. A ciphertext whose second polynomial
-is zero is refused as "transparent" after an operation, so such a place is filled with the constant
-1, whose transform is 1 everywhere. And a ciphertext (x, c) that was never encrypted decrypts to
-x + c·s: a partial decryption with x = noise, a key part with c = the common polynomial.
+A ciphertext (x, y) that was never encrypted decrypts to x + y·s: that makes key parts, ciphertexts
+and partial decryptions alike. SEAL refuses a ciphertext whose second polynomial is zero as
+"transparent"; such a place is filled with the constant 1, whose transform is 1 everywhere.
 """
 
 from __future__ import annotations
@@ -22,7 +19,6 @@ from typing import Final
 import numpy as np
 import pyarrow
 import tenseal.sealapi as seal
-from tenseal.sealapi import Encryptor
 from tenseal.sealapi import SecretKey as SecretKey
 
 from securefedcollm.aggregation.ckks_ring import Residues, subtract
@@ -120,41 +116,19 @@ class Seal:
         """A fresh ternary secret key."""
         return seal.KeyGenerator(self._context).secret_key()
 
-    def key_part(self, secret: SecretKey, common: Residues) -> Residues:
-        """b = e − a·s for the common polynomial a: [1, N], transformed.
+    def product(self, secret: SecretKey, polynomial: Residues, noise: Residues) -> Residues:
+        """polynomial·secret + noise: [N] transformed, [N] coefficients; transformed.
 
-        e is what SEAL's own encryption of zero under the secret decrypts to.
+        The one thing that all of the scheme is made of: SEAL's decryption of (noise, polynomial).
         """
-        zero = seal.Ciphertext(self._context)
-        Encryptor(self._context, secret).encrypt_zero_symmetric(zero)
-        error = self._decrypt(zero, secret)
-        product = self._decrypt(self._load(self._zero, common[0]), secret)
-        return subtract(error, product, self.ring).reshape(1, DEGREE)
-
-    def encryptor(self, joint: Residues, common: Residues) -> Encryptor:
-        """SEAL's encryptor under the public key (b, a)."""
-        self._write(joint[0], common[0], transformed=True)
-        public = seal.PublicKey()
-        public.load(self._context, self._in.path)
-        return Encryptor(self._context, public)
-
-    def encrypt(self, encryptor: Encryptor, message: Residues) -> tuple[Residues, Residues]:
-        """Encrypt coefficients [N]: an encryption of zero by SEAL plus the transformed message."""
-        cipher = seal.Ciphertext(self._context)
-        encryptor.encrypt_zero(cipher)
-        plain = self._load(message, self._one, transformed=False)
-        self._evaluator.transform_to_ntt_inplace(plain)
-        self._evaluator.add_inplace(cipher, plain)
-        c0, c1 = self._read(cipher, 2)
-        return c0, subtract(c1, self._ones, self.ring)
-
-    def partial(self, secret: SecretKey, c1: Residues, noise: Residues) -> Residues:
-        """c1·s + noise: c1 [N] transformed, noise [N] coefficients; transformed."""
-        flood = self._load(noise, self._one, transformed=False)
-        self._evaluator.transform_to_ntt_inplace(flood)
-        rest = subtract(c1, self._ones, self.ring)
-        self._evaluator.add_inplace(flood, self._load(self._zero, rest))
-        return self._decrypt(flood, secret)
+        cipher = self._load(noise, self._one, transformed=False)
+        self._evaluator.transform_to_ntt_inplace(cipher)
+        rest = subtract(polynomial, self._ones, self.ring)
+        self._evaluator.add_inplace(cipher, self._load(self._zero, rest))
+        plain = seal.Plaintext()
+        seal.Decryptor(self._context, secret).decrypt(cipher, plain)
+        plain.save(self._out.path)
+        return self._content(DEGREE)
 
     def coefficients(self, transformed: Residues) -> Residues:
         """The inverse transform of polynomials [k, N]."""
@@ -164,31 +138,19 @@ class Seal:
             second = pair[1] if len(pair) == 2 and pair[1].any() else self._ones
             cipher = self._load(pair[0], second)
             self._evaluator.transform_from_ntt_inplace(cipher)
-            found = self._read(cipher, 2)
+            cipher.save(self._out.path)
+            found = self._content(2 * DEGREE).reshape(2, DEGREE)
             out[row] = found[0]
             if len(pair) == 2:
                 out[row + 1] = found[1] if pair[1].any() else 0
         return out
 
-    def _decrypt(self, cipher: seal.Ciphertext, secret: SecretKey) -> Residues:
-        plain = seal.Plaintext()
-        seal.Decryptor(self._context, secret).decrypt(cipher, plain)
-        plain.save(self._out.path)
-        return self._content(DEGREE)
-
     def _load(self, first: Residues, second: Residues, transformed: bool = True) -> seal.Ciphertext:
-        self._write(first, second, transformed)
+        self._in.set_form(transformed)
+        self._in.words[0], self._in.words[1] = first, second
         cipher = seal.Ciphertext(self._context)
         cipher.load(self._context, self._in.path)
         return cipher
-
-    def _write(self, first: Residues, second: Residues, transformed: bool) -> None:
-        self._in.set_form(transformed)
-        self._in.words[0], self._in.words[1] = first, second
-
-    def _read(self, cipher: seal.Ciphertext, polynomials: int) -> Residues:
-        cipher.save(self._out.path)
-        return self._content(polynomials * DEGREE).reshape(polynomials, DEGREE)
 
     def _content(self, count: int) -> Residues:
         """The last ``count`` words of what SEAL has just saved."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NoReturn
 
 import numpy as np
@@ -13,29 +14,37 @@ from securefedcollm.aggregation.ckks_ring import ROWS, Residues
 from securefedcollm.aggregation.ckks_seal import Seal
 from securefedcollm.errors import LocalProtocolError
 from securefedcollm.primitives import RandomSource
-from securefedcollm.study.ring import DEGREE, CkksRing
+from securefedcollm.study.ring import CkksRing, Shape
 
 
 class CkksSecrets:
-    """A fresh share of the key, the vector, and its ciphertext until that has left.
+    """Fresh shares of the keys, the vector, and its ciphertext until that has left.
 
     Args:
+        shape: how many keys there are, and which chunk is under which.
         vector: int64 [d], within the ring's bound.
-        random: of the flooding noise.
+        common: the polynomial a that all keys have in common, [1, N].
+        random: of errors and flooding noise. SEAL draws secrets from the system by itself.
 
     Raises:
         LocalProtocolError: the vector is out of bounds.
     """
 
     def __init__(
-        self, ring: CkksRing, vector: npt.NDArray[np.int64], common: Residues, random: RandomSource
+        self,
+        ring: CkksRing,
+        shape: Shape,
+        vector: npt.NDArray[np.int64],
+        common: Residues,
+        random: RandomSource,
     ) -> None:
         self._ring = ring
+        self._shape = shape
         self._common = common
         self._random = random
         self._message = ckks_ring.encode(vector, ring)
         self._seal = Seal(ring)
-        self._key = self._seal.secret()
+        self._shares = [self._seal.secret() for _ in range(shape.keys)]
         self._upload: CipherUpload | None = None
 
     def __repr__(self) -> str:
@@ -44,22 +53,35 @@ class CkksSecrets:
     def __reduce__(self) -> NoReturn:
         raise TypeError("CkksSecrets are neither copied nor pickled")
 
-    def key_part(self) -> bytes:
-        """b = e − a·s, packed."""
-        return ckks_ring.pack(self._seal.key_part(self._key, self._common), self._ring)
+    def key_parts(self) -> bytes:
+        """b = e − a·s for every key, packed."""
+        minus = ckks_ring.subtract(np.zeros_like(self._common), self._common, self._ring)[0]
+        errors = self._errors(self._shape.keys)
+        return self._pack(
+            self._seal.product(share, minus, error)
+            for share, error in zip(self._shares, errors, strict=True)
+        )
 
     def encrypt(self, joint: Residues) -> CipherUpload:
-        """The vector under the joint key [1, N]; the vector itself is dropped."""
-        encryptor = self._seal.encryptor(joint, self._common)
+        """The vector under the joint keys [keys, N]; the vector itself is dropped.
+
+        For each group a fresh ternary u: (b·u + e0 + Δ·v for its chunks, a·u + e1).
+        """
+        keys = self._shape.keys
         first: list[bytes] = []
         second: list[bytes] = []
-        c0, c1 = np.empty((2, ROWS, DEGREE), dtype=np.uint64)
-        for start in range(0, len(self._message), ROWS):
-            rows = self._message[start : start + ROWS]
-            for row, message in enumerate(rows):
-                c0[row], c1[row] = self._seal.encrypt(encryptor, message)
-            first.append(ckks_ring.pack(c0[: len(rows)], self._ring))
-            second.append(ckks_ring.pack(c1[: len(rows)], self._ring))
+        for start in range(0, self._shape.chunks, keys):
+            rows = self._message[start : start + keys]
+            ephemeral = self._seal.secret()
+            noise = ckks_ring.add(rows, self._errors(len(rows)), self._ring)
+            first.append(
+                self._pack(
+                    self._seal.product(ephemeral, key, masked)
+                    for key, masked in zip(joint, noise, strict=False)
+                )
+            )
+            error = self._errors(1)[0]
+            second.append(self._pack([self._seal.product(ephemeral, self._common[0], error)]))
         self._message = np.zeros((0, 0), dtype=np.uint64)
         self._upload = CipherUpload(b"".join(first), b"".join(second))
         return self._upload
@@ -72,23 +94,30 @@ class CkksSecrets:
         return upload
 
     def decrypt(self, second: bytes) -> bytes:
-        """c1·s + flooding noise for packed polynomials c1, packed.
+        """c1·s + flooding noise, packed, for every chunk; ``second`` has a packed c1 per group.
 
         Raises:
             CryptoError: ``second`` holds no polynomials.
         """
-        size = ckks_ring.polynomial_bytes(self._ring)
-        share: list[bytes] = []
-        for start in range(0, len(second), ROWS * size):
-            data = second[start : start + ROWS * size]
-            rows = ckks_ring.unpack(data, self._ring, -(-len(data) // size))
-            noise = ckks_ring.flooding(len(rows), self._ring, self._random)
-            parts = [
-                self._seal.partial(self._key, c1, flood)
-                for c1, flood in zip(rows, noise, strict=True)
-            ]
-            share.append(ckks_ring.pack(np.stack(parts), self._ring))
-        return b"".join(share)
+        shape = self._shape
+        groups = ckks_ring.unpack(second, self._ring, shape.groups)
+        shares: list[bytes] = []
+        for start in range(0, shape.chunks, ROWS):
+            chunks = range(start, min(start + ROWS, shape.chunks))
+            noise = ckks_ring.flooding(len(chunks), self._ring, self._random)
+            shares.append(
+                self._pack(
+                    self._seal.product(self._shares[j % shape.keys], groups[j // shape.keys], flood)
+                    for j, flood in zip(chunks, noise, strict=True)
+                )
+            )
+        return b"".join(shares)
+
+    def _errors(self, rows: int) -> Residues:
+        return ckks_ring.errors(rows, self._ring, self._random)
+
+    def _pack(self, polynomials: Iterable[npt.NDArray[np.uint64]]) -> bytes:
+        return ckks_ring.pack(np.stack(list(polynomials)), self._ring)
 
     def close(self) -> None:
         """Give SEAL's anonymous memory back."""

@@ -45,6 +45,7 @@ from securefedcollm.primitives import (
     sha256,
     verify,
 )
+from securefedcollm.study.ring import DEGREE
 
 
 class CkksSiloRound:
@@ -86,14 +87,16 @@ class CkksSiloRound:
         self._header_digest = header.digest
         self._parameters = header.parameters
         self._ring = m.ring_of(header)
-        self._count = ckks_ring.chunks(header.parameters.values)
+        self._shape = m.shape_of(header)
         self._roster = roster
         self._signing_key = signing_key
         self._vector_id = vector_id
         self._journal = journal
         self._step = Step.ADVERTISE
         self._common = ckks_ring.hash_to_ring(self._header_digest, self._ring)
-        self._secrets: CkksSecrets | None = CkksSecrets(self._ring, vector, self._common, random)
+        self._secrets: CkksSecrets | None = CkksSecrets(
+            self._ring, self._shape, vector, self._common, random
+        )
         # Public transcript, filled step by step.
         self._part: bytes
         self._commitments: dict[int, m.KeyCommitment]
@@ -145,22 +148,24 @@ class CkksSiloRound:
         return reply
 
     def _answer(self, frame: bytes, secrets: CkksSecrets) -> bytes:
-        limit, silos = self._limit, self._parameters.silos
+        limit, silos, shape = self._limit, self._parameters.silos, self._shape
         match self._step:
             case Step.ADVERTISE:
                 return self._on_ask(decode(Ask, frame, SERVER), secrets)
             case Step.SHARE:
                 return self._on_commitments(decode(m.KeyCommitments, frame, SERVER))
             case Step.ENCRYPT:
-                return self._on_parts(decode(m.KeyParts, frame, SERVER, limit(silos)), secrets)
+                return self._on_parts(
+                    decode(m.KeyParts, frame, SERVER, limit(silos * shape.keys)), secrets
+                )
             case Step.UPLOAD:
                 return self._on_sealed(decode(m.SealedRoll, frame, SERVER), secrets)
             case Step.AGREE:
-                most = limit(silos * self._count)
+                most = limit(silos * shape.groups)
                 return self._on_pieces(decode(m.Pieces, frame, SERVER, most))
             case _:
                 return self._on_aggregate(
-                    decode(m.Aggregate, frame, SERVER, limit(self._count)), secrets
+                    decode(m.Aggregate, frame, SERVER, limit(shape.groups)), secrets
                 )
 
     def _limit(self, polynomials: int) -> int:
@@ -183,7 +188,7 @@ class CkksSiloRound:
                 f"announced a round that differs from this silo's in: {fields}",
                 "compare the signed study and the global model that both sides hold",
             )
-        self._part = secrets.key_part()
+        self._part = secrets.key_parts()
         commitment = m.key_commitment(self._header_digest, self._index, self._part)
         # Adversary: a server that restarts this process for a second key in the same attempt.
         return self._say(
@@ -213,7 +218,7 @@ class CkksSiloRound:
         entries = message.entries
         self._check_members([entry.index for entry in entries], tuple(self._commitments))
         self._check_all_signed(entries, "key part")
-        joint = np.zeros_like(self._common)
+        joint = np.zeros((self._shape.keys, DEGREE), dtype=np.uint64)
         for entry in entries:
             # Adversary: a member that chose its part after it saw the others', to know the joint
             # secret; a relay that showed it other commitments.
@@ -258,8 +263,10 @@ class CkksSiloRound:
     def _on_pieces(self, message: m.Pieces) -> bytes:
         if len(message.lists) != len(self._members):
             _refuse("did not relay one piece list for each member", "start a new attempt")
-        mine = m.assigned(self._index, self._members, self._parameters.colluders, self._count)
-        total = np.zeros((len(mine), self._common.shape[1]), dtype=np.uint64)
+        mine = m.assigned(
+            self._index, self._members, self._parameters.colluders, self._shape.groups
+        )
+        total = np.zeros((len(mine), DEGREE), dtype=np.uint64)
         for index, pieces in zip(self._members, message.lists, strict=True):
             digests = _split(pieces.seconds)
             root = m.cipher_root(self._key_id, index, pieces.first, pieces.seconds)
@@ -267,7 +274,7 @@ class CkksSiloRound:
             # Adversary: a server that swaps, drops, repeats or alters a chunk of a ciphertext.
             if (
                 root != self._sealed[index].root
-                or len(pieces.seconds) != 32 * self._count
+                or len(pieces.seconds) != 32 * self._shape.groups
                 or m.polynomial_digests(pieces.pieces, self._size) != expected
             ):
                 self._accuse(index, "ciphertext is not the one it committed to")
@@ -314,21 +321,21 @@ class CkksSiloRound:
         vouched: dict[tuple[int, int], bytes] = {}
         for verdict in message.verdicts:
             chunks = m.assigned(
-                verdict.index, self._members, self._parameters.colluders, self._count
+                verdict.index, self._members, self._parameters.colluders, self._shape.groups
             )
             if len(verdict.sums) != 32 * len(chunks):
                 self._accuse(verdict.index, "verdict does not cover its chunks")
             for k, digest in zip(chunks, _split(verdict.sums), strict=True):
                 vouched[k, verdict.index] = digest
         found = _split(m.polynomial_digests(message.second, self._size))
-        if len(found) != self._count:
+        if len(found) != self._shape.groups:
             _refuse("sent an aggregate of another length", "report the server")
         for k, digest in enumerate(found):
             for index in m.verifiers(k, self._members, self._parameters.colluders):
                 if vouched[k, index] != digest:
                     _refuse(
                         f"asks to decrypt what {self._roster.name(index)} does not vouch for: "
-                        f"chunk {k} is not the sum of the committed ciphertexts",
+                        f"group {k} is not the sum of the committed ciphertexts",
                         "report the server, and that silo if the others vouch for it",
                     )
 

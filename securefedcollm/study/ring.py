@@ -7,15 +7,15 @@ decrypted coefficient is Δ·Σv + e with
 
     e = Σᵢ (uᵢ·E + e0ᵢ + e1ᵢ·S) + Σᵢ fᵢ,    E = Σ key errors, S = Σ secrets,
 
-where u and the secrets are ternary, the errors are SEAL's centred binomials (variance 10.5, at most
-21) and fᵢ is silo i's flooding noise. That gives the error law :attr:`CkksRing.rms` and, with the
-greatest value of every term in place of its variance, the proof in :func:`derive`.
+where u and the secrets are ternary, the errors are centred binomials (variance 10.5, at most 21, as
+in SEAL) and fᵢ is silo i's flooding noise. That gives the error law :attr:`CkksRing.rms` and, with
+the greatest value of every term in place of its variance, the proof in :func:`derive`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import msgspec
 
@@ -30,7 +30,7 @@ allows 109 bits at N = 4096 for 128-bit security with ternary secrets; both are 
 
 ERROR_VARIANCE: Final = 10.5
 ERROR_GREATEST: Final = 21
-"""SEAL's centred binomial: the difference of the bit counts of two 21-bit words."""
+"""A centred binomial: the difference of the bit counts of two 21-bit words."""
 
 FLOOD_TAIL: Final = 9
 """Flooding noise is never beyond 9 standard deviations: its sampler has 53-bit uniforms, so
@@ -39,6 +39,19 @@ FLOOD_TAIL: Final = 9
 LEAST_FLOOD_BITS: Final = 20
 MOST_FLOOD_BITS: Final = 40
 """Above, a float64 sampler could no longer tell neighbouring integers apart."""
+
+
+MOST_KEYS: Final = 64
+"""Keeps frames of key parts below 250 MB with 128 silos."""
+
+
+class Shape(NamedTuple):
+    """Polynomials of one vector. Chunk j is encrypted under key j mod ``keys``; the ``keys`` chunks
+    of a group share their second polynomial."""
+
+    chunks: int
+    keys: int
+    groups: int
 
 
 class CkksRing(msgspec.Struct, frozen=True):
@@ -65,8 +78,18 @@ class CkksRing(msgspec.Struct, frozen=True):
 
     @property
     def value_bytes(self) -> float:
-        """Bytes of one residue on the wire: 7.5 or 5. A ciphertext has two per value."""
+        """Bytes of one residue on the wire, 7.5 or 5. A value takes one, and its part of a second
+        that ``shape(...).keys`` chunks share; decrypting it takes one."""
         return self.prime.bit_length() / 8
+
+    def shape(self, values: int, colluders: int) -> Shape:
+        """How many polynomials a vector of ``values`` integers takes."""
+        chunks = -(-values // DEGREE)
+        # A silo's traffic is (silos + 1)·keys polynomials of keys, and (colluders + 3)·groups of
+        # second polynomials: sent, verified colluders + 1 times, and summed. This is its minimum.
+        best = math.sqrt((colluders + 3) * chunks / (self.silos + 1))
+        keys = max(1, min(round(best), MOST_KEYS, chunks))
+        return Shape(chunks, keys, -(-chunks // keys))
 
     @property
     def noise_rms(self) -> float:

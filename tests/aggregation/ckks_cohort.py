@@ -158,7 +158,7 @@ def opened(made: Cohort, ciphertext, shares) -> np.ndarray:
     from securefedcollm.aggregation.ckks_seal import Seal
 
     ring = ckks_messages.ring_of(made.header)
-    rows = ckks_ring.chunks(made.header.parameters.values)
+    rows = ckks_messages.shape_of(made.header).chunks
     total = ckks_ring.unpack(ciphertext, ring, rows)
     for share in shares:
         total = ckks_ring.add(total, ckks_ring.unpack(share, ring, rows), ring)

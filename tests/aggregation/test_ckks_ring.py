@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import math
 import os
 from pathlib import Path
 
@@ -17,13 +18,18 @@ from securefedcollm_audits.cohort import recorded
 import securefedcollm
 from securefedcollm.aggregation import ckks_ring
 from securefedcollm.aggregation.ckks_seal import Seal
+from securefedcollm.aggregation.ckks_secrets import CkksSecrets
 from securefedcollm.errors import ConfigError, CryptoError, LocalProtocolError, ProtocolError
 from securefedcollm.study.ring import (
     DEGREE,
+    ERROR_GREATEST,
+    ERROR_VARIANCE,
     FLOOD_TAIL,
     LEAST_FLOOD_BITS,
+    MOST_KEYS,
     PRIMES,
     CkksRing,
+    Shape,
     derive,
 )
 
@@ -38,26 +44,31 @@ def uniform(ring: CkksRing, rows: int, seed: int = 0) -> np.ndarray:
 class Parties:
     """n silos that made a key together, without the protocol around it."""
 
-    def __init__(self, ring: CkksRing, count: int) -> None:
+    def __init__(self, ring: CkksRing, count: int, chunks: int = 1) -> None:
         self.ring, self.seal = ring, Seal(ring)
+        self.shape = Shape(chunks, 1, chunks)
         self.common = ckks_ring.hash_to_ring(b"parties", ring)
-        self.secrets = [self.seal.secret() for _ in range(count)]
-        joint = np.zeros_like(self.common)
-        for secret in self.secrets:
-            joint = ckks_ring.add(joint, self.seal.key_part(secret, self.common), ring)
-        self.encryptor = self.seal.encryptor(joint, self.common)
+        nothing = np.zeros(DEGREE, dtype=np.int64)
+        self.silos = [self.party(nothing) for _ in range(count)]
+        self.joint = np.zeros_like(self.common)
+        for silo in self.silos:
+            ckks_ring.accumulate(self.joint, silo.key_parts(), ring)
+
+    def party(self, vector: np.ndarray) -> CkksSecrets:
+        return CkksSecrets(self.ring, self.shape, vector, self.common, os.urandom)
 
     def encrypt(self, vector: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        pairs = [
-            self.seal.encrypt(self.encryptor, row) for row in ckks_ring.encode(vector, self.ring)
-        ]
-        return np.stack([a for a, _ in pairs]), np.stack([b for _, b in pairs])
+        upload = self.party(vector).encrypt(self.joint)
+        rows = self.shape.chunks
+        first = ckks_ring.unpack(upload.first, self.ring, rows)
+        return first, ckks_ring.unpack(upload.second, self.ring, rows)
 
     def decrypt(self, first: np.ndarray, second: np.ndarray, without: int = 0) -> np.ndarray:
         """Coefficients, with no flooding noise and without the shares of the first few."""
         total, zero = first, np.zeros(DEGREE, dtype=np.uint64)
-        for secret in self.secrets[without:]:
-            share = np.stack([self.seal.partial(secret, row, zero) for row in second])
+        for silo in self.silos[without:]:
+            (secret,) = silo._shares
+            share = np.stack([self.seal.product(secret, row, zero) for row in second])
             total = ckks_ring.add(total, share, self.ring)
         return self.seal.coefficients(total)
 
@@ -192,7 +203,34 @@ def test_the_common_polynomial_is_fixed_by_its_seed_and_uniform() -> None:
     assert digest == "3a76cbd68390d8668da0c1212c76bfabedf010e49edde5b6fefa1fba60001dc2"
 
 
-# Flooding ---------------------------------------------------------------------------------------
+@given(values=st.integers(1, 2**32), silos=st.integers(3, 128), colluders=st.integers(0, 40))
+def test_every_chunk_has_a_key_and_a_group_and_traffic_is_least(values, silos, colluders) -> None:
+    ring = CkksRing("precise", silos, 1000, 40, 20)
+    chunks, keys, groups = ring.shape(values, colluders)
+    assert (chunks - 1) * DEGREE < values <= chunks * DEGREE
+    assert 1 <= keys <= min(MOST_KEYS, chunks)
+    assert (groups - 1) * keys < chunks <= groups * keys
+
+    def traffic(k: int) -> float:
+        return (silos + 1) * k + (colluders + 3) * chunks / k
+
+    if keys < min(MOST_KEYS, chunks):
+        assert traffic(keys) <= min(traffic(max(1, keys - 1)), traffic(keys + 1)) * 1.02
+
+
+# Errors and flooding ----------------------------------------------------------------------------
+
+
+def test_errors_are_the_centred_binomial_of_the_security_estimate() -> None:
+    ring = derive("precise", silos=5, bound=1000)
+    error = ckks_ring.centred(ckks_ring.errors(64, ring, os.urandom), ring).reshape(-1)
+    assert np.abs(error).max() <= ERROR_GREATEST
+    assert abs(error.mean()) < 5 * ERROR_VARIANCE**0.5 / 512
+    assert error.var() == pytest.approx(ERROR_VARIANCE, rel=0.02)
+    # Exactly: P(e = 0) = C(42, 21) / 2^42.
+    assert (error == 0).mean() == pytest.approx(math.comb(42, 21) / 2**42, rel=0.03)
+    first = ckks_ring.errors(1, ring, recorded("errors"))
+    np.testing.assert_array_equal(first, ckks_ring.errors(1, ring, recorded("errors")))
 
 
 @pytest.mark.parametrize("bits", [20, 40])
@@ -236,7 +274,7 @@ def test_more_decryptions_under_one_key_leak_more() -> None:
 @pytest.mark.parametrize("kind", SETS)
 def test_the_decrypted_noise_is_what_the_error_law_says(kind) -> None:
     ring = derive(kind, silos=4, bound=1000)
-    parties = Parties(ring, 4)
+    parties = Parties(ring, 4, chunks=4)
     rng = np.random.default_rng(5)
     vectors = rng.integers(-1000, 1001, (4, 4 * DEGREE))
     first = second = np.zeros((4, DEGREE), dtype=np.uint64)
@@ -256,8 +294,8 @@ def test_a_share_hides_behind_noise_of_the_stated_width() -> None:
     with Seal(ring) as seal:
         secret, c1 = seal.secret(), uniform(ring, 1)[0]
         noise = ckks_ring.flooding(1, ring, os.urandom)
-        bare = seal.partial(secret, c1, np.zeros(DEGREE, dtype=np.uint64)).reshape(1, -1)
-        share = seal.partial(secret, c1, noise[0]).reshape(1, -1)
+        bare = seal.product(secret, c1, np.zeros(DEGREE, dtype=np.uint64)).reshape(1, -1)
+        share = seal.product(secret, c1, noise[0]).reshape(1, -1)
         found = seal.coefficients(ckks_ring.subtract(share, bare, ring))
     np.testing.assert_array_equal(found, noise)
 
@@ -271,8 +309,8 @@ def test_the_inverse_transform_undoes_the_transform_of_any_number_of_rows(rows: 
     c1, zero = uniform(ring, 1, seed=9), np.zeros(DEGREE, dtype=np.uint64)
     with Seal(ring) as seal:
         secret = seal.secret()
-        product = seal.partial(secret, c1[0], zero)
-        shares = np.stack([seal.partial(secret, c1[0], row) for row in coefficients])
+        product = seal.product(secret, c1[0], zero)
+        shares = np.stack([seal.product(secret, c1[0], row) for row in coefficients])
         transformed = ckks_ring.subtract(shares, np.tile(product, (rows, 1)), ring)
         np.testing.assert_array_equal(seal.coefficients(transformed), coefficients)
 
@@ -300,7 +338,7 @@ def test_without_one_share_the_rest_is_noise() -> None:
     uniform modulo q, so an update of any size is as hidden.
     """
     ring = derive("precise", silos=5, bound=2**15 - 1)
-    parties = Parties(ring, 5)
+    parties = Parties(ring, 5, chunks=8)
     vector = np.random.default_rng(0).integers(-10, 11, 8 * DEGREE)
     c0, c1 = parties.encrypt(vector)
     without = parties.decrypt(c0, c1, without=1)

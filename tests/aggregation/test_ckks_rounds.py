@@ -232,7 +232,7 @@ def test_no_frame_holds_the_secret_key_or_the_vector() -> None:
     played = Round(made).until(Step.UPLOAD)
     side = played.silos["silo-002"]
     ring, secrets = ckks_messages.ring_of(made.header), side._secrets
-    secrets._key.save(secrets._seal._out.path)
+    secrets._shares[0].save(secrets._seal._out.path)
     key = secrets._seal._content(4096)
     assert len(np.unique(key)) > 4000
     vector = ckks_ring.encode(made.vectors["silo-002"], ring)

@@ -122,7 +122,7 @@ def test_one_chunk_swapped_is_enough_to_be_refused() -> None:
 
     fails(played, request=at(Step.UNMASK, None, edit(m.Aggregate, change)))
     assert played.shares == []
-    assert all("chunk 1 is not the sum" in why for why in played.refused.values())
+    assert all("group 1 is not the sum" in why for why in played.refused.values())
 
 
 SERVER_LIES = {
@@ -231,7 +231,7 @@ SERVER_LIES = {
     "a flipped bit": (
         Step.UNMASK,
         lambda r: {"second": flipped(r.second)},
-        "chunk 0 is not the sum",
+        "group 0 is not the sum",
     ),
 }
 
