@@ -116,8 +116,8 @@ def _check_length(data: bytes | memoryview, ring: CkksRing, rows: int) -> None:
         )
 
 
-def encode(vector: npt.NDArray[np.int64], ring: CkksRing) -> Residues:
-    """Integers → coefficients v·Δ mod q, zero-padded to whole polynomials.
+def check_vector(vector: npt.NDArray[np.int64], ring: CkksRing) -> None:
+    """Refuse what must not be encrypted.
 
     Raises:
         LocalProtocolError: wrong type, or a value out of bounds: the caller's clipping failed, and
@@ -133,8 +133,11 @@ def encode(vector: npt.NDArray[np.int64], ring: CkksRing) -> Residues:
             f"a value exceeds the bound {ring.bound}",
             hint="quantise to the study's bound and length first",
         )
-    rows = -(-len(vector) // DEGREE)
-    out = np.zeros((rows, DEGREE), dtype=np.uint64)
+
+
+def encode(vector: npt.NDArray[np.int64], ring: CkksRing) -> Residues:
+    """Integers within the bound → coefficients v·Δ mod q, zero-padded to whole polynomials."""
+    out = np.zeros((-(-len(vector) // DEGREE), DEGREE), dtype=np.uint64)
     out.reshape(-1)[: len(vector)] = _residues(vector << ring.scale_bits, ring)
     return out
 

@@ -14,7 +14,7 @@ from securefedcollm.aggregation.ckks_ring import ROWS, Residues
 from securefedcollm.aggregation.ckks_seal import Seal
 from securefedcollm.errors import LocalProtocolError
 from securefedcollm.primitives import RandomSource
-from securefedcollm.study.ring import CkksRing, Shape
+from securefedcollm.study.ring import DEGREE, CkksRing, Shape
 
 
 class CkksSecrets:
@@ -42,7 +42,8 @@ class CkksSecrets:
         self._shape = shape
         self._common = common
         self._random = random
-        self._message = ckks_ring.encode(vector, ring)
+        ckks_ring.check_vector(vector, ring)
+        self._vector = vector.copy()
         self._seal = Seal(ring)
         self._shares = [self._seal.secret() for _ in range(shape.keys)]
         self._upload: CipherUpload | None = None
@@ -63,7 +64,7 @@ class CkksSecrets:
         )
 
     def encrypt(self, joint: Residues) -> CipherUpload:
-        """The vector under the joint keys [keys, N]; the vector itself is dropped.
+        """The vector under the joint keys [keys, N]; it is needed no longer.
 
         For each group a fresh ternary u: (b·u + e0 + Δ·v for its chunks, a·u + e1).
         """
@@ -71,7 +72,8 @@ class CkksSecrets:
         first: list[bytes] = []
         second: list[bytes] = []
         for start in range(0, self._shape.chunks, keys):
-            rows = self._message[start : start + keys]
+            values = self._vector[start * DEGREE : (start + keys) * DEGREE]
+            rows = ckks_ring.encode(values, self._ring)
             ephemeral = self._seal.secret()
             noise = ckks_ring.add(rows, self._errors(len(rows)), self._ring)
             first.append(
@@ -82,7 +84,7 @@ class CkksSecrets:
             )
             error = self._errors(1)[0]
             second.append(self._pack([self._seal.product(ephemeral, self._common[0], error)]))
-        self._message = np.zeros((0, 0), dtype=np.uint64)
+        self._vector = np.zeros(0, dtype=np.int64)
         self._upload = CipherUpload(b"".join(first), b"".join(second))
         return self._upload
 

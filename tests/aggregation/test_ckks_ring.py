@@ -128,7 +128,7 @@ def test_a_vector_that_is_out_of_bounds_or_no_int64_is_never_encrypted() -> None
     ring = derive("precise", silos=3, bound=1000)
     for vector in (np.array([0, 1001]), np.array([-1001]), np.array([1.0]), np.zeros((1, 1), int)):
         with pytest.raises(LocalProtocolError) as caught:
-            ckks_ring.encode(vector, ring)
+            ckks_ring.check_vector(vector, ring)
         assert "1001" not in str(caught.value)
 
 

@@ -212,7 +212,7 @@ def test_secrets_are_dropped_not_shown_not_copied(capfd) -> None:
         for secret in (side, side._secrets):
             with pytest.raises(TypeError, match="neither copied nor pickled"):
                 copied(secret)
-    assert not side._secrets._message.size  # encrypted: no longer needed
+    assert not side._secrets._vector.size  # encrypted: no longer needed
     with pytest.raises(LocalProtocolError, match="no ciphertext to upload"):
         side._secrets.take_upload()
     played.exchange()
