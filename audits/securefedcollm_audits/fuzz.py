@@ -143,7 +143,8 @@ def main() -> None:
         _play_random(arguments.seconds)
         return
     atheris.instrument_all()
-    atheris.Setup([sys.argv[0], f"-max_total_time={arguments.seconds}", "-max_len=36"], one_round)
+    limits = [f"-max_total_time={arguments.seconds}", "-max_len=36", "-len_control=0"]
+    atheris.Setup([sys.argv[0], *limits], one_round)
     atheris.Fuzz()
 
 

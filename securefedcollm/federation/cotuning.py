@@ -142,8 +142,13 @@ class SiloTuning:
         *,
         data: Path | None = None,
         progress: Progress = silent,
+        planned: PoissonGaussian | None = None,
     ) -> None:
         """
+        Args:
+            planned: :func:`planned_event` of this many records, where it is already known: a
+                simulation's processes need not all work it out.
+
         Raises:
             ConfigError: the silo has fewer records than the expected batch, or no noise reaches
                 the study's ε.
@@ -157,7 +162,7 @@ class SiloTuning:
         self.base_digest = self._tuned.base_digest
         self._event: PoissonGaussian | None = None
         if study.privacy is not None and study.privacy.noise == "local":
-            self._event = planned_event(study, self.records)
+            self._event = planned or planned_event(study, self.records)
 
     def layout(self, round_: int) -> bytes:
         return self._tuned.layout_digest(round_)

@@ -31,6 +31,7 @@ from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.federation.workload import Progress, silent
 from securefedcollm.primitives import SigningKey
 from securefedcollm.privacy.adversaries import per_adversary
+from securefedcollm.privacy.events import PoissonGaussian
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import Study, digest, dump_study
 
@@ -96,6 +97,7 @@ class Simulation:
         from securefedcollm.federation.dealing import deal
 
         dealt = deal(self._study, self._data)
+        self._planned = {n: _planned(self._study, len(q)) for n, q in dealt.silos.items()}
         self._prepare_models(progress, say)
         cotuning.set_threads(self._server_threads)
         server = cotuning.ServerTuning(
@@ -144,7 +146,7 @@ class Simulation:
             from securefedcollm.tuning.builtin import prepare
             from securefedcollm.tuning.models import default_cache
 
-            prepare(default_cache(), progress)
+            prepare(default_cache(), progress, context=self._context)
 
     def _federate(
         self, store: RunStore, server: Any, directory: Path, progress: Progress, say: Say
@@ -163,6 +165,7 @@ class Simulation:
             directory=directory,
             data=self._data,
             threads=self._threads,
+            planned=self._planned,
         )
 
         def on_round(record: dict[str, Any]) -> None:
@@ -210,6 +213,7 @@ class Simulation:
             data=self._data,
             directory=make_directory(self._out / "baselines" / "standalone"),
             threads=self._threads,
+            planned=self._planned,
         )
         scores = []
         if self._workers == 0:
@@ -284,6 +288,7 @@ def make_silo(
     directory: Path,
     data: Path | None,
     threads: int,
+    planned: dict[str, PoissonGaussian | None],
 ) -> SiloSession:
     """Build one silo in the process that will run it."""
     from securefedcollm.federation import cotuning
@@ -292,7 +297,12 @@ def make_silo(
     cotuning.set_threads(threads)
     home = make_directory(directory / "silos" / name)
     workload = cotuning.SiloTuning(
-        study, name, deal(study, data).silos[name], data=data, progress=progress
+        study,
+        name,
+        deal(study, data).silos[name],
+        data=data,
+        progress=progress,
+        planned=planned[name],
     )
     return SiloSession(
         study=study,
@@ -309,7 +319,13 @@ def make_silo(
 
 
 def tune_alone(
-    name: str, *, study: Study, data: Path | None, directory: Path, threads: int
+    name: str,
+    *,
+    study: Study,
+    data: Path | None,
+    directory: Path,
+    threads: int,
+    planned: dict[str, PoissonGaussian | None],
 ) -> dict[str, float]:
     """One silo without a federation: the same steps, noise and rounds, nothing leaves it."""
 
@@ -319,7 +335,9 @@ def tune_alone(
 
         cotuning.set_threads(threads)
         dealt = deal(study, data)
-        workload = cotuning.SiloTuning(study, name, dealt.silos[name], data=data)
+        workload = cotuning.SiloTuning(
+            study, name, dealt.silos[name], data=data, planned=planned[name]
+        )
         adapter = workload.adapter()
         for round_ in range(study.rounds):
             workload.fit(adapter, round_, silent)
@@ -327,6 +345,14 @@ def tune_alone(
         return {f"slm/{g}": a for g, a in workload.evaluate(dealt.test).items()}
 
     return remembered(directory / f"{name}.json", tune)
+
+
+def _planned(study: Study, records: int) -> PoissonGaussian | None:
+    from securefedcollm.federation.cotuning import planned_event
+
+    if study.privacy is None or study.privacy.noise != "local":
+        return None
+    return planned_event(study, records)
 
 
 def remembered(path: Path, make: Callable[[], dict[str, float]]) -> dict[str, float]:

@@ -12,14 +12,13 @@ import fcntl
 import hashlib
 import json
 import math
+import multiprocessing
 import shutil
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import IO, Any, Final, Literal
 from uuid import uuid4
@@ -115,42 +114,62 @@ def builtin_models(
     return model.eval(), world.make_tokenizer()
 
 
-def prepare(cache_dir: Path, progress: Progress = silent, *, seed: int = world.PUBLIC_SEED) -> None:
+def prepare(
+    cache_dir: Path,
+    progress: Progress = silent,
+    *,
+    seed: int = world.PUBLIC_SEED,
+    context: BaseContext | None = None,
+) -> None:
     """Make both models that are not cached yet, in parallel: one process, one thread each.
+
+    Args:
+        context: how processes start; None: afresh.
 
     Raises:
         StateError: the cache cannot be written.
         TrainingError: a process ended without its model.
     """
     missing = [role for role in ROLES if not _cached(role, seed, cache_dir).exists()]
-    if not missing:
-        return
     for role in missing:
         _lock_file(_cached(role, seed, cache_dir)).close()  # an unwritable cache is told here
-    done = dict.fromkeys(missing, 0)
-    lock = threading.Lock()
     total = sum(RECIPES[role].sentences for role in missing)
+    done: dict[Any, int] = {}  # sentences read, by the pipe that says so
+    makers: list[Any] = []
+    start = context or multiprocessing.get_context("spawn")
+    try:
+        for role in missing:
+            reader, writer = start.Pipe(duplex=False)
+            makers.append(start.Process(target=_make, args=(role, seed, cache_dir, writer)))  # type: ignore[attr-defined]
+            makers[-1].start()
+            writer.close()
+            done[reader] = 0
+        working: list[Any] = list(done)
+        ready: Any
+        while working:
+            for ready in wait(working):
+                try:
+                    done[ready] = ready.recv()
+                except EOFError:
+                    working.remove(ready)
+            progress(sum(done.values()), total, "pretraining the built-in models")
+        for role, maker in zip(missing, makers, strict=True):
+            maker.join()
+            if maker.exitcode:
+                raise TrainingError(
+                    f"pretraining of the built-in {role} ended with status {maker.exitcode}",
+                    hint="the lines above say why; is there memory and disk space left?",
+                )
+    finally:
+        for maker in makers:
+            maker.terminate()
 
-    def follow(role: Role) -> None:
-        command = [sys.executable, "-m", __name__, role, str(seed), str(cache_dir)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout
-            try:
-                for line in process.stdout:
-                    with lock:
-                        done[role] = int(line)
-                        progress(sum(done.values()), total, "pretraining the built-in models")
-            except BaseException:
-                process.terminate()
-                raise
-        if process.returncode:
-            raise TrainingError(
-                f"pretraining of the built-in {role} ended with status {process.returncode}",
-                hint="the lines above say why; is there memory and disk space left?",
-            )
 
-    with ThreadPoolExecutor(len(missing)) as pool:
-        list(pool.map(follow, missing))
+def _make(role: Role, seed: int, cache_dir: Path, progress: Connection[Any, Any]) -> None:
+    """A process's work: one model; ``progress`` hears of the sentences read."""
+    builtin_models(
+        role, cache_dir=cache_dir, seed=seed, progress=lambda done, total, text: progress.send(done)
+    )
 
 
 def pretrain(role: Role, *, seed: int, progress: Progress = silent) -> Any:
@@ -264,21 +283,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _main() -> None:
-    """``python -m securefedcollm.tuning.builtin ROLE SEED CACHE``: one line a step, sentences."""
-    role, seed, cache = sys.argv[1:]
-    if role not in RECIPES:
-        raise SystemExit(f"there is no built-in {role}")
-    chosen: Role = "llm" if role == "llm" else "slm"
-    builtin_models(
-        chosen,
-        cache_dir=Path(cache),
-        seed=int(seed),
-        progress=lambda done, total, text: print(done, flush=True),
-    )
-
-
-if __name__ == "__main__":
-    _main()
