@@ -179,7 +179,7 @@ def decode(residues: Residues, ring: CkksRing, values: int, count: int) -> npt.N
 
 
 def hash_to_ring(seed: bytes, ring: CkksRing) -> Residues:
-    """A polynomial [1, N] that everybody derives from ``seed`` and nobody chose.
+    """Coefficients [1, N] that everybody derives from ``seed`` and nobody chose.
 
     The AES-256-CTR keystream of SHA-256(seed), cut to the bits of q; values not below q are
     rejected, so the rest are uniform.

@@ -6,7 +6,7 @@ writes and reads; no byte of a peer ever reaches SEAL's loader (:mod:`~.ckks_rin
 
 A ciphertext (x, y) that was never encrypted decrypts to x + y·s: that makes key parts, ciphertexts
 and partial decryptions alike. SEAL refuses a ciphertext whose second polynomial is zero as
-"transparent"; such a place is filled with the constant 1, whose transform is 1 everywhere.
+"transparent"; such a place is filled, or does not occur but with negligible probability.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pyarrow
 import tenseal.sealapi as seal
 from tenseal.sealapi import SecretKey as SecretKey
 
-from securefedcollm.aggregation.ckks_ring import Residues, subtract
+from securefedcollm.aggregation.ckks_ring import Residues
 from securefedcollm.errors import CryptoError
 from securefedcollm.study.ring import DEGREE, CkksRing
 
@@ -96,10 +96,7 @@ class Seal:
         seal.Ciphertext(self._context).save(self._out.path)
         parms = struct.pack("<4Q", *self._context.first_parms_id())
         self._in = _Inbox(parms, _HEADER.unpack_from(self._out.get())[2:4])
-        self._one = np.zeros(DEGREE, dtype=np.uint64)
-        self._one[0] = 1
-        self._zero = np.zeros(DEGREE, dtype=np.uint64)
-        self._ones = np.full(DEGREE, 1, dtype=np.uint64)
+        self._filling = np.full(DEGREE, 1, dtype=np.uint64)
 
     def __enter__(self) -> Seal:
         return self
@@ -117,14 +114,12 @@ class Seal:
         return seal.KeyGenerator(self._context).secret_key()
 
     def product(self, secret: SecretKey, polynomial: Residues, noise: Residues) -> Residues:
-        """polynomial·secret + noise: [N] transformed, [N] coefficients; transformed.
+        """polynomial·secret + noise, both given as coefficients [N]; the result is transformed.
 
         The one thing that all of the scheme is made of: SEAL's decryption of (noise, polynomial).
         """
-        cipher = self._load(noise, self._one, transformed=False)
+        cipher = self._load(noise, polynomial, transformed=False)
         self._evaluator.transform_to_ntt_inplace(cipher)
-        rest = subtract(polynomial, self._ones, self.ring)
-        self._evaluator.add_inplace(cipher, self._load(self._zero, rest))
         plain = seal.Plaintext()
         seal.Decryptor(self._context, secret).decrypt(cipher, plain)
         plain.save(self._out.path)
@@ -135,7 +130,7 @@ class Seal:
         out = np.empty_like(transformed)
         for row in range(0, len(transformed), 2):
             pair = transformed[row : row + 2]
-            second = pair[1] if len(pair) == 2 and pair[1].any() else self._ones
+            second = pair[1] if len(pair) == 2 and pair[1].any() else self._filling
             cipher = self._load(pair[0], second)
             self._evaluator.transform_from_ntt_inplace(cipher)
             cipher.save(self._out.path)

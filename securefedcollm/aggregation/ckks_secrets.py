@@ -23,7 +23,7 @@ class CkksSecrets:
     Args:
         shape: how many keys there are, and which chunk is under which.
         vector: int64 [d], within the ring's bound.
-        common: the polynomial a that all keys have in common, [1, N].
+        common: the polynomial a that all keys have in common, coefficients [1, N].
         random: of errors and flooding noise. SEAL draws secrets from the system by itself.
 
     Raises:
@@ -64,11 +64,11 @@ class CkksSecrets:
         )
 
     def encrypt(self, joint: Residues) -> CipherUpload:
-        """The vector under the joint keys [keys, N]; it is needed no longer.
+        """The vector under the joint keys [keys, N], transformed; it is needed no longer.
 
         For each group a fresh ternary u: (b·u + e0 + Δ·v for its chunks, a·u + e1).
         """
-        keys = self._shape.keys
+        keys, joint = self._shape.keys, self._seal.coefficients(joint)
         first: list[bytes] = []
         second: list[bytes] = []
         for start in range(0, self._shape.chunks, keys):
@@ -102,7 +102,7 @@ class CkksSecrets:
             CryptoError: ``second`` holds no polynomials.
         """
         shape = self._shape
-        groups = ckks_ring.unpack(second, self._ring, shape.groups)
+        groups = self._seal.coefficients(ckks_ring.unpack(second, self._ring, shape.groups))
         shares: list[bytes] = []
         for start in range(0, shape.chunks, ROWS):
             chunks = range(start, min(start + ROWS, shape.chunks))

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import math
 import os
+import re
 from pathlib import Path
 
 import msgspec
@@ -66,6 +67,7 @@ class Parties:
     def decrypt(self, first: np.ndarray, second: np.ndarray, without: int = 0) -> np.ndarray:
         """Coefficients, with no flooding noise and without the shares of the first few."""
         total, zero = first, np.zeros(DEGREE, dtype=np.uint64)
+        second = self.seal.coefficients(second)
         for silo in self.silos[without:]:
             (secret,) = silo._shares
             share = np.stack([self.seal.product(secret, row, zero) for row in second])
@@ -113,6 +115,27 @@ def test_what_the_compact_ring_cannot_hold_the_precise_one_may() -> None:
     with pytest.raises(ConfigError, match="the precise ring cannot hold") as caught:
         derive("precise", silos=128, bound=2**31 - 1)
     assert "precise" not in caught.value.hint
+
+
+def test_the_table_of_the_documentation_is_what_the_code_derives() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "ckks.md").read_text()
+    form = r"^\| `(\w+)`, (\d+) \| 2\^(\d+) \| 2\^([\d.]+) \| 2\^(\d+) \| (.*) \|$"
+    rows = re.findall(form, text, re.M)
+    assert len(rows) == 6
+    for kind, silos, scale, noise, flood, rest in rows:
+        ring = derive(kind, silos=int(silos), bound=2**15 - 1)
+        rms, greatest, advantage = rest.split(" | ")
+        assert (ring.scale_bits, ring.flood_bits) == (int(scale), int(flood))
+        assert math.log2(ring.noise_rms) == pytest.approx(float(noise), abs=0.05)
+        assert ring.rms == pytest.approx(float(rms), rel=0.05)
+        assert ring.greatest_error == pytest.approx(float(greatest), rel=0.05)
+        leak = ring.leak(10**6)
+        if advantage == "none":
+            assert leak == 1
+        elif advantage.startswith("2^"):
+            assert math.log2(leak) == pytest.approx(-float(advantage[3:]), abs=0.5)
+        else:
+            assert leak == pytest.approx(float(advantage), rel=0.05)
 
 
 def test_without_the_proof_a_sum_wraps_and_nobody_notices() -> None:
