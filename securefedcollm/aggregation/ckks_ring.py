@@ -163,19 +163,24 @@ def decode(residues: Residues, ring: CkksRing, values: int, count: int) -> npt.N
             coefficients uniform, so each escapes this check with probability 2·count·bound·Δ / q;
             the zero padding and the other coefficients catch the rest.
     """
-    signed = centred(residues, ring).reshape(-1)
-    half = 1 << (ring.scale_bits - 1)
-    rounded = (signed + half) >> ring.scale_bits
+    rounded = np.empty(residues.shape, dtype=np.int64)
+    for start in range(0, len(residues), ROWS):
+        block = centred(residues[start : start + ROWS], ring)
+        block += 1 << (ring.scale_bits - 1)
+        np.right_shift(block, ring.scale_bits, out=rounded[start : start + ROWS])
+    total, padding = rounded.reshape(-1)[:values], rounded.reshape(-1)[values:]
     slack = 0 if ring.exact else int(ring.greatest_error) + 1
-    limit = np.full(len(rounded), slack, dtype=np.int64)
-    limit[:values] += count * ring.bound
-    if (np.abs(rounded) > limit).any():
+    if _beyond(total, count * ring.bound + slack) or _beyond(padding, slack):
         raise ProtocolError(
             "the opened sum is out of bounds: a silo encrypted values outside the agreed range, or "
             "its share is wrong",
             hint="encryption hides which silo it was; nothing was released",
         )
-    return rounded[:values]
+    return total
+
+
+def _beyond(integers: npt.NDArray[np.int64], limit: int) -> bool:
+    return bool(len(integers)) and not (-limit <= integers.min() and integers.max() <= limit)
 
 
 def hash_to_ring(seed: bytes, ring: CkksRing) -> Residues:
