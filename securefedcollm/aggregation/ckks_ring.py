@@ -25,8 +25,9 @@ from securefedcollm.study.ring import DEGREE, ERROR_GREATEST, FLOOD_TAIL, CkksRi
 Residues = npt.NDArray[np.uint64]
 """uint64 [polynomials, N], every entry below q."""
 
-ROWS: Final = 16
-"""Polynomials worked on at a time: 512 KiB of residues, which stay in a core's cache."""
+ROWS: Final = 15
+"""Polynomials worked on at a time: half a MiB of residues, which stays in a core's cache, and what
+SEAL takes in one ciphertext beside the filling."""
 
 _PLANE: Final = DEGREE // 16
 _WORD21: Final = np.uint64(2**ERROR_GREATEST - 1)
@@ -184,7 +185,7 @@ def _beyond(integers: npt.NDArray[np.int64], limit: int) -> bool:
 
 
 def hash_to_ring(seed: bytes, ring: CkksRing) -> Residues:
-    """Coefficients [1, N] that everybody derives from ``seed`` and nobody chose.
+    """A polynomial [1, N] that everybody derives from ``seed`` and nobody chose.
 
     The AES-256-CTR keystream of SHA-256(seed), cut to the bits of q; values not below q are
     rejected, so the rest are uniform.

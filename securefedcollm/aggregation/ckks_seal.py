@@ -4,9 +4,8 @@ SEAL samples secrets (seeded by the system) and does every product and transform
 and out as arrays, through anonymous memory and SEAL's own file format, which this module alone
 writes and reads; no byte of a peer ever reaches SEAL's loader (:mod:`~.ckks_ring` reads those).
 
-A ciphertext (x, y) that was never encrypted decrypts to x + y·s: that makes key parts, ciphertexts
-and partial decryptions alike. SEAL refuses a ciphertext whose second polynomial is zero as
-"transparent"; such a place is filled, or does not occur but with negligible probability.
+A ciphertext of several polynomials, times the "plaintext" that SEAL keeps a secret key in, is each
+polynomial times the secret: that makes key parts, ciphertexts and partial decryptions alike.
 """
 
 from __future__ import annotations
@@ -14,14 +13,15 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 import pyarrow
 import tenseal.sealapi as seal
-from tenseal.sealapi import SecretKey as SecretKey
+from tenseal.sealapi import Ciphertext, SecretKey
 
-from securefedcollm.aggregation.ckks_ring import Residues
+from securefedcollm.aggregation.ckks_ring import ROWS, Residues
 from securefedcollm.errors import CryptoError
 from securefedcollm.study.ring import DEGREE, CkksRing
 
@@ -46,18 +46,18 @@ class _Outbox:
 
 
 class _Inbox:
-    """An anonymous file with one ciphertext of two polynomials in SEAL's format, for SEAL to load.
+    """An anonymous file with one ciphertext of ``rows`` polynomials in SEAL's format, to be loaded.
 
-    ``words`` are its residues, [2, N], in place.
+    ``words`` are its residues, [rows, N], in place.
     """
 
-    def __init__(self, parms: bytes, version: tuple[int, int]) -> None:
+    def __init__(self, rows: int, parms: bytes, version: tuple[int, int]) -> None:
         def head(size: int) -> bytes:
             return _HEADER.pack(_MAGIC, _HEADER.size, *version, 0, 0, _HEADER.size + size)
 
-        count = 2 * DEGREE
+        count = rows * DEGREE
         array = head(8 + 8 * count) + count.to_bytes(8, "little")
-        inner = parms + _CIPHER.pack(True, 2, DEGREE, 1, 1.0, 1) + array
+        inner = parms + _CIPHER.pack(True, rows, DEGREE, 1, 1.0, 1) + array
         content = head(len(inner) + 8 * count) + inner
         self._fd = os.memfd_create("securefedcollm-ckks", os.MFD_CLOEXEC)
         self.path = f"/proc/self/fd/{self._fd}"
@@ -67,7 +67,7 @@ class _Inbox:
         self._form = _HEADER.size + len(parms)
         self.words: Residues = np.frombuffer(
             self._memory, dtype="<u8", offset=len(content)
-        ).reshape(2, DEGREE)
+        ).reshape(rows, DEGREE)
 
     def set_form(self, transformed: bool) -> None:
         self._memory[self._form] = transformed
@@ -93,10 +93,10 @@ class Seal:
             raise CryptoError(f"SEAL refuses the ring: {self._context.parameters_error_name()}")
         self._evaluator = seal.Evaluator(self._context)
         self._out = _Outbox()
-        seal.Ciphertext(self._context).save(self._out.path)
-        parms = struct.pack("<4Q", *self._context.first_parms_id())
-        self._in = _Inbox(parms, _HEADER.unpack_from(self._out.get())[2:4])
-        self._filling = np.full(DEGREE, 1, dtype=np.uint64)
+        Ciphertext(self._context).save(self._out.path)
+        self._parms = struct.pack("<4Q", *self._context.first_parms_id())
+        self._version = _HEADER.unpack_from(self._out.get())[2:4]
+        self._inboxes: dict[int, _Inbox] = {}  # by rows
 
     def __enter__(self) -> Seal:
         return self
@@ -106,46 +106,60 @@ class Seal:
 
     def close(self) -> None:
         """Give the anonymous memory back."""
-        self._in.close()
+        for inbox in self._inboxes.values():
+            inbox.close()
+        self._inboxes.clear()
         self._out.close()
 
     def secret(self) -> SecretKey:
         """A fresh ternary secret key."""
         return seal.KeyGenerator(self._context).secret_key()
 
-    def product(self, secret: SecretKey, polynomial: Residues, noise: Residues) -> Residues:
-        """polynomial·secret + noise, both given as coefficients [N]; the result is transformed.
+    def load(self, transformed: Residues) -> list[Ciphertext]:
+        """Polynomials [k, N], for :meth:`products`."""
+        return [self._load(block, transformed=True) for block in _blocks(transformed)]
 
-        The one thing that all of the scheme is made of: SEAL's decryption of (noise, polynomial).
+    def products(
+        self, secret: SecretKey, polynomials: Sequence[Ciphertext], noise: Residues
+    ) -> Residues:
+        """polynomial·secret + noise for each of some loaded polynomials; [k, N] transformed.
+
+        All of the scheme is made of this. noise: coefficients [k, N].
         """
-        cipher = self._load(noise, polynomial, transformed=False)
-        self._evaluator.transform_to_ntt_inplace(cipher)
-        plain = seal.Plaintext()
-        seal.Decryptor(self._context, secret).decrypt(cipher, plain)
-        plain.save(self._out.path)
-        return self._content(DEGREE)
+        plain, product, out = secret.data(), Ciphertext(self._context), np.empty_like(noise)
+        for block, loaded, target in zip(_blocks(noise), polynomials, _blocks(out), strict=True):
+            cipher = self._load(block, transformed=False)
+            self._evaluator.transform_to_ntt_inplace(cipher)
+            self._evaluator.multiply_plain(loaded, plain, product)
+            self._evaluator.add_inplace(cipher, product)
+            target[:] = self._save(cipher, len(block))
+        return out
 
     def coefficients(self, transformed: Residues) -> Residues:
         """The inverse transform of polynomials [k, N]."""
         out = np.empty_like(transformed)
-        for row in range(0, len(transformed), 2):
-            pair = transformed[row : row + 2]
-            second = pair[1] if len(pair) == 2 and pair[1].any() else self._filling
-            cipher = self._load(pair[0], second)
+        for block, target in zip(_blocks(transformed), _blocks(out), strict=True):
+            cipher = self._load(block, transformed=True)
             self._evaluator.transform_from_ntt_inplace(cipher)
-            cipher.save(self._out.path)
-            found = self._content(2 * DEGREE).reshape(2, DEGREE)
-            out[row] = found[0]
-            if len(pair) == 2:
-                out[row + 1] = found[1] if pair[1].any() else 0
+            target[:] = self._save(cipher, len(block))
         return out
 
-    def _load(self, first: Residues, second: Residues, transformed: bool = True) -> seal.Ciphertext:
-        self._in.set_form(transformed)
-        self._in.words[0], self._in.words[1] = first, second
-        cipher = seal.Ciphertext(self._context)
-        cipher.load(self._context, self._in.path)
+    def _load(self, block: Residues, transformed: bool) -> Ciphertext:
+        rows = len(block) + 1
+        if rows not in self._inboxes:
+            inbox = self._inboxes[rows] = _Inbox(rows, self._parms, self._version)
+            inbox.words[-1] = 1  # SEAL refuses "transparent" ciphertexts, zero from the second on
+        inbox = self._inboxes[rows]
+        inbox.set_form(transformed)
+        inbox.words[:-1] = block
+        cipher = Ciphertext(self._context)
+        cipher.load(self._context, inbox.path)
         return cipher
+
+    def _save(self, cipher: Ciphertext, rows: int) -> Residues:
+        """Its first ``rows`` polynomials."""
+        cipher.save(self._out.path)
+        return self._content((rows + 1) * DEGREE).reshape(rows + 1, DEGREE)[:rows]
 
     def _content(self, count: int) -> Residues:
         """The last ``count`` words of what SEAL has just saved."""
@@ -166,3 +180,7 @@ class Seal:
         if int.from_bytes(inner[-8 * count - 8 : -8 * count], "little") != count:
             raise CryptoError("SEAL saved another number of words than expected")
         return content.astype(np.uint64)
+
+
+def _blocks(polynomials: Residues) -> list[Residues]:
+    return [polynomials[at : at + ROWS] for at in range(0, len(polynomials), ROWS)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NoReturn
 
 import numpy as np
@@ -23,7 +22,7 @@ class CkksSecrets:
     Args:
         shape: how many keys there are, and which chunk is under which.
         vector: int64 [d], within the ring's bound.
-        common: the polynomial a that all keys have in common, coefficients [1, N].
+        common: the polynomial a that all keys have in common, [1, N], transformed.
         random: of errors and flooding noise. SEAL draws secrets from the system by itself.
 
     Raises:
@@ -56,34 +55,33 @@ class CkksSecrets:
 
     def key_parts(self) -> bytes:
         """b = e − a·s for every key, packed."""
-        minus = ckks_ring.subtract(np.zeros_like(self._common), self._common, self._ring)[0]
+        zero = np.zeros_like(self._common)
+        minus = self._seal.load(ckks_ring.subtract(zero, self._common, self._ring))
         errors = self._errors(self._shape.keys)
-        return self._pack(
-            self._seal.product(share, minus, error)
+        parts = [
+            self._seal.products(share, minus, error[np.newaxis])
             for share, error in zip(self._shares, errors, strict=True)
-        )
+        ]
+        return ckks_ring.pack(np.concatenate(parts), self._ring)
 
     def encrypt(self, joint: Residues) -> CipherUpload:
-        """The vector under the joint keys [keys, N], transformed; it is needed no longer.
+        """The vector under the joint keys [keys, N]; it is needed no longer.
 
-        For each group a fresh ternary u: (b·u + e0 + Δ·v for its chunks, a·u + e1).
+        For each group a fresh ternary u: b·u + e0 + Δ·v for its chunks, and a·u + e1.
         """
-        keys, joint = self._shape.keys, self._seal.coefficients(joint)
+        keys, chunks = self._shape.keys, self._shape.chunks
         first: list[bytes] = []
         second: list[bytes] = []
-        for start in range(0, self._shape.chunks, keys):
-            values = self._vector[start * DEGREE : (start + keys) * DEGREE]
-            rows = ckks_ring.encode(values, self._ring)
-            ephemeral = self._seal.secret()
-            noise = ckks_ring.add(rows, self._errors(len(rows)), self._ring)
-            first.append(
-                self._pack(
-                    self._seal.product(ephemeral, key, masked)
-                    for key, masked in zip(joint, noise, strict=False)
-                )
-            )
-            error = self._errors(1)[0]
-            second.append(self._pack([self._seal.product(ephemeral, self._common[0], error)]))
+        for start in range(0, chunks, keys):
+            count = min(keys, chunks - start)
+            if start == 0 or count < keys:
+                loaded = self._seal.load(np.concatenate([joint[:count], self._common]))
+            noise = self._errors(count + 1)
+            values = self._vector[start * DEGREE : (start + count) * DEGREE]
+            noise[:-1] = ckks_ring.add(noise[:-1], ckks_ring.encode(values, self._ring), self._ring)
+            made = self._seal.products(self._seal.secret(), loaded, noise)
+            first.append(ckks_ring.pack(made[:-1], self._ring))
+            second.append(ckks_ring.pack(made[-1:], self._ring))
         self._vector = np.zeros(0, dtype=np.int64)
         self._upload = CipherUpload(b"".join(first), b"".join(second))
         return self._upload
@@ -101,25 +99,24 @@ class CkksSecrets:
         Raises:
             CryptoError: ``second`` holds no polynomials.
         """
-        shape = self._shape
-        groups = self._seal.coefficients(ckks_ring.unpack(second, self._ring, shape.groups))
-        shares: list[bytes] = []
-        for start in range(0, shape.chunks, ROWS):
-            chunks = range(start, min(start + ROWS, shape.chunks))
-            noise = ckks_ring.flooding(len(chunks), self._ring, self._random)
-            shares.append(
-                self._pack(
-                    self._seal.product(self._shares[j % shape.keys], groups[j // shape.keys], flood)
-                    for j, flood in zip(chunks, noise, strict=True)
-                )
-            )
+        keys, chunks = self._shape.keys, self._shape.chunks
+        shares: list[bytes] = [b""] * chunks
+        groups = ckks_ring.unpack(second, self._ring, self._shape.groups)
+        size = ckks_ring.polynomial_bytes(self._ring)
+        for start in range(0, len(groups), ROWS):
+            block = groups[start : start + ROWS]
+            loaded = self._seal.load(block)
+            for key, share in enumerate(self._shares):
+                noise = ckks_ring.flooding(len(block), self._ring, self._random)
+                made = ckks_ring.pack(self._seal.products(share, loaded, noise), self._ring)
+                for row in range(len(block)):
+                    chunk = (start + row) * keys + key
+                    if chunk < chunks:
+                        shares[chunk] = made[row * size : (row + 1) * size]
         return b"".join(shares)
 
     def _errors(self, rows: int) -> Residues:
         return ckks_ring.errors(rows, self._ring, self._random)
-
-    def _pack(self, polynomials: Iterable[npt.NDArray[np.uint64]]) -> bytes:
-        return ckks_ring.pack(np.stack(list(polynomials)), self._ring)
 
     def close(self) -> None:
         """Give SEAL's anonymous memory back."""
