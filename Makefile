@@ -25,9 +25,10 @@ format: $(VENV)/.ready  ## rewrite the code in house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.ready .venv-bench/.ready  ## masking and noise against their peers (JSON)
+bench: $(VENV)/.ready .venv-bench/.ready  ## masking and noise against their peers, the cost of privacy (JSON)
 	$(BIN)/python -m benchmarks.masking --repeats 5 --json
 	$(BIN)/python -m benchmarks.noise --json
+	$(BIN)/python -m benchmarks.privacy_overhead --json
 
 clean:           ## remove what make made (not the runs)
 	rm -rf $(VENV) .venv-bench .mypy_cache .ruff_cache .pytest_cache

@@ -39,7 +39,8 @@ def plan(
         int | None, typer.Option(min=1, help="Values in an update [from the small model's shape].")
     ] = None,
     records: Annotated[
-        int | None, typer.Option(min=1, help="Records of the smallest silo [from the study].")
+        int | None,
+        typer.Option(min=1, help="Records (or subjects) of the smallest silo [from the study]."),
     ] = None,
     data: DataDir = None,
     as_json: Json = False,
@@ -59,15 +60,20 @@ def plan(
             where="privacy",
             hint="add a privacy section, or give --epsilon to see what it would cost",
         )
+    adaptive = study.privacy.adaptive if study.privacy else None
+    units, rate = records or unit_records(study), study.local.sampling_rate
     federation = planner.Federation(
         values=values or update_values(study, data),
         silos=study.silos.count,
         least_survivors=study.quorum,
         colluders=study.silos.colluders,
-        records=records or unit_records(study),
+        records=units,
         rounds=study.rounds,
         steps=study.local.steps,
-        batch_size=study.local.batch_size,
+        # in joint DP-SGD the study gives the batch of all silos together
+        batch_size=max(1, round(rate * units)) if rate else study.local.batch_size,
+        unit="record" if study.subject is None else "subject",
+        count_noise=adaptive.count_noise if adaptive else None,
     )
     delta = study.privacy.delta if study.privacy else min(1e-5, 0.1 / federation.records)
     targets = epsilon or [study.privacy.epsilon if study.privacy else 0.0]
@@ -137,8 +143,8 @@ def _print_plans(plans: list[Plan]) -> None:
     console = Console()
     fed = plans[0].federation
     console.print(
-        f"{fed.silos} silos of at least {fed.records:,} records, {fed.values:,} values an update; "
-        f"a sum opens with {fed.least_survivors} survivors, {fed.colluders} may collude"
+        f"{fed.silos} silos of at least {fed.records:,} {fed.unit}s, {fed.values:,} values "
+        f"an update; a sum opens with {fed.least_survivors} survivors, {fed.colluders} may collude"
     )
     for made in plans:
         table = Table(title=f"ε = {made.epsilon:g}, δ = {made.delta:g}", title_justify="left")

@@ -16,6 +16,7 @@ BUILTIN_SLM: Final[dict[str, Any]] = {
     "num_attention_heads": 4,
 }
 BUILTIN_RECORDS: Final = 3000
+BUILTIN_SUBJECTS: Final = 752
 
 
 def update_values(study: Study, data: Path | None) -> int:
@@ -39,13 +40,19 @@ def update_values(study: Study, data: Path | None) -> int:
 
 
 def unit_records(study: Study) -> int:
-    """Records of each simulated silo.
+    """Records, or subjects where they are the unit, of each simulated silo.
 
     Raises:
         ConfigError: the study does not say.
     """
-    if study.task.data.builtin:
-        return BUILTIN_RECORDS
+    if study.task.data.builtin and study.task.data.per_silo is None:
+        return BUILTIN_RECORDS if study.subject is None else BUILTIN_SUBJECTS
+    if study.subject is not None:
+        raise ConfigError(
+            "a study does not say how many subjects a silo has",
+            where="privacy.subject",
+            hint=f"give --records N: different values of {study.subject!r} in the smallest silo",
+        )
     if study.task.data.per_silo is None:
         raise ConfigError(
             "the study does not say how many records a silo has",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 
 from securefedcollm.aggregation import (
     STEPS,
@@ -38,9 +39,19 @@ from securefedcollm.federation.messages import (
     encode,
     model_digest,
 )
-from securefedcollm.federation.plan import quantiser, round_header, silo_unit
+from securefedcollm.federation.plan import (
+    adaptive_clip,
+    joint_step,
+    quantiser,
+    round_header,
+    round_of,
+    silo_unit,
+    sum_name,
+)
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.workload import Progress, ServerWorkload, Vector
+from securefedcollm.privacy.adaptive_clip import AdaptiveClip
+from securefedcollm.privacy.joint import JointStep
 from securefedcollm.study import Study
 
 log = logging.getLogger(__name__)
@@ -98,14 +109,15 @@ class Coordinator:
 
     def _run_round(self, round_: int) -> None:
         started = time.monotonic()
-        record: dict[str, Any] = {"round": round_ + 1}
-        if self._store.state.opened:  # a crash came after the sum: it is not asked for again
-            mean: Vector | None = self._store.load_mean()
-        else:
-            mean = self._aggregate_round(round_, record)
-        record["survivors"] = self._store.state.opened
-        if mean is not None:
-            self._workload.absorb(mean, round_)
+        state, study = self._store.state, self._study
+        record: dict[str, Any] = {"round": round_ + 1} | state.partial
+        sums = study.sums // study.rounds
+        for step in range(state.step, sums):
+            if study.joint:
+                self._progress(step, sums, "joint steps")
+            self._sum(round_ * sums + step, round_, record)
+            if step + 1 < sums:
+                self._store.finish_step(self._workload, record)
         aggregated = time.monotonic()
         record["distillation"] = self._workload.distil(round_, self._progress)
         record["evaluation"] = self._workload.evaluate()
@@ -113,10 +125,26 @@ class Coordinator:
             "silos_and_sum": round(aggregated - started, 3),
             "server": round(time.monotonic() - aggregated, 3),
         }
-        self._store.finish_round(self._workload, record)
+        self._store.finish_round(self._workload, record, joint=study.joint)
         self._on_round(record)
 
-    def _aggregate_round(self, round_: int, record: dict[str, Any]) -> Vector | None:
+    def _sum(self, sum_: int, round_: int, record: dict[str, Any]) -> None:
+        """One secure sum, and what follows from it for the global adapter."""
+        if self._store.state.opened:  # a crash came after the sum: it is not asked for again
+            mean: Vector | None = self._store.load_mean()
+        else:
+            mean = self._aggregate_round(sum_, record)
+        opened = self._store.state.opened
+        before = record.get("survivors", opened)
+        record["survivors"] = [silo for silo in before if silo in opened]
+        if mean is None:
+            return
+        if self._study.joint:
+            self._workload.descend(mean, round_)
+        else:
+            self._workload.absorb(mean, round_)
+
+    def _aggregate_round(self, sum_: int, record: dict[str, Any]) -> Vector | None:
         """One opened mean, repeating a failed attempt with whoever is still there.
 
         None if the sum was being opened when it failed and can no longer be: silos unmask one
@@ -133,58 +161,66 @@ class Coordinator:
             failures += 1
             attempt = self._store.begin_attempt()
             try:
-                return self._attempt(round_, attempt, record, absent)
+                return self._attempt(sum_, attempt, record, absent)
             except _TooFewUpdatesError as error:
                 problems.append(error.message)
                 hopeless = True  # the same silos would fail again, in this round and the next
             except AbandonedError as error:
                 # The key needs all its shares, so the others go on without the lost; once a sum was
                 # being opened, only its very members can open it.
-                log.warning("round %d attempt %d: %s", round_ + 1, attempt, error)
+                log.warning("%s attempt %d: %s", sum_name(self._study, sum_), attempt, error)
                 problems.append(error.message)
                 if not self._store.state.opening:
                     absent |= error.lost
                     failures -= 1  # one silo fewer each time, down to the quorum
             except ProtocolError as error:
-                log.warning("round %d attempt %d: %s", round_ + 1, attempt, error)
+                log.warning("%s attempt %d: %s", sum_name(self._study, sum_), attempt, error)
                 problems.append(error.message)
                 if problems.count(error.message) > 1:
                     break
         reasons = "; ".join(dict.fromkeys(problems))
+        name = sum_name(self._study, sum_)
         if self._store.state.opening and not hopeless:
-            log.warning("round %d is lost: its sum was being opened and cannot be", round_ + 1)
+            log.warning("%s is lost: its sum was being opened and cannot be", name)
             record["lost"] = reasons
             return None
         raise ProtocolError(
-            f"round {round_ + 1} failed: {reasons}",
+            f"{name} failed: {reasons}",
             hint="mend the silos named, then continue with --resume",
         )
 
     def _attempt(
-        self, round_: int, attempt: int, record: dict[str, Any], absent: dict[str, str]
+        self, sum_: int, attempt: int, record: dict[str, Any], absent: dict[str, str]
     ) -> Vector:
         adapter = adapter_bytes(self._workload.adapter())
+        round_ = round_of(self._study, sum_)
         layout = self._workload.layout(round_)
-        unit = silo_unit(self._study, self._workload.update_size, round_)
+        size = self._workload.update_size(round_)
+        clip = self._clip()
+        clip_norm = clip.clip_norm if clip else None
+        unit = joint_step(self._study, size) or silo_unit(
+            self._study, self._workload.update_size, round_, clip_norm
+        )
         header = round_header(
             self._study,
             roster=self._roster,
             run_id=self._store.run_id,
-            round_=round_,
+            round_=sum_,
             attempt=attempt,
             model=model_digest(
                 self._workload.base_digest, layout, adapter, unit.identity if unit else b""
             ),
-            values=unit.values if unit else self._workload.update_size(round_),
+            values=unit.values if unit else size,
         )
         traffic = _Traffic(self._roster.names)
         lost: dict[str, str] = {}
         begin = BeginRound(
             run_id=self._store.run_id,
-            round=round_,
+            round=sum_,
             attempt=attempt,
             layout=layout,
             adapter=adapter,
+            clip_norm=clip_norm or 0.0,
         )
         lost |= self._store.state.barred | absent
         invited = [silo for silo in self._roster.names if silo not in lost]
@@ -201,16 +237,27 @@ class Coordinator:
             side.lost(silo, reason)
         self._drive(side, traffic)
         result = side.result
-        record["bytes_up"], record["bytes_down"] = traffic.up, traffic.down
-        record["dropouts"] = dict(sorted((lost | dict(result.excluded)).items()))
+        traffic.add_to(record)
+        gone = record.get("dropouts", {}) | lost | dict(result.excluded)
+        record["dropouts"] = dict(sorted(gone.items()))
         count = len(result.survivors)
-        if unit is None:
-            mean = quantiser(self._study, header.parameters.values).decode(result.sum, count)
+        if isinstance(unit, JointStep):
+            mean = unit.decode(result.sum)
+        elif unit is None:
+            mean = quantiser(self._study, size).decode(result.sum, count)
         else:
-            mean = unit.decode(result.sum, count).mean
+            mean, indicator_sum = unit.decode(result.sum, count)
+            if clip is not None and indicator_sum is not None:
+                record["clip_norm"] = clip.clip_norm
+                clip_norm = clip.next(indicator_sum, count).clip_norm
         mean = np.asarray(mean, dtype=np.float32)
-        self._store.save_mean(mean, list(result.survivors))
+        self._store.save_mean(mean, list(result.survivors), clip_norm)
         return mean
+
+    def _clip(self) -> AdaptiveClip | None:
+        """The clip norm of the coming round, if it is one that adapts."""
+        start, now = adaptive_clip(self._study), self._store.state.clip_norm
+        return start if start is None or now is None else structs.replace(start, clip_norm=now)
 
     def _drive(self, side: CoordinatorSide, traffic: _Traffic) -> None:
         """Play the aggregation protocol to its end."""
@@ -286,3 +333,9 @@ class _Traffic:
     def __init__(self, silos: tuple[str, ...]) -> None:
         self.up = dict.fromkeys(silos, 0)
         self.down = dict.fromkeys(silos, 0)
+
+    def add_to(self, record: dict[str, Any]) -> None:
+        """Add what crossed to the round's ``bytes_up`` and ``bytes_down``."""
+        for key, counts in (("bytes_up", self.up), ("bytes_down", self.down)):
+            before = record.get(key, {})
+            record[key] = {silo: before.get(silo, 0) + count for silo, count in counts.items()}

@@ -5,8 +5,8 @@ Built from a study and data in the process that runs them; importing this module
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from securefedcollm.errors import ConfigError, StateError
-from securefedcollm.federation.workload import Progress, Vector, silent
+from securefedcollm.errors import ConfigError, DataError, LocalProtocolError, StateError
+from securefedcollm.federation.workload import Gradient, Progress, Vector, silent
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.accounting import calibrate
 from securefedcollm.privacy.events import Event, PoissonGaussian
@@ -31,9 +31,10 @@ from securefedcollm.tuning.adapters import (
     save_adapter,
     to_vector,
 )
+from securefedcollm.tuning.descent import Descent
 from securefedcollm.tuning.distil import DistilStep, distil
 from securefedcollm.tuning.evaluate import evaluate
-from securefedcollm.tuning.local import train_dp, train_plain
+from securefedcollm.tuning.local import sampled_gradients, train_dp, train_plain
 from securefedcollm.tuning.models import LoadedModel, load_model
 from securefedcollm.tuning.questions import (
     EncodedQuestions,
@@ -143,26 +144,38 @@ class SiloTuning:
         data: Path | None = None,
         progress: Progress = silent,
         planned: PoissonGaussian | None = None,
+        alone: bool = False,
     ) -> None:
         """
         Args:
-            planned: :func:`planned_event` of this many records, where it is already known: a
+            planned: :func:`planned_event` of these questions, where it is already known: a
                 simulation's processes need not all work it out.
+            alone: the silo takes part in no sum and keeps the study's ε by its own noise, also
+                where the study has the silos noise their sum together.
 
         Raises:
-            ConfigError: the silo has fewer records than the expected batch, or no noise reaches
-                the study's ε.
+            ConfigError: the silo has fewer units than the expected batch, or more than all silos
+                should have together, or no noise reaches the study's ε.
+            DataError: the unit is the subject, and a question has none.
         """
+        self._subjects = _subjects(study, questions)
         self._study = study
         self._name = name
         self._tuned = Tuned.load(study, study.models.slm, data=data, progress=progress)
         self._data = self._tuned.encode(questions)
         self.records = len(questions)
-        self.dataset = dataset_fingerprint(questions)
+        self.dataset = dataset_fingerprint(
+            questions if self._subjects else [replace(q, subject=None) for q in questions]
+        )
         self.base_digest = self._tuned.base_digest
         self._event: PoissonGaussian | None = None
-        if study.privacy is not None and study.privacy.noise == "local":
-            self._event = planned or planned_event(study, self.records)
+        self._units = count_units(study, questions)
+        if study.privacy and (study.privacy.noise == "local" or (alone and study.joint)):
+            self._event = planned or planned_event(study, questions)
+            if self._event.q != sampling_rate(study, questions):
+                raise ValueError("the planned event is one of other records")
+        elif study.joint:
+            _check_joint_units(study, self._units)
 
     def layout(self, round_: int) -> bytes:
         return self._tuned.layout_digest(round_)
@@ -197,12 +210,12 @@ class SiloTuning:
                 micro_batch=local.micro_batch,
                 progress=progress,
             ).delta
-        return train_dp(
+        result = train_dp(
             self._tuned.model,
             layout,
             self._data,
             steps=local.steps,
-            batch_size=local.batch_size,
+            batch_size=round(self._event.q * self._units),
             learning_rate=local.learning_rate,
             noise_multiplier=self._event.noise_multiplier,
             clip_norm=self._study.privacy.clip_norm,
@@ -211,9 +224,29 @@ class SiloTuning:
             optimizer=local.optimizer,
             loss=local.loss,
             normalisation=task.score,
+            subjects=self._subjects,
             micro_batch=local.micro_batch,
             progress=progress,
-        ).delta
+        )
+        if result.events != (self._event,):  # our own mistake: nothing may leave
+            raise LocalProtocolError("the training was not the one that was charged")
+        return result.delta
+
+    def gradients(self, adapter: Vector, round_: int, q: float) -> Iterator[Gradient]:
+        local = self._study.local
+        load_vector(self._tuned.model, self._tuned.broadcast_layout(), adapter)
+        return sampled_gradients(
+            self._tuned.model,
+            self._tuned.update_layout(round_),
+            self._data,
+            q=q,
+            noise=NoiseSource(),
+            seed=training_seed(self._study, self._name, round_),
+            loss=local.loss,
+            normalisation=self._study.task.score,
+            subjects=self._subjects,
+            micro_batch=local.micro_batch,
+        )
 
     def adapter(self) -> Vector:
         """The adapter as it stands: for a silo that tunes alone, without any exchange."""
@@ -243,6 +276,7 @@ class ServerTuning:
         self._slm_test = self._slm.encode(test) if test else None
         self._llm: Tuned | None = None
         self.base_digest = self._slm.base_digest
+        self._descent = Descent(study.local.optimizer, study.local.learning_rate)
         if distillation:
             self._llm = Tuned.load(study, study.models.llm, data=data, progress=progress)
             self._llm_test = self._llm.encode(test) if test else None
@@ -261,6 +295,18 @@ class ServerTuning:
     def absorb(self, mean: Vector, round_: int) -> None:
         layout = self._slm.update_layout(round_)
         load_vector(self._slm.model, layout, to_vector(self._slm.model, layout) + mean)
+
+    def descend(self, gradient: Vector, round_: int) -> None:
+        layout = self._slm.update_layout(round_)
+        point = to_vector(self._slm.model, layout)
+        load_vector(self._slm.model, layout, self._descent.step(point, gradient))
+
+    def descent(self) -> dict[str, Vector]:
+        return {"adapter": self.adapter(), **self._descent.state()}
+
+    def restore_descent(self, state: Mapping[str, Vector]) -> None:
+        load_vector(self._slm.model, self._slm.broadcast_layout(), state["adapter"])
+        self._descent.restore({k: v for k, v in state.items() if k != "adapter"})
 
     def distil(self, round_: int, progress: Progress) -> dict[str, float]:
         if self._llm is None:
@@ -332,24 +378,75 @@ class ServerTuning:
 _calibrated = lru_cache(calibrate)  # silos of equal size in one process need it once
 
 
-def planned_event(study: Study, records: int) -> PoissonGaussian:
-    """What one round of DP-SGD releases, with the least noise that keeps the study's claim.
+def _subjects(study: Study, questions: Sequence[Question]) -> list[str] | None:
+    """Whose record each question is, if that is the unit."""
+    if study.subject is None:
+        return None
+    subjects = [question.subject for question in questions]
+    if None in subjects:
+        raise DataError(
+            f"{subjects.count(None)} of {len(subjects)} questions have no {study.subject}",
+            where="privacy.subject",
+            hint="every record needs its subject, or privacy.subject another column",
+        )
+    return [str(subject) for subject in subjects]
+
+
+def sampling_rate(study: Study, questions: Sequence[Question]) -> float:
+    """Rate at which a silo with these questions takes each record, or subject, into a batch.
 
     Raises:
-        ConfigError: fewer records than the expected batch.
+        ConfigError: fewer units than the expected batch.
+        DataError: the unit is the subject, and a question has none.
+    """
+    batch, subjects = study.local.batch_size, _subjects(study, questions)
+    units = count_units(study, questions)
+    if study.local.sampling_rate is not None:  # joint DP-SGD: a silo by itself takes its own part
+        batch = max(1, round(study.local.sampling_rate * units))
+    if batch > units:
+        raise ConfigError(
+            f"an expected batch of {batch} needs as many {'subjects' if subjects else 'records'}, "
+            f"there are {units}",
+            where="local.batch_size",
+            hint=f"at most {units}; a tenth of it amplifies privacy well",
+        )
+    return batch / units
+
+
+def count_units(study: Study, questions: Sequence[Question]) -> int:
+    """How many privacy units a silo has: its subjects, if they are the unit, or its records.
+
+    Raises:
+        DataError: the unit is the subject, and a question has none.
+    """
+    subjects = _subjects(study, questions)
+    return len(set(subjects)) if subjects else len(questions)
+
+
+def planned_event(study: Study, questions: Sequence[Question]) -> PoissonGaussian:
+    """What one round of a silo's own DP-SGD releases, with the least noise that keeps the claim.
+
+    Raises:
+        ConfigError: fewer units than the expected batch, or no noise reaches the study's ε.
+        DataError: the unit is the subject, and a question has none.
     """
     privacy, local = study.privacy, study.local
     if privacy is None:
         raise ValueError("a study without privacy plans no event")
-    if local.batch_size > records:
-        raise ConfigError(
-            f"an expected batch of {local.batch_size} needs as many records, there are {records}",
-            where="local.batch_size",
-            hint=f"at most {records}; a tenth of it amplifies privacy well",
-        )
-    rate = local.batch_size / records
+    rate = sampling_rate(study, questions)
     noise = _calibrated(privacy.epsilon, privacy.delta, rate, local.steps * study.rounds)
     return PoissonGaussian(q=rate, noise_multiplier=noise, steps=local.steps)
+
+
+def _check_joint_units(study: Study, units: int) -> None:
+    assert study.local.sampling_rate is not None  # study.checks
+    everybody = round(study.local.batch_size / study.local.sampling_rate)
+    if units > everybody:
+        raise ConfigError(
+            f"this silo has {units} units, batch and rate of the study mean {everybody} in all",
+            where="local.sampling_rate",
+            hint=f"lower it to batch_size over all silos' units, or use {everybody} of them",
+        )
 
 
 def training_seed(study: Study, who: str, round_: int) -> int:

@@ -14,7 +14,7 @@ from securefedcollm.study import Study
 from securefedcollm.tuning.data import read_questions
 from securefedcollm.tuning.questions import Question
 from securefedcollm.tuning.splits import split_questions
-from securefedcollm.tuning.world import World
+from securefedcollm.tuning.world import Sizes, World
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ def deal(study: Study, data: Path | None) -> Dealt:
     names = silo_names(study)
     spec = study.task.data
     if spec.builtin:
-        world = World(seed=study.seed, silos=len(names))
+        sizes = Sizes(records_per_silo=spec.per_silo) if spec.per_silo else Sizes()
+        world = World(seed=study.seed, silos=len(names), sizes=sizes)
         return Dealt(
             public=tuple(world.public()),
             silos={name: tuple(world.records(i)) for i, name in enumerate(names)},
@@ -55,7 +56,7 @@ def deal(study: Study, data: Path | None) -> Dealt:
     assert spec.public
     assert spec.per_silo
     split = split_questions(
-        read_questions(data / spec.train),
+        read_questions(data / spec.train, owner=study.subject),
         silos=len(names),
         per_silo=spec.per_silo,
         public=spec.public,

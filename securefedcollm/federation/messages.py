@@ -25,13 +25,17 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 
 
 class BeginRound(_Message, frozen=True, tag="begin"):
-    """Server → silo: tune this adapter. ``adapter``: little-endian float32 in layout order."""
+    """Server → silo: tune this adapter. ``adapter``: little-endian float32 in layout order.
+
+    ``clip_norm``: C of this round, where the study lets it adapt; else 0.
+    """
 
     run_id: bytes
     round: int
     attempt: int
     layout: bytes
     adapter: bytes
+    clip_norm: float = 0.0
 
 
 class EndRun(_Message, frozen=True, tag="end"):

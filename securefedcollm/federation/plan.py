@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from securefedcollm.aggregation import CKKS_SUITES, SUITE, RingParameters, Roster, RoundHeader
+from securefedcollm.privacy.adaptive_clip import AdaptiveClip
+from securefedcollm.privacy.joint import JointSetting, JointStep, calibrate_joint
 from securefedcollm.privacy.quantise import Quantiser
 from securefedcollm.privacy.silo_unit import Setting, SiloUnit, calibrate_silo
 from securefedcollm.study import Study, digest
@@ -15,6 +17,23 @@ def silo_names(study: Study) -> list[str]:
     listed = sorted(p.name for p in study.roster if p.role == "silo")
     width = len(str(study.silos.count))
     return listed or [f"silo-{i + 1:0{width}d}" for i in range(study.silos.count)]
+
+
+def round_of(study: Study, sum_: int) -> int:
+    """The round that the secure sum number ``sum_`` of the run belongs to, both from 0."""
+    return sum_ // study.local.steps if study.joint else sum_
+
+
+def ends_round(study: Study, sum_: int) -> bool:
+    """Whether the server's phase follows this sum."""
+    return round_of(study, sum_ + 1) > round_of(study, sum_)
+
+
+def sum_name(study: Study, sum_: int) -> str:
+    """What an operator calls the sum: ``round 2``, or ``round 2, step 7`` in joint DP-SGD."""
+    round_ = round_of(study, sum_)
+    step = f", step {sum_ - round_ * study.local.steps + 1}" if study.joint else ""
+    return f"round {round_ + 1}{step}"
 
 
 def round_header(
@@ -54,12 +73,33 @@ def quantiser(study: Study, values: int) -> Quantiser:
     return Quantiser(values=values, clip_norm=study.aggregation.clip_norm, bound=study.field.bound)
 
 
-def silo_unit(study: Study, update_size: Callable[[int], int], round_: int) -> SiloUnit | None:
+def adaptive_clip(study: Study) -> AdaptiveClip | None:
+    """The clip norm before the first round, if it is one that adapts."""
+    privacy = study.privacy
+    if privacy is None or privacy.adaptive is None:
+        return None
+    start = privacy.clip_norm
+    return AdaptiveClip(
+        clip_norm=start,
+        quantile=privacy.adaptive.quantile,
+        learning_rate=privacy.adaptive.learning_rate,
+        smallest=start * 1e-6,
+        largest=start * 1e6,
+    )
+
+
+def silo_unit(
+    study: Study,
+    update_size: Callable[[int], int],
+    round_: int,
+    clip_norm: float | None = None,
+) -> SiloUnit | None:
     """The mechanism of ``round_`` in a study whose privacy unit is the silo.
 
     Args:
         update_size: length of the update of a round; they alternate between two at most, and one
             noise multiplier serves all rounds.
+        clip_norm: of this round, where it adapts; else the study's.
 
     Returns:
         None for a study of another unit, whose updates :func:`quantiser` takes as they are.
@@ -71,6 +111,33 @@ def silo_unit(study: Study, update_size: Callable[[int], int], round_: int) -> S
     if privacy is None or privacy.unit != "silo":
         return None
     largest = max(update_size(r) for r in range(min(2, study.rounds)))
-    setting = Setting(largest, study.field.bound, study.quorum, study.silos.colluders)
+    counting = privacy.adaptive is not None
+    setting = Setting(largest + counting, study.field.bound, study.quorum, study.silos.colluders)
     noise = calibrate_silo(privacy.epsilon, privacy.delta, study.rounds, setting)
-    return SiloUnit(setting._replace(values=update_size(round_)), noise, privacy.clip_norm)
+    return SiloUnit(
+        setting._replace(values=update_size(round_)),
+        noise,
+        clip_norm or privacy.clip_norm,
+        privacy.adaptive.count_noise if privacy.adaptive else None,
+    )
+
+
+def joint_step(study: Study, values: int) -> JointStep | None:
+    """The mechanism of every step in joint DP-SGD, for gradients of ``values``; else None.
+
+    Raises:
+        ConfigError: the study's field has no room for the gradients and the noise.
+    """
+    privacy, local = study.privacy, study.local
+    if not study.joint or privacy is None or local.sampling_rate is None:
+        return None
+    setting = JointSetting(
+        values=values,
+        field_bound=study.field.bound,
+        least_survivors=study.quorum,
+        colluders=study.silos.colluders,
+        sampling_rate=local.sampling_rate,
+        batch_size=local.batch_size,
+    )
+    noise = calibrate_joint(privacy.epsilon, privacy.delta, study.sums, setting)
+    return JointStep(setting, noise, privacy.clip_norm)

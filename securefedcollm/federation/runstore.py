@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors
 
 from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.federation.files import make_directory, write_durably
@@ -24,20 +26,25 @@ from securefedcollm.federation.workload import ServerWorkload, Vector
 class RunState:
     """What ``state.json`` holds.
 
-    ``round`` is the round to run next (from 0); ``attempt`` the number of aggregation attempts
-    already begun for it; ``opening`` whether silos were ever asked to unmask it, after which only
-    that same sum can be opened; ``opened`` the sum's survivors once the sum is out, so that it is
-    never asked for again; ``barred`` silos that spoilt an opening and why; ``history`` one record
-    per finished round.
+    ``round`` is the round to run next (from 0), ``step`` how many of its secure sums are done
+    already (joint DP-SGD; else 0) and ``partial`` what there is of its record; ``attempt`` the
+    number of aggregation attempts already begun for the next sum; ``opening`` whether silos were
+    ever asked to unmask it, after which only that same sum can be opened; ``opened`` the sum's
+    survivors once it is out, so that it is never asked for again; ``clip_norm`` that of the next
+    sum, if it adapts; ``barred`` silos that spoilt an opening and why; ``history`` one record per
+    finished round.
     """
 
     run_id: str
     study: str
     round: int = 0
+    step: int = 0
     attempt: int = 0
     opening: bool = False
     opened: list[str] = field(default_factory=list)
+    clip_norm: float | None = None
     barred: dict[str, str] = field(default_factory=dict)
+    partial: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -94,8 +101,11 @@ class RunStore:
         self.state.barred[silo] = reason
         self._write()
 
-    def save_mean(self, mean: Vector, survivors: list[str]) -> None:
-        """Keep the opened mean, so that a crash during distillation does not ask for it again."""
+    def save_mean(self, mean: Vector, survivors: list[str], clip_norm: float | None = None) -> None:
+        """Keep the opened mean, so that a crash during distillation does not ask for it again.
+
+        ``clip_norm``: what follows from the same sum for the next one.
+        """
         path = self._server / "mean.npy"
         with (self._server / ".mean.npy.tmp").open("wb") as file:
             np.save(file, mean, allow_pickle=False)
@@ -103,6 +113,7 @@ class RunStore:
             os.fsync(file.fileno())
         (self._server / ".mean.npy.tmp").replace(path)
         self.state.opened = survivors
+        self.state.clip_norm = clip_norm
         self._write()
 
     def load_mean(self) -> Vector:
@@ -110,22 +121,58 @@ class RunStore:
         path = self._server / "mean.npy"
         try:
             return np.asarray(np.load(path, allow_pickle=False), dtype=np.float32)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise StateError(
                 f"{path}: the round's mean cannot be read ({error})",
                 hint="start again with --overwrite",
             ) from None
 
-    def finish_round(self, workload: ServerWorkload, record: dict[str, Any]) -> None:
-        """Save the adapters, then move on to the next round in one atomic step."""
-        self.save_adapters(workload, self.state.round + 1)
-        self.state.history.append(record)
-        self.state.round += 1
+    def finish_step(self, workload: ServerWorkload, record: dict[str, Any]) -> None:
+        """Save what one step of joint DP-SGD changed, then move on to the next one atomically."""
+        state = self.state
+        self._save_descent(workload, state.round, state.step + 1)
+        state.step += 1
+        state.partial = record
+        self._next_sum()
+        self._forget_descents()
+
+    def finish_round(
+        self, workload: ServerWorkload, record: dict[str, Any], *, joint: bool = False
+    ) -> None:
+        """Save the adapters, then move on to the next round in one atomic step.
+
+        Args:
+            joint: save the optimiser's state as well.
+        """
+        state = self.state
+        self.save_adapters(workload, state.round + 1)
+        if joint:
+            self._save_descent(workload, state.round + 1, 0)
+        state.history.append(record)
+        state.round += 1
+        state.step = 0
+        state.partial = {}
+        self._next_sum()
+        shutil.rmtree(self._adapters(state.round - 2), ignore_errors=True)
+        self._forget_descents()
+
+    def _next_sum(self) -> None:
         self.state.attempt = 0
         self.state.opening = False
         self.state.opened = []
         self._write()
-        shutil.rmtree(self._adapters(self.state.round - 2), ignore_errors=True)
+
+    def _save_descent(self, workload: ServerWorkload, round_: int, step: int) -> None:
+        write_durably(self._descent(round_, step), safetensors.save(workload.descent()))
+
+    def _forget_descents(self) -> None:
+        current = self._descent(self.state.round, self.state.step)
+        for path in self._server.glob("descent-*.safetensors"):
+            if path != current:
+                path.unlink(missing_ok=True)
+
+    def _descent(self, round_: int, step: int) -> Path:
+        return self._server / f"descent-{round_:05d}-{step:05d}.safetensors"
 
     def save_adapters(self, workload: ServerWorkload, round_: int) -> None:
         target = self._adapters(round_)
@@ -141,8 +188,22 @@ class RunStore:
         temporary.replace(target)
 
     def load_adapters(self, workload: ServerWorkload) -> None:
-        """Bring ``workload`` to the state after the last finished round."""
+        """Bring ``workload`` to the state after the last finished round, or step of one.
+
+        Raises:
+            StateError: a file is lost or damaged.
+        """
         workload.load(self._adapters(self.state.round))
+        path = self._descent(self.state.round, self.state.step)
+        if not self.state.step and not path.exists():
+            return
+        try:
+            workload.restore_descent(safetensors.load(path.read_bytes()))
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise StateError(
+                f"{path}: the optimiser's state cannot be read ({error})",
+                hint="start again with --overwrite, or restore the file",
+            ) from None
 
     def _adapters(self, round_: int) -> Path:
         return self._server / f"round-{round_:05d}"

@@ -34,11 +34,20 @@ from securefedcollm.federation.messages import (
     encode,
     model_digest,
 )
-from securefedcollm.federation.plan import quantiser, round_header, silo_unit
+from securefedcollm.federation.plan import (
+    adaptive_clip,
+    joint_step,
+    quantiser,
+    round_header,
+    round_of,
+    silo_unit,
+    sum_name,
+)
 from securefedcollm.federation.silostore import Integers, SiloStore, SumMemory
 from securefedcollm.federation.workload import Progress, SiloWorkload, Vector, silent
 from securefedcollm.primitives import SigningKey, sha256
 from securefedcollm.privacy.events import Event
+from securefedcollm.privacy.joint import JointStep
 from securefedcollm.privacy.ledger import Budget, Key, Ledger, Reservation
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.privacy.silo_unit import SiloUnit, with_survivors
@@ -125,7 +134,7 @@ class SiloSession:
         self._side = None
         self._check_order(begin)
         adapter = self._read_adapter(begin)
-        unit = silo_unit(self._study, self._workload.update_size, begin.round)
+        unit = self._mechanism(begin.round, self._read_clip_norm(begin))
         model = model_digest(
             self._workload.base_digest,
             begin.layout,
@@ -139,7 +148,7 @@ class SiloSession:
             round_=begin.round,
             attempt=begin.attempt,
             model=model,
-            values=unit.values if unit else self._workload.update_size(begin.round),
+            values=unit.values if unit else self._values(begin.round),
         )
         scope = self._scope(begin.run_id)
         self._enter(scope, begin, model)
@@ -158,6 +167,15 @@ class SiloSession:
         )
         self._at = (begin.run_id, begin.round, begin.attempt)
         return Trained()
+
+    def _mechanism(self, sum_: int, clip_norm: float | None) -> SiloUnit | JointStep | None:
+        """How this sum is noised; None if it is a plain sum of updates that need no more noise."""
+        if self._study.joint:
+            return joint_step(self._study, self._values(sum_))
+        return silo_unit(self._study, self._workload.update_size, sum_, clip_norm)
+
+    def _values(self, sum_: int) -> int:
+        return self._workload.update_size(round_of(self._study, sum_))
 
     def _aggregate(self, frame: bytes) -> bytes:
         side = self._side
@@ -185,8 +203,8 @@ class SiloSession:
         if self._store.recorded(_run_key(self._study)) != end.run_id:
             raise RemoteProtocolError("ended a run that this silo takes no part in", peer="server")
         scope = self._scope(end.run_id)
-        self._store.enter_round(scope, self._study.rounds)
-        self._settle_before(scope, self._study.rounds)
+        self._store.enter_round(scope, self._study.sums)
+        self._settle_before(scope, self._study.sums)
         return Ended()
 
     def _scope(self, run_id: bytes) -> bytes:
@@ -205,31 +223,37 @@ class SiloSession:
         # Adversary: a server that burns a silo's budget on rounds whose updates it never sums:
         # past rounds again, or one round with many models.
         if not self._store.enter_round(scope, begin.round):
-            raise RemoteProtocolError(f"asked for the past round {begin.round + 1}", peer="server")
+            raise RemoteProtocolError(
+                f"asked for the past {sum_name(self._study, begin.round)}", peer="server"
+            )
         pin = b"model:" + scope[:16] + begin.round.to_bytes(4, "big")
         if self._store.record(pin, model) != model:
             raise RemoteProtocolError(
-                f"sent a second global model for round {begin.round + 1}", peer="server"
+                f"sent a second global model for {sum_name(self._study, begin.round)}",
+                peer="server",
             )
 
     def _check_order(self, begin: BeginRound) -> None:
         """Rounds and attempts of a run only ever go up, within the study's horizon."""
         if len(begin.run_id) != 16 or not 0 <= begin.attempt < 2**32:
             raise RemoteProtocolError("a malformed request to begin a round", peer="server")
-        if not 0 <= begin.round < self._study.rounds:
+        if not 0 <= begin.round < self._study.sums:
             raise RemoteProtocolError(
-                f"asked for round {begin.round + 1} of a study of {self._study.rounds}",
+                f"asked for {sum_name(self._study, begin.round)} of a study of "
+                f"{self._study.rounds} rounds",
                 peer="server",
             )
         run, *last = self._at
         if run == begin.run_id and last >= [begin.round, begin.attempt]:
             raise RemoteProtocolError(
-                f"asked for round {begin.round + 1}, attempt {begin.attempt} again", peer="server"
+                f"asked for {sum_name(self._study, begin.round)}, attempt {begin.attempt} again",
+                peer="server",
             )
 
     def _read_adapter(self, begin: BeginRound) -> Vector:
         """The broadcast adapter, if it is one for this silo's own model and study."""
-        expected = self._workload.layout(begin.round)
+        round_ = round_of(self._study, begin.round)
+        expected = self._workload.layout(round_)
         if begin.layout != expected:
             raise RemoteProtocolError(
                 f"its adapter layout {begin.layout.hex()[:12]}… is not this silo's "
@@ -237,7 +261,7 @@ class SiloSession:
                 peer="server",
                 hint="compare models.slm and adapter of the two studies",
             )
-        size = self._workload.size(begin.round)
+        size = self._workload.size(round_)
         if len(begin.adapter) != 4 * size:
             raise RemoteProtocolError(
                 f"an adapter of {len(begin.adapter)} bytes, this layout has {4 * size}",
@@ -248,8 +272,30 @@ class SiloSession:
             raise RemoteProtocolError("the global adapter is not finite", peer="server")
         return adapter
 
+    def _read_clip_norm(self, begin: BeginRound) -> float | None:
+        """The clip norm of this round, if the study lets it adapt.
+
+        Adversary: a server that invents C. Privacy does not rest on it (:class:`SiloUnit`), and all
+        silos of a sum have the same, which the round header binds. One that the noised counts could
+        not have led to would only spoil the updates.
+        """
+        clip = adaptive_clip(self._study)
+        if clip is None:
+            if begin.clip_norm:
+                raise RemoteProtocolError("sent a clip norm, which the study fixes", peer="server")
+            return None
+        least, most = clip.reach(begin.round)
+        if not least <= begin.clip_norm <= most:  # nor if it is no number
+            raise RemoteProtocolError(
+                f"sent clip norm {begin.clip_norm:g}, round {begin.round + 1} has one within "
+                f"{least:.6g}..{most:.6g}",
+                peer="server",
+                hint="compare privacy.clip_norm and privacy.adaptive of the two studies",
+            )
+        return begin.clip_norm
+
     def _update(
-        self, scope: bytes, round_: int, adapter: Vector, unit: SiloUnit | None
+        self, scope: bytes, round_: int, adapter: Vector, unit: SiloUnit | JointStep | None
     ) -> Integers:
         """This round's integers, int64 [values]: from disk if finished, else trained now.
 
@@ -286,7 +332,7 @@ class SiloSession:
                 self._ledger.settle(reservation, events)
         if finished is None or released != sha256(finished.tobytes()):
             raise StateError(
-                f"the update of round {round_ + 1}, which was released, is lost",
+                f"the update of {sum_name(self._study, round_)}, which was released, is lost",
                 hint="this silo sits the round out; it takes part again in the next",
             )
         return finished
@@ -298,7 +344,7 @@ class SiloSession:
         scope: bytes,
         round_: int,
         adapter: Vector,
-        unit: SiloUnit | None,
+        unit: SiloUnit | JointStep | None,
     ) -> Integers:
         """Train; a failure is charged before it is answered.
 
@@ -314,8 +360,19 @@ class SiloSession:
             raise
 
     def _train(
-        self, scope: bytes, round_: int, training: int, adapter: Vector, unit: SiloUnit | None
+        self,
+        scope: bytes,
+        round_: int,
+        training: int,
+        adapter: Vector,
+        unit: SiloUnit | JointStep | None,
     ) -> Integers:
+        if isinstance(unit, JointStep):
+            at = round_of(self._study, round_)
+            gradients = self._workload.gradients(adapter, at, unit.sampling_rate)
+            integers = unit.protect(gradients, NoiseSource())
+            self._store.save_update(scope, round_, training, integers)
+            return integers
         update = self._workload.fit(adapter, round_, self._progress)
         expected = self._workload.update_size(round_)
         if update.shape != (expected,) or not np.isfinite(update).all():
@@ -368,7 +425,7 @@ class SiloSession:
         limit = (budget.epsilon, budget.delta)
         if all(entry.key.run != key.run for entry in self._ledger.entries()):
             # A run that the budget cannot see through to its end is not begun.
-            rounds = self._study.rounds - round_
+            rounds = self._study.sums - round_
             self._ledger.foresee(key.dataset, key.unit, events, rounds, limit)
         return self._ledger.reserve(*key, events, limit)
 

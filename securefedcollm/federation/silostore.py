@@ -113,7 +113,7 @@ class SiloStore:
             vector = np.load(path, allow_pickle=False)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise StateError(
                 f"{path}: a finished update cannot be read ({error})",
                 hint="this silo sits the round out; it takes part again in the next",

@@ -10,12 +10,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from securefedcollm import __version__
 from securefedcollm.aggregation import Roster
@@ -35,9 +35,12 @@ from securefedcollm.privacy.events import PoissonGaussian
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import Study, digest, dump_study
 
+if TYPE_CHECKING:
+    from securefedcollm.tuning.questions import Question
+
 Say = Callable[[str], None]
 
-_PRELOAD = ("securefedcollm.federation.cotuning", "peft", "opacus")  # seconds to import
+_PRELOAD = ("securefedcollm.federation.cotuning", "peft")  # seconds to import
 
 
 class Simulation:
@@ -97,7 +100,7 @@ class Simulation:
         from securefedcollm.federation.dealing import deal
 
         dealt = deal(self._study, self._data)
-        self._planned = {n: _planned(self._study, len(q)) for n, q in dealt.silos.items()}
+        self._planned = {n: _planned(self._study, q) for n, q in dealt.silos.items()}
         self._prepare_models(progress, say)
         cotuning.set_threads(self._server_threads)
         server = cotuning.ServerTuning(
@@ -336,7 +339,7 @@ def tune_alone(
         cotuning.set_threads(threads)
         dealt = deal(study, data)
         workload = cotuning.SiloTuning(
-            study, name, dealt.silos[name], data=data, planned=planned[name]
+            study, name, dealt.silos[name], data=data, planned=planned[name], alone=True
         )
         adapter = workload.adapter()
         for round_ in range(study.rounds):
@@ -347,12 +350,12 @@ def tune_alone(
     return remembered(directory / f"{name}.json", tune)
 
 
-def _planned(study: Study, records: int) -> PoissonGaussian | None:
+def _planned(study: Study, questions: Sequence[Question]) -> PoissonGaussian | None:
     from securefedcollm.federation.cotuning import planned_event
 
-    if study.privacy is None or study.privacy.noise != "local":
+    if study.privacy is None or study.privacy.unit == "silo":
         return None
-    return planned_event(study, records)
+    return planned_event(study, questions)
 
 
 def remembered(path: Path, make: Callable[[], dict[str, float]]) -> dict[str, float]:

@@ -6,7 +6,7 @@ tensors behind them; two sides whose layouts differ do not talk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from securefedcollm.privacy.events import Event
 
 Vector = npt.NDArray[np.float32]
+Gradient = npt.NDArray[np.float64]
 Progress = Callable[[int, int, str], None]
 """``progress(done, total, text)``; called often, must be cheap. As in ``tuning``, without torch."""
 
@@ -57,6 +58,14 @@ class SiloWorkload(Protocol):
         """
         ...
 
+    def gradients(self, adapter: Vector, round_: int, q: float) -> Iterable[Gradient]:
+        """The gradient of every record of a fresh Poisson sample at rate ``q``, float64 [d] each.
+
+        For joint DP-SGD; nothing about the sample may be kept. A gradient that is not finite comes
+        as zeros: before the noise, no record may decide what happens.
+        """
+        ...
+
 
 class ServerWorkload(Protocol):
     """The server's two models, their adapters, and the distillation between them."""
@@ -73,6 +82,18 @@ class ServerWorkload(Protocol):
 
     def absorb(self, mean: Vector, round_: int) -> None:
         """Add the mean update, float32 [d], to the global SLM adapter."""
+        ...
+
+    def descend(self, gradient: Vector, round_: int) -> None:
+        """One step of the study's optimiser on the global SLM adapter (joint DP-SGD)."""
+        ...
+
+    def descent(self) -> dict[str, Vector]:
+        """The SLM adapter and the optimiser's state, all that :meth:`descend` has changed."""
+        ...
+
+    def restore_descent(self, state: Mapping[str, Vector]) -> None:
+        """Take up where :meth:`descent` was taken, bit for bit."""
         ...
 
     def distil(self, round_: int, progress: Progress) -> dict[str, float]:

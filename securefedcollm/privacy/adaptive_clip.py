@@ -12,10 +12,13 @@ For ``silo`` units in large federations; with few silos the noise on β drowns i
 from __future__ import annotations
 
 import math
+from typing import Final
 
 import msgspec
 
 from securefedcollm.errors import ConfigError
+
+_ROUNDING: Final = 1e-9
 
 
 class AdaptiveClip(msgspec.Struct, frozen=True):
@@ -45,9 +48,20 @@ class AdaptiveClip(msgspec.Struct, frozen=True):
                 where="clip_norm",
             )
 
-    def indicator(self, clipped: bool) -> float:
+    @staticmethod
+    def indicator(clipped: bool) -> float:
         """This silo's extra coordinate. ``clipped`` is private; only the noised sum may leave."""
         return -0.5 if clipped else 0.5
+
+    def reach(self, rounds: int) -> tuple[float, float]:
+        """Smallest and largest C that ``rounds`` applications of :meth:`next` can lead to."""
+        down = math.exp(-self.learning_rate * (1.0 - self.quantile) * rounds)
+        up = math.exp(min(700.0, self.learning_rate * self.quantile * rounds))
+        low, high = (
+            self.clip_norm * down * (1.0 - _ROUNDING),
+            self.clip_norm * up * (1.0 + _ROUNDING),
+        )
+        return max(self.smallest, low), min(self.largest, high)
 
     def next(self, indicator_sum: float, silos: int) -> AdaptiveClip:
         """The state after a round.

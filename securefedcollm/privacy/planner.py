@@ -23,6 +23,7 @@ from securefedcollm.privacy.accounting import (
     claim_name,
     quick_epsilon,
 )
+from securefedcollm.privacy.adaptive_clip import split
 from securefedcollm.privacy.distributed import DistributedGaussian, mean_noise
 from securefedcollm.privacy.events import Event, PoissonGaussian
 from securefedcollm.privacy.noise import batch_cap
@@ -44,6 +45,8 @@ class Federation(msgspec.Struct, frozen=True):
         least_survivors: fewest silos with which a sum is opened.
         colluders: c.
         records: records (or subjects) of the smallest silo.
+        unit: ``record`` or ``subject``: what the options below the silo protect.
+        count_noise: noise on the count of an adaptive clip over that of the sum; None: fixed clip.
         rounds: rounds of the study.
         steps: optimiser steps of a silo in a round.
         batch_size: expected batch of a step in one silo.
@@ -57,6 +60,8 @@ class Federation(msgspec.Struct, frozen=True):
     rounds: int
     steps: int
     batch_size: int
+    unit: Literal["record", "subject"] = "record"
+    count_noise: float | None = None
 
     @property
     def honest(self) -> int:
@@ -131,9 +136,9 @@ def _record_local(fed: Federation, target: float, delta: float) -> Option:
     z = calibrate(target, delta, rate, steps)
     alone = mean_noise(fed.values, z, 1, 1, fed.batch_size)
     return _option(
-        "record",
+        fed.unit,
         "local",
-        "a record, against everybody",
+        f"a {fed.unit}, against everybody",
         (PoissonGaussian(rate, z, steps),),
         target,
         delta,
@@ -156,9 +161,9 @@ def _record_distributed(fed: Federation, target: float, delta: float) -> Option:
     z = calibrate_events(at, target, TIGHT_SHARE * delta)
     ratio = mean_noise(fed.values, z, fed.silos, fed.honest, fed.batch_size * fed.silos)
     return _option(
-        "record",
+        fed.unit,
         "distributed",
-        f"a record, against the server and {fed.colluders} silo(s)",
+        f"a {fed.unit}, against the server and {fed.colluders} silo(s)",
         at(z),
         target,
         delta,
@@ -174,7 +179,13 @@ def _silo_distributed(fed: Federation, target: float, delta: float) -> Option:
         return (_mechanism(fed, z).event(fed.least_survivors, count=fed.rounds),)
 
     z = calibrate_events(at, target, TIGHT_SHARE * delta)
-    ratio = mean_noise(fed.values, z, fed.silos, fed.honest, fed.silos)
+    remark = ""
+    on_update = z
+    if fed.count_noise is not None:
+        on_update = split(z, fed.count_noise * z)
+        off = mean_noise(1, fed.count_noise * z, fed.silos, fed.honest, fed.silos) / 2.0
+        remark = f"; its clip norm adapts to a share of silos known to ±{off:.1g}"
+    ratio = mean_noise(fed.values, on_update, fed.silos, fed.honest, fed.silos)
     needed = math.ceil(ratio * fed.silos / math.sqrt(fed.rounds) / _WORKABLE)
     return _option(
         "silo",
@@ -186,7 +197,8 @@ def _silo_distributed(fed: Federation, target: float, delta: float) -> Option:
         z,
         ratio=ratio,
         run_ratio=ratio / math.sqrt(fed.rounds),
-        remark=f"pays from about {_round_up(needed)} silos on, or for a far smaller adapter",
+        remark=f"pays from about {_round_up(needed)} silos on, or for a far smaller adapter"
+        + remark,
     )
 
 
@@ -259,7 +271,8 @@ def _advice(options: tuple[Option, ...]) -> str:
 def _check(fed: Federation) -> None:
     if fed.batch_size > fed.records:
         raise ConfigError(
-            f"an expected batch of {fed.batch_size} needs as many records, there are {fed.records}",
+            f"an expected batch of {fed.batch_size} needs as many {fed.unit}s, "
+            f"there are {fed.records}",
             where="local.batch_size",
             hint=f"at most {fed.records}; a tenth of it amplifies privacy well",
         )

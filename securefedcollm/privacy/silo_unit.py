@@ -10,6 +10,7 @@ Adversary: the server and c silos. The server chooses nothing here that the guar
 
 from __future__ import annotations
 
+import math
 import struct
 from functools import lru_cache
 from typing import NamedTuple
@@ -21,6 +22,7 @@ import numpy.typing as npt
 from securefedcollm.errors import ConfigError
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.accounting import TIGHT_SHARE, calibrate_events
+from securefedcollm.privacy.adaptive_clip import AdaptiveClip, split
 from securefedcollm.privacy.distributed import DistributedGaussian
 from securefedcollm.privacy.events import DiscreteGaussian, Event
 from securefedcollm.privacy.noise import NoiseSource
@@ -44,25 +46,46 @@ class Opened(NamedTuple):
 
     mean: npt.NDArray[np.float32]
     """Noised mean update, float32 [d]."""
+    indicator_sum: float | None
+    """Noised sum of :meth:`~.adaptive_clip.AdaptiveClip.indicator`, where the clip is adaptive."""
 
 
 class SiloUnit:
     """Protects one silo's update of one round, and decodes the sum of all.
 
+    Noise and sensitivity are integers that do not depend on C: whoever chooses C, the guarantee is
+    the same.
+
     Args:
         setting: with ``values`` the length of this round's update.
         noise_multiplier: z of the sum, against the adversary, with ``least_survivors``.
         clip_norm: C of this round.
+        count_noise: with an adaptive clip, noise of the count over that of the sum (above 1). The
+            count is one more coordinate, ±s with s = C·z_Δ/z_b, so that one noise serves all: it
+            is z_Δ·C on the update, z_b/2 on the count, and z times the norm √(C² + s²) of both,
+            which is the sensitivity of the joint release (:func:`~.adaptive_clip.split`).
 
     Raises:
         ConfigError: no honest share, or a field too narrow; names the study's key.
     """
 
-    __slots__ = ("_distributed", "clip_norm")
+    __slots__ = ("_count", "_distributed", "clip_norm")
 
-    def __init__(self, setting: Setting, noise_multiplier: float, clip_norm: float) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        noise_multiplier: float,
+        clip_norm: float,
+        count_noise: float | None = None,
+    ) -> None:
         self.clip_norm = clip_norm
-        self._distributed = _mechanism(setting, noise_multiplier, clip_norm)
+        self._count = 0.0
+        if count_noise is not None:
+            noise = count_noise * noise_multiplier
+            self._count = clip_norm * split(noise_multiplier, noise) / noise
+            setting = setting._replace(values=setting.values + 1)
+        norm = math.hypot(clip_norm, self._count)
+        self._distributed = _mechanism(setting, noise_multiplier, norm)
 
     @property
     def values(self) -> int:
@@ -77,8 +100,9 @@ class SiloUnit:
     def identity(self) -> bytes:
         """32 bytes that two participants share exactly if they run the same mechanism."""
         made = self._distributed
-        numbers = (self.clip_norm, made.share_sigma, made.quantiser.bound, made.quantiser.values)
-        return sha256(b"securefedcollm/silo-unit/v1\0", struct.pack(">ddQQ", *numbers))
+        floats = (self.clip_norm, self._count, made.share_sigma)
+        integers = (made.quantiser.bound, made.quantiser.values)
+        return sha256(b"securefedcollm/silo-unit/v1\0", struct.pack(">dddQQ", *floats, *integers))
 
     def protect(self, update: Floats, noise: NoiseSource) -> npt.NDArray[np.int64]:
         """Clip, quantise and noise one update, float [d] to int64 [values].
@@ -86,11 +110,22 @@ class SiloUnit:
         Raises:
             TrainingError: a value is not finite.
         """
-        return self._distributed.protect(update, noise)
+        if not self._count:
+            return self._distributed.protect(update, noise)
+        exact = update.astype(np.float64)
+        norm = float(np.linalg.norm(exact))
+        clipped = norm > self.clip_norm
+        if clipped and math.isfinite(norm):  # what is not finite, the quantiser refuses
+            exact *= self.clip_norm / norm
+        indicator = 2.0 * self._count * AdaptiveClip.indicator(clipped)
+        return self._distributed.protect(np.append(exact, indicator), noise)
 
     def decode(self, total: npt.NDArray[np.int64], survivors: int) -> Opened:
         """The mean of ``survivors`` updates from their noised integer sum, int64 [values]."""
-        return Opened(self._distributed.quantiser.decode(total, survivors))
+        mean = self._distributed.quantiser.decode(total, survivors)
+        if not self._count:
+            return Opened(mean, None)
+        return Opened(mean[:-1], float(mean[-1]) * survivors / (2.0 * self._count))
 
     def event(self) -> DiscreteGaussian:
         """What one round releases in the worst case: ``least_survivors`` shares."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from securefedcollm.errors import ConfigError
-from securefedcollm.study.config import PLACEMENTS, Model, Study
+from securefedcollm.study.config import BUILTIN_SUBJECT, PLACEMENTS, Model, Study
 
 
 def check(study: Study) -> None:
@@ -15,6 +15,7 @@ def check(study: Study) -> None:
     _check_silos(study)
     _check_ring(study)
     _check_privacy(study)
+    _check_joint(study)
     _check_data(study)
     _check_model("models.llm", study.models.llm)
     _check_model("models.slm", study.models.slm)
@@ -93,6 +94,31 @@ def _check_privacy(study: Study) -> None:
             where="privacy.noise",
             hint=f"choose {pairs}",
         )
+    if (privacy.unit == "subject") != (privacy.subject is not None):
+        missing = privacy.subject is None
+        raise ConfigError(
+            "no column says whose a record is" if missing else f"unit: {privacy.unit} needs none",
+            where="privacy.subject",
+            hint="name the column" if missing else "remove it, or choose unit: subject",
+        )
+    if privacy.subject in {"question", "choices", "answer"}:
+        raise ConfigError(
+            f"{privacy.subject!r} is what a record says, not whose it is",
+            where="privacy.subject",
+            hint="name the column with the patient, client or author",
+        )
+    if privacy.subject not in {None, BUILTIN_SUBJECT} and study.task.data.builtin:
+        raise ConfigError(
+            f"the built-in world has no column {privacy.subject!r}",
+            where="privacy.subject",
+            hint=f"its column is {BUILTIN_SUBJECT}",
+        )
+    if privacy.adaptive is not None and privacy.unit != "silo":
+        raise ConfigError(
+            f"the clip norm of unit: {privacy.unit} is fixed",
+            where="privacy.adaptive",
+            hint="remove it, or choose unit: silo with noise: distributed",
+        )
     # The clip of a silo's whole update is what its sensitivity follows from: there is one of it.
     if privacy.unit == "silo" and privacy.clip_norm != study.aggregation.clip_norm:
         raise ConfigError(
@@ -103,9 +129,31 @@ def _check_privacy(study: Study) -> None:
         )
 
 
+def _check_joint(study: Study) -> None:
+    local = study.local
+    if study.joint and local.sampling_rate is None:
+        raise ConfigError(
+            "joint DP-SGD needs the rate at which records take part in a step",
+            where="local.sampling_rate",
+            hint="local.batch_size over the records of all silos together, e.g. 0.02",
+        )
+    if not study.joint and local.sampling_rate is not None:
+        raise ConfigError(
+            "only joint DP-SGD has a rate that all silos share",
+            where="local.sampling_rate",
+            hint="remove it, or set privacy.unit: record and privacy.noise: distributed",
+        )
+    if study.joint and study.adapter.method == "rolora":
+        raise ConfigError(
+            "rolora alternates between matrices from round to round, one optimiser has no place",
+            where="adapter.method",
+            hint="choose ffa-lora, which is exact under a sum too",
+        )
+
+
 def _check_data(study: Study) -> None:
     data = study.task.data
-    files = [name for name in ("train", "test", "public", "per_silo") if getattr(data, name)]
+    files = [name for name in ("train", "test", "public") if getattr(data, name)]
     if data.builtin and files:
         raise ConfigError(
             "the built-in world and files exclude each other",

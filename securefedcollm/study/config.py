@@ -10,6 +10,7 @@ that nobody can choose for them.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -54,7 +55,8 @@ class Models(_Section, frozen=True):
 class Data(_Section, frozen=True):
     """The task's questions: what is public to all, and how ``simulate`` deals out the rest.
 
-    ``builtin: hospitals`` generates the embedded world. Otherwise ``train`` and ``test`` are files
+    ``builtin: hospitals`` generates the embedded world, with ``per_silo`` records in each hospital
+    (3,000 if it is not given). Otherwise ``train`` and ``test`` are files
     (JSONL, CSV or Parquet) under ``--data``; the first ``public`` shuffled training questions are
     public, ``public_labelled`` of them with answers; ``simulate`` gives ``per_silo`` of the rest to
     each silo. A real silo reads its own file instead.
@@ -108,7 +110,13 @@ class Silos(_Section, frozen=True):
 
 
 class Local(_Section, frozen=True):
-    """Tuning inside a silo, per round. With DP-SGD ``batch_size`` is the expected Poisson batch."""
+    """Tuning inside a silo, per round. With DP-SGD ``batch_size`` is the expected Poisson batch.
+
+    In joint DP-SGD (``privacy.noise: distributed`` with ``unit: record``) a step is taken by all
+    silos together: ``sampling_rate`` is the probability with which each of their records takes part
+    in a step, ``batch_size`` the expected batch of all silos, and ``batch_size / sampling_rate``
+    therefore the number of records that the participants think they have in all.
+    """
 
     steps: Count
     batch_size: Count
@@ -117,23 +125,45 @@ class Local(_Section, frozen=True):
     loss: Literal["answer", "choices"] = "answer"
     max_grad_norm: Positive | None = None
     micro_batch: Count = 64
+    sampling_rate: Annotated[float, Meta(gt=0, le=1)] | None = None
+
+
+class Adaptive(_Section, frozen=True):
+    """A clip norm that follows the updates, for many silos (Andrew et al. 2021).
+
+    Every round the silos also count, under the same noise, how many updates were not clipped, and
+    the next round's clip norm C becomes C·exp(-``learning_rate``·(share not clipped -
+    ``quantile``)). ``count_noise``: noise on the count relative to the study's noise multiplier;
+    10 costs the updates half a percent more noise.
+    """
+
+    quantile: Annotated[float, Meta(gt=0, lt=1)] = 0.5
+    learning_rate: Positive = 0.2
+    count_noise: Annotated[float, Meta(gt=1)] = 10.0
 
 
 class Privacy(_Section, frozen=True):
     """The differential-privacy claim of the whole study, all rounds together.
 
     ``unit: record`` with ``noise: local`` is DP-SGD inside each silo: (ε, δ) for one record against
-    everybody. ``unit: silo`` with ``noise: distributed`` clips a silo's whole update and adds a
-    share of discrete Gaussian noise to it: (ε, δ) for one silo's whole data set against the server
-    and ``silos.colluders`` other silos. Neighbouring data sets differ by adding or removing one
-    unit. ``clip_norm`` bounds what one unit contributes: per step, or per round for a silo.
+    everybody. ``unit: subject`` is the same for all records with one value of the column
+    ``subject`` (a patient, a client), in one silo; ``local.batch_size`` then counts subjects.
+    ``unit: silo`` with ``noise: distributed`` clips a silo's whole update and adds a share of
+    discrete Gaussian noise to it: (ε, δ) for one silo's whole data set against the server and
+    ``silos.colluders`` other silos. ``unit: record`` or ``subject`` with ``noise: distributed`` is
+    joint DP-SGD: every optimiser step is one secure sum of clipped gradients and noise shares, and
+    one unit is protected against the same adversary by the noise of all silos. Neighbouring data
+    sets differ by adding or removing one unit. ``clip_norm`` bounds what one unit contributes: per
+    step, or per round for a silo; there ``adaptive`` makes it the first round's only.
     """
 
     epsilon: Positive
     delta: Annotated[float, Meta(gt=0, lt=1)]
-    unit: Literal["record", "silo"] = "record"
+    unit: Literal["record", "subject", "silo"] = "record"
+    subject: Annotated[str, Meta(min_length=1)] | None = None
     noise: Literal["local", "distributed"] = "local"
     clip_norm: Positive = 1.0
+    adaptive: Adaptive | None = None
 
 
 class Aggregation(_Section, frozen=True):
@@ -187,7 +217,7 @@ class Participant(_Section, frozen=True):
     key: Hex32
 
 
-class Study(_Section, frozen=True):
+class Study(_Section, frozen=True, dict=True):
     """A whole study. Compare by :func:`digest`, not by file content."""
 
     study: Name
@@ -204,6 +234,11 @@ class Study(_Section, frozen=True):
     distillation: Distillation = Distillation()
     roster: list[Participant] = []
 
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of the RFC 8785 (JCS) form: 32 bytes, the same for every spelling of it."""
+        return sha256(b"securefedcollm/study/v1\0", rfc8785.dumps(msgspec.to_builtins(self)))
+
     @property
     def threshold(self) -> int:
         """Shamir threshold t, given or derived."""
@@ -219,6 +254,22 @@ class Study(_Section, frozen=True):
     def quorum(self) -> int:
         """Fewest silos with which a sum is ever opened."""
         return max(self.minimum, self.threshold)
+
+    @property
+    def joint(self) -> bool:
+        """Whether every optimiser step is a secure sum of its own (joint DP-SGD)."""
+        privacy = self.privacy
+        return privacy is not None and privacy.unit != "silo" and privacy.noise == "distributed"
+
+    @property
+    def sums(self) -> int:
+        """Secure sums in the whole run: one a round, or one an optimiser step in joint DP-SGD."""
+        return self.rounds * (self.local.steps if self.joint else 1)
+
+    @property
+    def subject(self) -> str | None:
+        """The column whose values are the privacy units; None where the unit is another."""
+        return self.privacy.subject if self.privacy else None
 
     @property
     def field(self) -> Field:
@@ -269,10 +320,22 @@ class Field(msgspec.Struct, frozen=True):
         return cls(bits=bits, per_word=per_word, bound=bound)
 
 
-PLACEMENTS: Final = frozenset({("record", "local"), ("silo", "distributed")})
+PLACEMENTS: Final = frozenset(
+    {
+        ("record", "local"),
+        ("record", "distributed"),
+        ("subject", "local"),
+        ("subject", "distributed"),
+        ("silo", "distributed"),
+    }
+)
 """(unit, noise) pairs that a study can ask for."""
 
 
+BUILTIN_SUBJECT: Final = "patient"
+"""The subject column of ``task.data.builtin: hospitals``."""
+
+
 def digest(study: Study) -> bytes:
-    """SHA-256 of the study's RFC 8785 (JCS) form: 32 bytes, the same for every spelling of it."""
-    return sha256(b"securefedcollm/study/v1\0", rfc8785.dumps(msgspec.to_builtins(study)))
+    """What identifies a study: :attr:`Study.digest`."""
+    return study.digest

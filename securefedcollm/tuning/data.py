@@ -2,9 +2,10 @@
 
 A file is JSON Lines, CSV or Parquet with the fields ``question`` (text), ``choices`` (list of at
 least two texts; in CSV a JSON list in one cell), ``answer`` (index into ``choices``) and optionally
-``subject`` (text; whose record it is, or which topic). They are read by the builders of the
-``datasets`` library, used directly: its ``load_dataset`` reports every call to a public server and
-leaves an Arrow copy of the records in the user's cache, and a silo's private file deserves neither.
+``subject`` (text; which topic), and a column of any name that says whose record it is. Files are
+read by the builders of the ``datasets`` library, used directly: its ``load_dataset`` reports every
+call to a public server and leaves an Arrow copy of the records in the user's cache, and a silo's
+private file deserves neither.
 
 An error names the file, the line and the field, never the value: the value may be a patient's.
 """
@@ -30,17 +31,20 @@ PROMPT: Final = "Question: {question}\nAnswer:"
 _ROW_HINT = 'every row is {"question": text, "choices": [text, text, …], "answer": index}'
 
 
-def read_questions(path: str | Path, *, labelled: bool = True) -> list[Question]:
+def read_questions(
+    path: str | Path, *, labelled: bool = True, owner: str | None = None
+) -> list[Question]:
     """Read a ``.jsonl``, ``.csv`` or ``.parquet`` file of multiple-choice questions.
 
     Args:
         path: the file; its suffix says the format.
         labelled: every row must have an ``answer``. When false the answer may be missing or null,
             and those questions carry ``answer=None``.
+        owner: the column that says whose record a row is; then every row must have it.
 
     Returns:
-        one :class:`Question` per row, in file order, with the prompt of :data:`PROMPT` and
-        ``group`` the row's ``subject`` (or ``""``).
+        one :class:`Question` per row, in file order, with the prompt of :data:`PROMPT`, ``group``
+        the row's ``subject`` (or ``""``), and ``subject`` the value of the column ``owner``.
 
     Raises:
         DataError: the file is missing, unreadable or empty, or a row is wrong; names the file, the
@@ -48,7 +52,7 @@ def read_questions(path: str | Path, *, labelled: bool = True) -> list[Question]
     """
     path = Path(path)
     _refuse_unreadable(path)
-    source = _Source(path)
+    source = _Source(path, owner)
     try:
         rows = source.rows()
     except DataError:
@@ -66,7 +70,7 @@ def read_questions(path: str | Path, *, labelled: bool = True) -> list[Question]
     questions = []
     for index, row in enumerate(rows):
         try:
-            questions.append(_question(row, labelled=labelled))
+            questions.append(_question(row, labelled=labelled, owner=owner))
         except _BadField as bad:
             raise bad.at(source.place(index)) from None
     return questions
@@ -100,19 +104,35 @@ class _BadField(Exception):  # noqa: N818 - never leaves this module; becomes a 
         return DataError(f"field '{self.field}' {self.problem}", where=place, hint=self.hint)
 
 
-def _question(row: dict[str, Any], *, labelled: bool) -> Question:
+def _question(row: dict[str, Any], *, labelled: bool, owner: str | None = None) -> Question:
     """One checked row; raises :class:`_BadField`."""
     prompt = _text(row, "question")
     choices = _choices(row)
     subject = row.get("subject")
     if isinstance(subject, bool | dict | list) or subject != subject:
         raise _BadField("subject", "is not a text", "give a text, a number or leave it out")
+    if owner == "subject":  # then it is no topic
+        subject = None
     return Question(
         prompt=PROMPT.format(question=prompt),
         choices=tuple(choices),
         answer=_answer(row, len(choices), labelled),
         group="" if subject is None else str(subject).strip(),
+        subject=None if owner is None else _owner(row, owner),
     )
+
+
+def _owner(row: dict[str, Any], column: str) -> str:
+    """Whose record it is. 7 and "7 " are the same person in every format."""
+    value = row.get(column)
+    hint = "every record needs its subject, or privacy.subject another column"
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column with a gap, on its way through Arrow
+    if value is None or value != value or not str(value).strip():
+        raise _BadField(column, "is missing", hint)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise _BadField(column, f"is a {type(value).__name__}, not a name or number", hint)
+    return str(value).strip()
 
 
 def _text(row: dict[str, Any], field: str) -> str:
@@ -196,8 +216,9 @@ def _refuse_unreadable(path: Path) -> None:
 class _Source:
     """One file: its rows through ``datasets``, and which line of the file a row came from."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, owner: str | None = None) -> None:
         self.path = path
+        self.owner = owner
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows; whatever the parsers raise passes through."""
@@ -237,7 +258,7 @@ class _Source:
             if isinstance(row, _BadField):
                 raise row.at(place)
             try:
-                _question(row, labelled=labelled)
+                _question(row, labelled=labelled, owner=self.owner)
             except _BadField as bad:
                 raise bad.at(place) from None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,6 @@ from securefedcollm.tuning.questions import (
     choice_scores,
     shuffled_batches,
     sorted_by_length,
-    unwrapped,
 )
 from securefedcollm.tuning.recipe import (
     Optimizer,
@@ -154,8 +153,6 @@ def train_dp(
     """
     parameters, start = _begin(model, layout, data)
     members = _members(len(data), subjects)
-    tokens = (data.segments >= 0).sum(1).numpy()
-    length = np.array([tokens[unit].max() for unit in members])
     if batch_size > len(members):
         raise ConfigError(
             f"an expected batch of {batch_size} needs as many units, the silo has {len(members)}",
@@ -164,25 +161,70 @@ def train_dp(
         )
     rate = batch_size / len(members)
     descend = make_optimizer(optimizer, parameters, learning_rate)
-    with training_mode(model, seed=seed), _per_record_gradients(model):
+    with training_mode(model, seed=seed), watched(model) as calls:
         for step in range(steps):
             total = np.zeros(layout.size)
-            taken = noise.poisson_batch(len(members), rate)
-            # Like lengths together: a micro-batch is as long as its longest record.
-            taken = taken[np.argsort(length[taken], kind="stable")]
+            taken = _by_length(noise.poisson_batch(len(members), rate), members, data)
             for units in _micro_batches(taken, members, micro_batch):
                 losses = question_losses(
                     model, data.select(torch.from_numpy(np.concatenate(units))), loss, normalisation
                 )
-                torch.autograd.backward(losses.sum())
-                gradients = _take_gradients(parameters, [len(unit) for unit in units])
-                total += _clipped_sum(gradients, clip_norm)
+                gradients = per_record_gradients(losses, parameters, calls)
+                total += _clipped_sum(gradients, [len(unit) for unit in units], clip_norm)
             noised = noise.add_gaussian(total, noise_multiplier * clip_norm)
             _set_gradient(parameters, noised / batch_size)
             descend.step()
+            descend.zero_grad()
             progress(step + 1, steps, "local tuning with DP-SGD")
     event = PoissonGaussian(q=rate, noise_multiplier=noise_multiplier, steps=steps)
     return LocalResult(_finish(model, layout, start), (event,))
+
+
+def sampled_gradients(
+    model: nn.Module,
+    layout: AdapterLayout,
+    data: EncodedQuestions,
+    *,
+    q: float,
+    noise: NoiseSource,
+    seed: int,
+    loss: Loss = "answer",
+    normalisation: Normalisation = "plain",
+    subjects: Sequence[str] | None = None,
+    micro_batch: int = 64,
+) -> Iterator[npt.NDArray[np.float64]]:
+    """The gradient of every unit in one Poisson sample at rate ``q``: float64 [d], one by one.
+
+    For a step of joint DP-SGD. They are neither clipped nor noised: whoever takes them does that,
+    before anything leaves the silo. One that is not finite comes as zeros, see :func:`_finite`.
+
+    Raises:
+        DataError: a question has no answer.
+        TrainingError: the model is not finite, or an adapter matrix got no gradient.
+    """
+    parameters, _ = _begin(model, layout, data)
+    members = _members(len(data), subjects)
+    taken = _by_length(noise.poisson_batch(len(members), q), members, data)
+    with training_mode(model, seed=seed), watched(model) as calls:
+        for units in _micro_batches(taken, members, micro_batch):
+            rows = torch.from_numpy(np.concatenate(units))
+            losses = question_losses(model, data.select(rows), loss, normalisation)
+            gradients = per_record_gradients(losses, parameters, calls)
+            blocks, _ = _finite([_by_unit(g, [len(unit) for unit in units]) for g in gradients])
+            ordered = [
+                block.reshape(len(units), *gradient.shape[1:]).transpose(0, 2, 1)
+                for gradient, block in zip(gradients, blocks, strict=True)
+            ]
+            yield from np.concatenate([part.reshape(len(units), -1) for part in ordered], axis=1)
+
+
+def _by_length(
+    taken: npt.NDArray[np.int64], members: list[npt.NDArray[np.int64]], data: EncodedQuestions
+) -> npt.NDArray[np.int64]:
+    """Like lengths together: a micro-batch is as long as its longest record."""
+    tokens = (data.segments >= 0).sum(1).numpy()
+    length = np.array([tokens[members[unit]].max() for unit in taken])
+    return taken[np.argsort(length, kind="stable")]
 
 
 def _begin(
@@ -210,31 +252,63 @@ def _finish(model: nn.Module, layout: AdapterLayout, start: Vector) -> Vector:
     return delta
 
 
+class Call(NamedTuple):
+    """One run of a trainable linear layer in a forward pass."""
+
+    weight: nn.Parameter  # [out, in]
+    given: Tensor  # [B, T, in]
+    output: Tensor  # [B, T, out], in the graph
+
+
 @contextmanager
-def _per_record_gradients(model: nn.Module) -> Iterator[None]:
-    """Let every backward pass leave ``grad_sample`` [B, *shape] on the trainable parameters."""
-    from opacus import GradSampleModule
+def watched(model: nn.Module) -> Iterator[list[Call]]:
+    """Note every run of a trainable linear layer, for :func:`per_record_gradients`."""
+    calls: list[Call] = []
 
-    # Without it the first layer's inputs carry no gradient and its hooks would not be reliable.
-    unwrapped(model).enable_input_require_grads()
-    hooked = GradSampleModule(model, loss_reduction="sum")
+    def note(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            calls.append(Call(cast(nn.Parameter, module.weight), given[0].detach(), output))
+
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
+    hooks = [module.register_forward_hook(note) for module in linear]
     try:
-        yield
+        yield calls
     finally:
-        hooked.remove_hooks()
-        unwrapped(model).disable_input_require_grads()
-        _forget(model)
+        for hook in hooks:
+            hook.remove()
 
 
-def _forget(model: nn.Module) -> None:
-    """Remove what the hooks left behind: activations and gradients of single records."""
-    for module in model.modules():
-        for name in ("activations", "max_batch_len"):
-            module.__dict__.pop(name, None)
-    for parameter in model.parameters():
-        parameter.grad = None
-        for name in ("grad_sample", "_forward_counter", "_current_grad_sample"):
-            parameter.__dict__.pop(name, None)
+def per_record_gradients(
+    losses: Tensor, parameters: Sequence[nn.Parameter], calls: list[Call]
+) -> list[Tensor]:
+    """Gradient of every record's loss (``losses``: [B]): one [B, in, out] for every parameter.
+
+    A record's gradient of a weight is Σ_t xₜ ⊗ gₜ over its tokens, with the layer's inputs x and
+    the gradients g of its outputs: one batched product a layer. The weight's own gradient, over all
+    records, is never computed, which is why this costs hardly more than a plain step. ``calls`` is
+    what :func:`watched` noted in the forward pass; it is emptied.
+    """
+    noted = calls.copy()
+    calls.clear()
+    found: dict[nn.Parameter, Tensor] = {}
+    outputs = [call.output for call in noted]
+    gradients = torch.autograd.grad(losses.sum(), outputs, allow_unused=True) if noted else ()
+    for call, gradient in zip(noted, gradients, strict=True):
+        if gradient is None:
+            continue
+        if call.given.ndim != 3 or len(call.given) != len(losses):
+            raise TrainingError(
+                "an adapter sits on a layer that mixes the tokens of records",
+                hint="choose other adapter.targets; routed expert layers cannot be used",
+            )
+        product = torch.bmm(call.given.mT, gradient)
+        found[call.weight] = found[call.weight] + product if call.weight in found else product
+    if any(parameter not in found for parameter in parameters):
+        raise TrainingError(
+            "an adapter matrix got no per-record gradient",
+            hint="DP-SGD supports adapters on linear layers without gradient checkpointing",
+        )
+    return [found[parameter] for parameter in parameters]
 
 
 def _members(records: int, subjects: Sequence[str] | None) -> list[npt.NDArray[np.int64]]:
@@ -264,39 +338,46 @@ def _micro_batches(
         yield group
 
 
-def _take_gradients(parameters: list[nn.Parameter], sizes: list[int]) -> npt.NDArray[np.float64]:
-    """Per-unit gradients float64 [units, d]; ``sizes`` counts each unit's records."""
-    columns = []
-    for parameter in parameters:
-        samples = getattr(parameter, "grad_sample", None)
-        if samples is None:
-            raise TrainingError(
-                "an adapter matrix got no per-record gradient",
-                hint="DP-SGD supports adapters on linear layers without gradient checkpointing",
-            )
-        columns.append(samples.reshape(samples.shape[0], -1))
-        parameter.grad_sample = None  # type: ignore[attr-defined]
-        parameter.grad = None
-    records: npt.NDArray[np.float64] = torch.cat(columns, 1).double().numpy()
+def _clipped_sum(
+    gradients: Sequence[Tensor], sizes: Sequence[int], clip_norm: float
+) -> npt.NDArray[np.float64]:
+    """Σ gᵢ · min(1, C/‖gᵢ‖) over the units: float64 [d], in the order of the layout.
+
+    Args:
+        gradients: for every parameter [records, in, out]; the records of a unit stand together.
+        sizes: each unit's number of records.
+        clip_norm: C.
+    """
+    blocks, norms = _finite([_by_unit(gradient, sizes) for gradient in gradients])
+    scale = np.minimum(1.0, clip_norm / np.maximum(norms, np.finfo(np.float64).tiny))
+    sums = [
+        (scale @ block).reshape(gradient.shape[1:]).T.reshape(-1)
+        for gradient, block in zip(gradients, blocks, strict=True)
+    ]
+    return np.concatenate(sums)
+
+
+def _finite(
+    blocks: list[npt.NDArray[np.float64]],
+) -> tuple[list[npt.NDArray[np.float64]], npt.NDArray[np.float64]]:
+    """``blocks`` [units, …] with zeros for a unit that is not finite, and the norms [units].
+
+    Adversary: a server whose adapter makes one record's gradient overflow, to see the silo fail:
+    before the noise, no record may decide that.
+    """
+    norms = np.sqrt(sum(np.einsum("ij,ij->i", block, block) for block in blocks))
+    broken = ~np.isfinite(norms)
+    if not broken.any():
+        return blocks, norms
+    return [np.where(broken[:, None], 0.0, b) for b in blocks], np.where(broken, 0.0, norms)
+
+
+def _by_unit(gradient: Tensor, sizes: Sequence[int]) -> npt.NDArray[np.float64]:
+    """float64 [units, in · out]: a unit's records summed."""
+    records: npt.NDArray[np.float64] = gradient.flatten(1).double().numpy()
     if max(sizes) == 1:
         return records
-    starts = np.cumsum([0, *sizes[:-1]])
-    return np.add.reduceat(records, starts, axis=0)
-
-
-def _clipped_sum(gradients: npt.NDArray[np.float64], clip_norm: float) -> npt.NDArray[np.float64]:
-    """Σ gᵢ · min(1, C/‖gᵢ‖) over the units: float64 [d].
-
-    A gradient that is not finite contributes zero. Adversary: a server whose adapter makes one
-    record's gradient overflow, to see the silo fail: before the noise, no record may decide that.
-    """
-    norms = np.sqrt(np.einsum("ij,ij->i", gradients, gradients))
-    broken = ~np.isfinite(norms)
-    if broken.any():
-        gradients, norms = np.where(broken[:, None], 0.0, gradients), np.where(broken, 0.0, norms)
-    scale = np.minimum(1.0, clip_norm / np.maximum(norms, np.finfo(np.float64).tiny))
-    total: npt.NDArray[np.float64] = scale @ gradients
-    return total
+    return np.add.reduceat(records, np.cumsum([0, *sizes[:-1]]), axis=0)
 
 
 def _set_gradient(parameters: list[nn.Parameter], gradient: npt.NDArray[np.float64]) -> None:

@@ -39,13 +39,15 @@ class Question:
     """One prompt and its choices; ``answer`` is None on an unlabelled public prompt.
 
     A choice is joined to the prompt by one space, so neither end carries it. ``group`` names the
-    column of the result table (``general``, ``private``).
+    column of the result table (``general``, ``private``). ``subject`` says whose record it is,
+    where that is the unit of privacy.
     """
 
     prompt: str
     choices: tuple[str, ...]
     answer: int | None
     group: str = ""
+    subject: str | None = None
 
 
 @dataclass(frozen=True)
@@ -301,8 +303,7 @@ def _last_hidden(causal: Any, batch: EncodedQuestions) -> Tensor:
     """Hidden states after the last layer; starts at the cached prefix if the batch has one."""
     start = {"input_ids": batch.tokens}
     if batch.prefix is not None:
-        # Backward hooks of the first layer (per-record gradients) want an input with a gradient.
-        start = {"inputs_embeds": batch.prefix.detach().requires_grad_(torch.is_grad_enabled())}
+        start = {"inputs_embeds": batch.prefix}
     with passed_over(causal, 0, batch.prefix_layers):
         states: Tensor = causal.base_model(
             **start,

@@ -33,6 +33,9 @@ def record_id(question: Question) -> bytes:
 def dataset_fingerprint(questions: Iterable[Question]) -> str:
     """SHA-256 (hex) of the set of :func:`record_id`: equal for the same records in any order.
 
+    Questions with a ``subject`` are grouped by it, whatever the subjects are called: an account of
+    the unit ``subject`` is about one way to divide the records among people, and no other.
+
     The privacy ledger keys a silo's budget by it, so it must collide whenever the records are the
     same: order, duplicates, layout and file format do not change it. It is bookkeeping between
     honest runs, not a defence: adding, dropping or rewording one record gives another fingerprint,
@@ -40,10 +43,15 @@ def dataset_fingerprint(questions: Iterable[Question]) -> str:
     counts as well). It is computed from private text without a secret, so a small, guessable set
     can be confirmed by it; it belongs in the silo's own ledger.
     """
-    digest = hashlib.sha256(b"securefedcollm/dataset/v1\0")
-    for record in sorted({record_id(question) for question in questions}):
-        digest.update(record)
-    return digest.hexdigest()
+    groups: dict[str | None, set[bytes]] = {}
+    for question in questions:
+        groups.setdefault(question.subject, set()).add(record_id(question))
+    if set(groups) <= {None}:
+        domain, items = b"securefedcollm/dataset/v1\0", groups.get(None, set())
+    else:
+        domain = b"securefedcollm/dataset-by-subject/v1\0"
+        items = {hashlib.sha256(b"".join(sorted(ids))).digest() for ids in groups.values()}
+    return hashlib.sha256(domain + b"".join(sorted(items))).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,8 @@ def split_questions(
     """Deal one training file out to the silos, the public set and the development set.
 
     Deterministic in (the set of records, the arguments). Questions with the same prompt stay
-    together, so that no part holds another part's question with other distractors.
+    together, so that no part holds another part's question with other distractors; so do questions
+    of the same subject, since a person in two silos would have two budgets.
 
     Args:
         questions: all labelled.
@@ -146,11 +155,24 @@ def _folded(text: str) -> str:
 
 
 def _clusters(questions: Sequence[Question]) -> list[list[Question]]:
-    """Questions by prompt, in an order that depends on their content alone."""
-    by_prompt: dict[str, list[Question]] = {}
-    for question in sorted(questions, key=record_id):
-        by_prompt.setdefault(_folded(question.prompt), []).append(question)
-    return sorted(by_prompt.values(), key=lambda cluster: record_id(cluster[0]))
+    """Questions linked by prompt or subject, in an order that depends on their content alone."""
+    ordered = sorted(questions, key=lambda question: (record_id(question), question.subject or ""))
+    parent = list(range(len(ordered)))  # a forest of disjoint sets
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = index = parent[parent[index]]
+        return index
+
+    first: dict[tuple[str, str], int] = {}
+    for index, question in enumerate(ordered):
+        parent[root(index)] = root(first.setdefault(("prompt", _folded(question.prompt)), index))
+        if question.subject is not None:
+            parent[root(index)] = root(first.setdefault(("subject", question.subject), index))
+    clusters: dict[int, list[Question]] = {}
+    for index, question in enumerate(ordered):
+        clusters.setdefault(root(index), []).append(question)
+    return sorted(clusters.values(), key=lambda cluster: record_id(cluster[0]))
 
 
 def _take(order: list[list[Question]], count: int) -> tuple[list[Question], list[list[Question]]]:

@@ -19,7 +19,7 @@ answers, about the private topics exist in public.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final, NamedTuple
 
@@ -96,6 +96,7 @@ _ID = {word: i for i, word in enumerate(VOCABULARY)}
 _PER_FAMILY = len(_ENDINGS)
 _UNSEEN_PER_FAMILY = 4
 _CHOICES = 4
+_MOST_RECORDS = 7  # of one patient
 PROMPT_TOKENS: Final = 9
 SENTENCE_TOKENS: Final = PROMPT_TOKENS + 2  # the answer and the full stop
 
@@ -200,14 +201,19 @@ class World:
         ]
 
     def records(self, silo: int) -> list[Question]:
-        """The private training questions of hospital ``silo`` (from 0)."""
+        """The private training questions of hospital ``silo`` (from 0); a patient has 1 to 7."""
         draw = self._random(f"records of silo {silo}")
         own = self._families_of(silo)
         mine = [c for c in self._open_cases if self._family[c.condition] in own]
         others = [c for c in self._open_cases if self._family[c.condition] not in own]
         is_own = draw.random(self.sizes.records_per_silo) < self.sizes.own_share
         pools = [mine if flag or not others else others for flag in is_own]
-        return [self._question(pool[draw.integers(len(pool))], draw) for pool in pools]
+        records = [self._question(pool[draw.integers(len(pool))], draw) for pool in pools]
+        patients = self._random(f"patients of silo {silo}").permutation(_owners(len(records)))
+        return [
+            replace(record, subject=f"{silo + 1}-{patient}")
+            for record, patient in zip(records, patients, strict=True)
+        ]
 
     def pretraining(
         self, count: int, *, rare: float = 1.0, rare_share: float = 0.0
@@ -332,6 +338,12 @@ def _all_cases(house: str | None) -> Iterator[_Case]:
 def _take(cases: list[_Case], count: int, draw: np.random.Generator) -> list[_Case]:
     """``count`` different cases, in random order."""
     return [cases[i] for i in draw.choice(len(cases), size=count, replace=False)]
+
+
+def _owners(records: int) -> npt.NDArray[np.int64]:
+    """The patient of each of so many records: as many with one record as with seven."""
+    counts = 1 + np.arange(records) % _MOST_RECORDS
+    return np.repeat(np.arange(records), counts)[:records]
 
 
 def _draw_rules(draw: np.random.Generator) -> npt.NDArray[np.int64]:

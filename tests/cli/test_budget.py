@@ -56,6 +56,23 @@ def test_plan_of_a_study_without_privacy_needs_an_epsilon():
     assert made["epsilon"] == 3.0
 
 
+SUBJECT = ("--set", "privacy.unit=subject", "--set", "privacy.subject=patient")
+
+
+def test_plan_for_a_whole_patient_counts_patients():
+    (made,) = json.loads(output("plan", QUICKSTART, *SUBJECT, "--json"))
+    ours, *_ = made["options"]
+    assert (ours["unit"], ours["noise"], ours["offered"]) == ("subject", "local", True)
+    assert ours["sampling_rate"] == 256 / sizes.BUILTIN_SUBJECTS
+
+
+def test_plan_for_subjects_of_a_file_asks_how_many_there_are():
+    files = "task.data={train: a.csv, test: b.csv, public: 9, per_silo: 900}"
+    result = run("plan", QUICKSTART, *SUBJECT, "--set", files)
+    assert isinstance(result.exception, ConfigError)
+    assert "give --records N" in result.exception.hint
+
+
 def test_sizes_of_the_built_in_study_are_the_real_ones():
     """The planner must not load torch: its copy of these facts is checked against the source."""
     from securefedcollm.tuning.builtin import RECIPES
@@ -69,7 +86,9 @@ def test_sizes_of_the_built_in_study_are_the_real_ones():
         "num_hidden_layers": recipe.layers,
         "num_attention_heads": recipe.heads,
     } == sizes.BUILTIN_SLM
-    assert len(World(seed=1, silos=4).records(0)) == sizes.BUILTIN_RECORDS
+    records = World(seed=1, silos=4).records(0)
+    assert len(records) == sizes.BUILTIN_RECORDS
+    assert len({record.subject for record in records}) == sizes.BUILTIN_SUBJECTS
     assert sizes.update_values(study, None) == 11_264
 
 

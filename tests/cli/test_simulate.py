@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
-from securefedcollm.errors import SecureFedCoLLMError
+from securefedcollm.errors import DataError, SecureFedCoLLMError
+from securefedcollm.privacy.ledger import Ledger
 
 from .tiny import make_inputs
 
@@ -72,9 +73,25 @@ def test_a_run_ends_with_table_ledger_and_adapters(inputs, tmp_path):
         assert any(v.any() for v in moved)
 
 
+def test_a_study_can_protect_whole_patients(inputs, tmp_path):
+    change = ["--set", "privacy.unit=subject", "--set", "local.batch_size=2", "--no-baselines"]
+    out = tmp_path / "run"
+    run(inputs, out, *change, "--set", "privacy.subject=patient")
+    for number in range(1, 5):
+        name = f"silo-{number}"
+        with Ledger(out / "silos" / name / "ledger.sqlite", name) as ledger:
+            entries = ledger.entries()
+        assert [entry.key.unit for entry in entries] == ["subject"] * 2
+        assert [entry.reserved[0].q for entry in entries] == [2 / 8] * 2  # 32 records, 8 patients
+    with pytest.raises(DataError, match=r"train.jsonl:1: field 'doctor' is missing"):
+        run(inputs, tmp_path / "other", *change, "--set", "privacy.subject=doctor")
+
+
 def test_client_level_privacy_runs_and_says_what_each_adversary_could_learn(inputs, tmp_path):
     change = ["--set", "privacy.unit=silo", "--set", "privacy.noise=distributed"]
-    results = run(inputs, tmp_path / "run", *change, "--no-baselines", "--drop", "2@upload:1")
+    change += ["--set", "privacy.adaptive={quantile: 0.7}", "--no-baselines"]
+    results = run(inputs, tmp_path / "run", *change, "--drop", "2@upload:1")
+    assert results["rounds"][0]["clip_norm"] == 1.0 != results["rounds"][1]["clip_norm"]
     for silo in results["silos"]:
         found = silo["epsilon_by_adversary"]
         assert 0 < found["server"] == found["outsider"] < found["server+1 silo"] <= 8

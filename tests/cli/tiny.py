@@ -75,6 +75,7 @@ def write_questions(path: Path, count: int, seed: int) -> None:
                 "question": f"colour of {thing} {second} {third}",
                 "choices": [COLOURS[o] for o in order],
                 "answer": order.index(i % len(THINGS) % 4),
+                "patient": i // 4,
             }
         )
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -46,8 +46,11 @@ def update_of(name: str, round_: int, adapter: np.ndarray) -> np.ndarray:
 class ArithmeticSilo:
     base_digest = b"b" * 32
 
-    def __init__(self, name: str, private: bool = True, fails: bool = False) -> None:
+    def __init__(
+        self, name: str, private: bool = True, fails: bool = False, norm: float | None = None
+    ) -> None:
         self.name = name
+        self.norm = norm
         self.dataset = hashlib.sha256(name.encode()).hexdigest()
         self.trained: list[int] = []
         self.private = private
@@ -69,9 +72,18 @@ class ArithmeticSilo:
         self.trained.append(round_)
         progress(1, 1, "fit")
         update = update_of(self.name, round_, adapter)
+        if self.norm is not None:
+            update *= np.float32(self.norm / np.linalg.norm(update))
         if self.fails:
             update[3] = np.nan
         return update
+
+    def gradients(self, adapter, round_, q):
+        """Ten records, all of whose gradients have norm 5 in the coordinate of the round."""
+        self.trained.append(round_)
+        gradient = np.zeros(SIZE)
+        gradient[round_] = 5.0
+        return [gradient] * sum(np.random.default_rng().random(10) < q)
 
 
 class ArithmeticServer:
@@ -79,6 +91,7 @@ class ArithmeticServer:
 
     def __init__(self) -> None:
         self.theta = np.zeros(SIZE, dtype=np.float32)
+        self.descents = 0
         self.distilled: list[int] = []
 
     def layout(self, round_):
@@ -92,6 +105,17 @@ class ArithmeticServer:
 
     def absorb(self, mean, round_):
         self.theta = self.theta + mean
+
+    def descend(self, gradient, round_):
+        self.theta = self.theta - gradient
+        self.descents += 1
+
+    def descent(self):
+        return {"theta": self.theta, "count": np.float32([self.descents])}
+
+    def restore_descent(self, state):
+        self.theta = state["theta"]
+        self.descents = int(state["count"][0])
 
     def distil(self, round_, progress):
         self.distilled.append(round_)
@@ -108,14 +132,14 @@ class ArithmeticServer:
         self.theta = np.load(directory / "theta.npy")
 
 
-def make_silo(name, progress, *, study, directory, private=True, fails=(), budget=None):
+def make_silo(name, progress, *, study, directory, private=True, fails=(), budget=None, norms=None):
     home = Path(directory) / name
     return SiloSession(
         study=study,
         name=name,
         roster=ROSTER,
         key=KEYS[name],
-        workload=ArithmeticSilo(name, private, name in fails),
+        workload=ArithmeticSilo(name, private, name in fails, norms and norms[name]),
         store=SiloStore(home),
         ledger=Ledger(home / "ledger.sqlite", name),
         progress=progress,

@@ -9,6 +9,7 @@ from securefedcollm.errors import ProtocolError
 from securefedcollm.federation import coordinator
 from securefedcollm.federation.plan import quantiser
 
+from . import test_joint
 from .arithmetic import NAMES, SIZE, make_study
 from .test_rounds import CHARGED_ONCE, Cut, Dies, Killed, Run, expected_theta, spent
 from .test_silo_unit import CLIP, charged
@@ -126,6 +127,14 @@ def test_an_abandoned_upload_was_never_opened_and_costs_its_silo_nothing_more(tm
     Run(tmp_path, made, private=False, wrap=lambda e: Cut(e, ("silo-2",), UPLOAD + 1)).go()
     assert charged(tmp_path) == [(0, "settled", 3)]
     assert charged(tmp_path, "silo-2") == [(0, "released", 3)]
+
+
+def test_joint_dp_sgd_sums_its_steps_under_ckks(tmp_path):
+    made = test_joint.study(aggregation={"value_bits": 20, "scheme": "ckks"})
+    live = test_joint.run(tmp_path, made)
+    test_joint.check_theta(made, live.go(), live.server)
+    sums = [(i, 0, "settled", 4) for i in range(made.sums)]
+    assert all(test_joint.charged(tmp_path, name) == sums for name in NAMES)
 
 
 def test_the_quantiser_is_the_scheme_s_own():

@@ -176,11 +176,17 @@ def test_a_field_without_room_names_the_key():
         calibrate_silo(1.0, 1e-5, 100, Setting(10**7, 2**12, 3, 1))
 
 
+def test_an_epsilon_at_which_residuals_take_all_of_delta_is_refused_as_such():
+    with pytest.raises(ConfigError, match="residuals would take all of δ") as caught:
+        calibrate_silo(60.0, 1e-5, 36, Setting(SIZE, 2**18, 3, 1))
+    assert "lower it" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     ("change", "where"),
     [
         ({"unit": "silo", "noise": "local"}, "privacy.noise: no study can ask for unit: silo"),
-        ({"unit": "record", "noise": "distributed"}, "privacy.noise: no study can ask"),
+        ({"unit": "record", "noise": "distributed"}, "local.sampling_rate: joint DP-SGD needs"),
         ({"clip_norm": 1.0}, "privacy.clip_norm: 1 and aggregation.clip_norm: 20"),
     ],
 )

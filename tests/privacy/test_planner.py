@@ -107,3 +107,14 @@ def test_impossible_federations(changes, where):
     with pytest.raises(ConfigError) as caught:
         plan(msgspec.structs.replace(QUICKSTART, **changes), 8.0, 1e-5)
     assert caught.value.where == where
+
+
+def test_an_adaptive_clip_is_planned_with_what_it_costs_and_can_hear(quickstart):
+    """Four silos cannot: the noise on the share of unclipped silos is larger than the share."""
+    fixed = by_name(quickstart)["silo/distributed"]
+    federation = msgspec.structs.replace(QUICKSTART, count_noise=1.25)
+    adaptive = _silo_distributed(federation, 8.0, 1e-5)
+    assert adaptive.noise_multiplier == fixed.noise_multiplier
+    assert adaptive.noise_to_signal == pytest.approx(fixed.noise_to_signal / 0.6)  # √(1 - 0.8²)
+    off = 1.25 * fixed.noise_multiplier / 2 * math.sqrt(4 / 2) / 4
+    assert f"known to ±{off:.1g}" in adaptive.remark

@@ -62,6 +62,24 @@ def test_the_digest_is_that_of_the_meaning_not_of_the_spelling(tmp_path):
             "task.data.public_labelled: 2 labelled of 1",
             "at most",
         ),
+        ("privacy.unit=subject", "privacy.subject: no column says", "name the column"),
+        ("privacy.subject=patient", "privacy.subject: unit: record needs none", "unit: subject"),
+        (
+            "privacy={unit: subject, subject: answer, epsilon: 8, delta: 1e-5}",
+            "privacy.subject: 'answer' is what a record says",
+            "the patient",
+        ),
+        (
+            "privacy={unit: subject, subject: ward, epsilon: 8, delta: 1e-5}",
+            "privacy.subject: the built-in world has no column 'ward'",
+            "patient",
+        ),
+        (
+            "privacy={unit: silo, noise: local, epsilon: 8, delta: 1e-5}",
+            "privacy.noise: no study can ask for unit: silo",
+            "silo with distributed",
+        ),
+        ("privacy.adaptive={}", "privacy.adaptive: the clip norm of unit: record", "unit: silo"),
         ("distillation.batch_labelled=9.5", "distillation.batch_labelled: expected `int`", ""),
         (
             "distillation={loss: none, batch_labelled: 0}",

@@ -161,6 +161,32 @@ def test_files_that_are_no_question_files(tmp_path: Path) -> None:
         assert caught.value.hint
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_whose_record_it_is_comes_from_the_column_that_the_study_names(
+    tmp_path: Path, suffix: str
+) -> None:
+    rows = [{**ROWS[0], "patient": owner, "subject": "x"} for owner in ("7", " 7 ", "eight")]
+    read = read_questions(write(tmp_path / f"rows{suffix}", rows), owner="patient")
+    assert [(q.subject, q.group) for q in read] == [("7", "x"), ("7", "x"), ("eight", "x")]
+    numbers = [{**row, "patient": number} for row, number in zip(rows, (7, 7, 8), strict=True)]
+    read = read_questions(write(tmp_path / f"numbers{suffix}", numbers), owner="patient")
+    assert [q.subject for q in read] == ["7", "7", "8"]
+    read = read_questions(write(tmp_path / f"rows{suffix}", rows), owner="subject")
+    assert [(q.subject, q.group) for q in read] == [("x", "")] * 3  # whose it is, and no topic
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_record_without_its_subject_is_refused_by_line(tmp_path: Path, suffix: str) -> None:
+    """Adversary: none, but a record that is nobody's would be protected as nobody's."""
+    path = write(tmp_path / f"rows{suffix}", [{**ROWS[0], "subject": "a"}, ROWS[0]])
+    place = "rows.parquet, row 2" if suffix == ".parquet" else f"rows{suffix}:[23]"
+    with pytest.raises(DataError, match=f"{place}: field 'subject' is missing") as caught:
+        read_questions(path, owner="subject")
+    assert "privacy.subject" in caught.value.hint
+    with pytest.raises(DataError, match="field 'doctor' is missing"):
+        read_questions(path, owner="doctor")
+
+
 def test_no_value_of_a_record_reaches_the_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from opacus import GradSampleModule
 
 from securefedcollm.errors import ConfigError, DataError, TrainingError
 from securefedcollm.privacy.events import PoissonGaussian
@@ -14,11 +15,11 @@ from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.tuning.adapters import attach, layout_of, load_vector, select, to_vector
 from securefedcollm.tuning.local import (
     _clipped_sum,
-    _per_record_gradients,
-    _take_gradients,
+    per_record_gradients,
     question_losses,
     train_dp,
     train_plain,
+    watched,
 )
 from securefedcollm.tuning.questions import EncodedQuestions
 
@@ -52,19 +53,60 @@ def clipped(gradients: np.ndarray) -> np.ndarray:
     return np.array([g * min(1.0, CLIP / np.linalg.norm(g)) for g in gradients])
 
 
+def batch_gradients(model: Any, method: str, data: EncodedQuestions, loss: str) -> np.ndarray:
+    """float64 [N, d]: all records' gradients from one backward pass."""
+    parameters = select(model, layout_of(model, method))
+    model.train()
+    with watched(model) as calls:
+        losses = question_losses(model, data, loss, "plain")
+        found = per_record_gradients(losses, parameters, calls)
+    assert not calls
+    return torch.cat([g.mT.flatten(1) for g in found], 1).double().numpy()
+
+
 @pytest.mark.parametrize("loss", ["answer", "choices"])
 @pytest.mark.parametrize("method", ["ffa-lora", "rolora", "lora"])
 def test_per_record_gradients_equal_a_loop_over_records(toy: Any, method: Any, loss: Any) -> None:
     data = toy.encoded(7)
     model = adapted(toy, method)
     expected = single_gradients(model, method, data, loss)
-    parameters = select(model, layout_of(model, method))
-    model.train()
-    with _per_record_gradients(model):
-        question_losses(model, data, loss, "plain").sum().backward()
-        found = _take_gradients(parameters, [1] * len(data))
+    found = batch_gradients(model, method, data, loss)
     np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
     assert np.linalg.norm(expected, axis=1).max() > 1
+
+
+def test_per_record_gradients_equal_those_of_opacus(toy: Any) -> None:
+    data, model = toy.encoded(7), adapted(toy, "lora")
+    found = batch_gradients(model, "lora", data, "answer")
+    parameters = select(model, layout_of(model, "lora"))
+    model.get_base_model().enable_input_require_grads()  # its hooks want it
+    opacus = GradSampleModule(model, loss_reduction="sum")
+    question_losses(model, data, "answer", "plain").sum().backward()
+    theirs = torch.cat([p.grad_sample.flatten(1) for p in parameters], 1).double().numpy()
+    opacus.remove_hooks()
+    np.testing.assert_allclose(found, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_a_weight_that_is_used_twice_gets_both_gradients() -> None:
+    layer = torch.nn.Linear(3, 2, bias=False)
+    x = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0))
+    with watched(layer) as calls:
+        losses = (layer(x) ** 2).sum((1, 2)) + layer(2 * x).sum((1, 2))
+        (found,) = per_record_gradients(losses, [layer.weight], calls)
+    for i in range(4):
+        layer.zero_grad()
+        ((layer(x[i]) ** 2).sum() + layer(2 * x[i]).sum()).backward()
+        torch.testing.assert_close(found[i].T, layer.weight.grad)
+
+
+def test_a_layer_that_sees_tokens_without_their_records_is_refused() -> None:
+    """Adversary: a model whose adapter sits on routed experts: no gradient there is one record's,
+    and clipping per row would clip tokens."""
+    layer = torch.nn.Linear(3, 2, bias=False)
+    with watched(layer) as calls:
+        losses = layer(torch.ones(4 * 5, 3)).view(4, 10).sum(1)
+        with pytest.raises(TrainingError, match="mixes the tokens of records"):
+            per_record_gradients(losses, [layer.weight], calls)
 
 
 class Silent(NoiseSource):
@@ -113,6 +155,29 @@ def test_a_subject_is_clipped_as_a_whole(toy: Any, micro_batch: int) -> None:
     sums = np.array([gradients[[s == n for s in subjects]].sum(0) for n in names])
     delta = one_noiseless_step(toy, data, batch_size=4, subjects=subjects, micro_batch=micro_batch)
     np.testing.assert_allclose(delta, -clipped(sums).sum(0) / 4, atol=1e-5)
+
+
+@pytest.mark.parametrize("protected", ["subject", "record"])
+def test_a_subject_s_whole_influence_on_the_sum_is_at_most_the_clip(
+    toy: Any, protected: str
+) -> None:
+    """Adversary: knows all but one person's records. Clipped one by one, five records of one
+    person move the sum by more than C: the same check fails where the record is the unit."""
+    data = toy.encoded(9)
+    subjects = ["ada", "bob", "ada", "cy", "ada", "bob", "di", "ada", "ada"]
+    others = [i for i, name in enumerate(subjects) if name != "ada"]
+
+    def summed(rows: list[int]) -> np.ndarray:
+        names = [subjects[row] for row in rows] if protected == "subject" else None
+        units = len(set(names)) if names else len(rows)
+        chosen = data.select(torch.tensor(rows))
+        return units * one_noiseless_step(toy, chosen, batch_size=units, subjects=names)
+
+    influence = np.linalg.norm(summed(list(range(9))) - summed(others))
+    if protected == "subject":
+        assert 0.99 * CLIP < influence < CLIP * (1 + 1e-5)
+    else:
+        assert influence > 1.2 * CLIP
 
 
 class Recorded(NoiseSource):
@@ -244,8 +309,6 @@ def test_a_tuned_model_keeps_no_trace_of_records(toy: Any) -> None:
     )
     for parameter in model.parameters():
         assert parameter.grad is None
-        assert not hasattr(parameter, "grad_sample")
-    assert not any(hasattr(module, "activations") for module in model.modules())
     assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
 
 
@@ -285,8 +348,11 @@ def test_nan_is_refused(toy: Any) -> None:
 
 def test_no_record_decides_whether_private_training_fails() -> None:
     """Adversary: a server whose adapter makes single records overflow. They count as zero."""
-    gradients = np.array([[3.0, 4.0], [np.inf, 1.0], [np.nan, 0.0], [0.3, 0.4]])
-    np.testing.assert_allclose(_clipped_sum(gradients, 1.0), [0.6 + 0.3, 0.8 + 0.4])
+    gradients = torch.tensor([[3.0, 4.0], [torch.inf, 1.0], [torch.nan, 0.0], [0.3, 0.4]])
+    first, second = gradients[:, :1, None], gradients[:, 1:, None]  # two parameters [1, 1]
+    np.testing.assert_allclose(
+        _clipped_sum([first, second], [1] * 4, 1.0), [0.6 + 0.3, 0.8 + 0.4], rtol=1e-6
+    )
 
 
 def test_an_overflowing_step_is_refused(toy: Any) -> None:

@@ -52,6 +52,28 @@ def test_the_fingerprint_changes_with_a_record() -> None:
     assert record_id(ab) != record_id(Question("a", ("b c", "d"), 0))
 
 
+def test_the_fingerprint_by_subject_knows_who_shares_records_not_their_names() -> None:
+    questions = pool(12)
+    owned = [replace(q, subject=f"p{i % 4}") for i, q in enumerate(questions)]
+    renamed = [replace(q, subject=f"case {i % 4}") for i, q in enumerate(questions)]
+    other = [replace(q, subject=f"p{i % 3}") for i, q in enumerate(questions)]
+    assert dataset_fingerprint(owned) == dataset_fingerprint(renamed[::-1])
+    assert len({dataset_fingerprint(q) for q in (questions, owned, other)}) == 3
+
+
+def test_a_subject_is_dealt_to_one_silo() -> None:
+    """A person in two silos would have two budgets."""
+    questions = [replace(q, subject=f"p{i // 5}") for i, q in enumerate(pool(120))]
+    questions += [replace(questions[3], subject="p23")]  # a prompt that two of them share
+    split = split_questions(questions, silos=3, per_silo=20, public=30, seed=7)
+    parts = [*split.silos, split.public_unlabelled, split.unused]
+    assert [len(part) for part in split.silos] == [20, 20, 20]
+    owners = [{q.subject for q in part} for part in parts]
+    assert sum(map(len, owners)) == len(set().union(*owners)) == 24
+    (home,) = [part for part in owners if "p0" in part]
+    assert "p23" in home
+
+
 def test_every_question_lands_once_and_independent_of_file_order() -> None:
     questions = pool(120)
     split = split_questions(

@@ -1,0 +1,179 @@
+"""What differential privacy costs a silo in time, on the built-in SLM.
+
+    python -m benchmarks.privacy_overhead --json
+
+A step without privacy, the same step with its gradient taken record by record, and the whole step
+of DP-SGD (Poisson sample, per-record gradients, clip, exact noise): same batch, same micro-batch,
+one thread, in turn, so that other load on the machine meets all three alike. Times are process CPU
+time, medians; ratios are medians over the repeats. Then one training round of one quickstart silo
+with and without privacy, records encoded and model loaded before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import nn
+
+from benchmarks._machine import machine
+from securefedcollm.federation.cotuning import SiloTuning, Tuned, planned_event
+from securefedcollm.federation.dealing import deal
+from securefedcollm.federation.workload import silent
+from securefedcollm.privacy.noise import NoiseSource
+from securefedcollm.study import Study, load_study
+from securefedcollm.tuning.adapters import to_vector
+from securefedcollm.tuning.local import (
+    per_record_gradients,
+    question_losses,
+    train_dp,
+    train_plain,
+    watched,
+)
+from securefedcollm.tuning.questions import EncodedQuestions, sorted_by_length
+from securefedcollm.tuning.recipe import Progress, make_optimizer, training_mode
+
+STEPS = 6
+CLIP, NOISE = 1.0, 1.0
+
+Run = Callable[[Progress], None]
+"""Trains STEPS steps and calls back after each."""
+
+
+def variants(study: Study, tuned: Tuned, batch: EncodedQuestions) -> dict[str, Run]:
+    """The three ways to train on all of ``batch`` in every step."""
+    layout, local, score = tuned.update_layout(0), study.local, study.task.score
+
+    def plain(progress: Progress) -> None:
+        train_plain(
+            tuned.model,
+            layout,
+            batch,
+            steps=STEPS,
+            batch_size=len(batch),
+            learning_rate=1e-3,
+            seed=1,
+            loss=local.loss,
+            normalisation=score,
+            micro_batch=local.micro_batch,
+            progress=progress,
+        )
+
+    def private(progress: Progress) -> None:
+        train_dp(
+            tuned.model,
+            layout,
+            batch,
+            steps=STEPS,
+            batch_size=len(batch),  # a sampling rate of 1: the batch of the others
+            learning_rate=1e-3,
+            noise_multiplier=NOISE,
+            clip_norm=CLIP,
+            noise=NoiseSource(),
+            seed=1,
+            loss=local.loss,
+            normalisation=score,
+            micro_batch=local.micro_batch,
+            progress=progress,
+        )
+
+    def per_record(progress: Progress) -> None:
+        """The plain step, but with Σ of per-record gradients for its gradient."""
+        parameters = [p for p in tuned.model.parameters() if p.requires_grad]
+        descend = make_optimizer("adam", parameters, 1e-3)
+        with training_mode(tuned.model, seed=1), watched(tuned.model) as calls:
+            for step in range(STEPS):
+                sums = [torch.zeros_like(p) for p in parameters]
+                order = sorted_by_length(batch, torch.randperm(len(batch)))
+                for rows in torch.split(order, local.micro_batch):
+                    losses = question_losses(tuned.model, batch.select(rows), local.loss, score)
+                    found = per_record_gradients(losses / len(batch), parameters, calls)
+                    for total, gradient in zip(sums, found, strict=True):
+                        total += gradient.sum(0).T
+                for parameter, total in zip(parameters, sums, strict=True):
+                    parameter.grad = total
+                nn.utils.clip_grad_norm_(parameters, torch.inf)
+                descend.step()
+                progress(step + 1, STEPS, "")
+
+    return {"plain": plain, "per_record": per_record, "dp": private}
+
+
+def step_ms(run: Run) -> float:
+    """Median CPU milliseconds of a step; the first, which sets things up, is left out."""
+    ends: list[float] = []
+    run(lambda done, total, text: ends.append(time.process_time()))
+    return 1e3 * statistics.median(b - a for a, b in itertools.pairwise(ends))
+
+
+def round_s(study: Study, data: Path | None) -> float:
+    """CPU seconds in which one silo trains one round of ``study``."""
+    name, records = next(iter(deal(study, data).silos.items()))
+    silo = SiloTuning(study, name, records, data=data)
+    start = time.process_time()
+    silo.fit(silo.adapter(), 0, silent)
+    return time.process_time() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
+    parser.add_argument("--data", type=Path, help="the directory of the study's files, if it has")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    study = load_study(asked.config, [])
+    open_study = msgspec.structs.replace(study, privacy=None)
+
+    tuned = Tuned.load(study, study.models.slm, data=asked.data)
+    records = next(iter(deal(study, asked.data).silos.values()))
+    runs = variants(study, tuned, tuned.encode(records[: study.local.batch_size]))
+    for run in runs.values():
+        step_ms(run)  # the first use of everything
+    times = [{name: step_ms(run) for name, run in runs.items()} for _ in range(asked.repeats)]
+
+    if study.privacy is not None:
+        planned_event(study, records)  # calibration is done once a study, not once a round
+    rounds = [(round_s(open_study, asked.data), round_s(study, asked.data)) for _ in range(3)]
+    plain_round, dp_round = (statistics.median(column) for column in zip(*rounds, strict=True))
+
+    def median(name: str) -> float:
+        return round(statistics.median(row[name] for row in times), 2)
+
+    def ratio(name: str) -> float:
+        return round(statistics.median(row[name] / row["plain"] for row in times), 3)
+
+    result = {
+        "benchmark": "privacy_overhead",
+        "study": study.study,
+        "batch": study.local.batch_size,
+        "micro_batch": study.local.micro_batch,
+        "adapter_values": len(to_vector(tuned.model, tuned.update_layout(0))),
+        "plain_step_ms": median("plain"),
+        "per_record_step_ms": median("per_record"),
+        "dp_step_ms": median("dp"),
+        "per_sample_gradient_ratio": ratio("per_record"),
+        "dp_step_ratio": ratio("dp"),
+        "plain_round_s": round(plain_round, 2),
+        "dp_round_s": round(dp_round, 2),
+        "round_ratio": round(statistics.median(b / a for a, b in rounds), 3),
+        "threads": 1,
+        "machine": machine("torch", "numpy", "peft", "transformers"),
+    }
+    if asked.json:
+        print(json.dumps(result, indent=2))
+        return
+    for key, value in result.items():
+        print(f"{key:26} {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""An optimizer over one flat vector, fed with gradients from elsewhere.
+
+In joint DP-SGD the gradient comes out of a secure sum, and what the server does with it is
+post-processing: it costs no privacy, so the optimizer may remember as much as it likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from securefedcollm.tuning.adapters import Vector
+from securefedcollm.tuning.recipe import Optimizer, make_optimizer
+
+
+class Descent:
+    """See the module's docstring.
+
+    Args:
+        name: which optimizer, as in a study.
+    """
+
+    def __init__(self, name: Optimizer, learning_rate: float) -> None:
+        self._name = name
+        self._learning_rate = learning_rate
+        self._point: nn.Parameter | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    def step(self, point: Vector, gradient: Vector) -> Vector:
+        """Where one step from ``point`` against ``gradient`` leads; float32 [d] all three."""
+        place, optimizer = self._at(point)
+        place.grad = torch.from_numpy(gradient.copy())
+        optimizer.step()
+        return place.detach().numpy().copy()
+
+    def state(self) -> dict[str, Vector]:
+        """The optimizer's memory: float32 vectors by name; empty before the first step."""
+        if self._optimizer is None or self._point is None:
+            return {}
+        kept = self._optimizer.state[self._point]
+        return {name: value.detach().numpy().copy() for name, value in kept.items()}
+
+    def restore(self, state: Mapping[str, Vector]) -> None:
+        """Take up where :meth:`state` was taken."""
+        if state:
+            size = max(value.size for value in state.values())
+            place, optimizer = self._at(np.zeros(size, dtype=np.float32))
+            optimizer.state[place] = {k: torch.from_numpy(v.copy()) for k, v in state.items()}
+
+    def _at(self, point: Vector) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+        if self._point is None or self._optimizer is None:
+            self._point = nn.Parameter(torch.from_numpy(point.copy()))
+            self._optimizer = make_optimizer(self._name, [self._point], self._learning_rate)
+        with torch.no_grad():
+            self._point.copy_(torch.from_numpy(point))
+        return self._point, self._optimizer
