@@ -88,6 +88,11 @@ def _render(results: dict[str, Any]) -> None:
         console.print(Padding(f"[dim]{note}[/dim]", (0, 2)))
     console.print()
     console.print(_silo_table(results))
+    others = results["silos"][0]["epsilon_other_accountants"]
+    if others:
+        said = ", ".join(f"{value:.2f} ({name})" for name, value in others.items())
+        note = f"ε by accountants that are not the claim, without the ledger's reserve: {said}"
+        console.print(Padding(f"[dim]{note}[/dim]", (0, 2)))
     _print_places(console, results)
 
 

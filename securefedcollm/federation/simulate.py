@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +30,9 @@ from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.federation.workload import Progress, silent
 from securefedcollm.primitives import SigningKey
+from securefedcollm.privacy.accounting import prv_bounds
 from securefedcollm.privacy.adversaries import per_adversary
-from securefedcollm.privacy.events import PoissonGaussian
+from securefedcollm.privacy.events import Events, PoissonGaussian
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import Study, digest, dump_study
 
@@ -240,13 +241,11 @@ class Simulation:
         history = store.state.history
         silos = []
         for name, count in records.items():
-            spent, adversaries = _spent(self._out / "silos" / name, self._study)
             silos.append(
                 {
                     "name": name,
                     "records": count,
-                    "epsilon_spent": spent,
-                    "epsilon_by_adversary": adversaries,
+                    **_spent(self._out / "silos" / name, self._study),
                     "epsilon_budget": privacy.epsilon if privacy else None,
                     "delta": privacy.delta if privacy else None,
                     "bytes_up": sum(r.get("bytes_up", {}).get(name, 0) for r in history),
@@ -375,18 +374,42 @@ def _rows(method: str, scores: dict[str, float]) -> list[dict[str, Any]]:
     return [{"model": m, "method": method, "accuracy": a} for m, a in rows.items()]
 
 
-def _spent(home: Path, study: Study) -> tuple[float | None, dict[str, float] | None]:
-    """The ledger's ε, and ε for each adversary, at the study's δ; None without DP."""
-    if study.privacy is None:
-        return None, None
-    delta = study.privacy.delta
-    with Ledger(home / "ledger.sqlite", home.name) as ledger:
-        entries = ledger.entries()
-        if not entries:
-            return 0.0, {}
-        summary = ledger.spent(*entries[0].key[:2], delta)
-    rows = per_adversary(summary.events, [delta], study.silos.colluders, terms=entries[0].terms)
-    return summary.claim.epsilon, {row.adversary: row.epsilons[0].epsilon for row in rows}
+def _spent(home: Path, study: Study) -> dict[str, Any]:
+    """What the silo's ledger says at the study's δ, and for each adversary; None without DP.
+
+    ``epsilon_other_accountants``: of the same releases, by those whose word is not the claim.
+    """
+    spent: float | None = None
+    adversaries: dict[str, float] | None = None
+    others: dict[str, float] = {}
+    if study.privacy is not None:
+        delta = study.privacy.delta
+        spent, adversaries = 0.0, {}
+        with Ledger(home / "ledger.sqlite", home.name) as ledger:
+            entries = ledger.entries()
+            if entries:
+                summary = ledger.spent(*entries[0].key[:2], delta)
+                spent = summary.claim.epsilon
+                rows = per_adversary(
+                    summary.events, [delta], study.silos.colluders, terms=entries[0].terms
+                )
+                adversaries = {row.adversary: row.epsilons[0].epsilon for row in rows}
+                others = _other_accountants(tuple(summary.events), delta)
+    return {
+        "epsilon_spent": spent,
+        "epsilon_by_adversary": adversaries,
+        "epsilon_other_accountants": others,
+    }
+
+
+@lru_cache  # silos of equal size have the same releases
+def _other_accountants(events: Events, delta: float) -> dict[str, float]:
+    from securefedcollm.tuning.opinion import opacus_epsilon
+
+    theirs = opacus_epsilon(events, delta)
+    if theirs is None:
+        return {}
+    return {"prv-accountant": prv_bounds(events, delta)[1], "opacus": theirs}
 
 
 def _sentence(record: dict[str, Any], rounds: int) -> str:

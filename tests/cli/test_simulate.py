@@ -62,6 +62,9 @@ def test_a_run_ends_with_table_ledger_and_adapters(inputs, tmp_path):
         assert silo["records"] == 32
         assert 0 < silo["epsilon_spent"] <= 8
         assert set(silo["epsilon_by_adversary"].values()) == {silo["epsilon_spent"]}
+        others = silo["epsilon_other_accountants"]
+        assert set(others) == {"prv-accountant", "opacus"}
+        assert all(0 < other <= silo["epsilon_spent"] + 0.01 for other in others.values())
         assert silo["bytes_up"] > 0
         assert silo["bytes_down"] > 0
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
