@@ -112,11 +112,9 @@ def derived(study: Any) -> dict[str, Any]:
         "study": f"{study.study}, digest sha256:{digest(study).hex()}",
         "models": f"LLM {study.models.llm.source}, SLM {study.models.slm.source}",
         "silos": f"{n}, of which {c} may collude with the server",
-        "a sum opens with": f"{study.minimum} survivors, {study.threshold} of them unmasking "
-        f"({n - max(study.minimum, study.threshold)} dropout(s) tolerated per round)",
+        "a sum opens with": _opens_with(study),
         "adapter": f"{study.adapter.method}, rank {study.adapter.rank}, α {study.adapter.alpha:g}",
-        "ring": f"{field.per_word} fields of {field.bits} bits per 64-bit word "
-        f"({8 / field.per_word:.2f} bytes a value), integers within ±{field.bound}, "
+        "ring": f"{_packing(study)}, integers within ±{field.bound}, "
         f"resolution {study.aggregation.clip_norm / field.bound:.2g}",
         "privacy": (
             f"(ε = {privacy.epsilon:g}, δ = {privacy.delta:g}) per {privacy.unit}, noise "
@@ -134,7 +132,60 @@ def derived(study: Any) -> dict[str, Any]:
         "field_bits": field.bits,
         "fields_per_word": field.per_word,
         "bound": field.bound,
+        "ckks": _ring_facts(study),
         "reading": reading,
+    }
+
+
+def _opens_with(study: Any) -> str:
+    tolerated = f"({study.silos.count - study.quorum} dropout(s) tolerated per round)"
+    if study.ring is None:
+        return f"{study.minimum} survivors, {study.threshold} of them unmasking {tolerated}"
+    return (
+        f"{study.quorum} silos, all of which made the key and decrypt; else the rest repeat "
+        f"{tolerated}"
+    )
+
+
+def _packing(study: Any) -> str:
+    ring, field = study.ring, study.field
+    if ring is None:
+        return (
+            f"{field.per_word} fields of {field.bits} bits per 64-bit word "
+            f"({8 / field.per_word:.2f} bytes a value)"
+        )
+    after = "exact once rounded" if ring.exact else f"at most {ring.greatest_error:.0f}"
+    leak = ring.leak(10**6)
+    told = f"advantage at most {leak:.1g} per million values" if leak < 1 else "no such bound"
+    up, share = _ring_bytes(study)
+    return (
+        f"CKKS {ring.name}, N = 4096, q of {ring.prime.bit_length()} bits, Δ = 2^{ring.scale_bits} "
+        f"({up:.2g} bytes a value of a million and {share:.2g} to decrypt), a sum of "
+        f"{ring.silos} cannot wrap, predicted rms error {ring.rms:.2g} units ({after}), flooding "
+        f"2^{ring.flood_bits} for one decryption per key (statistical {told})"
+    )
+
+
+def _ring_bytes(study: Any) -> tuple[float, float]:
+    """Bytes a value, of a million: of a ciphertext with its keys, and of a share."""
+    shape = study.ring.shape(10**6, study.silos.colluders)
+    size = study.ring.value_bytes * 4096 / 10**6
+    return size * (shape.keys + shape.chunks + shape.groups), size * shape.chunks
+
+
+def _ring_facts(study: Any) -> dict[str, Any] | None:
+    ring = study.ring
+    if ring is None:
+        return None
+    return {
+        "set": ring.name,
+        "modulus_bits": ring.prime.bit_length(),
+        "scale_bits": ring.scale_bits,
+        "flood_bits": ring.flood_bits,
+        "rms": ring.rms,
+        "greatest_error": ring.greatest_error,
+        "exact": ring.exact,
+        "advantage_per_million_values": ring.leak(10**6),
     }
 
 

@@ -4,8 +4,16 @@
 sockets, files, clock or global randomness; the federation carries its frames and keeps its journal.
 """
 
-from securefedcollm.aggregation.header import RingParameters, Roster, RoundHeader
+from securefedcollm.aggregation.header import (
+    CKKS_SUITES,
+    SUITE,
+    RingParameters,
+    Roster,
+    RoundHeader,
+)
 from securefedcollm.aggregation.scheme import (
+    STEPS,
+    AbandonedError,
     CoordinatorSide,
     Journal,
     RoundResult,
@@ -15,10 +23,15 @@ from securefedcollm.aggregation.scheme import (
     coordinator_side,
     silo_side,
 )
-from securefedcollm.aggregation.steps import TRANSITIONS, Step
+from securefedcollm.aggregation.steps import CKKS_TRANSITIONS, TRANSITIONS, Step
 
 __all__ = [
+    "CKKS_SUITES",
+    "CKKS_TRANSITIONS",
+    "STEPS",
+    "SUITE",
     "TRANSITIONS",
+    "AbandonedError",
     "CoordinatorSide",
     "Journal",
     "RingParameters",

@@ -209,16 +209,17 @@ def sign(message: S, key: SigningKey) -> S:
     return msgspec.structs.replace(message, signature=key.sign(message.CONTEXT, message.signed()))
 
 
-def decode(kind: type[M], frame: bytes, peer: str) -> M:
-    """Decode one frame of the expected ``kind``.
+def decode(kind: type[M], frame: bytes, peer: str, limit: int = 0) -> M:
+    """Decode one frame of the expected ``kind``, of at most ``limit`` (default: its LIMIT) bytes.
 
     Raises:
         RemoteProtocolError: too long, not of this kind, not canonical.
     """
     name = kind.__name__.lower()
     hint = "both sides must run the same version; otherwise report this peer"
-    if len(frame) > kind.LIMIT:
-        message = f"the {name} frame has {len(frame)} bytes, more than {kind.LIMIT}"
+    limit = limit or kind.LIMIT
+    if len(frame) > limit:
+        message = f"the {name} frame has {len(frame)} bytes, more than {limit}"
         raise RemoteProtocolError(message, peer=peer, hint=hint)
     try:
         decoded = msgspec.msgpack.decode(frame, type=kind)

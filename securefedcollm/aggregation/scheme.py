@@ -8,17 +8,36 @@ engines carry the bytes, and its journal is the only thing that outlives a proce
 from __future__ import annotations
 
 import os
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from securefedcollm.aggregation.header import Roster, RoundHeader
-from securefedcollm.aggregation.steps import Step
+from securefedcollm.aggregation.steps import CKKS_TRANSITIONS, TRANSITIONS, Step
+from securefedcollm.errors import ProtocolError
 from securefedcollm.primitives import RandomSource, SigningKey
 
-SchemeName = Literal["masking"]
+SchemeName = Literal["masking", "ckks"]
+
+STEPS: Final[dict[SchemeName, tuple[Step, ...]]] = {
+    "masking": tuple(TRANSITIONS),
+    "ckks": tuple(CKKS_TRANSITIONS),
+}
+"""The exchanges of a round, in order."""
+
+
+class AbandonedError(ProtocolError):
+    """An attempt that cannot go on without silos that were lost; others may repeat it.
+
+    Args:
+        lost: name -> reason.
+    """
+
+    def __init__(self, message: str, *, lost: dict[str, str], hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.lost = lost
 
 
 class Journal(Protocol):
@@ -45,8 +64,8 @@ class RoundResult(msgspec.Struct, frozen=True):
         excluded: name -> reason for every silo that stopped taking part. One that left after its
             upload is still among the survivors.
         header_digest: 32 bytes.
-        transcript: 32 bytes, the lists digest that the survivors signed in R3.
-        agreements: name -> 64-byte signature over the transcript, for the audit log.
+        transcript: 32 bytes that fix what is in the sum; every name in ``agreements`` signed it.
+        agreements: name -> 64-byte signature that covers the transcript, for the audit log.
     """
 
     sum: npt.NDArray[np.int64]
@@ -176,6 +195,19 @@ def silo_side(
                 random=random,
                 threads=threads,
             )
+        case "ckks":
+            from securefedcollm.aggregation.ckks_silo import CkksSiloRound
+
+            return CkksSiloRound(
+                header=header,
+                roster=roster,
+                name=name,
+                signing_key=signing_key,
+                vector=vector,
+                vector_id=vector_id,
+                journal=journal,
+                random=random,
+            )
 
 
 def coordinator_side(
@@ -187,3 +219,7 @@ def coordinator_side(
             from securefedcollm.aggregation.coordinator import CoordinatorRound
 
             return CoordinatorRound(header=header, roster=roster, threads=threads)
+        case "ckks":
+            from securefedcollm.aggregation.ckks_coordinator import CkksCoordinatorRound
+
+            return CkksCoordinatorRound(header=header, roster=roster)

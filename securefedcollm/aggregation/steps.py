@@ -1,4 +1,4 @@
-"""The steps of a round and the one table of transitions that both state machines follow.
+"""The steps of a round and the tables of transitions that both sides follow.
 
 The state diagram in ``docs/protocol.md`` is generated from :data:`TRANSITIONS`.
 """
@@ -14,6 +14,7 @@ class Step(Enum):
 
     ADVERTISE = "advertise"
     SHARE = "share"
+    ENCRYPT = "encrypt"
     UPLOAD = "upload"
     AGREE = "agree"
     UNMASK = "unmask"
@@ -40,4 +41,14 @@ TRANSITIONS: Final[dict[Step, Transition]] = {
     Step.AGREE: Transition("Survey", "Agreement", Step.UNMASK),
     Step.UNMASK: Transition("Opening", "Unmask", Step.DONE),
 }
-"""R0 to R4. ``DONE`` and ``FAILED`` have no way out."""
+"""Masking, R0 to R4. ``DONE`` and ``FAILED`` have no way out."""
+
+CKKS_TRANSITIONS: Final[dict[Step, Transition]] = {
+    Step.ADVERTISE: Transition("Ask", "KeyCommitment", Step.SHARE),
+    Step.SHARE: Transition("KeyCommitments", "KeyPart", Step.ENCRYPT),
+    Step.ENCRYPT: Transition("KeyParts", "Sealed", Step.UPLOAD),
+    Step.UPLOAD: Transition("SealedRoll", "CipherUpload", Step.AGREE),
+    Step.AGREE: Transition("Pieces", "Verdict", Step.UNMASK),
+    Step.UNMASK: Transition("Aggregate", "Partial", Step.DONE),
+}
+"""CKKS, K0 to K5."""

@@ -16,6 +16,8 @@ import numpy as np
 from msgspec import structs
 
 from securefedcollm.aggregation import (
+    STEPS,
+    AbandonedError,
     CoordinatorSide,
     Roster,
     RoundHeader,
@@ -187,14 +189,26 @@ class Coordinator:
         """
         problems: list[str] = []
         hopeless = False
-        while len(problems) < MAX_ATTEMPTS and not hopeless:
+        absent: dict[str, str] = {}
+        failures = 0
+        while failures < MAX_ATTEMPTS and not hopeless:
+            failures += 1
             attempt = self._store.begin_attempt()
             try:
-                return self._attempt(sum_, attempt, record)
+                return self._attempt(sum_, attempt, record, absent)
             except _TooFewUpdatesError as error:
                 self._evidence.failed(sum_, attempt, error)
                 problems.append(error.message)
                 hopeless = True  # the same silos would fail again, in this round and the next
+            except AbandonedError as error:
+                # The key needs all its shares, so the others go on without the lost; once a sum was
+                # being opened, only its very members can open it.
+                self._evidence.failed(sum_, attempt, error)
+                log.warning("%s attempt %d: %s", sum_name(self._study, sum_), attempt, error)
+                problems.append(error.message)
+                if not self._store.state.opening:
+                    absent |= error.lost
+                    failures -= 1  # one silo fewer each time, down to the quorum
             except ProtocolError as error:
                 self._evidence.failed(sum_, attempt, error)
                 log.warning("%s attempt %d: %s", sum_name(self._study, sum_), attempt, error)
@@ -213,7 +227,9 @@ class Coordinator:
             hint="mend the silos named, then continue with --resume",
         )
 
-    def _attempt(self, sum_: int, attempt: int, record: dict[str, Any]) -> Vector:
+    def _attempt(
+        self, sum_: int, attempt: int, record: dict[str, Any], absent: dict[str, str]
+    ) -> Vector:
         adapter = adapter_bytes(self._workload.adapter())
         round_ = round_of(self._study, sum_)
         layout = self._workload.layout(round_)
@@ -244,7 +260,7 @@ class Coordinator:
             adapter=adapter,
             clip_norm=clip_norm or 0.0,
         )
-        lost |= self._store.state.barred
+        lost |= self._store.state.barred | absent
         invited = [silo for silo in self._roster.names if silo not in lost]
         replies = self._ask(dict.fromkeys(invited, begin), TRAIN_TIMEOUT, traffic, lost)
         trained = [silo for silo, reply in replies.items() if isinstance(reply, Trained)]
@@ -284,9 +300,9 @@ class Coordinator:
 
     def _drive(self, side: CoordinatorSide, header: RoundHeader, traffic: _Traffic) -> None:
         """Play the aggregation protocol to its end."""
-        step = 0
+        step, steps = 0, len(STEPS[self._study.aggregation.scheme])
         while True:
-            self._progress(step, 5, "secure aggregation")
+            self._progress(step, steps, "secure aggregation")
             if side.step is Step.UNMASK:
                 self._evidence.opening(header, side.transcript)
                 self._store.begin_opening()
@@ -311,7 +327,7 @@ class Coordinator:
                 self._store.bar(error.peer, error.message)
                 raise
             if not more:
-                self._progress(5, 5, "secure aggregation")
+                self._progress(steps, steps, "secure aggregation")
                 return
 
     def _ask(

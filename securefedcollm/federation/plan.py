@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from securefedcollm.aggregation import RingParameters, Roster, RoundHeader
+from securefedcollm.aggregation import CKKS_SUITES, SUITE, RingParameters, Roster, RoundHeader
 from securefedcollm.privacy.adaptive_clip import AdaptiveClip
 from securefedcollm.privacy.joint import JointSetting, JointStep, calibrate_joint
 from securefedcollm.privacy.quantise import Quantiser
@@ -47,7 +47,7 @@ def round_header(
     values: int,
 ) -> RoundHeader:
     """The header that every message of this aggregation is bound to."""
-    field = study.field
+    field, plan = study.field, study.aggregation
     return RoundHeader(
         study_digest=digest(study),
         run_id=run_id,
@@ -64,6 +64,7 @@ def round_header(
             colluders=study.silos.colluders,
         ),
         roster_root=roster.root,
+        suite=CKKS_SUITES[plan.ckks] if plan.scheme == "ckks" else SUITE,
     )
 
 

@@ -191,7 +191,9 @@ class SiloSession:
         # evidence.
         run_id, round_, attempt = self._at
         memory = SumMemory(self._store, self._scope(run_id), round_)
-        if step is Step.UPLOAD:
+        # What is uploaded under CKKS opens only with this silo's own share, which it gives for one
+        # set of members a round; masked words open without it.
+        if step is Step.UPLOAD and self._study.aggregation.scheme == "masking":
             memory.uploaded(attempt)
         elif step is Step.UNMASK:
             memory.opened(attempt, len(side.transcript.survivors))

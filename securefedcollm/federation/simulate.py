@@ -83,7 +83,8 @@ class Simulation:
         self._resume = resume
         self._overwrite = overwrite
         self._baselines = tuple(baselines)
-        self._drops = [Drop.parse(spec, silo_names(study)) for spec in drops]
+        scheme = study.aggregation.scheme
+        self._drops = [Drop.parse(spec, silo_names(study), scheme) for spec in drops]
         cores = len(os.sched_getaffinity(0))
         self._workers = min(cores, study.silos.count) if workers is None else workers
         self._server_threads = cores  # silos and server never work at the same time
@@ -195,7 +196,9 @@ class Simulation:
             Coordinator(
                 study=self._study,
                 roster=roster,
-                engine=DroppingEngine(engine, self._drops) if self._drops else engine,
+                engine=DroppingEngine(engine, self._drops, self._study.aggregation.scheme)
+                if self._drops
+                else engine,
                 workload=server,
                 store=store,
                 progress=progress,

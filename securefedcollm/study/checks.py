@@ -66,6 +66,14 @@ def _check_ring(study: Study) -> None:
             where="aggregation.value_bits",
             hint="lower it; 16 loses nothing that training would notice",
         )
+    # Adversary: a key holder, who opens single ciphertexts as easily as sums.
+    if study.aggregation.key_model == "authority":
+        raise ConfigError(
+            "no study can ask for a party that holds the decryption key",
+            where="aggregation.key_model",
+            hint="choose threshold: all silos make the key, and nobody holds it",
+        )
+    _ = study.ring  # refuses a CKKS sum that could wrap
 
 
 def _check_privacy(study: Study) -> None:

@@ -46,7 +46,13 @@ def test_version():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["study", "check", QUICKSTART], ["study", "schema"]]
+    "arguments",
+    [
+        ["--help"],
+        ["study", "check", QUICKSTART],
+        ["study", "check", QUICKSTART, "--set", "aggregation.scheme=ckks"],
+        ["study", "schema"],
+    ],
 )
 def test_light_commands_never_import_torch(arguments):
     program = (
@@ -78,6 +84,17 @@ def test_study_check_says_what_follows():
     text = call("study", "check", QUICKSTART, "--set", "privacy=none")
     assert "no differential privacy" in text
     assert text.endswith("the study is sound\n")
+
+
+def test_study_check_predicts_the_error_of_a_ckks_sum():
+    ckks = ["--set", "aggregation.scheme=ckks"]
+    facts = json.loads(call("study", "check", QUICKSTART, *ckks, "--json"))["ckks"]
+    assert (facts["set"], facts["exact"], facts["modulus_bits"]) == ("precise", True, 60)
+    assert facts["rms"] < facts["greatest_error"] < 0.5
+    assert 0 < facts["advantage_per_million_values"] < 1e-3
+    assert json.loads(call("study", "check", QUICKSTART, "--json"))["ckks"] is None
+    text = call("study", "check", QUICKSTART, *ckks, "--set", "aggregation.ckks=compact")
+    assert "a sum of 4 cannot wrap, predicted rms error 1 units (at most 19)" in text
 
 
 def test_study_show_round_trips(tmp_path):

@@ -207,6 +207,37 @@ def test_killed_with_minus_nine_and_resumed(inputs, tmp_path):
     assert results["evidence"]["passed"] == 22
 
 
+def test_ckks_gives_the_same_models_as_masking(inputs, tmp_path):
+    """Precise sums are exact, so the same integers (19 bits fill masking's fields) make the same
+    adapters, bit for bit; a silo that is lost in the middle is left out by a fresh key."""
+    fixed = [
+        *NO_PRIVACY,
+        "--no-baselines",
+        "--set",
+        "aggregation.value_bits=19",
+        "--set",
+        "rounds=1",
+    ]
+    masked = run(inputs, tmp_path / "masking", *fixed, "--drop", "2@share:1")
+    ckks = ["--set", "aggregation.scheme=ckks", "--drop", "2@encrypt:1"]
+    sealed = run(inputs, tmp_path / "ckks", *fixed, *ckks)
+    assert sealed["table"] == masked["table"]
+    assert [r["survivors"] for r in sealed["rounds"]] == [r["survivors"] for r in masked["rounds"]]
+    assert len(sealed["rounds"][0]["survivors"]) == 3
+    for which in ("slm", "llm"):
+        expected = adapters(tmp_path / "masking", which)
+        for key, value in adapters(tmp_path / "ckks", which).items():
+            np.testing.assert_array_equal(value, expected[key])
+
+
+def test_client_level_privacy_runs_under_ckks(inputs, tmp_path):
+    change = ["--set", "privacy.unit=silo", "--set", "privacy.noise=distributed"]
+    ckks = ["--set", "aggregation.scheme=ckks", "--set", "rounds=1"]
+    results = run(inputs, tmp_path / "run", *change, *ckks, "--no-baselines")
+    assert len(results["rounds"][0]["survivors"]) == 4
+    assert all(0 < silo["epsilon_spent"] <= 8 for silo in results["silos"])
+
+
 def broken_line(directory: Path) -> None:
     lines = (directory / "train.jsonl").read_text().splitlines()
     lines[4] = '{"question": "colour of'

@@ -91,6 +91,16 @@ def test_the_digest_is_that_of_the_meaning_not_of_the_spelling(tmp_path):
             "distillation.batch_unlabelled: both batches are empty",
             "at least one",
         ),
+        (
+            "aggregation={scheme: ckks, value_bits: 32}",
+            "aggregation.value_bits: the precise ring cannot hold a sum of 4 values",
+            "lower it, or choose scheme: masking",
+        ),
+        (
+            "aggregation={scheme: ckks, key_model: authority}",
+            "aggregation.key_model: no study can ask for a party that holds the decryption key",
+            "choose threshold",
+        ),
         ("nonsense", "--set: 'nonsense' is not key=value", "--set local.steps=20"),
         ("study.x=1", "--set study.x: 'study' holds a plain value", ""),
         ("rounds=[", "--set rounds: ", "YAML"),

@@ -111,9 +111,13 @@ def quorum(case: Case, wrong: Faults) -> str:
 
 
 def agreements(case: Case, wrong: Faults) -> str:
-    """Adversary: a server that opens a sum which the silos did not agree to."""
+    """Adversary: a server that opens a sum which the silos did not agree to.
+
+    Under CKKS a silo signs its verdict on the ciphertexts' sums, which are not in the log: there
+    the silos themselves have checked each other's signatures; the lists alone are compared.
+    """
     signatures = lists = 0
-    roster = case.roster
+    roster, masked = case.roster, case.study.aggregation.scheme == "masking"
     for log in case.logs.values():
         for entry, what in _openings(log):
             survivors = [roster.index(name) for name in what.survivors]
@@ -122,7 +126,7 @@ def agreements(case: Case, wrong: Faults) -> str:
             if digest.hex() != what.lists:
                 wrong(entry, "what was signed is not the digest of these lists")
             lists += 1
-            if not isinstance(what, Opening):
+            if not isinstance(what, Opening) or not masked:
                 continue
             for name, signature in what.agreements.items():
                 index = roster.index(name)
@@ -136,6 +140,8 @@ def agreements(case: Case, wrong: Faults) -> str:
                 signatures += 1
     if not lists:
         raise NotCovered("nothing was opened")
+    if not masked:
+        return f"{count(lists, 'list')}; verdicts on ciphertexts were checked by the silos"
     return f"{count(signatures, 'signature')} by survivors, {count(lists, 'list')}"
 
 

@@ -6,11 +6,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from securefedcollm.aggregation import STEPS as ROUND_STEPS
+from securefedcollm.aggregation import SchemeName
 from securefedcollm.errors import ConfigError
 from securefedcollm.federation.engines import Engine, Failure
 from securefedcollm.federation.messages import BeginRound, decode_request
 
-STEPS = ("train", "advertise", "share", "upload", "agree", "unmask")
+STEPS: dict[SchemeName, tuple[str, ...]] = {
+    scheme: ("train", *(step.value for step in steps)) for scheme, steps in ROUND_STEPS.items()
+}
 """The exchanges of a round, in order."""
 
 _SPEC = re.compile(r"^(?P<silo>[^@]+)@(?P<step>[a-z]+)(:(?P<round>\d+))?$")
@@ -25,18 +29,18 @@ class Drop:
     round: int | None = None
 
     @classmethod
-    def parse(cls, spec: str, silos: Sequence[str]) -> Drop:
+    def parse(cls, spec: str, silos: Sequence[str], scheme: SchemeName = "masking") -> Drop:
         """``SILO@STEP[:ROUND]``; SILO is a name or a number from 1.
 
         Raises:
             ConfigError: no such silo or step.
         """
         match = _SPEC.match(spec)
-        if not match or match["step"] not in STEPS:
+        if not match or match["step"] not in STEPS[scheme]:
             raise ConfigError(
                 f"{spec!r} is not SILO@STEP[:ROUND]",
                 where="--drop",
-                hint=f"e.g. 2@upload or {silos[0]}@unmask:3; steps: {', '.join(STEPS)}",
+                hint=f"e.g. 2@upload or {silos[0]}@unmask:3; steps: {', '.join(STEPS[scheme])}",
             )
         silo = match["silo"]
         if silo.isdigit() and 1 <= int(silo) <= len(silos):
@@ -51,8 +55,11 @@ class Drop:
 class DroppingEngine:
     """Delivers nothing to a silo that is lost, and nothing from it."""
 
-    def __init__(self, engine: Engine, drops: Sequence[Drop]) -> None:
+    def __init__(
+        self, engine: Engine, drops: Sequence[Drop], scheme: SchemeName = "masking"
+    ) -> None:
         self._engine = engine
+        self._steps = STEPS[scheme]
         self._drops = tuple(drops)
         self._round = self._step = 0
 
@@ -66,8 +73,8 @@ class DroppingEngine:
         lost = {
             drop.silo
             for drop in self._drops
-            if self._step >= STEPS.index(drop.step) and drop.round in {None, self._round}
+            if self._step >= self._steps.index(drop.step) and drop.round in {None, self._round}
         }
         replies = self._engine.exchange({s: f for s, f in frames.items() if s not in lost}, timeout)
-        reason = f"dropped on purpose at {STEPS[min(self._step, len(STEPS) - 1)]}"
+        reason = f"dropped on purpose at {self._steps[min(self._step, len(self._steps) - 1)]}"
         return replies | {silo: Failure(reason) for silo in frames if silo in lost}

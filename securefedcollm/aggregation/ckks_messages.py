@@ -1,0 +1,235 @@
+"""The frames of a CKKS round, and the digests that bind them.
+
+Same rules as :mod:`~.messages`. Frames that hold polynomials have a limit that follows from the
+round's parameters (:func:`frame_limit`) instead of their class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Final
+
+import msgspec
+
+from securefedcollm.aggregation.ckks_ring import polynomial_bytes
+from securefedcollm.aggregation.header import (
+    CKKS_SUITES,
+    MAX_SILOS,
+    Digest,
+    RingParameters,
+    RoundHeader,
+)
+from securefedcollm.aggregation.messages import (
+    Message,
+    Signed,
+    index_bytes,
+)
+from securefedcollm.errors import ConfigError
+from securefedcollm.primitives import sha256
+from securefedcollm.study.ring import CkksRing, Shape, derive
+
+_PREFIX: Final = b"securefedcollm/v1/ckks-"
+_FEW: Final = msgspec.Meta(max_length=MAX_SILOS)
+_SLACK: Final = 64 * 1024
+"""Room for everything in a frame but polynomials, digests and signatures of MAX_SILOS silos."""
+
+
+def ring_of(header: RoundHeader) -> CkksRing:
+    """The ring that a header's suite and parameters fix.
+
+    Raises:
+        ConfigError: the suite is not CKKS, or no such ring holds the sum.
+    """
+    for name, suite in CKKS_SUITES.items():
+        if suite == header.suite:
+            parameters = header.parameters
+            return derive(name, silos=parameters.silos, bound=parameters.bound)
+    raise ConfigError(f"{header.suite!r} is not a CKKS suite", where="aggregation.scheme")
+
+
+def shape_of(header: RoundHeader) -> Shape:
+    """The numbers of polynomials that a header's parameters fix."""
+    parameters = header.parameters
+    return ring_of(header).shape(parameters.values, parameters.colluders)
+
+
+class KeyCommitment(Signed, frozen=True, tag="key-commitment"):
+    """Silo → server, K0: SHA-256 of the key part that will follow."""
+
+    CONTEXT: ClassVar[bytes] = _PREFIX + b"key-commitment"
+
+    commitment: Digest
+
+    def signed(self) -> bytes:
+        return Signed.signed(self) + self.commitment
+
+
+class KeyCommitments(Message, frozen=True, tag="key-commitments"):
+    """Server → silo, K1: the commitments of everyone who takes part, by ascending index."""
+
+    LIMIT: ClassVar[int] = 32 * 1024
+
+    entries: Annotated[tuple[KeyCommitment, ...], _FEW]
+
+
+class KeyPart(Signed, frozen=True, tag="key-part"):
+    """Silo → server, K1: b = e − a·s for every key, one after another.
+
+    ``commitments``: the digest of the list it was shown.
+    """
+
+    CONTEXT: ClassVar[bytes] = _PREFIX + b"key-part"
+
+    commitments: Digest
+    part: bytes
+
+    def signed(self) -> bytes:
+        return Signed.signed(self) + self.commitments + sha256(self.part)
+
+
+class KeyParts(Message, frozen=True, tag="key-parts"):
+    """Server → silo, K2: the members from here on, and their parts of the key."""
+
+    entries: Annotated[tuple[KeyPart, ...], _FEW]
+
+
+class Sealed(Signed, frozen=True, tag="sealed"):
+    """Silo → server, K2: the digest of a ciphertext that nobody else has seen yet."""
+
+    CONTEXT: ClassVar[bytes] = _PREFIX + b"sealed"
+
+    key: Digest
+    root: Digest
+
+    def signed(self) -> bytes:
+        return Signed.signed(self) + self.key + self.root
+
+
+class SealedRoll(Message, frozen=True, tag="sealed-roll"):
+    """Server → silo, K3: every member's commitment to its ciphertext."""
+
+    LIMIT: ClassVar[int] = 64 * 1024
+
+    entries: Annotated[tuple[Sealed, ...], _FEW]
+
+
+class CipherUpload(Message, frozen=True, tag="cipher-upload"):
+    """Silo → server, K3: the ciphertext, a first polynomial per chunk, a second one per group.
+
+    No signature: it must hash to the root that its owner signed.
+    """
+
+    first: bytes
+    second: bytes
+
+    def __repr__(self) -> str:
+        return f"CipherUpload({len(self.first)} + {len(self.second)} bytes)"
+
+
+class PieceList(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What a member committed to, and the chunks of it that the receiver is to add up.
+
+    Args:
+        first: digest of all its first polynomials.
+        seconds: concatenated 32-byte digests of its second polynomials, one a group.
+        pieces: the second polynomials of the receiver's groups, ascending.
+    """
+
+    first: Digest
+    seconds: bytes
+    pieces: bytes
+
+
+class Pieces(Message, frozen=True, tag="pieces"):
+    """Server → silo, K4: one list per member, by ascending index."""
+
+    lists: Annotated[tuple[PieceList, ...], _FEW]
+
+
+class Verdict(Signed, frozen=True, tag="verdict"):
+    """Silo → server, K4: what it was shown, and the digests of the groups that it added up."""
+
+    CONTEXT: ClassVar[bytes] = _PREFIX + b"verdict"
+
+    transcript: Digest
+    sums: bytes
+
+    def signed(self) -> bytes:
+        return Signed.signed(self) + self.transcript + self.sums
+
+
+class Aggregate(Message, frozen=True, tag="aggregate-ciphertext"):
+    """Server → silo, K5: every member's verdict, and the sum of all second polynomials."""
+
+    verdicts: Annotated[tuple[Verdict, ...], _FEW]
+    second: bytes
+
+
+class Partial(Signed, frozen=True, tag="partial"):
+    """Silo → server, K5: c1·s + flooding noise, one polynomial a chunk."""
+
+    CONTEXT: ClassVar[bytes] = _PREFIX + b"partial"
+
+    transcript: Digest
+    share: bytes
+
+    def signed(self) -> bytes:
+        return Signed.signed(self) + self.transcript + sha256(self.share)
+
+    def __repr__(self) -> str:
+        return f"Partial(index={self.index}, share=<redacted>)"
+
+
+def frame_limit(parameters: RingParameters, ring: CkksRing, polynomials: int) -> int:
+    """Greatest frame that holds so many polynomials and, for each silo, a digest per group."""
+    shape = ring.shape(parameters.values, parameters.colluders)
+    digests = parameters.silos * 32 * shape.groups
+    return polynomials * polynomial_bytes(ring) + digests + _SLACK
+
+
+def verifiers(group: int, members: Sequence[int], colluders: int) -> tuple[int, ...]:
+    """The c + 1 members that add up a group's second polynomials; one of them is honest."""
+    return tuple(members[(group + k) % len(members)] for k in range(colluders + 1))
+
+
+def assigned(index: int, members: Sequence[int], colluders: int, count: int) -> list[int]:
+    """The groups, of ``count``, that a member verifies, ascending."""
+    return [k for k in range(count) if index in verifiers(k, members, colluders)]
+
+
+# Digests, each fixing everything before it ------------------------------------------------------
+
+
+def key_commitment(header: bytes, index: int, part: bytes) -> bytes:
+    """K0. Hiding: a key part is pseudorandom."""
+    return sha256(_PREFIX, b"key-commitment\0", header, index_bytes(index), part)
+
+
+def commitments_digest(header: bytes, entries: Sequence[KeyCommitment]) -> bytes:
+    """After K0: who may take part, with which key parts."""
+    return sha256(_PREFIX, b"commitments\0", header, *_said(entries))
+
+
+def key_id(commitments: bytes, entries: Sequence[KeyPart]) -> bytes:
+    """After K1: the joint key and the members whose shares it takes to decrypt."""
+    return sha256(_PREFIX, b"key\0", commitments, *_said(entries))
+
+
+def cipher_root(key: bytes, index: int, first: bytes, seconds: bytes) -> bytes:
+    """What a silo commits to in K2: digest of the first polynomials, digests of the second."""
+    return sha256(_PREFIX, b"cipher\0", key, index_bytes(index), first, seconds)
+
+
+def transcript(key: bytes, entries: Sequence[Sealed]) -> bytes:
+    """After K2: the ciphertexts of which the sum consists. What members sign in K4."""
+    return sha256(_PREFIX, b"transcript\0", key, *_said(entries))
+
+
+def polynomial_digests(data: bytes, size: int) -> bytes:
+    """Concatenated SHA-256 of each polynomial of ``size`` bytes."""
+    view = memoryview(data)
+    return b"".join(sha256(view[at : at + size]) for at in range(0, len(data), size))
+
+
+def _said(entries: Sequence[Signed]) -> list[bytes]:
+    return [sha256(entry.signed(), entry.signature) for entry in entries]

@@ -1,0 +1,177 @@
+"""CKKS ring parameters, derived from the study and proved to fit before anything is encrypted.
+
+A ciphertext chunk holds N = 4096 integers as the coefficients of one polynomial modulo (X^N + 1, q)
+for one prime q; there is no multiplication, so no second prime and no key switching. A value v is
+stored as v·Δ. For a sum of n vectors, encrypted under a key that n silos made together, the
+decrypted coefficient is Δ·Σv + e with
+
+    e = Σᵢ (uᵢ·E + e0ᵢ + e1ᵢ·S) + Σᵢ fᵢ,    E = Σ key errors, S = Σ secrets,
+
+where u and the secrets are ternary, the errors are centred binomials (variance 10.5, at most 21, as
+in SEAL) and fᵢ is silo i's flooding noise. That gives the error law :attr:`CkksRing.rms` and, with
+the greatest value of every term in place of its variance, the proof in :func:`derive`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final, Literal, NamedTuple
+
+import msgspec
+
+from securefedcollm.errors import ConfigError
+
+CkksSet = Literal["precise", "compact"]
+
+DEGREE: Final = 4096
+PRIMES: Final[dict[CkksSet, int]] = {"precise": 1152921504606830593, "compact": 1099511480321}
+"""The greatest primes below 2^60 and 2^40 that are 1 mod 2N. The HomomorphicEncryption.org table
+allows 109 bits at N = 4096 for 128-bit security with ternary secrets; both are far below."""
+
+ERROR_VARIANCE: Final = 10.5
+ERROR_GREATEST: Final = 21
+"""A centred binomial: the difference of the bit counts of two 21-bit words."""
+
+FLOOD_TAIL: Final = 9
+"""Flooding noise is never beyond 9 standard deviations: its sampler has 53-bit uniforms, so
+|f| <= σ·√(2·53·ln 2) = 8.58·σ before rounding."""
+
+LEAST_FLOOD_BITS: Final = 20
+MOST_FLOOD_BITS: Final = 40
+"""Above, a float64 sampler could no longer tell neighbouring integers apart."""
+
+
+MOST_KEYS: Final = 64
+"""Keeps frames of key parts below 250 MB with 128 silos."""
+
+
+class Shape(NamedTuple):
+    """Polynomials of one vector. Chunk j is encrypted under key j mod ``keys``; the ``keys`` chunks
+    of a group share their second polynomial."""
+
+    chunks: int
+    keys: int
+    groups: int
+
+
+class CkksRing(msgspec.Struct, frozen=True):
+    """One parameter set, fitted to a number of silos and a bound.
+
+    Args:
+        name: ``precise`` (q of 60 bits: the sum is exact) or ``compact`` (40 bits: it is not).
+        silos: n, greatest number of vectors in a sum.
+        bound: every value v of a vector satisfies abs(v) <= bound.
+        scale_bits: log2 Δ.
+        flood_bits: log2 of the flooding noise's standard deviation, per silo and coefficient.
+    """
+
+    name: CkksSet
+    silos: int
+    bound: int
+    scale_bits: int
+    flood_bits: int
+
+    @property
+    def prime(self) -> int:
+        """q."""
+        return PRIMES[self.name]
+
+    @property
+    def value_bytes(self) -> float:
+        """Bytes of one residue on the wire, 7.5 or 5. A value takes one, and its part of a second
+        that ``shape(...).keys`` chunks share; decrypting it takes one."""
+        return self.prime.bit_length() / 8
+
+    def shape(self, values: int, colluders: int) -> Shape:
+        """How many polynomials a vector of ``values`` integers takes."""
+        chunks = -(-values // DEGREE)
+        # A silo's traffic is (silos + 1)·keys polynomials of keys, and (colluders + 3)·groups of
+        # second polynomials: sent, verified colluders + 1 times, and summed. This is its minimum.
+        best = math.sqrt((colluders + 3) * chunks / (self.silos + 1))
+        keys = max(1, min(round(best), MOST_KEYS, chunks))
+        return Shape(chunks, keys, -(-chunks // keys))
+
+    @property
+    def noise_rms(self) -> float:
+        """Standard deviation of the decrypted encryption noise of n vectors, in coefficients."""
+        n = self.silos
+        return math.sqrt(ERROR_VARIANCE * n * (4 * DEGREE / 3 * n + 1))
+
+    @property
+    def rms(self) -> float:
+        """Predicted rms error of the decrypted sum of n vectors before rounding, in units of v."""
+        flood = self.silos * 4.0**self.flood_bits
+        return math.sqrt(self.noise_rms**2 + flood) / 2.0**self.scale_bits
+
+    @property
+    def greatest_error(self) -> float:
+        """The error that honest silos never exceed, in units of v; below 1/2 the sum is exact."""
+        return (_greatest_noise(self.silos) + _greatest_flood(self.silos, self.flood_bits)) / (
+            2.0**self.scale_bits
+        )
+
+    @property
+    def exact(self) -> bool:
+        """Whether rounding the decrypted sum gives the sum itself, with certainty."""
+        return self.greatest_error < 0.5
+
+    def leak(self, values: int) -> float:
+        """Bound on the total-variation distance by which the partial decryptions of one vector
+        differ from ones that are independent of the encryption noise.
+
+        Pinsker's inequality on Gaussian shifts: √(KL/2), KL = D·N·(noise / σ)² / 2 for the
+        D = ⌈values / N⌉ decryptions that are ever made under one key. 1 says nothing.
+        """
+        chunks = -(-values // DEGREE)
+        ratio = self.noise_rms / 2.0**self.flood_bits
+        return min(1.0, math.sqrt(chunks * DEGREE / 4) * ratio)
+
+
+def _greatest_noise(silos: int) -> int:
+    """n·(2·N·21·n + 21): every ternary and binomial coefficient at its extreme at once."""
+    return silos * (2 * DEGREE * ERROR_GREATEST * silos + ERROR_GREATEST)
+
+
+def _greatest_flood(silos: int, flood_bits: int) -> int:
+    return silos * FLOOD_TAIL << flood_bits
+
+
+def derive(name: CkksSet, *, silos: int, bound: int) -> CkksRing:
+    """The greatest scale that cannot wrap, and the most flooding noise that keeps sums exact.
+
+    SEAL wraps silently: a sum that reaches q / 2 comes back with another sign. So for n = ``silos``
+
+        n·bound·Δ + greatest encryption noise + greatest flooding noise < q / 2
+
+    is required with every term at its extreme; no probability is involved. ``compact`` has no room
+    for exact sums: there the flooding has its least width, and the error law says what it costs.
+
+    Raises:
+        ConfigError: no scale or no flooding noise of at least 2^20 fits.
+    """
+    half = PRIMES[name] // 2
+    room = half - _greatest_noise(silos) - _greatest_flood(silos, LEAST_FLOOD_BITS)
+    scale_bits = (room // (silos * bound)).bit_length() - 1
+    flood_bits = LEAST_FLOOD_BITS
+    while (
+        name == "precise"
+        and flood_bits < MOST_FLOOD_BITS
+        and _fits(silos, bound, scale_bits, flood_bits + 1, half)
+    ):
+        flood_bits += 1
+    ring = CkksRing(name, silos, bound, scale_bits, flood_bits)
+    if scale_bits < 1 or (name == "precise" and not ring.exact):
+        raise ConfigError(
+            f"the {name} ring cannot hold a sum of {silos} values bounded by {bound}",
+            where="aggregation.value_bits",
+            hint="lower it, or choose scheme: masking"
+            + (", or ckks: precise" if name == "compact" else ""),
+        )
+    greatest = (silos * bound << scale_bits) + _greatest_noise(silos)
+    assert greatest + _greatest_flood(silos, flood_bits) < half
+    return ring
+
+
+def _fits(silos: int, bound: int, scale_bits: int, flood_bits: int, half: int) -> bool:
+    noise = _greatest_noise(silos) + _greatest_flood(silos, flood_bits)
+    return (silos * bound << scale_bits) + noise < half and 2 * noise < 1 << scale_bits
