@@ -10,9 +10,11 @@ import typer
 from securefedcollm_cli.options import DataDir, Json, Overrides, StudyFile
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
-    from securefedcollm.privacy.planner import Plan
+    from securefedcollm.privacy.planner import JointChoice, Plan
     from securefedcollm.privacy.report import BudgetReport, Line
 
 app = typer.Typer(no_args_is_help=True, help="Plan, show and report the privacy budget.")
@@ -78,10 +80,19 @@ def plan(
     delta = study.privacy.delta if study.privacy else min(1e-5, 0.1 / federation.records)
     targets = epsilon or [study.privacy.epsilon if study.privacy else 0.0]
     plans = [planner.plan(federation, target, delta, _offered) for target in targets]
+    choices = {}
+    if study.joint:
+        sent = 8 / study.field.per_word
+        choices = {t: planner.joint_choices(federation, t, delta, sent) for t in targets}
     if as_json:
-        typer.echo(msgspec.json.format(msgspec.json.encode(plans), indent=2).decode())
+        plain = msgspec.to_builtins(plans)
+        for made in plain:
+            made["joint_choices"] = msgspec.to_builtins(choices.get(made["epsilon"], ()))
+        typer.echo(msgspec.json.format(msgspec.json.encode(plain), indent=2).decode())
         return
     _print_plans(plans)
+    for target, rows in choices.items():
+        _print_choices(target, rows)
 
 
 @app.command()
@@ -174,6 +185,34 @@ def _print_plans(plans: list[Plan]) -> None:
     )
     if not all(option.offered for made in plans for option in made.options):
         console.print("[dim]*: for comparison; a study cannot ask for it yet.[/dim]")
+
+
+def _print_choices(epsilon: float, choices: Sequence[JointChoice]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"Joint DP-SGD with as many gradients, ε = {epsilon:g}"
+    table = Table(title=title, title_justify="left")
+    for column in ("steps", "batch", "rate", "z", "sent, MB", "noise/signal in the run"):
+        table.add_column(column, justify="right" if column[:5] != "noise" else "left")
+    most = max(choice.run_noise_to_signal for choice in choices)
+    for choice in choices:
+        ratio = choice.run_noise_to_signal
+        table.add_row(
+            str(choice.steps),
+            f"{choice.batch_size:,}",
+            f"{choice.sampling_rate:.4f}",
+            f"{choice.noise_multiplier:.4f}",
+            f"{choice.megabytes:.1f}",
+            f"{ratio:.3f} {'█' * max(1, round(16 * ratio / most))}",
+        )
+    console = Console()
+    console.print()
+    console.print(table)
+    console.print(
+        "[dim]Fewer steps: less noise and less to send, but fewer corrections on the way, which "
+        "no ratio shows: try the neighbours of the best on public data.[/dim]"
+    )
 
 
 def _print_reports(reports: list[BudgetReport]) -> None:

@@ -131,6 +131,53 @@ def plan(
     return Plan(epsilon, delta, federation, marked, _advice(marked))
 
 
+class JointChoice(msgspec.Struct, frozen=True):
+    """One way to spend the same number of gradients in joint DP-SGD."""
+
+    steps: int
+    """Secure sums in the whole run."""
+    batch_size: int
+    """Expected batch of all silos together."""
+    sampling_rate: float
+    noise_multiplier: float
+    run_noise_to_signal: float
+    megabytes: float
+    """Sent by one silo in the whole run."""
+
+
+def joint_choices(
+    federation: Federation, epsilon: float, delta: float, bytes_per_value: float
+) -> tuple[JointChoice, ...]:
+    """Fewer, larger steps against more, smaller ones, for the same gradients and the same ε.
+
+    The less noise the fewer the steps; but few steps are few corrections, which no noise-to-signal
+    ratio shows. Communication falls with the steps.
+
+    Args:
+        bytes_per_value: of a masked vector.
+    """
+    fed = federation
+    runs = fed.steps * fed.rounds
+    found = []
+    for factor in (4, 2, 1, 0.5, 0.25):
+        steps, batch = round(runs / factor), round(fed.batch_size * factor)
+        if steps < 1 or not 1 <= batch <= fed.records:
+            continue
+        shaped = msgspec.structs.replace(fed, rounds=1, steps=steps, batch_size=batch)
+        option = _record_distributed(shaped, epsilon, delta)
+        found.append(
+            JointChoice(
+                steps=steps,
+                batch_size=batch * fed.silos,
+                sampling_rate=batch / fed.records,
+                noise_multiplier=option.noise_multiplier,
+                run_noise_to_signal=option.run_noise_to_signal,
+                megabytes=steps * fed.values * bytes_per_value / 1e6,
+            )
+        )
+    return tuple(found)
+
+
 def _record_local(fed: Federation, target: float, delta: float) -> Option:
     rate, steps = fed.batch_size / fed.records, fed.steps * fed.rounds
     z = calibrate(target, delta, rate, steps)

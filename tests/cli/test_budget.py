@@ -162,3 +162,16 @@ def test_report(ledger, tmp_path):
     assert "Privacy budget of north" in page.read_text(encoding="utf-8")
     failed = run("report", "--html", tmp_path / "no" / "where.html", "--ledger", ledger)
     assert isinstance(failed.exception, StateError)
+
+
+def test_plan_of_a_joint_study_trades_steps_for_noise():
+    joint = QUICKSTART.with_name("quickstart-joint.yaml")
+    (made,) = json.loads(output("plan", joint, "--values", "5000", "--json"))
+    choices = made["joint_choices"]
+    assert [choice["steps"] for choice in choices] == [15, 30, 60, 120, 240]
+    assert {round(c["steps"] * c["batch_size"] / 1000) for c in choices} == {31}
+    ratios = [choice["run_noise_to_signal"] for choice in choices]
+    assert ratios == sorted(ratios)
+    assert choices[2]["megabytes"] == pytest.approx(60 * 5000 * 4 / 1e6)
+    text = output("plan", joint, "--values", "5000")
+    assert "Joint DP-SGD with as many gradients, ε = 8" in text

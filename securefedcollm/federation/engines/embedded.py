@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
 """glibc, in child processes: keep a step's freed tensors for the next (a fifth of its time)."""
 
+_GRACE = 2.0  # seconds
+
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 SiloFactory = Callable[[str, Progress], SiloPort]
@@ -185,8 +187,10 @@ class _Worker:
 
     def stop(self) -> None:
         self.pipe.close()
-        self.process.terminate()
-        self.process.join(timeout=10)
+        self.process.join(timeout=_GRACE)  # idle, it ends by itself and leaves nothing behind
+        if self.process.is_alive():
+            self.process.terminate()
+            self.process.join(timeout=10)
 
 
 def _serve(
@@ -210,12 +214,16 @@ def _serve(
         except (EOFError, OSError, KeyboardInterrupt):
             return
         try:
-            pipe.send((silo, ports[silo].step(frame)))
+            answer: tuple[Any, ...] = (silo, ports[silo].step(frame))
         except KeyboardInterrupt:
             return
         except Exception as error:  # a bug in one silo is that silo's dropout, not the run's end
             log.error("%s failed: %s", silo, traceback.format_exc())
-            pipe.send(("failed", silo, f"internal error {type(error).__name__}"))
+            answer = ("failed", silo, f"internal error {type(error).__name__}")
+        try:
+            pipe.send(answer)
+        except OSError:  # nobody waits for it any more
+            return
 
 
 def _prefixed(progress: Progress, silo: str) -> Progress:
