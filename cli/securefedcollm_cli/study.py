@@ -118,7 +118,7 @@ def derived(study: Any) -> dict[str, Any]:
         f"resolution {study.aggregation.clip_norm / field.bound:.2g}",
         "privacy": (
             f"(ε = {privacy.epsilon:g}, δ = {privacy.delta:g}) per {privacy.unit}, noise "
-            f"{privacy.noise}, all {study.rounds} rounds together"
+            f"{privacy.noise}, all {study.sums} {'steps' if study.joint else 'rounds'} together"
             if privacy
             else "no differential privacy: the global adapter may reveal records"
         ),
