@@ -432,7 +432,8 @@ class SiloSession:
         if all(entry.key.run != key.run for entry in self._ledger.entries()):
             # A run that the budget cannot see through to its end is not begun.
             rounds = self._study.sums - round_
-            self._ledger.foresee(key.dataset, key.unit, events, rounds, limit)
+            what = "steps" if self._study.joint else "rounds"
+            self._ledger.foresee(key.dataset, key.unit, events, rounds, limit, what)
         return self._ledger.reserve(*key, events, limit)
 
 

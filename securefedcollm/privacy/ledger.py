@@ -201,6 +201,7 @@ class Ledger:
         events: Sequence[Event],
         rounds: int,
         budget: tuple[float, float],
+        what: str = "rounds",
     ) -> None:
         """Refuse a run of which not every round would fit, before anything is spent on it.
 
@@ -209,6 +210,7 @@ class Ledger:
         Args:
             events: what one round will release at worst.
             rounds: rounds that are still to come.
+            what: what the operator calls them.
 
         Raises:
             BudgetExceeded: says how much is left and what would fit.
@@ -218,7 +220,9 @@ class Ledger:
         counted, terms = self._counted(dataset, unit, Terms(repeat(asked[0], 1), limit.epsilon))
         whole = merge(counted + repeated(asked, rounds))
         if filter_within(whole, limit.delta, limit.epsilon, terms) > limit.epsilon:
-            message, hint = explain_run(counted, asked, rounds, limit.epsilon, limit.delta, terms)
+            message, hint = explain_run(
+                counted, asked, rounds, limit.epsilon, limit.delta, terms, what
+            )
             raise BudgetExceeded(f"{unit} data: {message}", hint=hint)
 
     def release(self, reservation: Reservation) -> None:

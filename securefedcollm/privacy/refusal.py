@@ -30,14 +30,24 @@ def explain(
 
 
 def explain_run(
-    counted: Events, asked: Events, rounds: int, limit: float, delta: float, terms: Terms
+    counted: Events,
+    asked: Events,
+    rounds: int,
+    limit: float,
+    delta: float,
+    terms: Terms,
+    what: str = "rounds",
 ) -> tuple[str, str]:
-    """As :func:`explain`, for a run of ``rounds`` rounds that each release ``asked``."""
+    """As :func:`explain`, for a run of ``rounds`` rounds that each release ``asked``.
+
+    Args:
+        what: what the operator calls them.
+    """
     spent = filter_epsilon(counted, delta, terms).epsilon
     total = filter_epsilon(merge(counted + repeated(asked, rounds)), delta, terms).epsilon
     message = (
         f"ε = {up(spent)} of {limit:g} is spent at δ = {delta:g}, {down(limit - spent)} is left, "
-        f"and the {rounds} rounds of this run would bring it to {up(total)}; nothing was trained"
+        f"and the {rounds} {what} of this run would bring it to {up(total)}; nothing was trained"
     )
 
     def fits(events: Sequence[Event]) -> bool:
@@ -46,7 +56,7 @@ def explain_run(
     offers = []
     count = _largest(rounds - 1, lambda n: fits(repeated(asked, n)))
     if count:
-        offers.append(f"{count} of its {rounds} rounds at this noise")
+        offers.append(f"{count} of its {rounds} {what} at this noise")
     factor = _smallest_factor(lambda f: fits([louder(e, f) for e in repeated(asked, rounds)]))
     if factor is not None:
         quieter = merge(louder(event, factor) for event in repeated(asked, rounds))

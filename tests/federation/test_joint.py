@@ -178,6 +178,17 @@ def test_a_silo_takes_no_step_beyond_the_study_and_none_twice(tmp_path, caplog):
     assert silo._workload.trained == [0]
 
 
+def test_a_run_that_the_budget_cannot_see_through_is_refused_in_steps(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    made = study()
+    silo = make_silo(
+        "silo-1", silent, study=made, directory=tmp_path, private=False, budget=(4.0, 1e-5)
+    )
+    assert isinstance(reply_to(silo, begin(0)), Refused)
+    assert silo._workload.trained == []
+    assert "the 6 steps of this run would bring it to" in caplog.text
+
+
 def test_an_empty_batch_is_noise_and_cannot_be_told_from_its_size(tmp_path):
     made = study(rate=0.5)
     step = joint_step(made, SIZE)
