@@ -24,6 +24,7 @@ from securefedcollm.evidence.entries import Entry, What, decode_entry, encode_en
 from securefedcollm.evidence.merkle import Frontier
 from securefedcollm.evidence.note import Checkpoint, origin, parse_checkpoint, sign_checkpoint
 from securefedcollm.primitives import KEY_BYTES, SigningKey, sha256
+from securefedcollm.privacy.journal import durable_database
 
 FILE_NAME: Final = "evidence.sqlite"
 _SCHEMA: Final = """
@@ -71,11 +72,7 @@ class EvidenceLog:
         self.leaves: list[bytes] = []
         self.entries: list[Entry] = []
         try:
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-            self._db = sqlite3.connect(path, isolation_level=None, timeout=60)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.executescript(_SCHEMA)
+            self._db = durable_database(path, _SCHEMA)
         except (OSError, sqlite3.Error) as error:
             raise self._unusable(error) from None
         with self._writing() as db:

@@ -128,10 +128,19 @@ def joint_step(study: Study, values: int) -> JointStep | None:
     Raises:
         ConfigError: the study's field has no room for the gradients and the noise.
     """
-    privacy, local = study.privacy, study.local
-    if not study.joint or privacy is None or local.sampling_rate is None:
+    privacy, setting = study.privacy, joint_setting(study, values)
+    if privacy is None or setting is None:
         return None
-    setting = JointSetting(
+    noise = calibrate_joint(privacy.epsilon, privacy.delta, study.sums, setting)
+    return JointStep(setting, noise, privacy.clip_norm)
+
+
+def joint_setting(study: Study, values: int) -> JointSetting | None:
+    """What the study fixes of joint DP-SGD for gradients of ``values``; None if it is another."""
+    local = study.local
+    if not study.joint or local.sampling_rate is None:
+        return None
+    return JointSetting(
         values=values,
         field_bound=study.field.bound,
         least_survivors=study.quorum,
@@ -139,5 +148,3 @@ def joint_step(study: Study, values: int) -> JointStep | None:
         sampling_rate=local.sampling_rate,
         batch_size=local.batch_size,
     )
-    noise = calibrate_joint(privacy.epsilon, privacy.delta, study.sums, setting)
-    return JointStep(setting, noise, privacy.clip_norm)

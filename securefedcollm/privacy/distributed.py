@@ -76,13 +76,23 @@ class DistributedGaussian:
                 where="aggregation.value_bits",
                 hint="raise it",
             )
-        self.quantiser = Quantiser(values, clip_norm, min(bound, 2**31 - 1))
-        self.share_sigma = per_share * self.quantiser.bound
         self.noise_multiplier = noise_multiplier
         self.least_survivors = least_survivors
         self.colluders = colluders
         self.contributions = contributions
-        self.event(least_survivors)  # refuses a share too coarse before anything is trained
+        try:
+            self.quantiser = Quantiser(values, clip_norm, min(bound, 2**31 - 1))
+            self.share_sigma = per_share * self.quantiser.bound
+            self.event(least_survivors)  # refuses a share too coarse before anything is trained
+        except ConfigError as error:
+            if error.where not in {"bound", "share_sigma"}:
+                raise
+            raise ConfigError(
+                f"the field is too narrow for {contributions} vector(s) of {values} values with "
+                f"this noise ({error.message})",
+                where="aggregation.value_bits",
+                hint="raise it, or allow less noise with a larger privacy.epsilon",
+            ) from None
 
     @property
     def largest(self) -> int:

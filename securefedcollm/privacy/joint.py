@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.errors import ConfigError
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.accounting import TIGHT_SHARE, calibrate_events
 from securefedcollm.privacy.distributed import DistributedGaussian
@@ -129,22 +128,12 @@ def calibrate_joint(epsilon: float, delta: float, steps: int, setting: JointSett
 
 
 def _mechanism(setting: JointSetting, z: float, clip_norm: float) -> DistributedGaussian:
-    try:
-        return DistributedGaussian(
-            values=setting.values,
-            clip_norm=clip_norm,
-            field_bound=setting.field_bound,
-            noise_multiplier=z,
-            least_survivors=setting.least_survivors,
-            colluders=setting.colluders,
-            contributions=setting.batch_cap,
-        )
-    except ConfigError as error:
-        if error.where not in {"bound", "share_sigma", "aggregation.value_bits"}:
-            raise
-        raise ConfigError(
-            f"the field is too narrow for {setting.batch_cap} gradients of {setting.values} values "
-            f"({error.message})",
-            where="aggregation.value_bits",
-            hint="raise it; joint DP-SGD needs about 24",
-        ) from None
+    return DistributedGaussian(
+        values=setting.values,
+        clip_norm=clip_norm,
+        field_bound=setting.field_bound,
+        noise_multiplier=z,
+        least_survivors=setting.least_survivors,
+        colluders=setting.colluders,
+        contributions=setting.batch_cap,
+    )

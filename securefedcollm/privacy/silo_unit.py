@@ -19,7 +19,6 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.errors import ConfigError
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.accounting import TIGHT_SHARE, calibrate_events
 from securefedcollm.privacy.adaptive_clip import AdaptiveClip, split
@@ -163,21 +162,11 @@ def calibrate_silo(epsilon: float, delta: float, rounds: int, setting: Setting) 
 
 
 def _mechanism(setting: Setting, z: float, clip_norm: float) -> DistributedGaussian:
-    try:
-        return DistributedGaussian(
-            values=setting.values,
-            clip_norm=clip_norm,
-            field_bound=setting.field_bound,
-            noise_multiplier=z,
-            least_survivors=setting.least_survivors,
-            colluders=setting.colluders,
-        )
-    except ConfigError as error:
-        if error.where not in {"bound", "share_sigma"}:
-            raise
-        raise ConfigError(
-            f"the field is too narrow for {setting.values} values with this noise "
-            f"({error.message})",
-            where="aggregation.value_bits",
-            hint="raise it, or allow less noise with a larger privacy.epsilon",
-        ) from None
+    return DistributedGaussian(
+        values=setting.values,
+        clip_norm=clip_norm,
+        field_bound=setting.field_bound,
+        noise_multiplier=z,
+        least_survivors=setting.least_survivors,
+        colluders=setting.colluders,
+    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from securefedcollm.errors import ConfigError
 from securefedcollm.study.config import BUILTIN_SUBJECT, PLACEMENTS, Model, Study
 
+_MOST_RECORDS = 10**10  # above it, a slip of the pen
+
 
 def check(study: Study) -> None:
     """Refuse an impossible or unsafe combination.
@@ -134,6 +136,13 @@ def _check_joint(study: Study) -> None:
     if study.joint and local.sampling_rate is None:
         raise ConfigError(
             "joint DP-SGD needs the rate at which records take part in a step",
+            where="local.sampling_rate",
+            hint="local.batch_size over the records of all silos together, e.g. 0.02",
+        )
+    if local.sampling_rate is not None and local.batch_size / local.sampling_rate > _MOST_RECORDS:
+        raise ConfigError(
+            f"an expected batch of {local.batch_size} at rate {local.sampling_rate:g} means "
+            f"{local.batch_size / local.sampling_rate:.3g} records in all silos",
             where="local.sampling_rate",
             hint="local.batch_size over the records of all silos together, e.g. 0.02",
         )

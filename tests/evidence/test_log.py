@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
 
 import pytest
 
@@ -46,6 +47,18 @@ def test_what_was_appended_is_there_after_a_reopening_under_a_signed_head(tmp_pa
     assert len(again.heads()) == 1  # earlier heads that nobody cosigned are superseded
     with pytest.raises(StateError, match="opened for reading"):
         again.append(Lost(round=3))
+
+
+def test_a_log_that_another_process_is_just_creating_is_waited_for(tmp_path):
+    other = sqlite3.connect(
+        tmp_path / "evidence.sqlite", isolation_level=None, check_same_thread=False
+    )
+    other.execute("BEGIN IMMEDIATE")  # SQLite answers the change into WAL at once: locked
+    release = threading.Timer(0.2, other.execute, ["COMMIT"])
+    release.start()
+    open_log(tmp_path).append(Lost(round=0))
+    release.join()
+    other.close()
 
 
 def test_cosigned_heads_are_kept(tmp_path):

@@ -251,6 +251,10 @@ def test_a_field_without_room_names_the_key():
     [
         ({"local": {"steps": 3, "batch_size": 8, "learning_rate": 0.1}}, "local.sampling_rate: j"),
         ({"privacy": {"epsilon": 8.0, "delta": 1e-5}}, "local.sampling_rate: only joint DP-SGD"),
+        (
+            {"local": {"steps": 3, "batch_size": 8, "learning_rate": 0.1, "sampling_rate": 1e-12}},
+            "local.sampling_rate: an expected batch of 8 at rate 1e-12 means 8e+12 records",
+        ),
         ({"adapter": {"method": "rolora"}}, "adapter.method: rolora alternates"),
     ],
 )

@@ -15,6 +15,7 @@ from securefedcollm.evidence.entries import (
     Uploaded,
     Voided,
 )
+from securefedcollm.federation.plan import joint_setting
 from securefedcollm.privacy import joint, silo_unit
 from securefedcollm.privacy.accounting import TIGHT_SHARE
 from securefedcollm.privacy.events import (
@@ -221,16 +222,9 @@ def _identity(study: Study, event: DiscreteGaussian) -> str:
     """Name (hex) of the mechanism that releases this event in a round of the study."""
     assert study.privacy is not None
     clip_norm, sigma, bound = study.privacy.clip_norm, event.share_sigma, event.sensitivity
-    if not study.joint:
+    setting = joint_setting(study, event.values)
+    if setting is None:
         return silo_unit.identity_of((clip_norm, 0.0, sigma), (bound, event.values)).hex()
-    setting = joint.JointSetting(
-        values=event.values,
-        field_bound=study.field.bound,
-        least_survivors=study.quorum,
-        colluders=study.silos.colluders,
-        sampling_rate=event.q,
-        batch_size=study.local.batch_size,
-    )
     return joint.identity_of(setting, clip_norm, sigma, bound).hex()
 
 
