@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from pathlib import Path
+
+import msgspec
 import pytest
 from securefedcollm_audits.second_accountant import bracket
+from securefedcollm_cli.sizes import unit_records
 
-from securefedcollm.privacy.accounting import epsilon
+from securefedcollm.federation.plan import joint_step
+from securefedcollm.privacy.accounting import TIGHT_SHARE, calibrate, claim, epsilon
 from securefedcollm.privacy.events import DiscreteGaussian, Gaussian, PoissonGaussian
+from securefedcollm.study import load_study
 
 DELTA = 1e-5
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+_calibrated = lru_cache(calibrate)  # some studies differ in their questions only
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_it_agrees_with_the_claim_of_every_shipped_config(path):
+    """All of a study's releases, planned to its ε: DP-SGD within the width of PRV's bracket."""
+    study = load_study(path, [])
+    privacy, local = study.privacy, study.local
+    assert privacy is not None
+    delta = TIGHT_SHARE * privacy.delta
+    step = joint_step(study, 11264)
+    if step is not None:
+        events = [msgspec.structs.replace(step.event(), count=study.sums)]
+    else:
+        rate, steps = local.batch_size / unit_records(study), local.steps * study.rounds
+        noise = _calibrated(privacy.epsilon, privacy.delta, rate, steps)
+        events = [PoissonGaussian(rate, noise, steps)]
+    found, claimed = bracket(events, delta), claim(events, delta).epsilon
+    assert found.low <= claimed <= found.high
+    assert 0.99 * privacy.epsilon < claimed <= privacy.epsilon
+    if step is None:
+        assert found.high - found.low < 0.03
 
 
 def discrete(**changes):
