@@ -1,0 +1,391 @@
+"""The coordinator's engine over FLARE: one FLARE job after another carries one run.
+
+A FLARE job ends when any of its processes is killed, and a silo that comes back cannot enter it. So
+the run is not the job: when a job is gone the next one is submitted, with the silos that are there,
+and the requests that were under way are delivered again. A silo's answer is the one it had given.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+from securefedcollm.errors import ConfigError, TransportError
+from securefedcollm.federation.engines import Failure
+from securefedcollm.federation.engines.flare.kit import Kit
+from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
+from securefedcollm.federation.engines.link import (
+    PATIENCE,
+    Door,
+    Parcel,
+    Pulled,
+    Wire,
+    deliver,
+    result_of,
+)
+from securefedcollm.federation.workload import Progress
+
+log = logging.getLogger(__name__)
+
+_JOB_START: Final = 90.0
+_ALIVE: Final = 20.0
+"""Seconds since its last heartbeat after which a silo's FLARE process counts as gone."""
+
+
+class FlareEngine:
+    """See the module's docstring. Use as a context manager, in the main thread.
+
+    Args:
+        silos: their names on the roster, which are their names in FLARE.
+        minimum: with fewer connected no job is begun.
+        server: the server's installed kit.
+        lead: the kit of the one who submits jobs.
+        patience: seconds to wait for all silos at the start, and for ``minimum`` of them later.
+        progress: hears how many silos are connected.
+    """
+
+    def __init__(
+        self,
+        silos: tuple[str, ...],
+        *,
+        minimum: int,
+        server: Kit,
+        lead: Kit,
+        patience: float,
+        progress: Progress,
+    ) -> None:
+        self._silos = silos
+        self._minimum = minimum
+        self._lead = lead
+        self._patience = patience
+        self._progress = progress
+        self._session = os.urandom(16)
+        self._number = 0
+        self._changed = threading.Condition()
+        self._job: str = ""
+        self._members: frozenset[str] = frozenset()
+        self._wires: dict[str, _SiloWire] = {}
+        self._job_wire: Wire | None = None
+        self._restarting = threading.Lock()
+        self._admin: Any = None
+        self._door = Door(self._visit)
+        self._process = FlareProcess(
+            "server",
+            server.workspace,
+            name=server.name,
+            org=server.org,
+            env={DOOR: str(self._door.path)},
+        )
+
+    # ---- the engine ----
+
+    def exchange(self, frames: Mapping[str, bytes], timeout: float) -> dict[str, bytes | Failure]:
+        """See :class:`securefedcollm.federation.engines.Engine`."""
+        deadline = time.monotonic() + timeout
+        self._number += 1
+        parcel = Parcel(self._session, self._number)
+        self._admit(frames)
+        with ThreadPoolExecutor(len(frames)) as pool:
+            replies = pool.map(lambda item: self._deliver(*item, parcel, deadline), frames.items())
+            return dict(zip(frames, replies, strict=True))
+
+    def _deliver(
+        self, silo: str, frame: bytes, parcel: Parcel, deadline: float
+    ) -> bytes | Failure:
+        try:
+            return deliver(_Reconnecting(self, silo), parcel, frame, deadline, grace=_ALIVE)
+        except TransportError as error:
+            return Failure(error.message)
+
+    def _admit(self, frames: Mapping[str, bytes]) -> None:
+        """Begin a new job if there is none, or one of the silos asked is there and not in it."""
+        with self._changed:
+            running = self._job_wire is not None
+            missing = set(frames) - self._members
+        if not running:
+            self.begin_job(set(frames))
+        elif missing and missing & self._connected():
+            log.info("a new FLARE job, to admit %s", ", ".join(sorted(missing)))
+            self.begin_job(set(frames))
+
+    # ---- FLARE jobs ----
+
+    def begin_job(self, wanted: set[str] | frozenset[str], gone: str | None = None) -> None:
+        """Submit a job for the silos that are connected, and wait until it runs.
+
+        Args:
+            wanted: silos to wait for, for a while.
+            gone: the job that was found to be gone; if another has been begun since, all is well.
+
+        Raises:
+            TransportError: FLARE's server has ended, or fewer than the minimum came.
+        """
+        with self._restarting:
+            with self._changed:
+                if gone is not None and (self._job != gone and self._job_wire is not None):
+                    return
+            self._end_job()
+            present = self._wait_for(wanted)
+            folder = Path(tempfile.mkdtemp(prefix="job-", dir=self._lead.workspace))
+            try:
+                write_job(folder, sorted(present))
+                job = self._ask(lambda session: session.submit_job(str(folder)))
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            self._wait_for_job(str(job), present)
+
+    def _wait_for(self, wanted: set[str] | frozenset[str]) -> set[str]:
+        deadline = time.monotonic() + self._patience
+        while True:
+            self._process.require_running()
+            present = self._connected() & set(self._silos)
+            self._progress(len(present), len(self._silos), "silos connected")
+            if present >= wanted:
+                return present
+            if time.monotonic() > deadline:
+                if len(present) >= self._minimum:
+                    return present
+                missing = ", ".join(sorted(set(self._silos) - present))
+                raise TransportError(
+                    f"{len(present)} silos are connected, {self._minimum} are needed; not there: "
+                    f"{missing}",
+                    hint="they run `securefedcollm client`; then start the server again",
+                )
+            time.sleep(0.5)
+
+    def _wait_for_job(self, job: str, members: set[str]) -> None:
+        with self._changed:
+            self._job, self._members = job, frozenset(members)
+            ready = self._changed.wait_for(
+                lambda: self._job_wire is not None and set(self._wires) >= self._members,
+                _JOB_START,
+            )
+        if not ready:
+            raise TransportError(
+                f"FLARE's job {job[:8]} did not begin in {_JOB_START:.0f} s",
+                hint="see flare.log at the server and at the silos",
+            )
+
+    def _end_job(self) -> None:
+        """Let the running job end: its relay returns when it hears anything."""
+        with self._changed:
+            wire, job = self._job_wire, self._job
+            self._job_wire, self._wires = None, {}
+            self._job, self._members = "", frozenset()
+        if wire is None:
+            return
+        try:
+            wire.send(["end"])
+        except OSError:
+            return
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:  # the silos' places are free once it is over
+            status = str(self._ask(lambda session: session.get_job_meta(job)).get("status", ""))
+            if status.startswith("FINISHED"):
+                return
+            time.sleep(0.3)
+
+    def _connected(self) -> set[str]:
+        info = self._ask(lambda session: session.get_system_info())
+        now = time.time()
+        return {c.name for c in info.client_info if now - float(c.last_connect_time) < _ALIVE}
+
+    def _ask(self, question: Callable[[Any], Any]) -> Any:
+        """Ask FLARE's server, logging in again if the session is gone."""
+        from nvflare.fuel.flare_api.flare_api import new_secure_session
+
+        deadline = time.monotonic() + _JOB_START
+        while True:
+            self._process.require_running()
+            try:
+                if self._admin is None:
+                    self._admin = new_secure_session(
+                        self._lead.name, str(self._lead.workspace), timeout=10
+                    )
+                return question(self._admin)
+            except Exception as error:  # a dozen kinds, from sockets to FLARE's own
+                self._close_admin()
+                if time.monotonic() > deadline:
+                    raise TransportError(
+                        f"FLARE's server does not answer ({str(error)[:160]})",
+                        hint="see flare.log in the server's kit",
+                    ) from None
+                log.info("FLARE's server does not answer yet: %s", error)
+                time.sleep(0.5)
+
+    def _close_admin(self) -> None:
+        if self._admin is not None:
+            try:
+                self._admin.close()
+            except Exception as error:
+                log.debug("closing the FLARE session: %s", error)
+            self._admin = None
+
+    # ---- the relay of the job, behind the door ----
+
+    def _visit(self, wire: Wire) -> None:
+        match wire.receive():
+            case ["job", str(job), list()]:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._job == job, 30)
+                    if self._job != job:
+                        return
+                    self._job_wire = wire
+                    self._changed.notify_all()
+                try:
+                    wire.receive()
+                finally:
+                    self._lose(job)
+            case ["silo", str(job), str(name)]:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._job == job, 30)
+                    if self._job != job or name not in self._members:
+                        return
+                    silo = self._wires[name] = _SiloWire(wire)
+                    self._changed.notify_all()
+                silo.over.wait()
+
+    def _lose(self, job: str) -> None:
+        with self._changed:
+            if self._job == job:
+                self._job_wire = None
+                for silo in self._wires.values():
+                    silo.over.set()
+                self._wires = {}
+            self._changed.notify_all()
+
+    def reach(self, silo: str) -> _SiloWire:
+        """The connection to ``silo`` in the running job, beginning another job if that is gone.
+
+        Raises:
+            TransportError: it is not connected.
+        """
+        with self._changed:
+            job, running = self._job, self._job_wire is not None
+        if not running:
+            self.begin_job(frozenset(), gone=job)
+        with self._changed:
+            wire = self._wires.get(silo)
+        if wire is None:
+            raise TransportError("is not connected")
+        return wire
+
+    def close(self) -> None:
+        """End the job and FLARE's server."""
+        try:
+            self._end_job()
+        except TransportError as error:
+            log.info("%s", error)
+        self._close_admin()
+        self._process.stop()
+        self._door.close()
+
+    def __enter__(self) -> FlareEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _SiloWire:
+    """The relay's connection for one silo; one call at a time."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self._lock = threading.Lock()
+        self.over = threading.Event()
+
+    def call(self, *call: Any) -> list[Any]:
+        try:
+            with self._lock:
+                self._wire.send(list(call))
+                answer = self._wire.receive()
+        except (OSError, EOFError):
+            self.over.set()
+            raise TransportError("the connection broke") from None
+        return result_of(answer)
+
+
+class _Reconnecting:
+    """A :class:`~..link.SiloLink` that goes on in the next job."""
+
+    def __init__(self, engine: FlareEngine, silo: str) -> None:
+        self._engine = engine
+        self._silo = silo
+
+    def push(self, parcel: Parcel, total: int, offset: int, chunk: bytes) -> int:
+        wire = self._engine.reach(self._silo)
+        values = wire.call("push", parcel.session, parcel.number, total, offset, chunk)
+        match values:
+            case [int(there)]:
+                return there
+        raise TransportError("answered something else than it was asked")
+
+    def pull(self, parcel: Parcel, offset: int, patience: float) -> Pulled:
+        wire = self._engine.reach(self._silo)
+        values = wire.call("pull", parcel.session, parcel.number, offset, min(patience, PATIENCE))
+        match values:
+            case [int(total), bytes(chunk)]:
+                return Pulled(total, chunk)
+        raise TransportError("answered something else than it was asked")
+
+
+def write_job(folder: Path, silos: list[str]) -> None:
+    """A FLARE job without code: it names our two relays, which every participant has installed."""
+    relay = "securefedcollm.federation.engines.flare.relay"
+    config = folder / "app" / "config"
+    config.mkdir(parents=True)
+    meta = {
+        "name": "securefedcollm",
+        "resource_spec": {},
+        "min_clients": len(silos),
+        "deploy_map": {"app": ["server", *silos]},
+    }
+    server = {
+        "format_version": 2,
+        "workflows": [
+            {
+                "id": "controller",
+                "path": "nvflare.collab.runtime.controller.CollabController",
+                "args": {"server_obj_id": "coordinator", "collab_obj_ids": [], "props": {}},
+            }
+        ],
+        "components": [{"id": "coordinator", "path": f"{relay}.CoordinatorRelay", "args": {}}],
+    }
+    client = {
+        "format_version": 2,
+        "executors": [
+            {
+                "tasks": ["*"],
+                "executor": {
+                    "path": "nvflare.collab.runtime.executor.CollabExecutor",
+                    "args": {"client_obj_id": "silo", "collab_obj_ids": [], "props": {}},
+                },
+            }
+        ],
+        "components": [{"id": "silo", "path": f"{relay}.SiloRelay", "args": {}}],
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))
+    (config / "config_fed_server.json").write_text(json.dumps(server))
+    (config / "config_fed_client.json").write_text(json.dumps(client))
+
+
+def require_flare() -> None:
+    """Raises: ConfigError saying how to install it, if FLARE is not there."""
+    try:
+        import nvflare  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "NVIDIA FLARE is not installed",
+            where="securefedcollm[flare]",
+            hint="pip install 'securefedcollm[flare]'",
+        ) from None
