@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from securefedcollm_cli.identity import PassphraseFile, find, read_passphrase
-from securefedcollm_cli.options import Json, Overrides, StudyFile
+from securefedcollm_cli.options import DataDir, Json, Overrides, StudyFile
 
 app = typer.Typer(no_args_is_help=True, help="Check, show and describe a study file.")
 
@@ -36,6 +37,38 @@ def show(config: StudyFile, overrides: Overrides = None) -> None:
     from securefedcollm.study import dump_study, load_study
 
     typer.echo(dump_study(load_study(config, overrides or [])), nl=False)
+
+
+@app.command()
+def deal(
+    config: StudyFile,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to put the files.")],
+    overrides: Overrides = None,
+    data: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Deal a study's questions out into the files that real roles read: for a rehearsal.
+
+    One NAME.jsonl for each silo, public.jsonl and test.jsonl, just as `simulate` deals them. With
+    real data nobody could do this: every silo has its own file.
+    """
+    from securefedcollm.federation.dealing import deal as dealt_out
+    from securefedcollm.federation.files import make_directory
+    from securefedcollm.study import load_study
+    from securefedcollm.study.config import BUILTIN_SUBJECT
+    from securefedcollm.tuning.data import write_questions
+
+    study = load_study(config, overrides or [])
+    dealt = dealt_out(study, data)
+    make_directory(out)
+    files = {"public": dealt.public, "test": dealt.test, **dealt.silos}
+    for name, questions in files.items():
+        write_questions(out / f"{name}.jsonl", questions, study.subject or BUILTIN_SUBJECT)
+    if as_json:
+        typer.echo(json.dumps({name: len(questions) for name, questions in files.items()}))
+        return
+    for name, questions in files.items():
+        typer.echo(f"{len(questions):>7,} questions  {out / name}.jsonl")
 
 
 @app.command()

@@ -108,11 +108,10 @@ class Coordinator:
         if not self._evidence.sealed:
             self._countersign()
         self._progress(self._study.rounds, self._study.rounds, "rounds")
-        if self._study.privacy and self._study.privacy.noise == "distributed":
-            self._end()
+        self._end()
 
     def _end(self) -> None:
-        """Tell the silos, so that they settle what the last sum cost them."""
+        """Tell the silos, so that they settle what the last sum cost them, and can leave."""
         requests = dict.fromkeys(self._roster.names, EndRun(self._store.run_id))
         self._ask(requests, STEP_TIMEOUT, _Traffic(self._roster.names), {})
 

@@ -110,6 +110,14 @@ class SiloSession:
         self._side: SiloSide | None = None
         self._at: tuple[bytes, int, int] = (b"", -1, -1)
 
+    @property
+    def over(self) -> bool:
+        """Whether the server has ended the run that this silo took part in."""
+        run = self._store.recorded(_run_key(self._study))
+        if run is None:
+            return False
+        return self._store.last_round(self._scope(run)) == self._study.sums
+
     def step(self, frame: bytes) -> bytes:
         """Answer one request. Never raises for what the server sent or the data hold."""
         reply: Reply

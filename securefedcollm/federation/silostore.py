@@ -68,6 +68,12 @@ class SiloStore:
             row = db.execute("SELECT MAX(round) FROM trainings WHERE run = ?", (run,)).fetchone()
         return int(row[0]) == round_
 
+    def last_round(self, run: bytes) -> int | None:
+        """The last round of this run that has begun; None if none has."""
+        with self._writing() as db:
+            row = db.execute("SELECT MAX(round) FROM trainings WHERE run = ?", (run,)).fetchone()
+        return None if row[0] is None else int(row[0])
+
     def failed_trainings(self, run: bytes, round_: int) -> int:
         """How many trainings of this round were charged and gave no update."""
         with self._writing() as db:

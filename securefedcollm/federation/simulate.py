@@ -32,6 +32,7 @@ from securefedcollm.federation.recording import SERVER, ServerRecord, SiloRecord
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore
+from securefedcollm.federation.status import round_sentence
 from securefedcollm.federation.workload import Progress, silent
 from securefedcollm.primitives import SigningKey
 from securefedcollm.privacy.accounting import prv_bounds
@@ -188,7 +189,7 @@ class Simulation:
                 directory / "metrics.jsonl",
                 b"".join(json.dumps(r).encode() + b"\n" for r in store.state.history),
             )
-            say(_sentence(record, self._study.rounds))
+            say(round_sentence(record, self._study.rounds))
 
         with EmbeddedEngine(
             names, factory, workers=self._workers, progress=progress, context=self._context
@@ -424,18 +425,6 @@ def _other_accountants(events: Events, delta: float) -> dict[str, float]:
     if theirs is None:
         return {}
     return {"prv-accountant": prv_bounds(events, delta)[1], "opacus": theirs}
-
-
-def _sentence(record: dict[str, Any], rounds: int) -> str:
-    models: dict[str, list[str]] = {}
-    for key, value in record["evaluation"].items():
-        model, _, group = key.partition("/")
-        models.setdefault(model.upper(), []).append(f"{group} {100 * value:.0f}".strip())
-    scores = "; ".join(f"{model} {', '.join(found)}" for model, found in models.items())
-    gone = "".join(f", {silo} lost ({why})" for silo, why in record.get("dropouts", {}).items())
-    lost = ", THE ROUND IS LOST: its sum cannot be opened" if "lost" in record else ""
-    silos = len(record["survivors"])
-    return f"round {record['round']}/{rounds}, {silos} silos{gone}{lost}: {scores} (%)"
 
 
 def _notes(study: Study, baselines: tuple[str, ...]) -> list[str]:

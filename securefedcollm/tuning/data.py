@@ -1,6 +1,7 @@
 """Multiple-choice question files and how they are read.
 
-A file is JSON Lines, CSV or Parquet with the fields ``question`` (text), ``choices`` (list of at
+A file is JSON Lines, CSV or Parquet with the fields ``question`` (text; or ``prompt``, which is
+taken as it stands), ``choices`` (list of at
 least two texts; in CSV a JSON list in one cell), ``answer`` (index into ``choices``) and optionally
 ``subject`` (text; which topic), and a column of any name that says whose record it is. Files are
 read by the builders of the ``datasets`` library, used directly: its ``load_dataset`` reports every
@@ -16,7 +17,7 @@ import csv
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -76,6 +77,33 @@ def read_questions(
     return questions
 
 
+def write_questions(path: Path, questions: Sequence[Question], owner: str) -> None:
+    """Write a ``.jsonl`` file that :func:`read_questions` reads back as the same questions.
+
+    Args:
+        owner: the column for whose record each is.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    lines = []
+    for question in questions:
+        row: dict[str, Any] = {"prompt": question.prompt, "choices": question.choices}
+        row["answer"] = question.answer
+        if question.group:
+            row["subject"] = question.group
+        if question.subject is not None:
+            row[owner] = question.subject
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    try:
+        path.write_text("".join(lines), encoding="utf-8")
+        path.chmod(0o600)
+    except OSError as error:
+        raise DataError(
+            f"cannot be written ({error.strerror})", where=str(path), hint="choose another --out"
+        ) from None
+
+
 def read_text(path: Path) -> list[str]:
     """Plain text to heal a model on: a UTF-8 file, or every question of a question file.
 
@@ -106,7 +134,9 @@ class _BadField(Exception):  # noqa: N818 - never leaves this module; becomes a 
 
 def _question(row: dict[str, Any], *, labelled: bool, owner: str | None = None) -> Question:
     """One checked row; raises :class:`_BadField`."""
-    prompt = _text(row, "question")
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        prompt = PROMPT.format(question=_text(row, "question"))
     choices = _choices(row)
     subject = row.get("subject")
     if isinstance(subject, bool | dict | list) or subject != subject:
@@ -114,7 +144,7 @@ def _question(row: dict[str, Any], *, labelled: bool, owner: str | None = None) 
     if owner == "subject":  # then it is no topic
         subject = None
     return Question(
-        prompt=PROMPT.format(question=prompt),
+        prompt=prompt.strip(),
         choices=tuple(choices),
         answer=_answer(row, len(choices), labelled),
         group="" if subject is None else str(subject).strip(),
@@ -306,7 +336,8 @@ class _Source:
     def _header(self) -> list[str]:
         with self.path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
             header = next(csv.reader(file), [])
-        missing = [name for name in ("question", "choices") if name not in header]
+        needed = ("prompt" if "prompt" in header else "question", "choices")
+        missing = [name for name in needed if name not in header]
         if missing:
             raise DataError(
                 f"the header has no column '{missing[0]}'",

@@ -34,13 +34,13 @@ from securefedcollm.federation.engines import SiloPort
 
 log = logging.getLogger(__name__)
 
-CHUNK: Final = 4 << 20
+CHUNK: Final = 2 << 20
 """Bytes a call carries at most; the carrier holds a few copies of each."""
 
-PATIENCE: Final = 20.0
+PATIENCE: Final = 10.0
 """Seconds that one pull waits for a reply that is still being worked out."""
 
-_GRACE: Final = 120.0
+GRACE: Final = 20.0
 """Seconds for which a silo that cannot be reached is tried again."""
 
 
@@ -96,10 +96,11 @@ class SiloInbox:
         self._frame = bytearray()
         self._total = 0
         self._reply: bytes | None = None
+        self._attending = 0
         self._work: queue.SimpleQueue[tuple[Parcel, bytes]] = queue.SimpleQueue()
 
     def push(self, parcel: Parcel, total: int, offset: int, chunk: bytes) -> int:
-        """See :class:`SiloLink`. A chunk that is there already, or comes too early, changes nothing."""
+        """See :class:`SiloLink`. A chunk that is there already, or comes too early, is left."""
         if not 0 < total <= self._limit or len(parcel.session) != 16:
             raise TransportError(
                 f"the server announced a frame of {total} bytes, {self._limit} are the most",
@@ -136,6 +137,23 @@ class SiloInbox:
                 return Pulled(-1, b"")
             return Pulled(len(self._reply), self._reply[max(0, offset) :][:CHUNK])
 
+    @contextlib.contextmanager
+    def attendance(self) -> Iterator[None]:
+        """While the carrier has a job running here."""
+        with self._changed:
+            self._attending += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._attending -= 1
+
+    @property
+    def attended(self) -> bool:
+        """Whether the carrier has a job running here."""
+        with self._changed:
+            return self._attending > 0
+
     def serve(self, stop: Callable[[], bool]) -> None:
         """Answer requests in this thread, one after another, until ``stop()``."""
         while not stop():
@@ -154,7 +172,7 @@ class SiloInbox:
 
 
 def deliver(
-    link: SiloLink, parcel: Parcel, frame: bytes, deadline: float, *, grace: float = _GRACE
+    link: SiloLink, parcel: Parcel, frame: bytes, deadline: float, *, grace: float = GRACE
 ) -> bytes:
     """Bring ``frame`` to a silo and its reply back, whatever becomes of the connection meanwhile.
 
@@ -329,12 +347,16 @@ def _user_of(connection: socket.socket) -> int:
     return int(struct.unpack("3i", raw)[1])
 
 
-def answer_calls(link: SiloLink) -> Callable[[Wire], None]:
-    """A visit in which ``[method, …]`` is answered from ``link``: ``["ok", …]`` or a refusal."""
+def answer_calls(inbox: SiloInbox) -> Callable[[Wire], None]:
+    """A visit in which ``[method, …]`` is answered from ``inbox``: ``["ok", …]`` or a refusal."""
 
     def visit(wire: Wire) -> None:
         while True:
-            wire.send(_answer(link, wire.receive()))
+            call = wire.receive()
+            if call == ["attend"]:
+                with inbox.attendance():
+                    wire.receive()  # until the carrier's job is over
+            wire.send(_answer(inbox, call))
 
     return visit
 

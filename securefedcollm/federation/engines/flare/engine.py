@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-from securefedcollm.errors import ConfigError, TransportError
+from securefedcollm.errors import ConfigError, SecureFedCoLLMError, TransportError
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.engines.flare.kit import Kit
 from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 _JOB_START: Final = 90.0
 _ALIVE: Final = 20.0
-"""Seconds since its last heartbeat after which a silo's FLARE process counts as gone."""
+"""Seconds since its last heartbeat (they come every 5) after which a silo counts as gone."""
 
 
 class FlareEngine:
@@ -69,10 +69,13 @@ class FlareEngine:
         self._patience = patience
         self._progress = progress
         self._session = os.urandom(16)
+        self._closed = False
         self._number = 0
         self._changed = threading.Condition()
         self._job: str = ""
         self._members: frozenset[str] = frozenset()
+        self._lost: dict[str, float] = {}
+        """Silo → when it could no longer be reached; a later heartbeat brings it back."""
         self._wires: dict[str, _SiloWire] = {}
         self._job_wire: Wire | None = None
         self._restarting = threading.Lock()
@@ -95,15 +98,27 @@ class FlareEngine:
         parcel = Parcel(self._session, self._number)
         self._admit(frames)
         with ThreadPoolExecutor(len(frames)) as pool:
-            replies = pool.map(lambda item: self._deliver(*item, parcel, deadline), frames.items())
-            return dict(zip(frames, replies, strict=True))
+            replies = pool.map(
+                lambda silo: self._deliver(silo, frames[silo], parcel, deadline), frames
+            )
+            try:
+                return dict(zip(frames, replies, strict=True))
+            except BaseException:  # Ctrl-C: the threads end with their next call
+                self._closed = True
+                self._lose(self._job)
+                raise
 
-    def _deliver(
-        self, silo: str, frame: bytes, parcel: Parcel, deadline: float
-    ) -> bytes | Failure:
+    def _deliver(self, silo: str, frame: bytes, parcel: Parcel, deadline: float) -> bytes | Failure:
+        with self._changed:
+            if self._job_wire is not None and silo not in self._members:
+                return Failure("is not connected")
         try:
-            return deliver(_Reconnecting(self, silo), parcel, frame, deadline, grace=_ALIVE)
+            return deliver(_Reconnecting(self, silo), parcel, frame, deadline)
         except TransportError as error:
+            with self._changed:
+                self._lost[silo] = time.time()
+                self._members -= {silo}  # until the next job
+                self._wires.pop(silo, None)
             return Failure(error.message)
 
     def _admit(self, frames: Mapping[str, bytes]) -> None:
@@ -149,7 +164,8 @@ class FlareEngine:
             self._process.require_running()
             present = self._connected() & set(self._silos)
             self._progress(len(present), len(self._silos), "silos connected")
-            if present >= wanted:
+            if present >= wanted and len(present) >= self._minimum:
+                self._progress(1, 1, "silos connected")
                 return present
             if time.monotonic() > deadline:
                 if len(present) >= self._minimum:
@@ -197,7 +213,12 @@ class FlareEngine:
     def _connected(self) -> set[str]:
         info = self._ask(lambda session: session.get_system_info())
         now = time.time()
-        return {c.name for c in info.client_info if now - float(c.last_connect_time) < _ALIVE}
+        seen = {c.name: float(c.last_connect_time) for c in info.client_info}
+        return {
+            name
+            for name, last in seen.items()
+            if now - last < _ALIVE and last > self._lost.get(name, 0.0)
+        }
 
     def _ask(self, question: Callable[[Any], Any]) -> Any:
         """Ask FLARE's server, logging in again if the session is gone."""
@@ -271,6 +292,8 @@ class FlareEngine:
         """
         with self._changed:
             job, running = self._job, self._job_wire is not None
+        if self._closed:
+            raise _ClosedError("the engine is closed")
         if not running:
             self.begin_job(frozenset(), gone=job)
         with self._changed:
@@ -294,6 +317,10 @@ class FlareEngine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _ClosedError(SecureFedCoLLMError):
+    """No further call: the coordinator was interrupted."""
 
 
 class _SiloWire:

@@ -64,9 +64,7 @@ class Kit:
     org: str
 
 
-def create_consortium(
-    directory: Path, name: str, host: str, port: int, passphrase: str
-) -> Profile:
+def create_consortium(directory: Path, name: str, host: str, port: int, passphrase: str) -> Profile:
     """Make the CA in ``directory`` (must not exist yet).
 
     Raises:

@@ -52,9 +52,7 @@ def lock_down(kit: Path, kind: str, *, final: Path) -> None:
     _write(local / "resources.json", resources)
     lead = {**_NOBODY, "submit_job": "any", "manage_job": "n:submitter", "view": "any"}
     permissions = {"project_admin": _NOBODY, "org_admin": _NOBODY, "lead": lead, "member": _NOBODY}
-    _write(
-        local / "authorization.json", {"format_version": "1.0", "permissions": permissions}
-    )
+    _write(local / "authorization.json", {"format_version": "1.0", "permissions": permissions})
     log = json.loads((local / "log_config.json.default").read_text())
     # One file, which our process opened (flare.log); the others would be beside it in duplicate.
     log["loggers"]["root"] = {"level": "INFO", "handlers": ["consoleHandler"]}

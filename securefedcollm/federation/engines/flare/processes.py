@@ -72,6 +72,12 @@ class FlareProcess:
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
 
+    def __enter__(self) -> FlareProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
 
 def main(role: str, workspace: str, name: str, org: str) -> None:
     """Become FLARE's process."""

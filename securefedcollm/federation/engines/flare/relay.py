@@ -20,14 +20,19 @@ from nvflare.collab import collab
 from securefedcollm.federation.engines.flare.processes import DOOR
 from securefedcollm.federation.engines.link import Wire, knock, result_of
 
-_CALL_TIMEOUT: Final = 60.0
+_CALL_TIMEOUT: Final = 20.0
+"""Seconds for a chunk to cross and its answer to come: less than 1 Mbit/s is no connection."""
 
 
 class SiloRelay:
-    """At a silo: two calls, from the server only, passed on to the silo's own process."""
+    """At a silo: two calls, from the server only, passed on to the silo's own process.
+
+    One more connection stays open as long as the job runs, so that the silo's process knows.
+    """
 
     def __init__(self) -> None:
         _end_with_parent()
+        threading.Thread(target=_attend, name="attend", daemon=True).start()
 
     @collab.publish
     def push(self, session: bytes, number: int, total: int, offset: int, chunk: bytes) -> list[Any]:
@@ -38,6 +43,12 @@ class SiloRelay:
     def pull(self, session: bytes, number: int, offset: int, patience: float) -> list[Any]:
         """See :class:`securefedcollm.federation.engines.link.SiloLink`."""
         return _pass_on(["pull", session, number, offset, patience])
+
+
+def _attend() -> None:
+    with contextlib.suppress(OSError, EOFError), knock(os.environ[DOOR]) as wire:
+        wire.send(["attend"])
+        wire.receive()
 
 
 def _pass_on(call: list[Any]) -> list[Any]:
