@@ -87,7 +87,9 @@ def server(
             lead=installed(place, member.name, lead=True),
             patience=wait,
             progress=bars.report,
+            say=bars.say,
         ) as engine:
+            bars.say(f"waiting for {', '.join(member.roster.names)}")
             record = roles.coordinate(
                 member,
                 engine,

@@ -7,6 +7,8 @@ and the requests that were under way are delivered again. A silo's answer is the
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -36,7 +38,8 @@ from securefedcollm.federation.workload import Progress
 
 log = logging.getLogger(__name__)
 
-_JOB_START: Final = 90.0
+_JOB_START: Final = 60.0
+_TRIES: Final = 3
 _ALIVE: Final = 20.0
 """Seconds since its last heartbeat (they come every 5) after which a silo counts as gone."""
 
@@ -51,6 +54,7 @@ class FlareEngine:
         lead: the kit of the one who submits jobs.
         patience: seconds to wait for all silos at the start, and for ``minimum`` of them later.
         progress: hears how many silos are connected.
+        say: hears of every FLARE job that begins, and with whom.
     """
 
     def __init__(
@@ -62,7 +66,10 @@ class FlareEngine:
         lead: Kit,
         patience: float,
         progress: Progress,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
+        require_flare()
+        self._say = say
         self._silos = silos
         self._minimum = minimum
         self._lead = lead
@@ -112,11 +119,12 @@ class FlareEngine:
         with self._changed:
             if self._job_wire is not None and silo not in self._members:
                 return Failure("is not connected")
+        link = _Reconnecting(self, silo)
         try:
-            return deliver(_Reconnecting(self, silo), parcel, frame, deadline)
+            return deliver(link, parcel, frame, deadline)
         except TransportError as error:
             with self._changed:
-                self._lost[silo] = time.time()
+                self._lost[silo] = link.last_try
                 self._members -= {silo}  # until the next job
                 self._wires.pop(silo, None)
             return Failure(error.message)
@@ -150,13 +158,24 @@ class FlareEngine:
                     return
             self._end_job()
             present = self._wait_for(wanted)
-            folder = Path(tempfile.mkdtemp(prefix="job-", dir=self._lead.workspace))
-            try:
-                write_job(folder, sorted(present))
-                job = self._ask(lambda session: session.submit_job(str(folder)))
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-            self._wait_for_job(str(job), present)
+            for _ in range(_TRIES):
+                if self._started(self._submit(present), present):
+                    self._say(f"connected: {', '.join(sorted(present))}")
+                    return
+                self._end_job()  # somebody in it had just gone; now FLARE knows
+                present = self._wait_for(frozenset())
+            raise TransportError(
+                f"no FLARE job began within {_TRIES * _JOB_START:.0f} s",
+                hint="see flare.log at the server and at the silos",
+            )
+
+    def _submit(self, silos: set[str]) -> str:
+        folder = Path(tempfile.mkdtemp(prefix="job-", dir=self._lead.workspace))
+        try:
+            write_job(folder, sorted(silos))
+            return str(self._ask(lambda session: session.submit_job(str(folder))))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _wait_for(self, wanted: set[str] | frozenset[str]) -> set[str]:
         deadline = time.monotonic() + self._patience
@@ -178,17 +197,13 @@ class FlareEngine:
                 )
             time.sleep(0.5)
 
-    def _wait_for_job(self, job: str, members: set[str]) -> None:
+    def _started(self, job: str, members: set[str]) -> bool:
+        """Wait until the job's relay has come, with a connection for each of its silos."""
         with self._changed:
             self._job, self._members = job, frozenset(members)
-            ready = self._changed.wait_for(
+            return self._changed.wait_for(
                 lambda: self._job_wire is not None and set(self._wires) >= self._members,
                 _JOB_START,
-            )
-        if not ready:
-            raise TransportError(
-                f"FLARE's job {job[:8]} did not begin in {_JOB_START:.0f} s",
-                hint="see flare.log at the server and at the silos",
             )
 
     def _end_job(self) -> None:
@@ -197,12 +212,13 @@ class FlareEngine:
             wire, job = self._job_wire, self._job
             self._job_wire, self._wires = None, {}
             self._job, self._members = "", frozenset()
+        if not job:
+            return
         if wire is None:
-            return
-        try:
-            wire.send(["end"])
-        except OSError:
-            return
+            self._ask(lambda session: session.abort_job(job))
+        else:
+            with contextlib.suppress(OSError):
+                wire.send(["end"])
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:  # the silos' places are free once it is over
             status = str(self._ask(lambda session: session.get_job_meta(job)).get("status", ""))
@@ -228,11 +244,12 @@ class FlareEngine:
         while True:
             self._process.require_running()
             try:
-                if self._admin is None:
-                    self._admin = new_secure_session(
-                        self._lead.name, str(self._lead.workspace), timeout=10
-                    )
-                return question(self._admin)
+                with contextlib.redirect_stdout(io.StringIO()):  # it greets the user
+                    if self._admin is None:
+                        self._admin = new_secure_session(
+                            self._lead.name, str(self._lead.workspace), timeout=10
+                        )
+                    return question(self._admin)
             except Exception as error:  # a dozen kinds, from sockets to FLARE's own
                 self._close_admin()
                 if time.monotonic() > deadline:
@@ -348,8 +365,11 @@ class _Reconnecting:
     def __init__(self, engine: FlareEngine, silo: str) -> None:
         self._engine = engine
         self._silo = silo
+        self.last_try = time.time()
+        """When the newest call began. Had it failed: the silo was gone by the end of it."""
 
     def push(self, parcel: Parcel, total: int, offset: int, chunk: bytes) -> int:
+        self.last_try = time.time()
         wire = self._engine.reach(self._silo)
         values = wire.call("push", parcel.session, parcel.number, total, offset, chunk)
         match values:
@@ -358,6 +378,7 @@ class _Reconnecting:
         raise TransportError("answered something else than it was asked")
 
     def pull(self, parcel: Parcel, offset: int, patience: float) -> Pulled:
+        self.last_try = time.time()
         wire = self._engine.reach(self._silo)
         values = wire.call("pull", parcel.session, parcel.number, offset, min(patience, PATIENCE))
         match values:

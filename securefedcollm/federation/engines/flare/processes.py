@@ -38,6 +38,7 @@ class FlareProcess:
     def __init__(
         self, role: str, workspace: Path, *, name: str, org: str, env: Mapping[str, str]
     ) -> None:
+        self.workspace = workspace
         self._log = workspace / "flare.log"
         with self._log.open("ab") as output:
             os.fchmod(output.fileno(), 0o600)
