@@ -180,7 +180,7 @@ class FlareEngine:
     def _wait_for(self, wanted: set[str] | frozenset[str]) -> set[str]:
         deadline = time.monotonic() + self._patience
         while True:
-            self._process.require_running()
+            self._require_open()
             present = self._connected() & set(self._silos)
             self._progress(len(present), len(self._silos), "silos connected")
             if present >= wanted and len(present) >= self._minimum:
@@ -202,7 +202,10 @@ class FlareEngine:
         with self._changed:
             self._job, self._members = job, frozenset(members)
             return self._changed.wait_for(
-                lambda: self._job_wire is not None and set(self._wires) >= self._members,
+                lambda: (
+                    self._closed
+                    or (self._job_wire is not None and set(self._wires) >= self._members)
+                ),
                 _JOB_START,
             )
 
@@ -242,7 +245,7 @@ class FlareEngine:
 
         deadline = time.monotonic() + _JOB_START
         while True:
-            self._process.require_running()
+            self._require_open()
             try:
                 with contextlib.redirect_stdout(io.StringIO()):  # it greets the user
                     if self._admin is None:
@@ -259,6 +262,11 @@ class FlareEngine:
                     ) from None
                 log.info("FLARE's server does not answer yet: %s", error)
                 time.sleep(0.5)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise _ClosedError("the engine is closed")
+        self._process.require_running()
 
     def _close_admin(self) -> None:
         if self._admin is not None:
@@ -309,8 +317,7 @@ class FlareEngine:
         """
         with self._changed:
             job, running = self._job, self._job_wire is not None
-        if self._closed:
-            raise _ClosedError("the engine is closed")
+        self._require_open()
         if not running:
             self.begin_job(frozenset(), gone=job)
         with self._changed:
@@ -320,11 +327,12 @@ class FlareEngine:
         return wire
 
     def close(self) -> None:
-        """End the job and FLARE's server."""
+        """End the job and FLARE's server; at once, if an exchange was interrupted."""
         try:
             self._end_job()
-        except TransportError as error:
+        except SecureFedCoLLMError as error:
             log.info("%s", error)
+        self._closed = True
         self._close_admin()
         self._process.stop()
         self._door.close()
