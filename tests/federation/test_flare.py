@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from msgspec import structs
 from securefedcollm_audits.verify import verify
 
@@ -41,10 +40,10 @@ from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.federation.workload import silent
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import load_study
-from securefedcollm.study.identity import create_identity, open_identity, read_identity
-from securefedcollm.study.signing import sign_study, signatures_path
+from securefedcollm.study.identity import create_identity
 
 from .arithmetic import KEYS, ArithmeticServer, ArithmeticSilo, make_study
+from .homes import write_signed
 
 pytestmark = [pytest.mark.xdist_group("flare"), pytest.mark.timeout(280)]
 
@@ -84,22 +83,13 @@ def homes(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def study_file(homes, tmp_path_factory):
-    import msgspec
-
-    tree = msgspec.to_builtins(
-        make_study(study="kills", rounds=4, silos={"count": 3, "colluders": 0})
+    study = make_study(
+        study="kills",
+        rounds=4,
+        silos={"count": 3, "colluders": 0},
+        local={"steps": 5, "batch_size": 8, "learning_rate": 0.1},
     )
-    identities = {name: read_identity(home / "identity.json") for name, home in homes.items()}
-    tree["roster"] = [
-        {"name": name, "role": "server" if name == "server" else "silo", "key": identity.public}
-        for name, identity in identities.items()
-    ]
-    path = tmp_path_factory.mktemp("study") / "study.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    study = load_study(path)
-    for name, identity in identities.items():
-        sign_study(study, name, open_identity(identity, None), signatures_path(path))
-    return path
+    return write_signed(study, homes, tmp_path_factory.mktemp("study") / "study.yaml")
 
 
 @contextlib.contextmanager
