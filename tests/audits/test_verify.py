@@ -187,8 +187,8 @@ RECORD_FORGERIES = [
     ("models", change("server", "finished", adapter=OTHER), r"server#5 \(round\)"),
     (
         "artefacts",
-        lambda f: f.members.update({"artefacts.json": canonical({"theta.npy": OTHER})}),
-        r"artefacts.json: theta.npy is not what server#8 \(finished\) made",
+        lambda f: f.members.update({"artefacts.json": canonical({"slm/theta.npy": OTHER})}),
+        r"artefacts.json: slm/theta.npy is not what server#8 \(finished\) made",
     ),
     ("quorum", few_agreements, r"server#2 \(opening\): 2 agreements; 3 are needed"),
     ("quorum", sum_of_two, r"server#2 \(opening\): a sum of 2 silos; 3 are needed"),

@@ -126,10 +126,11 @@ class ArithmeticServer:
         return {"slm/all": float(self.theta[0])}
 
     def save(self, directory: Path):
-        np.save(directory / "theta.npy", self.theta)
+        (directory / "slm").mkdir()
+        np.save(directory / "slm" / "theta.npy", self.theta)
 
     def load(self, directory: Path):
-        self.theta = np.load(directory / "theta.npy")
+        self.theta = np.load(directory / "slm" / "theta.npy")
 
 
 def make_silo(name, progress, *, study, directory, private=True, fails=(), budget=None, norms=None):

@@ -11,8 +11,6 @@ import signal
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from securefedcollm.aggregation import Step
 from securefedcollm.federation import roles
 from securefedcollm.federation.engines.flare.engine import FlareEngine
@@ -40,11 +38,6 @@ class MortalServer(ArithmeticServer):
         if round_ == self.when:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().distil(round_, progress)
-
-    def save(self, directory):
-        super().save(directory)
-        (directory / "slm").mkdir()
-        np.save(directory / "slm" / "theta.npy", self.theta)
 
 
 class Mortal:

@@ -131,15 +131,13 @@ def test_a_run_leaves_at_every_home_what_status_and_auditors_need(homes, tmp_pat
             assert not sessions[name].over
             return sessions[name]
 
-        class Server(ArithmeticServer):
-            def save(self, directory):
-                super().save(directory)
-                (directory / "slm").mkdir()
-                (directory / "slm" / "weights").write_bytes(self.theta.tobytes())
-
         with EmbeddedEngine(SILOS, silo, workers=0, progress=silent) as engine:
-            record = roles.coordinate(server, engine, Server(), silent, lambda record: None)
-            again = roles.coordinate(server, engine, Server(), silent, lambda record: None)
+            record = roles.coordinate(
+                server, engine, ArithmeticServer(), silent, lambda record: None
+            )
+            again = roles.coordinate(
+                server, engine, ArithmeticServer(), silent, lambda record: None
+            )
     assert record["finished"]
     assert len(record["rounds"]) == 2
     assert again == record  # a server that is started once more has nothing left to do
