@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -21,17 +23,23 @@ def test_the_rehearsal_of_the_deployment_guide(tmp_path):
     with socket.socket() as probe:  # but for the port, which others may be using
         probe.bind(("127.0.0.1", 0))
         script = script.replace("8002", str(probe.getsockname()[1]))
-    done = subprocess.run(
+    typist = subprocess.Popen(
         ["bash", "-euo", "pipefail", "-c", script],
         cwd=tmp_path,
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
+        start_new_session=True,
     )
+    try:
+        said, errors = typist.communicate(timeout=800)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(typist.pid, signal.SIGTERM)  # what it left in the background
     logs = "".join(path.read_text() for path in tmp_path.glob("silo-*.log"))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:] + logs[-3000:]
-    assert done.stdout.count("evidence verified offline") == 6
-    assert "rounds     2 of 2 finished" in done.stdout
-    assert "survivors  silo-1, silo-2, silo-3 (last round)" in done.stdout
-    assert "Traceback" not in done.stderr + logs
+    assert typist.returncode == 0, said[-3000:] + errors[-3000:] + logs[-3000:]
+    assert said.count("evidence verified offline") == 6
+    assert "rounds     2 of 2 finished" in said
+    assert "survivors  silo-1, silo-2, silo-3 (last round)" in said
+    assert "Traceback" not in errors + logs
