@@ -1,4 +1,5 @@
-"""What a silo keeps to itself during one attempt of CKKS aggregation, and the uses it has."""
+"""What a silo, or an authority, keeps to itself during one attempt of CKKS aggregation, and the
+uses it has."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import numpy.typing as npt
 from securefedcollm.aggregation import ckks_ring
 from securefedcollm.aggregation.ckks_messages import CipherUpload
 from securefedcollm.aggregation.ckks_ring import ROWS, Residues
-from securefedcollm.aggregation.ckks_seal import Seal
+from securefedcollm.aggregation.ckks_seal import Seal, SecretKey
 from securefedcollm.errors import LocalProtocolError
 from securefedcollm.primitives import RandomSource
 from securefedcollm.study.ring import DEGREE, CkksRing, Shape
@@ -21,7 +22,7 @@ class CkksSecrets:
 
     Args:
         shape: how many keys there are, and which chunk is under which.
-        vector: int64 [d], within the ring's bound.
+        vector: int64 [d], within the ring's bound; empty for an authority, which encrypts nothing.
         common: the polynomial a that all keys have in common, [1, N], transformed.
         random: of errors and flooding noise. SEAL draws secrets from the system by itself.
 
@@ -44,7 +45,7 @@ class CkksSecrets:
         ckks_ring.check_vector(vector, ring)
         self._vector = vector.copy()
         self._seal = Seal(ring)
-        self._shares = [self._seal.secret() for _ in range(shape.keys)]
+        self._shares: list[SecretKey] = []
         self._upload: CipherUpload | None = None
 
     def __repr__(self) -> str:
@@ -54,7 +55,8 @@ class CkksSecrets:
         raise TypeError("CkksSecrets are neither copied nor pickled")
 
     def key_parts(self) -> bytes:
-        """b = e − a·s for every key, packed."""
+        """b = e − a·s for every key, with fresh secrets s, packed."""
+        self._shares = [self._seal.secret() for _ in range(self._shape.keys)]
         zero = np.zeros_like(self._common)
         minus = self._seal.load(ckks_ring.subtract(zero, self._common, self._ring))
         errors = self._errors(self._shape.keys)
