@@ -86,6 +86,7 @@ class CkksAuthorityRound:
             self._ring, self._shape, np.zeros(0, dtype=np.int64), common, random
         )
         self._key_id = b""
+        self._offer: tuple[bytes, bytes]
         self._transcript = Transcript(header=self._header_digest)
 
     @property
@@ -159,6 +160,7 @@ class CkksAuthorityRound:
         # Adversary: a server that restarts this process for a second key in the same attempt.
         self._record(b"keys:" + self._header.attempt_scope, sha256(key.signed()))
         self._key_id = am.key_id(self._signing_key.public, key)
+        self._offer = sha256(key.part), key.signature
         return key.encode()
 
     def _on_request(self, message: am.OpenRequest, secrets: CkksSecrets) -> bytes:
@@ -250,6 +252,7 @@ class CkksAuthorityRound:
                     self._roster.name(entry.index): (entry.root, entry.signature)
                     for entry in message.sealed
                 },
+                offer=self._offer,
             ),
             word=Word(names, statement.share, statement.signature),
         )

@@ -91,10 +91,7 @@ class CkksAuthorityCoordinatorRound:
             survivors=tuple(map(self._roster.name, survivors)),
             dropouts=tuple(map(self._roster.name, dropouts)),
             agreements=self._signatures() if final else {},
-            sealing=Sealing(
-                key=self._key_id,
-                roots={self._roster.name(i): (s.root, s.signature) for i, s in self._sealed.items()},
-            ),
+            sealing=self._sealing() if final else None,
             word=self._word,
         )
 
@@ -287,6 +284,13 @@ class CkksAuthorityCoordinatorRound:
 
     def _dropouts(self) -> list[int]:
         return [index for index in self._sealed if index not in self._consents]
+
+    def _sealing(self) -> Sealing:
+        return Sealing(
+            key=self._key_id,
+            roots={self._roster.name(i): (s.root, s.signature) for i, s in self._sealed.items()},
+            offer=(sha256(self._key.part), self._key.signature),
+        )
 
     def _signatures(self) -> dict[str, bytes]:
         return {self._roster.name(i): consent.signature for i, consent in self._consents.items()}

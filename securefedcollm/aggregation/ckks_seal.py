@@ -42,7 +42,9 @@ class _Outbox:
         return os.pread(self._fd, os.fstat(self._fd).st_size, 0)
 
     def close(self) -> None:
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
 
 
 class _Inbox:
@@ -105,11 +107,15 @@ class Seal:
         self.close()
 
     def close(self) -> None:
-        """Give the anonymous memory back."""
+        """Give the anonymous memory back; also done when an abandoned attempt is forgotten."""
         for inbox in self._inboxes.values():
             inbox.close()
         self._inboxes.clear()
         self._out.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_inboxes"):
+            self.close()
 
     def secret(self) -> SecretKey:
         """A fresh ternary secret key."""
