@@ -159,7 +159,7 @@ class CkksAuthorityRound:
         )
         # Adversary: a server that restarts this process for a second key in the same attempt.
         self._record(b"keys:" + self._header.attempt_scope, sha256(key.signed()))
-        self._key_id = am.key_id(self._signing_key.public, key)
+        self._key_id = am.key_id(self._signing_key.public, key.signed(), key.signature)
         self._offer = sha256(key.part), key.signature
         return key.encode()
 
@@ -187,9 +187,7 @@ class CkksAuthorityRound:
         """The list of committed ciphertexts, all of this round and under this key."""
         indices = [entry.index for entry in message.sealed]
         check_list(indices, range(1, len(self._roster) + 1), self._parameters.quorum)
-        check_signatures(
-            message.sealed, "ciphertext commitment", self._header_digest, self._roster
-        )
+        check_signatures(message.sealed, "ciphertext commitment", self._header_digest, self._roster)
         for entry in message.sealed:
             # Adversary: a server that gave a silo another key than this, its own for instance.
             if entry.key != self._key_id:

@@ -47,7 +47,8 @@ class CkksAuthorityCoordinatorRound:
         check_roster(header, roster)
         if authority.name in roster:
             raise LocalProtocolError(
-                f"{authority.name} is a silo and the authority", hint="one role for each participant"
+                f"{authority.name} is a silo and the authority",
+                hint="one role for each participant",
             )
         self._header = header
         self._header_digest = header.digest
@@ -115,9 +116,7 @@ class CkksAuthorityCoordinatorRound:
         return self._result
 
     def __repr__(self) -> str:
-        return (
-            f"CkksAuthorityCoordinatorRound(step={self._step.value}, excluded={self._excluded})"
-        )
+        return f"CkksAuthorityCoordinatorRound(step={self._step.value}, excluded={self._excluded})"
 
     def requests(self) -> dict[str, bytes]:
         """One frame for everybody who takes part in this step and has not replied yet."""
@@ -249,9 +248,7 @@ class CkksAuthorityCoordinatorRound:
 
     def _waiting(self) -> tuple[str, ...]:
         return tuple(
-            name
-            for name in self._asked
-            if name not in self._replied and name not in self._excluded
+            name for name in self._asked if name not in self._replied and name not in self._excluded
         )
 
     def _check_running(self) -> None:
@@ -303,7 +300,8 @@ class CkksAuthorityCoordinatorRound:
             ckks_ring.unpack(key.part, self._ring, self._shape.keys)
         except CryptoError as error:
             self._blame(self._authority.name, f"sent malformed polynomials: {error}")
-        self._key, self._key_id = key, am.key_id(self._authority.key, key)
+        self._key = key
+        self._key_id = am.key_id(self._authority.key, key.signed(), key.signature)
 
     def _on_delivery(self, silo: str, delivery: am.CipherDelivery) -> None:
         consent = delivery.consent

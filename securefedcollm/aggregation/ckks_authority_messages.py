@@ -36,7 +36,7 @@ class AuthorityKey(Signable, frozen=True, tag="authority-key"):
     part: bytes
 
     def signed(self) -> bytes:
-        return self.header + sha256(self.part)
+        return key_statement(self.header, sha256(self.part))
 
 
 class KeyOffer(Message, frozen=True, tag="key-offer"):
@@ -141,9 +141,17 @@ class Noted(Signed, frozen=True, tag="noted"):
         return Signed.signed(self) + self.statement
 
 
-def key_id(authority: bytes, key: AuthorityKey) -> bytes:
-    """The key of an attempt and whose it is; ``authority``: its Ed25519 public key."""
-    return sha256(_PREFIX, b"id\0", authority, sha256(key.signed(), key.signature))
+def key_statement(header: bytes, part: bytes) -> bytes:
+    """What the authority signs of its key; ``part``: SHA-256 of it."""
+    return header + part
+
+
+def key_id(authority: bytes, statement: bytes, signature: bytes) -> bytes:
+    """The key of an attempt, by :func:`key_statement`, and whose it is.
+
+    ``authority``: its Ed25519 public key.
+    """
+    return sha256(_PREFIX, b"id\0", authority, sha256(statement, signature))
 
 
 def statement_digest(statement: Statement) -> bytes:

@@ -188,7 +188,7 @@ class CkksAuthoritySiloRound:
             joint = ckks_ring.unpack(key.part, self._ring, self._shape.keys)
         except CryptoError as error:
             accuse(self._authority.name, f"key is malformed ({error})")
-        self._key_id = am.key_id(self._authority.key, key)
+        self._key_id = am.key_id(self._authority.key, key.signed(), key.signature)
         # Adversary: a server that gets two vectors of this silo into two sums over the same
         # members; their difference would be this silo's alone.
         self._record(b"vector:" + self._header.round_scope, self._vector_id)

@@ -14,11 +14,11 @@ from securefedcollm.aggregation import (
     RoundHeader,
 )
 from securefedcollm.errors import ConfigError
+from securefedcollm.primitives import sha256
 from securefedcollm.privacy.adaptive_clip import AdaptiveClip
 from securefedcollm.privacy.joint import JointSetting, JointStep, calibrate_joint
 from securefedcollm.privacy.quantise import Quantiser
 from securefedcollm.privacy.silo_unit import Setting, SiloUnit, calibrate_silo
-from securefedcollm.primitives import sha256
 from securefedcollm.study import Study, digest
 
 AUTHORITY = "authority"

@@ -408,9 +408,7 @@ class ServerRecord:
         if not self._log.size:
             sbom = bill_of_materials()
             write_durably(self._log.path.with_name(SBOM), sbom)
-            self._log.append(
-                _opened(header, self._roster, self._key.public, self._authority, sbom)
-            )
+            self._log.append(_opened(header, self._roster, self._key.public, self._authority, sbom))
         self._log.append(_round(header, base, layout, adapter, mechanism))
 
     def opening(self, header: RoundHeader, seen: Transcript) -> None:

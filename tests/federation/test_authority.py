@@ -87,9 +87,7 @@ def test_below_the_quorum_nothing_is_opened_and_the_run_can_be_resumed(tmp_path)
     run = Run(tmp_path, made, wrap=lambda e: Cut(e, ("silo-2", "silo-3"), UPLOAD))
     with pytest.raises(ProtocolError, match="only 2 silos completed step upload; 3 are needed"):
         run.go()
-    np.testing.assert_array_equal(
-        Run(tmp_path, made, resume=True).go(), expected_theta(made)
-    )
+    np.testing.assert_array_equal(Run(tmp_path, made, resume=True).go(), expected_theta(made))
 
 
 @pytest.mark.parametrize("at", [TRAIN, KEY, OPENING])
