@@ -30,7 +30,7 @@ from securefedcollm.aggregation.ckks_checks import (
 from securefedcollm.aggregation.ckks_secrets import CkksSecrets
 from securefedcollm.aggregation.header import Authority, Roster, RoundHeader, check_roster
 from securefedcollm.aggregation.keys import lists_digest
-from securefedcollm.aggregation.messages import UNSIGNED, S, Signed, decode, sign
+from securefedcollm.aggregation.messages import UNSIGNED, S, decode, sign
 from securefedcollm.aggregation.scheme import Journal, Transcript, Word
 from securefedcollm.aggregation.silo import SERVER
 from securefedcollm.aggregation.steps import AUTHORITY_TRANSITIONS, Step
@@ -98,7 +98,7 @@ class CkksAuthoritySiloRound:
         )
         # Public transcript, filled step by step.
         self._key_id: bytes
-        self._own: Signed
+        self._own: m.Sealed
         self._sealed: tuple[int, ...]
         self._transcript = b""
         self._word: Word | None = None
@@ -196,9 +196,10 @@ class CkksAuthoritySiloRound:
         size = ckks_ring.polynomial_bytes(self._ring)
         seconds = m.polynomial_digests(upload.second, size)
         root = m.cipher_root(self._key_id, self._index, sha256(upload.first), seconds)
-        return self._say(
+        self._own = self._say(
             b"seal:", m.Sealed(self._header_digest, self._index, UNSIGNED, self._key_id, root)
-        ).encode()
+        )
+        return self._own.encode()
 
     def _on_sealed(self, message: m.SealedRoll, secrets: CkksSecrets) -> bytes:
         entries = message.entries
@@ -249,7 +250,6 @@ class CkksAuthoritySiloRound:
             sha256(signed.signed()),
             self._step,
         )
-        self._own = signed
         return signed
 
     def _record(self, key: bytes, value: bytes) -> None:

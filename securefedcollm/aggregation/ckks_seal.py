@@ -25,6 +25,9 @@ from securefedcollm.aggregation.ckks_ring import ROWS, Residues
 from securefedcollm.errors import CryptoError
 from securefedcollm.study.ring import DEGREE, CkksRing
 
+Secret = SecretKey
+"""A secret polynomial, in SEAL's keeping."""
+
 _HEADER: Final = struct.Struct("<HBBBBHQ")  # magic, header size, version ×2, compression, 0, size
 _CIPHER: Final = struct.Struct("<BQQQdQ")  # NTT form, polynomials, N, primes, scale, correction
 _MAGIC: Final = 0xA15E

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from securefedcollm.aggregation import ckks_ring
 from securefedcollm.aggregation.ckks_messages import CipherUpload
 from securefedcollm.aggregation.ckks_ring import ROWS, Residues
-from securefedcollm.aggregation.ckks_seal import Seal, SecretKey
+from securefedcollm.aggregation.ckks_seal import Seal, Secret
 from securefedcollm.errors import LocalProtocolError
 from securefedcollm.primitives import RandomSource
 from securefedcollm.study.ring import DEGREE, CkksRing, Shape
@@ -45,7 +45,7 @@ class CkksSecrets:
         ckks_ring.check_vector(vector, ring)
         self._vector = vector.copy()
         self._seal = Seal(ring)
-        self._shares: list[SecretKey] = []
+        self._shares: list[Secret] = []
         self._upload: CipherUpload | None = None
 
     def __repr__(self) -> str:

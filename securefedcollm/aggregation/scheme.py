@@ -23,7 +23,7 @@ from securefedcollm.aggregation.steps import (
 )
 from securefedcollm.errors import LocalProtocolError, ProtocolError
 from securefedcollm.primitives import RandomSource, SigningKey
-from securefedcollm.study.config import SchemeName
+from securefedcollm.study.config import SchemeName as SchemeName
 
 STEPS: Final[dict[SchemeName, tuple[Step, ...]]] = {
     "masking": tuple(TRANSITIONS),

@@ -281,8 +281,8 @@ class SiloRecord:
         if opened_here is None or any(what.round > opened_here.round for what in theirs.values()):
             return  # a later round, in which this silo was absent
         opened = theirs.get(opened_here.header)
-        mine = opened_here.survivors if isinstance(opened_here, Told) else opened_here.seeds_of
-        if opened is None or opened.survivors != mine:
+        said = opened_here.survivors if isinstance(opened_here, Told) else opened_here.seeds_of
+        if opened is None or opened.survivors != said:
             raise EvidenceError(f"it hides or alters the opening of round {opened_here.round + 1}")
 
     def _own(self) -> tuple[list[Agreed], Unmasked | Told | None]:

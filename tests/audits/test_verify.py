@@ -292,7 +292,7 @@ CKKS_FORGERIES = [
     ("ciphertexts", swapped_ciphertext, r"server#\d+ \(opening\): what was signed is not the d"),
     ("ciphertexts", forgotten_ciphertext, r"server#\d+ \(opening\): the ciphertexts are not"),
     ("ciphertexts", borrowed_agreement("opening"), r"server#\d+ .*: the verdict of silo-1 does"),
-    ("ciphertexts", of_ciphertexts("server", "opening", sums=OTHER), r"the verdict of silo-3 doe"),
+    ("ciphertexts", of_ciphertexts("server", "opening", sums=OTHER), r"the verdict of silo-1 doe"),
     ("ciphertexts", of_ciphertexts("server", "opening", sums=""), r"does not say which sums"),
     ("ciphertexts", of_ciphertexts("server", "opening", key=OTHER), r"the commitment of silo-1 d"),
     ("ciphertexts", change("server", "opening", ciphertexts=None), r"does not say which cipherte"),
@@ -329,6 +329,11 @@ def opened_twice(f):
     log.insert(log.index(f.find("authority", "decrypted")), again)
 
 
+def no_authority(f):
+    for log in f.logs.values():
+        del log[0]["what"]["roster"][1]
+
+
 def for_others(f):
     f.what("authority", "decrypted")["survivors"] = ["silo-1", "silo-2", "silo-3"]
 
@@ -343,7 +348,7 @@ AUTHORITY_FORGERIES = [
     (
         "authority",
         other_word("server", "summed"),
-        r"server#\d+ \(summed\): the authority's word on",
+        r"server#\d+ .*: the authority's word on",
     ),
     ("authority", other_word("silo-2", "told"), r"silo-2#\d+ \(told\): the authority's word on"),
     ("authority", other_word("silo-2", "told"), r"silo-2#\d+ \(told\): another word of the"),
@@ -353,11 +358,11 @@ AUTHORITY_FORGERIES = [
     ("step-order", lambda f: f.remove("authority", "keyed"), r"authority#1 \(decrypted\): decrypt"),
     ("step-order", lambda f: f.remove("silo-1", "uploaded"), r"silo-1#\d+ \(told\): out of order"),
     ("headers", change("authority", "keyed", values=7), r"authority#1 \(keyed\): the header is"),
-    ("one-sum", for_others, r"authority#2 \(decrypted\): round 1 was opened for others too"),
+    ("one-sum", for_others, r"server#3 .*: round 1 was opened for others too, see auth"),
     ("quorum", silent_member, r"server#\d+ \(opening\): a silo is in the sum that did not agree"),
     ("transcripts", lambda f: f.remove("server", "opening"), r"authority#2 .*: the server's log h"),
     ("transcripts", change("authority", "keyed", header=OTHER), r"authority#1 \(keyed\): another"),
-    ("membership", lambda f: f.what("server", "opened")["roster"].pop(1), r"one authority"),
+    ("membership", no_authority, r"authority#0 .*: the study has, beside its silos, one"),
     ("mechanism", a_share_too_many, r"silo-1#\d+ \(settled\): counts 4 noise shares"),
 ]
 
@@ -560,7 +565,8 @@ def test_one_silo_s_own_bundle_says_what_it_does_not_cover(record_bundle, tmp_pa
     verdict = verify(path)
     assert verdict.holds
     silent = {r.name for r in verdict.results if r.status == "not covered"}
-    assert silent == {"study-signed", "witnesses", "sbom", "artefacts", "transcripts"}
+    of_others = {"study-signed", "witnesses", "sbom", "artefacts", "transcripts"}
+    assert silent == of_others | {"ciphertexts", "authority"}
     with pytest.raises(ConfigError, match="no evidence log of silo-7"):
         make_bundle(directory, ["silo-7"])
 
@@ -614,7 +620,7 @@ def test_nothing_secret_is_in_a_bundle(record_bundle):
     for path in run.rglob("evidence.sqlite"):
         ((blind,),) = sqlite3.connect(path).execute("SELECT value FROM own WHERE name = 'blind'")
         secrets.append(blind)
-    assert len(secrets) == 5 + 4 + 4 * 6 + 5
+    assert len(secrets) == 6 + 4 + 4 * 6 + 5
     text = b"".join(read_members(record_bundle).values())
     for secret in secrets:
         for spelling in (secret, secret.hex().encode(), base64.b64encode(secret)[:42]):

@@ -109,10 +109,10 @@ def quorum(case: Case, wrong: Faults) -> str:
             if isinstance(what, Opening | Decrypted):
                 if not set(what.agreements) <= survivors:
                     wrong(entry, "an agreement by a silo that is not in the sum")
-                if len(what.agreements) < study.threshold:
-                    wrong(entry, f"{len(what.agreements)} agreements; {study.threshold} are needed")
-                elif study.scheme != "masking" and set(what.agreements) != survivors:
+                if study.scheme != "masking" and set(what.agreements) != survivors:
                     wrong(entry, "a silo is in the sum that did not agree to it")
+                elif len(what.agreements) < study.threshold:
+                    wrong(entry, f"{len(what.agreements)} agreements; {study.threshold} are needed")
             sums += 1
     if not sums:
         raise NotCovered("nothing was opened")
@@ -188,8 +188,9 @@ def one_sum(case: Case, wrong: Faults) -> str:
         found: list[tuple[Entry, int, list[str]]] = [
             (entry, what.round, what.seeds_of) for entry, what in of(log, Unmasked)
         ]
-        for kind in (Summed, Told, Decrypted):
-            found += [(entry, what.round, what.survivors) for entry, what in of(log, kind)]
+        for entry in log:
+            if isinstance(entry.what, Summed | Told | Decrypted):
+                found.append((entry, entry.what.round, entry.what.survivors))
         for entry, round_, survivors in found:
             first, where = opened.setdefault(round_, (survivors, entry))
             if first != survivors:
@@ -227,8 +228,8 @@ def transcripts(case: Case, wrong: Faults) -> str:
         for name, log in case.silos.items():
             _story(case, name, log, wrong)
         shown = {what.header for _, what in of(case.server, Opening)}
-        for entry, what in of(case.authority, Decrypted):
-            if what.header not in shown:
+        for entry, opened in of(case.authority, Decrypted):
+            if opened.header not in shown:
                 wrong(entry, "the server's log hides that this was opened")
     return f"{count(len(begun), 'attempt')} in {count(len(case.logs), 'log')}"
 
