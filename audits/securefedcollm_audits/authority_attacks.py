@@ -11,11 +11,13 @@ import numpy as np
 from securefedcollm.aggregation import ckks_authority_messages as am
 from securefedcollm.aggregation import ckks_messages as m
 from securefedcollm.aggregation import ckks_ring
+from securefedcollm.aggregation.ckks_secrets import CkksSecrets
 from securefedcollm.aggregation.header import RoundHeader
 from securefedcollm.aggregation.messages import Ask, sign
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.primitives import SigningKey, sha256
 from securefedcollm.study.ring import DEGREE
+from securefedcollm_audits import malformed
 from securefedcollm_audits.attacks import Outcome, both
 from securefedcollm_audits.cohort import Cohort, altered
 from securefedcollm_audits.keyed_cohort import NAME, Round, authority, cohort, leaks
@@ -149,13 +151,20 @@ def authority_substituted_key() -> Outcome:
     made = cohort()
     played = Round(made).until(Step.ENCRYPT)
     mine = SigningKey.generate()
-    genuine = played.coordinator._key
-    played.say(VICTIM, am.KeyOffer(made.header, sign(genuine, mine)))
+    keys = played.coordinator._keys
+    genuine, part = keys.statement, keys.parts[0]
+    played.say(VICTIM, am.KeyOffer(made.header, sign(genuine, mine), part))
     one = _judge("the server's own key", made, VICTIM, "auditor's key with a bad signature", played)
     later = Round(made, header=_attempt(made, 1)).until(Step.ENCRYPT)
-    later.say(VICTIM, am.KeyOffer(later.header, genuine))
+    later.say(VICTIM, am.KeyOffer(later.header, genuine, part))
     reason = "auditor's key for another round"
-    return both(one, _judge("a key of another attempt", made, VICTIM, reason, played, later))
+    two = _judge("a key of another attempt", made, VICTIM, reason, played, later)
+    third = Round(made, header=_attempt(made, 2)).until(Step.ENCRYPT)
+    keys = third.coordinator._keys
+    third.say(VICTIM, am.KeyOffer(third.header, keys.statement, keys.parts[3]))
+    reason = "key is not the one made for this silo"
+    three = _judge("the colluder's key", made, VICTIM, reason, played, later, third)
+    return both(both(one, two), three)
 
 
 def authority_split_lists() -> Outcome:
@@ -199,6 +208,35 @@ def _minus(made: Cohort, delivery: am.CipherDelivery) -> am.CipherPart:
         zero, ckks_ring.unpack(delivery.second, ring, shape.groups), ring
     ) % np.uint64(ring.prime)
     return am.CipherPart(sha256(delivery.first), ckks_ring.pack(second, ring))
+
+
+def authority_malformed_ciphertext() -> Outcome:
+    """Have a colluder upload a constant for its c1, read its keys' secret out of the opened sum,
+    and try it on the victim's ciphertext."""
+    made = cohort()
+    ring, shape = m.ring_of(made.header), m.shape_of(made.header)
+    played, bits = Round(made), ring.scale_bits - 2
+    secrets = played.sides[COLLUDER]._secrets
+    assert isinstance(secrets, CkksSecrets)
+    secrets._upload = malformed.upload(ring, shape, bits)
+    kept = secrets._upload
+    secrets.encrypt = lambda keys: kept  # type: ignore[method-assign]
+    played.play()
+    total = np.zeros((shape.chunks, DEGREE), dtype=np.uint64)
+    for delivery in played.deliveries.values():
+        ckks_ring.accumulate(total, delivery.first, ring)
+    assert played.opened
+    ckks_ring.accumulate(total, played.opened.share, ring)
+    found = malformed.read_secrets(ring, shape, total, bits)
+    learnt = list(leaks(made, played))
+    if set(np.unique(found)) != {-1, 0, 1}:
+        learnt.append("nothing: the attack itself went wrong")
+    delivery = played.deliveries[VICTIM]
+    opened = malformed.open_with(ring, shape, found, delivery.first, delivery.second)
+    if (opened[: made.values] == made.vectors[VICTIM]).mean() > 0.5:
+        learnt.append(f"the vector of {VICTIM}")
+    defence = "the secret that is read is of the colluder's own keys, and opens nobody else's"
+    return Outcome("a constant for a ciphertext", tuple(learnt), defence, not learnt)
 
 
 def authority_invented_silo() -> Outcome:
@@ -273,6 +311,7 @@ CASES = (
     authority_replay,
     authority_substituted_key,
     authority_split_lists,
+    authority_malformed_ciphertext,
     authority_invented_silo,
     authority_downgrade,
     authority_false_notice,

@@ -1,6 +1,6 @@
-"""The authority's side of one attempt at one round of CKKS aggregation under its own key.
+"""The authority's side of one attempt at one round of CKKS aggregation under its own keys.
 
-The authority makes a fresh key for every attempt, and decrypts one sum. It is a party of its own
+The authority makes fresh keys for every attempt, and decrypts one sum. It is a party of its own
 (an auditor, say), is sent no first polynomial, and so can read neither a vector nor a sum. Together
 with the server it could open single ciphertexts: that the two do not collude is the assumption of
 this key model, and the reason why the threshold model is the default.
@@ -14,7 +14,10 @@ crash and restart this process. A ciphertext does not say what it is a ciphertex
 2. Every silo in the sum has signed the list of all committed ciphertexts before its own one left
    (A2). So no ciphertext in the sum was chosen as a function of an honest one ("minus the others").
 3. The sum has a quorum of silos, at least c + 2, of which two are honest.
-4. One set of silos a round, whatever the attempt; and in an attempt one answer, noise included.
+4. Every silo encrypts under keys of its own. A colluder can upload anything in the place of a
+   ciphertext, say a constant in the place of c1, and so read the secret that it is multiplied with
+   in the opened sum. It is a secret that nobody else's vector is encrypted under.
+5. One set of silos a round, whatever the attempt; and in an attempt one answer, noise included.
 """
 
 from __future__ import annotations
@@ -22,28 +25,26 @@ from __future__ import annotations
 import os
 from typing import NoReturn
 
-import numpy as np
-
 from securefedcollm.aggregation import ckks_authority_messages as am
 from securefedcollm.aggregation import ckks_messages as m
 from securefedcollm.aggregation import ckks_ring
 from securefedcollm.aggregation.ckks_checks import (
-    accumulate,
     accuse,
     check_list,
     check_signatures,
     record_once,
     refuse,
 )
-from securefedcollm.aggregation.ckks_secrets import CkksSecrets
+from securefedcollm.aggregation.ckks_ring import Residues
+from securefedcollm.aggregation.ckks_secrets import AuthoritySecrets
 from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster
 from securefedcollm.aggregation.keys import lists_digest
 from securefedcollm.aggregation.messages import UNSIGNED, Ask, decode, sign
 from securefedcollm.aggregation.scheme import Journal, Sealing, Transcript, Word
 from securefedcollm.aggregation.silo import SERVER
 from securefedcollm.aggregation.steps import Step
+from securefedcollm.errors import CryptoError
 from securefedcollm.primitives import RandomSource, SigningKey, sha256
-from securefedcollm.study.ring import DEGREE
 
 
 class CkksAuthorityRound:
@@ -82,8 +83,8 @@ class CkksAuthorityRound:
         self._journal = journal
         self._step = Step.ADVERTISE
         common = ckks_ring.hash_to_ring(self._header_digest, self._ring)
-        self._secrets: CkksSecrets | None = CkksSecrets(
-            self._ring, self._shape, np.zeros(0, dtype=np.int64), common, random
+        self._secrets: AuthoritySecrets | None = AuthoritySecrets(
+            self._ring, self._shape, common, len(roster), random
         )
         self._key_id = b""
         self._offer: tuple[bytes, bytes]
@@ -145,7 +146,7 @@ class CkksAuthorityRound:
             self._secrets.close()
         self._secrets = None
 
-    def _on_ask(self, ask: Ask, secrets: CkksSecrets) -> bytes:
+    def _on_ask(self, ask: Ask, secrets: AuthoritySecrets) -> bytes:
         # Adversary: a server that runs other parameters than the study's, say a lower quorum. Only
         # the authority's own header is ever used; this comparison names the field.
         if ask.header != self._header:
@@ -154,25 +155,25 @@ class CkksAuthorityRound:
                 f"announced a round that differs from the authority's in: {fields}",
                 "compare the signed study that both sides hold",
             )
-        key = sign(
-            am.AuthorityKey(self._header_digest, UNSIGNED, secrets.key_parts()), self._signing_key
-        )
-        # Adversary: a server that restarts this process for a second key in the same attempt.
-        self._record(b"keys:" + self._header.attempt_scope, sha256(key.signed()))
-        self._key_id = am.key_id(self._signing_key.public, key.signed(), key.signature)
-        self._offer = sha256(key.part), key.signature
-        return key.encode()
+        parts = secrets.key_parts()
+        digests = tuple(sha256(part) for part in parts)
+        keys = sign(am.KeyStatement(self._header_digest, UNSIGNED, digests), self._signing_key)
+        # Adversary: a server that restarts this process for second keys in the same attempt.
+        self._record(b"keys:" + self._header.attempt_scope, sha256(keys.signed()))
+        self._key_id = am.key_id(self._signing_key.public, keys.signed(), keys.signature)
+        self._offer = am.keys_digest(digests), keys.signature
+        return am.AuthorityKeys(keys, parts).encode()
 
-    def _on_request(self, message: am.OpenRequest, secrets: CkksSecrets) -> bytes:
+    def _on_request(self, message: am.OpenRequest, secrets: AuthoritySecrets) -> bytes:
         transcript = self._check_sealed(message)
         survivors = self._check_consents(message, transcript)
-        total = self._add(message)
+        seconds = self._read(message)
         names = tuple(map(self._roster.name, survivors))
         # Adversary: a server that opens two sums of a round; their difference would bare the silos
         # in which they differ. One set of silos a round, which may be opened again after a crash.
         said = sha256(*(sha256(name.encode()) for name in names))
         self._record(b"open:" + self._header.round_scope, said)
-        share = secrets.decrypt(total)
+        share = secrets.decrypt(seconds)
         statement = sign(
             am.Statement(self._header_digest, UNSIGNED, transcript, survivors, sha256(share)),
             self._signing_key,
@@ -209,13 +210,13 @@ class CkksAuthorityRound:
                 accuse(self._roster.name(consent.index), "consent is to other ciphertexts")
         return survivors
 
-    def _add(self, message: am.OpenRequest) -> bytes:
-        """The sum of the second polynomials, packed."""
+    def _read(self, message: am.OpenRequest) -> dict[int, Residues]:
+        """The second polynomials of everybody in the sum, by index."""
         if len(message.parts) != len(message.consents):
             refuse("did not send one ciphertext for each consent", "report the server")
         size = ckks_ring.polynomial_bytes(self._ring)
         roots = {entry.index: entry.root for entry in message.sealed}
-        total = np.zeros((self._shape.groups, DEGREE), dtype=np.uint64)
+        found: dict[int, Residues] = {}
         for consent, part in zip(message.consents, message.parts, strict=True):
             name = self._roster.name(consent.index)
             seconds = m.polynomial_digests(part.second, size)
@@ -223,8 +224,11 @@ class CkksAuthorityRound:
             root = m.cipher_root(self._key_id, consent.index, part.first, seconds)
             if root != roots[consent.index]:
                 accuse(name, "ciphertext is not the one it committed to")
-            accumulate(total, part.second, self._ring, name)
-        return ckks_ring.pack(total, self._ring)
+            try:
+                found[consent.index] = ckks_ring.unpack(part.second, self._ring, self._shape.groups)
+            except CryptoError as error:
+                accuse(name, f"polynomials are malformed ({error})")
+        return found
 
     def _public(
         self,

@@ -62,7 +62,7 @@ class CkksAuthorityCoordinatorRound:
         self._excluded: dict[str, str] = {}
         self._asked: tuple[str, ...] = (authority.name,)
         self._replied: set[str] = set()
-        self._key: am.AuthorityKey
+        self._keys: am.AuthorityKeys
         self._key_id = b""
         self._sealed: dict[int, m.Sealed] = {}
         self._transcript = b""
@@ -122,15 +122,18 @@ class CkksAuthorityCoordinatorRound:
         """One frame for everybody who takes part in this step and has not replied yet."""
         self._check_running()
         waiting = self._waiting()
-        frame = self._request() if waiting else b""
-        return dict.fromkeys(waiting, frame)
+        if self._step is Step.ENCRYPT:
+            return {name: self._offer(name).encode() for name in waiting}
+        return dict.fromkeys(waiting, self._request() if waiting else b"")
+
+    def _offer(self, silo: str) -> am.KeyOffer:
+        part = self._keys.parts[self._roster.index(silo) - 1]
+        return am.KeyOffer(self._header, self._keys.statement, part)
 
     def _request(self) -> bytes:
         match self._step:
             case Step.ADVERTISE:
                 return Ask(self._header).encode()
-            case Step.ENCRYPT:
-                return am.KeyOffer(self._header, self._key).encode()
             case Step.UPLOAD:
                 return m.SealedRoll(tuple(self._sealed.values())).encode()
             case Step.UNMASK:
@@ -174,7 +177,8 @@ class CkksAuthorityCoordinatorRound:
 
         match self._step:
             case Step.ADVERTISE:
-                self._on_key(decode(am.AuthorityKey, frame, silo, limit(shape.keys)))
+                most = limit(shape.keys * len(self._roster))
+                self._on_keys(decode(am.AuthorityKeys, frame, silo, most))
             case Step.ENCRYPT:
                 sealed = decode(m.Sealed, frame, silo)
                 self._check_silo(silo, sealed)
@@ -283,10 +287,11 @@ class CkksAuthorityCoordinatorRound:
         return [index for index in self._sealed if index not in self._consents]
 
     def _sealing(self) -> Sealing:
+        statement = self._keys.statement
         return Sealing(
             key=self._key_id,
             roots={self._roster.name(i): (s.root, s.signature) for i, s in self._sealed.items()},
-            offer=(sha256(self._key.part), self._key.signature),
+            offer=(am.keys_digest(statement.keys), statement.signature),
         )
 
     def _signatures(self) -> dict[str, bytes]:
@@ -294,14 +299,21 @@ class CkksAuthorityCoordinatorRound:
 
     # What silos and the authority send ------------------------------------------------------------
 
-    def _on_key(self, key: am.AuthorityKey) -> None:
-        self._check_office(key.header, key, key.signature)
+    def _on_keys(self, keys: am.AuthorityKeys) -> None:
+        statement, name = keys.statement, self._authority.name
+        self._check_office(statement.header, statement, statement.signature)
+        if (
+            len(keys.parts) != len(self._roster)
+            or tuple(sha256(part) for part in keys.parts) != statement.keys
+        ):
+            self._blame(name, "signed other keys than it sent")
         try:
-            ckks_ring.unpack(key.part, self._ring, self._shape.keys)
+            for part in keys.parts:
+                ckks_ring.unpack(part, self._ring, self._shape.keys)
         except CryptoError as error:
-            self._blame(self._authority.name, f"sent malformed polynomials: {error}")
-        self._key = key
-        self._key_id = am.key_id(self._authority.key, key.signed(), key.signature)
+            self._blame(name, f"sent malformed polynomials: {error}")
+        self._keys = keys
+        self._key_id = am.key_id(self._authority.key, statement.signed(), statement.signature)
 
     def _on_delivery(self, silo: str, delivery: am.CipherDelivery) -> None:
         consent = delivery.consent

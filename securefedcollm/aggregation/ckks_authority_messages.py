@@ -6,6 +6,7 @@ threshold scheme. What the authority says is signed with its identity, which the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Final
 
 import msgspec
@@ -13,6 +14,7 @@ import msgspec
 from securefedcollm.aggregation.ckks_messages import Sealed
 from securefedcollm.aggregation.header import MAX_SILOS, Digest, RoundHeader
 from securefedcollm.aggregation.messages import (
+    Digests,
     Indices,
     Message,
     Signable,
@@ -26,24 +28,35 @@ _PREFIX: Final = b"securefedcollm/v1/ckks-authority-"
 _FEW: Final = msgspec.Meta(max_length=MAX_SILOS)
 
 
-class AuthorityKey(Signable, frozen=True, tag="authority-key"):
-    """Authority → server → silo, A0: b = e − a·s for every key, one after another."""
+class KeyStatement(Signable, frozen=True, tag="authority-key"):
+    """Authority → server → silo, A0: the keys of this attempt.
+
+    ``keys``: SHA-256 of each silo's own keys, by index, absent silos included.
+    """
 
     CONTEXT: ClassVar[bytes] = _PREFIX + b"key"
 
     header: Digest
     signature: Signature
-    part: bytes
+    keys: Digests
 
     def signed(self) -> bytes:
-        return key_statement(self.header, sha256(self.part))
+        return key_statement(self.header, keys_digest(self.keys))
+
+
+class AuthorityKeys(Message, frozen=True, tag="authority-keys"):
+    """Authority → server, A0: for every silo b = e − a·s for its keys, one after another."""
+
+    statement: KeyStatement
+    parts: Annotated[tuple[bytes, ...], _FEW]
 
 
 class KeyOffer(Message, frozen=True, tag="key-offer"):
-    """Server → silo, A1: encrypt under this key. ``header`` is compared with the silo's own."""
+    """Server → silo, A1: encrypt under your keys. ``header`` is compared with the silo's own."""
 
     header: RoundHeader
-    key: AuthorityKey
+    statement: KeyStatement
+    part: bytes
 
 
 class Consent(Signed, frozen=True, tag="consent"):
@@ -113,7 +126,7 @@ class Statement(Signable, frozen=True, tag="authority-statement"):
 
 
 class Opened(Message, frozen=True, tag="authority-opened"):
-    """Authority → server, A3: c1·s + flooding noise for the sum, one polynomial a chunk."""
+    """Authority → server, A3: Σ c1·s + flooding noise, one polynomial a chunk."""
 
     statement: Statement
     share: bytes
@@ -141,13 +154,18 @@ class Noted(Signed, frozen=True, tag="noted"):
         return Signed.signed(self) + self.statement
 
 
-def key_statement(header: bytes, part: bytes) -> bytes:
-    """What the authority signs of its key; ``part``: SHA-256 of it."""
-    return header + part
+def keys_digest(keys: Sequence[bytes]) -> bytes:
+    """Of all silos' keys, by their digests."""
+    return sha256(_PREFIX, b"keys\0", *keys)
+
+
+def key_statement(header: bytes, keys: bytes) -> bytes:
+    """What the authority signs of its keys; ``keys``: :func:`keys_digest`."""
+    return header + keys
 
 
 def key_id(authority: bytes, statement: bytes, signature: bytes) -> bytes:
-    """The key of an attempt, by :func:`key_statement`, and whose it is.
+    """The keys of an attempt, by :func:`key_statement`, and whose they are.
 
     ``authority``: its Ed25519 public key.
     """

@@ -181,18 +181,26 @@ class CkksAuthoritySiloRound:
                 "compare the signed study and the global model that both sides hold",
             )
         # Adversary: a server that puts its own key in the place of the authority's, or an old one.
-        key, what = offer.key, f"{self._authority.name}'s key"
-        check_header(key.header, self._header_digest, what)
-        check_signature(key, key.signature, self._authority.key, what)
+        keys, what = offer.statement, f"{self._authority.name}'s key"
+        check_header(keys.header, self._header_digest, what)
+        check_signature(keys, keys.signature, self._authority.key, what)
+        # Adversary: a server that hands out another silo's keys. A colluder can have the secret of
+        # its own keys read out of the sum.
+        if (
+            len(keys.keys) != len(self._roster)
+            or len(set(keys.keys)) != len(self._roster)
+            or keys.keys[self._index - 1] != sha256(offer.part)
+        ):
+            accuse(self._authority.name, "key is not the one made for this silo")
         try:
-            joint = ckks_ring.unpack(key.part, self._ring, self._shape.keys)
+            own = ckks_ring.unpack(offer.part, self._ring, self._shape.keys)
         except CryptoError as error:
             accuse(self._authority.name, f"key is malformed ({error})")
-        self._key_id = am.key_id(self._authority.key, key.signed(), key.signature)
+        self._key_id = am.key_id(self._authority.key, keys.signed(), keys.signature)
         # Adversary: a server that gets two vectors of this silo into two sums over the same
         # members; their difference would be this silo's alone.
         self._record(b"vector:" + self._header.round_scope, self._vector_id)
-        upload = secrets.encrypt(joint)
+        upload = secrets.encrypt(own)
         size = ckks_ring.polynomial_bytes(self._ring)
         seconds = m.polynomial_digests(upload.second, size)
         root = m.cipher_root(self._key_id, self._index, sha256(upload.first), seconds)

@@ -55,7 +55,7 @@ CKKS_TRANSITIONS: Final[dict[Step, Transition]] = {
 """CKKS, K0 to K5."""
 
 AUTHORITY_TRANSITIONS: Final[dict[Step, Transition]] = {
-    Step.ADVERTISE: Transition("Ask", "AuthorityKey", Step.ENCRYPT),
+    Step.ADVERTISE: Transition("Ask", "AuthorityKeys", Step.ENCRYPT),
     Step.ENCRYPT: Transition("KeyOffer", "Sealed", Step.UPLOAD),
     Step.UPLOAD: Transition("SealedRoll", "CipherDelivery", Step.UNMASK),
     Step.UNMASK: Transition("OpenRequest", "Opened", Step.NOTE),

@@ -89,10 +89,10 @@ class CkksRing(msgspec.Struct, frozen=True):
         chunks = -(-values // DEGREE)
         # A silo's traffic is (silos + 1)·keys polynomials of keys, and (colluders + 3)·groups of
         # second polynomials: sent, verified colluders + 1 times, and summed. With an authority it
-        # gets `keys`, and sends `groups`, which are relayed once. This is the minimum.
+        # gets `keys` and sends `groups`, both of which are relayed once. This is the minimum.
         best = math.sqrt((colluders + 3) * chunks / (self.silos + 1))
         if self.holders == 1:
-            best = math.sqrt(2 * chunks)
+            best = math.sqrt(chunks)
         keys = max(1, min(round(best), MOST_KEYS, chunks))
         return Shape(chunks, keys, -(-chunks // keys))
 

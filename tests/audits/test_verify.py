@@ -307,11 +307,11 @@ def other_offer(f):
 
 def stolen_offer(f):
     """The server's own key, signed by the server, in the place of the authority's."""
-    from securefedcollm.aggregation.ckks_authority_messages import AuthorityKey, key_statement
+    from securefedcollm.aggregation.ckks_authority_messages import KeyStatement, key_statement
 
     what = f.what("server", "opening")
     said = key_statement(bytes.fromhex(what["header"]), bytes.fromhex(OTHER))
-    raw = ALL_KEYS["server"].sign(AuthorityKey.CONTEXT, said)
+    raw = ALL_KEYS["server"].sign(KeyStatement.CONTEXT, said)
     what["ciphertexts"]["offer"] = {"part": OTHER, "signature": raw.hex()}
 
 

@@ -103,7 +103,7 @@ class _Opened:
             return
         raw = bytes.fromhex(offer.signature)
         said = am.key_statement(self._header, bytes.fromhex(offer.part))
-        self._signature("the authority", "key", am.AuthorityKey.CONTEXT, said, raw, public)
+        self._signature("the authority", "key", am.KeyStatement.CONTEXT, said, raw, public)
         if am.key_id(public, said, raw) != self._key:
             self._wrong(self._entry, "the ciphertexts are under another key than the authority's")
 
