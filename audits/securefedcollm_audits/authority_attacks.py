@@ -220,7 +220,7 @@ def authority_malformed_ciphertext() -> Outcome:
     assert isinstance(secrets, CkksSecrets)
     secrets._upload = malformed.upload(ring, shape, bits)
     kept = secrets._upload
-    secrets.encrypt = lambda keys: kept  # type: ignore[method-assign]
+    secrets.encrypt = lambda joint: kept  # type: ignore[method-assign]
     played.play()
     total = np.zeros((shape.chunks, DEGREE), dtype=np.uint64)
     for delivery in played.deliveries.values():

@@ -118,11 +118,12 @@ def test_what_the_compact_ring_cannot_hold_the_precise_one_may() -> None:
 
 def test_the_table_of_the_documentation_is_what_the_code_derives() -> None:
     text = (Path(__file__).parents[2] / "docs" / "ckks.md").read_text()
-    form = r"^\| `(\w+)`, (\d+) \| 2\^(\d+) \| 2\^([\d.]+) \| 2\^(\d+) \| (.*) \|$"
+    form = r"^\| (authority )?`(\w+)`, (\d+) \| 2\^(\d+) \| 2\^([\d.]+) \| 2\^(\d+) \| (.*) \|$"
     rows = re.findall(form, text, re.M)
-    assert len(rows) == 6
-    for kind, silos, scale, noise, flood, rest in rows:
-        ring = derive(kind, silos=int(silos), bound=2**15 - 1)
+    assert len(rows) == 10
+    for office, kind, silos, scale, noise, flood, rest in rows:
+        holders = 1 if office else None
+        ring = derive(kind, silos=int(silos), bound=2**15 - 1, holders=holders)
         rms, greatest, advantage = rest.split(" | ")
         assert (ring.scale_bits, ring.flood_bits) == (int(scale), int(flood))
         assert math.log2(ring.noise_rms) == pytest.approx(float(noise), abs=0.05)
