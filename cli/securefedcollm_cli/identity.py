@@ -51,7 +51,7 @@ def new(
 def show(
     name: Annotated[str, typer.Argument(help="The identity's name, or the path of its file.")],
     role: Annotated[
-        Literal["silo", "server"], typer.Option(help="The role for the roster line.")
+        Literal["silo", "server", "authority"], typer.Option(help="The role for the roster line.")
     ] = "silo",
     line: Annotated[
         bool, typer.Option("--line", help="Print the roster line alone: `>> study.yaml`.")

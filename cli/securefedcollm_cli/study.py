@@ -112,7 +112,7 @@ def verify(config: StudyFile, as_json: Json = False) -> None:
     else:
         for participant in study.roster:
             state = "signed" if signed[participant.name] else "MISSING"
-            typer.echo(f"{state:<8} {participant.role:<7} {participant.name}")
+            typer.echo(f"{state:<8} {participant.role:<9} {participant.name}")
     require_signed(study, path)
 
 
@@ -146,6 +146,7 @@ def derived(study: Any) -> dict[str, Any]:
         "models": f"LLM {study.models.llm.source}, SLM {study.models.slm.source}",
         "silos": f"{n}, of which {c} may collude with the server",
         "a sum opens with": _opens_with(study),
+        **({"authority": _authority(study)} if study.scheme == "ckks-authority" else {}),
         "adapter": f"{study.adapter.method}, rank {study.adapter.rank}, α {study.adapter.alpha:g}",
         "ring": f"{_packing(study)}, integers within ±{field.bound}, "
         f"resolution {study.aggregation.clip_norm / field.bound:.2g}",
@@ -174,9 +175,20 @@ def _opens_with(study: Any) -> str:
     tolerated = f"({study.silos.count - study.quorum} dropout(s) tolerated per round)"
     if study.ring is None:
         return f"{study.minimum} survivors, {study.threshold} of them unmasking {tolerated}"
+    if study.scheme == "ckks-authority":
+        return f"{study.quorum} silos that uploaded, by the authority {tolerated}"
     return (
         f"{study.quorum} silos, all of which made the key and decrypt; else the rest repeat "
         f"{tolerated}"
+    )
+
+
+def _authority(study: Any) -> str:
+    named = [p.name for p in study.roster if p.role == "authority"]
+    return (
+        f"{named[0] if named else 'not named yet'}; holds the decryption key, opens one sum a "
+        "round and sees neither sums nor updates. TOGETHER WITH THE SERVER IT CAN OPEN SINGLE "
+        "UPDATES: choose a party that does not collude with it"
     )
 
 
@@ -200,10 +212,12 @@ def _packing(study: Any) -> str:
 
 
 def _ring_bytes(study: Any) -> tuple[float, float]:
-    """Bytes a value, of a million: of a ciphertext with its keys, and of a share."""
+    """Bytes a value, of a million: of a ciphertext with a silo's part of the keys, and of a share
+    (which the authority sends, where there is one)."""
     shape = study.ring.shape(10**6, study.silos.colluders)
     size = study.ring.value_bytes * 4096 / 10**6
-    return size * (shape.keys + shape.chunks + shape.groups), size * shape.chunks
+    keys = 0 if study.scheme == "ckks-authority" else shape.keys
+    return size * (keys + shape.chunks + shape.groups), size * shape.chunks
 
 
 def _ring_facts(study: Any) -> dict[str, Any] | None:
@@ -212,6 +226,7 @@ def _ring_facts(study: Any) -> dict[str, Any] | None:
         return None
     return {
         "set": ring.name,
+        "key_model": study.aggregation.key_model,
         "modulus_bits": ring.prime.bit_length(),
         "scale_bits": ring.scale_bits,
         "flood_bits": ring.flood_bits,

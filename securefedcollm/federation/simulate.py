@@ -23,12 +23,14 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.evidence.ledger import LoggedLedger
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.federation.authority import AuthoritySession
 from securefedcollm.federation.coordinator import Coordinator
+from securefedcollm.federation.engines import SiloPort
 from securefedcollm.federation.engines.dropouts import Drop, DroppingEngine
 from securefedcollm.federation.engines.embedded import EmbeddedEngine, process_context
 from securefedcollm.federation.files import make_directory, write_durably
-from securefedcollm.federation.plan import silo_names
-from securefedcollm.federation.recording import SERVER, ServerRecord, SiloRecord
+from securefedcollm.federation.plan import AUTHORITY, authority_of, silo_names
+from securefedcollm.federation.recording import SERVER, AuthorityRecord, ServerRecord, SiloRecord
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore
@@ -84,8 +86,7 @@ class Simulation:
         self._resume = resume
         self._overwrite = overwrite
         self._baselines = tuple(baselines)
-        scheme = study.aggregation.scheme
-        self._drops = [Drop.parse(spec, silo_names(study), scheme) for spec in drops]
+        self._drops = [Drop.parse(spec, silo_names(study), study.scheme) for spec in drops]
         cores = len(os.sched_getaffinity(0))
         self._workers = min(cores, study.silos.count) if workers is None else workers
         self._server_threads = cores  # silos and server never work at the same time
@@ -170,14 +171,21 @@ class Simulation:
         log = EvidenceLog(
             directory / "server" / EVIDENCE, study=digest(self._study), owner=SERVER, key=key
         )
-        evidence = ServerRecord(log, key=key, roster=roster, quorum=self._study.threshold)
+        office = b""
+        if self._study.scheme == "ckks-authority":
+            office = _identity(directory / AUTHORITY, AUTHORITY).public
+        authority = authority_of(self._study, office)
+        evidence = ServerRecord(
+            log, key=key, roster=roster, quorum=self._study.threshold, authority=office
+        )
         if store.state.round >= self._study.rounds and evidence.sealed:
             return
         factory = partial(
-            make_silo,
+            make_party,
             study=self._study,
             roster=roster,
             server=key.public,
+            authority=office,
             directory=directory,
             data=self._data,
             threads=self._threads,
@@ -192,12 +200,16 @@ class Simulation:
             say(round_sentence(record, self._study.rounds))
 
         with EmbeddedEngine(
-            names, factory, workers=self._workers, progress=progress, context=self._context
+            [*names, *([authority.name] if authority else [])],
+            factory,
+            workers=self._workers,
+            progress=progress,
+            context=self._context,
         ) as engine:
             Coordinator(
                 study=self._study,
                 roster=roster,
-                engine=DroppingEngine(engine, self._drops, self._study.aggregation.scheme)
+                engine=DroppingEngine(engine, self._drops, self._study.scheme)
                 if self._drops
                 else engine,
                 workload=server,
@@ -205,6 +217,7 @@ class Simulation:
                 progress=progress,
                 on_round=on_round,
                 evidence=evidence,
+                authority=authority,
             ).run()
         log.close()
 
@@ -284,6 +297,49 @@ class Simulation:
         }
 
 
+def make_party(
+    name: str,
+    progress: Progress,
+    *,
+    study: Study,
+    roster: Roster,
+    server: bytes,
+    authority: bytes,
+    directory: Path,
+    data: Path | None,
+    threads: int,
+    planned: dict[str, PoissonGaussian | None],
+) -> SiloPort:
+    """Build one silo, or the authority, in the process that will run it."""
+    if name not in roster:
+        return make_authority(study, roster=roster, server=server, home=directory / AUTHORITY)
+    return make_silo(
+        name,
+        progress,
+        study=study,
+        roster=roster,
+        server=server,
+        authority=authority,
+        directory=directory,
+        data=data,
+        threads=threads,
+        planned=planned,
+    )
+
+
+def make_authority(study: Study, *, roster: Roster, server: bytes, home: Path) -> AuthoritySession:
+    """The party that holds the key, in a process that knows no silo's secrets or data."""
+    key = _identity(home, AUTHORITY)
+    log = EvidenceLog(home / EVIDENCE, study=digest(study), owner=AUTHORITY, key=key)
+    return AuthoritySession(
+        study=study,
+        roster=roster,
+        key=key,
+        store=SiloStore(home, "authority.sqlite"),
+        evidence=AuthorityRecord(log, key=key.public, roster=roster, server=server),
+    )
+
+
 def make_silo(
     name: str,
     progress: Progress,
@@ -291,6 +347,7 @@ def make_silo(
     study: Study,
     roster: Roster,
     server: bytes,
+    authority: bytes,
     directory: Path,
     data: Path | None,
     threads: int,
@@ -323,7 +380,10 @@ def make_silo(
         progress=progress,
         threads=threads,
         explain=True,
-        evidence=SiloRecord(log, name=name, key=key, roster=roster, server=server),
+        evidence=SiloRecord(
+            log, name=name, key=key, roster=roster, server=server, authority=authority
+        ),
+        authority=authority,
     )
 
 
@@ -441,6 +501,8 @@ def _notes(study: Study, baselines: tuple[str, ...]) -> list[str]:
         )
     if study.privacy and study.privacy.unit == "silo" and "standalone" in baselines:
         notes.append("A standalone silo shows its model to nobody: it trains without noise.")
+    if study.scheme == "ckks-authority":
+        notes.append("The authority ran on this machine; its worth is that it runs elsewhere.")
     notes.append("Identities were throw-away; a real study is signed by its participants.")
     return notes
 
