@@ -121,10 +121,10 @@ class SiloSession:
     @property
     def over(self) -> bool:
         """Whether the server has ended the run that this silo took part in."""
-        run = self._store.recorded(_run_key(self._study))
+        run = self._store.recorded(run_key(self._study))
         if run is None:
             return False
-        return self._store.last_round(self._scope(run)) == self._study.sums
+        return self._store.last_round(run_scope(self._study, run)) == self._study.sums
 
     def step(self, frame: bytes) -> bytes:
         """Answer one request. Never raises for what the server sent or the data hold."""
