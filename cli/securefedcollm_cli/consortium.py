@@ -116,7 +116,9 @@ def join(
     name: Annotated[
         str, typer.Option("--name", help="Your organisation's name on the roster, e.g. hospital-a.")
     ],
-    role: Annotated[Literal["silo", "server"], typer.Option(help="What you will run.")] = "silo",
+    role: Annotated[
+        Literal["silo", "server", "authority"], typer.Option(help="What you will run.")
+    ] = "silo",
     signed: Annotated[
         list[Path] | None,
         typer.Option(
@@ -194,4 +196,4 @@ def _ask(
 
 
 def _command(role: str) -> str:
-    return "server" if role == "server" else "client"
+    return "client" if role == "silo" else role

@@ -1,4 +1,4 @@
-"""``securefedcollm server``, ``client`` and ``status``: the roles of a real run."""
+"""``securefedcollm server``, ``client``, ``authority``, ``status``: the roles of a real run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,13 @@ from securefedcollm_cli.options import Json, StudyFile
 
 if TYPE_CHECKING:
     from securefedcollm.evidence.entries import Entry
+    from securefedcollm.federation.authority import AuthoritySession
+    from securefedcollm.federation.engines.flare.kit import Kit
     from securefedcollm.federation.roles import Terms
+    from securefedcollm.federation.silo import SiloSession
     from securefedcollm_cli.progress import Bars
+
+    Session = SiloSession | AuthoritySession
 
 Models = Annotated[
     Path | None,
@@ -80,16 +85,18 @@ def server(
         workload = cotuning.ServerTuning(
             study, public=questions[0], test=questions[1], data=models, progress=bars.report
         )
+        office = [member.authority.name] if member.authority else []
+        parties = (*member.roster.names, *office)
         with FlareEngine(
-            member.roster.names,
-            minimum=study.minimum,
+            parties,
+            minimum=study.minimum + len(office),
             server=installed(place, member.name),
             lead=installed(place, member.name, lead=True),
             patience=wait,
             progress=bars.report,
             say=bars.say,
         ) as engine:
-            bars.say(f"waiting for {', '.join(member.roster.names)}")
+            bars.say(f"waiting for {', '.join(parties)}")
             record = roles.coordinate(
                 member,
                 engine,
@@ -134,8 +141,6 @@ def client(
     """
     from securefedcollm.federation import roles
     from securefedcollm.federation.engines.flare.kit import installed
-    from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
-    from securefedcollm.federation.engines.link import Door, SiloInbox, answer_calls
     from securefedcollm.privacy.ledger import Budget
     from securefedcollm.study import load_study
     from securefedcollm_cli.progress import Bars
@@ -162,26 +167,68 @@ def client(
                 budget=limit,
                 on_entry=lambda entry: _print_entry(entry, study, bars, as_json),
             )
-            inbox = SiloInbox(session, roles.largest_frame(workload))
-            with (
-                Door(answer_calls(inbox)) as door,
-                FlareProcess(
-                    "client",
-                    kit.workspace,
-                    name=kit.name,
-                    org=kit.org,
-                    env={DOOR: str(door.path)},
-                ) as flare,
-            ):
-                bars.say("waiting for the server")
-                inbox.serve(lambda: not flare.running or (session.over and not inbox.attended))
-                if not session.over:
-                    flare.require_running()
+            _serve(session, kit, roles.largest_frame(workload), bars)
+    _finished(member.run, as_json)
+
+
+def authority(
+    config: StudyFile,
+    home: Home = None,
+    yes: Yes = False,
+    passphrase_file: PassphraseFile = None,
+    as_json: Events = False,
+) -> None:
+    """Hold the decryption key of a signed study with `key_model: authority`, until it is finished.
+
+    Run it where neither the server nor a silo has a say: at an auditor's. It makes a fresh key for
+    every round and opens one sum a round, of enough silos that signed it; it sees no data.
+    """
+    from securefedcollm.federation import roles
+    from securefedcollm.federation.engines.flare.kit import installed
+    from securefedcollm.study import load_study
+    from securefedcollm_cli.progress import Bars
+
+    _stop_on_sigterm()
+    place, study = home_of(home), load_study(config)
+    with (
+        roles.take_part(study, config, place, "authority", _asked(passphrase_file)) as member,
+        Bars(quiet=as_json) as bars,
+    ):
+        session = roles.authority_session(
+            member, on_entry=lambda entry: _print_entry(entry, study, bars, as_json)
+        )
+        kit = installed(place, member.name)
+        bars.say(f"study {study.study}, sha256:{member.study.digest.hex()}, signed by all")
+        bars.say(f"opens {study.sums} sums, each of at least {study.quorum} silos")
+        _confirm(yes)
+        _serve(session, kit, roles.LARGEST_TO_AUTHORITY, bars)
+    _finished(member.run, as_json)
+
+
+def _serve(session: Session, kit: Kit, limit: int, bars: Bars) -> None:
+    """Answer the server, through FLARE's process, until the run is over."""
+    from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
+    from securefedcollm.federation.engines.link import Door, SiloInbox, answer_calls
+
+    inbox = SiloInbox(session, limit)
+    with (
+        Door(answer_calls(inbox)) as door,
+        FlareProcess(
+            "client", kit.workspace, name=kit.name, org=kit.org, env={DOOR: str(door.path)}
+        ) as flare,
+    ):
+        bars.say("waiting for the server")
+        inbox.serve(lambda: not flare.running or (session.over and not inbox.attended))
+        if not session.over:
+            flare.require_running()
+
+
+def _finished(run: Path, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({"event": "finished", "run": str(member.run)}))
+        typer.echo(json.dumps({"event": "finished", "run": str(run)}))
     else:
-        typer.echo("finished. What it cost: securefedcollm status; for an auditor:")
-        typer.echo(f"  securefedcollm audit bundle {member.run}")
+        typer.echo("finished. Where it stands: securefedcollm status; for an auditor:")
+        typer.echo(f"  securefedcollm audit bundle {run}")
 
 
 def status(home: Home = None, as_json: Json = False) -> None:
@@ -221,6 +268,10 @@ def _agree(terms: Terms, yes: bool, as_json: bool) -> None:
     else:
         for key, value in _reading(terms).items():
             typer.echo(f"{key:<9} {value}", err=True)
+    _confirm(yes)
+
+
+def _confirm(yes: bool) -> None:
     if yes or typer.confirm("Take part?", default=False, err=True):
         return
     raise ConfigError("not agreed; nothing was sent", hint="--yes agrees without asking")

@@ -90,6 +90,14 @@ class AuthoritySession:
         self._side: AuthoritySide | None = None
         self._header: RoundHeader | None = None
 
+    @property
+    def over(self) -> bool:
+        """Whether the server has ended the run."""
+        run = self._store.recorded(run_key(self._study))
+        if run is None:
+            return False
+        return self._store.last_round(run_scope(self._study, run)) == self._study.sums
+
     def step(self, frame: bytes) -> bytes:
         """Answer one request. Never raises for what the server sent."""
         reply: Reply

@@ -1,4 +1,4 @@
-"""The two roles of a real run: a server and its silos, each in a process and home of its own.
+"""The roles of a real run: server, silos and authority, each in a process and home of its own.
 
 A participant's *home* holds what outlives a run::
 
@@ -23,16 +23,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from securefedcollm import __version__
-from securefedcollm.aggregation import Roster
+from securefedcollm.aggregation import Authority, Roster
 from securefedcollm.errors import ConfigError
 from securefedcollm.evidence.entries import Entry
 from securefedcollm.evidence.ledger import LoggedLedger
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.federation.authority import AuthoritySession
 from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.engines import Engine
 from securefedcollm.federation.files import make_directory, write_durably
-from securefedcollm.federation.recording import ServerRecord, SiloRecord
+from securefedcollm.federation.plan import AUTHORITY, authority_of
+from securefedcollm.federation.recording import SERVER, AuthorityRecord, ServerRecord, SiloRecord
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore
@@ -64,6 +66,8 @@ class Member:
     roster: Roster
     server: bytes
     """The server's Ed25519 public key."""
+    authority: Authority | None
+    """Who holds the decryption key, in a study where one party does."""
     home: Path
     run: Path
     """The study's directory in ``home``."""
@@ -112,6 +116,7 @@ def take_part(
             key=key,
             roster=Roster(silos),
             server=bytes.fromhex(server.key),
+            authority=authority_of(study),
             home=home,
             run=run,
         )
@@ -149,8 +154,14 @@ def coordinate(
     study, run = member.study, member.run
     resume = (run / "server" / "state.json").exists()
     store = RunStore(run, digest(study), resume=resume)
-    log = EvidenceLog(
-        run / "server" / EVIDENCE, study=digest(study), owner=member.name, key=member.key
+    log = EvidenceLog(run / "server" / EVIDENCE, study=digest(study), owner=SERVER, key=member.key)
+    office = member.authority
+    evidence = ServerRecord(
+        log,
+        key=member.key,
+        roster=member.roster,
+        quorum=study.threshold,
+        authority=office.key if office else b"",
     )
     Coordinator(
         study=study,
@@ -160,7 +171,8 @@ def coordinate(
         store=store,
         progress=progress,
         on_round=on_round,
-        evidence=ServerRecord(log, key=member.key, roster=member.roster, quorum=study.threshold),
+        evidence=evidence,
+        authority=office,
     ).run()
     log.close()
     final = store.adapters
@@ -279,6 +291,7 @@ def silo_session(
 ) -> SiloSession:
     """The silo's side of the run, over the state in its home."""
     study, name = member.study, member.name
+    office = member.authority.key if member.authority else b""
     place = make_directory(member.run / "silos" / name)
     log = EvidenceLog(
         place / EVIDENCE, study=digest(study), owner=name, key=member.key, on_entry=on_entry
@@ -299,8 +312,14 @@ def silo_session(
         threads=threads,
         budget=budget,
         evidence=SiloRecord(
-            log, name=name, key=member.key, roster=member.roster, server=member.server
+            log,
+            name=name,
+            key=member.key,
+            roster=member.roster,
+            server=member.server,
+            authority=office,
         ),
+        authority=office,
     )
 
 
@@ -311,3 +330,37 @@ def largest_frame(workload: SiloTuning) -> int:
     room enough for whatever the protocol adds.
     """
     return _SLACK + 32 * workload.size(0)
+
+
+# ---- the authority ----
+
+
+def authority_session(
+    member: Member, *, on_entry: Callable[[Entry], None] | None = None
+) -> AuthoritySession:
+    """The key holder's side of the run, over the state in its home.
+
+    Raises:
+        ConfigError: in this study no party holds a key.
+    """
+    place = make_directory(member.run / AUTHORITY)
+    log = EvidenceLog(
+        place / EVIDENCE,
+        study=digest(member.study),
+        owner=AUTHORITY,
+        key=member.key,
+        on_entry=on_entry,
+    )
+    return AuthoritySession(
+        study=member.study,
+        roster=member.roster,
+        key=member.key,
+        store=SiloStore(place, "authority.sqlite"),
+        evidence=AuthorityRecord(
+            log, key=member.key.public, roster=member.roster, server=member.server
+        ),
+    )
+
+
+LARGEST_TO_AUTHORITY: Final = 1 << 31
+"""Bytes of a request: half a ciphertext of every silo."""

@@ -10,19 +10,21 @@ from typing import Any
 from securefedcollm.errors import SecureFedCoLLMError
 from securefedcollm.evidence.entries import (
     Agreed,
+    Decrypted,
     Entry,
     Refused,
     Released,
     Reserved,
     Round,
     Settled,
+    Told,
     Unmasked,
     Uploaded,
     Witnessed,
 )
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
-from securefedcollm.federation.plan import ends_round, round_of, sum_name
+from securefedcollm.federation.plan import AUTHORITY, ends_round, round_of, sum_name
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import Study, digest, load_study
 
@@ -76,25 +78,33 @@ def runs_of(home: Path) -> list[RunStatus]:
 def _read(run: Path) -> RunStatus:
     study = load_study(run / "study.yaml")
     silo = next((path for path in (run / "silos").glob("*") if path.is_dir()), None)
-    name = silo.name if silo else next((p.name for p in study.roster if p.role == "server"), "")
+    role = "silo" if silo else "authority" if (run / AUTHORITY).is_dir() else "server"
+    name = silo.name if silo else next((p.name for p in study.roster if p.role == role), "")
     known: dict[str, Any] = {
         "study": study.study,
         "digest": digest(study).hex(),
         "directory": str(run),
         "name": name,
-        "role": "silo" if silo else "server",
+        "role": role,
         "rounds": study.rounds,
         "rounds_done": 0,
         "last_entry": None,
     }
     try:
-        known |= _of_silo(study, silo) if silo else _of_server(run)
+        known |= _of_silo(study, silo) if silo else _of_office(study, run, role)
     except (SecureFedCoLLMError, OSError, ValueError, KeyError) as error:
         known["problem"] = str(error)
     return RunStatus(**known)
 
 
-def _of_server(run: Path) -> dict[str, Any]:
+def _of_office(study: Study, run: Path, role: str) -> dict[str, Any]:
+    if role == AUTHORITY:
+        opened = [e for e in _entries(study, run / AUTHORITY) if isinstance(e.what, Decrypted)]
+        numbers = {e.what.round for e in opened if isinstance(e.what, Decrypted)}
+        return {
+            "rounds_done": len({round_of(study, n) for n in numbers if ends_round(study, n)}),
+            "last_entry": opened[-1].time if opened else None,
+        }
     path = run / "server" / "state.json"
     if not path.exists():
         return {}
@@ -110,16 +120,13 @@ def _of_server(run: Path) -> dict[str, Any]:
 
 def _of_silo(study: Study, place: Path) -> dict[str, Any]:
     known: dict[str, Any] = {}
-    if (place / EVIDENCE).exists():
-        log = EvidenceLog(place / EVIDENCE, study=digest(study), owner=place.name, key=None)
-        entries = log.entries
-        log.close()
-        opened = [e.what for e in entries if isinstance(e.what, Unmasked)]
-        known["rounds_done"] = len(
-            {round_of(study, what.round) for what in opened if ends_round(study, what.round)}
-        )
-        known["survivors"] = opened[-1].seeds_of if opened else []
-        known["last_entry"] = entries[-1].time if entries else None
+    entries = _entries(study, place)
+    if entries:
+        agreed = [e.what for e in entries if isinstance(e.what, Agreed | Told)]
+        opened = {e.what.round for e in entries if isinstance(e.what, Unmasked | Told)}
+        known["rounds_done"] = len({round_of(study, n) for n in opened if ends_round(study, n)})
+        known["survivors"] = agreed[-1].survivors if agreed else []
+        known["last_entry"] = entries[-1].time
     privacy = study.privacy
     if privacy is not None and (place / "ledger.sqlite").exists():
         with Ledger(place / "ledger.sqlite", place.name) as ledger:
@@ -129,6 +136,14 @@ def _of_silo(study: Study, place: Path) -> dict[str, Any]:
                 spent = ledger.spent(dataset, unit, privacy.delta).claim.epsilon
                 known |= {"epsilon_spent": float(spent), "epsilon_study": privacy.epsilon}
     return known
+
+
+def _entries(study: Study, place: Path) -> list[Entry]:
+    if not (place / EVIDENCE).exists():
+        return []
+    log = EvidenceLog(place / EVIDENCE, study=digest(study), owner=place.name, key=None)
+    log.close()
+    return log.entries
 
 
 def told(entry: Entry, study: Study) -> str | None:
@@ -142,8 +157,10 @@ def told(entry: Entry, study: Study) -> str | None:
             return f"{_when(study, sum_)}: the update is finished and charged"
         case Uploaded(round=sum_):
             return f"{_when(study, sum_)}: protected update about to leave"
-        case Agreed(round=sum_, survivors=survivors):
+        case Agreed(round=sum_, survivors=survivors) | Told(round=sum_, survivors=survivors):
             return f"{_when(study, sum_)}: agreed to a sum of {len(survivors)} silos"
+        case Decrypted(round=sum_):
+            return f"{_when(study, sum_)}: a sum is about to be opened"
         case Settled(spent=spent) if spent is not None:
             return f"the run is settled: ε = {spent.epsilon:.2f} at δ = {spent.delta:g} in all"
         case Witnessed(size=size):

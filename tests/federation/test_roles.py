@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -37,7 +38,7 @@ def enter(path, home, role, passphrase=lambda: ""):
     return roles.take_part(load_study(path), path, home, role, passphrase)
 
 
-@pytest.mark.parametrize("missing", ["silo-2", "server"])
+@pytest.mark.parametrize("missing", ["silo-2", "hub"])
 def test_a_study_that_somebody_has_not_signed_is_not_run(homes, tmp_path, missing):
     path = write_signed(study(), homes, tmp_path / "study.yaml", unsigned=[missing])
     with (
@@ -108,57 +109,67 @@ def test_an_encrypted_identity_needs_its_passphrase(homes, tmp_path):
         assert member.name == "silo-1"
 
 
-def test_a_run_leaves_at_every_home_what_status_and_auditors_need(homes, tmp_path):
-    path = write_signed(study(), homes, tmp_path / "study.yaml")
+@pytest.mark.parametrize("scheme", ["masking", "authority"])
+def test_a_run_leaves_at_every_home_what_status_and_auditors_need(tmp_path, scheme):
+    changes = {}
+    if scheme == "authority":
+        changes = {"aggregation": {"scheme": "ckks", "key_model": "authority", "clip_norm": 20.0}}
+    homes = make_identities(tmp_path, SILOS, authority=scheme == "authority")
+    path = write_signed(study(**changes), homes, tmp_path / "study.yaml")
     told: dict[str, list[str]] = {name: [] for name in SILOS}
-    sessions = {}
-    with (
-        enter(path, homes["server"], "server") as server,
-        enter(path, homes["silo-1"], "silo") as one,
-        enter(path, homes["silo-2"], "silo") as two,
-        enter(path, homes["silo-3"], "silo") as three,
-    ):
-        members = {member.name: member for member in (one, two, three)}
+    parties = {}
+    with contextlib.ExitStack() as stack:
+        members = {
+            name: stack.enter_context(enter(path, home, name if name not in SILOS else "silo"))
+            for name, home in homes.items()
+        }
 
-        def silo(name, progress):
-            sessions[name] = roles.silo_session(
-                members[name],
-                ArithmeticSilo(name),
-                progress=progress,
-                threads=1,
-                on_entry=lambda entry: told[name].append(type(entry.what).__name__),
-            )
-            assert not sessions[name].over
-            return sessions[name]
+        def party(name, progress):
+            if name == "auditor":
+                session = roles.authority_session(members["authority"])
+            else:
+                session = roles.silo_session(
+                    members[name],
+                    ArithmeticSilo(name),
+                    progress=progress,
+                    threads=1,
+                    on_entry=lambda entry: told[name].append(type(entry.what).__name__),
+                )
+            assert not session.over
+            parties[name] = session
+            return session
 
-        with EmbeddedEngine(SILOS, silo, workers=0, progress=silent) as engine:
-            record = roles.coordinate(
-                server, engine, ArithmeticServer(), silent, lambda record: None
-            )
-            again = roles.coordinate(
-                server, engine, ArithmeticServer(), silent, lambda record: None
-            )
+        names = [*SILOS, *(["auditor"] if scheme == "authority" else [])]
+        server = members["server"]
+        with EmbeddedEngine(names, party, workers=0, progress=silent) as engine:
+            record = roles.coordinate(server, engine, ArithmeticServer(), silent, lambda r: None)
+            again = roles.coordinate(server, engine, ArithmeticServer(), silent, lambda r: None)
     assert record["finished"]
     assert len(record["rounds"]) == 2
     assert again == record  # a server that is started once more has nothing left to do
-    assert all(session.over for session in sessions.values())
+    assert all(session.over for session in parties.values())
     assert told["silo-2"][:4] == ["Opened", "Round", "Reserved", "Released"]
 
     for name, home in homes.items():
         (status,) = runs_of(home)
-        assert (status.name, status.rounds_done, status.rounds) == (name, 2, 2)
-        assert status.survivors == list(SILOS)
+        assert status.role == (name if name not in SILOS else "silo")
+        assert (status.rounds_done, status.rounds) == (2, 2)
         assert status.problem is None
         if name == "server":
-            assert set(status.bytes_up) == set(SILOS)
+            assert status.name == "hub"
+            assert set(status.bytes_up) >= set(SILOS)
             assert min(status.bytes_up.values()) > 0
+        elif name == "authority":
+            assert status.name == "auditor"
         else:
+            assert status.survivors == list(SILOS)
             assert 0 < status.epsilon_spent <= 8
             assert "spent on these data" in "\n".join(status.sentences())
         (run,) = (home / "studies").iterdir()
         bundle = tmp_path / f"{name}.zip"
         bundle.write_bytes(make_bundle(run))
-        assert verify(bundle).holds
+        verdict = verify(bundle)
+        assert verdict.holds, [(c.title, c.faults) for c in verdict.failed]
 
 
 def test_status_names_what_it_cannot_read(homes, tmp_path):

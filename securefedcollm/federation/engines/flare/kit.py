@@ -116,7 +116,8 @@ def request_certificate(home: Path, profile: Profile, name: str, role: str) -> l
     """Make keys in ``home`` and the requests to hand in; the keys stay.
 
     Args:
-        role: ``silo`` or ``server``. A server also asks for a certificate to submit jobs with.
+        role: ``silo``, ``authority`` or ``server``. A server also asks for a certificate to submit
+            jobs with.
 
     Returns:
         the request files (ZIP), which hold nothing secret.
@@ -132,7 +133,9 @@ def request_certificate(home: Path, profile: Profile, name: str, role: str) -> l
             where=str(target),
             hint="hand that in; to begin anew remove the directory",
         )
-    wanted = [(name, "client")] if role == "silo" else [(profile.host, "server"), (LEAD, "admin")]
+    wanted = [(name, "client")]
+    if role == "server":
+        wanted = [(profile.host, "server"), (LEAD, "admin")]
     make_directory(home)
     with _scratch(home) as scratch:
         for who, kind in wanted:
