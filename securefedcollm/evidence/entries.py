@@ -215,6 +215,21 @@ class Witnessed(_What, frozen=True, tag="witnessed"):
     root: Hex
 
 
+class Audited(_What, frozen=True, tag="audited"):
+    """Whoever keeps this log carried out a privacy audit. ``study`` and ``code``: digests of what
+    was attacked; ``claimed`` and ``bound``: ε by the accountant and at least, at ``delta``."""
+
+    audit: Who
+    study: Hex
+    code: Hex
+    setting: Annotated[str, Meta(max_length=400)]
+    claimed: Annotated[float, Meta(ge=0)] | None
+    bound: Annotated[float, Meta(ge=0)] | None
+    delta: Annotated[float, Meta(gt=0, lt=1)]
+    held: bool
+    figures: Annotated[dict[Who, float], Meta(max_length=32)]
+
+
 What = (
     Opened
     | Round
@@ -232,6 +247,7 @@ What = (
     | Voided
     | Refused
     | Witnessed
+    | Audited
 )
 
 
