@@ -100,6 +100,13 @@ def _count(present: Scores, absent: Scores, threshold: float, backwards: bool) -
     return guesses.reversed if backwards else guesses
 
 
+def rate_interval(successes: int, trials: int, confidence: float) -> tuple[float, float]:
+    """Clopper and Pearson's two-sided interval of a success rate."""
+    error = (1.0 - confidence) / 2.0
+    low = _least_rate(successes, trials, error)
+    return low, 1.0 - _least_rate(trials - successes, trials, error)
+
+
 def _least_rate(successes: int, trials: int, error: float) -> float:
     """Clopper-Pearson lower bound on a success rate, wrong with probability at most ``error``."""
     from scipy.special import betaincinv  # only where it is needed: scipy takes a second to import
