@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 
+from securefedcollm.errors import ConfigError
 from securefedcollm.evidence.entries import Audited
+from securefedcollm.evidence.log import FILE_NAME, EvidenceLog
 from securefedcollm.evidence.software import code_digest
-from securefedcollm.study import Study, digest
+from securefedcollm.primitives import SigningKey
+from securefedcollm.study import Study, digest, load_study
 
 CAVEAT = "95 % lower bound for this attack; not a guarantee"
 
@@ -67,6 +72,37 @@ class Finding(msgspec.Struct, frozen=True):
             "verdict": self.sentence,
             "caveat": CAVEAT,
         }
+
+
+def write_down(finding: Finding, run: Path, owner: str, key: SigningKey) -> str:
+    """Append the finding to a participant's evidence log; returns the entry's place.
+
+    Args:
+        run: the run's directory; its study may differ from the finding's.
+        owner: whose log: ``server``, or a silo.
+        key: its identity.
+
+    Raises:
+        ConfigError: there is no such log.
+        EvidenceError: the log is another identity's.
+    """
+    path = home(run, owner) / FILE_NAME
+    if not path.is_file():
+        raise ConfigError(
+            f"{owner} has no evidence log there",
+            where=str(run),
+            hint="--run names a run's directory, --owner a participant whose log is in it",
+        )
+    log = EvidenceLog(path, study=digest(load_study(run / "study.yaml")), owner=owner, key=key)
+    try:
+        return log.append(finding.entry()).place
+    finally:
+        log.close()
+
+
+def home(run: Path, owner: str) -> Path:
+    """A participant's directory in a run."""
+    return run / "server" if owner == "server" else run / "silos" / owner
 
 
 def above_claim(bound: float, claimed: float | None) -> list[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from securefedcollm_cli import audit_privacy
 from securefedcollm_cli.options import Json
 
 if TYPE_CHECKING:
@@ -20,8 +21,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Bundle a run's evidence, verify it offline, and attack the protocol.",
+    help="Bundle a run's evidence, verify it offline, and attack protocol and privacy.",
 )
+app.command("mechanism")(audit_privacy.mechanism)
+app.command("one-run")(audit_privacy.one_run)
+app.command("canaries")(audit_privacy.canaries)
+app.command("inversion")(audit_privacy.inversion)
 
 BundleFile = Annotated[Path, typer.Argument(metavar="FILE", help="A bundle of `audit bundle`.")]
 
