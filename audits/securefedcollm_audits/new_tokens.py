@@ -124,7 +124,7 @@ def _with_tokens(
         tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
         for weight in tables:
             old, new = weight[: rows - len(words)], weight[rows - len(words) : rows]
-            new.copy_((torch.randn_like(new.float()) * old.float().std(0) + old.float().mean(0)))
+            new.copy_(torch.randn_like(new.float()) * old.float().std(0) + old.float().mean(0))
     save_model(model, tokenizer, directory / "slm")
     widened = Model(source=f"path:{directory / 'slm'}", dtype=spec.dtype)
     models = msgspec.structs.replace(study.models, slm=widened)

@@ -179,7 +179,8 @@ def _coefficients(gradients: npt.NDArray[np.float64], update: npt.NDArray[np.flo
     """``update`` as a sum of the gradients, by ridge regression; scaled to unit size."""
     products = gradients @ gradients.T + np.eye(len(gradients))
     found: Scores = np.linalg.solve(products, gradients @ update)
-    return found / max(float(found.std()), 1e-30)
+    found /= max(float(found.std()), 1e-30)
+    return found
 
 
 def judge(study: Study, name: str, played: Played, what: str) -> Finding:
@@ -223,4 +224,3 @@ def auc(scores: Scores, present: npt.NDArray[np.bool_]) -> float:
         return 0.5
     below = np.searchsorted(outside, inside, "left") + np.searchsorted(outside, inside, "right")
     return float(below.mean() / (2.0 * len(outside)))
-

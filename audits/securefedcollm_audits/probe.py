@@ -37,10 +37,7 @@ class Probe(nn.Module):
 
     def __init__(self, rows: int, sharpness: float) -> None:
         super().__init__()
-        inner = nn.Module()
-        inner.lora_B = nn.Linear(rows, _WIDTH, bias=False)
-        nn.init.zeros_(inner.lora_B.weight)
-        self.base_model = _Base(inner, rows)
+        self.base_model = _Base(rows)
         self.sharpness = sharpness
         self.dtype = torch.float32
         self.config = SimpleNamespace(num_hidden_layers=1)
@@ -50,13 +47,17 @@ class Probe(nn.Module):
 
 
 class _Base(nn.ModuleList):
-    def __init__(self, inner: nn.Module, rows: int) -> None:
-        super().__init__([inner])
-        self.rows = rows
+    """One "decoder layer", whose matrix is what an adapter would be."""
+
+    def __init__(self, rows: int) -> None:
+        matrix = nn.Linear(rows, _WIDTH, bias=False)
+        nn.init.zeros_(matrix.weight)
+        super().__init__([nn.ModuleDict({"lora_B": matrix})])
+        self._rows, self._matrix = rows, [matrix]  # in a list: registered once
 
     def forward(self, input_ids: Tensor, **unused: Any) -> Any:
-        hot = F.one_hot(input_ids, self.rows).float()
-        return SimpleNamespace(last_hidden_state=self[0].lora_B(hot))
+        hot = F.one_hot(input_ids, self._rows).float()
+        return SimpleNamespace(last_hidden_state=self._matrix[0](hot))
 
 
 def local_path(study: Study, event: PoissonGaussian, units: int) -> Path:

@@ -132,6 +132,14 @@ def report(
     html: Annotated[
         Path | None, typer.Option("--html", metavar="OUT", help="The page to write.")
     ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            "--results",
+            metavar="FILE",
+            help="The run's results.json: show accuracy beside ε. Its maker's word, no evidence.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Verify a bundle and write what it shows as one self-contained HTML page, or as JSON.
@@ -144,7 +152,7 @@ def report(
 
     if html is None and not as_json:
         raise ConfigError("nothing to write", where="--html", hint="give --html OUT or --json")
-    found, case = make_report(file)
+    found, case = make_report(file, results)
     if html is not None:
         write_page(found, case, html)
     if as_json:

@@ -27,6 +27,7 @@ Short = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$")]
 Signature = Annotated[str, Meta(pattern=r"^[0-9a-f]{128}$")]
 Who = Annotated[str, Meta(min_length=1, max_length=64)]
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
+_Positive = Annotated[float, Meta(gt=0)]
 Names = Annotated[list[Who], Meta(max_length=128)]
 
 MAX_ENTRY = 256 << 10
@@ -66,7 +67,8 @@ class Round(_What, frozen=True, tag="round"):
     """An attempt at a round begins: at the server before the model is sent, at a silo before it
     trains. ``model`` = H(base, layout, adapter, mechanism); ``header`` binds it and all else.
 
-    ``mechanism``: how the sum is noised, where silos share the noise.
+    ``mechanism``: how the sum is noised, where silos share the noise. ``clip``: the clip norm and
+    the count's part, where they adapt from round to round; ``mechanism`` binds them.
     """
 
     round: Count
@@ -78,6 +80,7 @@ class Round(_What, frozen=True, tag="round"):
     values: Count
     header: Hex
     mechanism: Hex | None = None
+    clip: tuple[_Positive, _Positive] | None = None
 
 
 class Uploaded(_What, frozen=True, tag="uploaded"):
