@@ -178,9 +178,8 @@ def _gradients(
 def _coefficients(gradients: npt.NDArray[np.float64], update: npt.NDArray[np.float64]) -> Scores:
     """``update`` as a sum of the gradients, by ridge regression; scaled to unit size."""
     products = gradients @ gradients.T + np.eye(len(gradients))
-    found: Scores = np.linalg.solve(products, gradients @ update)
-    found /= max(float(found.std()), 1e-30)
-    return found
+    found: Scores = np.asarray(np.linalg.solve(products, gradients @ update), dtype=np.float64)
+    return np.divide(found, max(float(found.std()), 1e-30))
 
 
 def judge(study: Study, name: str, played: Played, what: str) -> Finding:
