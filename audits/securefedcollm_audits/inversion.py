@@ -364,7 +364,7 @@ def _row(shares: Floats, draw: np.random.Generator) -> Row:
     if count < 2:
         return Row(own, own, 1.0)
     others = float(shares.sum() - np.trace(shares)) / (count * (count - 1))
-    orders = np.array([draw.permutation(count) for _ in range(_PERMUTATIONS)])
+    orders = draw.permuted(np.tile(np.arange(count), (_PERMUTATIONS, 1)), axis=1)
     means = shares[np.arange(count), orders].mean(axis=1)
     reached = int((means >= own - 1e-12).sum())
     return Row(own, others, (1 + reached) / (1 + _PERMUTATIONS))
