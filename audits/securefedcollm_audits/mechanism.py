@@ -74,7 +74,7 @@ def audit(
     return Finding(
         audit="mechanism",
         study=study,
-        setting=f"{path.what}: {len(scores.present)} canaries, {len(scores.absent)} without",
+        setting=f"{path.what}: {len(scores.present):,} canaries, {len(scores.absent):,} without",
         claimed=claimed,
         bound=found.epsilon,
         delta=delta,

@@ -52,7 +52,8 @@ def advantage_plot(points: Sequence[tuple[float, float]]) -> str:
         f'<polyline points="{place(0, 0)} {place(1, 1)}" fill="none" stroke="var(--soft)" '
         'stroke-dasharray="5 4"/>'
         f'<polyline points="{path}" fill="none" stroke="var(--blue)" stroke-width="2"/>'
-        f'<text x="2" y="14">100 %</text><text x="{width - 150:.0f}" y="{height - 10:.0f}">'
+        '<text x="2" y="14">100 %</text>'
+        f'<text x="{width - 10:.0f}" y="{height - 10:.0f}" text-anchor="end">'
         f'false alarms, 0 to 100 %</text><text x="{left + 6:.0f}" y="{height - 10:.0f}">'
         "members found (up); dashed: guessing</text></svg></div>"
     )

@@ -44,7 +44,7 @@ from securefedcollm_audits.verify import verify
 MOST_POINTS = 80
 """Places in all silos' ledgers at which ε so far is worked out: a tenth of a second each."""
 
-_CURVE = (0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)
+_CURVE = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 1e-3, 1e-4)
 """Values of δ, besides the study's, at which the attacker-advantage curve rests."""
 
 NOT_COVERED = (
@@ -194,7 +194,7 @@ def advantage(claims: list[tuple[float, float]]) -> list[tuple[float, float]]:
     Of a test with false-alarm rate α, (ε, δ)-DP allows a power of at most e^ε·α + δ and
     1 − e^−ε·(1 − α − δ) (Kairouz, Oh and Viswanath 2015); the least over all pairs holds.
     """
-    rates = [0.001, 0.005, 0.01, 0.02, *(i / 20 for i in range(1, 21))]
+    rates = [0.001, 0.005, 0.01, 0.02, 0.03, *(i / 20 for i in range(1, 21))]
     found = []
     for alpha in rates:
         bounds = [

@@ -328,15 +328,15 @@ def _attacks(report: Report, cited: Citations) -> str:
         (
             f'<span class="{"pass" if row.held else "fail"}">'
             f"{'not refuted' if row.held else 'REFUTED'}</span>",
-            escape(f"{row.audit}: {row.setting}") + (_OTHER if row.other else ""),
+            f"<b>{escape(row.audit)}</b>: {escape(row.setting)}{_OTHER if row.other else ''}"
+            f"{_measured(row)}",
             "–" if row.claimed is None else up(row.claimed),
             "–" if row.bound is None else f"{row.bound:.2f}",
-            _measured(row),
             cited(row.place),
         )
         for row in report.audits
     ]
-    head = ("", "what was attacked", "ε claimed of it", "ε at least", "measured", "evidence")
+    head = ("", "what was attacked", "ε claimed of it", "ε at least", "evidence")
     return (
         f"{title}<p>Each is a {CAVEAT}. A bound above the claim refutes it; a bound below "
         "proves only that this attack, with so many trials, did not.</p>"
@@ -346,7 +346,8 @@ def _attacks(report: Report, cited: Citations) -> str:
 
 def _measured(row: AuditRow) -> str:
     shown = [(name, row.figures[name]) for name in _TELLING if name in row.figures]
-    return "<br>".join(f"{escape(label)} {value:.3g}" for label, value in shown)
+    text = "; ".join(f"{escape(label)} {value:.3g}" for label, value in shown)
+    return f'<br><span class="note">{text}</span>' if text else ""
 
 
 def _evidence(result: Result, cited: Citations) -> str:

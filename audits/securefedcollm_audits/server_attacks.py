@@ -16,7 +16,6 @@ from securefedcollm.primitives import AgreementKey, SigningKey, sha256
 from securefedcollm_audits.attacks import Outcome, both, judge, observed
 from securefedcollm_audits.cohort import Cohort, Puppet, altered, play, recorded
 
-
 _BIRTHDAY = 1 << 18
 
 
