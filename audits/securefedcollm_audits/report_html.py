@@ -29,10 +29,7 @@ _PLACE = re.compile(r"^(?P<owner>[^#]{1,64})#(?P<seq>\d+)\b")
 _MOST_SILOS = 12
 """Ledgers that are printed line by line: those that spent most."""
 _OTHER = "; at another setting of the same code"
-_TELLING = (
-    "noise charged",
-    "noise measured",
-    "auc",
+_SHARES = (
     "tpr at 1 % fpr",
     "raw update",
     "masked upload",
@@ -40,7 +37,8 @@ _TELLING = (
     "noised sum",
     "noised sum, by chance",
 )
-"""Figures of audits that the page shows; the others are in the log."""
+_TELLING = ("noise charged", "noise measured", "auc", *_SHARES)
+"""Figures of audits that the page shows, shares as percentages; the others are in the log."""
 _CLASS = {"pass": "pass", "fail": "fail", "not covered": "open"}
 
 _WEAK = (
@@ -328,8 +326,8 @@ def _attacks(report: Report, cited: Citations) -> str:
         (
             f'<span class="{"pass" if row.held else "fail"}">'
             f"{'not refuted' if row.held else 'REFUTED'}</span>",
-            f"<b>{escape(row.audit)}</b>: {escape(row.setting)}{_OTHER if row.other else ''}"
-            f"{_measured(row)}",
+            f'<div class="prose"><b>{escape(row.audit)}</b>: {escape(row.setting)}'
+            f"{_OTHER if row.other else ''}{_measured(row)}</div>",
             "–" if row.claimed is None else up(row.claimed),
             "–" if row.bound is None else f"{row.bound:.2f}",
             cited(row.place),
@@ -346,7 +344,10 @@ def _attacks(report: Report, cited: Citations) -> str:
 
 def _measured(row: AuditRow) -> str:
     shown = [(name, row.figures[name]) for name in _TELLING if name in row.figures]
-    text = "; ".join(f"{escape(label)} {value:.3g}" for label, value in shown)
+    text = "; ".join(
+        f"{escape(label)} {f'{100 * value:.1f} %' if label in _SHARES else f'{value:.3g}'}"
+        for label, value in shown
+    )
     return f'<br><span class="note">{text}</span>' if text else ""
 
 

@@ -71,13 +71,8 @@ def test_a_study_without_privacy_claims_nothing_and_its_leak_is_shown(place):
 
 
 def test_what_cannot_be_attacked_this_way_is_refused(place):
-    privacy = {
-        "epsilon": 8.0,
-        "delta": 1e-5,
-        "unit": "silo",
-        "noise": "distributed",
-        "clip_norm": 4,
-    }
+    unit = {"unit": "silo", "noise": "distributed", "clip_norm": 4.0}
+    privacy = {"epsilon": 8.0, "delta": 1e-5} | unit
     study = small_study(place, privacy=privacy, rounds=1)
     for audit in (one_run.audit, new_tokens.audit):
         with pytest.raises(ConfigError, match="nobody sees one silo's updates"):
