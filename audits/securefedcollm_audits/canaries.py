@@ -93,7 +93,7 @@ def joint_path(
     def once(noise: NoiseOf) -> CanaryScores:
         cohort, survivors = _cohort(setting, step.values, silos)
         for index, name in enumerate(survivors):
-            taken = fresh(name).poisson_batch(units, setting.sampling_rate) + index * units
+            taken = noise(name).poisson_batch(units, setting.sampling_rate) + index * units
             gradients = _one_hot(taken, LENGTH * clip_norm, setting.values)
             cohort.vectors[name] = step.protect(gradients, noise(name))
         total = _opened(cohort, survivors, setting.colluders)

@@ -96,7 +96,8 @@ def one_run(
 
     A coin decides for each canary whether it is in the first silo's data; the attacker sees every
     update and guesses. Prints a lower bound on ε (Steinke, Nasr and Jagielski 2023) and the same by
-    f-DP for a Gaussian trade-off curve (Mahloujifar et al. 2024). With 500 canaries no bound can
+    f-DP for a Gaussian trade-off curve (Mahloujifar et al. 2024). The training is charged to no
+    ledger: use data that may be used for it. With 500 canaries no bound can
     pass 4.4: to test the same code harder, lower the claim: --set privacy.epsilon=1.
 
     Exit code 0: not refuted; 1: refuted; 2: bad input.

