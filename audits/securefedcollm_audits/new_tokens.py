@@ -34,7 +34,7 @@ from securefedcollm.tuning.questions import EncodedQuestions, Question
 from securefedcollm.tuning.recipe import inference_mode
 from securefedcollm_audits.finding import Finding
 from securefedcollm_audits.lower_bounds import CONFIDENCE, Scores, rate_interval
-from securefedcollm_audits.one_run import Played, fitting, judge, refuse_distributed
+from securefedcollm_audits.one_run import Played, alone, fitting, judge, refuse_distributed
 
 CANARIES: Final = 500
 FALSE_ALARMS: Final = 0.01
@@ -79,7 +79,7 @@ def train(
     with tempfile.TemporaryDirectory(prefix="securefedcollm-") as directory:
         words = [f"canary{i:05d}" for i in range(count)]
         widened = _with_tokens(study, words, data, Path(directory), draw.randrange(2**32))
-        made = [_canary(q, word) for q, word in zip(records, words, strict=False)]
+        made = [_canary(records[number], number, word) for number, word in enumerate(words)]
         present = np.array([draw.random() < 0.5 for _ in made])
         inside = [question for question, there in zip(made, present, strict=True) if there]
         silo = SiloTuning(widened, name, records[count:] + inside, data=data, progress=progress)
@@ -94,8 +94,9 @@ def train(
     return Played(fell, present, tuple(silo.events()) * study.rounds)
 
 
-def _canary(question: Question, word: str) -> Question:
-    return replace(question, choices=(word, *question.choices[1:]), answer=0)
+def _canary(question: Question, number: int, word: str) -> Question:
+    choices = (word, *question.choices[1:])
+    return replace(question, choices=choices, answer=0, subject=alone(question, number))
 
 
 def _with_tokens(

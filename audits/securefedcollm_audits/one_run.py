@@ -153,9 +153,15 @@ def random_questions(
             prompt=text(question.prompt),
             choices=tuple(text(choice) for choice in question.choices),
             answer=draw.randrange(len(question.choices)),
+            subject=alone(question, number),
         )
-        for question in records[:count]
+        for number, question in enumerate(records[:count])
     ]
+
+
+def alone(question: Question, number: int) -> str | None:
+    """A canary is a unit by itself: where subjects are the units, it has one of its own."""
+    return None if question.subject is None else f"canary {number}"
 
 
 def _gradients(

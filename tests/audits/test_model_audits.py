@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.tuning import local
+from securefedcollm.tuning.questions import Question
 
 from .small import small_study
 
@@ -86,6 +88,15 @@ def test_a_study_without_privacy_claims_nothing_and_its_leak_is_shown(place):
     finding = one_run.audit(small_study(place, privacy=None), data=place, **CANARIES)
     assert (finding.held, finding.claimed) == (True, None)
     assert finding.bound > 1.5
+
+
+def test_a_canary_is_a_unit_of_its_own_where_subjects_are_the_units():
+    questions = [Question(f"w{i} w1", ("w2", "w3"), 0, subject=f"p{i // 4}") for i in range(12)]
+    made = one_run.random_questions(questions, 6, random.Random(1))
+    assert len({question.subject for question in made}) == 6
+    assert {question.subject for question in made}.isdisjoint(q.subject for q in questions)
+    made = one_run.random_questions([Question("w1", ("w2",), 0)] * 2, 2, random.Random(1))
+    assert [question.subject for question in made] == [None, None]
 
 
 def test_what_cannot_be_attacked_this_way_is_refused(place):
