@@ -62,6 +62,13 @@ GLOSSARY = (
     ("head, cosignature", "A signed fingerprint of a whole log; other participants' signatures "
      "under it show that all saw the same log."),
     ("accountant", "A program that works out ε from the list of noisy releases."),
+    ("canary", "A made-up record that an audit puts in or leaves out by a coin, to see whether an "
+     "attacker can tell."),
+    ("auc", "Chance that an attack ranks a record that was in above one that was not: 0.5 is "
+     "guessing, 1 certainty."),
+    ("tpr at 1 % fpr", "Share of members that an attack finds if one alarm in a hundred is false."),
+    ("raw update, masked upload, opened sum, noised sum", "Where an audit tried to read words "
+     "back, and the share it got; “by chance” is what guessing gets."),
 )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ code { font-size: .85em; overflow-wrap: anywhere; }
 svg { width: 100%; min-width: 30rem; max-width: 46rem; height: auto; display: block; }
 svg text { font-size: 12px; fill: var(--soft); }
 @media screen and (max-width: 40rem) { svg { min-width: 0; } svg text { font-size: 18px; }
-  .prose { min-width: 14rem; } body { padding: 0 .7rem; } th, td { padding: .25rem .4rem; }
+  .prose { min-width: 10rem; } body { padding: 0 .7rem; } th, td { padding: .25rem .4rem; }
   td:first-child { min-width: 4rem; } }
 @media print { :root { --ink: #000; --soft: #444; --line: #bbb; --back: #fff; --tint: #f2f2f2;
   --blue: #1a4f8a; --red: #a32020; --green: #1c5237; --amber: #7a4a10; }
