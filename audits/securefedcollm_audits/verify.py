@@ -13,7 +13,7 @@ from securefedcollm.errors import ConfigError, EvidenceError
 from securefedcollm.evidence.bundle import MAX_BYTES, Bundle, read_bundle
 from securefedcollm.primitives import sha256
 from securefedcollm_audits.case import Case
-from securefedcollm_audits.checks import budget, ciphertexts, logs, order, rounds
+from securefedcollm_audits.checks import budget, ciphertexts, findings, logs, order, rounds
 from securefedcollm_audits.verdict import Check, Result, Verdict, carry_out
 
 CHECKS: tuple[Check, ...] = (
@@ -22,6 +22,7 @@ CHECKS: tuple[Check, ...] = (
     *rounds.CHECKS,
     *ciphertexts.CHECKS,
     *budget.CHECKS,
+    *findings.CHECKS,
 )
 _ARCHIVE = ("archive", "The archive is complete and unaltered")
 

@@ -27,6 +27,7 @@ Short = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$")]
 Signature = Annotated[str, Meta(pattern=r"^[0-9a-f]{128}$")]
 Who = Annotated[str, Meta(min_length=1, max_length=64)]
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
+_Positive = Annotated[float, Meta(gt=0)]
 Names = Annotated[list[Who], Meta(max_length=128)]
 
 MAX_ENTRY = 256 << 10
@@ -66,7 +67,8 @@ class Round(_What, frozen=True, tag="round"):
     """An attempt at a round begins: at the server before the model is sent, at a silo before it
     trains. ``model`` = H(base, layout, adapter, mechanism); ``header`` binds it and all else.
 
-    ``mechanism``: how the sum is noised, where silos share the noise.
+    ``mechanism``: how the sum is noised, where silos share the noise. ``clip``: the clip norm and
+    the count's part, where they adapt from round to round; ``mechanism`` binds them.
     """
 
     round: Count
@@ -78,6 +80,7 @@ class Round(_What, frozen=True, tag="round"):
     values: Count
     header: Hex
     mechanism: Hex | None = None
+    clip: tuple[_Positive, _Positive] | None = None
 
 
 class Uploaded(_What, frozen=True, tag="uploaded"):
@@ -293,6 +296,25 @@ class Witnessed(_What, frozen=True, tag="witnessed"):
     root: Hex
 
 
+class Audited(_What, frozen=True, tag="audited"):
+    """Whoever keeps this log carried out a privacy audit. ``study`` and ``code``: digests of what
+    was attacked; ``claimed`` and ``bound``: ε by the accountant and at least, at ``delta``.
+
+    The figures depend on the records that were attacked, which no ledger was charged for: an audit
+    is made on data that may be used so.
+    """
+
+    audit: Who
+    study: Hex
+    code: Hex
+    setting: Annotated[str, Meta(max_length=400)]
+    claimed: Annotated[float, Meta(ge=0)] | None
+    bound: Annotated[float, Meta(ge=0)] | None
+    delta: Annotated[float, Meta(gt=0, lt=1)]
+    held: bool
+    figures: Annotated[dict[Who, float], Meta(max_length=32)]
+
+
 What = (
     Opened
     | Round
@@ -313,6 +335,7 @@ What = (
     | Voided
     | Refused
     | Witnessed
+    | Audited
 )
 
 

@@ -58,6 +58,7 @@ from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.workload import Progress, ServerWorkload, Vector
 from securefedcollm.privacy.adaptive_clip import AdaptiveClip
 from securefedcollm.privacy.joint import JointStep
+from securefedcollm.privacy.silo_unit import SiloUnit
 from securefedcollm.study import Study
 
 log = logging.getLogger(__name__)
@@ -258,7 +259,8 @@ class Coordinator:
             model=model_digest(base, layout, adapter, mechanism),
             values=unit.values if unit else size,
         )
-        self._evidence.round(header, base, layout, adapter, mechanism)
+        adapted = unit.adapted if isinstance(unit, SiloUnit) else None
+        self._evidence.round(header, base, layout, adapter, mechanism, adapted)
         traffic = _Traffic(self._parties)
         lost: dict[str, str] = {}
         begin = BeginRound(

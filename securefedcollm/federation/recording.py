@@ -85,8 +85,11 @@ def _opened(
     )
 
 
+Clip = tuple[float, float] | None
+
+
 def _round(
-    header: RoundHeader, base: bytes, layout: bytes, adapter: bytes, mechanism: bytes
+    header: RoundHeader, base: bytes, layout: bytes, adapter: bytes, mechanism: bytes, clip: Clip
 ) -> Round:
     return Round(
         round=header.round,
@@ -95,6 +98,7 @@ def _round(
         layout=layout.hex(),
         adapter=sha256(adapter).hex(),
         mechanism=mechanism.hex() or None,
+        clip=clip,
         model=header.model_digest.hex(),
         values=header.parameters.values,
         header=header.digest.hex(),
@@ -159,7 +163,13 @@ class SiloRecord:
         self._header: RoundHeader | None = None
 
     def round(
-        self, header: RoundHeader, base: bytes, layout: bytes, adapter: bytes, mechanism: bytes
+        self,
+        header: RoundHeader,
+        base: bytes,
+        layout: bytes,
+        adapter: bytes,
+        mechanism: bytes,
+        clip: Clip = None,
     ) -> None:
         """Before this silo trains."""
         self._header = header
@@ -167,7 +177,7 @@ class SiloRecord:
             return
         if not self._log.size:
             self._log.append(_opened(header, self._roster, self._server, self._authority, None))
-        self._log.append(_round(header, base, layout, adapter, mechanism))
+        self._log.append(_round(header, base, layout, adapter, mechanism, clip))
 
     def said(self, side: SiloSide) -> None:
         """After the aggregation's answer was made, before it leaves."""
@@ -400,7 +410,13 @@ class ServerRecord:
         return list(self._vouched.values()).count(self._log.size) >= self._quorum
 
     def round(
-        self, header: RoundHeader, base: bytes, layout: bytes, adapter: bytes, mechanism: bytes
+        self,
+        header: RoundHeader,
+        base: bytes,
+        layout: bytes,
+        adapter: bytes,
+        mechanism: bytes,
+        clip: Clip = None,
     ) -> None:
         """Before the model is sent."""
         if self._log is None or self._key is None:
@@ -409,7 +425,7 @@ class ServerRecord:
             sbom = bill_of_materials()
             write_durably(self._log.path.with_name(SBOM), sbom)
             self._log.append(_opened(header, self._roster, self._key.public, self._authority, sbom))
-        self._log.append(_round(header, base, layout, adapter, mechanism))
+        self._log.append(_round(header, base, layout, adapter, mechanism, clip))
 
     def opening(self, header: RoundHeader, seen: Transcript) -> None:
         """Before anybody is asked to unmask."""

@@ -174,7 +174,8 @@ class SiloSession:
         scope = run_scope(self._study, begin.run_id)
         self._enter(scope, begin, model)
         self._settle_before(scope, begin.round)
-        self._evidence.round(header, base, begin.layout, begin.adapter, mechanism)
+        adapted = unit.adapted if isinstance(unit, SiloUnit) else None
+        self._evidence.round(header, base, begin.layout, begin.adapter, mechanism, adapted)
         integers = self._update(scope, begin.round, adapter, unit)
         self._side = silo_side(
             self._study.scheme,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+
+import msgspec
 import pytest
+from securefedcollm_audits.finding import Finding, write_down
 
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation.engines import Failure
 
-from ..evidence.runs import NAMES, SILO_PRIVACY, RecordedRun, recorded_study
+from ..evidence.runs import ALL_KEYS, NAMES, SILO_PRIVACY, RecordedRun, recorded_study
 from ..federation.test_rounds import Cut
 
 
@@ -35,6 +39,46 @@ def joint_bundle(tmp_path_factory):
 
 
 CKKS = {"clip_norm": 20.0, "scheme": "ckks"}
+ADAPTIVE = SILO_PRIVACY | {"adaptive": {"quantile": 0.5, "learning_rate": 0.2, "count_noise": 10.0}}
+
+
+@pytest.fixture(scope="session")
+def adaptive_bundle(tmp_path_factory):
+    """The clip norm follows the updates: it is another one in the second round."""
+    study = recorded_study(rounds=2, privacy=ADAPTIVE)
+    return bundle_of(tmp_path_factory.mktemp("adaptive") / "run", study)
+
+
+FINDING = Finding(
+    audit="mechanism",
+    study=recorded_study(rounds=2),
+    setting="one DP-SGD step",
+    claimed=2.0,
+    bound=1.0,
+    delta=1e-5,
+    faults=[],
+    figures={"noise charged": 1.0, "noise measured": 1.01},
+)
+
+
+@pytest.fixture(scope="session")
+def audited_bundle(record_bundle, tmp_path_factory):
+    """The record-level run, after two participants audited its code."""
+    directory = tmp_path_factory.mktemp("audited") / "run"
+    shutil.copytree(record_bundle.parent, directory)
+    other = msgspec.structs.replace(
+        FINDING,
+        audit="inversion",
+        study=recorded_study(rounds=3),
+        claimed=None,
+        bound=None,
+        figures={"raw update": 1.0, "noised sum": 0.1, "noised sum, by chance": 0.1},
+    )
+    for name, finding in (("silo-2", FINDING), ("server", other)):
+        write_down(finding, directory, name, ALL_KEYS[name])
+    path = directory / "evidence.zip"
+    path.write_bytes(make_bundle(directory))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 import sqlite3
 import subprocess
@@ -36,15 +37,23 @@ def by_name(verdict):
     return {result.name: result for result in verdict.results}
 
 
-def test_honest_bundles_pass_every_check(record_bundle, silo_bundle, joint_bundle):
-    for bundle in (record_bundle, silo_bundle, joint_bundle):
+def test_honest_bundles_pass_every_check(record_bundle, silo_bundle, joint_bundle, adaptive_bundle):
+    for bundle in (record_bundle, silo_bundle, joint_bundle, adaptive_bundle):
         verdict = verify(bundle)
         assert verdict.holds
         silent = [r.name for r in verdict.results if r.status != "pass"]
-        assert silent == ["study-signed", "ciphertexts", "authority"]
-        assert verdict.passed == len(CHECKS) - 2  # all but these, and the archive
+        assert silent == ["study-signed", "ciphertexts", "authority", "audits"]
+        assert verdict.passed == len(CHECKS) - 3  # all but these, and the archive
         assert (verdict.rounds_done, verdict.rounds) == (2, 2)
         assert verdict.participants == ["server", *NAMES]
+
+
+def test_audits_that_refute_nothing_pass(audited_bundle):
+    verdict = verify(audited_bundle)
+    assert verdict.holds
+    assert by_name(verdict)["audits"].evidence == (
+        "2 audits (inversion, mechanism): nothing was refuted; 1 at other settings of the same code"
+    )
 
 
 # --- One forgery a check --------------------------------------------------------------------------
@@ -239,6 +248,33 @@ SILO_FORGERIES = [
 ]
 
 
+def found_more_than_it_says(f):
+    f.what("silo-2", "audited").update(bound=2.5)
+
+
+def held_against_a_claim_that_the_study_does_not_make(f):
+    f.what("silo-2", "audited").update(bound=9.0, claimed=11.0)
+
+
+AUDITED_FORGERIES = [
+    ("audits", change("silo-2", "audited", held=False), r"silo-2#17 \(audited\): mechanism refut"),
+    ("audits", found_more_than_it_says, r"silo-2#17 \(audited\): ε is at least 2.50, above the"),
+    ("audits", change("server", "audited", code=OTHER), r"server#9 \(audited\): attacked other"),
+    ("audits", held_against_a_claim_that_the_study_does_not_make, r"a claim of ε = 11.00"),
+]
+
+
+ADAPTIVE_FORGERIES = [
+    ("mechanism", more_noise_than_there_was, r"silo-1#2 \(reserved\): charges for other noise"),
+    ("mechanism", change("silo-1", "round", clip=None), r"silo-1#2 \(reserved\): its round has a"),
+    (
+        "mechanism",
+        change("silo-1", "round", clip=[19.0, 19.0 / math.sqrt(99.0)]),
+        r"silo-1#2 \(reserved\): its round has a clip norm that the study cannot lead to",
+    ),
+]
+
+
 JOINT_FORGERIES = [
     ("mechanism", more_noise_than_there_was, r"silo-1#2 \(reserved\): charges for other noise"),
     ("settled", change("silo-1", "settled", events=[]), r"silo-1#\d+ \(settled\): settles more"),
@@ -385,7 +421,9 @@ def test_honest_bundles_of_both_key_models_pass(request, name):
     + [("silo", *forgery) for forgery in SILO_FORGERIES]
     + [("joint", *forgery) for forgery in JOINT_FORGERIES]
     + [("ckks", *forgery) for forgery in CKKS_FORGERIES]
-    + [("authority", *forgery) for forgery in AUTHORITY_FORGERIES],
+    + [("authority", *forgery) for forgery in AUTHORITY_FORGERIES]
+    + [("audited", *forgery) for forgery in AUDITED_FORGERIES]
+    + [("adaptive", *forgery) for forgery in ADAPTIVE_FORGERIES],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_a_forgery_fails_its_check_and_the_wrong_entry_is_named(
@@ -402,6 +440,7 @@ def test_a_forgery_fails_its_check_and_the_wrong_entry_is_named(
 def test_every_check_has_a_forgery():
     covered = {name for name, *_ in RECORD_FORGERIES + SILO_FORGERIES + CKKS_FORGERIES}
     covered |= {name for name, *_ in AUTHORITY_FORGERIES}
+    covered |= {name for name, *_ in AUDITED_FORGERIES}
     assert covered == {check.name for check in CHECKS} - {"study-signed"}  # see below
 
 
@@ -566,7 +605,7 @@ def test_one_silo_s_own_bundle_says_what_it_does_not_cover(record_bundle, tmp_pa
     assert verdict.holds
     silent = {r.name for r in verdict.results if r.status == "not covered"}
     of_others = {"study-signed", "witnesses", "sbom", "artefacts", "transcripts"}
-    assert silent == of_others | {"ciphertexts", "authority"}
+    assert silent == of_others | {"ciphertexts", "authority", "audits"}
     with pytest.raises(ConfigError, match="no evidence log of silo-7"):
         make_bundle(directory, ["silo-7"])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from securefedcollm.evidence.entries import (
     Agreed,
+    Audited,
     Decrypted,
     Entry,
     Failed,
@@ -66,7 +67,7 @@ class _ServerLog:
             elif isinstance(what, _SERVER_ONLY):
                 fault = self._step(what)
             else:
-                fault = "has no place in a server's log"
+                fault = "" if isinstance(what, Audited) else "has no place in a server's log"
             if fault:
                 wrong(entry, fault)
         return len(log) - 1
