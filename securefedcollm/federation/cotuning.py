@@ -34,13 +34,13 @@ from securefedcollm.tuning.adapters import (
 from securefedcollm.tuning.descent import Descent
 from securefedcollm.tuning.distil import DistilStep, distil
 from securefedcollm.tuning.evaluate import evaluate
+from securefedcollm.tuning.head import check_output, unwrapped
 from securefedcollm.tuning.local import sampled_gradients, train_dp, train_plain
 from securefedcollm.tuning.models import LoadedModel, load_model
 from securefedcollm.tuning.questions import (
     EncodedQuestions,
     Question,
     encode,
-    unwrapped,
     with_prefix,
     with_prior,
 )
@@ -74,6 +74,7 @@ class Tuned:
             base_dir=data or Path(),
             progress=progress,
         )
+        check_output(loaded.model, spec.source)
         adapter = study.adapter
         model = attach(
             loaded.model,

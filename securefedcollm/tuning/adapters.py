@@ -28,8 +28,8 @@ from torch import nn
 
 from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.primitives import sha256
+from securefedcollm.tuning.head import unwrapped
 from securefedcollm.tuning.layers import decoder_layers
-from securefedcollm.tuning.questions import unwrapped
 
 Method = Literal["ffa-lora", "rolora", "lora"]
 Vector = npt.NDArray[np.float32]

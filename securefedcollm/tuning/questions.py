@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from securefedcollm.errors import DataError
+from securefedcollm.tuning.head import device_of, output_logits, unwrapped
 from securefedcollm.tuning.layers import passed_over
 from securefedcollm.tuning.recipe import inference_mode
 
@@ -258,9 +259,11 @@ def choice_scores(
         model: a causal language model of transformers, plain or with PEFT layers.
 
     Returns:
-        float32 [B, C]; ``-inf`` where a question has fewer than C choices.
+        float32 [B, C] where the model is; ``-inf`` where a question has fewer than C choices.
     """
-    token_scores = _token_log_probs(unwrapped(model), batch)  # [B, K]
+    causal = unwrapped(model)
+    batch = batch.to(device_of(causal))
+    token_scores = token_log_probs(causal, batch)  # [B, K]
     choices = batch.choice_mask.shape[1]
     scores = token_scores.new_zeros(len(batch), choices + 1)  # last column collects the padding
     scores = scores.scatter_add(1, batch.target_choices, token_scores)[:, :choices]
@@ -273,33 +276,33 @@ def choice_scores(
     return scores.masked_fill(~batch.choice_mask, -torch.inf)
 
 
-def _token_log_probs(causal: Any, batch: EncodedQuestions) -> Tensor:
+def token_log_probs(causal: Any, batch: EncodedQuestions) -> Tensor:
     """Log-probability of every target token where it is predicted: float32 [B, K].
 
     The output layer runs on the slots that a row really has, and a chunk at a time when no gradient
     is wanted: with a vocabulary of 49k it costs as much as ten layers, and gigabytes otherwise.
     """
-    hidden = _last_hidden(causal, batch)  # [B, L, D]
+    hidden = last_hidden(causal, batch)  # [B, L, D]
     counts = batch.target_slots.max(1).values + 1  # slots of each row
     slot = torch.arange(int(counts.max()), device=hidden.device)
     rows, slots = torch.nonzero(slot < counts[:, None], as_tuple=True)  # [M]: row by row
     taken = hidden[rows, batch.prompt_tokens[rows] - 1 + slots]  # [M, D]
     place = (counts.cumsum(0) - counts)[:, None] + batch.target_slots  # [B, K] into M
-    head = causal.get_output_embeddings()
+    head = output_logits(causal)
     if torch.is_grad_enabled():
-        logits = head(taken).float()
+        logits = head(taken)
         gold: Tensor = logits[place, batch.targets] - torch.logsumexp(logits, -1)[place]
         return gold
     scores = taken.new_zeros(batch.targets.shape, dtype=torch.float32)
     for start in range(0, len(taken), _HEAD_CHUNK):
-        logits = head(taken[start : start + _HEAD_CHUNK]).float()
+        logits = head(taken[start : start + _HEAD_CHUNK])
         here = (place >= start) & (place < start + len(logits))
         at = place[here] - start
         scores[here] = logits[at, batch.targets[here]] - torch.logsumexp(logits, -1)[at]
     return scores
 
 
-def _last_hidden(causal: Any, batch: EncodedQuestions) -> Tensor:
+def last_hidden(causal: Any, batch: EncodedQuestions) -> Tensor:
     """Hidden states after the last layer; starts at the cached prefix if the batch has one."""
     start = {"input_ids": batch.tokens}
     if batch.prefix is not None:
@@ -312,11 +315,6 @@ def _last_hidden(causal: Any, batch: EncodedQuestions) -> Tensor:
             use_cache=False,
         ).last_hidden_state
     return states
-
-
-def unwrapped(model: Any) -> Any:
-    """The transformers model inside a PeftModel (its LoRA layers stay active), or ``model``."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def with_prior(
@@ -354,9 +352,9 @@ def with_prefix(
     states = torch.zeros(*encoded.tokens.shape, config.hidden_size, dtype=causal.dtype)
     with inference_mode(model), passed_over(causal, layers, depth) as first:
         for rows, batch in by_length(encoded, batch_size):
-            _last_hidden(causal, batch)
+            last_hidden(causal, batch.to(device_of(causal)))
             assert first.seen is not None
-            states[rows, : first.seen.shape[1]] = first.seen
+            states[rows, : first.seen.shape[1]] = first.seen.cpu()
     return replace(encoded, prefix=states, prefix_layers=layers)
 
 
