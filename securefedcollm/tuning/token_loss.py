@@ -22,13 +22,12 @@ from securefedcollm.tuning.head import Logits
 
 Direction = Literal["forward", "reverse", "js"]
 
-CHUNK = 32  # positions at a time: 32 × 49k × 4 B = 6 MB for each of some eight buffers
-_LOG_FLOOR = -1e4  # e to this is 0 in every float format
+CHUNK = 64  # positions at a time: 64 × 49k × 4 B = 13 MB for each of some eight buffers
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a teacher says at m positions, as log-probabilities at the loss's temperature.
+    """What a teacher says at m positions, as finite log-probabilities at the loss's temperature.
 
     Over the whole vocabulary, or over the ``tokens`` that are listed; all others then form one
     event, whose probability is what is left.
@@ -72,15 +71,20 @@ def chunked_loss(
     def part(states: Tensor, where: slice) -> tuple[Tensor, Tensor]:
         """(loss, its gradient with respect to the logits) of one chunk."""
         values = states.detach()
-        total = values.new_zeros(())
-        slope = torch.zeros_like(values)
-        if gold is not None:
-            total, slope = _cross_entropy(values, gold[where], gold_scale)
+        log_q = F.log_softmax(values, dim=-1)
+        total, slope = values.new_zeros(()), None
         if targets is not None:
-            more, slopes = _divergence(values, targets(where), temperature, direction)
-            total = total + more * target_scale
-            slope += slopes.mul_(target_scale)
-        return total, slope
+            if temperature != 1.0:
+                log_q = F.log_softmax(values / temperature, dim=-1)
+            total, slope = _divergence(log_q, targets(where), direction)
+            total = total * (target_scale * temperature**2)
+            slope.mul_(target_scale * temperature)
+            if temperature != 1.0 and gold is not None:
+                log_q = F.log_softmax(values, dim=-1)
+        if gold is not None:
+            more, slope = _cross_entropy(log_q, gold[where], gold_scale, slope)
+            total = total + more
+        return total, torch.zeros_like(values) if slope is None else slope
 
     result: Tensor = _Chunked.apply(part, logits, chunk, hidden, *trained)  # type: ignore[no-untyped-call]
     return result
@@ -124,33 +128,28 @@ class _Chunked(torch.autograd.Function):
         return (None, None, None, *(g * outer[0].to(g.dtype) for g in ctx.saved_tensors))
 
 
-def _cross_entropy(values: Tensor, gold: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """scale · Σ −log softmax(values)[gold] over the rows with a gold token, and its slope."""
-    known = (gold >= 0).to(values.dtype)
-    log_p = F.log_softmax(values, dim=-1)
-    at = gold.clamp_min(0)[:, None]
-    loss = -(log_p.gather(1, at)[:, 0] * known).sum() * scale
-    slope = log_p.exp_()
-    slope.scatter_add_(1, at, slope.new_full(at.shape, -1.0))
-    return loss, slope.mul_((known * scale)[:, None])
-
-
-def _divergence(
-    values: Tensor, target: Target, temperature: float, direction: Direction
+def _cross_entropy(
+    log_q: Tensor, gold: Tensor, scale: float, slope: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """τ² · Σ D and its slope: with u = ∂D/∂q, the slope at logit j is τ · q_j · (u_j − Σ q·u)."""
-    log_q = F.log_softmax(values / temperature if temperature != 1.0 else values, dim=-1)
+    """scale · Σ −log q[gold] over the rows with a gold token; its slope is added to ``slope``."""
+    weight = (gold >= 0).to(log_q.dtype)[:, None] * scale
+    at = gold.clamp_min(0)[:, None]
+    loss = -(log_q.gather(1, at) * weight).sum()
+    q = log_q.exp_()
+    slope = q.mul_(weight) if slope is None else slope.addcmul_(q, weight)
+    return loss, slope.scatter_add_(1, at, -weight)
+
+
+def _divergence(log_q: Tensor, target: Target, direction: Direction) -> tuple[Tensor, Tensor]:
+    """Σ D and its slope at the logits over τ: with u = ∂D/∂q, that is q · (u − Σ q·u)."""
     if target.tokens is None:
-        loss, slope = _pointwise(log_q, target.log_probs, direction)
-        return loss * temperature**2, slope.mul_(temperature)
+        return _pointwise(log_q, target.log_probs, direction)
     # The listed tokens and the rest are the k + 1 events of both distributions.
     mine = _with_rest(log_q.gather(1, target.tokens))
     theirs = _with_rest(target.log_probs)
     loss, slope = _pointwise(mine, theirs, direction)
-    share = slope[:, -1:] / mine[:, -1:].exp().clamp_min(torch.finfo(mine.dtype).tiny)
-    full = log_q.exp_().mul_(share)
-    full.scatter_(1, target.tokens, slope[:, :-1])
-    return loss * temperature**2, full.mul_(temperature)
+    share = slope[:, -1:] / mine[:, -1:].exp()
+    return loss, log_q.exp().mul_(share).scatter_(1, target.tokens, slope[:, :-1])
 
 
 def _with_rest(log_probs: Tensor) -> Tensor:
@@ -161,18 +160,17 @@ def _with_rest(log_probs: Tensor) -> Tensor:
 
 def _pointwise(log_q: Tensor, log_p: Tensor, direction: Direction) -> tuple[Tensor, Tensor]:
     """Σ D(p, q) and q · (u − Σ q·u), u = ∂D/∂q, both from log-probabilities [m, V]."""
-    log_p = log_p.clamp_min(_LOG_FLOOR)
+    q = log_q.exp()
     if direction == "forward":
         p = log_p.exp()
-        loss = p.mul(log_p - log_q).sum()
-        return loss, log_q.exp().sub_(p)
-    q = log_q.exp()
+        loss = torch.linalg.vecdot(p, log_p - log_q).sum()
+        return loss, q.sub_(p)
     if direction == "reverse":
         u = log_q - log_p
-        mean = q.mul(u).sum(-1, keepdim=True)
+        mean = torch.linalg.vecdot(q, u)[:, None]
         return mean.sum(), q.mul_(u.sub_(mean))
     log_m = torch.logaddexp(log_q, log_p).sub_(math.log(2.0))
     u = log_q - log_m
-    mean = q.mul(u).sum(-1, keepdim=True)
-    loss = (log_p.exp().mul_(log_p - log_m).sum() + mean.sum()) / 2
+    mean = torch.linalg.vecdot(q, u)[:, None]
+    loss = (torch.linalg.vecdot(log_p.exp(), log_p - log_m).sum() + mean.sum()) / 2
     return loss, q.mul_(u.sub_(mean)).mul_(0.5)
