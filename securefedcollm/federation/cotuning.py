@@ -328,6 +328,8 @@ class ServerTuning:
             learning_rate_slm=plan.learning_rate_slm,
             seed=training_seed(self._study, "server", round_),
             loss=plan.loss,
+            over=plan.over,
+            top_k=plan.top_k,
             weight=plan.weight,
             temperature=plan.temperature,
             direction=plan.direction,

@@ -229,6 +229,18 @@ def _check_distillation(study: Study) -> None:
             where="distillation.batch_labelled",
             hint="raise it above 0, or choose loss: entropy-pooled",
         )
+    if plan.top_k is not None and plan.over == "choices":
+        raise ConfigError(
+            "over the choices of a question nothing is left out",
+            where="distillation.top_k",
+            hint="remove it, or choose over: answer or over: all",
+        )
+    if plan.top_k is not None and plan.loss not in {"entropy-pooled", "dual-min-ce"}:
+        raise ConfigError(
+            f"loss: {plan.loss} keeps no predictions that could be shortened",
+            where="distillation.top_k",
+            hint="remove it, or choose loss: entropy-pooled or dual-min-ce",
+        )
 
 
 def _check_roster(study: Study) -> None:

@@ -192,12 +192,20 @@ class Distillation(_Section, frozen=True):
     """The server's phase on the public set, after every sum.
 
     ``entropy-pooled``: both models learn a mixture of their own predictions, weighted by which of
-    them is surer (``sharpness``: how much that counts). ``mutual-kl``: the paper's losses (arXiv
-    2411.11707, eq. 3 and 4) with weight λ. ``none``: each is tuned on the labelled public questions
-    alone.
+    them is surer (``sharpness``: how much that counts). ``dual-min-ce``: both learn the prediction
+    of the better one, prompt by prompt (FedMKT). ``mutual-kl``: the paper's losses (arXiv
+    2411.11707, eq. 3 and 4). ``none``: each is tuned on the labelled public questions alone.
+    λ is ``weight``; ``direction`` D(teacher, own) is KL, its reverse, or Jensen–Shannon.
+
+    ``over``: what the predictions are about. ``choices``: the choices of a question. ``answer``:
+    every token of the answer, over the whole vocabulary. ``all``: the tokens of the prompt as well.
+    ``top_k`` keeps only so many tokens of every frozen target (of ``entropy-pooled`` and
+    ``dual-min-ce``), for a vocabulary or model too large to keep more.
     """
 
-    loss: Literal["entropy-pooled", "mutual-kl", "none"] = "entropy-pooled"
+    loss: Literal["entropy-pooled", "dual-min-ce", "mutual-kl", "none"] = "entropy-pooled"
+    over: Literal["choices", "answer", "all"] = "choices"
+    top_k: Count | None = None
     steps: Count = 40
     batch_labelled: Annotated[int, Meta(ge=0)] = 32
     batch_unlabelled: Annotated[int, Meta(ge=0)] = 128
