@@ -36,7 +36,7 @@ from securefedcollm.tuning.distil import DistilStep, distil
 from securefedcollm.tuning.evaluate import evaluate
 from securefedcollm.tuning.head import check_output, unwrapped
 from securefedcollm.tuning.local import sampled_gradients, train_dp, train_plain
-from securefedcollm.tuning.models import LoadedModel, load_model
+from securefedcollm.tuning.models import LoadedModel, find_device, load_model
 from securefedcollm.tuning.questions import (
     EncodedQuestions,
     Question,
@@ -58,14 +58,21 @@ class Tuned:
 
     @classmethod
     def load(
-        cls, study: Study, spec: Model, *, data: Path | None, progress: Progress = silent
+        cls,
+        study: Study,
+        spec: Model,
+        *,
+        data: Path | None,
+        device: str = "cpu",
+        progress: Progress = silent,
     ) -> Tuned:
-        """Load the base that ``spec`` names and attach the study's adapter.
+        """Load the base that ``spec`` names onto ``device`` and attach the study's adapter.
 
         Raises:
             ConfigError: the model is missing, unsafe, other than pinned, or the adapter does not
-                fit it.
+                fit it, or there is no such device.
         """
+        place = find_device(device)
         loaded: LoadedModel = load_model(
             spec.source,
             revision=spec.revision,
@@ -86,7 +93,7 @@ class Tuned:
             top_layers=adapter.top_layers,
             seed=study.seed,
         )
-        return cls(model, loaded.tokenizer, bytes.fromhex(loaded.digest), study)
+        return cls(model.to(place), loaded.tokenizer, bytes.fromhex(loaded.digest), study)
 
     def encode(self, questions: Sequence[Question]) -> EncodedQuestions:
         """Tensors of ``questions`` for this model, and all that its frozen part says about them.
@@ -143,6 +150,7 @@ class SiloTuning:
         questions: Sequence[Question],
         *,
         data: Path | None = None,
+        device: str = "cpu",
         progress: Progress = silent,
         planned: PoissonGaussian | None = None,
         alone: bool = False,
@@ -162,7 +170,9 @@ class SiloTuning:
         self._subjects = _subjects(study, questions)
         self._study = study
         self._name = name
-        self._tuned = Tuned.load(study, study.models.slm, data=data, progress=progress)
+        self._tuned = Tuned.load(
+            study, study.models.slm, data=data, device=device, progress=progress
+        )
         self._data = self._tuned.encode(questions)
         self.records = len(questions)
         self.dataset = dataset_fingerprint(
@@ -269,17 +279,19 @@ class ServerTuning:
         test: Sequence[Question] = (),
         distillation: bool = True,
         data: Path | None = None,
+        device: str = "cpu",
         progress: Progress = silent,
     ) -> None:
         """``distillation=False`` makes this plain FedAvg: the LLM is not even loaded."""
         self._study = study
-        self._slm = Tuned.load(study, study.models.slm, data=data, progress=progress)
+        place: dict[str, Any] = {"data": data, "device": device, "progress": progress}
+        self._slm = Tuned.load(study, study.models.slm, **place)
         self._slm_test = self._slm.encode(test) if test else None
         self._llm: Tuned | None = None
         self.base_digest = self._slm.base_digest
         self._descent = Descent(study.local.optimizer, study.local.learning_rate)
         if distillation:
-            self._llm = Tuned.load(study, study.models.llm, data=data, progress=progress)
+            self._llm = Tuned.load(study, study.models.llm, **place)
             self._llm_test = self._llm.encode(test) if test else None
             self._llm_public = self._llm.encode(public)
             self._slm_public = self._slm.encode(public)

@@ -63,6 +63,7 @@ class Simulation:
         baselines: Iterable[str] = ("standalone", "fedavg"),
         workers: int | None = None,
         drops: Iterable[str] = (),
+        device: str = "cpu",
     ) -> None:
         """
         Args:
@@ -73,6 +74,7 @@ class Simulation:
             baselines: which comparisons to run: ``standalone``, ``fedavg``.
             workers: processes for the silos; None: one per core; 0: none.
             drops: silos to lose on purpose, ``SILO@STEP[:ROUND]``.
+            device: where all models compute, as torch calls it.
 
         Raises:
             ConfigError: a drop names no silo or step.
@@ -80,6 +82,7 @@ class Simulation:
         self._study = study
         self._out = out
         self._data = data
+        self._device = device
         self._resume = resume
         self._overwrite = overwrite
         self._baselines = tuple(baselines)
@@ -114,6 +117,7 @@ class Simulation:
             public=dealt.public,
             test=dealt.test,
             data=self._data,
+            device=self._device,
             progress=progress,
         )
         zero_shot = self._once("zero-shot", server.evaluate)
@@ -179,6 +183,7 @@ class Simulation:
             server=key.public,
             directory=directory,
             data=self._data,
+            device=self._device,
             threads=self._threads,
             planned=self._planned,
         )
@@ -215,7 +220,12 @@ class Simulation:
         resume = (directory / "server" / "state.json").exists()
         store = RunStore(directory, digest(self._study), resume=resume)
         server = cotuning.ServerTuning(
-            self._study, public=(), test=dealt.test, distillation=False, data=self._data
+            self._study,
+            public=(),
+            test=dealt.test,
+            distillation=False,
+            data=self._data,
+            device=self._device,
         )
         self._federate(store, server, directory, _prefixed(progress, "FedAvg"), lambda text: None)
         evaluation: dict[str, float] = store.state.history[-1]["evaluation"]
@@ -228,6 +238,7 @@ class Simulation:
             tune_alone,
             study=self._study,
             data=self._data,
+            device=self._device,
             directory=make_directory(self._out / "baselines" / "standalone"),
             threads=self._threads,
             planned=self._planned,
@@ -294,6 +305,7 @@ def make_silo(
     data: Path | None,
     threads: int,
     planned: dict[str, PoissonGaussian | None],
+    device: str = "cpu",
 ) -> SiloSession:
     """Build one silo in the process that will run it."""
     from securefedcollm.federation import cotuning
@@ -306,6 +318,7 @@ def make_silo(
         name,
         deal(study, data).silos[name],
         data=data,
+        device=device,
         progress=progress,
         planned=planned[name],
     )
@@ -342,6 +355,7 @@ def tune_alone(
     directory: Path,
     threads: int,
     planned: dict[str, PoissonGaussian | None],
+    device: str = "cpu",
 ) -> dict[str, float]:
     """One silo without a federation: the same steps, noise and rounds, nothing leaves it."""
 
@@ -352,7 +366,13 @@ def tune_alone(
         cotuning.set_threads(threads)
         dealt = deal(study, data)
         workload = cotuning.SiloTuning(
-            study, name, dealt.silos[name], data=data, planned=planned[name], alone=True
+            study,
+            name,
+            dealt.silos[name],
+            data=data,
+            device=device,
+            planned=planned[name],
+            alone=True,
         )
         adapter = workload.adapter()
         for round_ in range(study.rounds):

@@ -247,3 +247,37 @@ def test_tokens_need_a_position(toy: Any) -> None:
             direction="forward",
             batch_size=8,
         )
+
+
+@pytest.mark.parametrize("over", ["choices", "answer"])
+def test_a_bfloat16_base_keeps_its_adapter_in_float32(toy: Any, over: Any) -> None:
+    """The same phase as in float32, but for the rounding of the frozen part."""
+    data = some_data(toy)
+    ends: list[list[DistilStep]] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        bases = toy.model(hidden=32, dtype=dtype), toy.model(seed=1, dtype=dtype)
+        models = [attach(base, seed=1) for base in bases]
+        layouts = [layout_of(model, "ffa-lora") for model in models]
+        assert {p.dtype for m, l in zip(models, layouts, strict=True) for p in select(m, l)} == {
+            torch.float32
+        }
+        steps: list[DistilStep] = []
+        distil(
+            *models,
+            *layouts,
+            data,
+            data,
+            steps=8,
+            batch_labelled=5,
+            batch_unlabelled=3,
+            learning_rate_llm=2e-2,
+            learning_rate_slm=2e-2,
+            seed=0,
+            over=over,
+            on_step=steps.append,
+        )
+        ends.append(steps)
+    for exact, rounded in zip(*ends, strict=True):
+        assert rounded.loss_llm == pytest.approx(exact.loss_llm, rel=0.08)
+        assert rounded.loss_slm == pytest.approx(exact.loss_slm, rel=0.08)
+    assert ends[1][-1].loss_llm < 0.9 * ends[1][0].loss_llm
