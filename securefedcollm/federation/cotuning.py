@@ -102,7 +102,7 @@ class Tuned:
         layers if only the top ones are adapted.
         """
         task = self.study.task
-        encoded = encode(questions, self.tokenizer, task.max_tokens)
+        encoded = encode(questions, self.tokenizer, task.max_tokens, task.kind)
         if task.score == "pmi":
             with self.model.disable_adapter():
                 encoded = with_prior(self.model, questions, encoded, self.tokenizer)

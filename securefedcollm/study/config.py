@@ -53,7 +53,7 @@ class Models(_Section, frozen=True):
 
 
 class Data(_Section, frozen=True):
-    """The task's questions: what is public to all, and how ``simulate`` deals out the rest.
+    """The task's records: what is public to all, and how ``simulate`` deals out the rest.
 
     ``builtin: hospitals`` generates the embedded world, with ``per_silo`` records in each hospital
     (3,000 if it is not given). Otherwise ``train`` and ``test`` are files
@@ -72,10 +72,22 @@ class Data(_Section, frozen=True):
 
 
 class Task(_Section, frozen=True):
-    """What is learnt. ``score`` turns the log-likelihoods of a question's choices into scores."""
+    """What is learnt.
+
+    ``multiple_choice``: rows of ``question``, ``choices``, ``answer``. ``classification``: rows of
+    ``text`` and ``label``, one of ``labels``; the model scores the labels as words, without a layer
+    of its own for them. ``instruction``: rows of ``instruction`` and ``response``, tuned on the
+    response, in the tokenizer's chat template if it has one. ``text``: rows of ``text``, tuned on
+    every token.
+
+    ``score`` turns the log-likelihoods of choices or labels into scores: as they are, per character
+    (``length``), or less the log-likelihood after a neutral prompt (``pmi``). ``max_tokens`` bounds
+    prompt and answer: a longer prompt loses its beginning, a longer text its end.
+    """
 
     data: Data
-    kind: Literal["multiple_choice"] = "multiple_choice"
+    kind: Literal["multiple_choice", "classification", "instruction", "text"] = "multiple_choice"
+    labels: list[str] = []
     score: Literal["plain", "length", "pmi"] = "plain"
     max_tokens: Count = 256
 
@@ -262,6 +274,11 @@ class Study(_Section, frozen=True, dict=True):
     def quorum(self) -> int:
         """Fewest silos with which a sum is ever opened."""
         return max(self.minimum, self.threshold)
+
+    @property
+    def generative(self) -> bool:
+        """Whether the task has nothing to choose from: responses, texts."""
+        return self.task.kind in {"instruction", "text"}
 
     @property
     def joint(self) -> bool:

@@ -124,7 +124,7 @@ def distil(
     if over == "choices":
         targets = None
         if loss in {"entropy-pooled", "dual-min-ce"}:
-            says = [
+            llm_says, slm_says = (
                 predict(
                     model,
                     questions,
@@ -133,11 +133,11 @@ def distil(
                     batch_size=max(64, micro_batch),
                 )
                 for model, questions in zip(models, data, strict=True)
-            ]
+            )
             targets = (
-                entropy_pooled(*says, sharpness)
+                entropy_pooled(llm_says, slm_says, sharpness)
                 if loss == "entropy-pooled"
-                else better_teacher(*says, llm_data.answers)
+                else better_teacher(llm_says, slm_says, llm_data.answers)
             )
         objective = ChoiceObjective(
             models,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.tuning.recipe import inference_mode
@@ -50,6 +50,11 @@ def output_logits(model: Any) -> Logits:
         return values if cap is None else cap * torch.tanh(values / cap)
 
     return logits
+
+
+def trained_head(model: Any) -> list[nn.Parameter]:
+    """The weights of the output layer that are trained; none unless the adapter is on it."""
+    return [p for p in unwrapped(model).get_output_embeddings().parameters() if p.requires_grad]
 
 
 def check_output(model: Any, where: str) -> None:

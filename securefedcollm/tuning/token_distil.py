@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from securefedcollm.errors import ConfigError
-from securefedcollm.tuning.head import Logits, device_of, output_logits, unwrapped
+from securefedcollm.tuning.head import Logits, device_of, output_logits, trained_head, unwrapped
 from securefedcollm.tuning.questions import EncodedQuestions, by_length, last_hidden
 from securefedcollm.tuning.recipe import inference_mode
 from securefedcollm.tuning.token_loss import CHUNK, Direction, Target, Targets, chunked_loss
@@ -128,7 +128,7 @@ class TokenObjective:
             term = chunked_loss(
                 hidden[own],
                 self._logits[own],
-                head_parameters(self._models[own]),
+                trained_head(self._models[own]),
                 gold=self._positions.gold[index].to(device),
                 gold_scale=1 / labels,
                 targets=targets,
@@ -266,11 +266,6 @@ def shared_logits(models: Sequence[nn.Module]) -> list[Logits]:
         return layers
     least = min(sizes)
     return [lambda states, layer=layer: layer(states)[:, :least] for layer in layers]  # type: ignore[misc]
-
-
-def head_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of the output layer that are trained; none unless the adapter is on it."""
-    return [p for p in unwrapped(model).get_output_embeddings().parameters() if p.requires_grad]
 
 
 def _entropy(log_probs: Tensor) -> Tensor:

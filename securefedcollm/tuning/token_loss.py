@@ -128,6 +128,46 @@ class _Chunked(torch.autograd.Function):
         return (None, None, None, *(g * outer[0].to(g.dtype) for g in ctx.saved_tensors))
 
 
+def gold_log_probs(hidden: Tensor, logits: Logits, gold: Tensor, *, chunk: int = CHUNK) -> Tensor:
+    """log softmax(logits(hidden))[gold] at every position: float [M], differentiable in ``hidden``.
+
+    Args:
+        hidden: [M, D].
+        logits: an output layer without trained weights, [m, D] → float32 [m, V].
+        gold: int64 [M].
+    """
+    found: Tensor = _Gold.apply(logits, gold, chunk, hidden)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Gold(torch.autograd.Function):
+    """What flows back to a position is its own slope, scaled: the slopes are kept, [M, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Logits, gold: Tensor, chunk: int, hidden: Tensor) -> Tensor:
+        found, slopes = [], []
+        for start in range(0, len(hidden), chunk):
+            with torch.set_grad_enabled(hidden.requires_grad):
+                states = hidden[start : start + chunk].detach().requires_grad_(hidden.requires_grad)
+                values = logits(states)
+            log_p = F.log_softmax(values.detach(), dim=-1)
+            at = gold[start : start + chunk, None]
+            found.append(log_p.gather(1, at)[:, 0])
+            if hidden.requires_grad:
+                slope = log_p.exp_().neg_().scatter_add_(1, at, torch.ones_like(found[-1])[:, None])
+                slopes.append(torch.autograd.grad(values, states, grad_outputs=slope)[0])
+        if slopes:
+            ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.saved_tensors:
+            return None, None, None, None
+        (slopes,) = ctx.saved_tensors
+        return None, None, None, slopes * outer[0][:, None].to(slopes.dtype)
+
+
 def _cross_entropy(
     log_q: Tensor, gold: Tensor, scale: float, slope: Tensor | None
 ) -> tuple[Tensor, Tensor]:

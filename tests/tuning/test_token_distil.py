@@ -87,7 +87,7 @@ def teacher_of(loss: str, row: list[tuple[Tensor, Tensor, int]], own: int) -> li
         shares = [torch.sigmoid(SHARP * (entropy(slm) - entropy(llm))) for llm, slm, _ in row]
     else:
         wrong = [
-            sum(-p[gold].log() if gold >= 0 else entropy(p) for *both, gold in row for p in [both[w]])
+            sum(-both[w][gold].log() if gold >= 0 else entropy(both[w]) for *both, gold in row)
             for w in (0, 1)
         ]
         shares = [torch.tensor(float(wrong[0] <= wrong[1]))] * len(row)
@@ -258,9 +258,8 @@ def test_a_bfloat16_base_keeps_its_adapter_in_float32(toy: Any, over: Any) -> No
         bases = toy.model(hidden=32, dtype=dtype), toy.model(seed=1, dtype=dtype)
         models = [attach(base, seed=1) for base in bases]
         layouts = [layout_of(model, "ffa-lora") for model in models]
-        assert {p.dtype for m, l in zip(models, layouts, strict=True) for p in select(m, l)} == {
-            torch.float32
-        }
+        for model, layout in zip(models, layouts, strict=True):
+            assert {p.dtype for p in select(model, layout)} == {torch.float32}
         steps: list[DistilStep] = []
         distil(
             *models,
