@@ -45,6 +45,7 @@ from securefedcollm.tuning.questions import (
     with_prior,
 )
 from securefedcollm.tuning.splits import dataset_fingerprint
+from securefedcollm.tuning.vocabulary import vocabulary_of
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,14 @@ class Tuned:
         )
         return cls(model.to(place), loaded.tokenizer, bytes.fromhex(loaded.digest), study)
 
-    def encode(self, questions: Sequence[Question]) -> EncodedQuestions:
+    def encode(self, questions: Sequence[Question], *, cuts: bool = False) -> EncodedQuestions:
         """Tensors of ``questions`` for this model, and all that its frozen part says about them.
 
         That is the base's prior if the score needs it, and the hidden states below the adapted
         layers if only the top ones are adapted.
         """
         task = self.study.task
-        encoded = encode(questions, self.tokenizer, task.max_tokens, task.kind)
+        encoded = encode(questions, self.tokenizer, task.max_tokens, task.kind, cuts=cuts)
         if task.score == "pmi":
             with self.model.disable_adapter():
                 encoded = with_prior(self.model, questions, encoded, self.tokenizer)
@@ -293,8 +294,17 @@ class ServerTuning:
         if distillation:
             self._llm = Tuned.load(study, study.models.llm, **place)
             self._llm_test = self._llm.encode(test) if test else None
-            self._llm_public = self._llm.encode(public)
-            self._slm_public = self._slm.encode(public)
+            over_tokens = study.distillation.over != "choices"
+            self._vocabularies = (
+                (vocabulary_of(self._llm.tokenizer), vocabulary_of(self._slm.tokenizer))
+                if over_tokens
+                else None
+            )
+            apart = (
+                self._vocabularies is not None and self._vocabularies[0] != self._vocabularies[1]
+            )
+            self._llm_public = self._llm.encode(public, cuts=apart)
+            self._slm_public = self._slm.encode(public, cuts=apart)
 
     def layout(self, round_: int) -> bytes:
         return self._slm.layout_digest(round_)
@@ -342,6 +352,7 @@ class ServerTuning:
             loss=plan.loss,
             over=plan.over,
             top_k=plan.top_k,
+            vocabularies=self._vocabularies,
             weight=plan.weight,
             temperature=plan.temperature,
             direction=plan.direction,

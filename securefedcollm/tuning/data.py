@@ -1,8 +1,9 @@
 """Data files and how they are read: JSON Lines, CSV or Parquet.
 
-What a row holds depends on the task: :mod:`securefedcollm.tuning.formats`. Files are read by the builders of the ``datasets`` library, used directly: its ``load_dataset`` reports every
-call to a public server and leaves an Arrow copy of the records in the user's cache, and a silo's
-private file deserves neither.
+What a row holds depends on the task: :mod:`securefedcollm.tuning.formats`. Files are read by the
+builders of the ``datasets`` library, used directly: its ``load_dataset`` reports every call to a
+public server and leaves an Arrow copy of the records in the user's cache, and a silo's private file
+deserves neither.
 
 An error names the file, the line and the field, never the value: the value may be a patient's.
 """

@@ -1,8 +1,9 @@
 """The server's phase: LLM and SLM learn from each other on the public set.
 
-Knowledge passes between the two models as distributions: over the choices of a prompt (then the
-models may have different tokenizers), or over the whole vocabulary at every token of the answer, or
-of prompt and answer. Four losses:
+Knowledge passes between the two models as distributions: over the choices of a prompt, or over the
+whole vocabulary at every token of the answer, or of prompt and answer. The models may have
+different tokenizers; over tokens they are then compared span by span
+(:mod:`securefedcollm.tuning.spans`). Four losses:
 
 ``entropy-pooled`` (default)
     At the start of the phase, freeze for every prompt (or position) T = w·p_LLM + (1−w)·p_SLM with
@@ -44,8 +45,10 @@ from securefedcollm.tuning.questions import (
     sorted_by_length,
 )
 from securefedcollm.tuning.recipe import Progress, make_optimizer, silent, training_mode
+from securefedcollm.tuning.spans import SpanObjective
 from securefedcollm.tuning.token_distil import Over, TokenObjective
 from securefedcollm.tuning.token_loss import Direction
+from securefedcollm.tuning.vocabulary import Vocabulary
 
 DistillationLoss = Literal["entropy-pooled", "dual-min-ce", "mutual-kl", "none"]
 
@@ -84,6 +87,7 @@ def distil(
     loss: DistillationLoss = "entropy-pooled",
     over: Literal["choices"] | Over = "choices",
     top_k: int | None = None,
+    vocabularies: tuple[Vocabulary, Vocabulary] | None = None,
     weight: float = 1.0,
     temperature: float = 1.0,
     direction: Direction = "forward",
@@ -101,6 +105,8 @@ def distil(
             vocabulary at every token of the ``answer`` (of every choice, where there is no label),
             or at ``all`` tokens, the prompt's too.
         top_k: over tokens: keep of every frozen prediction only the so many most probable tokens.
+        vocabularies: what the tokens of LLM and SLM stand for, if they may differ; then the data
+            must have been encoded with their cuts.
         weight: λ, the factor of the distillation term.
         temperature: τ; both distributions are softmax(scores / τ), the term is scaled by τ².
         direction: D(T, p): ``forward`` KL(T‖p), ``reverse`` KL(p‖T), ``js`` their Jensen–Shannon
@@ -148,6 +154,25 @@ def distil(
             weight=weight,
             temperature=temperature,
             direction=direction,
+        )
+    elif vocabularies is not None and vocabularies[0] != vocabularies[1]:
+        if top_k is not None:
+            raise ConfigError(
+                "the two models have different tokenizers; their targets are not shortened",
+                where="distillation.top_k",
+                hint="remove it",
+            )
+        objective = SpanObjective(
+            models,
+            data,
+            vocabularies,
+            loss=loss,
+            over=over,
+            sharpness=sharpness,
+            weight=weight,
+            temperature=temperature,
+            direction=direction,
+            batch_size=micro_batch,
         )
     else:
         objective = TokenObjective(

@@ -27,7 +27,7 @@ from securefedcollm.tuning.head import device_of, output_logits, trained_head, u
 from securefedcollm.tuning.layers import passed_over
 from securefedcollm.tuning.recipe import inference_mode
 from securefedcollm.tuning.token_loss import gold_log_probs
-from securefedcollm.tuning.tokenise import Kind, tokenise
+from securefedcollm.tuning.tokenise import Kind, Row, tokenise
 
 Normalisation = Literal["plain", "length", "pmi"]
 
@@ -83,6 +83,7 @@ class EncodedQuestions:
     prior: Tensor | None = None  # float32 [N, C]: log p(choice | "Answer:"); for "pmi"
     prefix: Tensor | None = None  # [N, L, D] in the model's dtype: input of layer prefix_layers
     prefix_layers: int = 0
+    pieces: tuple[Row, ...] | None = None  # where tokens stand in the text; lost by a selection
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -145,11 +146,15 @@ def encode(
     tokenizer: Any,
     max_tokens: int,
     kind: Kind = "multiple_choice",
+    *,
+    cuts: bool = False,
 ) -> EncodedQuestions:
     """Tokenise ``questions`` for a Hugging Face ``tokenizer``.
 
     ``max_tokens`` bounds the prompt plus its longest choice; a longer prompt loses its beginning
     (after the first token, if that is the tokenizer's beginning-of-text token).
+
+    ``cuts``: keep where the tokens stand in the text, to be compared with another tokenizer's.
 
     Raises:
         DataError: a question has no choices, an answer outside of them, a choice without tokens, or
@@ -157,7 +162,8 @@ def encode(
     """
     if not questions:
         raise DataError("no questions", where="questions", hint="give at least one question")
-    rows = tokenise(questions, tokenizer, max_tokens, kind)
+    pieces = tokenise(questions, tokenizer, max_tokens, kind, cuts=cuts)
+    rows = [(prompt.ids, [choice.ids for choice in choices]) for prompt, choices in pieces]
     n, c = len(rows), max(len(choices) for _, choices in rows)
     length = max(len(p) + sum(len(t) - 1 for t in cs) for p, cs in rows)
     width = max(sum(len(t) for t in cs) for _, cs in rows)
@@ -175,6 +181,7 @@ def encode(
         ).view(n, c),
         answers=torch.tensor([_UNLABELLED if q.answer is None else q.answer for q in questions]),
         groups=tuple(q.group for q in questions),
+        pieces=tuple(pieces) if cuts else None,
     )
     for i, (prompt, choices) in enumerate(rows):
         _fill(out, i, prompt, choices)

@@ -34,10 +34,15 @@ class Positions:
 
     def of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(index [m] into the positions, index [m] into ``rows``) of the positions of ``rows``."""
-        counts = self.starts[rows + 1] - self.starts[rows]
-        local = torch.repeat_interleave(torch.arange(len(rows)), counts)
-        within = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts)[local]
-        return self.starts[rows][local] + within, local
+        return ranges(self.starts, rows)
+
+
+def ranges(starts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """All of starts[r] … starts[r + 1] − 1 for r in ``rows``, and which of ``rows`` each is of."""
+    counts = starts[rows + 1] - starts[rows]
+    local = torch.repeat_interleave(torch.arange(len(rows)), counts)
+    within = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts)[local]
+    return starts[rows][local] + within, local
 
 
 def positions_of(data: EncodedQuestions, over: Over) -> Positions:
@@ -70,7 +75,7 @@ class TokenObjective:
     Cross-entropy is a mean over the labelled tokens of a batch, the divergence over its positions.
 
     Raises:
-        ConfigError: the models' tokens differ, or there is no position to compare.
+        ConfigError: there is no position to compare.
     """
 
     def __init__(
@@ -87,12 +92,6 @@ class TokenObjective:
         direction: Direction,
         batch_size: int,
     ) -> None:
-        if not torch.equal(data[0].tokens, data[1].tokens):
-            raise ConfigError(
-                "the two models have different tokenizers",
-                where="distillation.over",
-                hint="choose over: choices, or two models with one tokenizer",
-            )
         self._models, self._data = models, data
         self._positions = positions_of(data[0], over)
         if not len(self._positions.at):
