@@ -466,6 +466,8 @@ def _notes(study: Study, baselines: tuple[str, ...]) -> list[str]:
             f"A standalone silo sees 1/{study.silos.count} of the private rules, which caps it.",
             "The public prompts include unanswered ones on the private topics.",
         ]
+    if study.generative:
+        notes.append("Accuracy: the share of the answers' tokens that are the most probable one.")
     if baselines and study.privacy:
         notes.append(
             "Each row is a run of its own with the same ε; publishing them all would add up."

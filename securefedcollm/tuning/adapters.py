@@ -219,6 +219,21 @@ def load_adapter(model: nn.Module, directory: Path) -> Any:
         ) from error
 
 
+def merged(model: nn.Module, directory: Path) -> Any:
+    """A plain transformers model: the base ``model``, in place, plus an adapter's product B·A.
+
+    Raises:
+        ConfigError: as :func:`load_adapter`, or the model's weights have too few bits.
+    """
+    if next(model.parameters()).dtype != torch.float32:
+        raise ConfigError(
+            "merging into rounded weights would round the adapter away",
+            where="--dtype",
+            hint="merge in float32; the result can be loaded as bfloat16",
+        )
+    return load_adapter(model, directory).merge_and_unload().eval()
+
+
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
     """PEFT reads a property that transformers 5 has renamed; the warning is not for our users."""

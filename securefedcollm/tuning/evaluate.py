@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -11,16 +13,22 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from securefedcollm.errors import DataError
+from securefedcollm.tuning.adapters import load_adapter
 from securefedcollm.tuning.head import output_logits
+from securefedcollm.tuning.models import LoadedModel
 from securefedcollm.tuning.questions import (
     EncodedQuestions,
     Normalisation,
+    Question,
     by_length,
     choice_scores,
+    encode,
+    with_prior,
 )
 from securefedcollm.tuning.recipe import Progress, inference_mode, silent
 from securefedcollm.tuning.token_distil import positions_of, states_at
 from securefedcollm.tuning.token_loss import CHUNK
+from securefedcollm.tuning.tokenise import Kind
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,37 @@ def evaluate(
     return Evaluation(
         correct=correct.float().numpy(), gold_log_prob=gold.numpy(), groups=data.groups
     )
+
+
+def measure(
+    loaded: LoadedModel,
+    questions: Sequence[Question],
+    *,
+    adapter: Path | None,
+    kind: Kind,
+    score: Normalisation,
+    max_tokens: int,
+    batch_size: int = 32,
+    progress: Progress = silent,
+) -> dict[str, dict[str, float]]:
+    """Scores of a base model, or of one with an adapter: ``all`` and then by group, by name.
+
+    Raises:
+        ConfigError: the adapter cannot be read or does not fit the model.
+        DataError: a record has no answer, or does not fit into ``max_tokens``.
+    """
+    data = encode(questions, loaded.tokenizer, max_tokens, kind)
+    if score == "pmi":  # the prior is the base's, so before the adapter
+        data = with_prior(loaded.model, questions, data, loaded.tokenizer, batch_size)
+    model = loaded.model if adapter is None else load_adapter(loaded.model, adapter)
+    result = evaluate(model, data, normalisation=score, batch_size=batch_size, progress=progress)
+    scores = {"all": result.score()}
+    if len(set(result.groups)) > 1:
+        scores |= result.by_group()
+    return {
+        group: {name: value for name, value in asdict(found).items() if value is not None}
+        for group, found in scores.items()
+    }
 
 
 def _evaluate_tokens(

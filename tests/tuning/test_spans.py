@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import (
     GPT2Config,
@@ -29,53 +29,10 @@ from securefedcollm.tuning.spans import SpanObjective, aligned
 from securefedcollm.tuning.token_distil import TokenObjective
 from securefedcollm.tuning.tokenise import Piece, tokenise
 from securefedcollm.tuning.vocabulary import Vocabulary, shared_tokens, vocabulary_of
+from tests.two_tokenizers import byte_level, sentence_piece
 
 TAU, WEIGHT, SHARP = 1.3, 0.6, 3.0
-CORPUS = [
-    "the newspaper said naïve things about the über-cool café today",
-    "a paper about new things said the café is cool today",
-    "things said today about the new naïve paper",
-]
 TEXTS = ["the newspaper said things today", "a naïve café", "über things about a newspaper 東 x"]
-
-
-def byte_level() -> Any:
-    """As GPT-2's."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.post_processor = processors.ByteLevel(trim_offsets=True)
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|endoftext|>"],
-        show_progress=False,
-    )
-    core.train_from_iterator(CORPUS * 4, trainer)
-    end = "<|endoftext|>"
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=end, eos_token=end)
-
-
-def sentence_piece() -> Any:
-    """As Llama 2's: spaces are ▁, what is unknown falls back to bytes."""
-    core = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Metaspace()
-    core.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    special = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=340,
-        special_tokens=[*special, *(f"<0x{i:02X}>" for i in range(256))],
-        show_progress=False,
-    )
-    core.train_from_iterator(CORPUS[1:], trainer)
-    core.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
 
 
 @pytest.fixture(scope="module")
