@@ -60,7 +60,8 @@ class Evaluation:
     def score(self, group: str | None = None) -> GroupScore:
         """The mean over one group, or over all questions."""
         chosen = np.array([group is None or g == group for g in self.groups])
-        correct, gold = self.correct[chosen], self.gold_log_prob[chosen].astype(np.float64)
+        correct = self.correct[chosen].astype(np.float64)
+        gold = self.gold_log_prob[chosen].astype(np.float64)
         score = GroupScore(float(correct.mean()), float(gold.mean()), int(chosen.sum()))
         if self.tokens is None:
             return score

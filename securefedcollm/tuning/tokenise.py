@@ -176,12 +176,12 @@ def _instruction(question: Question, reader: _Reader) -> Row:
             follows.append(Piece(piece.ids + end, piece.cuts + [-1] * len(end)))
         return prompt.within(framed.index(asked), len(asked)), follows
     turn = [{"role": "user", "content": asked}]
-    opening: str = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    opening = _templated(tokenizer, turn, add_generation_prompt=True)
     prompt = reader.read_bare(opening)
     follows = []
     for response in question.choices:
         turns = [*turn, {"role": "assistant", "content": response}]
-        both: str = tokenizer.apply_chat_template(turns, tokenize=False)
+        both = _templated(tokenizer, turns)
         whole = reader.read_bare(both)
         if whole.ids[: len(prompt.ids)] == prompt.ids:
             piece = whole.part(len(prompt.ids))
@@ -190,6 +190,18 @@ def _instruction(question: Question, reader: _Reader) -> Row:
             rest = both[len(opening) :] if both.startswith(opening) else response
             follows.append(reader.read_bare(rest).within(rest.find(response), len(response)))
     return prompt.within(opening.find(asked), len(asked)), follows
+
+
+def _templated(tokenizer: Any, turns: list[dict[str, str]], **options: Any) -> str:
+    try:
+        text: str = tokenizer.apply_chat_template(turns, tokenize=False, **options)
+    except Exception as error:  # a template is a program of the model's author
+        raise ConfigError(
+            f"the tokenizer's chat template cannot put one question ({type(error).__name__})",
+            where="task.kind",
+            hint="mend chat_template in the model's tokenizer_config.json, or remove it",
+        ) from None
+    return text
 
 
 def _texts(questions: Sequence[Question], reader: _Reader, max_tokens: int) -> list[Row]:

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from securefedcollm.errors import DataError
+from securefedcollm.errors import ConfigError, DataError
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.tuning.adapters import attach, layout_of, load_vector, select
 from securefedcollm.tuning.data import read_questions
@@ -139,6 +139,13 @@ def test_a_template_that_rewrites_the_turns_still_ends_in_the_response() -> None
     )
     data = encode(RESPONSES[:1], tokenizer(odd), 32, "instruction")
     assert rows_of(data) == [("[u] w1 w2 [a]", "w3 w4 w5")]
+
+
+def test_a_template_that_fails_is_named_without_the_record() -> None:
+    broken = "{{ raise_exception('no: ' + messages[0].content) }}"
+    with pytest.raises(ConfigError, match=r"task.kind: the tokenizer's chat template") as caught:
+        encode(RESPONSES, tokenizer(broken), 32, "instruction")
+    assert "w1" not in str(caught.value)
 
 
 def test_a_text_begins_with_a_start_token_or_its_own_first() -> None:
