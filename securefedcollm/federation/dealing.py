@@ -71,12 +71,16 @@ def deal(study: Study, data: Path | None) -> Dealt:
     )
 
 
-def read_records(study: Study, path: Path, *, private: bool = True) -> list[Question]:
+def read_records(
+    study: Study, path: Path, *, private: bool = True, labelled: bool = True
+) -> list[Question]:
     """The records of the study's task in a file; ``private`` ones with whose they are, if asked.
+
+    ``labelled``: every record must have its answer.
 
     Raises:
         DataError: the file is missing or has a bad row.
     """
     task = study.task
     owner = study.subject if private else None
-    return read_questions(path, kind=task.kind, labels=task.labels, owner=owner)
+    return read_questions(path, kind=task.kind, labels=task.labels, labelled=labelled, owner=owner)

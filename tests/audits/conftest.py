@@ -34,15 +34,36 @@ def joint_bundle(tmp_path_factory):
     return bundle_of(directory, recorded_study(**JOINT), wrap=Lost)
 
 
-class Lost:
-    """An engine that loses silo-4 for the rest of the second of the sums."""
+CKKS = {"clip_norm": 20.0, "scheme": "ckks"}
 
-    def __init__(self, engine):
-        self.engine, self.count = engine, 0
+
+@pytest.fixture(scope="session")
+def ckks_bundle(tmp_path_factory):
+    """Threshold CKKS; silo-4 is lost in round 1, and the others repeat."""
+    study = recorded_study(rounds=2, aggregation=CKKS)
+    directory = tmp_path_factory.mktemp("ckks") / "run"
+    return bundle_of(directory, study, wrap=lambda e: Lost(e, 3, 12))
+
+
+@pytest.fixture(scope="session")
+def authority_bundle(tmp_path_factory):
+    """CKKS under an authority's key; silo-4 is lost at the upload of round 2."""
+    plan = CKKS | {"key_model": "authority"}
+    study = recorded_study(rounds=2, privacy=SILO_PRIVACY, aggregation=plan)
+    directory = tmp_path_factory.mktemp("authority") / "run"
+    return bundle_of(directory, study, wrap=lambda e: Lost(e, 10, 12))
+
+
+class Lost:
+    """An engine that loses silo-4 after some exchanges and until some later one; by default for the
+    rest of the second of the sums."""
+
+    def __init__(self, engine, after=9, until=12):
+        self.engine, self.count, self.after, self.until = engine, 0, after, until
 
     def exchange(self, frames, timeout):
         self.count += 1
-        gone = NAMES[3:] if 9 < self.count <= 12 else ()
+        gone = NAMES[3:] if self.after < self.count <= self.until else ()
         here = {name: frame for name, frame in frames.items() if name not in gone}
         lost = {name: Failure("cut off") for name in frames if name in gone}
         return self.engine.exchange(here, timeout) | lost

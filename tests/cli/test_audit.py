@@ -33,7 +33,7 @@ def test_bundle_verify_and_compare(record_bundle, tmp_path):  # noqa: F811
     assert "No silo had both kinds" in out
     code, out = call("verify", mine, "--json")
     assert (code, json.loads(out)["holds"]) == (0, True)
-    assert len(json.loads(out)["results"]) == 23
+    assert len(json.loads(out)["results"]) == 25
     code, out = call("compare", mine, record_bundle)
     assert code == 0
     assert "common-logs" in out

@@ -11,6 +11,7 @@ from securefedcollm.evidence.entries import (
     Reserved,
     Round,
     Settled,
+    Told,
     Unmasked,
     Uploaded,
     Voided,
@@ -165,6 +166,7 @@ def mechanism(case: Case, wrong: Faults) -> str:
     charged = 0
     for log in case.silos.values():
         survivors = {what.round: len(what.seeds_of) for _, what in of(log, Unmasked)}
+        survivors |= {what.round: len(what.survivors) for _, what in of(log, Told)}
         begun = {what.round: what.mechanism for _, what in of(log, Round)}
         for entry, what in charges(log):
             if what.unit != privacy.unit:
