@@ -1,4 +1,4 @@
-"""``securefedcollm model …``: get, shrink, heal, identify and try language models."""
+"""``securefedcollm model …``: get, shrink, heal, identify, try, measure and merge models."""
 
 from __future__ import annotations
 
@@ -8,23 +8,29 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from securefedcollm.errors import ConfigError
 from securefedcollm_cli.options import Json
 from securefedcollm_cli.progress import Bars
+from securefedcollm_cli.trained import (
+    Out,
+    Revision,
+    evaluate,
+    generate,
+    load_named,
+    merge,
+    print_models,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-app = typer.Typer(no_args_is_help=True, help="Get, shrink, identify and try language models.")
+app = typer.Typer(
+    no_args_is_help=True, help="Get, shrink, identify, try, measure and merge language models."
+)
 
 Source = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="builtin:NAME, hub:ORG/NAME, path:DIR or a directory."),
 ]
-Revision = Annotated[
-    str | None, typer.Option("--revision", help="Commit hash of a hub: model (40 digits).")
-]
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to put the model.")]
 Text = Annotated[
     list[Path] | None,
     typer.Option(
@@ -85,7 +91,7 @@ def prepare(
             made[small.name] = facts
         digest = load_model(f"path:{small.resolve()}").digest
         made.setdefault(small.name, {}).update(directory=str(small), digest=digest)
-    _print(made, as_json)
+    print_models(made, as_json)
 
 
 @app.command()
@@ -101,10 +107,10 @@ def prune(
     from securefedcollm.tuning.models import save_model
 
     with Bars(quiet=as_json):
-        loaded = _load(source, revision)
+        loaded = load_named(source, revision)
         small, facts = _shrink(loaded.model, _windows(text, loaded.tokenizer), layers)
         save_model(small, loaded.tokenizer, out)
-    _print({out.name: facts | {"directory": str(out)}}, as_json)
+    print_models({out.name: facts | {"directory": str(out)}}, as_json)
 
 
 @app.command()
@@ -123,11 +129,11 @@ def heal(
     from securefedcollm.tuning.models import save_model
 
     with Bars(quiet=as_json) as bars:
-        student, whole = _load(source), _load(teacher)
+        student, whole = load_named(source), load_named(teacher)
         windows = _windows(text, whole.tokenizer)
         facts = _heal(student.model, whole.model, windows, steps, learning_rate, bars)
         save_model(student.model, student.tokenizer, out)
-    _print({out.name: facts | {"directory": str(out)}}, as_json)
+    print_models({out.name: facts | {"directory": str(out)}}, as_json)
 
 
 @app.command()
@@ -140,83 +146,8 @@ def digest(
     as_json: Json = False,
 ) -> None:
     """Print the digest of a model's weights, for `sha256:` in a study."""
-    value = _load(source, revision, dtype).digest
+    value = load_named(source, revision, dtype).digest
     typer.echo(json.dumps({"model": source, "dtype": dtype, "sha256": value}) if as_json else value)
-
-
-@app.command()
-def generate(
-    prompt: Annotated[str | None, typer.Argument(help="What to continue.")] = None,
-    prompt_option: Annotated[
-        str | None, typer.Option("--prompt", help="The same, as an option.")
-    ] = None,
-    run: Annotated[
-        Path | None, typer.Option("--run", metavar="DIR", help="Use a run's model and adapter.")
-    ] = None,
-    role: Annotated[
-        Literal["llm", "slm"], typer.Option(help="Which of the run's two models.")
-    ] = "llm",
-    model: Annotated[
-        str | None, typer.Option("--model", metavar="MODEL", help="Instead of --run: a model.")
-    ] = None,
-    revision: Revision = None,
-    adapter: Annotated[
-        Path | None, typer.Option("--adapter", metavar="DIR", help="A PEFT adapter on top.")
-    ] = None,
-    data: Annotated[
-        Path, typer.Option("--data", metavar="DIR", help="What a path: model is relative to.")
-    ] = Path(),
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 40,
-    as_json: Json = False,
-) -> None:
-    """Continue a prompt, greedily, with a base model or a co-tuned one.
-
-    `model generate --run runs/quickstart --prompt "…"` uses the LLM that the study made.
-    """
-    words = prompt if prompt is not None else prompt_option
-    if not words:
-        raise ConfigError("no prompt", where="--prompt", hint='give one: --prompt "…"')
-    if (run is None) == (model is None):
-        raise ConfigError(
-            "exactly one of the two is needed", where="--run / --model", hint="e.g. --run runs/NAME"
-        )
-    from securefedcollm.tuning.generate import generate as continue_text
-    from securefedcollm.tuning.models import load_model
-
-    if run is not None:
-        from securefedcollm.study import load_study
-
-        spec = getattr(load_study(run / "study.yaml").models, role)
-        adapter = adapter or run / "adapters" / role
-    with Bars(quiet=as_json) as bars:
-        if run is None:
-            assert model is not None
-            loaded = _load(model, revision, base_dir=data)
-        else:
-            loaded = load_model(
-                spec.source,
-                revision=spec.revision,
-                sha256=spec.sha256,
-                dtype=spec.dtype,
-                base_dir=data,
-                progress=bars.report,
-            )
-    text = continue_text(loaded, words, adapter=adapter, max_tokens=max_tokens)
-    typer.echo(json.dumps({"prompt": words, "text": text}) if as_json else text)
-
-
-def _load(
-    source: str,
-    revision: str | None = None,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    base_dir: Path = Path(),
-) -> Any:
-    """``load_model``, where a plain directory needs no ``path:``."""
-    from securefedcollm.tuning.models import load_model
-
-    if ":" not in source:
-        source = f"path:{source}"
-    return load_model(source, revision=revision, dtype=dtype, base_dir=base_dir)
 
 
 def _windows(text: list[Path] | None, tokenizer: Any) -> Tensor:
@@ -256,11 +187,5 @@ def _heal(
     }
 
 
-def _print(models: dict[str, dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(models, indent=2))
-        return
-    for name, facts in models.items():
-        typer.echo(name)
-        for key, value in facts.items():
-            typer.echo(f"  {key.replace('_', ' '):<20} {value}")
+for _command in (generate, evaluate, merge):
+    app.command()(_command)

@@ -23,3 +23,9 @@ DataDir = Annotated[
         "--data", metavar="DIR", help="Where the study's data files and path: models are."
     ),
 ]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="NAME", help="Where the models compute: cpu, cuda, cuda:1, mps."
+    ),
+]

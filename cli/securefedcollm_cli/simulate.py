@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from securefedcollm_cli.options import DataDir, Json, Overrides, StudyFile
+from securefedcollm_cli.options import DataDir, Device, Json, Overrides, StudyFile
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,6 +47,7 @@ def simulate(
             help="Lose a silo on purpose, e.g. 2@upload or 3@unmask:1 (in round 1 only).",
         ),
     ] = None,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Run a whole study on this machine: server, silos, secure sums, distillation.
@@ -68,6 +69,7 @@ def simulate(
         baselines=_BASELINES if baselines else (),
         workers=workers,
         drops=drop or (),
+        device=device,
     )
     from securefedcollm_cli.progress import Bars
 

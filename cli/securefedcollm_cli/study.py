@@ -62,8 +62,9 @@ def deal(
     dealt = dealt_out(study, data)
     make_directory(out)
     files = {"public": dealt.public, "test": dealt.test, **dealt.silos}
+    owner = study.subject or BUILTIN_SUBJECT
     for name, questions in files.items():
-        write_questions(out / f"{name}.jsonl", questions, study.subject or BUILTIN_SUBJECT)
+        write_questions(out / f"{name}.jsonl", questions, owner, study.task.kind)
     if as_json:
         typer.echo(json.dumps({name: len(questions) for name, questions in files.items()}))
         return

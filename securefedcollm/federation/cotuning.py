@@ -34,17 +34,18 @@ from securefedcollm.tuning.adapters import (
 from securefedcollm.tuning.descent import Descent
 from securefedcollm.tuning.distil import DistilStep, distil
 from securefedcollm.tuning.evaluate import evaluate
+from securefedcollm.tuning.head import check_output, unwrapped
 from securefedcollm.tuning.local import sampled_gradients, train_dp, train_plain
-from securefedcollm.tuning.models import LoadedModel, load_model
+from securefedcollm.tuning.models import LoadedModel, find_device, load_model
 from securefedcollm.tuning.questions import (
     EncodedQuestions,
     Question,
     encode,
-    unwrapped,
     with_prefix,
     with_prior,
 )
 from securefedcollm.tuning.splits import dataset_fingerprint
+from securefedcollm.tuning.vocabulary import vocabulary_of
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,21 @@ class Tuned:
 
     @classmethod
     def load(
-        cls, study: Study, spec: Model, *, data: Path | None, progress: Progress = silent
+        cls,
+        study: Study,
+        spec: Model,
+        *,
+        data: Path | None,
+        device: str = "cpu",
+        progress: Progress = silent,
     ) -> Tuned:
-        """Load the base that ``spec`` names and attach the study's adapter.
+        """Load the base that ``spec`` names onto ``device`` and attach the study's adapter.
 
         Raises:
             ConfigError: the model is missing, unsafe, other than pinned, or the adapter does not
-                fit it.
+                fit it, or there is no such device.
         """
+        place = find_device(device)
         loaded: LoadedModel = load_model(
             spec.source,
             revision=spec.revision,
@@ -74,6 +82,7 @@ class Tuned:
             base_dir=data or Path(),
             progress=progress,
         )
+        check_output(loaded.model, spec.source)
         adapter = study.adapter
         model = attach(
             loaded.model,
@@ -85,16 +94,16 @@ class Tuned:
             top_layers=adapter.top_layers,
             seed=study.seed,
         )
-        return cls(model, loaded.tokenizer, bytes.fromhex(loaded.digest), study)
+        return cls(model.to(place), loaded.tokenizer, bytes.fromhex(loaded.digest), study)
 
-    def encode(self, questions: Sequence[Question]) -> EncodedQuestions:
+    def encode(self, questions: Sequence[Question], *, cuts: bool = False) -> EncodedQuestions:
         """Tensors of ``questions`` for this model, and all that its frozen part says about them.
 
         That is the base's prior if the score needs it, and the hidden states below the adapted
         layers if only the top ones are adapted.
         """
         task = self.study.task
-        encoded = encode(questions, self.tokenizer, task.max_tokens)
+        encoded = encode(questions, self.tokenizer, task.max_tokens, task.kind, cuts=cuts)
         if task.score == "pmi":
             with self.model.disable_adapter():
                 encoded = with_prior(self.model, questions, encoded, self.tokenizer)
@@ -142,6 +151,7 @@ class SiloTuning:
         questions: Sequence[Question],
         *,
         data: Path | None = None,
+        device: str = "cpu",
         progress: Progress = silent,
         planned: PoissonGaussian | None = None,
         alone: bool = False,
@@ -161,7 +171,9 @@ class SiloTuning:
         self._subjects = _subjects(study, questions)
         self._study = study
         self._name = name
-        self._tuned = Tuned.load(study, study.models.slm, data=data, progress=progress)
+        self._tuned = Tuned.load(
+            study, study.models.slm, data=data, device=device, progress=progress
+        )
         self._data = self._tuned.encode(questions)
         self.records = len(questions)
         self.dataset = dataset_fingerprint(
@@ -268,20 +280,31 @@ class ServerTuning:
         test: Sequence[Question] = (),
         distillation: bool = True,
         data: Path | None = None,
+        device: str = "cpu",
         progress: Progress = silent,
     ) -> None:
         """``distillation=False`` makes this plain FedAvg: the LLM is not even loaded."""
         self._study = study
-        self._slm = Tuned.load(study, study.models.slm, data=data, progress=progress)
+        place: dict[str, Any] = {"data": data, "device": device, "progress": progress}
+        self._slm = Tuned.load(study, study.models.slm, **place)
         self._slm_test = self._slm.encode(test) if test else None
         self._llm: Tuned | None = None
         self.base_digest = self._slm.base_digest
         self._descent = Descent(study.local.optimizer, study.local.learning_rate)
         if distillation:
-            self._llm = Tuned.load(study, study.models.llm, data=data, progress=progress)
+            self._llm = Tuned.load(study, study.models.llm, **place)
             self._llm_test = self._llm.encode(test) if test else None
-            self._llm_public = self._llm.encode(public)
-            self._slm_public = self._slm.encode(public)
+            over_tokens = study.distillation.over != "choices"
+            self._vocabularies = (
+                (vocabulary_of(self._llm.tokenizer), vocabulary_of(self._slm.tokenizer))
+                if over_tokens
+                else None
+            )
+            apart = (
+                self._vocabularies is not None and self._vocabularies[0] != self._vocabularies[1]
+            )
+            self._llm_public = self._llm.encode(public, cuts=apart)
+            self._slm_public = self._slm.encode(public, cuts=apart)
 
     def layout(self, round_: int) -> bytes:
         return self._slm.layout_digest(round_)
@@ -327,6 +350,9 @@ class ServerTuning:
             learning_rate_slm=plan.learning_rate_slm,
             seed=training_seed(self._study, "server", round_),
             loss=plan.loss,
+            over=plan.over,
+            top_k=plan.top_k,
+            vocabularies=self._vocabularies,
             weight=plan.weight,
             temperature=plan.temperature,
             direction=plan.direction,

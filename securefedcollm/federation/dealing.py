@@ -56,16 +56,31 @@ def deal(study: Study, data: Path | None) -> Dealt:
     assert spec.public
     assert spec.per_silo
     split = split_questions(
-        read_questions(data / spec.train, owner=study.subject),
+        read_records(study, data / spec.train),
         silos=len(names),
         per_silo=spec.per_silo,
         public=spec.public,
         public_labelled=spec.public_labelled,
         seed=study.seed,
     )
-    test = read_questions(data / spec.test)
+    test = read_records(study, data / spec.test, private=False)
     return Dealt(
         public=split.public_labelled + split.public_unlabelled,
         silos=dict(zip(names, split.silos, strict=True)),
         test=tuple(test[: spec.max_test]),
     )
+
+
+def read_records(
+    study: Study, path: Path, *, private: bool = True, labelled: bool = True
+) -> list[Question]:
+    """The records of the study's task in a file; ``private`` ones with whose they are, if asked.
+
+    ``labelled``: every record must have its answer.
+
+    Raises:
+        DataError: the file is missing or has a bad row.
+    """
+    task = study.task
+    owner = study.subject if private else None
+    return read_questions(path, kind=task.kind, labels=task.labels, labelled=labelled, owner=owner)

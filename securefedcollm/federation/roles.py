@@ -202,20 +202,21 @@ def server_questions(
         ConfigError: a study on files, and no public file was given.
         DataError: a file cannot be read.
     """
-    from securefedcollm.federation.dealing import deal
-    from securefedcollm.tuning.data import read_questions
+    from securefedcollm.federation.dealing import deal, read_records
 
     if study.task.data.builtin and public is None:
         dealt = deal(study, None)
-        return dealt.public, dealt.test if test is None else read_questions(test)
+        return dealt.public, (
+            dealt.test if test is None else read_records(study, test, private=False)
+        )
     if public is None:
         raise ConfigError(
             "the server needs the study's public questions",
             where="--public",
             hint="`securefedcollm study deal` writes public.jsonl for a study on files",
         )
-    tests = [] if test is None else read_questions(test)
-    return read_questions(public, labelled=False), tests
+    tests = [] if test is None else read_records(study, test, private=False)
+    return read_records(study, public, private=False, labelled=False), tests
 
 
 # ---- a silo ----
@@ -249,10 +250,9 @@ def silo_workload(
         ConfigError, DataError: the file, the model or the study does not fit.
     """
     from securefedcollm.federation.cotuning import SiloTuning
-    from securefedcollm.tuning.data import read_questions
+    from securefedcollm.federation.dealing import read_records
 
-    questions = read_questions(data, owner=study.subject)
-    return SiloTuning(study, name, questions, data=models, progress=progress)
+    return SiloTuning(study, name, read_records(study, data), data=models, progress=progress)
 
 
 def terms(member: Member, workload: SiloTuning, budget: Budget | None) -> Terms:

@@ -66,6 +66,7 @@ class Simulation:
         baselines: Iterable[str] = ("standalone", "fedavg"),
         workers: int | None = None,
         drops: Iterable[str] = (),
+        device: str = "cpu",
     ) -> None:
         """
         Args:
@@ -76,6 +77,7 @@ class Simulation:
             baselines: which comparisons to run: ``standalone``, ``fedavg``.
             workers: processes for the silos; None: one per core; 0: none.
             drops: silos to lose on purpose, ``SILO@STEP[:ROUND]``.
+            device: where all models compute, as torch calls it.
 
         Raises:
             ConfigError: a drop names no silo or step.
@@ -83,6 +85,7 @@ class Simulation:
         self._study = study
         self._out = out
         self._data = data
+        self._device = device
         self._resume = resume
         self._overwrite = overwrite
         self._baselines = tuple(baselines)
@@ -116,6 +119,7 @@ class Simulation:
             public=dealt.public,
             test=dealt.test,
             data=self._data,
+            device=self._device,
             progress=progress,
         )
         zero_shot = self._once("zero-shot", server.evaluate)
@@ -188,6 +192,7 @@ class Simulation:
             authority=office,
             directory=directory,
             data=self._data,
+            device=self._device,
             threads=self._threads,
             planned=self._planned,
         )
@@ -229,7 +234,12 @@ class Simulation:
         resume = (directory / "server" / "state.json").exists()
         store = RunStore(directory, digest(self._study), resume=resume)
         server = cotuning.ServerTuning(
-            self._study, public=(), test=dealt.test, distillation=False, data=self._data
+            self._study,
+            public=(),
+            test=dealt.test,
+            distillation=False,
+            data=self._data,
+            device=self._device,
         )
         self._federate(store, server, directory, _prefixed(progress, "FedAvg"), lambda text: None)
         evaluation: dict[str, float] = store.state.history[-1]["evaluation"]
@@ -242,6 +252,7 @@ class Simulation:
             tune_alone,
             study=self._study,
             data=self._data,
+            device=self._device,
             directory=make_directory(self._out / "baselines" / "standalone"),
             threads=self._threads,
             planned=self._planned,
@@ -309,6 +320,7 @@ def make_party(
     data: Path | None,
     threads: int,
     planned: dict[str, PoissonGaussian | None],
+    device: str = "cpu",
 ) -> SiloPort:
     """Build one silo, or the authority, in the process that will run it."""
     if name not in roster:
@@ -322,6 +334,7 @@ def make_party(
         authority=authority,
         directory=directory,
         data=data,
+        device=device,
         threads=threads,
         planned=planned,
     )
@@ -352,6 +365,7 @@ def make_silo(
     data: Path | None,
     threads: int,
     planned: dict[str, PoissonGaussian | None],
+    device: str = "cpu",
 ) -> SiloSession:
     """Build one silo in the process that will run it."""
     from securefedcollm.federation import cotuning
@@ -364,6 +378,7 @@ def make_silo(
         name,
         deal(study, data).silos[name],
         data=data,
+        device=device,
         progress=progress,
         planned=planned[name],
     )
@@ -403,6 +418,7 @@ def tune_alone(
     directory: Path,
     threads: int,
     planned: dict[str, PoissonGaussian | None],
+    device: str = "cpu",
 ) -> dict[str, float]:
     """One silo without a federation: the same steps, noise and rounds, nothing leaves it."""
 
@@ -413,7 +429,13 @@ def tune_alone(
         cotuning.set_threads(threads)
         dealt = deal(study, data)
         workload = cotuning.SiloTuning(
-            study, name, dealt.silos[name], data=data, planned=planned[name], alone=True
+            study,
+            name,
+            dealt.silos[name],
+            data=data,
+            device=device,
+            planned=planned[name],
+            alone=True,
         )
         adapter = workload.adapter()
         for round_ in range(study.rounds):
@@ -495,6 +517,8 @@ def _notes(study: Study, baselines: tuple[str, ...]) -> list[str]:
             f"A standalone silo sees 1/{study.silos.count} of the private rules, which caps it.",
             "The public prompts include unanswered ones on the private topics.",
         ]
+    if study.generative:
+        notes.append("Accuracy: the share of the answers' tokens that are the most probable one.")
     if baselines and study.privacy:
         notes.append(
             "Each row is a run of its own with the same ε; publishing them all would add up."

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from securefedcollm.errors import ConfigError
 from securefedcollm.study.config import BUILTIN_SUBJECT, PLACEMENTS, Model, Study
 
 _MOST_RECORDS = 10**10  # above it, a slip of the pen
+
+
+_CONTENT: Final = {
+    "multiple_choice": {"question", "choices", "answer"},
+    "classification": {"text", "label"},
+    "instruction": {"instruction", "response"},
+    "text": {"text"},
+}
+"""The columns that a record of each kind of task is made of."""
 
 
 def check(study: Study) -> None:
@@ -19,6 +30,7 @@ def check(study: Study) -> None:
     _check_privacy(study)
     _check_joint(study)
     _check_data(study)
+    _check_task(study)
     _check_model("models.llm", study.models.llm)
     _check_model("models.slm", study.models.slm)
     _check_distillation(study)
@@ -102,7 +114,7 @@ def _check_privacy(study: Study) -> None:
             where="privacy.subject",
             hint="name the column" if missing else "remove it, or choose unit: subject",
         )
-    if privacy.subject in {"question", "choices", "answer"}:
+    if privacy.subject in _CONTENT[study.task.kind]:
         raise ConfigError(
             f"{privacy.subject!r} is what a record says, not whose it is",
             where="privacy.subject",
@@ -192,6 +204,55 @@ def _check_data(study: Study) -> None:
             )
 
 
+def _check_task(study: Study) -> None:
+    task, plan = study.task, study.distillation
+    if task.data.builtin and task.kind != "multiple_choice":
+        raise ConfigError(
+            "the built-in world has multiple-choice questions",
+            where="task.kind",
+            hint="leave it out, or give files instead of task.data.builtin",
+        )
+    if (task.kind == "classification") != bool(task.labels):
+        raise ConfigError(
+            f"{task.kind} has no labels" if task.labels else "the labels are missing",
+            where="task.labels",
+            hint="remove it" if task.labels else "list them, e.g. [negative, positive]",
+        )
+    names = [label.strip() for label in task.labels]
+    if task.labels and (len(set(names)) < max(2, len(names)) or "" in names):
+        raise ConfigError(
+            "a classification needs two or more different labels",
+            where="task.labels",
+            hint="list each label once, e.g. [negative, positive]",
+        )
+    if not study.generative:
+        return
+    for value, right, where in (
+        (task.score, "plain", "task.score"),
+        (study.local.loss, "answer", "local.loss"),
+    ):
+        if value != right:
+            raise ConfigError(
+                f"{value} is about choices, and kind: {task.kind} has none",
+                where=where,
+                hint=f"choose {right}",
+            )
+    if plan.over == "choices":
+        raise ConfigError(
+            f"kind: {task.kind} has no choices",
+            where="distillation.over",
+            hint="choose answer, or all for the tokens of the prompt as well",
+        )
+    bare = task.kind == "instruction" and task.data.public != task.data.public_labelled
+    if bare and plan.over == "answer" and plan.batch_unlabelled:
+        raise ConfigError(
+            "a public instruction without its response has no answer to compare",
+            where="distillation.over",
+            hint="choose all, set task.data.public_labelled to task.data.public, "
+            "or set distillation.batch_unlabelled to 0",
+        )
+
+
 def _check_model(where: str, model: Model) -> None:
     kind, _, rest = model.source.partition(":")
     if kind not in {"builtin", "path", "hub"} or not rest:
@@ -227,6 +288,18 @@ def _check_distillation(study: Study) -> None:
             "without distillation only labelled questions teach anything",
             where="distillation.batch_labelled",
             hint="raise it above 0, or choose loss: entropy-pooled",
+        )
+    if plan.top_k is not None and plan.over == "choices":
+        raise ConfigError(
+            "over the choices of a question nothing is left out",
+            where="distillation.top_k",
+            hint="remove it, or choose over: answer or over: all",
+        )
+    if plan.top_k is not None and plan.loss not in {"entropy-pooled", "dual-min-ce"}:
+        raise ConfigError(
+            f"loss: {plan.loss} keeps no predictions that could be shortened",
+            where="distillation.top_k",
+            hint="remove it, or choose loss: entropy-pooled or dual-min-ce",
         )
 
 

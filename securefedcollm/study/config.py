@@ -55,7 +55,7 @@ class Models(_Section, frozen=True):
 
 
 class Data(_Section, frozen=True):
-    """The task's questions: what is public to all, and how ``simulate`` deals out the rest.
+    """The task's records: what is public to all, and how ``simulate`` deals out the rest.
 
     ``builtin: hospitals`` generates the embedded world, with ``per_silo`` records in each hospital
     (3,000 if it is not given). Otherwise ``train`` and ``test`` are files
@@ -74,10 +74,22 @@ class Data(_Section, frozen=True):
 
 
 class Task(_Section, frozen=True):
-    """What is learnt. ``score`` turns the log-likelihoods of a question's choices into scores."""
+    """What is learnt.
+
+    ``multiple_choice``: rows of ``question``, ``choices``, ``answer``. ``classification``: rows of
+    ``text`` and ``label``, one of ``labels``; the model scores the labels as words, without a layer
+    of its own for them. ``instruction``: rows of ``instruction`` and ``response``, tuned on the
+    response, in the tokenizer's chat template if it has one. ``text``: rows of ``text``, tuned on
+    every token.
+
+    ``score`` turns the log-likelihoods of choices or labels into scores: as they are, per character
+    (``length``), or less the log-likelihood after a neutral prompt (``pmi``). ``max_tokens`` bounds
+    prompt and answer: a longer prompt loses its beginning, a longer text its end.
+    """
 
     data: Data
-    kind: Literal["multiple_choice"] = "multiple_choice"
+    kind: Literal["multiple_choice", "classification", "instruction", "text"] = "multiple_choice"
+    labels: list[str] = []
     score: Literal["plain", "length", "pmi"] = "plain"
     max_tokens: Count = 256
 
@@ -196,12 +208,20 @@ class Distillation(_Section, frozen=True):
     """The server's phase on the public set, after every sum.
 
     ``entropy-pooled``: both models learn a mixture of their own predictions, weighted by which of
-    them is surer (``sharpness``: how much that counts). ``mutual-kl``: the paper's losses (arXiv
-    2411.11707, eq. 3 and 4) with weight λ. ``none``: each is tuned on the labelled public questions
-    alone.
+    them is surer (``sharpness``: how much that counts). ``dual-min-ce``: both learn the prediction
+    of the better one, prompt by prompt (FedMKT). ``mutual-kl``: the paper's losses (arXiv
+    2411.11707, eq. 3 and 4). ``none``: each is tuned on the labelled public questions alone.
+    λ is ``weight``; ``direction`` D(teacher, own) is KL, its reverse, or Jensen–Shannon.
+
+    ``over``: what the predictions are about. ``choices``: the choices of a question. ``answer``:
+    every token of the answer, over the whole vocabulary. ``all``: the tokens of the prompt as well.
+    ``top_k`` keeps only so many tokens of every frozen target (of ``entropy-pooled`` and
+    ``dual-min-ce``), for a vocabulary or model too large to keep more.
     """
 
-    loss: Literal["entropy-pooled", "mutual-kl", "none"] = "entropy-pooled"
+    loss: Literal["entropy-pooled", "dual-min-ce", "mutual-kl", "none"] = "entropy-pooled"
+    over: Literal["choices", "answer", "all"] = "choices"
+    top_k: Count | None = None
     steps: Count = 40
     batch_labelled: Annotated[int, Meta(ge=0)] = 32
     batch_unlabelled: Annotated[int, Meta(ge=0)] = 128
@@ -258,6 +278,11 @@ class Study(_Section, frozen=True, dict=True):
     def quorum(self) -> int:
         """Fewest silos with which a sum is ever opened."""
         return max(self.minimum, self.threshold)
+
+    @property
+    def generative(self) -> bool:
+        """Whether the task has nothing to choose from: responses, texts."""
+        return self.task.kind in {"instruction", "text"}
 
     @property
     def scheme(self) -> SchemeName:

@@ -28,8 +28,8 @@ from torch import nn
 
 from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.primitives import sha256
+from securefedcollm.tuning.head import unwrapped
 from securefedcollm.tuning.layers import decoder_layers
-from securefedcollm.tuning.questions import unwrapped
 
 Method = Literal["ffa-lora", "rolora", "lora"]
 Vector = npt.NDArray[np.float32]
@@ -217,6 +217,21 @@ def load_adapter(model: nn.Module, directory: Path) -> Any:
             where=str(directory),
             hint="load it on the model that it was tuned on",
         ) from error
+
+
+def merged(model: nn.Module, directory: Path) -> Any:
+    """A plain transformers model: the base ``model``, in place, plus an adapter's product B·A.
+
+    Raises:
+        ConfigError: as :func:`load_adapter`, or the model's weights have too few bits.
+    """
+    if next(model.parameters()).dtype != torch.float32:
+        raise ConfigError(
+            "merging into rounded weights would round the adapter away",
+            where="--dtype",
+            hint="merge in float32; the result can be loaded as bfloat16",
+        )
+    return load_adapter(model, directory).merge_and_unload().eval()
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -11,39 +13,63 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from securefedcollm.errors import DataError
+from securefedcollm.tuning.adapters import load_adapter
+from securefedcollm.tuning.head import output_logits
+from securefedcollm.tuning.models import LoadedModel
 from securefedcollm.tuning.questions import (
     EncodedQuestions,
     Normalisation,
+    Question,
     by_length,
     choice_scores,
+    encode,
+    with_prior,
 )
 from securefedcollm.tuning.recipe import Progress, inference_mode, silent
+from securefedcollm.tuning.token_distil import positions_of, states_at
+from securefedcollm.tuning.token_loss import CHUNK
+from securefedcollm.tuning.tokenise import Kind
 
 
 @dataclass(frozen=True)
 class GroupScore:
-    """Accuracy in [0, 1] and mean log-probability (nats) of the right choice, over ``count``."""
+    """Means over ``count`` questions.
+
+    ``accuracy`` in [0, 1] and ``gold_log_prob`` (nats) of the right choice. Of responses and texts,
+    which have no choices: the share of tokens that are the most probable one, the log-probability
+    per token, and then also ``perplexity`` (over all tokens) and ``exact_match``, the share of
+    records whose every token is the most probable one (those that greedy decoding would write).
+    """
 
     accuracy: float
     gold_log_prob: float
     count: int
+    perplexity: float | None = None
+    exact_match: float | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Per-question results, in question order, so that two models can be compared in pairs."""
 
-    correct: npt.NDArray[np.bool_]  # [N]
-    gold_log_prob: npt.NDArray[np.float32]  # [N]: log softmax over the choices
+    correct: npt.NDArray[np.float32]  # [N]: 0 or 1; of a text, the share of its tokens
+    gold_log_prob: npt.NDArray[np.float32]  # [N]: log softmax over the choices; or per token
     groups: tuple[str, ...]
+    tokens: npt.NDArray[np.int64] | None = None  # [N]: how many, where there are no choices
 
     def score(self, group: str | None = None) -> GroupScore:
         """The mean over one group, or over all questions."""
         chosen = np.array([group is None or g == group for g in self.groups])
-        return GroupScore(
-            accuracy=float(self.correct[chosen].mean()),
-            gold_log_prob=float(self.gold_log_prob[chosen].mean(dtype=np.float64)),
-            count=int(chosen.sum()),
+        correct = self.correct[chosen].astype(np.float64)
+        gold = self.gold_log_prob[chosen].astype(np.float64)
+        score = GroupScore(float(correct.mean()), float(gold.mean()), int(chosen.sum()))
+        if self.tokens is None:
+            return score
+        tokens = self.tokens[chosen]
+        return replace(
+            score,
+            perplexity=float(np.exp(-(gold * tokens).sum() / tokens.sum())),
+            exact_match=float((correct == 1).mean()),
         )
 
     def by_group(self) -> dict[str, GroupScore]:
@@ -61,6 +87,8 @@ def evaluate(
 ) -> Evaluation:
     """Answer every question with the choice of the highest score (ties: the first).
 
+    Of responses and texts, predict every token from those before it.
+
     Raises:
         DataError: a question has no answer.
     """
@@ -70,6 +98,8 @@ def evaluate(
             where="test questions",
             hint="remove the questions without an answer",
         )
+    if data.generative:
+        return _evaluate_tokens(model, data, batch_size, progress)
     stacked = torch.zeros(data.choice_mask.shape)
     done = 0
     with inference_mode(model):
@@ -80,4 +110,64 @@ def evaluate(
     answers = data.answers.cpu()
     gold = F.log_softmax(stacked, dim=-1).gather(1, answers[:, None])[:, 0]
     correct = stacked.argmax(1) == answers
-    return Evaluation(correct=correct.numpy(), gold_log_prob=gold.numpy(), groups=data.groups)
+    return Evaluation(
+        correct=correct.float().numpy(), gold_log_prob=gold.numpy(), groups=data.groups
+    )
+
+
+def measure(
+    loaded: LoadedModel,
+    questions: Sequence[Question],
+    *,
+    adapter: Path | None,
+    kind: Kind,
+    score: Normalisation,
+    max_tokens: int,
+    batch_size: int = 32,
+    progress: Progress = silent,
+) -> dict[str, dict[str, float]]:
+    """Scores of a base model, or of one with an adapter: ``all`` and then by group, by name.
+
+    Raises:
+        ConfigError: the adapter cannot be read or does not fit the model.
+        DataError: a record has no answer, or does not fit into ``max_tokens``.
+    """
+    data = encode(questions, loaded.tokenizer, max_tokens, kind)
+    if score == "pmi":  # the prior is the base's, so before the adapter
+        data = with_prior(loaded.model, questions, data, loaded.tokenizer, batch_size)
+    model = loaded.model if adapter is None else load_adapter(loaded.model, adapter)
+    result = evaluate(model, data, normalisation=score, batch_size=batch_size, progress=progress)
+    scores = {"all": result.score()}
+    if len(set(result.groups)) > 1:
+        scores |= result.by_group()
+    return {
+        group: {name: value for name, value in asdict(found).items() if value is not None}
+        for group, found in scores.items()
+    }
+
+
+def _evaluate_tokens(
+    model: nn.Module, data: EncodedQuestions, batch_size: int, progress: Progress
+) -> Evaluation:
+    """See :class:`GroupScore`."""
+    positions = positions_of(data, "answer")
+    counts = positions.starts.diff()
+    right, gold = torch.zeros(len(positions.at)), torch.zeros(len(positions.at))
+    head, done = output_logits(model), 0
+    with inference_mode(model):
+        for rows, batch in by_length(data, batch_size):
+            index, local = positions.of(rows)
+            states = states_at(model, batch, local, positions.at[index])
+            for where in torch.split(torch.arange(len(index)), CHUNK):
+                log_p = F.log_softmax(head(states[where.to(states.device)]), dim=-1).cpu()
+                wanted = positions.gold[index[where]]
+                gold[index[where]] = log_p.gather(1, wanted[:, None])[:, 0]
+                right[index[where]] = (log_p.argmax(1) == wanted).float()
+            done += len(batch)
+            progress(done, len(data), "evaluation")
+    owner = torch.repeat_interleave(torch.arange(len(data)), counts)
+    sums = torch.zeros(2, len(data), dtype=torch.float64).index_add_(
+        1, owner, torch.stack([right, gold]).double()
+    )
+    means = (sums / counts).float().numpy()
+    return Evaluation(means[0], means[1], data.groups, counts.numpy())

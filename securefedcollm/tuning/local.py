@@ -62,10 +62,11 @@ def question_losses(
     ``answer``: the language-model cross-entropy of the right choice's tokens over the whole
     vocabulary, summed over them. ``choices``: the cross-entropy over the scores of the choices.
     """
+    scores = choice_scores(model, batch, "plain" if loss == "answer" else normalisation)
+    answers = batch.answers.to(scores.device)
     if loss == "answer":
-        return -choice_scores(model, batch).gather(1, batch.answers[:, None])[:, 0]
-    scores = choice_scores(model, batch, normalisation)
-    return F.cross_entropy(scores, batch.answers, reduction="none")
+        return -scores.gather(1, answers[:, None])[:, 0]
+    return F.cross_entropy(scores, answers, reduction="none")
 
 
 def train_plain(
@@ -374,7 +375,7 @@ def _finite(
 
 def _by_unit(gradient: Tensor, sizes: Sequence[int]) -> npt.NDArray[np.float64]:
     """float64 [units, in · out]: a unit's records summed."""
-    records: npt.NDArray[np.float64] = gradient.flatten(1).double().numpy()
+    records: npt.NDArray[np.float64] = gradient.flatten(1).double().cpu().numpy()
     if max(sizes) == 1:
         return records
     return np.add.reduceat(records, np.cumsum([0, *sizes[:-1]]), axis=0)
@@ -384,5 +385,6 @@ def _set_gradient(parameters: list[nn.Parameter], gradient: npt.NDArray[np.float
     values = torch.from_numpy(gradient.astype(np.float32))
     at = 0
     for parameter in parameters:
-        parameter.grad = values[at : at + parameter.numel()].view(parameter.shape).clone()
+        part = values[at : at + parameter.numel()].view(parameter.shape)
+        parameter.grad = part.clone().to(parameter.device)
         at += parameter.numel()

@@ -103,6 +103,25 @@ def load_model(
     return LoadedModel(model.eval(), tokenizer, digest)
 
 
+def find_device(name: str) -> torch.device:
+    """The device called ``name``: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, …
+
+    Raises:
+        ConfigError: there is no such device, or torch cannot use it here.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise ConfigError(
+            f"torch cannot compute on {name!r}",
+            where="--device",
+            hint=f"usable here: {', '.join(['cpu', *found])}",
+        ) from None
+    return device
+
+
 def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
     """Write a transformers directory (safetensors, tokenizer, config) that ``path:`` reads.
 

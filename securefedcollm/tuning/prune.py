@@ -19,6 +19,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from securefedcollm.errors import ConfigError, DataError, TrainingError
+from securefedcollm.tuning.head import output_logits
 from securefedcollm.tuning.layers import decoder_layers
 from securefedcollm.tuning.questions import shuffled_batches
 from securefedcollm.tuning.recipe import (
@@ -28,6 +29,7 @@ from securefedcollm.tuning.recipe import (
     silent,
     training_mode,
 )
+from securefedcollm.tuning.token_loss import Target, chunked_loss
 
 _HEAD_CHUNK = 64  # positions whose logits exist at a time: 64 × 49k × 4 B = 12 MB each
 
@@ -63,7 +65,7 @@ def perplexity(model: Any, windows: Tensor, batch_size: int = 4) -> float:
             flat = hidden.reshape(-1, hidden.shape[-1])
             parts = torch.split(flat, _HEAD_CHUNK), torch.split(gold, _HEAD_CHUNK)
             for part, wanted in zip(*parts, strict=True):
-                logits = model.get_output_embeddings()(part).float()
+                logits = output_logits(model)(part)
                 total += F.cross_entropy(logits, wanted, reduction="sum").item()
     return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
 
@@ -190,26 +192,19 @@ def _warm(step: int, steps: int) -> float:
 
 
 def _kd_backward(student: Any, teacher: Any, batch: Tensor) -> float:
-    """Gradients of the mean KL per token into ``student``; returns the mean.
-
-    The logits of a batch would fill gigabytes at a vocabulary of 49k, so that the loss and its
-    gradient with respect to the last hidden state are computed a few positions at a time.
-    """
+    """Gradients of the mean KL per token into ``student``; returns the mean."""
     with torch.no_grad():
         wanted = teacher.base_model(input_ids=batch, use_cache=False).last_hidden_state
-    hidden = student.base_model(input_ids=batch, use_cache=False).last_hidden_state
-    leaf = hidden.detach().requires_grad_()
-    total = 0.0
-    for own, other in zip(
-        torch.split(leaf.flatten(0, 1), _HEAD_CHUNK),
-        torch.split(wanted.flatten(0, 1), _HEAD_CHUNK),
-        strict=True,
-    ):
+    hidden = student.base_model(input_ids=batch, use_cache=False).last_hidden_state.flatten(0, 1)
+    wanted = wanted.flatten(0, 1)
+    head = output_logits(teacher)
+
+    def says(where: slice) -> Target:
         with torch.no_grad():
-            target = F.log_softmax(teacher.get_output_embeddings()(other).float(), dim=-1)
-        guess = F.log_softmax(student.get_output_embeddings()(own).float(), dim=-1)
-        loss = F.kl_div(guess, target, reduction="sum", log_target=True) / batch.numel()
-        torch.autograd.backward(loss)
-        total += loss.item()
-    hidden.backward(leaf.grad)
-    return total
+            return Target(F.log_softmax(head(wanted[where]), dim=-1))
+
+    loss = chunked_loss(
+        hidden, output_logits(student), targets=says, target_scale=1 / batch.numel()
+    )
+    torch.autograd.backward(loss)
+    return loss.item()

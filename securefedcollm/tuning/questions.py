@@ -1,8 +1,10 @@
 """Questions with choices, their tensors, and packed-choice scoring.
 
 Every task of this project is a question with choices, scored by the log-likelihood of each choice
-after the prompt (zero-shot multiple choice as in lm-eval). One question is one batch row, so that a
-per-example gradient is a per-question gradient (what DP-SGD clips).
+after the prompt (zero-shot multiple choice as in lm-eval). A classification's choices are its
+labels; an instruction has one choice, the response; a text is one choice after an empty prompt. One
+question is one batch row, so that a per-example gradient is a per-question gradient (what DP-SGD
+clips).
 
 **Packed choices.** A row holds the prompt once, then the tokens of every choice but each choice's
 last (nothing has to be predicted after it). A block mask lets a choice see the prompt and itself,
@@ -21,8 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from securefedcollm.errors import DataError
+from securefedcollm.tuning.head import device_of, output_logits, trained_head, unwrapped
 from securefedcollm.tuning.layers import passed_over
 from securefedcollm.tuning.recipe import inference_mode
+from securefedcollm.tuning.token_loss import gold_log_probs
+from securefedcollm.tuning.tokenise import Kind, Row, tokenise
 
 Normalisation = Literal["plain", "length", "pmi"]
 
@@ -49,6 +54,11 @@ class Question:
     group: str = ""
     subject: str | None = None
 
+    def unlabelled(self) -> Question:
+        """The question without its answer; a response is the answer itself, so it goes too."""
+        alone = len(self.choices) == 1 and self.prompt
+        return replace(self, answer=None, choices=() if alone else self.choices)
+
 
 @dataclass(frozen=True)
 class EncodedQuestions:
@@ -73,9 +83,15 @@ class EncodedQuestions:
     prior: Tensor | None = None  # float32 [N, C]: log p(choice | "Answer:"); for "pmi"
     prefix: Tensor | None = None  # [N, L, D] in the model's dtype: input of layer prefix_layers
     prefix_layers: int = 0
+    pieces: tuple[Row, ...] | None = None  # where tokens stand in the text; lost by a selection
 
     def __len__(self) -> int:
         return len(self.groups)
+
+    @property
+    def generative(self) -> bool:
+        """Whether there is nothing to choose from: responses, texts."""
+        return self.choice_mask.shape[1] < 2
 
     def select(self, index: Tensor) -> EncodedQuestions:
         """The rows ``index`` (int64 [B]), padding trimmed to what these rows need."""
@@ -110,9 +126,10 @@ class EncodedQuestions:
     def attention_mask(self, dtype: torch.dtype) -> Tensor | None:
         """Additive mask [B, 1, L, L] of ``dtype`` (0 where attention is allowed).
 
-        None when plain causal attention is right already: no packed choices and no padding.
+        None when plain causal attention is right already: no packed choices, and padding only to
+        the right of a row whose padded places nobody reads.
         """
-        if not bool((self.segments != _PROMPT).any()):
+        if self.generative or not bool((self.segments != _PROMPT).any()):
             return None
         key, query = self.segments[:, None, :], self.segments[:, :, None]
         length = self.segments.shape[1]
@@ -124,11 +141,20 @@ class EncodedQuestions:
         return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
 
-def encode(questions: Sequence[Question], tokenizer: Any, max_tokens: int) -> EncodedQuestions:
+def encode(
+    questions: Sequence[Question],
+    tokenizer: Any,
+    max_tokens: int,
+    kind: Kind = "multiple_choice",
+    *,
+    cuts: bool = False,
+) -> EncodedQuestions:
     """Tokenise ``questions`` for a Hugging Face ``tokenizer``.
 
     ``max_tokens`` bounds the prompt plus its longest choice; a longer prompt loses its beginning
     (after the first token, if that is the tokenizer's beginning-of-text token).
+
+    ``cuts``: keep where the tokens stand in the text, to be compared with another tokenizer's.
 
     Raises:
         DataError: a question has no choices, an answer outside of them, a choice without tokens, or
@@ -136,7 +162,8 @@ def encode(questions: Sequence[Question], tokenizer: Any, max_tokens: int) -> En
     """
     if not questions:
         raise DataError("no questions", where="questions", hint="give at least one question")
-    rows = _tokenise(questions, tokenizer, max_tokens)
+    pieces = tokenise(questions, tokenizer, max_tokens, kind, cuts=cuts)
+    rows = [(prompt.ids, [choice.ids for choice in choices]) for prompt, choices in pieces]
     n, c = len(rows), max(len(choices) for _, choices in rows)
     length = max(len(p) + sum(len(t) - 1 for t in cs) for p, cs in rows)
     width = max(sum(len(t) for t in cs) for _, cs in rows)
@@ -148,12 +175,13 @@ def encode(questions: Sequence[Question], tokenizer: Any, max_tokens: int) -> En
         targets=torch.zeros(n, width, dtype=torch.int64),
         target_slots=torch.zeros(n, width, dtype=torch.int64),
         target_choices=torch.full((n, width), c, dtype=torch.int64),
-        choice_mask=torch.tensor([[k < len(cs) for k in range(c)] for _, cs in rows]),
+        choice_mask=torch.tensor([[k < len(cs) for k in range(c)] for _, cs in rows]).view(n, c),
         choice_lengths=torch.tensor(
             [[float(len(t)) for t in q.choices] + [1.0] * (c - len(q.choices)) for q in questions]
-        ),
+        ).view(n, c),
         answers=torch.tensor([_UNLABELLED if q.answer is None else q.answer for q in questions]),
         groups=tuple(q.group for q in questions),
+        pieces=tuple(pieces) if cuts else None,
     )
     for i, (prompt, choices) in enumerate(rows):
         _fill(out, i, prompt, choices)
@@ -185,66 +213,6 @@ def _fill(out: EncodedQuestions, i: int, prompt: list[int], choices: list[list[i
         tensor.numpy()[i, : len(values)] = values
 
 
-def _tokenise(
-    questions: Sequence[Question], tokenizer: Any, max_tokens: int
-) -> list[tuple[list[int], list[list[int]]]]:
-    """Prompt and choice tokens of every question, in two calls of the tokenizer."""
-    for i, question in enumerate(questions):
-        if not question.choices:
-            raise DataError(
-                "it has no choices", where=f"question {i}", hint="give at least one choice"
-            )
-        if question.answer is not None and not 0 <= question.answer < len(question.choices):
-            raise DataError(
-                f"answer {question.answer} is outside its {len(question.choices)} choices",
-                where=f"question {i}",
-                hint="number the choices from 0",
-            )
-    prompts = _ids([q.prompt for q in questions], tokenizer)
-    wholes = iter(_ids([f"{q.prompt} {c}" for q in questions for c in q.choices], tokenizer))
-    rows = []
-    for i, (question, prompt) in enumerate(zip(questions, prompts, strict=True)):
-        choices = [_continuation(prompt, next(wholes), c, tokenizer) for c in question.choices]
-        rows.append((_shortened(prompt, choices, f"question {i}", tokenizer, max_tokens), choices))
-    return rows
-
-
-def _ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Tokens of every text; without the end token with which some tokenizers close every text."""
-    end = tokenizer.eos_token_id
-    rows: list[list[int]] = tokenizer(texts)["input_ids"]
-    return [row[:-1] if row and row[-1] == end else row for row in rows]
-
-
-def _continuation(prompt: list[int], whole: list[int], choice: str, tokenizer: Any) -> list[int]:
-    """Tokens of ``" " + choice`` after ``prompt``: tokenised together where the split is clean."""
-    if whole[: len(prompt)] == prompt:
-        return whole[len(prompt) :]
-    ids: list[int] = tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
-    return ids
-
-
-def _shortened(
-    prompt: list[int], choices: list[list[int]], where: str, tokenizer: Any, max_tokens: int
-) -> list[int]:
-    """``prompt`` without the beginning for which its longest choice leaves no room."""
-    if not prompt or not all(choices):
-        raise DataError(
-            "its prompt or one of its choices has no tokens", where=where, hint="remove it"
-        )
-    room = max_tokens - max(map(len, choices))
-    if room < 2:
-        raise DataError(
-            f"a choice has {max(map(len, choices))} tokens, the limit is {max_tokens}",
-            where=where,
-            hint="shorten the choice or raise max_tokens",
-        )
-    if len(prompt) <= room:
-        return prompt
-    begin = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
-    return begin + prompt[len(prompt) - room + len(begin) :]
-
-
 def choice_scores(
     model: nn.Module, batch: EncodedQuestions, normalisation: Normalisation = "plain"
 ) -> Tensor:
@@ -258,9 +226,11 @@ def choice_scores(
         model: a causal language model of transformers, plain or with PEFT layers.
 
     Returns:
-        float32 [B, C]; ``-inf`` where a question has fewer than C choices.
+        float32 [B, C] where the model is; ``-inf`` where a question has fewer than C choices.
     """
-    token_scores = _token_log_probs(unwrapped(model), batch)  # [B, K]
+    causal = unwrapped(model)
+    batch = batch.to(device_of(causal))
+    token_scores = token_log_probs(causal, batch)  # [B, K]
     choices = batch.choice_mask.shape[1]
     scores = token_scores.new_zeros(len(batch), choices + 1)  # last column collects the padding
     scores = scores.scatter_add(1, batch.target_choices, token_scores)[:, :choices]
@@ -273,33 +243,44 @@ def choice_scores(
     return scores.masked_fill(~batch.choice_mask, -torch.inf)
 
 
-def _token_log_probs(causal: Any, batch: EncodedQuestions) -> Tensor:
+def token_log_probs(causal: Any, batch: EncodedQuestions) -> Tensor:
     """Log-probability of every target token where it is predicted: float32 [B, K].
 
     The output layer runs on the slots that a row really has, and a chunk at a time when no gradient
     is wanted: with a vocabulary of 49k it costs as much as ten layers, and gigabytes otherwise.
     """
-    hidden = _last_hidden(causal, batch)  # [B, L, D]
+    hidden = last_hidden(causal, batch)  # [B, L, D]
+    if batch.generative and not trained_head(causal):
+        return _generated(causal, batch, hidden)
     counts = batch.target_slots.max(1).values + 1  # slots of each row
     slot = torch.arange(int(counts.max()), device=hidden.device)
     rows, slots = torch.nonzero(slot < counts[:, None], as_tuple=True)  # [M]: row by row
     taken = hidden[rows, batch.prompt_tokens[rows] - 1 + slots]  # [M, D]
     place = (counts.cumsum(0) - counts)[:, None] + batch.target_slots  # [B, K] into M
-    head = causal.get_output_embeddings()
+    head = output_logits(causal)
     if torch.is_grad_enabled():
-        logits = head(taken).float()
+        logits = head(taken)
         gold: Tensor = logits[place, batch.targets] - torch.logsumexp(logits, -1)[place]
         return gold
     scores = taken.new_zeros(batch.targets.shape, dtype=torch.float32)
     for start in range(0, len(taken), _HEAD_CHUNK):
-        logits = head(taken[start : start + _HEAD_CHUNK]).float()
+        logits = head(taken[start : start + _HEAD_CHUNK])
         here = (place >= start) & (place < start + len(logits))
         at = place[here] - start
         scores[here] = logits[at, batch.targets[here]] - torch.logsumexp(logits, -1)[at]
     return scores
 
 
-def _last_hidden(causal: Any, batch: EncodedQuestions) -> Tensor:
+def _generated(causal: Any, batch: EncodedQuestions, hidden: Tensor) -> Tensor:
+    """The same where a row has one long continuation: its logits never exist all at once."""
+    real = batch.target_choices == 0  # [B, K]
+    rows, k = torch.nonzero(real, as_tuple=True)
+    taken = hidden[rows, batch.prompt_tokens[rows] - 1 + batch.target_slots[rows, k]]  # [M, D]
+    found = gold_log_probs(taken, output_logits(causal), batch.targets[rows, k])
+    return found.new_zeros(real.shape).masked_scatter(real, found)
+
+
+def last_hidden(causal: Any, batch: EncodedQuestions) -> Tensor:
     """Hidden states after the last layer; starts at the cached prefix if the batch has one."""
     start = {"input_ids": batch.tokens}
     if batch.prefix is not None:
@@ -312,11 +293,6 @@ def _last_hidden(causal: Any, batch: EncodedQuestions) -> Tensor:
             use_cache=False,
         ).last_hidden_state
     return states
-
-
-def unwrapped(model: Any) -> Any:
-    """The transformers model inside a PeftModel (its LoRA layers stay active), or ``model``."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def with_prior(
@@ -354,9 +330,9 @@ def with_prefix(
     states = torch.zeros(*encoded.tokens.shape, config.hidden_size, dtype=causal.dtype)
     with inference_mode(model), passed_over(causal, layers, depth) as first:
         for rows, batch in by_length(encoded, batch_size):
-            _last_hidden(causal, batch)
+            last_hidden(causal, batch.to(device_of(causal)))
             assert first.seen is not None
-            states[rows, : first.seen.shape[1]] = first.seen
+            states[rows, : first.seen.shape[1]] = first.seen.cpu()
     return replace(encoded, prefix=states, prefix_layers=layers)
 
 

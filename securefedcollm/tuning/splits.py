@@ -10,7 +10,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -135,7 +135,7 @@ def split_questions(
     return Split(
         silos=tuple(tuple(part) for part in private),
         public_labelled=tuple(held_public[:public_labelled]),
-        public_unlabelled=tuple(replace(q, answer=None) for q in held_public[public_labelled:]),
+        public_unlabelled=tuple(q.unlabelled() for q in held_public[public_labelled:]),
         dev=tuple(held_dev),
         unused=tuple(rest),
     )
@@ -143,11 +143,16 @@ def split_questions(
 
 def without(questions: Iterable[Question], held_out: Iterable[Question]) -> list[Question]:
     """``questions`` less those whose prompt occurs in ``held_out`` (public sets do overlap)."""
-    seen = {_folded(question.prompt) for question in held_out}
-    return [question for question in questions if _folded(question.prompt) not in seen]
+    seen = {_asked(question) for question in held_out}
+    return [question for question in questions if _asked(question) not in seen]
 
 
 _STREAM = 0x5EED_5B1175  # keeps this use of a study's seed apart from every other one
+
+
+def _asked(question: Question) -> str:
+    """What makes two questions the same but for their answers: the prompt, or the whole text."""
+    return _folded(question.prompt or question.choices[0])
 
 
 def _folded(text: str) -> str:
@@ -166,7 +171,7 @@ def _clusters(questions: Sequence[Question]) -> list[list[Question]]:
 
     first: dict[tuple[str, str], int] = {}
     for index, question in enumerate(ordered):
-        parent[root(index)] = root(first.setdefault(("prompt", _folded(question.prompt)), index))
+        parent[root(index)] = root(first.setdefault(("prompt", _asked(question)), index))
         if question.subject is not None:
             parent[root(index)] = root(first.setdefault(("subject", question.subject), index))
     clusters: dict[int, list[Question]] = {}

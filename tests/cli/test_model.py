@@ -153,3 +153,26 @@ def test_commands_refuse_what_they_cannot_use(base: Path, text: Path, tmp_path: 
         assert says in str(result.exception)
         assert result.exception.hint
     assert not (tmp_path / "x").exists()
+
+
+def test_evaluate_measures_questions_by_subject(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "test.jsonl"
+    rows = [
+        {"question": "ab", "choices": ["c", "de", "f"], "answer": i % 3, "subject": "xy"[i % 2]}
+        for i in range(6)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["evaluate", "--model", base, "--test", file]
+    for score in ("plain", "length", "pmi"):
+        told = json.loads(run(*command, "--score", score, "--json").stdout)
+        assert list(told) == ["all", "x", "y"]
+        assert told["all"]["accuracy"] == pytest.approx(1 / 3)  # the same question, three answers
+        assert told["all"]["count"] == told["x"]["count"] + told["y"]["count"] == 6
+        assert "perplexity" not in told["all"]
+        assert told["all"]["gold_log_prob"] < -1.09  # the mean over all answers, at most -log 3
+    shown = run(*command).stdout
+    assert "gold log prob" in shown
+    assert "0.3333" in shown
+    file.write_text(json.dumps({"question": "ab", "choices": ["c", "d"]}) + "\n")
+    with pytest.raises(DataError, match=r"test.jsonl:1: field 'answer' is missing"):
+        run(*command)

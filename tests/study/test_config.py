@@ -101,17 +101,53 @@ def test_the_digest_is_that_of_the_meaning_not_of_the_spelling(tmp_path):
             "aggregation.key_model: only CKKS has a key that an authority could hold",
             "add aggregation.scheme: ckks",
         ),
+        ("task.kind=text", "task.kind: the built-in world has multiple-choice", "give files"),
+        (
+            "task={%s, kind: classification}",
+            "task.labels: the labels are missing",
+            "list them",
+        ),
+        ("task={%s, labels: [a, b]}", "task.labels: multiple_choice has no labels", "remove"),
+        (
+            "task={%s, kind: classification, labels: [a, a]}",
+            "task.labels: a classification needs two or more different labels",
+            "once",
+        ),
+        ("task={%s, kind: text}", "distillation.over: kind: text has no choices", "choose answer"),
+        ("task={%s, kind: text, score: pmi}", "task.score: pmi is about choices", "plain"),
+        (
+            "distillation={top_k: 8}",
+            "distillation.top_k: over the choices of a question nothing is left out",
+            "over: all",
+        ),
+        (
+            "distillation={top_k: 8, over: all, loss: mutual-kl}",
+            "distillation.top_k: loss: mutual-kl keeps no predictions",
+            "dual-min-ce",
+        ),
         ("nonsense", "--set: 'nonsense' is not key=value", "--set local.steps=20"),
         ("study.x=1", "--set study.x: 'study' holds a plain value", ""),
         ("rounds=[", "--set rounds: ", "YAML"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_place_and_the_fix(override, where, hint):
+    files = "data: {train: x, test: y, public: 2, per_silo: 1}"
     with pytest.raises(ConfigError) as caught:
-        load_study(QUICKSTART, [override])
+        load_study(QUICKSTART, [override.replace("%s", files)])
     assert str(caught.value).startswith(where)
     assert hint in caught.value.hint
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_task_without_choices_cannot_have():
+    files = "task={data: {train: x, test: y, public: 2, per_silo: 1}, kind: instruction}"
+    with pytest.raises(ConfigError, match=r"local.loss: choices is about choices"):
+        load_study(QUICKSTART, [files, "local.loss=choices", "distillation.over=all"])
+    with pytest.raises(ConfigError, match=r"distillation.over: a public instruction without"):
+        load_study(QUICKSTART, [files, "distillation.over=answer"])
+    for fix in ("distillation.over=all", "task.data.public_labelled=2"):
+        study = load_study(QUICKSTART, [files, "distillation.over=answer", fix])
+        assert study.generative
 
 
 @pytest.mark.parametrize(

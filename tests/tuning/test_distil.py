@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -10,15 +11,15 @@ import pytest
 import torch
 
 from securefedcollm.errors import ConfigError, TrainingError
-from securefedcollm.tuning.adapters import attach, layout_of, load_vector, to_vector
-from securefedcollm.tuning.distil import (
-    DistilStep,
-    distil,
+from securefedcollm.tuning.adapters import attach, layout_of, load_vector, select, to_vector
+from securefedcollm.tuning.choice_distil import (
+    better_teacher,
     divergence,
     entropy_pooled,
     predict,
     supervised_loss,
 )
+from securefedcollm.tuning.distil import DistilStep, distil
 from securefedcollm.tuning.questions import EncodedQuestions, choice_scores
 
 TAU = 1.7
@@ -47,7 +48,7 @@ def reference(teacher: np.ndarray, scores: np.ndarray, direction: str) -> float:
     return TAU**2 * (kl(teacher, middle) + kl(own, middle)) / 2
 
 
-def slope(f: Any, scores: np.ndarray) -> np.ndarray:
+def numeric_slope(f: Any, scores: np.ndarray) -> np.ndarray:
     """Central differences of ``f`` in the finite scores."""
     out = np.zeros_like(scores)
     for at in np.argwhere(np.isfinite(scores)):
@@ -72,7 +73,7 @@ def test_divergence_and_its_gradient(direction: Any) -> None:
     value = divergence(torch.tensor(teacher), own, TAU, direction)
     value.backward()
     assert value.item() == pytest.approx(reference(teacher, scores, direction), rel=1e-12)
-    expected = slope(lambda s: reference(teacher, s, direction), scores)
+    expected = numeric_slope(lambda s: reference(teacher, s, direction), scores)
     assert own.grad is not None
     np.testing.assert_allclose(own.grad.numpy(), expected, atol=1e-8)
     assert np.abs(expected).max() > 0.1
@@ -111,6 +112,51 @@ def test_pooling_follows_the_surer_model() -> None:
     assert pooled[0, 0] > 0.9
     assert pooled[1, 0] > 0.9
     assert pooled[2, 0] == pytest.approx(0.5)
+
+
+def test_the_better_model_teaches_alone() -> None:
+    llm = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.9, 0.1]])
+    slm = torch.tensor([[0.4, 0.6], [0.4, 0.6], [0.2, 0.8], [0.4, 0.6]])
+    answers = torch.tensor([0, 1, -1, -1])
+    chosen = better_teacher(llm, slm, answers)
+    assert torch.equal(chosen, torch.stack([llm[0], slm[1], slm[2], llm[3]]))
+
+
+@pytest.mark.parametrize("loss", ["entropy-pooled", "dual-min-ce", "mutual-kl", "none"])
+@pytest.mark.parametrize("direction", ["forward", "js"])
+def test_one_step_is_the_written_out_step(toy: Any, loss: Any, direction: Any) -> None:
+    """Autograd of float64 losses on copies of both models, and Adam's first step by hand."""
+    data, models = half_labelled(toy), pair(toy)
+    scored = data if loss != "none" else data.select(torch.arange(8))
+    layouts = [layout_of(model, "ffa-lora") for model in models]
+    copies = [copy.deepcopy(model).double() for model in models]
+    scores = [choice_scores(model, scored).double() for model in copies]
+    soft = [torch.softmax(s.detach() / TAU, -1).numpy() for s in scores]
+    answers = scored.answers
+    slopes = []
+    for i, (model, layout) in enumerate(zip(copies, layouts, strict=True)):
+        labels = max(1, int((answers >= 0).sum()))
+        total = supervised_loss(scores[i], answers) / labels
+        if loss != "none":
+            teacher = {
+                "entropy-pooled": entropy_pooled(*map(torch.tensor, soft)).numpy(),
+                "dual-min-ce": better(soft, answers.numpy()),
+                "mutual-kl": soft[1 - i],
+            }[loss]
+            apart = divergence(torch.tensor(teacher), scores[i], TAU, direction)
+            total = total + 0.6 * apart / len(scored)
+        found = torch.autograd.grad(total, select(model, layout))
+        slopes.append(torch.cat([g.flatten() for g in found]).numpy())
+    before = [to_vector(model, layout) for model, layout in zip(models, layouts, strict=True)]
+    options = {"loss": loss, "direction": direction, "temperature": TAU, "weight": 0.6}
+    run(toy, models, data, steps=1, **options)
+    for model, layout, slope, start in zip(models, layouts, slopes, before, strict=True):
+        clear = np.abs(slope) > 1e-4
+        assert clear.mean() > 0.5
+        moved = to_vector(model, layout) - start
+        np.testing.assert_allclose(
+            moved[clear], -1e-2 * (slope / (np.abs(slope) + 1e-8))[clear], rtol=1e-3
+        )
 
 
 def half_labelled(toy: Any, count: int = 16) -> EncodedQuestions:
@@ -164,14 +210,25 @@ def expected_first_losses(
         if loss == "entropy-pooled":
             target = entropy_pooled(torch.tensor(soft[0]), torch.tensor(soft[1])).numpy()
             total += weight * TAU**2 * kl(target, soft[i]) / len(answers)
+        elif loss == "dual-min-ce":
+            total += weight * TAU**2 * kl(better(soft, answers), soft[i]) / len(answers)
         elif loss == "mutual-kl":
             total += weight * TAU**2 * kl(soft[1 - i], soft[i]) / len(answers)
         out.append(total)
     return out
 
 
+def better(soft: list[np.ndarray], answers: np.ndarray) -> np.ndarray:
+    """Question by question the prediction that is less wrong, or surer where no label is."""
+    rows = []
+    for llm, slm, answer in zip(*soft, answers, strict=True):
+        wrong = [-np.log(p[answer]) if answer >= 0 else -xlogy(p, p).sum() for p in (llm, slm)]
+        rows.append(llm if wrong[0] <= wrong[1] else slm)
+    return np.array(rows)
+
+
 @pytest.mark.parametrize("micro_batch", [256, 5])
-@pytest.mark.parametrize("loss", ["entropy-pooled", "mutual-kl", "none"])
+@pytest.mark.parametrize("loss", ["entropy-pooled", "dual-min-ce", "mutual-kl", "none"])
 def test_the_losses_of_a_step(toy: Any, loss: Any, micro_batch: int) -> None:
     data = half_labelled(toy)
     models = pair(toy)
@@ -183,7 +240,7 @@ def test_the_losses_of_a_step(toy: Any, loss: Any, micro_batch: int) -> None:
     assert [step.loss_llm, step.loss_slm] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("loss", ["entropy-pooled", "mutual-kl", "none"])
+@pytest.mark.parametrize("loss", ["entropy-pooled", "dual-min-ce", "mutual-kl", "none"])
 def test_a_phase_lowers_both_losses_and_is_deterministic(toy: Any, loss: Any) -> None:
     data = half_labelled(toy)
     ends = []

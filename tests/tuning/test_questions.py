@@ -170,7 +170,10 @@ def test_a_long_prompt_loses_its_beginning() -> None:
         (Question("w1", ("w2",), 1), "question 1: answer 1 is outside its 1 choices"),
         (Question("w1", ("w2",), -1), "question 1: answer -1 is outside"),
         (Question("w1", ("w2", " "), 0), "question 1: its prompt or one of its choices has no"),
-        (Question("w1", ("w2 " * 9,), 0), "question 1: a choice has 9 tokens, the limit is 10"),
+        (
+            Question("w1", ("w2 " * 9,), 0),
+            "question 1: a choice or response has 9 tokens, the limit is 10",
+        ),
     ],
 )
 def test_bad_questions_are_named(question: Question, message: str) -> None:

@@ -1,0 +1,280 @@
+"""``securefedcollm model generate|evaluate|merge``: what is done with a model once it is made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import typer
+
+from securefedcollm.errors import ConfigError
+from securefedcollm_cli.options import Device, Json
+from securefedcollm_cli.progress import Bars
+
+if TYPE_CHECKING:
+    from securefedcollm.study import Study
+    from securefedcollm.tuning.models import LoadedModel
+
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Commit hash of a hub: model (40 digits).")
+]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to put the model.")]
+Run = Annotated[
+    Path | None, typer.Option("--run", metavar="DIR", help="Use a run's model and adapter.")
+]
+Role = Annotated[Literal["llm", "slm"], typer.Option(help="Which of the run's two models.")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", metavar="MODEL", help="Instead of --run: a model.")
+]
+AdapterOption = Annotated[
+    Path | None, typer.Option("--adapter", metavar="DIR", help="A PEFT adapter on top.")
+]
+ModelDir = Annotated[
+    Path,
+    typer.Option("--data", metavar="DIR", help="What path: models and the study's files are in."),
+]
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What to continue.")] = None,
+    prompt_option: Annotated[
+        str | None, typer.Option("--prompt", help="The same, as an option.")
+    ] = None,
+    run: Run = None,
+    role: Role = "llm",
+    model: ModelOption = None,
+    revision: Revision = None,
+    adapter: AdapterOption = None,
+    data: ModelDir = Path(),
+    instruction: Annotated[
+        bool | None,
+        typer.Option(
+            "--instruction/--plain",
+            help="Put the prompt as one turn of a chat, or continue it as it is "
+            "[as the run's task says; plain].",
+        ),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 40,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt, greedily, with a base model or a co-tuned one.
+
+    `model generate --run runs/quickstart --prompt "…"` uses the LLM that the study made.
+    """
+    words = prompt if prompt is not None else prompt_option
+    if not words:
+        raise ConfigError("no prompt", where="--prompt", hint='give one: --prompt "…"')
+    from securefedcollm.tuning.generate import generate as continue_text
+
+    with Bars(quiet=as_json) as bars:
+        chosen = _choose(run, role, model, revision, adapter, data, device, bars)
+        if instruction is None:
+            instruction = chosen.study is not None and chosen.study.task.kind == "instruction"
+        text = continue_text(
+            chosen.loaded,
+            words,
+            adapter=chosen.adapter,
+            max_tokens=max_tokens,
+            instruction=instruction,
+        )
+    typer.echo(json.dumps({"prompt": words, "text": text}) if as_json else text)
+
+
+def evaluate(
+    test: Annotated[
+        Path | None,
+        typer.Option("--test", metavar="FILE", help="Records with answers [the run's test file]."),
+    ] = None,
+    run: Run = None,
+    role: Role = "llm",
+    model: ModelOption = None,
+    revision: Revision = None,
+    adapter: AdapterOption = None,
+    data: ModelDir = Path(),
+    task: Annotated[
+        Literal["multiple_choice", "classification", "instruction", "text"] | None,
+        typer.Option(help="What the file's rows are [the run's task; multiple_choice]."),
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option("--label", help="A label of a classification (repeat).")
+    ] = None,
+    score: Annotated[
+        Literal["plain", "length", "pmi"] | None,
+        typer.Option(help="How choices are scored [as the run's task; plain]."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=2, help="As task.max_tokens [256].")
+    ] = None,
+    base: Annotated[
+        bool, typer.Option("--base", help="Leave the run's adapter out: the model untuned.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Measure a base model or a co-tuned one on labelled records.
+
+    A row of FILE (.jsonl, .csv, .parquet) holds, by task: multiple_choice: question, choices (a
+    list), answer (index). classification: text, label. instruction: instruction, response. text:
+    text. Each value of a column `subject` makes a line of the table.
+
+    Accuracy and the mean log-probability of the right choice; of responses and texts instead the
+    share of tokens that are the most probable one, log-probability per token, perplexity, and the
+    share of records that greedy decoding would write word by word.
+
+    `model evaluate --run runs/NAME --data DIR` repeats the last line of the run's table.
+    """
+    from securefedcollm.federation.dealing import deal
+    from securefedcollm.tuning.data import read_questions
+    from securefedcollm.tuning.evaluate import measure
+
+    with Bars(quiet=as_json) as bars:
+        chosen = _choose(run, role, model, revision, adapter, data, device, bars, base=base)
+        plan = chosen.study.task if chosen.study else None
+        kind = task or (plan.kind if plan else "multiple_choice")
+        labels = label or (plan.labels if plan else [])
+        if (kind == "classification") != bool(labels):
+            raise ConfigError(
+                "a classification needs labels, and nothing else does",
+                where="--label",
+                hint="--task classification --label negative --label positive",
+            )
+        if test is not None:
+            questions = read_questions(test, kind=kind, labels=labels)
+        elif chosen.study is not None:
+            questions = list(deal(chosen.study, data).test)
+        else:
+            raise ConfigError("no records", where="--test", hint="give a file: --test FILE")
+        result = measure(
+            chosen.loaded,
+            questions,
+            adapter=chosen.adapter,
+            kind=kind,
+            score=score or (plan.score if plan else "plain"),
+            max_tokens=max_tokens or (plan.max_tokens if plan else 256),
+            batch_size=batch_size,
+            progress=bars.report,
+        )
+    _show_scores(result, as_json)
+
+
+def merge(
+    out: Out,
+    run: Run = None,
+    role: Role = "llm",
+    model: ModelOption = None,
+    revision: Revision = None,
+    adapter: AdapterOption = None,
+    data: ModelDir = Path(),
+    as_json: Json = False,
+) -> None:
+    """Write a plain model with the adapter merged into its weights.
+
+    The result needs neither PEFT nor this program: AutoModelForCausalLM.from_pretrained(DIR), or
+    `path:DIR` in another study. Weights are float32. The adapter of a run with privacy is as
+    private merged as it is alone.
+    """
+    from securefedcollm.tuning.adapters import merged
+    from securefedcollm.tuning.models import save_model, weights_digest
+
+    with Bars(quiet=as_json) as bars:
+        chosen = _choose(run, role, model, revision, adapter, data, "cpu", bars, dtype="float32")
+        if chosen.adapter is None:
+            raise ConfigError(
+                "nothing to merge", where="--adapter", hint="give --run, or --model with --adapter"
+            )
+        whole = merged(chosen.loaded.model, chosen.adapter)
+        save_model(whole, chosen.loaded.tokenizer, out)
+    print_models({out.name: {"directory": str(out), "digest": weights_digest(whole)}}, as_json)
+
+
+class _Chosen(NamedTuple):
+    """A model, what goes on top of it, and the study of the run that it is from."""
+
+    loaded: LoadedModel
+    adapter: Path | None
+    study: Study | None
+
+
+def _choose(
+    run: Path | None,
+    role: Literal["llm", "slm"],
+    model: str | None,
+    revision: str | None,
+    adapter: Path | None,
+    data: Path,
+    device: str,
+    bars: Bars,
+    *,
+    base: bool = False,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+) -> _Chosen:
+    """The model of a run, with its adapter unless ``base``, or the one that is named."""
+    if (run is None) == (model is None):
+        raise ConfigError(
+            "exactly one of the two is needed", where="--run / --model", hint="e.g. --run runs/NAME"
+        )
+    from securefedcollm.tuning.models import find_device, load_model
+
+    place = find_device(device)
+    study = None
+    if run is None:
+        assert model is not None
+        loaded = load_named(model, revision, dtype or "float32", base_dir=data)
+    else:
+        from securefedcollm.study import load_study
+
+        study = load_study(run / "study.yaml")
+        spec = study.models.llm if role == "llm" else study.models.slm
+        adapter = adapter or (None if base else run / "adapters" / role)
+        loaded = load_model(
+            spec.source,
+            revision=spec.revision,
+            # Pinned in the study's type: other bits have another digest.
+            sha256=spec.sha256 if dtype in {None, spec.dtype} else None,
+            dtype=dtype or spec.dtype,
+            base_dir=data,
+            progress=bars.report,
+        )
+    loaded.model.to(place)
+    return _Chosen(loaded, None if base else adapter, study)
+
+
+def load_named(
+    source: str,
+    revision: str | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    base_dir: Path = Path(),
+) -> Any:
+    """``load_model``, where a plain directory needs no ``path:``."""
+    from securefedcollm.tuning.models import load_model
+
+    if ":" not in source:
+        source = f"path:{source}"
+    return load_model(source, revision=revision, dtype=dtype, base_dir=base_dir)
+
+
+def _show_scores(result: dict[str, dict[str, float]], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", *(name.replace("_", " ") for name in result["all"]))
+    for group, scores in result.items():
+        cells = (f"{v:.4f}" if isinstance(v, float) else str(v) for v in scores.values())
+        table.add_row(group, *cells)
+    Console().print(table)
+
+
+def print_models(models: dict[str, dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(models, indent=2))
+        return
+    for name, facts in models.items():
+        typer.echo(name)
+        for key, value in facts.items():
+            typer.echo(f"  {key.replace('_', ' '):<20} {value}")

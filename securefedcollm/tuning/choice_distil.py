@@ -1,0 +1,139 @@
+"""Distillation over the choices of a question: each model as a distribution over them.
+
+It needs no tokens in common: two models with different tokenizers score the same choices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from securefedcollm.tuning.questions import (
+    EncodedQuestions,
+    Normalisation,
+    by_length,
+    choice_scores,
+)
+from securefedcollm.tuning.recipe import inference_mode
+from securefedcollm.tuning.token_loss import Direction
+
+_LOG_FLOOR = -1e4  # e to this is 0 in every float format
+
+
+class ChoiceObjective:
+    """The losses of both models on a part of a batch; see :mod:`securefedcollm.tuning.distil`.
+
+    ``targets``: frozen distributions [N, C] that both models learn; None: each learns the other's
+    current one (``mutual``), or none at all.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        data: Sequence[EncodedQuestions],
+        *,
+        targets: Tensor | None,
+        mutual: bool,
+        normalisation: Normalisation,
+        weight: float,
+        temperature: float,
+        direction: Direction,
+    ) -> None:
+        self._models, self._data, self._normalisation = models, data, normalisation
+        self._targets, self._mutual = targets, mutual
+        self._weight, self._temperature, self._direction = weight, temperature, direction
+
+    def terms(self, batch: Tensor, part: Tensor) -> list[Tensor]:
+        """(LLM, SLM) loss of the questions ``part``, their share of the mean over ``batch``."""
+        labels = max(1, int((self._data[0].answers[batch] >= 0).sum()))
+        asked = [data.select(part) for data in self._data]
+        scores = [
+            choice_scores(model, questions, self._normalisation)
+            for model, questions in zip(self._models, asked, strict=True)
+        ]
+        terms = []
+        for own, questions, other in zip(scores, asked, reversed(scores), strict=True):
+            term = supervised_loss(own, questions.answers.to(own.device)) / labels
+            if self._targets is not None:
+                teacher: Tensor | None = self._targets[part].to(own.device)
+            elif self._mutual:
+                teacher = F.softmax(other.detach().to(own.device) / self._temperature, dim=-1)
+            else:
+                teacher = None
+            if teacher is not None:
+                apart = divergence(teacher, own, self._temperature, self._direction)
+                term = term + self._weight * apart / len(batch)
+            terms.append(term)
+        return terms
+
+
+def predict(
+    model: nn.Module,
+    data: EncodedQuestions,
+    *,
+    normalisation: Normalisation = "plain",
+    temperature: float = 1.0,
+    batch_size: int = 64,
+) -> Tensor:
+    """softmax(scores / τ) of every question: float32 [N, C], without gradients."""
+    scores = torch.zeros(data.choice_mask.shape)
+    with inference_mode(model):
+        for rows, batch in by_length(data, batch_size):
+            scores[rows] = choice_scores(model, batch, normalisation).cpu()
+    return F.softmax(scores / temperature, dim=-1)
+
+
+def entropy_pooled(llm: Tensor, slm: Tensor, sharpness: float = 3.0) -> Tensor:
+    """The mixture of two predictions [N, C] in which the surer one weighs more (see above)."""
+    surer = torch.special.entr(slm).sum(-1) - torch.special.entr(llm).sum(-1)
+    share = torch.sigmoid(sharpness * surer)[:, None]
+    return share * llm + (1 - share) * slm
+
+
+def better_teacher(llm: Tensor, slm: Tensor, answers: Tensor) -> Tensor:
+    """For every question the whole prediction [N, C] of the better model (FedMKT's DualMinCE).
+
+    Better is the smaller cross-entropy on a labelled question and, where there is no label, the
+    smaller entropy; the LLM where they are equal.
+    """
+    at = answers.clamp_min(0)[:, None]
+    worse = []
+    for says in (llm, slm):
+        surprise = -says.gather(1, at)[:, 0].log()
+        worse.append(torch.where(answers >= 0, surprise, torch.special.entr(says).sum(-1)))
+    return torch.where((worse[0] <= worse[1])[:, None], llm, slm)
+
+
+def supervised_loss(scores: Tensor, answers: Tensor) -> Tensor:
+    """Cross-entropy over the choices, summed over the labelled rows: a scalar."""
+    return F.cross_entropy(scores, answers, ignore_index=-1, reduction="sum")
+
+
+def divergence(teacher: Tensor, scores: Tensor, temperature: float, direction: Direction) -> Tensor:
+    """τ² times a divergence of q = softmax(scores / τ) from ``teacher``, summed over the rows.
+
+    Args:
+        teacher: probabilities [B, C], constant.
+        scores: own choice scores [B, C]; ``-inf`` marks a choice that does not exist.
+        direction: ``forward`` KL(teacher‖q), ``reverse`` KL(q‖teacher), ``js`` Jensen–Shannon.
+    """
+    # A missing choice has probability 0 on both sides; a finite log keeps 0·log 0 = 0, also in the
+    # gradient, and the floor bounds the reverse divergence where the teacher underflows.
+    log_q = F.log_softmax(scores / temperature, dim=-1).clamp_min(_LOG_FLOOR)
+    log_teacher = teacher.log().clamp_min(_LOG_FLOOR)
+    if direction == "js":
+        log_mean = torch.logaddexp(log_q, log_teacher) - math.log(2.0)
+        apart = (_kl(log_teacher, log_mean) + _kl(log_q, log_mean)) / 2
+    elif direction == "reverse":
+        apart = _kl(log_q, log_teacher)
+    else:
+        apart = _kl(log_teacher, log_q)
+    return apart * temperature**2
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum()

@@ -1,0 +1,82 @@
+"""The output layer of a model: hidden states after the last layer → logits.
+
+Losses here compute logits a few positions at a time, so they apply the output layer themselves
+instead of asking the model for its logits. A few families do more than a matrix product there;
+:func:`check_output` finds out, on the model itself, whether this module knows all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from securefedcollm.errors import ConfigError
+from securefedcollm.tuning.recipe import inference_mode
+
+Logits = Callable[[Tensor], Tensor]
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside a PeftModel (its LoRA layers stay active), or ``model``."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def device_of(model: Any) -> torch.device:
+    """Where the model's weights are."""
+    device: torch.device = next(model.parameters()).device
+    return device
+
+
+def output_logits(model: Any) -> Logits:
+    """The function [M, D] → float32 logits [M, V] of ``model``'s output layer.
+
+    Gemma 2 and 3 squash their logits to ±c by c·tanh(z / c); Cohere multiplies and Granite divides
+    them by a constant.
+    """
+    causal = unwrapped(model)
+    head = causal.get_output_embeddings()
+    config = causal.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    factor = float(getattr(config, "logit_scale", None) or 1.0)
+    factor /= float(getattr(config, "logits_scaling", None) or 1.0)
+
+    def logits(hidden: Tensor) -> Tensor:
+        values: Tensor = head(hidden).float()
+        if factor != 1.0:
+            values = values * factor
+        return values if cap is None else cap * torch.tanh(values / cap)
+
+    return logits
+
+
+def trained_head(model: Any) -> list[nn.Parameter]:
+    """The weights of the output layer that are trained; none unless the adapter is on it."""
+    return [p for p in unwrapped(model).get_output_embeddings().parameters() if p.requires_grad]
+
+
+def check_output(model: Any, where: str) -> None:
+    """Refuse a model whose own logits are not those of :func:`output_logits`.
+
+    Raises:
+        ConfigError: they differ on three tokens.
+    """
+    causal = unwrapped(model)
+    vocabulary = causal.get_input_embeddings().num_embeddings
+    tokens = torch.arange(3, device=device_of(causal))[None] % vocabulary
+    with inference_mode(causal):
+        whole = causal(input_ids=tokens, use_cache=False).logits.float()
+        hidden = causal.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        ours = output_logits(causal)(hidden)
+    tolerance = 1e-3 if causal.dtype == torch.float32 else 0.02
+    apart = (whole - ours).abs().max() / whole.abs().max().clamp_min(1e-6)
+    if not bool(apart < tolerance):  # a NaN is refused as well
+        raise ConfigError(
+            f"{type(causal).__name__} turns its last hidden states into logits in a way that is "
+            "not known here",
+            where=where,
+            hint="use a causal language model whose output layer is one linear layer, such as "
+            "Llama, GPT-2, OPT, Qwen or Gemma",
+        )
