@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from securefedcollm.federation.plan import quantiser
 from securefedcollm.privacy.events import PoissonGaussian
@@ -40,7 +41,7 @@ class Probe(nn.Module):
         self.base_model = _Base(rows)
         self.sharpness = sharpness
         self.dtype = torch.float32
-        self.config = SimpleNamespace(num_hidden_layers=1)
+        self.config = PreTrainedConfig(num_hidden_layers=1)
 
     def get_output_embeddings(self) -> Any:
         return lambda hidden: self.sharpness * hidden
