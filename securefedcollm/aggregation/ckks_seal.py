@@ -129,18 +129,21 @@ class Seal:
         return [self._load(block, transformed=True) for block in _blocks(transformed)]
 
     def products(
-        self, secret: SecretKey, polynomials: Sequence[Ciphertext], noise: Residues
+        self, terms: Sequence[tuple[SecretKey, Sequence[Ciphertext]]], noise: Residues
     ) -> Residues:
-        """polynomial·secret + noise for each of some loaded polynomials; [k, N] transformed.
+        """Σ polynomial·secret + noise, row by row; [k, N] transformed.
 
-        All of the scheme is made of this. noise: coefficients [k, N].
+        All of the scheme is made of this. terms: a secret, and k loaded polynomials that it
+        multiplies; noise: coefficients [k, N].
         """
-        plain, product, out = secret.data(), Ciphertext(self._context), np.empty_like(noise)
-        for block, loaded, target in zip(_blocks(noise), polynomials, _blocks(out), strict=True):
+        plains = [(secret.data(), loaded) for secret, loaded in terms]
+        product, out = Ciphertext(self._context), np.empty_like(noise)
+        for at, (block, target) in enumerate(zip(_blocks(noise), _blocks(out), strict=True)):
             cipher = self._load(block, transformed=False)
             self._evaluator.transform_to_ntt_inplace(cipher)
-            self._evaluator.multiply_plain(loaded, plain, product)
-            self._evaluator.add_inplace(cipher, product)
+            for plain, loaded in plains:
+                self._evaluator.multiply_plain(loaded[at], plain, product)
+                self._evaluator.add_inplace(cipher, product)
             target[:] = self._save(cipher, len(block))
         return out
 
