@@ -1,9 +1,9 @@
 """The server's side of one attempt at one round of threshold CKKS aggregation.
 
-It relays, adds first polynomials (no key and no library needed for that), and fuses the members' partial
-decryptions. The silos' safety does not rest on it (:mod:`~.ckks_silo`). What it guards is the
-result, against malicious silos and the network: every frame is signed and bound to the round, every
-ciphertext to the commitment before it, and whoever breaks a rule is named.
+It relays, adds first polynomials (no key and no library needed for that), and fuses the members'
+partial decryptions. The silos' safety does not rest on it (:mod:`~.ckks_silo`). What it guards is
+the result, against malicious silos and the network: every frame is signed and bound to the round,
+every ciphertext to the commitment before it, and whoever breaks a rule is named.
 
 The key is n-of-n: a silo that is lost once the key is made (after K1) takes the attempt with it.
 The attempt is abandoned with :class:`~.scheme.AbandonedError`, which names the lost silos; the
@@ -147,7 +147,7 @@ class CkksCoordinatorRound:
     def _pieces(self, member: int) -> m.Pieces:
         """For one member: all digests of every ciphertext, and what its committee multiplies."""
         committee = m.committee(member, tuple(self._parts), self._shape.committees)
-        mine = range(self._shape.seconds)[m.of_committee(committee, self._shape)]
+        mine = m.of_committee(committee, self._shape)
         return m.Pieces(
             tuple(
                 m.PieceList(

@@ -207,9 +207,9 @@ def committee(index: int, members: Sequence[int], count: int) -> int:
     return members.index(index) % count
 
 
-def of_committee(at: int, shape: Shape) -> slice:
+def of_committee(at: int, shape: Shape) -> range:
     """A committee's second polynomials, of all :attr:`Shape.seconds`: one in every group."""
-    return slice(at, shape.seconds, shape.committees)
+    return range(at, shape.seconds, shape.committees)
 
 
 # Digests, each fixing everything before it ------------------------------------------------------

@@ -296,13 +296,14 @@ class CkksSiloRound:
         mine = m.of_committee(committee, self._shape)
         for index, pieces in zip(self._members, message.lists, strict=True):
             root = m.cipher_root(self._key_id, index, pieces.first, pieces.seconds)
+            digests = split(pieces.seconds)
             found = m.polynomial_digests(pieces.pieces, self._size)
             # Adversary: a server that swaps, drops, repeats or alters a part of a ciphertext: it
             # would have this silo multiply another polynomial with the secrets of an honest key.
             if (
                 root != self._sealed[index].root
                 or len(pieces.seconds) != 32 * self._shape.seconds
-                or found != b"".join(split(pieces.seconds)[mine])
+                or found != b"".join(digests[k] for k in mine)
             ):
                 self._accuse(index, "ciphertext is not the one it committed to")
             try:

@@ -19,7 +19,7 @@ from securefedcollm_audits.cohort import recorded
 import securefedcollm
 from securefedcollm.aggregation import ckks_ring
 from securefedcollm.aggregation.ckks_seal import Seal
-from securefedcollm.aggregation.ckks_secrets import CkksSecrets
+from securefedcollm.aggregation.ckks_secrets import CkksSecrets, KeyShares
 from securefedcollm.errors import ConfigError, CryptoError, LocalProtocolError, ProtocolError
 from securefedcollm.study.ring import (
     DEGREE,
@@ -47,19 +47,17 @@ class Parties:
 
     def __init__(self, ring: CkksRing, count: int, chunks: int = 1) -> None:
         self.ring, self.seal = ring, Seal(ring)
-        self.shape = Shape(chunks, 1, chunks)
+        self.shape = Shape(chunks, 1, chunks, 1)
         self.common = ckks_ring.hash_to_ring(b"parties", ring)
-        nothing = np.zeros(DEGREE, dtype=np.int64)
-        self.silos = [self.party(nothing) for _ in range(count)]
+        holder = (ring, self.shape, self.common, 1, os.urandom)  # of one silo's keys: all share it
+        self.silos = [KeyShares(*holder) for _ in range(count)]
         self.joint = np.zeros_like(self.common)
         for silo in self.silos:
-            ckks_ring.accumulate(self.joint, silo.key_parts(), ring)
-
-    def party(self, vector: np.ndarray) -> CkksSecrets:
-        return CkksSecrets(self.ring, self.shape, vector, self.common, os.urandom)
+            ckks_ring.accumulate(self.joint, *silo.key_parts(), ring)
 
     def encrypt(self, vector: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        upload = self.party(vector).encrypt(self.joint)
+        party = CkksSecrets(self.ring, self.shape, vector, self.common, os.urandom)
+        upload = party.encrypt(self.joint[np.newaxis])
         rows = self.shape.chunks
         first = ckks_ring.unpack(upload.first, self.ring, rows)
         return first, ckks_ring.unpack(upload.second, self.ring, rows)
@@ -69,8 +67,8 @@ class Parties:
         total, zeros = first, np.zeros_like(second)
         loaded = self.seal.load(second)
         for silo in self.silos[without:]:
-            (secret,) = silo._shares
-            total = ckks_ring.add(total, self.seal.products(secret, loaded, zeros), self.ring)
+            terms = [(silo._secrets[0][0], loaded)]
+            total = ckks_ring.add(total, self.seal.products(terms, zeros), self.ring)
         return self.seal.coefficients(total)
 
     def noise(self, coefficients: np.ndarray, vector: np.ndarray) -> np.ndarray:
@@ -229,13 +227,14 @@ def test_the_common_polynomial_is_fixed_by_its_seed_and_uniform() -> None:
 @given(values=st.integers(1, 2**32), silos=st.integers(3, 128), colluders=st.integers(0, 40))
 def test_every_chunk_has_a_key_and_a_group_and_traffic_is_least(values, silos, colluders) -> None:
     ring = CkksRing("precise", silos, 1000, 40, 20, silos)
-    chunks, keys, groups = ring.shape(values, colluders)
+    chunks, keys, groups, committees = ring.shape(values, colluders)
+    assert committees == colluders + 1
     assert (chunks - 1) * DEGREE < values <= chunks * DEGREE
     assert 1 <= keys <= min(MOST_KEYS, chunks)
     assert (groups - 1) * keys < chunks <= groups * keys
 
     def traffic(k: int) -> float:
-        return (silos + 1) * k + (colluders + 3) * chunks / k
+        return 2 * silos * k + (silos + colluders + 1) * chunks / k
 
     if keys < min(MOST_KEYS, chunks):
         assert traffic(keys) <= min(traffic(max(1, keys - 1)), traffic(keys + 1)) * 1.05
@@ -317,8 +316,8 @@ def test_a_share_hides_behind_noise_of_the_stated_width() -> None:
     with Seal(ring) as seal:
         secret, c1 = seal.secret(), seal.load(uniform(ring, 1))
         noise = ckks_ring.flooding(1, ring, os.urandom)
-        bare = seal.products(secret, c1, np.zeros_like(noise))
-        share = seal.products(secret, c1, noise)
+        bare = seal.products([(secret, c1)], np.zeros_like(noise))
+        share = seal.products([(secret, c1)], noise)
         found = seal.coefficients(ckks_ring.subtract(share, bare, ring))
     np.testing.assert_array_equal(found, noise)
 
@@ -331,10 +330,10 @@ def test_products_and_transforms_of_any_number_of_polynomials(rows: int) -> None
     noise[rows // 2] = polynomials[rows // 2] = 0
     with Seal(ring) as seal:
         secret = seal.secret()
-        together = seal.products(secret, seal.load(polynomials), noise)
-        bare = seal.products(secret, seal.load(polynomials), np.zeros_like(noise))
+        together = seal.products([(secret, seal.load(polynomials))], noise)
+        bare = seal.products([(secret, seal.load(polynomials))], np.zeros_like(noise))
         for row in range(rows):
-            alone = seal.products(secret, seal.load(polynomials[[row]]), noise[[row]])
+            alone = seal.products([(secret, seal.load(polynomials[[row]]))], noise[[row]])
             np.testing.assert_array_equal(together[[row]], alone)
         assert not bare[rows // 2].any()
         found = seal.coefficients(ckks_ring.subtract(together, bare, ring))

@@ -208,19 +208,21 @@ def test_secrets_are_dropped_not_shown_not_copied(capfd) -> None:
     side = played.silos["silo-001"]
     assert repr(side) == "CkksSiloRound(silo='silo-001', step=unmask)"
     assert repr(side._secrets) == "CkksSecrets(<redacted>)"
+    assert repr(side._shares) == "KeyShares(<redacted>)"
     for copied in (copy.copy, copy.deepcopy, pickle.dumps):
-        for secret in (side, side._secrets):
+        for secret in (side, side._secrets, side._shares):
             with pytest.raises(TypeError, match="neither copied nor pickled"):
                 copied(secret)
     assert not side._secrets._vector.size  # encrypted: no longer needed
     with pytest.raises(LocalProtocolError, match="no ciphertext to upload"):
         side._secrets.take_upload()
     played.exchange()
-    assert side._secrets is None
+    assert side._secrets is side._shares is None
+    assert not side._seconds
     assert side.step is Step.DONE
     upload = played.received[Step.UPLOAD, "silo-001"]
     decoded = msgspec.msgpack.decode(upload, type=ckks_messages.CipherUpload)
-    assert repr(decoded) == "CipherUpload(61440 + 61440 bytes)"
+    assert repr(decoded) == "CipherUpload(61440 + 122880 bytes)"
     share = played.received[Step.UNMASK, "silo-001"]
     assert "redacted" in repr(msgspec.msgpack.decode(share, type=ckks_messages.Partial))
     # The library prints warnings where its other interface is used; results own stdout.
@@ -231,19 +233,21 @@ def test_no_frame_holds_the_secret_key_or_the_vector() -> None:
     made = cohort(3, values=4096)
     played = Round(made).until(Step.UPLOAD)
     side = played.silos["silo-002"]
-    ring, secrets = ckks_messages.ring_of(made.header), side._secrets
-    secrets._shares[0].save(secrets._seal._out.path)
-    key = secrets._seal._content(4096)
+    ring, shares = ckks_messages.ring_of(made.header), side._shares
+    shares._secrets[0][0].save(shares._seal._out.path)
+    key = shares._seal._content(4096)
     assert len(np.unique(key)) > 4000
     vector = ckks_ring.encode(made.vectors["silo-002"], ring)
     while played.exchange():
         pass
-    for step, field in ((Step.SHARE, "part"), (Step.UPLOAD, "first"), (Step.UPLOAD, "second")):
-        frame = played.received[step, "silo-002"]
-        message = msgspec.msgpack.decode(
-            frame, type=ckks_messages.KeyPart if field == "part" else ckks_messages.CipherUpload
-        )
-        sent = ckks_ring.unpack(getattr(message, field), ring, 1)[0]
+    part = msgspec.msgpack.decode(
+        played.received[Step.SHARE, "silo-002"], type=ckks_messages.KeyPart
+    )
+    upload = msgspec.msgpack.decode(
+        played.received[Step.UPLOAD, "silo-002"], type=ckks_messages.CipherUpload
+    )
+    for data in (part.parts[0], upload.first, upload.second[: len(upload.first)]):
+        sent = ckks_ring.unpack(data, ring, 1)[0]
         for secret in (key, vector[0]):
             assert (sent == secret).mean() < 0.01
 
