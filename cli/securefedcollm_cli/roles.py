@@ -162,7 +162,7 @@ def client(
                 budget=limit,
                 on_entry=lambda entry: _print_entry(entry, study, bars, as_json),
             )
-            inbox = SiloInbox(session, roles.largest_frame(workload))
+            inbox = SiloInbox(session, roles.largest_frame(study, workload))
             with (
                 Door(answer_calls(inbox)) as door,
                 FlareProcess(

@@ -56,7 +56,7 @@ class CkksAuthorityRound:
         roster: the silos.
         signing_key: the identity that the study names as its authority.
         journal: durable across restarts, and shared by all processes of this authority.
-        random: of errors and flooding noise. SEAL draws secrets from the system by itself.
+        random: of secrets, errors and flooding noise.
 
     Raises:
         LocalProtocolError: the header is for another roster.

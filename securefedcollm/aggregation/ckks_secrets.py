@@ -12,7 +12,7 @@ import numpy.typing as npt
 from securefedcollm.aggregation import ckks_ring
 from securefedcollm.aggregation.ckks_messages import CipherUpload
 from securefedcollm.aggregation.ckks_ring import ROWS, Residues
-from securefedcollm.aggregation.ckks_seal import Seal
+from securefedcollm.aggregation.ckks_seal import Factor, Seal
 from securefedcollm.errors import LocalProtocolError
 from securefedcollm.primitives import RandomSource
 from securefedcollm.study.ring import DEGREE, CkksRing, Shape
@@ -25,7 +25,7 @@ class CkksSecrets:
         shape: how many keys there are, and which chunk is under which.
         vector: int64 [d], within the ring's bound.
         common: the polynomial a that all keys have in common, [1, N], transformed.
-        random: of errors. SEAL draws secrets from the system by itself.
+        random: of the encryption randomness u and errors.
 
     Raises:
         LocalProtocolError: the vector is out of bounds.
@@ -64,6 +64,7 @@ class CkksSecrets:
             joint: this silo's own keys b, [committees, keys, N], transformed.
         """
         keys, chunks, committees = self._shape.keys, self._shape.chunks, self._shape.committees
+        u = self._seal.factors(self._seal.transformed(self._ternary(self._shape.seconds)))
         first: list[bytes] = []
         second: list[bytes] = []
         for start in range(0, chunks, keys):
@@ -77,13 +78,16 @@ class CkksSecrets:
             values = self._vector[start * DEGREE : (start + count) * DEGREE]
             encoded = ckks_ring.encode(values, self._ring)
             noise[:count] = ckks_ring.add(noise[:count], encoded, self._ring)
-            terms = [(self._seal.secret(), polynomials) for polynomials in loaded]
-            made = self._seal.products(terms, noise)
+            of_group = u[start // keys * committees :][:committees]
+            made = self._seal.products(list(zip(of_group, loaded, strict=True)), noise)
             first.append(ckks_ring.pack(made[:count], self._ring))
             second.append(ckks_ring.pack(made[count:], self._ring))
         self._vector = np.zeros(0, dtype=np.int64)
         self._upload = CipherUpload(b"".join(first), b"".join(second))
         return self._upload
+
+    def _ternary(self, rows: int) -> Residues:
+        return ckks_ring.ternary(rows, self._ring, self._random)
 
     def _commons(self, committee: int) -> Residues:
         """a for one committee's second polynomial, and nothing for the others'."""
@@ -111,7 +115,7 @@ class KeyShares:
 
     Args:
         silos: number of silos on the roster.
-        random: of errors and flooding noise. SEAL draws secrets from the system by itself.
+        random: of secrets, errors and flooding noise.
     """
 
     def __init__(
@@ -122,7 +126,8 @@ class KeyShares:
         self._common = common
         self._random = random
         self._seal = Seal(ring)
-        self._secrets = [[self._seal.secret() for _ in range(shape.keys)] for _ in range(silos)]
+        self._silos = silos
+        self._secrets: list[list[Factor]] = []
 
     def __repr__(self) -> str:
         return "KeyShares(<redacted>)"
@@ -131,17 +136,18 @@ class KeyShares:
         raise TypeError("KeyShares are neither copied nor pickled")
 
     def key_parts(self) -> tuple[bytes, ...]:
-        """b = e − a·s for every key, packed, for each silo."""
+        """b = e − a·s for every key, with fresh secrets s, packed, for each silo."""
         zero = np.zeros_like(self._common)
-        minus = self._seal.load(ckks_ring.subtract(zero, self._common, self._ring))
+        (minus,) = self._seal.factors(ckks_ring.subtract(zero, self._common, self._ring))
         parts = []
-        for secrets in self._secrets:
-            noise = ckks_ring.errors(len(secrets), self._ring, self._random)
-            made = [
-                self._seal.products([(secret, minus)], error[np.newaxis])
-                for secret, error in zip(secrets, noise, strict=True)
-            ]
-            parts.append(ckks_ring.pack(np.concatenate(made), self._ring))
+        self._secrets = []
+        for _ in range(self._silos):
+            drawn = ckks_ring.ternary(self._shape.keys, self._ring, self._random)
+            secrets = self._seal.transformed(drawn)
+            self._secrets.append(self._seal.factors(secrets))
+            noise = ckks_ring.errors(self._shape.keys, self._ring, self._random)
+            made = self._seal.products([(minus, self._seal.load(secrets))], noise)
+            parts.append(ckks_ring.pack(made, self._ring))
         return tuple(parts)
 
     def decrypt(self, seconds: Mapping[int, Residues]) -> bytes:

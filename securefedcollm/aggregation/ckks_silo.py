@@ -57,8 +57,7 @@ from securefedcollm.study.ring import DEGREE
 class CkksSiloRound:
     """Answers the server's six requests, in order, once each. Not thread-safe.
 
-    The arguments are those of :class:`~.silo.SiloRound`; ``random`` feeds the flooding noise only,
-    since SEAL draws keys and encryption noise from the system by itself.
+    The arguments are those of :class:`~.silo.SiloRound`.
 
     Raises:
         LocalProtocolError: header, roster, identity and vector do not belong together.

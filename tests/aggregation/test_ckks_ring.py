@@ -18,7 +18,7 @@ from securefedcollm_audits.cohort import recorded
 
 import securefedcollm
 from securefedcollm.aggregation import ckks_ring
-from securefedcollm.aggregation.ckks_seal import Seal
+from securefedcollm.aggregation.ckks_seal import Factor, Seal
 from securefedcollm.aggregation.ckks_secrets import CkksSecrets, KeyShares
 from securefedcollm.errors import ConfigError, CryptoError, LocalProtocolError, ProtocolError
 from securefedcollm.study.ring import (
@@ -40,6 +40,11 @@ SETS = ("precise", "compact")
 def uniform(ring: CkksRing, rows: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return rng.integers(0, ring.prime, (rows, DEGREE), dtype=np.uint64)
+
+
+def secret_of(seal: Seal) -> Factor:
+    (made,) = seal.factors(seal.transformed(ckks_ring.ternary(1, seal.ring, os.urandom)))
+    return made
 
 
 class Parties:
@@ -255,6 +260,37 @@ def test_errors_are_the_centred_binomial_of_the_security_estimate() -> None:
     np.testing.assert_array_equal(first, ckks_ring.errors(1, ring, recorded("errors")))
 
 
+@pytest.mark.parametrize("kind", SETS)
+def test_secrets_are_uniform_ternary_and_come_from_the_source_that_was_given(kind) -> None:
+    ring = derive(kind, silos=5, bound=1000)
+    drawn = ckks_ring.ternary(64, ring, os.urandom)
+    signed = ckks_ring.centred(drawn, ring).reshape(-1)
+    found, counts = np.unique(signed, return_counts=True)
+    np.testing.assert_array_equal(found, [-1, 0, 1])
+    assert np.abs(counts / len(signed) - 1 / 3).max() < 5 * (2 / 9 / len(signed)) ** 0.5
+    first = ckks_ring.ternary(3, ring, recorded("secrets"))
+    np.testing.assert_array_equal(first, ckks_ring.ternary(3, ring, recorded("secrets")))
+    assert (drawn[0] != drawn[1]).mean() > 0.6
+
+
+@pytest.mark.parametrize("kind", SETS)
+def test_a_product_is_that_of_polynomials_modulo_x_n_plus_1(kind) -> None:
+    """Against the definition: x^5 times a polynomial shifts it, and what is shifted out comes back
+    negated."""
+    ring = derive(kind, silos=5, bound=1000)
+    shift = np.zeros((1, DEGREE), dtype=np.uint64)
+    shift[0, 5] = 1
+    polynomial, zero = uniform(ring, 1), np.zeros((1, DEGREE), dtype=np.uint64)
+    with Seal(ring) as seal:
+        (factor,) = seal.factors(seal.transformed(shift))
+        made = seal.products([(factor, seal.load(seal.transformed(polynomial)))], zero)
+        found = seal.coefficients(made)
+    expected = np.concatenate(
+        [np.uint64(ring.prime) - polynomial[:, -5:], polynomial[:, :-5]], axis=1
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("bits", [20, 40])
 def test_flooding_is_integer_gaussian_of_the_stated_width(bits: int) -> None:
     ring = CkksRing("precise", 5, 1000, 40, bits, 5)
@@ -314,7 +350,7 @@ def test_a_share_hides_behind_noise_of_the_stated_width() -> None:
     """Adversary: who sees a share c1·s + noise, and would solve c1·s for s."""
     ring = derive("precise", silos=4, bound=1000)
     with Seal(ring) as seal:
-        secret, c1 = seal.secret(), seal.load(uniform(ring, 1))
+        secret, c1 = secret_of(seal), seal.load(uniform(ring, 1))
         noise = ckks_ring.flooding(1, ring, os.urandom)
         bare = seal.products([(secret, c1)], np.zeros_like(noise))
         share = seal.products([(secret, c1)], noise)
@@ -329,7 +365,7 @@ def test_products_and_transforms_of_any_number_of_polynomials(rows: int) -> None
     noise, polynomials = uniform(ring, rows), uniform(ring, rows, seed=9)
     noise[rows // 2] = polynomials[rows // 2] = 0
     with Seal(ring) as seal:
-        secret = seal.secret()
+        secret = secret_of(seal)
         together = seal.products([(secret, seal.load(polynomials))], noise)
         bare = seal.products([(secret, seal.load(polynomials))], np.zeros_like(noise))
         for row in range(rows):
