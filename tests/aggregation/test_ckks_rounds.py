@@ -47,6 +47,22 @@ def test_precise_sums_are_exact(silos: int, values: int, bound: int) -> None:
     assert "sum" not in repr(result)
 
 
+@pytest.mark.parametrize(("silos", "colluders"), [(4, 0), (7, 2), (8, 4)])
+def test_members_are_in_as_many_committees_as_it_takes(silos: int, colluders: int) -> None:
+    made = cohort(silos, values=3 * 4096, colluders=colluders)
+    shape = ckks_messages.shape_of(made.header)
+    assert (shape.committees, shape.seconds) == (colluders + 1, shape.groups * (colluders + 1))
+    result = Round(made).play()
+    np.testing.assert_array_equal(result.sum, made.plain_sum(made.names))
+    # Whoever is missing: no committee is empty, and one at least has no colluder.
+    members = tuple(range(2, silos + 1))
+    found = {k: ckks_messages.committee(k, members, shape.committees) for k in members}
+    assert set(found.values()) == set(range(shape.committees))
+    for start in range(len(members) - colluders + 1):
+        colluding = {found[k] for k in members[start : start + colluders]}
+        assert set(found.values()) - colluding
+
+
 def test_compact_sums_have_the_error_that_was_predicted_and_no_more() -> None:
     made = cohort(10, values=2 * 4096, bound=2**15 - 1, kind="compact")
     ring = ckks_messages.ring_of(made.header)
