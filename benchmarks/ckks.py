@@ -2,7 +2,7 @@
 
 Ours: a whole round in this process, all silos and the coordinator, every signature, digest and
 check included; a silo's CPU is the mean over silos, the coordinator's is divided by their number.
-``authority_…``: the same round under the key of one authority, which is a party of its own.
+``authority_…``: the same round under the keys of one authority, which is a party of its own.
 NVFlare: ``CKKSVector`` with N = 8192, primes of [60, 40, 40] bits, scale 2^40 and a symmetric key
 that every client holds; a client encrypts, serialises, loads the sum and decrypts it, and nothing
 is signed or checked. One thread of CPU each, microseconds per value; the best of ``--repeats``.
@@ -300,7 +300,8 @@ def compare(values: int, silos: int, kind: CkksSet, repeats: int) -> dict[str, o
 def _encrypt(ring: CkksRing, vector: np.ndarray) -> int:
     common, shape = ckks_ring.hash_to_ring(b"benchmark", ring), ring.shape(len(vector), 1)
     secrets = CkksSecrets(ring, shape, vector, common, os.urandom)
-    return len(secrets.encrypt(np.repeat(common, shape.keys, axis=0)).first)
+    joint = np.broadcast_to(common, (shape.committees, shape.keys, common.shape[1]))
+    return len(secrets.encrypt(joint).first)
 
 
 def parallel(values: int) -> dict[str, object]:

@@ -8,6 +8,7 @@ ciphertext under the same key. No party can see from a c1 that it is a constant 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from securefedcollm.aggregation import ckks_ring
 from securefedcollm.aggregation.ckks_messages import CipherUpload
@@ -21,33 +22,63 @@ _LIMB = 15
 
 
 def upload(ring: CkksRing, shape: Shape, bits: int) -> CipherUpload:
-    """c0 = 0 and c1 = 2^bits, a constant polynomial, which is constant transformed, too."""
+    """c0 = 0, and in every group c1 = 2^bits for one committee and 0 for the others, in turn: a
+    constant polynomial, which is constant transformed, too."""
     first = np.zeros((shape.chunks, DEGREE), dtype=np.uint64)
-    second = np.full((shape.groups, DEGREE), 1 << bits, dtype=np.uint64)
-    return CipherUpload(ckks_ring.pack(first, ring), ckks_ring.pack(second, ring))
+    second = np.zeros((shape.groups, shape.committees, DEGREE), dtype=np.uint64)
+    for group in range(shape.groups):
+        second[group, group % shape.committees] = 1 << bits
+    packed = ckks_ring.pack(second.reshape(-1, DEGREE), ring)
+    return CipherUpload(ckks_ring.pack(first, ring), packed)
 
 
-def read_secrets(ring: CkksRing, shape: Shape, opened: Residues, bits: int) -> Vector:
-    """The secrets [keys, N] out of an opened sum [chunks, N] (transformed) with such an upload."""
+def read(ring: CkksRing, opened: Residues, bits: int) -> npt.NDArray[np.float64]:
+    """What was added below Δ to the chunks [chunks, N] (transformed) of a sum, in units of 2^bits:
+    all but a multiple of Δ."""
     with Seal(ring) as seal:
         signed = ckks_ring.centred(seal.coefficients(opened), ring)
     half = 1 << (ring.scale_bits - 1)
-    low = ((signed + half) & (2 * half - 1)) - half  # without the sum, which is a multiple of Δ
-    of_key = [low[key :: shape.keys].mean(axis=0) for key in range(shape.keys)]
-    return np.rint(np.array(of_key) / 2.0**bits).astype(np.int64)
+    return (((signed + half) & (2 * half - 1)) - half) / 2.0**bits
+
+
+def read_secrets(ring: CkksRing, shape: Shape, opened: Residues, bits: int) -> Vector:
+    """The secrets [committees, keys, N] out of an opened sum with such an upload."""
+    low = read(ring, opened, bits)
+    groups = np.arange(shape.chunks) // shape.keys % shape.committees
+    keys = np.arange(shape.chunks) % shape.keys
+    found = [
+        [low[(groups == group) & (keys == key)].mean(axis=0) for key in range(shape.keys)]
+        for group in range(shape.committees)
+    ]
+    return np.rint(np.array(found)).astype(np.int64)
 
 
 def open_with(ring: CkksRing, shape: Shape, secrets: Vector, first: bytes, second: bytes) -> Vector:
-    """What a ciphertext decrypts to under these secrets, int64 [chunks · N]."""
+    """What a ciphertext decrypts to under secrets [committees, keys, N], int64 [chunks · N]."""
+    c1 = ckks_ring.unpack(second, ring, shape.seconds).reshape(-1, shape.committees, DEGREE)
+    terms = [
+        [(c1[chunk // shape.keys, k], secrets[k, chunk % shape.keys]) for k in range(len(secrets))]
+        for chunk in range(shape.chunks)
+    ]
+    return decode(ring, ckks_ring.unpack(first, ring, shape.chunks), terms)
+
+
+def decode(ring: CkksRing, first: Residues, terms: list[list[tuple[Residues, Vector]]]) -> Vector:
+    """Rounded first polynomial + Σ polynomial · small one, chunk by chunk; int64 [chunks · N].
+
+    first: [chunks, N]; terms: of each chunk, transformed polynomials [N] and small coefficients.
+    """
+    rounded = np.empty(first.shape, dtype=np.int64)
     with Seal(ring) as seal:
-        c0 = ckks_ring.centred(seal.coefficients(ckks_ring.unpack(first, ring, shape.chunks)), ring)
-        c1 = seal.coefficients(ckks_ring.unpack(second, ring, shape.groups))
-    rounded = np.empty(c0.shape, dtype=np.int64)
-    for chunk in range(shape.chunks):
-        product = _times(c1[chunk // shape.keys], secrets[chunk % shape.keys], ring.prime)
-        phase = [(int(a) + b) % ring.prime for a, b in zip(c0[chunk], product, strict=True)]
-        signed = [value - ring.prime * (value > ring.prime // 2) for value in phase]
-        rounded[chunk] = [(v + (1 << (ring.scale_bits - 1))) >> ring.scale_bits for v in signed]
+        c0 = seal.coefficients(first)
+        for chunk, products in enumerate(terms):
+            phase = [int(value) for value in c0[chunk]]
+            for polynomial, small in products:
+                (known,) = seal.coefficients(polynomial[np.newaxis])
+                added = _times(known, small, ring.prime)
+                phase = [(a + b) % ring.prime for a, b in zip(phase, added, strict=True)]
+            signed = [value - ring.prime * (value > ring.prime // 2) for value in phase]
+            rounded[chunk] = [(v + (1 << (ring.scale_bits - 1))) >> ring.scale_bits for v in signed]
     return rounded.reshape(-1)
 
 

@@ -3,7 +3,8 @@
 Every case plays one attack and says who refused it and *what the attacker learnt*, as judged by
 :class:`~.spy.Spy` from everything the attacker saw. The server cases up to ``late_upload`` are
 weaknesses that public secure-aggregation code has shipped with. Those called ``authority_…`` are
-about CKKS under an authority's key, all others about masking.
+about CKKS under an authority's key, ``threshold_…`` about CKKS with a joint one, all others about
+masking.
 """
 
 from __future__ import annotations
@@ -12,7 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from securefedcollm.errors import ConfigError
-from securefedcollm_audits import authority_attacks, server_attacks, silo_attacks
+from securefedcollm_audits import (
+    authority_attacks,
+    server_attacks,
+    silo_attacks,
+    threshold_attacks,
+)
 from securefedcollm_audits.attacks import Outcome
 
 Case = Callable[[], Outcome]
@@ -47,6 +53,7 @@ SERVER_CASES: Final[tuple[Case, ...]] = (
     server_attacks.split_rolls,
     server_attacks.repeated_signers,
     *authority_attacks.CASES,
+    *threshold_attacks.CASES,
 )
 
 SILO_CASES: Final[tuple[Case, ...]] = (

@@ -167,7 +167,7 @@ def client(
                 budget=limit,
                 on_entry=lambda entry: _print_entry(entry, study, bars, as_json),
             )
-            _serve(session, kit, roles.largest_frame(workload), bars)
+            _serve(session, kit, roles.largest_frame(study, workload), bars)
     _finished(member.run, as_json)
 
 

@@ -213,12 +213,12 @@ def _packing(study: Any) -> str:
 
 
 def _ring_bytes(study: Any) -> tuple[float, float]:
-    """Bytes a value, of a million: of a ciphertext with a silo's part of the keys, and of a share
+    """Bytes a value, of a million: of a ciphertext with a silo's parts of all keys, and of a share
     (which the authority sends, where there is one)."""
     shape = study.ring.shape(10**6, study.silos.colluders)
     size = study.ring.value_bytes * 4096 / 10**6
-    keys = 0 if study.scheme == "ckks-authority" else shape.keys
-    return size * (keys + shape.chunks + shape.groups), size * shape.chunks
+    keys = 0 if study.scheme == "ckks-authority" else study.silos.count * shape.keys
+    return size * (keys + shape.chunks + shape.seconds), size * shape.chunks
 
 
 def _ring_facts(study: Any) -> dict[str, Any] | None:

@@ -36,7 +36,7 @@ from securefedcollm.aggregation.ckks_checks import (
     refuse,
 )
 from securefedcollm.aggregation.ckks_ring import Residues
-from securefedcollm.aggregation.ckks_secrets import AuthoritySecrets
+from securefedcollm.aggregation.ckks_secrets import KeyShares
 from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster
 from securefedcollm.aggregation.keys import lists_digest
 from securefedcollm.aggregation.messages import UNSIGNED, Ask, decode, sign
@@ -56,7 +56,7 @@ class CkksAuthorityRound:
         roster: the silos.
         signing_key: the identity that the study names as its authority.
         journal: durable across restarts, and shared by all processes of this authority.
-        random: of errors and flooding noise. SEAL draws secrets from the system by itself.
+        random: of secrets, errors and flooding noise.
 
     Raises:
         LocalProtocolError: the header is for another roster.
@@ -83,7 +83,7 @@ class CkksAuthorityRound:
         self._journal = journal
         self._step = Step.ADVERTISE
         common = ckks_ring.hash_to_ring(self._header_digest, self._ring)
-        self._secrets: AuthoritySecrets | None = AuthoritySecrets(
+        self._secrets: KeyShares | None = KeyShares(
             self._ring, self._shape, common, len(roster), random
         )
         self._key_id = b""
@@ -146,7 +146,7 @@ class CkksAuthorityRound:
             self._secrets.close()
         self._secrets = None
 
-    def _on_ask(self, ask: Ask, secrets: AuthoritySecrets) -> bytes:
+    def _on_ask(self, ask: Ask, secrets: KeyShares) -> bytes:
         # Adversary: a server that runs other parameters than the study's, say a lower quorum. Only
         # the authority's own header is ever used; this comparison names the field.
         if ask.header != self._header:
@@ -164,7 +164,7 @@ class CkksAuthorityRound:
         self._offer = am.keys_digest(digests), keys.signature
         return am.AuthorityKeys(keys, parts).encode()
 
-    def _on_request(self, message: am.OpenRequest, secrets: AuthoritySecrets) -> bytes:
+    def _on_request(self, message: am.OpenRequest, secrets: KeyShares) -> bytes:
         transcript = self._check_sealed(message)
         survivors = self._check_consents(message, transcript)
         seconds = self._read(message)

@@ -200,7 +200,7 @@ class CkksAuthoritySiloRound:
         # Adversary: a server that gets two vectors of this silo into two sums over the same
         # members; their difference would be this silo's alone.
         self._record(b"vector:" + self._header.round_scope, self._vector_id)
-        upload = secrets.encrypt(own)
+        upload = secrets.encrypt(own[np.newaxis])
         size = ckks_ring.polynomial_bytes(self._ring)
         seconds = m.polynomial_digests(upload.second, size)
         root = m.cipher_root(self._key_id, self._index, sha256(upload.first), seconds)

@@ -1,9 +1,9 @@
 """The server's side of one attempt at one round of threshold CKKS aggregation.
 
-It relays, adds ciphertexts (no key and no library needed for that), and fuses the members' partial
-decryptions. The silos' safety does not rest on it (:mod:`~.ckks_silo`). What it guards is the
-result, against malicious silos and the network: every frame is signed and bound to the round, every
-ciphertext to the commitment before it, and whoever breaks a rule is named.
+It relays, adds first polynomials (no key and no library needed for that), and fuses the members'
+partial decryptions. The silos' safety does not rest on it (:mod:`~.ckks_silo`). What it guards is
+the result, against malicious silos and the network: every frame is signed and bound to the round,
+every ciphertext to the commitment before it, and whoever breaks a rule is named.
 
 The key is n-of-n: a silo that is lost once the key is made (after K1) takes the attempt with it.
 The attempt is abandoned with :class:`~.scheme.AbandonedError`, which names the lost silos; the
@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import NoReturn, TypeVar
 
 import numpy as np
+from msgspec import structs
 
 from securefedcollm.aggregation import ckks_messages as m
 from securefedcollm.aggregation import ckks_ring
@@ -65,12 +66,9 @@ class CkksCoordinatorRound:
         self._sealed: dict[int, m.Sealed] = {}
         self._transcript = b""
         self._firsts: dict[int, bytes] = {}  # digests
-        self._seconds: dict[int, bytes] = {}  # packed polynomials, relayed to the verifiers
+        self._seconds: dict[int, bytes] = {}  # packed polynomials, relayed to all members
         self._second_digests: dict[int, bytes] = {}
         self._sum = _zeros(0)  # of first polynomials, then of shares too
-        self._adding = _zeros(0)  # of second polynomials
-        self._second_sum = b""
-        self._sum_digests: list[bytes] = []
         self._verdicts: dict[int, m.Verdict] = {}
         self._result: RoundResult | None = None
 
@@ -120,8 +118,9 @@ class CkksCoordinatorRound:
         if self._step not in CKKS_TRANSITIONS:
             self._over()
         waiting = self._waiting()
-        if self._step is Step.AGREE:
-            return {self._roster.name(index): self._pieces(index).encode() for index in waiting}
+        if self._step in {Step.ENCRYPT, Step.AGREE}:
+            make = self._key_parts if self._step is Step.ENCRYPT else self._pieces
+            return {self._roster.name(index): make(index).encode() for index in waiting}
         frame = self._request().encode()
         return {self._roster.name(index): frame for index in waiting}
 
@@ -131,16 +130,24 @@ class CkksCoordinatorRound:
                 return Ask(self._header)
             case Step.SHARE:
                 return m.KeyCommitments(tuple(self._commitments.values()))
-            case Step.ENCRYPT:
-                return m.KeyParts(tuple(self._parts.values()))
             case Step.UPLOAD:
                 return m.SealedRoll(tuple(self._sealed.values()))
             case _:
-                return m.Aggregate(tuple(self._verdicts.values()), self._second_sum)
+                return m.Verdicts(tuple(self._verdicts.values()))
 
-    def _pieces(self, verifier: int) -> m.Pieces:
-        """For one verifier: every member's chunk digests, and its chunks themselves."""
-        mine = self._assigned(verifier)
+    def _key_parts(self, owner: int) -> m.KeyParts:
+        """For one silo: every member's parts of its keys."""
+        return m.KeyParts(
+            tuple(
+                structs.replace(part, parts=(part.parts[owner - 1],))
+                for part in self._parts.values()
+            )
+        )
+
+    def _pieces(self, member: int) -> m.Pieces:
+        """For one member: all digests of every ciphertext, and what its committee multiplies."""
+        committee = m.committee(member, tuple(self._parts), self._shape.committees)
+        mine = m.of_committee(committee, self._shape)
         return m.Pieces(
             tuple(
                 m.PieceList(
@@ -178,6 +185,7 @@ class CkksCoordinatorRound:
 
     def _take(self, index: int, silo: str, frame: bytes) -> None:
         shape = self._shape
+        all_keys = shape.keys * len(self._roster)
 
         def limit(polynomials: int) -> int:
             return m.frame_limit(self._parameters, self._ring, polynomials)
@@ -188,7 +196,7 @@ class CkksCoordinatorRound:
                 self._check_signed(index, commitment)
                 self._commitments[index] = commitment
             case Step.SHARE:
-                self._on_part(index, decode(m.KeyPart, frame, silo, limit(shape.keys)))
+                self._on_part(index, decode(m.KeyPart, frame, silo, limit(all_keys)))
             case Step.ENCRYPT:
                 sealed = decode(m.Sealed, frame, silo)
                 self._check_signed(index, sealed)
@@ -196,10 +204,10 @@ class CkksCoordinatorRound:
                     self._blame(index, "encrypted under another key")
                 self._sealed[index] = sealed
             case Step.UPLOAD:
-                most = limit(shape.chunks + shape.groups)
+                most = limit(shape.chunks + shape.seconds)
                 self._on_upload(index, decode(m.CipherUpload, frame, silo, most))
             case Step.AGREE:
-                self._on_verdict(index, decode(m.Verdict, frame, silo, limit(0)))
+                self._on_verdict(index, decode(m.Verdict, frame, silo))
             case _:
                 self._on_partial(index, decode(m.Partial, frame, silo, limit(shape.chunks)))
 
@@ -242,14 +250,11 @@ class CkksCoordinatorRound:
             case Step.ENCRYPT:
                 self._sealed = self._everyone(self._sealed)
                 self._transcript = m.transcript(self._key_id, tuple(self._sealed.values()))
+                for part in self._parts.values():  # used, and the larger part of the memory
+                    self._parts[part.index] = structs.replace(part, parts=())
                 self._sum = _zeros(self._shape.chunks)
-                self._adding = _zeros(self._shape.groups)
             case Step.UPLOAD:
                 self._seconds = self._everyone(self._seconds)
-                self._second_sum = ckks_ring.pack(self._adding, self._ring)
-                self._adding = _zeros(0)
-                digests = m.polynomial_digests(self._second_sum, self._size)
-                self._sum_digests = [digests[at : at + 32] for at in range(0, len(digests), 32)]
             case Step.AGREE:
                 self._verdicts = self._everyone(self._verdicts)
                 self._seconds.clear()
@@ -259,7 +264,7 @@ class CkksCoordinatorRound:
 
     def _forget(self) -> None:
         self._seconds.clear()
-        self._sum = self._adding = _zeros(0)
+        self._sum = _zeros(0)
 
     def _waiting(self) -> tuple[int, ...]:
         return tuple(
@@ -318,14 +323,17 @@ class CkksCoordinatorRound:
 
     def _on_part(self, index: int, part: m.KeyPart) -> None:
         self._check_signed(index, part)
-        # Adversary: a silo that makes its key part up after it saw the others'.
-        found = m.key_commitment(self._header_digest, index, part.part)
+        # Adversary: a silo that makes its key parts up after it saw the others'.
+        found = m.key_commitment(self._header_digest, index, part.digests)
         if (
             part.commitments != self._commitments_digest
             or found != self._commitments[index].commitment
+            or len(part.parts) != len(self._roster)
+            or tuple(map(sha256, part.parts)) != part.digests
         ):
             self._blame(index, "revealed another key part than it committed to")
-        self._accumulate(index, _zeros(self._shape.keys), part.part)
+        for one in part.parts:
+            self._check_polynomials(index, one, self._shape.keys)
         self._parts[index] = part
 
     def _on_upload(self, index: int, upload: m.CipherUpload) -> None:
@@ -335,8 +343,8 @@ class CkksCoordinatorRound:
         seconds = m.polynomial_digests(upload.second, self._size)
         if m.cipher_root(self._key_id, index, digest, seconds) != self._sealed[index].root:
             self._blame(index, "uploaded another ciphertext than it committed to")
-        self._accumulate(index, self._sum, upload.first)
-        self._accumulate(index, self._adding, upload.second)
+        self._accumulate(index, upload.first)
+        self._check_polynomials(index, upload.second, self._shape.seconds)
         self._firsts[index], self._second_digests[index] = digest, seconds
         self._seconds[index] = upload.second
 
@@ -344,16 +352,13 @@ class CkksCoordinatorRound:
         self._check_signed(index, verdict)
         if verdict.transcript != self._transcript:
             self._blame(index, "judged other ciphertexts")
-        expected = b"".join(self._sum_digests[k] for k in self._assigned(index))
-        if verdict.sums != expected:
-            self._blame(index, "vouches for another sum of the committed ciphertexts")
         self._verdicts[index] = verdict
 
     def _on_partial(self, index: int, partial: m.Partial) -> None:
         self._check_signed(index, partial)
         if partial.transcript != self._transcript:
             self._blame(index, "decrypted another aggregate")
-        self._accumulate(index, self._sum, partial.share)
+        self._accumulate(index, partial.share)
 
     def _open(self) -> None:
         members = tuple(self._parts)
@@ -375,7 +380,6 @@ class CkksCoordinatorRound:
         return Sealing(
             key=self._key_id,
             roots={self._roster.name(i): (s.root, s.signature) for i, s in self._sealed.items()},
-            sums=b"".join(self._sum_digests),
         )
 
     def _signatures(self) -> dict[str, bytes]:
@@ -383,15 +387,18 @@ class CkksCoordinatorRound:
 
     # Checks used by several steps ---------------------------------------------------------------
 
-    def _assigned(self, index: int) -> list[int]:
-        members = tuple(self._parts)
-        return m.assigned(index, members, self._parameters.colluders, self._shape.groups)
+    # Adversary: an empty or short vector, which SEAL's loader would take for a valid one. The total
+    # is spoilt then, and no longer needed: without this silo the attempt is abandoned.
 
-    def _accumulate(self, index: int, total: Residues, data: bytes) -> None:
-        # Adversary: an empty or short vector, which SEAL's loader would take for a valid one. The
-        # total is spoilt then, and no longer needed: without this silo the attempt is abandoned.
+    def _accumulate(self, index: int, data: bytes) -> None:
         try:
-            ckks_ring.accumulate(total, data, self._ring)
+            ckks_ring.accumulate(self._sum, data, self._ring)
+        except CryptoError as error:
+            self._blame(index, f"sent malformed polynomials: {error}")
+
+    def _check_polynomials(self, index: int, data: bytes, count: int) -> None:
+        try:
+            ckks_ring.unpack(data, self._ring, count)
         except CryptoError as error:
             self._blame(index, f"sent malformed polynomials: {error}")
 

@@ -21,6 +21,7 @@ from securefedcollm.aggregation.header import (
     RoundHeader,
 )
 from securefedcollm.aggregation.messages import (
+    Digests,
     Message,
     Signed,
     index_bytes,
@@ -56,7 +57,7 @@ def shape_of(header: RoundHeader) -> Shape:
 
 
 class KeyCommitment(Signed, frozen=True, tag="key-commitment"):
-    """Silo → server, K0: SHA-256 of the key part that will follow."""
+    """Silo → server, K0: SHA-256 of the key parts that will follow."""
 
     CONTEXT: ClassVar[bytes] = _PREFIX + b"key-commitment"
 
@@ -75,22 +76,28 @@ class KeyCommitments(Message, frozen=True, tag="key-commitments"):
 
 
 class KeyPart(Signed, frozen=True, tag="key-part"):
-    """Silo → server, K1: b = e − a·s for every key, one after another.
+    """Silo → server, K1: its parts of the keys of every silo.
 
-    ``commitments``: the digest of the list it was shown.
+    ``commitments``: the digest of the list it was shown. ``digests``: SHA-256 of each part, by
+    index. ``parts``: b = e − a·s for every key of one silo, one after another, by index; where it
+    is relayed to a silo, that silo's alone.
     """
 
     CONTEXT: ClassVar[bytes] = _PREFIX + b"key-part"
 
     commitments: Digest
-    part: bytes
+    digests: Digests
+    parts: Annotated[tuple[bytes, ...], _FEW]
 
     def signed(self) -> bytes:
-        return Signed.signed(self) + self.commitments + sha256(self.part)
+        return Signed.signed(self) + self.commitments + sha256(*self.digests)
+
+    def __repr__(self) -> str:
+        return f"KeyPart(index={self.index}, {len(self.parts)} parts)"
 
 
 class KeyParts(Message, frozen=True, tag="key-parts"):
-    """Server → silo, K2: the members from here on, and their parts of the key."""
+    """Server → silo, K2: the members from here on, and their parts of the receiver's keys."""
 
     entries: Annotated[tuple[KeyPart, ...], _FEW]
 
@@ -116,7 +123,8 @@ class SealedRoll(Message, frozen=True, tag="sealed-roll"):
 
 
 class CipherUpload(Message, frozen=True, tag="cipher-upload"):
-    """Silo → server, K3: the ciphertext, a first polynomial per chunk, a second one per group.
+    """Silo → server, K3: the ciphertext, a first polynomial per chunk, a second one per group and
+    committee.
 
     No signature: it must hash to the root that its owner signed.
     """
@@ -129,12 +137,12 @@ class CipherUpload(Message, frozen=True, tag="cipher-upload"):
 
 
 class PieceList(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What a member committed to, and the chunks of it that the receiver is to add up.
+    """What a member committed to, and what of it the receiver is to multiply with its secrets.
 
     Args:
         first: digest of all its first polynomials.
-        seconds: concatenated 32-byte digests of its second polynomials, one a group.
-        pieces: the second polynomials of the receiver's groups, ascending.
+        seconds: concatenated 32-byte digests of its second polynomials.
+        pieces: the second polynomials of the receiver's committee, one a group.
     """
 
     first: Digest
@@ -149,26 +157,27 @@ class Pieces(Message, frozen=True, tag="pieces"):
 
 
 class Verdict(Signed, frozen=True, tag="verdict"):
-    """Silo → server, K4: what it was shown, and the digests of the groups that it added up."""
+    """Silo → server, K4: it was given the committed ciphertexts of this transcript, and agrees to
+    open their sum."""
 
     CONTEXT: ClassVar[bytes] = _PREFIX + b"verdict"
 
     transcript: Digest
-    sums: bytes
 
     def signed(self) -> bytes:
-        return Signed.signed(self) + self.transcript + self.sums
+        return Signed.signed(self) + self.transcript
 
 
-class Aggregate(Message, frozen=True, tag="aggregate-ciphertext"):
-    """Server → silo, K5: every member's verdict, and the sum of all second polynomials."""
+class Verdicts(Message, frozen=True, tag="verdicts"):
+    """Server → silo, K5: every member's verdict."""
+
+    LIMIT: ClassVar[int] = 64 * 1024
 
     verdicts: Annotated[tuple[Verdict, ...], _FEW]
-    second: bytes
 
 
 class Partial(Signed, frozen=True, tag="partial"):
-    """Silo → server, K5: c1·s + flooding noise, one polynomial a chunk."""
+    """Silo → server, K5: Σ c1·s + flooding noise, one polynomial a chunk."""
 
     CONTEXT: ClassVar[bytes] = _PREFIX + b"partial"
 
@@ -183,28 +192,32 @@ class Partial(Signed, frozen=True, tag="partial"):
 
 
 def frame_limit(parameters: RingParameters, ring: CkksRing, polynomials: int) -> int:
-    """Greatest frame that holds so many polynomials and, for each silo, a digest per group."""
+    """Greatest frame that holds so many polynomials and, for each silo, a digest of each of its
+    second polynomials and of its key parts for each silo."""
     shape = ring.shape(parameters.values, parameters.colluders)
-    digests = parameters.silos * 32 * shape.groups
+    digests = parameters.silos * 40 * (shape.seconds + parameters.silos)
     return polynomials * polynomial_bytes(ring) + digests + _SLACK
 
 
-def verifiers(group: int, members: Sequence[int], colluders: int) -> tuple[int, ...]:
-    """The c + 1 members that add up a group's second polynomials; one of them is honest."""
-    return tuple(members[(group + k) % len(members)] for k in range(colluders + 1))
+def committee(index: int, members: Sequence[int], count: int) -> int:
+    """The committee, of ``count``, in which a member's secrets are: every ``count``-th one's.
+
+    With count = c + 1 and a quorum of at least c + 2, none is empty and one has no colluder in it.
+    """
+    return members.index(index) % count
 
 
-def assigned(index: int, members: Sequence[int], colluders: int, count: int) -> list[int]:
-    """The groups, of ``count``, that a member verifies, ascending."""
-    return [k for k in range(count) if index in verifiers(k, members, colluders)]
+def of_committee(at: int, shape: Shape) -> range:
+    """A committee's second polynomials, of all :attr:`Shape.seconds`: one in every group."""
+    return range(at, shape.seconds, shape.committees)
 
 
 # Digests, each fixing everything before it ------------------------------------------------------
 
 
-def key_commitment(header: bytes, index: int, part: bytes) -> bytes:
-    """K0. Hiding: a key part is pseudorandom."""
-    return sha256(_PREFIX, b"key-commitment\0", header, index_bytes(index), part)
+def key_commitment(header: bytes, index: int, digests: Sequence[bytes]) -> bytes:
+    """K0, of the digests of key parts. Hiding: a key part is pseudorandom."""
+    return sha256(_PREFIX, b"key-commitment\0", header, index_bytes(index), *digests)
 
 
 def commitments_digest(header: bytes, entries: Sequence[KeyCommitment]) -> bytes:
@@ -213,7 +226,7 @@ def commitments_digest(header: bytes, entries: Sequence[KeyCommitment]) -> bytes
 
 
 def key_id(commitments: bytes, entries: Sequence[KeyPart]) -> bytes:
-    """After K1: the joint key and the members whose shares it takes to decrypt."""
+    """After K1: the joint keys of all, and the members whose shares it takes to decrypt."""
     return sha256(_PREFIX, b"key\0", commitments, *_said(entries))
 
 

@@ -213,6 +213,17 @@ def hash_to_ring(seed: bytes, ring: CkksRing) -> Residues:
     return found[:DEGREE].reshape(1, DEGREE)
 
 
+def ternary(rows: int, ring: CkksRing, random: RandomSource) -> Residues:
+    """Secrets and encryption randomness mod q, [rows, N]: −1, 0 and 1, uniform, from ``random``."""
+    stream, count = Keystream(random(32)), rows * DEGREE
+    found = np.empty(0, dtype=np.uint8)
+    while len(found) < count:
+        drawn = stream.words(count // 8 + DEGREE // 64).view(np.uint8)
+        found = np.concatenate([found, drawn[drawn < 255]])  # 255 values are a multiple of three
+    signs = (found[:count] % 3).astype(np.int64) - 1
+    return _residues(signs, ring).reshape(rows, DEGREE)
+
+
 def errors(rows: int, ring: CkksRing, random: RandomSource) -> Residues:
     """Encryption errors mod q, [rows, N]: differences of the bit counts of two 21-bit words from
     ``random``. SEAL's own distribution."""

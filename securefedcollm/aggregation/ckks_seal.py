@@ -1,11 +1,11 @@
 """Microsoft SEAL behind TenSEAL's ``sealapi``: the only module that imports tenseal.
 
-SEAL samples secrets (seeded by the system) and does every product and transform. Polynomials go in
-and out as arrays, through anonymous memory and SEAL's own file format, which this module alone
-writes and reads; no byte of a peer ever reaches SEAL's loader (:mod:`~.ckks_ring` reads those).
+SEAL does every product and transform. Polynomials go in and out as arrays, through anonymous memory
+and SEAL's own file format, which this module alone writes and reads; no byte of a peer ever reaches
+SEAL's loader (:mod:`~.ckks_ring` reads those).
 
 A ciphertext of several polynomials, times the "plaintext" that SEAL keeps a secret key in, is each
-polynomial times the secret: that makes key parts, ciphertexts and partial decryptions alike.
+polynomial times that one: that makes key parts, ciphertexts and partial decryptions alike.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from securefedcollm.aggregation.ckks_ring import ROWS, Residues
 from securefedcollm.errors import CryptoError
 from securefedcollm.study.ring import DEGREE, CkksRing
 
-Secret = SecretKey
-"""A secret polynomial, in SEAL's keeping."""
+Factor = SecretKey
+"""A polynomial that others are multiplied with, in SEAL's keeping. Most are secret."""
 
 _HEADER: Final = struct.Struct("<HBBBBHQ")  # magic, header size, version ×2, compression, 0, size
 _CIPHER: Final = struct.Struct("<BQQQdQ")  # NTT form, polynomials, N, primes, scale, correction
+_PLAIN: Final = struct.Struct("<Qd")  # N, scale
 _MAGIC: Final = 0xA15E
 _ZSTD: Final = 2
 
@@ -51,18 +52,21 @@ class _Outbox:
 
 
 class _Inbox:
-    """An anonymous file with one ciphertext of ``rows`` polynomials in SEAL's format, to be loaded.
+    """An anonymous file with a ciphertext of ``rows`` polynomials, to be loaded; for ``rows`` = 0
+    with one factor. In SEAL's format.
 
-    ``words`` are its residues, [rows, N], in place.
+    ``words`` are the residues, [rows, N], in place.
     """
 
     def __init__(self, rows: int, parms: bytes, version: tuple[int, int]) -> None:
         def head(size: int) -> bytes:
             return _HEADER.pack(_MAGIC, _HEADER.size, *version, 0, 0, _HEADER.size + size)
 
+        shape = _CIPHER.pack(True, rows, DEGREE, 1, 1.0, 1) if rows else _PLAIN.pack(DEGREE, 1.0)
+        rows = rows or 1
         count = rows * DEGREE
         array = head(8 + 8 * count) + count.to_bytes(8, "little")
-        inner = parms + _CIPHER.pack(True, rows, DEGREE, 1, 1.0, 1) + array
+        inner = parms + shape + array
         content = head(len(inner) + 8 * count) + inner
         self._fd = os.memfd_create("securefedcollm-ckks", os.MFD_CLOEXEC)
         self.path = f"/proc/self/fd/{self._fd}"
@@ -101,7 +105,7 @@ class Seal:
         Ciphertext(self._context).save(self._out.path)
         self._parms = struct.pack("<4Q", *self._context.first_parms_id())
         self._version = _HEADER.unpack_from(self._out.get())[2:4]
-        self._inboxes: dict[int, _Inbox] = {}  # by rows
+        self._inboxes: dict[int, _Inbox] = {}  # by rows, 0: of a factor
 
     def __enter__(self) -> Seal:
         return self
@@ -120,29 +124,44 @@ class Seal:
         if hasattr(self, "_inboxes"):
             self.close()
 
-    def secret(self) -> SecretKey:
-        """A fresh ternary secret key."""
-        return seal.KeyGenerator(self._context).secret_key()
+    def factors(self, transformed: Residues) -> list[SecretKey]:
+        """Polynomials [k, N] to multiply others with."""
+        inbox = self._inbox(0)
+        made = []
+        for row in transformed:
+            inbox.words[0] = row
+            factor = SecretKey()
+            factor.load(self._context, inbox.path)
+            made.append(factor)
+        inbox.words[:] = 0
+        return made
 
     def load(self, transformed: Residues) -> list[Ciphertext]:
         """Polynomials [k, N], for :meth:`products`."""
         return [self._load(block, transformed=True) for block in _blocks(transformed)]
 
     def products(
-        self, secret: SecretKey, polynomials: Sequence[Ciphertext], noise: Residues
+        self, terms: Sequence[tuple[SecretKey, Sequence[Ciphertext]]], noise: Residues
     ) -> Residues:
-        """polynomial·secret + noise for each of some loaded polynomials; [k, N] transformed.
+        """Σ polynomial·factor + noise, row by row; [k, N] transformed.
 
-        All of the scheme is made of this. noise: coefficients [k, N].
+        All of the scheme is made of this. terms: a factor, and k loaded polynomials that it
+        multiplies; noise: coefficients [k, N].
         """
-        plain, product, out = secret.data(), Ciphertext(self._context), np.empty_like(noise)
-        for block, loaded, target in zip(_blocks(noise), polynomials, _blocks(out), strict=True):
+        plains = [(factor.data(), loaded) for factor, loaded in terms]
+        product, out = Ciphertext(self._context), np.empty_like(noise)
+        for at, (block, target) in enumerate(zip(_blocks(noise), _blocks(out), strict=True)):
             cipher = self._load(block, transformed=False)
             self._evaluator.transform_to_ntt_inplace(cipher)
-            self._evaluator.multiply_plain(loaded, plain, product)
-            self._evaluator.add_inplace(cipher, product)
+            for plain, loaded in plains:
+                self._evaluator.multiply_plain(loaded[at], plain, product)
+                self._evaluator.add_inplace(cipher, product)
             target[:] = self._save(cipher, len(block))
         return out
+
+    def transformed(self, coefficients: Residues) -> Residues:
+        """The transform of polynomials [k, N]."""
+        return self.products([], coefficients)
 
     def coefficients(self, transformed: Residues) -> Residues:
         """The inverse transform of polynomials [k, N]."""
@@ -154,16 +173,18 @@ class Seal:
         return out
 
     def _load(self, block: Residues, transformed: bool) -> Ciphertext:
-        rows = len(block) + 1
-        if rows not in self._inboxes:
-            inbox = self._inboxes[rows] = _Inbox(rows, self._parms, self._version)
-            inbox.words[-1] = 1  # SEAL refuses "transparent" ciphertexts, zero from the second on
-        inbox = self._inboxes[rows]
+        inbox = self._inbox(len(block) + 1)
         inbox.set_form(transformed)
         inbox.words[:-1] = block
+        inbox.words[-1] = 1  # SEAL refuses "transparent" ciphertexts, zero from the second on
         cipher = Ciphertext(self._context)
         cipher.load(self._context, inbox.path)
         return cipher
+
+    def _inbox(self, rows: int) -> _Inbox:
+        if rows not in self._inboxes:
+            self._inboxes[rows] = _Inbox(rows, self._parms, self._version)
+        return self._inboxes[rows]
 
     def _save(self, cipher: Ciphertext, rows: int) -> Residues:
         """Its first ``rows`` polynomials."""

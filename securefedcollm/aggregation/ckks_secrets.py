@@ -12,20 +12,20 @@ import numpy.typing as npt
 from securefedcollm.aggregation import ckks_ring
 from securefedcollm.aggregation.ckks_messages import CipherUpload
 from securefedcollm.aggregation.ckks_ring import ROWS, Residues
-from securefedcollm.aggregation.ckks_seal import Seal, Secret
+from securefedcollm.aggregation.ckks_seal import Factor, Seal
 from securefedcollm.errors import LocalProtocolError
 from securefedcollm.primitives import RandomSource
 from securefedcollm.study.ring import DEGREE, CkksRing, Shape
 
 
 class CkksSecrets:
-    """Fresh shares of the keys, the vector, and its ciphertext until that has left.
+    """The vector, and its ciphertext until that has left.
 
     Args:
         shape: how many keys there are, and which chunk is under which.
         vector: int64 [d], within the ring's bound.
         common: the polynomial a that all keys have in common, [1, N], transformed.
-        random: of errors and flooding noise. SEAL draws secrets from the system by itself.
+        random: of the encryption randomness u and errors.
 
     Raises:
         LocalProtocolError: the vector is out of bounds.
@@ -46,7 +46,6 @@ class CkksSecrets:
         ckks_ring.check_vector(vector, ring)
         self._vector = vector.copy()
         self._seal = Seal(ring)
-        self._shares: list[Secret] = []
         self._upload: CipherUpload | None = None
 
     def __repr__(self) -> str:
@@ -55,39 +54,46 @@ class CkksSecrets:
     def __reduce__(self) -> NoReturn:
         raise TypeError("CkksSecrets are neither copied nor pickled")
 
-    def key_parts(self) -> bytes:
-        """b = e − a·s for every key, with fresh secrets s, packed."""
-        self._shares = [self._seal.secret() for _ in range(self._shape.keys)]
-        zero = np.zeros_like(self._common)
-        minus = self._seal.load(ckks_ring.subtract(zero, self._common, self._ring))
-        errors = self._errors(self._shape.keys)
-        parts = [
-            self._seal.products(share, minus, error[np.newaxis])
-            for share, error in zip(self._shares, errors, strict=True)
-        ]
-        return ckks_ring.pack(np.concatenate(parts), self._ring)
-
     def encrypt(self, joint: Residues) -> CipherUpload:
-        """The vector under the joint keys [keys, N]; it is needed no longer.
+        """The vector under the committees' joint keys; it is needed no longer.
 
-        For each group a fresh ternary u: b·u + e0 + Δ·v for its chunks, and a·u + e1.
+        For each group and committee a fresh ternary u: Σ b·u + e0 + Δ·v for its chunks, and for
+        each committee a·u + e1.
+
+        Args:
+            joint: this silo's own keys b, [committees, keys, N], transformed.
         """
-        keys, chunks = self._shape.keys, self._shape.chunks
+        keys, chunks, committees = self._shape.keys, self._shape.chunks, self._shape.committees
+        u = self._seal.factors(self._seal.transformed(self._ternary(self._shape.seconds)))
         first: list[bytes] = []
         second: list[bytes] = []
         for start in range(0, chunks, keys):
             count = min(keys, chunks - start)
             if start == 0 or count < keys:
-                loaded = self._seal.load(np.concatenate([joint[:count], self._common]))
-            noise = self._errors(count + 1)
+                loaded = [
+                    self._seal.load(np.concatenate([joint[k, :count], self._commons(k)]))
+                    for k in range(committees)
+                ]
+            noise = ckks_ring.errors(count + committees, self._ring, self._random)
             values = self._vector[start * DEGREE : (start + count) * DEGREE]
-            noise[:-1] = ckks_ring.add(noise[:-1], ckks_ring.encode(values, self._ring), self._ring)
-            made = self._seal.products(self._seal.secret(), loaded, noise)
-            first.append(ckks_ring.pack(made[:-1], self._ring))
-            second.append(ckks_ring.pack(made[-1:], self._ring))
+            encoded = ckks_ring.encode(values, self._ring)
+            noise[:count] = ckks_ring.add(noise[:count], encoded, self._ring)
+            of_group = u[start // keys * committees :][:committees]
+            made = self._seal.products(list(zip(of_group, loaded, strict=True)), noise)
+            first.append(ckks_ring.pack(made[:count], self._ring))
+            second.append(ckks_ring.pack(made[count:], self._ring))
         self._vector = np.zeros(0, dtype=np.int64)
         self._upload = CipherUpload(b"".join(first), b"".join(second))
         return self._upload
+
+    def _ternary(self, rows: int) -> Residues:
+        return ckks_ring.ternary(rows, self._ring, self._random)
+
+    def _commons(self, committee: int) -> Residues:
+        """a for one committee's second polynomial, and nothing for the others'."""
+        rows = np.zeros((self._shape.committees, DEGREE), dtype=np.uint64)
+        rows[committee] = self._common[0]
+        return rows
 
     def take_upload(self) -> CipherUpload:
         """The ciphertext, once."""
@@ -96,42 +102,20 @@ class CkksSecrets:
             raise LocalProtocolError("there is no ciphertext to upload", hint="it leaves once")
         return upload
 
-    def decrypt(self, second: bytes) -> bytes:
-        """c1·s + flooding noise, packed, for every chunk; ``second`` has a packed c1 per group.
-
-        Raises:
-            CryptoError: ``second`` holds no polynomials.
-        """
-        keys, chunks = self._shape.keys, self._shape.chunks
-        shares: list[bytes] = [b""] * chunks
-        groups = ckks_ring.unpack(second, self._ring, self._shape.groups)
-        size = ckks_ring.polynomial_bytes(self._ring)
-        for start in range(0, len(groups), ROWS):
-            block = groups[start : start + ROWS]
-            loaded = self._seal.load(block)
-            for key, share in enumerate(self._shares):
-                noise = ckks_ring.flooding(len(block), self._ring, self._random)
-                made = ckks_ring.pack(self._seal.products(share, loaded, noise), self._ring)
-                for row in range(len(block)):
-                    chunk = (start + row) * keys + key
-                    if chunk < chunks:
-                        shares[chunk] = made[row * size : (row + 1) * size]
-        return b"".join(shares)
-
-    def _errors(self, rows: int) -> Residues:
-        return ckks_ring.errors(rows, self._ring, self._random)
-
     def close(self) -> None:
         """Give SEAL's anonymous memory back."""
         self._seal.close()
 
 
-class AuthoritySecrets:
-    """An authority's secrets of one attempt: some of its own for every silo.
+class KeyShares:
+    """A key holder's secrets of one attempt: some of its own for every silo's keys.
+
+    The holder is the authority, or every silo. A colluder can have the secrets that its upload is
+    multiplied with read out of the opened sum; they are no other silo's.
 
     Args:
         silos: number of silos on the roster.
-        random: of errors and flooding noise. SEAL draws secrets from the system by itself.
+        random: of secrets, errors and flooding noise.
     """
 
     def __init__(
@@ -142,26 +126,28 @@ class AuthoritySecrets:
         self._common = common
         self._random = random
         self._seal = Seal(ring)
-        self._secrets = [[self._seal.secret() for _ in range(shape.keys)] for _ in range(silos)]
+        self._silos = silos
+        self._secrets: list[list[Factor]] = []
 
     def __repr__(self) -> str:
-        return "AuthoritySecrets(<redacted>)"
+        return "KeyShares(<redacted>)"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("AuthoritySecrets are neither copied nor pickled")
+        raise TypeError("KeyShares are neither copied nor pickled")
 
     def key_parts(self) -> tuple[bytes, ...]:
-        """b = e − a·s for every key, packed, for each silo."""
+        """b = e − a·s for every key, with fresh secrets s, packed, for each silo."""
         zero = np.zeros_like(self._common)
-        minus = self._seal.load(ckks_ring.subtract(zero, self._common, self._ring))
+        (minus,) = self._seal.factors(ckks_ring.subtract(zero, self._common, self._ring))
         parts = []
-        for secrets in self._secrets:
-            noise = ckks_ring.errors(len(secrets), self._ring, self._random)
-            made = [
-                self._seal.products(secret, minus, error[np.newaxis])
-                for secret, error in zip(secrets, noise, strict=True)
-            ]
-            parts.append(ckks_ring.pack(np.concatenate(made), self._ring))
+        self._secrets = []
+        for _ in range(self._silos):
+            drawn = ckks_ring.ternary(self._shape.keys, self._ring, self._random)
+            secrets = self._seal.transformed(drawn)
+            self._secrets.append(self._seal.factors(secrets))
+            noise = ckks_ring.errors(self._shape.keys, self._ring, self._random)
+            made = self._seal.products([(minus, self._seal.load(secrets))], noise)
+            parts.append(ckks_ring.pack(made, self._ring))
         return tuple(parts)
 
     def decrypt(self, seconds: Mapping[int, Residues]) -> bytes:
@@ -171,16 +157,17 @@ class AuthoritySecrets:
             seconds: silo's index → its second polynomials [groups, N], transformed.
         """
         keys, chunks, groups = self._shape.keys, self._shape.chunks, self._shape.groups
-        total = np.zeros((groups, keys, DEGREE), dtype=np.uint64)
+        total = np.empty((groups, keys, DEGREE), dtype=np.uint64)
         for start in range(0, groups, ROWS):
             block = total[start : start + ROWS]
-            noise = [ckks_ring.flooding(len(block), self._ring, self._random) for _ in range(keys)]
-            for index, second in seconds.items():
-                loaded = self._seal.load(second[start : start + ROWS])
-                for key, secret in enumerate(self._secrets[index - 1]):
-                    made = self._seal.products(secret, loaded, noise[key])
-                    block[:, key] = ckks_ring.add(block[:, key], made, self._ring)
-                    noise[key][:] = 0  # once in the sum
+            loaded = {
+                index: self._seal.load(second[start : start + ROWS])
+                for index, second in seconds.items()
+            }
+            for key in range(keys):
+                noise = ckks_ring.flooding(len(block), self._ring, self._random)
+                terms = [(self._secrets[index - 1][key], c1) for index, c1 in loaded.items()]
+                block[:, key] = self._seal.products(terms, noise)
         return ckks_ring.pack(total.reshape(-1, DEGREE)[:chunks], self._ring)
 
     def close(self) -> None:

@@ -1,20 +1,23 @@
 """A silo's side of one attempt at one round of threshold CKKS aggregation.
 
-Nobody holds the key: it is the sum of one fresh secret per member and attempt, and it takes every
-member's partial decryption to open anything. The adversary is the server together with up to c
-silos; it relays and may invent every frame, show different silos different things, and crash and
-restart this process. A CKKS ciphertext does not say what it is a ciphertext of, so what protects
-this silo's vector is *which* ciphertext its share opens, and that is checked before it answers:
+Nobody holds the keys: every member has a fresh secret in each, and it takes every member's partial
+decryption to open anything. The adversary is the server together with up to c silos that do what
+they like; it relays and may invent every frame, show different silos different things, and crash
+and restart this process. A CKKS ciphertext does not say what it is a ciphertext of, and neither it
+nor a key part can be seen to be well made. So what protects this silo's vector is *which*
+ciphertexts its share opens, and that each secret is used for one owner's ciphertext only:
 
 1. Key parts are committed to before any is shown (K0, K1), so no member can choose its part as a
-   function of the others' and know the joint secret.
-2. Ciphertexts are committed to before any is shown (K2, K3), so no member can choose its own as a
-   function of the others' (say, minus all of them but one) and leave one vector in the sum.
-3. Every chunk of the aggregate is added up again from the committed ciphertexts by c + 1 members,
-   of which one at least is honest (K4), and no silo decrypts a chunk that they do not all vouch for
-   (K5). A random linear check with parts that each silo reports for itself would not do: one
-   colluder can report whatever makes the check come out.
-4. Each share carries flooding noise that drowns what a decryption tells about the key (Li and
+   function of the others' and know a joint secret.
+2. Ciphertexts are committed to before any is shown (K2, K3), so none depends on another.
+3. This silo is given the committed second polynomials themselves (K4), and multiplies and adds them
+   itself (K5): there is no aggregate that could be something else than the sum.
+4. Every silo encrypts under keys of its own. A colluder that uploads a constant in the place of a
+   c1 reads the secrets that it is multiplied with in the opened sum: those of its own keys.
+5. Members are in c + 1 committees, each with joint keys and encryption randomness u of its own. A
+   colluder that gives a constant in the place of its part of this silo's key reads u in the opened
+   sum: that of its own committee. In one committee there is no colluder.
+6. Each share carries flooding noise that drowns what a decryption tells about the key (Li and
    Micciancio, eprint 2020/1533), and leaves once.
 """
 
@@ -39,7 +42,7 @@ from securefedcollm.aggregation.ckks_checks import (
     split,
 )
 from securefedcollm.aggregation.ckks_ring import Residues
-from securefedcollm.aggregation.ckks_secrets import CkksSecrets
+from securefedcollm.aggregation.ckks_secrets import CkksSecrets, KeyShares
 from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster
 from securefedcollm.aggregation.keys import lists_digest
 from securefedcollm.aggregation.messages import UNSIGNED, Ask, Signed, decode, sign
@@ -54,8 +57,7 @@ from securefedcollm.study.ring import DEGREE
 class CkksSiloRound:
     """Answers the server's six requests, in order, once each. Not thread-safe.
 
-    The arguments are those of :class:`~.silo.SiloRound`; ``random`` feeds the flooding noise only,
-    since SEAL draws keys and encryption noise from the system by itself.
+    The arguments are those of :class:`~.silo.SiloRound`.
 
     Raises:
         LocalProtocolError: header, roster, identity and vector do not belong together.
@@ -96,18 +98,23 @@ class CkksSiloRound:
         self._vector_id = vector_id
         self._journal = journal
         self._step = Step.ADVERTISE
-        self._common = ckks_ring.hash_to_ring(self._header_digest, self._ring)
+        common = ckks_ring.hash_to_ring(self._header_digest, self._ring)
         self._secrets: CkksSecrets | None = CkksSecrets(
-            self._ring, self._shape, vector, self._common, random
+            self._ring, self._shape, vector, common, random
+        )
+        self._shares: KeyShares | None = KeyShares(
+            self._ring, self._shape, common, len(roster), random
         )
         # Public transcript, filled step by step.
-        self._part: bytes
+        self._parts: tuple[bytes, ...]
+        self._digests: tuple[bytes, ...]
         self._commitments: dict[int, m.KeyCommitment]
         self._commitments_digest: bytes
         self._members: tuple[int, ...]
         self._key_id: bytes
         self._own: Signed
         self._sealed: dict[int, m.Sealed]
+        self._seconds: dict[int, Residues] = {}
         self._transcript = b""
 
     @property
@@ -140,14 +147,14 @@ class CkksSiloRound:
             RemoteProtocolError: the request must not be answered; the round is over for this silo.
             Exception: whatever the journal raises; the round is over for this silo.
         """
-        secrets = self._secrets
-        if secrets is None:
+        secrets, shares = self._secrets, self._shares
+        if secrets is None or shares is None:
             refuse(
                 f"sent a frame although this silo's round is over ({self._step.value})",
                 "start a new attempt or the next round",
             )
         try:
-            reply = self._answer(frame, secrets)
+            reply = self._answer(frame, secrets, shares)
         except BaseException:
             self._finish(Step.FAILED)
             raise
@@ -156,11 +163,11 @@ class CkksSiloRound:
             self._finish(Step.DONE)
         return reply
 
-    def _answer(self, frame: bytes, secrets: CkksSecrets) -> bytes:
+    def _answer(self, frame: bytes, secrets: CkksSecrets, shares: KeyShares) -> bytes:
         limit, silos, shape = self._limit, self._parameters.silos, self._shape
         match self._step:
             case Step.ADVERTISE:
-                return self._on_ask(decode(Ask, frame, SERVER), secrets)
+                return self._on_ask(decode(Ask, frame, SERVER), shares)
             case Step.SHARE:
                 return self._on_commitments(decode(m.KeyCommitments, frame, SERVER))
             case Step.ENCRYPT:
@@ -173,22 +180,23 @@ class CkksSiloRound:
                 most = limit(silos * shape.groups)
                 return self._on_pieces(decode(m.Pieces, frame, SERVER, most))
             case _:
-                return self._on_aggregate(
-                    decode(m.Aggregate, frame, SERVER, limit(shape.groups)), secrets
-                )
+                return self._on_verdicts(decode(m.Verdicts, frame, SERVER), shares)
 
     def _limit(self, polynomials: int) -> int:
         return m.frame_limit(self._parameters, self._ring, polynomials)
 
     def _finish(self, step: Step) -> None:
         self._step = step
-        if self._secrets is not None:
-            self._secrets.close()
-        self._secrets = None
+        for kept in (self._secrets, self._shares):
+            if kept is not None:
+                kept.close()
+        self._secrets = self._shares = None
+        self._seconds.clear()
+        self._parts = ()
 
     # K0, K1: the joint key --------------------------------------------------------------------
 
-    def _on_ask(self, ask: Ask, secrets: CkksSecrets) -> bytes:
+    def _on_ask(self, ask: Ask, shares: KeyShares) -> bytes:
         # Adversary: a server that runs another study, model, round or parameter set. Only the
         # silo's own header is ever used; this comparison is for a message that names the field.
         if ask.header != self._header:
@@ -197,9 +205,10 @@ class CkksSiloRound:
                 f"announced a round that differs from this silo's in: {fields}",
                 "compare the signed study and the global model that both sides hold",
             )
-        self._part = secrets.key_parts()
-        commitment = m.key_commitment(self._header_digest, self._index, self._part)
-        # Adversary: a server that restarts this process for a second key in the same attempt.
+        self._parts = shares.key_parts()
+        self._digests = tuple(sha256(part) for part in self._parts)
+        commitment = m.key_commitment(self._header_digest, self._index, self._digests)
+        # Adversary: a server that restarts this process for second keys in the same attempt.
         return self._say(
             b"keys:",
             m.KeyCommitment(self._header_digest, self._index, UNSIGNED, commitment),
@@ -213,11 +222,17 @@ class CkksSiloRound:
         self._commitments = {entry.index: entry for entry in entries}
         self._check_own(self._commitments[self._index])
         self._commitments_digest = m.commitments_digest(self._header_digest, entries)
-        # Adversary: a server that has this key part shown among two sets of commitments.
+        parts, self._parts = self._parts, ()
+        # Adversary: a server that has these key parts shown among two sets of commitments.
         return self._say(
             b"deal:",
             m.KeyPart(
-                self._header_digest, self._index, UNSIGNED, self._commitments_digest, self._part
+                self._header_digest,
+                self._index,
+                UNSIGNED,
+                self._commitments_digest,
+                self._digests,
+                parts,
             ),
         )
 
@@ -227,19 +242,23 @@ class CkksSiloRound:
         entries = message.entries
         self._check_members([entry.index for entry in entries], tuple(self._commitments))
         self._check_all_signed(entries, "key part")
-        joint = np.zeros((self._shape.keys, DEGREE), dtype=np.uint64)
+        self._members = tuple(entry.index for entry in entries)
+        count = self._shape.committees
+        joint = np.zeros((count, self._shape.keys, DEGREE), dtype=np.uint64)
         for entry in entries:
             # Adversary: a member that chose its part after it saw the others', to know the joint
-            # secret; a relay that showed it other commitments.
-            found = m.key_commitment(self._header_digest, entry.index, entry.part)
+            # secret; a relay that showed it other commitments, or another silo's part.
+            found = m.key_commitment(self._header_digest, entry.index, entry.digests)
             if (
                 entry.commitments != self._commitments_digest
                 or found != self._commitments[entry.index].commitment
+                or len(entry.digests) != len(self._roster)
+                or tuple(map(sha256, entry.parts)) != (entry.digests[self._index - 1],)
             ):
                 self._accuse(entry.index, "key part is not the one it committed to")
-            self._accumulate(joint, entry.part, entry.index)
+            own = joint[m.committee(entry.index, self._members, count)]
+            accumulate(own, entry.parts[0], self._ring, self._roster.name(entry.index))
         self._check_own(next(entry for entry in entries if entry.index == self._index))
-        self._members = tuple(entry.index for entry in entries)
         self._key_id = m.key_id(self._commitments_digest, entries)
         # Adversary: a server that gets two vectors of this silo into two sums over the same
         # members; their difference would be this silo's alone.
@@ -267,37 +286,39 @@ class CkksSiloRound:
         self._record(b"upload:" + self._header.attempt_scope, self._transcript)
         return secrets.take_upload().encode()
 
-    # K4: is the aggregate the sum? --------------------------------------------------------------
+    # K4: what is there to open ------------------------------------------------------------------
 
     def _on_pieces(self, message: m.Pieces) -> bytes:
         if len(message.lists) != len(self._members):
             refuse("did not relay one piece list for each member", "start a new attempt")
-        mine = m.assigned(
-            self._index, self._members, self._parameters.colluders, self._shape.groups
-        )
-        total = np.zeros((len(mine), DEGREE), dtype=np.uint64)
+        committee = m.committee(self._index, self._members, self._shape.committees)
+        mine = m.of_committee(committee, self._shape)
         for index, pieces in zip(self._members, message.lists, strict=True):
-            digests = split(pieces.seconds)
             root = m.cipher_root(self._key_id, index, pieces.first, pieces.seconds)
-            expected = b"".join(digests[k] for k in mine if k < len(digests))
-            # Adversary: a server that swaps, drops, repeats or alters a chunk of a ciphertext.
+            digests = split(pieces.seconds)
+            found = m.polynomial_digests(pieces.pieces, self._size)
+            # Adversary: a server that swaps, drops, repeats or alters a part of a ciphertext: it
+            # would have this silo multiply another polynomial with the secrets of an honest key.
             if (
                 root != self._sealed[index].root
-                or len(pieces.seconds) != 32 * self._shape.groups
-                or m.polynomial_digests(pieces.pieces, self._size) != expected
+                or len(pieces.seconds) != 32 * self._shape.seconds
+                or found != b"".join(digests[k] for k in mine)
             ):
                 self._accuse(index, "ciphertext is not the one it committed to")
-            self._accumulate(total, pieces.pieces, index)
-        sums = m.polynomial_digests(ckks_ring.pack(total, self._ring), self._size)
-        # Adversary: a restart, to have two different sums vouched for.
+            try:
+                self._seconds[index] = ckks_ring.unpack(
+                    pieces.pieces, self._ring, self._shape.groups
+                )
+            except CryptoError as error:
+                self._accuse(index, f"polynomials are malformed ({error})")
+        # Adversary: a restart, to have two different lists agreed to.
         return self._say(
-            b"agree:",
-            m.Verdict(self._header_digest, self._index, UNSIGNED, self._transcript, sums),
+            b"agree:", m.Verdict(self._header_digest, self._index, UNSIGNED, self._transcript)
         )
 
     # K5: one opening ----------------------------------------------------------------------------
 
-    def _on_aggregate(self, message: m.Aggregate, secrets: CkksSecrets) -> bytes:
+    def _on_verdicts(self, message: m.Verdicts, shares: KeyShares) -> bytes:
         self._check_exactly([verdict.index for verdict in message.verdicts])
         self._check_all_signed(message.verdicts, "verdict")
         for verdict in message.verdicts:
@@ -305,48 +326,17 @@ class CkksSiloRound:
             if verdict.transcript != self._transcript:
                 self._accuse(verdict.index, "verdict is on other ciphertexts than this silo's")
         self._check_own(next(v for v in message.verdicts if v.index == self._index))
-        self._check_sums(message)
         # Adversary: a server that opens this attempt and then another one over other members; the
         # difference would bare the silos in which they differ. One set of members per round.
         names = [self._roster.name(index).encode() for index in self._members]
         self._record(b"open:" + self._header.round_scope, sha256(*(sha256(name) for name in names)))
-        try:
-            share = secrets.decrypt(message.second)
-        except CryptoError as error:
-            refuse(f"sent an aggregate that is malformed ({error})", "report the server")
+        share = shares.decrypt(self._seconds)
         # Adversary: a clone of this process that answers again, so that the average of the answers
         # has less flooding noise. The noise is in what is recorded: only one of them leaves.
         return self._say(
             b"partial:",
             m.Partial(self._header_digest, self._index, UNSIGNED, self._transcript, share),
         )
-
-    def _check_sums(self, message: m.Aggregate) -> None:
-        """Each chunk of the aggregate is what all its verifiers say the sum is.
-
-        Adversary: a server that asks to decrypt one silo's ciphertext, or any other than the sum of
-        the committed ones; up to c verifiers that vouch for it.
-        """
-        vouched: dict[tuple[int, int], bytes] = {}
-        for verdict in message.verdicts:
-            chunks = m.assigned(
-                verdict.index, self._members, self._parameters.colluders, self._shape.groups
-            )
-            if len(verdict.sums) != 32 * len(chunks):
-                self._accuse(verdict.index, "verdict does not cover its chunks")
-            for k, digest in zip(chunks, split(verdict.sums), strict=True):
-                vouched[k, verdict.index] = digest
-        found = split(m.polynomial_digests(message.second, self._size))
-        if len(found) != self._shape.groups:
-            refuse("sent an aggregate of another length", "report the server")
-        for k, digest in enumerate(found):
-            for index in m.verifiers(k, self._members, self._parameters.colluders):
-                if vouched[k, index] != digest:
-                    refuse(
-                        f"asks to decrypt what {self._roster.name(index)} does not vouch for: "
-                        f"group {k} is not the sum of the committed ciphertexts",
-                        "report the server, and that silo if the others vouch for it",
-                    )
 
     # Checks used by several steps ---------------------------------------------------------------
 
@@ -368,14 +358,11 @@ class CkksSiloRound:
 
     def _check_own(self, entry: Signed) -> None:
         # Adversary: a relay that swaps in what this silo signed elsewhere.
-        if entry != self._own:
+        if (entry.signed(), entry.signature) != (self._own.signed(), self._own.signature):
             refuse("relayed a frame that this silo did not send", "start a new attempt")
 
     def _check_all_signed(self, entries: Sequence[Signed], what: str) -> None:
         check_signatures(entries, what, self._header_digest, self._roster)
-
-    def _accumulate(self, total: Residues, data: bytes, index: int) -> None:
-        accumulate(total, data, self._ring, self._roster.name(index))
 
     def _accuse(self, index: int, what: str) -> NoReturn:
         accuse(self._roster.name(index), what)

@@ -79,13 +79,11 @@ class Sealing(msgspec.Struct, frozen=True):
     Args:
         key: id of the key, 32 bytes.
         roots: name -> digest of its ciphertext, and its 64-byte signature over that.
-        sums: 32-byte digests of the added second polynomials, one a group; threshold only.
         offer: SHA-256 of the key, and the authority's 64-byte signature; empty for a joint key.
     """
 
     key: bytes
     roots: dict[str, tuple[bytes, bytes]]
-    sums: bytes = b""
     offer: tuple[bytes, bytes] | None = None
 
 

@@ -50,7 +50,7 @@ CKKS_TRANSITIONS: Final[dict[Step, Transition]] = {
     Step.ENCRYPT: Transition("KeyParts", "Sealed", Step.UPLOAD),
     Step.UPLOAD: Transition("SealedRoll", "CipherUpload", Step.AGREE),
     Step.AGREE: Transition("Pieces", "Verdict", Step.UNMASK),
-    Step.UNMASK: Transition("Aggregate", "Partial", Step.DONE),
+    Step.UNMASK: Transition("Verdicts", "Partial", Step.DONE),
 }
 """CKKS, K0 to K5."""
 

@@ -140,13 +140,11 @@ class Offer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Ciphertexts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """CKKS: what ``delivery`` is the digest of, and what the agreements are signatures over.
 
-    ``key``: id of the key. ``sums``: digests of the added second polynomials, one a group, that
-    every verdict vouches for; empty under an authority's key, which is ``offer``.
+    ``key``: id of the keys. ``offer``: the authority's, where it holds them.
     """
 
     key: Hex
     roots: Annotated[dict[Who, Root], Meta(max_length=128)]
-    sums: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})*$")] = ""
     offer: Offer | None = None
 
 

@@ -110,7 +110,6 @@ def _ciphertexts(sealing: Sealing) -> Ciphertexts:
     return Ciphertexts(
         key=sealing.key.hex(),
         roots={name: Root(root.hex(), raw.hex()) for name, (root, raw) in sealing.roots.items()},
-        sums=sealing.sums.hex(),
         offer=None if offer is None else Offer(offer[0].hex(), offer[1].hex()),
     )
 

@@ -43,6 +43,7 @@ from securefedcollm.primitives import SigningKey
 from securefedcollm.privacy.ledger import Budget, Ledger
 from securefedcollm.study import Study, digest
 from securefedcollm.study.identity import open_identity, read_identity
+from securefedcollm.study.ring import DEGREE
 from securefedcollm.study.signing import require_signed, signatures_path
 
 if TYPE_CHECKING:
@@ -323,13 +324,18 @@ def silo_session(
     )
 
 
-def largest_frame(workload: SiloTuning) -> int:
+def largest_frame(study: Study, workload: SiloTuning) -> int:
     """Bytes of the largest request that this study can bring a silo.
 
-    The adapter takes 4 bytes a value. A CKKS aggregate that a silo checks takes 16; twice that is
-    room enough for whatever the protocol adds.
+    The adapter takes 4 bytes a value. Under a threshold key a silo is sent every silo's part of its
+    keys, and then every silo's second polynomials.
     """
-    return _SLACK + 32 * workload.size(0)
+    values, ring = workload.size(0), study.ring
+    polynomials = 0
+    if ring is not None:
+        shape = ring.shape(values, study.silos.colluders)
+        polynomials = study.silos.count * max(shape.keys, shape.groups)
+    return _SLACK + 32 * values + 8 * DEGREE * polynomials
 
 
 # ---- the authority ----

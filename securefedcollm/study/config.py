@@ -189,8 +189,8 @@ class Aggregation(_Section, frozen=True):
 
     ``masking``: pairwise masks; survives dropouts at every step. ``ckks``: threshold homomorphic
     encryption; whoever takes part must stay until the sum is open, or the others repeat. ``ckks:
-    precise`` gives exact sums at 15 bytes a value; ``compact`` has an error that ``study check``
-    prints, at 10 bytes, and much less flooding noise. ``key_model: threshold``: the key is made by
+    precise`` gives exact sums at 20 bytes a value; ``compact`` has an error that ``study check``
+    prints, at 13 bytes, and much less flooding noise. ``key_model: threshold``: keys are made by
     all and held by nobody. ``authority``: a participant with the role ``authority`` holds it and
     opens one sum a round, of ``silos.minimum`` silos or more; silos may drop out at every step.
     Together with the server it could open single updates.

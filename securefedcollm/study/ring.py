@@ -42,16 +42,23 @@ MOST_FLOOD_BITS: Final = 40
 
 
 MOST_KEYS: Final = 64
-"""Keeps frames of key parts below 250 MB with 128 silos."""
+"""Keeps frames of key parts below 260 MB with 128 silos."""
 
 
 class Shape(NamedTuple):
     """Polynomials of one vector. Chunk j is encrypted under key j mod ``keys``; the ``keys`` chunks
-    of a group share their second polynomial."""
+    of a group share their second polynomials, of which there is one for each committee."""
 
     chunks: int
     keys: int
     groups: int
+    committees: int
+    """c + 1 where all silos make the keys: one of them has no colluder in it. 1 for an authority"""
+
+    @property
+    def seconds(self) -> int:
+        """Second polynomials of a ciphertext."""
+        return self.groups * self.committees
 
 
 class CkksRing(msgspec.Struct, frozen=True):
@@ -87,14 +94,14 @@ class CkksRing(msgspec.Struct, frozen=True):
     def shape(self, values: int, colluders: int) -> Shape:
         """How many polynomials a vector of ``values`` integers takes."""
         chunks = -(-values // DEGREE)
-        # A silo's traffic is (silos + 1)·keys polynomials of keys, and (colluders + 3)·groups of
-        # second polynomials: sent, verified colluders + 1 times, and summed. With an authority it
-        # gets `keys` and sends `groups`, both of which are relayed once. This is the minimum.
-        best = math.sqrt((colluders + 3) * chunks / (self.silos + 1))
-        if self.holders == 1:
-            best = math.sqrt(chunks)
+        # A silo sends and gets silos·keys polynomials of keys, sends `seconds` second polynomials,
+        # and gets silos·groups of its own committee. With an authority it gets `keys` and sends
+        # `groups`, both of which are relayed once. This is the minimum.
+        best = math.sqrt(chunks)
+        if self.holders > 1:
+            best *= math.sqrt((self.silos + colluders + 1) / (2 * self.silos))
         keys = max(1, min(round(best), MOST_KEYS, chunks))
-        return Shape(chunks, keys, -(-chunks // keys))
+        return Shape(chunks, keys, -(-chunks // keys), colluders + 1 if self.holders > 1 else 1)
 
     @property
     def noise_rms(self) -> float:

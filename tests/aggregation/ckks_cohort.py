@@ -35,7 +35,7 @@ REQUESTS = {
     Step.ENCRYPT: ckks_messages.KeyParts,
     Step.UPLOAD: ckks_messages.SealedRoll,
     Step.AGREE: ckks_messages.Pieces,
-    Step.UNMASK: ckks_messages.Aggregate,
+    Step.UNMASK: ckks_messages.Verdicts,
 }
 
 

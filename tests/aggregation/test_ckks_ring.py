@@ -18,8 +18,8 @@ from securefedcollm_audits.cohort import recorded
 
 import securefedcollm
 from securefedcollm.aggregation import ckks_ring
-from securefedcollm.aggregation.ckks_seal import Seal
-from securefedcollm.aggregation.ckks_secrets import CkksSecrets
+from securefedcollm.aggregation.ckks_seal import Factor, Seal
+from securefedcollm.aggregation.ckks_secrets import CkksSecrets, KeyShares
 from securefedcollm.errors import ConfigError, CryptoError, LocalProtocolError, ProtocolError
 from securefedcollm.study.ring import (
     DEGREE,
@@ -42,24 +42,27 @@ def uniform(ring: CkksRing, rows: int, seed: int = 0) -> np.ndarray:
     return rng.integers(0, ring.prime, (rows, DEGREE), dtype=np.uint64)
 
 
+def secret_of(seal: Seal) -> Factor:
+    (made,) = seal.factors(seal.transformed(ckks_ring.ternary(1, seal.ring, os.urandom)))
+    return made
+
+
 class Parties:
     """n silos that made a key together, without the protocol around it."""
 
     def __init__(self, ring: CkksRing, count: int, chunks: int = 1) -> None:
         self.ring, self.seal = ring, Seal(ring)
-        self.shape = Shape(chunks, 1, chunks)
+        self.shape = Shape(chunks, 1, chunks, 1)
         self.common = ckks_ring.hash_to_ring(b"parties", ring)
-        nothing = np.zeros(DEGREE, dtype=np.int64)
-        self.silos = [self.party(nothing) for _ in range(count)]
+        holder = (ring, self.shape, self.common, 1, os.urandom)  # of one silo's keys: all share it
+        self.silos = [KeyShares(*holder) for _ in range(count)]
         self.joint = np.zeros_like(self.common)
         for silo in self.silos:
-            ckks_ring.accumulate(self.joint, silo.key_parts(), ring)
-
-    def party(self, vector: np.ndarray) -> CkksSecrets:
-        return CkksSecrets(self.ring, self.shape, vector, self.common, os.urandom)
+            ckks_ring.accumulate(self.joint, *silo.key_parts(), ring)
 
     def encrypt(self, vector: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        upload = self.party(vector).encrypt(self.joint)
+        party = CkksSecrets(self.ring, self.shape, vector, self.common, os.urandom)
+        upload = party.encrypt(self.joint[np.newaxis])
         rows = self.shape.chunks
         first = ckks_ring.unpack(upload.first, self.ring, rows)
         return first, ckks_ring.unpack(upload.second, self.ring, rows)
@@ -69,8 +72,8 @@ class Parties:
         total, zeros = first, np.zeros_like(second)
         loaded = self.seal.load(second)
         for silo in self.silos[without:]:
-            (secret,) = silo._shares
-            total = ckks_ring.add(total, self.seal.products(secret, loaded, zeros), self.ring)
+            terms = [(silo._secrets[0][0], loaded)]
+            total = ckks_ring.add(total, self.seal.products(terms, zeros), self.ring)
         return self.seal.coefficients(total)
 
     def noise(self, coefficients: np.ndarray, vector: np.ndarray) -> np.ndarray:
@@ -229,13 +232,14 @@ def test_the_common_polynomial_is_fixed_by_its_seed_and_uniform() -> None:
 @given(values=st.integers(1, 2**32), silos=st.integers(3, 128), colluders=st.integers(0, 40))
 def test_every_chunk_has_a_key_and_a_group_and_traffic_is_least(values, silos, colluders) -> None:
     ring = CkksRing("precise", silos, 1000, 40, 20, silos)
-    chunks, keys, groups = ring.shape(values, colluders)
+    chunks, keys, groups, committees = ring.shape(values, colluders)
+    assert committees == colluders + 1
     assert (chunks - 1) * DEGREE < values <= chunks * DEGREE
     assert 1 <= keys <= min(MOST_KEYS, chunks)
     assert (groups - 1) * keys < chunks <= groups * keys
 
     def traffic(k: int) -> float:
-        return (silos + 1) * k + (colluders + 3) * chunks / k
+        return 2 * silos * k + (silos + colluders + 1) * chunks / k
 
     if keys < min(MOST_KEYS, chunks):
         assert traffic(keys) <= min(traffic(max(1, keys - 1)), traffic(keys + 1)) * 1.05
@@ -254,6 +258,37 @@ def test_errors_are_the_centred_binomial_of_the_security_estimate() -> None:
     assert (error == 0).mean() == pytest.approx(math.comb(42, 21) / 2**42, rel=0.03)
     first = ckks_ring.errors(1, ring, recorded("errors"))
     np.testing.assert_array_equal(first, ckks_ring.errors(1, ring, recorded("errors")))
+
+
+@pytest.mark.parametrize("kind", SETS)
+def test_secrets_are_uniform_ternary_and_come_from_the_source_that_was_given(kind) -> None:
+    ring = derive(kind, silos=5, bound=1000)
+    drawn = ckks_ring.ternary(64, ring, os.urandom)
+    signed = ckks_ring.centred(drawn, ring).reshape(-1)
+    found, counts = np.unique(signed, return_counts=True)
+    np.testing.assert_array_equal(found, [-1, 0, 1])
+    assert np.abs(counts / len(signed) - 1 / 3).max() < 5 * (2 / 9 / len(signed)) ** 0.5
+    first = ckks_ring.ternary(3, ring, recorded("secrets"))
+    np.testing.assert_array_equal(first, ckks_ring.ternary(3, ring, recorded("secrets")))
+    assert (drawn[0] != drawn[1]).mean() > 0.6
+
+
+@pytest.mark.parametrize("kind", SETS)
+def test_a_product_is_that_of_polynomials_modulo_x_n_plus_1(kind) -> None:
+    """Against the definition: x^5 times a polynomial shifts it, and what is shifted out comes back
+    negated."""
+    ring = derive(kind, silos=5, bound=1000)
+    shift = np.zeros((1, DEGREE), dtype=np.uint64)
+    shift[0, 5] = 1
+    polynomial, zero = uniform(ring, 1), np.zeros((1, DEGREE), dtype=np.uint64)
+    with Seal(ring) as seal:
+        (factor,) = seal.factors(seal.transformed(shift))
+        made = seal.products([(factor, seal.load(seal.transformed(polynomial)))], zero)
+        found = seal.coefficients(made)
+    expected = np.concatenate(
+        [np.uint64(ring.prime) - polynomial[:, -5:], polynomial[:, :-5]], axis=1
+    )
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("bits", [20, 40])
@@ -315,10 +350,10 @@ def test_a_share_hides_behind_noise_of_the_stated_width() -> None:
     """Adversary: who sees a share c1·s + noise, and would solve c1·s for s."""
     ring = derive("precise", silos=4, bound=1000)
     with Seal(ring) as seal:
-        secret, c1 = seal.secret(), seal.load(uniform(ring, 1))
+        secret, c1 = secret_of(seal), seal.load(uniform(ring, 1))
         noise = ckks_ring.flooding(1, ring, os.urandom)
-        bare = seal.products(secret, c1, np.zeros_like(noise))
-        share = seal.products(secret, c1, noise)
+        bare = seal.products([(secret, c1)], np.zeros_like(noise))
+        share = seal.products([(secret, c1)], noise)
         found = seal.coefficients(ckks_ring.subtract(share, bare, ring))
     np.testing.assert_array_equal(found, noise)
 
@@ -330,11 +365,11 @@ def test_products_and_transforms_of_any_number_of_polynomials(rows: int) -> None
     noise, polynomials = uniform(ring, rows), uniform(ring, rows, seed=9)
     noise[rows // 2] = polynomials[rows // 2] = 0
     with Seal(ring) as seal:
-        secret = seal.secret()
-        together = seal.products(secret, seal.load(polynomials), noise)
-        bare = seal.products(secret, seal.load(polynomials), np.zeros_like(noise))
+        secret = secret_of(seal)
+        together = seal.products([(secret, seal.load(polynomials))], noise)
+        bare = seal.products([(secret, seal.load(polynomials))], np.zeros_like(noise))
         for row in range(rows):
-            alone = seal.products(secret, seal.load(polynomials[[row]]), noise[[row]])
+            alone = seal.products([(secret, seal.load(polynomials[[row]]))], noise[[row]])
             np.testing.assert_array_equal(together[[row]], alone)
         assert not bare[rows // 2].any()
         found = seal.coefficients(ckks_ring.subtract(together, bare, ring))

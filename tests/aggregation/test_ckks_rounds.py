@@ -47,6 +47,22 @@ def test_precise_sums_are_exact(silos: int, values: int, bound: int) -> None:
     assert "sum" not in repr(result)
 
 
+@pytest.mark.parametrize(("silos", "colluders"), [(4, 0), (7, 2), (8, 4)])
+def test_members_are_in_as_many_committees_as_it_takes(silos: int, colluders: int) -> None:
+    made = cohort(silos, values=3 * 4096, colluders=colluders)
+    shape = ckks_messages.shape_of(made.header)
+    assert (shape.committees, shape.seconds) == (colluders + 1, shape.groups * (colluders + 1))
+    result = Round(made).play()
+    np.testing.assert_array_equal(result.sum, made.plain_sum(made.names))
+    # Whoever is missing: no committee is empty, and one at least has no colluder.
+    members = tuple(range(2, silos + 1))
+    found = {k: ckks_messages.committee(k, members, shape.committees) for k in members}
+    assert set(found.values()) == set(range(shape.committees))
+    for start in range(len(members) - colluders + 1):
+        colluding = {found[k] for k in members[start : start + colluders]}
+        assert set(found.values()) - colluding
+
+
 def test_compact_sums_have_the_error_that_was_predicted_and_no_more() -> None:
     made = cohort(10, values=2 * 4096, bound=2**15 - 1, kind="compact")
     ring = ckks_messages.ring_of(made.header)
@@ -208,19 +224,21 @@ def test_secrets_are_dropped_not_shown_not_copied(capfd) -> None:
     side = played.silos["silo-001"]
     assert repr(side) == "CkksSiloRound(silo='silo-001', step=unmask)"
     assert repr(side._secrets) == "CkksSecrets(<redacted>)"
+    assert repr(side._shares) == "KeyShares(<redacted>)"
     for copied in (copy.copy, copy.deepcopy, pickle.dumps):
-        for secret in (side, side._secrets):
+        for secret in (side, side._secrets, side._shares):
             with pytest.raises(TypeError, match="neither copied nor pickled"):
                 copied(secret)
     assert not side._secrets._vector.size  # encrypted: no longer needed
     with pytest.raises(LocalProtocolError, match="no ciphertext to upload"):
         side._secrets.take_upload()
     played.exchange()
-    assert side._secrets is None
+    assert side._secrets is side._shares is None
+    assert not side._seconds
     assert side.step is Step.DONE
     upload = played.received[Step.UPLOAD, "silo-001"]
     decoded = msgspec.msgpack.decode(upload, type=ckks_messages.CipherUpload)
-    assert repr(decoded) == "CipherUpload(61440 + 61440 bytes)"
+    assert repr(decoded) == "CipherUpload(61440 + 122880 bytes)"
     share = played.received[Step.UNMASK, "silo-001"]
     assert "redacted" in repr(msgspec.msgpack.decode(share, type=ckks_messages.Partial))
     # The library prints warnings where its other interface is used; results own stdout.
@@ -231,19 +249,21 @@ def test_no_frame_holds_the_secret_key_or_the_vector() -> None:
     made = cohort(3, values=4096)
     played = Round(made).until(Step.UPLOAD)
     side = played.silos["silo-002"]
-    ring, secrets = ckks_messages.ring_of(made.header), side._secrets
-    secrets._shares[0].save(secrets._seal._out.path)
-    key = secrets._seal._content(4096)
+    ring, shares = ckks_messages.ring_of(made.header), side._shares
+    shares._secrets[0][0].save(shares._seal._out.path)
+    key = shares._seal._content(4096)
     assert len(np.unique(key)) > 4000
     vector = ckks_ring.encode(made.vectors["silo-002"], ring)
     while played.exchange():
         pass
-    for step, field in ((Step.SHARE, "part"), (Step.UPLOAD, "first"), (Step.UPLOAD, "second")):
-        frame = played.received[step, "silo-002"]
-        message = msgspec.msgpack.decode(
-            frame, type=ckks_messages.KeyPart if field == "part" else ckks_messages.CipherUpload
-        )
-        sent = ckks_ring.unpack(getattr(message, field), ring, 1)[0]
+    part = msgspec.msgpack.decode(
+        played.received[Step.SHARE, "silo-002"], type=ckks_messages.KeyPart
+    )
+    upload = msgspec.msgpack.decode(
+        played.received[Step.UPLOAD, "silo-002"], type=ckks_messages.CipherUpload
+    )
+    for data in (part.parts[0], upload.first, upload.second[: len(upload.first)]):
+        sent = ckks_ring.unpack(data, ring, 1)[0]
         for secret in (key, vector[0]):
             assert (sent == secret).mean() < 0.01
 

@@ -10,13 +10,18 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 import pytest
-from securefedcollm_audits import malformed
+from securefedcollm_audits.threshold_attacks import (
+    threshold_malformed_ciphertext,
+    threshold_malformed_key,
+)
 
 from securefedcollm.aggregation import AbandonedError, Step, ckks_ring
 from securefedcollm.aggregation import ckks_messages as m
 from securefedcollm.aggregation.ckks_seal import Seal
+from securefedcollm.aggregation.ckks_secrets import KeyShares
 from securefedcollm.errors import RemoteProtocolError
 from securefedcollm.primitives import sha256
+from securefedcollm.study.ring import CkksRing, Shape
 
 from .ckks_cohort import (
     REQUESTS,
@@ -27,7 +32,6 @@ from .ckks_cohort import (
     cohort,
     edit,
     fails,
-    flipped,
     opened,
     sign_as,
     silo,
@@ -72,86 +76,58 @@ def test_the_server_and_all_silos_but_one_cannot_open_a_sum() -> None:
     assert np.abs(alone).mean() > 1e3 * 10
 
 
-def test_known_limit_a_malformed_ciphertext_bares_the_joint_secret() -> None:
-    """Adversary: a server, and a colluder that does not encrypt but uploads a constant. The opened
-    sum then gives away the joint secret, and so every other silo's vector. This is the limit that
-    ``docs/ckks.md`` states: colluders may tell the server everything, but must encrypt as the
-    protocol says. Under an authority's keys, of which every silo has its own, the same attack gains
-    nothing (``audit protocol --case authority_malformed_ciphertext``). If this test fails, because
-    the attack does, mend the documentation."""
-    made = cohort(3, values=64 * 4096)
-    ring, shape = m.ring_of(made.header), m.shape_of(made.header)
-    played, bits = Round(made), ring.scale_bits - 3
-    secrets = played.silos["silo-003"]._secrets
-    secrets._upload = malformed.upload(ring, shape, bits)
-    secrets.encrypt = lambda joint: secrets._upload
-    played.play()
-    total = np.zeros((shape.chunks, 4096), dtype=np.uint64)
-    for name in made.names:
-        for step, kind, field in (
-            (Step.UPLOAD, m.CipherUpload, "first"),
-            (Step.UNMASK, m.Partial, "share"),
-        ):
-            message = msgspec.msgpack.decode(played.received[step, name], type=kind)
-            ckks_ring.accumulate(total, getattr(message, field), ring)
-    found = malformed.read_secrets(ring, shape, total, bits)
-    stolen = msgspec.msgpack.decode(played.received[Step.UPLOAD, VICTIM], type=m.CipherUpload)
-    opened = malformed.open_with(ring, shape, found, stolen.first, stolen.second)
-    np.testing.assert_array_equal(opened, made.vectors[VICTIM])
+@pytest.mark.parametrize("case", [threshold_malformed_ciphertext, threshold_malformed_key])
+def test_a_colluder_reads_no_secret_of_others_out_of_the_sum(case) -> None:
+    """Adversary: a server, and a colluder that does not encrypt but uploads a constant, or gives a
+    constant for its part of the victim's keys."""
+    outcome = case()
+    assert outcome.held, outcome
 
 
-@pytest.mark.parametrize("vouching", [(), (OTHER,)])
-def test_nobody_decrypts_a_single_ciphertext(vouching) -> None:
-    """Adversary: a server that asks to decrypt the victim's ciphertext as if it were the sum, and
-    a silo that vouches for it. Every chunk has an honest verifier who says otherwise."""
-    made = cohort(4)
-    played = Round(made).until(Step.AGREE)
-    second = played.coordinator._seconds[made.roster.index(VICTIM)]
-    digests = m.polynomial_digests(second, SIZE)
-    played.exchange()
-    verdicts = dict(played.coordinator._verdicts)
-    for name in vouching:
-        index = made.roster.index(name)
-        mine = m.assigned(index, (1, 2, 3, 4), 1, 2)
-        assert mine  # this colluder does have a say
-        lie = b"".join(digests[32 * k : 32 * k + 32] for k in mine)
-        verdicts[index] = sign_as(made, name, verdicts[index], sums=lie)
-    evil = m.Aggregate(tuple(verdicts.values()), second).encode()
-    fails(played, request=lambda step, name, frame: evil)
-    assert played.shares == []
-    honest = [why for name, why in played.refused.items() if name not in vouching]
-    assert len(honest) == 4 - len(vouching)
-    assert all("does not vouch for" in why for why in honest)
+@pytest.mark.parametrize("broken", ["one set of keys", "one committee"])
+def test_without_keys_or_committees_of_their_own_the_same_attacks_succeed(
+    broken: str, monkeypatch
+) -> None:
+    """Positive control: what the attacks of ``audit protocol`` would find."""
+    if broken == "one set of keys":
+        made = KeyShares.key_parts
+
+        def shared(self) -> tuple[bytes, ...]:
+            parts = made(self)
+            self._secrets = [self._secrets[0]] * len(parts)
+            return parts[:1] * len(parts)
+
+        monkeypatch.setattr(KeyShares, "key_parts", shared)
+        assert threshold_malformed_ciphertext().learnt == ("the vector of silo-001",)
+        return
+    shape = CkksRing.shape
+
+    def single(self, values: int, colluders: int) -> Shape:
+        return shape(self, values, 0)
+
+    monkeypatch.setattr(CkksRing, "shape", single)
+    assert threshold_malformed_key().learnt == ("the vector of silo-001",)
 
 
-def test_beyond_the_collusion_threshold_a_silo_still_fails_with_an_error_of_ours() -> None:
-    """Adversary: both verifiers of a chunk, one more than the study allows, who vouch for bytes
-    that are no polynomial."""
-    made = cohort(4, values=10)
-    played = Round(made).until(Step.UNMASK)
-    junk = b"\xff" * SIZE
-    verdicts = dict(played.coordinator._verdicts)
-    for index in (1, 2):
-        name = made.names[index - 1]
-        verdicts[index] = sign_as(made, name, verdicts[index], sums=sha256(junk))
-    evil = m.Aggregate(tuple(verdicts.values()), junk).encode()
-    fails(played, request=lambda step, name, frame: evil)
-    assert "not below the modulus" in played.refused["silo-003"]
-    assert played.shares == []
+def test_a_server_cannot_give_one_member_another_ciphertext_to_multiply() -> None:
+    """Adversary: a server that has the victim's ciphertext multiplied twice, and nobody else's; or
+    one that swaps one group of it."""
+    for keep in (0, SIZE):
+        made = cohort(4, values=3 * 4096)
+        assert m.shape_of(made.header).groups > 1
 
+        def change(message: m.Pieces, keep: int = keep) -> dict[str, tuple[m.PieceList, ...]]:
+            victim, other = message.lists[0], message.lists[1]
+            forged = other.pieces[:keep] + victim.pieces[keep:]
+            lie = msgspec.structs.replace(other, pieces=forged)
+            return {"lists": (victim, lie, *message.lists[2:])}
 
-def test_one_chunk_swapped_is_enough_to_be_refused() -> None:
-    """Adversary: a server that sums honestly but for one chunk, which is the victim's alone."""
-    made = cohort(4)
-    played = Round(made).until(Step.AGREE)
-    second = played.coordinator._seconds[made.roster.index(VICTIM)]
-
-    def change(message: m.Aggregate) -> dict[str, bytes]:
-        return {"second": message.second[:SIZE] + second[SIZE:]}
-
-    fails(played, request=at(Step.UNMASK, None, edit(m.Aggregate, change)))
-    assert played.shares == []
-    assert all("group 1 is not the sum" in why for why in played.refused.values())
+        played = Round(made)
+        fails(played, request=at(Step.AGREE, None, edit(m.Pieces, change)))
+        assert played.shares == []
+        assert set(played.refused) == set(made.names)
+        why = "silo-002's ciphertext is not the one it committed to"
+        assert all(why in said for said in played.refused.values())
 
 
 SERVER_LIES = {
@@ -190,10 +166,25 @@ SERVER_LIES = {
         lambda r: {
             "entries": (
                 *r.entries[:3],
-                msgspec.structs.replace(r.entries[3], part=r.entries[0].part),
+                msgspec.structs.replace(r.entries[3], digests=r.entries[0].digests),
             )
         },
         "key part with a bad signature",
+    ),
+    "a key of its own in the place of a member's": (
+        Step.ENCRYPT,
+        lambda r: {
+            "entries": (
+                *r.entries[:3],
+                msgspec.structs.replace(r.entries[3], parts=r.entries[0].parts),
+            )
+        },
+        "silo-004's key part is not the one it committed to",
+    ),
+    "no key of a member": (
+        Step.ENCRYPT,
+        lambda r: {"entries": (*r.entries[:3], msgspec.structs.replace(r.entries[3], parts=()))},
+        "silo-004's key part is not the one it committed to",
     ),
     "fewer key holders than a quorum": (
         Step.ENCRYPT,
@@ -245,22 +236,15 @@ SERVER_LIES = {
         lambda r: {"verdicts": r.verdicts[:3]},
         "not of the silos that share the key",
     ),
-    "a verdict altered": (
+    "another member's verdict": (
         Step.UNMASK,
         lambda r: {
             "verdicts": (
                 *r.verdicts[:3],
-                msgspec.structs.replace(r.verdicts[3], sums=r.verdicts[2].sums),
+                msgspec.structs.replace(r.verdicts[3], signature=r.verdicts[2].signature),
             )
         },
         "verdict with a bad signature",
-    ),
-    "an empty aggregate": (Step.UNMASK, lambda r: {"second": b""}, "another length"),
-    "a short aggregate": (Step.UNMASK, lambda r: {"second": r.second[:-1]}, "does not vouch for"),
-    "a flipped bit": (
-        Step.UNMASK,
-        lambda r: {"second": flipped(r.second)},
-        "group 0 is not the sum",
     ),
 }
 
@@ -334,10 +318,13 @@ def test_a_cloned_silo_does_not_answer_twice() -> None:
         side = played.silos[VICTIM]
         frame = played.coordinator.requests()[VICTIM]
         clone = silo(made, VICTIM)
-        clone.__dict__.update({k: v for k, v in vars(side).items() if k != "_secrets"})
-        secrets = vars(side._secrets) | {"_seal": Seal(side._ring)}
-        clone._secrets = object.__new__(type(side._secrets))
-        clone._secrets.__dict__.update(secrets)
+        kept = {"_secrets": side._secrets, "_shares": side._shares}
+        clone.__dict__.update({k: v for k, v in vars(side).items() if k not in kept})
+        clone._seconds = dict(side._seconds)
+        for name, held in kept.items():
+            copied = object.__new__(type(held))
+            copied.__dict__.update(vars(held) | {"_seal": Seal(side._ring)})
+            setattr(clone, name, copied)
         side.handle(frame)
         if step is Step.UPLOAD:  # the very same ciphertext may leave again
             assert clone.handle(frame)

@@ -6,16 +6,13 @@ from collections.abc import Iterator
 
 from securefedcollm.aggregation import ckks_authority_messages as am
 from securefedcollm.aggregation import ckks_messages as m
-from securefedcollm.aggregation.header import RoundHeader
 from securefedcollm.aggregation.messages import UNSIGNED, Signable
 from securefedcollm.errors import CryptoError
 from securefedcollm.evidence.entries import (
     Ciphertexts,
     Decrypted,
     Entry,
-    Keyed,
     Opening,
-    Round,
     Summed,
     Told,
     Word,
@@ -114,21 +111,10 @@ class _Opened:
             self._silo(name, "consent", said, bytes.fromhex(raw))
 
     def _check_verdicts(self) -> None:
-        """Everybody vouched for the same sum of the second polynomials, each for its groups."""
-        what, size = self._what, 64
-        members = [self._roster.index(name) for name in what.survivors]
-        header = _header_of(self._case, what)
-        groups = len(self._of.sums) // size
-        if header is None or groups != m.shape_of(header).groups:
-            self._wrong(self._entry, "does not say which sums of the ciphertexts were decrypted")
-            return
-        sums = bytes.fromhex(self._of.sums)
-        transcript, colluders = bytes.fromhex(what.delivery), self._case.study.silos.colluders
-        for name, raw in what.agreements.items():
-            index = self._roster.index(name)
-            mine = m.assigned(index, members, colluders, groups)
-            vouched = b"".join(sums[32 * k : 32 * k + 32] for k in mine)
-            said = m.Verdict(self._header, index, UNSIGNED, transcript, vouched)
+        """Everybody was given these ciphertexts, and agreed to open their sum."""
+        transcript = bytes.fromhex(self._what.delivery)
+        for name, raw in self._what.agreements.items():
+            said = m.Verdict(self._header, self._roster.index(name), UNSIGNED, transcript)
             self._silo(name, "verdict", said, bytes.fromhex(raw))
 
     def _silo(self, name: str, kind: str, said: Signable, raw: bytes) -> None:
@@ -143,15 +129,6 @@ class _Opened:
         except CryptoError:
             self._wrong(self._entry, f"the {kind} of {name} does not verify")
         self._count += 1
-
-
-def _header_of(case: Case, what: Opening | Decrypted) -> RoundHeader | None:
-    """The round header that the opening names, from whoever's log has it."""
-    for log in case.logs.values():
-        for entry in log:
-            if isinstance(entry.what, Round | Keyed) and entry.what.header == what.header:
-                return case.header(entry.what)
-    return None
 
 
 def authority(case: Case, wrong: Faults) -> str:
