@@ -38,7 +38,12 @@ from securefedcollm.federation.engines.flare.kit import (
     request_certificate,
 )
 from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
-from securefedcollm.federation.engines.link import Door, SiloInbox, answer_calls
+from securefedcollm.federation.engines.link import (
+    Door,
+    SiloInbox,
+    answer_calls,
+    sign_request,
+)
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore
@@ -129,7 +134,7 @@ def run(
     store = RunStore(directory, study.digest, resume=False)
     started = time.monotonic()
     wire: list[int] = []
-    Coordinator(
+    coordinator = Coordinator(
         study=study,
         roster=roster,
         engine=engine,
@@ -137,7 +142,9 @@ def run(
         store=store,
         progress=silent,
         on_round=lambda record: wire.append(loopback_bytes()),
-    ).run()
+    )
+    coordinator.run()
+    coordinator.end()
     seconds = [record["seconds"]["silos_and_sum"] for record in store.state.history]
     last = store.state.history[-1]
     return {
@@ -226,6 +233,7 @@ def signed_study(homes: dict[str, Path], path: Path) -> Study:
 
 def over_flare(values: int, homes: dict[str, Path], study_file: Path, out: Path) -> dict[str, Any]:
     study = signed_study(homes, study_file)
+    key = open_identity(read_identity(homes["server"] / "identity.json"), None)
     with contextlib.ExitStack() as stack:
         for name in SILOS:
             words = ["silo", str(homes[name]), str(study_file), str(values)]
@@ -239,6 +247,7 @@ def over_flare(values: int, homes: dict[str, Path], study_file: Path, out: Path)
                 minimum=len(SILOS),
                 server=installed(homes["server"], "server"),
                 lead=installed(homes["server"], "server", lead=True),
+                sign=partial(sign_request, key, study.digest),
                 patience=120,
                 progress=silent,
             )
@@ -262,7 +271,7 @@ def serve_silo(home: Path, study_file: Path, values: int) -> None:
             store=SiloStore(place),
             ledger=Ledger(place / "ledger.sqlite", member.name),
         )
-        inbox = SiloInbox(session, 1 << 31)
+        inbox = SiloInbox(session, 1 << 31, roles.open_for(member))
         with (
             Door(answer_calls(inbox)) as door,
             FlareProcess(

@@ -11,7 +11,7 @@ import typer
 
 from securefedcollm.errors import ConfigError
 from securefedcollm_cli.identity import PassphraseFile, read_passphrase
-from securefedcollm_cli.options import Json
+from securefedcollm_cli.options import Json, stop_on_sigterm
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -62,6 +62,7 @@ def init(
     """
     from securefedcollm.federation.engines.flare.kit import PROFILE, create_consortium
 
+    stop_on_sigterm()
     host, _, port = server.rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(
@@ -90,15 +91,22 @@ def approve(
         Path | None,
         typer.Option("--out", metavar="DIR", help="Where to put the answers [DIR of --ca/signed]."),
     ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     passphrase_file: PassphraseFile = None,
     as_json: Json = False,
 ) -> None:
     """Sign participants' certificate requests, after you have made sure who sent them.
 
-    Neither a request nor its answer holds anything secret.
+    Shows whose name each request bears, and asks. Neither a request nor its answer holds anything
+    secret.
     """
-    from securefedcollm.federation.engines.flare.kit import approve_request
+    from securefedcollm.federation.engines.flare.kit import approve_request, read_request
 
+    stop_on_sigterm()
+    for request in requests:
+        typer.echo(read_request(request).sentence, err=True)
+    if not (yes or typer.confirm("Are these the senders?", default=False, err=True)):
+        raise ConfigError("nothing was signed", hint="--yes signs without asking")
     passphrase = read_passphrase(passphrase_file)
     place = out or authority / "signed"
     signed = [approve_request(authority, request, passphrase, place) for request in requests]
@@ -144,6 +152,7 @@ def join(
     """
     from securefedcollm.federation.engines.flare.kit import read_profile
 
+    stop_on_sigterm()
     place, consortium = home_of(home), read_profile(profile)
     if signed:
         from securefedcollm.federation.engines.flare.kit import install_kits
@@ -172,10 +181,11 @@ def join(
 def _ask(
     home: Path, consortium: Any, name: str, role: str, passphrase_file: Path | None, plain: bool
 ) -> dict[str, Any]:
-    from securefedcollm.federation.engines.flare.kit import request_certificate
+    from securefedcollm.federation.engines.flare.kit import check_name, request_certificate
     from securefedcollm.federation.roles import IDENTITY
     from securefedcollm.study.identity import create_identity, read_identity
 
+    check_name(name, "--name")
     path = home / IDENTITY
     if path.exists():
         identity = read_identity(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -29,3 +30,8 @@ Device = Annotated[
         "--device", metavar="NAME", help="Where the models compute: cpu, cuda, cuda:1, mps."
     ),
 ]
+
+
+def stop_on_sigterm() -> None:
+    """A service manager stops this command as Ctrl-C does: in order, with everything closed."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)

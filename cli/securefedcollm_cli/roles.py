@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,13 +15,14 @@ import typer
 from securefedcollm.errors import ConfigError
 from securefedcollm_cli.consortium import Home, home_of
 from securefedcollm_cli.identity import PassphraseFile, read_passphrase
-from securefedcollm_cli.options import Json, StudyFile
+from securefedcollm_cli.options import Json, StudyFile, stop_on_sigterm
 
 if TYPE_CHECKING:
     from securefedcollm.evidence.entries import Entry
     from securefedcollm.federation.authority import AuthoritySession
     from securefedcollm.federation.engines.flare.kit import Kit
-    from securefedcollm.federation.roles import Terms
+    from securefedcollm.federation.engines.link import SiloInbox
+    from securefedcollm.federation.roles import Member, Terms
     from securefedcollm.federation.silo import SiloSession
     from securefedcollm_cli.progress import Bars
 
@@ -71,7 +72,7 @@ def server(
     from securefedcollm.study import load_study
     from securefedcollm_cli.progress import Bars
 
-    _stop_on_sigterm()
+    stop_on_sigterm()
     place, study = home_of(home), load_study(config)
     passphrase = _asked(passphrase_file)
     with (
@@ -92,6 +93,7 @@ def server(
             minimum=study.minimum + len(office),
             server=installed(place, member.name),
             lead=installed(place, member.name, lead=True),
+            sign=roles.sign_for(member),
             patience=wait,
             progress=bars.report,
             say=bars.say,
@@ -145,7 +147,7 @@ def client(
     from securefedcollm.study import load_study
     from securefedcollm_cli.progress import Bars
 
-    _stop_on_sigterm()
+    stop_on_sigterm()
     place, study = home_of(home), load_study(config)
     passphrase = _asked(passphrase_file)
     with roles.take_part(study, config, place, "silo", passphrase) as member:
@@ -167,7 +169,7 @@ def client(
                 budget=limit,
                 on_entry=lambda entry: _print_entry(entry, study, bars, as_json),
             )
-            _serve(session, kit, roles.largest_frame(study, workload), bars)
+            _serve(session, member, kit, roles.largest_frame(study, workload), bars)
     _finished(member.run, as_json)
 
 
@@ -188,7 +190,7 @@ def authority(
     from securefedcollm.study import load_study
     from securefedcollm_cli.progress import Bars
 
-    _stop_on_sigterm()
+    stop_on_sigterm()
     place, study = home_of(home), load_study(config)
     with (
         roles.take_part(study, config, place, "authority", _asked(passphrase_file)) as member,
@@ -201,16 +203,18 @@ def authority(
         bars.say(f"study {study.study}, sha256:{member.study.digest.hex()}, signed by all")
         bars.say(f"opens {study.sums} sums, each of at least {study.quorum} silos")
         _confirm(yes)
-        _serve(session, kit, roles.LARGEST_TO_AUTHORITY, bars)
+        _serve(session, member, kit, roles.LARGEST_TO_AUTHORITY, bars)
     _finished(member.run, as_json)
 
 
-def _serve(session: Session, kit: Kit, limit: int, bars: Bars) -> None:
+def _serve(session: Session, member: Member, kit: Kit, limit: int, bars: Bars) -> None:
     """Answer the server, through FLARE's process, until the run is over."""
+    from securefedcollm.federation import roles
     from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
     from securefedcollm.federation.engines.link import Door, SiloInbox, answer_calls
 
-    inbox = SiloInbox(session, limit)
+    inbox = SiloInbox(session, limit, roles.open_for(member))
+    leave = _Leaving(session, inbox)
     with (
         Door(answer_calls(inbox)) as door,
         FlareProcess(
@@ -218,9 +222,24 @@ def _serve(session: Session, kit: Kit, limit: int, bars: Bars) -> None:
         ) as flare,
     ):
         bars.say("waiting for the server")
-        inbox.serve(lambda: not flare.running or (session.over and not inbox.attended))
+        inbox.serve(lambda: not flare.running or leave.now)
         if not session.over:
             flare.require_running()
+
+
+class _Leaving:
+    """When to go: the run is over and the server has had the answer, or a minute to fetch it."""
+
+    def __init__(self, session: Session, inbox: SiloInbox) -> None:
+        self._session, self._inbox = session, inbox
+        self._since: float | None = None
+
+    @property
+    def now(self) -> bool:
+        if not self._session.over:
+            return False
+        self._since = self._since or time.monotonic()
+        return not self._inbox.attended or time.monotonic() - self._since > 60
 
 
 def _finished(run: Path, as_json: bool) -> None:
@@ -254,11 +273,6 @@ def _asked(passphrase_file: Path | None) -> Callable[[], str]:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
-
-
-def _stop_on_sigterm() -> None:
-    """A service manager stops a role as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _agree(terms: Terms, yes: bool, as_json: bool) -> None:

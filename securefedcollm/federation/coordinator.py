@@ -25,7 +25,12 @@ from securefedcollm.aggregation import (
     Step,
     coordinator_side,
 )
-from securefedcollm.errors import ProtocolError, RemoteProtocolError, SecureFedCoLLMError
+from securefedcollm.errors import (
+    ProtocolError,
+    RemoteProtocolError,
+    SecureFedCoLLMError,
+    TransportError,
+)
 from securefedcollm.federation.engines import Engine, Failure
 from securefedcollm.federation.messages import (
     Aggregate,
@@ -119,12 +124,17 @@ class Coordinator:
         if not self._evidence.sealed:
             self._countersign()
         self._progress(self._study.rounds, self._study.rounds, "rounds")
-        self._end()
 
-    def _end(self) -> None:
-        """Tell all parties, so that silos settle what the last sum cost them, and can leave."""
+    def end(self) -> None:
+        """Tell all parties, so that silos settle what the last sum cost them, and can leave.
+
+        Whoever is not there any more is not told: the run is finished all the same.
+        """
         requests = dict.fromkeys(self._parties, EndRun(self._store.run_id))
-        self._ask(requests, STEP_TIMEOUT, _Traffic(self._parties), {})
+        try:
+            self._ask(requests, STEP_TIMEOUT, _Traffic(self._parties), {})
+        except TransportError as error:
+            log.warning("nobody is there to be told that the run is over: %s", error)
 
     def _run_round(self, round_: int) -> None:
         started = time.monotonic()

@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,6 +33,7 @@ from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.authority import AuthoritySession
 from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.engines import Engine
+from securefedcollm.federation.engines.link import Parcel, open_request, sign_request
 from securefedcollm.federation.files import make_directory, write_durably
 from securefedcollm.federation.plan import AUTHORITY, authority_of
 from securefedcollm.federation.recording import SERVER, AuthorityRecord, ServerRecord, SiloRecord
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
 
 IDENTITY: Final = "identity.json"
 LEDGER: Final = "ledger.sqlite"
+_TOLD: Final = ".told"
 _SLACK: Final = 64 << 20
 """Bytes of a frame besides the adapter: lists and shares of 128 silos, proofs."""
 
@@ -102,6 +105,7 @@ def take_part(
         raise ConfigError(
             "the study names no server", where="roster", hint="add a participant of role: server"
         )
+    home.chmod(0o700)
     run = make_directory(home / "studies" / f"{study.study}-{digest(study).hex()[:12]}")
     with _alone(run):
         for source, target in (
@@ -121,6 +125,16 @@ def take_part(
             home=home,
             run=run,
         )
+
+
+def sign_for(member: Member) -> Callable[[str, Parcel, bytes], bytes]:
+    """How this server signs what it sends."""
+    return partial(sign_request, member.key, digest(member.study))
+
+
+def open_for(member: Member) -> Callable[[Parcel, bytes], bytes]:
+    """How this participant checks that a request is from the server of its study."""
+    return partial(open_request, member.server, digest(member.study), member.name)
 
 
 @contextmanager
@@ -164,7 +178,7 @@ def coordinate(
         quorum=study.threshold,
         authority=office.key if office else b"",
     )
-    Coordinator(
+    coordinator = Coordinator(
         study=study,
         roster=member.roster,
         engine=engine,
@@ -174,8 +188,23 @@ def coordinate(
         on_round=on_round,
         evidence=evidence,
         authority=office,
-    ).run()
+    )
+    finished = run / "results.json"
+    if not finished.exists():
+        coordinator.run()
+        _finish(member, store, finished)
+    # Once more after a crash: silos that were told have left, and need not answer.
+    if not (run / _TOLD).exists():
+        coordinator.end()
+        (run / _TOLD).touch()
     log.close()
+    record: dict[str, Any] = json.loads(finished.read_bytes())
+    return record
+
+
+def _finish(member: Member, store: RunStore, path: Path) -> None:
+    """The adapters and the run's own record: what says that it is finished."""
+    study, run = member.study, member.run
     final = store.adapters
     for name in ("slm", "llm"):
         if (final / name).is_dir():
@@ -190,8 +219,7 @@ def coordinate(
         "rounds": store.state.history,
         "adapters": str(run / "adapters"),
     }
-    write_durably(run / "results.json", json.dumps(record, indent=2).encode())
-    return record
+    write_durably(path, json.dumps(record, indent=2).encode())
 
 
 def server_questions(

@@ -211,7 +211,7 @@ class Simulation:
             progress=progress,
             context=self._context,
         ) as engine:
-            Coordinator(
+            coordinator = Coordinator(
                 study=self._study,
                 roster=roster,
                 engine=DroppingEngine(engine, self._drops, self._study.scheme)
@@ -223,7 +223,9 @@ class Simulation:
                 on_round=on_round,
                 evidence=evidence,
                 authority=authority,
-            ).run()
+            )
+            coordinator.run()
+            coordinator.end()
         log.close()
 
     def _fedavg(self, dealt: Any, progress: Progress) -> dict[str, float]:

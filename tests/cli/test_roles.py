@@ -69,7 +69,16 @@ def test_a_silo_joins_in_two_steps(consortium, tmp_path):
     with pytest.raises(ConfigError, match="no start-up kit is installed"):
         installed(home, "hospital-a")
 
-    approve = ["consortium", "approve", request, "--ca", consortium, "--out", tmp_path / "signed"]
+    approve = [
+        "consortium",
+        "approve",
+        "--yes",
+        request,
+        "--ca",
+        consortium,
+        "--out",
+        tmp_path / "signed",
+    ]
     result = CliRunner().invoke(
         app, [str(w) for w in approve], env={"SECUREFEDCOLLM_PASSPHRASE": "wrong horse"}
     )

@@ -139,6 +139,7 @@ class RecordedRun:
     def go(self):
         try:
             self.coordinator.run()
+            self.coordinator.end()
         finally:
             self.engine.close()
         shutil.rmtree(self.directory / "adapters", ignore_errors=True)

@@ -59,7 +59,7 @@ def silo(home: Path, study_file: Path, when: int | None) -> None:
     with roles.take_part(study, study_file, home, "silo", str) as member:
         kit = installed(home, member.name)
         session = roles.silo_session(member, Workload(member.name), progress=silent, threads=1)
-        inbox = SiloInbox(Mortal(session, when), 1 << 20)
+        inbox = SiloInbox(Mortal(session, when), 1 << 20, roles.open_for(member))
         with (
             Door(answer_calls(inbox)) as door,
             FlareProcess(
@@ -78,6 +78,7 @@ def server(home: Path, study_file: Path, when: int | None) -> None:
             minimum=study.minimum,
             server=installed(home, member.name),
             lead=installed(home, member.name, lead=True),
+            sign=roles.sign_for(member),
             patience=90,
             progress=silent,
             say=print,

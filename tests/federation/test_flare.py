@@ -194,7 +194,7 @@ def calm_run(study, directory) -> np.ndarray:
 def attached(home: Path, name: str, port=None):
     """A silo's FLARE process with a door behind it; yields (process, inbox)."""
     kit = installed(home, name)
-    inbox = SiloInbox(port or Echo(), 1 << 28)
+    inbox = SiloInbox(port or Echo(), 1 << 28, lambda parcel, raw: raw)
     worker_stop = threading.Event()
     worker = threading.Thread(target=inbox.serve, args=(worker_stop.is_set,))
     worker.start()
@@ -232,6 +232,7 @@ def engine(homes, tmp_path_factory):
         minimum=1,
         server=Kit(workspace, kit.name, kit.org),
         lead=installed(home, "server", lead=True),
+        sign=lambda silo, parcel, frame: frame,
         patience=60,
         progress=silent,
     ) as engine:
@@ -276,10 +277,41 @@ def test_what_a_silo_takes_from_a_server(homes, engine, tmp_path):
         for folder in (code, other):
             assert outcome_of(engine, folder) != "FINISHED:COMPLETED"
         assert not marker.exists()
+
+        # Adversary: another silo, whose messages an honest server passes on.
+        secret = tmp_path / "private.jsonl"
+        secret.write_text("a private record")
+        answers = ask_for_file(homes["silo-2"] / "kit", "silo-2", "silo-1", secret, tmp_path)
+        assert "unauthenticated" in answers
+        assert "a private record" not in answers
     server = (engine._process.workspace / "flare.log").read_text()
     assert "silo-1: NVFLARE_ERROR: BYOC not permitted" in server
     silo = (home / "kit" / "flare.log").read_text()
     assert "Component 'subprocess.Popen' at config path 'components.#2' is not in" in silo
+
+
+def ask_for_file(kit: Path, name: str, victim: str, wanted: Path, directory: Path) -> str:
+    """What a silo's FLARE answers another's command to show a file."""
+    answers = directory / "answers"
+    words = [str(kit), name, victim, str(wanted), str(answers)]
+    with (directory / "attacker.log").open("wb") as output:
+        attacker = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("flare_attacker.py"), *words],
+            stdout=output,
+            stderr=output,
+            cwd=kit,
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            text = answers.read_text() if answers.exists() else ""
+            if text.replace("None", "").strip() and "target_unreachable" not in text:
+                return text
+            time.sleep(0.5)
+        raise AssertionError((directory / "attacker.log").read_text()[-2000:] + text)
+    finally:
+        attacker.kill()
+        attacker.wait()
 
 
 def add_component(job: Path, component: dict) -> None:

@@ -7,10 +7,11 @@ import socket
 import struct
 import threading
 import time
+from functools import partial
 
 import pytest
 
-from securefedcollm.errors import TransportError
+from securefedcollm.errors import CryptoError, TransportError
 from securefedcollm.federation.engines import link as link_module
 from securefedcollm.federation.engines.link import (
     Door,
@@ -22,8 +23,11 @@ from securefedcollm.federation.engines.link import (
     answer_calls,
     deliver,
     knock,
+    open_request,
     result_of,
+    sign_request,
 )
+from securefedcollm.primitives import SigningKey
 
 SESSION = b"s" * 16
 
@@ -52,7 +56,7 @@ def silo():
     stop, threads = threading.Event(), []
 
     def start(port, limit=1000):
-        inbox = SiloInbox(port, limit)
+        inbox = SiloInbox(port, limit, lambda parcel, raw: raw)
         threads.append(threading.Thread(target=inbox.serve, args=(stop.is_set,)))
         threads[-1].start()
         return inbox
@@ -214,6 +218,68 @@ def test_a_silo_that_never_takes_a_request_is_a_dropout():
 
     with pytest.raises(TransportError, match="did not take"):
         deliver(Stuck(), Parcel(SESSION, 0), b"hello", time.monotonic() + 0.1, grace=0.0)
+
+
+def test_a_request_that_the_server_of_the_study_did_not_sign_is_not_worked_out():
+    """Adversary: who holds the server's place in the carrier, but not its identity."""
+    server, thief = SigningKey(b"k" * 32), SigningKey(b"t" * 32)
+    parcel, frame = Parcel(SESSION, 3), b"please train"
+    signed = sign_request(server, b"d" * 32, "silo-1", parcel, frame)
+    assert open_request(server.public, b"d" * 32, "silo-1", parcel, signed) == frame
+    others = [
+        sign_request(thief, b"d" * 32, "silo-1", parcel, frame),
+        sign_request(server, b"e" * 32, "silo-1", parcel, frame),
+        sign_request(server, b"d" * 32, "silo-2", parcel, frame),
+        sign_request(server, b"d" * 32, "silo-1", Parcel(SESSION, 4), frame),
+        sign_request(server, b"d" * 32, "silo-1", Parcel(b"o" * 16, 3), frame),
+        signed[:-1],
+        frame,
+        b"",
+    ]
+    for forged in others:
+        with pytest.raises(CryptoError):
+            open_request(server.public, b"d" * 32, "silo-1", parcel, forged)
+    port, stop = Port(), threading.Event()
+    inbox = SiloInbox(port, 1000, partial(open_request, server.public, b"d" * 32, "silo-1"))
+    thread = threading.Thread(target=inbox.serve, args=(stop.is_set,))
+    thread.start()
+    assert deliver(inbox, parcel, others[0], soon()) == b""
+    assert port.frames == []
+    parcel = Parcel(SESSION, 5)
+    signed = sign_request(server, b"d" * 32, "silo-1", parcel, frame)
+    assert deliver(inbox, parcel, signed, soon()) == frame[::-1]
+    stop.set()
+    thread.join()
+
+
+def test_requests_that_supersede_each_other_do_not_pile_up(silo):
+    """Adversary: a server that sends frame after frame while the silo trains."""
+    port = Port(seconds=0.3)
+    inbox = silo(port)
+    for number in range(20):
+        inbox.push(Parcel(SESSION, number), 8, 0, b"%08d" % number)
+    assert inbox.pull(Parcel(SESSION, 19), 0, 5.0).chunk == b"00000019"[::-1]
+    assert len(port.frames) <= 2
+
+
+def test_a_silo_that_has_just_been_heard_of_is_not_given_up(silo):
+    """Training takes longer than the grace, and then one call is lost."""
+    inbox = silo(Port(seconds=0.5))
+
+    class Hiccup:
+        lost = 0
+
+        def push(self, *call):
+            return inbox.push(*call)
+
+        def pull(self, parcel, offset, patience):
+            pulled = inbox.pull(parcel, offset, 0.05)
+            if pulled.total < 0 or self.lost:
+                return pulled
+            self.lost += 1
+            raise TransportError("lost")
+
+    assert deliver(Hiccup(), Parcel(SESSION, 0), b"slow", soon(), grace=0.3) == b"wols"
 
 
 # ---- the door ----

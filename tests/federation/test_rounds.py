@@ -72,6 +72,7 @@ class Run:
     def go(self):
         try:
             self.coordinator.run()
+            self.coordinator.end()
         finally:
             self.engine.close()
         return self.server.theta

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import queue
 import socket
 import struct
 import tempfile
@@ -25,12 +24,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 
-from securefedcollm.errors import SecureFedCoLLMError, TransportError
+from securefedcollm.errors import CryptoError, SecureFedCoLLMError, TransportError
 from securefedcollm.federation.engines import SiloPort
+from securefedcollm.primitives import SIGNATURE_BYTES, SigningKey, sha256, verify
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,11 @@ PATIENCE: Final = 10.0
 
 GRACE: Final = 20.0
 """Seconds for which a silo that cannot be reached is tried again."""
+
+
+_REQUEST: Final = b"securefedcollm/request/v1"
+_encode = msgspec.msgpack.Encoder().encode
+_T = TypeVar("_T")
 
 
 class Parcel(msgspec.Struct, frozen=True, array_like=True):
@@ -79,6 +84,32 @@ class SiloLink(Protocol):
         ...
 
 
+def sign_request(key: SigningKey, study: bytes, silo: str, parcel: Parcel, frame: bytes) -> bytes:
+    """``frame`` as it travels: the coordinator's signature (64 bytes), then the frame.
+
+    The signature binds the study (its 32-byte digest), the silo and the parcel.
+    """
+    return key.sign(_REQUEST, _statement(study, silo, parcel, frame)) + frame
+
+
+def open_request(server: bytes, study: bytes, silo: str, parcel: Parcel, raw: bytes) -> bytes:
+    """The frame in ``raw``.
+
+    Adversary: whoever got into the carrier without being the server of the signed study: with a
+    stolen or falsely issued TLS key. Unsigned, its requests could have a silo train and be charged.
+
+    Raises:
+        CryptoError: the server of the study, whose public key is ``server``, did not sign it.
+    """
+    signature, frame = raw[:SIGNATURE_BYTES], raw[SIGNATURE_BYTES:]
+    verify(server, _REQUEST, _statement(study, silo, parcel, frame), signature)
+    return frame
+
+
+def _statement(study: bytes, silo: str, parcel: Parcel, frame: bytes) -> bytes:
+    return _encode([study, silo, parcel.session, parcel.number, sha256(frame)])
+
+
 class SiloInbox:
     """The silo's end. Implements :class:`SiloLink`; :meth:`serve` does the work.
 
@@ -86,10 +117,12 @@ class SiloInbox:
         port: what answers the frames. Only :meth:`serve`'s thread touches it.
         limit: bytes of the largest request that can make sense; a longer one is refused before it
             is held.
+        open_: request as it came → frame, or CryptoError: :func:`open_request`.
     """
 
-    def __init__(self, port: SiloPort, limit: int) -> None:
+    def __init__(self, port: SiloPort, limit: int, open_: Callable[[Parcel, bytes], bytes]) -> None:
         self._port = port
+        self._open = open_
         self._limit = limit
         self._changed = threading.Condition()
         self._parcel = Parcel(b"", -1)
@@ -97,7 +130,8 @@ class SiloInbox:
         self._total = 0
         self._reply: bytes | None = None
         self._attending = 0
-        self._work: queue.SimpleQueue[tuple[Parcel, bytes]] = queue.SimpleQueue()
+        self._pending: tuple[Parcel, bytes] | None = None
+        """At most one: what is superseded before it is begun is forgotten."""
 
     def push(self, parcel: Parcel, total: int, offset: int, chunk: bytes) -> int:
         """See :class:`SiloLink`. A chunk that is there already, or comes too early, is left."""
@@ -111,9 +145,10 @@ class SiloInbox:
             if offset == len(self._frame) < self._total == total:
                 self._frame += chunk[: total - offset]
                 if len(self._frame) == total:
-                    self._work.put((parcel, bytes(self._frame)))
+                    self._pending = parcel, bytes(self._frame)
                     self._frame = bytearray()
                     self._total = 0
+                    self._changed.notify_all()
                     return total
             return len(self._frame) if self._total else total
 
@@ -123,6 +158,7 @@ class SiloInbox:
         if parcel.session == self._parcel.session and parcel.number < self._parcel.number:
             raise Unknown(f"request {parcel.number} is over")
         self._parcel, self._frame, self._total, self._reply = parcel, bytearray(), total, None
+        self._pending = None
 
     def pull(self, parcel: Parcel, offset: int, patience: float) -> Pulled:
         """See :class:`SiloLink`."""
@@ -157,14 +193,19 @@ class SiloInbox:
     def serve(self, stop: Callable[[], bool]) -> None:
         """Answer requests in this thread, one after another, until ``stop()``."""
         while not stop():
+            with self._changed:
+                if self._pending is None:
+                    self._changed.wait(0.2)
+                work, self._pending = self._pending, None
+            if work is None:
+                continue
+            parcel, raw = work
             try:
-                parcel, frame = self._work.get(timeout=0.2)
-            except queue.Empty:
-                continue
-            if parcel != self._parcel:  # nobody waits for it any more
-                continue
-            reply = self._port.step(frame)
-            del frame
+                reply = self._port.step(self._open(parcel, raw))
+            except CryptoError as error:
+                log.warning("%s", error)
+                reply = b""
+            del work, raw
             with self._changed:
                 if parcel == self._parcel:
                     self._reply = reply
@@ -183,19 +224,43 @@ def deliver(
     Raises:
         TransportError: it could not be reached, or had not answered by then.
     """
-    reachable = time.monotonic()
+    heard = _Heard(link)
     while True:
         try:
-            _push(link, parcel, frame, deadline)
-            return _pull(link, parcel, deadline)
-        except Unknown:
-            reachable = time.monotonic()  # it was restarted, and gets the request again
+            _push(heard, parcel, frame, deadline)
+            return _pull(heard, parcel, deadline)
+        except Unknown:  # it was restarted, and gets the request again
+            if time.monotonic() > deadline:
+                raise TransportError("no reply in time") from None
         except TransportError as error:
             now = time.monotonic()
-            if now > deadline or now - reachable > grace:
+            if now > deadline or now - heard.last > grace:
                 raise
             log.info("%s", error)
         time.sleep(0.2)
+
+
+class _Heard:
+    """A link that knows when the silo was last heard of."""
+
+    def __init__(self, link: SiloLink) -> None:
+        self._link = link
+        self.last = time.monotonic()
+
+    def push(self, parcel: Parcel, total: int, offset: int, chunk: bytes) -> int:
+        return self._noting(lambda: self._link.push(parcel, total, offset, chunk))
+
+    def pull(self, parcel: Parcel, offset: int, patience: float) -> Pulled:
+        return self._noting(lambda: self._link.pull(parcel, offset, patience))
+
+    def _noting(self, call: Callable[[], _T]) -> _T:
+        try:
+            answer = call()
+        except Unknown:
+            self.last = time.monotonic()
+            raise
+        self.last = time.monotonic()
+        return answer
 
 
 def _push(link: SiloLink, parcel: Parcel, frame: bytes, deadline: float) -> None:
@@ -228,7 +293,6 @@ def _pull(link: SiloLink, parcel: Parcel, deadline: float) -> bytes:
 
 # ---- between a participant's own process and the thin one of the carrier ----
 
-_encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder().decode
 _LONGEST: Final = CHUNK + 4096
 
@@ -267,6 +331,10 @@ class Wire:
             at += got
         return bytes(buffer)
 
+    def give_up_after(self, seconds: float) -> None:
+        """From here on a send or receive that takes longer ends the connection."""
+        self._connection.settimeout(seconds)
+
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
@@ -279,8 +347,10 @@ class Door:
     Adversary: other users of the machine. A visitor of another user id is turned away as well.
     """
 
-    def __init__(self, visit: Callable[[Wire], None]) -> None:
+    def __init__(self, visit: Callable[[Wire], None], visitors: int = 64) -> None:
         self._visit = visit
+        self._room = threading.BoundedSemaphore(visitors)
+        self._closed = False
         self._directory = Path(tempfile.mkdtemp(prefix="sfc-"))  # mode 0700, and a short path
         self.path = self._directory / "door"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -290,15 +360,19 @@ class Door:
         threading.Thread(target=self._welcome, name="door", daemon=True).start()
 
     def _welcome(self) -> None:
-        while True:
+        while not self._closed:
             try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return
-            if _user_of(connection) != os.getuid():
-                connection.close()
-                continue
-            threading.Thread(target=self._meet, args=(Wire(connection),), daemon=True).start()
+                self._admit(self._socket.accept()[0])
+            except (OSError, RuntimeError) as error:  # too many open files or threads: they pass
+                if not self._closed:
+                    log.warning("at the local door: %s", error)
+                    time.sleep(0.1)
+
+    def _admit(self, connection: socket.socket) -> None:
+        if _user_of(connection) != os.getuid() or not self._room.acquire(blocking=False):
+            connection.close()
+            return
+        threading.Thread(target=self._meet, args=(Wire(connection),), daemon=True).start()
 
     def _meet(self, wire: Wire) -> None:
         self._wires.add(wire)
@@ -309,9 +383,13 @@ class Door:
         finally:
             self._wires.discard(wire)
             wire.close()
+            self._room.release()
 
     def close(self) -> None:
         """Turn everybody out and remove the socket."""
+        self._closed = True
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         for wire in list(self._wires):
             wire.close()

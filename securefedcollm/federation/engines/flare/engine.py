@@ -21,10 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-from securefedcollm.errors import ConfigError, SecureFedCoLLMError, TransportError
+from securefedcollm.errors import SecureFedCoLLMError, TransportError
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.engines.flare.kit import Kit
-from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
+from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess, require_flare
 from securefedcollm.federation.engines.link import (
     PATIENCE,
     Door,
@@ -40,6 +40,11 @@ log = logging.getLogger(__name__)
 
 _JOB_START: Final = 60.0
 _TRIES: Final = 3
+_LATER: Final = 30.0
+"""Seconds to wait for silos that were there before."""
+_PAUSE: Final = 5.0
+_CALL: Final = 60.0
+"""Seconds for one call, the relay's own timeouts included."""
 _ALIVE: Final = 20.0
 """Seconds since its last heartbeat (they come every 5) after which a silo counts as gone."""
 
@@ -52,7 +57,8 @@ class FlareEngine:
         minimum: with fewer connected no job is begun.
         server: the server's installed kit.
         lead: the kit of the one who submits jobs.
-        patience: seconds to wait for all silos at the start, and for ``minimum`` of them later.
+        sign: (silo, parcel, frame) → what is sent: :func:`~..link.sign_request`.
+        patience: seconds to wait for the silos before the first job; later waits are short.
         progress: hears how many silos are connected.
         say: hears of every FLARE job that begins, and with whom.
     """
@@ -64,11 +70,13 @@ class FlareEngine:
         minimum: int,
         server: Kit,
         lead: Kit,
+        sign: Callable[[str, Parcel, bytes], bytes],
         patience: float,
         progress: Progress,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         require_flare()
+        self._sign = sign
         self._say = say
         self._silos = silos
         self._minimum = minimum
@@ -77,6 +85,7 @@ class FlareEngine:
         self._progress = progress
         self._session = os.urandom(16)
         self._closed = False
+        self._began = False
         self._number = 0
         self._changed = threading.Condition()
         self._job: str = ""
@@ -86,8 +95,10 @@ class FlareEngine:
         self._wires: dict[str, _SiloWire] = {}
         self._job_wire: Wire | None = None
         self._restarting = threading.Lock()
+        self._gave_up = -_PAUSE
+        """When a job could last not be begun: the other deliveries do not each try again."""
         self._admin: Any = None
-        self._door = Door(self._visit)
+        self._door = Door(self._visit, visitors=512)
         self._process = FlareProcess(
             "server",
             server.workspace,
@@ -121,24 +132,27 @@ class FlareEngine:
                 return Failure("is not connected")
         link = _Reconnecting(self, silo)
         try:
-            return deliver(link, parcel, frame, deadline)
+            return deliver(link, parcel, self._sign(silo, parcel, frame), deadline)
         except TransportError as error:
             with self._changed:
                 self._lost[silo] = link.last_try
                 self._members -= {silo}  # until the next job
-                self._wires.pop(silo, None)
+                if wire := self._wires.pop(silo, None):
+                    wire.over.set()
             return Failure(error.message)
 
     def _admit(self, frames: Mapping[str, bytes]) -> None:
         """Begin a new job if there is none, or one of the silos asked is there and not in it."""
         with self._changed:
-            running = self._job_wire is not None
-            missing = set(frames) - self._members
-        if not running:
+            running, members = self._job_wire is not None, self._members
+            missing = set(frames) - members
+        if not self._began:
             self.begin_job(set(frames))
-        elif missing and missing & self._connected():
-            log.info("a new FLARE job, to admit %s", ", ".join(sorted(missing)))
-            self.begin_job(set(frames))
+        elif not running:
+            self.begin_job(set(frames) & (members | self._connected()))
+        elif missing and (back := missing & self._connected()):
+            log.info("a new FLARE job, to admit %s", ", ".join(sorted(back)))
+            self.begin_job(set(frames) & (members | back))
 
     # ---- FLARE jobs ----
 
@@ -156,18 +170,29 @@ class FlareEngine:
             with self._changed:
                 if gone is not None and (self._job != gone and self._job_wire is not None):
                     return
-            self._end_job()
-            present = self._wait_for(wanted)
-            for _ in range(_TRIES):
-                if self._started(self._submit(present), present):
-                    self._say(f"connected: {', '.join(sorted(present))}")
-                    return
-                self._end_job()  # somebody in it had just gone; now FLARE knows
-                present = self._wait_for(frozenset())
-            raise TransportError(
-                f"no FLARE job began within {_TRIES * _JOB_START:.0f} s",
-                hint="see flare.log at the server and at the silos",
-            )
+            if time.monotonic() - self._gave_up < _PAUSE:
+                raise TransportError("too few silos are connected")
+            try:
+                self._begin_job(wanted)
+            except TransportError:
+                self._gave_up = time.monotonic()
+                raise
+
+    def _begin_job(self, wanted: set[str] | frozenset[str]) -> None:
+        self._end_job()
+        present = self._wait_for(wanted)
+        for _ in range(_TRIES):
+            if self._started(self._submit(present), present):
+                self._require_open()
+                self._began = True
+                self._say(f"connected: {', '.join(sorted(present))}")
+                return
+            self._end_job()  # somebody in it had just gone; now FLARE knows
+            present = self._wait_for(frozenset())
+        raise TransportError(
+            f"no FLARE job began within {_TRIES * _JOB_START:.0f} s",
+            hint="see flare.log at the server and at the silos",
+        )
 
     def _submit(self, silos: set[str]) -> str:
         folder = Path(tempfile.mkdtemp(prefix="job-", dir=self._lead.workspace))
@@ -178,7 +203,8 @@ class FlareEngine:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _wait_for(self, wanted: set[str] | frozenset[str]) -> set[str]:
-        deadline = time.monotonic() + self._patience
+        patience = min(self._patience, _LATER) if self._began else self._patience
+        deadline = time.monotonic() + patience
         while True:
             self._require_open()
             present = self._connected() & set(self._silos)
@@ -213,6 +239,8 @@ class FlareEngine:
         """Let the running job end: its relay returns when it hears anything."""
         with self._changed:
             wire, job = self._job_wire, self._job
+            for silo in self._wires.values():
+                silo.over.set()
             self._job_wire, self._wires = None, {}
             self._job, self._members = "", frozenset()
         if not job:
@@ -296,6 +324,7 @@ class FlareEngine:
                     self._changed.wait_for(lambda: self._job == job, 30)
                     if self._job != job or name not in self._members:
                         return
+                    wire.give_up_after(_CALL)
                     silo = self._wires[name] = _SiloWire(wire)
                     self._changed.notify_all()
                 silo.over.wait()
@@ -433,15 +462,3 @@ def write_job(folder: Path, silos: list[str]) -> None:
     (folder / "meta.json").write_text(json.dumps(meta))
     (config / "config_fed_server.json").write_text(json.dumps(server))
     (config / "config_fed_client.json").write_text(json.dumps(client))
-
-
-def require_flare() -> None:
-    """Raises: ConfigError saying how to install it, if FLARE is not there."""
-    try:
-        import nvflare  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "NVIDIA FLARE is not installed",
-            where="securefedcollm[flare]",
-            hint="pip install 'securefedcollm[flare]'",
-        ) from None

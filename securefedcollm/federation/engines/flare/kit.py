@@ -33,6 +33,7 @@ import yaml
 
 from securefedcollm.errors import ConfigError, CryptoError, StateError
 from securefedcollm.federation.engines.flare.policy import lock_down
+from securefedcollm.federation.engines.flare.processes import plain_environment, require_flare
 from securefedcollm.federation.files import make_directory, write_durably
 from securefedcollm.primitives import NONCE_BYTES, seal, sha256, stretch_passphrase, unseal
 
@@ -71,7 +72,7 @@ def create_consortium(directory: Path, name: str, host: str, port: int, passphra
         ConfigError: a name or the passphrase is unusable, or the directory exists.
         StateError: it cannot be written.
     """
-    _check_name(name, "name")
+    check_name(name, "name")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}", host) or not 0 < port < 65536:
         raise ConfigError(
             f"{host}:{port} is no address", where="--server", hint="e.g. fl.example.org:8002"
@@ -80,6 +81,7 @@ def create_consortium(directory: Path, name: str, host: str, port: int, passphra
         raise ConfigError(
             "a passphrase of fewer than 8 characters protects nothing", where="passphrase"
         )
+    require_flare()
     if directory.exists():
         raise ConfigError(
             "exists already", where=str(directory), hint="choose another --out; a CA is kept"
@@ -104,9 +106,9 @@ def read_profile(path: Path) -> Profile:
     """Raises: ConfigError, if ``path`` is no consortium's profile."""
     try:
         return msgspec.convert(yaml.safe_load(path.read_text()[:65536]), Profile)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, msgspec.ValidationError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(
-            f"is no consortium's profile ({str(error).splitlines()[0]})",
+            f"is no consortium's profile ({(str(error).splitlines() or [''])[0][:120]})",
             where=str(path),
             hint=f"ask for the {PROFILE} that `securefedcollm consortium init` wrote",
         ) from None
@@ -125,7 +127,7 @@ def request_certificate(home: Path, profile: Profile, name: str, role: str) -> l
     Raises:
         ConfigError: the name cannot be one in FLARE, or there is a request already.
     """
-    _check_name(name, "--name")
+    check_name(name, "--name")
     target = home / "request"
     if target.exists():
         raise ConfigError(
@@ -150,6 +152,58 @@ def request_certificate(home: Path, profile: Profile, name: str, role: str) -> l
     return sorted(target.glob("*/*.request.zip"))
 
 
+class Request(msgspec.Struct, frozen=True):
+    """What a certificate request says of itself; FLARE checks that the key in it is this one."""
+
+    project: str
+    name: str
+    org: str
+    kind: str
+    cert_role: str | None
+    public_key_sha256: str
+
+    @property
+    def sentence(self) -> str:
+        """For the eyes of who keeps the authority."""
+        what = {"site": "silo or authority", "server": "SERVER", "user": "SUBMITTER OF JOBS"}
+        key = self.public_key_sha256[:16]
+        return f"{self.name} ({what[self.kind]}), of {self.org}, key {key}…"
+
+
+def read_request(path: Path) -> Request:
+    """Read a certificate request.
+
+    Adversary: who sends one under another's name, in a file that is called as it should be.
+
+    Raises:
+        ConfigError: it is none, bears another name than its file, or asks for more than any
+            participant needs.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("request.json") as member:
+            request = msgspec.json.decode(member.read(65536), type=Request)
+    except (OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
+        raise ConfigError(
+            f"is no certificate request ({str(error)[:80]})",
+            where=str(path),
+            hint="`securefedcollm join` makes one",
+        ) from None
+    if request.name != path.name.removesuffix(".request.zip"):
+        raise ConfigError(
+            f"bears the name {request.name[:64]!r}",
+            where=str(path),
+            hint="a request's file is called NAME.request.zip; ask who sent it",
+        )
+    role = {"site": None, "server": None, "user": "lead"}.get(request.kind, "none")
+    if request.cert_role != role or (request.kind == "user" and request.name != LEAD):
+        raise ConfigError(
+            f"asks for {request.kind[:32]!r} as {request.cert_role!r}",
+            where=str(path),
+            hint="no participant needs that; do not sign it",
+        )
+    return request
+
+
 def approve_request(ca: Path, request: Path, passphrase: str, out: Path) -> Path:
     """Sign one request with the CA in ``ca``; returns the signed file, which holds nothing secret.
 
@@ -158,10 +212,7 @@ def approve_request(ca: Path, request: Path, passphrase: str, out: Path) -> Path
         CryptoError: wrong passphrase.
     """
     profile = read_profile(ca / PROFILE)
-    if not zipfile.is_zipfile(request):
-        raise ConfigError(
-            "is no certificate request", where=str(request), hint="`securefedcollm join` makes one"
-        )
+    read_request(request)
     target = out / request.name.replace(".request.zip", ".signed.zip")
     if target.exists():
         raise ConfigError("exists already", where=str(target), hint="choose another --out")
@@ -169,6 +220,8 @@ def approve_request(ca: Path, request: Path, passphrase: str, out: Path) -> Path
     with _scratch() as scratch:
         authority = make_directory(scratch / "ca")
         for file in ("rootCA.pem", "ca.json"):
+            if not (ca / file).is_file():
+                raise ConfigError("is missing", where=str(ca / file), hint="restore the authority")
             shutil.copy(ca / file, authority / file)
         key = authority / "rootCA.key"
         key.touch(0o600)
@@ -182,7 +235,7 @@ def approve_request(ca: Path, request: Path, passphrase: str, out: Path) -> Path
             cwd=scratch,
         )
         shutil.copy(scratch / "signed.zip", target)
-        shutil.copy(authority / "ca.json", ca / "ca.json")  # counts what was issued
+        write_durably(ca / "ca.json", (authority / "ca.json").read_bytes())  # counts the issued
     return target
 
 
@@ -248,7 +301,8 @@ def _kind_of(home: Path, signed: Path) -> str:
     )
 
 
-def _check_name(name: str, where: str) -> None:
+def check_name(name: str, where: str) -> None:
+    """Raises: ConfigError, if ``name`` cannot be one in FLARE's certificates."""
     if not _NAME.match(name):
         raise ConfigError(
             f"{name!r} cannot be a name in certificates",
@@ -311,13 +365,11 @@ def _scratch(inside: Path | None = None) -> Iterator[Path]:
 
 def _nvflare(*words: str, cwd: Path) -> None:
     """Run FLARE's command; its own records of requests stay out of the user's home."""
-    from securefedcollm.federation.engines.flare.engine import require_flare
-
     require_flare()
     done = subprocess.run(
         [sys.executable, "-m", "nvflare.cli", *words],
         cwd=cwd,
-        env={**os.environ, "HOME": str(cwd)},
+        env={**plain_environment(), "HOME": str(cwd)},
         capture_output=True,
         text=True,
         check=False,

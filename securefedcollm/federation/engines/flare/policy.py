@@ -1,7 +1,9 @@
 """What a kit may do: run our relay, and nothing that a server sends.
 
 Adversary: the server, which submits jobs, and its administrators. At a silo FLARE loads only
-classes of the allow-list, refuses jobs that bring code, streams no logs, and gives nobody a shell.
+classes of the allow-list, refuses jobs that bring code and streams no logs; :mod:`.hardening`
+takes its shell and other commands away. Its two processes speak TLS to each other as well, or any
+process of the machine could join in.
 """
 
 from __future__ import annotations
@@ -50,6 +52,8 @@ def lock_down(kit: Path, kind: str, *, final: Path) -> None:
     if kind == "server":
         _server(resources, final)
     _write(local / "resources.json", resources)
+    inside = {"scheme": "tcp", "resources": {"host": "localhost", "connection_security": "mtls"}}
+    _write(local / "comm_config.json", {"internal": inside})
     lead = {**_NOBODY, "submit_job": "any", "manage_job": "n:submitter", "view": "any"}
     permissions = {"project_admin": _NOBODY, "org_admin": _NOBODY, "lead": lead, "member": _NOBODY}
     _write(local / "authorization.json", {"format_version": "1.0", "permissions": permissions})

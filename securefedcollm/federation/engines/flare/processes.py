@@ -6,6 +6,7 @@ Run as a module it is the child's first code: ``… .processes server|client WOR
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import logging
 import os
 import signal
@@ -15,18 +16,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from securefedcollm.errors import TransportError
+from securefedcollm.errors import ConfigError, TransportError
 
 log = logging.getLogger(__name__)
 
 DOOR: Final = "SECUREFEDCOLLM_DOOR"
 """Environment variable: the socket of the participant's own process."""
 
+_PASSED_ON: Final = frozenset(
+    {"PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONPATH"}
+)
 _PR_SET_PDEATHSIG: Final = 1
 _ENTRY: Final = {
     "server": "nvflare.private.fed.app.server.server_train",
     "client": "nvflare.private.fed.app.client.client_train",
 }
+
+
+def require_flare() -> None:
+    """Raises: ConfigError saying how to install it, if FLARE is not there."""
+    if importlib.util.find_spec("nvflare") is None:
+        raise ConfigError(
+            "NVIDIA FLARE is not installed",
+            where="securefedcollm[flare]",
+            hint="pip install 'securefedcollm[flare]'",
+        )
 
 
 class FlareProcess:
@@ -43,12 +57,15 @@ class FlareProcess:
         with self._log.open("ab") as output:
             os.fchmod(output.fileno(), 0o600)
             self._process = subprocess.Popen(
-                [sys.executable, "-u", "-m", __name__, role, str(workspace), name, org],
+                [
+                    *(sys.executable, "-u", "-m", __name__),
+                    *(role, str(workspace), name, org, str(os.getpid())),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 cwd=workspace,
-                env={**os.environ, **env},
+                env={**plain_environment(), **env},
                 start_new_session=True,
             )
 
@@ -80,13 +97,26 @@ class FlareProcess:
         self.stop()
 
 
-def main(role: str, workspace: str, name: str, org: str) -> None:
-    """Become FLARE's process."""
-    parent = os.getppid()
+def plain_environment() -> dict[str, str]:
+    """What FLARE's process is told of ours.
+
+    Adversary: the server, whose job may name a variable and have its value sent back. A passphrase
+    or a token must not be there to be named.
+    """
+    return {name: value for name, value in os.environ.items() if name in _PASSED_ON}
+
+
+def main(role: str, workspace: str, name: str, org: str, parent: str) -> None:
+    """Become FLARE's process, as a child of ``parent``."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before we had asked
+    if os.getppid() != int(parent):  # it ended before we had asked
         return
     import runpy
+
+    if role == "client":
+        from securefedcollm.federation.engines.flare.hardening import strip_client
+
+        strip_client(name)
 
     arguments = ["-m", workspace, "-s", f"fed_{role}.json", "--set", "secure_train=true"]
     arguments += [f"org={org}", "config_folder="]

@@ -45,7 +45,12 @@ class SiloRelay:
         return _pass_on(["pull", session, number, offset, patience])
 
 
+_attending = threading.Lock()
+
+
 def _attend() -> None:
+    if not _attending.acquire(blocking=False):  # a job may name the relay many times
+        return
     with contextlib.suppress(OSError, EOFError), knock(os.environ[DOOR]) as wire:
         wire.send(["attend"])
         wire.receive()
