@@ -9,6 +9,8 @@ import threading
 import time
 from pathlib import Path
 
+import nvflare.fuel.utils.log_utils  # noqa: F401 - before two threads import it at once
+
 kit, name, victim, wanted, answers = sys.argv[1:]
 
 
