@@ -11,7 +11,7 @@ import typer
 
 from securefedcollm import __version__
 from securefedcollm.errors import SecureFedCoLLMError
-from securefedcollm_cli import audit, budget, identity, model, simulate, study
+from securefedcollm_cli import audit, budget, experiment, identity, model, simulate, study
 
 app = typer.Typer(
     name="securefedcollm",
@@ -23,6 +23,7 @@ app = typer.Typer(
     "Start with `securefedcollm simulate configs/quickstart.yaml`: four hospitals on this machine.",
 )
 app.command()(simulate.simulate)
+app.command()(experiment.experiment)
 app.add_typer(study.app, name="study")
 app.add_typer(identity.app, name="identity")
 app.add_typer(model.app, name="model")
