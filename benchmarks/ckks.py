@@ -2,6 +2,7 @@
 
 Ours: a whole round in this process, all silos and the coordinator, every signature, digest and
 check included; a silo's CPU is the mean over silos, the coordinator's is divided by their number.
+``authority_…``: the same round under the key of one authority, which is a party of its own.
 NVFlare: ``CKKSVector`` with N = 8192, primes of [60, 40, 40] bits, scale 2^40 and a symmetric key
 that every client holds; a client encrypts, serialises, loads the sum and decrypts it, and nothing
 is signed or checked. One thread of CPU each, microseconds per value; the best of ``--repeats``.
@@ -27,31 +28,38 @@ import numpy as np
 from benchmarks._machine import machine
 from benchmarks.masking import _Journal
 from securefedcollm.aggregation import (
+    AUTHORITY_SUITES,
     CKKS_SUITES,
+    Authority,
+    AuthoritySide,
     RingParameters,
     Roster,
     RoundHeader,
+    SiloSide,
     Step,
+    authority_side,
+    ckks_authority_messages,
     ckks_messages,
     ckks_ring,
+    coordinator_side,
+    silo_side,
 )
-from securefedcollm.aggregation.ckks_coordinator import CkksCoordinatorRound
 from securefedcollm.aggregation.ckks_seal import Seal
 from securefedcollm.aggregation.ckks_secrets import CkksSecrets
-from securefedcollm.aggregation.ckks_silo import CkksSiloRound
 from securefedcollm.aggregation.messages import decode
 from securefedcollm.primitives import SigningKey
-from securefedcollm.study.config import Field
+from securefedcollm.study.config import Field, SchemeName
 from securefedcollm.study.ring import CkksRing, CkksSet, derive
 
 VALUE_BITS = 16
+_OFFICE = "authority"
 SIGMA = 0.02  # of NVFlare's values; ours are integers over the whole range
 
 
 class _Round:
-    """One round of ``silos`` vectors, and what it cost."""
+    """One round of ``silos`` vectors, and what it cost; ``keyed``: under an authority's key."""
 
-    def __init__(self, values: int, silos: int, kind: CkksSet) -> None:
+    def __init__(self, values: int, silos: int, kind: CkksSet, keyed: bool = False) -> None:
         names = [f"silo-{i:03d}" for i in range(1, silos + 1)]
         keys = {name: SigningKey.generate() for name in names}
         roster = Roster({name: key.public for name, key in keys.items()})
@@ -73,21 +81,25 @@ class _Round:
                 colluders=1,
             ),
             roster_root=roster.root,
-            suite=CKKS_SUITES[kind],
+            suite=(AUTHORITY_SUITES if keyed else CKKS_SUITES)[kind],
         )
         rng = np.random.default_rng(0)
         self.ring = ckks_messages.ring_of(header)
         self.expected = np.zeros(values, dtype=np.int64)
-        self.silo_cpu = self.server_cpu = 0.0
+        self.silo_cpu = self.server_cpu = self.authority_cpu = 0.0
         self.sent: dict[Step, int] = {}
         self.received: dict[Step, int] = {}
+        office = SigningKey.generate()
+        authority = Authority(_OFFICE, office.public) if keyed else None
         self._decrypted = np.zeros((ckks_messages.shape_of(header).chunks, 4096), dtype=np.uint64)
-        sides = {}
+        scheme: SchemeName = "ckks-authority" if keyed else "ckks"
+        sides: dict[str, SiloSide | AuthoritySide] = {}
         for name in names:
             vector = rng.integers(-field.bound, field.bound + 1, values)
             self.expected += vector
             with self._silo():
-                sides[name] = CkksSiloRound(
+                sides[name] = silo_side(
+                    scheme,
                     header=header,
                     roster=roster,
                     name=name,
@@ -95,12 +107,20 @@ class _Round:
                     vector=vector,
                     vector_id=bytes(32),
                     journal=_Journal(),
+                    authority=authority,
+                )
+        if keyed:
+            with self._authority():
+                sides[_OFFICE] = authority_side(
+                    header=header, roster=roster, signing_key=office, journal=_Journal()
                 )
         with self._server():
-            self.coordinator = CkksCoordinatorRound(header=header, roster=roster)
+            self.coordinator = coordinator_side(
+                scheme, header=header, roster=roster, authority=authority
+            )
         self._play(sides)
 
-    def _play(self, sides: dict[str, CkksSiloRound]) -> None:
+    def _play(self, sides: dict[str, SiloSide | AuthoritySide]) -> None:
         more = True
         while more:
             step = self.coordinator.step
@@ -108,7 +128,7 @@ class _Round:
                 requests = self.coordinator.requests()
             while requests:
                 name, request = requests.popitem()
-                with self._silo():
+                with self._authority() if name == _OFFICE else self._silo():
                     reply = sides[name].handle(request)
                 self.sent[step], self.received[step] = len(reply), len(request)
                 self._add(step, reply)
@@ -119,12 +139,16 @@ class _Round:
 
     def _add(self, step: Step, reply: bytes) -> None:
         """What the coordinator adds up, to see the decrypted sum before it is rounded."""
+        keyed = self.ring.holders == 1
         if step is Step.UPLOAD:
-            upload = decode(ckks_messages.CipherUpload, reply, "", len(reply))
-            ckks_ring.accumulate(self._decrypted, upload.first, self.ring)
+            delivery = ckks_authority_messages.CipherDelivery
+            kind = delivery if keyed else ckks_messages.CipherUpload
+            first = decode(kind, reply, "", len(reply)).first
+            ckks_ring.accumulate(self._decrypted, first, self.ring)
         if step is Step.UNMASK:
-            partial = decode(ckks_messages.Partial, reply, "", len(reply))
-            ckks_ring.accumulate(self._decrypted, partial.share, self.ring)
+            answer = ckks_authority_messages.Opened if keyed else ckks_messages.Partial
+            share = decode(answer, reply, "", len(reply)).share
+            ckks_ring.accumulate(self._decrypted, share, self.ring)
 
     def rms(self) -> float:
         """Root mean square error before rounding, in integers."""
@@ -139,6 +163,12 @@ class _Round:
         start = time.process_time()
         yield
         self.silo_cpu += time.process_time() - start
+
+    @contextmanager
+    def _authority(self) -> Iterator[None]:
+        start = time.process_time()
+        yield
+        self.authority_cpu += time.process_time() - start
 
     @contextmanager
     def _server(self) -> Iterator[None]:
@@ -162,6 +192,27 @@ def ours(values: int, silos: int, kind: CkksSet) -> dict[str, float]:
         "rms": played.rms(),
         "rms_predicted": played.ring.rms,
         "rms_rounded": float(np.sqrt(np.mean(error.astype(float) ** 2))),
+    }
+
+
+def keyed(values: int, silos: int, kind: CkksSet) -> dict[str, float]:
+    """The same under an authority's key."""
+    played = _Round(values, silos, kind, keyed=True)
+    error = played.coordinator.result.sum - played.expected
+    if played.ring.exact and error.any():
+        raise SystemExit("the sum is wrong")
+    of_silos = (Step.ENCRYPT, Step.UPLOAD, Step.NOTE)
+    of_office = (Step.ADVERTISE, Step.UNMASK)
+    return {
+        "authority_client_us_per_value": 1e6 * played.silo_cpu / silos / values,
+        "authority_server_us_per_value_per_silo": 1e6 * played.server_cpu / silos / values,
+        "authority_us_per_value_per_silo": 1e6 * played.authority_cpu / silos / values,
+        "authority_bytes_up_per_value": sum(played.sent[s] for s in of_silos) / values,
+        "authority_bytes_down_per_value": sum(played.received[s] for s in of_silos) / values,
+        "authority_receives_bytes_per_value": sum(played.received[s] for s in of_office) / values,
+        "authority_sends_bytes_per_value": sum(played.sent[s] for s in of_office) / values,
+        "authority_rms": played.rms(),
+        "authority_rms_predicted": played.ring.rms,
     }
 
 
@@ -218,7 +269,10 @@ def _quiet() -> Iterator[None]:
 
 def compare(values: int, silos: int, kind: CkksSet, repeats: int) -> dict[str, object]:
     """Best of ``repeats`` runs of each, alternating; ratios ours / NVFlare's."""
-    runs = [ours(values, silos, kind) | nvflare(values, silos) for _ in range(repeats)]
+    runs = [
+        ours(values, silos, kind) | keyed(values, silos, kind) | nvflare(values, silos)
+        for _ in range(repeats)
+    ]
     best = {key: min(run[key] for run in runs) for key in runs[0] if "_us_" in key}
     found = runs[0] | best
     upload = found["nvflare_bytes_up_per_value"]
@@ -233,6 +287,10 @@ def compare(values: int, silos: int, kind: CkksSet, repeats: int) -> dict[str, o
         "bytes_ratio_with_share": both / upload,
         "cpu_ratio": found["client_us_per_value"] / found["nvflare_client_us_per_value"],
         "rms_ratio": found["rms"] / found["rms_predicted"],
+        "authority_bytes_ratio": found["authority_bytes_up_per_value"] / upload,
+        "authority_cpu_ratio": found["authority_client_us_per_value"]
+        / found["nvflare_client_us_per_value"],
+        "authority_rms_ratio": found["authority_rms"] / found["authority_rms_predicted"],
         "scale_bits": ring.scale_bits,
         "flood_bits": ring.flood_bits,
         "bound": ring.bound,

@@ -7,9 +7,9 @@ from typing import TypeVar
 
 from securefedcollm.aggregation.header import Roster, RoundHeader
 from securefedcollm.evidence.bundle import Bundle
-from securefedcollm.evidence.entries import Entry, Finished, Opened, Round
+from securefedcollm.evidence.entries import Entry, Finished, Keyed, Opened, Round
 from securefedcollm.evidence.merkle import Frontier
-from securefedcollm.federation.plan import round_header
+from securefedcollm.federation.plan import AUTHORITY, round_header
 from securefedcollm.study import Study, digest
 from securefedcollm_audits.verdict import NotCovered
 
@@ -31,13 +31,20 @@ class Case:
         self.digest = digest(bundle.study)
         self.logs: Mapping[str, list[Entry]] = bundle.logs
         self.server: list[Entry] = bundle.logs.get(SERVER, [])
-        self.silos = {name: log for name, log in bundle.logs.items() if name != SERVER}
+        self.authority: list[Entry] = bundle.logs.get(AUTHORITY, []) if self.keyed else []
+        offices = {SERVER, AUTHORITY} if self.keyed else {SERVER}
+        self.silos = {name: log for name, log in bundle.logs.items() if name not in offices}
         self.opened: dict[str, Opened] = {
             name: log[0].what
             for name, log in bundle.logs.items()
             if log and isinstance(log[0].what, Opened)
         }
         self._roots: dict[str, list[bytes]] = {}
+
+    @property
+    def keyed(self) -> bool:
+        """Whether one party, the authority, holds the decryption key."""
+        return self.study.scheme == "ckks-authority"
 
     @property
     def keys(self) -> dict[str, bytes]:
@@ -54,13 +61,20 @@ class Case:
         Raises:
             ConfigError: the keys make no roster.
         """
-        return Roster({name: key for name, key in self.keys.items() if name != self.server_name})
+        offices = {self.server_name, self.authority_name}
+        return Roster({name: key for name, key in self.keys.items() if name not in offices})
 
     @property
     def server_name(self) -> str:
         """The server's name: logs and signed heads call it ``server`` in every study."""
         named = [p.name for p in self.study.roster if p.role == "server"]
         return named[0] if named else SERVER
+
+    @property
+    def authority_name(self) -> str:
+        """The key holder's name, likewise; empty if nobody holds the key."""
+        named = [p.name for p in self.study.roster if p.role == "authority"]
+        return (named[0] if named else AUTHORITY) if self.keyed else ""
 
     @property
     def run(self) -> bytes:
@@ -70,9 +84,11 @@ class Case:
 
     def key(self, name: str) -> bytes | None:
         """The key under which ``name``'s log is signed."""
+        if self.keyed and name == AUTHORITY:
+            name = self.authority_name
         return self.keys.get(self.server_name if name == SERVER else name)
 
-    def header(self, entry: Round) -> RoundHeader:
+    def header(self, entry: Round | Keyed) -> RoundHeader:
         """The round header that follows from the study, roster and run for this attempt."""
         return round_header(
             self.study,

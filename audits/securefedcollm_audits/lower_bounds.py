@@ -20,7 +20,9 @@ import numpy.typing as npt
 Scores = npt.NDArray[np.float64]
 
 CONFIDENCE = 0.95
-_THRESHOLDS = 50
+_TAIL = np.logspace(-4, -2, 9)[:-1]
+_SHARES = np.concatenate([_TAIL, np.linspace(0.01, 0.99, 50), 1.0 - _TAIL])
+"""Quantiles of the first half's "in" scores that are tried as thresholds."""
 
 
 class Guesses(NamedTuple):
@@ -74,7 +76,7 @@ def audit_scores(
     tuned, tested = _halves(present, absent, first=True), _halves(present, absent, first=False)
     tests = [
         (float(threshold), backwards)
-        for threshold in np.quantile(tuned[0], np.linspace(0.01, 0.99, _THRESHOLDS))
+        for threshold in np.quantile(tuned[0], _SHARES)
         for backwards in (False, True)
     ]
     threshold, backwards = max(
@@ -96,6 +98,13 @@ def _count(present: Scores, absent: Scores, threshold: float, backwards: bool) -
     hits, alarms = int((present >= threshold).sum()), int((absent >= threshold).sum())
     guesses = Guesses(hits, len(present), alarms, len(absent))
     return guesses.reversed if backwards else guesses
+
+
+def rate_interval(successes: int, trials: int, confidence: float) -> tuple[float, float]:
+    """Clopper and Pearson's two-sided interval of a success rate."""
+    error = (1.0 - confidence) / 2.0
+    low = _least_rate(successes, trials, error)
+    return low, 1.0 - _least_rate(trials - successes, trials, error)
 
 
 def _least_rate(successes: int, trials: int, error: float) -> float:

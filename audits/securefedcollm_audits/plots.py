@@ -1,8 +1,9 @@
-"""Inline SVG for the report: who took part in which round, and what an attacker could tell."""
+"""Inline SVG for the report: who took part in which round, and what an attacker could tell,
+and what the privacy spent bought."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 
 
@@ -51,7 +52,60 @@ def advantage_plot(points: Sequence[tuple[float, float]]) -> str:
         f'<polyline points="{place(0, 0)} {place(1, 1)}" fill="none" stroke="var(--soft)" '
         'stroke-dasharray="5 4"/>'
         f'<polyline points="{path}" fill="none" stroke="var(--blue)" stroke-width="2"/>'
-        f'<text x="2" y="14">100 %</text><text x="{width - 150:.0f}" y="{height - 10:.0f}">'
+        '<text x="2" y="14">100 %</text>'
+        f'<text x="{width - 10:.0f}" y="{height - 10:.0f}" text-anchor="end">'
         f'false alarms, 0 to 100 %</text><text x="{left + 6:.0f}" y="{height - 10:.0f}">'
         "members found (up); dashed: guessing</text></svg></div>"
+    )
+
+
+_STROKES = ("", "7 4", "2 4", "10 3 2 3")
+"""Dashes tell the lines apart in black and white, too."""
+
+
+def utility_plot(course: Sequence[tuple[float, Mapping[str, float]]]) -> str:
+    """Accuracy by group (up) by ε spent so far (right): one point a round.
+
+    Args:
+        course: (ε, group → accuracy in [0, 1]), ε rising; the first may be before any training.
+    """
+    if len(course) < 2:
+        return ""
+    width, height, left, right, bottom = 720.0, 240.0, 44.0, 130.0, 34.0
+    most = max(epsilon for epsilon, _ in course) or 1.0
+
+    def place(epsilon: float, accuracy: float) -> tuple[float, float]:
+        across = left + (width - left - right) * epsilon / most
+        return across, height - bottom - (height - bottom - 12) * accuracy
+
+    def points(values: Sequence[tuple[float, float]]) -> str:
+        return " ".join("{:.1f},{:.1f}".format(*place(*value)) for value in values)
+
+    axis = points([(0.0, 1.0), (0.0, 0.0), (most, 0.0)])
+    parts = [f'<polyline points="{axis}" fill="none" stroke="var(--soft)"/>']
+    groups = list(dict.fromkeys(group for _, scores in course for group in scores))
+    ends: list[float] = []
+    for group, dashes in zip(groups, _STROKES * len(groups), strict=False):
+        line = [(epsilon, scores[group]) for epsilon, scores in course if group in scores]
+        parts.append(
+            f'<polyline points="{points(line)}" fill="none" stroke="var(--blue)" '
+            f'stroke-width="2" stroke-dasharray="{dashes}"/>'
+        )
+        for value in line:
+            x, y = place(*value)
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--blue)"/>')
+        end = place(*line[-1])[1] + 4
+        while any(abs(end - other) < 13 for other in ends):
+            end += 13
+        ends.append(end)
+        label = escape(group or "accuracy")[:16]
+        parts.append(f'<text x="{width - right + 8:.0f}" y="{end:.0f}">{label}</text>')
+    for epsilon, _ in course:
+        x, y = place(epsilon, 0.0)
+        parts.append(f'<text x="{x - 8:.0f}" y="{y + 14:.0f}">{epsilon:.1f}</text>')
+    parts.append(f'<text x="2" y="16">100 %</text><text x="{left}" y="{height - 4}">')
+    parts.append("ε charged so far, after each round; up: accuracy of the small model</text>")
+    return (
+        f'<div class="wide"><svg viewBox="0 0 {width:g} {height:g}" role="img" '
+        f'aria-label="Accuracy of the small model by ε charged so far">{"".join(parts)}</svg></div>'
     )

@@ -2,7 +2,8 @@
 
 Every case plays one attack and says who refused it and *what the attacker learnt*, as judged by
 :class:`~.spy.Spy` from everything the attacker saw. The server cases up to ``late_upload`` are
-weaknesses that public secure-aggregation code has shipped with.
+weaknesses that public secure-aggregation code has shipped with. Those called ``authority_…`` are
+about CKKS under an authority's key, all others about masking.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from securefedcollm.errors import ConfigError
-from securefedcollm_audits import server_attacks, silo_attacks
+from securefedcollm_audits import authority_attacks, server_attacks, silo_attacks
 from securefedcollm_audits.attacks import Outcome
 
 Case = Callable[[], Outcome]
@@ -45,6 +46,7 @@ SERVER_CASES: Final[tuple[Case, ...]] = (
     server_attacks.stolen_identity,
     server_attacks.split_rolls,
     server_attacks.repeated_signers,
+    *authority_attacks.CASES,
 )
 
 SILO_CASES: Final[tuple[Case, ...]] = (

@@ -15,6 +15,7 @@ import msgspec
 from securefedcollm.errors import EvidenceError
 from securefedcollm.evidence.bundle import read_bundle
 from securefedcollm.evidence.entries import (
+    Audited,
     Entry,
     Failed,
     Finished,
@@ -36,11 +37,15 @@ from securefedcollm.privacy.shown import up
 from securefedcollm_audits.case import SERVER, Case, of
 from securefedcollm_audits.checks.budget import Training, trainings
 from securefedcollm_audits.second_accountant import bracket
+from securefedcollm_audits.utility import Utility, read_utility
 from securefedcollm_audits.verdict import Verdict
 from securefedcollm_audits.verify import verify
 
 MOST_POINTS = 80
 """Places in all silos' ledgers at which ε so far is worked out: a tenth of a second each."""
+
+_CURVE = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 1e-3, 1e-4)
+"""Values of δ, besides the study's, at which the attacker-advantage curve rests."""
 
 NOT_COVERED = (
     "Accuracy and other metrics, whoever computed them and on whatever data.",
@@ -98,6 +103,21 @@ class SiloRow(msgspec.Struct, frozen=True):
     place: str | None
 
 
+class AuditRow(msgspec.Struct, frozen=True):
+    """A privacy audit that a participant wrote down. ``other``: at other settings than the run's;
+    ``claimed``, ``bound``: ε of what was attacked, by the accountant and at least."""
+
+    audit: str
+    setting: str
+    claimed: float | None
+    bound: float | None
+    delta: float
+    held: bool
+    other: bool
+    figures: dict[str, float]
+    place: str
+
+
 class Report(msgspec.Struct, frozen=True):
     """Everything the page shows, and the verdict that it rests on."""
 
@@ -112,28 +132,37 @@ class Report(msgspec.Struct, frozen=True):
     """(share of false alarms, greatest share of members that any test can then tell)."""
     rounds: list[RoundRow]
     silos: list[SiloRow]
+    audits: list[AuditRow]
     parameters: dict[str, Any]
     registry: dict[str, Any]
+    utility: Utility | None = None
     assumptions: tuple[str, ...] = ASSUMPTIONS
     not_covered: tuple[str, ...] = NOT_COVERED
 
 
-def make_report(path: Path) -> tuple[Report, Case]:
+def make_report(path: Path, results: Path | None = None) -> tuple[Report, Case]:
     """Verify the bundle at ``path`` and sum it up. A bundle that fails has a report, which says so.
 
+    Args:
+        results: the run's ``results.json``, for accuracies: its maker's word, not evidence.
+
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: there is no such file, or the results are of another run.
         EvidenceError: it is too broken to be summed up.
     """
     verdict = verify(path)
     case = Case(read_bundle(path))
     try:
-        return _summed_up(verdict, case), case
+        report = _summed_up(verdict, case)
     except (ValueError, LookupError, ArithmeticError) as error:
         raise EvidenceError(
             f"{path}: too broken for a report ({error})",
             hint="`audit verify` says which entries are wrong",
         ) from None
+    if results is not None:
+        utility = read_utility(results, case, report)
+        report = msgspec.structs.replace(report, utility=utility)
+    return report, case
 
 
 def _summed_up(verdict: Verdict, case: Case) -> Report:
@@ -149,11 +178,10 @@ def _summed_up(verdict: Verdict, case: Case) -> Report:
         epsilon=_spent(silos) if privacy else None,
         delta=privacy.delta if privacy else None,
         adversaries=adversaries,
-        advantage=advantage([(c.epsilon, c.delta) for c in adversaries[-1].epsilons])
-        if adversaries
-        else [],
+        advantage=advantage(_curve(case, worst)) if worst else [],
         rounds=_rounds(case),
         silos=silos,
+        audits=_audits(case),
         parameters=_parameters(case),
         registry={},
     )
@@ -166,7 +194,7 @@ def advantage(claims: list[tuple[float, float]]) -> list[tuple[float, float]]:
     Of a test with false-alarm rate α, (ε, δ)-DP allows a power of at most e^ε·α + δ and
     1 − e^−ε·(1 − α − δ) (Kairouz, Oh and Viswanath 2015); the least over all pairs holds.
     """
-    rates = [0.001, 0.005, 0.01, 0.02, *(i / 20 for i in range(1, 21))]
+    rates = [0.001, 0.005, 0.01, 0.02, 0.03, *(i / 20 for i in range(1, 21))]
     found = []
     for alpha in rates:
         bounds = [
@@ -245,6 +273,33 @@ def _adversaries(case: Case, worst: tuple[Events, Terms]) -> list[AdversaryRow]:
     deltas = [d for d in (privacy.delta * 10.0, privacy.delta, privacy.delta / 10.0) if d < 1.0]
     events, terms = worst
     return per_adversary(events, deltas, case.study.silos.colluders, terms=terms)
+
+
+def _curve(case: Case, worst: tuple[Events, Terms]) -> list[tuple[float, float]]:
+    """(ε, δ) of the strongest adversary at many δ: together they bound a test more tightly."""
+    assert case.study.privacy is not None
+    events, terms = worst
+    deltas = (*_CURVE, case.study.privacy.delta)
+    strongest = per_adversary(events, deltas, case.study.silos.colluders, terms=terms)[-1]
+    return [(claim.epsilon, claim.delta) for claim in strongest.epsilons]
+
+
+def _audits(case: Case) -> list[AuditRow]:
+    return [
+        AuditRow(
+            audit=what.audit,
+            setting=what.setting,
+            claimed=what.claimed,
+            bound=what.bound,
+            delta=what.delta,
+            held=what.held,
+            other=what.study != case.digest.hex(),
+            figures=what.figures,
+            place=entry.place,
+        )
+        for log in case.logs.values()
+        for entry, what in of(log, Audited)
+    ]
 
 
 def _rounds(case: Case) -> list[RoundRow]:

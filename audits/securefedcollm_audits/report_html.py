@@ -19,14 +19,26 @@ from securefedcollm.primitives import sha256
 from securefedcollm.privacy.page import page, step_plot, table
 from securefedcollm.privacy.shown import up
 from securefedcollm_audits.case import Case
-from securefedcollm_audits.plots import advantage_plot, participation_plot
-from securefedcollm_audits.report import Report, RoundRow, SiloRow
+from securefedcollm_audits.finding import CAVEAT
+from securefedcollm_audits.plots import advantage_plot, participation_plot, utility_plot
+from securefedcollm_audits.report import AuditRow, Report, RoundRow, SiloRow
 from securefedcollm_audits.table import sentence
 from securefedcollm_audits.verdict import Result
 
 _PLACE = re.compile(r"^(?P<owner>[^#]{1,64})#(?P<seq>\d+)\b")
 _MOST_SILOS = 12
 """Ledgers that are printed line by line: those that spent most."""
+_OTHER = "; at another setting of the same code"
+_SHARES = (
+    "tpr at 1 % fpr",
+    "raw update",
+    "masked upload",
+    "opened sum",
+    "noised sum",
+    "noised sum, by chance",
+)
+_TELLING = ("noise charged", "noise measured", "auc", *_SHARES)
+"""Figures of audits that the page shows, shares as percentages; the others are in the log."""
 _CLASS = {"pass": "pass", "fail": "fail", "not covered": "open"}
 
 _WEAK = (
@@ -50,6 +62,13 @@ GLOSSARY = (
     ("head, cosignature", "A signed fingerprint of a whole log; other participants' signatures "
      "under it show that all saw the same log."),
     ("accountant", "A program that works out ε from the list of noisy releases."),
+    ("canary", "A made-up record that an audit puts in or leaves out by a coin, to see whether an "
+     "attacker can tell."),
+    ("auc", "Chance that an attack ranks a record that was in above one that was not: 0.5 is "
+     "guessing, 1 certainty."),
+    ("tpr at 1 % fpr", "Share of members that an attack finds if one alarm in a hundred is false."),
+    ("raw update, masked upload, opened sum, noised sum", "Where an audit tried to read words "
+     "back, and the share it got; “by chance” is what guessing gets."),
 )  # fmt: skip
 
 
@@ -178,7 +197,34 @@ def _pyramid(report: Report) -> str:
     return (
         "<h2>3. How it was done</h2><p>The blocks of the differential-privacy pyramid of NIST SP "
         "800-226 are the first table of section 9.</p>"
-        f"{table(('parameter', 'value'), rows)}{listed}"
+        f"{table(('parameter', 'value'), rows)}{listed}{_utility(report)}"
+    )
+
+
+def _utility(report: Report) -> str:
+    """Noise against utility, if the run's own results were given."""
+    if report.utility is None:
+        return (
+            '<p class="note">Accuracy is not in a bundle. <code>audit report --results '
+            "results.json</code> puts what the run measured beside ε.</p>"
+        )
+    methods = report.utility.methods
+    groups = list(dict.fromkeys(group for m in methods for group in m.accuracy))
+    rows = [
+        (
+            escape(m.model.upper()),
+            escape(m.method),
+            *(f"{100 * m.accuracy[g]:.1f}" if g in m.accuracy else "–" for g in groups),
+        )
+        for m in methods
+    ]
+    head = ("model", "method", *(f"{escape(group) or 'accuracy'}, %" for group in groups))
+    course = [(point.epsilon, point.accuracy) for point in report.utility.course]
+    return (
+        "<h3>Privacy against utility</h3><p>Accuracy on test questions as whoever ran the study "
+        "measured it: no signature covers it, and no ε here covers its publication. Standalone, "
+        "FedAvg and FedCoLLM were tuned under the same claim.</p>"
+        f"{utility_plot(course)}{table(head, rows, numbers=range(2, len(head)))}"
     )
 
 
@@ -270,11 +316,46 @@ def _audits(report: Report, cited: Citations) -> str:
     ]
     return (
         "<h2>6. Checks of the evidence</h2>"
-        f"{table(('', 'check', 'evidence'), rows)}"
-        '<p class="note">Attacks on the mechanism and on the trained model (lower bounds on ε) are '
-        "not part of a bundle; attacks on the aggregation are played by <code>audit protocol"
-        "</code>. A bound from an attack is never a guarantee.</p>"
+        f"{table(('', 'check', 'evidence'), rows)}{_attacks(report, cited)}"
     )
+
+
+def _attacks(report: Report, cited: Citations) -> str:
+    """Privacy audits: lower bounds from attacks on the same code."""
+    title = "<h3>Privacy audits: attacks on the mechanism and the model</h3>"
+    if not report.audits:
+        return (
+            f'{title}<p class="note">None was written into a log of this bundle. <code>audit '
+            "mechanism</code>, <code>one-run</code>, <code>canaries</code> and <code>inversion"
+            "</code> attack the same code; <code>audit protocol</code> attacks the aggregation.</p>"
+        )
+    rows = [
+        (
+            f'<span class="{"pass" if row.held else "fail"}">'
+            f"{'not refuted' if row.held else 'REFUTED'}</span>",
+            f'<div class="prose"><b>{escape(row.audit)}</b>: {escape(row.setting)}'
+            f"{_OTHER if row.other else ''}{_measured(row)}</div>",
+            "–" if row.claimed is None else up(row.claimed),
+            "–" if row.bound is None else f"{row.bound:.2f}",
+            cited(row.place),
+        )
+        for row in report.audits
+    ]
+    head = ("", "what was attacked", "ε claimed of it", "ε at least", "evidence")
+    return (
+        f"{title}<p>Each is a {CAVEAT}. A bound above the claim refutes it; a bound below "
+        "proves only that this attack, with so many trials, did not.</p>"
+        f"{table(head, rows, numbers=(2, 3))}"
+    )
+
+
+def _measured(row: AuditRow) -> str:
+    shown = [(name, row.figures[name]) for name in _TELLING if name in row.figures]
+    text = "; ".join(
+        f"{escape(label)} {f'{100 * value:.1f} %' if label in _SHARES else f'{value:.3g}'}"
+        for label, value in shown
+    )
+    return f'<br><span class="note">{text}</span>' if text else ""
 
 
 def _evidence(result: Result, cited: Citations) -> str:

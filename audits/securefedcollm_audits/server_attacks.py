@@ -16,19 +16,48 @@ from securefedcollm.primitives import AgreementKey, SigningKey, sha256
 from securefedcollm_audits.attacks import Outcome, both, judge, observed
 from securefedcollm_audits.cohort import Cohort, Puppet, altered, play, recorded
 
+_BIRTHDAY = 1 << 18
+
 
 def narrow_seed() -> Outcome:
-    """Search the masks of a generator that folds its secret into fewer than 256 bits."""
-    seed = bytes(range(32))
-    flips = [
-        bytes(b ^ (1 << bit % 8) * (i == bit // 8) for i, b in enumerate(seed))
-        for bit in range(256)
-    ]
-    masks = {keys.self_mask_key(s, sha256(b"header"), bytes(32), 1) for s in (seed, *flips)}
-    held = len(masks) == 257 and {len(mask) for mask in masks} == {32}
+    """Search the masks of a generator that folds its secret into fewer than 256 bits.
+
+    Two ways to find one without knowing how it folds: bits that change nothing, and masks that
+    repeat (birthday): 2^18 seeds have 8 pairs in common, on average, if there are 2^32 masks.
+    """
+    seed, header, delivery = bytes(range(32)), sha256(b"header"), bytes(32)
+    flips = [(int.from_bytes(seed, "big") ^ 1 << bit).to_bytes(32, "big") for bit in range(256)]
+    others = [count.to_bytes(32, "little") for count in range(_BIRTHDAY)]
+    seeds = {seed, *flips, *others}
+    masks = {keys.self_mask_key(s, header, delivery, 1) for s in seeds}
+    whole = len(masks) == len(seeds) and {len(mask) for mask in masks} == {32}
+    drawn = {_committed(flip) for flip in (None, *range(32))}
     return observed(
-        "folded seed", "masks repeat", "each of 256 seed bits changes a 256-bit key", held=held
+        "folded seed",
+        "masks repeat, or bytes of the seed are not random",
+        "each of 256 seed bits is drawn and changes a 256-bit key; no two of 2^18 keys are equal",
+        held=whole and len(drawn) == 33,
     )
+
+
+def _committed(flip: int | None) -> bytes:
+    """A silo's commitment to its seed, with one byte of what it was drawn from altered."""
+    cohort = Cohort(silos=4)
+    victim = cohort.names[0]
+    source, drawn = cohort.randomness(victim, cohort.header), bytearray()
+
+    def random(count: int) -> bytes:
+        start = len(drawn)
+        drawn.extend(source(count))
+        at = 2 * 32 + (flip or 0)  # after the secrets for masks and shares
+        if flip is not None and start <= at < len(drawn):
+            drawn[at] ^= 0xFF
+        return bytes(drawn[start:])
+
+    silos = {name: cohort.silo(name) for name in cohort.names}
+    silos[victim] = cohort.silo(victim, random=random)
+    puppet = Puppet(cohort, silos)
+    return puppet.roll(cohort.names, puppet.ask().values())[victim].statement.seed_commitment
 
 
 def both_lists() -> Outcome:

@@ -13,10 +13,17 @@ from securefedcollm.errors import ConfigError, EvidenceError
 from securefedcollm.evidence.bundle import MAX_BYTES, Bundle, read_bundle
 from securefedcollm.primitives import sha256
 from securefedcollm_audits.case import Case
-from securefedcollm_audits.checks import budget, logs, order, rounds
+from securefedcollm_audits.checks import budget, ciphertexts, findings, logs, order, rounds
 from securefedcollm_audits.verdict import Check, Result, Verdict, carry_out
 
-CHECKS: tuple[Check, ...] = (*logs.CHECKS, *order.CHECKS, *rounds.CHECKS, *budget.CHECKS)
+CHECKS: tuple[Check, ...] = (
+    *logs.CHECKS,
+    *order.CHECKS,
+    *rounds.CHECKS,
+    *ciphertexts.CHECKS,
+    *budget.CHECKS,
+    *findings.CHECKS,
+)
 _ARCHIVE = ("archive", "The archive is complete and unaltered")
 
 

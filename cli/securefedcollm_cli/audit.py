@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from securefedcollm_cli import audit_privacy
 from securefedcollm_cli.options import Json
 
 if TYPE_CHECKING:
@@ -20,8 +21,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Bundle a run's evidence, verify it offline, and attack the protocol.",
+    help="Bundle a run's evidence, verify it offline, and attack protocol and privacy.",
 )
+app.command("mechanism")(audit_privacy.mechanism)
+app.command("one-run")(audit_privacy.one_run)
+app.command("canaries")(audit_privacy.canaries)
+app.command("inversion")(audit_privacy.inversion)
 
 BundleFile = Annotated[Path, typer.Argument(metavar="FILE", help="A bundle of `audit bundle`.")]
 
@@ -127,6 +132,14 @@ def report(
     html: Annotated[
         Path | None, typer.Option("--html", metavar="OUT", help="The page to write.")
     ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            "--results",
+            metavar="FILE",
+            help="The run's results.json: show accuracy beside ε. Its maker's word, no evidence.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Verify a bundle and write what it shows as one self-contained HTML page, or as JSON.
@@ -139,7 +152,7 @@ def report(
 
     if html is None and not as_json:
         raise ConfigError("nothing to write", where="--html", hint="give --html OUT or --json")
-    found, case = make_report(file)
+    found, case = make_report(file, results)
     if html is not None:
         write_page(found, case, html)
     if as_json:

@@ -51,8 +51,11 @@ def new(
 def show(
     name: Annotated[str, typer.Argument(help="The identity's name, or the path of its file.")],
     role: Annotated[
-        Literal["silo", "server"], typer.Option(help="The role for the roster line.")
+        Literal["silo", "server", "authority"], typer.Option(help="The role for the roster line.")
     ] = "silo",
+    line: Annotated[
+        bool, typer.Option("--line", help="Print the roster line alone: `>> study.yaml`.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Print the public key and the roster line for the study. Never the private key."""
@@ -60,6 +63,9 @@ def show(
 
     path = find(name)
     identity = read_identity(path)
+    if line:
+        typer.echo(f"  - {{name: {identity.name}, role: {role}, key: {identity.public}}}")
+        return
     _print(identity.name, identity.public, identity.encrypted, path, role, as_json)
 
 

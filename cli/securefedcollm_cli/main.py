@@ -11,7 +11,17 @@ import typer
 
 from securefedcollm import __version__
 from securefedcollm.errors import SecureFedCoLLMError
-from securefedcollm_cli import audit, budget, experiment, identity, model, simulate, study
+from securefedcollm_cli import (
+    audit,
+    budget,
+    consortium,
+    experiment,
+    identity,
+    model,
+    roles,
+    simulate,
+    study,
+)
 
 app = typer.Typer(
     name="securefedcollm",
@@ -24,11 +34,17 @@ app = typer.Typer(
 )
 app.command()(simulate.simulate)
 app.command()(experiment.experiment)
+app.command()(consortium.join)
+app.command()(roles.server)
+app.command()(roles.client)
+app.command()(roles.authority)
+app.command()(roles.status)
 app.add_typer(study.app, name="study")
 app.add_typer(identity.app, name="identity")
 app.add_typer(model.app, name="model")
 app.add_typer(budget.app, name="budget")
 app.add_typer(audit.app, name="audit")
+app.add_typer(consortium.app, name="consortium")
 
 
 @app.callback(invoke_without_command=True)
@@ -54,7 +70,11 @@ def main() -> None:
     except SecureFedCoLLMError as error:
         sys.exit(report(error))
     except KeyboardInterrupt:
-        typer.echo("interrupted; a run that was under way continues with --resume", err=True)
+        typer.echo(
+            "interrupted; what was under way goes on when it is started again "
+            "(`simulate`: with --resume)",
+            err=True,
+        )
         sys.exit(130)
 
 

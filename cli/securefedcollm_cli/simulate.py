@@ -100,7 +100,7 @@ def _verify(run: Path) -> tuple[Verdict, str]:
 
     path, page = run / "evidence.zip", run / "report.html"
     write_bundle(run, path, [])
-    report, case = make_report(path)
+    report, case = make_report(path, run / "results.json")
     write_page(report, case, page)
     return report.verdict, str(page)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from securefedcollm_cli.identity import PassphraseFile, find, read_passphrase
-from securefedcollm_cli.options import Json, Overrides, StudyFile
+from securefedcollm_cli.options import DataDir, Json, Overrides, StudyFile
 
 app = typer.Typer(no_args_is_help=True, help="Check, show and describe a study file.")
 
@@ -36,6 +37,39 @@ def show(config: StudyFile, overrides: Overrides = None) -> None:
     from securefedcollm.study import dump_study, load_study
 
     typer.echo(dump_study(load_study(config, overrides or [])), nl=False)
+
+
+@app.command()
+def deal(
+    config: StudyFile,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to put the files.")],
+    overrides: Overrides = None,
+    data: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Deal a study's questions out into the files that real roles read: for a rehearsal.
+
+    One NAME.jsonl for each silo, public.jsonl and test.jsonl, just as `simulate` deals them. With
+    real data nobody could do this: every silo has its own file.
+    """
+    from securefedcollm.federation.dealing import deal as dealt_out
+    from securefedcollm.federation.files import make_directory
+    from securefedcollm.study import load_study
+    from securefedcollm.study.config import BUILTIN_SUBJECT
+    from securefedcollm.tuning.data import write_questions
+
+    study = load_study(config, overrides or [])
+    dealt = dealt_out(study, data)
+    make_directory(out)
+    files = {"public": dealt.public, "test": dealt.test, **dealt.silos}
+    owner = study.subject or BUILTIN_SUBJECT
+    for name, questions in files.items():
+        write_questions(out / f"{name}.jsonl", questions, owner, study.task.kind)
+    if as_json:
+        typer.echo(json.dumps({name: len(questions) for name, questions in files.items()}))
+        return
+    for name, questions in files.items():
+        typer.echo(f"{len(questions):>7,} questions  {out / name}.jsonl")
 
 
 @app.command()
@@ -79,7 +113,7 @@ def verify(config: StudyFile, as_json: Json = False) -> None:
     else:
         for participant in study.roster:
             state = "signed" if signed[participant.name] else "MISSING"
-            typer.echo(f"{state:<8} {participant.role:<7} {participant.name}")
+            typer.echo(f"{state:<8} {participant.role:<9} {participant.name}")
     require_signed(study, path)
 
 
@@ -113,6 +147,7 @@ def derived(study: Any) -> dict[str, Any]:
         "models": f"LLM {study.models.llm.source}, SLM {study.models.slm.source}",
         "silos": f"{n}, of which {c} may collude with the server",
         "a sum opens with": _opens_with(study),
+        **({"authority": _authority(study)} if study.scheme == "ckks-authority" else {}),
         "adapter": f"{study.adapter.method}, rank {study.adapter.rank}, α {study.adapter.alpha:g}",
         "ring": f"{_packing(study)}, integers within ±{field.bound}, "
         f"resolution {study.aggregation.clip_norm / field.bound:.2g}",
@@ -141,9 +176,20 @@ def _opens_with(study: Any) -> str:
     tolerated = f"({study.silos.count - study.quorum} dropout(s) tolerated per round)"
     if study.ring is None:
         return f"{study.minimum} survivors, {study.threshold} of them unmasking {tolerated}"
+    if study.scheme == "ckks-authority":
+        return f"{study.quorum} silos that uploaded, by the authority {tolerated}"
     return (
         f"{study.quorum} silos, all of which made the key and decrypt; else the rest repeat "
         f"{tolerated}"
+    )
+
+
+def _authority(study: Any) -> str:
+    named = [p.name for p in study.roster if p.role == "authority"]
+    return (
+        f"{named[0] if named else 'not named yet'}; holds the decryption key, opens one sum a "
+        "round and sees neither sums nor updates. TOGETHER WITH THE SERVER IT CAN OPEN SINGLE "
+        "UPDATES: choose a party that does not collude with it"
     )
 
 
@@ -167,10 +213,12 @@ def _packing(study: Any) -> str:
 
 
 def _ring_bytes(study: Any) -> tuple[float, float]:
-    """Bytes a value, of a million: of a ciphertext with its keys, and of a share."""
+    """Bytes a value, of a million: of a ciphertext with a silo's part of the keys, and of a share
+    (which the authority sends, where there is one)."""
     shape = study.ring.shape(10**6, study.silos.colluders)
     size = study.ring.value_bytes * 4096 / 10**6
-    return size * (shape.keys + shape.chunks + shape.groups), size * shape.chunks
+    keys = 0 if study.scheme == "ckks-authority" else shape.keys
+    return size * (keys + shape.chunks + shape.groups), size * shape.chunks
 
 
 def _ring_facts(study: Any) -> dict[str, Any] | None:
@@ -179,6 +227,7 @@ def _ring_facts(study: Any) -> dict[str, Any] | None:
         return None
     return {
         "set": ring.name,
+        "key_model": study.aggregation.key_model,
         "modulus_bits": ring.prime.bit_length(),
         "scale_bits": ring.scale_bits,
         "flood_bits": ring.flood_bits,

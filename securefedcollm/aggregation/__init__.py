@@ -5,8 +5,10 @@ sockets, files, clock or global randomness; the federation carries its frames an
 """
 
 from securefedcollm.aggregation.header import (
+    AUTHORITY_SUITES,
     CKKS_SUITES,
     SUITE,
+    Authority,
     RingParameters,
     Roster,
     RoundHeader,
@@ -14,24 +16,37 @@ from securefedcollm.aggregation.header import (
 from securefedcollm.aggregation.scheme import (
     STEPS,
     AbandonedError,
+    AuthoritySide,
     CoordinatorSide,
     Journal,
     RoundResult,
     SchemeName,
+    Sealing,
     SiloSide,
     Transcript,
+    Word,
+    authority_side,
     coordinator_side,
     silo_side,
 )
-from securefedcollm.aggregation.steps import CKKS_TRANSITIONS, TRANSITIONS, Step
+from securefedcollm.aggregation.steps import (
+    AUTHORITY_TRANSITIONS,
+    CKKS_TRANSITIONS,
+    TRANSITIONS,
+    Step,
+)
 
 __all__ = [
+    "AUTHORITY_SUITES",
+    "AUTHORITY_TRANSITIONS",
     "CKKS_SUITES",
     "CKKS_TRANSITIONS",
     "STEPS",
     "SUITE",
     "TRANSITIONS",
     "AbandonedError",
+    "Authority",
+    "AuthoritySide",
     "CoordinatorSide",
     "Journal",
     "RingParameters",
@@ -39,9 +54,12 @@ __all__ = [
     "RoundHeader",
     "RoundResult",
     "SchemeName",
+    "Sealing",
     "SiloSide",
     "Step",
     "Transcript",
+    "Word",
+    "authority_side",
     "coordinator_side",
     "silo_side",
 ]

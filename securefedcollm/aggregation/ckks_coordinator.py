@@ -23,7 +23,7 @@ from securefedcollm.aggregation.ckks_seal import Seal
 from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster
 from securefedcollm.aggregation.keys import lists_digest
 from securefedcollm.aggregation.messages import Ask, Message, Signed, decode
-from securefedcollm.aggregation.scheme import AbandonedError, RoundResult, Transcript
+from securefedcollm.aggregation.scheme import AbandonedError, RoundResult, Sealing, Transcript
 from securefedcollm.aggregation.steps import CKKS_TRANSITIONS, Step
 from securefedcollm.errors import (
     CryptoError,
@@ -90,6 +90,7 @@ class CkksCoordinatorRound:
             lists=lists_digest(self._transcript, members, ()) if agreed else b"",
             survivors=tuple(map(self._roster.name, members)),
             agreements=self._signatures() if agreed else {},
+            sealing=self._sealing() if agreed else None,
         )
 
     @property
@@ -369,6 +370,13 @@ class CkksCoordinatorRound:
             agreements=self._signatures(),
         )
         self._forget()
+
+    def _sealing(self) -> Sealing:
+        return Sealing(
+            key=self._key_id,
+            roots={self._roster.name(i): (s.root, s.signature) for i, s in self._sealed.items()},
+            sums=b"".join(self._sum_digests),
+        )
 
     def _signatures(self) -> dict[str, bytes]:
         return {self._roster.name(i): verdict.signature for i, verdict in self._verdicts.items()}

@@ -13,6 +13,7 @@ import msgspec
 
 from securefedcollm.aggregation.ckks_ring import polynomial_bytes
 from securefedcollm.aggregation.header import (
+    AUTHORITY_SUITES,
     CKKS_SUITES,
     MAX_SILOS,
     Digest,
@@ -40,10 +41,11 @@ def ring_of(header: RoundHeader) -> CkksRing:
     Raises:
         ConfigError: the suite is not CKKS, or no such ring holds the sum.
     """
-    for name, suite in CKKS_SUITES.items():
-        if suite == header.suite:
-            parameters = header.parameters
-            return derive(name, silos=parameters.silos, bound=parameters.bound)
+    silos, bound = header.parameters.silos, header.parameters.bound
+    for holders, suites in ((silos, CKKS_SUITES), (1, AUTHORITY_SUITES)):
+        for name, suite in suites.items():
+            if suite == header.suite:
+                return derive(name, silos=silos, bound=bound, holders=holders)
     raise ConfigError(f"{header.suite!r} is not a CKKS suite", where="aggregation.scheme")
 
 

@@ -13,6 +13,7 @@ high bytes: 5 bytes a residue.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
@@ -50,15 +51,28 @@ def accumulate(total: Residues, data: bytes, ring: CkksRing) -> None:
     """Add the packed polynomials of ``data`` to ``total``, in place.
 
     Raises:
-        CryptoError: as :func:`unpack`; ``total`` is spoilt then.
+        CryptoError: as :func:`unpack`; ``total`` is as it was then.
     """
     size = polynomial_bytes(ring)
     _check_length(data, ring, len(total))
     view = memoryview(data)
-    for start in range(0, len(total), ROWS):
-        block = total[start : start + ROWS]
-        block += unpack(view[start * size : (start + ROWS) * size], ring, len(block))
-        np.minimum(block, block - np.uint64(ring.prime), out=block)
+
+    def blocks(end: int) -> Iterator[tuple[Residues, Residues]]:
+        for start in range(0, end, ROWS):
+            block = total[start : start + ROWS]
+            packed = view[start * size : (start + len(block)) * size]
+            yield block, unpack(packed, ring, len(block))
+
+    added = 0
+    try:
+        for block, term in blocks(len(total)):
+            block += term
+            np.minimum(block, block - np.uint64(ring.prime), out=block)
+            added += len(block)
+    except CryptoError:
+        for block, term in blocks(added):
+            block[:] = subtract(block, term, ring)
+        raise
 
 
 def subtract(a: Residues, b: Residues, ring: CkksRing) -> Residues:

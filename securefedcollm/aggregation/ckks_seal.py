@@ -25,6 +25,9 @@ from securefedcollm.aggregation.ckks_ring import ROWS, Residues
 from securefedcollm.errors import CryptoError
 from securefedcollm.study.ring import DEGREE, CkksRing
 
+Secret = SecretKey
+"""A secret polynomial, in SEAL's keeping."""
+
 _HEADER: Final = struct.Struct("<HBBBBHQ")  # magic, header size, version ×2, compression, 0, size
 _CIPHER: Final = struct.Struct("<BQQQdQ")  # NTT form, polynomials, N, primes, scale, correction
 _MAGIC: Final = 0xA15E
@@ -42,7 +45,9 @@ class _Outbox:
         return os.pread(self._fd, os.fstat(self._fd).st_size, 0)
 
     def close(self) -> None:
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
 
 
 class _Inbox:
@@ -105,11 +110,15 @@ class Seal:
         self.close()
 
     def close(self) -> None:
-        """Give the anonymous memory back."""
+        """Give the anonymous memory back; also done when an abandoned attempt is forgotten."""
         for inbox in self._inboxes.values():
             inbox.close()
         self._inboxes.clear()
         self._out.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_inboxes"):
+            self.close()
 
     def secret(self) -> SecretKey:
         """A fresh ternary secret key."""

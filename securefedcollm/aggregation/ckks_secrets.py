@@ -1,7 +1,9 @@
-"""What a silo keeps to itself during one attempt of CKKS aggregation, and the uses it has."""
+"""What a silo, or an authority, keeps to itself during one attempt of CKKS aggregation, and the
+uses it has."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NoReturn
 
 import numpy as np
@@ -10,7 +12,7 @@ import numpy.typing as npt
 from securefedcollm.aggregation import ckks_ring
 from securefedcollm.aggregation.ckks_messages import CipherUpload
 from securefedcollm.aggregation.ckks_ring import ROWS, Residues
-from securefedcollm.aggregation.ckks_seal import Seal
+from securefedcollm.aggregation.ckks_seal import Seal, Secret
 from securefedcollm.errors import LocalProtocolError
 from securefedcollm.primitives import RandomSource
 from securefedcollm.study.ring import DEGREE, CkksRing, Shape
@@ -44,7 +46,7 @@ class CkksSecrets:
         ckks_ring.check_vector(vector, ring)
         self._vector = vector.copy()
         self._seal = Seal(ring)
-        self._shares = [self._seal.secret() for _ in range(shape.keys)]
+        self._shares: list[Secret] = []
         self._upload: CipherUpload | None = None
 
     def __repr__(self) -> str:
@@ -54,7 +56,8 @@ class CkksSecrets:
         raise TypeError("CkksSecrets are neither copied nor pickled")
 
     def key_parts(self) -> bytes:
-        """b = e − a·s for every key, packed."""
+        """b = e − a·s for every key, with fresh secrets s, packed."""
+        self._shares = [self._seal.secret() for _ in range(self._shape.keys)]
         zero = np.zeros_like(self._common)
         minus = self._seal.load(ckks_ring.subtract(zero, self._common, self._ring))
         errors = self._errors(self._shape.keys)
@@ -117,6 +120,68 @@ class CkksSecrets:
 
     def _errors(self, rows: int) -> Residues:
         return ckks_ring.errors(rows, self._ring, self._random)
+
+    def close(self) -> None:
+        """Give SEAL's anonymous memory back."""
+        self._seal.close()
+
+
+class AuthoritySecrets:
+    """An authority's secrets of one attempt: some of its own for every silo.
+
+    Args:
+        silos: number of silos on the roster.
+        random: of errors and flooding noise. SEAL draws secrets from the system by itself.
+    """
+
+    def __init__(
+        self, ring: CkksRing, shape: Shape, common: Residues, silos: int, random: RandomSource
+    ) -> None:
+        self._ring = ring
+        self._shape = shape
+        self._common = common
+        self._random = random
+        self._seal = Seal(ring)
+        self._secrets = [[self._seal.secret() for _ in range(shape.keys)] for _ in range(silos)]
+
+    def __repr__(self) -> str:
+        return "AuthoritySecrets(<redacted>)"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("AuthoritySecrets are neither copied nor pickled")
+
+    def key_parts(self) -> tuple[bytes, ...]:
+        """b = e − a·s for every key, packed, for each silo."""
+        zero = np.zeros_like(self._common)
+        minus = self._seal.load(ckks_ring.subtract(zero, self._common, self._ring))
+        parts = []
+        for secrets in self._secrets:
+            noise = ckks_ring.errors(len(secrets), self._ring, self._random)
+            made = [
+                self._seal.products(secret, minus, error[np.newaxis])
+                for secret, error in zip(secrets, noise, strict=True)
+            ]
+            parts.append(ckks_ring.pack(np.concatenate(made), self._ring))
+        return tuple(parts)
+
+    def decrypt(self, seconds: Mapping[int, Residues]) -> bytes:
+        """Σ c1·s, each c1 by its owner's secrets, + flooding noise, packed, for every chunk.
+
+        Args:
+            seconds: silo's index → its second polynomials [groups, N], transformed.
+        """
+        keys, chunks, groups = self._shape.keys, self._shape.chunks, self._shape.groups
+        total = np.zeros((groups, keys, DEGREE), dtype=np.uint64)
+        for start in range(0, groups, ROWS):
+            block = total[start : start + ROWS]
+            noise = [ckks_ring.flooding(len(block), self._ring, self._random) for _ in range(keys)]
+            for index, second in seconds.items():
+                loaded = self._seal.load(second[start : start + ROWS])
+                for key, secret in enumerate(self._secrets[index - 1]):
+                    made = self._seal.products(secret, loaded, noise[key])
+                    block[:, key] = ckks_ring.add(block[:, key], made, self._ring)
+                    noise[key][:] = 0  # once in the sum
+        return ckks_ring.pack(total.reshape(-1, DEGREE)[:chunks], self._ring)
 
     def close(self) -> None:
         """Give SEAL's anonymous memory back."""

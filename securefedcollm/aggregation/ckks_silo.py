@@ -29,6 +29,15 @@ import numpy.typing as npt
 
 from securefedcollm.aggregation import ckks_messages as m
 from securefedcollm.aggregation import ckks_ring
+from securefedcollm.aggregation.ckks_checks import (
+    accumulate,
+    accuse,
+    check_list,
+    check_signatures,
+    record_once,
+    refuse,
+    split,
+)
 from securefedcollm.aggregation.ckks_ring import Residues
 from securefedcollm.aggregation.ckks_secrets import CkksSecrets
 from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster
@@ -37,15 +46,8 @@ from securefedcollm.aggregation.messages import UNSIGNED, Ask, Signed, decode, s
 from securefedcollm.aggregation.scheme import Journal, Transcript
 from securefedcollm.aggregation.silo import SERVER
 from securefedcollm.aggregation.steps import CKKS_TRANSITIONS, Step
-from securefedcollm.errors import CryptoError, LocalProtocolError, RemoteProtocolError
-from securefedcollm.primitives import (
-    KEY_BYTES,
-    RandomSource,
-    SigningKey,
-    equal,
-    sha256,
-    verify,
-)
+from securefedcollm.errors import CryptoError, LocalProtocolError
+from securefedcollm.primitives import KEY_BYTES, RandomSource, SigningKey, sha256
 from securefedcollm.study.ring import DEGREE
 
 
@@ -140,7 +142,7 @@ class CkksSiloRound:
         """
         secrets = self._secrets
         if secrets is None:
-            _refuse(
+            refuse(
                 f"sent a frame although this silo's round is over ({self._step.value})",
                 "start a new attempt or the next round",
             )
@@ -191,7 +193,7 @@ class CkksSiloRound:
         # silo's own header is ever used; this comparison is for a message that names the field.
         if ask.header != self._header:
             fields = ", ".join(self._header.differences(ask.header))
-            _refuse(
+            refuse(
                 f"announced a round that differs from this silo's in: {fields}",
                 "compare the signed study and the global model that both sides hold",
             )
@@ -269,13 +271,13 @@ class CkksSiloRound:
 
     def _on_pieces(self, message: m.Pieces) -> bytes:
         if len(message.lists) != len(self._members):
-            _refuse("did not relay one piece list for each member", "start a new attempt")
+            refuse("did not relay one piece list for each member", "start a new attempt")
         mine = m.assigned(
             self._index, self._members, self._parameters.colluders, self._shape.groups
         )
         total = np.zeros((len(mine), DEGREE), dtype=np.uint64)
         for index, pieces in zip(self._members, message.lists, strict=True):
-            digests = _split(pieces.seconds)
+            digests = split(pieces.seconds)
             root = m.cipher_root(self._key_id, index, pieces.first, pieces.seconds)
             expected = b"".join(digests[k] for k in mine if k < len(digests))
             # Adversary: a server that swaps, drops, repeats or alters a chunk of a ciphertext.
@@ -311,7 +313,7 @@ class CkksSiloRound:
         try:
             share = secrets.decrypt(message.second)
         except CryptoError as error:
-            _refuse(f"sent an aggregate that is malformed ({error})", "report the server")
+            refuse(f"sent an aggregate that is malformed ({error})", "report the server")
         # Adversary: a clone of this process that answers again, so that the average of the answers
         # has less flooding noise. The noise is in what is recorded: only one of them leaves.
         return self._say(
@@ -332,15 +334,15 @@ class CkksSiloRound:
             )
             if len(verdict.sums) != 32 * len(chunks):
                 self._accuse(verdict.index, "verdict does not cover its chunks")
-            for k, digest in zip(chunks, _split(verdict.sums), strict=True):
+            for k, digest in zip(chunks, split(verdict.sums), strict=True):
                 vouched[k, verdict.index] = digest
-        found = _split(m.polynomial_digests(message.second, self._size))
+        found = split(m.polynomial_digests(message.second, self._size))
         if len(found) != self._shape.groups:
-            _refuse("sent an aggregate of another length", "report the server")
+            refuse("sent an aggregate of another length", "report the server")
         for k, digest in enumerate(found):
             for index in m.verifiers(k, self._members, self._parameters.colluders):
                 if vouched[k, index] != digest:
-                    _refuse(
+                    refuse(
                         f"asks to decrypt what {self._roster.name(index)} does not vouch for: "
                         f"group {k} is not the sum of the committed ciphertexts",
                         "report the server, and that silo if the others vouch for it",
@@ -353,23 +355,13 @@ class CkksSiloRound:
         return ckks_ring.polynomial_bytes(self._ring)
 
     def _check_members(self, members: Sequence[int], allowed: tuple[int, ...]) -> None:
-        """Ascending, allowed, with this silo, and a quorum.
-
-        Adversary: a server that runs the round with this silo alone, or with colluders only.
-        """
-        if list(members) != sorted(set(members)) or not set(members) <= set(allowed):
-            _refuse("sent a list with repeated or unknown silos", "report the server")
+        check_list(members, allowed, self._parameters.quorum)
         if self._index not in members:
-            _refuse("left this silo out of the list", "start a new attempt")
-        if len(members) < self._parameters.quorum:
-            _refuse(
-                f"sent a list of {len(members)} silos; {self._parameters.quorum} are needed",
-                "wait until more silos are online",
-            )
+            refuse("left this silo out of the list", "start a new attempt")
 
     def _check_exactly(self, members: Sequence[int]) -> None:
         if tuple(members) != self._members:
-            _refuse(
+            refuse(
                 "sent a list that is not of the silos that share the key",
                 "a silo was lost: start a new attempt under a fresh key",
             )
@@ -377,34 +369,16 @@ class CkksSiloRound:
     def _check_own(self, entry: Signed) -> None:
         # Adversary: a relay that swaps in what this silo signed elsewhere.
         if entry != self._own:
-            _refuse("relayed a frame that this silo did not send", "start a new attempt")
+            refuse("relayed a frame that this silo did not send", "start a new attempt")
 
     def _check_all_signed(self, entries: Sequence[Signed], what: str) -> None:
-        for entry in entries:
-            # Adversary: the relay invents members, or replays frames of another round or model.
-            name = self._roster.name(entry.index)
-            if entry.header != self._header_digest:
-                _refuse(
-                    f"relayed {name}'s {what} for another round, study or global model",
-                    "all silos must hold the same study and the same global model",
-                )
-            key = self._roster.key(entry.index)
-            try:
-                verify(key, entry.CONTEXT, entry.signed(), entry.signature)
-            except CryptoError:
-                _refuse(f"relayed {name}'s {what} with a bad signature", "report the server")
+        check_signatures(entries, what, self._header_digest, self._roster)
 
     def _accumulate(self, total: Residues, data: bytes, index: int) -> None:
-        try:
-            ckks_ring.accumulate(total, data, self._ring)
-        except CryptoError as error:
-            self._accuse(index, f"polynomials are malformed ({error})")
+        accumulate(total, data, self._ring, self._roster.name(index))
 
     def _accuse(self, index: int, what: str) -> NoReturn:
-        _refuse(
-            f"relayed a frame that does not check: {self._roster.name(index)}'s {what}",
-            "start a new attempt; report the server, or that silo if others say the same",
-        )
+        accuse(self._roster.name(index), what)
 
     def _say(self, key: bytes, message: Signed) -> bytes:
         """Sign, write down what is about to be said in this attempt, and say it."""
@@ -414,16 +388,4 @@ class CkksSiloRound:
         return signed.encode()
 
     def _record(self, key: bytes, value: bytes) -> None:
-        if not equal(self._journal.record(key, value), value):
-            _refuse(
-                f"asks a second time for what this silo has answered ({self._step.value})",
-                "normal after a restart: go on with the next attempt or round",
-            )
-
-
-def _split(digests: bytes) -> list[bytes]:
-    return [digests[at : at + 32] for at in range(0, len(digests), 32)]
-
-
-def _refuse(message: str, hint: str) -> NoReturn:
-    raise RemoteProtocolError(message, peer=SERVER, hint=hint)
+        record_once(self._journal, key, value, self._step)

@@ -27,6 +27,12 @@ CKKS_SUITES: Final[dict[CkksSet, str]] = {
 }
 """Threshold CKKS; suite, number of silos and bound fix the ring (``study/ring.py``)."""
 
+AUTHORITY_SUITES: Final[dict[CkksSet, str]] = {
+    "precise": "securefedcollm-ckks-authority-precise-v1",
+    "compact": "securefedcollm-ckks-authority-compact-v1",
+}
+"""The same under the key of one authority."""
+
 MIN_SILOS: Final = 3
 MAX_SILOS: Final = 128
 """The complete graph of pairwise masks is quadratic; beyond this a sparse graph is needed."""
@@ -240,6 +246,13 @@ class Roster:
     def key(self, index: int) -> bytes:
         """Ed25519 public key of the silo with a 1-based ``index``."""
         return self.keys[index - 1]
+
+
+class Authority(msgspec.Struct, frozen=True):
+    """The party that holds the key in ``ckks-authority``: its name and Ed25519 public key."""
+
+    name: str
+    key: bytes
 
 
 def check_roster(header: RoundHeader, roster: Roster) -> None:

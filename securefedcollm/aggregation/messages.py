@@ -50,10 +50,18 @@ class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
         return msgspec.msgpack.encode(self)
 
 
-class Signed(Message, frozen=True):
-    """Base of everything a silo says."""
+class Signable(Message, frozen=True):
+    """Base of what has a field ``signature``."""
 
     CONTEXT: ClassVar[bytes] = b""
+
+    def signed(self) -> bytes:
+        """The bytes under the signature."""
+        raise NotImplementedError
+
+
+class Signed(Signable, frozen=True):
+    """Base of everything a silo says."""
 
     header: Digest
     index: Index
@@ -201,7 +209,7 @@ class Unmask(Signed, frozen=True, tag="unmask"):
 
 
 M = TypeVar("M", bound=Message)
-S = TypeVar("S", bound=Signed)
+S = TypeVar("S", bound=Signable)
 
 
 def sign(message: S, key: SigningKey) -> S:

@@ -8,22 +8,27 @@ engines carry the bytes, and its journal is the only thing that outlives a proce
 from __future__ import annotations
 
 import os
-from typing import Final, Literal, Protocol
+from typing import Final, Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.aggregation.header import Roster, RoundHeader
-from securefedcollm.aggregation.steps import CKKS_TRANSITIONS, TRANSITIONS, Step
-from securefedcollm.errors import ProtocolError
+from securefedcollm.aggregation.header import Authority, Roster, RoundHeader
+from securefedcollm.aggregation.steps import (
+    AUTHORITY_TRANSITIONS,
+    CKKS_TRANSITIONS,
+    TRANSITIONS,
+    Step,
+)
+from securefedcollm.errors import LocalProtocolError, ProtocolError
 from securefedcollm.primitives import RandomSource, SigningKey
-
-SchemeName = Literal["masking", "ckks"]
+from securefedcollm.study.config import SchemeName as SchemeName
 
 STEPS: Final[dict[SchemeName, tuple[Step, ...]]] = {
     "masking": tuple(TRANSITIONS),
     "ckks": tuple(CKKS_TRANSITIONS),
+    "ckks-authority": tuple(AUTHORITY_TRANSITIONS),
 }
 """The exchanges of a round, in order."""
 
@@ -54,6 +59,36 @@ class Journal(Protocol):
         ...
 
 
+class Word(msgspec.Struct, frozen=True):
+    """The authority's signed statement of what it opened: for the evidence log.
+
+    Args:
+        survivors: names whose vectors are in the sum.
+        share: SHA-256 of its partial decryption.
+        signature: over the header's digest, the transcript, the share and the survivors.
+    """
+
+    survivors: tuple[str, ...]
+    share: bytes
+    signature: bytes
+
+
+class Sealing(msgspec.Struct, frozen=True):
+    """What the transcript of a CKKS attempt is the digest of, for the evidence log.
+
+    Args:
+        key: id of the key, 32 bytes.
+        roots: name -> digest of its ciphertext, and its 64-byte signature over that.
+        sums: 32-byte digests of the added second polynomials, one a group; threshold only.
+        offer: SHA-256 of the key, and the authority's 64-byte signature; empty for a joint key.
+    """
+
+    key: bytes
+    roots: dict[str, tuple[bytes, bytes]]
+    sums: bytes = b""
+    offer: tuple[bytes, bytes] | None = None
+
+
 class RoundResult(msgspec.Struct, frozen=True):
     """What a completed round gives the server.
 
@@ -66,6 +101,7 @@ class RoundResult(msgspec.Struct, frozen=True):
         header_digest: 32 bytes.
         transcript: 32 bytes that fix what is in the sum; every name in ``agreements`` signed it.
         agreements: name -> 64-byte signature that covers the transcript, for the audit log.
+        word: what the authority says it opened, where one holds the key.
     """
 
     sum: npt.NDArray[np.int64]
@@ -75,6 +111,7 @@ class RoundResult(msgspec.Struct, frozen=True):
     header_digest: bytes
     transcript: bytes
     agreements: dict[str, bytes]
+    word: Word | None = None
 
     def __repr__(self) -> str:
         return f"RoundResult(survivors={self.survivors}, excluded={self.excluded})"
@@ -86,7 +123,10 @@ class Transcript(msgspec.Struct, frozen=True):
     Args:
         header, delivery, lists: digests, 32 bytes each; empty if not there yet.
         survivors, dropouts: names, in roster order.
-        agreements: coordinator only: name -> 64-byte signature over the lists.
+        agreements: coordinator only: name -> 64-byte signature over the lists (masking), over its
+            verdict (CKKS) or over the delivery (under an authority's key).
+        sealing: coordinator only: what ``delivery`` is the digest of, under CKKS.
+        word: silo only: the authority's, once it was seen.
     """
 
     header: bytes
@@ -95,6 +135,8 @@ class Transcript(msgspec.Struct, frozen=True):
     survivors: tuple[str, ...] = ()
     dropouts: tuple[str, ...] = ()
     agreements: dict[str, bytes] = {}
+    sealing: Sealing | None = None
+    word: Word | None = None
 
 
 class SiloSide(Protocol):
@@ -118,6 +160,27 @@ class SiloSide(Protocol):
         ...
 
 
+class AuthoritySide(Protocol):
+    """The key holder's side of one attempt at one round."""
+
+    @property
+    def step(self) -> Step: ...
+
+    @property
+    def transcript(self) -> Transcript:
+        """What it was shown, once it has opened a sum."""
+        ...
+
+    @property
+    def key_id(self) -> bytes:
+        """32 bytes that stand for this attempt's key; empty before there is one."""
+        ...
+
+    def handle(self, frame: bytes) -> bytes:
+        """As :meth:`SiloSide.handle`."""
+        ...
+
+
 class CoordinatorSide(Protocol):
     """The server's side of one attempt at one round."""
 
@@ -135,7 +198,7 @@ class CoordinatorSide(Protocol):
         ...
 
     def requests(self) -> dict[str, bytes]:
-        """One frame for every silo that takes part in this step."""
+        """One frame for everybody who takes part in this step: silos, or the authority."""
         ...
 
     def receive(self, silo: str, frame: bytes) -> None:
@@ -178,8 +241,12 @@ def silo_side(
     journal: Journal,
     random: RandomSource = os.urandom,
     threads: int = 1,
+    authority: Authority | None = None,
 ) -> SiloSide:
-    """The silo's side of ``scheme``; the arguments are those of :class:`~.silo.SiloRound`."""
+    """The silo's side of ``scheme``; the arguments are those of :class:`~.silo.SiloRound`.
+
+    ``authority``: who holds the key, for ``ckks-authority``.
+    """
     match scheme:
         case "masking":
             from securefedcollm.aggregation.silo import SiloRound
@@ -208,10 +275,29 @@ def silo_side(
                 journal=journal,
                 random=random,
             )
+        case "ckks-authority":
+            from securefedcollm.aggregation.ckks_authority_silo import CkksAuthoritySiloRound
+
+            return CkksAuthoritySiloRound(
+                header=header,
+                roster=roster,
+                authority=_named(authority),
+                name=name,
+                signing_key=signing_key,
+                vector=vector,
+                vector_id=vector_id,
+                journal=journal,
+                random=random,
+            )
 
 
 def coordinator_side(
-    scheme: SchemeName, *, header: RoundHeader, roster: Roster, threads: int = 1
+    scheme: SchemeName,
+    *,
+    header: RoundHeader,
+    roster: Roster,
+    threads: int = 1,
+    authority: Authority | None = None,
 ) -> CoordinatorSide:
     """The server's side of ``scheme``; the arguments are those of ``CoordinatorRound``."""
     match scheme:
@@ -223,3 +309,36 @@ def coordinator_side(
             from securefedcollm.aggregation.ckks_coordinator import CkksCoordinatorRound
 
             return CkksCoordinatorRound(header=header, roster=roster)
+        case "ckks-authority":
+            from securefedcollm.aggregation.ckks_authority_coordinator import (
+                CkksAuthorityCoordinatorRound,
+            )
+
+            return CkksAuthorityCoordinatorRound(
+                header=header, roster=roster, authority=_named(authority)
+            )
+
+
+def authority_side(
+    *,
+    header: RoundHeader,
+    roster: Roster,
+    signing_key: SigningKey,
+    journal: Journal,
+    random: RandomSource = os.urandom,
+) -> AuthoritySide:
+    """The key holder's side of ``ckks-authority``."""
+    from securefedcollm.aggregation.ckks_authority import CkksAuthorityRound
+
+    return CkksAuthorityRound(
+        header=header, roster=roster, signing_key=signing_key, journal=journal, random=random
+    )
+
+
+def _named(authority: Authority | None) -> Authority:
+    if authority is None:
+        raise LocalProtocolError(
+            "no authority is named, and its key is to be used",
+            hint="take it from the study's roster",
+        )
+    return authority

@@ -18,6 +18,7 @@ class Step(Enum):
     UPLOAD = "upload"
     AGREE = "agree"
     UNMASK = "unmask"
+    NOTE = "note"
     DONE = "done"
     FAILED = "failed"
 
@@ -52,3 +53,13 @@ CKKS_TRANSITIONS: Final[dict[Step, Transition]] = {
     Step.UNMASK: Transition("Aggregate", "Partial", Step.DONE),
 }
 """CKKS, K0 to K5."""
+
+AUTHORITY_TRANSITIONS: Final[dict[Step, Transition]] = {
+    Step.ADVERTISE: Transition("Ask", "AuthorityKeys", Step.ENCRYPT),
+    Step.ENCRYPT: Transition("KeyOffer", "Sealed", Step.UPLOAD),
+    Step.UPLOAD: Transition("SealedRoll", "CipherDelivery", Step.UNMASK),
+    Step.UNMASK: Transition("OpenRequest", "Opened", Step.NOTE),
+    Step.NOTE: Transition("Notice", "Noted", Step.DONE),
+}
+"""CKKS under an authority's key, A0 to A4: the authority answers the first and the fourth request,
+the silos the others."""

@@ -106,7 +106,11 @@ def _homes(run: Path, only: Sequence[str]) -> dict[str, Path]:
     found = {path.name: path for path in sorted((run / "silos").glob("*")) if path.is_dir()}
     found = {
         name: path
-        for name, path in {"server": run / "server", **found}.items()
+        for name, path in {
+            "server": run / "server",
+            "authority": run / "authority",
+            **found,
+        }.items()
         if (path / FILE_NAME).exists()
     }
     unknown = [name for name in only if name not in found]

@@ -27,6 +27,7 @@ Short = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$")]
 Signature = Annotated[str, Meta(pattern=r"^[0-9a-f]{128}$")]
 Who = Annotated[str, Meta(min_length=1, max_length=64)]
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
+_Positive = Annotated[float, Meta(gt=0)]
 Names = Annotated[list[Who], Meta(max_length=128)]
 
 MAX_ENTRY = 256 << 10
@@ -40,10 +41,10 @@ class _What(
 
 
 class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A participant as this log's keeper knew it: name, ``server`` or ``silo``, Ed25519 key."""
+    """A participant as this log's keeper knew it: name, role, Ed25519 key."""
 
     name: Who
-    role: Annotated[str, Meta(pattern=r"^(server|silo)$")]
+    role: Annotated[str, Meta(pattern=r"^(server|silo|authority)$")]
     key: Hex
 
 
@@ -56,7 +57,7 @@ class Opened(_What, frozen=True, tag="opened"):
 
     study: Hex
     run: Short
-    roster: Annotated[list[Member], Meta(max_length=129)]
+    roster: Annotated[list[Member], Meta(max_length=130)]
     version: str
     code: Hex
     sbom: Hex | None = None
@@ -66,7 +67,8 @@ class Round(_What, frozen=True, tag="round"):
     """An attempt at a round begins: at the server before the model is sent, at a silo before it
     trains. ``model`` = H(base, layout, adapter, mechanism); ``header`` binds it and all else.
 
-    ``mechanism``: how the sum is noised, where silos share the noise.
+    ``mechanism``: how the sum is noised, where silos share the noise. ``clip``: the clip norm and
+    the count's part, where they adapt from round to round; ``mechanism`` binds them.
     """
 
     round: Count
@@ -78,10 +80,12 @@ class Round(_What, frozen=True, tag="round"):
     values: Count
     header: Hex
     mechanism: Hex | None = None
+    clip: tuple[_Positive, _Positive] | None = None
 
 
 class Uploaded(_What, frozen=True, tag="uploaded"):
-    """Silo: the masked vector is about to leave, masked for the dealers of ``delivery``."""
+    """Silo: the protected vector is about to leave: masked for the dealers of ``delivery``, or
+    encrypted as one of the ciphertexts of which ``delivery`` is the transcript."""
 
     round: Count
     attempt: Count
@@ -112,8 +116,66 @@ class Unmasked(_What, frozen=True, tag="unmasked"):
     keys_of: Names
 
 
-class Opening(_What, frozen=True, tag="opening"):
-    """Server: before anybody is asked to unmask; with the survivors' signatures over ``lists``."""
+class Root(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A silo's commitment to its ciphertext, and its signature over it."""
+
+    root: Hex
+    signature: Signature
+
+
+class Word(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The authority's signature over what it opened; ``share``: SHA-256 of what it answered."""
+
+    share: Hex
+    signature: Signature
+
+
+class Offer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The authority's key of an attempt: SHA-256 of it, and the authority's signature."""
+
+    part: Hex
+    signature: Signature
+
+
+class Ciphertexts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """CKKS: what ``delivery`` is the digest of, and what the agreements are signatures over.
+
+    ``key``: id of the key. ``sums``: digests of the added second polynomials, one a group, that
+    every verdict vouches for; empty under an authority's key, which is ``offer``.
+    """
+
+    key: Hex
+    roots: Annotated[dict[Who, Root], Meta(max_length=128)]
+    sums: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})*$")] = ""
+    offer: Offer | None = None
+
+
+class Told(_What, frozen=True, tag="told"):
+    """Silo: saw the authority's word that it opened the sum of exactly ``survivors``."""
+
+    round: Count
+    attempt: Count
+    header: Hex
+    delivery: Hex
+    survivors: Names
+    dropouts: Names
+    lists: Hex
+    word: Word
+
+
+class Keyed(_What, frozen=True, tag="keyed"):
+    """Authority: an attempt begins, for which it is asked for a key. Of the global model it knows
+    the digest that silos sign, and of their vectors the length."""
+
+    round: Count
+    attempt: Count
+    model: Hex
+    values: Count
+    header: Hex
+
+
+class Decrypted(_What, frozen=True, tag="decrypted"):
+    """Authority: before its answer leaves; what it was shown, and its own word."""
 
     round: Count
     attempt: Count
@@ -123,16 +185,35 @@ class Opening(_What, frozen=True, tag="opening"):
     dropouts: Names
     lists: Hex
     agreements: Annotated[dict[Who, Signature], Meta(max_length=128)]
+    ciphertexts: Ciphertexts
+    word: Word
+
+
+class Opening(_What, frozen=True, tag="opening"):
+    """Server: before anybody is asked to unmask; with the survivors' signatures over ``lists``, or
+    over their verdicts on, or their consent to, ``ciphertexts``."""
+
+    round: Count
+    attempt: Count
+    header: Hex
+    delivery: Hex
+    survivors: Names
+    dropouts: Names
+    lists: Hex
+    agreements: Annotated[dict[Who, Signature], Meta(max_length=128)]
+    ciphertexts: Ciphertexts | None = None
 
 
 class Summed(_What, frozen=True, tag="summed"):
-    """Server: the opened sum, before it is used. ``sum`` = H(int64 little-endian)."""
+    """Server: the opened sum, before it is used. ``sum`` = H(int64 little-endian). ``word``: the
+    authority's, where one holds the key."""
 
     round: Count
     attempt: Count
     header: Hex
     survivors: Names
     sum: Hex
+    word: Word | None = None
 
 
 class Lost(_What, frozen=True, tag="lost"):
@@ -215,12 +296,34 @@ class Witnessed(_What, frozen=True, tag="witnessed"):
     root: Hex
 
 
+class Audited(_What, frozen=True, tag="audited"):
+    """Whoever keeps this log carried out a privacy audit. ``study`` and ``code``: digests of what
+    was attacked; ``claimed`` and ``bound``: ε by the accountant and at least, at ``delta``.
+
+    The figures depend on the records that were attacked, which no ledger was charged for: an audit
+    is made on data that may be used so.
+    """
+
+    audit: Who
+    study: Hex
+    code: Hex
+    setting: Annotated[str, Meta(max_length=400)]
+    claimed: Annotated[float, Meta(ge=0)] | None
+    bound: Annotated[float, Meta(ge=0)] | None
+    delta: Annotated[float, Meta(gt=0, lt=1)]
+    held: bool
+    figures: Annotated[dict[Who, float], Meta(max_length=32)]
+
+
 What = (
     Opened
     | Round
     | Uploaded
     | Agreed
     | Unmasked
+    | Told
+    | Keyed
+    | Decrypted
     | Opening
     | Summed
     | Lost
@@ -232,6 +335,7 @@ What = (
     | Voided
     | Refused
     | Witnessed
+    | Audited
 )
 
 

@@ -47,6 +47,7 @@ class EvidenceLog:
         owner: the participant's name.
         key: its identity; None to read only.
         now: the clock that stamps entries, seconds since the epoch.
+        on_entry: called with every entry that is appended here, once it is durable.
 
     Raises:
         StateError: the file cannot be used.
@@ -61,6 +62,7 @@ class EvidenceLog:
         owner: str,
         key: SigningKey | None,
         now: Callable[[], float] = time.time,
+        on_entry: Callable[[Entry], None] | None = None,
     ) -> None:
         self.path = path
         self.owner = owner
@@ -68,6 +70,7 @@ class EvidenceLog:
         self.origin = origin(study, owner)
         self._key = key
         self._now = now
+        self._on_entry = on_entry
         self._tree = Frontier()
         self.leaves: list[bytes] = []
         self.entries: list[Entry] = []
@@ -101,6 +104,8 @@ class EvidenceLog:
             # Heads that nobody else has signed are superseded by the next.
             db.execute("DELETE FROM heads WHERE size = ? AND note NOT LIKE '%\n— %\n— %'", (tip,))
             db.execute("INSERT INTO heads VALUES (?, ?)", (head.size, head.note))
+        if self._on_entry is not None:
+            self._on_entry(entry)
         return entry
 
     @property

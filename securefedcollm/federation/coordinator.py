@@ -18,6 +18,7 @@ from msgspec import structs
 from securefedcollm.aggregation import (
     STEPS,
     AbandonedError,
+    Authority,
     CoordinatorSide,
     Roster,
     RoundHeader,
@@ -32,6 +33,8 @@ from securefedcollm.federation.messages import (
     BeginRound,
     Ended,
     EndRun,
+    MakeKey,
+    Ready,
     Refused,
     Request,
     Trained,
@@ -55,6 +58,7 @@ from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.workload import Progress, ServerWorkload, Vector
 from securefedcollm.privacy.adaptive_clip import AdaptiveClip
 from securefedcollm.privacy.joint import JointStep
+from securefedcollm.privacy.silo_unit import SiloUnit
 from securefedcollm.study import Study
 
 log = logging.getLogger(__name__)
@@ -78,8 +82,15 @@ class Coordinator:
         progress: Progress,
         on_round: Callable[[dict[str, Any]], None] = lambda record: None,
         evidence: ServerRecord | None = None,
+        authority: Authority | None = None,
     ) -> None:
-        """``on_round`` is called with each finished round's record, after it is durable."""
+        """
+        Args:
+            on_round: called with each finished round's record, after it is durable.
+            authority: who holds the key, where one party does; the engine knows it by its name.
+        """
+        self._authority = authority
+        self._parties = (*roster.names, *([authority.name] if authority else []))
         self._evidence = evidence or ServerRecord(None, key=None, roster=roster)
         self._study = study
         self._roster = roster
@@ -108,13 +119,12 @@ class Coordinator:
         if not self._evidence.sealed:
             self._countersign()
         self._progress(self._study.rounds, self._study.rounds, "rounds")
-        if self._study.privacy and self._study.privacy.noise == "distributed":
-            self._end()
+        self._end()
 
     def _end(self) -> None:
-        """Tell the silos, so that they settle what the last sum cost them."""
-        requests = dict.fromkeys(self._roster.names, EndRun(self._store.run_id))
-        self._ask(requests, STEP_TIMEOUT, _Traffic(self._roster.names), {})
+        """Tell all parties, so that silos settle what the last sum cost them, and can leave."""
+        requests = dict.fromkeys(self._parties, EndRun(self._store.run_id))
+        self._ask(requests, STEP_TIMEOUT, _Traffic(self._parties), {})
 
     def _run_round(self, round_: int) -> None:
         started = time.monotonic()
@@ -168,7 +178,7 @@ class Coordinator:
             requests = {silo: request for silo, request in asked.items() if request is not None}
             if not requests:
                 return
-            traffic, lost = _Traffic(self._roster.names), dict[str, str]()
+            traffic, lost = _Traffic(self._parties), dict[str, str]()
             replies = self._ask(requests, STEP_TIMEOUT, traffic, lost)
             for silo, reason in lost.items():
                 log.warning("%s does not vouch for the evidence log: %s", silo, reason)
@@ -196,10 +206,10 @@ class Coordinator:
             attempt = self._store.begin_attempt()
             try:
                 return self._attempt(sum_, attempt, record, absent)
-            except _TooFewUpdatesError as error:
+            except (_TooFewUpdatesError, _NoAuthorityError) as error:
                 self._evidence.failed(sum_, attempt, error)
                 problems.append(error.message)
-                hopeless = True  # the same silos would fail again, in this round and the next
+                hopeless = True  # it would fail again, in this round and the next
             except AbandonedError as error:
                 # The key needs all its shares, so the others go on without the lost; once a sum was
                 # being opened, only its very members can open it.
@@ -249,8 +259,9 @@ class Coordinator:
             model=model_digest(base, layout, adapter, mechanism),
             values=unit.values if unit else size,
         )
-        self._evidence.round(header, base, layout, adapter, mechanism)
-        traffic = _Traffic(self._roster.names)
+        adapted = unit.adapted if isinstance(unit, SiloUnit) else None
+        self._evidence.round(header, base, layout, adapter, mechanism, adapted)
+        traffic = _Traffic(self._parties)
         lost: dict[str, str] = {}
         begin = BeginRound(
             run_id=self._store.run_id,
@@ -262,7 +273,16 @@ class Coordinator:
         )
         lost |= self._store.state.barred | absent
         invited = [silo for silo in self._roster.names if silo not in lost]
-        replies = self._ask(dict.fromkeys(invited, begin), TRAIN_TIMEOUT, traffic, lost)
+        requests: dict[str, Request] = dict.fromkeys(invited, begin)
+        if self._authority:
+            parameters = header.parameters
+            requests[self._authority.name] = MakeKey(
+                self._store.run_id, sum_, attempt, header.model_digest, parameters.values
+            )
+        replies = self._ask(requests, TRAIN_TIMEOUT, traffic, lost)
+        if self._authority and not isinstance(replies.get(self._authority.name), Ready):
+            name = self._authority.name
+            raise _NoAuthorityError(f"the authority {name} is not there: {lost.get(name, '')}")
         trained = [silo for silo, reply in replies.items() if isinstance(reply, Trained)]
         if len(trained) < self._study.minimum:
             raise _TooFewUpdatesError(
@@ -270,7 +290,9 @@ class Coordinator:
                 f"{self._study.minimum} are needed"
                 + "".join(f"; {silo}: {reason}" for silo, reason in sorted(lost.items()))
             )
-        side = coordinator_side(self._study.aggregation.scheme, header=header, roster=self._roster)
+        side = coordinator_side(
+            self._study.scheme, header=header, roster=self._roster, authority=self._authority
+        )
         for silo, reason in lost.items():
             side.lost(silo, reason)
         self._drive(side, header, traffic)
@@ -300,7 +322,7 @@ class Coordinator:
 
     def _drive(self, side: CoordinatorSide, header: RoundHeader, traffic: _Traffic) -> None:
         """Play the aggregation protocol to its end."""
-        step, steps = 0, len(STEPS[self._study.aggregation.scheme])
+        step, steps = 0, len(STEPS[self._study.scheme])
         while True:
             self._progress(step, steps, "secure aggregation")
             if side.step is Step.UNMASK:
@@ -336,7 +358,7 @@ class Coordinator:
         timeout: float,
         traffic: _Traffic,
         lost: dict[str, str],
-    ) -> dict[str, Trained | Aggregated | Witnessed | Ended]:
+    ) -> dict[str, Trained | Ready | Aggregated | Witnessed | Ended]:
         """Exchange typed messages; those who fail or refuse go to ``lost`` with the reason."""
         encoded: dict[int, bytes] = {}
         frames = {}
@@ -345,7 +367,7 @@ class Coordinator:
             encoded[id(request)] = frame
             frames[silo] = frame
             traffic.down[silo] += len(frame)
-        answers: dict[str, Trained | Aggregated | Witnessed | Ended] = {}
+        answers: dict[str, Trained | Ready | Aggregated | Witnessed | Ended] = {}
         for silo, reply in self._engine.exchange(frames, timeout).items():
             if isinstance(reply, Failure):
                 lost[silo] = reply.reason
@@ -367,8 +389,12 @@ class _TooFewUpdatesError(ProtocolError):
     """Silos failed or refused before the aggregation began."""
 
 
+class _NoAuthorityError(ProtocolError):
+    """The key holder failed or refused before the aggregation began."""
+
+
 class _Traffic:
-    """Bytes that crossed between server and each silo in one attempt."""
+    """Bytes that crossed between server and each other party in one attempt."""
 
     def __init__(self, silos: tuple[str, ...]) -> None:
         self.up = dict.fromkeys(silos, 0)

@@ -138,12 +138,16 @@ def _family_shares(study: Study) -> list[npt.NDArray[np.float64] | None]:
 _FAMILIES_STREAM = 0xFA_111E5  # keeps this use of a study's seed apart from every other one
 
 
-def read_records(study: Study, path: Path, *, private: bool = True) -> list[Question]:
+def read_records(
+    study: Study, path: Path, *, private: bool = True, labelled: bool = True
+) -> list[Question]:
     """The records of the study's task in a file; ``private`` ones with whose they are, if asked.
+
+    ``labelled``: every record must have its answer.
 
     Raises:
         DataError: the file is missing or has a bad row.
     """
     task = study.task
     owner = study.subject if private else None
-    return read_questions(path, kind=task.kind, labels=task.labels, owner=owner)
+    return read_questions(path, kind=task.kind, labels=task.labels, labelled=labelled, owner=owner)

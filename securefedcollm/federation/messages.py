@@ -38,6 +38,19 @@ class BeginRound(_Message, frozen=True, tag="begin"):
     clip_norm: float = 0.0
 
 
+class MakeKey(_Message, frozen=True, tag="make-key"):
+    """Server → authority: begin an attempt. The authority derives the round's header itself, but
+    for ``model`` (digest of the global model) and ``values`` (length of a silo's vector), which it
+    cannot know: the silos sign theirs, and it opens nothing of silos that signed others.
+    """
+
+    run_id: bytes
+    round: int
+    attempt: int
+    model: bytes
+    values: int
+
+
 class EndRun(_Message, frozen=True, tag="end"):
     """Server → silo: there is no further attempt at any round of this run."""
 
@@ -79,8 +92,12 @@ class Trained(_Message, frozen=True, tag="trained"):
     """Silo → server: my update is ready. Deliberately empty: no counts, no norms, no metrics."""
 
 
+class Ready(_Message, frozen=True, tag="ready"):
+    """Authority → server: go on."""
+
+
 class Aggregated(_Message, frozen=True, tag="aggregated"):
-    """Silo → server: my answer in the aggregation protocol."""
+    """Silo, or authority → server: my answer in the aggregation protocol."""
 
     frame: bytes
 
@@ -101,8 +118,8 @@ class Refused(_Message, frozen=True, tag="refused"):
     hint: str
 
 
-Request = BeginRound | Aggregate | Witness | EndRun
-Reply = Trained | Aggregated | Witnessed | Refused | Ended
+Request = BeginRound | MakeKey | Aggregate | Witness | EndRun
+Reply = Trained | Ready | Aggregated | Witnessed | Refused | Ended
 
 _T = TypeVar("_T")
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

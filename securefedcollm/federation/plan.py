@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from securefedcollm.aggregation import CKKS_SUITES, SUITE, RingParameters, Roster, RoundHeader
+from securefedcollm.aggregation import (
+    AUTHORITY_SUITES,
+    CKKS_SUITES,
+    SUITE,
+    Authority,
+    RingParameters,
+    Roster,
+    RoundHeader,
+)
+from securefedcollm.errors import ConfigError
+from securefedcollm.primitives import sha256
 from securefedcollm.privacy.adaptive_clip import AdaptiveClip
 from securefedcollm.privacy.joint import JointSetting, JointStep, calibrate_joint
 from securefedcollm.privacy.quantise import Quantiser
 from securefedcollm.privacy.silo_unit import Setting, SiloUnit, calibrate_silo
 from securefedcollm.study import Study, digest
+
+AUTHORITY = "authority"
+"""What the key holder is called in a simulation, and its evidence log in every study."""
 
 
 def silo_names(study: Study) -> list[str]:
@@ -17,6 +30,39 @@ def silo_names(study: Study) -> list[str]:
     listed = sorted(p.name for p in study.roster if p.role == "silo")
     width = len(str(study.silos.count))
     return listed or [f"silo-{i + 1:0{width}d}" for i in range(study.silos.count)]
+
+
+def authority_of(study: Study, key: bytes = b"") -> Authority | None:
+    """Who holds the key, if one party does.
+
+    Args:
+        key: its Ed25519 public key where the study names no participants, as in a simulation.
+
+    Raises:
+        ConfigError: the study needs an authority and nothing says who it is.
+    """
+    if study.scheme != "ckks-authority":
+        return None
+    for participant in study.roster:
+        if participant.role == "authority":
+            return Authority(participant.name, bytes.fromhex(participant.key))
+    if not key:
+        raise ConfigError(
+            "nobody is named as the authority that holds the key",
+            where="roster",
+            hint="list it with the role authority",
+        )
+    return Authority(AUTHORITY, key)
+
+
+def run_key(study: Study) -> bytes:
+    """Where a participant's journal pins the one run of a study that it takes part in."""
+    return b"run:" + digest(study)
+
+
+def run_scope(study: Study, run_id: bytes) -> bytes:
+    """32 bytes that name a run of a study in a participant's own state."""
+    return sha256(b"securefedcollm/run/v1\0", digest(study), run_id)
 
 
 def round_of(study: Study, sum_: int) -> int:
@@ -64,7 +110,11 @@ def round_header(
             colluders=study.silos.colluders,
         ),
         roster_root=roster.root,
-        suite=CKKS_SUITES[plan.ckks] if plan.scheme == "ckks" else SUITE,
+        suite={
+            "masking": SUITE,
+            "ckks": CKKS_SUITES[plan.ckks],
+            "ckks-authority": AUTHORITY_SUITES[plan.ckks],
+        }[study.scheme],
     )
 
 

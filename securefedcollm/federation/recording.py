@@ -12,23 +12,40 @@ from pathlib import Path
 import numpy as np
 
 from securefedcollm import __version__
-from securefedcollm.aggregation import Roster, RoundHeader, RoundResult, SiloSide, Step, Transcript
+from securefedcollm.aggregation import (
+    AuthoritySide,
+    Roster,
+    RoundHeader,
+    RoundResult,
+    Sealing,
+    SiloSide,
+    Step,
+    Transcript,
+)
+from securefedcollm.aggregation import Word as Statement
 from securefedcollm.errors import CryptoError, EvidenceError, RemoteProtocolError, StateError
 from securefedcollm.evidence.bundle import file_digests
 from securefedcollm.evidence.entries import (
     Agreed,
+    Ciphertexts,
+    Decrypted,
     Failed,
     Finished,
+    Keyed,
     Lost,
     Member,
+    Offer,
     Opened,
     Opening,
     Refused,
+    Root,
     Round,
     Summed,
+    Told,
     Unmasked,
     Uploaded,
     Witnessed,
+    Word,
     decode_entry,
 )
 from securefedcollm.evidence.log import EvidenceLog
@@ -42,30 +59,37 @@ from securefedcollm.evidence.note import Checkpoint, cosign, origin, parse_check
 from securefedcollm.evidence.software import bill_of_materials, code_digest
 from securefedcollm.federation import messages
 from securefedcollm.federation.files import write_durably
+from securefedcollm.federation.plan import AUTHORITY
 from securefedcollm.primitives import SigningKey, sha256
 
-log = logging.getLogger(__name__)
+_messages = logging.getLogger(__name__)
 
 SERVER = "server"
 SBOM = "sbom.json"
 
 
-def _opened(header: RoundHeader, roster: Roster, server: bytes, sbom: bytes | None) -> Opened:
+def _opened(
+    header: RoundHeader, roster: Roster, server: bytes, authority: bytes, sbom: bytes | None
+) -> Opened:
     silos = [
         Member(name, "silo", key.hex()) for name, key in zip(roster.names, roster.keys, strict=True)
     ]
+    office = [Member(AUTHORITY, "authority", authority.hex())] if authority else []
     return Opened(
         study=header.study_digest.hex(),
         run=header.run_id.hex(),
-        roster=[Member(SERVER, "server", server.hex()), *silos],
+        roster=[Member(SERVER, "server", server.hex()), *office, *silos],
         version=__version__,
         code=code_digest().hex(),
         sbom=None if sbom is None else sha256(sbom).hex(),
     )
 
 
+Clip = tuple[float, float] | None
+
+
 def _round(
-    header: RoundHeader, base: bytes, layout: bytes, adapter: bytes, mechanism: bytes
+    header: RoundHeader, base: bytes, layout: bytes, adapter: bytes, mechanism: bytes, clip: Clip
 ) -> Round:
     return Round(
         round=header.round,
@@ -74,10 +98,42 @@ def _round(
         layout=layout.hex(),
         adapter=sha256(adapter).hex(),
         mechanism=mechanism.hex() or None,
+        clip=clip,
         model=header.model_digest.hex(),
         values=header.parameters.values,
         header=header.digest.hex(),
     )
+
+
+def _ciphertexts(sealing: Sealing) -> Ciphertexts:
+    offer = sealing.offer
+    return Ciphertexts(
+        key=sealing.key.hex(),
+        roots={name: Root(root.hex(), raw.hex()) for name, (root, raw) in sealing.roots.items()},
+        sums=sealing.sums.hex(),
+        offer=None if offer is None else Offer(offer[0].hex(), offer[1].hex()),
+    )
+
+
+def _word(word: Statement) -> Word:
+    return Word(word.share.hex(), word.signature.hex())
+
+
+def _refused(log: EvidenceLog | None, error: Exception) -> None:
+    """A request was not answered. Only the kind of error is written: reasons are private.
+
+    Adversary: a server that fills this disk with refusals. One is written for any number of the
+    same kind in a row, and none before the first round.
+    """
+    if log is None or not log.size:
+        return
+    refusal = Refused(error=type(error).__name__)
+    if log.entries[-1].what == refusal:
+        return
+    try:
+        log.append(refusal)
+    except StateError as full:  # saying nothing needs no evidence
+        _messages.warning("%s", full)
 
 
 class SiloRecord:
@@ -85,6 +141,7 @@ class SiloRecord:
 
     Args:
         server: the server's Ed25519 public key, 32 bytes.
+        authority: the key holder's, where there is one.
     """
 
     def __init__(
@@ -95,24 +152,32 @@ class SiloRecord:
         key: SigningKey,
         roster: Roster,
         server: bytes = b"",
+        authority: bytes = b"",
     ) -> None:
         self._log = log
         self._name = name
         self._key = key
         self._roster = roster
         self._server = server
+        self._authority = authority
         self._header: RoundHeader | None = None
 
     def round(
-        self, header: RoundHeader, base: bytes, layout: bytes, adapter: bytes, mechanism: bytes
+        self,
+        header: RoundHeader,
+        base: bytes,
+        layout: bytes,
+        adapter: bytes,
+        mechanism: bytes,
+        clip: Clip = None,
     ) -> None:
         """Before this silo trains."""
         self._header = header
         if self._log is None:
             return
         if not self._log.size:
-            self._log.append(_opened(header, self._roster, self._server, None))
-        self._log.append(_round(header, base, layout, adapter, mechanism))
+            self._log.append(_opened(header, self._roster, self._server, self._authority, None))
+        self._log.append(_round(header, base, layout, adapter, mechanism, clip))
 
     def said(self, side: SiloSide) -> None:
         """After the aggregation's answer was made, before it leaves."""
@@ -122,7 +187,7 @@ class SiloRecord:
         header, lists = seen.header.hex(), seen.lists.hex()
         survivors, dropouts = list(seen.survivors), list(seen.dropouts)
         match side.step:
-            case Step.AGREE:
+            case Step.AGREE | Step.NOTE:
                 self._log.append(
                     Uploaded(
                         round=round_, attempt=attempt, header=header, delivery=seen.delivery.hex()
@@ -140,6 +205,19 @@ class SiloRecord:
                         lists=lists,
                     )
                 )
+            case Step.DONE if seen.word is not None:
+                self._log.append(
+                    Told(
+                        round=round_,
+                        attempt=attempt,
+                        header=header,
+                        delivery=seen.delivery.hex(),
+                        survivors=survivors,
+                        dropouts=dropouts,
+                        lists=lists,
+                        word=_word(seen.word),
+                    )
+                )
             case Step.DONE:
                 self._log.append(
                     Unmasked(
@@ -153,20 +231,8 @@ class SiloRecord:
                 )
 
     def refused(self, error: Exception) -> None:
-        """A request was not answered. Only the kind of error is written: reasons are private.
-
-        Adversary: a server that fills this silo's disk with refusals. One is written for any number
-        of the same kind in a row, and none before the first round.
-        """
-        if self._log is None or not self._log.size:
-            return
-        refusal = Refused(error=type(error).__name__)
-        if self._log.entries[-1].what == refusal:
-            return
-        try:
-            self._log.append(refusal)
-        except StateError as full:  # saying nothing needs no evidence
-            log.warning("%s", full)
+        """A request was not answered."""
+        _refused(self._log, error)
 
     def countersign(self, request: messages.Witness) -> messages.Witnessed:
         """Vouch for the server's log: it extends what this silo vouched for before, and says of
@@ -210,7 +276,7 @@ class SiloRecord:
 
     def _compare(self, request: messages.Witness, head: Checkpoint) -> None:
         """The openings of the server's newest round against this silo's own entries."""
-        agreed, unmasked = self._own()
+        agreed, opened_here = self._own()
         theirs: dict[str, Opening] = {}
         for shown in request.openings:
             verify_inclusion(shown.entry, shown.index, head.size, shown.inclusion, head.root)
@@ -222,32 +288,90 @@ class SiloRecord:
             same = theirs.get(mine.header)
             if same and (same.lists, same.survivors) != (mine.lists, mine.survivors):
                 raise EvidenceError(f"it names other survivors of round {mine.round + 1}")
-        if unmasked is None or any(what.round > unmasked.round for what in theirs.values()):
+        if opened_here is None or any(what.round > opened_here.round for what in theirs.values()):
             return  # a later round, in which this silo was absent
-        opened = theirs.get(unmasked.header)
-        if opened is None or opened.survivors != unmasked.seeds_of:
-            raise EvidenceError(f"it hides or alters the opening of round {unmasked.round + 1}")
+        opened = theirs.get(opened_here.header)
+        said = opened_here.survivors if isinstance(opened_here, Told) else opened_here.seeds_of
+        if opened is None or opened.survivors != said:
+            raise EvidenceError(f"it hides or alters the opening of round {opened_here.round + 1}")
 
-    def _own(self) -> tuple[list[Agreed], Unmasked | None]:
-        """What this silo agreed to and unmasked in the round it is in."""
+    def _own(self) -> tuple[list[Agreed], Unmasked | Told | None]:
+        """What this silo agreed to, and unmasked or was told, in the round it is in."""
         assert self._log is not None
         agreed: list[Agreed] = []
-        unmasked: Unmasked | None = None
+        opened: Unmasked | Told | None = None
         for entry in reversed(self._log.entries):
             what = entry.what
             if isinstance(what, Round) and self._header and what.round < self._header.round:
                 break
             if isinstance(what, Agreed):
                 agreed.append(what)
-            elif isinstance(what, Unmasked) and unmasked is None:
-                unmasked = what
-        return agreed, unmasked
+            elif isinstance(what, Unmasked | Told) and opened is None:
+                opened = what
+        return agreed, opened
+
+
+class AuthorityRecord:
+    """The key holder's side of the evidence.
+
+    Args:
+        key: the authority's Ed25519 public key, 32 bytes; ``server``: the server's.
+    """
+
+    def __init__(
+        self, log: EvidenceLog | None, *, key: bytes, roster: Roster, server: bytes = b""
+    ) -> None:
+        self._log = log
+        self._key = key
+        self._roster = roster
+        self._server = server
+
+    def attempt(self, header: RoundHeader) -> None:
+        """Before a key is made."""
+        if self._log is None:
+            return
+        if not self._log.size:
+            self._log.append(_opened(header, self._roster, self._server, self._key, None))
+        self._log.append(
+            Keyed(
+                round=header.round,
+                attempt=header.attempt,
+                model=header.model_digest.hex(),
+                values=header.parameters.values,
+                header=header.digest.hex(),
+            )
+        )
+
+    def said(self, header: RoundHeader, side: AuthoritySide) -> None:
+        """After an answer was made, before it leaves."""
+        seen = side.transcript
+        if self._log is None or seen.word is None or seen.sealing is None:
+            return
+        self._log.append(
+            Decrypted(
+                round=header.round,
+                attempt=header.attempt,
+                header=seen.header.hex(),
+                delivery=seen.delivery.hex(),
+                survivors=list(seen.survivors),
+                dropouts=list(seen.dropouts),
+                lists=seen.lists.hex(),
+                agreements={name: raw.hex() for name, raw in seen.agreements.items()},
+                ciphertexts=_ciphertexts(seen.sealing),
+                word=_word(seen.word),
+            )
+        )
+
+    def refused(self, error: Exception) -> None:
+        """A request was not answered."""
+        _refused(self._log, error)
 
 
 class ServerRecord:
     """The server's side of the evidence.
 
     Args:
+        authority: the key holder's Ed25519 public key, where there is one.
         quorum: silos that must vouch for the log. Two quorums share an honest silo, so no two logs
             that contradict each other have one each.
     """
@@ -259,8 +383,10 @@ class ServerRecord:
         key: SigningKey | None,
         roster: Roster,
         quorum: int = 1,
+        authority: bytes = b"",
     ) -> None:
         self._log = log
+        self._authority = authority
         self._quorum = quorum
         self._key = key
         self._roster = roster
@@ -284,7 +410,13 @@ class ServerRecord:
         return list(self._vouched.values()).count(self._log.size) >= self._quorum
 
     def round(
-        self, header: RoundHeader, base: bytes, layout: bytes, adapter: bytes, mechanism: bytes
+        self,
+        header: RoundHeader,
+        base: bytes,
+        layout: bytes,
+        adapter: bytes,
+        mechanism: bytes,
+        clip: Clip = None,
     ) -> None:
         """Before the model is sent."""
         if self._log is None or self._key is None:
@@ -292,8 +424,8 @@ class ServerRecord:
         if not self._log.size:
             sbom = bill_of_materials()
             write_durably(self._log.path.with_name(SBOM), sbom)
-            self._log.append(_opened(header, self._roster, self._key.public, sbom))
-        self._log.append(_round(header, base, layout, adapter, mechanism))
+            self._log.append(_opened(header, self._roster, self._key.public, self._authority, sbom))
+        self._log.append(_round(header, base, layout, adapter, mechanism, clip))
 
     def opening(self, header: RoundHeader, seen: Transcript) -> None:
         """Before anybody is asked to unmask."""
@@ -309,6 +441,7 @@ class ServerRecord:
                 dropouts=list(seen.dropouts),
                 lists=seen.lists.hex(),
                 agreements={name: raw.hex() for name, raw in seen.agreements.items()},
+                ciphertexts=None if seen.sealing is None else _ciphertexts(seen.sealing),
             )
         )
 
@@ -323,6 +456,7 @@ class ServerRecord:
                 header=result.header_digest.hex(),
                 survivors=list(result.survivors),
                 sum=sha256(np.ascontiguousarray(result.sum, dtype="<i8").data.cast("B")).hex(),
+                word=None if result.word is None else _word(result.word),
             )
         )
 
@@ -392,7 +526,7 @@ class ServerRecord:
         try:
             head.verify_cosigned(name, self._roster.key(self._roster.index(silo)))
         except CryptoError as error:
-            log.warning("%s: %s", silo, error)
+            _messages.warning("%s: %s", silo, error)
             return True
         self._log.add_cosignature(head.size, name, reply.cosignature)
         self._vouched[silo] = head.size

@@ -27,6 +27,7 @@ from securefedcollm.federation.messages import (
     BeginRound,
     Ended,
     EndRun,
+    MakeKey,
     Refused,
     Reply,
     Trained,
@@ -37,10 +38,13 @@ from securefedcollm.federation.messages import (
 )
 from securefedcollm.federation.plan import (
     adaptive_clip,
+    authority_of,
     joint_step,
     quantiser,
     round_header,
     round_of,
+    run_key,
+    run_scope,
     silo_unit,
     sum_name,
 )
@@ -53,7 +57,7 @@ from securefedcollm.privacy.joint import JointStep
 from securefedcollm.privacy.ledger import Budget, Key, Ledger, Reservation
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.privacy.silo_unit import SiloUnit, with_survivors
-from securefedcollm.study import Study, digest
+from securefedcollm.study import Study
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +80,7 @@ class SiloSession:
         explain: bool = False,
         budget: Budget | None = None,
         evidence: SiloRecord | None = None,
+        authority: bytes = b"",
     ) -> None:
         """
         Args:
@@ -84,9 +89,11 @@ class SiloSession:
                 of the study.
             explain: tell the server *why* this silo cannot go on. Only for a simulation, in which
                 the two are the same person: reasons depend on private data and other studies.
+            authority: public key of the party that holds the decryption key, where the study has
+                one and names no participants.
 
         Raises:
-            ConfigError: the roster is not the study's.
+            ConfigError: the roster is not the study's, or the authority is not known.
         """
         listed = {p.name: bytes.fromhex(p.key) for p in study.roster if p.role == "silo"}
         if listed and Roster(listed).root != roster.root:
@@ -98,6 +105,7 @@ class SiloSession:
         self._explain = explain
         self._budget = budget
         self._evidence = evidence or SiloRecord(None, name=name, key=key, roster=roster)
+        self._authority = authority_of(study, authority)
         self._study = study
         self._name = name
         self._roster = roster
@@ -109,6 +117,14 @@ class SiloSession:
         self._threads = threads
         self._side: SiloSide | None = None
         self._at: tuple[bytes, int, int] = (b"", -1, -1)
+
+    @property
+    def over(self) -> bool:
+        """Whether the server has ended the run that this silo took part in."""
+        run = self._store.recorded(run_key(self._study))
+        if run is None:
+            return False
+        return self._store.last_round(run_scope(self._study, run)) == self._study.sums
 
     def step(self, frame: bytes) -> bytes:
         """Answer one request. Never raises for what the server sent or the data hold."""
@@ -123,6 +139,8 @@ class SiloSession:
                     reply = self._evidence.countersign(request)
                 case EndRun() as end:
                     reply = self._end(end)
+                case MakeKey():
+                    raise RemoteProtocolError("asked a silo for the authority's key", peer="server")
         except SecureFedCoLLMError as error:
             log.warning("%s: %s", self._name, error)
             self._evidence.refused(error)
@@ -153,13 +171,14 @@ class SiloSession:
             model=model,
             values=unit.values if unit else self._values(begin.round),
         )
-        scope = self._scope(begin.run_id)
+        scope = run_scope(self._study, begin.run_id)
         self._enter(scope, begin, model)
         self._settle_before(scope, begin.round)
-        self._evidence.round(header, base, begin.layout, begin.adapter, mechanism)
+        adapted = unit.adapted if isinstance(unit, SiloUnit) else None
+        self._evidence.round(header, base, begin.layout, begin.adapter, mechanism, adapted)
         integers = self._update(scope, begin.round, adapter, unit)
         self._side = silo_side(
-            self._study.aggregation.scheme,
+            self._study.scheme,
             header=header,
             roster=self._roster,
             name=self._name,
@@ -168,6 +187,7 @@ class SiloSession:
             vector_id=sha256(b"securefedcollm/vector/v1\0", integers.tobytes()),
             journal=self._store,
             threads=self._threads,
+            authority=self._authority,
         )
         self._at = (begin.run_id, begin.round, begin.attempt)
         return Trained()
@@ -190,12 +210,13 @@ class SiloSession:
         # Durable before the reply leaves: what the settlement of this round will rest on, and the
         # evidence.
         run_id, round_, attempt = self._at
-        memory = SumMemory(self._store, self._scope(run_id), round_)
+        memory = SumMemory(self._store, run_scope(self._study, run_id), round_)
         # What is uploaded under CKKS opens only with this silo's own share, which it gives for one
-        # set of members a round; masked words open without it.
-        if step is Step.UPLOAD and self._study.aggregation.scheme == "masking":
+        # set of members a round, or by the authority, which opens one set a round; masked words
+        # open without it.
+        if step is Step.UPLOAD and self._study.scheme == "masking":
             memory.uploaded(attempt)
-        elif step is Step.UNMASK:
+        elif step in {Step.UNMASK, Step.NOTE}:
             memory.opened(attempt, len(side.transcript.survivors))
         self._evidence.said(side)
         return reply
@@ -206,21 +227,18 @@ class SiloSession:
         Adversary: a server that ends a run early loses this silo's further rounds, and no more.
         """
         self._side = None
-        if self._store.recorded(_run_key(self._study)) != end.run_id:
+        if self._store.recorded(run_key(self._study)) != end.run_id:
             raise RemoteProtocolError("ended a run that this silo takes no part in", peer="server")
-        scope = self._scope(end.run_id)
+        scope = run_scope(self._study, end.run_id)
         self._store.enter_round(scope, self._study.sums)
         self._settle_before(scope, self._study.sums)
         return Ended()
-
-    def _scope(self, run_id: bytes) -> bytes:
-        return sha256(b"securefedcollm/run/v1\0", digest(self._study), run_id)
 
     def _enter(self, scope: bytes, begin: BeginRound, model: bytes) -> None:
         """Durable rules about what may be trained at all, whatever becomes of the process."""
         # Adversary: a server that starts the study again under another run id, to have the same
         # updates summed over other survivors; the difference would be one silo's own.
-        if self._store.record(_run_key(self._study), begin.run_id) != begin.run_id:
+        if self._store.record(run_key(self._study), begin.run_id) != begin.run_id:
             raise RemoteProtocolError(
                 "asked for a second run of a study that this silo takes part in",
                 peer="server",
@@ -435,10 +453,6 @@ class SiloSession:
             what = "steps" if self._study.joint else "rounds"
             self._ledger.foresee(key.dataset, key.unit, events, rounds, limit, what)
         return self._ledger.reserve(*key, events, limit)
-
-
-def _run_key(study: Study) -> bytes:
-    return b"run:" + digest(study)
 
 
 def _release_key(scope: bytes, round_: int, training: int) -> bytes:

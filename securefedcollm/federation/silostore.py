@@ -1,4 +1,5 @@
-"""What a silo remembers across crashes: protocol journal and finished updates.
+"""What a silo remembers across crashes: protocol journal and finished updates. An authority that
+holds the key has such a store too, for its journal.
 
 One SQLite file (WAL, ``synchronous=FULL``, mode 0600) and one file per finished update, on the
 silo's own machine. Keys of the aggregation protocol are never among it.
@@ -30,16 +31,16 @@ CREATE TABLE IF NOT EXISTS trainings (
 
 
 class SiloStore:
-    """Durable memory of one silo. Implements the aggregation room's ``Journal``."""
+    """Durable memory of one participant. Implements the aggregation room's ``Journal``."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, file: str = "silo.sqlite") -> None:
         """Open or create the store in ``directory``.
 
         Raises:
             StateError: the directory cannot be written, or the file is not this store.
         """
         self._directory = make_directory(directory)
-        path = directory / "silo.sqlite"
+        path = directory / file
         try:
             self._db = durable_database(path, _SCHEMA)
         except (OSError, sqlite3.Error) as error:
@@ -67,6 +68,12 @@ class SiloStore:
             db.execute("INSERT OR IGNORE INTO trainings VALUES (?, ?, 0)", (run, round_))
             row = db.execute("SELECT MAX(round) FROM trainings WHERE run = ?", (run,)).fetchone()
         return int(row[0]) == round_
+
+    def last_round(self, run: bytes) -> int | None:
+        """The last round of this run that has begun; None if none has."""
+        with self._writing() as db:
+            row = db.execute("SELECT MAX(round) FROM trainings WHERE run = ?", (run,)).fetchone()
+        return None if row[0] is None else int(row[0])
 
     def failed_trainings(self, run: bytes, round_: int) -> int:
         """How many trainings of this round were charged and gave no update."""

@@ -23,15 +23,18 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.evidence.ledger import LoggedLedger
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.federation.authority import AuthoritySession
 from securefedcollm.federation.coordinator import Coordinator
+from securefedcollm.federation.engines import SiloPort
 from securefedcollm.federation.engines.dropouts import Drop, DroppingEngine
 from securefedcollm.federation.engines.embedded import EmbeddedEngine, process_context
 from securefedcollm.federation.files import make_directory, write_durably
-from securefedcollm.federation.plan import silo_names
-from securefedcollm.federation.recording import SERVER, ServerRecord, SiloRecord
+from securefedcollm.federation.plan import AUTHORITY, authority_of, silo_names
+from securefedcollm.federation.recording import SERVER, AuthorityRecord, ServerRecord, SiloRecord
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore
+from securefedcollm.federation.status import round_sentence
 from securefedcollm.federation.workload import Progress, silent
 from securefedcollm.primitives import SigningKey
 from securefedcollm.privacy.accounting import prv_bounds
@@ -96,8 +99,7 @@ class Simulation:
         self._baselines = tuple(baselines)
         self._distillation = distillation
         self._noisy = noisy
-        scheme = study.aggregation.scheme
-        self._drops = [Drop.parse(spec, silo_names(study), scheme) for spec in drops]
+        self._drops = [Drop.parse(spec, silo_names(study), study.scheme) for spec in drops]
         cores = len(os.sched_getaffinity(0))
         self._workers = min(cores, study.silos.count) if workers is None else workers
         self._server_threads = cores  # silos and server never work at the same time
@@ -185,14 +187,21 @@ class Simulation:
         log = EvidenceLog(
             directory / "server" / EVIDENCE, study=digest(self._study), owner=SERVER, key=key
         )
-        evidence = ServerRecord(log, key=key, roster=roster, quorum=self._study.threshold)
+        office = b""
+        if self._study.scheme == "ckks-authority":
+            office = _identity(directory / AUTHORITY, AUTHORITY).public
+        authority = authority_of(self._study, office)
+        evidence = ServerRecord(
+            log, key=key, roster=roster, quorum=self._study.threshold, authority=office
+        )
         if store.state.round >= self._study.rounds and evidence.sealed:
             return
         factory = partial(
-            make_silo,
+            make_party,
             study=self._study,
             roster=roster,
             server=key.public,
+            authority=office,
             directory=directory,
             data=self._data,
             device=self._device,
@@ -206,15 +215,19 @@ class Simulation:
                 directory / "metrics.jsonl",
                 b"".join(json.dumps(r).encode() + b"\n" for r in store.state.history),
             )
-            say(_sentence(record, self._study.rounds))
+            say(round_sentence(record, self._study.rounds))
 
         with EmbeddedEngine(
-            names, factory, workers=self._workers, progress=progress, context=self._context
+            [*names, *([authority.name] if authority else [])],
+            factory,
+            workers=self._workers,
+            progress=progress,
+            context=self._context,
         ) as engine:
             Coordinator(
                 study=self._study,
                 roster=roster,
-                engine=DroppingEngine(engine, self._drops, self._study.aggregation.scheme)
+                engine=DroppingEngine(engine, self._drops, self._study.scheme)
                 if self._drops
                 else engine,
                 workload=server,
@@ -222,6 +235,7 @@ class Simulation:
                 progress=progress,
                 on_round=on_round,
                 evidence=evidence,
+                authority=authority,
             ).run()
         log.close()
 
@@ -300,6 +314,51 @@ class Simulation:
         }
 
 
+def make_party(
+    name: str,
+    progress: Progress,
+    *,
+    study: Study,
+    roster: Roster,
+    server: bytes,
+    authority: bytes,
+    directory: Path,
+    data: Path | None,
+    threads: int,
+    planned: dict[str, PoissonGaussian | None],
+    device: str = "cpu",
+) -> SiloPort:
+    """Build one silo, or the authority, in the process that will run it."""
+    if name not in roster:
+        return make_authority(study, roster=roster, server=server, home=directory / AUTHORITY)
+    return make_silo(
+        name,
+        progress,
+        study=study,
+        roster=roster,
+        server=server,
+        authority=authority,
+        directory=directory,
+        data=data,
+        device=device,
+        threads=threads,
+        planned=planned,
+    )
+
+
+def make_authority(study: Study, *, roster: Roster, server: bytes, home: Path) -> AuthoritySession:
+    """The party that holds the key, in a process that knows no silo's secrets or data."""
+    key = _identity(home, AUTHORITY)
+    log = EvidenceLog(home / EVIDENCE, study=digest(study), owner=AUTHORITY, key=key)
+    return AuthoritySession(
+        study=study,
+        roster=roster,
+        key=key,
+        store=SiloStore(home, "authority.sqlite"),
+        evidence=AuthorityRecord(log, key=key.public, roster=roster, server=server),
+    )
+
+
 def make_silo(
     name: str,
     progress: Progress,
@@ -307,6 +366,7 @@ def make_silo(
     study: Study,
     roster: Roster,
     server: bytes,
+    authority: bytes,
     directory: Path,
     data: Path | None,
     threads: int,
@@ -342,7 +402,10 @@ def make_silo(
         progress=progress,
         threads=threads,
         explain=True,
-        evidence=SiloRecord(log, name=name, key=key, roster=roster, server=server),
+        evidence=SiloRecord(
+            log, name=name, key=key, roster=roster, server=server, authority=authority
+        ),
+        authority=authority,
     )
 
 
@@ -488,18 +551,6 @@ def _other_accountants(events: Events, delta: float) -> dict[str, float]:
     return {"prv-accountant": prv_bounds(events, delta)[1], "opacus": theirs}
 
 
-def _sentence(record: dict[str, Any], rounds: int) -> str:
-    models: dict[str, list[str]] = {}
-    for key, value in record["evaluation"].items():
-        model, _, group = key.partition("/")
-        models.setdefault(model.upper(), []).append(f"{group} {100 * value:.0f}".strip())
-    scores = "; ".join(f"{model} {', '.join(found)}" for model, found in models.items())
-    gone = "".join(f", {silo} lost ({why})" for silo, why in record.get("dropouts", {}).items())
-    lost = ", THE ROUND IS LOST: its sum cannot be opened" if "lost" in record else ""
-    silos = len(record["survivors"])
-    return f"round {record['round']}/{rounds}, {silos} silos{gone}{lost}: {scores} (%)"
-
-
 def _notes(study: Study, baselines: tuple[str, ...]) -> list[str]:
     notes = []
     if study.task.data.builtin:
@@ -518,6 +569,8 @@ def _notes(study: Study, baselines: tuple[str, ...]) -> list[str]:
         )
     if study.privacy and study.privacy.unit == "silo" and "standalone" in baselines:
         notes.append("A standalone silo shows its model to nobody: it trains without noise.")
+    if study.scheme == "ckks-authority":
+        notes.append("The authority ran on this machine; its worth is that it runs elsewhere.")
     notes.append("Identities were throw-away; a real study is signed by its participants.")
     return notes
 

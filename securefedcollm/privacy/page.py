@@ -35,13 +35,19 @@ code { font-size: .85em; overflow-wrap: anywhere; }
 .ref { font-size: .8rem; white-space: nowrap; }
 svg { width: 100%; min-width: 30rem; max-width: 46rem; height: auto; display: block; }
 svg text { font-size: 12px; fill: var(--soft); }
+@media screen and (max-width: 40rem) { svg { min-width: 0; } svg text { font-size: 18px; }
+  .prose { min-width: 10rem; } body { padding: 0 .7rem; } th, td { padding: .25rem .4rem; }
+  td:first-child { min-width: 4rem; } }
 @media print { :root { --ink: #000; --soft: #444; --line: #bbb; --back: #fff; --tint: #f2f2f2;
   --blue: #1a4f8a; --red: #a32020; --green: #1c5237; --amber: #7a4a10; }
   html { font-size: 11px; } body { margin: 0; max-width: none; font-size: 1rem; }
-  h2, h3 { break-after: avoid; }
+  h2, h3, h3 + p, tr:first-child { break-after: avoid; }
   tr, svg, .claim { break-inside: avoid; } a { text-decoration: none; } .wide { overflow: visible; }
 }
 """
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
+"""What a browser may do with a page: nothing but show it, whatever a forged value smuggles in."""
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720.0, 220.0, 44.0, 30.0
 
@@ -51,6 +57,7 @@ def page(title: str, body: str) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>{body}</body></html>\n"
     )
 

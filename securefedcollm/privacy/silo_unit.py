@@ -96,6 +96,11 @@ class SiloUnit:
         return self._distributed.noise_multiplier
 
     @property
+    def adapted(self) -> tuple[float, float] | None:
+        """(C, s of the count) of this round where the clip is adaptive: not in the study."""
+        return (self.clip_norm, self._count) if self._count else None
+
+    @property
     def identity(self) -> bytes:
         """32 bytes that two participants share exactly if they run the same mechanism."""
         made = self._distributed

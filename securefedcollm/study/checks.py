@@ -80,12 +80,11 @@ def _check_ring(study: Study) -> None:
             where="aggregation.value_bits",
             hint="lower it; 16 loses nothing that training would notice",
         )
-    # Adversary: a key holder, who opens single ciphertexts as easily as sums.
-    if study.aggregation.key_model == "authority":
+    if study.aggregation.key_model == "authority" and study.aggregation.scheme != "ckks":
         raise ConfigError(
-            "no study can ask for a party that holds the decryption key",
+            "only CKKS has a key that an authority could hold",
             where="aggregation.key_model",
-            hint="choose threshold: all silos make the key, and nobody holds it",
+            hint="add aggregation.scheme: ckks, or remove the key model",
         )
     _ = study.ring  # refuses a CKKS sum that could wrap
 
@@ -329,7 +328,22 @@ def _check_roster(study: Study) -> None:
             where="roster",
             hint="list every silo, or mend silos.count",
         )
-    if len(study.roster) - len(silos) != 1:
+    if sum(p.role == "server" for p in study.roster) != 1:
         raise ConfigError(
             "exactly one participant has the role server", where="roster", hint="mend the roles"
         )
+    # The authority's key is on the roster, so that every silo's signature pins it: a server that
+    # could name the key holder would name itself.
+    authorities = sum(p.role == "authority" for p in study.roster)
+    if authorities != (study.scheme == "ckks-authority"):
+        raise ConfigError(
+            f"{authorities} participants have the role authority, the key model is "
+            f"{study.aggregation.key_model}",
+            where="roster",
+            hint="list one authority if, and only if, aggregation.key_model is authority",
+        )
+    for reserved in ("server", "authority"):  # what their evidence logs are called
+        if any(p.name == reserved and p.role == "silo" for p in study.roster):
+            raise ConfigError(
+                f"a silo cannot be called {reserved}", where="roster", hint="choose another name"
+            )

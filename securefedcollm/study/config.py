@@ -25,6 +25,8 @@ Count = Annotated[int, Meta(ge=1)]
 Positive = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Hex32 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+SchemeName = Literal["masking", "ckks", "ckks-authority"]
+"""The protocols that a sum can be made with."""
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -198,7 +200,9 @@ class Aggregation(_Section, frozen=True):
     encryption; whoever takes part must stay until the sum is open, or the others repeat. ``ckks:
     precise`` gives exact sums at 15 bytes a value; ``compact`` has an error that ``study check``
     prints, at 10 bytes, and much less flooding noise. ``key_model: threshold``: the key is made by
-    all and held by nobody.
+    all and held by nobody. ``authority``: a participant with the role ``authority`` holds it and
+    opens one sum a round, of ``silos.minimum`` silos or more; silos may drop out at every step.
+    Together with the server it could open single updates.
     """
 
     clip_norm: Positive = 1.0
@@ -242,7 +246,7 @@ class Participant(_Section, frozen=True):
     """One line of the roster: an organisation's name, its role and its Ed25519 public key (hex)."""
 
     name: Name
-    role: Literal["server", "silo"]
+    role: Literal["server", "silo", "authority"]
     key: Hex32
 
 
@@ -290,6 +294,12 @@ class Study(_Section, frozen=True, dict=True):
         return self.task.kind in {"instruction", "text"}
 
     @property
+    def scheme(self) -> SchemeName:
+        """The protocol that follows from ``aggregation.scheme`` and ``aggregation.key_model``."""
+        plan = self.aggregation
+        return "ckks-authority" if plan.key_model == "authority" else plan.scheme
+
+    @property
     def joint(self) -> bool:
         """Whether every optimiser step is a secure sum of its own (joint DP-SGD)."""
         privacy = self.privacy
@@ -323,7 +333,12 @@ class Study(_Section, frozen=True, dict=True):
         """
         if self.aggregation.scheme != "ckks":
             return None
-        return derive(self.aggregation.ckks, silos=self.silos.count, bound=self.field.bound)
+        return derive(
+            self.aggregation.ckks,
+            silos=self.silos.count,
+            bound=self.field.bound,
+            holders=1 if self.scheme == "ckks-authority" else self.silos.count,
+        )
 
 
 class Field(msgspec.Struct, frozen=True):

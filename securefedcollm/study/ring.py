@@ -2,14 +2,14 @@
 
 A ciphertext chunk holds N = 4096 integers as the coefficients of one polynomial modulo (X^N + 1, q)
 for one prime q; there is no multiplication, so no second prime and no key switching. A value v is
-stored as v·Δ. For a sum of n vectors, encrypted under a key that n silos made together, the
-decrypted coefficient is Δ·Σv + e with
+stored as v·Δ. For a sum of n vectors, encrypted under a key that h holders made together (all n
+silos, or one authority), the decrypted coefficient is Δ·Σv + e with
 
-    e = Σᵢ (uᵢ·E + e0ᵢ + e1ᵢ·S) + Σᵢ fᵢ,    E = Σ key errors, S = Σ secrets,
+    e = Σᵢ (uᵢ·E + e0ᵢ + e1ᵢ·S) + Σⱼ fⱼ,    E = Σ key errors, S = Σ secrets,
 
 where u and the secrets are ternary, the errors are centred binomials (variance 10.5, at most 21, as
-in SEAL) and fᵢ is silo i's flooding noise. That gives the error law :attr:`CkksRing.rms` and, with
-the greatest value of every term in place of its variance, the proof in :func:`derive`.
+in SEAL) and fⱼ is holder j's flooding noise. That gives the error law :attr:`CkksRing.rms` and,
+with the greatest value of every term in place of its variance, the proof in :func:`derive`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class CkksRing(msgspec.Struct, frozen=True):
         silos: n, greatest number of vectors in a sum.
         bound: every value v of a vector satisfies abs(v) <= bound.
         scale_bits: log2 Δ.
-        flood_bits: log2 of the flooding noise's standard deviation, per silo and coefficient.
+        flood_bits: log2 of the flooding noise's standard deviation, per holder and coefficient.
+        holders: h, parties whose secrets add up to the key: ``silos``, or 1 for an authority.
     """
 
     name: CkksSet
@@ -70,6 +71,7 @@ class CkksRing(msgspec.Struct, frozen=True):
     bound: int
     scale_bits: int
     flood_bits: int
+    holders: int
 
     @property
     def prime(self) -> int:
@@ -86,29 +88,30 @@ class CkksRing(msgspec.Struct, frozen=True):
         """How many polynomials a vector of ``values`` integers takes."""
         chunks = -(-values // DEGREE)
         # A silo's traffic is (silos + 1)·keys polynomials of keys, and (colluders + 3)·groups of
-        # second polynomials: sent, verified colluders + 1 times, and summed. This is its minimum.
+        # second polynomials: sent, verified colluders + 1 times, and summed. With an authority it
+        # gets `keys` and sends `groups`, both of which are relayed once. This is the minimum.
         best = math.sqrt((colluders + 3) * chunks / (self.silos + 1))
+        if self.holders == 1:
+            best = math.sqrt(chunks)
         keys = max(1, min(round(best), MOST_KEYS, chunks))
         return Shape(chunks, keys, -(-chunks // keys))
 
     @property
     def noise_rms(self) -> float:
         """Standard deviation of the decrypted encryption noise of n vectors, in coefficients."""
-        n = self.silos
-        return math.sqrt(ERROR_VARIANCE * n * (4 * DEGREE / 3 * n + 1))
+        return math.sqrt(ERROR_VARIANCE * self.silos * (4 * DEGREE / 3 * self.holders + 1))
 
     @property
     def rms(self) -> float:
         """Predicted rms error of the decrypted sum of n vectors before rounding, in units of v."""
-        flood = self.silos * 4.0**self.flood_bits
+        flood = self.holders * 4.0**self.flood_bits
         return math.sqrt(self.noise_rms**2 + flood) / 2.0**self.scale_bits
 
     @property
     def greatest_error(self) -> float:
         """The error that honest silos never exceed, in units of v; below 1/2 the sum is exact."""
-        return (_greatest_noise(self.silos) + _greatest_flood(self.silos, self.flood_bits)) / (
-            2.0**self.scale_bits
-        )
+        noise = _greatest_noise(self.silos, self.holders, self.flood_bits)
+        return noise / 2.0**self.scale_bits
 
     @property
     def exact(self) -> bool:
@@ -127,39 +130,39 @@ class CkksRing(msgspec.Struct, frozen=True):
         return min(1.0, math.sqrt(chunks * DEGREE / 4) * ratio)
 
 
-def _greatest_noise(silos: int) -> int:
-    """n·(2·N·21·n + 21): every ternary and binomial coefficient at its extreme at once."""
-    return silos * (2 * DEGREE * ERROR_GREATEST * silos + ERROR_GREATEST)
+def _greatest_noise(silos: int, holders: int, flood_bits: int) -> int:
+    """n·(2·N·21·h + 21) and h times the flooding's tail: every coefficient at its extreme at
+    once."""
+    encryption = silos * (2 * DEGREE * ERROR_GREATEST * holders + ERROR_GREATEST)
+    return encryption + (holders * FLOOD_TAIL << flood_bits)
 
 
-def _greatest_flood(silos: int, flood_bits: int) -> int:
-    return silos * FLOOD_TAIL << flood_bits
-
-
-def derive(name: CkksSet, *, silos: int, bound: int) -> CkksRing:
+def derive(name: CkksSet, *, silos: int, bound: int, holders: int | None = None) -> CkksRing:
     """The greatest scale that cannot wrap, and the most flooding noise that keeps sums exact.
 
     SEAL wraps silently: a sum that reaches q / 2 comes back with another sign. So for n = ``silos``
 
         n·bound·Δ + greatest encryption noise + greatest flooding noise < q / 2
 
-    is required with every term at its extreme; no probability is involved. ``compact`` has no room
+    is required with every term at its extreme; no probability is involved. ``holders``: by default
+    all silos, who then have no key but the joint one. ``compact`` has no room
     for exact sums: there the flooding has its least width, and the error law says what it costs.
 
     Raises:
         ConfigError: no scale or no flooding noise of at least 2^20 fits.
     """
-    half = PRIMES[name] // 2
-    room = half - _greatest_noise(silos) - _greatest_flood(silos, LEAST_FLOOD_BITS)
+    half, holders = PRIMES[name] // 2, holders or silos
+    room = half - _greatest_noise(silos, holders, LEAST_FLOOD_BITS)
     scale_bits = (room // (silos * bound)).bit_length() - 1
     flood_bits = LEAST_FLOOD_BITS
-    while (
-        name == "precise"
-        and flood_bits < MOST_FLOOD_BITS
-        and _fits(silos, bound, scale_bits, flood_bits + 1, half)
-    ):
+
+    def fits(flood_bits: int) -> bool:
+        noise = _greatest_noise(silos, holders, flood_bits)
+        return (silos * bound << scale_bits) + noise < half and 2 * noise < 1 << scale_bits
+
+    while name == "precise" and flood_bits < MOST_FLOOD_BITS and fits(flood_bits + 1):
         flood_bits += 1
-    ring = CkksRing(name, silos, bound, scale_bits, flood_bits)
+    ring = CkksRing(name, silos, bound, scale_bits, flood_bits, holders)
     if scale_bits < 1 or (name == "precise" and not ring.exact):
         raise ConfigError(
             f"the {name} ring cannot hold a sum of {silos} values bounded by {bound}",
@@ -167,11 +170,5 @@ def derive(name: CkksSet, *, silos: int, bound: int) -> CkksRing:
             hint="lower it, or choose scheme: masking"
             + (", or ckks: precise" if name == "compact" else ""),
         )
-    greatest = (silos * bound << scale_bits) + _greatest_noise(silos)
-    assert greatest + _greatest_flood(silos, flood_bits) < half
+    assert (silos * bound << scale_bits) + _greatest_noise(silos, holders, flood_bits) < half
     return ring
-
-
-def _fits(silos: int, bound: int, scale_bits: int, flood_bits: int, half: int) -> bool:
-    noise = _greatest_noise(silos) + _greatest_flood(silos, flood_bits)
-    return (silos * bound << scale_bits) + noise < half and 2 * noise < 1 << scale_bits

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from securefedcollm.errors import DataError
-from securefedcollm.tuning.formats import BadField, Format, format_of
+from securefedcollm.tuning.formats import BadField, Format, format_of, row_of
 from securefedcollm.tuning.questions import Question
 from securefedcollm.tuning.tokenise import Kind
 
@@ -77,6 +77,28 @@ def read_questions(
         except BadField as bad:
             raise bad.at(source.place(index), form.hint) from None
     return questions
+
+
+def write_questions(
+    path: Path, questions: Sequence[Question], owner: str, kind: Kind = "multiple_choice"
+) -> None:
+    """Write a ``.jsonl`` file that :func:`read_questions` reads back as the same questions.
+
+    Args:
+        owner: the column for whose record each is.
+        kind: the task that the rows are of.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    rows = (json.dumps(row_of(q, kind, owner), ensure_ascii=False) for q in questions)
+    try:
+        path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+        path.chmod(0o600)
+    except OSError as error:
+        raise DataError(
+            f"cannot be written ({error.strerror})", where=str(path), hint="choose another --out"
+        ) from None
 
 
 def read_text(path: Path) -> list[str]:
@@ -215,7 +237,8 @@ class _Source:
     def _header(self) -> list[str]:
         with self.path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
             header = next(csv.reader(file), [])
-        missing = [name for name in self.form.columns if name not in header]
+        framed = self.form.framed and "prompt" in header  # then the first column is not needed
+        missing = [name for name in self.form.columns[framed:] if name not in header]
         if missing:
             raise DataError(
                 f"the header has no column '{missing[0]}'",

@@ -1,14 +1,15 @@
 """What a row of a data file says, for every kind of task.
 
 ``multiple_choice``
-    ``question`` (text), ``choices`` (list of at least two texts; in CSV a JSON list in one cell),
-    ``answer`` (index into ``choices``, from 0).
+    ``question`` (text; or ``prompt``, which is taken as it stands), ``choices`` (list of at least
+    two texts; in CSV a JSON list in one cell), ``answer`` (index into ``choices``, from 0).
 ``classification``
-    ``text``, ``label`` (one of the study's ``task.labels``, or its index).
+    ``text`` (or ``prompt``), ``label`` (one of the study's ``task.labels``, or its index).
 ``instruction``
     ``instruction`` (text), ``response`` (text); training is on the response alone.
 ``text``
-    ``text``: every token but the first is predicted.
+    ``text``: every token but the first is predicted. Where labels may be missing, ``answer: null``
+    marks a text that is for distillation alone.
 
 Any row may have ``subject`` (text; which topic), and a column of any name that says whose record it
 is. An error names the field, never the value: the value may be a patient's.
@@ -57,6 +58,7 @@ class Format:
     names: tuple[str, ...]
     hint: str
     read: Callable[[Row, bool], tuple[str, tuple[str, ...], int | None]]
+    framed: bool = False  # a column "prompt" may stand in for the first of ``columns``
 
     def question(self, row: Row, *, labelled: bool, owner: str | None = None) -> Question:
         """One checked row.
@@ -88,10 +90,11 @@ def format_of(kind: Kind, labels: Sequence[str] = ()) -> Format:
                 ("text", "label"),
                 f'every row is {{"text": text, "label": one of {", ".join(labels)}}}',
                 lambda row, labelled: (
-                    CLASSIFY.format(_text(row, "text")),
+                    _prompt(row, "text", CLASSIFY),
                     tuple(labels),
                     _label(row, labels, labelled),
                 ),
+                framed=True,
             )
         case "instruction":
             return Format(
@@ -102,20 +105,55 @@ def format_of(kind: Kind, labels: Sequence[str] = ()) -> Format:
             )
         case "text":
             hint = 'every row is {"text": text}'
-            return Format(("text",), ("text",), hint, lambda row, _: ("", (_text(row, "text"),), 0))
+            return Format(("text",), ("text",), hint, _plain_text)
         case "multiple_choice":
             return Format(
                 ("question", "choices"),
                 ("question", "choices", "answer"),
                 'every row is {"question": text, "choices": [text, text, …], "answer": index}',
                 _multiple_choice,
+                framed=True,
             )
 
 
+def row_of(question: Question, kind: Kind, owner: str) -> Row:
+    """The row that :meth:`Format.question` reads as ``question``; ``owner``: whose column."""
+    response = question.choices[0] if question.choices else None
+    row: Row
+    match kind:
+        case "multiple_choice":
+            row = {"prompt": question.prompt, "choices": question.choices}
+            row["answer"] = question.answer
+        case "classification":
+            row = {"prompt": question.prompt, "label": question.answer}
+        case "instruction":
+            row = {"instruction": question.prompt, "response": response}
+        case "text":
+            row = {"text": response, "answer": question.answer}
+    if question.group:
+        row["subject"] = question.group
+    if question.subject is not None:
+        row[owner] = question.subject
+    return row
+
+
 def _multiple_choice(row: Row, labelled: bool) -> tuple[str, tuple[str, ...], int | None]:
-    prompt = QUESTION.format(_text(row, "question"))
+    prompt = _prompt(row, "question", QUESTION)
     choices = tuple(_choices(row))
     return prompt, choices, _answer(row, len(choices), labelled)
+
+
+def _prompt(row: Row, field: str, frame: str) -> str:
+    """The column ``prompt`` as it is, or else ``field`` in its frame."""
+    prompt = row.get("prompt")
+    if isinstance(prompt, str) and prompt.strip():
+        return prompt.strip()
+    return frame.format(_text(row, field))
+
+
+def _plain_text(row: Row, labelled: bool) -> tuple[str, tuple[str, ...], int | None]:
+    bare = not labelled and row.get("answer", 0) is None
+    return "", (_text(row, "text"),), None if bare else 0
 
 
 def _instruction(row: Row, labelled: bool) -> tuple[str, tuple[str, ...], int | None]:

@@ -118,11 +118,12 @@ def test_what_the_compact_ring_cannot_hold_the_precise_one_may() -> None:
 
 def test_the_table_of_the_documentation_is_what_the_code_derives() -> None:
     text = (Path(__file__).parents[2] / "docs" / "ckks.md").read_text()
-    form = r"^\| `(\w+)`, (\d+) \| 2\^(\d+) \| 2\^([\d.]+) \| 2\^(\d+) \| (.*) \|$"
+    form = r"^\| (authority )?`(\w+)`, (\d+) \| 2\^(\d+) \| 2\^([\d.]+) \| 2\^(\d+) \| (.*) \|$"
     rows = re.findall(form, text, re.M)
-    assert len(rows) == 6
-    for kind, silos, scale, noise, flood, rest in rows:
-        ring = derive(kind, silos=int(silos), bound=2**15 - 1)
+    assert len(rows) == 10
+    for office, kind, silos, scale, noise, flood, rest in rows:
+        holders = 1 if office else None
+        ring = derive(kind, silos=int(silos), bound=2**15 - 1, holders=holders)
         rms, greatest, advantage = rest.split(" | ")
         assert (ring.scale_bits, ring.flood_bits) == (int(scale), int(flood))
         assert math.log2(ring.noise_rms) == pytest.approx(float(noise), abs=0.05)
@@ -139,7 +140,7 @@ def test_the_table_of_the_documentation_is_what_the_code_derives() -> None:
 
 def test_without_the_proof_a_sum_wraps_and_nobody_notices() -> None:
     """The trap: three silos' 600s, each below the bound, come back as another sum."""
-    ring = CkksRing("precise", silos=3, bound=1000, scale_bits=49, flood_bits=20)
+    ring = CkksRing("precise", silos=3, bound=1000, scale_bits=49, flood_bits=20, holders=3)
     one = ckks_ring.encode(np.full(DEGREE, 600), ring)
     total = ckks_ring.add(ckks_ring.add(one, one, ring), one, ring)
     assert (ckks_ring.decode(total, ring, DEGREE, 3) == 1800 - 2**11).all()
@@ -227,7 +228,7 @@ def test_the_common_polynomial_is_fixed_by_its_seed_and_uniform() -> None:
 
 @given(values=st.integers(1, 2**32), silos=st.integers(3, 128), colluders=st.integers(0, 40))
 def test_every_chunk_has_a_key_and_a_group_and_traffic_is_least(values, silos, colluders) -> None:
-    ring = CkksRing("precise", silos, 1000, 40, 20)
+    ring = CkksRing("precise", silos, 1000, 40, 20, silos)
     chunks, keys, groups = ring.shape(values, colluders)
     assert (chunks - 1) * DEGREE < values <= chunks * DEGREE
     assert 1 <= keys <= min(MOST_KEYS, chunks)
@@ -257,7 +258,7 @@ def test_errors_are_the_centred_binomial_of_the_security_estimate() -> None:
 
 @pytest.mark.parametrize("bits", [20, 40])
 def test_flooding_is_integer_gaussian_of_the_stated_width(bits: int) -> None:
-    ring = CkksRing("precise", 5, 1000, 40, bits)
+    ring = CkksRing("precise", 5, 1000, 40, bits, 5)
     noise = ckks_ring.centred(ckks_ring.flooding(64, ring, os.urandom), ring).reshape(-1)
     scaled = noise / 2.0**bits
     assert abs(scaled.mean()) < 5 / 512
@@ -383,7 +384,7 @@ def test_seal_has_one_prime_and_no_switching_keys() -> None:
 def test_what_seal_refuses_is_an_error_of_ours(monkeypatch) -> None:
     monkeypatch.setitem(PRIMES, "precise", 2**60 - 93)  # prime, but not 1 modulo 2N
     with pytest.raises(CryptoError, match="SEAL refuses the ring"):
-        Seal(CkksRing("precise", 3, 1000, 40, 20))
+        Seal(CkksRing("precise", 3, 1000, 40, 20, 3))
 
 
 def test_one_module_imports_tenseal() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 import pytest
+from securefedcollm_audits import malformed
 
 from securefedcollm.aggregation import AbandonedError, Step, ckks_ring
 from securefedcollm.aggregation import ckks_messages as m
@@ -69,6 +70,34 @@ def test_the_server_and_all_silos_but_one_cannot_open_a_sum() -> None:
     assert np.abs(opened(made, sum_first, shares) - plain).max() < 0.5
     alone = opened(made, uploads[VICTIM].first, shares) - made.vectors[VICTIM]
     assert np.abs(alone).mean() > 1e3 * 10
+
+
+def test_known_limit_a_malformed_ciphertext_bares_the_joint_secret() -> None:
+    """Adversary: a server, and a colluder that does not encrypt but uploads a constant. The opened
+    sum then gives away the joint secret, and so every other silo's vector. This is the limit that
+    ``docs/ckks.md`` states: colluders may tell the server everything, but must encrypt as the
+    protocol says. Under an authority's keys, of which every silo has its own, the same attack gains
+    nothing (``audit protocol --case authority_malformed_ciphertext``). If this test fails, because
+    the attack does, mend the documentation."""
+    made = cohort(3, values=64 * 4096)
+    ring, shape = m.ring_of(made.header), m.shape_of(made.header)
+    played, bits = Round(made), ring.scale_bits - 3
+    secrets = played.silos["silo-003"]._secrets
+    secrets._upload = malformed.upload(ring, shape, bits)
+    secrets.encrypt = lambda joint: secrets._upload
+    played.play()
+    total = np.zeros((shape.chunks, 4096), dtype=np.uint64)
+    for name in made.names:
+        for step, kind, field in (
+            (Step.UPLOAD, m.CipherUpload, "first"),
+            (Step.UNMASK, m.Partial, "share"),
+        ):
+            message = msgspec.msgpack.decode(played.received[step, name], type=kind)
+            ckks_ring.accumulate(total, getattr(message, field), ring)
+    found = malformed.read_secrets(ring, shape, total, bits)
+    stolen = msgspec.msgpack.decode(played.received[Step.UPLOAD, VICTIM], type=m.CipherUpload)
+    opened = malformed.open_with(ring, shape, found, stolen.first, stolen.second)
+    np.testing.assert_array_equal(opened, made.vectors[VICTIM])
 
 
 @pytest.mark.parametrize("vouching", [(), (OTHER,)])

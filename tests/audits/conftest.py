@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+
+import msgspec
 import pytest
+from securefedcollm_audits.finding import Finding, write_down
 
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation.engines import Failure
 
-from ..evidence.runs import NAMES, SILO_PRIVACY, RecordedRun, recorded_study
+from ..evidence.runs import ALL_KEYS, NAMES, SILO_PRIVACY, RecordedRun, recorded_study
 from ..federation.test_rounds import Cut
 
 
@@ -34,15 +38,76 @@ def joint_bundle(tmp_path_factory):
     return bundle_of(directory, recorded_study(**JOINT), wrap=Lost)
 
 
-class Lost:
-    """An engine that loses silo-4 for the rest of the second of the sums."""
+CKKS = {"clip_norm": 20.0, "scheme": "ckks"}
+ADAPTIVE = SILO_PRIVACY | {"adaptive": {"quantile": 0.5, "learning_rate": 0.2, "count_noise": 10.0}}
 
-    def __init__(self, engine):
-        self.engine, self.count = engine, 0
+
+@pytest.fixture(scope="session")
+def adaptive_bundle(tmp_path_factory):
+    """The clip norm follows the updates: it is another one in the second round."""
+    study = recorded_study(rounds=2, privacy=ADAPTIVE)
+    return bundle_of(tmp_path_factory.mktemp("adaptive") / "run", study)
+
+
+FINDING = Finding(
+    audit="mechanism",
+    study=recorded_study(rounds=2),
+    setting="one DP-SGD step",
+    claimed=2.0,
+    bound=1.0,
+    delta=1e-5,
+    faults=[],
+    figures={"noise charged": 1.0, "noise measured": 1.01},
+)
+
+
+@pytest.fixture(scope="session")
+def audited_bundle(record_bundle, tmp_path_factory):
+    """The record-level run, after two participants audited its code."""
+    directory = tmp_path_factory.mktemp("audited") / "run"
+    shutil.copytree(record_bundle.parent, directory)
+    other = msgspec.structs.replace(
+        FINDING,
+        audit="inversion",
+        study=recorded_study(rounds=3),
+        claimed=None,
+        bound=None,
+        figures={"raw update": 1.0, "noised sum": 0.1, "noised sum, by chance": 0.1},
+    )
+    for name, finding in (("silo-2", FINDING), ("server", other)):
+        write_down(finding, directory, name, ALL_KEYS[name])
+    path = directory / "evidence.zip"
+    path.write_bytes(make_bundle(directory))
+    return path
+
+
+@pytest.fixture(scope="session")
+def ckks_bundle(tmp_path_factory):
+    """Threshold CKKS; silo-4 is lost in round 1, and the others repeat."""
+    study = recorded_study(rounds=2, aggregation=CKKS)
+    directory = tmp_path_factory.mktemp("ckks") / "run"
+    return bundle_of(directory, study, wrap=lambda e: Lost(e, 3, 12))
+
+
+@pytest.fixture(scope="session")
+def authority_bundle(tmp_path_factory):
+    """CKKS under an authority's key; silo-4 is lost at the upload of round 2."""
+    plan = CKKS | {"key_model": "authority"}
+    study = recorded_study(rounds=2, privacy=SILO_PRIVACY, aggregation=plan)
+    directory = tmp_path_factory.mktemp("authority") / "run"
+    return bundle_of(directory, study, wrap=lambda e: Lost(e, 10, 12))
+
+
+class Lost:
+    """An engine that loses silo-4 after some exchanges and until some later one; by default for the
+    rest of the second of the sums."""
+
+    def __init__(self, engine, after=9, until=12):
+        self.engine, self.count, self.after, self.until = engine, 0, after, until
 
     def exchange(self, frames, timeout):
         self.count += 1
-        gone = NAMES[3:] if 9 < self.count <= 12 else ()
+        gone = NAMES[3:] if self.after < self.count <= self.until else ()
         here = {name: frame for name, frame in frames.items() if name not in gone}
         lost = {name: Failure("cut off") for name in frames if name in gone}
         return self.engine.exchange(here, timeout) | lost

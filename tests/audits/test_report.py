@@ -13,7 +13,7 @@ from securefedcollm_audits.report import advantage, make_report
 from securefedcollm_audits.report_html import controls, to_html
 from securefedcollm_audits.verify import CHECKS
 
-from securefedcollm.errors import EvidenceError
+from securefedcollm.errors import ConfigError, EvidenceError
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.privacy.shown import up
 
@@ -155,6 +155,89 @@ def test_parts_of_a_run_have_a_report_too(record_bundle, tmp_path):
         assert {link[1:] for link in reader.links} <= set(reader.ids)
         assert bool(report.rounds) == (only == ["server"])
         assert bool(report.silos) == (only == ["silo-1"])
+
+
+def test_privacy_audits_stand_beside_the_claim(audited_bundle, record):
+    report, case = make_report(audited_bundle)
+    server, silo = report.audits
+    assert (server.audit, server.other, server.bound) == ("inversion", True, None)
+    assert server.held
+    assert (silo.audit, silo.other, silo.claimed, silo.bound) == ("mechanism", False, 2.0, 1.0)
+    assert silo.place == "silo-2#17 (audited)"
+    reader = Reader(to_html(report, case))
+    assert "95 % lower bound for this attack; not a guarantee" in reader.text
+    assert "inversion : one DP-SGD step; at another setting of the same code" in reader.text
+    assert "noise charged 1; noise measured 1.01" in reader.text
+    assert "e-silo-2-17" in reader.ids
+    assert "None was written into a log of this bundle" in Reader(record[1]).text
+
+
+def results_of(bundle, path, **changes):
+    """A ``results.json`` as the run with this bundle would have left it."""
+    _, case = make_report(bundle)
+    scores = [{"slm/easy": 0.5, "slm/<hard>": 0.3}, {"slm/easy": 0.75, "slm/<hard>": 0.25}]
+    path.write_text(
+        json.dumps(
+            {
+                "digest": case.digest.hex(),
+                "run_id": case.run.hex(),
+                "rounds": [{"evaluation": s | {"llm/easy": 1.0}} for s in scores],
+                "table": [
+                    {
+                        "model": "slm",
+                        "method": "zero-shot",
+                        "accuracy": {"easy": 0.4, "<hard>": 0.2},
+                    },
+                    {"model": "slm", "method": "FedAvg", "accuracy": {"easy": 0.7}},
+                ],
+            }
+            | changes
+        )
+    )
+    return path
+
+
+def test_accuracy_stands_beside_epsilon_if_the_run_s_results_are_given(record_bundle, tmp_path):
+    path = results_of(record_bundle, tmp_path / "results.json")
+    report, case = make_report(record_bundle, path)
+    spent = [charge.cumulative for charge in report.silos[0].charges]
+    assert [p.epsilon for p in report.utility.course] == [0.0, *spent]
+    assert [p.accuracy["easy"] for p in report.utility.course] == [0.4, 0.5, 0.75]
+    page = to_html(report, case)
+    assert "<hard>" not in page
+    text = Reader(page).text
+    assert "no signature covers it" in text
+    assert "FedAvg 70.0 –" in text
+    assert 'aria-label="Accuracy of the small model by ε charged so far"' in page
+
+
+def test_joint_steps_end_in_the_accuracy_of_their_round(joint_bundle, tmp_path):
+    report, _ = make_report(joint_bundle, results_of(joint_bundle, tmp_path / "results.json"))
+    ends = [charge.cumulative for charge in report.silos[0].charges][1::2]
+    assert [p.epsilon for p in report.utility.course] == [0.0, *ends]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run_id": "0" * 32}, "is of another study or run"),
+        ({"rounds": [{"evaluation": None}]}, "is not a run's results"),
+        ({"table": [{"model": 3}]}, "is not a run's results"),
+    ],
+)
+def test_results_of_something_else_are_refused(record_bundle, tmp_path, changes, message):
+    path = results_of(record_bundle, tmp_path / "results.json", **changes)
+    with pytest.raises(ConfigError, match=message):
+        make_report(record_bundle, path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        make_report(record_bundle, tmp_path / "nowhere.json")
+
+
+def test_the_advantage_rests_on_many_deltas(record):
+    report, _ = record
+    found, one = dict(report.advantage), dict(advantage([(report.epsilon, report.delta)]))
+    assert all(found[rate] <= one[rate] + 1e-9 for rate in found)
+    assert found[0.05] < 0.7 * one[0.05]
 
 
 def test_the_advantage_is_that_of_the_definition():

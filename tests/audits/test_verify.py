@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 import sqlite3
 import subprocess
@@ -36,15 +37,23 @@ def by_name(verdict):
     return {result.name: result for result in verdict.results}
 
 
-def test_honest_bundles_pass_every_check(record_bundle, silo_bundle, joint_bundle):
-    for bundle in (record_bundle, silo_bundle, joint_bundle):
+def test_honest_bundles_pass_every_check(record_bundle, silo_bundle, joint_bundle, adaptive_bundle):
+    for bundle in (record_bundle, silo_bundle, joint_bundle, adaptive_bundle):
         verdict = verify(bundle)
         assert verdict.holds
         silent = [r.name for r in verdict.results if r.status != "pass"]
-        assert silent == ["study-signed"]
-        assert verdict.passed == len(CHECKS)  # all but the signatures, and the archive
+        assert silent == ["study-signed", "ciphertexts", "authority", "audits"]
+        assert verdict.passed == len(CHECKS) - 3  # all but these, and the archive
         assert (verdict.rounds_done, verdict.rounds) == (2, 2)
         assert verdict.participants == ["server", *NAMES]
+
+
+def test_audits_that_refute_nothing_pass(audited_bundle):
+    verdict = verify(audited_bundle)
+    assert verdict.holds
+    assert by_name(verdict)["audits"].evidence == (
+        "2 audits (inversion, mechanism): nothing was refuted; 1 at other settings of the same code"
+    )
 
 
 # --- One forgery a check --------------------------------------------------------------------------
@@ -187,8 +196,8 @@ RECORD_FORGERIES = [
     ("models", change("server", "finished", adapter=OTHER), r"server#5 \(round\)"),
     (
         "artefacts",
-        lambda f: f.members.update({"artefacts.json": canonical({"theta.npy": OTHER})}),
-        r"artefacts.json: theta.npy is not what server#8 \(finished\) made",
+        lambda f: f.members.update({"artefacts.json": canonical({"slm/theta.npy": OTHER})}),
+        r"artefacts.json: slm/theta.npy is not what server#8 \(finished\) made",
     ),
     ("quorum", few_agreements, r"server#2 \(opening\): 2 agreements; 3 are needed"),
     ("quorum", sum_of_two, r"server#2 \(opening\): a sum of 2 silos; 3 are needed"),
@@ -239,6 +248,33 @@ SILO_FORGERIES = [
 ]
 
 
+def found_more_than_it_says(f):
+    f.what("silo-2", "audited").update(bound=2.5)
+
+
+def held_against_a_claim_that_the_study_does_not_make(f):
+    f.what("silo-2", "audited").update(bound=9.0, claimed=11.0)
+
+
+AUDITED_FORGERIES = [
+    ("audits", change("silo-2", "audited", held=False), r"silo-2#17 \(audited\): mechanism refut"),
+    ("audits", found_more_than_it_says, r"silo-2#17 \(audited\): ε is at least 2.50, above the"),
+    ("audits", change("server", "audited", code=OTHER), r"server#9 \(audited\): attacked other"),
+    ("audits", held_against_a_claim_that_the_study_does_not_make, r"a claim of ε = 11.00"),
+]
+
+
+ADAPTIVE_FORGERIES = [
+    ("mechanism", more_noise_than_there_was, r"silo-1#2 \(reserved\): charges for other noise"),
+    ("mechanism", change("silo-1", "round", clip=None), r"silo-1#2 \(reserved\): its round has a"),
+    (
+        "mechanism",
+        change("silo-1", "round", clip=[19.0, 19.0 / math.sqrt(99.0)]),
+        r"silo-1#2 \(reserved\): its round has a clip norm that the study cannot lead to",
+    ),
+]
+
+
 JOINT_FORGERIES = [
     ("mechanism", more_noise_than_there_was, r"silo-1#2 \(reserved\): charges for other noise"),
     ("settled", change("silo-1", "settled", events=[]), r"silo-1#\d+ \(settled\): settles more"),
@@ -256,11 +292,139 @@ JOINT_FORGERIES = [
 ]
 
 
+def of_ciphertexts(who, kind, **fields):
+    """An edit of what a log says about the ciphertexts that were opened."""
+    return lambda f: f.what(who, kind)["ciphertexts"].update(fields)
+
+
+def borrowed_commitment(f):
+    roots = f.what("server", "opening")["ciphertexts"]["roots"]
+    roots["silo-2"]["signature"] = roots["silo-1"]["signature"]
+
+
+def swapped_ciphertext(f):
+    f.what("server", "opening")["ciphertexts"]["roots"]["silo-1"]["root"] = OTHER
+
+
+def forgotten_ciphertext(f):
+    del f.what("server", "opening")["ciphertexts"]["roots"]["silo-1"]
+
+
+def borrowed_agreement(kind):
+    def edit(f):
+        agreements = f.what("server", kind)["agreements"]
+        agreements["silo-1"] = agreements["silo-2"]
+
+    return edit
+
+
+def silent_member(f):
+    del f.what("server", "opening")["agreements"]["silo-1"]
+
+
+# Which sum a verdict is about is in what it signs: other sums make every verdict wrong.
+CKKS_FORGERIES = [
+    ("ciphertexts", borrowed_commitment, r"server#\d+ \(opening\): the commitment of silo-2"),
+    ("ciphertexts", swapped_ciphertext, r"server#\d+ \(opening\): what was signed is not the d"),
+    ("ciphertexts", forgotten_ciphertext, r"server#\d+ \(opening\): the ciphertexts are not"),
+    ("ciphertexts", borrowed_agreement("opening"), r"server#\d+ .*: the verdict of silo-1 does"),
+    ("ciphertexts", of_ciphertexts("server", "opening", sums=OTHER), r"the verdict of silo-1 doe"),
+    ("ciphertexts", of_ciphertexts("server", "opening", sums=""), r"does not say which sums"),
+    ("ciphertexts", of_ciphertexts("server", "opening", key=OTHER), r"the commitment of silo-1 d"),
+    ("ciphertexts", change("server", "opening", ciphertexts=None), r"does not say which cipherte"),
+    ("quorum", silent_member, r"server#\d+ \(opening\): a silo is in the sum that did not agree"),
+    ("step-order", lambda f: f.remove("silo-1", "agreed", -1), r"silo-1#\d+ \(unmasked\): out of"),
+]
+
+
+def other_offer(f):
+    f.what("server", "opening")["ciphertexts"]["offer"]["part"] = OTHER
+
+
+def stolen_offer(f):
+    """The server's own key, signed by the server, in the place of the authority's."""
+    from securefedcollm.aggregation.ckks_authority_messages import KeyStatement, key_statement
+
+    what = f.what("server", "opening")
+    said = key_statement(bytes.fromhex(what["header"]), bytes.fromhex(OTHER))
+    raw = ALL_KEYS["server"].sign(KeyStatement.CONTEXT, said)
+    what["ciphertexts"]["offer"] = {"part": OTHER, "signature": raw.hex()}
+
+
+def other_word(who, kind):
+    return lambda f: f.what(who, kind)["word"].update(share=OTHER)
+
+
+def unknown_to_the_authority(f):
+    f.remove("authority", "decrypted")
+
+
+def opened_twice(f):
+    again = json.loads(json.dumps(f.find("authority", "decrypted")))
+    log = f.logs["authority"]
+    log.insert(log.index(f.find("authority", "decrypted")), again)
+
+
+def no_authority(f):
+    for log in f.logs.values():
+        del log[0]["what"]["roster"][1]
+
+
+def for_others(f):
+    f.what("authority", "decrypted")["survivors"] = ["silo-1", "silo-2", "silo-3"]
+
+
+AUTHORITY_FORGERIES = [
+    ("ciphertexts", borrowed_commitment, r"server#\d+ \(opening\): the commitment of silo-2"),
+    ("ciphertexts", borrowed_agreement("opening"), r"server#\d+ .*: the consent of silo-1 does"),
+    ("ciphertexts", of_ciphertexts("authority", "decrypted", key=OTHER), r"another key than the a"),
+    ("ciphertexts", of_ciphertexts("server", "opening", offer=None), r"does not say whose key"),
+    ("ciphertexts", other_offer, r"the key of the authority does not verify"),
+    ("ciphertexts", stolen_offer, r"under another key than the authority's"),
+    (
+        "authority",
+        other_word("server", "summed"),
+        r"server#\d+ .*: the authority's word on",
+    ),
+    ("authority", other_word("silo-2", "told"), r"silo-2#\d+ \(told\): the authority's word on"),
+    ("authority", other_word("silo-2", "told"), r"silo-2#\d+ \(told\): another word of the"),
+    ("authority", change("server", "summed", word=None), r"does not hold the authority's word"),
+    ("authority", unknown_to_the_authority, r"server#\d+ \(summed\): a sum that the authority's"),
+    ("step-order", opened_twice, r"authority#3 \(decrypted\): decrypts twice under one key"),
+    ("step-order", lambda f: f.remove("authority", "keyed"), r"authority#1 \(decrypted\): decrypt"),
+    ("step-order", lambda f: f.remove("silo-1", "uploaded"), r"silo-1#\d+ \(told\): out of order"),
+    ("headers", change("authority", "keyed", values=7), r"authority#1 \(keyed\): the header is"),
+    ("one-sum", for_others, r"server#3 .*: round 1 was opened for others too, see auth"),
+    ("quorum", silent_member, r"server#\d+ \(opening\): a silo is in the sum that did not agree"),
+    ("transcripts", lambda f: f.remove("server", "opening"), r"authority#2 .*: the server's log h"),
+    ("transcripts", change("authority", "keyed", header=OTHER), r"authority#1 \(keyed\): another"),
+    ("membership", no_authority, r"authority#0 .*: the study has, beside its silos, one"),
+    ("mechanism", a_share_too_many, r"silo-1#\d+ \(settled\): counts 4 noise shares"),
+]
+
+
+@pytest.mark.parametrize("name", ["ckks", "authority"])
+def test_honest_bundles_of_both_key_models_pass(request, name):
+    verdict = verify(request.getfixturevalue(f"{name}_bundle"))
+    assert verdict.holds
+    silent = {r.name for r in verdict.results if r.status != "pass"}
+    other = {"ckks": "authority", "authority": "one-kind"}[name]
+    assert silent == {"study-signed", "audits", other}
+    found = by_name(verdict)["ciphertexts"].evidence
+    # 3 silos in each of two openings, or 4 and 4 sealed of whom 4 and 3 consent; two logs each.
+    sealed = {"ckks": "2 openings: 14 signatures", "authority": "4 openings: 34 signatures"}
+    assert found.startswith(sealed[name])
+
+
 @pytest.mark.parametrize(
     ("base", "check", "edit", "place"),
     [("record", *forgery) for forgery in RECORD_FORGERIES]
     + [("silo", *forgery) for forgery in SILO_FORGERIES]
-    + [("joint", *forgery) for forgery in JOINT_FORGERIES],
+    + [("joint", *forgery) for forgery in JOINT_FORGERIES]
+    + [("ckks", *forgery) for forgery in CKKS_FORGERIES]
+    + [("authority", *forgery) for forgery in AUTHORITY_FORGERIES]
+    + [("audited", *forgery) for forgery in AUDITED_FORGERIES]
+    + [("adaptive", *forgery) for forgery in ADAPTIVE_FORGERIES],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_a_forgery_fails_its_check_and_the_wrong_entry_is_named(
@@ -275,7 +439,9 @@ def test_a_forgery_fails_its_check_and_the_wrong_entry_is_named(
 
 
 def test_every_check_has_a_forgery():
-    covered = {name for name, *_ in RECORD_FORGERIES + SILO_FORGERIES}
+    covered = {name for name, *_ in RECORD_FORGERIES + SILO_FORGERIES + CKKS_FORGERIES}
+    covered |= {name for name, *_ in AUTHORITY_FORGERIES}
+    covered |= {name for name, *_ in AUDITED_FORGERIES}
     assert covered == {check.name for check in CHECKS} - {"study-signed"}  # see below
 
 
@@ -439,7 +605,8 @@ def test_one_silo_s_own_bundle_says_what_it_does_not_cover(record_bundle, tmp_pa
     verdict = verify(path)
     assert verdict.holds
     silent = {r.name for r in verdict.results if r.status == "not covered"}
-    assert silent == {"study-signed", "witnesses", "sbom", "artefacts", "transcripts"}
+    of_others = {"study-signed", "witnesses", "sbom", "artefacts", "transcripts"}
+    assert silent == of_others | {"ciphertexts", "authority", "audits"}
     with pytest.raises(ConfigError, match="no evidence log of silo-7"):
         make_bundle(directory, ["silo-7"])
 
@@ -493,7 +660,7 @@ def test_nothing_secret_is_in_a_bundle(record_bundle):
     for path in run.rglob("evidence.sqlite"):
         ((blind,),) = sqlite3.connect(path).execute("SELECT value FROM own WHERE name = 'blind'")
         secrets.append(blind)
-    assert len(secrets) == 5 + 4 + 4 * 6 + 5
+    assert len(secrets) == 6 + 4 + 4 * 6 + 5
     text = b"".join(read_members(record_bundle).values())
     for secret in secrets:
         for spelling in (secret, secret.hex().encode(), base64.b64encode(secret)[:42]):

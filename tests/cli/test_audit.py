@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
 from securefedcollm.aggregation.silo import SiloRound
 from securefedcollm.errors import ConfigError, EvidenceError, SecureFedCoLLMError
+from securefedcollm.evidence.bundle import read_members
+from securefedcollm.primitives import sha256
+from securefedcollm.privacy.noise import NoiseSource
+from securefedcollm.study.identity import create_identity
 
-from ..audits.conftest import record_bundle  # noqa: F401 - a fixture
+from ..audits.conftest import record_bundle, silo_bundle  # noqa: F401 - fixtures
 from ..audits.forge import doctor
 
 
@@ -33,7 +38,7 @@ def test_bundle_verify_and_compare(record_bundle, tmp_path):  # noqa: F811
     assert "No silo had both kinds" in out
     code, out = call("verify", mine, "--json")
     assert (code, json.loads(out)["holds"]) == (0, True)
-    assert len(json.loads(out)["results"]) == 23
+    assert len(json.loads(out)["results"]) == 26
     code, out = call("compare", mine, record_bundle)
     assert code == 0
     assert "common-logs" in out
@@ -110,6 +115,47 @@ def test_builds_with_a_check_missing_are_caught(monkeypatch):
     assert code == 1
     (outcome,) = json.loads(out)["outcomes"]
     assert outcome["learnt"]
+
+
+def test_a_privacy_audit_is_printed_and_written_down(silo_bundle, tmp_path):  # noqa: F811
+    """The run's own study and noise; then the bundle has the finding."""
+    run = tmp_path / "run"
+    shutil.copytree(silo_bundle.parent, run)
+    key = tmp_path / "silo-3.json"
+    create_identity("silo-3", key, None, random=lambda n: sha256(b"silo-3")[:n])
+    before = read_members(silo_bundle)["logs/silo-3.jsonl"].splitlines()
+    arguments = ("mechanism", run / "study.yaml", "--trials", 4000, "--run", run)
+    code, out = call(*arguments, "--owner", "silo-3", "--identity", key, "--json")
+    found = json.loads(out)
+    assert (code, found["held"], found["entry"]) == (0, True, f"silo-3#{len(before)} (audited)")
+    assert found["caveat"] == "95 % lower bound for this attack; not a guarantee"
+    assert found["bound"] < found["claimed"]
+    call("bundle", run)
+    _, out = call("verify", run / "evidence.zip", "--json")
+    (result,) = [r for r in json.loads(out)["results"] if r["name"] == "audits"]
+    assert (result["status"], result["evidence"]) == (
+        "pass",
+        "1 audit (mechanism): nothing was refuted",
+    )
+    with pytest.raises(ConfigError, match="there is no key of silo-9"):
+        call(*arguments, "--owner", "silo-9")
+
+
+def test_a_build_without_noise_fails_for_people_too(silo_bundle, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(
+        NoiseSource, "discrete_gaussian", lambda self, sigma, n: np.zeros(n, dtype=np.int64)
+    )
+    code, out = call("mechanism", silo_bundle.parent / "study.yaml", "--trials", 4000)
+    assert code == 1
+    assert "FAIL: " in out
+    assert "clip norms, charged for is" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("command", ["mechanism", "one-run", "canaries", "inversion"])
+def test_the_attacks_explain_themselves(command):
+    code, out = call(command, "--help")
+    assert code == 0
+    assert "Exit code 0: not refuted; 1: refuted; 2: bad input." in " ".join(out.split())
 
 
 def test_a_ledger_that_was_put_back_is_not_bundled(record_bundle, tmp_path):  # noqa: F811

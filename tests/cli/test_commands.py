@@ -97,6 +97,24 @@ def test_study_check_predicts_the_error_of_a_ckks_sum():
     assert "a sum of 4 cannot wrap, predicted rms error 1 units (at most 19)" in text
 
 
+def test_study_check_says_what_an_authority_could_do():
+    plan = ["--set", "aggregation.scheme=ckks", "--set", "aggregation.key_model=authority"]
+    facts = json.loads(call("study", "check", QUICKSTART, *plan, "--json"))
+    joint = json.loads(call("study", "check", QUICKSTART, *plan[:2], "--json"))
+    assert facts["ckks"]["key_model"] == "authority"
+    # One flooding in place of one a silo: more of it fits, and says more.
+    assert facts["ckks"]["flood_bits"] > joint["ckks"]["flood_bits"]
+    assert (
+        facts["ckks"]["advantage_per_million_values"]
+        < joint["ckks"]["advantage_per_million_values"]
+    )
+    text = " ".join(call("study", "check", QUICKSTART, *plan).split())
+    assert "3 silos that uploaded, by the authority (1 dropout(s) tolerated" in text
+    assert "not named yet; holds the decryption key" in text
+    assert "TOGETHER WITH THE SERVER IT CAN OPEN SINGLE UPDATES" in text
+    assert "TOGETHER" not in call("study", "check", QUICKSTART, *plan[:2])
+
+
 def test_study_show_round_trips(tmp_path):
     path = tmp_path / "copy.yaml"
     path.write_text(call("study", "show", QUICKSTART))
@@ -137,6 +155,41 @@ def test_identities_roster_and_signatures_from_the_command_line(tmp_path):
     study.write_text(study.read_text().replace("rounds: 3", "rounds: 5"))
     with pytest.raises(ConfigError, match="another version"):
         call("study", "verify", str(study))
+
+
+def test_the_authority_is_on_the_roster_and_signs_too(tmp_path):
+    """Its key is in what every silo signs, so that no server can put its own in the place."""
+    lines = []
+    roles = {"server": "server", "auditor": "authority", "a": "silo", "b": "silo", "c": "silo"}
+    for name, role in roles.items():
+        out = str(tmp_path / f"{name}.json")
+        call("identity", "new", name, "--out", out, "--no-passphrase")
+        shown = json.loads(call("identity", "show", out, "--role", role, "--json"))
+        lines.append(f"  {shown['roster_line']}\n")
+    study, text = tmp_path / "study.yaml", Path(QUICKSTART).read_text()
+    text = text.replace("count: 4", "count: 3") + "\nroster:\n" + "".join(lines)
+    keyed = text.replace("scheme: masking", "scheme: ckks\n  key_model: authority")
+    assert "key_model" in keyed
+    for content, message in (
+        (text, "1 participants have the role authority, the key model is threshold"),
+        (keyed.replace(lines[1], ""), "0 participants have the role authority"),
+        (keyed.replace("role: server", "role: authority"), "exactly one participant has the role"),
+        (keyed.replace("name: a,", "name: authority,"), "a silo cannot be called authority"),
+    ):
+        study.write_text(content)
+        with pytest.raises(ConfigError, match=message):
+            call("study", "check", str(study))
+    study.write_text(keyed)
+    assert "authority         auditor; holds the decryption key" in call(
+        "study", "check", str(study)
+    )
+    for name in roles:
+        if name != "auditor":
+            call("study", "sign", str(study), "--identity", str(tmp_path / f"{name}.json"))
+    with pytest.raises(ConfigError, match="not signed yet by auditor"):
+        call("study", "verify", str(study))
+    call("study", "sign", str(study), "--identity", str(tmp_path / "auditor.json"))
+    assert "signed   authority auditor" in call("study", "verify", str(study))
 
 
 def test_an_error_is_one_line_and_exit_code_2(tmp_path):

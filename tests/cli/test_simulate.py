@@ -209,7 +209,8 @@ def test_killed_with_minus_nine_and_resumed(inputs, tmp_path):
 
 def test_ckks_gives_the_same_models_as_masking(inputs, tmp_path):
     """Precise sums are exact, so the same integers (19 bits fill masking's fields) make the same
-    adapters, bit for bit; a silo that is lost in the middle is left out by a fresh key."""
+    adapters, bit for bit, under either key model. A silo that is lost in the middle is left out:
+    by a fresh key, or by the authority, which is one more participant with a log of its own."""
     fixed = [
         *NO_PRIVACY,
         "--no-baselines",
@@ -220,14 +221,20 @@ def test_ckks_gives_the_same_models_as_masking(inputs, tmp_path):
     ]
     masked = run(inputs, tmp_path / "masking", *fixed, "--drop", "2@share:1")
     ckks = ["--set", "aggregation.scheme=ckks", "--drop", "2@encrypt:1"]
-    sealed = run(inputs, tmp_path / "ckks", *fixed, *ckks)
-    assert sealed["table"] == masked["table"]
-    assert [r["survivors"] for r in sealed["rounds"]] == [r["survivors"] for r in masked["rounds"]]
-    assert len(sealed["rounds"][0]["survivors"]) == 3
-    for which in ("slm", "llm"):
-        expected = adapters(tmp_path / "masking", which)
-        for key, value in adapters(tmp_path / "ckks", which).items():
-            np.testing.assert_array_equal(value, expected[key])
+    for model in ("threshold", "authority"):
+        key_model = ["--set", f"aggregation.key_model={model}"]
+        sealed = run(inputs, tmp_path / model, *fixed, *ckks, *key_model)
+        assert sealed["table"] == masked["table"]
+        survivors = [r["survivors"] for r in sealed["rounds"]]
+        assert survivors == [r["survivors"] for r in masked["rounds"]]
+        assert len(survivors[0]) == 3
+        for which in ("slm", "llm"):
+            expected = adapters(tmp_path / "masking", which)
+            for key, value in adapters(tmp_path / model, which).items():
+                np.testing.assert_array_equal(value, expected[key])
+        assert sealed["evidence"]["holds"]
+    assert (tmp_path / "authority" / "authority" / "evidence.sqlite").exists()
+    assert "its worth is that it runs elsewhere" in " ".join(sealed["notes"])
 
 
 def test_client_level_privacy_runs_under_ckks(inputs, tmp_path):

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from securefedcollm.evidence.ledger import LoggedLedger
 from securefedcollm.evidence.log import FILE_NAME, EvidenceLog
+from securefedcollm.federation.authority import AuthoritySession
 from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.files import write_durably
-from securefedcollm.federation.plan import silo_unit
-from securefedcollm.federation.recording import SERVER, ServerRecord, SiloRecord
+from securefedcollm.federation.plan import AUTHORITY, authority_of, silo_unit
+from securefedcollm.federation.recording import SERVER, AuthorityRecord, ServerRecord, SiloRecord
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore
@@ -23,6 +24,7 @@ from securefedcollm.privacy.events import PoissonGaussian
 from securefedcollm.study import Study, digest, dump_study
 
 from ..federation.arithmetic import (
+    AUTHORITY_KEY,
     KEYS,
     NAMES,
     ROSTER,
@@ -30,10 +32,11 @@ from ..federation.arithmetic import (
     ArithmeticServer,
     ArithmeticSilo,
     make_study,
+    parties,
 )
 
 SERVER_KEY = SigningKey(hashlib.sha256(SERVER.encode()).digest())
-ALL_KEYS = {SERVER: SERVER_KEY, **KEYS}
+ALL_KEYS = {SERVER: SERVER_KEY, AUTHORITY: AUTHORITY_KEY, **KEYS}
 LOCAL = {"steps": 5, "batch_size": 8, "learning_rate": 0.1}
 SILO_PRIVACY = {
     "epsilon": 8.0,
@@ -61,7 +64,25 @@ def recorded_study(**changes) -> Study:
     return make_study(**({"local": LOCAL} | changes))
 
 
+def office_of(study):
+    """The authority's public key; empty where nobody holds the key."""
+    return AUTHORITY_KEY.public if study.scheme == "ckks-authority" else b""
+
+
+def make_authority(study, home):
+    log = EvidenceLog(home / FILE_NAME, study=digest(study), owner=AUTHORITY, key=AUTHORITY_KEY)
+    evidence = AuthorityRecord(
+        log, key=AUTHORITY_KEY.public, roster=ROSTER, server=SERVER_KEY.public
+    )
+    return AuthoritySession(
+        study=study, roster=ROSTER, key=AUTHORITY_KEY, store=SiloStore(home), evidence=evidence
+    )
+
+
 def make_silo(name, progress, *, study, directory, fails=()):
+    if name not in NAMES:
+        (Path(directory) / AUTHORITY).mkdir(exist_ok=True)
+        return make_authority(study, Path(directory) / AUTHORITY)
     home = Path(directory) / "silos" / name
     home.mkdir(parents=True, exist_ok=True)
     log = EvidenceLog(home / FILE_NAME, study=digest(study), owner=name, key=KEYS[name])
@@ -75,8 +96,14 @@ def make_silo(name, progress, *, study, directory, fails=()):
         ledger=LoggedLedger(home / "ledger.sqlite", name, log, sums=study.sums),
         progress=progress,
         evidence=SiloRecord(
-            log, name=name, key=KEYS[name], roster=ROSTER, server=SERVER_KEY.public
+            log,
+            name=name,
+            key=KEYS[name],
+            roster=ROSTER,
+            server=SERVER_KEY.public,
+            authority=office_of(study),
         ),
+        authority=AUTHORITY_KEY.public,
     )
 
 
@@ -90,7 +117,7 @@ class RecordedRun:
         write_durably(directory / "study.yaml", dump_study(study).encode())
         self.server = ArithmeticServer()
         factory = partial(make_silo, study=study, directory=directory, **silo)
-        self.engine = EmbeddedEngine(NAMES, factory, workers=0, progress=silent)
+        self.engine = EmbeddedEngine(parties(study), factory, workers=0, progress=silent)
         self.log = server_log(directory, study, SERVER_KEY)
         self.coordinator = Coordinator(
             study=study,
@@ -99,7 +126,14 @@ class RecordedRun:
             workload=self.server,
             store=self.store,
             progress=silent,
-            evidence=ServerRecord(self.log, key=SERVER_KEY, roster=ROSTER, quorum=study.threshold),
+            evidence=ServerRecord(
+                self.log,
+                key=SERVER_KEY,
+                roster=ROSTER,
+                quorum=study.threshold,
+                authority=office_of(study),
+            ),
+            authority=authority_of(study, AUTHORITY_KEY.public),
         )
 
     def go(self):

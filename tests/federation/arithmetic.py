@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from securefedcollm.aggregation import Roster
+from securefedcollm.federation.authority import AuthoritySession
+from securefedcollm.federation.plan import authority_of
 from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.primitives import SigningKey
@@ -19,6 +21,13 @@ SIZE = 101
 NAMES = ("silo-1", "silo-2", "silo-3", "silo-4")
 KEYS = {name: SigningKey(hashlib.sha256(name.encode()).digest()) for name in NAMES}
 ROSTER = Roster({name: key.public for name, key in KEYS.items()})
+AUTHORITY_KEY = SigningKey(hashlib.sha256(b"authority").digest())
+
+
+def parties(study: Study) -> list[str]:
+    """Everybody but the server."""
+    office = authority_of(study, AUTHORITY_KEY.public)
+    return [*NAMES, *([office.name] if office else [])]
 
 
 def make_study(**changes) -> Study:
@@ -126,14 +135,18 @@ class ArithmeticServer:
         return {"slm/all": float(self.theta[0])}
 
     def save(self, directory: Path):
-        np.save(directory / "theta.npy", self.theta)
+        (directory / "slm").mkdir()
+        np.save(directory / "slm" / "theta.npy", self.theta)
 
     def load(self, directory: Path):
-        self.theta = np.load(directory / "theta.npy")
+        self.theta = np.load(directory / "slm" / "theta.npy")
 
 
 def make_silo(name, progress, *, study, directory, private=True, fails=(), budget=None, norms=None):
     home = Path(directory) / name
+    if name not in NAMES:
+        store = SiloStore(home)
+        return AuthoritySession(study=study, roster=ROSTER, key=AUTHORITY_KEY, store=store)
     return SiloSession(
         study=study,
         name=name,
@@ -144,4 +157,5 @@ def make_silo(name, progress, *, study, directory, private=True, fails=(), budge
         ledger=Ledger(home / "ledger.sqlite", name),
         progress=progress,
         budget=None if budget is None else Budget(*budget),
+        authority=AUTHORITY_KEY.public,
     )

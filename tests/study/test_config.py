@@ -97,9 +97,9 @@ def test_the_digest_is_that_of_the_meaning_not_of_the_spelling(tmp_path):
             "lower it, or choose scheme: masking",
         ),
         (
-            "aggregation={scheme: ckks, key_model: authority}",
-            "aggregation.key_model: no study can ask for a party that holds the decryption key",
-            "choose threshold",
+            "aggregation.key_model=authority",
+            "aggregation.key_model: only CKKS has a key that an authority could hold",
+            "add aggregation.scheme: ckks",
         ),
         ("task.kind=text", "task.kind: the built-in world has multiple-choice", "give files"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from securefedcollm.errors import ConfigError, DataError
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.tuning.adapters import attach, layout_of, load_vector, select
-from securefedcollm.tuning.data import read_questions
+from securefedcollm.tuning.data import read_questions, write_questions
 from securefedcollm.tuning.evaluate import evaluate
 from securefedcollm.tuning.local import per_record_gradients, question_losses, train_dp, watched
 from securefedcollm.tuning.questions import EncodedQuestions, Question, choice_scores, encode
@@ -89,6 +90,24 @@ def test_each_kind_of_file_is_read(tmp_path: Path) -> None:
     assert [q.answer for q in found] == [1, 0]
     assert found[0].prompt == "Text: good\nLabel:"
     assert found[0].choices == tuple(LABELS)
+
+
+@pytest.mark.parametrize("kind", ["multiple_choice", "classification", "instruction", "text"])
+def test_what_is_written_is_read_back(tmp_path: Path, kind: Any) -> None:
+    rows = {
+        "multiple_choice": [
+            Question("a", ("b", "c"), 1, "g", "7"),
+            Question("d", ("e", "f"), None),
+        ],
+        "classification": [Question("Text: x\nLabel:", tuple(LABELS), 0), LABELLED[1].unlabelled()],
+        "instruction": [RESPONSES[0], RESPONSES[1].unlabelled()],
+        "text": [TEXTS[0], TEXTS[1].unlabelled()],
+    }[kind]
+    owned = [q if q.subject else replace(q, subject="8") for q in rows]
+    write_questions(tmp_path / "rows.jsonl", owned, "who", kind)
+    options: dict[str, Any] = {"kind": kind, "labels": LABELS, "labelled": False, "owner": "who"}
+    assert read_questions(tmp_path / "rows.jsonl", **options) == owned
+    assert rows[1].answer is None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
@@ -11,11 +12,12 @@ from securefedcollm.evidence.entries import (
     Reserved,
     Round,
     Settled,
+    Told,
     Unmasked,
     Uploaded,
     Voided,
 )
-from securefedcollm.federation.plan import joint_setting
+from securefedcollm.federation.plan import adaptive_clip, joint_setting
 from securefedcollm.privacy import joint, silo_unit
 from securefedcollm.privacy.accounting import TIGHT_SHARE
 from securefedcollm.privacy.events import (
@@ -165,7 +167,8 @@ def mechanism(case: Case, wrong: Faults) -> str:
     charged = 0
     for log in case.silos.values():
         survivors = {what.round: len(what.seeds_of) for _, what in of(log, Unmasked)}
-        begun = {what.round: what.mechanism for _, what in of(log, Round)}
+        survivors |= {what.round: len(what.survivors) for _, what in of(log, Told)}
+        begun = {what.round: what for _, what in of(log, Round)}
         for entry, what in charges(log):
             if what.unit != privacy.unit:
                 wrong(entry, f"charges the unit {what.unit}; the study's is {privacy.unit}")
@@ -204,28 +207,46 @@ def _fits(case: Case, events: tuple[Event, ...], survivors: int | None) -> str:
     return ""
 
 
-def _named(case: Case, events: tuple[Event, ...], mechanism: str | None) -> str:
-    """Whether the noise charged for is that which all silos bound into the round's header.
-
-    An adaptive clip is not in the log, so its mechanism's name cannot be computed afresh.
-    """
-    privacy = case.study.privacy
-    if privacy is None or privacy.adaptive is not None:
-        return ""
+def _named(case: Case, events: tuple[Event, ...], begun: Round) -> str:
+    """Whether the noise charged for is that which all silos bound into the round's header."""
+    clip = _clip(case.study, begun)
+    if clip is None:
+        return "its round has a clip norm that the study cannot lead to"
     for event in events:
-        if isinstance(event, DiscreteGaussian) and _identity(case.study, event) != mechanism:
+        if not isinstance(event, DiscreteGaussian):
+            continue
+        if _identity(case.study, event, clip) != begun.mechanism:
             return "charges for other noise than the round's header names"
     return ""
 
 
-def _identity(study: Study, event: DiscreteGaussian) -> str:
+def _clip(study: Study, begun: Round) -> tuple[float, float] | None:
+    """(C, s of the count) of a round: the study's, or as the round says where the study lets it
+    adapt; None if it says what cannot be.
+
+    Adversary: a server that names another C, so that updates are spoilt or lost in the noise.
+    """
+    assert study.privacy is not None
+    adapting, adaptive = adaptive_clip(study), study.privacy.adaptive
+    if adapting is None or adaptive is None:
+        return None if begun.clip else (study.privacy.clip_norm, 0.0)
+    if begun.clip is None:
+        return None
+    norm, counted = begun.clip
+    least, most = adapting.reach(begun.round)
+    # z_Δ/z_b with z_b = k·z (adaptive_clip.split): 1/√(k² − 1), whatever z is.
+    share = norm / math.sqrt(adaptive.count_noise**2 - 1.0)
+    return begun.clip if least <= norm <= most and math.isclose(counted, share) else None
+
+
+def _identity(study: Study, event: DiscreteGaussian, clip: tuple[float, float]) -> str:
     """Name (hex) of the mechanism that releases this event in a round of the study."""
     assert study.privacy is not None
-    clip_norm, sigma, bound = study.privacy.clip_norm, event.share_sigma, event.sensitivity
+    sigma, bound = event.share_sigma, event.sensitivity
     setting = joint_setting(study, event.values)
     if setting is None:
-        return silo_unit.identity_of((clip_norm, 0.0, sigma), (bound, event.values)).hex()
-    return joint.identity_of(setting, clip_norm, sigma, bound).hex()
+        return silo_unit.identity_of((*clip, sigma), (bound, event.values)).hex()
+    return joint.identity_of(setting, clip[0], sigma, bound).hex()
 
 
 def budget(case: Case, wrong: Faults) -> str:

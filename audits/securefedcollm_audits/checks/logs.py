@@ -70,8 +70,11 @@ def _roster(case: Case, wrong: Faults) -> None:
         agreed = {(p.role, p.key) for p in case.study.roster}
         if agreed and listed != agreed:
             wrong(entry, "its participants are not those of the signed study")
-        if len(silos) != case.study.silos.count or len(opened.roster) != len(silos) + 1:
-            wrong(entry, f"{len(silos)} silos, the study has {case.study.silos.count}, one server")
+        if len(silos) != case.study.silos.count:
+            wrong(entry, f"{len(silos)} silos, the study has {case.study.silos.count}")
+        offices = ["server", "authority"] if case.keyed else ["server"]
+        if sorted(m.role for m in opened.roster if m.role != "silo") != sorted(offices):
+            wrong(entry, f"the study has, beside its silos, one {' and one '.join(offices)}")
         case.roster  # noqa: B018 - raises for names or keys that occur twice
     for name, log in case.logs.items():
         if case.key(name) is None:
@@ -110,7 +113,8 @@ def _verifies(head: Checkpoint, key: bytes) -> bool:
 
 def _cosignatures(case: Case, head: Checkpoint, place: str, wrong: Faults) -> None:
     """Every further line is a silo's, and verifies; there is one of each."""
-    silos = {name: key for name, key in case.keys.items() if name != case.server_name}
+    roster = case.roster
+    silos = dict(zip(roster.names, roster.keys, strict=True))
     known = {origin(case.digest, name): key for name, key in silos.items()}
     seen = {head.origin}
     for signer, _ in head.lines[1:]:

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from securefedcollm.evidence.entries import (
     Agreed,
+    Audited,
+    Decrypted,
     Entry,
     Failed,
     Finished,
+    Keyed,
     Lost,
     Opening,
+    Refused,
     Round,
     Summed,
+    Told,
     Unmasked,
     Uploaded,
 )
@@ -25,6 +30,8 @@ from securefedcollm_audits.verdict import Check, Faults
 
 _SERVER_ONLY = (Opening, Summed, Failed, Lost, Finished)
 _SILO_STEPS = (Uploaded, Agreed, Unmasked)
+_KEYED_STEPS = (Uploaded, Told)
+_AUTHORITY_ONLY = (Keyed, Decrypted)
 
 
 def step_order(case: Case, wrong: Faults) -> str:
@@ -32,6 +39,8 @@ def step_order(case: Case, wrong: Faults) -> str:
     steps = 0
     if case.server:
         steps += _ServerLog(case.study).follow(case.server, wrong)
+    if case.authority:
+        steps += _AuthorityLog(case.study).follow(case.authority, wrong)
     for log in case.silos.values():
         steps += _SiloLog(case.study).follow(log, wrong)
     done = f"{case.rounds_done()} of {case.study.rounds} rounds finished"
@@ -58,7 +67,7 @@ class _ServerLog:
             elif isinstance(what, _SERVER_ONLY):
                 fault = self._step(what)
             else:
-                fault = "has no place in a server's log"
+                fault = "" if isinstance(what, Audited) else "has no place in a server's log"
             if fault:
                 wrong(entry, fault)
         return len(log) - 1
@@ -113,12 +122,15 @@ class _ServerLog:
 
 
 class _SiloLog:
-    """Rounds upwards; in an attempt upload, agreement, unmasking, once each and of one header."""
+    """Rounds upwards; in an attempt upload, agreement, unmasking, once each and of one header; or
+    upload and the authority's word."""
 
     def __init__(self, study: Study) -> None:
         self._study = study
+        keyed = study.scheme == "ckks-authority"
+        self._steps: tuple[type, ...] = _KEYED_STEPS if keyed else _SILO_STEPS
         self._at: Round | None = None
-        self._said: list[Uploaded | Agreed | Unmasked] = []
+        self._said: list[Uploaded | Agreed | Unmasked | Told] = []
         self._answered: set[tuple[int, int, str]] = set()
 
     def follow(self, log: list[Entry], wrong: Faults) -> int:
@@ -127,9 +139,11 @@ class _SiloLog:
             fault = ""
             if isinstance(what, Round):
                 fault = self._begin(what)
-            elif isinstance(what, _SILO_STEPS):
+            elif isinstance(what, Uploaded | Agreed | Unmasked | Told) and isinstance(
+                what, self._steps
+            ):
                 fault = self._step(what)
-            elif isinstance(what, _SERVER_ONLY):
+            elif isinstance(what, (*_SERVER_ONLY, *_AUTHORITY_ONLY, *_SILO_STEPS, Told)):
                 fault = "has no place in a silo's log"
             if fault:
                 wrong(entry, fault)
@@ -144,7 +158,7 @@ class _SiloLog:
             return f"{sum_name(self._study, what.round)} after a later one"
         return ""
 
-    def _step(self, what: Uploaded | Agreed | Unmasked) -> str:
+    def _step(self, what: Uploaded | Agreed | Unmasked | Told) -> str:
         now = self._at
         key = (what.round, what.attempt, type(what).__name__)
         again = key in self._answered
@@ -152,9 +166,9 @@ class _SiloLog:
         place = (what.round, what.attempt, what.header)
         if now is None or (now.round, now.attempt, now.header) != place:
             return "belongs to no attempt that this silo was in"
-        if again or len(self._said) != _SILO_STEPS.index(type(what)):
+        if again or len(self._said) != self._steps.index(type(what)):
             return "out of order, or twice in one attempt"
-        if isinstance(what, Agreed) and what.delivery != self._said[-1].delivery:  # type: ignore[union-attr]
+        if isinstance(what, Agreed | Told) and what.delivery != self._said[-1].delivery:  # type: ignore[union-attr]
             return "agrees on another delivery than it uploaded for"
         if isinstance(what, Unmasked):
             agreed = self._said[-1]
@@ -164,6 +178,44 @@ class _SiloLog:
                 return "unmasks other lists than it agreed to"
         self._said.append(what)
         return ""
+
+
+class _AuthorityLog:
+    """Rounds and attempts upwards; in an attempt a key, then at most one decryption."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._at: Keyed | None = None
+        self._done = False
+
+    def follow(self, log: list[Entry], wrong: Faults) -> int:
+        for entry in log[1:]:
+            what, fault = entry.what, ""
+            if isinstance(what, Keyed):
+                fault = self._begin(what)
+            elif isinstance(what, Decrypted):
+                fault = self._decrypt(what)
+            elif not isinstance(what, Refused):
+                fault = "has no place in an authority's log"
+            if fault:
+                wrong(entry, fault)
+        return len(log) - 1
+
+    def _begin(self, what: Keyed) -> str:
+        before, self._at, self._done = self._at, what, False
+        if what.round >= self._study.sums:
+            return f"sum {what.round + 1} of a study of {self._study.sums}"
+        if before and (what.round, what.attempt) < (before.round, before.attempt):
+            return f"{sum_name(self._study, what.round)} after a later one"
+        return ""
+
+    def _decrypt(self, what: Decrypted) -> str:
+        now, done = self._at, self._done
+        place = (what.round, what.attempt, what.header)
+        if now is None or (now.round, now.attempt, now.header) != place:
+            return "decrypts without a key of this attempt"
+        self._done = True
+        return "decrypts twice under one key" if done else ""
 
 
 CHECKS = (Check("step-order", "Every step came in its order", step_order),)

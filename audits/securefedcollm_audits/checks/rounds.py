@@ -10,11 +10,14 @@ from securefedcollm.aggregation.messages import UNSIGNED, Agreement
 from securefedcollm.errors import CryptoError
 from securefedcollm.evidence.entries import (
     Agreed,
+    Decrypted,
     Entry,
     Finished,
+    Keyed,
     Opening,
     Round,
     Summed,
+    Told,
     Unmasked,
     Uploaded,
 )
@@ -38,6 +41,10 @@ def headers(case: Case, wrong: Faults) -> str:
             if model_digest_of(base, layout, adapter, mechanism).hex() != what.model:
                 wrong(entry, "the model's digest is not that of its parts")
             if case.header(what).digest.hex() != what.header:
+                wrong(entry, "the header is not that of the study, roster, run and model")
+            attempts += 1
+        for entry, key in of(log, Keyed):
+            if case.header(key).digest.hex() != key.header:
                 wrong(entry, "the header is not that of the study, roster, run and model")
             attempts += 1
     if not attempts:
@@ -97,12 +104,14 @@ def quorum(case: Case, wrong: Faults) -> str:
                 wrong(entry, f"a sum of {len(survivors)} silos; {study.quorum} are needed")
             if survivors & dropouts or not survivors | dropouts <= known:
                 wrong(entry, "a silo is on both lists, or on no roster")
-            if isinstance(what, Agreed) and entry.owner not in survivors:
+            if isinstance(what, Agreed | Told) and entry.owner not in survivors:
                 wrong(entry, "agrees to a sum that it is not in")
-            if isinstance(what, Opening):
+            if isinstance(what, Opening | Decrypted):
                 if not set(what.agreements) <= survivors:
                     wrong(entry, "an agreement by a silo that is not in the sum")
-                if len(what.agreements) < study.threshold:
+                if study.scheme != "masking" and set(what.agreements) != survivors:
+                    wrong(entry, "a silo is in the sum that did not agree to it")
+                elif len(what.agreements) < study.threshold:
                     wrong(entry, f"{len(what.agreements)} agreements; {study.threshold} are needed")
             sums += 1
     if not sums:
@@ -113,11 +122,10 @@ def quorum(case: Case, wrong: Faults) -> str:
 def agreements(case: Case, wrong: Faults) -> str:
     """Adversary: a server that opens a sum which the silos did not agree to.
 
-    Under CKKS a silo signs its verdict on the ciphertexts' sums, which are not in the log: there
-    the silos themselves have checked each other's signatures; the lists alone are compared.
+    What silos sign under CKKS is looked at by ``ciphertexts``.
     """
     signatures = lists = 0
-    roster, masked = case.roster, case.study.aggregation.scheme == "masking"
+    roster, masked = case.roster, case.study.scheme == "masking"
     for log in case.logs.values():
         for entry, what in _openings(log):
             survivors = [roster.index(name) for name in what.survivors]
@@ -141,13 +149,14 @@ def agreements(case: Case, wrong: Faults) -> str:
     if not lists:
         raise NotCovered("nothing was opened")
     if not masked:
-        return f"{count(lists, 'list')}; verdicts on ciphertexts were checked by the silos"
+        return f"{count(lists, 'list')}, each the digest of who is in the sum"
     return f"{count(signatures, 'signature')} by survivors, {count(lists, 'list')}"
 
 
-def _openings(log: list[Entry]) -> Iterable[tuple[Entry, Opening | Agreed]]:
-    yield from of(log, Opening)
-    yield from of(log, Agreed)
+def _openings(log: list[Entry]) -> Iterable[tuple[Entry, Opening | Agreed | Told | Decrypted]]:
+    for entry in log:
+        if isinstance(entry.what, Opening | Agreed | Told | Decrypted):
+            yield entry, entry.what
 
 
 def one_kind(case: Case, wrong: Faults) -> str:
@@ -179,7 +188,9 @@ def one_sum(case: Case, wrong: Faults) -> str:
         found: list[tuple[Entry, int, list[str]]] = [
             (entry, what.round, what.seeds_of) for entry, what in of(log, Unmasked)
         ]
-        found += [(entry, what.round, what.survivors) for entry, what in of(log, Summed)]
+        for entry in log:
+            if isinstance(entry.what, Summed | Told | Decrypted):
+                found.append((entry, entry.what.round, entry.what.survivors))
         for entry, round_, survivors in found:
             first, where = opened.setdefault(round_, (survivors, entry))
             if first != survivors:
@@ -203,6 +214,10 @@ def transcripts(case: Case, wrong: Faults) -> str:
             header, where = begun.setdefault((what.round, what.attempt), (what.header, entry))
             if header != what.header:
                 wrong(entry, f"another header than {where.place}: another model or roster")
+    for entry, key in of(case.authority, Keyed):
+        header, where = begun.setdefault((key.round, key.attempt), (key.header, entry))
+        if header != key.header:
+            wrong(entry, f"another header than {where.place}: another model or roster")
     agreed: dict[tuple[int, int], tuple[str, Entry]] = {}
     for log in case.logs.values():
         for entry, said in _openings(log):
@@ -212,17 +227,22 @@ def transcripts(case: Case, wrong: Faults) -> str:
     if case.server:
         for name, log in case.silos.items():
             _story(case, name, log, wrong)
+        shown = {what.header for _, what in of(case.server, Opening)}
+        for entry, opened in of(case.authority, Decrypted):
+            if opened.header not in shown:
+                wrong(entry, "the server's log hides that this was opened")
     return f"{count(len(begun), 'attempt')} in {count(len(case.logs), 'log')}"
 
 
 def _story(case: Case, name: str, log: list[Entry], wrong: Faults) -> None:
     """One silo's log against the server's."""
     openings = {what.header: what for _, what in of(case.server, Opening)}
-    for entry, what in of(log, Unmasked):
-        if what.header not in openings:
+    for entry in log:
+        if isinstance(entry.what, Unmasked | Told) and entry.what.header not in openings:
             wrong(entry, "the server's log hides that this was opened")
-    mine = {what.header: what for _, what in of(log, Agreed)}
     uploads = {what.header: what for _, what in of(log, Uploaded)}
+    # Under an authority's key a silo agrees when it uploads.
+    mine = set(uploads) if case.keyed else {what.header for _, what in of(log, Agreed)}
     for entry, opening in of(case.server, Opening):
         if name in opening.agreements and opening.header not in mine:
             wrong(entry, f"an agreement that the log of {name} does not know")

@@ -1,0 +1,321 @@
+"""``securefedcollm server``, ``client``, ``authority``, ``status``: the roles of a real run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from securefedcollm.errors import ConfigError
+from securefedcollm_cli.consortium import Home, home_of
+from securefedcollm_cli.identity import PassphraseFile, read_passphrase
+from securefedcollm_cli.options import Json, StudyFile
+
+if TYPE_CHECKING:
+    from securefedcollm.evidence.entries import Entry
+    from securefedcollm.federation.authority import AuthoritySession
+    from securefedcollm.federation.engines.flare.kit import Kit
+    from securefedcollm.federation.roles import Terms
+    from securefedcollm.federation.silo import SiloSession
+    from securefedcollm_cli.progress import Bars
+
+    Session = SiloSession | AuthoritySession
+
+Models = Annotated[
+    Path | None,
+    typer.Option("--models", metavar="DIR", help="Where the study's path: models are."),
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads for training [every core of this machine].")
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask; for unattended machines.")]
+Events = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object a line as things happen.")
+]
+
+
+def server(
+    config: StudyFile,
+    public: Annotated[
+        Path | None,
+        typer.Option("--public", metavar="FILE", help="The study's public questions."),
+    ] = None,
+    test: Annotated[
+        Path | None,
+        typer.Option("--test", metavar="FILE", help="Test questions, to show accuracy [none]."),
+    ] = None,
+    models: Models = None,
+    home: Home = None,
+    wait: Annotated[
+        float,
+        typer.Option(min=1, help="Seconds to wait for silos that are not connected yet."),
+    ] = 600.0,
+    threads: Threads = None,
+    passphrase_file: PassphraseFile = None,
+    as_json: Events = False,
+) -> None:
+    """Coordinate a signed study over the network, until it is finished.
+
+    Waits for the silos, runs the rounds, distils. It may be stopped (Ctrl-C), killed or rebooted at
+    any moment: the same command goes on from the last durable round. Nothing is opened twice.
+    """
+    from securefedcollm.federation import roles
+    from securefedcollm.federation.engines.flare.engine import FlareEngine
+    from securefedcollm.federation.engines.flare.kit import installed
+    from securefedcollm.study import load_study
+    from securefedcollm_cli.progress import Bars
+
+    _stop_on_sigterm()
+    place, study = home_of(home), load_study(config)
+    passphrase = _asked(passphrase_file)
+    with (
+        roles.take_part(study, config, place, "server", passphrase) as member,
+        Bars(quiet=as_json) as bars,
+    ):
+        from securefedcollm.federation import cotuning
+
+        cotuning.set_threads(threads or _cores())
+        questions = roles.server_questions(study, public, test)
+        workload = cotuning.ServerTuning(
+            study, public=questions[0], test=questions[1], data=models, progress=bars.report
+        )
+        office = [member.authority.name] if member.authority else []
+        parties = (*member.roster.names, *office)
+        with FlareEngine(
+            parties,
+            minimum=study.minimum + len(office),
+            server=installed(place, member.name),
+            lead=installed(place, member.name, lead=True),
+            patience=wait,
+            progress=bars.report,
+            say=bars.say,
+        ) as engine:
+            bars.say(f"waiting for {', '.join(parties)}")
+            record = roles.coordinate(
+                member,
+                engine,
+                workload,
+                bars.report,
+                lambda done: _print_round(done, study.rounds, bars, as_json),
+            )
+    if as_json:
+        typer.echo(json.dumps({"event": "finished", "run": str(member.run)}))
+    else:
+        typer.echo(f"finished: {len(record['rounds'])} rounds; the adapters are in")
+        typer.echo(f"  {record['adapters']}")
+        typer.echo(f"evidence: securefedcollm audit bundle {member.run}")
+
+
+def client(
+    config: StudyFile,
+    data: Annotated[
+        Path, typer.Option("--data", metavar="FILE", help="Your private questions: stay here.")
+    ],
+    models: Models = None,
+    home: Home = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            "--budget",
+            min=0.0,
+            metavar="EPSILON",
+            help="Most ε that these records may ever spend, in all studies together [the study's].",
+        ),
+    ] = None,
+    threads: Threads = None,
+    yes: Yes = False,
+    passphrase_file: PassphraseFile = None,
+    as_json: Events = False,
+) -> None:
+    """Take part in a signed study as a silo, until it is finished.
+
+    Shows what you are about to agree to, and asks. Then it trains when the server asks, and sends
+    nothing but masked or encrypted updates. It may be stopped (Ctrl-C), killed or rebooted at any
+    moment; the same command goes on, and pays for nothing twice.
+    """
+    from securefedcollm.federation import roles
+    from securefedcollm.federation.engines.flare.kit import installed
+    from securefedcollm.privacy.ledger import Budget
+    from securefedcollm.study import load_study
+    from securefedcollm_cli.progress import Bars
+
+    _stop_on_sigterm()
+    place, study = home_of(home), load_study(config)
+    passphrase = _asked(passphrase_file)
+    with roles.take_part(study, config, place, "silo", passphrase) as member:
+        kit = installed(place, member.name)
+        limit = Budget(budget, study.privacy.delta) if budget and study.privacy else None
+        threads = threads or _cores()
+        with Bars(quiet=as_json) as bars:
+            from securefedcollm.federation import cotuning
+
+            cotuning.set_threads(threads)
+            workload = roles.silo_workload(study, member.name, data, models, bars.report)
+        _agree(roles.terms(member, workload, limit), yes, as_json)
+        with Bars(quiet=as_json) as bars:
+            session = roles.silo_session(
+                member,
+                workload,
+                progress=bars.report,
+                threads=threads,
+                budget=limit,
+                on_entry=lambda entry: _print_entry(entry, study, bars, as_json),
+            )
+            _serve(session, kit, roles.largest_frame(workload), bars)
+    _finished(member.run, as_json)
+
+
+def authority(
+    config: StudyFile,
+    home: Home = None,
+    yes: Yes = False,
+    passphrase_file: PassphraseFile = None,
+    as_json: Events = False,
+) -> None:
+    """Hold the decryption key of a signed study with `key_model: authority`, until it is finished.
+
+    Run it where neither the server nor a silo has a say: at an auditor's. It makes a fresh key for
+    every round and opens one sum a round, of enough silos that signed it; it sees no data.
+    """
+    from securefedcollm.federation import roles
+    from securefedcollm.federation.engines.flare.kit import installed
+    from securefedcollm.study import load_study
+    from securefedcollm_cli.progress import Bars
+
+    _stop_on_sigterm()
+    place, study = home_of(home), load_study(config)
+    with (
+        roles.take_part(study, config, place, "authority", _asked(passphrase_file)) as member,
+        Bars(quiet=as_json) as bars,
+    ):
+        session = roles.authority_session(
+            member, on_entry=lambda entry: _print_entry(entry, study, bars, as_json)
+        )
+        kit = installed(place, member.name)
+        bars.say(f"study {study.study}, sha256:{member.study.digest.hex()}, signed by all")
+        bars.say(f"opens {study.sums} sums, each of at least {study.quorum} silos")
+        _confirm(yes)
+        _serve(session, kit, roles.LARGEST_TO_AUTHORITY, bars)
+    _finished(member.run, as_json)
+
+
+def _serve(session: Session, kit: Kit, limit: int, bars: Bars) -> None:
+    """Answer the server, through FLARE's process, until the run is over."""
+    from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
+    from securefedcollm.federation.engines.link import Door, SiloInbox, answer_calls
+
+    inbox = SiloInbox(session, limit)
+    with (
+        Door(answer_calls(inbox)) as door,
+        FlareProcess(
+            "client", kit.workspace, name=kit.name, org=kit.org, env={DOOR: str(door.path)}
+        ) as flare,
+    ):
+        bars.say("waiting for the server")
+        inbox.serve(lambda: not flare.running or (session.over and not inbox.attended))
+        if not session.over:
+            flare.require_running()
+
+
+def _finished(run: Path, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"event": "finished", "run": str(run)}))
+    else:
+        typer.echo("finished. Where it stands: securefedcollm status; for an auditor:")
+        typer.echo(f"  securefedcollm audit bundle {run}")
+
+
+def status(home: Home = None, as_json: Json = False) -> None:
+    """Show the runs in this home: rounds, survivors, bytes, ε. Safe while one is running."""
+    from securefedcollm.federation.status import runs_of
+
+    place = home_of(home)
+    runs = runs_of(place)
+    if as_json:
+        typer.echo(json.dumps([asdict(run) for run in runs], indent=2))
+        return
+    if not runs:
+        typer.echo(f"no study has been run in {place}")
+        return
+    for run in runs:
+        for line in run.sentences():
+            typer.echo(line)
+
+
+def _asked(passphrase_file: Path | None) -> Callable[[], str]:
+    return lambda: read_passphrase(passphrase_file)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _stop_on_sigterm() -> None:
+    """A service manager stops a role as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _agree(terms: Terms, yes: bool, as_json: bool) -> None:
+    """Show what taking part means, and ask."""
+    if as_json:
+        typer.echo(json.dumps({"event": "terms", **asdict(terms)}))
+    else:
+        for key, value in _reading(terms).items():
+            typer.echo(f"{key:<9} {value}", err=True)
+    _confirm(yes)
+
+
+def _confirm(yes: bool) -> None:
+    if yes or typer.confirm("Take part?", default=False, err=True):
+        return
+    raise ConfigError("not agreed; nothing was sent", hint="--yes agrees without asking")
+
+
+def _reading(terms: Terms) -> dict[str, str]:
+    if terms.epsilon is None:
+        privacy = "none: the tuned adapter may reveal records"
+        budget = "nothing is accounted for"
+    else:
+        privacy = (
+            f"this study may spend ε = {terms.epsilon:g} (δ = {terms.delta:g}) per {terms.unit}"
+        )
+        budget = f"ε = {terms.spent:.2f} of {terms.budget:g} are spent on these data so far"
+    return {
+        "study": f"{terms.study}, sha256:{terms.digest}, signed by all",
+        "server": terms.server,
+        "silos": ", ".join(terms.silos),
+        "model": f"{terms.models['slm']}, sha256:{terms.base[:16]}… (checked here)",
+        "data": f"{terms.records:,} records; they stay on this machine",
+        "privacy": privacy,
+        "budget": budget,
+    }
+
+
+def _print_round(record: dict[str, Any], rounds: int, bars: Bars, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"event": "round", **record}))
+        return
+    from securefedcollm.federation.status import round_sentence
+
+    bars.say(round_sentence(record, rounds))
+
+
+def _print_entry(entry: Entry, study: Any, bars: Bars, as_json: bool) -> None:
+    """What the silo's evidence log has just been told, for its operator."""
+    from securefedcollm.federation.status import told
+
+    if as_json:
+        import msgspec
+
+        what = msgspec.to_builtins(entry.what)
+        typer.echo(json.dumps({"event": what.pop("kind"), "time": entry.time, **what}))
+        return
+    line = told(entry, study)
+    if line:
+        bars.say(line)

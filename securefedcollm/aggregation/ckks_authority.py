@@ -1,0 +1,263 @@
+"""The authority's side of one attempt at one round of CKKS aggregation under its own keys.
+
+The authority makes fresh keys for every attempt, and decrypts one sum. It is a party of its own
+(an auditor, say), is sent no first polynomial, and so can read neither a vector nor a sum. Together
+with the server it could open single ciphertexts: that the two do not collude is the assumption of
+this key model, and the reason why the threshold model is the default.
+
+The adversary is the server together with up to c silos. It relays and may invent every frame, and
+crash and restart this process. A ciphertext does not say what it is a ciphertext of, so:
+
+1. The authority is never given an aggregate. It is given the second polynomials of single
+   ciphertexts, which must hash to what their owners signed under this very key (A1), and adds them
+   up itself: what it decrypts *is* the sum. No linear check, and no report, has to be believed.
+2. Every silo in the sum has signed the list of all committed ciphertexts before its own one left
+   (A2). So no ciphertext in the sum was chosen as a function of an honest one ("minus the others").
+3. The sum has a quorum of silos, at least c + 2, of which two are honest.
+4. Every silo encrypts under keys of its own. A colluder can upload anything in the place of a
+   ciphertext, say a constant in the place of c1, and so read the secret that it is multiplied with
+   in the opened sum. It is a secret that nobody else's vector is encrypted under.
+5. One set of silos a round, whatever the attempt; and in an attempt one answer, noise included.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NoReturn
+
+from securefedcollm.aggregation import ckks_authority_messages as am
+from securefedcollm.aggregation import ckks_messages as m
+from securefedcollm.aggregation import ckks_ring
+from securefedcollm.aggregation.ckks_checks import (
+    accuse,
+    check_list,
+    check_signatures,
+    record_once,
+    refuse,
+)
+from securefedcollm.aggregation.ckks_ring import Residues
+from securefedcollm.aggregation.ckks_secrets import AuthoritySecrets
+from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster
+from securefedcollm.aggregation.keys import lists_digest
+from securefedcollm.aggregation.messages import UNSIGNED, Ask, decode, sign
+from securefedcollm.aggregation.scheme import Journal, Sealing, Transcript, Word
+from securefedcollm.aggregation.silo import SERVER
+from securefedcollm.aggregation.steps import Step
+from securefedcollm.errors import CryptoError
+from securefedcollm.primitives import RandomSource, SigningKey, sha256
+
+
+class CkksAuthorityRound:
+    """Answers the server's two requests, in order, once each. Not thread-safe.
+
+    Args:
+        header: of this attempt, from the authority's own study. Of model and vector length it knows
+            nothing: those of the header are what every silo in the sum signed.
+        roster: the silos.
+        signing_key: the identity that the study names as its authority.
+        journal: durable across restarts, and shared by all processes of this authority.
+        random: of errors and flooding noise. SEAL draws secrets from the system by itself.
+
+    Raises:
+        LocalProtocolError: the header is for another roster.
+        ConfigError: no ring holds the sum.
+    """
+
+    def __init__(
+        self,
+        *,
+        header: RoundHeader,
+        roster: Roster,
+        signing_key: SigningKey,
+        journal: Journal,
+        random: RandomSource = os.urandom,
+    ) -> None:
+        check_roster(header, roster)
+        self._header = header
+        self._header_digest = header.digest
+        self._parameters = header.parameters
+        self._ring = m.ring_of(header)
+        self._shape = m.shape_of(header)
+        self._roster = roster
+        self._signing_key = signing_key
+        self._journal = journal
+        self._step = Step.ADVERTISE
+        common = ckks_ring.hash_to_ring(self._header_digest, self._ring)
+        self._secrets: AuthoritySecrets | None = AuthoritySecrets(
+            self._ring, self._shape, common, len(roster), random
+        )
+        self._key_id = b""
+        self._offer: tuple[bytes, bytes]
+        self._transcript = Transcript(header=self._header_digest)
+
+    @property
+    def step(self) -> Step:
+        """The step whose request the authority will answer next."""
+        return self._step
+
+    @property
+    def key_id(self) -> bytes:
+        """32 bytes that stand for this attempt's key; empty before there is one."""
+        return self._key_id
+
+    @property
+    def transcript(self) -> Transcript:
+        """What was opened, once something was."""
+        return self._transcript
+
+    def __repr__(self) -> str:
+        return f"CkksAuthorityRound(step={self._step.value})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a CkksAuthorityRound holds secrets: it is neither copied nor pickled")
+
+    def handle(self, frame: bytes) -> bytes:
+        """Answer the server's next request.
+
+        Raises:
+            RemoteProtocolError: the request must not be answered; the attempt is over here.
+            Exception: whatever the journal raises; the attempt is over here.
+        """
+        secrets = self._secrets
+        if secrets is None:
+            refuse(
+                f"sent a frame although this attempt is over ({self._step.value})",
+                "start a new attempt or the next round",
+            )
+        try:
+            if self._step is Step.ADVERTISE:
+                reply = self._on_ask(decode(Ask, frame, SERVER), secrets)
+            else:
+                silos, shape = self._parameters.silos, self._shape
+                limit = m.frame_limit(self._parameters, self._ring, silos * shape.groups)
+                reply = self._on_request(decode(am.OpenRequest, frame, SERVER, limit), secrets)
+        except BaseException:
+            self._finish(Step.FAILED)
+            raise
+        if self._step is Step.ADVERTISE:
+            self._step = Step.UNMASK
+        else:
+            self._finish(Step.DONE)
+        return reply
+
+    def _finish(self, step: Step) -> None:
+        self._step = step
+        if self._secrets is not None:
+            self._secrets.close()
+        self._secrets = None
+
+    def _on_ask(self, ask: Ask, secrets: AuthoritySecrets) -> bytes:
+        # Adversary: a server that runs other parameters than the study's, say a lower quorum. Only
+        # the authority's own header is ever used; this comparison names the field.
+        if ask.header != self._header:
+            fields = ", ".join(self._header.differences(ask.header))
+            refuse(
+                f"announced a round that differs from the authority's in: {fields}",
+                "compare the signed study that both sides hold",
+            )
+        parts = secrets.key_parts()
+        digests = tuple(sha256(part) for part in parts)
+        keys = sign(am.KeyStatement(self._header_digest, UNSIGNED, digests), self._signing_key)
+        # Adversary: a server that restarts this process for second keys in the same attempt.
+        self._record(b"keys:" + self._header.attempt_scope, sha256(keys.signed()))
+        self._key_id = am.key_id(self._signing_key.public, keys.signed(), keys.signature)
+        self._offer = am.keys_digest(digests), keys.signature
+        return am.AuthorityKeys(keys, parts).encode()
+
+    def _on_request(self, message: am.OpenRequest, secrets: AuthoritySecrets) -> bytes:
+        transcript = self._check_sealed(message)
+        survivors = self._check_consents(message, transcript)
+        seconds = self._read(message)
+        names = tuple(map(self._roster.name, survivors))
+        # Adversary: a server that opens two sums of a round; their difference would bare the silos
+        # in which they differ. One set of silos a round, which may be opened again after a crash.
+        said = sha256(*(sha256(name.encode()) for name in names))
+        self._record(b"open:" + self._header.round_scope, said)
+        share = secrets.decrypt(seconds)
+        statement = sign(
+            am.Statement(self._header_digest, UNSIGNED, transcript, survivors, sha256(share)),
+            self._signing_key,
+        )
+        # Adversary: a clone of this process that answers again, so that the average of the answers
+        # has less flooding noise. The noise is in what is recorded: only one of them leaves.
+        self._record(b"partial:" + self._header.attempt_scope, sha256(statement.signed()))
+        self._transcript = self._public(message, transcript, statement, names)
+        return am.Opened(statement, share).encode()
+
+    def _check_sealed(self, message: am.OpenRequest) -> bytes:
+        """The list of committed ciphertexts, all of this round and under this key."""
+        indices = [entry.index for entry in message.sealed]
+        check_list(indices, range(1, len(self._roster) + 1), self._parameters.quorum)
+        check_signatures(message.sealed, "ciphertext commitment", self._header_digest, self._roster)
+        for entry in message.sealed:
+            # Adversary: a server that gave a silo another key than this, its own for instance.
+            if entry.key != self._key_id:
+                accuse(self._roster.name(entry.index), "ciphertext is under another key")
+        return m.transcript(self._key_id, message.sealed)
+
+    def _check_consents(self, message: am.OpenRequest, transcript: bytes) -> tuple[int, ...]:
+        """The silos in the sum: enough of them, and each has signed this very list.
+
+        Adversary: a server that asks to open one silo's ciphertext, or a few; or one that showed
+        some silos another list, and filled this one when it had seen their ciphertexts.
+        """
+        survivors = tuple(consent.index for consent in message.consents)
+        sealed = [entry.index for entry in message.sealed]
+        check_list(survivors, sealed, self._parameters.quorum)
+        check_signatures(message.consents, "consent", self._header_digest, self._roster)
+        for consent in message.consents:
+            if consent.transcript != transcript:
+                accuse(self._roster.name(consent.index), "consent is to other ciphertexts")
+        return survivors
+
+    def _read(self, message: am.OpenRequest) -> dict[int, Residues]:
+        """The second polynomials of everybody in the sum, by index."""
+        if len(message.parts) != len(message.consents):
+            refuse("did not send one ciphertext for each consent", "report the server")
+        size = ckks_ring.polynomial_bytes(self._ring)
+        roots = {entry.index: entry.root for entry in message.sealed}
+        found: dict[int, Residues] = {}
+        for consent, part in zip(message.consents, message.parts, strict=True):
+            name = self._roster.name(consent.index)
+            seconds = m.polynomial_digests(part.second, size)
+            # Adversary: a server that swaps, drops, repeats or alters a part of a ciphertext.
+            root = m.cipher_root(self._key_id, consent.index, part.first, seconds)
+            if root != roots[consent.index]:
+                accuse(name, "ciphertext is not the one it committed to")
+            try:
+                found[consent.index] = ckks_ring.unpack(part.second, self._ring, self._shape.groups)
+            except CryptoError as error:
+                accuse(name, f"polynomials are malformed ({error})")
+        return found
+
+    def _public(
+        self,
+        message: am.OpenRequest,
+        transcript: bytes,
+        statement: am.Statement,
+        names: tuple[str, ...],
+    ) -> Transcript:
+        sealed = [entry.index for entry in message.sealed]
+        dropouts = [index for index in sealed if index not in statement.survivors]
+        return Transcript(
+            header=self._header_digest,
+            delivery=transcript,
+            lists=lists_digest(transcript, statement.survivors, dropouts),
+            survivors=names,
+            dropouts=tuple(map(self._roster.name, dropouts)),
+            agreements={
+                self._roster.name(consent.index): consent.signature for consent in message.consents
+            },
+            sealing=Sealing(
+                key=self._key_id,
+                roots={
+                    self._roster.name(entry.index): (entry.root, entry.signature)
+                    for entry in message.sealed
+                },
+                offer=self._offer,
+            ),
+            word=Word(names, statement.share, statement.signature),
+        )
+
+    def _record(self, key: bytes, value: bytes) -> None:
+        record_once(self._journal, key, value, self._step)

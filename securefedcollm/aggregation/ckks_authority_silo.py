@@ -1,0 +1,264 @@
+"""A silo's side of one attempt at one round of CKKS aggregation under an authority's key.
+
+The adversary is the server together with up to c silos; the authority does not collude with it (the
+two together could open this silo's ciphertext). The silo checks that the key is the authority's and
+of this very round, commits to its ciphertext before any is shown, and lets it leave for one list of
+commitments. Which sum is opened, the authority decides (:mod:`~.ckks_authority`); its signed word
+about it comes back here, so that this silo knows how many noise shares are in the sum.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from securefedcollm.aggregation import ckks_authority_messages as am
+from securefedcollm.aggregation import ckks_messages as m
+from securefedcollm.aggregation import ckks_ring
+from securefedcollm.aggregation.ckks_checks import (
+    accuse,
+    check_header,
+    check_list,
+    check_signature,
+    check_signatures,
+    record_once,
+    refuse,
+)
+from securefedcollm.aggregation.ckks_secrets import CkksSecrets
+from securefedcollm.aggregation.header import Authority, Roster, RoundHeader, check_roster
+from securefedcollm.aggregation.keys import lists_digest
+from securefedcollm.aggregation.messages import UNSIGNED, S, decode, sign
+from securefedcollm.aggregation.scheme import Journal, Transcript, Word
+from securefedcollm.aggregation.silo import SERVER
+from securefedcollm.aggregation.steps import AUTHORITY_TRANSITIONS, Step
+from securefedcollm.errors import CryptoError, LocalProtocolError
+from securefedcollm.primitives import KEY_BYTES, RandomSource, SigningKey, sha256
+
+
+class CkksAuthoritySiloRound:
+    """Answers the server's three requests, in order, once each. Not thread-safe.
+
+    The arguments are those of :class:`~.ckks_silo.CkksSiloRound`, and
+
+    Args:
+        authority: who holds the key, from the silo's own study.
+
+    Raises:
+        LocalProtocolError: header, roster, identity and vector do not belong together.
+        ConfigError: no ring holds the sum.
+    """
+
+    def __init__(
+        self,
+        *,
+        header: RoundHeader,
+        roster: Roster,
+        authority: Authority,
+        name: str,
+        signing_key: SigningKey,
+        vector: npt.NDArray[np.int64],
+        vector_id: bytes,
+        journal: Journal,
+        random: RandomSource = os.urandom,
+    ) -> None:
+        check_roster(header, roster)
+        self._index = roster.index(name)
+        if roster.key(self._index) != signing_key.public or len(vector_id) != KEY_BYTES:
+            raise LocalProtocolError(
+                f"this identity is not {name}'s on the roster, or the vector id is not 32 bytes",
+                hint="run with the identity that signed the study",
+            )
+        # Adversary: a study whose key holder is one of the parties that it guards against.
+        if authority.key in roster.keys:
+            raise LocalProtocolError(
+                "the authority has the key of a silo", hint="one key for each participant"
+            )
+        if vector.shape != (header.parameters.values,):
+            raise LocalProtocolError(
+                f"a vector of shape {vector.shape}, not ({header.parameters.values},)",
+                hint="quantise to the study's bound and length first",
+            )
+        self._header = header
+        self._header_digest = header.digest
+        self._parameters = header.parameters
+        self._ring = m.ring_of(header)
+        self._shape = m.shape_of(header)
+        self._roster = roster
+        self._authority = authority
+        self._signing_key = signing_key
+        self._vector_id = vector_id
+        self._journal = journal
+        self._step = Step.ENCRYPT
+        common = ckks_ring.hash_to_ring(self._header_digest, self._ring)
+        self._secrets: CkksSecrets | None = CkksSecrets(
+            self._ring, self._shape, vector, common, random
+        )
+        # Public transcript, filled step by step.
+        self._key_id: bytes
+        self._own: m.Sealed
+        self._sealed: tuple[int, ...]
+        self._transcript = b""
+        self._word: Word | None = None
+
+    @property
+    def step(self) -> Step:
+        """The step whose request this silo will answer next."""
+        return self._step
+
+    @property
+    def transcript(self) -> Transcript:
+        """What this silo has accepted so far."""
+        if self._word is None:
+            return Transcript(header=self._header_digest, delivery=self._transcript)
+        survivors = [self._roster.index(name) for name in self._word.survivors]
+        dropouts = [index for index in self._sealed if index not in survivors]
+        return Transcript(
+            header=self._header_digest,
+            delivery=self._transcript,
+            lists=lists_digest(self._transcript, survivors, dropouts),
+            survivors=self._word.survivors,
+            dropouts=tuple(map(self._roster.name, dropouts)),
+            word=self._word,
+        )
+
+    def __repr__(self) -> str:
+        name = self._roster.name(self._index)
+        return f"CkksAuthoritySiloRound(silo={name!r}, step={self._step.value})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a CkksAuthoritySiloRound holds secrets: it is neither copied nor pickled")
+
+    def handle(self, frame: bytes) -> bytes:
+        """Answer the server's next request.
+
+        Raises:
+            RemoteProtocolError: the request must not be answered; the round is over for this silo.
+            Exception: whatever the journal raises; the round is over for this silo.
+        """
+        secrets = self._secrets
+        if secrets is None:
+            refuse(
+                f"sent a frame although this silo's round is over ({self._step.value})",
+                "start a new attempt or the next round",
+            )
+        try:
+            reply = self._answer(frame, secrets)
+        except BaseException:
+            self._finish(Step.FAILED)
+            raise
+        following = AUTHORITY_TRANSITIONS[self._step].following
+        # The authority decrypts in between.
+        self._step = Step.NOTE if following is Step.UNMASK else following
+        if self._step is Step.DONE:
+            self._finish(Step.DONE)
+        return reply
+
+    def _answer(self, frame: bytes, secrets: CkksSecrets) -> bytes:
+        match self._step:
+            case Step.ENCRYPT:
+                limit = m.frame_limit(self._parameters, self._ring, self._shape.keys)
+                return self._on_key(decode(am.KeyOffer, frame, SERVER, limit), secrets)
+            case Step.UPLOAD:
+                return self._on_sealed(decode(m.SealedRoll, frame, SERVER), secrets)
+            case _:
+                return self._on_notice(decode(am.Notice, frame, SERVER))
+
+    def _finish(self, step: Step) -> None:
+        self._step = step
+        if self._secrets is not None:
+            self._secrets.close()
+        self._secrets = None
+
+    def _on_key(self, offer: am.KeyOffer, secrets: CkksSecrets) -> bytes:
+        # Adversary: a server that runs another study, model, round or parameter set.
+        if offer.header != self._header:
+            fields = ", ".join(self._header.differences(offer.header))
+            refuse(
+                f"announced a round that differs from this silo's in: {fields}",
+                "compare the signed study and the global model that both sides hold",
+            )
+        # Adversary: a server that puts its own key in the place of the authority's, or an old one.
+        keys, what = offer.statement, f"{self._authority.name}'s key"
+        check_header(keys.header, self._header_digest, what)
+        check_signature(keys, keys.signature, self._authority.key, what)
+        # Adversary: a server that hands out another silo's keys. A colluder can have the secret of
+        # its own keys read out of the sum.
+        if (
+            len(keys.keys) != len(self._roster)
+            or len(set(keys.keys)) != len(self._roster)
+            or keys.keys[self._index - 1] != sha256(offer.part)
+        ):
+            accuse(self._authority.name, "key is not the one made for this silo")
+        try:
+            own = ckks_ring.unpack(offer.part, self._ring, self._shape.keys)
+        except CryptoError as error:
+            accuse(self._authority.name, f"key is malformed ({error})")
+        self._key_id = am.key_id(self._authority.key, keys.signed(), keys.signature)
+        # Adversary: a server that gets two vectors of this silo into two sums over the same
+        # members; their difference would be this silo's alone.
+        self._record(b"vector:" + self._header.round_scope, self._vector_id)
+        upload = secrets.encrypt(own)
+        size = ckks_ring.polynomial_bytes(self._ring)
+        seconds = m.polynomial_digests(upload.second, size)
+        root = m.cipher_root(self._key_id, self._index, sha256(upload.first), seconds)
+        self._own = self._say(
+            b"seal:", m.Sealed(self._header_digest, self._index, UNSIGNED, self._key_id, root)
+        )
+        return self._own.encode()
+
+    def _on_sealed(self, message: m.SealedRoll, secrets: CkksSecrets) -> bytes:
+        entries = message.entries
+        self._sealed = tuple(entry.index for entry in entries)
+        check_list(self._sealed, range(1, len(self._roster) + 1), self._parameters.quorum)
+        check_signatures(entries, "ciphertext commitment", self._header_digest, self._roster)
+        # Adversary: a relay that leaves this silo out, or swaps in what it signed elsewhere.
+        if self._own not in entries:
+            refuse("left this silo's own commitment out of the list", "start a new attempt")
+        for entry in entries:
+            # Adversary: a server that showed a silo another key, e.g. its own.
+            if entry.key != self._key_id:
+                accuse(self._roster.name(entry.index), "ciphertext is under another key")
+        self._transcript = m.transcript(self._key_id, entries)
+        consent = self._say(
+            b"upload:",  # one list an attempt: see below
+            am.Consent(self._header_digest, self._index, UNSIGNED, self._transcript),
+        )
+        # Adversary: a server that shows this ciphertext's commitment among two sets of others, and
+        # fills the second set after it has seen the ciphertext. The authority opens sums only of
+        # silos that consent to the same list, and this silo consents to one.
+        upload = secrets.take_upload()
+        return am.CipherDelivery(consent, upload.first, upload.second).encode()
+
+    def _on_notice(self, notice: am.Notice) -> bytes:
+        statement, what = notice.statement, f"{self._authority.name}'s statement"
+        # Adversary: a server that makes up how many silos are in the sum, to have this silo settle
+        # its budget as if there were more noise in it.
+        check_header(statement.header, self._header_digest, what)
+        check_signature(statement, statement.signature, self._authority.key, what)
+        check_list(statement.survivors, self._sealed, self._parameters.quorum)
+        if statement.transcript != self._transcript or self._index not in statement.survivors:
+            accuse(self._authority.name, "statement is not about a sum with this silo's ciphertext")
+        names = tuple(map(self._roster.name, statement.survivors))
+        noted = self._say(
+            b"noted:",
+            am.Noted(self._header_digest, self._index, UNSIGNED, am.statement_digest(statement)),
+        )
+        self._word = Word(names, statement.share, statement.signature)
+        return noted.encode()
+
+    def _say(self, key: bytes, message: S) -> S:
+        """Sign, and write down what is about to be said in this attempt."""
+        signed = sign(message, self._signing_key)
+        record_once(
+            self._journal,
+            key + self._header.attempt_scope,
+            sha256(signed.signed()),
+            self._step,
+        )
+        return signed
+
+    def _record(self, key: bytes, value: bytes) -> None:
+        record_once(self._journal, key, value, self._step)

@@ -1,0 +1,175 @@
+"""The authority's side: the party that holds the decryption key of a study, and opens its sums.
+
+Adversary: the server, which chooses every frame that arrives here, together with up to c silos. The
+authority believes only its own study, roster and keys. It never meets a vector: it is sent no first
+polynomial of a ciphertext, and gives the server a partial decryption, not the sum.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from securefedcollm.aggregation import AuthoritySide, Roster, RoundHeader, authority_side
+from securefedcollm.errors import ConfigError, RemoteProtocolError, SecureFedCoLLMError
+from securefedcollm.federation.messages import (
+    Aggregate,
+    Aggregated,
+    Ended,
+    EndRun,
+    MakeKey,
+    Ready,
+    Refused,
+    Reply,
+    decode_request,
+    encode,
+)
+from securefedcollm.federation.plan import (
+    AUTHORITY,
+    authority_of,
+    round_header,
+    run_key,
+    run_scope,
+    sum_name,
+)
+from securefedcollm.federation.recording import AuthorityRecord
+from securefedcollm.federation.silostore import SiloStore
+from securefedcollm.primitives import SigningKey
+from securefedcollm.study import Study
+
+log = logging.getLogger(__name__)
+
+SERVER = "server"
+
+
+class AuthoritySession:
+    """The authority in one study. Implements :class:`securefedcollm.federation.engines.SiloPort`.
+
+    Args:
+        roster: the silos; that of the study, if the study has one.
+        key: the authority's identity; that which the study names, if it names one.
+        store: its durable journal.
+
+    Raises:
+        ConfigError: roster or identity are not those of the study, or it needs no authority.
+    """
+
+    def __init__(
+        self,
+        *,
+        study: Study,
+        roster: Roster,
+        key: SigningKey,
+        store: SiloStore,
+        evidence: AuthorityRecord | None = None,
+    ) -> None:
+        named = authority_of(study, key.public)
+        if named is None:
+            raise ConfigError(
+                "no party holds a decryption key in this study",
+                where="aggregation.key_model",
+                hint="only a study with key_model: authority needs this role",
+            )
+        if named.key != key.public:
+            raise ConfigError(
+                f"the study's authority is {named.name}, with another key than this identity's",
+                where="roster",
+                hint="run with the identity that signed the study",
+            )
+        listed = {p.name: bytes.fromhex(p.key) for p in study.roster if p.role == "silo"}
+        if listed and Roster(listed).root != roster.root:
+            raise ConfigError(
+                "the silos of this run are not those of the signed study",
+                where="roster",
+                hint="build the roster from the study",
+            )
+        self._study = study
+        self._roster = roster
+        self._key = key
+        self._store = store
+        self._evidence = evidence or AuthorityRecord(None, key=key.public, roster=roster)
+        self._side: AuthoritySide | None = None
+        self._header: RoundHeader | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether the server has ended the run."""
+        run = self._store.recorded(run_key(self._study))
+        if run is None:
+            return False
+        return self._store.last_round(run_scope(self._study, run)) == self._study.sums
+
+    def step(self, frame: bytes) -> bytes:
+        """Answer one request. Never raises for what the server sent."""
+        reply: Reply
+        try:
+            match decode_request(frame):
+                case MakeKey() as request:
+                    reply = self._begin(request)
+                case Aggregate(frame=inner):
+                    reply = Aggregated(self._aggregate(inner))
+                case EndRun() as end:
+                    reply = self._end(end)
+                case _:
+                    raise RemoteProtocolError("asked the authority for a silo's part", peer=SERVER)
+        except SecureFedCoLLMError as error:
+            log.warning("%s: %s", AUTHORITY, error)
+            self._evidence.refused(error)
+            self._side = None
+            # Adversary: a server that learns from refusals. What follows from its own frame it may
+            # read; paths and failures of this machine stay here.
+            if isinstance(error, RemoteProtocolError):
+                reply = Refused(type(error).__name__, error.message, error.hint)
+            else:
+                reply = Refused("Refused", "the authority cannot take part", "its log says why")
+        return encode(reply)
+
+    def _begin(self, request: MakeKey) -> Ready:
+        """A fresh attempt; the key of the one before is gone."""
+        self._side = None
+        study, name = self._study, sum_name(self._study, request.round)
+        if (len(request.run_id), len(request.model)) != (16, 32):
+            raise RemoteProtocolError("a malformed request for a key", peer=SERVER)
+        if not 0 <= request.round < study.sums:
+            raise RemoteProtocolError(
+                f"asked for {name} of a study of {study.rounds} rounds", peer=SERVER
+            )
+        # Adversary: a server that starts the study again under another run id, to have the same
+        # updates summed over other survivors; the difference would be one silo's own.
+        if self._store.record(run_key(study), request.run_id) != request.run_id:
+            raise RemoteProtocolError(
+                "asked for a second run of a study",
+                peer=SERVER,
+                hint="resume the run; for another one agree on a new study, e.g. with another seed",
+            )
+        header = round_header(
+            study,
+            roster=self._roster,
+            run_id=request.run_id,
+            round_=request.round,
+            attempt=request.attempt,
+            model=request.model,
+            values=request.values,
+        )
+        if not self._store.enter_round(run_scope(study, request.run_id), request.round):
+            raise RemoteProtocolError(f"asked for the past {name}", peer=SERVER)
+        self._evidence.attempt(header)
+        self._side = authority_side(
+            header=header, roster=self._roster, signing_key=self._key, journal=self._store
+        )
+        self._header = header
+        return Ready()
+
+    def _aggregate(self, frame: bytes) -> bytes:
+        if self._side is None or self._header is None:
+            raise RemoteProtocolError("asked to decrypt before an attempt began", peer=SERVER)
+        reply = self._side.handle(frame)
+        self._evidence.said(self._header, self._side)  # durable before the reply leaves
+        return reply
+
+    def _end(self, end: EndRun) -> Ended:
+        """No further attempt at this run, durably."""
+        self._side = None
+        if self._store.recorded(run_key(self._study)) != end.run_id:
+            raise RemoteProtocolError("ended a run that never began here", peer=SERVER)
+        self._store.enter_round(run_scope(self._study, end.run_id), self._study.sums)
+        return Ended()

@@ -1,0 +1,447 @@
+"""The coordinator's engine over FLARE: one FLARE job after another carries one run.
+
+A FLARE job ends when any of its processes is killed, and a silo that comes back cannot enter it. So
+the run is not the job: when a job is gone the next one is submitted, with the silos that are there,
+and the requests that were under way are delivered again. A silo's answer is the one it had given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+from securefedcollm.errors import ConfigError, SecureFedCoLLMError, TransportError
+from securefedcollm.federation.engines import Failure
+from securefedcollm.federation.engines.flare.kit import Kit
+from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
+from securefedcollm.federation.engines.link import (
+    PATIENCE,
+    Door,
+    Parcel,
+    Pulled,
+    Wire,
+    deliver,
+    result_of,
+)
+from securefedcollm.federation.workload import Progress
+
+log = logging.getLogger(__name__)
+
+_JOB_START: Final = 60.0
+_TRIES: Final = 3
+_ALIVE: Final = 20.0
+"""Seconds since its last heartbeat (they come every 5) after which a silo counts as gone."""
+
+
+class FlareEngine:
+    """See the module's docstring. Use as a context manager, in the main thread.
+
+    Args:
+        silos: their names on the roster, which are their names in FLARE.
+        minimum: with fewer connected no job is begun.
+        server: the server's installed kit.
+        lead: the kit of the one who submits jobs.
+        patience: seconds to wait for all silos at the start, and for ``minimum`` of them later.
+        progress: hears how many silos are connected.
+        say: hears of every FLARE job that begins, and with whom.
+    """
+
+    def __init__(
+        self,
+        silos: tuple[str, ...],
+        *,
+        minimum: int,
+        server: Kit,
+        lead: Kit,
+        patience: float,
+        progress: Progress,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        require_flare()
+        self._say = say
+        self._silos = silos
+        self._minimum = minimum
+        self._lead = lead
+        self._patience = patience
+        self._progress = progress
+        self._session = os.urandom(16)
+        self._closed = False
+        self._number = 0
+        self._changed = threading.Condition()
+        self._job: str = ""
+        self._members: frozenset[str] = frozenset()
+        self._lost: dict[str, float] = {}
+        """Silo → when it could no longer be reached; a later heartbeat brings it back."""
+        self._wires: dict[str, _SiloWire] = {}
+        self._job_wire: Wire | None = None
+        self._restarting = threading.Lock()
+        self._admin: Any = None
+        self._door = Door(self._visit)
+        self._process = FlareProcess(
+            "server",
+            server.workspace,
+            name=server.name,
+            org=server.org,
+            env={DOOR: str(self._door.path)},
+        )
+
+    # ---- the engine ----
+
+    def exchange(self, frames: Mapping[str, bytes], timeout: float) -> dict[str, bytes | Failure]:
+        """See :class:`securefedcollm.federation.engines.Engine`."""
+        deadline = time.monotonic() + timeout
+        self._number += 1
+        parcel = Parcel(self._session, self._number)
+        self._admit(frames)
+        with ThreadPoolExecutor(len(frames)) as pool:
+            replies = pool.map(
+                lambda silo: self._deliver(silo, frames[silo], parcel, deadline), frames
+            )
+            try:
+                return dict(zip(frames, replies, strict=True))
+            except BaseException:  # Ctrl-C: the threads end with their next call
+                self._closed = True
+                self._lose(self._job)
+                raise
+
+    def _deliver(self, silo: str, frame: bytes, parcel: Parcel, deadline: float) -> bytes | Failure:
+        with self._changed:
+            if self._job_wire is not None and silo not in self._members:
+                return Failure("is not connected")
+        link = _Reconnecting(self, silo)
+        try:
+            return deliver(link, parcel, frame, deadline)
+        except TransportError as error:
+            with self._changed:
+                self._lost[silo] = link.last_try
+                self._members -= {silo}  # until the next job
+                self._wires.pop(silo, None)
+            return Failure(error.message)
+
+    def _admit(self, frames: Mapping[str, bytes]) -> None:
+        """Begin a new job if there is none, or one of the silos asked is there and not in it."""
+        with self._changed:
+            running = self._job_wire is not None
+            missing = set(frames) - self._members
+        if not running:
+            self.begin_job(set(frames))
+        elif missing and missing & self._connected():
+            log.info("a new FLARE job, to admit %s", ", ".join(sorted(missing)))
+            self.begin_job(set(frames))
+
+    # ---- FLARE jobs ----
+
+    def begin_job(self, wanted: set[str] | frozenset[str], gone: str | None = None) -> None:
+        """Submit a job for the silos that are connected, and wait until it runs.
+
+        Args:
+            wanted: silos to wait for, for a while.
+            gone: the job that was found to be gone; if another has been begun since, all is well.
+
+        Raises:
+            TransportError: FLARE's server has ended, or fewer than the minimum came.
+        """
+        with self._restarting:
+            with self._changed:
+                if gone is not None and (self._job != gone and self._job_wire is not None):
+                    return
+            self._end_job()
+            present = self._wait_for(wanted)
+            for _ in range(_TRIES):
+                if self._started(self._submit(present), present):
+                    self._say(f"connected: {', '.join(sorted(present))}")
+                    return
+                self._end_job()  # somebody in it had just gone; now FLARE knows
+                present = self._wait_for(frozenset())
+            raise TransportError(
+                f"no FLARE job began within {_TRIES * _JOB_START:.0f} s",
+                hint="see flare.log at the server and at the silos",
+            )
+
+    def _submit(self, silos: set[str]) -> str:
+        folder = Path(tempfile.mkdtemp(prefix="job-", dir=self._lead.workspace))
+        try:
+            write_job(folder, sorted(silos))
+            return str(self._ask(lambda session: session.submit_job(str(folder))))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _wait_for(self, wanted: set[str] | frozenset[str]) -> set[str]:
+        deadline = time.monotonic() + self._patience
+        while True:
+            self._require_open()
+            present = self._connected() & set(self._silos)
+            self._progress(len(present), len(self._silos), "silos connected")
+            if present >= wanted and len(present) >= self._minimum:
+                self._progress(1, 1, "silos connected")
+                return present
+            if time.monotonic() > deadline:
+                if len(present) >= self._minimum:
+                    return present
+                missing = ", ".join(sorted(set(self._silos) - present))
+                raise TransportError(
+                    f"{len(present)} silos are connected, {self._minimum} are needed; not there: "
+                    f"{missing}",
+                    hint="they run `securefedcollm client`; then start the server again",
+                )
+            time.sleep(0.5)
+
+    def _started(self, job: str, members: set[str]) -> bool:
+        """Wait until the job's relay has come, with a connection for each of its silos."""
+        with self._changed:
+            self._job, self._members = job, frozenset(members)
+            return self._changed.wait_for(
+                lambda: (
+                    self._closed
+                    or (self._job_wire is not None and set(self._wires) >= self._members)
+                ),
+                _JOB_START,
+            )
+
+    def _end_job(self) -> None:
+        """Let the running job end: its relay returns when it hears anything."""
+        with self._changed:
+            wire, job = self._job_wire, self._job
+            self._job_wire, self._wires = None, {}
+            self._job, self._members = "", frozenset()
+        if not job:
+            return
+        if wire is None:
+            self._ask(lambda session: session.abort_job(job))
+        else:
+            with contextlib.suppress(OSError):
+                wire.send(["end"])
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:  # the silos' places are free once it is over
+            status = str(self._ask(lambda session: session.get_job_meta(job)).get("status", ""))
+            if status.startswith("FINISHED"):
+                return
+            time.sleep(0.3)
+
+    def _connected(self) -> set[str]:
+        info = self._ask(lambda session: session.get_system_info())
+        now = time.time()
+        seen = {c.name: float(c.last_connect_time) for c in info.client_info}
+        return {
+            name
+            for name, last in seen.items()
+            if now - last < _ALIVE and last > self._lost.get(name, 0.0)
+        }
+
+    def _ask(self, question: Callable[[Any], Any]) -> Any:
+        """Ask FLARE's server, logging in again if the session is gone."""
+        from nvflare.fuel.flare_api.flare_api import new_secure_session
+
+        deadline = time.monotonic() + _JOB_START
+        while True:
+            self._require_open()
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):  # it greets the user
+                    if self._admin is None:
+                        self._admin = new_secure_session(
+                            self._lead.name, str(self._lead.workspace), timeout=10
+                        )
+                    return question(self._admin)
+            except Exception as error:  # a dozen kinds, from sockets to FLARE's own
+                self._close_admin()
+                if time.monotonic() > deadline:
+                    raise TransportError(
+                        f"FLARE's server does not answer ({str(error)[:160]})",
+                        hint="see flare.log in the server's kit",
+                    ) from None
+                log.info("FLARE's server does not answer yet: %s", error)
+                time.sleep(0.5)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise _ClosedError("the engine is closed")
+        self._process.require_running()
+
+    def _close_admin(self) -> None:
+        if self._admin is not None:
+            try:
+                self._admin.close()
+            except Exception as error:
+                log.debug("closing the FLARE session: %s", error)
+            self._admin = None
+
+    # ---- the relay of the job, behind the door ----
+
+    def _visit(self, wire: Wire) -> None:
+        match wire.receive():
+            case ["job", str(job), list()]:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._job == job, 30)
+                    if self._job != job:
+                        return
+                    self._job_wire = wire
+                    self._changed.notify_all()
+                try:
+                    wire.receive()
+                finally:
+                    self._lose(job)
+            case ["silo", str(job), str(name)]:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._job == job, 30)
+                    if self._job != job or name not in self._members:
+                        return
+                    silo = self._wires[name] = _SiloWire(wire)
+                    self._changed.notify_all()
+                silo.over.wait()
+
+    def _lose(self, job: str) -> None:
+        with self._changed:
+            if self._job == job:
+                self._job_wire = None
+                for silo in self._wires.values():
+                    silo.over.set()
+                self._wires = {}
+            self._changed.notify_all()
+
+    def reach(self, silo: str) -> _SiloWire:
+        """The connection to ``silo`` in the running job, beginning another job if that is gone.
+
+        Raises:
+            TransportError: it is not connected.
+        """
+        with self._changed:
+            job, running = self._job, self._job_wire is not None
+        self._require_open()
+        if not running:
+            self.begin_job(frozenset(), gone=job)
+        with self._changed:
+            wire = self._wires.get(silo)
+        if wire is None:
+            raise TransportError("is not connected")
+        return wire
+
+    def close(self) -> None:
+        """End the job and FLARE's server; at once, if an exchange was interrupted."""
+        try:
+            self._end_job()
+        except SecureFedCoLLMError as error:
+            log.info("%s", error)
+        self._closed = True
+        self._close_admin()
+        self._process.stop()
+        self._door.close()
+
+    def __enter__(self) -> FlareEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _ClosedError(SecureFedCoLLMError):
+    """No further call: the coordinator was interrupted."""
+
+
+class _SiloWire:
+    """The relay's connection for one silo; one call at a time."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self._lock = threading.Lock()
+        self.over = threading.Event()
+
+    def call(self, *call: Any) -> list[Any]:
+        try:
+            with self._lock:
+                self._wire.send(list(call))
+                answer = self._wire.receive()
+        except (OSError, EOFError):
+            self.over.set()
+            raise TransportError("the connection broke") from None
+        return result_of(answer)
+
+
+class _Reconnecting:
+    """A :class:`~..link.SiloLink` that goes on in the next job."""
+
+    def __init__(self, engine: FlareEngine, silo: str) -> None:
+        self._engine = engine
+        self._silo = silo
+        self.last_try = time.time()
+        """When the newest call began. Had it failed: the silo was gone by the end of it."""
+
+    def push(self, parcel: Parcel, total: int, offset: int, chunk: bytes) -> int:
+        self.last_try = time.time()
+        wire = self._engine.reach(self._silo)
+        values = wire.call("push", parcel.session, parcel.number, total, offset, chunk)
+        match values:
+            case [int(there)]:
+                return there
+        raise TransportError("answered something else than it was asked")
+
+    def pull(self, parcel: Parcel, offset: int, patience: float) -> Pulled:
+        self.last_try = time.time()
+        wire = self._engine.reach(self._silo)
+        values = wire.call("pull", parcel.session, parcel.number, offset, min(patience, PATIENCE))
+        match values:
+            case [int(total), bytes(chunk)]:
+                return Pulled(total, chunk)
+        raise TransportError("answered something else than it was asked")
+
+
+def write_job(folder: Path, silos: list[str]) -> None:
+    """A FLARE job without code: it names our two relays, which every participant has installed."""
+    relay = "securefedcollm.federation.engines.flare.relay"
+    config = folder / "app" / "config"
+    config.mkdir(parents=True)
+    meta = {
+        "name": "securefedcollm",
+        "resource_spec": {},
+        "min_clients": len(silos),
+        "deploy_map": {"app": ["server", *silos]},
+    }
+    server = {
+        "format_version": 2,
+        "workflows": [
+            {
+                "id": "controller",
+                "path": "nvflare.collab.runtime.controller.CollabController",
+                "args": {"server_obj_id": "coordinator", "collab_obj_ids": [], "props": {}},
+            }
+        ],
+        "components": [{"id": "coordinator", "path": f"{relay}.CoordinatorRelay", "args": {}}],
+    }
+    client = {
+        "format_version": 2,
+        "executors": [
+            {
+                "tasks": ["*"],
+                "executor": {
+                    "path": "nvflare.collab.runtime.executor.CollabExecutor",
+                    "args": {"client_obj_id": "silo", "collab_obj_ids": [], "props": {}},
+                },
+            }
+        ],
+        "components": [{"id": "silo", "path": f"{relay}.SiloRelay", "args": {}}],
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))
+    (config / "config_fed_server.json").write_text(json.dumps(server))
+    (config / "config_fed_client.json").write_text(json.dumps(client))
+
+
+def require_flare() -> None:
+    """Raises: ConfigError saying how to install it, if FLARE is not there."""
+    try:
+        import nvflare  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "NVIDIA FLARE is not installed",
+            where="securefedcollm[flare]",
+            hint="pip install 'securefedcollm[flare]'",
+        ) from None

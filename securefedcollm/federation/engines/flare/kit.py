@@ -1,0 +1,330 @@
+"""Certificates and start-up kits: a consortium's offline CA, requests, and kits with our policy.
+
+FLARE's own command makes the RSA keys, requests and certificates (mutual TLS); what it leaves to be
+desired is done here: the CA's key is kept encrypted, and a kit is installed with a policy that runs
+our relay and nothing else. These keys identify machines to each other. What a participant *says* is
+signed with its Ed25519 identity, which the signed study lists; a false CA could connect somebody,
+but not speak for anybody.
+
+======  ==========================================================================
+CA      ``consortium.yaml`` (public), ``rootCA.pem``, ``rootCA.key.sealed``
+home    ``request/`` (own private key), ``kit/`` (FLARE's workspace, ready to run)
+======  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import ssl
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import yaml
+
+from securefedcollm.errors import ConfigError, CryptoError, StateError
+from securefedcollm.federation.engines.flare.policy import lock_down
+from securefedcollm.federation.files import make_directory, write_durably
+from securefedcollm.primitives import NONCE_BYTES, seal, sha256, stretch_passphrase, unseal
+
+PROFILE: Final = "consortium.yaml"
+_SEALED: Final = "rootCA.key.sealed"
+_SALT_BYTES: Final = 16
+_LABEL: Final = b"securefedcollm/consortium-ca/v1"
+_NAME: Final = re.compile(r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
+LEAD: Final = "lead@consortium.org"
+"""Who submits jobs: the server's operator. FLARE wants a mail address for a name."""
+
+
+class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``consortium.yaml``: what every participant needs to know to ask for a certificate."""
+
+    name: str
+    host: str
+    port: int
+    fingerprint: str
+    """SHA-256 of the CA's certificate, as FLARE writes it; compare it by another channel."""
+
+
+@dataclass(frozen=True)
+class Kit:
+    """An installed start-up kit."""
+
+    workspace: Path
+    name: str
+    org: str
+
+
+def create_consortium(directory: Path, name: str, host: str, port: int, passphrase: str) -> Profile:
+    """Make the CA in ``directory`` (must not exist yet).
+
+    Raises:
+        ConfigError: a name or the passphrase is unusable, or the directory exists.
+        StateError: it cannot be written.
+    """
+    _check_name(name, "name")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}", host) or not 0 < port < 65536:
+        raise ConfigError(
+            f"{host}:{port} is no address", where="--server", hint="e.g. fl.example.org:8002"
+        )
+    if len(passphrase) < 8:
+        raise ConfigError(
+            "a passphrase of fewer than 8 characters protects nothing", where="passphrase"
+        )
+    if directory.exists():
+        raise ConfigError(
+            "exists already", where=str(directory), hint="choose another --out; a CA is kept"
+        )
+    make_directory(directory)
+    with _scratch() as scratch:
+        _write_yaml(scratch / "profile.yaml", _flare_profile(name, host, port))
+        _nvflare("cert", "init", "--profile", "profile.yaml", "-o", "ca", cwd=scratch)
+        certificate = (scratch / "ca" / "rootCA.pem").read_bytes()
+        salt, nonce = os.urandom(_SALT_BYTES), os.urandom(NONCE_BYTES)
+        key = (scratch / "ca" / "rootCA.key").read_bytes()
+        sealed = seal(stretch_passphrase(passphrase, salt), nonce, key, _LABEL)
+        write_durably(directory / _SEALED, salt + nonce + sealed)
+        for file in ("rootCA.pem", "ca.json"):
+            write_durably(directory / file, (scratch / "ca" / file).read_bytes())
+    profile = Profile(name, host, port, _fingerprint(certificate))
+    _write_yaml(directory / PROFILE, msgspec.to_builtins(profile))
+    return profile
+
+
+def read_profile(path: Path) -> Profile:
+    """Raises: ConfigError, if ``path`` is no consortium's profile."""
+    try:
+        return msgspec.convert(yaml.safe_load(path.read_text()[:65536]), Profile)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, msgspec.ValidationError) as error:
+        raise ConfigError(
+            f"is no consortium's profile ({str(error).splitlines()[0]})",
+            where=str(path),
+            hint=f"ask for the {PROFILE} that `securefedcollm consortium init` wrote",
+        ) from None
+
+
+def request_certificate(home: Path, profile: Profile, name: str, role: str) -> list[Path]:
+    """Make keys in ``home`` and the requests to hand in; the keys stay.
+
+    Args:
+        role: ``silo``, ``authority`` or ``server``. A server also asks for a certificate to submit
+            jobs with.
+
+    Returns:
+        the request files (ZIP), which hold nothing secret.
+
+    Raises:
+        ConfigError: the name cannot be one in FLARE, or there is a request already.
+    """
+    _check_name(name, "--name")
+    target = home / "request"
+    if target.exists():
+        raise ConfigError(
+            "there is a request already",
+            where=str(target),
+            hint="hand that in; to begin anew remove the directory",
+        )
+    wanted = [(name, "client")]
+    if role == "server":
+        wanted = [(profile.host, "server"), (LEAD, "admin")]
+    make_directory(home)
+    with _scratch(home) as scratch:
+        for who, kind in wanted:
+            entry: dict[str, Any] = {"name": who, "type": kind, "org": _org(name)}
+            if kind == "server":
+                entry["fed_learn_port"] = profile.port
+            if kind == "admin":
+                entry["role"] = "lead"
+            _write_yaml(scratch / "who.yaml", {"name": profile.name, "participants": [entry]})
+            _nvflare("cert", "request", "-p", "who.yaml", "--out", f"request/{kind}", cwd=scratch)
+        (scratch / "request").rename(target)
+    return sorted(target.glob("*/*.request.zip"))
+
+
+def approve_request(ca: Path, request: Path, passphrase: str, out: Path) -> Path:
+    """Sign one request with the CA in ``ca``; returns the signed file, which holds nothing secret.
+
+    Raises:
+        ConfigError: not a CA, not a request, or one of another consortium.
+        CryptoError: wrong passphrase.
+    """
+    profile = read_profile(ca / PROFILE)
+    if not zipfile.is_zipfile(request):
+        raise ConfigError(
+            "is no certificate request", where=str(request), hint="`securefedcollm join` makes one"
+        )
+    target = out / request.name.replace(".request.zip", ".signed.zip")
+    if target.exists():
+        raise ConfigError("exists already", where=str(target), hint="choose another --out")
+    make_directory(out)
+    with _scratch() as scratch:
+        authority = make_directory(scratch / "ca")
+        for file in ("rootCA.pem", "ca.json"):
+            shutil.copy(ca / file, authority / file)
+        key = authority / "rootCA.key"
+        key.touch(0o600)
+        key.write_bytes(_unsealed(ca / _SEALED, passphrase))
+        _write_yaml(
+            scratch / "profile.yaml", _flare_profile(profile.name, profile.host, profile.port)
+        )
+        _nvflare(
+            *("cert", "approve", str(request.absolute()), "-c", "ca"),
+            *("--profile", "profile.yaml", "--out", "signed.zip"),
+            cwd=scratch,
+        )
+        shutil.copy(scratch / "signed.zip", target)
+        shutil.copy(authority / "ca.json", ca / "ca.json")  # counts what was issued
+    return target
+
+
+def install_kits(home: Path, profile: Profile, signed: Sequence[Path], name: str) -> list[Kit]:
+    """Build the kits from signed certificates and the keys in ``home/request``.
+
+    Adversary: whoever passes the files on. The CA's certificate in them must have the fingerprint
+    of the profile, which the operator compared.
+
+    Raises:
+        ConfigError: a file is not the answer to a request that was made here.
+    """
+    kits = []
+    for file in signed:
+        kind = _kind_of(home, file)
+        target = home / {"client": "kit", "server": "kit", "admin": "lead"}[kind]
+        if target.exists():
+            raise ConfigError(
+                "there is a kit already", where=str(target), hint="remove it to install another"
+            )
+        with _scratch(home) as scratch:
+            _nvflare(
+                *("package", str(file.absolute()), "-w", "ws"),
+                *("--request-dir", str((home / "request" / kind).absolute())),
+                *("--fingerprint", profile.fingerprint),
+                cwd=scratch,
+            )
+            (built,) = (scratch / "ws").glob("*/prod_*/*")
+            if kind != "admin":
+                lock_down(built, kind, final=target.absolute())
+            os.chmod(built, 0o700)  # noqa: PTH101
+            built.rename(target)
+        kits.append(Kit(target, LEAD if kind == "admin" else name, _org(name)))
+    return kits
+
+
+def installed(home: Path, name: str, *, lead: bool = False) -> Kit:
+    """The kit in ``home``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    workspace = home / ("lead" if lead else "kit")
+    if not (workspace / "startup").is_dir():
+        raise ConfigError(
+            "no start-up kit is installed here",
+            where=str(workspace),
+            hint="`securefedcollm join` asks for a certificate, and installs the answer",
+        )
+    return Kit(workspace.absolute(), LEAD if lead else name, _org(name))
+
+
+def _kind_of(home: Path, signed: Path) -> str:
+    """Which request of ours this file answers."""
+    stem = signed.name.removesuffix(".signed.zip")
+    for request in (home / "request").glob("*/*.request.zip"):
+        if request.name.removesuffix(".request.zip") == stem and zipfile.is_zipfile(signed):
+            return request.parent.name
+    raise ConfigError(
+        "answers no request that was made here",
+        where=str(signed),
+        hint=f"the requests lie in {home / 'request'}; keep the file's name as it was sent",
+    )
+
+
+def _check_name(name: str, where: str) -> None:
+    if not _NAME.match(name):
+        raise ConfigError(
+            f"{name!r} cannot be a name in certificates",
+            where=where,
+            hint="lower-case letters, digits and '-', e.g. hospital-a",
+        )
+
+
+def _org(name: str) -> str:
+    return name.replace("-", "_")
+
+
+def _flare_profile(name: str, host: str, port: int) -> dict[str, Any]:
+    return {
+        "name": name,
+        "scheme": "grpc",
+        "connection_security": "mtls",
+        "server": {"host": host, "fed_learn_port": port},
+    }
+
+
+def _write_yaml(path: Path, tree: Any) -> None:
+    write_durably(path, yaml.safe_dump(tree, sort_keys=False).encode())
+
+
+def _fingerprint(certificate: bytes) -> str:
+    digest = sha256(ssl.PEM_cert_to_DER_cert(certificate.decode()))
+    return "SHA256:" + digest.hex(":").upper()
+
+
+def _unsealed(path: Path, passphrase: str) -> bytes:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"the CA's key cannot be read ({error.strerror})",
+            where=str(path),
+            hint="name the directory that `securefedcollm consortium init` made",
+        ) from None
+    salt, nonce = raw[:_SALT_BYTES], raw[_SALT_BYTES : _SALT_BYTES + NONCE_BYTES]
+    try:
+        return unseal(
+            stretch_passphrase(passphrase, salt), nonce, raw[_SALT_BYTES + NONCE_BYTES :], _LABEL
+        )
+    except (CryptoError, ValueError):
+        raise CryptoError("the CA's key does not open", hint="wrong passphrase?") from None
+
+
+@contextlib.contextmanager
+def _scratch(inside: Path | None = None) -> Iterator[Path]:
+    """A private directory for FLARE's command; in memory where the machine has such a place."""
+    memory = Path("/dev/shm")  # noqa: S108 - a fresh private directory in it
+    place = inside or (memory if os.access(memory, os.W_OK) else None)
+    path = Path(tempfile.mkdtemp(prefix=".sfc-", dir=place))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _nvflare(*words: str, cwd: Path) -> None:
+    """Run FLARE's command; its own records of requests stay out of the user's home."""
+    from securefedcollm.federation.engines.flare.engine import require_flare
+
+    require_flare()
+    done = subprocess.run(
+        [sys.executable, "-m", "nvflare.cli", *words],
+        cwd=cwd,
+        env={**os.environ, "HOME": str(cwd)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        said = (done.stdout + done.stderr).strip().splitlines() or ["nothing"]
+        raise StateError(
+            f"FLARE's `{' '.join(words[:2])}` failed: {said[0][:200]}",
+            hint="is the file whole, and of this consortium?",
+        )

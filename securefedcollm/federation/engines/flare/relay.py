@@ -1,0 +1,122 @@
+"""What FLARE loads: objects that pass calls between its wire and our own process's door.
+
+They live in the process that FLARE starts for a job. They know neither keys, models, data nor the
+study, and take nothing from the job's arguments: where the door is they learn from the environment,
+which the participant's own process set.
+
+Adversary: the server, which wrote the job and every argument.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from typing import Any, Final
+
+from nvflare.collab import collab
+
+from securefedcollm.federation.engines.flare.processes import DOOR
+from securefedcollm.federation.engines.link import Wire, knock, result_of
+
+_CALL_TIMEOUT: Final = 20.0
+"""Seconds for a chunk to cross and its answer to come: less than 1 Mbit/s is no connection."""
+
+
+class SiloRelay:
+    """At a silo: two calls, from the server only, passed on to the silo's own process.
+
+    One more connection stays open as long as the job runs, so that the silo's process knows.
+    """
+
+    def __init__(self) -> None:
+        _end_with_parent()
+        threading.Thread(target=_attend, name="attend", daemon=True).start()
+
+    @collab.publish
+    def push(self, session: bytes, number: int, total: int, offset: int, chunk: bytes) -> list[Any]:
+        """See :class:`securefedcollm.federation.engines.link.SiloLink`."""
+        return _pass_on(["push", session, number, total, offset, chunk])
+
+    @collab.publish
+    def pull(self, session: bytes, number: int, offset: int, patience: float) -> list[Any]:
+        """See :class:`securefedcollm.federation.engines.link.SiloLink`."""
+        return _pass_on(["pull", session, number, offset, patience])
+
+
+def _attend() -> None:
+    with contextlib.suppress(OSError, EOFError), knock(os.environ[DOOR]) as wire:
+        wire.send(["attend"])
+        wire.receive()
+
+
+def _pass_on(call: list[Any]) -> list[Any]:
+    # Adversary: another silo. FLARE names the caller from its certificate.
+    if collab.caller != "server":
+        return ["error", "only the server may call"]
+    try:
+        with knock(os.environ[DOOR]) as wire:
+            wire.send(call)
+            answer = wire.receive()
+            return list(answer)
+    except (OSError, EOFError):
+        return ["error", "the silo's own process does not run"]
+
+
+class CoordinatorRelay:
+    """At the server: passes the coordinator's calls on to the silos of this job, until told to end.
+
+    It opens one connection per silo to the coordinator's door, and one for the job itself.
+    """
+
+    def __init__(self) -> None:
+        _end_with_parent()
+
+    @collab.main
+    def run(self) -> str:
+        """The job."""
+        silos = {proxy.name: proxy for proxy in collab.clients}
+        with contextlib.ExitStack() as stack:
+            door = os.environ[DOOR]
+            job = stack.enter_context(knock(door))
+            number = str(collab.fl_ctx.get_job_id())
+            job.send(["job", number, sorted(silos)])
+            for name, proxy in silos.items():
+                wire = stack.enter_context(knock(door))
+                wire.send(["silo", number, name])
+                threading.Thread(target=_serve, args=(wire, proxy), daemon=True).start()
+            with contextlib.suppress(EOFError):
+                job.receive()  # whatever comes, or the end of the coordinator's process, ends it
+        return "ended"
+
+
+def _serve(wire: Wire, proxy: Any) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            wire.send(_call(proxy, wire.receive()))
+
+
+def _call(proxy: Any, call: Any) -> list[Any]:
+    method, *arguments = call
+    patience = float(arguments[-1]) if method == "pull" else 0.0
+    try:
+        answer = getattr(proxy(timeout=_CALL_TIMEOUT + patience), method)(*arguments)
+        result_of(answer)
+    except Exception as error:  # FLARE wraps what happened at the other end in kinds of its own
+        if type(error).__name__ == "Unknown":
+            return ["unknown", str(error)]
+        return ["error", f"{proxy.name}: {str(error)[:160]}"]
+    return list(answer)
+
+
+def _end_with_parent() -> None:
+    """A killed FLARE parent leaves no job process behind that holds its port and its place."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()

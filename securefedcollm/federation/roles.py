@@ -1,0 +1,366 @@
+"""The roles of a real run: server, silos and authority, each in a process and home of its own.
+
+A participant's *home* holds what outlives a run::
+
+    identity.json                its signing key
+    kit/, lead/, request/        its start-up kit (:mod:`.engines.flare.kit`)
+    ledger.sqlite                a silo's privacy ledger, of all its studies
+    studies/STUDY-DIGEST/        one directory a study, as ``audit bundle`` wants it
+
+The process may be killed at any moment and started again with the same command.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from securefedcollm import __version__
+from securefedcollm.aggregation import Authority, Roster
+from securefedcollm.errors import ConfigError
+from securefedcollm.evidence.entries import Entry
+from securefedcollm.evidence.ledger import LoggedLedger
+from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
+from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.federation.authority import AuthoritySession
+from securefedcollm.federation.coordinator import Coordinator
+from securefedcollm.federation.engines import Engine
+from securefedcollm.federation.files import make_directory, write_durably
+from securefedcollm.federation.plan import AUTHORITY, authority_of
+from securefedcollm.federation.recording import SERVER, AuthorityRecord, ServerRecord, SiloRecord
+from securefedcollm.federation.runstore import RunStore
+from securefedcollm.federation.silo import SiloSession
+from securefedcollm.federation.silostore import SiloStore
+from securefedcollm.federation.workload import Progress, ServerWorkload
+from securefedcollm.primitives import SigningKey
+from securefedcollm.privacy.ledger import Budget, Ledger
+from securefedcollm.study import Study, digest
+from securefedcollm.study.identity import open_identity, read_identity
+from securefedcollm.study.signing import require_signed, signatures_path
+
+if TYPE_CHECKING:
+    from securefedcollm.federation.cotuning import SiloTuning
+    from securefedcollm.tuning.questions import Question
+
+IDENTITY: Final = "identity.json"
+LEDGER: Final = "ledger.sqlite"
+_SLACK: Final = 64 << 20
+"""Bytes of a frame besides the adapter: lists and shares of 128 silos, proofs."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One participant in one study, ready to take part."""
+
+    study: Study
+    name: str
+    role: str
+    key: SigningKey
+    roster: Roster
+    server: bytes
+    """The server's Ed25519 public key."""
+    authority: Authority | None
+    """Who holds the decryption key, in a study where one party does."""
+    home: Path
+    run: Path
+    """The study's directory in ``home``."""
+
+
+@contextmanager
+def take_part(
+    study: Study, study_file: Path, home: Path, role: str, passphrase: Callable[[], str]
+) -> Iterator[Member]:
+    """Enter the study as the participant whose home this is, and keep others out meanwhile.
+
+    The lock is the operating system's and goes with the process, so that a killed one leaves none.
+
+    Raises:
+        ConfigError: not signed by everybody, not on the roster in this role, or already running.
+        CryptoError: a signature or the passphrase is wrong.
+    """
+    require_signed(study, signatures_path(study_file))
+    file = read_identity(home / IDENTITY)
+    listed = {p.name: p for p in study.roster}
+    me = listed.get(file.name)
+    if me is None or me.key != file.public or me.role != role:
+        raise ConfigError(
+            f"{file.name} is not on this study's roster as {role} with this key",
+            where=str(study_file),
+            hint=f"`securefedcollm identity show {home / IDENTITY}` prints the line it needs",
+        )
+    key = open_identity(file, passphrase() if file.encrypted else None)
+    server = next((p for p in study.roster if p.role == "server"), None)
+    if server is None:
+        raise ConfigError(
+            "the study names no server", where="roster", hint="add a participant of role: server"
+        )
+    run = make_directory(home / "studies" / f"{study.study}-{digest(study).hex()[:12]}")
+    with _alone(run):
+        for source, target in (
+            (study_file, run / "study.yaml"),
+            (signatures_path(study_file), signatures_path(run / "study.yaml")),
+        ):
+            write_durably(target, source.read_bytes())
+        silos = {p.name: bytes.fromhex(p.key) for p in study.roster if p.role == "silo"}
+        yield Member(
+            study=study,
+            name=file.name,
+            role=role,
+            key=key,
+            roster=Roster(silos),
+            server=bytes.fromhex(server.key),
+            authority=authority_of(study),
+            home=home,
+            run=run,
+        )
+
+
+@contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    with (run / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                "another process is running this study here",
+                where=str(run),
+                hint="stop it first; one home, one process",
+            ) from None
+        yield
+
+
+# ---- the server ----
+
+
+def coordinate(
+    member: Member,
+    engine: Engine,
+    workload: ServerWorkload,
+    progress: Progress,
+    on_round: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Run, or go on with, the study over ``engine``; returns the run's record.
+
+    Raises:
+        SecureFedCoLLMError: with the run in a state from which the same call goes on.
+    """
+    study, run = member.study, member.run
+    resume = (run / "server" / "state.json").exists()
+    store = RunStore(run, digest(study), resume=resume)
+    log = EvidenceLog(run / "server" / EVIDENCE, study=digest(study), owner=SERVER, key=member.key)
+    office = member.authority
+    evidence = ServerRecord(
+        log,
+        key=member.key,
+        roster=member.roster,
+        quorum=study.threshold,
+        authority=office.key if office else b"",
+    )
+    Coordinator(
+        study=study,
+        roster=member.roster,
+        engine=engine,
+        workload=workload,
+        store=store,
+        progress=progress,
+        on_round=on_round,
+        evidence=evidence,
+        authority=office,
+    ).run()
+    log.close()
+    final = store.adapters
+    for name in ("slm", "llm"):
+        if (final / name).is_dir():
+            shutil.rmtree(run / "adapters" / name, ignore_errors=True)
+            shutil.copytree(final / name, run / "adapters" / name)
+    record = {
+        "study": study.study,
+        "digest": digest(study).hex(),
+        "version": __version__,
+        "run_id": store.state.run_id,
+        "finished": True,
+        "rounds": store.state.history,
+        "adapters": str(run / "adapters"),
+    }
+    write_durably(run / "results.json", json.dumps(record, indent=2).encode())
+    return record
+
+
+def server_questions(
+    study: Study, public: Path | None, test: Path | None
+) -> tuple[Sequence[Question], Sequence[Question]]:
+    """The public and the test questions that the server works with.
+
+    Raises:
+        ConfigError: a study on files, and no public file was given.
+        DataError: a file cannot be read.
+    """
+    from securefedcollm.federation.dealing import deal, read_records
+
+    if study.task.data.builtin and public is None:
+        dealt = deal(study, None)
+        return dealt.public, (
+            dealt.test if test is None else read_records(study, test, private=False)
+        )
+    if public is None:
+        raise ConfigError(
+            "the server needs the study's public questions",
+            where="--public",
+            hint="`securefedcollm study deal` writes public.jsonl for a study on files",
+        )
+    tests = [] if test is None else read_records(study, test, private=False)
+    return read_records(study, public, private=False, labelled=False), tests
+
+
+# ---- a silo ----
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What an operator agrees to by taking part; ``spent`` and ``budget`` are of the data set."""
+
+    study: str
+    digest: str
+    server: str
+    silos: list[str]
+    models: dict[str, str]
+    base: str
+    rounds: int
+    records: int
+    unit: str | None
+    epsilon: float | None
+    delta: float | None
+    spent: float | None
+    budget: float | None
+
+
+def silo_workload(
+    study: Study, name: str, data: Path, models: Path | None, progress: Progress
+) -> SiloTuning:
+    """The silo's model and its private questions.
+
+    Raises:
+        ConfigError, DataError: the file, the model or the study does not fit.
+    """
+    from securefedcollm.federation.cotuning import SiloTuning
+    from securefedcollm.federation.dealing import read_records
+
+    return SiloTuning(study, name, read_records(study, data), data=models, progress=progress)
+
+
+def terms(member: Member, workload: SiloTuning, budget: Budget | None) -> Terms:
+    """What taking part means for these records."""
+    study, privacy = member.study, member.study.privacy
+    spent = limit = None
+    if privacy is not None:
+        limit = (budget or Budget(privacy.epsilon, privacy.delta)).epsilon
+        with Ledger(member.home / LEDGER, member.name) as ledger:
+            spent = ledger.spent(workload.dataset, privacy.unit, privacy.delta).claim.epsilon
+    return Terms(
+        study=study.study,
+        digest=digest(study).hex(),
+        server=next(p.name for p in study.roster if p.role == "server"),
+        silos=list(member.roster.names),
+        models={"llm": study.models.llm.source, "slm": study.models.slm.source},
+        base=workload.base_digest.hex(),
+        rounds=study.rounds,
+        records=workload.records,
+        unit=privacy.unit if privacy else None,
+        epsilon=privacy.epsilon if privacy else None,
+        delta=privacy.delta if privacy else None,
+        spent=None if spent is None else float(spent),
+        budget=limit,
+    )
+
+
+def silo_session(
+    member: Member,
+    workload: SiloTuning,
+    *,
+    progress: Progress,
+    threads: int,
+    budget: Budget | None = None,
+    on_entry: Callable[[Entry], None] | None = None,
+) -> SiloSession:
+    """The silo's side of the run, over the state in its home."""
+    study, name = member.study, member.name
+    office = member.authority.key if member.authority else b""
+    place = make_directory(member.run / "silos" / name)
+    log = EvidenceLog(
+        place / EVIDENCE, study=digest(study), owner=name, key=member.key, on_entry=on_entry
+    )
+    ledger = LoggedLedger(member.home / LEDGER, name, log, sums=study.sums)
+    link = place / LEDGER  # where `audit bundle` looks for it
+    if not link.is_symlink():
+        link.symlink_to(os.path.relpath(member.home / LEDGER, place))
+    return SiloSession(
+        study=study,
+        name=name,
+        roster=member.roster,
+        key=member.key,
+        workload=workload,
+        store=SiloStore(place),
+        ledger=ledger,
+        progress=progress,
+        threads=threads,
+        budget=budget,
+        evidence=SiloRecord(
+            log,
+            name=name,
+            key=member.key,
+            roster=member.roster,
+            server=member.server,
+            authority=office,
+        ),
+        authority=office,
+    )
+
+
+def largest_frame(workload: SiloTuning) -> int:
+    """Bytes of the largest request that this study can bring a silo.
+
+    The adapter takes 4 bytes a value. A CKKS aggregate that a silo checks takes 16; twice that is
+    room enough for whatever the protocol adds.
+    """
+    return _SLACK + 32 * workload.size(0)
+
+
+# ---- the authority ----
+
+
+def authority_session(
+    member: Member, *, on_entry: Callable[[Entry], None] | None = None
+) -> AuthoritySession:
+    """The key holder's side of the run, over the state in its home.
+
+    Raises:
+        ConfigError: in this study no party holds a key.
+    """
+    place = make_directory(member.run / AUTHORITY)
+    log = EvidenceLog(
+        place / EVIDENCE,
+        study=digest(member.study),
+        owner=AUTHORITY,
+        key=member.key,
+        on_entry=on_entry,
+    )
+    return AuthoritySession(
+        study=member.study,
+        roster=member.roster,
+        key=member.key,
+        store=SiloStore(place, "authority.sqlite"),
+        evidence=AuthorityRecord(
+            log, key=member.key.public, roster=member.roster, server=member.server
+        ),
+    )
+
+
+LARGEST_TO_AUTHORITY: Final = 1 << 31
+"""Bytes of a request: half a ciphertext of every silo."""

@@ -1,0 +1,188 @@
+"""Where a run stands, from what its participant has on disk: for an operator, and for machines."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from securefedcollm.errors import SecureFedCoLLMError
+from securefedcollm.evidence.entries import (
+    Agreed,
+    Decrypted,
+    Entry,
+    Refused,
+    Released,
+    Reserved,
+    Round,
+    Settled,
+    Told,
+    Unmasked,
+    Uploaded,
+    Witnessed,
+)
+from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
+from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.federation.plan import AUTHORITY, ends_round, round_of, sum_name
+from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.study import Study, digest, load_study
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One study of one participant. ε is what this run's data set has spent in all studies."""
+
+    study: str
+    digest: str
+    directory: str
+    name: str
+    role: str
+    rounds: int
+    rounds_done: int
+    last_entry: str | None
+    survivors: list[str] = field(default_factory=list)
+    bytes_up: dict[str, int] = field(default_factory=dict)
+    bytes_down: dict[str, int] = field(default_factory=dict)
+    epsilon_spent: float | None = None
+    epsilon_study: float | None = None
+    problem: str | None = None
+
+    def sentences(self) -> list[str]:
+        """For a terminal."""
+        lines = [f"{self.study}  {self.role} {self.name}  {self.directory}"]
+        lines.append(f"  rounds     {self.rounds_done} of {self.rounds} finished")
+        if self.survivors:
+            lines.append(f"  survivors  {', '.join(self.survivors)} (last round)")
+        if self.bytes_up:
+            up, down = sum(self.bytes_up.values()), sum(self.bytes_down.values())
+            lines.append(f"  traffic    {up:,} bytes from the silos, {down:,} to them")
+        if self.epsilon_spent is not None:
+            lines.append(
+                f"  privacy    ε = {self.epsilon_spent:.2f} spent on these data, in all studies; "
+                f"this one may spend {self.epsilon_study:g}"
+            )
+        if self.last_entry is not None:
+            lines.append(f"  last heard {self.last_entry}")
+        if self.problem is not None:
+            lines.append(f"  problem    {self.problem}")
+        return lines
+
+
+def runs_of(home: Path) -> list[RunStatus]:
+    """Every study that was run in ``home``, the newest last. Reads only."""
+    found = [path for path in (home / "studies").glob("*") if (path / "study.yaml").is_file()]
+    return [_read(path) for path in sorted(found, key=lambda p: p.stat().st_mtime)]
+
+
+def _read(run: Path) -> RunStatus:
+    study = load_study(run / "study.yaml")
+    silo = next((path for path in (run / "silos").glob("*") if path.is_dir()), None)
+    role = "silo" if silo else "authority" if (run / AUTHORITY).is_dir() else "server"
+    name = silo.name if silo else next((p.name for p in study.roster if p.role == role), "")
+    known: dict[str, Any] = {
+        "study": study.study,
+        "digest": digest(study).hex(),
+        "directory": str(run),
+        "name": name,
+        "role": role,
+        "rounds": study.rounds,
+        "rounds_done": 0,
+        "last_entry": None,
+    }
+    try:
+        known |= _of_silo(study, silo) if silo else _of_office(study, run, role)
+    except (SecureFedCoLLMError, OSError, ValueError, KeyError) as error:
+        known["problem"] = str(error)
+    return RunStatus(**known)
+
+
+def _of_office(study: Study, run: Path, role: str) -> dict[str, Any]:
+    if role == AUTHORITY:
+        opened = [e for e in _entries(study, run / AUTHORITY) if isinstance(e.what, Decrypted)]
+        numbers = {e.what.round for e in opened if isinstance(e.what, Decrypted)}
+        return {
+            "rounds_done": len({round_of(study, n) for n in numbers if ends_round(study, n)}),
+            "last_entry": opened[-1].time if opened else None,
+        }
+    path = run / "server" / "state.json"
+    if not path.exists():
+        return {}
+    history = json.loads(path.read_bytes())["history"]
+    total: dict[str, dict[str, int]] = {"bytes_up": {}, "bytes_down": {}}
+    for record in history:
+        for key, sums in total.items():
+            for silo, count in record.get(key, {}).items():
+                sums[silo] = sums.get(silo, 0) + count
+    last = history[-1] if history else {}
+    return {"rounds_done": len(history), "survivors": last.get("survivors", []), **total}
+
+
+def _of_silo(study: Study, place: Path) -> dict[str, Any]:
+    known: dict[str, Any] = {}
+    entries = _entries(study, place)
+    if entries:
+        agreed = [e.what for e in entries if isinstance(e.what, Agreed | Told)]
+        opened = {e.what.round for e in entries if isinstance(e.what, Unmasked | Told)}
+        known["rounds_done"] = len({round_of(study, n) for n in opened if ends_round(study, n)})
+        known["survivors"] = agreed[-1].survivors if agreed else []
+        known["last_entry"] = entries[-1].time
+    privacy = study.privacy
+    if privacy is not None and (place / "ledger.sqlite").exists():
+        with Ledger(place / "ledger.sqlite", place.name) as ledger:
+            mine = ledger.entries()
+            if mine:
+                dataset, unit = mine[-1].key.dataset, mine[-1].key.unit
+                spent = ledger.spent(dataset, unit, privacy.delta).claim.epsilon
+                known |= {"epsilon_spent": float(spent), "epsilon_study": privacy.epsilon}
+    return known
+
+
+def _entries(study: Study, place: Path) -> list[Entry]:
+    if not (place / EVIDENCE).exists():
+        return []
+    log = EvidenceLog(place / EVIDENCE, study=digest(study), owner=place.name, key=None)
+    log.close()
+    return log.entries
+
+
+def told(entry: Entry, study: Study) -> str | None:
+    """What a silo's operator is told about an entry of the silo's log; None: not worth a line."""
+    match entry.what:
+        case Reserved(round=sum_, epsilon=epsilon):
+            return f"{_when(study, sum_)}: privacy reserved, within ε = {epsilon:g}; training"
+        case Round(round=sum_, attempt=attempt) if attempt:
+            return f"{_when(study, sum_)}: attempt {attempt + 1}"
+        case Released(round=sum_):
+            return f"{_when(study, sum_)}: the update is finished and charged"
+        case Uploaded(round=sum_):
+            return f"{_when(study, sum_)}: protected update about to leave"
+        case Agreed(round=sum_, survivors=survivors) | Told(round=sum_, survivors=survivors):
+            return f"{_when(study, sum_)}: agreed to a sum of {len(survivors)} silos"
+        case Decrypted(round=sum_):
+            return f"{_when(study, sum_)}: a sum is about to be opened"
+        case Settled(spent=spent) if spent is not None:
+            return f"the run is settled: ε = {spent.epsilon:.2f} at δ = {spent.delta:g} in all"
+        case Witnessed(size=size):
+            return f"vouched for the server's log of {size} entries"
+        case Refused(error=error):
+            return f"REFUSED a request of the server: {error}"
+    return None
+
+
+def _when(study: Study, sum_: int) -> str:
+    return f"{sum_name(study, sum_)} of {study.rounds}"
+
+
+def round_sentence(record: dict[str, Any], rounds: int) -> str:
+    """A finished round, as the server's operator is told."""
+    models: dict[str, list[str]] = {}
+    for key, value in record["evaluation"].items():
+        model, _, group = key.partition("/")
+        models.setdefault(model.upper(), []).append(f"{group} {100 * value:.0f}".strip())
+    scores = "; ".join(f"{model} {', '.join(found)}" for model, found in models.items())
+    gone = "".join(f", {silo} lost ({why})" for silo, why in record.get("dropouts", {}).items())
+    lost = ", THE ROUND IS LOST: its sum cannot be opened" if "lost" in record else ""
+    silos = len(record["survivors"])
+    shown = f": {scores} (%)" if scores else ""
+    return f"round {record['round']}/{rounds}, {silos} silos{gone}{lost}{shown}"

@@ -1,0 +1,176 @@
+"""``audit mechanism``: the real path does not refute its claim; every weakened build does.
+
+The second part gives the first its weight. A build is weakened in the product's own code, and the
+very same audit is played on it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from securefedcollm_audits.mechanism import audit, collect, interval, path_of
+from securefedcollm_audits.probe import local_path
+
+from securefedcollm.errors import ConfigError
+from securefedcollm.federation.plan import silo_unit
+from securefedcollm.federation.workload import silent
+from securefedcollm.primitives import sha256
+from securefedcollm.privacy import quantise
+from securefedcollm.privacy.accounting import claim
+from securefedcollm.privacy.events import PoissonGaussian
+from securefedcollm.privacy.noise import NoiseSource
+from securefedcollm.tuning import local
+
+from ..federation.arithmetic import make_study
+
+LOCAL = make_study(
+    rounds=1,
+    local={"steps": 1, "batch_size": 100, "learning_rate": 0.1, "micro_batch": 200},
+    privacy={"epsilon": 1.0, "delta": 1e-5},
+)
+JOINT = make_study(
+    rounds=1,
+    local={"steps": 1, "batch_size": 100, "learning_rate": 0.1, "sampling_rate": 0.05},
+    privacy={"epsilon": 1.0, "delta": 1e-5, "noise": "distributed"},
+    aggregation={"value_bits": 20},
+)
+SILO = make_study(
+    rounds=1,
+    silos={"count": 8, "colluders": 1},
+    privacy={
+        "epsilon": 4.0,
+        "delta": 1e-5,
+        "unit": "silo",
+        "noise": "distributed",
+        "clip_norm": 0.5,
+    },
+    aggregation={"value_bits": 20, "clip_norm": 0.5},
+)
+CASES = {
+    "local": (LOCAL, {"records": 2000, "trials": 40_000}),
+    "joint": (JOINT, {"trials": 40_000}),
+    "silo": (SILO, {"trials": 16_000}),
+}
+
+
+class Recorded:
+    """Reproducible noise: another key for every silo and play."""
+
+    def __init__(self, label):
+        self.label, self.count = label, 0
+
+    def __call__(self, name):
+        self.count += 1
+        return NoiseSource(sha256(f"{self.label} {name} {self.count}".encode()))
+
+
+def played(name, **fewer):
+    study, sizes = CASES[name]
+    return audit(study, noise=Recorded(name), **(sizes | fewer))
+
+
+@pytest.fixture(scope="module")
+def honest():
+    return {name: played(name) for name in CASES}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_real_path_is_not_refuted(honest, name):
+    finding = honest[name]
+    assert finding.held, finding.sentence
+    assert finding.bound < finding.claimed
+    assert finding.bound > 0.05 or name != "silo"  # a sample of 5 % says little in so few trials
+    figures = finding.figures
+    assert figures["noise at least"] < figures["noise charged"] < figures["noise at most"]
+    assert finding.study is CASES[name][0]
+
+
+def test_the_claim_is_that_of_one_release_by_the_study_s_own_mechanism(honest):
+    unit = silo_unit(SILO, lambda round_: 400, 0)
+    assert honest["silo"].claimed == claim([unit.event()], 1e-5).epsilon
+    path = path_of(LOCAL, 2000)
+    assert (path.event.q, path.event.steps) == (0.05, 1)
+
+
+def test_canaries_are_in_the_sum_as_often_as_records_are_sampled():
+    event = PoissonGaussian(q=0.25, noise_multiplier=0.05, steps=1)
+    scores = collect(local_path(LOCAL, event, 1000), 8000, Recorded("rate"), silent)
+    taken = scores.present > 0.5
+    assert np.mean(taken) == pytest.approx(0.25, abs=0.03)
+    assert scores.present[taken].mean() == pytest.approx(1.0, abs=0.01)
+    assert np.abs(scores.absent).max() < 0.5
+
+
+def test_the_interval_of_the_noise_is_right():
+    rng = np.random.default_rng(5)
+    found = [interval(rng.normal(0.0, 2.0, size=400), 0.9) for _ in range(400)]
+    inside = np.mean([low < 2.0 < high for low, _, high in found])
+    assert 0.86 < inside < 0.94
+
+
+def test_a_study_without_noise_has_no_mechanism():
+    with pytest.raises(ConfigError, match="adds no noise"):
+        audit(make_study(privacy=None))
+
+
+# --- Weakened builds ------------------------------------------------------------------------------
+
+
+def refuted(name, **fewer):
+    finding = played(name, **fewer)
+    assert not finding.held
+    return finding
+
+
+def test_dp_sgd_without_noise_is_caught(monkeypatch):
+    monkeypatch.setattr(NoiseSource, "add_gaussian", lambda self, total, sigma: total)
+    finding = refuted("local")
+    assert finding.bound > finding.claimed
+    assert "the noise is at most 0.00" in finding.sentence
+
+
+def test_dp_sgd_without_the_clip_is_caught(monkeypatch):
+    clipped = local._clipped_sum
+    monkeypatch.setattr(local, "_clipped_sum", lambda g, sizes, c: clipped(g, sizes, np.inf))
+    assert refuted("local").bound > 1.0
+
+
+def test_dp_sgd_with_a_tenth_less_noise_is_caught_by_the_noise_alone(monkeypatch):
+    real = NoiseSource.add_gaussian
+    monkeypatch.setattr(
+        NoiseSource, "add_gaussian", lambda self, total, sigma: real(self, total, 0.9 * sigma)
+    )
+    finding = refuted("local")
+    assert finding.bound < finding.claimed  # no attack of this size finds so little
+    assert "clip norms, charged for is" in finding.sentence
+
+
+def test_a_sampler_that_takes_every_record_is_caught(monkeypatch):
+    """Charged as a sample of 5 %, trained with all."""
+    monkeypatch.setattr(NoiseSource, "poisson_batch", lambda self, n, q: np.arange(n))
+    finding = refuted("local", trials=16_000)
+    assert finding.bound > finding.claimed
+
+
+@pytest.mark.parametrize("name", ["joint", "silo"])
+def test_a_dropped_noise_share_is_caught(monkeypatch, name):
+    """All honest survivors but one leave their share out."""
+    study, _ = CASES[name]
+    every, calls = study.quorum, iter(range(10**9))
+    real = NoiseSource.discrete_gaussian
+
+    def lazy(self, sigma, n):
+        share = real(self, sigma, n)
+        first = next(calls) % every == 0
+        return share if first else np.zeros_like(share)
+
+    monkeypatch.setattr(NoiseSource, "discrete_gaussian", lazy)
+    assert "the noise is at most" in refuted(name).sentence
+
+
+def test_a_record_s_gradient_without_the_clip_is_caught(monkeypatch):
+    """Even where the check in integers is switched off as well, and the field is wide enough."""
+    monkeypatch.setattr(quantise.Quantiser, "_norm", lambda self, vector: 0.0)
+    monkeypatch.setattr(quantise, "_sum_of_squares", lambda integers, largest: 0)
+    monkeypatch.setattr("securefedcollm_audits.canaries.LENGTH", 4.0)
+    assert refuted("joint").bound > 1.0

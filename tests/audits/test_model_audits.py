@@ -1,0 +1,148 @@
+"""``audit one-run``, ``canaries`` and ``inversion``: real tuning of a small model, and weakened.
+
+The claim is ε = 0.5, low enough that a few dozen canaries can refute it where it is false.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from securefedcollm_audits import inversion, new_tokens, one_run
+
+from securefedcollm.aggregation import masks
+from securefedcollm.errors import ConfigError
+from securefedcollm.primitives import sha256
+from securefedcollm.privacy.noise import NoiseSource
+from securefedcollm.tuning import local
+from securefedcollm.tuning.questions import Question
+
+from .small import small_study
+
+CANARIES = {"canaries": 100, "seed": 2}
+BATCHES = {"batches": 8, "seed": 2}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("small")
+    small_study(directory)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are small, and other tests run beside
+    yield directory
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def reproducible_noise(monkeypatch):
+    """Another key for every source, the same in every run of the tests."""
+    count, begin = itertools.count(), NoiseSource.__init__
+
+    def recorded(self, key=None):
+        begin(self, key or sha256(f"model audits {next(count)}".encode()))
+
+    monkeypatch.setattr(NoiseSource, "__init__", recorded)
+
+
+def narrow(place):
+    """With an adapter on the attacked matrices only: less to compute."""
+    return small_study(place, adapter={"rank": 4, "targets": ["v_proj"]})
+
+
+def noiseless(monkeypatch):
+    monkeypatch.setattr(NoiseSource, "add_gaussian", lambda self, total, sigma: total)
+
+
+@pytest.mark.parametrize("audit", [one_run.audit, new_tokens.audit])
+def test_private_tuning_is_not_refuted(place, audit):
+    finding = audit(small_study(place), data=place, **CANARIES)
+    assert finding.held
+    assert 0.0 <= finding.bound <= finding.claimed <= 0.5
+    assert finding.claimed == pytest.approx(0.495, abs=0.006)  # of ε = 0.5 the ledger takes a part
+    assert 0.3 < finding.figures["auc"] < 0.7
+    assert finding.figures["canaries"] == 100
+
+
+@pytest.mark.parametrize("audit", [one_run.audit, new_tokens.audit])
+def test_a_build_without_noise_is_caught(place, monkeypatch, audit):
+    noiseless(monkeypatch)
+    finding = audit(small_study(place), data=place, **CANARIES)
+    assert not finding.held
+    assert finding.bound > 1.0 > 2 * finding.claimed
+    assert finding.sentence.startswith("FAIL: ε is at least")
+    assert finding.figures["auc"] > 0.8
+    assert finding.figures["bound if the curve is Gaussian"] > finding.bound
+
+
+def test_a_build_without_the_clip_is_caught(place, monkeypatch):
+    clipped = local._clipped_sum
+    monkeypatch.setattr(local, "_clipped_sum", lambda g, sizes, c: clipped(g, sizes, math.inf))
+    assert not one_run.audit(small_study(place), data=place, **CANARIES).held
+
+
+def test_a_study_without_privacy_claims_nothing_and_its_leak_is_shown(place):
+    finding = one_run.audit(small_study(place, privacy=None), data=place, **CANARIES)
+    assert (finding.held, finding.claimed) == (True, None)
+    assert finding.bound > 1.5
+
+
+def test_a_canary_is_a_unit_of_its_own_where_subjects_are_the_units():
+    questions = [Question(f"w{i} w1", ("w2", "w3"), 0, subject=f"p{i // 4}") for i in range(12)]
+    made = one_run.random_questions(questions, 6, random.Random(1))
+    assert len({question.subject for question in made}) == 6
+    assert {question.subject for question in made}.isdisjoint(q.subject for q in questions)
+    made = one_run.random_questions([Question("w1", ("w2",), 0)] * 2, 2, random.Random(1))
+    assert [question.subject for question in made] == [None, None]
+
+
+def test_what_cannot_be_attacked_this_way_is_refused(place):
+    unit = {"unit": "silo", "noise": "distributed", "clip_norm": 4.0}
+    privacy = {"epsilon": 8.0, "delta": 1e-5} | unit
+    study = small_study(place, privacy=privacy, rounds=1)
+    for audit in (one_run.audit, new_tokens.audit):
+        with pytest.raises(ConfigError, match="nobody sees one silo's updates"):
+            audit(study, data=place)
+    with pytest.raises(ConfigError, match="4 canaries prove nothing"):
+        one_run.audit(small_study(place), data=place, canaries=4)
+
+
+def test_words_are_read_from_raw_updates_but_not_through_masks_and_noise(place):
+    finding = inversion.audit(narrow(place), data=place, **BATCHES)
+    figures = finding.figures
+    assert finding.held
+    assert figures["raw update"] > 0.95 > 0.3 > figures["raw update, by chance"]
+    assert figures["opened sum"] > 0.9
+    assert figures["masked upload"] < 0.4
+    assert figures["noised sum"] < 0.45
+
+
+def test_an_update_without_noise_is_read_and_caught(place, monkeypatch):
+    noiseless(monkeypatch)
+    finding = inversion.audit(narrow(place), data=place, **BATCHES)
+    assert not finding.held
+    assert "recovered from the noised sum" in finding.sentence
+
+
+def test_an_upload_without_masks_is_read_and_caught(place, monkeypatch):
+    monkeypatch.setattr(masks, "apply", lambda words, **of_keys: None)
+    finding = inversion.audit(narrow(place), data=place, **BATCHES)
+    assert not finding.held
+    assert "recovered from the masked upload" in finding.sentence
+
+
+def test_other_batches_are_the_control_of_an_inversion():
+    """Scores that favour words which every batch has recover many, and prove nothing."""
+    draw = np.random.default_rng(1)
+    truth = draw.random((12, 200)) < 0.02
+    truth[:, :20] = draw.random((12, 20)) < 0.9
+    common = np.where(np.arange(200) < 20, 1.0, 0.0)
+    looks = [inversion.Look(t, common + 1e-3 * draw.random(200), common) for t in truth]
+    row = inversion.judge(looks, draw)
+    assert row.recovered > 0.6
+    assert row.p_value > inversion.ERROR
+    telling = [inversion.Look(t, t + 1e-3 * draw.random(200), common) for t in truth]
+    assert inversion.judge(telling, draw).p_value < inversion.ERROR / 2

@@ -1,0 +1,186 @@
+"""``consortium``, ``join``, ``client``, ``server``, ``status``: what a person types and reads."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from securefedcollm_cli.main import app
+from typer.testing import CliRunner
+
+from securefedcollm.errors import ConfigError, CryptoError, SecureFedCoLLMError
+from securefedcollm.federation.engines.flare.kit import installed
+from securefedcollm.study import load_study
+
+from ..federation.homes import make_identities, write_signed
+from .tiny import make_inputs
+
+PASSPHRASE = {"SECUREFEDCOLLM_PASSPHRASE": "correct horse battery"}
+
+
+def run(*words, **more):
+    """The command's result; raises the error that it would report."""
+    result = CliRunner().invoke(app, [str(w) for w in words], env=PASSPHRASE, **more)
+    if isinstance(result.exception, SecureFedCoLLMError):
+        raise result.exception
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def consortium(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("consortium") / "ca"
+    out = run(
+        "consortium", "init", "--name", "net", "--server", "localhost:8002", "--out", directory
+    )
+    assert "SHA256:" in out.stdout
+    return directory
+
+
+def test_the_authoritys_key_lies_encrypted_and_is_not_overwritten(consortium):
+    files = {path.name: path.read_bytes() for path in consortium.iterdir()}
+    assert set(files) == {"consortium.yaml", "rootCA.pem", "rootCA.key.sealed", "ca.json"}
+    assert not any(b"PRIVATE KEY" in content for content in files.values())
+    assert (consortium / "rootCA.key.sealed").stat().st_mode & 0o077 == 0
+    with pytest.raises(ConfigError, match="exists already"):
+        run(
+            "consortium", "init", "--name", "net", "--server", "localhost:8002", "--out", consortium
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "server"),
+    [("Net!", "localhost:8002"), ("net", "localhost"), ("net", "a b:8002"), ("net", "host:99999")],
+)
+def test_names_and_addresses_that_cannot_be(tmp_path, name, server):
+    with pytest.raises(ConfigError):
+        run("consortium", "init", "--name", name, "--server", server, "--out", tmp_path / "ca")
+    assert not (tmp_path / "ca").exists()
+
+
+def test_a_silo_joins_in_two_steps(consortium, tmp_path):
+    home, join = tmp_path / "home", ["join", consortium / "consortium.yaml", "--name", "hospital-a"]
+    asked = json.loads(run(*join, "--home", home, "--json").stdout)
+    (request,) = asked["requests"]
+    assert "role: silo" in asked["roster_line"]
+    with pytest.raises(ConfigError, match="a request already"):
+        run(*join, "--home", home)
+    with pytest.raises(ConfigError, match="no start-up kit is installed"):
+        installed(home, "hospital-a")
+
+    approve = ["consortium", "approve", request, "--ca", consortium, "--out", tmp_path / "signed"]
+    result = CliRunner().invoke(
+        app, [str(w) for w in approve], env={"SECUREFEDCOLLM_PASSPHRASE": "wrong horse"}
+    )
+    assert isinstance(result.exception, CryptoError)
+    (signed,) = json.loads(run(*approve, "--json").stdout)["signed"]
+    with pytest.raises(ConfigError, match="exists already"):
+        run(*approve)
+
+    profile = yaml.safe_load((consortium / "consortium.yaml").read_text())
+    profile["fingerprint"] = "SHA256:" + ":".join(["00"] * 32)
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump(profile))
+    with pytest.raises(SecureFedCoLLMError, match="failed"):  # another authority's certificate
+        run("join", other, "--name", "hospital-a", "--home", home, "--signed", signed)
+    assert not (home / "kit").exists()
+
+    run(*join, "--home", home, "--signed", signed)
+    kit = installed(home, "hospital-a")
+    resources = json.loads((kit.workspace / "local" / "resources.json").read_text())
+    assert resources["class_list_enforcement_mode"] == "enforce"
+    assert all("securefedcollm" in c or ".collab." in c for c in resources["class_allow_list"])
+    assert not resources["allow_log_streaming"]
+    rights = json.loads((kit.workspace / "local" / "authorization.json").read_text())["permissions"]
+    assert {role["byoc"] for role in rights.values()} == {"none"}
+    assert (kit.workspace / "startup" / "client.key").stat().st_mode & 0o077 == 0
+    with pytest.raises(ConfigError, match="a kit already"):
+        run(*join, "--home", home, "--signed", signed)
+
+
+def test_what_is_not_a_request_profile_or_answer_is_said_to_be_none(consortium, tmp_path):
+    rubbish = tmp_path / "hospital-a.request.zip"
+    rubbish.write_bytes(b"rubbish")
+    with pytest.raises(ConfigError, match="no certificate request"):
+        run("consortium", "approve", rubbish, "--ca", consortium)
+    with pytest.raises(ConfigError, match="no consortium's profile"):
+        run("join", rubbish, "--name", "hospital-a", "--home", tmp_path / "home")
+    join = ["join", consortium / "consortium.yaml", "--home", tmp_path / "home"]
+    with pytest.raises(ConfigError, match="answers no request"):
+        run(*join, "--name", "hospital-a", "--signed", rubbish)
+    with pytest.raises(ConfigError, match="cannot be a name"):
+        run(*join, "--name", "a.b")
+
+
+# ---- roles, before anything is sent ----
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """(directory with models and data, homes, signed study)."""
+    directory = tmp_path_factory.mktemp("study")
+    names = ["silo-1", "silo-2", "silo-3", "silo-4"]
+    homes = make_identities(directory / "homes", names)
+    path = write_signed(load_study(make_inputs(directory)), homes, directory / "signed.yaml")
+    run("study", "deal", path, "--data", directory, "--out", directory / "dealt")
+    (homes["silo-1"] / "kit" / "startup").mkdir(parents=True)  # never started here
+    return directory, homes, path
+
+
+def client(study, *more, data="dealt/silo-1.jsonl", silo="silo-1", **options):
+    directory, homes, path = study
+    words = ["client", path, "--data", directory / data, "--models", directory]
+    return run(*words, "--home", homes[silo], *more, **options)
+
+
+def test_an_operator_sees_what_it_agrees_to_and_may_decline(study):
+    with pytest.raises(ConfigError, match="not agreed; nothing was sent"):
+        client(study, "--json", input="n\n")
+    result = CliRunner().invoke(
+        app,
+        [
+            *("client", str(study[2]), "--data", str(study[0] / "dealt/silo-1.jsonl")),
+            *("--models", str(study[0]), "--home", str(study[1]["silo-1"])),
+        ],
+        input="n\n",
+    )
+    for said in ("signed by all", "path:slm", "32 records", "ε = 8 (δ = 1e-05)", "0.00 of 8"):
+        assert said in result.stderr
+    assert isinstance(result.exception, ConfigError)
+
+
+def test_bad_data_is_named_before_anything_is_sent(study):
+    bad = study[0] / "bad.jsonl"
+    bad.write_text('{"question": "colour of thing1", "choices": ["red"], "answer": 0}\n')
+    with pytest.raises(ConfigError, match=r"bad.jsonl:1: field 'choices' has 1 entries"):
+        client(study, "--yes", data="bad.jsonl")
+
+
+def test_a_home_without_a_kit_says_how_to_get_one(study):
+    with pytest.raises(ConfigError, match="no start-up kit") as caught:
+        client(study, "--yes", silo="silo-2", data="dealt/silo-2.jsonl")
+    assert "securefedcollm join" in caught.value.hint
+
+
+def test_the_server_needs_the_public_questions_of_a_study_on_files(study):
+    directory, homes, path = study
+    with pytest.raises(ConfigError, match="public questions"):
+        run("server", path, "--home", homes["server"], "--models", directory)
+
+
+def test_dealt_files_hold_what_simulate_deals(study):
+    from securefedcollm.federation.dealing import deal
+    from securefedcollm.tuning.data import read_questions
+
+    directory, _, path = study
+    dealt = deal(load_study(path), directory)
+    for name, questions in (*dealt.silos.items(), ("test", dealt.test)):
+        assert tuple(read_questions(directory / "dealt" / f"{name}.jsonl")) == questions
+    public = read_questions(directory / "dealt" / "public.jsonl", labelled=False)
+    assert tuple(public) == dealt.public
+
+
+def test_status_of_an_empty_home(tmp_path):
+    assert "no study has been run" in run("status", "--home", tmp_path).stdout
+    assert json.loads(run("status", "--home", tmp_path, "--json").stdout) == []

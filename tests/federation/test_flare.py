@@ -1,0 +1,314 @@
+"""The FLARE engine between real processes over mutual TLS: kills, strangers, code, large frames."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from msgspec import structs
+from securefedcollm_audits.verify import verify
+
+from securefedcollm.aggregation import Roster
+from securefedcollm.evidence.bundle import make_bundle
+from securefedcollm.federation.coordinator import Coordinator
+from securefedcollm.federation.engines.embedded import EmbeddedEngine
+from securefedcollm.federation.engines.flare.engine import FlareEngine, write_job
+from securefedcollm.federation.engines.flare.kit import (
+    Kit,
+    approve_request,
+    create_consortium,
+    install_kits,
+    installed,
+    request_certificate,
+)
+from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
+from securefedcollm.federation.engines.link import Door, SiloInbox, answer_calls
+from securefedcollm.federation.runstore import RunStore
+from securefedcollm.federation.silo import SiloSession
+from securefedcollm.federation.silostore import SiloStore
+from securefedcollm.federation.workload import silent
+from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.study import load_study
+from securefedcollm.study.identity import create_identity
+
+from .arithmetic import KEYS, ArithmeticServer, ArithmeticSilo, make_study
+from .homes import write_signed
+
+pytestmark = [pytest.mark.xdist_group("flare"), pytest.mark.timeout(280)]
+
+SILOS = ("silo-1", "silo-2", "silo-3")
+PASSPHRASE = "correct horse battery"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def make_homes(directory: Path, silos=SILOS, port: int | None = None) -> dict[str, Path]:
+    """A consortium whose participants have joined: name → home."""
+    profile = create_consortium(
+        directory / "ca", "test", "localhost", port or free_port(), PASSPHRASE
+    )
+    homes = {}
+    for name in (*silos, "server"):
+        home = homes[name] = directory / name
+        role = "server" if name == "server" else "silo"
+        requests = request_certificate(home, profile, name, role)
+        signed = [
+            approve_request(directory / "ca", request, PASSPHRASE, directory / "signed")
+            for request in requests
+        ]
+        install_kits(home, profile, signed, name)
+        create_identity(name, home / "identity.json", None)
+    return homes
+
+
+@pytest.fixture(scope="session")
+def homes(tmp_path_factory):
+    return make_homes(tmp_path_factory.mktemp("consortium"))
+
+
+@pytest.fixture(scope="session")
+def study_file(homes, tmp_path_factory):
+    study = make_study(
+        study="kills",
+        rounds=4,
+        silos={"count": 3, "colluders": 0},
+        local={"steps": 5, "batch_size": 8, "learning_rate": 0.1},
+    )
+    return write_signed(study, homes, tmp_path_factory.mktemp("study") / "study.yaml")
+
+
+@contextlib.contextmanager
+def running(role: str, home: Path, study: Path, *when: int):
+    output = (home / "driver.log").open("ab")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.federation.flare_driver", role, home, study, *map(str, when)],
+        stdout=output,
+        stderr=output,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        output.close()
+
+
+def died(process, home: Path) -> None:
+    assert process.wait(120) == -9, (home / "driver.log").read_text()[-2000:]
+
+
+def finished(process, home: Path) -> None:
+    assert process.wait(150) == 0, (home / "driver.log").read_text()[-2000:]
+
+
+def test_a_run_survives_the_death_of_a_silo_and_of_the_server(homes, study_file, tmp_path):
+    """Silo 3 is killed between upload and unmasking of round 2, the server in round 3."""
+    study = load_study(study_file)
+    with contextlib.ExitStack() as stack:
+
+        def start(role, name, *when):
+            return stack.enter_context(running(role, homes[name], study_file, *when))
+
+        silos = {name: start("silo", name) for name in SILOS[:2]}
+        mortal = start("silo", SILOS[2], 1)
+        coordinator = start("server", "server", 2)
+        died(mortal, homes[SILOS[2]])
+        silos[SILOS[2]] = start("silo", SILOS[2])
+        died(coordinator, homes["server"])
+        finished(start("server", "server"), homes["server"])
+        for name, process in silos.items():
+            finished(process, homes[name])
+
+    (run,) = (homes["server"] / "studies").iterdir()
+    record = json.loads((run / "results.json").read_text())
+    assert record["finished"]
+    assert [r["survivors"] for r in record["rounds"]] == [list(SILOS)] * 4
+
+    # What was lost cost neither work nor budget: one charge a round, and the same adapters as of a
+    # run in which nothing happened.
+    for name in SILOS:
+        with Ledger(homes[name] / "ledger.sqlite", name) as ledger:
+            entries = ledger.entries()
+        assert [(e.key.round, e.key.attempt, e.state) for e in entries] == [
+            (round_, 0, "settled") for round_ in range(4)
+        ]
+    calm = calm_run(study, tmp_path)
+    np.testing.assert_array_equal(np.load(run / "adapters" / "slm" / "theta.npy"), calm)
+
+    # Every participant's evidence holds by itself.
+    for name, home in homes.items():
+        (run,) = (home / "studies").iterdir()
+        path = tmp_path / f"{name}.zip"
+        path.write_bytes(make_bundle(run))
+        verdict = verify(path)
+        assert verdict.holds, [(c.title, c.faults) for c in verdict.failed]
+
+
+def calm_run(study, directory) -> np.ndarray:
+    """The same study in one process, and nothing happens: the final adapter."""
+    study = structs.replace(study, roster=[])
+    roster = Roster({name: KEYS[name].public for name in SILOS})
+
+    def silo(name, progress):
+        return SiloSession(
+            study=study,
+            name=name,
+            roster=roster,
+            key=KEYS[name],
+            workload=ArithmeticSilo(name),
+            store=SiloStore(directory / name),
+            ledger=Ledger(directory / name / "ledger.sqlite", name),
+        )
+
+    workload = ArithmeticServer()
+    Coordinator(
+        study=study,
+        roster=roster,
+        engine=EmbeddedEngine(SILOS, silo, workers=0, progress=silent),
+        workload=workload,
+        store=RunStore(directory, study.digest, resume=False),
+        progress=silent,
+    ).run()
+    return workload.theta
+
+
+# ---- one silo, without a study: what the carrier lets through ----
+
+
+@contextlib.contextmanager
+def attached(home: Path, name: str, port=None):
+    """A silo's FLARE process with a door behind it; yields (process, inbox)."""
+    kit = installed(home, name)
+    inbox = SiloInbox(port or Echo(), 1 << 28)
+    worker_stop = threading.Event()
+    worker = threading.Thread(target=inbox.serve, args=(worker_stop.is_set,))
+    worker.start()
+    try:
+        with (
+            Door(answer_calls(inbox)) as door,
+            FlareProcess(
+                "client", kit.workspace, name=kit.name, org=kit.org, env={DOOR: str(door.path)}
+            ) as process,
+        ):
+            yield process
+    finally:
+        worker_stop.set()
+        worker.join()
+
+
+class Echo:
+    def step(self, frame: bytes) -> bytes:
+        return hashlib.sha256(frame).digest() + frame[:7]
+
+
+@pytest.fixture(scope="session")
+def engine(homes, tmp_path_factory):
+    """A server for one silo at a time, whose operator has opened its own policy to everything."""
+    home = homes["server"]
+    kit = installed(home, "server")
+    workspace = tmp_path_factory.mktemp("server") / "kit"
+    shutil.copytree(kit.workspace, workspace)
+    for name in ("authorization.json", "resources.json"):
+        path = workspace / "local" / name
+        text = path.read_text().replace('"byoc": "none"', '"byoc": "any"')
+        path.write_text(text.replace('"enforce"', '"warn"'))
+    with FlareEngine(
+        SILOS,
+        minimum=1,
+        server=Kit(workspace, kit.name, kit.org),
+        lead=installed(home, "server", lead=True),
+        patience=60,
+        progress=silent,
+    ) as engine:
+        yield engine
+
+
+def peak_memory(*words: str) -> int:
+    """Largest resident size so far, in bytes, of the processes whose command has these words."""
+    peak = 0
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            command = path.read_bytes().decode(errors="replace")
+            if all(word in command for word in words):
+                status = (path.parent / "status").read_text()
+                peak = max(peak, int(status.split("VmHWM:")[1].split()[0]) * 1024)
+    return peak
+
+
+def test_what_a_silo_takes_from_a_server(homes, engine, tmp_path):
+    """A 100 MB adapter, in pieces; but no code, and no class besides our relay."""
+    home = homes["silo-1"]
+    frame = os.urandom(100_000_000)
+    with attached(home, "silo-1"):
+        assert engine.exchange({"silo-1": b"small"}, 120) == {"silo-1": Echo().step(b"small")}
+        before = peak_memory("worker_process", str(home))
+        assert before > 0
+        assert engine.exchange({"silo-1": frame}, 200) == {"silo-1": Echo().step(frame)}
+        assert peak_memory("worker_process", str(home)) - before < 100_000_000
+        engine._end_job()
+
+        marker = tmp_path / "it-ran"
+        code = tmp_path / "code"
+        write_job(code, ["silo-1"])
+        (code / "app" / "custom").mkdir()
+        (code / "app" / "custom" / "evil.py").write_text(
+            f"open({str(marker)!r}, 'w')\nclass Evil: pass\n"
+        )
+        add_component(code, {"path": "evil.Evil", "args": {}})
+        other = tmp_path / "class"
+        write_job(other, ["silo-1"])
+        add_component(other, {"path": "subprocess.Popen", "args": {"args": ["touch", str(marker)]}})
+        for folder in (code, other):
+            assert outcome_of(engine, folder) != "FINISHED:COMPLETED"
+        assert not marker.exists()
+    server = (engine._process.workspace / "flare.log").read_text()
+    assert "silo-1: NVFLARE_ERROR: BYOC not permitted" in server
+    silo = (home / "kit" / "flare.log").read_text()
+    assert "Component 'subprocess.Popen' at config path 'components.#2' is not in" in silo
+
+
+def add_component(job: Path, component: dict) -> None:
+    path = job / "app" / "config" / "config_fed_client.json"
+    tree = json.loads(path.read_text())
+    tree["components"].append({"id": "evil", **component})
+    path.write_text(json.dumps(tree))
+
+
+def outcome_of(engine, job: Path) -> str:
+    number = engine._ask(lambda session: session.submit_job(str(job)))
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        status = engine._ask(lambda session: session.get_job_meta(number))["status"]
+        if status.startswith("FINISHED"):
+            return status
+        time.sleep(0.5)
+    raise AssertionError(status)
+
+
+def test_a_stranger_with_a_certificate_of_another_authority_is_not_connected(engine, tmp_path):
+    port = int(
+        json.loads((engine._lead.workspace / "startup/fed_admin.json").read_text())["admin"]["port"]
+    )
+    home = make_homes(tmp_path, ["silo-2"], port=port)["silo-2"]
+    with attached(home, "silo-2"):
+        deadline = time.monotonic() + 30
+        log = home / "kit" / "flare.log"
+        while "CERTIFICATE_VERIFY_FAILED" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.3)
+        assert "CERTIFICATE_VERIFY_FAILED" in log.read_text(), log.read_text()[-2000:]
+        assert "silo-2" not in engine._connected()

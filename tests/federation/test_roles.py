@@ -1,0 +1,189 @@
+"""The roles of a real run, without a network between them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+from securefedcollm_audits.verify import verify
+
+from securefedcollm.errors import ConfigError, CryptoError
+from securefedcollm.evidence.bundle import make_bundle
+from securefedcollm.federation import roles
+from securefedcollm.federation.engines.embedded import EmbeddedEngine
+from securefedcollm.federation.status import runs_of
+from securefedcollm.federation.workload import silent
+from securefedcollm.study import load_study
+from securefedcollm.study.identity import create_identity
+from securefedcollm.study.signing import signatures_path
+
+from .arithmetic import ArithmeticServer, ArithmeticSilo, make_study
+from .homes import make_identities, write_signed
+
+SILOS = ("silo-1", "silo-2", "silo-3")
+
+
+@pytest.fixture
+def homes(tmp_path):
+    return make_identities(tmp_path, SILOS)
+
+
+def study(**changes):
+    local = {"steps": 5, "batch_size": 8, "learning_rate": 0.1}
+    return make_study(study="roles", rounds=2, silos={"count": 3}, local=local, **changes)
+
+
+def enter(path, home, role, passphrase=lambda: ""):
+    return roles.take_part(load_study(path), path, home, role, passphrase)
+
+
+@pytest.mark.parametrize("missing", ["silo-2", "hub"])
+def test_a_study_that_somebody_has_not_signed_is_not_run(homes, tmp_path, missing):
+    path = write_signed(study(), homes, tmp_path / "study.yaml", unsigned=[missing])
+    with (
+        pytest.raises(ConfigError, match=f"not signed yet by {missing}"),
+        enter(path, homes["silo-1"], "silo"),
+    ):
+        pass
+
+
+def test_a_study_that_was_changed_after_it_was_signed_is_not_run(homes, tmp_path):
+    """Adversary: a server that hands out another study under the signatures of the agreed one."""
+    path = write_signed(study(), homes, tmp_path / "study.yaml")
+    path.write_text(path.read_text().replace("epsilon: 8.0", "epsilon: 80.0"))
+    with (
+        pytest.raises(ConfigError, match="another version of the study"),
+        enter(path, homes["silo-1"], "silo"),
+    ):
+        pass
+
+
+def test_a_signature_of_another_key_is_not_taken(homes, tmp_path):
+    path = write_signed(study(), homes, tmp_path / "study.yaml")
+    envelope = json.loads(signatures_path(path).read_text())
+    first, second = envelope["signatures"][:2]
+    first["sig"], second["sig"] = second["sig"], first["sig"]
+    signatures_path(path).write_text(json.dumps(envelope))
+    with pytest.raises(CryptoError, match="does not verify"), enter(path, homes["silo-1"], "silo"):
+        pass
+
+
+@pytest.mark.parametrize("who", ["silo-1", "stranger"])
+def test_only_who_is_on_the_roster_in_that_role_takes_part(homes, tmp_path, who):
+    path = write_signed(study(), homes, tmp_path / "study.yaml")
+    home = tmp_path / who
+    if who == "stranger":
+        create_identity(who, home / "identity.json", None)
+    with (
+        pytest.raises(ConfigError, match=f"{who} is not on this study's roster as server"),
+        enter(path, home, "server"),
+    ):
+        pass
+
+
+def test_one_home_runs_a_study_once_at_a_time(homes, tmp_path):
+    path = write_signed(study(), homes, tmp_path / "study.yaml")
+    with enter(path, homes["silo-1"], "silo"):
+        with (
+            pytest.raises(ConfigError, match="another process is running this study"),
+            enter(path, homes["silo-1"], "silo"),
+        ):
+            pass
+        with enter(path, homes["silo-2"], "silo"):
+            pass
+    with enter(path, homes["silo-1"], "silo"):
+        pass  # the lock has gone with its holder
+
+
+def test_an_encrypted_identity_needs_its_passphrase(homes, tmp_path):
+    (homes["silo-1"] / "identity.json").unlink()
+    create_identity("silo-1", homes["silo-1"] / "identity.json", "correct horse")
+    path = write_signed(study(), homes, tmp_path / "study.yaml", passphrase="correct horse")
+    with (
+        pytest.raises(CryptoError, match="does not open"),
+        enter(path, homes["silo-1"], "silo", lambda: "wrong horse"),
+    ):
+        pass
+    with enter(path, homes["silo-1"], "silo", lambda: "correct horse") as member:
+        assert member.name == "silo-1"
+
+
+@pytest.mark.parametrize("scheme", ["masking", "authority"])
+def test_a_run_leaves_at_every_home_what_status_and_auditors_need(tmp_path, scheme):
+    changes = {}
+    if scheme == "authority":
+        changes = {"aggregation": {"scheme": "ckks", "key_model": "authority", "clip_norm": 20.0}}
+    homes = make_identities(tmp_path, SILOS, authority=scheme == "authority")
+    path = write_signed(study(**changes), homes, tmp_path / "study.yaml")
+    told: dict[str, list[str]] = {name: [] for name in SILOS}
+    parties = {}
+    with contextlib.ExitStack() as stack:
+        members = {
+            name: stack.enter_context(enter(path, home, name if name not in SILOS else "silo"))
+            for name, home in homes.items()
+        }
+
+        def party(name, progress):
+            if name == "auditor":
+                session = roles.authority_session(members["authority"])
+            else:
+                session = roles.silo_session(
+                    members[name],
+                    ArithmeticSilo(name),
+                    progress=progress,
+                    threads=1,
+                    on_entry=lambda entry: told[name].append(type(entry.what).__name__),
+                )
+            assert not session.over
+            parties[name] = session
+            return session
+
+        names = [*SILOS, *(["auditor"] if scheme == "authority" else [])]
+        server = members["server"]
+        with EmbeddedEngine(names, party, workers=0, progress=silent) as engine:
+            record = roles.coordinate(server, engine, ArithmeticServer(), silent, lambda r: None)
+            again = roles.coordinate(server, engine, ArithmeticServer(), silent, lambda r: None)
+    assert record["finished"]
+    assert len(record["rounds"]) == 2
+    assert again == record  # a server that is started once more has nothing left to do
+    assert all(session.over for session in parties.values())
+    assert told["silo-2"][:4] == ["Opened", "Round", "Reserved", "Released"]
+
+    for name, home in homes.items():
+        (status,) = runs_of(home)
+        assert status.role == (name if name not in SILOS else "silo")
+        assert (status.rounds_done, status.rounds) == (2, 2)
+        assert status.problem is None
+        if name == "server":
+            assert status.name == "hub"
+            assert set(status.bytes_up) >= set(SILOS)
+            assert min(status.bytes_up.values()) > 0
+        elif name == "authority":
+            assert status.name == "auditor"
+        else:
+            assert status.survivors == list(SILOS)
+            assert 0 < status.epsilon_spent <= 8
+            assert "spent on these data" in "\n".join(status.sentences())
+        (run,) = (home / "studies").iterdir()
+        bundle = tmp_path / f"{name}.zip"
+        bundle.write_bytes(make_bundle(run))
+        verdict = verify(bundle)
+        assert verdict.holds, [(c.title, c.faults) for c in verdict.failed]
+
+
+def test_status_names_what_it_cannot_read(homes, tmp_path):
+    assert runs_of(homes["server"]) == []
+    path = write_signed(study(), homes, tmp_path / "study.yaml")
+    with enter(path, homes["server"], "server") as member:
+        (member.run / "server").mkdir()
+        (member.run / "server" / "state.json").write_text("{")
+    (status,) = runs_of(homes["server"])
+    assert status.rounds_done == 0
+    assert status.problem
+
+
+def test_server_questions_of_a_study_on_files_must_be_given():
+    data = {"train": "a.jsonl", "test": "b.jsonl", "public": 10, "per_silo": 10}
+    with pytest.raises(ConfigError, match="public questions"):
+        roles.server_questions(study(task={"data": data}), None, None)
