@@ -325,8 +325,9 @@ def make_party(
     directory: Path,
     data: Path | None,
     threads: int,
-    planned: dict[str, PoissonGaussian | None],
+    planned: Mapping[str, PoissonGaussian | None],
     device: str = "cpu",
+    noisy: int = 0,
 ) -> SiloPort:
     """Build one silo, or the authority, in the process that will run it."""
     if name not in roster:
@@ -343,6 +344,7 @@ def make_party(
         device=device,
         threads=threads,
         planned=planned,
+        noisy=noisy,
     )
 
 

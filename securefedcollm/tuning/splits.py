@@ -24,9 +24,9 @@ def record_id(question: Question) -> bytes:
     Blind to Unicode normalisation form, to runs of white space, to the order in which the choices
     are listed, and to ``group``: none of them makes a record another person's record.
     """
-    right = None if question.answer is None else _folded(question.choices[question.answer])
-    choices = sorted(_folded(choice) for choice in question.choices)
-    canonical = json.dumps([_folded(question.prompt), choices, right], ensure_ascii=False)
+    right = None if question.answer is None else folded(question.choices[question.answer])
+    choices = sorted(folded(choice) for choice in question.choices)
+    canonical = json.dumps([folded(question.prompt), choices, right], ensure_ascii=False)
     return hashlib.sha256(b"securefedcollm/record/v1\0" + canonical.encode()).digest()
 
 
@@ -167,10 +167,11 @@ _STREAM = 0x5EED_5B1175  # keeps this use of a study's seed apart from every oth
 
 def _asked(question: Question) -> str:
     """What makes two questions the same but for their answers: the prompt, or the whole text."""
-    return _folded(question.prompt or question.choices[0])
+    return folded(question.prompt or question.choices[0])
 
 
-def _folded(text: str) -> str:
+def folded(text: str) -> str:
+    """``text`` in one Unicode form, every run of white space one space."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
