@@ -15,6 +15,8 @@ from securefedcollm_cli import (
     audit,
     budget,
     consortium,
+    data,
+    experiment,
     identity,
     model,
     roles,
@@ -32,6 +34,7 @@ app = typer.Typer(
     "Start with `securefedcollm simulate configs/quickstart.yaml`: four hospitals on this machine.",
 )
 app.command()(simulate.simulate)
+app.command()(experiment.experiment)
 app.command()(consortium.join)
 app.command()(roles.server)
 app.command()(roles.client)
@@ -39,6 +42,7 @@ app.command()(roles.authority)
 app.command()(roles.status)
 app.add_typer(study.app, name="study")
 app.add_typer(identity.app, name="identity")
+app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 app.add_typer(budget.app, name="budget")
 app.add_typer(audit.app, name="audit")

@@ -45,6 +45,12 @@ def unit_records(study: Study) -> int:
     Raises:
         ConfigError: the study does not say.
     """
+    if study.task.data.skew != 1:
+        raise ConfigError(
+            "with task.data.skew the silos have different numbers of records",
+            where="task.data.skew",
+            hint="give --records N: those of the smallest silo",
+        )
     if study.task.data.builtin and study.task.data.per_silo is None:
         return BUILTIN_RECORDS if study.subject is None else BUILTIN_SUBJECTS
     if study.subject is not None:

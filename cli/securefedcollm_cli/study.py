@@ -15,20 +15,66 @@ app = typer.Typer(no_args_is_help=True, help="Check, show and describe a study f
 
 
 @app.command()
-def check(config: StudyFile, overrides: Overrides = None, as_json: Json = False) -> None:
+def check(
+    config: StudyFile,
+    overrides: Overrides = None,
+    estimate: Annotated[
+        bool,
+        typer.Option(
+            "--estimate",
+            help="Also build both models without weights, and print adapter sizes, bytes a round "
+            "and memory. Reads their config.json: under --data, or once from the hub.",
+        ),
+    ] = False,
+    data: DataDir = None,
+    as_json: Json = False,
+) -> None:
     """Check a study and print what follows from it: digest, thresholds, packing, privacy.
 
-    Reads nothing but the file: no data, no model, no network.
+    Without `--estimate` it reads nothing but the file: no data, no model, no network.
     """
     from securefedcollm.study import load_study
 
-    facts = derived(load_study(config, overrides or []))
+    study = load_study(config, overrides or [])
+    facts = derived(study)
+    if estimate:
+        from securefedcollm.federation.estimate import estimate as estimated
+
+        facts["estimate"] = estimated(study, data)
+        facts["reading"] |= _estimate_lines(facts["estimate"])
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
     for key, value in facts["reading"].items():
         typer.echo(f"{key:<17} {value}")
     typer.secho("the study is sound", fg="green")
+
+
+def _estimate_lines(found: dict[str, Any]) -> dict[str, str]:
+    lines = {
+        name.upper(): f"{found[name]['parameters'] / 1e6:,.1f} M parameters, adapter "
+        f"{found[name]['adapter_values']:,} values ({found[name]['adapter_share']:.2%})"
+        for name in ("llm", "slm")
+    }
+    up, down = found["bytes_up_per_round"], found["bytes_down_per_round"]
+    memory = found["memory_bytes"]
+    lines["a silo's round"] = (
+        f"trains {found['slm']['trained_values']:,} values; sends {_size(up)}, receives "
+        f"{_size(down)}, and a few kB of keys and shares a silo"
+    )
+    lines["memory, about"] = (
+        f"silo {_size(memory['silo'])}, server {_size(memory['server'])}, if all records had "
+        "task.max_tokens; the library not counted"
+    )
+    return lines
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.1f} GB"
 
 
 @app.command()

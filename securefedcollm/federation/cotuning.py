@@ -33,7 +33,7 @@ from securefedcollm.tuning.adapters import (
 )
 from securefedcollm.tuning.descent import Descent
 from securefedcollm.tuning.distil import DistilStep, distil
-from securefedcollm.tuning.evaluate import evaluate
+from securefedcollm.tuning.evaluate import Evaluation, evaluate
 from securefedcollm.tuning.head import check_output, unwrapped
 from securefedcollm.tuning.local import sampled_gradients, train_dp, train_plain
 from securefedcollm.tuning.models import LoadedModel, find_device, load_model
@@ -111,6 +111,34 @@ class Tuned:
             depth = unwrapped(self.model).config.num_hidden_layers
             encoded = with_prefix(self.model, encoded, depth - self.study.adapter.top_layers)
         return encoded
+
+    def answers(self, test: EncodedQuestions) -> Evaluation:
+        """What this model makes of every test question."""
+        return evaluate(
+            self.model,
+            test,
+            normalisation=self.study.task.score,
+            batch_size=max(64, self.study.local.micro_batch),  # without gradients more fit
+        )
+
+    def load_adapter(self, directory: Path) -> None:
+        """Take up the adapter that :func:`save_adapter` wrote into ``directory``, bit for bit.
+
+        Raises:
+            StateError: it is damaged or another study's.
+        """
+        from safetensors.numpy import load_file
+
+        path = directory / "adapter_model.safetensors"
+        try:
+            tensors = load_file(path)
+        except Exception as error:
+            raise StateError(
+                f"{path}: the saved adapter cannot be read ({error})",
+                hint="start again with --overwrite",
+            ) from None
+        layout = full_layout(self.model)
+        load_vector(self.model, layout, _in_order(tensors, layout, path))
 
     def broadcast_layout(self) -> AdapterLayout:
         """What travels from server to silos: all that is ever trained."""
@@ -264,6 +292,10 @@ class SiloTuning:
         """The adapter as it stands: for a silo that tunes alone, without any exchange."""
         return to_vector(self._tuned.model, self._tuned.broadcast_layout())
 
+    def answers(self, test: Sequence[Question]) -> Evaluation:
+        """What this silo's own model makes of every test question."""
+        return self._tuned.answers(self._tuned.encode(test))
+
     def evaluate(self, test: Sequence[Question]) -> dict[str, float]:
         """Accuracy of this silo's own model by group."""
         return accuracies(self._tuned, self._tuned.encode(test))
@@ -382,19 +414,8 @@ class ServerTuning:
             save_adapter(tuned.model, directory / name)
 
     def load(self, directory: Path) -> None:
-        from safetensors.numpy import load_file
-
         for name, tuned in self._models():
-            path = directory / name / "adapter_model.safetensors"
-            try:
-                tensors = load_file(path)
-            except Exception as error:
-                raise StateError(
-                    f"{path}: the saved adapter cannot be read ({error})",
-                    hint="start again with --overwrite",
-                ) from None
-            layout = full_layout(tuned.model)
-            load_vector(tuned.model, layout, _in_order(tensors, layout, path))
+            tuned.load_adapter(directory / name)
 
     def _models(self) -> list[tuple[str, Tuned]]:
         models = [("slm", self._slm)]
@@ -483,13 +504,8 @@ def training_seed(study: Study, who: str, round_: int) -> int:
 
 def accuracies(tuned: Tuned, test: EncodedQuestions) -> dict[str, float]:
     """Accuracy in [0, 1] by question group."""
-    scores = evaluate(
-        tuned.model,
-        test,
-        normalisation=tuned.study.task.score,
-        batch_size=max(64, tuned.study.local.micro_batch),  # without gradients more fit
-    )
-    return {group: score.accuracy for group, score in scores.by_group().items()}
+    scores = tuned.answers(test).by_group()
+    return {group: score.accuracy for group, score in scores.items()}
 
 
 def set_threads(count: int) -> None:

@@ -5,16 +5,20 @@ A real silo reads its own file instead and never comes here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.federation.plan import silo_names
 from securefedcollm.study import Study
 from securefedcollm.tuning.data import read_questions
 from securefedcollm.tuning.questions import Question
-from securefedcollm.tuning.splits import split_questions
-from securefedcollm.tuning.world import Sizes, World
+from securefedcollm.tuning.splits import silo_sizes, split_questions
+from securefedcollm.tuning.world import FAMILIES, Sizes, World
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,13 @@ class Dealt:
     test: tuple[Question, ...]
 
 
-def deal(study: Study, data: Path | None) -> Dealt:
+def deal(study: Study, data: Path | None, noisy: int = 0) -> Dealt:
     """Deal the study's questions out, the same on every call.
+
+    Args:
+        study: with ``task.data``, which says how.
+        data: directory of the study's files.
+        noisy: so many silos, the last ones, get their answers shuffled (:func:`shuffled_answers`).
 
     Raises:
         ConfigError: files are needed and no directory was given, or the built-in world does not
@@ -39,9 +48,14 @@ def deal(study: Study, data: Path | None) -> Dealt:
     if spec.builtin:
         sizes = Sizes(records_per_silo=spec.per_silo) if spec.per_silo else Sizes()
         world = World(seed=study.seed, silos=len(names), sizes=sizes)
+        counts = silo_sizes(len(names), sizes.records_per_silo, spec.skew)
+        shares = _family_shares(study)
         return Dealt(
             public=tuple(world.public()),
-            silos={name: tuple(world.records(i)) for i, name in enumerate(names)},
+            silos={
+                name: _noisy(tuple(world.records(i, counts[i], shares[i])), study, name, noisy)
+                for i, name in enumerate(names)
+            },
             test=tuple(world.tests()),
         )
     if data is None:
@@ -62,13 +76,66 @@ def deal(study: Study, data: Path | None) -> Dealt:
         public=spec.public,
         public_labelled=spec.public_labelled,
         seed=study.seed,
+        concentration=spec.alpha if spec.partition == "dirichlet" else None,
+        skew=spec.skew,
     )
     test = read_records(study, data / spec.test, private=False)
     return Dealt(
         public=split.public_labelled + split.public_unlabelled,
-        silos=dict(zip(names, split.silos, strict=True)),
+        silos={
+            name: _noisy(questions, study, name, noisy)
+            for name, questions in zip(names, split.silos, strict=True)
+        },
         test=tuple(test[: spec.max_test]),
     )
+
+
+def shuffled_answers(questions: Sequence[Question], seed: int) -> tuple[Question, ...]:
+    """The same questions with each other's answers: a silo whose labels mean nothing.
+
+    Of choices the number of the right one is passed on, of responses the response.
+
+    Raises:
+        ConfigError: the records are plain texts, which have no answers.
+    """
+    if any(not question.prompt for question in questions):
+        raise ConfigError(
+            "plain texts have no answers to shuffle",
+            where="--noisy-silos",
+            hint="leave it out, or choose another task.kind",
+        )
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(questions))
+    givers = [questions[int(i)] for i in order]
+    return tuple(
+        replace(question, answer=(giver.answer or 0) % len(question.choices))
+        if len(question.choices) > 1
+        else replace(question, choices=giver.choices)
+        for question, giver in zip(questions, givers, strict=True)
+    )
+
+
+def _noisy(
+    questions: tuple[Question, ...], study: Study, name: str, noisy: int
+) -> tuple[Question, ...]:
+    names = silo_names(study)
+    if name not in names[len(names) - noisy :]:
+        return questions
+    return shuffled_answers(questions, study.seed)
+
+
+def _family_shares(study: Study) -> list[npt.NDArray[np.float64] | None]:
+    """By silo the part of each disease family in its records; None: the hospital's own ones."""
+    spec, silos = study.task.data, study.silos.count
+    if spec.partition is None:
+        return [None] * silos
+    if spec.partition == "iid":
+        return [np.full(len(FAMILIES), 1 / len(FAMILIES))] * silos
+    rng = np.random.Generator(np.random.Philox(key=[study.seed, _FAMILIES_STREAM]))
+    owners = rng.dirichlet(np.full(silos, spec.alpha), size=len(FAMILIES)).T + 1e-9
+    return list(owners / owners.sum(axis=1, keepdims=True))
+
+
+_FAMILIES_STREAM = 0xFA_111E5  # keeps this use of a study's seed apart from every other one
 
 
 def read_records(

@@ -11,11 +11,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from securefedcollm import __version__
 from securefedcollm.aggregation import Roster
@@ -45,11 +45,15 @@ from securefedcollm.study import Study, digest, dump_study
 from securefedcollm.study.identity import create_identity, open_identity, read_identity
 
 if TYPE_CHECKING:
+    from multiprocessing.context import BaseContext
+
+    from securefedcollm.federation.cotuning import SiloTuning
     from securefedcollm.tuning.questions import Question
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 
-_PRELOAD = ("securefedcollm.federation.cotuning", "peft")  # seconds to import
+PRELOAD = ("securefedcollm.federation.cotuning", "peft")  # seconds to import
 
 
 class Simulation:
@@ -67,6 +71,8 @@ class Simulation:
         workers: int | None = None,
         drops: Iterable[str] = (),
         device: str = "cpu",
+        distillation: bool = True,
+        noisy: int = 0,
     ) -> None:
         """
         Args:
@@ -78,6 +84,8 @@ class Simulation:
             workers: processes for the silos; None: one per core; 0: none.
             drops: silos to lose on purpose, ``SILO@STEP[:ROUND]``.
             device: where all models compute, as torch calls it.
+            distillation: False leaves out the server's phase: plain FedAvg, without the LLM.
+            noisy: so many silos get their answers shuffled.
 
         Raises:
             ConfigError: a drop names no silo or step.
@@ -89,6 +97,8 @@ class Simulation:
         self._resume = resume
         self._overwrite = overwrite
         self._baselines = tuple(baselines)
+        self._distillation = distillation
+        self._noisy = noisy
         self._drops = [Drop.parse(spec, silo_names(study), study.scheme) for spec in drops]
         cores = len(os.sched_getaffinity(0))
         self._workers = min(cores, study.silos.count) if workers is None else workers
@@ -103,31 +113,33 @@ class Simulation:
         """
         started = time.monotonic()
         self._open_directory()
-        self._context = process_context(_PRELOAD) if self._workers else None
+        self._context = process_context(PRELOAD) if self._workers else None
         store = RunStore(self._out, digest(self._study), resume=self._resume)
         write_durably(self._out / "study.yaml", dump_study(self._study).encode())
 
         from securefedcollm.federation import cotuning
         from securefedcollm.federation.dealing import deal
 
-        dealt = deal(self._study, self._data)
-        self._planned = {n: _planned(self._study, q) for n, q in dealt.silos.items()}
+        dealt = deal(self._study, self._data, self._noisy)
+        self._planned = {n: planned(self._study, q) for n, q in dealt.silos.items()}
         self._prepare_models(progress, say)
         cotuning.set_threads(self._server_threads)
         server = cotuning.ServerTuning(
             self._study,
             public=dealt.public,
             test=dealt.test,
+            distillation=self._distillation,
             data=self._data,
             device=self._device,
             progress=progress,
         )
         zero_shot = self._once("zero-shot", server.evaluate)
         self._federate(store, server, self._out, progress, say)
-        for name in ("slm", "llm"):
+        for name in ("slm", "llm") if self._distillation else ("slm",):
             _replace_tree(self._out / "server" / _last(store) / name, self._out / "adapters" / name)
         final = store.state.history[-1]["evaluation"]
-        table = _rows("zero-shot", zero_shot) + _rows("FedCoLLM", final)
+        method = "FedCoLLM" if self._distillation else "FedAvg"
+        table = _rows("zero-shot", zero_shot) + _rows(method, final)
         del server
         if "standalone" in self._baselines:
             table += _rows("standalone", self._standalone(progress))
@@ -195,6 +207,7 @@ class Simulation:
             device=self._device,
             threads=self._threads,
             planned=self._planned,
+            noisy=self._noisy,
         )
 
         def on_round(record: dict[str, Any]) -> None:
@@ -259,14 +272,7 @@ class Simulation:
             threads=self._threads,
             planned=self._planned,
         )
-        scores = []
-        if self._workers == 0:
-            scores = [job(name) for name in names]
-        else:
-            with ProcessPoolExecutor(self._workers, mp_context=self._context) as pool:
-                for done, score in enumerate(pool.map(job, names), start=1):
-                    scores.append(score)
-                    progress(done, len(names), "standalone silos")
+        scores = for_each(job, names, self._workers, self._context, progress)
         return {group: sum(s[group] for s in scores) / len(scores) for group in scores[0]}
 
     def _once(self, name: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -321,8 +327,9 @@ def make_party(
     directory: Path,
     data: Path | None,
     threads: int,
-    planned: dict[str, PoissonGaussian | None],
+    planned: Mapping[str, PoissonGaussian | None],
     device: str = "cpu",
+    noisy: int = 0,
 ) -> SiloPort:
     """Build one silo, or the authority, in the process that will run it."""
     if name not in roster:
@@ -339,6 +346,7 @@ def make_party(
         device=device,
         threads=threads,
         planned=planned,
+        noisy=noisy,
     )
 
 
@@ -366,8 +374,9 @@ def make_silo(
     directory: Path,
     data: Path | None,
     threads: int,
-    planned: dict[str, PoissonGaussian | None],
+    planned: Mapping[str, PoissonGaussian | None],
     device: str = "cpu",
+    noisy: int = 0,
 ) -> SiloSession:
     """Build one silo in the process that will run it."""
     from securefedcollm.federation import cotuning
@@ -378,7 +387,7 @@ def make_silo(
     workload = cotuning.SiloTuning(
         study,
         name,
-        deal(study, data).silos[name],
+        deal(study, data, noisy).silos[name],
         data=data,
         device=device,
         progress=progress,
@@ -419,36 +428,71 @@ def tune_alone(
     data: Path | None,
     directory: Path,
     threads: int,
-    planned: dict[str, PoissonGaussian | None],
+    planned: Mapping[str, PoissonGaussian | None],
     device: str = "cpu",
 ) -> dict[str, float]:
     """One silo without a federation: the same steps, noise and rounds, nothing leaves it."""
 
     def tune() -> dict[str, float]:
-        from securefedcollm.federation import cotuning
-        from securefedcollm.federation.dealing import deal
-
-        cotuning.set_threads(threads)
-        dealt = deal(study, data)
-        workload = cotuning.SiloTuning(
-            study,
-            name,
-            dealt.silos[name],
-            data=data,
-            device=device,
-            planned=planned[name],
-            alone=True,
+        alone, test = tuned_alone(
+            name, study=study, data=data, threads=threads, planned=planned, device=device
         )
-        adapter = workload.adapter()
-        for round_ in range(study.rounds):
-            workload.fit(adapter, round_, silent)
-            adapter = workload.adapter()
-        return {f"slm/{g}": a for g, a in workload.evaluate(dealt.test).items()}
+        return {f"slm/{g}": a for g, a in alone.evaluate(test).items()}
 
     return remembered(directory / f"{name}.json", tune)
 
 
-def _planned(study: Study, questions: Sequence[Question]) -> PoissonGaussian | None:
+def tuned_alone(
+    name: str,
+    *,
+    study: Study,
+    data: Path | None,
+    threads: int,
+    planned: Mapping[str, PoissonGaussian | None],
+    device: str = "cpu",
+) -> tuple[SiloTuning, Sequence[Question]]:
+    """A silo after :func:`tune_alone`'s training, and the test questions."""
+    from securefedcollm.federation import cotuning
+    from securefedcollm.federation.dealing import deal
+
+    cotuning.set_threads(threads)
+    dealt = deal(study, data)
+    workload = cotuning.SiloTuning(
+        study,
+        name,
+        dealt.silos[name],
+        data=data,
+        device=device,
+        planned=planned[name],
+        alone=True,
+    )
+    adapter = workload.adapter()
+    for round_ in range(study.rounds):
+        workload.fit(adapter, round_, silent)
+        adapter = workload.adapter()
+    return workload, dealt.test
+
+
+def for_each(
+    job: Callable[[str], T],
+    names: Sequence[str],
+    workers: int,
+    context: BaseContext | None,
+    progress: Progress,
+) -> list[T]:
+    """``job`` for every silo, in ``workers`` processes (0: in this one)."""
+    if workers == 0:
+        return [job(name) for name in names]
+    found = []
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for done, result in enumerate(pool.map(job, names), start=1):
+            found.append(result)
+            progress(done, len(names), "standalone silos")
+    return found
+
+
+def planned(study: Study, questions: Sequence[Question]) -> PoissonGaussian | None:
+    """What a round of the silo's own DP-SGD releases; None without it."""
     from securefedcollm.federation.cotuning import planned_event
 
     if study.privacy is None or study.privacy.unit == "silo":
@@ -456,11 +500,11 @@ def _planned(study: Study, questions: Sequence[Question]) -> PoissonGaussian | N
     return planned_event(study, questions)
 
 
-def remembered(path: Path, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+def remembered(path: Path, make: Callable[[], dict[str, T]]) -> dict[str, T]:
     """The JSON in ``path``, made once."""
     if not path.exists():
         write_durably(path, json.dumps(make()).encode())
-    content: dict[str, float] = json.loads(path.read_bytes())
+    content: dict[str, T] = json.loads(path.read_bytes())
     return content
 
 
@@ -516,9 +560,11 @@ def _notes(study: Study, baselines: tuple[str, ...]) -> list[str]:
     if study.task.data.builtin:
         notes += [
             "general: knowledge that the LLM had; private: rules that only silos' records hold.",
-            f"A standalone silo sees 1/{study.silos.count} of the private rules, which caps it.",
             "The public prompts include unanswered ones on the private topics.",
         ]
+    if study.task.data.builtin and study.task.data.partition is None:
+        share = f"1/{study.silos.count} of the private rules"
+        notes.append(f"A standalone silo sees {share}, which caps it.")
     if study.generative:
         notes.append("Accuracy: the share of the answers' tokens that are the most probable one.")
     if baselines and study.privacy:

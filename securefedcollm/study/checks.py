@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from securefedcollm.errors import ConfigError
-from securefedcollm.study.config import BUILTIN_SUBJECT, PLACEMENTS, Model, Study
+from securefedcollm.study.config import BUILTIN_SUBJECT, PLACEMENTS, Data, Model, Study
 
 _MOST_RECORDS = 10**10  # above it, a slip of the pen
 
@@ -173,6 +173,12 @@ def _check_joint(study: Study) -> None:
 
 def _check_data(study: Study) -> None:
     data = study.task.data
+    if data.alpha != Data().alpha and data.partition != "dirichlet":
+        raise ConfigError(
+            "only a Dirichlet partition has a concentration",
+            where="task.data.alpha",
+            hint="remove it, or set task.data.partition: dirichlet",
+        )
     files = [name for name in ("train", "test", "public") if getattr(data, name)]
     if data.builtin and files:
         raise ConfigError(

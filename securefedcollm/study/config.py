@@ -62,6 +62,12 @@ class Data(_Section, frozen=True):
     (JSONL, CSV or Parquet) under ``--data``; the first ``public`` shuffled training questions are
     public, ``public_labelled`` of them with answers; ``simulate`` gives ``per_silo`` of the rest to
     each silo. A real silo reads its own file instead.
+
+    ``partition`` is how ``simulate`` deals the records out: ``iid``, or ``dirichlet``, where a
+    group's records (subjects of questions, labels of a classification, disease families of the
+    hospitals) follow a Dirichlet(``alpha``) draw over the silos: the smaller, the more one silo
+    owns a group. Left out, files are dealt ``iid`` and every hospital has its own families.
+    ``skew`` is the size of the largest silo over that of the smallest; ``per_silo`` is the mean.
     """
 
     builtin: Literal["hospitals"] | None = None
@@ -71,6 +77,9 @@ class Data(_Section, frozen=True):
     public_labelled: Annotated[int, Meta(ge=0)] = 0
     per_silo: Count | None = None
     max_test: Count | None = None
+    partition: Literal["iid", "dirichlet"] | None = None
+    alpha: Positive = 0.5
+    skew: Annotated[float, Meta(ge=1, le=1000)] = 1.0
 
 
 class Task(_Section, frozen=True):

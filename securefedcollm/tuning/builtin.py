@@ -210,24 +210,29 @@ def _scheduled(recipe: Recipe, step: int, steps: int) -> float:
 
 
 def _untrained(recipe: Recipe) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM(architecture(recipe))
+
+
+def architecture(recipe: Recipe) -> Any:
+    """The ``LlamaConfig`` of a model made by ``recipe``."""
+    from transformers import LlamaConfig
 
     tokenizer = world.make_tokenizer()
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(world.VOCABULARY),
-            hidden_size=recipe.hidden,
-            intermediate_size=recipe.intermediate,
-            num_hidden_layers=recipe.layers,
-            num_attention_heads=recipe.heads,
-            num_key_value_heads=recipe.heads,
-            max_position_embeddings=_MAX_TOKENS,
-            tie_word_embeddings=True,
-            initializer_range=0.05,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    return LlamaConfig(
+        vocab_size=len(world.VOCABULARY),
+        hidden_size=recipe.hidden,
+        intermediate_size=recipe.intermediate,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        max_position_embeddings=_MAX_TOKENS,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
 
 

@@ -79,6 +79,28 @@ def read_questions(
     return questions
 
 
+def inspect_rows(
+    path: Path, *, kind: Kind, labels: Sequence[str] = (), owner: str | None = None
+) -> Iterator[tuple[str, Question | DataError]]:
+    """Every row of a file with its place, and what it is or why it cannot be used.
+
+    Unlike :func:`read_questions` it goes on after a bad row, and answers may be missing.
+
+    Raises:
+        DataError: the file as a whole cannot be read.
+    """
+    form = format_of(kind, labels)
+    _refuse_unreadable(path, form.hint)
+    source = _Source(path, form, owner)
+    for place, row in source.places():
+        try:
+            if isinstance(row, BadField):
+                raise row
+            yield place, form.question(row, labelled=False, owner=owner)
+        except BadField as bad:
+            yield place, bad.at(place, form.hint)
+
+
 def write_questions(
     path: Path, questions: Sequence[Question], owner: str, kind: Kind = "multiple_choice"
 ) -> None:
@@ -201,6 +223,21 @@ class _Source:
             if number == index:
                 return f"{self.path}:{line}"
         return f"{self.path}, row {index + 1}"
+
+    def places(self) -> Iterator[tuple[str, Any]]:
+        """(``file:line``, row as dict or what is wrong with it)."""
+        if self.path.suffix != ".parquet":
+            yield from ((f"{self.path}:{line}", row) for line, row in self._lines())
+            return
+        try:
+            rows = self.rows()
+        except Exception as error:  # the parser's own, of any kind
+            raise DataError(
+                f"cannot be read as parquet ({type(error).__name__})",
+                where=str(self.path),
+                hint="check that the file really is parquet",
+            ) from error
+        yield from ((f"{self.path}, row {i}", row) for i, row in enumerate(rows, start=1))
 
     def _lines(self) -> Iterator[tuple[int, Any]]:
         """(line, row as dict, or what is wrong with the line), blank lines left out."""

@@ -103,6 +103,90 @@ def load_model(
     return LoadedModel(model.eval(), tokenizer, digest)
 
 
+def load_tokenizer(
+    source: str,
+    *,
+    revision: str | None = None,
+    base_dir: Path = Path(),
+    cache_dir: Path | None = None,
+) -> Any:
+    """The tokenizer of a model, without its weights; arguments as of :func:`load_model`.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    from transformers import AutoTokenizer
+
+    kind, _, name = source.partition(":")
+    if kind == "builtin" and name in _HOSPITAL:
+        from securefedcollm.tuning.world import make_tokenizer
+
+        return make_tokenizer()
+    place: str | Path = name
+    options: dict[str, Any] = {"revision": revision}
+    if kind != "hub":
+        place = base_dir / Path(name).expanduser()
+        if kind == "builtin":
+            place = (cache_dir or default_cache()) / "models" / name
+        options = {"local_files_only": True}
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
+    except Exception as error:  # a broken file makes the library raise anything
+        raise ConfigError(
+            f"its tokenizer cannot be loaded ({type(error).__name__})",
+            where=source,
+            hint=f"run `{PREPARED[name]}` once"
+            if name in PREPARED
+            else "a path: model needs --data DIR; a hub model the network, once",
+        ) from error
+
+
+def meta_model(source: str, *, revision: str | None = None, base_dir: Path = Path()) -> Any:
+    """The architecture of a model on torch's meta device; arguments as of :func:`load_model`.
+
+    Nothing but its ``config.json`` is read (of a hub model: downloaded).
+
+    Raises:
+        ConfigError: there is no such file, or it is no causal language model's.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, _, name = source.partition(":")
+    if kind == "builtin" and name in _HOSPITAL:
+        from securefedcollm.tuning.builtin import RECIPES, architecture
+
+        config = architecture(RECIPES[_HOSPITAL[name]])
+    else:
+        place: str | Path = name
+        options: dict[str, Any] = {"revision": revision}
+        if kind != "hub":
+            place = base_dir / Path(name).expanduser()
+            if kind == "builtin":
+                place = default_cache() / "models" / name
+            options = {"local_files_only": True}
+        try:
+            with quiet_transformers():
+                config = AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
+        except Exception as error:  # a broken file makes the library raise anything
+            raise ConfigError(
+                f"its config.json cannot be read ({type(error).__name__})",
+                where=source,
+                hint=f"run `{PREPARED[name]}` once"
+                if name in PREPARED
+                else "a path: model needs --data DIR; a hub model the network, once",
+            ) from error
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise ConfigError(
+            f"cannot be built ({type(error).__name__})",
+            where=source,
+            hint="it needs the config.json of a causal language model that transformers knows",
+        ) from error
+
+
 def find_device(name: str) -> torch.device:
     """The device called ``name``: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, …
 

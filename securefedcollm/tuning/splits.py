@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,9 +24,9 @@ def record_id(question: Question) -> bytes:
     Blind to Unicode normalisation form, to runs of white space, to the order in which the choices
     are listed, and to ``group``: none of them makes a record another person's record.
     """
-    right = None if question.answer is None else _folded(question.choices[question.answer])
-    choices = sorted(_folded(choice) for choice in question.choices)
-    canonical = json.dumps([_folded(question.prompt), choices, right], ensure_ascii=False)
+    right = None if question.answer is None else folded(question.choices[question.answer])
+    choices = sorted(folded(choice) for choice in question.choices)
+    canonical = json.dumps([folded(question.prompt), choices, right], ensure_ascii=False)
     return hashlib.sha256(b"securefedcollm/record/v1\0" + canonical.encode()).digest()
 
 
@@ -83,6 +83,7 @@ def split_questions(
     dev: int = 0,
     seed: int,
     concentration: float | None = None,
+    skew: float = 1.0,
 ) -> Split:
     """Deal one training file out to the silos, the public set and the development set.
 
@@ -93,13 +94,15 @@ def split_questions(
     Args:
         questions: all labelled.
         silos: number of silos S.
-        per_silo: private questions of each silo.
+        per_silo: private questions of each silo; their mean if ``skew`` is not 1.
         public: public questions, of which ``public_labelled`` keep their answers.
         dev: development questions.
         seed: of the shuffle (and of the Dirichlet draw).
         concentration: None deals the silos' questions independently and identically distributed.
-            A number α > 0 draws for every ``group`` a Dirichlet(α) distribution over the silos
-            (Hsu, Qi and Brown, arXiv 1909.06335): the smaller, the more one silo owns a group.
+            A number α > 0 draws for every ``group`` (of a classification without groups: every
+            label) a Dirichlet(α) distribution over the silos (Hsu, Qi and Brown, arXiv
+            1909.06335): the smaller, the more one silo owns a group.
+        skew: size of the largest silo over that of the smallest, see :func:`silo_sizes`.
 
     Raises:
         DataError: there are too few questions.
@@ -124,14 +127,15 @@ def split_questions(
     order = [clusters[int(i)] for i in rng.permutation(len(clusters))]
     held_dev, order = _take(order, dev)
     held_public, order = _take(order, public)
+    sizes = silo_sizes(silos, per_silo, skew)
     if concentration is None:
         private = []
-        for _ in range(silos):
-            part, order = _take(order, per_silo)
+        for size in sizes:
+            part, order = _take(order, size)
             private.append(part)
         rest = [question for cluster in order for question in cluster]
     else:
-        private, rest = _dirichlet(order, silos, per_silo, concentration, rng)
+        private, rest = _dirichlet(order, sizes, concentration, rng)
     return Split(
         silos=tuple(tuple(part) for part in private),
         public_labelled=tuple(held_public[:public_labelled]),
@@ -139,6 +143,17 @@ def split_questions(
         dev=tuple(held_dev),
         unused=tuple(rest),
     )
+
+
+def silo_sizes(silos: int, per_silo: int, skew: float) -> list[int]:
+    """Records of each silo: a geometric sequence with ``skew`` = last / first.
+
+    The mean stays ``per_silo``, up to rounding down (every silo keeps at least one record).
+    """
+    if skew == 1:
+        return [per_silo] * silos
+    weights = skew ** (np.arange(silos) / max(1, silos - 1))
+    return [max(1, int(size)) for size in silos * per_silo * weights / weights.sum()]
 
 
 def without(questions: Iterable[Question], held_out: Iterable[Question]) -> list[Question]:
@@ -152,10 +167,11 @@ _STREAM = 0x5EED_5B1175  # keeps this use of a study's seed apart from every oth
 
 def _asked(question: Question) -> str:
     """What makes two questions the same but for their answers: the prompt, or the whole text."""
-    return _folded(question.prompt or question.choices[0])
+    return folded(question.prompt or question.choices[0])
 
 
-def _folded(text: str) -> str:
+def folded(text: str) -> str:
+    """``text`` in one Unicode form, every run of white space one space."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
@@ -200,27 +216,34 @@ def _take(order: list[list[Question]], count: int) -> tuple[list[Question], list
 
 def _dirichlet(
     order: list[list[Question]],
-    silos: int,
-    per_silo: int,
+    sizes: Sequence[int],
     concentration: float,
     rng: np.random.Generator,
 ) -> tuple[list[list[Question]], list[Question]]:
-    """Equal sizes, unequal topics: each group's questions follow its own draw over the silos."""
-    groups = sorted({cluster[0].group for cluster in order})
+    """Given sizes, unequal topics: each group's questions follow its own draw over the silos."""
+    group_of = _grouping([cluster[0] for cluster in order])
+    groups = sorted({group_of(cluster[0]) for cluster in order})
     if len(groups) < 2:
         raise ConfigError(
             "a Dirichlet split needs questions of several groups, and all have the same",
             where="task.data",
             hint="add a subject column with at least two values, or split IID",
         )
-    shares = {group: rng.dirichlet(np.full(silos, concentration)) for group in groups}
-    parts: list[list[Question]] = [[] for _ in range(silos)]
+    shares = {group: rng.dirichlet(np.full(len(sizes), concentration)) for group in groups}
+    parts: list[list[Question]] = [[] for _ in sizes]
     rest: list[Question] = []
     for cluster in order:
-        room = np.array([len(part) + len(cluster) <= per_silo for part in parts])
-        weights = np.where(room, shares[cluster[0].group] + 1e-9, 0.0)
+        room = np.array([len(p) + len(cluster) <= s for p, s in zip(parts, sizes, strict=True)])
+        weights = np.where(room, shares[group_of(cluster[0])] + 1e-9, 0.0)
         if not weights.any():
             rest.extend(cluster)
             continue
-        parts[int(rng.choice(silos, p=weights / weights.sum()))].extend(cluster)
+        parts[int(rng.choice(len(sizes), p=weights / weights.sum()))].extend(cluster)
     return parts, rest
+
+
+def _grouping(questions: Sequence[Question]) -> Callable[[Question], str]:
+    """By group; by label, where all have one group and the same choices (a classification)."""
+    if len({q.group for q in questions}) > 1 or len({q.choices for q in questions}) > 1:
+        return lambda question: question.group
+    return lambda question: str(question.answer)

@@ -200,20 +200,47 @@ class World:
             *(self._question(case, draw, labelled=False) for case in (*unlabelled, *private)),
         ]
 
-    def records(self, silo: int) -> list[Question]:
-        """The private training questions of hospital ``silo`` (from 0); a patient has 1 to 7."""
+    def records(
+        self,
+        silo: int,
+        count: int | None = None,
+        shares: npt.NDArray[np.float64] | None = None,
+    ) -> list[Question]:
+        """The private training questions of hospital ``silo`` (from 0); a patient has 1 to 7.
+
+        Args:
+            count: how many; None: as many as ``sizes`` says.
+            shares: float64 [16], the part of each disease family in them, in sum 1; None: nearly
+                all are about the hospital's own families.
+        """
         draw = self._random(f"records of silo {silo}")
-        own = self._families_of(silo)
-        mine = [c for c in self._open_cases if self._family[c.condition] in own]
-        others = [c for c in self._open_cases if self._family[c.condition] not in own]
-        is_own = draw.random(self.sizes.records_per_silo) < self.sizes.own_share
-        pools = [mine if flag or not others else others for flag in is_own]
+        count = self.sizes.records_per_silo if count is None else count
+        pools = self._pools(silo, count, shares, draw)
         records = [self._question(pool[draw.integers(len(pool))], draw) for pool in pools]
         patients = self._random(f"patients of silo {silo}").permutation(_owners(len(records)))
         return [
             replace(record, subject=f"{silo + 1}-{patient}")
             for record, patient in zip(records, patients, strict=True)
         ]
+
+    def _pools(
+        self,
+        silo: int,
+        count: int,
+        shares: npt.NDArray[np.float64] | None,
+        draw: np.random.Generator,
+    ) -> list[list[_Case]]:
+        """The cases from which each record is drawn."""
+        if shares is not None:
+            by_family: list[list[_Case]] = [[] for _ in FAMILIES]
+            for case in self._open_cases:
+                by_family[self._family[case.condition]].append(case)
+            return [by_family[f] for f in draw.choice(len(FAMILIES), size=count, p=shares)]
+        own = self._families_of(silo)
+        mine = [c for c in self._open_cases if self._family[c.condition] in own]
+        others = [c for c in self._open_cases if self._family[c.condition] not in own]
+        is_own = draw.random(count) < self.sizes.own_share
+        return [mine if flag or not others else others for flag in is_own]
 
     def pretraining(
         self, count: int, *, rare: float = 1.0, rare_share: float = 0.0

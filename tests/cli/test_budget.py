@@ -175,3 +175,9 @@ def test_plan_of_a_joint_study_trades_steps_for_noise():
     assert choices[2]["megabytes"] == pytest.approx(60 * 5000 * 4 / 1e6)
     text = output("plan", joint, "--values", "5000")
     assert "Joint DP-SGD with as many gradients, ε = 8" in text
+
+
+def test_a_plan_for_silos_of_unequal_size_asks_for_the_smallest():
+    with pytest.raises(ConfigError, match=r"task\.data\.skew") as refusal:
+        sizes.unit_records(load_study(QUICKSTART, ["task.data.skew=4"]))
+    assert "--records" in refusal.value.hint

@@ -14,6 +14,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -72,8 +74,28 @@ def gpt2() -> Any:
     return GPT2LMHeadModel(config).eval()
 
 
+def opt() -> Any:
+    """Learned positions, counted from 2."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        init_std=0.3,
+        dropout=0.0,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return OPTForCausalLM(config).eval()
+
+
 TOKENIZER = tokenizer()
-MODELS = {"llama": llama(), "gpt2": gpt2()}
+MODELS = {"llama": llama(), "gpt2": gpt2(), "opt": opt()}
 
 
 def one_by_one(model: Any, question: Question) -> list[float]:
@@ -99,7 +121,7 @@ questions = st.builds(
 )
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", MODELS)
 @settings(max_examples=25, deadline=None)
 @given(st.lists(questions, min_size=1, max_size=5))
 def test_packed_scores_equal_one_forward_per_choice(family: str, batch: list[Question]) -> None:

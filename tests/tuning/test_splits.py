@@ -13,6 +13,7 @@ from securefedcollm.tuning.questions import Question
 from securefedcollm.tuning.splits import (
     dataset_fingerprint,
     record_id,
+    silo_sizes,
     split_questions,
     without,
 )
@@ -141,3 +142,26 @@ def test_leaked_test_prompts_are_left_out() -> None:
     questions = pool(20)
     test = [replace(q, choices=("other", "choices"), prompt=q.prompt + " ") for q in questions[:4]]
     assert without(questions, test) == questions[4:]
+
+
+def test_skewed_silos_keep_the_mean_and_differ_by_the_factor() -> None:
+    assert silo_sizes(4, 50, 1.0) == [50] * 4
+    sizes = silo_sizes(4, 100, 8.0)
+    assert sizes == sorted(sizes)
+    assert abs(sizes[-1] / sizes[0] - 8) < 0.3
+    assert 396 <= sum(sizes) <= 400
+    for concentration in (None, 0.5):
+        split = split_questions(
+            pool(600), silos=4, per_silo=100, public=40, seed=3, skew=8.0,
+            concentration=concentration,
+        )  # fmt: skip
+        assert [len(part) for part in split.silos] == sizes
+
+
+def test_a_dirichlet_split_of_a_classification_is_by_label() -> None:
+    questions = [Question(f"Text: {i}\nLabel:", ("a", "b", "c"), i % 3) for i in range(300)]
+    split = split_questions(
+        questions, silos=3, per_silo=60, public=3, seed=1, concentration=0.05
+    )  # fmt: skip
+    tops = [Counter(q.answer for q in part).most_common(1)[0][1] / 60 for part in split.silos]
+    assert sum(tops) / 3 > 0.6

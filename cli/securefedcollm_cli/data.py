@@ -1,0 +1,111 @@
+"""``securefedcollm data …``: look at a silo's own records, on the silo's own machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from securefedcollm_cli.options import DataDir, Json, Overrides
+
+if TYPE_CHECKING:
+    from securefedcollm.tuning.cleaning import Cleaning
+
+app = typer.Typer(no_args_is_help=True, help="Check a silo's own data file. Nothing leaves it.")
+
+_SHOWN = 5
+
+
+@app.callback()
+def group() -> None:
+    """Keep ``check`` a sub-command while it is the only one."""
+
+
+@app.command()
+def check(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Records: .jsonl, .csv or .parquet.")
+    ],
+    study: Annotated[
+        Path | None,
+        typer.Option(
+            "--study",
+            metavar="CONFIG",
+            help="The study: its task, labels, subject column, tokenizer and task.max_tokens.",
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    data: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """What is wrong with FILE: unusable and empty rows, duplicates, conflicts, rows too long.
+
+    Without `--study` the rows are multiple-choice questions and their lengths are not looked at.
+    Lines are named, values never. Exit code 1: tuning would refuse the file.
+    """
+    from securefedcollm.errors import ConfigError
+    from securefedcollm.study import load_study
+    from securefedcollm.tuning.cleaning import check_file
+    from securefedcollm.tuning.models import load_tokenizer
+    from securefedcollm_cli.progress import Bars
+
+    if study is None and overrides:
+        raise ConfigError(
+            "there is no study to change", where="--set", hint="give --study CONFIG as well"
+        )
+    with Bars(quiet=as_json) as bars:
+        if study is None:
+            found = check_file(file, progress=bars.report)
+        else:
+            plan = load_study(study, overrides or [])
+            slm = plan.models.slm
+            found = check_file(
+                file,
+                kind=plan.task.kind,
+                labels=plan.task.labels,
+                owner=plan.subject,
+                tokenizer=load_tokenizer(
+                    slm.source, revision=slm.revision, base_dir=data or Path()
+                ),
+                max_tokens=plan.task.max_tokens,
+                progress=bars.report,
+            )
+    if as_json:
+        typer.echo(json.dumps(asdict(found) | {"stops_a_run": found.stops_a_run}, indent=2))
+    else:
+        _render(found)
+    if found.stops_a_run:
+        raise typer.Exit(1)
+
+
+def _render(found: Cleaning) -> None:
+    typer.echo(f"{found.rows:,} rows, {found.usable:,} usable")
+    _list("cannot be used", [f"{place}: {why}" for place, why in found.unusable])
+    _list("without an answer", found.unlabelled)
+    _list("whose answer alone is longer than task.max_tokens (refused)", found.unfit)
+    _list("longer than task.max_tokens (they will be cut)", found.shortened)
+    _list("duplicates: the same record", [" = ".join(group) for group in found.duplicates])
+    _list(
+        "conflicts: one question, different answers",
+        [" ≠ ".join(group) for group in found.conflicts],
+    )
+    if found.stops_a_run:
+        typer.secho("tuning would refuse this file", fg="red")
+    elif found.duplicates or found.conflicts or found.shortened:
+        typer.secho("usable, with the findings above", fg="yellow")
+    else:
+        typer.secho("nothing found", fg="green")
+
+
+def _list(title: str, lines: Sequence[str]) -> None:
+    if not lines:
+        return
+    typer.echo(f"{len(lines):,} × {title}")
+    for line in lines[:_SHOWN]:
+        typer.echo(f"  {line}")
+    if len(lines) > _SHOWN:
+        typer.echo(f"  … and {len(lines) - _SHOWN:,} more (--json lists all)")

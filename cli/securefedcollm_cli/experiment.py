@@ -1,0 +1,103 @@
+"""``securefedcollm experiment``: all rows of the comparison, several seeds, paired intervals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from securefedcollm_cli.options import DataDir, Device, Json, Overrides, StudyFile
+
+
+def experiment(
+    config: StudyFile,
+    overrides: Overrides = None,
+    data: DataDir = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, max=100, help="How many: the study's seed and the next ones.")
+    ] = 3,
+    noisy_silos: Annotated[
+        int,
+        typer.Option(
+            "--noisy-silos", min=0, help="Also run with so many silos whose answers are shuffled."
+        ),
+    ] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Directory [runs/STUDY-experiment]."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the experiment; finished rows stay.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an experiment that is there already.")
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes that run the silos [one each]; 0: in this one."),
+    ] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Does co-tuning help? Run every row of the comparison under several seeds.
+
+    SLM: zero-shot, standalone, FedAvg, FedAvg with the server's auxiliary set but no distillation,
+    FedCoLLM. LLM: zero-shot, auxiliary set alone, FedCoLLM, centralized. Both: FedCoLLM with the
+    paper's losses. All rows share seeds, data and questions; differences come with 95 % intervals.
+
+    Writes table.json, table.md and plot.svg. How the silos' data differ is part of the study:
+    `--set task.data.partition=dirichlet --set task.data.alpha=0.1 --set task.data.skew=8`.
+    """
+    from securefedcollm.federation.experiment import Experiment
+    from securefedcollm.study import load_study
+    from securefedcollm_cli.progress import Bars
+
+    study = load_study(config, overrides or [])
+    directory = out or Path("runs") / f"{study.study}-experiment"
+    plan = Experiment(
+        study,
+        out=directory,
+        seeds=seeds,
+        noisy=noisy_silos,
+        data=data,
+        resume=resume,
+        overwrite=overwrite,
+        workers=workers,
+        device=device,
+    )
+    with Bars(quiet=as_json) as bars:
+        table = plan.run(bars.report, bars.say)
+    if as_json:
+        typer.echo(json.dumps(table, indent=2))
+    else:
+        _render(table, directory)
+
+
+def _render(table: dict[str, Any], directory: Path) -> None:
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table
+
+    from securefedcollm.federation.experiment_page import cells, heads
+
+    console = Console()
+    for title, rows in (("rows", table["rows"]), ("differences", table["differences"])):
+        shown = Table(title=f"{title}, seeds {table['seeds']}", title_justify="left")
+        for head in ("model", "method", *heads(table["groups"])):
+            shown.add_column(head, justify="left" if head in {"model", "method"} else "right")
+        for row in rows:
+            less = f" − {row['less']}" if "less" in row else ""
+            main = row.get("main", row["method"] == "FedCoLLM")
+            shown.add_row(
+                row["model"].upper(),
+                row["method"] + less,
+                *cells(row, table["groups"], signed=bool(less)),
+                style="bold" if main else None,
+            )
+        console.print(shown)
+    for note in table["notes"]:
+        console.print(Padding(f"[dim]{note}[/dim]", (0, 2)))
+    for name in ("table.md", "table.json", "plot.svg"):
+        console.print(f"  {directory / name}", soft_wrap=True)

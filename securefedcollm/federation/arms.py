@@ -1,0 +1,118 @@
+"""What the rows of an experiment compute beside a federation: answers, question by question.
+
+Importing this module imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from securefedcollm.errors import DataError
+from securefedcollm.federation.cotuning import Tuned, training_seed
+from securefedcollm.federation.dealing import Dealt
+from securefedcollm.federation.simulate import remembered, tuned_alone
+from securefedcollm.federation.workload import Progress, silent
+from securefedcollm.privacy.events import PoissonGaussian
+from securefedcollm.study import Study
+from securefedcollm.tuning.evaluate import Evaluation
+from securefedcollm.tuning.local import train_plain
+from securefedcollm.tuning.questions import Question
+
+Answers = dict[str, list[float]]
+"""By metric (``accuracy``, ``gold_log_prob``) one value a test question, in their order."""
+
+
+def answers_of(
+    study: Study,
+    models: Iterable[str],
+    test: Sequence[Question],
+    *,
+    adapters: Path | None,
+    data: Path | None,
+    device: str,
+    progress: Progress = silent,
+) -> dict[str, Answers]:
+    """What the study's ``models`` (``slm``, ``llm``) answer, one after another in memory.
+
+    ``adapters``: the directory with an adapter of each; None: the bare bases.
+    """
+    found = {}
+    for name in models:
+        spec = study.models.slm if name == "slm" else study.models.llm
+        tuned = Tuned.load(study, spec, data=data, device=device, progress=progress)
+        encoded = tuned.encode(test)
+        if adapters is not None:
+            tuned.load_adapter(adapters / name)
+        found[name] = _plain(tuned.answers(encoded))
+    return found
+
+
+def answers_alone(
+    name: str,
+    *,
+    study: Study,
+    data: Path | None,
+    directory: Path,
+    threads: int,
+    planned: Mapping[str, PoissonGaussian | None],
+    device: str,
+) -> Answers:
+    """A silo that tunes by itself (:func:`securefedcollm.federation.simulate.tune_alone`)."""
+
+    def tune() -> Answers:
+        alone, test = tuned_alone(
+            name, study=study, data=data, threads=threads, planned=planned, device=device
+        )
+        return _plain(alone.answers(test))
+
+    return remembered(directory / f"{name}.json", tune)
+
+
+def mean_answers(of: Sequence[Answers]) -> Answers:
+    """Question by question the mean over several models."""
+    return {m: np.mean([a[m] for a in of], axis=0).tolist() for m in of[0]}
+
+
+def centralized(
+    study: Study, dealt: Dealt, *, data: Path | None, device: str, progress: Progress
+) -> Answers:
+    """The LLM tuned on everything at one place, without privacy: the bound from above.
+
+    Every silo's records and the labelled public questions; as many optimiser steps as all silos
+    take together in the federation, of ``local.batch_size`` records, at the LLM's learning rate.
+
+    Raises:
+        DataError: nothing has an answer.
+    """
+    everything = [q for questions in dealt.silos.values() for q in questions]
+    everything += [q for q in dealt.public if q.answer is not None]
+    if not everything:
+        raise DataError("no record has an answer", hint="give labelled records")
+    local = study.local
+    tuned = Tuned.load(study, study.models.llm, data=data, device=device, progress=progress)
+    train_plain(
+        tuned.model,
+        tuned.broadcast_layout(),
+        tuned.encode(everything),
+        steps=local.steps * study.rounds * (1 if study.joint else study.silos.count),
+        batch_size=min(local.batch_size, len(everything)),
+        learning_rate=study.distillation.learning_rate_llm,
+        seed=training_seed(study, "centralized", 0),
+        optimizer=local.optimizer,
+        loss=local.loss,
+        normalisation=study.task.score,
+        max_grad_norm=local.max_grad_norm,
+        micro_batch=local.micro_batch,
+        progress=progress,
+    )
+    return _plain(tuned.answers(tuned.encode(dealt.test)))
+
+
+def _plain(evaluation: Evaluation) -> Answers:
+    return {
+        "accuracy": [round(float(value), 6) for value in evaluation.correct],
+        "gold_log_prob": [round(float(value), 6) for value in evaluation.gold_log_prob],
+    }

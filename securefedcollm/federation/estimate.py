@@ -1,0 +1,104 @@
+"""What a study will cost, before anything is downloaded but a ``config.json``.
+
+The models are built on torch's meta device: every shape is real, no weight exists.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from securefedcollm.study import Study
+from securefedcollm.study.config import Model
+from securefedcollm.tuning.adapters import attach, full_layout, layout_of
+from securefedcollm.tuning.models import meta_model
+
+_OPTIMIZER = 4 * 4  # bytes a trained value: itself, its gradient, Adam's two moments
+_PER_RECORD = 4 + 8  # of a per-record gradient: float32 in torch, float64 where it is clipped
+
+
+def estimate(study: Study, data: Path | None) -> dict[str, Any]:
+    """Sizes of both models' adapters, bytes a round of one silo, and memory of both sides.
+
+    ``memory_bytes`` is of weights, adapter, optimiser, per-record gradients and activations; what
+    the library and allocator need comes on top, and the encoded records (small).
+
+    Raises:
+        ConfigError: a model's ``config.json`` cannot be had, or the adapter does not fit.
+    """
+    llm = _shape(study, study.models.llm, data)
+    slm = _shape(study, study.models.slm, data)
+    sums = study.local.steps if study.joint else 1
+    micro = min(study.local.micro_batch, study.local.batch_size)
+    silo = slm["weights_bytes"] + slm["trained_values"] * _OPTIMIZER
+    silo += micro * slm["activation_bytes_per_record"]
+    if study.privacy is not None and study.privacy.unit != "silo":
+        silo += micro * slm["trained_values"] * _PER_RECORD
+    plan = study.distillation
+    batch = min(study.local.micro_batch, plan.batch_labelled + plan.batch_unlabelled)
+    server = sum(
+        model["weights_bytes"]
+        + model["trained_values"] * _OPTIMIZER
+        + batch * model["activation_bytes_per_record"]
+        for model in (llm, slm)
+    )
+    return {
+        "llm": llm,
+        "slm": slm,
+        "bytes_up_per_round": sums * _upload(study, slm["update_values"]),
+        "bytes_down_per_round": sums * 4 * slm["broadcast_values"],
+        "memory_bytes": {"silo": silo, "server": server},
+    }
+
+
+def _shape(study: Study, spec: Model, data: Path | None) -> dict[str, Any]:
+    model = meta_model(spec.source, revision=spec.revision, base_dir=data or Path())
+    parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    config = model.config
+    adapter = study.adapter
+    adapted = attach(
+        model,
+        method=adapter.method,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        targets=adapter.targets,
+        top_layers=adapter.top_layers,
+        seed=study.seed,
+    )
+    rounds = range(2 if adapter.method == "rolora" else 1)
+    update = max(layout_of(adapted, adapter.method, round_).size for round_ in rounds)
+    full = full_layout(adapted).size
+    width = 4 if spec.dtype == "float32" else 2
+    return {
+        "source": spec.source,
+        "parameters": parameters,
+        "weights_bytes": parameters * width,
+        "adapter_values": full,
+        "adapter_share": full / parameters,
+        "trained_values": update,
+        "update_values": update,
+        "broadcast_values": update if adapter.method == "ffa-lora" else full,
+        "activation_bytes_per_record": _activations(study, config, width),
+    }
+
+
+def _activations(study: Study, config: Any, width: int) -> int:
+    """Of one record of ``task.max_tokens``, in bytes.
+
+    Per layer s·h·(34 + 5·a·s/h) at two bytes a value (Korthikanti et al. 2022, arXiv 2205.05198,
+    eq. 2; s tokens, h hidden, a heads), and the logits in float32. Layers below the adapted ones
+    keep nothing.
+    """
+    s, h = study.task.max_tokens, int(config.hidden_size)
+    a, layers = int(config.num_attention_heads), int(config.num_hidden_layers)
+    layers = min(layers, study.adapter.top_layers or layers)
+    return int(layers * s * h * (34 + 5 * a * s / h) * width / 2 + 4 * s * int(config.vocab_size))
+
+
+def _upload(study: Study, values: int) -> int:
+    """Bytes of one silo's protected vector; keys and shares (a few kB a silo) not counted."""
+    ring = study.ring
+    if ring is None:
+        return 8 * -(-values // study.field.per_word)
+    shape = ring.shape(values, study.silos.colluders)
+    return int(4096 * ring.value_bytes * (shape.keys + 2 * shape.chunks + shape.groups))

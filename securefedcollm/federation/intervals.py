@@ -1,0 +1,70 @@
+"""Bootstrap intervals over test questions and seeds, paired between the rows of an experiment.
+
+All rows answer the same questions under the same seeds. A resample draws S seeds and N questions
+with replacement and applies both draws to every row, so what a seed or a question does to two rows
+alike cancels in their difference. The questions drawn are the same for every seed: right where all
+seeds share one test file (their errors are not independent then), and the same variance where they
+do not. Seeds are few, so the intervals are somewhat narrow: with 3 seeds the bootstrap finds two
+thirds of the variance between them.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+LEVEL: Final = 0.95
+RESAMPLES: Final = 10_000
+_CHUNK = 500  # resamples at a time: 18 MB at 2,200 questions
+
+
+class Interval(NamedTuple):
+    """A mean and its percentile interval of level :data:`LEVEL`."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def resampled_means(scores: Array, *, resamples: int = RESAMPLES, seed: int = 0) -> Array:
+    """Means of every row in every resample: float64 [rows, resamples].
+
+    Args:
+        scores: float64 [rows, seeds, questions].
+        resamples: how many.
+        seed: of the draws; the same for the same shape, so that any two calls are paired as well.
+    """
+    rows, seeds, questions = scores.shape
+    rng = np.random.Generator(np.random.PCG64(seed))
+    parts = []
+    for start in range(0, resamples, _CHUNK):
+        count = min(_CHUNK, resamples - start)
+        of_questions = _draws(rng, count, questions)
+        of_seeds = _draws(rng, count, seeds)
+        by_seed = (scores.reshape(-1, questions) @ of_questions.T).reshape(rows, seeds, count)
+        parts.append(np.einsum("rsc,cs->rc", by_seed, of_seeds))
+    return np.concatenate(parts, axis=1)
+
+
+def interval(scores: Array, means: Array) -> Interval:
+    """Of one row: ``scores`` [seeds, questions] and its :func:`resampled_means` [resamples].
+
+    Of a difference: the differences of both.
+    """
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Interval(float(scores.mean()), float(low), float(high))
+
+
+def _draws(rng: np.random.Generator, count: int, size: int) -> Array:
+    """How often each of ``size`` things is drawn, over ``size``: [count, size], rows sum to 1."""
+    drawn = rng.integers(size, size=(count, size)) + size * np.arange(count)[:, None]
+    return np.bincount(drawn.ravel(), minlength=count * size).reshape(count, size) / size

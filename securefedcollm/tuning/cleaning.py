@@ -1,0 +1,135 @@
+"""What is wrong with a silo's data file, before it is tuned on.
+
+A federation cannot look at its silos' records, so each silo has to look at its own: a silo with
+wrong labels makes every other silo's model worse (``experiment --noisy-silos`` shows by how much).
+Findings name lines, never values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from securefedcollm.errors import DataError
+from securefedcollm.tuning.data import inspect_rows
+from securefedcollm.tuning.questions import Question
+from securefedcollm.tuning.recipe import Progress, silent
+from securefedcollm.tuning.splits import folded, record_id
+from securefedcollm.tuning.tokenise import Kind, tokenise
+
+_NO_LIMIT = 1 << 40
+
+
+@dataclass
+class Cleaning:
+    """What was found in a file; places are ``file:line``, or ``file, row n`` of Parquet.
+
+    Attributes:
+        rows: all of them.
+        usable: those that can be read.
+        unusable: (place, why): a missing or empty field, a wrong type, an answer out of range.
+        unlabelled: rows without an answer, which a silo cannot train on.
+        duplicates: places of the same record, twice or more; each counts as a record of its own to
+            record-level privacy, so that what it says is protected less.
+        conflicts: places of the same question with the same choices and different answers.
+        shortened: rows longer than ``max_tokens``, which lose the beginning of their prompt (a
+            plain text: its end).
+        unfit: rows whose choice or response alone is longer, which are refused.
+    """
+
+    rows: int = 0
+    usable: int = 0
+    unusable: list[tuple[str, str]] = field(default_factory=list)
+    unlabelled: list[str] = field(default_factory=list)
+    duplicates: list[list[str]] = field(default_factory=list)
+    conflicts: list[list[str]] = field(default_factory=list)
+    shortened: list[str] = field(default_factory=list)
+    unfit: list[str] = field(default_factory=list)
+
+    @property
+    def stops_a_run(self) -> bool:
+        """Whether tuning would refuse the file."""
+        return bool(self.unusable or self.unlabelled or self.unfit or not self.usable)
+
+
+def check_file(
+    path: Path,
+    *,
+    kind: Kind = "multiple_choice",
+    labels: Sequence[str] = (),
+    owner: str | None = None,
+    tokenizer: Any = None,
+    max_tokens: int = 256,
+    progress: Progress = silent,
+) -> Cleaning:
+    """Look at every row of a data file.
+
+    Args:
+        tokenizer: of the model that will be tuned; None: lengths are not looked at.
+
+    Raises:
+        DataError: the file as a whole cannot be read.
+    """
+    found = Cleaning()
+    places: list[str] = []
+    questions: list[Question] = []
+    for place, row in inspect_rows(path, kind=kind, labels=labels, owner=owner):
+        found.rows += 1
+        if isinstance(row, DataError):
+            found.unusable.append((place, row.message))
+            continue
+        places.append(place)
+        questions.append(row)
+        if row.answer is None:
+            found.unlabelled.append(place)
+    found.usable = len(questions)
+    found.duplicates = _together(places, [record_id(question) for question in questions])
+    found.conflicts = _conflicts(places, questions, kind)
+    if tokenizer is not None:
+        for done, (place, question) in enumerate(zip(places, questions, strict=True), start=1):
+            _measure(found, place, question, tokenizer, max_tokens, kind)
+            progress(done, len(questions), "tokens")
+    return found
+
+
+def _together(places: Sequence[str], keys: Sequence[Any]) -> list[list[str]]:
+    """Places that share a key, twice or more."""
+    groups: dict[Any, list[str]] = {}
+    for place, key in zip(places, keys, strict=True):
+        groups.setdefault(key, []).append(place)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _conflicts(places: Sequence[str], questions: Sequence[Question], kind: Kind) -> list[list[str]]:
+    """An instruction may have many good responses and a text asks nothing: no conflict there."""
+    if kind not in {"multiple_choice", "classification"}:
+        return []
+    asked: dict[Any, list[tuple[str, str]]] = {}
+    for place, question in zip(places, questions, strict=True):
+        if question.answer is not None:
+            choices = tuple(sorted(folded(choice) for choice in question.choices))
+            right = folded(question.choices[question.answer])
+            asked.setdefault((folded(question.prompt), choices), []).append((place, right))
+    return [
+        [place for place, _ in group]
+        for group in asked.values()
+        if len({right for _, right in group}) > 1
+    ]
+
+
+def _measure(
+    found: Cleaning, place: str, question: Question, tokenizer: Any, max_tokens: int, kind: Kind
+) -> None:
+    try:
+        ((prompt, choices),) = tokenise([question], tokenizer, _NO_LIMIT, kind)
+    except DataError as error:
+        found.unusable.append((place, error.message))
+        found.usable -= 1
+        return
+    longest = max((len(choice.ids) for choice in choices), default=0)
+    if kind != "text" and max_tokens - longest < 2:
+        found.unfit.append(place)
+    elif len(prompt.ids) + longest > max_tokens:
+        found.shortened.append(place)

@@ -1,0 +1,112 @@
+"""``study check --estimate``, and the paper's pairs and sets: shapes are real, weights absent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from securefedcollm_cli.main import app
+from typer.testing import CliRunner
+
+from securefedcollm.errors import ConfigError
+from securefedcollm.federation.dealing import deal
+from securefedcollm.study import load_study
+
+SETS = {  # training questions
+    "commonsense_qa": (9741, 1940),
+    "openbookqa": (4957, 980),
+    "arc_easy": (2251, 445),
+    "arc_challenge": (1119, 220),
+}
+PAIRS = ("gpt2-pair", "opt-pair", "llama2-pair")
+
+
+def configs():
+    """The architectures of the paper's models, from their publications."""
+    from transformers import GPT2Config, LlamaConfig, OPTConfig
+
+    opt = {"vocab_size": 50272, "max_position_embeddings": 2048, "num_attention_heads": 32}
+    llama = {"vocab_size": 32000, "max_position_embeddings": 4096}
+    return {
+        "gpt2": GPT2Config(),
+        "gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
+        "opt-1.3b": OPTConfig(hidden_size=2048, num_hidden_layers=24, ffn_dim=8192, **opt),
+        "opt-6.7b": OPTConfig(hidden_size=4096, num_hidden_layers=32, ffn_dim=16384, **opt),
+        "sheared-llama-1.3b": LlamaConfig(
+            hidden_size=2048, intermediate_size=5504, num_hidden_layers=24,
+            num_attention_heads=16, **llama,
+        ),
+        "llama-2-7b": LlamaConfig(
+            hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+            num_attention_heads=32, **llama,
+        ),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models")
+    for name, config in configs().items():
+        config.save_pretrained(directory / name)
+    return directory
+
+
+def estimated(config, *overrides, data=None):
+    arguments = ["study", "check", config, "--estimate", "--json"]
+    for change in overrides:
+        arguments += ["--set", change]
+    result = CliRunner().invoke(app, [*arguments, *(["--data", str(data)] if data else [])])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return json.loads(result.stdout)["estimate"]
+
+
+def test_the_bytes_of_the_quickstart_are_those_of_a_real_round():
+    """Measured in a run: 31,766 up and 48,472 down a silo and round, keys and shares included."""
+    found = estimated("configs/quickstart.yaml")
+    assert 0.9 < found["bytes_up_per_round"] / 31_766 < 1
+    assert 0.9 < found["bytes_down_per_round"] / 48_472 < 1
+    assert found["slm"]["parameters"] < found["llm"]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("pair", "swap", "millions"),
+    [
+        ("gpt2-pair", {"llm": "gpt2-large", "slm": "gpt2"}, (774, 124)),
+        ("opt-pair", {}, (6658, 1316)),
+        ("llama2-pair", {"llm": "llama-2-7b"}, (6738, 1345)),
+    ],
+)
+def test_the_papers_pairs_have_the_papers_sizes(models, pair, swap, millions):
+    changes = [f"models.{m}={{source: 'path:{name}'}}" for m, name in swap.items()]
+    found = estimated(f"configs/{pair}.yaml", *changes, "adapter.method=lora", data=models)
+    for name, size in zip(("llm", "slm"), millions, strict=True):
+        assert round(found[name]["parameters"] / 1e6) == size
+    if pair == "gpt2-pair":  # the paper: 0.24 % of the SLM
+        assert found["slm"]["adapter_values"] == 294_912
+        assert round(found["slm"]["adapter_share"], 4) == 0.0024
+    assert found["memory_bytes"]["server"] > found["llm"]["weights_bytes"]
+    assert found["bytes_down_per_round"] == 4 * found["slm"]["adapter_values"]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_pair_and_set_can_be_dealt_out(tmp_path, name):
+    count, part = SETS[name]
+    rows = ({"question": f"q {i}", "choices": ["a", "b"], "answer": i % 2} for i in range(count))
+    (tmp_path / f"{name}.train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / f"{name}.test.jsonl").write_text(
+        json.dumps({"question": "t", "choices": ["a", "b"], "answer": 0}) + "\n"
+    )
+    changes = [f"task.data.{key}={part}" for key in ("public", "public_labelled", "per_silo")]
+    changes += [f"task.data.{key}={name}.{key}.jsonl" for key in ("train", "test")]
+    studies = [load_study(Path("configs") / f"{pair}.yaml", changes) for pair in PAIRS]
+    dealt = deal(studies[0], tmp_path)
+    assert [len(q) for q in dealt.silos.values()] == [part] * 4
+    assert len(dealt.public) == part
+    assert all(study.task == studies[0].task for study in studies)
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"opt-6.7b.*config.json cannot be read"):
+        estimated("configs/opt-pair.yaml", data=tmp_path)

@@ -1,0 +1,122 @@
+"""``experiment``: every row, resumption, and numbers that the runs themselves confirm."""
+
+from __future__ import annotations
+
+import json
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from securefedcollm_cli.main import app
+from typer.testing import CliRunner
+
+from securefedcollm.errors import ConfigError
+from securefedcollm.federation.experiment import Experiment, arms
+from securefedcollm.federation.workload import silent
+from securefedcollm.study import load_study
+
+from .tiny import make_inputs
+
+QUICK = ["privacy=none", "rounds=1"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("inputs")
+    make_inputs(directory)
+    return directory
+
+
+def plan(inputs, out, *overrides, **options):
+    study = load_study(inputs / "tiny.yaml", [*QUICK, *overrides])
+    options = {"seeds": 1, "workers": 0, "data": inputs} | options
+    return Experiment(study, out=out, **options)
+
+
+def silent_say(text):
+    pass
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_experiment_continues_and_its_numbers_are_those_of_the_runs(inputs, tmp_path):
+    out, said = tmp_path / "exp", []
+
+    def say(text):
+        said.append(text)
+        if len(said) == 3:  # of seven runs
+            raise Killed
+
+    with pytest.raises(Killed):
+        plan(inputs, out).run(silent, say)
+    finished = {p: p.stat().st_mtime_ns for p in out.rglob("answers.json")}
+    assert len(finished) == 3
+    again = out / "seed-3" / "fedavg" / "answers.json"
+    again.unlink()  # killed after the federation and before its answers
+    federated = (out / "seed-3" / "fedavg" / "server" / "state.json").stat().st_mtime_ns
+    with pytest.raises(ConfigError, match="already"):
+        plan(inputs, out).run(silent, silent_say)
+    with pytest.raises(ConfigError, match="another study"):
+        plan(inputs, out, "seed=4", resume=True).run(silent, silent_say)
+
+    arguments = ["experiment", str(inputs / "tiny.yaml"), "--data", str(inputs), "--seeds", "1"]
+    for change in QUICK:
+        arguments += ["--set", change]
+    arguments += ["--noisy-silos", "1", "--workers", "0", "--out", str(out), "--resume", "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    table = json.loads(result.stdout)
+    assert table == json.loads((out / "table.json").read_text())
+    del finished[again]
+    assert {p: p.stat().st_mtime_ns for p in finished} == finished
+    assert (out / "seed-3" / "fedavg" / "server" / "state.json").stat().st_mtime_ns == federated
+
+    rows = {(r["model"], r["method"]): r for r in table["rows"]}
+    paper, noise = "FedCoLLM (mutual KL)", "FedCoLLM, 1 noisy"
+    slm = ["zero-shot", "standalone", "FedAvg", "FedAvg + auxiliary", "FedCoLLM", paper]
+    llm = ["zero-shot", "auxiliary only", "FedCoLLM", paper, "centralized", noise]
+    slm += ["FedAvg, 1 noisy", noise]
+    assert list(rows) == [("slm", method) for method in slm] + [("llm", method) for method in llm]
+    for key, method in (("fedcollm", "FedCoLLM"), ("fedavg", "FedAvg")):
+        results = json.loads((out / "seed-3" / key / "results.json").read_text())
+        for row in results["table"]:
+            own = rows[row["model"], row["method"]]["accuracy"]["all"]["mean"]
+            assert own == pytest.approx(row["accuracy"][""], abs=1e-6)
+        assert method in {row["method"] for row in results["table"]}
+
+    def gold(model, method):
+        return rows[model, method]["gold_log_prob"]["all"]["mean"]
+
+    assert len({gold("slm", method) for method in slm}) == len(slm)
+    assert len({gold("llm", method) for method in llm}) == len(llm)
+    alone = [
+        json.loads((out / "seed-3" / "standalone" / f"silo-{i}.json").read_text())
+        for i in range(1, 5)
+    ]
+    assert len({tuple(a["gold_log_prob"]) for a in alone}) == 4
+    mean = np.mean([a["gold_log_prob"] for a in alone])
+    assert gold("slm", "standalone") == pytest.approx(mean, abs=1e-6)
+    page = (out / "table.md").read_text()
+    assert "**FedCoLLM − FedAvg + auxiliary**" in page
+    picture = ElementTree.fromstring((out / "plot.svg").read_text())
+    assert len(picture.findall(".//{http://www.w3.org/2000/svg}circle")) == len(rows)
+
+
+def test_rows_that_a_study_cannot_have_are_left_out(inputs):
+    study = load_study(inputs / "tiny.yaml", ["task.data.public_labelled=0"])
+    assert "auxiliary" not in {arm.key for arm in arms(study)}
+    study = load_study(inputs / "tiny.yaml", ["distillation.loss=mutual-kl"])
+    assert "mutual-kl" not in {arm.key for arm in arms(study)}
+
+
+def test_impossible_experiments_are_refused(inputs, tmp_path):
+    with pytest.raises(ConfigError, match="3 of 4 silos cannot be noisy"):
+        plan(inputs, tmp_path / "e", noisy=3)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="will not be removed"):
+        plan(inputs, tmp_path / "mine", overwrite=True).run(silent, silent_say)
+    with pytest.raises(ConfigError, match="no experiment to resume"):
+        plan(inputs, tmp_path / "none", resume=True).run(silent, silent_say)
