@@ -13,7 +13,7 @@ demo: $(VENV)/.ready  ## four hospitals co-tune a model, privately, on this mach
 	$(BIN)/securefedcollm simulate configs/quickstart.yaml --out runs/quickstart --overwrite
 
 test: $(VENV)/.ready  ## the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(VENV)/.ready  ## lint, format, types, import contracts
 	$(BIN)/ruff check .

