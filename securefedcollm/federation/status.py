@@ -72,7 +72,14 @@ class RunStatus:
 def runs_of(home: Path) -> list[RunStatus]:
     """Every study that was run in ``home``, the newest last. Reads only."""
     found = [path for path in (home / "studies").glob("*") if (path / "study.yaml").is_file()]
-    return [_read(path) for path in sorted(found, key=lambda p: p.stat().st_mtime)]
+    runs = []
+    for path in sorted(found, key=lambda p: p.stat().st_mtime):
+        try:
+            runs.append(_read(path))
+        except SecureFedCoLLMError as error:  # a study that cannot be read hides no other
+            what = (path.name, "", str(path), "", "", 0, 0, None)
+            runs.append(RunStatus(*what, problem=str(error)))
+    return runs
 
 
 def _read(run: Path) -> RunStatus:

@@ -181,6 +181,9 @@ def test_status_names_what_it_cannot_read(homes, tmp_path):
     (status,) = runs_of(homes["server"])
     assert status.rounds_done == 0
     assert status.problem
+    (member.run / "study.yaml").write_text("rounds: [")
+    (status,) = runs_of(homes["server"])
+    assert "study.yaml" in status.problem
 
 
 def test_server_questions_of_a_study_on_files_must_be_given():
