@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from benchmarks._idle import Idle
 from benchmarks._machine import machine
 from securefedcollm.aggregation import Roster
 from securefedcollm.federation import roles
@@ -47,7 +48,7 @@ from securefedcollm.federation.engines.link import (
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore
-from securefedcollm.federation.workload import Gradient, Progress, Vector, silent
+from securefedcollm.federation.workload import Progress, silent
 from securefedcollm.primitives import SigningKey
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import Study, load_study, study_from_tree
@@ -57,61 +58,6 @@ from securefedcollm.study.signing import sign_study, signatures_path
 SILOS = ("silo-1", "silo-2", "silo-3")
 ROUNDS = 4
 PASSPHRASE = "for this benchmark"
-
-
-class Trivial:
-    """A silo whose update is a constant, and a server without models."""
-
-    base_digest = b"b" * 32
-    dataset = "none"
-
-    def __init__(self, values: int) -> None:
-        self.values = values
-        self.theta = np.zeros(values, dtype=np.float32)
-
-    def layout(self, round_: int) -> bytes:
-        return bytes(32)
-
-    def size(self, round_: int) -> int:
-        return self.values
-
-    update_size = size
-
-    def events(self) -> tuple[()]:
-        return ()
-
-    def fit(self, adapter: Vector, round_: int, progress: Progress) -> Vector:
-        return np.full(self.values, 1e-4, dtype=np.float32)
-
-    def gradients(self, adapter: Vector, round_: int, q: float) -> tuple[Gradient, ...]:
-        return ()
-
-    def adapter(self) -> Vector:
-        return self.theta
-
-    def absorb(self, mean: Vector, round_: int) -> None:
-        self.theta = self.theta + mean
-
-    def descend(self, gradient: Vector, round_: int) -> None:
-        raise NotImplementedError
-
-    def descent(self) -> dict[str, Vector]:
-        return {}
-
-    def restore_descent(self, state: object) -> None:
-        pass
-
-    def distil(self, round_: int, progress: Progress) -> dict[str, float]:
-        return {}
-
-    def evaluate(self) -> dict[str, float]:
-        return {}
-
-    def save(self, directory: Path) -> None:
-        pass
-
-    def load(self, directory: Path) -> None:
-        pass
 
 
 def study_tree() -> dict[str, Any]:
@@ -138,7 +84,7 @@ def run(
         study=study,
         roster=roster,
         engine=engine,
-        workload=Trivial(values),
+        workload=Idle(values),
         store=store,
         progress=silent,
         on_round=lambda record: wire.append(loopback_bytes()),
@@ -180,7 +126,7 @@ def local_silo(
         name=name,
         roster=roster,
         key=SigningKey(keys[name]),
-        workload=Trivial(values),
+        workload=Idle(values),
         store=SiloStore(home),
         ledger=Ledger(home / "ledger.sqlite", name),
     )
@@ -267,7 +213,7 @@ def serve_silo(home: Path, study_file: Path, values: int) -> None:
             name=member.name,
             roster=member.roster,
             key=member.key,
-            workload=Trivial(values),
+            workload=Idle(values),
             store=SiloStore(place),
             ledger=Ledger(place / "ledger.sqlite", member.name),
         )

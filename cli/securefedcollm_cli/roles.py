@@ -152,7 +152,15 @@ def client(
     passphrase = _asked(passphrase_file)
     with roles.take_part(study, config, place, "silo", passphrase) as member:
         kit = installed(place, member.name)
-        limit = Budget(budget, study.privacy.delta) if budget and study.privacy else None
+        limit = None
+        if budget is not None:
+            if study.privacy is None:
+                raise ConfigError(
+                    "this study accounts for no ε",
+                    where="--budget",
+                    hint="without differential privacy nothing keeps to a budget: do not take part",
+                )
+            limit = Budget(budget, study.privacy.delta)
         threads = threads or _cores()
         with Bars(quiet=as_json) as bars:
             from securefedcollm.federation import cotuning

@@ -27,12 +27,10 @@ from securefedcollm.federation.plan import (
     AUTHORITY,
     authority_of,
     round_header,
-    run_key,
-    run_scope,
     sum_name,
 )
 from securefedcollm.federation.recording import AuthorityRecord
-from securefedcollm.federation.silostore import SiloStore
+from securefedcollm.federation.silostore import OneRun, SiloStore
 from securefedcollm.primitives import SigningKey
 from securefedcollm.study import Study
 
@@ -86,6 +84,7 @@ class AuthoritySession:
         self._roster = roster
         self._key = key
         self._store = store
+        self._run = OneRun(store, study)
         self._evidence = evidence or AuthorityRecord(None, key=key.public, roster=roster)
         self._side: AuthoritySide | None = None
         self._header: RoundHeader | None = None
@@ -93,10 +92,7 @@ class AuthoritySession:
     @property
     def over(self) -> bool:
         """Whether the server has ended the run."""
-        run = self._store.recorded(run_key(self._study))
-        if run is None:
-            return False
-        return self._store.last_round(run_scope(self._study, run)) == self._study.sums
+        return self._run.over
 
     def step(self, frame: bytes) -> bytes:
         """Answer one request. Never raises for what the server sent."""
@@ -133,14 +129,7 @@ class AuthoritySession:
             raise RemoteProtocolError(
                 f"asked for {name} of a study of {study.rounds} rounds", peer=SERVER
             )
-        # Adversary: a server that starts the study again under another run id, to have the same
-        # updates summed over other survivors; the difference would be one silo's own.
-        if self._store.record(run_key(study), request.run_id) != request.run_id:
-            raise RemoteProtocolError(
-                "asked for a second run of a study",
-                peer=SERVER,
-                hint="resume the run; for another one agree on a new study, e.g. with another seed",
-            )
+        self._run.enter(request.run_id, request.round)
         header = round_header(
             study,
             roster=self._roster,
@@ -150,8 +139,6 @@ class AuthoritySession:
             model=request.model,
             values=request.values,
         )
-        if not self._store.enter_round(run_scope(study, request.run_id), request.round):
-            raise RemoteProtocolError(f"asked for the past {name}", peer=SERVER)
         self._evidence.attempt(header)
         self._side = authority_side(
             header=header, roster=self._roster, signing_key=self._key, journal=self._store
@@ -169,7 +156,5 @@ class AuthoritySession:
     def _end(self, end: EndRun) -> Ended:
         """No further attempt at this run, durably."""
         self._side = None
-        if self._store.recorded(run_key(self._study)) != end.run_id:
-            raise RemoteProtocolError("ended a run that never began here", peer=SERVER)
-        self._store.enter_round(run_scope(self._study, end.run_id), self._study.sums)
+        self._run.end(end.run_id)
         return Ended()

@@ -43,13 +43,12 @@ from securefedcollm.federation.plan import (
     quantiser,
     round_header,
     round_of,
-    run_key,
     run_scope,
     silo_unit,
     sum_name,
 )
 from securefedcollm.federation.recording import SiloRecord
-from securefedcollm.federation.silostore import Integers, SiloStore, SumMemory
+from securefedcollm.federation.silostore import Integers, OneRun, SiloStore, SumMemory
 from securefedcollm.federation.workload import Progress, SiloWorkload, Vector, silent
 from securefedcollm.primitives import SigningKey, sha256
 from securefedcollm.privacy.events import Event
@@ -112,6 +111,7 @@ class SiloSession:
         self._key = key
         self._workload = workload
         self._store = store
+        self._run = OneRun(store, study)
         self._ledger = ledger
         self._progress = progress
         self._threads = threads
@@ -121,10 +121,7 @@ class SiloSession:
     @property
     def over(self) -> bool:
         """Whether the server has ended the run that this silo took part in."""
-        run = self._store.recorded(run_key(self._study))
-        if run is None:
-            return False
-        return self._store.last_round(run_scope(self._study, run)) == self._study.sums
+        return self._run.over
 
     def step(self, frame: bytes) -> bytes:
         """Answer one request. Never raises for what the server sent or the data hold."""
@@ -171,8 +168,7 @@ class SiloSession:
             model=model,
             values=unit.values if unit else self._values(begin.round),
         )
-        scope = run_scope(self._study, begin.run_id)
-        self._enter(scope, begin, model)
+        scope = self._enter(begin, model)
         self._settle_before(scope, begin.round)
         adapted = unit.adapted if isinstance(unit, SiloUnit) else None
         self._evidence.round(header, base, begin.layout, begin.adapter, mechanism, adapted)
@@ -227,35 +223,23 @@ class SiloSession:
         Adversary: a server that ends a run early loses this silo's further rounds, and no more.
         """
         self._side = None
-        if self._store.recorded(run_key(self._study)) != end.run_id:
-            raise RemoteProtocolError("ended a run that this silo takes no part in", peer="server")
-        scope = run_scope(self._study, end.run_id)
-        self._store.enter_round(scope, self._study.sums)
-        self._settle_before(scope, self._study.sums)
+        self._settle_before(self._run.end(end.run_id), self._study.sums)
         return Ended()
 
-    def _enter(self, scope: bytes, begin: BeginRound, model: bytes) -> None:
-        """Durable rules about what may be trained at all, whatever becomes of the process."""
-        # Adversary: a server that starts the study again under another run id, to have the same
-        # updates summed over other survivors; the difference would be one silo's own.
-        if self._store.record(run_key(self._study), begin.run_id) != begin.run_id:
-            raise RemoteProtocolError(
-                "asked for a second run of a study that this silo takes part in",
-                peer="server",
-                hint="resume the run; for another one agree on a new study, e.g. with another seed",
-            )
-        # Adversary: a server that burns a silo's budget on rounds whose updates it never sums:
-        # past rounds again, or one round with many models.
-        if not self._store.enter_round(scope, begin.round):
-            raise RemoteProtocolError(
-                f"asked for the past {sum_name(self._study, begin.round)}", peer="server"
-            )
+    def _enter(self, begin: BeginRound, model: bytes) -> bytes:
+        """Durable rules about what may be trained at all, whatever becomes of the process.
+
+        Returns the run's scope.
+        """
+        scope = self._run.enter(begin.run_id, begin.round)
+        # Adversary: a server that has one round trained on many models.
         pin = b"model:" + scope[:16] + begin.round.to_bytes(4, "big")
         if self._store.record(pin, model) != model:
             raise RemoteProtocolError(
                 f"sent a second global model for {sum_name(self._study, begin.round)}",
                 peer="server",
             )
+        return scope
 
     def _check_order(self, begin: BeginRound) -> None:
         """Rounds and attempts of a run only ever go up, within the study's horizon."""

@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.errors import StateError
+from securefedcollm.errors import RemoteProtocolError, StateError
 from securefedcollm.federation.files import make_directory, write_durably
+from securefedcollm.federation.plan import run_key, run_scope, sum_name
 from securefedcollm.privacy.journal import durable_database
+from securefedcollm.study import Study
 
 Integers = npt.NDArray[np.int64]
 
@@ -137,6 +139,58 @@ class SiloStore:
 
     def close(self) -> None:
         self._db.close()
+
+
+class OneRun:
+    """The one run of a study that a participant takes part in, and how far it has come. Durable."""
+
+    def __init__(self, store: SiloStore, study: Study) -> None:
+        self._store = store
+        self._study = study
+
+    def enter(self, run_id: bytes, sum_: int) -> bytes:
+        """Go on to an attempt at secure sum ``sum_``; returns the run's scope, 32 bytes.
+
+        Raises:
+            RemoteProtocolError: of another run, or of a sum before the newest.
+        """
+        # Adversary: a server that starts the study again under another run id, to have the same
+        # updates summed over other survivors; the difference would be one silo's own.
+        if self._store.record(run_key(self._study), run_id) != run_id:
+            raise RemoteProtocolError(
+                "asked for a second run of a study that this participant is in",
+                peer="server",
+                hint="resume the run; for another one agree on a new study, e.g. with another seed",
+            )
+        scope = run_scope(self._study, run_id)
+        # Adversary: a server that burns a silo's budget on rounds whose updates it never sums.
+        if not self._store.enter_round(scope, sum_):
+            raise RemoteProtocolError(
+                f"asked for the past {sum_name(self._study, sum_)}", peer="server"
+            )
+        return scope
+
+    def end(self, run_id: bytes) -> bytes:
+        """No further attempt at this run; returns its scope.
+
+        Raises:
+            RemoteProtocolError: it is not the run that this participant is in.
+        """
+        if self._store.recorded(run_key(self._study)) != run_id:
+            raise RemoteProtocolError(
+                "ended a run that this participant takes no part in", peer="server"
+            )
+        scope = run_scope(self._study, run_id)
+        self._store.enter_round(scope, self._study.sums)
+        return scope
+
+    @property
+    def over(self) -> bool:
+        """Whether the server has ended it."""
+        run = self._store.recorded(run_key(self._study))
+        if run is None:
+            return False
+        return self._store.last_round(run_scope(self._study, run)) == self._study.sums
 
 
 class SumMemory:

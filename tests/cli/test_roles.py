@@ -159,6 +159,16 @@ def test_an_operator_sees_what_it_agrees_to_and_may_decline(study):
     assert isinstance(result.exception, ConfigError)
 
 
+def test_a_budget_that_nothing_would_keep_to_is_refused(study):
+    with pytest.raises(ConfigError, match="must be above 0"):
+        client(study, "--yes", "--budget", "0")
+    directory, homes, _ = study
+    open_ = directory / "open.yaml"
+    write_signed(load_study(directory / "tiny.yaml", ["privacy=none"]), homes, open_)
+    with pytest.raises(ConfigError, match="accounts for no ε"):
+        client((directory, homes, open_), "--yes", "--budget", "3")
+
+
 def test_bad_data_is_named_before_anything_is_sent(study):
     bad = study[0] / "bad.jsonl"
     bad.write_text('{"question": "colour of thing1", "choices": ["red"], "answer": 0}\n')

@@ -198,7 +198,7 @@ def test_the_authority_takes_part_in_one_run_and_no_past_round(tmp_path):
     assert "past round 1" in ask(again, attempt=1).message
     assert isinstance(reply_of(again, EndRun(b"r" * 16)), Ended)
     assert "past round 2" in ask(again, round=1, attempt=1).message
-    assert "never began here" in reply_of(again, EndRun(b"s" * 16)).message
+    assert "takes no part in" in reply_of(again, EndRun(b"s" * 16)).message
 
 
 def test_the_authority_answers_only_for_its_own_role_and_in_order(tmp_path):

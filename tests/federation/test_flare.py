@@ -255,6 +255,7 @@ def test_what_a_silo_takes_from_a_server(homes, engine, tmp_path):
     """A 100 MB adapter, in pieces; but no code, and no class besides our relay."""
     home = homes["silo-1"]
     frame = os.urandom(100_000_000)
+    assert engine.exchange({}, 1) == {}
     with attached(home, "silo-1"):
         assert engine.exchange({"silo-1": b"small"}, 120) == {"silo-1": Echo().step(b"small")}
         before = peak_memory("worker_process", str(home))

@@ -110,7 +110,13 @@ class FlareEngine:
     # ---- the engine ----
 
     def exchange(self, frames: Mapping[str, bytes], timeout: float) -> dict[str, bytes | Failure]:
-        """See :class:`securefedcollm.federation.engines.Engine`."""
+        """See :class:`securefedcollm.federation.engines.Engine`.
+
+        Raises:
+            TransportError: too few silos are connected for a FLARE job at all.
+        """
+        if not frames:
+            return {}
         deadline = time.monotonic() + timeout
         self._number += 1
         parcel = Parcel(self._session, self._number)
@@ -390,7 +396,8 @@ class _SiloWire:
             with self._lock:
                 self._wire.send(list(call))
                 answer = self._wire.receive()
-        except (OSError, EOFError):
+        except (OSError, EOFError, TransportError):
+            # Adversary: a silo whose answer is longer than any. The rest of it is still to come.
             self.over.set()
             raise TransportError("the connection broke") from None
         return result_of(answer)

@@ -18,7 +18,7 @@ from typing import Any, Final
 from nvflare.collab import collab
 
 from securefedcollm.federation.engines.flare.processes import DOOR
-from securefedcollm.federation.engines.link import Wire, knock, result_of
+from securefedcollm.federation.engines.link import Wire, knock
 
 _CALL_TIMEOUT: Final = 20.0
 """Seconds for a chunk to cross and its answer to come: less than 1 Mbit/s is no connection."""
@@ -106,13 +106,9 @@ def _call(proxy: Any, call: Any) -> list[Any]:
     method, *arguments = call
     patience = float(arguments[-1]) if method == "pull" else 0.0
     try:
-        answer = getattr(proxy(timeout=_CALL_TIMEOUT + patience), method)(*arguments)
-        result_of(answer)
-    except Exception as error:  # FLARE wraps what happened at the other end in kinds of its own
-        if type(error).__name__ == "Unknown":
-            return ["unknown", str(error)]
+        return list(getattr(proxy(timeout=_CALL_TIMEOUT + patience), method)(*arguments))
+    except Exception as error:  # FLARE has many kinds for what may happen on the way
         return ["error", f"{proxy.name}: {str(error)[:160]}"]
-    return list(answer)
 
 
 def _end_with_parent() -> None:
