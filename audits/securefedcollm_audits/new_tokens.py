@@ -21,9 +21,10 @@ import msgspec
 import numpy as np
 import torch
 
-from securefedcollm.federation.cotuning import SiloTuning, Tuned
+from securefedcollm.federation.cotuning import SiloTuning
 from securefedcollm.federation.dealing import deal
 from securefedcollm.federation.plan import silo_names
+from securefedcollm.federation.tuned import Tuned
 from securefedcollm.federation.workload import Progress, Vector, silent
 from securefedcollm.study import Study
 from securefedcollm.study.config import Model
