@@ -121,14 +121,17 @@ def _word(word: Statement) -> Word:
 def _refused(log: EvidenceLog | None, error: Exception) -> None:
     """A request was not answered. Only the kind of error is written: reasons are private.
 
-    Adversary: a server that fills this disk with refusals. One is written for any number of the
-    same kind in a row, and none before the first round.
+    Adversary: a server that fills this disk with refusals. Of any number in a row one of each kind
+    is written, and none before the first round.
     """
     if log is None or not log.size:
         return
     refusal = Refused(error=type(error).__name__)
-    if log.entries[-1].what == refusal:
-        return
+    for entry in reversed(log.entries):
+        if entry.what == refusal:
+            return
+        if not isinstance(entry.what, Refused):
+            break
     try:
         log.append(refusal)
     except StateError as full:  # saying nothing needs no evidence

@@ -12,6 +12,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +25,17 @@ from securefedcollm.study import Study
 
 Integers = npt.NDArray[np.int64]
 
+MOST_ATTEMPTS: Final = 64
+"""At one sum, restarts included. Each writes into the journal and the evidence log. An honest server
+takes a few, and under a threshold key one more for every silo that is lost."""
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS journal (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS trainings (
   run BLOB NOT NULL, round INTEGER NOT NULL, failed INTEGER NOT NULL, PRIMARY KEY (run, round)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS attempts (
+  run BLOB NOT NULL, round INTEGER NOT NULL, begun INTEGER NOT NULL, PRIMARY KEY (run, round)
 ) WITHOUT ROWID;
 """
 
@@ -70,6 +78,17 @@ class SiloStore:
             db.execute("INSERT OR IGNORE INTO trainings VALUES (?, ?, 0)", (run, round_))
             row = db.execute("SELECT MAX(round) FROM trainings WHERE run = ?", (run,)).fetchone()
         return int(row[0]) == round_
+
+    def begin_attempt(self, run: bytes, round_: int) -> bool:
+        """Count one more attempt at this round; False, and nothing is written, if it has had
+        :data:`MOST_ATTEMPTS`."""
+        with self._writing() as db:
+            db.execute("INSERT OR IGNORE INTO attempts VALUES (?, ?, 0)", (run, round_))
+            done = db.execute(
+                "UPDATE attempts SET begun = begun + 1 WHERE run = ? AND round = ? AND begun < ?",
+                (run, round_, MOST_ATTEMPTS),
+            )
+        return done.rowcount == 1
 
     def last_round(self, run: bytes) -> int | None:
         """The last round of this run that has begun; None if none has."""
@@ -152,7 +171,7 @@ class OneRun:
         """Go on to an attempt at secure sum ``sum_``; returns the run's scope, 32 bytes.
 
         Raises:
-            RemoteProtocolError: of another run, or of a sum before the newest.
+            RemoteProtocolError: of another run, of a sum before the newest, or one too many.
         """
         # Adversary: a server that starts the study again under another run id, to have the same
         # updates summed over other survivors; the difference would be one silo's own.
@@ -167,6 +186,14 @@ class OneRun:
         if not self._store.enter_round(scope, sum_):
             raise RemoteProtocolError(
                 f"asked for the past {sum_name(self._study, sum_)}", peer="server"
+            )
+        # Adversary: a server that fills this disk with attempts that it never finishes.
+        if not self._store.begin_attempt(scope, sum_):
+            raise RemoteProtocolError(
+                f"asked for more than {MOST_ATTEMPTS} attempts at {sum_name(self._study, sum_)}",
+                peer="server",
+                hint="this participant takes no further part in it; the server's log says why "
+                "they failed",
             )
         return scope
 

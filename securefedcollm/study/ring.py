@@ -41,6 +41,11 @@ MOST_FLOOD_BITS: Final = 40
 """Above, a float64 sampler could no longer tell neighbouring integers apart."""
 
 
+MOST_OPENINGS: Final = 3
+"""How often a participant helps to open one sum. Every opening shows the same sum with other noise,
+and the advantage stated by :meth:`CkksRing.advantage` is that of all of them. An honest server that
+crashes or loses a silo while a sum is opened has as many attempts in a row."""
+
 MOST_KEYS: Final = 64
 """Keeps frames of key parts below 260 MB with 128 silos."""
 
@@ -135,6 +140,11 @@ class CkksRing(msgspec.Struct, frozen=True):
         chunks = -(-values // DEGREE)
         ratio = self.noise_rms / 2.0**self.flood_bits
         return min(1.0, math.sqrt(chunks * DEGREE / 4) * ratio)
+
+    def advantage(self, values: int, sums: int) -> float:
+        """Bound on a distinguisher's advantage from all openings of all ``sums`` of a run: keys and
+        noise of each are fresh, so the distances of :meth:`leak` add up. 1 says nothing."""
+        return min(1.0, sums * MOST_OPENINGS * self.leak(values))
 
 
 def _greatest_noise(silos: int, holders: int, flood_bits: int) -> int:

@@ -166,7 +166,8 @@ def test_refusals_are_written_once_and_without_their_reasons(tmp_path):
     silo = run.engine._local["silo-3"]
     for _ in range(50):
         silo.step(b"garbage")
-    assert silo._evidence._log.size <= log.size + 1
+        silo._evidence.refused(EvidenceError("of another kind"))
+    assert silo._evidence._log.size <= log.size + 2
 
 
 def test_an_old_ledger_file_is_found_out(tmp_path):

@@ -27,7 +27,7 @@ from securefedcollm.federation.messages import (
     encode,
 )
 from securefedcollm.federation.plan import AUTHORITY, authority_of
-from securefedcollm.federation.silostore import SiloStore
+from securefedcollm.federation.silostore import MOST_ATTEMPTS, SiloStore
 
 from . import test_joint
 from .arithmetic import AUTHORITY_KEY, KEYS, NAMES, ROSTER, SIZE, make_silo, make_study
@@ -199,6 +199,16 @@ def test_the_authority_takes_part_in_one_run_and_no_past_round(tmp_path):
     assert isinstance(reply_of(again, EndRun(b"r" * 16)), Ended)
     assert "past round 2" in ask(again, round=1, attempt=1).message
     assert "takes no part in" in reply_of(again, EndRun(b"s" * 16)).message
+
+
+def test_keys_for_one_round_are_made_so_often_and_no_more(tmp_path):
+    """Adversary: a server that has the authority fill its disk, by one request over and over."""
+    office = office_in(tmp_path)
+    for _ in range(MOST_ATTEMPTS):
+        assert isinstance(ask(office), Ready)
+    again = office_in(tmp_path)  # restarted
+    assert "more than 64 attempts at round 1" in ask(again).message
+    assert isinstance(ask(again, round=1), Ready)
 
 
 def test_the_authority_answers_only_for_its_own_role_and_in_order(tmp_path):
