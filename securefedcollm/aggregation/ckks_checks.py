@@ -89,9 +89,7 @@ def record_once(journal: Journal, key: bytes, value: bytes, step: Step) -> None:
         )
 
 
-def record_opening(
-    journal: Journal, header: RoundHeader, names: Sequence[str], step: Step
-) -> None:
+def record_opening(journal: Journal, header: RoundHeader, names: Sequence[str], step: Step) -> None:
     """Write down that the sum of ``names`` is about to be opened; refuse if it must not be.
 
     Adversary: a server that opens two sums of a round; their difference would bare the silos in

@@ -26,8 +26,8 @@ from securefedcollm.study import Study
 Integers = npt.NDArray[np.int64]
 
 MOST_ATTEMPTS: Final = 64
-"""At one sum, restarts included. Each writes into the journal and the evidence log. An honest server
-takes a few, and under a threshold key one more for every silo that is lost."""
+"""At one sum, restarts included. Each writes into journal and evidence log. An honest server takes
+a few, and under a threshold key one more for every silo that is lost."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS journal (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
