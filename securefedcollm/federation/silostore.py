@@ -179,7 +179,8 @@ class OneRun:
             raise RemoteProtocolError(
                 "asked for a second run of a study that this participant is in",
                 peer="server",
-                hint="resume the run; for another one agree on a new study, e.g. with another seed",
+                hint="resume the run; for another one agree on a new study, e.g. with another seed "
+                "(only the privacy ledger bounds what both together tell)",
             )
         scope = run_scope(self._study, run_id)
         # Adversary: a server that burns a silo's budget on rounds whose updates it never sums.
