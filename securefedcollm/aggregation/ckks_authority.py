@@ -142,6 +142,11 @@ class CkksAuthorityRound:
             self._finish(Step.DONE)
         return reply
 
+    def close(self) -> None:
+        """Drop the keys, if they are still there: this attempt is over."""
+        if self._secrets is not None:
+            self._finish(Step.FAILED)
+
     def _finish(self, step: Step) -> None:
         self._step = step
         if self._secrets is not None:

@@ -177,7 +177,12 @@ def derive(name: CkksSet, *, silos: int, bound: int, holders: int | None = None)
         noise = _greatest_noise(silos, holders, flood_bits)
         return (silos * bound << scale_bits) + noise < half and 2 * noise < 1 << scale_bits
 
-    while name == "precise" and scale_bits > 0 and flood_bits < MOST_FLOOD_BITS and fits(flood_bits + 1):
+    while (
+        name == "precise"
+        and scale_bits > 0
+        and flood_bits < MOST_FLOOD_BITS
+        and fits(flood_bits + 1)
+    ):
         flood_bits += 1
     ring = CkksRing(name, silos, bound, scale_bits, flood_bits, holders)
     if scale_bits < 1 or (name == "precise" and not ring.exact):

@@ -6,17 +6,20 @@ Adversary: the server and ``silos.colluders`` silos; the authority does not coll
 from __future__ import annotations
 
 import math
+import weakref
 
 import msgspec
 import numpy as np
 import pytest
 
 from securefedcollm.aggregation import Roster
+from securefedcollm.aggregation.messages import Ask
 from securefedcollm.errors import ConfigError, ProtocolError
-from securefedcollm.federation.authority import AuthoritySession
+from securefedcollm.federation.authority import KEY_LIFETIME, AuthoritySession
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.messages import (
     Aggregate,
+    Aggregated,
     Ended,
     EndRun,
     MakeKey,
@@ -219,6 +222,37 @@ def test_the_authority_answers_only_for_its_own_role_and_in_order(tmp_path):
     assert "before an attempt began" in reply_of(office, Aggregate(b"x")).message
     silo = make_silo("silo-1", None, study=study(), directory=tmp_path)
     assert "the authority's key" in ask(silo).message
+
+
+def test_keys_are_dropped_after_an_hour_whatever_the_server_does(tmp_path):
+    """Adversary: a server that never ends an attempt, and later gets at the authority's machine."""
+    clock = [100.0]
+    office = office_in(tmp_path)
+    office._now = lambda: clock[0]
+
+    def made(attempt):
+        assert isinstance(ask(office, attempt=attempt), Ready)
+        clock[0] += 24 * 3600.0  # while silos train there are no keys
+        office.drop_overdue()
+        header = office._side._header
+        keys = reply_of(office, Aggregate(Ask(header).encode()))
+        assert isinstance(keys, Aggregated)
+        return weakref.ref(office._side._secrets)
+
+    secrets = made(0)
+    clock[0] += KEY_LIFETIME - 1
+    office.drop_overdue()
+    assert secrets() is not None
+    clock[0] += 1
+    office.drop_overdue()  # as the process does while it waits
+    assert secrets() is None
+    late = reply_of(office, Aggregate(b"x"))
+    assert "after its keys were dropped" in late.message
+    secrets = made(1)
+    clock[0] += KEY_LIFETIME
+    assert isinstance(reply_of(office, Aggregate(b"x")), Refused)  # as any frame does
+    assert secrets() is None
+    assert isinstance(ask(office, attempt=2), Ready)
 
 
 def test_who_the_authority_is_follows_from_the_study(tmp_path):
