@@ -156,7 +156,7 @@ class AuthoritySession:
             raise RemoteProtocolError(
                 f"asked for {name} of a study of {study.rounds} rounds", peer=SERVER
             )
-        self._run.enter(request.run_id, request.round)
+        self._run.enter(request.run_id, request.round, *self._evidence.marks)
         header = round_header(
             study,
             roster=self._roster,

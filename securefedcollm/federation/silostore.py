@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import io
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,8 +55,9 @@ class SiloStore:
             self._db = durable_database(path, _SCHEMA)
         except (OSError, sqlite3.Error) as error:
             raise StateError(
-                f"{path}: the silo's state cannot be opened ({error})",
-                hint="restore it from a backup; without it, finished work cannot be resumed",
+                f"{path}: the participant's journal cannot be opened ({error})",
+                hint="mend what the message names; if the file is lost or damaged sit this study "
+                "out, and never restore it from a backup: an old one does not know what was said",
             ) from None
 
     def record(self, key: bytes, value: bytes) -> bytes:
@@ -89,6 +90,14 @@ class SiloStore:
                 (run, round_, MOST_ATTEMPTS),
             )
         return done.rowcount == 1
+
+    def attempts(self, run: bytes, round_: int) -> int | None:
+        """How many attempts at this round have begun; None if none was counted."""
+        with self._writing() as db:
+            row = db.execute(
+                "SELECT begun FROM attempts WHERE run = ? AND round = ?", (run, round_)
+            ).fetchone()
+        return None if row is None else int(row[0])
 
     def last_round(self, run: bytes) -> int | None:
         """The last round of this run that has begun; None if none has."""
@@ -160,6 +169,20 @@ class SiloStore:
         self._db.close()
 
 
+class Mark(NamedTuple):
+    """How far a run had come when something else than the journal was last written.
+
+    Args:
+        keeper: what was written, for messages.
+        sum: the newest secure sum in it.
+        attempts: at that sum, at least.
+    """
+
+    keeper: str
+    sum: int
+    attempts: int
+
+
 class OneRun:
     """The one run of a study that a participant takes part in, and how far it has come. Durable."""
 
@@ -167,11 +190,15 @@ class OneRun:
         self._store = store
         self._study = study
 
-    def enter(self, run_id: bytes, sum_: int) -> bytes:
+    def enter(self, run_id: bytes, sum_: int, *marks: Mark) -> bytes:
         """Go on to an attempt at secure sum ``sum_``; returns the run's scope, 32 bytes.
+
+        Args:
+            marks: how far the participant had come by what it keeps beside this journal.
 
         Raises:
             RemoteProtocolError: of another run, of a sum before the newest, or one too many.
+            StateError: the journal is older than a mark.
         """
         # Adversary: a server that starts the study again under another run id, to have the same
         # updates summed over other survivors; the difference would be one silo's own.
@@ -183,6 +210,7 @@ class OneRun:
                 "(only the privacy ledger bounds what both together tell)",
             )
         scope = run_scope(self._study, run_id)
+        self._check_age(scope, marks)
         # Adversary: a server that burns a silo's budget on rounds whose updates it never sums.
         if not self._store.enter_round(scope, sum_):
             raise RemoteProtocolError(
@@ -197,6 +225,24 @@ class OneRun:
                 "they failed",
             )
         return scope
+
+    def _check_age(self, scope: bytes, marks: Iterable[Mark]) -> None:
+        """Adversary: a server that hears of a journal that was lost, or restored from a backup, and
+        has a sum opened over other silos than the one that the journal has forgotten. Whoever wrote
+        a mark had entered that attempt here, durably, before."""
+        for mark in marks:
+            newest = self._store.last_round(scope)
+            begun = self._store.attempts(scope, mark.sum) if newest == mark.sum else None
+            if mark.sum > (-1 if newest is None else newest) or (
+                begun is not None and begun < mark.attempts
+            ):
+                raise StateError(
+                    f"the journal of this run was lost or restored: its {mark.keeper} knows of "
+                    f"{mark.attempts} attempt(s) at {sum_name(self._study, mark.sum)}, and it does "
+                    "not; this participant sits the study out",
+                    hint="without it a server could have two sums of one round opened, and "
+                    "subtract them",
+                )
 
     def end(self, run_id: bytes) -> bytes:
         """No further attempt at this run; returns its scope.
