@@ -31,6 +31,7 @@ from securefedcollm.federation.messages import (
 )
 from securefedcollm.federation.plan import AUTHORITY, authority_of
 from securefedcollm.federation.silostore import MOST_ATTEMPTS, SiloStore
+from securefedcollm.study.ring import MOST_OPENINGS
 
 from . import test_joint
 from .arithmetic import AUTHORITY_KEY, KEYS, NAMES, ROSTER, SIZE, make_silo, make_study
@@ -127,6 +128,24 @@ def test_what_was_opened_with_a_silo_is_not_opened_again_without_it(tmp_path):
     assert "lost" in first
     assert first["survivors"] == []
     assert second["survivors"] == ["silo-1", "silo-2", "silo-3"]
+
+
+@pytest.mark.parametrize("key_model", ["authority", "threshold"])
+def test_a_server_that_dies_in_every_opening_loses_the_round_and_goes_on(tmp_path, key_model):
+    """The same sum is opened three times; the fourth time there is no answer, for an honest server
+    as for another."""
+    made = study(rounds=2, aggregation={"key_model": key_model})
+    opening = {"authority": OPENING, "threshold": 6}[key_model]
+    for life in range(MOST_OPENINGS):
+        run = Run(tmp_path, made, resume=life > 0, wrap=lambda e: Dies(e, opening, before=False))
+        with pytest.raises(Killed):
+            run.go()
+    run = Run(tmp_path, made, resume=True)
+    run.go()
+    first, second = run.store.state.history
+    assert "a sum that was opened 3 times" in first["lost"]
+    assert (first["survivors"], second["survivors"]) == ([], list(NAMES))
+    assert spent(tmp_path, made) == dict.fromkeys(NAMES, CHARGED_ONCE[:2])
 
 
 def test_client_level_noise_is_settled_on_the_authority_s_word(tmp_path):
