@@ -211,12 +211,22 @@ def authority(
         bars.say(f"study {study.study}, sha256:{member.study.digest.hex()}, signed by all")
         bars.say(f"opens {study.sums} sums, each of at least {study.quorum} silos")
         _confirm(yes)
-        _serve(session, member, kit, roles.LARGEST_TO_AUTHORITY, bars)
+        _serve(session, member, kit, roles.LARGEST_TO_AUTHORITY, bars, idle=session.drop_overdue)
     _finished(member.run, as_json)
 
 
-def _serve(session: Session, member: Member, kit: Kit, limit: int, bars: Bars) -> None:
-    """Answer the server, through FLARE's process, until the run is over."""
+def _serve(
+    session: Session,
+    member: Member,
+    kit: Kit,
+    limit: int,
+    bars: Bars,
+    idle: Callable[[], None] = lambda: None,
+) -> None:
+    """Answer the server, through FLARE's process, until the run is over.
+
+    ``idle`` is called between requests, and several times a second while there are none.
+    """
     from securefedcollm.federation import roles
     from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
     from securefedcollm.federation.engines.link import Door, SiloInbox, answer_calls
@@ -230,7 +240,12 @@ def _serve(session: Session, member: Member, kit: Kit, limit: int, bars: Bars) -
         ) as flare,
     ):
         bars.say("waiting for the server")
-        inbox.serve(lambda: not flare.running or leave.now)
+
+        def stop() -> bool:
+            idle()
+            return not flare.running or leave.now
+
+        inbox.serve(stop)
         if not session.over:
             flare.require_running()
 

@@ -60,6 +60,7 @@ from securefedcollm.evidence.software import bill_of_materials, code_digest
 from securefedcollm.federation import messages
 from securefedcollm.federation.files import write_durably
 from securefedcollm.federation.plan import AUTHORITY
+from securefedcollm.federation.silostore import Mark
 from securefedcollm.primitives import SigningKey, sha256
 
 _messages = logging.getLogger(__name__)
@@ -121,18 +122,31 @@ def _word(word: Statement) -> Word:
 def _refused(log: EvidenceLog | None, error: Exception) -> None:
     """A request was not answered. Only the kind of error is written: reasons are private.
 
-    Adversary: a server that fills this disk with refusals. One is written for any number of the
-    same kind in a row, and none before the first round.
+    Adversary: a server that fills this disk with refusals. Of any number in a row one of each kind
+    is written, and none before the first round.
     """
     if log is None or not log.size:
         return
     refusal = Refused(error=type(error).__name__)
-    if log.entries[-1].what == refusal:
-        return
+    for entry in reversed(log.entries):
+        if entry.what == refusal:
+            return
+        if not isinstance(entry.what, Refused):
+            break
     try:
         log.append(refusal)
     except StateError as full:  # saying nothing needs no evidence
         _messages.warning("%s", full)
+
+
+def _mark(log: EvidenceLog | None) -> list[Mark]:
+    newest, attempts = -1, 0
+    for entry in reversed(log.entries if log else ()):
+        if isinstance(entry.what, Round | Keyed):
+            if entry.what.round < newest:
+                break
+            newest, attempts = entry.what.round, attempts + 1
+    return [Mark("evidence log", newest, attempts)] if attempts else []
 
 
 class SiloRecord:
@@ -160,6 +174,11 @@ class SiloRecord:
         self._server = server
         self._authority = authority
         self._header: RoundHeader | None = None
+
+    @property
+    def marks(self) -> list[Mark]:
+        """The newest sum in the log; none if there is none."""
+        return _mark(self._log)
 
     def round(
         self,
@@ -324,6 +343,11 @@ class AuthorityRecord:
         self._key = key
         self._roster = roster
         self._server = server
+
+    @property
+    def marks(self) -> list[Mark]:
+        """The newest sum in the log; none if there is none."""
+        return _mark(self._log)
 
     def attempt(self, header: RoundHeader) -> None:
         """Before a key is made."""

@@ -48,7 +48,7 @@ from securefedcollm.federation.plan import (
     sum_name,
 )
 from securefedcollm.federation.recording import SiloRecord
-from securefedcollm.federation.silostore import Integers, OneRun, SiloStore, SumMemory
+from securefedcollm.federation.silostore import Integers, Mark, OneRun, SiloStore, SumMemory
 from securefedcollm.federation.workload import Progress, SiloWorkload, Vector, silent
 from securefedcollm.primitives import SigningKey, sha256
 from securefedcollm.privacy.events import Event
@@ -231,7 +231,8 @@ class SiloSession:
 
         Returns the run's scope.
         """
-        scope = self._run.enter(begin.run_id, begin.round)
+        marks = [*self._evidence.marks, *self._charged(run_scope(self._study, begin.run_id))]
+        scope = self._run.enter(begin.run_id, begin.round, *marks)
         # Adversary: a server that has one round trained on many models.
         pin = b"model:" + scope[:16] + begin.round.to_bytes(4, "big")
         if self._store.record(pin, model) != model:
@@ -240,6 +241,11 @@ class SiloSession:
                 peer="server",
             )
         return scope
+
+    def _charged(self, scope: bytes) -> list[Mark]:
+        """The newest sum of this run in the privacy ledger, which is of all studies."""
+        sums = [e.key.round for e in self._ledger.entries() if e.key.run == scope.hex()]
+        return [Mark("privacy ledger", max(sums), 1)] if sums else []
 
     def _check_order(self, begin: BeginRound) -> None:
         """Rounds and attempts of a run only ever go up, within the study's horizon."""
