@@ -26,8 +26,8 @@ def make_directory(path: Path) -> Path:
     return path
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Replace ``path`` atomically (mode 0600) and fsync file and directory.
+def write_durably(path: Path, *content: bytes | memoryview) -> None:
+    """Replace ``path`` by the joined ``content``, atomically (mode 0600); fsync file and directory.
 
     Raises:
         StateError: naming the path, e.g. when the disk is full; the old content stays.
@@ -36,7 +36,7 @@ def write_durably(path: Path, content: bytes) -> None:
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+            file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -90,7 +90,12 @@ Clip = tuple[float, float] | None
 
 
 def _round(
-    header: RoundHeader, base: bytes, layout: bytes, adapter: bytes, mechanism: bytes, clip: Clip
+    header: RoundHeader,
+    base: bytes,
+    layout: bytes,
+    adapter: bytes | memoryview,
+    mechanism: bytes,
+    clip: Clip,
 ) -> Round:
     return Round(
         round=header.round,
@@ -185,7 +190,7 @@ class SiloRecord:
         header: RoundHeader,
         base: bytes,
         layout: bytes,
-        adapter: bytes,
+        adapter: bytes | memoryview,
         mechanism: bytes,
         clip: Clip = None,
     ) -> None:
@@ -437,7 +442,7 @@ class ServerRecord:
         header: RoundHeader,
         base: bytes,
         layout: bytes,
-        adapter: bytes,
+        adapter: bytes | memoryview,
         mechanism: bytes,
         clip: Clip = None,
     ) -> None:
@@ -494,7 +499,7 @@ class ServerRecord:
         if self._log is not None:
             self._log.append(Lost(round=round_))
 
-    def finished(self, round_: int, adapter: bytes, directory: Path) -> None:
+    def finished(self, round_: int, adapter: bytes | memoryview, directory: Path) -> None:
         """The round is done and its adapters are in ``directory``. Written once a round."""
         if self._log is None or any(
             isinstance(entry.what, Finished) and entry.what.round == round_

@@ -180,7 +180,7 @@ class SiloSession:
             name=self._name,
             signing_key=self._key,
             vector=integers,
-            vector_id=sha256(b"securefedcollm/vector/v1\0", integers.tobytes()),
+            vector_id=sha256(b"securefedcollm/vector/v1\0", integers.data),
             journal=self._store,
             threads=self._threads,
             authority=self._authority,
@@ -281,7 +281,7 @@ class SiloSession:
                 f"an adapter of {len(begin.adapter)} bytes, this layout has {4 * size}",
                 peer="server",
             )
-        adapter = np.frombuffer(begin.adapter, dtype="<f4").astype(np.float32)
+        adapter = np.frombuffer(begin.adapter, dtype="<f4").astype(np.float32, copy=False)
         if not np.isfinite(adapter).all():
             raise RemoteProtocolError("the global adapter is not finite", peer="server")
         return adapter
@@ -339,12 +339,12 @@ class SiloSession:
             if finished is None:
                 finished = self._train_charged(reservation, events, scope, round_, adapter, unit)
             released = self._store.record(
-                _release_key(scope, round_, training), sha256(finished.tobytes())
+                _release_key(scope, round_, training), sha256(finished.data)
             )
             self._ledger.release(reservation)
             if unit is None:  # else what it cost depends on the sum: _settle_before
                 self._ledger.settle(reservation, events)
-        if finished is None or released != sha256(finished.tobytes()):
+        if finished is None or released != sha256(finished.data):
             raise StateError(
                 f"the update of {sum_name(self._study, round_)}, which was released, is lost",
                 hint="this silo sits the round out; it takes part again in the next",

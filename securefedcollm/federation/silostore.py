@@ -136,9 +136,9 @@ class SiloStore:
 
     def save_update(self, run: bytes, round_: int, training: int, update: Integers) -> None:
         """Keep a finished update, quantised and noised, until the next round's."""
-        buffer = io.BytesIO()
-        np.save(buffer, update, allow_pickle=False)
-        write_durably(self._update(run, round_, training), buffer.getvalue())
+        head = io.BytesIO()
+        np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(update))
+        write_durably(self._update(run, round_, training), head.getvalue(), update.data)
         for old in self._directory.glob(f"update-{run.hex()}-*.npy"):
             if int(old.stem.split("-")[2]) < round_:
                 old.unlink(missing_ok=True)
