@@ -109,6 +109,8 @@ class Adapter(_Section, frozen=True):
     ``ffa-lora`` trains B only, with A fixed by the study's seed: exact under a sum. ``rolora``
     trains B and A in alternate rounds: exact in each round. ``lora`` trains both, as the FedCoLLM
     paper does: the mean of products is not the product of means, so the average is inexact.
+
+    ``dropout`` is the adapter's own; with privacy for a record or subject there is none.
     """
 
     method: Literal["ffa-lora", "rolora", "lora"] = "ffa-lora"
