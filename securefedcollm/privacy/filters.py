@@ -12,8 +12,8 @@ gets 7/8 of δ, the second 1/8.
 * A sampled mechanism: releases no worse than that one, all charged as that one. However the end is
   decided, they are a prefix of the longest admitted run of one fixed mechanism, so any accountant
   is valid.
-* Unsampled Gaussian noise: Gaussians of any scale. Their sum of 1/z² is a filter (Smith and
-  Thakurta 2022; Koskela, Tobaben and Honkela 2023), and PLD is exact for it.
+* Unsampled Gaussian noise, DP-SGD at rate 1 included: Gaussians of any scale. Their sum of 1/z² is
+  a filter (Smith and Thakurta 2022; Koskela, Tobaben and Honkela 2023), and PLD is exact for it.
 * Unsampled discrete noise: unsampled releases of any scale. Their sum of ρ is a filter (Feldman and
   Zrnic 2021; Whitehouse, Ramdas, Rogers and Wu 2023).
 
@@ -41,7 +41,6 @@ from securefedcollm.privacy.events import (
     DiscreteGaussian,
     Event,
     Events,
-    Gaussian,
     dominates,
     merge,
     rate,
@@ -80,7 +79,7 @@ def filter_within(events: Sequence[Event], delta: float, limit: float, terms: Te
     charged = _charged_tightly(merged, terms.first)
     if general <= limit or charged is None:
         return general
-    if isinstance(terms.first, DiscreteGaussian) and rate(terms.first) == 1.0:
+    if _takes_zcdp(terms.first):
         return min(general, _tight_claim(charged, TIGHT_SHARE * delta, terms.first).epsilon)
     return min(general, quick_epsilon(charged, TIGHT_SHARE * delta, limit))
 
@@ -93,13 +92,23 @@ def _charged_tightly(events: Events, first: Event) -> Events | None:
         total = sum(times(event) for event in events)
         worst = repeat(first, total)
         return (worst,) if dominates([worst], events) else None
-    if isinstance(first, Gaussian):
-        return events if all(isinstance(event, Gaussian) for event in events) else None
-    return events if all(rate(event) == 1.0 for event in events) else None
+    if _takes_zcdp(first):
+        return events if all(rate(event) == 1.0 for event in events) else None
+    return events if all(_unsampled_gaussian(event) for event in events) else None
+
+
+def _takes_zcdp(first: Event) -> bool:
+    """Whether the tight filter sums ρ: for unsampled discrete noise, which PLD has no place for."""
+    return rate(first) == 1.0 and isinstance(first, DiscreteGaussian)
+
+
+def _unsampled_gaussian(event: Event) -> bool:
+    """DP-SGD at a sampling rate of 1 is the plain Gaussian mechanism."""
+    return rate(event) == 1.0 and not isinstance(event, DiscreteGaussian)
 
 
 def _tight_claim(charged: Events, delta: float, first: Event) -> Claim:
-    if rate(first) == 1.0 and not isinstance(first, Gaussian):
+    if _takes_zcdp(first):
         return Claim(epsilon(charged, delta, "zcdp"), delta, "zcdp")
     return claim(charged, delta)
 
