@@ -70,8 +70,8 @@ class Claim(msgspec.Struct, frozen=True):
 def epsilon(events: Sequence[Event], delta: float, accountant: Accountant = "pld") -> float:
     """Upper bound on ε at ``delta`` of the composition of ``events``.
 
-    The parameters of the events must not depend on the outcome of earlier ones; a sequence whose
-    parameters are chosen as it goes is the business of :func:`filter_epsilon`.
+    The parameters of the events must not depend on the outcome of earlier ones; to keep a sequence
+    within a budget whose parameters are chosen as it goes is the business of :mod:`.filters`.
 
     Returns:
         ε >= 0; ``inf`` if the slack of the events alone exceeds ``delta``.

@@ -19,6 +19,9 @@ gets 7/8 of δ, the second 1/8.
 
 **The general filter** takes anything: Rényi filters (Feldman and Zrnic 2021) at three orders fixed
 by the first mechanism and the agreed ε, each at a third of this filter's δ.
+
+A filter promises the agreed ε. What is spent on the way there is the reading of an odometer, which
+promises less: see :func:`filter_epsilon`.
 """
 
 from __future__ import annotations
@@ -62,7 +65,12 @@ class Terms(NamedTuple):
 
 
 def filter_epsilon(events: Sequence[Event], delta: float, terms: Terms) -> Claim:
-    """Upper bound on ε at ``delta`` that holds for parameters chosen as the sequence went."""
+    """What the events have spent at ``delta``: an odometer reading.
+
+    It bounds ε if no parameter, and not the end of the sequence either, was chosen on what earlier
+    releases showed. However they were chosen, the agreed ``terms.epsilon`` is a bound, as long as
+    every release was admitted by :func:`filter_within`.
+    """
     merged = merge(events)
     found = [Claim(_general(merged, delta, terms), delta, "rdp-filter")]
     charged = _charged_tightly(merged, terms.first)
@@ -73,7 +81,10 @@ def filter_epsilon(events: Sequence[Event], delta: float, terms: Terms) -> Claim
 
 
 def filter_within(events: Sequence[Event], delta: float, limit: float, terms: Terms) -> float:
-    """As :func:`filter_epsilon`, but no tighter than needed to see that it is within ``limit``."""
+    """As :func:`filter_epsilon`, but no tighter than needed to see that it is within ``limit``.
+
+    Admitting what stays within a ``limit`` that was agreed beforehand is the privacy filter.
+    """
     merged = merge(events)
     general = _general(merged, delta, terms)
     charged = _charged_tightly(merged, terms.first)

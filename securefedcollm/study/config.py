@@ -61,7 +61,8 @@ class Data(_Section, frozen=True):
     (3,000 if it is not given). Otherwise ``train`` and ``test`` are files
     (JSONL, CSV or Parquet) under ``--data``; the first ``public`` shuffled training questions are
     public, ``public_labelled`` of them with answers; ``simulate`` gives ``per_silo`` of the rest to
-    each silo. A real silo reads its own file instead.
+    each silo. A real silo reads its own file instead. ``max_test`` takes the first rows of the test
+    file, in its order: shuffle a sorted file first.
 
     ``partition`` is how ``simulate`` deals the records out: ``iid``, or ``dirichlet``, where a
     group's records (subjects of questions, labels of a classification, disease families of the
