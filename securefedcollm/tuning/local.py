@@ -203,8 +203,8 @@ def sampled_gradients(
 
     For a step of joint DP-SGD. They are neither clipped nor noised: whoever takes them does that,
     before anything leaves the silo. One that is not finite comes as zeros, see :func:`_finite`. The
-    model runs in evaluation mode, as in :func:`train_dp` and for the same reason; ``seed`` is without
-    effect.
+    model runs in evaluation mode, as in :func:`train_dp` and for the same reason; ``seed`` is
+    without effect.
 
     Raises:
         DataError: a question has no answer.
