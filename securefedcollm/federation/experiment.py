@@ -332,7 +332,8 @@ class Experiment:
         if study.privacy:
             notes.append(
                 f"Every silo keeps ε = {study.privacy.epsilon:g} (δ = {study.privacy.delta:g}) in "
-                "each row by itself; publishing them all would add up."
+                + f"each row{' but standalone' * (study.privacy.unit == 'silo')} by itself"
+                + "; publishing them all would add up."
             )
         if self._noisy:
             notes.append(
