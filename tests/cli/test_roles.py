@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError, CryptoError, SecureFedCoLLMError
 from securefedcollm.federation.engines.flare.kit import installed
+from securefedcollm.federation.engines.flare.papers import read_request
 from securefedcollm.study import load_study
 
 from ..federation.homes import make_identities, write_signed
@@ -120,6 +122,100 @@ def test_what_is_not_a_request_profile_or_answer_is_said_to_be_none(consortium, 
         run(*join, "--name", "hospital-a", "--signed", rubbish)
     with pytest.raises(ConfigError, match="cannot be a name"):
         run(*join, "--name", "a.b")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("fingerprint", ""),  # FLARE takes any authority's certificate then
+        ("fingerprint", "--help"),
+        ("fingerprint", "SHA256:" + ":".join(["00"] * 31)),
+        ("name", "../../x"),
+        ("name", "net\n"),
+        ("host", "a b"),
+        ("host", "--config"),
+        ("port", -5),
+        ("port", 70000),
+        ("\x1b[2K", 1),
+    ],
+)
+def test_a_profile_in_which_nothing_is_taken_on_trust(consortium, tmp_path, field, value):
+    """Adversary: who passes the profile on."""
+    profile = yaml.safe_load((consortium / "consortium.yaml").read_text())
+    path = tmp_path / "consortium.yaml"
+    path.write_text(yaml.safe_dump(profile | {field: value}))
+    with pytest.raises(ConfigError) as caught:
+        run("join", path, "--name", "hospital-a", "--home", tmp_path / "home", "--no-passphrase")
+    assert str(path) in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+    assert not (tmp_path / "home").exists()
+
+
+REQUEST = {
+    "project": "net",
+    "name": "hospital-b",
+    "org": "hospital_b",
+    "kind": "site",
+    "cert_role": None,
+    "public_key_sha256": "a1" * 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("public_key_sha256", "\x1b[2K\x1b[1Ahospital-a (silo or authority)"),
+        ("public_key_sha256", "a1" * 33),
+        ("org", "\x1b[1A"),
+        ("org", "o" * 64),
+        ("project", "net\n"),
+        ("kind", "zzz"),
+        ("kind", "zzz\x1b[2K"),
+        ("kind", 3),
+        ("cert_role", "none"),
+        ("cert_role", "\x1b[2K"),
+        ("name", "hospital-a"),
+    ],
+)
+def test_a_request_shows_nothing_that_its_sender_made_up(tmp_path, field, value):
+    """Adversary: who asks for a certificate, and has the operator's terminal show another name."""
+    path = tmp_path / "hospital-b.request.zip"
+
+    def write(fields):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("request.json", json.dumps(fields))
+
+    write(REQUEST)
+    sentence = read_request(path).sentence
+    assert sentence == "hospital-b (silo or authority), of hospital_b, key a1a1a1a1a1a1a1a1…"
+    write(REQUEST | {field: value})
+    with pytest.raises(ConfigError) as caught:
+        run("consortium", "approve", path, "--ca", tmp_path)
+    assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["server", "user"])
+def test_a_request_for_more_than_a_participant_needs_is_not_signed(tmp_path, kind):
+    name = "hospital-b@host" if kind == "server" else "hospital-b"
+    path = tmp_path / f"{name}.request.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        role = "lead" if kind == "user" else None
+        asked = REQUEST | {"kind": kind, "name": name, "cert_role": role}
+        archive.writestr("request.json", json.dumps(asked))
+    with pytest.raises(ConfigError, match="asks for") as caught:
+        run("consortium", "approve", path, "--ca", tmp_path)
+    assert "do not sign" in caught.value.hint
+
+
+def test_a_damaged_request_is_no_request(tmp_path):
+    path = tmp_path / "hospital-b.request.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("request.json", json.dumps(REQUEST))
+    raw = bytearray(path.read_bytes())
+    raw[45:60] = b"\xff" * 15
+    path.write_bytes(raw)
+    with pytest.raises(ConfigError, match="no certificate request"):
+        read_request(path)
 
 
 # ---- roles, before anything is sent ----

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import ssl
 import subprocess
@@ -30,30 +29,25 @@ from typing import Any, Final
 
 import msgspec
 import yaml
+from msgspec import structs
 
 from securefedcollm.errors import ConfigError, CryptoError, StateError
+from securefedcollm.federation.engines.flare.papers import (
+    LEAD,
+    PROFILE,
+    Profile,
+    check_name,
+    read_profile,
+    read_request,
+)
 from securefedcollm.federation.engines.flare.policy import lock_down
 from securefedcollm.federation.engines.flare.processes import plain_environment, require_flare
 from securefedcollm.federation.files import make_directory, write_durably
 from securefedcollm.primitives import NONCE_BYTES, seal, sha256, stretch_passphrase, unseal
 
-PROFILE: Final = "consortium.yaml"
 _SEALED: Final = "rootCA.key.sealed"
 _SALT_BYTES: Final = 16
 _LABEL: Final = b"securefedcollm/consortium-ca/v1"
-_NAME: Final = re.compile(r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
-LEAD: Final = "lead@consortium.org"
-"""Who submits jobs: the server's operator. FLARE wants a mail address for a name."""
-
-
-class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``consortium.yaml``: what every participant needs to know to ask for a certificate."""
-
-    name: str
-    host: str
-    port: int
-    fingerprint: str
-    """SHA-256 of the CA's certificate, as FLARE writes it; compare it by another channel."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +66,8 @@ def create_consortium(directory: Path, name: str, host: str, port: int, passphra
         ConfigError: a name or the passphrase is unusable, or the directory exists.
         StateError: it cannot be written.
     """
-    check_name(name, "name")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}", host) or not 0 < port < 65536:
-        raise ConfigError(
-            f"{host}:{port} is no address", where="--server", hint="e.g. fl.example.org:8002"
-        )
+    profile = Profile(name, host, port, "")
+    profile.check("--name and --server", issued=False)
     if len(passphrase) < 8:
         raise ConfigError(
             "a passphrase of fewer than 8 characters protects nothing", where="passphrase"
@@ -97,21 +88,9 @@ def create_consortium(directory: Path, name: str, host: str, port: int, passphra
         write_durably(directory / _SEALED, salt + nonce + sealed)
         for file in ("rootCA.pem", "ca.json"):
             write_durably(directory / file, (scratch / "ca" / file).read_bytes())
-    profile = Profile(name, host, port, _fingerprint(certificate))
+    profile = structs.replace(profile, fingerprint=_fingerprint(certificate))
     _write_yaml(directory / PROFILE, msgspec.to_builtins(profile))
     return profile
-
-
-def read_profile(path: Path) -> Profile:
-    """Raises: ConfigError, if ``path`` is no consortium's profile."""
-    try:
-        return msgspec.convert(yaml.safe_load(path.read_text()[:65536]), Profile)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"is no consortium's profile ({(str(error).splitlines() or [''])[0][:120]})",
-            where=str(path),
-            hint=f"ask for the {PROFILE} that `securefedcollm consortium init` wrote",
-        ) from None
 
 
 def request_certificate(home: Path, profile: Profile, name: str, role: str) -> list[Path]:
@@ -150,58 +129,6 @@ def request_certificate(home: Path, profile: Profile, name: str, role: str) -> l
             _nvflare("cert", "request", "-p", "who.yaml", "--out", f"request/{kind}", cwd=scratch)
         (scratch / "request").rename(target)
     return sorted(target.glob("*/*.request.zip"))
-
-
-class Request(msgspec.Struct, frozen=True):
-    """What a certificate request says of itself; FLARE checks that the key in it is this one."""
-
-    project: str
-    name: str
-    org: str
-    kind: str
-    cert_role: str | None
-    public_key_sha256: str
-
-    @property
-    def sentence(self) -> str:
-        """For the eyes of who keeps the authority."""
-        what = {"site": "silo or authority", "server": "SERVER", "user": "SUBMITTER OF JOBS"}
-        key = self.public_key_sha256[:16]
-        return f"{self.name} ({what[self.kind]}), of {self.org}, key {key}…"
-
-
-def read_request(path: Path) -> Request:
-    """Read a certificate request.
-
-    Adversary: who sends one under another's name, in a file that is called as it should be.
-
-    Raises:
-        ConfigError: it is none, bears another name than its file, or asks for more than any
-            participant needs.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("request.json") as member:
-            request = msgspec.json.decode(member.read(65536), type=Request)
-    except (OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
-        raise ConfigError(
-            f"is no certificate request ({str(error)[:80]})",
-            where=str(path),
-            hint="`securefedcollm join` makes one",
-        ) from None
-    if request.name != path.name.removesuffix(".request.zip"):
-        raise ConfigError(
-            f"bears the name {request.name[:64]!r}",
-            where=str(path),
-            hint="a request's file is called NAME.request.zip; ask who sent it",
-        )
-    role = {"site": None, "server": None, "user": "lead"}.get(request.kind, "none")
-    if request.cert_role != role or (request.kind == "user" and request.name != LEAD):
-        raise ConfigError(
-            f"asks for {request.kind[:32]!r} as {request.cert_role!r}",
-            where=str(path),
-            hint="no participant needs that; do not sign it",
-        )
-    return request
 
 
 def approve_request(ca: Path, request: Path, passphrase: str, out: Path) -> Path:
@@ -260,7 +187,7 @@ def install_kits(home: Path, profile: Profile, signed: Sequence[Path], name: str
             _nvflare(
                 *("package", str(file.absolute()), "-w", "ws"),
                 *("--request-dir", str((home / "request" / kind).absolute())),
-                *("--fingerprint", profile.fingerprint),
+                f"--fingerprint={profile.fingerprint}",
                 cwd=scratch,
             )
             (built,) = (scratch / "ws").glob("*/prod_*/*")
@@ -299,16 +226,6 @@ def _kind_of(home: Path, signed: Path) -> str:
         where=str(signed),
         hint=f"the requests lie in {home / 'request'}; keep the file's name as it was sent",
     )
-
-
-def check_name(name: str, where: str) -> None:
-    """Raises: ConfigError, if ``name`` cannot be one in FLARE's certificates."""
-    if not _NAME.match(name):
-        raise ConfigError(
-            f"{name!r} cannot be a name in certificates",
-            where=where,
-            hint="lower-case letters, digits and '-', e.g. hospital-a",
-        )
 
 
 def _org(name: str) -> str:
