@@ -212,7 +212,7 @@ def test_a_damaged_request_is_no_request(tmp_path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("request.json", json.dumps(REQUEST))
     raw = bytearray(path.read_bytes())
-    raw[45:60] = b"\xff" * 15
+    raw[42:57] = b"\xff" * 15  # no block of DEFLATE
     path.write_bytes(raw)
     with pytest.raises(ConfigError, match="no certificate request"):
         read_request(path)
