@@ -10,7 +10,8 @@ import yaml
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
-from securefedcollm.errors import ConfigError, CryptoError, SecureFedCoLLMError
+from securefedcollm.errors import ConfigError, CryptoError, SecureFedCoLLMError, StateError
+from securefedcollm.federation.engines.flare import kit as kit_module
 from securefedcollm.federation.engines.flare.kit import installed
 from securefedcollm.federation.engines.flare.papers import read_request
 from securefedcollm.study import load_study
@@ -105,9 +106,45 @@ def test_a_silo_joins_in_two_steps(consortium, tmp_path):
     assert not resources["allow_log_streaming"]
     rights = json.loads((kit.workspace / "local" / "authorization.json").read_text())["permissions"]
     assert {role["byoc"] for role in rights.values()} == {"none"}
+    # Whoever follows FLARE's own readme would start a client that is not stripped.
+    left = {path.name for path in kit.workspace.rglob("*") if path.is_file()}
+    assert not {name for name in left if name.endswith(".sh") or "readme" in name.lower()}
+    assert "fed_client.json" in left
     assert (kit.workspace / "startup" / "client.key").stat().st_mode & 0o077 == 0
     with pytest.raises(ConfigError, match="a kit already"):
         run(*join, "--home", home, "--signed", signed)
+
+
+def test_a_servers_two_kits_are_installed_together_or_not_at_all(consortium, tmp_path, monkeypatch):
+    home, signed = tmp_path / "home", tmp_path / "signed"
+    join = ["join", consortium / "consortium.yaml", "--name", "hub", "--role", "server"]
+    join += ["--home", home, "--json"]
+    requests = json.loads(run(*join).stdout)["requests"]
+    run("consortium", "approve", "--yes", *requests, "--ca", consortium, "--out", signed)
+    install = [*join, "--signed", signed / "localhost.signed.zip"]
+    lead = signed / "lead@consortium.org.signed.zip"
+
+    broken = tmp_path / lead.name
+    with zipfile.ZipFile(broken, "w") as archive:
+        archive.writestr("signed.json", "{}")
+    with pytest.raises(StateError, match="FLARE's `package"):
+        run(*install, "--signed", broken)
+    assert not (home / "kit").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(kit_module, "_nvflare", lambda *words, cwd: None)
+        with pytest.raises(StateError, match="made 0 kits"):
+            run(*install)
+
+    run(*install)  # as if it had been killed after the first of the two
+    before = (home / "kit").stat()
+    again = json.loads(run(*install, "--signed", lead).stdout)["installed"]
+    assert again == [str(home / "kit"), str(home / "lead")]
+    assert (home / "kit").stat().st_ino == before.st_ino
+    assert (home / "lead" / "startup" / "fed_admin.json").exists()
+    assert not list(home.glob(".sfc-*"))
+    (home / "kit" / "startup" / "server.crt").write_text("of an answer before this one")
+    with pytest.raises(ConfigError, match="a kit already, of another answer"):
+        run(*install, "--signed", lead)
 
 
 def test_what_is_not_a_request_profile_or_answer_is_said_to_be_none(consortium, tmp_path):

@@ -35,6 +35,7 @@ from securefedcollm.errors import ConfigError, CryptoError, StateError
 from securefedcollm.federation.engines.flare.papers import (
     LEAD,
     PROFILE,
+    UNZIPPING,
     Profile,
     check_name,
     read_profile,
@@ -48,6 +49,9 @@ from securefedcollm.primitives import NONCE_BYTES, seal, sha256, stretch_passphr
 _SEALED: Final = "rootCA.key.sealed"
 _SALT_BYTES: Final = 16
 _LABEL: Final = b"securefedcollm/consortium-ca/v1"
+
+
+_FOLDER: Final = {"client": "kit", "server": "kit", "admin": "lead"}
 
 
 @dataclass(frozen=True)
@@ -167,36 +171,82 @@ def approve_request(ca: Path, request: Path, passphrase: str, out: Path) -> Path
 
 
 def install_kits(home: Path, profile: Profile, signed: Sequence[Path], name: str) -> list[Kit]:
-    """Build the kits from signed certificates and the keys in ``home/request``.
+    """Build the kits from signed certificates and the keys in ``home/request``: all, or none.
+
+    After a kill between the two of a server the same command installs what is missing.
 
     Adversary: whoever passes the files on. The CA's certificate in them must have the fingerprint
     of the profile, which the operator compared.
 
     Raises:
-        ConfigError: a file is not the answer to a request that was made here.
+        ConfigError: a file is not the answer to a request that was made here, or there are kits
+            already.
+        StateError: FLARE could not build one.
     """
-    kits = []
-    for file in signed:
-        kind = _kind_of(home, file)
-        target = home / {"client": "kit", "server": "kit", "admin": "lead"}[kind]
-        if target.exists():
-            raise ConfigError(
-                "there is a kit already", where=str(target), hint="remove it to install another"
-            )
-        with _scratch(home) as scratch:
-            _nvflare(
-                *("package", str(file.absolute()), "-w", "ws"),
-                *("--request-dir", str((home / "request" / kind).absolute())),
-                f"--fingerprint={profile.fingerprint}",
-                cwd=scratch,
-            )
-            (built,) = (scratch / "ws").glob("*/prod_*/*")
-            if kind != "admin":
-                lock_down(built, kind, final=target.absolute())
-            os.chmod(built, 0o700)  # noqa: PTH101
-            built.rename(target)
-        kits.append(Kit(target, LEAD if kind == "admin" else name, _org(name)))
-    return kits
+    kinds = {_kind_of(home, file): file for file in signed}
+    targets = {kind: home / _FOLDER[kind] for kind in kinds}
+    missing = [kind for kind in kinds if not _is_installed(targets[kind], kind, kinds[kind])]
+    if not missing:
+        raise ConfigError(
+            "there is a kit already",
+            where=str(targets[next(iter(kinds))]),
+            hint="remove it to install another",
+        )
+    with contextlib.ExitStack() as stack:
+        built = {}
+        for kind in missing:
+            scratch = stack.enter_context(_scratch(home))
+            built[kind] = _build(home, profile, kinds[kind], kind, scratch)
+        for kind, kit in built.items():  # only now, when all are whole
+            kit.rename(targets[kind])
+    return [
+        Kit(target, LEAD if kind == "admin" else name, _org(name))
+        for kind, target in targets.items()
+    ]
+
+
+def _build(home: Path, profile: Profile, signed: Path, kind: str, scratch: Path) -> Path:
+    _nvflare(
+        *("package", str(signed.absolute()), "-w", "ws"),
+        *("--request-dir", str((home / "request" / kind).absolute())),
+        f"--fingerprint={profile.fingerprint}",
+        cwd=scratch,
+    )
+    built = list((scratch / "ws").glob("*/prod_*/*"))
+    if len(built) != 1:
+        raise StateError(
+            f"FLARE's `package` made {len(built)} kits of {signed.name}, one was wanted",
+            hint="is it of this consortium, and is nvflare the version that this package names?",
+        )
+    (kit,) = built
+    if kind != "admin":
+        lock_down(kit, kind, final=(home / _FOLDER[kind]).absolute())
+    os.chmod(kit, 0o700)  # noqa: PTH101
+    return kit
+
+
+def _is_installed(target: Path, kind: str, signed: Path) -> bool:
+    """Whether the kit in ``target`` is of this very answer: a command that was cut off goes on.
+
+    Raises:
+        ConfigError: it is of another one.
+    """
+    if not target.exists():
+        return False
+    certificate = target / "startup" / ("server.crt" if kind == "server" else "client.crt")
+    name = signed.name.replace(".signed.zip", ".crt")
+    try:
+        with zipfile.ZipFile(signed) as archive, archive.open(name) as member:
+            same = member.read(65536) == certificate.read_bytes()
+    except UNZIPPING:
+        same = False
+    if not same:
+        raise ConfigError(
+            "there is a kit already, of another answer",
+            where=str(target),
+            hint="remove it to install this one",
+        )
+    return True
 
 
 def installed(home: Path, name: str, *, lead: bool = False) -> Kit:

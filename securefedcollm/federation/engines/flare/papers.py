@@ -24,6 +24,12 @@ PROFILE: Final = "consortium.yaml"
 LEAD: Final = "lead@consortium.org"
 """Who submits jobs: the server's operator. FLARE wants a mail address for a name."""
 
+UNZIPPING: Final = (
+    *(OSError, EOFError, KeyError, ValueError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+)
+"""What reading a file of an archive from a stranger may raise."""
+
 _NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _HOST: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}")
 _FINGERPRINT: Final = re.compile(r"SHA256:[0-9A-F]{2}(:[0-9A-F]{2}){31}")
@@ -118,10 +124,7 @@ def read_request(path: Path) -> Request:
     try:
         with zipfile.ZipFile(path) as archive, archive.open("request.json") as member:
             request = msgspec.json.decode(member.read(65536), type=Request)
-    except (
-        *(OSError, EOFError, KeyError, ValueError, RuntimeError),
-        *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
-    ) as error:
+    except UNZIPPING as error:
         raise ConfigError(
             f"is no certificate request ({str(error)[:80]!a})",
             where=str(path),
