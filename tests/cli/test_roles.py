@@ -52,6 +52,28 @@ def test_the_authoritys_key_lies_encrypted_and_is_not_overwritten(consortium):
         )
 
 
+def test_the_authoritys_key_is_in_no_file_while_it_is_used(tmp_path, monkeypatch):
+    """Adversary: a local user, or a backup, once the command was killed and nothing cleaned up."""
+    called, original = [], kit_module._nvflare
+
+    def then_killed(*words, cwd, **more):
+        original(*words, cwd=cwd, **more)
+        called.append(words[1])
+        if words[1] in {"init", "approve"}:
+            for path in (p for p in cwd.rglob("*") if p.is_file() and not p.is_symlink()):
+                assert b"PRIVATE KEY" not in path.read_bytes(), path
+
+    monkeypatch.setattr(kit_module, "_nvflare", then_killed)
+    ca, home = tmp_path / "ca", tmp_path / "home"
+    run("consortium", "init", "--name", "net", "--server", "localhost:8002", "--out", ca)
+    join = ["join", ca / "consortium.yaml", "--name", "hospital-a", "--home", home, "--json"]
+    (request,) = json.loads(run(*join).stdout)["requests"]
+    run("consortium", "approve", "--yes", request, "--ca", ca)
+    assert called == ["init", "request", "approve"]
+    with zipfile.ZipFile(ca / "signed" / "hospital-a.signed.zip") as archive:
+        assert "signed.json.sig" in archive.namelist()
+
+
 @pytest.mark.parametrize(
     ("name", "server"),
     [("Net!", "localhost:8002"), ("net", "localhost"), ("net", "a b:8002"), ("net", "host:99999")],

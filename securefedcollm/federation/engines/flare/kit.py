@@ -43,7 +43,7 @@ from securefedcollm.federation.engines.flare.papers import (
 )
 from securefedcollm.federation.engines.flare.policy import lock_down
 from securefedcollm.federation.engines.flare.processes import plain_environment, require_flare
-from securefedcollm.federation.files import make_directory, write_durably
+from securefedcollm.federation.files import PrivateDirectory, make_directory, write_durably
 from securefedcollm.primitives import NONCE_BYTES, seal, sha256, stretch_passphrase, unseal
 
 _SEALED: Final = "rootCA.key.sealed"
@@ -82,12 +82,17 @@ def create_consortium(directory: Path, name: str, host: str, port: int, passphra
             "exists already", where=str(directory), hint="choose another --out; a CA is kept"
         )
     make_directory(directory)
-    with _scratch() as scratch:
+    with _scratch() as scratch, _in_memory() as memory:
         _write_yaml(scratch / "profile.yaml", _flare_profile(name, host, port))
-        _nvflare("cert", "init", "--profile", "profile.yaml", "-o", "ca", cwd=scratch)
+        _nvflare("cert", "init", "--profile", "profile.yaml", "-o", "ca", cwd=scratch, key=memory)
         certificate = (scratch / "ca" / "rootCA.pem").read_bytes()
         salt, nonce = os.urandom(_SALT_BYTES), os.urandom(NONCE_BYTES)
-        key = (scratch / "ca" / "rootCA.key").read_bytes()
+        key = os.pread(memory, 1 << 16, 0)
+        if b"PRIVATE KEY" not in key:
+            raise StateError(
+                "FLARE's `cert init` gave no key",
+                hint="is nvflare the version that this package names?",
+            )
         sealed = seal(stretch_passphrase(passphrase, salt), nonce, key, _LABEL)
         write_durably(directory / _SEALED, salt + nonce + sealed)
         for file in ("rootCA.pem", "ca.json"):
@@ -148,15 +153,14 @@ def approve_request(ca: Path, request: Path, passphrase: str, out: Path) -> Path
     if target.exists():
         raise ConfigError("exists already", where=str(target), hint="choose another --out")
     make_directory(out)
-    with _scratch() as scratch:
+    with _scratch() as scratch, _in_memory() as memory:
         authority = make_directory(scratch / "ca")
         for file in ("rootCA.pem", "ca.json"):
             if not (ca / file).is_file():
                 raise ConfigError("is missing", where=str(ca / file), hint="restore the authority")
             shutil.copy(ca / file, authority / file)
-        key = authority / "rootCA.key"
-        key.touch(0o600)
-        key.write_bytes(_unsealed(ca / _SEALED, passphrase))
+        os.pwrite(memory, _unsealed(ca / _SEALED, passphrase), 0)
+        (authority / "rootCA.key").symlink_to(f"/proc/self/fd/{memory}")
         _write_yaml(
             scratch / "profile.yaml", _flare_profile(profile.name, profile.host, profile.port)
         )
@@ -164,6 +168,7 @@ def approve_request(ca: Path, request: Path, passphrase: str, out: Path) -> Path
             *("cert", "approve", str(request.absolute()), "-c", "ca"),
             *("--profile", "profile.yaml", "--out", "signed.zip"),
             cwd=scratch,
+            key=memory,
         )
         shutil.copy(scratch / "signed.zip", target)
         write_durably(ca / "ca.json", (authority / "ca.json").read_bytes())  # counts the issued
@@ -318,25 +323,54 @@ def _unsealed(path: Path, passphrase: str) -> bytes:
         raise CryptoError("the CA's key does not open", hint="wrong passphrase?") from None
 
 
-@contextlib.contextmanager
-def _scratch(inside: Path | None = None) -> Iterator[Path]:
+def _scratch(inside: Path | None = None) -> PrivateDirectory:
     """A private directory for FLARE's command; in memory where the machine has such a place."""
     memory = Path("/dev/shm")  # noqa: S108 - a fresh private directory in it
-    place = inside or (memory if os.access(memory, os.W_OK) else None)
-    path = Path(tempfile.mkdtemp(prefix=".sfc-", dir=place))
+    if inside is None:
+        inside = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
+    return PrivateDirectory(inside, ".sfc-")
+
+
+@contextlib.contextmanager
+def _in_memory() -> Iterator[int]:
+    """An open file that has no name anywhere and is gone with the processes that hold it.
+
+    The CA's key passes to and from FLARE's command in it: a kill leaves nothing to be found.
+    """
+    descriptor = os.memfd_create("securefedcollm")
     try:
-        yield path
+        yield descriptor
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        os.close(descriptor)
 
 
-def _nvflare(*words: str, cwd: Path) -> None:
-    """Run FLARE's command; its own records of requests stay out of the user's home."""
+_INIT: Final = """
+import os, runpy, sys
+from nvflare.tool.cert import cert_commands
+descriptor = int(sys.argv.pop(1))
+def keep(path, pem):
+    os.write(descriptor, pem)
+cert_commands._write_private_key = keep
+runpy.run_module("nvflare.cli", run_name="__main__", alter_sys=True)
+"""
+"""FLARE's command, but a private key that it would write to a file goes to a descriptor of ours."""
+
+
+def _nvflare(*words: str, cwd: Path, key: int | None = None) -> None:
+    """Run FLARE's command; its own records of requests stay out of the user's home.
+
+    Args:
+        key: a descriptor that the command inherits; ``init`` writes the CA's key there.
+    """
     require_flare()
+    start = ["-m", "nvflare.cli"]
+    if words[:2] == ("cert", "init"):
+        start = ["-c", _INIT, str(key)]
     done = subprocess.run(
-        [sys.executable, "-m", "nvflare.cli", *words],
+        [sys.executable, *start, *words],
         cwd=cwd,
         env={**plain_environment(), "HOME": str(cwd)},
+        pass_fds=() if key is None else (key,),
         capture_output=True,
         text=True,
         check=False,
