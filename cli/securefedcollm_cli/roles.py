@@ -94,6 +94,7 @@ def server(
             server=installed(place, member.name),
             lead=installed(place, member.name, lead=True),
             sign=roles.sign_for(member),
+            session=roles.session_of(member),
             patience=wait,
             progress=bars.report,
             say=bars.say,
@@ -219,9 +220,9 @@ def _serve(session: Session, member: Member, kit: Kit, limit: int, bars: Bars) -
     """Answer the server, through FLARE's process, until the run is over."""
     from securefedcollm.federation import roles
     from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
-    from securefedcollm.federation.engines.link import Door, SiloInbox, answer_calls
+    from securefedcollm.federation.engines.link import Door, answer_calls
 
-    inbox = SiloInbox(session, limit, roles.open_for(member))
+    inbox = roles.inbox_for(member, session, limit)
     leave = _Leaving(session, inbox)
     with (
         Door(answer_calls(inbox)) as door,

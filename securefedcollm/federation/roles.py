@@ -32,8 +32,15 @@ from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.authority import AuthoritySession
 from securefedcollm.federation.coordinator import Coordinator
-from securefedcollm.federation.engines import Engine
-from securefedcollm.federation.engines.link import Parcel, open_request, sign_request
+from securefedcollm.federation.engines import Engine, SiloPort
+from securefedcollm.federation.engines.link import SiloInbox
+from securefedcollm.federation.engines.requests import (
+    Followed,
+    Parcel,
+    check_header,
+    new_session,
+    sign_request,
+)
 from securefedcollm.federation.files import make_directory, write_durably
 from securefedcollm.federation.plan import AUTHORITY, authority_of
 from securefedcollm.federation.recording import SERVER, AuthorityRecord, ServerRecord, SiloRecord
@@ -55,6 +62,8 @@ if TYPE_CHECKING:
 IDENTITY: Final = "identity.json"
 LEDGER: Final = "ledger.sqlite"
 _TOLD: Final = ".told"
+_SESSION: Final = ".session"
+_FOLLOWED: Final = ".followed"
 _SLACK: Final = 64 << 20
 """Bytes of a frame besides the adapter: lists and shares of 128 silos, proofs."""
 
@@ -132,9 +141,20 @@ def sign_for(member: Member) -> Callable[[str, Parcel, bytes], bytes]:
     return partial(sign_request, member.key, digest(member.study))
 
 
-def open_for(member: Member) -> Callable[[Parcel, bytes], bytes]:
-    """How this participant checks that a request is from the server of its study."""
-    return partial(open_request, member.server, digest(member.study), member.name)
+def session_of(member: Member) -> bytes:
+    """A new session of this server's, after all that it had in this study."""
+    return new_session(member.run / _SESSION)
+
+
+def inbox_for(member: Member, port: SiloPort, limit: int) -> SiloInbox:
+    """Where the requests of the study's server arrive, and nobody else's.
+
+    Args:
+        port: what answers them.
+        limit: bytes of the largest.
+    """
+    check = partial(check_header, member.server, digest(member.study), member.name)
+    return SiloInbox(port, limit, check, Followed(member.run / _FOLLOWED))
 
 
 @contextmanager

@@ -28,9 +28,15 @@ from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 
-from securefedcollm.errors import CryptoError, SecureFedCoLLMError, TransportError
+from securefedcollm.errors import CryptoError, SecureFedCoLLMError, StateError, TransportError
 from securefedcollm.federation.engines import SiloPort
-from securefedcollm.primitives import SIGNATURE_BYTES, SigningKey, sha256, verify
+from securefedcollm.federation.engines.requests import (
+    HEADER_BYTES,
+    SESSION_BYTES,
+    Followed,
+    Parcel,
+)
+from securefedcollm.primitives import sha256
 
 log = logging.getLogger(__name__)
 
@@ -44,16 +50,8 @@ GRACE: Final = 20.0
 """Seconds for which a silo that cannot be reached is tried again."""
 
 
-_REQUEST: Final = b"securefedcollm/request/v1"
 _encode = msgspec.msgpack.Encoder().encode
 _T = TypeVar("_T")
-
-
-class Parcel(msgspec.Struct, frozen=True, array_like=True):
-    """Names one request: the coordinator's session (16 bytes), and its number in it."""
-
-    session: bytes
-    number: int
 
 
 class Pulled(msgspec.Struct, frozen=True, array_like=True):
@@ -84,50 +82,37 @@ class SiloLink(Protocol):
         ...
 
 
-def sign_request(key: SigningKey, study: bytes, silo: str, parcel: Parcel, frame: bytes) -> bytes:
-    """``frame`` as it travels: the coordinator's signature (64 bytes), then the frame.
-
-    The signature binds the study (its 32-byte digest), the silo and the parcel.
-    """
-    return key.sign(_REQUEST, _statement(study, silo, parcel, frame)) + frame
-
-
-def open_request(server: bytes, study: bytes, silo: str, parcel: Parcel, raw: bytes) -> bytes:
-    """The frame in ``raw``.
-
-    Adversary: whoever got into the carrier without being the server of the signed study: with a
-    stolen or falsely issued TLS key. Unsigned, its requests could have a silo train and be charged.
-
-    Raises:
-        CryptoError: the server of the study, whose public key is ``server``, did not sign it.
-    """
-    signature, frame = raw[:SIGNATURE_BYTES], raw[SIGNATURE_BYTES:]
-    verify(server, _REQUEST, _statement(study, silo, parcel, frame), signature)
-    return frame
-
-
-def _statement(study: bytes, silo: str, parcel: Parcel, frame: bytes) -> bytes:
-    return _encode([study, silo, parcel.session, parcel.number, sha256(frame)])
-
-
 class SiloInbox:
     """The silo's end. Implements :class:`SiloLink`; :meth:`serve` does the work.
 
+    Nothing is held, and nothing displaced, before the server's signature on a request's header was
+    checked. A pull is not signed: it changes nothing, and who carries the replies sees them anyway.
+
     Args:
         port: what answers the frames. Only :meth:`serve`'s thread touches it.
-        limit: bytes of the largest request that can make sense; a longer one is refused before it
-            is held.
-        open_: request as it came → frame, or CryptoError: :func:`open_request`.
+        limit: bytes of the largest frame that can make sense.
+        check: (parcel, length of the frame, header) → the frame's SHA-256, or CryptoError:
+            :func:`~.requests.check_header`.
+        followed: what was begun before, in earlier processes too.
     """
 
-    def __init__(self, port: SiloPort, limit: int, open_: Callable[[Parcel, bytes], bytes]) -> None:
+    def __init__(
+        self,
+        port: SiloPort,
+        limit: int,
+        check: Callable[[Parcel, int, bytes], bytes],
+        followed: Followed,
+    ) -> None:
         self._port = port
-        self._open = open_
+        self._check = check
         self._limit = limit
+        self._followed = followed
         self._changed = threading.Condition()
         self._parcel = Parcel(b"", -1)
+        self._digest = b""
         self._frame = bytearray()
         self._total = 0
+        """Bytes of the request that is being received, its header included; 0: none is."""
         self._reply: bytes | None = None
         self._attending = 0
         self._pending: tuple[Parcel, bytes] | None = None
@@ -135,30 +120,57 @@ class SiloInbox:
 
     def push(self, parcel: Parcel, total: int, offset: int, chunk: bytes) -> int:
         """See :class:`SiloLink`. A chunk that is there already, or comes too early, is left."""
-        if not 0 < total <= self._limit or len(parcel.session) != 16:
+        length = total - HEADER_BYTES
+        if not 0 <= length <= self._limit or len(parcel.session) != SESSION_BYTES:
             raise TransportError(
-                f"the server announced a frame of {total} bytes, {self._limit} are the most",
+                f"the server announced a frame of {length} bytes, {self._limit} are the most",
                 hint="nothing was received; do both sides run the same study?",
             )
         with self._changed:
-            self._turn_to(parcel, total)
-            if offset == len(self._frame) < self._total == total:
+            if parcel != self._parcel:
+                self._require_newest(parcel)
+                if offset:
+                    return 0
+                self._turn_to(parcel, total, chunk[:HEADER_BYTES])
+                self._frame += chunk[HEADER_BYTES:total]
+            elif offset == self._received and total == self._total:
                 self._frame += chunk[: total - offset]
-                if len(self._frame) == total:
-                    self._pending = parcel, bytes(self._frame)
-                    self._frame = bytearray()
-                    self._total = 0
-                    self._changed.notify_all()
-                    return total
-            return len(self._frame) if self._total else total
+            if self._total and self._received == self._total:
+                self._complete()
+            return self._received if self._total else total
 
-    def _turn_to(self, parcel: Parcel, total: int) -> None:
-        if parcel == self._parcel:
-            return
-        if parcel.session == self._parcel.session and parcel.number < self._parcel.number:
+    @property
+    def _received(self) -> int:
+        return HEADER_BYTES + len(self._frame)
+
+    def _require_newest(self, parcel: Parcel) -> None:
+        # Adversary: who has recorded requests, and would have them worked out again.
+        newest = max(self._parcel, self._followed.newest)
+        if parcel.session < newest.session:
+            raise TransportError(
+                "has followed a later session of this server than the one that asks",
+                hint="was the server's home restored, and its clock set back?",
+            )
+        if parcel < newest:
             raise Unknown(f"request {parcel.number} is over")
-        self._parcel, self._frame, self._total, self._reply = parcel, bytearray(), total, None
-        self._pending = None
+
+    def _turn_to(self, parcel: Parcel, total: int, header: bytes) -> None:
+        try:
+            digest = self._check(parcel, total - HEADER_BYTES, header)
+        except CryptoError:
+            log.warning("refused a request that the server of the study did not sign")
+            raise TransportError(
+                "refuses a request that the server of the study did not sign"
+            ) from None
+        self._parcel, self._digest, self._total = parcel, digest, total
+        self._frame, self._reply, self._pending = bytearray(), None, None
+
+    def _complete(self) -> None:
+        frame, self._frame = bytes(self._frame), bytearray()
+        if sha256(frame) != self._digest:
+            raise TransportError("received another request than the server signed")
+        self._total, self._pending = 0, (self._parcel, frame)
+        self._changed.notify_all()
 
     def pull(self, parcel: Parcel, offset: int, patience: float) -> Pulled:
         """See :class:`SiloLink`."""
@@ -199,13 +211,14 @@ class SiloInbox:
                 work, self._pending = self._pending, None
             if work is None:
                 continue
-            parcel, raw = work
+            parcel, frame = work
             try:
-                reply = self._port.step(self._open(parcel, raw))
-            except CryptoError as error:
-                log.warning("%s", error)
+                self._followed.begin(parcel)
+                reply = self._port.step(frame)
+            except StateError as error:
+                log.error("%s", error)
                 reply = b""
-            del work, raw
+            del work, frame
             with self._changed:
                 if parcel == self._parcel:
                     self._reply = reply
@@ -268,7 +281,8 @@ def _push(link: SiloLink, parcel: Parcel, frame: bytes, deadline: float) -> None
     while there < len(view):
         if time.monotonic() > deadline:
             raise TransportError("did not take the request in time")
-        there = link.push(parcel, len(view), there, bytes(view[there : there + CHUNK]))
+        end = (there or HEADER_BYTES) + CHUNK  # the header comes whole, with the first piece
+        there = link.push(parcel, len(view), there, bytes(view[there:end]))
         if not 0 <= there <= len(view):
             raise TransportError("says that it has more of the request than there is")
 
