@@ -5,9 +5,12 @@ from __future__ import annotations
 import random
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -415,6 +418,44 @@ def test_calls_through_the_door(silo):
     assert not door.path.parent.exists()
     with pytest.raises(FileNotFoundError), knock(str(door.path)):
         pass
+
+
+KILLED = """
+import os, signal
+from securefedcollm.federation.engines.link import Door
+print(Door(lambda wire: None).path, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_door_stands_in_the_users_own_place_and_a_killed_ones_is_removed(tmp_path, monkeypatch):
+    place = tmp_path / "run"
+    place.mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place))
+    said = subprocess.run(
+        [sys.executable, "-c", KILLED], stdout=subprocess.PIPE, check=False
+    ).stdout
+    left = Path(said.decode().strip())
+    assert left.exists()
+    with Door(lambda wire: None) as door, Door(lambda wire: None) as other:
+        assert door.path.parent.parent == place == left.parent.parent
+        assert not left.parent.exists()
+        assert door.path.exists()
+        assert other.path.exists()
+    assert not list(place.iterdir())
+
+
+@pytest.mark.parametrize("name", ["x" * 100, "absent", "open"])
+def test_a_place_that_is_no_good_for_a_door_is_passed_over(tmp_path, monkeypatch, name):
+    """Too long for a socket, not there, or open to others, who could put a door of theirs there."""
+    place = tmp_path / name
+    if name != "absent":
+        place.mkdir()
+        place.chmod(0o777 if name == "open" else 0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place))
+    monkeypatch.setattr(link_module.tempfile, "gettempdir", lambda: str(place))
+    with Door(lambda wire: None) as door, knock(str(door.path)):
+        assert not place.exists() or not list(place.iterdir())
 
 
 def test_the_silo_knows_whether_a_job_of_the_carrier_runs(silo):

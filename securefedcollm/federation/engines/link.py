@@ -18,6 +18,7 @@ import contextlib
 import logging
 import os
 import socket
+import stat
 import struct
 import tempfile
 import threading
@@ -36,6 +37,7 @@ from securefedcollm.federation.engines.requests import (
     Followed,
     Parcel,
 )
+from securefedcollm.federation.files import PrivateDirectory
 from securefedcollm.primitives import sha256
 
 log = logging.getLogger(__name__)
@@ -309,6 +311,7 @@ def _pull(link: SiloLink, parcel: Parcel, deadline: float) -> bytes:
 
 _decode = msgspec.msgpack.Decoder().decode
 _LONGEST: Final = CHUNK + 4096
+_PLACE_BYTES: Final = 80
 
 
 class Wire:
@@ -365,8 +368,8 @@ class Door:
         self._visit = visit
         self._room = threading.BoundedSemaphore(visitors)
         self._closed = False
-        self._directory = Path(tempfile.mkdtemp(prefix="sfc-"))  # mode 0700, and a short path
-        self.path = self._directory / "door"
+        self._directory = PrivateDirectory(_short_place(), "sfc-")
+        self.path = self._directory.path / "door"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind(str(self.path))
         self._socket.listen(64)
@@ -407,15 +410,35 @@ class Door:
         self._socket.close()
         for wire in list(self._wires):
             wire.close()
-        self.path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self._directory.rmdir()
+        self._directory.remove()
 
     def __enter__(self) -> Door:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _short_place() -> Path:
+    """Where this user's sockets go: the system's place for them, else one for temporary files.
+
+    A socket's path must be short (107 bytes), so a long TMPDIR is passed over.
+    """
+    for place in (Path(os.environ.get("XDG_RUNTIME_DIR", "")), Path(tempfile.gettempdir())):
+        short = len(os.fsencode(place)) <= _PLACE_BYTES
+        if short and place.is_absolute() and _nobody_elses(place) and os.access(place, os.W_OK):
+            return place
+    return Path("/tmp")  # noqa: S108 - a fresh private directory in it
+
+
+def _nobody_elses(place: Path) -> bool:
+    # Adversary: another user, who owns the place and puts a door of theirs where ours stood.
+    try:
+        found = place.stat()
+    except OSError:
+        return False
+    shared = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return found.st_uid in {os.getuid(), 0} and bool(not shared or found.st_mode & stat.S_ISVTX)
 
 
 @contextlib.contextmanager
