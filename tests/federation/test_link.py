@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -390,6 +391,42 @@ def test_a_silo_that_has_just_been_heard_of_is_not_given_up(silo):
             raise TransportError("lost")
 
     assert bring(Hiccup(), Parcel(SESSION, 0), b"slow", soon(), grace=0.3) == b"wols"
+
+
+@pytest.mark.parametrize(
+    ("cause", "said"),
+    [
+        (MemoryError("Unable to allocate 3 GiB"), "MemoryError (Unable to allocate 3 GiB)"),
+        (sqlite3.OperationalError("disk is full"), "OperationalError (disk is full)"),
+        (ValueError("Mrs Smith, 1954"), "ValueError"),
+    ],
+)
+def test_what_ends_a_silo_is_told_in_a_line_without_a_record(tmp_path, caplog, cause, said):
+    class Ill:
+        def step(self, frame):
+            raise cause
+
+    caplog.set_level("INFO")
+    check = partial(check_header, SERVER.public, STUDY, "silo-1")
+    followed = Followed(tmp_path / "followed")
+    inbox, parcel = SiloInbox(Ill(), 1000, check, followed), Parcel(SESSION, 0)
+    raw = signed(parcel, b"train")
+    inbox.push(parcel, len(raw), 0, raw)
+    with pytest.raises(StateError) as caught:
+        inbox.serve(lambda: False)
+    assert caught.value.message.endswith(said)
+    assert "start the same command again" in caught.value.hint
+    assert caught.value.__cause__ is None
+    assert "test_link.py" in caplog.text  # where it happened
+    assert "Smith" not in caplog.text
+    # Nothing is lost: restarted, the silo takes the same request again.
+    port, stop = Port(), threading.Event()
+    inbox = SiloInbox(port, 1000, check, Followed(tmp_path / "followed"))
+    thread = threading.Thread(target=inbox.serve, args=(stop.is_set,))
+    thread.start()
+    assert bring(inbox, parcel, b"train", soon()) == b"niart"
+    stop.set()
+    thread.join()
 
 
 # ---- the door ----

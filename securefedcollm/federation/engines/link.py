@@ -18,11 +18,13 @@ import contextlib
 import logging
 import os
 import socket
+import sqlite3
 import stat
 import struct
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
@@ -205,7 +207,11 @@ class SiloInbox:
             return self._attending > 0
 
     def serve(self, stop: Callable[[], bool]) -> None:
-        """Answer requests in this thread, one after another, until ``stop()``."""
+        """Answer requests in this thread, one after another, until ``stop()``.
+
+        Raises:
+            StateError: one could not be worked out, and not for what is in it: no memory, no disk.
+        """
         while not stop():
             with self._changed:
                 if self._pending is None:
@@ -220,11 +226,26 @@ class SiloInbox:
             except StateError as error:
                 log.error("%s", error)
                 reply = b""
+            except SecureFedCoLLMError:
+                raise
+            except Exception as error:
+                raise _ended_by(error) from None
             del work, frame
             with self._changed:
                 if parcel == self._parcel:
                     self._reply = reply
                 self._changed.notify_all()
+
+
+def _ended_by(error: Exception) -> StateError:
+    """For the operator. What an error of others says may quote a record: its kind is enough."""
+    where = "".join(traceback.format_tb(error.__traceback__))
+    log.info("%s in:\n%s", type(error).__name__, where)
+    said = f" ({error})" if isinstance(error, MemoryError | OSError | sqlite3.Error) else ""
+    return StateError(
+        f"the request of the server could not be answered: {type(error).__name__}{said[:200]}",
+        hint="nothing is lost: mend the cause, and start the same command again; -v says where",
+    )
 
 
 def deliver(
@@ -489,6 +510,8 @@ def _answer(link: SiloLink, call: Any) -> list[Any]:
         return ["unknown", error.message]
     except TransportError as error:
         return ["error", error.message]
+    except MemoryError:
+        return ["error", "has no memory for the request"]
 
 
 def result_of(answer: Any) -> list[Any]:
