@@ -291,17 +291,27 @@ class Terms:
 
 
 def silo_workload(
-    study: Study, name: str, data: Path, models: Path | None, progress: Progress
+    study: Study,
+    name: str,
+    data: Path,
+    models: Path | None,
+    progress: Progress,
+    *,
+    device: str = "cpu",
 ) -> SiloTuning:
     """The silo's model and its private questions.
 
+    Args:
+        device: where the model computes, as torch calls it.
+
     Raises:
-        ConfigError, DataError: the file, the model or the study does not fit.
+        ConfigError, DataError: the file, the model, the device or the study does not fit.
     """
     from securefedcollm.federation.cotuning import SiloTuning
     from securefedcollm.federation.dealing import read_records
 
-    return SiloTuning(study, name, read_records(study, data), data=models, progress=progress)
+    questions = read_records(study, data)
+    return SiloTuning(study, name, questions, data=models, device=device, progress=progress)
 
 
 def terms(member: Member, workload: SiloTuning, budget: Budget | None) -> Terms:

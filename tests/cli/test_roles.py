@@ -340,6 +340,16 @@ def test_bad_data_is_named_before_anything_is_sent(study):
         client(study, "--yes", data="bad.jsonl")
 
 
+def test_both_roles_compute_where_they_are_told(study):
+    """``meta`` is a device of torch on every machine, on which no value can be computed."""
+    directory, homes, path = study
+    with pytest.raises(ConfigError, match="cannot compute on 'meta'"):
+        client(study, "--yes", "--device", "meta")
+    words = ["server", path, "--home", homes["server"], "--models", directory]
+    with pytest.raises(ConfigError, match="cannot compute on 'nowhere'"):
+        run(*words, "--public", directory / "dealt/public.jsonl", "--device", "nowhere")
+
+
 def test_a_home_without_a_kit_says_how_to_get_one(study):
     with pytest.raises(ConfigError, match="no start-up kit") as caught:
         client(study, "--yes", silo="silo-2", data="dealt/silo-2.jsonl")
