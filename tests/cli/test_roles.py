@@ -65,6 +65,7 @@ def test_the_authoritys_key_is_in_no_file_while_it_is_used(tmp_path, monkeypatch
 
     monkeypatch.setattr(kit_module, "_nvflare", then_killed)
     ca, home = tmp_path / "ca", tmp_path / "home"
+    ca.mkdir()  # all that a killed `init` leaves
     run("consortium", "init", "--name", "net", "--server", "localhost:8002", "--out", ca)
     join = ["join", ca / "consortium.yaml", "--name", "hospital-a", "--home", home, "--json"]
     (request,) = json.loads(run(*join).stdout)["requests"]

@@ -64,7 +64,7 @@ class Kit:
 
 
 def create_consortium(directory: Path, name: str, host: str, port: int, passphrase: str) -> Profile:
-    """Make the CA in ``directory`` (must not exist yet).
+    """Make the CA in ``directory``: a new one, or empty, as a killed ``init`` leaves it.
 
     Raises:
         ConfigError: a name or the passphrase is unusable, or the directory exists.
@@ -77,7 +77,7 @@ def create_consortium(directory: Path, name: str, host: str, port: int, passphra
             "a passphrase of fewer than 8 characters protects nothing", where="passphrase"
         )
     require_flare()
-    if directory.exists():
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise ConfigError(
             "exists already", where=str(directory), hint="choose another --out; a CA is kept"
         )
