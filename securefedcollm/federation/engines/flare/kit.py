@@ -49,8 +49,6 @@ from securefedcollm.primitives import NONCE_BYTES, seal, sha256, stretch_passphr
 _SEALED: Final = "rootCA.key.sealed"
 _SALT_BYTES: Final = 16
 _LABEL: Final = b"securefedcollm/consortium-ca/v1"
-
-
 _FOLDER: Final = {"client": "kit", "server": "kit", "admin": "lead"}
 
 
@@ -170,7 +168,7 @@ def approve_request(ca: Path, request: Path, passphrase: str, out: Path) -> Path
             cwd=scratch,
             key=memory,
         )
-        shutil.copy(scratch / "signed.zip", target)
+        write_durably(target, (scratch / "signed.zip").read_bytes())
         write_durably(ca / "ca.json", (authority / "ca.json").read_bytes())  # counts the issued
     return target
 
