@@ -29,6 +29,7 @@ from securefedcollm.aggregation import Roster
 from securefedcollm.federation import roles
 from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.engines import Engine
+from securefedcollm.federation.engines.door import Door
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.engines.flare.engine import FlareEngine
 from securefedcollm.federation.engines.flare.kit import (
@@ -39,7 +40,7 @@ from securefedcollm.federation.engines.flare.kit import (
     request_certificate,
 )
 from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
-from securefedcollm.federation.engines.link import Door, answer_calls
+from securefedcollm.federation.engines.link import answer_calls
 from securefedcollm.federation.engines.requests import sign_request
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.silo import SiloSession

@@ -228,8 +228,9 @@ def authority(
 def _serve(session: Session, member: Member, kit: Kit, limit: int, bars: Bars) -> None:
     """Answer the server, through FLARE's process, until the run is over."""
     from securefedcollm.federation import roles
+    from securefedcollm.federation.engines.door import Door
     from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
-    from securefedcollm.federation.engines.link import Door, answer_calls
+    from securefedcollm.federation.engines.link import answer_calls
 
     inbox = roles.inbox_for(member, session, limit)
     leave = _Leaving(session, inbox)

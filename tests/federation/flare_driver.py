@@ -13,10 +13,11 @@ from pathlib import Path
 
 from securefedcollm.aggregation import Step
 from securefedcollm.federation import roles
+from securefedcollm.federation.engines.door import Door
 from securefedcollm.federation.engines.flare.engine import FlareEngine
 from securefedcollm.federation.engines.flare.kit import installed
 from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
-from securefedcollm.federation.engines.link import Door, answer_calls
+from securefedcollm.federation.engines.link import answer_calls
 from securefedcollm.federation.workload import silent
 from securefedcollm.study import load_study
 

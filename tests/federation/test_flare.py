@@ -23,6 +23,7 @@ from securefedcollm_audits.verify import verify
 from securefedcollm.aggregation import Roster
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation.coordinator import Coordinator
+from securefedcollm.federation.engines.door import Door
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.engines.flare.engine import FlareEngine, write_job
 from securefedcollm.federation.engines.flare.kit import (
@@ -34,7 +35,7 @@ from securefedcollm.federation.engines.flare.kit import (
     request_certificate,
 )
 from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
-from securefedcollm.federation.engines.link import Door, SiloInbox, answer_calls
+from securefedcollm.federation.engines.link import SiloInbox, answer_calls
 from securefedcollm.federation.engines.requests import Followed, check_header, sign_request
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.silo import SiloSession

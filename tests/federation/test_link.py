@@ -16,17 +16,16 @@ from pathlib import Path
 import pytest
 
 from securefedcollm.errors import CryptoError, StateError, TransportError
+from securefedcollm.federation.engines import door as door_module
 from securefedcollm.federation.engines import link as link_module
 from securefedcollm.federation.engines import requests as requests_module
+from securefedcollm.federation.engines.door import Door, Wire, knock
 from securefedcollm.federation.engines.link import (
-    Door,
     Pulled,
     SiloInbox,
     Unknown,
-    Wire,
     answer_calls,
     deliver,
-    knock,
     result_of,
 )
 from securefedcollm.federation.engines.requests import (
@@ -459,7 +458,7 @@ def test_calls_through_the_door(silo):
 
 KILLED = """
 import os, signal
-from securefedcollm.federation.engines.link import Door
+from securefedcollm.federation.engines.door import Door
 print(Door(lambda wire: None).path, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -490,7 +489,7 @@ def test_a_place_that_is_no_good_for_a_door_is_passed_over(tmp_path, monkeypatch
         place.mkdir()
         place.chmod(0o777 if name == "open" else 0o700)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(place))
-    monkeypatch.setattr(link_module.tempfile, "gettempdir", lambda: str(place))
+    monkeypatch.setattr(door_module.tempfile, "gettempdir", lambda: str(place))
     with Door(lambda wire: None) as door, knock(str(door.path)):
         assert not place.exists() or not list(place.iterdir())
 

@@ -22,16 +22,10 @@ from typing import Any, Final
 
 from securefedcollm.errors import SecureFedCoLLMError, TransportError
 from securefedcollm.federation.engines import Failure
+from securefedcollm.federation.engines.door import Door, Wire
 from securefedcollm.federation.engines.flare.kit import Kit
 from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess, require_flare
-from securefedcollm.federation.engines.link import (
-    PATIENCE,
-    Door,
-    Pulled,
-    Wire,
-    deliver,
-    result_of,
-)
+from securefedcollm.federation.engines.link import PATIENCE, Pulled, deliver, result_of
 from securefedcollm.federation.engines.requests import Parcel, new_session
 from securefedcollm.federation.workload import Progress
 
