@@ -78,7 +78,6 @@ def variants(study: Study, tuned: Tuned, batch: EncodedQuestions) -> dict[str, R
             noise_multiplier=NOISE,
             clip_norm=CLIP,
             noise=NoiseSource(),
-            seed=1,
             loss=local.loss,
             normalisation=score,
             micro_batch=local.micro_batch,

@@ -199,7 +199,6 @@ class _Attack:
                 noise_multiplier=z,
                 clip_norm=privacy.clip_norm,
                 noise=NoiseSource(),
-                seed=0,
                 optimizer="sgd",
                 loss=study.local.loss,
                 normalisation=study.task.score,
@@ -217,7 +216,6 @@ class _Attack:
             data,
             q=1.0,
             noise=NoiseSource(),
-            seed=0,
             loss=local.loss,
             normalisation=task.score,
         )

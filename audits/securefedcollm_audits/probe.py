@@ -99,7 +99,6 @@ def local_path(study: Study, event: PoissonGaussian, units: int) -> Path:
             noise_multiplier=z,
             clip_norm=clip_norm,
             noise=noise(victim),
-            seed=0,
             optimizer="sgd",
             micro_batch=study.local.micro_batch,
         ).delta

@@ -123,7 +123,6 @@ def train_dp(
     noise_multiplier: float,
     clip_norm: float,
     noise: NoiseSource,
-    seed: int,
     optimizer: Optimizer = "adam",
     loss: Loss = "answer",
     normalisation: Normalisation = "plain",
@@ -148,7 +147,6 @@ def train_dp(
 
     Args:
         batch_size: expected number of units in a batch.
-        seed: without effect; nothing but ``noise`` is random here.
         micro_batch: records whose per-record gradients are in memory at a time; all records of a
             subject are always taken together.
 
@@ -193,7 +191,6 @@ def sampled_gradients(
     *,
     q: float,
     noise: NoiseSource,
-    seed: int,
     loss: Loss = "answer",
     normalisation: Normalisation = "plain",
     subjects: Sequence[str] | None = None,
@@ -203,8 +200,7 @@ def sampled_gradients(
 
     For a step of joint DP-SGD. They are neither clipped nor noised: whoever takes them does that,
     before anything leaves the silo. One that is not finite comes as zeros, see :func:`_finite`. The
-    model runs in evaluation mode, as in :func:`train_dp` and for the same reason; ``seed`` is
-    without effect.
+    model runs in evaluation mode, as in :func:`train_dp` and for the same reason.
 
     Raises:
         DataError: a question has no answer.

@@ -32,7 +32,6 @@ def silo_gradients(toy: Any, silo: int, model: Any, **options: Any) -> list[np.n
             toy.encoded(RECORDS, seed=silo),
             q=RATE,
             noise=NoiseSource(bytes([silo]) * 32),
-            seed=0,
             **options,
         )
     )

@@ -131,7 +131,6 @@ def one_noiseless_step(toy: Any, data: EncodedQuestions, **options: Any) -> np.n
         noise_multiplier=1.0,
         clip_norm=CLIP,
         noise=Silent(bytes(32)),
-        seed=0,
         optimizer="sgd",
         **options,
     )
@@ -204,7 +203,6 @@ def dp_sgd_sum(model: Any, data: EncodedQuestions, clip: float) -> np.ndarray:
         noise_multiplier=1.0,
         clip_norm=clip,
         noise=Silent(bytes(32)),
-        seed=7,
         optimizer="sgd",
     )
     return -len(data) * result.delta.astype(np.float64)
@@ -213,7 +211,7 @@ def dp_sgd_sum(model: Any, data: EncodedQuestions, clip: float) -> np.ndarray:
 def joint_sum(model: Any, data: EncodedQuestions, clip: float) -> np.ndarray:
     """The same of :func:`sampled_gradients`."""
     layout = layout_of(model, "ffa-lora")
-    rows = list(sampled_gradients(model, layout, data, q=1.0, noise=Silent(bytes(32)), seed=7))
+    rows = list(sampled_gradients(model, layout, data, q=1.0, noise=Silent(bytes(32))))
     return sum(row * min(1.0, clip / np.linalg.norm(row)) for row in rows)
 
 
@@ -226,7 +224,7 @@ def test_a_record_moves_the_sum_by_at_most_the_clip_whatever_the_base_s_dropout(
     data, model = toy.encoded(33), gpt2_with_dropout()
     rows = list(
         sampled_gradients(
-            model, layout_of(model, "ffa-lora"), data, q=1.0, noise=NoiseSource(bytes(32)), seed=7
+            model, layout_of(model, "ffa-lora"), data, q=1.0, noise=NoiseSource(bytes(32))
         )
     )
     clip = float(np.min(np.linalg.norm(rows, axis=1))) / 2  # every record is clipped
@@ -269,7 +267,6 @@ def test_noise_sampling_and_expected_batch(toy: Any) -> None:
         noise_multiplier=z,
         clip_norm=CLIP,
         noise=noise,
-        seed=0,
         optimizer="sgd",
     )
     assert result.events == (PoissonGaussian(q=1 / 6, noise_multiplier=z, steps=6),)
@@ -360,7 +357,6 @@ def test_a_tuned_model_keeps_no_trace_of_records(toy: Any) -> None:
         noise_multiplier=1.0,
         clip_norm=CLIP,
         noise=NoiseSource(),
-        seed=0,
     )
     for parameter in model.parameters():
         assert parameter.grad is None
@@ -375,7 +371,6 @@ def dp(toy: Any, model: Any, data: EncodedQuestions, **options: Any) -> None:
         "noise_multiplier": 1.0,
         "clip_norm": CLIP,
         "noise": NoiseSource(bytes(32)),
-        "seed": 0,
         **options,
     }
     train_dp(model, layout_of(model, "ffa-lora"), data, **settings)

@@ -111,7 +111,6 @@ def test_training_takes_the_same_steps(data: EncodedQuestions) -> None:
             noise_multiplier=1e-3,
             clip_norm=0.1,
             noise=NoiseSource(),
-            seed=5,
             optimizer="sgd",
         ).delta
         deltas.append(np.concatenate([plain, private]))

@@ -247,7 +247,6 @@ def test_dp_sgd_learns_each_kind(toy: Any, kind: str) -> None:
         noise_multiplier=0.01,
         clip_norm=1.0,
         noise=NoiseSource(),
-        seed=0,
     )
     assert question_losses(model, data, "answer", "plain").sum().item() < 0.8 * before
     assert result.events[0].q == 1.0  # type: ignore[union-attr]
