@@ -258,10 +258,10 @@ def test_what_a_silo_takes_from_a_server(homes, engine, tmp_path):
     assert engine.exchange({}, 1) == {}
     with attached(home, "silo-1"):
         assert engine.exchange({"silo-1": b"small"}, 120) == {"silo-1": Echo().step(b"small")}
-        before = peak_memory("worker_process", str(home))
+        before = peak_memory("job\0client\0", str(home))
         assert before > 0
         assert engine.exchange({"silo-1": frame}, 200) == {"silo-1": Echo().step(frame)}
-        assert peak_memory("worker_process", str(home)) - before < 100_000_000
+        assert peak_memory("job\0client\0", str(home)) - before < 100_000_000
         engine._end_job()
 
         marker = tmp_path / "it-ran"
