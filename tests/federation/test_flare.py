@@ -23,7 +23,8 @@ from securefedcollm.aggregation import Roster
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
-from securefedcollm.federation.engines.flare.engine import FlareEngine, write_job
+from securefedcollm.federation.engines.flare.engine import FlareEngine
+from securefedcollm.federation.engines.flare.job import APP, write_job
 from securefedcollm.federation.engines.flare.kit import (
     Kit,
     approve_request,
@@ -209,6 +210,65 @@ def attached(home: Path, name: str, port=None):
     finally:
         worker_stop.set()
         worker.join()
+
+
+HOSTILE_SERVER = Path(__file__).with_name("flare_hostile_server.py")
+
+
+def test_what_a_hostile_server_gets_from_a_silo(homes, tmp_path):
+    """Its operator runs FLARE as it comes. (Before the tests with an engine: one port for both.)"""
+    kit = homes["silo-1"] / "kit"
+    secret, marker, answers = (tmp_path / name for name in ("private.json", "it-ran", "answers"))
+    secret.write_text('{"record": "a private record"}')
+    answers.touch()
+    before = contents(kit, "startup", "local")
+    words = [sys.executable, HOSTILE_SERVER, homes["server"] / "kit", "silo-1"]
+    with (tmp_path / "server.log").open("wb") as output:
+        server = subprocess.Popen(
+            [*words, secret, marker, answers], stdout=output, stderr=output, cwd=tmp_path
+        )
+        try:
+            with attached(homes["silo-1"], "silo-1"):
+                deadline = time.monotonic() + 150
+                while '"done"' not in answers.read_text() and time.monotonic() < deadline:
+                    time.sleep(0.5)
+        finally:
+            server.kill()
+            server.wait()
+    said = {
+        name: (code, text) for name, code, text in map(json.loads, answers.read_text().splitlines())
+    }
+    assert "done" in said, (tmp_path / "server.log").read_text()[-2000:]
+    assert "failed" not in said, said["failed"]
+
+    assert "a private record" not in answers.read_text()
+    assert not marker.exists()
+    assert contents(kit, "startup", "local") == before
+    for name, (code, text) in said.items():
+        if name.startswith(("app ", "deploy ")):
+            assert "not the job of securefedcollm" in text, (name, code, text)
+        if name.startswith("remove "):
+            assert "Delete run folder" not in text, name
+        if "diagnosis" in name:
+            assert code == "process_exception", name  # nobody answers there
+    assert said["start nothing"][1] == "no such job is deployed"
+    assert said["address"][0] == "nobody came"
+    assert said["job process"][0] == "there", said
+    assert said["job's command"][0] == "unauthenticated"
+    assert said["job's command as its parent"][0] == "timeout"
+    # What runs is the silo's own copy, and the job before leaves nothing.
+    (job,) = (path for path in kit.iterdir() if path.name.count("-") == 4)
+    app = job / "app_silo-1"
+    assert {str(p.relative_to(app)): p.read_bytes() for p in app.rglob("*") if p.is_file()} == APP
+
+
+def contents(kit: Path, *folders: str) -> dict[Path, bytes]:
+    return {
+        path: path.read_bytes()
+        for folder in folders
+        for path in (kit / folder).rglob("*")
+        if path.is_file()
+    }
 
 
 class Echo:

@@ -75,11 +75,13 @@ def is_job(job: Any) -> bool:
         return False
 
 
-def fault_of(app: Any) -> str:
-    """What is wrong with an app that a server sent, or nothing. Nothing of it is unpacked.
+def fault_of(job: Any, app: Any) -> str:
+    """What is wrong with a job that a server sent, or nothing. Nothing of it is unpacked.
 
     Adversary: the server.
     """
+    if not is_job(job):
+        return f"{str(job)[:80]!r} is no job's number"
     if not isinstance(app, bytes) or len(app) > _LARGEST:
         return "it is larger than the app of securefedcollm"
     try:

@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 _one_at_a_time = threading.Lock()
 """Held while a job is deployed, started or removed."""
+_deployed: set[str] = set()
+"""The job that this process deployed last. What else lies there was not written by it."""
 _ENDING: Final = 10.0
 """Seconds for the last job's process to be gone."""
 
@@ -63,8 +65,7 @@ def _deploy(_: Any, request: Any, engine: Any) -> Any:
     name = engine.get_client_name()
     workspace = Workspace(engine.args.workspace, site_name=name)
     job = request.get_header(RequestHeader.JOB_ID)
-    folder = Path(workspace.get_run_dir(job))  # refuses what is no job's number
-    if fault := fault_of(request.body):
+    if fault := fault_of(job, request.body):
         log.warning("refused a job of the server: %s", fault)
         return error_reply(f"not the job of securefedcollm: {fault}")
     if not _end_jobs(engine.client_executor):
@@ -73,8 +74,10 @@ def _deploy(_: Any, request: Any, engine: Any) -> Any:
         if old.is_dir() and is_job(old.name):
             shutil.rmtree(old)
     write_app(Path(workspace.get_app_dir(job)))
-    (folder / "fl_app.txt").write_text("app")
+    (Path(workspace.get_run_dir(job)) / "fl_app.txt").write_text("app")
     Path(workspace.get_job_meta_path(job)).write_text(json.dumps(_meta(job, name)))
+    _deployed.clear()
+    _deployed.add(job)
     return ok_reply(body=f"deployed app to {name}")
 
 
@@ -86,6 +89,8 @@ def _meta(job: str, name: str) -> dict[str, Any]:
 def _starting(process: Callable[..., Any]) -> Callable[..., Any]:
     def start(self: Any, request: Any, engine: Any) -> Any:
         job = request.get_header(RequestHeader.JOB_ID)
+        if job not in _deployed:
+            return error_reply("no such job is deployed")
         request.set_header(RequestHeader.JOB_META, _meta(job, engine.get_client_name()))
         request.body = {}
         return process(self, request, engine)
