@@ -1,7 +1,7 @@
 """A server whose operator runs FLARE as it comes, and attacks.
 
-Words: KIT VICTIM SECRET MARKER ANSWERS. ANSWERS gets one JSON line [attack, return code, answer]
-each; the last attack is called "done".
+Words: KIT LEAD VICTIM SECRET MARKER ANSWERS. ANSWERS gets one JSON line
+[attack, return code, answer] each; the last attack is called "done".
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import runpy
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -22,17 +23,28 @@ import nvflare.fuel.utils.log_utils  # noqa: F401 - before two threads import it
 
 from securefedcollm.federation.engines.flare.job import APP
 
-kit, victim, secret, marker, answers = sys.argv[1:]
+kit, lead, victim, secret, marker, answers = sys.argv[1:]
 JOB = "11111111-2222-4333-8444-555555555555"
 CLIENT_CONFIG = "config/config_fed_client.json"
 
 
-def app(**more: bytes) -> bytes:
-    """The app of an honest server, with files more, or others of the same name."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+def app(without: str = "", **more: bytes) -> bytes:
+    """The app of an honest server, with files more, or others of the same name; and signed."""
+    from nvflare.lighter.utils import load_private_key_file, sign_folders
+
+    with tempfile.TemporaryDirectory() as scratch:
         for name, content in {**APP, **more}.items():
-            archive.writestr(name, content)
+            if name == without:
+                continue
+            path = Path(scratch, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        key = load_private_key_file(f"{lead}/startup/client.key")
+        sign_folders(scratch, key, f"{lead}/startup/client.crt")
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path in sorted(Path(scratch).rglob("*")):
+                archive.write(path, path.relative_to(scratch))
     return buffer.getvalue()
 
 
@@ -96,7 +108,6 @@ def attack() -> None:
     deployments(attacker)
     addresses(attacker)
     the_job_process(attacker)
-    note("done")
 
 
 def commands(attacker: Attacker) -> None:
@@ -116,7 +127,7 @@ def deployments(attacker: Attacker) -> None:
     other = APP[CLIENT_CONFIG].replace(b"SiloRelay", b"Popen")
     for name, body in {
         "code": app(**{"custom/sitecustomize.py": evil}),
-        "hocon": app(**{"config/config_fed_client.conf": include}),
+        "hocon": app(**{"config/config_fed_client.conf": include}, without=CLIENT_CONFIG),
         "config": app(**{CLIENT_CONFIG: other}),
         "bomb": app(**{CLIENT_CONFIG: bytes(20 << 20)}),
         "large": app() + bytes(1 << 20),
@@ -192,7 +203,7 @@ def go() -> None:
         attack()
     except BaseException:
         note("failed", "", traceback.format_exc())
-        note("done")
+    note("done")
 
 
 threading.Thread(target=go, daemon=True).start()
