@@ -342,6 +342,19 @@ def test_a_process_ends_with_its_parent_even_if_that_has_ended_before_it_asked(w
     assert subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip() == said
 
 
+def test_what_flare_writes_is_bounded(tmp_path):
+    """Adversary: who has FLARE log without end. (The process itself ends: this is no kit.)"""
+    with (tmp_path / "flare.log").open("wb") as log:
+        log.truncate(65 << 20)
+    with FlareProcess("client", tmp_path, name="silo-1", org="silo_1", env={}) as process:
+        limits = ""
+        while "268435456" not in limits and process.running:
+            limits = Path(f"/proc/{process._process.pid}/limits").read_text()
+    assert "268435456            268435456            bytes" in limits
+    assert (tmp_path / "flare.log.1").stat().st_size == 65 << 20
+    assert (tmp_path / "flare.log").stat().st_size < 1 << 20
+
+
 def test_what_crosses(homes, engine):
     """A 100 MB adapter, in pieces; the silo before a job, or without one, is not asked."""
     home = homes["silo-1"]

@@ -17,6 +17,7 @@ from nvflare.apis.workspace import Workspace
 from nvflare.fuel.f3.cellnet.core_cell import CoreCell
 from nvflare.fuel.f3.cellnet.defs import CellChannel, MessageHeaderKey, ReturnCode
 from nvflare.fuel.f3.cellnet.utils import make_reply
+from nvflare.fuel.f3.drivers import grpc_driver
 from nvflare.fuel.f3.stream_cell import StreamCell
 from nvflare.fuel.utils.config import ConfigFormat
 from nvflare.fuel.utils.config_factory import ConfigFactory
@@ -47,18 +48,22 @@ _DIAGNOSIS: Final = "_net_manager"
 _SERVER: Final = "server"
 
 
-def strip(role: str, name: str, *, job: bool) -> None:
+def strip(role: str, name: str, *, job: bool, largest: int) -> None:
     """Leave FLARE's process only what a job of ours needs.
 
     Args:
         role: ``server`` or ``client``.
         name: the client's name in FLARE.
         job: whether it is the process that FLARE starts for a job.
+        largest: bytes of a message that are received at once.
     """
     _read_json_only()
     _name_jobs_by_uuid()
     _import_no_code()
     _connect_to_nobody_else()
+    grpc_driver.GRPC_DEFAULT_OPTIONS[:] = [
+        (f"grpc.max_{way}_message_length", largest) for way in ("send", "receive")
+    ]
     family = name if role == "client" else _SERVER
     _hear(family, role, job=job)
     _close_channels(family, role, job=job)

@@ -12,6 +12,7 @@ import ctypes
 import importlib.util
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -31,6 +32,13 @@ DOOR: Final = "SECUREFEDCOLLM_DOOR"
 _PASSED_ON: Final = frozenset(
     {"PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONPATH"}
 )
+_LARGEST_FILE: Final = 256 << 20
+"""Bytes of a file that FLARE writes. Adversary: who fills the disk by way of its logs."""
+_PUT_ASIDE: Final = 64 << 20
+"""Bytes of a log with which no process begins."""
+_LARGEST_MESSAGE: Final = 16 << 20
+"""Bytes of a message to FLARE's processes; a call carries 2 MiB."""
+_LIMITS: Final = {"NVFLARE_STREAMING_MAX_BLOB_SIZE": str(_LARGEST_MESSAGE)}
 _HERE: Final = "securefedcollm.federation.engines.flare.processes"
 """This module; it has another name where it is run."""
 _PR_SET_PDEATHSIG: Final = 1
@@ -65,6 +73,9 @@ class FlareProcess:
     ) -> None:
         self.workspace = workspace
         self._log = workspace / "flare.log"
+        for log_file in (self._log, workspace / "audit.log"):
+            if log_file.exists() and log_file.stat().st_size > _PUT_ASIDE:
+                log_file.replace(log_file.with_name(f"{log_file.name}.1"))
         with self._log.open("ab") as output:
             os.fchmod(output.fileno(), 0o600)
             self._process = subprocess.Popen(
@@ -73,7 +84,7 @@ class FlareProcess:
                 stdout=output,
                 stderr=output,
                 cwd=workspace,
-                env={**plain_environment(), **env},
+                env={**plain_environment(), **_LIMITS, **env},
                 start_new_session=True,
             )
 
@@ -116,7 +127,7 @@ def plain_environment() -> dict[str, str]:
 
 def job_environment() -> dict[str, str]:
     """What the process of a job is told: where the door is, and no more."""
-    return {**plain_environment(), DOOR: os.environ[DOOR]}
+    return {**plain_environment(), **_LIMITS, DOOR: os.environ[DOOR]}
 
 
 def _command(*words: str) -> list[str]:
@@ -150,6 +161,7 @@ def end_with(parent: int) -> None:
 def main(parent: str, role: str, *words: str) -> None:
     """Become FLARE's process, or that of a job, as a child of ``parent``."""
     end_with(int(parent))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_LARGEST_FILE, _LARGEST_FILE))
     if role == "job":
         _become_job(*words)
     else:
@@ -173,7 +185,7 @@ def _become(module: str, arguments: list[str], role: str, name: str, *, job: boo
 
     from securefedcollm.federation.engines.flare.hardening import strip
 
-    strip(role, name, job=job)
+    strip(role, name, job=job, largest=_LARGEST_MESSAGE)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
