@@ -28,7 +28,7 @@ JOB = "11111111-2222-4333-8444-555555555555"
 CLIENT_CONFIG = "config/config_fed_client.json"
 
 
-def app(without: str = "", **more: bytes) -> bytes:
+def app(without: str = "", packing: int = zipfile.ZIP_DEFLATED, **more: bytes) -> bytes:
     """The app of an honest server, with files more, or others of the same name; and signed."""
     from nvflare.lighter.utils import load_private_key_file, sign_folders
 
@@ -42,7 +42,7 @@ def app(without: str = "", **more: bytes) -> bytes:
         key = load_private_key_file(f"{lead}/startup/client.key")
         sign_folders(scratch, key, f"{lead}/startup/client.crt")
         buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        with zipfile.ZipFile(buffer, "w", packing) as archive:
             for path in sorted(Path(scratch).rglob("*")):
                 archive.write(path, path.relative_to(scratch))
     return buffer.getvalue()
@@ -131,6 +131,7 @@ def deployments(attacker: Attacker) -> None:
         "config": app(**{CLIENT_CONFIG: other}),
         "bomb": app(**{CLIENT_CONFIG: bytes(20 << 20)}),
         "large": app() + bytes(1 << 20),
+        "lzma": app(packing=zipfile.ZIP_LZMA),
         "no zip": b"PK",
         "nothing": None,
     }.items():

@@ -104,6 +104,8 @@ def _fault_in(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> str:
         return ""
     if name not in APP:
         return f"it brings a file {name[:80]!r}"
+    if member.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+        return f"its {name} is packed in a way that may take any memory to unpack"
     with archive.open(member) as content:
         same = content.read(len(APP[name]) + 1) == APP[name]
     return "" if same else f"its {name} is not that of this version of securefedcollm"
