@@ -29,6 +29,7 @@ from securefedcollm.aggregation import Roster
 from securefedcollm.federation import roles
 from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.engines import Engine
+from securefedcollm.federation.engines.door import Door
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.engines.flare.engine import FlareEngine
 from securefedcollm.federation.engines.flare.kit import (
@@ -39,12 +40,8 @@ from securefedcollm.federation.engines.flare.kit import (
     request_certificate,
 )
 from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
-from securefedcollm.federation.engines.link import (
-    Door,
-    SiloInbox,
-    answer_calls,
-    sign_request,
-)
+from securefedcollm.federation.engines.link import answer_calls
+from securefedcollm.federation.engines.requests import sign_request
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore
@@ -217,7 +214,7 @@ def serve_silo(home: Path, study_file: Path, values: int) -> None:
             store=SiloStore(place),
             ledger=Ledger(place / "ledger.sqlite", member.name),
         )
-        inbox = SiloInbox(session, 1 << 31, roles.open_for(member))
+        inbox = roles.inbox_for(member, session, 1 << 31)
         with (
             Door(answer_calls(inbox)) as door,
             FlareProcess(

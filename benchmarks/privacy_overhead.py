@@ -24,8 +24,9 @@ import torch
 from torch import nn
 
 from benchmarks._machine import machine
-from securefedcollm.federation.cotuning import SiloTuning, Tuned, planned_event
+from securefedcollm.federation.cotuning import SiloTuning, planned_event
 from securefedcollm.federation.dealing import deal
+from securefedcollm.federation.tuned import Tuned
 from securefedcollm.federation.workload import silent
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.study import Study, load_study

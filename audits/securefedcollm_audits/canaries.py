@@ -37,10 +37,15 @@ NoiseOf = Callable[[str], NoiseSource]
 
 
 class CanaryScores(NamedTuple):
-    """What the adversary reads off the opened sum, in units of the clip: float64 [n] each."""
+    """What the adversary reads off the opened sum: float64 [n] each.
+
+    In units of the sensitivity that is charged, so that the noise is the noise multiplier: the
+    integer bound in a sum of integers, the clip norm in DP-SGD inside a silo.
+    """
 
     present: Scores
-    """Coordinates with a canary; expected value just below 1, if the canary takes part."""
+    """Coordinates with a canary; expected value at most 1, if the canary takes part: the quantiser
+    shrinks a clipped vector a little below the bound."""
     absent: Scores
     """Coordinates without; expected value 0."""
 
@@ -76,10 +81,12 @@ def silo_path(setting: Setting, unit: SiloUnit, silos: int) -> Path:
             canary[index] = LENGTH * unit.clip_norm
             cohort.vectors[name] = unit.protect(canary, noise(name))
         total = _opened(cohort, survivors, setting.colluders)
-        seen = unit.decode(total, 1).mean.astype(np.float64) / unit.clip_norm
+        seen = unit.decode(total, 1).mean.astype(np.float64) / one
         return CanaryScores(seen[:honest], seen[honest:])
 
-    return Path(unit.event(), once, "one round's sum of whole updates, a unit being a silo")
+    event = unit.event()
+    one = float(unit.decode(np.full(unit.values, event.sensitivity), 1).mean[0])
+    return Path(event, once, "one round's sum of whole updates, a unit being a silo")
 
 
 def joint_path(
@@ -97,10 +104,12 @@ def joint_path(
             gradients = _one_hot(taken, LENGTH * clip_norm, setting.values)
             cohort.vectors[name] = step.protect(gradients, noise(name))
         total = _opened(cohort, survivors, setting.colluders)
-        seen = step.decode(total).astype(np.float64) * setting.batch_size / clip_norm
+        seen = step.decode(total).astype(np.float64) / one
         return CanaryScores(seen[:present], seen[present:])
 
-    return Path(step.event(), once, "one step's sum of sampled gradients, a unit being a record")
+    event = step.event()
+    one = float(step.decode(np.full(step.values, event.sensitivity))[0])
+    return Path(event, once, "one step's sum of sampled gradients, a unit being a record")
 
 
 def _one_hot(

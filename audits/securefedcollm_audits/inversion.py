@@ -30,9 +30,10 @@ from securefedcollm.aggregation.header import RingParameters
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.aggregation.upload import HEAD_BYTES
 from securefedcollm.errors import ConfigError
-from securefedcollm.federation.cotuning import Tuned, planned_event
+from securefedcollm.federation.cotuning import planned_event
 from securefedcollm.federation.dealing import deal
 from securefedcollm.federation.plan import joint_step, quantiser, silo_unit
+from securefedcollm.federation.tuned import Tuned
 from securefedcollm.federation.workload import Progress, silent
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.study import Study

@@ -69,7 +69,8 @@ def audit(
     faults = above_claim(found.epsilon, claimed)
     if measured.high < charged:
         faults.append(
-            f"the noise is at most {measured.high:.4f} clip norms, charged for is {charged:.4f}"
+            f"the noise is at most {measured.high:.4f} times the sensitivity, charged for is "
+            f"{charged:.4f}"
         )
     return Finding(
         audit="mechanism",

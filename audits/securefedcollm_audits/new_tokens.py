@@ -21,9 +21,10 @@ import msgspec
 import numpy as np
 import torch
 
-from securefedcollm.federation.cotuning import SiloTuning, Tuned
+from securefedcollm.federation.cotuning import SiloTuning
 from securefedcollm.federation.dealing import deal
 from securefedcollm.federation.plan import silo_names
+from securefedcollm.federation.tuned import Tuned
 from securefedcollm.federation.workload import Progress, Vector, silent
 from securefedcollm.study import Study
 from securefedcollm.study.config import Model
@@ -60,11 +61,27 @@ def audit(
     played = train(study, data, canaries, seed, progress)
     what = f"the model after {study.rounds} rounds of one silo's own tuning"
     finding = judge(study, "canaries", played, what)
-    inside, outside = played.scores[played.present], played.scores[~played.present]
-    caught = int((inside > np.quantile(outside, 1.0 - FALSE_ALARMS)).sum())
-    low, high = rate_interval(caught, len(inside), CONFIDENCE)
-    more = {"tpr at 1 % fpr": caught / len(inside), "tpr at least": low, "tpr at most": high}
-    return msgspec.structs.replace(finding, figures=finding.figures | more)
+    found = found_at(played.scores[played.present], played.scores[~played.present])
+    return msgspec.structs.replace(finding, figures=finding.figures | found)
+
+
+def found_at(inside: Scores, outside: Scores) -> dict[str, float]:
+    """Share of canaries found by the threshold that :data:`FALSE_ALARMS` of the others pass.
+
+    The intervals are Clopper and Pearson's, each for this threshold as if it had been given: it was
+    read off a few hundred scores, and its own rate of false alarms is no better known than that.
+    """
+    threshold = np.quantile(outside, 1.0 - FALSE_ALARMS)
+    caught, alarms = int((inside > threshold).sum()), int((outside > threshold).sum())
+    tpr = rate_interval(caught, len(inside), CONFIDENCE)
+    fpr = rate_interval(alarms, len(outside), CONFIDENCE)
+    return {
+        "tpr at 1 % fpr": caught / len(inside),
+        "tpr at this threshold, at least": tpr[0],
+        "tpr at this threshold, at most": tpr[1],
+        "fpr at this threshold, at least": fpr[0],
+        "fpr at this threshold, at most": fpr[1],
+    }
 
 
 def train(

@@ -25,9 +25,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from securefedcollm.errors import ConfigError
-from securefedcollm.federation.cotuning import SiloTuning, Tuned
+from securefedcollm.federation.cotuning import SiloTuning
 from securefedcollm.federation.dealing import deal
 from securefedcollm.federation.plan import silo_names
+from securefedcollm.federation.tuned import Tuned
 from securefedcollm.federation.workload import Progress, Vector, silent
 from securefedcollm.privacy.accounting import claim
 from securefedcollm.privacy.events import Event

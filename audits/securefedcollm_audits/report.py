@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -214,6 +214,12 @@ def _spent(silos: list[SiloRow]) -> float | None:
     return max(claims, default=None)
 
 
+_READING: Final = (
+    " This figure is a bound if no release was chosen on what earlier ones showed; the agreed "
+    "budget is one in any case."
+)
+
+
 def _claim(case: Case, silos: list[SiloRow]) -> str:
     """The claim in one sentence: unit, adjacency, adversary, ε at δ, horizon."""
     study, privacy = case.study, case.study.privacy
@@ -238,7 +244,7 @@ def _claim(case: Case, silos: list[SiloRow]) -> str:
     return (
         f"What the {done} finished of {study.rounds} rounds released is {amount} differentially "
         f"private for {what}, added or removed, against the server{helpers}, the other silos and "
-        "everybody who sees the adapters."
+        "everybody who sees the adapters." + (_READING if spent is not None else "")
     )
 
 

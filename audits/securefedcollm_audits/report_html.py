@@ -66,7 +66,8 @@ GLOSSARY = (
      "attacker can tell."),
     ("auc", "Chance that an attack ranks a record that was in above one that was not: 0.5 is "
      "guessing, 1 certainty."),
-    ("tpr at 1 % fpr", "Share of members that an attack finds if one alarm in a hundred is false."),
+    ("tpr at 1 % fpr", "Share of members that an attack finds when it takes one in a hundred of "
+     "the others for a member."),
     ("raw update, masked upload, opened sum, noised sum", "Where an audit tried to read words "
      "back, and the share it got; “by chance” is what guessing gets."),
 )  # fmt: skip

@@ -60,7 +60,8 @@ def init(
     Its key is kept encrypted under a passphrase. Give the participants consortium.yaml, and tell
     them its fingerprint by another channel.
     """
-    from securefedcollm.federation.engines.flare.kit import PROFILE, create_consortium
+    from securefedcollm.federation.engines.flare.kit import create_consortium
+    from securefedcollm.federation.engines.flare.papers import PROFILE
 
     stop_on_sigterm()
     host, _, port = server.rpartition(":")
@@ -100,7 +101,8 @@ def approve(
     Shows whose name each request bears, and asks. Neither a request nor its answer holds anything
     secret.
     """
-    from securefedcollm.federation.engines.flare.kit import approve_request, read_request
+    from securefedcollm.federation.engines.flare.kit import approve_request
+    from securefedcollm.federation.engines.flare.papers import read_request
 
     stop_on_sigterm()
     for request in requests:
@@ -150,7 +152,7 @@ def join(
     back, run it again with --signed FILE: that installs a kit which runs our relay and nothing else
     that a server might send.
     """
-    from securefedcollm.federation.engines.flare.kit import read_profile
+    from securefedcollm.federation.engines.flare.papers import read_profile
 
     stop_on_sigterm()
     place, consortium = home_of(home), read_profile(profile)
@@ -181,7 +183,8 @@ def join(
 def _ask(
     home: Path, consortium: Any, name: str, role: str, passphrase_file: Path | None, plain: bool
 ) -> dict[str, Any]:
-    from securefedcollm.federation.engines.flare.kit import check_name, request_certificate
+    from securefedcollm.federation.engines.flare.kit import request_certificate
+    from securefedcollm.federation.engines.flare.papers import check_name
     from securefedcollm.federation.roles import IDENTITY
     from securefedcollm.study.identity import create_identity, read_identity
 

@@ -21,7 +21,7 @@ def experiment(
     noisy_silos: Annotated[
         int,
         typer.Option(
-            "--noisy-silos", min=0, help="Also run with so many silos whose answers are shuffled."
+            "--noisy-silos", min=0, help="Also run with so many silos whose answers mean nothing."
         ),
     ] = 0,
     out: Annotated[

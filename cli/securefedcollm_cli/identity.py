@@ -80,13 +80,13 @@ def read_passphrase(file: Path | None, *, confirm: bool = False) -> str:
     """From ``--passphrase-file``, the environment, or a prompt on the terminal."""
     if file is not None:
         try:
-            return file.read_text().splitlines()[0]
-        except (OSError, IndexError) as error:
-            raise ConfigError(
+            return file.read_text(encoding="utf-8").splitlines()[0]
+        except (OSError, IndexError, UnicodeDecodeError):
+            raise ConfigError(  # the cause would quote a byte of it
                 "no passphrase can be read from it",
                 where=str(file),
-                hint="a text file whose first line is the passphrase",
-            ) from error
+                hint="a text file (UTF-8) whose first line is the passphrase",
+            ) from None
     if from_environment := os.environ.get("SECUREFEDCOLLM_PASSPHRASE"):
         return from_environment
     prompted: str = typer.prompt("passphrase", hide_input=True, confirmation_prompt=confirm)

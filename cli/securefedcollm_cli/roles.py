@@ -15,7 +15,7 @@ import typer
 from securefedcollm.errors import ConfigError
 from securefedcollm_cli.consortium import Home, home_of
 from securefedcollm_cli.identity import PassphraseFile, read_passphrase
-from securefedcollm_cli.options import Json, StudyFile, stop_on_sigterm
+from securefedcollm_cli.options import Device, Json, StudyFile, stop_on_sigterm
 
 if TYPE_CHECKING:
     from securefedcollm.evidence.entries import Entry
@@ -58,6 +58,7 @@ def server(
         typer.Option(min=1, help="Seconds to wait for silos that are not connected yet."),
     ] = 600.0,
     threads: Threads = None,
+    device: Device = "cpu",
     passphrase_file: PassphraseFile = None,
     as_json: Events = False,
 ) -> None:
@@ -84,7 +85,12 @@ def server(
         cotuning.set_threads(threads or _cores())
         questions = roles.server_questions(study, public, test)
         workload = cotuning.ServerTuning(
-            study, public=questions[0], test=questions[1], data=models, progress=bars.report
+            study,
+            public=questions[0],
+            test=questions[1],
+            data=models,
+            device=device,
+            progress=bars.report,
         )
         office = [member.authority.name] if member.authority else []
         parties = (*member.roster.names, *office)
@@ -94,6 +100,7 @@ def server(
             server=installed(place, member.name),
             lead=installed(place, member.name, lead=True),
             sign=roles.sign_for(member),
+            session=roles.session_of(member),
             patience=wait,
             progress=bars.report,
             say=bars.say,
@@ -131,6 +138,7 @@ def client(
         ),
     ] = None,
     threads: Threads = None,
+    device: Device = "cpu",
     yes: Yes = False,
     passphrase_file: PassphraseFile = None,
     as_json: Events = False,
@@ -166,7 +174,9 @@ def client(
             from securefedcollm.federation import cotuning
 
             cotuning.set_threads(threads)
-            workload = roles.silo_workload(study, member.name, data, models, bars.report)
+            workload = roles.silo_workload(
+                study, member.name, data, models, bars.report, device=device
+            )
         _agree(roles.terms(member, workload, limit), yes, as_json)
         with Bars(quiet=as_json) as bars:
             session = roles.silo_session(
@@ -211,17 +221,28 @@ def authority(
         bars.say(f"study {study.study}, sha256:{member.study.digest.hex()}, signed by all")
         bars.say(f"opens {study.sums} sums, each of at least {study.quorum} silos")
         _confirm(yes)
-        _serve(session, member, kit, roles.LARGEST_TO_AUTHORITY, bars)
+        _serve(session, member, kit, roles.LARGEST_TO_AUTHORITY, bars, idle=session.drop_overdue)
     _finished(member.run, as_json)
 
 
-def _serve(session: Session, member: Member, kit: Kit, limit: int, bars: Bars) -> None:
-    """Answer the server, through FLARE's process, until the run is over."""
-    from securefedcollm.federation import roles
-    from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
-    from securefedcollm.federation.engines.link import Door, SiloInbox, answer_calls
+def _serve(
+    session: Session,
+    member: Member,
+    kit: Kit,
+    limit: int,
+    bars: Bars,
+    idle: Callable[[], None] = lambda: None,
+) -> None:
+    """Answer the server, through FLARE's process, until the run is over.
 
-    inbox = SiloInbox(session, limit, roles.open_for(member))
+    ``idle`` is called between requests, and several times a second while there are none.
+    """
+    from securefedcollm.federation import roles
+    from securefedcollm.federation.engines.door import Door
+    from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
+    from securefedcollm.federation.engines.link import answer_calls
+
+    inbox = roles.inbox_for(member, session, limit)
     leave = _Leaving(session, inbox)
     with (
         Door(answer_calls(inbox)) as door,
@@ -230,7 +251,12 @@ def _serve(session: Session, member: Member, kit: Kit, limit: int, bars: Bars) -
         ) as flare,
     ):
         bars.say("waiting for the server")
-        inbox.serve(lambda: not flare.running or leave.now)
+
+        def stop() -> bool:
+            idle()
+            return not flare.running or leave.now
+
+        inbox.serve(stop)
         if not session.over:
             flare.require_running()
 

@@ -36,12 +36,15 @@ def check(
     from securefedcollm.study import load_study
 
     study = load_study(config, overrides or [])
-    facts = derived(study)
     if estimate:
         from securefedcollm.federation.estimate import estimate as estimated
 
-        facts["estimate"] = estimated(study, data)
-        facts["reading"] |= _estimate_lines(facts["estimate"])
+        found = estimated(study, data)
+        facts = derived(study, found["slm"]["update_values"])
+        facts["estimate"] = found
+        facts["reading"] |= _estimate_lines(found)
+    else:
+        facts = derived(study)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
@@ -181,7 +184,7 @@ def schema(
         typer.echo(line)
 
 
-def derived(study: Any) -> dict[str, Any]:
+def derived(study: Any, values: int | None = None) -> dict[str, Any]:
     """What a study implies, as data and as sentences."""
     from securefedcollm.study import digest
 
@@ -197,6 +200,7 @@ def derived(study: Any) -> dict[str, Any]:
         "adapter": f"{study.adapter.method}, rank {study.adapter.rank}, α {study.adapter.alpha:g}",
         "ring": f"{_packing(study)}, integers within ±{field.bound}, "
         f"resolution {study.aggregation.clip_norm / field.bound:.2g}",
+        **({"decryptions tell": _advantage(study, values)} if study.ring else {}),
         "privacy": (
             f"(ε = {privacy.epsilon:g}, δ = {privacy.delta:g}) per {privacy.unit}, noise "
             f"{privacy.noise}, all {study.sums} {'steps' if study.joint else 'rounds'} together"
@@ -213,7 +217,7 @@ def derived(study: Any) -> dict[str, Any]:
         "field_bits": field.bits,
         "fields_per_word": field.per_word,
         "bound": field.bound,
-        "ckks": _ring_facts(study),
+        "ckks": _ring_facts(study, values),
         "reading": reading,
     }
 
@@ -247,14 +251,26 @@ def _packing(study: Any) -> str:
             f"({8 / field.per_word:.2f} bytes a value)"
         )
     after = "exact once rounded" if ring.exact else f"at most {ring.greatest_error:.0f}"
-    leak = ring.leak(10**6)
-    told = f"advantage at most {leak:.1g} per million values" if leak < 1 else "no such bound"
     up, share = _ring_bytes(study)
     return (
         f"CKKS {ring.name}, N = 4096, q of {ring.prime.bit_length()} bits, Δ = 2^{ring.scale_bits} "
         f"({up:.2g} bytes a value of a million and {share:.2g} to decrypt), a sum of "
         f"{ring.silos} cannot wrap, predicted rms error {ring.rms:.2g} units ({after}), flooding "
-        f"2^{ring.flood_bits} for one decryption per key (statistical {told})"
+        f"2^{ring.flood_bits} for one decryption per key"
+    )
+
+
+def _advantage(study: Any, values: int | None) -> str:
+    """By how much decryptions help to tell two runs with the same sums apart, all together."""
+    from securefedcollm.study.ring import MOST_OPENINGS
+
+    counted = values or 10**6
+    bound = study.ring.advantage(counted, study.sums)
+    told = f"an advantage of at most {bound:.1g}" if bound < 1 else "no statistical bound"
+    hint = "" if values else "; --estimate counts those of this adapter"
+    return (
+        f"{told} beyond the sums, whole run: {study.sums} sums of {counted:,} values, each opened "
+        f"up to {MOST_OPENINGS} times{hint}"
     )
 
 
@@ -267,7 +283,9 @@ def _ring_bytes(study: Any) -> tuple[float, float]:
     return size * (keys + shape.chunks + shape.seconds), size * shape.chunks
 
 
-def _ring_facts(study: Any) -> dict[str, Any] | None:
+def _ring_facts(study: Any, values: int | None) -> dict[str, Any] | None:
+    from securefedcollm.study.ring import MOST_OPENINGS
+
     ring = study.ring
     if ring is None:
         return None
@@ -280,7 +298,12 @@ def _ring_facts(study: Any) -> dict[str, Any] | None:
         "rms": ring.rms,
         "greatest_error": ring.greatest_error,
         "exact": ring.exact,
-        "advantage_per_million_values": ring.leak(10**6),
+        "advantage": {
+            "bound": ring.advantage(values or 10**6, study.sums),
+            "values": values or 10**6,
+            "sums": study.sums,
+            "openings": MOST_OPENINGS,
+        },
     }
 
 

@@ -17,7 +17,8 @@ crash and restart this process. A ciphertext does not say what it is a ciphertex
 4. Every silo encrypts under keys of its own. A colluder can upload anything in the place of a
    ciphertext, say a constant in the place of c1, and so read the secret that it is multiplied with
    in the opened sum. It is a secret that nobody else's vector is encrypted under.
-5. One set of silos a round, whatever the attempt; and in an attempt one answer, noise included.
+5. One set of silos a round, whatever the attempt, in a few attempts at most; and in an attempt one
+   answer, noise included.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from securefedcollm.aggregation.ckks_checks import (
     check_list,
     check_signatures,
     record_once,
+    record_opening,
     refuse,
 )
 from securefedcollm.aggregation.ckks_ring import Residues
@@ -140,6 +142,11 @@ class CkksAuthorityRound:
             self._finish(Step.DONE)
         return reply
 
+    def close(self) -> None:
+        """Drop the keys, if they are still there: this attempt is over."""
+        if self._secrets is not None:
+            self._finish(Step.FAILED)
+
     def _finish(self, step: Step) -> None:
         self._step = step
         if self._secrets is not None:
@@ -169,10 +176,7 @@ class CkksAuthorityRound:
         survivors = self._check_consents(message, transcript)
         seconds = self._read(message)
         names = tuple(map(self._roster.name, survivors))
-        # Adversary: a server that opens two sums of a round; their difference would bare the silos
-        # in which they differ. One set of silos a round, which may be opened again after a crash.
-        said = sha256(*(sha256(name.encode()) for name in names))
-        self._record(b"open:" + self._header.round_scope, said)
+        record_opening(self._journal, self._header, names, self._step)
         share = secrets.decrypt(seconds)
         statement = sign(
             am.Statement(self._header_digest, UNSIGNED, transcript, survivors, sha256(share)),

@@ -7,14 +7,14 @@ from typing import NoReturn
 
 from securefedcollm.aggregation import ckks_ring
 from securefedcollm.aggregation.ckks_ring import Residues
-from securefedcollm.aggregation.header import Roster
+from securefedcollm.aggregation.header import Roster, RoundHeader
 from securefedcollm.aggregation.messages import Signable, Signed
 from securefedcollm.aggregation.scheme import Journal
 from securefedcollm.aggregation.silo import SERVER
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.errors import CryptoError, RemoteProtocolError
-from securefedcollm.primitives import equal, verify
-from securefedcollm.study.ring import CkksRing
+from securefedcollm.primitives import equal, sha256, verify
+from securefedcollm.study.ring import MOST_OPENINGS, CkksRing
 
 
 def refuse(message: str, hint: str) -> NoReturn:
@@ -87,6 +87,25 @@ def record_once(journal: Journal, key: bytes, value: bytes, step: Step) -> None:
             f"asks a second time for what was answered already ({step.value})",
             "normal after a restart: go on with the next attempt or round",
         )
+
+
+def record_opening(journal: Journal, header: RoundHeader, names: Sequence[str], step: Step) -> None:
+    """Write down that the sum of ``names`` is about to be opened; refuse if it must not be.
+
+    Adversary: a server that opens two sums of a round; their difference would bare the silos in
+    which they differ. One set of silos a round, whatever the attempt. And one that opens the same
+    sum over and over, to average the flooding noise out: so many attempts may, and no more.
+    """
+    said = sha256(*(sha256(name.encode()) for name in names))
+    record_once(journal, b"open:" + header.round_scope, said, step)
+    for number in range(MOST_OPENINGS):
+        key = b"opening:" + bytes([number]) + header.round_scope
+        if equal(journal.record(key, header.attempt_scope), header.attempt_scope):
+            return
+    refuse(
+        f"asks for another opening of a sum that was opened {MOST_OPENINGS} times",
+        "this sum's updates are lost if none of them arrived; go on with the next round",
+    )
 
 
 def split(digests: bytes) -> list[bytes]:

@@ -18,7 +18,8 @@ ciphertexts its share opens, and that each secret is used for one owner's cipher
    colluder that gives a constant in the place of its part of this silo's key reads u in the opened
    sum: that of its own committee. In one committee there is no colluder.
 6. Each share carries flooding noise that drowns what a decryption tells about the key (Li and
-   Micciancio, eprint 2020/1533), and leaves once.
+   Micciancio, eprint 2020/1533), and leaves once. The same sum is opened in a few attempts at
+   most, so that the average over them tells little more.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from securefedcollm.aggregation.ckks_checks import (
     check_list,
     check_signatures,
     record_once,
+    record_opening,
     refuse,
     split,
 )
@@ -326,10 +328,8 @@ class CkksSiloRound:
             if verdict.transcript != self._transcript:
                 self._accuse(verdict.index, "verdict is on other ciphertexts than this silo's")
         self._check_own(next(v for v in message.verdicts if v.index == self._index))
-        # Adversary: a server that opens this attempt and then another one over other members; the
-        # difference would bare the silos in which they differ. One set of members per round.
-        names = [self._roster.name(index).encode() for index in self._members]
-        self._record(b"open:" + self._header.round_scope, sha256(*(sha256(name) for name in names)))
+        names = [self._roster.name(index) for index in self._members]
+        record_opening(self._journal, self._header, names, self._step)
         share = shares.decrypt(self._seconds)
         # Adversary: a clone of this process that answers again, so that the average of the answers
         # has less flooding noise. The noise is in what is recorded: only one of them leaves.

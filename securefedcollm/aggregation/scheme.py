@@ -178,6 +178,10 @@ class AuthoritySide(Protocol):
         """As :meth:`SiloSide.handle`."""
         ...
 
+    def close(self) -> None:
+        """Drop the keys: this attempt is over."""
+        ...
+
 
 class CoordinatorSide(Protocol):
     """The server's side of one attempt at one round."""

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from securefedcollm.errors import DataError
-from securefedcollm.federation.cotuning import Tuned, training_seed
+from securefedcollm.federation.cotuning import training_seed
 from securefedcollm.federation.dealing import Dealt
 from securefedcollm.federation.simulate import remembered, tuned_alone
+from securefedcollm.federation.tuned import Tuned
 from securefedcollm.federation.workload import Progress, silent
 from securefedcollm.privacy.events import PoissonGaussian
 from securefedcollm.study import Study

@@ -8,6 +8,9 @@ polynomial of a ciphertext, and gives the server a partial decryption, not the s
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
+from typing import Final
 
 from securefedcollm.aggregation import AuthoritySide, Roster, RoundHeader, authority_side
 from securefedcollm.errors import ConfigError, RemoteProtocolError, SecureFedCoLLMError
@@ -38,6 +41,10 @@ log = logging.getLogger(__name__)
 
 SERVER = "server"
 
+KEY_LIFETIME: Final = 3600.0
+"""Seconds from when keys are made until they are dropped, opened or not. Silos have trained by
+then; what is left are two exchanges with them, of ten minutes at most, and the opening."""
+
 
 class AuthoritySession:
     """The authority in one study. Implements :class:`securefedcollm.federation.engines.SiloPort`.
@@ -46,6 +53,7 @@ class AuthoritySession:
         roster: the silos; that of the study, if the study has one.
         key: the authority's identity; that which the study names, if it names one.
         store: its durable journal.
+        now: seconds, of a clock that is never set back.
 
     Raises:
         ConfigError: roster or identity are not those of the study, or it needs no authority.
@@ -59,6 +67,7 @@ class AuthoritySession:
         key: SigningKey,
         store: SiloStore,
         evidence: AuthorityRecord | None = None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         named = authority_of(study, key.public)
         if named is None:
@@ -88,6 +97,8 @@ class AuthoritySession:
         self._evidence = evidence or AuthorityRecord(None, key=key.public, roster=roster)
         self._side: AuthoritySide | None = None
         self._header: RoundHeader | None = None
+        self._now = now
+        self._expire: float | None = None
 
     @property
     def over(self) -> bool:
@@ -96,6 +107,7 @@ class AuthoritySession:
 
     def step(self, frame: bytes) -> bytes:
         """Answer one request. Never raises for what the server sent."""
+        self.drop_overdue()
         reply: Reply
         try:
             match decode_request(frame):
@@ -110,7 +122,7 @@ class AuthoritySession:
         except SecureFedCoLLMError as error:
             log.warning("%s: %s", AUTHORITY, error)
             self._evidence.refused(error)
-            self._side = None
+            self._drop()
             # Adversary: a server that learns from refusals. What follows from its own frame it may
             # read; paths and failures of this machine stay here.
             if isinstance(error, RemoteProtocolError):
@@ -119,9 +131,24 @@ class AuthoritySession:
                 reply = Refused("Refused", "the authority cannot take part", "its log says why")
         return encode(reply)
 
+    def drop_overdue(self) -> None:
+        """Drop keys that are older than :data:`KEY_LIFETIME`. To be called every now and then.
+
+        Adversary: a server that never ends an attempt, and some day gets hold of this process.
+        """
+        if self._expire is not None and self._now() >= self._expire:
+            if self._side is not None:
+                log.warning("%s: dropped keys that were not asked for in time", AUTHORITY)
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._side is not None:
+            self._side.close()
+        self._side = self._expire = None
+
     def _begin(self, request: MakeKey) -> Ready:
         """A fresh attempt; the key of the one before is gone."""
-        self._side = None
+        self._drop()
         study, name = self._study, sum_name(self._study, request.round)
         if (len(request.run_id), len(request.model)) != (16, 32):
             raise RemoteProtocolError("a malformed request for a key", peer=SERVER)
@@ -129,7 +156,7 @@ class AuthoritySession:
             raise RemoteProtocolError(
                 f"asked for {name} of a study of {study.rounds} rounds", peer=SERVER
             )
-        self._run.enter(request.run_id, request.round)
+        self._run.enter(request.run_id, request.round, *self._evidence.marks)
         header = round_header(
             study,
             roster=self._roster,
@@ -148,13 +175,19 @@ class AuthoritySession:
 
     def _aggregate(self, frame: bytes) -> bytes:
         if self._side is None or self._header is None:
-            raise RemoteProtocolError("asked to decrypt before an attempt began", peer=SERVER)
+            raise RemoteProtocolError(
+                "asked to decrypt before an attempt began, or after its keys were dropped",
+                peer=SERVER,
+                hint="start a new attempt",
+            )
+        if self._expire is None:  # the first frame makes the keys
+            self._expire = self._now() + KEY_LIFETIME
         reply = self._side.handle(frame)
         self._evidence.said(self._header, self._side)  # durable before the reply leaves
         return reply
 
     def _end(self, end: EndRun) -> Ended:
         """No further attempt at this run, durably."""
-        self._side = None
+        self._drop()
         self._run.end(end.run_id)
         return Ended()

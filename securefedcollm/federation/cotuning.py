@@ -6,167 +6,32 @@ Built from a study and data in the process that runs them; importing this module
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import msgspec
 import torch
 
-from securefedcollm.errors import ConfigError, DataError, LocalProtocolError, StateError
+from securefedcollm.errors import ConfigError, DataError, LocalProtocolError
+from securefedcollm.federation.tuned import Tuned, accuracies, once
 from securefedcollm.federation.workload import Gradient, Progress, Vector, silent
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.accounting import calibrate
 from securefedcollm.privacy.events import Event, PoissonGaussian
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.study import Study
-from securefedcollm.study.config import Model
-from securefedcollm.tuning.adapters import (
-    AdapterLayout,
-    attach,
-    full_layout,
-    layout_of,
-    load_vector,
-    save_adapter,
-    to_vector,
-)
+from securefedcollm.study.config import Distillation
+from securefedcollm.tuning.adapters import AdapterLayout, load_vector, save_adapter, to_vector
 from securefedcollm.tuning.descent import Descent
 from securefedcollm.tuning.distil import DistilStep, distil
-from securefedcollm.tuning.evaluate import Evaluation, evaluate
-from securefedcollm.tuning.head import check_output, unwrapped
+from securefedcollm.tuning.evaluate import Evaluation
+from securefedcollm.tuning.head import device_of
 from securefedcollm.tuning.local import sampled_gradients, train_dp, train_plain
-from securefedcollm.tuning.models import LoadedModel, find_device, load_model
-from securefedcollm.tuning.questions import (
-    EncodedQuestions,
-    Question,
-    encode,
-    with_prefix,
-    with_prior,
-)
+from securefedcollm.tuning.questions import Question
 from securefedcollm.tuning.splits import dataset_fingerprint
 from securefedcollm.tuning.vocabulary import vocabulary_of
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """A base model with a fresh adapter, and what identifies both."""
-
-    model: Any  # peft.PeftModel
-    tokenizer: Any
-    base_digest: bytes
-    study: Study
-
-    @classmethod
-    def load(
-        cls,
-        study: Study,
-        spec: Model,
-        *,
-        data: Path | None,
-        device: str = "cpu",
-        progress: Progress = silent,
-    ) -> Tuned:
-        """Load the base that ``spec`` names onto ``device`` and attach the study's adapter.
-
-        Raises:
-            ConfigError: the model is missing, unsafe, other than pinned, or the adapter does not
-                fit it, or there is no such device.
-        """
-        place = find_device(device)
-        loaded: LoadedModel = load_model(
-            spec.source,
-            revision=spec.revision,
-            sha256=spec.sha256,
-            dtype=spec.dtype,
-            base_dir=data or Path(),
-            progress=progress,
-        )
-        check_output(loaded.model, spec.source)
-        adapter = study.adapter
-        model = attach(
-            loaded.model,
-            method=adapter.method,
-            rank=adapter.rank,
-            alpha=adapter.alpha,
-            dropout=adapter.dropout,
-            targets=adapter.targets,
-            top_layers=adapter.top_layers,
-            seed=study.seed,
-        )
-        return cls(model.to(place), loaded.tokenizer, bytes.fromhex(loaded.digest), study)
-
-    def encode(self, questions: Sequence[Question], *, cuts: bool = False) -> EncodedQuestions:
-        """Tensors of ``questions`` for this model, and all that its frozen part says about them.
-
-        That is the base's prior if the score needs it, and the hidden states below the adapted
-        layers if only the top ones are adapted.
-        """
-        task = self.study.task
-        encoded = encode(questions, self.tokenizer, task.max_tokens, task.kind, cuts=cuts)
-        if task.score == "pmi":
-            with self.model.disable_adapter():
-                encoded = with_prior(self.model, questions, encoded, self.tokenizer)
-        if self.study.adapter.top_layers is not None:
-            depth = unwrapped(self.model).config.num_hidden_layers
-            encoded = with_prefix(self.model, encoded, depth - self.study.adapter.top_layers)
-        return encoded
-
-    def answers(self, test: EncodedQuestions) -> Evaluation:
-        """What this model makes of every test question."""
-        return evaluate(
-            self.model,
-            test,
-            normalisation=self.study.task.score,
-            batch_size=max(64, self.study.local.micro_batch),  # without gradients more fit
-        )
-
-    def load_adapter(self, directory: Path) -> None:
-        """Take up the adapter that :func:`save_adapter` wrote into ``directory``, bit for bit.
-
-        Raises:
-            StateError: it is damaged or another study's.
-        """
-        from safetensors.numpy import load_file
-
-        path = directory / "adapter_model.safetensors"
-        try:
-            tensors = load_file(path)
-        except Exception as error:
-            raise StateError(
-                f"{path}: the saved adapter cannot be read ({error})",
-                hint="start again with --overwrite",
-            ) from None
-        layout = full_layout(self.model)
-        load_vector(self.model, layout, _in_order(tensors, layout, path))
-
-    def broadcast_layout(self) -> AdapterLayout:
-        """What travels from server to silos: all that is ever trained."""
-        if self.study.adapter.method == "ffa-lora":
-            return layout_of(self.model, "ffa-lora")
-        return full_layout(self.model)
-
-    def update_layout(self, round_: int) -> AdapterLayout:
-        """What a silo trains and uploads in this round."""
-        return layout_of(self.model, self.study.adapter.method, round_)
-
-    def layout_digest(self, round_: int) -> bytes:
-        """Names both layouts of the round; a study may pin it as ``adapter.layout`` (round 1).
-
-        Raises:
-            ConfigError: the study pins another layout.
-        """
-        both = (self.broadcast_layout().digest, self.update_layout(round_).digest)
-        digest = sha256(b"securefedcollm/layout/v1\0", *(bytes.fromhex(d) for d in both))
-        pinned = self.study.adapter.layout
-        if pinned is not None and round_ == 0 and digest.hex() != pinned:
-            raise ConfigError(
-                f"this model's adapter has the layout {digest.hex()[:16]}…, the study pins "
-                f"{pinned[:16]}…",
-                where="adapter.layout",
-                hint="use the models that the participants agreed on",
-            )
-        return digest
 
 
 class SiloTuning:
@@ -199,6 +64,7 @@ class SiloTuning:
         self._subjects = _subjects(study, questions)
         self._study = study
         self._name = name
+        self._questions = tuple(questions)
         self._tuned = Tuned.load(
             study, study.models.slm, data=data, device=device, progress=progress
         )
@@ -233,23 +99,8 @@ class SiloTuning:
         local, task = self._study.local, self._study.task
         load_vector(self._tuned.model, self._tuned.broadcast_layout(), adapter)
         layout = self._tuned.update_layout(round_)
-        seed = training_seed(self._study, self._name, round_)
         if self._event is None or self._study.privacy is None:
-            return train_plain(
-                self._tuned.model,
-                layout,
-                self._data,
-                steps=local.steps,
-                batch_size=local.batch_size,
-                learning_rate=local.learning_rate,
-                seed=seed,
-                optimizer=local.optimizer,
-                loss=local.loss,
-                normalisation=task.score,
-                max_grad_norm=local.max_grad_norm,
-                micro_batch=local.micro_batch,
-                progress=progress,
-            ).delta
+            return self._fit_plain(layout, adapter, round_, progress)
         result = train_dp(
             self._tuned.model,
             layout,
@@ -260,7 +111,7 @@ class SiloTuning:
             noise_multiplier=self._event.noise_multiplier,
             clip_norm=self._study.privacy.clip_norm,
             noise=NoiseSource(),
-            seed=seed,
+            seed=training_seed(self._study, self._name, round_),
             optimizer=local.optimizer,
             loss=local.loss,
             normalisation=task.score,
@@ -271,6 +122,38 @@ class SiloTuning:
         if result.events != (self._event,):  # our own mistake: nothing may leave
             raise LocalProtocolError("the training was not the one that was charged")
         return result.delta
+
+    def _fit_plain(
+        self, layout: AdapterLayout, adapter: Vector, round_: int, progress: Progress
+    ) -> Vector:
+        """Without noise the result follows from start and seed: :func:`once` may have it."""
+        local, model = self._study.local, self._tuned.model
+
+        def tune() -> tuple[Vector, Vector]:
+            delta = train_plain(
+                model,
+                layout,
+                self._data,
+                steps=local.steps,
+                batch_size=local.batch_size,
+                learning_rate=local.learning_rate,
+                seed=training_seed(self._study, self._name, round_),
+                optimizer=local.optimizer,
+                loss=local.loss,
+                normalisation=self._study.task.score,
+                max_grad_norm=local.max_grad_norm,
+                micro_batch=local.micro_batch,
+                progress=progress,
+            ).delta
+            return delta, to_vector(model, layout)
+
+        # All of the study but the server's phase, which no silo knows of.
+        silos_part = msgspec.structs.replace(self._study, distillation=Distillation()).digest
+        place = (self.base_digest, str(device_of(model)))
+        start = (silos_part, place, self._name, self._questions, round_, adapter.tobytes())
+        delta, end = once(("fit", *start), tune)
+        load_vector(model, layout, end)
+        return delta
 
     def gradients(self, adapter: Vector, round_: int, q: float) -> Iterator[Gradient]:
         local = self._study.local
@@ -502,30 +385,6 @@ def training_seed(study: Study, who: str, round_: int) -> int:
     return int.from_bytes(sha256(b"securefedcollm/training-seed/v1\0", text)[:6], "big")
 
 
-def accuracies(tuned: Tuned, test: EncodedQuestions) -> dict[str, float]:
-    """Accuracy in [0, 1] by question group."""
-    scores = tuned.answers(test).by_group()
-    return {group: score.accuracy for group, score in scores.items()}
-
-
 def set_threads(count: int) -> None:
     """Threads that torch may use in this process."""
     torch.set_num_threads(max(1, count))
-
-
-def _in_order(tensors: dict[str, Any], layout: AdapterLayout, path: Path) -> Vector:
-    missing = [name for name in layout.names if name not in tensors]
-    if missing or len(tensors) != len(layout.names):
-        raise StateError(
-            f"{path}: not this study's adapter (lacks {missing[:1] or 'nothing'})",
-            hint="start again with --overwrite",
-        )
-    parts = []
-    for name, shape in zip(layout.names, layout.shapes, strict=True):
-        if tensors[name].shape != shape:
-            raise StateError(
-                f"{path}: {name} has shape {tensors[name].shape}, the model needs {shape}",
-                hint="start again with --overwrite",
-            )
-        parts.append(tensors[name].reshape(-1))
-    return np.concatenate(parts).astype(np.float32)

@@ -17,7 +17,7 @@ from securefedcollm.federation.plan import silo_names
 from securefedcollm.study import Study
 from securefedcollm.tuning.data import read_questions
 from securefedcollm.tuning.questions import Question
-from securefedcollm.tuning.splits import silo_sizes, split_questions
+from securefedcollm.tuning.splits import silo_sizes, split_questions, without
 from securefedcollm.tuning.world import FAMILIES, Sizes, World
 
 
@@ -33,10 +33,12 @@ class Dealt:
 def deal(study: Study, data: Path | None, noisy: int = 0) -> Dealt:
     """Deal the study's questions out, the same on every call.
 
+    A question of the test file that is in the training file as well is nobody's to train on.
+
     Args:
         study: with ``task.data``, which says how.
         data: directory of the study's files.
-        noisy: so many silos, the last ones, get their answers shuffled (:func:`shuffled_answers`).
+        noisy: so many silos, the last ones, get meaningless answers (:func:`noisy_answers`).
 
     Raises:
         ConfigError: files are needed and no directory was given, or the built-in world does not
@@ -69,8 +71,9 @@ def deal(study: Study, data: Path | None, noisy: int = 0) -> Dealt:
     assert spec.test
     assert spec.public
     assert spec.per_silo
+    test = read_records(study, data / spec.test, private=False)
     split = split_questions(
-        read_records(study, data / spec.train),
+        without(read_records(study, data / spec.train), test),
         silos=len(names),
         per_silo=spec.per_silo,
         public=spec.public,
@@ -79,7 +82,6 @@ def deal(study: Study, data: Path | None, noisy: int = 0) -> Dealt:
         concentration=spec.alpha if spec.partition == "dirichlet" else None,
         skew=spec.skew,
     )
-    test = read_records(study, data / spec.test, private=False)
     return Dealt(
         public=split.public_labelled + split.public_unlabelled,
         silos={
@@ -90,24 +92,25 @@ def deal(study: Study, data: Path | None, noisy: int = 0) -> Dealt:
     )
 
 
-def shuffled_answers(questions: Sequence[Question], seed: int) -> tuple[Question, ...]:
-    """The same questions with each other's answers: a silo whose labels mean nothing.
+def noisy_answers(questions: Sequence[Question], seed: int) -> tuple[Question, ...]:
+    """The same questions with answers that mean nothing.
 
-    Of choices the number of the right one is passed on, of responses the response.
+    Of choices every one is as likely (other records' answers would be right too often where most
+    are the same); responses are passed on among the records.
 
     Raises:
         ConfigError: the records are plain texts, which have no answers.
     """
     if any(not question.prompt for question in questions):
         raise ConfigError(
-            "plain texts have no answers to shuffle",
+            "plain texts have no answers to spoil",
             where="--noisy-silos",
             hint="leave it out, or choose another task.kind",
         )
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(questions))
-    givers = [questions[int(i)] for i in order]
+    draw = np.random.Generator(np.random.PCG64(seed))
+    givers = [questions[int(i)] for i in draw.permutation(len(questions))]
     return tuple(
-        replace(question, answer=(giver.answer or 0) % len(question.choices))
+        replace(question, answer=int(draw.integers(len(question.choices))))
         if len(question.choices) > 1
         else replace(question, choices=giver.choices)
         for question, giver in zip(questions, givers, strict=True)
@@ -120,7 +123,7 @@ def _noisy(
     names = silo_names(study)
     if name not in names[len(names) - noisy :]:
         return questions
-    return shuffled_answers(questions, study.seed)
+    return noisy_answers(questions, study.seed)
 
 
 def _family_shares(study: Study) -> list[npt.NDArray[np.float64] | None]:

@@ -129,7 +129,7 @@ class Experiment:
         """
         Args:
             seeds: how many: the study's own, and those that follow it.
-            noisy: also run FedAvg and FedCoLLM with so many silos whose answers are shuffled.
+            noisy: also run FedAvg and FedCoLLM with so many silos whose answers mean nothing.
             workers: processes for the silos; None: one each; 0: none.
 
         Raises:
@@ -161,19 +161,22 @@ class Experiment:
             SecureFedCoLLMError: with all finished runs kept for ``resume``.
         """
         from securefedcollm.federation.experiment_page import markdown, plot
+        from securefedcollm.federation.tuned import remembering
 
         self._open_directory()
         table: dict[str, Any] = {}
-        for done, seed in enumerate(self._seeds, start=1):
-            for arm in self._arms:
-                self._run(arm, seed, progress, say)
-            table = self._table(self._seeds[:done])
-            for name, text in (
-                ("table.json", json.dumps(table, indent=1)),
-                ("table.md", markdown(table)),
-                ("plot.svg", plot(table)),
-            ):
-                write_durably(self._out / name, text.encode())
+        # A seed's rows share both models, test and public set, and each silo's records and tuning.
+        with remembering(8 + 4 * self._study.silos.count):
+            for done, seed in enumerate(self._seeds, start=1):
+                for arm in self._arms:
+                    self._run(arm, seed, progress, say)
+                table = self._table(self._seeds[:done])
+                for name, text in (
+                    ("table.json", json.dumps(table, indent=1)),
+                    ("table.md", markdown(table)),
+                    ("plot.svg", plot(table)),
+                ):
+                    write_durably(self._out / name, text.encode())
         return table
 
     def _open_directory(self) -> None:
@@ -261,6 +264,7 @@ class Experiment:
                 workers=self._workers,
                 distillation=arm.kind != "fedavg",
                 noisy=arm.noisy,
+                tested=False,
                 **place,
             ).run(progress, lambda text: None)
             adapters = home / "adapters"
@@ -316,8 +320,8 @@ class Experiment:
     def _notes(self, seeds: int) -> list[str]:
         study = self._study
         notes = [
-            f"Brackets: {LEVEL:.0%} bootstrap intervals over questions and seeds, paired between "
-            "the rows." + (" Few seeds make them somewhat narrow." if seeds < 10 else ""),
+            f"Brackets: {LEVEL:.0%} intervals (bootstrap over questions and seeds, Student's t for "
+            "the few seeds), paired between the rows.",
             "Centralized: the LLM tuned on all records at one place without privacy.",
         ]
         if not has_labels(study):
@@ -328,11 +332,12 @@ class Experiment:
         if study.privacy:
             notes.append(
                 f"Every silo keeps ε = {study.privacy.epsilon:g} (δ = {study.privacy.delta:g}) in "
-                "each row by itself; publishing them all would add up."
+                + f"each row{' but standalone' * (study.privacy.unit == 'silo')} by itself"
+                + "; publishing them all would add up."
             )
         if self._noisy:
             notes.append(
-                f"Noisy: {self._noisy} of {study.silos.count} silos have shuffled answers."
+                f"Noisy: {self._noisy} of {study.silos.count} silos have meaningless answers."
             )
         return notes
 

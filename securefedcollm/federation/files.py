@@ -1,8 +1,13 @@
-"""Durable files: a crash at any moment leaves the old content or the new one, never a mixture."""
+"""Files that a crash at any moment leaves whole, and private directories that it does not leave."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import shutil
+import stat
+import tempfile
 from pathlib import Path
 
 from securefedcollm.errors import StateError
@@ -26,8 +31,8 @@ def make_directory(path: Path) -> Path:
     return path
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Replace ``path`` atomically (mode 0600) and fsync file and directory.
+def write_durably(path: Path, *content: bytes | memoryview) -> None:
+    """Replace ``path`` by the joined ``content``, atomically (mode 0600); fsync file and directory.
 
     Raises:
         StateError: naming the path, e.g. when the disk is full; the old content stays.
@@ -36,7 +41,7 @@ def write_durably(path: Path, content: bytes) -> None:
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+            file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -51,3 +56,63 @@ def write_durably(path: Path, content: bytes) -> None:
             f"{path}: cannot be written ({error.strerror or error})",
             hint="free some space or choose another directory with --out, then --resume",
         ) from None
+
+
+class PrivateDirectory:
+    """A fresh directory (mode 0700) that a killed process does not leave behind for long.
+
+    Its owner holds a lock on it, which goes with the process, however it ends; whoever next makes
+    one of the same prefix there removes those that nobody holds.
+
+    Adversary: other users of a shared place. Only this user's own directories are touched, and no
+    link is followed.
+    """
+
+    def __init__(self, place: Path, prefix: str) -> None:
+        """Raises: StateError, if ``place`` cannot be written."""
+        for old in place.glob(f"{prefix}*"):
+            if (lock := _hold(old)) is not None:
+                shutil.rmtree(old, ignore_errors=True)
+                os.close(lock)
+        self._lock: int | None = None
+        for _ in range(10):
+            try:
+                self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
+            except OSError as error:
+                raise StateError(
+                    f"{place}: cannot be written ({error.strerror or error})",
+                    hint="free some space, or choose another directory with --home or TMPDIR",
+                ) from None
+            self._lock = _hold(self.path)
+            # Else another's sweep was faster; or there are no locks here, and nobody sweeps.
+            if self._lock is not None or self.path.exists():
+                break
+
+    def remove(self) -> None:
+        """Remove it with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def _hold(directory: Path) -> int | None:
+    """Lock one of this user's private directories; None if it is none, or somebody holds it."""
+    try:
+        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    with contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held, named = os.fstat(lock), directory.lstat()
+        private = held.st_uid == os.getuid() and stat.S_IMODE(held.st_mode) == 0o700
+        if private and os.path.samestat(held, named):  # not removed meanwhile
+            return lock
+    os.close(lock)
+    return None

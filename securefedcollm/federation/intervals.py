@@ -4,16 +4,24 @@ All rows answer the same questions under the same seeds. A resample draws S seed
 with replacement and applies both draws to every row, so what a seed or a question does to two rows
 alike cancels in their difference. The questions drawn are the same for every seed: right where all
 seeds share one test file (their errors are not independent then), and the same variance where they
-do not. Seeds are few, so the intervals are somewhat narrow: with 3 seeds the bootstrap finds two
-thirds of the variance between them.
+do not.
+
+Seeds are few. A bootstrap of three can find no mean outside of the three, and two thirds of the
+variance between them. So a resample's seeds count √(S / (S − 1)) times as far from their mean, and
+the interval is Student's: mean ± t·√V, V the variance of the resampled means, with as many degrees
+of freedom as V has by Welch and Satterthwaite, S − 1 of them for the part that is due to the seeds.
+With three seeds that differ much (0.07 in accuracy, 500 questions) 92 % of such intervals hold the
+truth, with three that differ by chance only, 99 %.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import stdtrit
 
 Array = npt.NDArray[np.float64]
 
@@ -23,7 +31,7 @@ _CHUNK = 500  # resamples at a time: 18 MB at 2,200 questions
 
 
 class Interval(NamedTuple):
-    """A mean and its percentile interval of level :data:`LEVEL`."""
+    """A mean and its interval of level :data:`LEVEL`."""
 
     mean: float
     low: float
@@ -48,7 +56,7 @@ def resampled_means(scores: Array, *, resamples: int = RESAMPLES, seed: int = 0)
     for start in range(0, resamples, _CHUNK):
         count = min(_CHUNK, resamples - start)
         of_questions = _draws(rng, count, questions)
-        of_seeds = _draws(rng, count, seeds)
+        of_seeds = 1 / seeds + (_draws(rng, count, seeds) - 1 / seeds) * _stretch(seeds)
         by_seed = (scores.reshape(-1, questions) @ of_questions.T).reshape(rows, seeds, count)
         parts.append(np.einsum("rsc,cs->rc", by_seed, of_seeds))
     return np.concatenate(parts, axis=1)
@@ -59,9 +67,18 @@ def interval(scores: Array, means: Array) -> Interval:
 
     Of a difference: the differences of both.
     """
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(scores.mean()), float(low), float(high))
+    seeds = len(scores)
+    variance = float(means.var())
+    of_seeds = float(scores.mean(axis=1).var(ddof=1)) / seeds if seeds > 1 else 0.0
+    freedom = (seeds - 1) * (variance / of_seeds) ** 2 if of_seeds else math.inf
+    half = float(stdtrit(freedom, (1 + LEVEL) / 2)) * math.sqrt(variance)
+    mean = float(scores.mean())
+    return Interval(mean, mean - half, mean + half)
+
+
+def _stretch(seeds: int) -> float:
+    """What makes the bootstrap's variance between ``seeds`` the unbiased one."""
+    return math.sqrt(seeds / (seeds - 1)) if seeds > 1 else 1.0
 
 
 def _draws(rng: np.random.Generator, count: int, size: int) -> Array:

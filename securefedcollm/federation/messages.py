@@ -25,7 +25,8 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 
 
 class BeginRound(_Message, frozen=True, tag="begin"):
-    """Server → silo: tune this adapter. ``adapter``: little-endian float32 in layout order.
+    """Server → silo: tune this adapter. ``adapter``: little-endian float32 in layout order, a view
+    of the frame where it was decoded.
 
     ``clip_norm``: C of this round, where the study lets it adapt; else 0.
     """
@@ -34,7 +35,7 @@ class BeginRound(_Message, frozen=True, tag="begin"):
     round: int
     attempt: int
     layout: bytes
-    adapter: bytes
+    adapter: memoryview
     clip_norm: float = 0.0
 
 
@@ -150,12 +151,14 @@ def _checked(frame: bytes, decoder: msgspec.msgpack.Decoder[_T], peer: str) -> _
         ) from None
 
 
-def adapter_bytes(adapter: npt.NDArray[np.float32]) -> bytes:
-    """float32 [d] → 4·d bytes, little-endian."""
-    return adapter.astype("<f4", copy=False).tobytes()
+def adapter_bytes(adapter: npt.NDArray[np.float32]) -> memoryview:
+    """float32 [d] → 4·d bytes, little-endian; a view of them if they are that already."""
+    return np.ascontiguousarray(adapter, dtype="<f4").data.cast("B")
 
 
-def model_digest(base: bytes, layout: bytes, adapter: bytes, mechanism: bytes = b"") -> bytes:
+def model_digest(
+    base: bytes, layout: bytes, adapter: bytes | memoryview, mechanism: bytes = b""
+) -> bytes:
     """SHA-256 that stands for "the global model I was sent": base weights, layout and adapter.
 
     ``mechanism``: identity of how updates to it are noised in the sum, if they are.

@@ -60,6 +60,7 @@ from securefedcollm.evidence.software import bill_of_materials, code_digest
 from securefedcollm.federation import messages
 from securefedcollm.federation.files import write_durably
 from securefedcollm.federation.plan import AUTHORITY
+from securefedcollm.federation.silostore import Mark
 from securefedcollm.primitives import SigningKey, sha256
 
 _messages = logging.getLogger(__name__)
@@ -89,7 +90,12 @@ Clip = tuple[float, float] | None
 
 
 def _round(
-    header: RoundHeader, base: bytes, layout: bytes, adapter: bytes, mechanism: bytes, clip: Clip
+    header: RoundHeader,
+    base: bytes,
+    layout: bytes,
+    adapter: bytes | memoryview,
+    mechanism: bytes,
+    clip: Clip,
 ) -> Round:
     return Round(
         round=header.round,
@@ -121,18 +127,31 @@ def _word(word: Statement) -> Word:
 def _refused(log: EvidenceLog | None, error: Exception) -> None:
     """A request was not answered. Only the kind of error is written: reasons are private.
 
-    Adversary: a server that fills this disk with refusals. One is written for any number of the
-    same kind in a row, and none before the first round.
+    Adversary: a server that fills this disk with refusals. Of any number in a row one of each kind
+    is written, and none before the first round.
     """
     if log is None or not log.size:
         return
     refusal = Refused(error=type(error).__name__)
-    if log.entries[-1].what == refusal:
-        return
+    for entry in reversed(log.entries):
+        if entry.what == refusal:
+            return
+        if not isinstance(entry.what, Refused):
+            break
     try:
         log.append(refusal)
     except StateError as full:  # saying nothing needs no evidence
         _messages.warning("%s", full)
+
+
+def _mark(log: EvidenceLog | None) -> list[Mark]:
+    newest, attempts = -1, 0
+    for entry in reversed(log.entries if log else ()):
+        if isinstance(entry.what, Round | Keyed):
+            if entry.what.round < newest:
+                break
+            newest, attempts = entry.what.round, attempts + 1
+    return [Mark("evidence log", newest, attempts)] if attempts else []
 
 
 class SiloRecord:
@@ -161,12 +180,17 @@ class SiloRecord:
         self._authority = authority
         self._header: RoundHeader | None = None
 
+    @property
+    def marks(self) -> list[Mark]:
+        """The newest sum in the log; none if there is none."""
+        return _mark(self._log)
+
     def round(
         self,
         header: RoundHeader,
         base: bytes,
         layout: bytes,
-        adapter: bytes,
+        adapter: bytes | memoryview,
         mechanism: bytes,
         clip: Clip = None,
     ) -> None:
@@ -325,6 +349,11 @@ class AuthorityRecord:
         self._roster = roster
         self._server = server
 
+    @property
+    def marks(self) -> list[Mark]:
+        """The newest sum in the log; none if there is none."""
+        return _mark(self._log)
+
     def attempt(self, header: RoundHeader) -> None:
         """Before a key is made."""
         if self._log is None:
@@ -413,7 +442,7 @@ class ServerRecord:
         header: RoundHeader,
         base: bytes,
         layout: bytes,
-        adapter: bytes,
+        adapter: bytes | memoryview,
         mechanism: bytes,
         clip: Clip = None,
     ) -> None:
@@ -470,7 +499,7 @@ class ServerRecord:
         if self._log is not None:
             self._log.append(Lost(round=round_))
 
-    def finished(self, round_: int, adapter: bytes, directory: Path) -> None:
+    def finished(self, round_: int, adapter: bytes | memoryview, directory: Path) -> None:
         """The round is done and its adapters are in ``directory``. Written once a round."""
         if self._log is None or any(
             isinstance(entry.what, Finished) and entry.what.round == round_

@@ -32,8 +32,15 @@ from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.authority import AuthoritySession
 from securefedcollm.federation.coordinator import Coordinator
-from securefedcollm.federation.engines import Engine
-from securefedcollm.federation.engines.link import Parcel, open_request, sign_request
+from securefedcollm.federation.engines import Engine, SiloPort
+from securefedcollm.federation.engines.link import SiloInbox
+from securefedcollm.federation.engines.requests import (
+    Followed,
+    Parcel,
+    check_header,
+    new_session,
+    sign_request,
+)
 from securefedcollm.federation.files import make_directory, write_durably
 from securefedcollm.federation.plan import AUTHORITY, authority_of
 from securefedcollm.federation.recording import SERVER, AuthorityRecord, ServerRecord, SiloRecord
@@ -55,6 +62,8 @@ if TYPE_CHECKING:
 IDENTITY: Final = "identity.json"
 LEDGER: Final = "ledger.sqlite"
 _TOLD: Final = ".told"
+_SESSION: Final = ".session"
+_FOLLOWED: Final = ".followed"
 _SLACK: Final = 64 << 20
 """Bytes of a frame besides the adapter: lists and shares of 128 silos, proofs."""
 
@@ -132,9 +141,20 @@ def sign_for(member: Member) -> Callable[[str, Parcel, bytes], bytes]:
     return partial(sign_request, member.key, digest(member.study))
 
 
-def open_for(member: Member) -> Callable[[Parcel, bytes], bytes]:
-    """How this participant checks that a request is from the server of its study."""
-    return partial(open_request, member.server, digest(member.study), member.name)
+def session_of(member: Member) -> bytes:
+    """A new session of this server's, after all that it had in this study."""
+    return new_session(member.run / _SESSION)
+
+
+def inbox_for(member: Member, port: SiloPort, limit: int) -> SiloInbox:
+    """Where the requests of the study's server arrive, and nobody else's.
+
+    Args:
+        port: what answers them.
+        limit: bytes of the largest.
+    """
+    check = partial(check_header, member.server, digest(member.study), member.name)
+    return SiloInbox(port, limit, check, Followed(member.run / _FOLLOWED))
 
 
 @contextmanager
@@ -271,17 +291,27 @@ class Terms:
 
 
 def silo_workload(
-    study: Study, name: str, data: Path, models: Path | None, progress: Progress
+    study: Study,
+    name: str,
+    data: Path,
+    models: Path | None,
+    progress: Progress,
+    *,
+    device: str = "cpu",
 ) -> SiloTuning:
     """The silo's model and its private questions.
 
+    Args:
+        device: where the model computes, as torch calls it.
+
     Raises:
-        ConfigError, DataError: the file, the model or the study does not fit.
+        ConfigError, DataError: the file, the model, the device or the study does not fit.
     """
     from securefedcollm.federation.cotuning import SiloTuning
     from securefedcollm.federation.dealing import read_records
 
-    return SiloTuning(study, name, read_records(study, data), data=models, progress=progress)
+    questions = read_records(study, data)
+    return SiloTuning(study, name, questions, data=models, device=device, progress=progress)
 
 
 def terms(member: Member, workload: SiloTuning, budget: Budget | None) -> Terms:

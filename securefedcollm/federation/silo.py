@@ -48,7 +48,7 @@ from securefedcollm.federation.plan import (
     sum_name,
 )
 from securefedcollm.federation.recording import SiloRecord
-from securefedcollm.federation.silostore import Integers, OneRun, SiloStore, SumMemory
+from securefedcollm.federation.silostore import Integers, Mark, OneRun, SiloStore, SumMemory
 from securefedcollm.federation.workload import Progress, SiloWorkload, Vector, silent
 from securefedcollm.primitives import SigningKey, sha256
 from securefedcollm.privacy.events import Event
@@ -180,7 +180,7 @@ class SiloSession:
             name=self._name,
             signing_key=self._key,
             vector=integers,
-            vector_id=sha256(b"securefedcollm/vector/v1\0", integers.tobytes()),
+            vector_id=sha256(b"securefedcollm/vector/v1\0", integers.data),
             journal=self._store,
             threads=self._threads,
             authority=self._authority,
@@ -231,7 +231,8 @@ class SiloSession:
 
         Returns the run's scope.
         """
-        scope = self._run.enter(begin.run_id, begin.round)
+        marks = [*self._evidence.marks, *self._charged(run_scope(self._study, begin.run_id))]
+        scope = self._run.enter(begin.run_id, begin.round, *marks)
         # Adversary: a server that has one round trained on many models.
         pin = b"model:" + scope[:16] + begin.round.to_bytes(4, "big")
         if self._store.record(pin, model) != model:
@@ -240,6 +241,11 @@ class SiloSession:
                 peer="server",
             )
         return scope
+
+    def _charged(self, scope: bytes) -> list[Mark]:
+        """The newest sum of this run in the privacy ledger, which is of all studies."""
+        sums = [e.key.round for e in self._ledger.entries() if e.key.run == scope.hex()]
+        return [Mark("privacy ledger", max(sums), 1)] if sums else []
 
     def _check_order(self, begin: BeginRound) -> None:
         """Rounds and attempts of a run only ever go up, within the study's horizon."""
@@ -275,7 +281,7 @@ class SiloSession:
                 f"an adapter of {len(begin.adapter)} bytes, this layout has {4 * size}",
                 peer="server",
             )
-        adapter = np.frombuffer(begin.adapter, dtype="<f4").astype(np.float32)
+        adapter = np.frombuffer(begin.adapter, dtype="<f4").astype(np.float32, copy=False)
         if not np.isfinite(adapter).all():
             raise RemoteProtocolError("the global adapter is not finite", peer="server")
         return adapter
@@ -333,12 +339,12 @@ class SiloSession:
             if finished is None:
                 finished = self._train_charged(reservation, events, scope, round_, adapter, unit)
             released = self._store.record(
-                _release_key(scope, round_, training), sha256(finished.tobytes())
+                _release_key(scope, round_, training), sha256(finished.data)
             )
             self._ledger.release(reservation)
             if unit is None:  # else what it cost depends on the sum: _settle_before
                 self._ledger.settle(reservation, events)
-        if finished is None or released != sha256(finished.tobytes()):
+        if finished is None or released != sha256(finished.data):
             raise StateError(
                 f"the update of {sum_name(self._study, round_)}, which was released, is lost",
                 hint="this silo sits the round out; it takes part again in the next",

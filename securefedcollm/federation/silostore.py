@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import io
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +25,17 @@ from securefedcollm.study import Study
 
 Integers = npt.NDArray[np.int64]
 
+MOST_ATTEMPTS: Final = 64
+"""At one sum, restarts included. Each writes into journal and evidence log. An honest server takes
+a few, and under a threshold key one more for every silo that is lost."""
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS journal (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS trainings (
   run BLOB NOT NULL, round INTEGER NOT NULL, failed INTEGER NOT NULL, PRIMARY KEY (run, round)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS attempts (
+  run BLOB NOT NULL, round INTEGER NOT NULL, begun INTEGER NOT NULL, PRIMARY KEY (run, round)
 ) WITHOUT ROWID;
 """
 
@@ -47,8 +55,9 @@ class SiloStore:
             self._db = durable_database(path, _SCHEMA)
         except (OSError, sqlite3.Error) as error:
             raise StateError(
-                f"{path}: the silo's state cannot be opened ({error})",
-                hint="restore it from a backup; without it, finished work cannot be resumed",
+                f"{path}: the participant's journal cannot be opened ({error})",
+                hint="mend what the message names; if the file is lost or damaged sit this study "
+                "out, and never restore it from a backup: an old one does not know what was said",
             ) from None
 
     def record(self, key: bytes, value: bytes) -> bytes:
@@ -70,6 +79,25 @@ class SiloStore:
             db.execute("INSERT OR IGNORE INTO trainings VALUES (?, ?, 0)", (run, round_))
             row = db.execute("SELECT MAX(round) FROM trainings WHERE run = ?", (run,)).fetchone()
         return int(row[0]) == round_
+
+    def begin_attempt(self, run: bytes, round_: int) -> bool:
+        """Count one more attempt at this round; False, and nothing is written, if it has had
+        :data:`MOST_ATTEMPTS`."""
+        with self._writing() as db:
+            db.execute("INSERT OR IGNORE INTO attempts VALUES (?, ?, 0)", (run, round_))
+            done = db.execute(
+                "UPDATE attempts SET begun = begun + 1 WHERE run = ? AND round = ? AND begun < ?",
+                (run, round_, MOST_ATTEMPTS),
+            )
+        return done.rowcount == 1
+
+    def attempts(self, run: bytes, round_: int) -> int | None:
+        """How many attempts at this round have begun; None if none was counted."""
+        with self._writing() as db:
+            row = db.execute(
+                "SELECT begun FROM attempts WHERE run = ? AND round = ?", (run, round_)
+            ).fetchone()
+        return None if row is None else int(row[0])
 
     def last_round(self, run: bytes) -> int | None:
         """The last round of this run that has begun; None if none has."""
@@ -108,9 +136,9 @@ class SiloStore:
 
     def save_update(self, run: bytes, round_: int, training: int, update: Integers) -> None:
         """Keep a finished update, quantised and noised, until the next round's."""
-        buffer = io.BytesIO()
-        np.save(buffer, update, allow_pickle=False)
-        write_durably(self._update(run, round_, training), buffer.getvalue())
+        head = io.BytesIO()
+        np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(update))
+        write_durably(self._update(run, round_, training), head.getvalue(), update.data)
         for old in self._directory.glob(f"update-{run.hex()}-*.npy"):
             if int(old.stem.split("-")[2]) < round_:
                 old.unlink(missing_ok=True)
@@ -141,6 +169,20 @@ class SiloStore:
         self._db.close()
 
 
+class Mark(NamedTuple):
+    """How far a run had come when something else than the journal was last written.
+
+    Args:
+        keeper: what was written, for messages.
+        sum: the newest secure sum in it.
+        attempts: at that sum, at least.
+    """
+
+    keeper: str
+    sum: int
+    attempts: int
+
+
 class OneRun:
     """The one run of a study that a participant takes part in, and how far it has come. Durable."""
 
@@ -148,11 +190,15 @@ class OneRun:
         self._store = store
         self._study = study
 
-    def enter(self, run_id: bytes, sum_: int) -> bytes:
+    def enter(self, run_id: bytes, sum_: int, *marks: Mark) -> bytes:
         """Go on to an attempt at secure sum ``sum_``; returns the run's scope, 32 bytes.
 
+        Args:
+            marks: how far the participant had come by what it keeps beside this journal.
+
         Raises:
-            RemoteProtocolError: of another run, or of a sum before the newest.
+            RemoteProtocolError: of another run, of a sum before the newest, or one too many.
+            StateError: the journal is older than a mark.
         """
         # Adversary: a server that starts the study again under another run id, to have the same
         # updates summed over other survivors; the difference would be one silo's own.
@@ -160,15 +206,43 @@ class OneRun:
             raise RemoteProtocolError(
                 "asked for a second run of a study that this participant is in",
                 peer="server",
-                hint="resume the run; for another one agree on a new study, e.g. with another seed",
+                hint="resume the run; for another one agree on a new study, e.g. with another seed "
+                "(only the privacy ledger bounds what both together tell)",
             )
         scope = run_scope(self._study, run_id)
+        self._check_age(scope, marks)
         # Adversary: a server that burns a silo's budget on rounds whose updates it never sums.
         if not self._store.enter_round(scope, sum_):
             raise RemoteProtocolError(
                 f"asked for the past {sum_name(self._study, sum_)}", peer="server"
             )
+        # Adversary: a server that fills this disk with attempts that it never finishes.
+        if not self._store.begin_attempt(scope, sum_):
+            raise RemoteProtocolError(
+                f"asked for more than {MOST_ATTEMPTS} attempts at {sum_name(self._study, sum_)}",
+                peer="server",
+                hint="this participant takes no further part in it; the server's log says why "
+                "they failed",
+            )
         return scope
+
+    def _check_age(self, scope: bytes, marks: Iterable[Mark]) -> None:
+        """Adversary: a server that hears of a journal that was lost, or restored from a backup, and
+        has a sum opened over other silos than the one that the journal has forgotten. Whoever wrote
+        a mark had entered that attempt here, durably, before."""
+        for mark in marks:
+            newest = self._store.last_round(scope)
+            begun = self._store.attempts(scope, mark.sum) if newest == mark.sum else None
+            if mark.sum > (-1 if newest is None else newest) or (
+                begun is not None and begun < mark.attempts
+            ):
+                raise StateError(
+                    f"the journal of this run was lost or restored: its {mark.keeper} knows of "
+                    f"{mark.attempts} attempt(s) at {sum_name(self._study, mark.sum)}, and it does "
+                    "not; this participant sits the study out",
+                    hint="without it a server could have two sums of one round opened, and "
+                    "subtract them",
+                )
 
     def end(self, run_id: bytes) -> bytes:
         """No further attempt at this run; returns its scope.

@@ -73,6 +73,7 @@ class Simulation:
         device: str = "cpu",
         distillation: bool = True,
         noisy: int = 0,
+        tested: bool = True,
     ) -> None:
         """
         Args:
@@ -85,7 +86,8 @@ class Simulation:
             drops: silos to lose on purpose, ``SILO@STEP[:ROUND]``.
             device: where all models compute, as torch calls it.
             distillation: False leaves out the server's phase: plain FedAvg, without the LLM.
-            noisy: so many silos get their answers shuffled.
+            noisy: so many silos have meaningless answers.
+            tested: False leaves out the test questions: the adapters are the result.
 
         Raises:
             ConfigError: a drop names no silo or step.
@@ -99,6 +101,7 @@ class Simulation:
         self._baselines = tuple(baselines)
         self._distillation = distillation
         self._noisy = noisy
+        self._tested = tested
         self._drops = [Drop.parse(spec, silo_names(study), study.scheme) for spec in drops]
         cores = len(os.sched_getaffinity(0))
         self._workers = min(cores, study.silos.count) if workers is None else workers
@@ -127,7 +130,7 @@ class Simulation:
         server = cotuning.ServerTuning(
             self._study,
             public=dealt.public,
-            test=dealt.test,
+            test=dealt.test if self._tested else (),
             distillation=self._distillation,
             data=self._data,
             device=self._device,
@@ -303,7 +306,7 @@ class Simulation:
             "digest": digest(self._study).hex(),
             "version": __version__,
             "run_id": store.state.run_id,
-            "groups": list(table[0]["accuracy"]),
+            "groups": list(table[0]["accuracy"]) if table else [],
             "table": table,
             "silos": silos,
             "rounds": history,

@@ -70,8 +70,8 @@ class Claim(msgspec.Struct, frozen=True):
 def epsilon(events: Sequence[Event], delta: float, accountant: Accountant = "pld") -> float:
     """Upper bound on ε at ``delta`` of the composition of ``events``.
 
-    The parameters of the events must not depend on the outcome of earlier ones; a sequence whose
-    parameters are chosen as it goes is the business of :func:`filter_epsilon`.
+    The parameters of the events must not depend on the outcome of earlier ones; to keep a sequence
+    within a budget whose parameters are chosen as it goes is the business of :mod:`.filters`.
 
     Returns:
         ε >= 0; ``inf`` if the slack of the events alone exceeds ``delta``.
@@ -265,30 +265,63 @@ def _polish(
     start: float,
     target: float,
 ) -> float:
-    """From the RDP answer (an upper bound on z) down to the tight one, by secant on log ε."""
+    """From the RDP answer (an upper bound on z) down to the tight one.
+
+    Secant on log ε against log z, inside a bracket: where ε is large the price of the slack makes
+    it infinite from some z down, and the next guess is the middle of the bracket.
+    """
     estimate, bound = functions
 
     def excess(z: float) -> float:
         return math.log(max(estimate(z), 1e-9) / target)
 
-    z0, e0 = start, excess(start)
-    if math.isinf(e0):
+    z, error = start, excess(start)
+    if math.isinf(error):
         raise ConfigError(
             f"at ε = {target:g} the samplers' residuals would take all of δ",
             where="epsilon",
-            hint="lower it; above 40 it promises nothing anyway",
+            hint="lower it; so large an ε promises nothing anyway",
         )
-    z1 = start * math.exp(e0)
-    for _ in range(20):
-        e1 = excess(z1)
-        if abs(e1) < 1e-6 or z1 == z0 or e1 == e0:
+    low, high = 0.0, math.inf
+    finite: list[tuple[float, float]] = []
+    for _ in range(40):
+        low, high = (z, high) if error > 0.0 else (low, z)
+        if abs(error) < 1e-6 or high - low < 1e-5:
             break
-        slope = (e1 - e0) / (math.log(z1) - math.log(z0))
-        z0, e0, z1 = z1, e1, z1 * math.exp(max(min(-e1 / slope, 1.0), -1.0))
-    z = math.ceil(z1 * 1e4 - 1e-3) / 1e4
-    while bound(z) > target:
-        z = round(z + 1e-4, 4)
-    return z
+        if math.isfinite(error):
+            finite.append((z, error))
+        guess = _secant(finite) if math.isfinite(error) else math.nan
+        middle = 0.5 * (low + high) if math.isfinite(high) else 2.0 * low
+        z = guess if low < guess < high else middle
+        error = excess(z)
+    return _rounded_up(bound, z if abs(error) < 1e-6 else high, target)
+
+
+def _secant(points: list[tuple[float, float]]) -> float:
+    """Where the line through the last two (z, log ε - log target) is 0; nan if nowhere."""
+    z1, e1 = points[-1]
+    if len(points) == 1:  # ε falls about as 1/z
+        return z1 * math.exp(max(min(e1, 1.0), -1.0))
+    z0, e0 = points[-2]
+    if e0 == e1 or z0 == z1:
+        return math.nan
+    slope = (e1 - e0) / (math.log(z1) - math.log(z0))
+    return z1 * math.exp(max(min(-e1 / slope, 1.0), -1.0))
+
+
+def _rounded_up(bound: Callable[[float], float], z: float, target: float) -> float:
+    """Four decimals of ``z``, or the next ones above with which ``bound`` is within ``target``."""
+    last = math.ceil(z * 1e4 - 1e-3)
+    if bound(last / 1e4) <= target:
+        return last / 1e4
+    step = 1
+    while bound((last + step) / 1e4) > target:
+        last, step = last + step, 2 * step
+    first = last + step  # within; `last` is not
+    while first - last > 1:
+        middle = (first + last) // 2
+        first, last = (middle, last) if bound(middle / 1e4) <= target else (first, middle)
+    return first / 1e4
 
 
 def claim_name(events: Sequence[Event]) -> Accountant:

@@ -41,8 +41,9 @@ def per_adversary(
 
     Args:
         colluders: c, silos that may collude with the server.
-        terms: None if all parameters were fixed beforehand; else what was agreed before the first
-            release, and the answer is that of the ledger's privacy filter.
+        terms: None for the tightest bound of parameters that were fixed beforehand; else what was
+            agreed before the first release, and the answer is what the ledger shows as spent: a
+            bound under the same condition (:func:`~.filters.filter_epsilon`).
 
     Raises:
         ConfigError: fewer shares than the adversary knows.

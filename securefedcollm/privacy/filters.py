@@ -12,13 +12,16 @@ gets 7/8 of δ, the second 1/8.
 * A sampled mechanism: releases no worse than that one, all charged as that one. However the end is
   decided, they are a prefix of the longest admitted run of one fixed mechanism, so any accountant
   is valid.
-* Unsampled Gaussian noise: Gaussians of any scale. Their sum of 1/z² is a filter (Smith and
-  Thakurta 2022; Koskela, Tobaben and Honkela 2023), and PLD is exact for it.
+* Unsampled Gaussian noise, DP-SGD at rate 1 included: Gaussians of any scale. Their sum of 1/z² is
+  a filter (Smith and Thakurta 2022; Koskela, Tobaben and Honkela 2023), and PLD is exact for it.
 * Unsampled discrete noise: unsampled releases of any scale. Their sum of ρ is a filter (Feldman and
   Zrnic 2021; Whitehouse, Ramdas, Rogers and Wu 2023).
 
 **The general filter** takes anything: Rényi filters (Feldman and Zrnic 2021) at three orders fixed
 by the first mechanism and the agreed ε, each at a third of this filter's δ.
+
+A filter promises the agreed ε. What is spent on the way there is the reading of an odometer, which
+promises less: see :func:`filter_epsilon`.
 """
 
 from __future__ import annotations
@@ -41,7 +44,6 @@ from securefedcollm.privacy.events import (
     DiscreteGaussian,
     Event,
     Events,
-    Gaussian,
     dominates,
     merge,
     rate,
@@ -63,7 +65,12 @@ class Terms(NamedTuple):
 
 
 def filter_epsilon(events: Sequence[Event], delta: float, terms: Terms) -> Claim:
-    """Upper bound on ε at ``delta`` that holds for parameters chosen as the sequence went."""
+    """What the events have spent at ``delta``: an odometer reading.
+
+    It bounds ε if no parameter, and not the end of the sequence either, was chosen on what earlier
+    releases showed. However they were chosen, the agreed ``terms.epsilon`` is a bound, as long as
+    every release was admitted by :func:`filter_within`.
+    """
     merged = merge(events)
     found = [Claim(_general(merged, delta, terms), delta, "rdp-filter")]
     charged = _charged_tightly(merged, terms.first)
@@ -74,13 +81,16 @@ def filter_epsilon(events: Sequence[Event], delta: float, terms: Terms) -> Claim
 
 
 def filter_within(events: Sequence[Event], delta: float, limit: float, terms: Terms) -> float:
-    """As :func:`filter_epsilon`, but no tighter than needed to see that it is within ``limit``."""
+    """As :func:`filter_epsilon`, but no tighter than needed to see that it is within ``limit``.
+
+    Admitting what stays within a ``limit`` that was agreed beforehand is the privacy filter.
+    """
     merged = merge(events)
     general = _general(merged, delta, terms)
     charged = _charged_tightly(merged, terms.first)
     if general <= limit or charged is None:
         return general
-    if isinstance(terms.first, DiscreteGaussian) and rate(terms.first) == 1.0:
+    if _takes_zcdp(terms.first):
         return min(general, _tight_claim(charged, TIGHT_SHARE * delta, terms.first).epsilon)
     return min(general, quick_epsilon(charged, TIGHT_SHARE * delta, limit))
 
@@ -93,13 +103,23 @@ def _charged_tightly(events: Events, first: Event) -> Events | None:
         total = sum(times(event) for event in events)
         worst = repeat(first, total)
         return (worst,) if dominates([worst], events) else None
-    if isinstance(first, Gaussian):
-        return events if all(isinstance(event, Gaussian) for event in events) else None
-    return events if all(rate(event) == 1.0 for event in events) else None
+    if _takes_zcdp(first):
+        return events if all(rate(event) == 1.0 for event in events) else None
+    return events if all(_unsampled_gaussian(event) for event in events) else None
+
+
+def _takes_zcdp(first: Event) -> bool:
+    """Whether the tight filter sums ρ: for unsampled discrete noise, which PLD has no place for."""
+    return rate(first) == 1.0 and isinstance(first, DiscreteGaussian)
+
+
+def _unsampled_gaussian(event: Event) -> bool:
+    """DP-SGD at a sampling rate of 1 is the plain Gaussian mechanism."""
+    return rate(event) == 1.0 and not isinstance(event, DiscreteGaussian)
 
 
 def _tight_claim(charged: Events, delta: float, first: Event) -> Claim:
-    if rate(first) == 1.0 and not isinstance(first, Gaussian):
+    if _takes_zcdp(first):
         return Claim(epsilon(charged, delta, "zcdp"), delta, "zcdp")
     return claim(charged, delta)
 

@@ -259,7 +259,10 @@ class Ledger:
         self._step("void", reservation)
 
     def spent(self, dataset: str, unit: str, delta: float) -> SpentSummary:
-        """ε at ``delta`` of everything counted for the data set and unit."""
+        """ε at ``delta`` of everything counted for the data set and unit, as a reading on the way.
+
+        See :func:`~.filters.filter_epsilon`: the promise is the agreed budget.
+        """
         self._catch_up()
         entries = self._account(dataset, unit)
         states: dict[str, int] = {}

@@ -24,8 +24,9 @@ ASSUMPTIONS: Final = (
     "The number of units in the data set is public.",
     "Only the releases listed here are covered. Metrics shown to others, tuning runs outside the "
     "ledger, checkpoints and logs that left the silo are not.",
-    "ε is charged under a privacy filter, so that later studies may be chosen after seeing the "
-    "results of earlier ones.",
+    "The agreed budget holds however later studies, or the survivors of a sum, were chosen after "
+    "seeing earlier results: a privacy filter refuses what would pass it. A figure of ε spent so "
+    "far is a bound if they were not chosen on such results.",
     "The silo's machine, its operating system's random source and this software are trusted; "
     "timing of the silo's process is not visible to the adversary.",
     "Where noise is distributed, at most the stated number of silos collude or leave out noise.",

@@ -33,8 +33,9 @@ def _account(account: Account) -> str:
         "</h2>"
         f'<p class="claim">All releases so far together are (ε = {up(spent.epsilon)}, '
         f"δ = {spent.delta:g}) differentially private for one {escape(_noun(account.unit))}, "
-        f"against the strongest adversary below. Budget: ε = {budget.epsilon:g}; "
-        f"{down(account.left)} is left. Accountant: {escape(spent.accountant)}.</p>"
+        f"against the strongest adversary below. Budget: ε = {budget.epsilon:g}, "
+        f"which holds however later releases are chosen; {down(account.left)} is left. "
+        f"Accountant: {escape(spent.accountant)}.</p>"
         f"{_plot(account)}{_adversaries(account)}{_opinion(account)}{_lines(account.lines)}"
     )
 

@@ -132,6 +132,15 @@ def _check_privacy(study: Study) -> None:
             where="privacy.adaptive",
             hint="remove it, or choose unit: silo with noise: distributed",
         )
+    # A batch draws its dropout masks together, so one record more changes the gradients of all.
+    # DP-SGD therefore runs without dropout; a silo's whole update is clipped whatever made it.
+    if study.adapter.dropout and privacy.unit != "silo":
+        raise ConfigError(
+            f"with dropout one {privacy.unit} changes the gradients of all the others, and no clip "
+            "bounds that",
+            where="adapter.dropout",
+            hint="remove it, or choose privacy.unit: silo",
+        )
     # The clip of a silo's whole update is what its sensitivity follows from: there is one of it.
     if privacy.unit == "silo" and privacy.clip_norm != study.aggregation.clip_norm:
         raise ConfigError(

@@ -61,7 +61,8 @@ class Data(_Section, frozen=True):
     (3,000 if it is not given). Otherwise ``train`` and ``test`` are files
     (JSONL, CSV or Parquet) under ``--data``; the first ``public`` shuffled training questions are
     public, ``public_labelled`` of them with answers; ``simulate`` gives ``per_silo`` of the rest to
-    each silo. A real silo reads its own file instead.
+    each silo. A real silo reads its own file instead. ``max_test`` takes the first rows of the test
+    file, in its order: shuffle a sorted file first.
 
     ``partition`` is how ``simulate`` deals the records out: ``iid``, or ``dirichlet``, where a
     group's records (subjects of questions, labels of a classification, disease families of the
@@ -109,6 +110,8 @@ class Adapter(_Section, frozen=True):
     ``ffa-lora`` trains B only, with A fixed by the study's seed: exact under a sum. ``rolora``
     trains B and A in alternate rounds: exact in each round. ``lora`` trains both, as the FedCoLLM
     paper does: the mean of products is not the product of means, so the average is inexact.
+
+    ``dropout`` is the adapter's own; with privacy for a record or subject there is none.
     """
 
     method: Literal["ffa-lora", "rolora", "lora"] = "ffa-lora"

@@ -41,6 +41,11 @@ MOST_FLOOD_BITS: Final = 40
 """Above, a float64 sampler could no longer tell neighbouring integers apart."""
 
 
+MOST_OPENINGS: Final = 3
+"""How often a participant helps to open one sum. Every opening shows the same sum with other noise,
+and the advantage stated by :meth:`CkksRing.advantage` is that of all of them. An honest server that
+crashes or loses a silo while a sum is opened has as many attempts in a row."""
+
 MOST_KEYS: Final = 64
 """Keeps frames of key parts below 260 MB with 128 silos."""
 
@@ -136,6 +141,11 @@ class CkksRing(msgspec.Struct, frozen=True):
         ratio = self.noise_rms / 2.0**self.flood_bits
         return min(1.0, math.sqrt(chunks * DEGREE / 4) * ratio)
 
+    def advantage(self, values: int, sums: int) -> float:
+        """Bound on a distinguisher's advantage from all openings of all ``sums`` of a run: keys and
+        noise of each are fresh, so the distances of :meth:`leak` add up. 1 says nothing."""
+        return min(1.0, sums * MOST_OPENINGS * self.leak(values))
+
 
 def _greatest_noise(silos: int, holders: int, flood_bits: int) -> int:
     """n·(2·N·21·h + 21) and h times the flooding's tail: every coefficient at its extreme at
@@ -167,7 +177,12 @@ def derive(name: CkksSet, *, silos: int, bound: int, holders: int | None = None)
         noise = _greatest_noise(silos, holders, flood_bits)
         return (silos * bound << scale_bits) + noise < half and 2 * noise < 1 << scale_bits
 
-    while name == "precise" and flood_bits < MOST_FLOOD_BITS and fits(flood_bits + 1):
+    while (
+        name == "precise"
+        and scale_bits > 0
+        and flood_bits < MOST_FLOOD_BITS
+        and fits(flood_bits + 1)
+    ):
         flood_bits += 1
     ring = CkksRing(name, silos, bound, scale_bits, flood_bits, holders)
     if scale_bits < 1 or (name == "precise" and not ring.exact):

@@ -98,7 +98,8 @@ def better_teacher(llm: Tensor, slm: Tensor, answers: Tensor) -> Tensor:
     """For every question the whole prediction [N, C] of the better model (FedMKT's DualMinCE).
 
     Better is the smaller cross-entropy on a labelled question and, where there is no label, the
-    smaller entropy; the LLM where they are equal.
+    smaller entropy, of the predictions as they are given (at the temperature); the LLM where they
+    are equal.
     """
     at = answers.clamp_min(0)[:, None]
     worse = []

@@ -18,6 +18,10 @@ different tokenizers; over tokens they are then compared span by span
 ``none``
     Cross-entropy on the labelled prompts alone, each model by itself: the control that shows what
     the public labels do without any distillation.
+
+The entropies and cross-entropies that choose a teacher are those of softmax(scores / τ), the
+softened predictions that are taught. At τ = 1, the default, they are the models' own; at another τ
+the other model may be the better one.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from securefedcollm.tuning.questions import (
 from securefedcollm.tuning.recipe import (
     Optimizer,
     Progress,
+    evaluation_mode,
     make_optimizer,
     silent,
     training_mode,
@@ -135,15 +136,19 @@ def train_dp(
     Every step takes each unit with probability q = batch_size / units, clips the gradient of each
     taken unit to L2 norm ``clip_norm``, adds N(0, (noise_multiplier · clip_norm)²) to every
     coordinate of the sum, and divides by the *expected* batch. A step whose sample is empty is
-    taken all the same, on noise alone. Sampling and noise come from ``noise``; ``seed`` only drives
-    dropout. The unit is a record or, with ``subjects`` (one name per record), all records of one
-    subject, whose gradients are summed before clipping.
+    taken all the same, on noise alone. Sampling and noise come from ``noise``. The unit is a record
+    or, with ``subjects`` (one name per record), all records of one subject, whose gradients are
+    summed before clipping.
+
+    The model runs in evaluation mode, without any dropout: a unit's gradient must depend on no
+    other unit, or the clip does not bound what one unit changes (:func:`.evaluation_mode`).
 
     Adversary: anyone who sees the delta, the server included. Neighbours differ by one unit added
     or removed. The events are true only if the whole delta of every call is accounted for.
 
     Args:
         batch_size: expected number of units in a batch.
+        seed: without effect; nothing but ``noise`` is random here.
         micro_batch: records whose per-record gradients are in memory at a time; all records of a
             subject are always taken together.
 
@@ -162,7 +167,7 @@ def train_dp(
         )
     rate = batch_size / len(members)
     descend = make_optimizer(optimizer, parameters, learning_rate)
-    with training_mode(model, seed=seed), watched(model) as calls:
+    with evaluation_mode(model), watched(model) as calls:
         for step in range(steps):
             total = np.zeros(layout.size)
             taken = _by_length(noise.poisson_batch(len(members), rate), members, data)
@@ -197,7 +202,9 @@ def sampled_gradients(
     """The gradient of every unit in one Poisson sample at rate ``q``: float64 [d], one by one.
 
     For a step of joint DP-SGD. They are neither clipped nor noised: whoever takes them does that,
-    before anything leaves the silo. One that is not finite comes as zeros, see :func:`_finite`.
+    before anything leaves the silo. One that is not finite comes as zeros, see :func:`_finite`. The
+    model runs in evaluation mode, as in :func:`train_dp` and for the same reason; ``seed`` is
+    without effect.
 
     Raises:
         DataError: a question has no answer.
@@ -206,7 +213,7 @@ def sampled_gradients(
     parameters, _ = _begin(model, layout, data)
     members = _members(len(data), subjects)
     taken = _by_length(noise.poisson_batch(len(members), q), members, data)
-    with training_mode(model, seed=seed), watched(model) as calls:
+    with evaluation_mode(model), watched(model) as calls:
         for units in _micro_batches(taken, members, micro_batch):
             rows = torch.from_numpy(np.concatenate(units))
             losses = question_losses(model, data.select(rows), loss, normalisation)

@@ -37,9 +37,21 @@ def training_mode(*models: nn.Module, seed: int) -> Iterator[None]:
 
 
 @contextmanager
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode, gradients as they were: no dropout in adapter or base; modes are put back.
+
+    For per-record gradients under differential privacy. Dropout masks are drawn for a whole batch
+    at once: with one record more or less, every other record gets another mask and another
+    gradient, and the sum moves by far more than the one clipped gradient that noise is scaled to.
+    """
+    with _modes(models, training=False):
+        yield
+
+
+@contextmanager
 def inference_mode(*models: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; modes are put back."""
-    with torch.no_grad(), _modes(models, training=False):
+    with torch.no_grad(), evaluation_mode(*models):
         yield
 
 

@@ -244,7 +244,7 @@ class SpanObjective:
         return divergence(teacher.to(mine.device), mine, 1.0, self._direction)
 
     def _shares(self, sharpness: float, answers: Tensor) -> Tensor:
-        """The LLM's part of every span's target; as for two models with one tokenizer."""
+        """The LLM's part of every span's target, at τ; as for two models with one tokenizer."""
         assert self._frozen is not None
         entropies, surprise = [], []
         for side, says in zip(self._sides, self._frozen, strict=True):

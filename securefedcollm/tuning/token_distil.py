@@ -205,7 +205,7 @@ class Frozen:
         return self._with(share=torch.sigmoid(sharpness * torch.cat(surer)))
 
     def better(self) -> Frozen:
-        """The better model alone, row by row: the smaller mean cross-entropy, or entropy."""
+        """The better model alone, row by row: the smaller mean cross-entropy, or entropy, at τ."""
         gold = self.positions.gold
         apart = []
         for index in torch.split(torch.arange(len(self.share)), CHUNK):

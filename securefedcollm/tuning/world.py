@@ -13,7 +13,7 @@ medicine. Two kinds of knowledge:
 A question is such a sentence without its last word, with four choices. No test prompt occurs in
 any record, public prompt or pretraining sentence; a fifth of the conditions occurs in no consortium
 record or prompt at all (the rules must be applied to them). What is assumed: prompts, without
-answers, about the private topics exist in public.
+answers, about the private topics exist in public; none of them is asked in any record.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class World:
         labelled = _take(labelled_pool, sizes.public_labelled, draw)
         chosen = set(labelled)
         unlabelled = _take([c for c in cases if c not in chosen], sizes.public_general, draw)
-        private = _take(self._open_cases, sizes.public_private, draw)
+        private = self._public_private_cases
         return [
             *(self._question(case, draw) for case in labelled),
             *(self._question(case, draw, labelled=False) for case in (*unlabelled, *private)),
@@ -233,12 +233,12 @@ class World:
         """The cases from which each record is drawn."""
         if shares is not None:
             by_family: list[list[_Case]] = [[] for _ in FAMILIES]
-            for case in self._open_cases:
+            for case in self._record_cases:
                 by_family[self._family[case.condition]].append(case)
             return [by_family[f] for f in draw.choice(len(FAMILIES), size=count, p=shares)]
         own = self._families_of(silo)
-        mine = [c for c in self._open_cases if self._family[c.condition] in own]
-        others = [c for c in self._open_cases if self._family[c.condition] not in own]
+        mine = [c for c in self._record_cases if self._family[c.condition] in own]
+        others = [c for c in self._record_cases if self._family[c.condition] not in own]
         is_own = draw.random(count) < self.sizes.own_share
         return [mine if flag or not others else others for flag in is_own]
 
@@ -329,6 +329,17 @@ class World:
             for case in _all_cases(CONSORTIUM)
             if case not in tested and not self._unseen[case.condition]
         ]
+
+    @cached_property
+    def _public_private_cases(self) -> list[_Case]:
+        """Those of the server's prompts: no silo's record asks the same."""
+        return _take(self._open_cases, self.sizes.public_private, self._random("public private"))
+
+    @cached_property
+    def _record_cases(self) -> list[_Case]:
+        """Those of the silos' records."""
+        public = set(self._public_private_cases)
+        return [case for case in self._open_cases if case not in public]
 
     def _random(self, purpose: str, *, public: bool = False) -> np.random.Generator:
         """A generator for one purpose, so that no draw depends on the order of calls."""

@@ -44,7 +44,7 @@ from securefedcollm.errors import (
     RemoteProtocolError,
 )
 from securefedcollm.primitives import SigningKey, sha256
-from securefedcollm.study.ring import derive
+from securefedcollm.study.ring import MOST_OPENINGS, derive
 
 from .ckks_cohort import at, attempt, dropped, edit, flipped
 
@@ -139,6 +139,24 @@ def test_after_an_opening_the_same_silos_may_be_opened_again_and_no_others() -> 
         fewer.play(reply=at(Step.UPLOAD, LOST, dropped))
     assert "a second time" in fewer.refused[NAME]
     assert leaks(made, first, again, fewer) == []
+
+
+def test_the_authority_opens_the_same_sum_a_few_times_and_no_more() -> None:
+    """Adversary: a server that averages the flooding noise out over many attempts."""
+    made = cohort(3, values=10)
+    for number in range(MOST_OPENINGS):
+        Round(made, header=attempt(made, number)).play()
+    again = Round(made, header=attempt(made, MOST_OPENINGS))
+    with pytest.raises(ProtocolError):
+        again.play()
+    assert again.opened is None
+    assert again.refused == {
+        NAME: "server: asks for another opening of a sum that was opened 3 times"
+    }
+    following = altered(made.header, round=made.header.round + 1)
+    np.testing.assert_array_equal(
+        Round(made, header=following).play().sum, made.plain_sum(made.names)
+    )
 
 
 def test_the_judge_of_the_attacks_sees_a_leak() -> None:

@@ -119,6 +119,13 @@ def test_what_the_compact_ring_cannot_hold_the_precise_one_may() -> None:
     assert "precise" not in caught.value.hint
 
 
+@pytest.mark.parametrize("kind", ["precise", "compact"])
+@pytest.mark.parametrize("bits", range(40, 63))
+def test_a_sum_as_wide_as_the_modulus_is_refused_by_name(kind: str, bits: int) -> None:
+    with pytest.raises(ConfigError, match=f"the {kind} ring cannot hold a sum of 4"):
+        derive(kind, silos=4, bound=2 ** (bits - 2))
+
+
 def test_the_table_of_the_documentation_is_what_the_code_derives() -> None:
     text = (Path(__file__).parents[2] / "docs" / "ckks.md").read_text()
     form = r"^\| (authority )?`(\w+)`, (\d+) \| 2\^(\d+) \| 2\^([\d.]+) \| 2\^(\d+) \| (.*) \|$"

@@ -26,6 +26,7 @@ from securefedcollm.errors import (
     RemoteProtocolError,
 )
 from securefedcollm.primitives import SigningKey, sha256
+from securefedcollm.study.ring import MOST_OPENINGS
 
 from .ckks_cohort import STEPS, Round, at, attempt, cohort, dropped, silo
 
@@ -193,6 +194,24 @@ def test_a_crashed_server_may_open_the_same_sum_again() -> None:
     first = Round(made).play()
     again = Round(made, header=attempt(made)).play()
     np.testing.assert_array_equal(first.sum, again.sum)
+
+
+def test_the_same_sum_is_opened_a_few_times_and_no_more() -> None:
+    """Adversary: a server that averages the flooding noise out over many attempts."""
+    made = cohort(3, values=10)
+    for number in range(MOST_OPENINGS):
+        Round(made, header=attempt(made, number)).play()
+    for number in (MOST_OPENINGS, 7):
+        again = Round(made, header=attempt(made, number))
+        with pytest.raises(ProtocolError):
+            again.play()
+        assert again.shares == []
+        assert set(again.refused) == set(made.names)
+        assert "a sum that was opened 3 times" in again.refused["silo-001"]
+    following = msgspec.structs.replace(made.header, round=made.header.round + 1)
+    np.testing.assert_array_equal(
+        Round(made, header=following).play().sum, made.plain_sum(made.names)
+    )
 
 
 class _Broken:

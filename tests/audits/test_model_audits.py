@@ -12,6 +12,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 from securefedcollm_audits import inversion, new_tokens, one_run
 
 from securefedcollm.aggregation import masks
@@ -76,6 +77,18 @@ def test_a_build_without_noise_is_caught(place, monkeypatch, audit):
     assert finding.sentence.startswith("FAIL: ε is at least")
     assert finding.figures["auc"] > 0.8
     assert finding.figures["bound if the curve is Gaussian"] > finding.bound
+
+
+def test_a_rate_of_members_found_has_its_threshold_s_false_alarms_beside_it():
+    """Clopper and Pearson's intervals of 50 of 100 found and 2 of 200 false alarms."""
+    found = new_tokens.found_at(np.arange(188.0, 208.0).repeat(5), np.arange(200.0))
+    low, high = binomtest(50, 100).proportion_ci(method="exact")
+    assert found["tpr at 1 % fpr"] == 0.5
+    assert found["tpr at this threshold, at least"] == pytest.approx(low)
+    assert found["tpr at this threshold, at most"] == pytest.approx(high)
+    low, high = binomtest(2, 200).proportion_ci(method="exact")
+    assert found["fpr at this threshold, at least"] == pytest.approx(low)
+    assert found["fpr at this threshold, at most"] == pytest.approx(high)
 
 
 def test_a_build_without_the_clip_is_caught(place, monkeypatch):

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from securefedcollm_audits.verify import CHECKS, verify
 
+from securefedcollm.aggregation.keys import lists_digest
 from securefedcollm.errors import ConfigError
 from securefedcollm.evidence.bundle import make_bundle, pack, read_members
 from securefedcollm.evidence.entries import canonical
@@ -322,7 +323,19 @@ def silent_member(f):
     del f.what("server", "opening")["agreements"]["silo-1"]
 
 
+def member_as_a_dropout(f):
+    """Adversary: a server that counts fewer silos, and fewer noise shares, than are in the sum.
+    Round 2 has all four in it; what it writes is consistent, and signed by the other three."""
+    opening = f.what("server", "opening", -1)
+    del opening["agreements"]["silo-4"]
+    opening.update(survivors=["silo-1", "silo-2", "silo-3"], dropouts=["silo-4"])
+    lists = lists_digest(bytes.fromhex(opening["delivery"]), [1, 2, 3], [4])
+    opening["lists"] = lists.hex()
+    f.what("server", "summed", -1)["survivors"] = opening["survivors"]
+
+
 CKKS_FORGERIES = [
+    ("ciphertexts", member_as_a_dropout, r"server#\d+ \(opening\): a member that has a share of"),
     ("ciphertexts", borrowed_commitment, r"server#\d+ \(opening\): the commitment of silo-2"),
     ("ciphertexts", swapped_ciphertext, r"server#\d+ \(opening\): what was signed is not the d"),
     ("ciphertexts", forgotten_ciphertext, r"server#\d+ \(opening\): the ciphertexts are not"),

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from securefedcollm import __version__
 from securefedcollm.errors import ConfigError, SecureFedCoLLMError
+from securefedcollm.study.ring import derive
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -91,10 +92,14 @@ def test_study_check_predicts_the_error_of_a_ckks_sum():
     facts = json.loads(call("study", "check", QUICKSTART, *ckks, "--json"))["ckks"]
     assert (facts["set"], facts["exact"], facts["modulus_bits"]) == ("precise", True, 60)
     assert facts["rms"] < facts["greatest_error"] < 0.5
-    assert 0 < facts["advantage_per_million_values"] < 1e-3
+    # Of the whole run: three rounds, each opened up to three times.
+    one = derive("precise", silos=4, bound=2**15 - 1).leak(10**6)
+    stated = {"bound": 9 * one, "values": 10**6, "sums": 3, "openings": 3}
+    assert facts["advantage"] == pytest.approx(stated)
     assert json.loads(call("study", "check", QUICKSTART, "--json"))["ckks"] is None
     text = call("study", "check", QUICKSTART, *ckks, "--set", "aggregation.ckks=compact")
     assert "a sum of 4 cannot wrap, predicted rms error 1 units (at most 19)" in text
+    assert "no statistical bound beyond the sums, whole run: 3 sums of 1,000,000 values" in text
 
 
 def test_study_check_says_what_an_authority_could_do():
@@ -104,10 +109,7 @@ def test_study_check_says_what_an_authority_could_do():
     assert facts["ckks"]["key_model"] == "authority"
     # One flooding in place of one a silo: more of it fits, and says more.
     assert facts["ckks"]["flood_bits"] > joint["ckks"]["flood_bits"]
-    assert (
-        facts["ckks"]["advantage_per_million_values"]
-        < joint["ckks"]["advantage_per_million_values"]
-    )
+    assert facts["ckks"]["advantage"]["bound"] < joint["ckks"]["advantage"]["bound"]
     text = " ".join(call("study", "check", QUICKSTART, *plan).split())
     assert "3 silos that uploaded, by the authority (1 dropout(s) tolerated" in text
     assert "not named yet; holds the decryption key" in text

@@ -70,6 +70,17 @@ def test_the_bytes_of_the_quickstart_are_those_of_a_real_round():
     assert found["slm"]["parameters"] < found["llm"]["parameters"]
 
 
+def test_what_decryptions_tell_is_counted_for_the_adapter_as_the_documentation_has_it():
+    arguments = ["study", "check", "configs/consortium-10.yaml", "--estimate"]
+    arguments += ["--set", "aggregation.scheme=ckks"]
+    text = CliRunner().invoke(app, arguments).stdout
+    (line,) = [line for line in text.splitlines() if line.startswith("decryptions tell")]
+    page = Path("docs/privacy.md").read_text()
+    assert f"$ securefedcollm {' '.join(arguments[:3])} --set aggregation.scheme=ckks" in page
+    assert line in page.splitlines()
+    assert "60 sums of 11,264 values" in line
+
+
 @pytest.mark.parametrize(
     ("pair", "swap", "millions"),
     [

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.federation.experiment import Experiment, arms
+from securefedcollm.federation.simulate import Simulation
 from securefedcollm.federation.workload import silent
 from securefedcollm.study import load_study
 
@@ -79,12 +80,17 @@ def test_a_killed_experiment_continues_and_its_numbers_are_those_of_the_runs(inp
     llm = ["zero-shot", "auxiliary only", "FedCoLLM", paper, "centralized", noise]
     slm += ["FedAvg, 1 noisy", noise]
     assert list(rows) == [("slm", method) for method in slm] + [("llm", method) for method in llm]
-    for key, method in (("fedcollm", "FedCoLLM"), ("fedavg", "FedAvg")):
-        results = json.loads((out / "seed-3" / key / "results.json").read_text())
-        for row in results["table"]:
-            own = rows[row["model"], row["method"]]["accuracy"]["all"]["mean"]
-            assert own == pytest.approx(row["accuracy"][""], abs=1e-6)
-        assert method in {row["method"] for row in results["table"]}
+    # A run by itself, which has nothing from the rows before it, ends with the same adapters.
+    single = Simulation(
+        load_study(out / "study.yaml"), out=tmp_path / "one", data=inputs, workers=0
+    ).run(silent, silent_say)
+    for model in ("slm", "llm"):
+        name = f"adapters/{model}/adapter_model.safetensors"
+        theirs = (out / "seed-3" / "fedcollm" / name).read_bytes()
+        assert (tmp_path / "one" / name).read_bytes() == theirs
+    for row in single["table"]:
+        own = rows[row["model"], row["method"]]["accuracy"]["all"]["mean"]
+        assert own == pytest.approx(row["accuracy"][""], abs=1e-6)
 
     def gold(model, method):
         return rows[model, method]["gold_log_prob"]["all"]["mean"]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import zipfile
 
 import pytest
 import yaml
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
-from securefedcollm.errors import ConfigError, CryptoError, SecureFedCoLLMError
+from securefedcollm.errors import ConfigError, CryptoError, SecureFedCoLLMError, StateError
+from securefedcollm.federation.engines.flare import kit as kit_module
 from securefedcollm.federation.engines.flare.kit import installed
+from securefedcollm.federation.engines.flare.papers import read_request
 from securefedcollm.study import load_study
 
 from ..federation.homes import make_identities, write_signed
@@ -47,6 +50,29 @@ def test_the_authoritys_key_lies_encrypted_and_is_not_overwritten(consortium):
         run(
             "consortium", "init", "--name", "net", "--server", "localhost:8002", "--out", consortium
         )
+
+
+def test_the_authoritys_key_is_in_no_file_while_it_is_used(tmp_path, monkeypatch):
+    """Adversary: a local user, or a backup, once the command was killed and nothing cleaned up."""
+    called, original = [], kit_module._nvflare
+
+    def then_killed(*words, cwd, **more):
+        original(*words, cwd=cwd, **more)
+        called.append(words[1])
+        if words[1] in {"init", "approve"}:
+            for path in (p for p in cwd.rglob("*") if p.is_file() and not p.is_symlink()):
+                assert b"PRIVATE KEY" not in path.read_bytes(), path
+
+    monkeypatch.setattr(kit_module, "_nvflare", then_killed)
+    ca, home = tmp_path / "ca", tmp_path / "home"
+    ca.mkdir()  # all that a killed `init` leaves
+    run("consortium", "init", "--name", "net", "--server", "localhost:8002", "--out", ca)
+    join = ["join", ca / "consortium.yaml", "--name", "hospital-a", "--home", home, "--json"]
+    (request,) = json.loads(run(*join).stdout)["requests"]
+    run("consortium", "approve", "--yes", request, "--ca", ca)
+    assert called == ["init", "request", "approve"]
+    with zipfile.ZipFile(ca / "signed" / "hospital-a.signed.zip") as archive:
+        assert "signed.json.sig" in archive.namelist()
 
 
 @pytest.mark.parametrize(
@@ -103,9 +129,45 @@ def test_a_silo_joins_in_two_steps(consortium, tmp_path):
     assert not resources["allow_log_streaming"]
     rights = json.loads((kit.workspace / "local" / "authorization.json").read_text())["permissions"]
     assert {role["byoc"] for role in rights.values()} == {"none"}
+    # Whoever follows FLARE's own readme would start a client that is not stripped.
+    left = {path.name for path in kit.workspace.rglob("*") if path.is_file()}
+    assert not {name for name in left if name.endswith(".sh") or "readme" in name.lower()}
+    assert "fed_client.json" in left
     assert (kit.workspace / "startup" / "client.key").stat().st_mode & 0o077 == 0
     with pytest.raises(ConfigError, match="a kit already"):
         run(*join, "--home", home, "--signed", signed)
+
+
+def test_a_servers_two_kits_are_installed_together_or_not_at_all(consortium, tmp_path, monkeypatch):
+    home, signed = tmp_path / "home", tmp_path / "signed"
+    join = ["join", consortium / "consortium.yaml", "--name", "hub", "--role", "server"]
+    join += ["--home", home, "--json"]
+    requests = json.loads(run(*join).stdout)["requests"]
+    run("consortium", "approve", "--yes", *requests, "--ca", consortium, "--out", signed)
+    install = [*join, "--signed", signed / "localhost.signed.zip"]
+    lead = signed / "lead@consortium.org.signed.zip"
+
+    broken = tmp_path / lead.name
+    with zipfile.ZipFile(broken, "w") as archive:
+        archive.writestr("signed.json", "{}")
+    with pytest.raises(StateError, match="FLARE's `package"):
+        run(*install, "--signed", broken)
+    assert not (home / "kit").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(kit_module, "_nvflare", lambda *words, cwd: None)
+        with pytest.raises(StateError, match="made 0 kits"):
+            run(*install)
+
+    run(*install)  # as if it had been killed after the first of the two
+    before = (home / "kit").stat()
+    again = json.loads(run(*install, "--signed", lead).stdout)["installed"]
+    assert again == [str(home / "kit"), str(home / "lead")]
+    assert (home / "kit").stat().st_ino == before.st_ino
+    assert (home / "lead" / "startup" / "fed_admin.json").exists()
+    assert not list(home.glob(".sfc-*"))
+    (home / "kit" / "startup" / "server.crt").write_text("of an answer before this one")
+    with pytest.raises(ConfigError, match="a kit already, of another answer"):
+        run(*install, "--signed", lead)
 
 
 def test_what_is_not_a_request_profile_or_answer_is_said_to_be_none(consortium, tmp_path):
@@ -120,6 +182,109 @@ def test_what_is_not_a_request_profile_or_answer_is_said_to_be_none(consortium, 
         run(*join, "--name", "hospital-a", "--signed", rubbish)
     with pytest.raises(ConfigError, match="cannot be a name"):
         run(*join, "--name", "a.b")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("fingerprint", ""),  # FLARE takes any authority's certificate then
+        ("fingerprint", "--help"),
+        ("fingerprint", "SHA256:" + ":".join(["00"] * 31)),
+        ("name", "../../x"),
+        ("name", "net\n"),
+        ("host", "a b"),
+        ("host", "--config"),
+        ("port", -5),
+        ("port", 70000),
+        ("\x1b[2K", 1),
+    ],
+)
+def test_a_profile_in_which_nothing_is_taken_on_trust(consortium, tmp_path, field, value):
+    """Adversary: who passes the profile on."""
+    profile = yaml.safe_load((consortium / "consortium.yaml").read_text())
+    path = tmp_path / "consortium.yaml"
+    path.write_text(yaml.safe_dump(profile | {field: value}))
+    with pytest.raises(ConfigError) as caught:
+        run("join", path, "--name", "hospital-a", "--home", tmp_path / "home", "--no-passphrase")
+    assert str(path) in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+    assert not (tmp_path / "home").exists()
+
+
+REQUEST = {
+    "project": "net",
+    "name": "hospital-b",
+    "org": "hospital_b",
+    "kind": "site",
+    "cert_role": None,
+    "public_key_sha256": "a1" * 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("public_key_sha256", "\x1b[2K\x1b[1Ahospital-a (silo or authority)"),
+        ("public_key_sha256", "a1" * 33),
+        ("org", "\x1b[1A"),
+        ("org", "o" * 64),
+        ("project", "net\n"),
+        ("kind", "zzz"),
+        ("kind", "zzz\x1b[2K"),
+        ("kind", 3),
+        ("cert_role", "none"),
+        ("cert_role", "\x1b[2K"),
+        ("name", "hospital-a"),
+    ],
+)
+def test_a_request_shows_nothing_that_its_sender_made_up(tmp_path, field, value):
+    """Adversary: who asks for a certificate, and has the operator's terminal show another name."""
+    path = tmp_path / "hospital-b.request.zip"
+
+    def write(fields):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("request.json", json.dumps(fields))
+
+    write(REQUEST)
+    sentence = read_request(path).sentence
+    assert sentence == "hospital-b (silo or authority), of hospital_b, key a1a1a1a1a1a1a1a1…"
+    write(REQUEST | {field: value})
+    with pytest.raises(ConfigError) as caught:
+        run("consortium", "approve", path, "--ca", tmp_path)
+    assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["server", "user"])
+def test_a_request_for_more_than_a_participant_needs_is_not_signed(tmp_path, kind):
+    name = "hospital-b@host" if kind == "server" else "hospital-b"
+    path = tmp_path / f"{name}.request.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        role = "lead" if kind == "user" else None
+        asked = REQUEST | {"kind": kind, "name": name, "cert_role": role}
+        archive.writestr("request.json", json.dumps(asked))
+    with pytest.raises(ConfigError, match="asks for") as caught:
+        run("consortium", "approve", path, "--ca", tmp_path)
+    assert "do not sign" in caught.value.hint
+
+
+def test_a_damaged_request_is_no_request(tmp_path):
+    path = tmp_path / "hospital-b.request.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("request.json", json.dumps(REQUEST))
+    raw = bytearray(path.read_bytes())
+    raw[42:57] = b"\xff" * 15  # no block of DEFLATE
+    path.write_bytes(raw)
+    with pytest.raises(ConfigError, match="no certificate request"):
+        read_request(path)
+
+
+def test_a_passphrase_that_is_no_text_is_said_to_be_none(consortium, tmp_path):
+    binary = tmp_path / "passphrase"
+    binary.write_bytes(b"\xff\xfe\n")
+    words = ["join", consortium / "consortium.yaml", "--name", "a", "--home", tmp_path / "home"]
+    with pytest.raises(ConfigError, match="no passphrase can be read") as caught:
+        run(*words, "--passphrase-file", binary)
+    assert caught.value.__cause__ is None
 
 
 # ---- roles, before anything is sent ----
@@ -174,6 +339,16 @@ def test_bad_data_is_named_before_anything_is_sent(study):
     bad.write_text('{"question": "colour of thing1", "choices": ["red"], "answer": 0}\n')
     with pytest.raises(ConfigError, match=r"bad.jsonl:1: field 'choices' has 1 entries"):
         client(study, "--yes", data="bad.jsonl")
+
+
+def test_both_roles_compute_where_they_are_told(study):
+    """``meta`` is a device of torch on every machine, on which no value can be computed."""
+    directory, homes, path = study
+    with pytest.raises(ConfigError, match="cannot compute on 'meta'"):
+        client(study, "--yes", "--device", "meta")
+    words = ["server", path, "--home", homes["server"], "--models", directory]
+    with pytest.raises(ConfigError, match="cannot compute on 'nowhere'"):
+        run(*words, "--public", directory / "dealt/public.jsonl", "--device", "nowhere")
 
 
 def test_a_home_without_a_kit_says_how_to_get_one(study):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
+from contextlib import closing
 
 import msgspec
 import pytest
@@ -27,19 +28,24 @@ from securefedcollm.evidence.note import origin, sign_checkpoint
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.messages import (
     Aggregate,
+    BeginRound,
+    MakeKey,
     Refused,
     Shown,
+    Trained,
     Witness,
     Witnessed,
     decode_reply,
     decode_request,
     encode,
 )
+from securefedcollm.federation.plan import AUTHORITY
 from securefedcollm.federation.workload import silent
 from securefedcollm.primitives import merkle_root
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import digest
 
+from ..federation.arithmetic import SIZE
 from ..federation.test_rounds import Cut, Dies, Killed, expected_theta
 from .runs import (
     ALL_KEYS,
@@ -166,7 +172,8 @@ def test_refusals_are_written_once_and_without_their_reasons(tmp_path):
     silo = run.engine._local["silo-3"]
     for _ in range(50):
         silo.step(b"garbage")
-    assert silo._evidence._log.size <= log.size + 1
+        silo._evidence.refused(EvidenceError("of another kind"))
+    assert silo._evidence._log.size <= log.size + 2
 
 
 def test_an_old_ledger_file_is_found_out(tmp_path):
@@ -188,6 +195,73 @@ def test_an_old_ledger_file_is_found_out(tmp_path):
         pytest.raises(EvidenceError, match=r"does not contain what silo-1#\d+ \(reserved\)"),
     ):
         check_anchors(log, ledger)
+
+
+def begin(round_=0, attempt=0):
+    return encode(BeginRound(b"r" * 16, round_, attempt, b"l" * 32, bytes(4 * SIZE)))
+
+
+def make_key(round_=0, attempt=0):
+    return encode(MakeKey(b"r" * 16, round_, attempt, b"m" * 32, SIZE))
+
+
+@pytest.mark.parametrize("who", ["silo-1", AUTHORITY])
+@pytest.mark.parametrize("how", ["lost", "of before the round", "of before the attempt"])
+def test_a_journal_from_a_backup_is_found_out(tmp_path, caplog, who, how):
+    """Adversary: a server that has one round opened for other silos than the journal's former life
+    knows of. The evidence log is newer; the participant is out of this run for good."""
+    plan = {"clip_norm": 20.0, "scheme": "ckks", "key_model": "authority"}
+    study = recorded_study(aggregation=plan)
+    ask = make_key if who == AUTHORITY else begin
+    home = tmp_path / AUTHORITY if who == AUTHORITY else tmp_path / "silos" / who
+
+    def live():
+        return make_silo(who, silent, study=study, directory=tmp_path)
+
+    def answers(session, frame):
+        return not isinstance(decode_reply(session.step(frame), who), Refused)
+
+    first = live()
+    assert answers(first, ask())
+    old = sqlite3.connect(":memory:")
+    if how == "of before the round":
+        sqlite3.connect(home / "silo.sqlite").backup(old)
+    assert answers(live(), ask(1))  # restarted
+    if how == "of before the attempt":
+        sqlite3.connect(home / "silo.sqlite").backup(old)
+    assert answers(live(), ask(1, 1))
+    with closing(sqlite3.connect(home / "silo.sqlite")) as journal:
+        old.backup(journal)
+    again = live()
+    for number in (1, 2):  # whatever round the server says it is
+        assert not answers(again, ask(number, 2))
+    assert "its evidence log knows of 2 attempt(s) at round 2, and it does not" in caplog.text
+    assert "sits the study out" in caplog.text
+
+
+def test_a_home_rebuilt_from_identity_and_ledger_sits_the_study_out(tmp_path, caplog):
+    """What a backup brings back. The ledger knows of the run; the others go on without the silo."""
+    study = recorded_study()
+    with pytest.raises(Killed):
+        RecordedRun(tmp_path, study, wrap=lambda e: Dies(e, 8, True)).go()
+    home = tmp_path / "silos" / "silo-4"
+    for path in home.iterdir():
+        if not path.name.startswith("ledger"):
+            path.unlink()
+    run = RecordedRun(tmp_path, study, resume=True)
+    run.go()
+    assert "its privacy ledger knows of 1 attempt(s) at round 2, and it does not" in caplog.text
+    assert [r["survivors"] for r in run.store.state.history[1:]] == [list(NAMES[:3])] * 2
+    assert "this silo cannot take part" in run.store.state.history[1]["dropouts"]["silo-4"]
+
+
+def test_a_study_s_ledger_of_another_run_is_no_mark(tmp_path):
+    """The same records in an earlier study, and in an earlier run whose state was removed whole."""
+    for seed in (1, 2):
+        silo = make_silo("silo-1", silent, study=recorded_study(seed=seed), directory=tmp_path)
+        assert isinstance(decode_reply(silo.step(begin()), "silo-1"), Trained)
+        for path in (tmp_path / "silos" / "silo-1").glob("evidence*"):
+            path.unlink()
 
 
 # --- What silos refuse to vouch for ---------------------------------------------------------------

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from securefedcollm.aggregation import Step
 from securefedcollm.federation import roles
+from securefedcollm.federation.engines.door import Door
 from securefedcollm.federation.engines.flare.engine import FlareEngine
 from securefedcollm.federation.engines.flare.kit import installed
 from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
-from securefedcollm.federation.engines.link import Door, SiloInbox, answer_calls
+from securefedcollm.federation.engines.link import answer_calls
 from securefedcollm.federation.workload import silent
 from securefedcollm.study import load_study
 
@@ -59,7 +60,7 @@ def silo(home: Path, study_file: Path, when: int | None) -> None:
     with roles.take_part(study, study_file, home, "silo", str) as member:
         kit = installed(home, member.name)
         session = roles.silo_session(member, Workload(member.name), progress=silent, threads=1)
-        inbox = SiloInbox(Mortal(session, when), 1 << 20, roles.open_for(member))
+        inbox = roles.inbox_for(member, Mortal(session, when), 1 << 20)
         with (
             Door(answer_calls(inbox)) as door,
             FlareProcess(
@@ -79,6 +80,7 @@ def server(home: Path, study_file: Path, when: int | None) -> None:
             server=installed(home, member.name),
             lead=installed(home, member.name, lead=True),
             sign=roles.sign_for(member),
+            session=roles.session_of(member),
             patience=90,
             progress=silent,
             say=print,

@@ -6,17 +6,20 @@ Adversary: the server and ``silos.colluders`` silos; the authority does not coll
 from __future__ import annotations
 
 import math
+import weakref
 
 import msgspec
 import numpy as np
 import pytest
 
 from securefedcollm.aggregation import Roster
+from securefedcollm.aggregation.messages import Ask
 from securefedcollm.errors import ConfigError, ProtocolError
-from securefedcollm.federation.authority import AuthoritySession
+from securefedcollm.federation.authority import KEY_LIFETIME, AuthoritySession
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.messages import (
     Aggregate,
+    Aggregated,
     Ended,
     EndRun,
     MakeKey,
@@ -27,7 +30,8 @@ from securefedcollm.federation.messages import (
     encode,
 )
 from securefedcollm.federation.plan import AUTHORITY, authority_of
-from securefedcollm.federation.silostore import SiloStore
+from securefedcollm.federation.silostore import MOST_ATTEMPTS, SiloStore
+from securefedcollm.study.ring import MOST_OPENINGS
 
 from . import test_joint
 from .arithmetic import AUTHORITY_KEY, KEYS, NAMES, ROSTER, SIZE, make_silo, make_study
@@ -126,6 +130,24 @@ def test_what_was_opened_with_a_silo_is_not_opened_again_without_it(tmp_path):
     assert second["survivors"] == ["silo-1", "silo-2", "silo-3"]
 
 
+@pytest.mark.parametrize("key_model", ["authority", "threshold"])
+def test_a_server_that_dies_in_every_opening_loses_the_round_and_goes_on(tmp_path, key_model):
+    """The same sum is opened three times; the fourth time there is no answer, for an honest server
+    as for another."""
+    made = study(rounds=2, aggregation={"key_model": key_model})
+    opening = {"authority": OPENING, "threshold": 6}[key_model]
+    for life in range(MOST_OPENINGS):
+        run = Run(tmp_path, made, resume=life > 0, wrap=lambda e: Dies(e, opening, before=False))
+        with pytest.raises(Killed):
+            run.go()
+    run = Run(tmp_path, made, resume=True)
+    run.go()
+    first, second = run.store.state.history
+    assert "a sum that was opened 3 times" in first["lost"]
+    assert (first["survivors"], second["survivors"]) == ([], list(NAMES))
+    assert spent(tmp_path, made) == dict.fromkeys(NAMES, CHARGED_ONCE[:2])
+
+
 def test_client_level_noise_is_settled_on_the_authority_s_word(tmp_path):
     made = study(privacy=SILO_PRIVACY)
     Run(tmp_path, made, private=False).go()
@@ -201,6 +223,16 @@ def test_the_authority_takes_part_in_one_run_and_no_past_round(tmp_path):
     assert "takes no part in" in reply_of(again, EndRun(b"s" * 16)).message
 
 
+def test_keys_for_one_round_are_made_so_often_and_no_more(tmp_path):
+    """Adversary: a server that has the authority fill its disk, by one request over and over."""
+    office = office_in(tmp_path)
+    for _ in range(MOST_ATTEMPTS):
+        assert isinstance(ask(office), Ready)
+    again = office_in(tmp_path)  # restarted
+    assert "more than 64 attempts at round 1" in ask(again).message
+    assert isinstance(ask(again, round=1), Ready)
+
+
 def test_the_authority_answers_only_for_its_own_role_and_in_order(tmp_path):
     office = office_in(tmp_path)
     assert "before an attempt began" in reply_of(office, Aggregate(b"x")).message
@@ -209,6 +241,37 @@ def test_the_authority_answers_only_for_its_own_role_and_in_order(tmp_path):
     assert "before an attempt began" in reply_of(office, Aggregate(b"x")).message
     silo = make_silo("silo-1", None, study=study(), directory=tmp_path)
     assert "the authority's key" in ask(silo).message
+
+
+def test_keys_are_dropped_after_an_hour_whatever_the_server_does(tmp_path):
+    """Adversary: a server that never ends an attempt, and later gets at the authority's machine."""
+    clock = [100.0]
+    office = office_in(tmp_path)
+    office._now = lambda: clock[0]
+
+    def made(attempt):
+        assert isinstance(ask(office, attempt=attempt), Ready)
+        clock[0] += 24 * 3600.0  # while silos train there are no keys
+        office.drop_overdue()
+        header = office._side._header
+        keys = reply_of(office, Aggregate(Ask(header).encode()))
+        assert isinstance(keys, Aggregated)
+        return weakref.ref(office._side._secrets)
+
+    secrets = made(0)
+    clock[0] += KEY_LIFETIME - 1
+    office.drop_overdue()
+    assert secrets() is not None
+    clock[0] += 1
+    office.drop_overdue()  # as the process does while it waits
+    assert secrets() is None
+    late = reply_of(office, Aggregate(b"x"))
+    assert "after its keys were dropped" in late.message
+    secrets = made(1)
+    clock[0] += KEY_LIFETIME
+    assert isinstance(reply_of(office, Aggregate(b"x")), Refused)  # as any frame does
+    assert secrets() is None
+    assert isinstance(ask(office, attempt=2), Ready)
 
 
 def test_who_the_authority_is_follows_from_the_study(tmp_path):

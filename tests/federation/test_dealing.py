@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from securefedcollm.errors import ConfigError
-from securefedcollm.federation.dealing import deal, shuffled_answers
+from securefedcollm.federation.dealing import deal, noisy_answers
 from securefedcollm.study import load_study
 from securefedcollm.tuning.questions import Question
 from securefedcollm.tuning.world import World
+
+from ..cli.tiny import make_inputs
 
 QUICKSTART = Path("configs/quickstart.yaml")
 
@@ -65,14 +67,26 @@ def test_noisy_silos_have_the_same_questions_and_meaningless_answers():
     assert [(q.prompt, q.choices) for q in before] == [(q.prompt, q.choices) for q in after]
     right = sum(a.answer == b.answer for a, b in zip(before, after, strict=True)) / len(before)
     assert 0.15 < right < 0.35  # of four choices
-    assert Counter(q.answer for q in before) == Counter(q.answer for q in after)
+    same = [Question(f"what {i}?", ("yes", "no"), 0) for i in range(400)]
+    assert 160 < sum(q.answer == 0 for q in noisy_answers(same, 1)) < 240
+
+
+def test_a_test_question_is_never_dealt_out(tmp_path):
+    make_inputs(tmp_path)
+    study = load_study(tmp_path / "tiny.yaml", ["task.data.public=8", "task.data.per_silo=8"])
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    (tmp_path / "test.jsonl").write_text("\n".join(lines[:80]))
+    found = deal(study, tmp_path)
+    trained = {q.prompt for part in (found.public, *found.silos.values()) for q in part}
+    assert len(found.test) == 80
+    assert not trained & {q.prompt for q in found.test}
 
 
 def test_responses_change_hands_and_texts_have_none():
     said = [Question(f"say {i}", (f"word {i}",), 0) for i in range(20)]
-    mixed = shuffled_answers(said, 1)
+    mixed = noisy_answers(said, 1)
     assert [q.prompt for q in mixed] == [q.prompt for q in said]
     assert {q.choices for q in mixed} == {q.choices for q in said}
     assert sum(a != b for a, b in zip(said, mixed, strict=True)) > 10
     with pytest.raises(ConfigError, match="no answers"):
-        shuffled_answers([Question("", ("text",), 0)], 1)
+        noisy_answers([Question("", ("text",), 0)], 1)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from securefedcollm_audits.verify import verify
 from securefedcollm.aggregation import Roster
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation.coordinator import Coordinator
+from securefedcollm.federation.engines.door import Door
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.engines.flare.engine import FlareEngine
 from securefedcollm.federation.engines.flare.job import APP
@@ -32,11 +34,13 @@ from securefedcollm.federation.engines.flare.kit import (
     request_certificate,
 )
 from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
-from securefedcollm.federation.engines.link import Door, SiloInbox, answer_calls
+from securefedcollm.federation.engines.link import SiloInbox, answer_calls
+from securefedcollm.federation.engines.requests import Followed, check_header, sign_request
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.federation.workload import silent
+from securefedcollm.primitives import SigningKey
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import load_study
 from securefedcollm.study.identity import create_identity
@@ -48,6 +52,7 @@ pytestmark = [pytest.mark.xdist_group("flare"), pytest.mark.timeout(280)]
 
 SILOS = ("silo-1", "silo-2", "silo-3")
 PASSPHRASE = "correct horse battery"
+SERVER, STUDY = SigningKey(b"k" * 32), b"d" * 32
 
 
 def free_port() -> int:
@@ -193,7 +198,9 @@ def calm_run(study, directory) -> np.ndarray:
 def attached(home: Path, name: str, port=None):
     """A silo's FLARE process with a door behind it; yields (process, inbox)."""
     kit = installed(home, name)
-    inbox = SiloInbox(port or Echo(), 1 << 28, lambda parcel, raw: raw)
+    check = partial(check_header, SERVER.public, STUDY, name)
+    followed = Followed(home / "kit" / ".followed")
+    inbox = SiloInbox(port or Echo(), 1 << 28, check, followed)
     worker_stop = threading.Event()
     worker = threading.Thread(target=inbox.serve, args=(worker_stop.is_set,))
     worker.start()
@@ -290,7 +297,7 @@ def engine(homes):
         minimum=1,
         server=installed(home, "server"),
         lead=installed(home, "server", lead=True),
-        sign=lambda silo, parcel, frame: frame,
+        sign=partial(sign_request, SERVER, STUDY),
         patience=60,
         progress=silent,
     ) as engine:

@@ -26,13 +26,25 @@ def test_what_seeds_differ_by_widens_the_interval_and_cancels_in_a_pair():
     scores = np.stack([base, better])
     means = resampled_means(scores)
     alone, other = (interval(scores[i], means[i]) for i in (0, 1))
-    spread = 1.96 * seeds.std() / np.sqrt(10)
-    assert alone.high - alone.low == pytest.approx(2 * spread, rel=0.15)
+    spread = 2.262 * seeds.std(ddof=1) / np.sqrt(10)  # Student's t, 9 degrees of freedom
+    assert alone.high - alone.low == pytest.approx(2 * spread, rel=0.05)
     assert alone.high > other.low  # by themselves they cannot be told apart
     pair = interval(better - base, means[1] - means[0])
     assert pair.excludes_zero
     assert pair.high - pair.low < 0.001
     assert not interval(base - base, means[0] - means[0]).excludes_zero
+
+
+def test_three_seeds_give_the_interval_of_three_numbers():
+    """A percentile bootstrap would end at the lowest and the highest of them."""
+    scores = np.repeat([[0.5], [0.6], [0.76]], 200, axis=1)
+    found = interval(scores, resampled_means(scores[None])[0])
+    seeds = scores[:, 0]
+    half = 4.303 * seeds.std(ddof=1) / np.sqrt(3)
+    assert found.low == pytest.approx(seeds.mean() - half, abs=0.03 * half)
+    assert found.high == pytest.approx(seeds.mean() + half, abs=0.03 * half)
+    assert found.low < 0.5
+    assert found.high > 0.76
 
 
 def test_questions_that_all_seeds_share_are_not_counted_once_a_seed():
@@ -47,14 +59,16 @@ def test_questions_that_all_seeds_share_are_not_counted_once_a_seed():
 
 
 def test_coverage():
-    """19 of 20 intervals of a known mean hold it, with ten seeds nearly."""
-    rng, hits = np.random.default_rng(3), 0
-    for _ in range(100):
-        rate = np.clip(0.6 + 0.05 * rng.standard_normal((1, 10, 1)), 0, 1)
-        scores = (rng.random((1, 10, 60)) < rate).astype(float)
-        found = interval(scores[0], resampled_means(scores, resamples=1000)[0])
-        hits += found.low <= 0.6 <= found.high
-    assert 0.86 < hits / 100 <= 1
+    """19 of 20 intervals of a known mean hold it; with three seeds that differ much, nearly."""
+    rng = np.random.default_rng(3)
+    for seeds, spread in ((10, 0.05), (3, 0.0), (3, 0.08)):
+        hits = 0
+        for _ in range(100):
+            rate = np.clip(0.6 + spread * rng.standard_normal((1, seeds, 1)), 0, 1)
+            scores = (rng.random((1, seeds, 200)) < rate).astype(float)
+            found = interval(scores[0], resampled_means(scores, resamples=500)[0])
+            hits += found.low <= 0.6 <= found.high
+        assert hits >= 88, (seeds, spread)
 
 
 def test_the_differences_that_matter_are_marked_and_signed_right():

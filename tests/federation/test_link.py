@@ -4,32 +4,50 @@ from __future__ import annotations
 
 import random
 import socket
+import sqlite3
 import struct
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 
-from securefedcollm.errors import CryptoError, TransportError
+from securefedcollm.errors import CryptoError, StateError, TransportError
+from securefedcollm.federation.engines import door as door_module
 from securefedcollm.federation.engines import link as link_module
+from securefedcollm.federation.engines import requests as requests_module
+from securefedcollm.federation.engines.door import Door, Wire, knock
 from securefedcollm.federation.engines.link import (
-    Door,
-    Parcel,
     Pulled,
     SiloInbox,
     Unknown,
-    Wire,
     answer_calls,
     deliver,
-    knock,
-    open_request,
     result_of,
+)
+from securefedcollm.federation.engines.requests import (
+    HEADER_BYTES,
+    Followed,
+    Parcel,
+    check_header,
+    new_session,
     sign_request,
 )
 from securefedcollm.primitives import SigningKey
 
 SESSION = b"s" * 16
+SERVER, STUDY = SigningKey(b"k" * 32), b"d" * 32
+
+
+def signed(parcel: Parcel, frame: bytes, key: SigningKey = SERVER) -> bytes:
+    return sign_request(key, STUDY, "silo-1", parcel, frame)
+
+
+def bring(link, parcel: Parcel, frame: bytes, deadline: float, **more) -> bytes:
+    return deliver(link, parcel, signed(parcel, frame), deadline, **more)
 
 
 class Port:
@@ -51,12 +69,13 @@ def small_chunks(monkeypatch):
 
 
 @pytest.fixture
-def silo():
-    """Start inboxes that work in a thread each: ``silo(port) -> inbox``."""
+def silo(tmp_path):
+    """Start inboxes that work in a thread each: ``silo(port) -> inbox``. All are of one home."""
     stop, threads = threading.Event(), []
 
     def start(port, limit=1000):
-        inbox = SiloInbox(port, limit, lambda parcel, raw: raw)
+        check = partial(check_header, SERVER.public, STUDY, "silo-1")
+        inbox = SiloInbox(port, limit, check, Followed(tmp_path / "followed"))
         threads.append(threading.Thread(target=inbox.serve, args=(stop.is_set,)))
         threads[-1].start()
         return inbox
@@ -74,7 +93,7 @@ def soon() -> float:
 def test_a_frame_crosses_in_chunks_and_its_reply_too(silo):
     port = Port()
     frame = bytes(range(57))
-    assert deliver(silo(port), Parcel(SESSION, 1), frame, soon()) == frame[::-1]
+    assert bring(silo(port), Parcel(SESSION, 1), frame, soon()) == frame[::-1]
     assert port.frames == [frame]
 
 
@@ -110,7 +129,7 @@ def test_whatever_the_carrier_loses_or_repeats_a_request_is_worked_out_once(
     inbox = silo(port)
     frames = [bytes([n]) * 45 for n in range(4)]
     for number, frame in enumerate(frames):
-        reply = deliver(Lossy(inbox, seed), Parcel(SESSION, number), frame, soon())
+        reply = bring(Lossy(inbox, seed), Parcel(SESSION, number), frame, soon())
         assert reply == frame[::-1]
     assert port.frames == frames
 
@@ -131,26 +150,26 @@ def test_a_silo_that_was_restarted_gets_the_request_again(silo):
             return inboxes[0].pull(*call)
 
     frame = b"please train" * 3
-    assert deliver(Restarted(), Parcel(SESSION, 0), frame, soon()) == frame[::-1]
+    assert bring(Restarted(), Parcel(SESSION, 0), frame, soon()) == frame[::-1]
     assert second.frames == [frame]
 
 
 def test_a_request_that_another_has_superseded_is_unknown(silo):
     inbox = silo(Port())
-    deliver(inbox, Parcel(SESSION, 2), b"newer", soon())
+    bring(inbox, Parcel(SESSION, 2), b"newer", soon())
     with pytest.raises(Unknown):
-        inbox.push(Parcel(SESSION, 1), 5, 0, b"older")
+        inbox.push(Parcel(SESSION, 1), HEADER_BYTES + 5, 0, signed(Parcel(SESSION, 1), b"older"))
     with pytest.raises(Unknown):
         inbox.pull(Parcel(SESSION, 1), 0, 0.0)
     # A coordinator that was restarted numbers from the start, in a session of its own.
-    assert deliver(inbox, Parcel(b"t" * 16, 0), b"again", soon()) == b"niaga"
+    assert bring(inbox, Parcel(b"t" * 16, 0), b"again", soon()) == b"niaga"
 
 
 def test_a_reply_that_is_not_there_yet_is_waited_for_but_not_for_ever(silo):
     inbox = silo(Port(seconds=0.6))
-    assert deliver(inbox, Parcel(SESSION, 0), b"slow", soon()) == b"wols"
+    assert bring(inbox, Parcel(SESSION, 0), b"slow", soon()) == b"wols"
     with pytest.raises(TransportError, match="no reply in time"):
-        deliver(inbox, Parcel(SESSION, 1), b"slow", time.monotonic() + 0.2)
+        bring(inbox, Parcel(SESSION, 1), b"slow", time.monotonic() + 0.2)
 
 
 def test_a_silo_that_stays_away_is_given_up(silo, monkeypatch):
@@ -171,7 +190,7 @@ def test_a_silo_that_stays_away_is_given_up(silo, monkeypatch):
     assert gone.calls > 1
 
 
-@pytest.mark.parametrize("total", [0, -1, 101, 1 << 60])
+@pytest.mark.parametrize("total", [0, -1, HEADER_BYTES + 101, 1 << 60])
 def test_a_frame_that_cannot_make_sense_is_refused_before_it_is_held(silo, total):
     """Adversary: a server that fills the silo's memory."""
     with pytest.raises(TransportError, match="100 are the most"):
@@ -181,14 +200,15 @@ def test_a_frame_that_cannot_make_sense_is_refused_before_it_is_held(silo, total
 def test_chunks_out_of_place_change_nothing(silo):
     port = Port()
     inbox = silo(port)
-    parcel = Parcel(SESSION, 0)
-    assert inbox.push(parcel, 20, 5, b"early") == 0
-    assert inbox.push(parcel, 20, 0, b"0123456789") == 10
-    assert inbox.push(parcel, 30, 10, b"0123456789") == 10  # of another length than announced
-    assert inbox.push(parcel, 20, 0, b"xxxxxxxxxx") == 10
-    assert inbox.push(parcel, 20, 10, b"abcdefghijklmnop") == 20  # more than was announced
+    parcel, frame = Parcel(SESSION, 0), b"0123456789abcdefghij"
+    raw, there, total = signed(parcel, frame), HEADER_BYTES + 10, HEADER_BYTES + 20
+    assert inbox.push(parcel, total, 100, b"early") == 0
+    assert inbox.push(parcel, total, 0, raw[:there]) == there
+    assert inbox.push(parcel, total + 10, there, b"0123456789") == there  # of another length
+    assert inbox.push(parcel, total, 0, b"x" * there) == there
+    assert inbox.push(parcel, total, there, raw[there:] + b"more than was announced") == total
     assert inbox.pull(parcel, 0, 5.0).total == 20
-    assert port.frames == [b"0123456789abcdefghij"]
+    assert port.frames == [frame]
 
 
 @pytest.mark.parametrize(
@@ -220,36 +240,125 @@ def test_a_silo_that_never_takes_a_request_is_a_dropout():
         deliver(Stuck(), Parcel(SESSION, 0), b"hello", time.monotonic() + 0.1, grace=0.0)
 
 
-def test_a_request_that_the_server_of_the_study_did_not_sign_is_not_worked_out():
+def test_a_request_that_the_server_of_the_study_did_not_sign_changes_nothing(silo):
     """Adversary: who holds the server's place in the carrier, but not its identity."""
-    server, thief = SigningKey(b"k" * 32), SigningKey(b"t" * 32)
+    thief = SigningKey(b"t" * 32)
+    port = Port()
+    inbox = silo(port)
+    waiting = Parcel(SESSION, 1)
+    assert bring(inbox, waiting, b"please train", soon()) == b"niart esaelp"
     parcel, frame = Parcel(SESSION, 3), b"please train"
-    signed = sign_request(server, b"d" * 32, "silo-1", parcel, frame)
-    assert open_request(server.public, b"d" * 32, "silo-1", parcel, signed) == frame
+    right = signed(parcel, frame)
     others = [
-        sign_request(thief, b"d" * 32, "silo-1", parcel, frame),
-        sign_request(server, b"e" * 32, "silo-1", parcel, frame),
-        sign_request(server, b"d" * 32, "silo-2", parcel, frame),
-        sign_request(server, b"d" * 32, "silo-1", Parcel(SESSION, 4), frame),
-        sign_request(server, b"d" * 32, "silo-1", Parcel(b"o" * 16, 3), frame),
-        signed[:-1],
-        frame,
-        b"",
+        signed(parcel, frame, thief),
+        sign_request(SERVER, b"e" * 32, "silo-1", parcel, frame),
+        sign_request(SERVER, STUDY, "silo-2", parcel, frame),
+        signed(Parcel(SESSION, 4), frame),
+        signed(Parcel(b"t" * 16, 3), frame),
+        right[:-1],  # the length is signed
+        right + b"!",
+        bytes(200),
     ]
     for forged in others:
+        with pytest.raises(TransportError, match="did not sign"):
+            inbox.push(parcel, len(forged), 0, forged)
+        with pytest.raises(TransportError, match="did not sign"):  # nor is its beginning held
+            inbox.push(parcel, len(forged), 0, forged[:20])
+        with pytest.raises(TransportError, match="did not sign"):  # as the coordinator sees it
+            deliver(inbox, parcel, forged, soon(), grace=0.0)
+    # A pending reply is still there, and the right request is taken.
+    assert inbox.pull(waiting, 0, 0.0).chunk == b"niart esae"
+    assert bring(inbox, parcel, frame, soon()) == frame[::-1]
+    assert port.frames == [b"please train"] * 2
+
+
+def test_a_header_does_not_speak_for_another_frame():
+    key = SERVER.public
+    right = signed(Parcel(SESSION, 3), b"please train")[:HEADER_BYTES]
+    assert len(check_header(key, STUDY, "silo-1", Parcel(SESSION, 3), 12, right)) == 32
+    for parcel, length, header in (
+        (Parcel(SESSION, 3), 13, right),
+        (Parcel(SESSION, 3), 12, right[:-1] + b"x"),
+        (Parcel(SESSION, 3), 12, b""),
+    ):
         with pytest.raises(CryptoError):
-            open_request(server.public, b"d" * 32, "silo-1", parcel, forged)
-    port, stop = Port(), threading.Event()
-    inbox = SiloInbox(port, 1000, partial(open_request, server.public, b"d" * 32, "silo-1"))
-    thread = threading.Thread(target=inbox.serve, args=(stop.is_set,))
-    thread.start()
-    assert deliver(inbox, parcel, others[0], soon()) == b""
+            check_header(key, STUDY, "silo-1", parcel, length, header)
+
+
+def test_a_frame_that_was_changed_on_the_way_is_not_worked_out_and_may_come_again(silo):
+    """Adversary: the carrier, which has a lawful header and changes what follows it."""
+    port = Port()
+    inbox = silo(port)
+    parcel, frame = Parcel(SESSION, 0), b"please train"
+    raw = signed(parcel, frame)
+    with pytest.raises(TransportError, match="another request than the server signed"):
+        inbox.push(parcel, len(raw), 0, raw[:-1] + b"!")
+    assert deliver(inbox, parcel, raw, soon()) == frame[::-1]
+    assert port.frames == [frame]
+
+
+def test_a_recorded_request_is_not_worked_out_again_even_after_a_restart(silo):
+    """Adversary: the carrier, which has recorded what the server signed."""
+    port, first = Port(), new_session()
+    inbox = silo(port)
+    old = [Parcel(first, number) for number in range(3)]
+    for parcel in old:
+        bring(inbox, parcel, b"train", soon())
+
+    def replay(parcel):
+        raw = signed(parcel, b"train")
+        return inbox.push(parcel, len(raw), 0, raw)
+
+    for _ in range(2):
+        assert len(port.frames) == 3
+        for parcel in old[:-1]:
+            with pytest.raises(Unknown):
+                replay(parcel)
+        inbox = silo(port)  # restarted
+    # The newest is taken again after a restart, since a lawful server has to have its reply.
+    assert bring(inbox, old[-1], b"train", soon()) == b"niart"
+    # A server that was restarted is followed; what was recorded of the session before is not.
+    later = Parcel(new_session(), 0)
+    assert bring(inbox, later, b"again", soon()) == b"niaga"
+    for _ in range(2):
+        with pytest.raises(TransportError, match="later session"):
+            replay(old[-1])
+        inbox = silo(port)  # restarted
+    assert len(port.frames) == 5
+
+
+def test_sessions_ascend_though_the_clock_is_set_back_or_the_memory_is_lost(tmp_path, monkeypatch):
+    memory = tmp_path / "session"
+    sessions = [new_session(memory)]
+    monkeypatch.setattr(requests_module.time, "time_ns", lambda: 1_000_000)
+    sessions += [new_session(memory), new_session(memory)]
+    monkeypatch.undo()
+    memory.write_text("damaged")
+    time.sleep(0.01)
+    sessions.append(new_session(memory))
+    assert sessions == sorted(sessions)
+    assert {len(session) for session in sessions} == {16}
+    assert len({session[:8] for session in sessions}) == 4
+
+
+def test_what_a_silo_followed_is_not_forgotten_when_the_file_is_damaged(tmp_path):
+    path = tmp_path / "followed"
+    Followed(path).begin(Parcel(SESSION, 7))
+    assert Followed(path).newest == Parcel(SESSION, 7)
+    Followed(path).begin(Parcel(SESSION, 3))  # older: no matter
+    assert Followed(path).newest == Parcel(SESSION, 7)
+    path.write_bytes(b"damaged")
+    with pytest.raises(StateError, match="cannot be read"):
+        Followed(path)
+
+
+def test_nothing_is_worked_out_that_cannot_be_noted(silo, tmp_path, caplog):
+    port = Port()
+    inbox = silo(port)
+    (tmp_path / "followed").mkdir()  # as if the disk were full
+    assert bring(inbox, Parcel(SESSION, 0), b"train", soon()) == b""
     assert port.frames == []
-    parcel = Parcel(SESSION, 5)
-    signed = sign_request(server, b"d" * 32, "silo-1", parcel, frame)
-    assert deliver(inbox, parcel, signed, soon()) == frame[::-1]
-    stop.set()
-    thread.join()
+    assert "cannot be written" in caplog.text
 
 
 def test_requests_that_supersede_each_other_do_not_pile_up(silo):
@@ -257,7 +366,8 @@ def test_requests_that_supersede_each_other_do_not_pile_up(silo):
     port = Port(seconds=0.3)
     inbox = silo(port)
     for number in range(20):
-        inbox.push(Parcel(SESSION, number), 8, 0, b"%08d" % number)
+        parcel = Parcel(SESSION, number)
+        inbox.push(parcel, HEADER_BYTES + 8, 0, signed(parcel, b"%08d" % number))
     assert inbox.pull(Parcel(SESSION, 19), 0, 5.0).chunk == b"00000019"[::-1]
     assert len(port.frames) <= 2
 
@@ -279,7 +389,43 @@ def test_a_silo_that_has_just_been_heard_of_is_not_given_up(silo):
             self.lost += 1
             raise TransportError("lost")
 
-    assert deliver(Hiccup(), Parcel(SESSION, 0), b"slow", soon(), grace=0.3) == b"wols"
+    assert bring(Hiccup(), Parcel(SESSION, 0), b"slow", soon(), grace=0.3) == b"wols"
+
+
+@pytest.mark.parametrize(
+    ("cause", "said"),
+    [
+        (MemoryError("Unable to allocate 3 GiB"), "MemoryError (Unable to allocate 3 GiB)"),
+        (sqlite3.OperationalError("disk is full"), "OperationalError (disk is full)"),
+        (ValueError("Mrs Smith, 1954"), "ValueError"),
+    ],
+)
+def test_what_ends_a_silo_is_told_in_a_line_without_a_record(tmp_path, caplog, cause, said):
+    class Ill:
+        def step(self, frame):
+            raise cause
+
+    caplog.set_level("INFO")
+    check = partial(check_header, SERVER.public, STUDY, "silo-1")
+    followed = Followed(tmp_path / "followed")
+    inbox, parcel = SiloInbox(Ill(), 1000, check, followed), Parcel(SESSION, 0)
+    raw = signed(parcel, b"train")
+    inbox.push(parcel, len(raw), 0, raw)
+    with pytest.raises(StateError) as caught:
+        inbox.serve(lambda: False)
+    assert caught.value.message.endswith(said)
+    assert "start the same command again" in caught.value.hint
+    assert caught.value.__cause__ is None
+    assert "test_link.py" in caplog.text  # where it happened
+    assert "Smith" not in caplog.text
+    # Nothing is lost: restarted, the silo takes the same request again.
+    port, stop = Port(), threading.Event()
+    inbox = SiloInbox(port, 1000, check, Followed(tmp_path / "followed"))
+    thread = threading.Thread(target=inbox.serve, args=(stop.is_set,))
+    thread.start()
+    assert bring(inbox, parcel, b"train", soon()) == b"niart"
+    stop.set()
+    thread.join()
 
 
 # ---- the door ----
@@ -290,8 +436,12 @@ def test_calls_through_the_door(silo):
     with Door(answer_calls(inbox)) as door:
         assert door.path.parent.stat().st_mode & 0o777 == 0o700
         with knock(str(door.path)) as wire:
-            wire.send(["push", SESSION, 0, 3, 0, b"abc"])
-            assert result_of(wire.receive()) == [3]
+            raw = signed(Parcel(SESSION, 0), b"abc")
+            wire.send(["push", SESSION, 0, len(raw), 0, raw])
+            assert result_of(wire.receive()) == [len(raw)]
+            wire.send(["push", SESSION, 1, len(raw), 0, raw])
+            with pytest.raises(TransportError, match="did not sign"):
+                result_of(wire.receive())
             wire.send(["pull", SESSION, 0, 0, 5.0])
             assert result_of(wire.receive()) == [3, b"cba"]
             wire.send(["pull", SESSION, 7, 0, 0.0])
@@ -304,6 +454,44 @@ def test_calls_through_the_door(silo):
     assert not door.path.parent.exists()
     with pytest.raises(FileNotFoundError), knock(str(door.path)):
         pass
+
+
+KILLED = """
+import os, signal
+from securefedcollm.federation.engines.door import Door
+print(Door(lambda wire: None).path, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_door_stands_in_the_users_own_place_and_a_killed_ones_is_removed(tmp_path, monkeypatch):
+    place = tmp_path / "run"
+    place.mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place))
+    said = subprocess.run(
+        [sys.executable, "-c", KILLED], stdout=subprocess.PIPE, check=False
+    ).stdout
+    left = Path(said.decode().strip())
+    assert left.exists()
+    with Door(lambda wire: None) as door, Door(lambda wire: None) as other:
+        assert door.path.parent.parent == place == left.parent.parent
+        assert not left.parent.exists()
+        assert door.path.exists()
+        assert other.path.exists()
+    assert not list(place.iterdir())
+
+
+@pytest.mark.parametrize("name", ["x" * 100, "absent", "open"])
+def test_a_place_that_is_no_good_for_a_door_is_passed_over(tmp_path, monkeypatch, name):
+    """Too long for a socket, not there, or open to others, who could put a door of theirs there."""
+    place = tmp_path / name
+    if name != "absent":
+        place.mkdir()
+        place.chmod(0o777 if name == "open" else 0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place))
+    monkeypatch.setattr(door_module.tempfile, "gettempdir", lambda: str(place))
+    with Door(lambda wire: None) as door, knock(str(door.path)):
+        assert not place.exists() or not list(place.iterdir())
 
 
 def test_the_silo_knows_whether_a_job_of_the_carrier_runs(silo):

@@ -29,6 +29,7 @@ from securefedcollm.federation.messages import (
 )
 from securefedcollm.federation.plan import authority_of, quantiser
 from securefedcollm.federation.runstore import RunStore
+from securefedcollm.federation.silostore import MOST_ATTEMPTS
 from securefedcollm.federation.workload import silent
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import digest
@@ -335,6 +336,19 @@ def test_a_server_cannot_burn_the_budget_on_models_and_rounds_that_it_never_sums
     assert "past round 1" in reply_to(again, begin(0, attempt=2)).message
     assert isinstance(reply_to(again, begin(1, attempt=3)), Trained)
     assert spent_by(tmp_path, "silo-1") == [(1, 0, "settled")]
+
+
+def test_attempts_at_a_round_are_counted_across_restarts(tmp_path):
+    """Adversary: a server that fills the silo's disk with attempts that it never finishes."""
+    for number in range(MOST_ATTEMPTS):
+        if number % 20 == 0:  # restarted
+            silo = make_silo("silo-1", silent, study=make_study(), directory=tmp_path)
+        assert isinstance(reply_to(silo, begin(attempt=number)), Trained)
+    again = make_silo("silo-1", silent, study=make_study(), directory=tmp_path)
+    for attempt in (MOST_ATTEMPTS, 0):  # whatever number it gives
+        refusal = reply_to(again, begin(attempt=attempt))
+        assert refusal.message == "server: asked for more than 64 attempts at round 1"
+    assert isinstance(reply_to(again, begin(round_=1)), Trained)
 
 
 def test_an_attempt_out_of_range_costs_nothing(tmp_path):

@@ -123,7 +123,13 @@ def test_calibration_of_discrete_noise():
 
 
 @pytest.mark.parametrize(
-    ("target", "q", "steps"), [(8.0, 256 / 3000, 60), (1.0, 0.01, 1000), (3.0, 1.0, 10)]
+    ("target", "q", "steps"),
+    [
+        (8.0, 256 / 3000, 60),
+        (1.0, 0.01, 1000),
+        (3.0, 1.0, 10),
+        (35.0, 0.5, 10),  # a little less noise, and the residuals take all of δ: ε is infinite
+    ],
 )
 def test_calibrate_is_tight_and_never_over(target, q, steps):
     z = calibrate(target, 1e-5, q, steps)
@@ -141,6 +147,8 @@ def test_calibrate_says_when_it_cannot():
         calibrate(1e-9, 1e-5, 1.0, 10**6)
     with pytest.raises(ConfigError, match="above 0"):
         calibrate(0.0, 1e-5, 0.1, 10)
+    with pytest.raises(ConfigError, match="residuals would take all of δ"):
+        calibrate(45.0, 1e-5, 0.5, 10)
 
 
 def test_sampled_discrete_noise_is_charged_as_the_continuous_one_at_integer_orders():

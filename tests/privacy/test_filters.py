@@ -56,6 +56,18 @@ def test_gaussians_of_any_noise_share_one_tight_filter():
     assert found.epsilon == claim(events, TIGHT_SHARE * DELTA).epsilon
 
 
+@pytest.mark.parametrize("steps", [3, 60])
+def test_dp_sgd_on_every_record_is_shown_at_what_it_was_calibrated_for(steps):
+    """An honest run spends its budget and no more; the tight accountant is that of calibration."""
+    z = calibrate(8.0, DELTA, 1.0, steps)
+    events, first = [PoissonGaussian(1.0, z, steps)], PoissonGaussian(1.0, z, 1)
+    found = filter_epsilon(events, DELTA, terms(first))
+    assert found.accountant == "pld"
+    assert 7.99 < found.epsilon <= 8.0
+    assert found.epsilon == filter_epsilon([Gaussian(z, steps)], DELTA, terms(first)).epsilon
+    assert filter_within(events, DELTA, 8.0, terms(first)) <= 8.0
+
+
 def test_discrete_sums_with_changing_survivors_share_the_zcdp_filter():
     sums = [DiscreteGaussian(500.0, 200, 10, shares) for shares in (6, 8, 9)]
     found = filter_epsilon(sums, DELTA, terms(sums[0]))

@@ -79,6 +79,7 @@ def test_the_digest_is_that_of_the_meaning_not_of_the_spelling(tmp_path):
             "privacy.noise: no study can ask for unit: silo",
             "silo with distributed",
         ),
+        ("adapter.dropout=0.1", "adapter.dropout: with dropout one record", "unit: silo"),
         ("privacy.adaptive={}", "privacy.adaptive: the clip norm of unit: record", "unit: silo"),
         ("distillation.batch_labelled=9.5", "distillation.batch_labelled: expected `int`", ""),
         (

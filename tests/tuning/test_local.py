@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from opacus import GradSampleModule
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from securefedcollm.errors import ConfigError, DataError, TrainingError
 from securefedcollm.privacy.events import PoissonGaussian
@@ -17,6 +18,7 @@ from securefedcollm.tuning.local import (
     _clipped_sum,
     per_record_gradients,
     question_losses,
+    sampled_gradients,
     train_dp,
     train_plain,
     watched,
@@ -178,6 +180,59 @@ def test_a_subject_s_whole_influence_on_the_sum_is_at_most_the_clip(
         assert 0.99 * CLIP < influence < CLIP * (1 + 1e-5)
     else:
         assert influence > 1.2 * CLIP
+
+
+def gpt2_with_dropout() -> Any:
+    """A tiny GPT-2 with the dropout that its configuration has by default, in training mode."""
+    config = GPT2Config(vocab_size=22, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    assert config.resid_pdrop == config.attn_pdrop == config.embd_pdrop == 0.1
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config)
+    return attach(model.train(), method="ffa-lora", rank=2, alpha=4, targets=["c_attn"], seed=1)
+
+
+def dp_sgd_sum(model: Any, data: EncodedQuestions, clip: float) -> np.ndarray:
+    """One step's Σ of clipped gradients in :func:`train_dp`, every record taken."""
+    result = train_dp(
+        model,
+        layout_of(model, "ffa-lora"),
+        data,
+        steps=1,
+        batch_size=len(data),
+        learning_rate=1.0,
+        noise_multiplier=1.0,
+        clip_norm=clip,
+        noise=Silent(bytes(32)),
+        seed=7,
+        optimizer="sgd",
+    )
+    return -len(data) * result.delta.astype(np.float64)
+
+
+def joint_sum(model: Any, data: EncodedQuestions, clip: float) -> np.ndarray:
+    """The same of :func:`sampled_gradients`."""
+    layout = layout_of(model, "ffa-lora")
+    rows = list(sampled_gradients(model, layout, data, q=1.0, noise=Silent(bytes(32)), seed=7))
+    return sum(row * min(1.0, clip / np.linalg.norm(row)) for row in rows)
+
+
+@pytest.mark.parametrize("summed", [dp_sgd_sum, joint_sum])
+def test_a_record_moves_the_sum_by_at_most_the_clip_whatever_the_base_s_dropout(
+    toy: Any, summed: Any
+) -> None:
+    """Adversary: knows all records but one, and the study's public seed. Masks that were drawn for
+    a whole batch would be other masks for every record with one record more or less."""
+    data, model = toy.encoded(33), gpt2_with_dropout()
+    rows = list(
+        sampled_gradients(
+            model, layout_of(model, "ffa-lora"), data, q=1.0, noise=NoiseSource(bytes(32)), seed=7
+        )
+    )
+    clip = float(np.min(np.linalg.norm(rows, axis=1))) / 2  # every record is clipped
+    first = data.select(torch.arange(1, len(data)))
+    difference = summed(gpt2_with_dropout(), data, clip) - summed(gpt2_with_dropout(), first, clip)
+    assert 0.999 * clip < np.linalg.norm(difference) <= clip * (1 + 1e-5)
 
 
 class Recorded(NoiseSource):

@@ -61,6 +61,13 @@ def test_no_test_prompt_occurs_anywhere_else() -> None:
     assert not tests & {line.rsplit(" ", 2)[0] for line in TEXT}
 
 
+def test_no_record_asks_what_a_public_prompt_asks() -> None:
+    """Or the server would have the silos' models answer what they were tuned on."""
+    public = {q.prompt for q in PUBLIC}
+    shared = World(5).records(0, 500, np.full(16, 1 / 16))
+    assert not any(public & {q.prompt for q in records} for records in (*RECORDS, shared))
+
+
 def test_labelled_public_facts_are_not_tested() -> None:
     """General accuracy must not come from the public labels themselves."""
 

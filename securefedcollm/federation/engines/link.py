@@ -6,8 +6,7 @@ once, its reply pulled in chunks. Every call is small, short and safe to repeat;
 answered once it answers again, and never works out twice.
 
 :class:`SiloInbox` is the silo's end, :func:`deliver` the coordinator's; neither knows the carrier.
-:class:`Door` and :func:`knock` carry the calls between a participant's own process and the thin one
-that the carrier starts, through a socket that only the same user of the same machine can open.
+Calls reach the inbox through a :class:`~.door.Door`.
 
 Adversary of :class:`SiloInbox`: the server, which chooses every argument.
 """
@@ -16,26 +15,30 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import socket
-import struct
-import tempfile
+import sqlite3
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 
-from securefedcollm.errors import CryptoError, SecureFedCoLLMError, TransportError
+from securefedcollm.errors import CryptoError, SecureFedCoLLMError, StateError, TransportError
 from securefedcollm.federation.engines import SiloPort
-from securefedcollm.primitives import SIGNATURE_BYTES, SigningKey, sha256, verify
+from securefedcollm.federation.engines.door import LONGEST, Wire
+from securefedcollm.federation.engines.requests import (
+    HEADER_BYTES,
+    SESSION_BYTES,
+    Followed,
+    Parcel,
+)
+from securefedcollm.primitives import sha256
 
 log = logging.getLogger(__name__)
 
-CHUNK: Final = 2 << 20
-"""Bytes a call carries at most; the carrier holds a few copies of each."""
+CHUNK: Final = LONGEST - 4096
+"""Bytes a call carries at most, 2 MiB; the carrier holds a few copies of each."""
 
 PATIENCE: Final = 10.0
 """Seconds that one pull waits for a reply that is still being worked out."""
@@ -43,17 +46,7 @@ PATIENCE: Final = 10.0
 GRACE: Final = 20.0
 """Seconds for which a silo that cannot be reached is tried again."""
 
-
-_REQUEST: Final = b"securefedcollm/request/v1"
-_encode = msgspec.msgpack.Encoder().encode
 _T = TypeVar("_T")
-
-
-class Parcel(msgspec.Struct, frozen=True, array_like=True):
-    """Names one request: the coordinator's session (16 bytes), and its number in it."""
-
-    session: bytes
-    number: int
 
 
 class Pulled(msgspec.Struct, frozen=True, array_like=True):
@@ -84,50 +77,37 @@ class SiloLink(Protocol):
         ...
 
 
-def sign_request(key: SigningKey, study: bytes, silo: str, parcel: Parcel, frame: bytes) -> bytes:
-    """``frame`` as it travels: the coordinator's signature (64 bytes), then the frame.
-
-    The signature binds the study (its 32-byte digest), the silo and the parcel.
-    """
-    return key.sign(_REQUEST, _statement(study, silo, parcel, frame)) + frame
-
-
-def open_request(server: bytes, study: bytes, silo: str, parcel: Parcel, raw: bytes) -> bytes:
-    """The frame in ``raw``.
-
-    Adversary: whoever got into the carrier without being the server of the signed study: with a
-    stolen or falsely issued TLS key. Unsigned, its requests could have a silo train and be charged.
-
-    Raises:
-        CryptoError: the server of the study, whose public key is ``server``, did not sign it.
-    """
-    signature, frame = raw[:SIGNATURE_BYTES], raw[SIGNATURE_BYTES:]
-    verify(server, _REQUEST, _statement(study, silo, parcel, frame), signature)
-    return frame
-
-
-def _statement(study: bytes, silo: str, parcel: Parcel, frame: bytes) -> bytes:
-    return _encode([study, silo, parcel.session, parcel.number, sha256(frame)])
-
-
 class SiloInbox:
     """The silo's end. Implements :class:`SiloLink`; :meth:`serve` does the work.
 
+    Nothing is held, and nothing displaced, before the server's signature on a request's header was
+    checked. A pull is not signed: it changes nothing, and who carries the replies sees them anyway.
+
     Args:
         port: what answers the frames. Only :meth:`serve`'s thread touches it.
-        limit: bytes of the largest request that can make sense; a longer one is refused before it
-            is held.
-        open_: request as it came → frame, or CryptoError: :func:`open_request`.
+        limit: bytes of the largest frame that can make sense.
+        check: (parcel, length of the frame, header) → the frame's SHA-256, or CryptoError:
+            :func:`~.requests.check_header`.
+        followed: what was begun before, in earlier processes too.
     """
 
-    def __init__(self, port: SiloPort, limit: int, open_: Callable[[Parcel, bytes], bytes]) -> None:
+    def __init__(
+        self,
+        port: SiloPort,
+        limit: int,
+        check: Callable[[Parcel, int, bytes], bytes],
+        followed: Followed,
+    ) -> None:
         self._port = port
-        self._open = open_
+        self._check = check
         self._limit = limit
+        self._followed = followed
         self._changed = threading.Condition()
         self._parcel = Parcel(b"", -1)
+        self._digest = b""
         self._frame = bytearray()
         self._total = 0
+        """Bytes of the request that is being received, its header included; 0: none is."""
         self._reply: bytes | None = None
         self._attending = 0
         self._pending: tuple[Parcel, bytes] | None = None
@@ -135,30 +115,57 @@ class SiloInbox:
 
     def push(self, parcel: Parcel, total: int, offset: int, chunk: bytes) -> int:
         """See :class:`SiloLink`. A chunk that is there already, or comes too early, is left."""
-        if not 0 < total <= self._limit or len(parcel.session) != 16:
+        length = total - HEADER_BYTES
+        if not 0 <= length <= self._limit or len(parcel.session) != SESSION_BYTES:
             raise TransportError(
-                f"the server announced a frame of {total} bytes, {self._limit} are the most",
+                f"the server announced a frame of {length} bytes, {self._limit} are the most",
                 hint="nothing was received; do both sides run the same study?",
             )
         with self._changed:
-            self._turn_to(parcel, total)
-            if offset == len(self._frame) < self._total == total:
+            if parcel != self._parcel:
+                self._require_newest(parcel)
+                if offset:
+                    return 0
+                self._turn_to(parcel, total, chunk[:HEADER_BYTES])
+                self._frame += chunk[HEADER_BYTES:total]
+            elif offset == self._received and total == self._total:
                 self._frame += chunk[: total - offset]
-                if len(self._frame) == total:
-                    self._pending = parcel, bytes(self._frame)
-                    self._frame = bytearray()
-                    self._total = 0
-                    self._changed.notify_all()
-                    return total
-            return len(self._frame) if self._total else total
+            if self._total and self._received == self._total:
+                self._complete()
+            return self._received if self._total else total
 
-    def _turn_to(self, parcel: Parcel, total: int) -> None:
-        if parcel == self._parcel:
-            return
-        if parcel.session == self._parcel.session and parcel.number < self._parcel.number:
+    @property
+    def _received(self) -> int:
+        return HEADER_BYTES + len(self._frame)
+
+    def _require_newest(self, parcel: Parcel) -> None:
+        # Adversary: who has recorded requests, and would have them worked out again.
+        newest = max(self._parcel, self._followed.newest)
+        if parcel.session < newest.session:
+            raise TransportError(
+                "has followed a later session of this server than the one that asks",
+                hint="was the server's home restored, and its clock set back?",
+            )
+        if parcel < newest:
             raise Unknown(f"request {parcel.number} is over")
-        self._parcel, self._frame, self._total, self._reply = parcel, bytearray(), total, None
-        self._pending = None
+
+    def _turn_to(self, parcel: Parcel, total: int, header: bytes) -> None:
+        try:
+            digest = self._check(parcel, total - HEADER_BYTES, header)
+        except CryptoError:
+            log.warning("refused a request that the server of the study did not sign")
+            raise TransportError(
+                "refuses a request that the server of the study did not sign"
+            ) from None
+        self._parcel, self._digest, self._total = parcel, digest, total
+        self._frame, self._reply, self._pending = bytearray(), None, None
+
+    def _complete(self) -> None:
+        frame, self._frame = bytes(self._frame), bytearray()
+        if sha256(frame) != self._digest:
+            raise TransportError("received another request than the server signed")
+        self._total, self._pending = 0, (self._parcel, frame)
+        self._changed.notify_all()
 
     def pull(self, parcel: Parcel, offset: int, patience: float) -> Pulled:
         """See :class:`SiloLink`."""
@@ -191,7 +198,11 @@ class SiloInbox:
             return self._attending > 0
 
     def serve(self, stop: Callable[[], bool]) -> None:
-        """Answer requests in this thread, one after another, until ``stop()``."""
+        """Answer requests in this thread, one after another, until ``stop()``.
+
+        Raises:
+            StateError: one could not be worked out, and not for what is in it: no memory, no disk.
+        """
         while not stop():
             with self._changed:
                 if self._pending is None:
@@ -199,17 +210,33 @@ class SiloInbox:
                 work, self._pending = self._pending, None
             if work is None:
                 continue
-            parcel, raw = work
+            parcel, frame = work
             try:
-                reply = self._port.step(self._open(parcel, raw))
-            except CryptoError as error:
-                log.warning("%s", error)
+                self._followed.begin(parcel)
+                reply = self._port.step(frame)
+            except StateError as error:
+                log.error("%s", error)
                 reply = b""
-            del work, raw
+            except SecureFedCoLLMError:
+                raise
+            except Exception as error:
+                raise _ended_by(error) from None
+            del work, frame
             with self._changed:
                 if parcel == self._parcel:
                     self._reply = reply
                 self._changed.notify_all()
+
+
+def _ended_by(error: Exception) -> StateError:
+    """For the operator. What an error of others says may quote a record: its kind is enough."""
+    where = "".join(traceback.format_tb(error.__traceback__))
+    log.info("%s in:\n%s", type(error).__name__, where)
+    said = f" ({error})" if isinstance(error, MemoryError | OSError | sqlite3.Error) else ""
+    return StateError(
+        f"the request of the server could not be answered: {type(error).__name__}{said[:200]}",
+        hint="nothing is lost: mend the cause, and start the same command again; -v says where",
+    )
 
 
 def deliver(
@@ -268,7 +295,8 @@ def _push(link: SiloLink, parcel: Parcel, frame: bytes, deadline: float) -> None
     while there < len(view):
         if time.monotonic() > deadline:
             raise TransportError("did not take the request in time")
-        there = link.push(parcel, len(view), there, bytes(view[there : there + CHUNK]))
+        end = (there or HEADER_BYTES) + CHUNK  # the header comes whole, with the first piece
+        there = link.push(parcel, len(view), there, bytes(view[there:end]))
         if not 0 <= there <= len(view):
             raise TransportError("says that it has more of the request than there is")
 
@@ -291,138 +319,7 @@ def _pull(link: SiloLink, parcel: Parcel, deadline: float) -> bytes:
     return b"".join(parts)
 
 
-# ---- between a participant's own process and the thin one of the carrier ----
-
-_decode = msgspec.msgpack.Decoder().decode
-_LONGEST: Final = CHUNK + 4096
-
-
-class Wire:
-    """Whole messages over a stream socket: four bytes of length, then msgpack."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-
-    def send(self, message: object) -> None:
-        """Raises: OSError if the other end is gone."""
-        raw = _encode(message)
-        self._connection.sendall(struct.pack(">I", len(raw)) + raw)
-
-    def receive(self) -> Any:
-        """Raises: EOFError if the other end is gone; TransportError if it sent no message."""
-        (length,) = struct.unpack(">I", self._exactly(4))
-        if length > _LONGEST:
-            raise TransportError(f"a message of {length} bytes, {_LONGEST} are the most")
-        try:
-            return _decode(self._exactly(length))
-        except msgspec.DecodeError as error:
-            raise TransportError(f"a message does not decode ({error})") from None
-
-    def _exactly(self, count: int) -> bytes:
-        buffer = bytearray(count)
-        view, at = memoryview(buffer), 0
-        while at < count:
-            try:
-                got = self._connection.recv_into(view[at:])
-            except OSError as error:
-                raise EOFError(str(error)) from None
-            if not got:
-                raise EOFError("the other end is gone")
-            at += got
-        return bytes(buffer)
-
-    def give_up_after(self, seconds: float) -> None:
-        """From here on a send or receive that takes longer ends the connection."""
-        self._connection.settimeout(seconds)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
-        self._connection.close()
-
-
-class Door:
-    """A socket in a directory that only this user can enter; every visitor gets a thread.
-
-    Adversary: other users of the machine. A visitor of another user id is turned away as well.
-    """
-
-    def __init__(self, visit: Callable[[Wire], None], visitors: int = 64) -> None:
-        self._visit = visit
-        self._room = threading.BoundedSemaphore(visitors)
-        self._closed = False
-        self._directory = Path(tempfile.mkdtemp(prefix="sfc-"))  # mode 0700, and a short path
-        self.path = self._directory / "door"
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.bind(str(self.path))
-        self._socket.listen(64)
-        self._wires: set[Wire] = set()
-        threading.Thread(target=self._welcome, name="door", daemon=True).start()
-
-    def _welcome(self) -> None:
-        while not self._closed:
-            try:
-                self._admit(self._socket.accept()[0])
-            except (OSError, RuntimeError) as error:  # too many open files or threads: they pass
-                if not self._closed:
-                    log.warning("at the local door: %s", error)
-                    time.sleep(0.1)
-
-    def _admit(self, connection: socket.socket) -> None:
-        if _user_of(connection) != os.getuid() or not self._room.acquire(blocking=False):
-            connection.close()
-            return
-        threading.Thread(target=self._meet, args=(Wire(connection),), daemon=True).start()
-
-    def _meet(self, wire: Wire) -> None:
-        self._wires.add(wire)
-        try:
-            self._visit(wire)
-        except (EOFError, OSError, TransportError) as error:
-            log.debug("a local connection ended: %s", error)
-        finally:
-            self._wires.discard(wire)
-            wire.close()
-            self._room.release()
-
-    def close(self) -> None:
-        """Turn everybody out and remove the socket."""
-        self._closed = True
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-        for wire in list(self._wires):
-            wire.close()
-        self.path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self._directory.rmdir()
-
-    def __enter__(self) -> Door:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-@contextlib.contextmanager
-def knock(path: str) -> Iterator[Wire]:
-    """Connect to a :class:`Door`.
-
-    Raises:
-        OSError: nobody is behind it.
-    """
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    wire = Wire(connection)
-    try:
-        connection.connect(path)
-        yield wire
-    finally:
-        wire.close()
-
-
-def _user_of(connection: socket.socket) -> int:
-    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", raw)[1])
+# ---- the calls, through a door ----
 
 
 def answer_calls(inbox: SiloInbox) -> Callable[[Wire], None]:
@@ -452,6 +349,8 @@ def _answer(link: SiloLink, call: Any) -> list[Any]:
         return ["unknown", error.message]
     except TransportError as error:
         return ["error", error.message]
+    except MemoryError:
+        return ["error", "has no memory for the request"]
 
 
 def result_of(answer: Any) -> list[Any]:

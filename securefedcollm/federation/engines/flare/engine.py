@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import shutil
 import tempfile
 import threading
@@ -22,18 +21,12 @@ from typing import Any, Final
 
 from securefedcollm.errors import SecureFedCoLLMError, TransportError
 from securefedcollm.federation.engines import Failure
+from securefedcollm.federation.engines.door import Door, Wire
 from securefedcollm.federation.engines.flare.job import write_job
 from securefedcollm.federation.engines.flare.kit import Kit
 from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess, require_flare
-from securefedcollm.federation.engines.link import (
-    PATIENCE,
-    Door,
-    Parcel,
-    Pulled,
-    Wire,
-    deliver,
-    result_of,
-)
+from securefedcollm.federation.engines.link import PATIENCE, Pulled, deliver, result_of
+from securefedcollm.federation.engines.requests import Parcel, new_session
 from securefedcollm.federation.workload import Progress
 
 log = logging.getLogger(__name__)
@@ -57,7 +50,8 @@ class FlareEngine:
         minimum: with fewer connected no job is begun.
         server: the server's installed kit.
         lead: the kit of the one who submits jobs.
-        sign: (silo, parcel, frame) → what is sent: :func:`~..link.sign_request`.
+        sign: (silo, parcel, frame) → what is sent: :func:`~..requests.sign_request`.
+        session: of this run of the process; greater than every one before (:func:`new_session`).
         patience: seconds to wait for the silos before the first job; later waits are short.
         progress: hears how many silos are connected.
         say: hears of every FLARE job that begins, and with whom.
@@ -71,6 +65,7 @@ class FlareEngine:
         server: Kit,
         lead: Kit,
         sign: Callable[[str, Parcel, bytes], bytes],
+        session: bytes | None = None,
         patience: float,
         progress: Progress,
         say: Callable[[str], None] = lambda text: None,
@@ -83,7 +78,7 @@ class FlareEngine:
         self._lead = lead
         self._patience = patience
         self._progress = progress
-        self._session = os.urandom(16)
+        self._session = session or new_session()
         self._closed = False
         self._began = False
         self._number = 0

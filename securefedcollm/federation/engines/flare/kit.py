@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import ssl
 import subprocess
@@ -30,30 +29,27 @@ from typing import Any, Final
 
 import msgspec
 import yaml
+from msgspec import structs
 
 from securefedcollm.errors import ConfigError, CryptoError, StateError
+from securefedcollm.federation.engines.flare.papers import (
+    LEAD,
+    PROFILE,
+    UNZIPPING,
+    Profile,
+    check_name,
+    read_profile,
+    read_request,
+)
 from securefedcollm.federation.engines.flare.policy import lock_down
 from securefedcollm.federation.engines.flare.processes import plain_environment, require_flare
-from securefedcollm.federation.files import make_directory, write_durably
+from securefedcollm.federation.files import PrivateDirectory, make_directory, write_durably
 from securefedcollm.primitives import NONCE_BYTES, seal, sha256, stretch_passphrase, unseal
 
-PROFILE: Final = "consortium.yaml"
 _SEALED: Final = "rootCA.key.sealed"
 _SALT_BYTES: Final = 16
 _LABEL: Final = b"securefedcollm/consortium-ca/v1"
-_NAME: Final = re.compile(r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
-LEAD: Final = "lead@consortium.org"
-"""Who submits jobs: the server's operator. FLARE wants a mail address for a name."""
-
-
-class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``consortium.yaml``: what every participant needs to know to ask for a certificate."""
-
-    name: str
-    host: str
-    port: int
-    fingerprint: str
-    """SHA-256 of the CA's certificate, as FLARE writes it; compare it by another channel."""
+_FOLDER: Final = {"client": "kit", "server": "kit", "admin": "lead"}
 
 
 @dataclass(frozen=True)
@@ -66,52 +62,42 @@ class Kit:
 
 
 def create_consortium(directory: Path, name: str, host: str, port: int, passphrase: str) -> Profile:
-    """Make the CA in ``directory`` (must not exist yet).
+    """Make the CA in ``directory``: a new one, or empty, as a killed ``init`` leaves it.
 
     Raises:
         ConfigError: a name or the passphrase is unusable, or the directory exists.
         StateError: it cannot be written.
     """
-    check_name(name, "name")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}", host) or not 0 < port < 65536:
-        raise ConfigError(
-            f"{host}:{port} is no address", where="--server", hint="e.g. fl.example.org:8002"
-        )
+    profile = Profile(name, host, port, "")
+    profile.check("--name and --server", issued=False)
     if len(passphrase) < 8:
         raise ConfigError(
             "a passphrase of fewer than 8 characters protects nothing", where="passphrase"
         )
     require_flare()
-    if directory.exists():
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise ConfigError(
             "exists already", where=str(directory), hint="choose another --out; a CA is kept"
         )
     make_directory(directory)
-    with _scratch() as scratch:
+    with _scratch() as scratch, _in_memory() as memory:
         _write_yaml(scratch / "profile.yaml", _flare_profile(name, host, port))
-        _nvflare("cert", "init", "--profile", "profile.yaml", "-o", "ca", cwd=scratch)
+        _nvflare("cert", "init", "--profile", "profile.yaml", "-o", "ca", cwd=scratch, key=memory)
         certificate = (scratch / "ca" / "rootCA.pem").read_bytes()
         salt, nonce = os.urandom(_SALT_BYTES), os.urandom(NONCE_BYTES)
-        key = (scratch / "ca" / "rootCA.key").read_bytes()
+        key = os.pread(memory, 1 << 16, 0)
+        if b"PRIVATE KEY" not in key:
+            raise StateError(
+                "FLARE's `cert init` gave no key",
+                hint="is nvflare the version that this package names?",
+            )
         sealed = seal(stretch_passphrase(passphrase, salt), nonce, key, _LABEL)
         write_durably(directory / _SEALED, salt + nonce + sealed)
         for file in ("rootCA.pem", "ca.json"):
             write_durably(directory / file, (scratch / "ca" / file).read_bytes())
-    profile = Profile(name, host, port, _fingerprint(certificate))
+    profile = structs.replace(profile, fingerprint=_fingerprint(certificate))
     _write_yaml(directory / PROFILE, msgspec.to_builtins(profile))
     return profile
-
-
-def read_profile(path: Path) -> Profile:
-    """Raises: ConfigError, if ``path`` is no consortium's profile."""
-    try:
-        return msgspec.convert(yaml.safe_load(path.read_text()[:65536]), Profile)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"is no consortium's profile ({(str(error).splitlines() or [''])[0][:120]})",
-            where=str(path),
-            hint=f"ask for the {PROFILE} that `securefedcollm consortium init` wrote",
-        ) from None
 
 
 def request_certificate(home: Path, profile: Profile, name: str, role: str) -> list[Path]:
@@ -152,58 +138,6 @@ def request_certificate(home: Path, profile: Profile, name: str, role: str) -> l
     return sorted(target.glob("*/*.request.zip"))
 
 
-class Request(msgspec.Struct, frozen=True):
-    """What a certificate request says of itself; FLARE checks that the key in it is this one."""
-
-    project: str
-    name: str
-    org: str
-    kind: str
-    cert_role: str | None
-    public_key_sha256: str
-
-    @property
-    def sentence(self) -> str:
-        """For the eyes of who keeps the authority."""
-        what = {"site": "silo or authority", "server": "SERVER", "user": "SUBMITTER OF JOBS"}
-        key = self.public_key_sha256[:16]
-        return f"{self.name} ({what[self.kind]}), of {self.org}, key {key}…"
-
-
-def read_request(path: Path) -> Request:
-    """Read a certificate request.
-
-    Adversary: who sends one under another's name, in a file that is called as it should be.
-
-    Raises:
-        ConfigError: it is none, bears another name than its file, or asks for more than any
-            participant needs.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("request.json") as member:
-            request = msgspec.json.decode(member.read(65536), type=Request)
-    except (OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
-        raise ConfigError(
-            f"is no certificate request ({str(error)[:80]})",
-            where=str(path),
-            hint="`securefedcollm join` makes one",
-        ) from None
-    if request.name != path.name.removesuffix(".request.zip"):
-        raise ConfigError(
-            f"bears the name {request.name[:64]!r}",
-            where=str(path),
-            hint="a request's file is called NAME.request.zip; ask who sent it",
-        )
-    role = {"site": None, "server": None, "user": "lead"}.get(request.kind, "none")
-    if request.cert_role != role or (request.kind == "user" and request.name != LEAD):
-        raise ConfigError(
-            f"asks for {request.kind[:32]!r} as {request.cert_role!r}",
-            where=str(path),
-            hint="no participant needs that; do not sign it",
-        )
-    return request
-
-
 def approve_request(ca: Path, request: Path, passphrase: str, out: Path) -> Path:
     """Sign one request with the CA in ``ca``; returns the signed file, which holds nothing secret.
 
@@ -217,15 +151,14 @@ def approve_request(ca: Path, request: Path, passphrase: str, out: Path) -> Path
     if target.exists():
         raise ConfigError("exists already", where=str(target), hint="choose another --out")
     make_directory(out)
-    with _scratch() as scratch:
+    with _scratch() as scratch, _in_memory() as memory:
         authority = make_directory(scratch / "ca")
         for file in ("rootCA.pem", "ca.json"):
             if not (ca / file).is_file():
                 raise ConfigError("is missing", where=str(ca / file), hint="restore the authority")
             shutil.copy(ca / file, authority / file)
-        key = authority / "rootCA.key"
-        key.touch(0o600)
-        key.write_bytes(_unsealed(ca / _SEALED, passphrase))
+        os.pwrite(memory, _unsealed(ca / _SEALED, passphrase), 0)
+        (authority / "rootCA.key").symlink_to(f"/proc/self/fd/{memory}")
         _write_yaml(
             scratch / "profile.yaml", _flare_profile(profile.name, profile.host, profile.port)
         )
@@ -233,43 +166,90 @@ def approve_request(ca: Path, request: Path, passphrase: str, out: Path) -> Path
             *("cert", "approve", str(request.absolute()), "-c", "ca"),
             *("--profile", "profile.yaml", "--out", "signed.zip"),
             cwd=scratch,
+            key=memory,
         )
-        shutil.copy(scratch / "signed.zip", target)
+        write_durably(target, (scratch / "signed.zip").read_bytes())
         write_durably(ca / "ca.json", (authority / "ca.json").read_bytes())  # counts the issued
     return target
 
 
 def install_kits(home: Path, profile: Profile, signed: Sequence[Path], name: str) -> list[Kit]:
-    """Build the kits from signed certificates and the keys in ``home/request``.
+    """Build the kits from signed certificates and the keys in ``home/request``: all, or none.
+
+    After a kill between the two of a server the same command installs what is missing.
 
     Adversary: whoever passes the files on. The CA's certificate in them must have the fingerprint
     of the profile, which the operator compared.
 
     Raises:
-        ConfigError: a file is not the answer to a request that was made here.
+        ConfigError: a file is not the answer to a request that was made here, or there are kits
+            already.
+        StateError: FLARE could not build one.
     """
-    kits = []
-    for file in signed:
-        kind = _kind_of(home, file)
-        target = home / {"client": "kit", "server": "kit", "admin": "lead"}[kind]
-        if target.exists():
-            raise ConfigError(
-                "there is a kit already", where=str(target), hint="remove it to install another"
-            )
-        with _scratch(home) as scratch:
-            _nvflare(
-                *("package", str(file.absolute()), "-w", "ws"),
-                *("--request-dir", str((home / "request" / kind).absolute())),
-                *("--fingerprint", profile.fingerprint),
-                cwd=scratch,
-            )
-            (built,) = (scratch / "ws").glob("*/prod_*/*")
-            if kind != "admin":
-                lock_down(built, kind, final=target.absolute())
-            os.chmod(built, 0o700)  # noqa: PTH101
-            built.rename(target)
-        kits.append(Kit(target, LEAD if kind == "admin" else name, _org(name)))
-    return kits
+    kinds = {_kind_of(home, file): file for file in signed}
+    targets = {kind: home / _FOLDER[kind] for kind in kinds}
+    missing = [kind for kind in kinds if not _is_installed(targets[kind], kind, kinds[kind])]
+    if not missing:
+        raise ConfigError(
+            "there is a kit already",
+            where=str(targets[next(iter(kinds))]),
+            hint="remove it to install another",
+        )
+    with contextlib.ExitStack() as stack:
+        built = {}
+        for kind in missing:
+            scratch = stack.enter_context(_scratch(home))
+            built[kind] = _build(home, profile, kinds[kind], kind, scratch)
+        for kind, kit in built.items():  # only now, when all are whole
+            kit.rename(targets[kind])
+    return [
+        Kit(target, LEAD if kind == "admin" else name, _org(name))
+        for kind, target in targets.items()
+    ]
+
+
+def _build(home: Path, profile: Profile, signed: Path, kind: str, scratch: Path) -> Path:
+    _nvflare(
+        *("package", str(signed.absolute()), "-w", "ws"),
+        *("--request-dir", str((home / "request" / kind).absolute())),
+        f"--fingerprint={profile.fingerprint}",
+        cwd=scratch,
+    )
+    built = list((scratch / "ws").glob("*/prod_*/*"))
+    if len(built) != 1:
+        raise StateError(
+            f"FLARE's `package` made {len(built)} kits of {signed.name}, one was wanted",
+            hint="is it of this consortium, and is nvflare the version that this package names?",
+        )
+    (kit,) = built
+    if kind != "admin":
+        lock_down(kit, kind, final=(home / _FOLDER[kind]).absolute())
+    os.chmod(kit, 0o700)  # noqa: PTH101
+    return kit
+
+
+def _is_installed(target: Path, kind: str, signed: Path) -> bool:
+    """Whether the kit in ``target`` is of this very answer: a command that was cut off goes on.
+
+    Raises:
+        ConfigError: it is of another one.
+    """
+    if not target.exists():
+        return False
+    certificate = target / "startup" / ("server.crt" if kind == "server" else "client.crt")
+    name = signed.name.replace(".signed.zip", ".crt")
+    try:
+        with zipfile.ZipFile(signed) as archive, archive.open(name) as member:
+            same = member.read(65536) == certificate.read_bytes()
+    except UNZIPPING:
+        same = False
+    if not same:
+        raise ConfigError(
+            "there is a kit already, of another answer",
+            where=str(target),
+            hint="remove it to install this one",
+        )
+    return True
 
 
 def installed(home: Path, name: str, *, lead: bool = False) -> Kit:
@@ -299,16 +279,6 @@ def _kind_of(home: Path, signed: Path) -> str:
         where=str(signed),
         hint=f"the requests lie in {home / 'request'}; keep the file's name as it was sent",
     )
-
-
-def check_name(name: str, where: str) -> None:
-    """Raises: ConfigError, if ``name`` cannot be one in FLARE's certificates."""
-    if not _NAME.match(name):
-        raise ConfigError(
-            f"{name!r} cannot be a name in certificates",
-            where=where,
-            hint="lower-case letters, digits and '-', e.g. hospital-a",
-        )
 
 
 def _org(name: str) -> str:
@@ -351,25 +321,54 @@ def _unsealed(path: Path, passphrase: str) -> bytes:
         raise CryptoError("the CA's key does not open", hint="wrong passphrase?") from None
 
 
-@contextlib.contextmanager
-def _scratch(inside: Path | None = None) -> Iterator[Path]:
+def _scratch(inside: Path | None = None) -> PrivateDirectory:
     """A private directory for FLARE's command; in memory where the machine has such a place."""
     memory = Path("/dev/shm")  # noqa: S108 - a fresh private directory in it
-    place = inside or (memory if os.access(memory, os.W_OK) else None)
-    path = Path(tempfile.mkdtemp(prefix=".sfc-", dir=place))
+    if inside is None:
+        inside = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
+    return PrivateDirectory(inside, ".sfc-")
+
+
+@contextlib.contextmanager
+def _in_memory() -> Iterator[int]:
+    """An open file that has no name anywhere and is gone with the processes that hold it.
+
+    The CA's key passes to and from FLARE's command in it: a kill leaves nothing to be found.
+    """
+    descriptor = os.memfd_create("securefedcollm")
     try:
-        yield path
+        yield descriptor
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        os.close(descriptor)
 
 
-def _nvflare(*words: str, cwd: Path) -> None:
-    """Run FLARE's command; its own records of requests stay out of the user's home."""
+_INIT: Final = """
+import os, runpy, sys
+from nvflare.tool.cert import cert_commands
+descriptor = int(sys.argv.pop(1))
+def keep(path, pem):
+    os.write(descriptor, pem)
+cert_commands._write_private_key = keep
+runpy.run_module("nvflare.cli", run_name="__main__", alter_sys=True)
+"""
+"""FLARE's command, but a private key that it would write to a file goes to a descriptor of ours."""
+
+
+def _nvflare(*words: str, cwd: Path, key: int | None = None) -> None:
+    """Run FLARE's command; its own records of requests stay out of the user's home.
+
+    Args:
+        key: a descriptor that the command inherits; ``init`` writes the CA's key there.
+    """
     require_flare()
+    start = ["-m", "nvflare.cli"]
+    if words[:2] == ("cert", "init"):
+        start = ["-c", _INIT, str(key)]
     done = subprocess.run(
-        [sys.executable, "-m", "nvflare.cli", *words],
+        [sys.executable, *start, *words],
         cwd=cwd,
         env={**plain_environment(), "HOME": str(cwd)},
+        pass_fds=() if key is None else (key,),
         capture_output=True,
         text=True,
         check=False,

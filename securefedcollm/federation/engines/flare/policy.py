@@ -35,12 +35,17 @@ _NOBODY: Final = {
 
 
 def lock_down(kit: Path, kind: str, *, final: Path) -> None:
-    """Write the local policy into a fresh kit.
+    """Write the local policy into a fresh kit, and remove what would start FLARE without ours.
+
+    FLARE's readme has the reader run ``start.sh``: a client without :mod:`.hardening`, which shows
+    this machine's files to whoever asks.
 
     Args:
         kind: ``server`` or ``client``.
         final: where the kit will lie.
     """
+    for script in (*(kit / "startup").glob("*.sh"), *kit.glob("readme*")):
+        script.unlink()
     local = kit / "local"
     resources = json.loads((local / "resources.json.default").read_text())
     resources["class_list_enforcement_mode"] = "enforce"

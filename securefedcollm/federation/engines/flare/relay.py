@@ -16,8 +16,8 @@ from typing import Any, Final
 
 from nvflare.collab import collab
 
+from securefedcollm.federation.engines.door import Wire, knock
 from securefedcollm.federation.engines.flare.processes import DOOR
-from securefedcollm.federation.engines.link import Wire, knock
 
 _CALL_TIMEOUT: Final = 20.0
 """Seconds for a chunk to cross and its answer to come: less than 1 Mbit/s is no connection."""

@@ -1,0 +1,239 @@
+"""A base model with the study's adapter: what every role and every control tunes or asks."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from securefedcollm.errors import ConfigError, StateError
+from securefedcollm.federation.workload import Progress, Vector, silent
+from securefedcollm.primitives import sha256
+from securefedcollm.study import Study
+from securefedcollm.study.config import Model
+from securefedcollm.tuning.adapters import (
+    AdapterLayout,
+    attach,
+    full_layout,
+    layout_of,
+    load_vector,
+)
+from securefedcollm.tuning.evaluate import Evaluation, evaluate
+from securefedcollm.tuning.head import check_output, device_of, unwrapped
+from securefedcollm.tuning.models import LoadedModel, find_device, load_model
+from securefedcollm.tuning.questions import (
+    EncodedQuestions,
+    Question,
+    encode,
+    with_prefix,
+    with_prior,
+)
+
+T = TypeVar("T")
+
+
+class _Memory:
+    """Results by what they follow from; the one that was not asked for longest goes first."""
+
+    def __init__(self, entries: int) -> None:
+        self._entries = entries
+        self._found: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        if key in self._found:
+            self._found.move_to_end(key)
+        else:
+            self._found[key] = make()
+            if len(self._found) > self._entries:
+                self._found.popitem(last=False)
+        found: T = self._found[key]
+        return found
+
+
+_memory: ContextVar[_Memory | None] = ContextVar("memory", default=None)
+
+
+@contextmanager
+def remembering(entries: int) -> Iterator[None]:
+    """Within it, :func:`once` keeps the last ``entries`` results, in memory only.
+
+    For one process that runs many rows of a comparison: they share base models, what the frozen
+    layers make of the questions, and the silos' first round where it has no noise.
+    """
+    token = _memory.set(_Memory(entries))
+    try:
+        yield
+    finally:
+        _memory.reset(token)
+
+
+def once(key: Hashable, make: Callable[[], T]) -> T:
+    """``make()``, or what it gave before for an equal ``key`` (see :func:`remembering`)."""
+    memory = _memory.get()
+    return make() if memory is None else memory.once(key, make)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A base model with a fresh adapter, and what identifies both."""
+
+    model: Any  # peft.PeftModel
+    tokenizer: Any
+    base_digest: bytes
+    study: Study
+
+    @classmethod
+    def load(
+        cls,
+        study: Study,
+        spec: Model,
+        *,
+        data: Path | None,
+        device: str = "cpu",
+        progress: Progress = silent,
+    ) -> Tuned:
+        """Load the base that ``spec`` names onto ``device`` and attach the study's adapter.
+
+        Raises:
+            ConfigError: the model is missing, unsafe, other than pinned, or the adapter does not
+                fit it, or there is no such device.
+        """
+        place = find_device(device)
+
+        def load() -> LoadedModel:
+            return load_model(
+                spec.source,
+                revision=spec.revision,
+                sha256=spec.sha256,
+                dtype=spec.dtype,
+                base_dir=data or Path(),
+                progress=progress,
+            )
+
+        loaded = once(("model", spec, data), load)
+        check_output(loaded.model, spec.source)
+        adapter = study.adapter
+        model = attach(
+            _modules_of_its_own(loaded.model),
+            method=adapter.method,
+            rank=adapter.rank,
+            alpha=adapter.alpha,
+            dropout=adapter.dropout,
+            targets=adapter.targets,
+            top_layers=adapter.top_layers,
+            seed=study.seed,
+        )
+        return cls(model.to(place), loaded.tokenizer, bytes.fromhex(loaded.digest), study)
+
+    def encode(self, questions: Sequence[Question], *, cuts: bool = False) -> EncodedQuestions:
+        """Tensors of ``questions`` for this model, and all that its frozen part says about them.
+
+        That is the base's prior if the score needs it, and the hidden states below the adapted
+        layers if only the top ones are adapted.
+        """
+        task, top = self.study.task, self.study.adapter.top_layers
+
+        def make() -> EncodedQuestions:
+            encoded = encode(questions, self.tokenizer, task.max_tokens, task.kind, cuts=cuts)
+            if task.score == "pmi":
+                with self.model.disable_adapter():
+                    encoded = with_prior(self.model, questions, encoded, self.tokenizer)
+            if top is not None:
+                depth = unwrapped(self.model).config.num_hidden_layers
+                encoded = with_prefix(self.model, encoded, depth - top)
+            return encoded
+
+        how = (self.base_digest, task.kind, task.score, task.max_tokens, top, cuts)
+        return once(("encoded", *how, str(device_of(self.model)), tuple(questions)), make)
+
+    def answers(self, test: EncodedQuestions) -> Evaluation:
+        """What this model makes of every test question."""
+        return evaluate(
+            self.model,
+            test,
+            normalisation=self.study.task.score,
+            batch_size=max(64, self.study.local.micro_batch),  # without gradients more fit
+        )
+
+    def load_adapter(self, directory: Path) -> None:
+        """Take up the adapter that :func:`save_adapter` wrote into ``directory``, bit for bit.
+
+        Raises:
+            StateError: it is damaged or another study's.
+        """
+        from safetensors.numpy import load_file
+
+        path = directory / "adapter_model.safetensors"
+        try:
+            tensors = load_file(path)
+        except Exception as error:
+            raise StateError(
+                f"{path}: the saved adapter cannot be read ({error})",
+                hint="start again with --overwrite",
+            ) from None
+        layout = full_layout(self.model)
+        load_vector(self.model, layout, _in_order(tensors, layout, path))
+
+    def broadcast_layout(self) -> AdapterLayout:
+        """What travels from server to silos: all that is ever trained."""
+        if self.study.adapter.method == "ffa-lora":
+            return layout_of(self.model, "ffa-lora")
+        return full_layout(self.model)
+
+    def update_layout(self, round_: int) -> AdapterLayout:
+        """What a silo trains and uploads in this round."""
+        return layout_of(self.model, self.study.adapter.method, round_)
+
+    def layout_digest(self, round_: int) -> bytes:
+        """Names both layouts of the round; a study may pin it as ``adapter.layout`` (round 1).
+
+        Raises:
+            ConfigError: the study pins another layout.
+        """
+        both = (self.broadcast_layout().digest, self.update_layout(round_).digest)
+        digest = sha256(b"securefedcollm/layout/v1\0", *(bytes.fromhex(d) for d in both))
+        pinned = self.study.adapter.layout
+        if pinned is not None and round_ == 0 and digest.hex() != pinned:
+            raise ConfigError(
+                f"this model's adapter has the layout {digest.hex()[:16]}…, the study pins "
+                f"{pinned[:16]}…",
+                where="adapter.layout",
+                hint="use the models that the participants agreed on",
+            )
+        return digest
+
+
+def _modules_of_its_own(base: Any) -> Any:
+    """The same weights in other modules: PEFT puts its layers into those that it is given."""
+    return copy.deepcopy(base, {id(p): p for p in [*base.parameters(), *base.buffers()]})
+
+
+def accuracies(tuned: Tuned, test: EncodedQuestions) -> dict[str, float]:
+    """Accuracy in [0, 1] by question group."""
+    scores = tuned.answers(test).by_group()
+    return {group: score.accuracy for group, score in scores.items()}
+
+
+def _in_order(tensors: dict[str, Any], layout: AdapterLayout, path: Path) -> Vector:
+    missing = [name for name in layout.names if name not in tensors]
+    if missing or len(tensors) != len(layout.names):
+        raise StateError(
+            f"{path}: not this study's adapter (lacks {missing[:1] or 'nothing'})",
+            hint="start again with --overwrite",
+        )
+    parts = []
+    for name, shape in zip(layout.names, layout.shapes, strict=True):
+        if tensors[name].shape != shape:
+            raise StateError(
+                f"{path}: {name} has shape {tensors[name].shape}, the model needs {shape}",
+                hint="start again with --overwrite",
+            )
+        parts.append(tensors[name].reshape(-1))
+    return np.concatenate(parts).astype(np.float32)
