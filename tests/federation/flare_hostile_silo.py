@@ -6,7 +6,6 @@ each; the last attack is called "done".
 
 from __future__ import annotations
 
-import gc
 import json
 import runpy
 import socket
@@ -27,15 +26,14 @@ def note(attack: str, code: object = "", answer: object = "") -> None:
 
 
 def attack() -> None:
-    from nvflare.fuel.f3.cellnet.cell import Cell
+    from nvflare.fuel.f3.cellnet.core_cell import CoreCell
     from nvflare.fuel.f3.cellnet.defs import CellChannel, MessageHeaderKey
     from nvflare.fuel.f3.message import Message as CellMessage
     from nvflare.private.admin_defs import Message
     from nvflare.private.defs import new_cell_message
 
-    while not (cells := [found for found in gc.get_objects() if isinstance(found, Cell)]):
+    while not (core := CoreCell.ALL_CELLS.get(name)) or not core.running:
         time.sleep(0.3)
-    core = cells[0].core_cell
     send, forged = core._send_to_endpoint, {}
 
     def forging(endpoint, message, *args, **kwargs):
