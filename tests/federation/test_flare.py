@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -25,9 +24,9 @@ from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.engines.door import Door
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
-from securefedcollm.federation.engines.flare.engine import FlareEngine, write_job
+from securefedcollm.federation.engines.flare.engine import FlareEngine
+from securefedcollm.federation.engines.flare.job import APP
 from securefedcollm.federation.engines.flare.kit import (
-    Kit,
     approve_request,
     create_consortium,
     install_kits,
@@ -218,26 +217,85 @@ def attached(home: Path, name: str, port=None):
         worker.join()
 
 
+def said_by(program: str, words: list, directory: Path) -> dict[str, tuple[str, str]]:
+    """What a hostile participant was answered: attack → return code, answer."""
+    answers = directory / "answers"
+    answers.touch()
+    log = directory / "hostile.log"
+    with log.open("wb") as output:
+        attacker = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name(program), *map(str, words), answers],
+            stdout=output,
+            stderr=output,
+            cwd=directory,
+        )
+    try:
+        deadline = time.monotonic() + 150
+        while '"done"' not in answers.read_text() and time.monotonic() < deadline:
+            time.sleep(0.5)
+    finally:
+        attacker.kill()
+        attacker.wait()
+    lines = map(json.loads, answers.read_text().splitlines())
+    said = {name: (code, text) for name, code, text in lines}
+    assert "done" in said, log.read_text()[-2000:]
+    assert "failed" not in said, said["failed"]
+    return said
+
+
+def test_what_a_hostile_server_gets_from_a_silo(homes, tmp_path):
+    """Its operator runs FLARE as it comes. (Before the tests with an engine: one port for both.)"""
+    kit = homes["silo-1"] / "kit"
+    secret, marker = tmp_path / "private.json", tmp_path / "it-ran"
+    secret.write_text('{"record": "a private record"}')
+    before = contents(kit, "startup", "local")
+    words = [homes["server"] / "kit", homes["server"] / "lead", "silo-1", secret, marker]
+    with attached(homes["silo-1"], "silo-1"):
+        said = said_by("flare_hostile_server.py", words, tmp_path)
+
+    assert "a private record" not in str(said)
+    assert not marker.exists()
+    assert contents(kit, "startup", "local") == before
+    for name, (code, text) in said.items():
+        if name.startswith(("app ", "deploy ")):
+            assert "not the job of securefedcollm" in text, (name, code, text)
+        if name.startswith("remove "):
+            assert "Delete run folder" not in text, name
+        if "diagnosis" in name:
+            assert code == "process_exception", name  # nobody answers there
+    assert said["start nothing"][1] == "no such job is deployed"
+    assert said["address"][0] == "nobody came"
+    assert said["job process"][0] == "there", said
+    assert said["job's command"][0] == "unauthenticated"
+    assert said["job's command as its parent"][0] == "timeout"
+    # What runs is the silo's own copy, and the job before leaves nothing.
+    (job,) = (path for path in kit.iterdir() if path.name.count("-") == 4)
+    app = job / "app_silo-1"
+    assert {str(p.relative_to(app)): p.read_bytes() for p in app.rglob("*") if p.is_file()} == APP
+
+
+def contents(kit: Path, *folders: str) -> dict[Path, bytes]:
+    return {
+        path: path.read_bytes()
+        for folder in folders
+        for path in (kit / folder).rglob("*")
+        if path.is_file()
+    }
+
+
 class Echo:
     def step(self, frame: bytes) -> bytes:
         return hashlib.sha256(frame).digest() + frame[:7]
 
 
 @pytest.fixture(scope="session")
-def engine(homes, tmp_path_factory):
-    """A server for one silo at a time, whose operator has opened its own policy to everything."""
+def engine(homes):
+    """An honest server, for one silo at a time."""
     home = homes["server"]
-    kit = installed(home, "server")
-    workspace = tmp_path_factory.mktemp("server") / "kit"
-    shutil.copytree(kit.workspace, workspace)
-    for name in ("authorization.json", "resources.json"):
-        path = workspace / "local" / name
-        text = path.read_text().replace('"byoc": "none"', '"byoc": "any"')
-        path.write_text(text.replace('"enforce"', '"warn"'))
     with FlareEngine(
         SILOS,
         minimum=1,
-        server=Kit(workspace, kit.name, kit.org),
+        server=installed(home, "server"),
         lead=installed(home, "server", lead=True),
         sign=partial(sign_request, SERVER, STUDY),
         patience=60,
@@ -258,89 +316,82 @@ def peak_memory(*words: str) -> int:
     return peak
 
 
-def test_what_a_silo_takes_from_a_server(homes, engine, tmp_path):
-    """A 100 MB adapter, in pieces; but no code, and no class besides our relay."""
+_ORPHAN = """
+import os, signal, sys, time
+from securefedcollm.federation.engines.flare.processes import end_with
+late = sys.argv[1] == "late"
+read, write = os.pipe()
+if (parent := os.fork()) == 0:
+    parent = os.getpid()
+    if os.fork() == 0:
+        while late and os.getppid() == parent:
+            time.sleep(0.02)
+        end_with(parent)
+        os.write(write, b"asked,")
+        time.sleep(4)
+        os.write(write, b"alive")
+        os._exit(0)
+    if not late:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+os.close(write)
+os.waitpid(parent, 0)
+said = b""
+while more := os.read(read, 100):
+    said += more
+print(said.decode())
+"""
+
+
+@pytest.mark.parametrize(("when", "said"), [("soon", "asked,"), ("late", "")])
+def test_a_process_ends_with_its_parent_even_if_that_has_ended_before_it_asked(when, said):
+    words = [sys.executable, "-c", _ORPHAN, when]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip() == said
+
+
+def test_what_flare_writes_is_bounded(tmp_path):
+    """Adversary: who has FLARE log without end. (The process itself ends: this is no kit.)"""
+    with (tmp_path / "flare.log").open("wb") as log:
+        log.truncate(65 << 20)
+    with FlareProcess("client", tmp_path, name="silo-1", org="silo_1", env={}) as process:
+        limits = ""
+        while "268435456" not in limits and process.running:
+            limits = Path(f"/proc/{process._process.pid}/limits").read_text()
+    assert "268435456            268435456            bytes" in limits
+    assert (tmp_path / "flare.log.1").stat().st_size == 65 << 20
+    assert (tmp_path / "flare.log").stat().st_size < 1 << 20
+
+
+def test_what_crosses(homes, engine):
+    """A 100 MB adapter, in pieces; the silo before a job, or without one, is not asked."""
     home = homes["silo-1"]
     frame = os.urandom(100_000_000)
     assert engine.exchange({}, 1) == {}
     with attached(home, "silo-1"):
         assert engine.exchange({"silo-1": b"small"}, 120) == {"silo-1": Echo().step(b"small")}
-        before = peak_memory("worker_process", str(home))
+        before = peak_memory("job\0client\0", str(home))
         assert before > 0
         assert engine.exchange({"silo-1": frame}, 200) == {"silo-1": Echo().step(frame)}
-        assert peak_memory("worker_process", str(home)) - before < 100_000_000
+        assert peak_memory("job\0client\0", str(home)) - before < 100_000_000
         engine._end_job()
 
-        marker = tmp_path / "it-ran"
-        code = tmp_path / "code"
-        write_job(code, ["silo-1"])
-        (code / "app" / "custom").mkdir()
-        (code / "app" / "custom" / "evil.py").write_text(
-            f"open({str(marker)!r}, 'w')\nclass Evil: pass\n"
-        )
-        add_component(code, {"path": "evil.Evil", "args": {}})
-        other = tmp_path / "class"
-        write_job(other, ["silo-1"])
-        add_component(other, {"path": "subprocess.Popen", "args": {"args": ["touch", str(marker)]}})
-        for folder in (code, other):
-            assert outcome_of(engine, folder) != "FINISHED:COMPLETED"
-        assert not marker.exists()
 
-        # Adversary: another silo, whose messages an honest server passes on.
-        secret = tmp_path / "private.jsonl"
-        secret.write_text("a private record")
-        answers = ask_for_file(homes["silo-3"] / "kit", "silo-3", "silo-1", secret, tmp_path)
-        assert "unauthenticated" in answers
-        assert "a private record" not in answers
-    server = (engine._process.workspace / "flare.log").read_text()
-    assert "silo-1: NVFLARE_ERROR: BYOC not permitted" in server
-    silo = (home / "kit" / "flare.log").read_text()
-    assert "Component 'subprocess.Popen' at config path 'components.#2' is not in" in silo
-
-
-_NOT_YET = {"timeout", "target_unreachable", "comm_error"}
-
-
-def ask_for_file(kit: Path, name: str, victim: str, wanted: Path, directory: Path) -> str:
-    """What a silo's FLARE answers another's command to show a file."""
-    answers = directory / "answers"
-    words = [str(kit), name, victim, str(wanted), str(answers)]
-    with (directory / "attacker.log").open("wb") as output:
-        attacker = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("flare_attacker.py"), *words],
-            stdout=output,
-            stderr=output,
-            cwd=kit,
-        )
-    try:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            text = answers.read_text() if answers.exists() else ""
-            if any(line.split()[0] not in _NOT_YET for line in text.splitlines()):
-                return text
-            time.sleep(0.5)
-        raise AssertionError((directory / "attacker.log").read_text()[-2000:] + text)
-    finally:
-        attacker.kill()
-        attacker.wait()
-
-
-def add_component(job: Path, component: dict) -> None:
-    path = job / "app" / "config" / "config_fed_client.json"
-    tree = json.loads(path.read_text())
-    tree["components"].append({"id": "evil", **component})
-    path.write_text(json.dumps(tree))
-
-
-def outcome_of(engine, job: Path) -> str:
-    number = engine._ask(lambda session: session.submit_job(str(job)))
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        status = engine._ask(lambda session: session.get_job_meta(number))["status"]
-        if status.startswith("FINISHED"):
-            return status
-        time.sleep(0.5)
-    raise AssertionError(status)
+def test_what_a_hostile_silo_gets_from_another_and_from_the_server(homes, engine, tmp_path):
+    """It runs FLARE as it comes; the server and the other silo are honest."""
+    secret = tmp_path / "private.json"
+    secret.write_text('{"record": "a private record"}')
+    with attached(homes["silo-1"], "silo-1"):
+        engine._wait_for({"silo-1"})
+        words = [homes["silo-3"] / "kit", "silo-3", "silo-1", secret]
+        said = said_by("flare_hostile_silo.py", words, tmp_path)
+        assert "a private record" not in str(said)
+        assert said["config"][0] == said["stop"][0] == "process_exception"  # nobody answers there
+        assert said["shell"][0] == said["shell as the server"][0] == "timeout"
+        assert said["address to server"][0] == said["address to silo-1"][0] == "nobody came"
+        assert "silo-1" in engine._connected()  # the server runs on
+    log = (engine._process.workspace / "flare.log").read_text()
+    assert "refused a message of 'silo-3' by way of 'silo-3' for 'silo-1'" in log
+    assert "refused a message of 'server' by way of 'silo-3' for 'silo-1'" in log
 
 
 def test_a_stranger_with_a_certificate_of_another_authority_is_not_connected(engine, tmp_path):

@@ -7,6 +7,9 @@ of them costs no work and no budget: the run is taken up in the next FLARE job.
 ======================  ==========================================================
 :mod:`.kit`             certificates, the signed start-up kit, its locked-down policy
 :mod:`.processes`       FLARE's processes: started with ours, never outliving it
+:mod:`.hardening`       what is taken from each of them before it starts
+:mod:`.job`             the one FLARE job, which nobody has to send
+:mod:`.launching`       how FLARE takes that job and starts its process
 :mod:`.relay`           what FLARE loads at the server and at a silo
 :mod:`.engine`          the coordinator's :class:`~securefedcollm.federation.engines.Engine`
 ======================  ==========================================================

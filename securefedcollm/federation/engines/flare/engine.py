@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import shutil
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any, Final
 from securefedcollm.errors import SecureFedCoLLMError, TransportError
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.engines.door import Door, Wire
+from securefedcollm.federation.engines.flare.job import write_job
 from securefedcollm.federation.engines.flare.kit import Kit
 from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess, require_flare
 from securefedcollm.federation.engines.link import PATIENCE, Pulled, deliver, result_of
@@ -424,43 +424,3 @@ class _Reconnecting:
             case [int(total), bytes(chunk)]:
                 return Pulled(total, chunk)
         raise TransportError("answered something else than it was asked")
-
-
-def write_job(folder: Path, silos: list[str]) -> None:
-    """A FLARE job without code: it names our two relays, which every participant has installed."""
-    relay = "securefedcollm.federation.engines.flare.relay"
-    config = folder / "app" / "config"
-    config.mkdir(parents=True)
-    meta = {
-        "name": "securefedcollm",
-        "resource_spec": {},
-        "min_clients": len(silos),
-        "deploy_map": {"app": ["server", *silos]},
-    }
-    server = {
-        "format_version": 2,
-        "workflows": [
-            {
-                "id": "controller",
-                "path": "nvflare.collab.runtime.controller.CollabController",
-                "args": {"server_obj_id": "coordinator", "collab_obj_ids": [], "props": {}},
-            }
-        ],
-        "components": [{"id": "coordinator", "path": f"{relay}.CoordinatorRelay", "args": {}}],
-    }
-    client = {
-        "format_version": 2,
-        "executors": [
-            {
-                "tasks": ["*"],
-                "executor": {
-                    "path": "nvflare.collab.runtime.executor.CollabExecutor",
-                    "args": {"client_obj_id": "silo", "collab_obj_ids": [], "props": {}},
-                },
-            }
-        ],
-        "components": [{"id": "silo", "path": f"{relay}.SiloRelay", "args": {}}],
-    }
-    (folder / "meta.json").write_text(json.dumps(meta))
-    (config / "config_fed_server.json").write_text(json.dumps(server))
-    (config / "config_fed_client.json").write_text(json.dumps(client))

@@ -1,22 +1,33 @@
-"""What FLARE's client process is stripped of before it starts.
+"""What FLARE's processes are stripped of before they start: parent and job, at both ends.
 
-FLARE asks its authorization policy only about requests whose *sender* says that it should; without
-that, a server or another silo could have files of this machine sent to it by a shell command. So
-the commands that no job of ours needs are not there at all, and the rest are the server's alone.
+FLARE is built to be administered from afar: it runs commands and code, reads configuration in three
+languages and connects to addresses that a message names. A carrier needs none of that. Its open
+policy is not enough, since much of it never asks the policy, or asks only when the sender says so.
 
-Adversary: the server, its administrators, and other silos, whose messages the server passes on.
+Adversary: at a silo the server, its administrators, and other silos; at the server every silo.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, Final
 
+from nvflare.apis.workspace import Workspace
 from nvflare.fuel.f3.cellnet.core_cell import CoreCell
-from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
+from nvflare.fuel.f3.cellnet.defs import CellChannel, MessageHeaderKey, ReturnCode
 from nvflare.fuel.f3.cellnet.utils import make_reply
-from nvflare.private.defs import CellChannel
+from nvflare.fuel.f3.drivers import grpc_driver
+from nvflare.fuel.f3.stream_cell import StreamCell
+from nvflare.fuel.utils.config import ConfigFormat
+from nvflare.fuel.utils.config_factory import ConfigFactory
 from nvflare.private.fed.client.client_req_processors import ClientRequestProcessors
+from nvflare.utils import job_launcher_utils
+
+from securefedcollm.federation.engines.flare.job import is_job
+from securefedcollm.federation.engines.flare.launching import launch_own, take_one_job
+
+log = logging.getLogger(__name__)
 
 NEEDED: Final = frozenset(
     {
@@ -32,31 +43,138 @@ NEEDED: Final = frozenset(
 )
 """To deploy, start, watch, end and remove a job; none of them reads a file or runs a command."""
 
-_GUARDED: Final = frozenset({CellChannel.CLIENT_MAIN, "_net_manager"})
-"""Commands to this process, and FLARE's own network diagnosis, which can stop it."""
+_DIAGNOSIS: Final = "_net_manager"
+"""FLARE's own network diagnosis: it stops processes, lists settings and threads."""
+_SERVER: Final = "server"
 
 
-def strip_client(name: str) -> None:
-    """Leave FLARE's client of ``name`` only what a job of ours needs."""
-    kept = [p for p in ClientRequestProcessors.request_processors if type(p).__name__ in NEEDED]
-    ClientRequestProcessors.request_processors[:] = kept
-    register = CoreCell.register_request_cb
+def strip(role: str, name: str, *, job: bool, largest: int) -> None:
+    """Leave FLARE's process only what a job of ours needs.
+
+    Args:
+        role: ``server`` or ``client``.
+        name: the client's name in FLARE.
+        job: whether it is the process that FLARE starts for a job.
+        largest: bytes of a message that are received at once.
+    """
+    _read_json_only()
+    _name_jobs_by_uuid()
+    _import_no_code()
+    _connect_to_nobody_else()
+    grpc_driver.GRPC_DEFAULT_OPTIONS[:] = [
+        (f"grpc.max_{way}_message_length", largest) for way in ("send", "receive")
+    ]
+    family = name if role == "client" else _SERVER
+    _hear(family, role, job=job)
+    _close_channels(family, role, job=job)
+    if not job:
+        launch_own(role, family)
+    if role == "client" and not job:
+        kept = [p for p in ClientRequestProcessors.request_processors if type(p).__name__ in NEEDED]
+        ClientRequestProcessors.request_processors[:] = kept
+        take_one_job()
+
+
+def _read_json_only() -> None:
+    """Adversary: a HOCON or OmegaConf file, which may include any file of the machine."""
+    loaders = ConfigFactory._fmt2Loader
+    for language in set(loaders) - {ConfigFormat.JSON}:
+        del loaders[language]
+
+
+def _name_jobs_by_uuid() -> None:
+    """Adversary: a job called like a directory of the kit, which is deployed over it or removed."""
+
+    def check(job: Any) -> str:
+        if not is_job(job):
+            raise ValueError(f"{str(job)[:80]!r} is no job's number")
+        return str(job)
+
+    Workspace._check_job_id = staticmethod(check)
+
+
+def _import_no_code() -> None:
+    """A job's ``custom`` directory is on nobody's path."""
+    job_launcher_utils.refresh_custom_dir_import_path = lambda folder: None
+    job_launcher_utils.add_custom_dir_to_path = lambda folder, env: None
+
+
+def _connect_to_nobody_else() -> None:
+    """Adversary: a message that names an address. FLARE would connect to it in the clear, and take
+    for the server whoever calls itself so there."""
+    CoreCell._add_adhoc_connector = lambda cell, to_cell, url: None
+
+
+def _hear(family: str, role: str, *, job: bool) -> None:
+    """Drop what comes by way of somebody who cannot have sent it, and what is for somebody else."""
+    receive = CoreCell._process_received_msg
+
+    def received(cell: Any, endpoint: Any, connection: Any, message: Any) -> None:
+        message.remove_header(MessageHeaderKey.CONN_URL)
+        by = _family(endpoint.name)
+        origin = _family(message.get_header(MessageHeaderKey.ORIGIN))
+        target = _family(message.get_header(MessageHeaderKey.DESTINATION))
+        if role == "client":
+            heard = _client_hears(family, by, origin, target)
+        else:
+            heard = _server_hears(by, origin, target, job=job)
+        if heard:
+            receive(cell, endpoint, connection, message)
+        else:
+            log.warning("refused a message of %r by way of %r for %r", origin, by, target)
+
+    CoreCell._process_received_msg = received
+
+
+def _family(name: Any) -> str:
+    """Cells of one participant are called ``NAME``, ``NAME.JOB`` and so on."""
+    return str(name).split(".", 1)[0][:80]
+
+
+def _client_hears(me: str, by: str, origin: str, target: str) -> bool:
+    """The neighbour's name was compared with its certificate; who sent it and to whom is a claim.
+
+    Adversary: a server that speaks as this silo's other process; other silos by way of it.
+    """
+    if by == _SERVER:
+        return origin == _SERVER and target == me
+    return by == me and {origin, target} <= {me, _SERVER}
+
+
+def _server_hears(by: str, origin: str, target: str, *, job: bool) -> bool:
+    """Adversary: a silo that speaks as another, or to another."""
+    if job:  # its one neighbour is the parent, which has judged already
+        return by == target == _SERVER
+    return origin == by and _SERVER in {by, target}
+
+
+def _close_channels(family: str, role: str, *, job: bool) -> None:
+    """The diagnosis answers nobody, and a job's process is commanded by its parent alone."""
+    closed = {_DIAGNOSIS}
+    if role == "client" and not job:
+        closed.add(CellChannel.AUX_COMMUNICATION)  # events and streams for add-ons that we have not
+    register, register_blob = CoreCell.register_request_cb, StreamCell.register_blob_cb
 
     def guarded(
         cell: Any, channel: str, topic: str, cb: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        if channel in _GUARDED:
-            cb = _from_server(cb, name)
+        if channel in closed:
+            return None
+        if channel == CellChannel.CLIENT_COMMAND:
+            cb = _from(family, cb)
         return register(cell, channel, topic, cb, *args, **kwargs)
 
+    def blob_guarded(cell: Any, channel: str, topic: str, *args: Any, **kwargs: Any) -> Any:
+        return None if channel in closed else register_blob(cell, channel, topic, *args, **kwargs)
+
     CoreCell.register_request_cb = guarded
+    StreamCell.register_blob_cb = blob_guarded
 
 
-def _from_server(cb: Callable[..., Any], name: str) -> Callable[..., Any]:
+def _from(commander: str, cb: Callable[..., Any]) -> Callable[..., Any]:
     def answer(request: Any, *args: Any, **kwargs: Any) -> Any:
-        origin = str(request.get_header(MessageHeaderKey.ORIGIN) or "").split(".")[0]
-        if origin not in {"server", name}:
-            return make_reply(ReturnCode.UNAUTHENTICATED, "commands are taken from the server only")
+        if request.get_header(MessageHeaderKey.ORIGIN) != commander:
+            return make_reply(ReturnCode.UNAUTHENTICATED, f"commands come from {commander} only")
         return cb(request, *args, **kwargs)
 
     return answer

@@ -1,6 +1,9 @@
 """FLARE's own processes, as children of a participant's: they end with it, however it ends.
 
-Run as a module it is the child's first code: ``… .processes server|client WORKSPACE NAME ORG``.
+Run as a module it is the child's first code, and that of the process that FLARE starts for a job:
+
+* ``… .processes PARENT server|client WORKSPACE NAME ORG``
+* ``… .processes PARENT job server|client NAME WORD…``
 """
 
 from __future__ import annotations
@@ -9,9 +12,12 @@ import ctypes
 import importlib.util
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -26,10 +32,23 @@ DOOR: Final = "SECUREFEDCOLLM_DOOR"
 _PASSED_ON: Final = frozenset(
     {"PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONPATH"}
 )
+_LARGEST_FILE: Final = 256 << 20
+"""Bytes of a file that FLARE writes. Adversary: who fills the disk by way of its logs."""
+_PUT_ASIDE: Final = 64 << 20
+"""Bytes of a log with which no process begins."""
+_LARGEST_MESSAGE: Final = 16 << 20
+"""Bytes of a message to FLARE's processes; a call carries 2 MiB."""
+_LIMITS: Final = {"NVFLARE_STREAMING_MAX_BLOB_SIZE": str(_LARGEST_MESSAGE)}
+_HERE: Final = "securefedcollm.federation.engines.flare.processes"
+"""This module; it has another name where it is run."""
 _PR_SET_PDEATHSIG: Final = 1
 _ENTRY: Final = {
     "server": "nvflare.private.fed.app.server.server_train",
     "client": "nvflare.private.fed.app.client.client_train",
+}
+_JOB_ENTRY: Final = {
+    "server": "nvflare.private.fed.app.server.runner_process",
+    "client": "nvflare.private.fed.app.client.worker_process",
 }
 
 
@@ -54,18 +73,18 @@ class FlareProcess:
     ) -> None:
         self.workspace = workspace
         self._log = workspace / "flare.log"
+        for log_file in (self._log, workspace / "audit.log"):
+            if log_file.exists() and log_file.stat().st_size > _PUT_ASIDE:
+                log_file.replace(log_file.with_name(f"{log_file.name}.1"))
         with self._log.open("ab") as output:
             os.fchmod(output.fileno(), 0o600)
             self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-u", "-m", __name__),
-                    *(role, str(workspace), name, org, str(os.getpid())),
-                ],
+                _command(role, str(workspace), name, org),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 cwd=workspace,
-                env={**plain_environment(), **env},
+                env={**plain_environment(), **_LIMITS, **env},
                 start_new_session=True,
             )
 
@@ -106,24 +125,69 @@ def plain_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name in _PASSED_ON}
 
 
-def main(role: str, workspace: str, name: str, org: str, parent: str) -> None:
-    """Become FLARE's process, as a child of ``parent``."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it ended before we had asked
-        return
-    import runpy
+def job_environment() -> dict[str, str]:
+    """What the process of a job is told: where the door is, and no more."""
+    return {**plain_environment(), **_LIMITS, DOOR: os.environ[DOOR]}
 
-    if role == "client":
-        from securefedcollm.federation.engines.flare.hardening import strip_client
 
-        strip_client(name)
+def _command(*words: str) -> list[str]:
+    # -P: the directory that it runs in is no place to import from.
+    return [sys.executable, "-P", "-u", "-m", _HERE, str(os.getpid()), *words]
 
+
+def job_command(role: str, name: str, words: list[str]) -> list[str]:
+    """What starts the process of a job as a child of this one."""
+    return _command("job", role, name, *words)
+
+
+def end_with(parent: int) -> None:
+    """From now on this process ends with ``parent``, which started it.
+
+    It may have ended already: then nobody tells, but this process is another's child by now.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    if os.getppid() != parent:
+        os._exit(1)
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def main(parent: str, role: str, *words: str) -> None:
+    """Become FLARE's process, or that of a job, as a child of ``parent``."""
+    end_with(int(parent))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_LARGEST_FILE, _LARGEST_FILE))
+    if role == "job":
+        _become_job(*words)
+    else:
+        _become_parent(role, *words)
+
+
+def _become_parent(role: str, workspace: str, name: str, org: str) -> None:
     arguments = ["-m", workspace, "-s", f"fed_{role}.json", "--set", "secure_train=true"]
     arguments += [f"org={org}", "config_folder="]
     if role == "client":
         arguments.insert(5, f"uid={name}")
-    sys.argv = [_ENTRY[role], *arguments]
-    runpy.run_module(_ENTRY[role], run_name="__main__", alter_sys=True)
+    _become(_ENTRY[role], arguments, role, name, job=False)
+
+
+def _become_job(role: str, name: str, *words: str) -> None:
+    _become(_JOB_ENTRY[role], list(words), role, name, job=True)
+
+
+def _become(module: str, arguments: list[str], role: str, name: str, *, job: bool) -> None:
+    import runpy
+
+    from securefedcollm.federation.engines.flare.hardening import strip
+
+    strip(role, name, job=job, largest=_LARGEST_MESSAGE)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 from typing import Any, Final
 
 from nvflare.collab import collab
@@ -31,7 +30,6 @@ class SiloRelay:
     """
 
     def __init__(self) -> None:
-        _end_with_parent()
         threading.Thread(target=_attend, name="attend", daemon=True).start()
 
     @collab.publish
@@ -75,9 +73,6 @@ class CoordinatorRelay:
     It opens one connection per silo to the coordinator's door, and one for the job itself.
     """
 
-    def __init__(self) -> None:
-        _end_with_parent()
-
     @collab.main
     def run(self) -> str:
         """The job."""
@@ -109,15 +104,3 @@ def _call(proxy: Any, call: Any) -> list[Any]:
         return list(getattr(proxy(timeout=_CALL_TIMEOUT + patience), method)(*arguments))
     except Exception as error:  # FLARE has many kinds for what may happen on the way
         return ["error", f"{proxy.name}: {str(error)[:160]}"]
-
-
-def _end_with_parent() -> None:
-    """A killed FLARE parent leaves no job process behind that holds its port and its place."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="parent", daemon=True).start()
