@@ -48,7 +48,7 @@ from securefedcollm.study.identity import create_identity
 from .arithmetic import KEYS, ArithmeticServer, ArithmeticSilo, make_study
 from .homes import write_signed
 
-pytestmark = [pytest.mark.xdist_group("flare"), pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.xdist_group("flare"), pytest.mark.timeout(600)]
 
 SILOS = ("silo-1", "silo-2", "silo-3")
 PASSPHRASE = "correct horse battery"
