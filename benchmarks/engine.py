@@ -178,12 +178,14 @@ def over_flare(values: int, homes: dict[str, Path], study_file: Path, out: Path)
     study = signed_study(homes, study_file)
     key = open_identity(read_identity(homes["server"] / "identity.json"), None)
     with contextlib.ExitStack() as stack:
+        processes = []
         for name in SILOS:
             words = ["silo", str(homes[name]), str(study_file), str(values)]
             silo = stack.enter_context(
                 subprocess.Popen([sys.executable, "-m", "benchmarks.engine", *words])
             )
             stack.callback(silo.terminate)
+            processes.append(silo.pid)
         engine = stack.enter_context(
             FlareEngine(
                 SILOS,
@@ -196,7 +198,14 @@ def over_flare(values: int, homes: dict[str, Path], study_file: Path, out: Path)
             )
         )
         silos = {p.name: bytes.fromhex(p.key) for p in study.roster if p.role == "silo"}
-        return run(study, Roster(silos), engine, values, out)
+        found = run(study, Roster(silos), engine, values, out)
+        return found | {"silo_peak_mb": max(map(peak_memory, processes))}
+
+
+def peak_memory(process: int) -> float:
+    """The most that a process has had resident so far, MB."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 1000
 
 
 def serve_silo(home: Path, study_file: Path, values: int) -> None:

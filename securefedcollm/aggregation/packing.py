@@ -19,13 +19,15 @@ from securefedcollm.aggregation.masks import CHUNK_WORDS, Words, each_part
 from securefedcollm.errors import LocalProtocolError, ProtocolError
 
 Vector = npt.NDArray[np.int64]
+Bounded = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+"""A silo's own vector: int32 takes half the memory, and holds every bound that a study can have."""
 
 
-def pack(vector: Vector, parameters: RingParameters, out: Words, threads: int = 1) -> None:
+def pack(vector: Bounded, parameters: RingParameters, out: Words, threads: int = 1) -> None:
     """Write the packed ``vector`` to ``out``.
 
     Args:
-        vector: int64 [d], contiguous; abs(q) <= bound.
+        vector: int32 or int64 [d]; abs(q) <= bound.
         parameters: sizes.
         out: uint64 [w]; overwritten.
         threads: parts worked on at the same time.
@@ -35,11 +37,10 @@ def pack(vector: Vector, parameters: RingParameters, out: Words, threads: int = 
             failed, and a wrapped sum would be silently wrong.
     """
     hint = "quantise to the study's bound and length first"
-    if vector.dtype != np.int64 or vector.shape != (parameters.values,):
+    if vector.dtype not in (np.int32, np.int64) or vector.shape != (parameters.values,):
         message = f"the vector is {vector.dtype} {vector.shape}, not int64 ({parameters.values},)"
         raise LocalProtocolError(message, hint=hint)
-    unsigned = np.ascontiguousarray(vector).view(np.uint64)
-    offset, greatest = np.uint64(parameters.bound), np.uint64(2 * parameters.bound)
+    offset, greatest = np.int64(parameters.bound), np.uint64(2 * parameters.bound)
 
     def work(start: int, stop: int) -> None:
         scratch = np.empty(CHUNK_WORDS, dtype=np.uint64)
@@ -48,7 +49,8 @@ def pack(vector: Vector, parameters: RingParameters, out: Words, threads: int = 
             for shift, first, last in _planes(parameters, low, low + len(words)):
                 # Field 0 has a value for every word: it is written in place, the others added.
                 target = scratch[: last - first] if shift else words
-                field = np.add(unsigned[first:last], offset, out=target)
+                np.add(vector[first:last], offset, out=target.view(np.int64))
+                field = target  # what is below the bound is a huge number here
                 if field.max() > greatest:
                     message = f"a value exceeds the bound {parameters.bound}"
                     raise LocalProtocolError(message, hint=hint)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from securefedcollm.aggregation.header import Authority, Roster, RoundHeader
+from securefedcollm.aggregation.packing import Bounded
 from securefedcollm.aggregation.steps import (
     AUTHORITY_TRANSITIONS,
     CKKS_TRANSITIONS,
@@ -238,7 +239,7 @@ def silo_side(
     roster: Roster,
     name: str,
     signing_key: SigningKey,
-    vector: npt.NDArray[np.int64],
+    vector: Bounded,
     vector_id: bytes,
     journal: Journal,
     random: RandomSource = os.urandom,
@@ -272,7 +273,7 @@ def silo_side(
                 roster=roster,
                 name=name,
                 signing_key=signing_key,
-                vector=vector,
+                vector=vector.astype(np.int64, copy=False),
                 vector_id=vector_id,
                 journal=journal,
                 random=random,
@@ -286,7 +287,7 @@ def silo_side(
                 authority=_named(authority),
                 name=name,
                 signing_key=signing_key,
-                vector=vector,
+                vector=vector.astype(np.int64, copy=False),
                 vector_id=vector_id,
                 journal=journal,
                 random=random,

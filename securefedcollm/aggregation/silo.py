@@ -22,9 +22,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
-import numpy as np
-import numpy.typing as npt
-
 from securefedcollm.aggregation import keys, masks, packing, shamir
 from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster
 from securefedcollm.aggregation.messages import (
@@ -92,7 +89,7 @@ class SiloRound:
         roster: the silos of the signed study.
         name: this silo.
         signing_key: its Ed25519 identity.
-        vector: int64 [d] with abs(q) <= bound; packed at once, not kept.
+        vector: int32 or int64 [d] with abs(q) <= bound; packed at once, not kept.
         vector_id: 32 bytes that stand for ``vector``: whoever gives the same id in two attempts at
             a round promises that the vectors are equal, noise included.
         journal: durable, shared by every process that may act for this silo.
@@ -111,7 +108,7 @@ class SiloRound:
         roster: Roster,
         name: str,
         signing_key: SigningKey,
-        vector: npt.NDArray[np.int64],
+        vector: packing.Bounded,
         vector_id: bytes,
         journal: Journal,
         random: RandomSource = os.urandom,

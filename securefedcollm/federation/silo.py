@@ -48,13 +48,14 @@ from securefedcollm.federation.plan import (
     sum_name,
 )
 from securefedcollm.federation.recording import SiloRecord
-from securefedcollm.federation.silostore import Integers, Mark, OneRun, SiloStore, SumMemory
+from securefedcollm.federation.silostore import Mark, OneRun, SiloStore, SumMemory
 from securefedcollm.federation.workload import Progress, SiloWorkload, Vector, silent
 from securefedcollm.primitives import SigningKey, sha256
 from securefedcollm.privacy.events import Event
 from securefedcollm.privacy.joint import JointStep
 from securefedcollm.privacy.ledger import Budget, Key, Ledger, Reservation
 from securefedcollm.privacy.noise import NoiseSource
+from securefedcollm.privacy.quantise import Integers
 from securefedcollm.privacy.silo_unit import SiloUnit, with_survivors
 from securefedcollm.study import Study
 
@@ -311,7 +312,7 @@ class SiloSession:
     def _update(
         self, scope: bytes, round_: int, adapter: Vector, unit: SiloUnit | JointStep | None
     ) -> Integers:
-        """This round's integers, int64 [values]: from disk if finished, else trained now.
+        """This round's integers, [values]: from disk if finished, else trained now.
 
         The stored update was charged when it was first released, and releasing the same value
         again costs nothing. It is bound to its charge by its hash, so that no other value goes out
@@ -384,9 +385,9 @@ class SiloSession:
         if isinstance(unit, JointStep):
             at = round_of(self._study, round_)
             gradients = self._workload.gradients(adapter, at, unit.sampling_rate)
-            integers = unit.protect(gradients, NoiseSource())
-            self._store.save_update(scope, round_, training, integers)
-            return integers
+            noised = unit.protect(gradients, NoiseSource())
+            self._store.save_update(scope, round_, training, noised)
+            return noised
         update = self._workload.fit(adapter, round_, self._progress)
         expected = self._workload.update_size(round_)
         if update.shape != (expected,) or not np.isfinite(update).all():
@@ -394,7 +395,10 @@ class SiloSession:
                 f"round {round_ + 1} made an update that is not finite",
                 hint="lower local.learning_rate",
             )
-        if unit is None:
+        integers: Integers
+        if unit is None and self._study.scheme == "masking":
+            integers = quantiser(self._study, expected).encode_narrow(update)
+        elif unit is None:
             integers = quantiser(self._study, expected).encode(update).integers
         else:  # noised once: an attempt that is repeated repeats the noise
             integers = unit.protect(update, NoiseSource())

@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from securefedcollm.errors import RemoteProtocolError, StateError
 from securefedcollm.federation.files import make_directory, write_durably
 from securefedcollm.federation.plan import run_key, run_scope, sum_name
 from securefedcollm.privacy.journal import durable_database
+from securefedcollm.privacy.quantise import Integers
 from securefedcollm.study import Study
-
-Integers = npt.NDArray[np.int64]
 
 MOST_ATTEMPTS: Final = 64
 """At one sum, restarts included. Each writes into journal and evidence log. An honest server takes
@@ -155,12 +153,13 @@ class SiloStore:
                 f"{path}: a finished update cannot be read ({error})",
                 hint="this silo sits the round out; it takes part again in the next",
             ) from None
-        if vector.dtype != np.int64:
+        if vector.dtype not in (np.int32, np.int64):
             raise StateError(
                 f"{path}: not a finished update of this version",
                 hint="this silo sits the round out; it takes part again in the next",
             )
-        return np.asarray(vector, dtype=np.int64)
+        found: Integers = vector
+        return found
 
     def _update(self, run: bytes, round_: int, training: int) -> Path:
         return self._directory / f"update-{run.hex()}-{round_:05d}-{training}.npy"

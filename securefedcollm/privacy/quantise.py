@@ -22,6 +22,7 @@ import numpy.typing as npt
 from securefedcollm.errors import ConfigError, LocalProtocolError, TrainingError
 
 Floats = npt.NDArray[np.float32] | npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 LARGEST_BOUND: Final = 2**31 - 1
 _CHUNK: Final = 1 << 15  # 256 KiB of float64: stays in L2
@@ -88,14 +89,24 @@ class Quantiser:
             TrainingError: a value is NaN or infinite.
             LocalProtocolError: another length or dtype.
         """
+        integers = np.empty(self.values, dtype=np.int64)
+        norm_squared, clipped = self._encode_into(integers, vector)
+        return Quantised(integers, norm_squared, clipped)
+
+    def encode_narrow(self, vector: Floats) -> npt.NDArray[np.int32]:
+        """The integers of :meth:`encode` in half the memory, for a sum that needs no more noise."""
+        integers = np.empty(self.values, dtype=np.int32)
+        self._encode_into(integers, vector)
+        return integers
+
+    def _encode_into(self, integers: Integers, vector: Floats) -> tuple[int, bool]:
         norm = self._norm(vector)
         clipped = norm > self.clip_norm
         factor = self.scale * (self.clip_norm / norm if clipped else 1.0)
-        integers = np.empty(self.values, dtype=np.int64)
         for _ in range(4):
             total = _round_into(integers, vector, factor)
             if total is not None and total <= self.bound**2:
-                return Quantised(integers, total, clipped)
+                return total, clipped
             # Only the last bits of the float norm lead here; the integer check has the last word.
             factor *= 1.0 - 2.0**-20
         raise LocalProtocolError("the quantised vector does not meet its integer bound")
@@ -150,20 +161,21 @@ class Quantiser:
         return f"Quantiser(values={self.values}, clip_norm={self.clip_norm}, bound={self.bound})"
 
 
-def _round_into(out: npt.NDArray[np.int64], vector: Floats, factor: float) -> int | None:
+def _round_into(out: Integers, vector: Floats, factor: float) -> int | None:
     """``out`` = rint(vector · factor); Σ out², exactly, or None if a value passes 2^31."""
-    scratch = np.empty(_CHUNK, dtype=np.float64)
+    scratch, whole = np.empty(_CHUNK, dtype=np.float64), np.empty(_CHUNK, dtype=np.int64)
     total = 0
     for start in range(0, len(out), _CHUNK):
         part = vector[start : start + _CHUNK]
         floats = scratch[: len(part)]
         np.multiply(part, factor, out=floats, dtype=np.float64)
         np.rint(floats, out=floats)
-        integers = out[start : start + len(part)]
+        integers = whole[: len(part)]
         np.copyto(integers, floats, casting="unsafe")
         largest = max(int(integers.max()), -int(integers.min()))
         if largest > LARGEST_BOUND:
             return None
+        out[start : start + len(part)] = integers
         total += _sum_of_squares(integers, largest)
     return total
 

@@ -72,7 +72,7 @@ def test_threads_change_nothing() -> None:
     vector = (Keystream(bytes(32)).words(shape.values) % np.uint64(2001)).astype(np.int64) - 1000
     one, three = np.empty(shape.words, dtype=np.uint64), np.empty(shape.words, dtype=np.uint64)
     packing.pack(vector, shape, one)
-    packing.pack(vector, shape, three, threads=3)
+    packing.pack(vector.astype(np.int32), shape, three, threads=3)
     keys_ = [bytes([i]) * 32 for i in range(4)]
     masks.apply(one, add=keys_[:2], subtract=keys_[2:])
     masks.apply(three, add=keys_[:2], subtract=keys_[2:], threads=3)
@@ -87,7 +87,11 @@ def test_threads_change_nothing() -> None:
     "vector",
     [
         np.zeros(4, dtype=np.int64),
-        np.zeros(5, dtype=np.int32),
+        np.zeros(5, dtype=np.int16),
+        np.zeros(5, dtype=np.uint64),
+        np.array([101, 0, 0, 0, 0], dtype=np.int32),
+        np.array([0, 0, np.iinfo(np.int32).min, 0, 0], dtype=np.int32),
+        np.array([0, 0, 0, 0, np.iinfo(np.int32).max], dtype=np.int32),
         np.zeros((5, 1), dtype=np.int64),
         np.array([0, 0, 0, 0, 101], dtype=np.int64),
         np.array([-101, 0, 0, 0, 0], dtype=np.int64),

@@ -29,9 +29,11 @@ def exact_norm_squared(integers: np.ndarray) -> int:
     bound=st.sampled_from([64, 2**12, 2**18, 2**23 + 1, LARGEST_BOUND]),
 )
 def test_norm_and_every_value_stay_within_the_bound(vector, clip, bound):
-    encoded = Quantiser(len(vector), clip, bound).encode(vector)
+    quantiser = Quantiser(len(vector), clip, bound)
+    encoded = quantiser.encode(vector)
     assert encoded.norm_squared == exact_norm_squared(encoded.integers) <= bound**2
     assert int(np.abs(encoded.integers).max()) <= bound
+    assert np.array_equal(quantiser.encode_narrow(vector), encoded.integers)
 
 
 @pytest.mark.parametrize("bound", [8, 100, 2**18, LARGEST_BOUND])
