@@ -188,13 +188,8 @@ def test_a_record_without_its_subject_is_refused_by_line(tmp_path: Path, suffix:
 
 
 def test_no_value_of_a_record_reaches_the_error(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    # A test of the command line that ran before may have left a handler on a closed stream.
-    monkeypatch.setattr(logging.getLogger(), "handlers", [caplog.handler])
     secret = "Jane Doe has anaemia"
     for bad in (
         {"question": secret, "choices": [secret, ""], "answer": 0},

@@ -17,10 +17,17 @@ from nvflare.apis.workspace import Workspace
 from nvflare.fuel.f3.cellnet.core_cell import CoreCell
 from nvflare.fuel.f3.cellnet.defs import CellChannel, MessageHeaderKey, ReturnCode
 from nvflare.fuel.f3.cellnet.utils import make_reply
+from nvflare.fuel.f3.comm_error import CommError
 from nvflare.fuel.f3.drivers import grpc_driver
+from nvflare.fuel.f3.drivers.connector_info import Mode
+from nvflare.fuel.f3.drivers.driver_params import DriverParams
+from nvflare.fuel.f3.sfm.conn_manager import ConnManager
+from nvflare.fuel.f3.sfm.constants import HandshakeKeys
 from nvflare.fuel.f3.stream_cell import StreamCell
 from nvflare.fuel.utils.config import ConfigFormat
 from nvflare.fuel.utils.config_factory import ConfigFactory
+from nvflare.fuel.utils.fobs import lobs
+from nvflare.fuel.utils.fobs.datum import Datum, DatumManager, DatumType
 from nvflare.private.fed.client.client_req_processors import ClientRequestProcessors
 from nvflare.utils import job_launcher_utils
 
@@ -60,7 +67,9 @@ def strip(role: str, name: str, *, job: bool, largest: int) -> None:
     _read_json_only()
     _name_jobs_by_uuid()
     _import_no_code()
+    _carry_no_files()
     _connect_to_nobody_else()
+    _believe_no_new_names(role)
     grpc_driver.GRPC_DEFAULT_OPTIONS[:] = [
         (f"grpc.max_{way}_message_length", largest) for way in ("send", "receive")
     ]
@@ -105,6 +114,51 @@ def _connect_to_nobody_else() -> None:
     CoreCell._add_adhoc_connector = lambda cell, to_cell, url: None
 
 
+def _carry_no_files() -> None:
+    """FLARE's encoding has values that stand for a file, which whoever encodes them reads and
+    whoever decodes them writes, and others that are fetched, without limit, from whom they name.
+
+    Adversary: whoever sends a value that the other side passes on, as FLARE does with the cookies
+    of a task and with what a silo says of its interface. It would come back with the file in it.
+    """
+    add = DatumManager.add_datum
+
+    def add_bytes(manager: DatumManager, datum: Datum) -> None:
+        if datum.datum_type not in {DatumType.TEXT, DatumType.BLOB} or datum.dot != 0:
+            raise ValueError("a message that stands for a file, or is to be fetched")
+        add(manager, datum)
+
+    def nowhere() -> str:
+        raise ValueError("a message that brings a file")
+
+    DatumManager.add_datum = add_bytes
+    lobs.get_datum_dir = nowhere
+
+
+def _believe_no_new_names(role: str) -> None:
+    """Whoever a silo's process has called over gRPC is the server, whatever it says it is; and
+    nobody changes the name that a connection began with.
+
+    Adversary: a server that calls itself as this silo's own process, whose certificate FLARE
+    compares only where somebody connects to it.
+    """
+    update = ConnManager.update_endpoint
+
+    def named(manager: Any, connection: Any, data: dict[str, Any]) -> None:
+        connector, known = connection.conn.connector, connection.sfm_endpoint
+        name = data.get(HandshakeKeys.ENDPOINT_NAME)
+        called = role == "client" and connector.mode == Mode.ACTIVE
+        over_grpc = str(connector.params.get(DriverParams.SCHEME.value)).startswith("grpc")
+        if (called and over_grpc and _family(name) != _SERVER) or (
+            known is not None and known.endpoint.name != name
+        ):
+            connection.conn.close()
+            raise CommError(CommError.BAD_DATA, f"a neighbour that calls itself {str(name)[:80]!r}")
+        update(manager, connection, data)
+
+    ConnManager.update_endpoint = named
+
+
 def _hear(family: str, role: str, *, job: bool) -> None:
     """Drop what comes by way of somebody who cannot have sent it, and what is for somebody else."""
     receive = CoreCell._process_received_msg
@@ -132,7 +186,8 @@ def _family(name: Any) -> str:
 
 
 def _client_hears(me: str, by: str, origin: str, target: str) -> bool:
-    """The neighbour's name was compared with its certificate; who sent it and to whom is a claim.
+    """The neighbour's name is known (:func:`_believe_no_new_names`, and FLARE compares that of who
+    connects with its certificate); who sent a message and to whom is a claim.
 
     Adversary: a server that speaks as this silo's other process; other silos by way of it.
     """
