@@ -58,6 +58,9 @@ def write_durably(path: Path, *content: bytes | memoryview) -> None:
         ) from None
 
 
+_OF_MKDTEMP = "[a-z0-9_]"
+
+
 class PrivateDirectory:
     """A fresh directory (mode 0700) that a killed process does not leave behind for long.
 
@@ -70,10 +73,11 @@ class PrivateDirectory:
 
     def __init__(self, place: Path, prefix: str) -> None:
         """Raises: StateError, if ``place`` cannot be written."""
-        for old in place.glob(f"{prefix}*"):
-            if (lock := _hold(old)) is not None:
-                shutil.rmtree(old, ignore_errors=True)
-                os.close(lock)
+        for old in place.glob(prefix + 8 * _OF_MKDTEMP):
+            with contextlib.suppress(BlockingIOError):
+                if (lock := _hold(old)) is not None:
+                    shutil.rmtree(old, ignore_errors=True)
+                    os.close(lock)
         self._lock: int | None = None
         for _ in range(10):
             try:
@@ -83,10 +87,11 @@ class PrivateDirectory:
                     f"{place}: cannot be written ({error.strerror or error})",
                     hint="free some space, or choose another directory with --home or TMPDIR",
                 ) from None
-            self._lock = _hold(self.path)
-            # Else another's sweep was faster; or there are no locks here, and nobody sweeps.
-            if self._lock is not None or self.path.exists():
-                break
+            with contextlib.suppress(BlockingIOError):  # another's sweep was faster, and removes it
+                self._lock = _hold(self.path)
+                # Else it is gone already; or there are no locks here, and nobody sweeps.
+                if self._lock is not None or self.path.exists():
+                    break
 
     def remove(self) -> None:
         """Remove it with all that is in it."""
@@ -103,16 +108,25 @@ class PrivateDirectory:
 
 
 def _hold(directory: Path) -> int | None:
-    """Lock one of this user's private directories; None if it is none, or somebody holds it."""
+    """Lock one of this user's private directories; None if it is none, or cannot be locked.
+
+    Raises:
+        BlockingIOError: somebody holds it.
+    """
     try:
         lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
         return None
-    with contextlib.suppress(OSError):
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         held, named = os.fstat(lock), directory.lstat()
         private = held.st_uid == os.getuid() and stat.S_IMODE(held.st_mode) == 0o700
         if private and os.path.samestat(held, named):  # not removed meanwhile
             return lock
+    except BlockingIOError:
+        os.close(lock)
+        raise
+    except OSError:
+        pass
     os.close(lock)
     return None

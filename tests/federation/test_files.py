@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -40,10 +43,37 @@ def test_what_somebody_holds_or_is_no_private_directory_is_left(tmp_path):
     (tmp_path / ".sfc-link").symlink_to(precious)
     (tmp_path / ".sfc-open").mkdir(mode=0o755)
     (tmp_path / ".sfc-file").touch()
+    (tmp_path / ".sfc-of-somebody-else").mkdir(mode=0o700)
     with PrivateDirectory(tmp_path, ".sfc-") as held, PrivateDirectory(tmp_path, ".sfc-") as mine:
         names = {path.name for path in tmp_path.iterdir()}
-        assert names == {"precious", ".sfc-link", ".sfc-open", ".sfc-file", held.name, mine.name}
+        assert names == {
+            "precious",
+            ".sfc-link",
+            ".sfc-open",
+            ".sfc-file",
+            ".sfc-of-somebody-else",
+            held.name,
+            mine.name,
+        }
     assert (precious / "file").exists()
+
+
+def test_one_that_another_sweep_was_faster_to_hold_is_not_used(tmp_path, monkeypatch):
+    """It is about to be removed by who holds it."""
+    made, make = [], tempfile.mkdtemp
+
+    def swept(**where):
+        path = make(**where)
+        made.append(path)
+        if len(made) == 1:
+            lock = os.open(path, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        return path
+
+    monkeypatch.setattr(tempfile, "mkdtemp", swept)
+    with PrivateDirectory(tmp_path, ".sfc-") as path:
+        assert made == [made[0], str(path)]
+        assert made[0] != str(path)
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):

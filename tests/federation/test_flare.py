@@ -406,3 +406,21 @@ def test_a_stranger_with_a_certificate_of_another_authority_is_not_connected(eng
             time.sleep(0.3)
         assert "CERTIFICATE_VERIFY_FAILED" in log.read_text(), log.read_text()[-2000:]
         assert "silo-2" not in engine._connected()
+
+
+@pytest.mark.parametrize("how", ["stripped", "as-it-comes"])
+def test_flares_encoding_neither_reads_nor_writes_a_file_and_names_stay(tmp_path, how):
+    """Adversary: whoever sends a value that the other side sends back, and a server that calls
+    itself as this silo. FLARE as it comes does what they want."""
+    program = Path(__file__).with_name("flare_encoding.py")
+    done = subprocess.run(
+        [sys.executable, str(program), str(tmp_path), how], stdout=subprocess.PIPE, check=True
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    if how == "as-it-comes":
+        assert found == {"reads_a_file": True, "writes_a_file": True, "is_believed": True}
+        return
+    assert "stands for a file" in found["reads_a_file"]
+    assert "brings a file" in found["writes_a_file"]
+    assert "calls itself 'silo-1'" in found["is_believed"]
+    assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]

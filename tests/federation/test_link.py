@@ -213,8 +213,8 @@ def test_chunks_out_of_place_change_nothing(silo):
 
 @pytest.mark.parametrize(
     "pulled",
-    [Pulled(1 << 40, b"x"), Pulled(50, b"")],
-    ids=["absurd", "breaks off"],
+    [Pulled(1 << 40, b"x"), Pulled(50, b""), Pulled(50, b"x"), Pulled(3, b"four")],
+    ids=["absurd", "breaks off", "drips", "too much"],
 )
 def test_a_silo_that_announces_what_it_does_not_send_is_a_dropout(pulled):
     class Liar:
@@ -226,6 +226,22 @@ def test_a_silo_that_announces_what_it_does_not_send_is_a_dropout(pulled):
 
     with pytest.raises(TransportError, match="too large, or breaks off"):
         deliver(Liar(), Parcel(SESSION, 0), b"hello", soon(), grace=0.0)
+
+
+def test_a_silo_whose_reply_takes_for_ever_is_a_dropout(monkeypatch):
+    piece = link_module.CHUNK
+    monkeypatch.setattr(link_module, "SLOWEST", 100 * piece)  # ten pieces may take 0.1 s
+
+    class Slow:
+        def push(self, parcel, total, offset, chunk):
+            return total
+
+        def pull(self, parcel, offset, patience):
+            time.sleep(0.04)
+            return Pulled(10 * piece, bytes(piece))
+
+    with pytest.raises(TransportError, match="no reply in time"):
+        deliver(Slow(), Parcel(SESSION, 0), b"hello", time.monotonic() + 0.02, grace=0.0)
 
 
 def test_a_silo_that_never_takes_a_request_is_a_dropout():

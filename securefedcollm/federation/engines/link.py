@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 CHUNK: Final = LONGEST - 4096
 """Bytes a call carries at most, 2 MiB; the carrier holds a few copies of each."""
 
+SLOWEST: Final = 125_000
+"""Bytes a second at which a reply must come once it has begun: 1 Mbit/s."""
 PATIENCE: Final = 10.0
 """Seconds that one pull waits for a reply that is still being worked out."""
 
@@ -302,21 +304,26 @@ def _push(link: SiloLink, parcel: Parcel, frame: bytes, deadline: float) -> None
 
 
 def _pull(link: SiloLink, parcel: Parcel, deadline: float) -> bytes:
+    """The reply, which must begin by the ``deadline``, and then come at :data:`SLOWEST` or faster.
+
+    Adversary: a silo that gives its reply a byte at a time, and so has a round never end.
+    """
     from securefedcollm.federation.messages import MAX_FRAME
 
-    parts: list[bytes] = []
-    got, total = 0, -1
-    while total < 0 or got < total:
+    reply, total = bytearray(), -1
+    while total < 0 or len(reply) < total:
         left = deadline - time.monotonic()
-        if total < 0 and left <= 0:
+        if left <= 0:
             raise TransportError("no reply in time")
-        pulled = link.pull(parcel, got, min(PATIENCE, max(0.0, left)))
-        total = pulled.total
-        if total > MAX_FRAME or (total > got and not pulled.chunk):
+        pulled = link.pull(parcel, len(reply), min(PATIENCE, left))
+        if total < 0 <= pulled.total:
+            deadline = max(deadline, time.monotonic() + pulled.total / SLOWEST)
+            total = pulled.total
+        wanted = max(0, min(CHUNK, total - len(reply)))
+        if total > MAX_FRAME or pulled.total != total or len(pulled.chunk) != wanted:
             raise TransportError("its reply is too large, or breaks off")
-        parts.append(pulled.chunk)
-        got += len(pulled.chunk)
-    return b"".join(parts)
+        reply += pulled.chunk
+    return bytes(reply)
 
 
 # ---- the calls, through a door ----

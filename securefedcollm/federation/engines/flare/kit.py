@@ -326,7 +326,7 @@ def _scratch(inside: Path | None = None) -> PrivateDirectory:
     memory = Path("/dev/shm")  # noqa: S108 - a fresh private directory in it
     if inside is None:
         inside = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
-    return PrivateDirectory(inside, ".sfc-")
+    return PrivateDirectory(inside, ".securefedcollm-")
 
 
 @contextlib.contextmanager
