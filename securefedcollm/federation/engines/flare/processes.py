@@ -173,19 +173,23 @@ def _become_parent(role: str, workspace: str, name: str, org: str) -> None:
     arguments += [f"org={org}", "config_folder="]
     if role == "client":
         arguments.insert(5, f"uid={name}")
-    _become(_ENTRY[role], arguments, role, name, job=False)
+    _become(_ENTRY[role], arguments, role, name, workspace)
 
 
 def _become_job(role: str, name: str, *words: str) -> None:
-    _become(_JOB_ENTRY[role], list(words), role, name, job=True)
+    _become(_JOB_ENTRY[role], list(words), role, name, None)
 
 
-def _become(module: str, arguments: list[str], role: str, name: str, *, job: bool) -> None:
+def _become(module: str, arguments: list[str], role: str, name: str, workspace: str | None) -> None:
+    """``workspace``: of the parent; a job's process inherits what that is confined to."""
     import runpy
 
     from securefedcollm.federation.engines.flare.hardening import strip
+    from securefedcollm.federation.engines.flare.sandbox import confine
 
-    strip(role, name, job=job, largest=_LARGEST_MESSAGE)
+    if workspace is not None and not confine(Path(workspace)):
+        log.warning("this kernel has no Landlock: FLARE may read what this user may read")
+    strip(role, name, job=workspace is None, largest=_LARGEST_MESSAGE)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -1,0 +1,87 @@
+"""Landlock: what the kernel lets FLARE's processes read and write, whatever they are made to do.
+
+Reading: the Python that runs them, this package, the system. Reading and writing: their kit. So
+neither records, nor identity, ledger or journal, nor other users' files can be had through them.
+Linux 5.13 or newer; elsewhere there is no such wall, and the log says so.
+
+Adversary: whoever finds another way to have FLARE read or write a file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import sys
+from pathlib import Path
+from typing import Final
+
+_CREATE, _ADD, _RESTRICT = 444, 445, 446
+"""System calls; the same numbers on every architecture."""
+_BENEATH: Final = 1
+_NO_NEW_PRIVS: Final = 38
+_READ: Final = 0b1101  # execute, read files, list directories
+_WRITE_FILE: Final = 0b10
+_RIGHTS: Final = (0, (1 << 13) - 1, (1 << 14) - 1, (1 << 15) - 1)
+"""By version of Landlock, all that it knows of files; later ones know no more that matters here."""
+_OF_FILES: Final = 0b110 | 1 << 14 | 1
+"""What can be allowed on something that is no directory."""
+
+_SYSTEM: Final = ("/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc", "/proc", "/sys", "/dev")
+
+
+def confine(kit: Path) -> bool:
+    """Let this process and its children touch no files but those; False if the kernel cannot.
+
+    Raises:
+        OSError: it can and would not.
+    """
+    if sys.platform != "linux":
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    version = libc.syscall(_CREATE, None, 0, 1)
+    if version < 1:
+        return False
+    every = _RIGHTS[min(version, len(_RIGHTS) - 1)]
+    attributes = struct.pack("=Q", every)
+    rules = _checked(libc.syscall(_CREATE, attributes, len(attributes), 0))
+    try:
+        for place in (*_SYSTEM, *_python()):
+            _allow(libc, rules, Path(place), _READ & every)
+        _allow(libc, rules, Path(os.devnull), _READ | _WRITE_FILE)
+        _allow(libc, rules, kit, every)
+        _checked(libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0))
+        _checked(libc.syscall(_RESTRICT, rules, 0))
+    finally:
+        os.close(rules)
+    return True
+
+
+def _python() -> set[str]:
+    import nvflare
+
+    import securefedcollm
+
+    packages = {str(Path(str(p.__file__)).resolve().parent) for p in (nvflare, securefedcollm)}
+    return {sys.prefix, sys.base_prefix, *packages}
+
+
+def _allow(libc: ctypes.CDLL, rules: int, place: Path, rights: int) -> None:
+    try:
+        descriptor = os.open(place, os.O_PATH | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        if not place.is_dir():
+            rights &= _OF_FILES
+        rule = struct.pack("=Qi", rights, descriptor)
+        _checked(libc.syscall(_ADD, rules, _BENEATH, rule, 0))
+    finally:
+        os.close(descriptor)
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return int(result)
