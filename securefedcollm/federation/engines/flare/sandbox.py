@@ -13,6 +13,7 @@ import ctypes
 import os
 import struct
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
@@ -58,12 +59,11 @@ def confine(kit: Path) -> bool:
 
 
 def _python() -> set[str]:
-    import nvflare
-
-    import securefedcollm
-
-    packages = {str(Path(str(p.__file__)).resolve().parent) for p in (nvflare, securefedcollm)}
-    return {sys.prefix, sys.base_prefix, *packages}
+    found = {sys.prefix, sys.base_prefix}
+    for name in ("securefedcollm", "nvflare"):  # which may lie elsewhere
+        if (package := find_spec(name)) is not None:
+            found |= set(package.submodule_search_locations or ())
+    return found
 
 
 def _allow(libc: ctypes.CDLL, rules: int, place: Path, rights: int) -> None:
