@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def logging_as_it_was() -> Iterator[None]:
-    """A command of the CLI sets up logging for its process: level, and a handler on its stderr."""
+def logging_as_it_was() -> None:
+    """A command of the CLI sets up logging for its process, and FLARE does, and disables ours."""
     root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
+    root.handlers[:] = [h for h in root.handlers if type(h).__module__.startswith("_pytest")]
+    root.setLevel(logging.WARNING)
+    logging.disable(logging.NOTSET)
+    for name, logger in root.manager.loggerDict.items():
+        if name.startswith("securefedcollm") and isinstance(logger, logging.Logger):
+            logger.disabled, logger.propagate = False, True
+            logger.setLevel(logging.NOTSET)

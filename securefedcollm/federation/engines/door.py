@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 LONGEST: Final = (2 << 20) + 4096
 """Bytes of a message at most; a longer one is not read."""
 
-_PLACE_BYTES: Final = 70
+_PLACE_BYTES: Final = 80
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder().decode
 
@@ -87,7 +87,7 @@ class Door:
         self._visit = visit
         self._room = threading.BoundedSemaphore(visitors)
         self._closed = False
-        self._directory = PrivateDirectory(_short_place(), "securefedcollm-")
+        self._directory = PrivateDirectory(_short_place(), "sfcollm-")
         self.path = self._directory.path / "door"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind(str(self.path))
