@@ -101,7 +101,7 @@ def evaluate(
         list[str] | None, typer.Option("--label", help="A label of a classification (repeat).")
     ] = None,
     score: Annotated[
-        Literal["plain", "length", "pmi"] | None,
+        Literal["plain", "length", "pmi", "pmi-length"] | None,
         typer.Option(help="How choices are scored [as the run's task; plain]."),
     ] = None,
     max_tokens: Annotated[

@@ -29,6 +29,7 @@ from securefedcollm.tuning.evaluate import Evaluation, evaluate
 from securefedcollm.tuning.head import check_output, device_of, unwrapped
 from securefedcollm.tuning.models import LoadedModel, find_device, load_model
 from securefedcollm.tuning.questions import (
+    NEED_PRIOR,
     EncodedQuestions,
     Question,
     encode,
@@ -142,7 +143,7 @@ class Tuned:
 
         def make() -> EncodedQuestions:
             encoded = encode(questions, self.tokenizer, task.max_tokens, task.kind, cuts=cuts)
-            if task.score == "pmi":
+            if task.score in NEED_PRIOR:
                 with self.model.disable_adapter():
                     encoded = with_prior(self.model, questions, encoded, self.tokenizer)
             if top is not None:

@@ -93,14 +93,17 @@ class Task(_Section, frozen=True):
     every token.
 
     ``score`` turns the log-likelihoods of choices or labels into scores: as they are, per character
-    (``length``), or less the log-likelihood after a neutral prompt (``pmi``). ``max_tokens`` bounds
-    prompt and answer: a longer prompt loses its beginning, a longer text its end.
+    (``length``), less the log-likelihood after a neutral prompt (``pmi``), or that per character
+    (``pmi-length``). A sum over the tokens of long choices makes for predictions that are much too
+    sure; per character they are not, and cross-entropy then teaches more (``local.loss: choices``).
+    ``max_tokens`` bounds prompt and answer: a longer prompt loses its beginning, a longer text its
+    end.
     """
 
     data: Data
     kind: Literal["multiple_choice", "classification", "instruction", "text"] = "multiple_choice"
     labels: list[str] = []
-    score: Literal["plain", "length", "pmi"] = "plain"
+    score: Literal["plain", "length", "pmi", "pmi-length"] = "plain"
     max_tokens: Count = 256
 
 

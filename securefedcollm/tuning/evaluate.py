@@ -17,6 +17,7 @@ from securefedcollm.tuning.adapters import load_adapter
 from securefedcollm.tuning.head import output_logits
 from securefedcollm.tuning.models import LoadedModel
 from securefedcollm.tuning.questions import (
+    NEED_PRIOR,
     EncodedQuestions,
     Normalisation,
     Question,
@@ -133,7 +134,7 @@ def measure(
         DataError: a record has no answer, or does not fit into ``max_tokens``.
     """
     data = encode(questions, loaded.tokenizer, max_tokens, kind)
-    if score == "pmi":  # the prior is the base's, so before the adapter
+    if score in NEED_PRIOR:  # the prior is the base's, so before the adapter
         data = with_prior(loaded.model, questions, data, loaded.tokenizer, batch_size)
     model = loaded.model if adapter is None else load_adapter(loaded.model, adapter)
     result = evaluate(model, data, normalisation=score, batch_size=batch_size, progress=progress)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,12 @@ from securefedcollm.tuning.recipe import inference_mode
 from securefedcollm.tuning.token_loss import gold_log_probs
 from securefedcollm.tuning.tokenise import Kind, Row, tokenise
 
-Normalisation = Literal["plain", "length", "pmi"]
+Normalisation = Literal["plain", "length", "pmi", "pmi-length"]
 
 PMI_PROMPT = "Answer:"
-"""The content-free prompt whose log-likelihood of a choice the ``pmi`` score subtracts."""
+"""The content-free prompt whose log-likelihood of a choice the pmi scores subtract."""
+
+NEED_PRIOR: Final = frozenset({"pmi", "pmi-length"})
 
 _PROMPT, _PAD = 0, -1
 _HEAD_CHUNK = 256  # predictions at a time without gradients: 50 MB at a vocabulary of 49k
@@ -80,7 +82,7 @@ class EncodedQuestions:
     choice_lengths: Tensor  # float32 [N, C]: characters, at least 1 (lm-eval's acc_norm)
     answers: Tensor  # int64 [N]: -1 where unlabelled
     groups: tuple[str, ...]
-    prior: Tensor | None = None  # float32 [N, C]: log p(choice | "Answer:"); for "pmi"
+    prior: Tensor | None = None  # float32 [N, C]: log p(choice | "Answer:"); for pmi scores
     prefix: Tensor | None = None  # [N, L, D] in the model's dtype: input of layer prefix_layers
     prefix_layers: int = 0
     pieces: tuple[Row, ...] | None = None  # where tokens stand in the text; lost by a selection
@@ -221,6 +223,7 @@ def choice_scores(
     ``plain``: the sum of the log-probabilities of the choice's tokens after the prompt.
     ``length``: that, per character of the choice. ``pmi``: that, minus log p(choice | "Answer:")
     (Holtzman et al. 2021, domain-conditional PMI), which :func:`with_prior` must have computed.
+    ``pmi-length``: the pmi score, per character.
 
     Args:
         model: a causal language model of transformers, plain or with PEFT layers.
@@ -234,12 +237,12 @@ def choice_scores(
     choices = batch.choice_mask.shape[1]
     scores = token_scores.new_zeros(len(batch), choices + 1)  # last column collects the padding
     scores = scores.scatter_add(1, batch.target_choices, token_scores)[:, :choices]
-    if normalisation == "length":
-        scores = scores / batch.choice_lengths
-    elif normalisation == "pmi":
+    if normalisation in NEED_PRIOR:
         if batch.prior is None:
             raise ValueError("pmi scores need a prior: call with_prior first")
         scores = scores - batch.prior
+    if normalisation in {"length", "pmi-length"}:
+        scores = scores / batch.choice_lengths
     return scores.masked_fill(~batch.choice_mask, -torch.inf)
 
 

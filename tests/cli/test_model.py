@@ -163,7 +163,7 @@ def test_evaluate_measures_questions_by_subject(base: Path, tmp_path: Path) -> N
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["evaluate", "--model", base, "--test", file]
-    for score in ("plain", "length", "pmi"):
+    for score in ("plain", "length", "pmi", "pmi-length"):
         told = json.loads(run(*command, "--score", score, "--json").stdout)
         assert list(told) == ["all", "x", "y"]
         assert told["all"]["accuracy"] == pytest.approx(1 / 3)  # the same question, three answers

@@ -171,11 +171,14 @@ def test_length_and_pmi_scores() -> None:
     with torch.no_grad():
         plain = choice_scores(model, encoded)
         by_length = choice_scores(model, encoded, "length")
-        pmi = choice_scores(model, with_prior(model, batch, encoded, TOKENIZER), "pmi")
+        told = with_prior(model, batch, encoded, TOKENIZER)
+        pmi = choice_scores(model, told, "pmi")
+        per_character = choice_scores(model, told, "pmi-length")
     lengths = torch.tensor([[float(len(c)) for c in q.choices] for q in batch])
     torch.testing.assert_close(by_length, plain / lengths)
     prior = torch.tensor([one_by_one(model, Question("Answer:", q.choices, None)) for q in batch])
     torch.testing.assert_close(pmi, plain - prior, atol=2e-4, rtol=1e-5)
+    torch.testing.assert_close(per_character, pmi / lengths)
     with pytest.raises(ValueError, match="with_prior"):
         choice_scores(model, encoded, "pmi")
 
