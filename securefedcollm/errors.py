@@ -7,7 +7,8 @@
     │   └── DataError          a row of a data file does
     ├── ProtocolError          a message that does not fit the protocol
     │   ├── LocalProtocolError     our own side was driven wrongly: a bug here
-    │   └── RemoteProtocolError    a peer misbehaved; carries ``peer``
+    │   ├── RemoteProtocolError    a peer misbehaved; carries ``peer``
+    │   └── QuorumError            too few silos are left to go on with
     ├── CryptoError            a signature, tag, key or commitment does not verify
     ├── BudgetExceeded         the release would spend more ε than is left; nothing was released
     ├── EvidenceError          a ledger, log or bundle is not what its owner wrote
@@ -28,7 +29,13 @@ class SecureFedCoLLMError(Exception):
     Args:
         message: what is wrong and where, in one line.
         hint: what the reader can do about it, in one line.
+
+    Attributes:
+        again: the same command may succeed later: others must come back, or the machine must have
+            room again. Nothing that a person wrote is wrong.
     """
+
+    again: bool = False
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -85,6 +92,12 @@ class RemoteProtocolError(ProtocolError):
         self.peer = peer
 
 
+class QuorumError(ProtocolError):
+    """Too few silos are left. Nothing was opened; the run can be continued when they are back."""
+
+    again = True
+
+
 class CryptoError(SecureFedCoLLMError):
     """A signature, authentication tag, public key or commitment does not verify."""
 
@@ -107,3 +120,5 @@ class StateError(SecureFedCoLLMError):
 
 class TransportError(SecureFedCoLLMError):
     """An engine could not carry a frame to or from a peer."""
+
+    again = True

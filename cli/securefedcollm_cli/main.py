@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -23,6 +23,9 @@ from securefedcollm_cli import (
     simulate,
     study,
 )
+
+AGAIN: Final = 75
+"""Exit code EX_TEMPFAIL of sysexits.h: whoever supervises the process should start it again."""
 
 app = typer.Typer(
     name="securefedcollm",
@@ -66,7 +69,8 @@ def root(
 
 
 def main() -> None:
-    """Entry point: expected errors become one line on stderr and exit code 2."""
+    """Entry point: an expected error becomes one line on stderr and exit code 2, or
+    :data:`AGAIN` where the same command may succeed later."""
     try:
         app()
     except SecureFedCoLLMError as error:
@@ -85,9 +89,14 @@ def report(error: SecureFedCoLLMError) -> int:
     if "--json" in sys.argv:
         typer.echo(
             json.dumps(
-                {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+                {
+                    "error": type(error).__name__,
+                    "message": error.message,
+                    "hint": error.hint,
+                    "again": error.again,
+                }
             )
         )
     hint = f" — {error.hint}" if error.hint else ""
     typer.echo(f"error: {error}{hint}", err=True)
-    return 2
+    return AGAIN if error.again else 2

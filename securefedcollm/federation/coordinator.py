@@ -27,6 +27,7 @@ from securefedcollm.aggregation import (
 )
 from securefedcollm.errors import (
     ProtocolError,
+    QuorumError,
     RemoteProtocolError,
     SecureFedCoLLMError,
     TransportError,
@@ -109,7 +110,7 @@ class Coordinator:
         """Run every round that is still to do.
 
         Raises:
-            ProtocolError: too few silos are left; the reasons are in the message. The run can be
+            QuorumError: too few silos are left; the reasons are in the message. The run can be
                 resumed.
         """
         state = self._store.state
@@ -205,7 +206,7 @@ class Coordinator:
         survivor set per round, for good. The run goes on without this round's updates.
 
         Raises:
-            ProtocolError: too few silos; nothing was opened, and the round can be resumed.
+            QuorumError: too few silos; nothing was opened, and the round can be resumed.
         """
         problems: list[str] = []
         hopeless = False
@@ -242,9 +243,9 @@ class Coordinator:
             record["lost"] = reasons
             self._evidence.lost(sum_)
             return None
-        raise ProtocolError(
+        raise QuorumError(
             f"{name} failed: {reasons}",
-            hint="mend the silos named, then continue with --resume",
+            hint="mend the silos named, then start the same command again (`simulate`: --resume)",
         )
 
     def _attempt(

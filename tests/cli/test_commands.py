@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -204,4 +205,20 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path):
         [COMMAND, "study", "check", "none.yaml", "--json"], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert json.loads(done.stdout)["error"] == "ConfigError"
+    told = json.loads(done.stdout)
+    assert told["error"] == "ConfigError"
+    assert told["again"] is False
+
+
+def test_what_may_succeed_later_ends_with_the_code_for_it(tmp_path):
+    """A supervisor starts the command again after 75 (EX_TEMPFAIL), and not after 2."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    done = subprocess.run(
+        [COMMAND, "model", "prepare", "smollm2", "--out", tmp_path / "models", "--json"],
+        capture_output=True,
+        text=True,
+        env={**plain, "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull},
+    )
+    assert done.returncode == 75
+    assert json.loads(done.stdout)["again"] is True
+    assert done.stderr.startswith("error: pip could not download")
