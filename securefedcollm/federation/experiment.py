@@ -44,12 +44,14 @@ class Arm:
 
     ``rows``: the method's name in the table, for each model that the run answers with. ``kind``:
     how it is run. ``loss``: the server's losses in a federation; None: the study's own.
+    ``labels``: whether the server uses the answers of public questions.
     """
 
     key: str
     rows: Mapping[str, str]
     kind: str = "federation"
     loss: str | None = None
+    labels: bool = True
     noisy: int = 0
 
 
@@ -64,6 +66,8 @@ def arms(study: Study, noisy: int = 0) -> list[Arm]:
     if has_labels(study):
         rows = {"slm": "FedAvg + auxiliary", "llm": "auxiliary only"}
         found.append(Arm("auxiliary", rows, loss="none"))
+        if plan.batch_unlabelled:
+            found.append(Arm("prompts", {"slm": _PROMPTS, "llm": _PROMPTS}, labels=False))
     if plan.loss != "mutual-kl":
         paper = f"{name} (mutual KL)"
         found.append(Arm("mutual-kl", {"slm": paper, "llm": paper}, loss="mutual-kl"))
@@ -92,6 +96,10 @@ def has_labels(study: Study) -> bool:
     return study.distillation.batch_labelled > 0 and bool(data.builtin or data.public_labelled)
 
 
+_PROMPTS: Final = "FedCoLLM (prompts only)"
+"""What distillation does by itself: no answer of a public question is used. Then there is nothing
+for the auxiliary controls to learn from; FedAvg and the LLM as it came are the rows to compare."""
+
 _ORDER: Final = (
     "zero-shot",
     "standalone",
@@ -100,6 +108,7 @@ _ORDER: Final = (
     "FedAvg + auxiliary",
     "FedCoLLM",
     "FedCoLLM (mutual KL)",
+    _PROMPTS,
     "centralized",
 )
 
@@ -108,6 +117,7 @@ _MAIN: Final = {
     "llm": ("auxiliary only", "zero-shot"),
 }
 """FedCoLLM less these is what the comparison is about."""
+_MAIN_OF_PROMPTS: Final = {"slm": "FedAvg", "llm": "zero-shot"}
 
 
 class Experiment:
@@ -216,6 +226,8 @@ class Experiment:
         plan = self._study.distillation
         if arm.loss is not None:
             plan = msgspec.structs.replace(plan, loss=arm.loss, top_k=None)
+        if not arm.labels:
+            plan = msgspec.structs.replace(plan, batch_labelled=0)
         return msgspec.structs.replace(self._study, seed=seed, distillation=plan)
 
     def _home(self, arm: Arm, seed: int) -> Path:
@@ -377,12 +389,15 @@ def compare(
 
 
 def _pairs(names: list[tuple[str, str]]) -> list[tuple[int, int, bool]]:
-    """FedCoLLM less every other row, noisy less clean: (row, row to subtract, is it a main one)."""
+    """FedCoLLM less every other row, noisy less clean, distillation alone less what it began with:
+    (row, row to subtract, is it a main one)."""
     found = []
     for a, (model, method) in enumerate(names):
         clean, _, noise = method.partition(", ")
         if noise:
             found.append((a, names.index((model, clean)), False))
+        elif method == _PROMPTS:
+            found.append((a, names.index((model, _MAIN_OF_PROMPTS[model])), True))
         elif method == "FedCoLLM":
             others = [b for b, (m, other) in enumerate(names) if m == model and other != method]
             found += [

@@ -76,8 +76,9 @@ def test_a_killed_experiment_continues_and_its_numbers_are_those_of_the_runs(inp
 
     rows = {(r["model"], r["method"]): r for r in table["rows"]}
     paper, noise = "FedCoLLM (mutual KL)", "FedCoLLM, 1 noisy"
-    slm = ["zero-shot", "standalone", "FedAvg", "FedAvg + auxiliary", "FedCoLLM", paper]
-    llm = ["zero-shot", "auxiliary only", "FedCoLLM", paper, "centralized", noise]
+    prompts = "FedCoLLM (prompts only)"
+    slm = ["zero-shot", "standalone", "FedAvg", "FedAvg + auxiliary", "FedCoLLM", paper, prompts]
+    llm = ["zero-shot", "auxiliary only", "FedCoLLM", paper, prompts, "centralized", noise]
     slm += ["FedAvg, 1 noisy", noise]
     assert list(rows) == [("slm", method) for method in slm] + [("llm", method) for method in llm]
     # A run by itself, which has nothing from the rows before it, ends with the same adapters.
@@ -106,13 +107,15 @@ def test_a_killed_experiment_continues_and_its_numbers_are_those_of_the_runs(inp
     assert gold("slm", "standalone") == pytest.approx(mean, abs=1e-6)
     page = (out / "table.md").read_text()
     assert "**FedCoLLM − FedAvg + auxiliary**" in page
+    assert "**FedCoLLM (prompts only) − FedAvg**" in page
+    assert "**FedCoLLM (prompts only) − zero-shot**" in page
     picture = ElementTree.fromstring((out / "plot.svg").read_text())
     assert len(picture.findall(".//{http://www.w3.org/2000/svg}circle")) == len(rows)
 
 
 def test_rows_that_a_study_cannot_have_are_left_out(inputs):
     study = load_study(inputs / "tiny.yaml", ["task.data.public_labelled=0"])
-    assert "auxiliary" not in {arm.key for arm in arms(study)}
+    assert not {"auxiliary", "prompts"} & {arm.key for arm in arms(study)}
     study = load_study(inputs / "tiny.yaml", ["distillation.loss=mutual-kl"])
     assert "mutual-kl" not in {arm.key for arm in arms(study)}
 
