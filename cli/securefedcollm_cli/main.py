@@ -63,6 +63,7 @@ def root(
 ) -> None:
     level = logging.INFO if verbose else logging.ERROR
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", force=True)
+    logging.getLogger("securefedcollm").setLevel(min(level, logging.WARNING))
     if version:
         typer.echo(f"securefedcollm {__version__}")
         raise typer.Exit

@@ -396,6 +396,8 @@ class SiloSession:
                 hint="lower local.learning_rate",
             )
         integers: Integers
+        if unit is None:
+            self._compare_with_clip(update, round_)
         if unit is None and self._study.scheme == "masking":
             integers = quantiser(self._study, expected).encode_narrow(update)
         elif unit is None:
@@ -404,6 +406,16 @@ class SiloSession:
             integers = unit.protect(update, NoiseSource())
         self._store.save_update(scope, round_, training, integers)
         return integers
+
+    def _compare_with_clip(self, update: Vector, round_: int) -> None:
+        """Tell this silo's operator, and nobody else, what the clip takes away."""
+        norm, most = float(np.linalg.norm(update)), self._study.aggregation.clip_norm
+        if norm > most:
+            log.warning(
+                "%s: round %d: the update is scaled down to %.0f %% (its norm is %.3g, "
+                "aggregation.clip_norm %g): agree on a larger clip norm, or on less tuning",
+                *(self._name, round_ + 1, 100 * most / norm, norm, most),
+            )
 
     def _settle_before(self, scope: bytes, round_: int) -> None:
         """Settle the sums of rounds before ``round_``, which can no longer be opened otherwise.

@@ -198,9 +198,10 @@ class Privacy(_Section, frozen=True):
 class Aggregation(_Section, frozen=True):
     """How the server learns the sum and nothing else.
 
-    ``clip_norm`` bounds the L2 norm of a silo's whole update; ``value_bits`` is the least precision
-    of one coordinate inside that bound. ``threshold`` silos must take part in unmasking; the
-    default is the smallest that a lying server cannot split: ⌊(count + colluders) / 2⌋ + 1.
+    ``clip_norm`` bounds the L2 norm of a silo's whole update: one that passes it is scaled down,
+    and its silo warned. ``value_bits`` is the least precision of one coordinate inside that bound.
+    ``threshold`` silos must take part in unmasking; the default is the smallest that a lying server
+    cannot split: ⌊(count + colluders) / 2⌋ + 1.
 
     ``masking``: pairwise masks; survives dropouts at every step. ``ckks``: threshold homomorphic
     encryption; whoever takes part must stay until the sum is open, or the others repeat. ``ckks:

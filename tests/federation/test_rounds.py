@@ -106,6 +106,20 @@ def test_the_mean_is_that_of_plain_arithmetic_bit_for_bit(tmp_path, workers):
     assert spent(tmp_path, study) == dict.fromkeys(NAMES, CHARGED_ONCE)
 
 
+def test_an_update_that_is_scaled_down_is_told_to_its_silo_alone(tmp_path, caplog):
+    """Else a clip norm that is too small looks like tuning that does not help."""
+    caplog.set_level(logging.WARNING)
+    study = make_study(aggregation={"clip_norm": 1.0})
+    run = Run(tmp_path, study)
+    theta = run.go()
+    np.testing.assert_array_equal(theta, expected_theta(study))
+    told = [text for text in caplog.messages if "scaled down" in text]
+    assert len(told) == study.rounds * len(NAMES)
+    norm = float(np.linalg.norm(update_of(NAMES[0], 0, np.zeros(SIZE))))
+    assert f"{NAMES[0]}: round 1: the update is scaled down to {100 / norm:.0f} %" in told[0]
+    assert "scaled down" not in (tmp_path / "server" / "state.json").read_text()
+
+
 class Wiretap:
     """Sits where the server sits and keeps every byte that it receives."""
 

@@ -198,6 +198,7 @@ def _serve(
 ) -> None:
     """A worker's life: build its silos, then answer until the pipe closes."""
     logging.basicConfig(level=log_level, format=LOG_FORMAT, force=True)
+    logging.getLogger("securefedcollm").setLevel(min(log_level, logging.WARNING))
 
     def report(done: int, total: int, text: str) -> None:
         pipe.send(("progress", done, total, text))
