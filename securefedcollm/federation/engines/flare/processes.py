@@ -22,7 +22,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from securefedcollm.errors import ConfigError, TransportError
+from securefedcollm.errors import ConfigError, StateError, TransportError
+from securefedcollm.federation.engines.flare.sandbox import confine
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +161,8 @@ def end_with(parent: int) -> None:
 
 def main(parent: str, role: str, *words: str) -> None:
     """Become FLARE's process, or that of a job, as a child of ``parent``."""
+    if role != "job":  # whose process inherits the wall
+        _raise_wall(Path(words[0]))
     end_with(int(parent))
     resource.setrlimit(resource.RLIMIT_FSIZE, (_LARGEST_FILE, _LARGEST_FILE))
     if role == "job":
@@ -168,28 +171,33 @@ def main(parent: str, role: str, *words: str) -> None:
         _become_parent(role, *words)
 
 
+def _raise_wall(kit: Path) -> None:
+    """Before anything of FLARE's is imported, and any thread started: it would stay outside."""
+    try:
+        if not confine(kit):
+            log.warning("this kernel has no Landlock: FLARE may read what this user may read")
+    except (OSError, StateError) as error:
+        sys.exit(f"the wall around FLARE's process cannot be raised: {error}")
+
+
 def _become_parent(role: str, workspace: str, name: str, org: str) -> None:
     arguments = ["-m", workspace, "-s", f"fed_{role}.json", "--set", "secure_train=true"]
     arguments += [f"org={org}", "config_folder="]
     if role == "client":
         arguments.insert(5, f"uid={name}")
-    _become(_ENTRY[role], arguments, role, name, workspace)
+    _become(_ENTRY[role], arguments, role, name, job=False)
 
 
 def _become_job(role: str, name: str, *words: str) -> None:
-    _become(_JOB_ENTRY[role], list(words), role, name, None)
+    _become(_JOB_ENTRY[role], list(words), role, name, job=True)
 
 
-def _become(module: str, arguments: list[str], role: str, name: str, workspace: str | None) -> None:
-    """``workspace``: of the parent; a job's process inherits what that is confined to."""
+def _become(module: str, arguments: list[str], role: str, name: str, *, job: bool) -> None:
     import runpy
 
     from securefedcollm.federation.engines.flare.hardening import strip
-    from securefedcollm.federation.engines.flare.sandbox import confine
 
-    if workspace is not None and not confine(Path(workspace)):
-        log.warning("this kernel has no Landlock: FLARE may read what this user may read")
-    strip(role, name, job=workspace is None, largest=_LARGEST_MESSAGE)
+    strip(role, name, job=job, largest=_LARGEST_MESSAGE)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

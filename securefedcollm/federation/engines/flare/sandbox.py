@@ -17,6 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
+from securefedcollm.errors import StateError
+
 _CREATE, _ADD, _RESTRICT = 444, 445, 446
 """System calls; the same numbers on every architecture."""
 _BENEATH: Final = 1
@@ -29,25 +31,40 @@ _OF_FILES: Final = 0b110 | 1 << 14 | 1
 """What can be allowed on something that is no directory."""
 
 _SYSTEM: Final = ("/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc", "/proc", "/sys", "/dev")
+_NAMES: Final = Path("/etc/resolv.conf")
+
+
+def version() -> int:
+    """Of the kernel's Landlock; 0 if it has none."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    return max(0, int(libc.syscall(_CREATE, None, 0, 1)))
 
 
 def confine(kit: Path) -> bool:
     """Let this process and its children touch no files but those; False if the kernel cannot.
 
+    The wall stands around the thread that raises it and what that one starts, so there must be no
+    other.
+
     Raises:
-        OSError: it can and would not.
+        StateError: there is another.
+        OSError: the kernel can and would not.
     """
     if sys.platform != "linux":
         return False
-    libc = ctypes.CDLL(None, use_errno=True)
-    version = libc.syscall(_CREATE, None, 0, 1)
-    if version < 1:
+    if (threads := len(list(Path("/proc/self/task").iterdir()))) > 1:
+        raise StateError(
+            f"{threads - 1} threads run already and would stay outside the wall around FLARE",
+            hint="what starts with Python here (sitecustomize, a .pth file) must start none",
+        )
+    if (known := version()) < 1:
         return False
-    every = _RIGHTS[min(version, len(_RIGHTS) - 1)]
+    libc = ctypes.CDLL(None, use_errno=True)
+    every = _RIGHTS[min(known, len(_RIGHTS) - 1)]
     attributes = struct.pack("=Q", every)
     rules = _checked(libc.syscall(_CREATE, attributes, len(attributes), 0))
     try:
-        for place in (*_SYSTEM, *_python()):
+        for place in (*_SYSTEM, *_python(), *_names()):
             _allow(libc, rules, Path(place), _READ & every)
         _allow(libc, rules, Path(os.devnull), _READ | _WRITE_FILE)
         _allow(libc, rules, kit, every)
@@ -63,7 +80,15 @@ def _python() -> set[str]:
     for name in ("securefedcollm", "nvflare"):  # which may lie elsewhere
         if (package := find_spec(name)) is not None:
             found |= set(package.submodule_search_locations or ())
-    return found
+    # What else was installed, e.g. by `pip install --user`.
+    ends = {"site-packages", "dist-packages"}
+    return found | {p for p in sys.path if Path(p).is_absolute() and Path(p).name in ends}
+
+
+def _names() -> set[Path]:
+    """Where the file with the name servers lies, if it is but linked into ``/etc``. It is replaced
+    there when they change, so the directory counts."""
+    return {_NAMES.resolve().parent} if _NAMES.is_symlink() else set()
 
 
 def _allow(libc: ctypes.CDLL, rules: int, place: Path, rights: int) -> None:
