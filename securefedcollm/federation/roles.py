@@ -4,6 +4,7 @@ A participant's *home* holds what outlives a run::
 
     identity.json                its signing key
     kit/, lead/, request/        its start-up kit (:mod:`.engines.flare.kit`)
+    flare.log                    what FLARE's processes say
     ledger.sqlite                a silo's privacy ledger, of all its studies
     studies/STUDY-DIGEST/        one directory a study, as ``audit bundle`` wants it
 

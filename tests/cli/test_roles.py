@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 
 import pytest
@@ -135,6 +136,13 @@ def test_a_silo_joins_in_two_steps(consortium, tmp_path):
     assert "fed_client.json" in left
     assert (kit.workspace / "startup" / "client.key").stat().st_mode & 0o077 == 0
     with pytest.raises(ConfigError, match="a kit already"):
+        run(*join, "--home", home, "--signed", signed)
+
+    # Adversary: FLARE's process, which may write in its kit.
+    certificate = kit.workspace / "startup" / "client.crt"
+    certificate.unlink()
+    os.mkfifo(certificate)
+    with pytest.raises(ConfigError, match="of another answer"):
         run(*join, "--home", home, "--signed", signed)
 
 

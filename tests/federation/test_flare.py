@@ -351,15 +351,37 @@ def test_a_process_ends_with_its_parent_even_if_that_has_ended_before_it_asked(w
 
 def test_what_flare_writes_is_bounded(tmp_path):
     """Adversary: who has FLARE log without end. (The process itself ends: this is no kit.)"""
-    with (tmp_path / "flare.log").open("wb") as log:
-        log.truncate(65 << 20)
-    with FlareProcess("client", tmp_path, name="silo-1", org="silo_1", env={}) as process:
+    kit, large = tmp_path / "kit", 65 << 20
+    kit.mkdir()
+    for log in (tmp_path / "flare.log", kit / "audit.log"):
+        with log.open("wb") as file:
+            file.truncate(large)
+    with FlareProcess("client", kit, name="silo-1", org="silo_1", env={}) as process:
         limits = ""
         while "268435456" not in limits and process.running:
             limits = Path(f"/proc/{process._process.pid}/limits").read_text()
+        while not (kit / "audit.log.1").exists() and process.running:
+            time.sleep(0.05)
     assert "268435456            268435456            bytes" in limits
-    assert (tmp_path / "flare.log.1").stat().st_size == 65 << 20
+    assert (tmp_path / "flare.log.1").stat().st_size == large
     assert (tmp_path / "flare.log").stat().st_size < 1 << 20
+    assert (kit / "audit.log.1").stat().st_size == large
+    assert not (kit / "audit.log").exists()
+
+
+def test_what_flare_leaves_in_its_kit_is_not_touched_by_ours(tmp_path):
+    """Adversary: FLARE's process, taken over. Ours is outside the wall, and starts it again."""
+    kit, keys = tmp_path / "kit", tmp_path / "authorized_keys"
+    (kit / "audit.log.1").mkdir(parents=True)
+    with (kit / "audit.log").open("wb") as file:
+        file.truncate(65 << 20)  # cannot be put aside
+    (kit / "flare.log").symlink_to(keys)
+    keys.write_text("ssh-ed25519 AAAA")
+    keys.chmod(0o644)
+    with FlareProcess("client", kit, name="silo-1", org="silo_1", env={}) as process:
+        process._process.wait(60)
+    assert (keys.read_text(), keys.stat().st_mode & 0o777) == ("ssh-ed25519 AAAA", 0o644)
+    assert (tmp_path / "flare.log").stat().st_mode & 0o777 == 0o600
 
 
 def test_what_crosses(homes, engine):
@@ -389,7 +411,7 @@ def test_what_a_hostile_silo_gets_from_another_and_from_the_server(homes, engine
         assert said["shell"][0] == said["shell as the server"][0] == "timeout"
         assert said["address to server"][0] == said["address to silo-1"][0] == "nobody came"
         assert "silo-1" in engine._connected()  # the server runs on
-    log = (engine._process.workspace / "flare.log").read_text()
+    log = (homes["server"] / "flare.log").read_text()
     assert "refused a message of 'silo-3' by way of 'silo-3' for 'silo-1'" in log
     assert "refused a message of 'server' by way of 'silo-3' for 'silo-1'" in log
 
@@ -401,7 +423,7 @@ def test_a_stranger_with_a_certificate_of_another_authority_is_not_connected(eng
     home = make_homes(tmp_path, ["silo-2"], port=port)["silo-2"]
     with attached(home, "silo-2"):
         deadline = time.monotonic() + 30
-        log = home / "kit" / "flare.log"
+        log = home / "flare.log"
         while "CERTIFICATE_VERIFY_FAILED" not in log.read_text() and time.monotonic() < deadline:
             time.sleep(0.3)
         assert "CERTIFICATE_VERIFY_FAILED" in log.read_text(), log.read_text()[-2000:]

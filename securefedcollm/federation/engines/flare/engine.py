@@ -287,7 +287,7 @@ class FlareEngine:
                 if time.monotonic() > deadline:
                     raise TransportError(
                         f"FLARE's server does not answer ({str(error)[:160]})",
-                        hint="see flare.log in the server's kit",
+                        hint="see flare.log in the server's home",
                     ) from None
                 log.info("FLARE's server does not answer yet: %s", error)
                 time.sleep(0.5)

@@ -8,6 +8,7 @@ Run as a module it is the child's first code, and that of the process that FLARE
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import logging
@@ -20,7 +21,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from securefedcollm.errors import ConfigError, StateError, TransportError
 from securefedcollm.federation.engines.flare.sandbox import confine
@@ -64,21 +65,24 @@ def require_flare() -> None:
 
 
 class FlareProcess:
-    """A FLARE server or client process in ``workspace``; its output goes to ``flare.log`` there.
+    """A FLARE server or client process in ``workspace``; its output goes to ``flare.log`` beside it.
 
     Must be created, and outlived, by the main thread: it dies with the thread that made it.
+
+    Adversary: whoever has taken FLARE's process over. What lies in the workspace may be a link to a
+    file of this user's by now, so nothing there is opened, renamed or removed by ours.
+
+    Raises:
+        StateError: the log cannot be written.
     """
 
     def __init__(
         self, role: str, workspace: Path, *, name: str, org: str, env: Mapping[str, str]
     ) -> None:
         self.workspace = workspace
-        self._log = workspace / "flare.log"
-        for log_file in (self._log, workspace / "audit.log"):
-            if log_file.exists() and log_file.stat().st_size > _PUT_ASIDE:
-                log_file.replace(log_file.with_name(f"{log_file.name}.1"))
-        with self._log.open("ab") as output:
-            os.fchmod(output.fileno(), 0o600)
+        self._log = workspace.parent / "flare.log"
+        _put_aside(self._log)
+        with _appended(self._log) as output:
             self._process = subprocess.Popen(
                 _command(role, str(workspace), name, org),
                 stdin=subprocess.DEVNULL,
@@ -115,6 +119,24 @@ class FlareProcess:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def _put_aside(log_file: Path) -> None:
+    with contextlib.suppress(OSError):  # there is none
+        if log_file.lstat().st_size > _PUT_ASIDE:
+            log_file.replace(log_file.with_name(f"{log_file.name}.1"))
+
+
+def _appended(log_file: Path) -> BinaryIO:
+    try:
+        output = log_file.open("ab")
+        os.fchmod(output.fileno(), 0o600)
+    except OSError as error:
+        raise StateError(
+            f"{log_file}: cannot be written ({error.strerror})",
+            hint="free some space, and let it belong to the user who runs this",
+        ) from None
+    return output
 
 
 def plain_environment() -> dict[str, str]:
@@ -181,6 +203,7 @@ def _raise_wall(kit: Path) -> None:
 
 
 def _become_parent(role: str, workspace: str, name: str, org: str) -> None:
+    _put_aside(Path(workspace) / "audit.log")  # within the wall
     arguments = ["-m", workspace, "-s", f"fed_{role}.json", "--set", "secure_train=true"]
     arguments += [f"org={org}", "config_folder="]
     if role == "client":
