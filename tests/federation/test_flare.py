@@ -33,7 +33,11 @@ from securefedcollm.federation.engines.flare.kit import (
     installed,
     request_certificate,
 )
-from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
+from securefedcollm.federation.engines.flare.processes import (
+    DOOR,
+    FlareProcess,
+    plain_environment,
+)
 from securefedcollm.federation.engines.link import SiloInbox, answer_calls
 from securefedcollm.federation.engines.requests import Followed, check_header, sign_request
 from securefedcollm.federation.runstore import RunStore
@@ -382,6 +386,23 @@ def test_what_flare_leaves_in_its_kit_is_not_touched_by_ours(tmp_path):
         process._process.wait(60)
     assert (keys.read_text(), keys.stat().st_mode & 0o777) == ("ssh-ed25519 AAAA", 0o644)
     assert (tmp_path / "flare.log").stat().st_mode & 0o777 == 0o600
+
+
+def test_flare_is_told_of_no_place_in_its_kit(tmp_path, monkeypatch):
+    """Adversary: FLARE's process, taken over, which leaves code to be imported before the wall."""
+    kit, here = tmp_path / "kit", str(Path(__file__).parents[2])
+    kit.mkdir()
+    (kit / "sitecustomize.py").write_text(f"open({str(tmp_path / 'it-ran')!r}, 'w')")
+    monkeypatch.setenv("PYTHONPATH", f":{here}:.:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/lib;lib:")
+    monkeypatch.setenv("TMPDIR", ".")
+    with FlareProcess("client", kit, name="silo-1", org="silo_1", env={}) as process:
+        process._process.wait(60)
+    assert not (tmp_path / "it-ran").exists()
+    told = plain_environment()
+    assert told["LD_LIBRARY_PATH"] == "/opt/lib"
+    assert all(place.startswith("/") for place in told["PYTHONPATH"].split(":"))
+    assert "TMPDIR" not in told
 
 
 def test_what_crosses(homes, engine):

@@ -13,6 +13,7 @@ import ctypes
 import importlib.util
 import logging
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -31,9 +32,9 @@ log = logging.getLogger(__name__)
 DOOR: Final = "SECUREFEDCOLLM_DOOR"
 """Environment variable: the socket of the participant's own process."""
 
-_PASSED_ON: Final = frozenset(
-    {"PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONPATH"}
-)
+_PLACES: Final = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "VIRTUAL_ENV")
+_WORDS: Final = ("LANG", "LC_ALL")
+"""What FLARE's process is told of our environment: places and words."""
 _LARGEST_FILE: Final = 256 << 20
 """Bytes of a file that FLARE writes. Adversary: who fills the disk by way of its logs."""
 _PUT_ASIDE: Final = 64 << 20
@@ -143,9 +144,15 @@ def plain_environment() -> dict[str, str]:
     """What FLARE's process is told of ours.
 
     Adversary: the server, whose job may name a variable and have its value sent back. A passphrase
-    or a token must not be there to be named.
+    or a token must not be there to be named. And whoever has taken FLARE's process over: an empty
+    or relative place would be one in the kit, from which the next would import before its wall.
     """
-    return {name: value for name, value in os.environ.items() if name in _PASSED_ON}
+    environment = {name: os.environ[name] for name in _WORDS if name in os.environ}
+    for name in _PLACES:
+        places = re.split("[:;]", os.environ.get(name, ""))  # the loader takes either
+        if absolute := [place for place in places if place.startswith("/")]:
+            environment[name] = ":".join(absolute)
+    return environment
 
 
 def job_environment() -> dict[str, str]:
