@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -145,3 +146,45 @@ def test_what_is_linked_or_installed_elsewhere_can_be_read(kit, tmp_path):
             },
         )
     assert allowed == ["name servers", "a package"]
+
+
+@walled
+def test_of_the_system_only_what_names_and_libraries_need(kit):
+    """Adversary: who reads what others' processes are told, or uses root's rights within the wall."""
+    with start(kit, Path("/proc") / str(os.getpid())) as process:
+        allowed = works(
+            process,
+            {
+                "names": "socket.getaddrinfo('localhost', 80)",
+                "time": "Path('/etc/localtime').exists()",
+                "random": "Path('/dev/urandom').open('rb').read(1)",
+                "nothing": "Path('/dev/null').write_bytes(b'x')",
+                "certificates": "__import__('ssl').create_default_context()",
+                "starts a process": "run('true').returncode == 0",
+                "sees its parent": "__import__('psutil').pid_exists(os.getppid())",
+                "sees one that is gone": "__import__('psutil').pid_exists(2**22 + 1)",
+                "what ours is told": "(others[0] / 'environ').read_bytes()",
+                "how ours was called": "(others[0] / 'cmdline').read_bytes()",
+                "who else runs": "list(Path('/proc').iterdir())",
+                "settings": "list(Path('/etc').iterdir())",
+                "passwords": "Path('/etc/shadow').read_bytes()",
+                "devices": "list(Path('/dev').iterdir())",
+                "root's rights": "os.chown(kit / 'key', 1, 1) or True",
+                "a child's": "run('chown', '1', kit / 'key').returncode == 0",
+            },
+        )
+    assert allowed == [
+        *("names", "time", "random", "nothing", "certificates"),
+        *("starts a process", "sees its parent"),
+    ]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root has rights to lose")
+def test_root_is_told_that_a_home_of_another_user_is_out_of_reach(kit):
+    os.chown(kit, 1, 1)
+    kit.chmod(0o700)
+    with start(kit) as process:
+        said, errors = process.communicate(timeout=60)
+    assert (process.returncode, said) == (1, "")
+    assert f"{kit}: out of reach for FLARE's processes" in errors
+    assert "Traceback" not in errors

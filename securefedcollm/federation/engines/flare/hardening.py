@@ -10,9 +10,11 @@ Adversary: at a silo the server, its administrators, and other silos; at the ser
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, Final
 
+import psutil
 from nvflare.apis.workspace import Workspace
 from nvflare.fuel.f3.cellnet.core_cell import CoreCell
 from nvflare.fuel.f3.cellnet.defs import CellChannel, MessageHeaderKey, ReturnCode
@@ -70,6 +72,7 @@ def strip(role: str, name: str, *, job: bool, largest: int) -> None:
     _carry_no_files()
     _connect_to_nobody_else()
     _believe_no_new_names(role)
+    _look_at_no_processes()
     grpc_driver.GRPC_DEFAULT_OPTIONS[:] = [
         (f"grpc.max_{way}_message_length", largest) for way in ("send", "receive")
     ]
@@ -157,6 +160,22 @@ def _believe_no_new_names(role: str) -> None:
         update(manager, connection, data)
 
     ConnManager.update_endpoint = named
+
+
+def _look_at_no_processes() -> None:
+    """Whether its parent is there a job's process is to tell without ``/proc``, which the wall
+    hides; FLARE's thread that watches would end."""
+
+    def exists(process: int) -> bool:
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+
+    psutil.pid_exists = exists
 
 
 def _hear(family: str, role: str, *, job: bool) -> None:
