@@ -275,6 +275,20 @@ def test_a_request_for_more_than_a_participant_needs_is_not_signed(tmp_path, kin
     assert "do not sign" in caught.value.hint
 
 
+@pytest.mark.parametrize("name", ["server", "localhost"])
+def test_a_silo_does_not_get_the_servers_name(consortium, tmp_path, name):
+    """Adversary: a silo. FLARE tells who is the server by the name in its certificate."""
+    home = tmp_path / "home"
+    with pytest.raises(ConfigError, match="is the server's name"):
+        run("join", consortium / "consortium.yaml", "--name", name, "--home", home)
+    assert not home.exists()
+    path = tmp_path / f"{name}.request.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("request.json", json.dumps(REQUEST | {"name": name}))
+    with pytest.raises(ConfigError, match="is the server's name"):
+        run("consortium", "approve", "--yes", path, "--ca", consortium)
+
+
 def test_a_damaged_request_is_no_request(tmp_path):
     path = tmp_path / "hospital-b.request.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -451,19 +451,23 @@ def test_a_stranger_with_a_certificate_of_another_authority_is_not_connected(eng
         assert "silo-2" not in engine._connected()
 
 
-@pytest.mark.parametrize("how", ["stripped", "as-it-comes"])
+@pytest.mark.parametrize("how", ["client", "server", "as-it-comes"])
 def test_flares_encoding_neither_reads_nor_writes_a_file_and_names_stay(tmp_path, how):
-    """Adversary: whoever sends a value that the other side sends back, and a server that calls
-    itself as this silo. FLARE as it comes does what they want."""
+    """Adversary: whoever sends a value that the other side sends back, a server that calls itself
+    as this silo, and a silo that calls itself as the server. FLARE as it comes does what they want.
+    """
     program = Path(__file__).with_name("flare_encoding.py")
     done = subprocess.run(
         [sys.executable, str(program), str(tmp_path), how], stdout=subprocess.PIPE, check=True
     )
     found = json.loads(done.stdout.splitlines()[-1])
     if how == "as-it-comes":
-        assert found == {"reads_a_file": True, "writes_a_file": True, "is_believed": True}
+        assert all(worked is True for worked in found.values()), found
         return
     assert "stands for a file" in found["reads_a_file"]
     assert "brings a file" in found["writes_a_file"]
-    assert "calls itself 'silo-1'" in found["is_believed"]
+    if how == "client":
+        assert "calls itself 'silo-1'" in found["is_believed"]
+    else:
+        assert "calls itself ' server.1111" in found["is_believed_as_the_server"]
     assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]

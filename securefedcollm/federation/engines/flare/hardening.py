@@ -18,6 +18,7 @@ import psutil
 from nvflare.apis.workspace import Workspace
 from nvflare.fuel.f3.cellnet.core_cell import CoreCell
 from nvflare.fuel.f3.cellnet.defs import CellChannel, MessageHeaderKey, ReturnCode
+from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare.fuel.f3.cellnet.utils import make_reply
 from nvflare.fuel.f3.comm_error import CommError
 from nvflare.fuel.f3.drivers import grpc_driver
@@ -139,22 +140,25 @@ def _carry_no_files() -> None:
 
 
 def _believe_no_new_names(role: str) -> None:
-    """Whoever a silo's process has called over gRPC is the server, whatever it says it is; and
+    """Whoever a silo's process has called over gRPC is the server, whatever it says it is; whoever
+    calls the server over gRPC is no process of the server's, which are called from within; and
     nobody changes the name that a connection began with.
 
     Adversary: a server that calls itself as this silo's own process, whose certificate FLARE
-    compares only where somebody connects to it.
+    compares only where somebody connects to it; a silo with a certificate for the name of the
+    server's host.
     """
     update = ConnManager.update_endpoint
 
     def named(manager: Any, connection: Any, data: dict[str, Any]) -> None:
         connector, known = connection.conn.connector, connection.sfm_endpoint
         name = data.get(HandshakeKeys.ENDPOINT_NAME)
-        called = role == "client" and connector.mode == Mode.ACTIVE
+        server = _family(FQCN.normalize(str(name))) == _SERVER
+        false = server
+        if role == "client":
+            false = connector.mode == Mode.ACTIVE and not server
         over_grpc = str(connector.params.get(DriverParams.SCHEME.value)).startswith("grpc")
-        if (called and over_grpc and _family(name) != _SERVER) or (
-            known is not None and known.endpoint.name != name
-        ):
+        if (false and over_grpc) or (known is not None and known.endpoint.name != name):
             connection.conn.close()
             raise CommError(CommError.BAD_DATA, f"a neighbour that calls itself {str(name)[:80]!r}")
         update(manager, connection, data)

@@ -38,6 +38,7 @@ from securefedcollm.federation.engines.flare.papers import (
     UNZIPPING,
     Profile,
     check_name,
+    check_participant,
     read_profile,
     read_request,
 )
@@ -111,9 +112,13 @@ def request_certificate(home: Path, profile: Profile, name: str, role: str) -> l
         the request files (ZIP), which hold nothing secret.
 
     Raises:
-        ConfigError: the name cannot be one in FLARE, or there is a request already.
+        ConfigError: the name cannot be one in FLARE, or is the server's, or there is a request
+            already.
     """
-    check_name(name, "--name")
+    if role == "server":
+        check_name(name, "--name")
+    else:
+        check_participant(name, profile, "--name")
     target = home / "request"
     if target.exists():
         raise ConfigError(
@@ -142,11 +147,14 @@ def approve_request(ca: Path, request: Path, passphrase: str, out: Path) -> Path
     """Sign one request with the CA in ``ca``; returns the signed file, which holds nothing secret.
 
     Raises:
-        ConfigError: not a CA, not a request, or one of another consortium.
+        ConfigError: not a CA, not a request, one of another consortium, or a silo's for the name
+            of the server.
         CryptoError: wrong passphrase.
     """
     profile = read_profile(ca / PROFILE)
-    read_request(request)
+    asked = read_request(request)
+    if asked.kind == "site":
+        check_participant(asked.name, profile, str(request))
     target = out / request.name.replace(".request.zip", ".signed.zip")
     if target.exists():
         raise ConfigError("exists already", where=str(target), hint="choose another --out")
