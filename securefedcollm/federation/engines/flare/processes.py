@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from securefedcollm.errors import ConfigError, StateError, TransportError
-from securefedcollm.federation.engines.flare.sandbox import confine
+from securefedcollm.federation.engines.flare.sandbox import confine, shortcoming
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +39,9 @@ _LARGEST_FILE: Final = 256 << 20
 """Bytes of a file that FLARE writes. Adversary: who fills the disk by way of its logs."""
 _PUT_ASIDE: Final = 64 << 20
 """Bytes of a log with which no process begins."""
-_LARGEST_MESSAGE: Final = 16 << 20
+LARGEST_MESSAGE: Final = 16 << 20
 """Bytes of a message to FLARE's processes; a call carries 2 MiB."""
-_LIMITS: Final = {"NVFLARE_STREAMING_MAX_BLOB_SIZE": str(_LARGEST_MESSAGE)}
+_LIMITS: Final = {"NVFLARE_STREAMING_MAX_BLOB_SIZE": str(LARGEST_MESSAGE)}
 _HERE: Final = "securefedcollm.federation.engines.flare.processes"
 """This module; it has another name where it is run."""
 _PR_SET_PDEATHSIG: Final = 1
@@ -203,8 +203,9 @@ def main(parent: str, role: str, *words: str) -> None:
 def _raise_wall(kit: Path) -> None:
     """Before anything of FLARE's is imported, and any thread started: it would stay outside."""
     try:
-        if not confine(kit):
-            log.warning("this kernel has no Landlock: FLARE may read what this user may read")
+        if lacking := shortcoming():
+            log.warning("%s", lacking)
+        confine(kit)
     except (OSError, StateError) as error:
         sys.exit(f"the wall around FLARE's process cannot be raised: {error}")
 
@@ -227,7 +228,7 @@ def _become(module: str, arguments: list[str], role: str, name: str, *, job: boo
 
     from securefedcollm.federation.engines.flare.hardening import strip
 
-    strip(role, name, job=job, largest=_LARGEST_MESSAGE)
+    strip(role, name, job=job, largest=LARGEST_MESSAGE)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

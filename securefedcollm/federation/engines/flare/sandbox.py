@@ -3,8 +3,8 @@
 Reading: the Python that runs them, this package, and of the system what names, time zones and
 libraries need. Reading and writing: their kit. So neither records, nor identity, ledger or journal,
 nor what other processes are told and root may read can be had through them.
-Linux 6.2 or newer; before, files can still be emptied (before 5.13 there is no wall). FLARE's log and
-the terminal say what is missing.
+Linux 6.2 or newer; before, files can still be emptied, and before 5.13 there is no wall. FLARE's log
+and the terminal say what is missing.
 
 Adversary: whoever finds another way to have FLARE read or write a file.
 """
@@ -12,6 +12,7 @@ Adversary: whoever finds another way to have FLARE read or write a file.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mimetypes
 import os
 import struct
@@ -30,7 +31,13 @@ _READ: Final = 0b1101  # execute, read files, list directories
 _LIST: Final = 0b1000
 _WRITE_FILE: Final = 0b10
 _RIGHTS: Final = (0, (1 << 13) - 1, (1 << 14) - 1, (1 << 15) - 1)
-"""By version of Landlock, all that it knows of files: 2 moves between directories, 3 truncation."""
+"""By version of Landlock, all that it knows of files: 2 added moves, 3 (Linux 6.2) truncation.
+
+Later ones know of TCP (4), which FLARE needs; of commands to devices (5), of which the four within
+the wall take none that matters; and of :data:`_SCOPES` (6).
+"""
+_SCOPES: Final = 0b11
+"""No abstract sockets of processes outside the wall, and no signals to them."""
 _OF_FILES: Final = 0b110 | 1 << 14 | 1
 """What can be allowed on something that is no directory."""
 
@@ -61,13 +68,30 @@ _SYSTEM: Final = (
 
 
 def version() -> int:
-    """Of the kernel's Landlock; 0 if it has none."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    return max(0, int(libc.syscall(_CREATE, None, 0, 1)))
+    """Of the kernel's Landlock.
+
+    Raises:
+        OSError: it has none, and why.
+    """
+    if sys.platform != "linux":
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    return _checked(ctypes.CDLL(None, use_errno=True).syscall(_CREATE, None, 0, 1))
 
 
-def confine(kit: Path) -> bool:
-    """Let this process and its children touch no files but those; False if the kernel cannot.
+def shortcoming() -> str:
+    """What the wall lacks on this machine, in a sentence for the operator; or nothing."""
+    try:
+        known = version()
+    except OSError as error:
+        why = f"this kernel has no Landlock ({error.strerror})"
+        return f"{why}: FLARE's processes may read and write what this user may"
+    if known < 3:
+        return "this kernel is older than Linux 6.2: FLARE's processes may empty this user's files"
+    return ""
+
+
+def confine(kit: Path) -> None:
+    """Let this process and its children touch no files but those, if the kernel can.
 
     The wall stands around the thread that raises it and what that one starts, so there must be no
     other. Root keeps none of its rights but that to listen on low ports: they would lead to files
@@ -79,7 +103,7 @@ def confine(kit: Path) -> bool:
         OSError: the kernel can and would not.
     """
     if sys.platform != "linux":
-        return False
+        return
     if (threads := len(list(Path("/proc/self/task").iterdir()))) > 1:
         raise StateError(
             f"{threads - 1} threads run already and would stay outside the wall around FLARE",
@@ -94,10 +118,14 @@ def confine(kit: Path) -> bool:
                 f"{place}: out of reach for FLARE's processes, which have none of root's rights",
                 hint="run this as the user whom the home and Python belong to",
             )
-    if (known := version()) < 1:
-        return False
+    try:
+        known = version()
+    except OSError:  # see shortcoming()
+        return
     every = _RIGHTS[min(known, len(_RIGHTS) - 1)]
     attributes = struct.pack("=Q", every)
+    if known >= 6:
+        attributes += struct.pack("=QQ", 0, _SCOPES)
     rules = _checked(libc.syscall(_CREATE, attributes, len(attributes), 0))
     try:
         for place in (*_SYSTEM, *_python(), *_others(), *_names()):
@@ -109,7 +137,6 @@ def confine(kit: Path) -> bool:
         _checked(libc.syscall(_RESTRICT, rules, 0))
     finally:
         os.close(rules)
-    return True
 
 
 def _drop_capabilities(libc: ctypes.CDLL) -> None:
@@ -126,9 +153,7 @@ def _python() -> set[Path]:
 def _ours() -> set[Path]:
     """The packages that FLARE's processes are made of, which may lie elsewhere."""
     specs = [find_spec(name) for name in ("securefedcollm", "nvflare")]
-    return {
-        Path(p) for spec in specs if spec for p in spec.submodule_search_locations or ()
-    }
+    return {Path(p) for spec in specs if spec for p in spec.submodule_search_locations or ()}
 
 
 def _others() -> set[Path]:
