@@ -1,6 +1,6 @@
 """What FLARE's encoding can be made to do, in a process that is stripped or, for comparison, not.
 
-Words: PLACE client|server|as-it-comes. Prints a JSON object: attack → whether it worked.
+Words: PLACE client|server|session|as-it-comes. Prints a JSON object: attack → whether it worked.
 """
 
 # ruff: noqa: E402 - stripped before FLARE is imported, as its processes are
@@ -13,7 +13,11 @@ import uuid
 from pathlib import Path
 
 place, how = Path(sys.argv[1]), sys.argv[2]
-if how != "as-it-comes":
+if how == "session":
+    from securefedcollm.federation.engines.flare.hardening import strip_session
+
+    strip_session(16 << 20)
+elif how != "as-it-comes":
     from securefedcollm.federation.engines.flare.hardening import strip
 
     strip(how, "silo-1", job=how == "client", largest=16 << 20)

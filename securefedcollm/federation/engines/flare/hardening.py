@@ -9,6 +9,7 @@ Adversary: at a silo the server, its administrators, and other silos; at the ser
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -74,9 +75,7 @@ def strip(role: str, name: str, *, job: bool, largest: int) -> None:
     _connect_to_nobody_else()
     _believe_no_new_names(role)
     _look_at_no_processes()
-    grpc_driver.GRPC_DEFAULT_OPTIONS[:] = [
-        (f"grpc.max_{way}_message_length", largest) for way in ("send", "receive")
-    ]
+    _limit_messages(largest)
     family = name if role == "client" else _SERVER
     _hear(family, role, job=job)
     _close_channels(family, role, job=job)
@@ -86,6 +85,26 @@ def strip(role: str, name: str, *, job: bool, largest: int) -> None:
         kept = [p for p in ClientRequestProcessors.request_processors if type(p).__name__ in NEEDED]
         ClientRequestProcessors.request_processors[:] = kept
         take_one_job()
+
+
+@functools.cache
+def strip_session(largest: int) -> None:
+    """The same for the session by which the server's own process submits jobs, once.
+
+    Adversary: FLARE's server process, taken over. It is within the wall, and this one is not.
+    """
+    _read_json_only()
+    _carry_no_files()
+    _connect_to_nobody_else()
+    _believe_no_new_names("client")
+    _limit_messages(largest)
+    _close_channels(_SERVER, "server", job=True)
+
+
+def _limit_messages(largest: int) -> None:
+    grpc_driver.GRPC_DEFAULT_OPTIONS[:] = [
+        (f"grpc.max_{way}_message_length", largest) for way in ("send", "receive")
+    ]
 
 
 def _read_json_only() -> None:
