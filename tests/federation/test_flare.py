@@ -22,7 +22,7 @@ from securefedcollm_audits.verify import verify
 from securefedcollm.aggregation import Roster
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation.coordinator import Coordinator
-from securefedcollm.federation.engines.door import Door
+from securefedcollm.federation.engines.door import Door, Wire
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.engines.flare.engine import FlareEngine
 from securefedcollm.federation.engines.flare.job import APP
@@ -407,6 +407,8 @@ def test_flare_is_told_of_no_place_in_its_kit(tmp_path, monkeypatch):
 
 def test_what_crosses(homes, engine):
     """A 100 MB adapter, in pieces; the silo before a job, or without one, is not asked."""
+    from nvflare.fuel.utils.fobs import lobs
+
     home = homes["silo-1"]
     frame = os.urandom(100_000_000)
     assert engine.exchange({}, 1) == {}
@@ -417,6 +419,8 @@ def test_what_crosses(homes, engine):
         assert engine.exchange({"silo-1": frame}, 200) == {"silo-1": Echo().step(frame)}
         assert peak_memory("job\0client\0", str(home)) - before < 100_000_000
         engine._end_job()
+    with pytest.raises(ValueError, match="brings a file"):  # stripped: the session is ours
+        lobs.get_datum_dir()
 
 
 def test_what_a_hostile_silo_gets_from_another_and_from_the_server(homes, engine, tmp_path):
@@ -451,7 +455,34 @@ def test_a_stranger_with_a_certificate_of_another_authority_is_not_connected(eng
         assert "silo-2" not in engine._connected()
 
 
-@pytest.mark.parametrize("how", ["client", "server", "as-it-comes"])
+@pytest.mark.parametrize("made_up", [object(), 1 << 70, "\ud800"])
+def test_a_silos_answer_that_cannot_be_passed_on_is_an_error_and_the_next_is_heard(made_up):
+    """Adversary: a silo, whose values FLARE decodes to more than what is plain."""
+    from securefedcollm.federation.engines.flare.relay import _serve
+
+    class Proxy:
+        name = "silo-1"
+
+        def __call__(self, timeout):
+            return self
+
+        def push(self, value):
+            return ["ok", made_up if value == 1 else value]
+
+    ours, its = map(Wire, socket.socketpair())
+    ours.give_up_after(20)
+    thread = threading.Thread(target=_serve, args=(its, Proxy()))
+    thread.start()
+    ours.send(["push", 1])
+    assert ours.receive()[0] == "error"
+    ours.send(["push", 2])
+    assert ours.receive() == ["ok", 2]
+    ours.close()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("how", ["client", "server", "session", "as-it-comes"])
 def test_flares_encoding_neither_reads_nor_writes_a_file_and_names_stay(tmp_path, how):
     """Adversary: whoever sends a value that the other side sends back, a server that calls itself
     as this silo, and a silo that calls itself as the server. FLARE as it comes does what they want.
@@ -466,7 +497,7 @@ def test_flares_encoding_neither_reads_nor_writes_a_file_and_names_stay(tmp_path
         return
     assert "stands for a file" in found["reads_a_file"]
     assert "brings a file" in found["writes_a_file"]
-    if how == "client":
+    if how != "server":
         assert "calls itself 'silo-1'" in found["is_believed"]
     else:
         assert "calls itself ' server.1111" in found["is_believed_as_the_server"]
