@@ -66,7 +66,7 @@ def require_flare() -> None:
 
 
 class FlareProcess:
-    """A FLARE server or client process in ``workspace``; its output goes to ``flare.log`` beside it.
+    """A FLARE server or client process in ``workspace``; what it says goes to ``flare.log`` beside.
 
     Must be created, and outlived, by the main thread: it dies with the thread that made it.
 

@@ -3,8 +3,8 @@
 Reading: the Python that runs them, this package, and of the system what names, time zones and
 libraries need. Reading and writing: their kit. So neither records, nor identity, ledger or journal,
 nor what other processes are told and root may read can be had through them.
-Linux 6.2 or newer; before, files can still be emptied, and before 5.13 there is no wall. FLARE's log
-and the terminal say what is missing.
+Linux 6.2 or newer; before, files can still be emptied, and before 5.13 there is no wall. FLARE's
+log and the terminal say what is missing.
 
 Adversary: whoever finds another way to have FLARE read or write a file.
 """
@@ -128,8 +128,8 @@ def confine(kit: Path) -> None:
         attributes += struct.pack("=QQ", 0, _SCOPES)
     rules = _checked(libc.syscall(_CREATE, attributes, len(attributes), 0))
     try:
-        for place in (*_SYSTEM, *_python(), *_others(), *_names()):
-            _allow(libc, rules, Path(place), _READ)
+        for readable in (*map(Path, _SYSTEM), *_python(), *_others(), *_names()):
+            _allow(libc, rules, readable, _READ)
         for place in _ours():  # a job's process looks for them there
             _allow(libc, rules, place.parent, _LIST)
         _allow(libc, rules, Path(os.devnull), _READ | _WRITE_FILE)
