@@ -104,7 +104,9 @@ def server(
             patience=wait,
             progress=bars.report,
             say=bars.say,
+            largest=roles.largest_replies(member, workload),
         ) as engine:
+            _say_what_is_lacking(bars)
             bars.say(f"waiting for {', '.join(parties)}")
             record = roles.coordinate(
                 member,
@@ -250,6 +252,7 @@ def _serve(
             "client", kit.workspace, name=kit.name, org=kit.org, env={DOOR: str(door.path)}
         ) as flare,
     ):
+        _say_what_is_lacking(bars)
         bars.say("waiting for the server")
 
         def stop() -> bool:
@@ -259,6 +262,13 @@ def _serve(
         inbox.serve(stop)
         if not session.over:
             flare.require_running()
+
+
+def _say_what_is_lacking(bars: Bars) -> None:
+    from securefedcollm.federation.engines.flare.sandbox import shortcoming
+
+    if lacking := shortcoming():
+        bars.say(f"WARNING: {lacking}; docs/deploy.md says what to do")
 
 
 class _Leaving:

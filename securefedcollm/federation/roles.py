@@ -4,6 +4,7 @@ A participant's *home* holds what outlives a run::
 
     identity.json                its signing key
     kit/, lead/, request/        its start-up kit (:mod:`.engines.flare.kit`)
+    flare.log                    what FLARE's processes say
     ledger.sqlite                a silo's privacy ledger, of all its studies
     studies/STUDY-DIGEST/        one directory a study, as ``audit bundle`` wants it
 
@@ -42,6 +43,7 @@ from securefedcollm.federation.engines.requests import (
     sign_request,
 )
 from securefedcollm.federation.files import make_directory, write_durably
+from securefedcollm.federation.messages import MAX_FRAME
 from securefedcollm.federation.plan import AUTHORITY, authority_of
 from securefedcollm.federation.recording import SERVER, AuthorityRecord, ServerRecord, SiloRecord
 from securefedcollm.federation.runstore import RunStore
@@ -383,12 +385,24 @@ def silo_session(
 
 
 def largest_frame(study: Study, workload: SiloTuning) -> int:
-    """Bytes of the largest request that this study can bring a silo.
+    """Bytes of the largest request that this study can bring a silo."""
+    return _largest(study, workload.size(0))
 
-    The adapter takes 4 bytes a value. Under a threshold key a silo is sent every silo's part of its
-    keys, and then every silo's second polynomials.
+
+def largest_replies(member: Member, workload: ServerWorkload) -> dict[str, int]:
+    """Silo → bytes of the largest reply that this study can bring the server.
+
+    Adversary: a silo that announces a long one, and has the server wait for it.
     """
-    values, ring = workload.size(0), study.ring
+    values = max(workload.update_size(round_) for round_ in range(member.study.rounds))
+    largest = min(MAX_FRAME, _largest(member.study, values))
+    return dict.fromkeys(member.roster.names, largest)
+
+
+def _largest(study: Study, values: int) -> int:
+    """An adapter takes 4 bytes a value. Under a threshold key a silo is sent every silo's part of
+    its keys, and then every silo's second polynomials; it sends as many for all committees."""
+    ring = study.ring
     polynomials = 0
     if ring is not None:
         shape = ring.shape(values, study.silos.colluders)

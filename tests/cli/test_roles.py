@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 
 import pytest
@@ -137,6 +138,13 @@ def test_a_silo_joins_in_two_steps(consortium, tmp_path):
     with pytest.raises(ConfigError, match="a kit already"):
         run(*join, "--home", home, "--signed", signed)
 
+    # Adversary: FLARE's process, which may write in its kit.
+    certificate = kit.workspace / "startup" / "client.crt"
+    certificate.unlink()
+    os.mkfifo(certificate)
+    with pytest.raises(ConfigError, match="of another answer"):
+        run(*join, "--home", home, "--signed", signed)
+
 
 def test_a_servers_two_kits_are_installed_together_or_not_at_all(consortium, tmp_path, monkeypatch):
     home, signed = tmp_path / "home", tmp_path / "signed"
@@ -265,6 +273,20 @@ def test_a_request_for_more_than_a_participant_needs_is_not_signed(tmp_path, kin
     with pytest.raises(ConfigError, match="asks for") as caught:
         run("consortium", "approve", path, "--ca", tmp_path)
     assert "do not sign" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["server", "localhost"])
+def test_a_silo_does_not_get_the_servers_name(consortium, tmp_path, name):
+    """Adversary: a silo. FLARE tells who is the server by the name in its certificate."""
+    home = tmp_path / "home"
+    with pytest.raises(ConfigError, match="is the server's name"):
+        run("join", consortium / "consortium.yaml", "--name", name, "--home", home)
+    assert not home.exists()
+    path = tmp_path / f"{name}.request.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("request.json", json.dumps(REQUEST | {"name": name}))
+    with pytest.raises(ConfigError, match="is the server's name"):
+        run("consortium", "approve", "--yes", path, "--ca", consortium)
 
 
 def test_a_damaged_request_is_no_request(tmp_path):

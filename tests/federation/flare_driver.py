@@ -74,6 +74,7 @@ def silo(home: Path, study_file: Path, when: int | None) -> None:
 def server(home: Path, study_file: Path, when: int | None) -> None:
     study = load_study(study_file)
     with roles.take_part(study, study_file, home, "server", str) as member:
+        workload = MortalServer(when)
         engine = FlareEngine(
             member.roster.names,
             minimum=study.minimum,
@@ -84,9 +85,10 @@ def server(home: Path, study_file: Path, when: int | None) -> None:
             patience=90,
             progress=silent,
             say=print,
+            largest=roles.largest_replies(member, workload),
         )
         with engine:
-            roles.coordinate(member, engine, MortalServer(when), silent, lambda record: None)
+            roles.coordinate(member, engine, workload, silent, lambda record: None)
 
 
 if __name__ == "__main__":

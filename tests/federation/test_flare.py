@@ -22,7 +22,7 @@ from securefedcollm_audits.verify import verify
 from securefedcollm.aggregation import Roster
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation.coordinator import Coordinator
-from securefedcollm.federation.engines.door import Door
+from securefedcollm.federation.engines.door import Door, Wire
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.engines.flare.engine import FlareEngine
 from securefedcollm.federation.engines.flare.job import APP
@@ -33,7 +33,11 @@ from securefedcollm.federation.engines.flare.kit import (
     installed,
     request_certificate,
 )
-from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
+from securefedcollm.federation.engines.flare.processes import (
+    DOOR,
+    FlareProcess,
+    plain_environment,
+)
 from securefedcollm.federation.engines.link import SiloInbox, answer_calls
 from securefedcollm.federation.engines.requests import Followed, check_header, sign_request
 from securefedcollm.federation.runstore import RunStore
@@ -351,19 +355,60 @@ def test_a_process_ends_with_its_parent_even_if_that_has_ended_before_it_asked(w
 
 def test_what_flare_writes_is_bounded(tmp_path):
     """Adversary: who has FLARE log without end. (The process itself ends: this is no kit.)"""
-    with (tmp_path / "flare.log").open("wb") as log:
-        log.truncate(65 << 20)
-    with FlareProcess("client", tmp_path, name="silo-1", org="silo_1", env={}) as process:
+    kit, large = tmp_path / "kit", 65 << 20
+    kit.mkdir()
+    for log in (tmp_path / "flare.log", kit / "audit.log"):
+        with log.open("wb") as file:
+            file.truncate(large)
+    with FlareProcess("client", kit, name="silo-1", org="silo_1", env={}) as process:
         limits = ""
         while "268435456" not in limits and process.running:
             limits = Path(f"/proc/{process._process.pid}/limits").read_text()
+        while not (kit / "audit.log.1").exists() and process.running:
+            time.sleep(0.05)
     assert "268435456            268435456            bytes" in limits
-    assert (tmp_path / "flare.log.1").stat().st_size == 65 << 20
+    assert (tmp_path / "flare.log.1").stat().st_size == large
     assert (tmp_path / "flare.log").stat().st_size < 1 << 20
+    assert (kit / "audit.log.1").stat().st_size == large
+    assert not (kit / "audit.log").exists()
+
+
+def test_what_flare_leaves_in_its_kit_is_not_touched_by_ours(tmp_path):
+    """Adversary: FLARE's process, taken over. Ours is outside the wall, and starts it again."""
+    kit, keys = tmp_path / "kit", tmp_path / "authorized_keys"
+    (kit / "audit.log.1").mkdir(parents=True)
+    with (kit / "audit.log").open("wb") as file:
+        file.truncate(65 << 20)  # cannot be put aside
+    (kit / "flare.log").symlink_to(keys)
+    keys.write_text("ssh-ed25519 AAAA")
+    keys.chmod(0o644)
+    with FlareProcess("client", kit, name="silo-1", org="silo_1", env={}) as process:
+        process._process.wait(60)
+    assert (keys.read_text(), keys.stat().st_mode & 0o777) == ("ssh-ed25519 AAAA", 0o644)
+    assert (tmp_path / "flare.log").stat().st_mode & 0o777 == 0o600
+
+
+def test_flare_is_told_of_no_place_in_its_kit(tmp_path, monkeypatch):
+    """Adversary: FLARE's process, taken over, which leaves code to be imported before the wall."""
+    kit, here = tmp_path / "kit", str(Path(__file__).parents[2])
+    kit.mkdir()
+    (kit / "sitecustomize.py").write_text(f"open({str(tmp_path / 'it-ran')!r}, 'w')")
+    monkeypatch.setenv("PYTHONPATH", f":{here}:.:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/lib;lib:")
+    monkeypatch.setenv("TMPDIR", ".")
+    with FlareProcess("client", kit, name="silo-1", org="silo_1", env={}) as process:
+        process._process.wait(60)
+    assert not (tmp_path / "it-ran").exists()
+    told = plain_environment()
+    assert told["LD_LIBRARY_PATH"] == "/opt/lib"
+    assert all(place.startswith("/") for place in told["PYTHONPATH"].split(":"))
+    assert "TMPDIR" not in told
 
 
 def test_what_crosses(homes, engine):
     """A 100 MB adapter, in pieces; the silo before a job, or without one, is not asked."""
+    from nvflare.fuel.utils.fobs import lobs
+
     home = homes["silo-1"]
     frame = os.urandom(100_000_000)
     assert engine.exchange({}, 1) == {}
@@ -374,6 +419,8 @@ def test_what_crosses(homes, engine):
         assert engine.exchange({"silo-1": frame}, 200) == {"silo-1": Echo().step(frame)}
         assert peak_memory("job\0client\0", str(home)) - before < 100_000_000
         engine._end_job()
+    with pytest.raises(ValueError, match="brings a file"):  # stripped: the session is ours
+        lobs.get_datum_dir()
 
 
 def test_what_a_hostile_silo_gets_from_another_and_from_the_server(homes, engine, tmp_path):
@@ -389,7 +436,7 @@ def test_what_a_hostile_silo_gets_from_another_and_from_the_server(homes, engine
         assert said["shell"][0] == said["shell as the server"][0] == "timeout"
         assert said["address to server"][0] == said["address to silo-1"][0] == "nobody came"
         assert "silo-1" in engine._connected()  # the server runs on
-    log = (engine._process.workspace / "flare.log").read_text()
+    log = (homes["server"] / "flare.log").read_text()
     assert "refused a message of 'silo-3' by way of 'silo-3' for 'silo-1'" in log
     assert "refused a message of 'server' by way of 'silo-3' for 'silo-1'" in log
 
@@ -401,26 +448,57 @@ def test_a_stranger_with_a_certificate_of_another_authority_is_not_connected(eng
     home = make_homes(tmp_path, ["silo-2"], port=port)["silo-2"]
     with attached(home, "silo-2"):
         deadline = time.monotonic() + 30
-        log = home / "kit" / "flare.log"
+        log = home / "flare.log"
         while "CERTIFICATE_VERIFY_FAILED" not in log.read_text() and time.monotonic() < deadline:
             time.sleep(0.3)
         assert "CERTIFICATE_VERIFY_FAILED" in log.read_text(), log.read_text()[-2000:]
         assert "silo-2" not in engine._connected()
 
 
-@pytest.mark.parametrize("how", ["stripped", "as-it-comes"])
+@pytest.mark.parametrize("made_up", [object(), 1 << 70, "\ud800"])
+def test_a_silos_answer_that_cannot_be_passed_on_is_an_error_and_the_next_is_heard(made_up):
+    """Adversary: a silo, whose values FLARE decodes to more than what is plain."""
+    from securefedcollm.federation.engines.flare.relay import _serve
+
+    class Proxy:
+        name = "silo-1"
+
+        def __call__(self, timeout):
+            return self
+
+        def push(self, value):
+            return ["ok", made_up if value == 1 else value]
+
+    ours, its = map(Wire, socket.socketpair())
+    ours.give_up_after(20)
+    thread = threading.Thread(target=_serve, args=(its, Proxy()))
+    thread.start()
+    ours.send(["push", 1])
+    assert ours.receive()[0] == "error"
+    ours.send(["push", 2])
+    assert ours.receive() == ["ok", 2]
+    ours.close()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("how", ["client", "server", "session", "as-it-comes"])
 def test_flares_encoding_neither_reads_nor_writes_a_file_and_names_stay(tmp_path, how):
-    """Adversary: whoever sends a value that the other side sends back, and a server that calls
-    itself as this silo. FLARE as it comes does what they want."""
+    """Adversary: whoever sends a value that the other side sends back, a server that calls itself
+    as this silo, and a silo that calls itself as the server. FLARE as it comes does what they want.
+    """
     program = Path(__file__).with_name("flare_encoding.py")
     done = subprocess.run(
         [sys.executable, str(program), str(tmp_path), how], stdout=subprocess.PIPE, check=True
     )
     found = json.loads(done.stdout.splitlines()[-1])
     if how == "as-it-comes":
-        assert found == {"reads_a_file": True, "writes_a_file": True, "is_believed": True}
+        assert all(worked is True for worked in found.values()), found
         return
     assert "stands for a file" in found["reads_a_file"]
     assert "brings a file" in found["writes_a_file"]
-    assert "calls itself 'silo-1'" in found["is_believed"]
+    if how != "server":
+        assert "calls itself 'silo-1'" in found["is_believed"]
+    else:
+        assert "calls itself ' server.1111" in found["is_believed_as_the_server"]
     assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]

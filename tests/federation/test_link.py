@@ -228,6 +228,24 @@ def test_a_silo_that_announces_what_it_does_not_send_is_a_dropout(pulled):
         deliver(Liar(), Parcel(SESSION, 0), b"hello", soon(), grace=0.0)
 
 
+def test_a_reply_beyond_what_the_study_can_bring_is_not_waited_for():
+    """Adversary: a silo that announces 2 GiB, for which there would be five hours."""
+    seconds = []
+
+    class Boaster:
+        def push(self, parcel, total, offset, chunk):
+            return total
+
+        def pull(self, parcel, offset, patience):
+            seconds.append(patience)
+            return Pulled(1001, bytes(link_module.CHUNK))
+
+    for limit, said in ((1000, "too large"), (1001, "too large, or breaks off")):
+        with pytest.raises(TransportError, match=said):
+            deliver(Boaster(), Parcel(SESSION, 0), b"hello", soon(), limit=limit, grace=0.0)
+    assert len(seconds) == 1 + 101  # at once; after the last piece, which is one byte
+
+
 def test_a_silo_whose_reply_takes_for_ever_is_a_dropout(monkeypatch):
     piece = link_module.CHUNK
     monkeypatch.setattr(link_module, "SLOWEST", 100 * piece)  # ten pieces may take 0.1 s
@@ -432,6 +450,7 @@ def test_what_ends_a_silo_is_told_in_a_line_without_a_record(tmp_path, caplog, c
     assert caught.value.message.endswith(said)
     assert "start the same command again" in caught.value.hint
     assert caught.value.__cause__ is None
+    assert caught.value.again is (type(cause) is not ValueError)  # a supervisor may try again
     assert "test_link.py" in caplog.text  # where it happened
     assert "Smith" not in caplog.text
     # Nothing is lost: restarted, the silo takes the same request again.

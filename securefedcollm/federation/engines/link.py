@@ -33,6 +33,7 @@ from securefedcollm.federation.engines.requests import (
     Followed,
     Parcel,
 )
+from securefedcollm.federation.messages import MAX_FRAME
 from securefedcollm.primitives import sha256
 
 log = logging.getLogger(__name__)
@@ -180,7 +181,8 @@ class SiloInbox:
                 raise Unknown("no such request is here")
             if self._reply is None:
                 return Pulled(-1, b"")
-            return Pulled(len(self._reply), self._reply[max(0, offset) :][:CHUNK])
+            begin = max(0, offset)
+            return Pulled(len(self._reply), self._reply[begin : begin + CHUNK])
 
     @contextlib.contextmanager
     def attendance(self) -> Iterator[None]:
@@ -234,20 +236,30 @@ def _ended_by(error: Exception) -> StateError:
     """For the operator. What an error of others says may quote a record: its kind is enough."""
     where = "".join(traceback.format_tb(error.__traceback__))
     log.info("%s in:\n%s", type(error).__name__, where)
-    said = f" ({error})" if isinstance(error, MemoryError | OSError | sqlite3.Error) else ""
-    return StateError(
+    of_machine = isinstance(error, MemoryError | OSError | sqlite3.Error)
+    said = f" ({error})" if of_machine else ""
+    ended = StateError(
         f"the request of the server could not be answered: {type(error).__name__}{said[:200]}",
         hint="nothing is lost: mend the cause, and start the same command again; -v says where",
     )
+    ended.again = of_machine
+    return ended
 
 
 def deliver(
-    link: SiloLink, parcel: Parcel, frame: bytes, deadline: float, *, grace: float = GRACE
+    link: SiloLink,
+    parcel: Parcel,
+    frame: bytes,
+    deadline: float,
+    *,
+    limit: int = MAX_FRAME,
+    grace: float = GRACE,
 ) -> bytes:
     """Bring ``frame`` to a silo and its reply back, whatever becomes of the connection meanwhile.
 
     Args:
         deadline: on the monotonic clock.
+        limit: bytes of the largest reply that can make sense.
         grace: seconds for which a silo that cannot be reached is tried again.
 
     Raises:
@@ -257,7 +269,7 @@ def deliver(
     while True:
         try:
             _push(heard, parcel, frame, deadline)
-            return _pull(heard, parcel, deadline)
+            return _pull(heard, parcel, deadline, limit)
         except Unknown:  # it was restarted, and gets the request again
             if time.monotonic() > deadline:
                 raise TransportError("no reply in time") from None
@@ -303,24 +315,23 @@ def _push(link: SiloLink, parcel: Parcel, frame: bytes, deadline: float) -> None
             raise TransportError("says that it has more of the request than there is")
 
 
-def _pull(link: SiloLink, parcel: Parcel, deadline: float) -> bytes:
+def _pull(link: SiloLink, parcel: Parcel, deadline: float, limit: int) -> bytes:
     """The reply, which must begin by the ``deadline``, and then come at :data:`SLOWEST` or faster.
 
-    Adversary: a silo that gives its reply a byte at a time, and so has a round never end.
+    Adversary: a silo that gives its reply a byte at a time, or announces a large one, and so has a
+    round never end.
     """
-    from securefedcollm.federation.messages import MAX_FRAME
-
     reply, total = bytearray(), -1
     while total < 0 or len(reply) < total:
         left = deadline - time.monotonic()
         if left <= 0:
             raise TransportError("no reply in time")
         pulled = link.pull(parcel, len(reply), min(PATIENCE, left))
-        if total < 0 <= pulled.total:
+        if total < 0 <= pulled.total <= limit:
             deadline = max(deadline, time.monotonic() + pulled.total / SLOWEST)
             total = pulled.total
         wanted = max(0, min(CHUNK, total - len(reply)))
-        if total > MAX_FRAME or pulled.total != total or len(pulled.chunk) != wanted:
+        if pulled.total > limit or pulled.total != total or len(pulled.chunk) != wanted:
             raise TransportError("its reply is too large, or breaks off")
         reply += pulled.chunk
     return bytes(reply)

@@ -24,9 +24,15 @@ from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.engines.door import Door, Wire
 from securefedcollm.federation.engines.flare.job import write_job
 from securefedcollm.federation.engines.flare.kit import Kit
-from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess, require_flare
+from securefedcollm.federation.engines.flare.processes import (
+    DOOR,
+    LARGEST_MESSAGE,
+    FlareProcess,
+    require_flare,
+)
 from securefedcollm.federation.engines.link import PATIENCE, Pulled, deliver, result_of
 from securefedcollm.federation.engines.requests import Parcel, new_session
+from securefedcollm.federation.messages import MAX_FRAME
 from securefedcollm.federation.workload import Progress
 
 log = logging.getLogger(__name__)
@@ -55,6 +61,7 @@ class FlareEngine:
         patience: seconds to wait for the silos before the first job; later waits are short.
         progress: hears how many silos are connected.
         say: hears of every FLARE job that begins, and with whom.
+        largest: silo → bytes of the largest reply that can make sense; else :data:`MAX_FRAME`.
     """
 
     def __init__(
@@ -69,8 +76,10 @@ class FlareEngine:
         patience: float,
         progress: Progress,
         say: Callable[[str], None] = lambda text: None,
+        largest: Mapping[str, int] | None = None,
     ) -> None:
         require_flare()
+        self._largest = largest or {}
         self._sign = sign
         self._say = say
         self._silos = silos
@@ -133,7 +142,8 @@ class FlareEngine:
                 return Failure("is not connected")
         link = _Reconnecting(self, silo)
         try:
-            return deliver(link, parcel, self._sign(silo, parcel, frame), deadline)
+            limit = self._largest.get(silo, MAX_FRAME)
+            return deliver(link, parcel, self._sign(silo, parcel, frame), deadline, limit=limit)
         except TransportError as error:
             with self._changed:
                 self._lost[silo] = link.last_try
@@ -270,6 +280,9 @@ class FlareEngine:
 
     def _ask(self, question: Callable[[Any], Any]) -> Any:
         """Ask FLARE's server, logging in again if the session is gone."""
+        from securefedcollm.federation.engines.flare.hardening import strip_session
+
+        strip_session(LARGEST_MESSAGE)
         from nvflare.fuel.flare_api.flare_api import new_secure_session
 
         deadline = time.monotonic() + _JOB_START
@@ -287,7 +300,7 @@ class FlareEngine:
                 if time.monotonic() > deadline:
                     raise TransportError(
                         f"FLARE's server does not answer ({str(error)[:160]})",
-                        hint="see flare.log in the server's kit",
+                        hint="see flare.log in the server's home",
                     ) from None
                 log.info("FLARE's server does not answer yet: %s", error)
                 time.sleep(0.5)

@@ -9,13 +9,17 @@ Adversary: at a silo the server, its administrators, and other silos; at the ser
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, Final
 
+import psutil
 from nvflare.apis.workspace import Workspace
 from nvflare.fuel.f3.cellnet.core_cell import CoreCell
 from nvflare.fuel.f3.cellnet.defs import CellChannel, MessageHeaderKey, ReturnCode
+from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare.fuel.f3.cellnet.utils import make_reply
 from nvflare.fuel.f3.comm_error import CommError
 from nvflare.fuel.f3.drivers import grpc_driver
@@ -70,9 +74,8 @@ def strip(role: str, name: str, *, job: bool, largest: int) -> None:
     _carry_no_files()
     _connect_to_nobody_else()
     _believe_no_new_names(role)
-    grpc_driver.GRPC_DEFAULT_OPTIONS[:] = [
-        (f"grpc.max_{way}_message_length", largest) for way in ("send", "receive")
-    ]
+    _look_at_no_processes()
+    _limit_messages(largest)
     family = name if role == "client" else _SERVER
     _hear(family, role, job=job)
     _close_channels(family, role, job=job)
@@ -82,6 +85,26 @@ def strip(role: str, name: str, *, job: bool, largest: int) -> None:
         kept = [p for p in ClientRequestProcessors.request_processors if type(p).__name__ in NEEDED]
         ClientRequestProcessors.request_processors[:] = kept
         take_one_job()
+
+
+@functools.cache
+def strip_session(largest: int) -> None:
+    """The same for the session by which the server's own process submits jobs, once.
+
+    Adversary: FLARE's server process, taken over. It is within the wall, and this one is not.
+    """
+    _read_json_only()
+    _carry_no_files()
+    _connect_to_nobody_else()
+    _believe_no_new_names("client")
+    _limit_messages(largest)
+    _close_channels(_SERVER, "server", job=True)
+
+
+def _limit_messages(largest: int) -> None:
+    grpc_driver.GRPC_DEFAULT_OPTIONS[:] = [
+        (f"grpc.max_{way}_message_length", largest) for way in ("send", "receive")
+    ]
 
 
 def _read_json_only() -> None:
@@ -136,27 +159,46 @@ def _carry_no_files() -> None:
 
 
 def _believe_no_new_names(role: str) -> None:
-    """Whoever a silo's process has called over gRPC is the server, whatever it says it is; and
+    """Whoever a silo's process has called over gRPC is the server, whatever it says it is; whoever
+    calls the server over gRPC is no process of the server's, which are called from within; and
     nobody changes the name that a connection began with.
 
     Adversary: a server that calls itself as this silo's own process, whose certificate FLARE
-    compares only where somebody connects to it.
+    compares only where somebody connects to it; a silo with a certificate for the name of the
+    server's host.
     """
     update = ConnManager.update_endpoint
 
     def named(manager: Any, connection: Any, data: dict[str, Any]) -> None:
         connector, known = connection.conn.connector, connection.sfm_endpoint
         name = data.get(HandshakeKeys.ENDPOINT_NAME)
-        called = role == "client" and connector.mode == Mode.ACTIVE
+        server = _family(FQCN.normalize(str(name))) == _SERVER
+        false = server
+        if role == "client":
+            false = connector.mode == Mode.ACTIVE and not server
         over_grpc = str(connector.params.get(DriverParams.SCHEME.value)).startswith("grpc")
-        if (called and over_grpc and _family(name) != _SERVER) or (
-            known is not None and known.endpoint.name != name
-        ):
+        if (false and over_grpc) or (known is not None and known.endpoint.name != name):
             connection.conn.close()
             raise CommError(CommError.BAD_DATA, f"a neighbour that calls itself {str(name)[:80]!r}")
         update(manager, connection, data)
 
     ConnManager.update_endpoint = named
+
+
+def _look_at_no_processes() -> None:
+    """Whether its parent is there a job's process is to tell without ``/proc``, which the wall
+    hides; FLARE's thread that watches would end."""
+
+    def exists(process: int) -> bool:
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+
+    psutil.pid_exists = exists
 
 
 def _hear(family: str, role: str, *, job: bool) -> None:

@@ -38,6 +38,7 @@ from securefedcollm.federation.engines.flare.papers import (
     UNZIPPING,
     Profile,
     check_name,
+    check_participant,
     read_profile,
     read_request,
 )
@@ -111,9 +112,13 @@ def request_certificate(home: Path, profile: Profile, name: str, role: str) -> l
         the request files (ZIP), which hold nothing secret.
 
     Raises:
-        ConfigError: the name cannot be one in FLARE, or there is a request already.
+        ConfigError: the name cannot be one in FLARE, or is the server's, or there is a request
+            already.
     """
-    check_name(name, "--name")
+    if role == "server":
+        check_name(name, "--name")
+    else:
+        check_participant(name, profile, "--name")
     target = home / "request"
     if target.exists():
         raise ConfigError(
@@ -142,11 +147,14 @@ def approve_request(ca: Path, request: Path, passphrase: str, out: Path) -> Path
     """Sign one request with the CA in ``ca``; returns the signed file, which holds nothing secret.
 
     Raises:
-        ConfigError: not a CA, not a request, or one of another consortium.
+        ConfigError: not a CA, not a request, one of another consortium, or a silo's for the name
+            of the server.
         CryptoError: wrong passphrase.
     """
     profile = read_profile(ca / PROFILE)
-    read_request(request)
+    asked = read_request(request)
+    if asked.kind == "site":
+        check_participant(asked.name, profile, str(request))
     target = out / request.name.replace(".request.zip", ".signed.zip")
     if target.exists():
         raise ConfigError("exists already", where=str(target), hint="choose another --out")
@@ -231,6 +239,8 @@ def _build(home: Path, profile: Profile, signed: Path, kind: str, scratch: Path)
 def _is_installed(target: Path, kind: str, signed: Path) -> bool:
     """Whether the kit in ``target`` is of this very answer: a command that was cut off goes on.
 
+    Adversary: FLARE's process, which writes in the kit. A pipe there would have us wait for ever.
+
     Raises:
         ConfigError: it is of another one.
     """
@@ -240,7 +250,7 @@ def _is_installed(target: Path, kind: str, signed: Path) -> bool:
     name = signed.name.replace(".signed.zip", ".crt")
     try:
         with zipfile.ZipFile(signed) as archive, archive.open(name) as member:
-            same = member.read(65536) == certificate.read_bytes()
+            same = member.read(65536) == _read_at_once(certificate)
     except UNZIPPING:
         same = False
     if not same:
@@ -250,6 +260,14 @@ def _is_installed(target: Path, kind: str, signed: Path) -> bool:
             hint="remove it to install this one",
         )
     return True
+
+
+def _read_at_once(path: Path) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, 65536)
+    finally:
+        os.close(descriptor)
 
 
 def installed(home: Path, name: str, *, lead: bool = False) -> Kit:

@@ -153,3 +153,17 @@ def check_name(name: str, where: str) -> None:
             where=where,
             hint="lower-case letters, digits and '-', e.g. hospital-a",
         )
+
+
+def check_participant(name: str, profile: Profile, where: str) -> None:
+    """Raises: ConfigError, if who is not the server cannot have ``name`` in its certificate.
+
+    Adversary: a silo that asks for one by which FLARE tells the server from others.
+    """
+    check_name(name, where)
+    if name in {"server", profile.host.lower()}:
+        raise ConfigError(
+            f"{name!r} is the server's name in certificates",
+            where=where,
+            hint="a silo or an authority has another; do not sign it for one",
+        )

@@ -8,10 +8,12 @@ Run as a module it is the child's first code, and that of the process that FLARE
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import logging
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -20,25 +22,26 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
-from securefedcollm.errors import ConfigError, TransportError
+from securefedcollm.errors import ConfigError, StateError, TransportError
+from securefedcollm.federation.engines.flare.sandbox import confine, shortcoming
 
 log = logging.getLogger(__name__)
 
 DOOR: Final = "SECUREFEDCOLLM_DOOR"
 """Environment variable: the socket of the participant's own process."""
 
-_PASSED_ON: Final = frozenset(
-    {"PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONPATH"}
-)
+_PLACES: Final = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "VIRTUAL_ENV")
+_WORDS: Final = ("LANG", "LC_ALL")
+"""What FLARE's process is told of our environment: places and words."""
 _LARGEST_FILE: Final = 256 << 20
 """Bytes of a file that FLARE writes. Adversary: who fills the disk by way of its logs."""
 _PUT_ASIDE: Final = 64 << 20
 """Bytes of a log with which no process begins."""
-_LARGEST_MESSAGE: Final = 16 << 20
+LARGEST_MESSAGE: Final = 16 << 20
 """Bytes of a message to FLARE's processes; a call carries 2 MiB."""
-_LIMITS: Final = {"NVFLARE_STREAMING_MAX_BLOB_SIZE": str(_LARGEST_MESSAGE)}
+_LIMITS: Final = {"NVFLARE_STREAMING_MAX_BLOB_SIZE": str(LARGEST_MESSAGE)}
 _HERE: Final = "securefedcollm.federation.engines.flare.processes"
 """This module; it has another name where it is run."""
 _PR_SET_PDEATHSIG: Final = 1
@@ -63,21 +66,24 @@ def require_flare() -> None:
 
 
 class FlareProcess:
-    """A FLARE server or client process in ``workspace``; its output goes to ``flare.log`` there.
+    """A FLARE server or client process in ``workspace``; what it says goes to ``flare.log`` beside.
 
     Must be created, and outlived, by the main thread: it dies with the thread that made it.
+
+    Adversary: whoever has taken FLARE's process over. What lies in the workspace may be a link to a
+    file of this user's by now, so nothing there is opened, renamed or removed by ours.
+
+    Raises:
+        StateError: the log cannot be written.
     """
 
     def __init__(
         self, role: str, workspace: Path, *, name: str, org: str, env: Mapping[str, str]
     ) -> None:
         self.workspace = workspace
-        self._log = workspace / "flare.log"
-        for log_file in (self._log, workspace / "audit.log"):
-            if log_file.exists() and log_file.stat().st_size > _PUT_ASIDE:
-                log_file.replace(log_file.with_name(f"{log_file.name}.1"))
-        with self._log.open("ab") as output:
-            os.fchmod(output.fileno(), 0o600)
+        self._log = workspace.parent / "flare.log"
+        _put_aside(self._log)
+        with _appended(self._log) as output:
             self._process = subprocess.Popen(
                 _command(role, str(workspace), name, org),
                 stdin=subprocess.DEVNULL,
@@ -116,13 +122,37 @@ class FlareProcess:
         self.stop()
 
 
+def _put_aside(log_file: Path) -> None:
+    with contextlib.suppress(OSError):  # there is none
+        if log_file.lstat().st_size > _PUT_ASIDE:
+            log_file.replace(log_file.with_name(f"{log_file.name}.1"))
+
+
+def _appended(log_file: Path) -> BinaryIO:
+    try:
+        output = log_file.open("ab")
+        os.fchmod(output.fileno(), 0o600)
+    except OSError as error:
+        raise StateError(
+            f"{log_file}: cannot be written ({error.strerror})",
+            hint="free some space, and let it belong to the user who runs this",
+        ) from None
+    return output
+
+
 def plain_environment() -> dict[str, str]:
     """What FLARE's process is told of ours.
 
     Adversary: the server, whose job may name a variable and have its value sent back. A passphrase
-    or a token must not be there to be named.
+    or a token must not be there to be named. And whoever has taken FLARE's process over: an empty
+    or relative place would be one in the kit, from which the next would import before its wall.
     """
-    return {name: value for name, value in os.environ.items() if name in _PASSED_ON}
+    environment = {name: os.environ[name] for name in _WORDS if name in os.environ}
+    for name in _PLACES:
+        places = re.split("[:;]", os.environ.get(name, ""))  # the loader takes either
+        if absolute := [place for place in places if place.startswith("/")]:
+            environment[name] = ":".join(absolute)
+    return environment
 
 
 def job_environment() -> dict[str, str]:
@@ -160,6 +190,8 @@ def end_with(parent: int) -> None:
 
 def main(parent: str, role: str, *words: str) -> None:
     """Become FLARE's process, or that of a job, as a child of ``parent``."""
+    if role != "job":  # whose process inherits the wall
+        _raise_wall(Path(words[0]))
     end_with(int(parent))
     resource.setrlimit(resource.RLIMIT_FSIZE, (_LARGEST_FILE, _LARGEST_FILE))
     if role == "job":
@@ -168,28 +200,35 @@ def main(parent: str, role: str, *words: str) -> None:
         _become_parent(role, *words)
 
 
+def _raise_wall(kit: Path) -> None:
+    """Before anything of FLARE's is imported, and any thread started: it would stay outside."""
+    try:
+        if lacking := shortcoming():
+            log.warning("%s", lacking)
+        confine(kit)
+    except (OSError, StateError) as error:
+        sys.exit(f"the wall around FLARE's process cannot be raised: {error}")
+
+
 def _become_parent(role: str, workspace: str, name: str, org: str) -> None:
+    _put_aside(Path(workspace) / "audit.log")  # within the wall
     arguments = ["-m", workspace, "-s", f"fed_{role}.json", "--set", "secure_train=true"]
     arguments += [f"org={org}", "config_folder="]
     if role == "client":
         arguments.insert(5, f"uid={name}")
-    _become(_ENTRY[role], arguments, role, name, workspace)
+    _become(_ENTRY[role], arguments, role, name, job=False)
 
 
 def _become_job(role: str, name: str, *words: str) -> None:
-    _become(_JOB_ENTRY[role], list(words), role, name, None)
+    _become(_JOB_ENTRY[role], list(words), role, name, job=True)
 
 
-def _become(module: str, arguments: list[str], role: str, name: str, workspace: str | None) -> None:
-    """``workspace``: of the parent; a job's process inherits what that is confined to."""
+def _become(module: str, arguments: list[str], role: str, name: str, *, job: bool) -> None:
     import runpy
 
     from securefedcollm.federation.engines.flare.hardening import strip
-    from securefedcollm.federation.engines.flare.sandbox import confine
 
-    if workspace is not None and not confine(Path(workspace)):
-        log.warning("this kernel has no Landlock: FLARE may read what this user may read")
-    strip(role, name, job=workspace is None, largest=_LARGEST_MESSAGE)
+    strip(role, name, job=job, largest=LARGEST_MESSAGE)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

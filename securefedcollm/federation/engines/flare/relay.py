@@ -16,11 +16,14 @@ from typing import Any, Final
 
 from nvflare.collab import collab
 
+from securefedcollm.errors import TransportError
 from securefedcollm.federation.engines.door import Wire, knock
 from securefedcollm.federation.engines.flare.processes import DOOR
 
 _CALL_TIMEOUT: Final = 20.0
 """Seconds for a chunk to cross and its answer to come: less than 1 Mbit/s is no connection."""
+_NOT_PLAIN: Final = (TypeError, ValueError, OverflowError, RecursionError)
+"""What comes of encoding a value that a silo made up."""
 
 
 class SiloRelay:
@@ -92,9 +95,17 @@ class CoordinatorRelay:
 
 
 def _serve(wire: Wire, proxy: Any) -> None:
-    with contextlib.suppress(EOFError, OSError):
+    try:
         while True:
-            wire.send(_call(proxy, wire.receive()))
+            answer = _call(proxy, wire.receive())
+            try:
+                wire.send(answer)
+            except _NOT_PLAIN:  # nothing was sent of it
+                wire.send(["error", f"{proxy.name}: answered what is no list of plain values"])
+    except (EOFError, OSError, TransportError):
+        pass
+    finally:
+        wire.close()
 
 
 def _call(proxy: Any, call: Any) -> list[Any]:
