@@ -184,14 +184,11 @@ def _ask(
     home: Path, consortium: Any, name: str, role: str, passphrase_file: Path | None, plain: bool
 ) -> dict[str, Any]:
     from securefedcollm.federation.engines.flare.kit import request_certificate
-    from securefedcollm.federation.engines.flare.papers import check_name, check_participant
+    from securefedcollm.federation.engines.flare.papers import check_participant
     from securefedcollm.federation.roles import IDENTITY
     from securefedcollm.study.identity import create_identity, read_identity
 
-    if role == "server":
-        check_name(name, "--name")
-    else:
-        check_participant(name, consortium, "--name")
+    check_participant(name, role, consortium, "--name")
     path = home / IDENTITY
     if path.exists():
         identity = read_identity(path)

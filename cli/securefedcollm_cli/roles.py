@@ -104,7 +104,7 @@ def server(
             patience=wait,
             progress=bars.report,
             say=bars.say,
-            largest=roles.largest_replies(member, workload),
+            largest=dict.fromkeys(member.roster.names, roles.largest_reply(study, workload)),
         ) as engine:
             _say_what_is_lacking(bars)
             bars.say(f"waiting for {', '.join(parties)}")

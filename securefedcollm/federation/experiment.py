@@ -66,7 +66,7 @@ def arms(study: Study, noisy: int = 0) -> list[Arm]:
     if has_labels(study):
         rows = {"slm": "FedAvg + auxiliary", "llm": "auxiliary only"}
         found.append(Arm("auxiliary", rows, loss="none"))
-        if plan.batch_unlabelled:
+        if has_prompts(study):
             found.append(Arm("prompts", {"slm": _PROMPTS, "llm": _PROMPTS}, labels=False))
     if plan.loss != "mutual-kl":
         paper = f"{name} (mutual KL)"
@@ -94,6 +94,13 @@ def has_labels(study: Study) -> bool:
     """Whether the auxiliary set teaches anything without distillation."""
     data = study.task.data
     return study.distillation.batch_labelled > 0 and bool(data.builtin or data.public_labelled)
+
+
+def has_prompts(study: Study) -> bool:
+    """Whether distillation has something to work on when no public question's answer is used."""
+    data, plan = study.task.data, study.distillation
+    unlabelled = bool(data.builtin) or (data.public or 0) > data.public_labelled
+    return unlabelled and plan.batch_unlabelled > 0 and plan.loss != "none"
 
 
 _PROMPTS: Final = "FedCoLLM (prompts only)"

@@ -389,14 +389,13 @@ def largest_frame(study: Study, workload: SiloTuning) -> int:
     return _largest(study, workload.size(0))
 
 
-def largest_replies(member: Member, workload: ServerWorkload) -> dict[str, int]:
-    """Silo → bytes of the largest reply that this study can bring the server.
+def largest_reply(study: Study, workload: ServerWorkload) -> int:
+    """Bytes of the largest reply that a silo of this study can give.
 
-    Adversary: a silo that announces a long one, and has the server wait for it.
+    Adversary: a silo that announces a longer one, and has the server wait for it.
     """
-    values = max(workload.update_size(round_) for round_ in range(member.study.rounds))
-    largest = min(MAX_FRAME, _largest(member.study, values))
-    return dict.fromkeys(member.roster.names, largest)
+    values = max(workload.update_size(round_) for round_ in range(study.rounds))
+    return min(MAX_FRAME, _largest(study, values))
 
 
 def _largest(study: Study, values: int) -> int:

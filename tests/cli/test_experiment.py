@@ -116,6 +116,14 @@ def test_a_killed_experiment_continues_and_its_numbers_are_those_of_the_runs(inp
 def test_rows_that_a_study_cannot_have_are_left_out(inputs):
     study = load_study(inputs / "tiny.yaml", ["task.data.public_labelled=0"])
     assert not {"auxiliary", "prompts"} & {arm.key for arm in arms(study)}
+    for change in (
+        "task.data.public_labelled=PUBLIC",
+        "distillation.batch_unlabelled=0",
+        "distillation.loss=none",
+    ):
+        public = load_study(inputs / "tiny.yaml").task.data.public
+        study = load_study(inputs / "tiny.yaml", [change.replace("PUBLIC", str(public))])
+        assert {"auxiliary", "prompts"} & {arm.key for arm in arms(study)} == {"auxiliary"}
     study = load_study(inputs / "tiny.yaml", ["distillation.loss=mutual-kl"])
     assert "mutual-kl" not in {arm.key for arm in arms(study)}
 

@@ -180,12 +180,13 @@ def test_a_dropout_is_survived_and_named(inputs, tmp_path):
 
 
 def test_killed_with_minus_nine_and_resumed(inputs, tmp_path):
-    """A real process group, killed while round 2 is under way."""
+    """A real process group, killed while round 2 is under way. What its workers warn of is seen."""
     out = tmp_path / "run"
     command = [
         str(Path(sys.executable).with_name("securefedcollm")),
         *("simulate", str(inputs / "tiny.yaml"), "--data", str(inputs), "--out", str(out)),
         *("--workers", "2", "--no-baselines", "--json", "--set", "rounds=3"),
+        *("--set", "aggregation.clip_norm=0.01"),
     ]
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
     state = out / "server" / "state.json"
@@ -198,7 +199,10 @@ def test_killed_with_minus_nine_and_resumed(inputs, tmp_path):
     process.wait()
     finished = json.loads(state.read_text())["round"]
     assert finished < 3
-    results = json.loads(subprocess.run([*command, "--resume"], capture_output=True).stdout)
+    resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert "silo-4: round 3: the update is scaled down" in resumed.stderr
+    assert "INFO" not in resumed.stderr
+    results = json.loads(resumed.stdout)
     assert [r["round"] for r in results["rounds"]] == [1, 2, 3]
     assert results["run_id"] == json.loads(state.read_text())["run_id"]
     for silo in results["silos"]:

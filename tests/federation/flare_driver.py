@@ -85,7 +85,7 @@ def server(home: Path, study_file: Path, when: int | None) -> None:
             patience=90,
             progress=silent,
             say=print,
-            largest=roles.largest_replies(member, workload),
+            largest=dict.fromkeys(member.roster.names, roles.largest_reply(study, workload)),
         )
         with engine:
             roles.coordinate(member, engine, workload, silent, lambda record: None)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from securefedcollm.errors import ProtocolError
-from securefedcollm.federation import coordinator
+from securefedcollm.federation import coordinator, roles
 from securefedcollm.federation.plan import quantiser
 
 from . import test_joint
-from .arithmetic import NAMES, SIZE, make_study
-from .test_rounds import CHARGED_ONCE, Cut, Dies, Killed, Run, expected_theta, spent
+from .arithmetic import NAMES, SIZE, ArithmeticServer, make_study
+from .test_rounds import CHARGED_ONCE, Cut, Dies, Killed, Run, Wiretap, expected_theta, spent
 from .test_silo_unit import CLIP, charged
 from .test_silo_unit import PRIVACY as SILO_PRIVACY
 
@@ -139,3 +139,21 @@ def test_joint_dp_sgd_sums_its_steps_under_ckks(tmp_path):
 
 def test_the_quantiser_is_the_scheme_s_own():
     assert quantiser(study(), SIZE).bound == 2**15 - 1
+
+
+@pytest.mark.parametrize("colluders", [1, 2])
+@pytest.mark.parametrize("plan", [{}, {"scheme": "ckks"}, {"scheme": "ckks", "ckks": "compact"}])
+def test_every_reply_is_within_what_the_server_waits_for(tmp_path, monkeypatch, plan, colluders):
+    """A silo is not waited for that announces more (``largest_reply``); honest ones are below it.
+    That holds here with hardly any of the reserve for many silos' lists."""
+    monkeypatch.setattr(roles, "_SLACK", 16 * 1024)
+    taps = []
+    made = make_study(
+        rounds=1,
+        aggregation={"clip_norm": CLIP, **plan},
+        silos={"count": 4, "colluders": colluders},
+    )
+    Run(tmp_path, made, wrap=lambda e: taps.append(Wiretap(e)) or taps[-1]).go()
+    largest = max(len(reply) for replies in taps[0].received.values() for reply in replies)
+    limit = roles.largest_reply(made, ArithmeticServer())
+    assert largest <= limit

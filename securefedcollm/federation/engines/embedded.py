@@ -138,7 +138,7 @@ class _Worker:
         self.pipe, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(  # type: ignore[attr-defined]
             target=_serve,
-            args=(theirs, silos, factory, logging.getLogger().getEffectiveLevel()),
+            args=(theirs, silos, factory, (logging.root.level, log.getEffectiveLevel())),
             daemon=True,
         )
         self.process.start()
@@ -194,11 +194,17 @@ class _Worker:
 
 
 def _serve(
-    pipe: Connection[Any, Any], silos: list[str], factory: SiloFactory, log_level: int
+    pipe: Connection[Any, Any],
+    silos: list[str],
+    factory: SiloFactory,
+    log_levels: tuple[int, int],
 ) -> None:
-    """A worker's life: build its silos, then answer until the pipe closes."""
-    logging.basicConfig(level=log_level, format=LOG_FORMAT, force=True)
-    logging.getLogger("securefedcollm").setLevel(min(log_level, logging.WARNING))
+    """A worker's life: build its silos, then answer until the pipe closes.
+
+    ``log_levels``: the parent's, of everything and of this package.
+    """
+    logging.basicConfig(level=log_levels[0], format=LOG_FORMAT, force=True)
+    logging.getLogger("securefedcollm").setLevel(log_levels[1])
 
     def report(done: int, total: int, text: str) -> None:
         pipe.send(("progress", done, total, text))

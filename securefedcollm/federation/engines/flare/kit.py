@@ -37,7 +37,6 @@ from securefedcollm.federation.engines.flare.papers import (
     PROFILE,
     UNZIPPING,
     Profile,
-    check_name,
     check_participant,
     read_profile,
     read_request,
@@ -115,10 +114,7 @@ def request_certificate(home: Path, profile: Profile, name: str, role: str) -> l
         ConfigError: the name cannot be one in FLARE, or is the server's, or there is a request
             already.
     """
-    if role == "server":
-        check_name(name, "--name")
-    else:
-        check_participant(name, profile, "--name")
+    check_participant(name, role, profile, "--name")
     target = home / "request"
     if target.exists():
         raise ConfigError(
@@ -154,7 +150,7 @@ def approve_request(ca: Path, request: Path, passphrase: str, out: Path) -> Path
     profile = read_profile(ca / PROFILE)
     asked = read_request(request)
     if asked.kind == "site":
-        check_participant(asked.name, profile, str(request))
+        check_participant(asked.name, "silo", profile, str(request))
     target = out / request.name.replace(".request.zip", ".signed.zip")
     if target.exists():
         raise ConfigError("exists already", where=str(target), hint="choose another --out")

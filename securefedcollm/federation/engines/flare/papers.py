@@ -155,13 +155,13 @@ def check_name(name: str, where: str) -> None:
         )
 
 
-def check_participant(name: str, profile: Profile, where: str) -> None:
-    """Raises: ConfigError, if who is not the server cannot have ``name`` in its certificate.
+def check_participant(name: str, role: str, profile: Profile, where: str) -> None:
+    """Raises: ConfigError, if a participant of ``role`` cannot have ``name``.
 
-    Adversary: a silo that asks for one by which FLARE tells the server from others.
+    Adversary: a silo that asks for a certificate by which FLARE tells the server from others.
     """
     check_name(name, where)
-    if name in {"server", profile.host.lower()}:
+    if role != "server" and name in {"server", profile.host.lower()}:
         raise ConfigError(
             f"{name!r} is the server's name in certificates",
             where=where,
