@@ -50,7 +50,7 @@ Run = Callable[[Progress], None]
 
 def variants(study: Study, tuned: Tuned, batch: EncodedQuestions) -> dict[str, Run]:
     """The three ways to train on all of ``batch`` in every step."""
-    layout, local, score = tuned.update_layout(0), study.local, study.task.score
+    layout, local = tuned.update_layout(0), study.local
 
     def plain(progress: Progress) -> None:
         train_plain(
@@ -62,7 +62,7 @@ def variants(study: Study, tuned: Tuned, batch: EncodedQuestions) -> dict[str, R
             learning_rate=1e-3,
             seed=1,
             loss=local.loss,
-            normalisation=score,
+            scoring=tuned.scoring,
             micro_batch=local.micro_batch,
             progress=progress,
         )
@@ -79,7 +79,7 @@ def variants(study: Study, tuned: Tuned, batch: EncodedQuestions) -> dict[str, R
             clip_norm=CLIP,
             noise=NoiseSource(),
             loss=local.loss,
-            normalisation=score,
+            scoring=tuned.scoring,
             micro_batch=local.micro_batch,
             progress=progress,
         )
@@ -93,7 +93,8 @@ def variants(study: Study, tuned: Tuned, batch: EncodedQuestions) -> dict[str, R
                 sums = [torch.zeros_like(p) for p in parameters]
                 order = sorted_by_length(batch, torch.randperm(len(batch)))
                 for rows in torch.split(order, local.micro_batch):
-                    losses = question_losses(tuned.model, batch.select(rows), local.loss, score)
+                    part = batch.select(rows)
+                    losses = question_losses(tuned.model, part, local.loss, tuned.scoring)
                     found = per_record_gradients(losses / len(batch), parameters, calls)
                     for total, gradient in zip(sums, found, strict=True):
                         total += gradient.sum(0).T

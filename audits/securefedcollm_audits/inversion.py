@@ -158,7 +158,7 @@ class _Attack:
 
     def _raw(self, data: EncodedQuestions) -> npt.NDArray[np.float32]:
         load_vector(self._tuned.model, self._layout, self._start)
-        local, task = self._study.local, self._study.task
+        local = self._study.local
         return train_plain(
             self._tuned.model,
             self._layout,
@@ -169,7 +169,7 @@ class _Attack:
             seed=0,
             optimizer="sgd",
             loss=local.loss,
-            normalisation=task.score,
+            scoring=self._tuned.scoring,
         ).delta
 
     def _noising(self) -> Callable[[EncodedQuestions], Vector] | None:
@@ -201,7 +201,7 @@ class _Attack:
                 noise=NoiseSource(),
                 optimizer="sgd",
                 loss=study.local.loss,
-                normalisation=study.task.score,
+                scoring=self._tuned.scoring,
             ).delta
             return encoder.encode(update).integers
 
@@ -209,7 +209,7 @@ class _Attack:
 
     def _gradients(self, data: EncodedQuestions) -> list[Floats]:
         load_vector(self._tuned.model, self._layout, self._start)
-        local, task = self._study.local, self._study.task
+        local = self._study.local
         found = sampled_gradients(
             self._tuned.model,
             self._layout,
@@ -217,7 +217,7 @@ class _Attack:
             q=1.0,
             noise=NoiseSource(),
             loss=local.loss,
-            normalisation=task.score,
+            scoring=self._tuned.scoring,
         )
         return list(found)
 

@@ -155,7 +155,7 @@ def _losses(tuned: Tuned, adapter: Vector, data: EncodedQuestions) -> Scores:
     study = tuned.study
     with inference_mode(tuned.model):
         parts = [
-            question_losses(tuned.model, data.select(rows), study.local.loss, study.task.score)
+            question_losses(tuned.model, data.select(rows), study.local.loss, tuned.scoring)
             for rows in torch.split(torch.arange(len(data)), _BATCH)
         ]
     found: Scores = torch.cat(parts).double().numpy()

@@ -175,7 +175,7 @@ def _gradients(
     with watched(tuned.model) as calls:
         for rows in torch.split(torch.arange(len(data)), _MICRO_BATCH):
             batch = data.select(rows)
-            losses = question_losses(tuned.model, batch, study.local.loss, study.task.score)
+            losses = question_losses(tuned.model, batch, study.local.loss, tuned.scoring)
             parts = per_record_gradients(losses, parameters, calls)
             flat = torch.cat([p.transpose(1, 2).reshape(len(rows), -1) for p in parts], dim=1)
             found.append(F.normalize(flat.double(), dim=1).numpy())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -104,6 +105,10 @@ def evaluate(
         Literal["plain", "length", "pmi", "pmi-length"] | None,
         typer.Option(help="How choices are scored [as the run's task; plain]."),
     ] = None,
+    score_temperature: Annotated[
+        float | None,
+        typer.Option(help="Predictions are softmax(score / this) [as the run's task; 1]."),
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", min=2, help="As task.max_tokens [256].")
     ] = None,
@@ -129,7 +134,14 @@ def evaluate(
     from securefedcollm.federation.dealing import deal
     from securefedcollm.tuning.data import read_questions
     from securefedcollm.tuning.evaluate import measure
+    from securefedcollm.tuning.questions import Scoring
 
+    if score_temperature is not None and not 0 < score_temperature < math.inf:
+        raise ConfigError(
+            f"{score_temperature} is no temperature",
+            where="--score-temperature",
+            hint="give a number above 0",
+        )
     with Bars(quiet=as_json) as bars:
         chosen = _choose(run, role, model, revision, adapter, data, device, bars, base=base)
         plan = chosen.study.task if chosen.study else None
@@ -152,7 +164,10 @@ def evaluate(
             questions,
             adapter=chosen.adapter,
             kind=kind,
-            score=score or (plan.score if plan else "plain"),
+            scoring=Scoring(
+                score or (plan.score if plan else "plain"),
+                score_temperature or (plan.score_temperature if plan else 1.0),
+            ),
             max_tokens=max_tokens or (plan.max_tokens if plan else 256),
             batch_size=batch_size,
             progress=bars.report,

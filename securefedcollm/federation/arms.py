@@ -104,7 +104,7 @@ def centralized(
         seed=training_seed(study, "centralized", 0),
         optimizer=local.optimizer,
         loss=local.loss,
-        normalisation=study.task.score,
+        scoring=tuned.scoring,
         max_grad_norm=local.max_grad_norm,
         micro_batch=local.micro_batch,
         progress=progress,

@@ -96,7 +96,7 @@ class SiloTuning:
         return () if self._event is None else (self._event,)
 
     def fit(self, adapter: Vector, round_: int, progress: Progress) -> Vector:
-        local, task = self._study.local, self._study.task
+        local = self._study.local
         load_vector(self._tuned.model, self._tuned.broadcast_layout(), adapter)
         layout = self._tuned.update_layout(round_)
         if self._event is None or self._study.privacy is None:
@@ -113,7 +113,7 @@ class SiloTuning:
             noise=NoiseSource(),
             optimizer=local.optimizer,
             loss=local.loss,
-            normalisation=task.score,
+            scoring=self._tuned.scoring,
             subjects=self._subjects,
             micro_batch=local.micro_batch,
             progress=progress,
@@ -139,7 +139,7 @@ class SiloTuning:
                 seed=training_seed(self._study, self._name, round_),
                 optimizer=local.optimizer,
                 loss=local.loss,
-                normalisation=self._study.task.score,
+                scoring=self._tuned.scoring,
                 max_grad_norm=local.max_grad_norm,
                 micro_batch=local.micro_batch,
                 progress=progress,
@@ -164,7 +164,7 @@ class SiloTuning:
             q=q,
             noise=NoiseSource(),
             loss=local.loss,
-            normalisation=self._study.task.score,
+            scoring=self._tuned.scoring,
             subjects=self._subjects,
             micro_batch=local.micro_batch,
         )
@@ -270,7 +270,7 @@ class ServerTuning:
             temperature=plan.temperature,
             direction=plan.direction,
             sharpness=plan.sharpness,
-            normalisation=self._study.task.score,
+            scoring=self._slm.scoring,
             micro_batch=self._study.local.micro_batch,
             on_step=steps.append,
             progress=progress,

@@ -29,9 +29,9 @@ from securefedcollm.tuning.evaluate import Evaluation, evaluate
 from securefedcollm.tuning.head import check_output, device_of, unwrapped
 from securefedcollm.tuning.models import LoadedModel, find_device, load_model
 from securefedcollm.tuning.questions import (
-    NEED_PRIOR,
     EncodedQuestions,
     Question,
+    Scoring,
     encode,
     with_prefix,
     with_prior,
@@ -90,6 +90,11 @@ class Tuned:
     base_digest: bytes
     study: Study
 
+    @property
+    def scoring(self) -> Scoring:
+        """How this study scores choices."""
+        return Scoring(self.study.task.score, self.study.task.score_temperature)
+
     @classmethod
     def load(
         cls,
@@ -143,7 +148,7 @@ class Tuned:
 
         def make() -> EncodedQuestions:
             encoded = encode(questions, self.tokenizer, task.max_tokens, task.kind, cuts=cuts)
-            if task.score in NEED_PRIOR:
+            if self.scoring.needs_prior:
                 with self.model.disable_adapter():
                     encoded = with_prior(self.model, questions, encoded, self.tokenizer)
             if top is not None:
@@ -159,7 +164,7 @@ class Tuned:
         return evaluate(
             self.model,
             test,
-            normalisation=self.study.task.score,
+            scoring=self.scoring,
             batch_size=max(64, self.study.local.micro_batch),  # without gradients more fit
         )
 

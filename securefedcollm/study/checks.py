@@ -244,6 +244,7 @@ def _check_task(study: Study) -> None:
         return
     for value, right, where in (
         (task.score, "plain", "task.score"),
+        (task.score_temperature, 1.0, "task.score_temperature"),
         (study.local.loss, "answer", "local.loss"),
     ):
         if value != right:

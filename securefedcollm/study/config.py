@@ -94,8 +94,10 @@ class Task(_Section, frozen=True):
 
     ``score`` turns the log-likelihoods of choices or labels into scores: as they are, per character
     (``length``), less the log-likelihood after a neutral prompt (``pmi``), or that per character
-    (``pmi-length``). A sum over the tokens of long choices makes for predictions that are much too
-    sure; per character they are not, and cross-entropy then teaches more (``local.loss: choices``).
+    (``pmi-length``). The prediction is softmax(score / ``score_temperature``). A sum over the
+    tokens of long choices makes for predictions that are much too sure at 1, and per character for
+    ones that are hardly sure at all: cross-entropy (``local.loss: choices``) then teaches that
+    first.
     ``max_tokens`` bounds prompt and answer: a longer prompt loses its beginning, a longer text its
     end.
     """
@@ -104,6 +106,7 @@ class Task(_Section, frozen=True):
     kind: Literal["multiple_choice", "classification", "instruction", "text"] = "multiple_choice"
     labels: list[str] = []
     score: Literal["plain", "length", "pmi", "pmi-length"] = "plain"
+    score_temperature: Positive = 1.0
     max_tokens: Count = 256
 
 

@@ -13,8 +13,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from securefedcollm.tuning.questions import (
+    PLAIN,
     EncodedQuestions,
-    Normalisation,
+    Scoring,
     by_length,
     choice_scores,
 )
@@ -38,12 +39,12 @@ class ChoiceObjective:
         *,
         targets: Tensor | None,
         mutual: bool,
-        normalisation: Normalisation,
+        scoring: Scoring,
         weight: float,
         temperature: float,
         direction: Direction,
     ) -> None:
-        self._models, self._data, self._normalisation = models, data, normalisation
+        self._models, self._data, self._scoring = models, data, scoring
         self._targets, self._mutual = targets, mutual
         self._weight, self._temperature, self._direction = weight, temperature, direction
 
@@ -52,7 +53,7 @@ class ChoiceObjective:
         labels = max(1, int((self._data[0].answers[batch] >= 0).sum()))
         asked = [data.select(part) for data in self._data]
         scores = [
-            choice_scores(model, questions, self._normalisation)
+            choice_scores(model, questions, self._scoring)
             for model, questions in zip(self._models, asked, strict=True)
         ]
         terms = []
@@ -75,7 +76,7 @@ def predict(
     model: nn.Module,
     data: EncodedQuestions,
     *,
-    normalisation: Normalisation = "plain",
+    scoring: Scoring = PLAIN,
     temperature: float = 1.0,
     batch_size: int = 64,
 ) -> Tensor:
@@ -83,7 +84,7 @@ def predict(
     scores = torch.zeros(data.choice_mask.shape)
     with inference_mode(model):
         for rows, batch in by_length(data, batch_size):
-            scores[rows] = choice_scores(model, batch, normalisation).cpu()
+            scores[rows] = choice_scores(model, batch, scoring).cpu()
     return F.softmax(scores / temperature, dim=-1)
 
 

@@ -43,8 +43,9 @@ from securefedcollm.tuning.choice_distil import (
     predict,
 )
 from securefedcollm.tuning.questions import (
+    PLAIN,
     EncodedQuestions,
-    Normalisation,
+    Scoring,
     shuffled_batches,
     sorted_by_length,
 )
@@ -96,7 +97,7 @@ def distil(
     temperature: float = 1.0,
     direction: Direction = "forward",
     sharpness: float = 3.0,
-    normalisation: Normalisation = "plain",
+    scoring: Scoring = PLAIN,
     micro_batch: int = 256,
     on_step: Callable[[DistilStep], None] = lambda step: None,
     progress: Progress = silent,
@@ -138,7 +139,7 @@ def distil(
                 predict(
                     model,
                     questions,
-                    normalisation=normalisation,
+                    scoring=scoring,
                     temperature=temperature,
                     batch_size=max(64, micro_batch),
                 )
@@ -154,7 +155,7 @@ def distil(
             data,
             targets=targets,
             mutual=loss == "mutual-kl",
-            normalisation=normalisation,
+            scoring=scoring,
             weight=weight,
             temperature=temperature,
             direction=direction,

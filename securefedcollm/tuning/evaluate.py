@@ -17,10 +17,10 @@ from securefedcollm.tuning.adapters import load_adapter
 from securefedcollm.tuning.head import output_logits
 from securefedcollm.tuning.models import LoadedModel
 from securefedcollm.tuning.questions import (
-    NEED_PRIOR,
+    PLAIN,
     EncodedQuestions,
-    Normalisation,
     Question,
+    Scoring,
     by_length,
     choice_scores,
     encode,
@@ -82,7 +82,7 @@ def evaluate(
     model: nn.Module,
     data: EncodedQuestions,
     *,
-    normalisation: Normalisation = "plain",
+    scoring: Scoring = PLAIN,
     batch_size: int = 64,
     progress: Progress = silent,
 ) -> Evaluation:
@@ -105,7 +105,7 @@ def evaluate(
     done = 0
     with inference_mode(model):
         for rows, batch in by_length(data, batch_size):
-            stacked[rows] = choice_scores(model, batch, normalisation).cpu()
+            stacked[rows] = choice_scores(model, batch, scoring).cpu()
             done += len(batch)
             progress(done, len(data), "evaluation")
     answers = data.answers.cpu()
@@ -122,7 +122,7 @@ def measure(
     *,
     adapter: Path | None,
     kind: Kind,
-    score: Normalisation,
+    scoring: Scoring,
     max_tokens: int,
     batch_size: int = 32,
     progress: Progress = silent,
@@ -134,10 +134,10 @@ def measure(
         DataError: a record has no answer, or does not fit into ``max_tokens``.
     """
     data = encode(questions, loaded.tokenizer, max_tokens, kind)
-    if score in NEED_PRIOR:  # the prior is the base's, so before the adapter
+    if scoring.needs_prior:  # the prior is the base's, so before the adapter
         data = with_prior(loaded.model, questions, data, loaded.tokenizer, batch_size)
     model = loaded.model if adapter is None else load_adapter(loaded.model, adapter)
-    result = evaluate(model, data, normalisation=score, batch_size=batch_size, progress=progress)
+    result = evaluate(model, data, scoring=scoring, batch_size=batch_size, progress=progress)
     scores = {"all": result.score()}
     if len(set(result.groups)) > 1:
         scores |= result.by_group()

@@ -23,8 +23,9 @@ from securefedcollm.privacy.events import Event, PoissonGaussian
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.tuning.adapters import AdapterLayout, Vector, select, to_vector
 from securefedcollm.tuning.questions import (
+    PLAIN,
     EncodedQuestions,
-    Normalisation,
+    Scoring,
     choice_scores,
     shuffled_batches,
     sorted_by_length,
@@ -56,14 +57,14 @@ class LocalResult:
 
 
 def question_losses(
-    model: nn.Module, batch: EncodedQuestions, loss: Loss, normalisation: Normalisation
+    model: nn.Module, batch: EncodedQuestions, loss: Loss, scoring: Scoring
 ) -> Tensor:
     """Training loss of every question: float32 [B].
 
     ``answer``: the language-model cross-entropy of the right choice's tokens over the whole
     vocabulary, summed over them. ``choices``: the cross-entropy over the scores of the choices.
     """
-    scores = choice_scores(model, batch, "plain" if loss == "answer" else normalisation)
+    scores = choice_scores(model, batch, PLAIN if loss == "answer" else scoring)
     answers = batch.answers.to(scores.device)
     if loss == "answer":
         return -scores.gather(1, answers[:, None])[:, 0]
@@ -81,7 +82,7 @@ def train_plain(
     seed: int,
     optimizer: Optimizer = "adam",
     loss: Loss = "answer",
-    normalisation: Normalisation = "plain",
+    scoring: Scoring = PLAIN,
     max_grad_norm: float | None = None,
     micro_batch: int = 64,
     progress: Progress = silent,
@@ -102,7 +103,7 @@ def train_plain(
             batch = next(batches)
             descend.zero_grad()
             for rows in torch.split(sorted_by_length(data, batch), micro_batch):
-                losses = question_losses(model, data.select(rows), loss, normalisation)
+                losses = question_losses(model, data.select(rows), loss, scoring)
                 torch.autograd.backward(losses.sum() / len(batch))
             norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or torch.inf)
             if not bool(torch.isfinite(norm)):
@@ -125,7 +126,7 @@ def train_dp(
     noise: NoiseSource,
     optimizer: Optimizer = "adam",
     loss: Loss = "answer",
-    normalisation: Normalisation = "plain",
+    scoring: Scoring = PLAIN,
     subjects: Sequence[str] | None = None,
     micro_batch: int = 64,
     progress: Progress = silent,
@@ -171,7 +172,7 @@ def train_dp(
             taken = _by_length(noise.poisson_batch(len(members), rate), members, data)
             for units in _micro_batches(taken, members, micro_batch):
                 losses = question_losses(
-                    model, data.select(torch.from_numpy(np.concatenate(units))), loss, normalisation
+                    model, data.select(torch.from_numpy(np.concatenate(units))), loss, scoring
                 )
                 gradients = per_record_gradients(losses, parameters, calls)
                 total += _clipped_sum(gradients, [len(unit) for unit in units], clip_norm)
@@ -192,7 +193,7 @@ def sampled_gradients(
     q: float,
     noise: NoiseSource,
     loss: Loss = "answer",
-    normalisation: Normalisation = "plain",
+    scoring: Scoring = PLAIN,
     subjects: Sequence[str] | None = None,
     micro_batch: int = 64,
 ) -> Iterator[npt.NDArray[np.float64]]:
@@ -212,7 +213,7 @@ def sampled_gradients(
     with evaluation_mode(model), watched(model) as calls:
         for units in _micro_batches(taken, members, micro_batch):
             rows = torch.from_numpy(np.concatenate(units))
-            losses = question_losses(model, data.select(rows), loss, normalisation)
+            losses = question_losses(model, data.select(rows), loss, scoring)
             gradients = per_record_gradients(losses, parameters, calls)
             blocks, _ = _finite([_by_unit(g, [len(unit) for unit in units]) for g in gradients])
             ordered = [

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,25 @@ Normalisation = Literal["plain", "length", "pmi", "pmi-length"]
 PMI_PROMPT = "Answer:"
 """The content-free prompt whose log-likelihood of a choice the pmi scores subtract."""
 
-NEED_PRIOR: Final = frozenset({"pmi", "pmi-length"})
+
+class Scoring(NamedTuple):
+    """How the log-likelihoods of choices become a prediction, softmax(scores / temperature).
+
+    ``rule``: ``plain``, the sum of the log-probabilities of the choice's tokens after the prompt;
+    ``length``, that, per character of the choice; ``pmi``, that, minus log p(choice | "Answer:")
+    (Holtzman et al. 2021, domain-conditional PMI); ``pmi-length``, the pmi score, per character.
+    """
+
+    rule: Normalisation = "plain"
+    temperature: float = 1.0
+
+    @property
+    def needs_prior(self) -> bool:
+        """Whether :func:`with_prior` must have been there first."""
+        return self.rule in {"pmi", "pmi-length"}
+
+
+PLAIN: Final = Scoring()
 
 _PROMPT, _PAD = 0, -1
 _HEAD_CHUNK = 256  # predictions at a time without gradients: 50 MB at a vocabulary of 49k
@@ -215,21 +233,15 @@ def _fill(out: EncodedQuestions, i: int, prompt: list[int], choices: list[list[i
         tensor.numpy()[i, : len(values)] = values
 
 
-def choice_scores(
-    model: nn.Module, batch: EncodedQuestions, normalisation: Normalisation = "plain"
-) -> Tensor:
+def choice_scores(model: nn.Module, batch: EncodedQuestions, scoring: Scoring = PLAIN) -> Tensor:
     """Score every choice of every question; differentiable.
-
-    ``plain``: the sum of the log-probabilities of the choice's tokens after the prompt.
-    ``length``: that, per character of the choice. ``pmi``: that, minus log p(choice | "Answer:")
-    (Holtzman et al. 2021, domain-conditional PMI), which :func:`with_prior` must have computed.
-    ``pmi-length``: the pmi score, per character.
 
     Args:
         model: a causal language model of transformers, plain or with PEFT layers.
 
     Returns:
-        float32 [B, C] where the model is; ``-inf`` where a question has fewer than C choices.
+        scores over the temperature, the logits of the prediction: float32 [B, C] where the model
+        is; ``-inf`` where a question has fewer than C choices.
     """
     causal = unwrapped(model)
     batch = batch.to(device_of(causal))
@@ -237,13 +249,13 @@ def choice_scores(
     choices = batch.choice_mask.shape[1]
     scores = token_scores.new_zeros(len(batch), choices + 1)  # last column collects the padding
     scores = scores.scatter_add(1, batch.target_choices, token_scores)[:, :choices]
-    if normalisation in NEED_PRIOR:
+    if scoring.needs_prior:
         if batch.prior is None:
             raise ValueError("pmi scores need a prior: call with_prior first")
         scores = scores - batch.prior
-    if normalisation in {"length", "pmi-length"}:
+    if scoring.rule in {"length", "pmi-length"}:
         scores = scores / batch.choice_lengths
-    return scores.masked_fill(~batch.choice_mask, -torch.inf)
+    return (scores / scoring.temperature).masked_fill(~batch.choice_mask, -torch.inf)
 
 
 def token_log_probs(causal: Any, batch: EncodedQuestions) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,11 @@ def test_evaluate_measures_questions_by_subject(base: Path, tmp_path: Path) -> N
         assert told["all"]["count"] == told["x"]["count"] + told["y"]["count"] == 6
         assert "perplexity" not in told["all"]
         assert told["all"]["gold_log_prob"] < -1.09  # the mean over all answers, at most -log 3
+    flat = ["--score-temperature", 1e6, "--json"]
+    told = json.loads(run(*command, *flat).stdout)  # so every choice is as likely
+    assert told["all"]["gold_log_prob"] == pytest.approx(-math.log(3), abs=1e-3)
+    result = run(*command, "--score-temperature", "0", ok=False)
+    assert "0.0 is no temperature" in str(result.exception)
     shown = run(*command).stdout
     assert "gold log prob" in shown
     assert "0.3333" in shown

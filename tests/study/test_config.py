@@ -117,6 +117,11 @@ def test_the_digest_is_that_of_the_meaning_not_of_the_spelling(tmp_path):
         ("task={%s, kind: text}", "distillation.over: kind: text has no choices", "choose answer"),
         ("task={%s, kind: text, score: pmi}", "task.score: pmi is about choices", "plain"),
         (
+            "task={%s, kind: text, score_temperature: 3}",
+            "task.score_temperature: 3.0 is about choices",
+            "choose 1.0",
+        ),
+        (
             "distillation={top_k: 8}",
             "distillation.top_k: over the choices of a question nothing is left out",
             "over: all",

@@ -23,7 +23,7 @@ from securefedcollm.tuning.local import (
     train_plain,
     watched,
 )
-from securefedcollm.tuning.questions import EncodedQuestions
+from securefedcollm.tuning.questions import PLAIN, EncodedQuestions
 
 CLIP = 0.7
 
@@ -44,7 +44,7 @@ def single_gradients(model: Any, method: str, data: EncodedQuestions, loss: str)
     rows = []
     for i in range(len(data)):
         model.zero_grad()
-        question_losses(model, data.select(torch.tensor([i])), loss, "plain").sum().backward()
+        question_losses(model, data.select(torch.tensor([i])), loss, PLAIN).sum().backward()
         rows.append(torch.cat([p.grad.reshape(-1) for p in parameters]).double().numpy())
     model.zero_grad()
     return np.array(rows)
@@ -60,7 +60,7 @@ def batch_gradients(model: Any, method: str, data: EncodedQuestions, loss: str) 
     parameters = select(model, layout_of(model, method))
     model.train()
     with watched(model) as calls:
-        losses = question_losses(model, data, loss, "plain")
+        losses = question_losses(model, data, loss, PLAIN)
         found = per_record_gradients(losses, parameters, calls)
     assert not calls
     return torch.cat([g.mT.flatten(1) for g in found], 1).double().numpy()
@@ -83,7 +83,7 @@ def test_per_record_gradients_equal_those_of_opacus(toy: Any) -> None:
     parameters = select(model, layout_of(model, "lora"))
     model.get_base_model().enable_input_require_grads()  # its hooks want it
     opacus = GradSampleModule(model, loss_reduction="sum")
-    question_losses(model, data, "answer", "plain").sum().backward()
+    question_losses(model, data, "answer", PLAIN).sum().backward()
     theirs = torch.cat([p.grad_sample.flatten(1) for p in parameters], 1).double().numpy()
     opacus.remove_hooks()
     np.testing.assert_allclose(found, theirs, atol=1e-6, rtol=1e-5)
@@ -299,9 +299,9 @@ def plain(toy: Any, data: EncodedQuestions, **options: Any) -> tuple[Any, np.nda
 
 def test_plain_tuning_is_deterministic_and_lowers_the_loss(toy: Any) -> None:
     data = toy.encoded(12)
-    before = question_losses(adapted(toy), data, "answer", "plain").mean().item()
+    before = question_losses(adapted(toy), data, "answer", PLAIN).mean().item()
     model, delta = plain(toy, data, steps=30)
-    assert question_losses(model, data, "answer", "plain").mean().item() < before - 0.5
+    assert question_losses(model, data, "answer", PLAIN).mean().item() < before - 0.5
     assert np.array_equal(delta, plain(toy, data, steps=30)[1])
     assert not np.array_equal(delta, plain(toy, data, steps=30, seed=4)[1])
 

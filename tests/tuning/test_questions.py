@@ -23,6 +23,7 @@ from securefedcollm.errors import DataError
 from securefedcollm.tuning.questions import (
     EncodedQuestions,
     Question,
+    Scoring,
     by_length,
     choice_scores,
     encode,
@@ -170,17 +171,17 @@ def test_length_and_pmi_scores() -> None:
     model = MODELS["llama"]
     with torch.no_grad():
         plain = choice_scores(model, encoded)
-        by_length = choice_scores(model, encoded, "length")
+        by_length = choice_scores(model, encoded, Scoring("length"))
         told = with_prior(model, batch, encoded, TOKENIZER)
-        pmi = choice_scores(model, told, "pmi")
-        per_character = choice_scores(model, told, "pmi-length")
+        pmi = choice_scores(model, told, Scoring("pmi", 4.0))
+        per_character = choice_scores(model, told, Scoring("pmi-length"))
     lengths = torch.tensor([[float(len(c)) for c in q.choices] for q in batch])
     torch.testing.assert_close(by_length, plain / lengths)
     prior = torch.tensor([one_by_one(model, Question("Answer:", q.choices, None)) for q in batch])
-    torch.testing.assert_close(pmi, plain - prior, atol=2e-4, rtol=1e-5)
-    torch.testing.assert_close(per_character, pmi / lengths)
+    torch.testing.assert_close(pmi * 4, plain - prior, atol=2e-4, rtol=1e-5)
+    torch.testing.assert_close(per_character, pmi * 4 / lengths)
     with pytest.raises(ValueError, match="with_prior"):
-        choice_scores(model, encoded, "pmi")
+        choice_scores(model, encoded, Scoring("pmi"))
 
 
 def test_a_long_prompt_loses_its_beginning() -> None:

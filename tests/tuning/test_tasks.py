@@ -20,7 +20,7 @@ from securefedcollm.tuning.adapters import attach, layout_of, load_vector, selec
 from securefedcollm.tuning.data import read_questions, write_questions
 from securefedcollm.tuning.evaluate import evaluate
 from securefedcollm.tuning.local import per_record_gradients, question_losses, train_dp, watched
-from securefedcollm.tuning.questions import EncodedQuestions, Question, choice_scores, encode
+from securefedcollm.tuning.questions import PLAIN, EncodedQuestions, Question, choice_scores, encode
 from securefedcollm.tuning.splits import split_questions
 from securefedcollm.tuning.token_distil import positions_of
 
@@ -222,7 +222,7 @@ def test_losses_and_per_record_gradients_are_those_of_single_passes(toy: Any, ki
     parameters = select(model, layout_of(model, "lora"))
     expected = plain_losses(model, data)
     with watched(model) as calls:
-        losses = question_losses(model, data, "answer", "plain")
+        losses = question_losses(model, data, "answer", PLAIN)
         found = per_record_gradients(losses, parameters, calls)
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
     for i in range(len(data)):
@@ -236,7 +236,7 @@ def test_losses_and_per_record_gradients_are_those_of_single_passes(toy: Any, ki
 @pytest.mark.parametrize("kind", list(ENCODED))
 def test_dp_sgd_learns_each_kind(toy: Any, kind: str) -> None:
     data, model = ENCODED[kind](), adapted(toy)
-    before = question_losses(model, data, "answer", "plain").sum().item()
+    before = question_losses(model, data, "answer", PLAIN).sum().item()
     result = train_dp(
         model,
         layout_of(model, "lora"),
@@ -248,7 +248,7 @@ def test_dp_sgd_learns_each_kind(toy: Any, kind: str) -> None:
         clip_norm=1.0,
         noise=NoiseSource(),
     )
-    assert question_losses(model, data, "answer", "plain").sum().item() < 0.8 * before
+    assert question_losses(model, data, "answer", PLAIN).sum().item() < 0.8 * before
     assert result.events[0].q == 1.0  # type: ignore[union-attr]
 
 
@@ -259,7 +259,7 @@ def test_a_trained_output_layer_takes_the_plain_way(toy: Any) -> None:
     load_vector(model, layout, np.random.default_rng(3).normal(scale=0.2, size=layout.size))
     parameters = select(model, layout)
     with watched(model) as calls:
-        losses = question_losses(model, data, "answer", "plain")
+        losses = question_losses(model, data, "answer", PLAIN)
         assert len(calls) == 6
     torch.testing.assert_close(losses, plain_losses(model, data), rtol=1e-4, atol=1e-5)
     assert any("lm_head" in name for name in layout.names)
