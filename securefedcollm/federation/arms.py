@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from securefedcollm.errors import DataError
 from securefedcollm.federation.cotuning import training_seed
@@ -18,6 +19,8 @@ from securefedcollm.federation.tuned import Tuned
 from securefedcollm.federation.workload import Progress, silent
 from securefedcollm.privacy.events import PoissonGaussian
 from securefedcollm.study import Study
+from securefedcollm.study.config import Model
+from securefedcollm.tuning.choice_distil import predict, teacher_of
 from securefedcollm.tuning.evaluate import Evaluation
 from securefedcollm.tuning.local import train_plain
 from securefedcollm.tuning.questions import Question
@@ -49,6 +52,43 @@ def answers_of(
             tuned.load_adapter(adapters / name)
         found[name] = _plain(tuned.answers(encoded))
     return found
+
+
+def teacher_answers(
+    study: Study,
+    test: Sequence[Question],
+    *,
+    adapters: Path,
+    data: Path | None,
+    device: str,
+    progress: Progress = silent,
+) -> Answers:
+    """What the study's pooled target says of the test questions, before anybody learns it.
+
+    It is made of the SLM with the adapter in ``adapters`` and of the LLM as it came, in the way of
+    :func:`securefedcollm.tuning.distil.distil`: what distillation could convey at best, if its
+    prompts were all questions there are.
+    """
+    plan = study.distillation
+    assert plan.loss == "entropy-pooled" or plan.loss == "dual-min-ce"
+
+    def says(spec: Model, adapter: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
+        tuned = Tuned.load(study, spec, data=data, device=device, progress=progress)
+        encoded = tuned.encode(test)
+        if adapter is not None:
+            tuned.load_adapter(adapter)
+        said = predict(tuned.model, encoded, scoring=tuned.scoring, temperature=plan.temperature)
+        return said, encoded.answers
+
+    llm, answers = says(study.models.llm, None)
+    slm, _ = says(study.models.slm, adapters / "slm")
+    unknown = torch.full_like(answers, -1)  # a test question's answer teaches nobody
+    target = teacher_of(plan.loss, llm, slm, unknown, plan.sharpness)
+    gold = target.gather(1, answers[:, None])[:, 0]
+    return {
+        "accuracy": (target.argmax(1) == answers).double().tolist(),
+        "gold_log_prob": gold.double().clamp_min(torch.finfo(torch.float32).tiny).log().tolist(),
+    }
 
 
 def answers_alone(

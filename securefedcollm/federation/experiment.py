@@ -63,6 +63,8 @@ def arms(study: Study, noisy: int = 0) -> list[Arm]:
         Arm("fedcollm", {"slm": name, "llm": name}),
         Arm("fedavg", {"slm": "FedAvg"}, kind="fedavg"),
     ]
+    if plan.over == "choices" and plan.loss in {"entropy-pooled", "dual-min-ce"}:
+        found.append(Arm("teacher", {"slm": _TEACHER}, kind="teacher"))
     if has_labels(study):
         rows = {"slm": "FedAvg + auxiliary", "llm": "auxiliary only"}
         found.append(Arm("auxiliary", rows, loss="none"))
@@ -107,10 +109,14 @@ _PROMPTS: Final = "FedCoLLM (prompts only)"
 """What distillation does by itself: no answer of a public question is used. Then there is nothing
 for the auxiliary controls to learn from; FedAvg and the LLM as it came are the rows to compare."""
 
+_TEACHER: Final = "the pooled teacher"
+"""FedAvg's SLM and the untuned LLM together: what there is to convey, before anybody learns it."""
+
 _ORDER: Final = (
     "zero-shot",
     "standalone",
     "FedAvg",
+    _TEACHER,
     "auxiliary only",
     "FedAvg + auxiliary",
     "FedCoLLM",
@@ -237,11 +243,11 @@ class Experiment:
             plan = msgspec.structs.replace(plan, batch_labelled=0)
         return msgspec.structs.replace(self._study, seed=seed, distillation=plan)
 
-    def _home(self, arm: Arm, seed: int) -> Path:
-        return self._out / f"seed-{seed}" / arm.key
+    def _home(self, key: str, seed: int) -> Path:
+        return self._out / f"seed-{seed}" / key
 
     def _run(self, arm: Arm, seed: int, progress: Progress, say: Say) -> None:
-        path = self._home(arm, seed) / "answers.json"
+        path = self._home(arm.key, seed) / "answers.json"
         if path.exists():
             return
         make_directory(path.parent)
@@ -265,7 +271,7 @@ class Experiment:
         from securefedcollm.federation.cotuning import set_threads
         from securefedcollm.federation.dealing import deal
 
-        study, home = self._study_of(arm, seed), self._home(arm, seed)
+        study, home = self._study_of(arm, seed), self._home(arm.key, seed)
         place: dict[str, Any] = {"data": self._data, "device": self._device}
         set_threads(self._cores)
         dealt = deal(study, self._data)
@@ -273,6 +279,12 @@ class Experiment:
             return {"slm": self._standalone(study, dealt, home, progress)}
         if arm.kind == "centralized":
             return {"llm": made.centralized(study, dealt, progress=progress, **place)}
+        if arm.kind == "teacher":
+            tuned = self._home("fedavg", seed) / "adapters"
+            said = made.teacher_answers(
+                study, dealt.test, adapters=tuned, progress=progress, **place
+            )
+            return {"slm": said}
         adapters = None
         if arm.kind != "zero-shot":
             Simulation(
@@ -310,7 +322,7 @@ class Experiment:
         from securefedcollm.federation.dealing import deal
 
         groups = [question.group for question in deal(self._study, self._data).test]
-        found = {(arm.key, s): _read(self._home(arm, s) / "answers.json") for arm in self._arms
+        found = {(arm.key, s): _read(self._home(arm.key, s) / "answers.json") for arm in self._arms
                  for s in seeds}  # fmt: skip
         rows = sorted(
             ((model, method, arm.key) for arm in self._arms for model, method in arm.rows.items()),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -86,6 +87,19 @@ def predict(
         for rows, batch in by_length(data, batch_size):
             scores[rows] = choice_scores(model, batch, scoring).cpu()
     return F.softmax(scores / temperature, dim=-1)
+
+
+def teacher_of(
+    loss: Literal["entropy-pooled", "dual-min-ce"],
+    llm: Tensor,
+    slm: Tensor,
+    answers: Tensor,
+    sharpness: float,
+) -> Tensor:
+    """The frozen target [N, C] that both models learn, made of both predictions."""
+    if loss == "entropy-pooled":
+        return entropy_pooled(llm, slm, sharpness)
+    return better_teacher(llm, slm, answers)
 
 
 def entropy_pooled(llm: Tensor, slm: Tensor, sharpness: float = 3.0) -> Tensor:

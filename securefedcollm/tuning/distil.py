@@ -38,9 +38,8 @@ from securefedcollm.errors import ConfigError, TrainingError
 from securefedcollm.tuning.adapters import AdapterLayout, select
 from securefedcollm.tuning.choice_distil import (
     ChoiceObjective,
-    better_teacher,
-    entropy_pooled,
     predict,
+    teacher_of,
 )
 from securefedcollm.tuning.questions import (
     PLAIN,
@@ -134,7 +133,7 @@ def distil(
     objective: Objective
     if over == "choices":
         targets = None
-        if loss in {"entropy-pooled", "dual-min-ce"}:
+        if loss == "entropy-pooled" or loss == "dual-min-ce":
             llm_says, slm_says = (
                 predict(
                     model,
@@ -145,11 +144,7 @@ def distil(
                 )
                 for model, questions in zip(models, data, strict=True)
             )
-            targets = (
-                entropy_pooled(llm_says, slm_says, sharpness)
-                if loss == "entropy-pooled"
-                else better_teacher(llm_says, slm_says, llm_data.answers)
-            )
+            targets = teacher_of(loss, llm_says, slm_says, llm_data.answers, sharpness)
         objective = ChoiceObjective(
             models,
             data,

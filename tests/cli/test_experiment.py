@@ -77,7 +77,8 @@ def test_a_killed_experiment_continues_and_its_numbers_are_those_of_the_runs(inp
     rows = {(r["model"], r["method"]): r for r in table["rows"]}
     paper, noise = "FedCoLLM (mutual KL)", "FedCoLLM, 1 noisy"
     prompts = "FedCoLLM (prompts only)"
-    slm = ["zero-shot", "standalone", "FedAvg", "FedAvg + auxiliary", "FedCoLLM", paper, prompts]
+    slm = ["zero-shot", "standalone", "FedAvg", "the pooled teacher", "FedAvg + auxiliary"]
+    slm += ["FedCoLLM", paper, prompts]
     llm = ["zero-shot", "auxiliary only", "FedCoLLM", paper, prompts, "centralized", noise]
     slm += ["FedAvg, 1 noisy", noise]
     assert list(rows) == [("slm", method) for method in slm] + [("llm", method) for method in llm]
@@ -98,6 +99,15 @@ def test_a_killed_experiment_continues_and_its_numbers_are_those_of_the_runs(inp
 
     assert len({gold("slm", method) for method in slm}) == len(slm)
     assert len({gold("llm", method) for method in llm}) == len(llm)
+
+    def probability(arm, model):
+        answers = json.loads((out / "seed-3" / arm / "answers.json").read_text())["answers"]
+        return np.exp(answers[model]["gold_log_prob"])
+
+    mixed = [probability("fedavg", "slm"), probability("zero-shot", "llm")]
+    pooled = probability("teacher", "slm")  # question by question between the two
+    assert (np.min(mixed, axis=0) - 1e-6 <= pooled).all()
+    assert (pooled <= np.max(mixed, axis=0) + 1e-6).all()
     alone = [
         json.loads((out / "seed-3" / "standalone" / f"silo-{i}.json").read_text())
         for i in range(1, 5)
