@@ -11,6 +11,8 @@ from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError
+from securefedcollm.federation.arms import teacher_answers
+from securefedcollm.federation.dealing import deal
 from securefedcollm.federation.experiment import Experiment, arms
 from securefedcollm.federation.simulate import Simulation
 from securefedcollm.federation.workload import silent
@@ -108,6 +110,17 @@ def test_a_killed_experiment_continues_and_its_numbers_are_those_of_the_runs(inp
     pooled = probability("teacher", "slm")  # question by question between the two
     assert (np.min(mixed, axis=0) - 1e-6 <= pooled).all()
     assert (pooled <= np.max(mixed, axis=0) + 1e-6).all()
+    better = load_study(out / "study.yaml", ["distillation.loss=dual-min-ce"])
+    said = teacher_answers(  # the whole of the surer one, though it may be wrong
+        better,
+        deal(better, inputs).test,
+        adapters=out / "seed-3" / "fedavg" / "adapters",
+        data=inputs,
+        device="cpu",
+    )
+    chosen = np.exp(said["gold_log_prob"])
+    assert np.isclose(chosen, mixed, atol=1e-6).any(axis=0).all()
+    assert (chosen < np.max(mixed, axis=0) - 1e-6).any()
     alone = [
         json.loads((out / "seed-3" / "standalone" / f"silo-{i}.json").read_text())
         for i in range(1, 5)
