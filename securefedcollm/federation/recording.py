@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
@@ -67,6 +68,8 @@ _messages = logging.getLogger(__name__)
 
 SERVER = "server"
 SBOM = "sbom.json"
+MOST_HEADS: Final = 64
+"""Heads of the server's log that a silo vouches for between two attempts of its own."""
 
 
 def _opened(
@@ -262,12 +265,15 @@ class SiloRecord:
         this round's opening what this silo saw.
 
         Raises:
-            RemoteProtocolError: it does not. Adversary: a server that rewrites its history, or
-                keeps one log for each reader.
+            RemoteProtocolError: it does not, or this silo has no log yet. Adversary: a server that
+                rewrites its history, keeps one log for each reader, or fills this disk with heads.
         """
-        if self._log is None:
-            raise RemoteProtocolError("asked a silo without a log to vouch for its", peer=SERVER)
-        last = self._vouched()
+        if self._log is None or not self._log.size:
+            raise RemoteProtocolError(
+                "asked a silo that has taken part in no round to vouch for its evidence log",
+                peer=SERVER,
+            )
+        last, heads = self._vouched()
         if request.old != last.size:
             return messages.Witnessed(last.size, b"")
         try:
@@ -286,16 +292,29 @@ class SiloRecord:
                 hint="keep both signed heads, and stop: the server contradicts itself",
             ) from None
         if head.size > last.size:
+            if heads >= MOST_HEADS:
+                raise RemoteProtocolError(
+                    f"asked to vouch for more than {MOST_HEADS} heads of its evidence log between "
+                    "two attempts at a sum",
+                    peer=SERVER,
+                )
             self._log.append(Witnessed(size=head.size, root=head.root.hex()))
         line = cosign(head, self._log.origin, self._key, int(time.time()))
         return messages.Witnessed(head.size, line)
 
-    def _vouched(self) -> Witnessed:
+    def _vouched(self) -> tuple[Witnessed, int]:
+        """The newest head vouched for, and how many there are since the newest attempt."""
         assert self._log is not None
+        heads, attempted = 0, False
+        newest: Witnessed | None = None
         for entry in reversed(self._log.entries):
+            attempted = attempted or isinstance(entry.what, Round)
             if isinstance(entry.what, Witnessed):
-                return entry.what
-        return Witnessed(size=0, root=sha256().hex())
+                newest = newest or entry.what
+                heads += not attempted
+            if newest is not None and attempted:
+                break
+        return newest or Witnessed(size=0, root=sha256().hex()), heads
 
     def _compare(self, request: messages.Witness, head: Checkpoint) -> None:
         """The openings of the server's newest round against this silo's own entries."""

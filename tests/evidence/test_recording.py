@@ -40,6 +40,7 @@ from securefedcollm.federation.messages import (
     encode,
 )
 from securefedcollm.federation.plan import AUTHORITY
+from securefedcollm.federation.recording import MOST_HEADS
 from securefedcollm.federation.workload import silent
 from securefedcollm.primitives import merkle_root
 from securefedcollm.privacy.ledger import Ledger
@@ -346,6 +347,47 @@ def test_a_lie_about_the_opened_round_is_refused_under_any_header(midway):
     study, silo, leaves = midway
     lie = forged(leaves, Opening, header="0" * 64, survivors=["silo-1", "silo-2", "silo-3"])
     assert "hides or alters the opening of round 1" in answer(silo, ask(study, lie)).message
+
+
+def test_a_silo_vouches_for_so_many_heads_between_two_attempts_and_no_more(midway):
+    """Adversary: a server that fills the disk of a silo with heads of a log that only grows."""
+    study, silo, leaves = midway
+    first = len(leaves)
+    for size in range(first, first + MOST_HEADS):
+        reply = answer(silo, ask(study, leaves, old=size - 1 if size > first else 0))
+        assert reply.cosignature
+        leaves = [*leaves, leaves[-1]]
+    size = silo._evidence._log.size
+    refusal = answer(silo, ask(study, leaves, old=len(leaves) - 1))
+    assert "more than 64 heads" in refusal.message
+    assert silo._evidence._log.size <= size + 1  # the refusal
+    # The head that it vouched for last may be asked for again: a server that lost the reply.
+    assert answer(silo, ask(study, leaves[:-1], old=len(leaves) - 1)).cosignature
+
+
+class Late:
+    """An engine without silo-4 until its silos were asked to vouch for the first time."""
+
+    def __init__(self, engine):
+        self.engine = engine
+        self.vouched = False
+
+    def exchange(self, frames, timeout):
+        asked = isinstance(decode_request(frames["silo-1"]), Witness)
+        if asked or self.vouched:
+            self.vouched = True
+            return self.engine.exchange(frames, timeout)
+        here = {name: frame for name, frame in frames.items() if name != "silo-4"}
+        return self.engine.exchange(here, timeout) | {"silo-4": Failure("away")}
+
+
+def test_a_silo_that_comes_later_begins_its_log_with_the_round_that_it_saw(tmp_path):
+    """Asked to vouch before its first round, it would have begun with a head instead."""
+    study = recorded_study(rounds=2)
+    RecordedRun(tmp_path, study, wrap=Late).go()
+    assert kinds(silo_log(tmp_path, study, "silo-4")) == ["opened", *SILO_ROUND]
+    (tmp_path / "evidence.zip").write_bytes(make_bundle(tmp_path))
+    assert verify(tmp_path / "evidence.zip").failed == []
 
 
 class Away:
