@@ -11,7 +11,15 @@ from securefedcollm_audits.finding import Finding, write_down
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation.engines import Failure
 
-from ..evidence.runs import ALL_KEYS, NAMES, SILO_PRIVACY, RecordedRun, recorded_study
+from ..evidence.runs import (
+    ALL_KEYS,
+    CKKS,
+    JOINT,
+    NAMES,
+    SILO_PRIVACY,
+    RecordedRun,
+    recorded_study,
+)
 from ..federation.test_rounds import Cut
 
 
@@ -23,14 +31,6 @@ def bundle_of(directory, study, wrap=lambda e: e):
     return path
 
 
-JOINT = {
-    "rounds": 2,
-    "local": {"steps": 2, "batch_size": 20, "learning_rate": 0.1, "sampling_rate": 0.5},
-    "privacy": {"epsilon": 8.0, "delta": 1e-5, "noise": "distributed"},
-    "aggregation": {"value_bits": 20},
-}
-
-
 @pytest.fixture(scope="session")
 def joint_bundle(tmp_path_factory):
     """Joint DP-SGD: every step a sum; silo-4 is lost at the upload of the second step."""
@@ -38,7 +38,6 @@ def joint_bundle(tmp_path_factory):
     return bundle_of(directory, recorded_study(**JOINT), wrap=Lost)
 
 
-CKKS = {"clip_norm": 20.0, "scheme": "ckks"}
 ADAPTIVE = SILO_PRIVACY | {"adaptive": {"quantile": 0.5, "learning_rate": 0.2, "count_noise": 10.0}}
 
 
@@ -111,6 +110,28 @@ class Lost:
         here = {name: frame for name, frame in frames.items() if name not in gone}
         lost = {name: Failure("cut off") for name in frames if name in gone}
         return self.engine.exchange(here, timeout) | lost
+
+
+class Alone:
+    """An engine that hands a request on to silo-4 alone, its first to unmask, and then loses it for
+    the rest of the round: the others go on without it, in another attempt."""
+
+    def __init__(self, engine):
+        self.engine, self.count = engine, 0
+
+    def exchange(self, frames, timeout):
+        self.count += 1
+        there = NAMES[3:] if self.count == 6 else NAMES[:3] if 6 < self.count <= 12 else NAMES
+        here = {name: frame for name, frame in frames.items() if name in there}
+        lost = {name: Failure("cut off") for name in frames if name not in there}
+        return self.engine.exchange(here, timeout) | lost
+
+
+@pytest.fixture(scope="session")
+def alone_bundle(tmp_path_factory):
+    """silo-4 unmasked a sum of four that nobody else did; the others opened one of three."""
+    directory = tmp_path_factory.mktemp("alone") / "run"
+    return bundle_of(directory, recorded_study(rounds=2), wrap=Alone)
 
 
 @pytest.fixture(scope="session")

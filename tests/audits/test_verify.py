@@ -49,6 +49,38 @@ def test_honest_bundles_pass_every_check(record_bundle, silo_bundle, joint_bundl
         assert verdict.participants == ["server", *NAMES]
 
 
+def unmasked(bundle, name):
+    """(attempt, survivors) of what a silo's log says that it unmasked in round 1."""
+    lines = read_members(bundle)[f"logs/{name}.jsonl"].splitlines()
+    said = [json.loads(line)["what"] for line in lines]
+    return [
+        (what["attempt"], what["seeds_of"])
+        for what in said
+        if what["kind"] == "unmasked" and what["round"] == 0
+    ]
+
+
+def answered_for_two_sets(f):
+    """silo-1 answers the first attempt as well; what is sent for it is in no other log."""
+    answer = json.loads(json.dumps(f.find("silo-4", "unmasked")))
+    answer["owner"] = "silo-1"
+    agreed = f.find("silo-1", "agreed")
+    f.logs["silo-1"].insert(f.logs["silo-1"].index(agreed) + 1, answer)
+
+
+def test_an_answer_to_an_attempt_that_failed_opens_nothing_but_two_answers_may(
+    alone_bundle, tmp_path
+):
+    """No false alarm for honest participants; a silo that answers for two sets is found."""
+    assert unmasked(alone_bundle, "silo-4") == [(0, list(NAMES))]
+    assert unmasked(alone_bundle, "silo-1") == [(1, list(NAMES[:3]))]
+    assert verify(alone_bundle).failed == []
+    forged = doctor(alone_bundle, tmp_path / "forged.zip", answered_for_two_sets)
+    (failed,) = verify(forged).failed
+    assert failed.name == "one-sum"
+    assert re.search(r"silo-1#\d+ \(unmasked\): round 1 was opened for others", failed.faults[0])
+
+
 def test_audits_that_refute_nothing_pass(audited_bundle):
     verdict = verify(audited_bundle)
     assert verdict.holds

@@ -45,6 +45,13 @@ SILO_PRIVACY = {
     "noise": "distributed",
     "clip_norm": 20.0,
 }
+CKKS = {"clip_norm": 20.0, "scheme": "ckks"}
+JOINT = {
+    "rounds": 2,
+    "local": {"steps": 2, "batch_size": 20, "learning_rate": 0.1, "sampling_rate": 0.5},
+    "privacy": {"epsilon": 8.0, "delta": 1e-5, "noise": "distributed"},
+    "aggregation": {"value_bits": 20},
+}
 
 
 class RecordedSilo(ArithmeticSilo):

@@ -181,25 +181,40 @@ def one_kind(case: Case, wrong: Faults) -> str:
 
 
 def one_sum(case: Case, wrong: Faults) -> str:
-    """Adversary: a server that has two sums of one round opened; their difference is one silo's."""
+    """Adversary: a server that has two sums of one round opened; their difference is one silo's.
+
+    No silo answers for two sets of survivors in one round, none hears of another set in the attempt
+    that it answers, and nobody writes down the sum of another set. That is enough: twice the
+    threshold is more than the silos and the colluders together, so of two sets one stays closed.
+    A silo may have answered for another set than was opened, in an attempt that failed.
+    """
+    attempts: dict[tuple[int, int], tuple[list[str], Entry]] = {}
     opened: dict[int, tuple[list[str], Entry]] = {}
     values: dict[int, tuple[str, Entry]] = {}
     for log in case.logs.values():
-        found: list[tuple[Entry, int, list[str]]] = [
-            (entry, what.round, what.seeds_of) for entry, what in of(log, Unmasked)
-        ]
+        own: dict[int, tuple[list[str], Entry]] = {}
         for entry in log:
-            if isinstance(entry.what, Summed | Told | Decrypted):
-                found.append((entry, entry.what.round, entry.what.survivors))
-        for entry, round_, survivors in found:
-            first, where = opened.setdefault(round_, (survivors, entry))
-            if first != survivors:
-                wrong(entry, f"round {round_ + 1} was opened for others too, see {where.place}")
-        for entry, what in of(log, Summed):
-            value, where = values.setdefault(what.round, (what.sum, entry))
-            if value != what.sum:
-                wrong(entry, f"a second sum of round {what.round + 1}, see {where.place}")
-    if not opened:
+            what = entry.what
+            if isinstance(what, Unmasked):
+                said = [own]
+                survivors = what.seeds_of
+            elif isinstance(what, Summed | Told | Decrypted):
+                said = [own, opened]
+                survivors = what.survivors
+            else:
+                continue
+            earlier = [sets.setdefault(what.round, (survivors, entry)) for sets in said]
+            earlier.append(attempts.setdefault((what.round, what.attempt), (survivors, entry)))
+            for others, where in earlier:
+                if others != survivors:
+                    place = where.place
+                    wrong(entry, f"round {what.round + 1} was opened for others too, see {place}")
+                    break
+            if isinstance(what, Summed):
+                value, where = values.setdefault(what.round, (what.sum, entry))
+                if value != what.sum:
+                    wrong(entry, f"a second sum of round {what.round + 1}, see {where.place}")
+    if not attempts:
         raise NotCovered("nothing was opened")
     return f"{count(len(opened), 'round')}, one set of survivors in each"
 
