@@ -80,12 +80,18 @@ class Run:
 
 
 def expected_theta(study, survivors=NAMES):
-    """What plain arithmetic says, with the quantiser's own rounding."""
+    """What plain arithmetic says, with the quantiser's own rounding.
+
+    ``survivors``: the same in all rounds, or a list of those of every round; none if it was lost.
+    """
     quantise = quantiser(study, SIZE)
     theta = np.zeros(SIZE, dtype=np.float32)
-    for round_ in range(study.rounds):
-        total = sum(quantise.encode(update_of(n, round_, theta)).integers for n in survivors)
-        theta = (theta + quantise.decode(total, len(survivors))) * np.float32(0.5)
+    rounds = survivors if isinstance(survivors, list) else [survivors] * study.rounds
+    for round_, names in enumerate(rounds):
+        if names:
+            total = sum(quantise.encode(update_of(n, round_, theta)).integers for n in names)
+            theta = theta + quantise.decode(total, len(names))
+        theta = theta * np.float32(0.5)
     return theta
 
 
