@@ -122,15 +122,26 @@ class Coordinator:
         while state.round < self._study.rounds:
             self._progress(state.round, self._study.rounds, "rounds")
             self._run_round(state.round)
-        if not self._evidence.sealed:
-            self._countersign()
         self._progress(self._study.rounds, self._study.rounds, "rounds")
 
     def end(self) -> None:
         """Tell all parties, so that silos settle what the last sum cost them, and can leave.
 
-        Whoever is not there any more is not told: the run is finished all the same.
+        Whoever is not there any more is not told: the run is finished all the same. But nobody is
+        told to leave while an auditor would miss its countersignature.
+
+        Raises:
+            QuorumError: too few silos vouch for the evidence log; the next call asks them again.
         """
+        if not self._evidence.sealed:
+            silent = self._countersign()
+            if not self._evidence.sealed:
+                reasons = "; ".join(f"{silo}: {reason}" for silo, reason in silent.items())
+                raise QuorumError(
+                    f"all rounds are done, but fewer than {self._study.threshold} silos vouch for "
+                    f"the evidence log ({reasons})",
+                    hint="start the same command again when they are back (`simulate`: --resume)",
+                )
         requests = dict.fromkeys(self._parties, EndRun(self._store.run_id))
         try:
             self._ask(requests, STEP_TIMEOUT, _Traffic(self._parties), {})
@@ -181,23 +192,26 @@ class Coordinator:
         last = (round_ + 1) * (self._study.sums // self._study.rounds) - 1
         self._evidence.finished(last, adapter, self._store.adapters)
 
-    def _countersign(self) -> None:
-        """Have every silo that is there vouch for the evidence log so far."""
-        silos = list(self._roster.names)
+    def _countersign(self) -> dict[str, str]:
+        """Have every silo that is there vouch for the evidence log so far.
+
+        Returns the reasons of those that do not.
+        """
+        silos, lost = list(self._roster.names), dict[str, str]()
         for _ in range(2):  # a silo that vouched for another head than we know of is asked again
             asked = {silo: self._evidence.witness(silo) for silo in silos}
             requests = {silo: request for silo, request in asked.items() if request is not None}
             if not requests:
-                return
-            traffic, lost = _Traffic(self._parties), dict[str, str]()
-            replies = self._ask(requests, STEP_TIMEOUT, traffic, lost)
-            for silo, reason in lost.items():
-                log.warning("%s does not vouch for the evidence log: %s", silo, reason)
+                break
+            replies = self._ask(requests, STEP_TIMEOUT, _Traffic(self._parties), lost)
             silos = [
                 silo
                 for silo, reply in replies.items()
                 if isinstance(reply, Witnessed) and not self._evidence.witnessed(silo, reply)
             ]
+        for silo, reason in lost.items():
+            log.warning("%s does not vouch for the evidence log: %s", silo, reason)
+        return lost
 
     def _aggregate_round(self, sum_: int, record: dict[str, Any]) -> Vector | None:
         """One opened mean, repeating a failed attempt with whoever is still there.

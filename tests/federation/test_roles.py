@@ -8,10 +8,12 @@ import json
 import pytest
 from securefedcollm_audits.verify import verify
 
-from securefedcollm.errors import ConfigError, CryptoError
+from securefedcollm.errors import ConfigError, CryptoError, QuorumError
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation import roles
+from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
+from securefedcollm.federation.messages import Witness, decode_request
 from securefedcollm.federation.status import runs_of
 from securefedcollm.federation.workload import silent
 from securefedcollm.study import load_study
@@ -170,6 +172,53 @@ def test_a_run_leaves_at_every_home_what_status_and_auditors_need(tmp_path, sche
         bundle.write_bytes(make_bundle(run))
         verdict = verify(bundle)
         assert verdict.holds, [(c.title, c.faults) for c in verdict.failed]
+
+
+class Unvouched:
+    """An engine that loses two silos whenever they are asked to vouch, the first few times."""
+
+    def __init__(self, engine, times):
+        self.engine, self.left = engine, times
+
+    def exchange(self, frames, timeout):
+        if not isinstance(decode_request(next(iter(frames.values()))), Witness) or not self.left:
+            return self.engine.exchange(frames, timeout)
+        self.left -= 1
+        there = {name: frame for name, frame in frames.items() if name not in SILOS[:2]}
+        lost = {name: Failure("away") for name in frames if name not in there}
+        return self.engine.exchange(there, timeout) | lost
+
+
+def test_silos_are_not_sent_home_before_a_quorum_vouches_for_the_evidence(tmp_path):
+    """The models are there; the server says what is missing and may be started again."""
+    homes = make_identities(tmp_path, SILOS)
+    path = write_signed(study(), homes, tmp_path / "study.yaml")
+    sessions = {}
+    with contextlib.ExitStack() as stack:
+        members = {
+            name: stack.enter_context(enter(path, home, name if name not in SILOS else "silo"))
+            for name, home in homes.items()
+        }
+
+        def party(name, progress):
+            sessions[name] = roles.silo_session(
+                members[name], ArithmeticSilo(name), progress=progress, threads=1
+            )
+            return sessions[name]
+
+        server = members["server"]
+        with EmbeddedEngine(SILOS, party, workers=0, progress=silent) as engine:
+            lossy = Unvouched(engine, times=3)  # after each of two rounds, and at the end
+            with pytest.raises(QuorumError, match=r"fewer than 3 silos vouch .*silo-1: away"):
+                roles.coordinate(server, lossy, ArithmeticServer(), silent, lambda r: None)
+            assert not any(session.over for session in sessions.values())
+            assert (server.run / "results.json").exists()
+            record = roles.coordinate(server, lossy, ArithmeticServer(), silent, lambda r: None)
+    assert record["finished"]
+    assert all(session.over for session in sessions.values())
+    bundle = tmp_path / "server.zip"
+    bundle.write_bytes(make_bundle(server.run))
+    assert verify(bundle).failed == []
 
 
 def test_status_names_what_it_cannot_read(homes, tmp_path):
