@@ -40,6 +40,14 @@ def enter(path, home, role, passphrase=lambda: ""):
     return roles.take_part(load_study(path), path, home, role, passphrase)
 
 
+def enter_all(stack, path, homes):
+    """Every participant, by its name or, but for silos, by its role."""
+    return {
+        name: stack.enter_context(enter(path, home, "silo" if name in SILOS else name))
+        for name, home in homes.items()
+    }
+
+
 @pytest.mark.parametrize("missing", ["silo-2", "hub"])
 def test_a_study_that_somebody_has_not_signed_is_not_run(homes, tmp_path, missing):
     path = write_signed(study(), homes, tmp_path / "study.yaml", unsigned=[missing])
@@ -121,10 +129,7 @@ def test_a_run_leaves_at_every_home_what_status_and_auditors_need(tmp_path, sche
     told: dict[str, list[str]] = {name: [] for name in SILOS}
     parties = {}
     with contextlib.ExitStack() as stack:
-        members = {
-            name: stack.enter_context(enter(path, home, name if name not in SILOS else "silo"))
-            for name, home in homes.items()
-        }
+        members = enter_all(stack, path, homes)
 
         def party(name, progress):
             if name == "auditor":
@@ -195,10 +200,7 @@ def test_silos_are_not_sent_home_before_a_quorum_vouches_for_the_evidence(tmp_pa
     path = write_signed(study(), homes, tmp_path / "study.yaml")
     sessions = {}
     with contextlib.ExitStack() as stack:
-        members = {
-            name: stack.enter_context(enter(path, home, name if name not in SILOS else "silo"))
-            for name, home in homes.items()
-        }
+        members = enter_all(stack, path, homes)
 
         def party(name, progress):
             sessions[name] = roles.silo_session(
