@@ -136,7 +136,8 @@ class Coordinator:
         if not self._evidence.sealed:
             silent = self._countersign()
             if not self._evidence.sealed:
-                reasons = "; ".join(f"{silo}: {reason}" for silo, reason in silent.items())
+                said = [f"{silo}: {reason}" for silo, reason in silent.items()]
+                reasons = "; ".join(said) or "what they signed is not its head"
                 raise QuorumError(
                     f"all rounds are done, but fewer than {self._study.threshold} silos vouch for "
                     f"the evidence log ({reasons})",

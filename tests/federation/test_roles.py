@@ -13,7 +13,7 @@ from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation import roles
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
-from securefedcollm.federation.messages import Witness, decode_request
+from securefedcollm.federation.messages import Witness, Witnessed, decode_request, encode
 from securefedcollm.federation.status import runs_of
 from securefedcollm.federation.workload import silent
 from securefedcollm.study import load_study
@@ -180,21 +180,29 @@ def test_a_run_leaves_at_every_home_what_status_and_auditors_need(tmp_path, sche
 
 
 class Unvouched:
-    """An engine that loses two silos whenever they are asked to vouch, the first few times."""
+    """An engine with another reply of two silos whenever they are asked to vouch, the first few
+    times."""
 
-    def __init__(self, engine, times):
-        self.engine, self.left = engine, times
+    def __init__(self, engine, reply, times):
+        self.engine, self.reply, self.left = engine, reply, times
 
     def exchange(self, frames, timeout):
         if not isinstance(decode_request(next(iter(frames.values()))), Witness) or not self.left:
             return self.engine.exchange(frames, timeout)
         self.left -= 1
         there = {name: frame for name, frame in frames.items() if name not in SILOS[:2]}
-        lost = {name: Failure("away") for name in frames if name not in there}
-        return self.engine.exchange(there, timeout) | lost
+        others = {name: self.reply for name in frames if name not in there}
+        return self.engine.exchange(there, timeout) | others
 
 
-def test_silos_are_not_sent_home_before_a_quorum_vouches_for_the_evidence(tmp_path):
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (Failure("away"), "silo-1: away"),
+        (encode(Witnessed(size=5, cosignature=b"forged")), "what they signed is not its head"),
+    ],
+)
+def test_silos_are_not_sent_home_before_a_quorum_vouches_for_the_evidence(tmp_path, reply, reason):
     """The models are there; the server says what is missing and may be started again."""
     homes = make_identities(tmp_path, SILOS)
     path = write_signed(study(), homes, tmp_path / "study.yaml")
@@ -210,8 +218,8 @@ def test_silos_are_not_sent_home_before_a_quorum_vouches_for_the_evidence(tmp_pa
 
         server = members["server"]
         with EmbeddedEngine(SILOS, party, workers=0, progress=silent) as engine:
-            lossy = Unvouched(engine, times=3)  # after each of two rounds, and at the end
-            with pytest.raises(QuorumError, match=r"fewer than 3 silos vouch .*silo-1: away"):
+            lossy = Unvouched(engine, reply, times=3)  # after each of two rounds, and at the end
+            with pytest.raises(QuorumError, match=f"fewer than 3 silos vouch .*{reason}"):
                 roles.coordinate(server, lossy, ArithmeticServer(), silent, lambda r: None)
             assert not any(session.over for session in sessions.values())
             assert (server.run / "results.json").exists()
