@@ -31,13 +31,8 @@ from securefedcollm.federation.workload import silent
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.study import Study, load_study
 from securefedcollm.tuning.adapters import to_vector
-from securefedcollm.tuning.local import (
-    per_record_gradients,
-    question_losses,
-    train_dp,
-    train_plain,
-    watched,
-)
+from securefedcollm.tuning.local import train_dp, train_plain
+from securefedcollm.tuning.per_record import per_record_gradients, question_losses, watched
 from securefedcollm.tuning.questions import EncodedQuestions, sorted_by_length
 from securefedcollm.tuning.recipe import Progress, make_optimizer, training_mode
 
@@ -97,7 +92,7 @@ def variants(study: Study, tuned: Tuned, batch: EncodedQuestions) -> dict[str, R
                     losses = question_losses(tuned.model, part, local.loss, tuned.scoring)
                     found = per_record_gradients(losses / len(batch), parameters, calls)
                     for total, gradient in zip(sums, found, strict=True):
-                        total += gradient.sum(0).T
+                        total += gradient.sum(0)
                 for parameter, total in zip(parameters, sums, strict=True):
                     parameter.grad = total
                 nn.utils.clip_grad_norm_(parameters, torch.inf)

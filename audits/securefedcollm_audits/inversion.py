@@ -38,7 +38,8 @@ from securefedcollm.federation.workload import Progress, silent
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.study import Study
 from securefedcollm.tuning.adapters import AdapterLayout, load_vector
-from securefedcollm.tuning.local import sampled_gradients, train_dp, train_plain, watched
+from securefedcollm.tuning.local import sampled_gradients, train_dp, train_plain
+from securefedcollm.tuning.per_record import watched
 from securefedcollm.tuning.questions import EncodedQuestions, Question
 from securefedcollm_audits.canaries import masked_sum
 from securefedcollm_audits.cohort import Cohort, Vector

@@ -29,8 +29,8 @@ from securefedcollm.federation.workload import Progress, Vector, silent
 from securefedcollm.study import Study
 from securefedcollm.study.config import Model
 from securefedcollm.tuning.adapters import load_vector
-from securefedcollm.tuning.local import question_losses
 from securefedcollm.tuning.models import load_model, save_model
+from securefedcollm.tuning.per_record import question_losses
 from securefedcollm.tuning.questions import EncodedQuestions, Question
 from securefedcollm.tuning.recipe import inference_mode
 from securefedcollm_audits.finding import Finding

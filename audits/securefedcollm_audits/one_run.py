@@ -34,7 +34,7 @@ from securefedcollm.privacy.accounting import claim
 from securefedcollm.privacy.events import Event
 from securefedcollm.study import Study
 from securefedcollm.tuning.adapters import load_vector, select
-from securefedcollm.tuning.local import per_record_gradients, question_losses, watched
+from securefedcollm.tuning.per_record import per_record_gradients, question_losses, watched
 from securefedcollm.tuning.questions import EncodedQuestions, Question
 from securefedcollm_audits.finding import Finding, above_claim
 from securefedcollm_audits.lower_bounds import Scores
@@ -177,7 +177,7 @@ def _gradients(
             batch = data.select(rows)
             losses = question_losses(tuned.model, batch, study.local.loss, tuned.scoring)
             parts = per_record_gradients(losses, parameters, calls)
-            flat = torch.cat([p.transpose(1, 2).reshape(len(rows), -1) for p in parts], dim=1)
+            flat = torch.cat([p.reshape(len(rows), -1) for p in parts], dim=1)
             found.append(F.normalize(flat.double(), dim=1).numpy())
     return np.concatenate(found)
 

@@ -28,6 +28,7 @@ from securefedcollm.tuning.descent import Descent
 from securefedcollm.tuning.distil import DistilStep, distil
 from securefedcollm.tuning.evaluate import Evaluation
 from securefedcollm.tuning.head import device_of
+from securefedcollm.tuning.independence import refuse_coupling
 from securefedcollm.tuning.local import sampled_gradients, train_dp, train_plain
 from securefedcollm.tuning.questions import Question
 from securefedcollm.tuning.splits import dataset_fingerprint
@@ -68,7 +69,9 @@ class SiloTuning:
         self._tuned = Tuned.load(
             study, study.models.slm, data=data, device=device, progress=progress
         )
-        self._data = self._tuned.encode(questions)
+        if by_unit(study):
+            refuse_coupling(self._tuned.model, "models.slm", study.task.max_tokens)
+        self._data = self._tuned.encode(questions, private=by_unit(study))
         self.records = len(questions)
         self.dataset = dataset_fingerprint(
             questions if self._subjects else [replace(q, subject=None) for q in questions]
@@ -304,6 +307,11 @@ class ServerTuning:
 
 
 _calibrated = lru_cache(calibrate)  # silos of equal size in one process need it once
+
+
+def by_unit(study: Study) -> bool:
+    """Whether records or subjects are protected one by one, by clipping each one's gradient."""
+    return study.privacy is not None and study.privacy.unit != "silo"
 
 
 def _subjects(study: Study, questions: Sequence[Question]) -> list[str] | None:

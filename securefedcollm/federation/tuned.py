@@ -26,6 +26,7 @@ from securefedcollm.tuning.adapters import (
     load_vector,
 )
 from securefedcollm.tuning.evaluate import Evaluation, evaluate
+from securefedcollm.tuning.frozen import with_prefix, with_prior
 from securefedcollm.tuning.head import check_output, device_of, unwrapped
 from securefedcollm.tuning.models import LoadedModel, find_device, load_model
 from securefedcollm.tuning.questions import (
@@ -33,8 +34,6 @@ from securefedcollm.tuning.questions import (
     Question,
     Scoring,
     encode,
-    with_prefix,
-    with_prior,
 )
 
 T = TypeVar("T")
@@ -138,25 +137,32 @@ class Tuned:
         )
         return cls(model.to(place), loaded.tokenizer, bytes.fromhex(loaded.digest), study)
 
-    def encode(self, questions: Sequence[Question], *, cuts: bool = False) -> EncodedQuestions:
+    def encode(
+        self, questions: Sequence[Question], *, cuts: bool = False, private: bool = False
+    ) -> EncodedQuestions:
         """Tensors of ``questions`` for this model, and all that its frozen part says about them.
 
         That is the base's prior if the score needs it, and the hidden states below the adapted
         layers if only the top ones are adapted.
+
+        Args:
+            private: the questions are records that are protected one by one: what the frozen part
+                says of one may not depend on another, to the last bit.
         """
         task, top = self.study.task, self.study.adapter.top_layers
 
         def make() -> EncodedQuestions:
             encoded = encode(questions, self.tokenizer, task.max_tokens, task.kind, cuts=cuts)
+            most = self.study.local.micro_batch if private else None
             if self.scoring.needs_prior:
                 with self.model.disable_adapter():
-                    encoded = with_prior(self.model, questions, encoded, self.tokenizer)
+                    encoded = with_prior(self.model, questions, encoded, self.tokenizer, most)
             if top is not None:
                 depth = unwrapped(self.model).config.num_hidden_layers
-                encoded = with_prefix(self.model, encoded, depth - top)
+                encoded = with_prefix(self.model, encoded, depth - top, most)
             return encoded
 
-        how = (self.base_digest, task.kind, task.score, task.max_tokens, top, cuts)
+        how = (self.base_digest, task.kind, task.score, task.max_tokens, top, cuts, private)
         return once(("encoded", *how, str(device_of(self.model)), tuple(questions)), make)
 
     def answers(self, test: EncodedQuestions) -> Evaluation:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.errors import ConfigError, TrainingError
+from securefedcollm.errors import ConfigError, LocalProtocolError
 from securefedcollm.primitives import KEY_BYTES, Keystream
 from securefedcollm.privacy.discrete_gaussian import sample
 
@@ -27,6 +28,74 @@ _GRID: Final = 2.0**46
 _INFLATION: Final = 1.0 + 2.0**-16
 _REACH: Final = 2.0**15
 _MOST_VALUES: Final = 2**26
+_UNITS: Final = 32  # at a time: small enough for the cache
+
+
+def grid_step(sigma: float) -> float:
+    """The distance of two neighbouring totals that :meth:`NoiseSource.add_gaussian` knows."""
+    return sigma / _GRID
+
+
+class GridSum:
+    """Σ gᵢ · min(1, C/‖gᵢ‖), exactly: each unit's clipped gradient is rounded by itself.
+
+    Every contribution becomes integers, in steps of σ·2^-46, before it is added. Integer sums know
+    no order and no rounding, so one unit more or less changes the sum by exactly its own integers,
+    whatever the others are. Their L2 norm is at most C/step · (1 + 2^-26) + √d/2: norms of up to
+    2^26 values are off by 2^-27 in float64, and rounding lengthens by √d/2 ≤ 2^12 steps, which is
+    below 2^-26 of C while z ≤ 2^8. :meth:`NoiseSource.add_gaussian` pays for 2^-16.
+
+    Args:
+        values: length d.
+        clip_norm: C.
+        sigma: σ = z·C of the noise that will be added.
+        most: units in the sum at most, by the sampler's cap: it must not overflow.
+
+    Raises:
+        ConfigError: more units than a sum of 64 bits holds. It follows from public numbers alone:
+            no sample decides it.
+    """
+
+    __slots__ = ("_clip_norm", "_step", "integers")
+
+    def __init__(self, values: int, clip_norm: float, sigma: float, most: int) -> None:
+        if not (math.isfinite(sigma) and sigma > 0.0):
+            raise ConfigError(f"noise needs a positive σ, not {sigma}", where="sigma")
+        if most * clip_norm > _REACH * sigma:
+            raise ConfigError(
+                f"up to {most} units in a step are too many for noise of {sigma / clip_norm:.3g} "
+                "clip norms",
+                where="local.batch_size",
+                hint=f"a batch of at most {int(_REACH / 2.0 * sigma / clip_norm)}",
+            )
+        self._clip_norm = clip_norm
+        self._step = grid_step(sigma)
+        self.integers: npt.NDArray[np.int64] = np.zeros(values, dtype=np.int64)
+        """The sum, int64 [d], in steps."""
+
+    def clear(self) -> None:
+        self.integers[:] = 0
+
+    def add(
+        self, blocks: Sequence[npt.NDArray[np.float64]], norms: npt.NDArray[np.float64]
+    ) -> None:
+        """Add some units.
+
+        Args:
+            blocks: their gradients, finite, in parts: float64 [units, part] each.
+            norms: of the whole gradients, float64 [units].
+        """
+        scale = np.minimum(1.0, self._clip_norm / np.maximum(norms, np.finfo(np.float64).tiny))
+        scale /= self._step
+        at = 0
+        for block in blocks:
+            into = self.integers[at : at + block.shape[1]]
+            at += block.shape[1]
+            for start in range(0, len(block), _UNITS):
+                part = slice(start, start + _UNITS)
+                scaled = block[part] * scale[part, None]
+                np.rint(scaled, out=scaled)
+                into += scaled.astype(np.int64).sum(axis=0)
 
 
 class NoiseSource:
@@ -60,38 +129,33 @@ class NoiseSource:
         """
         return np.multiply(self.discrete_gaussian(_GRID, n), 1.0 / _GRID, dtype=np.float64)
 
-    def add_gaussian(self, total: npt.NDArray[np.float64], sigma: float) -> npt.NDArray[np.float64]:
-        """The Gaussian mechanism for a float sum: ``total`` + N(0, σ²), float64 [d].
+    def add_gaussian(self, total: npt.NDArray[np.int64], sigma: float) -> npt.NDArray[np.float64]:
+        """The Gaussian mechanism: ``total`` + N(0, σ²), float64 [d].
 
-        ``total`` is first rounded to a grid of σ·2^-46; the noise is a discrete Gaussian on the
-        same grid, added in integers. Nothing of ``total`` but its grid point reaches the output,
-        so no floating-point artefact of the addition can leak (Mironov 2012; Casacuberta et al.
-        2022). A discrete Gaussian of σ = 2^46 steps is within total variation 2^-97 a coordinate
-        of a rounded normal one, which is post-processing of the continuous mechanism: that is why
-        its PLD applies. The accountant books the difference (:data:`~.events.STEP_SLACK`).
+        ``total`` is in integer steps of σ·2^-46 (:class:`GridSum`); the noise is a discrete
+        Gaussian on the same grid, added in integers. So no floating-point artefact of the addition
+        can leak (Mironov 2012; Casacuberta et al. 2022). A discrete Gaussian of σ = 2^46 steps is
+        within total variation 2^-97 a coordinate of a rounded normal one, which is post-processing
+        of the continuous mechanism: that is why its PLD applies. The accountant books the
+        difference (:data:`~.events.STEP_SLACK`).
 
-        The noise is drawn 2^-16 larger than σ. That covers the grid (σ <= 256 C, up to 2^26
-        values) and a relative error of 10^-5 in the caller's clipping. The caller accumulates the
-        sum in float64 and clips each unit's contribution to C, with σ = z·C.
+        The noise is drawn 2^-16 larger than σ: what rounding each contribution to the grid, and
+        clipping it in float64, can add to a sensitivity is far below that (:class:`GridSum`).
 
         Raises:
-            TrainingError: a value is not finite or exceeds 2^15 σ.
+            LocalProtocolError: the total is not one of integers, or passes 2^16 σ.
             ConfigError: σ is not positive, or more than 2^26 values.
         """
         if not (math.isfinite(sigma) and sigma > 0.0):
             raise ConfigError(f"noise needs a positive σ, not {sigma}", where="sigma")
         if len(total) > _MOST_VALUES:
             raise ConfigError(f"at most {_MOST_VALUES} values get noise at once", where="total")
-        step = sigma / _GRID
-        largest = float(np.abs(total).max(initial=0.0))
-        if not largest <= _REACH * sigma:  # also refuses NaN
-            raise TrainingError(
-                "the gradient sum is not finite or out of proportion to its noise",
-                hint="lower the learning rate; check that every contribution was clipped",
-            )
+        largest = max(int(total.max(initial=0)), -int(total.min(initial=0)))
+        if total.dtype != np.int64 or largest > 2.0 * _REACH * _GRID:
+            raise LocalProtocolError("the sum to be noised was not made by GridSum")
         noise = self.discrete_gaussian(_GRID * _INFLATION, len(total))
-        noise += np.rint(total / step).astype(np.int64)
-        return np.multiply(noise, step, dtype=np.float64)
+        noise += total
+        return np.multiply(noise, grid_step(sigma), dtype=np.float64)
 
     def poisson_batch(self, n_records: int, q: float) -> npt.NDArray[np.int64]:
         """Draw a Poisson sample: every record independently with probability ``q``.

@@ -14,6 +14,7 @@ from torch import nn
 
 from securefedcollm.errors import DataError
 from securefedcollm.tuning.adapters import load_adapter
+from securefedcollm.tuning.frozen import with_prior
 from securefedcollm.tuning.head import output_logits
 from securefedcollm.tuning.models import LoadedModel
 from securefedcollm.tuning.questions import (
@@ -24,7 +25,6 @@ from securefedcollm.tuning.questions import (
     by_length,
     choice_scores,
     encode,
-    with_prior,
 )
 from securefedcollm.tuning.recipe import Progress, inference_mode, silent
 from securefedcollm.tuning.token_distil import positions_of, states_at
@@ -135,7 +135,7 @@ def measure(
     """
     data = encode(questions, loaded.tokenizer, max_tokens, kind)
     if scoring.needs_prior:  # the prior is the base's, so before the adapter
-        data = with_prior(loaded.model, questions, data, loaded.tokenizer, batch_size)
+        data = with_prior(loaded.model, questions, data, loaded.tokenizer)
     model = loaded.model if adapter is None else load_adapter(loaded.model, adapter)
     result = evaluate(model, data, scoring=scoring, batch_size=batch_size, progress=progress)
     scores = {"all": result.score()}

@@ -30,6 +30,12 @@ def device_of(model: Any) -> torch.device:
     return device
 
 
+def text_config(model: Any) -> Any:
+    """The configuration of the model's language part."""
+    config = unwrapped(model).config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def output_logits(model: Any) -> Logits:
     """The function [M, D] → float32 logits [M, V] of ``model``'s output layer.
 
@@ -38,7 +44,7 @@ def output_logits(model: Any) -> Logits:
     """
     causal = unwrapped(model)
     head = causal.get_output_embeddings()
-    config = causal.config.get_text_config()
+    config = text_config(causal)
     cap = getattr(config, "final_logit_softcapping", None)
     factor = float(getattr(config, "logit_scale", None) or 1.0)
     factor /= float(getattr(config, "logits_scaling", None) or 1.0)

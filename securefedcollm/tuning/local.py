@@ -8,25 +8,29 @@ batch size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import nn
 
 from securefedcollm.errors import ConfigError, DataError, TrainingError
 from securefedcollm.privacy.events import Event, PoissonGaussian
-from securefedcollm.privacy.noise import NoiseSource
+from securefedcollm.privacy.noise import GridSum, NoiseSource, batch_cap
 from securefedcollm.tuning.adapters import AdapterLayout, Vector, select, to_vector
+from securefedcollm.tuning.independence import bits, proved
+from securefedcollm.tuning.passes import Indices, Widths, shapes_of, widths_for
+from securefedcollm.tuning.per_record import (
+    Loss,
+    Records,
+    question_losses,
+    without_broken,
+)
 from securefedcollm.tuning.questions import (
     PLAIN,
     EncodedQuestions,
     Scoring,
-    choice_scores,
     shuffled_batches,
     sorted_by_length,
 )
@@ -38,8 +42,6 @@ from securefedcollm.tuning.recipe import (
     silent,
     training_mode,
 )
-
-Loss = Literal["answer", "choices"]
 
 _DIVERGED = "lower local.learning_rate, or use a float32 model"
 
@@ -54,21 +56,6 @@ class LocalResult:
 
     delta: Vector
     events: tuple[Event, ...] = ()
-
-
-def question_losses(
-    model: nn.Module, batch: EncodedQuestions, loss: Loss, scoring: Scoring
-) -> Tensor:
-    """Training loss of every question: float32 [B].
-
-    ``answer``: the language-model cross-entropy of the right choice's tokens over the whole
-    vocabulary, summed over them. ``choices``: the cross-entropy over the scores of the choices.
-    """
-    scores = choice_scores(model, batch, PLAIN if loss == "answer" else scoring)
-    answers = batch.answers.to(scores.device)
-    if loss == "answer":
-        return -scores.gather(1, answers[:, None])[:, 0]
-    return F.cross_entropy(scores, answers, reduction="none")
 
 
 def train_plain(
@@ -140,43 +127,42 @@ def train_dp(
     or, with ``subjects`` (one name per record), all records of one subject, whose gradients are
     summed before clipping.
 
-    The model runs in evaluation mode, without any dropout: a unit's gradient must depend on no
-    other unit, or the clip does not bound what one unit changes (:func:`.evaluation_mode`).
+    A unit's gradient depends on no other unit, to the last bit (:class:`.per_record.Records`), and
+    the sum is one of integers: so one unit more changes the sum by what it contributes itself.
 
-    Adversary: anyone who sees the delta, the server included. Neighbours differ by one unit added
-    or removed. The events are true only if the whole delta of every call is accounted for.
+    Adversary: anyone who sees the delta, the server included; the server also chose the adapter
+    that ``model`` holds. Neighbours differ by one unit added or removed. The events are true only
+    if the whole delta of every call is accounted for.
 
     Args:
         batch_size: expected number of units in a batch.
-        micro_batch: records whose per-record gradients are in memory at a time; all records of a
-            subject are always taken together.
+        micro_batch: records whose per-record gradients are in memory at a time, about.
 
     Raises:
-        ConfigError: fewer units than ``batch_size``.
+        ConfigError: fewer units than ``batch_size``, or more of them than sums can hold.
         DataError: a question has no answer.
-        TrainingError: a gradient became NaN or infinite, or an adapter matrix got none.
+        TrainingError: the model is not finite, or an adapter matrix got no gradient.
     """
     parameters, start = _begin(model, layout, data)
     members = _members(len(data), subjects)
-    if batch_size > len(members):
+    units = len(data) if members is None else len(members)
+    if batch_size > units:
         raise ConfigError(
-            f"an expected batch of {batch_size} needs as many units, the silo has {len(members)}",
+            f"an expected batch of {batch_size} needs as many units, the silo has {units}",
             where="local.batch_size",
-            hint=f"use at most {len(members)}",
+            hint=f"use at most {units}",
         )
-    rate = batch_size / len(members)
+    rate, sigma = batch_size / units, noise_multiplier * clip_norm
+    total = GridSum(layout.size, clip_norm, sigma, batch_cap(units, rate))
     descend = make_optimizer(optimizer, parameters, learning_rate)
-    with evaluation_mode(model), watched(model) as calls:
+    records = _records(model, layout, parameters, data, loss, scoring, micro_batch, members)
+    with evaluation_mode(model):
         for step in range(steps):
-            total = np.zeros(layout.size)
-            taken = _by_length(noise.poisson_batch(len(members), rate), members, data)
-            for units in _micro_batches(taken, members, micro_batch):
-                losses = question_losses(
-                    model, data.select(torch.from_numpy(np.concatenate(units))), loss, scoring
-                )
-                gradients = per_record_gradients(losses, parameters, calls)
-                total += _clipped_sum(gradients, [len(unit) for unit in units], clip_norm)
-            noised = noise.add_gaussian(total, noise_multiplier * clip_norm)
+            total.clear()
+            for blocks in records.of_units(noise.poisson_batch(units, rate)):
+                blocks, norms = without_broken(blocks)
+                total.add(blocks, norms)
+            noised = noise.add_gaussian(total.integers, sigma)
             _set_gradient(parameters, noised / batch_size)
             descend.step()
             descend.zero_grad()
@@ -200,8 +186,8 @@ def sampled_gradients(
     """The gradient of every unit in one Poisson sample at rate ``q``: float64 [d], one by one.
 
     For a step of joint DP-SGD. They are neither clipped nor noised: whoever takes them does that,
-    before anything leaves the silo. One that is not finite comes as zeros, see :func:`_finite`. The
-    model runs in evaluation mode, as in :func:`train_dp` and for the same reason.
+    before anything leaves the silo. One that is not finite comes as zeros. As in :func:`train_dp`,
+    none of them depends on another.
 
     Raises:
         DataError: a question has no answer.
@@ -209,27 +195,48 @@ def sampled_gradients(
     """
     parameters, _ = _begin(model, layout, data)
     members = _members(len(data), subjects)
-    taken = _by_length(noise.poisson_batch(len(members), q), members, data)
-    with evaluation_mode(model), watched(model) as calls:
-        for units in _micro_batches(taken, members, micro_batch):
-            rows = torch.from_numpy(np.concatenate(units))
-            losses = question_losses(model, data.select(rows), loss, scoring)
-            gradients = per_record_gradients(losses, parameters, calls)
-            blocks, _ = _finite([_by_unit(g, [len(unit) for unit in units]) for g in gradients])
-            ordered = [
-                block.reshape(len(units), *gradient.shape[1:]).transpose(0, 2, 1)
-                for gradient, block in zip(gradients, blocks, strict=True)
-            ]
-            yield from np.concatenate([part.reshape(len(units), -1) for part in ordered], axis=1)
+    units = len(data) if members is None else len(members)
+    records = _records(model, layout, parameters, data, loss, scoring, micro_batch, members)
+    with evaluation_mode(model):
+        for blocks in records.of_units(noise.poisson_batch(units, q)):
+            yield from np.concatenate(without_broken(blocks)[0], axis=1)
 
 
-def _by_length(
-    taken: npt.NDArray[np.int64], members: list[npt.NDArray[np.int64]], data: EncodedQuestions
-) -> npt.NDArray[np.int64]:
-    """Like lengths together: a micro-batch is as long as its longest record."""
-    tokens = (data.segments >= 0).sum(1).numpy()
-    length = np.array([tokens[members[unit]].max() for unit in taken])
-    return taken[np.argsort(length, kind="stable")]
+def _records(
+    model: nn.Module,
+    layout: AdapterLayout,
+    parameters: list[nn.Parameter],
+    data: EncodedQuestions,
+    loss: Loss,
+    scoring: Scoring,
+    micro_batch: int,
+    members: list[Indices] | None,
+) -> Records:
+    """The silo's records behind passes of which the test of independence holds."""
+
+    def among(questions: EncodedQuestions, widths: Widths) -> Records:
+        return Records(
+            model, parameters, questions, loss=loss, scoring=scoring, widths=widths, members=None
+        )
+
+    def compute(questions: EncodedQuestions, widths: Widths) -> list[bytes]:
+        found: dict[int, bytes] = {}
+        for rows, gradients in among(questions, widths).of_records(np.arange(len(questions))):
+            for at, row in enumerate(rows.tolist()):
+                found[row] = bits(*(gradient[at] for gradient in gradients))
+        return [found[row] for row in range(len(questions))]
+
+    with evaluation_mode(model):
+        widths = proved(
+            model,
+            shapes_of(data),
+            widths_for(model, micro_batch),
+            compute,
+            f"gradients of {layout.digest[:8]} by {loss}",
+        )
+    return Records(
+        model, parameters, data, loss=loss, scoring=scoring, widths=widths, members=members
+    )
 
 
 def _begin(
@@ -257,132 +264,15 @@ def _finish(model: nn.Module, layout: AdapterLayout, start: Vector) -> Vector:
     return delta
 
 
-class Call(NamedTuple):
-    """One run of a trainable linear layer in a forward pass."""
-
-    weight: nn.Parameter  # [out, in]
-    given: Tensor  # [B, T, in]
-    output: Tensor  # [B, T, out], in the graph
-
-
-@contextmanager
-def watched(model: nn.Module) -> Iterator[list[Call]]:
-    """Note every run of a trainable linear layer, for :func:`per_record_gradients`."""
-    calls: list[Call] = []
-
-    def note(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.requires_grad:
-            calls.append(Call(cast(nn.Parameter, module.weight), given[0].detach(), output))
-
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
-    hooks = [module.register_forward_hook(note) for module in linear]
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def per_record_gradients(
-    losses: Tensor, parameters: Sequence[nn.Parameter], calls: list[Call]
-) -> list[Tensor]:
-    """Gradient of every record's loss (``losses``: [B]): one [B, in, out] for every parameter.
-
-    A record's gradient of a weight is Σ_t xₜ ⊗ gₜ over its tokens, with the layer's inputs x and
-    the gradients g of its outputs: one batched product a layer. The weight's own gradient, over all
-    records, is never computed, which is why this costs hardly more than a plain step. ``calls`` is
-    what :func:`watched` noted in the forward pass; it is emptied.
-    """
-    noted = calls.copy()
-    calls.clear()
-    found: dict[nn.Parameter, Tensor] = {}
-    outputs = [call.output for call in noted]
-    gradients = torch.autograd.grad(losses.sum(), outputs, allow_unused=True) if noted else ()
-    for call, gradient in zip(noted, gradients, strict=True):
-        if gradient is None:
-            continue
-        if call.given.ndim != 3 or len(call.given) != len(losses):
-            raise TrainingError(
-                "an adapter sits on a layer that mixes the tokens of records",
-                hint="choose other adapter.targets; routed expert layers cannot be used",
-            )
-        product = torch.bmm(call.given.mT, gradient)
-        found[call.weight] = found[call.weight] + product if call.weight in found else product
-    if any(parameter not in found for parameter in parameters):
-        raise TrainingError(
-            "an adapter matrix got no per-record gradient",
-            hint="DP-SGD supports adapters on linear layers without gradient checkpointing",
-        )
-    return [found[parameter] for parameter in parameters]
-
-
-def _members(records: int, subjects: Sequence[str] | None) -> list[npt.NDArray[np.int64]]:
-    """The records of every unit."""
+def _members(records: int, subjects: Sequence[str] | None) -> list[Indices] | None:
+    """The records of every unit; None where every record is one."""
     if subjects is None:
-        return list(np.arange(records)[:, None])
+        return None
     if len(subjects) != records:
         raise ValueError("subjects needs one name per record")
     _, owner = np.unique(np.asarray(subjects), return_inverse=True)
-    return [np.flatnonzero(owner == unit) for unit in range(int(owner.max()) + 1)]
-
-
-def _micro_batches(
-    units: npt.NDArray[np.int64], members: list[npt.NDArray[np.int64]], micro_batch: int
-) -> Iterator[list[npt.NDArray[np.int64]]]:
-    """Group whole units into lists of at most ``micro_batch`` records (or one larger unit)."""
-    group: list[npt.NDArray[np.int64]] = []
-    size = 0
-    for unit in units:
-        records = members[int(unit)]
-        if group and size + len(records) > micro_batch:
-            yield group
-            group, size = [], 0
-        group.append(records)
-        size += len(records)
-    if group:
-        yield group
-
-
-def _clipped_sum(
-    gradients: Sequence[Tensor], sizes: Sequence[int], clip_norm: float
-) -> npt.NDArray[np.float64]:
-    """Σ gᵢ · min(1, C/‖gᵢ‖) over the units: float64 [d], in the order of the layout.
-
-    Args:
-        gradients: for every parameter [records, in, out]; the records of a unit stand together.
-        sizes: each unit's number of records.
-        clip_norm: C.
-    """
-    blocks, norms = _finite([_by_unit(gradient, sizes) for gradient in gradients])
-    scale = np.minimum(1.0, clip_norm / np.maximum(norms, np.finfo(np.float64).tiny))
-    sums = [
-        (scale @ block).reshape(gradient.shape[1:]).T.reshape(-1)
-        for gradient, block in zip(gradients, blocks, strict=True)
-    ]
-    return np.concatenate(sums)
-
-
-def _finite(
-    blocks: list[npt.NDArray[np.float64]],
-) -> tuple[list[npt.NDArray[np.float64]], npt.NDArray[np.float64]]:
-    """``blocks`` [units, …] with zeros for a unit that is not finite, and the norms [units].
-
-    Adversary: a server whose adapter makes one record's gradient overflow, to see the silo fail:
-    before the noise, no record may decide that.
-    """
-    norms = np.sqrt(sum(np.einsum("ij,ij->i", block, block) for block in blocks))
-    broken = ~np.isfinite(norms)
-    if not broken.any():
-        return blocks, norms
-    return [np.where(broken[:, None], 0.0, b) for b in blocks], np.where(broken, 0.0, norms)
-
-
-def _by_unit(gradient: Tensor, sizes: Sequence[int]) -> npt.NDArray[np.float64]:
-    """float64 [units, in · out]: a unit's records summed."""
-    records: npt.NDArray[np.float64] = gradient.flatten(1).double().cpu().numpy()
-    if max(sizes) == 1:
-        return records
-    return np.add.reduceat(records, np.cumsum([0, *sizes[:-1]]), axis=0)
+    order = np.argsort(owner, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(owner))[:-1])
 
 
 def _set_gradient(parameters: list[nn.Parameter], gradient: npt.NDArray[np.float64]) -> None:

@@ -19,20 +19,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from securefedcollm.errors import DataError
-from securefedcollm.tuning.head import device_of, output_logits, trained_head, unwrapped
+from securefedcollm.tuning.head import Logits, device_of, output_logits, trained_head, unwrapped
 from securefedcollm.tuning.layers import passed_over
-from securefedcollm.tuning.recipe import inference_mode
-from securefedcollm.tuning.token_loss import gold_log_probs
+from securefedcollm.tuning.token_loss import CHUNK, gold_log_probs
 from securefedcollm.tuning.tokenise import Kind, Row, tokenise
 
 Normalisation = Literal["plain", "length", "pmi", "pmi-length"]
-
-PMI_PROMPT = "Answer:"
-"""The content-free prompt whose log-likelihood of a choice the pmi scores subtract."""
 
 
 class Scoring(NamedTuple):
@@ -48,7 +46,7 @@ class Scoring(NamedTuple):
 
     @property
     def needs_prior(self) -> bool:
-        """Whether :func:`with_prior` must have been there first."""
+        """Whether :func:`.frozen.with_prior` must have been there first."""
         return self.rule in {"pmi", "pmi-length"}
 
 
@@ -104,6 +102,8 @@ class EncodedQuestions:
     prefix: Tensor | None = None  # [N, L, D] in the model's dtype: input of layer prefix_layers
     prefix_layers: int = 0
     pieces: tuple[Row, ...] | None = None  # where tokens stand in the text; lost by a selection
+    # Set in a fixed pass (.passes), where no row's arithmetic may follow from another row:
+    head: int | None = None  # positions of one call of the output layer; 0: all of the batch
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -147,9 +147,11 @@ class EncodedQuestions:
         """Additive mask [B, 1, L, L] of ``dtype`` (0 where attention is allowed).
 
         None when plain causal attention is right already: no packed choices, and padding only to
-        the right of a row whose padded places nobody reads.
+        the right of a row whose padded places nobody reads. Never None in a fixed pass: whether
+        *all* rows can do without is a fact about the batch, and without a mask transformers goes on
+        to look for packed sequences in the positions of all rows, and chooses a kernel by that.
         """
-        if self.generative or not bool((self.segments != _PROMPT).any()):
+        if self.head is None and (self.generative or not bool((self.segments != _PROMPT).any())):
             return None
         key, query = self.segments[:, None, :], self.segments[:, :, None]
         length = self.segments.shape[1]
@@ -245,7 +247,12 @@ def choice_scores(model: nn.Module, batch: EncodedQuestions, scoring: Scoring = 
     """
     causal = unwrapped(model)
     batch = batch.to(device_of(causal))
-    token_scores = token_log_probs(causal, batch)  # [B, K]
+    (token_scores,) = token_log_probs(causal, [batch], [last_hidden(causal, batch)])
+    return scores_of(token_scores, batch, scoring)
+
+
+def scores_of(token_scores: Tensor, batch: EncodedQuestions, scoring: Scoring) -> Tensor:
+    """Scores of choices, [B, C] as in :func:`choice_scores`, from their tokens' [B, K]."""
     choices = batch.choice_mask.shape[1]
     scores = token_scores.new_zeros(len(batch), choices + 1)  # last column collects the padding
     scores = scores.scatter_add(1, batch.target_choices, token_scores)[:, :choices]
@@ -258,45 +265,79 @@ def choice_scores(model: nn.Module, batch: EncodedQuestions, scoring: Scoring = 
     return (scores / scoring.temperature).masked_fill(~batch.choice_mask, -torch.inf)
 
 
-def token_log_probs(causal: Any, batch: EncodedQuestions) -> Tensor:
-    """Log-probability of every target token where it is predicted: float32 [B, K].
+def token_log_probs(
+    causal: Any, batches: Sequence[EncodedQuestions], states: Sequence[Tensor]
+) -> list[Tensor]:
+    """Log-probability of every target token where it is predicted: float32 [B, K] for each batch.
 
-    The output layer runs on the slots that a row really has, and a chunk at a time when no gradient
-    is wanted: with a vocabulary of 49k it costs as much as ten layers, and gigabytes otherwise.
+    The output layer runs on the slots that rows really have, and a chunk at a time when no gradient
+    is wanted: with a vocabulary of 49k it costs as much as ten layers, and gigabytes otherwise. In
+    fixed passes the chunks have one size whatever is in them: zeros fill up the last.
+
+    Args:
+        states: what :func:`last_hidden` says of each batch, [B, L, D].
     """
-    hidden = last_hidden(causal, batch)  # [B, L, D]
-    if batch.generative and not trained_head(causal):
-        return _generated(causal, batch, hidden)
-    counts = batch.target_slots.max(1).values + 1  # slots of each row
-    slot = torch.arange(int(counts.max()), device=hidden.device)
-    rows, slots = torch.nonzero(slot < counts[:, None], as_tuple=True)  # [M]: row by row
-    taken = hidden[rows, batch.prompt_tokens[rows] - 1 + slots]  # [M, D]
-    place = (counts.cumsum(0) - counts)[:, None] + batch.target_slots  # [B, K] into M
-    head = output_logits(causal)
-    if torch.is_grad_enabled():
-        logits = head(taken)
-        gold: Tensor = logits[place, batch.targets] - torch.logsumexp(logits, -1)[place]
-        return gold
-    scores = taken.new_zeros(batch.targets.shape, dtype=torch.float32)
-    for start in range(0, len(taken), _HEAD_CHUNK):
-        logits = head(taken[start : start + _HEAD_CHUNK])
-        here = (place >= start) & (place < start + len(logits))
-        at = place[here] - start
-        scores[here] = logits[at, batch.targets[here]] - torch.logsumexp(logits, -1)[at]
-    return scores
+    fused = batches[0].generative and not trained_head(causal)
+    wanted = [_wanted(b, s, fused) for b, s in zip(batches, states, strict=True)]
+    starts = np.cumsum([0, *(len(w.states) for w in wanted)]).tolist()
+    place = torch.cat([w.place + start for w, start in zip(wanted, starts, strict=False)])
+    token = torch.cat([w.token for w in wanted])
+    taken, head = torch.cat([w.states for w in wanted]), batches[0].head
+    if head:
+        taken = F.pad(taken, (0, 0, 0, -len(taken) % head))
+    if fused:  # one target a slot
+        chunk = CHUNK if head is None else head or len(taken)
+        gold = gold_log_probs(
+            taken, output_logits(causal), F.pad(token, (0, len(taken) - len(token))), chunk=chunk
+        )[: len(token)]
+    else:
+        chunk = (len(taken) if torch.is_grad_enabled() else _HEAD_CHUNK) if head is None else head
+        gold = _gold(taken, output_logits(causal), place, token, chunk or len(taken))
+    parts = torch.split(gold, [len(w.token) for w in wanted])
+    return [
+        gold.new_zeros(w.real.shape).masked_scatter(w.real, part)
+        for w, part in zip(wanted, parts, strict=True)
+    ]
 
 
-def _generated(causal: Any, batch: EncodedQuestions, hidden: Tensor) -> Tensor:
-    """The same where a row has one long continuation: its logits never exist all at once."""
-    real = batch.target_choices == 0  # [B, K]
+class _Wanted(NamedTuple):
+    """What of one batch goes through the output layer."""
+
+    states: Tensor  # [m, D]
+    place: Tensor  # int64 [t]: where among them each target is predicted
+    token: Tensor  # int64 [t]: the targets, row by row
+    real: Tensor  # bool [B, K]: where they stand in the batch
+
+
+def _wanted(batch: EncodedQuestions, states: Tensor, one_each: bool) -> _Wanted:
+    """``one_each``: a state for every target, not for every slot."""
+    real = batch.target_choices < batch.choice_mask.shape[1]
     rows, k = torch.nonzero(real, as_tuple=True)
-    taken = hidden[rows, batch.prompt_tokens[rows] - 1 + batch.target_slots[rows, k]]  # [M, D]
-    found = gold_log_probs(taken, output_logits(causal), batch.targets[rows, k])
-    return found.new_zeros(real.shape).masked_scatter(real, found)
+    slots, token = batch.target_slots[rows, k], batch.targets[rows, k]
+    if one_each:
+        place = torch.arange(len(rows), device=states.device)
+        return _Wanted(states[rows, batch.prompt_tokens[rows] - 1 + slots], place, token, real)
+    counts = batch.target_slots.masked_fill(~real, -1).max(1).values + 1  # slots of each row
+    slot = torch.arange(int(counts.max()), device=states.device)
+    owner, own = torch.nonzero(slot < counts[:, None], as_tuple=True)  # row by row
+    taken = states[owner, batch.prompt_tokens[owner] - 1 + own]
+    return _Wanted(taken, (counts.cumsum(0) - counts)[rows] + slots, token, real)
+
+
+def _gold(taken: Tensor, head: Logits, place: Tensor, token: Tensor, chunk: int) -> Tensor:
+    """Log-probability of ``token`` [t] at the states ``taken[place]``: float32 [t]."""
+    found, order = [], []
+    for start in range(0, len(taken), chunk):
+        logits = head(taken[start : start + chunk])
+        here = ((place >= start) & (place < start + chunk)).nonzero()[:, 0]
+        at = place[here] - start
+        found.append(logits[at, token[here]] - torch.logsumexp(logits, -1)[at])
+        order.append(here)
+    return torch.cat(found)[torch.argsort(torch.cat(order))]
 
 
 def last_hidden(causal: Any, batch: EncodedQuestions) -> Tensor:
-    """Hidden states after the last layer; starts at the cached prefix if the batch has one."""
+    """Hidden states after the last layer, [B, L, D], from the cached prefix on if there is one."""
     start = {"input_ids": batch.tokens}
     if batch.prefix is not None:
         start = {"inputs_embeds": batch.prefix}
@@ -308,47 +349,6 @@ def last_hidden(causal: Any, batch: EncodedQuestions) -> Tensor:
             use_cache=False,
         ).last_hidden_state
     return states
-
-
-def with_prior(
-    model: nn.Module,
-    questions: Sequence[Question],
-    encoded: EncodedQuestions,
-    tokenizer: Any,
-    batch_size: int = 64,
-) -> EncodedQuestions:
-    """``encoded`` with log p(choice | "Answer:") of ``model`` (the base, untuned) filled in."""
-    bare = [Question(PMI_PROMPT, q.choices, None) for q in questions]
-    priors = encode(bare, tokenizer, max_tokens=2**30)
-    prior = torch.zeros(encoded.choice_mask.shape)
-    with inference_mode(model):
-        for rows, batch in by_length(priors, batch_size):
-            prior[rows] = choice_scores(model, batch).cpu()
-    return replace(encoded, prior=prior.masked_fill(~encoded.choice_mask, 0.0))
-
-
-def with_prefix(
-    model: nn.Module, encoded: EncodedQuestions, layers: int, batch_size: int = 64
-) -> EncodedQuestions:
-    """``encoded`` with the hidden states after the first ``layers`` decoder layers filled in.
-
-    Those layers must never change (the adapter sits above them); every later pass then starts at
-    layer ``layers``. Costs 4 · L · D bytes a question. ``encoded`` comes back as it was where the
-    shortcut does not hold: no such layers, positions added to the input (GPT-2, OPT), or dropout.
-    """
-    causal = unwrapped(model)
-    config = causal.config
-    fixed = hasattr(causal.base_model, "rotary_emb") and not config.attention_dropout
-    if layers < 1 or not fixed:
-        return encoded
-    depth = config.num_hidden_layers
-    states = torch.zeros(*encoded.tokens.shape, config.hidden_size, dtype=causal.dtype)
-    with inference_mode(model), passed_over(causal, layers, depth) as first:
-        for rows, batch in by_length(encoded, batch_size):
-            last_hidden(causal, batch.to(device_of(causal)))
-            assert first.seen is not None
-            states[rows, : first.seen.shape[1]] = first.seen.cpu()
-    return replace(encoded, prefix=states, prefix_layers=layers)
 
 
 def by_length(data: EncodedQuestions, batch_size: int) -> Iterator[tuple[Tensor, EncodedQuestions]]:

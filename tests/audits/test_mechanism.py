@@ -21,7 +21,7 @@ from securefedcollm.primitives import sha256
 from securefedcollm.privacy import quantise
 from securefedcollm.privacy.accounting import claim
 from securefedcollm.privacy.events import PoissonGaussian
-from securefedcollm.privacy.noise import NoiseSource
+from securefedcollm.privacy.noise import NoiseSource, grid_step
 from securefedcollm.tuning import local
 
 from ..federation.arithmetic import make_study
@@ -139,7 +139,9 @@ def refuted(name, **fewer):
 
 
 def test_dp_sgd_without_noise_is_caught(monkeypatch):
-    monkeypatch.setattr(NoiseSource, "add_gaussian", lambda self, total, sigma: total)
+    monkeypatch.setattr(
+        NoiseSource, "add_gaussian", lambda self, total, sigma: total * grid_step(sigma)
+    )
     finding = refuted("local")
     assert finding.bound > finding.claimed
     assert "the noise is at most 0.00" in finding.sentence

@@ -18,7 +18,7 @@ from securefedcollm_audits import inversion, new_tokens, one_run
 from securefedcollm.aggregation import masks
 from securefedcollm.errors import ConfigError
 from securefedcollm.primitives import sha256
-from securefedcollm.privacy.noise import NoiseSource
+from securefedcollm.privacy.noise import NoiseSource, grid_step
 from securefedcollm.tuning import local
 from securefedcollm.tuning.questions import Question
 
@@ -55,7 +55,9 @@ def narrow(place):
 
 
 def noiseless(monkeypatch):
-    monkeypatch.setattr(NoiseSource, "add_gaussian", lambda self, total, sigma: total)
+    monkeypatch.setattr(
+        NoiseSource, "add_gaussian", lambda self, total, sigma: total * grid_step(sigma)
+    )
 
 
 @pytest.mark.parametrize("audit", [one_run.audit, new_tokens.audit])

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from securefedcollm.errors import ConfigError, TrainingError
+from securefedcollm.errors import ConfigError, LocalProtocolError
 from securefedcollm.privacy import noise as noise_module
-from securefedcollm.privacy.noise import NoiseSource, batch_cap
+from securefedcollm.privacy.noise import GridSum, NoiseSource, batch_cap, grid_step
 
 KEY = bytes(range(32))
 
@@ -29,37 +29,76 @@ def test_sources_without_a_key_differ():
     assert (NoiseSource().gaussian(8) != NoiseSource().gaussian(8)).all()
 
 
+def summed(units: np.ndarray, sigma: float, clip: float = 1.0) -> np.ndarray:
+    """The integers of a :class:`GridSum` of ``units``, float64 [n, d]."""
+    total = GridSum(units.shape[1], clip, sigma, most=len(units))
+    total.add([units], np.linalg.norm(units, axis=1))
+    return total.integers
+
+
 def test_add_gaussian_adds_noise_of_sigma():
-    total = np.linspace(-3.0, 3.0, 400_000)
-    noisy = NoiseSource(KEY).add_gaussian(total, 2.5)
+    total = np.linspace(-0.04, 0.04, 400_000)
+    noisy = NoiseSource(KEY).add_gaussian(summed(total[None], 2.5, clip=1e3), 2.5)
     assert stats.kstest((noisy - total) / 2.5, "norm").pvalue > 1e-3
 
 
+def test_the_sum_is_exact_in_every_order_and_grouping():
+    """Adversary: looks for a unit in the rounding of the others. Float sums, with which the same
+    check fails, depend on order and grouping."""
+    rng = np.random.default_rng(4)
+    units = rng.normal(size=(257, 40)) * 10.0 ** rng.integers(-9, 9, (257, 1))
+    whole = summed(units, 0.8)
+    order = rng.permutation(257)
+    parts = GridSum(40, 1.0, 0.8, most=257)
+    for chosen in np.array_split(order, 13):
+        part = units[chosen]
+        parts.add([part[:, :7], part[:, 7:]], np.linalg.norm(part, axis=1))
+    np.testing.assert_array_equal(parts.integers, whole)
+    # One unit more: its own integers and nothing else.
+    more = np.concatenate([units[:100], rng.normal(size=(1, 40)), units[100:]])
+    own = summed(more[100:101], 0.8)
+    np.testing.assert_array_equal(summed(more, 0.8) - whole, own)
+    assert np.linalg.norm(own * grid_step(0.8)) <= 1 + 2.0**-26
+    assert (units.sum(0) != units[order].sum(0)).any()
+
+
 def test_add_gaussian_reveals_only_the_grid_point_of_the_sum():
-    """Two sums with the same grid point give bit-identical outputs under the same noise, and every
-    output is a grid point: the low bits carry nothing of the sum (Mironov's attack)."""
-    step = 3.0 / 2.0**46
+    """The output is a function of the integers and the noise alone, and always a grid point: the
+    low bits carry nothing of the gradients (Mironov's attack)."""
+    step = grid_step(3.0)
     rng = np.random.default_rng(3)
     points = rng.integers(-(2**40), 2**40, 5000)
     sums = [points * step, (points + rng.uniform(-0.4, 0.4, 5000)) * step]
-    first, second = (NoiseSource(KEY).add_gaussian(total, 3.0) for total in sums)
+    totals = [summed(total[None], 3.0, clip=10.0) for total in sums]
+    np.testing.assert_array_equal(*totals)
+    first, second = (NoiseSource(KEY).add_gaussian(total, 3.0) for total in totals)
     np.testing.assert_array_equal(first, second)
     grid = np.rint(first / step)
     np.testing.assert_array_equal(grid * step, first)
-    assert (np.rint(NoiseSource(KEY).add_gaussian(sums[0] + step, 3.0) / step) - grid == 1).all()
+    assert (np.rint(NoiseSource(KEY).add_gaussian(totals[0] + 1, 3.0) / step) - grid == 1).all()
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, 2.0**15 * 1.01])
-def test_add_gaussian_refuses_what_does_not_fit_the_grid(bad):
-    with pytest.raises(TrainingError, match="proportion") as caught:
-        NoiseSource(KEY).add_gaussian(np.array([0.0, bad]), 1.0)
-    assert str(bad) not in str(caught.value)
+@pytest.mark.parametrize(
+    "bad", [np.array([0.0, 1.0]), np.array([0, 2**62 + 1]), np.array([0, -(2**62) - 1])]
+)
+def test_add_gaussian_takes_nothing_but_such_a_sum(bad):
+    with pytest.raises(LocalProtocolError, match="not made by GridSum"):
+        NoiseSource(KEY).add_gaussian(bad, 1.0)
+
+
+def test_more_units_than_a_sum_holds_are_refused_before_any_is_seen():
+    GridSum(3, 1.0, 0.5, most=2**14)
+    with pytest.raises(ConfigError, match=r"local.batch_size: .* too many for noise of 0.5") as e:
+        GridSum(3, 1.0, 0.5, most=2**14 + 1)
+    assert "at most 8192" in e.value.hint
 
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan, math.inf])
 def test_add_gaussian_needs_noise(sigma):
     with pytest.raises(ConfigError):
-        NoiseSource(KEY).add_gaussian(np.zeros(3), sigma)
+        NoiseSource(KEY).add_gaussian(np.zeros(3, dtype=np.int64), sigma)
+    with pytest.raises(ConfigError):
+        GridSum(3, 1.0, sigma, most=1)
 
 
 def test_poisson_batch_includes_each_record_independently():

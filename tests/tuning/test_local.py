@@ -12,16 +12,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from securefedcollm.errors import ConfigError, DataError, TrainingError
 from securefedcollm.privacy.events import PoissonGaussian
-from securefedcollm.privacy.noise import NoiseSource
+from securefedcollm.privacy.noise import GridSum, NoiseSource, grid_step
 from securefedcollm.tuning.adapters import attach, layout_of, load_vector, select, to_vector
-from securefedcollm.tuning.local import (
-    _clipped_sum,
+from securefedcollm.tuning.local import sampled_gradients, train_dp, train_plain
+from securefedcollm.tuning.per_record import (
     per_record_gradients,
     question_losses,
-    sampled_gradients,
-    train_dp,
-    train_plain,
     watched,
+    without_broken,
 )
 from securefedcollm.tuning.questions import PLAIN, EncodedQuestions
 
@@ -63,7 +61,7 @@ def batch_gradients(model: Any, method: str, data: EncodedQuestions, loss: str) 
         losses = question_losses(model, data, loss, PLAIN)
         found = per_record_gradients(losses, parameters, calls)
     assert not calls
-    return torch.cat([g.mT.flatten(1) for g in found], 1).double().numpy()
+    return torch.cat([g.flatten(1) for g in found], 1).double().numpy()
 
 
 @pytest.mark.parametrize("loss", ["answer", "choices"])
@@ -98,7 +96,7 @@ def test_a_weight_that_is_used_twice_gets_both_gradients() -> None:
     for i in range(4):
         layer.zero_grad()
         ((layer(x[i]) ** 2).sum() + layer(2 * x[i]).sum()).backward()
-        torch.testing.assert_close(found[i].T, layer.weight.grad)
+        torch.testing.assert_close(found[i], layer.weight.grad)
 
 
 def test_a_layer_that_sees_tokens_without_their_records_is_refused() -> None:
@@ -115,7 +113,7 @@ class Silent(NoiseSource):
     """Real Poisson samples, no noise: to see what the noise hides."""
 
     def add_gaussian(self, total: np.ndarray, sigma: float) -> np.ndarray:
-        return total
+        return total * grid_step(sigma)
 
 
 def one_noiseless_step(toy: Any, data: EncodedQuestions, **options: Any) -> np.ndarray:
@@ -247,7 +245,7 @@ class Recorded(NoiseSource):
 
     def add_gaussian(self, total: np.ndarray, sigma: float) -> np.ndarray:
         noised = super().add_gaussian(total, sigma)
-        self.noise.append((noised - total) / sigma)
+        self.noise.append(noised / sigma - total * grid_step(1.0))
         return noised
 
 
@@ -400,9 +398,10 @@ def test_no_record_decides_whether_private_training_fails() -> None:
     """Adversary: a server whose adapter makes single records overflow. They count as zero."""
     gradients = torch.tensor([[3.0, 4.0], [torch.inf, 1.0], [torch.nan, 0.0], [0.3, 0.4]])
     first, second = gradients[:, :1, None], gradients[:, 1:, None]  # two parameters [1, 1]
-    np.testing.assert_allclose(
-        _clipped_sum([first, second], [1] * 4, 1.0), [0.6 + 0.3, 0.8 + 0.4], rtol=1e-6
-    )
+    blocks, norms = without_broken([part.flatten(1).double().numpy() for part in (first, second)])
+    total = GridSum(2, clip_norm=1.0, sigma=1.0, most=4)
+    total.add(blocks, norms)
+    np.testing.assert_allclose(total.integers * grid_step(1.0), [0.6 + 0.3, 0.8 + 0.4], rtol=1e-6)
 
 
 def test_an_overflowing_step_is_refused(toy: Any) -> None:

@@ -11,15 +11,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.tuning.adapters import attach, layout_of
+from securefedcollm.tuning.frozen import with_prefix
 from securefedcollm.tuning.layers import decoder_layers, passed_over
 from securefedcollm.tuning.local import train_dp, train_plain
-from securefedcollm.tuning.questions import (
-    EncodedQuestions,
-    Question,
-    choice_scores,
-    encode,
-    with_prefix,
-)
+from securefedcollm.tuning.questions import EncodedQuestions, Question, choice_scores, encode
 
 LAYERS, TOP = 5, 2
 
@@ -66,7 +61,7 @@ def data() -> EncodedQuestions:
 
 def test_scores_and_gradients_are_those_of_the_whole_model(data: EncodedQuestions) -> None:
     model = adapted()
-    cached = with_prefix(model, data, LAYERS - TOP, batch_size=2)
+    cached = with_prefix(model, data, LAYERS - TOP)
     rows = torch.tensor([2, 0])
     results = []
     for questions in (data, cached):

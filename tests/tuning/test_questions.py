@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from securefedcollm.errors import DataError
+from securefedcollm.tuning.frozen import with_prior
 from securefedcollm.tuning.questions import (
     EncodedQuestions,
     Question,
@@ -28,7 +29,6 @@ from securefedcollm.tuning.questions import (
     choice_scores,
     encode,
     shuffled_batches,
-    with_prior,
 )
 
 WORDS = [f"w{i}" for i in range(30)]

@@ -1,0 +1,239 @@
+"""Is a record's gradient the same, bit for bit, whoever shares its passes? Refusals, and a test.
+
+Adversary: a server that sends an adapter which amplifies the last bits of floating-point sums. If
+another record's presence moves those bits, it moves gradients by many clip norms, and no noise that
+is scaled to one clip norm hides it. Fixed passes (:mod:`.passes`) take away what depends on the
+shape. This module deals with the rest:
+
+* :func:`refuse_coupling` refuses, by name, models whose layers mix rows on purpose.
+* :func:`proved` takes known rows through the real passes on the real device, in different places
+  and company, and compares bits. Shapes that fail go one record at a time, which needs no proof.
+
+The rows are made up and so is the adapter, so the outcome says nothing about any record. What the
+test shows is that these kernels, at these shapes, do not look at other rows' places and values. It
+is a test and no proof for all inputs; a kernel whose *arithmetic* for one row branches on another
+row's values would have to do so outside the values that were tried. None is known.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from securefedcollm.errors import ConfigError
+from securefedcollm.tuning.adapters import full_layout, load_vector, to_vector
+from securefedcollm.tuning.head import text_config, unwrapped
+from securefedcollm.tuning.passes import Shape, Widths, padded_length
+from securefedcollm.tuning.questions import EncodedQuestions
+
+log = logging.getLogger(__name__)
+
+Compute = Callable[[EncodedQuestions, Widths], Sequence[bytes]]
+"""What is to be independent: the result of every row, as bytes, in the order of the rows."""
+
+_ROWS = 16  # in one go, where a pass is one record and only the output layer is shared
+_GROWING = {"dynamic", "longrope"}  # rotary scalings that follow the longest row seen
+
+
+def refuse_coupling(model: Any, where: str, positions: int) -> None:
+    """Refuse a model in which one record's pass changes another's, whatever its shape.
+
+    Args:
+        where: the study's key of the model.
+        positions: tokens of the longest row that can occur (``task.max_tokens``).
+
+    Raises:
+        ConfigError: names the layer or the setting.
+    """
+    causal = unwrapped(model)
+    for name, module in causal.named_modules():
+        # nn.modules.batchnorm._BatchNorm has SyncBatchNorm and all dimensions below it.
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise _refusal(f"its layer {name} is a batch normalisation", where)
+    config = text_config(causal)
+    if getattr(config, "expert_capacity", None) or getattr(config, "capacity_factor", None):
+        raise _refusal("its experts have a capacity that the tokens of all records share", where)
+    for kind, most in _rotary(config):
+        if kind in _GROWING and positions > most:
+            raise _refusal(
+                f"its rotary scaling ({kind}) follows the longest record beyond {most} tokens",
+                where,
+                hint=f"set task.max_tokens to at most {most}, or choose another model",
+            )
+
+
+def _refusal(
+    what: str, where: str, hint: str = "choose another model, or privacy.unit: silo"
+) -> ConfigError:
+    return ConfigError(
+        f"{what}: one record would change the gradients of others", where=where, hint=hint
+    )
+
+
+def _rotary(config: Any) -> Iterator[tuple[str, int]]:
+    """(kind of scaling, positions up to which it stays as it is), for every kind of layer."""
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    settings = [given, *(v for v in given.values() if isinstance(v, dict))]
+    for setting in settings:
+        kind = setting.get("rope_type") or setting.get("type")
+        if isinstance(kind, str):
+            known = getattr(config, "max_position_embeddings", 0)
+            yield kind, int(setting.get("original_max_position_embeddings") or known)
+
+
+_known: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
+
+
+def proved(
+    model: nn.Module, shapes: Sequence[Shape], widths: Widths, compute: Compute, what: str
+) -> Widths:
+    """``widths`` with every shape set apart of which the test fails; see the module's docstring.
+
+    Once for a model, a shape and a number of threads in a process.
+
+    Args:
+        shapes: those that occur.
+        compute: what will be done to records, here done to made-up ones.
+        what: names the computation.
+
+    Raises:
+        ConfigError: a pass leaves traces in the model, so that no order of records is safe.
+    """
+    known = _known.setdefault(model, {})
+    wide = sorted({shape for shape in shapes if widths.rows(shape) > 1})
+    # Where all passes are of one record, they share the output layer alone, which has one shape.
+    tried = wide or sorted(set(shapes))[:1]
+    failed: set[Shape] = set()
+    for shape in tried:
+        key = (what, shape, widths.rows(shape), widths.head, torch.get_num_threads())
+        if key not in known and not widths.apart(shape):
+            with _made_up_adapter(model), _without_traces(model):
+                known[key] = _independent(model, shape, widths, compute)
+        if not known.get(key, True):
+            log.warning(
+                "%s: on this machine records of %d tokens change each other's last bits: "
+                "they are taken one at a time",
+                *(what, shape.length),
+            )
+            failed.add(shape)
+    if failed and not wide:
+        return widths._replace(alone=None)
+    return widths._replace(alone=None if widths.alone is None else widths.alone | failed)
+
+
+def _independent(model: nn.Module, shape: Shape, widths: Widths, compute: Compute) -> bool:
+    """Whether three made-up records come out the same in every place and company."""
+    size = widths.rows(shape)
+    count = size if size > 1 else min(_ROWS, widths.most)
+    draw = np.random.default_rng(0)
+    mixed = draw.integers(0, 3, size=count).tolist()
+    arrangements = [
+        [0] * count,
+        [1] * (count - 1) + [0],
+        [i % 2 for i in range(count)],
+        [(i + 1) % 3 for i in range(count)],
+        mixed,
+        mixed[::-1][: count // 2 + 1],  # the rest of the pass are dummies
+    ]
+    seen: dict[int, bytes] = {}
+    for kinds in arrangements:
+        found = compute(_made_up(model, shape, kinds), widths)
+        for kind, bits in zip(kinds, found, strict=True):
+            if seen.setdefault(kind, bits) != bits:
+                return False
+    return True
+
+
+def _made_up(model: nn.Module, shape: Shape, kinds: Sequence[int]) -> EncodedQuestions:
+    """Records of one shape: 0 is as long as it gets, 1 as short, 2 has packed choices of its own.
+
+    Where a shape has too few tokens for that, they are as different as it allows.
+    """
+    embeddings = getattr(unwrapped(model), "get_input_embeddings", lambda: None)()
+    vocabulary = min(1000, embeddings.num_embeddings) if embeddings is not None else 2
+    longest, choices = shape.length, shape.choices
+    shortest = longest
+    while shortest > 1 and padded_length(shortest - 1) == longest:
+        shortest -= 1
+    rows = []
+    for kind in kinds:
+        draw = np.random.default_rng([kind, longest, choices])
+        length = shortest if kind == 1 else longest
+        packed = [0] * choices  # tokens of each choice behind its first
+        spare = length - 1 if choices == 1 or kind == 2 else min(length - 1, choices)
+        for i in range(spare):
+            packed[i % choices] += 1
+        rows.append((draw.integers(0, vocabulary, 2 * length + choices), length, packed))
+    n, width = len(rows), longest + choices
+    out = EncodedQuestions(
+        tokens=torch.zeros(n, longest, dtype=torch.int64),
+        segments=torch.full((n, longest), -1, dtype=torch.int8),
+        positions=torch.zeros(n, longest, dtype=torch.int64),
+        prompt_tokens=torch.zeros(n, dtype=torch.int64),
+        targets=torch.zeros(n, width, dtype=torch.int64),
+        target_slots=torch.zeros(n, width, dtype=torch.int64),
+        target_choices=torch.full((n, width), choices, dtype=torch.int64),
+        choice_mask=torch.ones(n, choices, dtype=torch.bool),
+        choice_lengths=torch.ones(n, choices),
+        answers=torch.zeros(n, dtype=torch.int64),
+        groups=("",) * n,
+        prior=torch.zeros(n, choices),
+    )
+    for i, (words, length, packed) in enumerate(rows):
+        prompt, at, k = length - sum(packed), length - sum(packed), 0
+        out.tokens[i, :length] = torch.from_numpy(words[:length])
+        out.segments[i, :prompt] = 0
+        out.positions[i, :prompt] = torch.arange(prompt) % shortest  # a model may have no more
+        out.prompt_tokens[i] = prompt
+        for choice, more in enumerate(packed):
+            out.segments[i, at : at + more] = choice + 1
+            out.positions[i, at : at + more] = torch.arange(prompt, prompt + more) % shortest
+            first = at - prompt + 1
+            out.targets[i, k : k + more + 1] = torch.from_numpy(words[length + k :][: more + 1])
+            out.target_slots[i, k : k + more + 1] = torch.tensor([0, *range(first, first + more)])
+            out.target_choices[i, k : k + more + 1] = choice
+            at, k = at + more, k + more + 1
+    return out
+
+
+@contextmanager
+def _made_up_adapter(model: nn.Module) -> Iterator[None]:
+    """Random adapter matrices for a while: with B = 0, half of the gradients would be zero."""
+    layout = full_layout(model)
+    kept = to_vector(model, layout) if layout.names else None
+    if kept is not None:
+        random = np.random.default_rng(1).normal(scale=0.1, size=layout.size)
+        load_vector(model, layout, random)
+    try:
+        yield
+    finally:
+        if kept is not None:
+            load_vector(model, layout, kept)
+
+
+@contextmanager
+def _without_traces(model: nn.Module) -> Iterator[None]:
+    """Refuse a model whose passes change its buffers.
+
+    Adversary: as above; a state that one record leaves behind is the next record's company.
+    """
+    before = [(name, buffer.clone()) for name, buffer in model.named_buffers()]
+    yield
+    now = dict(model.named_buffers())
+    for name, buffer in before:
+        if name not in now or not torch.equal(buffer, now[name]):
+            raise _refusal(f"a pass changes its buffer {name}", "models.slm")
+
+
+def bits(*values: Tensor) -> bytes:
+    """The bytes of some tensors, to be compared."""
+    return b"".join(
+        v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for v in values
+    )

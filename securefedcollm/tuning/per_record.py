@@ -1,0 +1,262 @@
+"""Every record's own gradient, untouched by the other records.
+
+:func:`per_record_gradients` turns one forward pass into a gradient for each of its rows.
+:class:`Records` takes a silo's records through fixed passes (:mod:`.passes`), so that a record's
+gradient follows from the model and that record to the last bit. It is what DP-SGD's sensitivity
+rests on: clipping bounds what a record contributes, not what it does to the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from securefedcollm.errors import TrainingError
+from securefedcollm.tuning.head import device_of, unwrapped
+from securefedcollm.tuning.passes import Indices, Pass, Widths, passes, shapes_of
+from securefedcollm.tuning.questions import (
+    PLAIN,
+    EncodedQuestions,
+    Scoring,
+    choice_scores,
+    last_hidden,
+    scores_of,
+    token_log_probs,
+)
+
+Loss = Literal["answer", "choices"]
+Blocks = list[npt.NDArray[np.float64]]
+"""Gradients of some units: for every parameter, in layout order, [units, out · in]."""
+
+
+class Call(NamedTuple):
+    """One run of a trainable linear layer in a forward pass."""
+
+    weight: nn.Parameter  # [out, in]
+    given: Tensor  # [B, T, in]
+    output: Tensor  # [B, T, out], in the graph
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[list[Call]]:
+    """Note every run of a trainable linear layer, for :func:`per_record_gradients`."""
+    calls: list[Call] = []
+
+    def note(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            calls.append(Call(cast(nn.Parameter, module.weight), given[0].detach(), output))
+
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
+    hooks = [module.register_forward_hook(note) for module in linear]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def question_losses(
+    model: nn.Module, batch: EncodedQuestions, loss: Loss, scoring: Scoring
+) -> Tensor:
+    """Training loss of every question: float32 [B].
+
+    ``answer``: the language-model cross-entropy of the right choice's tokens over the whole
+    vocabulary, summed over them. ``choices``: the cross-entropy over the scores of the choices.
+    """
+    return _losses(choice_scores(model, batch, _rule(loss, scoring)), batch, loss)
+
+
+def _rule(loss: Loss, scoring: Scoring) -> Scoring:
+    return PLAIN if loss == "answer" else scoring
+
+
+def _losses(scores: Tensor, batch: EncodedQuestions, loss: Loss) -> Tensor:
+    answers = batch.answers.to(scores.device)
+    if loss == "answer":
+        return -scores.gather(1, answers[:, None])[:, 0]
+    return F.cross_entropy(scores, answers, reduction="none")
+
+
+def per_record_gradients(
+    losses: Tensor, parameters: Sequence[nn.Parameter], calls: list[Call]
+) -> list[Tensor]:
+    """Gradient of every record's loss (``losses``: [B]): one [B, out, in] for every parameter.
+
+    A record's gradient of a weight is Σ_t gₜ ⊗ xₜ over its tokens, with the layer's inputs x and
+    the gradients g of its outputs: one batched product a layer. The weight's own gradient, over all
+    records, is never computed, which is why this costs hardly more than a plain step. ``calls`` is
+    what :func:`watched` noted in the forward pass; it is emptied.
+    """
+    noted = calls.copy()
+    calls.clear()
+    return _products([losses], parameters, [noted])[0]
+
+
+def _products(
+    losses: Sequence[Tensor], parameters: Sequence[nn.Parameter], noted: Sequence[list[Call]]
+) -> list[list[Tensor]]:
+    """:func:`per_record_gradients` of several passes: their losses [B] and their calls."""
+    outputs = [call.output for calls in noted for call in calls]
+    ones = [torch.ones_like(loss) for loss in losses]
+    found = torch.autograd.grad(losses, outputs, ones, allow_unused=True) if outputs else ()
+    slopes = iter(found)
+    gradients = []
+    for loss, calls in zip(losses, noted, strict=True):
+        by_weight: dict[nn.Parameter, Tensor] = {}
+        for call in calls:
+            slope = next(slopes)
+            if slope is None:
+                continue
+            if call.given.ndim != 3 or len(call.given) != len(loss):
+                raise _mixed()
+            product = torch.bmm(slope.mT, call.given)
+            known = by_weight.get(call.weight)
+            by_weight[call.weight] = product if known is None else known + product
+        if any(parameter not in by_weight for parameter in parameters):
+            raise TrainingError(
+                "an adapter matrix got no per-record gradient",
+                hint="DP-SGD supports adapters on linear layers without gradient checkpointing",
+            )
+        gradients.append([by_weight[parameter] for parameter in parameters])
+    return gradients
+
+
+def _mixed() -> TrainingError:
+    return TrainingError(
+        "an adapter sits on a layer that mixes the tokens of records",
+        hint="choose other adapter.targets; routed expert layers cannot be used",
+    )
+
+
+class Records:
+    """A silo's encoded records, and the gradients of any of them at the model as it stands.
+
+    Args:
+        parameters: what is trained, in layout order; linear weights.
+        widths: of the fixed passes.
+        members: the records of every privacy unit; by default each record is one.
+
+    Use it within ``evaluation_mode(model)``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        data: EncodedQuestions,
+        *,
+        loss: Loss,
+        scoring: Scoring,
+        widths: Widths,
+        members: Sequence[Indices] | None = None,
+    ) -> None:
+        self._model, self._parameters, self._data = model, list(parameters), data
+        self._loss, self._scoring, self._widths = loss, scoring, widths
+        self._shapes = shapes_of(data)
+        self._members = members
+        self.units = len(data) if members is None else len(members)
+
+    def of_units(self, units: Indices) -> Iterator[Blocks]:
+        """Gradients of ``units``, some at a time: every unit once, in no promised order.
+
+        A unit's records are summed in float64, in an order that follows from them alone.
+        """
+        if self._members is None:
+            for rows, found in self.of_records(units):
+                yield [_flat(gradient)[: len(rows)] for gradient in found]
+            return
+        for block in self._blocks_of(units):
+            yield self._summed([self._members[unit] for unit in block])
+
+    def of_records(self, rows: Indices) -> Iterator[tuple[Indices, list[Tensor]]]:
+        """(records of a pass, their gradients [rows, out, in] for every parameter)."""
+        group: list[Pass] = []
+        size = 0
+        with watched(self._model) as calls:
+            for one in passes(self._data, self._shapes, rows, self._widths):
+                apart = self._widths.apart(one.shape)
+                if group and (apart or size + len(one.batch) > self._widths.most):
+                    yield from self._of_group(group, calls)
+                    group, size = [], 0
+                group.append(one)
+                size += len(one.batch)
+                if apart:
+                    yield from self._of_group(group, calls)
+                    group, size = [], 0
+            if group:
+                yield from self._of_group(group, calls)
+
+    def _of_group(
+        self, group: list[Pass], calls: list[Call]
+    ) -> Iterator[tuple[Indices, list[Tensor]]]:
+        """Several passes that share the output layer's chunks."""
+        causal = unwrapped(self._model)
+        place = device_of(causal)
+        batches = [one.batch.to(place) for one in group]
+        states, noted = [], []
+        for batch in batches:
+            calls.clear()
+            states.append(last_hidden(causal, batch))
+            noted.append(calls.copy())
+        calls.clear()
+        tokens = token_log_probs(causal, batches, states)
+        if calls:  # the output layer itself is adapted, and sees positions without their records
+            raise _mixed()
+        rule = _rule(self._loss, self._scoring)
+        losses = [
+            _losses(scores_of(log_probs, batch, rule), batch, self._loss)
+            for log_probs, batch in zip(tokens, batches, strict=True)
+        ]
+        found = _products(losses, self._parameters, noted)
+        for one, gradients in zip(group, found, strict=True):
+            yield one.rows, [gradient[: len(one.rows)] for gradient in gradients]
+
+    def _blocks_of(self, units: Indices) -> Iterator[list[int]]:
+        """Units whose sums are in memory at a time: which ones changes no sum."""
+        assert self._members is not None
+        block: list[int] = []
+        size = 0
+        for unit in units.tolist():
+            if block and size + len(self._members[unit]) > 2 * self._widths.most:
+                yield block
+                block, size = [], 0
+            block.append(unit)
+            size += len(self._members[unit])
+        if block:
+            yield block
+
+    def _summed(self, members: list[Indices]) -> Blocks:
+        """Each unit's records summed, shape by shape and in the order of their numbers."""
+        owner = {int(row): unit for unit, rows in enumerate(members) for row in rows}
+        sums = [np.zeros((len(members), weight.numel())) for weight in self._parameters]
+        for rows, found in self.of_records(np.concatenate(members)):
+            for total, gradient in zip(sums, found, strict=True):
+                for row, values in zip(rows.tolist(), _flat(gradient), strict=True):
+                    total[owner[row]] += values
+        return sums
+
+
+def _flat(gradient: Tensor) -> npt.NDArray[np.float64]:
+    """[rows, out, in] as float64 [rows, out · in]."""
+    flat: npt.NDArray[np.float64] = gradient.flatten(1).double().cpu().numpy()
+    return flat
+
+
+def without_broken(blocks: Blocks) -> tuple[Blocks, npt.NDArray[np.float64]]:
+    """``blocks`` with zeros for every unit that is not finite, and the L2 norms [units].
+
+    Adversary: a server whose adapter makes one record's gradient overflow, to see the silo fail:
+    before the noise, no record may decide that.
+    """
+    norms = np.sqrt(sum(np.einsum("ij,ij->i", block, block) for block in blocks))
+    broken = ~np.isfinite(norms)
+    if not broken.any():
+        return blocks, norms
+    return [np.where(broken[:, None], 0.0, b) for b in blocks], np.where(broken, 0.0, norms)
