@@ -1,4 +1,4 @@
-"""``securefedcollm audit mechanism|one-run|canaries|inversion``: attacks that measure privacy."""
+"""``securefedcollm audit mechanism|coupling|one-run|…``: attacks that measure privacy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from securefedcollm_cli.options import DataDir, Json, Overrides, StudyFile
+from securefedcollm_cli.options import DataDir, Device, Json, Overrides, StudyFile
 
 if TYPE_CHECKING:
     from securefedcollm_audits.finding import Finding
@@ -76,6 +76,52 @@ def mechanism(
         from securefedcollm_audits.mechanism import audit
 
         return audit(study, records=_records(study, data), trials=trials, progress=progress)
+
+    _conduct(config, overrides, attack, as_json, run, owner, identity, passphrase_file)
+
+
+def coupling(
+    config: StudyFile,
+    overrides: Overrides = None,
+    data: DataDir = None,
+    records: Annotated[
+        int, typer.Option(min=2, help="Records of the first silo that must not be moved.")
+    ] = 64,
+    adapters: Annotated[
+        int, typer.Option(min=2, help="Hostile adapters to try before the worst are used.")
+    ] = 40,
+    device: Device = "cpu",
+    seed: Seed = None,
+    run: Run = None,
+    owner: Owner = "server",
+    identity: Identity = None,
+    passphrase_file: Passphrase = None,
+    as_json: Json = False,
+) -> None:
+    """Can one record change what the others contribute, by a single bit?
+
+    Plays a server that chooses the adapter. It searches for the one that lets an added record move
+    the others' clipped gradients most where batches are padded to their longest record: that is the
+    control, and it must move them. Then the same adapters meet this silo's own model, data, shapes
+    and device, frozen layers included. "Moved" is ‖S(D + x) − S(D) − S(x)‖ in clip norms, in exact
+    integers: anything but 0 refutes the sensitivity that the whole ε rests on.
+
+    Exit code 0: not refuted; 1: refuted, or the control found nothing; 2: bad input.
+    """
+
+    def attack(study: Study, progress: Progress) -> Finding:
+        from securefedcollm_audits.coupling import audit
+
+        _threads()
+        return audit(
+            study,
+            data=data,
+            device=device,
+            records=records,
+            adapters=adapters,
+            seed=seed,
+            progress=progress,
+        )
 
     _conduct(config, overrides, attack, as_json, run, owner, identity, passphrase_file)
 

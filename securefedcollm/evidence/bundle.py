@@ -78,7 +78,7 @@ def make_bundle(run: Path, only: Sequence[str] = ()) -> bytes:
         )
     study = load_study(study_file)
     homes = _homes(run, only)
-    members: dict[str, bytes] = {"study.json": canonical(msgspec.to_builtins(study))}
+    members: dict[str, bytes] = {"study.json": canonical(study.tree)}
     for name, home in homes.items():
         log = EvidenceLog(home / FILE_NAME, study=digest(study), owner=name, key=None)
         members[f"logs/{name}.jsonl"] = b"".join(leaf + b"\n" for leaf in log.leaves)
@@ -215,7 +215,7 @@ def read_bundle(path: Path) -> Bundle:
     try:
         tree = decode_canonical(study_bytes)
         study = study_from_tree(tree)
-        if canonical(msgspec.to_builtins(study)) != study_bytes:
+        if canonical(study.tree) != study_bytes:
             raise ValueError("not a study with every default written out")
         sbom = members.pop("sbom.json", None)
         artefacts = _typed(members.pop("artefacts.json", None), dict[str, str])

@@ -9,7 +9,8 @@ keeps a finished update, so that a crash costs neither the work nor the budget a
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -81,6 +82,8 @@ class SiloSession:
         budget: Budget | None = None,
         evidence: SiloRecord | None = None,
         authority: bytes = b"",
+        now: Callable[[], float] = time.monotonic,
+        wait: Callable[[float], None] = time.sleep,
     ) -> None:
         """
         Args:
@@ -91,6 +94,7 @@ class SiloSession:
                 the two are the same person: reasons depend on private data and other studies.
             authority: public key of the party that holds the decryption key, where the study has
                 one and names no participants.
+            now: the clock of ``local.reply_slot``, in seconds, and ``wait``: how to let it pass.
 
         Raises:
             ConfigError: the roster is not the study's, or the authority is not known.
@@ -116,6 +120,7 @@ class SiloSession:
         self._ledger = ledger
         self._progress = progress
         self._threads = threads
+        self._now, self._wait = now, wait
         self._side: SiloSide | None = None
         self._at: tuple[bytes, int, int] = (b"", -1, -1)
 
@@ -127,9 +132,11 @@ class SiloSession:
     def step(self, frame: bytes) -> bytes:
         """Answer one request. Never raises for what the server sent or the data hold."""
         reply: Reply
+        asked, training = self._now(), False
         try:
             match decode_request(frame):
                 case BeginRound() as begin:
+                    training = True
                     reply = self._begin(begin)
                 case Aggregate(frame=inner):
                     reply = Aggregated(self._aggregate(inner))
@@ -144,7 +151,19 @@ class SiloSession:
             self._evidence.refused(error)
             self._side = None
             reply = self._refusal(error)
+        if training:
+            self._fill_slot(self._now() - asked)
         return encode(reply)
+
+    def _fill_slot(self, taken: float) -> None:
+        """Let the rest of the study's slot pass.
+
+        Adversary: a server that measures how long training took: that depends on how many records
+        were sampled, and how long they are. Which slot an answer falls into still does.
+        """
+        slot = self._study.local.reply_slot
+        if slot is not None:
+            self._wait(slot - taken % slot)
 
     def _refusal(self, error: SecureFedCoLLMError) -> Refused:
         # Adversary: a server that learns from refusals. What follows from its own frame it may
@@ -283,8 +302,16 @@ class SiloSession:
                 peer="server",
             )
         adapter = np.frombuffer(begin.adapter, dtype="<f4").astype(np.float32, copy=False)
-        if not np.isfinite(adapter).all():
-            raise RemoteProtocolError("the global adapter is not finite", peer="server")
+        # Adversary: a server that sends what no training makes, to read the last bits of sums. This
+        # is before any record is touched; the proof rests on independent gradients, not on it.
+        most = self._study.adapter.max_abs
+        if not bool((np.abs(adapter) <= most).all()):  # nor if a value is no number
+            raise RemoteProtocolError(
+                f"the global adapter has values that are not finite or above adapter.max_abs "
+                f"({most:g})",
+                peer="server",
+                hint="tuning makes values of about 1; if it diverged, lower the learning rates",
+            )
         return adapter
 
     def _read_clip_norm(self, begin: BeginRound) -> float | None:
@@ -388,7 +415,7 @@ class SiloSession:
             noised = unit.protect(gradients, NoiseSource())
             self._store.save_update(scope, round_, training, noised)
             return noised
-        update = self._workload.fit(adapter, round_, self._progress)
+        update = self._fit(adapter, round_, unit)
         expected = self._workload.update_size(round_)
         if update.shape != (expected,) or not np.isfinite(update).all():
             raise TrainingError(
@@ -406,6 +433,25 @@ class SiloSession:
             integers = unit.protect(update, NoiseSource())
         self._store.save_update(scope, round_, training, integers)
         return integers
+
+    def _fit(self, adapter: Vector, round_: int, unit: SiloUnit | None) -> Vector:
+        """The update; under ``unit: silo`` one that cannot be made is zero.
+
+        Adversary: a server whose adapter makes training fail on certain records only. Where the
+        whole update is the unit, nothing in the training is noised: whether it failed would be an
+        answer without noise. So the silo contributes zero and its noise, and tells its operator.
+        """
+        try:
+            update = self._workload.fit(adapter, round_, self._progress)
+            if unit is None or np.isfinite(update).all():
+                return update
+            why = "the update is not finite"
+        except TrainingError as error:
+            if unit is None:
+                raise
+            why = error.message
+        log.error("%s: round %d: %s; it contributes noise only", self._name, round_ + 1, why)
+        return np.zeros(self._workload.update_size(round_), dtype=np.float32)
 
     def _compare_with_clip(self, update: Vector, round_: int) -> None:
         """Tell this silo's operator, and nobody else, what the clip takes away."""

@@ -11,7 +11,7 @@ that nobody can choose for them.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import rfc8785
@@ -27,6 +27,10 @@ Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Hex32 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
 SchemeName = Literal["masking", "ckks", "ckks-authority"]
 """The protocols that a sum can be made with."""
+
+
+MAX_ABS: Final = 100.0
+"""Default of ``adapter.max_abs``: a hundred times what tuning makes."""
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -118,6 +122,8 @@ class Adapter(_Section, frozen=True):
     paper does: the mean of products is not the product of means, so the average is inexact.
 
     ``dropout`` is the adapter's own; with privacy for a record or subject there is none.
+    ``max_abs``: the largest absolute value of the global adapter; a silo refuses one outside before
+    it touches data. Tuning makes values of about 1; far larger ones are made to look at rounding.
     """
 
     method: Literal["ffa-lora", "rolora", "lora"] = "ffa-lora"
@@ -127,6 +133,7 @@ class Adapter(_Section, frozen=True):
     targets: Literal["all-linear"] | list[str] = "all-linear"
     top_layers: Count | None = None
     layout: Hex32 | None = None
+    max_abs: Positive = MAX_ABS
 
 
 class Silos(_Section, frozen=True):
@@ -148,6 +155,11 @@ class Local(_Section, frozen=True):
     silos together: ``sampling_rate`` is the probability with which each of their records takes part
     in a step, ``batch_size`` the expected batch of all silos, and ``batch_size / sampling_rate``
     therefore the number of records that the participants think they have in all.
+
+    ``reply_slot``: seconds. A silo trains, then waits for the end of the slot of that length which
+    it is in, counted from the request, and only then answers: how long training took, which depends
+    on the records, no longer shows. Choose more than a round (in joint DP-SGD: a step) takes; what
+    takes longer ends in a later slot. Left out, silos answer at once.
     """
 
     steps: Count
@@ -158,6 +170,7 @@ class Local(_Section, frozen=True):
     max_grad_norm: Positive | None = None
     micro_batch: Count = 64
     sampling_rate: Annotated[float, Meta(gt=0, le=1)] | None = None
+    reply_slot: Annotated[float, Meta(gt=0, le=86_400)] | None = None
 
 
 class Adaptive(_Section, frozen=True):
@@ -260,6 +273,10 @@ class Participant(_Section, frozen=True):
     key: Hex32
 
 
+_LATER: Final = {("adapter", "max_abs"): MAX_ABS, ("local", "reply_slot"): None}
+"""Keys that version 1 did not always have, with their defaults."""
+
+
 class Study(_Section, frozen=True, dict=True):
     """A whole study. Compare by :func:`digest`, not by file content."""
 
@@ -280,7 +297,20 @@ class Study(_Section, frozen=True, dict=True):
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 of the RFC 8785 (JCS) form: 32 bytes, the same for every spelling of it."""
-        return sha256(b"securefedcollm/study/v1\0", rfc8785.dumps(msgspec.to_builtins(self)))
+        return sha256(b"securefedcollm/study/v1\0", rfc8785.dumps(self.tree))
+
+    @property
+    def tree(self) -> dict[str, Any]:
+        """The study as plain dictionaries, every default written out but those of later keys.
+
+        A key that version 1 did not always have is left out at its default: older studies keep
+        their digest, their signatures and their place in evidence.
+        """
+        tree: dict[str, Any] = msgspec.to_builtins(self)
+        for (section, key), default in _LATER.items():
+            if tree[section][key] == default:
+                del tree[section][key]
+        return tree
 
     @property
     def threshold(self) -> int:

@@ -70,8 +70,7 @@ def study_from_tree(tree: dict[str, Any]) -> Study:
 
 def dump_study(study: Study) -> str:
     """The study as YAML, every default written out; loads to the same digest."""
-    tree = msgspec.to_builtins(study)
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+    return yaml.safe_dump(study.tree, sort_keys=False, allow_unicode=True, width=100)
 
 
 def _read(path: Path) -> str:

@@ -176,4 +176,4 @@ def require_signed(study: Study, path: Path) -> None:
 
 def _payload(study: Study) -> bytes:
     """RFC 8785 form of the study: what :func:`securefedcollm.study.digest` hashes."""
-    return rfc8785.dumps(msgspec.to_builtins(study))
+    return rfc8785.dumps(study.tree)

@@ -144,7 +144,7 @@ def train_dp(
         TrainingError: the model is not finite, or an adapter matrix got no gradient.
     """
     parameters, start = _begin(model, layout, data)
-    members = _members(len(data), subjects)
+    members = members_of(len(data), subjects)
     units = len(data) if members is None else len(members)
     if batch_size > units:
         raise ConfigError(
@@ -155,13 +155,12 @@ def train_dp(
     rate, sigma = batch_size / units, noise_multiplier * clip_norm
     total = GridSum(layout.size, clip_norm, sigma, batch_cap(units, rate))
     descend = make_optimizer(optimizer, parameters, learning_rate)
-    records = _records(model, layout, parameters, data, loss, scoring, micro_batch, members)
+    records = records_of(
+        model, layout, data, loss=loss, scoring=scoring, members=members, micro_batch=micro_batch
+    )
     with evaluation_mode(model):
         for step in range(steps):
-            total.clear()
-            for blocks in records.of_units(noise.poisson_batch(units, rate)):
-                blocks, norms = without_broken(blocks)
-                total.add(blocks, norms)
+            sum_clipped(total, records, noise.poisson_batch(units, rate))
             noised = noise.add_gaussian(total.integers, sigma)
             _set_gradient(parameters, noised / batch_size)
             descend.step()
@@ -193,31 +192,44 @@ def sampled_gradients(
         DataError: a question has no answer.
         TrainingError: the model is not finite, or an adapter matrix got no gradient.
     """
-    parameters, _ = _begin(model, layout, data)
-    members = _members(len(data), subjects)
+    _begin(model, layout, data)
+    members = members_of(len(data), subjects)
     units = len(data) if members is None else len(members)
-    records = _records(model, layout, parameters, data, loss, scoring, micro_batch, members)
+    records = records_of(
+        model, layout, data, loss=loss, scoring=scoring, members=members, micro_batch=micro_batch
+    )
     with evaluation_mode(model):
         for blocks in records.of_units(noise.poisson_batch(units, q)):
             yield from np.concatenate(without_broken(blocks)[0], axis=1)
 
 
-def _records(
+def sum_clipped(total: GridSum, records: Records, taken: Indices) -> None:
+    """``total`` becomes the sum of the clipped gradients of the units ``taken``."""
+    total.clear()
+    for found in records.of_units(taken):
+        blocks, norms = without_broken(found)
+        total.add(blocks, norms)
+
+
+def records_of(
     model: nn.Module,
     layout: AdapterLayout,
-    parameters: list[nn.Parameter],
     data: EncodedQuestions,
+    *,
     loss: Loss,
     scoring: Scoring,
     micro_batch: int,
-    members: list[Indices] | None,
+    members: list[Indices] | None = None,
 ) -> Records:
-    """The silo's records behind passes of which the test of independence holds."""
+    """The silo's records behind passes of which the test of independence holds.
+
+    Args:
+        members: the records of every unit; None: each record is one.
+    """
+    parameters = select(model, layout)
 
     def among(questions: EncodedQuestions, widths: Widths) -> Records:
-        return Records(
-            model, parameters, questions, loss=loss, scoring=scoring, widths=widths, members=None
-        )
+        return Records(model, parameters, questions, loss=loss, scoring=scoring, widths=widths)
 
     def compute(questions: EncodedQuestions, widths: Widths) -> list[bytes]:
         found: dict[int, bytes] = {}
@@ -264,7 +276,7 @@ def _finish(model: nn.Module, layout: AdapterLayout, start: Vector) -> Vector:
     return delta
 
 
-def _members(records: int, subjects: Sequence[str] | None) -> list[Indices] | None:
+def members_of(records: int, subjects: Sequence[str] | None) -> list[Indices] | None:
     """The records of every unit; None where every record is one."""
     if subjects is None:
         return None

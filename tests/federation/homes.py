@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
 import yaml
 
 from securefedcollm.study import Study, load_study
@@ -28,7 +27,7 @@ def write_signed(
 ) -> Path:
     """The study with these participants on its roster, signed by all but ``unsigned`` names."""
     identities = {name: read_identity(home / "identity.json") for name, home in homes.items()}
-    tree = msgspec.to_builtins(study)
+    tree = study.tree
     tree["roster"] = [
         {
             "name": identity.name,

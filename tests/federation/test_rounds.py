@@ -307,7 +307,7 @@ def test_a_silo_takes_part_in_one_run_of_a_study(tmp_path):
         ({"run_id": b"short"}, "malformed request"),
         ({"layout": b"x" * 32}, "adapter layout .* is not this silo's"),
         ({"adapter": b"1234"}, "an adapter of 4 bytes, this layout has 404"),
-        ({"adapter": b"\xff" * 4 * SIZE}, "the global adapter is not finite"),
+        ({"adapter": b"\xff" * 4 * SIZE}, "values that are not finite or above adapter.max_abs"),
     ],
 )
 def test_a_silo_refuses_what_does_not_fit_its_own_study(tmp_path, change, message):

@@ -1,0 +1,283 @@
+"""Coupling audit: does one record change what the others contribute, by a single bit?
+
+Adversary: the server. It chooses the adapter at which a silo takes its gradients, and knows all
+records but one. DP-SGD is charged as if that record moved the sum by its own clipped gradient. If
+its presence also moves the last bits of the others' gradients (by padding, by the order of
+additions that a kernel chooses), an adapter can amplify that to many clip norms.
+
+The audit searches for the adapter that amplifies most: by how much an added unit moves the others
+where micro-batches are padded to their longest record, which is what most programs do. That is the
+positive control. Then it puts the same adapters to the product's own path, frozen layers and priors
+included, and asks for ‖S(D + x) − S(D) − S(x)‖ in exact integers. The answer has to be 0.
+
+Imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from securefedcollm.errors import ConfigError
+from securefedcollm.federation.cotuning import by_unit
+from securefedcollm.federation.dealing import deal
+from securefedcollm.federation.tuned import Tuned
+from securefedcollm.federation.workload import Progress, Vector, silent
+from securefedcollm.privacy.noise import GridSum, grid_step
+from securefedcollm.study import Study
+from securefedcollm.tuning.adapters import AdapterLayout, load_vector, select, to_vector
+from securefedcollm.tuning.independence import refuse_coupling
+from securefedcollm.tuning.local import members_of, records_of, sum_clipped
+from securefedcollm.tuning.per_record import per_record_gradients, question_losses, watched
+from securefedcollm.tuning.questions import EncodedQuestions, Question, sorted_by_length
+from securefedcollm.tuning.recipe import evaluation_mode
+from securefedcollm_audits.finding import Finding
+
+ADAPTERS: Final = 40
+RECORDS: Final = 64
+_WORST: Final = 3  # of the adapters, those that are put to the product's own path
+_FIRST: Final = (1e2, 1e4, 1e6, 1e8, 1e12)
+_SECOND: Final = (1.0, 1e2, 1e4, 1e8, 1e16, 1e22)
+_CONTROL: Final = 1e-9
+"""Clip norms that the control must find, or the audit would not have noticed anything."""
+
+Floats = npt.NDArray[np.float64]
+
+
+class Case(NamedTuple):
+    """Data sets that differ by one unit."""
+
+    name: str
+    others: list[Question]
+    added: list[Question]
+    """All records of the added unit."""
+
+
+def audit(
+    study: Study,
+    *,
+    data: Path | None = None,
+    device: str = "cpu",
+    records: int = RECORDS,
+    adapters: int = ADAPTERS,
+    seed: int | None = None,
+    progress: Progress = silent,
+) -> Finding:
+    """Search for the worst adapter and put it to the silo's own path.
+
+    Args:
+        records: of the first silo, that the added unit may or may not move.
+        adapters: that are tried on the control, half of them within ``adapter.max_abs``.
+
+    Raises:
+        ConfigError: the study protects no records or subjects one by one.
+    """
+    privacy = study.privacy
+    if privacy is None or not by_unit(study):
+        raise ConfigError(
+            "this study protects no single records: there is nothing that could couple",
+            where="privacy.unit",
+            hint="choose a study with privacy.unit: record or subject",
+        )
+    silo = next(iter(deal(study, data).silos.values()))
+    tuned = Tuned.load(study, study.models.slm, data=data, device=device)
+    refuse_coupling(tuned.model, "models.slm", study.task.max_tokens)
+    draw = np.random.default_rng(seed)
+    cases = cases_of(silo, records, draw)
+    bench = Bench(tuned, privacy.clip_norm)
+    names = ("any", "within the bound")
+    tried = {name: adapters // 2 + (name == "any") * (adapters % 2) for name in names}
+    total = adapters + _WORST * len(names) * len(cases)
+    done = 0
+    worst: dict[str, list[tuple[float, Vector]]] = {}
+    for name in names:
+        limit = None if name == "any" else study.adapter.max_abs
+        found = []
+        for adapter in hostile_adapters(tuned, tried[name], limit, draw):
+            found.append((max(bench.control(adapter, case) for case in cases), adapter))
+            done += 1
+            progress(done, total, "adapters")
+        worst[name] = sorted(found, key=lambda pair: -pair[0])[:_WORST]
+    moved = {case.name: 0.0 for case in cases}
+    for found in worst.values():
+        for case in cases:
+            for _, adapter in found:
+                moved[case.name] = max(moved[case.name], bench.product(adapter, case))
+                done += 1
+                progress(min(done, total), total, "the silo's own path")
+    control = {name: found[0][0] for name, found in worst.items()}
+    return Finding(
+        audit="coupling",
+        study=study,
+        setting=f"one {privacy.unit} more among {records} records, worst of {adapters} adapters",
+        claimed=None,
+        bound=None,
+        delta=privacy.delta,
+        faults=_faults(max(control.values()), moved, privacy.unit),
+        figures={
+            "adapters": float(adapters),
+            "records": float(records),
+            "control, any adapter": control["any"],
+            "control, within the bound": control["within the bound"],
+            **{f"moved, {name}": value for name, value in moved.items()},
+        },
+    )
+
+
+def _faults(control: float, moved: dict[str, float], unit: str) -> list[str]:
+    faults = [
+        f"a {unit} moves the others' sum by {value:.3g} clip norms ({name})"
+        for name, value in moved.items()
+        if value
+    ]
+    if control < _CONTROL:
+        faults.append(
+            "the control, padded batches, showed no coupling either: this search would not notice"
+        )
+    return faults
+
+
+def cases_of(silo: Sequence[Question], records: int, draw: np.random.Generator) -> list[Case]:
+    """Mixed records and copies of a short one, each with a long unit that may be there."""
+    chosen = list(silo[:records])
+    if len(chosen) < 2:
+        raise ConfigError("two records are needed", where="--records", hint="at least 2")
+    short = min(chosen, key=lambda q: len(q.prompt) + sum(map(len, q.choices)))
+    # Longer than any: the prompts of many, cut to task.max_tokens like every record.
+    pool = " ".join(q.prompt for q in chosen).split() or ["word"]
+    subject = None if chosen[0].subject is None else "the added one"
+    long = [
+        replace(
+            chosen[i % len(chosen)],
+            prompt=" ".join(draw.choice(pool, 4 * len(pool) // len(chosen) + 16)),
+            subject=subject,
+        )
+        for i in range(3 if subject else 1)
+    ]
+    copies = [replace(short, subject=q.subject) for q in chosen]
+    return [Case("mixed records", chosen, long), Case("copies of one record", copies, long)]
+
+
+class Bench:
+    """Gradient sums of some questions at a given adapter, by the control and by the product."""
+
+    def __init__(self, tuned: Tuned, clip_norm: float) -> None:
+        self._tuned, self._clip_norm = tuned, clip_norm
+        self._encoded: dict[tuple[bool, tuple[Question, ...]], EncodedQuestions] = {}
+
+    def control(self, adapter: Vector, case: Case) -> float:
+        """By how many clip norms the added unit moves the others' sum in padded batches."""
+        self._load(adapter)
+        with_it = self._padded([*case.others, *case.added])
+        without = self._padded(case.others)
+        change = with_it[: len(case.others)] - without
+        return float(np.linalg.norm(change.sum(0))) / self._clip_norm
+
+    def product(self, adapter: Vector, case: Case) -> float:
+        """The same of what a silo really sums: ‖S(D + x) − S(D) − S(x)‖ over C, exactly.
+
+        The added unit stands first: every other record is in another place.
+        """
+        self._load(adapter)
+        together = self.summed([*case.added, *case.others])
+        apart = self.summed(case.others) + self.summed(case.added)
+        return float(np.linalg.norm((together - apart) * grid_step(1.0)))
+
+    def summed(self, questions: Sequence[Question]) -> npt.NDArray[np.int64]:
+        """Σ of clipped gradients as in DP-SGD, every unit taken, in steps of C·2^-46."""
+        tuned, study = self._tuned, self._tuned.study
+        layout = tuned.update_layout(0)
+        subjects = [str(q.subject) for q in questions] if study.subject else None
+        records = records_of(
+            tuned.model,
+            layout,
+            self._encode(questions, private=True),
+            loss=study.local.loss,
+            scoring=tuned.scoring,
+            micro_batch=study.local.micro_batch,
+            members=members_of(len(questions), subjects),
+        )
+        total = GridSum(layout.size, self._clip_norm, self._clip_norm, len(questions))
+        with evaluation_mode(tuned.model):
+            sum_clipped(total, records, np.arange(records.units))
+        return total.integers
+
+    def _padded(self, questions: Sequence[Question]) -> Floats:
+        """Clipped gradient of every question, from batches as long as their longest: [n, d]."""
+        tuned, study = self._tuned, self._tuned.study
+        data = self._encode(questions, private=False)
+        parameters = select(tuned.model, tuned.update_layout(0))
+        found = np.zeros((len(data), sum(p.numel() for p in parameters)))
+        order = sorted_by_length(data, torch.arange(len(data)))
+        with evaluation_mode(tuned.model), watched(tuned.model) as calls:
+            for rows in torch.split(order, study.local.micro_batch):
+                batch = data.select(rows)
+                losses = question_losses(tuned.model, batch, study.local.loss, tuned.scoring)
+                parts = per_record_gradients(losses, parameters, calls)
+                found[rows.numpy()] = torch.cat([p.flatten(1) for p in parts], 1).double().cpu()
+        norms = np.linalg.norm(found, axis=1, keepdims=True)
+        scale = np.minimum(1.0, self._clip_norm / np.maximum(norms, 1e-300))
+        return np.where(np.isfinite(norms), found, 0.0) * np.where(np.isfinite(norms), scale, 0.0)
+
+    def _encode(self, questions: Sequence[Question], *, private: bool) -> EncodedQuestions:
+        key = (private, tuple(questions))
+        if key not in self._encoded:
+            self._encoded[key] = self._tuned.encode(questions, private=private)
+        return self._encoded[key]
+
+    def _load(self, adapter: Vector) -> None:
+        load_vector(self._tuned.model, self._tuned.broadcast_layout(), adapter)
+
+
+def hostile_adapters(
+    tuned: Tuned, count: int, limit: float | None, draw: np.random.Generator
+) -> Iterator[Vector]:
+    """Adapters that a server could send, made to amplify last bits.
+
+    One layer writes so large a constant into the stream that the records survive in its last bits
+    only; a later one projects the constant out and amplifies what is left. Where, how much and in
+    which direction is drawn. Every fifth is merely random.
+
+    Args:
+        limit: on absolute values; None: whatever float32 holds.
+    """
+    layout = tuned.broadcast_layout()
+    start = to_vector(tuned.model, layout)
+    for number in range(count):
+        scale = 10.0 ** draw.uniform(-2, 2)
+        noise = draw.normal(scale=scale if number % 5 == 4 else 0.02, size=layout.size)
+        vector = (start + noise).astype(np.float32)
+        if number % 5 != 4:
+            first, second = sorted(draw.choice(len(_outer(layout)), size=2, replace=False))
+            _amplify(vector, layout, int(first), float(draw.choice(_FIRST)), draw)
+            _amplify(vector, layout, int(second), float(draw.choice(_SECOND)), draw)
+        yield vector if limit is None else np.clip(vector, -limit, limit)
+
+
+def _outer(layout: AdapterLayout) -> list[int]:
+    """Which matrices of the layout write into the stream: B, or all where there is no B."""
+    found = [i for i, name in enumerate(layout.names) if ".lora_B." in name]
+    return sorted(found or range(len(layout.names)), key=lambda i: _depth(layout.names[i]))
+
+
+def _depth(name: str) -> int:
+    numbers = [int(part) for part in name.split(".") if part.isdigit()]
+    return numbers[0] if numbers else 0
+
+
+def _amplify(
+    vector: Vector, layout: AdapterLayout, which: int, scale: float, draw: np.random.Generator
+) -> None:
+    """Make one matrix of the layout rank one, and large."""
+    index = _outer(layout)[which]
+    at = sum(int(np.prod(shape)) for shape in layout.shapes[:index])
+    rows, columns = layout.shapes[index]
+    left = draw.normal(size=rows) if draw.integers(2) else np.ones(rows)
+    right = np.eye(columns)[draw.integers(columns)]
+    vector[at : at + rows * columns] = (scale * np.outer(left, right)).reshape(-1)
