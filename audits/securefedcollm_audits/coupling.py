@@ -89,6 +89,8 @@ def audit(
     tuned = Tuned.load(study, study.models.slm, data=data, device=device)
     refuse_coupling(tuned.model, "models.slm", study.task.max_tokens)
     draw = np.random.default_rng(seed)
+    layout = tuned.broadcast_layout()
+    start = to_vector(tuned.model, layout)
     cases = cases_of(silo, records, draw)
     bench = Bench(tuned, privacy.clip_norm)
     names = ("any", "within the bound")
@@ -99,7 +101,7 @@ def audit(
     for name in names:
         limit = None if name == "any" else study.adapter.max_abs
         found = []
-        for adapter in hostile_adapters(tuned, tried[name], limit, draw):
+        for adapter in hostile_adapters(start, layout, tried[name], limit, draw):
             found.append((max(bench.control(adapter, case) for case in cases), adapter))
             done += 1
             progress(done, total, "adapters")
@@ -236,7 +238,7 @@ class Bench:
 
 
 def hostile_adapters(
-    tuned: Tuned, count: int, limit: float | None, draw: np.random.Generator
+    start: Vector, layout: AdapterLayout, count: int, limit: float | None, draw: np.random.Generator
 ) -> Iterator[Vector]:
     """Adapters that a server could send, made to amplify last bits.
 
@@ -245,10 +247,9 @@ def hostile_adapters(
     which direction is drawn. Every fifth is merely random.
 
     Args:
+        start: an honest adapter in ``layout``: what is not touched stays as it is there.
         limit: on absolute values; None: whatever float32 holds.
     """
-    layout = tuned.broadcast_layout()
-    start = to_vector(tuned.model, layout)
     for number in range(count):
         scale = 10.0 ** draw.uniform(-2, 2)
         noise = draw.normal(scale=scale if number % 5 == 4 else 0.02, size=layout.size)
