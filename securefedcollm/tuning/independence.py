@@ -88,15 +88,17 @@ def _rotary(config: Any) -> Iterator[tuple[str, int]]:
             yield kind, int(setting.get("original_max_position_embeddings") or known)
 
 
-_known: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, dict[Any, tuple[int, ...]]] = WeakKeyDictionary()
 
 
 def proved(
     model: nn.Module, shapes: Sequence[Shape], widths: Widths, compute: Compute, what: str
 ) -> Widths:
-    """``widths`` with every shape set apart of which the test fails; see the module's docstring.
+    """``widths`` with what the test found of every shape; see the module's docstring.
 
-    Once for a model, a shape and a number of threads in a process.
+    Passes of a shape may have every number of rows that gives the same bits as the largest one. A
+    shape of which the test fails is set apart. The test is made once in a process for a model, a
+    shape and a number of threads.
 
     Args:
         shapes: those that occur.
@@ -110,13 +112,17 @@ def proved(
     wide = sorted({shape for shape in shapes if widths.rows(shape) > 1})
     # Where all passes are of one record, they share the output layer alone, which has one shape.
     tried = wide or sorted(set(shapes))[:1]
+    sizes: dict[Shape, tuple[int, ...]] = {}
     failed: set[Shape] = set()
     for shape in tried:
+        if widths.apart(shape):
+            continue
         key = (what, shape, widths.rows(shape), widths.head, torch.get_num_threads())
-        if key not in known and not widths.apart(shape):
+        if key not in known:
             with _made_up_adapter(model), _without_traces(model):
-                known[key] = _independent(model, shape, widths, compute)
-        if not known.get(key, True):
+                known[key] = _same_bits(model, shape, widths, compute)
+        sizes[shape] = known[key]
+        if not sizes[shape]:
             log.warning(
                 "%s: on this machine records of %d tokens change each other's last bits: "
                 "they are taken one at a time",
@@ -125,30 +131,43 @@ def proved(
             failed.add(shape)
     if failed and not wide:
         return widths._replace(alone=None)
-    return widths._replace(alone=None if widths.alone is None else widths.alone | failed)
+    if widths.alone is None:
+        return widths
+    return widths._replace(alone=widths.alone | failed, sizes=sizes)
 
 
-def _independent(model: nn.Module, shape: Shape, widths: Widths, compute: Compute) -> bool:
-    """Whether three made-up records come out the same in every place and company."""
-    size = widths.rows(shape)
-    count = size if size > 1 else min(_ROWS, widths.most)
-    draw = np.random.default_rng(0)
-    mixed = draw.integers(0, 3, size=count).tolist()
-    arrangements = [
-        [0] * count,
-        [1] * (count - 1) + [0],
-        [i % 2 for i in range(count)],
-        [(i + 1) % 3 for i in range(count)],
-        mixed,
-        mixed[::-1][: count // 2 + 1],  # the rest of the pass are dummies
-    ]
+def _same_bits(model: nn.Module, shape: Shape, widths: Widths, compute: Compute) -> tuple[int, ...]:
+    """Rows of a pass, ascending, with which made-up records come out the same in every place.
+
+    Three records of a shape, in different places and company. Empty if they differ already with
+    the largest number of rows.
+    """
+    most = widths.rows(shape)
+    sizes = [most >> n for n in range(0, most.bit_length(), 2)]  # a quarter, a sixteenth, …
     seen: dict[int, bytes] = {}
-    for kinds in arrangements:
-        found = compute(_made_up(model, shape, kinds), widths)
-        for kind, bits in zip(kinds, found, strict=True):
-            if seen.setdefault(kind, bits) != bits:
-                return False
-    return True
+    allowed: list[int] = []
+    for size in sizes:
+        # Where a pass is one record, some share the output layer: as many as are in memory at once.
+        count = min(_ROWS, widths.most) if most == 1 else size
+        just = widths._replace(sizes={shape: (size,)})
+        same = all(
+            seen.setdefault(kind, found) == found
+            for kinds in _arrangements(count)
+            for kind, found in zip(kinds, compute(_made_up(model, shape, kinds), just), strict=True)
+        )
+        if same:
+            allowed.append(size)
+        elif size == most:
+            return ()
+    return tuple(sorted(allowed))
+
+
+def _arrangements(count: int) -> list[list[int]]:
+    """Which of the three records stands in each row; where fewer stand, dummies follow."""
+    return [
+        [i % 3 for i in range(count)],
+        [(2 * i + 1) % 3 for i in range(count // 2 + 1)],
+    ]
 
 
 def _made_up(model: nn.Module, shape: Shape, kinds: Sequence[int]) -> EncodedQuestions:

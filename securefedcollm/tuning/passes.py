@@ -6,8 +6,9 @@ micro-batch is padded to its longest record, one record more moves the low bits 
 gradient, and an adapter from a hostile server can amplify low bits until they are the gradient.
 
 So no shape here depends on who shares a pass. A record is padded to a length that follows from its
-own length, and goes into a pass with a fixed number of rows for that length; dummies fill up what
-records do not. Where the model is large enough, a pass is one record.
+own length, and goes into a pass with one of a few numbers of rows for that length, all of which
+were seen to give the same bits; dummies fill up what records do not. Where the model is large
+enough, a pass is one record.
 
 What remains is that a kernel could treat one row of a pass unlike another. Nothing here excludes
 that; :mod:`.independence` tests it on the device and shapes at hand.
@@ -15,8 +16,9 @@ that; :mod:`.independence` tests it on the device and shapes at hand.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,20 +64,28 @@ class Widths(NamedTuple):
 
     ``tokens``: padded tokens in a pass, about. ``most``: records in memory at a time. ``head``:
     positions of one call of the output layer. ``alone``: shapes of which every record goes by
-    itself, through the output layer too; None: all shapes.
+    itself, through the output layer too; None: all shapes. ``sizes``: rows that a pass of a shape
+    may have, ascending, where :func:`.independence.proved` found that all of them give the same
+    bits; of other shapes a pass has the largest number.
     """
 
     tokens: int
     most: int
     head: int = _HEAD_ROWS
     alone: frozenset[Shape] | None = frozenset()
+    sizes: Mapping[Shape, tuple[int, ...]] = MappingProxyType({})
 
     def rows(self, shape: Shape) -> int:
-        """Rows of a pass of ``shape``: a power of two."""
+        """Most rows of a pass of ``shape``: a power of two."""
         if self.apart(shape):
             return 1
         most = min(self.most, max(1, self.tokens // shape.length))
         return int(1 << (most.bit_length() - 1))
+
+    def allowed(self, shape: Shape) -> tuple[int, ...]:
+        """Rows that a pass of ``shape`` may have, ascending."""
+        most = self.rows(shape)
+        return (most,) if most == 1 else self.sizes.get(shape, (most,))
 
     def apart(self, shape: Shape) -> bool:
         """Whether a record of this shape shares nothing with another."""
@@ -127,10 +137,10 @@ def passes(
     for row in sorted(rows.tolist()):
         by_shape.setdefault(shapes[row], []).append(row)
     for shape in sorted(by_shape):
-        size = widths.rows(shape)
-        members = by_shape[shape]
-        for start in range(0, len(members), size):
-            part = np.array(members[start : start + size], dtype=np.int64)
+        allowed, members = widths.allowed(shape), by_shape[shape]
+        for start in range(0, len(members), allowed[-1]):
+            part = np.array(members[start : start + allowed[-1]], dtype=np.int64)
+            size = next(size for size in allowed if size >= len(part))
             head = 0 if widths.apart(shape) else widths.head
             yield Pass(part, shaped(data, part, shape, size, head), shape)
 
