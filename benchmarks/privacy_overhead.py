@@ -4,9 +4,9 @@
 
 A step without privacy, the same step with its gradient taken record by record, and the whole step
 of DP-SGD (Poisson sample, per-record gradients, clip, exact noise): same batch, same micro-batch,
-one thread, in turn, so that other load on the machine meets all alike. ``isolation_ratio`` compares the
-DP-SGD step with one whose micro-batches are padded to their longest record, which is what it costs
-that no record touches another's gradient. Times are process CPU
+one thread, in turn, so that other load on the machine meets all alike. ``isolation_ratio`` compares
+the DP-SGD step with one whose micro-batches are padded to their longest record, which is what it
+costs that no record touches another's gradient. Times are process CPU
 time, medians; ratios are medians over the repeats. Then one training round of one quickstart silo
 with and without privacy, records encoded and model loaded before.
 """
@@ -107,7 +107,7 @@ def variants(study: Study, tuned: Tuned, batch: EncodedQuestions) -> dict[str, R
                 progress(step + 1, STEPS, "")
 
     def padded(progress: Progress) -> None:
-        """The step of DP-SGD, but in padded micro-batches: not private against a hostile adapter."""
+        """The step of DP-SGD in padded micro-batches: not private against a hostile adapter."""
         parameters = [p for p in tuned.model.parameters() if p.requires_grad]
         descend = make_optimizer("adam", parameters, 1e-3)
         noise, total = NoiseSource(), GridSum(layout.size, CLIP, NOISE * CLIP, len(batch))
