@@ -458,7 +458,10 @@ def test_an_honest_server_that_lost_a_round_is_vouched_for(tmp_path, rounds):
     for name in NAMES:
         log.head.verify_cosigned(origin(digest(study), name), KEYS[name].public)
     (tmp_path / "evidence.zip").write_bytes(make_bundle(tmp_path))
-    assert verify(tmp_path / "evidence.zip").failed == []
+    verdict = verify(tmp_path / "evidence.zip")
+    assert verdict.failed == []
+    (found,) = [result.evidence for result in verdict.results if result.name == "lost"]
+    assert found.endswith("enough silos answered to open round 1: count it as released")
 
 
 def test_logs_of_silos_and_server_name_the_same_transcripts(tmp_path):
