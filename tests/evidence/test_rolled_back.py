@@ -22,10 +22,18 @@ from securefedcollm.federation.plan import AUTHORITY, quantiser
 from ..federation.arithmetic import SIZE, update_of
 from .runs import CKKS, RecordedRun, recorded_study
 
-PLANS = {"masking": {"clip_norm": 20.0}, "ckks-authority": CKKS | {"key_model": "authority"}}
-PUT_BACK = {"masking": ("silo-1", "silo-2"), "ckks-authority": (AUTHORITY,)}
+PLANS = {
+    "masking": {"clip_norm": 20.0},
+    "ckks": CKKS,
+    "ckks-authority": CKKS | {"key_model": "authority"},
+}
+PUT_BACK = {
+    "masking": ("silo-1", "silo-2"),
+    "ckks": ("silo-1", "silo-2", "silo-4"),
+    "ckks-authority": (AUTHORITY,),
+}
 """Whose journal is put back. Masking: two answered for four silos, and silo-4 was not asked."""
-OPENING = {"masking": 5, "ckks-authority": 4}
+OPENING = {"masking": 5, "ckks": 6, "ckks-authority": 4}
 """The exchange, from 0, in which shares leave."""
 
 
