@@ -505,6 +505,14 @@ def attempt_left_out(f):
     f.remove("silo-4", "unmasked")
 
 
+def attempt_after_the_end(f):
+    """silo-1 was asked once more for the last sum, when all had vouched for the server's log."""
+    begun = f.find("silo-1", "round", -1)
+    again = begun["what"] | {"attempt": 1, "header": header_of(f, begun["what"], 1)}
+    f.logs["silo-1"].append(f.logs["silo-1"][-1] | {"what": again})
+    f.heads["silo-1"] = [(f.logs["silo-1"][-1], [])]
+
+
 def called_lost(f, failures=1):
     """The sum of round 2, which the server has. ``failures``: of attempts, the later made up."""
     kept = f.find("server", "summed", -1)
@@ -580,6 +588,7 @@ SERVER_FORGERIES = [
         r"server#5 \(round\): is dated 2006-.*, over a day before silo-1 vouched for less",
     ),
     ("alone", "attempts", attempt_left_out, r"silo-1#1 \(round\): the server's log hides this att"),
+    ("record", "attempts", attempt_after_the_end, r"silo-1#17 \(round\): the server's log hides"),
     ("record", "lost", called_lost, r"server#8 \(lost\): called lost without two attempts that"),
     (
         "record",

@@ -21,6 +21,7 @@ from securefedcollm.evidence.entries import (
     Decrypted,
     Entry,
     Failed,
+    Finished,
     Keyed,
     Lost,
     Opening,
@@ -53,6 +54,7 @@ def attempts(case: Case, wrong: Faults) -> str:
     known = {what.header for _, what in of(case.server, Round)}
     begun = [(what.round, what.attempt) for _, what in of(case.server, Round)]
     newest = max(begun, default=(-1, -1))
+    finished = max((what.round for _, what in of(case.server, Finished)), default=-1)
     seen, newer = set[str](), 0
     for log in others.values():
         vouched, hidden = False, dict[str, Entry]()
@@ -65,7 +67,7 @@ def attempts(case: Case, wrong: Faults) -> str:
             seen.add(what.header)
             if what.header in known:
                 continue
-            if vouched or (what.round, what.attempt) <= newest:
+            if vouched or what.round <= finished or (what.round, what.attempt) <= newest:
                 hidden[what.header] = entry
             else:
                 newer += 1
