@@ -14,11 +14,14 @@ import msgspec
 from securefedcollm.errors import ConfigError, EvidenceError
 from securefedcollm.evidence.bundle import Bundle, read_bundle
 from securefedcollm_audits.case import Case, count
-from securefedcollm_audits.checks import ciphertexts, logs, rounds
+from securefedcollm_audits.checks import ciphertexts, history, logs, rounds
 from securefedcollm_audits.verdict import Check, Faults, NotCovered, Result, Verdict, carry_out
 from securefedcollm_audits.verify import verify
 
-_ACROSS = ("one-history", "same-code", "models", "one-kind", "one-sum", "transcripts", "authority")
+_ACROSS = (
+    *("one-history", "same-code", "models", "one-kind", "one-sum", "transcripts", "authority"),
+    *("attempts", "lost", "clocks"),
+)
 """Checks that look at several logs at once; they see those of both bundles."""
 
 
@@ -42,7 +45,8 @@ def compare(first: Path, second: Path) -> Verdict:
         )
     common = Check("common-logs", "Nobody signed two different logs", _Common(pair).check)
     both = Case(_united(*pair))
-    chosen = [c for c in (*logs.CHECKS, *rounds.CHECKS, *ciphertexts.CHECKS) if c.name in _ACROSS]
+    known = (*logs.CHECKS, *rounds.CHECKS, *ciphertexts.CHECKS, *history.CHECKS)
+    chosen = [check for check in known if check.name in _ACROSS]
     results += [carry_out(check, both) for check in (common, *chosen)]
     return msgspec.structs.replace(
         outcome,

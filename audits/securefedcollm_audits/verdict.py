@@ -60,7 +60,11 @@ class Result(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """All results about one bundle (``sha256``: of its file)."""
+    """All results about one bundle (``sha256``: of its file).
+
+    ``keys``: participant → Ed25519 public key (hex), as the study or the logs name them.
+    ``not_compared``: what of that was not held against what the verifier knows from elsewhere.
+    """
 
     bundle: str
     sha256: str
@@ -71,6 +75,8 @@ class Verdict(msgspec.Struct, frozen=True):
     participants: list[str] = []
     rounds_done: int = 0
     rounds: int = 0
+    keys: dict[str, str] = {}
+    not_compared: list[str] = []
 
     @property
     def passed(self) -> int:

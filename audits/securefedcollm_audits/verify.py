@@ -13,7 +13,8 @@ from securefedcollm.errors import ConfigError, EvidenceError
 from securefedcollm.evidence.bundle import MAX_BYTES, Bundle, read_bundle
 from securefedcollm.primitives import sha256
 from securefedcollm_audits.case import Case
-from securefedcollm_audits.checks import budget, ciphertexts, findings, logs, order, rounds
+from securefedcollm_audits.checks import budget, ciphertexts, findings, history, logs, order, rounds
+from securefedcollm_audits.expected import Expected, compare
 from securefedcollm_audits.verdict import Check, Result, Verdict, carry_out
 
 CHECKS: tuple[Check, ...] = (
@@ -21,14 +22,18 @@ CHECKS: tuple[Check, ...] = (
     *order.CHECKS,
     *rounds.CHECKS,
     *ciphertexts.CHECKS,
+    *history.CHECKS,
     *budget.CHECKS,
     *findings.CHECKS,
 )
 _ARCHIVE = ("archive", "The archive is complete and unaltered")
 
 
-def verify(path: Path) -> Verdict:
+def verify(path: Path, expected: Expected = Expected()) -> Verdict:  # noqa: B008 - immutable
     """Carry out every check on the bundle at ``path``.
+
+    Args:
+        expected: what is known of the participants from elsewhere.
 
     Raises:
         ConfigError: there is no such file, or it cannot be read.
@@ -41,21 +46,24 @@ def verify(path: Path) -> Verdict:
         return Verdict(str(path), digest, [Result(*_ARCHIVE, "fail", fault, [fault])])
     files = len(bundle.logs) + len(bundle.heads)
     whole = Result(*_ARCHIVE, "pass", f"{files} logs and heads, study and lists: hashes fit")
-    return _verdict(bundle, str(path), digest, whole)
+    return _verdict(bundle, str(path), digest, whole, expected)
 
 
-def _verdict(bundle: Bundle, path: str, digest: str, first: Result) -> Verdict:
+def _verdict(bundle: Bundle, path: str, digest: str, first: Result, expected: Expected) -> Verdict:
     case = Case(bundle)
+    known, silent = compare(case, expected)
     return Verdict(
         bundle=path,
         sha256=digest,
-        results=[first, *(carry_out(check, case) for check in CHECKS)],
+        results=[first, known, *(carry_out(check, case) for check in CHECKS)],
         study=case.study.study,
         digest=case.digest.hex(),
         run=case.run.hex(),
         participants=list(case.logs),
         rounds_done=case.rounds_done(),
         rounds=case.study.rounds,
+        keys={name: key.hex() for name, key in case.keys.items()},
+        not_compared=silent,
     )
 
 

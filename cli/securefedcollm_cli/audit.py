@@ -68,14 +68,33 @@ def write_bundle(run: Path, path: Path, only: list[str]) -> int:
 
 
 @app.command()
-def verify(file: BundleFile, as_json: Json = False) -> None:
+def verify(
+    file: BundleFile,
+    study: Annotated[
+        Path | None,
+        typer.Option("--study", metavar="FILE", help="Your own copy of the study that was agreed."),
+    ] = None,
+    key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--key",
+            metavar="NAME=HEX",
+            help="A participant's public key, as it told you itself (repeatable).",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Check a bundle offline, without trusting anybody who made it.
+
+    Anybody can make up participants and their keys. So name the study, or the keys, that you know
+    from elsewhere; what was not compared is said at the end.
 
     Exit code 0: all that the bundle covers holds; 1: something does not; 2: bad input.
     """
+    from securefedcollm_audits.expected import expectation
     from securefedcollm_audits.verify import verify as check
 
-    _report(check(file), as_json)
+    _report(check(file, expectation(study, key or [])), as_json)
 
 
 @app.command()
@@ -220,8 +239,10 @@ def _print(verdict: Verdict) -> None:
 
     console = Console()
     for line in table.about(verdict):
-        console.print(escape(line), highlight=False)
+        console.print(escape(line), highlight=False, soft_wrap=True)
     console.print(checks_table(verdict))
+    for line in table.silence(verdict):
+        console.print(escape(line), style="yellow", highlight=False, soft_wrap=True)
     style = "bold green" if verdict.holds else "bold red"
     console.print(escape(table.sentence(verdict)), style=style, highlight=False)
 

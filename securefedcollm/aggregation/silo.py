@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
 from securefedcollm.aggregation import keys, masks, packing, shamir
-from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster
+from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster, names_digest
 from securefedcollm.aggregation.messages import (
     UNSIGNED,
     Advertise,
@@ -472,8 +472,8 @@ class SiloRound:
         # down before the shares leave: one survivor set per round, for good. The same set in a
         # further attempt gives the same sum, since every honest silo uploads one vector per round;
         # so a server that crashed before it had stored the sum may have it opened again.
-        names = [self._roster.name(index).encode() for index in opening.survivors]
-        self._record(b"open:" + self._header.round_scope, sha256(*(sha256(name) for name in names)))
+        names = map(self._roster.name, opening.survivors)
+        self._record(b"open:" + self._header.round_scope, names_digest(names))
         survivors = frozenset(opening.survivors)
         shares = tuple(
             secrets.held[dealer][0 if dealer in survivors else 1] for dealer in self._dealers

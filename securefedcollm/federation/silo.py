@@ -222,6 +222,7 @@ class SiloSession:
         if side is None:
             raise RemoteProtocolError("asked to aggregate before a round began", peer="server")
         step = side.step
+        self._check_journal()
         reply = side.handle(frame)
         # Durable before the reply leaves: what the settlement of this round will rest on, and the
         # evidence.
@@ -235,7 +236,11 @@ class SiloSession:
         elif step in {Step.UNMASK, Step.NOTE}:
             memory.opened(attempt, len(side.transcript.survivors))
         self._evidence.said(side)
+        self._check_journal()  # put back meanwhile: no answer
         return reply
+
+    def _check_journal(self) -> None:
+        self._evidence.check_journal(self._store, self._study.scheme)
 
     def _end(self, end: EndRun) -> Ended:
         """No further attempt at this run, durably; so its last sum can be settled too.
@@ -243,7 +248,9 @@ class SiloSession:
         Adversary: a server that ends a run early loses this silo's further rounds, and no more.
         """
         self._side = None
-        self._settle_before(self._run.end(end.run_id), self._study.sums)
+        scope = self._run.end(end.run_id)
+        self._check_journal()  # the settlement rests on it
+        self._settle_before(scope, self._study.sums)
         return Ended()
 
     def _enter(self, begin: BeginRound, model: bytes) -> bytes:
@@ -252,6 +259,7 @@ class SiloSession:
         Returns the run's scope.
         """
         marks = [*self._evidence.marks, *self._charged(run_scope(self._study, begin.run_id))]
+        self._check_journal()
         scope = self._run.enter(begin.run_id, begin.round, *marks)
         # Adversary: a server that has one round trained on many models.
         pin = b"model:" + scope[:16] + begin.round.to_bytes(4, "big")
