@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from securefedcollm.foreign import MOST_MESSAGE, printable
 from securefedcollm_audits.verdict import Verdict
 
 _MARKS = {"pass": "pass", "fail": "FAIL", "not covered": "–"}
@@ -35,7 +36,7 @@ def about(verdict: Verdict) -> list[str]:
 
 def text(verdict: Verdict, width: int = 100) -> str:
     """The table of checks: mark, name, evidence; faults below, one a line."""
-    lines = [*about(verdict), ""]
+    lines = [*(printable(line, MOST_MESSAGE) for line in about(verdict)), ""]
     for result in verdict.results:
         head = f"{_MARKS[result.status]:<5}{result.name:<18} "
         found = result.evidence if result.status != "fail" else f"{result.title}: not so"

@@ -12,6 +12,7 @@ import msgspec
 import yaml
 
 from securefedcollm.errors import ConfigError
+from securefedcollm.foreign import visible
 from securefedcollm.study.checks import check
 from securefedcollm.study.config import Study
 
@@ -69,9 +70,15 @@ def study_from_tree(tree: dict[str, Any]) -> Study:
 
 
 def dump_study(study: Study) -> str:
-    """The study as YAML, every default written out; loads to the same digest."""
+    """The study as YAML, every default written out; loads to the same digest.
+
+    Adversary: the study's author. Where a character would not show, all is spelled in ASCII.
+    """
     tree = msgspec.to_builtins(study)
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+    text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+    if visible(text) == text:
+        return text
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=False, width=100)
 
 
 def _read(path: Path) -> str:
