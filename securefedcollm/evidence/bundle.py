@@ -42,7 +42,7 @@ FORMAT: Final = "securefedcollm-bundle-v1"
 MAX_BYTES: Final = 512 << 20
 """Of a bundle: three rounds of 4 silos take 50 kB, a hundred of 128 about 100 MB."""
 MAX_MEMBERS: Final = 512
-_PATH: Final = re.compile(r"^[a-z0-9][a-z0-9._-]{0,127}(/[a-z0-9][a-z0-9._-]{0,127})?$")
+_PATH: Final = re.compile(r"^[a-z0-9][a-z0-9._-]{0,127}(/[a-z0-9][a-z0-9._-]{0,127})?\Z")
 _HINT: Final = "ask whoever made it for the bundle again; `audit bundle RUN` writes one"
 
 

@@ -22,9 +22,9 @@ from msgspec import Meta
 
 from securefedcollm.errors import EvidenceError
 
-Hex = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
-Short = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$")]
-Signature = Annotated[str, Meta(pattern=r"^[0-9a-f]{128}$")]
+Hex = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}(?!\n)$")]
+Short = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}(?!\n)$")]
+Signature = Annotated[str, Meta(pattern=r"^[0-9a-f]{128}(?!\n)$")]
 Who = Annotated[str, Meta(min_length=1, max_length=64)]
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
 _Positive = Annotated[float, Meta(gt=0)]
@@ -44,7 +44,7 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A participant as this log's keeper knew it: name, role, Ed25519 key."""
 
     name: Who
-    role: Annotated[str, Meta(pattern=r"^(server|silo|authority)$")]
+    role: Annotated[str, Meta(pattern=r"^(server|silo|authority)(?!\n)$")]
     key: Hex
 
 
@@ -341,7 +341,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Entry ``seq`` (from 0) of ``owner``'s log; ``time`` by the owner's clock, UTC."""
 
     seq: Count
-    time: Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+    time: Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ(?!\n)$")]
     owner: Who
     what: What
 

@@ -303,6 +303,7 @@ def test_a_damaged_request_is_no_request(tmp_path):
 def test_a_passphrase_that_is_no_text_is_said_to_be_none(consortium, tmp_path):
     binary = tmp_path / "passphrase"
     binary.write_bytes(b"\xff\xfe\n")
+    binary.chmod(0o600)
     words = ["join", consortium / "consortium.yaml", "--name", "a", "--home", tmp_path / "home"]
     with pytest.raises(ConfigError, match="no passphrase can be read") as caught:
         run(*words, "--passphrase-file", binary)
