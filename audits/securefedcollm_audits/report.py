@@ -13,7 +13,6 @@ from typing import Any, Final
 import msgspec
 
 from securefedcollm.errors import EvidenceError
-from securefedcollm.evidence.bundle import read_bundle
 from securefedcollm.evidence.entries import (
     Audited,
     Entry,
@@ -39,7 +38,7 @@ from securefedcollm_audits.checks.budget import Training, trainings
 from securefedcollm_audits.second_accountant import bracket
 from securefedcollm_audits.utility import Utility, read_utility
 from securefedcollm_audits.verdict import Verdict
-from securefedcollm_audits.verify import verify
+from securefedcollm_audits.verify import examine
 
 MOST_POINTS = 80
 """Places in all silos' ledgers at which ε so far is worked out: a tenth of a second each."""
@@ -150,8 +149,13 @@ def make_report(path: Path, results: Path | None = None) -> tuple[Report, Case]:
         ConfigError: there is no such file, or the results are of another run.
         EvidenceError: it is too broken to be summed up.
     """
-    verdict = verify(path)
-    case = Case(read_bundle(path))
+    verdict, bundle = examine(path)
+    if bundle is None:
+        raise EvidenceError(
+            f"{path}: {verdict.results[0].evidence}",
+            hint="ask whoever made it for the bundle again; `audit bundle RUN` writes one",
+        )
+    case = Case(bundle)
     try:
         report = _summed_up(verdict, case)
     except (ValueError, LookupError, ArithmeticError) as error:

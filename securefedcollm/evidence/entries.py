@@ -13,7 +13,6 @@ a round, or one an optimiser step where these are taken jointly.
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import msgspec
@@ -21,6 +20,7 @@ import rfc8785
 from msgspec import Meta
 
 from securefedcollm.errors import EvidenceError
+from securefedcollm.foreign import decode_json, nested_deeper
 
 Hex = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}(?!\n)$")]
 Short = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}(?!\n)$")]
@@ -32,6 +32,7 @@ Names = Annotated[list[Who], Meta(max_length=128)]
 
 MAX_ENTRY = 256 << 10
 """Bytes of one entry: an opening agreed to by 128 silos takes 40 kB."""
+_DEEPEST = 16
 
 
 class _What(
@@ -373,6 +374,8 @@ def decode_entry(raw: bytes, place: str) -> Entry:
         EvidenceError: naming ``place``.
     """
     try:
+        if len(raw) > MAX_ENTRY or nested_deeper(raw, _DEEPEST):
+            raise ValueError("too long, or nested too deeply")
         entry = msgspec.json.decode(raw, type=Entry)
         if canonical(msgspec.to_builtins(entry)) == raw:
             return entry
@@ -404,7 +407,7 @@ def decode_canonical(raw: bytes) -> Any:
         ValueError: not JSON, or not in canonical form (duplicate keys, spaces, huge numbers).
     """
     try:
-        plain = json.loads(raw)
+        plain = decode_json(raw)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({str(error)[:120]})") from None
     try:

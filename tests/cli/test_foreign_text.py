@@ -151,10 +151,11 @@ def test_a_bundle_of_a_name_that_acts(record_bundle, tmp_path):  # noqa: F811
 def test_status_of_a_study_with_such_keys(tmp_path):
     study = tmp_path / "studies" / "mine"
     study.mkdir(parents=True)
-    (study / "study.yaml").write_text(f"{json.dumps(WORDS)}: 1\n")
-    said = run("status", "--home", tmp_path)
-    assert_harmless(said)
-    assert r"\x1b[2J" in said
+    for words, shown in ((WORDS, "U+001B"), ("a\u200b[/red]\u2028", r"a\u200b[/red]\u2028")):
+        (study / "study.yaml").write_text(f"{QUICKSTART.read_text()}\n{json.dumps(words)}: 1\n")
+        said = run("status", "--home", tmp_path)
+        assert_harmless(said)
+        assert shown in said
 
 
 def test_a_study_with_invisible_words_is_shown_as_data(tmp_path):
