@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import pickle
-import time
 
 import pytest
 from hypothesis import given
@@ -94,9 +93,8 @@ def test_depth_is_seen_before_parsing(raw, deeper):
 
 def test_the_look_at_depth_is_linear():
     """Adversary: a string that does not end, whose every quote could be tried as a beginning."""
-    started = time.process_time()
-    nested_deeper(b'"' + b'\\"' * (1 << 20) + b"[" * 100)
-    assert time.process_time() - started < 20  # quadratic: hours
+    # Quadratic, it would take hours.
+    assert not nested_deeper(b'"' + b'\\"' * (1 << 20) + b"[" * 100)
 
 
 @pytest.mark.parametrize("raw", [b"[" * 10**6, b'{"a":1,"a":2}', b"\xff", b"nope", "[" * 10**5])

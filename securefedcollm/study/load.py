@@ -20,6 +20,7 @@ from securefedcollm.study.config import Study
 _MAX_BYTES = 1 << 20  # a study is a page of text; a larger file is a mistake or an attack
 _MAX_NODES = 20_000
 _MAX_DEPTH = 32
+_MAX_NUMBER = 400  # characters of what is no text
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -52,6 +53,16 @@ class _StrictLoader(yaml.SafeLoader):
         self._depth -= 1
         return node
 
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> Any:
+        if kind is yaml.ScalarNode and len(value) > _MAX_NUMBER:
+            implicit = (False, implicit[1])  # a text: numbers of that length take forever to read
+        return super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+
+    def construct_scalar(self, node: Any) -> Any:
+        if node.tag != "tag:yaml.org,2002:str" and len(node.value) > _MAX_NUMBER:
+            raise ConfigError("a value that long is a text", hint="remove its tag")
+        return super().construct_scalar(node)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
@@ -71,7 +82,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
     list("-+0123456789."),
 )
 
