@@ -17,6 +17,7 @@ from typing import IO, Any, Final
 from securefedcollm.errors import DataError
 from securefedcollm.foreign import decode_json, printable
 from securefedcollm.tuning.formats import BadField, Format, Row
+from securefedcollm.tuning.parquet_footer import Footer, read_footer
 
 MOST_LINE: Final = 16 << 20
 """Bytes of a line, characters of a cell: a long book."""
@@ -149,10 +150,13 @@ def _parquet_rows(path: Path, wanted: set[str]) -> Iterator[Placed]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        with path.open("rb") as content:
+            about, size = read_footer(content), content.seek(0, 2)
+            content.seek(0)
+            file = pq.ParquetFile(content)
             names = _once(file.schema_arrow.names, str(path))
             columns = [name for name in names if name in wanted]
-            most, batch = _allowed(path, file.metadata, columns)
+            most, batch = _allowed(path, size, about, columns)
             number = held = 0
             for part in file.iter_batches(batch, columns=columns, use_threads=False):
                 held += part.nbytes
@@ -171,7 +175,7 @@ def _parquet_rows(path: Path, wanted: set[str]) -> Iterator[Placed]:
         ) from None
 
 
-def _allowed(path: Path, about: Any, columns: list[str]) -> tuple[int, int]:
+def _allowed(path: Path, size: int, about: Footer, columns: list[str]) -> tuple[int, int]:
     """(bytes that the columns may unfold to, rows to unfold at a time).
 
     Adversary: a file of 245 kB whose columns unfold to gigabytes, by compression, or by one long
@@ -179,18 +183,13 @@ def _allowed(path: Path, about: Any, columns: list[str]) -> tuple[int, int]:
     and then what really comes, a few rows at a time. That a page is as long as the file says is not
     checked here: one that lies can take 2 GB, once.
     """
-    most = _FREE + _UNFOLDING * path.stat().st_size
-    chunks = [
-        chunk
-        for group in range(about.num_row_groups)
-        for chunk in map(about.row_group(group).column, range(about.num_columns))
-        if chunk.path_in_schema.split(".")[0] in columns
-    ]
-    unfolded = sum(chunk.total_uncompressed_size for chunk in chunks)
-    values = about.num_rows + sum(chunk.num_values for chunk in chunks)
+    most = _FREE + _UNFOLDING * size
+    chunks = [chunk for chunk in about.chunks if chunk.column in columns]
+    unfolded = sum(chunk.unfolded for chunk in chunks)
+    values = about.rows + sum(chunk.values for chunk in chunks)
     if unfolded > most or 8 * values > most:
         raise _bomb(path)
-    longest = max((chunk.total_uncompressed_size for chunk in chunks), default=0)
+    longest = max((chunk.unfolded for chunk in chunks), default=0)
     return most, max(1, min(_BATCH, most // (longest + 1)))
 
 

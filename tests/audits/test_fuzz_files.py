@@ -39,6 +39,12 @@ def test_what_the_targets_start_from_is_read(tmp_path):
     assert study_from_tree(seeds.STUDY).study == "fuzz"
 
 
+def test_a_footer_that_ended_the_process_ends_in_one_line():
+    """Arrow threw across C++ when it was asked for the size of a column."""
+    script = bytes.fromhex("bc7797186458ea6fd219b670557fd926f5aa9deee237b88a")
+    assert fuzz_files.data(script) in {"DataError", "read"}
+
+
 def test_a_slow_reader_a_large_one_and_an_error_that_acts_are_findings():
     def large(script):
         return str(len(bytearray(fuzz_files.BYTES + (1 << 28))))

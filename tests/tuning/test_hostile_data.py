@@ -5,6 +5,8 @@ Adversary: whoever made the file, and whoever reads the log of an error about it
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -14,10 +16,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from securefedcollm.errors import DataError
 from securefedcollm.tuning import rows
 from securefedcollm.tuning.data import inspect_rows, read_questions
+from securefedcollm.tuning.parquet_footer import read_footer
 
 GOOD = {"question": "a", "choices": ["x", "y"], "answer": 0}
 LINE = json.dumps(GOOD)
@@ -198,6 +203,32 @@ def test_a_parquet_bomb_is_not_unfolded(tmp_path: Path) -> None:
     for message, grown in zip(said[::2], said[1::2], strict=True):
         assert "unfolds to more than 100 times its size" in message
         assert int(grown) < 400_000  # kB
+
+
+def test_the_footer_is_read_as_arrow_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    table = [{**GOOD, "question": f"{i}", "note": {"a": [i, None]}, "x": 1.5} for i in range(999)]
+    pq.write_table(pa.Table.from_pylist(table), path, row_group_size=100, compression="zstd")
+    about = pq.ParquetFile(path).metadata
+    told = [
+        (c.path_in_schema.split(".")[0], c.total_uncompressed_size, c.num_values)
+        for group in map(about.row_group, range(about.num_row_groups))
+        for c in map(group.column, range(about.num_columns))
+    ]
+    with path.open("rb") as file:
+        footer = read_footer(file)
+    assert footer.rows == 999
+    assert [tuple(chunk) for chunk in footer.chunks] == told
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    footer=st.binary(max_size=64) | st.sampled_from([b"\x19\xfc" + b"\xff" * 9, b"\x1c" * 10**4])
+)
+def test_a_malformed_footer_is_a_value_error(footer: bytes) -> None:
+    tail = len(footer).to_bytes(4, "little") + b"PAR1"
+    with contextlib.suppress(ValueError):
+        assert read_footer(io.BytesIO(b"PAR1" + footer + tail)).chunks == []
 
 
 def test_an_honest_parquet_file_is_read_whatever_its_shape(tmp_path: Path) -> None:
