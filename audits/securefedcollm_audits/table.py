@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from securefedcollm.foreign import MOST_MESSAGE, printable
 from securefedcollm_audits.expected import shown
 from securefedcollm_audits.verdict import Verdict
 
@@ -41,7 +42,7 @@ def silence(verdict: Verdict) -> list[str]:
 
 def text(verdict: Verdict, width: int = 100) -> str:
     """The table of checks: mark, name, evidence; faults below, one a line."""
-    lines = [*about(verdict), ""]
+    lines = [*(printable(line, MOST_MESSAGE) for line in about(verdict)), ""]
     for result in verdict.results:
         head = f"{_MARKS[result.status]:<5}{result.name:<18} "
         found = result.evidence if result.status != "fail" else f"{result.title}: not so"

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from securefedcollm.errors import ConfigError, EvidenceError
-from securefedcollm.evidence.bundle import MAX_BYTES, Bundle, read_bundle
+from securefedcollm.errors import EvidenceError
+from securefedcollm.evidence.bundle import Bundle, decode_bundle, read_content
+from securefedcollm.foreign import MOST_MESSAGE, printable
 from securefedcollm.primitives import sha256
 from securefedcollm_audits.case import Case
 from securefedcollm_audits.checks import budget, ciphertexts, findings, history, logs, order, rounds
@@ -38,15 +39,28 @@ def verify(path: Path, expected: Expected = Expected()) -> Verdict:  # noqa: B00
     Raises:
         ConfigError: there is no such file, or it cannot be read.
     """
-    digest = _digest(path)
+    return examine(path, expected)[0]
+
+
+def examine(
+    path: Path,
+    expected: Expected = Expected(),  # noqa: B008 - immutable
+) -> tuple[Verdict, Bundle | None]:
+    """:func:`verify`, and the bundle that was checked; None if it cannot be decoded.
+
+    The file is read once, so that nobody can exchange it between its hash and its checks.
+    """
+    digest = ""  # of a file that no bundle is as large as
     try:
-        bundle = read_bundle(path)
+        content = read_content(path)
+        digest = sha256(content).hex()
+        bundle = decode_bundle(content, path)
     except EvidenceError as error:
-        fault = error.message.removeprefix(f"{path}: ")
-        return Verdict(str(path), digest, [Result(*_ARCHIVE, "fail", fault, [fault])])
+        fault = error.message.removeprefix(f"{printable(path, MOST_MESSAGE)}: ")
+        return Verdict(str(path), digest, [Result(*_ARCHIVE, "fail", fault, [fault])]), None
     files = len(bundle.logs) + len(bundle.heads)
     whole = Result(*_ARCHIVE, "pass", f"{files} logs and heads, study and lists: hashes fit")
-    return _verdict(bundle, str(path), digest, whole, expected)
+    return _verdict(bundle, str(path), digest, whole, expected), bundle
 
 
 def _verdict(bundle: Bundle, path: str, digest: str, first: Result, expected: Expected) -> Verdict:
@@ -65,16 +79,3 @@ def _verdict(bundle: Bundle, path: str, digest: str, first: Result, expected: Ex
         keys={name: key.hex() for name, key in case.keys.items()},
         not_compared=silent,
     )
-
-
-def _digest(path: Path) -> str:
-    """SHA-256 (hex) of the file; empty for one that no bundle is as large as."""
-    hint = "`audit bundle RUN --out FILE` makes one"
-    if not path.is_file():
-        raise ConfigError("there is no such file", where=str(path), hint=hint)
-    try:
-        return sha256(path.read_bytes()).hex() if path.stat().st_size <= MAX_BYTES else ""
-    except OSError as error:
-        raise ConfigError(
-            f"cannot be read ({error.strerror})", where=str(path), hint=hint
-        ) from None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from securefedcollm.foreign import as_text
 from securefedcollm_cli import audit_privacy
 from securefedcollm_cli.options import Json
 
@@ -178,7 +179,8 @@ def report(
     if as_json:
         import msgspec
 
-        typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+        # through json, which spells everything beyond ASCII as an escape
+        typer.echo(json.dumps(json.loads(msgspec.json.encode(found)), indent=2))
     else:
         typer.echo(f"wrote {html}")
     if not found.verdict.holds:
@@ -234,22 +236,20 @@ def _report(verdict: Verdict, as_json: bool) -> None:
 
 def _print(verdict: Verdict) -> None:
     from rich.console import Console
-    from rich.markup import escape
     from securefedcollm_audits import table
 
     console = Console()
     for line in table.about(verdict):
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        console.print(as_text(line), highlight=False, soft_wrap=True)
     console.print(checks_table(verdict))
     for line in table.silence(verdict):
-        console.print(escape(line), style="yellow", highlight=False, soft_wrap=True)
+        console.print(as_text(line), style="yellow", highlight=False, soft_wrap=True)
     style = "bold green" if verdict.holds else "bold red"
-    console.print(escape(table.sentence(verdict)), style=style, highlight=False)
+    console.print(as_text(table.sentence(verdict)), style=style, highlight=False)
 
 
 def checks_table(verdict: Verdict) -> Table:
     """The checks: mark, what was checked, evidence or faults."""
-    from rich.markup import escape
     from rich.table import Table
 
     colours = {"pass": "green", "fail": "bold red", "not covered": "yellow"}
@@ -258,7 +258,8 @@ def checks_table(verdict: Verdict) -> Table:
     shown.add_column("check")
     shown.add_column("evidence")
     for result in verdict.results:
-        found = "\n".join(result.faults) or result.evidence
+        # Adversary: whoever made the bundle, whose names and settings the evidence quotes.
+        found = as_text(*(result.faults or [result.evidence]))
         mark = f"[{colours[result.status]}]{result.status}[/]"
-        shown.add_row(mark, f"{result.title}\n[dim]{result.name}[/dim]", escape(found))
+        shown.add_row(mark, f"{result.title}\n[dim]{result.name}[/dim]", found)
     return shown

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from securefedcollm.errors import ConfigError
+from securefedcollm.foreign import MOST_MESSAGE, printable
 from securefedcollm_cli.consortium import Home, home_of
 from securefedcollm_cli.identity import PassphraseFile, read_passphrase
 from securefedcollm_cli.options import Device, Json, StudyFile, stop_on_sigterm
@@ -308,7 +309,7 @@ def status(home: Home = None, as_json: Json = False) -> None:
         return
     for run in runs:
         for line in run.sentences():
-            typer.echo(line)
+            typer.echo(printable(line, MOST_MESSAGE))
 
 
 def _asked(passphrase_file: Path | None) -> Callable[[], str]:
@@ -325,7 +326,8 @@ def _agree(terms: Terms, yes: bool, as_json: bool) -> None:
         typer.echo(json.dumps({"event": "terms", **asdict(terms)}))
     else:
         for key, value in _reading(terms).items():
-            typer.echo(f"{key:<9} {value}", err=True)
+            # Adversary: the study's author, who chose the names.
+            typer.echo(printable(f"{key:<9} {value}", MOST_MESSAGE), err=True)
     _confirm(yes)
 
 

@@ -56,6 +56,7 @@ from securefedcollm.primitives import (
     sha256,
     unseal,
     verify,
+    well_spelled,
 )
 
 SERVER: Final = "server"
@@ -256,8 +257,11 @@ class SiloRound:
             self._check_signed(entry, "keys")
         # Adversary: a silo that repeats another's key without knowing its secret.
         publics = {key for entry in entries for key in (entry.mask_public, entry.share_public)}
-        if len(publics) != 2 * len(entries):
-            _refuse("relayed a roll in which one key appears twice", "report the silos on it")
+        if len(publics) != 2 * len(entries) or not all(map(well_spelled, publics)):
+            _refuse(
+                "relayed a roll in which one key appears twice or in a second spelling",
+                "report the silos on it",
+            )
         self._roll = {entry.index: entry for entry in entries}
         # Adversary: a relay that swaps in keys which this silo signed elsewhere.
         if self._roll[self._index] != self._own_keys:

@@ -52,10 +52,10 @@ from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.federation.workload import Progress, ServerWorkload
 from securefedcollm.primitives import SigningKey
 from securefedcollm.privacy.ledger import Budget, Ledger
-from securefedcollm.study import Study, digest
+from securefedcollm.study import Study, digest, dump_study
 from securefedcollm.study.identity import open_identity, read_identity
 from securefedcollm.study.ring import DEGREE
-from securefedcollm.study.signing import require_signed, signatures_path
+from securefedcollm.study.signing import encode_envelope, require_signed, signatures_path
 
 if TYPE_CHECKING:
     from securefedcollm.federation.cotuning import SiloTuning
@@ -100,7 +100,7 @@ def take_part(
         ConfigError: not signed by everybody, not on the roster in this role, or already running.
         CryptoError: a signature or the passphrase is wrong.
     """
-    require_signed(study, signatures_path(study_file))
+    envelope = require_signed(study, signatures_path(study_file))
     file = read_identity(home / IDENTITY)
     listed = {p.name: p for p in study.roster}
     me = listed.get(file.name)
@@ -119,11 +119,9 @@ def take_part(
     home.chmod(0o700)
     run = make_directory(home / "studies" / f"{study.study}-{digest(study).hex()[:12]}")
     with _alone(run):
-        for source, target in (
-            (study_file, run / "study.yaml"),
-            (signatures_path(study_file), signatures_path(run / "study.yaml")),
-        ):
-            write_durably(target, source.read_bytes())
+        # Adversary: whoever may exchange the files meanwhile. What was checked is what is kept.
+        write_durably(run / "study.yaml", dump_study(study).encode())
+        write_durably(signatures_path(run / "study.yaml"), encode_envelope(envelope))
         silos = {p.name: bytes.fromhex(p.key) for p in study.roster if p.role == "silo"}
         yield Member(
             study=study,

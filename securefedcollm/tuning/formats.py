@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from securefedcollm.errors import DataError
+from securefedcollm.foreign import decode_json
 from securefedcollm.tuning.questions import Question
 from securefedcollm.tuning.tokenise import Kind
 
@@ -205,7 +206,8 @@ def _choices(row: Row) -> list[str]:
     value = row.get("choices")
     if isinstance(value, str):  # a CSV cell
         try:
-            value = json.loads(value)
+            value = decode_json(value)
+            json.dumps(value, ensure_ascii=False).encode()  # no lone surrogate
         except ValueError:
             raise BadField(
                 "choices", "is not a JSON list", 'write it as ["first choice", "second choice"]'
@@ -237,11 +239,11 @@ def _answer(row: Row, count: int, labelled: bool) -> int | None:
 
 def _index(value: Any, field: str, count: int, things: str, hint: str) -> int:
     if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():
-        value = int(value)  # a CSV cell
+        value = int(value) if len(value) < 64 else count  # a CSV cell; Python refuses long ones
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise BadField(field, f"is a {type(value).__name__}, not an index", hint)
     if not 0 <= value < count:
-        raise BadField(field, f"is {value}, but there are {count} {things}", hint)
+        raise BadField(field, f"is none of the {count} {things}", hint)
     return value

@@ -192,6 +192,16 @@ def test_what_is_not_a_request_profile_or_answer_is_said_to_be_none(consortium, 
         run(*join, "--name", "a.b")
 
 
+def test_a_profile_that_unfolds_is_no_profile(tmp_path):
+    """Adversary: who passes it on. 10^10 pairs in 600 bytes."""
+    lines = ["a0: &a0 {x: 1}"]
+    lines += [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 11)]
+    profile = tmp_path / "consortium.yaml"
+    profile.write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=r"no consortium's profile .*unfold to too much"):
+        run("join", profile, "--name", "hospital-a", "--home", tmp_path / "home")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -303,6 +313,7 @@ def test_a_damaged_request_is_no_request(tmp_path):
 def test_a_passphrase_that_is_no_text_is_said_to_be_none(consortium, tmp_path):
     binary = tmp_path / "passphrase"
     binary.write_bytes(b"\xff\xfe\n")
+    binary.chmod(0o600)
     words = ["join", consortium / "consortium.yaml", "--name", "a", "--home", tmp_path / "home"]
     with pytest.raises(ConfigError, match="no passphrase can be read") as caught:
         run(*words, "--passphrase-file", binary)
