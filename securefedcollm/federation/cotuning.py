@@ -30,7 +30,7 @@ from securefedcollm.tuning.evaluate import Evaluation
 from securefedcollm.tuning.head import device_of
 from securefedcollm.tuning.local import sampled_gradients, train_dp, train_plain
 from securefedcollm.tuning.questions import Question
-from securefedcollm.tuning.splits import dataset_fingerprint
+from securefedcollm.tuning.splits import dataset_fingerprint, record_content
 from securefedcollm.tuning.vocabulary import vocabulary_of
 
 
@@ -70,9 +70,9 @@ class SiloTuning:
         )
         self._data = self._tuned.encode(questions)
         self.records = len(questions)
-        self.dataset = dataset_fingerprint(
-            questions if self._subjects else [replace(q, subject=None) for q in questions]
-        )
+        plain = dataset_fingerprint([replace(q, subject=None) for q in questions])
+        self.dataset = dataset_fingerprint(questions) if self._subjects else plain
+        self.also: Sequence[str] = [plain] if self._subjects else []
         self.base_digest = self._tuned.base_digest
         self._event: PoissonGaussian | None = None
         self._units = count_units(study, questions)
@@ -82,6 +82,9 @@ class SiloTuning:
                 raise ValueError("the planned event is one of other records")
         elif study.joint:
             _check_joint_units(study, self._units)
+
+    def contents(self) -> Iterator[tuple[bytes, str | None]]:
+        return ((record_content(q), q.subject) for q in self._questions)
 
     def layout(self, round_: int) -> bytes:
         return self._tuned.layout_digest(round_)

@@ -1,4 +1,4 @@
-"""The budget ledger: what a silo has spent on a data set, across rounds, runs and studies.
+"""The budget ledger: what the records of a silo have spent, across rounds, runs, files and studies.
 
 Life of an entry, one journal row per arrow::
 
@@ -15,22 +15,32 @@ A crash before ``release`` leaves the entry ``reserved``: reserving the same (da
 round, attempt) with the same events returns it, counted once. After ``release`` the same attempt
 can never be reserved again: a retry is a new attempt and costs again.
 
+The budget belongs to the *records*, and there is one for all of an owner's: (ε, δ), pinned by
+:meth:`Ledger.pin` or by the first reservation. A charge is about a set of records, by identities
+that only this silo can compute (:mod:`.identities`); what a record has spent is all charges whose
+set has it (:mod:`.accounts`). So neither another study, ε, δ, unit, task, label or order, nor one
+record more in the file, opens a fresh account.
+
 Charges are added with a privacy filter (:mod:`.filters`), which stays valid if the next study is
 chosen after seeing the results of the last.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from securefedcollm.errors import BudgetExceeded, ConfigError, EvidenceError, LocalProtocolError
 from securefedcollm.privacy.accounting import Claim
+from securefedcollm.privacy.accounts import Bools, Overlaps
+from securefedcollm.privacy.admission import Asked, Decision, decide
+from securefedcollm.privacy.charges import About, Budget, Entry, Key, State, Unit
 from securefedcollm.privacy.events import (
     Event,
     Events,
@@ -38,13 +48,20 @@ from securefedcollm.privacy.events import (
     dominates,
     encode_events,
     merge,
-    repeat,
 )
-from securefedcollm.privacy.filters import Terms, filter_epsilon, filter_within
+from securefedcollm.privacy.filters import filter_epsilon
+from securefedcollm.privacy.identities import (
+    Ids,
+    Records,
+    digest_of,
+    identify,
+    read_ids,
+    record_key,
+)
 from securefedcollm.privacy.journal import Head, Journal, Row
-from securefedcollm.privacy.refusal import explain, explain_run, repeated
+from securefedcollm.privacy.standing import Standing, standing_of
 
-State = Literal["reserved", "released", "settled", "void"]
+__all__ = ["Budget", "Entry", "Key", "Ledger", "Reservation", "SpentSummary"]
 
 _NEXT: Final[dict[str, tuple[str | None, State]]] = {
     "reserve": (None, "reserved"),
@@ -52,31 +69,9 @@ _NEXT: Final[dict[str, tuple[str | None, State]]] = {
     "settle": ("released", "settled"),
     "void": ("reserved", "void"),
 }
-
-
-class Key(NamedTuple):
-    """What one entry is about."""
-
-    dataset: str
-    """Fingerprint of the data set."""
-    unit: str
-    """``record``, ``silo`` or ``subject:COLUMN``."""
-    run: str
-    round: int
-    attempt: int
-
-
-class Budget(msgspec.Struct, frozen=True):
-    """(ε, δ) that all releases about one data set and unit must stay within."""
-
-    epsilon: float
-    delta: float
-
-    def __post_init__(self) -> None:
-        if not self.epsilon > 0.0:
-            raise ConfigError(f"must be above 0, not {self.epsilon}", where="privacy.epsilon")
-        if not 0.0 < self.delta < 1.0:
-            raise ConfigError(f"lies in (0, 1), not {self.delta}", where="privacy.delta")
+_PIN: Final = "pin"
+_NO_BUDGET: Final = Budget(math.inf, 1e-5)
+"""To read an empty ledger with."""
 
 
 class Reservation(msgspec.Struct, frozen=True):
@@ -86,30 +81,6 @@ class Reservation(msgspec.Struct, frozen=True):
     events: Events
     row: int
     """Number of the journal row that granted it."""
-
-
-class Entry(msgspec.Struct, frozen=True):
-    """The current state of one reservation."""
-
-    key: Key
-    state: State
-    reserved: Events
-    settled: Events | None
-    budget: Budget
-    row: int
-    time: str
-
-    @property
-    def counted(self) -> Events:
-        """What the budget is charged."""
-        if self.state == "void":
-            return ()
-        return self.reserved if self.settled is None else self.settled
-
-    @property
-    def terms(self) -> Terms:
-        """The filter terms of an account that this entry opens."""
-        return Terms(repeat(self.reserved[0], 1), self.budget.epsilon)
 
 
 class SpentSummary(msgspec.Struct, frozen=True):
@@ -141,8 +112,57 @@ class Ledger:
     ) -> None:
         self.owner = owner
         self._journal = Journal(Path(path), owner, now=now)
-        self._entries: dict[Key, Entry] = {}
+        self._state = _State({}, None)
+        self._overlaps: Overlaps | None = None
         self._catch_up()
+
+    @property
+    def pinned(self) -> Budget | None:
+        """The budget of every record of this owner; None before the first reservation."""
+        self._catch_up()
+        return self._state.pinned
+
+    def pin(self, epsilon: float, delta: float, *, higher: bool = False) -> None:
+        """Fix the budget of every record of this owner, in all studies together.
+
+        Args:
+            higher: the owner knows that ε goes up after something was charged. What a filter
+                promises is then the higher one, if it was not chosen on what was released.
+
+        Raises:
+            ConfigError: impossible; or something was charged, and δ is another or ε is higher.
+        """
+        budget = Budget(epsilon, delta)
+        with self._journal.writing():
+            self._catch_up()
+            before = self._state.pinned
+            if before is not None and self._state.entries:
+                _check_change(before, budget, higher)
+            if budget != before:
+                self._journal.append({"action": _PIN, "budget": msgspec.to_builtins(budget)})
+        self._catch_up()
+
+    def identify(
+        self,
+        contents: Iterable[tuple[bytes, str | None]],
+        *,
+        column: str | None = None,
+        also: Sequence[str] = (),
+    ) -> Records:
+        """The records of a file, under this ledger's own key (made on first use).
+
+        Args:
+            contents: a digest of every record's content, in file order, and whose record it is.
+            column: which says whose record it is, where the unit is the subject.
+            also: fingerprints by which an older ledger may know the file.
+
+        Raises:
+            StateError: the key is lost, or another's.
+        """
+        self._catch_up()
+        names = (entry.about.made_with for entry in self._state.entries.values())
+        key = record_key(self._journal.path, next(filter(None, names), ""))
+        return identify(key, contents, column=column or "", also=also)
 
     def reserve(
         self,
@@ -153,12 +173,20 @@ class Ledger:
         attempt: int,
         events: Sequence[Event],
         budget: tuple[float, float],
+        *,
+        records: Records | None = None,
+        study: str = "",
+        limit: Budget | None = None,
     ) -> Reservation:
         """Charge the worst case of a coming release, or refuse it.
 
         Args:
             events: what will be released at worst (shares = threshold, steps = planned).
-            budget: (ε, δ) that everything counted so far plus ``events`` must stay within.
+            budget: the study's (ε, δ), within which all releases of the study stay. No more than
+                the pinned one; where none is, it becomes that.
+            records: whom it is about; None charges all records of the file with this fingerprint.
+            study: digest (hex) of the study; without one a run is a study of its own.
+            limit: what the operator allows, less than the pinned budget; pinned where none is.
 
         Returns:
             The reservation; the existing one if this attempt is still ``reserved`` with the same
@@ -168,31 +196,24 @@ class Ledger:
             BudgetExceeded: the release does not fit. Nothing was written.
             LocalProtocolError: this attempt was already released, or reserved with other events.
         """
-        key, asked, limit = Key(dataset, unit, run, round, attempt), merge(events), Budget(*budget)
-        if not asked:
+        key, merged = Key(dataset, unit, run, round, attempt), merge(events)
+        if not merged:
             raise LocalProtocolError("a reservation names at least one event")
-        opening = Terms(repeat(asked[0], 1), limit.epsilon)
-        filter_within(asked, limit.delta, limit.epsilon, opening)  # imports, outside the lock
+        asked = Asked(dataset, unit, run, merged, Budget(*budget), limit, records, study)
+        self._prepare(asked)
         with self._journal.writing():
             self._catch_up()
-            known = self._entries.get(key)
+            known = self._state.entries.get(key)
             if known is not None:
-                return self._again(known, asked)
-            counted, terms = self._counted(dataset, unit, opening)
-            total = filter_within(merge(counted + asked), limit.delta, limit.epsilon, terms)
-            fits = total <= limit.epsilon
-            if fits:
-                row = self._write(
-                    "reserve",
-                    key,
-                    events=encode_events(asked),
-                    budget={"epsilon": limit.epsilon, "delta": limit.delta},
-                )
-        if not fits:  # explained outside the lock: finding out what would fit takes a second
-            message, hint = explain(counted, asked, limit.epsilon, limit.delta, terms)
+                return _again(known, asked)
+            decision = self._decide(asked)
+            if decision.fits:
+                row = self._write("reserve", key, **self._content(asked, decision))
+        if not decision.fits:  # explained outside the lock: what would fit takes a second
+            message, hint = decision.refusal()
             raise BudgetExceeded(f"round {round} of {unit} data: {message}", hint=hint)
         self._catch_up()
-        return Reservation(key, asked, row.seq)
+        return Reservation(key, merged, row.seq)
 
     def foresee(
         self,
@@ -202,6 +223,10 @@ class Ledger:
         rounds: int,
         budget: tuple[float, float],
         what: str = "rounds",
+        *,
+        records: Records | None = None,
+        study: str = "",
+        limit: Budget | None = None,
     ) -> None:
         """Refuse a run of which not every round would fit, before anything is spent on it.
 
@@ -215,15 +240,88 @@ class Ledger:
         Raises:
             BudgetExceeded: says how much is left and what would fit.
         """
-        asked, limit = merge(events), Budget(*budget)
+        claim, merged = Budget(*budget), merge(events)
         self._catch_up()
-        counted, terms = self._counted(dataset, unit, Terms(repeat(asked[0], 1), limit.epsilon))
-        whole = merge(counted + repeated(asked, rounds))
-        if filter_within(whole, limit.delta, limit.epsilon, terms) > limit.epsilon:
-            message, hint = explain_run(
-                counted, asked, rounds, limit.epsilon, limit.delta, terms, what
-            )
+        asked = Asked(dataset, unit, "", merged, claim, limit, records, study, rounds)
+        decision = self._decide(asked)
+        if not decision.fits:
+            message, hint = decision.refusal(what)
             raise BudgetExceeded(f"{unit} data: {message}", hint=hint)
+
+    def payers(
+        self,
+        dataset: str,
+        unit: str,
+        events: Sequence[Event],
+        rounds: int,
+        budget: tuple[float, float],
+        *,
+        records: Records,
+        study: str,
+        limit: Budget | None = None,
+    ) -> Bools:
+        """Which records, bool [n] in file order, can pay for a whole run; as :meth:`foresee`.
+
+        Records of one subject pay together or not at all.
+
+        Raises:
+            BudgetExceeded: the study asks for more than the pinned budget.
+        """
+        claim, merged = Budget(*budget), merge(events)
+        self._catch_up()
+        asked = Asked(dataset, unit, "", merged, claim, limit, records, study, rounds)
+        decision = self._decide(asked)
+        if decision.too_much:
+            message, hint = decision.refusal()
+            raise BudgetExceeded(f"{unit} data: {message}", hint=hint)
+        return records.rows_of(decision.paying)
+
+    def standing(
+        self,
+        records: Records,
+        fingerprints: Iterable[str] = (),
+        *,
+        besides: str = "",
+        unit: str = "record",
+        plus: Sequence[Event] = (),
+        budget: Budget | None = None,
+    ) -> Standing:
+        """What these records have spent.
+
+        Args:
+            fingerprints: of their file, for charges that name no records.
+            besides: leave out what this study (digest, hex) was charged.
+            plus: count these releases of ``unit`` too: what would be spent after them.
+            budget: what would be pinned, where nothing is yet.
+        """
+        self._catch_up()
+        entries = [e for e in self.entries() if not besides or e.about.study != besides]
+        overlaps = Overlaps(records, (*fingerprints, *records.also), self.stored)
+        whom = Unit(unit, records.column, records.most)
+        limit = self._state.pinned or budget or _NO_BUDGET
+        return standing_of(overlaps, entries, limit, whom, merge(plus))
+
+    def set_of(self, study: str) -> Ids | None:
+        """The records that a study was first charged for; None if it was not."""
+        named = (e.about.records for e in self.entries() if e.about.study == study)
+        digest = next(filter(None, named), None)
+        return None if digest is None else self.stored(digest)
+
+    def stored(self, digest: str) -> Ids:
+        """A set of records that was charged, sorted.
+
+        Raises:
+            EvidenceError: it is missing, or was changed.
+        """
+        content = self._journal.kept(digest)
+        ids = None if content is None else read_ids(content)
+        if content is None or ids is None or digest_of(content) != digest:
+            what = "is missing" if content is None else "does not match its digest"
+            raise EvidenceError(
+                f"{self._journal.path}: a set of records of the privacy ledger {what}",
+                hint="release nothing; restore a copy whose head is in the evidence log",
+            )
+        return ids
 
     def release(self, reservation: Reservation) -> None:
         """Record, durably, that bytes are about to leave. Call it before they do.
@@ -277,7 +375,7 @@ class Ledger:
     def entries(self) -> list[Entry]:
         """Current state of every reservation, oldest first."""
         self._catch_up()
-        return list(self._entries.values())
+        return list(self._state.entries.values())
 
     def rows(self) -> list[Row]:
         """Every journal row, oldest first, read and verified afresh."""
@@ -300,9 +398,12 @@ class Ledger:
             EvidenceError: naming the row that does not verify.
         """
         rows = self.rows()
-        replayed: dict[Key, Entry] = {}
+        replayed = _State({}, None)
         for row in rows:
-            self._apply(row, replayed)
+            replayed = self._apply(row, replayed)
+        for digest in dict.fromkeys(e.about.records for e in replayed.entries.values()):
+            if digest:
+                self.stored(digest)
         for anchor in anchors:
             found = rows[anchor.rows - 1].digest if 1 <= anchor.rows <= len(rows) else None
             if anchor.rows and found != anchor.digest:
@@ -325,28 +426,45 @@ class Ledger:
 
     # --- internals ------------------------------------------------------------------------------
 
-    def _again(self, known: Entry, asked: Events) -> Reservation:
-        if known.state == "reserved" and known.reserved == asked:
-            return Reservation(known.key, known.reserved, known.row)
-        state = "reserved with other events" if known.state == "reserved" else known.state
-        raise LocalProtocolError(
-            f"attempt {known.key.attempt} of round {known.key.round} is already {state}",
-            hint="a retry is a new attempt, and is charged as one",
-        )
+    def _prepare(self, asked: Asked) -> None:
+        """Imports, and reads the sets of records that a new file meets: outside the lock."""
+        if self._overlaps is None or not self._overlaps.about(asked.records, asked.fingerprints):
+            self._catch_up()
+            self._decide(asked).fits  # noqa: B018 - for what it loads
 
-    def _counted(self, dataset: str, unit: str, opening: Terms) -> tuple[Events, Terms]:
-        """What the account is charged so far, and the terms of its first entry."""
-        account = self._account(dataset, unit)
-        counted = merge(event for entry in account for event in entry.counted)
-        return counted, account[0].terms if account else opening
+    def _decide(self, asked: Asked) -> Decision:
+        entries = list(self._state.entries.values())
+        if self._overlaps is None or not self._overlaps.about(asked.records, asked.fingerprints):
+            self._overlaps = Overlaps(asked.records, asked.fingerprints, self.stored)
+        return decide(asked, self._overlaps.patterns(entries), entries, self._state.pinned)
+
+    def _content(self, asked: Asked, decision: Decision) -> dict[str, Any]:
+        """Of the row that grants a reservation. The set of records is kept with its first row."""
+        content = {
+            "events": encode_events(asked.events),
+            "budget": msgspec.to_builtins(decision.pinned),
+            "claim": msgspec.to_builtins(asked.claim),
+        }
+        if asked.study:
+            content["study"] = asked.study
+        records = asked.records
+        if records is not None:
+            self._journal.keep(records.digest, records.blob)
+            content |= {
+                "records": records.digest,
+                "also": list(records.also),
+                "made_with": records.key,
+            }
+            content |= {"column": records.column, "most": records.most}
+        return content
 
     def _account(self, dataset: str, unit: str) -> list[Entry]:
-        return [e for e in self._entries.values() if e.key[:2] == (dataset, unit)]
+        return [e for e in self._state.entries.values() if e.key[:2] == (dataset, unit)]
 
     def _step(self, action: str, reservation: Reservation, **content: Any) -> None:
         with self._journal.writing():
             self._catch_up()
-            entry = self._entries.get(reservation.key)
+            entry = self._state.entries.get(reservation.key)
             wanted = _NEXT[action][0]
             if entry is None or entry.row != reservation.row or entry.state != wanted:
                 state = "unknown" if entry is None else entry.state
@@ -361,11 +479,14 @@ class Ledger:
 
     def _catch_up(self) -> None:
         for row in self._journal.news():
-            self._apply(row, self._entries)
+            self._state = self._apply(row, self._state)
 
-    def _apply(self, row: Row, entries: dict[Key, Entry]) -> None:
-        body = row.body
+    def _apply(self, row: Row, state: _State) -> _State:
+        """The state after ``row``; its entries are changed in place."""
+        body, entries = row.body, state.entries
         try:
+            if body["action"] == _PIN:
+                return state._replace(pinned=msgspec.convert(body["budget"], Budget))
             key = Key(*(body[name] for name in Key._fields))
             before, after = _NEXT[body["action"]]
             weighs = body["action"] in ("reserve", "settle")
@@ -377,17 +498,55 @@ class Ledger:
                 raise self._nonsense(row.seq, f"{body['action']} out of order")
             if known is None:
                 budget = msgspec.convert(body["budget"], Budget)
-                entries[key] = Entry(key, after, events, None, budget, row.seq, body["time"])
-                return
+                about = msgspec.convert(body, About)
+                entries[key] = Entry(key, after, events, None, budget, row.seq, body["time"], about)
+                return state._replace(pinned=state.pinned or budget)
         except (KeyError, TypeError, ConfigError, msgspec.ValidationError) as error:
             raise self._nonsense(row.seq, "its content is not a ledger entry") from error
         settled = events if after == "settled" else None
         if settled is not None and not dominates(known.reserved, settled):
             raise self._nonsense(row.seq, "it settles more than was reserved")
         entries[key] = msgspec.structs.replace(known, state=after, settled=settled)
+        return state
 
     def _nonsense(self, seq: int, what: str) -> EvidenceError:
         return EvidenceError(
             f"{self._journal.path}: row {seq} of the privacy ledger does not verify: {what}",
             hint="release nothing; restore a copy whose head is in the evidence log",
+        )
+
+
+class _State(NamedTuple):
+    """What the rows so far amount to."""
+
+    entries: dict[Key, Entry]
+    pinned: Budget | None
+
+
+def _again(known: Entry, asked: Asked) -> Reservation:
+    records = asked.records.digest if asked.records else ""
+    same = known.reserved == asked.events and known.about.records in {"", records}
+    if known.state == "reserved" and same:
+        return Reservation(known.key, known.reserved, known.row)
+    other = "records" if known.reserved == asked.events else "events"
+    state = f"reserved with other {other}" if known.state == "reserved" else known.state
+    raise LocalProtocolError(
+        f"attempt {known.key.attempt} of round {known.key.round} is already {state}",
+        hint="a retry is a new attempt, and is charged as one",
+    )
+
+
+def _check_change(before: Budget, budget: Budget, higher: bool) -> None:
+    """A pin under which something was charged keeps its δ, and its ε unless the owner insists."""
+    if budget.delta != before.delta:
+        raise ConfigError(
+            f"charges were made at δ = {before.delta:g}, which stays",
+            where="delta",
+            hint=f"keep δ = {before.delta:g}",
+        )
+    if budget.epsilon > before.epsilon and not higher:
+        raise ConfigError(
+            f"ε = {before.epsilon:g} is pinned, and records were charged under it",
+            where="epsilon",
+            hint="--raise raises it: those records then have the weaker promise",
         )
