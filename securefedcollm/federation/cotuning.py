@@ -83,8 +83,12 @@ class SiloTuning:
         elif study.joint:
             _check_joint_units(study, self._units)
 
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        return self._questions
+
     def contents(self) -> Iterator[tuple[bytes, str | None]]:
-        return ((record_content(q), q.subject) for q in self._questions)
+        return contents_of(self._questions)
 
     def layout(self, round_: int) -> bytes:
         return self._tuned.layout_digest(round_)
@@ -321,6 +325,11 @@ def _subjects(study: Study, questions: Sequence[Question]) -> list[str] | None:
             hint="every record needs its subject, or privacy.subject another column",
         )
     return [str(subject) for subject in subjects]
+
+
+def contents_of(questions: Sequence[Question]) -> Iterator[tuple[bytes, str | None]]:
+    """Of every question a digest of its content, and whose it is: for the privacy ledger."""
+    return ((record_content(question), question.subject) for question in questions)
 
 
 def sampling_rate(study: Study, questions: Sequence[Question]) -> float:

@@ -20,7 +20,7 @@ All releases about a record are together (ε, δ) private, at the owner's pinned
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -69,12 +69,18 @@ class Overlaps:
         records: of the file.
         fingerprints: by which a charge that names no records may know the file.
         stored: the ids of a set, by its digest.
+        files: the sets that are known to be the records of a file, by its fingerprint.
     """
 
     def __init__(
-        self, records: Records | None, fingerprints: Iterable[str], stored: Callable[[str], Ids]
+        self,
+        records: Records | None,
+        fingerprints: Iterable[str],
+        stored: Callable[[str], Ids],
+        files: Mapping[str, set[str]],
     ) -> None:
         self.records = records
+        self._files = files
         self._fingerprints = frozenset(fingerprints)
         self._stored = stored
         self._sets: dict[str, npt.NDArray[np.uint8]] = {}
@@ -90,12 +96,7 @@ class Overlaps:
         every file that has its fingerprint.
         """
         accounts = self.records.accounts if self.records else 1
-        known: dict[str, set[str]] = {}  # fingerprint -> sets that were charged under it
-        for entry in entries:
-            if entry.about.records:
-                for fingerprint in entry.fingerprints:
-                    known.setdefault(fingerprint, set()).add(entry.about.records)
-        sources = [self._source(entry, known) for entry in entries]
+        sources = [self._source(entry) for entry in entries]
         columns = {source: self._column(source) for source in dict.fromkeys(sources)}
         of = _grouped(list(columns.values()), accounts)
         firsts = np.unique(of, return_index=True)[1]
@@ -111,13 +112,12 @@ class Overlaps:
 
     def unattributed(self, entries: Sequence[Entry]) -> list[Entry]:
         """Charges of which nobody knows any more what they were about."""
-        known = {f for e in entries if e.about.records for f in e.fingerprints}
-        known |= self._fingerprints
+        known = {*self._files, *self._fingerprints}
         return [
             e for e in entries if not e.about.records and e.counted and e.key.dataset not in known
         ]
 
-    def _source(self, entry: Entry, known: dict[str, set[str]]) -> frozenset[str]:
+    def _source(self, entry: Entry) -> frozenset[str]:
         """The sets that together are what the charge is about; "" stands for all of this file."""
         if entry.about.records:
             mine = self.records is not None and self.records.digest == entry.about.records
@@ -125,7 +125,7 @@ class Overlaps:
             return frozenset([""] if mine or same else [entry.about.records])
         if entry.key.dataset in self._fingerprints:
             return frozenset([""])
-        return frozenset(known.get(entry.key.dataset, ()))
+        return frozenset(self._files.get(entry.key.dataset, ()))
 
     def _column(self, source: frozenset[str]) -> npt.NDArray[np.uint8]:
         """Which accounts a charge is about, as packed bits."""

@@ -93,13 +93,17 @@ class Records:
 
     def within(self, ids: Ids) -> npt.NDArray[np.bool_]:
         """Which accounts have a record among ``ids``, sorted: bool [accounts]."""
+        return self.by_account(self.rows_in(ids))
+
+    def rows_in(self, ids: Ids) -> npt.NDArray[np.bool_]:
+        """Which rows are among ``ids``, sorted: bool [n]."""
         mine, inverse = self._unique
         if not len(ids):
-            return np.zeros(self.accounts, dtype=np.bool_)
+            return np.zeros(len(self), dtype=np.bool_)
         place = np.searchsorted(ids, mine)
         place[place == len(ids)] = 0
         rows: npt.NDArray[np.bool_] = (ids[place] == mine)[inverse]
-        return self.by_account(rows)
+        return rows
 
     def by_account(self, rows: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """Which accounts have a record among ``rows``, bool [n]: bool [accounts]."""

@@ -32,7 +32,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import msgspec
 
@@ -40,11 +40,10 @@ from securefedcollm.errors import BudgetExceeded, ConfigError, EvidenceError, Lo
 from securefedcollm.privacy.accounting import Claim
 from securefedcollm.privacy.accounts import Bools, Overlaps
 from securefedcollm.privacy.admission import Asked, Decision, decide
-from securefedcollm.privacy.charges import About, Budget, Entry, Key, State, Unit
+from securefedcollm.privacy.charges import Budget, Entry, Key, Unit
 from securefedcollm.privacy.events import (
     Event,
     Events,
-    decode_events,
     dominates,
     encode_events,
     merge,
@@ -59,17 +58,11 @@ from securefedcollm.privacy.identities import (
     record_key,
 )
 from securefedcollm.privacy.journal import Head, Journal, Row
+from securefedcollm.privacy.replay import FILE, NEXT, PIN, Replay
 from securefedcollm.privacy.standing import Standing, standing_of
 
 __all__ = ["Budget", "Entry", "Key", "Ledger", "Reservation", "SpentSummary"]
 
-_NEXT: Final[dict[str, tuple[str | None, State]]] = {
-    "reserve": (None, "reserved"),
-    "release": ("reserved", "released"),
-    "settle": ("released", "settled"),
-    "void": ("reserved", "void"),
-}
-_PIN: Final = "pin"
 _NO_BUDGET: Final = Budget(math.inf, 1e-5)
 """To read an empty ledger with."""
 
@@ -112,7 +105,7 @@ class Ledger:
     ) -> None:
         self.owner = owner
         self._journal = Journal(Path(path), owner, now=now)
-        self._state = _State({}, None)
+        self._state = Replay(self._journal.path)
         self._overlaps: Overlaps | None = None
         self._catch_up()
 
@@ -139,7 +132,7 @@ class Ledger:
             if before is not None and self._state.entries:
                 _check_change(before, budget, higher)
             if budget != before:
-                self._journal.append({"action": _PIN, "budget": msgspec.to_builtins(budget)})
+                self._journal.append({"action": PIN, "budget": msgspec.to_builtins(budget)})
         self._catch_up()
 
     def identify(
@@ -160,9 +153,31 @@ class Ledger:
             StateError: the key is lost, or another's.
         """
         self._catch_up()
-        names = (entry.about.made_with for entry in self._state.entries.values())
-        key = record_key(self._journal.path, next(filter(None, names), ""))
+        key = record_key(self._journal.path, self._state.made_with)
         return identify(key, contents, column=column or "", also=also)
+
+    def recognise(self, records: Records, fingerprints: Sequence[str]) -> None:
+        """Remember whose file this is, if charges name it that do not name its records.
+
+        Those are of an older ledger. From now on they count for these records, in whatever file.
+
+        Args:
+            fingerprints: of the file.
+        """
+        with self._journal.writing():
+            self._catch_up()
+            nameless = {e.key.dataset for e in self.entries() if not e.about.records}
+            new = [
+                fingerprint
+                for fingerprint in fingerprints
+                if fingerprint in nameless
+                and records.digest not in self._state.files.get(fingerprint, ())
+            ]
+            if new:
+                self._journal.keep(records.digest, records.blob)
+                about = {"records": records.digest, "made_with": records.key}
+                self._journal.append({"action": FILE, "fingerprints": new, **about})
+        self._catch_up()
 
     def reserve(
         self,
@@ -296,7 +311,7 @@ class Ledger:
         """
         self._catch_up()
         entries = [e for e in self.entries() if not besides or e.about.study != besides]
-        overlaps = Overlaps(records, (*fingerprints, *records.also), self.stored)
+        overlaps = Overlaps(records, (*fingerprints, *records.also), self.stored, self._state.files)
         whom = Unit(unit, records.column, records.most)
         limit = self._state.pinned or budget or _NO_BUDGET
         return standing_of(overlaps, entries, limit, whom, merge(plus))
@@ -398,16 +413,15 @@ class Ledger:
             EvidenceError: naming the row that does not verify.
         """
         rows = self.rows()
-        replayed = _State({}, None)
+        replayed = Replay(self._journal.path)
         for row in rows:
-            replayed = self._apply(row, replayed)
-        for digest in dict.fromkeys(e.about.records for e in replayed.entries.values()):
-            if digest:
-                self.stored(digest)
+            replayed.apply(row)
+        for digest in set().union(*replayed.files.values()):
+            self.stored(digest)
         for anchor in anchors:
             found = rows[anchor.rows - 1].digest if 1 <= anchor.rows <= len(rows) else None
             if anchor.rows and found != anchor.digest:
-                raise self._nonsense(anchor.rows, "it is not the one that was anchored")
+                raise self._state.nonsense(anchor.rows, "it is not the one that was anchored")
         return Head(len(rows), rows[-1].digest) if rows else self._journal.head()
 
     def close(self) -> None:
@@ -435,7 +449,9 @@ class Ledger:
     def _decide(self, asked: Asked) -> Decision:
         entries = list(self._state.entries.values())
         if self._overlaps is None or not self._overlaps.about(asked.records, asked.fingerprints):
-            self._overlaps = Overlaps(asked.records, asked.fingerprints, self.stored)
+            self._overlaps = Overlaps(
+                asked.records, asked.fingerprints, self.stored, self._state.files
+            )
         return decide(asked, self._overlaps.patterns(entries), entries, self._state.pinned)
 
     def _content(self, asked: Asked, decision: Decision) -> dict[str, Any]:
@@ -465,7 +481,7 @@ class Ledger:
         with self._journal.writing():
             self._catch_up()
             entry = self._state.entries.get(reservation.key)
-            wanted = _NEXT[action][0]
+            wanted = NEXT[action][0]
             if entry is None or entry.row != reservation.row or entry.state != wanted:
                 state = "unknown" if entry is None else entry.state
                 raise LocalProtocolError(
@@ -479,48 +495,7 @@ class Ledger:
 
     def _catch_up(self) -> None:
         for row in self._journal.news():
-            self._state = self._apply(row, self._state)
-
-    def _apply(self, row: Row, state: _State) -> _State:
-        """The state after ``row``; its entries are changed in place."""
-        body, entries = row.body, state.entries
-        try:
-            if body["action"] == _PIN:
-                return state._replace(pinned=msgspec.convert(body["budget"], Budget))
-            key = Key(*(body[name] for name in Key._fields))
-            before, after = _NEXT[body["action"]]
-            weighs = body["action"] in ("reserve", "settle")
-            events = decode_events(body["events"]) if weighs else ()
-            if weighs and not events:
-                raise self._nonsense(row.seq, f"a {body['action']} of nothing")
-            known = entries.get(key)
-            if (known.state if known else None) != before:
-                raise self._nonsense(row.seq, f"{body['action']} out of order")
-            if known is None:
-                budget = msgspec.convert(body["budget"], Budget)
-                about = msgspec.convert(body, About)
-                entries[key] = Entry(key, after, events, None, budget, row.seq, body["time"], about)
-                return state._replace(pinned=state.pinned or budget)
-        except (KeyError, TypeError, ConfigError, msgspec.ValidationError) as error:
-            raise self._nonsense(row.seq, "its content is not a ledger entry") from error
-        settled = events if after == "settled" else None
-        if settled is not None and not dominates(known.reserved, settled):
-            raise self._nonsense(row.seq, "it settles more than was reserved")
-        entries[key] = msgspec.structs.replace(known, state=after, settled=settled)
-        return state
-
-    def _nonsense(self, seq: int, what: str) -> EvidenceError:
-        return EvidenceError(
-            f"{self._journal.path}: row {seq} of the privacy ledger does not verify: {what}",
-            hint="release nothing; restore a copy whose head is in the evidence log",
-        )
-
-
-class _State(NamedTuple):
-    """What the rows so far amount to."""
-
-    entries: dict[Key, Entry]
-    pinned: Budget | None
+            self._state.apply(row)
 
 
 def _again(known: Entry, asked: Asked) -> Reservation:
