@@ -316,6 +316,27 @@ class Ledger:
         limit = self._state.pinned or budget or _NO_BUDGET
         return standing_of(overlaps, entries, limit, whom, merge(plus))
 
+    def sets(self) -> dict[str, list[Entry]]:
+        """Every set of records that the ledger knows, by digest, with the charges that name it."""
+        self._catch_up()
+        found: dict[str, list[Entry]] = {}
+        for entry in self.entries():
+            if entry.about.records:
+                found.setdefault(entry.about.records, []).append(entry)
+        for digest in sorted(set().union(*self._state.files.values())):
+            found.setdefault(digest, [])
+        return found
+
+    def unattributed(self) -> list[Entry]:
+        """Charges that name no records, and no file of which the ledger knows the records."""
+        self._catch_up()
+        files = self._state.files
+        return [
+            e
+            for e in self.entries()
+            if e.counted and not e.about.records and e.key.dataset not in files
+        ]
+
     def set_of(self, study: str) -> Ids | None:
         """The records that a study was first charged for; None if it was not."""
         named = (e.about.records for e in self.entries() if e.about.study == study)
