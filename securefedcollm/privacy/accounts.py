@@ -54,7 +54,7 @@ class Account(NamedTuple):
 class Patterns(NamedTuple):
     """The accounts of a file: which charges each is about, and how many there are of each kind."""
 
-    of: npt.NDArray[np.int64]
+    of: npt.NDArray[np.int32]
     """The pattern of every account, [accounts]."""
     charges: list[list[Entry]]
     """By pattern, oldest first."""
@@ -141,14 +141,16 @@ class Overlaps:
         return found
 
 
-def _grouped(columns: Sequence[npt.NDArray[np.uint8]], accounts: int) -> npt.NDArray[np.int64]:
+def _grouped(columns: Sequence[npt.NDArray[np.uint8]], accounts: int) -> npt.NDArray[np.int32]:
     """Number the accounts by their bits in all ``columns``, eight columns at a time."""
-    groups = np.zeros(accounts, dtype=np.int64)
+    groups = np.zeros(accounts, dtype=np.int32)
     for start in range(0, len(columns), 8):
+        codes = groups.astype(np.int64)
         for column in columns[start : start + 8]:
-            groups *= 2
-            groups += np.unpackbits(column, count=accounts)
-        groups = np.unique(groups, return_inverse=True)[1]
+            codes *= 2
+            codes += np.unpackbits(column, count=accounts)
+        present = np.unique(codes)
+        groups = np.searchsorted(present, codes).astype(np.int32)
     return groups
 
 

@@ -25,6 +25,7 @@ from securefedcollm.primitives import hmac_sha256, sha256
 
 ID_BYTES: Final = 16
 _DTYPE: Final = np.dtype(f"S{ID_BYTES}")
+_CHUNK: Final = 1 << 16
 _ID: Final = b"securefedcollm/ledger/record/v1\0"
 _KEY_NAME: Final = b"securefedcollm/ledger/record-key/v1\0"
 
@@ -62,16 +63,16 @@ class Records:
         return len(self.rows)
 
     @cached_property
-    def _unique(self) -> tuple[Ids, npt.NDArray[np.int64]]:
+    def _unique(self) -> tuple[Ids, npt.NDArray[np.int32]]:
         ids, inverse = np.unique(self.rows, return_inverse=True)
-        return ids, inverse
+        return ids, inverse.astype(np.int32)
 
     @property
     def ids(self) -> Ids:
         """Sorted and without repetition."""
         return self._unique[0]
 
-    @cached_property
+    @property
     def blob(self) -> bytes:
         """:attr:`ids`, one after the other."""
         return self.ids.tobytes()
@@ -98,11 +99,13 @@ class Records:
     def rows_in(self, ids: Ids) -> npt.NDArray[np.bool_]:
         """Which rows are among ``ids``, sorted: bool [n]."""
         mine, inverse = self._unique
-        if not len(ids):
-            return np.zeros(len(self), dtype=np.bool_)
-        place = np.searchsorted(ids, mine)
-        place[place == len(ids)] = 0
-        rows: npt.NDArray[np.bool_] = (ids[place] == mine)[inverse]
+        found = np.zeros(len(mine), dtype=np.bool_)
+        for start in range(0, len(mine) if len(ids) else 0, _CHUNK):
+            some = mine[start : start + _CHUNK]
+            place = np.searchsorted(ids, some)
+            place[place == len(ids)] = 0
+            found[start : start + _CHUNK] = ids[place] == some
+        rows: npt.NDArray[np.bool_] = found[inverse]
         return rows
 
     def by_account(self, rows: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
@@ -139,7 +142,7 @@ def identify(
         if column:
             numbers.append(names.setdefault(subject, len(names)))
     return Records(
-        np.frombuffer(bytes(ids), dtype=_DTYPE),
+        np.frombuffer(ids, dtype=_DTYPE),
         subjects=np.array(numbers, dtype=np.int64) if column else None,
         column=column,
         also=also,
