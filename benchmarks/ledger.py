@@ -3,9 +3,10 @@
     python -m benchmarks.ledger --records 1000000 --json
 
 A file of so many records, and earlier studies that each charged another part of it, so that there
-are as many accounts as parts and one of records that nothing was charged to. Seconds are wall-clock
-on one thread; the files are on the disk that ``TMPDIR`` names. ``peak_mb`` is what the step added
-to the most that the process ever held.
+are as many accounts as parts and one of records that nothing was charged to. ``s`` is wall-clock on
+one thread, ``cpu_s`` the process's own time; the files are on the disk that ``TMPDIR`` names.
+``peak_mb`` is what the step added to the most that the process ever held. Last, with ``--check``,
+``data check`` of such a file, which reads it as the silo does.
 """
 
 from __future__ import annotations
@@ -24,34 +25,39 @@ from securefedcollm.privacy.accounting import claim
 from securefedcollm.privacy.events import PoissonGaussian
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.privacy.report import read_report
+from securefedcollm.tuning.cleaning import check_file
 from securefedcollm.tuning.questions import Question
 from securefedcollm.tuning.splits import record_content
 
 T = TypeVar("T")
 BUDGET = (8.0, 1e-5)
+WORDS = "the patient came back after three weeks with the same complaint and a new one " * 2
 EVENTS = [PoissonGaussian(0.001, 1.0, 50)]
 
 
 def contents(first: int, last: int) -> Iterator[tuple[bytes, str | None]]:
     """Of records of some 200 characters, as a silo computes them from its questions."""
-    words = "the patient came back after three weeks with the same complaint and a new one " * 2
     for i in range(first, last):
-        question = Question(f"Question: case {i}: {words}\nAnswer:", ("yes", "no", "unsure"), 0)
+        question = Question(f"Question: case {i}: {WORDS}\nAnswer:", ("yes", "no", "unsure"), 0)
         yield record_content(question), None
 
 
 def measured(what: Callable[[], T]) -> tuple[T, dict[str, float]]:
-    before, start = _peak(), time.perf_counter()
+    before, start, busy = _peak(), time.perf_counter(), time.process_time()
     made = what()
-    seconds = time.perf_counter() - start
-    return made, {"s": round(seconds, 2), "peak_mb": round(_peak() - before, 1)}
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
+    return made, {
+        "s": round(seconds, 2),
+        "cpu_s": round(busy, 2),
+        "peak_mb": round(_peak() - before, 1),
+    }
 
 
 def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000.0
 
 
-def run(records: int, studies: int) -> dict[str, Any]:
+def run(records: int, studies: int, check: bool) -> dict[str, Any]:
     claim(EVENTS, 1e-5)  # imports
     found: dict[str, Any] = {"records": records, "studies": studies}
     with tempfile.TemporaryDirectory() as place:
@@ -71,6 +77,14 @@ def run(records: int, studies: int) -> dict[str, Any]:
             found["spent"] = {"most": standing.worst, "median": standing.median}
         found["ledger_mb"] = round(sum(p.stat().st_size for p in Path(place).iterdir()) / 1e6, 1)
         _, found["budget_show"] = measured(lambda: read_report(path, details=False))
+        if check:
+            file = Path(place) / "records.jsonl"
+            with file.open("w") as out:
+                for i in range(records):
+                    choices = ["yes", "no", "unsure"]
+                    row = {"question": f"case {i}: {WORDS}", "choices": choices, "answer": i % 3}
+                    out.write(json.dumps(row) + "\n")
+            _, found["data_check"] = measured(lambda: check_file(file))
     return found
 
 
@@ -82,9 +96,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=int, default=1_000_000)
     parser.add_argument("--studies", type=int, default=4)
+    parser.add_argument("--check", action="store_true", help="also `data check` of such a file")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    found = {"benchmark": "ledger"} | run(given.records, given.studies)
+    found = {"benchmark": "ledger"} | run(given.records, given.studies, given.check)
     found["machine"] = machine("numpy")
     if given.json:
         print(json.dumps(found))

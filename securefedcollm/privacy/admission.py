@@ -69,6 +69,7 @@ class Decision:
         self._limit = limit
         self._patterns = patterns
         self._own = own
+        self._verdicts: dict[Account, bool] = {}
 
     @property
     def too_much(self) -> bool:
@@ -89,30 +90,36 @@ class Decision:
     @cached_property
     def _poor(self) -> list[Account]:
         """The accounts that cannot pay."""
-        verdicts: dict[Account, bool] = {}
-        for account in self._accounts:
-            alike = account._replace(pattern=0)
-            if alike not in verdicts:
-                verdicts[alike] = alike.fits
-        return [a for a in self._accounts if not verdicts[a._replace(pattern=0)]]
+        return [account for account in self._accounts if not self._can_pay(account)]
+
+    @cached_property
+    def _own_pays(self) -> bool:
+        return self._can_pay(self._own)
+
+    def _can_pay(self, account: Account) -> bool:
+        """The same for accounts that only differ in whose they are; so ask once."""
+        alike = account._replace(promise="", pattern=0)
+        if alike not in self._verdicts:
+            self._verdicts[alike] = alike.fits
+        return self._verdicts[alike]
 
     @cached_property
     def fits(self) -> bool:
-        return not self.too_much and self._own.fits and not self._poor
+        return not self.too_much and self._own_pays and not self._poor
 
     @property
     def paying(self) -> Bools:
         """Which of the file's accounts (records, or subjects) can pay: bool [accounts]."""
         poor = np.zeros(len(self._patterns.counts), dtype=np.bool_)
         poor[[account.pattern for account in self._poor]] = True
-        paying: Bools = ~poor[self._patterns.of] if self._own.fits else np.zeros(1, dtype=np.bool_)
+        paying: Bools = ~poor[self._patterns.of] if self._own_pays else np.zeros(1, dtype=np.bool_)
         return np.broadcast_to(paying, self._patterns.of.shape)
 
     def refusal(self, what: str = "rounds") -> tuple[str, str]:
         """(message, hint): what is spent, what is left, and what would fit."""
         if self.too_much:
             return self._refuse_more()
-        failing = [self._own] if not self._own.fits else self._poor
+        failing = [self._own] if not self._own_pays else self._poor
         worst = max(failing, key=reading)
         counted, terms, budget = worst.counted, worst.terms, worst.budget
         limits, asked = (budget.epsilon, budget.delta), self.asked

@@ -27,20 +27,16 @@ chosen after seeing the results of the last.
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Final
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import msgspec
 
-from securefedcollm.errors import BudgetExceeded, ConfigError, EvidenceError, LocalProtocolError
-from securefedcollm.privacy.accounting import Claim
+from securefedcollm.errors import BudgetExceeded, ConfigError, LocalProtocolError
 from securefedcollm.privacy.accounts import Bools, Overlaps
 from securefedcollm.privacy.admission import Asked, Decision, decide
-from securefedcollm.privacy.charges import Budget, Entry, Key, Unit
+from securefedcollm.privacy.book import Book, SpentSummary
+from securefedcollm.privacy.charges import Budget, Entry, Key
 from securefedcollm.privacy.events import (
     Event,
     Events,
@@ -48,23 +44,15 @@ from securefedcollm.privacy.events import (
     encode_events,
     merge,
 )
-from securefedcollm.privacy.filters import filter_epsilon
 from securefedcollm.privacy.identities import (
-    Ids,
     Records,
-    digest_of,
     identify,
-    read_ids,
     record_key,
 )
-from securefedcollm.privacy.journal import Head, Journal, Row
-from securefedcollm.privacy.replay import FILE, NEXT, PIN, Replay
-from securefedcollm.privacy.standing import Standing, standing_of
+from securefedcollm.privacy.journal import Row
+from securefedcollm.privacy.replay import FILE, NEXT, PIN
 
 __all__ = ["Budget", "Entry", "Key", "Ledger", "Reservation", "SpentSummary"]
-
-_NO_BUDGET: Final = Budget(math.inf, 1e-5)
-"""To read an empty ledger with."""
 
 
 class Reservation(msgspec.Struct, frozen=True):
@@ -76,44 +64,10 @@ class Reservation(msgspec.Struct, frozen=True):
     """Number of the journal row that granted it."""
 
 
-class SpentSummary(msgspec.Struct, frozen=True):
-    """What a data set and unit have spent."""
+class Ledger(Book):
+    """A participant's privacy ledger: what charges, releases and refuses."""
 
-    dataset: str
-    unit: str
-    claim: Claim
-    events: Events
-    entries: dict[str, int]
-    """Number of entries by state."""
-
-
-class Ledger:
-    """A participant's privacy ledger in one SQLite file (WAL, ``synchronous=FULL``, mode 0600).
-
-    Args:
-        path: the file; created if absent.
-        owner: the participant's name.
-        now: the clock that stamps rows, seconds since the epoch.
-
-    Raises:
-        StateError: the file cannot be used.
-        EvidenceError: a row was changed, removed or does not make sense.
-    """
-
-    def __init__(
-        self, path: Path | str, owner: str, *, now: Callable[[], float] = time.time
-    ) -> None:
-        self.owner = owner
-        self._journal = Journal(Path(path), owner, now=now)
-        self._state = Replay(self._journal.path)
-        self._overlaps: Overlaps | None = None
-        self._catch_up()
-
-    @property
-    def pinned(self) -> Budget | None:
-        """The budget of every record of this owner; None before the first reservation."""
-        self._catch_up()
-        return self._state.pinned
+    _overlaps: Overlaps | None = None
 
     def pin(self, epsilon: float, delta: float, *, higher: bool = False) -> None:
         """Fix the budget of every record of this owner, in all studies together.
@@ -291,74 +245,6 @@ class Ledger:
             raise BudgetExceeded(f"{unit} data: {message}", hint=hint)
         return records.rows_of(decision.paying)
 
-    def standing(
-        self,
-        records: Records,
-        fingerprints: Iterable[str] = (),
-        *,
-        besides: str = "",
-        unit: str = "record",
-        plus: Sequence[Event] = (),
-        budget: Budget | None = None,
-    ) -> Standing:
-        """What these records have spent.
-
-        Args:
-            fingerprints: of their file, for charges that name no records.
-            besides: leave out what this study (digest, hex) was charged.
-            plus: count these releases of ``unit`` too: what would be spent after them.
-            budget: what would be pinned, where nothing is yet.
-        """
-        self._catch_up()
-        entries = [e for e in self.entries() if not besides or e.about.study != besides]
-        overlaps = Overlaps(records, (*fingerprints, *records.also), self.stored, self._state.files)
-        whom = Unit(unit, records.column, records.most)
-        limit = self._state.pinned or budget or _NO_BUDGET
-        return standing_of(overlaps, entries, limit, whom, merge(plus))
-
-    def sets(self) -> dict[str, list[Entry]]:
-        """Every set of records that the ledger knows, by digest, with the charges that name it."""
-        self._catch_up()
-        found: dict[str, list[Entry]] = {}
-        for entry in self.entries():
-            if entry.about.records:
-                found.setdefault(entry.about.records, []).append(entry)
-        for digest in sorted(set().union(*self._state.files.values())):
-            found.setdefault(digest, [])
-        return found
-
-    def unattributed(self) -> list[Entry]:
-        """Charges that name no records, and no file of which the ledger knows the records."""
-        self._catch_up()
-        files = self._state.files
-        return [
-            e
-            for e in self.entries()
-            if e.counted and not e.about.records and e.key.dataset not in files
-        ]
-
-    def set_of(self, study: str) -> Ids | None:
-        """The records that a study was first charged for; None if it was not."""
-        named = (e.about.records for e in self.entries() if e.about.study == study)
-        digest = next(filter(None, named), None)
-        return None if digest is None else self.stored(digest)
-
-    def stored(self, digest: str) -> Ids:
-        """A set of records that was charged, sorted.
-
-        Raises:
-            EvidenceError: it is missing, or was changed.
-        """
-        content = self._journal.kept(digest)
-        ids = None if content is None else read_ids(content)
-        if content is None or ids is None or digest_of(content) != digest:
-            what = "is missing" if content is None else "does not match its digest"
-            raise EvidenceError(
-                f"{self._journal.path}: a set of records of the privacy ledger {what}",
-                hint="release nothing; restore a copy whose head is in the evidence log",
-            )
-        return ids
-
     def release(self, reservation: Reservation) -> None:
         """Record, durably, that bytes are about to leave. Call it before they do.
 
@@ -391,73 +277,6 @@ class Ledger:
             LocalProtocolError: it was released.
         """
         self._step("void", reservation)
-
-    def spent(self, dataset: str, unit: str, delta: float) -> SpentSummary:
-        """ε at ``delta`` of everything counted for the data set and unit, as a reading on the way.
-
-        See :func:`~.filters.filter_epsilon`: the promise is the agreed budget.
-        """
-        self._catch_up()
-        entries = self._account(dataset, unit)
-        states: dict[str, int] = {}
-        for entry in entries:
-            states[entry.state] = states.get(entry.state, 0) + 1
-        events = merge(event for entry in entries for event in entry.counted)
-        claim = Claim(0.0, delta, "none")
-        if entries:
-            claim = filter_epsilon(events, delta, entries[0].terms)
-        return SpentSummary(dataset, unit, claim, events, states)
-
-    def entries(self) -> list[Entry]:
-        """Current state of every reservation, oldest first."""
-        self._catch_up()
-        return list(self._state.entries.values())
-
-    def rows(self) -> list[Row]:
-        """Every journal row, oldest first, read and verified afresh."""
-        fresh = Journal(self._journal.path, self.owner)
-        try:
-            return fresh.news()
-        finally:
-            fresh.close()
-
-    @property
-    def head(self) -> Head:
-        """Digest of the newest row, to anchor in the evidence log."""
-        self._catch_up()
-        return self._journal.head()
-
-    def verify(self, *anchors: Head) -> Head:
-        """Re-read the whole file: chain, transitions, settlements, and that ``anchors`` are in it.
-
-        Raises:
-            EvidenceError: naming the row that does not verify.
-        """
-        rows = self.rows()
-        replayed = Replay(self._journal.path)
-        for row in rows:
-            replayed.apply(row)
-        for digest in set().union(*replayed.files.values()):
-            self.stored(digest)
-        for anchor in anchors:
-            found = rows[anchor.rows - 1].digest if 1 <= anchor.rows <= len(rows) else None
-            if anchor.rows and found != anchor.digest:
-                raise self._state.nonsense(anchor.rows, "it is not the one that was anchored")
-        return Head(len(rows), rows[-1].digest) if rows else self._journal.head()
-
-    def close(self) -> None:
-        self._journal.close()
-
-    def __enter__(self) -> Ledger:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     # --- internals ------------------------------------------------------------------------------
 
@@ -495,9 +314,6 @@ class Ledger:
             content |= {"column": records.column, "most": records.most}
         return content
 
-    def _account(self, dataset: str, unit: str) -> list[Entry]:
-        return [e for e in self._state.entries.values() if e.key[:2] == (dataset, unit)]
-
     def _step(self, action: str, reservation: Reservation, **content: Any) -> None:
         with self._journal.writing():
             self._catch_up()
@@ -513,10 +329,6 @@ class Ledger:
 
     def _write(self, action: str, key: Key, **content: Any) -> Row:
         return self._journal.append({"action": action, **key._asdict(), **content})
-
-    def _catch_up(self) -> None:
-        for row in self._journal.news():
-            self._state.apply(row)
 
 
 def _again(known: Entry, asked: Asked) -> Reservation:
