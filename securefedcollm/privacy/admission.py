@@ -151,15 +151,13 @@ class Decision:
 
     def _refuse_more(self) -> tuple[str, str]:
         asked, pinned = self.asked, self.pinned
-        spent = (
-            max(
-                reading(account)
-                for charges in self._patterns.charges
-                for account in accounts_of(charges, (), asked.whom, pinned, pinned.epsilon)
-            )
-            if any(self._patterns.charges)
-            else 0.0
-        )
+        accounts = [
+            account
+            for charges in self._patterns.charges
+            if charges
+            for account in accounts_of(charges, (), asked.whom, pinned, pinned.epsilon)
+        ]
+        spent = max(map(reading, accounts), default=0.0)
         left = down(pinned.epsilon - spent)
         budget = f"the budget of these records is pinned at ε = {pinned.epsilon:g}, δ = "
         budget += f"{pinned.delta:g}, of which ε = {up(spent)} is spent and {left} is left"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from securefedcollm.privacy.journal import Head, Journal, Row
 from securefedcollm.privacy.replay import Replay
 from securefedcollm.privacy.standing import Standing, standing_of
 
-_NO_BUDGET: Final = Budget(math.inf, 1e-5)
+_NO_BUDGET: Final = Budget(1e9, 1e-5)
 """To read an empty ledger with."""
 
 

@@ -40,8 +40,10 @@ class Budget(msgspec.Struct, frozen=True):
     delta: float
 
     def __post_init__(self) -> None:
-        if not self.epsilon > 0.0:
-            raise ConfigError(f"must be above 0, not {self.epsilon}", where="privacy.epsilon")
+        if not (self.epsilon > 0.0 and math.isfinite(self.epsilon)):
+            raise ConfigError(
+                f"must be above 0 and finite, not {self.epsilon}", where="privacy.epsilon"
+            )
         if not 0.0 < self.delta < 1.0:
             raise ConfigError(f"lies in (0, 1), not {self.delta}", where="privacy.delta")
 

@@ -105,6 +105,7 @@ SIXTEENTH = [DiscreteGaussian(2.0**22, 2**18, 100, 1)]
         ({"words": WORDS[::-1]}, "of 8 is spent"),
         ({"words": [*WORDS, "new"]}, "20 of 21 records cannot pay"),
         ({"words": WORDS[:1]}, "of 8 is spent"),
+        ({"words": [*WORDS, "new"], "budget": (16.0, 1e-5)}, "asks for ε = 16; .* pinned at ε = 8"),
         ({"limit": Budget(16.0, 1e-5)}, "this silo allows ε = 16"),
         ({"budget": (0.5, 1e-5), "events": plan(0.5)}, "of 8 is spent"),
     ],
