@@ -5,7 +5,7 @@ A participant's *home* holds what outlives a run::
     identity.json                its signing key
     kit/, lead/, request/        its start-up kit (:mod:`.engines.flare.kit`)
     flare.log                    what FLARE's processes say
-    ledger.sqlite                a silo's privacy ledger, of all its studies
+    ledger.sqlite, ledger.key    a silo's privacy ledger, of all its studies; what knows its records
     studies/STUDY-DIGEST/        one directory a study, as ``audit bundle`` wants it
 
 The process may be killed at any moment and started again with the same command.

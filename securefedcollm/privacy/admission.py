@@ -163,7 +163,8 @@ class Decision:
         budget += f"{pinned.delta:g}, of which ε = {up(spent)} is spent and {left} is left"
         if asked.claim.epsilon > pinned.epsilon:
             return f"the study asks for ε = {asked.claim.epsilon:g}; {budget}", (
-                f"agree on a study with privacy.epsilon of at most {left}"
+                f"agree on a study with privacy.epsilon of at most {left}; "
+                "only `securefedcollm budget set` changes what is pinned"
             )
         if asked.claim.delta > pinned.delta:
             return f"the study asks for δ = {asked.claim.delta:g}; {budget}", (
