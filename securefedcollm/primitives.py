@@ -59,6 +59,11 @@ def sha256(*parts: bytes | memoryview) -> bytes:
     return digest.digest()
 
 
+def hmac_sha256(key: bytes, message: bytes) -> bytes:
+    """HMAC-SHA-256 (RFC 2104, 32 bytes): a digest that only who holds ``key`` can compute."""
+    return hmac.digest(key, message, "sha256")
+
+
 def merkle_root(leaves: Sequence[bytes]) -> bytes:
     """The Merkle tree hash of ``leaves`` (RFC 9162 §2.1.1; SHA-256, 32 bytes).
 

@@ -24,11 +24,13 @@ from typing import Any, Final
 
 from securefedcollm.errors import DataError
 from securefedcollm.foreign import decode_json
+from securefedcollm.tuning.content import content_digest, folded
 from securefedcollm.tuning.questions import Question
 from securefedcollm.tuning.tokenise import Kind
 
 QUESTION: Final = "Question: {}\nAnswer:"
 CLASSIFY: Final = "Text: {}\nLabel:"
+_WORDS: Final = ("prompt", "question", "text", "instruction", "response")
 
 Row = dict[str, Any]
 
@@ -79,6 +81,7 @@ class Format:
             answer=answer,
             group="" if subject is None else str(subject).strip(),
             subject=None if owner is None else _owner(row, owner),
+            content=content_of(row),
         )
 
 
@@ -115,6 +118,27 @@ def format_of(kind: Kind, labels: Sequence[str] = ()) -> Format:
                 _multiple_choice,
                 framed=True,
             )
+
+
+def content_of(row: Row) -> bytes:
+    """SHA-256 of a row's own words: of every column that some task reads words from.
+
+    It is the same whatever the study makes of the row: blind to the task's kind, to labels and
+    answers, to columns that no task reads, to the names of columns, to white space and Unicode
+    form, and to the order of choices. So a label that was mended, a column of numbers or a subject
+    that was added, and a study of another kind leave a record the record that it was.
+    """
+    words = [folded(row[name]) for name in _WORDS if isinstance(row.get(name), str)]
+    return content_digest(words, _listed(row.get("choices")))
+
+
+def _listed(choices: object) -> list[str]:
+    if isinstance(choices, str):  # a CSV cell
+        try:
+            choices = decode_json(choices)
+        except ValueError:
+            choices = [choices]
+    return [c for c in choices if isinstance(c, str)] if isinstance(choices, list) else []
 
 
 def row_of(question: Question, kind: Kind, owner: str) -> Row:

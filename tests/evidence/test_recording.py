@@ -16,6 +16,7 @@ from securefedcollm.evidence.entries import (
     Agreed,
     Finished,
     Opening,
+    Reserved,
     Settled,
     Summed,
     Uploaded,
@@ -476,3 +477,17 @@ def test_logs_of_silos_and_server_name_the_same_transcripts(tmp_path):
         (uploaded,) = [e.what for e in entries if isinstance(e.what, Uploaded)]
         assert (agreed.header, agreed.lists) == (opening.header, opening.lists)
         assert uploaded.delivery == opening.delivery
+
+
+def test_a_run_under_a_larger_pinned_budget_leaves_evidence_that_verifies(tmp_path):
+    """The log says what is pinned; the study's own ε is what its charges keep to."""
+    study = recorded_study()
+    for name in NAMES:
+        with Ledger(tmp_path / "silos" / name / "ledger.sqlite", name) as ledger:
+            ledger.pin(20.0, 1e-4)
+    RecordedRun(tmp_path, study).go()
+    entries = [e.what for e in silo_log(tmp_path, study, "silo-1").entries]
+    assert {(w.epsilon, w.delta) for w in entries if isinstance(w, Reserved)} == {(20.0, 1e-4)}
+    path = tmp_path / "evidence.zip"
+    path.write_bytes(make_bundle(tmp_path))
+    assert verify(path).failed == []
