@@ -1,8 +1,7 @@
 """Data files and how they are read: JSON Lines, CSV or Parquet.
 
-What a row holds depends on the task: :mod:`securefedcollm.tuning.formats`. Files are read by
-:mod:`securefedcollm.tuning.rows`, not by the ``datasets`` library: that reports its calls to a
-public server, leaves a copy of the records in the user's cache, and has no bounds.
+What a row holds depends on the task: :mod:`securefedcollm.tuning.formats`. How a file is read, by
+``datasets`` and Arrow behind a guard: :mod:`securefedcollm.tuning.reading`.
 
 An error names the file, the line and the field, never the value: the value may be a patient's.
 """
@@ -17,7 +16,7 @@ from typing import Final
 from securefedcollm.errors import DataError
 from securefedcollm.tuning.formats import BadField, format_of, row_of
 from securefedcollm.tuning.questions import Question
-from securefedcollm.tuning.rows import rows_of
+from securefedcollm.tuning.reading import questions_of
 from securefedcollm.tuning.tokenise import Kind
 
 SUFFIXES: Final = (".jsonl", ".csv", ".parquet")
@@ -52,13 +51,10 @@ def read_questions(
     form = format_of(kind, labels)
     _refuse_unreadable(path, form.hint)
     questions = []
-    for place, row in rows_of(path, form, owner):
-        try:
-            if isinstance(row, BadField):
-                raise row
-            questions.append(form.question(row, labelled=labelled, owner=owner))
-        except BadField as bad:
-            raise bad.at(place, form.hint) from None
+    for place, found in questions_of(path, form, labelled=labelled, owner=owner):
+        if isinstance(found, BadField):
+            raise found.at(place, form.hint)
+        questions.append(found)
     if not questions:
         raise DataError("holds no questions", where=str(path), hint=form.hint)
     return questions
@@ -76,13 +72,8 @@ def inspect_rows(
     """
     form = format_of(kind, labels)
     _refuse_unreadable(path, form.hint)
-    for place, row in rows_of(path, form, owner):
-        try:
-            if isinstance(row, BadField):
-                raise row
-            yield place, form.question(row, labelled=False, owner=owner)
-        except BadField as bad:
-            yield place, bad.at(place, form.hint)
+    for place, found in questions_of(path, form, labelled=False, owner=owner):
+        yield place, found.at(place, form.hint) if isinstance(found, BadField) else found
 
 
 def write_questions(

@@ -30,7 +30,8 @@ from securefedcollm.tuning.tokenise import Kind
 
 QUESTION: Final = "Question: {}\nAnswer:"
 CLASSIFY: Final = "Text: {}\nLabel:"
-_WORDS: Final = ("prompt", "question", "text", "instruction", "response")
+WORDS: Final = ("prompt", "question", "text", "instruction", "response")
+"""Columns that some task reads words from."""
 
 Row = dict[str, Any]
 
@@ -128,7 +129,7 @@ def content_of(row: Row) -> bytes:
     form, and to the order of choices. So a label that was mended, a column of numbers or a subject
     that was added, and a study of another kind leave a record the record that it was.
     """
-    words = [folded(row[name]) for name in _WORDS if isinstance(row.get(name), str)]
+    words = [folded(row[name]) for name in WORDS if isinstance(row.get(name), str)]
     return content_digest(words, _listed(row.get("choices")))
 
 

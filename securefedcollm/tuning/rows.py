@@ -1,4 +1,7 @@
-"""The rows of a data file, one after the other, each with its place; nothing is read twice.
+"""The rows of a data file, one after the other, each with its place: the guard before the reader.
+
+A file is read once; a row that passes here goes on, byte for byte, to
+:mod:`securefedcollm.tuning.tables`, which parses it with Arrow and ``datasets``.
 
 Adversary: whoever made the file: the study's author for the public questions, an exporter of a
 hospital's system, somebody with a hand in a silo's records. Lines, cells, nesting and what a
@@ -12,12 +15,13 @@ import csv
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, NamedTuple
 
 from securefedcollm.errors import DataError
 from securefedcollm.foreign import decode_json, printable
-from securefedcollm.tuning.formats import BadField, Format, Row
+from securefedcollm.tuning.formats import WORDS, BadField, Format, Row
 from securefedcollm.tuning.parquet_footer import Footer, read_footer
+from securefedcollm.tuning.tables import Shape, rows_of_table, shape_of
 
 MOST_LINE: Final = 16 << 20
 """Bytes of a line, characters of a cell: a long book."""
@@ -25,13 +29,25 @@ _FREE: Final = 64 << 20
 _UNFOLDING: Final = 100
 """A column may unfold to so many times the file, beyond ``_FREE`` bytes: text shrinks ten times."""
 _MOST_COLUMNS: Final = 1000
-_BATCH: Final = 1024
-
-Placed = tuple[str, Row | BadField]
-"""``file:line`` (Parquet: ``file, row n``, from 1), and the row or what is wrong with it."""
+BATCH: Final = 1024
+"""Rows that are held at a time."""
 
 
-def rows_of(path: Path, form: Format, owner: str | None) -> Iterator[Placed]:
+class Checked(NamedTuple):
+    """One row.
+
+    ``place``: ``file:line`` (Parquet: ``file, row n``, from 1); ``row``: what it says, or what is
+    wrong with it; ``raw``: its bytes in the file, and ``shape``: the columns that are to be read
+    from them. A row of a Parquet file has no bytes of its own.
+    """
+
+    place: str
+    row: Row | BadField
+    raw: bytes = b""
+    shape: Shape = ()
+
+
+def rows_of(path: Path, form: Format, owner: str | None) -> Iterator[Checked]:
     """Every row of a file, blank lines left out.
 
     Args:
@@ -40,22 +56,24 @@ def rows_of(path: Path, form: Format, owner: str | None) -> Iterator[Placed]:
     Raises:
         DataError: the file as a whole cannot be read.
     """
+    # A record is known by its words in every column that any task reads.
+    wanted = {*form.names, *WORDS, "choices", "answer", "subject", *([owner] if owner else [])}
     match path.suffix:
         case ".jsonl":
-            return _json_rows(path, form)
+            return _json_rows(path, form, wanted)
         case ".csv":
             return _csv_rows(path, form)
         case _:
-            return _parquet_rows(
-                path, {*form.names, "prompt", "subject", *([owner] if owner else [])}
-            )
+            return _parquet_rows(path, wanted)
 
 
-def _json_rows(path: Path, form: Format) -> Iterator[Placed]:
+def _json_rows(path: Path, form: Format, wanted: set[str]) -> Iterator[Checked]:
     with path.open("rb") as file:
         for line, raw in enumerate(_lines(path, file, b""), start=1):
             if raw.strip():
-                yield f"{path}:{line}", _json_row(raw, form.columns[0])
+                row = _json_row(raw, form.columns[0])
+                shape = () if isinstance(row, BadField) else shape_of(row, wanted)
+                yield Checked(f"{path}:{line}", row, raw, shape)
 
 
 def _lines(path: Path, file: IO[Any], end: Any) -> Iterator[Any]:
@@ -85,18 +103,26 @@ def _json_row(raw: bytes, field: str) -> Row | BadField:
     return row if isinstance(row, dict) else BadField(field, "is missing: not a JSON object")
 
 
-def _csv_rows(path: Path, form: Format) -> Iterator[Placed]:
+def _csv_rows(path: Path, form: Format) -> Iterator[Checked]:
     before = csv.field_size_limit(MOST_LINE)
     reader = None
+    passed: list[str] = []  # the lines of the row that the reader is at
     try:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.reader(_lines(path, file, ""))
+            reader = csv.reader(_noted(_lines(path, file, ""), passed))
             header = _header(next(reader, []), path, form)
+            shape: Shape = tuple((name, "text") for name in header)
             line = reader.line_num
+            passed.clear()
             for cells in reader:
                 place, line = f"{path}:{line + 1}", reader.line_num
                 if cells:
-                    yield place, _csv_row(header, cells)
+                    row, text = _csv_row(header, cells), "".join(passed)
+                    if len(cells) < len(header):  # a sheet's last cells may be left out
+                        text = text.rstrip("\r\n") + "," * (len(header) - len(cells)) + "\n"
+                    bad = isinstance(row, BadField)
+                    yield Checked(place, row, b"" if bad else text.encode(), shape)
+                passed.clear()
     except csv.Error as error:
         raise DataError(
             f"is not CSV ({error})",
@@ -105,6 +131,12 @@ def _csv_rows(path: Path, form: Format) -> Iterator[Placed]:
         ) from None
     finally:
         csv.field_size_limit(before)
+
+
+def _noted(lines: Iterator[str], passed: list[str]) -> Iterator[str]:
+    for line in lines:
+        passed.append(line)
+        yield line
 
 
 def _header(header: list[str], path: Path, form: Format) -> list[str]:
@@ -146,7 +178,8 @@ def _csv_row(header: list[str], cells: list[str]) -> Row | BadField:
     return dict(zip(header, cells + [""] * (len(header) - len(cells)), strict=True))
 
 
-def _parquet_rows(path: Path, wanted: set[str]) -> Iterator[Placed]:
+def _parquet_rows(path: Path, wanted: set[str]) -> Iterator[Checked]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
@@ -162,9 +195,9 @@ def _parquet_rows(path: Path, wanted: set[str]) -> Iterator[Placed]:
                 held += part.nbytes
                 if held > most:
                     raise _bomb(path)
-                for row in part.to_pylist():
+                for row in rows_of_table(pa.Table.from_batches([part])):
                     number += 1
-                    yield f"{path}, row {number}", row
+                    yield Checked(f"{path}, row {number}", row)
     except (DataError, GeneratorExit):
         raise
     except Exception as error:  # the parser's own, of any kind
@@ -190,7 +223,7 @@ def _allowed(path: Path, size: int, about: Footer, columns: list[str]) -> tuple[
     if unfolded > most or 8 * values > most:
         raise _bomb(path)
     longest = max((chunk.unfolded for chunk in chunks), default=0)
-    return most, max(1, min(_BATCH, most // (longest + 1)))
+    return most, max(1, min(BATCH, most // (longest + 1)))
 
 
 def _bomb(path: Path) -> DataError:

@@ -223,6 +223,9 @@ def test_reading_calls_nobody_and_leaves_nothing(
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     home = tmp_path / "home"
     home.mkdir()
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home)
     monkeypatch.setattr("tempfile.tempdir", str(home))
     for suffix in (".jsonl", ".csv", ".parquet"):
         assert len(read_questions(write(tmp_path / f"rows{suffix}", ROWS))) == len(ROWS)

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +24,7 @@ from securefedcollm.errors import DataError
 from securefedcollm.tuning import rows
 from securefedcollm.tuning.data import inspect_rows, read_questions
 from securefedcollm.tuning.parquet_footer import read_footer
+from securefedcollm.tuning.splits import dataset_fingerprint
 
 GOOD = {"question": "a", "choices": ["x", "y"], "answer": 0}
 LINE = json.dumps(GOOD)
@@ -240,3 +242,100 @@ def test_an_honest_parquet_file_is_read_whatever_its_shape(tmp_path: Path) -> No
     alike = pa.Table.from_pylist([GOOD] * 200_000)  # one text, many rows: 2 kB
     pq.write_table(alike, path)
     assert len(read_questions(path)) == 200_000
+
+
+# ---- the guard, and then Arrow and `datasets` ----
+
+
+def test_a_column_is_what_its_rows_say_and_no_date(tmp_path: Path) -> None:
+    """Rows of several types in one file, dates as texts, words in columns of other tasks."""
+    rows_ = [
+        GOOD,
+        {**GOOD, "question": "2009-04-01", "subject": "2009-01-01"},
+        {**GOOD, "answer": "1", "subject": 7, "note": {"a": [1]}},
+        {**GOOD, "answer": 1.0, "subject": "7b", "note": "x"},
+        {**GOOD, "answer": None, "subject": None, "text": "more words"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows_))
+    read = read_questions(path, labelled=False)
+    assert [q.answer for q in read] == [0, 0, 1, 1, None]
+    assert [q.group for q in read] == ["", "2009-01-01", "7", "7b", ""]
+    assert read[1].prompt == "Question: 2009-04-01\nAnswer:"
+
+
+def test_a_record_is_the_same_record_in_every_format(tmp_path: Path) -> None:
+    """Adversary: whoever would spend a budget twice, by a copy of the file in another format."""
+    row = {**GOOD, "text": "words of another task", "instruction": "do", "subject": "s"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    (first,) = read_questions(path)
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    head, cells = ",".join(row), ["a", '["x", "y"]', "0", row["text"], "do", "s"]
+    line = ",".join('"' + cell.replace('"', '""') + '"' for cell in cells)
+    (tmp_path / "rows.csv").write_text(f"{head}\n{line}")
+    for suffix in (".parquet", ".csv"):
+        assert read_questions(tmp_path / f"rows{suffix}") == [first]
+    path.write_text(LINE)
+    assert read_questions(path)[0].content != first.content
+
+
+def test_no_spelling_of_a_topic_makes_another_data_set(tmp_path: Path) -> None:
+    """``7`` beside ``7.5`` was read as ``7.0`` once: the fingerprint of a ledger is blind to it."""
+    prints = set()
+    for i, topics in enumerate(([7, 7.5], [7.0, 7.5], ["7.0", "x"])):
+        path = tmp_path / f"{i}.jsonl"
+        rows_ = [{**GOOD, "question": f"{k}", "subject": t} for k, t in enumerate(topics)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows_))
+        prints.add(dataset_fingerprint(read_questions(path)))
+    assert len(prints) == 1
+
+
+@pytest.mark.parametrize("bad", ["9" * 25, "1e999"])
+def test_what_two_readers_do_not_read_alike_is_refused(tmp_path: Path, bad: str) -> None:
+    """Two patients whose numbers differ beyond 2^63 were one patient to Arrow."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{LINE}\n{LINE[:-1]}, "subject": {bad}}}\n{LINE}\n')
+    text = refused(path)
+    assert text.startswith(f"{path}:2: ")
+    assert "two readers do not read alike" in text
+    found = list(inspect_rows(path, kind="multiple_choice"))
+    assert [isinstance(row, DataError) for _, row in found] == [False, True, False]
+
+
+def test_a_table_for_every_row_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    names = ["prompt", "text", "instruction", "response", "subject", "patient"]
+    kinds = ["a", 1, 1.5, None]
+    shapes = [{n: kinds[i >> 2 * k & 3] for k, n in enumerate(names)} for i in range(1024)]
+    path.write_text("".join(json.dumps({**GOOD, **shape}) + "\n" for shape in shapes))
+    assert "more than 256 shapes" in refused(path)
+
+
+def test_metadata_of_a_parquet_file_opens_no_file(tmp_path: Path) -> None:
+    """Adversary: metadata that declares the choices to be images, which lie where the file says."""
+    path = tmp_path / "rows.parquet"
+    features = {"question": {"_type": "Image"}, "answer": {"dtype": "int64", "_type": "Value"}}
+    about = {"huggingface": json.dumps({"info": {"features": features}})}
+    image = [{"bytes": None, "path": "/etc/hostname"}]
+    table = pa.table({"question": image, "choices": [["x", "y"]], "answer": [0]})
+    pq.write_table(table.replace_schema_metadata(about), path)
+    assert "'question' is a dict, not a text" in refused(path)
+
+
+def test_a_file_that_is_an_archive_too_is_not_unpacked(tmp_path: Path) -> None:
+    """Adversary: a sheet whose first cell begins like an archive, for readers that look for one."""
+    path = tmp_path / "rows.csv"
+    path.write_text('BZh91AY&SY,question,choices,answer\nz,a,"[""x"", ""y""]",0\n')
+    assert read_questions(path)[0].prompt == "Question: a\nAnswer:"
+
+
+def test_every_row_passes_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``datasets`` gives is what is trained on: a row that it changes is noticed."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{LINE}\n")
+    read = Dataset.to_list
+    monkeypatch.setattr(
+        Dataset, "to_list", lambda self: [{**row, "answer": 1} for row in read(self)]
+    )
+    assert "two readers do not read alike" in refused(path)
