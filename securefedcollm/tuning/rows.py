@@ -71,8 +71,8 @@ def _json_rows(path: Path, form: Format, wanted: set[str]) -> Iterator[Checked]:
     with path.open("rb") as file:
         for line, raw in enumerate(_lines(path, file, b""), start=1):
             if raw.strip():
-                row = _json_row(raw, form.columns[0])
-                shape = () if isinstance(row, BadField) else shape_of(row, wanted)
+                row = _json_row(raw, form.columns[0], wanted)
+                shape = () if isinstance(row, BadField) else shape_of(row)
                 yield Checked(f"{path}:{line}", row, raw, shape)
 
 
@@ -87,7 +87,7 @@ def _lines(path: Path, file: IO[Any], end: Any) -> Iterator[Any]:
         yield text
 
 
-def _json_row(raw: bytes, field: str) -> Row | BadField:
+def _json_row(raw: bytes, field: str, wanted: set[str]) -> Row | BadField:
     try:
         row = decode_json(raw)
         if b"\\u" in raw:
@@ -100,7 +100,9 @@ def _json_row(raw: bytes, field: str) -> Row | BadField:
         return BadField(field, f"cannot be reached: broken JSON at column {error.colno}")
     except ValueError as error:  # ours, or of a number with thousands of digits
         return BadField(field, f"cannot be reached: {str(error)[:80]}")
-    return row if isinstance(row, dict) else BadField(field, "is missing: not a JSON object")
+    if not isinstance(row, dict):
+        return BadField(field, "is missing: not a JSON object")
+    return {name: value for name, value in row.items() if name in wanted}
 
 
 def _csv_rows(path: Path, form: Format) -> Iterator[Checked]:

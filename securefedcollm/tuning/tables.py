@@ -21,12 +21,9 @@ Shape = tuple[tuple[str, Kind], ...]
 """Columns of a row and what each holds."""
 
 
-def shape_of(row: Row, wanted: set[str]) -> Shape:
-    """Which of the ``wanted`` columns a row has, and of which kind.
-
-    Columns that hold what no task reads, such as mappings, are left out.
-    """
-    kinds = ((name, _kind(row[name])) for name in sorted(wanted & row.keys()))
+def shape_of(row: Row) -> Shape:
+    """The columns of a row; those that hold what no task reads, such as mappings, are left out."""
+    kinds = ((name, _kind(row[name])) for name in sorted(row))
     return tuple((name, kind) for name, kind in kinds if kind)
 
 
