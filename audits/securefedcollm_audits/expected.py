@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from securefedcollm.errors import ConfigError
+from securefedcollm.foreign import printable
 from securefedcollm.primitives import KEY_BYTES
 from securefedcollm.study import Study, digest, load_study
 from securefedcollm_audits.case import Case, count
@@ -64,7 +65,7 @@ def _silent(case: Case, expected: Expected) -> list[str]:
         names = [name for name in case.keys if name not in expected.keys]
         more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
         if names:
-            said = ", ".join(map(shown, names[:_MOST_NAMES])) + more
+            said = ", ".join(map(printable, names[:_MOST_NAMES])) + more
             silent.append(f"whose keys these are: {said} (--key NAME=HEX: as they told you)")
     return silent
 
@@ -81,14 +82,11 @@ def _compared(case: Case, expected: Expected, silent: Sequence[str], wrong: Faul
     for name, key in expected.keys.items():
         here = case.keys.get(name)
         if here is None:
-            wrong("study.json" if case.study.roster else "opened", f"{shown(name)} takes no part")
+            wrong(
+                "study.json" if case.study.roster else "opened", f"{printable(name)} takes no part"
+            )
         elif here != key:
-            wrong(shown(name), f"has the key {here.hex()[:16]}…, expected {key.hex()[:16]}…")
+            wrong(printable(name), f"has the key {here.hex()[:16]}…, expected {key.hex()[:16]}…")
     if expected.keys:
         said.append(f"{count(len(expected.keys), 'key')} as named")
     return "; ".join(said) + ("; the rest was not compared" if silent else "")
-
-
-def shown(name: str) -> str:
-    """A name out of a bundle: no control character of it reaches a terminal."""
-    return name if name.isprintable() else ascii(name)

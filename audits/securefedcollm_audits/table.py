@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 
 from securefedcollm.foreign import MOST_MESSAGE, printable
-from securefedcollm_audits.expected import shown
 from securefedcollm_audits.verdict import Verdict
 
 _MARKS = {"pass": "pass", "fail": "FAIL", "not covered": "–"}
@@ -32,7 +31,7 @@ def about(verdict: Verdict) -> list[str]:
             f"study  {verdict.study} ({verdict.digest[:16]}…), run {verdict.run[:8]}…, "
             f"{verdict.rounds_done} of {verdict.rounds} rounds finished"
         )
-    return lines + [f"key    {shown(name):<12} {key}" for name, key in verdict.keys.items()]
+    return lines + [f"key    {printable(name):<12} {key}" for name, key in verdict.keys.items()]
 
 
 def silence(verdict: Verdict) -> list[str]:
