@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from securefedcollm.foreign import as_text
 from securefedcollm_cli.consortium import Home
 from securefedcollm_cli.options import DataDir, Json, Overrides, StudyFile
 
@@ -277,13 +278,15 @@ def _print_reports(reports: list[BudgetReport]) -> None:
         table.add_column(column, justify="right" if column in _NUMBERS else "left")
     table.add_column("charges", no_wrap=True)
     for found in reports:
+        # Adversary: whoever made a ledger that is looked at here.
+        owner = as_text(found.owner)
         if not found.accounts:
-            table.add_row(found.owner or found.ledger, "nothing reserved", *[""] * 6)
+            table.add_row(as_text(found.owner or found.ledger), "nothing reserved", *[""] * 6)
         for one in found.sets:
             standing = one.standing
             table.add_row(
-                found.owner,
-                one.records[:8],
+                owner,
+                as_text(one.records[:8]),
                 f"{standing.accounts:,}",
                 f"{standing.untouched:,}",
                 up(standing.median),
@@ -295,8 +298,8 @@ def _print_reports(reports: list[BudgetReport]) -> None:
             if account.records_known:
                 continue
             table.add_row(
-                found.owner,
-                f"file {account.dataset[:8]}",
+                owner,
+                as_text(f"file {account.dataset[:8]}"),
                 *("", "", ""),
                 up(account.spent.epsilon),
                 down(account.left),
@@ -307,16 +310,18 @@ def _print_reports(reports: list[BudgetReport]) -> None:
     for found in reports:
         if found.pinned is not None:
             console.print(
-                f"{found.owner}: every record may spend ε = {found.pinned.epsilon:g} at "
-                f"δ = {found.pinned.delta:g}, all studies together",
-                markup=False,
+                as_text(
+                    f"{found.owner}: every record may spend ε = {found.pinned.epsilon:g} at "
+                    f"δ = {found.pinned.delta:g}, all studies together"
+                )
             )
         if found.unattributed:
             console.print(
-                f"{found.owner}: {found.unattributed} charges of an older version name a file of "
-                "which the records are not known yet; `client --data FILE` with that very file "
-                "makes them charges of its records. Until then they count for no other.",
-                markup=False,
+                as_text(
+                    f"{found.owner}: {found.unattributed} charges of an older version name a file "
+                    "of which the records are not known yet; `client --data FILE` with that very "
+                    "file makes them charges of its records. Until then they count for no other."
+                )
             )
 
 

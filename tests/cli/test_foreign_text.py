@@ -21,6 +21,8 @@ from securefedcollm.errors import SecureFedCoLLMError
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.messages import Refused, encode
 from securefedcollm.foreign import log_to_stderr
+from securefedcollm.privacy.events import Gaussian
+from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import load_study
 
 from ..audits.conftest import audited_bundle, record_bundle  # noqa: F401 - fixtures
@@ -168,3 +170,14 @@ def test_a_study_with_invisible_words_is_shown_as_data(tmp_path):
     shown = tmp_path / "shown.yaml"
     shown.write_text(said)
     assert load_study(shown).digest == load_study(QUICKSTART, [setting]).digest
+
+
+def test_budget_show_of_a_ledger_whose_owner_acts(tmp_path):
+    """Adversary: whoever hands an auditor a ledger."""
+    path = tmp_path / "ledger.sqlite"
+    with Ledger(path, WORDS) as ledger:
+        ledger.reserve("[/red]\x1b[2J", "record", "run", 0, 0, [Gaussian(2.0)], (8.0, 1e-5))
+    said = run("budget", "show", "--ledger", path)
+    assert_harmless(said)
+    assert "error" not in said
+    assert r"\x1b[2J" in said
