@@ -18,9 +18,14 @@
 
 Every error carries a one-line ``hint`` that says what to do next. Messages hold names, sizes and
 places, never values of private data or key material. Only the CLI turns an error into an exit code.
+
+Adversary: whoever wrote the name, path or reason that a message quotes. Messages and hints are made
+printable here (:mod:`securefedcollm.foreign`), whoever raises them.
 """
 
 from __future__ import annotations
+
+from securefedcollm.foreign import MOST_MESSAGE, printable
 
 
 class SecureFedCoLLMError(Exception):
@@ -38,9 +43,9 @@ class SecureFedCoLLMError(Exception):
     again: bool = False
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = printable(message, MOST_MESSAGE)
+        self.hint = printable(hint, MOST_MESSAGE)
+        super().__init__(self.message)
 
     def __reduce__(self) -> tuple[object, ...]:
         # Errors cross process boundaries (the embedded engine's workers): keep the keyword state.

@@ -45,6 +45,7 @@ SIGNATURE_BYTES: Final = 64
 AEAD_OVERHEAD: Final = 16
 NONCE_BYTES: Final = 12
 
+_FIELD: Final = 2**255 - 19
 _BLOCK = 16
 _CHUNK = 128 * 1024  # zero source of the keystream; stays in L2
 _ZEROS: Final = bytes(_CHUNK)  # shared by every stream: a round may hold a thousand of them
@@ -56,6 +57,11 @@ def sha256(*parts: bytes | memoryview) -> bytes:
     for part in parts:
         digest.update(part)
     return digest.digest()
+
+
+def hmac_sha256(key: bytes, message: bytes) -> bytes:
+    """HMAC-SHA-256 (RFC 2104, 32 bytes): a digest that only who holds ``key`` can compute."""
+    return hmac.digest(key, message, "sha256")
 
 
 def merkle_root(leaves: Sequence[bytes]) -> bytes:
@@ -178,6 +184,15 @@ def _bound(context: bytes, message: bytes) -> bytes:
     return context + b"\0" + message
 
 
+def well_spelled(public: bytes) -> bool:
+    """Whether these are the bytes that :class:`AgreementKey` writes for an X25519 public key.
+
+    Adversary: a silo that repeats another's key. RFC 7748 ignores the top bit and takes numbers
+    beyond 2^255 - 19, so one key has several spellings, and "no key twice" compares bytes.
+    """
+    return len(public) == KEY_BYTES and int.from_bytes(public, "little") < _FIELD
+
+
 class AgreementKey:
     """An X25519 private key (RFC 7748), fresh for every round. Its ``repr`` is redacted."""
 
@@ -191,10 +206,12 @@ class AgreementKey:
         """The 32-byte shared point. Feed it to :func:`hkdf`; it is not a key.
 
         Raises:
-            CryptoError: ``peer_public`` is malformed or of small order (all-zero result), with
-                which a malicious relay would fix the secret.
+            CryptoError: ``peer_public`` is not :func:`well_spelled`, or of small order (all-zero
+                result), with which a malicious relay would fix the secret.
         """
         try:
+            if not well_spelled(peer_public):
+                raise ValueError("a second spelling of another key")
             return self._key.exchange(X25519PublicKey.from_public_bytes(peer_public))
         except ValueError as error:
             raise CryptoError("the X25519 public key is malformed or of small order") from error

@@ -46,6 +46,18 @@ def test_points_of_small_order_are_refused(point: str) -> None:
         AgreementKey(bytes(range(32))).agree(unhex(point))
 
 
+def test_a_key_has_one_spelling() -> None:
+    """Adversary: a silo that has its peer's key counted as another; X25519 reads both alike."""
+    own, peer = AgreementKey(bytes(range(32))), AgreementKey(bytes(range(1, 33)))
+    respelled = peer.public[:31] + bytes([peer.public[31] | 0x80])
+    beyond = (9 + 2**255 - 19).to_bytes(32, "little")  # the base point, 9, modulo p
+    assert own.agree(peer.public)
+    assert own.agree((9).to_bytes(32, "little"))
+    for public in (respelled, beyond, b"", peer.public + b"x"):
+        with pytest.raises(CryptoError, match="malformed"):
+            own.agree(public)
+
+
 @pytest.mark.parametrize(
     ("seed", "public"),
     [  # RFC 8032 §7.1, tests 1 and 2

@@ -17,20 +17,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("verify", help="check a bundle offline")
     command.add_argument("file", type=Path, help="the bundle")
+    command.add_argument("--study", type=Path, metavar="FILE", help="your own copy of the study")
+    command.add_argument(
+        "--key",
+        action="append",
+        default=[],
+        metavar="NAME=HEX",
+        help="a participant's public key, as it told you (repeatable)",
+    )
     command.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(arguments)
     try:
-        sys.exit(_verify(given.file, given.json))
+        sys.exit(_verify(given.file, given.study, given.key, given.json))
     except SecureFedCoLLMError as error:
         print(f"error: {error} — {error.hint}", file=sys.stderr)
         sys.exit(2)
 
 
-def _verify(file: Path, as_json: bool) -> int:
+def _verify(file: Path, study: Path | None, keys: Sequence[str], as_json: bool) -> int:
     from securefedcollm_audits import table
+    from securefedcollm_audits.expected import expectation
     from securefedcollm_audits.verify import verify
 
-    verdict = verify(file)
+    verdict = verify(file, expectation(study, keys))
     print(json.dumps(table.plain(verdict), indent=2) if as_json else table.text(verdict))
     return 0 if verdict.holds else 1
 

@@ -47,3 +47,8 @@ def both(first: Outcome, second: Outcome) -> Outcome:
 def observed(attack: str, fault: str, defence: str, *, held: bool) -> Outcome:
     """An outcome that is computed rather than refused; ``fault`` says what it means if not held."""
     return Outcome(attack, () if held else (fault,), defence, held)
+
+
+def respelled(public: bytes) -> bytes:
+    """The same X25519 key with the top bit set, which RFC 7748 ignores."""
+    return public[:-1] + bytes([public[-1] | 0x80])

@@ -11,14 +11,17 @@ from pathlib import Path
 
 import msgspec
 
-from securefedcollm.errors import ConfigError, EvidenceError
-from securefedcollm.evidence.bundle import Bundle, read_bundle
+from securefedcollm.errors import ConfigError
+from securefedcollm.evidence.bundle import Bundle
 from securefedcollm_audits.case import Case, count
-from securefedcollm_audits.checks import ciphertexts, logs, rounds
+from securefedcollm_audits.checks import ciphertexts, history, logs, rounds
 from securefedcollm_audits.verdict import Check, Faults, NotCovered, Result, Verdict, carry_out
-from securefedcollm_audits.verify import verify
+from securefedcollm_audits.verify import examine
 
-_ACROSS = ("one-history", "same-code", "models", "one-kind", "one-sum", "transcripts", "authority")
+_ACROSS = (
+    *("one-history", "same-code", "models", "one-kind", "one-sum", "transcripts", "authority"),
+    *("attempts", "lost", "clocks"),
+)
 """Checks that look at several logs at once; they see those of both bundles."""
 
 
@@ -28,13 +31,12 @@ def compare(first: Path, second: Path) -> Verdict:
     Raises:
         ConfigError: a file is missing, or they are not of one study and run.
     """
-    own = [verify(first), verify(second)]
-    results = [_alone(verdict, label) for verdict, label in zip(own, "AB", strict=True)]
+    (mine, one), (theirs, other) = examine(first), examine(second)
+    results = [_alone(mine, "A"), _alone(theirs, "B")]
     outcome = Verdict(f"{first} and {second}", "", results)
-    try:
-        pair = read_bundle(first), read_bundle(second)
-    except EvidenceError:
+    if one is None or other is None:
         return outcome
+    pair = one, other
     cases = Case(pair[0]), Case(pair[1])
     if (cases[0].digest, cases[0].run) != (cases[1].digest, cases[1].run):
         raise ConfigError(
@@ -42,7 +44,8 @@ def compare(first: Path, second: Path) -> Verdict:
         )
     common = Check("common-logs", "Nobody signed two different logs", _Common(pair).check)
     both = Case(_united(*pair))
-    chosen = [c for c in (*logs.CHECKS, *rounds.CHECKS, *ciphertexts.CHECKS) if c.name in _ACROSS]
+    known = (*logs.CHECKS, *rounds.CHECKS, *ciphertexts.CHECKS, *history.CHECKS)
+    chosen = [check for check in known if check.name in _ACROSS]
     results += [carry_out(check, both) for check in (common, *chosen)]
     return msgspec.structs.replace(
         outcome,

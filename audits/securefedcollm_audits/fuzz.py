@@ -1,9 +1,12 @@
-"""A fuzz target for the aggregation protocol: a whole round, its frames altered as the input says.
+"""Fuzz targets: the aggregation protocol here, and files of others in :mod:`.fuzz_files`.
 
-``python -m securefedcollm_audits.fuzz --seconds 60`` plays it with random inputs, and guided by
-coverage if the package ``atheris`` is installed. Adversary: the network and the server between
-honest state machines. Whatever is done to frames, both sides answer with their own errors only, a
-sum that comes out is the sum of its survivors, and the server's notebook opens nothing else.
+``python -m securefedcollm_audits.fuzz --target protocol|study|bundle|data --seconds 60`` plays one
+with random inputs, and guided by coverage if the package ``atheris`` is installed.
+
+``protocol``: a whole round, its frames altered as the input says. Adversary: the network and the
+server between honest state machines. Whatever is done to frames, both sides answer with their own
+errors only, a sum that comes out is the sum of its survivors, and the server's notebook opens
+nothing else.
 """
 
 from __future__ import annotations
@@ -11,8 +14,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -20,6 +27,7 @@ import numpy as np
 
 from securefedcollm.aggregation.coordinator import CoordinatorRound
 from securefedcollm.errors import ProtocolError
+from securefedcollm_audits import fuzz_files
 from securefedcollm_audits.cohort import Cohort, play
 
 _OPERATION: Final = 6  # bytes of input that say one alteration
@@ -131,34 +139,44 @@ def _leaves(tree: Any) -> list[_Leaf]:
 def main() -> None:
     """Fuzz for a while; a finding ends the program with its input in hexadecimal."""
     parser = argparse.ArgumentParser(description=__doc__)
+    targets = {"protocol": one_round, **fuzz_files.TARGETS}
+    parser.add_argument("--target", choices=targets, default="protocol", help="what is fuzzed")
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--input", type=bytes.fromhex, help="play this one input (hexadecimal)")
     arguments = parser.parse_args()
+    target = targets[arguments.target]
+    longest = _OPERATION * _MOST
+    if target is not one_round:
+        seconds, longest = fuzz_files.SECONDS[arguments.target], fuzz_files.LONGEST
+        target = partial(fuzz_files.bounded, target, seconds)
     if arguments.input is not None:
-        print(one_round(arguments.input))
+        print(target(arguments.input))
         return
     try:
         import atheris
     except ImportError:
-        _play_random(arguments.seconds)
+        _play_random(target, longest, arguments.seconds)
         return
     atheris.instrument_all()
-    limits = [f"-max_total_time={arguments.seconds}", "-max_len=36", "-len_control=0"]
-    atheris.Setup([sys.argv[0], *limits], one_round)
+    limits = [f"-max_total_time={arguments.seconds}", f"-max_len={longest}", "-len_control=0"]
+    atheris.Setup([sys.argv[0], *limits], target)
     atheris.Fuzz()
 
 
-def _play_random(seconds: int) -> None:
+def _play_random(target: Callable[[bytes], str], longest: int, seconds: int) -> None:
     deadline = time.monotonic() + seconds
     counts: dict[str, int] = {}
-    while time.monotonic() < deadline:
-        script = os.urandom(_OPERATION * (1 + os.urandom(1)[0] % _MOST))
-        try:
-            ended = one_round(script)
-        except Exception as error:
-            sys.exit(f"found by --input {script.hex()}: {error!r}")
-        counts[ended] = counts.get(ended, 0) + 1
-    print(f"{sum(counts.values())} rounds, no finding: {counts}")
+    with tempfile.NamedTemporaryFile(prefix="securefedcollm-fuzz-") as last:
+        print(f"if this process dies, its input is in {last.name}", flush=True)
+        while time.monotonic() < deadline:
+            script = os.urandom(_OPERATION + os.urandom(1)[0] % (longest - _OPERATION + 1))
+            Path(last.name).write_text(script.hex())
+            try:
+                ended = target(script)
+            except (Exception, fuzz_files.SlowError) as error:
+                sys.exit(f"found by --input {script.hex()}: {error!r}")
+            counts[ended] = counts.get(ended, 0) + 1
+    print(f"{sum(counts.values())} inputs, no finding: {counts}")
 
 
 if __name__ == "__main__":

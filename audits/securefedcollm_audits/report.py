@@ -13,7 +13,6 @@ from typing import Any, Final
 import msgspec
 
 from securefedcollm.errors import EvidenceError
-from securefedcollm.evidence.bundle import read_bundle
 from securefedcollm.evidence.entries import (
     Audited,
     Entry,
@@ -30,16 +29,17 @@ from securefedcollm.evidence.note import Checkpoint
 from securefedcollm.federation.plan import sum_name
 from securefedcollm.privacy.accounting import TIGHT_SHARE
 from securefedcollm.privacy.adversaries import AdversaryRow, per_adversary
-from securefedcollm.privacy.events import DiscreteGaussian, Event, Events, decode_events, merge
+from securefedcollm.privacy.events import DiscreteGaussian, Event, Events, merge
 from securefedcollm.privacy.filters import Terms, filter_within
 from securefedcollm.privacy.report import ASSUMPTIONS
 from securefedcollm.privacy.shown import up
 from securefedcollm_audits.case import SERVER, Case, of
+from securefedcollm_audits.charged import decode_events
 from securefedcollm_audits.checks.budget import Training, trainings
 from securefedcollm_audits.second_accountant import bracket
 from securefedcollm_audits.utility import Utility, read_utility
 from securefedcollm_audits.verdict import Verdict
-from securefedcollm_audits.verify import verify
+from securefedcollm_audits.verify import examine
 
 MOST_POINTS = 80
 """Places in all silos' ledgers at which ε so far is worked out: a tenth of a second each."""
@@ -150,11 +150,16 @@ def make_report(path: Path, results: Path | None = None) -> tuple[Report, Case]:
         ConfigError: there is no such file, or the results are of another run.
         EvidenceError: it is too broken to be summed up.
     """
-    verdict = verify(path)
-    case = Case(read_bundle(path))
+    verdict, bundle = examine(path)
+    if bundle is None:
+        raise EvidenceError(
+            f"{path}: {verdict.results[0].evidence}",
+            hint="ask whoever made it for the bundle again; `audit bundle RUN` writes one",
+        )
+    case = Case(bundle)
     try:
         report = _summed_up(verdict, case)
-    except (ValueError, LookupError, ArithmeticError) as error:
+    except (ValueError, LookupError, ArithmeticError, RuntimeError, MemoryError) as error:
         raise EvidenceError(
             f"{path}: too broken for a report ({error})",
             hint="`audit verify` says which entries are wrong",
@@ -311,8 +316,12 @@ def _audits(case: Case) -> list[AuditRow]:
 def _rounds(case: Case) -> list[RoundRow]:
     rows = []
     last = max((what.round for _, what in of(case.server, Opening)), default=-1)
-    for round_ in range(last + 1):
-        mine = [e for e in case.server if getattr(e.what, "round", None) == round_]
+    entries: dict[int, list[Entry]] = {}
+    for entry in case.server:
+        entries.setdefault(getattr(entry.what, "round", -1), []).append(entry)
+    # Adversary: whoever numbers a round 2^53. Every round that began has an entry of its own.
+    for round_ in range(min(last + 1, len(case.server))):
+        mine = entries.get(round_, [])
         opening = next((e for e in reversed(mine) if isinstance(e.what, Opening)), None)
         summed = next((e for e in reversed(mine) if isinstance(e.what, Summed)), None)
         finished = next((e for e in mine if isinstance(e.what, Finished)), None)

@@ -29,6 +29,7 @@ from securefedcollm.privacy.events import (
     rate,
     times,
 )
+from securefedcollm_audits.charged import check_work
 
 
 class Bracket(NamedTuple):
@@ -40,7 +41,11 @@ class Bracket(NamedTuple):
 
 
 def bracket(events: Sequence[Event], delta: float) -> Bracket:
-    """ε at ``delta`` of the composition of ``events``."""
+    """ε at ``delta`` of the composition of ``events``.
+
+    Raises:
+        EvidenceError: more than can be worked out.
+    """
     return _bracket(merge(events), delta)
 
 
@@ -48,6 +53,7 @@ def bracket(events: Sequence[Event], delta: float) -> Bracket:
 def _bracket(events: Events, delta: float) -> Bracket:
     if not events:
         return Bracket(0.0, 0.0, "nothing was released")
+    check_work(events, delta, _renyi(events, delta))
     if not any(isinstance(event, DiscreteGaussian) for event in events):
         low, _, high = prv_bounds(events, delta)
         return Bracket(low, high, "prv-accountant")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from securefedcollm.aggregation.messages import Advertise, Agreement, sign
 from securefedcollm.aggregation.upload import HEAD_BYTES
 from securefedcollm.errors import ConfigError, LocalProtocolError
 from securefedcollm.primitives import AgreementKey, SigningKey, sha256
-from securefedcollm_audits.attacks import Outcome, both, judge, observed
+from securefedcollm_audits.attacks import Outcome, both, judge, observed, respelled
 from securefedcollm_audits.cohort import Cohort, Puppet, altered, play, recorded
 
 _BIRTHDAY = 1 << 18
@@ -454,12 +454,17 @@ def out_of_order() -> Outcome:
 
 
 def repeated_keys() -> Outcome:
-    """A colluder signs a peer's public key as its own, and the server lets it through."""
+    """A colluder signs a peer's public key as its own, as it is or in other bytes that X25519 reads
+    as the same key, and the server lets it through."""
+    return both(_repeated(lambda key: key), _repeated(respelled))
+
+
+def _repeated(spell: Callable[[bytes], bytes]) -> Outcome:
     cohort = Cohort()
     puppet = Puppet(cohort)
     adverts = puppet.ask()
     victim, friend = cohort.names[0], cohort.names[-1]
-    copied = altered(adverts[friend], mask_public=adverts[victim].mask_public)
+    copied = altered(adverts[friend], mask_public=spell(adverts[victim].mask_public))
     adverts[friend] = sign(copied, cohort.keys[friend])
     puppet.roll(cohort.honest, adverts.values())
     return judge("one key twice on the roll", puppet, cohort.honest, "appears twice")

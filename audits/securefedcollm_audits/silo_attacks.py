@@ -30,7 +30,7 @@ from securefedcollm.aggregation.steps import TRANSITIONS, Step
 from securefedcollm.aggregation.upload import HEAD_BYTES, MAGIC, Upload, words_digest
 from securefedcollm.errors import ProtocolError, RemoteProtocolError
 from securefedcollm.primitives import AgreementKey
-from securefedcollm_audits.attacks import Outcome, both, observed
+from securefedcollm_audits.attacks import Outcome, both, observed, respelled
 from securefedcollm_audits.cohort import Cohort, altered, play
 
 Forge = Callable[[Cohort, SiloRound, bytes], bytes | None]
@@ -131,7 +131,8 @@ def impersonation() -> Outcome:
 
 
 def copied_keys() -> Outcome:
-    """Advertise a peer's public key as one's own, or one key for both purposes."""
+    """Advertise a peer's public key as one's own, as it is or in another spelling, or one key for
+    both purposes."""
 
     def copy(cohort: Cohort, silo: SiloRound, frame: bytes) -> bytes:
         secret = cohort.randomness(cohort.names[0], cohort.header)(32)
@@ -142,9 +143,17 @@ def copied_keys() -> Outcome:
         own = decode(Advertise, frame, "liar")
         return _resigned(cohort, own, mask_public=own.share_public)
 
+    def respell(cohort: Cohort, silo: SiloRound, frame: bytes) -> bytes:
+        copied = decode(Advertise, copy(cohort, silo, frame), "liar")
+        return _resigned(cohort, copied, mask_public=respelled(copied.mask_public))
+
     return _all(
-        _attack("copied keys", {Step.ADVERTISE: forge}, "in use already")
-        for forge in (copy, double)
+        _attack("copied keys", {Step.ADVERTISE: forge}, stopped)
+        for forge, stopped in (
+            (copy, "in use already"),
+            (double, "in use already"),
+            (respell, "misspelled"),
+        )
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from securefedcollm.foreign import MOST_MESSAGE, printable
 from securefedcollm_audits.verdict import Verdict
 
 _MARKS = {"pass": "pass", "fail": "FAIL", "not covered": "–"}
@@ -30,12 +31,17 @@ def about(verdict: Verdict) -> list[str]:
             f"study  {verdict.study} ({verdict.digest[:16]}…), run {verdict.run[:8]}…, "
             f"{verdict.rounds_done} of {verdict.rounds} rounds finished"
         )
-    return lines
+    return lines + [f"key    {printable(name):<12} {key}" for name, key in verdict.keys.items()]
+
+
+def silence(verdict: Verdict) -> list[str]:
+    """What was not compared, one a line."""
+    return [f"not compared: {what}" for what in verdict.not_compared]
 
 
 def text(verdict: Verdict, width: int = 100) -> str:
     """The table of checks: mark, name, evidence; faults below, one a line."""
-    lines = [*about(verdict), ""]
+    lines = [*(printable(line, MOST_MESSAGE) for line in about(verdict)), ""]
     for result in verdict.results:
         head = f"{_MARKS[result.status]:<5}{result.name:<18} "
         found = result.evidence if result.status != "fail" else f"{result.title}: not so"
@@ -43,7 +49,7 @@ def text(verdict: Verdict, width: int = 100) -> str:
         lines += [head + body[0], *(" " * len(head) + more for more in body[1:])]
         for fault in result.faults:
             lines += textwrap.wrap(fault, width, initial_indent=" " * 7, subsequent_indent=" " * 9)
-    return "\n".join([*lines, "", sentence(verdict)])
+    return "\n".join([*lines, "", *silence(verdict), sentence(verdict)])
 
 
 def plain(verdict: Verdict) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import msgspec
 
 from securefedcollm.evidence.entries import Entry
+from securefedcollm.foreign import MOST_MESSAGE, printable
 
 if TYPE_CHECKING:
     from securefedcollm_audits.case import Case
@@ -36,7 +37,7 @@ class Faults:
         """``place``: the entry, or the file in the bundle, that is wrong."""
         name = place.place if isinstance(place, Entry) else place
         if len(self.found) < MOST_FAULTS:
-            self.found.append(f"{name}: {what}")
+            self.found.append(printable(f"{name}: {what}", MOST_MESSAGE))
         else:
             self.more += 1
 
@@ -60,7 +61,11 @@ class Result(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """All results about one bundle (``sha256``: of its file)."""
+    """All results about one bundle (``sha256``: of its file).
+
+    ``keys``: participant → Ed25519 public key (hex), as the study or the logs name them.
+    ``not_compared``: what of that was not held against what the verifier knows from elsewhere.
+    """
 
     bundle: str
     sha256: str
@@ -71,6 +76,8 @@ class Verdict(msgspec.Struct, frozen=True):
     participants: list[str] = []
     rounds_done: int = 0
     rounds: int = 0
+    keys: dict[str, str] = {}
+    not_compared: list[str] = []
 
     @property
     def passed(self) -> int:
@@ -95,13 +102,13 @@ def carry_out(check: Check, case: Case) -> Result:
         evidence = check.run(case, faults)
     except NotCovered as silent:
         if not faults.found:
-            return Result(check.name, check.title, "not covered", str(silent))
+            return Result(check.name, check.title, "not covered", printable(silent))
         evidence = str(silent)
     except Exception as error:
         # Adversary: whoever made the bundle. What cannot be checked is not believed.
         faults("bundle", f"cannot be checked ({type(error).__name__}: {str(error)[:200]})")
         evidence = ""
     if not faults.found:
-        return Result(check.name, check.title, "pass", evidence)
+        return Result(check.name, check.title, "pass", printable(evidence, MOST_MESSAGE))
     rest = f"; and {faults.more} more" if faults.more else ""
     return Result(check.name, check.title, "fail", faults.found[0] + rest, faults.found)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from securefedcollm.errors import ConfigError, EvidenceError
-from securefedcollm.evidence.bundle import MAX_BYTES, Bundle, read_bundle
+from securefedcollm.errors import EvidenceError
+from securefedcollm.evidence.bundle import Bundle, decode_bundle, read_content
+from securefedcollm.foreign import MOST_MESSAGE, printable
 from securefedcollm.primitives import sha256
 from securefedcollm_audits.case import Case
-from securefedcollm_audits.checks import budget, ciphertexts, findings, logs, order, rounds
+from securefedcollm_audits.checks import budget, ciphertexts, findings, history, logs, order, rounds
+from securefedcollm_audits.expected import Expected, compare
 from securefedcollm_audits.verdict import Check, Result, Verdict, carry_out
 
 CHECKS: tuple[Check, ...] = (
@@ -21,52 +23,59 @@ CHECKS: tuple[Check, ...] = (
     *order.CHECKS,
     *rounds.CHECKS,
     *ciphertexts.CHECKS,
+    *history.CHECKS,
     *budget.CHECKS,
     *findings.CHECKS,
 )
 _ARCHIVE = ("archive", "The archive is complete and unaltered")
 
 
-def verify(path: Path) -> Verdict:
+def verify(path: Path, expected: Expected = Expected()) -> Verdict:  # noqa: B008 - immutable
     """Carry out every check on the bundle at ``path``.
+
+    Args:
+        expected: what is known of the participants from elsewhere.
 
     Raises:
         ConfigError: there is no such file, or it cannot be read.
     """
-    digest = _digest(path)
+    return examine(path, expected)[0]
+
+
+def examine(
+    path: Path,
+    expected: Expected = Expected(),  # noqa: B008 - immutable
+) -> tuple[Verdict, Bundle | None]:
+    """:func:`verify`, and the bundle that was checked; None if it cannot be decoded.
+
+    The file is read once, so that nobody can exchange it between its hash and its checks.
+    """
+    digest = ""  # of a file that no bundle is as large as
     try:
-        bundle = read_bundle(path)
+        content = read_content(path)
+        digest = sha256(content).hex()
+        bundle = decode_bundle(content, path)
     except EvidenceError as error:
-        fault = error.message.removeprefix(f"{path}: ")
-        return Verdict(str(path), digest, [Result(*_ARCHIVE, "fail", fault, [fault])])
+        fault = error.message.removeprefix(f"{printable(path, MOST_MESSAGE)}: ")
+        return Verdict(str(path), digest, [Result(*_ARCHIVE, "fail", fault, [fault])]), None
     files = len(bundle.logs) + len(bundle.heads)
     whole = Result(*_ARCHIVE, "pass", f"{files} logs and heads, study and lists: hashes fit")
-    return _verdict(bundle, str(path), digest, whole)
+    return _verdict(bundle, str(path), digest, whole, expected), bundle
 
 
-def _verdict(bundle: Bundle, path: str, digest: str, first: Result) -> Verdict:
+def _verdict(bundle: Bundle, path: str, digest: str, first: Result, expected: Expected) -> Verdict:
     case = Case(bundle)
+    known, silent = compare(case, expected)
     return Verdict(
         bundle=path,
         sha256=digest,
-        results=[first, *(carry_out(check, case) for check in CHECKS)],
+        results=[first, known, *(carry_out(check, case) for check in CHECKS)],
         study=case.study.study,
         digest=case.digest.hex(),
         run=case.run.hex(),
         participants=list(case.logs),
         rounds_done=case.rounds_done(),
         rounds=case.study.rounds,
+        keys={name: key.hex() for name, key in case.keys.items()},
+        not_compared=silent,
     )
-
-
-def _digest(path: Path) -> str:
-    """SHA-256 (hex) of the file; empty for one that no bundle is as large as."""
-    hint = "`audit bundle RUN --out FILE` makes one"
-    if not path.is_file():
-        raise ConfigError("there is no such file", where=str(path), hint=hint)
-    try:
-        return sha256(path.read_bytes()).hex() if path.stat().st_size <= MAX_BYTES else ""
-    except OSError as error:
-        raise ConfigError(
-            f"cannot be read ({error.strerror})", where=str(path), hint=hint
-        ) from None

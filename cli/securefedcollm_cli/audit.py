@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from securefedcollm.foreign import as_text
 from securefedcollm_cli import audit_privacy
 from securefedcollm_cli.options import Json
 
@@ -68,14 +69,33 @@ def write_bundle(run: Path, path: Path, only: list[str]) -> int:
 
 
 @app.command()
-def verify(file: BundleFile, as_json: Json = False) -> None:
+def verify(
+    file: BundleFile,
+    study: Annotated[
+        Path | None,
+        typer.Option("--study", metavar="FILE", help="Your own copy of the study that was agreed."),
+    ] = None,
+    key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--key",
+            metavar="NAME=HEX",
+            help="A participant's public key, as it told you itself (repeatable).",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Check a bundle offline, without trusting anybody who made it.
+
+    Anybody can make up participants and their keys. So name the study, or the keys, that you know
+    from elsewhere; what was not compared is said at the end.
 
     Exit code 0: all that the bundle covers holds; 1: something does not; 2: bad input.
     """
+    from securefedcollm_audits.expected import expectation
     from securefedcollm_audits.verify import verify as check
 
-    _report(check(file), as_json)
+    _report(check(file, expectation(study, key or [])), as_json)
 
 
 @app.command()
@@ -159,7 +179,8 @@ def report(
     if as_json:
         import msgspec
 
-        typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+        # through json, which spells everything beyond ASCII as an escape
+        typer.echo(json.dumps(json.loads(msgspec.json.encode(found)), indent=2))
     else:
         typer.echo(f"wrote {html}")
     if not found.verdict.holds:
@@ -215,20 +236,20 @@ def _report(verdict: Verdict, as_json: bool) -> None:
 
 def _print(verdict: Verdict) -> None:
     from rich.console import Console
-    from rich.markup import escape
     from securefedcollm_audits import table
 
     console = Console()
     for line in table.about(verdict):
-        console.print(escape(line), highlight=False)
+        console.print(as_text(line), highlight=False, soft_wrap=True)
     console.print(checks_table(verdict))
+    for line in table.silence(verdict):
+        console.print(as_text(line), style="yellow", highlight=False, soft_wrap=True)
     style = "bold green" if verdict.holds else "bold red"
-    console.print(escape(table.sentence(verdict)), style=style, highlight=False)
+    console.print(as_text(table.sentence(verdict)), style=style, highlight=False)
 
 
 def checks_table(verdict: Verdict) -> Table:
     """The checks: mark, what was checked, evidence or faults."""
-    from rich.markup import escape
     from rich.table import Table
 
     colours = {"pass": "green", "fail": "bold red", "not covered": "yellow"}
@@ -237,7 +258,8 @@ def checks_table(verdict: Verdict) -> Table:
     shown.add_column("check")
     shown.add_column("evidence")
     for result in verdict.results:
-        found = "\n".join(result.faults) or result.evidence
+        # Adversary: whoever made the bundle, whose names and settings the evidence quotes.
+        found = as_text(*(result.faults or [result.evidence]))
         mark = f"[{colours[result.status]}]{result.status}[/]"
-        shown.add_row(mark, f"{result.title}\n[dim]{result.name}[/dim]", escape(found))
+        shown.add_row(mark, f"{result.title}\n[dim]{result.name}[/dim]", found)
     return shown

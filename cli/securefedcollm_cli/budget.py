@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from securefedcollm.foreign import as_text
+from securefedcollm_cli.consortium import Home
 from securefedcollm_cli.options import DataDir, Json, Overrides, StudyFile
 
 if TYPE_CHECKING:
@@ -95,9 +97,59 @@ def plan(
         _print_choices(target, rows)
 
 
+@app.command("set")
+def set_(
+    epsilon: Annotated[float, typer.Option(help="ε of every record, all studies together.")],
+    delta: Annotated[
+        float | None, typer.Option(help="Its δ [what is pinned; must be given at first].")
+    ] = None,
+    higher: Annotated[
+        bool,
+        typer.Option(
+            "--raise",
+            help="ε goes up after records were charged: from then on they have the weaker promise.",
+        ),
+    ] = False,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Pin the budget of this silo's records: a study may ask for less, never for more.
+
+    Without it the first study that takes part pins its own.
+    """
+    import json
+
+    from securefedcollm.errors import ConfigError
+    from securefedcollm.federation.roles import IDENTITY, LEDGER
+    from securefedcollm.privacy.ledger import Ledger
+    from securefedcollm.study.identity import read_identity
+    from securefedcollm_cli.consortium import home_of
+
+    place = home_of(home)
+    owner = read_identity(place / IDENTITY).name
+    with Ledger(place / LEDGER, owner) as ledger:
+        before = ledger.pinned
+        chosen = delta if delta is not None else before.delta if before else None
+        if chosen is None:
+            raise ConfigError(
+                "no δ is pinned yet", where="--delta", hint="give one, say 1e-5; below 1/records"
+            )
+        ledger.pin(epsilon, chosen, higher=higher)
+    if as_json:
+        typer.echo(json.dumps({"owner": owner, "epsilon": epsilon, "delta": chosen}))
+        return
+    typer.echo(f"{owner}: every record may spend ε = {epsilon:g} at δ = {chosen:g} in all studies")
+    if before is not None and before.epsilon != epsilon:
+        typer.echo(f"it was ε = {before.epsilon:g}")
+
+
 @app.command()
 def show(ledger: LedgerFiles = None, as_json: Json = False) -> None:
-    """Verify ledgers and say what every data set has spent and has left."""
+    """Verify ledgers and say what the records of every file have spent and have left.
+
+    A set of records stands for a file. ε is of its record that has spent most, over all files and
+    studies; then the median, and how many records have spent nothing.
+    """
     import msgspec
 
     from securefedcollm.privacy.report import read_report
@@ -222,27 +274,58 @@ def _print_reports(reports: list[BudgetReport]) -> None:
     from securefedcollm.privacy.shown import down, up
 
     table = Table(title="Privacy budgets, hash chains verified", title_justify="left")
-    for column in ("owner", "data set", "unit", "ε spent", "of", "left", "δ", "entries"):
+    for column in ("owner", "records", *_NUMBERS):
         table.add_column(column, justify="right" if column in _NUMBERS else "left")
+    table.add_column("charges", no_wrap=True)
     for found in reports:
+        # Adversary: whoever made a ledger that is looked at here.
+        owner = as_text(found.owner)
         if not found.accounts:
-            table.add_row(found.owner or found.ledger, "nothing reserved", *[""] * 6)
-        for account in found.accounts:
+            table.add_row(as_text(found.owner or found.ledger), "nothing reserved", *[""] * 6)
+        for one in found.sets:
+            standing = one.standing
             table.add_row(
-                found.owner,
-                account.dataset[:12],
-                account.unit,
+                owner,
+                as_text(one.records[:8]),
+                f"{standing.accounts:,}",
+                f"{standing.untouched:,}",
+                up(standing.median),
+                up(standing.worst),
+                down(standing.left),
+                ", ".join(f"{count} {state}" for state, count in one.entries.items()),
+            )
+        for account in found.accounts:
+            if account.records_known:
+                continue
+            table.add_row(
+                owner,
+                as_text(f"file {account.dataset[:8]}"),
+                *("", "", ""),
                 up(account.spent.epsilon),
-                f"{account.budget.epsilon:g}",
                 down(account.left),
-                f"{account.spent.delta:g}",
                 _states(account.lines),
             )
     console: Console = Console()
     console.print(table)
+    for found in reports:
+        if found.pinned is not None:
+            console.print(
+                as_text(
+                    f"{found.owner}: every record may spend ε = {found.pinned.epsilon:g} at "
+                    f"δ = {found.pinned.delta:g}, all studies together"
+                )
+            )
+        if found.unattributed:
+            console.print(
+                as_text(
+                    f"{found.owner}: {found.unattributed} charges of an older version name a file "
+                    "of which the records are not known yet; `client --data FILE` with that very "
+                    "file makes them charges of its records. Until then they count for no other."
+                )
+            )
 
 
-_NUMBERS = frozenset({"ε spent", "of", "left", "δ"})
+_NUMBERS = ("count", "unspent", "median ε", "most ε", "left")
 
 
 def _states(lines: list[Line]) -> str:

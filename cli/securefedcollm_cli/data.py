@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from securefedcollm.foreign import MOST_MESSAGE, printable
 from securefedcollm_cli.options import DataDir, Json, Overrides
 
 if TYPE_CHECKING:
@@ -106,6 +107,6 @@ def _list(title: str, lines: Sequence[str]) -> None:
         return
     typer.echo(f"{len(lines):,} × {title}")
     for line in lines[:_SHOWN]:
-        typer.echo(f"  {line}")
+        typer.echo(printable(f"  {line}", MOST_MESSAGE))
     if len(lines) > _SHOWN:
         typer.echo(f"  … and {len(lines) - _SHOWN:,} more (--json lists all)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -81,12 +81,14 @@ def _render(table: dict[str, Any], directory: Path) -> None:
     from rich.table import Table
 
     from securefedcollm.federation.experiment_page import cells, heads
+    from securefedcollm.foreign import as_text
 
     console = Console()
     for title, rows in (("rows", table["rows"]), ("differences", table["differences"])):
         shown = Table(title=f"{title}, seeds {table['seeds']}", title_justify="left")
         for head in ("model", "method", *heads(table["groups"])):
-            shown.add_column(head, justify="left" if head in {"model", "method"} else "right")
+            side: Literal["left", "right"] = "left" if head in {"model", "method"} else "right"
+            shown.add_column(as_text(head), justify=side)
         for row in rows:
             less = f" − {row['less']}" if "less" in row else ""
             main = row.get("main", row["method"] == "FedCoLLM")
@@ -98,6 +100,6 @@ def _render(table: dict[str, Any], directory: Path) -> None:
             )
         console.print(shown)
     for note in table["notes"]:
-        console.print(Padding(f"[dim]{note}[/dim]", (0, 2)))
+        console.print(Padding(as_text(note, style="dim"), (0, 2)))
     for name in ("table.md", "table.json", "plot.svg"):
-        console.print(f"  {directory / name}", soft_wrap=True)
+        console.print(as_text(f"  {directory / name}"), soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +13,9 @@ import typer
 from securefedcollm.errors import ConfigError
 from securefedcollm_cli.options import Json
 
+_LONGEST = 4096
+"""Bytes of the line with the passphrase."""
+
 app = typer.Typer(no_args_is_help=True, help="Make and show the key that signs for you.")
 
 PassphraseFile = Annotated[
@@ -19,8 +23,8 @@ PassphraseFile = Annotated[
     typer.Option(
         "--passphrase-file",
         metavar="FILE",
-        help="Read the passphrase from the first line of FILE [else SECUREFEDCOLLM_PASSPHRASE, "
-        "else a prompt].",
+        help="Read the passphrase from the first line of FILE, which you alone may read [else "
+        "SECUREFEDCOLLM_PASSPHRASE, else a prompt].",
     ),
 ]
 
@@ -79,18 +83,34 @@ def find(name: str) -> Path:
 def read_passphrase(file: Path | None, *, confirm: bool = False) -> str:
     """From ``--passphrase-file``, the environment, or a prompt on the terminal."""
     if file is not None:
-        try:
-            return file.read_text(encoding="utf-8").splitlines()[0]
-        except (OSError, IndexError, UnicodeDecodeError):
-            raise ConfigError(  # the cause would quote a byte of it
-                "no passphrase can be read from it",
-                where=str(file),
-                hint="a text file (UTF-8) whose first line is the passphrase",
-            ) from None
+        return _first_line(file)
     if from_environment := os.environ.get("SECUREFEDCOLLM_PASSPHRASE"):
         return from_environment
     prompted: str = typer.prompt("passphrase", hide_input=True, confirmation_prompt=confirm)
     return prompted
+
+
+def _first_line(file: Path) -> str:
+    try:
+        with file.open("rb") as opened:
+            about = os.fstat(opened.fileno())
+            line = opened.readline(_LONGEST).decode("utf-8").splitlines()[0]
+    except (OSError, IndexError, UnicodeDecodeError):
+        raise ConfigError(  # the cause would quote a byte of it
+            "no passphrase can be read from it",
+            where=str(file),
+            hint="a text file (UTF-8) whose first line is the passphrase",
+        ) from None
+    # Adversary: another user of this machine. Of root's group it is nobody; systemd hands out its
+    # credentials (LoadCredential=) readable for that group alone.
+    others = stat.S_IROTH | (stat.S_IRGRP if about.st_gid else 0)
+    if stat.S_ISREG(about.st_mode) and about.st_mode & others:
+        raise ConfigError(
+            f"others may read the passphrase (mode {stat.S_IMODE(about.st_mode):04o})",
+            where=str(file),
+            hint="chmod 600 it; if anybody could have read it, choose another passphrase",
+        )
+    return line
 
 
 def _print(name: str, public: str, encrypted: bool, path: Path, role: str, as_json: bool) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from securefedcollm import __version__
 from securefedcollm.errors import SecureFedCoLLMError
+from securefedcollm.foreign import log_to_stderr
 from securefedcollm_cli import (
     audit,
     budget,
@@ -62,7 +63,7 @@ def root(
     ] = False,
 ) -> None:
     level = logging.INFO if verbose else logging.ERROR
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", force=True)
+    log_to_stderr(level, "%(levelname)s %(name)s: %(message)s")
     logging.getLogger("securefedcollm").setLevel(min(level, logging.WARNING))
     if version:
         typer.echo(f"securefedcollm {__version__}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from securefedcollm.foreign import as_text, printable
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
@@ -27,7 +29,7 @@ class Bars:
 
         self.console = Console(stderr=True)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -35,6 +37,7 @@ class Bars:
             disable=quiet or not self.console.is_terminal,
             transient=True,
         )
+        # A line may quote another party: nothing in it is markup.
         self._tasks: dict[str, TaskID] = {}
         self._quiet = quiet
 
@@ -51,6 +54,7 @@ class Bars:
         self._progress.stop()
 
     def report(self, done: int, total: int, text: str) -> None:
+        text = printable(text)
         task = self._tasks.get(text)
         if task is None:
             task = self._tasks[text] = self._progress.add_task(text, total=total)
@@ -60,6 +64,9 @@ class Bars:
             del self._tasks[text]
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """A line that stays.
+
+        Adversary: a silo or server whose refusal, quoted here, holds markup or escape sequences.
+        """
         if not self._quiet:
-            self._progress.console.print(text)
+            self._progress.console.print(as_text(text))

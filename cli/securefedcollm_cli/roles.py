@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from securefedcollm.errors import ConfigError
+from securefedcollm.foreign import MOST_MESSAGE, printable
 from securefedcollm_cli.consortium import Home, home_of
 from securefedcollm_cli.identity import PassphraseFile, read_passphrase
 from securefedcollm_cli.options import Device, Json, StudyFile, stop_on_sigterm
@@ -20,9 +21,10 @@ from securefedcollm_cli.options import Device, Json, StudyFile, stop_on_sigterm
 if TYPE_CHECKING:
     from securefedcollm.evidence.entries import Entry
     from securefedcollm.federation.authority import AuthoritySession
+    from securefedcollm.federation.consent import Terms
     from securefedcollm.federation.engines.flare.kit import Kit
     from securefedcollm.federation.engines.link import SiloInbox
-    from securefedcollm.federation.roles import Member, Terms
+    from securefedcollm.federation.roles import Member
     from securefedcollm.federation.silo import SiloSession
     from securefedcollm_cli.progress import Bars
 
@@ -136,9 +138,16 @@ def client(
             "--budget",
             min=0.0,
             metavar="EPSILON",
-            help="Most ε that these records may ever spend, in all studies together [the study's].",
+            help="Most ε that a record may spend in all studies together: a limit below the pinned "
+            "budget; if nothing is pinned, the budget itself [what is pinned, else the study's].",
         ),
     ] = None,
+    records: Annotated[
+        Literal["refuse", "skip"],
+        typer.Option(
+            help="If some records cannot pay for this study: refuse it, or leave those records out."
+        ),
+    ] = "refuse",
     threads: Threads = None,
     device: Device = "cpu",
     yes: Yes = False,
@@ -151,7 +160,7 @@ def client(
     nothing but masked or encrypted updates. It may be stopped (Ctrl-C), killed or rebooted at any
     moment; the same command goes on, and pays for nothing twice.
     """
-    from securefedcollm.federation import roles
+    from securefedcollm.federation import consent, roles
     from securefedcollm.federation.engines.flare.kit import installed
     from securefedcollm.privacy.ledger import Budget
     from securefedcollm.study import load_study
@@ -179,7 +188,20 @@ def client(
             workload = roles.silo_workload(
                 study, member.name, data, models, bars.report, device=device
             )
-        _agree(roles.terms(member, workload, limit), yes, as_json)
+            of_file = workload.records
+            if records == "skip":
+                workload = consent.without_spent(
+                    member,
+                    workload,
+                    limit,
+                    lambda kept: roles.workload_of(
+                        study, member.name, kept, models, bars.report, device=device
+                    ),
+                )
+        terms = consent.terms(member, workload, limit, left_out=of_file - workload.records)
+        _show_terms(terms, as_json)
+        consent.require_budget(member, workload, limit)
+        _confirm(yes)
         with Bars(quiet=as_json) as bars:
             session = roles.silo_session(
                 member,
@@ -308,7 +330,7 @@ def status(home: Home = None, as_json: Json = False) -> None:
         return
     for run in runs:
         for line in run.sentences():
-            typer.echo(line)
+            typer.echo(printable(line, MOST_MESSAGE))
 
 
 def _asked(passphrase_file: Path | None) -> Callable[[], str]:
@@ -319,14 +341,14 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _agree(terms: Terms, yes: bool, as_json: bool) -> None:
-    """Show what taking part means, and ask."""
+def _show_terms(terms: Terms, as_json: bool) -> None:
+    """Show what taking part means."""
     if as_json:
         typer.echo(json.dumps({"event": "terms", **asdict(terms)}))
     else:
         for key, value in _reading(terms).items():
-            typer.echo(f"{key:<9} {value}", err=True)
-    _confirm(yes)
+            # Adversary: the study's author, who chose the names.
+            typer.echo(printable(f"{key:<9} {value}", MOST_MESSAGE), err=True)
 
 
 def _confirm(yes: bool) -> None:
@@ -336,23 +358,41 @@ def _confirm(yes: bool) -> None:
 
 
 def _reading(terms: Terms) -> dict[str, str]:
-    if terms.epsilon is None:
-        privacy = "none: the tuned adapter may reveal records"
-        budget = "nothing is accounted for"
-    else:
-        privacy = (
-            f"this study may spend ε = {terms.epsilon:g} (δ = {terms.delta:g}) per {terms.unit}"
-        )
-        budget = f"ε = {terms.spent:.2f} of {terms.budget:g} are spent on these data so far"
-    return {
+    left_out = f", without {terms.left_out:,} that cannot pay" if terms.left_out else ""
+    shown = {
         "study": f"{terms.study}, sha256:{terms.digest}, signed by all",
         "server": terms.server,
         "silos": ", ".join(terms.silos),
         "model": f"{terms.models['slm']}, sha256:{terms.base[:16]}… (checked here)",
-        "data": f"{terms.records:,} records; they stay on this machine",
-        "privacy": privacy,
-        "budget": budget,
+        "data": f"{terms.records:,} records{left_out}; they stay on this machine",
     }
+    if terms.epsilon is None:
+        shown["privacy"] = "none: the tuned adapter may reveal records"
+        shown["budget"] = "nothing is accounted for"
+        return shown
+    from securefedcollm.privacy.shown import up
+
+    assert terms.spent is not None
+    assert terms.after is not None
+    assert terms.median is not None
+    whose = "subject" if terms.unit == "subject" else "record"
+    shown["privacy"] = (
+        f"this study may spend ε = {terms.epsilon:g} (δ = {terms.delta:g}) per {terms.unit}"
+    )
+    shown["budget"] = (
+        f"the {whose} that has spent most has spent ε = {up(terms.spent)} of {terms.budget:g} "
+        f"(δ = {terms.budget_delta:g}); with this study it would be {up(terms.after)}"
+    )
+    shown["others"] = (
+        f"half of the {whose}s have spent ε = {up(terms.median)} or less; "
+        f"{terms.untouched:,} nothing yet"
+    )
+    if terms.unattributed:
+        shown["older"] = (
+            f"{terms.unattributed} charges of this ledger name no records, and no file known here; "
+            "they are not in these figures"
+        )
+    return shown
 
 
 def _print_round(record: dict[str, Any], rounds: int, bars: Bars, as_json: bool) -> None:

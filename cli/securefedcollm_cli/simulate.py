@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from securefedcollm.foreign import as_text
 from securefedcollm_cli.options import DataDir, Device, Json, Overrides, StudyFile
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def _render(results: dict[str, Any], verdict: Verdict, page: str) -> None:
     console.print()
     console.print(_accuracy_table(results))
     for note in results["notes"]:
-        console.print(Padding(f"[dim]{note}[/dim]", (0, 2)))
+        console.print(Padding(as_text(note, style="dim"), (0, 2)))
     console.print()
     console.print(_silo_table(results))
     others = results["silos"][0]["epsilon_other_accountants"]
@@ -140,7 +141,7 @@ def _accuracy_table(results: dict[str, Any]) -> Table:
     table.add_column("model")
     table.add_column("method")
     for group in groups:
-        table.add_column(group or "accuracy", justify="right")
+        table.add_column(as_text(group or "accuracy"), justify="right")
     if len(groups) > 1:
         table.add_column("mean", justify="right")
     last = None
@@ -179,7 +180,7 @@ def _silo_table(results: dict[str, Any]) -> Table:
 def _print_places(console: Console, places: dict[str, str]) -> None:
     console.print()
     for what, place in places.items():
-        console.print(f"  {what:<10} {place}", soft_wrap=True)
+        console.print(as_text(f"  {what:<10} {place}"), soft_wrap=True)
 
 
 def _bytes(count: int) -> str:

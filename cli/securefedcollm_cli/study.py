@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from securefedcollm.foreign import MOST_MESSAGE, printable
 from securefedcollm_cli.identity import PassphraseFile, find, read_passphrase
 from securefedcollm_cli.options import DataDir, Json, Overrides, StudyFile
 
@@ -49,7 +50,7 @@ def check(
         typer.echo(json.dumps(facts, indent=2))
         return
     for key, value in facts["reading"].items():
-        typer.echo(f"{key:<17} {value}")
+        typer.echo(printable(f"{key:<17} {value}", MOST_MESSAGE))
     typer.secho("the study is sound", fg="green")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import typer
 
 from securefedcollm.errors import ConfigError
+from securefedcollm.foreign import as_text, printable
 from securefedcollm_cli.options import Device, Json
 from securefedcollm_cli.progress import Bars
 
@@ -281,7 +282,7 @@ def _show_scores(result: dict[str, dict[str, float]], as_json: bool) -> None:
     table = Table("", *(name.replace("_", " ") for name in result["all"]))
     for group, scores in result.items():
         cells = (f"{v:.4f}" if isinstance(v, float) else str(v) for v in scores.values())
-        table.add_row(group, *cells)
+        table.add_row(as_text(group), *cells)  # a value of the column `subject`
     Console().print(table)
 
 
@@ -290,6 +291,6 @@ def print_models(models: dict[str, dict[str, Any]], as_json: bool) -> None:
         typer.echo(json.dumps(models, indent=2))
         return
     for name, facts in models.items():
-        typer.echo(name)
+        typer.echo(printable(name))
         for key, value in facts.items():
-            typer.echo(f"  {key.replace('_', ' '):<20} {value}")
+            typer.echo(printable(f"  {key.replace('_', ' '):<20} {value}"))

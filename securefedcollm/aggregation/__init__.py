@@ -12,6 +12,9 @@ from securefedcollm.aggregation.header import (
     RingParameters,
     Roster,
     RoundHeader,
+    attempt_scope,
+    names_digest,
+    round_scope,
 )
 from securefedcollm.aggregation.scheme import (
     STEPS,
@@ -59,7 +62,10 @@ __all__ = [
     "Step",
     "Transcript",
     "Word",
+    "attempt_scope",
     "authority_side",
     "coordinator_side",
+    "names_digest",
+    "round_scope",
     "silo_side",
 ]

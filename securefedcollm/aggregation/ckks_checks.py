@@ -7,13 +7,13 @@ from typing import NoReturn
 
 from securefedcollm.aggregation import ckks_ring
 from securefedcollm.aggregation.ckks_ring import Residues
-from securefedcollm.aggregation.header import Roster, RoundHeader
+from securefedcollm.aggregation.header import Roster, RoundHeader, names_digest
 from securefedcollm.aggregation.messages import Signable, Signed
 from securefedcollm.aggregation.scheme import Journal
 from securefedcollm.aggregation.silo import SERVER
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.errors import CryptoError, RemoteProtocolError
-from securefedcollm.primitives import equal, sha256, verify
+from securefedcollm.primitives import equal, verify
 from securefedcollm.study.ring import MOST_OPENINGS, CkksRing
 
 
@@ -96,8 +96,7 @@ def record_opening(journal: Journal, header: RoundHeader, names: Sequence[str], 
     which they differ. One set of silos a round, whatever the attempt. And one that opens the same
     sum over and over, to average the flooding noise out: so many attempts may, and no more.
     """
-    said = sha256(*(sha256(name.encode()) for name in names))
-    record_once(journal, b"open:" + header.round_scope, said, step)
+    record_once(journal, b"open:" + header.round_scope, names_digest(names), step)
     for number in range(MOST_OPENINGS):
         key = b"opening:" + bytes([number]) + header.round_scope
         if equal(journal.record(key, header.attempt_scope), header.attempt_scope):

@@ -281,15 +281,15 @@ class CoordinatorRound:
     def _on_advertise(self, index: int, advertise: Advertise) -> None:
         self._check_signed(index, advertise)
         pair = {advertise.mask_public, advertise.share_public}
-        # Adversary: a silo with a key of small order, or with another silo's key; its peers would
-        # refuse the whole roll, so it is taken off here.
+        # Adversary: a silo with a key of small order, or with another silo's key, in whatever
+        # spelling; its peers would refuse the whole roll, so it is taken off here.
         if len(pair) < 2 or pair & self._publics:
             self._blame(index, "advertised a key that is in use already")
         try:
             for public in pair:
                 _PROBE.agree(public)
         except CryptoError:
-            self._blame(index, "advertised a public key of small order")
+            self._blame(index, "advertised a public key that is misspelled or of small order")
         self._publics |= pair
         self._advertisements[index] = advertise
 

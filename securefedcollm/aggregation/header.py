@@ -9,7 +9,7 @@ headers, and so neither accept each other's keys nor open a sum together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Final, NoReturn
 
 import msgspec
@@ -171,23 +171,34 @@ class RoundHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     @property
     def attempt_scope(self) -> bytes:
         """32 bytes that name this attempt whatever model, parameters or roster were shown."""
-        return sha256(
-            b"securefedcollm/v1/attempt\0", self._place(), self.attempt.to_bytes(4, "big")
-        )
+        return attempt_scope(self.study_digest, self.run_id, self.round, self.attempt)
 
     @property
     def round_scope(self) -> bytes:
         """32 bytes that name this round, all attempts together: at most one of them is opened."""
-        return sha256(b"securefedcollm/v1/round\0", self._place())
-
-    def _place(self) -> bytes:
-        return self.study_digest + self.run_id + self.round.to_bytes(4, "big")
+        return round_scope(self.study_digest, self.run_id, self.round)
 
     def differences(self, other: RoundHeader) -> list[str]:
         """Names of the fields in which ``other`` differs."""
         return [
             name for name in self.__struct_fields__ if getattr(self, name) != getattr(other, name)
         ]
+
+
+def attempt_scope(study_digest: bytes, run_id: bytes, round_: int, attempt: int) -> bytes:
+    """:attr:`RoundHeader.attempt_scope` for who has no header."""
+    place = study_digest + run_id + round_.to_bytes(4, "big")
+    return sha256(b"securefedcollm/v1/attempt\0", place, attempt.to_bytes(4, "big"))
+
+
+def round_scope(study_digest: bytes, run_id: bytes, round_: int) -> bytes:
+    """:attr:`RoundHeader.round_scope` for who has no header."""
+    return sha256(b"securefedcollm/v1/round\0", study_digest, run_id, round_.to_bytes(4, "big"))
+
+
+def names_digest(names: Iterable[str]) -> bytes:
+    """32 bytes that stand for the silos of a sum, by index: what a journal says was opened."""
+    return sha256(*(sha256(name.encode()) for name in names))
 
 
 class Roster:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
 from securefedcollm.aggregation import keys, masks, packing, shamir
-from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster
+from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster, names_digest
 from securefedcollm.aggregation.messages import (
     UNSIGNED,
     Advertise,
@@ -56,6 +56,7 @@ from securefedcollm.primitives import (
     sha256,
     unseal,
     verify,
+    well_spelled,
 )
 
 SERVER: Final = "server"
@@ -256,8 +257,11 @@ class SiloRound:
             self._check_signed(entry, "keys")
         # Adversary: a silo that repeats another's key without knowing its secret.
         publics = {key for entry in entries for key in (entry.mask_public, entry.share_public)}
-        if len(publics) != 2 * len(entries):
-            _refuse("relayed a roll in which one key appears twice", "report the silos on it")
+        if len(publics) != 2 * len(entries) or not all(map(well_spelled, publics)):
+            _refuse(
+                "relayed a roll in which one key appears twice or in a second spelling",
+                "report the silos on it",
+            )
         self._roll = {entry.index: entry for entry in entries}
         # Adversary: a relay that swaps in keys which this silo signed elsewhere.
         if self._roll[self._index] != self._own_keys:
@@ -472,8 +476,8 @@ class SiloRound:
         # down before the shares leave: one survivor set per round, for good. The same set in a
         # further attempt gives the same sum, since every honest silo uploads one vector per round;
         # so a server that crashed before it had stored the sum may have it opened again.
-        names = [self._roster.name(index).encode() for index in opening.survivors]
-        self._record(b"open:" + self._header.round_scope, sha256(*(sha256(name) for name in names)))
+        names = map(self._roster.name, opening.survivors)
+        self._record(b"open:" + self._header.round_scope, names_digest(names))
         survivors = frozenset(opening.survivors)
         shares = tuple(
             secrets.held[dealer][0 if dealer in survivors else 1] for dealer in self._dealers

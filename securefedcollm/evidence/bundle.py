@@ -19,9 +19,6 @@ trusted; sizes and counts are bounded before anything is decoded.
 
 from __future__ import annotations
 
-import io
-import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +26,7 @@ from typing import Any, Final
 import msgspec
 
 from securefedcollm.errors import ConfigError, EvidenceError, SecureFedCoLLMError
+from securefedcollm.evidence.archive import unzipped, zipped
 from securefedcollm.evidence.entries import Entry, canonical, decode_canonical, decode_entry
 from securefedcollm.evidence.ledger import check_anchors
 from securefedcollm.evidence.log import FILE_NAME, EvidenceLog
@@ -41,8 +39,7 @@ from securefedcollm.study.signing import Envelope, read_envelope, signatures_pat
 FORMAT: Final = "securefedcollm-bundle-v1"
 MAX_BYTES: Final = 512 << 20
 """Of a bundle: three rounds of 4 silos take 50 kB, a hundred of 128 about 100 MB."""
-MAX_MEMBERS: Final = 512
-_PATH: Final = re.compile(r"^[a-z0-9][a-z0-9._-]{0,127}(/[a-z0-9][a-z0-9._-]{0,127})?$")
+_MAX_STUDY: Final = 4 << 20
 _HINT: Final = "ask whoever made it for the bundle again; `audit bundle RUN` writes one"
 
 
@@ -138,35 +135,48 @@ def pack(members: Mapping[str, bytes]) -> bytes:
         "format": FORMAT,
         "files": {name: sha256(content).hex() for name, content in members.items()},
     }
-    return _zip({**members, "manifest.json": canonical(manifest)})
+    return zipped({**members, "manifest.json": canonical(manifest)})
 
 
-def _zip(members: Mapping[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name in sorted(members):
-            info = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
-            info.create_system = 3
-            info.external_attr = 0o644 << 16
-            archive.writestr(info, members[name])
-    return buffer.getvalue()
+def read_content(path: Path) -> bytes:
+    """The file's bytes, read once: what is hashed is what is decoded.
+
+    Adversary: whoever may exchange the file between two readings.
+
+    Raises:
+        ConfigError: there is no such file, or it cannot be read.
+        EvidenceError: it is larger than any bundle.
+    """
+    hint = "`audit bundle RUN --out FILE` makes one"
+    if not path.is_file():
+        raise ConfigError("there is no such file", where=str(path), hint=hint)
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be read ({error.strerror})", where=str(path), hint=hint
+        ) from None
+    if len(content) > MAX_BYTES:
+        raise EvidenceError(f"{path}: over {MAX_BYTES >> 20} MiB, no bundle is", hint=_HINT)
+    return content
 
 
 def read_members(path: Path) -> dict[str, bytes]:
-    """The archive's members, hashes checked.
+    """The members of the archive at ``path``; raises what its two halves raise."""
+    return decode_members(read_content(path), path)
+
+
+def decode_members(content: bytes, path: Path) -> dict[str, bytes]:
+    """The members of the archive at ``path``, hashes checked.
 
     Raises:
         EvidenceError: one line that says what is wrong with the file.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise EvidenceError(f"{path}: over {MAX_BYTES >> 20} MiB, no bundle is", hint=_HINT)
-        content = path.read_bytes()
-    except OSError as error:
-        raise EvidenceError(
-            f"{path}: cannot be read ({error.strerror})", hint="name a bundle file"
-        ) from None
-    members = _unzip(content, path)
+        members = unzipped(content)
+    except Exception as error:  # zipfile raises a dozen kinds on garbage
+        raise EvidenceError(f"{path}: not a bundle ({str(error)[:120]})", hint=_HINT) from None
     try:
         manifest = decode_canonical(members.get("manifest.json", b""))
         listed = manifest["files"]
@@ -182,37 +192,18 @@ def read_members(path: Path) -> dict[str, bytes]:
     return members
 
 
-def _unzip(content: bytes, path: Path) -> dict[str, bytes]:
-    members: dict[str, bytes] = {}
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            infos = archive.infolist()
-            if len(infos) > MAX_MEMBERS:
-                raise ValueError(f"{len(infos)} members")
-            for info in infos:
-                # Adversary: a zip bomb, a path that climbs out, a member that hides another.
-                if info.compress_type != zipfile.ZIP_STORED or info.file_size > len(content):
-                    raise ValueError("a compressed member")
-                if not _PATH.match(info.filename) or info.filename in members:
-                    raise ValueError("a member with an impossible or repeated name")
-                members[info.filename] = archive.read(info)
-        if _zip(members) != content:
-            raise ValueError("bytes that belong to no member")
-    except Exception as error:  # zipfile raises a dozen kinds on garbage
-        raise EvidenceError(f"{path}: not a bundle ({str(error)[:120]})", hint=_HINT) from None
-    return members
-
-
-def read_bundle(path: Path) -> Bundle:
-    """Read and decode a bundle.
+def decode_bundle(content: bytes, path: Path) -> Bundle:
+    """Decode the bundle that was read from ``path``.
 
     Raises:
         EvidenceError: naming the member that cannot be read.
     """
-    members = read_members(path)
+    members = decode_members(content, path)
     members.pop("manifest.json")
     study_bytes = members.pop("study.json", b"")
     try:
+        if len(study_bytes) > _MAX_STUDY:
+            raise ValueError(f"study.json is over {_MAX_STUDY >> 20} MiB")
         tree = decode_canonical(study_bytes)
         study = study_from_tree(tree)
         if canonical(study.tree) != study_bytes:

@@ -13,7 +13,6 @@ a round, or one an optimiser step where these are taken jointly.
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import msgspec
@@ -21,10 +20,11 @@ import rfc8785
 from msgspec import Meta
 
 from securefedcollm.errors import EvidenceError
+from securefedcollm.foreign import decode_json, nested_deeper
 
-Hex = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
-Short = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$")]
-Signature = Annotated[str, Meta(pattern=r"^[0-9a-f]{128}$")]
+Hex = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}(?!\n)$")]
+Short = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}(?!\n)$")]
+Signature = Annotated[str, Meta(pattern=r"^[0-9a-f]{128}(?!\n)$")]
 Who = Annotated[str, Meta(min_length=1, max_length=64)]
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
 _Positive = Annotated[float, Meta(gt=0)]
@@ -32,6 +32,7 @@ Names = Annotated[list[Who], Meta(max_length=128)]
 
 MAX_ENTRY = 256 << 10
 """Bytes of one entry: an opening agreed to by 128 silos takes 40 kB."""
+_DEEPEST = 16
 
 
 class _What(
@@ -44,7 +45,7 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A participant as this log's keeper knew it: name, role, Ed25519 key."""
 
     name: Who
-    role: Annotated[str, Meta(pattern=r"^(server|silo|authority)$")]
+    role: Annotated[str, Meta(pattern=r"^(server|silo|authority)(?!\n)$")]
     key: Hex
 
 
@@ -341,7 +342,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Entry ``seq`` (from 0) of ``owner``'s log; ``time`` by the owner's clock, UTC."""
 
     seq: Count
-    time: Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+    time: Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ(?!\n)$")]
     owner: Who
     what: What
 
@@ -373,6 +374,8 @@ def decode_entry(raw: bytes, place: str) -> Entry:
         EvidenceError: naming ``place``.
     """
     try:
+        if len(raw) > MAX_ENTRY or nested_deeper(raw, _DEEPEST):
+            raise ValueError("too long, or nested too deeply")
         entry = msgspec.json.decode(raw, type=Entry)
         if canonical(msgspec.to_builtins(entry)) == raw:
             return entry
@@ -404,7 +407,7 @@ def decode_canonical(raw: bytes) -> Any:
         ValueError: not JSON, or not in canonical form (duplicate keys, spaces, huge numbers).
     """
     try:
-        plain = json.loads(raw)
+        plain = decode_json(raw)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({str(error)[:120]})") from None
     try:

@@ -26,7 +26,8 @@ from securefedcollm.evidence.entries import (
 )
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.privacy.events import Event, encode_events
-from securefedcollm.privacy.ledger import Key, Ledger, Reservation
+from securefedcollm.privacy.identities import Records
+from securefedcollm.privacy.ledger import Budget, Key, Ledger, Reservation
 
 CHARGES = (Reserved, Released, Settled, Voided)
 
@@ -52,15 +53,25 @@ class LoggedLedger(Ledger):
         attempt: int,
         events: Sequence[Event],
         budget: tuple[float, float],
+        *,
+        records: Records | None = None,
+        study: str = "",
+        limit: Budget | None = None,
     ) -> Reservation:
-        """See the base class."""
-        granted = super().reserve(dataset, unit, run, round, attempt, events, budget)
+        """See the base class. The log says the pinned budget, which all studies share."""
+        granted = super().reserve(
+            *(dataset, unit, run, round, attempt, events, budget),
+            records=records,
+            study=study,
+            limit=limit,
+        )
+        pinned = self._pinned(granted.key)
         self._log.append(
             Reserved(
                 **self._about(granted.key),
                 events=encode_events(granted.events),
-                epsilon=float(budget[0]),
-                delta=budget[1],
+                epsilon=float(pinned.epsilon),
+                delta=pinned.delta,
             )
         )
         return granted
@@ -90,9 +101,12 @@ class LoggedLedger(Ledger):
         key = reservation.key
         if key.round < self._sums - 1:
             return None
-        delta = next(e.budget.delta for e in self.entries() if e.key == key)
-        claim = self.spent(key.dataset, key.unit, delta).claim
+        claim = self.spent(key.dataset, key.unit, self._pinned(key).delta).claim
         return Spent(float(claim.epsilon), claim.delta, claim.accountant)
+
+    def _pinned(self, key: Key) -> Budget:
+        """The budget under which an entry was reserved."""
+        return next(entry.budget for entry in self.entries() if entry.key == key)
 
     def _about(self, key: Key) -> dict[str, Any]:
         account = self._log.blinded(f"account\0{key.dataset}\0{key.unit}".encode())

@@ -43,20 +43,32 @@ class Frontier:
         return node
 
 
-def inclusion_proof(leaves: Sequence[bytes], index: int) -> list[bytes]:
-    """PATH(index, leaves): sibling hashes from the leaf upwards (RFC 9162 §2.1.3.1).
+def inclusion_proofs(leaves: Sequence[bytes], indices: Sequence[int]) -> list[list[bytes]]:
+    """PATH(index, leaves) for each index: sibling hashes from the leaf upwards (RFC 9162 §2.1.3.1).
 
     Raises:
         EvidenceError: there is no such leaf.
     """
-    if not 0 <= index < len(leaves):
-        raise EvidenceError(f"a log of {len(leaves)} entries has no entry {index}")
-    if len(leaves) == 1:
-        return []
-    k = _split(len(leaves))
-    if index < k:
-        return [*inclusion_proof(leaves[:k], index), merkle_root(leaves[k:])]
-    return [*inclusion_proof(leaves[k:], index - k), merkle_root(leaves[:k])]
+    for index in indices:
+        if not 0 <= index < len(leaves):
+            raise EvidenceError(f"a log of {len(leaves)} entries has no entry {index}")
+    proofs: list[list[bytes]] = [[] for _ in indices]
+    level = [sha256(b"\0", leaf) for leaf in leaves] if indices else []
+    depth = 0
+    while len(level) > 1:
+        for proof, index in zip(proofs, indices, strict=True):
+            sibling = (index >> depth) ^ 1
+            if sibling < len(level):  # else the last node goes up as it is
+                proof.append(level[sibling])
+        pairs = zip(level[::2], level[1::2], strict=False)
+        level = [sha256(b"\1", *pair) for pair in pairs] + level[len(level) & ~1 :]
+        depth += 1
+    return proofs
+
+
+def inclusion_proof(leaves: Sequence[bytes], index: int) -> list[bytes]:
+    """:func:`inclusion_proofs` of one leaf."""
+    return inclusion_proofs(leaves, [index])[0]
 
 
 def verify_inclusion(

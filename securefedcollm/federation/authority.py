@@ -156,6 +156,7 @@ class AuthoritySession:
             raise RemoteProtocolError(
                 f"asked for {name} of a study of {study.rounds} rounds", peer=SERVER
             )
+        self._evidence.check_journal(self._store, study.scheme)
         self._run.enter(request.run_id, request.round, *self._evidence.marks)
         header = round_header(
             study,
@@ -182,8 +183,11 @@ class AuthoritySession:
             )
         if self._expire is None:  # the first frame makes the keys
             self._expire = self._now() + KEY_LIFETIME
+        scheme = self._study.scheme
+        self._evidence.check_journal(self._store, scheme)
         reply = self._side.handle(frame)
         self._evidence.said(self._header, self._side)  # durable before the reply leaves
+        self._evidence.check_journal(self._store, scheme)  # put back meanwhile: no answer
         return reply
 
     def _end(self, end: EndRun) -> Ended:

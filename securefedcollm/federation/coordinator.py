@@ -62,6 +62,7 @@ from securefedcollm.federation.plan import (
 from securefedcollm.federation.recording import ServerRecord
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.workload import Progress, ServerWorkload, Vector
+from securefedcollm.foreign import printable
 from securefedcollm.privacy.adaptive_clip import AdaptiveClip
 from securefedcollm.privacy.joint import JointStep
 from securefedcollm.privacy.silo_unit import SiloUnit
@@ -396,16 +397,18 @@ class Coordinator:
         answers: dict[str, Trained | Ready | Aggregated | Witnessed | Ended] = {}
         for silo, reply in self._engine.exchange(frames, timeout).items():
             if isinstance(reply, Failure):
-                lost[silo] = reply.reason
+                lost[silo] = printable(reply.reason)
                 continue
             traffic.up[silo] += len(reply)
             try:
                 message = decode_reply(reply, silo)
             except SecureFedCoLLMError as error:
-                lost[silo] = error.message
+                lost[silo] = printable(error.message)
                 continue
             if isinstance(message, Refused):
-                lost[silo] = message.message + (f" ({message.hint})" if message.hint else "")
+                # Adversary: a silo whose words move the operator's cursor or forge a line of a log.
+                hint = f" ({printable(message.hint)})" if message.hint else ""
+                lost[silo] = printable(message.message) + hint
             else:
                 answers[silo] = message
         return answers

@@ -31,7 +31,7 @@ from securefedcollm.tuning.head import device_of
 from securefedcollm.tuning.independence import refuse_coupling
 from securefedcollm.tuning.local import sampled_gradients, train_dp, train_plain
 from securefedcollm.tuning.questions import Question
-from securefedcollm.tuning.splits import dataset_fingerprint
+from securefedcollm.tuning.splits import dataset_fingerprint, record_content
 from securefedcollm.tuning.vocabulary import vocabulary_of
 
 
@@ -73,9 +73,9 @@ class SiloTuning:
             refuse_coupling(self._tuned.model, "models.slm", study.task.max_tokens)
         self._data = self._tuned.encode(questions, private=by_unit(study))
         self.records = len(questions)
-        self.dataset = dataset_fingerprint(
-            questions if self._subjects else [replace(q, subject=None) for q in questions]
-        )
+        plain = dataset_fingerprint([replace(q, subject=None) for q in questions])
+        self.dataset = dataset_fingerprint(questions) if self._subjects else plain
+        self.also: Sequence[str] = [plain] if self._subjects else []
         self.base_digest = self._tuned.base_digest
         self._event: PoissonGaussian | None = None
         self._units = count_units(study, questions)
@@ -85,6 +85,13 @@ class SiloTuning:
                 raise ValueError("the planned event is one of other records")
         elif study.joint:
             _check_joint_units(study, self._units)
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        return self._questions
+
+    def contents(self) -> Iterator[tuple[bytes, str | None]]:
+        return contents_of(self._questions)
 
     def layout(self, round_: int) -> bytes:
         return self._tuned.layout_digest(round_)
@@ -326,6 +333,11 @@ def _subjects(study: Study, questions: Sequence[Question]) -> list[str] | None:
             hint="every record needs its subject, or privacy.subject another column",
         )
     return [str(subject) for subject in subjects]
+
+
+def contents_of(questions: Sequence[Question]) -> Iterator[tuple[bytes, str | None]]:
+    """Of every question a digest of its content, and whose it is: for the privacy ledger."""
+    return ((record_content(question), question.subject) for question in questions)
 
 
 def sampling_rate(study: Study, questions: Sequence[Question]) -> float:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, Final
 
+from securefedcollm.foreign import visible
+
 _METRICS: Final = {"accuracy": ("accuracy, %", 100, 1), "gold_log_prob": ("gold log-prob", 1, 3)}
 
 
@@ -86,7 +88,7 @@ def plot(table: Mapping[str, Any]) -> str:
             y = top + _ROW * (i + 1) + 4
             parts.append(f'<text x="6" y="{y:.1f}">{escape(row["method"])}</text>')
         top += _ROW * (len(mine) + 1) + 50
-    return (
+    return visible(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {top:.0f}" '
         f'width="{width:.0f}" height="{top:.0f}" font-family="sans-serif" font-size="12">'
         f"<title>{escape(table['study'])}</title>"

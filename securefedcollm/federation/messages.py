@@ -76,7 +76,8 @@ class Witness(_Message, frozen=True, tag="witness"):
     """Server → silo: vouch for the head of my evidence log.
 
     ``consistency``: RFC 9162 proof from the head of ``old`` entries, the last one that this silo
-    vouched for. ``openings``: those of the newest round that has any: one an attempt.
+    vouched for. ``openings``: those since then that name this silo, and those of the newest round
+    that has any: one an attempt.
     """
 
     checkpoint: str

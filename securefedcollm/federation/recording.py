@@ -18,6 +18,7 @@ from securefedcollm.aggregation import (
     Roster,
     RoundHeader,
     RoundResult,
+    SchemeName,
     Sealing,
     SiloSide,
     Step,
@@ -52,16 +53,17 @@ from securefedcollm.evidence.entries import (
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.evidence.merkle import (
     consistency_proof,
-    inclusion_proof,
+    inclusion_proofs,
     verify_consistency,
     verify_inclusion,
 )
 from securefedcollm.evidence.note import Checkpoint, cosign, origin, parse_checkpoint
 from securefedcollm.evidence.software import bill_of_materials, code_digest
 from securefedcollm.federation import messages
+from securefedcollm.federation.anchors import check_journal
 from securefedcollm.federation.files import write_durably
 from securefedcollm.federation.plan import AUTHORITY
-from securefedcollm.federation.silostore import Mark
+from securefedcollm.federation.silostore import Mark, SiloStore
 from securefedcollm.primitives import SigningKey, sha256
 
 _messages = logging.getLogger(__name__)
@@ -188,6 +190,10 @@ class SiloRecord:
         """The newest sum in the log; none if there is none."""
         return _mark(self._log)
 
+    def check_journal(self, journal: SiloStore, scheme: SchemeName) -> None:
+        """Raises: StateError if ``journal`` does not know a step that the log knows."""
+        check_journal(self._log, journal, scheme)
+
     def round(
         self,
         header: RoundHeader,
@@ -262,7 +268,7 @@ class SiloRecord:
 
     def countersign(self, request: messages.Witness) -> messages.Witnessed:
         """Vouch for the server's log: it extends what this silo vouched for before, and says of
-        this round's opening what this silo saw.
+        every opening since then what this silo saw.
 
         Raises:
             RemoteProtocolError: it does not, or this silo has no log yet. Adversary: a server that
@@ -317,8 +323,11 @@ class SiloRecord:
         return newest or Witnessed(size=0, root=sha256().hex()), heads
 
     def _compare(self, request: messages.Witness, head: Checkpoint) -> None:
-        """The openings of the server's newest round against this silo's own entries."""
-        agreed, opened_here = self._own()
+        """What was opened since this silo last vouched, by the server's log and by its own.
+
+        Adversary: a server that hides an opening in which this silo took part, or says that others
+        were in the sum; whatever openings of other rounds it shows instead.
+        """
         theirs: dict[str, Opening] = {}
         for shown in request.openings:
             verify_inclusion(shown.entry, shown.index, head.size, shown.inclusion, head.root)
@@ -326,31 +335,26 @@ class SiloRecord:
             if not isinstance(what, Opening):
                 raise EvidenceError("the entry shown is not an opening")
             theirs[what.header] = what
-        for mine in agreed:
+        for mine in self._unvouched():
             same = theirs.get(mine.header)
-            if same and (same.lists, same.survivors) != (mine.lists, mine.survivors):
-                raise EvidenceError(f"it names other survivors of round {mine.round + 1}")
-        if opened_here is None or any(what.round > opened_here.round for what in theirs.values()):
-            return  # a later round, in which this silo was absent
-        opened = theirs.get(opened_here.header)
-        said = opened_here.survivors if isinstance(opened_here, Told) else opened_here.seeds_of
-        if opened is None or opened.survivors != said:
-            raise EvidenceError(f"it hides or alters the opening of round {opened_here.round + 1}")
+            if isinstance(mine, Agreed):
+                if same and (same.lists, same.survivors) != (mine.lists, mine.survivors):
+                    raise EvidenceError(f"it names other survivors of round {mine.round + 1}")
+                continue  # it need not have been opened
+            said = mine.survivors if isinstance(mine, Told) else mine.seeds_of
+            if same is None or (same.lists, same.survivors) != (mine.lists, said):
+                raise EvidenceError(f"it hides or alters the opening of round {mine.round + 1}")
 
-    def _own(self) -> tuple[list[Agreed], Unmasked | Told | None]:
-        """What this silo agreed to, and unmasked or was told, in the round it is in."""
+    def _unvouched(self) -> list[Agreed | Unmasked | Told]:
+        """What this silo agreed to, unmasked or was told since it last vouched, in this order."""
         assert self._log is not None
-        agreed: list[Agreed] = []
-        opened: Unmasked | Told | None = None
+        found: list[Agreed | Unmasked | Told] = []
         for entry in reversed(self._log.entries):
-            what = entry.what
-            if isinstance(what, Round) and self._header and what.round < self._header.round:
+            if isinstance(entry.what, Witnessed):
                 break
-            if isinstance(what, Agreed):
-                agreed.append(what)
-            elif isinstance(what, Unmasked | Told) and opened is None:
-                opened = what
-        return agreed, opened
+            if isinstance(entry.what, Agreed | Unmasked | Told):
+                found.append(entry.what)
+        return found[::-1]
 
 
 class AuthorityRecord:
@@ -372,6 +376,10 @@ class AuthorityRecord:
     def marks(self) -> list[Mark]:
         """The newest sum in the log; none if there is none."""
         return _mark(self._log)
+
+    def check_journal(self, journal: SiloStore, scheme: SchemeName) -> None:
+        """Raises: StateError if ``journal`` does not know a step that the log knows."""
+        check_journal(self._log, journal, scheme)
 
     def attempt(self, header: RoundHeader) -> None:
         """Before a key is made."""
@@ -439,8 +447,8 @@ class ServerRecord:
         self._roster = roster
         self._proofs: dict[tuple[int, int], list[bytes]] = {}
         """(old, new size) → consistency proof: the same for most silos of a round."""
-        self._openings: list[messages.Shown] = []
-        self._shown_at = -1
+        self._openings: list[tuple[Opening, messages.Shown]] = []
+        self._shown_at = (-1, -1)
         self._vouched: dict[str, int] = {}
         """Silo → entries of the head that it last vouched for."""
         if log is not None:
@@ -541,22 +549,35 @@ class ServerRecord:
             checkpoint=self._log.head.note,
             old=old,
             consistency=self._consistency(leaves, old),
-            openings=self._shown(),
+            openings=self._shown(silo, old),
         )
 
-    def _shown(self) -> list[messages.Shown]:
-        """The openings of the newest round that has any: a silo may know of an earlier attempt."""
+    def _shown(self, silo: str, old: int) -> list[messages.Shown]:
+        """The openings of the newest round that has any: a silo may know of an earlier attempt. And
+        those that ``silo`` may have taken part in since it vouched for ``old`` entries."""
         assert self._log is not None
-        if self._shown_at != self._log.size:
-            found = [(e.seq, e.what) for e in self._log.entries if isinstance(e.what, Opening)]
-            leaves, round_ = self._log.leaves, found[-1][1].round if found else -1
-            self._openings = [
-                messages.Shown(seq, leaves[seq], inclusion_proof(leaves, seq))
-                for seq, what in found
-                if what.round == round_
-            ]
-            self._shown_at = self._log.size
-        return self._openings
+        at = self._log.size, min(self._vouched.get(name, 0) for name in self._roster.names)
+        if self._shown_at != at:
+            self._openings, self._shown_at = self._proven(at[1]), at
+        newest = self._openings[-1][0].round if self._openings else -1
+        return [
+            shown
+            for what, shown in self._openings
+            if what.round == newest or (shown.index >= old and silo in what.survivors)
+        ]
+
+    def _proven(self, oldest: int) -> list[tuple[Opening, messages.Shown]]:
+        """The openings of the newest round and from entry ``oldest`` on, with proofs."""
+        assert self._log is not None
+        found = [(e.seq, e.what) for e in self._log.entries if isinstance(e.what, Opening)]
+        newest = found[-1][1].round if found else -1
+        found = [(seq, what) for seq, what in found if seq >= oldest or what.round == newest]
+        leaves = self._log.leaves
+        proofs = inclusion_proofs(leaves, [seq for seq, _ in found])
+        return [
+            (what, messages.Shown(seq, leaves[seq], proof))
+            for (seq, what), proof in zip(found, proofs, strict=True)
+        ]
 
     def _consistency(self, leaves: list[bytes], old: int) -> list[bytes]:
         key = (old, len(leaves))

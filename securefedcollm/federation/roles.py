@@ -5,7 +5,7 @@ A participant's *home* holds what outlives a run::
     identity.json                its signing key
     kit/, lead/, request/        its start-up kit (:mod:`.engines.flare.kit`)
     flare.log                    what FLARE's processes say
-    ledger.sqlite                a silo's privacy ledger, of all its studies
+    ledger.sqlite, ledger.key    a silo's privacy ledger, of all its studies; what knows its records
     studies/STUDY-DIGEST/        one directory a study, as ``audit bundle`` wants it
 
 The process may be killed at any moment and started again with the same command.
@@ -51,11 +51,11 @@ from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.federation.workload import Progress, ServerWorkload
 from securefedcollm.primitives import SigningKey
-from securefedcollm.privacy.ledger import Budget, Ledger
-from securefedcollm.study import Study, digest
+from securefedcollm.privacy.ledger import Budget
+from securefedcollm.study import Study, digest, dump_study
 from securefedcollm.study.identity import open_identity, read_identity
 from securefedcollm.study.ring import DEGREE
-from securefedcollm.study.signing import require_signed, signatures_path
+from securefedcollm.study.signing import encode_envelope, require_signed, signatures_path
 
 if TYPE_CHECKING:
     from securefedcollm.federation.cotuning import SiloTuning
@@ -100,7 +100,7 @@ def take_part(
         ConfigError: not signed by everybody, not on the roster in this role, or already running.
         CryptoError: a signature or the passphrase is wrong.
     """
-    require_signed(study, signatures_path(study_file))
+    envelope = require_signed(study, signatures_path(study_file))
     file = read_identity(home / IDENTITY)
     listed = {p.name: p for p in study.roster}
     me = listed.get(file.name)
@@ -119,11 +119,9 @@ def take_part(
     home.chmod(0o700)
     run = make_directory(home / "studies" / f"{study.study}-{digest(study).hex()[:12]}")
     with _alone(run):
-        for source, target in (
-            (study_file, run / "study.yaml"),
-            (signatures_path(study_file), signatures_path(run / "study.yaml")),
-        ):
-            write_durably(target, source.read_bytes())
+        # Adversary: whoever may exchange the files meanwhile. What was checked is what is kept.
+        write_durably(run / "study.yaml", dump_study(study).encode())
+        write_durably(signatures_path(run / "study.yaml"), encode_envelope(envelope))
         silos = {p.name: bytes.fromhex(p.key) for p in study.roster if p.role == "silo"}
         yield Member(
             study=study,
@@ -273,25 +271,6 @@ def server_questions(
 # ---- a silo ----
 
 
-@dataclass(frozen=True)
-class Terms:
-    """What an operator agrees to by taking part; ``spent`` and ``budget`` are of the data set."""
-
-    study: str
-    digest: str
-    server: str
-    silos: list[str]
-    models: dict[str, str]
-    base: str
-    rounds: int
-    records: int
-    unit: str | None
-    epsilon: float | None
-    delta: float | None
-    spent: float | None
-    budget: float | None
-
-
 def silo_workload(
     study: Study,
     name: str,
@@ -301,7 +280,7 @@ def silo_workload(
     *,
     device: str = "cpu",
 ) -> SiloTuning:
-    """The silo's model and its private questions.
+    """The silo's model and its private questions, all that are in the file ``data``.
 
     Args:
         device: where the model computes, as torch calls it.
@@ -309,36 +288,24 @@ def silo_workload(
     Raises:
         ConfigError, DataError: the file, the model, the device or the study does not fit.
     """
-    from securefedcollm.federation.cotuning import SiloTuning
     from securefedcollm.federation.dealing import read_records
 
-    questions = read_records(study, data)
+    return workload_of(study, name, read_records(study, data), models, progress, device=device)
+
+
+def workload_of(
+    study: Study,
+    name: str,
+    questions: Sequence[Question],
+    models: Path | None,
+    progress: Progress,
+    *,
+    device: str = "cpu",
+) -> SiloTuning:
+    """As :func:`silo_workload`, of questions that were read already."""
+    from securefedcollm.federation.cotuning import SiloTuning
+
     return SiloTuning(study, name, questions, data=models, device=device, progress=progress)
-
-
-def terms(member: Member, workload: SiloTuning, budget: Budget | None) -> Terms:
-    """What taking part means for these records."""
-    study, privacy = member.study, member.study.privacy
-    spent = limit = None
-    if privacy is not None:
-        limit = (budget or Budget(privacy.epsilon, privacy.delta)).epsilon
-        with Ledger(member.home / LEDGER, member.name) as ledger:
-            spent = ledger.spent(workload.dataset, privacy.unit, privacy.delta).claim.epsilon
-    return Terms(
-        study=study.study,
-        digest=digest(study).hex(),
-        server=next(p.name for p in study.roster if p.role == "server"),
-        silos=list(member.roster.names),
-        models={"llm": study.models.llm.source, "slm": study.models.slm.source},
-        base=workload.base_digest.hex(),
-        rounds=study.rounds,
-        records=workload.records,
-        unit=privacy.unit if privacy else None,
-        epsilon=privacy.epsilon if privacy else None,
-        delta=privacy.delta if privacy else None,
-        spent=None if spent is None else float(spent),
-        budget=limit,
-    )
 
 
 def silo_session(

@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -53,6 +55,7 @@ from securefedcollm.federation.silostore import Mark, OneRun, SiloStore, SumMemo
 from securefedcollm.federation.workload import Progress, SiloWorkload, Vector, silent
 from securefedcollm.primitives import SigningKey, sha256
 from securefedcollm.privacy.events import Event
+from securefedcollm.privacy.identities import Records
 from securefedcollm.privacy.joint import JointStep
 from securefedcollm.privacy.ledger import Budget, Key, Ledger, Reservation
 from securefedcollm.privacy.noise import NoiseSource
@@ -88,8 +91,8 @@ class SiloSession:
         """
         Args:
             roster: the silos; that of the study, if the study has one.
-            budget: this silo's own limit for its data set, all studies together; by default that
-                of the study.
+            budget: this silo's own limit for its records, all studies together; by default what
+                its ledger has pinned, or else the study's.
             explain: tell the server *why* this silo cannot go on. Only for a simulation, in which
                 the two are the same person: reasons depend on private data and other studies.
             authority: public key of the party that holds the decryption key, where the study has
@@ -222,6 +225,7 @@ class SiloSession:
         if side is None:
             raise RemoteProtocolError("asked to aggregate before a round began", peer="server")
         step = side.step
+        self._check_journal()
         reply = side.handle(frame)
         # Durable before the reply leaves: what the settlement of this round will rest on, and the
         # evidence.
@@ -235,7 +239,11 @@ class SiloSession:
         elif step in {Step.UNMASK, Step.NOTE}:
             memory.opened(attempt, len(side.transcript.survivors))
         self._evidence.said(side)
+        self._check_journal()  # put back meanwhile: no answer
         return reply
+
+    def _check_journal(self) -> None:
+        self._evidence.check_journal(self._store, self._study.scheme)
 
     def _end(self, end: EndRun) -> Ended:
         """No further attempt at this run, durably; so its last sum can be settled too.
@@ -243,7 +251,9 @@ class SiloSession:
         Adversary: a server that ends a run early loses this silo's further rounds, and no more.
         """
         self._side = None
-        self._settle_before(self._run.end(end.run_id), self._study.sums)
+        scope = self._run.end(end.run_id)
+        self._check_journal()  # the settlement rests on it
+        self._settle_before(scope, self._study.sums)
         return Ended()
 
     def _enter(self, begin: BeginRound, model: bytes) -> bytes:
@@ -252,6 +262,7 @@ class SiloSession:
         Returns the run's scope.
         """
         marks = [*self._evidence.marks, *self._charged(run_scope(self._study, begin.run_id))]
+        self._check_journal()
         scope = self._run.enter(begin.run_id, begin.round, *marks)
         # Adversary: a server that has one round trained on many models.
         pin = b"model:" + scope[:16] + begin.round.to_bytes(4, "big")
@@ -497,14 +508,24 @@ class SiloSession:
         privacy = self._study.privacy
         assert privacy is not None  # only a study with privacy has events
         key = self._entry(scope, round_, training)
-        budget = self._budget or Budget(privacy.epsilon, privacy.delta)
-        limit = (budget.epsilon, budget.delta)
+        claim = (privacy.epsilon, privacy.delta)
+        whose: Any = {
+            "records": self._records,
+            "study": self._study.digest.hex(),
+            "limit": self._budget,
+        }
         if all(entry.key.run != key.run for entry in self._ledger.entries()):
             # A run that the budget cannot see through to its end is not begun.
             rounds = self._study.sums - round_
             what = "steps" if self._study.joint else "rounds"
-            self._ledger.foresee(key.dataset, key.unit, events, rounds, limit, what)
-        return self._ledger.reserve(*key, events, limit)
+            self._ledger.foresee(key.dataset, key.unit, events, rounds, claim, what, **whose)
+        return self._ledger.reserve(*key, events, claim, **whose)
+
+    @cached_property
+    def _records(self) -> Records:
+        """The records that this silo's budget is about."""
+        work = self._workload
+        return self._ledger.identify(work.contents(), column=self._study.subject, also=work.also)
 
 
 def _release_key(scope: bytes, round_: int, training: int) -> bytes:

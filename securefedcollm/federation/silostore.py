@@ -168,6 +168,15 @@ class SiloStore:
         self._db.close()
 
 
+def restored(why: str) -> StateError:
+    """The journal knows less than something that was written after it."""
+    return StateError(
+        f"the journal of this run was lost or restored: {why}, and it does not; this participant "
+        "sits the study out",
+        hint="without it a server could have two sums of one round opened, and subtract them",
+    )
+
+
 class Mark(NamedTuple):
     """How far a run had come when something else than the journal was last written.
 
@@ -235,12 +244,9 @@ class OneRun:
             if mark.sum > (-1 if newest is None else newest) or (
                 begun is not None and begun < mark.attempts
             ):
-                raise StateError(
-                    f"the journal of this run was lost or restored: its {mark.keeper} knows of "
-                    f"{mark.attempts} attempt(s) at {sum_name(self._study, mark.sum)}, and it does "
-                    "not; this participant sits the study out",
-                    hint="without it a server could have two sums of one round opened, and "
-                    "subtract them",
+                raise restored(
+                    f"its {mark.keeper} knows of {mark.attempts} attempt(s) at "
+                    f"{sum_name(self._study, mark.sum)}"
                 )
 
     def end(self, run_id: bytes) -> bytes:

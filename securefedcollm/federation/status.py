@@ -25,6 +25,8 @@ from securefedcollm.evidence.entries import (
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.plan import AUTHORITY, ends_round, round_of, sum_name
+from securefedcollm.privacy.charges import Entry as Charge
+from securefedcollm.privacy.identities import Records
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import Study, digest, load_study
 
@@ -139,10 +141,16 @@ def _of_silo(study: Study, place: Path) -> dict[str, Any]:
         with Ledger(place / "ledger.sqlite", place.name) as ledger:
             mine = ledger.entries()
             if mine:
-                dataset, unit = mine[-1].key.dataset, mine[-1].key.unit
-                spent = ledger.spent(dataset, unit, privacy.delta).claim.epsilon
+                spent = _worst(ledger, mine[-1], privacy.delta)
                 known |= {"epsilon_spent": float(spent), "epsilon_study": privacy.epsilon}
     return known
+
+
+def _worst(ledger: Ledger, last: Charge, delta: float) -> float:
+    """ε of the record that has spent most, of those that were charged last."""
+    if not last.about.records:
+        return ledger.spent(last.key.dataset, last.key.unit, delta).claim.epsilon
+    return ledger.standing(Records(ledger.stored(last.about.records))).worst
 
 
 def _entries(study: Study, place: Path) -> list[Entry]:

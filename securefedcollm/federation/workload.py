@@ -29,10 +29,21 @@ class SiloWorkload(Protocol):
     """Tuning at one silo, on data that it alone sees."""
 
     dataset: str
-    """Fingerprint of the private data set: the key of its privacy budget."""
+    """Fingerprint of the private data set. An older ledger keyed its privacy budget by it."""
+
+    also: Sequence[str]
+    """Other fingerprints of the same records, by which an older ledger may know them."""
 
     base_digest: bytes
     """SHA-256 of the base model's weights."""
+
+    def contents(self) -> Iterable[tuple[bytes, str | None]]:
+        """A digest of the content of every private record, and whose it is if that is the unit.
+
+        The privacy budget belongs to these. Nothing of the study may go into a digest: its task,
+        its labels, the order of the records.
+        """
+        ...
 
     def layout(self, round_: int) -> bytes:
         """32-byte digest of the adapter's layout in this round."""

@@ -3,7 +3,8 @@
 A row's digest is the SHA-256 of its body, canonical JSON (RFC 8785) that contains the digest of
 the row before. Whoever edits, drops or reorders a row must rewrite every later one; and that shows
 as soon as any head of the old chain was anchored elsewhere (the evidence log), because a chain that
-was rewritten or cut back no longer contains it.
+was rewritten or cut back no longer contains it. What is too large for a row is kept beside the
+journal, under a name that is its digest; the row names it.
 
 Adversary: somebody with write access to the file *later on* who wants budget back. Without an
 anchor, a whole rewrite or a restored old copy of the file cannot be told from the original.
@@ -34,6 +35,11 @@ CREATE TRIGGER IF NOT EXISTS journal_keep BEFORE UPDATE ON journal
   BEGIN SELECT RAISE(ABORT, 'the journal is append-only'); END;
 CREATE TRIGGER IF NOT EXISTS journal_hold BEFORE DELETE ON journal
   BEGIN SELECT RAISE(ABORT, 'the journal is append-only'); END;
+CREATE TABLE IF NOT EXISTS kept (name TEXT PRIMARY KEY, content BLOB NOT NULL) STRICT;
+CREATE TRIGGER IF NOT EXISTS kept_keep BEFORE UPDATE ON kept
+  BEGIN SELECT RAISE(ABORT, 'what is kept beside the journal stays'); END;
+CREATE TRIGGER IF NOT EXISTS kept_hold BEFORE DELETE ON kept
+  BEGIN SELECT RAISE(ABORT, 'what is kept beside the journal stays'); END;
 """
 
 
@@ -158,6 +164,18 @@ class Journal:
         digest = sha256(raw)
         self._db.execute("INSERT INTO journal VALUES (?, ?, ?)", (seq, raw, digest))
         return Row(seq, body, digest)
+
+    def keep(self, name: str, content: bytes) -> None:
+        """Keep ``content`` under its digest; inside :meth:`writing`, with the row that names it."""
+        self._db.execute("INSERT OR IGNORE INTO kept VALUES (?, ?)", (name, content))
+
+    def kept(self, name: str) -> bytes | None:
+        """What :meth:`keep` stored; the caller compares it with its name."""
+        try:
+            row = self._db.execute("SELECT content FROM kept WHERE name = ?", (name,)).fetchone()
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+        return None if row is None else bytes(row[0])
 
     @staticmethod
     def owner_of(path: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""The budget ledger: what a silo has spent on a data set, across rounds, runs and studies.
+"""The budget ledger: what the records of a silo have spent, across rounds, runs, files and studies.
 
 Life of an entry, one journal row per arrow::
 
@@ -15,68 +15,44 @@ A crash before ``release`` leaves the entry ``reserved``: reserving the same (da
 round, attempt) with the same events returns it, counted once. After ``release`` the same attempt
 can never be reserved again: a retry is a new attempt and costs again.
 
+The budget belongs to the *records*, and there is one for all of an owner's: (ε, δ), pinned by
+:meth:`Ledger.pin` or by the first reservation. A charge is about a set of records, by identities
+that only this silo can compute (:mod:`.identities`); what a record has spent is all charges whose
+set has it (:mod:`.accounts`). So neither another study, ε, δ, unit, task, label or order, nor one
+record more in the file, opens a fresh account.
+
 Charges are added with a privacy filter (:mod:`.filters`), which stays valid if the next study is
 chosen after seeing the results of the last.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import msgspec
 
-from securefedcollm.errors import BudgetExceeded, ConfigError, EvidenceError, LocalProtocolError
-from securefedcollm.privacy.accounting import Claim
+from securefedcollm.errors import BudgetExceeded, ConfigError, LocalProtocolError
+from securefedcollm.privacy.accounts import Bools, Overlaps
+from securefedcollm.privacy.admission import Asked, Decision, decide
+from securefedcollm.privacy.book import Book, SpentSummary
+from securefedcollm.privacy.charges import Budget, Entry, Key
 from securefedcollm.privacy.events import (
     Event,
     Events,
-    decode_events,
     dominates,
     encode_events,
     merge,
-    repeat,
 )
-from securefedcollm.privacy.filters import Terms, filter_epsilon, filter_within
-from securefedcollm.privacy.journal import Head, Journal, Row
-from securefedcollm.privacy.refusal import explain, explain_run, repeated
+from securefedcollm.privacy.identities import (
+    Records,
+    identify,
+    record_key,
+)
+from securefedcollm.privacy.journal import Row
+from securefedcollm.privacy.replay import FILE, NEXT, PIN
 
-State = Literal["reserved", "released", "settled", "void"]
-
-_NEXT: Final[dict[str, tuple[str | None, State]]] = {
-    "reserve": (None, "reserved"),
-    "release": ("reserved", "released"),
-    "settle": ("released", "settled"),
-    "void": ("reserved", "void"),
-}
-
-
-class Key(NamedTuple):
-    """What one entry is about."""
-
-    dataset: str
-    """Fingerprint of the data set."""
-    unit: str
-    """``record``, ``silo`` or ``subject:COLUMN``."""
-    run: str
-    round: int
-    attempt: int
-
-
-class Budget(msgspec.Struct, frozen=True):
-    """(ε, δ) that all releases about one data set and unit must stay within."""
-
-    epsilon: float
-    delta: float
-
-    def __post_init__(self) -> None:
-        if not self.epsilon > 0.0:
-            raise ConfigError(f"must be above 0, not {self.epsilon}", where="privacy.epsilon")
-        if not 0.0 < self.delta < 1.0:
-            raise ConfigError(f"lies in (0, 1), not {self.delta}", where="privacy.delta")
+__all__ = ["Budget", "Entry", "Key", "Ledger", "Reservation", "SpentSummary"]
 
 
 class Reservation(msgspec.Struct, frozen=True):
@@ -88,60 +64,73 @@ class Reservation(msgspec.Struct, frozen=True):
     """Number of the journal row that granted it."""
 
 
-class Entry(msgspec.Struct, frozen=True):
-    """The current state of one reservation."""
+class Ledger(Book):
+    """A participant's privacy ledger: what charges, releases and refuses."""
 
-    key: Key
-    state: State
-    reserved: Events
-    settled: Events | None
-    budget: Budget
-    row: int
-    time: str
+    _overlaps: Overlaps | None = None
 
-    @property
-    def counted(self) -> Events:
-        """What the budget is charged."""
-        if self.state == "void":
-            return ()
-        return self.reserved if self.settled is None else self.settled
+    def pin(self, epsilon: float, delta: float, *, higher: bool = False) -> None:
+        """Fix the budget of every record of this owner, in all studies together.
 
-    @property
-    def terms(self) -> Terms:
-        """The filter terms of an account that this entry opens."""
-        return Terms(repeat(self.reserved[0], 1), self.budget.epsilon)
+        Args:
+            higher: the owner knows that ε goes up after something was charged. What a filter
+                promises is then the higher one, if it was not chosen on what was released.
 
+        Raises:
+            ConfigError: impossible; or something was charged, and δ is another or ε is higher.
+        """
+        budget = Budget(epsilon, delta)
+        with self._journal.writing():
+            self._catch_up()
+            before = self._state.pinned
+            if before is not None and self._state.entries:
+                _check_change(before, budget, higher)
+            if budget != before:
+                self._journal.append({"action": PIN, "budget": msgspec.to_builtins(budget)})
+        self._catch_up()
 
-class SpentSummary(msgspec.Struct, frozen=True):
-    """What a data set and unit have spent."""
+    def identify(
+        self,
+        contents: Iterable[tuple[bytes, str | None]],
+        *,
+        column: str | None = None,
+        also: Sequence[str] = (),
+    ) -> Records:
+        """The records of a file, under this ledger's own key (made on first use).
 
-    dataset: str
-    unit: str
-    claim: Claim
-    events: Events
-    entries: dict[str, int]
-    """Number of entries by state."""
+        Args:
+            contents: a digest of every record's content, in file order, and whose record it is.
+            column: which says whose record it is, where the unit is the subject.
+            also: fingerprints by which an older ledger may know the file.
 
+        Raises:
+            StateError: the key is lost, or another's.
+        """
+        self._catch_up()
+        key = record_key(self._journal.path, self._state.made_with)
+        return identify(key, contents, column=column or "", also=also)
 
-class Ledger:
-    """A participant's privacy ledger in one SQLite file (WAL, ``synchronous=FULL``, mode 0600).
+    def recognise(self, records: Records, fingerprints: Sequence[str]) -> None:
+        """Remember whose file this is, if charges name it that do not name its records.
 
-    Args:
-        path: the file; created if absent.
-        owner: the participant's name.
-        now: the clock that stamps rows, seconds since the epoch.
+        Those are of an older ledger. From now on they count for these records, in whatever file.
 
-    Raises:
-        StateError: the file cannot be used.
-        EvidenceError: a row was changed, removed or does not make sense.
-    """
-
-    def __init__(
-        self, path: Path | str, owner: str, *, now: Callable[[], float] = time.time
-    ) -> None:
-        self.owner = owner
-        self._journal = Journal(Path(path), owner, now=now)
-        self._entries: dict[Key, Entry] = {}
+        Args:
+            fingerprints: of the file.
+        """
+        with self._journal.writing():
+            self._catch_up()
+            nameless = {e.key.dataset for e in self.entries() if not e.about.records}
+            new = [
+                fingerprint
+                for fingerprint in fingerprints
+                if fingerprint in nameless
+                and records.digest not in self._state.files.get(fingerprint, ())
+            ]
+            if new:
+                self._journal.keep(records.digest, records.blob)
+                about = {"records": records.digest, "made_with": records.key}
+                self._journal.append({"action": FILE, "fingerprints": new, **about})
         self._catch_up()
 
     def reserve(
@@ -153,12 +142,20 @@ class Ledger:
         attempt: int,
         events: Sequence[Event],
         budget: tuple[float, float],
+        *,
+        records: Records | None = None,
+        study: str = "",
+        limit: Budget | None = None,
     ) -> Reservation:
         """Charge the worst case of a coming release, or refuse it.
 
         Args:
             events: what will be released at worst (shares = threshold, steps = planned).
-            budget: (ε, δ) that everything counted so far plus ``events`` must stay within.
+            budget: the study's (ε, δ), within which all releases of the study stay. No more than
+                the pinned one; where none is, it becomes that.
+            records: whom it is about; None charges all records of the file with this fingerprint.
+            study: digest (hex) of the study; without one a run is a study of its own.
+            limit: what the operator allows, less than the pinned budget; pinned where none is.
 
         Returns:
             The reservation; the existing one if this attempt is still ``reserved`` with the same
@@ -168,31 +165,24 @@ class Ledger:
             BudgetExceeded: the release does not fit. Nothing was written.
             LocalProtocolError: this attempt was already released, or reserved with other events.
         """
-        key, asked, limit = Key(dataset, unit, run, round, attempt), merge(events), Budget(*budget)
-        if not asked:
+        key, merged = Key(dataset, unit, run, round, attempt), merge(events)
+        if not merged:
             raise LocalProtocolError("a reservation names at least one event")
-        opening = Terms(repeat(asked[0], 1), limit.epsilon)
-        filter_within(asked, limit.delta, limit.epsilon, opening)  # imports, outside the lock
+        asked = Asked(dataset, unit, run, merged, Budget(*budget), limit, records, study)
+        self._prepare(asked)
         with self._journal.writing():
             self._catch_up()
-            known = self._entries.get(key)
+            known = self._state.entries.get(key)
             if known is not None:
-                return self._again(known, asked)
-            counted, terms = self._counted(dataset, unit, opening)
-            total = filter_within(merge(counted + asked), limit.delta, limit.epsilon, terms)
-            fits = total <= limit.epsilon
-            if fits:
-                row = self._write(
-                    "reserve",
-                    key,
-                    events=encode_events(asked),
-                    budget={"epsilon": limit.epsilon, "delta": limit.delta},
-                )
-        if not fits:  # explained outside the lock: finding out what would fit takes a second
-            message, hint = explain(counted, asked, limit.epsilon, limit.delta, terms)
+                return _again(known, asked)
+            decision = self._decide(asked)
+            if decision.fits:
+                row = self._write("reserve", key, **self._content(asked, decision))
+        if not decision.fits:  # explained outside the lock: what would fit takes a second
+            message, hint = decision.refusal()
             raise BudgetExceeded(f"round {round} of {unit} data: {message}", hint=hint)
         self._catch_up()
-        return Reservation(key, asked, row.seq)
+        return Reservation(key, merged, row.seq)
 
     def foresee(
         self,
@@ -202,6 +192,10 @@ class Ledger:
         rounds: int,
         budget: tuple[float, float],
         what: str = "rounds",
+        *,
+        records: Records | None = None,
+        study: str = "",
+        limit: Budget | None = None,
     ) -> None:
         """Refuse a run of which not every round would fit, before anything is spent on it.
 
@@ -215,15 +209,41 @@ class Ledger:
         Raises:
             BudgetExceeded: says how much is left and what would fit.
         """
-        asked, limit = merge(events), Budget(*budget)
+        claim, merged = Budget(*budget), merge(events)
         self._catch_up()
-        counted, terms = self._counted(dataset, unit, Terms(repeat(asked[0], 1), limit.epsilon))
-        whole = merge(counted + repeated(asked, rounds))
-        if filter_within(whole, limit.delta, limit.epsilon, terms) > limit.epsilon:
-            message, hint = explain_run(
-                counted, asked, rounds, limit.epsilon, limit.delta, terms, what
-            )
+        asked = Asked(dataset, unit, "", merged, claim, limit, records, study, rounds)
+        decision = self._decide(asked)
+        if not decision.fits:
+            message, hint = decision.refusal(what)
             raise BudgetExceeded(f"{unit} data: {message}", hint=hint)
+
+    def payers(
+        self,
+        dataset: str,
+        unit: str,
+        events: Sequence[Event],
+        rounds: int,
+        budget: tuple[float, float],
+        *,
+        records: Records,
+        study: str,
+        limit: Budget | None = None,
+    ) -> Bools:
+        """Which records, bool [n] in file order, can pay for a whole run; as :meth:`foresee`.
+
+        Records of one subject pay together or not at all.
+
+        Raises:
+            BudgetExceeded: the study asks for more than the pinned budget.
+        """
+        claim, merged = Budget(*budget), merge(events)
+        self._catch_up()
+        asked = Asked(dataset, unit, "", merged, claim, limit, records, study, rounds)
+        decision = self._decide(asked)
+        if decision.too_much:
+            message, hint = decision.refusal()
+            raise BudgetExceeded(f"{unit} data: {message}", hint=hint)
+        return records.rows_of(decision.paying)
 
     def release(self, reservation: Reservation) -> None:
         """Record, durably, that bytes are about to leave. Call it before they do.
@@ -258,96 +278,47 @@ class Ledger:
         """
         self._step("void", reservation)
 
-    def spent(self, dataset: str, unit: str, delta: float) -> SpentSummary:
-        """ε at ``delta`` of everything counted for the data set and unit, as a reading on the way.
-
-        See :func:`~.filters.filter_epsilon`: the promise is the agreed budget.
-        """
-        self._catch_up()
-        entries = self._account(dataset, unit)
-        states: dict[str, int] = {}
-        for entry in entries:
-            states[entry.state] = states.get(entry.state, 0) + 1
-        events = merge(event for entry in entries for event in entry.counted)
-        claim = Claim(0.0, delta, "none")
-        if entries:
-            claim = filter_epsilon(events, delta, entries[0].terms)
-        return SpentSummary(dataset, unit, claim, events, states)
-
-    def entries(self) -> list[Entry]:
-        """Current state of every reservation, oldest first."""
-        self._catch_up()
-        return list(self._entries.values())
-
-    def rows(self) -> list[Row]:
-        """Every journal row, oldest first, read and verified afresh."""
-        fresh = Journal(self._journal.path, self.owner)
-        try:
-            return fresh.news()
-        finally:
-            fresh.close()
-
-    @property
-    def head(self) -> Head:
-        """Digest of the newest row, to anchor in the evidence log."""
-        self._catch_up()
-        return self._journal.head()
-
-    def verify(self, *anchors: Head) -> Head:
-        """Re-read the whole file: chain, transitions, settlements, and that ``anchors`` are in it.
-
-        Raises:
-            EvidenceError: naming the row that does not verify.
-        """
-        rows = self.rows()
-        replayed: dict[Key, Entry] = {}
-        for row in rows:
-            self._apply(row, replayed)
-        for anchor in anchors:
-            found = rows[anchor.rows - 1].digest if 1 <= anchor.rows <= len(rows) else None
-            if anchor.rows and found != anchor.digest:
-                raise self._nonsense(anchor.rows, "it is not the one that was anchored")
-        return Head(len(rows), rows[-1].digest) if rows else self._journal.head()
-
-    def close(self) -> None:
-        self._journal.close()
-
-    def __enter__(self) -> Ledger:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     # --- internals ------------------------------------------------------------------------------
 
-    def _again(self, known: Entry, asked: Events) -> Reservation:
-        if known.state == "reserved" and known.reserved == asked:
-            return Reservation(known.key, known.reserved, known.row)
-        state = "reserved with other events" if known.state == "reserved" else known.state
-        raise LocalProtocolError(
-            f"attempt {known.key.attempt} of round {known.key.round} is already {state}",
-            hint="a retry is a new attempt, and is charged as one",
-        )
+    def _prepare(self, asked: Asked) -> None:
+        """Imports, and reads the sets of records that a new file meets: outside the lock."""
+        if self._overlaps is None or not self._overlaps.about(asked.records, asked.fingerprints):
+            self._catch_up()
+            self._decide(asked).fits  # noqa: B018 - for what it loads
 
-    def _counted(self, dataset: str, unit: str, opening: Terms) -> tuple[Events, Terms]:
-        """What the account is charged so far, and the terms of its first entry."""
-        account = self._account(dataset, unit)
-        counted = merge(event for entry in account for event in entry.counted)
-        return counted, account[0].terms if account else opening
+    def _decide(self, asked: Asked) -> Decision:
+        entries = list(self._state.entries.values())
+        if self._overlaps is None or not self._overlaps.about(asked.records, asked.fingerprints):
+            self._overlaps = Overlaps(
+                asked.records, asked.fingerprints, self.stored, self._state.files
+            )
+        return decide(asked, self._overlaps.patterns(entries), entries, self._state.pinned)
 
-    def _account(self, dataset: str, unit: str) -> list[Entry]:
-        return [e for e in self._entries.values() if e.key[:2] == (dataset, unit)]
+    def _content(self, asked: Asked, decision: Decision) -> dict[str, Any]:
+        """Of the row that grants a reservation. The set of records is kept with its first row."""
+        content = {
+            "events": encode_events(asked.events),
+            "budget": msgspec.to_builtins(decision.pinned),
+            "claim": msgspec.to_builtins(asked.claim),
+        }
+        if asked.study:
+            content["study"] = asked.study
+        records = asked.records
+        if records is not None:
+            self._journal.keep(records.digest, records.blob)
+            content |= {
+                "records": records.digest,
+                "also": list(records.also),
+                "made_with": records.key,
+            }
+            content |= {"column": records.column, "most": records.most}
+        return content
 
     def _step(self, action: str, reservation: Reservation, **content: Any) -> None:
         with self._journal.writing():
             self._catch_up()
-            entry = self._entries.get(reservation.key)
-            wanted = _NEXT[action][0]
+            entry = self._state.entries.get(reservation.key)
+            wanted = NEXT[action][0]
             if entry is None or entry.row != reservation.row or entry.state != wanted:
                 state = "unknown" if entry is None else entry.state
                 raise LocalProtocolError(
@@ -359,35 +330,31 @@ class Ledger:
     def _write(self, action: str, key: Key, **content: Any) -> Row:
         return self._journal.append({"action": action, **key._asdict(), **content})
 
-    def _catch_up(self) -> None:
-        for row in self._journal.news():
-            self._apply(row, self._entries)
 
-    def _apply(self, row: Row, entries: dict[Key, Entry]) -> None:
-        body = row.body
-        try:
-            key = Key(*(body[name] for name in Key._fields))
-            before, after = _NEXT[body["action"]]
-            weighs = body["action"] in ("reserve", "settle")
-            events = decode_events(body["events"]) if weighs else ()
-            if weighs and not events:
-                raise self._nonsense(row.seq, f"a {body['action']} of nothing")
-            known = entries.get(key)
-            if (known.state if known else None) != before:
-                raise self._nonsense(row.seq, f"{body['action']} out of order")
-            if known is None:
-                budget = msgspec.convert(body["budget"], Budget)
-                entries[key] = Entry(key, after, events, None, budget, row.seq, body["time"])
-                return
-        except (KeyError, TypeError, ConfigError, msgspec.ValidationError) as error:
-            raise self._nonsense(row.seq, "its content is not a ledger entry") from error
-        settled = events if after == "settled" else None
-        if settled is not None and not dominates(known.reserved, settled):
-            raise self._nonsense(row.seq, "it settles more than was reserved")
-        entries[key] = msgspec.structs.replace(known, state=after, settled=settled)
+def _again(known: Entry, asked: Asked) -> Reservation:
+    records = asked.records.digest if asked.records else ""
+    same = known.reserved == asked.events and known.about.records in {"", records}
+    if known.state == "reserved" and same:
+        return Reservation(known.key, known.reserved, known.row)
+    other = "records" if known.reserved == asked.events else "events"
+    state = f"reserved with other {other}" if known.state == "reserved" else known.state
+    raise LocalProtocolError(
+        f"attempt {known.key.attempt} of round {known.key.round} is already {state}",
+        hint="a retry is a new attempt, and is charged as one",
+    )
 
-    def _nonsense(self, seq: int, what: str) -> EvidenceError:
-        return EvidenceError(
-            f"{self._journal.path}: row {seq} of the privacy ledger does not verify: {what}",
-            hint="release nothing; restore a copy whose head is in the evidence log",
+
+def _check_change(before: Budget, budget: Budget, higher: bool) -> None:
+    """A pin under which something was charged keeps its δ, and its ε unless the owner insists."""
+    if budget.delta != before.delta:
+        raise ConfigError(
+            f"charges were made at δ = {before.delta:g}, which stays",
+            where="delta",
+            hint=f"keep δ = {before.delta:g}",
+        )
+    if budget.epsilon > before.epsilon and not higher:
+        raise ConfigError(
+            f"ε = {before.epsilon:g} is pinned, and records were charged under it",
+            where="epsilon",
+            hint="--raise raises it: those records then have the weaker promise",
         )

@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from securefedcollm.foreign import visible
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a2430; --soft: #52606d; --line: #d7dde4; --back: #fff;
   --tint: #eef4fb; --blue: #2b6cb0; --red: #c53030; --green: #276749; --amber: #975a16; }
@@ -53,8 +55,11 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720.0, 220.0, 44.0, 30.0
 
 
 def page(title: str, body: str) -> str:
-    """The whole document. ``title`` is escaped here, ``body`` by its maker."""
-    return (
+    """The whole document. ``title`` is escaped here, ``body`` by its maker.
+
+    Adversary: a maker of evidence whose texts would reorder what a person reads (bidi).
+    """
+    return visible(
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from securefedcollm.privacy.accounting import hopeless
+from securefedcollm.privacy.accounts import Account
 from securefedcollm.privacy.events import Event, Events, louder, merge, repeat, times
 from securefedcollm.privacy.filters import Terms, filter_epsilon, filter_within
 from securefedcollm.privacy.shown import down, up
@@ -12,21 +14,37 @@ from securefedcollm.privacy.shown import down, up
 _MOST_STEPS = 4096
 
 
+def reading(account: Account) -> float:
+    """ε of what an account was charged and is asked: an odometer's, see :func:`filter_epsilon`."""
+    events = merge(account.counted + account.asked)
+    return _reading(events, account.budget.delta, account.budget.epsilon, account.terms)
+
+
 def explain(
-    counted: Events, asked: Events, limit: float, delta: float, terms: Terms
+    counted: Events,
+    asked: Events,
+    limit: float,
+    delta: float,
+    terms: Terms,
+    *,
+    own: Events | None = None,
 ) -> tuple[str, str]:
-    """(message, hint): what is spent, what is left, what was asked, and what would fit."""
-    spent = filter_epsilon(counted, delta, terms).epsilon
-    total = filter_epsilon(merge(counted + asked), delta, terms).epsilon
+    """(message, hint): what is spent, what is left, what was asked, and what would fit.
+
+    Args:
+        own: what was asked, where ``asked`` is how the account sees it.
+    """
+    spent = _reading(counted, delta, limit, terms)
+    total = _reading(merge(counted + asked), delta, limit, terms)
     message = (
         f"ε = {up(spent)} of {limit:g} is spent at δ = {delta:g}, {down(limit - spent)} is left, "
         f"and this release would bring it to {up(total)}; nothing was released"
     )
 
-    def fits(events: list[Event]) -> bool:
+    def fits(events: Sequence[Event]) -> bool:
         return filter_within(merge([*counted, *events]), delta, limit, terms) <= limit
 
-    return message, _what_fits(asked, fits)
+    return message, _what_fits(asked, own or asked, fits)
 
 
 def explain_run(
@@ -37,32 +55,44 @@ def explain_run(
     delta: float,
     terms: Terms,
     what: str = "rounds",
+    *,
+    own: Events | None = None,
 ) -> tuple[str, str]:
-    """As :func:`explain`, for a run of ``rounds`` rounds that each release ``asked``.
+    """As :func:`explain`, for a run of ``rounds`` rounds.
 
     Args:
-        what: what the operator calls them.
+        asked: what the whole run releases.
+        what: what the operator calls the rounds.
+        own: what one round releases, where the account sees it otherwise.
     """
-    spent = filter_epsilon(counted, delta, terms).epsilon
-    total = filter_epsilon(merge(counted + repeated(asked, rounds)), delta, terms).epsilon
+    spent = _reading(counted, delta, limit, terms)
+    total = _reading(merge(counted + asked), delta, limit, terms)
     message = (
         f"ε = {up(spent)} of {limit:g} is spent at δ = {delta:g}, {down(limit - spent)} is left, "
         f"and the {rounds} {what} of this run would bring it to {up(total)}; nothing was trained"
     )
+    once = tuple(repeat(event, times(event) // rounds) for event in asked)
 
     def fits(events: Sequence[Event]) -> bool:
         return filter_within(merge([*counted, *events]), delta, limit, terms) <= limit
 
     offers = []
-    count = _largest(rounds - 1, lambda n: fits(repeated(asked, n)))
+    count = _largest(rounds - 1, lambda n: fits(repeated(once, n)))
     if count:
         offers.append(f"{count} of its {rounds} {what} at this noise")
-    factor = _smallest_factor(lambda f: fits([louder(e, f) for e in repeated(asked, rounds)]))
+    factor = _smallest_factor(lambda f: fits([louder(e, f) for e in asked]))
     if factor is not None:
-        quieter = merge(louder(event, factor) for event in repeated(asked, rounds))
-        alone = filter_epsilon(quieter, delta, Terms(repeat(quieter[0], 1), limit)).epsilon
-        offers.append(f"all of them with privacy.epsilon: {down(alone)} ({_noise(asked, factor)})")
+        mine = repeated(own or once, rounds)
+        quieter = merge(louder(event, factor) for event in mine)
+        alone = _reading(quieter, delta, limit, Terms(repeat(quieter[0], 1), limit))
+        offers.append(f"all of them with privacy.epsilon: {down(alone)} ({_noise(mine, factor)})")
     return message, _offered(offers)
+
+
+def _reading(events: Events, delta: float, limit: float, terms: Terms) -> float:
+    """What :func:`filter_epsilon` says; where it is far beyond the limit, some larger number."""
+    rough = filter_within(events, delta, limit, terms)
+    return rough if hopeless(rough, limit) else filter_epsilon(events, delta, terms).epsilon
 
 
 def repeated(asked: Sequence[Event], rounds: int) -> Events:
@@ -70,7 +100,7 @@ def repeated(asked: Sequence[Event], rounds: int) -> Events:
     return tuple(repeat(event, times(event) * rounds) for event in asked)
 
 
-def _what_fits(asked: Events, fits: Callable[[list[Event]], bool]) -> str:
+def _what_fits(asked: Events, own: Events, fits: Callable[[list[Event]], bool]) -> str:
     offers = []
     runs = times(asked[0])
     if len(asked) == 1 and 1 < runs <= _MOST_STEPS:
@@ -79,7 +109,7 @@ def _what_fits(asked: Events, fits: Callable[[list[Event]], bool]) -> str:
             offers.append(f"{count} of its {runs} steps")
     factor = _smallest_factor(lambda f: fits([louder(event, f) for event in asked]))
     if factor is not None:
-        offers.append(_noise(asked, factor))
+        offers.append(_noise(own, factor))
     return _offered(offers)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -14,8 +15,10 @@ from securefedcollm.privacy.accounting import TIGHT_SHARE, Claim, delta_of_slack
 from securefedcollm.privacy.adversaries import AdversaryRow, per_adversary
 from securefedcollm.privacy.events import DiscreteGaussian, Events, encode_events, merge
 from securefedcollm.privacy.filters import Terms, filter_within
+from securefedcollm.privacy.identities import Records
 from securefedcollm.privacy.journal import Journal
 from securefedcollm.privacy.ledger import Budget, Entry, Ledger
+from securefedcollm.privacy.standing import Standing
 
 _MOST_POINTS: Final = 40
 
@@ -62,6 +65,20 @@ class Account(msgspec.Struct, frozen=True):
     """(lower, estimate, upper) of ε by prv-accountant at the tight filter's 7/8 of δ, parameters
     taken as fixed; None where it has no analysis (discrete noise)."""
     lines: list[Line]
+    records_known: bool = False
+    """Whether its charges name their records: then they count by record, in ``sets``."""
+
+
+class RecordSet(msgspec.Struct, frozen=True):
+    """What the records of one file have spent, in whatever files and studies they were."""
+
+    records: str
+    """Digest of the set."""
+    units: list[str]
+    """Of the charges that name this very set."""
+    standing: Standing
+    entries: dict[str, int]
+    """Those charges by state."""
 
 
 class BudgetReport(msgspec.Struct, frozen=True):
@@ -72,6 +89,11 @@ class BudgetReport(msgspec.Struct, frozen=True):
     head: str
     rows: int
     accounts: list[Account]
+    pinned: Budget | None = None
+    """Of every record of this owner, in all studies together."""
+    sets: list[RecordSet] = []
+    unattributed: int = 0
+    """Charges of an older version about files that are not known: they count for no record."""
     assumptions: tuple[str, ...] = ASSUMPTIONS
 
 
@@ -90,11 +112,24 @@ def read_report(path: Path, *, details: bool = True) -> BudgetReport:
     with Ledger(path, owner) as ledger:
         head = ledger.verify()
         entries = ledger.entries()
+        sets = [_record_set(ledger, digest, named) for digest, named in ledger.sets().items()]
+        pinned, unattributed = ledger.pinned, len(ledger.unattributed())
         keys = dict.fromkeys(entry.key[:2] for entry in entries)
         accounts = [
             _account(ledger, [e for e in entries if e.key[:2] == key], details) for key in keys
         ]
-    return BudgetReport(owner, str(path), head.digest.hex(), head.rows, accounts)
+    return BudgetReport(
+        owner, str(path), head.digest.hex(), head.rows, accounts, pinned, sets, unattributed
+    )
+
+
+def _record_set(ledger: Ledger, digest: str, named: Sequence[Entry]) -> RecordSet:
+    return RecordSet(
+        records=digest,
+        units=sorted({entry.key.unit for entry in named}),
+        standing=ledger.standing(Records(ledger.stored(digest))),
+        entries=dict(Counter(entry.state for entry in named)),
+    )
 
 
 def _account(ledger: Ledger, entries: Sequence[Entry], details: bool) -> Account:
@@ -112,6 +147,7 @@ def _account(ledger: Ledger, entries: Sequence[Entry], details: bool) -> Account
         adversaries=_adversaries(summary.events, budget.delta, terms) if details else [],
         second_opinion=_second_opinion(summary.events, budget.delta) if details else None,
         lines=_lines(entries, budget.delta, terms, details),
+        records_known=all(entry.about.records for entry in entries),
     )
 
 

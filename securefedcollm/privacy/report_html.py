@@ -21,9 +21,40 @@ def to_html(report: BudgetReport) -> str:
         f'<p class="note">Ledger <code>{escape(report.ledger)}</code>, {report.rows} rows, '
         f"hash chain verified. Head <code>{escape(report.head) or 'none'}</code>; compare it with "
         "the head in the evidence log.</p>"
-        f"{accounts}<h2>What these numbers rest on</h2><ul>{assumptions}</ul>"
+        f"{_sets(report)}{accounts}<h2>What these numbers rest on</h2><ul>{assumptions}</ul>"
     )
     return page(f"Privacy budget of {report.owner or 'nobody yet'}", body)
+
+
+def _sets(report: BudgetReport) -> str:
+    """The budget by record, across files and studies: what the owner pinned."""
+    if report.pinned is None:
+        return ""
+    head = ("set of records", "records", "ε, most", "ε, median", "nothing spent", "left")
+    rows = [
+        (
+            f"<code>{escape(found.records[:16])}</code>",
+            f"{found.standing.accounts:,}",
+            up(found.standing.worst),
+            up(found.standing.median),
+            f"{found.standing.untouched:,}",
+            down(found.standing.left),
+        )
+        for found in report.sets
+    ]
+    older = (
+        f'<p class="note">{report.unattributed} charges name no records, and no file of which the '
+        "records are known: they count for no record above.</p>"
+        if report.unattributed
+        else ""
+    )
+    return (
+        f"<h2>By record</h2><p>Every record may spend ε = {report.pinned.epsilon:g} at "
+        f"δ = {report.pinned.delta:g}, in all files and studies together. What follows by data set "
+        "is of that data set alone.</p>"
+        + (table(head, rows, numbers=range(1, len(head))) if rows else "")
+        + older
+    )
 
 
 def _account(account: Account) -> str:

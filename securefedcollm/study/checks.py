@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from securefedcollm.errors import ConfigError
+from securefedcollm.study.bounds import check_sizes
 from securefedcollm.study.config import BUILTIN_SUBJECT, PLACEMENTS, Data, Model, Study
 
 _MOST_RECORDS = 10**10  # above it, a slip of the pen
@@ -25,6 +26,7 @@ def check(study: Study) -> None:
     Raises:
         ConfigError: for the first one found, with its key path and a hint.
     """
+    check_sizes(study)
     _check_silos(study)
     _check_ring(study)
     _check_privacy(study)
@@ -73,7 +75,8 @@ def _check_silos(study: Study) -> None:
 def _check_ring(study: Study) -> None:
     # Both the packed sum of all silos and one silo's sum of squares (the exact clip) must fit in a
     # 64-bit word; a sum that wrapped would be silently wrong.
-    if study.field.bound < 2 ** (study.aggregation.value_bits - 1) - 1:
+    bits = study.aggregation.value_bits  # above 64 not even worked out
+    if bits > 64 or study.field.bound < 2 ** (study.aggregation.value_bits - 1) - 1:
         raise ConfigError(
             f"sums and squares of {study.aggregation.value_bits}-bit values of "
             f"{study.silos.count} silos overflow the 64-bit ring",

@@ -20,11 +20,11 @@ from msgspec import Meta
 from securefedcollm.primitives import sha256
 from securefedcollm.study.ring import CkksRing, CkksSet, derive
 
-Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}(?!\n)$")]
 Count = Annotated[int, Meta(ge=1)]
 Positive = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
-Hex32 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+Hex32 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}(?!\n)$")]
 SchemeName = Literal["masking", "ckks", "ckks-authority"]
 """The protocols that a sum can be made with."""
 
@@ -46,7 +46,7 @@ class Model(_Section, frozen=True):
     """
 
     source: str
-    revision: Annotated[str, Meta(pattern=r"^[0-9a-f]{40}$")] | None = None
+    revision: Annotated[str, Meta(pattern=r"^[0-9a-f]{40}(?!\n)$")] | None = None
     sha256: Hex32 | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
 

@@ -30,7 +30,7 @@ from securefedcollm.study.config import Hex32, Name
 _KIND = "securefedcollm-identity-v1"
 _SALT_BYTES = 16
 _MAX_BYTES = 4096
-Hex = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]*$", max_length=256)]
+Hex = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]*(?!\n)$", max_length=256)]
 
 
 class IdentityFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -12,18 +12,65 @@ import msgspec
 import yaml
 
 from securefedcollm.errors import ConfigError
+from securefedcollm.foreign import visible
+from securefedcollm.study.bounds import check_plain
 from securefedcollm.study.checks import check
 from securefedcollm.study.config import Study
 
 _MAX_BYTES = 1 << 20  # a study is a page of text; a larger file is a mistake or an attack
+_MAX_NODES = 20_000
+_MAX_DEPTH = 32
+_MAX_NUMBER = 400  # characters of what is no text
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys and reads 1e-5 as the number that it is."""
+class StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses duplicate keys and reads 1e-5 as the number that it is.
+
+    Adversary: the file's author, by nesting, by sheer number, or by aliases that unfold to more.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._nodes = 0
+        self._sizes: dict[int, int] = {}
+        """Nodes under each node, every alias unfolded."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        alias = self.check_event(yaml.AliasEvent)
+        before = self._nodes
+        self._nodes += 1
+        self._depth += 1
+        if self._depth > _MAX_DEPTH or self._nodes > _MAX_NODES:
+            what = "nested too deeply" if self._depth > _MAX_DEPTH else "of too many values"
+            raise ConfigError(f"{what} for a study", hint="is this the study file?")
+        node: yaml.Node | None = super().compose_node(parent, index)
+        if alias:
+            self._nodes += self._sizes.get(id(node), _MAX_NODES)  # unknown: it holds itself
+        else:
+            self._sizes[id(node)] = self._nodes - before
+        if self._nodes > _MAX_NODES:
+            raise ConfigError("its aliases unfold to too much", hint="write the values out")
+        self._depth -= 1
+        return node
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> Any:
+        if kind is yaml.ScalarNode and len(value) > _MAX_NUMBER:
+            implicit = (False, implicit[1])  # a text: numbers of that length take forever to read
+        return super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+
+    def construct_scalar(self, node: Any) -> Any:
+        if node.tag != "tag:yaml.org,2002:str" and len(node.value) > _MAX_NUMBER:
+            raise ConfigError("a value that long is a text", hint="remove its tag")
+        return super().construct_scalar(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(
+                    f"a key is a list or mapping (line {key.start_mark.line + 1})",
+                    hint="keys are words",
+                )
             if key.value in seen:
                 raise ConfigError(
                     f"the key {key.value!r} is given twice (line {key.start_mark.line + 1})",
@@ -33,9 +80,9 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_StrictLoader.add_implicit_resolver(
+StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
     list("-+0123456789."),
 )
 
@@ -56,8 +103,13 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     return study_from_tree(tree)
 
 
-def study_from_tree(tree: dict[str, Any]) -> Study:
+def study_from_tree(tree: Any) -> Study:
     """A checked study from plain dictionaries (as YAML or JSON gives them)."""
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            "a study is a mapping of keys", where="study", hint="see configs/quickstart.yaml"
+        )
+    check_plain(tree)
     if tree.get("privacy") == "none":
         tree = {**tree, "privacy": None}
     try:
@@ -69,17 +121,25 @@ def study_from_tree(tree: dict[str, Any]) -> Study:
 
 
 def dump_study(study: Study) -> str:
-    """The study as YAML, every default written out; loads to the same digest."""
-    return yaml.safe_dump(study.tree, sort_keys=False, allow_unicode=True, width=100)
+    """The study as YAML, every default written out; loads to the same digest.
+
+    Adversary: the study's author. Where a character would not show, all is spelled in ASCII.
+    """
+    text: str = yaml.safe_dump(study.tree, sort_keys=False, allow_unicode=True, width=100)
+    if visible(text) == text:
+        return text
+    return yaml.safe_dump(study.tree, sort_keys=False, allow_unicode=False, width=100)
 
 
 def _read(path: Path) -> str:
     try:
-        if path.stat().st_size > _MAX_BYTES:
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
             raise ConfigError(
                 "the file is over 1 MiB", where=str(path), hint="is this the study file?"
             )
-        return path.read_text(encoding="utf-8")
+        return content.decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(
             "there is no such file", where=str(path), hint="configs/ has studies to start from"
@@ -92,7 +152,7 @@ def _read(path: Path) -> str:
 
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
-        tree = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a subclass of SafeLoader
+        tree = yaml.load(text, Loader=StrictLoader)  # noqa: S506 - a subclass of SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
@@ -102,6 +162,12 @@ def _parse(text: str, where: str) -> dict[str, Any]:
         ) from None
     except ConfigError as error:
         raise ConfigError(error.message, where=where, hint=error.hint) from None
+    except Exception as error:  # PyYAML raises a dozen kinds on a number or date that is none
+        raise ConfigError(
+            f"a value cannot be read ({type(error).__name__}: {str(error)[:120]})",
+            where=where,
+            hint="put a text in quotes",
+        ) from None
     if not isinstance(tree, dict):
         raise ConfigError(
             "a study is a mapping of keys", where=where, hint="see configs/quickstart.yaml"

@@ -73,12 +73,17 @@ def sign_study(study: Study, name: str, key: SigningKey, path: Path) -> Envelope
         sorted(signatures, key=lambda s: s.keyid),
     )
     try:
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(envelope)) + b"\n")
+        path.write_bytes(encode_envelope(envelope))
     except OSError as error:
         raise StateError(
             f"{path}: cannot be written ({error.strerror})", hint="make the directory writable"
         ) from None
     return envelope
+
+
+def encode_envelope(envelope: Envelope) -> bytes:
+    """What is written to the file."""
+    return msgspec.json.format(msgspec.json.encode(envelope)) + b"\n"
 
 
 def read_envelope(path: Path, study: Study) -> Envelope:
@@ -88,7 +93,8 @@ def read_envelope(path: Path, study: Study) -> Envelope:
         ConfigError: missing, malformed, or about another study or version of it.
     """
     try:
-        content = path.read_bytes()[: _MAX_BYTES + 1]
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES)
         envelope = msgspec.json.decode(content, type=Envelope)
     except FileNotFoundError:
         raise ConfigError(
@@ -157,14 +163,15 @@ def verify_signatures(study: Study, envelope: Envelope) -> dict[str, bool]:
     return signed
 
 
-def require_signed(study: Study, path: Path) -> None:
-    """Refuse a study that any participant has not signed.
+def require_signed(study: Study, path: Path) -> Envelope:
+    """Refuse a study that any participant has not signed; returns the signatures.
 
     Raises:
         ConfigError: naming who is missing.
         CryptoError: a signature does not verify.
     """
-    signed = verify_signatures(study, read_envelope(path, study))
+    envelope = read_envelope(path, study)
+    signed = verify_signatures(study, envelope)
     missing = [name for name, done in signed.items() if not done]
     if missing:
         raise ConfigError(
@@ -172,6 +179,7 @@ def require_signed(study: Study, path: Path) -> None:
             where=str(path),
             hint="each of them runs `securefedcollm study sign`",
         )
+    return envelope
 
 
 def _payload(study: Study) -> bytes:

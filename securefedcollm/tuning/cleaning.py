@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from securefedcollm.errors import DataError
+from securefedcollm.tuning.content import folded
 from securefedcollm.tuning.data import inspect_rows
 from securefedcollm.tuning.questions import Question
 from securefedcollm.tuning.recipe import Progress, silent
-from securefedcollm.tuning.splits import folded, record_id
+from securefedcollm.tuning.splits import record_id
 from securefedcollm.tuning.tokenise import Kind, tokenise
 
 _NO_LIMIT = 1 << 40

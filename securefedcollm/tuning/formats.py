@@ -23,11 +23,15 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from securefedcollm.errors import DataError
+from securefedcollm.foreign import decode_json
+from securefedcollm.tuning.content import content_digest, folded
 from securefedcollm.tuning.questions import Question
 from securefedcollm.tuning.tokenise import Kind
 
 QUESTION: Final = "Question: {}\nAnswer:"
 CLASSIFY: Final = "Text: {}\nLabel:"
+WORDS: Final = ("prompt", "question", "text", "instruction", "response")
+"""Columns that some task reads words from."""
 
 Row = dict[str, Any]
 
@@ -78,6 +82,7 @@ class Format:
             answer=answer,
             group="" if subject is None else str(subject).strip(),
             subject=None if owner is None else _owner(row, owner),
+            content=content_of(row),
         )
 
 
@@ -114,6 +119,27 @@ def format_of(kind: Kind, labels: Sequence[str] = ()) -> Format:
                 _multiple_choice,
                 framed=True,
             )
+
+
+def content_of(row: Row) -> bytes:
+    """SHA-256 of a row's own words: of every column that some task reads words from.
+
+    It is the same whatever the study makes of the row: blind to the task's kind, to labels and
+    answers, to columns that no task reads, to the names of columns, to white space and Unicode
+    form, and to the order of choices. So a label that was mended, a column of numbers or a subject
+    that was added, and a study of another kind leave a record the record that it was.
+    """
+    words = [folded(row[name]) for name in WORDS if isinstance(row.get(name), str)]
+    return content_digest(words, _listed(row.get("choices")))
+
+
+def _listed(choices: object) -> list[str]:
+    if isinstance(choices, str):  # a CSV cell
+        try:
+            choices = decode_json(choices)
+        except ValueError:
+            choices = [choices]
+    return [c for c in choices if isinstance(c, str)] if isinstance(choices, list) else []
 
 
 def row_of(question: Question, kind: Kind, owner: str) -> Row:
@@ -205,7 +231,8 @@ def _choices(row: Row) -> list[str]:
     value = row.get("choices")
     if isinstance(value, str):  # a CSV cell
         try:
-            value = json.loads(value)
+            value = decode_json(value)
+            json.dumps(value, ensure_ascii=False).encode()  # no lone surrogate
         except ValueError:
             raise BadField(
                 "choices", "is not a JSON list", 'write it as ["first choice", "second choice"]'
@@ -237,11 +264,11 @@ def _answer(row: Row, count: int, labelled: bool) -> int | None:
 
 def _index(value: Any, field: str, count: int, things: str, hint: str) -> int:
     if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():
-        value = int(value)  # a CSV cell
+        value = int(value) if len(value) < 64 else count  # a CSV cell; Python refuses long ones
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise BadField(field, f"is a {type(value).__name__}, not an index", hint)
     if not 0 <= value < count:
-        raise BadField(field, f"is {value}, but there are {count} {things}", hint)
+        raise BadField(field, f"is none of the {count} {things}", hint)
     return value

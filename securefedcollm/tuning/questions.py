@@ -16,7 +16,7 @@ plain causal forward pass.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
@@ -63,7 +63,8 @@ class Question:
 
     A choice is joined to the prompt by one space, so neither end carries it. ``group`` names the
     column of the result table (``general``, ``private``). ``subject`` says whose record it is,
-    where that is the unit of privacy.
+    where that is the unit of privacy. ``content`` is a digest of the words of the row that this was
+    read from, whatever the task makes of them; empty where there was no row.
     """
 
     prompt: str
@@ -71,6 +72,7 @@ class Question:
     answer: int | None
     group: str = ""
     subject: str | None = None
+    content: bytes = field(default=b"", compare=False, repr=False)
 
     def unlabelled(self) -> Question:
         """The question without its answer; a response is the answer itself, so it goes too."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from securefedcollm.errors import ConfigError, DataError
+from securefedcollm.tuning.content import content_digest, folded
 from securefedcollm.tuning.questions import Question
 
 
@@ -30,18 +30,26 @@ def record_id(question: Question) -> bytes:
     return hashlib.sha256(b"securefedcollm/record/v1\0" + canonical.encode()).digest()
 
 
+def record_content(question: Question) -> bytes:
+    """SHA-256 (32 bytes) of what makes a record the same in every study; not of its answer.
+
+    For the privacy ledger. See :func:`~.formats.content_of`; a question that was read from no file
+    has the words of its prompt and its choices.
+    """
+    return question.content or content_digest([folded(question.prompt)], question.choices)
+
+
 def dataset_fingerprint(questions: Iterable[Question]) -> str:
     """SHA-256 (hex) of the set of :func:`record_id`: equal for the same records in any order.
 
     Questions with a ``subject`` are grouped by it, whatever the subjects are called: an account of
     the unit ``subject`` is about one way to divide the records among people, and no other.
 
-    The privacy ledger keys a silo's budget by it, so it must collide whenever the records are the
-    same: order, duplicates, layout and file format do not change it. It is bookkeeping between
-    honest runs, not a defence: adding, dropping or rewording one record gives another fingerprint,
-    so whoever holds the data can still start a fresh budget (the ledger's audit compares names and
-    counts as well). It is computed from private text without a secret, so a small, guessable set
-    can be confirmed by it; it belongs in the silo's own ledger.
+    The privacy ledger names a data set by it, and an older ledger keyed the budget by it: order,
+    duplicates, layout and file format do not change it. Budgets belong to records
+    (:func:`record_content`), because adding, dropping or rewording one gives another fingerprint.
+    It is computed from private text without a secret, so a small, guessable set can be confirmed by
+    it; it belongs in the silo's own ledger.
     """
     groups: dict[str | None, set[bytes]] = {}
     for question in questions:
@@ -168,11 +176,6 @@ _STREAM = 0x5EED_5B1175  # keeps this use of a study's seed apart from every oth
 def _asked(question: Question) -> str:
     """What makes two questions the same but for their answers: the prompt, or the whole text."""
     return folded(question.prompt or question.choices[0])
-
-
-def folded(text: str) -> str:
-    """``text`` in one Unicode form, every run of white space one space."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def _clusters(questions: Sequence[Question]) -> list[list[Question]]:

@@ -36,12 +36,17 @@ class Forger:
         self.logs: dict[str, Entries] = {}
         self.heads: dict[str, list[tuple[dict[str, Any], list[str]]]] = {}
         """Per head: the newest entry under it, and who cosigned."""
+        self.times: dict[str, int] = {}
+        """When a silo cosigned last, seconds."""
         for name in [n for n in self.members if n.startswith("logs/")]:
             who = name[5:-6]
             lines = self.members[name].splitlines()
             self.logs[who] = [json.loads(line) for line in lines]
             notes = json.loads(self.members[f"heads/{who}.json"])
             heads = [parse_checkpoint(note) for note in notes]
+            for head in heads:
+                for signer, blob in head.lines[1:]:
+                    self.times[signer.rpartition("/")[2]] = int.from_bytes(blob[4:12], "big")
             self.heads[who] = [
                 (self.logs[who][head.size - 1], [s.rpartition("/")[2] for s, _ in head.lines[1:]])
                 for head in heads
@@ -96,7 +101,9 @@ class Forger:
         head = sign_checkpoint(name, ALL_KEYS[who], len(leaves), merkle_root(leaves))
         for signer in signers:
             key_name = origin(self.study, signer)
-            head = head.with_line(key_name, cosign(head, key_name, ALL_KEYS[signer], 1))
+            head = head.with_line(
+                key_name, cosign(head, key_name, ALL_KEYS[signer], self.times[signer])
+            )
         return head
 
     def write(self, path: Path) -> Path:

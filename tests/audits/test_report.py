@@ -71,7 +71,7 @@ def test_it_says_what_the_bundle_says(record, record_bundle):
     spent = report.silos[0].claimed
     assert report.epsilon == spent
     assert f"(ε = {up(spent)}, δ = 1e-05) differentially private for one record of a silo" in text
-    assert "evidence verified offline: 22 checks passed" in text
+    assert "evidence verified offline: 25 checks passed" in text
     for silo in report.silos:
         assert silo.low < silo.claimed < silo.high
         assert [c.round for c in silo.charges] == [1, 2]

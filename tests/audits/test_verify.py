@@ -18,17 +18,21 @@ import zipfile
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from securefedcollm_audits.expected import expectation
 from securefedcollm_audits.verify import CHECKS, verify
 
 from securefedcollm.aggregation.keys import lists_digest
 from securefedcollm.errors import ConfigError
 from securefedcollm.evidence.bundle import make_bundle, pack, read_members
 from securefedcollm.evidence.entries import canonical
+from securefedcollm.federation.plan import round_header
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.study import study_from_tree
 from securefedcollm.study.signing import read_envelope, sign_study, signatures_path
 
 from ..evidence.runs import ALL_KEYS, NAMES, RecordedRun, recorded_study
+from ..federation.arithmetic import ROSTER
 from .forge import doctor
 
 OTHER = "0" * 64
@@ -43,8 +47,10 @@ def test_honest_bundles_pass_every_check(record_bundle, silo_bundle, joint_bundl
         verdict = verify(bundle)
         assert verdict.holds
         silent = [r.name for r in verdict.results if r.status != "pass"]
-        assert silent == ["study-signed", "ciphertexts", "authority", "audits"]
-        assert verdict.passed == len(CHECKS) - 3  # all but these, and the archive
+        assert silent == [
+            *("expected", "study-signed", "ciphertexts", "authority", "released-sum", "audits")
+        ]
+        assert verdict.passed == len(CHECKS) - 4  # all but these, and the archive
         assert (verdict.rounds_done, verdict.rounds) == (2, 2)
         assert verdict.participants == ["server", *NAMES]
 
@@ -451,7 +457,7 @@ def test_honest_bundles_of_both_key_models_pass(request, name):
     assert verdict.holds
     silent = {r.name for r in verdict.results if r.status != "pass"}
     other = {"ckks": "authority", "authority": "one-kind"}[name]
-    assert silent == {"study-signed", "audits", other}
+    assert silent == {"expected", "study-signed", "released-sum", "audits", other}
     found = by_name(verdict)["ciphertexts"].evidence
     # 3 silos in each of two openings, or 4 and 4 sealed of whom 4 and 3 consent; two logs each.
     sealed = {"ckks": "2 openings: 14 signatures", "authority": "4 openings: 34 signatures"}
@@ -484,7 +490,195 @@ def test_every_check_has_a_forgery():
     covered = {name for name, *_ in RECORD_FORGERIES + SILO_FORGERIES + CKKS_FORGERIES}
     covered |= {name for name, *_ in AUTHORITY_FORGERIES}
     covered |= {name for name, *_ in AUDITED_FORGERIES}
-    assert covered == {check.name for check in CHECKS} - {"study-signed"}  # see below
+    covered |= {name for _, name, *_ in SERVER_FORGERIES}
+    # The first see below; no bundle can show the second, and it says so.
+    assert covered == {check.name for check in CHECKS} - {"study-signed", "released-sum"}
+
+
+# --- What the server alone could make up ----------------------------------------------------------
+
+
+def attempt_left_out(f):
+    """silo-4's answer goes too: else it would be an opening that is hidden."""
+    for kind in ("round", "opening", "failed"):
+        f.remove("server", kind)
+    f.remove("silo-4", "unmasked")
+
+
+def attempt_after_the_end(f):
+    """silo-1 was asked once more for the last sum, when all had vouched for the server's log."""
+    begun = f.find("silo-1", "round", -1)
+    again = begun["what"] | {"attempt": 1, "header": header_of(f, begun["what"], 1)}
+    f.logs["silo-1"].append(f.logs["silo-1"][-1] | {"what": again})
+    f.heads["silo-1"] = [(f.logs["silo-1"][-1], [])]
+
+
+def called_lost(f, failures=1):
+    """The sum of round 2, which the server has. ``failures``: of attempts, the later made up."""
+    kept = f.find("server", "summed", -1)
+    begun = f.what("server", "round", -1)
+    log, made = f.logs["server"], []
+    for attempt in range(failures):
+        if attempt:
+            again = begun | {"attempt": attempt, "header": header_of(f, begun, attempt)}
+            made.append(kept | {"what": again})
+        failed = {"kind": "failed", "round": 1, "attempt": attempt, "error": "ProtocolError"}
+        made.append(kept | {"what": failed})
+    made.append(kept | {"what": {"kind": "lost", "round": 1}})
+    log[log.index(kept) : log.index(kept) + 1] = made
+
+
+def header_of(f, begun, attempt):
+    return round_header(
+        study_from_tree(json.loads(f.members["study.json"])),
+        roster=ROSTER,
+        run_id=bytes.fromhex(f.what("server", "opened")["run"]),
+        round_=begun["round"],
+        attempt=attempt,
+        model=bytes.fromhex(begun["model"]),
+        values=begun["values"],
+    ).digest.hex()
+
+
+def called_lost_after_attempts_that_nobody_saw(f):
+    called_lost(f, failures=2)
+
+
+def dated(years):
+    """The server's entries are of these years; the silos' are as they were."""
+
+    def edit(f):
+        for entry, year in zip(f.logs["server"], years, strict=False):
+            entry["time"] = f"{year}-07-01T00:00:00Z"
+
+    return edit
+
+
+def without_logs_of_silos(edit):
+    """Their countersignatures under the server's heads are left, and when they gave them."""
+
+    def alone(f):
+        edit(f)
+        f.seal()
+        for kind in ("logs", "heads"):
+            for name in NAMES:
+                del f.members[f"{kind}/{name}.{'jsonl' if kind == 'logs' else 'json'}"]
+        return "sealed"
+
+    return alone
+
+
+SERVER_FORGERIES = [
+    (
+        "record",
+        "clocks",
+        without_logs_of_silos(dated(range(2101, 2201))),
+        r"server#4 \(finished\): is dated 2105-07-01T00:00:00Z, over a day after silo-1 vouched",
+    ),
+    (
+        "record",
+        "clocks",
+        without_logs_of_silos(dated([2026, *range(2001, 2101)])),
+        r"server#1 \(round\): is dated 2001-07-01T00:00:00Z, over an hour before an earlier entry",
+    ),
+    (
+        "record",
+        "clocks",
+        without_logs_of_silos(dated(range(2001, 2101))),
+        r"server#5 \(round\): is dated 2006-.*, over a day before silo-1 vouched for less",
+    ),
+    ("alone", "attempts", attempt_left_out, r"silo-1#1 \(round\): the server's log hides this att"),
+    ("record", "attempts", attempt_after_the_end, r"silo-1#17 \(round\): the server's log hides"),
+    ("record", "lost", called_lost, r"server#8 \(lost\): called lost without two attempts that"),
+    (
+        "record",
+        "lost",
+        called_lost_after_attempts_that_nobody_saw,
+        r"server#9 \(failed\): the failure of an attempt that too few silos know of",
+    ),
+    ("record", "clocks", dated(range(2001, 1901, -1)), r"server#1 \(round\): is dated 2000-07-01T"),
+    (
+        "record",
+        "clocks",
+        dated(range(2001, 2101)),
+        r"server#1 \(round\): is dated 2002-.*, and sil",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("base", "check", "edit", "place"),
+    SERVER_FORGERIES,
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_false_history_of_the_server_alone_is_caught_by_one_check(
+    request, tmp_path, base, check, edit, place
+):
+    forged = doctor(request.getfixturevalue(f"{base}_bundle"), tmp_path / "forged.zip", edit)
+    (failed,) = verify(forged).failed
+    assert failed.name == check
+    assert any(re.search(place, fault) for fault in failed.faults), failed.faults
+
+
+def test_logs_that_were_collected_before_a_silo_s_newest_attempt_are_no_lie(
+    record_bundle, tmp_path
+):
+    """The server's log ends with round 1, and the silos' go on."""
+
+    def collected_early(f):
+        f.logs["server"] = f.logs["server"][:5]
+        f.heads["server"] = f.heads["server"][:1]
+        for name in NAMES:
+            f.remove(name, "witnessed", -1)
+            f.remove(name, "unmasked", -1)
+
+    verdict = verify(doctor(record_bundle, tmp_path / "early.zip", collected_early))
+    assert verdict.failed == []
+    found = by_name(verdict)["attempts"].evidence
+    assert found.endswith("; 12 of their entries are newer than the server's log")
+
+
+# --- Who took part: an invented consortium --------------------------------------------------------
+
+
+def known(*names, **other):
+    return [f"{n}={k.public.hex()}" for n, k in ALL_KEYS.items() if n in names] + [
+        f"{name.replace('_', '-')}={key}" for name, key in other.items()
+    ]
+
+
+def test_what_is_known_from_elsewhere_is_compared_and_the_rest_is_said(record_bundle, tmp_path):
+    """Adversary: an outsider who makes up a study, five hospitals and their keys."""
+    study = record_bundle.parent / "study.yaml"
+    nothing = verify(record_bundle)
+    assert by_name(nothing)["expected"].status == "not covered"
+    assert len(nothing.not_compared) == 2
+    assert nothing.keys == {n: k.public.hex() for n, k in ALL_KEYS.items() if n != "authority"}
+    some = verify(record_bundle, expectation(study, known("silo-1")))
+    assert some.holds
+    assert by_name(some)["expected"].evidence == (
+        "the study is the one named; 1 key as named; the rest was not compared"
+    )
+    (rest,) = some.not_compared
+    assert rest.startswith("whose keys these are: server, silo-2, silo-3, silo-4 (--key")
+    every = verify(record_bundle, expectation(study, known("server", *NAMES)))
+    assert every.not_compared == []
+    other = tmp_path / "other.yaml"
+    other.write_text(study.read_text().replace("rounds: 2", "rounds: 3"))
+    for expected, fault in [
+        (expectation(other, []), "study.json: is study "),
+        (expectation(None, known(silo_1="ab" * 32)), "silo-1: has the key "),
+        (expectation(None, known(hospital_9="ab" * 32)), "hospital-9 takes no part"),
+    ]:
+        (failed,) = verify(record_bundle, expected).failed
+        assert failed.name == "expected"
+        assert fault in failed.evidence
+
+
+@pytest.mark.parametrize("text", ["silo-1", "silo-1=", "=" + "ab" * 32, "silo-1=abc", "silo-1=zz"])
+def test_a_key_that_is_none_is_refused_by_name(text):
+    with pytest.raises(ConfigError, match="--key: "):
+        expectation(None, [text])
 
 
 # --- The study's signatures -----------------------------------------------------------------------
@@ -514,6 +708,9 @@ def test_a_signed_study_is_checked_against_its_roster(signed_bundle):
     verdict = verify(signed_bundle)
     assert verdict.holds
     assert by_name(verdict)["study-signed"].evidence.startswith("5 participants signed")
+    own = verify(signed_bundle, expectation(signed_bundle.parent / "study.yaml", []))
+    assert by_name(own)["expected"].evidence == "the study is the one named"
+    assert own.not_compared == []  # the study names everybody's key
     assert by_name(verdict)["charged-first"].status == "not covered"  # no privacy is claimed
 
 
@@ -648,7 +845,8 @@ def test_one_silo_s_own_bundle_says_what_it_does_not_cover(record_bundle, tmp_pa
     assert verdict.holds
     silent = {r.name for r in verdict.results if r.status == "not covered"}
     of_others = {"study-signed", "witnesses", "sbom", "artefacts", "transcripts"}
-    assert silent == of_others | {"ciphertexts", "authority", "audits"}
+    of_others |= {"attempts", "lost"}
+    assert silent == of_others | {"expected", "ciphertexts", "authority", "released-sum", "audits"}
     with pytest.raises(ConfigError, match="no evidence log of silo-7"):
         make_bundle(directory, ["silo-7"])
 
@@ -668,7 +866,7 @@ def test_verify_runs_alone_fast_and_without_torch(record_bundle, tmp_path):
     code, heavy, seconds = done.stdout.splitlines()[-1].split(" ")
     assert (code, heavy) == ("0", "[]")
     assert float(seconds) < 5  # of CPU: the machine may be busy
-    assert "22 checks passed" in done.stdout
+    assert "25 checks passed" in done.stdout
 
 
 def test_the_module_s_exit_codes(record_bundle, tmp_path):

@@ -19,6 +19,7 @@ from securefedcollm.study.identity import create_identity
 
 from ..audits.conftest import record_bundle, silo_bundle  # noqa: F401 - fixtures
 from ..audits.forge import doctor
+from ..evidence.runs import ALL_KEYS
 
 
 def call(*arguments):
@@ -34,11 +35,21 @@ def test_bundle_verify_and_compare(record_bundle, tmp_path):  # noqa: F811
     assert (code, json.loads(out)) == (0, {"bundle": str(mine), "bytes": mine.stat().st_size})
     code, out = call("verify", mine)
     assert code == 0
-    assert out.splitlines()[-1] == "evidence verified offline: 22 checks passed"
+    assert out.splitlines()[-1] == "evidence verified offline: 25 checks passed"
+    assert "not compared: the study (--study FILE" in out
+    assert f"key    silo-3       {ALL_KEYS['silo-3'].public.hex()}" in out
     assert "No silo had both kinds" in out
     code, out = call("verify", mine, "--json")
     assert (code, json.loads(out)["holds"]) == (0, True)
-    assert len(json.loads(out)["results"]) == 26
+    assert len(json.loads(out)["results"]) == 31
+    assert len(json.loads(out)["not_compared"]) == 2
+    key = ALL_KEYS["silo-3"].public.hex()
+    arguments = ("verify", mine, "--study", run / "study.yaml", "--key", f"silo-3={key}", "--json")
+    code, out = call(*arguments)
+    assert (code, len(json.loads(out)["not_compared"])) == (0, 1)
+    code, out = call("verify", mine, "--key", f"silo-3={key[::-1]}")
+    assert code == 1
+    assert "checks failed (expected)" in out
     code, out = call("compare", mine, record_bundle)
     assert code == 0
     assert "common-logs" in out

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.privacy.events import Gaussian
-from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.privacy.ledger import Ledger, Reservation
 from securefedcollm.study import load_study
+from securefedcollm.study.identity import create_identity
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
@@ -181,3 +182,55 @@ def test_a_plan_for_silos_of_unequal_size_asks_for_the_smallest():
     with pytest.raises(ConfigError, match=r"task\.data\.skew") as refusal:
         sizes.unit_records(load_study(QUICKSTART, ["task.data.skew=4"]))
     assert "--records" in refusal.value.hint
+
+
+@pytest.fixture
+def home(tmp_path):
+    create_identity("north", tmp_path / "home" / "identity.json", None)
+    return tmp_path / "home"
+
+
+def spend_some(home, words, events):
+    with Ledger(home / "ledger.sqlite", "north") as ledger:
+        contents = [(word.encode() * 32, None) for word in words]
+        about = {"records": ledger.identify(contents), "study": words}
+        ledger.reserve(words, "record", "run", 0, 0, events, (3.0, 1e-5), **about)
+
+
+def test_set_pins_what_studies_may_ask_of_a_record(home):
+    words = ["set", "--home", home, "--epsilon"]
+    assert "--delta" in str(run(*words, "8").exception)
+    assert "ε = 8 at δ = 1e-05" in output(*words, "8", "--delta", "1e-5")
+    assert "it was ε = 8" in output(*words, "4")
+    spend_some(home, "ab", [Gaussian(3.0)])
+    assert "--raise" in run(*words, "9").exception.hint
+    assert json.loads(output(*words, "9", "--raise", "--json"))["epsilon"] == 9.0
+    (found,) = json.loads(output("show", "--ledger", home / "ledger.sqlite", "--json"))
+    assert found["pinned"] == {"epsilon": 9.0, "delta": 1e-5}
+    assert isinstance(run(*words, "0", "--delta", "1e-5").exception, ConfigError)
+
+
+def test_show_by_record_says_worst_median_and_unspent(home):
+    spend_some(home, "abc", [Gaussian(3.0)])
+    spend_some(home, "cdefg", [Gaussian(4.0)])
+    path = home / "ledger.sqlite"
+    (found,) = json.loads(output("show", "--ledger", path, "--json"))
+    first, second = (one["standing"] for one in found["sets"])
+    assert (first["accounts"], second["accounts"]) == (3, 5)
+    assert first["worst"] == second["worst"] > first["median"] > second["median"] > 0
+    assert (first["untouched"], found["unattributed"]) == (0, 0)
+    with Ledger(path, "north") as ledger:
+        for entry in ledger.entries():
+            if entry.key.dataset == "abc":
+                ledger.void(Reservation(entry.key, entry.reserved, entry.row))
+    (found,) = json.loads(output("show", "--ledger", path, "--json"))
+    assert found["sets"][0]["standing"]["untouched"] == 2
+    text = output("show", "--ledger", path)
+    for said in ("north", "1 reserved", "1 void", "all studies together"):
+        assert said in text
+
+
+def test_show_says_what_an_older_ledger_cannot_attribute(ledger):
+    (found,) = json.loads(output("show", "--ledger", ledger, "--json"))
+    assert (found["unattributed"], found["sets"]) == (1, [])
+    assert "1 charges of an older version" in output("show", "--ledger", ledger)

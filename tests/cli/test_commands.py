@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from securefedcollm_cli.identity import read_passphrase
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
@@ -134,9 +135,31 @@ def test_the_schema_names_every_key():
     assert "Study" in json.loads(call("study", "schema", "--json"))["$defs"]
 
 
+def test_a_passphrase_file_that_others_may_read_is_refused(tmp_path):
+    """Adversary: another user of this machine."""
+    words, out = tmp_path / "words", tmp_path / "a.json"
+    words.write_text("correct horse battery staple\nand a second line")
+    for mode in (0o644, 0o604, 0o666):
+        words.chmod(mode)
+        with pytest.raises(ConfigError, match=f"others may read .*{mode:04o}") as caught:
+            call("identity", "new", "a", "--out", str(out), "--passphrase-file", str(words))
+        assert "chmod 600" in caught.value.hint
+        assert not out.exists()
+    if os.geteuid() == 0:  # else there may be no second group to give it to
+        words.chmod(0o640)
+        os.chown(words, 0, 12345)
+        with pytest.raises(ConfigError, match="others may read"):
+            read_passphrase(words)
+        os.chown(words, 0, 0)  # as systemd hands out its credentials
+        assert read_passphrase(words) == "correct horse battery staple"
+    words.chmod(0o400)
+    assert read_passphrase(words) == "correct horse battery staple"
+
+
 def test_identities_roster_and_signatures_from_the_command_line(tmp_path):
     words = tmp_path / "words"
     words.write_text("correct horse battery staple\n")
+    words.chmod(0o600)
     lines = []
     for name, role in (("server", "server"), ("a", "silo"), ("b", "silo"), ("c", "silo")):
         out = str(tmp_path / f"{name}.json")

@@ -11,10 +11,20 @@ import yaml
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
-from securefedcollm.errors import ConfigError, CryptoError, SecureFedCoLLMError, StateError
+from securefedcollm.errors import (
+    BudgetExceeded,
+    ConfigError,
+    CryptoError,
+    SecureFedCoLLMError,
+    StateError,
+)
+from securefedcollm.federation.cotuning import contents_of
+from securefedcollm.federation.dealing import read_records
 from securefedcollm.federation.engines.flare import kit as kit_module
 from securefedcollm.federation.engines.flare.kit import installed
 from securefedcollm.federation.engines.flare.papers import read_request
+from securefedcollm.privacy.events import PoissonGaussian
+from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import load_study
 
 from ..federation.homes import make_identities, write_signed
@@ -192,6 +202,16 @@ def test_what_is_not_a_request_profile_or_answer_is_said_to_be_none(consortium, 
         run(*join, "--name", "a.b")
 
 
+def test_a_profile_that_unfolds_is_no_profile(tmp_path):
+    """Adversary: who passes it on. 10^10 pairs in 600 bytes."""
+    lines = ["a0: &a0 {x: 1}"]
+    lines += [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 11)]
+    profile = tmp_path / "consortium.yaml"
+    profile.write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=r"no consortium's profile .*unfold to too much"):
+        run("join", profile, "--name", "hospital-a", "--home", tmp_path / "home")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -303,6 +323,7 @@ def test_a_damaged_request_is_no_request(tmp_path):
 def test_a_passphrase_that_is_no_text_is_said_to_be_none(consortium, tmp_path):
     binary = tmp_path / "passphrase"
     binary.write_bytes(b"\xff\xfe\n")
+    binary.chmod(0o600)
     words = ["join", consortium / "consortium.yaml", "--name", "a", "--home", tmp_path / "home"]
     with pytest.raises(ConfigError, match="no passphrase can be read") as caught:
         run(*words, "--passphrase-file", binary)
@@ -341,9 +362,30 @@ def test_an_operator_sees_what_it_agrees_to_and_may_decline(study):
         ],
         input="n\n",
     )
-    for said in ("signed by all", "path:slm", "32 records", "ε = 8 (δ = 1e-05)", "0.00 of 8"):
+    for said in ("signed by all", "path:slm", "32 records", "ε = 8 (δ = 1e-05)", "0.000 of 8"):
         assert said in result.stderr
     assert isinstance(result.exception, ConfigError)
+
+
+def test_records_that_cannot_pay_are_told_before_the_question_and_may_be_left_out(study):
+    directory, homes, path = study
+    data = "dealt/silo-4.jsonl"
+    some = read_records(load_study(path), directory / data)[:10]
+    with Ledger(homes["silo-4"] / "ledger.sqlite", "silo-4") as ledger:
+        records = ledger.identify(contents_of(some))
+        half = [PoissonGaussian(0.1, 1.0, 20)]
+        ledger.reserve("some", "record", "run", 0, 0, half, (8.0, 1e-5), records=records)
+    (homes["silo-4"] / "kit" / "startup").mkdir(parents=True)
+    with pytest.raises(BudgetExceeded, match=r"10 of 32 records cannot pay: .* is left"):
+        client(study, data=data, silo="silo-4")
+    words = ["--records", "skip", "--json"]
+    with pytest.raises(ConfigError, match="not agreed"):
+        client(study, *words, data=data, silo="silo-4", input="n\n")
+    words = ["client", path, "--data", directory / data, "--models", directory, "--records", "skip"]
+    result = CliRunner().invoke(
+        app, [*map(str, words), "--home", str(homes["silo-4"])], input="n\n"
+    )
+    assert "22 records, without 10 that cannot pay" in result.stderr
 
 
 def test_a_budget_that_nothing_would_keep_to_is_refused(study):

@@ -72,7 +72,7 @@ def test_a_run_ends_with_table_ledger_and_adapters(inputs, tmp_path):
         "bundle": str(tmp_path / "run" / "evidence.zip"),
         "report": str(tmp_path / "run" / "report.html"),
         "holds": True,
-        "passed": 22,  # all but the study's signatures, which a simulation has not
+        "passed": 25,  # all but the study's signatures, which a simulation has not
     }
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -110,7 +110,7 @@ def test_joint_dp_sgd_runs_drops_a_silo_and_leaves_evidence_that_holds(inputs, t
     spent = [silo["epsilon_spent"] for silo in results["silos"]]
     assert all(0 < epsilon <= 8 for epsilon in spent)
     assert results["evidence"]["holds"]
-    assert results["evidence"]["passed"] >= 22
+    assert results["evidence"]["passed"] >= 25
     with Ledger(tmp_path / "run" / "silos" / "silo-1" / "ledger.sqlite", "silo-1") as ledger:
         entries = ledger.entries()
     assert [(e.key.round, e.key.unit, e.state) for e in entries] == [
@@ -133,7 +133,7 @@ def test_client_level_privacy_runs_and_says_what_each_adversary_could_learn(inpu
     # had the same three shares in round 1, and all four in round 2.
     assert len({silo["epsilon_spent"] for silo in results["silos"]}) == 1
     assert results["silos"][0]["epsilon_spent"] < 7.5
-    assert results["evidence"]["passed"] == 22
+    assert results["evidence"]["passed"] == 25
 
 
 def test_the_saved_adapters_load_with_peft(inputs, tmp_path):
@@ -208,7 +208,7 @@ def test_killed_with_minus_nine_and_resumed(inputs, tmp_path):
     for silo in results["silos"]:
         assert 0 < silo["epsilon_spent"] <= 8  # three rounds fit the budget exactly; four would not
     assert results["evidence"]["holds"]  # the logs of before the kill and of after it are one
-    assert results["evidence"]["passed"] == 22
+    assert results["evidence"]["passed"] == 25
 
 
 def test_ckks_gives_the_same_models_as_masking(inputs, tmp_path):

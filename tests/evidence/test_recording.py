@@ -16,6 +16,7 @@ from securefedcollm.evidence.entries import (
     Agreed,
     Finished,
     Opening,
+    Reserved,
     Settled,
     Summed,
     Uploaded,
@@ -349,6 +350,46 @@ def test_a_lie_about_the_opened_round_is_refused_under_any_header(midway):
     assert "hides or alters the opening of round 1" in answer(silo, ask(study, lie)).message
 
 
+@pytest.mark.parametrize("hidden", ["replaced", "beside another"])
+def test_a_later_opening_hides_no_opening_that_the_silo_took_part_in(midway, hidden):
+    """Adversary: a server that shows an opening of a later round, in which the silo was absent, so
+    that the silo does not ask for the one that it helped to make."""
+    study, silo, leaves = midway
+    (opening,) = (decode_entry(leaf, "here") for leaf in leaves if b'"kind":"opening"' in leaf)
+    later = msgspec.structs.replace(opening.what, round=1, header="0" * 64)
+    made_up = encode_entry(msgspec.structs.replace(opening, seq=len(leaves), what=later))
+    honest = [*leaves, made_up]
+    log = forged(leaves, Opening, round=1, header="0" * 64) if hidden == "replaced" else honest
+    request = ask(study, log)
+    if hidden == "beside another":  # it is in the log, and not among what is shown
+        shown = [Shown(len(leaves), made_up, inclusion_proof(honest, len(leaves)))]
+        request = ask(study, log, openings=shown)
+    assert "hides or alters the opening of round 1" in answer(silo, request).message
+    assert answer(silo, ask(study, honest)).cosignature  # both are shown
+
+
+class Unasked:
+    """An engine that has silo-4 in round 1 alone, and at the end to be asked to vouch."""
+
+    def __init__(self, engine):
+        self.engine, self.count = engine, 0
+
+    def exchange(self, frames, timeout):
+        self.count += 1
+        gone = [] if self.count <= 6 or self.count >= 14 else ["silo-4"]
+        here = {name: frame for name, frame in frames.items() if name not in gone}
+        return self.engine.exchange(here, timeout) | dict.fromkeys(gone, Failure("away"))
+
+
+def test_an_honest_server_shows_a_silo_every_opening_since_it_last_vouched(tmp_path):
+    study = recorded_study(rounds=2)
+    RecordedRun(tmp_path, study, wrap=Unasked).go()
+    assert kinds(silo_log(tmp_path, study, "silo-4"))[-2:] == ["unmasked", "witnessed"]
+    server_log(tmp_path, study).head.verify_cosigned(
+        origin(digest(study), "silo-4"), KEYS["silo-4"].public
+    )
+
+
 def test_a_silo_vouches_for_so_many_heads_between_two_attempts_and_no_more(midway):
     """Adversary: a server that fills the disk of a silo with heads of a log that only grows."""
     study, silo, leaves = midway
@@ -418,7 +459,10 @@ def test_an_honest_server_that_lost_a_round_is_vouched_for(tmp_path, rounds):
     for name in NAMES:
         log.head.verify_cosigned(origin(digest(study), name), KEYS[name].public)
     (tmp_path / "evidence.zip").write_bytes(make_bundle(tmp_path))
-    assert verify(tmp_path / "evidence.zip").failed == []
+    verdict = verify(tmp_path / "evidence.zip")
+    assert verdict.failed == []
+    (found,) = [result.evidence for result in verdict.results if result.name == "lost"]
+    assert found.endswith("enough silos answered to open round 1: count it as released")
 
 
 def test_logs_of_silos_and_server_name_the_same_transcripts(tmp_path):
@@ -433,3 +477,17 @@ def test_logs_of_silos_and_server_name_the_same_transcripts(tmp_path):
         (uploaded,) = [e.what for e in entries if isinstance(e.what, Uploaded)]
         assert (agreed.header, agreed.lists) == (opening.header, opening.lists)
         assert uploaded.delivery == opening.delivery
+
+
+def test_a_run_under_a_larger_pinned_budget_leaves_evidence_that_verifies(tmp_path):
+    """The log says what is pinned; the study's own ε is what its charges keep to."""
+    study = recorded_study()
+    for name in NAMES:
+        with Ledger(tmp_path / "silos" / name / "ledger.sqlite", name) as ledger:
+            ledger.pin(20.0, 1e-4)
+    RecordedRun(tmp_path, study).go()
+    entries = [e.what for e in silo_log(tmp_path, study, "silo-1").entries]
+    assert {(w.epsilon, w.delta) for w in entries if isinstance(w, Reserved)} == {(20.0, 1e-4)}
+    path = tmp_path / "evidence.zip"
+    path.write_bytes(make_bundle(tmp_path))
+    assert verify(path).failed == []

@@ -54,6 +54,7 @@ def update_of(name: str, round_: int, adapter: np.ndarray) -> np.ndarray:
 
 class ArithmeticSilo:
     base_digest = b"b" * 32
+    also = ()
 
     def __init__(
         self, name: str, private: bool = True, fails: bool = False, norm: float | None = None
@@ -64,6 +65,9 @@ class ArithmeticSilo:
         self.trained: list[int] = []
         self.private = private
         self.fails = fails
+
+    def contents(self):
+        return [(hashlib.sha256(f"{self.name} {i}".encode()).digest(), f"{i}") for i in range(10)]
 
     def layout(self, round_):
         return b"l" * 32

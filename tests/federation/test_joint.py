@@ -21,6 +21,7 @@ from securefedcollm.federation.plan import joint_step, sum_name
 from securefedcollm.federation.workload import silent
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.accounting import claim
+from securefedcollm.privacy.events import Gaussian
 from securefedcollm.privacy.joint import JointSetting, JointStep, calibrate_joint
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.privacy.noise import NoiseSource
@@ -179,10 +180,10 @@ def test_a_silo_takes_no_step_beyond_the_study_and_none_twice(tmp_path, caplog):
 
 def test_a_run_that_the_budget_cannot_see_through_is_refused_in_steps(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
-    made = study()
-    silo = make_silo(
-        "silo-1", silent, study=made, directory=tmp_path, private=False, budget=(4.0, 1e-5)
-    )
+    silo = make_silo("silo-1", silent, study=study(), directory=tmp_path, private=False)
+    earlier = [Gaussian(1.5)]
+    with Ledger(tmp_path / "silo-1" / "ledger.sqlite", "silo-1") as ledger:
+        ledger.reserve(silo._workload.dataset, "record", "run", 0, 0, earlier, (8.0, 1e-5))
     assert isinstance(reply_to(silo, begin(0)), Refused)
     assert silo._workload.trained == []
     assert "the 6 steps of this run would bring it to" in caplog.text

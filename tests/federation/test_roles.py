@@ -18,7 +18,7 @@ from securefedcollm.federation.status import runs_of
 from securefedcollm.federation.workload import silent
 from securefedcollm.study import load_study
 from securefedcollm.study.identity import create_identity
-from securefedcollm.study.signing import signatures_path
+from securefedcollm.study.signing import require_signed, signatures_path
 
 from .arithmetic import ArithmeticServer, ArithmeticSilo, make_study
 from .homes import make_identities, write_signed
@@ -67,6 +67,17 @@ def test_a_study_that_was_changed_after_it_was_signed_is_not_run(homes, tmp_path
         enter(path, homes["silo-1"], "silo"),
     ):
         pass
+
+
+def test_what_was_checked_is_what_is_kept(homes, tmp_path):
+    """Adversary: whoever may exchange the files between their check and their copy."""
+    path = write_signed(study(), homes, tmp_path / "study.yaml")
+    agreed = load_study(path)
+    path.write_text(path.read_text().replace("epsilon: 8.0", "epsilon: 80.0"))
+    with roles.take_part(agreed, path, homes["silo-1"], "silo", str) as member:
+        kept = load_study(member.run / "study.yaml")
+        assert kept.digest == agreed.digest
+        require_signed(kept, signatures_path(member.run / "study.yaml"))
 
 
 def test_a_signature_of_another_key_is_not_taken(homes, tmp_path):

@@ -451,9 +451,14 @@ def test_a_run_that_the_budget_cannot_see_through_is_not_begun(tmp_path, caplog)
 
 def test_a_silo_s_own_budget_is_for_all_studies_on_its_data(tmp_path):
     """The second study would fit its own ε, but not what this silo has agreed to in all."""
+    privacy = {"epsilon": 4.0, "delta": 1e-5}
     sessions = [
         make_silo(
-            "silo-1", silent, study=make_study(seed=seed), directory=tmp_path, budget=(4.0, 1e-5)
+            "silo-1",
+            silent,
+            study=make_study(seed=seed, privacy=privacy),
+            directory=tmp_path,
+            budget=(4.0, 1e-5),
         )
         for seed in (1, 2)
     ]

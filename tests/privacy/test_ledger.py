@@ -271,7 +271,10 @@ def test_a_void_reservation_frees_its_budget(ledger):
     reserve(ledger, 1, events=most)
 
 
-@pytest.mark.parametrize("budget", [(0.0, 1e-5), (8.0, 0.0), (8.0, 1.0), (float("nan"), 1e-5)])
+@pytest.mark.parametrize(
+    "budget",
+    [(0.0, 1e-5), (8.0, 0.0), (8.0, 1.0), (float("nan"), 1e-5), (float("inf"), 1e-5)],
+)
 def test_impossible_budgets(ledger, budget):
     with pytest.raises(ConfigError):
         reserve(ledger, budget=budget)

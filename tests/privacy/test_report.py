@@ -10,7 +10,7 @@ import pytest
 
 from securefedcollm.errors import EvidenceError, StateError
 from securefedcollm.privacy.events import DiscreteGaussian, Gaussian, PoissonGaussian
-from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.privacy.ledger import Budget, Ledger
 from securefedcollm.privacy.report import read_report
 from securefedcollm.privacy.report_html import to_html
 from securefedcollm.privacy.shown import down, up
@@ -136,3 +136,21 @@ def test_a_doctored_ledger_gets_no_report(tmp_path):
     db.close()
     with pytest.raises(EvidenceError, match="row 1"):
         read_report(path)
+
+
+def test_the_report_says_by_record_what_is_spent_across_files(tmp_path):
+    path = tmp_path / "ledger.db"
+    with Ledger(path, "north") as ledger:
+        for study, words in (("one", "abc"), ("two", "cde")):
+            records = ledger.identify([(word.encode(), None) for word in words])
+            about = {"records": records, "study": study}
+            ledger.reserve(study, "record", study, 0, 0, [Gaussian(3.0)], BUDGET, **about)
+        ledger.reserve("old", "record", "r", 0, 0, [Gaussian(9.0)], BUDGET)
+    found = read_report(path)
+    assert found.pinned == Budget(*BUDGET)
+    assert found.unattributed == 1
+    one, two = (record_set.standing for record_set in found.sets)
+    assert one.worst == two.worst > one.median == two.median > 0
+    page = to_html(found)
+    for said in ("By record", up(one.worst), up(one.median), "1 charges name no records"):
+        assert said in page

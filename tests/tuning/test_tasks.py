@@ -121,7 +121,7 @@ def test_what_is_written_is_read_back(tmp_path: Path, kind: Any) -> None:
         ("text", {"words": "x"}, "field 'text' is missing"),
         ("classification", {"text": "x"}, "field 'label' is missing"),
         ("classification", {"text": "x", "label": "secret"}, "field 'label' is none of the study"),
-        ("classification", {"text": "x", "label": 2}, "field 'label' is 2, but there are 2 labels"),
+        ("classification", {"text": "x", "label": 2}, "field 'label' is none of the 2 labels"),
         ("text", "{broken", "field 'text' cannot be reached: broken JSON"),
     ],
 )

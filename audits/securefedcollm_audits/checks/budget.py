@@ -24,7 +24,6 @@ from securefedcollm.privacy.events import (
     DiscreteGaussian,
     Event,
     PoissonGaussian,
-    decode_events,
     dominates,
     merge,
     times,
@@ -32,6 +31,7 @@ from securefedcollm.privacy.events import (
 from securefedcollm.study import Study
 from securefedcollm.study.config import Privacy
 from securefedcollm_audits.case import Case, count, of
+from securefedcollm_audits.charged import decode_events
 from securefedcollm_audits.second_accountant import bracket
 from securefedcollm_audits.verdict import Check, Faults, NotCovered
 

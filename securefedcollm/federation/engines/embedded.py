@@ -22,6 +22,7 @@ from typing import Any
 from securefedcollm.errors import SecureFedCoLLMError, TransportError
 from securefedcollm.federation.engines import Failure, SiloPort
 from securefedcollm.federation.workload import Progress
+from securefedcollm.foreign import log_to_stderr
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +204,7 @@ def _serve(
 
     ``log_levels``: the parent's, of everything and of this package.
     """
-    logging.basicConfig(level=log_levels[0], format=LOG_FORMAT, force=True)
+    log_to_stderr(log_levels[0], LOG_FORMAT)
     logging.getLogger("securefedcollm").setLevel(log_levels[1])
 
     def report(done: int, total: int, text: str) -> None:

@@ -19,6 +19,7 @@ import yaml
 from msgspec import Meta
 
 from securefedcollm.errors import ConfigError
+from securefedcollm.study.load import StrictLoader
 
 PROFILE: Final = "consortium.yaml"
 LEAD: Final = "lead@consortium.org"
@@ -72,8 +73,11 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def read_profile(path: Path) -> Profile:
     """Raises: ConfigError, if ``path`` is no consortium's profile."""
     try:
-        profile = msgspec.convert(yaml.safe_load(path.read_text()[:65536]), Profile)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        with path.open("rb") as file:
+            text = file.read(65536).decode("utf-8")
+        tree = yaml.load(text, Loader=StrictLoader)  # noqa: S506 - a subclass of SafeLoader
+        profile = msgspec.convert(tree, Profile)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, ConfigError) as error:
         raise ConfigError(
             f"is no consortium's profile ({(str(error).splitlines() or [''])[0][:120]!a})",
             where=str(path),

@@ -1,0 +1,92 @@
+"""What a participant's own evidence says that it did, and where its journal must say so too.
+
+Every step is recorded in the journal first, then in the evidence log, and then the reply leaves. So
+a step that the log knows and the journal does not means that the journal is an older copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from securefedcollm.aggregation import SchemeName, attempt_scope, names_digest, round_scope
+from securefedcollm.evidence.entries import (
+    Agreed,
+    Decrypted,
+    Entry,
+    Keyed,
+    Opened,
+    Round,
+    Told,
+    Unmasked,
+    Uploaded,
+)
+from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.federation.silostore import SiloStore, restored
+from securefedcollm.primitives import equal
+
+_Said = Uploaded | Agreed | Unmasked | Told | Decrypted
+_Key = tuple[str, bytes | None]
+_KEYED: Final = "ckks-authority"
+
+
+class Anchor(NamedTuple):
+    """An entry of the evidence log, and the journal's record of the same step.
+
+    ``value``: what the journal must say; None where the entry does not determine it.
+    """
+
+    entry: Entry
+    key: bytes
+    value: bytes | None
+
+
+def check_journal(log: EvidenceLog | None, journal: SiloStore, scheme: SchemeName) -> None:
+    """Check that the journal knows every step of the newest sum that the evidence log knows.
+
+    Adversary: a server that hears of a journal which was put back to an older copy, also within an
+    attempt. It has a second sum of the round opened, over other silos than the one that the journal
+    has forgotten; the difference of the two is one silo's vector.
+
+    Raises:
+        StateError: the journal was put back.
+    """
+    for anchor in _anchors(log.entries if log else [], scheme):
+        found = journal.recorded(anchor.key)
+        if found is None or not (anchor.value is None or equal(found, anchor.value)):
+            raise restored(f"its evidence log knows of {anchor.entry.place}")
+
+
+def _anchors(entries: list[Entry], scheme: SchemeName) -> Iterator[Anchor]:
+    """Those of the newest sum: the others are older than that sum's beginning, which is counted."""
+    opened = next((entry.what for entry in entries if isinstance(entry.what, Opened)), None)
+    newest = -1
+    for entry in reversed(entries if opened else []):
+        what = entry.what
+        if isinstance(what, Round | Keyed | _Said):
+            if what.round < newest:
+                return
+            newest = what.round
+        if opened is not None and isinstance(what, _Said):
+            place = bytes.fromhex(opened.study), bytes.fromhex(opened.run), what.round
+            scopes = {"open:": round_scope(*place)}
+            attempt = attempt_scope(*place, what.attempt)
+            for key, value in _keys(what, scheme):
+                yield Anchor(entry, key.encode() + scopes.get(key, attempt), value)
+
+
+def _keys(what: _Said, scheme: SchemeName) -> list[_Key]:
+    """Kind of record, and its value: as in docs/protocol.md and docs/ckks.md, *Journal*."""
+    masked = scheme == "masking"
+    match what:
+        case Uploaded():
+            return [("upload:", None if scheme == _KEYED else bytes.fromhex(what.delivery))]
+        case Agreed():
+            return [("agree:", bytes.fromhex(what.lists) if masked else None)]
+        case Unmasked():
+            answer: list[_Key] = [] if masked else [("partial:", None)]
+            return [("open:", names_digest(what.seeds_of)), *answer]
+        case Told():
+            return [("noted:", None)]
+        case Decrypted():
+            return [("open:", names_digest(what.survivors)), ("partial:", None)]

@@ -1,0 +1,227 @@
+"""What a silo's operator agrees to: what the study may spend of these records, and what they have.
+
+Adversary: the author of the study and the server. All is computed on the silo's machine, from its
+own records and ledger, before anything is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from securefedcollm.errors import BudgetExceeded
+from securefedcollm.federation.plan import joint_step, silo_unit
+from securefedcollm.federation.roles import LEDGER, Member
+from securefedcollm.federation.workload import SiloWorkload
+from securefedcollm.privacy.events import Events
+from securefedcollm.privacy.identities import Records
+from securefedcollm.privacy.ledger import Budget, Ledger
+from securefedcollm.privacy.refusal import repeated
+from securefedcollm.study import Study, digest
+
+if TYPE_CHECKING:
+    from securefedcollm.federation.cotuning import SiloTuning
+    from securefedcollm.tuning.questions import Question
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What an operator agrees to by taking part.
+
+    The figures of ε are of the record (or subject) that has spent most, at the pinned δ, over all
+    studies of this ledger.
+    """
+
+    study: str
+    digest: str
+    server: str
+    silos: list[str]
+    models: dict[str, str]
+    base: str
+    rounds: int
+    records: int
+    unit: str | None
+    epsilon: float | None
+    delta: float | None
+    spent: float | None
+    """By other studies."""
+    after: float | None
+    """With all of this one, at worst."""
+    median: float | None
+    untouched: int | None
+    """Records, or subjects, that no other study was charged for."""
+    budget: float | None
+    budget_delta: float | None
+    left_out: int
+    """Records of the file that cannot pay, and are left out."""
+    unattributed: int
+    """Charges of an older ledger about files that are not known: they count for no record."""
+
+
+def terms(
+    member: Member, workload: SiloTuning, budget: Budget | None, *, left_out: int = 0
+) -> Terms:
+    """What taking part means for these records.
+
+    Args:
+        budget: the operator's own limit.
+        left_out: records of the file that are not among the workload's.
+    """
+    study, privacy = member.study, member.study.privacy
+    figures: dict[str, Any] = dict.fromkeys(
+        ("spent", "after", "median", "untouched", "budget", "budget_delta")
+    )
+    unattributed = 0
+    if privacy is not None:
+        agreed = budget or Budget(privacy.epsilon, privacy.delta)
+        with Ledger(member.home / LEDGER, member.name) as ledger:
+            records = identified(ledger, study, workload)
+            about: Any = {"besides": digest(study).hex(), "unit": privacy.unit, "budget": agreed}
+            before = ledger.standing(records, [workload.dataset], **about)
+            whole = repeated(charge(study, workload), study.sums)
+            after = ledger.standing(records, [workload.dataset], plus=whole, **about)
+        unattributed = before.unattributed
+        figures = {
+            "spent": float(before.worst),
+            "after": float(after.worst),
+            "median": float(before.median),
+            "untouched": before.untouched,
+            "budget": min(before.budget.epsilon, agreed.epsilon if budget else float("inf")),
+            "budget_delta": before.budget.delta,
+        }
+    return Terms(
+        study=study.study,
+        digest=digest(study).hex(),
+        server=next(p.name for p in study.roster if p.role == "server"),
+        silos=list(member.roster.names),
+        models={"llm": study.models.llm.source, "slm": study.models.slm.source},
+        base=workload.base_digest.hex(),
+        rounds=study.rounds,
+        records=workload.records,
+        unit=privacy.unit if privacy else None,
+        epsilon=privacy.epsilon if privacy else None,
+        delta=privacy.delta if privacy else None,
+        left_out=left_out,
+        unattributed=unattributed,
+        **figures,
+    )
+
+
+def require_budget(member: Member, workload: SiloWorkload, budget: Budget | None) -> None:
+    """Refuse a study that these records cannot pay for, unless it has begun already.
+
+    Raises:
+        BudgetExceeded: says what is left and what would fit.
+    """
+    study, privacy = member.study, member.study.privacy
+    if privacy is None:
+        return
+    with Ledger(member.home / LEDGER, member.name) as ledger:
+        records = identified(ledger, study, workload)
+        if any(entry.about.study == digest(study).hex() for entry in ledger.entries()):
+            return
+        ledger.foresee(
+            workload.dataset,
+            privacy.unit,
+            charge(study, workload),
+            study.sums,
+            (privacy.epsilon, privacy.delta),
+            "steps" if study.joint else "rounds",
+            records=records,
+            study=digest(study).hex(),
+            limit=budget,
+        )
+
+
+def without_spent(
+    member: Member,
+    workload: SiloTuning,
+    budget: Budget | None,
+    build: Callable[[Sequence[Question]], SiloTuning],
+) -> SiloTuning:
+    """The workload without the records that cannot pay for this study.
+
+    What is left is what the study is about: its sampling rate, its noise and its records. A study
+    that has begun keeps the records that it began with.
+
+    Args:
+        build: makes a workload of fewer questions.
+
+    Raises:
+        BudgetExceeded: no record can pay, or the study asks for more than the pinned budget.
+        ConfigError: too few records are left for the study.
+    """
+    study, privacy = member.study, member.study.privacy
+    if privacy is None:
+        return workload
+    with Ledger(member.home / LEDGER, member.name) as ledger:
+        records = identified(ledger, study, workload)
+        begun = ledger.set_of(digest(study).hex())
+        if begun is not None:
+            kept = _only(workload.questions, records.rows_in(begun))
+        else:
+            kept = _payers(ledger, study, workload, budget)
+    return workload if len(kept) == len(workload.questions) else build(kept)
+
+
+def _payers(
+    ledger: Ledger, study: Study, workload: SiloTuning, budget: Budget | None
+) -> Sequence[Question]:
+    """Fewer records are sampled more often, under more noise: so look again until all can pay."""
+    from securefedcollm.federation.cotuning import contents_of, planned_event
+    from securefedcollm.tuning.splits import dataset_fingerprint
+
+    privacy = study.privacy
+    assert privacy is not None
+    kept: Sequence[Question] = workload.questions
+    events = charge(study, workload)
+    while True:
+        records = ledger.identify(contents_of(kept), column=study.subject)
+        paying = ledger.payers(
+            dataset_fingerprint(kept),
+            privacy.unit,
+            events,
+            study.sums,
+            (privacy.epsilon, privacy.delta),
+            records=records,
+            study=digest(study).hex(),
+            limit=budget,
+        )
+        if paying.all():
+            return kept
+        if not paying.any():
+            standing = ledger.standing(records, unit=privacy.unit)
+            raise BudgetExceeded(
+                f"none of {len(kept):,} records can pay for this study: ε = {standing.median:.3f} "
+                f"of {standing.budget.epsilon:g} is spent of half of them, or more; "
+                f"{standing.left:.3f} is left of the worst",
+                hint="use other data, or agree on a study with a smaller privacy.epsilon",
+            )
+        kept = _only(kept, paying)
+        if workload.events():  # its own noise, which depends on how many records there are
+            events = (planned_event(study, kept),)
+
+
+def _only(questions: Sequence[Question], wanted: Any) -> Sequence[Question]:
+    return [question for question, use in zip(questions, wanted, strict=True) if use]
+
+
+def charge(study: Study, workload: SiloWorkload) -> Events:
+    """What one sum of the study charges these records, at worst."""
+    if study.joint:
+        step = joint_step(study, workload.update_size(0))
+        assert step is not None
+        return (step.event(),)
+    unit = silo_unit(study, workload.update_size, 0)
+    return (unit.event(),) if unit else tuple(workload.events())
+
+
+def identified(ledger: Ledger, study: Study, workload: SiloWorkload) -> Records:
+    """The workload's records; from now on the ledger knows which they are.
+
+    Older charges, which name a file but not its records, so become charges of these records.
+    """
+    records = ledger.identify(workload.contents(), column=study.subject, also=workload.also)
+    ledger.recognise(records, [workload.dataset, *workload.also])
+    return records

@@ -1,0 +1,128 @@
+"""The questions of a data file: every row checked by :mod:`.rows`, then read by :mod:`.tables`.
+
+Adversary: whoever made the file. What the guard and Arrow do not read alike is refused, so that no
+row is one thing to whoever looked at it and another to the training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from securefedcollm.errors import DataError
+from securefedcollm.tuning.formats import BadField, Format, Row
+from securefedcollm.tuning.questions import Question
+from securefedcollm.tuning.rows import BATCH, Checked, rows_of
+from securefedcollm.tuning.tables import Shape, csv_table, json_table, rows_of_table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_HELD: Final = 8 << 20
+"""Bytes of rows that are held at a time, and one row more."""
+_SHAPES: Final = 256
+
+Found = tuple[str, Question | BadField]
+"""``file:line`` (Parquet: ``file, row n``, from 1), and the question or what is wrong with it."""
+
+
+def questions_of(
+    path: Path, form: Format, *, labelled: bool, owner: str | None = None
+) -> Iterator[Found]:
+    """Every row of a file, in its order.
+
+    Args:
+        labelled: every row must have an answer.
+        owner: the column that says whose record a row is.
+
+    Raises:
+        DataError: the file as a whole cannot be read.
+    """
+
+    def question(row: Row | BadField) -> Question | BadField:
+        if isinstance(row, BadField):
+            return row
+        try:
+            return form.question(row, labelled=labelled, owner=owner)
+        except BadField as bad:
+            return bad
+
+    def settled(checked: Checked, row: Row | None) -> Question | BadField:
+        if row == checked.row:
+            return question(row)
+        asked = question(checked.row)
+        if isinstance(asked, BadField):
+            return asked  # it says what is wrong with the row
+        alike = row is not None and question(row) == asked
+        return asked if alike else _two_ways(form)
+
+    rows = rows_of(path, form, owner)
+    if path.suffix == ".parquet":
+        yield from ((checked.place, question(checked.row)) for checked in rows)
+        return
+    table = json_table if path.suffix == ".jsonl" else csv_table
+    shapes: set[Shape] = set()
+    for batch in _batches(rows):
+        good = [i for i, checked in enumerate(batch) if isinstance(checked.row, dict)]
+        shapes.update(batch[i].shape for i in good)
+        if len(shapes) > _SHAPES:  # Adversary: a table for every row takes hours
+            raise DataError(
+                f"its rows are of more than {_SHAPES} shapes",
+                where=str(path),
+                hint="give every column one type",
+            )
+        read = dict(zip(good, _read([batch[i] for i in good], table), strict=True))
+        for i, checked in enumerate(batch):
+            yield checked.place, settled(checked, read.get(i))
+
+
+def _two_ways(form: Format) -> BadField:
+    return BadField(
+        form.columns[0],
+        "is in a row that two readers do not read alike",
+        "numbers are within 2^63, other values are texts; quotes in CSV are doubled",
+    )
+
+
+def _batches(rows: Iterator[Checked]) -> Iterator[list[Checked]]:
+    batch: list[Checked] = []
+    held = 0
+    for checked in rows:
+        batch.append(checked)
+        held += len(checked.raw)
+        if len(batch) == BATCH or held > _HELD:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def _read(
+    batch: Sequence[Checked], table: Callable[[Sequence[bytes], Shape], pa.Table]
+) -> list[Row | None]:
+    """Each row as Arrow and ``datasets`` read it; None for one that they do not."""
+    alike: dict[Shape, list[int]] = {}
+    for i, checked in enumerate(batch):
+        alike.setdefault(checked.shape, []).append(i)
+    found: list[Row | None] = [None] * len(batch)
+    for shape, members in alike.items():
+        rows = _rows([batch[i].raw for i in members], shape, table)
+        if rows is None:  # which of them it is shows one by one
+            alone = [_rows([batch[i].raw], shape, table) for i in members]
+            rows = [one[0] if one else None for one in alone]
+        for i, row in zip(members, rows, strict=True):
+            found[i] = row
+    return found
+
+
+def _rows(
+    raw: list[bytes], shape: Shape, table: Callable[[Sequence[bytes], Shape], pa.Table]
+) -> list[Row | None] | None:
+    import pyarrow as pa
+
+    try:
+        rows: list[Row | None] = [*rows_of_table(table(raw, shape))]
+    except pa.ArrowException:
+        return None
+    return rows if len(rows) == len(raw) else None

@@ -1,0 +1,108 @@
+"""Rows as Arrow and ``datasets`` read them, out of bytes that :mod:`.rows` has checked.
+
+Everything stays in memory and has the columns and types that are named here. ``load_dataset`` would
+report its calls to a public server and leave a copy of the records in the user's cache; and its
+builders guess types, so that a text which looks like a date is none.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from securefedcollm.tuning.formats import Row
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Kind = Literal["nothing", "text", "texts", "whole", "number", "truth"]
+Shape = tuple[tuple[str, Kind], ...]
+"""Columns of a row and what each holds."""
+
+
+def shape_of(row: Row) -> Shape:
+    """The columns of a row; those that hold what no task reads, such as mappings, are left out."""
+    kinds = ((name, _kind(row[name])) for name in sorted(row))
+    return tuple((name, kind) for name, kind in kinds if kind)
+
+
+def _kind(value: object) -> Kind | None:
+    match value:
+        case None:
+            return "nothing"
+        case bool():
+            return "truth"
+        case str():
+            return "text"
+        case int():
+            return "whole"
+        case float():
+            return "number"
+        case list() if all(isinstance(entry, str) for entry in value):
+            return "texts"
+    return None
+
+
+def json_table(lines: Sequence[bytes], shape: Shape) -> pa.Table:
+    """Lines of JSON as a table with the columns ``shape``.
+
+    Raises:
+        pyarrow.ArrowException: Arrow reads a line otherwise, or not at all.
+    """
+    import pyarrow as pa
+    import pyarrow.json as reader
+
+    types = {
+        "nothing": pa.null(),
+        "text": pa.string(),
+        "texts": pa.list_(pa.string()),
+        "whole": pa.int64(),
+        "number": pa.float64(),
+        "truth": pa.bool_(),
+    }
+    schema = pa.schema([(name, types[kind]) for name, kind in shape])
+    raw = b"\n".join(line.strip() for line in lines)
+    return reader.read_json(
+        io.BytesIO(raw),
+        read_options=reader.ReadOptions(use_threads=False, block_size=len(raw) + 1),
+        parse_options=reader.ParseOptions(
+            explicit_schema=schema, unexpected_field_behavior="ignore"
+        ),
+    )
+
+
+def csv_table(records: Sequence[bytes], shape: Shape) -> pa.Table:
+    """Records of CSV as a table with the columns ``shape``: no cell becomes a number or null.
+
+    Raises:
+        pyarrow.ArrowException: Arrow reads a record otherwise, or not at all.
+    """
+    import pyarrow as pa
+    import pyarrow.csv as reader
+
+    names = [name for name, _ in shape]
+    raw = b"".join(records)
+    return reader.read_csv(
+        io.BytesIO(raw),
+        read_options=reader.ReadOptions(
+            column_names=names, use_threads=False, block_size=len(raw) + 1
+        ),
+        parse_options=reader.ParseOptions(newlines_in_values=True),
+        convert_options=reader.ConvertOptions(
+            column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
+        ),
+    )
+
+
+def rows_of_table(table: pa.Table) -> list[Row]:
+    """The rows of a table, as a data set of ``datasets`` gives them.
+
+    Adversary: the maker of a Parquet file. Its metadata may declare a column to hold images or
+    sound, which ``datasets`` would fetch from the paths or addresses that the file names.
+    """
+    from datasets import Dataset
+
+    bare = table.replace_schema_metadata(None)
+    rows: list[dict[str, Any]] = Dataset(bare, fingerprint="records").to_list()
+    return rows

@@ -1,0 +1,151 @@
+"""The fuzz targets for files: a few inputs of each, what they must find, what they once found."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from securefedcollm_audits import fuzz, fuzz_files
+from securefedcollm_audits import fuzz_seeds as seeds
+from securefedcollm_audits.charged import decode_events
+from securefedcollm_audits.report import make_report
+from securefedcollm_audits.verify import verify
+
+from securefedcollm.errors import ConfigError, EvidenceError
+from securefedcollm.evidence.bundle import decode_bundle, pack
+from securefedcollm.evidence.entries import canonical
+from securefedcollm.study import study_from_tree
+
+
+@pytest.mark.parametrize("target", fuzz_files.TARGETS)
+@settings(max_examples=15, deadline=None)
+@given(script=st.binary(max_size=fuzz_files.LONGEST))
+def test_no_script_breaks_a_reader(target, script):
+    fuzz_files.bounded(fuzz_files.TARGETS[target], fuzz_files.SECONDS[target], script)
+
+
+def test_what_the_targets_start_from_is_read(tmp_path):
+    """Else they would only ever look at refusals."""
+    path = tmp_path / "evidence.zip"
+    path.write_bytes(seeds.bundle())
+    assert set(decode_bundle(seeds.bundle(), path).logs) == set(seeds.NAMES)
+    assert fuzz_files._looked_at(path) == "checked"
+    assert study_from_tree(seeds.STUDY).study == "fuzz"
+
+
+def test_a_footer_that_ended_the_process_ends_in_one_line():
+    """Arrow threw across C++ when it was asked for the size of a column."""
+    script = bytes.fromhex("bc7797186458ea6fd219b670557fd926f5aa9deee237b88a")
+    assert fuzz_files.data(script) in {"DataError", "read"}
+
+
+def test_a_slow_reader_a_large_one_and_an_error_that_acts_are_findings():
+    def large(script):
+        return str(len(bytearray(fuzz_files.BYTES + (1 << 28))))
+
+    def acts(script):
+        error = ConfigError("x")
+        error.hint = "\x1b[2J"
+        return fuzz_files._harmless(error)
+
+    with pytest.raises(fuzz_files.SlowError):
+        fuzz_files.bounded(lambda script: time.sleep(0) or spin(), 0.2, b"")
+    with pytest.raises(fuzz_files.FoundError, match="one printable line"):
+        fuzz_files.bounded(acts, 5.0, b"")
+    if fuzz_files._peak() < fuzz_files.BYTES:  # else an earlier test was larger
+        with pytest.raises(fuzz_files.FoundError, match="memory"):
+            fuzz_files.bounded(large, 5.0, b"")
+
+
+def spin():
+    while True:
+        pass
+
+
+def test_the_program_replays_an_input(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fuzz", "--target", "study", "--input", ""])
+    fuzz.main()
+    assert capsys.readouterr().out in {"read\n", "ConfigError\n"}
+
+
+GAUSSIAN = {"kind": "gaussian", "noise_multiplier": 1.0, "count": 1}
+POISSON = {"kind": "poisson-gaussian", "q": 0.1, "noise_multiplier": 1.0, "steps": 5}
+DISCRETE = {
+    "kind": "discrete-gaussian",
+    "share_sigma": 100.0,
+    "sensitivity": 10,
+    "values": 1000,
+    "shares": 3,
+    "colluders": 1,
+    "count": 1,
+    "q": 1.0,
+}
+GREEDY = [
+    GAUSSIAN | {"count": 2**31},
+    GAUSSIAN | {"count": 10**6},
+    GAUSSIAN | {"noise_multiplier": 1e-300},
+    POISSON | {"steps": 2**31},
+    POISSON | {"noise_multiplier": 0.001},
+    POISSON | {"noise_multiplier": 1e300},
+    POISSON | {"q": 1.0, "steps": 10**6},
+    DISCRETE | {"shares": 2**31},
+    DISCRETE | {"values": 2**52},
+    DISCRETE | {"sensitivity": 2**31},
+    DISCRETE | {"q": 0.1, "sensitivity": 2**31},
+    DISCRETE | {"share_sigma": 1e300},
+]
+"""Each had an accountant run for minutes, or ask for terabytes."""
+
+
+TOO_MUCH = r"no run releases|more than can be worked out"
+
+
+def forged(path, name, kind, **changes):
+    """A bundle in which the first entry of a kind says something else."""
+    members = seeds.bundle_members()
+    entries = [json.loads(line) for line in members[f"logs/{name}.jsonl"].splitlines()]
+    entry = next(e for e in entries if e["what"]["kind"] == kind)
+    entry["what"].update(changes)
+    members[f"logs/{name}.jsonl"] = b"".join(canonical(e) + b"\n" for e in entries)
+    path.write_bytes(pack(members))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["reserved", "settled"])
+@pytest.mark.parametrize("event", GREEDY, ids=lambda e: str({**e})[9:60])
+def test_an_event_that_no_run_releases_counts_against_the_bundle(tmp_path, event, kind):
+    """Adversary: a bundle's maker, against the memory and patience of the auditor."""
+    path = forged(tmp_path / "evidence.zip", "silo-1", kind, events=[event])
+
+    verdict = verify(path)
+    assert not verdict.holds
+    if kind == "reserved":  # of which nothing is counted once it is settled
+        with contextlib.suppress(EvidenceError):
+            make_report(path)
+        return
+    said = [fault for result in verdict.failed for fault in result.faults]
+    assert any(re.search(TOO_MUCH, text) for text in said)
+    with pytest.raises(EvidenceError, match=TOO_MUCH):
+        make_report(path)
+
+
+def test_events_of_honest_runs_are_within_the_bounds():
+    for event in (
+        GAUSSIAN,
+        POISSON,
+        DISCRETE,
+        POISSON | {"steps": 10**6, "noise_multiplier": 50.0},
+    ):
+        assert decode_events([event])
+
+
+def test_a_round_beyond_all_numbers_is_not_counted_up_to(tmp_path):
+    path = forged(tmp_path / "evidence.zip", "server", "opening", round=2**53 - 1)
+    report, _ = make_report(path)
+    assert len(report.rounds) < 20

@@ -1,0 +1,271 @@
+"""A silo's file, its studies, and the one budget that its records have.
+
+Adversary: the author of the next study, and an operator who edits the file a little every day.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import re
+from dataclasses import replace
+
+import pytest
+
+from securefedcollm.errors import BudgetExceeded, ConfigError
+from securefedcollm.federation import consent, roles
+from securefedcollm.federation.cotuning import SiloTuning
+from securefedcollm.federation.dealing import read_records
+from securefedcollm.federation.messages import Refused, Trained
+from securefedcollm.federation.silo import SiloSession
+from securefedcollm.federation.silostore import SiloStore
+from securefedcollm.federation.workload import silent
+from securefedcollm.privacy.accounting import calibrate
+from securefedcollm.privacy.events import PoissonGaussian
+from securefedcollm.privacy.ledger import Budget, Ledger
+from securefedcollm.study import digest, load_study
+from securefedcollm.tuning.splits import dataset_fingerprint
+
+from ..cli.tiny import make_inputs
+from .arithmetic import KEYS, ROSTER, ArithmeticSilo, make_study
+from .homes import make_identities, write_signed
+from .test_rounds import begin, reply_to
+
+RATE, STEPS, ROUNDS = 0.1, 5, 3
+PRIVACY = {"epsilon": 8.0, "delta": 1e-5}
+
+
+class FileSilo(ArithmeticSilo):
+    """What ``SiloTuning`` is to the ledger, of a real file, without a model."""
+
+    def __init__(self, study, path):
+        super().__init__("silo-1")
+        self.study = study
+        self.questions = read_records(study, path)
+        plain = [replace(question, subject=None) for question in self.questions]
+        self.dataset = dataset_fingerprint(self.questions if study.subject else plain)
+        self.also = [dataset_fingerprint(plain)] if study.subject else []
+
+    def contents(self):
+        from securefedcollm.federation.cotuning import contents_of
+
+        return contents_of(self.questions)
+
+    def events(self):
+        privacy = self.study.privacy
+        if privacy.unit == "silo":
+            return ()
+        noise = calibrate(privacy.epsilon, privacy.delta, RATE, STEPS * ROUNDS)
+        return (PoissonGaussian(RATE, noise, STEPS),)
+
+
+def task(**changes):
+    files = {"train": "a.jsonl", "test": "b.jsonl", "public": 4, "per_silo": 12}
+    kind = {"kind": "classification", "labels": ["benign", "malign"]}
+    return {"data": files | {"public_labelled": 4}} | kind | changes
+
+
+def a_study(name="first", **changes):
+    return make_study(**({"study": name, "task": task(), "privacy": PRIVACY} | changes))
+
+
+def session(study, path, home):
+    return SiloSession(
+        study=study,
+        name="silo-1",
+        roster=ROSTER,
+        key=KEYS["silo-1"],
+        workload=FileSilo(study, path),
+        store=SiloStore(home / study.digest.hex()[:12]),
+        ledger=Ledger(home / "ledger.sqlite", "silo-1"),
+        progress=silent,
+    )
+
+
+ROWS = [
+    {"text": f"finding {i} of the slide", "label": ["benign", "malign"][i % 2], "patient": f"p{i}"}
+    for i in range(12)
+]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def reordered(rows):
+    return random.Random(1).sample(rows, len(rows))
+
+
+@pytest.fixture
+def spent(tmp_path):
+    """A home whose ledger has spent the whole budget on ``records.jsonl``."""
+    path = write(tmp_path / "records.jsonl", ROWS)
+    silo = session(a_study(), path, tmp_path)
+    for round_ in range(ROUNDS):
+        assert isinstance(reply_to(silo, begin(round_)), Trained)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changes", "edit"),
+    [
+        ({"study": "second"}, list),
+        ({"privacy": PRIVACY | {"epsilon": 24.0}}, list),
+        ({"privacy": PRIVACY | {"delta": 1e-2}}, list),
+        ({"privacy": PRIVACY | {"delta": 1e-6}}, list),
+        ({"privacy": PRIVACY | {"unit": "subject", "subject": "patient"}}, list),
+        ({"privacy": PRIVACY | {"unit": "silo", "noise": "distributed"}, "aggregation": {}}, list),
+        ({"task": task(kind="text", labels=[]), "distillation": {"over": "answer"}}, list),
+        ({"task": task(labels=["benign", "malign", "unsure"])}, list),
+        ({"task": task(labels=["malign", "benign"])}, list),
+        ({"study": "second"}, reordered),
+        ({"study": "second"}, lambda rows: [*rows, rows[0] | {"text": "a new finding"}]),
+        ({"study": "second"}, lambda rows: rows[1:]),
+        ({"study": "second"}, lambda rows: [row | {"label": "benign"} for row in rows]),
+        ({"study": "second"}, lambda rows: [row | {"age": 7, "subject": "x"} for row in rows]),
+        ({"study": "second"}, lambda rows: [row | {"text": f" {row['text']}\t"} for row in rows]),
+    ],
+)
+def test_after_the_budget_is_spent_no_study_and_no_edit_of_the_file_brings_it_back(
+    spent, changes, edit, caplog
+):
+    caplog.set_level(logging.WARNING)
+    path = write(spent / "again.jsonl", edit(ROWS))
+    silo = session(a_study(**changes), path, spent)
+    assert isinstance(reply_to(silo, begin(ROUNDS - 1)), Refused)  # the least that it could ask
+    assert silo._workload.trained == []
+    assert re.search(r"[0-9.]+ is left", caplog.text), caplog.text
+
+
+def test_other_records_are_free_to_be_used(spent):
+    path = write(
+        spent / "other.jsonl", [row | {"text": f"another {i}"} for i, row in enumerate(ROWS)]
+    )
+    assert isinstance(reply_to(session(a_study("second"), path, spent), begin()), Trained)
+
+
+def test_the_same_records_in_another_format_are_the_same(spent, caplog):
+    caplog.set_level(logging.WARNING)
+    lines = [f"{row['patient']},{row['label']},{row['text']}" for row in ROWS]
+    path = spent / "records.csv"
+    path.write_text("\n".join(["patient,label,text", *lines]) + "\n")
+    assert isinstance(reply_to(session(a_study("second"), path, spent), begin()), Refused)
+    assert "is left" in caplog.text
+
+
+# --- consent ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("inputs")
+    make_inputs(directory)
+    rows = (directory / "train.jsonl").read_text().splitlines()
+    (directory / "mine.jsonl").write_text("\n".join(rows[:60]))
+    (directory / "less.jsonl").write_text("\n".join(rows[:20]))
+    return directory
+
+
+@pytest.fixture
+def member(inputs, tmp_path):
+    homes = make_identities(tmp_path, ["silo-1", "silo-2", "silo-3", "silo-4"])
+    path = write_signed(load_study(inputs / "tiny.yaml"), homes, tmp_path / "study.yaml")
+    with roles.take_part(load_study(path), path, homes["silo-1"], "silo", str) as entered:
+        yield entered
+
+
+def workload(member, inputs, questions=None):
+    if questions is None:
+        return roles.silo_workload(member.study, "silo-1", inputs / "mine.jsonl", inputs, silent)
+    return roles.workload_of(member.study, "silo-1", questions, inputs, silent)
+
+
+def spend(member, inputs, events, epsilon=8.0):
+    """An earlier study on a third of the file."""
+    some = read_records(member.study, inputs / "less.jsonl")
+    with Ledger(member.home / roles.LEDGER, member.name) as ledger:
+        from securefedcollm.federation.cotuning import contents_of
+
+        records = ledger.identify(contents_of(some))
+        ledger.reserve("less", "record", "r", 0, 0, events, (epsilon, 1e-5), records=records)
+
+
+def test_the_terms_are_those_of_the_record_that_has_spent_most(member, inputs):
+    mine = workload(member, inputs)
+    fresh = consent.terms(member, mine, None)
+    assert (fresh.spent, fresh.median, fresh.untouched, fresh.budget) == (0.0, 0.0, 60, 8.0)
+    assert 7.0 < fresh.after <= 8.0
+    consent.require_budget(member, mine, None)
+    spend(member, inputs, [PoissonGaussian(0.1, 1.0, 30)])
+    terms = consent.terms(member, mine, None)
+    assert 2.0 < terms.spent < 8.0
+    assert terms.after > 8.0
+    assert (terms.median, terms.untouched, terms.left_out) == (0.0, 40, 0)
+    assert terms.spent < terms.after
+    with pytest.raises(BudgetExceeded, match=r"20 of 60 records cannot pay: .* is left") as caught:
+        consent.require_budget(member, mine, None)
+    assert "--records skip: the other 40 records can pay" in caught.value.hint
+
+
+def test_skip_leaves_out_what_cannot_pay_and_the_study_is_about_the_rest(member, inputs):
+    spend(member, inputs, [PoissonGaussian(0.1, 1.0, 30)])
+    every = workload(member, inputs)
+    left = consent.without_spent(member, every, None, lambda q: workload(member, inputs, q))
+    assert isinstance(left, SiloTuning)
+    assert left.records == 40
+    (event,) = left.events()
+    assert event.q == 8 / 40 > every.events()[0].q
+    assert event.noise_multiplier > every.events()[0].noise_multiplier
+    consent.require_budget(member, left, None)
+    terms = consent.terms(member, left, None, left_out=20)
+    assert (terms.records, terms.left_out, terms.spent, terms.untouched) == (40, 20, 0.0, 40)
+    assert terms.after <= 8.0
+    # Begun: a restart finds the same records, although by now they could not pay for it again.
+    with Ledger(member.home / roles.LEDGER, member.name) as ledger:
+        records = consent.identified(ledger, member.study, left)
+        about = {"records": records, "study": digest(member.study).hex()}
+        ledger.reserve(left.dataset, "record", "run", 0, 0, left.events(), (8.0, 1e-5), **about)
+    again = consent.without_spent(member, every, None, lambda q: workload(member, inputs, q))
+    assert again.questions == left.questions
+    consent.require_budget(member, again, None)
+
+
+def test_skip_with_nothing_left_says_so(member, inputs):
+    spend(member, inputs, [PoissonGaussian(0.1, 1.0, 30)])
+    mine = read_records(member.study, inputs / "mine.jsonl")
+    four_left, none_left = (workload(member, inputs, mine[:n]) for n in (24, 20))
+
+    def skip(whole):
+        consent.without_spent(member, whole, None, lambda q: workload(member, inputs, q))
+
+    with pytest.raises(ConfigError, match="an expected batch of 8 needs as many records, there"):
+        skip(four_left)
+    with pytest.raises(BudgetExceeded, match=r"none of 20 records can pay .* is left"):
+        skip(none_left)
+
+
+def test_what_an_old_ledger_charged_is_known_from_the_first_sight_of_its_file(member, inputs):
+    """Also for those records of it that are left out, in whatever file they come back."""
+    mine = workload(member, inputs)
+    with Ledger(member.home / roles.LEDGER, member.name) as ledger:
+        ledger.reserve(
+            mine.dataset, "record", "old", 0, 0, [PoissonGaussian(0.1, 1.0, 20)], (8.0, 1e-5)
+        )
+        ledger.reserve("gone", "record", "older", 0, 0, [PoissonGaussian(0.1, 9.0, 1)], (8.0, 1e-5))
+    terms = consent.terms(member, mine, None)
+    assert terms.spent > 2.0
+    assert (terms.untouched, terms.unattributed) == (0, 1)
+    part = workload(member, inputs, mine.questions[:30])
+    assert consent.terms(member, part, None).spent == terms.spent
+    with Ledger(member.home / roles.LEDGER, member.name) as ledger:
+        assert [row.body["action"] for row in ledger.rows()] == ["reserve", "reserve", "file"]
+        ledger.verify()
+
+
+def test_an_operators_limit_below_the_study_is_told_before_anything_is_sent(member, inputs):
+    mine = workload(member, inputs)
+    with pytest.raises(BudgetExceeded, match=r"the study asks for ε = 8; .* pinned at ε = 3"):
+        consent.require_budget(member, mine, Budget(3.0, 1e-5))
+    assert consent.terms(member, mine, Budget(3.0, 1e-5)).budget == 3.0

@@ -1,0 +1,462 @@
+"""Budgets belong to records: no study, file or unit opens a fresh account for them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from securefedcollm.errors import (
+    BudgetExceeded,
+    ConfigError,
+    EvidenceError,
+    LocalProtocolError,
+    StateError,
+)
+from securefedcollm.privacy.accounting import calibrate
+from securefedcollm.privacy.charges import grouped, halved
+from securefedcollm.privacy.events import DiscreteGaussian, Gaussian, PoissonGaussian
+from securefedcollm.privacy.ledger import Budget, Ledger
+
+BUDGET = (8.0, 1e-5)
+HERE = Path(__file__).parent
+OLD = HERE / "ledger-before-records.sql"
+WORDS = [f"record {i}" for i in range(20)]
+
+
+def plan(epsilon=8.0, delta=1e-5):
+    """What a study of this claim releases: its whole budget in one go."""
+    return [PoissonGaussian(0.05, calibrate(epsilon, delta, 0.05, 60), 60)]
+
+
+EIGHT = plan()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "ledger.sqlite"
+
+
+@pytest.fixture
+def ledger(path):
+    with Ledger(path, "north") as opened:
+        yield opened
+
+
+def whom(ledger, words, subject=None, also=()):
+    contents = [
+        (hashlib.sha256(word.encode()).digest(), subject(word) if subject else None)
+        for word in words
+    ]
+    return ledger.identify(contents, column="patient" if subject else None, also=also)
+
+
+def spend(ledger, words, events=EIGHT, budget=BUDGET, unit="record", study="first", **more):
+    """As a silo does: the whole run is foreseen, then reserved and released."""
+    subject, limit = more.pop("subject", None), more.pop("limit", None)
+    records = whom(ledger, words, subject)
+    dataset = more.pop("dataset", hashlib.sha256("".join(words).encode()).hexdigest())
+    about = {"records": records, "study": study, "limit": limit}
+    ledger.foresee(dataset, unit, events, 1, budget, **about)
+    made = ledger.reserve(dataset, unit, f"run of {study}", 0, 0, events, budget, **about)
+    ledger.release(made)
+    return made
+
+
+def refused(ledger, words, **more):
+    before = ledger.rows()
+    with pytest.raises(BudgetExceeded) as caught:
+        spend(ledger, words, study="second", **more)
+    assert ledger.rows() == before
+    assert re.search(r"[0-9.]+ is left", caught.value.message)
+    assert caught.value.hint
+    return caught.value
+
+
+# --- the ways round -----------------------------------------------------------------------------
+
+
+def patient(word):
+    return word[-1]
+
+
+SIXTEENTH = [DiscreteGaussian(2.0**22, 2**18, 100, 1)]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({}, "of 8 is spent"),
+        ({"events": plan(16.0), "budget": (16.0, 1e-5)}, "asks for ε = 16; .* pinned at ε = 8"),
+        ({"events": plan(8.0, 1e-4), "budget": (8.0, 1e-4)}, "asks for δ = 0.0001; .* pinned"),
+        ({"events": plan(8.0, 1e-7), "budget": (8.0, 1e-7)}, "of 8 is spent at δ = 1e-05"),
+        ({"unit": "subject", "subject": patient}, "seen from one record"),
+        ({"unit": "silo", "events": SIXTEENTH}, "seen from one record"),
+        ({"dataset": "of another task"}, "of 8 is spent"),
+        ({"words": WORDS[::-1]}, "of 8 is spent"),
+        ({"words": [*WORDS, "new"]}, "20 of 21 records cannot pay"),
+        ({"words": WORDS[:1]}, "of 8 is spent"),
+        ({"words": [*WORDS, "new"], "budget": (16.0, 1e-5)}, "asks for ε = 16; .* pinned at ε = 8"),
+        ({"limit": Budget(16.0, 1e-5)}, "this silo allows ε = 16"),
+        ({"budget": (0.5, 1e-5), "events": plan(0.5)}, "of 8 is spent"),
+    ],
+)
+def test_after_the_budget_is_spent_every_way_round_is_refused(ledger, more, says):
+    """Adversary: the author of the next study."""
+    spend(ledger, WORDS)
+    more = dict(more)
+    error = refused(ledger, more.pop("words", WORDS), **more)
+    assert re.search(says, error.message), error.message
+
+
+def test_other_records_have_their_own_budget(ledger):
+    """The positive control of the test above."""
+    spend(ledger, WORDS)
+    spend(ledger, [f"other {word}" for word in WORDS], study="second")
+
+
+def test_the_new_record_alone_may_be_used(ledger):
+    spend(ledger, WORDS)
+    error = refused(ledger, [*WORDS, "new", "newer"])
+    assert "--records skip: the other 2 records can pay" in error.hint
+    longer = whom(ledger, ["new", *WORDS, "newer"])
+    paying = ledger.payers("d", "record", EIGHT, 1, BUDGET, records=longer, study="second")
+    assert paying.tolist() == [True, *[False] * len(WORDS), True]
+    spend(ledger, ["new", "newer"], study="second")
+    assert refused(ledger, ["new"]).message
+
+
+def test_a_record_a_day_brings_no_fresh_budget(ledger):
+    """Each study may spend 2 of 8, on a file with one record more than the last one's."""
+    words, budget = list(WORDS), (2.0, 1e-5)
+    ledger.pin(*BUDGET)
+
+    def spend_daily():
+        for day in range(100):
+            spend(ledger, words, plan(2.0), budget, study=f"{day}")
+            words.append(f"new on day {day}")
+
+    with pytest.raises(BudgetExceeded, match=r"20 of \d+ records cannot pay"):
+        spend_daily()
+    day = len(words) - len(WORDS)
+    assert 4 <= day < 24  # composition is better than adding ε up; it does not go on for ever
+    standing = ledger.standing(whom(ledger, words))
+    assert standing.worst <= 8.0
+    assert (standing.accounts, standing.untouched) == (len(WORDS) + day, 1)
+    assert 0.0 < standing.median <= standing.worst
+
+
+def test_what_was_spent_in_different_files_adds_up_for_the_record_in_both(ledger):
+    half = [Gaussian(1.2, 3)]
+    spend(ledger, WORDS[:12], half)
+    spend(ledger, WORDS[12:], half, study="other")
+    error = refused(ledger, WORDS[11:13], events=half)
+    assert "of 8 is spent" in error.message
+    both = ledger.standing(whom(ledger, WORDS))
+    one = ledger.standing(whom(ledger, WORDS[:12]))
+    assert both == pytest.approx(one) or both.worst == one.worst
+
+
+def test_a_study_keeps_to_its_own_claim_whatever_the_owner_pinned(ledger):
+    """Adversary: a server that has trainings fail, each of which is charged."""
+    ledger.pin(20.0, 1e-5)
+    records, about = whom(ledger, WORDS), {"study": "s"}
+    step, budget = plan(2.0), (2.0, 1e-5)
+    ledger.release(
+        ledger.reserve("d", "record", "run", 0, 0, step, budget, records=records, **about)
+    )
+    with pytest.raises(BudgetExceeded, match=r"of this study's own claim ε = .* of 2 is spent"):
+        ledger.reserve("d", "record", "run", 0, 1, step, budget, records=records, **about)
+    spend(ledger, WORDS, step, budget, study="another")
+
+
+# --- the pinned budget --------------------------------------------------------------------------
+
+
+def test_the_first_reservation_pins_and_a_study_may_ask_for_less(ledger):
+    assert ledger.pinned is None
+    spend(ledger, WORDS)
+    assert ledger.pinned == Budget(8.0, 1e-5)
+    spend(ledger, ["else"], plan(3.0), (3.0, 1e-5), study="small")
+    spend(ledger, ["else"], plan(3.0, 1e-6), (3.0, 1e-6), study="smaller δ")
+    assert ledger.pinned == Budget(8.0, 1e-5)
+    assert [entry.budget for entry in ledger.entries()] == [Budget(8.0, 1e-5)] * 3
+
+
+def test_an_operators_own_limit_pins_too(ledger):
+    spend(ledger, WORDS, plan(1.0), (1.0, 1e-5), limit=Budget(3.0, 1e-5))
+    assert ledger.pinned == Budget(3.0, 1e-5)
+    with pytest.raises(BudgetExceeded, match="pinned at ε = 3"):
+        spend(ledger, ["else"], study="second")
+
+
+def test_pinning_by_hand(ledger, path):
+    ledger.pin(16.0, 1e-6)
+    ledger.pin(8.0, 1e-5)  # nothing is charged yet
+    spend(ledger, WORDS, plan(3.0), (3.0, 1e-5))
+    with pytest.raises(ConfigError, match="ε = 8 is pinned") as caught:
+        ledger.pin(9.0, 1e-5)
+    assert "--raise" in caught.value.hint
+    with pytest.raises(ConfigError, match="charges were made at δ"):
+        ledger.pin(8.0, 1e-6)
+    ledger.pin(2.0, 1e-5)
+    refused(ledger, WORDS, events=plan(1.0), budget=(1.0, 1e-5))
+    ledger.pin(9.0, 1e-5, higher=True)
+    spend(ledger, WORDS, plan(1.0), (1.0, 1e-5), study="second")
+    with Ledger(path, "north") as again:
+        assert again.pinned == Budget(9.0, 1e-5)
+        again.verify()
+
+
+# --- units on one account -----------------------------------------------------------------------
+
+
+def test_a_clipped_group_counts_with_half_its_noise_for_one_of_its_records(ledger):
+    """With and without one record a silo's clipped update moves by 2C, not by C."""
+    silo = [DiscreteGaussian(2.0**19, 2**18, 100, 4)]
+    spend(ledger, WORDS, silo, unit="silo")
+    alone = ledger.standing(whom(ledger, WORDS)).worst
+    spend(ledger, WORDS, [PoissonGaussian(0.01, 50.0, 1)], study="second")
+    mixed = ledger.standing(whom(ledger, WORDS)).worst
+    doubled = [DiscreteGaussian(2.0**19, 2**19, 100, 4)]
+    with Ledger(":memory:", "north") as other:
+        spend(other, WORDS, doubled, (20.0, 1e-5), unit="silo")
+        assert mixed >= other.standing(whom(other, WORDS)).worst > 1.5 * alone
+    Path(":memory:").unlink()
+
+
+def test_a_release_by_record_counts_k_times_for_a_subject_of_k_records(ledger):
+    one = [Gaussian(20.0)]
+    spend(ledger, WORDS, one)
+    before = ledger.standing(whom(ledger, WORDS)).worst
+    spend(ledger, WORDS, [Gaussian(40.0)], unit="subject", subject=patient, study="by patient")
+    after = ledger.standing(whom(ledger, WORDS, patient))
+    assert after.accounts == 10
+    with Ledger(ledger._journal.path.with_name("other.sqlite"), "north") as other:
+        spend(other, WORDS, [Gaussian(10.0), Gaussian(40.0)])
+        expected = other.standing(whom(other, WORDS)).worst
+    assert after.worst == pytest.approx(expected)
+    assert after.worst > 1.5 * before
+
+
+def test_how_a_release_is_seen_from_outside_its_unit():
+    assert halved(Gaussian(2.0, 3)) == Gaussian(1.0, 3)
+    assert halved(PoissonGaussian(0.1, 2.0, 3)) == PoissonGaussian(0.1, 1.0, 3)
+    seen = halved(DiscreteGaussian(2.0**18, 2**10, 5, 3, 1, 2, 0.5))
+    assert seen == DiscreteGaussian(2.0**18, 2**11, 5, 3, 1, 2, 0.5)
+    by_subject = grouped(PoissonGaussian(0.1, 2.0, 3), 4, 4)
+    assert by_subject == PoissonGaussian(1 - 0.9**4, 0.5, 3)
+    assert grouped(PoissonGaussian(1.0, 2.0, 3), 4, 4).q == 1.0
+
+
+def test_the_sampling_of_k_records_is_covered_by_one_draw_at_their_joint_rate():
+    """P = Σ Bin(j; k, q) N(j, σ²) against N(0, σ²): its hockey-stick divergence, both ways, is at
+    most that of (1 - q') N(0) + q' N(k) with q' = 1 - (1 - q)^k."""
+    from math import comb
+
+    k, q, sigma = 4, 0.1, 1.5
+    x = np.linspace(-30, 40, 200_001)
+    step = x[1] - x[0]
+
+    def normal(mean):
+        return np.exp(-((x - mean) ** 2) / (2 * sigma**2)) / (sigma * np.sqrt(2 * np.pi))
+
+    true = sum(comb(k, j) * q**j * (1 - q) ** (k - j) * normal(j) for j in range(k + 1))
+    rate = grouped(PoissonGaussian(q, sigma, 1), k, k).q
+    bound, none = (1 - rate) * normal(0) + rate * normal(k), normal(0)
+    for eps in (0.0, 0.1, 0.5, 1.0, 2.0):
+        for of in (lambda p, e: p - e * none, lambda p, e: none - e * p):
+            mine, theirs = (np.maximum(of(p, np.exp(eps)), 0).sum() * step for p in (true, bound))
+            assert mine <= theirs + 1e-9
+
+
+def test_subjects_pay_or_are_left_out_together(ledger):
+    spend(ledger, ["a 1", "b 2"])
+    records = whom(ledger, ["a 1", "b 1", "b 3", "c 3"], patient)
+    paying = ledger.payers("d", "subject", EIGHT, 1, BUDGET, records=records, study="second")
+    assert paying.tolist() == [False, False, True, True]
+
+
+# --- identities ---------------------------------------------------------------------------------
+
+
+def test_the_key_is_private_made_once_and_not_in_the_ledger(ledger, path):
+    records = whom(ledger, WORDS)
+    spend(ledger, WORDS)
+    key = path.with_suffix(".key").read_bytes()
+    assert path.with_suffix(".key").stat().st_mode & 0o777 == 0o600
+    with Ledger(path, "north") as again:
+        assert whom(again, WORDS).digest == records.digest
+    assert len(key) == 32
+    for file in path.parent.glob("ledger.sqlite*"):
+        assert key not in file.read_bytes()
+    assert [p.name for p in path.parent.iterdir() if "tmp" in p.name] == []
+    with Ledger(path.with_name("elsewhere") / "ledger.sqlite", "north") as other:
+        assert not set(whom(other, WORDS).rows) & set(records.rows)
+
+
+@pytest.mark.parametrize("harm", ["lost", "another", "cut"])
+def test_a_key_that_does_not_fit_the_ledger_is_refused(ledger, path, harm):
+    """With another key every record would look new."""
+    spend(ledger, WORDS)
+    key = path.with_suffix(".key")
+    if harm == "lost":
+        key.unlink()
+    else:
+        key.write_bytes(os.urandom(32) if harm == "another" else key.read_bytes()[:31])
+    with pytest.raises(StateError, match=r"ledger\.key") as caught:
+        whom(ledger, WORDS)
+    assert "restore" in caught.value.hint
+
+
+def test_a_ledger_behind_a_link_has_its_key_beside_the_file(ledger, path, tmp_path):
+    spend(ledger, WORDS)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "ledger.sqlite").symlink_to(path)
+    with Ledger(tmp_path / "run" / "ledger.sqlite", "north") as linked:
+        refused(linked, WORDS)
+    assert not (tmp_path / "run" / "ledger.key").exists()
+
+
+@pytest.mark.parametrize(
+    "harm", ["UPDATE kept SET content = zeroblob(320)", "DELETE FROM kept", "shorter"]
+)
+def test_an_edited_set_of_records_is_found_out(ledger, path, harm):
+    """Adversary: somebody who takes records out of what was charged."""
+    spend(ledger, WORDS)
+    db = sqlite3.connect(path)
+    with pytest.raises(sqlite3.IntegrityError, match="stays"):
+        db.execute("DELETE FROM kept")
+    for trigger in ("kept_keep", "kept_hold"):
+        db.execute(f"DROP TRIGGER {trigger}")
+    if harm == "shorter":
+        db.execute("UPDATE kept SET content = substr(content, 1, 160)")
+    else:
+        db.execute(harm)
+    db.commit()
+    db.close()
+    for use in (ledger.verify, lambda: spend(ledger, WORDS[:3], study="second")):
+        with pytest.raises(EvidenceError, match="set of records of the privacy ledger"):
+            use()
+
+
+def test_a_reservation_is_of_the_same_records_after_a_crash(ledger):
+    about = {"records": whom(ledger, WORDS)}
+    first = ledger.reserve("d", "record", "run", 0, 0, EIGHT, BUDGET, **about)
+    again = {"records": whom(ledger, WORDS[::-1])}
+    assert ledger.reserve("d", "record", "run", 0, 0, EIGHT, BUDGET, **again) == first
+    other = {"records": whom(ledger, WORDS[1:])}
+    with pytest.raises(LocalProtocolError, match="reserved with other records"):
+        ledger.reserve("d", "record", "run", 0, 0, EIGHT, BUDGET, **other)
+
+
+# --- ledgers from before ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def old(tmp_path):
+    """Written by the version before this one: two rounds on "aa…" by record, one on "bb…"."""
+    path = tmp_path / "old" / "ledger.sqlite"
+    path.parent.mkdir()
+    db = sqlite3.connect(path)
+    db.executescript(OLD.read_text())
+    db.commit()
+    db.close()
+    return path
+
+
+def test_an_old_ledger_opens_and_its_charges_count_for_the_file_that_they_name(old):
+    with Ledger(old, "north") as ledger:
+        assert len(ledger.rows()) == 8
+        ledger.verify()
+        assert ledger.pinned == Budget(8.0, 1e-5)
+        records = whom(ledger, WORDS)
+        spent = ledger.spent("a" * 64, "record", 1e-5).claim.epsilon
+        assert ledger.standing(records, ["a" * 64]).worst == pytest.approx(spent)
+        unknown = ledger.standing(records)
+        assert (unknown.worst, unknown.untouched, unknown.unattributed) == (0.0, 20, 3)
+        assert refused(ledger, WORDS, dataset="a" * 64).message
+
+
+def test_what_an_old_ledger_charged_follows_the_records_of_its_file(old):
+    """Once the file was seen the old charges are about its records, in every other file too."""
+    small = [PoissonGaussian(0.05, 30.0, 1)]
+    with Ledger(old, "north") as ledger:
+        spend(ledger, WORDS, small, (8.0, 1e-5), dataset="a" * 64)
+        spent = ledger.spent("a" * 64, "record", 1e-5).claim.epsilon
+        standing = ledger.standing(whom(ledger, [*WORDS[:2], "new"]))
+        assert standing.worst == pytest.approx(spent)
+        assert (standing.untouched, standing.unattributed) == (1, 1)
+        refused(ledger, [*WORDS, "new"])
+
+
+def test_an_old_ledger_knows_a_file_by_its_other_fingerprints_too(old):
+    with Ledger(old, "north") as ledger:
+        records = whom(ledger, WORDS, patient, also=["a" * 64])
+        assert ledger.standing(records, ["by patient"]).worst > 0
+        ledger.verify()
+
+
+# --- crashes and races --------------------------------------------------------------------------
+
+
+def test_kill_9_before_every_statement_of_charges_to_records(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(HERE / "ledger_crash.py"), str(tmp_path), "records"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lives = [json.loads(line) for line in done.stdout.splitlines()]
+    assert not lives[-1]["killed"]
+    assert len(lives) > 12
+    for life in lives:
+        with Ledger(tmp_path / f"{life['k']}.db", "north") as ledger:
+            ledger.verify()  # a row never names a set that is not there
+            entries = ledger.entries()
+            states = [None, "reserved", "released", "settled"]
+            state = entries[0].state if entries else None
+            assert states.index(state) >= min(len(life["told"]), 3)
+            if entries:
+                standing = ledger.standing(whom(ledger, WORDS))
+                assert (standing.untouched, standing.accounts) == (0, len(WORDS))
+
+
+def test_two_processes_share_key_and_budget(tmp_path):
+    """Two files that share one record: both processes charge it, from the very first key on."""
+    others = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "ledger_race.py"), str(tmp_path), name, "records"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("a", "b")
+    ]
+    grants = [int(process.communicate(timeout=120)[0]) for process in others]
+    with Ledger(tmp_path / "ledger.db", "north") as ledger:
+        ledger.verify()
+        shared = ledger.standing(whom(ledger, ["shared"]))
+        mine = ledger.standing(whom(ledger, ["a"]))
+        assert len(ledger.entries()) == sum(grants)
+        assert 7.0 < shared.worst <= 8.0
+        assert mine.worst <= shared.worst
+
+
+def test_a_ledger_copied_with_its_key_goes_on(ledger, path, tmp_path):
+    spend(ledger, WORDS)
+    ledger.close()
+    place = tmp_path / "restored"
+    place.mkdir()
+    for name in ("ledger.sqlite", "ledger.key"):
+        shutil.copy(path.with_name(name), place / name)
+    with Ledger(place / "ledger.sqlite", "north") as restored:
+        refused(restored, WORDS)
