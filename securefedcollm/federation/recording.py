@@ -24,7 +24,13 @@ from securefedcollm.aggregation import (
     Transcript,
 )
 from securefedcollm.aggregation import Word as Statement
-from securefedcollm.errors import CryptoError, EvidenceError, RemoteProtocolError, StateError
+from securefedcollm.errors import (
+    ConfigError,
+    CryptoError,
+    EvidenceError,
+    RemoteProtocolError,
+    StateError,
+)
 from securefedcollm.evidence.bundle import file_digests
 from securefedcollm.evidence.entries import (
     Agreed,
@@ -157,6 +163,24 @@ def _mark(log: EvidenceLog | None) -> list[Mark]:
     return [Mark("evidence log", newest, attempts)] if attempts else []
 
 
+def _check_base(log: EvidenceLog | None, base: bytes) -> None:
+    """Adversary: whoever swaps this party's model files between two rounds of a run.
+
+    Raises:
+        ConfigError: an earlier round of this run had another base model.
+    """
+    rounds = (entry.what for entry in reversed(log.entries if log else ()))
+    before = next((what.base for what in rounds if isinstance(what, Round)), base.hex())
+    if before != base.hex():
+        raise ConfigError(
+            f"this base model has the digest {base.hex()[:16]}…, that of this run's earlier rounds "
+            f"{before[:16]}…",
+            where="models.slm",
+            hint="put the files back that the run began with. If a version whose digest covered "
+            "the weights alone began it, finish it with that version, or begin a new run",
+        )
+
+
 class SiloRecord:
     """A silo's side of the evidence.
 
@@ -187,6 +211,10 @@ class SiloRecord:
     def marks(self) -> list[Mark]:
         """The newest sum in the log; none if there is none."""
         return _mark(self._log)
+
+    def check_base(self, base: bytes) -> None:
+        """Before anything of a round is written. See :func:`_check_base`."""
+        _check_base(self._log, base)
 
     def round(
         self,
@@ -458,6 +486,10 @@ class ServerRecord:
         if self._log is None or not self._log.size:
             return True
         return len(self._log.head.lines) - 1 >= self._quorum
+
+    def check_base(self, base: bytes) -> None:
+        """Before a run goes on. See :func:`_check_base`."""
+        _check_base(self._log, base)
 
     def round(
         self,

@@ -32,7 +32,7 @@ class SiloWorkload(Protocol):
     """Fingerprint of the private data set: the key of its privacy budget."""
 
     base_digest: bytes
-    """SHA-256 of the base model's weights."""
+    """The base model's digest (weights, configuration, tokenizer, chat template), 32 bytes."""
 
     def layout(self, round_: int) -> bytes:
         """32-byte digest of the adapter's layout in this round."""
