@@ -145,9 +145,14 @@ def digest(
     ] = "float32",
     as_json: Json = False,
 ) -> None:
-    """Print the digest of a model's weights, for `sha256:` in a study."""
-    value = load_named(source, revision, dtype).digest
-    typer.echo(json.dumps({"model": source, "dtype": dtype, "sha256": value}) if as_json else value)
+    """Print a model's digest, for `sha256:` in a study.
+
+    It covers weights, configuration, tokenizer and chat template. With --json every part has its
+    own too, so that two participants can find where their files differ.
+    """
+    loaded = load_named(source, revision, dtype)
+    told = {"model": source, "dtype": dtype, "sha256": loaded.digest, "parts": loaded.parts}
+    typer.echo(json.dumps(told) if as_json else loaded.digest)
 
 
 def _windows(text: list[Path] | None, tokenizer: Any) -> Tensor:

@@ -193,7 +193,8 @@ def merge(
     private merged as it is alone.
     """
     from securefedcollm.tuning.adapters import merged
-    from securefedcollm.tuning.models import save_model, weights_digest
+    from securefedcollm.tuning.identity import model_digest, model_parts
+    from securefedcollm.tuning.models import save_model
 
     with Bars(quiet=as_json) as bars:
         chosen = _choose(run, role, model, revision, adapter, data, "cpu", bars, dtype="float32")
@@ -202,8 +203,10 @@ def merge(
                 "nothing to merge", where="--adapter", hint="give --run, or --model with --adapter"
             )
         whole = merged(chosen.loaded.model, chosen.adapter)
-        save_model(whole, chosen.loaded.tokenizer, out)
-    print_models({out.name: {"directory": str(out), "digest": weights_digest(whole)}}, as_json)
+        tokenizer = chosen.loaded.tokenizer
+        save_model(whole, tokenizer, out)
+        digest = model_digest(model_parts(whole, tokenizer))
+    print_models({out.name: {"directory": str(out), "digest": digest}}, as_json)
 
 
 class _Chosen(NamedTuple):

@@ -113,6 +113,7 @@ class Coordinator:
         Raises:
             QuorumError: too few silos are left; the reasons are in the message. The run can be
                 resumed.
+            ConfigError: it was begun with another base model. Nothing is changed.
         """
         state = self._store.state
         if state.round == 0 and not state.history:
@@ -120,6 +121,8 @@ class Coordinator:
         self._store.load_adapters(self._workload)
         if state.round:  # a crash may have come between the two
             self._note_finished(state.round - 1)
+        if state.round < self._study.rounds:
+            self._evidence.check_base(self._workload.base_digest)
         while state.round < self._study.rounds:
             self._progress(state.round, self._study.rounds, "rounds")
             self._run_round(state.round)

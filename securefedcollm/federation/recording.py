@@ -25,7 +25,13 @@ from securefedcollm.aggregation import (
     Transcript,
 )
 from securefedcollm.aggregation import Word as Statement
-from securefedcollm.errors import CryptoError, EvidenceError, RemoteProtocolError, StateError
+from securefedcollm.errors import (
+    ConfigError,
+    CryptoError,
+    EvidenceError,
+    RemoteProtocolError,
+    StateError,
+)
 from securefedcollm.evidence.bundle import file_digests
 from securefedcollm.evidence.entries import (
     Agreed,
@@ -159,6 +165,24 @@ def _mark(log: EvidenceLog | None) -> list[Mark]:
     return [Mark("evidence log", newest, attempts)] if attempts else []
 
 
+def _check_base(log: EvidenceLog | None, base: bytes) -> None:
+    """Adversary: whoever swaps this party's model files between two rounds of a run.
+
+    Raises:
+        ConfigError: an earlier round of this run had another base model.
+    """
+    rounds = (entry.what for entry in reversed(log.entries if log else ()))
+    before = next((what.base for what in rounds if isinstance(what, Round)), base.hex())
+    if before != base.hex():
+        raise ConfigError(
+            f"this base model has the digest {base.hex()[:16]}…, that of this run's earlier rounds "
+            f"{before[:16]}…",
+            where="models.slm",
+            hint="put the files back that the run began with. If a version whose digest covered "
+            "the weights alone began it, finish it with that version, or begin a new run",
+        )
+
+
 class SiloRecord:
     """A silo's side of the evidence.
 
@@ -193,6 +217,10 @@ class SiloRecord:
     def check_journal(self, journal: SiloStore, scheme: SchemeName) -> None:
         """Raises: StateError if ``journal`` does not know a step that the log knows."""
         check_journal(self._log, journal, scheme)
+
+    def check_base(self, base: bytes) -> None:
+        """Before anything of a round is written. See :func:`_check_base`."""
+        _check_base(self._log, base)
 
     def round(
         self,
@@ -466,6 +494,10 @@ class ServerRecord:
         if self._log is None or not self._log.size:
             return True
         return len(self._log.head.lines) - 1 >= self._quorum
+
+    def check_base(self, base: bytes) -> None:
+        """Before a run goes on. See :func:`_check_base`."""
+        _check_base(self._log, base)
 
     def round(
         self,

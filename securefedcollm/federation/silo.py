@@ -178,6 +178,7 @@ class SiloSession:
     def _begin(self, begin: BeginRound) -> Trained:
         self._side = None
         self._check_order(begin)
+        self._evidence.check_base(self._workload.base_digest)
         adapter = self._read_adapter(begin)
         unit = self._mechanism(begin.round, self._read_clip_norm(begin))
         base, mechanism = self._workload.base_digest, unit.identity if unit else b""

@@ -35,7 +35,7 @@ class SiloWorkload(Protocol):
     """Other fingerprints of the same records, by which an older ledger may know them."""
 
     base_digest: bytes
-    """SHA-256 of the base model's weights."""
+    """The base model's digest (weights, configuration, tokenizer, chat template), 32 bytes."""
 
     def contents(self) -> Iterable[tuple[bytes, str | None]]:
         """A digest of the content of every private record, and whose it is if that is the unit.

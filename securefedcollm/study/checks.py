@@ -290,7 +290,7 @@ def _check_model(where: str, model: Model) -> None:
         raise ConfigError(
             "only hub models have a revision",
             where=f"{where}.revision",
-            hint="pin the weights with sha256 instead",
+            hint="pin the model with sha256 instead",
         )
 
 

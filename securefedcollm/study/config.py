@@ -42,7 +42,8 @@ class Model(_Section, frozen=True):
 
     ``source`` is ``builtin:NAME`` (made on first use), ``path:DIR`` (a transformers directory with
     safetensors weights, relative to ``--data``) or ``hub:ORG/NAME`` (then ``revision`` is the full
-    commit hash). ``sha256`` pins the weights; a participant whose weights differ refuses to run.
+    commit hash). ``sha256`` pins weights, configuration, tokenizer and chat template, as
+    ``securefedcollm model digest`` prints it; a participant whose files differ refuses to run.
     """
 
     source: str

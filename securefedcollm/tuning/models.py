@@ -1,16 +1,15 @@
 """Loading base models: from the project itself, a directory, or the Hugging Face hub.
 
 Only safetensors weights are read, never a pickle (loading one runs whatever code it holds), and no
-code that comes with a model is run. Every load ends with the digest of the weights, which a study
-may pin so that nobody tunes, or distils into, another model than the one agreed upon.
+code that comes with a model is run. Every load ends with the model's digest (``identity.py``),
+which a study may pin so that nobody tunes, or distils into, another model than the one agreed upon.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ from typing import Any, Final, Literal
 
 import platformdirs
 import torch
-from torch import nn
 
 from securefedcollm.errors import ConfigError, StateError
+from securefedcollm.tuning.identity import Parts, model_digest, model_parts
 from securefedcollm.tuning.recipe import Progress, silent
 
 Dtype = Literal["float32", "bfloat16"]
@@ -39,11 +38,16 @@ _COMMIT: Final = re.compile(r"^[0-9a-f]{40}$")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model in evaluation mode, its tokenizer, and :func:`weights_digest`."""
+    """A causal language model in evaluation mode, its tokenizer, and what identifies both."""
 
     model: Any  # transformers.PreTrainedModel
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
-    digest: str
+    parts: Parts
+
+    @property
+    def digest(self) -> str:
+        """:func:`~securefedcollm.tuning.identity.model_digest`, 64 hexadecimal digits."""
+        return model_digest(self.parts)
 
 
 def default_cache() -> Path:
@@ -67,7 +71,7 @@ def load_model(
         source: ``builtin:NAME``, ``path:DIR`` (a transformers directory with safetensors weights)
             or ``hub:ORG/NAME``.
         revision: the full commit hash of a hub model; mandatory there.
-        sha256: refuse weights with another :func:`weights_digest` (computed in ``dtype``).
+        sha256: refuse a model with another digest (computed in ``dtype``).
         dtype: the type that the weights are converted to.
         base_dir: what a relative DIR is relative to.
         cache_dir: where built-in models are kept; default :func:`default_cache`. Hub models stay
@@ -92,15 +96,38 @@ def load_model(
                 where=source,
                 hint="builtin:NAME, path:DIRECTORY or hub:ORG/NAME",
             )
-    digest = weights_digest(model)
-    if sha256 is not None and digest != sha256:
+    loaded = LoadedModel(model.eval(), tokenizer, model_parts(model, tokenizer, source))
+    if sha256 is not None:
+        _check_pin(loaded, sha256, source, _digest_command(source, revision, dtype, base_dir))
+    return loaded
+
+
+def _digest_command(source: str, revision: str | None, dtype: Dtype, base_dir: Path) -> str:
+    kind, _, name = source.partition(":")
+    named = f"path:{base_dir / Path(name).expanduser()}" if kind == "path" else source
+    words = ["securefedcollm", "model", "digest", named, "--dtype", dtype]
+    return shlex.join(words + (["--revision", revision] if revision else []))
+
+
+def _check_pin(loaded: LoadedModel, pinned: str, source: str, command: str) -> None:
+    """Adversary: whoever hands a participant other files than the study was signed for."""
+    if loaded.digest == pinned:
+        return
+    if loaded.parts["weights"] == pinned:
+        # Not taken silently: that pin says nothing of configuration, tokenizer and chat template.
         raise ConfigError(
-            f"its weights have the digest {digest[:16]}…, the study pins {sha256[:16]}…",
+            "the study pins the digest of the weights alone, as older versions did; a pin now "
+            "covers configuration, tokenizer and chat template too",
             where=source,
-            hint="get the agreed weights, or agree on these: "
-            f"`securefedcollm model digest {source} --dtype {dtype}`",
+            hint=f"agree on sha256: {loaded.digest} (`{command}` prints it), and sign the study "
+            "again",
         )
-    return LoadedModel(model.eval(), tokenizer, digest)
+    raise ConfigError(
+        f"it has the digest {loaded.digest[:16]}…, the study pins {pinned[:16]}…",
+        where=source,
+        hint="get the agreed files (weights, config.json, tokenizer, chat template), or agree on "
+        f"these: `{command}`; with --json it prints the digest of each part, to compare",
+    )
 
 
 def load_tokenizer(
@@ -234,25 +261,6 @@ def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
         ) from None
 
 
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 (hex) over every weight's name, type, shape and bytes, in the order of the names.
-
-    Weights that share storage (tied embeddings) count once, under the name that sorts first, so
-    that it does not matter how a file spells the tie. Sharding and file order do not matter either.
-    """
-    digest = hashlib.sha256(b"securefedcollm/weights/v1\0")
-    seen: set[int] = set()
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        weight = tensor.detach().cpu().contiguous()
-        label = json.dumps([name, str(weight.dtype), list(weight.shape)])
-        digest.update(label.encode() + b"\0")
-        digest.update(memoryview(weight.reshape(-1).view(torch.uint8).numpy()))
-    return digest.hexdigest()
-
-
 def _load_builtin(name: str, dtype: Dtype, cache_dir: Path, progress: Progress) -> tuple[Any, Any]:
     source = f"builtin:{name}"
     if name in _HOSPITAL:
@@ -274,8 +282,9 @@ def _load_builtin(name: str, dtype: Dtype, cache_dir: Path, progress: Progress) 
 
 
 def _load_directory(directory: Path, source: str, dtype: Dtype) -> tuple[Any, Any]:
+    adapter = (directory / "adapter_config.json").is_file()
     if not (directory / "config.json").is_file():
-        if (directory / "adapter_config.json").is_file():
+        if adapter:
             raise ConfigError(
                 "is an adapter, not a model",
                 where=source,
@@ -286,6 +295,8 @@ def _load_directory(directory: Path, source: str, dtype: Dtype) -> tuple[Any, An
             where=source,
             hint="give a directory written by save_pretrained; a relative one starts at --data",
         )
+    if adapter:
+        raise _brings_adapter(source)
     if not any(directory.glob("*.safetensors")):
         # Adversary: whoever supplies the weights. Unpickling a checkpoint runs its author's code.
         pickles = sorted(f.name for f in directory.iterdir() if f.suffix in _PICKLES)
@@ -347,6 +358,8 @@ def _from_pretrained(name: str, source: str, dtype: Dtype, **options: Any) -> tu
             hint="it needs a causal language model with safetensors weights and a tokenizer, "
             "and none of its own code",
         ) from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise _brings_adapter(source)
     # The library fills a missing weight with random numbers and only logs it.
     wrong = sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"]))
     if wrong:
@@ -356,6 +369,17 @@ def _from_pretrained(name: str, source: str, dtype: Dtype, **options: Any) -> tu
             hint="the download is incomplete, or the model is not a causal language model",
         )
     return model, tokenizer
+
+
+def _brings_adapter(source: str) -> ConfigError:
+    """Adversary: whoever supplies the files. The library puts an adapter that lies beside a model
+    into it, or takes the base that the adapter names; its scale is in no weight."""
+    return ConfigError(
+        "comes with an adapter (adapter_config.json) that would change it",
+        where=source,
+        hint="move the adapter to a directory of its own and merge it (`securefedcollm model "
+        "merge`), or remove it",
+    )
 
 
 @contextmanager

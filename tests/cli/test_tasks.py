@@ -22,6 +22,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from securefedcollm.errors import SecureFedCoLLMError
+from securefedcollm.tuning.models import load_model
 from tests.two_tokenizers import byte_level, sentence_piece
 
 THINGS = ["newspaper", "paper", "café", "things", "today", "new things", "cool paper"]
@@ -148,8 +149,9 @@ def test_a_run_s_models_are_measured_again_and_merged(
     assert base["gold_log_prob"] != scores["gold_log_prob"]
 
     out = tmp_path / "whole"
-    told = invoke("model", "merge", "--run", run, "--role", role, "--data", inputs, "--out", out)
-    assert "digest" in told.stdout
+    command = ["model", "merge", "--run", run, "--role", role, "--data", inputs, "--out", out]
+    told = json.loads(invoke(*command, "--json").stdout)["whole"]
+    assert told["digest"] == load_model(f"path:{out}").digest
     alone = ["model", "evaluate", "--model", out, "--task", "instruction", "--max-tokens", "48"]
     again = json.loads(invoke(*alone, "--test", inputs / "test.jsonl", "--json").stdout)["all"]
     assert again == pytest.approx(scores, rel=1e-3)

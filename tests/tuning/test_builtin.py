@@ -12,7 +12,7 @@ import torch
 
 from securefedcollm.errors import StateError
 from securefedcollm.tuning import builtin
-from securefedcollm.tuning.models import weights_digest
+from securefedcollm.tuning.identity import weights_digest
 
 TINY = replace(
     builtin.RECIPES["slm"], hidden=16, layers=1, intermediate=32, sentences=1920, learning_rate=1e-2

@@ -12,7 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from securefedcollm.errors import ConfigError, StateError
-from securefedcollm.tuning.models import load_model, save_model, weights_digest
+from securefedcollm.tuning.adapters import attach, save_adapter
+from securefedcollm.tuning.identity import model_digest, model_parts, weights_digest
+from securefedcollm.tuning.models import load_model, save_model
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -60,18 +62,24 @@ def test_a_saved_model_comes_back_whole(directory: Path) -> None:
         assert torch.equal(loaded.model(tokens).logits, tiny()(tokens).logits)
     assert not loaded.model.training
     assert loaded.tokenizer("a c b")["input_ids"] == [2, 4, 3]
-    assert loaded.digest == weights_digest(tiny())
+    assert loaded.digest == digest_of(tiny())
     assert load_model("path:base", base_dir=directory.parent).digest == loaded.digest
     assert not list(directory.parent.glob(".*"))
 
 
-def test_the_digest_sees_weights_and_nothing_else(directory: Path, tmp_path: Path) -> None:
-    digest = load_model(f"path:{directory}").digest
+def digest_of(model: Any) -> str:
+    return model_digest(model_parts(model, words()))
+
+
+def test_the_digest_of_the_weights(directory: Path, tmp_path: Path) -> None:
+    whole = load_model(f"path:{directory}")
+    digest = whole.parts["weights"]
+    assert digest == weights_digest(tiny())
     sharded = tmp_path / "sharded"
     tiny().save_pretrained(sharded, max_shard_size="1KB")
     words().save_pretrained(sharded)
     assert len(list(sharded.glob("*.safetensors"))) > 1
-    assert load_model(f"path:{sharded}").digest == digest
+    assert load_model(f"path:{sharded}").digest == whole.digest
 
     assert weights_digest(tiny(seed=1)) != digest
     assert weights_digest(tiny().bfloat16()) != digest
@@ -87,18 +95,38 @@ def test_the_digest_sees_weights_and_nothing_else(directory: Path, tmp_path: Pat
 
 
 def test_a_pinned_digest_is_enforced(directory: Path) -> None:
-    """Adversary: a server that hands some silos a model with other weights."""
+    """Adversary: a server that hands some silos another model."""
     digest = load_model(f"path:{directory}").digest
     load_model(f"path:{directory}", sha256=digest)
-    with pytest.raises(ConfigError, match="the study pins") as caught:
-        load_model(f"path:{directory}", sha256="0" * 64)
-    assert "agree" in caught.value.hint
+    with pytest.raises(ConfigError, match=f"digest {digest[:16]}…, the study pins") as caught:
+        load_model("path:base", sha256="0" * 64, base_dir=directory.parent)
+    assert f"securefedcollm model digest path:{directory} --dtype float32" in caught.value.hint
+
+
+def test_a_pin_of_the_weights_alone_is_refused_with_the_new_one(directory: Path) -> None:
+    """Adversary: as above, where the study was signed before the digest covered the whole model."""
+    loaded = load_model(f"path:{directory}")
+    with pytest.raises(ConfigError, match="digest of the weights alone") as caught:
+        load_model(f"path:{directory}", sha256=loaded.parts["weights"])
+    assert f"sha256: {loaded.digest}" in caught.value.hint
+    assert f"securefedcollm model digest path:{directory} --dtype float32" in caught.value.hint
+    load_model(f"path:{directory}", sha256=loaded.digest)
+
+
+def test_an_adapter_beside_a_model_is_not_put_into_it(directory: Path) -> None:
+    """Adversary: whoever supplies the directory. Its scale, which is in no weight, or a base that
+    lies elsewhere would come with it."""
+    save_adapter(attach(tiny(), method="lora", rank=2, seed=1), directory.parent / "adapter")
+    for file in (directory.parent / "adapter").glob("adapter_*"):
+        file.rename(directory / file.name)
+    with pytest.raises(ConfigError, match="comes with an adapter"):
+        load_model(f"path:{directory}")
 
 
 def test_bfloat16_is_loaded_as_such(directory: Path) -> None:
     loaded = load_model(f"path:{directory}", dtype="bfloat16")
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
-    assert loaded.digest == weights_digest(tiny().bfloat16())
+    assert loaded.digest == digest_of(tiny().bfloat16())
 
 
 class _Bomb:
@@ -189,7 +217,7 @@ def test_a_cached_hub_model_loads_without_a_network(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     loaded = load_model("hub:org/name", revision=REVISION)
-    assert loaded.digest == weights_digest(tiny())
+    assert loaded.digest == digest_of(tiny())
     with pytest.raises(ConfigError, match="cannot be downloaded"):
         load_model("hub:org/name", revision=REVISION[::-1])
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from securefedcollm.errors import ConfigError, DataError, TrainingError
+from securefedcollm.tuning.identity import weights_digest
 from securefedcollm.tuning.layers import decoder_layers, passed_over
-from securefedcollm.tuning.models import weights_digest
 from securefedcollm.tuning.prune import (
     block_influence,
     choose_layers,
