@@ -175,11 +175,15 @@ class Bench:
 
     def control(self, adapter: Vector, case: Case) -> float:
         """By how many clip norms the added unit moves the others' sum in padded batches."""
+        return float(np.linalg.norm(self.moved(adapter, case)))
+
+    def moved(self, adapter: Vector, case: Case) -> Floats:
+        """How the added unit moves the others' sum in padded batches, in clip norms: [d]."""
         self._load(adapter)
         with_it = self._padded([*case.others, *case.added])
         without = self._padded(case.others)
-        change = with_it[: len(case.others)] - without
-        return float(np.linalg.norm(change.sum(0))) / self._clip_norm
+        total: Floats = (with_it[: len(case.others)] - without).sum(0)
+        return total / self._clip_norm
 
     def product(self, adapter: Vector, case: Case) -> float:
         """The same of what a silo really sums: ‖S(D + x) − S(D) − S(x)‖ over C, exactly.

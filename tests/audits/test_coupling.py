@@ -20,7 +20,7 @@ from securefedcollm.federation.tuned import Tuned
 from securefedcollm.federation.workload import silent
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.tuning import local
-from securefedcollm.tuning.adapters import select, to_vector
+from securefedcollm.tuning.adapters import load_vector, select, to_vector
 from securefedcollm.tuning.per_record import Records, per_record_gradients, question_losses, watched
 from securefedcollm.tuning.questions import Question, sorted_by_length
 
@@ -69,18 +69,20 @@ class Padded(Records):
         yield [gradient.flatten(1).double().numpy() for gradient in found]
 
 
+def visible(adapter: np.ndarray) -> np.ndarray:
+    """Where an update can be read off: added to a huge value it would be rounded away."""
+    return np.abs(adapter) < 1.0
+
+
 def worst_adapter(study: Any, directory: Any) -> Any:
     tuned = Tuned.load(study, study.models.slm, data=directory)
     layout = tuned.broadcast_layout()
-    bench, case = Bench(tuned, 1.0), Case("copies", COPIES, [LONG])
-    found = [
-        (bench.control(adapter, case), number, adapter)
-        for number, adapter in enumerate(
-            hostile_adapters(
-                to_vector(tuned.model, layout), layout, 60, None, np.random.default_rng(4)
-            )
-        )
-    ]
+    bench = Bench(tuned, 1.0)
+    found = []
+    draw = np.random.default_rng(4)
+    for adapter in hostile_adapters(to_vector(tuned.model, layout), layout, 60, None, draw):
+        change = bench.moved(adapter, Case("copies", COPIES, [LONG]))
+        found.append((float(np.linalg.norm(change[visible(adapter)])), len(found), adapter))
     moved, _, adapter = max(found)
     assert moved > 8  # clip norms: what padding would do to the others
     return adapter
@@ -102,12 +104,14 @@ def difference(silos: dict[bool, SiloTuning], adapter: Any, records: Any) -> np.
     sums = []
     for silo in silos.values():
         tuned = silo._tuned
+        load_vector(tuned.model, tuned.broadcast_layout(), adapter)  # a training moved it
         parameters = select(tuned.model, tuned.update_layout(0))
         path = records(tuned.model, parameters, silo._data)
         total = local.GridSum(tuned.update_layout(0).size, 1.0, 1.0, OTHERS + 1)
         local.sum_clipped(total, path, np.arange(OTHERS + 1))
         sums.append(total.integers.astype(np.float64))
     apart = sums[0] - sums[1]
+    apart *= visible(adapter)
     return apart / max(np.linalg.norm(apart), 1.0)  # zero: a gradient that is not finite
 
 
