@@ -267,7 +267,7 @@ def broken_line(directory: Path) -> None:
         (["--set", "adapter.targets=[nothing]"], "adapter.targets: the adapter fits no module"),
         (["--set", "task.data.per_silo=1000"], "task.data: the study needs"),
         (["--set", "local.batch_size=33"], "local.batch_size: an expected batch of 33"),
-        (["--set", "privacy=none", "--set", "local.learning_rate=1e30"], "not finite"),
+        (["--set", "privacy=none", "--set", "local.learning_rate=9e29"], "not finite"),
         (["--drop", "9@upload"], "there is no silo '9'"),
         (["--drop", "2@lunch"], "is not SILO@STEP"),
         (["--resume"], "there is no run to resume"),
