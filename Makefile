@@ -4,7 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format bench clean help
+# Where hashes.txt has a file for every package, pip installs no other. `make HASHES=no` does without.
+HASHES ?= $(shell $(PYTHON) -c "import platform as p, sys; print('yes' if (p.system(), p.machine()) \
+	== ('Linux', 'x86_64') and (3, 11) <= sys.version_info[:2] <= (3, 13) else 'no')")
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test check format lock bench clean help
 
 help:            ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -20,10 +25,16 @@ check: $(VENV)/.ready  ## lint, format, types, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+ifeq ($(HASHES),yes)
+	$(BIN)/python .ci/locks.py check
+endif
 
 format: $(VENV)/.ready  ## rewrite the code in house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+lock:            ## write the hashes of constraints.txt anew
+	$(PYTHON) .ci/locks.py write
 
 bench: $(VENV)/.ready .venv-bench/.ready  ## masking and noise against their peers, the cost of privacy (JSON)
 	$(BIN)/python -m benchmarks.masking --repeats 5 --json
@@ -33,10 +44,16 @@ bench: $(VENV)/.ready .venv-bench/.ready  ## masking and noise against their pee
 clean:           ## remove what make made (not the runs)
 	rm -rf $(VENV) .venv-bench .mypy_cache .ruff_cache .pytest_cache
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt hashes.txt hashes-build.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[dev]'
+ifeq ($(HASHES),yes)
+	$(PIP) --require-hashes --no-deps --requirement hashes-build.txt
+	$(PIP) --require-hashes --no-deps --no-build-isolation --use-pep517 --requirement hashes.txt
+	$(PIP) --no-build-isolation --constraint constraints.txt --editable '.[dev]'
+else
+	@echo "no hashes for this platform: installed files are not compared with any"
+	$(PIP) --constraint constraints.txt --editable '.[dev]'
+endif
 	@touch $@
 
 # The peers that the benchmarks compare with, apart from us so that their pins never bind ours.
