@@ -8,8 +8,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from securefedcollm.errors import ConfigError
-from securefedcollm.federation.messages import Ended, EndRun, Refused, Trained, encode
+from securefedcollm.errors import ConfigError, TrainingError
+from securefedcollm.federation.messages import (
+    Ended,
+    EndRun,
+    Refused,
+    Trained,
+    decode_reply,
+    encode,
+)
 from securefedcollm.federation.plan import silo_unit
 from securefedcollm.federation.silostore import SiloStore, SumMemory
 from securefedcollm.federation.workload import silent
@@ -18,7 +25,7 @@ from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.privacy.silo_unit import Setting, SiloUnit, calibrate_silo
 
-from .arithmetic import NAMES, SIZE, make_silo, make_study, update_of
+from .arithmetic import NAMES, SIZE, ArithmeticSilo, make_silo, make_study, update_of
 from .test_rounds import Cut, Dies, Killed, Run, begin, reply_to
 
 CLIP = 20.0
@@ -195,3 +202,50 @@ def test_what_cannot_be_asked_for_is_refused_with_the_fix(change, where):
         make_study(privacy=PRIVACY | change)
     assert str(caught.value).startswith(where)
     assert caught.value.hint
+
+
+class Overflows(ArithmeticSilo):
+    """A training that certain records make fail, at the adapter that the server chose."""
+
+    def fit(self, adapter, round_, progress):
+        if self.fails:
+            raise TrainingError("the gradient of step 3 is not finite")
+        return super().fit(adapter, round_, progress)
+
+
+@pytest.mark.parametrize("kind", [ArithmeticSilo, Overflows])
+def test_whether_training_failed_is_no_answer_without_noise(tmp_path, caplog, kind):
+    """Adversary: a server whose adapter makes training fail if one record is there. Eight silos,
+    four with that record: all answers have one type and size, all cost the same, and what is sent
+    is the silo's noise. The operator reads why."""
+    answers, vectors_ = set(), {True: [], False: []}
+    for i in range(8):
+        fails, home = i % 2 == 1, tmp_path / str(i)
+        silo = make_silo("silo-1", silent, study=study(), directory=home, private=False)
+        silo._workload = kind("silo-1", private=False, fails=fails)
+        reply = silo.step(begin())
+        answers.add((type(decode_reply(reply, "silo-1")), len(reply)))
+        (path,) = (home / "silo-1").glob("update-*.npy")
+        vectors_[fails].append(np.load(path).astype(float))
+        with Ledger(home / "silo-1" / "ledger.sqlite", "silo-1") as ledger:
+            assert [e.state for e in ledger.entries()] == ["released"]
+    assert answers == {(Trained, len(encode(Trained())))}
+    share = unit_of(study())._distributed.share_sigma
+    assert np.std(vectors_[True]) == pytest.approx(share, rel=0.2)  # zero and noise
+    assert "it contributes noise only" in caplog.text
+
+
+def test_answers_leave_at_the_end_of_a_slot(tmp_path):
+    """Adversary: a server that measures how long a silo trains."""
+    made = study(local={"steps": 5, "batch_size": 10, "learning_rate": 0.01, "reply_slot": 60.0})
+    silo = make_silo("silo-1", silent, study=made, directory=tmp_path, private=False)
+    waited: list[float] = []
+    silo._wait = waited.append
+    for round_, (took, rest) in enumerate([(12.5, 47.5), (59.0, 1.0), (61.0, 59.0)]):
+        times = iter([100.0, 100.0 + took])
+        silo._now = lambda times=times: next(times)
+        silo.step(begin(round_))
+        assert waited.pop() == pytest.approx(rest)
+    silo._now = iter([0.0, 3.0]).__next__
+    assert isinstance(reply_to(silo, begin(0)), Refused)  # a refusal takes as long
+    assert waited == [57.0]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from securefedcollm.errors import ConfigError
-from securefedcollm.study import Field, digest, dump_study, load_study
+from securefedcollm.study import Field, digest, dump_study, load_study, study_from_tree
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -207,3 +207,15 @@ def test_a_field_holds_the_sum_of_all_silos_at_the_precision_asked_for(value_bit
     # The densest packing: one more field in the word would be too narrow.
     narrower = 64 // (field.per_word + 1)
     assert 2 * (2 ** (value_bits - 1) - 1) * silos >= 2**narrower
+
+
+def test_later_keys_leave_older_studies_their_digest():
+    """A key that version 1 did not always have is not written out at its default."""
+    study = load_study(QUICKSTART)
+    assert "max_abs" not in study.tree["adapter"]
+    assert "reply_slot" not in study.tree["local"]
+    assert digest(load_study(QUICKSTART, ["adapter.max_abs=100"])) == digest(study)
+    for change in ("adapter.max_abs=50", "local.reply_slot=30"):
+        changed = load_study(QUICKSTART, [change])
+        assert digest(changed) != digest(study)
+        assert digest(study_from_tree(changed.tree)) == digest(changed)
