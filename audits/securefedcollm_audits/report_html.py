@@ -327,8 +327,9 @@ def _attacks(report: Report, cited: Citations) -> str:
     if not report.audits:
         return (
             f'{title}<p class="note">None was written into a log of this bundle. <code>audit '
-            "mechanism</code>, <code>one-run</code>, <code>canaries</code> and <code>inversion"
-            "</code> attack the same code; <code>audit protocol</code> attacks the aggregation.</p>"
+            "mechanism</code>, <code>coupling</code>, <code>one-run</code>, <code>canaries</code> "
+            "and <code>inversion</code> attack the same code; <code>audit protocol</code> attacks "
+            "the aggregation.</p>"
         )
     rows = [
         (
