@@ -407,11 +407,15 @@ class SiloSession:
         """
         try:
             return self._train(scope, round_, reservation.key.attempt, adapter, unit)
-        except Exception:
+        except Exception as error:
             self._ledger.release(reservation)
             self._ledger.settle(reservation, events)
             self._store.count_failed_training(scope, round_)
-            raise
+            if isinstance(error, SecureFedCoLLMError):
+                raise
+            # A process that dies is an answer too: this one gets the constant text.
+            log.exception("%s: training failed", self._name)
+            raise TrainingError(f"training failed ({type(error).__name__})") from error
 
     def _train(
         self,

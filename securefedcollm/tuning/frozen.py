@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from securefedcollm.tuning.head import device_of, unwrapped
 from securefedcollm.tuning.independence import bits, proved
 from securefedcollm.tuning.layers import passed_over
-from securefedcollm.tuning.passes import Widths, passes, shapes_of, widths_for
+from securefedcollm.tuning.passes import Widths, one_thread_if, passes, shapes_of, widths_for
 from securefedcollm.tuning.questions import (
     EncodedQuestions,
     Question,
@@ -113,10 +113,13 @@ def _each(
     def compute(made_up: EncodedQuestions, widths: Widths) -> list[bytes]:
         found: dict[int, bytes] = {}
         for one in passes(made_up, shapes_of(made_up), np.arange(len(made_up)), widths):
-            values = says(one.batch)
+            with one_thread_if(len(one.batch) > 1):
+                values = says(one.batch)
             found |= {row: bits(values[at]) for at, row in enumerate(one.rows.tolist())}
         return [found[row] for row in range(len(made_up))]
 
     widths = proved(model, shapes, widths_for(model, private), compute, what)
     for one in passes(data, shapes, everything, widths):
-        yield torch.from_numpy(one.rows), says(one.batch)[: len(one.rows)]
+        with one_thread_if(len(one.batch) > 1):
+            found = says(one.batch)[: len(one.rows)]
+        yield torch.from_numpy(one.rows), found

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.tuning.adapters import full_layout, load_vector, to_vector
-from securefedcollm.tuning.head import text_config, unwrapped
+from securefedcollm.tuning.head import device_of, text_config, unwrapped
 from securefedcollm.tuning.passes import Shape, Widths, padded_length
 from securefedcollm.tuning.questions import EncodedQuestions
 
@@ -39,6 +39,9 @@ Compute = Callable[[EncodedQuestions, Widths], Sequence[bytes]]
 """What is to be independent: the result of every row, as bytes, in the order of the rows."""
 
 _ROWS = 16  # in one go, where a pass is one record and only the output layer is shared
+_HEAD_SHAPES = (Shape(8, 1), Shape(8, 2))  # one choice goes another way than several
+_SCALES = (0.1, 30.0)  # of the made-up adapters' values: ordinary, and amplifying
+_ONE_BY_ONE = "they are taken one at a time"
 _GROWING = {"dynamic", "longrope"}  # rotary scalings that follow the longest row seen
 
 
@@ -60,6 +63,14 @@ def refuse_coupling(model: Any, where: str, positions: int) -> None:
     config = text_config(causal)
     if getattr(config, "expert_capacity", None) or getattr(config, "capacity_factor", None):
         raise _refusal("its experts have a capacity that the tokens of all records share", where)
+    known = getattr(config, "max_position_embeddings", None)
+    if known and positions > known and not hasattr(causal.base_model, "rotary_emb"):
+        # It would fail in the step that samples the first long record.
+        raise ConfigError(
+            f"{positions} tokens, the model has positions for {known}",
+            where="task.max_tokens",
+            hint=f"at most {known}",
+        )
     for kind, most in _rotary(config):
         if kind in _GROWING and positions > most:
             raise _refusal(
@@ -108,64 +119,74 @@ def proved(
     Raises:
         ConfigError: a pass leaves traces in the model, so that no order of records is safe.
     """
+    if widths.alone is None:  # nothing is shared but what a pass leaves behind
+        with _made_up_adapter(model, 0.1), _without_traces(model):
+            compute(_made_up(model, _HEAD_SHAPES[1], [0]), widths)
+        return widths
     known = _known.setdefault(model, {})
-    wide = sorted({shape for shape in shapes if widths.rows(shape) > 1})
-    # Where all passes are of one record, they share the output layer alone, which has one shape.
-    tried = wide or sorted(set(shapes))[:1]
-    sizes: dict[Shape, tuple[int, ...]] = {}
-    failed: set[Shape] = set()
-    for shape in tried:
-        if widths.apart(shape):
-            continue
-        key = (what, shape, widths.rows(shape), widths.head, torch.get_num_threads())
+
+    def tested(shape: Shape, given: Widths) -> tuple[int, ...]:
+        place = (str(device_of(model)), torch.get_num_threads())
+        key = (what, shape, given.rows(shape), given.head, given.most, *place)
         if key not in known:
-            with _made_up_adapter(model), _without_traces(model):
-                known[key] = _same_bits(model, shape, widths, compute)
-        sizes[shape] = known[key]
+            with _without_traces(model):
+                known[key] = _same_bits(model, shape, given, compute)
+        return known[key]
+
+    # What all records share is the output layer. Its test has shapes of its own: which records
+    # there are must not decide what happens to all of them.
+    head = widths._replace(tokens=1, most=_ROWS)
+    if not all(tested(shape, head) for shape in _HEAD_SHAPES):
+        log.warning("%s: the output layer's last bits depend on company: %s", what, _ONE_BY_ONE)
+        return widths._replace(alone=None)
+    sizes: dict[Shape, tuple[int, ...]] = {}
+    for shape in sorted({shape for shape in shapes if widths.rows(shape) > 1}):
+        sizes[shape] = tested(shape, widths)
         if not sizes[shape]:
             log.warning(
-                "%s: on this machine records of %d tokens change each other's last bits: "
-                "they are taken one at a time",
-                *(what, shape.length),
+                "%s: records of %d tokens change each other's last bits on this machine: %s",
+                *(what, shape.length, _ONE_BY_ONE),
             )
-            failed.add(shape)
-    if failed and not wide:
-        return widths._replace(alone=None)
-    if widths.alone is None:
-        return widths
+    failed = {shape for shape, found in sizes.items() if not found}
     return widths._replace(alone=widths.alone | failed, sizes=sizes)
 
 
 def _same_bits(model: nn.Module, shape: Shape, widths: Widths, compute: Compute) -> tuple[int, ...]:
     """Rows of a pass, ascending, with which made-up records come out the same in every place.
 
-    Three records of a shape, in different places and company. Empty if they differ already with
-    the largest number of rows.
+    Three records of a shape, in different places and company, at an ordinary adapter and at one
+    that amplifies. Empty if they differ already with the largest number of rows, or if all of it
+    comes out as zero and so shows nothing.
     """
     most = widths.rows(shape)
     sizes = [most >> n for n in range(0, most.bit_length(), 2)]  # a quarter, a sixteenth, …
-    seen: dict[int, bytes] = {}
+    seen: dict[tuple[float, int], bytes] = {}
     allowed: list[int] = []
     for size in sizes:
         # Where a pass is one record, some share the output layer: as many as are in memory at once.
         count = min(_ROWS, widths.most) if most == 1 else size
         just = widths._replace(sizes={shape: (size,)})
-        same = all(
-            seen.setdefault(kind, found) == found
-            for kinds in _arrangements(count)
-            for kind, found in zip(kinds, compute(_made_up(model, shape, kinds), just), strict=True)
-        )
+        same = True
+        for scale in _SCALES:
+            with _made_up_adapter(model, scale):
+                for kinds in _arrangements(count):
+                    found = compute(_made_up(model, shape, kinds), just)
+                    for kind, values in zip(kinds, found, strict=True):
+                        same = same and seen.setdefault((scale, kind), values) == values
         if same:
             allowed.append(size)
         elif size == most:
             return ()
-    return tuple(sorted(allowed))
+    # One choice among one teaches nothing where choices are compared: its gradient is zero.
+    shown = shape.choices == 1 or any(values.strip(b"\0") for values in seen.values())
+    return tuple(sorted(allowed)) if shown else ()
 
 
 def _arrangements(count: int) -> list[list[int]]:
     """Which of the three records stands in each row; where fewer stand, dummies follow."""
     return [
         [i % 3 for i in range(count)],
+        [(i + 1) % 3 for i in range(count)],
         [(2 * i + 1) % 3 for i in range(count // 2 + 1)],
     ]
 
@@ -223,12 +244,12 @@ def _made_up(model: nn.Module, shape: Shape, kinds: Sequence[int]) -> EncodedQue
 
 
 @contextmanager
-def _made_up_adapter(model: nn.Module) -> Iterator[None]:
+def _made_up_adapter(model: nn.Module, scale: float) -> Iterator[None]:
     """Random adapter matrices for a while: with B = 0, half of the gradients would be zero."""
     layout = full_layout(model)
     kept = to_vector(model, layout) if layout.names else None
     if kept is not None:
-        random = np.random.default_rng(1).normal(scale=0.1, size=layout.size)
+        random = np.random.default_rng(1).normal(scale=scale, size=layout.size)
         load_vector(model, layout, random)
     try:
         yield

@@ -17,6 +17,7 @@ that; :mod:`.independence` tests it on the device and shapes at hand.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -143,6 +144,24 @@ def passes(
             size = next(size for size in allowed if size >= len(part))
             head = 0 if widths.apart(shape) else widths.head
             yield Pass(part, shaped(data, part, shape, size, head), shape)
+
+
+@contextmanager
+def one_thread_if(shared: bool) -> Iterator[None]:
+    """One thread where rows share a pass.
+
+    Threads split a tensor in the middle of a row, and a kernel may do another thing at the edge of
+    a split than elsewhere: with three threads or more the same row was seen to come out of ``gelu``
+    and ``silu`` with other last bits in another place.
+    """
+    threads = torch.get_num_threads()
+    if shared:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if shared:
+            torch.set_num_threads(threads)
 
 
 def shaped(

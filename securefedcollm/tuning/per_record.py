@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from securefedcollm.errors import TrainingError
 from securefedcollm.tuning.head import device_of, unwrapped
-from securefedcollm.tuning.passes import Indices, Pass, Widths, passes, shapes_of
+from securefedcollm.tuning.passes import (
+    Indices,
+    Pass,
+    Widths,
+    one_thread_if,
+    passes,
+    shapes_of,
+)
 from securefedcollm.tuning.questions import (
     PLAIN,
     EncodedQuestions,
@@ -197,6 +204,13 @@ class Records:
         self, group: list[Pass], calls: list[Call]
     ) -> Iterator[tuple[Indices, list[Tensor]]]:
         """Several passes that share the output layer's chunks."""
+        with one_thread_if(any(len(one.batch) > 1 for one in group)):
+            found = self._gradients(group, calls)
+        for one, gradients in zip(group, found, strict=True):
+            yield one.rows, [gradient[: len(one.rows)] for gradient in gradients]
+
+    def _gradients(self, group: list[Pass], calls: list[Call]) -> list[list[Tensor]]:
+        """Gradients of the rows of every pass."""
         causal = unwrapped(self._model)
         place = device_of(causal)
         batches = [one.batch.to(place) for one in group]
@@ -214,9 +228,7 @@ class Records:
             _losses(scores_of(log_probs, batch, rule), batch, self._loss)
             for log_probs, batch in zip(tokens, batches, strict=True)
         ]
-        found = _products(losses, self._parameters, noted)
-        for one, gradients in zip(group, found, strict=True):
-            yield one.rows, [gradient[: len(one.rows)] for gradient in gradients]
+        return _products(losses, self._parameters, noted)
 
     def _blocks_of(self, units: Indices) -> Iterator[list[int]]:
         """Units whose sums are in memory at a time: which ones changes no sum."""
@@ -238,8 +250,9 @@ class Records:
         sums = [np.zeros((len(members), weight.numel())) for weight in self._parameters]
         for rows, found in self.of_records(np.concatenate(members)):
             for total, gradient in zip(sums, found, strict=True):
-                for row, values in zip(rows.tolist(), _flat(gradient), strict=True):
-                    total[owner[row]] += values
+                with np.errstate(invalid="ignore"):  # ∞ − ∞: the unit counts as zero later
+                    for row, values in zip(rows.tolist(), _flat(gradient), strict=True):
+                        total[owner[row]] += values
         return sums
 
 
@@ -255,7 +268,8 @@ def without_broken(blocks: Blocks) -> tuple[Blocks, npt.NDArray[np.float64]]:
     Adversary: a server whose adapter makes one record's gradient overflow, to see the silo fail:
     before the noise, no record may decide that.
     """
-    norms = np.sqrt(sum(np.einsum("ij,ij->i", block, block) for block in blocks))
+    # Row by row: einsum and matrix products add in an order that depends on the number of rows.
+    norms = np.sqrt(sum(np.square(block).sum(axis=1) for block in blocks))
     broken = ~np.isfinite(norms)
     if not broken.any():
         return blocks, norms

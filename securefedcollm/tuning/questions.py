@@ -279,6 +279,20 @@ def token_log_probs(
     Args:
         states: what :func:`last_hidden` says of each batch, [B, L, D].
     """
+    found: dict[int, Tensor] = {}
+    # A record with one choice goes one way and one with several the other, whoever is with it.
+    for alone in (True, False):
+        part = [i for i, batch in enumerate(batches) if batch.generative == alone]
+        if part:
+            some = _log_probs(causal, [batches[i] for i in part], [states[i] for i in part])
+            found |= dict(zip(part, some, strict=True))
+    return [found[i] for i in range(len(batches))]
+
+
+def _log_probs(
+    causal: Any, batches: Sequence[EncodedQuestions], states: Sequence[Tensor]
+) -> list[Tensor]:
+    """:func:`token_log_probs` of batches that are all generative, or none of them."""
     fused = batches[0].generative and not trained_head(causal)
     wanted = [_wanted(b, s, fused) for b, s in zip(batches, states, strict=True)]
     starts = np.cumsum([0, *(len(w.states) for w in wanted)]).tolist()

@@ -66,7 +66,7 @@ def questions(kind: str) -> tuple[list[Question], Question]:
     others = [
         Question(
             text(draw, 2, 20),
-            tuple(text(draw, 1, 4) for _ in range(draw.integers(2, 4))),
+            tuple(text(draw, 1, 4) for _ in range(draw.integers(1, 4))),
             0,
             subject=f"patient {i // 3}",
         )
