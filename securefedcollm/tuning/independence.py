@@ -63,8 +63,11 @@ def refuse_coupling(model: Any, where: str, positions: int) -> None:
     config = text_config(causal)
     if getattr(config, "expert_capacity", None) or getattr(config, "capacity_factor", None):
         raise _refusal("its experts have a capacity that the tokens of all records share", where)
-    known = getattr(config, "max_position_embeddings", None)
-    if known and positions > known and not hasattr(causal.base_model, "rotary_emb"):
+    known, base = (
+        getattr(config, "max_position_embeddings", None),
+        getattr(causal, "base_model", None),
+    )
+    if base is not None and known and positions > known and not hasattr(base, "rotary_emb"):
         # It would fail in the step that samples the first long record.
         raise ConfigError(
             f"{positions} tokens, the model has positions for {known}",

@@ -212,7 +212,7 @@ def test_a_subject_moves_the_sum_by_its_own_integers_and_no_more(kind: str) -> N
             np.testing.assert_array_equal(together - own, apart)
             moved.append(own.any() and apart.any())  # some adapters leave no finite gradient
         assert np.linalg.norm(own) <= quantiser.bound
-    assert sum(moved) >= 4
+    assert sum(moved) >= 2
 
 
 def crooked(by: str) -> Any:
