@@ -205,14 +205,15 @@ def test_a_subject_moves_the_sum_by_its_own_integers_and_no_more(kind: str) -> N
         return total.integers.copy(), quantiser.encode_sum(joint)
 
     moved = []
-    for adapter in hostile(model)[:6]:
+    honest = np.random.default_rng(8).normal(scale=0.1, size=layout.size)
+    for adapter in (honest, *hostile(model)[:5]):
         load_vector(model, layout, adapter)
         mixed = [person[0], *others[:9], person[1], *others[9:], person[2]]
         for together, apart, own in zip(sums(mixed), sums(others), sums(person), strict=True):
             np.testing.assert_array_equal(together - own, apart)
             moved.append(own.any() and apart.any())  # some adapters leave no finite gradient
         assert np.linalg.norm(own) <= quantiser.bound
-    assert sum(moved) >= 2
+    assert moved[0]
 
 
 def crooked(by: str) -> Any:
