@@ -60,7 +60,9 @@ def output_logits(model: Any) -> Logits:
 
 def trained_head(model: Any) -> list[nn.Parameter]:
     """The weights of the output layer that are trained; none unless the adapter is on it."""
-    return [p for p in unwrapped(model).get_output_embeddings().parameters() if p.requires_grad]
+    head = unwrapped(model).get_output_embeddings()
+    weights = head.parameters() if isinstance(head, nn.Module) else ()
+    return [weight for weight in weights if weight.requires_grad]
 
 
 def check_output(model: Any, where: str) -> None:
