@@ -462,10 +462,10 @@ class SiloSession:
             if unit is None or np.isfinite(update).all():
                 return update
             why = "the update is not finite"
-        except TrainingError as error:
+        except Exception as error:  # whatever a record made fail
             if unit is None:
                 raise
-            why = error.message
+            why = str(error)
         log.error("%s: round %d: %s; it contributes noise only", self._name, round_ + 1, why)
         return np.zeros(self._workload.update_size(round_), dtype=np.float32)
 

@@ -113,13 +113,13 @@ def _each(
     def compute(made_up: EncodedQuestions, widths: Widths) -> list[bytes]:
         found: dict[int, bytes] = {}
         for one in passes(made_up, shapes_of(made_up), np.arange(len(made_up)), widths):
-            with one_thread_if(len(one.batch) > 1):
+            with one_thread_if(widths.wide(one.shape)):
                 values = says(one.batch)
             found |= {row: bits(values[at]) for at, row in enumerate(one.rows.tolist())}
         return [found[row] for row in range(len(made_up))]
 
     widths = proved(model, shapes, widths_for(model, private), compute, what)
     for one in passes(data, shapes, everything, widths):
-        with one_thread_if(len(one.batch) > 1):
+        with one_thread_if(widths.wide(one.shape)):
             found = says(one.batch)[: len(one.rows)]
         yield torch.from_numpy(one.rows), found

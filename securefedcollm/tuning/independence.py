@@ -63,10 +63,8 @@ def refuse_coupling(model: Any, where: str, positions: int) -> None:
     config = text_config(causal)
     if getattr(config, "expert_capacity", None) or getattr(config, "capacity_factor", None):
         raise _refusal("its experts have a capacity that the tokens of all records share", where)
-    known, base = (
-        getattr(config, "max_position_embeddings", None),
-        getattr(causal, "base_model", None),
-    )
+    known = getattr(config, "max_position_embeddings", None)
+    base = getattr(causal, "base_model", None)
     if base is not None and known and positions > known and not hasattr(base, "rotary_emb"):
         # It would fail in the step that samples the first long record.
         raise ConfigError(
@@ -143,7 +141,7 @@ def proved(
         log.warning("%s: the output layer's last bits depend on company: %s", what, _ONE_BY_ONE)
         return widths._replace(alone=None)
     sizes: dict[Shape, tuple[int, ...]] = {}
-    for shape in sorted({shape for shape in shapes if widths.rows(shape) > 1}):
+    for shape in sorted({shape for shape in shapes if widths.wide(shape)}):
         sizes[shape] = tested(shape, widths)
         if not sizes[shape]:
             log.warning(

@@ -88,6 +88,10 @@ class Widths(NamedTuple):
         most = self.rows(shape)
         return (most,) if most == 1 else self.sizes.get(shape, (most,))
 
+    def wide(self, shape: Shape) -> bool:
+        """Whether rows of this shape may share a pass, however many are there."""
+        return self.rows(shape) > 1
+
     def apart(self, shape: Shape) -> bool:
         """Whether a record of this shape shares nothing with another."""
         return self.alone is None or shape in self.alone
@@ -147,20 +151,20 @@ def passes(
 
 
 @contextmanager
-def one_thread_if(shared: bool) -> Iterator[None]:
-    """One thread where rows share a pass.
+def one_thread_if(wide: bool) -> Iterator[None]:
+    """One thread for shapes whose rows may share a pass: by the shape, not by who is there.
 
     Threads split a tensor in the middle of a row, and a kernel may do another thing at the edge of
     a split than elsewhere: with three threads or more the same row was seen to come out of ``gelu``
     and ``silu`` with other last bits in another place.
     """
     threads = torch.get_num_threads()
-    if shared:
+    if wide:
         torch.set_num_threads(1)
     try:
         yield
     finally:
-        if shared:
+        if wide:
             torch.set_num_threads(threads)
 
 

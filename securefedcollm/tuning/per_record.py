@@ -186,17 +186,17 @@ class Records:
         """(records of a pass, their gradients [rows, out, in] for every parameter)."""
         group: list[Pass] = []
         size = 0
+        widths = self._widths
         with watched(self._model) as calls:
-            for one in passes(self._data, self._shapes, rows, self._widths):
-                apart = self._widths.apart(one.shape)
-                if group and (apart or size + len(one.batch) > self._widths.most):
+            for one in passes(self._data, self._shapes, rows, widths):
+                # Wide shapes and narrow ones compute with other numbers of threads: never together.
+                other = group and widths.wide(group[0].shape) != widths.wide(one.shape)
+                alone = widths.apart(one.shape) or (group and widths.apart(group[0].shape))
+                if group and (alone or other or size + len(one.batch) > widths.most):
                     yield from self._of_group(group, calls)
                     group, size = [], 0
                 group.append(one)
                 size += len(one.batch)
-                if apart:
-                    yield from self._of_group(group, calls)
-                    group, size = [], 0
             if group:
                 yield from self._of_group(group, calls)
 
@@ -204,7 +204,7 @@ class Records:
         self, group: list[Pass], calls: list[Call]
     ) -> Iterator[tuple[Indices, list[Tensor]]]:
         """Several passes that share the output layer's chunks."""
-        with one_thread_if(any(len(one.batch) > 1 for one in group)):
+        with one_thread_if(self._widths.wide(group[0].shape)):
             found = self._gradients(group, calls)
         for one, gradients in zip(group, found, strict=True):
             yield one.rows, [gradient[: len(one.rows)] for gradient in gradients]
