@@ -34,7 +34,14 @@ from securefedcollm.study import Study
 from securefedcollm.tuning.adapters import AdapterLayout, load_vector, select, to_vector
 from securefedcollm.tuning.independence import refuse_coupling
 from securefedcollm.tuning.local import members_of, records_of, sum_clipped
-from securefedcollm.tuning.per_record import per_record_gradients, question_losses, watched
+from securefedcollm.tuning.passes import Indices, Widths
+from securefedcollm.tuning.per_record import (
+    Records,
+    per_record_gradients,
+    question_losses,
+    watched,
+    without_broken,
+)
 from securefedcollm.tuning.questions import EncodedQuestions, Question, sorted_by_length
 from securefedcollm.tuning.recipe import evaluation_mode
 from securefedcollm_audits.finding import Finding
@@ -166,6 +173,18 @@ def cases_of(silo: Sequence[Question], records: int, draw: np.random.Generator) 
     return [Case("mixed records", chosen, long), Case("copies of one record", copies, long)]
 
 
+class PaddedRecords(Records):
+    """The control: micro-batches as long as their longest record, as most programs have them."""
+
+    def of_records(self, rows: Indices) -> Iterator[tuple[Indices, list[torch.Tensor]]]:
+        order = sorted_by_length(self._data, torch.from_numpy(rows))
+        with watched(self._model) as calls:
+            for part in torch.split(order, self._widths.most) if len(order) else ():
+                batch = self._data.select(part)
+                losses = question_losses(self._model, batch, self._loss, self._scoring)
+                yield part.numpy(), per_record_gradients(losses, self._parameters, calls)
+
+
 class Bench:
     """Gradient sums of some questions at a given adapter, by the control and by the product."""
 
@@ -217,19 +236,21 @@ class Bench:
     def _padded(self, questions: Sequence[Question]) -> Floats:
         """Clipped gradient of every question, from batches as long as their longest: [n, d]."""
         tuned, study = self._tuned, self._tuned.study
-        data = self._encode(questions, private=False)
-        parameters = select(tuned.model, tuned.update_layout(0))
-        found = np.zeros((len(data), sum(p.numel() for p in parameters)))
-        order = sorted_by_length(data, torch.arange(len(data)))
-        with evaluation_mode(tuned.model), watched(tuned.model) as calls:
-            for rows in torch.split(order, study.local.micro_batch):
-                batch = data.select(rows)
-                losses = question_losses(tuned.model, batch, study.local.loss, tuned.scoring)
-                parts = per_record_gradients(losses, parameters, calls)
-                found[rows.numpy()] = torch.cat([p.flatten(1) for p in parts], 1).double().cpu()
-        norms = np.linalg.norm(found, axis=1, keepdims=True)
-        scale = np.minimum(1.0, self._clip_norm / np.maximum(norms, 1e-300))
-        return np.where(np.isfinite(norms), found, 0.0) * np.where(np.isfinite(norms), scale, 0.0)
+        layout = tuned.update_layout(0)
+        records = PaddedRecords(
+            tuned.model,
+            select(tuned.model, layout),
+            self._encode(questions, private=False),
+            loss=study.local.loss,
+            scoring=tuned.scoring,
+            widths=Widths(tokens=1, most=study.local.micro_batch),
+        )
+        found = np.zeros((len(questions), layout.size))
+        with evaluation_mode(tuned.model):
+            for rows, parts in records.of_records(np.arange(len(questions))):
+                found[rows] = torch.cat([part.flatten(1) for part in parts], 1).double().cpu()
+        (finite,), norms = without_broken([found])
+        return finite * np.minimum(1.0, self._clip_norm / np.maximum(norms, 1e-300))[:, None]
 
     def _encode(self, questions: Sequence[Question], *, private: bool) -> EncodedQuestions:
         key = (private, tuple(questions))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from securefedcollm_audits.coupling import Bench, Case, audit, hostile_adapters
+from securefedcollm_audits.coupling import Bench, Case, PaddedRecords, audit, hostile_adapters
 from securefedcollm_audits.lower_bounds import audit_scores
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner
@@ -21,8 +21,8 @@ from securefedcollm.federation.workload import silent
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.tuning import local
 from securefedcollm.tuning.adapters import load_vector, select, to_vector
-from securefedcollm.tuning.per_record import Records, per_record_gradients, question_losses, watched
-from securefedcollm.tuning.questions import Question, sorted_by_length
+from securefedcollm.tuning.per_record import Records
+from securefedcollm.tuning.questions import Question
 
 from .small import small_study
 
@@ -52,21 +52,6 @@ def study_of(directory: Any, **changes: Any) -> Any:
         "privacy": {"epsilon": 1, "delta": 1e-5},
     }
     return small_study(directory, **(settings | changes))
-
-
-class Padded(Records):
-    """Today's usual way, for the control: batches as long as their longest record."""
-
-    def of_units(self, units: Any) -> Iterator[Any]:
-        import torch
-
-        data = self._data.select(sorted_by_length(self._data, torch.from_numpy(units)))
-        if not len(data):
-            return
-        with watched(self._model) as calls:
-            losses = question_losses(self._model, data, self._loss, self._scoring)
-            found = per_record_gradients(losses, self._parameters, calls)
-        yield [gradient.flatten(1).double().numpy() for gradient in found]
 
 
 def visible(adapter: np.ndarray) -> np.ndarray:
@@ -165,7 +150,7 @@ def test_hundreds_of_releases_at_a_hostile_adapter_prove_no_more_than_is_claimed
 
     def padded(model: Any, parameters: Any, data: Any) -> Records:
         ready = real(model, parameters, data)
-        return Padded(
+        return PaddedRecords(
             model,
             parameters,
             data,
@@ -178,7 +163,7 @@ def test_hundreds_of_releases_at_a_hostile_adapter_prove_no_more_than_is_claimed
         release(silo is silos[True])
     found = proven(release, difference(silos, adapter, real), RELEASES, 1e-5)
     assert found < 1.0
-    monkeypatch.setattr(local, "Records", Padded)
+    monkeypatch.setattr(local, "Records", PaddedRecords)
     attacked = proven(release, difference(silos, adapter, padded), RELEASES // 4, 1e-5)
     assert attacked > 2.0
 
@@ -196,7 +181,7 @@ def test_the_audit_finds_nothing_and_its_control_does(directory: Any) -> None:
 def test_the_audit_refutes_a_build_that_pads(
     directory: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "Records", Padded)
+    monkeypatch.setattr(local, "Records", PaddedRecords)
     finding = audit(study_of(directory), data=directory, records=40, adapters=20, seed=3)
     assert not finding.held
     assert "a record moves the others' sum by" in finding.sentence

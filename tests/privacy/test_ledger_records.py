@@ -220,7 +220,7 @@ def test_pinning_by_hand(ledger, path):
 # --- units on one account -----------------------------------------------------------------------
 
 
-def test_a_clipped_group_counts_with_half_its_noise_for_one_of_its_records(ledger):
+def test_a_clipped_group_counts_with_half_its_noise_for_one_of_its_records(ledger, tmp_path):
     """With and without one record a silo's clipped update moves by 2C, not by C."""
     silo = [DiscreteGaussian(2.0**19, 2**18, 100, 4)]
     spend(ledger, WORDS, silo, unit="silo")
@@ -228,10 +228,9 @@ def test_a_clipped_group_counts_with_half_its_noise_for_one_of_its_records(ledge
     spend(ledger, WORDS, [PoissonGaussian(0.01, 50.0, 1)], study="second")
     mixed = ledger.standing(whom(ledger, WORDS)).worst
     doubled = [DiscreteGaussian(2.0**19, 2**19, 100, 4)]
-    with Ledger(":memory:", "north") as other:
+    with Ledger(tmp_path / "other.sqlite", "north") as other:
         spend(other, WORDS, doubled, (20.0, 1e-5), unit="silo")
         assert mixed >= other.standing(whom(other, WORDS)).worst > 1.5 * alone
-    Path(":memory:").unlink()
 
 
 def test_a_release_by_record_counts_k_times_for_a_subject_of_k_records(ledger):

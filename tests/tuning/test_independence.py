@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from securefedcollm_audits.coupling import hostile_adapters
+from securefedcollm_audits.coupling import PaddedRecords, hostile_adapters
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.privacy.noise import GridSum, NoiseSource
@@ -33,12 +33,7 @@ from securefedcollm.tuning.passes import (
     shapes_of,
     widths_for,
 )
-from securefedcollm.tuning.per_record import (
-    per_record_gradients,
-    question_losses,
-    watched,
-    without_broken,
-)
+from securefedcollm.tuning.per_record import without_broken
 from securefedcollm.tuning.questions import EncodedQuestions, Question, Scoring, encode
 from securefedcollm.tuning.recipe import evaluation_mode
 
@@ -106,16 +101,19 @@ def hostile(model: Any) -> list[np.ndarray]:
 
 def padded(model: Any, data: EncodedQuestions, loss: Any) -> np.ndarray:
     """Clipped gradients, [n, d], from one batch as long as its longest record."""
-    parameters = select(model, layout_of(model, "lora"))
-    with evaluation_mode(model), watched(model) as calls:
-        whole = data.select(torch.arange(len(data)))
-        found = per_record_gradients(question_losses(model, whole, loss, SCORED), parameters, calls)
-    return clipped([g.flatten(1).double().numpy() for g in found])
-
-
-def clipped(blocks: list[np.ndarray]) -> np.ndarray:
-    blocks, norms = without_broken(blocks)
-    return np.concatenate(blocks, 1) * np.minimum(1.0, 1.0 / np.maximum(norms, 1e-300))[:, None]
+    records = PaddedRecords(
+        model,
+        select(model, layout_of(model, "lora")),
+        data,
+        loss=loss,
+        scoring=SCORED,
+        widths=Widths(tokens=1, most=len(data)),
+    )
+    with evaluation_mode(model):
+        ((rows, found),) = records.of_records(np.arange(len(data)))
+    blocks, norms = without_broken([g.flatten(1).double().numpy() for g in found])
+    clipped = np.concatenate(blocks, 1) * np.minimum(1.0, 1.0 / np.maximum(norms, 1e-300))[:, None]
+    return clipped[np.argsort(rows)]
 
 
 def isolated(model: Any, data: EncodedQuestions, loss: Any) -> list[bytes]:
@@ -289,6 +287,14 @@ def test_models_that_couple_rows_on_purpose_are_refused_by_name(model: Any, name
     with pytest.raises(ConfigError, match=name) as caught:
         refuse_coupling(model, "models.slm", 65)
     assert caught.value.where == "models.slm"
+
+
+def test_more_tokens_than_a_table_of_positions_holds_are_refused_before_any_is_sampled() -> None:
+    """Adversary: a server that sees a silo fail in the very step that samples a long record."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=32, n_embd=8, n_layer=1, n_head=1))
+    refuse_coupling(model, "models.slm", 32)
+    with pytest.raises(ConfigError, match=r"task.max_tokens: 33 tokens, the model has .* for 32"):
+        refuse_coupling(model, "models.slm", 33)
 
 
 def test_short_records_never_reach_a_growing_rotary_scaling() -> None:
