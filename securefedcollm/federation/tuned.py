@@ -153,6 +153,7 @@ class Tuned:
 
         def make() -> EncodedQuestions:
             encoded = encode(questions, self.tokenizer, task.max_tokens, task.kind, cuts=cuts)
+            self._check_tokens(encoded)
             most = self.study.local.micro_batch if private else None
             if self.scoring.needs_prior:
                 with self.model.disable_adapter():
@@ -164,6 +165,19 @@ class Tuned:
 
         how = (self.base_digest, task.kind, task.score, task.max_tokens, top, cuts, private)
         return once(("encoded", *how, str(device_of(self.model)), tuple(questions)), make)
+
+    def _check_tokens(self, encoded: EncodedQuestions) -> None:
+        """Refuse, at the start, tokens without an embedding.
+
+        Adversary: a server that sees a silo fail in the very step that samples such a record.
+        """
+        known = unwrapped(self.model).get_input_embeddings().num_embeddings
+        if bool((encoded.tokens >= known).any()) or bool((encoded.targets >= known).any()):
+            raise ConfigError(
+                f"the tokenizer makes tokens of which the model, with {known}, has no embedding",
+                where="models",
+                hint="use the tokenizer that the model was trained with",
+            )
 
     def answers(self, test: EncodedQuestions) -> Evaluation:
         """What this model makes of every test question."""

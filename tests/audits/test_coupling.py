@@ -198,6 +198,22 @@ def test_the_command_prints_the_control_and_what_was_moved(directory: Any) -> No
     assert json.loads(result.stdout)["figures"]["moved, mixed records"] == 0
 
 
+def test_tokens_without_an_embedding_are_refused_before_any_is_sampled(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Adversary: a server that sees the silo fail in the very step that samples the record."""
+    from transformers import LlamaForCausalLM
+
+    directory = tmp_path_factory.mktemp("fewer")
+    study = study_of(directory)
+    model = LlamaForCausalLM.from_pretrained(directory / "slm")
+    model.resize_token_embeddings(40)
+    model.save_pretrained(directory / "slm")
+    SiloTuning(study, "silo-1", COPIES * 2, data=directory)
+    with pytest.raises(ConfigError, match="the model, with 40, has no embedding"):
+        SiloTuning(study, "silo-1", [*COPIES * 2, LONG], data=directory)
+
+
 def test_a_study_without_such_units_is_refused(directory: Any) -> None:
     study = study_of(
         directory,

@@ -213,7 +213,24 @@ class Overflows(ArithmeticSilo):
         return super().fit(adapter, round_, progress)
 
 
-@pytest.mark.parametrize("kind", [ArithmeticSilo, Overflows])
+class Breaks(ArithmeticSilo):
+    def fit(self, adapter, round_, progress):
+        if self.fails:
+            raise IndexError("index 7 is out of range for the record 'Ada'")
+        return super().fit(adapter, round_, progress)
+
+
+def test_a_training_that_breaks_is_charged_and_says_nothing(tmp_path):
+    """Adversary: as below, of a silo that notices nothing until its process is gone."""
+    silo = make_silo("silo-1", silent, study=make_study(), directory=tmp_path)
+    silo._workload = Breaks("silo-1", fails=True)
+    refusal = reply_to(silo, begin())
+    assert (refusal.message, refusal.kind) == ("this silo cannot take part", "Refused")
+    with Ledger(tmp_path / "silo-1" / "ledger.sqlite", "silo-1") as ledger:
+        assert [e.state for e in ledger.entries()] == ["settled"]
+
+
+@pytest.mark.parametrize("kind", [ArithmeticSilo, Overflows, Breaks])
 def test_whether_training_failed_is_no_answer_without_noise(tmp_path, caplog, kind):
     """Adversary: a server whose adapter makes training fail if one record is there. Eight silos,
     four with that record: all answers have one type and size, all cost the same, and what is sent
