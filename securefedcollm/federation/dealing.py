@@ -15,7 +15,9 @@ import numpy.typing as npt
 from securefedcollm.errors import ConfigError
 from securefedcollm.federation.plan import silo_names
 from securefedcollm.study import Study
+from securefedcollm.study.config import Task
 from securefedcollm.tuning.data import read_questions
+from securefedcollm.tuning.formats import Layout
 from securefedcollm.tuning.questions import Question
 from securefedcollm.tuning.splits import silo_sizes, split_questions, without
 from securefedcollm.tuning.world import FAMILIES, Sizes, World
@@ -151,6 +153,10 @@ def read_records(
     Raises:
         DataError: the file is missing or has a bad row.
     """
-    task = study.task
     owner = study.subject if private else None
-    return read_questions(path, kind=task.kind, labels=task.labels, labelled=labelled, owner=owner)
+    return read_questions(path, labelled=labelled, owner=owner, **layout_of(study.task))
+
+
+def layout_of(task: Task) -> Layout:
+    """How the rows of the task's files are read."""
+    return Layout(kind=task.kind, labels=task.labels, columns=task.columns, template=task.template)

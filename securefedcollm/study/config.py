@@ -105,6 +105,10 @@ class Task(_Section, frozen=True):
     first.
     ``max_tokens`` bounds prompt and answer: a longer prompt loses its beginning, a longer text its
     end.
+
+    ``columns``: what the files call these columns, e.g. ``{text: note, label: department}``.
+    ``template``: the prompt of a question or text, which stands where ``{}`` is; left out,
+    ``Question: {}\\nAnswer:`` and ``Text: {}\\nLabel:``.
     """
 
     data: Data
@@ -113,6 +117,8 @@ class Task(_Section, frozen=True):
     score: Literal["plain", "length", "pmi", "pmi-length"] = "plain"
     score_temperature: Positive = 1.0
     max_tokens: Count = 256
+    columns: dict[str, str] = {}
+    template: str | None = None
 
 
 class Adapter(_Section, frozen=True):
@@ -274,7 +280,12 @@ class Participant(_Section, frozen=True):
     key: Hex32
 
 
-_LATER: Final = {("adapter", "max_abs"): MAX_ABS, ("local", "reply_slot"): None}
+_LATER: Final[dict[tuple[str, str], Any]] = {
+    ("adapter", "max_abs"): MAX_ABS,
+    ("local", "reply_slot"): None,
+    ("task", "columns"): {},
+    ("task", "template"): None,
+}
 """Keys that version 1 did not always have, with their defaults."""
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from securefedcollm.errors import DataError
 from securefedcollm.tuning.content import folded
 from securefedcollm.tuning.data import inspect_rows
+from securefedcollm.tuning.formats import Layout
 from securefedcollm.tuning.questions import Question
 from securefedcollm.tuning.recipe import Progress, silent
 from securefedcollm.tuning.splits import record_id
@@ -58,32 +59,32 @@ class Cleaning:
 def check_file(
     path: Path,
     *,
-    kind: Kind = "multiple_choice",
-    labels: Sequence[str] = (),
     owner: str | None = None,
     tokenizer: Any = None,
     max_tokens: int = 256,
     progress: Progress = silent,
+    **layout: Unpack[Layout],
 ) -> Cleaning:
     """Look at every row of a data file.
 
     Args:
         tokenizer: of the model that will be tuned; None: lengths are not looked at.
+        layout: the task that the rows are of, as in :func:`.formats.format_of`.
 
     Raises:
         DataError: the file as a whole cannot be read.
     """
-    found = Cleaning()
+    found, kind = Cleaning(), layout.get("kind", "multiple_choice")
     places: list[str] = []
     questions: list[Question] = []
-    for place, row in inspect_rows(path, kind=kind, labels=labels, owner=owner):
+    for place, row in inspect_rows(path, owner=owner, **layout):
         found.rows += 1
         if isinstance(row, DataError):
-            found.unusable.append((place, row.message))
+            found.unusable.append((place, row.problem))
             continue
         places.append(place)
         questions.append(row)
-        if row.answer is None:
+        if row.answer is None and kind != "text":
             found.unlabelled.append(place)
     found.usable = len(questions)
     found.duplicates = _together(places, [record_id(question) for question in questions])
@@ -126,7 +127,7 @@ def _measure(
     try:
         ((prompt, choices),) = tokenise([question], tokenizer, _NO_LIMIT, kind)
     except DataError as error:
-        found.unusable.append((place, error.message))
+        found.unusable.append((place, error.problem))
         found.usable -= 1
         return
     longest = max((len(choice.ids) for choice in choices), default=0)
