@@ -149,7 +149,7 @@ def evaluate(
         rows = task_of(task, label, column, template, plan)
         if test is not None:
             questions = read_questions(test, **layout_of(rows))
-        elif chosen.study is not None:
+        elif chosen.study is not None and plan and (plan.data.builtin or plan.data.train):
             questions = list(deal(chosen.study, data).test)
         else:
             raise ConfigError("no records", where="--test", hint="give a file: --test FILE")

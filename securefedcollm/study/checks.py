@@ -201,13 +201,16 @@ def _check_data(study: Study) -> None:
             where=f"task.data.{files[0]}",
             hint="remove task.data.builtin, or the file keys",
         )
+    if not data.builtin and data == Data(max_test=data.max_test):
+        return  # every participant gives a file of its own
     if not data.builtin:
         for name in ("train", "test", "public", "per_silo"):
             if getattr(data, name) is None:
                 raise ConfigError(
                     "this key is missing",
                     where=f"task.data.{name}",
-                    hint="give train, test, public and per_silo, or builtin: hospitals",
+                    hint="give train, test, public and per_silo, or builtin: hospitals; or leave "
+                    "all out where every participant gives its own file",
                 )
         for name in ("train", "test"):
             file = getattr(data, name)
@@ -321,8 +324,8 @@ def _check_task(study: Study) -> None:
             where="distillation.over",
             hint="choose answer, or all for the tokens of the prompt as well",
         )
-    bare = task.kind == "instruction" and task.data.public != task.data.public_labelled
-    if bare and plan.over == "answer" and plan.batch_unlabelled:
+    bare = task.data.public is not None and task.data.public != task.data.public_labelled
+    if bare and study.needs_responses:
         raise ConfigError(
             "a public instruction without its response has no answer to compare",
             where="distillation.over",

@@ -66,8 +66,9 @@ class Data(_Section, frozen=True):
     (3,000 if it is not given). Otherwise ``train`` and ``test`` are files
     (JSONL, CSV or Parquet) under ``--data``; the first ``public`` shuffled training questions are
     public, ``public_labelled`` of them with answers; ``simulate`` gives ``per_silo`` of the rest to
-    each silo. A real silo reads its own file instead. ``max_test`` takes the first rows of the test
-    file, in its order: shuffle a sorted file first.
+    each silo. Where every participant has its own file, as with real roles or ``simulate --silo
+    NAME=FILE``, all of these keys are left out. ``max_test`` takes the first rows of the test file,
+    in its order: shuffle a sorted file first.
 
     ``partition`` is how ``simulate`` deals the records out: ``iid``, or ``dirichlet``, where a
     group's records (subjects of questions, labels of a classification, disease families of the
@@ -111,7 +112,7 @@ class Task(_Section, frozen=True):
     ``Question: {}\\nAnswer:`` and ``Text: {}\\nLabel:``.
     """
 
-    data: Data
+    data: Data = Data()
     kind: Literal["multiple_choice", "classification", "instruction", "text"] = "multiple_choice"
     labels: list[str] = []
     score: Literal["plain", "length", "pmi", "pmi-length"] = "plain"
@@ -344,6 +345,13 @@ class Study(_Section, frozen=True, dict=True):
     def generative(self) -> bool:
         """Whether the task has nothing to choose from: responses, texts."""
         return self.task.kind in {"instruction", "text"}
+
+    @property
+    def needs_responses(self) -> bool:
+        """Whether a public instruction without its response is of no use."""
+        plan = self.distillation
+        distils = plan.over == "answer" and plan.batch_unlabelled > 0
+        return self.task.kind == "instruction" and distils
 
     @property
     def scheme(self) -> SchemeName:

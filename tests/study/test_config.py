@@ -51,7 +51,8 @@ def test_the_digest_is_that_of_the_meaning_not_of_the_spelling(tmp_path):
         ("models.llm.source=hub:a/b", "models.llm.revision: a hub model without", "40-digit"),
         ("models.slm.revision=" + "a" * 40, "models.slm.revision: only hub models", "sha256"),
         ("task.data.train=x.jsonl", "task.data.train: the built-in world and files", "remove"),
-        ("task.data={}", "task.data.train: this key is missing", "builtin"),
+        ("task.data={public: 2}", "task.data.train: this key is missing", "builtin"),
+        ("task.data={skew: 2}", "task.data.train: this key is missing", "leave all out"),
         (
             "task.data={train: /etc/x, test: y, public: 1, per_silo: 1}",
             "task.data.train: '/etc/x' is not a plain file name",
