@@ -103,6 +103,8 @@ def check(
 def _render(found: Cleaning) -> None:
     typer.echo(f"{found.rows:,} rows, {found.usable:,} usable")
     _list("cannot be used", [f"{place}: {why}" for place, why in found.unusable])
+    for fix in found.fixes[:_SHOWN]:
+        typer.echo(printable(f"  → {fix}", MOST_MESSAGE))
     _list("without an answer", found.unlabelled)
     _list("whose answer alone is longer than task.max_tokens (refused)", found.unfit)
     _list("longer than task.max_tokens (they will be cut)", found.shortened)

@@ -22,6 +22,7 @@ from securefedcollm.tuning.splits import record_id
 from securefedcollm.tuning.tokenise import Kind, tokenise
 
 _NO_LIMIT = 1 << 40
+_FIXES = 20  # a file can be broken in more ways than anybody reads
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Cleaning:
         rows: all of them.
         usable: those that can be read.
         unusable: (place, why): a missing or empty field, a wrong type, an answer out of range.
+        fixes: what to do about those, each once, the first twenty.
         unlabelled: rows without an answer, which a silo cannot train on.
         duplicates: places of the same record, twice or more; each counts as a record of its own to
             record-level privacy, so that what it says is protected less.
@@ -44,6 +46,7 @@ class Cleaning:
     rows: int = 0
     usable: int = 0
     unusable: list[tuple[str, str]] = field(default_factory=list)
+    fixes: list[str] = field(default_factory=list)
     unlabelled: list[str] = field(default_factory=list)
     duplicates: list[list[str]] = field(default_factory=list)
     conflicts: list[list[str]] = field(default_factory=list)
@@ -54,6 +57,12 @@ class Cleaning:
     def stops_a_run(self) -> bool:
         """Whether tuning would refuse the file."""
         return bool(self.unusable or self.unlabelled or self.unfit or not self.usable)
+
+    def refuse(self, place: str, error: DataError) -> None:
+        """Note a row that cannot be used."""
+        self.unusable.append((place, error.problem))
+        if len(self.fixes) < _FIXES and error.hint not in self.fixes:
+            self.fixes.append(error.hint)
 
 
 def check_file(
@@ -80,7 +89,7 @@ def check_file(
     for place, row in inspect_rows(path, owner=owner, **layout):
         found.rows += 1
         if isinstance(row, DataError):
-            found.unusable.append((place, row.problem))
+            found.refuse(place, row)
             continue
         places.append(place)
         questions.append(row)
@@ -127,7 +136,7 @@ def _measure(
     try:
         ((prompt, choices),) = tokenise([question], tokenizer, _NO_LIMIT, kind)
     except DataError as error:
-        found.unusable.append((place, error.problem))
+        found.refuse(place, error)
         found.usable -= 1
         return
     longest = max((len(choice.ids) for choice in choices), default=0)

@@ -105,8 +105,8 @@ class Format:
 
     def missing(self, header: Sequence[str]) -> str | None:
         """The first column that a file with these columns lacks."""
-        needed = self.columns[self.instead in header :]
-        return next((name for name in needed if name not in header), None)
+        spared = bool(self.instead) and self.instead in header
+        return next((name for name in self.columns[spared:] if name not in header), None)
 
     def named(self, name: str) -> str:
         """What the file calls our column ``name``."""
@@ -117,6 +117,8 @@ class Format:
         if not self.renamed:
             return row
         taken = {*self.renamed, *self.renamed.values()}
+        if self.columns[0] in taken and self.columns[0] in row:
+            taken.add(self.instead)  # the study asks for the other one
         rest = {name: value for name, value in row.items() if name not in taken}
         return rest | {ours: row[name] for ours, name in self.renamed.items() if name in row}
 
@@ -186,7 +188,7 @@ def format_of(
         names=names,
         hint=f"every row is {{{', '.join(row)}}}",
         read=reads[kind],
-        instead=_INSTEAD[kind],
+        instead=renamed.get(_INSTEAD[kind], _INSTEAD[kind]),
         renamed=renamed,
     )
 

@@ -80,6 +80,7 @@ def test_options_say_what_the_rows_are(tmp_path):
     assert f"{path}:4: field 'ward' is none of the study's task.labels\n" in result.stdout
     assert f"{path}:5: field 'case' is missing\n" in result.stdout
     assert "4 rows, 2 usable" in result.stdout
+    assert "→ give one of calm, urgent, or an index from 0 to 1\n" in result.stdout
     path.write_text("note;ward;case\na;calm;7\nb;urgent;8\n")
     assert check(path, *options).stdout.endswith("nothing found\n")
 

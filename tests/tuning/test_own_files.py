@@ -63,6 +63,7 @@ def refused(path: Path, **options: Any) -> DataError:
     else:
         assert found.stops_a_run
         assert (error.where, error.problem) in found.unusable
+        assert error.hint in found.fixes
     assert said == str(error)
     return error
 
@@ -394,6 +395,20 @@ def test_columns_have_the_file_s_own_names(tmp_path: Path, suffix: str) -> None:
     error = refused(tmp_path / "missing.jsonl", **WARDS, columns=COLUMNS)
     assert "field 'note' is missing" in str(error)
     assert '"note": text' in error.hint
+
+
+def test_a_named_column_comes_before_one_that_would_stand_in(tmp_path: Path) -> None:
+    path = made(tmp_path / "rows.jsonl", [{"note": "a", "prompt": "p", "label": "calm"}])
+    assert read(path, **WARDS, columns={"text": "note"})[0].prompt == "Text: a\nLabel:"
+    rows = [{"talk": TURNS, "messages": "x"}]
+    chat = made(tmp_path / "chat.csv", _sheet(rows, ";"))
+    assert read(chat, **ASKED, columns={"messages": "talk"})[0].choices == ("done",)
+
+
+def test_a_cell_without_a_name_stands_in_for_nothing(tmp_path: Path) -> None:
+    path = made(tmp_path / "rows.csv", ",x;text\n1,a;b\n")
+    assert read(path, kind="text")[0].choices == ("b",)
+    assert "no column 'text'" in str(refused(made(path, ",x\n1,a\n"), kind="text"))
 
 
 def test_a_renamed_label_keeps_the_classes_of_the_file(tmp_path: Path) -> None:
