@@ -196,7 +196,7 @@ def _delimiter(first: str, form: Format) -> str:
 
 def _header(cells: list[str], where: str, form: Format) -> list[str]:
     """Names of the columns. One without a name, such as a data frame's index, is not read."""
-    if not _whole_characters(cells):
+    if not _whole_characters(cells) or any("\0" in cell for cell in cells):
         raise DataError("the header is not UTF-8 text", where=where, hint=_UTF8)
     header = [cell.strip() or f"(column {i})" for i, cell in enumerate(cells, start=1)]
     _refuse_missing(header, where, form)

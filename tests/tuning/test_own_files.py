@@ -196,6 +196,14 @@ REFUSED: dict[str, tuple[str, Content, dict[str, Any], str, str]] = {
         ":1",
         "the header is not UTF-8",
     ),
+    "UTF-16 without a mark": (
+        ".csv",
+        "text,label\na,calm\n".encode("utf-16-le"),
+        WARDS,
+        ":1",
+        "the header is not UTF-8",
+    ),
+    "a zero in a name": (".csv", "text,label,a\0b\na,calm,1\n", WARDS, ":1", "is not UTF-8 text"),
     "UTF-16": (".csv", "text\tlabel\na\tcalm\n".encode("utf-16"), WARDS, "", "is UTF-16 text"),
     "another separator": (".csv", "text^label\na^calm\n", WARDS, ":1", "no column 'text'"),
     "a JSON array": (
