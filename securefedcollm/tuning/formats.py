@@ -162,6 +162,7 @@ def format_of(
         template: the prompt, with ``{}`` where the text or question is.
     """
     renamed = dict(columns or {})
+    numbers = any(_NUMBER.fullmatch(label) for label in labels)
     names = tuple(renamed.get(name, name) for name in _NAMES[kind])
     told = {
         "choices": "[text, text, …]",
@@ -178,7 +179,7 @@ def format_of(
         "classification": lambda row, labelled: (
             _prompt(row, "text", template or CLASSIFY),
             tuple(labels),
-            _label(row, labels, labelled),
+            _label(row, labels, numbers, labelled),
         ),
         "instruction": _instruction,
         "text": _plain_text,
@@ -304,9 +305,9 @@ _TURNS: Final = (
 )
 
 
-def _label(row: Row, labels: Sequence[str], labelled: bool) -> int | None:
+def _label(row: Row, labels: Sequence[str], numbers: bool, labelled: bool) -> int | None:
+    """``numbers``: some label is one. An index would be another's name then: 1 among 1, 2, 3."""
     value = row.get("label")
-    numbers = any(_NUMBER.fullmatch(label) for label in labels)
     hint = f"give one of {', '.join(labels)}"
     if not numbers:
         hint += f", or an index from 0 to {len(labels) - 1}"
@@ -318,7 +319,6 @@ def _label(row: Row, labels: Sequence[str], labelled: bool) -> int | None:
     for name in (value, index):
         if isinstance(name, str | int | float) and str(name).strip() in labels:
             return labels.index(str(name).strip())
-    # Where a label is a number, an index would be another label's name: 1 among 1, 2, 3.
     if numbers or isinstance(index, str):
         raise BadField("label", "is none of the study's task.labels", hint)
     return _index(value, "label", len(labels), "labels", hint)

@@ -122,7 +122,7 @@ def _json_row(raw: bytes, field: str, wanted: set[str]) -> Row | BadField:
     if not isinstance(row, dict):
         return BadField(field, "is missing: not a JSON object")
     for name, value in row.items():
-        if b"\\u" in raw and not _whole_characters([name, value]):
+        if b"\\u" in raw and not _whole_characters(json.dumps({name: value}, ensure_ascii=False)):
             return BadField(printable(name, 60), "holds half a character (a lone surrogate)")
         if isinstance(value, int) and not -_LARGEST <= value < _LARGEST and name in wanted:
             return BadField(
@@ -133,9 +133,9 @@ def _json_row(raw: bytes, field: str, wanted: set[str]) -> Row | BadField:
     return {name: value for name, value in row.items() if name in wanted}
 
 
-def _whole_characters(value: object) -> bool:
+def _whole_characters(text: str) -> bool:
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True
@@ -196,7 +196,7 @@ def _delimiter(first: str, form: Format) -> str:
 
 def _header(cells: list[str], where: str, form: Format) -> list[str]:
     """Names of the columns. One without a name, such as a data frame's index, is not read."""
-    if not _whole_characters(cells) or any("\0" in cell for cell in cells):
+    if not _whole_characters("".join(cells)) or "\0" in "".join(cells):
         raise DataError("the header is not UTF-8 text", where=where, hint=_UTF8)
     header = [cell.strip() or f"(column {i})" for i, cell in enumerate(cells, start=1)]
     _refuse_missing(header, where, form)
@@ -233,7 +233,7 @@ def _csv_row(header: list[str], cells: list[str]) -> Row | BadField:
             f"is where {len(cells)} cells meet a header of {len(header)}",
             "put a cell that holds a comma (or what else separates the cells) in double quotes",
         )
-    if not _whole_characters(cells):
+    if not _whole_characters("".join(cells)):
         name = next(
             n for n, cell in zip(header, cells, strict=False) if not _whole_characters(cell)
         )
