@@ -66,11 +66,15 @@ class ConfigError(SecureFedCoLLMError):
 
     Args:
         where: the key path (``privacy.epsilon``), option or file at fault.
+
+    Attributes:
+        problem: the message without ``where``.
     """
 
     def __init__(self, message: str, *, where: str = "", hint: str = "") -> None:
         super().__init__(f"{where}: {message}" if where else message, hint=hint)
         self.where = where
+        self.problem = printable(message, MOST_MESSAGE)
 
 
 class DataError(ConfigError):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from securefedcollm.foreign import MOST_MESSAGE, printable
-from securefedcollm_cli.options import DataDir, Json, Overrides
+from securefedcollm_cli.options import Columns, DataDir, Json, Labels, Overrides, TaskKind, task_of
 
 if TYPE_CHECKING:
     from securefedcollm.tuning.cleaning import Cleaning
@@ -41,14 +41,25 @@ def check(
     ] = None,
     overrides: Overrides = None,
     data: DataDir = None,
+    task: TaskKind = None,
+    label: Labels = None,
+    column: Columns = None,
+    subject: Annotated[
+        str | None,
+        typer.Option(
+            "--subject", metavar="COLUMN", help="The column that says whose record a row is."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """What is wrong with FILE: unusable and empty rows, duplicates, conflicts, rows too long.
 
-    Without `--study` the rows are multiple-choice questions and their lengths are not looked at.
+    Without `--study`, `--task`, `--label` and `--column` say what a row is; lengths are not looked
+    at.
     Lines are named, values never. Exit code 1: tuning would refuse the file.
     """
     from securefedcollm.errors import ConfigError
+    from securefedcollm.federation.dealing import layout_of
     from securefedcollm.study import load_study
     from securefedcollm.tuning.cleaning import check_file
     from securefedcollm.tuning.models import load_tokenizer
@@ -58,22 +69,28 @@ def check(
         raise ConfigError(
             "there is no study to change", where="--set", hint="give --study CONFIG as well"
         )
+    if study is not None and (task or label or column or subject):
+        raise ConfigError(
+            "the study says what the rows are",
+            where="--study",
+            hint="leave --task, --label, --column and --subject out",
+        )
     with Bars(quiet=as_json) as bars:
         if study is None:
-            found = check_file(file, progress=bars.report)
+            rows = layout_of(task_of(task, label, column))
+            found = check_file(file, owner=subject, progress=bars.report, **rows)
         else:
             plan = load_study(study, overrides or [])
             slm = plan.models.slm
             found = check_file(
                 file,
-                kind=plan.task.kind,
-                labels=plan.task.labels,
                 owner=plan.subject,
                 tokenizer=load_tokenizer(
                     slm.source, revision=slm.revision, base_dir=data or Path()
                 ),
                 max_tokens=plan.task.max_tokens,
                 progress=bars.report,
+                **layout_of(plan.task),
             )
     if as_json:
         typer.echo(json.dumps(asdict(found) | {"stops_a_run": found.stops_a_run}, indent=2))
@@ -86,6 +103,8 @@ def check(
 def _render(found: Cleaning) -> None:
     typer.echo(f"{found.rows:,} rows, {found.usable:,} usable")
     _list("cannot be used", [f"{place}: {why}" for place, why in found.unusable])
+    for fix in found.fixes[:_SHOWN]:
+        typer.echo(printable(f"  → {fix}", MOST_MESSAGE))
     _list("without an answer", found.unlabelled)
     _list("whose answer alone is longer than task.max_tokens (refused)", found.unfit)
     _list("longer than task.max_tokens (they will be cut)", found.shortened)

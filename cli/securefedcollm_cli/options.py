@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from securefedcollm.study.config import Task
 
 StudyFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The study: a YAML file.")]
 Overrides = Annotated[
@@ -30,6 +34,61 @@ Device = Annotated[
         "--device", metavar="NAME", help="Where the models compute: cpu, cuda, cuda:1, mps."
     ),
 ]
+
+TaskKind = Annotated[
+    Literal["multiple_choice", "classification", "instruction", "text"] | None,
+    typer.Option("--task", help="What the file's rows are [the study's task; multiple_choice]."),
+]
+Labels = Annotated[
+    list[str] | None, typer.Option("--label", help="A label of a classification (repeat).")
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="FIELD=NAME",
+        help="What the file calls a column, e.g. --column text=note (repeat).",
+    ),
+]
+
+
+def task_of(
+    kind: Literal["multiple_choice", "classification", "instruction", "text"] | None,
+    labels: Sequence[str] | None,
+    columns: Sequence[str] | None,
+    template: str | None = None,
+    like: Task | None = None,
+) -> Task:
+    """The task that --task, --label, --column and --template describe, checked as a study's.
+
+    Args:
+        like: the task that those describe which are not given.
+    """
+    from securefedcollm.errors import ConfigError
+    from securefedcollm.study.checks import check_rows
+    from securefedcollm.study.config import Data, Task
+
+    like = like or Task(data=Data())
+    if kind in {None, like.kind}:
+        labels, template = labels or like.labels, template or like.template
+    kind = kind or like.kind
+    if (kind == "classification") != bool(labels):
+        raise ConfigError(
+            "a classification needs labels, and nothing else does",
+            where="--label",
+            hint="--task classification --label negative --label positive",
+        )
+    pairs = [column.partition("=") for column in columns or []]
+    if bad := next((name for name, equals, _ in pairs if not equals), None):
+        raise ConfigError(
+            f"{bad!r} is not FIELD=NAME", where="--column", hint="e.g. --column text=note"
+        )
+    named = {field.strip(): name.strip() for field, _, name in pairs}
+    if not pairs and kind == like.kind:
+        named = like.columns
+    task = Task(data=Data(), kind=kind, labels=list(labels or []), columns=named, template=template)
+    check_rows(task)
+    return task
 
 
 def stop_on_sigterm() -> None:

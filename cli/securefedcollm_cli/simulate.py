@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from rich.table import Table
     from securefedcollm_audits.verdict import Verdict
 
+    from securefedcollm.federation.dealing import Files
+    from securefedcollm.study import Study
+
 _BASELINES = ("standalone", "fedavg")
 
 
@@ -48,6 +51,22 @@ def simulate(
             help="Lose a silo on purpose, e.g. 2@upload or 3@unmask:1 (in round 1 only).",
         ),
     ] = None,
+    silo: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--silo",
+            metavar="NAME=FILE",
+            help="A silo and its own records, for every silo; nothing is dealt out (repeat).",
+        ),
+    ] = None,
+    public: Annotated[
+        Path | None,
+        typer.Option("--public", metavar="FILE", help="With --silo: the server's public records."),
+    ] = None,
+    test: Annotated[
+        Path | None,
+        typer.Option("--test", metavar="FILE", help="With --silo: records to measure on."),
+    ] = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -60,6 +79,7 @@ def simulate(
     from securefedcollm.study import load_study
 
     study = load_study(config, overrides or [])
+    files = _files(study, silo or [], public, test) if silo or public or test else None
     directory = out or Path("runs") / study.study
     simulation = Simulation(
         study,
@@ -71,6 +91,7 @@ def simulate(
         workers=workers,
         drops=drop or (),
         device=device,
+        files=files,
     )
     from securefedcollm_cli.progress import Bars
 
@@ -91,6 +112,18 @@ def simulate(
         _render(results, verdict, page)
     if not verdict.holds:
         raise typer.Exit(1)
+
+
+def _files(study: Study, silos: list[str], public: Path | None, test: Path | None) -> Files:
+    from securefedcollm.errors import ConfigError
+    from securefedcollm.federation.dealing import given_files
+
+    pairs = [option.partition("=") for option in silos]
+    if bad := next((name for name, equals, file in pairs if not equals or not file), None):
+        raise ConfigError(
+            f"{bad!r} is not NAME=FILE", where="--silo", hint="e.g. --silo clinic-1=notes.csv"
+        )
+    return given_files(study, [(name, Path(file)) for name, _, file in pairs], public, test)
 
 
 def _verify(run: Path) -> tuple[Verdict, str]:

@@ -114,7 +114,9 @@ def deal(
     files = {"public": dealt.public, "test": dealt.test, **dealt.silos}
     owner = study.subject or BUILTIN_SUBJECT
     for name, questions in files.items():
-        write_questions(out / f"{name}.jsonl", questions, owner, study.task.kind)
+        write_questions(
+            out / f"{name}.jsonl", questions, owner, study.task.kind, study.task.columns
+        )
     if as_json:
         typer.echo(json.dumps({name: len(questions) for name, questions in files.items()}))
         return

@@ -11,7 +11,7 @@ import typer
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.foreign import as_text, printable
-from securefedcollm_cli.options import Device, Json
+from securefedcollm_cli.options import Columns, Device, Json, Labels, TaskKind, task_of
 from securefedcollm_cli.progress import Bars
 
 if TYPE_CHECKING:
@@ -95,12 +95,12 @@ def evaluate(
     revision: Revision = None,
     adapter: AdapterOption = None,
     data: ModelDir = Path(),
-    task: Annotated[
-        Literal["multiple_choice", "classification", "instruction", "text"] | None,
-        typer.Option(help="What the file's rows are [the run's task; multiple_choice]."),
-    ] = None,
-    label: Annotated[
-        list[str] | None, typer.Option("--label", help="A label of a classification (repeat).")
+    task: TaskKind = None,
+    label: Labels = None,
+    column: Columns = None,
+    template: Annotated[
+        str | None,
+        typer.Option("--template", help="As task.template, with {} for the text."),
     ] = None,
     score: Annotated[
         Literal["plain", "length", "pmi", "pmi-length"] | None,
@@ -132,7 +132,7 @@ def evaluate(
 
     `model evaluate --run runs/NAME --data DIR` repeats the last line of the run's table.
     """
-    from securefedcollm.federation.dealing import deal
+    from securefedcollm.federation.dealing import deal, layout_of
     from securefedcollm.tuning.data import read_questions
     from securefedcollm.tuning.evaluate import measure
     from securefedcollm.tuning.questions import Scoring
@@ -146,17 +146,10 @@ def evaluate(
     with Bars(quiet=as_json) as bars:
         chosen = _choose(run, role, model, revision, adapter, data, device, bars, base=base)
         plan = chosen.study.task if chosen.study else None
-        kind = task or (plan.kind if plan else "multiple_choice")
-        labels = label or (plan.labels if plan else [])
-        if (kind == "classification") != bool(labels):
-            raise ConfigError(
-                "a classification needs labels, and nothing else does",
-                where="--label",
-                hint="--task classification --label negative --label positive",
-            )
+        rows = task_of(task, label, column, template, plan)
         if test is not None:
-            questions = read_questions(test, kind=kind, labels=labels)
-        elif chosen.study is not None:
+            questions = read_questions(test, **layout_of(rows))
+        elif chosen.study is not None and plan and (plan.data.builtin or plan.data.train):
             questions = list(deal(chosen.study, data).test)
         else:
             raise ConfigError("no records", where="--test", hint="give a file: --test FILE")
@@ -164,7 +157,7 @@ def evaluate(
             chosen.loaded,
             questions,
             adapter=chosen.adapter,
-            kind=kind,
+            kind=rows.kind,
             scoring=Scoring(
                 score or (plan.score if plan else "plain"),
                 score_temperature or (plan.score_temperature if plan else 1.0),

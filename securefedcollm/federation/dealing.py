@@ -1,21 +1,25 @@
-"""A study's questions, dealt out for a simulation: public, private by silo, and test.
+"""A study's questions for a simulation: public, private by silo, and test.
 
-A real silo reads its own file instead and never comes here.
+They are dealt out of one file, made by the built-in world, or lie in a file for each participant,
+as with real roles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.errors import ConfigError
+from securefedcollm.errors import ConfigError, DataError
 from securefedcollm.federation.plan import silo_names
 from securefedcollm.study import Study
+from securefedcollm.study.config import Name, Task
 from securefedcollm.tuning.data import read_questions
+from securefedcollm.tuning.formats import Layout
 from securefedcollm.tuning.questions import Question
 from securefedcollm.tuning.splits import silo_sizes, split_questions, without
 from securefedcollm.tuning.world import FAMILIES, Sizes, World
@@ -30,7 +34,56 @@ class Dealt:
     test: tuple[Question, ...]
 
 
-def deal(study: Study, data: Path | None, noisy: int = 0) -> Dealt:
+@dataclass(frozen=True)
+class Files:
+    """The participants' own files: of every silo by its name, and of the server."""
+
+    silos: Mapping[str, Path]
+    public: Path
+    test: Path
+
+
+def given_files(
+    study: Study, silos: Sequence[tuple[str, Path]], public: Path | None, test: Path | None
+) -> Files:
+    """What ``simulate --silo … --public … --test …`` names.
+
+    Raises:
+        ConfigError: some are missing, or they are not those of the study's silos.
+    """
+    where, names = "--silo", [name for name, _ in silos]
+    listed = [p.name for p in study.roster if p.role == "silo"]
+    what = hint = ""
+    if study.task.data.builtin:
+        what, hint = "the built-in world makes its own records", "remove task.data.builtin"
+    elif public is None or test is None or not silos:
+        where = "--silo" if not silos else "--public" if public is None else "--test"
+        what, hint = "this file is missing", "give --silo NAME=FILE …, --public and --test"
+    elif len({*names}) < len(names):
+        what, hint = "a silo is named twice", "each has one file"
+    elif len(names) != study.silos.count:
+        what = f"{len(names)} silos have a file, the study has {study.silos.count}"
+        hint = f"name all, or --set silos.count={len(names)}"
+    elif listed and {*listed} != {*names}:
+        what, hint = "not the silos of the roster", f"they are {', '.join(sorted(listed))}"
+    elif bad := next((name for name in names if not _is_name(name)), None):
+        what, hint = f"{bad!r} is no name for a silo", "a to z, 0 to 9, . _ and -; not server"
+    if what:
+        raise ConfigError(what, where=where, hint=hint)
+    assert public is not None
+    assert test is not None
+    return Files(dict(sorted(silos)), public, test)
+
+
+def _is_name(name: str) -> bool:
+    try:
+        msgspec.convert(name, Name)
+    except msgspec.ValidationError:
+        return False
+    return name not in {"server", "authority"}
+
+
+def deal(study: Study, data: Path | None, noisy: int = 0, files: Files | None = None) -> Dealt:
     """Deal the study's questions out, the same on every call.
 
     A question of the test file that is in the training file as well is nobody's to train on.
@@ -39,6 +92,7 @@ def deal(study: Study, data: Path | None, noisy: int = 0) -> Dealt:
         study: with ``task.data``, which says how.
         data: directory of the study's files.
         noisy: so many silos, the last ones, get meaningless answers (:func:`noisy_answers`).
+        files: nothing is dealt out: each participant has its own.
 
     Raises:
         ConfigError: files are needed and no directory was given, or the built-in world does not
@@ -47,6 +101,12 @@ def deal(study: Study, data: Path | None, noisy: int = 0) -> Dealt:
     """
     names = silo_names(study)
     spec = study.task.data
+    if files is not None:
+        return Dealt(
+            public=tuple(read_public(study, files.public)),
+            silos={name: tuple(read_records(study, path)) for name, path in files.silos.items()},
+            test=tuple(read_records(study, files.test, private=False)[: spec.max_test]),
+        )
     if spec.builtin:
         sizes = Sizes(records_per_silo=spec.per_silo) if spec.per_silo else Sizes()
         world = World(seed=study.seed, silos=len(names), sizes=sizes)
@@ -60,6 +120,13 @@ def deal(study: Study, data: Path | None, noisy: int = 0) -> Dealt:
             },
             test=tuple(world.tests()),
         )
+    if spec.train is None:
+        raise ConfigError(
+            "this study names no records: every participant has its own file",
+            where="task.data",
+            hint="simulate --silo NAME=FILE … --public FILE --test FILE; or give train, test, "
+            "public and per_silo",
+        )
     if data is None:
         raise ConfigError(
             f"this study reads {spec.train} and {spec.test}",
@@ -67,7 +134,6 @@ def deal(study: Study, data: Path | None, noisy: int = 0) -> Dealt:
             hint="give the directory that holds them: --data DIR",
         )
     # study.checks has seen to it that file studies have all of these
-    assert spec.train
     assert spec.test
     assert spec.public
     assert spec.per_silo
@@ -151,6 +217,27 @@ def read_records(
     Raises:
         DataError: the file is missing or has a bad row.
     """
-    task = study.task
     owner = study.subject if private else None
-    return read_questions(path, kind=task.kind, labels=task.labels, labelled=labelled, owner=owner)
+    return read_questions(path, labelled=labelled, owner=owner, **layout_of(study.task))
+
+
+def read_public(study: Study, path: Path) -> list[Question]:
+    """The server's public records; their answers may be missing.
+
+    Raises:
+        DataError: the file is missing or has a bad row, or a row that the study cannot use.
+    """
+    questions = read_records(study, path, private=False, labelled=False)
+    if study.needs_responses and any(not question.choices for question in questions):
+        raise DataError(
+            "a public instruction without its response has no answer to compare",
+            where=str(path),
+            hint="add the responses, choose distillation.over: all, or set "
+            "distillation.batch_unlabelled to 0",
+        )
+    return questions
+
+
+def layout_of(task: Task) -> Layout:
+    """How the rows of the task's files are read."""
+    return Layout(kind=task.kind, labels=task.labels, columns=task.columns, template=task.template)

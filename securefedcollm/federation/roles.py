@@ -251,7 +251,7 @@ def server_questions(
         ConfigError: a study on files, and no public file was given.
         DataError: a file cannot be read.
     """
-    from securefedcollm.federation.dealing import deal, read_records
+    from securefedcollm.federation.dealing import deal, read_public, read_records
 
     if study.task.data.builtin and public is None:
         dealt = deal(study, None)
@@ -265,7 +265,7 @@ def server_questions(
             hint="`securefedcollm study deal` writes public.jsonl for a study on files",
         )
     tests = [] if test is None else read_records(study, test, private=False)
-    return read_records(study, public, private=False, labelled=False), tests
+    return read_public(study, public), tests
 
 
 # ---- a silo ----

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
     from securefedcollm.federation.cotuning import SiloTuning
+    from securefedcollm.federation.dealing import Files
     from securefedcollm.tuning.questions import Question
 
 Say = Callable[[str], None]
@@ -74,6 +75,7 @@ class Simulation:
         distillation: bool = True,
         noisy: int = 0,
         tested: bool = True,
+        files: Files | None = None,
     ) -> None:
         """
         Args:
@@ -88,6 +90,7 @@ class Simulation:
             distillation: False leaves out the server's phase: plain FedAvg, without the LLM.
             noisy: so many silos have meaningless answers.
             tested: False leaves out the test questions: the adapters are the result.
+            files: the participants' own, where nothing is dealt out; their silos have its names.
 
         Raises:
             ConfigError: a drop names no silo or step.
@@ -102,7 +105,9 @@ class Simulation:
         self._distillation = distillation
         self._noisy = noisy
         self._tested = tested
-        self._drops = [Drop.parse(spec, silo_names(study), study.scheme) for spec in drops]
+        self._files = files
+        self._names = silo_names(study) if files is None else list(files.silos)
+        self._drops = [Drop.parse(spec, self._names, study.scheme) for spec in drops]
         cores = len(os.sched_getaffinity(0))
         self._workers = min(cores, study.silos.count) if workers is None else workers
         self._server_threads = cores  # silos and server never work at the same time
@@ -123,7 +128,7 @@ class Simulation:
         from securefedcollm.federation import cotuning
         from securefedcollm.federation.dealing import deal
 
-        dealt = deal(self._study, self._data, self._noisy)
+        dealt = deal(self._study, self._data, self._noisy, self._files)
         self._planned = {n: planned(self._study, q) for n, q in dealt.silos.items()}
         self._prepare_models(progress, say)
         cotuning.set_threads(self._server_threads)
@@ -182,7 +187,7 @@ class Simulation:
         self, store: RunStore, server: Any, directory: Path, progress: Progress, say: Say
     ) -> None:
         """All rounds of one federation, from wherever ``store`` stands."""
-        names = silo_names(self._study)
+        names = self._names
         key = _identity(directory / "server", SERVER)
         roster = Roster(
             {name: _identity(directory / "silos" / name, name).public for name in names}
@@ -211,6 +216,7 @@ class Simulation:
             threads=self._threads,
             planned=self._planned,
             noisy=self._noisy,
+            files=self._files,
         )
 
         def on_round(record: dict[str, Any]) -> None:
@@ -265,7 +271,6 @@ class Simulation:
 
     def _standalone(self, progress: Progress) -> dict[str, float]:
         """Every silo tunes as long by itself; the mean of their accuracies."""
-        names = silo_names(self._study)
         job = partial(
             tune_alone,
             study=self._study,
@@ -274,8 +279,9 @@ class Simulation:
             directory=make_directory(self._out / "baselines" / "standalone"),
             threads=self._threads,
             planned=self._planned,
+            files=self._files,
         )
-        scores = for_each(job, names, self._workers, self._context, progress)
+        scores = for_each(job, self._names, self._workers, self._context, progress)
         return {group: sum(s[group] for s in scores) / len(scores) for group in scores[0]}
 
     def _once(self, name: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -333,6 +339,7 @@ def make_party(
     planned: Mapping[str, PoissonGaussian | None],
     device: str = "cpu",
     noisy: int = 0,
+    files: Files | None = None,
 ) -> SiloPort:
     """Build one silo, or the authority, in the process that will run it."""
     if name not in roster:
@@ -350,6 +357,7 @@ def make_party(
         threads=threads,
         planned=planned,
         noisy=noisy,
+        files=files,
     )
 
 
@@ -380,6 +388,7 @@ def make_silo(
     planned: Mapping[str, PoissonGaussian | None],
     device: str = "cpu",
     noisy: int = 0,
+    files: Files | None = None,
 ) -> SiloSession:
     """Build one silo in the process that will run it."""
     from securefedcollm.federation import cotuning
@@ -390,7 +399,7 @@ def make_silo(
     workload = cotuning.SiloTuning(
         study,
         name,
-        deal(study, data, noisy).silos[name],
+        deal(study, data, noisy, files).silos[name],
         data=data,
         device=device,
         progress=progress,
@@ -433,12 +442,19 @@ def tune_alone(
     threads: int,
     planned: Mapping[str, PoissonGaussian | None],
     device: str = "cpu",
+    files: Files | None = None,
 ) -> dict[str, float]:
     """One silo without a federation: the same steps, noise and rounds, nothing leaves it."""
 
     def tune() -> dict[str, float]:
         alone, test = tuned_alone(
-            name, study=study, data=data, threads=threads, planned=planned, device=device
+            name,
+            study=study,
+            data=data,
+            threads=threads,
+            planned=planned,
+            device=device,
+            files=files,
         )
         return {f"slm/{g}": a for g, a in alone.evaluate(test).items()}
 
@@ -453,13 +469,14 @@ def tuned_alone(
     threads: int,
     planned: Mapping[str, PoissonGaussian | None],
     device: str = "cpu",
+    files: Files | None = None,
 ) -> tuple[SiloTuning, Sequence[Question]]:
     """A silo after :func:`tune_alone`'s training, and the test questions."""
     from securefedcollm.federation import cotuning
     from securefedcollm.federation.dealing import deal
 
     cotuning.set_threads(threads)
-    dealt = deal(study, data)
+    dealt = deal(study, data, files=files)
     workload = cotuning.SiloTuning(
         study,
         name,

@@ -6,7 +6,7 @@ from typing import Final
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.study.bounds import check_sizes
-from securefedcollm.study.config import BUILTIN_SUBJECT, PLACEMENTS, Data, Model, Study
+from securefedcollm.study.config import BUILTIN_SUBJECT, PLACEMENTS, Data, Model, Study, Task
 
 _MOST_RECORDS = 10**10  # above it, a slip of the pen
 
@@ -18,6 +18,8 @@ _CONTENT: Final = {
     "text": {"text"},
 }
 """The columns that a record of each kind of task is made of."""
+_FRAMED: Final = {"multiple_choice", "classification"}
+_LONGEST_NAME, _LONGEST_TEMPLATE = 200, 10_000  # characters
 
 
 def check(study: Study) -> None:
@@ -117,7 +119,8 @@ def _check_privacy(study: Study) -> None:
             where="privacy.subject",
             hint="name the column" if missing else "remove it, or choose unit: subject",
         )
-    if privacy.subject in _CONTENT[study.task.kind]:
+    columns = study.task.columns
+    if privacy.subject in {columns.get(name, name) for name in _CONTENT[study.task.kind]}:
         raise ConfigError(
             f"{privacy.subject!r} is what a record says, not whose it is",
             where="privacy.subject",
@@ -198,13 +201,16 @@ def _check_data(study: Study) -> None:
             where=f"task.data.{files[0]}",
             hint="remove task.data.builtin, or the file keys",
         )
+    if not data.builtin and data == Data(max_test=data.max_test):
+        return  # every participant gives a file of its own
     if not data.builtin:
         for name in ("train", "test", "public", "per_silo"):
             if getattr(data, name) is None:
                 raise ConfigError(
                     "this key is missing",
                     where=f"task.data.{name}",
-                    hint="give train, test, public and per_silo, or builtin: hospitals",
+                    hint="give train, test, public and per_silo, or builtin: hospitals; or leave "
+                    "all out where every participant gives its own file",
                 )
         for name in ("train", "test"):
             file = getattr(data, name)
@@ -222,6 +228,68 @@ def _check_data(study: Study) -> None:
             )
 
 
+def check_rows(task: Task) -> None:
+    """Refuse labels, columns or a template that no row could be read by.
+
+    Raises:
+        ConfigError: for the first one found, with its key path and a hint.
+    """
+    if (task.kind == "classification") != bool(task.labels):
+        raise ConfigError(
+            f"{task.kind} has no labels" if task.labels else "the labels are missing",
+            where="task.labels",
+            hint="remove it" if task.labels else "list them, e.g. [negative, positive]",
+        )
+    if task.labels and (len(set(task.labels)) < max(2, len(task.labels)) or "" in task.labels):
+        raise ConfigError(
+            "a classification needs two or more different labels",
+            where="task.labels",
+            hint="list each label once, e.g. [negative, positive]",
+        )
+    if spaced := next((label for label in task.labels if label != label.strip()), None):
+        raise ConfigError(
+            f"{spaced!r} begins or ends with a space, and no row's label does",
+            where="task.labels",
+            hint="remove the space; labels in the files are read without it",
+        )
+    _check_columns(task)
+    if task.template is None:
+        return
+    what = hint = ""
+    if task.kind not in _FRAMED:
+        what = f"kind: {task.kind} has no prompt to frame"
+        hint = "remove it; instructions are put in the tokenizer's chat template"
+    elif task.template.count("{}") != 1 or len(task.template) > _LONGEST_TEMPLATE:
+        what = "the text's place {} must be there once"
+        hint = f'e.g. "Note: {{}}\\nDepartment:", of at most {_LONGEST_TEMPLATE} characters'
+    elif task.template != task.template.rstrip():
+        what = "ends in white space; a choice follows after one space anyway"
+        hint = "remove it; a YAML block needs |- in place of |"
+    if what:
+        raise ConfigError(what, where="task.template", hint=hint)
+
+
+def _check_columns(task: Task) -> None:
+    known = _CONTENT[task.kind] | {"subject"}
+    if task.kind == "instruction":
+        known |= {"input", "messages"}
+    called = [task.columns.get(name, name) for name in known]
+    for ours, name in task.columns.items():
+        what = ""
+        if ours not in known:
+            what = f"kind: {task.kind} reads no such column"
+            hint = f"choose among {', '.join(sorted(known))}: our name first, then the file's"
+        elif not name or name != name.strip() or len(name) > _LONGEST_NAME:
+            what, hint = f"{name[:40]!r} is no column's name", "write it as the file's header does"
+        elif called.count(name) > 1:
+            what, hint = f"two fields would be read from {name!r}", "give each a column of its own"
+        elif name == "prompt" and task.kind in _FRAMED:
+            what = "a column prompt is taken as it stands, without a template"
+            hint = "leave this out, or rename the column in the files"
+        if what:
+            raise ConfigError(what, where=f"task.columns.{ours}", hint=hint)
+
+
 def _check_task(study: Study) -> None:
     task, plan = study.task, study.distillation
     if task.data.builtin and task.kind != "multiple_choice":
@@ -230,19 +298,13 @@ def _check_task(study: Study) -> None:
             where="task.kind",
             hint="leave it out, or give files instead of task.data.builtin",
         )
-    if (task.kind == "classification") != bool(task.labels):
+    if task.data.builtin and (task.columns or task.template):
         raise ConfigError(
-            f"{task.kind} has no labels" if task.labels else "the labels are missing",
-            where="task.labels",
-            hint="remove it" if task.labels else "list them, e.g. [negative, positive]",
+            "the built-in world has columns and a template of its own",
+            where="task.columns" if task.columns else "task.template",
+            hint="remove it, or give files instead of task.data.builtin",
         )
-    names = [label.strip() for label in task.labels]
-    if task.labels and (len(set(names)) < max(2, len(names)) or "" in names):
-        raise ConfigError(
-            "a classification needs two or more different labels",
-            where="task.labels",
-            hint="list each label once, e.g. [negative, positive]",
-        )
+    check_rows(task)
     if not study.generative:
         return
     for value, right, where in (
@@ -262,8 +324,8 @@ def _check_task(study: Study) -> None:
             where="distillation.over",
             hint="choose answer, or all for the tokens of the prompt as well",
         )
-    bare = task.kind == "instruction" and task.data.public != task.data.public_labelled
-    if bare and plan.over == "answer" and plan.batch_unlabelled:
+    bare = task.data.public is not None and task.data.public != task.data.public_labelled
+    if bare and study.needs_responses:
         raise ConfigError(
             "a public instruction without its response has no answer to compare",
             where="distillation.over",

@@ -66,8 +66,9 @@ class Data(_Section, frozen=True):
     (3,000 if it is not given). Otherwise ``train`` and ``test`` are files
     (JSONL, CSV or Parquet) under ``--data``; the first ``public`` shuffled training questions are
     public, ``public_labelled`` of them with answers; ``simulate`` gives ``per_silo`` of the rest to
-    each silo. A real silo reads its own file instead. ``max_test`` takes the first rows of the test
-    file, in its order: shuffle a sorted file first.
+    each silo. Where every participant has its own file, as with real roles or ``simulate --silo
+    NAME=FILE``, all of these keys are left out. ``max_test`` takes the first rows of the test file,
+    in its order: shuffle a sorted file first.
 
     ``partition`` is how ``simulate`` deals the records out: ``iid``, or ``dirichlet``, where a
     group's records (subjects of questions, labels of a classification, disease families of the
@@ -105,14 +106,20 @@ class Task(_Section, frozen=True):
     first.
     ``max_tokens`` bounds prompt and answer: a longer prompt loses its beginning, a longer text its
     end.
+
+    ``columns``: what the files call these columns, e.g. ``{text: note, label: department}``.
+    ``template``: the prompt of a question or text, which stands where ``{}`` is; left out,
+    ``Question: {}\\nAnswer:`` and ``Text: {}\\nLabel:``.
     """
 
-    data: Data
+    data: Data = Data()
     kind: Literal["multiple_choice", "classification", "instruction", "text"] = "multiple_choice"
     labels: list[str] = []
     score: Literal["plain", "length", "pmi", "pmi-length"] = "plain"
     score_temperature: Positive = 1.0
     max_tokens: Count = 256
+    columns: dict[str, str] = {}
+    template: str | None = None
 
 
 class Adapter(_Section, frozen=True):
@@ -274,7 +281,12 @@ class Participant(_Section, frozen=True):
     key: Hex32
 
 
-_LATER: Final = {("adapter", "max_abs"): MAX_ABS, ("local", "reply_slot"): None}
+_LATER: Final[dict[tuple[str, str], Any]] = {
+    ("adapter", "max_abs"): MAX_ABS,
+    ("local", "reply_slot"): None,
+    ("task", "columns"): {},
+    ("task", "template"): None,
+}
 """Keys that version 1 did not always have, with their defaults."""
 
 
@@ -333,6 +345,13 @@ class Study(_Section, frozen=True, dict=True):
     def generative(self) -> bool:
         """Whether the task has nothing to choose from: responses, texts."""
         return self.task.kind in {"instruction", "text"}
+
+    @property
+    def needs_responses(self) -> bool:
+        """Whether a public instruction without its response is of no use."""
+        plan = self.distillation
+        distils = plan.over == "answer" and plan.batch_unlabelled > 0
+        return self.task.kind == "instruction" and distils
 
     @property
     def scheme(self) -> SchemeName:

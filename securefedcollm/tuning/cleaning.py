@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from securefedcollm.errors import DataError
 from securefedcollm.tuning.content import folded
 from securefedcollm.tuning.data import inspect_rows
+from securefedcollm.tuning.formats import Layout
 from securefedcollm.tuning.questions import Question
 from securefedcollm.tuning.recipe import Progress, silent
 from securefedcollm.tuning.splits import record_id
 from securefedcollm.tuning.tokenise import Kind, tokenise
 
 _NO_LIMIT = 1 << 40
+_FIXES = 20  # a file can be broken in more ways than anybody reads
 
 
 @dataclass
@@ -31,6 +33,7 @@ class Cleaning:
         rows: all of them.
         usable: those that can be read.
         unusable: (place, why): a missing or empty field, a wrong type, an answer out of range.
+        fixes: what to do about those, each once, the first twenty.
         unlabelled: rows without an answer, which a silo cannot train on.
         duplicates: places of the same record, twice or more; each counts as a record of its own to
             record-level privacy, so that what it says is protected less.
@@ -43,6 +46,7 @@ class Cleaning:
     rows: int = 0
     usable: int = 0
     unusable: list[tuple[str, str]] = field(default_factory=list)
+    fixes: list[str] = field(default_factory=list)
     unlabelled: list[str] = field(default_factory=list)
     duplicates: list[list[str]] = field(default_factory=list)
     conflicts: list[list[str]] = field(default_factory=list)
@@ -54,36 +58,42 @@ class Cleaning:
         """Whether tuning would refuse the file."""
         return bool(self.unusable or self.unlabelled or self.unfit or not self.usable)
 
+    def refuse(self, place: str, error: DataError) -> None:
+        """Note a row that cannot be used."""
+        self.unusable.append((place, error.problem))
+        if len(self.fixes) < _FIXES and error.hint not in self.fixes:
+            self.fixes.append(error.hint)
+
 
 def check_file(
     path: Path,
     *,
-    kind: Kind = "multiple_choice",
-    labels: Sequence[str] = (),
     owner: str | None = None,
     tokenizer: Any = None,
     max_tokens: int = 256,
     progress: Progress = silent,
+    **layout: Unpack[Layout],
 ) -> Cleaning:
     """Look at every row of a data file.
 
     Args:
         tokenizer: of the model that will be tuned; None: lengths are not looked at.
+        layout: the task that the rows are of, as in :func:`.formats.format_of`.
 
     Raises:
         DataError: the file as a whole cannot be read.
     """
-    found = Cleaning()
+    found, kind = Cleaning(), layout.get("kind", "multiple_choice")
     places: list[str] = []
     questions: list[Question] = []
-    for place, row in inspect_rows(path, kind=kind, labels=labels, owner=owner):
+    for place, row in inspect_rows(path, owner=owner, **layout):
         found.rows += 1
         if isinstance(row, DataError):
-            found.unusable.append((place, row.message))
+            found.refuse(place, row)
             continue
         places.append(place)
         questions.append(row)
-        if row.answer is None:
+        if row.answer is None and kind != "text":
             found.unlabelled.append(place)
     found.usable = len(questions)
     found.duplicates = _together(places, [record_id(question) for question in questions])
@@ -126,7 +136,7 @@ def _measure(
     try:
         ((prompt, choices),) = tokenise([question], tokenizer, _NO_LIMIT, kind)
     except DataError as error:
-        found.unusable.append((place, error.message))
+        found.refuse(place, error)
         found.usable -= 1
         return
     longest = max((len(choice.ids) for choice in choices), default=0)

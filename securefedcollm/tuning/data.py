@@ -8,15 +8,16 @@ An error names the file, the line and the field, never the value: the value may 
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Unpack
 
 from securefedcollm.errors import DataError
-from securefedcollm.tuning.formats import BadField, format_of, row_of
+from securefedcollm.tuning.formats import BadField, Format, Layout, format_of, row_of
 from securefedcollm.tuning.questions import Question
-from securefedcollm.tuning.reading import questions_of
+from securefedcollm.tuning.reading import Found, questions_of
 from securefedcollm.tuning.tokenise import Kind
 
 SUFFIXES: Final = (".jsonl", ".csv", ".parquet")
@@ -25,19 +26,18 @@ SUFFIXES: Final = (".jsonl", ".csv", ".parquet")
 def read_questions(
     path: str | Path,
     *,
-    kind: Kind = "multiple_choice",
-    labels: Sequence[str] = (),
     labelled: bool = True,
     owner: str | None = None,
+    **layout: Unpack[Layout],
 ) -> list[Question]:
     """Read a ``.jsonl``, ``.csv`` or ``.parquet`` file of records.
 
     Args:
         path: the file; its suffix says the format.
-        kind: the task that the rows are of; ``labels`` are those of a classification.
         labelled: every row must have an answer. When false it may be missing or null, and those
             questions carry ``answer=None``.
         owner: the column that says whose record a row is; then every row must have it.
+        layout: the task that the rows are of, as in :func:`.formats.format_of`.
 
     Returns:
         one :class:`Question` per row, in file order, ``group`` the row's ``subject`` (or ``""``),
@@ -47,21 +47,17 @@ def read_questions(
         DataError: the file is missing, unreadable or empty, or a row is wrong; names the file, the
             line (Parquet: the row) and the field.
     """
-    path = Path(path)
-    form = format_of(kind, labels)
-    _refuse_unreadable(path, form.hint)
+    form = format_of(**layout)
     questions = []
-    for place, found in questions_of(path, form, labelled=labelled, owner=owner):
+    for place, found in _found(Path(path), form, labelled=labelled, owner=owner):
         if isinstance(found, BadField):
             raise found.at(place, form.hint)
         questions.append(found)
-    if not questions:
-        raise DataError("holds no questions", where=str(path), hint=form.hint)
     return questions
 
 
 def inspect_rows(
-    path: Path, *, kind: Kind, labels: Sequence[str] = (), owner: str | None = None
+    path: Path, *, owner: str | None = None, **layout: Unpack[Layout]
 ) -> Iterator[tuple[str, Question | DataError]]:
     """Every row of a file with its place, and what it is or why it cannot be used.
 
@@ -70,25 +66,38 @@ def inspect_rows(
     Raises:
         DataError: the file as a whole cannot be read.
     """
-    form = format_of(kind, labels)
-    _refuse_unreadable(path, form.hint)
-    for place, found in questions_of(path, form, labelled=False, owner=owner):
+    form = format_of(**layout)
+    for place, found in _found(path, form, labelled=False, owner=owner):
         yield place, found.at(place, form.hint) if isinstance(found, BadField) else found
 
 
+def _found(path: Path, form: Format, *, labelled: bool, owner: str | None) -> Iterator[Found]:
+    _refuse_unreadable(path, form.hint)
+    holds = False
+    for found in questions_of(path, form, labelled=labelled, owner=owner):
+        holds = True
+        yield found
+    if not holds:
+        raise DataError("holds no records", where=str(path), hint=form.hint)
+
+
 def write_questions(
-    path: Path, questions: Sequence[Question], owner: str, kind: Kind = "multiple_choice"
+    path: Path,
+    questions: Sequence[Question],
+    owner: str,
+    kind: Kind = "multiple_choice",
+    columns: Mapping[str, str] | None = None,
 ) -> None:
     """Write a ``.jsonl`` file that :func:`read_questions` reads back as the same questions.
 
     Args:
         owner: the column for whose record each is.
-        kind: the task that the rows are of.
+        kind: the task that the rows are of; ``columns``: what they are called.
 
     Raises:
         DataError: it cannot be written.
     """
-    rows = (json.dumps(row_of(q, kind, owner), ensure_ascii=False) for q in questions)
+    rows = (json.dumps(row_of(q, kind, owner, columns), ensure_ascii=False) for q in questions)
     try:
         path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
         path.chmod(0o600)
@@ -127,7 +136,7 @@ def _refuse_unreadable(path: Path, hint: str) -> None:
         )
     try:
         with path.open("rb") as file:
-            first = file.read(1)
+            first = file.read(2)
     except FileNotFoundError:
         raise DataError(
             "no such file", where=where, hint="check the path, or the directory given by --data"
@@ -140,3 +149,5 @@ def _refuse_unreadable(path: Path, hint: str) -> None:
         ) from None
     if not first:
         raise DataError("is empty", where=where, hint=hint)
+    if first in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise DataError("is UTF-16 text", where=where, hint="save the file as UTF-8")

@@ -4,23 +4,27 @@
     ``question`` (text; or ``prompt``, which is taken as it stands), ``choices`` (list of at least
     two texts; in CSV a JSON list in one cell), ``answer`` (index into ``choices``, from 0).
 ``classification``
-    ``text`` (or ``prompt``), ``label`` (one of the study's ``task.labels``, or its index).
+    ``text`` (or ``prompt``), ``label`` (one of the study's ``task.labels``, or its index; where a
+    label is a number itself, numbers are names and never an index).
 ``instruction``
-    ``instruction`` (text), ``response`` (text); training is on the response alone.
+    ``instruction`` (text), ``input`` (text that may follow it), ``response`` (text); or
+    ``messages``, one exchange of a chat. Training is on the response alone.
 ``text``
     ``text``: every token but the first is predicted. Where labels may be missing, ``answer: null``
     marks a text that is for distillation alone.
 
 Any row may have ``subject`` (text; which topic), and a column of any name that says whose record it
-is. An error names the field, never the value: the value may be a patient's.
+is. A study may give other names to the columns. An error names the column as the file does, never
+the value: the value may be a patient's.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, TypedDict
 
 from securefedcollm.errors import DataError
 from securefedcollm.foreign import decode_json
@@ -30,8 +34,32 @@ from securefedcollm.tuning.tokenise import Kind
 
 QUESTION: Final = "Question: {}\nAnswer:"
 CLASSIFY: Final = "Text: {}\nLabel:"
-WORDS: Final = ("prompt", "question", "text", "instruction", "response")
-"""Columns that some task reads words from."""
+WORDS: Final = ("prompt", "question", "text", "instruction", "input", "response")
+"""Columns that some task reads words from, besides ``choices`` and ``messages``."""
+READ: Final = frozenset({*WORDS, "choices", "messages", "answer", "subject"})
+"""Columns that a row is read with, whatever the task."""
+_NAMES: Final[dict[Kind, tuple[str, ...]]] = {
+    "multiple_choice": ("question", "choices", "answer"),
+    "classification": ("text", "label"),
+    "instruction": ("instruction", "response"),
+    "text": ("text",),
+}
+_MUST: Final[dict[Kind, int]] = {
+    "multiple_choice": 2,
+    "classification": 1,
+    "instruction": 1,
+    "text": 1,
+}
+"""How many of them every file has; the others may be left out where answers may be missing."""
+_INSTEAD: Final[dict[Kind, str]] = {
+    "multiple_choice": "prompt",
+    "classification": "prompt",
+    "instruction": "messages",
+    "text": "",
+}
+_WHOLE: Final = re.compile(r"([0-9]+)(?:\.0+)?")
+_NUMBER: Final = re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?")
+_EXACT: Final = 2**53
 
 Row = dict[str, Any]
 
@@ -50,19 +78,49 @@ class BadField(Exception):  # noqa: N818 - never leaves this room; becomes a Dat
         )
 
 
+class Layout(TypedDict, total=False):
+    """What a study says about the rows of its files; see :func:`format_of`."""
+
+    kind: Kind
+    labels: Sequence[str]
+    columns: Mapping[str, str]
+    template: str | None
+
+
 @dataclass(frozen=True)
 class Format:
     """How the rows of one kind of task are read.
 
-    ``columns``: those that every file must have; ``names``: all of the task's; ``hint``: a row,
-    spelled out.
+    ``columns``: those that every file must have; ``names``: all of the task's; both as they are
+    called in the file. ``hint``: a row, spelled out. ``instead``: a column that may stand in for
+    the first of ``columns``. ``renamed``: what the file calls some of our columns.
     """
 
     columns: tuple[str, ...]
     names: tuple[str, ...]
     hint: str
     read: Callable[[Row, bool], tuple[str, tuple[str, ...], int | None]]
-    framed: bool = False  # a column "prompt" may stand in for the first of ``columns``
+    instead: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def missing(self, header: Sequence[str]) -> str | None:
+        """The first column that a file with these columns lacks."""
+        spared = bool(self.instead) and self.instead in header
+        return next((name for name in self.columns[spared:] if name not in header), None)
+
+    def named(self, name: str) -> str:
+        """What the file calls our column ``name``."""
+        return self.renamed.get(name, name)
+
+    def _ours(self, row: Row) -> Row:
+        """A row under our names. Another column under one of them is not read at all."""
+        if not self.renamed:
+            return row
+        taken = {*self.renamed, *self.renamed.values()}
+        if self.columns[0] in taken and self.columns[0] in row:
+            taken.add(self.instead)  # the study asks for the other one
+        rest = {name: value for name, value in row.items() if name not in taken}
+        return rest | {ours: row[name] for ours, name in self.renamed.items() if name in row}
 
     def question(self, row: Row, *, labelled: bool, owner: str | None = None) -> Question:
         """One checked row.
@@ -70,11 +128,15 @@ class Format:
         Raises:
             BadField: a field is missing or wrong.
         """
-        prompt, choices, answer = self.read(row, labelled)
-        subject = row.get("subject")
-        if isinstance(subject, bool | dict | list) or subject != subject:
-            raise BadField("subject", "is not a text", "give a text, a number or leave it out")
-        if owner == "subject":  # then it is no topic
+        ours = self._ours(row)
+        try:
+            prompt, choices, answer = self.read(ours, labelled)
+            subject = ours.get("subject")
+            if isinstance(subject, bool | dict | list) or subject != subject:
+                raise BadField("subject", "is not a text", "give a text, a number or leave it out")
+        except BadField as bad:
+            raise BadField(self.named(bad.field), bad.problem, bad.hint) from None
+        if owner == self.named("subject"):  # then it is no topic
             subject = None
         return Question(
             prompt=prompt,
@@ -82,43 +144,54 @@ class Format:
             answer=answer,
             group="" if subject is None else str(subject).strip(),
             subject=None if owner is None else _owner(row, owner),
-            content=content_of(row),
+            content=content_of(ours),
         )
 
 
-def format_of(kind: Kind, labels: Sequence[str] = ()) -> Format:
-    """The format of the rows of a task; ``labels`` are those of a classification."""
-    match kind:
-        case "classification":
-            return Format(
-                ("text",),
-                ("text", "label"),
-                f'every row is {{"text": text, "label": one of {", ".join(labels)}}}',
-                lambda row, labelled: (
-                    _prompt(row, "text", CLASSIFY),
-                    tuple(labels),
-                    _label(row, labels, labelled),
-                ),
-                framed=True,
-            )
-        case "instruction":
-            return Format(
-                ("instruction",),
-                ("instruction", "response"),
-                'every row is {"instruction": text, "response": text}',
-                _instruction,
-            )
-        case "text":
-            hint = 'every row is {"text": text}'
-            return Format(("text",), ("text",), hint, _plain_text)
-        case "multiple_choice":
-            return Format(
-                ("question", "choices"),
-                ("question", "choices", "answer"),
-                'every row is {"question": text, "choices": [text, text, …], "answer": index}',
-                _multiple_choice,
-                framed=True,
-            )
+def format_of(
+    kind: Kind = "multiple_choice",
+    labels: Sequence[str] = (),
+    columns: Mapping[str, str] | None = None,
+    template: str | None = None,
+) -> Format:
+    """The format of the rows of a task.
+
+    Args:
+        labels: those of a classification.
+        columns: what the file calls our columns, where it has other names for them.
+        template: the prompt, with ``{}`` where the text or question is.
+    """
+    renamed = dict(columns or {})
+    numbers = any(_NUMBER.fullmatch(label) for label in labels)
+    names = tuple(renamed.get(name, name) for name in _NAMES[kind])
+    told = {
+        "choices": "[text, text, …]",
+        "answer": "index",
+        "label": f"one of {', '.join(labels)}",
+    }
+    row = (
+        f'"{name}": {told.get(our, "text")}' for our, name in zip(_NAMES[kind], names, strict=True)
+    )
+    reads: dict[Kind, Callable[[Row, bool], tuple[str, tuple[str, ...], int | None]]] = {
+        "multiple_choice": lambda row, labelled: _multiple_choice(
+            row, labelled, template or QUESTION
+        ),
+        "classification": lambda row, labelled: (
+            _prompt(row, "text", template or CLASSIFY),
+            tuple(labels),
+            _label(row, labels, numbers, labelled),
+        ),
+        "instruction": _instruction,
+        "text": _plain_text,
+    }
+    return Format(
+        columns=names[: _MUST[kind]],
+        names=names,
+        hint=f"every row is {{{', '.join(row)}}}",
+        read=reads[kind],
+        instead=renamed.get(_INSTEAD[kind], _INSTEAD[kind]),
+        renamed=renamed,
+    )
 
 
 def content_of(row: Row) -> bytes:
@@ -128,21 +201,30 @@ def content_of(row: Row) -> bytes:
     answers, to columns that no task reads, to the names of columns, to white space and Unicode
     form, and to the order of choices. So a label that was mended, a column of numbers or a subject
     that was added, and a study of another kind leave a record the record that it was.
+
+    Args:
+        row: under our names of the columns.
     """
-    words = [folded(row[name]) for name in WORDS if isinstance(row.get(name), str)]
-    return content_digest(words, _listed(row.get("choices")))
+    said = (turn.get("content") for turn in _listed(row.get("messages")) if isinstance(turn, dict))
+    words = [*(row.get(name) for name in WORDS), *said]
+    return content_digest(
+        [folded(text) for text in words if isinstance(text, str)],
+        [choice for choice in _listed(row.get("choices")) if isinstance(choice, str)],
+    )
 
 
-def _listed(choices: object) -> list[str]:
-    if isinstance(choices, str):  # a CSV cell
+def _listed(value: object) -> list[object]:
+    if isinstance(value, str):  # a CSV cell
         try:
-            choices = decode_json(choices)
+            value = decode_json(value)
         except ValueError:
-            choices = [choices]
-    return [c for c in choices if isinstance(c, str)] if isinstance(choices, list) else []
+            value = [value]
+    return value if isinstance(value, list) else []
 
 
-def row_of(question: Question, kind: Kind, owner: str) -> Row:
+def row_of(
+    question: Question, kind: Kind, owner: str, columns: Mapping[str, str] | None = None
+) -> Row:
     """The row that :meth:`Format.question` reads as ``question``; ``owner``: whose column."""
     response = question.choices[0] if question.choices else None
     row: Row
@@ -151,20 +233,24 @@ def row_of(question: Question, kind: Kind, owner: str) -> Row:
             row = {"prompt": question.prompt, "choices": question.choices}
             row["answer"] = question.answer
         case "classification":
-            row = {"prompt": question.prompt, "label": question.answer}
+            right = None if question.answer is None else question.choices[question.answer]
+            row = {"prompt": question.prompt, "label": right}
         case "instruction":
             row = {"instruction": question.prompt, "response": response}
         case "text":
             row = {"text": response, "answer": question.answer}
     if question.group:
         row["subject"] = question.group
+    row = {(columns or {}).get(name, name): value for name, value in row.items()}
     if question.subject is not None:
         row[owner] = question.subject
     return row
 
 
-def _multiple_choice(row: Row, labelled: bool) -> tuple[str, tuple[str, ...], int | None]:
-    prompt = _prompt(row, "question", QUESTION)
+def _multiple_choice(
+    row: Row, labelled: bool, frame: str
+) -> tuple[str, tuple[str, ...], int | None]:
+    prompt = _prompt(row, "question", frame)
     choices = tuple(_choices(row))
     return prompt, choices, _answer(row, len(choices), labelled)
 
@@ -174,7 +260,7 @@ def _prompt(row: Row, field: str, frame: str) -> str:
     prompt = row.get("prompt")
     if isinstance(prompt, str) and prompt.strip():
         return prompt.strip()
-    return frame.format(_text(row, field))
+    return frame.replace("{}", _text(row, field))
 
 
 def _plain_text(row: Row, labelled: bool) -> tuple[str, tuple[str, ...], int | None]:
@@ -183,22 +269,57 @@ def _plain_text(row: Row, labelled: bool) -> tuple[str, tuple[str, ...], int | N
 
 
 def _instruction(row: Row, labelled: bool) -> tuple[str, tuple[str, ...], int | None]:
+    if not row.get("instruction") and row.get("messages"):
+        row = _exchange(row)
     prompt = _text(row, "instruction")
+    if row.get("input") not in (None, "") and row["input"] == row["input"]:
+        more = _text(row, "input", empty=True)
+        prompt = f"{prompt}\n\n{more}".strip()
     if not labelled and row.get("response") in (None, ""):
         return prompt, (), None
     return prompt, (_text(row, "response"),), 0
 
 
-def _label(row: Row, labels: Sequence[str], labelled: bool) -> int | None:
+def _exchange(row: Row) -> Row:
+    """The instruction and response of a chat: a system's turn if any, a user's, an assistant's."""
+    turns = _decoded(row, "messages", _TURNS)
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise BadField("messages", "is not a list of turns", _TURNS)
+    roles = [turn.get("role") for turn in turns]
+    asked = [role for role in roles if role != "assistant"]
+    if asked not in (["user"], ["system", "user"]) or roles not in (asked, [*asked, "assistant"]):
+        raise BadField("messages", "is not one question and its answer", _TURNS)
+    try:
+        said = [_text(turn, "content") for turn in turns]
+    except BadField as bad:
+        raise BadField("messages", f"has a turn whose content {bad.problem}", _TURNS) from None
+    return {
+        "instruction": "\n\n".join(said[: len(asked)]),
+        "response": said[-1] if len(said) > len(asked) else None,
+    }
+
+
+_TURNS: Final = (
+    'write [{"role": "user", "content": text}, {"role": "assistant", "content": text}], with a '
+    "system turn first if there is one; a longer chat is a row for each answer"
+)
+
+
+def _label(row: Row, labels: Sequence[str], numbers: bool, labelled: bool) -> int | None:
+    """``numbers``: some label is one. An index would be another's name then: 1 among 1, 2, 3."""
     value = row.get("label")
-    hint = f"give one of {', '.join(labels)}, or an index from 0 to {len(labels) - 1}"
+    hint = f"give one of {', '.join(labels)}"
+    if not numbers:
+        hint += f", or an index from 0 to {len(labels) - 1}"
     if value is None or value == "" or value != value:
         if labelled:
             raise BadField("label", "is missing", hint)
         return None
-    if isinstance(value, str) and value.strip() in labels:
-        return labels.index(value.strip())
-    if isinstance(value, str) and not value.strip().isdecimal():
+    index = _whole(value)
+    for name in (value, index):
+        if isinstance(name, str | int | float) and str(name).strip() in labels:
+            return labels.index(str(name).strip())
+    if numbers or isinstance(index, str):
         raise BadField("label", "is none of the study's task.labels", hint)
     return _index(value, "label", len(labels), "labels", hint)
 
@@ -207,8 +328,10 @@ def _owner(row: Row, column: str) -> str:
     """Whose record it is. 7 and "7 " are the same person in every format."""
     value = row.get(column)
     hint = "every record needs its subject, or privacy.subject another column"
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # a column with a gap, on its way through Arrow
+    if isinstance(value, float) and abs(value) >= _EXACT:
+        raise BadField(column, "is a number too large to be exact", "write it as a text, in quotes")
+    if isinstance(value, float):
+        value = _whole(value)  # a column with a gap, on its way through Arrow
     if value is None or value != value or not str(value).strip():
         raise BadField(column, "is missing", hint)
     if isinstance(value, bool) or not isinstance(value, int | str):
@@ -216,27 +339,19 @@ def _owner(row: Row, column: str) -> str:
     return str(value).strip()
 
 
-def _text(row: Row, field: str) -> str:
+def _text(row: Row, field: str, *, empty: bool = False) -> str:
     value = row.get(field)
     if value is None:
         raise BadField(field, "is missing")
     if not isinstance(value, str):
         raise BadField(field, f"is a {type(value).__name__}, not a text")
-    if not value.strip():
+    if not value.strip() and not empty:
         raise BadField(field, "is empty", "give it a text or delete the row")
     return value.strip()
 
 
 def _choices(row: Row) -> list[str]:
-    value = row.get("choices")
-    if isinstance(value, str):  # a CSV cell
-        try:
-            value = decode_json(value)
-            json.dumps(value, ensure_ascii=False).encode()  # no lone surrogate
-        except ValueError:
-            raise BadField(
-                "choices", "is not a JSON list", 'write it as ["first choice", "second choice"]'
-            ) from None
+    value = _decoded(row, "choices", 'write it as ["first choice", "second choice"]')
     if value is None:
         raise BadField("choices", "is missing")
     if not isinstance(value, list):
@@ -251,6 +366,19 @@ def _choices(row: Row) -> list[str]:
     return [choice.strip() for choice in value]
 
 
+def _decoded(row: Row, field: str, hint: str) -> Any:
+    """A value that is JSON text in a cell of CSV."""
+    value = row.get(field)
+    if not isinstance(value, str):
+        return value
+    try:
+        decoded = decode_json(value)
+        json.dumps(decoded, ensure_ascii=False).encode()  # no lone surrogate
+    except ValueError:
+        raise BadField(field, "is not a JSON list", hint) from None
+    return decoded
+
+
 def _answer(row: Row, count: int, labelled: bool) -> int | None:
     value = row.get("answer")
     hint = f"give the index of the right choice, 0 to {count - 1}"
@@ -263,12 +391,16 @@ def _answer(row: Row, count: int, labelled: bool) -> int | None:
 
 
 def _index(value: Any, field: str, count: int, things: str, hint: str) -> int:
-    if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():
-        value = int(value) if len(value) < 64 else count  # a CSV cell; Python refuses long ones
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
+    value = _whole(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise BadField(field, f"is a {type(value).__name__}, not an index", hint)
     if not 0 <= value < count:
         raise BadField(field, f"is none of the {count} {things}", hint)
     return value
+
+
+def _whole(value: Any) -> Any:
+    """A whole number as one, also as 1.0 or, in CSV, "1" or "1.0": a column that had a gap."""
+    if isinstance(value, str) and (found := _WHOLE.fullmatch(value.strip())):
+        return int(found[1]) if len(found[1]) < 64 else 10**64  # Python refuses long ones
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -6,18 +6,15 @@ row is one thing to whoever looked at it and another to the training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from securefedcollm.errors import DataError
 from securefedcollm.tuning.formats import BadField, Format, Row
 from securefedcollm.tuning.questions import Question
 from securefedcollm.tuning.rows import BATCH, Checked, rows_of
-from securefedcollm.tuning.tables import Shape, csv_table, json_table, rows_of_table
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from securefedcollm.tuning.tables import Shape, rows_of_table
 
 _HELD: Final = 8 << 20
 """Bytes of rows that are held at a time, and one row more."""
@@ -55,13 +52,12 @@ def questions_of(
         if isinstance(asked, BadField):
             return asked  # it says what is wrong with the row
         alike = row is not None and question(row) == asked
-        return asked if alike else _two_ways(form)
+        return asked if alike else _two_ways(checked.row, row, form)
 
     rows = rows_of(path, form, owner)
     if path.suffix == ".parquet":
         yield from ((checked.place, question(checked.row)) for checked in rows)
         return
-    table = json_table if path.suffix == ".jsonl" else csv_table
     shapes: set[Shape] = set()
     for batch in _batches(rows):
         good = [i for i, checked in enumerate(batch) if isinstance(checked.row, dict)]
@@ -72,14 +68,15 @@ def questions_of(
                 where=str(path),
                 hint="give every column one type",
             )
-        read = dict(zip(good, _read([batch[i] for i in good], table), strict=True))
+        read = dict(zip(good, _read([batch[i] for i in good]), strict=True))
         for i, checked in enumerate(batch):
             yield checked.place, settled(checked, read.get(i))
 
 
-def _two_ways(form: Format) -> BadField:
+def _two_ways(one: Row | BadField, other: Row | None, form: Format) -> BadField:
+    mine, read = one if isinstance(one, dict) else {}, other or {}
     return BadField(
-        form.columns[0],
+        next((name for name in read if read[name] != mine.get(name)), form.columns[0]),
         "is in a row that two readers do not read alike",
         "numbers are within 2^63, other values are texts; quotes in CSV are doubled",
     )
@@ -98,31 +95,28 @@ def _batches(rows: Iterator[Checked]) -> Iterator[list[Checked]]:
         yield batch
 
 
-def _read(
-    batch: Sequence[Checked], table: Callable[[Sequence[bytes], Shape], pa.Table]
-) -> list[Row | None]:
+def _read(batch: Sequence[Checked]) -> list[Row | None]:
     """Each row as Arrow and ``datasets`` read it; None for one that they do not."""
     alike: dict[Shape, list[int]] = {}
     for i, checked in enumerate(batch):
         alike.setdefault(checked.shape, []).append(i)
     found: list[Row | None] = [None] * len(batch)
     for shape, members in alike.items():
-        rows = _rows([batch[i].raw for i in members], shape, table)
+        rows = _rows([batch[i] for i in members], shape)
         if rows is None:  # which of them it is shows one by one
-            alone = [_rows([batch[i].raw], shape, table) for i in members]
+            alone = [_rows([batch[i]], shape) for i in members]
             rows = [one[0] if one else None for one in alone]
         for i, row in zip(members, rows, strict=True):
             found[i] = row
     return found
 
 
-def _rows(
-    raw: list[bytes], shape: Shape, table: Callable[[Sequence[bytes], Shape], pa.Table]
-) -> list[Row | None] | None:
+def _rows(alike: list[Checked], shape: Shape) -> list[Row | None] | None:
     import pyarrow as pa
 
     try:
-        rows: list[Row | None] = [*rows_of_table(table(raw, shape))]
+        table = alike[0].table([checked.raw for checked in alike], shape)
+        rows: list[Row | None] = [*rows_of_table(table)]
     except pa.ArrowException:
         return None
-    return rows if len(rows) == len(raw) else None
+    return rows if len(rows) == len(alike) else None

@@ -11,17 +11,23 @@ could read differently is refused. No error quotes a value: it may be a patient'
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, Final, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
 from securefedcollm.errors import DataError
 from securefedcollm.foreign import decode_json, printable
-from securefedcollm.tuning.formats import WORDS, BadField, Format, Row
+from securefedcollm.tuning.formats import READ, BadField, Format, Row
 from securefedcollm.tuning.parquet_footer import Footer, read_footer
-from securefedcollm.tuning.tables import Shape, rows_of_table, shape_of
+from securefedcollm.tuning.tables import Shape, csv_table, json_table, rows_of_table, shape_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MOST_LINE: Final = 16 << 20
 """Bytes of a line, characters of a cell: a long book."""
@@ -31,20 +37,26 @@ _UNFOLDING: Final = 100
 _MOST_COLUMNS: Final = 1000
 BATCH: Final = 1024
 """Rows that are held at a time."""
+_DELIMITERS: Final = ",;\t|"
+_TOLD: Final = re.compile(rf'"?sep=([{_DELIMITERS}])"?\s*')
+"""A first line by which a spreadsheet says what separates the cells."""
+_LARGEST: Final = 2**63
+_UTF8: Final = "save the file as UTF-8 (it may be in the encoding of an older Windows)"
 
 
 class Checked(NamedTuple):
     """One row.
 
     ``place``: ``file:line`` (Parquet: ``file, row n``, from 1); ``row``: what it says, or what is
-    wrong with it; ``raw``: its bytes in the file, and ``shape``: the columns that are to be read
-    from them. A row of a Parquet file has no bytes of its own.
+    wrong with it; ``raw``: its bytes in the file, ``shape``: the columns that are to be read from
+    them, and ``table``: by what. A row of a Parquet file has no bytes of its own.
     """
 
     place: str
     row: Row | BadField
     raw: bytes = b""
     shape: Shape = ()
+    table: Callable[[Sequence[bytes], Shape], pa.Table] = json_table
 
 
 def rows_of(path: Path, form: Format, owner: str | None) -> Iterator[Checked]:
@@ -57,20 +69,31 @@ def rows_of(path: Path, form: Format, owner: str | None) -> Iterator[Checked]:
         DataError: the file as a whole cannot be read.
     """
     # A record is known by its words in every column that any task reads.
-    wanted = {*form.names, *WORDS, "choices", "answer", "subject", *([owner] if owner else [])}
+    wanted = {*READ, *form.names, *form.renamed.values(), *([owner] if owner else [])}
     match path.suffix:
         case ".jsonl":
             return _json_rows(path, form, wanted)
         case ".csv":
             return _csv_rows(path, form)
         case _:
-            return _parquet_rows(path, wanted)
+            return _parquet_rows(path, form, wanted)
 
 
 def _json_rows(path: Path, form: Format, wanted: set[str]) -> Iterator[Checked]:
     with path.open("rb") as file:
+        first = True
         for line, raw in enumerate(_lines(path, file, b""), start=1):
+            if line == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)  # Arrow expects none
             if raw.strip():
+                if first and (raw.lstrip()[:1] == b"[" or raw.strip() == b"{"):
+                    raise DataError(
+                        f"this is a JSON {'array' if b'[' in raw else 'text of many lines'}, not "
+                        "JSON Lines",
+                        where=f"{path}:{line}",
+                        hint="write one object a line, e.g. with `jq -c '.[]'`",
+                    )
+                first = False
                 row = _json_row(raw, form.columns[0], wanted)
                 shape = () if isinstance(row, BadField) else shape_of(row)
                 yield Checked(f"{path}:{line}", row, raw, shape)
@@ -90,19 +113,32 @@ def _lines(path: Path, file: IO[Any], end: Any) -> Iterator[Any]:
 def _json_row(raw: bytes, field: str, wanted: set[str]) -> Row | BadField:
     try:
         row = decode_json(raw)
-        if b"\\u" in raw:
-            json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError:
-        return BadField(field, "is not UTF-8 text", "save the file as UTF-8")
-    except UnicodeEncodeError:
-        return BadField(field, "is in a row with half a character (a lone surrogate)")
+        return BadField(field, "is not UTF-8 text", _UTF8)
     except json.JSONDecodeError as error:
         return BadField(field, f"cannot be reached: broken JSON at column {error.colno}")
     except ValueError as error:  # ours, or of a number with thousands of digits
         return BadField(field, f"cannot be reached: {str(error)[:80]}")
     if not isinstance(row, dict):
         return BadField(field, "is missing: not a JSON object")
+    for name, value in row.items():
+        if b"\\u" in raw and not _whole_characters(json.dumps({name: value}, ensure_ascii=False)):
+            return BadField(printable(name, 60), "holds half a character (a lone surrogate)")
+        if isinstance(value, int) and not -_LARGEST <= value < _LARGEST and name in wanted:
+            return BadField(
+                printable(name, 60),
+                "is a number beyond 2^63, which programs round to another",
+                "write it as a text, in quotes",
+            )
     return {name: value for name, value in row.items() if name in wanted}
+
+
+def _whole_characters(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _csv_rows(path: Path, form: Format) -> Iterator[Checked]:
@@ -111,9 +147,17 @@ def _csv_rows(path: Path, form: Format) -> Iterator[Checked]:
     passed: list[str] = []  # the lines of the row that the reader is at
     try:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.reader(_noted(_lines(path, file, ""), passed))
-            header = _header(next(reader, []), path, form)
+            first = next(_lines(path, file, ""), "")
+            told = _TOLD.fullmatch(first)
+            by = told[1] if told else _delimiter(first, form)
+            file.seek(0)
+            reader = csv.reader(_noted(_lines(path, file, ""), passed), delimiter=by)
+            if told:
+                next(reader)
+            line = reader.line_num + 1
+            header = _header(next(reader, []), f"{path}:{line}", form)
             shape: Shape = tuple((name, "text") for name in header)
+            table = partial(csv_table, delimiter=by)
             line = reader.line_num
             passed.clear()
             for cells in reader:
@@ -121,9 +165,9 @@ def _csv_rows(path: Path, form: Format) -> Iterator[Checked]:
                 if cells:
                     row, text = _csv_row(header, cells), "".join(passed)
                     if len(cells) < len(header):  # a sheet's last cells may be left out
-                        text = text.rstrip("\r\n") + "," * (len(header) - len(cells)) + "\n"
+                        text = text.rstrip("\r\n") + by * (len(header) - len(cells)) + "\n"
                     bad = isinstance(row, BadField)
-                    yield Checked(place, row, b"" if bad else text.encode(), shape)
+                    yield Checked(place, row, b"" if bad else text.encode(), shape, table)
                 passed.clear()
     except csv.Error as error:
         raise DataError(
@@ -141,16 +185,32 @@ def _noted(lines: Iterator[str], passed: list[str]) -> Iterator[str]:
         yield line
 
 
-def _header(header: list[str], path: Path, form: Format) -> list[str]:
-    framed = form.framed and "prompt" in header  # then the first column is not needed
-    missing = [name for name in form.columns[framed:] if name not in header]
-    if missing:
+def _delimiter(first: str, form: Format) -> str:
+    """What separates the cells: with it the header has the task's columns. Else the comma."""
+    for delimiter in _DELIMITERS:
+        cells = [cell.strip() for cell in next(csv.reader([first], delimiter=delimiter), [])]
+        if form.missing(cells) is None:
+            return delimiter
+    return ","
+
+
+def _header(cells: list[str], where: str, form: Format) -> list[str]:
+    """Names of the columns. One without a name, such as a data frame's index, is not read."""
+    if not _whole_characters("".join(cells)) or "\0" in "".join(cells):
+        raise DataError("the header is not UTF-8 text", where=where, hint=_UTF8)
+    header = [cell.strip() or f"(column {i})" for i, cell in enumerate(cells, start=1)]
+    _refuse_missing(header, where, form)
+    return _once(header, where)
+
+
+def _refuse_missing(header: Sequence[str], where: str, form: Format) -> None:
+    if (name := form.missing(header)) is not None:
         raise DataError(
-            f"the header has no column '{missing[0]}'",
-            where=f"{path}:1",
-            hint=f"name the columns {', '.join(form.names)} and optionally subject",
+            f"the header has no column '{name}'",
+            where=where,
+            hint=f"name the columns {', '.join(form.names)} and optionally subject, or say what "
+            "they are called: task.columns (--column); CSV is separated by , ; | or tabs",
         )
-    return _once(header, f"{path}:1")
 
 
 def _once(header: Iterable[str], where: str) -> list[str]:
@@ -171,16 +231,17 @@ def _csv_row(header: list[str], cells: list[str]) -> Row | BadField:
         return BadField(
             header[-1],
             f"is where {len(cells)} cells meet a header of {len(header)}",
-            "put a cell that holds a comma in double quotes",
+            "put a cell that holds a comma (or what else separates the cells) in double quotes",
         )
-    try:
-        "".join(cells).encode()
-    except UnicodeEncodeError:
-        return BadField(header[0], "is in a row that is not UTF-8 text", "save the file as UTF-8")
+    if not _whole_characters("".join(cells)):
+        name = next(
+            n for n, cell in zip(header, cells, strict=False) if not _whole_characters(cell)
+        )
+        return BadField(printable(name, 60), "is not UTF-8 text", _UTF8)
     return dict(zip(header, cells + [""] * (len(header) - len(cells)), strict=True))
 
 
-def _parquet_rows(path: Path, wanted: set[str]) -> Iterator[Checked]:
+def _parquet_rows(path: Path, form: Format, wanted: set[str]) -> Iterator[Checked]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -190,6 +251,9 @@ def _parquet_rows(path: Path, wanted: set[str]) -> Iterator[Checked]:
             content.seek(0)
             file = pq.ParquetFile(content)
             names = _once(file.schema_arrow.names, str(path))
+            _refuse_missing(names, str(path), form)
+            label = form.named("label")
+            classes = _classes(file.schema_arrow, label)
             columns = [name for name in names if name in wanted]
             most, batch = _allowed(path, size, about, columns)
             number = held = 0
@@ -199,7 +263,8 @@ def _parquet_rows(path: Path, wanted: set[str]) -> Iterator[Checked]:
                     raise _bomb(path)
                 for row in rows_of_table(pa.Table.from_batches([part])):
                     number += 1
-                    yield Checked(f"{path}, row {number}", row)
+                    said = row if classes is None else _by_name(row, label, classes)
+                    yield Checked(f"{path}, row {number}", said)
     except (DataError, GeneratorExit):
         raise
     except Exception as error:  # the parser's own, of any kind
@@ -208,6 +273,32 @@ def _parquet_rows(path: Path, wanted: set[str]) -> Iterator[Checked]:
             where=str(path),
             hint="check that the file really is parquet",
         ) from None
+
+
+def _classes(schema: pa.Schema, column: str) -> list[str] | None:
+    """What the file itself says that the numbers of a column mean: a ClassLabel of ``datasets``.
+
+    Raises:
+        ValueError: it says so in a way that cannot be read.
+    """
+    about: Any = decode_json((schema.metadata or {}).get(b"huggingface", b"{}"))
+    try:
+        feature = about["info"]["features"][column]
+        names = feature["names"] if feature["_type"] == "ClassLabel" else None
+    except (LookupError, TypeError):
+        return None
+    if not isinstance(names, list | None) or not all(isinstance(n, str) for n in names or []):
+        raise ValueError("names that are none")
+    return names
+
+
+def _by_name(row: Row, column: str, classes: list[str]) -> Row | BadField:
+    number = row.get(column)
+    if number is None or number == -1:  # -1: a test set's way to say that there is none
+        return row | {column: None}
+    if not isinstance(number, int) or not 0 <= number < len(classes):
+        return BadField(column, "is none of the classes that the file names")
+    return row | {column: classes[number]}
 
 
 def _allowed(path: Path, size: int, about: Footer, columns: list[str]) -> tuple[int, int]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from securefedcollm.tuning.formats import Row
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Kind = Literal["nothing", "text", "texts", "whole", "number", "truth"]
+Kind = Literal["nothing", "text", "texts", "turns", "whole", "number", "truth"]
 Shape = tuple[tuple[str, Kind], ...]
 """Columns of a row and what each holds."""
 
@@ -41,7 +41,17 @@ def _kind(value: object) -> Kind | None:
             return "number"
         case list() if all(isinstance(entry, str) for entry in value):
             return "texts"
+        case list() if all(_is_turn(entry) for entry in value):
+            return "turns"
     return None
+
+
+def _is_turn(entry: object) -> bool:
+    """Whether it is a turn of a chat with plain words."""
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in _TURN)
+
+
+_TURN: Final = ("role", "content")
 
 
 def json_table(lines: Sequence[bytes], shape: Shape) -> pa.Table:
@@ -57,6 +67,7 @@ def json_table(lines: Sequence[bytes], shape: Shape) -> pa.Table:
         "nothing": pa.null(),
         "text": pa.string(),
         "texts": pa.list_(pa.string()),
+        "turns": pa.list_(pa.struct([(key, pa.string()) for key in _TURN])),
         "whole": pa.int64(),
         "number": pa.float64(),
         "truth": pa.bool_(),
@@ -72,7 +83,7 @@ def json_table(lines: Sequence[bytes], shape: Shape) -> pa.Table:
     )
 
 
-def csv_table(records: Sequence[bytes], shape: Shape) -> pa.Table:
+def csv_table(records: Sequence[bytes], shape: Shape, delimiter: str = ",") -> pa.Table:
     """Records of CSV as a table with the columns ``shape``: no cell becomes a number or null.
 
     Raises:
@@ -88,7 +99,7 @@ def csv_table(records: Sequence[bytes], shape: Shape) -> pa.Table:
         read_options=reader.ReadOptions(
             column_names=names, use_threads=False, block_size=len(raw) + 1
         ),
-        parse_options=reader.ParseOptions(newlines_in_values=True),
+        parse_options=reader.ParseOptions(delimiter=delimiter, newlines_in_values=True),
         convert_options=reader.ConvertOptions(
             column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
         ),

@@ -70,6 +70,38 @@ def test_a_clean_file_passes_without_a_study(inputs, tmp_path):
     assert f"{path}:2 ≠ {path}:3" in result.stdout
 
 
+def test_options_say_what_the_rows_are(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("note;ward;case\na;calm;7\nb;urgent;8\nc;other;9\nd;calm;\n")
+    options = ["--task", "classification", "--label", "calm", "--label", "urgent"]
+    options += ["--column", "text=note", "--column", "label=ward", "--subject", "case"]
+    result = check(path, *options)
+    assert result.exit_code == 1
+    assert f"{path}:4: field 'ward' is none of the study's task.labels\n" in result.stdout
+    assert f"{path}:5: field 'case' is missing\n" in result.stdout
+    assert "4 rows, 2 usable" in result.stdout
+    assert "→ give one of calm, urgent, or an index from 0 to 1\n" in result.stdout
+    path.write_text("note;ward;case\na;calm;7\nb;urgent;8\n")
+    assert check(path, *options).stdout.endswith("nothing found\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--task", "classification"], "--label: a classification needs labels"),
+        (["--label", "a"], "--label: a classification needs labels"),
+        (["--column", "text"], "--column: 'text' is not FIELD=NAME"),
+        (["--column", "text=note"], "task.columns.text: kind: multiple_choice reads no such"),
+        (["--study", "configs/quickstart.yaml", "--task", "text"], "--study: the study says what"),
+        (["--set", "rounds=2"], "--set: there is no study to change"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(tmp_path, options, says):
+    result = check(tmp_path / "mine.csv", *options)
+    assert str(result.exception).startswith(says)
+    assert result.exception.hint
+
+
 def test_classification_labels_and_parquet(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq

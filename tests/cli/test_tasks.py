@@ -132,6 +132,48 @@ def test_the_other_tasks_run(inputs: Path, tmp_path: Path, task: Any, over: str)
     assert results["evidence"]["holds"]
 
 
+def test_a_sheet_with_names_of_its_own_runs(inputs: Path, tmp_path: Path) -> None:
+    """As a spreadsheet in Germany writes it; the template and the names go everywhere alike."""
+    for name in ("train", "test"):
+        rows = map(json.loads, (inputs / f"{name}.jsonl").read_text().splitlines())
+        cells = (f'{row["text"]}; "cool";{row["label"]}'.split(";") for row in rows)
+        lines = (
+            '"' + a.replace('"', '""') + ";" + b.replace('"', '""') + f'";{c}' for a, b, c in cells
+        )
+        sheet = "\ufeffNotiz ;Station\r\n" + "".join(f"{line}\r\n" for line in lines)
+        (tmp_path / f"{name}.csv").write_text(sheet, newline="")
+    for name in ("llm", "slm"):
+        (tmp_path / name).symlink_to(inputs / name)
+    data = {"train": "train.csv", "test": "test.csv", "public": 14, "per_silo": 28}
+    task = {"kind": "classification", "labels": ["new", "naïve"], "template": "{} paper"}
+    task |= {
+        "columns": {"text": "Notiz", "label": "Station"},
+        "data": {**data, "public_labelled": 7},
+    }
+    results = simulate(tmp_path, tmp_path / "run", task=task, privacy=None)
+    assert results["evidence"]["holds"]
+    (row,) = [r for r in results["table"] if (r["model"], r["method"]) == ("slm", "FedCoLLM")]
+    options = ["--data", tmp_path, "--json", "--max-tokens", "48"]
+    command = ["model", "evaluate", "--run", tmp_path / "run", "--role", "slm", *options]
+    scores = json.loads(invoke(*command, "--test", tmp_path / "test.csv").stdout)["all"]
+    assert scores["accuracy"] == pytest.approx(row["accuracy"][""], abs=1e-6)
+    assert json.loads(invoke(*command).stdout)["all"] == scores
+    told = ["--task", "classification", "--label", "new", "--label", "naïve", "--json"]
+    told += ["--column", "text=Notiz", "--column", "label=Station", "--max-tokens", "48"]
+    adapter = ["--model", inputs / "slm", "--adapter", tmp_path / "run" / "adapters" / "slm"]
+    alone = ["model", "evaluate", *adapter, "--test", tmp_path / "test.csv", *told]
+    again = json.loads(invoke(*alone, "--template", "{} paper").stdout)["all"]
+    assert again == pytest.approx(scores)
+    assert json.loads(invoke(*alone).stdout)["all"] != again  # another prompt
+    invoke(
+        "study", "deal", tmp_path / "tasks.yaml", "--data", tmp_path, "--out", tmp_path / "dealt"
+    )
+    mine = tmp_path / "dealt" / "silo-1.jsonl"
+    assert set(json.loads(mine.read_text().splitlines()[0])) == {"prompt", "Station"}
+    checked = ["data", "check", mine, "--study", tmp_path / "tasks.yaml", "--data", tmp_path]
+    assert "nothing found" in invoke(*checked).stdout
+
+
 @pytest.mark.parametrize("role", ["llm", "slm"])
 def test_a_run_s_models_are_measured_again_and_merged(
     run: Path, inputs: Path, tmp_path: Path, role: str

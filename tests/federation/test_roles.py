@@ -8,7 +8,7 @@ import json
 import pytest
 from securefedcollm_audits.verify import verify
 
-from securefedcollm.errors import ConfigError, CryptoError, QuorumError
+from securefedcollm.errors import ConfigError, CryptoError, DataError, QuorumError
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation import roles
 from securefedcollm.federation.engines import Failure
@@ -256,7 +256,16 @@ def test_status_names_what_it_cannot_read(homes, tmp_path):
     assert "study.yaml" in status.problem
 
 
-def test_server_questions_of_a_study_on_files_must_be_given():
+def test_server_questions_of_a_study_on_files_must_be_given(tmp_path):
     data = {"train": "a.jsonl", "test": "b.jsonl", "public": 10, "per_silo": 10}
-    with pytest.raises(ConfigError, match="public questions"):
-        roles.server_questions(study(task={"data": data}), None, None)
+    path = tmp_path / "public.jsonl"
+    path.write_text('{"instruction": "do"}\n')
+    for keys in (data, {}):  # of real participants nothing is dealt out
+        with pytest.raises(ConfigError, match="public questions"):
+            roles.server_questions(study(task={"data": keys}), None, None)
+    task = {"data": {}, "kind": "instruction"}
+    alone = study(task=task, distillation={"over": "answer", "batch_unlabelled": 4})
+    with pytest.raises(DataError, match=r"public.jsonl: a public instruction without its response"):
+        roles.server_questions(alone, path, None)
+    public, _ = roles.server_questions(study(task=task, distillation={"over": "all"}), path, None)
+    assert [question.prompt for question in public] == ["do"]

@@ -51,7 +51,8 @@ def test_the_digest_is_that_of_the_meaning_not_of_the_spelling(tmp_path):
         ("models.llm.source=hub:a/b", "models.llm.revision: a hub model without", "40-digit"),
         ("models.slm.revision=" + "a" * 40, "models.slm.revision: only hub models", "sha256"),
         ("task.data.train=x.jsonl", "task.data.train: the built-in world and files", "remove"),
-        ("task.data={}", "task.data.train: this key is missing", "builtin"),
+        ("task.data={public: 2}", "task.data.train: this key is missing", "builtin"),
+        ("task.data={skew: 2}", "task.data.train: this key is missing", "leave all out"),
         (
             "task.data={train: /etc/x, test: y, public: 1, per_silo: 1}",
             "task.data.train: '/etc/x' is not a plain file name",
@@ -114,6 +115,43 @@ def test_the_digest_is_that_of_the_meaning_not_of_the_spelling(tmp_path):
             "task.labels: a classification needs two or more different labels",
             "once",
         ),
+        (
+            "task={%s, kind: classification, labels: ['a ', b]}",
+            "task.labels: 'a ' begins or ends with a space",
+            "remove the space",
+        ),
+        (
+            "task={%s, columns: {text: note}}",
+            "task.columns.text: kind: multiple_choice reads no such column",
+            "answer, choices, question, subject",
+        ),
+        (
+            "task={%s, columns: {question: ' note'}}",
+            "task.columns.question: ' note' is no column's name",
+            "header",
+        ),
+        (
+            "task={%s, columns: {question: answer}}",
+            "task.columns.question: two fields would be read from 'answer'",
+            "a column of its own",
+        ),
+        (
+            "task={%s, columns: {question: prompt}}",
+            "task.columns.question: a column prompt is taken as it stands",
+            "rename",
+        ),
+        ("task={%s, columns: [a]}", "task.columns: expected `object`, got `array`", ""),
+        ("task={%s, template: 'Q'}", "task.template: the text's place {} must be", "Note: {}"),
+        ("task={%s, template: '{}{}'}", "task.template: the text's place {} must be", "Note: {}"),
+        ("task={%s, template: '{} '}", "task.template: ends in white space", "|-"),
+        ("task={%s, kind: text, template: '{}'}", "task.template: kind: text has no prompt", ""),
+        ("task.template='{}'", "task.template: the built-in world has", "remove it"),
+        ("task.columns={question: q}", "task.columns: the built-in world has", "remove it"),
+        (
+            "privacy={epsilon: 1, delta: 1e-5, unit: subject, subject: q}",
+            "privacy.subject: the built-in world has no column 'q'",
+            "patient",
+        ),
         ("task={%s, kind: text}", "distillation.over: kind: text has no choices", "choose answer"),
         ("task={%s, kind: text, score: pmi}", "task.score: pmi is about choices", "plain"),
         (
@@ -143,6 +181,14 @@ def test_a_wrong_value_is_refused_with_its_place_and_the_fix(override, where, hi
     assert str(caught.value).startswith(where)
     assert hint in caught.value.hint
     assert "\n" not in str(caught.value)
+
+
+def test_the_unit_is_no_column_of_what_a_record_says():
+    files = "task.data={train: x, test: y, public: 2, per_silo: 1}"
+    unit = "privacy={epsilon: 1, delta: 1e-5, unit: subject, subject: case}"
+    assert load_study(QUICKSTART, [files, unit]).subject == "case"
+    with pytest.raises(ConfigError, match="'case' is what a record says, not whose"):
+        load_study(QUICKSTART, [files, unit, "task.columns={question: case}"])
 
 
 def test_what_a_task_without_choices_cannot_have():
@@ -218,4 +264,10 @@ def test_later_keys_leave_older_studies_their_digest():
     for change in ("adapter.max_abs=50", "local.reply_slot=30"):
         changed = load_study(QUICKSTART, [change])
         assert digest(changed) != digest(study)
+        assert digest(study_from_tree(changed.tree)) == digest(changed)
+    files = load_study(QUICKSTART, ["task.data={train: x, test: y, public: 2, per_silo: 1}"])
+    assert not {"columns", "template"} & files.tree["task"].keys()
+    for name, value in (("columns", {"question": "q"}), ("template", "{} A:")):
+        changed = study_from_tree({**files.tree, "task": files.tree["task"] | {name: value}})
+        assert digest(changed) != digest(files)
         assert digest(study_from_tree(changed.tree)) == digest(changed)

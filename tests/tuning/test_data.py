@@ -155,7 +155,7 @@ def test_files_that_are_no_question_files(tmp_path: Path) -> None:
         "folder.jsonl": "cannot be opened",
         "text.parquet": "cannot be read as parquet",
         "head.csv": "no column 'choices'",
-        "only-head.csv": "holds no questions",
+        "only-head.csv": "holds no records",
         "latin.jsonl": "latin.jsonl:2: field 'question' is not UTF-8",
         "rows.txt": "unknown suffix '.txt'",
         "absent.jsonl": "no such file",
