@@ -66,17 +66,16 @@ def deal(study: Study, data: Path | None, noisy: int = 0) -> Dealt:
             where="--data",
             hint="give the directory that holds them: --data DIR",
         )
-    # study.checks has seen to it that file studies have all of these
+    # study.checks has seen to it that file studies have these
     assert spec.train
     assert spec.test
-    assert spec.public
     assert spec.per_silo
     test = read_records(study, data / spec.test, private=False)
     split = split_questions(
         without(read_records(study, data / spec.train), test),
         silos=len(names),
         per_silo=spec.per_silo,
-        public=spec.public,
+        public=spec.public or 0,
         public_labelled=spec.public_labelled,
         seed=study.seed,
         concentration=spec.alpha if spec.partition == "dirichlet" else None,

@@ -260,3 +260,5 @@ def test_server_questions_of_a_study_on_files_must_be_given():
     data = {"train": "a.jsonl", "test": "b.jsonl", "public": 10, "per_silo": 10}
     with pytest.raises(ConfigError, match="public questions"):
         roles.server_questions(study(task={"data": data}), None, None)
+    alone = {"models": {"slm": {"source": "builtin:slm"}}}
+    assert roles.server_questions(study(task={"data": data}, **alone), None, None) == ([], [])
