@@ -147,7 +147,7 @@ def test_a_wrong_value_is_refused_with_its_place_and_the_fix(override, where, hi
 
 def test_without_a_large_model_there_is_nothing_to_distil():
     with pytest.raises(ConfigError, match="distillation: there is no large model to distil with"):
-        load_study(QUICKSTART, ["models.llm=none"])
+        load_study(QUICKSTART, ["models.llm=none", "distillation.steps=2"])
     alone = load_study(QUICKSTART, ["models.llm=none", "distillation={}"])
     assert alone.models.llm is None
     assert digest(study_from_tree(alone.tree)) == digest(alone)
