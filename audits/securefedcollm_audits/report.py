@@ -428,8 +428,8 @@ def _parameters(case: Case) -> dict[str, Any]:
         "silos that may collude with the server": study.silos.colluders,
         "rounds": study.rounds,
         "adapter": f"{study.adapter.method}, rank {study.adapter.rank}",
-        "small model": study.models.slm.source,
-        "large model": study.models.llm.source,
+        "small model" if study.models.llm else "model": study.models.slm.source,
+        **({"large model": study.models.llm.source} if study.models.llm else {}),
     }
 
 

@@ -45,7 +45,8 @@ def experiment(
 
     SLM: zero-shot, standalone, FedAvg, FedAvg with the server's auxiliary set but no distillation,
     FedCoLLM. LLM: zero-shot, auxiliary set alone, FedCoLLM, centralized. Both: FedCoLLM with the
-    paper's losses. All rows share seeds, data and questions; differences come with 95 % intervals.
+    paper's losses. Without models.llm: zero-shot, standalone, FedAvg and centralized of the one
+    model. All rows share seeds, data and questions; differences come with 95 % intervals.
 
     Writes table.json, table.md and plot.svg. How the silos' data differ is part of the study:
     `--set task.data.partition=dirichlet --set task.data.alpha=0.1 --set task.data.skew=8`.

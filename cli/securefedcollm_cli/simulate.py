@@ -178,6 +178,8 @@ def _accuracy_table(results: dict[str, Any]) -> Table:
     if len(groups) > 1:
         table.add_column("mean", justify="right")
     last = None
+    methods = {row["method"] for row in results["table"]}
+    best = "FedCoLLM" if "FedCoLLM" in methods else "FedAvg"
     for row in results["table"]:
         if last not in (None, row["model"]):
             table.add_section()
@@ -186,7 +188,7 @@ def _accuracy_table(results: dict[str, Any]) -> Table:
         cells = [f"{100 * s:.1f}" for s in scores]
         if len(groups) > 1:
             cells.append(f"{100 * sum(scores) / len(scores):.1f}")
-        style = "bold" if row["method"] == "FedCoLLM" else None
+        style = "bold" if row["method"] == best else None
         table.add_row(row["model"].upper(), row["method"], *cells, style=style)
     return table
 

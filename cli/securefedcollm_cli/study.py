@@ -59,6 +59,7 @@ def _estimate_lines(found: dict[str, Any]) -> dict[str, str]:
         name.upper(): f"{found[name]['parameters'] / 1e6:,.1f} M parameters, adapter "
         f"{found[name]['adapter_values']:,} values ({found[name]['adapter_share']:.2%})"
         for name in ("llm", "slm")
+        if name in found
     }
     up, down = found["bytes_up_per_round"], found["bytes_down_per_round"]
     memory = found["memory_bytes"]
@@ -196,7 +197,9 @@ def derived(study: Any, values: int | None = None) -> dict[str, Any]:
     privacy = study.privacy
     reading = {
         "study": f"{study.study}, digest sha256:{digest(study).hex()}",
-        "models": f"LLM {study.models.llm.source}, SLM {study.models.slm.source}",
+        "models": f"LLM {study.models.llm.source}, SLM {study.models.slm.source}"
+        if study.models.llm
+        else f"{study.models.slm.source}, tuned by the silos; the server has none of its own",
         "silos": f"{n}, of which {c} may collude with the server",
         "a sum opens with": _opens_with(study),
         **({"authority": _authority(study)} if study.scheme == "ckks-authority" else {}),
@@ -210,7 +213,7 @@ def derived(study: Any, values: int | None = None) -> dict[str, Any]:
             if privacy
             else "no differential privacy: the global adapter may reveal records"
         ),
-        "distillation": study.distillation.loss,
+        **({"distillation": study.distillation.loss} if study.models.llm else {}),
     }
     return {
         "study": study.study,

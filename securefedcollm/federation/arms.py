@@ -46,6 +46,7 @@ def answers_of(
     found = {}
     for name in models:
         spec = study.models.slm if name == "slm" else study.models.llm
+        assert spec is not None  # experiment.arms asks for no model that the study lacks
         tuned = Tuned.load(study, spec, data=data, device=device, progress=progress)
         encoded = tuned.encode(test)
         if adapters is not None:
@@ -70,6 +71,7 @@ def teacher_answers(
     prompts were all questions there are.
     """
     plan = study.distillation
+    assert study.models.llm is not None
     assert plan.loss == "entropy-pooled" or plan.loss == "dual-min-ce"
 
     def says(spec: Model, adapter: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,8 +124,10 @@ def centralized(
 ) -> Answers:
     """The LLM tuned on everything at one place, without privacy: the bound from above.
 
+    In a study without an LLM it is the model that the silos tune.
+
     Every silo's records and the labelled public questions; as many optimiser steps as all silos
-    take together in the federation, of ``local.batch_size`` records, at the LLM's learning rate.
+    take together in the federation, of ``local.batch_size`` records, at that model's learning rate.
 
     Raises:
         DataError: nothing has an answer.
@@ -133,14 +137,17 @@ def centralized(
     if not everything:
         raise DataError("no record has an answer", hint="give labelled records")
     local = study.local
-    tuned = Tuned.load(study, study.models.llm, data=data, device=device, progress=progress)
+    spec, rate = study.models.llm, study.distillation.learning_rate_llm
+    if spec is None:
+        spec, rate = study.models.slm, local.learning_rate
+    tuned = Tuned.load(study, spec, data=data, device=device, progress=progress)
     train_plain(
         tuned.model,
         tuned.broadcast_layout(),
         tuned.encode(everything),
         steps=local.steps * study.rounds * (1 if study.joint else study.silos.count),
         batch_size=min(local.batch_size, len(everything)),
-        learning_rate=study.distillation.learning_rate_llm,
+        learning_rate=rate,
         seed=training_seed(study, "centralized", 0),
         optimizer=local.optimizer,
         loss=local.loss,

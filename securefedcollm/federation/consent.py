@@ -95,7 +95,11 @@ def terms(
         digest=digest(study).hex(),
         server=next(p.name for p in study.roster if p.role == "server"),
         silos=list(member.roster.names),
-        models={"llm": study.models.llm.source, "slm": study.models.slm.source},
+        models={
+            name: model.source
+            for name, model in (("llm", study.models.llm), ("slm", study.models.slm))
+            if model is not None
+        },
         base=workload.base_digest.hex(),
         rounds=study.rounds,
         records=workload.records,

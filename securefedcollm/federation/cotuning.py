@@ -206,7 +206,10 @@ class ServerTuning:
         device: str = "cpu",
         progress: Progress = silent,
     ) -> None:
-        """``distillation=False`` makes this plain FedAvg: the LLM is not even loaded."""
+        """``distillation=False`` makes this plain FedAvg: the LLM is not even loaded.
+
+        A study without ``models.llm`` is FedAvg in any case.
+        """
         self._study = study
         place: dict[str, Any] = {"data": data, "device": device, "progress": progress}
         self._slm = Tuned.load(study, study.models.slm, **place)
@@ -214,7 +217,7 @@ class ServerTuning:
         self._llm: Tuned | None = None
         self.base_digest = self._slm.base_digest
         self._descent = Descent(study.local.optimizer, study.local.learning_rate)
-        if distillation:
+        if distillation and study.models.llm is not None:
             self._llm = Tuned.load(study, study.models.llm, **place)
             self._llm_test = self._llm.encode(test) if test else None
             over_tokens = study.distillation.over != "choices"

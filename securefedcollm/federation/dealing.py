@@ -39,7 +39,8 @@ class Files:
     """The participants' own files: of every silo by its name, and of the server."""
 
     silos: Mapping[str, Path]
-    public: Path
+    public: Path | None
+    """None in a study without an LLM, which nobody teaches."""
     test: Path
 
 
@@ -52,12 +53,13 @@ def given_files(
         ConfigError: some are missing, or they are not those of the study's silos.
     """
     where, names = "--silo", [name for name, _ in silos]
+    untaught = public is None and study.models.llm is not None
     listed = [p.name for p in study.roster if p.role == "silo"]
     what = hint = ""
     if study.task.data.builtin:
         what, hint = "the built-in world makes its own records", "remove task.data.builtin"
-    elif public is None or test is None or not silos:
-        where = "--silo" if not silos else "--public" if public is None else "--test"
+    elif untaught or test is None or not silos:
+        where = "--silo" if not silos else "--public" if untaught else "--test"
         what, hint = "this file is missing", "give --silo NAME=FILE …, --public and --test"
     elif len({*names}) < len(names):
         what, hint = "a silo is named twice", "each has one file"
@@ -70,7 +72,6 @@ def given_files(
         what, hint = f"{bad!r} is no name for a silo", "a to z, 0 to 9, . _ and -; not server"
     if what:
         raise ConfigError(what, where=where, hint=hint)
-    assert public is not None
     assert test is not None
     return Files(dict(sorted(silos)), public, test)
 
@@ -103,7 +104,7 @@ def deal(study: Study, data: Path | None, noisy: int = 0, files: Files | None = 
     spec = study.task.data
     if files is not None:
         return Dealt(
-            public=tuple(read_public(study, files.public)),
+            public=tuple(read_public(study, files.public)) if files.public else (),
             silos={name: tuple(read_records(study, path)) for name, path in files.silos.items()},
             test=tuple(read_records(study, files.test, private=False)[: spec.max_test]),
         )
@@ -133,16 +134,15 @@ def deal(study: Study, data: Path | None, noisy: int = 0, files: Files | None = 
             where="--data",
             hint="give the directory that holds them: --data DIR",
         )
-    # study.checks has seen to it that file studies have all of these
+    # study.checks has seen to it that file studies have these
     assert spec.test
-    assert spec.public
     assert spec.per_silo
     test = read_records(study, data / spec.test, private=False)
     split = split_questions(
         without(read_records(study, data / spec.train), test),
         silos=len(names),
         per_silo=spec.per_silo,
-        public=spec.public,
+        public=spec.public or 0,
         public_labelled=spec.public_labelled,
         seed=study.seed,
         concentration=spec.alpha if spec.partition == "dirichlet" else None,

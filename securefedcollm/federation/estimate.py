@@ -18,7 +18,7 @@ _PER_RECORD = 4 + 8  # of a per-record gradient: float32 in torch, float64 where
 
 
 def estimate(study: Study, data: Path | None) -> dict[str, Any]:
-    """Sizes of both models' adapters, bytes a round of one silo, and memory of both sides.
+    """Sizes of the models' adapters, bytes a round of one silo, and memory of both sides.
 
     ``memory_bytes`` is of weights, adapter, optimiser, per-record gradients and activations; what
     the library and allocator need comes on top, and the encoded records (small).
@@ -26,7 +26,7 @@ def estimate(study: Study, data: Path | None) -> dict[str, Any]:
     Raises:
         ConfigError: a model's ``config.json`` cannot be had, or the adapter does not fit.
     """
-    llm = _shape(study, study.models.llm, data)
+    llm = {} if study.models.llm is None else {"llm": _shape(study, study.models.llm, data)}
     slm = _shape(study, study.models.slm, data)
     sums = study.local.steps if study.joint else 1
     micro = min(study.local.micro_batch, study.local.batch_size)
@@ -36,14 +36,15 @@ def estimate(study: Study, data: Path | None) -> dict[str, Any]:
         silo += micro * slm["trained_values"] * _PER_RECORD
     plan = study.distillation
     batch = min(study.local.micro_batch, plan.batch_labelled + plan.batch_unlabelled)
+    batch = batch if llm else 0
     server = sum(
         model["weights_bytes"]
         + model["trained_values"] * _OPTIMIZER
         + batch * model["activation_bytes_per_record"]
-        for model in (llm, slm)
+        for model in (*llm.values(), slm)
     )
     return {
-        "llm": llm,
+        **llm,
         "slm": slm,
         "bytes_up_per_round": sums * _upload(study, slm["update_values"]),
         "bytes_down_per_round": sums * 4 * slm["broadcast_values"],

@@ -57,6 +57,8 @@ class Arm:
 
 def arms(study: Study, noisy: int = 0) -> list[Arm]:
     """The runs of one seed, the main one first."""
+    if study.models.llm is None:
+        return _arms_of_one(noisy)
     plan = study.distillation
     name = "FedCoLLM"
     found = [
@@ -89,6 +91,20 @@ def arms(study: Study, noisy: int = 0) -> list[Arm]:
                 noisy=noisy,
             ),
         ]
+    return found
+
+
+def _arms_of_one(noisy: int) -> list[Arm]:
+    """The runs of a study that tunes one model: FedAvg is the main one."""
+    found = [
+        Arm("fedavg", {"slm": "FedAvg"}, kind="fedavg"),
+        Arm("standalone", {"slm": "standalone"}, kind="standalone"),
+        Arm("zero-shot", {"slm": "zero-shot"}, kind="zero-shot"),
+        Arm("centralized", {"slm": "centralized"}, kind="centralized"),
+    ]
+    if noisy:
+        rows = {"slm": f"FedAvg, {noisy} noisy"}
+        found.append(Arm(f"fedavg-noisy-{noisy}", rows, kind="fedavg", noisy=noisy))
     return found
 
 
@@ -130,6 +146,8 @@ _MAIN: Final = {
     "llm": ("auxiliary only", "zero-shot"),
 }
 """FedCoLLM less these is what the comparison is about."""
+_MAIN_OF_ONE: Final = ("standalone", "zero-shot")
+"""Where one model is tuned, FedAvg less these."""
 _MAIN_OF_PROMPTS: Final = {"slm": "FedAvg", "llm": "zero-shot"}
 
 
@@ -278,7 +296,8 @@ class Experiment:
         if arm.kind == "standalone":
             return {"slm": self._standalone(study, dealt, home, progress)}
         if arm.kind == "centralized":
-            return {"llm": made.centralized(study, dealt, progress=progress, **place)}
+            answers = made.centralized(study, dealt, progress=progress, **place)
+            return dict.fromkeys(arm.rows, answers)
         if arm.kind == "teacher":
             tuned = self._home("fedavg", seed) / "adapters"
             said = made.teacher_answers(
@@ -353,9 +372,10 @@ class Experiment:
         notes = [
             f"Brackets: {LEVEL:.0%} intervals (bootstrap over questions and seeds, Student's t for "
             "the few seeds), paired between the rows.",
-            "Centralized: the LLM tuned on all records at one place without privacy.",
+            f"Centralized: the {'LLM' if study.models.llm else 'model'} tuned on all records at "
+            "one place without privacy.",
         ]
-        if not has_labels(study):
+        if study.models.llm and not has_labels(study):
             notes.append(
                 "No public question is labelled, so there is nothing to tune on without "
                 "distillation: the auxiliary controls are left out."
@@ -408,20 +428,21 @@ def compare(
 
 
 def _pairs(names: list[tuple[str, str]]) -> list[tuple[int, int, bool]]:
-    """FedCoLLM less every other row, noisy less clean, distillation alone less what it began with:
-    (row, row to subtract, is it a main one)."""
+    """FedCoLLM less every other row (FedAvg, where there is no LLM), noisy less clean, distillation
+    alone less what it began with: (row, row to subtract, is it a main one)."""
     found = []
+    both = any(method == "FedCoLLM" for _, method in names)
+    best = "FedCoLLM" if both else "FedAvg"
     for a, (model, method) in enumerate(names):
         clean, _, noise = method.partition(", ")
         if noise:
             found.append((a, names.index((model, clean)), False))
         elif method == _PROMPTS:
             found.append((a, names.index((model, _MAIN_OF_PROMPTS[model])), True))
-        elif method == "FedCoLLM":
+        elif method == best:
             others = [b for b, (m, other) in enumerate(names) if m == model and other != method]
-            found += [
-                (a, b, names[b][1] in _MAIN[model]) for b in others if ", " not in names[b][1]
-            ]
+            main = _MAIN[model] if both else _MAIN_OF_ONE
+            found += [(a, b, names[b][1] in main) for b in others if ", " not in names[b][1]]
     return sorted(found, key=lambda pair: (names[pair[0]][0] != "slm", not pair[2]))
 
 

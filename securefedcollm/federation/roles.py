@@ -248,7 +248,7 @@ def server_questions(
     """The public and the test questions that the server works with.
 
     Raises:
-        ConfigError: a study on files, and no public file was given.
+        ConfigError: a study on files with an LLM, and no public file was given.
         DataError: a file cannot be read.
     """
     from securefedcollm.federation.dealing import deal, read_public, read_records
@@ -258,14 +258,14 @@ def server_questions(
         return dealt.public, (
             dealt.test if test is None else read_records(study, test, private=False)
         )
-    if public is None:
+    if public is None and study.models.llm is not None:
         raise ConfigError(
             "the server needs the study's public questions",
             where="--public",
             hint="`securefedcollm study deal` writes public.jsonl for a study on files",
         )
     tests = [] if test is None else read_records(study, test, private=False)
-    return read_public(study, public), tests
+    return ([] if public is None else read_public(study, public)), tests
 
 
 # ---- a silo ----

@@ -101,8 +101,10 @@ class Simulation:
         self._device = device
         self._resume = resume
         self._overwrite = overwrite
-        self._baselines = tuple(baselines)
-        self._distillation = distillation
+        # Without an LLM the run itself is FedAvg.
+        plain = study.models.llm is None
+        self._baselines = tuple(b for b in baselines if not (plain and b == "fedavg"))
+        self._distillation = distillation and study.models.llm is not None
         self._noisy = noisy
         self._tested = tested
         self._files = files
@@ -176,8 +178,8 @@ class Simulation:
 
     def _prepare_models(self, progress: Progress, say: Say) -> None:
         """Make the built-in models on first use, both at once."""
-        sources = (self._study.models.llm.source, self._study.models.slm.source)
-        if any(source.startswith("builtin:hospital-") for source in sources):
+        models = (self._study.models.llm, self._study.models.slm)
+        if any(model and model.source.startswith("builtin:hospital-") for model in models):
             from securefedcollm.tuning.builtin import prepare
             from securefedcollm.tuning.models import default_cache
 
@@ -578,10 +580,12 @@ def _other_accountants(events: Events, delta: float) -> dict[str, float]:
 def _notes(study: Study, baselines: tuple[str, ...]) -> list[str]:
     notes = []
     if study.task.data.builtin:
-        notes += [
-            "general: knowledge that the LLM had; private: rules that only silos' records hold.",
-            "The public prompts include unanswered ones on the private topics.",
-        ]
+        known = "the LLM had" if study.models.llm else "the model had"
+        notes.append(
+            f"general: knowledge that {known}; private: rules that only silos' records hold."
+        )
+        if study.models.llm:
+            notes.append("The public prompts include unanswered ones on the private topics.")
     if study.task.data.builtin and study.task.data.partition is None:
         share = f"1/{study.silos.count} of the private rules"
         notes.append(f"A standalone silo sees {share}, which caps it.")

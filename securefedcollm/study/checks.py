@@ -6,7 +6,15 @@ from typing import Final
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.study.bounds import check_sizes
-from securefedcollm.study.config import BUILTIN_SUBJECT, PLACEMENTS, Data, Model, Study, Task
+from securefedcollm.study.config import (
+    BUILTIN_SUBJECT,
+    PLACEMENTS,
+    Data,
+    Distillation,
+    Model,
+    Study,
+    Task,
+)
 
 _MOST_RECORDS = 10**10  # above it, a slip of the pen
 
@@ -35,7 +43,8 @@ def check(study: Study) -> None:
     _check_joint(study)
     _check_data(study)
     _check_task(study)
-    _check_model("models.llm", study.models.llm)
+    if study.models.llm is not None:
+        _check_model("models.llm", study.models.llm)
     _check_model("models.slm", study.models.slm)
     _check_distillation(study)
     _check_roster(study)
@@ -204,13 +213,16 @@ def _check_data(study: Study) -> None:
     if not data.builtin and data == Data(max_test=data.max_test):
         return  # every participant gives a file of its own
     if not data.builtin:
-        for name in ("train", "test", "public", "per_silo"):
+        needed = ["train", "test", "public", "per_silo"]
+        if study.models.llm is None:
+            needed.remove("public")
+        for name in needed:
             if getattr(data, name) is None:
                 raise ConfigError(
                     "this key is missing",
                     where=f"task.data.{name}",
-                    hint="give train, test, public and per_silo, or builtin: hospitals; or leave "
-                    "all out where every participant gives its own file",
+                    hint=f"give {', '.join(needed[:-1])} and {needed[-1]}, or builtin: hospitals; or "
+                    "leave all out where every participant gives its own file",
                 )
         for name in ("train", "test"):
             file = getattr(data, name)
@@ -220,9 +232,10 @@ def _check_data(study: Study) -> None:
                     where=f"task.data.{name}",
                     hint="name it relative to the directory that --data gives",
                 )
-        if data.public is not None and data.public_labelled > data.public:
+        public = data.public or 0
+        if data.public_labelled > public:
             raise ConfigError(
-                f"{data.public_labelled} labelled of {data.public} public questions",
+                f"{data.public_labelled} labelled of {public} public questions",
                 where="task.data.public_labelled",
                 hint="at most task.data.public",
             )
@@ -318,6 +331,8 @@ def _check_task(study: Study) -> None:
                 where=where,
                 hint=f"choose {right}",
             )
+    if study.models.llm is None:
+        return
     if plan.over == "choices":
         raise ConfigError(
             f"kind: {task.kind} has no choices",
@@ -358,6 +373,14 @@ def _check_model(where: str, model: Model) -> None:
 
 def _check_distillation(study: Study) -> None:
     plan = study.distillation
+    if study.models.llm is None:
+        if plan != Distillation():
+            raise ConfigError(
+                "there is no large model to distil with",
+                where="distillation",
+                hint="remove the section, or give models.llm",
+            )
+        return
     if plan.batch_labelled + plan.batch_unlabelled == 0:
         raise ConfigError(
             "both batches are empty",

@@ -53,10 +53,14 @@ class Model(_Section, frozen=True):
 
 
 class Models(_Section, frozen=True):
-    """The server's large model and the model that every silo tunes."""
+    """The model that every silo tunes (``slm``), and the server's large one (``llm``).
 
-    llm: Model
+    Without ``llm`` the study tunes one model: plain FedAvg, private as the study says. The server
+    then has no phase of its own and needs no public questions.
+    """
+
     slm: Model
+    llm: Model | None = None
 
 
 class Data(_Section, frozen=True):
@@ -67,7 +71,8 @@ class Data(_Section, frozen=True):
     (JSONL, CSV or Parquet) under ``--data``; the first ``public`` shuffled training questions are
     public, ``public_labelled`` of them with answers; ``simulate`` gives ``per_silo`` of the rest to
     each silo. Where every participant has its own file, as with real roles or ``simulate --silo
-    NAME=FILE``, all of these keys are left out. ``max_test`` takes the first rows of the test file,
+    NAME=FILE``, all of these keys are left out. Without ``models.llm`` nothing learns from public
+    questions, and ``public`` may be left out. ``max_test`` takes the first rows of the test file,
     in its order: shuffle a sorted file first.
 
     ``partition`` is how ``simulate`` deals the records out: ``iid``, or ``dirichlet``, where a

@@ -112,6 +112,9 @@ def study_from_tree(tree: Any) -> Study:
     check_plain(tree)
     if tree.get("privacy") == "none":
         tree = {**tree, "privacy": None}
+    models = tree.get("models")
+    if isinstance(models, dict) and models.get("llm") == "none":
+        tree = {**tree, "models": {**models, "llm": None}}
     try:
         study = msgspec.convert(tree, Study)
     except msgspec.ValidationError as error:

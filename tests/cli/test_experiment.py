@@ -151,6 +151,18 @@ def test_rows_that_a_study_cannot_have_are_left_out(inputs):
     assert "mutual-kl" not in {arm.key for arm in arms(study)}
 
 
+def test_one_model_has_fedavg_for_its_main_row(inputs, tmp_path):
+    alone = ("models.llm=none", "distillation={}")
+    out = tmp_path / "exp"
+    table = plan(inputs, out, *alone, noisy=1).run(silent, silent_say)
+    rows = {(row["model"], row["method"]) for row in table["rows"]}
+    names = ("FedAvg", "standalone", "zero-shot", "centralized", "FedAvg, 1 noisy")
+    assert rows == {("slm", name) for name in names}
+    main = {(d["method"], d["less"]) for d in table["differences"] if d["main"]}
+    assert main == {("FedAvg", "standalone"), ("FedAvg", "zero-shot")}
+    assert "LLM" not in (out / "table.md").read_text()
+
+
 def test_impossible_experiments_are_refused(inputs, tmp_path):
     with pytest.raises(ConfigError, match="3 of 4 silos cannot be noisy"):
         plan(inputs, tmp_path / "e", noisy=3)

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
-from securefedcollm.errors import DataError, SecureFedCoLLMError
+from securefedcollm.errors import ConfigError, DataError, SecureFedCoLLMError
 from securefedcollm.privacy.ledger import Ledger
 
 from .tiny import make_inputs
@@ -81,6 +81,48 @@ def test_a_run_ends_with_table_ledger_and_adapters(inputs, tmp_path):
         moved = [v for k, v in adapters(tmp_path / "run", which).items() if "lora_B" in k]
         assert moved
         assert any(v.any() for v in moved)
+
+
+ONE_MODEL = [
+    *("--set", "models.llm=none", "--set", "distillation={}"),
+    *("--set", "task.data.public=null", "--set", "task.data.public_labelled=0"),
+]
+
+
+def test_one_model_is_enough(inputs, tmp_path):
+    """Plain FedAvg: no large model, no public questions, and the same ε and evidence."""
+    both, one = tmp_path / "both", tmp_path / "one"
+    plain = run(inputs, both, *NO_PRIVACY)
+    results = run(inputs, one, *NO_PRIVACY, *ONE_MODEL)
+    rows = {(row["model"], row["method"]) for row in results["table"]}
+    assert rows == {("slm", "zero-shot"), ("slm", "standalone"), ("slm", "FedAvg")}
+    assert results["evidence"]["holds"]
+    assert not (one / "adapters" / "llm").exists()
+    assert not (one / "baselines" / "fedavg").exists()
+    # The silos hold other questions, since none are public; with the same ones it is the baseline.
+    kept = ["--set", "task.data.public=32", "--set", "task.data.public_labelled=8"]
+    again = run(inputs, tmp_path / "kept", *NO_PRIVACY, *ONE_MODEL, *kept)
+    fedavg = [row["accuracy"] for row in plain["table"] if row["method"] == "FedAvg"]
+    assert [row["accuracy"] for row in again["table"] if row["method"] == "FedAvg"] == fedavg
+    page = (one / "report.html").read_text()
+    assert "large model" not in page
+    shown = CliRunner().invoke(
+        app, ["model", "evaluate", "--run", str(one), "--data", str(inputs), "--json"]
+    )
+    assert shown.exit_code == 0, shown.output
+    measured = json.loads(shown.stdout)["all"]["accuracy"]
+    last = next(row for row in results["table"] if row["method"] == "FedAvg")
+    assert measured == pytest.approx(last["accuracy"][results["groups"][0]], abs=1e-6)
+    asked = ["model", "evaluate", "--run", str(one), "--role", "llm", "--data", str(inputs)]
+    refused = CliRunner().invoke(app, asked).exception
+    assert isinstance(refused, ConfigError)
+    assert "no large model" in refused.message
+
+
+def test_one_model_is_tuned_privately(inputs, tmp_path):
+    results = run(inputs, tmp_path / "run", *ONE_MODEL, "--no-baselines")
+    assert results["evidence"]["holds"]
+    assert all(0 < silo["epsilon_spent"] <= 8 for silo in results["silos"])
 
 
 def test_a_study_can_protect_whole_patients(inputs, tmp_path):

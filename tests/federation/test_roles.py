@@ -269,3 +269,5 @@ def test_server_questions_of_a_study_on_files_must_be_given(tmp_path):
         roles.server_questions(alone, path, None)
     public, _ = roles.server_questions(study(task=task, distillation={"over": "all"}), path, None)
     assert [question.prompt for question in public] == ["do"]
+    alone = study(task={"data": data}, models={"slm": {"source": "builtin:slm"}})
+    assert roles.server_questions(alone, None, None) == ([], [])

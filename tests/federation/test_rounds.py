@@ -6,6 +6,7 @@ import logging
 import re
 import shutil
 from functools import partial
+from threading import Thread
 
 import msgspec
 import numpy as np
@@ -473,6 +474,31 @@ def test_a_frame_with_broken_text_does_not_stop_the_coordinator():
     frame = bytes.fromhex("94a7") + b"refused" + bytes.fromhex("a1ffa0a0")
     with pytest.raises(RemoteProtocolError, match="silo-1: a frame does not decode"):
         decode_reply(frame, "silo-1")
+
+
+class Echo:
+    def step(self, frame):
+        return frame
+
+
+def echo(name, progress):
+    return Echo()
+
+
+def test_more_silos_than_a_worker_s_pipe_holds_do_not_block_each_other():
+    """A worker that cannot get rid of a reply reads no frame: both sides would wait for ever."""
+    names = [f"silo-{i}" for i in range(12)]
+    frames = {name: name.encode() * 100_000 for name in names}  # far more than a pipe buffers
+    found = {}
+
+    def go():
+        with EmbeddedEngine(names, echo, workers=2, progress=silent) as engine:
+            found.update(engine.exchange(frames, 60.0))
+
+    thread = Thread(target=go, daemon=True)
+    thread.start()
+    thread.join(90)
+    assert found == frames
 
 
 def test_the_roster_of_a_run_is_that_of_the_study(tmp_path):

@@ -191,6 +191,14 @@ def test_the_unit_is_no_column_of_what_a_record_says():
         load_study(QUICKSTART, [files, unit, "task.columns={question: case}"])
 
 
+def test_without_a_large_model_there_is_nothing_to_distil():
+    with pytest.raises(ConfigError, match="distillation: there is no large model to distil with"):
+        load_study(QUICKSTART, ["models.llm=none", "distillation.steps=2"])
+    alone = load_study(QUICKSTART, ["models.llm=none", "distillation={}"])
+    assert alone.models.llm is None
+    assert digest(study_from_tree(alone.tree)) == digest(alone)
+
+
 def test_what_a_task_without_choices_cannot_have():
     files = "task={data: {train: x, test: y, public: 2, per_silo: 1}, kind: instruction}"
     with pytest.raises(ConfigError, match=r"local.loss: choices is about choices"):

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -84,11 +85,24 @@ class EmbeddedEngine:
         if self._local:
             return {name: self._local[name].step(frame) for name, frame in frames.items()}
         replies: dict[str, bytes | Failure] = {}
-        for name, frame in frames.items():
-            if not self._home[name].send(name, frame):
+        waiting = set(frames)
+        to_send: dict[_Worker, deque[str]] = {}
+        for name in frames:
+            to_send.setdefault(self._home[name], deque()).append(name)
+
+        def send_next(worker: _Worker) -> None:
+            """One frame at a time: a worker that cannot get rid of its reply reads no other."""
+            names = to_send[worker]
+            while names:
+                name = names.popleft()
+                if worker.send(name, frames[name]):
+                    return
                 replies[name] = Failure("its worker process has ended")
+                waiting.discard(name)
+
+        for worker in to_send:
+            send_next(worker)
         deadline = time.monotonic() + timeout
-        waiting = set(frames) - set(replies)
         while waiting:
             homes = {self._home[name].pipe: self._home[name] for name in waiting}
             ready = wait(list(homes), timeout=max(0.0, deadline - time.monotonic()))
@@ -98,9 +112,11 @@ class EmbeddedEngine:
                     worker.stop()  # a late reply must not be taken for the next exchange's
                 break
             for pipe in ready:
-                for name, reply in homes[pipe].receive(self._progress, waiting):  # type: ignore[index]
+                worker = homes[pipe]  # type: ignore[index]
+                for name, reply in worker.receive(self._progress, waiting):
                     replies[name] = reply
                     waiting.discard(name)
+                    send_next(worker)
         return replies
 
     def close(self) -> None:
