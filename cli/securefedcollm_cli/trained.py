@@ -25,7 +25,10 @@ Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to put th
 Run = Annotated[
     Path | None, typer.Option("--run", metavar="DIR", help="Use a run's model and adapter.")
 ]
-Role = Annotated[Literal["llm", "slm"], typer.Option(help="Which of the run's two models.")]
+Role = Annotated[
+    Literal["llm", "slm"] | None,
+    typer.Option(help="Which of the run's models [llm; slm in a silo's home, which has no other]."),
+]
 ModelOption = Annotated[
     str | None, typer.Option("--model", metavar="MODEL", help="Instead of --run: a model.")
 ]
@@ -44,7 +47,7 @@ def generate(
         str | None, typer.Option("--prompt", help="The same, as an option.")
     ] = None,
     run: Run = None,
-    role: Role = "llm",
+    role: Role = None,
     model: ModelOption = None,
     revision: Revision = None,
     adapter: AdapterOption = None,
@@ -90,7 +93,7 @@ def evaluate(
         typer.Option("--test", metavar="FILE", help="Records with answers [the run's test file]."),
     ] = None,
     run: Run = None,
-    role: Role = "llm",
+    role: Role = None,
     model: ModelOption = None,
     revision: Revision = None,
     adapter: AdapterOption = None,
@@ -179,7 +182,7 @@ def evaluate(
 def merge(
     out: Out,
     run: Run = None,
-    role: Role = "llm",
+    role: Role = None,
     model: ModelOption = None,
     revision: Revision = None,
     adapter: AdapterOption = None,
@@ -219,7 +222,7 @@ class _Chosen(NamedTuple):
 
 def _choose(
     run: Path | None,
-    role: Literal["llm", "slm"],
+    role: Literal["llm", "slm"] | None,
     model: str | None,
     revision: str | None,
     adapter: Path | None,
@@ -246,6 +249,9 @@ def _choose(
         from securefedcollm.study import load_study
 
         study = load_study(run / "study.yaml")
+        if role is None:
+            only_slm = (run / "adapters" / "slm").exists() > (run / "adapters" / "llm").exists()
+            role = "slm" if only_slm else "llm"
         spec = study.models.llm if role == "llm" else study.models.slm
         adapter = adapter or (None if base else run / "adapters" / role)
         loaded = load_model(

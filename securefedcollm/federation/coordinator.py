@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,10 +33,13 @@ from securefedcollm.errors import (
     TransportError,
 )
 from securefedcollm.federation.engines import Engine, Failure
+from securefedcollm.federation.engines.link import SLOWEST
 from securefedcollm.federation.messages import (
     Aggregate,
     Aggregated,
     BeginRound,
+    Deliver,
+    Delivered,
     Ended,
     EndRun,
     MakeKey,
@@ -74,6 +77,8 @@ TRAIN_TIMEOUT = 24 * 3600.0
 STEP_TIMEOUT = 600.0
 MAX_ATTEMPTS = 3
 
+_Answer = Trained | Ready | Aggregated | Witnessed | Delivered | Ended
+
 
 class Coordinator:
     """Runs a study's rounds over an engine, durably."""
@@ -106,6 +111,8 @@ class Coordinator:
         self._store = store
         self._progress = progress
         self._on_round = on_round
+        self._delivered: dict[str, int] = {}
+        """Silo → rounds that were done when it was given the adapter."""
 
     def run(self) -> None:
         """Run every round that is still to do.
@@ -137,8 +144,9 @@ class Coordinator:
         Raises:
             QuorumError: too few silos vouch for the evidence log; the next call asks them again.
         """
-        if not self._evidence.sealed:
-            silent = self._countersign()
+        absent = [silo for silo in self._roster.names if silo not in self._evidence.vouching]
+        if absent:
+            silent = self._countersign(absent)
             if not self._evidence.sealed:
                 said = [f"{silo}: {reason}" for silo, reason in silent.items()]
                 reasons = "; ".join(said) or "what they signed is not its head"
@@ -147,6 +155,7 @@ class Coordinator:
                     f"the evidence log ({reasons})",
                     hint="start the same command again when they are back (`simulate`: --resume)",
                 )
+        self._deliver()
         requests = dict.fromkeys(self._parties, EndRun(self._store.run_id))
         try:
             self._ask(requests, STEP_TIMEOUT, _Traffic(self._parties), {})
@@ -173,7 +182,8 @@ class Coordinator:
         }
         self._store.finish_round(self._workload, record, joint=study.joint)
         self._note_finished(round_)
-        self._countersign()
+        self._countersign(self._roster.names)
+        self._deliver()
         self._on_round(record)
 
     def _sum(self, sum_: int, round_: int, record: dict[str, Any]) -> None:
@@ -197,12 +207,34 @@ class Coordinator:
         last = (round_ + 1) * (self._study.sums // self._study.rounds) - 1
         self._evidence.finished(last, adapter, self._store.adapters)
 
-    def _countersign(self) -> dict[str, str]:
-        """Have every silo that is there vouch for the evidence log so far.
+    def _deliver(self) -> None:
+        """Give every silo that vouches for the evidence log the newest adapter, with what the log
+        says of it. Who is not there does without."""
+        done, proof = self._store.state.round, self._evidence.delivery()
+        if proof is None:
+            return
+        adapter = adapter_bytes(self._workload.adapter())
+        request = Deliver(
+            run_id=self._store.run_id,
+            checkpoint=proof[0],
+            finished=proof[1],
+            layout=self._workload.layout(done - 1),
+            adapter=adapter,
+        )
+        silos = [s for s in self._evidence.vouching if self._delivered.get(s, 0) < done]
+        timeout, lost = STEP_TIMEOUT + len(adapter) / SLOWEST, dict[str, str]()
+        requests: dict[str, Request] = dict.fromkeys(sorted(silos), request)
+        replies = self._ask(requests, timeout, _Traffic(self._parties), lost) if silos else {}
+        self._delivered |= dict.fromkeys(replies, done)
+        for silo, reason in lost.items():
+            log.warning("%s does not take the adapter of round %d: %s", silo, done, reason)
+
+    def _countersign(self, names: Iterable[str]) -> dict[str, str]:
+        """Have these silos, as far as they are there, vouch for the evidence log so far.
 
         Returns the reasons of those that do not.
         """
-        silos, lost = list(self._roster.names), dict[str, str]()
+        silos, lost = list(names), dict[str, str]()
         for _ in range(2):  # a silo that vouched for another head than we know of is asked again
             asked = {silo: self._evidence.witness(silo) for silo in silos}
             requests = {silo: request for silo, request in asked.items() if request is not None}
@@ -388,7 +420,7 @@ class Coordinator:
         timeout: float,
         traffic: _Traffic,
         lost: dict[str, str],
-    ) -> dict[str, Trained | Ready | Aggregated | Witnessed | Ended]:
+    ) -> dict[str, _Answer]:
         """Exchange typed messages; those who fail or refuse go to ``lost`` with the reason."""
         encoded: dict[int, bytes] = {}
         frames = {}
@@ -397,7 +429,7 @@ class Coordinator:
             encoded[id(request)] = frame
             frames[silo] = frame
             traffic.down[silo] += len(frame)
-        answers: dict[str, Trained | Ready | Aggregated | Witnessed | Ended] = {}
+        answers: dict[str, _Answer] = {}
         for silo, reply in self._engine.exchange(frames, timeout).items():
             if isinstance(reply, Failure):
                 lost[silo] = printable(reply.reason)

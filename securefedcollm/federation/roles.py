@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from securefedcollm import __version__
 from securefedcollm.aggregation import Authority, Roster
-from securefedcollm.errors import ConfigError
+from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.evidence.entries import Entry
 from securefedcollm.evidence.ledger import LoggedLedger
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
@@ -42,16 +42,17 @@ from securefedcollm.federation.engines.requests import (
     new_session,
     sign_request,
 )
-from securefedcollm.federation.files import make_directory, write_durably
+from securefedcollm.federation.files import make_directory, sync_tree, write_durably
 from securefedcollm.federation.messages import MAX_FRAME
 from securefedcollm.federation.plan import AUTHORITY, authority_of
 from securefedcollm.federation.recording import SERVER, AuthorityRecord, ServerRecord, SiloRecord
 from securefedcollm.federation.runstore import RunStore
+from securefedcollm.federation.samedata import require_same_data
 from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore
-from securefedcollm.federation.workload import Progress, ServerWorkload
+from securefedcollm.federation.workload import Progress, ServerWorkload, SiloWorkload, Vector
 from securefedcollm.primitives import SigningKey
-from securefedcollm.privacy.ledger import Budget
+from securefedcollm.privacy.ledger import Budget, Ledger
 from securefedcollm.study import Study, digest, dump_study
 from securefedcollm.study.identity import open_identity, read_identity
 from securefedcollm.study.ring import DEGREE
@@ -63,6 +64,10 @@ if TYPE_CHECKING:
 
 IDENTITY: Final = "identity.json"
 LEDGER: Final = "ledger.sqlite"
+ADAPTER: Final = "adapters/slm"
+"""In a silo's directory of a study: what the newest round ended with."""
+PROOF: Final = "proof.json"
+"""In it: the server's log entry that says so, and the signed head that it is in."""
 _TOLD: Final = ".told"
 _SESSION: Final = ".session"
 _FOLLOWED: Final = ".followed"
@@ -210,11 +215,11 @@ def coordinate(
         authority=office,
     )
     finished = run / "results.json"
-    if not finished.exists():
-        coordinator.run()
-        _finish(member, store, finished)
     # Once more after a crash: silos that were told have left, and need not answer.
     if not (run / _TOLD).exists():
+        coordinator.run()  # all rounds may be done
+        if not finished.exists():
+            _finish(member, store, finished)
         coordinator.end()
         (run / _TOLD).touch()
     log.close()
@@ -308,6 +313,21 @@ def workload_of(
     return SiloTuning(study, name, questions, data=models, device=device, progress=progress)
 
 
+def check_records(study: Study, path: Path) -> None:
+    """Raises: DataError, ConfigError if ``path`` holds no labelled records of the study's task."""
+    from securefedcollm.federation.dealing import read_records
+
+    read_records(study, path, private=False)
+
+
+def require_begun_data(member: Member, workload: SiloWorkload) -> None:
+    """Raises: ConfigError if the silo began the study with other records."""
+    store = SiloStore(make_directory(member.run / "silos" / member.name))
+    with Ledger(member.home / LEDGER, member.name) as ledger:
+        require_same_data(store, ledger, member.study, member.name, workload.dataset)
+    store.close()
+
+
 def silo_session(
     member: Member,
     workload: SiloTuning,
@@ -337,6 +357,7 @@ def silo_session(
         store=SiloStore(place),
         ledger=ledger,
         progress=progress,
+        keep=partial(_keep, member.run / ADAPTER, workload),
         threads=threads,
         budget=budget,
         evidence=SiloRecord(
@@ -349,6 +370,28 @@ def silo_session(
         ),
         authority=office,
     )
+
+
+def _keep(
+    directory: Path, workload: SiloWorkload, round_: int, adapter: Vector, proof: dict[str, Any]
+) -> None:
+    make_directory(directory.parent)
+    facts = json.dumps({"round": round_ + 1, **proof}, indent=2, ensure_ascii=False)
+    workload.save(adapter, directory, {PROOF: facts.encode()})
+    sync_tree(directory)
+
+
+def newest_adapter(run: Path) -> int:
+    """The round, from 1, that ended with the adapter in a silo's ``run``; 0 if there is none."""
+    try:
+        return int(json.loads((run / ADAPTER / PROOF).read_bytes())["round"])
+    except FileNotFoundError:
+        return 0
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StateError(
+            f"{run / ADAPTER / PROOF}: cannot be read ({error})",
+            hint="remove the directory; the server brings the adapter of the next round",
+        ) from None
 
 
 def largest_frame(study: Study, workload: SiloTuning) -> int:
