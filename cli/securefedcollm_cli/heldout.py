@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Final
+from typing import Any, Final
 
 from securefedcollm.errors import SecureFedCoLLMError, StateError
 from securefedcollm.federation.engines import SiloPort
@@ -64,7 +64,7 @@ class HeldOut:
         self._place = PrivateDirectory(run, ".held-out-")
         self._waiting: list[int] = [] if self._lines else [0]
         self._process: subprocess.Popen[bytes] | None = None
-        self._output: tuple[IO[bytes], IO[bytes]]
+        self._out, self._err = (self._place.path / name for name in ("out", "err"))
 
     def look(self) -> None:
         """Between two requests: go on, begin with the next, or tell what was found."""
@@ -101,33 +101,26 @@ class HeldOut:
         words = ["--run", str(self._run), "--role", "slm", "--test", str(self._test), "--json"]
         words += ["--adapter", str(self._place.path / str(round_))] if round_ else ["--base"]
         words += ["--data", str(self._models)] if self._models else []
-        self._output = (
-            (self._place.path / "out").open("w+b"),
-            (self._place.path / "err").open("w+b"),
-        )
         python = [sys.executable, "-P", "-c", _CHILD, str(os.getpid())]
-        self._process = subprocess.Popen(
-            [*python, "model", "evaluate", *words],
-            stdin=subprocess.DEVNULL,
-            stdout=self._output[0],
-            stderr=self._output[1],
-            start_new_session=True,
-        )
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self._process = subprocess.Popen(
+                [*python, "model", "evaluate", *words],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
 
     def _end(self) -> None:
         assert self._process is not None
         code, self._process, round_ = self._process.returncode, None, self._waiting.pop(0)
-        said = []
-        for file in self._output:
-            file.seek(0)
-            said.append(file.read().decode(errors="replace"))
-            file.close()
         shutil.rmtree(self._place.path / str(round_), ignore_errors=True)
         if code:
-            why = (said[1].strip().splitlines() or [f"code {code}"])[-1]
+            said = self._err.read_text(errors="replace").strip().splitlines()
+            why = (said or [f"code {code}"])[-1]
             self._warn(f"your held-out records could not be measured after round {round_}: {why}")
             return
-        scores = json.loads(said[0])
+        scores = json.loads(self._out.read_bytes())
         self._lines.append({"round": round_, **scores})
         text = "".join(json.dumps(line) + "\n" for line in self._lines)
         write_durably(self._run / FOUND, text.encode())

@@ -96,9 +96,10 @@ def test_the_silo_unit_settles_with_the_survivors(tmp_path):
 
 
 @pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize("at", [0, 3, 5, 6])
+@pytest.mark.parametrize("at", [0, 3, 5, 6, 7])
 def test_killed_at_any_exchange_the_logs_go_on(tmp_path, at, before):
-    """Exchange 6 collects cosignatures. All processes die; each participant keeps its directory."""
+    """Exchange 6 collects cosignatures, 7 brings the adapter. All processes die; each participant
+    keeps its directory."""
     study = recorded_study(rounds=2)
     with pytest.raises(Killed):
         RecordedRun(tmp_path, study, wrap=lambda e: Dies(e, at, before)).go()
