@@ -61,6 +61,15 @@ def server(
         float,
         typer.Option(min=1, help="Seconds to wait for silos that are not connected yet."),
     ] = 600.0,
+    rejoin_wait: Annotated[
+        float,
+        typer.Option(
+            "--rejoin-wait",
+            min=0,
+            help="Seconds to wait for silos that were there and are gone, when too few are left; "
+            "then the run stops, and the same command goes on with it.",
+        ),
+    ] = 3600.0,
     threads: Threads = None,
     device: Device = "cpu",
     passphrase_file: PassphraseFile = None,
@@ -68,8 +77,9 @@ def server(
 ) -> None:
     """Coordinate a signed study over the network, until it is finished.
 
-    Waits for the silos, runs the rounds, distils. It may be stopped (Ctrl-C), killed or rebooted at
-    any moment: the same command goes on from the last durable round. Nothing is opened twice.
+    Waits for the silos, runs the rounds, distils, and brings every silo the adapter. It may be
+    stopped (Ctrl-C), killed or rebooted at any moment: the same command goes on from the last
+    durable round. Nothing is opened twice.
     """
     from securefedcollm.federation import roles
     from securefedcollm.federation.engines.flare.engine import FlareEngine
@@ -106,6 +116,7 @@ def server(
             sign=roles.sign_for(member),
             session=roles.session_of(member),
             patience=wait,
+            rejoin=rejoin_wait,
             progress=bars.report,
             say=bars.say,
             largest=dict.fromkeys(member.roster.names, roles.largest_reply(study, workload)),
@@ -118,6 +129,7 @@ def server(
                 workload,
                 bars.report,
                 lambda done: _print_round(done, study.rounds, bars, as_json),
+                engine.rejoined,
             )
     if as_json:
         typer.echo(json.dumps({"event": "finished", "run": str(member.run)}))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,8 @@ log = logging.getLogger(__name__)
 TRAIN_TIMEOUT = 24 * 3600.0
 STEP_TIMEOUT = 600.0
 MAX_ATTEMPTS = 3
+MAX_REJOINS = 16
+"""At one sum. Adversary: a silo that comes and goes; the others allow 64 attempts."""
 
 _Answer = Trained | Ready | Aggregated | Witnessed | Delivered | Ended
 
@@ -95,9 +97,12 @@ class Coordinator:
         on_round: Callable[[dict[str, Any]], None] = lambda record: None,
         evidence: ServerRecord | None = None,
         authority: Authority | None = None,
+        rejoined: Callable[[Set[str], int], bool] = lambda silos, count: False,
     ) -> None:
         """
         Args:
+            rejoined: waits until so many of these silos, which could not be reached, are there
+                again; returns whether they are.
             on_round: called with each finished round's record, after it is durable.
             authority: who holds the key, where one party does; the engine knows it by its name.
         """
@@ -111,6 +116,9 @@ class Coordinator:
         self._store = store
         self._progress = progress
         self._on_round = on_round
+        self._rejoined = rejoined
+        self._away: set[str] = set()
+        """Who could not be reached when last asked."""
         self._delivered: dict[str, int] = {}
         """Silo → rounds that were done when it was given the adapter."""
 
@@ -147,6 +155,10 @@ class Coordinator:
         absent = [silo for silo in self._roster.names if silo not in self._evidence.vouching]
         if absent:
             silent = self._countersign(absent)
+            needed = self._study.threshold - len(self._evidence.vouching)
+            gone = self._away & set(absent)
+            if not self._evidence.sealed and len(gone) >= needed and self._rejoined(gone, needed):
+                silent = self._countersign(absent)
             if not self._evidence.sealed:
                 said = [f"{silo}: {reason}" for silo, reason in silent.items()]
                 reasons = "; ".join(said) or "what they signed is not its head"
@@ -262,16 +274,21 @@ class Coordinator:
         problems: list[str] = []
         hopeless = False
         absent: dict[str, str] = {}
-        failures = 0
+        failures = rejoins = 0
         while failures < MAX_ATTEMPTS and not hopeless:
             failures += 1
             attempt = self._store.begin_attempt()
             try:
                 return self._attempt(sum_, attempt, record, absent)
-            except (_TooFewUpdatesError, _NoAuthorityError) as error:
+            except _MissingError as error:
                 self._evidence.failed(sum_, attempt, error)
                 problems.append(error.message)
-                hopeless = True  # it would fail again, in this round and the next
+                # Who refuses would refuse again, in this round and the next.
+                returns = self._away & set(error.among)
+                hopeless = len(returns) < error.count or rejoins >= MAX_REJOINS
+                hopeless = hopeless or not self._rejoined(returns, error.count)
+                rejoins += 1
+                failures -= 1
             except AbandonedError as error:
                 # The key needs all its shares, so the others go on without the lost; once a sum was
                 # being opened, only its very members can open it.
@@ -344,13 +361,17 @@ class Coordinator:
         replies = self._ask(requests, TRAIN_TIMEOUT, traffic, lost)
         if self._authority and not isinstance(replies.get(self._authority.name), Ready):
             name = self._authority.name
-            raise _NoAuthorityError(f"the authority {name} is not there: {lost.get(name, '')}")
+            raise _NoAuthorityError(
+                f"the authority {name} is not there: {lost.get(name, '')}", (name,), 1
+            )
         trained = [silo for silo, reply in replies.items() if isinstance(reply, Trained)]
         if len(trained) < self._study.minimum:
             raise _TooFewUpdatesError(
                 f"{len(trained)} of {self._study.silos.count} silos delivered an update, "
                 f"{self._study.minimum} are needed"
-                + "".join(f"; {silo}: {reason}" for silo, reason in sorted(lost.items()))
+                + "".join(f"; {silo}: {reason}" for silo, reason in sorted(lost.items())),
+                invited,
+                self._study.minimum - len(trained),
             )
         side = coordinator_side(
             self._study.scheme, header=header, roster=self._roster, authority=self._authority
@@ -433,7 +454,9 @@ class Coordinator:
         for silo, reply in self._engine.exchange(frames, timeout).items():
             if isinstance(reply, Failure):
                 lost[silo] = printable(reply.reason)
+                self._away.add(silo)
                 continue
+            self._away.discard(silo)
             traffic.up[silo] += len(reply)
             try:
                 message = decode_reply(reply, silo)
@@ -449,12 +472,24 @@ class Coordinator:
         return answers
 
 
-class _TooFewUpdatesError(ProtocolError):
-    """Silos failed or refused before the aggregation began."""
+class _MissingError(ProtocolError):
+    """Parties failed or refused before the aggregation began.
+
+    Args:
+        among: of these ``count`` more are needed.
+    """
+
+    def __init__(self, message: str, among: Iterable[str], count: int) -> None:
+        super().__init__(message)
+        self.among, self.count = tuple(among), count
 
 
-class _NoAuthorityError(ProtocolError):
-    """The key holder failed or refused before the aggregation began."""
+class _TooFewUpdatesError(_MissingError):
+    """Too many silos did."""
+
+
+class _NoAuthorityError(_MissingError):
+    """The key holder did."""
 
 
 class _Traffic:

@@ -17,7 +17,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -185,8 +185,12 @@ def coordinate(
     workload: ServerWorkload,
     progress: Progress,
     on_round: Callable[[dict[str, Any]], None],
+    rejoined: Callable[[Set[str], int], bool] = lambda silos, count: False,
 ) -> dict[str, Any]:
     """Run, or go on with, the study over ``engine``; returns the run's record.
+
+    Args:
+        rejoined: as :class:`Coordinator` has it.
 
     Raises:
         SecureFedCoLLMError: with the run in a state from which the same call goes on.
@@ -213,6 +217,7 @@ def coordinate(
         on_round=on_round,
         evidence=evidence,
         authority=office,
+        rejoined=rejoined,
     )
     finished = run / "results.json"
     # Once more after a crash: silos that were told have left, and need not answer.
