@@ -123,7 +123,7 @@ def test_who_refuses_is_not_waited_for(tmp_path, monkeypatch):
 def engine(monkeypatch):
     """A FLARE engine without FLARE: who is connected is what the test says."""
     made = FlareEngine.__new__(FlareEngine)
-    made._closed, made._began, made._patience, made._rejoin = False, True, 600.0, 0.4
+    made._closed, made._began, made._patience, made._rejoin = False, True, 600.0, 1.5
     made._silos, made._minimum, made._progress = SILOS, 2, silent
     made.said, made.there = [], lambda: {SILOS[1]}
     made._say = made.said.append
@@ -136,7 +136,7 @@ def engine(monkeypatch):
 def test_a_job_waits_for_the_minimum_as_long_as_it_was_told_to(engine):
     with pytest.raises(TransportError, match="1 silos are connected, 2 are needed"):
         engine._wait_for(frozenset())
-    assert engine.said == ["waiting up to 0 minutes for silo-1, silo-3 to come back"]
+    assert engine.said == ["waiting up to 2 s for silo-1, silo-3 to come back"]
     assert not engine.rejoined({SILOS[0]}, 1)
     engine._rejoin, start = 60.0, time.monotonic()
     engine.there = lambda: set(SILOS) if time.monotonic() > start + 0.5 else {SILOS[1]}

@@ -261,10 +261,9 @@ class FlareEngine:
         return True
 
     def _say_waiting(self, silos: Set[str]) -> None:
-        self._say(
-            f"waiting up to {self._rejoin / 60:.0f} minutes for {', '.join(sorted(silos))} to come "
-            "back"
-        )
+        wait = self._rejoin
+        limit = f"{wait / 60:.0f} minutes" if wait >= 120 else f"{wait:.0f} s"
+        self._say(f"waiting up to {limit} for {', '.join(sorted(silos))} to come back")
 
     def _started(self, job: str, members: set[str]) -> bool:
         """Wait until the job's relay has come, with a connection for each of its silos."""
