@@ -8,6 +8,7 @@ consent of a threshold of silos.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
@@ -79,7 +80,19 @@ MAX_ATTEMPTS = 3
 MAX_REJOINS = 16
 """At one sum. Adversary: a silo that comes and goes; the others allow 64 attempts."""
 
+LAST_CALL = 60.0
+"""Seconds for which silos that are gone are waited for when all rounds are done."""
+
+Rejoined = Callable[[Set[str], int, float], bool]
+"""``rejoined(silos, count, most)``: waits until so many of these silos, which could not be reached,
+are there again; returns whether they are, after ``most`` seconds or its own limit at last."""
+
 _Answer = Trained | Ready | Aggregated | Witnessed | Delivered | Ended
+
+
+def nobody_rejoins(silos: Set[str], count: int, most: float) -> bool:
+    """For an engine whose silos do not come back."""
+    return False
 
 
 class Coordinator:
@@ -97,12 +110,11 @@ class Coordinator:
         on_round: Callable[[dict[str, Any]], None] = lambda record: None,
         evidence: ServerRecord | None = None,
         authority: Authority | None = None,
-        rejoined: Callable[[Set[str], int], bool] = lambda silos, count: False,
+        rejoined: Rejoined = nobody_rejoins,
     ) -> None:
         """
         Args:
-            rejoined: waits until so many of these silos, which could not be reached, are there
-                again; returns whether they are.
+            rejoined: waits for silos that could not be reached.
             on_round: called with each finished round's record, after it is durable.
             authority: who holds the key, where one party does; the engine knows it by its name.
         """
@@ -152,12 +164,18 @@ class Coordinator:
         Raises:
             QuorumError: too few silos vouch for the evidence log; the next call asks them again.
         """
+        if self._away:  # the last call: for the adapter, and to settle
+            self._rejoined(self._away, len(self._away), LAST_CALL)
         absent = [silo for silo in self._roster.names if silo not in self._evidence.vouching]
         if absent:
             silent = self._countersign(absent)
             needed = self._study.threshold - len(self._evidence.vouching)
             gone = self._away & set(absent)
-            if not self._evidence.sealed and len(gone) >= needed and self._rejoined(gone, needed):
+            if (
+                not self._evidence.sealed
+                and len(gone) >= needed
+                and self._rejoined(gone, needed, math.inf)
+            ):
                 silent = self._countersign(absent)
             if not self._evidence.sealed:
                 said = [f"{silo}: {reason}" for silo, reason in silent.items()]
@@ -286,7 +304,7 @@ class Coordinator:
                 # Who refuses would refuse again, in this round and the next.
                 returns = self._away & set(error.among)
                 hopeless = len(returns) < error.count or rejoins >= MAX_REJOINS
-                hopeless = hopeless or not self._rejoined(returns, error.count)
+                hopeless = hopeless or not self._rejoined(returns, error.count, math.inf)
                 rejoins += 1
                 failures -= 1
             except AbandonedError as error:

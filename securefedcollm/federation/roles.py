@@ -17,7 +17,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +32,7 @@ from securefedcollm.evidence.ledger import LoggedLedger
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.authority import AuthoritySession
-from securefedcollm.federation.coordinator import Coordinator
+from securefedcollm.federation.coordinator import Coordinator, Rejoined, nobody_rejoins
 from securefedcollm.federation.engines import Engine, SiloPort
 from securefedcollm.federation.engines.link import SiloInbox
 from securefedcollm.federation.engines.requests import (
@@ -185,7 +185,7 @@ def coordinate(
     workload: ServerWorkload,
     progress: Progress,
     on_round: Callable[[dict[str, Any]], None],
-    rejoined: Callable[[Set[str], int], bool] = lambda silos, count: False,
+    rejoined: Rejoined = nobody_rejoins,
 ) -> dict[str, Any]:
     """Run, or go on with, the study over ``engine``; returns the run's record.
 

@@ -11,7 +11,7 @@ from securefedcollm.federation import coordinator, roles
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.engines.flare.engine import FlareEngine
-from securefedcollm.federation.messages import BeginRound, Witness, decode_request
+from securefedcollm.federation.messages import BeginRound, Deliver, Witness, decode_request
 from securefedcollm.federation.workload import silent
 from securefedcollm.privacy.ledger import Ledger
 
@@ -36,7 +36,7 @@ class Losing:
         found = self.engine.exchange(rest, timeout) if rest else {}
         return found | {SILOS[0]: Failure("is not connected")}
 
-    def rejoined(self, silos, count):
+    def rejoined(self, silos, count, most):
         self.asked.append((frozenset(silos), count))
         self.gone = False
         return True
@@ -73,12 +73,26 @@ def test_the_run_goes_on_when_the_silo_is_back(tmp_path, kind):
             assert entries == [(0, 0, "settled"), (1, 0, "settled")]
 
 
+@pytest.mark.parametrize("back", [True, False])
+def test_who_is_gone_at_the_end_is_waited_for_a_little(tmp_path, back):
+    """The others are enough. If it is back in time it gets the adapter as well."""
+    few = {"count": 3, "colluders": 0, "minimum": 2}
+    gone = (BeginRound, Witness, Deliver)
+    rejoined = None if back else (lambda silos, count, most: False)
+    with members_of(tmp_path, silos=few) as members:
+        losing, record = go(members, lambda engine: Losing(engine, gone), rejoined)
+        assert [len(r["survivors"]) for r in record["rounds"]] == [3, 2]
+        assert losing.asked == ([(frozenset({SILOS[0]}), 1)] if back else [])
+        assert roles.newest_adapter(members[SILOS[0]].run) == (2 if back else 0)
+        assert roles.newest_adapter(members[SILOS[1]].run) == 2
+
+
 def test_who_does_not_come_back_ends_the_run(tmp_path):
     with (
         members_of(tmp_path) as members,
         pytest.raises(QuorumError, match="silo-1: is not connected"),
     ):
-        go(members, lambda engine: Losing(engine, BeginRound), lambda silos, count: False)
+        go(members, lambda engine: Losing(engine, BeginRound), lambda silos, count, most: False)
 
 
 def test_who_comes_and_goes_is_not_waited_for_for_ever(tmp_path, monkeypatch):
@@ -92,7 +106,7 @@ def test_who_comes_and_goes_is_not_waited_for_for_ever(tmp_path, monkeypatch):
         go(
             members,
             lambda engine: Losing(engine, BeginRound),
-            lambda silos, count: waits.append(silos) is None,
+            lambda silos, count, most: waits.append(silos) is None,
         )
     assert len(waits) == 4
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import shutil
 import tempfile
 import threading
@@ -240,28 +241,28 @@ class FlareEngine:
                         hint="they run `securefedcollm client`; then start the server again",
                     )
                 if not told:
-                    self._say_waiting(missing)
+                    self._say_waiting(missing, most)
                     told = True
             time.sleep(0.5)
 
-    def rejoined(self, silos: Set[str], count: int) -> bool:
+    def rejoined(self, silos: Set[str], count: int, most: float = math.inf) -> bool:
         """Wait until ``count`` of these silos, which could not be reached, are connected again.
 
-        Returns whether they are: not if that takes longer than ``rejoin``.
+        Returns whether they are: not if that takes longer than ``most`` seconds, or ``rejoin``.
 
         Raises:
             TransportError: FLARE's server has ended.
         """
-        deadline = time.monotonic() + self._rejoin
-        self._say_waiting(silos)
+        wait = min(self._rejoin, most)
+        deadline = time.monotonic() + wait
+        self._say_waiting(silos, wait)
         while len(self._connected() & silos) < count:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.5)
         return True
 
-    def _say_waiting(self, silos: Set[str]) -> None:
-        wait = self._rejoin
+    def _say_waiting(self, silos: Set[str], wait: float) -> None:
         limit = f"{wait / 60:.0f} minutes" if wait >= 120 else f"{wait:.0f} s"
         self._say(f"waiting up to {limit} for {', '.join(sorted(silos))} to come back")
 
