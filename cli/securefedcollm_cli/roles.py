@@ -84,6 +84,7 @@ def server(
     from securefedcollm.federation import roles
     from securefedcollm.federation.engines.flare.engine import FlareEngine
     from securefedcollm.federation.engines.flare.kit import installed
+    from securefedcollm.federation.engines.flare.ready import require_free_port
     from securefedcollm.study import load_study
     from securefedcollm_cli.progress import Bars
 
@@ -96,6 +97,8 @@ def server(
     ):
         from securefedcollm.federation import cotuning
 
+        kit, lead = installed(place, member.name), installed(place, member.name, lead=True)
+        require_free_port(kit.workspace)  # before models are loaded
         cotuning.set_threads(threads or _cores())
         questions = roles.server_questions(study, public, test)
         workload = cotuning.ServerTuning(
@@ -111,8 +114,8 @@ def server(
         with FlareEngine(
             parties,
             minimum=study.minimum + len(office),
-            server=installed(place, member.name),
-            lead=installed(place, member.name, lead=True),
+            server=kit,
+            lead=lead,
             sign=roles.sign_for(member),
             session=roles.session_of(member),
             patience=wait,
@@ -214,8 +217,8 @@ def client(
             workload = roles.silo_workload(
                 study, member.name, data, models, bars.report, device=device
             )
-            if test is not None:
-                roles.check_records(study, test)
+            if test is not None and (both := roles.trained_on(study, test, workload)):
+                bars.say(f"WARNING: {both} records of {test} are training records too: no measure")
             of_file = workload.records
             if records == "skip":
                 workload = consent.without_spent(

@@ -318,11 +318,18 @@ def workload_of(
     return SiloTuning(study, name, questions, data=models, device=device, progress=progress)
 
 
-def check_records(study: Study, path: Path) -> None:
-    """Raises: DataError, ConfigError if ``path`` holds no labelled records of the study's task."""
+def trained_on(study: Study, test: Path, workload: SiloTuning) -> int:
+    """How many of the held-out records in the file ``test`` are among the training records.
+
+    Raises:
+        DataError, ConfigError: it holds no labelled records of the study's task.
+    """
+    from securefedcollm.federation.cotuning import contents_of
     from securefedcollm.federation.dealing import read_records
 
-    read_records(study, path, private=False)
+    known = {content for content, _ in workload.contents()}
+    held_out = contents_of(read_records(study, test, private=False))
+    return sum(content in known for content, _ in held_out)
 
 
 def require_begun_data(member: Member, workload: SiloWorkload) -> None:

@@ -31,7 +31,6 @@ from securefedcollm.federation.engines.flare.processes import (
     FlareProcess,
     require_flare,
 )
-from securefedcollm.federation.engines.flare.ready import require_free_port
 from securefedcollm.federation.engines.link import PATIENCE, Pulled, deliver, result_of
 from securefedcollm.federation.engines.requests import Parcel, new_session
 from securefedcollm.federation.messages import MAX_FRAME
@@ -83,7 +82,6 @@ class FlareEngine:
         largest: Mapping[str, int] | None = None,
     ) -> None:
         require_flare()
-        require_free_port(server.workspace)
         self._largest = largest or {}
         self._sign = sign
         self._say = say
