@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
+from cryptography import x509
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import (
     Ed25519PrivateKey,
@@ -278,3 +279,16 @@ class Keystream:
 
     def __repr__(self) -> str:
         return "Keystream(<redacted>)"
+
+
+def certificate_validity(pem: bytes) -> tuple[float, float]:
+    """From when until when an X.509 certificate is valid, seconds since the epoch.
+
+    Raises:
+        CryptoError: it is none.
+    """
+    try:
+        found = x509.load_pem_x509_certificate(pem)
+        return found.not_valid_before_utc.timestamp(), found.not_valid_after_utc.timestamp()
+    except ValueError as error:
+        raise CryptoError(f"not a certificate ({error})") from None

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from securefedcollm.evidence.entries import Entry
     from securefedcollm.federation.authority import AuthoritySession
     from securefedcollm.federation.consent import Terms
+    from securefedcollm.federation.engines import SiloPort
     from securefedcollm.federation.engines.flare.kit import Kit
     from securefedcollm.federation.engines.link import SiloInbox
     from securefedcollm.federation.roles import Member
@@ -59,6 +61,15 @@ def server(
         float,
         typer.Option(min=1, help="Seconds to wait for silos that are not connected yet."),
     ] = 600.0,
+    rejoin_wait: Annotated[
+        float,
+        typer.Option(
+            "--rejoin-wait",
+            min=0,
+            help="Seconds to wait for silos that were there and are gone, when too few are left; "
+            "then the run stops, and the same command goes on with it.",
+        ),
+    ] = 3600.0,
     threads: Threads = None,
     device: Device = "cpu",
     passphrase_file: PassphraseFile = None,
@@ -66,12 +77,14 @@ def server(
 ) -> None:
     """Coordinate a signed study over the network, until it is finished.
 
-    Waits for the silos, runs the rounds, distils. It may be stopped (Ctrl-C), killed or rebooted at
-    any moment: the same command goes on from the last durable round. Nothing is opened twice.
+    Waits for the silos, runs the rounds, distils, and brings every silo the adapter. It may be
+    stopped (Ctrl-C), killed or rebooted at any moment: the same command goes on from the last
+    durable round. Nothing is opened twice.
     """
     from securefedcollm.federation import roles
     from securefedcollm.federation.engines.flare.engine import FlareEngine
     from securefedcollm.federation.engines.flare.kit import installed
+    from securefedcollm.federation.engines.flare.ready import require_free_port
     from securefedcollm.study import load_study
     from securefedcollm_cli.progress import Bars
 
@@ -84,6 +97,8 @@ def server(
     ):
         from securefedcollm.federation import cotuning
 
+        kit, lead = installed(place, member.name), installed(place, member.name, lead=True)
+        require_free_port(kit.workspace)  # before models are loaded
         cotuning.set_threads(threads or _cores())
         questions = roles.server_questions(study, public, test)
         workload = cotuning.ServerTuning(
@@ -99,11 +114,12 @@ def server(
         with FlareEngine(
             parties,
             minimum=study.minimum + len(office),
-            server=installed(place, member.name),
-            lead=installed(place, member.name, lead=True),
+            server=kit,
+            lead=lead,
             sign=roles.sign_for(member),
             session=roles.session_of(member),
             patience=wait,
+            rejoin=rejoin_wait,
             progress=bars.report,
             say=bars.say,
             largest=dict.fromkeys(member.roster.names, roles.largest_reply(study, workload)),
@@ -116,6 +132,7 @@ def server(
                 workload,
                 bars.report,
                 lambda done: _print_round(done, study.rounds, bars, as_json),
+                engine.rejoined,
             )
     if as_json:
         typer.echo(json.dumps({"event": "finished", "run": str(member.run)}))
@@ -130,6 +147,15 @@ def client(
     data: Annotated[
         Path, typer.Option("--data", metavar="FILE", help="Your private questions: stay here.")
     ],
+    test: Annotated[
+        Path | None,
+        typer.Option(
+            "--test",
+            metavar="FILE",
+            help="Your held-out records: shows what every round's model makes of them, here and "
+            "nowhere else [none].",
+        ),
+    ] = None,
     models: Models = None,
     home: Home = None,
     budget: Annotated[
@@ -157,13 +183,16 @@ def client(
     """Take part in a signed study as a silo, until it is finished.
 
     Shows what you are about to agree to, and asks. Then it trains when the server asks, and sends
-    nothing but masked or encrypted updates. It may be stopped (Ctrl-C), killed or rebooted at any
-    moment; the same command goes on, and pays for nothing twice.
+    nothing but masked or encrypted updates. The adapter that the newest round ended with is in
+    `studies/…/adapters/slm` of your home: `model evaluate|generate|merge --run`. It may be stopped
+    (Ctrl-C), killed or rebooted at any moment; the same command goes on, and pays for nothing
+    twice.
     """
     from securefedcollm.federation import consent, roles
     from securefedcollm.federation.engines.flare.kit import installed
     from securefedcollm.privacy.ledger import Budget
     from securefedcollm.study import load_study
+    from securefedcollm_cli.heldout import HeldOut, Undisturbed
     from securefedcollm_cli.progress import Bars
 
     stop_on_sigterm()
@@ -188,6 +217,8 @@ def client(
             workload = roles.silo_workload(
                 study, member.name, data, models, bars.report, device=device
             )
+            if test is not None and (both := roles.trained_on(study, test, workload)):
+                bars.say(f"WARNING: {both} records of {test} are training records too: no measure")
             of_file = workload.records
             if records == "skip":
                 workload = consent.without_spent(
@@ -198,6 +229,7 @@ def client(
                         study, member.name, kept, models, bars.report, device=device
                     ),
                 )
+        roles.require_begun_data(member, workload)
         terms = consent.terms(member, workload, limit, left_out=of_file - workload.records)
         _show_terms(terms, as_json)
         consent.require_budget(member, workload, limit)
@@ -211,7 +243,16 @@ def client(
                 budget=limit,
                 on_entry=lambda entry: _print_entry(entry, study, bars, as_json),
             )
-            _serve(session, member, kit, roles.largest_frame(study, workload), bars)
+            largest = roles.largest_frame(study, workload)
+            if test is None:
+                _serve(session, member, kit, largest, bars)
+            else:
+                told = partial(_print_scores, study.rounds, bars, as_json)
+                with HeldOut(member.run, test, models, told, bars.say) as held_out:
+                    port = Undisturbed(session, held_out)
+                    _serve(session, member, kit, largest, bars, idle=held_out.look, port=port)
+                    held_out.finish()
+    _say_where(member.run, study.rounds, as_json)
     _finished(member.run, as_json)
 
 
@@ -256,17 +297,19 @@ def _serve(
     limit: int,
     bars: Bars,
     idle: Callable[[], None] = lambda: None,
+    port: SiloPort | None = None,
 ) -> None:
     """Answer the server, through FLARE's process, until the run is over.
 
-    ``idle`` is called between requests, and several times a second while there are none.
+    ``idle`` is called between requests, and several times a second while there are none. ``port``
+    answers them, if it is not the session itself.
     """
     from securefedcollm.federation import roles
     from securefedcollm.federation.engines.door import Door
     from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
     from securefedcollm.federation.engines.link import answer_calls
 
-    inbox = roles.inbox_for(member, session, limit)
+    inbox = roles.inbox_for(member, port or session, limit)
     leave = _Leaving(session, inbox)
     with (
         Door(answer_calls(inbox)) as door,
@@ -314,6 +357,22 @@ def _finished(run: Path, as_json: bool) -> None:
     else:
         typer.echo("finished. Where it stands: securefedcollm status; for an auditor:")
         typer.echo(f"  securefedcollm audit bundle {run}")
+
+
+def _say_where(run: Path, rounds: int, as_json: bool) -> None:
+    """Where a silo has the result."""
+    from securefedcollm.federation.roles import ADAPTER, newest_adapter
+
+    newest = newest_adapter(run)
+    if as_json:
+        typer.echo(json.dumps({"event": "adapter", "round": newest, "place": str(run / ADAPTER)}))
+    elif newest:
+        typer.echo(f"the adapter of round {newest} of {rounds}; with it securefedcollm model")
+        typer.echo(f"  evaluate|generate|merge --run {run}")
+    if newest < rounds:
+        typer.echo(
+            f"WARNING: the server brought no adapter that round {rounds} ended with", err=True
+        )
 
 
 def status(home: Home = None, as_json: Json = False) -> None:
@@ -402,6 +461,20 @@ def _print_round(record: dict[str, Any], rounds: int, bars: Bars, as_json: bool)
     from securefedcollm.federation.status import round_sentence
 
     bars.say(round_sentence(record, rounds))
+
+
+def _print_scores(
+    rounds: int, bars: Bars, as_json: bool, round_: int, scores: dict[str, dict[str, float]]
+) -> None:
+    """What the held-out records say, for the silo's operator alone."""
+    if as_json:
+        typer.echo(json.dumps({"event": "held-out", "round": round_, **scores}))
+        return
+    whole = scores["all"]
+    when = f"after round {round_} of {rounds}" if round_ else "of the base model"
+    bars.say(
+        f"your held-out records: accuracy {whole['accuracy']:.4f} {when} ({whole['count']} records)"
+    )
 
 
 def _print_entry(entry: Entry, study: Any, bars: Bars, as_json: bool) -> None:

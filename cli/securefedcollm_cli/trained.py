@@ -27,7 +27,7 @@ Run = Annotated[
 ]
 Role = Annotated[
     Literal["llm", "slm"] | None,
-    typer.Option(help="Which of the run's models [llm, if the run has one]."),
+    typer.Option(help="Which of the run's models [llm, if the run has one; in a silo's home slm]."),
 ]
 ModelOption = Annotated[
     str | None, typer.Option("--model", metavar="MODEL", help="Instead of --run: a model.")
@@ -242,7 +242,9 @@ def _choose(
         from securefedcollm.study import load_study
 
         study = load_study(run / "study.yaml")
-        role = role or ("llm" if study.models.llm else "slm")
+        if role is None:
+            only_slm = (run / "adapters" / "slm").exists() > (run / "adapters" / "llm").exists()
+            role = "slm" if only_slm or study.models.llm is None else "llm"
         spec = study.models.llm if role == "llm" else study.models.slm
         if spec is None:
             raise ConfigError(

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from securefedcollm.errors import BudgetExceeded
+from securefedcollm.federation.files import make_directory
 from securefedcollm.federation.plan import joint_step, silo_unit
 from securefedcollm.federation.roles import LEDGER, Member
+from securefedcollm.federation.silostore import SiloStore, SumMemory
 from securefedcollm.federation.workload import SiloWorkload
 from securefedcollm.privacy.events import Events
 from securefedcollm.privacy.identities import Records
-from securefedcollm.privacy.ledger import Budget, Ledger
+from securefedcollm.privacy.ledger import Budget, Key, Ledger
 from securefedcollm.privacy.refusal import repeated
 from securefedcollm.study import Study, digest
 
@@ -113,7 +115,10 @@ def terms(
 
 
 def require_budget(member: Member, workload: SiloWorkload, budget: Budget | None) -> None:
-    """Refuse a study that these records cannot pay for, unless it has begun already.
+    """Refuse a study that these records cannot pay for, before anybody waits for anything.
+
+    Of one that has begun the next sum must fit. Unless this silo did not see its newest one opened:
+    then that may be asked for again, and costs nothing more.
 
     Raises:
         BudgetExceeded: says what is left and what would fit.
@@ -123,19 +128,29 @@ def require_budget(member: Member, workload: SiloWorkload, budget: Budget | None
         return
     with Ledger(member.home / LEDGER, member.name) as ledger:
         records = identified(ledger, study, workload)
-        if any(entry.about.study == digest(study).hex() for entry in ledger.entries()):
+        charged = [e.key for e in ledger.entries() if e.about.study == digest(study).hex()]
+        newest = max(charged, key=lambda key: key.round, default=None)
+        if newest is not None and not _may_begin_another(member, newest):
             return
         ledger.foresee(
             workload.dataset,
             privacy.unit,
             charge(study, workload),
-            study.sums,
+            study.sums if newest is None else 1,
             (privacy.epsilon, privacy.delta),
             "steps" if study.joint else "rounds",
             records=records,
             study=digest(study).hex(),
             limit=budget,
         )
+
+
+def _may_begin_another(member: Member, newest: Key) -> bool:
+    """Whether the sum of the newest charge is over for this silo, and not the last."""
+    store = SiloStore(make_directory(member.run / "silos" / member.name))
+    opened = SumMemory(store, bytes.fromhex(newest.run), newest.round).survivors() is not None
+    store.close()
+    return opened and newest.round + 1 < member.study.sums
 
 
 def without_spent(

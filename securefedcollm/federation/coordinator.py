@@ -8,8 +8,9 @@ consent of a threshold of silos.
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -33,10 +34,13 @@ from securefedcollm.errors import (
     TransportError,
 )
 from securefedcollm.federation.engines import Engine, Failure
+from securefedcollm.federation.engines.link import SLOWEST
 from securefedcollm.federation.messages import (
     Aggregate,
     Aggregated,
     BeginRound,
+    Deliver,
+    Delivered,
     Ended,
     EndRun,
     MakeKey,
@@ -73,6 +77,22 @@ log = logging.getLogger(__name__)
 TRAIN_TIMEOUT = 24 * 3600.0
 STEP_TIMEOUT = 600.0
 MAX_ATTEMPTS = 3
+MAX_REJOINS = 16
+"""At one sum. Adversary: a silo that comes and goes; the others allow 64 attempts."""
+
+LAST_CALL = 60.0
+"""Seconds for which silos that are gone are waited for when all rounds are done."""
+
+Rejoined = Callable[[Set[str], int, float], bool]
+"""``rejoined(silos, count, most)``: waits until so many of these silos, which could not be reached,
+are there again; returns whether they are, after ``most`` seconds or its own limit at last."""
+
+_Answer = Trained | Ready | Aggregated | Witnessed | Delivered | Ended
+
+
+def nobody_rejoins(silos: Set[str], count: int, most: float) -> bool:
+    """For an engine whose silos do not come back."""
+    return False
 
 
 class Coordinator:
@@ -90,9 +110,11 @@ class Coordinator:
         on_round: Callable[[dict[str, Any]], None] = lambda record: None,
         evidence: ServerRecord | None = None,
         authority: Authority | None = None,
+        rejoined: Rejoined = nobody_rejoins,
     ) -> None:
         """
         Args:
+            rejoined: waits for silos that could not be reached.
             on_round: called with each finished round's record, after it is durable.
             authority: who holds the key, where one party does; the engine knows it by its name.
         """
@@ -106,6 +128,11 @@ class Coordinator:
         self._store = store
         self._progress = progress
         self._on_round = on_round
+        self._rejoined = rejoined
+        self._away: set[str] = set()
+        """Who could not be reached when last asked."""
+        self._delivered: dict[str, int] = {}
+        """Silo → rounds that were done when it was given the adapter."""
 
     def run(self) -> None:
         """Run every round that is still to do.
@@ -137,8 +164,19 @@ class Coordinator:
         Raises:
             QuorumError: too few silos vouch for the evidence log; the next call asks them again.
         """
-        if not self._evidence.sealed:
-            silent = self._countersign()
+        if self._away:  # the last call: for the adapter, and to settle
+            self._rejoined(self._away, len(self._away), LAST_CALL)
+        absent = [silo for silo in self._roster.names if silo not in self._evidence.vouching]
+        if absent:
+            silent = self._countersign(absent)
+            needed = self._study.threshold - len(self._evidence.vouching)
+            gone = self._away & set(absent)
+            if (
+                not self._evidence.sealed
+                and len(gone) >= needed
+                and self._rejoined(gone, needed, math.inf)
+            ):
+                silent = self._countersign(absent)
             if not self._evidence.sealed:
                 said = [f"{silo}: {reason}" for silo, reason in silent.items()]
                 reasons = "; ".join(said) or "what they signed is not its head"
@@ -147,6 +185,7 @@ class Coordinator:
                     f"the evidence log ({reasons})",
                     hint="start the same command again when they are back (`simulate`: --resume)",
                 )
+        self._deliver()
         requests = dict.fromkeys(self._parties, EndRun(self._store.run_id))
         try:
             self._ask(requests, STEP_TIMEOUT, _Traffic(self._parties), {})
@@ -173,7 +212,8 @@ class Coordinator:
         }
         self._store.finish_round(self._workload, record, joint=study.joint)
         self._note_finished(round_)
-        self._countersign()
+        self._countersign(self._roster.names)
+        self._deliver()
         self._on_round(record)
 
     def _sum(self, sum_: int, round_: int, record: dict[str, Any]) -> None:
@@ -197,12 +237,34 @@ class Coordinator:
         last = (round_ + 1) * (self._study.sums // self._study.rounds) - 1
         self._evidence.finished(last, adapter, self._store.adapters)
 
-    def _countersign(self) -> dict[str, str]:
-        """Have every silo that is there vouch for the evidence log so far.
+    def _deliver(self) -> None:
+        """Give every silo that vouches for the evidence log the newest adapter, with what the log
+        says of it. Who is not there does without."""
+        done, proof = self._store.state.round, self._evidence.delivery()
+        if proof is None:
+            return
+        adapter = adapter_bytes(self._workload.adapter())
+        request = Deliver(
+            run_id=self._store.run_id,
+            checkpoint=proof[0],
+            finished=proof[1],
+            layout=self._workload.layout(done - 1),
+            adapter=adapter,
+        )
+        silos = [s for s in self._evidence.vouching if self._delivered.get(s, 0) < done]
+        timeout, lost = STEP_TIMEOUT + len(adapter) / SLOWEST, dict[str, str]()
+        requests: dict[str, Request] = dict.fromkeys(sorted(silos), request)
+        replies = self._ask(requests, timeout, _Traffic(self._parties), lost) if silos else {}
+        self._delivered |= dict.fromkeys(replies, done)
+        for silo, reason in lost.items():
+            log.warning("%s does not take the adapter of round %d: %s", silo, done, reason)
+
+    def _countersign(self, names: Iterable[str]) -> dict[str, str]:
+        """Have these silos, as far as they are there, vouch for the evidence log so far.
 
         Returns the reasons of those that do not.
         """
-        silos, lost = list(self._roster.names), dict[str, str]()
+        silos, lost = list(names), dict[str, str]()
         for _ in range(2):  # a silo that vouched for another head than we know of is asked again
             asked = {silo: self._evidence.witness(silo) for silo in silos}
             requests = {silo: request for silo, request in asked.items() if request is not None}
@@ -230,16 +292,21 @@ class Coordinator:
         problems: list[str] = []
         hopeless = False
         absent: dict[str, str] = {}
-        failures = 0
+        failures = rejoins = 0
         while failures < MAX_ATTEMPTS and not hopeless:
             failures += 1
             attempt = self._store.begin_attempt()
             try:
                 return self._attempt(sum_, attempt, record, absent)
-            except (_TooFewUpdatesError, _NoAuthorityError) as error:
+            except _MissingError as error:
                 self._evidence.failed(sum_, attempt, error)
                 problems.append(error.message)
-                hopeless = True  # it would fail again, in this round and the next
+                # Who refuses would refuse again, in this round and the next.
+                returns = self._away & set(error.among)
+                hopeless = len(returns) < error.count or rejoins >= MAX_REJOINS
+                hopeless = hopeless or not self._rejoined(returns, error.count, math.inf)
+                rejoins += 1
+                failures -= 1
             except AbandonedError as error:
                 # The key needs all its shares, so the others go on without the lost; once a sum was
                 # being opened, only its very members can open it.
@@ -312,13 +379,17 @@ class Coordinator:
         replies = self._ask(requests, TRAIN_TIMEOUT, traffic, lost)
         if self._authority and not isinstance(replies.get(self._authority.name), Ready):
             name = self._authority.name
-            raise _NoAuthorityError(f"the authority {name} is not there: {lost.get(name, '')}")
+            raise _NoAuthorityError(
+                f"the authority {name} is not there: {lost.get(name, '')}", (name,), 1
+            )
         trained = [silo for silo, reply in replies.items() if isinstance(reply, Trained)]
         if len(trained) < self._study.minimum:
             raise _TooFewUpdatesError(
                 f"{len(trained)} of {self._study.silos.count} silos delivered an update, "
                 f"{self._study.minimum} are needed"
-                + "".join(f"; {silo}: {reason}" for silo, reason in sorted(lost.items()))
+                + "".join(f"; {silo}: {reason}" for silo, reason in sorted(lost.items())),
+                invited,
+                self._study.minimum - len(trained),
             )
         side = coordinator_side(
             self._study.scheme, header=header, roster=self._roster, authority=self._authority
@@ -388,7 +459,7 @@ class Coordinator:
         timeout: float,
         traffic: _Traffic,
         lost: dict[str, str],
-    ) -> dict[str, Trained | Ready | Aggregated | Witnessed | Ended]:
+    ) -> dict[str, _Answer]:
         """Exchange typed messages; those who fail or refuse go to ``lost`` with the reason."""
         encoded: dict[int, bytes] = {}
         frames = {}
@@ -397,11 +468,13 @@ class Coordinator:
             encoded[id(request)] = frame
             frames[silo] = frame
             traffic.down[silo] += len(frame)
-        answers: dict[str, Trained | Ready | Aggregated | Witnessed | Ended] = {}
+        answers: dict[str, _Answer] = {}
         for silo, reply in self._engine.exchange(frames, timeout).items():
             if isinstance(reply, Failure):
                 lost[silo] = printable(reply.reason)
+                self._away.add(silo)
                 continue
+            self._away.discard(silo)
             traffic.up[silo] += len(reply)
             try:
                 message = decode_reply(reply, silo)
@@ -417,12 +490,24 @@ class Coordinator:
         return answers
 
 
-class _TooFewUpdatesError(ProtocolError):
-    """Silos failed or refused before the aggregation began."""
+class _MissingError(ProtocolError):
+    """Parties failed or refused before the aggregation began.
+
+    Args:
+        among: of these ``count`` more are needed.
+    """
+
+    def __init__(self, message: str, among: Iterable[str], count: int) -> None:
+        super().__init__(message)
+        self.among, self.count = tuple(among), count
 
 
-class _NoAuthorityError(ProtocolError):
-    """The key holder failed or refused before the aggregation began."""
+class _TooFewUpdatesError(_MissingError):
+    """Too many silos did."""
+
+
+class _NoAuthorityError(_MissingError):
+    """The key holder did."""
 
 
 class _Traffic:

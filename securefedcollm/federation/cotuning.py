@@ -23,7 +23,7 @@ from securefedcollm.privacy.events import Event, PoissonGaussian
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.study import Study
 from securefedcollm.study.config import Distillation
-from securefedcollm.tuning.adapters import AdapterLayout, load_vector, save_adapter, to_vector
+from securefedcollm.tuning.adapters import AdapterLayout, load_vector, to_vector
 from securefedcollm.tuning.descent import Descent
 from securefedcollm.tuning.distil import DistilStep, distil
 from securefedcollm.tuning.evaluate import Evaluation
@@ -179,6 +179,10 @@ class SiloTuning:
             micro_batch=local.micro_batch,
         )
 
+    def save(self, adapter: Vector, directory: Path, beside: Mapping[str, bytes]) -> None:
+        load_vector(self._tuned.model, self._tuned.broadcast_layout(), adapter)
+        self._tuned.save(directory, beside)
+
     def adapter(self) -> Vector:
         """The adapter as it stands: for a silo that tunes alone, without any exchange."""
         return to_vector(self._tuned.model, self._tuned.broadcast_layout())
@@ -305,7 +309,7 @@ class ServerTuning:
 
     def save(self, directory: Path) -> None:
         for name, tuned in self._models():
-            save_adapter(tuned.model, directory / name)
+            tuned.save(directory / name)
 
     def load(self, directory: Path) -> None:
         for name, tuned in self._models():

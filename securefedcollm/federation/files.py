@@ -58,6 +58,16 @@ def write_durably(path: Path, *content: bytes | memoryview) -> None:
         ) from None
 
 
+def sync_tree(directory: Path) -> None:
+    """Have every file below ``directory``, and their names, on disk before this returns."""
+    for path in (*directory.rglob("*"), directory, directory.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 _OF_MKDTEMP = "[a-z0-9_]"
 
 

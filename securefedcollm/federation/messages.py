@@ -86,6 +86,21 @@ class Witness(_Message, frozen=True, tag="witness"):
     openings: list[Shown]
 
 
+class Deliver(_Message, frozen=True, tag="deliver"):
+    """Server → silo: the SLM adapter that a round ended with, for the silo to keep.
+
+    ``finished``: the entry of my evidence log that says so, under ``checkpoint``: the head that
+    this silo vouched for last, with a quorum's cosignatures. ``layout`` and ``adapter``: as in
+    :class:`BeginRound`.
+    """
+
+    run_id: bytes
+    checkpoint: str
+    finished: Shown
+    layout: bytes
+    adapter: memoryview
+
+
 class Ended(_Message, frozen=True, tag="ended"):
     """Silo → server: I take part in no further attempt at this run."""
 
@@ -104,6 +119,10 @@ class Aggregated(_Message, frozen=True, tag="aggregated"):
     frame: bytes
 
 
+class Delivered(_Message, frozen=True, tag="delivered"):
+    """Silo → server: I have the adapter. Deliberately empty: what I make of it stays here."""
+
+
 class Witnessed(_Message, frozen=True, tag="witnessed"):
     """Silo → server: my cosignature line; or, if it is empty, the ``size`` that I vouched for last,
     from which a proof is needed."""
@@ -120,8 +139,8 @@ class Refused(_Message, frozen=True, tag="refused"):
     hint: str
 
 
-Request = BeginRound | MakeKey | Aggregate | Witness | EndRun
-Reply = Trained | Ready | Aggregated | Witnessed | Refused | Ended
+Request = BeginRound | MakeKey | Aggregate | Witness | Deliver | EndRun
+Reply = Trained | Ready | Aggregated | Witnessed | Delivered | Refused | Ended
 
 _T = TypeVar("_T")
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

@@ -5,6 +5,7 @@ Both classes take ``log=None`` and then write nothing: for tests of the loops al
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from pathlib import Path
@@ -311,10 +312,7 @@ class SiloRecord:
         if request.old != last.size:
             return messages.Witnessed(last.size, b"")
         try:
-            head = parse_checkpoint(request.checkpoint)
-            if head.origin != origin(self._log.study, SERVER):
-                raise EvidenceError("the checkpoint is of another log")
-            head.verify(self._server)
+            head = self._head(request.checkpoint)
             verify_consistency(
                 last.size, bytes.fromhex(last.root), head.size, head.root, request.consistency
             )
@@ -335,6 +333,58 @@ class SiloRecord:
             self._log.append(Witnessed(size=head.size, root=head.root.hex()))
         line = cosign(head, self._log.origin, self._key, int(time.time()))
         return messages.Witnessed(head.size, line)
+
+    def finished(self, delivery: messages.Deliver, quorum: int) -> Finished:
+        """The entry of the server's log by which a round ended with the adapter of ``delivery``.
+
+        Adversary: a server that hands one silo another adapter than it shows the others and the
+        auditors, or an old one. So only the head counts that this silo vouched for last and that a
+        quorum of silos vouches for (two quorums share an honest silo), and no round before the
+        newest that this silo knows of.
+
+        Raises:
+            RemoteProtocolError: its log does not say so.
+        """
+        try:
+            if self._log is None or not self._log.size:
+                raise EvidenceError("this silo vouches for none")
+            last, head = self._vouched()[0], self._head(delivery.checkpoint)
+            if (head.size, head.root.hex()) != (last.size, last.root):
+                raise EvidenceError("its head is not the one that this silo vouched for last")
+            if (count := self._cosigners(head)) < quorum:
+                raise EvidenceError(f"{count} silos vouch for it, {quorum} are needed")
+            shown = delivery.finished
+            verify_inclusion(shown.entry, shown.index, head.size, shown.inclusion, head.root)
+            what = decode_entry(shown.entry, "the server's entry").what
+            if not isinstance(what, Finished) or what.adapter != sha256(delivery.adapter).hex():
+                raise EvidenceError("no round ended with this adapter")
+            if any(what.round < mark.sum for mark in self.marks):
+                raise EvidenceError("it is a past round's")
+        except (EvidenceError, CryptoError) as error:
+            raise RemoteProtocolError(
+                f"delivered an adapter that its evidence log does not vouch for: {error.message}",
+                peer=SERVER,
+                hint="nothing was kept of it",
+            ) from None
+        return what
+
+    def _head(self, note: str) -> Checkpoint:
+        """A head of the server's log, signed by it; raises EvidenceError and CryptoError."""
+        assert self._log is not None
+        head = parse_checkpoint(note)
+        if head.origin != origin(self._log.study, SERVER):
+            raise EvidenceError("the checkpoint is of another log")
+        head.verify(self._server)
+        return head
+
+    def _cosigners(self, head: Checkpoint) -> int:
+        assert self._log is not None
+        count = 0
+        for name, key in zip(self._roster.names, self._roster.keys, strict=True):
+            with contextlib.suppress(CryptoError):
+                head.verify_cosigned(origin(self._log.study, name), key)
+                count += 1
+        return count
 
     def _vouched(self) -> tuple[Witnessed, int]:
         """The newest head vouched for, and how many there are since the newest attempt."""
@@ -493,7 +543,27 @@ class ServerRecord:
         """
         if self._log is None or not self._log.size:
             return True
-        return len(self._log.head.lines) - 1 >= self._quorum
+        return len(self.vouching) >= self._quorum
+
+    @property
+    def vouching(self) -> set[str]:
+        """The silos that vouch for the whole log, by their signatures."""
+        if self._log is None or not self._log.size:
+            return set()
+        signers = {signer for signer, _ in self._log.head.lines}
+        return {name for name in self._roster.names if origin(self._log.study, name) in signers}
+
+    def delivery(self) -> tuple[str, messages.Shown] | None:
+        """The newest head with its cosignatures, and the newest entry of a finished round in it;
+        None before there is both."""
+        if self._log is None or len(self.vouching) < self._quorum:
+            return None
+        ends = [entry.seq for entry in self._log.entries if isinstance(entry.what, Finished)]
+        if not ends:
+            return None
+        leaves, at = self._log.leaves, ends[-1]
+        (proof,) = inclusion_proofs(leaves, [at])
+        return self._log.head.note, messages.Shown(at, leaves[at], proof)
 
     def check_base(self, base: bytes) -> None:
         """Before a run goes on. See :func:`_check_base`."""

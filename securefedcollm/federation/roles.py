@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from securefedcollm import __version__
 from securefedcollm.aggregation import Authority, Roster
-from securefedcollm.errors import ConfigError
+from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.evidence.entries import Entry
 from securefedcollm.evidence.ledger import LoggedLedger
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.authority import AuthoritySession
-from securefedcollm.federation.coordinator import Coordinator
+from securefedcollm.federation.coordinator import Coordinator, Rejoined, nobody_rejoins
 from securefedcollm.federation.engines import Engine, SiloPort
 from securefedcollm.federation.engines.link import SiloInbox
 from securefedcollm.federation.engines.requests import (
@@ -42,16 +42,17 @@ from securefedcollm.federation.engines.requests import (
     new_session,
     sign_request,
 )
-from securefedcollm.federation.files import make_directory, write_durably
+from securefedcollm.federation.files import make_directory, sync_tree, write_durably
 from securefedcollm.federation.messages import MAX_FRAME
 from securefedcollm.federation.plan import AUTHORITY, authority_of
 from securefedcollm.federation.recording import SERVER, AuthorityRecord, ServerRecord, SiloRecord
 from securefedcollm.federation.runstore import RunStore
+from securefedcollm.federation.samedata import require_same_data
 from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore
-from securefedcollm.federation.workload import Progress, ServerWorkload
+from securefedcollm.federation.workload import Progress, ServerWorkload, SiloWorkload, Vector
 from securefedcollm.primitives import SigningKey
-from securefedcollm.privacy.ledger import Budget
+from securefedcollm.privacy.ledger import Budget, Ledger
 from securefedcollm.study import Study, digest, dump_study
 from securefedcollm.study.identity import open_identity, read_identity
 from securefedcollm.study.ring import DEGREE
@@ -63,6 +64,10 @@ if TYPE_CHECKING:
 
 IDENTITY: Final = "identity.json"
 LEDGER: Final = "ledger.sqlite"
+ADAPTER: Final = "adapters/slm"
+"""In a silo's directory of a study: what the newest round ended with."""
+PROOF: Final = "proof.json"
+"""In it: the server's log entry that says so, and the signed head that it is in."""
 _TOLD: Final = ".told"
 _SESSION: Final = ".session"
 _FOLLOWED: Final = ".followed"
@@ -180,8 +185,12 @@ def coordinate(
     workload: ServerWorkload,
     progress: Progress,
     on_round: Callable[[dict[str, Any]], None],
+    rejoined: Rejoined = nobody_rejoins,
 ) -> dict[str, Any]:
     """Run, or go on with, the study over ``engine``; returns the run's record.
+
+    Args:
+        rejoined: as :class:`Coordinator` has it.
 
     Raises:
         SecureFedCoLLMError: with the run in a state from which the same call goes on.
@@ -208,13 +217,14 @@ def coordinate(
         on_round=on_round,
         evidence=evidence,
         authority=office,
+        rejoined=rejoined,
     )
     finished = run / "results.json"
-    if not finished.exists():
-        coordinator.run()
-        _finish(member, store, finished)
     # Once more after a crash: silos that were told have left, and need not answer.
     if not (run / _TOLD).exists():
+        coordinator.run()  # all rounds may be done
+        if not finished.exists():
+            _finish(member, store, finished)
         coordinator.end()
         (run / _TOLD).touch()
     log.close()
@@ -308,6 +318,28 @@ def workload_of(
     return SiloTuning(study, name, questions, data=models, device=device, progress=progress)
 
 
+def trained_on(study: Study, test: Path, workload: SiloTuning) -> int:
+    """How many of the held-out records in the file ``test`` are among the training records.
+
+    Raises:
+        DataError, ConfigError: it holds no labelled records of the study's task.
+    """
+    from securefedcollm.federation.cotuning import contents_of
+    from securefedcollm.federation.dealing import read_records
+
+    known = {content for content, _ in workload.contents()}
+    held_out = contents_of(read_records(study, test, private=False))
+    return sum(content in known for content, _ in held_out)
+
+
+def require_begun_data(member: Member, workload: SiloWorkload) -> None:
+    """Raises: ConfigError if the silo began the study with other records."""
+    store = SiloStore(make_directory(member.run / "silos" / member.name))
+    with Ledger(member.home / LEDGER, member.name) as ledger:
+        require_same_data(store, ledger, member.study, member.name, workload.dataset)
+    store.close()
+
+
 def silo_session(
     member: Member,
     workload: SiloTuning,
@@ -337,6 +369,7 @@ def silo_session(
         store=SiloStore(place),
         ledger=ledger,
         progress=progress,
+        keep=partial(_keep, member.run / ADAPTER, workload),
         threads=threads,
         budget=budget,
         evidence=SiloRecord(
@@ -349,6 +382,28 @@ def silo_session(
         ),
         authority=office,
     )
+
+
+def _keep(
+    directory: Path, workload: SiloWorkload, round_: int, adapter: Vector, proof: dict[str, Any]
+) -> None:
+    make_directory(directory.parent)
+    facts = json.dumps({"round": round_ + 1, **proof}, indent=2, ensure_ascii=False)
+    workload.save(adapter, directory, {PROOF: facts.encode()})
+    sync_tree(directory)
+
+
+def newest_adapter(run: Path) -> int:
+    """The round, from 1, that ended with the adapter in a silo's ``run``; 0 if there is none."""
+    try:
+        return int(json.loads((run / ADAPTER / PROOF).read_bytes())["round"])
+    except FileNotFoundError:
+        return 0
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StateError(
+            f"{run / ADAPTER / PROOF}: cannot be read ({error})",
+            hint="remove the directory; the server brings the adapter of the next round",
+        ) from None
 
 
 def largest_frame(study: Study, workload: SiloTuning) -> int:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from securefedcollm.errors import ConfigError, StateError
-from securefedcollm.federation.files import make_directory, write_durably
+from securefedcollm.federation.files import make_directory, sync_tree, write_durably
 from securefedcollm.federation.workload import ServerWorkload, Vector
 
 
@@ -181,10 +181,7 @@ class RunStore:
         shutil.rmtree(target, ignore_errors=True)
         make_directory(temporary)
         workload.save(temporary)
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+        sync_tree(temporary)
         temporary.replace(target)
 
     def load_adapters(self, workload: ServerWorkload) -> None:

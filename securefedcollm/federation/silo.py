@@ -28,6 +28,8 @@ from securefedcollm.federation.messages import (
     Aggregate,
     Aggregated,
     BeginRound,
+    Deliver,
+    Delivered,
     Ended,
     EndRun,
     MakeKey,
@@ -42,6 +44,7 @@ from securefedcollm.federation.messages import (
 from securefedcollm.federation.plan import (
     adaptive_clip,
     authority_of,
+    ends_round,
     joint_step,
     quantiser,
     round_header,
@@ -51,8 +54,16 @@ from securefedcollm.federation.plan import (
     sum_name,
 )
 from securefedcollm.federation.recording import SiloRecord
+from securefedcollm.federation.samedata import pin_data, require_same_data
 from securefedcollm.federation.silostore import Mark, OneRun, SiloStore, SumMemory
-from securefedcollm.federation.workload import Progress, SiloWorkload, Vector, silent
+from securefedcollm.federation.workload import (
+    Keep,
+    Progress,
+    SiloWorkload,
+    Vector,
+    keep_nothing,
+    silent,
+)
 from securefedcollm.primitives import SigningKey, sha256
 from securefedcollm.privacy.events import Event
 from securefedcollm.privacy.identities import Records
@@ -80,6 +91,7 @@ class SiloSession:
         store: SiloStore,
         ledger: Ledger,
         progress: Progress = silent,
+        keep: Keep = keep_nothing,
         threads: int = 1,
         explain: bool = False,
         budget: Budget | None = None,
@@ -93,6 +105,7 @@ class SiloSession:
             roster: the silos; that of the study, if the study has one.
             budget: this silo's own limit for its records, all studies together; by default what
                 its ledger has pinned, or else the study's.
+            keep: takes every adapter that a round ended with, once the evidence vouches for it.
             explain: tell the server *why* this silo cannot go on. Only for a simulation, in which
                 the two are the same person: reasons depend on private data and other studies.
             authority: public key of the party that holds the decryption key, where the study has
@@ -100,7 +113,8 @@ class SiloSession:
             now: the clock of ``local.reply_slot``, in seconds, and ``wait``: how to let it pass.
 
         Raises:
-            ConfigError: the roster is not the study's, or the authority is not known.
+            ConfigError: the roster is not the study's, or the authority is not known, or the run
+                began with other records.
         """
         listed = {p.name: bytes.fromhex(p.key) for p in study.roster if p.role == "silo"}
         if listed and Roster(listed).root != roster.root:
@@ -122,10 +136,16 @@ class SiloSession:
         self._run = OneRun(store, study)
         self._ledger = ledger
         self._progress = progress
+        self._keep = keep
         self._threads = threads
         self._now, self._wait = now, wait
+        require_same_data(*self._data)
         self._side: SiloSide | None = None
         self._at: tuple[bytes, int, int] = (b"", -1, -1)
+
+    @property
+    def _data(self) -> tuple[SiloStore, Ledger, Study, str, str]:
+        return self._store, self._ledger, self._study, self._name, self._workload.dataset
 
     @property
     def over(self) -> bool:
@@ -145,6 +165,8 @@ class SiloSession:
                     reply = Aggregated(self._aggregate(inner))
                 case Witness() as request:
                     reply = self._evidence.countersign(request)
+                case Deliver() as deliver:
+                    reply = self._take(deliver)
                 case EndRun() as end:
                     reply = self._end(end)
                 case MakeKey():
@@ -179,7 +201,7 @@ class SiloSession:
         self._side = None
         self._check_order(begin)
         self._evidence.check_base(self._workload.base_digest)
-        adapter = self._read_adapter(begin)
+        adapter = self._read_adapter(begin, begin.round)
         unit = self._mechanism(begin.round, self._read_clip_norm(begin))
         base, mechanism = self._workload.base_digest, unit.identity if unit else b""
         model = model_digest(base, begin.layout, begin.adapter, mechanism)
@@ -257,6 +279,37 @@ class SiloSession:
         self._settle_before(scope, self._study.sums)
         return Ended()
 
+    def _take(self, deliver: Deliver) -> Delivered:
+        """Keep what a round ended with, if the evidence vouches for it.
+
+        Adversary: a server that delivers a second adapter for a round, or, before or after, has
+        another one trained on. And one that watches: the answer is the same, and comes as soon,
+        whatever this silo's operator then makes of the adapter.
+        """
+        scope = self._run.scope(deliver.run_id)
+        finished = self._evidence.finished(deliver, self._study.threshold)
+        if not (finished.round < self._study.sums and ends_round(self._study, finished.round)):
+            raise RemoteProtocolError("delivered an adapter of no round's end", peer="server")
+        adapter = self._read_adapter(deliver, finished.round)
+        self._pin_end(scope, finished.round, deliver.adapter)
+        shown = deliver.finished
+        proof = {
+            "checkpoint": deliver.checkpoint,
+            "index": shown.index,
+            "entry": shown.entry.decode(),
+            "inclusion": [node.hex() for node in shown.inclusion],
+        }
+        self._keep(round_of(self._study, finished.round), adapter, proof)
+        return Delivered()
+
+    def _pin_end(self, scope: bytes, sum_: int, adapter: memoryview) -> None:
+        """One adapter for a round's end, for good: the one that is kept, or trained on next."""
+        digest = sha256(adapter)
+        if self._store.record(b"ended:" + scope[:16] + sum_.to_bytes(4, "big"), digest) != digest:
+            raise RemoteProtocolError(
+                f"sent a second adapter as the end of {sum_name(self._study, sum_)}", peer="server"
+            )
+
     def _enter(self, begin: BeginRound, model: bytes) -> bytes:
         """Durable rules about what may be trained at all, whatever becomes of the process.
 
@@ -265,6 +318,7 @@ class SiloSession:
         marks = [*self._evidence.marks, *self._charged(run_scope(self._study, begin.run_id))]
         self._check_journal()
         scope = self._run.enter(begin.run_id, begin.round, *marks)
+        pin_data(*self._data)
         # Adversary: a server that has one round trained on many models.
         pin = b"model:" + scope[:16] + begin.round.to_bytes(4, "big")
         if self._store.record(pin, model) != model:
@@ -272,6 +326,8 @@ class SiloSession:
                 f"sent a second global model for {sum_name(self._study, begin.round)}",
                 peer="server",
             )
+        if begin.round and ends_round(self._study, begin.round - 1):
+            self._pin_end(scope, begin.round - 1, begin.adapter)
         return scope
 
     def _charged(self, scope: bytes) -> list[Mark]:
@@ -296,24 +352,24 @@ class SiloSession:
                 peer="server",
             )
 
-    def _read_adapter(self, begin: BeginRound) -> Vector:
-        """The broadcast adapter, if it is one for this silo's own model and study."""
-        round_ = round_of(self._study, begin.round)
+    def _read_adapter(self, sent: BeginRound | Deliver, sum_: int) -> Vector:
+        """The adapter that was sent, if it is one for this silo's own model and study."""
+        round_ = round_of(self._study, sum_)
         expected = self._workload.layout(round_)
-        if begin.layout != expected:
+        if sent.layout != expected:
             raise RemoteProtocolError(
-                f"its adapter layout {begin.layout.hex()[:12]}… is not this silo's "
+                f"its adapter layout {sent.layout.hex()[:12]}… is not this silo's "
                 f"{expected.hex()[:12]}…",
                 peer="server",
                 hint="compare models.slm and adapter of the two studies",
             )
         size = self._workload.size(round_)
-        if len(begin.adapter) != 4 * size:
+        if len(sent.adapter) != 4 * size:
             raise RemoteProtocolError(
-                f"an adapter of {len(begin.adapter)} bytes, this layout has {4 * size}",
+                f"an adapter of {len(sent.adapter)} bytes, this layout has {4 * size}",
                 peer="server",
             )
-        adapter = np.frombuffer(begin.adapter, dtype="<f4").astype(np.float32, copy=False)
+        adapter = np.frombuffer(sent.adapter, dtype="<f4").astype(np.float32, copy=False)
         # Adversary: a server that sends what no training makes, to read the last bits of sums. This
         # is before any record is touched; the proof rests on independent gradients, not on it.
         most = self._study.adapter.max_abs

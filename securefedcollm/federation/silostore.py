@@ -255,13 +255,21 @@ class OneRun:
         Raises:
             RemoteProtocolError: it is not the run that this participant is in.
         """
-        if self._store.recorded(run_key(self._study)) != run_id:
-            raise RemoteProtocolError(
-                "ended a run that this participant takes no part in", peer="server"
-            )
-        scope = run_scope(self._study, run_id)
+        scope = self.scope(run_id)
         self._store.enter_round(scope, self._study.sums)
         return scope
+
+    def scope(self, run_id: bytes) -> bytes:
+        """The scope of the run that this participant is in.
+
+        Raises:
+            RemoteProtocolError: it is another.
+        """
+        if self._store.recorded(run_key(self._study)) != run_id:
+            raise RemoteProtocolError(
+                "spoke of a run that this participant takes no part in", peer="server"
+            )
+        return run_scope(self._study, run_id)
 
     @property
     def over(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from securefedcollm.errors import ConfigError, StateError
+from securefedcollm.federation.export import beside_adapter
 from securefedcollm.federation.workload import Progress, Vector, silent
 from securefedcollm.primitives import sha256
 from securefedcollm.study import Study
@@ -24,6 +25,7 @@ from securefedcollm.tuning.adapters import (
     full_layout,
     layout_of,
     load_vector,
+    save_adapter,
 )
 from securefedcollm.tuning.evaluate import Evaluation, evaluate
 from securefedcollm.tuning.frozen import with_prefix, with_prior
@@ -88,6 +90,8 @@ class Tuned:
     tokenizer: Any
     base_digest: bytes
     study: Study
+    spec: Model
+    """Which of the study's models it is."""
 
     @property
     def scoring(self) -> Scoring:
@@ -135,7 +139,7 @@ class Tuned:
             top_layers=adapter.top_layers,
             seed=study.seed,
         )
-        return cls(model.to(place), loaded.tokenizer, bytes.fromhex(loaded.digest), study)
+        return cls(model.to(place), loaded.tokenizer, bytes.fromhex(loaded.digest), study, spec)
 
     def encode(
         self, questions: Sequence[Question], *, cuts: bool = False, private: bool = False
@@ -188,8 +192,21 @@ class Tuned:
             batch_size=max(64, self.study.local.micro_batch),  # without gradients more fit
         )
 
+    def save(self, directory: Path, beside: Mapping[str, bytes] | None = None) -> None:
+        """Write the adapter, and what somebody needs to use it, in place of ``directory``.
+
+        Args:
+            beside: content of further files, by name.
+
+        Raises:
+            StateError: it cannot be written.
+        """
+        chat = bool(getattr(self.tokenizer, "chat_template", None))
+        files = beside_adapter(self.study, self.spec, self.base_digest, chat=chat)
+        save_adapter(self.model, directory, {**files, **(beside or {})})
+
     def load_adapter(self, directory: Path) -> None:
-        """Take up the adapter that :func:`save_adapter` wrote into ``directory``, bit for bit.
+        """Take up the adapter that :meth:`save` wrote into ``directory``, bit for bit.
 
         Raises:
             StateError: it is damaged or another study's.

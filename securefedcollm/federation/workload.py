@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,19 @@ from securefedcollm.privacy.events import Event
 
 Vector = npt.NDArray[np.float32]
 Gradient = npt.NDArray[np.float64]
+Keep = Callable[[int, Vector, dict[str, Any]], None]
+"""``keep(round, adapter, proof)``: the SLM adapter that a round (from 0) ended with, and, as plain
+JSON, why this silo believes it. May raise StateError."""
 Progress = Callable[[int, int, str], None]
 """``progress(done, total, text)``; called often, must be cheap. As in ``tuning``, without torch."""
 
 
 def silent(done: int, total: int, text: str) -> None:
     """Report nothing."""
+
+
+def keep_nothing(round_: int, adapter: Vector, proof: dict[str, Any]) -> None:
+    """For a simulation, which has one copy of the adapters for all."""
 
 
 class SiloWorkload(Protocol):
@@ -74,6 +81,14 @@ class SiloWorkload(Protocol):
 
         For joint DP-SGD; nothing about the sample may be kept. A gradient that is not finite comes
         as zeros: before the noise, no record may decide what happens.
+        """
+        ...
+
+    def save(self, adapter: Vector, directory: Path, beside: Mapping[str, bytes]) -> None:
+        """Write ``adapter`` in place of ``directory``, in PEFT's format, with files ``beside`` it.
+
+        Raises:
+            StateError: it cannot be written.
         """
         ...
 

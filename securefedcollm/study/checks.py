@@ -221,8 +221,8 @@ def _check_data(study: Study) -> None:
                 raise ConfigError(
                     "this key is missing",
                     where=f"task.data.{name}",
-                    hint=f"give {', '.join(needed[:-1])} and {needed[-1]}, or builtin: hospitals; or "
-                    "leave all out where every participant gives its own file",
+                    hint=f"give {', '.join(needed[:-1])} and {needed[-1]}, or builtin: hospitals; "
+                    "or leave all out where every participant gives its own file",
                 )
         for name in ("train", "test"):
             file = getattr(data, name)

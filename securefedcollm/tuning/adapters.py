@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import rfc8785
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from securefedcollm.errors import ConfigError, StateError
@@ -170,10 +171,13 @@ def load_vector(model: nn.Module, layout: AdapterLayout, vector: npt.NDArray[Any
         at += parameter.numel()
 
 
-def save_adapter(model: Any, directory: Path) -> None:
+def save_adapter(model: Any, directory: Path, beside: Mapping[str, bytes] | None = None) -> None:
     """Write the adapter in PEFT's format (safetensors) for ``PeftModel.from_pretrained``.
 
     The directory is replaced as a whole: a reader sees the old adapter or the new one.
+
+    Args:
+        beside: content of further files there, by name; in place of PEFT's own if one is so called.
 
     Raises:
         StateError: the directory cannot be written.
@@ -183,13 +187,15 @@ def save_adapter(model: Any, directory: Path) -> None:
         fresh.mkdir(parents=True)
         # False: PEFT would look the base model up on the hub to compare vocabularies.
         model.save_pretrained(fresh, safe_serialization=True, save_embedding_layers=False)
+        for name, content in (beside or {}).items():
+            (fresh / name).write_bytes(content)
         if directory.exists():
             shutil.rmtree(directory)
         fresh.rename(directory)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
         raise StateError(
-            f"cannot write the adapter to {directory}: {error.strerror}",
+            f"cannot write the adapter to {directory}: {getattr(error, 'strerror', error)}",
             hint="choose a writable output directory with --out",
         ) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -245,3 +246,18 @@ def test_what_may_succeed_later_ends_with_the_code_for_it(tmp_path):
     assert done.returncode == 75
     assert json.loads(done.stdout)["again"] is True
     assert done.stderr.startswith("error: pip could not download")
+
+
+@pytest.mark.parametrize(("command", "code"), [("client", 0), ("status", -signal.SIGABRT)])
+def test_a_role_that_has_finished_ends_with_code_0(command, code):
+    """Whatever libraries do when the interpreter ends; another command is the control."""
+    script = (
+        "import atexit, os, sys\n"
+        "from securefedcollm_cli.main import main\n"
+        "atexit.register(os.abort)\n"
+        f"sys.argv = ['securefedcollm', '-v', '{command}', '--help']\n"
+        "main()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == code
+    assert "Usage" in ended.stdout

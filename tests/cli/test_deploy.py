@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -43,3 +44,10 @@ def test_the_rehearsal_of_the_deployment_guide(tmp_path):
     assert "rounds     2 of 2 finished" in said
     assert "survivors  silo-1, silo-2, silo-3 (last round)" in said
     assert "Traceback" not in errors + logs
+    for silo in (1, 2, 3):  # each has the last round's model, and measured all on its own records
+        (found,) = tmp_path.glob(f"silo-{silo}/studies/*/held-out.jsonl")
+        rounds = [json.loads(line) for line in found.read_text().splitlines()]
+        assert [line["round"] for line in rounds] == [0, 1, 2]
+        log = (tmp_path / f"silo-{silo}.log").read_text()
+        last = f"{rounds[2]['all']['accuracy']:.4f} after round 2 of 2"
+        assert f"your held-out records: accuracy {last}" in log

@@ -15,17 +15,23 @@ from securefedcollm.errors import (
     BudgetExceeded,
     ConfigError,
     CryptoError,
+    DataError,
     SecureFedCoLLMError,
     StateError,
 )
+from securefedcollm.federation import roles
 from securefedcollm.federation.cotuning import contents_of
 from securefedcollm.federation.dealing import read_records
 from securefedcollm.federation.engines.flare import kit as kit_module
 from securefedcollm.federation.engines.flare.kit import installed
 from securefedcollm.federation.engines.flare.papers import read_request
+from securefedcollm.federation.files import make_directory
+from securefedcollm.federation.samedata import pin_data
+from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.privacy.events import PoissonGaussian
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import load_study
+from securefedcollm.tuning.splits import dataset_fingerprint
 
 from ..federation.homes import make_identities, write_signed
 from .tiny import make_inputs
@@ -341,7 +347,8 @@ def study(tmp_path_factory):
     homes = make_identities(directory / "homes", names)
     path = write_signed(load_study(make_inputs(directory)), homes, directory / "signed.yaml")
     run("study", "deal", path, "--data", directory, "--out", directory / "dealt")
-    (homes["silo-1"] / "kit" / "startup").mkdir(parents=True)  # never started here
+    for kit in ("silo-1/kit", "server/kit", "server/lead"):  # never started here
+        (directory / "homes" / kit / "startup").mkdir(parents=True)
     return directory, homes, path
 
 
@@ -403,6 +410,41 @@ def test_bad_data_is_named_before_anything_is_sent(study):
     bad.write_text('{"question": "colour of thing1", "choices": ["red"], "answer": 0}\n')
     with pytest.raises(ConfigError, match=r"bad.jsonl:1: field 'choices' has 1 entries"):
         client(study, "--yes", data="bad.jsonl")
+
+
+def test_held_out_records_are_read_before_anything_is_agreed(study):
+    """A file that cannot be measured is named; records that are trained on too are counted."""
+    bad = study[0] / "bad-test.jsonl"
+    bad.write_text('{"question": "colour of thing1", "choices": ["red", "blue"]}\n')
+    with pytest.raises(DataError, match=r"bad-test.jsonl:1: field 'answer'"):
+        client(study, "--yes", "--test", bad)
+    words = ["client", study[2], "--data", study[0] / "dealt/silo-1.jsonl", "--models", study[0]]
+    home = ["--home", study[1]["silo-1"]]
+    for test, both in (("silo-1", 32), ("test", 0)):
+        told = ["--test", study[0] / f"dealt/{test}.jsonl"]
+        result = CliRunner().invoke(app, [str(w) for w in (*words, *home, *told)], input="n\n")
+        assert isinstance(result.exception, ConfigError)
+        flat = " ".join(result.stderr.split())
+        assert (f"WARNING: {both} records of" in flat) == bool(both)
+
+
+def test_a_client_that_is_started_again_with_other_records_is_refused(study):
+    directory, homes, path = study
+    (homes["silo-3"] / "kit" / "startup").mkdir(parents=True)
+    agreed = load_study(path)
+    dealt = directory / "dealt/silo-3.jsonl"
+    with roles.take_part(agreed, path, homes["silo-3"], "silo", str) as member:
+        store = SiloStore(make_directory(member.run / "silos" / "silo-3"))
+        fingerprint = dataset_fingerprint(read_records(agreed, dealt))
+        with Ledger(member.home / "ledger.sqlite", "silo-3") as ledger:
+            pin_data(store, ledger, agreed, "silo-3", fingerprint)  # as the run's first round does
+        store.close()
+    with pytest.raises(ConfigError, match="not agreed"):  # the control
+        client(study, data="dealt/silo-3.jsonl", silo="silo-3", input="n\n")
+    changed = dealt.with_name("changed.jsonl")
+    changed.write_text(dealt.read_text().replace("colour of", "colour for", 1))
+    with pytest.raises(ConfigError, match=r"not the records that the run began with \(finger"):
+        client(study, "--yes", data="dealt/changed.jsonl", silo="silo-3")
 
 
 def test_both_roles_compute_where_they_are_told(study):

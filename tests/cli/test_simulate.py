@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -251,6 +252,40 @@ def test_killed_with_minus_nine_and_resumed(inputs, tmp_path):
         assert 0 < silo["epsilon_spent"] <= 8  # three rounds fit the budget exactly; four would not
     assert results["evidence"]["holds"]  # the logs of before the kill and of after it are one
     assert results["evidence"]["passed"] == 25
+
+
+class Killed(Exception):
+    """What a kill looks like from inside: nothing after it is run."""
+
+
+def test_a_resumed_run_refuses_other_records(inputs, tmp_path, monkeypatch):
+    """One word of one record, between a kill and `--resume`: without this, ε was overspent."""
+    from securefedcollm.federation.cotuning import ServerTuning
+
+    place = tmp_path / "inputs"
+    shutil.copytree(inputs, place)
+    distil = ServerTuning.distil
+
+    def killed_in_round_2(self, round_, progress):
+        if round_:
+            raise Killed
+        return distil(self, round_, progress)
+
+    monkeypatch.setattr(ServerTuning, "distil", killed_in_round_2)
+    command = ["simulate", place / "tiny.yaml", "--data", place, "--out", tmp_path / "run"]
+    words = [str(w) for w in (*command, "--workers", "0", "--no-baselines", "--json")]
+    assert isinstance(CliRunner().invoke(app, words).exception, Killed)
+    monkeypatch.setattr(ServerTuning, "distil", distil)
+    train = place / "train.jsonl"
+    agreed = train.read_bytes()
+    lines = agreed.splitlines(keepends=True)
+    train.write_bytes(b"".join(line.replace(b"colour of", b"colour for") for line in lines))
+    with pytest.raises(ConfigError, match=r"silo-1: these are not the records.*it began with"):
+        run(place, tmp_path / "run", "--no-baselines", "--resume")
+    train.write_bytes(agreed)  # the control
+    results = run(place, tmp_path / "run", "--no-baselines", "--resume")
+    assert results["evidence"]["holds"]
+    assert all(silo["epsilon_spent"] <= 8 for silo in results["silos"])
 
 
 def test_ckks_gives_the_same_models_as_masking(inputs, tmp_path):

@@ -98,6 +98,12 @@ class ArithmeticSilo:
         gradient[round_] = 5.0
         return [gradient] * sum(np.random.default_rng().random(10) < q)
 
+    def save(self, adapter, directory, beside):
+        directory.mkdir(exist_ok=True)
+        np.save(directory / "theta.npy", adapter)
+        for name, content in beside.items():
+            (directory / name).write_bytes(content)
+
 
 class ArithmeticServer:
     base_digest = b"b" * 32

@@ -45,7 +45,7 @@ def test_a_silo_with_another_chat_template_is_refused_by_the_header(tmp_path, mo
 
 def killed_in_round_2(directory, study):
     with pytest.raises(Killed):
-        RecordedRun(directory, study, wrap=lambda e: Dies(e, 9, before=True)).go()
+        RecordedRun(directory, study, wrap=lambda e: Dies(e, 10, before=True)).go()
 
 
 def test_a_run_is_not_resumed_with_another_base_model(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from securefedcollm.federation.cotuning import SiloTuning
 from securefedcollm.federation.dealing import read_records
 from securefedcollm.federation.messages import Refused, Trained
 from securefedcollm.federation.silo import SiloSession
-from securefedcollm.federation.silostore import SiloStore
+from securefedcollm.federation.silostore import SiloStore, SumMemory
 from securefedcollm.federation.workload import silent
 from securefedcollm.privacy.accounting import calibrate
 from securefedcollm.privacy.events import PoissonGaussian
@@ -182,6 +182,9 @@ def workload(member, inputs, questions=None):
     return roles.workload_of(member.study, "silo-1", questions, inputs, silent)
 
 
+RUN = "5c" * 32
+
+
 def spend(member, inputs, events, epsilon=8.0):
     """An earlier study on a third of the file."""
     some = read_records(member.study, inputs / "less.jsonl")
@@ -226,10 +229,29 @@ def test_skip_leaves_out_what_cannot_pay_and_the_study_is_about_the_rest(member,
     with Ledger(member.home / roles.LEDGER, member.name) as ledger:
         records = consent.identified(ledger, member.study, left)
         about = {"records": records, "study": digest(member.study).hex()}
-        ledger.reserve(left.dataset, "record", "run", 0, 0, left.events(), (8.0, 1e-5), **about)
+        ledger.reserve(left.dataset, "record", RUN, 0, 0, left.events(), (8.0, 1e-5), **about)
     again = consent.without_spent(member, every, None, lambda q: workload(member, inputs, q))
     assert again.questions == left.questions
     consent.require_budget(member, again, None)
+
+
+def test_a_study_that_has_begun_and_cannot_go_on_is_refused_before_anybody_waits(member, inputs):
+    """Another study spent the rest meanwhile. The newest sum may still be asked for again, at no
+    cost: only once this silo saw it opened is there nothing left to wait for."""
+    mine = workload(member, inputs)
+    with Ledger(member.home / roles.LEDGER, member.name) as ledger:
+        records = consent.identified(ledger, member.study, mine)
+        about = {"records": records, "study": digest(member.study).hex()}
+        ledger.reserve(mine.dataset, "record", RUN, 0, 0, mine.events(), (8.0, 1e-5), **about)
+    consent.require_budget(member, mine, None)  # the control: it can pay
+    with Ledger(member.home / roles.LEDGER, member.name) as ledger:
+        ledger.reserve("x", "record", "r", 0, 0, mine.events(), (8.0, 1e-5), records=records)
+    consent.require_budget(member, mine, None)
+    store = SiloStore(member.run / "silos" / member.name)
+    SumMemory(store, bytes.fromhex(RUN), 0).opened(0, 3)
+    store.close()
+    with pytest.raises(BudgetExceeded, match="is left"):
+        consent.require_budget(member, mine, None)
 
 
 def test_skip_with_nothing_left_says_so(member, inputs):

@@ -33,7 +33,8 @@ def homes(tmp_path):
 
 def study(**changes):
     local = {"steps": 5, "batch_size": 8, "learning_rate": 0.1}
-    return make_study(study="roles", rounds=2, silos={"count": 3}, local=local, **changes)
+    usual = {"study": "roles", "rounds": 2, "silos": {"count": 3}, "local": local}
+    return make_study(**usual | changes)
 
 
 def enter(path, home, role, passphrase=lambda: ""):

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 _JOB_START: Final = 60.0
 _TRIES: Final = 3
 _LATER: Final = 30.0
-"""Seconds to wait for silos that were there before."""
+"""Seconds to wait for silos that were there before, where there are enough without them."""
 _PAUSE: Final = 5.0
 _CALL: Final = 60.0
 """Seconds for one call, the relay's own timeouts included."""
@@ -58,7 +59,8 @@ class FlareEngine:
         lead: the kit of the one who submits jobs.
         sign: (silo, parcel, frame) → what is sent: :func:`~..requests.sign_request`.
         session: of this run of the process; greater than every one before (:func:`new_session`).
-        patience: seconds to wait for the silos before the first job; later waits are short.
+        patience: seconds to wait for the silos before the first job.
+        rejoin: seconds to wait later, when so few are left that nothing goes on without one.
         progress: hears how many silos are connected.
         say: hears of every FLARE job that begins, and with whom.
         largest: silo → bytes of the largest reply that can make sense; else :data:`MAX_FRAME`.
@@ -74,6 +76,7 @@ class FlareEngine:
         sign: Callable[[str, Parcel, bytes], bytes],
         session: bytes | None = None,
         patience: float,
+        rejoin: float = _LATER,
         progress: Progress,
         say: Callable[[str], None] = lambda text: None,
         largest: Mapping[str, int] | None = None,
@@ -86,6 +89,7 @@ class FlareEngine:
         self._minimum = minimum
         self._lead = lead
         self._patience = patience
+        self._rejoin = rejoin
         self._progress = progress
         self._session = session or new_session()
         self._closed = False
@@ -214,8 +218,9 @@ class FlareEngine:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _wait_for(self, wanted: set[str] | frozenset[str]) -> set[str]:
-        patience = min(self._patience, _LATER) if self._began else self._patience
-        deadline = time.monotonic() + patience
+        began, start = self._began, time.monotonic()
+        most = self._rejoin if began else self._patience
+        deadline, told = start + (min(most, _LATER) if began else most), False
         while True:
             self._require_open()
             present = self._connected() & set(self._silos)
@@ -226,13 +231,38 @@ class FlareEngine:
             if time.monotonic() > deadline:
                 if len(present) >= self._minimum:
                     return present
-                missing = ", ".join(sorted(set(self._silos) - present))
-                raise TransportError(
-                    f"{len(present)} silos are connected, {self._minimum} are needed; not there: "
-                    f"{missing}",
-                    hint="they run `securefedcollm client`; then start the server again",
-                )
+                missing = set(self._silos) - present
+                if time.monotonic() > start + most:
+                    raise TransportError(
+                        f"{len(present)} silos are connected, {self._minimum} are needed; not "
+                        f"there: {', '.join(sorted(missing))}",
+                        hint="they run `securefedcollm client`; then start the server again",
+                    )
+                if not told:
+                    self._say_waiting(missing, most)
+                    told = True
             time.sleep(0.5)
+
+    def rejoined(self, silos: Set[str], count: int, most: float = math.inf) -> bool:
+        """Wait until ``count`` of these silos, which could not be reached, are connected again.
+
+        Returns whether they are: not if that takes longer than ``most`` seconds, or ``rejoin``.
+
+        Raises:
+            TransportError: FLARE's server has ended.
+        """
+        wait = min(self._rejoin, most)
+        deadline = time.monotonic() + wait
+        self._say_waiting(silos, wait)
+        while len(self._connected() & silos) < count:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.5)
+        return True
+
+    def _say_waiting(self, silos: Set[str], wait: float) -> None:
+        limit = f"{wait / 60:.0f} minutes" if wait >= 120 else f"{wait:.0f} s"
+        self._say(f"waiting up to {limit} for {', '.join(sorted(silos))} to come back")
 
     def _started(self, job: str, members: set[str]) -> bool:
         """Wait until the job's relay has come, with a connection for each of its silos."""

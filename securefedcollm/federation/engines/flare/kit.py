@@ -43,6 +43,11 @@ from securefedcollm.federation.engines.flare.papers import (
 )
 from securefedcollm.federation.engines.flare.policy import lock_down
 from securefedcollm.federation.engines.flare.processes import plain_environment, require_flare
+from securefedcollm.federation.engines.flare.ready import (
+    read_at_once,
+    require_in_place,
+    require_valid,
+)
 from securefedcollm.federation.files import PrivateDirectory, make_directory, write_durably
 from securefedcollm.primitives import NONCE_BYTES, seal, sha256, stretch_passphrase, unseal
 
@@ -235,8 +240,6 @@ def _build(home: Path, profile: Profile, signed: Path, kind: str, scratch: Path)
 def _is_installed(target: Path, kind: str, signed: Path) -> bool:
     """Whether the kit in ``target`` is of this very answer: a command that was cut off goes on.
 
-    Adversary: FLARE's process, which writes in the kit. A pipe there would have us wait for ever.
-
     Raises:
         ConfigError: it is of another one.
     """
@@ -246,7 +249,7 @@ def _is_installed(target: Path, kind: str, signed: Path) -> bool:
     name = signed.name.replace(".signed.zip", ".crt")
     try:
         with zipfile.ZipFile(signed) as archive, archive.open(name) as member:
-            same = member.read(65536) == _read_at_once(certificate)
+            same = member.read(65536) == read_at_once(certificate)
     except UNZIPPING:
         same = False
     if not same:
@@ -258,19 +261,11 @@ def _is_installed(target: Path, kind: str, signed: Path) -> bool:
     return True
 
 
-def _read_at_once(path: Path) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        return os.read(descriptor, 65536)
-    finally:
-        os.close(descriptor)
-
-
 def installed(home: Path, name: str, *, lead: bool = False) -> Kit:
     """The kit in ``home``.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it cannot work: its certificate expired, or it was moved.
     """
     workspace = home / ("lead" if lead else "kit")
     if not (workspace / "startup").is_dir():
@@ -279,6 +274,8 @@ def installed(home: Path, name: str, *, lead: bool = False) -> Kit:
             where=str(workspace),
             hint="`securefedcollm join` asks for a certificate, and installs the answer",
         )
+    require_valid(workspace)
+    require_in_place(workspace)
     return Kit(workspace.absolute(), LEAD if lead else name, _org(name))
 
 

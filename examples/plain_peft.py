@@ -1,0 +1,105 @@
+"""Use a tuned adapter with PEFT and transformers alone: score labelled records by its task.json.
+
+    python plain_peft.py ADAPTER BASE_MODEL RECORDS.jsonl
+
+ADAPTER is the directory with adapter_model.safetensors and task.json; BASE_MODEL a directory or a
+name on the hub. Prints the accuracy, the same as `securefedcollm model evaluate`. Nothing here
+imports securefedcollm: take what you need.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def prompt_of(row: dict[str, Any], task: dict[str, Any]) -> str:
+    """The prompt as the model was tuned on it; a column `prompt` stands for itself."""
+    if str(row.get("prompt") or "").strip():
+        return str(row["prompt"]).strip()
+    column = {"multiple_choice": "question", "classification": "text"}[task["kind"]]
+    return str(task["template"].format(row[column].strip()))
+
+
+def choices_of(row: dict[str, Any], task: dict[str, Any]) -> tuple[list[str], int]:
+    """What may follow the prompt, and which of it is right."""
+    if task["kind"] == "multiple_choice":
+        return [choice.strip() for choice in row["choices"]], int(row["answer"])
+    return task["labels"], task["labels"].index(row["label"].strip())
+
+
+def tokenise(
+    prompt: str, choices: list[str], tokenizer: Any, most: int = 1 << 30
+) -> list[tuple[list[int], int]]:
+    """Of each choice: the tokens of prompt, one space and choice; how many are the choice's."""
+
+    def ids(text: str, **options: Any) -> list[int]:
+        found = list(tokenizer(text, **options)["input_ids"])
+        # Some tokenizers close every text with an end token.
+        return found[:-1] if found[-1] == tokenizer.eos_token_id else found
+
+    first, rest = ids(prompt), []
+    for choice in choices:
+        both = ids(f"{prompt} {choice}")
+        apart = both[: len(first)] == first  # else a token goes across the border
+        rest.append(both[len(first) :] if apart else ids(f" {choice}", add_special_tokens=False))
+    room = most - max(map(len, rest))  # the longest decides
+    if len(first) > room:  # the beginning is left out, but for the token that begins every text
+        start = first[:1] if first[0] == tokenizer.bos_token_id else []
+        first = start + first[len(first) - room + len(start) :]
+    return [(first + after, len(after)) for after in rest]
+
+
+@torch.no_grad()
+def log_prob(model: Any, tokens: list[int], count: int) -> float:
+    """Log-probability of the last ``count`` tokens after those before them."""
+    ids = torch.tensor([tokens])
+    logits = model(input_ids=ids).logits[0, -count - 1 : -1].float()
+    return float(torch.log_softmax(logits, -1).gather(1, ids[0, -count:, None]).sum())
+
+
+def scores_of(
+    model: Any, tokenizer: Any, prompt: str, choices: list[str], task: dict[str, Any]
+) -> list[float]:
+    """The scores of the choices: the prediction is softmax(scores / score_temperature)."""
+    rows = tokenise(prompt, choices, tokenizer, task["max_tokens"])
+    scores = [log_prob(model, *row) for row in rows]
+    if task["prior_prompt"]:  # what the base model says of the choice by itself
+        with model.disable_adapter():
+            prior = [
+                log_prob(model, *row) for row in tokenise(task["prior_prompt"], choices, tokenizer)
+            ]
+        scores = [score - other for score, other in zip(scores, prior, strict=True)]
+    if task["score"] in {"length", "pmi-length"}:
+        scores = [score / max(1, len(c)) for score, c in zip(scores, choices, strict=True)]
+    return scores
+
+
+def main(adapter: str, base: str, records: str) -> None:
+    """Print the accuracy on the file ``records``."""
+    task = json.loads(Path(adapter, "task.json").read_text())
+    if task["kind"] not in {"multiple_choice", "classification"}:
+        sys.exit(f"{task['kind']}: this example scores choices and labels only")
+    dtype = getattr(torch, task["base"]["dtype"])
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    model = PeftModel.from_pretrained(model, adapter).eval()
+    right = count = 0
+    for line in Path(records).read_text().splitlines():
+        row = json.loads(line)
+        prompt = prompt_of(row, task)
+        choices, answer = choices_of(row, task)
+        scores = scores_of(model, tokenizer, prompt, choices, task)
+        right += scores.index(max(scores)) == answer
+        count += 1
+    print(json.dumps({"accuracy": right / count, "count": count}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

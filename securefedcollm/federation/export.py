@@ -1,0 +1,140 @@
+"""What lies beside an adapter, so that somebody without this program can use it.
+
+``task.json`` is the contract: how a record becomes a prompt, and how choices are scored. README.md
+is the model card. Both follow from the study and the base model alone, and hold nothing of a silo.
+``docs/adapters.md`` describes them; ``examples/plain_peft.py`` works by them.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from securefedcollm import __version__
+from securefedcollm.foreign import printable
+from securefedcollm.study import Study, digest
+from securefedcollm.study.config import Model
+from securefedcollm.tuning.formats import CLASSIFY, QUESTION
+from securefedcollm.tuning.frozen import PMI_PROMPT
+from securefedcollm.tuning.tokenise import INSTRUCTION
+
+FORMAT: Final = "securefedcollm-task-v1"
+CONTRACT: Final = "task.json"
+CARD: Final = "README.md"
+_TEMPLATES: Final = {
+    "multiple_choice": QUESTION,
+    "classification": CLASSIFY,
+    "instruction": INSTRUCTION,
+    "text": "",
+}
+
+
+def beside_adapter(study: Study, model: Model, base: bytes, *, chat: bool) -> dict[str, bytes]:
+    """The two files, by name.
+
+    Args:
+        model: which of the study's models was tuned; ``base``: its digest, 32 bytes.
+        chat: its tokenizer has a chat template, which instructions go through.
+    """
+    contract = task_contract(study, model, base, chat=chat)
+    text = json.dumps(contract, indent=2, ensure_ascii=False) + "\n"
+    return {CONTRACT: text.encode(), CARD: model_card(study, contract).encode()}
+
+
+def task_contract(study: Study, model: Model, base: bytes, *, chat: bool) -> dict[str, Any]:
+    """All that a prompt and a score depend on, as plain JSON."""
+    task = study.task
+    by_chat = task.kind == "instruction" and chat
+    return {
+        "format": FORMAT,
+        "study": study.study,
+        "study_sha256": digest(study).hex(),
+        "base": {
+            "source": model.source,
+            "revision": model.revision,
+            "sha256": base.hex(),
+            "dtype": model.dtype,
+        },
+        "kind": task.kind,
+        "template": None if by_chat else _TEMPLATES[task.kind],
+        "chat_template": by_chat,
+        "labels": task.labels,
+        "before_answer": " ",
+        "score": task.score,
+        "score_temperature": task.score_temperature,
+        "prior_prompt": PMI_PROMPT if task.score.startswith("pmi") else None,
+        "max_tokens": task.max_tokens,
+    }
+
+
+def model_card(study: Study, contract: dict[str, Any]) -> str:
+    """Markdown, with the front matter that model hubs read.
+
+    Adversary: the study's author, whose names stand in it: they are quoted as code, on one line.
+    """
+    base = contract["base"]
+    kind, _, place = base["source"].partition(":")
+    hub = f"base_model: {json.dumps(place)}\n" if kind == "hub" else ""
+    revision = f', revision="{base["revision"]}"' if base["revision"] else ""
+    rows = {
+        "base model": f"{_code(base['source'])}{_code(base['revision'], ', commit ')}",
+        "digest of the base model": _code(base["sha256"]),
+        "study": f"{_code(study.study)}, digest {_code(contract['study_sha256'])}",
+        "adapter": f"{study.adapter.method}, rank {study.adapter.rank}, α {study.adapter.alpha:g}",
+        "tuned by": f"{study.silos.count} silos, {study.rounds} rounds",
+        "task": contract["kind"] + "".join(_code(label, ", ") for label in contract["labels"]),
+        "privacy": _privacy(study),
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"""---
+library_name: peft
+{hub}tags: [federated-learning, lora]
+---
+
+# {_code(study.study)}: a LoRA adapter, tuned without its records leaving their silos
+
+Made by securefedcollm {__version__}.
+
+| | |
+| --- | --- |
+{table}
+
+## How to load it
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = {json.dumps(place if kind == "hub" else "the directory of the base model")}
+model = AutoModelForCausalLM.from_pretrained(base{revision}, dtype="{base["dtype"]}")
+model = PeftModel.from_pretrained(model, "the directory of this file")
+tokenizer = AutoTokenizer.from_pretrained(base{revision})
+```
+
+`securefedcollm model digest` prints the digest of a base model, to be compared with the one above.
+
+## How to ask it
+
+The model was tuned on prompts of one form and scores answers in one way: `task.json` says which.
+With another form it is much worse. The scored answer follows the prompt after one space.
+"""
+
+
+def _code(text: str | None, before: str = "") -> str:
+    if text is None:
+        return ""
+    return f"{before}`{printable(text).replace('`', '’').replace('|', '¦')}`"
+
+
+def _privacy(study: Study) -> str:
+    privacy = study.privacy
+    if privacy is None:
+        return "none: the adapter may reveal records"
+    unit = {"record": "one record", "subject": "all records of one subject", "silo": "one silo"}
+    against = "everybody"
+    if privacy.noise == "distributed":
+        against = f"everybody, of the silos at most {study.silos.colluders} together"
+    return (
+        f"(ε = {privacy.epsilon:g}, δ = {privacy.delta:g}) differential privacy of "
+        f"{unit[privacy.unit]}, over all rounds, against {against}"
+    )

@@ -1,0 +1,126 @@
+"""What lies beside an adapter is enough to use it without this program."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from securefedcollm_cli.main import app
+from typer.testing import CliRunner
+
+from securefedcollm.federation.export import model_card, task_contract
+from securefedcollm.study import load_study
+
+from .tiny import COLOURS, make_inputs
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "plain_peft.py"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("inputs")
+    make_inputs(directory)
+    for name in ("train", "test"):  # the same as a classification
+        rows = [json.loads(line) for line in (directory / f"{name}.jsonl").read_text().splitlines()]
+        lines = [
+            json.dumps({"text": row["question"], "label": row["choices"][row["answer"]]}) + "\n"
+            for row in rows
+        ]
+        (directory / f"{name}-labels.jsonl").write_text("".join(lines))
+    return directory
+
+
+def invoke(*words):
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def tuned(inputs, out, **task):
+    """A run without privacy that learns something, so that accuracy is no accident."""
+    tree = yaml.safe_load((inputs / "tiny.yaml").read_text())
+    if task.get("kind") == "classification":
+        data = {"train": "train-labels.jsonl", "test": "test-labels.jsonl"}
+        tree["task"]["data"] |= data
+    tree["task"] |= task
+    tree |= {"privacy": None, "rounds": 1}
+    tree["local"] = {"steps": 30, "batch_size": 16, "learning_rate": 0.05}
+    tree["distillation"]["steps"] = 20
+    (inputs / "study.yaml").write_text(yaml.safe_dump(tree))
+    words = ["simulate", inputs / "study.yaml", "--data", inputs, "--out", out]
+    invoke(*words, "--workers", "0", "--no-baselines", "--json")
+    return inputs / tree["task"]["data"]["test"]
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"score": "plain"},
+        {"score": "pmi-length", "score_temperature": 0.5, "max_tokens": 6},  # prompts are cut
+        {"kind": "classification", "labels": [*COLOURS, "light blue"], "score": "length"},
+    ],
+)
+@pytest.mark.parametrize("role", ["slm"])
+def test_plain_peft_gives_the_same_accuracy_to_the_digit(inputs, tmp_path, task, role):
+    test = tuned(inputs, tmp_path / "run", **task)
+    run = ["--run", tmp_path / "run", "--data", inputs, "--role", role, "--json"]
+    ours = invoke("model", "evaluate", *run)["all"]
+    command = [SCRIPT, tmp_path / "run" / "adapters" / role, inputs / role, test]
+    plain = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, check=True
+    )
+    theirs = json.loads(plain.stdout)
+    assert theirs == {"accuracy": ours["accuracy"], "count": ours["count"]}
+    base = invoke("model", "evaluate", *run, "--base")["all"]
+    assert base["accuracy"] != ours["accuracy"]  # else the adapter could be left out unseen
+
+
+def test_the_template_matters(inputs, tmp_path):
+    """The control: with another prompt the same adapter has another accuracy or other scores."""
+    test = tuned(inputs, tmp_path / "run")
+    adapter = tmp_path / "run" / "adapters" / "slm"
+    task = json.loads((adapter / "task.json").read_text())
+    assert task["template"] == "Question: {}\nAnswer:"
+    (adapter / "task.json").write_text(json.dumps(task | {"template": "{}"}))
+    words = [sys.executable, str(SCRIPT), str(adapter), str(inputs / "slm"), str(test)]
+    plain = subprocess.run(words, capture_output=True, text=True, check=True)
+    ours = invoke(
+        "model", "evaluate", "--run", tmp_path / "run", "--data", inputs, "--role", "slm", "--json"
+    )
+    assert json.loads(plain.stdout)["accuracy"] != ours["all"]["accuracy"]
+
+
+def test_the_card_says_what_the_adapter_is(inputs):
+    study = load_study(inputs / "tiny.yaml", ["task.score=pmi"])
+    contract = task_contract(study, study.models.slm, b"\xab" * 32, chat=False)
+    card = model_card(study, contract)
+    assert study.digest.hex() in card
+    assert "ab" * 32 in card
+    assert "(ε = 8, δ = 1e-05) differential privacy of one record, over all rounds" in card
+    assert contract["prior_prompt"] == "Answer:"
+    silo = load_study(
+        inputs / "tiny.yaml",
+        ["privacy.unit=silo", "privacy.noise=distributed", "silos.colluders=1"],
+    )
+    assert "of one silo, over all rounds, against everybody, of the silos at most 1" in model_card(
+        silo, contract
+    )
+    none = load_study(inputs / "tiny.yaml", ["privacy=null"])
+    assert "| privacy | none: the adapter may reveal records |" in model_card(none, contract)
+
+
+def test_names_in_the_card_are_data(inputs):
+    """Adversary: the study's author, whose label would open a table row, a link or a new line."""
+    study = load_study(inputs / "tiny.yaml")
+    contract = task_contract(study, study.models.slm, b"\xab" * 32, chat=False)
+    evil = "a`|[x](http://evil)\n# owned\x1b[2J"
+    card = model_card(study, contract | {"labels": [evil, "fine"]})
+    assert "\n# owned" not in card
+    assert "\x1b" not in card
+    (row,) = (line for line in card.splitlines() if line.startswith("| task |"))
+    assert row.count("`") == 4
+    assert row.count("|") == 3

@@ -1,0 +1,115 @@
+"""``client --test``: measured at the silo, told to its operator, never while a request waits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from securefedcollm_cli.heldout import FOUND, HeldOut, Undisturbed
+
+from securefedcollm.federation.roles import ADAPTER, PROOF
+
+from .test_export import inputs, invoke, tuned  # noqa: F401 - a fixture
+
+
+@pytest.fixture(scope="module")
+def silo(inputs, tmp_path_factory):  # noqa: F811
+    """A silo's directory of a study with an adapter of round 1, and its held-out file."""
+    directory = tmp_path_factory.mktemp("silo")
+    test = tuned(inputs, directory / "whole")
+    home = directory / "home"
+    (home / "adapters").mkdir(parents=True)
+    shutil.copytree(directory / "whole" / "adapters" / "slm", home / ADAPTER)
+    shutil.copy(directory / "whole" / "study.yaml", home)
+    (home / ADAPTER / PROOF).write_text(json.dumps({"round": 1}))
+    return home, test
+
+
+def measured(run, test, inputs, work=lambda held_out: held_out.finish()):  # noqa: F811
+    told, warned = [], []
+    tell = lambda round_, scores: told.append((round_, scores))  # noqa: E731
+    with HeldOut(run, test, inputs, tell, warned.append) as held_out:
+        work(held_out)
+    return told, warned
+
+
+def test_every_round_is_measured_once_as_model_evaluate_does(silo, inputs, tmp_path):  # noqa: F811
+    run = shutil.copytree(silo[0], tmp_path / "run")
+    told, warned = measured(run, silo[1], inputs)
+    assert warned == []
+    command = ["model", "evaluate", "--run", run, "--data", inputs, "--test", silo[1], "--json"]
+    base, tuned_ = invoke(*command, "--base"), invoke(*command)  # a silo's home has no LLM
+    assert told == [(0, base), (1, tuned_)]
+    lines = [json.loads(line) for line in (run / FOUND).read_text().splitlines()]
+    assert lines == [{"round": 0, **base}, {"round": 1, **tuned_}]
+    assert not list(run.glob(".held-out-*"))
+    assert measured(run, silo[1], inputs) == ([], [])  # the command was started again
+    (run / ADAPTER / PROOF).write_text(json.dumps({"round": 2}))
+    assert [round_ for round_, _ in measured(run, silo[1], inputs)[0]] == [2]
+    out = invoke(
+        "model", "merge", "--run", run, "--data", inputs, "--out", tmp_path / "m", "--json"
+    )
+    assert out["m"]["digest"]
+
+
+def state_of(process):
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def until(condition):
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+def test_it_stands_still_while_a_request_is_answered(silo, inputs, tmp_path):  # noqa: F811
+    """Adversary: a server that times answers to learn how many held-out records there are."""
+    run = shutil.copytree(silo[0], tmp_path / "run")
+    seen = []
+
+    def work(held_out):
+        class Port:
+            def step(self, frame):
+                seen.append(until(lambda: state_of(held_out._process) == "T"))
+                return frame
+
+        held_out.look()
+        process = held_out._process
+        assert until(lambda: state_of(process) in "RSD")  # the control: it runs
+        assert Undisturbed(Port(), held_out).step(b"asked") == b"asked"
+        assert seen == [True]
+        before = Path(f"/proc/{process.pid}/stat").read_text().split()[13:15]
+        time.sleep(0.3)
+        assert Path(f"/proc/{process.pid}/stat").read_text().split()[13:15] == before
+        held_out.look()
+        assert until(lambda: state_of(process) in "RSD")
+        held_out.pause()  # the client ends here: nothing is left behind
+        seen.append(process)
+
+    assert measured(run, silo[1], inputs, work) == ([], [])
+    assert seen[1].returncode is not None
+    assert not list(run.glob(".held-out-*"))
+
+
+def test_a_record_that_cannot_be_scored_stops_no_run(silo, inputs, tmp_path):  # noqa: F811
+    run = shutil.copytree(silo[0], tmp_path / "run")
+    test = tmp_path / "held-out.jsonl"
+    test.write_text('{"question": "colour of thing1", "choices": ["red", "blue"], "answer": 7}\n')
+    told, warned = measured(run, test, inputs)
+    assert told == []
+    assert len(warned) == 2
+    assert "after round 0: error: " in warned[0]
+    assert "held-out.jsonl:1" in warned[0]
+
+
+def test_a_damaged_file_of_findings_is_named(silo, inputs, tmp_path):  # noqa: F811
+    from securefedcollm.errors import StateError
+
+    run = shutil.copytree(silo[0], tmp_path / "run")
+    (run / FOUND).write_text("{")
+    with pytest.raises(StateError, match=r"held-out.jsonl: cannot be read"):
+        HeldOut(run, silo[1], inputs, print, print)
