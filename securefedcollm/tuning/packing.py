@@ -89,7 +89,6 @@ def _tested(causal: Any, vocabulary: int, where: str) -> int:
             where=where,
             hint="its weights are damaged, or too large for this dtype: try float32",
         )
-    # Adversary of nobody, but a score that has seen the answer measures nothing.
     if not _alike(first[:_PROMPT], second[:_PROMPT], _LOOSE):
         raise ConfigError(
             f"{name} sees the tokens that follow: it is no causal language model",
