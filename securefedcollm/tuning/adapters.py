@@ -284,6 +284,7 @@ def _quiet_peft() -> Iterator[None]:
     """PEFT reads a property that transformers 5 has renamed; the warning is not for our users."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # it is refused
         yield
 

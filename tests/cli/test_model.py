@@ -189,7 +189,7 @@ def test_evaluate_refuses_what_it_would_measure_wrongly(tmp_path: Path) -> None:
         (
             saved(GPT2LMHeadModel(gpt2), tmp_path / "short"),
             "abcdefghijklmnop",
-            "--max-tokens: 19 tokens, the model that is evaluated has positions for 16",
+            "--max-tokens: 36 tokens, the model that is evaluated has positions for 16",
         ),
     ]
     file = tmp_path / "test.jsonl"
