@@ -97,7 +97,6 @@ class Family(NamedTuple):
 
 
 _STATE_SPACE: Final = ["in_proj"]
-_HYBRID: Final = ["q_proj", "v_proj", "in_proj"]
 FAMILIES: Final[dict[str, Family]] = {
     "Llama": Family("llama"),
     "Mistral": Family("mistral", _WINDOW),
@@ -132,18 +131,18 @@ FAMILIES: Final[dict[str, Family]] = {
     "Mamba 2": Family("mamba2", {
         "state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8,
     }, _STATE_SPACE),
-    "RWKV": Family("rwkv", {"attention_hidden_size": 32}, ["key", "value", "receptance"]),
+    "RWKV": Family("rwkv", {"attention_hidden_size": 32}),
     "RecurrentGemma": Family("recurrent_gemma", {"attention_window_size": WINDOW, "lru_width": 32}),
     "LFM2": Family("lfm2", {"layer_types": ["conv", "full_attention"]}),
     "Jamba": Family("jamba", {
         "num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4,
         "use_mamba_kernels": False,
-    }, _HYBRID),
-    "Bamba": Family("bamba", _STATE | {"attn_layer_indices": [1]}, _HYBRID),
+    }, ["q_proj", "v_proj", "in_proj"]),
+    "Bamba": Family("bamba", _STATE | {"attn_layer_indices": [1]}),
     "Granite 4 hybrid": Family("granitemoehybrid", _STATE | {
         "layer_types": ["mamba", "attention"], "num_local_experts": 0,
         "shared_intermediate_size": 48,
-    }, _HYBRID),
+    }),
     "Granite": Family("granite"),
     "Granite MoE": Family("granitemoe", _EXPERTS),
     "OLMo": Family("olmo"),
