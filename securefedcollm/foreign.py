@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -104,6 +105,19 @@ def decode_json(raw: bytes | str, most: int = _DEEPEST) -> object:
         raise ValueError(f"nested more than {most} deep")
     text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw
     return json.loads(text, object_pairs_hook=_once)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A file that holds one JSON object.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds anything else.
+    """
+    found = decode_json(file.read_bytes())
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    return found
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:

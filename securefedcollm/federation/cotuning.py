@@ -29,7 +29,7 @@ from securefedcollm.tuning.distil import DistilStep, distil
 from securefedcollm.tuning.evaluate import Evaluation
 from securefedcollm.tuning.head import device_of
 from securefedcollm.tuning.independence import refuse_coupling
-from securefedcollm.tuning.local import sampled_gradients, train_dp, train_plain
+from securefedcollm.tuning.local import check_records, sampled_gradients, train_dp, train_plain
 from securefedcollm.tuning.questions import Question
 from securefedcollm.tuning.splits import dataset_fingerprint, record_content
 from securefedcollm.tuning.vocabulary import vocabulary_of
@@ -71,6 +71,7 @@ class SiloTuning:
         )
         if by_unit(study):
             refuse_coupling(self._tuned.model, "models.slm", study.task.max_tokens)
+            check_records(self._tuned.model, loss=study.local.loss, scoring=self._tuned.scoring)
         self._data = self._tuned.encode(questions, private=by_unit(study))
         self.records = len(questions)
         plain = dataset_fingerprint([replace(q, subject=None) for q in questions])

@@ -11,6 +11,7 @@ from typing import Any
 from securefedcollm.study import Study
 from securefedcollm.study.config import Model
 from securefedcollm.tuning.adapters import attach, full_layout, layout_of
+from securefedcollm.tuning.head import check_positions, text_config
 from securefedcollm.tuning.models import meta_model
 
 _OPTIMIZER = 4 * 4  # bytes a trained value: itself, its gradient, Adam's two moments
@@ -54,8 +55,9 @@ def estimate(study: Study, data: Path | None) -> dict[str, Any]:
 
 def _shape(study: Study, spec: Model, data: Path | None) -> dict[str, Any]:
     model = meta_model(spec.source, revision=spec.revision, base_dir=data or Path())
+    check_positions(model, study.task.max_tokens, spec.source)
     parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-    config = model.config
+    config = text_config(model)
     adapter = study.adapter
     adapted = attach(
         model,
@@ -91,7 +93,7 @@ def _activations(study: Study, config: Any, width: int) -> int:
     keep nothing.
     """
     s, h = study.task.max_tokens, int(config.hidden_size)
-    a, layers = int(config.num_attention_heads), int(config.num_hidden_layers)
+    a, layers = int(getattr(config, "num_attention_heads", 0)), int(config.num_hidden_layers)
     layers = min(layers, study.adapter.top_layers or layers)
     return int(layers * s * h * (34 + 5 * a * s / h) * width / 2 + 4 * s * int(config.vocab_size))
 

@@ -29,8 +29,9 @@ from securefedcollm.tuning.adapters import (
 )
 from securefedcollm.tuning.evaluate import Evaluation, evaluate
 from securefedcollm.tuning.frozen import with_prefix, with_prior
-from securefedcollm.tuning.head import check_output, device_of, unwrapped
+from securefedcollm.tuning.head import check_positions, check_vocabulary, device_of, unwrapped
 from securefedcollm.tuning.models import LoadedModel, find_device, load_model
+from securefedcollm.tuning.packing import check_model
 from securefedcollm.tuning.questions import (
     EncodedQuestions,
     Question,
@@ -127,7 +128,8 @@ class Tuned:
             )
 
         loaded = once(("model", spec, data), load)
-        check_output(loaded.model, spec.source)
+        check_model(loaded.model, spec.source)
+        check_positions(loaded.model, study.task.max_tokens, spec.source)
         adapter = study.adapter
         model = attach(
             _modules_of_its_own(loaded.model),
@@ -157,7 +159,7 @@ class Tuned:
 
         def make() -> EncodedQuestions:
             encoded = encode(questions, self.tokenizer, task.max_tokens, task.kind, cuts=cuts)
-            self._check_tokens(encoded)
+            check_vocabulary(self.model, self.tokenizer, encoded.tokens, encoded.targets)
             most = self.study.local.micro_batch if private else None
             if self.scoring.needs_prior:
                 with self.model.disable_adapter():
@@ -169,19 +171,6 @@ class Tuned:
 
         how = (self.base_digest, task.kind, task.score, task.max_tokens, top, cuts, private)
         return once(("encoded", *how, str(device_of(self.model)), tuple(questions)), make)
-
-    def _check_tokens(self, encoded: EncodedQuestions) -> None:
-        """Refuse, at the start, tokens without an embedding.
-
-        Adversary: a server that sees a silo fail in the very step that samples such a record.
-        """
-        known = unwrapped(self.model).get_input_embeddings().num_embeddings
-        if bool((encoded.tokens >= known).any()) or bool((encoded.targets >= known).any()):
-            raise ConfigError(
-                f"the tokenizer makes tokens of which the model, with {known}, has no embedding",
-                where="models",
-                hint="use the tokenizer that the model was trained with",
-            )
 
     def answers(self, test: EncodedQuestions) -> Evaluation:
         """What this model makes of every test question."""

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from securefedcollm.errors import ConfigError, StateError
+from securefedcollm.foreign import printable, read_object
 from securefedcollm.primitives import sha256
 from securefedcollm.tuning.head import unwrapped
 from securefedcollm.tuning.layers import decoder_layers
@@ -81,10 +82,13 @@ def attach(
         top_layers: adapt only the last so many layers.
 
     Raises:
-        ConfigError: no module matches ``targets``, or ``top_layers`` passes the model's depth.
+        ConfigError: a name in ``targets`` fits no linear layer, or the model has fewer layers than
+            ``top_layers``.
     """
     from peft import LoraConfig, get_peft_model
 
+    if not isinstance(targets, str):
+        _check_targets(model, targets)
     training = model.training
     config = LoraConfig(
         r=rank,
@@ -101,7 +105,7 @@ def attach(
             adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(
-            f"the adapter fits no module of the model: {error}",
+            f"the adapter does not fit the model: {printable(error)}",
             where="adapter.targets",
             hint="use all-linear, or names of linear modules such as q_proj",
         ) from error
@@ -208,21 +212,62 @@ def load_adapter(model: nn.Module, directory: Path) -> Any:
     """
     from peft import PeftModel
 
-    if not (directory / "adapter_model.safetensors").is_file():
+    try:
+        there = (directory / "adapter_model.safetensors").is_file()
+        kind = read_object(directory / "adapter_config.json").get("peft_type") if there else None
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"its adapter_config.json cannot be read ({type(error).__name__})",
+            where=str(directory),
+            hint="give the directory of one adapter, such as runs/NAME/adapters/slm",
+        ) from error
+    if not there:
         raise ConfigError(
             "no adapter_model.safetensors there",
             where=str(directory),
             hint="give the directory of one adapter, such as runs/NAME/adapters/slm",
         )
+    if kind != "LORA":
+        raise ConfigError(
+            f"is an adapter of the kind {printable(kind, 60)}, and only LoRA can be used",
+            where=str(directory),
+            hint="use a LoRA adapter, such as those that this program writes",
+        )
     try:
         with torch.random.fork_rng(devices=[]), _quiet_peft():
-            return PeftModel.from_pretrained(model, str(directory), is_trainable=False)
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            "the adapter was made for another base model",
-            where=str(directory),
-            hint="load it on the model that it was tuned on",
-        ) from error
+            adapted = PeftModel.from_pretrained(model, str(directory), is_trainable=False)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise _of_another_base(directory) from error
+    _check_names(adapted, directory)
+    return adapted
+
+
+def _check_names(adapted: Any, directory: Path) -> None:
+    """Refuse an adapter of which the library left a part out: it only warns.
+
+    Raises:
+        ConfigError: names a tensor that is missing or fits no module.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    with safe_open(directory / "adapter_model.safetensors", "pt") as file:
+        given = set(file.keys())
+    foreign = sorted(name for name in given - wanted if ".lora_" in name)
+    if foreign:
+        raise _of_another_base(directory, f"{len(foreign)} of its tensors fit", foreign[0])
+    if wanted - given:
+        raise _of_another_base(directory, "it lacks tensors for", min(wanted - given))
+
+
+def _of_another_base(directory: Path, how: str = "", name: str = "") -> ConfigError:
+    detail = f": {how} no module of this model, {printable(name, 120)} among them" if name else ""
+    return ConfigError(
+        f"the adapter was made for another base model{detail}",
+        where=str(directory),
+        hint="load it on the model that it was tuned on",
+    )
 
 
 def merged(model: nn.Module, directory: Path) -> Any:
@@ -245,6 +290,8 @@ def _quiet_peft() -> Iterator[None]:
     """PEFT reads a property that transformers 5 has renamed; the warning is not for our users."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # it is refused
         yield
 
 
@@ -283,6 +330,27 @@ def _shared_init(seed: int, name: str, shape: Sequence[int]) -> Vector:
     return (unit * np.float32(1 / math.sqrt(shape[1]))).reshape(tuple(shape))
 
 
+def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+    """Each name must be that of a linear layer, or the end of one's: PEFT trains what it finds."""
+    modules = {name: m for name, m in unwrapped(model).named_modules() if name}
+    linear = [name for name, module in modules.items() if _is_linear(module)]
+    known = ", ".join(sorted({name.rpartition(".")[2] for name in linear})[:20])
+    for target in targets:
+        fits = [n for n in modules if n == target or n.endswith(f".{target}")]
+        others = [name for name in fits if not _is_linear(modules[name])]
+        if others or not fits:
+            what = f"is {type(modules[others[0]]).__name__}" if others else "fits no module"
+            raise ConfigError(
+                f"{printable(target)} {what}: only linear layers can be adapted",
+                where="adapter.targets",
+                hint=f"linear layers of this model: {known}",
+            )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
 def _targets(
     model: nn.Module, targets: str | Sequence[str], top_layers: int | None
 ) -> str | list[str]:
@@ -295,7 +363,7 @@ def _targets(
         {
             name.rpartition(".")[2]
             for name, module in decoder_layers(unwrapped(model))[0].named_modules()
-            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+            if _is_linear(module)
         }
     )
 

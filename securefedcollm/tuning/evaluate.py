@@ -15,8 +15,9 @@ from torch import nn
 from securefedcollm.errors import DataError
 from securefedcollm.tuning.adapters import load_adapter
 from securefedcollm.tuning.frozen import with_prior
-from securefedcollm.tuning.head import output_logits
+from securefedcollm.tuning.head import check_positions, check_vocabulary, output_logits
 from securefedcollm.tuning.models import LoadedModel
+from securefedcollm.tuning.packing import check_model
 from securefedcollm.tuning.questions import (
     PLAIN,
     EncodedQuestions,
@@ -130,10 +131,15 @@ def measure(
     """Scores of a base model, or of one with an adapter: ``all`` and then by group, by name.
 
     Raises:
-        ConfigError: the adapter cannot be read or does not fit the model.
+        ConfigError: the adapter cannot be read or does not fit the model, or the model cannot score
+            these records.
         DataError: a record has no answer, or does not fit into ``max_tokens``.
     """
+    check_model(loaded.model, "model")
     data = encode(questions, loaded.tokenizer, max_tokens, kind)
+    check_vocabulary(loaded.model, loaded.tokenizer, data.tokens, data.targets)
+    longest = int(data.positions.max()) + 1
+    check_positions(loaded.model, longest, "that is evaluated", "--max-tokens")
     if scoring.needs_prior:  # the prior is the base's, so before the adapter
         data = with_prior(loaded.model, questions, data, loaded.tokenizer)
     model = loaded.model if adapter is None else load_adapter(loaded.model, adapter)

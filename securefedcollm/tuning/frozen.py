@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from securefedcollm.tuning.head import device_of, unwrapped
 from securefedcollm.tuning.independence import bits, proved
 from securefedcollm.tuning.layers import passed_over
+from securefedcollm.tuning.packing import ANY_LENGTH, row_limit
 from securefedcollm.tuning.passes import Widths, one_thread_if, passes, shapes_of, widths_for
 from securefedcollm.tuning.questions import (
     EncodedQuestions,
@@ -66,7 +67,8 @@ def with_prefix(
 
     Those layers must never change (the adapter sits above them); every later pass then starts at
     layer ``layers``. Costs 4 · L · D bytes a question. ``encoded`` comes back as it was where the
-    shortcut does not hold: no such layers, positions added to the input (GPT-2, OPT), or dropout.
+    shortcut does not hold: no such layers, positions added to the input (GPT-2, OPT), dropout, or
+    a family whose packed rows are not always right (:mod:`.packing`).
 
     Args:
         private: where the questions are private records, how many are in memory at a time.
@@ -74,7 +76,7 @@ def with_prefix(
     causal = unwrapped(model)
     config = causal.config
     fixed = hasattr(causal.base_model, "rotary_emb") and not config.attention_dropout
-    if layers < 1 or not fixed:
+    if layers < 1 or not fixed or row_limit(causal) < ANY_LENGTH:
         return encoded
     states = torch.zeros(*encoded.tokens.shape, config.hidden_size, dtype=causal.dtype)
     width = states.shape[1]

@@ -8,7 +8,7 @@ import torch
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.tuning.adapters import load_adapter
-from securefedcollm.tuning.head import device_of
+from securefedcollm.tuning.head import check_positions, check_vocabulary, device_of
 from securefedcollm.tuning.models import LoadedModel, quiet_transformers
 from securefedcollm.tuning.questions import Question
 from securefedcollm.tuning.recipe import inference_mode
@@ -42,6 +42,8 @@ def generate(
         ids = torch.tensor([loaded.tokenizer(prompt)["input_ids"]], device=device_of(model))
     if ids.numel() == 0:
         raise ConfigError("the prompt has no tokens", where="--prompt", hint="give it some words")
+    check_vocabulary(model, loaded.tokenizer, ids)
+    check_positions(model, ids.shape[1] + max_tokens, "that continues it", "--max-tokens")
     with inference_mode(model), quiet_transformers():
         out = model.generate(
             input_ids=ids.long(),

@@ -36,6 +36,56 @@ def text_config(model: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def learned_positions(model: Any) -> int | None:
+    """How many positions a model has a table for; None where it computes them (rotary)."""
+    causal = unwrapped(model)
+    known = getattr(text_config(causal), "max_position_embeddings", None)
+    base = getattr(causal, "base_model", None)
+    return None if base is None or hasattr(base, "rotary_emb") else known
+
+
+def routed(model: Any) -> bool:
+    """Whether tokens are sent to experts: how many tokens an expert sees depends on all rows."""
+    config = text_config(model)
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    return any((getattr(config, name, None) or 0) > 1 for name in names)
+
+
+def check_positions(model: Any, tokens: int, name: str, where: str = "task.max_tokens") -> None:
+    """Refuse rows of ``tokens`` tokens where the model ``name`` has no position for the last.
+
+    Raises:
+        ConfigError: gives both numbers.
+    """
+    known = learned_positions(model)
+    if known is not None and tokens > known:
+        raise ConfigError(
+            f"{tokens} tokens, the model {name} has positions for {known}",
+            where=where,
+            hint=f"at most {known}",
+        )
+
+
+def check_vocabulary(model: Any, tokenizer: Any, *tokens: Tensor) -> None:
+    """Refuse tokens without an embedding.
+
+    Adversary: a server that sees a silo fail in the very step that samples such a record.
+
+    Raises:
+        ConfigError: gives the sizes of both.
+    """
+    known = unwrapped(model).get_input_embeddings().num_embeddings
+    greatest = max((int(some.max()) for some in tokens if some.numel()), default=0)
+    if greatest >= known:
+        count = len(tokenizer) if hasattr(tokenizer, "__len__") else greatest + 1
+        raise ConfigError(
+            f"the tokenizer has {count} tokens, the model has embeddings for {known}",
+            where="models",
+            hint="use the tokenizer that the model was trained with, or the model that was saved "
+            "after resize_token_embeddings",
+        )
+
+
 def output_logits(model: Any) -> Logits:
     """The function [M, D] → float32 logits [M, V] of ``model``'s output layer.
 

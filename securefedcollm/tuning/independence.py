@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.tuning.adapters import full_layout, load_vector, to_vector
-from securefedcollm.tuning.head import device_of, text_config, unwrapped
+from securefedcollm.tuning.head import device_of, learned_positions, text_config, unwrapped
 from securefedcollm.tuning.passes import Shape, Widths, padded_length
 from securefedcollm.tuning.questions import EncodedQuestions
 
@@ -63,15 +63,6 @@ def refuse_coupling(model: Any, where: str, positions: int) -> None:
     config = text_config(causal)
     if getattr(config, "expert_capacity", None) or getattr(config, "capacity_factor", None):
         raise _refusal("its experts have a capacity that the tokens of all records share", where)
-    known = getattr(config, "max_position_embeddings", None)
-    base = getattr(causal, "base_model", None)
-    if base is not None and known and positions > known and not hasattr(base, "rotary_emb"):
-        # It would fail in the step that samples the first long record.
-        raise ConfigError(
-            f"{positions} tokens, the model has positions for {known}",
-            where="task.max_tokens",
-            hint=f"at most {known}",
-        )
     for kind, most in _rotary(config):
         if kind in _GROWING and positions > most:
             raise _refusal(
@@ -121,8 +112,8 @@ def proved(
         ConfigError: a pass leaves traces in the model, so that no order of records is safe.
     """
     if widths.alone is None:  # nothing is shared but what a pass leaves behind
-        with _made_up_adapter(model, 0.1), _without_traces(model):
-            compute(_made_up(model, _HEAD_SHAPES[1], [0]), widths)
+        with made_up_adapter(model, 0.1), _without_traces(model):
+            compute(made_up(model, _HEAD_SHAPES[1], [0]), widths)
         return widths
     known = _known.setdefault(model, {})
 
@@ -169,9 +160,9 @@ def _same_bits(model: nn.Module, shape: Shape, widths: Widths, compute: Compute)
         just = widths._replace(sizes={shape: (size,)})
         same = True
         for scale in _SCALES:
-            with _made_up_adapter(model, scale):
+            with made_up_adapter(model, scale):
                 for kinds in _arrangements(count):
-                    found = compute(_made_up(model, shape, kinds), just)
+                    found = compute(made_up(model, shape, kinds), just)
                     for kind, values in zip(kinds, found, strict=True):
                         same = same and seen.setdefault((scale, kind), values) == values
         if same:
@@ -192,7 +183,7 @@ def _arrangements(count: int) -> list[list[int]]:
     ]
 
 
-def _made_up(model: nn.Module, shape: Shape, kinds: Sequence[int]) -> EncodedQuestions:
+def made_up(model: nn.Module, shape: Shape, kinds: Sequence[int]) -> EncodedQuestions:
     """Records of one shape: 0 is as long as it gets, 1 as short, 2 has packed choices of its own.
 
     Where a shape has too few tokens for that, they are as different as it allows.
@@ -200,6 +191,7 @@ def _made_up(model: nn.Module, shape: Shape, kinds: Sequence[int]) -> EncodedQue
     embeddings = getattr(unwrapped(model), "get_input_embeddings", lambda: None)()
     vocabulary = min(1000, embeddings.num_embeddings) if embeddings is not None else 2
     longest, choices = shape.length, shape.choices
+    most = learned_positions(model) or longest
     shortest = longest
     while shortest > 1 and padded_length(shortest - 1) == longest:
         shortest -= 1
@@ -231,11 +223,11 @@ def _made_up(model: nn.Module, shape: Shape, kinds: Sequence[int]) -> EncodedQue
         prompt, at, k = length - sum(packed), length - sum(packed), 0
         out.tokens[i, :length] = torch.from_numpy(words[:length])
         out.segments[i, :prompt] = 0
-        out.positions[i, :prompt] = torch.arange(prompt) % shortest  # a model may have no more
+        out.positions[i, :prompt] = torch.arange(prompt) % most  # a model may have no more
         out.prompt_tokens[i] = prompt
         for choice, more in enumerate(packed):
             out.segments[i, at : at + more] = choice + 1
-            out.positions[i, at : at + more] = torch.arange(prompt, prompt + more) % shortest
+            out.positions[i, at : at + more] = torch.arange(prompt, prompt + more) % most
             first = at - prompt + 1
             out.targets[i, k : k + more + 1] = torch.from_numpy(words[length + k :][: more + 1])
             out.target_slots[i, k : k + more + 1] = torch.tensor([0, *range(first, first + more)])
@@ -245,7 +237,7 @@ def _made_up(model: nn.Module, shape: Shape, kinds: Sequence[int]) -> EncodedQue
 
 
 @contextmanager
-def _made_up_adapter(model: nn.Module, scale: float) -> Iterator[None]:
+def made_up_adapter(model: nn.Module, scale: float) -> Iterator[None]:
     """Random adapter matrices for a while: with B = 0, half of the gradients would be zero."""
     layout = full_layout(model)
     kept = to_vector(model, layout) if layout.names else None

@@ -18,13 +18,16 @@ from torch import nn
 from securefedcollm.errors import ConfigError, DataError, TrainingError
 from securefedcollm.privacy.events import Event, PoissonGaussian
 from securefedcollm.privacy.noise import GridSum, NoiseSource, batch_cap
-from securefedcollm.tuning.adapters import AdapterLayout, Vector, select, to_vector
-from securefedcollm.tuning.independence import bits, proved
-from securefedcollm.tuning.passes import Indices, Widths, shapes_of, widths_for
+from securefedcollm.tuning.adapters import AdapterLayout, Vector, full_layout, select, to_vector
+from securefedcollm.tuning.independence import bits, made_up, made_up_adapter, proved
+from securefedcollm.tuning.passes import Indices, Shape, Widths, shapes_of, widths_for
 from securefedcollm.tuning.per_record import (
     Loss,
     Records,
+    layer_name,
+    per_record_gradients,
     question_losses,
+    watched,
     without_broken,
 )
 from securefedcollm.tuning.questions import (
@@ -248,6 +251,47 @@ def records_of(
         )
     return Records(
         model, parameters, data, loss=loss, scoring=scoring, widths=widths, members=members
+    )
+
+
+def check_records(model: nn.Module, *, loss: Loss, scoring: Scoring) -> None:
+    """Refuse a model on which records have no gradients of their own, before any is touched.
+
+    Two made-up records: what one pass says of each must be what a pass of its own says.
+
+    Raises:
+        ConfigError: names the layer.
+    """
+    layout = full_layout(model)
+    parameters = select(model, layout)
+    data = made_up(model, Shape(8, 2), [0, 2])
+    with evaluation_mode(model), made_up_adapter(model, 0.1):
+        try:
+            with watched(model) as calls:
+                losses = question_losses(model, data, loss, scoring)
+                called = {id(call.weight) for call in calls}
+                unseen = [
+                    n for n, p in zip(layout.names, parameters, strict=True) if id(p) not in called
+                ]
+                if unseen:
+                    raise _cannot_adapt(unseen[0], "is not called as a layer of its own")
+                found = per_record_gradients(losses, parameters, calls)
+        except TrainingError as error:
+            raise ConfigError(str(error), where="adapter.targets", hint=error.hint) from None
+        for row in range(len(data)):
+            alone = question_losses(model, data.select(torch.tensor([row])), loss, scoring)
+            wanted = torch.autograd.grad(alone.sum(), parameters)
+            for name, ours, theirs in zip(layout.names, found, wanted, strict=True):
+                apart = (ours[row] - theirs).norm() / theirs.norm().clamp_min(1e-9)
+                if not bool(apart < (1e-2 if theirs.dtype == torch.float32 else 0.3)):
+                    raise _cannot_adapt(name, "mixes the tokens of records")
+
+
+def _cannot_adapt(name: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"{layer_name(name)} cannot be adapted under record-level privacy: it {why}",
+        where="adapter.targets",
+        hint="leave it out of adapter.targets, or choose privacy.unit: silo",
     )
 
 

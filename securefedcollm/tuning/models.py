@@ -20,6 +20,7 @@ import platformdirs
 import torch
 
 from securefedcollm.errors import ConfigError, StateError
+from securefedcollm.tuning.broken import why_not_loaded
 from securefedcollm.tuning.identity import Parts, model_digest, model_parts
 from securefedcollm.tuning.recipe import Progress, silent
 
@@ -282,6 +283,19 @@ def _load_builtin(name: str, dtype: Dtype, cache_dir: Path, progress: Progress) 
 
 
 def _load_directory(directory: Path, source: str, dtype: Dtype) -> tuple[Any, Any]:
+    try:
+        _check_directory(directory, source)
+    except OSError as error:
+        raise ConfigError(
+            f"{directory} cannot be read ({error.strerror})",
+            where=source,
+            hint="let this user read the directory and its files (chmod, chown)",
+        ) from error
+    return _from_pretrained(str(directory), source, dtype, directory, local_files_only=True)
+
+
+def _check_directory(directory: Path, source: str) -> None:
+    """Refuse what is no model, or brings what is not loaded."""
     adapter = (directory / "adapter_config.json").is_file()
     if not (directory / "config.json").is_file():
         if adapter:
@@ -306,7 +320,6 @@ def _load_directory(directory: Path, source: str, dtype: Dtype) -> tuple[Any, An
             where=source,
             hint="convert it: save_pretrained(directory, safe_serialization=True)",
         )
-    return _from_pretrained(str(directory), source, dtype, local_files_only=True)
 
 
 def _load_hub(name: str, revision: str | None, source: str, dtype: Dtype) -> tuple[Any, Any]:
@@ -318,12 +331,12 @@ def _load_hub(name: str, revision: str | None, source: str, dtype: Dtype) -> tup
             hint="give the 40 hexadecimal digits; a branch or tag can be moved",
         )
     try:
-        return _from_pretrained(name, source, dtype, revision=revision, local_files_only=True)
+        return _from_pretrained(name, source, dtype, None, revision=revision, local_files_only=True)
     except ConfigError as missing:
         if not isinstance(missing.__cause__, OSError):
             raise
     try:
-        return _from_pretrained(name, source, dtype, revision=revision)
+        return _from_pretrained(name, source, dtype, None, revision=revision)
     except ConfigError as error:
         if isinstance(error.__cause__, ValueError):
             raise
@@ -335,10 +348,13 @@ def _load_hub(name: str, revision: str | None, source: str, dtype: Dtype) -> tup
         ) from error
 
 
-def _from_pretrained(name: str, source: str, dtype: Dtype, **options: Any) -> tuple[Any, Any]:
+def _from_pretrained(
+    name: str, source: str, dtype: Dtype, directory: Path | None, **options: Any
+) -> tuple[Any, Any]:
     """Model and tokenizer; every failure is a ConfigError whose cause is the library's own."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    tokenizer = None
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
@@ -352,12 +368,8 @@ def _from_pretrained(name: str, source: str, dtype: Dtype, **options: Any) -> tu
             )
     except Exception as error:
         # A broken file makes these libraries raise anything from OSError to AttributeError.
-        raise ConfigError(
-            f"cannot be loaded ({type(error).__name__})",
-            where=source,
-            hint="it needs a causal language model with safetensors weights and a tokenizer, "
-            "and none of its own code",
-        ) from error
+        why = why_not_loaded(directory, error, tokenizer=tokenizer is None)
+        raise ConfigError(f"cannot be loaded: {why.what}", where=source, hint=why.hint) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _brings_adapter(source)
     # The library fills a missing weight with random numbers and only logs it.
@@ -367,6 +379,14 @@ def _from_pretrained(name: str, source: str, dtype: Dtype, **options: Any) -> tu
             f"its files lack {len(wrong)} weights, {wrong[0]} among them",
             where=source,
             hint="the download is incomplete, or the model is not a causal language model",
+        )
+    broken = [n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    if broken:
+        raise ConfigError(
+            f"its weight {broken[0]} holds values that are not finite (NaN or infinite)",
+            where=source,
+            hint="the file is damaged, or the training that made it diverged"
+            + ("; or it does not fit into bfloat16" if dtype == "bfloat16" else ""),
         )
     return model, tokenizer
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from securefedcollm.errors import ConfigError
-from securefedcollm.tuning.head import device_of, text_config, unwrapped
+from securefedcollm.tuning.head import device_of, routed, unwrapped
 from securefedcollm.tuning.layers import decoder_layers
 from securefedcollm.tuning.questions import EncodedQuestions
 
@@ -112,13 +112,6 @@ def widths_for(model: Any, most: int) -> Widths:
         layer = model
     weights = sum(weight.numel() for weight in layer.parameters())
     return Widths(tokens=int(worth / max(1, weights)), most=most)
-
-
-def routed(model: Any) -> bool:
-    """Whether tokens are sent to experts: how many tokens an expert sees depends on all rows."""
-    config = text_config(model)
-    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    return any((getattr(config, name, None) or 0) > 1 for name in names)
 
 
 def padded_length(tokens: int) -> int:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, cast
+from functools import partial
+from typing import Final, Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,8 @@ from securefedcollm.tuning.questions import (
 )
 
 Loss = Literal["answer", "choices"]
+_FLATTENING: Final = {"opt"}
+"""Families with layers that see [B · T, in]: rows and tokens in their order, none left out."""
 Blocks = list[npt.NDArray[np.float64]]
 """Gradients of some units: for every parameter, in layout order, [units, out · in]."""
 
@@ -47,26 +50,39 @@ class Call(NamedTuple):
     """One run of a trainable linear layer in a forward pass."""
 
     weight: nn.Parameter  # [out, in]
-    given: Tensor  # [B, T, in]
-    output: Tensor  # [B, T, out], in the graph
+    given: Tensor  # [B, T, in]; or of several rows a record, or flat: [B · T, in]
+    output: Tensor  # likewise, in the graph
+    whole: bool  # all tokens of all rows in their order, not what a router chose of them
+    name: str  # of the layer that is adapted
 
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[list[Call]]:
     """Note every run of a trainable linear layer, for :func:`per_record_gradients`."""
     calls: list[Call] = []
+    config = getattr(unwrapped(model), "config", None)
+    dimensions = {2, 3} if getattr(config, "model_type", None) in _FLATTENING else {3}
 
-    def note(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+    def note(module: nn.Module, given: tuple[Tensor, ...], output: Tensor, name: str) -> None:
         if output.requires_grad:
-            calls.append(Call(cast(nn.Parameter, module.weight), given[0].detach(), output))
+            weight, whole = cast(nn.Parameter, module.weight), output.ndim in dimensions
+            calls.append(Call(weight, given[0].detach(), output, whole, name))
 
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
-    hooks = [module.register_forward_hook(note) for module in linear]
+    hooks = [
+        module.register_forward_hook(partial(note, name=layer_name(name)))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.weight.requires_grad
+    ]
     try:
         yield calls
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def layer_name(name: str) -> str:
+    """The model's name of the layer that an adapter's module or parameter sits on."""
+    return name.partition(".lora_")[0].removeprefix("base_model.model.")
 
 
 def question_losses(
@@ -121,9 +137,11 @@ def _products(
             slope = next(slopes)
             if slope is None:
                 continue
-            if call.given.ndim != 3 or len(call.given) != len(loss):
-                raise _mixed()
-            product = torch.bmm(slope.mT, call.given)
+            if not call.whole or len(call.given) % len(loss):
+                raise _mixed(call.name)
+            # A record's rows and tokens follow each other; .local.check_records tests it.
+            slope, given = (p.reshape(len(loss), -1, p.shape[-1]) for p in (slope, call.given))
+            product = torch.bmm(slope.mT, given)
             known = by_weight.get(call.weight)
             by_weight[call.weight] = product if known is None else known + product
         if any(parameter not in by_weight for parameter in parameters):
@@ -135,10 +153,10 @@ def _products(
     return gradients
 
 
-def _mixed() -> TrainingError:
+def _mixed(name: str) -> TrainingError:
     return TrainingError(
-        "an adapter sits on a layer that mixes the tokens of records",
-        hint="choose other adapter.targets; routed expert layers cannot be used",
+        f"the adapter on {name or 'a layer'} mixes the tokens of records",
+        hint="choose other adapter.targets; routed experts and output layers cannot be used",
     )
 
 
@@ -222,7 +240,7 @@ class Records:
         calls.clear()
         tokens = token_log_probs(causal, batches, states)
         if calls:  # the output layer itself is adapted, and sees positions without their records
-            raise _mixed()
+            raise _mixed(calls[0].name)
         rule = _rule(self._loss, self._scoring)
         losses = [
             _losses(scores_of(log_probs, batch, rule), batch, self._loss)

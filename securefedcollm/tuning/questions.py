@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from securefedcollm.errors import DataError
 from securefedcollm.tuning.head import Logits, device_of, output_logits, trained_head, unwrapped
 from securefedcollm.tuning.layers import passed_over
+from securefedcollm.tuning.packing import block_mask, row_limit, run, states_apart
 from securefedcollm.tuning.token_loss import CHUNK, gold_log_probs
 from securefedcollm.tuning.tokenise import Kind, Row, tokenise
 
@@ -155,14 +156,7 @@ class EncodedQuestions:
         """
         if self.head is None and (self.generative or not bool((self.segments != _PROMPT).any())):
             return None
-        key, query = self.segments[:, None, :], self.segments[:, :, None]
-        length = self.segments.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=key.device).tril()
-        allowed = causal & ((key == _PROMPT) | ((key == query) & (key != _PAD)))
-        # A padded query attends to itself: a softmax over nothing would be NaN.
-        allowed |= torch.eye(length, dtype=torch.bool, device=key.device)
-        mask = torch.zeros(allowed.shape, dtype=dtype, device=key.device)
-        return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+        return block_mask(self.segments, dtype)
 
 
 def encode(
@@ -354,17 +348,27 @@ def _gold(taken: Tensor, head: Logits, place: Tensor, token: Tensor, chunk: int)
 
 def last_hidden(causal: Any, batch: EncodedQuestions) -> Tensor:
     """Hidden states after the last layer, [B, L, D], from the cached prefix on if there is one."""
+    fixed, length = batch.head is not None, batch.tokens.shape[1]
+    if length > row_limit(causal):
+        several = not batch.generative and (fixed or bool((batch.segments > 0).any()))
+        return states_apart(
+            causal,
+            batch.tokens,
+            batch.positions,
+            batch.segments,
+            batch.choice_mask.shape[1] if several else 1,
+            length if fixed else None,
+        )
     start = {"input_ids": batch.tokens}
     if batch.prefix is not None:
         start = {"inputs_embeds": batch.prefix}
     with passed_over(causal, 0, batch.prefix_layers):
-        states: Tensor = causal.base_model(
+        return run(
+            causal,
             **start,
             position_ids=batch.positions,
             attention_mask=batch.attention_mask(causal.dtype),
-            use_cache=False,
-        ).last_hidden_state
-    return states
+        )
 
 
 def by_length(data: EncodedQuestions, batch_size: int) -> Iterator[tuple[Tensor, EncodedQuestions]]:

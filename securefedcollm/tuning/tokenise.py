@@ -8,7 +8,10 @@ is cut at the limit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from securefedcollm.errors import ConfigError, DataError
@@ -85,6 +88,8 @@ def tokenise(
         case "text":
             return _texts(questions, reader, max_tokens)
         case "instruction":
+            if getattr(tokenizer, "chat_template", None):
+                check_template(tokenizer)
             rows = [_instruction(question, reader) for question in questions]
         case _:
             rows = _choices(questions, reader)
@@ -192,16 +197,75 @@ def _instruction(question: Question, reader: _Reader) -> Row:
     return prompt.within(opening.find(asked), len(asked)), follows
 
 
+def check_template(tokenizer: Any) -> None:
+    """Refuse a chat template that drops what it is given, needs more, or follows the calendar.
+
+    Raises:
+        ConfigError: names the fault.
+    """
+    asked, answered = "zqAskedqz", "zqAnsweredqz"
+    turns = [
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": answered},
+    ]
+
+    def both(year: int) -> list[str]:
+        with _date(datetime(year, year % 12, year % 28)):
+            opening = _templated(tokenizer, turns[:1], add_generation_prompt=True)
+            return [opening, _templated(tokenizer, turns)]
+
+    opening, whole = both(2001)
+    if asked not in opening:
+        raise _template("drops the question")
+    if answered not in whole and whole.startswith(opening):
+        raise _template("drops the response")
+    if both(2031) != [opening, whole]:
+        # Silos that tune on other days would tune on other prompts.
+        raise _template(
+            "writes today's date into every prompt, so that it changes from day to day",
+            "write a fixed date in place of strftime_now",
+        )
+
+
+@contextmanager
+def _date(day: datetime) -> Iterator[None]:
+    """What transformers tells chat templates for today: nothing that is passed can overrule it."""
+    from transformers.utils import chat_template_utils as library
+
+    kept: Any = library.datetime
+    library.datetime = SimpleNamespace(now=lambda: day)
+    try:
+        yield
+    finally:
+        library.datetime = kept
+
+
 def _templated(tokenizer: Any, turns: list[dict[str, str]], **options: Any) -> str:
     try:
         text: str = tokenizer.apply_chat_template(turns, tokenize=False, **options)
     except Exception as error:  # a template is a program of the model's author
-        raise ConfigError(
-            f"the tokenizer's chat template cannot put one question ({type(error).__name__})",
-            where="task.kind",
-            hint="mend chat_template in the model's tokenizer_config.json, or remove it",
-        ) from None
+        if turns[0]["role"] != "system" and _takes_system(tokenizer, turns, options):
+            raise _template("needs a system turn, and this task has none") from None
+        # Its message may quote a record.
+        raise _template(f"cannot put one question ({type(error).__name__})") from None
     return text
+
+
+def _takes_system(tokenizer: Any, turns: list[dict[str, str]], options: dict[str, Any]) -> bool:
+    try:
+        _templated(tokenizer, [{"role": "system", "content": ""}, *turns], **options)
+    except ConfigError:
+        return False
+    return True
+
+
+def _template(what: str, hint: str = "mend it, or remove it") -> ConfigError:
+    return ConfigError(
+        f"the tokenizer's chat template {what}",
+        where="task.kind",
+        hint=f"{hint}: chat_template.jinja, or chat_template in tokenizer_config.json; all "
+        "participants need the same",
+    )
 
 
 def _texts(questions: Sequence[Question], reader: _Reader, max_tokens: int) -> list[Row]:

@@ -210,7 +210,7 @@ def test_tokens_without_an_embedding_are_refused_before_any_is_sampled(
     model.resize_token_embeddings(40)
     model.save_pretrained(directory / "slm")
     SiloTuning(study, "silo-1", COPIES * 2, data=directory)
-    with pytest.raises(ConfigError, match="the model, with 40, has no embedding"):
+    with pytest.raises(ConfigError, match="the model has embeddings for 40"):
         SiloTuning(study, "silo-1", [*COPIES * 2, LONG], data=directory)
 
 

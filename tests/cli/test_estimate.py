@@ -118,6 +118,36 @@ def test_every_pair_and_set_can_be_dealt_out(tmp_path, name):
     assert all(study.task == studies[0].task for study in studies)
 
 
+def test_records_longer_than_the_positions_of_a_model_are_refused(models):
+    changes = ["models.llm={source: 'path:gpt2'}", "models.slm={source: 'path:gpt2'}"]
+    found = estimated("configs/gpt2-pair.yaml", *changes, "task.max_tokens=1024", data=models)
+    assert found["slm"]["parameters"]
+    says = r"task.max_tokens: 1025 tokens, the model path:gpt2 has positions for 1024"
+    with pytest.raises(ConfigError, match=says):
+        estimated("configs/gpt2-pair.yaml", *changes, "task.max_tokens=1025", data=models)
+
+
+def test_a_target_that_fits_no_layer_is_refused(models):
+    changes = ["models.llm={source: 'path:gpt2'}", "models.slm={source: 'path:gpt2'}"]
+    for target, says in {"c_atn": "c_atn fits no module", "wte": "wte is Embedding"}.items():
+        with pytest.raises(ConfigError, match=f"adapter.targets: {says}"):
+            estimated(
+                "configs/gpt2-pair.yaml", *changes, f"adapter.targets=[c_attn, {target}]",
+                data=models,
+            )  # fmt: skip
+
+
+def test_a_family_without_attention_is_estimated(tmp_path):
+    from transformers import MambaConfig
+
+    MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2).save_pretrained(tmp_path / "m")
+    changes = [f"models.{name}={{source: 'path:m'}}" for name in ("llm", "slm")]
+    found = estimated(
+        "configs/gpt2-pair.yaml", *changes, "adapter.targets=[in_proj]", data=tmp_path
+    )
+    assert found["memory_bytes"]["silo"] > found["slm"]["weights_bytes"]
+
+
 def test_a_model_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"opt-6.7b.*config.json cannot be read"):
         estimated("configs/opt-pair.yaml", data=tmp_path)

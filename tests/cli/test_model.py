@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from securefedcollm_cli.model import app
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError, DataError
@@ -156,6 +164,42 @@ def test_commands_refuse_what_they_cannot_use(base: Path, text: Path, tmp_path: 
         assert says in str(result.exception)
         assert result.exception.hint
     assert not (tmp_path / "x").exists()
+
+
+def saved(model: Any, directory: Path, extra: int = 0) -> Path:
+    """A model beside a tokenizer with the tokens of ``letters``, and some more."""
+    tokenizer = letters()
+    tokenizer.add_tokens([f"[{i}]" for i in range(extra)])
+    save_model(model.eval(), tokenizer, directory)
+    return directory
+
+
+def test_evaluate_refuses_what_it_would_measure_wrongly(tmp_path: Path) -> None:
+    """A model that sees the answer, tokens without an embedding, places without a position."""
+    sizes: dict[str, Any] = {"vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 1}
+    bert = BertLMHeadModel(BertConfig(**sizes, num_attention_heads=2, intermediate_size=16))
+    gpt2 = GPT2Config(vocab_size=29, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+    cases = [
+        (saved(bert, tmp_path / "bert"), "a", "model: BertLMHeadModel sees the tokens that follow"),
+        (
+            saved(GPT2LMHeadModel(gpt2), tmp_path / "larger", 2),
+            "[1]",
+            "the tokenizer has 31 tokens, the model has embeddings for 29",
+        ),
+        (
+            saved(GPT2LMHeadModel(gpt2), tmp_path / "short"),
+            "abcdefghijklmnop",
+            "--max-tokens: 36 tokens, the model that is evaluated has positions for 16",
+        ),
+    ]
+    file = tmp_path / "test.jsonl"
+    for model, asked, says in cases:
+        row = {"question": asked, "choices": ["bc", "c"], "answer": 0}
+        file.write_text(json.dumps(row) + "\n")
+        result = run("evaluate", "--model", model, "--test", file, ok=False)
+        assert isinstance(result.exception, ConfigError), result.exception
+        assert says in str(result.exception)
+        assert result.exception.hint
 
 
 def test_evaluate_measures_questions_by_subject(base: Path, tmp_path: Path) -> None:

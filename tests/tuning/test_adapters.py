@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.tuning.adapters import (
@@ -143,8 +146,14 @@ def test_targets_and_top_layers(toy: Any) -> None:
     both = layout_of(attach(toy.model(), targets="all-linear"), "ffa-lora").names
     assert len(every) == 7
     assert set(every) == {name for name in both if ".layers.1." in name}
-    with pytest.raises(ConfigError, match=r"adapter.targets: the adapter fits no module"):
-        attach(toy.model(), targets=["nonsense"])
+    for targets, says in {
+        ("q_proj", "v_porj"): "v_porj fits no module",  # PEFT would train q_proj alone
+        ("q_proj", "embed_tokens"): "embed_tokens is Embedding",
+        ("self_attn",): "self_attn is LlamaAttention",
+    }.items():
+        with pytest.raises(ConfigError, match=f"adapter.targets: {says}") as caught:
+            attach(toy.model(), targets=targets)
+        assert "down_proj, gate_proj, k_proj" in (caught.value.hint or "")
     with pytest.raises(ConfigError, match=r"adapter.top_layers: 3 layers asked for, the model has"):
         attach(toy.model(), top_layers=3)
 
@@ -187,6 +196,38 @@ def test_saving_and_loading_fail_in_one_line(toy: Any, tmp_path: Path) -> None:
     save_adapter(model, tmp_path / "slm")
     with pytest.raises(ConfigError, match="made for another base model"):
         load_adapter(toy.model(hidden=32), tmp_path / "slm")
+    (tmp_path / "slm" / "adapter_config.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"adapter_config.json cannot be read"):
+        load_adapter(toy.model(), tmp_path / "slm")
+
+
+def test_an_adapter_of_another_kind_is_refused(toy: Any, tmp_path: Path) -> None:
+    """Its virtual tokens were ignored before: the base model's figures, without a word."""
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with warnings.catch_warnings(action="ignore"):
+        get_peft_model(toy.model(), config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="of the kind PREFIX_TUNING, and only LoRA"):
+        load_adapter(toy.model(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rename", "says"),
+    [
+        (lambda name: name.replace("model.model.", "model."), "28 of its tensors fit no module"),
+        (lambda name: name if "q_proj" not in name else None, "it lacks tensors for .*q_proj"),
+    ],
+)
+def test_an_adapter_that_fits_in_part_is_refused(
+    toy: Any, tmp_path: Path, rename: Callable[[str], str | None], says: str
+) -> None:
+    """PEFT warns, and goes on with what fits: nothing, it may be."""
+    save_adapter(attach(toy.model(), seed=0), tmp_path / "slm")
+    file = tmp_path / "slm" / "adapter_model.safetensors"
+    renamed = {rename(name): tensor for name, tensor in load_file(file).items()}
+    save_file({name: tensor for name, tensor in renamed.items() if name}, file)
+    with warnings.catch_warnings(action="error"), pytest.raises(ConfigError, match=says) as caught:
+        load_adapter(toy.model(), tmp_path / "slm")
+    assert "\n" not in str(caught.value)
 
 
 def test_attach_does_not_touch_the_base(toy: Any) -> None:

@@ -22,6 +22,7 @@ from securefedcollm.privacy.noise import GridSum, NoiseSource
 from securefedcollm.privacy.quantise import Quantiser
 from securefedcollm.tuning.adapters import attach, layout_of, load_vector, select, to_vector
 from securefedcollm.tuning.frozen import with_prefix
+from securefedcollm.tuning.head import check_positions
 from securefedcollm.tuning.independence import refuse_coupling
 from securefedcollm.tuning.layers import decoder_layers
 from securefedcollm.tuning.local import members_of, records_of, sampled_gradients, sum_clipped
@@ -292,9 +293,9 @@ def test_models_that_couple_rows_on_purpose_are_refused_by_name(model: Any, name
 def test_more_tokens_than_a_table_of_positions_holds_are_refused_before_any_is_sampled() -> None:
     """Adversary: a server that sees a silo fail in the very step that samples a long record."""
     model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=32, n_embd=8, n_layer=1, n_head=1))
-    refuse_coupling(model, "models.slm", 32)
-    with pytest.raises(ConfigError, match=r"task.max_tokens: 33 tokens, the model has .* for 32"):
-        refuse_coupling(model, "models.slm", 33)
+    check_positions(model, 32, "path:slm")
+    with pytest.raises(ConfigError, match=r"task.max_tokens: 33 tokens, the model .* for 32"):
+        check_positions(model, 33, "path:slm")
 
 
 def test_short_records_never_reach_a_growing_rotary_scaling() -> None:

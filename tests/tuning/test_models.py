@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,81 @@ def test_missing_weights_are_not_made_up(directory: Path) -> None:
     weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"lack 1 weights, model\.layers\.1\.mlp"):
+        load_model(f"path:{directory}")
+
+
+def shard_missing(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    tiny().save_pretrained(directory, max_shard_size="1KB")
+    min(directory.glob("model-00002-of-*.safetensors")).unlink()
+
+
+def cut_off(directory: Path) -> None:
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def pointer(directory: Path) -> None:
+    (directory / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    )
+
+
+def no_tokenizer(directory: Path) -> None:
+    for file in directory.glob("tokenizer*"):
+        file.unlink()
+
+
+def changed(**keys: Any) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        file = directory / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+    return change
+
+
+def no_numbers(directory: Path) -> None:
+    broken = tiny()
+    with torch.no_grad():
+        broken.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
+    broken.save_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (shard_missing, r"model-00002-of-000\d\d\.safetensors is missing, one of \d+ shards"),
+        (cut_off, r"model\.safetensors has [\d,]+ bytes of [\d,]+: it is cut off"),
+        (pointer, r"model\.safetensors is a Git LFS pointer"),
+        (no_tokenizer, r"its tokenizer is missing \(no tokenizer\.json\)"),
+        (changed(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+            "quantised by bitsandbytes, which is not there"),
+        (changed(model_type="\x1b[2Jnew"), r"does not know its architecture '\\\\x1b\[2Jnew'"),
+        (changed(model_type="t5"), "t5 is no causal language model"),
+        (no_numbers, r"its weight model\.layers\.1\.mlp\.up_proj\.weight holds values that"),
+        (lambda directory: (directory / "config.json").write_text("{"), "config.json is no JSON"),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_be_loaded_says_why(
+    directory: Path, damage: Callable[[Path], None], says: str
+) -> None:
+    damage(directory)
+    with pytest.raises(ConfigError, match=says) as caught:
+        load_model(f"path:{directory}")
+    assert caught.value.hint
+    assert "\n" not in str(caught.value)
+
+
+def test_a_directory_that_may_not_be_entered_is_one_line(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As any user but root meets it; the tests may run as root, so the refusal is played."""
+
+    def denied(path: Path, **unused: Any) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    with pytest.raises(ConfigError, match=r"cannot be read \(Permission denied\)"):
         load_model(f"path:{directory}")
 
 

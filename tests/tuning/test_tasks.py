@@ -168,6 +168,39 @@ def test_a_template_that_fails_is_named_without_the_record() -> None:
     assert "w1" not in str(caught.value)
 
 
+def put(first: str, second: str = "{{ m.content }}") -> str:
+    """A template with something before the turns, and its own idea of a turn."""
+    return first + "{% for m in messages %}[u] " + second + " [/] {% endfor %}"
+
+
+TODAY = "{{ strftime_now('%d %b %Y') }}"
+NEEDY = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (put("", "{{ m.role }}"), "drops the question"),
+        (put("", "{% if m.role == 'user' %}{{ m.content }}{% endif %}"), "drops the response"),
+        (put(NEEDY), "needs a system turn"),
+        (put(TODAY), "writes today's date into every prompt"),
+        (put("{% if strftime_now('%Y') > '2020' %}w1 {% endif %}"), "writes today's date"),
+    ],
+)
+def test_a_template_that_does_not_put_records_alike_is_refused(template: str, says: str) -> None:
+    """Silos that tune on other days would tune on other prompts; what is dropped is not learnt."""
+    with pytest.raises(ConfigError, match=f"task.kind: .* chat template {says}") as caught:
+        encode(RESPONSES, tokenizer(template), 32, "instruction")
+    assert "\n" not in str(caught.value)
+    assert "chat_template.jinja" in (caught.value.hint or "")
+
+
+def test_a_date_that_the_template_fixes_is_no_harm() -> None:
+    fixed = put("{% if day is not defined %}{% set day = 'w8' %}{% endif %}{{ day }} ")
+    data = encode(RESPONSES[:1], tokenizer(fixed), 32, "instruction")
+    assert rows_of(data)[0][0].startswith("w8 [u]")
+
+
 def test_a_text_begins_with_a_start_token_or_its_own_first() -> None:
     starting = encode(TEXTS, tokenizer(bos_token="<s>"), 5, "text")
     assert rows_of(starting)[:2] == [("<s>", "w1 w2 w3 w4"), ("<s>", "w7 w8")]

@@ -1,0 +1,25 @@
+"""The table of families in the documentation is what this build does."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.families import FAMILIES, PAGE, row, verdict
+
+QUICK = ["Llama", "Gemma 3", "OPT", "MPT", "Mamba", "LFM2", "Mixtral", "BERT", "Llama 4"]
+
+
+def rows() -> dict[str, str]:
+    """The lines of the page's table by family."""
+    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line[:2] == "| "]
+    return {line.split(" | ")[0].removeprefix("| "): line for line in lines[2:]}
+
+
+def test_the_page_has_every_family() -> None:
+    assert list(rows()) == list(FAMILIES)
+    assert not [line for line in rows().values() if "WRONG" in line]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_verdict_of_the_page_still_holds(name: str) -> None:
+    assert row(name, FAMILIES[name], verdict(FAMILIES[name])) == rows()[name]

@@ -1,0 +1,237 @@
+"""Every family's choices score as one pass for each says, or the family is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+from securefedcollm.errors import ConfigError
+from securefedcollm.privacy.noise import NoiseSource
+from securefedcollm.tuning.adapters import attach, full_layout, layout_of, select
+from securefedcollm.tuning.frozen import with_prefix
+from securefedcollm.tuning.independence import bits, made_up_adapter
+from securefedcollm.tuning.local import check_records, records_of, train_dp, train_plain
+from securefedcollm.tuning.packing import ANY_LENGTH, check_model, row_limit
+from securefedcollm.tuning.per_record import question_losses
+from securefedcollm.tuning.questions import (
+    PLAIN,
+    EncodedQuestions,
+    Question,
+    choice_scores,
+    encode,
+)
+from securefedcollm.tuning.recipe import evaluation_mode, inference_mode
+from tests.tuning.conftest import WORDS
+
+WINDOW = 16
+SIZES: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2}
+HEADS: dict[str, Any] = {
+    **SIZES,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+    "pad_token_id": 0,
+    "initializer_range": 0.3,
+}
+GEMMA3 = Gemma3TextConfig(
+    **HEADS, head_dim=8, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
+)
+MPT = MptConfig(vocab_size=40, d_model=16, n_heads=2, n_layers=2, max_seq_len=64)
+FAMILIES: dict[str, tuple[Any, int]] = {
+    "llama": (lambda: LlamaForCausalLM(LlamaConfig(**HEADS)), ANY_LENGTH),
+    "opt": (
+        lambda: OPTForCausalLM(
+            OPTConfig(**SIZES, num_attention_heads=2, ffn_dim=24, word_embed_proj_dim=16)
+        ),
+        ANY_LENGTH,
+    ),
+    "gemma3": (lambda: Gemma3ForCausalLM(GEMMA3), WINDOW),
+    "mistral": (lambda: MistralForCausalLM(MistralConfig(**HEADS, sliding_window=WINDOW)), WINDOW),
+    "mpt": (lambda: MptForCausalLM(MPT), 0),
+    "bloom": (lambda: BloomForCausalLM(BloomConfig(**SIZES, n_head=2)), 0),
+    "falcon": (
+        lambda: FalconForCausalLM(FalconConfig(**SIZES, num_attention_heads=2, alibi=True)),
+        0,
+    ),
+    "mamba": (lambda: MambaForCausalLM(MambaConfig(**SIZES, state_size=4)), 0),
+    "lfm2": (
+        lambda: Lfm2ForCausalLM(Lfm2Config(**HEADS, layer_types=["conv", "full_attention"])),
+        0,
+    ),
+}
+
+
+def made(name: str) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return FAMILIES[name][0]().eval()
+
+
+class Numbers:
+    """w7 is token 9: no vocabulary, no files."""
+
+    bos_token_id = eos_token_id = None
+
+    def __call__(self, texts: list[str], **unused: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[2 + int(word[1:]) for word in text.split()] for text in texts]}
+
+
+def questions(longest: int = 6) -> list[Question]:
+    """Choices of one to four words; prompts of up to ``longest`` words."""
+    draw = np.random.default_rng(0)
+
+    def words(least: int, most: int) -> str:
+        return " ".join(draw.choice(WORDS, draw.integers(least, most + 1)))
+
+    lengths = (2, longest, 4, longest)
+    return [Question(words(n, n), tuple(words(1, 4) for _ in range(3)), 1) for n in lengths]
+
+
+def encoded(longest: int = 6) -> EncodedQuestions:
+    return encode(questions(longest), Numbers(), 256)
+
+
+def one_pass_each(model: Any, asked: list[Question]) -> torch.Tensor:
+    """Scores by the model's own forward pass: no mask, no padding, nothing of ours."""
+    read = Numbers()
+    rows = []
+    for question in asked:
+        scores = []
+        for choice in question.choices:
+            prompt, rest = read([question.prompt, choice])["input_ids"]
+            logits = model(input_ids=torch.tensor([prompt + rest]), use_cache=False).logits[0]
+            log_p = logits.float().log_softmax(-1)[len(prompt) - 1 : -1]
+            scores.append(log_p.gather(1, torch.tensor(rest)[:, None]).sum())
+        rows.append(torch.stack(scores))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("longest", [6, 3 * WINDOW])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_scores_are_those_of_one_pass_for_each_choice(name: str, longest: int) -> None:
+    """Wrong before, without a word: the choice packed before was seen (LFM2, Mamba), distances were
+    those in the row (ALiBi), and the window was not applied (Gemma 3, Mistral)."""
+    model = made(name)
+    assert row_limit(model) == FAMILIES[name][1]
+    with inference_mode(model):
+        found = choice_scores(model, encoded(longest))
+        wanted = one_pass_each(model, questions(longest))
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-5)
+
+
+def test_the_window_matters_in_that_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made("gemma3")
+    with inference_mode(model):
+        right = choice_scores(model, encoded(3 * WINDOW))
+        monkeypatch.setattr("securefedcollm.tuning.questions.row_limit", lambda model: ANY_LENGTH)
+        assert (choice_scores(model, encoded(3 * WINDOW)) - right).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["opt", "gemma3", "mpt", "mamba", "lfm2"])
+def test_a_record_has_the_gradient_of_a_pass_of_its_own(name: str) -> None:
+    """Also where every choice has a row, or the family flattens rows and tokens (OPT)."""
+    targets = ["in_proj"] if name == "mamba" else "all-linear"
+    model = attach(made(name), rank=2, seed=1, method="lora", targets=targets)
+    check_records(model, loss="choices", scoring=PLAIN)
+    layout, data = full_layout(model), encoded(2 * WINDOW)
+    parameters = select(model, layout)
+    with made_up_adapter(model, 0.1), evaluation_mode(model):
+        records = records_of(model, layout, data, loss="choices", scoring=PLAIN, micro_batch=4)
+        found = {
+            row: [g[at] for g in gradients]
+            for rows, gradients in records.of_records(np.arange(len(data)))
+            for at, row in enumerate(rows.tolist())
+        }
+        for row in range(len(data)):
+            loss = question_losses(model, data.select(torch.tensor([row])), "choices", PLAIN)
+            wanted = torch.autograd.grad(loss.sum(), parameters)
+            for ours, theirs in zip(found[row], wanted, strict=True):
+                torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["opt", "mpt", "lfm2"])
+def test_no_record_moves_another_records_last_bits(name: str) -> None:
+    """Adversary: as in test_independence, for rows that are taken apart."""
+    model = attach(made(name), rank=2, seed=1)
+    layout, data = layout_of(model, "ffa-lora"), encoded()
+    select(model, layout)
+
+    def of_first(company: list[int]) -> bytes:
+        part = data.select(torch.tensor([0, *company]))
+        records = records_of(model, layout, part, loss="answer", scoring=PLAIN, micro_batch=64)
+        for rows, gradients in records.of_records(np.arange(len(part))):
+            if 0 in rows.tolist():
+                return bits(*(g[rows.tolist().index(0)] for g in gradients))
+        raise AssertionError
+
+    with evaluation_mode(model), made_up_adapter(model, 30.0):
+        assert len({of_first(company) for company in ([], [1], [2, 3], [3, 1, 2])}) == 1
+
+
+@pytest.mark.parametrize("name", ["bloom", "gemma3"])
+def test_tuning_goes_on_as_before(name: str) -> None:
+    model = attach(made(name), rank=2, seed=1)
+    layout, data = layout_of(model, "ffa-lora"), encoded(2 * WINDOW)
+    how: dict[str, Any] = {"steps": 2, "batch_size": 2, "learning_rate": 0.01}
+    assert train_plain(model, layout, data, seed=1, **how).delta.any()
+    private = {"noise_multiplier": 1.0, "clip_norm": 1.0, "noise": NoiseSource()}
+    assert train_dp(model, layout, data, **private, **how).delta.any()
+
+
+def test_states_of_lower_layers_are_not_kept_where_rows_are_taken_apart() -> None:
+    assert with_prefix(made("gemma3"), encoded(), 1).prefix is None
+    assert with_prefix(made("llama"), encoded(), 1).prefix is not None
+
+
+def test_a_model_that_looks_ahead_is_refused_by_name() -> None:
+    model = BertLMHeadModel(BertConfig(**{**HEADS, "num_key_value_heads": None})).eval()
+    with pytest.raises(ConfigError, match=r"path:bert: BertLMHeadModel sees the tokens"):
+        check_model(model, "path:bert")
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_layer_without_records_gradients_is_refused_before_the_run(
+    reverse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adversary: a server that sees a silo fail in the step that samples a record. A family that
+    flattens is refused unless it is known, and then if it does not keep the order."""
+    model = attach(made("llama"), rank=2, seed=1)
+    mlp = model.get_base_model().model.layers[1].mlp
+    plain = mlp.forward
+
+    def flat(given: torch.Tensor) -> torch.Tensor:
+        tokens = given.flatten(0, 1)
+        found = plain(tokens.flip(0)).flip(0) if reverse else plain(tokens)
+        return found.view_as(given)
+
+    monkeypatch.setattr(mlp, "forward", flat)
+    if reverse:
+        monkeypatch.setattr("securefedcollm.tuning.per_record._FLATTENING", {"llama"})
+    named = r"adapter.targets: .*model\.layers\.1\.mlp\..* mixes the tokens of records"
+    with pytest.raises(ConfigError, match=named):
+        check_records(model, loss="answer", scoring=PLAIN)
