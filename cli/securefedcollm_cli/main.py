@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -77,6 +78,9 @@ def root(
 def main() -> None:
     """Entry point: an expected error becomes one line on stderr and exit code 2, or
     :data:`AGAIN` where the same command may succeed later."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # cp1252, say, which has no α
+            stream.reconfigure(errors="replace")
     try:
         app()
     except SystemExit as end:

@@ -169,14 +169,17 @@ def _render(results: dict[str, Any], verdict: Verdict, page: str) -> None:
 def _accuracy_table(results: dict[str, Any]) -> Table:
     from rich.table import Table
 
+    from securefedcollm.federation.status import MOST_GROUPS
+
     groups = results["groups"]
+    shown = groups if len(groups) <= MOST_GROUPS else []
     table = Table(title="Accuracy on the test questions, %", title_justify="left")
     table.add_column("model")
     table.add_column("method")
-    for group in groups:
+    for group in shown:
         table.add_column(as_text(group or "accuracy"), justify="right")
     if len(groups) > 1:
-        table.add_column("mean", justify="right")
+        table.add_column("mean" if shown else f"mean of {len(groups)} groups", justify="right")
     last = None
     methods = {row["method"] for row in results["table"]}
     best = "FedCoLLM" if "FedCoLLM" in methods else "FedAvg"
@@ -185,7 +188,7 @@ def _accuracy_table(results: dict[str, Any]) -> Table:
             table.add_section()
         last = row["model"]
         scores = [row["accuracy"][group] for group in groups]
-        cells = [f"{100 * s:.1f}" for s in scores]
+        cells = [f"{100 * s:.1f}" for s in scores if shown]
         if len(groups) > 1:
             cells.append(f"{100 * sum(scores) / len(scores):.1f}")
         style = "bold" if row["method"] == best else None

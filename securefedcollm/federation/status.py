@@ -30,6 +30,9 @@ from securefedcollm.privacy.identities import Records
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import Study, digest, load_study
 
+MOST_GROUPS = 8
+"""Of test questions; the scores of more of them do not fit a line."""
+
 
 @dataclass(frozen=True)
 class RunStatus:
@@ -189,13 +192,19 @@ def _when(study: Study, sum_: int) -> str:
     return f"{sum_name(study, sum_)} of {study.rounds}"
 
 
+def _by_group(scores: dict[str, float]) -> str:
+    if len(scores) > MOST_GROUPS:
+        return f"mean of {len(scores)} groups {sum(scores.values()) / len(scores):.0f}"
+    return ", ".join(f"{group} {score:.0f}".strip() for group, score in scores.items())
+
+
 def round_sentence(record: dict[str, Any], rounds: int) -> str:
     """A finished round, as the server's operator is told."""
-    models: dict[str, list[str]] = {}
+    models: dict[str, dict[str, float]] = {}
     for key, value in record["evaluation"].items():
         model, _, group = key.partition("/")
-        models.setdefault(model.upper(), []).append(f"{group} {100 * value:.0f}".strip())
-    scores = "; ".join(f"{model} {', '.join(found)}" for model, found in models.items())
+        models.setdefault(model.upper(), {})[group] = 100 * value
+    scores = "; ".join(f"{model} {_by_group(found)}" for model, found in models.items())
     gone = "".join(f", {silo} lost ({why})" for silo, why in record.get("dropouts", {}).items())
     lost = ", THE ROUND IS LOST: its sum cannot be opened" if "lost" in record else ""
     silos = len(record["survivors"])

@@ -289,8 +289,10 @@ def _polish(
     if math.isinf(error):
         raise ConfigError(
             f"at ε = {target:g} the samplers' residuals would take all of δ",
-            where="epsilon",
-            hint="lower it; so large an ε promises nothing anyway",
+            where="epsilon" if target > 20 else "delta",
+            hint="lower ε; so large an ε promises nothing anyway"
+            if target > 20
+            else "raise δ: it is far below what any number of records needs",
         )
     low, high = 0.0, math.inf
     finite: list[tuple[float, float]] = []

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from securefedcollm_cli.identity import read_passphrase
 from securefedcollm_cli.main import app
+from securefedcollm_cli.simulate import _accuracy_table
 from typer.testing import CliRunner
 
 from securefedcollm import __version__
 from securefedcollm.errors import ConfigError, SecureFedCoLLMError
+from securefedcollm.federation.status import round_sentence
 from securefedcollm.study.ring import derive
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +45,27 @@ def test_every_command_has_help():
     assert len(paths) > 15
     for path in paths:
         assert "Usage" in call(*path, "--help")
+
+
+def test_a_terminal_without_the_letters_gets_something_for_them():
+    done = subprocess.run(
+        [COMMAND, "study", "check", QUICKSTART],
+        env=os.environ | {"PYTHONIOENCODING": "cp1252"},
+        capture_output=True,
+        check=True,
+    )
+    assert b"rank 8, ? 16" in done.stdout  # α
+
+
+def test_more_groups_than_a_line_holds_are_told_as_their_mean():
+    scores = {f"subject {i}": i / 40 for i in range(40)}
+    record = {"round": 1, "survivors": [1, 2], "evaluation": {f"slm/{g}": s for g, s in
+              scores.items()}}  # fmt: skip
+    assert round_sentence(record, 3) == "round 1/3, 2 silos: SLM mean of 40 groups 49 (%)"
+    row = {"model": "slm", "method": "FedAvg", "accuracy": scores}
+    table = _accuracy_table({"groups": list(scores), "table": [row]})
+    assert [column.header for column in table.columns] == ["model", "method", "mean of 40 groups"]
+    assert list(table.columns[2].cells) == ["48.8"]
 
 
 def test_version():

@@ -186,7 +186,7 @@ def test_a_field_without_room_names_the_key():
 def test_an_epsilon_at_which_residuals_take_all_of_delta_is_refused_as_such():
     with pytest.raises(ConfigError, match="residuals would take all of δ") as caught:
         calibrate_silo(60.0, 1e-5, 36, Setting(SIZE, 2**18, 3, 1))
-    assert "lower it" in caught.value.hint
+    assert "lower ε" in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,9 @@ def test_calibrate_says_when_it_cannot():
         calibrate(0.0, 1e-5, 0.1, 10)
     with pytest.raises(ConfigError, match="residuals would take all of δ"):
         calibrate(45.0, 1e-5, 0.5, 10)
+    with pytest.raises(ConfigError, match=r"delta: at ε = 8 .* all of δ") as caught:
+        calibrate(8.0, 1e-20, 0.1, 60)
+    assert "raise δ" in caught.value.hint
 
 
 def test_sampled_discrete_noise_is_charged_as_the_continuous_one_at_integer_orders():

@@ -37,6 +37,7 @@ def test_the_digest_is_that_of_the_meaning_not_of_the_spelling(tmp_path):
         ("privacy={epsilon: 3}", "privacy.delta: this key is missing", "add it"),
         ("privacy.epsilon=x", "privacy.epsilon: expected `float`", "study schema"),
         ("privacy.epsilon=-1", "privacy.epsilon: expected `float` > 0", ""),
+        ("privacy.epsilon=.inf", "privacy.epsilon: inf is too large", ""),
         ("privacy.delta=0.5", "privacy.delta: δ = 0.5 would allow", "1e-5"),
         ("rounds=true", "rounds: expected `int`, got `bool`", ""),
         ("seed=1.5", "seed: expected `int`", ""),
