@@ -81,6 +81,11 @@ class RunStore:
             self._write()
 
     @property
+    def begun(self) -> bool:
+        """Whether any silo has heard of the run."""
+        return bool(self.state.attempt or self.state.step or self.state.round)
+
+    @property
     def run_id(self) -> bytes:
         return bytes.fromhex(self.state.run_id)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from securefedcollm import __version__
 from securefedcollm.aggregation import Roster
-from securefedcollm.errors import ConfigError
+from securefedcollm.errors import ConfigError, SecureFedCoLLMError
 from securefedcollm.evidence.ledger import LoggedLedger
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
@@ -118,14 +118,14 @@ class Simulation:
     def run(self, progress: Progress, say: Say) -> dict[str, Any]:
         """Run what is still to do and return the content of ``results.json``.
 
+        What is wrong with study, data or models shows before anything is written or removed.
+
         Raises:
-            SecureFedCoLLMError: with the run in a state that ``resume`` continues.
+            SecureFedCoLLMError: with the run in a state that ``resume`` continues, or not begun.
         """
         started = time.monotonic()
-        self._open_directory()
+        self._check_directory()
         self._context = process_context(PRELOAD) if self._workers else None
-        store = RunStore(self._out, digest(self._study), resume=self._resume)
-        write_durably(self._out / "study.yaml", dump_study(self._study).encode())
 
         from securefedcollm.federation import cotuning
         from securefedcollm.federation.dealing import deal
@@ -143,8 +143,19 @@ class Simulation:
             device=self._device,
             progress=progress,
         )
+        server.layout(0)  # refuses an adapter that the study does not pin
+        if self._overwrite and self._out.exists():
+            shutil.rmtree(self._out)
+        fresh = not self._out.exists()
+        store = RunStore(make_directory(self._out), digest(self._study), resume=self._resume)
+        write_durably(self._out / "study.yaml", dump_study(self._study).encode())
         zero_shot = self._once("zero-shot", server.evaluate)
-        self._federate(store, server, self._out, progress, say)
+        try:
+            self._federate(store, server, self._out, progress, say)
+        except SecureFedCoLLMError:  # a silo would not even start, say
+            if fresh and not store.begun:
+                shutil.rmtree(self._out)
+            raise
         for name in ("slm", "llm") if self._distillation else ("slm",):
             _replace_tree(self._out / "server" / _last(store) / name, self._out / "adapters" / name)
         final = store.state.history[-1]["evaluation"]
@@ -160,7 +171,8 @@ class Simulation:
         write_durably(self._out / "results.json", json.dumps(results, indent=2).encode())
         return results
 
-    def _open_directory(self) -> None:
+    def _check_directory(self) -> None:
+        """Refuse what would harm a run or a directory that is there."""
         if self._overwrite and self._out.exists():
             known = {"study.yaml", "server"}
             if any(self._out.iterdir()) and not known & {p.name for p in self._out.iterdir()}:
@@ -169,12 +181,13 @@ class Simulation:
                     where=str(self._out),
                     hint="choose another --out",
                 )
-            shutil.rmtree(self._out)
-        if self._resume and not (self._out / "server" / "state.json").exists():
+        known_run = (self._out / "server" / "state.json").exists()
+        if self._resume and not known_run:
             raise ConfigError(
                 "there is no run to resume", where=str(self._out), hint="leave out --resume"
             )
-        make_directory(self._out)
+        if known_run and not (self._resume or self._overwrite):
+            RunStore(self._out, digest(self._study), resume=False)  # refuses
 
     def _prepare_models(self, progress: Progress, say: Say) -> None:
         """Make the built-in models on first use, both at once."""

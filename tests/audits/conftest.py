@@ -94,7 +94,7 @@ def authority_bundle(tmp_path_factory):
     plan = CKKS | {"key_model": "authority"}
     study = recorded_study(rounds=2, privacy=SILO_PRIVACY, aggregation=plan)
     directory = tmp_path_factory.mktemp("authority") / "run"
-    return bundle_of(directory, study, wrap=lambda e: Lost(e, 10, 12))
+    return bundle_of(directory, study, wrap=lambda e: Lost(e, 11, 13))
 
 
 class Lost:

@@ -326,6 +326,13 @@ def test_client_level_privacy_runs_under_ckks(inputs, tmp_path):
     assert all(0 < silo["epsilon_spent"] <= 8 for silo in results["silos"])
 
 
+JOINT_WITHOUT_ROOM = [
+    *("--set", "privacy.noise=distributed", "--set", "local.sampling_rate=1.0"),
+    *("--set", "aggregation.value_bits=20"),
+]
+"""Only a silo finds out: it has more records than the study thinks all have together."""
+
+
 def broken_line(directory: Path) -> None:
     lines = (directory / "train.jsonl").read_text().splitlines()
     lines[4] = '{"question": "colour of'
@@ -347,6 +354,7 @@ def broken_line(directory: Path) -> None:
         (["--set", "task.data.per_silo=1000"], "task.data: the study needs"),
         (["--set", "local.batch_size=33"], "local.batch_size: an expected batch of 33"),
         (["--set", "privacy=none", "--set", "local.learning_rate=9e29"], "not finite"),
+        (JOINT_WITHOUT_ROOM, "local.sampling_rate: this silo has 32 units"),
         (["--drop", "9@upload"], "there is no silo '9'"),
         (["--drop", "2@lunch"], "is not SILO@STEP"),
         (["--resume"], "there is no run to resume"),
@@ -357,6 +365,18 @@ def test_bad_input_is_one_line_that_names_the_place(inputs, tmp_path, more, mess
         run(inputs, tmp_path / "run", "--no-baselines", *more)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    # A failed start leaves nothing; one that got as far as training can go on.
+    assert (tmp_path / "run").exists() == (message == "not finite")
+
+
+def test_a_start_that_fails_does_not_remove_the_run_that_is_there(inputs, tmp_path):
+    run(inputs, tmp_path / "run", *NO_PRIVACY, *ONE_MODEL, "--no-baselines")
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    with pytest.raises(SecureFedCoLLMError, match="fits no module"):
+        run(inputs, tmp_path / "run", "--overwrite", "--set", "adapter.targets=[nothing]")
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
+    with pytest.raises(SecureFedCoLLMError, match="there is a run in this directory already"):
+        run(inputs, tmp_path / "run")
 
 
 def test_a_broken_line_is_named_and_the_process_exits_with_2(tmp_path):

@@ -26,6 +26,7 @@ from securefedcollm.tuning.head import check_positions
 from securefedcollm.tuning.independence import refuse_coupling
 from securefedcollm.tuning.layers import decoder_layers
 from securefedcollm.tuning.local import members_of, records_of, sampled_gradients, sum_clipped
+from securefedcollm.tuning.packing import row_limit
 from securefedcollm.tuning.passes import (
     Shape,
     Widths,
@@ -251,6 +252,7 @@ def test_kernels_that_look_at_other_rows_are_found_and_their_records_go_alone(
 
 def test_a_model_that_remembers_a_record_is_refused() -> None:
     model = network.__wrapped__(torch.float32)
+    row_limit(model)  # before it remembers anything: another test would refuse it
     rotary = model.get_base_model().model.rotary_emb
 
     def grow(*unused: Any) -> None:
