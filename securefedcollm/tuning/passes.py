@@ -35,11 +35,9 @@ from securefedcollm.tuning.questions import EncodedQuestions
 Indices = npt.NDArray[np.int64]
 
 _STEPS = 4  # padded lengths in an octave: at most a quarter of a row is padding, a tenth on average
-# Multiply-adds of a decoder layer over all tokens of a pass that are worth its start: kernels are
-# started and weights are read. Measured with benchmarks.privacy_overhead. Wide passes run on one
-# thread (:func:`one_thread_if`), so where there are more threads they are worth less.
+# Multiply-adds of a decoder layer over all tokens of a pass, at which starting its kernels no
+# longer shows: measured with benchmarks.privacy_overhead.
 _WORTH_CPU = 5e7
-_WORTH_ONE_THREAD = 3e8
 _WORTH_ELSEWHERE = 3e10
 _HEAD_ROWS = 32  # positions that the output layer sees at a time
 
@@ -100,15 +98,14 @@ class Widths(NamedTuple):
 
 
 def widths_for(model: Any, most: int) -> Widths:
-    """Widths that waste little on this model: its size, kind, device and threads, all public.
+    """Widths that waste little on this model: public facts only, its size, kind and device.
 
     Small passes are slow, because starting a kernel takes longer than its work; wide ones need
     dummies. A decoder layer of a few million weights has work enough in one record.
     """
     if routed(model):
         return Widths(tokens=1, most=1, alone=None)
-    worth = _WORTH_CPU if torch.get_num_threads() > 1 else _WORTH_ONE_THREAD
-    worth = worth if device_of(model).type == "cpu" else _WORTH_ELSEWHERE
+    worth = _WORTH_CPU if device_of(model).type == "cpu" else _WORTH_ELSEWHERE
     try:
         layer: nn.Module = decoder_layers(unwrapped(model))[-1]
     except ConfigError:
