@@ -17,5 +17,4 @@ def logging_as_it_was() -> None:
     for name, logger in root.manager.loggerDict.items():
         if name.startswith("securefedcollm") and isinstance(logger, logging.Logger):
             logger.disabled, logger.propagate = False, True
-            logger.handlers.clear()  # of a stream that is closed by now
             logger.setLevel(logging.NOTSET)

@@ -39,6 +39,7 @@ def printed_logs():
     """This process logs to stderr, as the command line sets it up."""
     root = logging.getLogger()
     before = root.handlers[:], root.level
+    root.handlers.clear()  # pytest's, which would be closed, and complain for pages
     log_to_stderr(logging.INFO, "%(levelname)s %(name)s: %(message)s")
     yield
     root.handlers[:], root.level = before
