@@ -36,12 +36,15 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 @pytest.fixture
 def printed_logs():
-    """This process logs to stderr, as the command line sets it up."""
+    """A function: from now on this process logs to stderr, as the command line sets it up."""
     root = logging.getLogger()
     before = root.handlers[:], root.level
-    root.handlers.clear()  # pytest's, which would be closed, and complain for pages
-    log_to_stderr(logging.INFO, "%(levelname)s %(name)s: %(message)s")
-    yield
+
+    def start():
+        root.handlers.clear()  # pytest's, which would be closed, and complain for pages
+        log_to_stderr(logging.INFO, "%(levelname)s %(name)s: %(message)s")
+
+    yield start
     root.handlers[:], root.level = before
 
 
@@ -67,6 +70,7 @@ class Rude:
     ],
 )
 def test_the_server_prints_a_silos_refusal_and_goes_on(tmp_path, capsys, printed_logs, answer):
+    printed_logs()
     run = RecordedRun(tmp_path, recorded_study(rounds=2), wrap=lambda e: Rude(e, answer))
     with Bars() as bars:
         run.coordinator._on_round = lambda record: _print_round(record, 2, bars, False)
@@ -98,6 +102,7 @@ def test_a_run_that_fails_of_refusals_says_so_in_one_line(tmp_path, capsys):
 
 
 def test_a_silo_prints_what_the_server_sent(tmp_path, capsys, printed_logs):
+    printed_logs()
     silo = make_silo(NAMES[0], lambda *_: None, study=recorded_study(), directory=tmp_path)
     reply = silo.step(msgspec.msgpack.encode([WORDS]))
     assert_harmless(str(msgspec.msgpack.decode(reply)))  # nor does it come back to bite the server
