@@ -24,14 +24,20 @@ def prompt_of(row: dict[str, Any], task: dict[str, Any]) -> str:
     if str(row.get("prompt") or "").strip():
         return str(row["prompt"]).strip()
     column = {"multiple_choice": "question", "classification": "text"}[task["kind"]]
-    return str(task["template"].format(row[column].strip()))
+    return str(task["template"].replace("{}", row[named(column, task)].strip()))
+
+
+def named(column: str, task: dict[str, Any]) -> str:
+    """What the records' files call a column."""
+    return str(task["columns"].get(column, column))
 
 
 def choices_of(row: dict[str, Any], task: dict[str, Any]) -> tuple[list[str], int]:
     """What may follow the prompt, and which of it is right."""
     if task["kind"] == "multiple_choice":
-        return [choice.strip() for choice in row["choices"]], int(row["answer"])
-    return task["labels"], task["labels"].index(row["label"].strip())
+        choices, answer = row[named("choices", task)], row[named("answer", task)]
+        return [choice.strip() for choice in choices], int(answer)
+    return task["labels"], task["labels"].index(row[named("label", task)].strip())
 
 
 def tokenise(

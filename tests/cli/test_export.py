@@ -46,6 +46,12 @@ def tuned(inputs, out, **task):
     if task.get("kind") == "classification":
         data = {"train": "train-labels.jsonl", "test": "test-labels.jsonl"}
         tree["task"]["data"] |= data
+    for ours, theirs in task.get("columns", {}).items():
+        for file in (tree["task"]["data"]["train"], tree["task"]["data"]["test"]):
+            text = (inputs / file).read_text().replace(f'"{ours}":', f'"{theirs}":')
+            (inputs / f"own-{file}").write_text(text)
+        tree["task"]["data"] |= {name: f"own-{tree['task']['data'][name]}" for name in
+                                 ("train", "test")}  # fmt: skip
     tree["task"] |= task
     tree |= {"privacy": None, "rounds": 1}
     tree["local"] = {"steps": 30, "batch_size": 16, "learning_rate": 0.05}
@@ -62,6 +68,7 @@ def tuned(inputs, out, **task):
         {"score": "plain"},
         {"score": "pmi-length", "score_temperature": 0.5, "max_tokens": 6},  # prompts are cut
         {"kind": "classification", "labels": [*COLOURS, "light blue"], "score": "length"},
+        {"columns": {"question": "asked"}, "template": "Answer: {} colour"},
     ],
 )
 @pytest.mark.parametrize("role", ["slm"])
