@@ -254,8 +254,12 @@ class Coordinator:
         silos = [s for s in self._evidence.vouching if self._delivered.get(s, 0) < done]
         timeout, lost = STEP_TIMEOUT + len(adapter) / SLOWEST, dict[str, str]()
         requests: dict[str, Request] = dict.fromkeys(sorted(silos), request)
-        replies = self._ask(requests, timeout, _Traffic(self._parties), lost) if silos else {}
+        if not silos:
+            return
+        traffic = _Traffic(self._parties)
+        replies = self._ask(requests, timeout, traffic, lost)
         self._delivered |= dict.fromkeys(replies, done)
+        self._store.amend(traffic.add_to)
         for silo, reason in lost.items():
             log.warning("%s does not take the adapter of round %d: %s", silo, done, reason)
 

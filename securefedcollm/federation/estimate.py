@@ -48,7 +48,8 @@ def estimate(study: Study, data: Path | None) -> dict[str, Any]:
         **llm,
         "slm": slm,
         "bytes_up_per_round": sums * _upload(study, slm["update_values"]),
-        "bytes_down_per_round": sums * 4 * slm["broadcast_values"],
+        # To train on, once a sum; and what the round ended with.
+        "bytes_down_per_round": (sums + 1) * 4 * slm["broadcast_values"],
         "memory_bytes": {"silo": silo, "server": server},
     }
 

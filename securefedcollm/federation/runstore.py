@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,11 @@ class RunStore:
         self._next_sum()
         shutil.rmtree(self._adapters(state.round - 2), ignore_errors=True)
         self._forget_descents()
+
+    def amend(self, change: Callable[[dict[str, Any]], None]) -> None:
+        """Add to the newest finished round's record what came after it."""
+        change(self.state.history[-1])
+        self._write()
 
     def _next_sum(self) -> None:
         self.state.attempt = 0

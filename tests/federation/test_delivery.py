@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from securefedcollm_audits.verify import verify
 
+from securefedcollm.errors import SecureFedCoLLMError
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.evidence.entries import Entry, Finished, Refused, decode_entry, encode_entry
 from securefedcollm.evidence.log import EvidenceLog
@@ -23,6 +24,7 @@ from securefedcollm.federation.messages import (
     BeginRound,
     Deliver,
     Delivered,
+    EndRun,
     Shown,
     Witness,
     adapter_bytes,
@@ -84,7 +86,7 @@ def go(members, wrap, server=None):
     with EmbeddedEngine(names, party, workers=0, progress=silent) as engine:
         hostile = Hostile(engine, wrap)
         server = server or ArithmeticServer()
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(SecureFedCoLLMError):
             roles.coordinate(members["server"], hostile, server, silent, lambda r: None)
     return hostile, server
 
@@ -110,17 +112,21 @@ def test_every_silo_has_the_adapter_that_each_round_ended_with(tmp_path, scheme,
         privacy = {"epsilon": 8.0, "delta": 1e-5, "noise": "distributed"}
         local = {"steps": 2, "batch_size": 3, "sampling_rate": 0.1, "learning_rate": 0.1}
         changes |= {"privacy": privacy, "local": local}
-    seen = []
+    seen, sent = [], []
     with members_of(tmp_path, **changes) as members:
 
         def look(request):
             if isinstance(request, Deliver):
                 seen.append(bytes(request.adapter))
+            if not isinstance(request, Witness | EndRun):
+                sent.append(len(encode(request)))
             return request
 
         hostile, server = go(members, look)
         assert len(seen) == 2  # one a round
         assert sha256(seen[0]) != sha256(seen[1])
+        state = json.loads((members["server"].run / "server" / "state.json").read_text())
+        assert sum(record["bytes_down"][SILOS[0]] for record in state["history"]) == sum(sent)
         for name in SILOS:
             assert all(isinstance(answer, Delivered) for answer in hostile.answers[name])
             np.testing.assert_array_equal(kept(members[name]), server.theta)
