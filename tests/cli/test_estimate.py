@@ -63,7 +63,7 @@ def estimated(config, *overrides, data=None):
 
 
 def test_the_bytes_of_the_quickstart_are_those_of_a_real_round():
-    """Measured in a run: 31,777 up, 95,664 down a silo and round, with keys, shares, two adapters."""
+    """Measured in a run: 31,777 up, 95,664 down a silo and round; keys, shares, two adapters."""
     found = estimated("configs/quickstart.yaml")
     assert 0.9 < found["bytes_up_per_round"] / 31_777 < 1
     assert 0.9 < found["bytes_down_per_round"] / 95_664 < 1
