@@ -5,8 +5,10 @@
 
 A model is made from the family's configuration, saved, loaded as a study's ``path:`` model is,
 scored, tuned, tuned with record-level DP, distilled, and saved and loaded again as an adapter and
-merged. "yes" means that it was done here. The scores of a family that may be used are compared with
-one plain forward pass of the library for each choice, short ones and ones beyond its window.
+merged. "yes" means that it was done here; for DP also that no record's company moved a bit of its
+gradient, at adapters that ``audit coupling`` would try. The scores of a family that may be used are
+compared with one plain forward pass of the library for each choice, short ones and ones beyond its
+window.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
+from securefedcollm_audits.coupling import hostile_adapters
 from torch import Tensor
 
-from securefedcollm.errors import SecureFedCoLLMError
+from securefedcollm.errors import ConfigError, SecureFedCoLLMError
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.tuning.adapters import (
     attach,
@@ -40,9 +43,10 @@ from securefedcollm.tuning.adapters import (
 )
 from securefedcollm.tuning.distil import distil
 from securefedcollm.tuning.independence import refuse_coupling
-from securefedcollm.tuning.local import check_records, train_dp, train_plain
+from securefedcollm.tuning.local import check_records, records_of, train_dp, train_plain
 from securefedcollm.tuning.models import load_model, save_model
 from securefedcollm.tuning.packing import ANY_LENGTH, check_model, row_limit
+from securefedcollm.tuning.per_record import without_broken
 from securefedcollm.tuning.questions import (
     PLAIN,
     EncodedQuestions,
@@ -50,11 +54,12 @@ from securefedcollm.tuning.questions import (
     choice_scores,
     encode,
 )
-from securefedcollm.tuning.recipe import inference_mode
+from securefedcollm.tuning.recipe import evaluation_mode, inference_mode
 
 PAGE: Final = Path(__file__).parents[1] / "docs" / "models.md"
 COLUMNS: Final = ("tune", "DP", "distil", "save")
 WINDOW: Final = 16
+_HOSTILE: Final = 8  # adapters
 _TOKENS, _POSITIONS = 48, 128
 _SIZES: Final[dict[str, Any]] = {
     "vocab_size": _TOKENS,
@@ -294,6 +299,37 @@ def _tune_privately(model: Any, data: EncodedQuestions) -> None:
         noise=NoiseSource(),
         micro_batch=4,
     )
+    _uncoupled(model, data)
+
+
+def _uncoupled(model: Any, data: EncodedQuestions) -> None:
+    """Refuse a family in which a record's company moves a bit of its gradient.
+
+    Adversary: the server, which chooses the adapter. Two copies of each record share its pass.
+    """
+    layout, draw = layout_of(model, "ffa-lora"), np.random.default_rng(0)
+    start = np.zeros(layout.size, dtype=np.float32)
+    for adapter in hostile_adapters(start, layout, _HOSTILE, None, draw):
+        load_vector(model, layout, adapter)
+        for first in range(len(data)):
+            others = [row for row in range(len(data)) if row != first]
+            companies = ([], [first], others, [*reversed(others), first, *others])
+            if len({_gradient_of(model, data, first, company) for company in companies}) > 1:
+                raise ConfigError("one record moves the last bits of another's gradient")
+
+
+def _gradient_of(model: Any, data: EncodedQuestions, first: int, company: list[int]) -> bytes:
+    """The bits of record ``first``'s gradient, computed with ``company``."""
+    part = data.select(torch.tensor([*company, first]))
+    place, layout = len(company), layout_of(model, "ffa-lora")
+    with evaluation_mode(model):
+        records = records_of(model, layout, part, loss="answer", scoring=PLAIN, micro_batch=16)
+        for rows, gradients in records.of_records(np.arange(len(part))):
+            if place in rows.tolist():
+                at = rows.tolist().index(place)
+                own = [gradient[at].double().numpy().reshape(1, -1) for gradient in gradients]
+                return np.concatenate(without_broken(own)[0], axis=1).tobytes()
+    raise AssertionError("a record has no gradient")
 
 
 def _distil(llm: Any, slm: Any, data: EncodedQuestions) -> None:

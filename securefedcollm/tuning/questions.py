@@ -338,10 +338,10 @@ def _gold(taken: Tensor, head: Logits, place: Tensor, token: Tensor, chunk: int)
     """Log-probability of ``token`` [t] at the states ``taken[place]``: float32 [t]."""
     found, order = [], []
     for start in range(0, len(taken), chunk):
-        logits = head(taken[start : start + chunk])
+        # Position by position, on any number of threads; logsumexp is not.
+        log_probs = F.log_softmax(head(taken[start : start + chunk]), dim=-1)
         here = ((place >= start) & (place < start + chunk)).nonzero()[:, 0]
-        at = place[here] - start
-        found.append(logits[at, token[here]] - torch.logsumexp(logits, -1)[at])
+        found.append(log_probs[place[here] - start, token[here]])
         order.append(here)
     return torch.cat(found)[torch.argsort(torch.cat(order))]
 

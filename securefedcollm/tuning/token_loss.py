@@ -150,11 +150,12 @@ class _Gold(torch.autograd.Function):
             with torch.set_grad_enabled(hidden.requires_grad):
                 states = hidden[start : start + chunk].detach().requires_grad_(hidden.requires_grad)
                 values = logits(states)
-            log_p = F.log_softmax(values.detach(), dim=-1)
             at = gold[start : start + chunk, None]
-            found.append(log_p.gather(1, at)[:, 0])
+            found.append(F.log_softmax(values.detach(), dim=-1).gather(1, at)[:, 0])
             if hidden.requires_grad:
-                slope = log_p.exp_().neg_().scatter_add_(1, at, torch.ones_like(found[-1])[:, None])
+                # Not exp(log_p): threads would share out its numbers in the middle of a position.
+                slope = F.softmax(values.detach(), dim=-1).neg_()
+                slope.scatter_add_(1, at, torch.ones_like(found[-1])[:, None])
                 slopes.append(torch.autograd.grad(values, states, grad_outputs=slope)[0])
         if slopes:
             ctx.save_for_backward(torch.cat(slopes))

@@ -35,7 +35,7 @@ from securefedcollm.tuning.passes import (
     shapes_of,
     widths_for,
 )
-from securefedcollm.tuning.per_record import without_broken
+from securefedcollm.tuning.per_record import Records, without_broken
 from securefedcollm.tuning.questions import EncodedQuestions, Question, Scoring, encode
 from securefedcollm.tuning.recipe import evaluation_mode
 
@@ -72,6 +72,22 @@ def questions(kind: str) -> tuple[list[Question], Question]:
     if kind == "copies":
         others = [Question("a", ("b", "c"), 1, subject=question.subject) for question in others]
     return others, Question(text(draw, 60, 60), ("some", "two", "x"), 2, subject="new")
+
+
+def narrow(inner: int) -> Any:
+    """A model whose layers are ``inner`` numbers wide inside: no whole number of vectors."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=inner,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            initializer_range=0.1,
+        )
+        base = LlamaForCausalLM(config).eval()
+    return attach(base, method="lora", rank=4, seed=1)
 
 
 @cache  # tested for independence once
@@ -118,17 +134,21 @@ def padded(model: Any, data: EncodedQuestions, loss: Any) -> np.ndarray:
     return clipped[np.argsort(rows)]
 
 
-def isolated(model: Any, data: EncodedQuestions, loss: Any) -> list[bytes]:
+def isolated(model: Any, data: EncodedQuestions, loss: Any, micro_batch: int = 16) -> list[bytes]:
     """Bits of every record's gradient by the product's own path."""
     records = records_of(
-        model, layout_of(model, "lora"), data, loss=loss, scoring=SCORED, micro_batch=16
+        model, layout_of(model, "lora"), data, loss=loss, scoring=SCORED, micro_batch=micro_batch
     )
-    found: dict[int, bytes] = {}
     with evaluation_mode(model):
-        for rows, gradients in records.of_records(np.arange(len(data))):
-            for at, row in enumerate(rows.tolist()):
-                found[row] = b"".join(g[at].numpy().tobytes() for g in gradients)
-    return [found[row] for row in range(len(data))]
+        return every(records, len(data))
+
+
+def every(records: Records, count: int) -> list[bytes]:
+    found: dict[int, bytes] = {}
+    for rows, gradients in records.of_records(np.arange(count)):
+        for at, row in enumerate(rows.tolist()):
+            found[row] = b"".join(g[at].numpy().tobytes() for g in gradients)
+    return [found[row] for row in range(count)]
 
 
 @pytest.mark.parametrize("kind", ["mixed", "copies"])
@@ -248,6 +268,46 @@ def test_kernels_that_look_at_other_rows_are_found_and_their_records_go_alone(
     alone = "are taken one at a time" in caplog.text
     # Passes of fewer than eight rows are simply not used where all of the others agree.
     assert alone == (by != "number of rows")
+
+
+@pytest.mark.parametrize(
+    ("inner", "micro_batch", "sizes", "alone"),
+    [(48, 16, (1, 4, 16), False), (40, 2, (2,), True)],
+    ids=["fewer rows", "last row"],
+)
+def test_numbers_that_a_kernel_has_left_over_do_not_betray_who_is_last(
+    inner: int,
+    micro_batch: int,
+    sizes: tuple[int, ...],
+    alone: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A vectorised ``silu`` computes the last numbers of a tensor by other instructions, and a few
+    of them differ: too few for a comparison of made-up rows, enough for an adapter from a server
+    that looks for them. Without the rule on remainders, the control, it finds them."""
+    model = narrow(inner)
+    layout = layout_of(model, "lora")
+    data = encode([Question("abc", ("de", "fg"), 1)] * 2, Letters(), max_tokens=8)
+    (shape, _) = shapes_of(data)
+    unsafe = Widths(tokens=10_000, most=micro_batch, sizes={shape: sizes})
+
+    def gradients(rows: list[int], widths: Widths | None) -> set[bytes]:
+        part = data.select(torch.tensor(rows))
+        if widths is None:
+            return set(isolated(model, part, "answer", micro_batch))
+        given = (model, select(model, layout), part)
+        return set(every(Records(*given, loss="answer", scoring=SCORED, widths=widths), len(part)))
+
+    betrayed = 0
+    draw = np.random.default_rng(11)
+    start = to_vector(model, layout)
+    with evaluation_mode(model):
+        for adapter in hostile_adapters(start, layout, ADAPTERS, None, draw):
+            load_vector(model, layout, adapter)
+            betrayed += len(gradients([0], unsafe) | gradients([0, 1], unsafe)) > 1
+            assert len(gradients([0], None) | gradients([0, 1], None)) == 1
+    assert betrayed
+    assert ("are taken one at a time" in caplog.text) == alone
 
 
 def test_a_model_that_remembers_a_record_is_refused() -> None:
