@@ -110,17 +110,19 @@ def _each(
         for rows, batch in by_length(data, _BATCH):
             yield rows, says(batch)
         return
-    shapes, everything = shapes_of(data), np.arange(len(data))
+    widths, everything = widths_for(model, private), np.arange(len(data))
+    shapes = shapes_of(data, widths)
 
     def compute(made_up: EncodedQuestions, widths: Widths) -> list[bytes]:
         found: dict[int, bytes] = {}
-        for one in passes(made_up, shapes_of(made_up), np.arange(len(made_up)), widths):
+        kinds = shapes_of(made_up, widths)
+        for one in passes(made_up, kinds, np.arange(len(made_up)), widths):
             with one_thread_if(widths.wide(one.shape)):
                 values = says(one.batch)
             found |= {row: bits(values[at]) for at, row in enumerate(one.rows.tolist())}
         return [found[row] for row in range(len(made_up))]
 
-    widths = proved(model, shapes, widths_for(model, private), compute, what)
+    widths = proved(model, shapes, widths, compute, what)
     for one in passes(data, shapes, everything, widths):
         with one_thread_if(widths.wide(one.shape)):
             found = says(one.batch)[: len(one.rows)]

@@ -241,11 +241,12 @@ def records_of(
                 found[row] = bits(*(gradient[at] for gradient in gradients))
         return [found[row] for row in range(len(questions))]
 
+    widths = widths_for(model, micro_batch)
     with evaluation_mode(model):
         widths = proved(
             model,
-            shapes_of(data),
-            widths_for(model, micro_batch),
+            shapes_of(data, widths),
+            widths,
             compute,
             f"gradients of {layout.digest[:8]} by {loss}",
         )

@@ -8,7 +8,7 @@ gradient, and an adapter from a hostile server can amplify low bits until they a
 So no shape here depends on who shares a pass. A record is padded to a length that follows from its
 own length, and goes into a pass with one of a few numbers of rows for that length, all of which
 were seen to give the same bits; dummies fill up what records do not. Where the model is large
-enough, a pass is one record.
+enough, a pass is one record, without padding.
 
 What remains is that a kernel could treat one row of a pass unlike another. Nothing here excludes
 that; :mod:`.independence` tests it on the device and shapes at hand.
@@ -120,11 +120,14 @@ def padded_length(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def shapes_of(data: EncodedQuestions) -> list[Shape]:
-    """The shape of every record."""
+def shapes_of(data: EncodedQuestions, widths: Widths) -> list[Shape]:
+    """The shape of every record: padded only if it is so short that others may share its pass."""
     lengths = (data.segments >= 0).sum(1).tolist()
     choices = data.choice_mask.sum(1).tolist()
-    return [Shape(padded_length(n), c) for n, c in zip(lengths, choices, strict=True)]
+    return [
+        Shape(padded_length(n) if 2 * n <= widths.tokens and widths.most > 1 else n, c)
+        for n, c in zip(lengths, choices, strict=True)
+    ]
 
 
 def passes(

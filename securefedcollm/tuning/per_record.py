@@ -184,7 +184,7 @@ class Records:
     ) -> None:
         self._model, self._parameters, self._data = model, list(parameters), data
         self._loss, self._scoring, self._widths = loss, scoring, widths
-        self._shapes = shapes_of(data)
+        self._shapes = shapes_of(data, widths)
         self._members = members
         self.units = len(data) if members is None else len(members)
 

@@ -288,7 +288,7 @@ def test_numbers_that_a_kernel_has_left_over_do_not_betray_who_is_last(
     model = narrow(inner)
     layout = layout_of(model, "lora")
     data = encode([Question("abc", ("de", "fg"), 1)] * 2, Letters(), max_tokens=8)
-    (shape, _) = shapes_of(data)
+    (shape, _) = shapes_of(data, Widths(tokens=10_000, most=micro_batch))
     unsafe = Widths(tokens=10_000, most=micro_batch, sizes={shape: sizes})
 
     def gradients(rows: list[int], widths: Widths | None) -> set[bytes]:
@@ -383,7 +383,8 @@ def test_a_fixed_pass_always_has_a_mask() -> None:
     picks a kernel by what it finds: a single padded row would change the others' sums."""
     data = encode([Question("", ("abcdefg",), 0)] * 3, Letters(), max_tokens=16, kind="text")
     assert data.attention_mask(torch.float32) is None
-    (one,) = passes(data, shapes_of(data), np.arange(3), Widths(tokens=64, most=4))
+    widths = Widths(tokens=64, most=4)
+    (one,) = passes(data, shapes_of(data, widths), np.arange(3), widths)
     mask = one.batch.attention_mask(torch.float32)
     assert mask is not None
     assert mask.shape == (4, 1, 6, 6)  # three records and a dummy
@@ -394,3 +395,17 @@ def test_a_shape_wastes_little(tokens: int) -> None:
     padded = padded_length(tokens)
     assert tokens <= padded <= max(1.25 * tokens, tokens + 1)
     assert padded_length(padded) == padded
+
+
+def test_a_record_that_goes_alone_is_not_padded() -> None:
+    asked = [Question("a" * n, ("bc",), 0) for n in (3, 9, 17, 33)]  # 5, 11, 19 and 35 tokens
+    data = encode(asked, Letters(), max_tokens=64)
+    for widths, lengths in (
+        (Widths(tokens=22, most=4), [5, 12, 19, 35]),
+        (Widths(tokens=22, most=1), [5, 11, 19, 35]),
+    ):
+        shapes = shapes_of(data, widths)
+        assert [shape.length for shape in shapes] == lengths
+        for one in passes(data, shapes, np.arange(4), widths):
+            assert widths.wide(one.shape) == (len(one.batch) > 1)
+            assert one.batch.tokens.shape[1] == one.shape.length
