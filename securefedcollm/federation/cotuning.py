@@ -20,6 +20,7 @@ from securefedcollm.federation.workload import Gradient, Progress, Vector, silen
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.accounting import calibrate
 from securefedcollm.privacy.events import Event, PoissonGaussian
+from securefedcollm.privacy.identities import Content
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.study import Study
 from securefedcollm.study.config import Distillation
@@ -91,7 +92,7 @@ class SiloTuning:
     def questions(self) -> tuple[Question, ...]:
         return self._questions
 
-    def contents(self) -> Iterator[tuple[bytes, str | None]]:
+    def contents(self) -> Iterator[Content]:
         return contents_of(self._questions)
 
     def layout(self, round_: int) -> bytes:
@@ -343,9 +344,9 @@ def _subjects(study: Study, questions: Sequence[Question]) -> list[str] | None:
     return [str(subject) for subject in subjects]
 
 
-def contents_of(questions: Sequence[Question]) -> Iterator[tuple[bytes, str | None]]:
-    """Of every question a digest of its content, and whose it is: for the privacy ledger."""
-    return ((record_content(question), question.subject) for question in questions)
+def contents_of(questions: Sequence[Question]) -> Iterator[Content]:
+    """What the privacy ledger knows every question by."""
+    return (Content(record_content(q), q.subject, q.row) for q in questions)
 
 
 def sampling_rate(study: Study, questions: Sequence[Question]) -> float:

@@ -327,9 +327,9 @@ def trained_on(study: Study, test: Path, workload: SiloTuning) -> int:
     from securefedcollm.federation.cotuning import contents_of
     from securefedcollm.federation.dealing import read_records
 
-    known = {content for content, _ in workload.contents()}
+    known = {content.words for content in workload.contents()}
     held_out = contents_of(read_records(study, test, private=False))
-    return sum(content in known for content, _ in held_out)
+    return sum(content.words in known for content in held_out)
 
 
 def require_begun_data(member: Member, workload: SiloWorkload) -> None:

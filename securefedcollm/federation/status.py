@@ -26,7 +26,6 @@ from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.plan import AUTHORITY, ends_round, round_of, sum_name
 from securefedcollm.privacy.charges import Entry as Charge
-from securefedcollm.privacy.identities import Records
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import Study, digest, load_study
 
@@ -153,7 +152,7 @@ def _worst(ledger: Ledger, last: Charge, delta: float) -> float:
     """ε of the record that has spent most, of those that were charged last."""
     if not last.about.records:
         return ledger.spent(last.key.dataset, last.key.unit, delta).claim.epsilon
-    return ledger.standing(Records(ledger.stored(last.about.records))).worst
+    return ledger.standing(ledger.stored(last.about.records)).worst
 
 
 def _entries(study: Study, place: Path) -> list[Entry]:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from securefedcollm.privacy.events import Event
+from securefedcollm.privacy.identities import Content
 
 Vector = npt.NDArray[np.float32]
 Gradient = npt.NDArray[np.float64]
@@ -44,7 +45,7 @@ class SiloWorkload(Protocol):
     base_digest: bytes
     """The base model's digest (weights, configuration, tokenizer, chat template), 32 bytes."""
 
-    def contents(self) -> Iterable[tuple[bytes, str | None]]:
+    def contents(self) -> Iterable[Content]:
         """A digest of the content of every private record, and whose it is if that is the unit.
 
         The privacy budget belongs to these. Nothing of the study may go into a digest: its task,

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from securefedcollm.privacy.charges import Budget, Entry, Unit, grouped, halved
 from securefedcollm.privacy.events import Event, Events, merge, repeat
 from securefedcollm.privacy.filters import Terms, filter_within
-from securefedcollm.privacy.identities import Ids, Records
+from securefedcollm.privacy.identities import Records
 
 Bools = npt.NDArray[np.bool_]
 
@@ -68,7 +68,7 @@ class Overlaps:
     Args:
         records: of the file.
         fingerprints: by which a charge that names no records may know the file.
-        stored: the ids of a set, by its digest.
+        stored: a set, by its digest.
         files: the sets that are known to be the records of a file, by its fingerprint.
     """
 
@@ -76,7 +76,7 @@ class Overlaps:
         self,
         records: Records | None,
         fingerprints: Iterable[str],
-        stored: Callable[[str], Ids],
+        stored: Callable[[str], Records],
         files: Mapping[str, set[str]],
     ) -> None:
         self.records = records

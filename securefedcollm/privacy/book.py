@@ -16,7 +16,7 @@ from securefedcollm.privacy.accounts import Overlaps
 from securefedcollm.privacy.charges import Budget, Entry, Unit
 from securefedcollm.privacy.events import Event, Events, merge
 from securefedcollm.privacy.filters import filter_epsilon
-from securefedcollm.privacy.identities import Ids, Records, digest_of, read_ids
+from securefedcollm.privacy.identities import Records, read_records
 from securefedcollm.privacy.journal import Head, Journal, Row
 from securefedcollm.privacy.replay import Replay
 from securefedcollm.privacy.standing import Standing, standing_of
@@ -109,27 +109,27 @@ class Book:
             if e.counted and not e.about.records and e.key.dataset not in files
         ]
 
-    def set_of(self, study: str) -> Ids | None:
+    def set_of(self, study: str) -> Records | None:
         """The records that a study was first charged for; None if it was not."""
         named = (e.about.records for e in self.entries() if e.about.study == study)
         digest = next(filter(None, named), None)
         return None if digest is None else self.stored(digest)
 
-    def stored(self, digest: str) -> Ids:
-        """A set of records that was charged, sorted.
+    def stored(self, digest: str) -> Records:
+        """A set of records that was charged.
 
         Raises:
             EvidenceError: it is missing, or was changed.
         """
         content = self._journal.kept(digest)
-        ids = None if content is None else read_ids(content)
-        if content is None or ids is None or digest_of(content) != digest:
+        records = None if content is None else read_records(content, digest)
+        if records is None:
             what = "is missing" if content is None else "does not match its digest"
             raise EvidenceError(
                 f"{self._journal.path}: a set of records of the privacy ledger {what}",
                 hint="release nothing; restore a copy whose head is in the evidence log",
             )
-        return ids
+        return records
 
     def spent(self, dataset: str, unit: str, delta: float) -> SpentSummary:
         """ε at ``delta`` of everything counted for the data set and unit, as a reading on the way.

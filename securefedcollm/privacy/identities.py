@@ -5,8 +5,11 @@ beside the ledger and never leaves the silo. Who reads a ledger, or a copy of it
 cannot try out guesses of a record's text. Two records of 10^6 share an identity by chance with
 probability 2^-89; then both are charged for both.
 
-What a record's content is the data room says: without the study's labels, the task's kind, the
-order in the file, and the subject's name.
+A record has two identities. One follows from its words: what tasks may read of it, without the
+study's labels, the task's kind, the order in the file, and the subject's name. It stays when a
+label is mended or a column of numbers is added. The other follows from all text in its row. It
+stays when a study names other columns of the file. Two sets share a record if they share either.
+Adversary: a study's author who names other columns, to have a row charged as a fresh record.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,18 +28,35 @@ from securefedcollm.primitives import hmac_sha256, sha256
 
 ID_BYTES: Final = 16
 _DTYPE: Final = np.dtype(f"S{ID_BYTES}")
+_PAIR: Final = np.dtype(f"S{2 * ID_BYTES}")
 _CHUNK: Final = 1 << 16
 _ID: Final = b"securefedcollm/ledger/record/v1\0"
+_ROW_ID: Final = b"securefedcollm/ledger/row/v1\0"
+_SET: Final = {_DTYPE: b"securefedcollm/ledger/records/v1\0"}
+_SET[_PAIR] = b"securefedcollm/ledger/records/v2\0"
 _KEY_NAME: Final = b"securefedcollm/ledger/record-key/v1\0"
 
 Ids = npt.NDArray[np.bytes_]
+
+
+class Content(NamedTuple):
+    """What the identities of a record are made from."""
+
+    words: bytes
+    """Digest of what tasks may read of it."""
+    owner: str | None = None
+    """Whose record it is, where that matters."""
+    row: bytes = b""
+    """Digest of all text in its row; empty where there was none."""
 
 
 class Records:
     """The records of one file.
 
     Args:
-        rows: identity of every record in file order, [n] of 16 bytes.
+        rows: identity of every record by its words, in file order, [n] of 16 bytes.
+        whole: the same by all text of its row; None for records without rows, or of a ledger that
+            did not know these identities yet.
         subjects: the number of the subject of every record, int [n], where the unit is a subject.
         column: which says whose record it is, where the unit is a subject.
         also: fingerprints of the file under which an older ledger may know it, besides that of the
@@ -48,12 +68,14 @@ class Records:
         self,
         rows: Ids,
         *,
+        whole: Ids | None = None,
         subjects: npt.NDArray[np.int64] | None = None,
         column: str = "",
         also: Sequence[str] = (),
         key: str = "",
     ) -> None:
         self.rows = rows
+        self.whole = whole
         self.subjects = subjects
         self.column = column
         self.also = tuple(also)
@@ -62,25 +84,23 @@ class Records:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @cached_property
-    def _unique(self) -> tuple[Ids, npt.NDArray[np.int32]]:
-        ids, inverse = np.unique(self.rows, return_inverse=True)
-        return ids, inverse.astype(np.int32)
-
-    @property
-    def ids(self) -> Ids:
-        """Sorted and without repetition."""
-        return self._unique[0]
-
     @property
     def blob(self) -> bytes:
-        """:attr:`ids`, one after the other."""
-        return self.ids.tobytes()
+        """The identities of every record, sorted and without repetition, one after the other."""
+        if self.whole is None:
+            return np.unique(self.rows).tobytes()
+        pairs = np.stack([self.rows, self.whole], axis=1).view(_PAIR)[:, 0]
+        return np.unique(pairs).tobytes()
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of :attr:`blob`."""
-        return digest_of(self.blob)
+        return _digest(self.blob, _DTYPE if self.whole is None else _PAIR)
+
+    @cached_property
+    def former(self) -> str:
+        """:attr:`digest` as ledgers had it that knew records by their words alone."""
+        return _digest(np.unique(self.rows).tobytes(), _DTYPE)
 
     @cached_property
     def most(self) -> int:
@@ -92,21 +112,22 @@ class Records:
         """How many subjects there are, or records."""
         return len(self) if self.subjects is None else int(self.subjects.max()) + 1
 
-    def within(self, ids: Ids) -> npt.NDArray[np.bool_]:
-        """Which accounts have a record among ``ids``, sorted: bool [accounts]."""
-        return self.by_account(self.rows_in(ids))
+    def within(self, others: Records) -> npt.NDArray[np.bool_]:
+        """Which accounts have a record among ``others``: bool [accounts]."""
+        rows = self.rows_in(others)
+        if self.whole is not None and others.whole is not None:
+            rows |= _among(self.whole, self._orders[1], others.whole)
+        return self.by_account(rows)
 
-    def rows_in(self, ids: Ids) -> npt.NDArray[np.bool_]:
-        """Which rows are among ``ids``, sorted: bool [n]."""
-        mine, inverse = self._unique
-        found = np.zeros(len(mine), dtype=np.bool_)
-        for start in range(0, len(mine) if len(ids) else 0, _CHUNK):
-            some = mine[start : start + _CHUNK]
-            place = np.searchsorted(ids, some)
-            place[place == len(ids)] = 0
-            found[start : start + _CHUNK] = ids[place] == some
-        rows: npt.NDArray[np.bool_] = found[inverse]
-        return rows
+    def rows_in(self, others: Records) -> npt.NDArray[np.bool_]:
+        """Which rows have the words of one of ``others``: bool [n]."""
+        return _among(self.rows, self._orders[0], others.rows)
+
+    @cached_property
+    def _orders(self) -> list[npt.NDArray[np.int32]]:
+        """In which the identities ascend: looked up like that, they are found from the cache."""
+        given = [self.rows] if self.whole is None else [self.rows, self.whole]
+        return [np.argsort(ids).astype(np.int32) for ids in given]
 
     def by_account(self, rows: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """Which accounts have a record among ``rows``, bool [n]: bool [accounts]."""
@@ -121,9 +142,22 @@ class Records:
         return accounts if self.subjects is None else accounts[self.subjects]
 
 
+def _among(ids: Ids, order: npt.NDArray[np.int32], others: Ids) -> npt.NDArray[np.bool_]:
+    """Which of ``ids`` [n] are among ``others``: bool [n]."""
+    known = np.sort(others)
+    found = np.zeros(len(ids), dtype=np.bool_)
+    for start in range(0, len(ids) if len(known) else 0, _CHUNK):
+        rows = order[start : start + _CHUNK]
+        some = ids[rows]
+        place = np.searchsorted(known, some)
+        place[place == len(known)] = 0
+        found[rows] = known[place] == some
+    return found
+
+
 def identify(
     key: bytes,
-    contents: Iterable[tuple[bytes, str | None]],
+    contents: Iterable[Content | tuple[bytes, str | None]],
     *,
     column: str = "",
     also: Sequence[str] = (),
@@ -132,17 +166,23 @@ def identify(
 
     Args:
         key: 32 secret bytes.
-        contents: a digest of every record's content, and whose record it is where that matters.
     """
     ids = bytearray()
     names: dict[str | None, int] = {}
     numbers: list[int] = []
-    for content, subject in contents:
-        ids += hmac_sha256(key, _ID + content)[:ID_BYTES]
+    rowless = True
+    for given in contents:
+        words, subject, row = Content(*given)
+        own = hmac_sha256(key, _ID + words)[:ID_BYTES]
+        ids += own
+        ids += hmac_sha256(key, _ROW_ID + row)[:ID_BYTES] if row else own
+        rowless = rowless and not row
         if column:
             numbers.append(names.setdefault(subject, len(names)))
+    pairs = np.frombuffer(ids, dtype=_DTYPE)
     return Records(
-        np.frombuffer(ids, dtype=_DTYPE),
+        pairs[::2],
+        whole=None if rowless else pairs[1::2],
         subjects=np.array(numbers, dtype=np.int64) if column else None,
         column=column,
         also=also,
@@ -150,16 +190,19 @@ def identify(
     )
 
 
-def read_ids(blob: bytes) -> Ids | None:
-    """The inverse of :attr:`Records.blob`; None if it is not one."""
-    if len(blob) % ID_BYTES:
-        return None
-    ids = np.frombuffer(blob, dtype=_DTYPE)
-    return ids if bool((ids[1:] > ids[:-1]).all()) else None
+def read_records(blob: bytes, digest: str) -> Records | None:
+    """The set with this :attr:`Records.blob` and digest; None if it is not one."""
+    for dtype in _SET:
+        if not len(blob) % dtype.itemsize and _digest(blob, dtype) == digest:
+            found = np.frombuffer(blob, dtype=dtype)
+            if bool((found[1:] > found[:-1]).all()):
+                ids = found.view(_DTYPE)
+                return Records(ids) if dtype == _DTYPE else Records(ids[::2], whole=ids[1::2])
+    return None
 
 
-def digest_of(blob: bytes) -> str:
-    return sha256(b"securefedcollm/ledger/records/v1\0", blob).hex()
+def _digest(blob: bytes, dtype: np.dtype[np.bytes_]) -> str:
+    return sha256(_SET[dtype], blob).hex()
 
 
 def name_of(key: bytes) -> str:

@@ -45,6 +45,7 @@ from securefedcollm.privacy.events import (
     merge,
 )
 from securefedcollm.privacy.identities import (
+    Content,
     Records,
     identify,
     record_key,
@@ -91,7 +92,7 @@ class Ledger(Book):
 
     def identify(
         self,
-        contents: Iterable[tuple[bytes, str | None]],
+        contents: Iterable[Content | tuple[bytes, str | None]],
         *,
         column: str | None = None,
         also: Sequence[str] = (),
@@ -99,7 +100,7 @@ class Ledger(Book):
         """The records of a file, under this ledger's own key (made on first use).
 
         Args:
-            contents: a digest of every record's content, in file order, and whose record it is.
+            contents: of every record, in file order.
             column: which says whose record it is, where the unit is the subject.
             also: fingerprints by which an older ledger may know the file.
 
@@ -332,8 +333,8 @@ class Ledger(Book):
 
 
 def _again(known: Entry, asked: Asked) -> Reservation:
-    records = asked.records.digest if asked.records else ""
-    same = known.reserved == asked.events and known.about.records in {"", records}
+    known_as = {"", asked.records.digest, asked.records.former} if asked.records else {""}
+    same = known.reserved == asked.events and known.about.records in known_as
     if known.state == "reserved" and same:
         return Reservation(known.key, known.reserved, known.row)
     other = "records" if known.reserved == asked.events else "events"

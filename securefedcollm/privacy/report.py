@@ -15,7 +15,6 @@ from securefedcollm.privacy.accounting import TIGHT_SHARE, Claim, delta_of_slack
 from securefedcollm.privacy.adversaries import AdversaryRow, per_adversary
 from securefedcollm.privacy.events import DiscreteGaussian, Events, encode_events, merge
 from securefedcollm.privacy.filters import Terms, filter_within
-from securefedcollm.privacy.identities import Records
 from securefedcollm.privacy.journal import Journal
 from securefedcollm.privacy.ledger import Budget, Entry, Ledger
 from securefedcollm.privacy.standing import Standing
@@ -127,7 +126,7 @@ def _record_set(ledger: Ledger, digest: str, named: Sequence[Entry]) -> RecordSe
     return RecordSet(
         records=digest,
         units=sorted({entry.key.unit for entry in named}),
-        standing=ledger.standing(Records(ledger.stored(digest))),
+        standing=ledger.standing(ledger.stored(digest)),
         entries=dict(Counter(entry.state for entry in named)),
     )
 

@@ -22,3 +22,9 @@ def content_digest(words: Iterable[str], choices: Iterable[str]) -> bytes:
     listed = sorted({folded(choice) for choice in choices})
     canonical = json.dumps([sorted({*words} - {""}), listed]).encode()
     return hashlib.sha256(b"securefedcollm/record-content/v1\0" + canonical).digest()
+
+
+def row_digest(texts: Iterable[str]) -> bytes:
+    """SHA-256 (32 bytes) of all texts of a row, as a set; already :func:`folded`."""
+    canonical = json.dumps(sorted({*texts} - {""})).encode()
+    return hashlib.sha256(b"securefedcollm/record-row/v1\0" + canonical).digest()

@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypedDict
 
 from securefedcollm.errors import DataError
 from securefedcollm.foreign import decode_json
-from securefedcollm.tuning.content import content_digest, folded
+from securefedcollm.tuning.content import content_digest, folded, row_digest
 from securefedcollm.tuning.questions import Question
 from securefedcollm.tuning.tokenise import Kind
 
@@ -122,8 +122,10 @@ class Format:
         rest = {name: value for name, value in row.items() if name not in taken}
         return rest | {ours: row[name] for ours, name in self.renamed.items() if name in row}
 
-    def question(self, row: Row, *, labelled: bool, owner: str | None = None) -> Question:
-        """One checked row.
+    def question(
+        self, row: Row, *, labelled: bool, owner: str | None = None, whole: bytes = b""
+    ) -> Question:
+        """One checked row; ``whole``: see :func:`whole_row`.
 
         Raises:
             BadField: a field is missing or wrong.
@@ -145,6 +147,7 @@ class Format:
             group="" if subject is None else str(subject).strip(),
             subject=None if owner is None else _owner(row, owner),
             content=content_of(ours),
+            row=whole,
         )
 
 
@@ -211,6 +214,32 @@ def content_of(row: Row) -> bytes:
         [folded(text) for text in words if isinstance(text, str)],
         [choice for choice in _listed(row.get("choices")) if isinstance(choice, str)],
     )
+
+
+def whole_row(row: Row) -> bytes:
+    """SHA-256 of all text in a row, whatever a study reads of it and calls it.
+
+    Numbers have no part in it, because a CSV file makes texts of them.
+
+    Args:
+        row: all of it, under the file's names of the columns.
+    """
+    return row_digest(_texts(list(row.values())))
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        text = folded(value)
+        listed = _listed(text) if text[:1] == "[" else [text]  # a CSV cell may hold a list
+        if listed != [text]:
+            yield from _texts(listed)
+        elif not _NUMBER.fullmatch(text):
+            yield text
+    elif isinstance(value, dict):
+        yield from _texts(list(value.values()))
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one)
 
 
 def _listed(value: object) -> list[object]:

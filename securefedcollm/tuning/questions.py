@@ -65,7 +65,8 @@ class Question:
     A choice is joined to the prompt by one space, so neither end carries it. ``group`` names the
     column of the result table (``general``, ``private``). ``subject`` says whose record it is,
     where that is the unit of privacy. ``content`` is a digest of the words of the row that this was
-    read from, whatever the task makes of them; empty where there was no row.
+    read from, whatever the task makes of them, and ``row`` one of all text in it; empty where there
+    was no row.
     """
 
     prompt: str
@@ -74,6 +75,7 @@ class Question:
     group: str = ""
     subject: str | None = None
     content: bytes = field(default=b"", compare=False, repr=False)
+    row: bytes = field(default=b"", compare=False, repr=False)
 
     def unlabelled(self) -> Question:
         """The question without its answer; a response is the answer itself, so it goes too."""

@@ -37,18 +37,18 @@ def questions_of(
         DataError: the file as a whole cannot be read.
     """
 
-    def question(row: Row | BadField) -> Question | BadField:
+    def question(row: Row | BadField, whole: bytes = b"") -> Question | BadField:
         if isinstance(row, BadField):
             return row
         try:
-            return form.question(row, labelled=labelled, owner=owner)
+            return form.question(row, labelled=labelled, owner=owner, whole=whole)
         except BadField as bad:
             return bad
 
     def settled(checked: Checked, row: Row | None) -> Question | BadField:
         if row == checked.row:
-            return question(row)
-        asked = question(checked.row)
+            return question(row, checked.whole)
+        asked = question(checked.row, checked.whole)
         if isinstance(asked, BadField):
             return asked  # it says what is wrong with the row
         alike = row is not None and question(row) == asked
@@ -56,7 +56,7 @@ def questions_of(
 
     rows = rows_of(path, form, owner)
     if path.suffix == ".parquet":
-        yield from ((checked.place, question(checked.row)) for checked in rows)
+        yield from ((each.place, question(each.row, each.whole)) for each in rows)
         return
     shapes: set[Shape] = set()
     for batch in _batches(rows):

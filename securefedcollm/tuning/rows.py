@@ -16,13 +16,14 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
 from securefedcollm.errors import DataError
 from securefedcollm.foreign import decode_json, printable
-from securefedcollm.tuning.formats import READ, BadField, Format, Row
+from securefedcollm.tuning.formats import READ, BadField, Format, Row, whole_row
 from securefedcollm.tuning.parquet_footer import Footer, read_footer
 from securefedcollm.tuning.tables import Shape, csv_table, json_table, rows_of_table, shape_of
 
@@ -49,7 +50,8 @@ class Checked(NamedTuple):
 
     ``place``: ``file:line`` (Parquet: ``file, row n``, from 1); ``row``: what it says, or what is
     wrong with it; ``raw``: its bytes in the file, ``shape``: the columns that are to be read from
-    them, and ``table``: by what. A row of a Parquet file has no bytes of its own.
+    them, and ``table``: by what. A row of a Parquet file has no bytes of its own. ``whole``: a
+    digest of all its text, in columns that are not read as well.
     """
 
     place: str
@@ -57,6 +59,7 @@ class Checked(NamedTuple):
     raw: bytes = b""
     shape: Shape = ()
     table: Callable[[Sequence[bytes], Shape], pa.Table] = json_table
+    whole: bytes = b""
 
 
 def rows_of(path: Path, form: Format, owner: str | None) -> Iterator[Checked]:
@@ -94,9 +97,12 @@ def _json_rows(path: Path, form: Format, wanted: set[str]) -> Iterator[Checked]:
                         hint="write one object a line, e.g. with `jq -c '.[]'`",
                     )
                 first = False
-                row = _json_row(raw, form.columns[0], wanted)
-                shape = () if isinstance(row, BadField) else shape_of(row)
-                yield Checked(f"{path}:{line}", row, raw, shape)
+                place, row = f"{path}:{line}", _json_row(raw, form.columns[0], wanted)
+                if isinstance(row, BadField):
+                    yield Checked(place, row, raw)
+                else:
+                    read = {name: value for name, value in row.items() if name in wanted}
+                    yield Checked(place, read, raw, shape_of(read), whole=whole_row(row))
 
 
 def _lines(path: Path, file: IO[Any], end: Any) -> Iterator[Any]:
@@ -130,7 +136,7 @@ def _json_row(raw: bytes, field: str, wanted: set[str]) -> Row | BadField:
                 "is a number beyond 2^63, which programs round to another",
                 "write it as a text, in quotes",
             )
-    return {name: value for name, value in row.items() if name in wanted}
+    return row
 
 
 def _whole_characters(text: str) -> bool:
@@ -166,8 +172,10 @@ def _csv_rows(path: Path, form: Format) -> Iterator[Checked]:
                     row, text = _csv_row(header, cells), "".join(passed)
                     if len(cells) < len(header):  # a sheet's last cells may be left out
                         text = text.rstrip("\r\n") + by * (len(header) - len(cells)) + "\n"
-                    bad = isinstance(row, BadField)
-                    yield Checked(place, row, b"" if bad else text.encode(), shape, table)
+                    if isinstance(row, BadField):
+                        yield Checked(place, row, b"", shape, table)
+                    else:
+                        yield Checked(place, row, text.encode(), shape, table, whole_row(row))
                 passed.clear()
     except csv.Error as error:
         raise DataError(
@@ -256,15 +264,21 @@ def _parquet_rows(path: Path, form: Format, wanted: set[str]) -> Iterator[Checke
             classes = _classes(file.schema_arrow, label)
             columns = [name for name in names if name in wanted]
             most, batch = _allowed(path, size, about, columns)
+            # A study that names other columns reads other text of the same row.
+            texts = [n for n in names if n in wanted or _of_text(file.schema_arrow.field(n).type)]
+            with suppress(DataError):  # too much: such a row is known by its words alone
+                batch = _allowed(path, size, about, texts)[1]
+                columns = texts
             number = held = 0
             for part in file.iter_batches(batch, columns=columns, use_threads=False):
-                held += part.nbytes
+                held += sum(part.column(n).nbytes for n in columns if n in wanted)
                 if held > most:
                     raise _bomb(path)
                 for row in rows_of_table(pa.Table.from_batches([part])):
                     number += 1
-                    said = row if classes is None else _by_name(row, label, classes)
-                    yield Checked(f"{path}, row {number}", said)
+                    read = {name: value for name, value in row.items() if name in wanted}
+                    said = read if classes is None else _by_name(read, label, classes)
+                    yield Checked(f"{path}, row {number}", said, whole=whole_row(row))
     except (DataError, GeneratorExit):
         raise
     except Exception as error:  # the parser's own, of any kind
@@ -273,6 +287,14 @@ def _parquet_rows(path: Path, form: Format, wanted: set[str]) -> Iterator[Checke
             where=str(path),
             hint="check that the file really is parquet",
         ) from None
+
+
+def _of_text(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _classes(schema: pa.Schema, column: str) -> list[str] | None:
@@ -315,8 +337,10 @@ def _allowed(path: Path, size: int, about: Footer, columns: list[str]) -> tuple[
     values = about.rows + sum(chunk.values for chunk in chunks)
     if unfolded > most or 8 * values > most:
         raise _bomb(path)
-    longest = max((chunk.unfolded for chunk in chunks), default=0)
-    return most, max(1, min(BATCH, most // (longest + 1)))
+    longest: dict[str, int] = {}  # value of each column
+    for chunk in chunks:
+        longest[chunk.column] = max(chunk.unfolded, longest.get(chunk.column, 0))
+    return most, max(1, min(BATCH, most // (sum(longest.values()) + 1)))
 
 
 def _bomb(path: Path) -> DataError:

@@ -15,7 +15,7 @@ import pytest
 
 from securefedcollm.errors import BudgetExceeded, ConfigError
 from securefedcollm.federation import consent, roles
-from securefedcollm.federation.cotuning import SiloTuning
+from securefedcollm.federation.cotuning import SiloTuning, contents_of
 from securefedcollm.federation.dealing import read_records
 from securefedcollm.federation.messages import Refused, Trained
 from securefedcollm.federation.silo import SiloSession
@@ -25,6 +25,7 @@ from securefedcollm.privacy.accounting import calibrate
 from securefedcollm.privacy.events import PoissonGaussian
 from securefedcollm.privacy.ledger import Budget, Ledger
 from securefedcollm.study import digest, load_study
+from securefedcollm.tuning.data import read_questions
 from securefedcollm.tuning.splits import dataset_fingerprint
 
 from ..cli.tiny import make_inputs
@@ -48,8 +49,6 @@ class FileSilo(ArithmeticSilo):
         self.also = [dataset_fingerprint(plain)] if study.subject else []
 
     def contents(self):
-        from securefedcollm.federation.cotuning import contents_of
-
         return contents_of(self.questions)
 
     def events(self):
@@ -189,8 +188,6 @@ def spend(member, inputs, events, epsilon=8.0):
     """An earlier study on a third of the file."""
     some = read_records(member.study, inputs / "less.jsonl")
     with Ledger(member.home / roles.LEDGER, member.name) as ledger:
-        from securefedcollm.federation.cotuning import contents_of
-
         records = ledger.identify(contents_of(some))
         ledger.reserve("less", "record", "r", 0, 0, events, (epsilon, 1e-5), records=records)
 
@@ -210,6 +207,39 @@ def test_the_terms_are_those_of_the_record_that_has_spent_most(member, inputs):
     with pytest.raises(BudgetExceeded, match=r"20 of 60 records cannot pay: .* is left") as caught:
         consent.require_budget(member, mine, None)
     assert "--records skip: the other 40 records can pay" in caught.value.hint
+
+
+def test_a_study_that_names_other_columns_finds_the_budget_spent(tmp_path):
+    """Adversary: the author of the next study, who has the same rows read by another column."""
+    rows = [{"note": f"note {i}", "summary": f"summary {i}", "label": "benign"} for i in range(60)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def asked(column):
+        found = read_questions(
+            file, kind="classification", labels=["benign"], columns={"text": column}
+        )
+        return found, dataset_fingerprint(found)
+
+    def spend(ledger, column, records):
+        known = ledger.identify(records)
+        noise = calibrate(8.0, 1e-5, 0.1, 60)
+        dataset, events = asked(column)[1], [PoissonGaussian(0.1, noise, 60)]
+        ledger.foresee(dataset, "record", events, 1, (8.0, 1e-5), records=known, study=column)
+        given = (dataset, "record", column, 0, 0, events, (8.0, 1e-5))
+        ledger.release(ledger.reserve(*given, records=known, study=column))
+
+    for rowless in (True, False):  # first the control: words are all that a record is known by
+        with Ledger(tmp_path / f"{rowless}.sqlite", "silo-1") as ledger:
+            records = {name: list(contents_of(asked(name)[0])) for name in ("note", "summary")}
+            if rowless:
+                records = {name: [c._replace(row=b"") for c in records[name]] for name in records}
+            spend(ledger, "note", records["note"])
+            if rowless:
+                spend(ledger, "summary", records["summary"])
+                continue
+            with pytest.raises(BudgetExceeded, match="of 8 is spent"):
+                spend(ledger, "summary", records["summary"])
 
 
 def test_skip_leaves_out_what_cannot_pay_and_the_study_is_about_the_rest(member, inputs):

@@ -25,6 +25,7 @@ from securefedcollm.errors import (
 from securefedcollm.privacy.accounting import calibrate
 from securefedcollm.privacy.charges import grouped, halved
 from securefedcollm.privacy.events import DiscreteGaussian, Gaussian, PoissonGaussian
+from securefedcollm.privacy.identities import Content
 from securefedcollm.privacy.ledger import Budget, Ledger
 
 BUDGET = (8.0, 1e-5)
@@ -315,6 +316,25 @@ def test_a_key_that_does_not_fit_the_ledger_is_refused(ledger, path, harm):
     with pytest.raises(StateError, match=r"ledger\.key") as caught:
         whom(ledger, WORDS)
     assert "restore" in caught.value.hint
+
+
+def test_records_known_by_their_words_alone_keep_their_charges(ledger):
+    """A version that did not know rows yet charged them; the run goes on with this one."""
+
+    def known(row):
+        contents = [
+            Content(hashlib.sha256(word.encode()).digest(), None, row and word.encode())
+            for word in WORDS
+        ]
+        return ledger.identify(contents)
+
+    given = ("data", "record", "run", 0, 0, EIGHT, BUDGET)
+    before = ledger.reserve(*given, records=known(b""))
+    assert ledger.reserve(*given, records=known(b"r")) == before
+    ledger.release(before)
+    with pytest.raises(BudgetExceeded, match="of 8 is spent"):
+        ledger.foresee("new", "record", EIGHT, 1, BUDGET, records=known(b"r"), study="second")
+    ledger.verify()
 
 
 def test_a_ledger_behind_a_link_has_its_key_beside_the_file(ledger, path, tmp_path):

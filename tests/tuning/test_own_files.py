@@ -482,3 +482,31 @@ def test_a_record_is_the_same_record_under_every_name_and_dialect(tmp_path: Path
     chat = made(tmp_path / "chat.jsonl", [{"messages": TURNS}])
     plain = made(tmp_path / "asked.jsonl", [{"instruction": "do", "response": "done"}])
     assert record_content(read(chat, **ASKED)[0]) == record_content(read(plain, **ASKED)[0])
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_row_is_the_same_row_whatever_is_read_of_it(tmp_path: Path, suffix: str) -> None:
+    """Adversary: a study's author who names other columns, for a budget that is not yet spent."""
+    row = {"note": "It hurts", "summary": "pain", "tags": ["a", "b"], "ward": "urgent", "age": 7}
+    edited = row | {"note": "It hurts a lot"}
+    path = made(tmp_path / f"rows{suffix}", lambda p: _write(p, [row, edited]))
+    note, summary = (
+        read(path, **WARDS, columns={"text": name, "label": "ward"}) for name in ("note", "summary")
+    )
+    assert [q.row for q in note] == [q.row for q in summary]
+    assert len({q.row for q in note}) == 2
+    # The words alone, the control, are those of other records.
+    assert {record_content(q) for q in note}.isdisjoint(record_content(q) for q in summary)
+    jsonl = made(tmp_path / "same.jsonl", [row])
+    assert read(jsonl, **WARDS, columns={"text": "note", "label": "ward"})[0].row == note[0].row
+    (older,) = read(made(jsonl, [row | {"age": 8}]), kind="text", columns={"text": "note"})
+    assert older.row == note[0].row
+
+
+def test_text_that_unfolds_to_too_much_is_no_reason_to_refuse_a_file(tmp_path: Path) -> None:
+    long = pa.array(["x" * 1_000_000] * 2_000).dictionary_encode()
+    small = pa.array([f"a{i}" for i in range(2_000)])
+    table = pa.table({"text": small, "label": ["calm"] * 2_000, "more": long})
+    path = made(tmp_path / "rows.parquet", lambda p: pq.write_table(table, p))
+    found = read(path, **WARDS)
+    assert len({q.row for q in found}) == 2_000
