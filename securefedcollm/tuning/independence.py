@@ -8,10 +8,7 @@ shape. This module deals with the rest:
 * :func:`refuse_coupling` refuses, by name, models whose layers mix rows on purpose.
 * :func:`proved` takes known rows through the real passes on the real device, in different places
   and company, and compares bits. Shapes that fail go one record at a time, which needs no proof.
-* The numbers that an elementwise kernel has left over at the end of a tensor come from other
-  instructions than the rest, and differ so rarely (one in thirty for ``silu``, one in a thousand
-  for another) that comparing bits misses it. So no such kernel may have a remainder: where one has,
-  :func:`proved` sees it in the kernels' sizes.
+  It compares is the outcome of whole passes, and kernels one by one (:mod:`.kernels`).
 
 The rows are made up and so is the adapter, so the outcome says nothing about any record. What the
 test shows is that these kernels, at these shapes, do not look at other rows' places and values. It
@@ -30,11 +27,11 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.tuning.adapters import full_layout, load_vector, to_vector
 from securefedcollm.tuning.head import device_of, learned_positions, text_config, unwrapped
+from securefedcollm.tuning.kernels import Kernels, Reference
 from securefedcollm.tuning.passes import Shape, Widths, padded_length
 from securefedcollm.tuning.questions import EncodedQuestions
 
@@ -47,30 +44,6 @@ _ROWS = 16  # in one go, where a pass is one record and only the output layer is
 _HEAD_SHAPES = (Shape(8, 1), Shape(8, 2))  # one choice goes another way than several
 _SCALES = (0.1, 30.0)  # of the made-up adapters' values: ordinary, and amplifying
 _ONE_BY_ONE = "they are taken one at a time"
-_TWO_VECTORS = 128  # bytes that an elementwise kernel takes at a time: twice the widest register
-_SHARE = 32768  # numbers that it gives a thread at least
-# Kernels without a remainder of their own: those that move numbers, those that round once and so
-# have one right answer, and those that add up (their remainders are parts of each sum alike, or
-# change so many of a row's bits that comparing bits finds it).
-_MOVING = """
-    _reshape_alias _to_copy _unsafe_view alias as_strided cat clamp clamp_max clamp_min clone
-    constant_pad_nd copy_ detach diagonal embedding empty empty_like expand fill_ flip full
-    full_like gather index index_put index_put_ index_select lift_fresh masked_fill masked_fill_
-    masked_scatter masked_scatter_backward max maximum min minimum new_empty new_empty_strided
-    new_full new_ones new_zeros nll_loss_backward nll_loss_forward ones ones_like permute relu
-    repeat roll scalar_tensor scatter select select_backward select_scatter slice slice_backward
-    slice_scatter split split_with_sizes squeeze stack t threshold_backward topk transpose tril
-    triu unbind unsqueeze view where zero_ zeros zeros_like
-"""
-_ROUNDING = "abs add add_ div div_ mul mul_ neg reciprocal rsub sqrt sub sub_"
-_ADDING = """
-    _fused_rms_norm _fused_rms_norm_backward _log_softmax _log_softmax_backward_data _safe_softmax
-    _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward
-    _softmax _softmax_backward_data addmm baddbmm bmm convolution convolution_backward cumsum
-    linalg_solve_triangular mean mm native_layer_norm native_layer_norm_backward
-    scatter_add sum
-"""
-_WHOLE = frozenset(f"aten::{name}" for name in (_MOVING + _ROUNDING + _ADDING).split())
 _GROWING = {"dynamic", "longrope"}  # rotary scalings that follow the longest row seen
 
 
@@ -176,18 +149,23 @@ def _same_bits(model: nn.Module, shape: Shape, widths: Widths, compute: Compute)
     """Rows of a pass, ascending, with which made-up records come out the same in every place.
 
     Three records of a shape, in different places and company, at an ordinary adapter and at one
-    that amplifies; and no kernel has a remainder. Empty if they differ already with the largest
-    number of rows, or if all of it comes out as zero and so shows nothing.
+    that amplifies, and random rows through every kernel. Empty if they differ already with the
+    largest number of rows, or if all of it comes out as zero and so shows nothing.
     """
     most = widths.rows(shape)
     sizes = [most >> n for n in range(0, most.bit_length(), 2)]  # a quarter, a sixteenth, …
     seen: dict[tuple[float, int], bytes] = {}
+    reference: Reference = {}
     allowed: list[int] = []
     for size in sizes:
         # Where a pass is one record, some share the output layer: as many as are in memory at once.
         count = min(_ROWS, widths.most) if most == 1 else size
         just = widths._replace(sizes={shape: (size,)})
-        same = not _remainders(model, shape, just, compute)
+        shared, threads = (size, 1) if most > 1 else (0, torch.get_num_threads())
+        kernels = Kernels(model, shared, widths.head, threads, reference)
+        with made_up_adapter(model, _SCALES[0]), kernels:
+            compute(made_up(model, shape, [0] * size), just)
+        same = not kernels.coupling
         for scale in _SCALES:
             with made_up_adapter(model, scale):
                 for kinds in _arrangements(count):
@@ -201,62 +179,6 @@ def _same_bits(model: nn.Module, shape: Shape, widths: Widths, compute: Compute)
     # One choice among one teaches nothing where choices are compared: its gradient is zero.
     shown = shape.choices == 1 or any(values.strip(b"\0") for values in seen.values())
     return tuple(sorted(allowed)) if shown else ()
-
-
-class _Remainders(TorchDispatchMode):
-    """Notes the elementwise kernels that have numbers left over in what records share.
-
-    Those numbers come from other instructions, and whose they are depends on who is there.
-    """
-
-    def __init__(self, widths: Widths, shape: Shape) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found: set[str] = set()
-        (self._rows,) = widths.allowed(shape)
-        self._wide, self._head = widths.wide(shape), widths.head
-        self._threads = 1 if self._wide else torch.get_num_threads()
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = op(*args, **kwargs)
-        name = op.overloadpacket._qualified_op_name
-        for value in result if isinstance(result, (tuple, list)) else (result,):
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                continue
-            if self._shared(value) and self._left(value) and not _whole(name, value, args, kwargs):
-                self.found.add(name)
-        return result
-
-    def _shared(self, value: Tensor) -> bool:
-        """Whether records may meet in a tensor: in a pass of several, or in the output layer."""
-        if (
-            self._wide
-        ):  # what has fewer numbers than rows, as a bias of attention's heads, is of none
-            return not value.numel() % self._rows
-        return value.shape[:1] == (self._head,)
-
-    def _left(self, value: Tensor) -> int:
-        """Bytes that are left over, at the end or where one thread's share ends."""
-        count = value.numel()
-        threads = max(1, min(self._threads, -(-count // _SHARE)))
-        return -(-count // threads) * value.itemsize % _TWO_VECTORS
-
-
-def _whole(name: str, value: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a kernel computes all numbers alike, the last ones too."""
-    if name in ("aten::pow", "aten::pow_"):
-        return args[1] in (2, 3) if isinstance(args[1], (int, float)) else False
-    if name == "aten::rsqrt":  # rounds twice: once more in bfloat16
-        return value.dtype in (torch.float32, torch.float64)
-    return name in _WHOLE and kwargs.get("alpha", 1) == 1
-
-
-def _remainders(model: nn.Module, shape: Shape, widths: Widths, compute: Compute) -> set[str]:
-    """The kernels that have a remainder in a pass of ``shape``."""
-    seen = _Remainders(widths, shape)
-    with made_up_adapter(model, _SCALES[0]), seen:
-        compute(made_up(model, shape, [0]), widths)
-    return seen.found
 
 
 def _arrangements(count: int) -> list[list[int]]:

@@ -6,6 +6,7 @@ they are the gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -24,6 +25,7 @@ from securefedcollm.tuning.adapters import attach, layout_of, load_vector, selec
 from securefedcollm.tuning.frozen import with_prefix
 from securefedcollm.tuning.head import check_positions
 from securefedcollm.tuning.independence import refuse_coupling
+from securefedcollm.tuning.kernels import Kernels, Reference
 from securefedcollm.tuning.layers import decoder_layers
 from securefedcollm.tuning.local import members_of, records_of, sampled_gradients, sum_clipped
 from securefedcollm.tuning.packing import row_limit
@@ -272,7 +274,7 @@ def test_kernels_that_look_at_other_rows_are_found_and_their_records_go_alone(
 
 @pytest.mark.parametrize(
     ("inner", "micro_batch", "sizes", "alone"),
-    [(48, 16, (1, 4, 16), False), (40, 2, (2,), True)],
+    [(44, 16, (1, 16), False), (44, 2, (2,), True)],
     ids=["fewer rows", "last row"],
 )
 def test_numbers_that_a_kernel_has_left_over_do_not_betray_who_is_last(
@@ -308,6 +310,45 @@ def test_numbers_that_a_kernel_has_left_over_do_not_betray_who_is_last(
             assert len(gradients([0], None) | gradients([0, 1], None)) == 1
     assert betrayed
     assert ("are taken one at a time" in caplog.text) == alone
+
+
+leaning_by: list[Callable[[torch.Tensor], torch.Tensor]] = []
+
+
+@torch.library.custom_op("securefedcollm_tests::lean", mutates_args=())
+def lean(rows: torch.Tensor) -> torch.Tensor:
+    """A kernel that treats one number in a hundred otherwise, if ``leaning_by`` says so."""
+    (how,) = leaning_by
+    few = torch.zeros_like(rows)
+    few[:, 3] = rows[:, 3] * 2e-7 * (rows[:, 4] > 1.0)
+    return rows + few * how(rows)
+
+
+@pytest.mark.parametrize(
+    ("how", "found"),
+    [
+        (lambda rows: torch.zeros(()), False),
+        (lambda rows: torch.ones(()), False),  # alike in all rows
+        (lambda rows: torch.arange(len(rows))[:, None] % 4 == 3, True),
+        (lambda rows: rows.mean() > 0, True),
+        (lambda rows: torch.tensor(len(rows) == 4), True),
+    ],
+    ids=["right", "wrong alike", "by place", "by company", "by number"],
+)
+def test_a_kernel_that_treats_few_numbers_otherwise_is_found(how: Any, found: bool) -> None:
+    """Too few for a comparison of what a whole pass says, which is the control here."""
+    leaning_by[:] = [how]
+    layer = nn.Linear(16, 16)
+    rows = torch.randn(16, generator=torch.Generator().manual_seed(3)).repeat(16, 1)
+    reference: Reference = {}
+    named: set[str] = set()
+    for count in (16, 4):
+        kernels = Kernels(layer, count, 32, 1, reference)
+        with torch.no_grad(), kernels:
+            says = lean(layer(rows[:count]))
+        assert (says == says[0]).all()
+        named |= kernels.coupling
+    assert named == ({"lean"} if found else set())
 
 
 def test_a_model_that_remembers_a_record_is_refused() -> None:

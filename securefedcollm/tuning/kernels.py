@@ -1,0 +1,244 @@
+"""Every kernel of a pass by itself: does a row come out the same in every place and company?
+
+Comparing what a whole pass says of made-up records has a blind spot: a kernel that treats a few
+numbers of some rows otherwise may change the result of one record in thousands, and a server that
+searches for such an adapter finds it. So :class:`Kernels` looks at the kernels one by one while
+made-up records pass.
+
+* Kernels that move numbers, or round each once, have one right answer.
+* An elementwise kernel takes whole vectors; the numbers that are left over at the end come from
+  other instructions (``silu`` differs in one of thirty of them, another in one of a thousand). They
+  are the last row's, and a row is last by who is with it. There must be none.
+* All others add up. Matrix products were seen to depend on where a row's memory starts. Each is
+  run anew with random numbers in the shapes, strides and places that it has here, and its rows are
+  compared, bit for bit, in other places, other company and passes of other sizes.
+
+Adversary: as in :mod:`.independence`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import partial
+from itertools import count
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+_TWO_VECTORS: Final = 128
+"""Bytes that an elementwise kernel takes at a time: twice the widest register."""
+_SHARE: Final = 32768
+"""Numbers that a kernel gives a thread at least."""
+_RECORDS: Final = 23
+"""Made-up records that every kernel sees: a prime, so that they come to stand everywhere."""
+_LOUD: Final = _RECORDS
+"""It and the next are only there to be with the others: their numbers are a thousand times as
+large, and opposite."""
+_MAKING: Final = """
+    empty_like full_like new_empty new_empty_strided new_full new_ones new_zeros ones_like
+    zeros_like
+"""
+_MOVING: Final = """
+    _reshape_alias _to_copy _unsafe_view alias as_strided cat clamp clamp_max clamp_min clone
+    constant_pad_nd copy_ detach diagonal embedding empty expand fill_ flip full gather index
+    index_put index_put_ index_select lift_fresh masked_fill masked_fill_ masked_scatter
+    masked_scatter_backward max maximum min minimum nll_loss_backward nll_loss_forward ones
+    permute relu repeat roll scalar_tensor scatter select select_backward select_scatter slice
+    slice_backward slice_scatter split split_with_sizes squeeze stack t threshold_backward topk
+    transpose tril triu unbind unsqueeze view where zero_ zeros
+"""
+# scatter_add adds one number after the other, in the order of their places in the row.
+_ROUNDING: Final = """
+    abs add add_ div div_ mul mul_ neg reciprocal rsub scatter_add scatter_add_ sqrt sub sub_
+"""
+_ADDING: Final = """
+    _fused_rms_norm _fused_rms_norm_backward _log_softmax _log_softmax_backward_data
+    _safe_softmax _scaled_dot_product_flash_attention_for_cpu
+    _scaled_dot_product_flash_attention_for_cpu_backward _softmax _softmax_backward_data addmm
+    baddbmm bmm convolution convolution_backward cumsum linalg_solve_triangular mean mm
+    native_layer_norm native_layer_norm_backward sum
+"""
+_NEW: Final = frozenset(_MAKING.split())
+_ALIKE: Final = frozenset((_MAKING + _MOVING + _ROUNDING).split())
+_SUMS: Final = frozenset(_ADDING.split())
+
+
+Reference = dict[tuple[str, int], Tensor]
+"""What a kernel made of each record, to compare passes of several sizes: [records, numbers] for
+every kind of call and every tensor that comes out."""
+
+
+class Kernels(TorchDispatchMode):
+    """Tries every kernel that runs within it; ``coupling`` names those that couple rows.
+
+    Args:
+        model: its weights and buffers are nobody's rows.
+        rows: of the pass: so many records, all alike; 0 if they share the output layer alone.
+        head: positions that the output layer sees at a time.
+        threads: of every kernel.
+        known: what the first pass of a shape leaves, and others of that shape are held against.
+    """
+
+    def __init__(
+        self, model: nn.Module, rows: int, head: int, threads: int, known: Reference
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.coupling: set[str] = set()
+        self._rows, self._head, self._threads, self._known = rows, head, threads, known
+        self._tried: dict[str, bool] = {}
+        weights = [*model.parameters(), *model.buffers()]
+        self._kept: list[Tensor] = []  # so that no other tensor gets their memory
+        self._nobodys = {_memory(weight) for weight in weights}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = op(*args, **kwargs)
+        name = op.overloadpacket.__name__
+        given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+        found = [v for v in tree_leaves(result) if isinstance(v, Tensor)]
+        if given and name not in _NEW and all(map(self._is_nobodys, given)):
+            self._kept += found
+            self._nobodys.update(map(_memory, found))
+        elif not _exact(name, args, kwargs, found):
+            rows = self._rows_of([*given, *found])
+            if rows:
+                with torch.no_grad():
+                    alike = self._alike(op, name, args, kwargs, rows)
+                over = name not in _SUMS and any(_left_over(v, rows, self._threads) for v in found)
+                if over or not alike:
+                    self.coupling.add(name)
+        return result
+
+    def _is_nobodys(self, value: Tensor) -> bool:
+        return _memory(value) in self._nobodys
+
+    def _rows_of(self, values: Sequence[Tensor]) -> int:
+        """Into how many parts a kernel's tensors fall that may belong to different records."""
+        sizes = {len(v) for v in values if v.ndim and not self._is_nobodys(v)}
+        if self._head in sizes:
+            return self._head
+        return self._rows if self._rows and any(not n % self._rows for n in sizes) else 0
+
+    def _alike(self, op: Any, name: str, args: Any, kwargs: Any, rows: int) -> bool:
+        """Whether random rows come out the same wherever they are; asked once of a kind of call."""
+        kind = str(tree_map_only(Tensor, _laid_out, (name, args, kwargs)))
+        if kind not in self._tried:
+            about = partial(self._of_one_row, rows=rows)
+            same = str(tree_map_only(Tensor, about, (name, args, kwargs)))
+            make = _Maker(args, kwargs, self._nobodys, rows, same)
+            self._tried[kind] = True
+            for who in _arrangements(rows):
+                made = make.of(who)
+                values = [v for v in tree_leaves(op(*made[0], **made[1])) if isinstance(v, Tensor)]
+                for at, value in enumerate(values):
+                    if value.is_floating_point() and value.ndim and not len(value) % rows:
+                        parts = value.reshape(rows, -1)
+                        self._tried[kind] &= self._same((same, at), torch.tensor(who), parts)
+        return self._tried[kind]
+
+    def _of_one_row(self, value: Tensor, rows: int) -> str:
+        """What an argument is, without what follows from the number of rows."""
+        if self._is_nobodys(value):
+            return f"{_memory(value)} {_laid_out(value)}"
+        if not value.ndim or len(value) % rows:
+            return f"{value.dtype} {tuple(value.shape)}"
+        order = [*np.argsort(value.stride(), kind="stable").tolist(), *map(bool, value.stride())]
+        return f"{value.dtype} {len(value) // rows} {tuple(value.shape[1:])} {order}"
+
+    def _same(self, key: tuple[str, int], who: Tensor, values: Tensor) -> bool:
+        """Whether every row [n, …] is what it was whenever its record (``who``: [n]) was there."""
+        quiet = who < _LOUD
+        values, who = values[quiet], who[quiet].to(values.device)
+        if key not in self._known:
+            self._known[key] = values.new_full((_RECORDS, values.shape[1]), torch.inf)
+        known = self._known[key]
+        if known.shape[1] != values.shape[1]:
+            return False
+        fresh = known[who].isposinf().all(1)  # never seen, or of no finite number
+        known[who[fresh]] = values[fresh]
+        wanted = known[who]
+        same = (wanted == values) & (wanted.signbit() == values.signbit())
+        return bool((same | (wanted.isnan() & values.isnan())).all())
+
+
+def _arrangements(rows: int) -> list[list[int]]:
+    """Which record stands in each row of some passes: each in several places and companies."""
+    starts = {0, 7} if rows >= _RECORDS else {0, 1 % rows, rows // 2}
+    passes = [
+        [(first + i) % _RECORDS for i in range(rows)]
+        for start in sorted(starts)
+        for first in range(start, _RECORDS if rows < _RECORDS else start + 1, rows)
+    ]
+    loud = [
+        [other if i % 4 == 0 else 2 * i % _RECORDS for i in range(rows)]
+        for other in (_LOUD, _LOUD + 1)
+    ]
+    return [*passes, *loud]
+
+
+def _memory(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()
+
+
+def _laid_out(value: Tensor) -> str:
+    place = (tuple(value.shape), value.stride(), value.storage_offset())
+    return f"{value.dtype} {place}"
+
+
+def _left_over(value: Tensor, rows: int, threads: int) -> bool:
+    """Whether an elementwise kernel has numbers left at the end, or where a thread's end."""
+    numbers = value.numel()
+    if not value.is_floating_point() or numbers % rows:  # fewer than rows: those of heads, say
+        return False
+    share = -(-numbers // max(1, min(threads, -(-numbers // _SHARE))))
+    return bool(share * value.itemsize % _TWO_VECTORS)
+
+
+def _exact(name: str, args: Any, kwargs: Any, found: Sequence[Tensor]) -> bool:
+    """Whether a kernel has one right answer."""
+    if name in ("pow", "pow_"):
+        return isinstance(args[1], (int, float)) and args[1] in (2, 3)
+    if name == "rsqrt":  # rounds twice: once more in bfloat16
+        return all(value.dtype in (torch.float32, torch.float64) for value in found)
+    if not any(value.is_floating_point() for value in found):
+        return True
+    return name in _ALIKE and kwargs.get("alpha", 1) == 1
+
+
+class _Maker:
+    """Arguments with random numbers for rows, in memory that is laid out as that of the given."""
+
+    def __init__(self, args: Any, kwargs: Any, nobodys: set[int], rows: int, seed: str) -> None:
+        self._given, self._rows = (args, kwargs), rows
+        self._seed = [*hashlib.sha256(seed.encode()).digest()[:8]]
+        self._records: dict[int, Tensor] = {}
+        self._nobodys = nobodys
+
+    def of(self, who: Sequence[int]) -> Any:
+        places = count()
+        return tree_map_only(
+            Tensor, lambda value: self._made(value, next(places), who), self._given
+        )
+
+    def _made(self, value: Tensor, place: int, who: Sequence[int]) -> Tensor:
+        of_rows = value.is_floating_point() and value.ndim and not len(value) % self._rows
+        if not of_rows or value.stride(0) == 0 or _memory(value) in self._nobodys:
+            return value
+        memory = value.new_empty(value.untyped_storage().nbytes() // value.itemsize)
+        laid = inner = memory.as_strided(value.shape, value.stride(), value.storage_offset())
+        for dim, step in enumerate(value.stride()):
+            inner = inner if step else inner.narrow(dim, 0, 1)  # numbers that are there once
+        shape = (len(inner) // self._rows, *inner.shape[1:])
+        if place not in self._records:
+            draw = np.random.default_rng([*self._seed, place])
+            numbers = draw.standard_normal((_RECORDS + 2, *shape), np.float32)
+            numbers[_LOUD] *= 1e3
+            numbers[_LOUD + 1] = -numbers[_LOUD]
+            self._records[place] = torch.from_numpy(numbers)
+        inner.copy_(self._records[place][list(who)].flatten(0, 1))
+        return laid
