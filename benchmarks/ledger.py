@@ -23,9 +23,11 @@ from typing import Any, TypeVar
 from benchmarks._machine import machine
 from securefedcollm.privacy.accounting import claim
 from securefedcollm.privacy.events import PoissonGaussian
+from securefedcollm.privacy.identities import Content
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.privacy.report import read_report
 from securefedcollm.tuning.cleaning import check_file
+from securefedcollm.tuning.formats import whole_row
 from securefedcollm.tuning.questions import Question
 from securefedcollm.tuning.splits import record_content
 
@@ -35,11 +37,12 @@ WORDS = "the patient came back after three weeks with the same complaint and a n
 EVENTS = [PoissonGaussian(0.001, 1.0, 50)]
 
 
-def contents(first: int, last: int) -> Iterator[tuple[bytes, str | None]]:
+def contents(first: int, last: int) -> Iterator[Content]:
     """Of records of some 200 characters, as a silo computes them from its questions."""
     for i in range(first, last):
         question = Question(f"Question: case {i}: {WORDS}\nAnswer:", ("yes", "no", "unsure"), 0)
-        yield record_content(question), None
+        row = {"question": f"case {i}: {WORDS}", "choices": ["yes", "no", "unsure"]}
+        yield Content(record_content(question), None, whole_row(row))
 
 
 def measured(what: Callable[[], T]) -> tuple[T, dict[str, float]]:

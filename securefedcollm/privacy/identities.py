@@ -84,7 +84,6 @@ class Records:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
     def blob(self) -> bytes:
         """The identities of every record, sorted and without repetition, one after the other."""
         if self.whole is None:
@@ -95,7 +94,7 @@ class Records:
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of :attr:`blob`."""
-        return _digest(self.blob, _DTYPE if self.whole is None else _PAIR)
+        return _digest(self.blob(), _DTYPE if self.whole is None else _PAIR)
 
     @cached_property
     def former(self) -> str:

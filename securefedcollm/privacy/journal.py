@@ -165,9 +165,11 @@ class Journal:
         self._db.execute("INSERT INTO journal VALUES (?, ?, ?)", (seq, raw, digest))
         return Row(seq, body, digest)
 
-    def keep(self, name: str, content: bytes) -> None:
-        """Keep ``content`` under its digest; inside :meth:`writing`, with the row that names it."""
-        self._db.execute("INSERT OR IGNORE INTO kept VALUES (?, ?)", (name, content))
+    def keep(self, name: str, content: Callable[[], bytes]) -> None:
+        """Keep what has this digest; inside :meth:`writing`, with the row that names it."""
+        known = self._db.execute("SELECT 1 FROM kept WHERE name = ?", (name,)).fetchone()
+        if known is None:
+            self._db.execute("INSERT INTO kept VALUES (?, ?)", (name, content()))
 
     def kept(self, name: str) -> bytes | None:
         """What :meth:`keep` stored; the caller compares it with its name."""
