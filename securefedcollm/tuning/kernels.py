@@ -39,18 +39,16 @@ _RECORDS: Final = 23
 _LOUD: Final = _RECORDS
 """It and the next are only there to be with the others: their numbers are a thousand times as
 large, and opposite."""
-_MAKING: Final = """
-    empty_like full_like new_empty new_empty_strided new_full new_ones new_zeros ones_like
-    zeros_like
-"""
 _MOVING: Final = """
-    _reshape_alias _to_copy _unsafe_view alias as_strided cat clamp clamp_max clamp_min clone
-    constant_pad_nd copy_ detach diagonal embedding empty expand fill_ flip full gather index
-    index_put index_put_ index_select lift_fresh masked_fill masked_fill_ masked_scatter
-    masked_scatter_backward max maximum min minimum nll_loss_backward nll_loss_forward ones
-    permute relu repeat roll scalar_tensor scatter select select_backward select_scatter slice
-    slice_backward slice_scatter split split_with_sizes squeeze stack t threshold_backward topk
-    transpose tril triu unbind unsqueeze view where zero_ zeros
+    _reshape_alias _to_copy _unsafe_view alias as_strided cat clamp clamp_max clamp_min
+    clone constant_pad_nd copy_ detach diagonal embedding empty empty_like expand fill_ flip
+    full full_like gather index index_put index_put_ index_select lift_fresh masked_fill
+    masked_fill_ masked_scatter masked_scatter_backward max maximum min minimum new_empty
+    new_empty_strided new_full new_ones new_zeros nll_loss_backward nll_loss_forward ones
+    ones_like permute relu repeat roll scalar_tensor scatter select select_backward
+    select_scatter slice slice_backward slice_scatter split split_with_sizes squeeze stack t
+    threshold_backward topk transpose tril triu unbind unsqueeze view where zero_ zeros
+    zeros_like
 """
 # scatter_add adds one number after the other, in the order of their places in the row.
 _ROUNDING: Final = """
@@ -63,8 +61,7 @@ _ADDING: Final = """
     baddbmm bmm convolution convolution_backward cumsum linalg_solve_triangular mean mm
     native_layer_norm native_layer_norm_backward sum
 """
-_NEW: Final = frozenset(_MAKING.split())
-_ALIKE: Final = frozenset((_MAKING + _MOVING + _ROUNDING).split())
+_ALIKE: Final = frozenset((_MOVING + _ROUNDING).split())
 _SUMS: Final = frozenset(_ADDING.split())
 
 
@@ -91,9 +88,8 @@ class Kernels(TorchDispatchMode):
         self.coupling: set[str] = set()
         self._rows, self._head, self._threads, self._known = rows, head, threads, known
         self._tried: dict[str, bool] = {}
-        weights = [*model.parameters(), *model.buffers()]
         self._kept: list[Tensor] = []  # so that no other tensor gets their memory
-        self._nobodys = {_memory(weight) for weight in weights}
+        self._nobodys = {_memory(value) for value in (*model.parameters(), *model.buffers())}
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -101,17 +97,23 @@ class Kernels(TorchDispatchMode):
         name = op.overloadpacket.__name__
         given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
         found = [v for v in tree_leaves(result) if isinstance(v, Tensor)]
-        if given and name not in _NEW and all(map(self._is_nobodys, given)):
+        if all(map(self._is_nobodys, given)):  # made of weights and constants
             self._kept += found
             self._nobodys.update(map(_memory, found))
-        elif not _exact(name, args, kwargs, found):
+            return result
+        if op._schema.is_mutable:
+            self._nobodys.difference_update(map(_memory, found))
+        if not _exact(name, args, kwargs, found):
             rows = self._rows_of([*given, *found])
-            if rows:
+            if not rows:
+                alike = not self._rows  # then it is within one record
+            elif name not in _SUMS and any(_left_over(v, self._threads) for v in found):
+                alike = False
+            else:
                 with torch.no_grad():
                     alike = self._alike(op, name, args, kwargs, rows)
-                over = name not in _SUMS and any(_left_over(v, rows, self._threads) for v in found)
-                if over or not alike:
-                    self.coupling.add(name)
+            if not alike:
+                self.coupling.add(name)
         return result
 
     def _is_nobodys(self, value: Tensor) -> bool:
@@ -131,14 +133,16 @@ class Kernels(TorchDispatchMode):
             about = partial(self._of_one_row, rows=rows)
             same = str(tree_map_only(Tensor, about, (name, args, kwargs)))
             make = _Maker(args, kwargs, self._nobodys, rows, same)
-            self._tried[kind] = True
+            alike, seen = True, False
             for who in _arrangements(rows):
                 made = make.of(who)
                 values = [v for v in tree_leaves(op(*made[0], **made[1])) if isinstance(v, Tensor)]
                 for at, value in enumerate(values):
                     if value.is_floating_point() and value.ndim and not len(value) % rows:
                         parts = value.reshape(rows, -1)
-                        self._tried[kind] &= self._same((same, at), torch.tensor(who), parts)
+                        alike &= self._same((same, at), torch.tensor(who), parts)
+                        seen = True
+            self._tried[kind] = alike and seen  # what adds up all rows gives none back
         return self._tried[kind]
 
     def _of_one_row(self, value: Tensor, rows: int) -> str:
@@ -190,11 +194,9 @@ def _laid_out(value: Tensor) -> str:
     return f"{value.dtype} {place}"
 
 
-def _left_over(value: Tensor, rows: int, threads: int) -> bool:
+def _left_over(value: Tensor, threads: int) -> bool:
     """Whether an elementwise kernel has numbers left at the end, or where a thread's end."""
     numbers = value.numel()
-    if not value.is_floating_point() or numbers % rows:  # fewer than rows: those of heads, say
-        return False
     share = -(-numbers // max(1, min(threads, -(-numbers // _SHARE))))
     return bool(share * value.itemsize % _TWO_VECTORS)
 

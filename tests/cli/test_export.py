@@ -87,18 +87,21 @@ def test_plain_peft_gives_the_same_accuracy_to_the_digit(inputs, tmp_path, task,
 
 
 def test_the_template_matters(inputs, tmp_path):
-    """The control: with another prompt the same adapter has another accuracy or other scores."""
+    """The control: with other prompts the same adapter has other accuracies."""
     test = tuned(inputs, tmp_path / "run")
+    run = ["--run", tmp_path / "run", "--data", inputs, "--role", "slm", "--json"]
+    ours = invoke("model", "evaluate", *run)["all"]["accuracy"]
     adapter = tmp_path / "run" / "adapters" / "slm"
     task = json.loads((adapter / "task.json").read_text())
     assert task["template"] == "Question: {}\nAnswer:"
-    (adapter / "task.json").write_text(json.dumps(task | {"template": "{}"}))
-    words = [sys.executable, str(SCRIPT), str(adapter), str(inputs / "slm"), str(test)]
-    plain = subprocess.run(words, capture_output=True, text=True, check=True)
-    ours = invoke(
-        "model", "evaluate", "--run", tmp_path / "run", "--data", inputs, "--role", "slm", "--json"
-    )
-    assert json.loads(plain.stdout)["accuracy"] != ours["all"]["accuracy"]
+    command = [sys.executable, str(SCRIPT), str(adapter), str(inputs / "slm"), str(test)]
+    theirs = []
+    for template in ("{}", "Text: {}\nLabel:", "{} {} {}", "Which colour? {}"):
+        (adapter / "task.json").write_text(json.dumps(task | {"template": template}))
+        plain = subprocess.run(command, capture_output=True, text=True, check=True)
+        theirs.append(json.loads(plain.stdout)["accuracy"])
+    # One of them may answer as many questions by chance.
+    assert sum(accuracy != ours for accuracy in theirs) >= 2, (ours, theirs)
 
 
 def test_the_card_says_what_the_adapter_is(inputs):

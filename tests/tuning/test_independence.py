@@ -243,12 +243,11 @@ def crooked(by: str) -> Any:
 
     def bend(layer: nn.Module, given: Any, states: torch.Tensor) -> torch.Tensor:
         rows = torch.arange(len(states)).view(-1, 1, 1).float()
-        seen = {
-            "place": rows,
-            "company": 1e3 * states.detach().mean().expand_as(rows),
-            "number of rows": torch.full_like(rows, float(len(states) >= 8)),
-        }[by]
-        return states * (1 + 1e-6 * seen)
+        if by == "company":
+            rows = 1e3 * states.detach().mean().expand_as(rows)
+        elif by == "number of rows":
+            rows = torch.full_like(rows, float(len(states) >= 8))
+        return states * (1 + 1e-6 * rows)
 
     return bend
 
