@@ -1,20 +1,27 @@
-"""Progress bars on stderr. One line per thing that is under way; finished lines disappear."""
+"""Progress on stderr: bars on a terminal, and a line now and then in a log file."""
 
 from __future__ import annotations
 
+import threading
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from securefedcollm.foreign import as_text, printable
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
+    from rich.progress import Task, TaskID
+
+EVERY: Final = 30.0
+"""Seconds between two lines where there is no terminal."""
+_MOST: Final = 3
+"""Things under way that such a line names."""
 
 
 class Bars:
     """A context manager whose ``report`` is a progress callback. Silent if ``quiet``.
 
-    On a terminal the bars are live; elsewhere (a log file, CI) only finished rounds are printed.
+    On a terminal the bars are live, with the time that is left. Elsewhere (a log file, CI) a line
+    every half minute says what is under way, beside the lines that stay.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -25,6 +32,7 @@ class Bars:
             Progress,
             TextColumn,
             TimeElapsedColumn,
+            TimeRemainingColumn,
         )
 
         self.console = Console(stderr=True)
@@ -33,6 +41,8 @@ class Bars:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
             console=self.console,
             disable=quiet or not self.console.is_terminal,
             transient=True,
@@ -40,9 +50,14 @@ class Bars:
         # A line may quote another party: nothing in it is markup.
         self._tasks: dict[str, TaskID] = {}
         self._quiet = quiet
+        self._over = threading.Event()
+        self._teller: threading.Thread | None = None
 
     def __enter__(self) -> Bars:
         self._progress.start()
+        if not self._quiet and not self.console.is_terminal:
+            self._teller = threading.Thread(target=self._tell, name="progress", daemon=True)
+            self._teller.start()
         return self
 
     def __exit__(
@@ -51,6 +66,9 @@ class Bars:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._over.set()
+        if self._teller is not None:
+            self._teller.join()
         self._progress.stop()
 
     def report(self, done: int, total: int, text: str) -> None:
@@ -69,4 +87,27 @@ class Bars:
         Adversary: a silo or server whose refusal, quoted here, holds markup or escape sequences.
         """
         if not self._quiet:
-            self._progress.console.print(as_text(text))
+            # In a log file a line is a line, however long.
+            self.console.print(as_text(text), soft_wrap=not self.console.is_terminal)
+
+    def _tell(self) -> None:
+        """Say what is under way, again and again: a thread's whole life."""
+        while not self._over.wait(EVERY):
+            if tasks := list(self._progress.tasks):
+                shown = "; ".join(map(_sentence, tasks[-_MOST:]))
+                more = f"; and {len(tasks) - _MOST} more" if len(tasks) > _MOST else ""
+                self.say(f"  {shown}{more}")
+
+
+def _sentence(task: Task) -> str:
+    total = task.total or 0
+    said = f"{task.description}: {task.completed:.0f} of {total:.0f}"
+    left = task.time_remaining
+    return said if left is None or not task.completed else f"{said}, {_duration(left)} left"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"

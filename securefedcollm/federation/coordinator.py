@@ -203,9 +203,13 @@ class Coordinator:
             self._sum(round_ * sums + step, round_, record)
             if step + 1 < sums:
                 self._store.finish_step(self._workload, record)
+        if study.joint:
+            self._progress(sums, sums, "joint steps")
         aggregated = time.monotonic()
         record["distillation"] = self._workload.distil(round_, self._progress)
+        self._progress(0, 1, "evaluation")
         record["evaluation"] = self._workload.evaluate()
+        self._progress(1, 1, "evaluation")
         record["seconds"] = {
             "silos_and_sum": round(aggregated - started, 3),
             "server": round(time.monotonic() - aggregated, 3),

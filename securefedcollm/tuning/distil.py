@@ -131,6 +131,7 @@ def distil(
     generator = torch.Generator().manual_seed(seed)
     batches = _mixed_batches(labelled, unlabelled, batch_labelled, batch_unlabelled, generator)
     objective: Objective
+    progress(0, steps, "distillation")  # what both models say takes its time too
     if over == "choices":
         targets = None
         if loss == "entropy-pooled" or loss == "dual-min-ce":
