@@ -1,4 +1,4 @@
-"""``client --test``: what the newest adapter is worth on a silo's own held-out records.
+"""``client --test``, ``--training-loss``: the newest adapter on a silo's own records.
 
 Adversary: the server, which sees when a silo answers. How long these records take says how many
 there are, and how long. So a process of its own measures, and stands still from when a request is
@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -28,8 +28,10 @@ from securefedcollm.federation.roles import ADAPTER, newest_adapter
 
 log = logging.getLogger(__name__)
 
-FOUND: Final = "held-out.jsonl"
-"""In a silo's directory of a study: one line a round, round 0 being the base model."""
+HELD_OUT: Final = "held-out"
+TRAINING: Final = "training"
+"""Which records: each has its ``.jsonl`` in a silo's directory of a study, one line a round, round
+0 being the base model."""
 
 _CHILD: Final = """
 import os, sys
@@ -40,8 +42,8 @@ from securefedcollm_cli.main import main
 main()
 """
 
-Tell = Callable[[int, dict[str, dict[str, float]]], None]
-"""``tell(round, scores)``: as ``model evaluate --json`` prints them."""
+Tell = Callable[[str, int, dict[str, dict[str, float]]], None]
+"""``tell(which, round, scores)``: as ``model evaluate --json`` prints them."""
 
 
 class HeldOut:
@@ -49,20 +51,29 @@ class HeldOut:
 
     Args:
         run: the silo's directory of the study.
-        test: the held-out records, already found to be readable.
+        files: of :data:`HELD_OUT` and :data:`TRAINING` records, already found to be readable.
         models: where the study's ``path:`` models are.
         warn: is told why a round could not be measured; the run goes on.
     """
 
     def __init__(
-        self, run: Path, test: Path, models: Path | None, tell: Tell, warn: Callable[[str], None]
+        self,
+        run: Path,
+        files: Mapping[str, Path],
+        models: Path | None,
+        tell: Tell,
+        warn: Callable[[str], None],
     ) -> None:
-        self._run, self._test, self._models = run, test, models
+        self._run, self._files, self._models = run, files, models
         self._tell, self._warn = tell, warn
-        self._lines = _found(run / FOUND)
-        self._seen = max((line["round"] for line in self._lines), default=0)
+        self._lines = {which: _found(_place_of(run, which)) for which in files}
+        self._seen = {
+            which: max((line["round"] for line in lines), default=-1)
+            for which, lines in self._lines.items()
+        }
         self._place = PrivateDirectory(run, ".held-out-")
-        self._waiting: list[int] = [] if self._lines else [0]
+        self._waiting: list[tuple[int, str]] = []
+        self._add(0)
         self._process: subprocess.Popen[bytes] | None = None
         self._out, self._err = (self._place.path / name for name in ("out", "err"))
 
@@ -73,13 +84,10 @@ class HeldOut:
         except SecureFedCoLLMError as error:
             log.warning("%s", error)
             newest = 0
-        if newest > self._seen:  # the next round's takes its place
-            shutil.copytree(self._run / ADAPTER, self._place.path / str(newest))
-            self._waiting.append(newest)
-            self._seen = newest
+        self._add(newest)
         if self._process is None:
             if self._waiting:
-                self._begin(self._waiting[0])
+                self._begin(*self._waiting[0])
         elif self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGCONT)
         else:
@@ -97,8 +105,18 @@ class HeldOut:
             time.sleep(0.1)
             self.look()
 
-    def _begin(self, round_: int) -> None:
-        words = ["--run", str(self._run), "--role", "slm", "--test", str(self._test), "--json"]
+    def _add(self, round_: int) -> None:
+        """Measure what this round ended with, unless that is done or will be."""
+        new = [which for which, seen in self._seen.items() if round_ > seen]
+        if new and round_:  # the next round's takes its place
+            shutil.copytree(self._run / ADAPTER, self._place.path / str(round_))
+        for which in new:
+            self._waiting.append((round_, which))
+            self._seen[which] = round_
+
+    def _begin(self, round_: int, which: str) -> None:
+        words = ["--run", str(self._run), "--role", "slm", "--test", str(self._files[which])]
+        words += ["--json"]
         words += ["--adapter", str(self._place.path / str(round_))] if round_ else ["--base"]
         words += ["--data", str(self._models)] if self._models else []
         python = [sys.executable, "-P", "-c", _CHILD, str(os.getpid())]
@@ -113,18 +131,21 @@ class HeldOut:
 
     def _end(self) -> None:
         assert self._process is not None
-        code, self._process, round_ = self._process.returncode, None, self._waiting.pop(0)
-        shutil.rmtree(self._place.path / str(round_), ignore_errors=True)
+        code, self._process = self._process.returncode, None
+        round_, which = self._waiting.pop(0)
+        if round_ not in (later for later, _ in self._waiting):
+            shutil.rmtree(self._place.path / str(round_), ignore_errors=True)
         if code:
             said = self._err.read_text(errors="replace").strip().splitlines()
             why = (said or [f"code {code}"])[-1]
-            self._warn(f"your held-out records could not be measured after round {round_}: {why}")
+            self._warn(f"your {which} records could not be measured after round {round_}: {why}")
             return
         scores = json.loads(self._out.read_bytes())
-        self._lines.append({"round": round_, **scores})
-        text = "".join(json.dumps(line) + "\n" for line in self._lines)
-        write_durably(self._run / FOUND, text.encode())
-        self._tell(round_, scores)
+        lines = self._lines[which]
+        lines.append({"round": round_, **scores})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_durably(_place_of(self._run, which), text.encode())
+        self._tell(which, round_, scores)
 
     def __enter__(self) -> HeldOut:
         return self
@@ -139,6 +160,10 @@ class HeldOut:
             self._process.kill()
             self._process.wait()
         self._place.remove()
+
+
+def _place_of(run: Path, which: str) -> Path:
+    return run / f"{which}.jsonl"
 
 
 def _found(path: Path) -> list[dict[str, Any]]:

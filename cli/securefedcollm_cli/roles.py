@@ -156,6 +156,14 @@ def client(
             "nowhere else [none].",
         ),
     ] = None,
+    training_loss: Annotated[
+        bool,
+        typer.Option(
+            "--training-loss",
+            help="Also show what every round's model makes of your own records, here and nowhere "
+            "else.",
+        ),
+    ] = False,
     models: Models = None,
     home: Home = None,
     budget: Annotated[
@@ -192,7 +200,7 @@ def client(
     from securefedcollm.federation.engines.flare.kit import installed
     from securefedcollm.privacy.ledger import Budget
     from securefedcollm.study import load_study
-    from securefedcollm_cli.heldout import HeldOut, Undisturbed
+    from securefedcollm_cli.heldout import HELD_OUT, TRAINING, HeldOut, Undisturbed
     from securefedcollm_cli.progress import Bars
 
     stop_on_sigterm()
@@ -244,11 +252,13 @@ def client(
                 on_entry=lambda entry: _print_entry(entry, study, bars, as_json),
             )
             largest = roles.largest_frame(study, workload)
-            if test is None:
+            measured = {HELD_OUT: test} if test is not None else {}
+            measured |= {TRAINING: data} if training_loss else {}
+            if not measured:
                 _serve(session, member, kit, largest, bars)
             else:
                 told = partial(_print_scores, study.rounds, bars, as_json)
-                with HeldOut(member.run, test, models, told, bars.say) as held_out:
+                with HeldOut(member.run, measured, models, told, bars.say) as held_out:
                     port = Undisturbed(session, held_out)
                     _serve(session, member, kit, largest, bars, idle=held_out.look, port=port)
                     held_out.finish()
@@ -464,16 +474,17 @@ def _print_round(record: dict[str, Any], rounds: int, bars: Bars, as_json: bool)
 
 
 def _print_scores(
-    rounds: int, bars: Bars, as_json: bool, round_: int, scores: dict[str, dict[str, float]]
+    rounds: int, bars: Bars, as_json: bool, which: str, round_: int, scores: dict[str, Any]
 ) -> None:
-    """What the held-out records say, for the silo's operator alone."""
+    """What the silo's own records say, for its operator alone."""
     if as_json:
-        typer.echo(json.dumps({"event": "held-out", "round": round_, **scores}))
+        typer.echo(json.dumps({"event": which, "round": round_, **scores}))
         return
     whole = scores["all"]
     when = f"after round {round_} of {rounds}" if round_ else "of the base model"
     bars.say(
-        f"your held-out records: accuracy {whole['accuracy']:.4f} {when} ({whole['count']} records)"
+        f"your {which} records: loss {-whole['gold_log_prob']:.4f}, accuracy "
+        f"{whole['accuracy']:.4f} {when} ({whole['count']} records)"
     )
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from securefedcollm_cli.heldout import FOUND, HeldOut, Undisturbed
+from securefedcollm_cli.heldout import HELD_OUT, TRAINING, HeldOut, Undisturbed
 
 from securefedcollm.federation.roles import ADAPTER, PROOF
 
@@ -30,8 +30,8 @@ def silo(inputs, tmp_path_factory):  # noqa: F811
 
 def measured(run, test, inputs, work=lambda held_out: held_out.finish()):  # noqa: F811
     told, warned = [], []
-    tell = lambda round_, scores: told.append((round_, scores))  # noqa: E731
-    with HeldOut(run, test, inputs, tell, warned.append) as held_out:
+    tell = lambda which, round_, scores: told.append((round_, scores))  # noqa: E731
+    with HeldOut(run, {HELD_OUT: test}, inputs, tell, warned.append) as held_out:
         work(held_out)
     return told, warned
 
@@ -43,7 +43,7 @@ def test_every_round_is_measured_once_as_model_evaluate_does(silo, inputs, tmp_p
     command = ["model", "evaluate", "--run", run, "--data", inputs, "--test", silo[1], "--json"]
     base, tuned_ = invoke(*command, "--base"), invoke(*command)  # a silo's home has no LLM
     assert told == [(0, base), (1, tuned_)]
-    lines = [json.loads(line) for line in (run / FOUND).read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "held-out.jsonl").read_text().splitlines()]
     assert lines == [{"round": 0, **base}, {"round": 1, **tuned_}]
     assert not list(run.glob(".held-out-*"))
     assert measured(run, silo[1], inputs) == ([], [])  # the command was started again
@@ -53,6 +53,25 @@ def test_every_round_is_measured_once_as_model_evaluate_does(silo, inputs, tmp_p
         "model", "merge", "--run", run, "--data", inputs, "--out", tmp_path / "m", "--json"
     )
     assert out["m"]["digest"]
+
+
+def test_the_silos_own_records_are_measured_beside_them(silo, inputs, tmp_path):  # noqa: F811
+    run = shutil.copytree(silo[0], tmp_path / "run")
+    train = tmp_path / "own.jsonl"
+    train.write_text("".join(silo[1].read_text().splitlines(keepends=True)[:5]))
+    files, told = {HELD_OUT: silo[1], TRAINING: train}, {}
+    for _ in range(2):  # the second time, nothing is left to be measured
+
+        def tell(which, round_, scores):
+            assert told.setdefault((which, round_), scores) is scores  # once each
+
+        with HeldOut(run, files, inputs, tell, pytest.fail) as held_out:
+            held_out.finish()
+    assert sorted(told) == [(which, round_) for which in sorted(files) for round_ in (0, 1)]
+    assert {whole["all"]["count"] for (which, _), whole in told.items() if which == TRAINING} == {5}
+    lines = [json.loads(line) for line in (run / "training.jsonl").read_text().splitlines()]
+    assert lines == [{"round": round_, **told[TRAINING, round_]} for round_ in (0, 1)]
+    assert not list(run.glob(".held-out-*"))
 
 
 def state_of(process):
@@ -110,6 +129,6 @@ def test_a_damaged_file_of_findings_is_named(silo, inputs, tmp_path):  # noqa: F
     from securefedcollm.errors import StateError
 
     run = shutil.copytree(silo[0], tmp_path / "run")
-    (run / FOUND).write_text("{")
+    (run / "held-out.jsonl").write_text("{")
     with pytest.raises(StateError, match=r"held-out.jsonl: cannot be read"):
-        HeldOut(run, silo[1], inputs, print, print)
+        HeldOut(run, {HELD_OUT: silo[1]}, inputs, print, print)
