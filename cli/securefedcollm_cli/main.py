@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -13,7 +14,7 @@ from typing import Annotated, Final
 import typer
 
 from securefedcollm import __version__
-from securefedcollm.errors import SecureFedCoLLMError
+from securefedcollm.errors import SecureFedCoLLMError, StateError
 from securefedcollm.foreign import log_to_stderr
 from securefedcollm_cli import (
     audit,
@@ -30,6 +31,17 @@ from securefedcollm_cli import (
 
 AGAIN: Final = 75
 """Exit code EX_TEMPFAIL of sysexits.h: whoever supervises the process should start it again."""
+
+_MACHINE: Final = {
+    errno.ENOSPC: "free some space; what was under way goes on when it is started again",
+    errno.EDQUOT: "free some of your quota; what was under way goes on when it is started again",
+    errno.EROFS: "choose a place on a disk that may be written",
+    errno.EACCES: "let this user read and write there, or choose another place",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.EIO: "the disk reports a fault; see the system's log",
+}
+"""Faults of a machine and what helps."""
 
 _SERVICES: Final = ("client", "server", "authority")
 
@@ -90,6 +102,11 @@ def main() -> None:
         raise
     except SecureFedCoLLMError as error:
         sys.exit(report(error))
+    except OSError as error:  # of the machine, met where nobody looks for it
+        if error.errno not in _MACHINE:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        sys.exit(report(StateError(f"{place}{error.strerror}", hint=_MACHINE[error.errno])))
     except KeyboardInterrupt:
         typer.echo(
             "interrupted; what was under way goes on when it is started again "

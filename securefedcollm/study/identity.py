@@ -189,7 +189,13 @@ def _write_new(path: Path, content: bytes) -> None:
             where=str(path),
             hint="an identity is never overwritten; choose another name or --out",
         ) from None
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        path.unlink()  # half a key is no identity, and would keep the whole one from its place
+        raise StateError(
+            f"{path}: cannot be written ({error.strerror})", hint="free some space on its disk"
+        ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -255,6 +256,31 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path):
     told = json.loads(done.stdout)
     assert told["error"] == "ConfigError"
     assert told["again"] is False
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["identity", "new", "a", "--no-passphrase", "--out", "{}/key.json"],
+        ["simulate", QUICKSTART, "--out", "{}/run", "--no-baselines", "--workers", "0"],
+        ["consortium", "init", "--name", "net", "--server", "example.org:8002", "--out", "{}/ca"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_full_disk_is_one_line_and_leaves_no_half_a_key(tmp_path, words):
+    """Here: no file may have more than ten bytes."""
+    done = subprocess.run(
+        [COMMAND, *(word.format(tmp_path) for word in words)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"SECUREFEDCOLLM_PASSPHRASE": "eleven herons at noon"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10)),
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "File too large" in done.stderr or "disk I/O error" in done.stderr
+    assert not (tmp_path / "key.json").exists()
 
 
 def test_what_may_succeed_later_ends_with_the_code_for_it(tmp_path):
