@@ -65,7 +65,7 @@ def init(
 
     stop_on_sigterm()
     host, _, port = server.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not (port.isascii() and port.isdigit()):
         raise ConfigError(
             f"{server!r} is no address", where="--server", hint="e.g. fl.example.org:8002"
         )

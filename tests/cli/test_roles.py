@@ -94,7 +94,14 @@ def test_the_authoritys_key_is_in_no_file_while_it_is_used(tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     ("name", "server"),
-    [("Net!", "localhost:8002"), ("net", "localhost"), ("net", "a b:8002"), ("net", "host:99999")],
+    [
+        ("Net!", "localhost:8002"),
+        ("net", "localhost"),
+        ("net", "a b:8002"),
+        ("net", "host:99999"),
+        ("net", "[2001:db8::1]:8002"),
+        ("net", "host:٣"),
+    ],
 )
 def test_names_and_addresses_that_cannot_be(tmp_path, name, server):
     with pytest.raises(ConfigError):

@@ -55,6 +55,12 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ConfigError: naming the field.
         """
         check_name(self.name, where)
+        if ":" in self.host:
+            raise ConfigError(
+                f"{self.host[:80]!r} is an IPv6 address, and FLARE listens on IPv4 alone",
+                where=where,
+                hint="a name or address that leads to the server by IPv4, e.g. fl.example.org:8002",
+            )
         if not _HOST.fullmatch(self.host) or not 0 < self.port < 65536:
             raise ConfigError(
                 f"{self.host[:80]!r}:{self.port} is no address",
