@@ -27,7 +27,7 @@ from securefedcollm.study import study_from_tree
 @settings(max_examples=15, deadline=None)
 @given(script=st.binary(max_size=fuzz_files.LONGEST))
 def test_no_script_breaks_a_reader(target, script):
-    fuzz_files.bounded(fuzz_files.TARGETS[target], fuzz_files.SECONDS[target], script)
+    fuzz_files.bounded(fuzz_files.TARGETS[target], fuzz_files.SECONDS, script)
 
 
 def test_what_the_targets_start_from_is_read(tmp_path):
