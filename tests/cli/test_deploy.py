@@ -45,9 +45,11 @@ def test_the_rehearsal_of_the_deployment_guide(tmp_path):
     assert "survivors  silo-1, silo-2, silo-3 (last round)" in said
     assert "Traceback" not in errors + logs
     for silo in (1, 2, 3):  # each has the last round's model, and measured all on its own records
-        (found,) = tmp_path.glob(f"silo-{silo}/studies/*/held-out.jsonl")
-        rounds = [json.loads(line) for line in found.read_text().splitlines()]
-        assert [line["round"] for line in rounds] == [0, 1, 2]
+        (run,) = tmp_path.glob(f"silo-{silo}/studies/*/")
         log = (tmp_path / f"silo-{silo}.log").read_text()
-        last = f"{rounds[2]['all']['accuracy']:.4f} after round 2 of 2"
-        assert f"your held-out records: accuracy {last}" in log
+        for which in ("held-out", "training"):
+            rounds = [json.loads(line) for line in (run / f"{which}.jsonl").read_text().splitlines()]
+            assert [line["round"] for line in rounds] == [0, 1, 2]
+            whole = rounds[2]["all"]
+            said_ = f"loss {-whole['gold_log_prob']:.4f}, accuracy {whole['accuracy']:.4f}"
+            assert f"your {which} records: {said_} after round 2 of 2" in log
