@@ -25,6 +25,8 @@ def content_digest(words: Iterable[str], choices: Iterable[str]) -> bytes:
 
 
 def row_digest(texts: Iterable[str]) -> bytes:
-    """SHA-256 (32 bytes) of all texts of a row, as a set; already :func:`folded`."""
-    canonical = json.dumps(sorted({*texts} - {""})).encode()
-    return hashlib.sha256(b"securefedcollm/record-row/v1\0" + canonical).digest()
+    """SHA-256 (32 bytes) of all texts of a row, as a set; already :func:`folded`. Empty of none."""
+    said = sorted({*texts} - {""})
+    if not said:
+        return b""
+    return hashlib.sha256(b"securefedcollm/record-row/v1\0" + json.dumps(said).encode()).digest()

@@ -20,6 +20,7 @@ the value: the value may be a patient's.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, TypedDict
 
 from securefedcollm.errors import DataError
-from securefedcollm.foreign import decode_json
+from securefedcollm.foreign import decode_json, printable
 from securefedcollm.tuning.content import content_digest, folded, row_digest
 from securefedcollm.tuning.questions import Question
 from securefedcollm.tuning.tokenise import Kind
@@ -59,6 +60,16 @@ _INSTEAD: Final[dict[Kind, str]] = {
 }
 _WHOLE: Final = re.compile(r"([0-9]+)(?:\.0+)?")
 _NUMBER: Final = re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?")
+_TIME: Final = r"[0-9]{1,2}:[0-9]{2}(?::[0-9]{2}(?:[.,][0-9]+)?)?(?: ?(?:Z|UTC|[-+][0-9:]{2,6}))?"
+_SCALAR: Final = re.compile(
+    r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:e[-+]?[0-9]+)?|[-+]?inf(?:inity)?"
+    rf"|nan|nat|none|null|<na>|true|false|[0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}}(?:[T ]{_TIME})?|{_TIME}",
+    re.IGNORECASE,
+)
+"""What a program writes for a value that is no text."""
+_BRACKETS: Final = frozenset({("[", "]"), ("{", "}")})
+_SPELT: Final = re.compile(r"""[\[{] ?["'\[{\]}0-9tfnTFN-]""")
+_MOST_SPELT: Final = 1 << 20
 _EXACT: Final = 2**53
 
 Row = dict[str, Any]
@@ -217,35 +228,62 @@ def content_of(row: Row) -> bytes:
 
 
 def whole_row(row: Row) -> bytes:
-    """SHA-256 of all text in a row, whatever a study reads of it and calls it.
+    """SHA-256 of all text in a row, whatever a study reads of it and calls it; empty of none.
 
-    Numbers have no part in it, because a CSV file makes texts of them.
+    Numbers, truth values and dates have no part in it, because a CSV file makes texts of them. Nor
+    have the names of columns and of the fields of a mapping.
 
     Args:
         row: all of it, under the file's names of the columns.
+
+    Raises:
+        BadField: a cell holds a list that is too long to be taken apart.
     """
-    return row_digest(_texts(list(row.values())))
+    return row_digest(text for name, value in row.items() for text in _texts(value, name))
 
 
-def _texts(value: object) -> Iterator[str]:
+def _texts(value: object, name: str) -> Iterator[str]:
     if isinstance(value, str):
         text = folded(value)
-        listed = _listed(text) if text[:1] == "[" else [text]  # a CSV cell may hold a list
-        if listed != [text]:
-            yield from _texts(listed)
-        elif not _NUMBER.fullmatch(text):
+        inner = _written_out(text, name)  # a CSV cell may hold a list or mapping
+        if inner is not None:
+            yield from _texts(inner, name)
+        elif not _SCALAR.fullmatch(text):
             yield text
     elif isinstance(value, dict):
-        yield from _texts(list(value.values()))
-    elif isinstance(value, list):
+        yield from _texts(list(value.values()), name)
+    elif isinstance(value, list | tuple):
         for one in value:
-            yield from _texts(one)
+            yield from _texts(one, name)
+
+
+def _written_out(text: str, name: str) -> list[object] | dict[str, object] | None:
+    """The list or mapping that a text spells, as JSON or as Python prints it.
+
+    Adversary: a file of some kilobytes whose cells are lists of millions of numbers.
+    """
+    if (text[:1], text[-1:]) not in _BRACKETS or not _SPELT.match(text):
+        return None
+    if len(text) > _MOST_SPELT:
+        raise BadField(
+            printable(name, 60),
+            f"holds a list of over {_MOST_SPELT >> 20} MiB in one cell",
+            "write the file as JSON Lines",
+        )
+    for read in (decode_json, ast.literal_eval):
+        try:
+            found = read(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+        if isinstance(found, list | dict):
+            return found
+    return None
 
 
 def _listed(value: object) -> list[object]:
     if isinstance(value, str):  # a CSV cell
         try:
-            value = decode_json(value)
+            value = decode_json(value) if len(value) <= _MOST_SPELT else [value]
         except ValueError:
             value = [value]
     return value if isinstance(value, list) else []

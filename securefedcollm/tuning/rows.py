@@ -16,7 +16,6 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
@@ -102,7 +101,15 @@ def _json_rows(path: Path, form: Format, wanted: set[str]) -> Iterator[Checked]:
                     yield Checked(place, row, raw)
                 else:
                     read = {name: value for name, value in row.items() if name in wanted}
-                    yield Checked(place, read, raw, shape_of(read), whole=whole_row(row))
+                    yield _known(Checked(place, read, raw, shape_of(read)), row)
+
+
+def _known(checked: Checked, row: Row) -> Checked:
+    """``checked``, known by all text of its ``row``, or what is wrong with that."""
+    try:
+        return checked._replace(whole=whole_row(row))
+    except BadField as bad:
+        return checked._replace(row=bad)
 
 
 def _lines(path: Path, file: IO[Any], end: Any) -> Iterator[Any]:
@@ -155,7 +162,7 @@ def _csv_rows(path: Path, form: Format) -> Iterator[Checked]:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             first = next(_lines(path, file, ""), "")
             told = _TOLD.fullmatch(first)
-            by = told[1] if told else _delimiter(first, form)
+            by = told[1] if told else _delimiter(first, str(path))
             file.seek(0)
             reader = csv.reader(_noted(_lines(path, file, ""), passed), delimiter=by)
             if told:
@@ -175,7 +182,7 @@ def _csv_rows(path: Path, form: Format) -> Iterator[Checked]:
                     if isinstance(row, BadField):
                         yield Checked(place, row, b"", shape, table)
                     else:
-                        yield Checked(place, row, text.encode(), shape, table, whole_row(row))
+                        yield _known(Checked(place, row, text.encode(), shape, table), row)
                 passed.clear()
     except csv.Error as error:
         raise DataError(
@@ -193,13 +200,24 @@ def _noted(lines: Iterator[str], passed: list[str]) -> Iterator[str]:
         yield line
 
 
-def _delimiter(first: str, form: Format) -> str:
-    """What separates the cells: with it the header has the task's columns. Else the comma."""
-    for delimiter in _DELIMITERS:
-        cells = [cell.strip() for cell in next(csv.reader([first], delimiter=delimiter), [])]
-        if form.missing(cells) is None:
-            return delimiter
-    return ","
+def _delimiter(first: str, where: str) -> str:
+    """What separates the cells: what the header holds. Of a single column, the comma.
+
+    Adversary: a study's author. Were it what gives the study's columns, a study that names the
+    column "text,label" would read each line as one cell, so every record as another.
+    """
+    found = [
+        delimiter
+        for delimiter in _DELIMITERS
+        if len(next(csv.reader([first], delimiter=delimiter), [])) > 1
+    ]
+    if len(found) > 1:
+        raise DataError(
+            f"the header can be separated by {' or by '.join(map(repr, found))}",
+            where=f"{where}:1",
+            hint=f"write which it is into a first line of its own, e.g. sep={found[0]}",
+        )
+    return found[0] if found else ","
 
 
 def _header(cells: list[str], where: str, form: Format) -> list[str]:
@@ -261,24 +279,28 @@ def _parquet_rows(path: Path, form: Format, wanted: set[str]) -> Iterator[Checke
             names = _once(file.schema_arrow.names, str(path))
             _refuse_missing(names, str(path), form)
             label = form.named("label")
-            classes = _classes(file.schema_arrow, label)
-            columns = [name for name in names if name in wanted]
-            most, batch = _allowed(path, size, about, columns)
+            classes = {n: found for n in names if (found := _classes(file.schema_arrow, n))}
             # A study that names other columns reads other text of the same row.
-            texts = [n for n in names if n in wanted or _of_text(file.schema_arrow.field(n).type)]
-            with suppress(DataError):  # too much: such a row is known by its words alone
-                batch = _allowed(path, size, about, texts)[1]
-                columns = texts
+            kinds = {name: file.schema_arrow.field(name).type for name in names}
+            columns = [name for name in names if name in wanted or _may_hold_text(kinds[name])]
+            most, batch = _allowed(path, size, about, columns)
             number = held = 0
             for part in file.iter_batches(batch, columns=columns, use_threads=False):
-                held += sum(part.column(n).nbytes for n in columns if n in wanted)
-                if held > most:
-                    raise _bomb(path)
-                for row in rows_of_table(pa.Table.from_batches([part])):
+                held += sum(part.column(name).nbytes for name in columns)
+                for row in _table_rows(pa.Table.from_batches([part]), wanted):
                     number += 1
-                    read = {name: value for name, value in row.items() if name in wanted}
-                    said = read if classes is None else _by_name(read, label, classes)
-                    yield Checked(f"{path}, row {number}", said, whole=whole_row(row))
+                    letters = _letters(row)
+                    held += letters  # one long value may stand in a million rows
+                    if held > 2 * most:
+                        raise _bomb(path)
+                    checked = _parquet_row(f"{path}, row {number}", row, label, classes)
+                    if letters > MOST_LINE:
+                        over = BadField(label, f"is in a row of over {MOST_LINE >> 20} MiB")
+                        checked = checked._replace(row=over)
+                    if not isinstance(checked.row, BadField):
+                        read = {name: value for name, value in row.items() if name in wanted}
+                        checked = checked._replace(row=read)
+                    yield checked
     except (DataError, GeneratorExit):
         raise
     except Exception as error:  # the parser's own, of any kind
@@ -289,12 +311,57 @@ def _parquet_rows(path: Path, form: Format, wanted: set[str]) -> Iterator[Checke
         ) from None
 
 
-def _of_text(kind: pa.DataType) -> bool:
+def _table_rows(table: pa.Table, wanted: set[str]) -> Iterator[Row]:
+    """All of a table's rows. ``datasets`` reads the columns ``wanted``; it knows not every type."""
+    others = table.drop_columns([name for name in table.column_names if name in wanted])
+    read = rows_of_table(table.drop_columns(others.column_names))
+    yield from (row | rest for row, rest in zip(read, others.to_pylist(), strict=True))
+
+
+def _parquet_row(place: str, row: Row, label: str, classes: dict[str, list[str]]) -> Checked:
+    """A row whose numbers of ``classes`` have become their names, in place."""
+    for name in classes.keys() & row.keys():
+        said = _by_name(row[name], name, classes[name])
+        if not isinstance(said, BadField):
+            row[name] = said
+        elif name == label:
+            return Checked(place, said)
+    return _known(Checked(place, row), row)
+
+
+def _letters(value: object) -> int:
+    """How many characters of text stand in a value, whatever it is made of."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_letters, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_letters, value))
+    return 0
+
+
+def _may_hold_text(kind: pa.DataType) -> bool:
+    """Whether there may be text in values of a type; the file's, whatever a study reads."""
     import pyarrow as pa
 
-    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    if isinstance(kind, pa.BaseExtensionType):
+        return _may_hold_text(kind.storage_type)
+    if pa.types.is_nested(kind):  # lists of every sort, mappings, structures, unions
+        return any(_may_hold_text(kind.field(i).type) for i in range(kind.num_fields))
+    if pa.types.is_dictionary(kind):
+        return _may_hold_text(kind.value_type)
+    bare = (
+        pa.types.is_null,
+        pa.types.is_boolean,
+        pa.types.is_integer,
+        pa.types.is_floating,
+        pa.types.is_decimal,
+        pa.types.is_temporal,
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_fixed_size_binary,
+    )
+    return not any(is_it(kind) for is_it in bare)
 
 
 def _classes(schema: pa.Schema, column: str) -> list[str] | None:
@@ -314,13 +381,12 @@ def _classes(schema: pa.Schema, column: str) -> list[str] | None:
     return names
 
 
-def _by_name(row: Row, column: str, classes: list[str]) -> Row | BadField:
-    number = row.get(column)
+def _by_name(number: object, column: str, classes: list[str]) -> str | BadField | None:
     if number is None or number == -1:  # -1: a test set's way to say that there is none
-        return row | {column: None}
+        return None
     if not isinstance(number, int) or not 0 <= number < len(classes):
         return BadField(column, "is none of the classes that the file names")
-    return row | {column: classes[number]}
+    return classes[number]
 
 
 def _allowed(path: Path, size: int, about: Footer, columns: list[str]) -> tuple[int, int]:

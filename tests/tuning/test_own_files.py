@@ -414,7 +414,7 @@ def test_a_named_column_comes_before_one_that_would_stand_in(tmp_path: Path) -> 
 
 
 def test_a_cell_without_a_name_stands_in_for_nothing(tmp_path: Path) -> None:
-    path = made(tmp_path / "rows.csv", ",x;text\n1,a;b\n")
+    path = made(tmp_path / "rows.csv", ",x,text\n1,a,b\n")
     assert read(path, kind="text")[0].choices == ("b",)
     assert "no column 'text'" in str(refused(made(path, ",x\n1,a\n"), kind="text"))
 
@@ -503,10 +503,103 @@ def test_a_row_is_the_same_row_whatever_is_read_of_it(tmp_path: Path, suffix: st
     assert older.row == note[0].row
 
 
-def test_text_that_unfolds_to_too_much_is_no_reason_to_refuse_a_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", [",", ";"])
+def test_a_study_cannot_choose_what_separates_the_cells(tmp_path: Path, by: str) -> None:
+    """Adversary: a study's author, for whom a line that is one cell is another record."""
+    rows = [{"text": "fever; and, cough", "label": "calm"}]
+    path = made(tmp_path / "rows.csv", _sheet(rows, by))
+    assert read(path, **WARDS)[0].row == read(path, kind="text")[0].row
+    for name in (f"text{by}label", f'text{by}"label"'):
+        assert "no column" in str(refused(path, kind="text", columns={"text": name}))
+    both = made(tmp_path / "both.csv", "text;more,label\na;b,calm\n")
+    for columns in ({}, {"text": "text;more"}, {"text": "text;more,label"}):
+        assert "can be separated by" in str(refused(both, kind="text", columns=columns))
+    both.write_text("sep=,\n" + both.read_text())
+    assert read(both, kind="text", columns={"text": "text;more"})[0].choices == ("a;b",)
+
+
+_STRUCT = [{"a": "x", "n": 1}, {"a": "y", "n": 2}]
+OTHERS = {
+    "struct": pa.array(_STRUCT),
+    "map": pa.array([[("k", "x")], [("k", "y")]], pa.map_(pa.string(), pa.string())),
+    "turns": pa.array([[one] for one in _STRUCT]),
+    "fixed": pa.array([["x"], ["y"]], pa.list_(pa.string(), 1)),
+    "dictionary": pa.array(["x", "y"]).dictionary_encode(),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_no_type_of_a_column_hides_its_text(tmp_path: Path, kind: str) -> None:
+    """Adversary: a study that names such a column, for a row that is known by more of its text."""
+    table = pa.table({"note": ["a", "b"], "more": ["c", "d"], "extra": OTHERS[kind]})
+    path = made(tmp_path / "rows.parquet", lambda p: pq.write_table(table, p))
+    ways = ({"text": "note"}, {"text": "more"}, {"text": "more", "subject": "extra"})
+    if kind not in ("fixed", "turns", "struct", "map"):  # a subject is a text
+        assert [q.group for q in read(path, kind="text", columns=ways[2])] == ["x", "y"]
+    found = [[q.row for q in read(path, kind="text", columns=way)] for way in ways[:2]]
+    assert found[0] == found[1]
+    columns = {"instruction": "note", "response": "more", "messages": "extra"}
+    other = read_questions(path, kind="instruction", columns=columns) if kind == "turns" else []
+    assert [q.row for q in other] in ([], found[0])
+    bare = made(tmp_path / "bare.parquet", lambda p: pq.write_table(table.drop(["extra"]), p))
+    assert [q.row for q in read(bare, kind="text", columns=ways[0])] != found[0]  # it is seen
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_row_is_the_same_row_however_a_program_writes_what_is_no_text(
+    tmp_path: Path, suffix: str
+) -> None:
+    row = {
+        "note": "It hurts",
+        "smoker": True,
+        "rate": 1e-07,
+        "none": None,
+        "on": "2024-05-01 10:30:00",
+        "said": {"a": "x", "b": ["y", "z"]},
+    }
+    path = tmp_path / f"rows{suffix}"
+    frame_ = pd.DataFrame([row])
+    if suffix == ".jsonl":
+        made(path, [row])
+    elif suffix == ".csv":
+        frame_.to_csv(path, index=False)  # writes a mapping as Python prints it
+    else:
+        frame_["on"] = pd.to_datetime(frame_["on"])
+        frame_.to_parquet(path)
+    plain = made(tmp_path / "plain.jsonl", [{"note": "It hurts", "x": "x", "y": "y", "z": "z"}])
+    own = {"columns": {"text": "note"}, "kind": "text"}
+    assert read(path, **own)[0].row == read(plain, **own)[0].row
+
+
+def test_rows_without_text_are_not_one_record(tmp_path: Path) -> None:
+    found = read(made(tmp_path / "rows.jsonl", [{"text": "1"}, {"text": "2"}]), kind="text")
+    assert [q.row for q in found] == [b"", b""]
+    assert len({record_content(q) for q in found}) == 2
+
+
+def test_text_that_unfolds_to_too_much_is_refused_in_columns_that_no_task_reads(
+    tmp_path: Path,
+) -> None:
+    """Adversary: whoever hides text there, so that a row were known by less of it; or makes a
+    file of some kilobytes take hours."""
     long = pa.array(["x" * 1_000_000] * 2_000).dictionary_encode()
     small = pa.array([f"a{i}" for i in range(2_000)])
     table = pa.table({"text": small, "label": ["calm"] * 2_000, "more": long})
     path = made(tmp_path / "rows.parquet", lambda p: pq.write_table(table, p))
-    found = read(path, **WARDS)
-    assert len({q.row for q in found}) == 2_000
+    assert "unfolds to more than" in str(refused(path, **WARDS))
+    bare = made(tmp_path / "bare.parquet", lambda p: pq.write_table(table.drop(["more"]), p))
+    assert len(read(bare, **WARDS)) == 2_000  # the control
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
+def test_a_cell_that_spells_a_huge_list_is_refused_by_line(tmp_path: Path, suffix: str) -> None:
+    """Adversary: a file of kilobytes, whose list takes gigabytes once it is taken apart."""
+    for count, fine in ((100_000, True), (400_000, False)):
+        cell = "[" + "[]," * count + "[]]"
+        path = made(
+            tmp_path / f"rows{suffix}", lambda p, c=cell: _write(p, [{"text": "a", "x": c}])
+        )
+        if fine:
+            assert read(path, kind="text")[0].choices == ("a",)
+        else:
+            assert "'x' holds a list of over 1 MiB" in str(refused(path, kind="text"))
