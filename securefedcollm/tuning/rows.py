@@ -106,6 +106,8 @@ def _json_rows(path: Path, form: Format, wanted: set[str]) -> Iterator[Checked]:
 
 def _known(checked: Checked, row: Row) -> Checked:
     """``checked``, known by all text of its ``row``, or what is wrong with that."""
+    if isinstance(checked.row, BadField):
+        return checked
     try:
         return checked._replace(whole=whole_row(row))
     except BadField as bad:
@@ -287,9 +289,12 @@ def _parquet_rows(path: Path, form: Format, wanted: set[str]) -> Iterator[Checke
             number = held = 0
             for part in file.iter_batches(batch, columns=columns, use_threads=False):
                 held += sum(part.column(name).nbytes for name in columns)
-                for row in _table_rows(pa.Table.from_batches([part]), wanted):
+                table = pa.Table.from_batches([part])
+                reading = rows_of_table(table.select([n for n in columns if n in wanted]))
+                # What a row is known by is never what a study has read, in its way.
+                for row, whole in zip(reading, table.to_pylist(), strict=True):
                     number += 1
-                    letters = _letters(row)
+                    letters = _letters(whole)
                     held += letters  # one long value may stand in a million rows
                     if held > 2 * most:
                         raise _bomb(path)
@@ -297,10 +302,8 @@ def _parquet_rows(path: Path, form: Format, wanted: set[str]) -> Iterator[Checke
                     if letters > MOST_LINE:
                         over = BadField(label, f"is in a row of over {MOST_LINE >> 20} MiB")
                         checked = checked._replace(row=over)
-                    if not isinstance(checked.row, BadField):
-                        read = {name: value for name, value in row.items() if name in wanted}
-                        checked = checked._replace(row=read)
-                    yield checked
+                    _parquet_row("", whole, label, classes)
+                    yield _known(checked, whole)
     except (DataError, GeneratorExit):
         raise
     except Exception as error:  # the parser's own, of any kind
@@ -311,22 +314,15 @@ def _parquet_rows(path: Path, form: Format, wanted: set[str]) -> Iterator[Checke
         ) from None
 
 
-def _table_rows(table: pa.Table, wanted: set[str]) -> Iterator[Row]:
-    """All of a table's rows. ``datasets`` reads the columns ``wanted``; it knows not every type."""
-    others = table.drop_columns([name for name in table.column_names if name in wanted])
-    read = rows_of_table(table.drop_columns(others.column_names))
-    yield from (row | rest for row, rest in zip(read, others.to_pylist(), strict=True))
-
-
 def _parquet_row(place: str, row: Row, label: str, classes: dict[str, list[str]]) -> Checked:
-    """A row whose numbers of ``classes`` have become their names, in place."""
+    """A row whose numbers of ``classes`` become their names, in place."""
     for name in classes.keys() & row.keys():
         said = _by_name(row[name], name, classes[name])
         if not isinstance(said, BadField):
             row[name] = said
         elif name == label:
             return Checked(place, said)
-    return _known(Checked(place, row), row)
+    return Checked(place, row)
 
 
 def _letters(value: object) -> int:
