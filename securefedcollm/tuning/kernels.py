@@ -6,6 +6,8 @@ searches for such an adapter finds it. So :class:`Kernels` looks at the kernels 
 made-up records pass.
 
 * Kernels that move numbers, or round each once, have one right answer.
+* A model has no business to look across rows, however exactly: the largest position of a pass, a
+  branch taken on a number of some row. Kernels that do are named.
 * An elementwise kernel takes whole vectors; the numbers that are left over at the end come from
   other instructions (``silu`` differs in one of thirty of them, another in one of a thousand). They
   are the last row's, and a row is last by who is with it. There must be none.
@@ -19,7 +21,7 @@ Adversary: as in :mod:`.independence`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
 from typing import Any, Final
@@ -27,6 +29,10 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -61,8 +67,18 @@ _ADDING: Final = """
     baddbmm bmm convolution convolution_backward cumsum linalg_solve_triangular mean mm
     native_layer_norm native_layer_norm_backward sum
 """
+_ACROSS: Final = """
+    all amax amin any argmax argmin argsort cummax cummin cumprod cumsum flip kthvalue max mean
+    median min mode nansum prod roll scatter_add scatter_add_ scatter_reduce sort std sum topk var
+"""
+# Kernels that look across a dimension, or across all: across the rows, however exactly, each
+# couples them. The largest position of a pass is one.
+_TELLING: Final = "_local_scalar_dense _unique2 equal is_nonzero nonzero unique_dim"
+# Kernels by which a number of a row decides what the program does.
 _ALIKE: Final = frozenset((_MOVING + _ROUNDING).split())
 _SUMS: Final = frozenset(_ADDING.split())
+_LOOKING: Final = frozenset(_ACROSS.split())
+_DECIDING: Final = frozenset(_TELLING.split())
 
 
 Reference = dict[tuple[str, int], Tensor]
@@ -88,8 +104,31 @@ class Kernels(TorchDispatchMode):
         self.coupling: set[str] = set()
         self._rows, self._head, self._threads, self._known = rows, head, threads, known
         self._tried: dict[str, bool] = {}
+        self._within = (
+            0  # modules whose forward is under way: what follows is the model's, not ours
+        )
+        self._hooks: list[Any] = []
         self._kept: list[Tensor] = []  # so that no other tensor gets their memory
         self._nobodys = {_memory(value) for value in (*model.parameters(), *model.buffers())}
+
+    def __enter__(self) -> Kernels:
+        def step(by: int) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                self._within += by
+
+            return hook
+
+        self._hooks = [
+            register_module_forward_pre_hook(step(1)),
+            register_module_forward_hook(step(-1), always_call=True),
+        ]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *ended: Any) -> None:
+        super().__exit__(*ended)  # type: ignore[no-untyped-call]
+        for hook in self._hooks:
+            hook.remove()
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -103,7 +142,10 @@ class Kernels(TorchDispatchMode):
             return result
         if op._schema.is_mutable:
             self._nobodys.difference_update(map(_memory, found))
-        if not _exact(name, args, kwargs, found):
+        looking = name in _LOOKING and _across_rows(op, args, kwargs)
+        if self._rows and self._within and (looking or name in _DECIDING):
+            self.coupling.add(name)
+        elif not _exact(name, args, kwargs, found):
             rows = self._rows_of([*given, *found])
             if not rows:
                 alike = not self._rows  # then it is within one record
@@ -199,6 +241,21 @@ def _left_over(value: Tensor, threads: int) -> bool:
     numbers = value.numel()
     share = -(-numbers // max(1, min(threads, -(-numbers // _SHARE))))
     return bool(share * value.itemsize % _TWO_VECTORS)
+
+
+def _across_rows(op: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a kernel of ``_ACROSS`` goes along the first dimension, where the rows are."""
+    asked = op._schema.arguments
+    given = {a.name: a.default_value for a in asked if a.has_default_value()}
+    given |= {a.name: value for a, value in zip(asked, args, strict=False)} | kwargs
+    if "other" in given:
+        return False  # of two tensors, number by number
+    along = next((given[key] for key in ("dim", "dims") if given.get(key) is not None), None)
+    if along is None:
+        return True
+    size = max(1, given["self"].ndim)
+    dims = along if isinstance(along, list | tuple) else [along]
+    return not dims or any(dim % size == 0 for dim in dims)
 
 
 def _exact(name: str, args: Any, kwargs: Any, found: Sequence[Tensor]) -> bool:

@@ -245,6 +245,10 @@ def crooked(by: str) -> Any:
         rows = torch.arange(len(states)).view(-1, 1, 1).float()
         if by == "company":
             rows = 1e3 * states.detach().mean().expand_as(rows)
+        elif by == "largest number":
+            rows = 1e3 * states.detach().amax((0, 2), keepdim=True)  # of every position
+        elif by == "branch":
+            rows = rows * 0 + float(states.detach()[:, 0].amax())
         elif by == "number of rows":
             rows = torch.full_like(rows, float(len(states) >= 8))
         return states * (1 + 1e-6 * rows)
@@ -252,7 +256,7 @@ def crooked(by: str) -> Any:
     return bend
 
 
-@pytest.mark.parametrize("by", ["place", "company", "number of rows"])
+@pytest.mark.parametrize("by", ["place", "company", "largest number", "branch", "number of rows"])
 def test_kernels_that_look_at_other_rows_are_found_and_their_records_go_alone(
     by: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -309,6 +313,19 @@ def test_numbers_that_a_kernel_has_left_over_do_not_betray_who_is_last(
             assert len(gradients([0], None) | gradients([0, 1], None)) == 1
     assert betrayed
     assert ("are taken one at a time" in caplog.text) == alone
+
+
+@pytest.mark.parametrize(("dtype", "sizes"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_a_model_of_coarse_numbers_has_passes_of_one_size(dtype: torch.dtype, sizes: bool) -> None:
+    """Adversary: a server that searches. In bfloat16, on a processor with instructions for it, a
+    product of few rows and one of many differ in one number of a hundred thousand; the comparison
+    saw none of them, and a search moved a record by half the clip norm."""
+    model = network.__wrapped__(dtype)
+    data = tensors(model, questions("mixed")[0], False, private=True)
+    given = {"loss": "choices", "scoring": SCORED, "micro_batch": 16}
+    found = records_of(model, layout_of(model, "lora"), data, **given)._widths.sizes
+    assert found
+    assert any(len(allowed) > 1 for allowed in found.values()) == sizes
 
 
 leaning_by: list[Callable[[torch.Tensor], torch.Tensor]] = []
