@@ -178,7 +178,7 @@ def without_spent(
         records = identified(ledger, study, workload)
         begun = ledger.set_of(digest(study).hex())
         if begun is not None:
-            kept = _only(workload.questions, records.rows_in(begun))
+            kept = _only(workload.questions, records.exactly_in(begun))
         else:
             kept = _payers(ledger, study, workload, budget)
     return workload if len(kept) == len(workload.questions) else build(kept)

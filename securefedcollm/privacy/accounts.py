@@ -120,7 +120,7 @@ class Overlaps:
     def _source(self, entry: Entry) -> frozenset[str]:
         """The sets that together are what the charge is about; "" stands for all of this file."""
         if entry.about.records:
-            mine = self.records is not None and self.records.digest == entry.about.records
+            mine = self.records is not None and entry.about.records in self.records.digests
             same = self.records is None and bool(entry.fingerprints & self._fingerprints)
             return frozenset([""] if mine or same else [entry.about.records])
         if entry.key.dataset in self._fingerprints:

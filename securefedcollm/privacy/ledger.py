@@ -333,7 +333,7 @@ class Ledger(Book):
 
 
 def _again(known: Entry, asked: Asked) -> Reservation:
-    known_as = {"", asked.records.digest, asked.records.former} if asked.records else {""}
+    known_as = {"", *(asked.records.digests if asked.records else ())}
     same = known.reserved == asked.events and known.about.records in known_as
     if known.state == "reserved" and same:
         return Reservation(known.key, known.reserved, known.row)

@@ -48,7 +48,9 @@ def test_the_rehearsal_of_the_deployment_guide(tmp_path):
         (run,) = tmp_path.glob(f"silo-{silo}/studies/*/")
         log = (tmp_path / f"silo-{silo}.log").read_text()
         for which in ("held-out", "training"):
-            rounds = [json.loads(line) for line in (run / f"{which}.jsonl").read_text().splitlines()]
+            rounds = [
+                json.loads(line) for line in (run / f"{which}.jsonl").read_text().splitlines()
+            ]
             assert [line["round"] for line in rounds] == [0, 1, 2]
             whole = rounds[2]["all"]
             said_ = f"loss {-whole['gold_log_prob']:.4f}, accuracy {whole['accuracy']:.4f}"

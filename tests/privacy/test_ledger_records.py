@@ -286,6 +286,73 @@ def test_subjects_pay_or_are_left_out_together(ledger):
     assert paying.tolist() == [False, False, True, True]
 
 
+# --- one subject in many files ------------------------------------------------------------------
+
+MONTHS = {
+    month: [f"{month}, visit {v} of patient {p}" for p in range(10) for v in range(3)]
+    for month in ("january", "february", "march")
+}
+
+
+def by_patient(study="first", **more):
+    return {"unit": "subject", "subject": patient, "study": study} | more
+
+
+def test_a_subject_has_one_budget_in_all_files(ledger):
+    """Adversary: whoever keeps one file a month: no two share a record, all share the patients."""
+    spend(ledger, MONTHS["january"], **by_patient())
+    with pytest.raises(BudgetExceeded, match="of 8 is spent"):
+        spend(ledger, MONTHS["february"], **by_patient("second"))
+    every = ledger.standing(
+        whom(ledger, [w for words in MONTHS.values() for w in words], patient), unit="subject"
+    )
+    assert (every.accounts, every.untouched) == (10, 0)
+    assert 7.9 < every.worst <= 8.0
+    (stored,) = map(ledger.stored, ledger.sets())
+    assert ledger.standing(stored).accounts == 10
+    ledger.verify()
+
+
+def test_other_subjects_have_their_own_budget(ledger):
+    """The positive control: the same visits, of patients with other names."""
+    spend(ledger, MONTHS["january"], **by_patient())
+    others = by_patient("second", subject=lambda word: f"other {patient(word)}")
+    spend(ledger, MONTHS["february"], **others)
+    mixed = [*MONTHS["march"], "february, visit 1 of patient 3"]
+    records = whom(ledger, mixed, lambda w: patient(w) if w == mixed[-1] else f"new {patient(w)}")
+    paying = ledger.payers("d", "subject", EIGHT, 1, BUDGET, records=records, study="third")
+    assert paying.tolist() == [True] * 30 + [False]
+
+
+def test_a_renamed_column_of_subjects_opens_no_account(ledger):
+    """Adversary: whoever renames the header of each month's file."""
+    spend(ledger, MONTHS["january"], **by_patient())
+    contents = [(hashlib.sha256(w.encode()).digest(), patient(w)) for w in MONTHS["february"]]
+    renamed = ledger.identify(contents, column="person")
+    about = {"records": renamed, "study": "second"}
+    with pytest.raises(BudgetExceeded, match="of 8 is spent"):
+        ledger.foresee("d", "subject", EIGHT, 1, BUDGET, **about)
+
+
+def test_a_set_of_a_version_that_did_not_know_subjects_goes_on(ledger):
+    """Its run is resumed by this version; it is charged for the records that it knows."""
+    for row in (b"", b"row of "):
+        contents = [
+            Content(hashlib.sha256(w.encode()).digest(), patient(w), row and row + w.encode())
+            for w in MONTHS["january"]
+        ]
+        records, before = (ledger.identify(contents, column="patient") for _ in range(2))
+        before.owners = None
+        given = (f"data {row}", "subject", f"run {row}", 0, 0, plan(2.0), BUDGET)
+        reserved = ledger.reserve(*given, records=before, study="first")
+        assert ledger.reserve(*given, records=records, study="first") == reserved
+        known = ledger.stored(before.digest)
+        assert (known.owners, known.digest) == (None, before.digest)
+        assert records.digests == {records.digest, before.digest, records.former}
+    assert ledger.standing(records).untouched == 0
+    ledger.verify()
+
+
 # --- identities ---------------------------------------------------------------------------------
 
 
