@@ -413,7 +413,8 @@ def _cores() -> int:
 def _show_terms(terms: Terms, as_json: bool) -> None:
     """Show what taking part means."""
     if as_json:
-        typer.echo(json.dumps({"event": "terms", **asdict(terms)}))
+        figures = {k: None if v == float("inf") else v for k, v in asdict(terms).items()}
+        typer.echo(json.dumps({"event": "terms", **figures}))
     else:
         for key, value in _reading(terms).items():
             # Adversary: the study's author, who chose the names.

@@ -158,6 +158,11 @@ class Records:
         ids = mine.view(wide)[:, 0]
         return _among(ids, np.argsort(ids).astype(np.int32), theirs.view(wide)[:, 0])
 
+    def all_in(self, others: Records) -> bool:
+        """Whether every record's words and row are those of one record of ``others``."""
+        given = np.arange(len(self.pairs), dtype=np.int32)
+        return bool(_among(self.pairs, given, others.pairs).all())
+
     def _order(self, kind: str) -> npt.NDArray[np.int32]:
         """In which the identities ascend: looked up like that, they are found from the cache."""
         if kind not in self._orders:

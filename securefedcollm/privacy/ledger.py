@@ -312,7 +312,7 @@ class Ledger(Book):
                 "also": list(records.also),
                 "made_with": records.key,
             }
-            content |= {"column": records.column, "most": records.most}
+            content |= {"column": records.column, "most": records.most, "rows": len(records)}
         return content
 
     def _step(self, action: str, reservation: Reservation, **content: Any) -> None:

@@ -15,7 +15,12 @@ _MOST_STEPS = 4096
 
 
 def reading(account: Account) -> float:
-    """ε of what an account was charged and is asked: an odometer's, see :func:`filter_epsilon`."""
+    """ε of what an account was charged and is asked: an odometer's, see :func:`filter_epsilon`.
+
+    Infinite where a release has no bound.
+    """
+    if account.unclear:
+        return math.inf
     events = merge(account.counted + account.asked)
     return _reading(events, account.budget.delta, account.budget.epsilon, account.terms)
 

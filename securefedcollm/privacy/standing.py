@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from securefedcollm.privacy.accounts import Overlaps, accounts_of
+from securefedcollm.privacy.accounts import Most, Overlaps, accounts_of
 from securefedcollm.privacy.charges import Budget, Entry, Unit
 from securefedcollm.privacy.events import Events
 from securefedcollm.privacy.refusal import reading
@@ -38,7 +38,7 @@ def standing_of(
 ) -> Standing:
     """The standing of the file's records after ``entries``, and ``plus`` of ``unit``."""
     patterns = overlaps.patterns(entries)
-    spent = [_spent(charges, plus, unit, budget) for charges in patterns.charges]
+    spent = [_spent(charges, plus, unit, budget, patterns.most) for charges in patterns.charges]
     untouched = sum(
         count
         for charges, count in zip(patterns.charges, patterns.counts, strict=True)
@@ -56,10 +56,10 @@ def standing_of(
     )
 
 
-def _spent(charges: list[Entry], plus: Events, unit: Unit, budget: Budget) -> float:
+def _spent(charges: list[Entry], plus: Events, unit: Unit, budget: Budget, most: Most) -> float:
     if not plus and not any(entry.counted for entry in charges):
         return 0.0
-    return max(map(reading, accounts_of(charges, plus, unit, budget, budget.epsilon)))
+    return max(map(reading, accounts_of(charges, plus, unit, budget, budget.epsilon, most)))
 
 
 def _median(values: Sequence[float], counts: Sequence[int]) -> float:

@@ -248,6 +248,58 @@ def test_a_release_by_record_counts_k_times_for_a_subject_of_k_records(ledger):
     assert after.worst > 1.5 * before
 
 
+VISITS = [f"visit {v} of patient {p}" for p in range(10) for v in range(3)]
+FIRSTS = [visit for visit in VISITS if visit.startswith("visit 0")]
+
+
+def test_how_many_records_a_subject_had_in_another_file_is_not_guessed(ledger):
+    """Adversary: the author of a study by subject on a file with one record of each subject, after
+    one by record on a file with three. Theirs count three times, not once."""
+    spend(ledger, VISITS, [Gaussian(20.0)])
+    by_subject = {"unit": "subject", "subject": patient, "events": [Gaussian(40.0)]}
+    with pytest.raises(BudgetExceeded, match="not how many of them are one subject's") as caught:
+        spend(ledger, FIRSTS, study="second", **by_subject)
+    assert caught.value.hint.startswith("use other data")
+    with pytest.raises(BudgetExceeded, match="10 of 11 subjects cannot pay") as caught:
+        spend(ledger, [*FIRSTS, "of patient X"], study="third", **by_subject)
+    assert caught.value.hint == "--records skip: the other 1 subjects can pay"
+    assert ledger.standing(whom(ledger, VISITS, patient)).worst < 8.0  # so far by record alone
+
+
+@pytest.mark.parametrize("first", [VISITS, FIRSTS])
+def test_it_is_known_where_the_subjects_of_all_its_records_are(ledger, tmp_path, first):
+    """The control: the same file, or one that grew since."""
+
+    def rows(words):
+        digests = [hashlib.sha256(word.encode()).digest() for word in words]
+        return [Content(d, patient(w), b"row " + d) for d, w in zip(digests, words, strict=True)]
+
+    about = {"study": "second", "records": ledger.identify(rows(VISITS), column="patient")}
+    before = ledger.identify(rows(first))
+    ledger.reserve("x", "record", "r", 0, 0, [Gaussian(20.0)], BUDGET, records=before)
+    ledger.reserve("y", "subject", "s", 0, 0, [Gaussian(40.0)], BUDGET, **about)
+    with Ledger(tmp_path / "other.sqlite", "north") as other:
+        spend(other, VISITS, [Gaussian(20.0 / 3), Gaussian(40.0)])
+        expected = other.standing(whom(other, VISITS)).worst
+    assert ledger.standing(about["records"]).worst == pytest.approx(expected)
+    # The other way round: a study by record on a part of it, and on more than the ledger knows.
+    third = {"study": "third", "events": [Gaussian(40.0)], "rounds": 1, "budget": BUDGET}
+    ledger.foresee("z", "record", records=ledger.identify(rows(FIRSTS)), **third)
+    with pytest.raises(BudgetExceeded, match="not how many of them are one subject's"):
+        ledger.foresee("z", "record", records=ledger.identify(rows([*FIRSTS, "new"])), **third)
+
+
+def test_a_record_that_was_there_twice_may_have_been_of_two_subjects(ledger):
+    twice = whom(ledger, [*VISITS, VISITS[0]])
+    ledger.reserve("x", "record", "r", 0, 0, [Gaussian(20.0)], BUDGET, records=twice)
+    about = {"records": whom(ledger, VISITS, patient), "study": "second"}
+    given = ("subject", [Gaussian(40.0)], 1, BUDGET)
+    with pytest.raises(BudgetExceeded, match="not how many of them are one subject's"):
+        ledger.foresee("y", *given, **about)
+    same = about | {"records": whom(ledger, [*VISITS, VISITS[0]], patient)}
+    ledger.foresee("y", *given, **same)
+
+
 def test_how_a_release_is_seen_from_outside_its_unit():
     assert halved(Gaussian(2.0, 3)) == Gaussian(1.0, 3)
     assert halved(PoissonGaussian(0.1, 2.0, 3)) == PoissonGaussian(0.1, 1.0, 3)
