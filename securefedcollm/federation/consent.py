@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from securefedcollm.errors import BudgetExceeded
+from securefedcollm.errors import BudgetExceeded, ConfigError
 from securefedcollm.federation.files import make_directory
 from securefedcollm.federation.plan import joint_step, silo_unit
 from securefedcollm.federation.roles import LEDGER, Member
@@ -169,7 +169,8 @@ def without_spent(
 
     Raises:
         BudgetExceeded: no record can pay, or the study asks for more than the pinned budget.
-        ConfigError: too few records are left for the study.
+        ConfigError: too few records are left for the study; or those that it began with are not
+            in the file.
     """
     study, privacy = member.study, member.study.privacy
     if privacy is None:
@@ -178,10 +179,32 @@ def without_spent(
         records = identified(ledger, study, workload)
         begun = ledger.set_of(digest(study).hex())
         if begun is not None:
-            kept = _only(workload.questions, records.exactly_in(begun))
+            kept = _begun_with(ledger, study, workload, records, begun)
         else:
             kept = _payers(ledger, study, workload, budget)
     return workload if len(kept) == len(workload.questions) else build(kept)
+
+
+def _begun_with(
+    ledger: Ledger, study: Study, workload: SiloTuning, records: Records, begun: Records
+) -> Sequence[Question]:
+    """The questions that the study began with, told apart by every identity that they have.
+
+    A report with the same words may be another record: of a row that could not pay, or of another
+    subject. With it the run could not go on, and its budget would be gone.
+    """
+    from securefedcollm.federation.cotuning import contents_of
+
+    kept = _only(workload.questions, records.exactly_in(begun))
+    found = ledger.identify(contents_of(kept), column=study.subject)
+    if begun.digest not in found.digests:
+        raise ConfigError(
+            f"these are not the records that the study began with: it had {len(begun):,} different "
+            f"ones, of which {int(begun.exactly_in(records).sum()):,} are in this file",
+            where="data",
+            hint="put the file back as it was; nothing was spent on it since",
+        )
+    return kept
 
 
 def _payers(

@@ -10,6 +10,7 @@ import logging
 import random
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,10 +41,11 @@ PRIVACY = {"epsilon": 8.0, "delta": 1e-5}
 class FileSilo(ArithmeticSilo):
     """What ``SiloTuning`` is to the ledger, of a real file, without a model."""
 
-    def __init__(self, study, path):
+    def __init__(self, study, path, questions=None):
         super().__init__("silo-1")
         self.study = study
-        self.questions = read_records(study, path)
+        self.questions = read_records(study, path) if questions is None else list(questions)
+        self.records = len(self.questions)
         plain = [replace(question, subject=None) for question in self.questions]
         self.dataset = dataset_fingerprint(self.questions if study.subject else plain)
         self.also = [dataset_fingerprint(plain)] if study.subject else []
@@ -263,6 +265,87 @@ def test_skip_leaves_out_what_cannot_pay_and_the_study_is_about_the_rest(member,
     again = consent.without_spent(member, every, None, lambda q: workload(member, inputs, q))
     assert again.questions == left.questions
     consent.require_budget(member, again, None)
+
+
+BY_SUBJECT = PRIVACY | {"unit": "subject", "subject": "patient"}
+
+
+def without_spent(member, path):
+    """What ``client --records skip`` takes part with, here without a model."""
+    study = member.study
+    whole = FileSilo(study, path)
+    return consent.without_spent(member, whole, None, lambda kept: FileSilo(study, path, kept))
+
+
+@pytest.fixture
+def skipping(tmp_path, monkeypatch):
+    """A silo whose first rows are spent, and the file that it begins a study with."""
+    monkeypatch.setattr("securefedcollm.federation.cotuning.planned_event", planned)
+
+    def begin_with(rows, spent_rows, column, privacy):
+        path = write(tmp_path / "mine.jsonl", rows)
+        kind = {"kind": "classification", "labels": ["benign", "malign"]}
+        earlier = write(tmp_path / "earlier.jsonl", spent_rows)
+        found = read_questions(earlier, columns={"text": column}, **kind)
+        study = a_study("second", privacy=privacy)
+        member = SimpleNamespace(study=study, name="silo-1", home=tmp_path, run=tmp_path)
+        with Ledger(tmp_path / roles.LEDGER, "silo-1") as ledger:
+            about = {"records": ledger.identify(contents_of(found)), "study": "earlier"}
+            noise = calibrate(8.0, 1e-5, RATE, 60)
+            event = PoissonGaussian(RATE, noise, 60)
+            ledger.reserve("e", "record", "earlier", 0, 0, [event], (8.0, 1e-5), **about)
+        left = without_spent(member, path)
+        with Ledger(tmp_path / roles.LEDGER, "silo-1") as ledger:
+            about = {"records": consent.identified(ledger, study, left)}
+            about["study"] = digest(study).hex()
+            given = (left.dataset, privacy.get("unit", "record"), RUN, 0, 0, left.events())
+            ledger.reserve(*given, (8.0, 1e-5), **about)
+        return member, path, left
+
+    return begin_with
+
+
+def planned(study, questions):
+    return PoissonGaussian(RATE, calibrate(8.0, 1e-5, RATE, STEPS * ROUNDS), STEPS)
+
+
+def letters(count=40):
+    label = ["benign", "malign"]
+    return [
+        {"text": f"finding {i}", "letter": f"letter {i}", "label": label[i % 2], "patient": f"p{i}"}
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize("privacy", [PRIVACY, BY_SUBJECT])
+def test_a_restart_takes_the_records_that_it_began_with_not_others_of_the_same_words(
+    skipping, equal, privacy
+):
+    """One of two reports with the same words was spent, by another column of its row, or for
+    another subject. ``equal`` False is the control."""
+    rows = letters()
+    if equal:
+        rows[0]["text"] = rows[20]["text"] = "no abnormality detected"
+    if privacy is BY_SUBJECT:  # the report that both have is the spent subject's second
+        rows[1]["patient"] = "p0"
+        spent_rows, column, left = rows[1:2], "text", 38
+    else:
+        spent_rows, column, left = rows[:1], "letter", 39
+    member, path, began = skipping(rows, spent_rows, column, privacy)
+    assert began.records == left
+    again = without_spent(member, path)
+    assert (again.questions, again.dataset) == (began.questions, began.dataset)
+    consent.require_budget(member, again, None)
+
+
+def test_a_restart_without_all_the_records_that_it_began_with_is_refused(skipping):
+    rows = letters()
+    member, path, _ = skipping(rows, rows[:1], "letter", PRIVACY)
+    write(path, rows[:-1])
+    with pytest.raises(ConfigError, match="it had 39 different ones, of which 38 are in") as caught:
+        without_spent(member, path)
+    assert "put the file back" in caught.value.hint
 
 
 def test_a_study_that_has_begun_and_cannot_go_on_is_refused_before_anybody_waits(member, inputs):
