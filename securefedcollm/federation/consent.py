@@ -75,6 +75,8 @@ def terms(
         ("spent", "after", "median", "untouched", "budget", "budget_delta")
     )
     unattributed = 0
+    if privacy is None and (pinned := _pinned(member)) is not None:
+        figures |= {"budget": pinned.epsilon, "budget_delta": pinned.delta}
     if privacy is not None:
         agreed = budget or Budget(privacy.epsilon, privacy.delta)
         with Ledger(member.home / LEDGER, member.name) as ledger:
@@ -112,6 +114,36 @@ def terms(
         unattributed=unattributed,
         **figures,
     )
+
+
+def require_protection(member: Member, without_privacy: bool) -> None:
+    """Refuse a study without differential privacy, if this silo's records have a budget.
+
+    A budget is pinned by its owner, or by the first charge to any record.
+
+    Adversary: the author of a study, who leaves ``privacy`` out to have the records themselves.
+
+    Args:
+        without_privacy: the operator knows, and agrees.
+
+    Raises:
+        ConfigError: says what is pinned.
+    """
+    pinned = _pinned(member)
+    if member.study.privacy is None and pinned is not None and not without_privacy:
+        raise ConfigError(
+            f"the budget of these records is pinned at ε = {pinned.epsilon:g}, δ = "
+            f"{pinned.delta:g}, and this study has no differential privacy: no budget bounds what "
+            "its updates and its model tell of them",
+            where="privacy",
+            hint="agree on a study with a privacy section; --without-privacy takes part all the "
+            "same",
+        )
+
+
+def _pinned(member: Member) -> Budget | None:
+    with Ledger(member.home / LEDGER, member.name) as ledger:
+        return ledger.pinned
 
 
 def require_budget(member: Member, workload: SiloWorkload, budget: Budget | None) -> None:

@@ -399,6 +399,18 @@ def test_what_an_old_ledger_charged_is_known_from_the_first_sight_of_its_file(me
         ledger.verify()
 
 
+def test_spent_records_are_not_given_to_a_study_without_privacy(inputs, tmp_path):
+    """Their budget is pinned by the first charge; the flag says that the operator knows."""
+    member = SimpleNamespace(study=a_study(privacy=None), name="silo-1", home=tmp_path)
+    consent.require_protection(member, False)  # the controls: nothing was charged, or it is private
+    with Ledger(tmp_path / roles.LEDGER, "silo-1") as ledger:
+        ledger.reserve("d", "record", "r", 0, 0, [PoissonGaussian(0.1, 1.0, 9)], (8.0, 1e-5))
+    with pytest.raises(ConfigError, match=r"pinned at ε = 8, δ = 1e-05, and this study has no"):
+        consent.require_protection(member, False)
+    consent.require_protection(member, True)
+    consent.require_protection(SimpleNamespace(**vars(member) | {"study": a_study()}), False)
+
+
 def test_an_operators_limit_below_the_study_is_told_before_anything_is_sent(member, inputs):
     mine = workload(member, inputs)
     with pytest.raises(BudgetExceeded, match=r"the study asks for ε = 8; .* pinned at ε = 3"):
