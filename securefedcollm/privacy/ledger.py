@@ -253,6 +253,7 @@ class Ledger(Book):
             LocalProtocolError: the reservation was released, settled or voided before.
         """
         self._step("release", reservation)
+        self._journal.checkpoint()
 
     def settle(self, reservation: Reservation, actual: Sequence[Event]) -> None:
         """Replace the worst case by what happened.

@@ -14,10 +14,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from securefedcollm.errors import BudgetExceeded, ConfigError
+from securefedcollm.errors import BudgetExceeded, ConfigError, StateError
+from securefedcollm.evidence.ledger import LoggedLedger
+from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation import consent, roles
 from securefedcollm.federation.cotuning import SiloTuning, contents_of
 from securefedcollm.federation.dealing import read_records
+from securefedcollm.federation.files import make_directory
 from securefedcollm.federation.messages import Refused, Trained
 from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore, SumMemory
@@ -409,6 +412,73 @@ def test_spent_records_are_not_given_to_a_study_without_privacy(inputs, tmp_path
         consent.require_protection(member, False)
     consent.require_protection(member, True)
     consent.require_protection(SimpleNamespace(**vars(member) | {"study": a_study()}), False)
+
+
+@pytest.fixture
+def charged(inputs, tmp_path):
+    """A silo's home after one study: (member, home, how to enter it again, copy of its ledger)."""
+    homes = make_identities(tmp_path, ["silo-1", "silo-2", "silo-3", "silo-4"])
+    study = load_study(inputs / "tiny.yaml")
+    first = write_signed(study, homes, tmp_path / "study.yaml")
+    home = homes["silo-1"]
+
+    def enter(name="study.yaml"):
+        path = tmp_path / name
+        return roles.take_part(load_study(path), path, home, "silo", str)
+
+    with enter(first.name) as member:
+        place = make_directory(member.run / "silos" / member.name)
+        log = EvidenceLog(
+            place / "evidence.sqlite", study=digest(member.study), owner="silo-1", key=member.key
+        )
+        copies = []
+        with LoggedLedger(home / roles.LEDGER, "silo-1", log, sums=2) as ledger:
+            for round_ in range(2):
+                copies.append((home / roles.LEDGER).read_bytes())
+                about = ("d", "record", RUN, round_, 0, [PoissonGaussian(0.1, 2.0, 9)], (8.0, 1e-5))
+                records = ledger.identify([(bytes([i]) * 32, None) for i in range(9)])
+                ledger.release(ledger.reserve(*about, records=records, study="s"))
+        log.close()
+    write_signed(load_study(inputs / "tiny.yaml", ["seed=7"]), homes, tmp_path / "second.yaml")
+    return home, enter, copies[1]
+
+
+def test_a_ledger_older_than_the_silos_own_evidence_is_refused_by_every_study(charged):
+    """Adversary: an operator, or a backup, that puts the ledger back to before the last round."""
+    home, enter, older = charged
+    newest = (home / roles.LEDGER).read_bytes()
+    for name in ("study.yaml", "second.yaml"):
+        with enter(name):  # the control
+            pass
+    (home / roles.LEDGER).write_bytes(older)
+    for name in ("study.yaml", "second.yaml"):
+        with (
+            pytest.raises(StateError, match=r"is older than .*evidence\.sqlite") as caught,
+            enter(name),
+        ):
+            pass
+        assert str(home / roles.LEDGER) in caught.value.message
+        assert "restore the newest copy of the ledger" in caught.value.hint
+    (home / roles.LEDGER).unlink()
+    with pytest.raises(StateError, match="is gone, and the key of its records"), enter():
+        pass
+    (home / roles.LEDGER).with_suffix(".key").unlink()
+    with pytest.raises(StateError, match="is older than"), enter("second.yaml"):
+        pass
+    (home / roles.LEDGER).write_bytes(newest)
+    with enter():
+        pass
+
+
+def test_an_evidence_log_that_cannot_be_read_is_named(charged):
+    home, enter, _ = charged
+    (log,) = home.glob("studies/*/silos/*/evidence.sqlite")
+    log.write_bytes(b"no database at all" * 99)
+    with (
+        pytest.raises(StateError, match=r"evidence\.sqlite: the evidence log cannot be read"),
+        enter(),
+    ):
+        pass
 
 
 def test_an_operators_limit_below_the_study_is_told_before_anything_is_sent(member, inputs):

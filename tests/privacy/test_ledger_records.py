@@ -437,6 +437,42 @@ def test_a_key_that_does_not_fit_the_ledger_is_refused(ledger, path, harm):
     assert "restore" in caught.value.hint
 
 
+def test_a_ledger_that_is_gone_is_not_begun_anew_beside_its_key(ledger, path):
+    """Adversary: whoever removes a spent ledger."""
+    spend(ledger, WORDS)
+    ledger.close()
+    spent = path.read_bytes()
+    path.unlink()
+    for _ in range(2):  # the refusal leaves no file behind that the next start would take
+        with pytest.raises(StateError, match="is gone, and the key of its records") as caught:
+            Ledger(path, "north")
+        assert not path.exists()
+    assert "restore the newest copy" in caught.value.hint
+    path.write_bytes(spent)
+    with Ledger(path, "north") as restored:
+        refused(restored, WORDS)
+
+
+def test_a_ledger_whose_key_was_made_but_never_used_goes_on(ledger, path):
+    """The control: an operator looked at the terms and declined."""
+    whom(ledger, WORDS)
+    ledger.close()
+    with Ledger(path, "north") as again:
+        spend(again, WORDS)
+
+
+def test_a_copy_without_the_wal_file_has_every_release(ledger, path, tmp_path):
+    """Adversary: a crash, after which only the files that somebody knows of are copied."""
+    spend(ledger, WORDS)
+    place = tmp_path / "copied"
+    place.mkdir()
+    for name in ("ledger.sqlite", "ledger.key"):  # while the other is open: as after kill -9
+        shutil.copy(path.with_name(name), place / name)
+    with Ledger(place / "ledger.sqlite", "north") as copied:
+        assert [entry.state for entry in copied.entries()] == ["released"]
+        refused(copied, WORDS)
+
+
 def test_records_known_by_their_words_alone_keep_their_charges(ledger):
     """A version that did not know rows yet charged them; the run goes on with this one."""
 
