@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from securefedcollm.privacy.accounting import hopeless
 from securefedcollm.privacy.accounts import Account
 from securefedcollm.privacy.events import Event, Events, louder, merge, repeat, times
-from securefedcollm.privacy.filters import Terms, filter_epsilon, filter_within
+from securefedcollm.privacy.filters import Terms, filter_bound, filter_epsilon, filter_within
 from securefedcollm.privacy.shown import down, up
 
 _MOST_STEPS = 4096
@@ -23,6 +23,14 @@ def reading(account: Account) -> float:
         return math.inf
     events = merge(account.counted + account.asked)
     return _reading(events, account.budget.delta, account.budget.epsilon, account.terms)
+
+
+def bound(account: Account) -> float:
+    """An upper bound on :func:`reading`, in milliseconds."""
+    if account.unclear:
+        return math.inf
+    events = merge(account.counted + account.asked)
+    return filter_bound(events, account.budget.delta, account.terms)
 
 
 def explain(

@@ -22,6 +22,7 @@ from securefedcollm.errors import (
     LocalProtocolError,
     StateError,
 )
+from securefedcollm.privacy import standing as standing_room
 from securefedcollm.privacy.accounting import calibrate
 from securefedcollm.privacy.charges import grouped, halved
 from securefedcollm.privacy.events import DiscreteGaussian, Gaussian, PoissonGaussian
@@ -178,6 +179,26 @@ def test_a_study_keeps_to_its_own_claim_whatever_the_owner_pinned(ledger):
     with pytest.raises(BudgetExceeded, match=r"of this study's own claim ε = .* of 2 is spent"):
         ledger.reserve("d", "record", "run", 0, 1, step, budget, records=records, **about)
     spend(ledger, WORDS, step, budget, study="another")
+
+
+def test_many_patterns_are_read_in_seconds_and_never_below_what_was_spent(ledger, monkeypatch):
+    """Adversary: whoever has a file studied in many overlapping parts: 2^6 patterns."""
+    words = [f"{i}" for i in range(64)]
+    ledger.pin(20.0, 1e-5)
+    for bit in range(6):
+        part = [word for i, word in enumerate(words) if i >> bit & 1]
+        spend(ledger, part, [Gaussian(8.0 + bit)], study=f"{bit}")
+    records, read = whom(ledger, words), []
+    tight = standing_room.reading
+    monkeypatch.setattr(standing_room, "reading", lambda account: read.append(1) or tight(account))
+    quick = ledger.standing(records)
+    assert len(read) <= 2 * 16
+    monkeypatch.setattr(standing_room, "_TIGHT", 64)
+    exact = ledger.standing(records)
+    assert len(read) > 64
+    assert quick.worst == exact.worst
+    assert exact.median <= quick.median <= 1.1 * exact.median
+    assert (quick.accounts, quick.untouched) == (64, 1)
 
 
 # --- the pinned budget --------------------------------------------------------------------------
