@@ -299,7 +299,7 @@ def _print_reports(reports: list[BudgetReport]) -> None:
                 continue
             table.add_row(
                 owner,
-                as_text(f"file {account.dataset[:8]}"),
+                as_text(f"file {account.dataset}"),
                 *("", "", ""),
                 up(account.spent.epsilon),
                 down(account.left),

@@ -182,6 +182,15 @@ def client(
             help="If some records cannot pay for this study: refuse it, or leave those records out."
         ),
     ] = "refuse",
+    without_privacy: Annotated[
+        bool,
+        typer.Option(
+            "--without-privacy",
+            help="Take part in a study without differential privacy although these records have a "
+            "privacy budget. No ε bounds what such a study reveals of them; --yes does not include "
+            "this.",
+        ),
+    ] = False,
     threads: Threads = None,
     device: Device = "cpu",
     yes: Yes = False,
@@ -240,6 +249,7 @@ def client(
         roles.require_begun_data(member, workload)
         terms = consent.terms(member, workload, limit, left_out=of_file - workload.records)
         _show_terms(terms, as_json)
+        consent.require_protection(member, without_privacy)
         consent.require_budget(member, workload, limit)
         _confirm(yes)
         with Bars(quiet=as_json) as bars:
@@ -413,7 +423,8 @@ def _cores() -> int:
 def _show_terms(terms: Terms, as_json: bool) -> None:
     """Show what taking part means."""
     if as_json:
-        typer.echo(json.dumps({"event": "terms", **asdict(terms)}))
+        figures = {k: None if v == float("inf") else v for k, v in asdict(terms).items()}
+        typer.echo(json.dumps({"event": "terms", **figures}))
     else:
         for key, value in _reading(terms).items():
             # Adversary: the study's author, who chose the names.
@@ -438,6 +449,11 @@ def _reading(terms: Terms) -> dict[str, str]:
     if terms.epsilon is None:
         shown["privacy"] = "none: the tuned adapter may reveal records"
         shown["budget"] = "nothing is accounted for"
+        if terms.budget is not None:
+            shown["budget"] = (
+                f"ε = {terms.budget:g} (δ = {terms.budget_delta:g}) is pinned for every record; "
+                "this study does not keep to it, and needs --without-privacy"
+            )
         return shown
     from securefedcollm.privacy.shown import up
 

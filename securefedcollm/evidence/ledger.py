@@ -11,11 +11,12 @@ the head that the ledger had, so a ledger that no longer contains it is found ou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from securefedcollm.errors import EvidenceError
+from securefedcollm.errors import EvidenceError, StateError
 from securefedcollm.evidence.entries import (
     Entry,
     Released,
@@ -23,10 +24,12 @@ from securefedcollm.evidence.entries import (
     Settled,
     Spent,
     Voided,
+    decode_entry,
 )
-from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.evidence.log import EvidenceLog, blinded
 from securefedcollm.privacy.events import Event, encode_events
 from securefedcollm.privacy.identities import Records
+from securefedcollm.privacy.journal import Row
 from securefedcollm.privacy.ledger import Budget, Key, Ledger, Reservation
 
 CHARGES = (Reserved, Released, Settled, Voided)
@@ -37,12 +40,16 @@ class LoggedLedger(Ledger):
 
     Args:
         sums: the study's; with the last one ``settled`` also says what was spent in all.
+
+    Raises:
+        EvidenceError: the ledger lacks what the log anchored.
     """
 
     def __init__(self, path: Path | str, owner: str, log: EvidenceLog, *, sums: int) -> None:
         super().__init__(path, owner)
         self._log = log
         self._sums = sums
+        check_anchors(log, self)
 
     def reserve(
         self,
@@ -119,9 +126,48 @@ class LoggedLedger(Ledger):
         }
 
 
-def anchor(log: EvidenceLog, head: bytes) -> bytes:
+def anchor(log: EvidenceLog | Anchors, head: bytes) -> bytes:
     """What the log says instead of a ledger's head."""
     return log.blinded(b"ledger\0" + head)
+
+
+class Anchors(NamedTuple):
+    """What an evidence log says of a ledger: read from its file, without the owner's key."""
+
+    path: Path
+    blind: bytes
+    charges: list[Entry]
+    """Oldest first."""
+
+    def blinded(self, content: bytes) -> bytes:
+        """As the log's own."""
+        return blinded(self.blind, content)
+
+    def missing(self, rows: Sequence[Row]) -> Entry | None:
+        """The first charge whose head is not in a ledger of these ``rows``; None if all are."""
+        return _missing(self, self.charges, rows)
+
+
+def read_anchors(path: Path) -> Anchors:
+    """The anchors in the evidence log at ``path``; its signatures are not checked.
+
+    Raises:
+        StateError, EvidenceError: it cannot be read.
+    """
+    try:
+        db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=60.0)
+        try:
+            own = db.execute("SELECT value FROM own WHERE name = 'blind'").fetchone()
+            bodies = db.execute("SELECT body FROM entries ORDER BY seq").fetchall()
+        finally:
+            db.close()
+    except sqlite3.Error as error:
+        raise StateError(
+            f"{path}: the evidence log cannot be read ({error})",
+            hint="restore it; without it an older privacy ledger would not be noticed",
+        ) from None
+    entries = [decode_entry(bytes(body), f"{path}: entry {i}") for i, (body,) in enumerate(bodies)]
+    return Anchors(path, bytes(own[0]) if own else b"", list(_charges(entries)))
 
 
 def check_anchors(log: EvidenceLog, ledger: Ledger) -> int:
@@ -132,18 +178,31 @@ def check_anchors(log: EvidenceLog, ledger: Ledger) -> int:
     Raises:
         EvidenceError: naming the entry whose head is gone.
     """
-    heads = {anchor(log, row.digest).hex(): row.seq for row in ledger.rows()}
-    charges = [entry for entry in log.entries if isinstance(entry.what, CHARGES)]
+    charges = list(_charges(log.entries))
+    entry = _missing(log, charges, ledger.rows())
+    if entry is not None:
+        raise EvidenceError(
+            f"{ledger.owner}: the privacy ledger does not contain what {entry.place} anchored",
+            hint="it was cut back, rewritten or replaced; restore the newest copy",
+        )
+    return len(charges)
+
+
+def _charges(entries: Iterable[Entry]) -> Iterator[Entry]:
+    return (entry for entry in entries if isinstance(entry.what, CHARGES))
+
+
+def _missing(
+    log: EvidenceLog | Anchors, charges: Iterable[Entry], rows: Sequence[Row]
+) -> Entry | None:
+    heads = {anchor(log, row.digest).hex(): row.seq for row in rows}
     last = 0
     for entry in charges:
         row = heads.get(_head(entry), 0)
         if row < last or not row:
-            raise EvidenceError(
-                f"{ledger.owner}: the privacy ledger does not contain what {entry.place} anchored",
-                hint="it was cut back, rewritten or replaced; restore the newest copy",
-            )
+            return entry
         last = row
-    return len(charges)
+    return None
 
 
 def _head(entry: Entry) -> str:

@@ -38,6 +38,11 @@ CREATE TRIGGER IF NOT EXISTS entries_hold BEFORE DELETE ON entries
 """
 
 
+def blinded(blind: bytes, content: bytes) -> bytes:
+    """See :meth:`EvidenceLog.blinded`."""
+    return sha256(b"securefedcollm/evidence/blind/v1\0", blind, content)
+
+
 class EvidenceLog:
     """One participant's log in one study. Not thread-safe; several processes may share the file.
 
@@ -150,7 +155,7 @@ class EvidenceLog:
 
         Adversary: a reader of the log who guesses private content and compares.
         """
-        return sha256(b"securefedcollm/evidence/blind/v1\0", self.blind, content)
+        return blinded(self.blind, content)
 
     def close(self) -> None:
         self._db.close()

@@ -1,4 +1,4 @@
-"""What a participant's own evidence says that it did, and where its journal must say so too.
+"""What a participant's own evidence says that it did: its journal and its ledger must say so too.
 
 Every step is recorded in the journal first, then in the evidence log, and then the reply leaves. So
 a step that the log knows and the journal does not means that the journal is an older copy.
@@ -7,9 +7,11 @@ a step that the log knows and the journal does not means that the journal is an 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final, NamedTuple
 
 from securefedcollm.aggregation import SchemeName, attempt_scope, names_digest, round_scope
+from securefedcollm.errors import StateError
 from securefedcollm.evidence.entries import (
     Agreed,
     Decrypted,
@@ -21,13 +23,43 @@ from securefedcollm.evidence.entries import (
     Unmasked,
     Uploaded,
 )
-from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.evidence.ledger import read_anchors
+from securefedcollm.evidence.log import FILE_NAME, EvidenceLog
 from securefedcollm.federation.silostore import SiloStore, restored
 from securefedcollm.primitives import equal
+from securefedcollm.privacy.ledger import Ledger
 
 _Said = Uploaded | Agreed | Unmasked | Told | Decrypted
 _Key = tuple[str, bytes | None]
 _KEYED: Final = "ckks-authority"
+
+
+def check_ledger(home: Path, ledger: Path, owner: str) -> None:
+    """Check that the privacy ledger knows every charge that an evidence log of this home knows.
+
+    Adversary: an operator, or a backup, that puts an older ledger back. Its records would have a
+    budget again that was spent. Whoever removes the logs too is not found out here, but by what
+    other participants' logs say.
+
+    Raises:
+        StateError: the ledger is older than a log, or a log cannot be read.
+        EvidenceError: the ledger or a log does not verify.
+    """
+    logs = sorted(home.glob(f"studies/*/silos/*/{FILE_NAME}"))
+    anchors = [read_anchors(log) for log in logs]  # before the ledger, which others may write to
+    if not any(one.charges for one in anchors):
+        return
+    with Ledger(ledger, owner) as opened:
+        rows = opened.rows()
+    for one in anchors:
+        entry = one.missing(rows)
+        if entry is not None:
+            raise StateError(
+                f"{ledger}: this privacy ledger is older than {one.path}, whose {entry.place} says "
+                "what was charged and is not in it",
+                hint="restore the newest copy of the ledger, with its key; an older one would let "
+                "budget be spent twice, so nothing is released",
+            )
 
 
 class Anchor(NamedTuple):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from securefedcollm.errors import BudgetExceeded
+from securefedcollm.errors import BudgetExceeded, ConfigError
 from securefedcollm.federation.files import make_directory
 from securefedcollm.federation.plan import joint_step, silo_unit
 from securefedcollm.federation.roles import LEDGER, Member
@@ -75,6 +75,8 @@ def terms(
         ("spent", "after", "median", "untouched", "budget", "budget_delta")
     )
     unattributed = 0
+    if privacy is None and (pinned := _pinned(member)) is not None:
+        figures |= {"budget": pinned.epsilon, "budget_delta": pinned.delta}
     if privacy is not None:
         agreed = budget or Budget(privacy.epsilon, privacy.delta)
         with Ledger(member.home / LEDGER, member.name) as ledger:
@@ -112,6 +114,36 @@ def terms(
         unattributed=unattributed,
         **figures,
     )
+
+
+def require_protection(member: Member, without_privacy: bool) -> None:
+    """Refuse a study without differential privacy, if this silo's records have a budget.
+
+    A budget is pinned by its owner, or by the first charge to any record.
+
+    Adversary: the author of a study, who leaves ``privacy`` out to have the records themselves.
+
+    Args:
+        without_privacy: the operator knows, and agrees.
+
+    Raises:
+        ConfigError: says what is pinned.
+    """
+    pinned = _pinned(member)
+    if member.study.privacy is None and pinned is not None and not without_privacy:
+        raise ConfigError(
+            f"the budget of these records is pinned at ε = {pinned.epsilon:g}, δ = "
+            f"{pinned.delta:g}, and this study has no differential privacy: no budget bounds what "
+            "its updates and its model tell of them",
+            where="privacy",
+            hint="agree on a study with a privacy section; --without-privacy takes part all the "
+            "same",
+        )
+
+
+def _pinned(member: Member) -> Budget | None:
+    with Ledger(member.home / LEDGER, member.name) as ledger:
+        return ledger.pinned
 
 
 def require_budget(member: Member, workload: SiloWorkload, budget: Budget | None) -> None:
@@ -169,7 +201,8 @@ def without_spent(
 
     Raises:
         BudgetExceeded: no record can pay, or the study asks for more than the pinned budget.
-        ConfigError: too few records are left for the study.
+        ConfigError: too few records are left for the study; or those that it began with are not
+            in the file.
     """
     study, privacy = member.study, member.study.privacy
     if privacy is None:
@@ -178,10 +211,32 @@ def without_spent(
         records = identified(ledger, study, workload)
         begun = ledger.set_of(digest(study).hex())
         if begun is not None:
-            kept = _only(workload.questions, records.rows_in(begun))
+            kept = _begun_with(ledger, study, workload, records, begun)
         else:
             kept = _payers(ledger, study, workload, budget)
     return workload if len(kept) == len(workload.questions) else build(kept)
+
+
+def _begun_with(
+    ledger: Ledger, study: Study, workload: SiloTuning, records: Records, begun: Records
+) -> Sequence[Question]:
+    """The questions that the study began with, told apart by every identity that they have.
+
+    A report with the same words may be another record: of a row that could not pay, or of another
+    subject. With it the run could not go on, and its budget would be gone.
+    """
+    from securefedcollm.federation.cotuning import contents_of
+
+    kept = _only(workload.questions, records.exactly_in(begun))
+    found = ledger.identify(contents_of(kept), column=study.subject)
+    if begun.digest not in found.digests:
+        raise ConfigError(
+            f"these are not the records that the study began with: it had {len(begun):,} different "
+            f"ones, of which {int(begun.exactly_in(records).sum()):,} are in this file",
+            where="data",
+            hint="put the file back as it was; nothing was spent on it since",
+        )
+    return kept
 
 
 def _payers(

@@ -25,6 +25,7 @@ from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.study import Study
 from securefedcollm.study.config import Distillation
 from securefedcollm.tuning.adapters import AdapterLayout, load_vector, to_vector
+from securefedcollm.tuning.content import folded
 from securefedcollm.tuning.descent import Descent
 from securefedcollm.tuning.distil import DistilStep, distil
 from securefedcollm.tuning.evaluate import Evaluation
@@ -346,7 +347,10 @@ def _subjects(study: Study, questions: Sequence[Question]) -> list[str] | None:
 
 def contents_of(questions: Sequence[Question]) -> Iterator[Content]:
     """What the privacy ledger knows every question by."""
-    return (Content(record_content(q), q.subject, q.row) for q in questions)
+    return (
+        Content(record_content(q), None if q.subject is None else folded(q.subject), q.row)
+        for q in questions
+    )
 
 
 def sampling_rate(study: Study, questions: Sequence[Question]) -> float:

@@ -31,6 +31,7 @@ from securefedcollm.evidence.entries import Entry
 from securefedcollm.evidence.ledger import LoggedLedger
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.federation.anchors import check_ledger
 from securefedcollm.federation.authority import AuthoritySession
 from securefedcollm.federation.coordinator import Coordinator, Rejoined, nobody_rejoins
 from securefedcollm.federation.engines import Engine, SiloPort
@@ -104,6 +105,7 @@ def take_part(
     Raises:
         ConfigError: not signed by everybody, not on the roster in this role, or already running.
         CryptoError: a signature or the passphrase is wrong.
+        StateError: a silo's privacy ledger is older than its own evidence.
     """
     envelope = require_signed(study, signatures_path(study_file))
     file = read_identity(home / IDENTITY)
@@ -124,6 +126,8 @@ def take_part(
     home.chmod(0o700)
     run = make_directory(home / "studies" / f"{study.study}-{digest(study).hex()[:12]}")
     with _alone(run):
+        if role == "silo":
+            check_ledger(home, home / LEDGER, file.name)
         # Adversary: whoever may exchange the files meanwhile. What was checked is what is kept.
         write_durably(run / "study.yaml", dump_study(study).encode())
         write_durably(signatures_path(run / "study.yaml"), encode_envelope(envelope))

@@ -15,7 +15,9 @@ All releases about a record are together (ε, δ) private, at the owner's pinned
   (:func:`~.charges.halved`).
 * If one of them is the subject, the *subject's* promise is kept besides: a release by record counts
   with the noise over k and the sampling rate of k draws (:func:`~.charges.grouped`), where k is the
-  most records that a subject of the charged files has.
+  most records that one subject has in *that release*. It is known if all of the release's records
+  are in a file whose subjects are known (:meth:`Overlaps.most`). Otherwise the release may have
+  been of many more records of a subject: then these accounts have no bound, and cannot pay.
 """
 
 from __future__ import annotations
@@ -34,6 +36,10 @@ from securefedcollm.privacy.identities import Records
 Bools = npt.NDArray[np.bool_]
 
 
+Most = Callable[["Entry | None", str, "Sequence[Entry]"], "int | None"]
+"""See :meth:`Overlaps.most`."""
+
+
 class Account(NamedTuple):
     """What some records have been charged, what is asked of them now, and what they may spend."""
 
@@ -44,9 +50,13 @@ class Account(NamedTuple):
     promise: str
     """For whom: ``record``, ``subject``, ``silo``, or ``study`` for a study's own claim."""
     pattern: int = 0
+    unclear: bool = False
+    """Nobody knows how many records of one subject a release was of: no ε bounds it."""
 
     @property
     def fits(self) -> bool:
+        if self.unclear:
+            return False
         limit, delta = self.budget.epsilon, self.budget.delta
         return filter_within(merge(self.counted + self.asked), delta, limit, self.terms) <= limit
 
@@ -60,6 +70,8 @@ class Patterns(NamedTuple):
     """By pattern, oldest first."""
     counts: list[int]
     """Accounts by pattern."""
+    most: Most
+    """How many records of one subject a release was of."""
 
 
 class Overlaps:
@@ -84,6 +96,7 @@ class Overlaps:
         self._fingerprints = frozenset(fingerprints)
         self._stored = stored
         self._sets: dict[str, npt.NDArray[np.uint8]] = {}
+        self._parts: dict[tuple[int | None, ...], bool] = {}
 
     def about(self, records: Records | None, fingerprints: Iterable[str]) -> bool:
         """Whether this is the same file: what was read of the ledger's sets is of use again."""
@@ -108,7 +121,53 @@ class Overlaps:
             [entry for entry, source in zip(entries, sources, strict=True) if within[source][i]]
             for i in range(len(firsts))
         ]
-        return Patterns(of, charges, np.bincount(of).tolist())
+        return Patterns(of, charges, np.bincount(of).tolist(), self.most)
+
+    def most(self, release: Entry | None, column: str, charges: Sequence[Entry]) -> int | None:
+        """A bound on the records that one subject has in a release; None if nobody knows.
+
+        Where the release is of records of some file only, it is what that file's subjects have.
+        Adversary: the author of a study by subject on a file with one record of each, after a study
+        by record on a file with many.
+
+        Args:
+            release: None for what is asked of this file.
+            column: which says whose record it is; empty for a charge of an older ledger.
+            charges: on the same account: files whose subjects may be known.
+        """
+        if self.records is None:
+            return max((entry.about.most for entry in charges), default=1)
+        bounds = [
+            entry.about.most
+            for entry in charges
+            if entry.about.records and entry.unit[:2] == ("subject", column)
+            if self._part(release, entry)
+        ]
+        mine = self.records.column
+        if mine and column in ("", mine) and self._part(release, None):
+            bounds.append(self.records.most)
+        return min(bounds, default=None)
+
+    def _part(self, release: Entry | None, file: Entry | None) -> bool:
+        """Whether all records of a release are among those of another; None: of this file."""
+        key = tuple(None if entry is None else entry.row for entry in (release, file))
+        if key not in self._parts:
+            sets = self._named(file)
+            found = [
+                any(_is_part(*part, *whole) for whole in sets) for part in self._named(release)
+            ]
+            self._parts[key] = all(found) and bool(found)
+        return self._parts[key]
+
+    def _named(self, entry: Entry | None) -> list[tuple[Records, int]]:
+        """The sets that a charge is about, and how many records it says that it was of, or 0."""
+        assert self.records is not None
+        if entry is None:
+            return [(self.records, len(self.records))]
+        sources = self._source(entry)
+        if "" in sources:
+            return [(self.records, entry.about.rows)]
+        return [(self._stored(digest), entry.about.rows) for digest in sorted(sources)]
 
     def unattributed(self, entries: Sequence[Entry]) -> list[Entry]:
         """Charges of which nobody knows any more what they were about."""
@@ -120,7 +179,7 @@ class Overlaps:
     def _source(self, entry: Entry) -> frozenset[str]:
         """The sets that together are what the charge is about; "" stands for all of this file."""
         if entry.about.records:
-            mine = self.records is not None and self.records.digest == entry.about.records
+            mine = self.records is not None and entry.about.records in self.records.digests
             same = self.records is None and bool(entry.fingerprints & self._fingerprints)
             return frozenset([""] if mine or same else [entry.about.records])
         if entry.key.dataset in self._fingerprints:
@@ -139,6 +198,23 @@ class Overlaps:
                 self._sets[digest] = np.packbits(self.records.within(self._stored(digest)))
             found |= self._sets[digest]
         return found
+
+
+def _is_part(part: Records, many: int, whole: Records, of: int) -> bool:
+    """Whether no subject has more records in ``part`` than in ``whole``.
+
+    A set holds a record once that is in a file twice, or in the files of two subjects. So where the
+    file had repetitions it has to be the same one.
+
+    Args:
+        many, of: records of the two, with repetitions; 0 where a ledger does not say it.
+    """
+    if part.whole is None or whole.whole is None:
+        same = inside = part.former == whole.former
+    else:
+        inside = part.all_in(whole)
+        same = inside and len(part.pairs) == len(whole.pairs)
+    return inside and (many in (0, len(part.pairs)) or (same and many == of))
 
 
 def _grouped(columns: Sequence[npt.NDArray[np.uint8]], accounts: int) -> npt.NDArray[np.int32]:
@@ -160,6 +236,7 @@ def accounts_of(
     unit: Unit,
     pinned: Budget,
     limit: float,
+    most: Most,
     pattern: int = 0,
 ) -> list[Account]:
     """Every promise that these charges and this release share.
@@ -168,29 +245,51 @@ def accounts_of(
         asked: what is to be released; empty to ask what is spent.
         unit: of ``asked``.
         limit: the ε to stay within; at most the pinned one.
+        most: of the file that the charges are found for.
     """
     units = [entry.unit for entry in charges if entry.counted] + ([unit] if asked else [])
     kinds = {(one.name, one.column) for one in units}
     promises = [Unit("record")] if len(kinds) != 1 else [units[-1]]
     if len(kinds) > 1:
-        most = max(one.most for one in units)
-        promises += [Unit(*kind, most) for kind in sorted(kinds) if kind[0] == "subject"]
+        promises += [Unit(*kind) for kind in sorted(kinds) if kind[0] == "subject"]
     found, alone = [], len(kinds) == 1
     for promise in promises:
-        counted = merge(
-            event
-            for entry in charges
-            for event in as_seen(entry.counted, entry.unit, promise, alone)
-        )
-        seen = as_seen(asked, unit, promise, alone)
+        view = _View(promise, alone, most, charges)
+        counted = merge(e for entry in charges for e in view.of(entry, entry.unit, entry.counted))
+        seen = view.of(None, unit, asked)
         if charges:
-            first, *_ = as_seen(charges[0].reserved, charges[0].unit, promise, alone)
+            first, *_ = view.of(charges[0], charges[0].unit, charges[0].reserved)
             terms = Terms(repeat(first, 1), charges[0].budget.epsilon)
         else:
             terms = Terms(repeat(seen[0], 1), pinned.epsilon)
+        unclear = any(view.draws(e, e.unit) is None for e in charges if e.counted)
+        unclear = unclear or (bool(asked) and view.draws(None, unit) is None)
         budget = Budget(limit, pinned.delta)
-        found.append(Account(counted, seen, terms, budget, promise.name, pattern))
+        found.append(Account(counted, seen, terms, budget, promise.name, pattern, unclear))
     return found
+
+
+class _View(NamedTuple):
+    """How releases count towards one promise of an account."""
+
+    promise: Unit
+    alone: bool
+    """No other unit is on the account."""
+    most: Most
+    charges: Sequence[Entry]
+
+    def of(self, release: Entry | None, unit: Unit, events: Iterable[Event]) -> Events:
+        """``events`` of the release (None: what is asked), as they count towards the promise."""
+        k = self.draws(release, unit) or 1
+        return as_seen(events, unit, self.promise._replace(most=k), self.alone)
+
+    def draws(self, release: Entry | None, unit: Unit) -> int | None:
+        """The most records that one subject has in the release; None if nobody knows."""
+        if self.alone or unit[:2] == self.promise[:2]:
+            return 1
+        if self.promise.name != "subject" or unit.name == "silo":
+            return 1
+        return self.most(release, self.promise.column, self.charges)
 
 
 def as_seen(events: Iterable[Event], unit: Unit, promise: Unit, alone: bool) -> Events:

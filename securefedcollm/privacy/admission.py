@@ -15,7 +15,7 @@ ask for less of it, never for more.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,12 @@ from securefedcollm.privacy.filters import Terms
 from securefedcollm.privacy.identities import Records
 from securefedcollm.privacy.refusal import explain, explain_run, reading, repeated
 from securefedcollm.privacy.shown import down, up
+
+_UNCLEAR: Final = (
+    "a study was also about records whose subjects the ledger does not know, and so not how many "
+    "of them are one subject's; nothing is released"
+)
+_ELSE: Final = "use other data: no promise to these subjects can be kept"
 
 
 class Asked(NamedTuple):
@@ -84,7 +90,9 @@ class Decision:
         return [
             account
             for number, charges in enumerate(self._patterns.charges)
-            for account in accounts_of(charges, whole, whom, self.pinned, self._limit, number)
+            for account in accounts_of(
+                charges, whole, whom, self.pinned, self._limit, self._patterns.most, number
+            )
         ]
 
     @cached_property
@@ -121,6 +129,8 @@ class Decision:
             return self._refuse_more()
         failing = [self._own] if not self._own_pays else self._poor
         worst = max(failing, key=reading)
+        if worst.unclear:
+            return self._who(worst) + _UNCLEAR, self._others().removeprefix("; or ") or _ELSE
         counted, terms, budget = worst.counted, worst.terms, worst.budget
         limits, asked = (budget.epsilon, budget.delta), self.asked
         if asked.rounds:
@@ -155,7 +165,9 @@ class Decision:
             account
             for charges in self._patterns.charges
             if charges
-            for account in accounts_of(charges, (), asked.whom, pinned, pinned.epsilon)
+            for account in accounts_of(
+                charges, (), asked.whom, pinned, pinned.epsilon, self._patterns.most
+            )
         ]
         spent = max(map(reading, accounts), default=0.0)
         left = down(pinned.epsilon - spent)

@@ -10,19 +10,33 @@ from typing import Final, Self
 
 import msgspec
 
-from securefedcollm.errors import EvidenceError
+from securefedcollm.errors import EvidenceError, StateError
 from securefedcollm.privacy.accounting import Claim
 from securefedcollm.privacy.accounts import Overlaps
 from securefedcollm.privacy.charges import Budget, Entry, Unit
 from securefedcollm.privacy.events import Event, Events, merge
 from securefedcollm.privacy.filters import filter_epsilon
-from securefedcollm.privacy.identities import Records, read_records
+from securefedcollm.privacy.identities import Records, key_path, read_records
 from securefedcollm.privacy.journal import Head, Journal, Row
 from securefedcollm.privacy.replay import Replay
 from securefedcollm.privacy.standing import Standing, standing_of
 
 _NO_BUDGET: Final = Budget(1e9, 1e-5)
 """To read an empty ledger with."""
+
+
+def _require_beside_key(path: Path) -> None:
+    """Adversary: whoever removes a spent ledger. The key is made after the file, never before it.
+
+    The check comes before the file is made, so it is the same the next time.
+    """
+    key = key_path(path)
+    if not path.exists() and key.exists():
+        raise StateError(
+            f"{path}: the privacy ledger is gone, and the key of its records ({key.name}) is there",
+            hint=f"restore the newest copy of the ledger; only if it never held a charge, remove "
+            f"{key}",
+        )
 
 
 class SpentSummary(msgspec.Struct, frozen=True):
@@ -45,7 +59,7 @@ class Book:
         now: the clock that stamps rows, seconds since the epoch.
 
     Raises:
-        StateError: the file cannot be used.
+        StateError: the file cannot be used, or is gone while its key is there.
         EvidenceError: a row was changed, removed or does not make sense.
     """
 
@@ -53,6 +67,7 @@ class Book:
         self, path: Path | str, owner: str, *, now: Callable[[], float] = time.time
     ) -> None:
         self.owner = owner
+        _require_beside_key(Path(path))
         self._journal = Journal(Path(path), owner, now=now)
         self._state = Replay(self._journal.path)
         self._catch_up()

@@ -73,6 +73,8 @@ class About(msgspec.Struct, frozen=True):
     claim: Budget | None = None
     made_with: str = ""
     """Which key made the identities of the records."""
+    rows: int = 0
+    """How many records, repetitions included; 0 where an older version did not say it."""
 
 
 class Entry(msgspec.Struct, frozen=True):

@@ -80,6 +80,18 @@ def filter_epsilon(events: Sequence[Event], delta: float, terms: Terms) -> Claim
     return min(found, key=lambda one: one.epsilon)
 
 
+def filter_bound(events: Sequence[Event], delta: float, terms: Terms) -> float:
+    """An upper bound on :func:`filter_epsilon` in milliseconds, mostly within a third of it."""
+    merged = merge(events)
+    general = _general(merged, delta, terms)
+    charged = _charged_tightly(merged, terms.first)
+    if charged is None:
+        return general
+    if _takes_zcdp(terms.first):
+        return min(general, _tight_claim(charged, TIGHT_SHARE * delta, terms.first).epsilon)
+    return min(general, quick_epsilon(charged, TIGHT_SHARE * delta, math.inf))
+
+
 def filter_within(events: Sequence[Event], delta: float, limit: float, terms: Terms) -> float:
     """As :func:`filter_epsilon`, but no tighter than needed to see that it is within ``limit``.
 

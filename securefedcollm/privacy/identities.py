@@ -10,6 +10,13 @@ study's labels, the task's kind, the order in the file, and the subject's name. 
 label is mended or a column of numbers is added. The other follows from all text in its row. It
 stays when a study names other columns of the file. Two sets share a record if they share either.
 Adversary: a study's author who names other columns, to have a row charged as a fresh record.
+
+Where the unit is the subject a record has a third: of whose record it is, by the value in the
+subject's column alone. The column's name has no part in it, because a header is renamed easily. Two
+sets of such records share a subject if they share this identity, in whatever file its records are.
+Adversary: whoever keeps one file a month, to give a patient a fresh budget in each. Equal values in
+different columns ("7" of a ward and of a patient) are taken for one subject: that charges too much,
+never too little.
 """
 
 from __future__ import annotations
@@ -29,11 +36,16 @@ from securefedcollm.primitives import hmac_sha256, sha256
 ID_BYTES: Final = 16
 _DTYPE: Final = np.dtype(f"S{ID_BYTES}")
 _PAIR: Final = np.dtype(f"S{2 * ID_BYTES}")
+_TRIPLE: Final = np.dtype(f"S{3 * ID_BYTES}")
 _CHUNK: Final = 1 << 16
 _ID: Final = b"securefedcollm/ledger/record/v1\0"
 _ROW_ID: Final = b"securefedcollm/ledger/row/v1\0"
-_SET: Final = {_DTYPE: b"securefedcollm/ledger/records/v1\0"}
-_SET[_PAIR] = b"securefedcollm/ledger/records/v2\0"
+_OWNER_ID: Final = b"securefedcollm/ledger/subject/v1\0"
+_SET: Final = {
+    _DTYPE: b"securefedcollm/ledger/records/v1\0",
+    _PAIR: b"securefedcollm/ledger/records/v2\0",
+    _TRIPLE: b"securefedcollm/ledger/records/v3\0",
+}
 _KEY_NAME: Final = b"securefedcollm/ledger/record-key/v1\0"
 
 Ids = npt.NDArray[np.bytes_]
@@ -45,18 +57,20 @@ class Content(NamedTuple):
     words: bytes
     """Digest of what tasks may read of it."""
     owner: str | None = None
-    """Whose record it is, where that matters."""
+    """Whose record it is, where that matters; in one Unicode form and with single spaces."""
     row: bytes = b""
     """Digest of all text in its row; empty where there was none."""
 
 
 class Records:
-    """The records of one file.
+    """The records of one file, or of a set that a ledger knows.
 
     Args:
         rows: identity of every record by its words, in file order, [n] of 16 bytes.
         whole: the same by all text of its row; None for records without rows, or of a ledger that
             did not know these identities yet.
+        owners: the same by its subject; None where the unit is no subject, or of a ledger that did
+            not know these identities yet.
         subjects: the number of the subject of every record, int [n], where the unit is a subject.
         column: which says whose record it is, where the unit is a subject.
         also: fingerprints of the file under which an older ledger may know it, besides that of the
@@ -69,6 +83,7 @@ class Records:
         rows: Ids,
         *,
         whole: Ids | None = None,
+        owners: Ids | None = None,
         subjects: npt.NDArray[np.int64] | None = None,
         column: str = "",
         also: Sequence[str] = (),
@@ -76,6 +91,7 @@ class Records:
     ) -> None:
         self.rows = rows
         self.whole = whole
+        self.owners = owners
         self.subjects = subjects
         self.column = column
         self.also = tuple(also)
@@ -86,20 +102,33 @@ class Records:
 
     def blob(self) -> bytes:
         """The identities of every record, sorted and without repetition, one after the other."""
-        if self.whole is None:
-            return np.unique(self.rows).tobytes()
-        pairs = np.stack([self.rows, self.whole], axis=1).view(_PAIR)[:, 0]
-        return np.unique(pairs).tobytes()
+        if self.owners is not None:
+            whole = self.rows if self.whole is None else self.whole
+            return _joined(self.rows, whole, self.owners).tobytes()
+        return np.unique(self.rows).tobytes() if self.whole is None else self.pairs.tobytes()
+
+    @cached_property
+    def pairs(self) -> Ids:
+        """Both identities of every record, sorted and without repetition, [at most n]."""
+        return _joined(self.rows, self.rows if self.whole is None else self.whole)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of :attr:`blob`."""
+        if self.owners is not None:
+            return _digest(self.blob(), _TRIPLE)
         return _digest(self.blob(), _DTYPE if self.whole is None else _PAIR)
 
     @cached_property
     def former(self) -> str:
         """:attr:`digest` as ledgers had it that knew records by their words alone."""
         return _digest(np.unique(self.rows).tobytes(), _DTYPE)
+
+    @cached_property
+    def digests(self) -> frozenset[str]:
+        """Every digest under which some version's ledger knows this very set."""
+        found = {self.digest, self.former}
+        return frozenset(found if self.whole is None else {*found, _digest(self.pairs, _PAIR)})
 
     @cached_property
     def most(self) -> int:
@@ -112,21 +141,37 @@ class Records:
         return len(self) if self.subjects is None else int(self.subjects.max()) + 1
 
     def within(self, others: Records) -> npt.NDArray[np.bool_]:
-        """Which accounts have a record among ``others``: bool [accounts]."""
-        rows = self.rows_in(others)
-        if self.whole is not None and others.whole is not None:
-            rows |= _among(self.whole, self._orders[1], others.whole)
-        return self.by_account(rows)
+        """Which accounts have a record, or are a subject, among ``others``: bool [accounts]."""
+        found = np.zeros(len(self), dtype=np.bool_)
+        for kind in _KINDS:
+            mine, theirs = getattr(self, kind), getattr(others, kind)
+            if mine is not None and theirs is not None:
+                found |= _among(mine, self._order(kind), theirs)
+        return self.by_account(found)
 
-    def rows_in(self, others: Records) -> npt.NDArray[np.bool_]:
-        """Which rows have the words of one of ``others``: bool [n]."""
-        return _among(self.rows, self._orders[0], others.rows)
+    def exactly_in(self, others: Records) -> npt.NDArray[np.bool_]:
+        """Which rows are a record of ``others`` in every identity that both know: bool [n]."""
+        kinds = [k for k in _KINDS if getattr(self, k) is not None]
+        kinds = [k for k in kinds if getattr(others, k) is not None]
+        mine, theirs = (np.stack([getattr(of, k) for k in kinds], 1) for of in (self, others))
+        wide = np.dtype(f"S{len(kinds) * ID_BYTES}")
+        ids = mine.view(wide)[:, 0]
+        return _among(ids, np.argsort(ids).astype(np.int32), theirs.view(wide)[:, 0])
+
+    def all_in(self, others: Records) -> bool:
+        """Whether every record's words and row are those of one record of ``others``."""
+        given = np.arange(len(self.pairs), dtype=np.int32)
+        return bool(_among(self.pairs, given, others.pairs).all())
+
+    def _order(self, kind: str) -> npt.NDArray[np.int32]:
+        """In which the identities ascend: looked up like that, they are found from the cache."""
+        if kind not in self._orders:
+            self._orders[kind] = np.argsort(getattr(self, kind)).astype(np.int32)
+        return self._orders[kind]
 
     @cached_property
-    def _orders(self) -> list[npt.NDArray[np.int32]]:
-        """In which the identities ascend: looked up like that, they are found from the cache."""
-        given = [self.rows] if self.whole is None else [self.rows, self.whole]
-        return [np.argsort(ids).astype(np.int32) for ids in given]
+    def _orders(self) -> dict[str, npt.NDArray[np.int32]]:
+        return {}
 
     def by_account(self, rows: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """Which accounts have a record among ``rows``, bool [n]: bool [accounts]."""
@@ -139,6 +184,15 @@ class Records:
     def rows_of(self, accounts: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """The rows of ``accounts``, bool [accounts]: bool [n]."""
         return accounts if self.subjects is None else accounts[self.subjects]
+
+
+_KINDS: Final = ("rows", "whole", "owners")
+
+
+def _joined(*ids: Ids) -> Ids:
+    """The identities of every record side by side, sorted and without repetition."""
+    wide = np.dtype(f"S{len(ids) * ID_BYTES}")
+    return np.unique(np.stack(ids, axis=1).view(wide)[:, 0])
 
 
 def _among(ids: Ids, order: npt.NDArray[np.int32], others: Ids) -> npt.NDArray[np.bool_]:
@@ -169,6 +223,7 @@ def identify(
     ids = bytearray()
     names: dict[str | None, int] = {}
     numbers: list[int] = []
+    owners: list[bytes] = []
     rowless = True
     for given in contents:
         words, subject, row = Content(*given)
@@ -177,12 +232,16 @@ def identify(
         ids += hmac_sha256(key, _ROW_ID + row)[:ID_BYTES] if row else own
         rowless = rowless and not row
         if column:
+            if subject not in names:
+                owners.append(hmac_sha256(key, _OWNER_ID + (subject or "").encode())[:ID_BYTES])
             numbers.append(names.setdefault(subject, len(names)))
     pairs = np.frombuffer(ids, dtype=_DTYPE)
+    subjects = np.array(numbers, dtype=np.int64) if column else None
     return Records(
         pairs[::2],
         whole=None if rowless else pairs[1::2],
-        subjects=np.array(numbers, dtype=np.int64) if column else None,
+        owners=None if subjects is None else np.array(owners, dtype=_DTYPE)[subjects],
+        subjects=subjects,
         column=column,
         also=also,
         key=name_of(key),
@@ -195,13 +254,20 @@ def read_records(blob: bytes, digest: str) -> Records | None:
         if not len(blob) % dtype.itemsize and _digest(blob, dtype) == digest:
             found = np.frombuffer(blob, dtype=dtype)
             if bool((found[1:] > found[:-1]).all()):
-                ids = found.view(_DTYPE)
-                return Records(ids) if dtype == _DTYPE else Records(ids[::2], whole=ids[1::2])
+                return _read(found.view(_DTYPE).reshape(-1, dtype.itemsize // ID_BYTES))
     return None
 
 
-def _digest(blob: bytes, dtype: np.dtype[np.bytes_]) -> str:
-    return sha256(_SET[dtype], blob).hex()
+def _read(ids: Ids) -> Records:
+    """Of [n, identities of each]. Where the ledger knows whose records they are, they are his."""
+    rows, whole, owners = [*ids.T, None, None][:3]
+    assert rows is not None
+    subjects = None if owners is None else np.unique(owners, return_inverse=True)[1]
+    return Records(rows, whole=whole, owners=owners, subjects=subjects)
+
+
+def _digest(blob: bytes | Ids, dtype: np.dtype[np.bytes_]) -> str:
+    return sha256(_SET[dtype], bytes(blob)).hex()
 
 
 def name_of(key: bytes) -> str:

@@ -253,6 +253,7 @@ class Ledger(Book):
             LocalProtocolError: the reservation was released, settled or voided before.
         """
         self._step("release", reservation)
+        self._journal.checkpoint()
 
     def settle(self, reservation: Reservation, actual: Sequence[Event]) -> None:
         """Replace the worst case by what happened.
@@ -312,7 +313,7 @@ class Ledger(Book):
                 "also": list(records.also),
                 "made_with": records.key,
             }
-            content |= {"column": records.column, "most": records.most}
+            content |= {"column": records.column, "most": records.most, "rows": len(records)}
         return content
 
     def _step(self, action: str, reservation: Reservation, **content: Any) -> None:
@@ -333,7 +334,7 @@ class Ledger(Book):
 
 
 def _again(known: Entry, asked: Asked) -> Reservation:
-    known_as = {"", asked.records.digest, asked.records.former} if asked.records else {""}
+    known_as = {"", *(asked.records.digests if asked.records else ())}
     same = known.reserved == asked.events and known.about.records in known_as
     if known.state == "reserved" and same:
         return Reservation(known.key, known.reserved, known.row)

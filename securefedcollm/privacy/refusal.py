@@ -8,16 +8,29 @@ from collections.abc import Callable, Sequence
 from securefedcollm.privacy.accounting import hopeless
 from securefedcollm.privacy.accounts import Account
 from securefedcollm.privacy.events import Event, Events, louder, merge, repeat, times
-from securefedcollm.privacy.filters import Terms, filter_epsilon, filter_within
+from securefedcollm.privacy.filters import Terms, filter_bound, filter_epsilon, filter_within
 from securefedcollm.privacy.shown import down, up
 
 _MOST_STEPS = 4096
 
 
 def reading(account: Account) -> float:
-    """ε of what an account was charged and is asked: an odometer's, see :func:`filter_epsilon`."""
+    """ε of what an account was charged and is asked: an odometer's, see :func:`filter_epsilon`.
+
+    Infinite where a release has no bound.
+    """
+    if account.unclear:
+        return math.inf
     events = merge(account.counted + account.asked)
     return _reading(events, account.budget.delta, account.budget.epsilon, account.terms)
+
+
+def bound(account: Account) -> float:
+    """An upper bound on :func:`reading`, in milliseconds."""
+    if account.unclear:
+        return math.inf
+    events = merge(account.counted + account.asked)
+    return filter_bound(events, account.budget.delta, account.terms)
 
 
 def explain(

@@ -20,6 +20,7 @@ from securefedcollm.privacy.ledger import Budget, Entry, Ledger
 from securefedcollm.privacy.standing import Standing
 
 _MOST_POINTS: Final = 40
+_SHOWN: Final = 8
 
 ASSUMPTIONS: Final = (
     "Neighbouring data sets differ by adding or removing one unit (a zero contribution).",
@@ -53,6 +54,7 @@ class Account(msgspec.Struct, frozen=True):
     """Everything about one data set and unit."""
 
     dataset: str
+    """The first hex digits of its fingerprint, to tell files apart."""
     unit: str
     budget: Budget
     spent: Claim
@@ -137,7 +139,8 @@ def _account(ledger: Ledger, entries: Sequence[Entry], details: bool) -> Account
     summary = ledger.spent(dataset, unit, budget.delta)
     terms = entries[0].terms
     return Account(
-        dataset=dataset,
+        # Adversary: a reader of the report who tries guesses of a file; its hash has no key.
+        dataset=dataset[:_SHOWN],
         unit=unit,
         budget=budget,
         spent=summary.claim,

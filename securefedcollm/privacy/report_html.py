@@ -60,7 +60,7 @@ def _sets(report: BudgetReport) -> str:
 def _account(account: Account) -> str:
     spent, budget = account.spent, account.budget
     return (
-        f"<h2>{escape(account.unit)} level, data set <code>{escape(account.dataset[:16])}</code>"
+        f"<h2>{escape(account.unit)} level, data set <code>{escape(account.dataset)}</code>"
         "</h2>"
         f'<p class="claim">All releases so far together are (ε = {up(spent.epsilon)}, '
         f"δ = {spent.delta:g}) differentially private for one {escape(_noun(account.unit))}, "

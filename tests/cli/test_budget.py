@@ -151,6 +151,17 @@ def test_show(ledger, tmp_path, monkeypatch):
     assert found["accounts"][0]["spent"]["epsilon"] < 8.0
 
 
+def test_no_report_has_the_whole_fingerprint_of_a_file(ledger, tmp_path):
+    """Adversary: its reader, who knows all records but one and tries what the last may say."""
+    shown = [output("show", "--json", "--ledger", ledger), output("show", "--ledger", ledger)]
+    output("report", "--html", tmp_path / "page.html", "--ledger", ledger)
+    for text in (*shown, (tmp_path / "page.html").read_text(encoding="utf-8")):
+        assert "d" * 9 not in text
+    assert json.loads(shown[0])[0]["accounts"][0]["dataset"] == "d" * 8  # the control
+    with Ledger(ledger, "north") as opened:
+        assert opened.entries()[0].key.dataset == "d" * 64
+
+
 def test_show_without_a_ledger(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert isinstance(run("show").exception, ConfigError)

@@ -412,6 +412,27 @@ def test_a_budget_that_nothing_would_keep_to_is_refused(study):
         client((directory, homes, open_), "--yes", "--budget", "3")
 
 
+def test_a_study_without_privacy_is_refused_where_a_budget_is_pinned(study):
+    """Adversary: a study's author who leaves ``privacy`` out. --yes does not agree to that."""
+    directory, homes, _ = study
+    open_ = write_signed(
+        load_study(directory / "tiny.yaml", ["privacy=none"]), homes, directory / "open-2.yaml"
+    )
+    bare, data = (directory, homes, open_), {"data": "dealt/silo-3.jsonl", "silo": "silo-3"}
+    (homes["silo-3"] / "kit" / "startup").mkdir(parents=True, exist_ok=True)
+    with pytest.raises(ConfigError, match="not agreed"):  # the control: nothing is pinned
+        client(bare, "--json", input="n\n", **data)
+    run("budget", "set", "--epsilon", "8", "--delta", "1e-5", "--home", homes["silo-3"])
+    with pytest.raises(ConfigError, match="this study has no differential privacy") as caught:
+        client(bare, "--yes", **data)
+    assert "--without-privacy" in caught.value.hint
+    words = ["client", open_, "--data", directory / data["data"], "--models", directory]
+    words += ["--home", homes["silo-3"], "--without-privacy"]
+    result = CliRunner().invoke(app, [*map(str, words)], input="n\n")
+    assert "not agreed" in str(result.exception)
+    assert "ε = 8 (δ = 1e-05) is pinned for every record; this study" in result.stderr
+
+
 def test_bad_data_is_named_before_anything_is_sent(study):
     bad = study[0] / "bad.jsonl"
     bad.write_text('{"question": "colour of thing1", "choices": ["red"], "answer": 0}\n')

@@ -10,13 +10,17 @@ import logging
 import random
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from securefedcollm.errors import BudgetExceeded, ConfigError
+from securefedcollm.errors import BudgetExceeded, ConfigError, StateError
+from securefedcollm.evidence.ledger import LoggedLedger
+from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation import consent, roles
 from securefedcollm.federation.cotuning import SiloTuning, contents_of
 from securefedcollm.federation.dealing import read_records
+from securefedcollm.federation.files import make_directory
 from securefedcollm.federation.messages import Refused, Trained
 from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore, SumMemory
@@ -40,10 +44,11 @@ PRIVACY = {"epsilon": 8.0, "delta": 1e-5}
 class FileSilo(ArithmeticSilo):
     """What ``SiloTuning`` is to the ledger, of a real file, without a model."""
 
-    def __init__(self, study, path):
+    def __init__(self, study, path, questions=None):
         super().__init__("silo-1")
         self.study = study
-        self.questions = read_records(study, path)
+        self.questions = read_records(study, path) if questions is None else list(questions)
+        self.records = len(self.questions)
         plain = [replace(question, subject=None) for question in self.questions]
         self.dataset = dataset_fingerprint(self.questions if study.subject else plain)
         self.also = [dataset_fingerprint(plain)] if study.subject else []
@@ -265,6 +270,87 @@ def test_skip_leaves_out_what_cannot_pay_and_the_study_is_about_the_rest(member,
     consent.require_budget(member, again, None)
 
 
+BY_SUBJECT = PRIVACY | {"unit": "subject", "subject": "patient"}
+
+
+def without_spent(member, path):
+    """What ``client --records skip`` takes part with, here without a model."""
+    study = member.study
+    whole = FileSilo(study, path)
+    return consent.without_spent(member, whole, None, lambda kept: FileSilo(study, path, kept))
+
+
+@pytest.fixture
+def skipping(tmp_path, monkeypatch):
+    """A silo whose first rows are spent, and the file that it begins a study with."""
+    monkeypatch.setattr("securefedcollm.federation.cotuning.planned_event", planned)
+
+    def begin_with(rows, spent_rows, column, privacy):
+        path = write(tmp_path / "mine.jsonl", rows)
+        kind = {"kind": "classification", "labels": ["benign", "malign"]}
+        earlier = write(tmp_path / "earlier.jsonl", spent_rows)
+        found = read_questions(earlier, columns={"text": column}, **kind)
+        study = a_study("second", privacy=privacy)
+        member = SimpleNamespace(study=study, name="silo-1", home=tmp_path, run=tmp_path)
+        with Ledger(tmp_path / roles.LEDGER, "silo-1") as ledger:
+            about = {"records": ledger.identify(contents_of(found)), "study": "earlier"}
+            noise = calibrate(8.0, 1e-5, RATE, 60)
+            event = PoissonGaussian(RATE, noise, 60)
+            ledger.reserve("e", "record", "earlier", 0, 0, [event], (8.0, 1e-5), **about)
+        left = without_spent(member, path)
+        with Ledger(tmp_path / roles.LEDGER, "silo-1") as ledger:
+            about = {"records": consent.identified(ledger, study, left)}
+            about["study"] = digest(study).hex()
+            given = (left.dataset, privacy.get("unit", "record"), RUN, 0, 0, left.events())
+            ledger.reserve(*given, (8.0, 1e-5), **about)
+        return member, path, left
+
+    return begin_with
+
+
+def planned(study, questions):
+    return PoissonGaussian(RATE, calibrate(8.0, 1e-5, RATE, STEPS * ROUNDS), STEPS)
+
+
+def letters(count=40):
+    label = ["benign", "malign"]
+    return [
+        {"text": f"finding {i}", "letter": f"letter {i}", "label": label[i % 2], "patient": f"p{i}"}
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize("privacy", [PRIVACY, BY_SUBJECT])
+def test_a_restart_takes_the_records_that_it_began_with_not_others_of_the_same_words(
+    skipping, equal, privacy
+):
+    """One of two reports with the same words was spent, by another column of its row, or for
+    another subject. ``equal`` False is the control."""
+    rows = letters()
+    if equal:
+        rows[0]["text"] = rows[20]["text"] = "no abnormality detected"
+    if privacy is BY_SUBJECT:  # the report that both have is the spent subject's second
+        rows[1]["patient"] = "p0"
+        spent_rows, column, left = rows[1:2], "text", 38
+    else:
+        spent_rows, column, left = rows[:1], "letter", 39
+    member, path, began = skipping(rows, spent_rows, column, privacy)
+    assert began.records == left
+    again = without_spent(member, path)
+    assert (again.questions, again.dataset) == (began.questions, began.dataset)
+    consent.require_budget(member, again, None)
+
+
+def test_a_restart_without_all_the_records_that_it_began_with_is_refused(skipping):
+    rows = letters()
+    member, path, _ = skipping(rows, rows[:1], "letter", PRIVACY)
+    write(path, rows[:-1])
+    with pytest.raises(ConfigError, match="it had 39 different ones, of which 38 are in") as caught:
+        without_spent(member, path)
+    assert "put the file back" in caught.value.hint
+
+
 def test_a_study_that_has_begun_and_cannot_go_on_is_refused_before_anybody_waits(member, inputs):
     """Another study spent the rest meanwhile. The newest sum may still be asked for again, at no
     cost: only once this silo saw it opened is there nothing left to wait for."""
@@ -314,6 +400,85 @@ def test_what_an_old_ledger_charged_is_known_from_the_first_sight_of_its_file(me
     with Ledger(member.home / roles.LEDGER, member.name) as ledger:
         assert [row.body["action"] for row in ledger.rows()] == ["reserve", "reserve", "file"]
         ledger.verify()
+
+
+def test_spent_records_are_not_given_to_a_study_without_privacy(inputs, tmp_path):
+    """Their budget is pinned by the first charge; the flag says that the operator knows."""
+    member = SimpleNamespace(study=a_study(privacy=None), name="silo-1", home=tmp_path)
+    consent.require_protection(member, False)  # the controls: nothing was charged, or it is private
+    with Ledger(tmp_path / roles.LEDGER, "silo-1") as ledger:
+        ledger.reserve("d", "record", "r", 0, 0, [PoissonGaussian(0.1, 1.0, 9)], (8.0, 1e-5))
+    with pytest.raises(ConfigError, match=r"pinned at ε = 8, δ = 1e-05, and this study has no"):
+        consent.require_protection(member, False)
+    consent.require_protection(member, True)
+    consent.require_protection(SimpleNamespace(**vars(member) | {"study": a_study()}), False)
+
+
+@pytest.fixture
+def charged(inputs, tmp_path):
+    """A silo's home after one study: (member, home, how to enter it again, copy of its ledger)."""
+    homes = make_identities(tmp_path, ["silo-1", "silo-2", "silo-3", "silo-4"])
+    study = load_study(inputs / "tiny.yaml")
+    first = write_signed(study, homes, tmp_path / "study.yaml")
+    home = homes["silo-1"]
+
+    def enter(name="study.yaml"):
+        path = tmp_path / name
+        return roles.take_part(load_study(path), path, home, "silo", str)
+
+    with enter(first.name) as member:
+        place = make_directory(member.run / "silos" / member.name)
+        log = EvidenceLog(
+            place / "evidence.sqlite", study=digest(member.study), owner="silo-1", key=member.key
+        )
+        copies = []
+        with LoggedLedger(home / roles.LEDGER, "silo-1", log, sums=2) as ledger:
+            for round_ in range(2):
+                copies.append((home / roles.LEDGER).read_bytes())
+                about = ("d", "record", RUN, round_, 0, [PoissonGaussian(0.1, 2.0, 9)], (8.0, 1e-5))
+                records = ledger.identify([(bytes([i]) * 32, None) for i in range(9)])
+                ledger.release(ledger.reserve(*about, records=records, study="s"))
+        log.close()
+    write_signed(load_study(inputs / "tiny.yaml", ["seed=7"]), homes, tmp_path / "second.yaml")
+    return home, enter, copies[1]
+
+
+def test_a_ledger_older_than_the_silos_own_evidence_is_refused_by_every_study(charged):
+    """Adversary: an operator, or a backup, that puts the ledger back to before the last round."""
+    home, enter, older = charged
+    newest = (home / roles.LEDGER).read_bytes()
+    for name in ("study.yaml", "second.yaml"):
+        with enter(name):  # the control
+            pass
+    (home / roles.LEDGER).write_bytes(older)
+    for name in ("study.yaml", "second.yaml"):
+        with (
+            pytest.raises(StateError, match=r"is older than .*evidence\.sqlite") as caught,
+            enter(name),
+        ):
+            pass
+        assert str(home / roles.LEDGER) in caught.value.message
+        assert "restore the newest copy of the ledger" in caught.value.hint
+    (home / roles.LEDGER).unlink()
+    with pytest.raises(StateError, match="is gone, and the key of its records"), enter():
+        pass
+    (home / roles.LEDGER).with_suffix(".key").unlink()
+    with pytest.raises(StateError, match="is older than"), enter("second.yaml"):
+        pass
+    (home / roles.LEDGER).write_bytes(newest)
+    with enter():
+        pass
+
+
+def test_an_evidence_log_that_cannot_be_read_is_named(charged):
+    home, enter, _ = charged
+    (log,) = home.glob("studies/*/silos/*/evidence.sqlite")
+    log.write_bytes(b"no database at all" * 99)
+    with (
+        pytest.raises(StateError, match=r"evidence\.sqlite: the evidence log cannot be read"),
+        enter(),
+    ):
+        pass
 
 
 def test_an_operators_limit_below_the_study_is_told_before_anything_is_sent(member, inputs):

@@ -22,6 +22,7 @@ from securefedcollm.errors import (
     LocalProtocolError,
     StateError,
 )
+from securefedcollm.privacy import standing as standing_room
 from securefedcollm.privacy.accounting import calibrate
 from securefedcollm.privacy.charges import grouped, halved
 from securefedcollm.privacy.events import DiscreteGaussian, Gaussian, PoissonGaussian
@@ -180,6 +181,26 @@ def test_a_study_keeps_to_its_own_claim_whatever_the_owner_pinned(ledger):
     spend(ledger, WORDS, step, budget, study="another")
 
 
+def test_many_patterns_are_read_in_seconds_and_never_below_what_was_spent(ledger, monkeypatch):
+    """Adversary: whoever has a file studied in many overlapping parts: 2^6 patterns."""
+    words = [f"{i}" for i in range(64)]
+    ledger.pin(20.0, 1e-5)
+    for bit in range(6):
+        part = [word for i, word in enumerate(words) if i >> bit & 1]
+        spend(ledger, part, [Gaussian(8.0 + bit)], study=f"{bit}")
+    records, read = whom(ledger, words), []
+    tight = standing_room.reading
+    monkeypatch.setattr(standing_room, "reading", lambda account: read.append(1) or tight(account))
+    quick = ledger.standing(records)
+    assert len(read) <= 2 * 16
+    monkeypatch.setattr(standing_room, "_TIGHT", 64)
+    exact = ledger.standing(records)
+    assert len(read) > 64
+    assert quick.worst == exact.worst
+    assert exact.median <= quick.median <= 1.1 * exact.median
+    assert (quick.accounts, quick.untouched) == (64, 1)
+
+
 # --- the pinned budget --------------------------------------------------------------------------
 
 
@@ -248,6 +269,58 @@ def test_a_release_by_record_counts_k_times_for_a_subject_of_k_records(ledger):
     assert after.worst > 1.5 * before
 
 
+VISITS = [f"visit {v} of patient {p}" for p in range(10) for v in range(3)]
+FIRSTS = [visit for visit in VISITS if visit.startswith("visit 0")]
+
+
+def test_how_many_records_a_subject_had_in_another_file_is_not_guessed(ledger):
+    """Adversary: the author of a study by subject on a file with one record of each subject, after
+    one by record on a file with three. Theirs count three times, not once."""
+    spend(ledger, VISITS, [Gaussian(20.0)])
+    by_subject = {"unit": "subject", "subject": patient, "events": [Gaussian(40.0)]}
+    with pytest.raises(BudgetExceeded, match="not how many of them are one subject's") as caught:
+        spend(ledger, FIRSTS, study="second", **by_subject)
+    assert caught.value.hint.startswith("use other data")
+    with pytest.raises(BudgetExceeded, match="10 of 11 subjects cannot pay") as caught:
+        spend(ledger, [*FIRSTS, "of patient X"], study="third", **by_subject)
+    assert caught.value.hint == "--records skip: the other 1 subjects can pay"
+    assert ledger.standing(whom(ledger, VISITS, patient)).worst < 8.0  # so far by record alone
+
+
+@pytest.mark.parametrize("first", [VISITS, FIRSTS])
+def test_it_is_known_where_the_subjects_of_all_its_records_are(ledger, tmp_path, first):
+    """The control: the same file, or one that grew since."""
+
+    def rows(words):
+        digests = [hashlib.sha256(word.encode()).digest() for word in words]
+        return [Content(d, patient(w), b"row " + d) for d, w in zip(digests, words, strict=True)]
+
+    about = {"study": "second", "records": ledger.identify(rows(VISITS), column="patient")}
+    before = ledger.identify(rows(first))
+    ledger.reserve("x", "record", "r", 0, 0, [Gaussian(20.0)], BUDGET, records=before)
+    ledger.reserve("y", "subject", "s", 0, 0, [Gaussian(40.0)], BUDGET, **about)
+    with Ledger(tmp_path / "other.sqlite", "north") as other:
+        spend(other, VISITS, [Gaussian(20.0 / 3), Gaussian(40.0)])
+        expected = other.standing(whom(other, VISITS)).worst
+    assert ledger.standing(about["records"]).worst == pytest.approx(expected)
+    # The other way round: a study by record on a part of it, and on more than the ledger knows.
+    third = {"study": "third", "events": [Gaussian(40.0)], "rounds": 1, "budget": BUDGET}
+    ledger.foresee("z", "record", records=ledger.identify(rows(FIRSTS)), **third)
+    with pytest.raises(BudgetExceeded, match="not how many of them are one subject's"):
+        ledger.foresee("z", "record", records=ledger.identify(rows([*FIRSTS, "new"])), **third)
+
+
+def test_a_record_that_was_there_twice_may_have_been_of_two_subjects(ledger):
+    twice = whom(ledger, [*VISITS, VISITS[0]])
+    ledger.reserve("x", "record", "r", 0, 0, [Gaussian(20.0)], BUDGET, records=twice)
+    about = {"records": whom(ledger, VISITS, patient), "study": "second"}
+    given = ("subject", [Gaussian(40.0)], 1, BUDGET)
+    with pytest.raises(BudgetExceeded, match="not how many of them are one subject's"):
+        ledger.foresee("y", *given, **about)
+    same = about | {"records": whom(ledger, [*VISITS, VISITS[0]], patient)}
+    ledger.foresee("y", *given, **same)
+
+
 def test_how_a_release_is_seen_from_outside_its_unit():
     assert halved(Gaussian(2.0, 3)) == Gaussian(1.0, 3)
     assert halved(PoissonGaussian(0.1, 2.0, 3)) == PoissonGaussian(0.1, 1.0, 3)
@@ -286,6 +359,73 @@ def test_subjects_pay_or_are_left_out_together(ledger):
     assert paying.tolist() == [False, False, True, True]
 
 
+# --- one subject in many files ------------------------------------------------------------------
+
+MONTHS = {
+    month: [f"{month}, visit {v} of patient {p}" for p in range(10) for v in range(3)]
+    for month in ("january", "february", "march")
+}
+
+
+def by_patient(study="first", **more):
+    return {"unit": "subject", "subject": patient, "study": study} | more
+
+
+def test_a_subject_has_one_budget_in_all_files(ledger):
+    """Adversary: whoever keeps one file a month: no two share a record, all share the patients."""
+    spend(ledger, MONTHS["january"], **by_patient())
+    with pytest.raises(BudgetExceeded, match="of 8 is spent"):
+        spend(ledger, MONTHS["february"], **by_patient("second"))
+    every = ledger.standing(
+        whom(ledger, [w for words in MONTHS.values() for w in words], patient), unit="subject"
+    )
+    assert (every.accounts, every.untouched) == (10, 0)
+    assert 7.9 < every.worst <= 8.0
+    (stored,) = map(ledger.stored, ledger.sets())
+    assert ledger.standing(stored).accounts == 10
+    ledger.verify()
+
+
+def test_other_subjects_have_their_own_budget(ledger):
+    """The positive control: the same visits, of patients with other names."""
+    spend(ledger, MONTHS["january"], **by_patient())
+    others = by_patient("second", subject=lambda word: f"other {patient(word)}")
+    spend(ledger, MONTHS["february"], **others)
+    mixed = [*MONTHS["march"], "february, visit 1 of patient 3"]
+    records = whom(ledger, mixed, lambda w: patient(w) if w == mixed[-1] else f"new {patient(w)}")
+    paying = ledger.payers("d", "subject", EIGHT, 1, BUDGET, records=records, study="third")
+    assert paying.tolist() == [True] * 30 + [False]
+
+
+def test_a_renamed_column_of_subjects_opens_no_account(ledger):
+    """Adversary: whoever renames the header of each month's file."""
+    spend(ledger, MONTHS["january"], **by_patient())
+    contents = [(hashlib.sha256(w.encode()).digest(), patient(w)) for w in MONTHS["february"]]
+    renamed = ledger.identify(contents, column="person")
+    about = {"records": renamed, "study": "second"}
+    with pytest.raises(BudgetExceeded, match="of 8 is spent"):
+        ledger.foresee("d", "subject", EIGHT, 1, BUDGET, **about)
+
+
+def test_a_set_of_a_version_that_did_not_know_subjects_goes_on(ledger):
+    """Its run is resumed by this version; it is charged for the records that it knows."""
+    for row in (b"", b"row of "):
+        contents = [
+            Content(hashlib.sha256(w.encode()).digest(), patient(w), row and row + w.encode())
+            for w in MONTHS["january"]
+        ]
+        records, before = (ledger.identify(contents, column="patient") for _ in range(2))
+        before.owners = None
+        given = (f"data {row}", "subject", f"run {row}", 0, 0, plan(2.0), BUDGET)
+        reserved = ledger.reserve(*given, records=before, study="first")
+        assert ledger.reserve(*given, records=records, study="first") == reserved
+        known = ledger.stored(before.digest)
+        assert (known.owners, known.digest) == (None, before.digest)
+        assert records.digests == {records.digest, before.digest, records.former}
+    assert ledger.standing(records).untouched == 0
+    ledger.verify()
+
+
 # --- identities ---------------------------------------------------------------------------------
 
 
@@ -316,6 +456,42 @@ def test_a_key_that_does_not_fit_the_ledger_is_refused(ledger, path, harm):
     with pytest.raises(StateError, match=r"ledger\.key") as caught:
         whom(ledger, WORDS)
     assert "restore" in caught.value.hint
+
+
+def test_a_ledger_that_is_gone_is_not_begun_anew_beside_its_key(ledger, path):
+    """Adversary: whoever removes a spent ledger."""
+    spend(ledger, WORDS)
+    ledger.close()
+    spent = path.read_bytes()
+    path.unlink()
+    for _ in range(2):  # the refusal leaves no file behind that the next start would take
+        with pytest.raises(StateError, match="is gone, and the key of its records") as caught:
+            Ledger(path, "north")
+        assert not path.exists()
+    assert "restore the newest copy" in caught.value.hint
+    path.write_bytes(spent)
+    with Ledger(path, "north") as restored:
+        refused(restored, WORDS)
+
+
+def test_a_ledger_whose_key_was_made_but_never_used_goes_on(ledger, path):
+    """The control: an operator looked at the terms and declined."""
+    whom(ledger, WORDS)
+    ledger.close()
+    with Ledger(path, "north") as again:
+        spend(again, WORDS)
+
+
+def test_a_copy_without_the_wal_file_has_every_release(ledger, path, tmp_path):
+    """Adversary: a crash, after which only the files that somebody knows of are copied."""
+    spend(ledger, WORDS)
+    place = tmp_path / "copied"
+    place.mkdir()
+    for name in ("ledger.sqlite", "ledger.key"):  # while the other is open: as after kill -9
+        shutil.copy(path.with_name(name), place / name)
+    with Ledger(place / "ledger.sqlite", "north") as copied:
+        assert [entry.state for entry in copied.entries()] == ["released"]
+        refused(copied, WORDS)
 
 
 def test_records_known_by_their_words_alone_keep_their_charges(ledger):
