@@ -32,13 +32,17 @@ def claim(case: Case, spent: float | None) -> str:
     if spent is not None:
         amount = f"(ε = {up(spent)}, δ = {privacy.delta:g})"
     else:
-        why = "not settled yet" if case.silos else "as agreed; no silo's charges are in this bundle"
-        amount = f"at most (ε = {privacy.epsilon:g}, δ = {privacy.delta:g}), {why},"
+        amount = f"at most (ε = {privacy.epsilon:g}, δ = {privacy.delta:g})"
     return (
         f"{_released(case)} is {amount} differentially private for {what}, added or removed, "
         f"against the server{helpers}, the other silos and everybody who sees the adapters."
-        + (_READING if spent is not None else "")
+        + (_READING if spent is not None else _agreed(case))
     )
+
+
+def _agreed(case: Case) -> str:
+    why = "What was spent is not settled yet" if case.silos else "No silo's charges are here"
+    return f" {why}: this is the agreed budget."
 
 
 def _released(case: Case) -> str:

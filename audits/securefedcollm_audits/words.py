@@ -107,7 +107,7 @@ def _strength(epsilon: float) -> str:
     return (
         f"How strong: {_grade(epsilon)}. At this ε the bound alone excludes little against so well "
         "informed an attacker; the usual ε = 8 allows odds of 2,981 to 1. Real attackers know less "
-        "and find less, which section 6 measures and no accountant promises."
+        "and find less; audits measure that (section 6), and no accountant promises it."
     )
 
 

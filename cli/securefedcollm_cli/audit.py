@@ -68,6 +68,19 @@ def write_bundle(run: Path, path: Path, only: list[str]) -> int:
     return len(content)
 
 
+def write_evidence(run: Path) -> tuple[Verdict, str]:
+    """Bundle the evidence of a finished run, check it as an outsider would, and write the report's
+    page: ``evidence.zip`` and ``report.html`` in its directory. Returns what was found, and where
+    the page is."""
+    from securefedcollm_audits.report import make_report
+
+    path, page = run / "evidence.zip", run / "report.html"
+    write_bundle(run, path, [])
+    found, case = make_report(path, run / "results.json")
+    write_page(found, case, page)
+    return found.verdict, str(page)
+
+
 @app.command()
 def verify(
     file: BundleFile,

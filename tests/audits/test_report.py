@@ -363,7 +363,7 @@ def test_parts_without_a_silo_say_that_no_budget_is_shown(record_bundle, tmp_pat
     report, case = make_report(tmp_path / "part.zip")
     text = Reader(to_html(report, case)).text
     assert "what each has spent, and has left, is not shown" in text
-    assert "as agreed; no silo's charges are in this bundle" in text
+    assert "No silo's charges are here: this is the agreed budget." in text
     assert "not shown: no log holds it" in text
     assert report.made[:2] == "20"
 
