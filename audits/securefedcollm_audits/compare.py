@@ -15,6 +15,7 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.evidence.bundle import Bundle
 from securefedcollm_audits.case import Case, count
 from securefedcollm_audits.checks import ciphertexts, history, logs, rounds
+from securefedcollm_audits.progress import progress
 from securefedcollm_audits.verdict import Check, Faults, NotCovered, Result, Verdict, carry_out
 from securefedcollm_audits.verify import examine
 
@@ -47,14 +48,16 @@ def compare(first: Path, second: Path) -> Verdict:
     known = (*logs.CHECKS, *rounds.CHECKS, *ciphertexts.CHECKS, *history.CHECKS)
     chosen = [check for check in known if check.name in _ACROSS]
     results += [carry_out(check, both) for check in (common, *chosen)]
+    far = progress(both)
     return msgspec.structs.replace(
         outcome,
         study=both.study.study,
         digest=both.digest.hex(),
         run=both.run.hex(),
         participants=list(both.logs),
-        rounds_done=both.rounds_done(),
-        rounds=both.study.rounds,
+        rounds_done=far.done,
+        rounds=far.rounds,
+        progress=far.sentence,
     )
 
 

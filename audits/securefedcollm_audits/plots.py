@@ -5,12 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from html import escape
+from typing import Final
+
+MOST_LINES: Final = 24
+"""Silos of which the plot of attendance has a line each."""
 
 
 def participation_plot(silos: Sequence[str], rounds: Sequence[Collection[str]]) -> str:
-    """A square a silo and round: filled if its update is in the sum, else an outline."""
+    """A square a silo and round: filled if its update is in the sum, else an outline.
+
+    Of many silos those have a line that missed most sums.
+    """
     if not silos or not rounds:
         return ""
+    silos, rest = _most_absent(silos, rounds)
     side, left = min(18.0, 560.0 / len(rounds)), 110.0
     width, height = left + side * len(rounds) + 10, side * len(silos) + 28
     squares = []
@@ -25,12 +33,24 @@ def participation_plot(silos: Sequence[str], rounds: Sequence[Collection[str]]) 
                 f'height="{side - 2:.1f}" fill="{"var(--blue)" if taken else "none"}" '
                 f'stroke="{"var(--blue)" if taken else "var(--red)"}"/>'
             )
-    caption = f"sums 1 to {len(rounds)}; outlined: not in the sum"
+    caption = f"sums 1 to {len(rounds)}; outlined: not in the sum{rest}"
     squares.append(f'<text x="{left:.0f}" y="{height - 8:.0f}">{caption}</text>')
     return (
         f'<div class="wide"><svg viewBox="0 0 {max(width, 720):.0f} {height:.0f}" role="img" '
         f'aria-label="Which silos are in each sum">{"".join(squares)}</svg></div>'
     )
+
+
+def _most_absent(silos: Sequence[str], rounds: Sequence[Collection[str]]) -> tuple[list[str], str]:
+    """Who has a line, and what the caption says of the others."""
+    missed = {name: sum(name not in survivors for survivors in rounds) for name in silos}
+    if len(silos) <= MOST_LINES:
+        return list(silos), ""
+    ranked = sorted(silos, key=lambda name: -missed[name])  # stable: by name otherwise
+    shown = [name for name in ranked if missed[name]][:MOST_LINES] or ranked[:1]
+    most = max(missed[name] for name in silos if name not in shown)
+    others = f"the other {len(silos) - len(shown)} silos missed"
+    return shown, f"; {others} {'none' if not most else f'{most} at most, each'}"
 
 
 def advantage_plot(points: Sequence[tuple[float, float]]) -> str:

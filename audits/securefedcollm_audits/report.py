@@ -7,8 +7,9 @@ log says. ``place`` fields name entries as ``silo-1#12 (settled)``.
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
@@ -32,14 +33,16 @@ from securefedcollm.privacy.adversaries import AdversaryRow, per_adversary
 from securefedcollm.privacy.events import DiscreteGaussian, Event, Events, merge
 from securefedcollm.privacy.filters import Terms, filter_within
 from securefedcollm.privacy.report import ASSUMPTIONS
-from securefedcollm.privacy.shown import up
 from securefedcollm_audits.case import SERVER, Case, of
 from securefedcollm_audits.charged import decode_events
 from securefedcollm_audits.checks.budget import Training, trainings
+from securefedcollm_audits.claim import claim
+from securefedcollm_audits.progress import Header, header, progress
 from securefedcollm_audits.second_accountant import bracket
 from securefedcollm_audits.utility import Utility, read_utility
 from securefedcollm_audits.verdict import Verdict
 from securefedcollm_audits.verify import examine
+from securefedcollm_audits.words import meaning
 
 MOST_POINTS = 80
 """Places in all silos' ledgers at which ε so far is worked out: a tenth of a second each."""
@@ -88,12 +91,17 @@ class ChargeRow(msgspec.Struct, frozen=True):
 
 
 class SiloRow(msgspec.Struct, frozen=True):
-    """One silo's budget. ``low``, ``high``: the second accountant's bracket of its releases."""
+    """One silo's budget. ``low``, ``high``: the second accountant's bracket of its releases.
+
+    ``claimed`` is all that its ledger counts on these records, ``limit`` what it agreed to for all
+    studies together; ``left``: of that, as far as the log says.
+    """
 
     name: str
     claimed: float | None
     accountant: str
     limit: float | None
+    left: float | None
     delta: float | None
     low: float
     high: float
@@ -122,7 +130,12 @@ class Report(msgspec.Struct, frozen=True):
     """Everything the page shows, and the verdict that it rests on."""
 
     verdict: Verdict
+    header: Header
+    made: str
+    """When this report was made: day, UTC, by this machine's clock."""
     claim: str
+    meaning: list[str]
+    """Of ε and δ, in plain words; empty if nothing is claimed."""
     unit: str | None
     epsilon: float | None
     delta: float | None
@@ -176,11 +189,15 @@ def _summed_up(verdict: Verdict, case: Case) -> Report:
     worst = _worst(case)
     adversaries = _adversaries(case, worst) if worst else []
     privacy = case.study.privacy
+    spent = _spent(silos) if privacy else None
     report = Report(
         verdict=verdict,
-        claim=_claim(case, silos),
+        header=header(case, verdict.results),
+        made=time.strftime("%Y-%m-%d", time.gmtime()),
+        claim=claim(case, spent),
+        meaning=_meaning(case, spent),
         unit=privacy.unit if privacy else None,
-        epsilon=_spent(silos) if privacy else None,
+        epsilon=spent,
         delta=privacy.delta if privacy else None,
         adversaries=adversaries,
         advantage=advantage(_curve(case, worst)) if worst else [],
@@ -191,6 +208,14 @@ def _summed_up(verdict: Verdict, case: Case) -> Report:
         registry={},
     )
     return msgspec.structs.replace(report, registry=_registry(case, report))
+
+
+def _meaning(case: Case, spent: float | None) -> list[str]:
+    privacy = case.study.privacy
+    if privacy is None:
+        return []
+    agreed = privacy.epsilon
+    return meaning(privacy.unit, agreed if spent is None else spent, privacy.delta, agreed)
 
 
 def advantage(claims: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -217,40 +242,6 @@ def advantage(claims: list[tuple[float, float]]) -> list[tuple[float, float]]:
 def _spent(silos: list[SiloRow]) -> float | None:
     claims = [silo.claimed for silo in silos if silo.claimed is not None]
     return max(claims, default=None)
-
-
-_READING: Final = (
-    " This figure is a bound if no release was chosen on what earlier ones showed; the agreed "
-    "budget is one in any case."
-)
-
-
-def _claim(case: Case, silos: list[SiloRow]) -> str:
-    """The claim in one sentence: unit, adjacency, adversary, ε at δ, horizon."""
-    study, privacy = case.study, case.study.privacy
-    if privacy is None:
-        return (
-            "This study claims no differential privacy: updates were hidden in sums of at least "
-            f"{study.quorum} silos, but the released adapters may reveal single records."
-        )
-    spent = _spent(silos)
-    done, c = case.rounds_done(), study.silos.colluders
-    what = {
-        "record": "one record of a silo",
-        "subject": f"all records of one {privacy.subject} in a silo",
-        "silo": "one silo's whole data set",
-    }[privacy.unit]
-    helpers = "" if not c else f" together with any {c} of the other silos"
-    amount = (
-        f"(ε = {up(spent)}, δ = {privacy.delta:g})"
-        if spent is not None
-        else f"at most (ε = {privacy.epsilon:g}, δ = {privacy.delta:g}), not settled yet,"
-    )
-    return (
-        f"What the {done} finished of {study.rounds} rounds released is {amount} differentially "
-        f"private for {what}, added or removed, against the server{helpers}, the other silos and "
-        "everybody who sees the adapters." + (_READING if spent is not None else "")
-    )
 
 
 def _worst(case: Case) -> tuple[Events, Terms] | None:
@@ -359,12 +350,14 @@ def _silo(name: str, log: list[Entry], points: int) -> SiloRow:
     done = trainings(log)
     claims = [(entry, what.spent) for entry, what in of(log, Settled) if what.spent]
     limit = next((what for _, what in of(log, Reserved)), None)
+    spent = claims[-1][1].epsilon if claims else None
     tight = bracket(_counted(done), TIGHT_SHARE * limit.delta) if limit else bracket((), 0.5)
     return SiloRow(
         name=name,
-        claimed=claims[-1][1].epsilon if claims else None,
+        claimed=spent,
         accountant=claims[-1][1].accountant if claims else "",
         limit=limit.epsilon if limit else None,
+        left=max(0.0, limit.epsilon - spent) if limit and spent is not None else None,
         delta=limit.delta if limit else None,
         low=tight.low,
         high=tight.high,
@@ -449,7 +442,7 @@ def _registry(case: Case, report: Report) -> dict[str, Any]:
         "epsilon": report.epsilon,
         "delta": report.delta,
         "budget_epsilon": privacy.epsilon if privacy else None,
-        "releases": case.rounds_done(),
+        "releases": progress(case).done,
         "mechanism": charge.mechanism if charge else None,
         "accountants": sorted({a for s in report.silos for a in (s.accountant, s.method) if a}),
         "not_covered": list(NOT_COVERED),

@@ -29,7 +29,7 @@ def about(verdict: Verdict) -> list[str]:
     if verdict.study:
         lines.append(
             f"study  {verdict.study} ({verdict.digest[:16]}…), run {verdict.run[:8]}…, "
-            f"{verdict.rounds_done} of {verdict.rounds} rounds finished"
+            f"{verdict.progress}"
         )
     return lines + [f"key    {printable(name):<12} {key}" for name, key in verdict.keys.items()]
 

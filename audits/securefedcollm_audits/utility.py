@@ -50,7 +50,8 @@ def read_utility(path: Path, case: Case, report: Report) -> Utility:
     try:
         results = json.loads(path.read_bytes())
         same = (results["digest"], results["run_id"]) == (case.digest.hex(), case.run.hex())
-        table, rounds = results["table"], results["rounds"]
+        # Servers of earlier versions wrote no table.
+        table, rounds = results.get("table", []), results["rounds"]
         methods = msgspec.convert(table, list[Method])
         scores = [_small(record) for record in rounds]
     except OSError as error:

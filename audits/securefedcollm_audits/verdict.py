@@ -64,6 +64,7 @@ class Verdict(msgspec.Struct, frozen=True):
     """All results about one bundle (``sha256``: of its file).
 
     ``keys``: participant → Ed25519 public key (hex), as the study or the logs name them.
+    ``rounds_done`` is by whoever's log is there; ``progress`` says whose.
     ``not_compared``: what of that was not held against what the verifier knows from elsewhere.
     """
 
@@ -76,6 +77,7 @@ class Verdict(msgspec.Struct, frozen=True):
     participants: list[str] = []
     rounds_done: int = 0
     rounds: int = 0
+    progress: str = ""
     keys: dict[str, str] = {}
     not_compared: list[str] = []
 

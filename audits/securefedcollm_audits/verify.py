@@ -16,6 +16,7 @@ from securefedcollm.primitives import sha256
 from securefedcollm_audits.case import Case
 from securefedcollm_audits.checks import budget, ciphertexts, findings, history, logs, order, rounds
 from securefedcollm_audits.expected import Expected, compare
+from securefedcollm_audits.progress import progress
 from securefedcollm_audits.verdict import Check, Result, Verdict, carry_out
 
 CHECKS: tuple[Check, ...] = (
@@ -66,6 +67,7 @@ def examine(
 def _verdict(bundle: Bundle, path: str, digest: str, first: Result, expected: Expected) -> Verdict:
     case = Case(bundle)
     known, silent = compare(case, expected)
+    far = progress(case)
     return Verdict(
         bundle=path,
         sha256=digest,
@@ -74,8 +76,9 @@ def _verdict(bundle: Bundle, path: str, digest: str, first: Result, expected: Ex
         digest=case.digest.hex(),
         run=case.run.hex(),
         participants=list(case.logs),
-        rounds_done=case.rounds_done(),
-        rounds=case.study.rounds,
+        rounds_done=far.done,
+        rounds=far.rounds,
+        progress=far.sentence,
         keys={name: key.hex() for name, key in case.keys.items()},
         not_compared=silent,
     )

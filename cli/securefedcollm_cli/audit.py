@@ -68,6 +68,19 @@ def write_bundle(run: Path, path: Path, only: list[str]) -> int:
     return len(content)
 
 
+def write_evidence(run: Path) -> tuple[Verdict, str]:
+    """Bundle the evidence of a finished run, check it as an outsider would, and write the report's
+    page: ``evidence.zip`` and ``report.html`` in its directory. Returns what was found, and where
+    the page is."""
+    from securefedcollm_audits.report import make_report
+
+    path, page = run / "evidence.zip", run / "report.html"
+    write_bundle(run, path, [])
+    found, case = make_report(path, run / "results.json")
+    write_page(found, case, page)
+    return found.verdict, str(page)
+
+
 @app.command()
 def verify(
     file: BundleFile,
@@ -111,6 +124,46 @@ def compare(
     from securefedcollm_audits.compare import compare as held_together
 
     _report(held_together(first, second), as_json)
+
+
+@app.command()
+def merge(
+    bundles: Annotated[
+        list[Path],
+        typer.Argument(metavar="BUNDLE…", help="Bundles of one run, of participants who agree."),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="MERGED", help="The bundle to write.")],
+    as_json: Json = False,
+) -> None:
+    """Join several participants' bundles of one run into one, and verify it.
+
+    Then their logs check each other. Bundles of different runs, and two logs that one participant
+    signed, are refused. Whoever gets the joined bundle sees every silo's log in it.
+
+    Exit codes as of `audit verify`, of the joined bundle; 2: refused, and nothing was written.
+    """
+    from securefedcollm_audits import table
+    from securefedcollm_audits.merge import merge as joined
+    from securefedcollm_audits.verify import verify as check
+
+    from securefedcollm.errors import ConfigError
+    from securefedcollm.federation.files import write_durably
+
+    if any(path.exists() and out.exists() and path.samefile(out) for path in bundles):
+        raise ConfigError(
+            "is one of the bundles to join, which are evidence",
+            where=str(out),
+            hint="give --out another name",
+        )
+    content = joined(bundles)
+    write_durably(out, content)
+    verdict = check(out)
+    if as_json:
+        typer.echo(json.dumps(table.plain(verdict) | {"bytes": len(content)}, indent=2))
+    else:
+        _print_merged(verdict, len(content))
+    if not verdict.holds:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -194,6 +247,24 @@ def write_page(found: Report, case: Case, path: Path) -> None:
     from securefedcollm.federation.files import write_durably
 
     write_durably(path, to_html(found, case).encode())
+
+
+def _print_merged(verdict: Verdict, size: int) -> None:
+    from rich.console import Console
+    from securefedcollm_audits import table
+
+    console = Console()
+    missing = [name for name in verdict.keys if name not in verdict.participants]
+    lines = [
+        f"wrote {verdict.bundle} ({size / 1000:.1f} kB) with the logs of",
+        f"  {', '.join(verdict.participants)}",
+        *([f"there is no log of {', '.join(missing)}"] if missing else []),
+        *(f"{result.title}: not so ({'; '.join(result.faults)})" for result in verdict.failed),
+    ]
+    for line in lines:
+        console.print(as_text(line), highlight=False, soft_wrap=True)
+    style = "bold green" if verdict.holds else "bold red"
+    console.print(as_text(table.sentence(verdict)), style=style, highlight=False)
 
 
 def _print_attacks(outcomes: dict[str, Outcome], broken: list[str]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from securefedcollm.errors import ConfigError
+from securefedcollm.errors import ConfigError, EvidenceError
 from securefedcollm.foreign import MOST_MESSAGE, printable
 from securefedcollm_cli.consortium import Home, home_of
 from securefedcollm_cli.identity import PassphraseFile, read_passphrase
@@ -134,12 +134,36 @@ def server(
                 lambda done: _print_round(done, study.rounds, bars, as_json),
                 engine.rejoined,
             )
+        if as_json:
+            typer.echo(json.dumps({"event": "finished", "run": str(member.run)}))
+        else:
+            typer.echo(f"finished: {len(record['rounds'])} rounds; the adapters are in")
+            typer.echo(f"  {record['adapters']}")
+        report_of(member.run, as_json)
+
+
+def report_of(run: Path, as_json: bool) -> None:
+    """The server's own evidence, checked, and its report.
+
+    Raises:
+        EvidenceError: it does not hold.
+    """
+    from securefedcollm_audits import table
+
+    from securefedcollm_cli.audit import write_evidence
+
+    verdict, page = write_evidence(run)
     if as_json:
-        typer.echo(json.dumps({"event": "finished", "run": str(member.run)}))
+        found = {"bundle": verdict.bundle, "report": page, "holds": verdict.holds}
+        typer.echo(json.dumps({"event": "report", **found, "passed": verdict.passed}))
     else:
-        typer.echo(f"finished: {len(record['rounds'])} rounds; the adapters are in")
-        typer.echo(f"  {record['adapters']}")
-        typer.echo(f"evidence: securefedcollm audit bundle {member.run}")
+        typer.echo(f"evidence: {printable(verdict.bundle)}, {printable(table.sentence(verdict))}")
+        typer.echo(f"report: {printable(page)}")
+    if not verdict.holds:
+        raise EvidenceError(
+            f"{verdict.bundle}: the run is finished, but {table.sentence(verdict)}",
+            hint=f"`securefedcollm audit verify {verdict.bundle}` names the entries",
+        )
 
 
 def client(

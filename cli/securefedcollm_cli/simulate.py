@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from securefedcollm.foreign import as_text
+from securefedcollm_cli.audit import write_evidence
 from securefedcollm_cli.options import DataDir, Device, Json, Overrides, StudyFile
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def simulate(
     with Bars(quiet=as_json) as bars:
         results = simulation.run(bars.report, bars.say)
         bars.report(0, 1, "verifying the evidence")
-        verdict, page = _verify(directory)
+        verdict, page = write_evidence(directory)
         bars.report(1, 1, "verifying the evidence")
     if as_json:
         evidence = {
@@ -124,19 +125,6 @@ def _files(study: Study, silos: list[str], public: Path | None, test: Path | Non
             f"{bad!r} is not NAME=FILE", where="--silo", hint="e.g. --silo clinic-1=notes.csv"
         )
     return given_files(study, [(name, Path(file)) for name, _, file in pairs], public, test)
-
-
-def _verify(run: Path) -> tuple[Verdict, str]:
-    """Bundle the run's evidence, check it as an outsider would, and write the report's page."""
-    from securefedcollm_audits.report import make_report
-
-    from securefedcollm_cli.audit import write_bundle, write_page
-
-    path, page = run / "evidence.zip", run / "report.html"
-    write_bundle(run, path, [])
-    report, case = make_report(path, run / "results.json")
-    write_page(report, case, page)
-    return report.verdict, str(page)
 
 
 def _render(results: dict[str, Any], verdict: Verdict, page: str) -> None:

@@ -47,6 +47,7 @@ from securefedcollm.federation.files import make_directory, sync_tree, write_dur
 from securefedcollm.federation.messages import MAX_FRAME
 from securefedcollm.federation.plan import AUTHORITY, authority_of
 from securefedcollm.federation.recording import SERVER, AuthorityRecord, ServerRecord, SiloRecord
+from securefedcollm.federation.results import method_of, rows
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.samedata import require_same_data
 from securefedcollm.federation.silo import SiloSession
@@ -204,6 +205,11 @@ def coordinate(
     store = RunStore(run, digest(study), resume=resume)
     log = EvidenceLog(run / "server" / EVIDENCE, study=digest(study), owner=SERVER, key=member.key)
     office = member.authority
+
+    def finished_round(record: dict[str, Any]) -> None:
+        store.write_metrics()
+        on_round(record)
+
     evidence = ServerRecord(
         log,
         key=member.key,
@@ -218,7 +224,7 @@ def coordinate(
         workload=workload,
         store=store,
         progress=progress,
-        on_round=on_round,
+        on_round=finished_round,
         evidence=evidence,
         authority=office,
         rejoined=rejoined,
@@ -238,19 +244,23 @@ def coordinate(
 
 def _finish(member: Member, store: RunStore, path: Path) -> None:
     """The adapters and the run's own record: what says that it is finished."""
-    study, run = member.study, member.run
+    study, run, history = member.study, member.run, store.state.history
+    store.write_metrics()  # a crash may have come after the last round
     final = store.adapters
     for name in ("slm", "llm"):
         if (final / name).is_dir():
             shutil.rmtree(run / "adapters" / name, ignore_errors=True)
             shutil.copytree(final / name, run / "adapters" / name)
+    table = rows(method_of(study), history[-1]["evaluation"])
     record = {
         "study": study.study,
         "digest": digest(study).hex(),
         "version": __version__,
         "run_id": store.state.run_id,
         "finished": True,
-        "rounds": store.state.history,
+        "groups": list(table[0]["accuracy"]) if table else [],
+        "table": table,
+        "rounds": history,
         "adapters": str(run / "adapters"),
     }
     write_durably(path, json.dumps(record, indent=2).encode())

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from safetensors import SafetensorError
@@ -21,6 +21,8 @@ from safetensors import numpy as safetensors
 from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.federation.files import make_directory, sync_tree, write_durably
 from securefedcollm.federation.workload import ServerWorkload, Vector
+
+METRICS: Final = "metrics.jsonl"
 
 
 @dataclass
@@ -60,6 +62,7 @@ class RunStore:
                 study, and it is on.
             StateError: the state cannot be read or written.
         """
+        self._directory = directory
         self._server = make_directory(directory / "server")
         self._path = self._server / "state.json"
         if self._path.exists():
@@ -166,6 +169,14 @@ class RunStore:
         """Add to the newest finished round's record what came after it."""
         change(self.state.history[-1])
         self._write()
+
+    def write_metrics(self) -> None:
+        """``metrics.jsonl`` in the run's directory: a line for every finished round.
+
+        The server's own record: accuracy on its test questions, bytes, seconds, who took part.
+        """
+        lines = (json.dumps(record).encode() + b"\n" for record in self.state.history)
+        write_durably(self._directory / METRICS, b"".join(lines))
 
     def _next_sum(self) -> None:
         self.state.attempt = 0

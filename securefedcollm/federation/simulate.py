@@ -31,6 +31,7 @@ from securefedcollm.federation.engines.embedded import EmbeddedEngine, process_c
 from securefedcollm.federation.files import make_directory, write_durably
 from securefedcollm.federation.plan import AUTHORITY, authority_of, silo_names
 from securefedcollm.federation.recording import SERVER, AuthorityRecord, ServerRecord, SiloRecord
+from securefedcollm.federation.results import rows
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore
@@ -160,12 +161,12 @@ class Simulation:
             _replace_tree(self._out / "server" / _last(store) / name, self._out / "adapters" / name)
         final = store.state.history[-1]["evaluation"]
         method = "FedCoLLM" if self._distillation else "FedAvg"
-        table = _rows("zero-shot", zero_shot) + _rows(method, final)
+        table = rows("zero-shot", zero_shot) + rows(method, final)
         del server
         if "standalone" in self._baselines:
-            table += _rows("standalone", self._standalone(progress))
+            table += rows("standalone", self._standalone(progress))
         if "fedavg" in self._baselines:
-            table += _rows("FedAvg", self._fedavg(dealt, progress))
+            table += rows("FedAvg", self._fedavg(dealt, progress))
         results = self._results(store, table, {n: len(q) for n, q in dealt.silos.items()})
         results["seconds"] = round(time.monotonic() - started, 1)
         write_durably(self._out / "results.json", json.dumps(results, indent=2).encode())
@@ -235,10 +236,7 @@ class Simulation:
         )
 
         def on_round(record: dict[str, Any]) -> None:
-            write_durably(
-                directory / "metrics.jsonl",
-                b"".join(json.dumps(r).encode() + b"\n" for r in store.state.history),
-            )
+            store.write_metrics()
             say(round_sentence(record, self._study.rounds))
 
         with EmbeddedEngine(
@@ -541,15 +539,6 @@ def remembered(path: Path, make: Callable[[], dict[str, T]]) -> dict[str, T]:
         write_durably(path, json.dumps(make()).encode())
     content: dict[str, T] = json.loads(path.read_bytes())
     return content
-
-
-def _rows(method: str, scores: dict[str, float]) -> list[dict[str, Any]]:
-    """``{"slm/private": .7, …}`` → one row per model."""
-    rows: dict[str, dict[str, float]] = {}
-    for key, value in scores.items():
-        model, _, group = key.partition("/")
-        rows.setdefault(model, {})[group] = value
-    return [{"model": m, "method": method, "accuracy": a} for m, a in rows.items()]
 
 
 def _spent(home: Path, study: Study) -> dict[str, Any]:

@@ -34,17 +34,24 @@ code { font-size: .85em; overflow-wrap: anywhere; }
 .note { color: var(--soft); font-size: .9rem; }
 .pass { color: var(--green); } .fail { color: var(--red); font-weight: 600; }
 .open { color: var(--amber); }
+.kind { border: 1px solid var(--line); padding: .4rem .8rem; }
+.kind.unreal { border-color: var(--amber); } .kind.unreal b { color: var(--amber); }
+.facts th { width: 11rem; } .facts td { overflow-wrap: anywhere; } .key { padding-left: 1.2rem; }
+.sign { display: none; }
 .ref { font-size: .8rem; white-space: nowrap; }
 svg { width: 100%; min-width: 30rem; max-width: 46rem; height: auto; display: block; }
 svg text { font-size: 12px; fill: var(--soft); }
 @media screen and (max-width: 40rem) { svg { min-width: 0; } svg text { font-size: 18px; }
   .prose { min-width: 10rem; } body { padding: 0 .7rem; } th, td { padding: .25rem .4rem; }
-  td:first-child { min-width: 4rem; } }
+  td:first-child { min-width: 4rem; } .facts th { width: 6.5rem; } }
 @media print { :root { --ink: #000; --soft: #444; --line: #bbb; --back: #fff; --tint: #f2f2f2;
   --blue: #1a4f8a; --red: #a32020; --green: #1c5237; --amber: #7a4a10; }
   html { font-size: 11px; } body { margin: 0; max-width: none; font-size: 1rem; }
-  h2, h3, h3 + p, tr:first-child { break-after: avoid; }
-  tr, svg, .claim { break-inside: avoid; } a { text-decoration: none; } .wide { overflow: visible; }
+  h2, h3, h2 + p, h3 + p, tr:first-child { break-after: avoid; }
+  tr, svg, .claim, .sign { break-inside: avoid; }
+  .sign { display: block; margin-top: 2rem; } .lines { display: flex; gap: 2rem; }
+  .lines span { flex: 1; border-top: 1px solid var(--ink); margin-top: 3.5rem; }
+  a { text-decoration: none; } .wide { overflow: visible; }
 }
 """
 

@@ -6,16 +6,20 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from typing import get_args
 
 import msgspec
 import pytest
+from securefedcollm_audits import words
+from securefedcollm_audits.plots import MOST_LINES, participation_plot
 from securefedcollm_audits.report import advantage, make_report
 from securefedcollm_audits.report_html import controls, to_html
 from securefedcollm_audits.verify import CHECKS
 
 from securefedcollm.errors import ConfigError, EvidenceError
 from securefedcollm.evidence.bundle import make_bundle
-from securefedcollm.privacy.shown import up
+from securefedcollm.privacy.accounting import Accountant
+from securefedcollm.privacy.shown import down, up
 
 from ..evidence.runs import NAMES
 from .forge import doctor
@@ -256,3 +260,129 @@ def test_the_control_tables_name_checks_that_exist():
     named = {name for row in rows for name in row["checks"]}
     assert named <= known
     assert known - named == set()  # every check is evidence for something
+
+
+def hundred(report, spent=lambda i: 3.0 - i / 1000):
+    """The report as if of a hundred silos; every 17th misses a sum."""
+    names = [f"hospital-{i:03d}" for i in range(1, 101)]
+    change = msgspec.structs.replace
+    return change(
+        report,
+        silos=[
+            change(report.silos[0], name=n, claimed=spent(i), high=spent(i) + 0.01)
+            for i, n in enumerate(names)
+        ],
+        rounds=[
+            change(
+                row,
+                survivors=[n for i, n in enumerate(names) if (i + row.round) % 17],
+                dropouts=[n for i, n in enumerate(names) if not (i + row.round) % 17],
+            )
+            for row in report.rounds
+        ],
+        header=change(report.header, silos=names),
+    )
+
+
+def test_a_hundred_silos_make_one_ledger_and_two_short_tables(record_bundle, record):
+    report, case = make_report(record_bundle)
+    page = to_html(hundred(report), case)
+    reader = Reader(page)
+    assert page.count("<svg") == 3  # the attacker's curve, attendance, and the one that spent most
+    assert record[1].count("<svg") == 6  # four silos have a plot each
+    assert "That is the silo whose releases cost most. 99 further silos" in reader.text
+    assert "88 further silos spent no more; section 5 has all." in reader.text
+    assert page.count("<td>hospital-050</td>") == 1  # in section 5 alone
+    assert page.count("<td>hospital-001</td>") == 2
+    assert "outlined: not in the sum; the other 90 silos missed none" in reader.text
+
+
+def test_attendance_of_many_shows_who_missed_most():
+    names = [f"s{i:03d}" for i in range(60)]
+    all_but = [set(names) - {n} for n in names[:40]] + [set(names) - {"s039"}]
+    plot = participation_plot(names, all_but)
+    assert plot.count("<text") == MOST_LINES + 1
+    assert plot.index(">s039<") < plot.index(">s000<")
+    assert "the other 36 silos missed 1 at most, each" in plot
+    assert "the other" not in participation_plot(names[:MOST_LINES], all_but)
+
+
+def test_short_names_are_explained_where_they_stand(record, silo_bundle):
+    reader = Reader(record[1])
+    assert "pld : privacy loss distributions" in reader.text
+    assert "z: size of the noise over the largest influence of one unit" in reader.text
+    assert "poisson-gaussian : DP-SGD inside the silo." in reader.text
+    assert "takes part by chance, with probability q" in reader.text
+    assert "Honest shares" not in reader.text  # no column is empty from top to bottom
+    text = Reader(to_html(*make_report(silo_bundle))).text
+    assert "Honest shares: parts of the noise that the adversary does not know" in text
+    assert "discrete-gaussian : a secure sum of integers." in text
+    for name in get_args(Accountant):
+        assert name in words.ACCOUNTANTS
+
+
+def test_epsilon_in_plain_words_is_the_definition_and_is_not_flattered():
+    first, second, third = words.meaning("record", 8.0, 1e-5, 8.0)
+    assert "the odds become at most 2,981 to 1, that is 99.97 %" in first
+    assert "one in 100,000" in second
+    assert "How strong: not strong." in third
+    assert (
+        "odds become at most 3.00 to 1, that is 75.00 %"
+        in words.meaning("silo", math.log(3.0), 1e-6, 2.0)[0]
+    )
+    _, _, grade, agreed = words.meaning("record", 0.5, 1e-5, 8.0)
+    assert "How strong: strong." in grade
+    assert agreed.endswith("at most 2,981 to 1, 99.97 %: not strong.")
+    assert "How strong: moderate." in words.meaning("record", 2.0, 1e-5, 2.0)[2]
+    for huge in (50.0, 1e300, math.inf):
+        assert (
+            "more than a thousand million to 1, that is more than 99.99 %"
+            in words.meaning("record", huge, 1e-300, huge)[0]
+        )
+
+
+def test_what_is_left_of_a_budget(record_bundle):
+    report, case = make_report(record_bundle)
+    silo = report.silos[0]
+    assert silo.left == silo.limit - silo.claimed
+    change = msgspec.structs.replace
+
+    def said(**changes):
+        page = to_html(change(report, silos=[change(silo, **changes)]), case)
+        return page[page.index("<h3>Budgets") : page.index("Spent is all")]
+
+    assert f">{down(silo.left)}<" in said()
+    assert ">used up<" in said(left=0.0)
+    assert ">used up<" in said(left=0.0004)
+    assert ">0.500, nearly used up<" in said(left=0.5)
+    assert ">not settled yet<" in said(left=None, claimed=None)
+
+
+def test_parts_without_a_silo_say_that_no_budget_is_shown(record_bundle, tmp_path):
+    (tmp_path / "part.zip").write_bytes(make_bundle(record_bundle.parent, ["server"]))
+    report, case = make_report(tmp_path / "part.zip")
+    text = Reader(to_html(report, case)).text
+    assert "what each has spent, and has left, is not shown" in text
+    assert "No silo's charges are here: this is the agreed budget." in text
+    assert "not shown: no log holds it" in text
+    assert report.made[:2] == "20"
+
+
+def test_names_of_participants_are_data(record_bundle, tmp_path):
+    """Adversary: whoever names the organisations, in a study without a roster."""
+    attack = '</td><img src="x">{{ 7 * 191 }}'
+
+    def rename(f):
+        for log in f.logs.values():
+            log[0]["what"]["roster"][0]["name"] = attack
+
+    report, case = make_report(doctor(record_bundle, tmp_path / "forged.zip", rename))
+    assert attack in report.header.silos
+    control = msgspec.structs.replace(report.header, logs=["\x1b[2J\u202e"])
+    page = to_html(msgspec.structs.replace(report, header=control), case)
+    assert "<img" not in page
+    assert "1337" not in page
+    assert "{{ 7 * 191 }}" in page
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+    Reader(page)

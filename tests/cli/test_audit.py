@@ -100,6 +100,41 @@ def test_bad_input_is_one_line(record_bundle, tmp_path):  # noqa: F811
         call("bundle", record_bundle.parent, "--out", tmp_path / "none" / "x.zip")
 
 
+def test_merge_joins_refuses_and_says_what_the_joined_logs_show(record_bundle, tmp_path):  # noqa: F811
+    run, out = record_bundle.parent, tmp_path / "merged.zip"
+    paths = [tmp_path / f"{name}.zip" for name in ("server", "silo-1", "silo-2")]
+    for path in paths:
+        call("bundle", run, "--only", path.stem, "--out", path)
+    code, said = call("merge", *paths, "--out", out)
+    assert code == 0
+    assert f"wrote {out}" in said
+    assert "  server, silo-1, silo-2\nthere is no log of silo-3, silo-4\n" in said
+    assert said.splitlines()[-1] == "evidence verified offline: 25 checks passed"
+    code, said = call("merge", *paths, "--out", out, "--json")
+    assert (code, json.loads(said)["participants"]) == (0, ["server", "silo-1", "silo-2"])
+    assert call("verify", out)[0] == 0
+
+    before = out.read_bytes()
+    lie = doctor(
+        paths[1],
+        tmp_path / "lie.zip",
+        lambda f: f.what("silo-1", "opened").update(version="[/red]\x1b[2J"),
+    )
+    with pytest.raises(EvidenceError, match=r"silo-1 signed two different logs.*equivocation"):
+        call("merge", *paths, lie, "--out", out)
+    with pytest.raises(ConfigError, match="is one of the bundles to join"):
+        call("merge", *paths, "--out", paths[0])
+    assert out.read_bytes() == before  # nothing is written of what is refused
+
+    def shown_another(forger):
+        forger.what("silo-2", "witnessed")["root"] = "0" * 64
+
+    lie = doctor(paths[2], tmp_path / "lie.zip", shown_another)
+    code, said = call("merge", *paths[:2], lie, "--out", out)
+    assert code == 1
+    assert "was shown another server log" in said
+
+
 def test_protocol_plays_attacks_and_says_what_was_learnt():
     code, out = call("protocol", "--case", "both_lists", "--case", "copied_keys", "--json")
     assert code == 0

@@ -40,7 +40,16 @@ def test_the_rehearsal_of_the_deployment_guide(tmp_path):
             os.killpg(typist.pid, signal.SIGTERM)  # what it left in the background
     logs = "".join(path.read_text() for path in tmp_path.glob("silo-*.log"))
     assert typist.returncode == 0, said[-3000:] + errors[-3000:] + logs[-3000:]
-    assert said.count("evidence verified offline") == 6
+    assert (
+        said.count("evidence verified offline") == 8
+    )  # 4 of one log; by the server, simulated, compared, merged
+    (run,) = tmp_path.glob("server/studies/rehearsal-*")
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+    for page, logs_here in ((run / "report.html", "server"), (tmp_path / "report.html", "all")):
+        text = page.read_text()
+        assert "<b>REAL RUN</b>" in text
+        assert f"<tr><th>Logs in this bundle</th><td>{logs_here}" in text
+        assert "<td>FedCoLLM</td>" in text
     assert "rounds     2 of 2 finished" in said
     assert "survivors  silo-1, silo-2, silo-3 (last round)" in said
     assert "Traceback" not in errors + logs

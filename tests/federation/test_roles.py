@@ -165,6 +165,12 @@ def test_a_run_leaves_at_every_home_what_status_and_auditors_need(tmp_path, sche
             again = roles.coordinate(server, engine, ArithmeticServer(), silent, lambda r: None)
     assert record["finished"]
     assert len(record["rounds"]) == 2
+    lines = (server.run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == record["rounds"]
+    (row,) = record["table"]
+    assert row["model"] == "slm"
+    assert row["accuracy"] == {"all": record["rounds"][-1]["evaluation"]["slm/all"]}
+    assert record["groups"] == ["all"]
     assert again == record  # a server that is started once more has nothing left to do
     assert all(session.over for session in parties.values())
     assert told["silo-2"][:4] == ["Opened", "Round", "Reserved", "Released"]

@@ -26,6 +26,7 @@ from securefedcollm.evidence.entries import (
 from securefedcollm.federation.plan import ends_round, sum_name
 from securefedcollm.study import Study
 from securefedcollm_audits.case import Case, count
+from securefedcollm_audits.progress import progress
 from securefedcollm_audits.verdict import Check, Faults
 
 _SERVER_ONLY = (Opening, Summed, Failed, Lost, Finished)
@@ -43,8 +44,8 @@ def step_order(case: Case, wrong: Faults) -> str:
         steps += _AuthorityLog(case.study).follow(case.authority, wrong)
     for log in case.silos.values():
         steps += _SiloLog(case.study).follow(log, wrong)
-    done = f"{case.rounds_done()} of {case.study.rounds} rounds finished"
-    return f"{count(steps, 'step')} in {count(len(case.logs), 'log')}; {done}"
+    far = progress(case).sentence
+    return f"{count(steps, 'step')} in {count(len(case.logs), 'log')}; {far}"
 
 
 class _ServerLog:
