@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from securefedcollm.foreign import MOST_MESSAGE, printable
 from securefedcollm_cli.identity import PassphraseFile, find, read_passphrase
 from securefedcollm_cli.options import DataDir, Json, Overrides, StudyFile
+from securefedcollm_cli.sizes import update_values
+from securefedcollm_cli.units import Units, units_of
+
+if TYPE_CHECKING:
+    from securefedcollm.study import Study
 
 app = typer.Typer(no_args_is_help=True, help="Check, show and describe a study file.")
 
@@ -27,16 +32,39 @@ def check(
             "and memory. Reads their config.json: under --data, or once from the hub.",
         ),
     ] = False,
+    records: Annotated[
+        int | None,
+        typer.Option(
+            "--records",
+            min=1,
+            metavar="N",
+            help="Records (or subjects) of the smallest silo, where the study does not say.",
+        ),
+    ] = None,
+    silo: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--silo",
+            metavar="NAME=FILE",
+            help="A silo's own records: only their number counts (repeat; some are enough).",
+        ),
+    ] = None,
     data: DataDir = None,
     as_json: Json = False,
 ) -> None:
     """Check a study and print what follows from it: digest, thresholds, packing, privacy.
 
-    Without `--estimate` it reads nothing but the file: no data, no model, no network.
+    Whatever `simulate` and `client` would refuse of batch and privacy is refused here already: a
+    batch larger than a silo, an ε that no noise reaches. The number of records is that of the study
+    (`task.data.per_silo`), of the files that `--data` or `--silo` names, or `--records`.
+
+    Without these options and `--estimate` it reads nothing but the file: no data, no model, no
+    network.
     """
     from securefedcollm.study import load_study
 
     study = load_study(config, overrides or [])
+    units = units_of(study, data, records, silo or ())
     if estimate:
         from securefedcollm.federation.estimate import estimate as estimated
 
@@ -44,14 +72,50 @@ def check(
         facts = derived(study, found["slm"]["update_values"])
         facts["estimate"] = found
         facts["reading"] |= _estimate_lines(found)
+        values = found["slm"]["update_values"]
     else:
         facts = derived(study)
+        values = _values(study, data)
+    facts |= _plan(study, units, values, facts["reading"])
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
     for key, value in facts["reading"].items():
         typer.echo(printable(f"{key:<17} {value}", MOST_MESSAGE))
     typer.secho("the study is sound", fg="green")
+
+
+def _plan(
+    study: Study, units: Units, values: int | None, reading: dict[str, str]
+) -> dict[str, Any]:
+    """The noise that a run would plan; its line goes into ``reading``. Refuses what a run would."""
+    if study.privacy is None:
+        return {"noise_multiplier": None, "units": list(units.counts)}
+    from securefedcollm.federation.feasible import planned_noise, unit_name
+
+    z = planned_noise(study, units.counts, values)
+    counts = ""
+    if units.counts and study.privacy.unit != "silo":
+        low, high = min(units.counts), max(units.counts)
+        numbers = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        counts = f", {numbers} {unit_name(study)}s a silo {units.source}"
+    if z is not None:
+        reading["noise"] = f"z = {z:.4f} times the clip norm{counts}"
+    elif study.privacy.unit == "silo" or study.joint:
+        reading["noise"] = "depends on the size of an update: --estimate plans it"
+    else:
+        reading["noise"] = "depends on the silos' records: --records or --silo plans it"
+    return {"noise_multiplier": z, "units": list(units.counts)}
+
+
+def _values(study: Study, data: Path | None) -> int | None:
+    """Values of an update, if they can be told without building the model."""
+    from securefedcollm.errors import ConfigError
+
+    try:
+        return update_values(study, data)
+    except ConfigError:
+        return None
 
 
 def _estimate_lines(found: dict[str, Any]) -> dict[str, str]:
