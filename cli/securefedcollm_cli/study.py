@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from securefedcollm.foreign import MOST_MESSAGE, printable
+from securefedcollm_cli import study_new
 from securefedcollm_cli.identity import PassphraseFile, find, read_passphrase
 from securefedcollm_cli.options import DataDir, Json, Overrides, StudyFile
 from securefedcollm_cli.sizes import update_values
@@ -17,7 +18,9 @@ from securefedcollm_cli.units import Units, units_of
 if TYPE_CHECKING:
     from securefedcollm.study import Study
 
-app = typer.Typer(no_args_is_help=True, help="Check, show and describe a study file.")
+app = typer.Typer(no_args_is_help=True, help="Write, check, show and describe a study file.")
+app.command()(study_new.new)
+app.command()(study_new.keys)
 
 
 @app.command()

@@ -80,6 +80,7 @@ def test_version():
         ["study", "check", QUICKSTART, "--set", "aggregation.scheme=ckks"],
         ["study", "check", QUICKSTART, "--set", "privacy=none"],
         ["study", "schema"],
+        ["study", "keys"],
     ],
 )
 def test_light_commands_never_import_torch(arguments):
