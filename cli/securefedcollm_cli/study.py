@@ -11,7 +11,7 @@ import typer
 from securefedcollm.foreign import MOST_MESSAGE, printable
 from securefedcollm_cli import study_new
 from securefedcollm_cli.identity import PassphraseFile, find, read_passphrase
-from securefedcollm_cli.options import DataDir, Json, Overrides, StudyFile
+from securefedcollm_cli.options import DataDir, Device, Json, Overrides, StudyFile
 from securefedcollm_cli.sizes import update_values
 from securefedcollm_cli.units import Units, units_of
 
@@ -52,6 +52,23 @@ def check(
             help="A silo's own records: only their number counts (repeat; some are enough).",
         ),
     ] = None,
+    propose_clip: Annotated[
+        bool,
+        typer.Option(
+            "--propose-clip",
+            help="Also tune the small model for one round on public rows, and propose "
+            "aggregation.clip_norm from the norm of that update. Loads the model.",
+        ),
+    ] = False,
+    public: Annotated[
+        Path | None,
+        typer.Option(
+            "--public",
+            metavar="FILE",
+            help="With --propose-clip: public rows [the study's]. Never a silo's records.",
+        ),
+    ] = None,
+    device: Device = "cpu",
     data: DataDir = None,
     as_json: Json = False,
 ) -> None:
@@ -61,11 +78,16 @@ def check(
     batch larger than a silo, an ε that no noise reaches. The number of records is that of the study
     (`task.data.per_silo`), of the files that `--data` or `--silo` names, or `--records`.
 
-    Without these options and `--estimate` it reads nothing but the file: no data, no model, no
-    network.
+    Without these options, `--estimate` and `--propose-clip` it reads nothing but the file: no data,
+    no model, no network.
     """
+    from securefedcollm.errors import ConfigError
     from securefedcollm.study import load_study
 
+    if public is not None and not propose_clip:
+        raise ConfigError(
+            "only a proposal reads public rows", where="--public", hint="add --propose-clip"
+        )
     study = load_study(config, overrides or [])
     units = units_of(study, data, records, silo or ())
     if estimate:
@@ -80,6 +102,8 @@ def check(
         facts = derived(study)
         values = _values(study, data)
     facts |= _plan(study, units, values, facts["reading"])
+    if propose_clip:
+        facts["clip"] = _clip(study, units, public, data, device, facts["reading"], as_json)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
@@ -109,6 +133,37 @@ def _plan(
     else:
         reading["noise"] = "depends on the silos' records: --records or --silo plans it"
     return {"noise_multiplier": z, "units": list(units.counts)}
+
+
+def _clip(
+    study: Study,
+    units: Units,
+    public: Path | None,
+    data: Path | None,
+    device: str,
+    reading: dict[str, str],
+    quiet: bool,
+) -> dict[str, Any]:
+    """The proposal for the clip norm; its line goes into ``reading``."""
+    from securefedcollm.federation.clip_proposal import propose_clip
+    from securefedcollm_cli.progress import Bars
+
+    smallest = min(units.counts, default=None)
+    with Bars(quiet=quiet) as bars:
+        found = propose_clip(
+            study, units=smallest, public=public, data=data, device=device, progress=bars.report
+        )
+    now = study.aggregation.clip_norm
+    answers = ", some answers made up" if found.made_up else ""
+    silo = study.privacy is not None and study.privacy.unit == "silo"
+    keys = "privacy.clip_norm and aggregation.clip_norm" if silo else "aggregation.clip_norm"
+    noise = "; the noise grows with it" if silo else ""
+    reading["clip norm"] = (
+        f"one round on {found.rows:,} public rows{answers} makes an update of norm "
+        f"{found.norm:.3g}; {now:g} keeps {found.kept(now):.0%} of it. Proposed for {keys}: "
+        f"{found.clip_norm:g}{noise}"
+    )
+    return {**found._asdict(), "kept": found.kept(now)}
 
 
 def _values(study: Study, data: Path | None) -> int | None:

@@ -112,7 +112,8 @@ class Aggregation(Section, frozen=True):
         Positive,
         says(
             "L2 norm that bounds a silo's whole update: a larger one is scaled down, and its silo "
-            "warned. Joint DP-SGD sums gradients instead, which `privacy.clip_norm` bounds."
+            "warned. `study check --propose-clip` proposes one. Joint DP-SGD sums "
+            "gradients instead, which `privacy.clip_norm` bounds."
         ),
     ] = 1.0
     scheme: Annotated[
