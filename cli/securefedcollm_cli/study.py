@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from securefedcollm.foreign import MOST_MESSAGE, printable
+from securefedcollm_cli import study_new
 from securefedcollm_cli.identity import PassphraseFile, find, read_passphrase
-from securefedcollm_cli.options import DataDir, Json, Overrides, StudyFile
+from securefedcollm_cli.options import DataDir, Device, Json, Overrides, StudyFile
+from securefedcollm_cli.sizes import update_values
+from securefedcollm_cli.units import Units, units_of
 
-app = typer.Typer(no_args_is_help=True, help="Check, show and describe a study file.")
+if TYPE_CHECKING:
+    from securefedcollm.study import Study
+
+app = typer.Typer(no_args_is_help=True, help="Write, check, show and describe a study file.")
+app.command()(study_new.new)
+app.command()(study_new.keys)
 
 
 @app.command()
@@ -27,16 +35,61 @@ def check(
             "and memory. Reads their config.json: under --data, or once from the hub.",
         ),
     ] = False,
+    records: Annotated[
+        int | None,
+        typer.Option(
+            "--records",
+            min=1,
+            metavar="N",
+            help="Records (or subjects) of the smallest silo, where the study does not say.",
+        ),
+    ] = None,
+    silo: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--silo",
+            metavar="NAME=FILE",
+            help="A silo's own records: only their number counts (repeat; some are enough).",
+        ),
+    ] = None,
+    propose_clip: Annotated[
+        bool,
+        typer.Option(
+            "--propose-clip",
+            help="Also tune the small model for one round on public rows, and propose "
+            "aggregation.clip_norm from the norm of that update. Loads the model.",
+        ),
+    ] = False,
+    public: Annotated[
+        Path | None,
+        typer.Option(
+            "--public",
+            metavar="FILE",
+            help="With --propose-clip: public rows [the study's]. Never a silo's records.",
+        ),
+    ] = None,
+    device: Device = "cpu",
     data: DataDir = None,
     as_json: Json = False,
 ) -> None:
     """Check a study and print what follows from it: digest, thresholds, packing, privacy.
 
-    Without `--estimate` it reads nothing but the file: no data, no model, no network.
+    Whatever `simulate` and `client` would refuse of batch and privacy is refused here already: a
+    batch larger than a silo, an ε that no noise reaches. The number of records is that of the study
+    (`task.data.per_silo`), of the files that `--data` or `--silo` names, or `--records`.
+
+    Without these options, `--estimate` and `--propose-clip` it reads nothing but the file: no data,
+    no model, no network.
     """
+    from securefedcollm.errors import ConfigError
     from securefedcollm.study import load_study
 
+    if public is not None and not propose_clip:
+        raise ConfigError(
+            "only a proposal reads public rows", where="--public", hint="add --propose-clip"
+        )
     study = load_study(config, overrides or [])
+    units = units_of(study, data, records, silo or ())
     if estimate:
         from securefedcollm.federation.estimate import estimate as estimated
 
@@ -44,14 +97,83 @@ def check(
         facts = derived(study, found["slm"]["update_values"])
         facts["estimate"] = found
         facts["reading"] |= _estimate_lines(found)
+        values = found["slm"]["update_values"]
     else:
         facts = derived(study)
+        values = _values(study, data)
+    facts |= _plan(study, units, values, facts["reading"])
+    if propose_clip:
+        facts["clip"] = _clip(study, units, public, data, device, facts["reading"], as_json)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
     for key, value in facts["reading"].items():
         typer.echo(printable(f"{key:<17} {value}", MOST_MESSAGE))
     typer.secho("the study is sound", fg="green")
+
+
+def _plan(
+    study: Study, units: Units, values: int | None, reading: dict[str, str]
+) -> dict[str, Any]:
+    """The noise that a run would plan; its line goes into ``reading``. Refuses what a run would."""
+    if study.privacy is None:
+        return {"noise_multiplier": None, "units": list(units.counts)}
+    from securefedcollm.federation.feasible import planned_noise, unit_name
+
+    z = planned_noise(study, units.counts, values)
+    counts = ""
+    if units.counts and study.privacy.unit != "silo":
+        low, high = min(units.counts), max(units.counts)
+        numbers = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        counts = f", {numbers} {unit_name(study)}s a silo {units.source}"
+    if z is not None:
+        reading["noise"] = f"z = {z:.4f} times the clip norm{counts}"
+    elif study.privacy.unit == "silo" or study.joint:
+        reading["noise"] = "depends on the size of an update: --estimate plans it"
+    else:
+        reading["noise"] = "depends on the silos' records: --records or --silo plans it"
+    return {"noise_multiplier": z, "units": list(units.counts)}
+
+
+def _clip(
+    study: Study,
+    units: Units,
+    public: Path | None,
+    data: Path | None,
+    device: str,
+    reading: dict[str, str],
+    quiet: bool,
+) -> dict[str, Any]:
+    """The proposal for the clip norm; its line goes into ``reading``."""
+    from securefedcollm.federation.clip_proposal import propose_clip
+    from securefedcollm_cli.progress import Bars
+
+    smallest = min(units.counts, default=None)
+    with Bars(quiet=quiet) as bars:
+        found = propose_clip(
+            study, units=smallest, public=public, data=data, device=device, progress=bars.report
+        )
+    now = study.aggregation.clip_norm
+    answers = ", some answers made up" if found.made_up else ""
+    silo = study.privacy is not None and study.privacy.unit == "silo"
+    keys = "privacy.clip_norm and aggregation.clip_norm" if silo else "aggregation.clip_norm"
+    noise = "; the noise grows with it" if silo else ""
+    reading["clip norm"] = (
+        f"one round on {found.rows:,} public rows{answers} makes an update of norm "
+        f"{found.norm:.3g}; {now:g} keeps {found.kept(now):.0%} of it. Proposed for {keys}: "
+        f"{found.clip_norm:g}{noise}"
+    )
+    return {**found._asdict(), "kept": found.kept(now)}
+
+
+def _values(study: Study, data: Path | None) -> int | None:
+    """Values of an update, if they can be told without building the model."""
+    from securefedcollm.errors import ConfigError
+
+    try:
+        return update_values(study, data)
+    except ConfigError:
+        return None
 
 
 def _estimate_lines(found: dict[str, Any]) -> dict[str, str]:

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 
-from securefedcollm.errors import ConfigError, DataError, LocalProtocolError
+from securefedcollm.errors import DataError, LocalProtocolError
+from securefedcollm.federation.feasible import local_event, local_rate, refuse_joint_units
 from securefedcollm.federation.tuned import Tuned, accuracies, once
 from securefedcollm.federation.workload import Gradient, Progress, Vector, silent
 from securefedcollm.primitives import sha256
-from securefedcollm.privacy.accounting import calibrate
 from securefedcollm.privacy.events import Event, PoissonGaussian
 from securefedcollm.privacy.identities import Content
 from securefedcollm.privacy.noise import NoiseSource
@@ -87,7 +86,7 @@ class SiloTuning:
             if self._event.q != sampling_rate(study, questions):
                 raise ValueError("the planned event is one of other records")
         elif study.joint:
-            _check_joint_units(study, self._units)
+            refuse_joint_units(study, self._units)
 
     @property
     def questions(self) -> tuple[Question, ...]:
@@ -323,9 +322,6 @@ class ServerTuning:
         return models if self._llm is None else [*models, ("llm", self._llm)]
 
 
-_calibrated = lru_cache(calibrate)  # silos of equal size in one process need it once
-
-
 def by_unit(study: Study) -> bool:
     """Whether records or subjects are protected one by one, by clipping each one's gradient."""
     return study.privacy is not None and study.privacy.unit != "silo"
@@ -360,18 +356,7 @@ def sampling_rate(study: Study, questions: Sequence[Question]) -> float:
         ConfigError: fewer units than the expected batch.
         DataError: the unit is the subject, and a question has none.
     """
-    batch, subjects = study.local.batch_size, _subjects(study, questions)
-    units = count_units(study, questions)
-    if study.local.sampling_rate is not None:  # joint DP-SGD: a silo by itself takes its own part
-        batch = max(1, round(study.local.sampling_rate * units))
-    if batch > units:
-        raise ConfigError(
-            f"an expected batch of {batch} needs as many {'subjects' if subjects else 'records'}, "
-            f"there are {units}",
-            where="local.batch_size",
-            hint=f"at most {units}; a tenth of it amplifies privacy well",
-        )
-    return batch / units
+    return local_rate(study, count_units(study, questions))
 
 
 def count_units(study: Study, questions: Sequence[Question]) -> int:
@@ -391,23 +376,7 @@ def planned_event(study: Study, questions: Sequence[Question]) -> PoissonGaussia
         ConfigError: fewer units than the expected batch, or no noise reaches the study's ε.
         DataError: the unit is the subject, and a question has none.
     """
-    privacy, local = study.privacy, study.local
-    if privacy is None:
-        raise ValueError("a study without privacy plans no event")
-    rate = sampling_rate(study, questions)
-    noise = _calibrated(privacy.epsilon, privacy.delta, rate, local.steps * study.rounds)
-    return PoissonGaussian(q=rate, noise_multiplier=noise, steps=local.steps)
-
-
-def _check_joint_units(study: Study, units: int) -> None:
-    assert study.local.sampling_rate is not None  # study.checks
-    everybody = round(study.local.batch_size / study.local.sampling_rate)
-    if units > everybody:
-        raise ConfigError(
-            f"this silo has {units} units, batch and rate of the study mean {everybody} in all",
-            where="local.sampling_rate",
-            hint=f"lower it to batch_size over all silos' units, or use {everybody} of them",
-        )
+    return local_event(study, count_units(study, questions))
 
 
 def training_seed(study: Study, who: str, round_: int) -> int:

@@ -531,7 +531,8 @@ class SiloSession:
         if norm > most:
             log.warning(
                 "%s: round %d: the update is scaled down to %.0f %% (its norm is %.3g, "
-                "aggregation.clip_norm %g): agree on a larger clip norm, or on less tuning",
+                "aggregation.clip_norm %g): agree on a larger clip norm, or on less tuning; "
+                "`securefedcollm study check CONFIG --propose-clip` proposes one from public rows",
                 *(self._name, round_ + 1, 100 * most / norm, norm, most),
             )
 

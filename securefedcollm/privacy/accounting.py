@@ -54,6 +54,9 @@ _SEARCH_ORDERS: Final = (2, 3, 4, 5, 6, 8, 11, 16, 23, 32, 48, 64, 128, 256, 102
 TIGHT_SHARE: Final = 7 / 8
 """Share of δ that the ledger's tight filter gets; the rest pays for adaptive choices."""
 
+_ORDINARY_DELTA: Final = 1e-6
+"""A δ that studies choose: where this one would do, a refusal is the fault of a smaller δ."""
+
 _FINE: Final = 1e-4
 _COARSE: Final = 1e-3
 _PRV_EPS_ERROR: Final = 0.01
@@ -148,6 +151,36 @@ def _price(slack: float, eps: float) -> float:
     return slack * (1.0 + math.exp(eps)) if eps < 700.0 else math.inf
 
 
+def refuse_unpayable(target: float, delta: float, slack: float) -> None:
+    """Refuse a δ that :func:`calibrate_events` refuses whatever the sampling rate.
+
+    Args:
+        delta: the share of δ that ε has to be kept at.
+        slack: of all events together.
+
+    Raises:
+        ConfigError: the residuals cost half of ``delta`` even at ε = 0.
+    """
+    if _price(slack, 0.0) > 0.5 * delta:
+        raise unpayable(target, delta, slack)
+
+
+def unpayable(target: float, delta: float, slack: float) -> ConfigError:
+    """Says whose fault it is that ``slack`` costs all of δ: δ's, where an ordinary one would do."""
+    what = f"at ε = {target:g} the samplers' residuals would take all of δ"
+    least = 2.0 * _price(slack, target)
+    if least <= _ORDINARY_DELTA:
+        hint = f"raise δ above {least:.0e}: it is far below what any number of records needs"
+        return ConfigError(what, where="privacy.delta", hint=hint)
+    # RDP, by which the price is estimated, says half as much again as ε where ε is that large.
+    within = math.floor(math.log(max(delta, _ORDINARY_DELTA) / (2.0 * slack)) * 2 / 3)
+    return ConfigError(
+        what,
+        where="privacy.epsilon",
+        hint=f"lower ε, here to {within}; so large an ε promises nothing anyway",
+    )
+
+
 def delta_of_slack(events: Sequence[Event], eps: float) -> float:
     """The part of δ that goes to implementation residuals (sampler, batch cap, sum) at ε."""
     return _price(math.fsum(event.slack for event in merge(events)), eps)
@@ -239,13 +272,14 @@ def calibrate_events(
         if high > 1e5:
             raise ConfigError(
                 f"no noise reaches ε = {target:g} at δ = {delta:g}",
-                where="epsilon",
+                where="privacy.epsilon",
                 hint="raise ε, use fewer steps or a smaller batch",
             )
     while high - low > 1e-2 * high:  # near enough for the secant to start from
         middle = 0.5 * (low + high)
         low, high = (low, middle) if bound(middle) <= target else (middle, high)
-    return _polish(_searchable(at, target, delta, chosen), high, target)
+    slack = math.fsum(event.slack for event in merge(at(high)))
+    return _polish(_searchable(at, target, delta, chosen), high, target, delta, slack)
 
 
 def _searchable(
@@ -274,8 +308,10 @@ def _polish(
     functions: tuple[Callable[[float], float], Callable[[float], float]],
     start: float,
     target: float,
+    delta: float,
+    slack: float,
 ) -> float:
-    """From the RDP answer (an upper bound on z) down to the tight one.
+    """From the RDP answer (an upper bound on z) down to the tight one; ``slack``: of its events.
 
     Secant on log ε against log z, inside a bracket: where ε is large the price of the slack makes
     it infinite from some z down, and the next guess is the middle of the bracket.
@@ -287,13 +323,7 @@ def _polish(
 
     z, error = start, excess(start)
     if math.isinf(error):
-        raise ConfigError(
-            f"at ε = {target:g} the samplers' residuals would take all of δ",
-            where="epsilon" if target > 20 else "delta",
-            hint="lower ε; so large an ε promises nothing anyway"
-            if target > 20
-            else "raise δ: it is far below what any number of records needs",
-        )
+        raise unpayable(target, delta, slack)
     low, high = 0.0, math.inf
     finite: list[tuple[float, float]] = []
     for _ in range(40):

@@ -19,7 +19,7 @@ _EXACT: Final = 2**53
 _ACTING: Final = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Controls and bidi overrides. Other invisible characters belong to some languages' spelling."""
 
-_MOST: Final = {
+MOST: Final = {
     "task.data.public": 10**9,
     "task.data.public_labelled": 10**9,
     "task.data.per_silo": 10**9,
@@ -83,7 +83,7 @@ def check_sizes(study: Any) -> None:
     Raises:
         ConfigError: for the first one found, with its key path and a hint.
     """
-    for path, most in _MOST.items():
+    for path, most in MOST.items():
         value = reduce(getattr, path.split("."), study)
         if value is not None and value > most:
             raise ConfigError(f"{value} is too large", where=path, hint=f"at most {most}")

@@ -19,6 +19,7 @@ from securefedcollm.privacy.accounting import (
     ideal_epsilon,
     prv_bounds,
     quick_epsilon,
+    refuse_unpayable,
 )
 from securefedcollm.privacy.adversaries import per_adversary
 from securefedcollm.privacy.events import (
@@ -151,7 +152,25 @@ def test_calibrate_says_when_it_cannot():
         calibrate(45.0, 1e-5, 0.5, 10)
     with pytest.raises(ConfigError, match=r"delta: at ε = 8 .* all of δ") as caught:
         calibrate(8.0, 1e-20, 0.1, 60)
-    assert "raise δ" in caught.value.hint
+    assert "raise δ above 3e-16" in caught.value.hint
+    with pytest.raises(ConfigError, match=r"privacy.delta: at ε = 25 .* all of δ"):
+        calibrate(25.0, 1e-20, 0.1, 60)
+    with pytest.raises(ConfigError, match=r"privacy.epsilon: at ε = 50 .* all of δ") as caught:
+        calibrate(50.0, 1e-5, 0.5, 10)
+    assert "lower ε, here to 22" in caught.value.hint
+    assert calibrate(22.0, 1e-5, 0.5, 10) > 0  # the hint is true
+
+
+@pytest.mark.parametrize(("target", "delta"), [(8.0, 1e-20), (8.0, 1e-19), (25.0, 1e-20)])
+def test_what_no_rate_can_pay_is_known_without_one(target, delta):
+    slack = PoissonGaussian(1.0, 1.0, 60).slack
+    with pytest.raises(ConfigError) as known:
+        refuse_unpayable(target, TIGHT_SHARE * delta, slack)
+    for q in (0.01, 0.5):
+        with pytest.raises(ConfigError) as found:
+            calibrate(target, delta, q, 60)
+        assert (found.value.where, found.value.message) == (known.value.where, known.value.message)
+    refuse_unpayable(8.0, 1e-5, slack)
 
 
 def test_sampled_discrete_noise_is_charged_as_the_continuous_one_at_integer_orders():

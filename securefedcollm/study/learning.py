@@ -1,0 +1,316 @@
+"""The sections of a study that say what is learnt: models, data, task, adapter, training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+from msgspec import Meta, field
+
+from securefedcollm.study.kinds import Count, Fraction, Hex32, Positive, Section, says
+
+MAX_ABS: Final = 100.0
+"""Default of ``adapter.max_abs``: a hundred times what tuning makes."""
+
+
+class Model(Section, frozen=True):
+    """Where a base model comes from."""
+
+    source: Annotated[
+        str,
+        says(
+            "Where the model comes from: `builtin:NAME` (made on first use), `path:DIR` (a "
+            "transformers directory with safetensors weights, relative to --data) or "
+            "`hub:ORG/NAME`."
+        ),
+    ]
+    revision: Annotated[
+        Annotated[str, Meta(pattern=r"^[0-9a-f]{40}(?!\n)$")] | None,
+        says("The full commit hash of a hub model.", needed="the source is a hub model"),
+    ] = None
+    sha256: Annotated[
+        Hex32 | None,
+        says(
+            "Pins weights, configuration, tokenizer and chat template, as `securefedcollm model "
+            "digest` prints it. A participant whose files differ refuses to run."
+        ),
+    ] = None
+    dtype: Annotated[
+        Literal["float32", "bfloat16"],
+        says("The numbers that the frozen weights are held in; bfloat16 halves the memory."),
+    ] = "float32"
+
+
+class Models(Section, frozen=True):
+    """The model that every silo tunes, and the server's large one.
+
+    Without ``llm`` the study tunes one model: plain FedAvg, private as the study says. The server
+    then has no phase of its own and needs no public questions.
+    """
+
+    slm: Annotated[Model, says("The model that every silo tunes.")]
+    llm: Annotated[
+        Model | None,
+        says(
+            "The server's large model, which teaches the small one and learns from it. Without it "
+            "the study tunes one model (plain FedAvg)."
+        ),
+    ] = None
+
+
+class Data(Section, frozen=True):
+    """The task's records: what is public to all, and how ``simulate`` deals out the rest.
+
+    Where every participant has its own file, as with real roles or ``simulate --silo NAME=FILE``,
+    all of these keys are left out.
+    """
+
+    builtin: Annotated[
+        Literal["hospitals"] | None, says("Generates the embedded world; no files are needed.")
+    ] = None
+    train: Annotated[
+        str | None,
+        says(
+            "The file with the training records (JSONL, CSV or Parquet) under --data.",
+            needed="simulate deals out files",
+        ),
+    ] = None
+    test: Annotated[
+        str | None,
+        says("The file with the test records under --data.", needed="simulate deals out files"),
+    ] = None
+    public: Annotated[
+        Count | None,
+        says(
+            "Training records that are public: the first ones after shuffling. The server's phase "
+            "learns from them.",
+            needed="simulate deals out files and there is an LLM",
+        ),
+    ] = None
+    public_labelled: Annotated[
+        Annotated[int, Meta(ge=0)],
+        says("Public records that keep their answers; at most `public`."),
+    ] = 0
+    per_silo: Annotated[
+        Count | None,
+        says(
+            "Records that each silo gets (their mean, with `skew`). In the embedded world 3,000 "
+            "unless it is given.",
+            needed="simulate deals out files",
+        ),
+    ] = None
+    max_test: Annotated[
+        Count | None,
+        says(
+            "Takes only the first rows of the test file, in its order: shuffle a sorted file first."
+        ),
+    ] = None
+    partition: Annotated[
+        Literal["iid", "dirichlet"] | None,
+        says(
+            "How records are dealt to the silos: `iid`, or `dirichlet`, where each group's "
+            "records (subjects of questions, labels, disease families) follow a Dirichlet draw "
+            "over the silos. If left out, files are dealt `iid` and each hospital has its own "
+            "families."
+        ),
+    ] = None
+    alpha: Annotated[
+        Positive,
+        says("Concentration of that draw: the smaller, the more one silo owns a group."),
+    ] = 0.5
+    skew: Annotated[
+        Annotated[float, Meta(ge=1, le=1000)],
+        says("Size of the largest silo over that of the smallest."),
+    ] = 1.0
+
+
+class Task(Section, frozen=True):
+    """What is learnt."""
+
+    data: Annotated[Data, says("Which records there are.")] = Data()
+    kind: Annotated[
+        Literal["multiple_choice", "classification", "instruction", "text"],
+        says(
+            "What a record is. `multiple_choice`: question, choices, answer. `classification`: "
+            "text and label; the model scores the labels as words. `instruction`: instruction and "
+            "response, tuned on the response, in the tokenizer's chat template if it has one. "
+            "`text`: text, tuned on every token."
+        ),
+    ] = "multiple_choice"
+    labels: Annotated[
+        list[str],
+        says("The labels of a classification, as words.", needed="`kind` is classification"),
+    ] = field(default_factory=list)
+    score: Annotated[
+        Literal["plain", "length", "pmi", "pmi-length"],
+        says(
+            "How the log-likelihood of a choice or label becomes its score: as it is (`plain`), "
+            "per character (`length`), less the log-likelihood after a neutral prompt (`pmi`), or "
+            "that per character (`pmi-length`)."
+        ),
+    ] = "plain"
+    score_temperature: Annotated[
+        Positive,
+        says(
+            "The prediction is softmax(score / this). At 1 a sum over the tokens of long choices "
+            "is much too sure, and a score per character hardly sure at all."
+        ),
+    ] = 1.0
+    max_tokens: Annotated[
+        Count,
+        says(
+            "Most tokens of prompt and answer together: a longer prompt loses its beginning, a "
+            "longer text its end."
+        ),
+    ] = 256
+    columns: Annotated[
+        dict[str, str],
+        says("What the files call these columns, e.g. `{text: note, label: department}`."),
+    ] = field(default_factory=dict)
+    template: Annotated[
+        str | None,
+        says(
+            "The prompt of a question or text, which is put in place of {}. If left out: "
+            "`Question: {}\\nAnswer:` or `Text: {}\\nLabel:`."
+        ),
+    ] = None
+
+
+class Adapter(Section, frozen=True):
+    """The low-rank adapter (PEFT) that is tuned; base weights stay frozen."""
+
+    method: Annotated[
+        Literal["ffa-lora", "rolora", "lora"],
+        says(
+            "`ffa-lora` trains B only, with A fixed by the seed: exact under a sum. `rolora` "
+            "trains B and A in alternate rounds: exact in each round. `lora` trains both, as the "
+            "FedCoLLM paper does: the mean of products is not the product of means, so it is "
+            "inexact."
+        ),
+    ] = "ffa-lora"
+    rank: Annotated[Count, says("Rank of the adapter's matrices.")] = 8
+    alpha: Annotated[Positive, says("The adapter's output is scaled by alpha / rank.")] = 16.0
+    dropout: Annotated[
+        Fraction,
+        says("The adapter's own dropout; 0 with privacy for a record or subject."),
+    ] = 0.0
+    targets: Annotated[
+        Literal["all-linear"] | list[str],
+        says("The layers that get an adapter: `all-linear`, or names such as [q_proj, v_proj]."),
+    ] = "all-linear"
+    top_layers: Annotated[
+        Count | None, says("Adapts only so many of the last layers; all of them if left out.")
+    ] = None
+    layout: Annotated[
+        Hex32 | None, says("Pins names and shapes of the adapter's values (a digest).")
+    ] = None
+    max_abs: Annotated[
+        Positive,
+        says(
+            "Largest absolute value of the global adapter: a silo refuses one outside before it "
+            "touches data. Tuning makes values of about 1; far larger ones are made to look at "
+            "rounding."
+        ),
+    ] = MAX_ABS
+
+
+class Local(Section, frozen=True):
+    """Tuning inside a silo, per round.
+
+    In joint DP-SGD (``privacy.noise: distributed`` with ``unit: record`` or ``subject``) all silos
+    take every step together.
+    """
+
+    steps: Annotated[Count, says("Optimiser steps in a round.")]
+    batch_size: Annotated[
+        Count,
+        says(
+            "Records (or subjects) in a step. With DP-SGD the expected size of a Poisson batch; "
+            "in joint DP-SGD that of all silos together."
+        ),
+    ]
+    learning_rate: Annotated[Positive, says("Learning rate of the silos' optimiser.")]
+    optimizer: Annotated[Literal["adam", "sgd"], says("The silos' optimiser.")] = "adam"
+    loss: Annotated[
+        Literal["answer", "choices"],
+        says(
+            "What tuning minimises: the negative log-likelihood of the answer's tokens "
+            "(`answer`), or the cross-entropy of the scores of all choices (`choices`)."
+        ),
+    ] = "answer"
+    max_grad_norm: Annotated[
+        Positive | None,
+        says("Clips the gradient of a whole batch, where no privacy clips single ones."),
+    ] = None
+    micro_batch: Annotated[
+        Count, says("Records whose gradients are in memory at a time: less memory, more passes.")
+    ] = 64
+    sampling_rate: Annotated[
+        Annotated[float, Meta(gt=0, le=1)] | None,
+        says(
+            "Joint DP-SGD only: probability with which each record of each silo takes part in a "
+            "step. batch_size / sampling_rate is therefore the number of records in all silos.",
+            needed="joint DP-SGD",
+        ),
+    ] = None
+    reply_slot: Annotated[
+        Annotated[float, Meta(gt=0, le=86_400)] | None,
+        says(
+            "Seconds. A silo answers only at the end of the slot of that length that it is in, "
+            "counted from the request: the duration of training, which depends on the records, no "
+            "longer shows. Choose more than a round (in joint DP-SGD: a step) takes. If left out, "
+            "silos answer at once."
+        ),
+    ] = None
+
+
+class Distillation(Section, frozen=True):
+    """The server's phase on the public set, after every sum; only with an LLM."""
+
+    loss: Annotated[
+        Literal["entropy-pooled", "dual-min-ce", "mutual-kl", "none"],
+        says(
+            "`entropy-pooled`: both models learn a mixture of their predictions, weighted by "
+            "which of them is surer. `dual-min-ce`: both learn the prediction of the better one, "
+            "prompt by prompt (FedMKT). `mutual-kl`: the losses of the FedCoLLM paper (arXiv "
+            "2411.11707, eq. 3 and 4). `none`: each is tuned on the labelled public questions "
+            "alone."
+        ),
+    ] = "entropy-pooled"
+    over: Annotated[
+        Literal["choices", "answer", "all"],
+        says(
+            "What the predictions are about: the choices of a question (`choices`), every token "
+            "of the answer over the whole vocabulary (`answer`), or the tokens of the prompt as "
+            "well (`all`).",
+            needed="there is an LLM and `task.kind` is instruction or text",
+        ),
+    ] = "choices"
+    top_k: Annotated[
+        Count | None,
+        says(
+            "Keeps only so many tokens of every frozen target (of `entropy-pooled` and "
+            "`dual-min-ce`), for a vocabulary or model too large to keep more."
+        ),
+    ] = None
+    steps: Annotated[Count, says("Steps of the server's phase in a round.")] = 40
+    batch_labelled: Annotated[
+        Annotated[int, Meta(ge=0)], says("Public questions with answers in a step.")
+    ] = 32
+    batch_unlabelled: Annotated[
+        Annotated[int, Meta(ge=0)], says("Public questions without answers in a step.")
+    ] = 128
+    learning_rate_slm: Annotated[Positive, says("Learning rate of the small model.")] = 2e-3
+    learning_rate_llm: Annotated[Positive, says("Learning rate of the large model.")] = 4e-3
+    weight: Annotated[
+        Positive, says("λ: weight of distillation beside the loss on labelled questions.")
+    ] = 1.0
+    temperature: Annotated[
+        Positive, says("Temperature of both predictions: the higher, the softer.")
+    ] = 1.0
+    direction: Annotated[
+        Literal["forward", "reverse", "js"],
+        says("The divergence D(teacher, own): KL, its reverse, or Jensen–Shannon."),
+    ] = "forward"
+    sharpness: Annotated[
+        Positive, says("With `entropy-pooled`: how much it counts which model is surer.")
+    ] = 3.0

@@ -1,0 +1,161 @@
+"""The sections of a study that say who takes part and what protects them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from securefedcollm.study.kinds import Hex32, Name, Positive, Section, says
+from securefedcollm.study.ring import CkksSet
+
+
+class Silos(Section, frozen=True):
+    """Who takes part."""
+
+    count: Annotated[Annotated[int, Meta(ge=3, le=128)], says("Number of silos.")]
+    minimum: Annotated[
+        Annotated[int, Meta(ge=2)] | None,
+        says(
+            "Survivors that a round needs for its sum to be opened at all. Default: "
+            "`aggregation.threshold`."
+        ),
+    ] = None
+    colluders: Annotated[
+        Annotated[int, Meta(ge=0)],
+        says(
+            "Number of silos that may work with the server without breaking any guarantee of this "
+            "study."
+        ),
+    ] = 1
+
+
+class Adaptive(Section, frozen=True):
+    """A clip norm that follows the updates, for many silos (Andrew et al. 2021).
+
+    Every round the silos also count, under the same noise, how many updates were not clipped, and
+    the next round's clip norm C becomes C·exp(-``learning_rate``·(share not clipped -
+    ``quantile``)).
+    """
+
+    quantile: Annotated[
+        Annotated[float, Meta(gt=0, lt=1)],
+        says("Share of the updates that should not be clipped."),
+    ] = 0.5
+    learning_rate: Annotated[Positive, says("How fast the clip norm follows.")] = 0.2
+    count_noise: Annotated[
+        Annotated[float, Meta(gt=1)],
+        says(
+            "Noise on the count relative to the study's noise multiplier; 10 costs the updates "
+            "half a percent more noise."
+        ),
+    ] = 10.0
+
+
+class Privacy(Section, frozen=True):
+    """The differential-privacy claim of the whole study, all rounds together.
+
+    ``noise: local`` is DP-SGD inside each silo: (ε, δ) for one record, or subject, against
+    everybody. ``noise: distributed`` with them is joint DP-SGD: every optimiser step is one secure
+    sum of clipped gradients and noise shares. ``unit: silo`` with ``noise: distributed`` clips a
+    silo's whole update and adds a share of discrete Gaussian noise to it. Distributed noise
+    protects against the server and ``silos.colluders`` other silos. Neighbouring data sets differ
+    by adding or removing one unit.
+    """
+
+    epsilon: Annotated[
+        Positive, says("ε of the whole study, all rounds together: smaller is more private.")
+    ]
+    delta: Annotated[
+        Annotated[float, Meta(gt=0, lt=1)],
+        says("δ: roughly the probability that ε does not hold; below 1 / (number of records)."),
+    ]
+    unit: Annotated[
+        Literal["record", "subject", "silo"],
+        says(
+            "What is protected: one `record`, all records of one `subject` (a patient, a client) "
+            "in one silo, or a `silo`'s whole data set. With subjects `local.batch_size` counts "
+            "subjects."
+        ),
+    ] = "record"
+    subject: Annotated[
+        Annotated[str, Meta(min_length=1)] | None,
+        says("The column that says whose a record is.", needed="`unit` is subject"),
+    ] = None
+    noise: Annotated[
+        Literal["local", "distributed"],
+        says(
+            "Who adds the noise: each silo enough by itself (`local`, against everybody), or all "
+            "silos a share of it (`distributed`, against the server and `silos.colluders` "
+            "others). Distributed noise for records or subjects is joint DP-SGD: one secure sum a "
+            "step.",
+            needed="`unit` is silo: distributed",
+        ),
+    ] = "local"
+    clip_norm: Annotated[
+        Positive,
+        says(
+            "L2 norm that bounds what one unit contributes: per step, or per round for a silo "
+            "(then it equals `aggregation.clip_norm`)."
+        ),
+    ] = 1.0
+    adaptive: Annotated[
+        Adaptive | None,
+        says("Lets the clip norm of `unit: silo` follow the updates after the first round."),
+    ] = None
+
+
+class Aggregation(Section, frozen=True):
+    """How the server learns the sum and nothing else."""
+
+    clip_norm: Annotated[
+        Positive,
+        says(
+            "L2 norm that bounds a silo's whole update: a larger one is scaled down, and its silo "
+            "warned. `study check --propose-clip` proposes one. Joint DP-SGD sums "
+            "gradients instead, which `privacy.clip_norm` bounds."
+        ),
+    ] = 1.0
+    scheme: Annotated[
+        Literal["masking", "ckks"],
+        says(
+            "`masking`: pairwise masks; survives dropouts at every step. `ckks`: threshold "
+            "homomorphic encryption; every participant must stay until the sum is open, or the "
+            "others repeat it."
+        ),
+    ] = "masking"
+    ckks: Annotated[
+        CkksSet,
+        says(
+            "`precise` gives exact sums at 20 bytes a value; `compact` has an error that `study "
+            "check` prints, at 13 bytes, and much less flooding noise."
+        ),
+    ] = "precise"
+    key_model: Annotated[
+        Literal["threshold", "authority"],
+        says(
+            "Who holds the CKKS key. `threshold`: all make it and nobody holds it. `authority`: a "
+            "participant with the role authority holds it and opens one sum a round, of "
+            "`silos.minimum` silos or more; silos may drop out at every step. Together with the "
+            "server it could open single updates."
+        ),
+    ] = "threshold"
+    value_bits: Annotated[
+        Annotated[int, Meta(ge=8)],
+        says("Least precision of one coordinate inside the clip norm, in bits."),
+    ] = 16
+    threshold: Annotated[
+        Annotated[int, Meta(ge=2)] | None,
+        says(
+            "Silos that must take part in unmasking. Default: the smallest number that a lying "
+            "server cannot split, ⌊(count + colluders) / 2⌋ + 1."
+        ),
+    ] = None
+
+
+class Participant(Section, frozen=True):
+    """One line of the roster: an organisation."""
+
+    name: Annotated[Name, says("The organisation's name.")]
+    role: Annotated[Literal["server", "silo", "authority"], says("What it does in the study.")]
+    key: Annotated[Hex32, says("Its Ed25519 public key (hex), from `securefedcollm identity`.")]

@@ -1,0 +1,94 @@
+"""A study to start from: what follows from a few choices, and defaults for the rest."""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal, NamedTuple
+
+from securefedcollm.study.kinds import SchemeName
+
+Kind = Literal["multiple_choice", "classification", "instruction", "text"]
+Unit = Literal["record", "subject", "silo"]
+
+_LARGEST_BATCH: Final = 256
+_LARGEST_JOINT_BATCH: Final = 512
+
+
+class Choices(NamedTuple):
+    """What nobody can choose for the participants."""
+
+    name: str
+    kind: Kind
+    labels: list[str]
+    slm: dict[str, str]
+    """``source`` and, for a hub model, ``revision``."""
+    llm: dict[str, str] | None
+    unit: Unit
+    subject: str | None
+    joint: bool
+    scheme: SchemeName
+    silos: int
+    records: int
+    """Of the smallest silo, about (or subjects): the batch follows from it."""
+    epsilon: float
+    delta: float
+
+
+def starting_tree(chosen: Choices) -> dict[str, Any]:
+    """The keys that such a study sets, in plain values; every other one has its default."""
+    own = chosen.slm["source"].startswith("builtin:hospital-")
+    distributed = chosen.joint or chosen.unit == "silo"
+    clip_norm = 1.0 if distributed else 8.0  # distributed noise grows with it
+    task: dict[str, Any] = {"kind": chosen.kind}
+    if own and chosen.kind == "multiple_choice":
+        task["data"] = {"builtin": "hospitals"}
+        if chosen.unit != "subject":
+            task["data"]["per_silo"] = chosen.records
+    if chosen.labels:
+        task["labels"] = chosen.labels
+    privacy = {
+        "epsilon": chosen.epsilon,
+        "delta": chosen.delta,
+        "unit": chosen.unit,
+        "noise": "distributed" if distributed else "local",
+        "clip_norm": 1.0,
+    }
+    if chosen.subject:
+        privacy["subject"] = chosen.subject
+    aggregation: dict[str, Any] = {
+        "clip_norm": clip_norm,
+        "scheme": "masking" if chosen.scheme == "masking" else "ckks",
+    }
+    if chosen.scheme == "ckks-authority":
+        aggregation["key_model"] = "authority"
+    if chosen.joint:
+        aggregation["value_bits"] = 20  # a sum of hundreds of gradients and noise needs the room
+    tree = {
+        "study": chosen.name,
+        "rounds": 3,
+        "task": task,
+        "models": {"slm": chosen.slm} | ({"llm": chosen.llm} if chosen.llm else {}),
+        "silos": {"count": chosen.silos, "colluders": 1},
+        "local": _local(chosen, 1e-2 if own else 2e-3),
+        "seed": 2026,
+        "adapter": {"method": "ffa-lora", "rank": 8, "alpha": 16},
+        "privacy": privacy,
+        "aggregation": aggregation,
+    }
+    if chosen.llm:
+        over = "all" if chosen.kind in {"instruction", "text"} else "choices"
+        tree["distillation"] = {"loss": "entropy-pooled", "over": over, "steps": 40}
+    return tree
+
+
+def _local(chosen: Choices, learning_rate: float) -> dict[str, Any]:
+    local = {"steps": 20, "learning_rate": learning_rate}
+    if not chosen.joint:
+        return {**local, "batch_size": _tenth(chosen.records, _LARGEST_BATCH)}
+    everybody = chosen.records * chosen.silos
+    batch = _tenth(everybody, _LARGEST_JOINT_BATCH)
+    return {**local, "batch_size": batch, "sampling_rate": float(f"{batch / everybody:.3g}")}
+
+
+def _tenth(units: int, most: int) -> int:
+    """A tenth of the records amplifies privacy well."""
+    return max(1, min(most, units // 10))
