@@ -59,8 +59,8 @@ class Idle:
     def distil(self, round_: int, progress: Progress) -> dict[str, float]:
         return {}
 
-    def evaluate(self) -> dict[str, float]:
-        return {}
+    def measure(self) -> dict[str, dict[str, float]]:
+        return {"evaluation": {}}
 
     def save(self, directory: Path) -> None:
         np.save(directory / "theta.npy", self.theta)

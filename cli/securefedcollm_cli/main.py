@@ -19,6 +19,7 @@ from securefedcollm.foreign import log_to_stderr
 from securefedcollm_cli import (
     audit,
     budget,
+    compare,
     consortium,
     data,
     experiment,
@@ -56,6 +57,7 @@ app = typer.Typer(
 )
 app.command()(simulate.simulate)
 app.command()(experiment.experiment)
+app.command()(compare.compare)
 app.command()(consortium.join)
 app.command()(roles.server)
 app.command()(roles.client)

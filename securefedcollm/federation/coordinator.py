@@ -208,7 +208,7 @@ class Coordinator:
         aggregated = time.monotonic()
         record["distillation"] = self._workload.distil(round_, self._progress)
         self._progress(0, 1, "evaluation")
-        record["evaluation"] = self._workload.evaluate()
+        record |= self._workload.measure()
         self._progress(1, 1, "evaluation")
         record["seconds"] = {
             "silos_and_sum": round(aggregated - started, 3),

@@ -27,7 +27,7 @@ from securefedcollm.tuning.adapters import AdapterLayout, load_vector, to_vector
 from securefedcollm.tuning.content import folded
 from securefedcollm.tuning.descent import Descent
 from securefedcollm.tuning.distil import DistilStep, distil
-from securefedcollm.tuning.evaluate import Evaluation
+from securefedcollm.tuning.evaluate import Evaluation, GroupScore
 from securefedcollm.tuning.head import device_of
 from securefedcollm.tuning.independence import refuse_coupling
 from securefedcollm.tuning.local import check_records, sampled_gradients, train_dp, train_plain
@@ -219,13 +219,13 @@ class ServerTuning:
         self._study = study
         place: dict[str, Any] = {"data": data, "device": device, "progress": progress}
         self._slm = Tuned.load(study, study.models.slm, **place)
-        self._slm_test = self._slm.encode(test) if test else None
+        self._tests = {"slm": self._slm.encode(test)} if test else {}
         self._llm: Tuned | None = None
         self.base_digest = self._slm.base_digest
         self._descent = Descent(study.local.optimizer, study.local.learning_rate)
         if distillation and study.models.llm is not None:
             self._llm = Tuned.load(study, study.models.llm, **place)
-            self._llm_test = self._llm.encode(test) if test else None
+            self._tests |= {"llm": self._llm.encode(test)} if test else {}
             over_tokens = study.distillation.over != "choices"
             self._vocabularies = (
                 (vocabulary_of(self._llm.tokenizer), vocabulary_of(self._slm.tokenizer))
@@ -301,13 +301,24 @@ class ServerTuning:
             "last_loss_slm": steps[-1].loss_slm,
         }
 
+    def measure(self) -> dict[str, dict[str, float]]:
+        scores = self._scores()
+        found = {"evaluation": {key: score.accuracy for key, score in scores.items()}}
+        perplexity = {k: s.perplexity for k, s in scores.items() if s.perplexity is not None}
+        return found | ({"perplexity": perplexity} if perplexity else {})
+
     def evaluate(self) -> dict[str, float]:
-        scores: dict[str, float] = {}
-        if self._slm_test is not None:
-            scores |= {f"slm/{g}": a for g, a in accuracies(self._slm, self._slm_test).items()}
-        if self._llm is not None and self._llm_test is not None:
-            scores |= {f"llm/{g}": a for g, a in accuracies(self._llm, self._llm_test).items()}
-        return scores
+        """Accuracies alone."""
+        return self.measure()["evaluation"]
+
+    def _scores(self) -> dict[str, GroupScore]:
+        tests = [(name, tuned, self._tests.get(name)) for name, tuned in self._models()]
+        return {
+            f"{name}/{group}": score
+            for name, tuned, test in tests
+            if test is not None
+            for group, score in tuned.answers(test).by_group().items()
+        }
 
     def save(self, directory: Path) -> None:
         for name, tuned in self._models():

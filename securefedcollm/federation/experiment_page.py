@@ -88,11 +88,16 @@ def plot(table: Mapping[str, Any]) -> str:
             y = top + _ROW * (i + 1) + 4
             parts.append(f'<text x="6" y="{y:.1f}">{escape(row["method"])}</text>')
         top += _ROW * (len(mine) + 1) + 50
+    return picture(table["study"], "".join(parts), width, top)
+
+
+def picture(title: str, parts: str, width: float, height: float) -> str:
+    """A whole SVG file. ``title`` is escaped here, ``parts`` by their maker."""
     return visible(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {top:.0f}" '
-        f'width="{width:.0f}" height="{top:.0f}" font-family="sans-serif" font-size="12">'
-        f"<title>{escape(table['study'])}</title>"
-        f'<rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
+        f'width="{width:.0f}" height="{height:.0f}" font-family="sans-serif" font-size="12">'
+        f"<title>{escape(title)}</title>"
+        f'<rect width="100%" height="100%" fill="#fff"/>{parts}</svg>\n'
     )
 
 

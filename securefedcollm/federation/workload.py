@@ -127,8 +127,12 @@ class ServerWorkload(Protocol):
         """Run the server's phase on the public set; returns its losses."""
         ...
 
-    def evaluate(self) -> dict[str, float]:
-        """Accuracies of both models on the test sets that the server has; may be empty."""
+    def measure(self) -> dict[str, dict[str, float]]:
+        """What the round's record says of both models, by ``model/group``.
+
+        ``evaluation``: accuracies on the test questions that the server has; may be empty.
+        ``perplexity``: of the same questions, where they have nothing to choose from.
+        """
         ...
 
     def save(self, directory: Path) -> None:

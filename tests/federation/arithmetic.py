@@ -141,8 +141,8 @@ class ArithmeticServer:
         self.theta = self.theta * np.float32(0.5)
         return {"loss": float(np.abs(self.theta).sum())}
 
-    def evaluate(self):
-        return {"slm/all": float(self.theta[0])}
+    def measure(self):
+        return {"evaluation": {"slm/all": float(self.theta[0])}}
 
     def save(self, directory: Path):
         (directory / "slm").mkdir()
