@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
 
 import typer
 
@@ -129,9 +129,11 @@ def evaluate(
     list), answer (index). classification: text, label. instruction: instruction, response. text:
     text. Each value of a column `subject` makes a line of the table.
 
-    Accuracy and the mean log-probability of the right choice; of responses and texts instead the
-    share of tokens that are the most probable one, log-probability per token, perplexity, and the
-    share of records that greedy decoding would write word by word.
+    Accuracy and the mean log-probability of the right choice; of a classification also macro F1,
+    AUROC (mean over the labels, each against the rest), both by label, and the confusion matrix. A
+    score is "not defined" where no record has the label. Of responses and texts instead the share
+    of tokens that are the most probable one, log-probability per token, perplexity, and the share
+    of records that greedy decoding would write word by word.
 
     `model evaluate --run runs/NAME --data DIR` repeats the last line of the run's table.
     """
@@ -278,18 +280,44 @@ def load_named(
     return load_model(source, revision=revision, dtype=dtype, base_dir=base_dir)
 
 
-def _show_scores(result: dict[str, dict[str, float]], as_json: bool) -> None:
+_TITLES: Final = {"macro_f1": "macro F1", "auroc": "AUROC"}
+
+
+def _show_scores(result: dict[str, dict[str, Any]], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", *(name.replace("_", " ") for name in result["all"]))
+    console, whole = Console(), result["all"]
+    names = [name for name, value in whole.items() if not isinstance(value, list)]
+    table = Table("", *(_TITLES.get(name, name.replace("_", " ")) for name in names))
     for group, scores in result.items():
-        cells = (f"{v:.4f}" if isinstance(v, float) else str(v) for v in scores.values())
-        table.add_row(as_text(group), *cells)  # a value of the column `subject`
-    Console().print(table)
+        # A group is a value of the column `subject`.
+        table.add_row(as_text(group), *(_cell(scores[name]) for name in names))
+    console.print(table)
+    if "confusion" not in whole:
+        return
+    labels = [as_text(found["label"]) for found in whole["classes"]]
+    table = Table(
+        "label", "records", "F1", "AUROC, against the rest", title="By label, all records"
+    )
+    for label, found in zip(labels, whole["classes"], strict=True):
+        table.add_row(label, *(_cell(found[name]) for name in ("count", "f1", "auroc")))
+    console.print(table)
+    table = Table("right label", title="Confusion: how often each label was predicted")
+    for label in labels:
+        table.add_column(label)
+    for label, row in zip(labels, whole["confusion"], strict=True):
+        table.add_row(label, *map(_cell, row))
+    console.print(table)
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "not defined"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def print_models(models: dict[str, dict[str, Any]], as_json: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from torch import nn
 
 from securefedcollm.errors import DataError
 from securefedcollm.tuning.adapters import load_adapter
+from securefedcollm.tuning.class_scores import ClassScores, class_scores
 from securefedcollm.tuning.frozen import with_prior
 from securefedcollm.tuning.head import check_positions, check_vocabulary, output_logits
 from securefedcollm.tuning.models import LoadedModel
@@ -58,10 +60,12 @@ class Evaluation:
     gold_log_prob: npt.NDArray[np.float32]  # [N]: log softmax over the choices; or per token
     groups: tuple[str, ...]
     tokens: npt.NDArray[np.int64] | None = None  # [N]: how many, where there are no choices
+    scores: npt.NDArray[np.float32] | None = None  # [N, C]: of the choices, where there are some
+    answers: npt.NDArray[np.int64] | None = None  # [N]: the right ones
 
     def score(self, group: str | None = None) -> GroupScore:
         """The mean over one group, or over all questions."""
-        chosen = np.array([group is None or g == group for g in self.groups])
+        chosen = self._in(group)
         correct = self.correct[chosen].astype(np.float64)
         gold = self.gold_log_prob[chosen].astype(np.float64)
         score = GroupScore(float(correct.mean()), float(gold.mean()), int(chosen.sum()))
@@ -73,6 +77,16 @@ class Evaluation:
             perplexity=float(np.exp(-(gold * tokens).sum() / tokens.sum())),
             exact_match=float((correct == 1).mean()),
         )
+
+    def by_class(self, group: str | None = None) -> ClassScores:
+        """For records that all choose among the same classes, in the same order."""
+        if self.scores is None or self.answers is None:
+            raise ValueError("there is nothing to choose from")
+        chosen = self._in(group)
+        return class_scores(self.scores[chosen].astype(np.float64), self.answers[chosen])
+
+    def _in(self, group: str | None) -> npt.NDArray[np.bool_]:
+        return np.array([group is None or g == group for g in self.groups])
 
     def by_group(self) -> dict[str, GroupScore]:
         """Scores by group name, in the order of first appearance."""
@@ -113,7 +127,11 @@ def evaluate(
     gold = F.log_softmax(stacked, dim=-1).gather(1, answers[:, None])[:, 0]
     correct = stacked.argmax(1) == answers
     return Evaluation(
-        correct=correct.float().numpy(), gold_log_prob=gold.numpy(), groups=data.groups
+        correct=correct.float().numpy(),
+        gold_log_prob=gold.numpy(),
+        groups=data.groups,
+        scores=stacked.numpy(),
+        answers=answers.numpy(),
     )
 
 
@@ -127,8 +145,12 @@ def measure(
     max_tokens: int,
     batch_size: int = 32,
     progress: Progress = silent,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Scores of a base model, or of one with an adapter: ``all`` and then by group, by name.
+
+    Of a classification also ``macro_f1`` and ``auroc`` (the mean over classes, one against the
+    rest), ``classes`` (records, F1 and AUROC by label) and ``confusion`` (a row for each right
+    label, a column for each predicted one); None is not defined (:mod:`.class_scores`).
 
     Raises:
         ConfigError: the adapter cannot be read or does not fit the model, or the model cannot score
@@ -144,12 +166,30 @@ def measure(
         data = with_prior(loaded.model, questions, data, loaded.tokenizer)
     model = loaded.model if adapter is None else load_adapter(loaded.model, adapter)
     result = evaluate(model, data, scoring=scoring, batch_size=batch_size, progress=progress)
-    scores = {"all": result.score()}
+    groups: dict[str, str | None] = {"all": None}
     if len(set(result.groups)) > 1:
-        scores |= result.by_group()
-    return {
-        group: {name: value for name, value in asdict(found).items() if value is not None}
-        for group, found in scores.items()
+        groups |= {group: group for group in dict.fromkeys(result.groups)}
+    labels = questions[0].choices if kind == "classification" else ()
+    return {name: _shown(result, group, labels) for name, group in groups.items()}
+
+
+def _shown(result: Evaluation, group: str | None, labels: Sequence[str]) -> dict[str, Any]:
+    score = asdict(result.score(group))
+    shown = {name: value for name, value in score.items() if value is not None}
+    if not labels:
+        return shown
+    found = result.by_class(group)
+    classes = [
+        {"label": label, "count": sum(row), "f1": f1, "auroc": auroc}
+        for label, row, f1, auroc in zip(
+            labels, found.confusion, found.f1, found.auroc, strict=True
+        )
+    ]
+    return shown | {
+        "macro_f1": found.macro_f1,
+        "auroc": found.macro_auroc,
+        "classes": classes,
+        "confusion": found.confusion,
     }
 
 

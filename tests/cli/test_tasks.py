@@ -163,8 +163,19 @@ def test_a_sheet_with_names_of_its_own_runs(inputs: Path, tmp_path: Path) -> Non
     adapter = ["--model", inputs / "slm", "--adapter", tmp_path / "run" / "adapters" / "slm"]
     alone = ["model", "evaluate", *adapter, "--test", tmp_path / "test.csv", *told]
     again = json.loads(invoke(*alone, "--template", "{} paper").stdout)["all"]
-    assert again == pytest.approx(scores)
+    assert again["confusion"] == scores["confusion"]
+    assert [c["label"] for c in again["classes"]] == ["new", "naïve"]
+    assert sum(map(sum, again["confusion"])) == again["count"] == 10
+    right = sum(again["confusion"][c][c] for c in range(2))
+    assert again["accuracy"] == pytest.approx(right / 10)
+    for name in ("gold_log_prob", "macro_f1", "auroc"):
+        assert again[name] == pytest.approx(scores[name])
     assert json.loads(invoke(*alone).stdout)["all"] != again  # another prompt
+    one = [line for line in sheet.splitlines() if not line.endswith("naïve")]
+    (tmp_path / "one.csv").write_text("\n".join(one))  # a label that no record has
+    seen = invoke(*command[:-3], "--max-tokens", "48", "--test", tmp_path / "one.csv").stdout
+    assert "not defined" in seen
+    assert "Confusion" in seen
     invoke(
         "study", "deal", tmp_path / "tasks.yaml", "--data", tmp_path, "--out", tmp_path / "dealt"
     )
