@@ -30,7 +30,13 @@ from securefedcollm.tuning.distil import DistilStep, distil
 from securefedcollm.tuning.evaluate import Evaluation, GroupScore
 from securefedcollm.tuning.head import device_of
 from securefedcollm.tuning.independence import refuse_coupling
-from securefedcollm.tuning.local import check_records, sampled_gradients, train_dp, train_plain
+from securefedcollm.tuning.local import (
+    check_records,
+    records_of,
+    sampled_gradients,
+    train_dp,
+    train_plain,
+)
 from securefedcollm.tuning.questions import Question
 from securefedcollm.tuning.splits import dataset_fingerprint, record_content
 from securefedcollm.tuning.vocabulary import vocabulary_of
@@ -87,6 +93,25 @@ class SiloTuning:
                 raise ValueError("the planned event is one of other records")
         elif study.joint:
             refuse_joint_units(study, self._units)
+        if by_unit(study):
+            self._prove_independence()
+
+    def _prove_independence(self) -> None:
+        """Have the test of independence behind us before anybody asks for anything.
+
+        Adversary: the server, which times the first answer. The test takes time for every shape
+        that occurs, so a record of a length of its own would show there, without any noise.
+        """
+        layouts = [self._tuned.update_layout(round_) for round_ in (0, 1)]
+        for layout in {layout.digest: layout for layout in layouts}.values():
+            records_of(
+                self._tuned.model,
+                layout,
+                self._data,
+                loss=self._study.local.loss,
+                scoring=self._tuned.scoring,
+                micro_batch=self._study.local.micro_batch,
+            )
 
     @property
     def questions(self) -> tuple[Question, ...]:
