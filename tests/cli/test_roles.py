@@ -458,7 +458,7 @@ def test_held_out_records_are_read_before_anything_is_agreed(study):
 
 def test_a_client_that_is_started_again_with_other_records_is_refused(study):
     directory, homes, path = study
-    (homes["silo-3"] / "kit" / "startup").mkdir(parents=True)
+    (homes["silo-3"] / "kit" / "startup").mkdir(parents=True, exist_ok=True)
     agreed = load_study(path)
     dealt = directory / "dealt/silo-3.jsonl"
     with roles.take_part(agreed, path, homes["silo-3"], "silo", str) as member:
