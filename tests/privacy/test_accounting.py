@@ -285,3 +285,13 @@ def test_accountants_are_imported_only_when_asked():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("rate", [0.11, 0.12, 0.125])
+def test_prv_gives_an_answer_where_its_quadrature_misses_the_mass(rate):
+    """With the library's own mean, the control, it gives none at these rates."""
+    events = (PoissonGaussian(q=rate, noise_multiplier=0.7614, steps=16),)
+    low, _, high = prv_bounds(events, 1e-5)
+    pld = epsilon(events, 1e-5, "pld")
+    assert low <= pld <= high + 0.01
+    assert high - low < 0.05
