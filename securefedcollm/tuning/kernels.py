@@ -104,9 +104,7 @@ class Kernels(TorchDispatchMode):
         self.coupling: set[str] = set()
         self._rows, self._head, self._threads, self._known = rows, head, threads, known
         self._tried: dict[str, bool] = {}
-        self._within = (
-            0  # modules whose forward is under way: what follows is the model's, not ours
-        )
+        self._within = 0  # modules whose forward is under way: then it is the model that asks
         self._hooks: list[Any] = []
         self._kept: list[Tensor] = []  # so that no other tensor gets their memory
         self._nobodys = {_memory(value) for value in (*model.parameters(), *model.buffers())}

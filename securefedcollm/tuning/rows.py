@@ -281,10 +281,11 @@ def _parquet_rows(path: Path, form: Format, wanted: set[str]) -> Iterator[Checke
             names = _once(file.schema_arrow.names, str(path))
             _refuse_missing(names, str(path), form)
             label = form.named("label")
-            classes = {n: found for n in names if (found := _classes(file.schema_arrow, n))}
-            # A study that names other columns reads other text of the same row.
-            kinds = {name: file.schema_arrow.field(name).type for name in names}
-            columns = [name for name in names if name in wanted or _may_hold_text(kinds[name])]
+            classes = _classes(file.schema_arrow, label)
+            # A study that names other columns reads other text of the same row; a number of a
+            # class is text, too.
+            said = {n for n in names if _may_hold_text(file.schema_arrow.field(n).type)}
+            columns = [name for name in names if name in {*wanted, *said, *classes}]
             most, batch = _allowed(path, size, about, columns)
             number = held = 0
             for part in file.iter_batches(batch, columns=columns, use_threads=False):
@@ -360,21 +361,25 @@ def _may_hold_text(kind: pa.DataType) -> bool:
     return not any(is_it(kind) for is_it in bare)
 
 
-def _classes(schema: pa.Schema, column: str) -> list[str] | None:
-    """What the file itself says that the numbers of a column mean: a ClassLabel of ``datasets``.
+def _classes(schema: pa.Schema, label: str) -> dict[str, list[str]]:
+    """What the file itself says that numbers mean, by column: every ClassLabel of ``datasets``.
 
     Raises:
-        ValueError: it says so in a way that cannot be read.
+        ValueError: it says so of the label in a way that cannot be read.
     """
     about: Any = decode_json((schema.metadata or {}).get(b"huggingface", b"{}"))
-    try:
-        feature = about["info"]["features"][column]
-        names = feature["names"] if feature["_type"] == "ClassLabel" else None
-    except (LookupError, TypeError):
-        return None
-    if not isinstance(names, list | None) or not all(isinstance(n, str) for n in names or []):
-        raise ValueError("names that are none")
-    return names
+    found = {}
+    for column in schema.names:
+        try:
+            feature = about["info"]["features"][column]
+            names = feature["names"] if feature["_type"] == "ClassLabel" else None
+        except (LookupError, TypeError):
+            continue
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            found[column] = names
+        elif names is not None and column == label:
+            raise ValueError("names that are none")
+    return found
 
 
 def _by_name(number: object, column: str, classes: list[str]) -> str | BadField | None:

@@ -546,6 +546,26 @@ def test_no_type_of_a_column_hides_its_text(tmp_path: Path, kind: str) -> None:
     assert [q.row for q in read(bare, kind="text", columns=ways[0])] != found[0]  # so it counts
 
 
+def test_the_name_of_a_class_counts_whether_or_not_a_study_reads_it(tmp_path: Path) -> None:
+    """Adversary: a study of another kind, which does not read the label."""
+    label, text = {"label": [0, 1]}, {"note": ["a", "b"], "more": ["c", "d"]}
+    kinds = {
+        "note": Value("string"),
+        "more": Value("string"),
+        "label": ClassLabel(names=["calm", "urgent"]),
+    }
+    data = Dataset.from_dict({**text, **label}, features=Features(kinds))
+    path = made(tmp_path / "rows.parquet", lambda p: data.to_parquet(p))
+    (own, other) = (
+        read(path, **WARDS, columns={"text": "note"}),
+        read(path, kind="text", columns={"text": "more"}),
+    )
+    assert [q.row for q in own] == [q.row for q in other]
+    lines = [{"note": "a", "more": "c", "label": "calm"}]
+    plain = made(tmp_path / "rows.jsonl", lines)
+    assert read(plain, **WARDS, columns={"text": "note"})[0].row == own[0].row
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_a_row_is_the_same_row_however_a_program_writes_what_is_no_text(
     tmp_path: Path, suffix: str
