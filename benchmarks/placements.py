@@ -83,7 +83,7 @@ def run(study: Study) -> dict[str, float]:
             total = sum(quantise.encode(update).integers for update in updates)
             mean = quantise.decode(total, len(silos))
         server.absorb(mean, sum_)
-    return server.measure()["evaluation"]
+    return server.evaluate()
 
 
 def table(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:

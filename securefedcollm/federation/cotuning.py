@@ -332,6 +332,10 @@ class ServerTuning:
         perplexity = {k: s.perplexity for k, s in scores.items() if s.perplexity is not None}
         return found | ({"perplexity": perplexity} if perplexity else {})
 
+    def evaluate(self) -> dict[str, float]:
+        """Accuracies alone."""
+        return self.measure()["evaluation"]
+
     def _scores(self) -> dict[str, GroupScore]:
         tests = [(name, tuned, self._tests.get(name)) for name, tuned in self._models()]
         return {
