@@ -91,6 +91,25 @@ def task_of(
     return task
 
 
+def files_of(silos: Sequence[str]) -> list[tuple[str, Path]]:
+    """(name, file) of every ``--silo NAME=FILE``.
+
+    Raises:
+        ConfigError: an option is no such pair.
+    """
+    from securefedcollm.errors import ConfigError
+
+    pairs = [option.partition("=") for option in silos]
+    for option, (name, _, file) in zip(silos, pairs, strict=True):
+        if not name or not file:
+            raise ConfigError(
+                f"{option!r} is not NAME=FILE",
+                where="--silo",
+                hint="e.g. --silo clinic-1=notes.csv",
+            )
+    return [(name, Path(file)) for name, _, file in pairs]
+
+
 def stop_on_sigterm() -> None:
     """A service manager stops this command as Ctrl-C does: in order, with everything closed."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -10,15 +10,13 @@ import typer
 
 from securefedcollm.foreign import as_text
 from securefedcollm_cli.audit import write_evidence
-from securefedcollm_cli.options import DataDir, Device, Json, Overrides, StudyFile
+from securefedcollm_cli.options import DataDir, Device, Json, Overrides, StudyFile, files_of
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
     from securefedcollm_audits.verdict import Verdict
 
-    from securefedcollm.federation.dealing import Files
-    from securefedcollm.study import Study
 
 _BASELINES = ("standalone", "fedavg")
 
@@ -76,11 +74,14 @@ def simulate(
     Every silo has its own keys, data, state and privacy ledger under the run directory, and talks
     to the server only in the frames that a real silo would send. The identities are throw-away.
     """
+    from securefedcollm.federation.dealing import given_files
     from securefedcollm.federation.simulate import Simulation
     from securefedcollm.study import load_study
 
     study = load_study(config, overrides or [])
-    files = _files(study, silo or [], public, test) if silo or public or test else None
+    files = None
+    if silo or public or test:
+        files = given_files(study, files_of(silo or ()), public, test)
     directory = out or Path("runs") / study.study
     simulation = Simulation(
         study,
@@ -113,18 +114,6 @@ def simulate(
         _render(results, verdict, page)
     if not verdict.holds:
         raise typer.Exit(1)
-
-
-def _files(study: Study, silos: list[str], public: Path | None, test: Path | None) -> Files:
-    from securefedcollm.errors import ConfigError
-    from securefedcollm.federation.dealing import given_files
-
-    pairs = [option.partition("=") for option in silos]
-    if bad := next((name for name, equals, file in pairs if not equals or not file), None):
-        raise ConfigError(
-            f"{bad!r} is not NAME=FILE", where="--silo", hint="e.g. --silo clinic-1=notes.csv"
-        )
-    return given_files(study, [(name, Path(file)) for name, _, file in pairs], public, test)
 
 
 def _render(results: dict[str, Any], verdict: Verdict, page: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from securefedcollm.errors import ConfigError
+from securefedcollm_cli.options import files_of
 from securefedcollm_cli.sizes import BUILTIN_RECORDS, BUILTIN_SUBJECTS
 
 if TYPE_CHECKING:
@@ -42,7 +43,9 @@ def units_of(
     if records:
         return Units((records,), "as --records says")
     if silos:
-        return Units(tuple(_in_file(study, option) for option in silos), "in the files given")
+        return Units(
+            tuple(_in_file(study, path) for _, path in files_of(silos)), "in the files given"
+        )
     spec = study.task.data
     if spec.train is not None and data is not None and (data / spec.train).exists():
         return Units(_dealt(study, data), f"dealt from {spec.train}")
@@ -61,16 +64,11 @@ def units_of(
     return Units(tuple(silo_sizes(study.silos.count, mean, spec.skew)), said)
 
 
-def _in_file(study: Study, option: str) -> int:
+def _in_file(study: Study, path: Path) -> int:
     from securefedcollm.federation.cotuning import count_units
     from securefedcollm.federation.dealing import read_records
 
-    name, equals, file = option.partition("=")
-    if not equals or not name or not file:
-        raise ConfigError(
-            f"{option!r} is not NAME=FILE", where="--silo", hint="e.g. --silo clinic-1=notes.csv"
-        )
-    return count_units(study, read_records(study, Path(file)))
+    return count_units(study, read_records(study, path))
 
 
 def _dealt(study: Study, data: Path | None) -> tuple[int, ...]:

@@ -123,7 +123,9 @@ def check_output(model: Any, where: str) -> None:
     """
     causal = unwrapped(model)
     vocabulary = causal.get_input_embeddings().num_embeddings
-    tokens = torch.arange(3, device=device_of(causal))[None] % vocabulary
+    padding = getattr(causal.config, "pad_token_id", None)  # at an end, it makes the library warn
+    words = [token for token in range(4) if token != padding][:3]
+    tokens = torch.tensor([words], device=device_of(causal)) % vocabulary
     with inference_mode(causal):
         whole = causal(input_ids=tokens, use_cache=False).logits.float()
         hidden = causal.base_model(input_ids=tokens, use_cache=False).last_hidden_state

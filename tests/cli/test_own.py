@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,11 +18,14 @@ ROOT = Path(__file__).parents[2]
 def test_the_page_on_own_data_and_models(tmp_path):
     document = (ROOT / "docs" / "own.md").read_text()
     script = "".join(re.findall(r"^```bash\n(.*?)^```$", document, re.M | re.S))
-    shutil.copy(ROOT / "examples" / "plain_peft.py", tmp_path)
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
         cwd=tmp_path,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        env={
+            **os.environ,
+            "REPO": str(ROOT),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        },
         capture_output=True,
         text=True,
         timeout=800,
