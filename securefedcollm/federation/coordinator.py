@@ -35,6 +35,7 @@ from securefedcollm.errors import (
 )
 from securefedcollm.federation.engines import Engine, Failure
 from securefedcollm.federation.engines.link import SLOWEST
+from securefedcollm.federation.keeping import best_round, is_over
 from securefedcollm.federation.messages import (
     Aggregate,
     Aggregated,
@@ -135,7 +136,7 @@ class Coordinator:
         """Silo → rounds that were done when it was given the adapter."""
 
     def run(self) -> None:
-        """Run every round that is still to do.
+        """Run every round that is still to do, unless the study's patience is at its end.
 
         Raises:
             QuorumError: too few silos are left; the reasons are in the message. The run can be
@@ -150,7 +151,7 @@ class Coordinator:
             self._note_finished(state.round - 1)
         if state.round < self._study.rounds:
             self._evidence.check_base(self._workload.base_digest)
-        while state.round < self._study.rounds:
+        while not is_over(self._study, state.history):
             self._progress(state.round, self._study.rounds, "rounds")
             self._run_round(state.round)
         self._progress(self._study.rounds, self._study.rounds, "rounds")
@@ -214,7 +215,8 @@ class Coordinator:
             "silos_and_sum": round(aggregated - started, 3),
             "server": round(time.monotonic() - aggregated, 3),
         }
-        self._store.finish_round(self._workload, record, joint=study.joint)
+        best = best_round(study, [*state.history, record]) == round_ + 1
+        self._store.finish_round(self._workload, record, joint=study.joint, best=best)
         self._note_finished(round_)
         self._countersign(self._roster.names)
         self._deliver()

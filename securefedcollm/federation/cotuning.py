@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import torch
 
-from securefedcollm.errors import DataError, LocalProtocolError
+from securefedcollm.errors import ConfigError, DataError, LocalProtocolError
 from securefedcollm.federation.feasible import local_event, local_rate, refuse_joint_units
 from securefedcollm.federation.tuned import Tuned, accuracies, once
 from securefedcollm.federation.workload import Gradient, Progress, Vector, silent
@@ -37,7 +37,7 @@ from securefedcollm.tuning.local import (
     train_dp,
     train_plain,
 )
-from securefedcollm.tuning.questions import Question
+from securefedcollm.tuning.questions import EncodedQuestions, Question
 from securefedcollm.tuning.splits import dataset_fingerprint, record_content
 from securefedcollm.tuning.vocabulary import vocabulary_of
 
@@ -246,11 +246,18 @@ class ServerTuning:
         self._slm = Tuned.load(study, study.models.slm, **place)
         self._tests = {"slm": self._slm.encode(test)} if test else {}
         self._llm: Tuned | None = None
+        self._kept: dict[str, EncodedQuestions] = {}
+        kept: Sequence[Question] = ()
+        if study.keep is not None and (distillation or study.models.llm is None):
+            public, kept = _validation(study, public)
+            self._kept["slm"] = self._slm.encode(kept)
         self.base_digest = self._slm.base_digest
         self._descent = Descent(study.local.optimizer, study.local.learning_rate)
         if distillation and study.models.llm is not None:
             self._llm = Tuned.load(study, study.models.llm, **place)
             self._tests |= {"llm": self._llm.encode(test)} if test else {}
+            if kept:
+                self._kept["llm"] = self._llm.encode(kept)
             over_tokens = study.distillation.over != "choices"
             self._vocabularies = (
                 (vocabulary_of(self._llm.tokenizer), vocabulary_of(self._slm.tokenizer))
@@ -330,7 +337,16 @@ class ServerTuning:
         scores = self._scores()
         found = {"evaluation": {key: score.accuracy for key, score in scores.items()}}
         perplexity = {k: s.perplexity for k, s in scores.items() if s.perplexity is not None}
-        return found | ({"perplexity": perplexity} if perplexity else {})
+        found |= {"perplexity": perplexity} if perplexity else {}
+        return found | ({"validation": self._validate()} if self._kept else {})
+
+    def _validate(self) -> dict[str, float]:
+        """Of the public questions that nothing was distilled from."""
+        found: dict[str, float] = {}
+        for name, tuned in self._models():
+            score = tuned.answers(self._kept[name]).score()
+            found |= {f"{name}/loss": -score.gold_log_prob, f"{name}/accuracy": score.accuracy}
+        return found
 
     def evaluate(self) -> dict[str, float]:
         """Accuracies alone."""
@@ -356,6 +372,25 @@ class ServerTuning:
     def _models(self) -> list[tuple[str, Tuned]]:
         models = [("slm", self._slm)]
         return models if self._llm is None else [*models, ("llm", self._llm)]
+
+
+def _validation(
+    study: Study, public: Sequence[Question]
+) -> tuple[Sequence[Question], Sequence[Question]]:
+    """The public questions that are distilled from, and ``keep.rows`` answered ones beside them."""
+    assert study.keep is not None
+    answered = [i for i, question in enumerate(public) if question.answer is not None]
+    if len(answered) < study.keep.rows:
+        raise ConfigError(
+            f"{study.keep.rows} of {len(answered)} public questions with answers",
+            where="keep.rows",
+            hint="lower it, or give the server more (`--public`, task.data.public_labelled)",
+        )
+    draw = torch.Generator().manual_seed(training_seed(study, "keep", 0))
+    order = torch.randperm(len(answered), generator=draw).tolist()
+    taken = {answered[i] for i in order[: study.keep.rows]}
+    rest = [question for i, question in enumerate(public) if i not in taken]
+    return rest, [public[i] for i in sorted(taken)]
 
 
 def by_unit(study: Study) -> bool:

@@ -182,6 +182,7 @@ class Experiment:
                 where="--noisy-silos",
                 hint=f"from 0 to {study.silos.count // 2}",
             )
+        study = msgspec.structs.replace(study, keep=None)  # all rows run all rounds
         self._study, self._out, self._data = study, out, data
         self._seeds = [study.seed + i for i in range(seeds)]
         self._noisy = noisy

@@ -20,3 +20,8 @@ def rows(method: str, scores: Mapping[str, float]) -> list[dict[str, Any]]:
 def method_of(study: Study) -> str:
     """What the study's own run is called: without an LLM it is FedAvg."""
     return "FedCoLLM" if study.models.llm else "FedAvg"
+
+
+def best_method(method: str, best: int) -> str:
+    """The row of the best round (from 1), beside that of the last."""
+    return f"{method}, round {best} (best)"

@@ -44,10 +44,11 @@ from securefedcollm.federation.engines.requests import (
     sign_request,
 )
 from securefedcollm.federation.files import make_directory, sync_tree, write_durably
+from securefedcollm.federation.keeping import BEST, best_round, describe_best
 from securefedcollm.federation.messages import MAX_FRAME
 from securefedcollm.federation.plan import AUTHORITY, authority_of
 from securefedcollm.federation.recording import SERVER, AuthorityRecord, ServerRecord, SiloRecord
-from securefedcollm.federation.results import method_of, rows
+from securefedcollm.federation.results import best_method, method_of, rows
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.samedata import require_same_data
 from securefedcollm.federation.silo import SiloSession
@@ -252,7 +253,12 @@ def _finish(member: Member, store: RunStore, path: Path) -> None:
             shutil.rmtree(run / "adapters" / name, ignore_errors=True)
             shutil.copytree(final / name, run / "adapters" / name)
     table = rows(method_of(study), history[-1]["evaluation"])
-    record = {
+    best = best_round(study, history)
+    if best is not None:
+        shutil.rmtree(run / BEST, ignore_errors=True)
+        shutil.copytree(store.best_adapters(best), run / BEST)
+        table += rows(best_method(method_of(study), best), history[best - 1]["evaluation"])
+    record = ({"best": describe_best(study, history)} if best is not None else {}) | {
         "study": study.study,
         "digest": digest(study).hex(),
         "version": __version__,

@@ -146,15 +146,23 @@ class RunStore:
         self._forget_descents()
 
     def finish_round(
-        self, workload: ServerWorkload, record: dict[str, Any], *, joint: bool = False
+        self,
+        workload: ServerWorkload,
+        record: dict[str, Any],
+        *,
+        joint: bool = False,
+        best: bool = False,
     ) -> None:
         """Save the adapters, then move on to the next round in one atomic step.
 
         Args:
             joint: save the optimiser's state as well.
+            best: keep these adapters until a later round is better.
         """
         state = self.state
         self.save_adapters(workload, state.round + 1)
+        if best:
+            self._copy_best(state.round + 1)
         if joint:
             self._save_descent(workload, state.round + 1, 0)
         state.history.append(record)
@@ -164,6 +172,23 @@ class RunStore:
         self._next_sum()
         shutil.rmtree(self._adapters(state.round - 2), ignore_errors=True)
         self._forget_descents()
+        if best:
+            for path in self._server.glob("best-*"):
+                if path != self.best_adapters(state.round):
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def best_adapters(self, round_: int) -> Path:
+        """The directory with the adapters after ``round_`` (from 1), which was the best."""
+        return self._server / f"best-{round_:05d}"
+
+    def _copy_best(self, round_: int) -> None:
+        target = self.best_adapters(round_)
+        temporary = target.with_name(f".{target.name}.tmp")
+        for path in (temporary, target):  # a kill may have left either
+            shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(self._adapters(round_), temporary)
+        sync_tree(temporary)
+        temporary.replace(target)
 
     def amend(self, change: Callable[[dict[str, Any]], None]) -> None:
         """Add to the newest finished round's record what came after it."""

@@ -29,9 +29,10 @@ from securefedcollm.federation.engines import SiloPort
 from securefedcollm.federation.engines.dropouts import Drop, DroppingEngine
 from securefedcollm.federation.engines.embedded import EmbeddedEngine, process_context
 from securefedcollm.federation.files import make_directory, write_durably
+from securefedcollm.federation.keeping import BEST, best_round, describe_best, is_over
 from securefedcollm.federation.plan import AUTHORITY, authority_of, silo_names
 from securefedcollm.federation.recording import SERVER, AuthorityRecord, ServerRecord, SiloRecord
-from securefedcollm.federation.results import rows
+from securefedcollm.federation.results import best_method, rows
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore
@@ -159,9 +160,13 @@ class Simulation:
             raise
         for name in ("slm", "llm") if self._distillation else ("slm",):
             _replace_tree(self._out / "server" / _last(store) / name, self._out / "adapters" / name)
-        final = store.state.history[-1]["evaluation"]
+        history = store.state.history
         method = "FedCoLLM" if self._distillation else "FedAvg"
-        table = rows("zero-shot", zero_shot) + rows(method, final)
+        table = rows("zero-shot", zero_shot) + rows(method, history[-1]["evaluation"])
+        best = best_round(self._study, history)
+        if best is not None:
+            _replace_tree(store.best_adapters(best), self._out / BEST)
+            table += rows(best_method(method, best), history[best - 1]["evaluation"])
         del server
         if "standalone" in self._baselines:
             table += rows("standalone", self._standalone(progress))
@@ -218,7 +223,7 @@ class Simulation:
         evidence = ServerRecord(
             log, key=key, roster=roster, quorum=self._study.threshold, authority=office
         )
-        if store.state.round >= self._study.rounds and evidence.sealed:
+        if is_over(self._study, store.state.history) and evidence.sealed:
             return
         factory = partial(
             make_party,
@@ -304,7 +309,9 @@ class Simulation:
         self, store: RunStore, table: list[dict[str, Any]], records: dict[str, int]
     ) -> dict[str, Any]:
         order = ["zero-shot", "standalone", "FedAvg", "FedCoLLM"]
-        table.sort(key=lambda row: (row["model"] != "slm", order.index(row["method"])))
+        table.sort(
+            key=lambda row: (row["model"] != "slm", order.index(row["method"].partition(",")[0]))
+        )
         privacy = self._study.privacy
         history = store.state.history
         silos = []
@@ -320,7 +327,8 @@ class Simulation:
                     "bytes_down": sum(r.get("bytes_down", {}).get(name, 0) for r in history),
                 }
             )
-        return {
+        best = describe_best(self._study, history)
+        return ({"best": best} if best else {}) | {
             "study": self._study.study,
             "digest": digest(self._study).hex(),
             "version": __version__,
@@ -329,10 +337,11 @@ class Simulation:
             "table": table,
             "silos": silos,
             "rounds": history,
-            "notes": _notes(self._study, self._baselines),
+            "notes": _notes(self._study, self._baselines) + _kept(self._study, history),
             "places": {
                 "results": str(self._out / "results.json"),
                 "adapters": str(self._out / "adapters"),
+                **({"best": str(self._out / BEST)} if best else {}),
                 "metrics": str(self._out / "metrics.jsonl"),
             },
         }
@@ -602,6 +611,24 @@ def _notes(study: Study, baselines: tuple[str, ...]) -> list[str]:
     if study.scheme == "ckks-authority":
         notes.append("The authority ran on this machine; its worth is that it runs elsewhere.")
     notes.append("Identities were throw-away; a real study is signed by its participants.")
+    return notes
+
+
+def _kept(study: Study, history: list[dict[str, Any]]) -> list[str]:
+    best, keep = best_round(study, history), study.keep
+    if best is None or keep is None:
+        return []
+    notes = [
+        f"Round {best} was the best, by {keep.metric} of the {keep.best.upper()} on {keep.rows} "
+        "public questions that nothing was distilled from. Its adapters are in adapters-best."
+    ]
+    if len(history) < study.rounds:
+        notes.append(
+            f"The run ended after {len(history)} of {study.rounds} rounds, {keep.patience} in a "
+            "row without a better one. Baselines run all rounds."
+            + " The end was chosen on what was released: the promise is the study's ε."
+            * (study.privacy is not None)
+        )
     return notes
 
 

@@ -132,6 +132,7 @@ class ServerWorkload(Protocol):
 
         ``evaluation``: accuracies on the test questions that the server has; may be empty.
         ``perplexity``: of the same questions, where they have nothing to choose from.
+        ``validation``: ``model/loss`` and ``model/accuracy`` on the study's ``keep.rows``, if any.
         """
         ...
 

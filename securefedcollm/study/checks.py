@@ -47,6 +47,7 @@ def check(study: Study) -> None:
         _check_model("models.llm", study.models.llm)
     _check_model("models.slm", study.models.slm)
     _check_distillation(study)
+    _check_keep(study)
     _check_roster(study)
 
 
@@ -404,6 +405,24 @@ def _check_distillation(study: Study) -> None:
             f"loss: {plan.loss} keeps no predictions that could be shortened",
             where="distillation.top_k",
             hint="remove it, or choose loss: entropy-pooled or dual-min-ce",
+        )
+
+
+def _check_keep(study: Study) -> None:
+    keep, data = study.keep, study.task.data
+    if keep is None:
+        return
+    if keep.best == "llm" and study.models.llm is None:
+        raise ConfigError(
+            "this study has no large model",
+            where="keep.best",
+            hint="choose slm, or give models.llm",
+        )
+    if data.train is not None and keep.rows > data.public_labelled:
+        raise ConfigError(
+            f"{keep.rows} of {data.public_labelled} public questions with answers",
+            where="keep.rows",
+            hint="at most task.data.public_labelled; the server distils from the rest",
         )
 
 

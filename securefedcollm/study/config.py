@@ -24,6 +24,7 @@ from securefedcollm.study.learning import (
     Adapter,
     Data,
     Distillation,
+    Keep,
     Local,
     Model,
     Models,
@@ -50,6 +51,7 @@ __all__ = [
     "Distillation",
     "Field",
     "Hex32",
+    "Keep",
     "Local",
     "Model",
     "Models",
@@ -64,8 +66,9 @@ __all__ = [
     "digest",
 ]
 
-_LATER: Final[dict[tuple[str, str], Any]] = {
+_LATER: Final[dict[tuple[str, ...], Any]] = {
     ("adapter", "max_abs"): MAX_ABS,
+    ("keep",): None,
     ("local", "reply_slot"): None,
     ("task", "columns"): {},
     ("task", "template"): None,
@@ -104,6 +107,13 @@ class Study(Section, frozen=True, dict=True):
     distillation: Annotated[
         Distillation, says("The server's phase on the public set, after every sum; with an LLM.")
     ] = Distillation()
+    keep: Annotated[
+        Keep | None,
+        says(
+            "Which round's adapters are kept beside the last round's, and when a run ends early. "
+            "If left out, the last round's alone, after all rounds."
+        ),
+    ] = None
     roster: Annotated[
         list[Participant],
         says("The participants and their keys.", needed="real roles take part (not simulate)"),
@@ -122,9 +132,12 @@ class Study(Section, frozen=True, dict=True):
         their digest, their signatures and their place in evidence.
         """
         tree: dict[str, Any] = msgspec.to_builtins(self)
-        for (section, key), default in _LATER.items():
-            if tree[section][key] == default:
-                del tree[section][key]
+        for (*sections, key), default in _LATER.items():
+            place = tree
+            for section in sections:
+                place = place[section]
+            if place[key] == default:
+                del place[key]
         return tree
 
     @property

@@ -314,3 +314,36 @@ class Distillation(Section, frozen=True):
     sharpness: Annotated[
         Positive, says("With `entropy-pooled`: how much it counts which model is surer.")
     ] = 3.0
+
+
+class Keep(Section, frozen=True):
+    """Which round's adapters are kept beside the last round's, and when a run ends early.
+
+    No private record has a say: what is measured was released anyway, on public questions.
+    """
+
+    best: Annotated[
+        Literal["slm", "llm"],
+        says("The model by which rounds are compared; `adapters-best/` is the best round's end."),
+    ] = "slm"
+    metric: Annotated[
+        Literal["loss", "accuracy"],
+        says(
+            "The best round has the least `loss` (mean negative log-probability of the right "
+            "choice, or per token) or the greatest `accuracy`; the earliest of equal ones."
+        ),
+    ] = "loss"
+    rows: Annotated[
+        Count,
+        says(
+            "Public questions with answers, drawn by the study's seed, that the server measures "
+            "every round on and never distils from."
+        ),
+    ] = 64
+    patience: Annotated[
+        Count | None,
+        says(
+            "The run ends after so many rounds in a row without a better one, and silos settle "
+            "for the rounds that were run. If left out, all rounds are run."
+        ),
+    ] = None

@@ -270,6 +270,10 @@ def test_later_keys_leave_older_studies_their_digest():
     assert "max_abs" not in study.tree["adapter"]
     assert "reply_slot" not in study.tree["local"]
     assert digest(load_study(QUICKSTART, ["adapter.max_abs=100"])) == digest(study)
+    assert digest(load_study(QUICKSTART, ["keep=null"])) == digest(study)
+    kept = load_study(QUICKSTART, ["keep={rows: 8}"])
+    assert digest(kept) != digest(study)
+    assert digest(study_from_tree(kept.tree)) == digest(kept)
     for change in ("adapter.max_abs=50", "local.reply_slot=30"):
         changed = load_study(QUICKSTART, [change])
         assert digest(changed) != digest(study)

@@ -264,9 +264,31 @@ def budget(case: Case, wrong: Faults) -> str:
                 wrong(entry, f"a claim at δ = {what.spent.delta:g}, which was not agreed")
             elif what.spent.epsilon > limits[-1][0]:
                 wrong(entry, f"ε = {what.spent.epsilon:.3f} spent of {limits[-1][0]:g}")
+    if not said and case.study.keep is not None and case.study.keep.patience is not None:
+        return _charged_so_far(case, wrong)
     if not said:
         raise NotCovered("no silo has settled the last round yet")
     return f"{count(said, 'claim')}: at most ε = {worst:.3f}; the study allows {privacy.epsilon:g}"
+
+
+def _charged_so_far(case: Case, wrong: Faults) -> str:
+    """For a run that its study lets end before the round with which silos state their total."""
+    privacy = _claimed(case)
+    worst = 0.0
+    for log in case.silos.values():
+        reserved = list(of(log, Reserved))
+        events = merge(event for training in trainings(log) for event in training.counted)
+        if not reserved or not events:
+            continue
+        entry, limit = reserved[-1]
+        high = bracket(events, TIGHT_SHARE * limit.delta).high
+        worst = max(worst, high)
+        if high > limit.epsilon * (1.0 + TOLERANCE):
+            wrong(entry, f"ε = {high:.3f} charged of {limit.epsilon:g}")
+    return (
+        f"what was charged is at most ε = {worst:.3f} by a second accountant; the study allows "
+        f"{privacy.epsilon:g}, and lets a run end early"
+    )
 
 
 def second_accountant(case: Case, wrong: Faults) -> str:
