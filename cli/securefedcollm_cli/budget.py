@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,7 +74,8 @@ def plan(
         colluders=study.silos.colluders,
         records=units,
         rounds=study.rounds,
-        steps=study.local.steps,
+        steps=study.local.steps
+        or math.ceil((study.local.epochs or 0) * units / study.local.batch_size),
         # in joint DP-SGD the study gives the batch of all silos together
         batch_size=max(1, round(rate * units)) if rate else study.local.batch_size,
         unit="record" if study.subject is None else "subject",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from securefedcollm.errors import DataError
-from securefedcollm.federation.cotuning import training_seed
+from securefedcollm.federation.cotuning import steps_of, training_seed
 from securefedcollm.federation.dealing import Dealt
 from securefedcollm.federation.simulate import remembered, tuned_alone
 from securefedcollm.federation.tuned import Tuned
@@ -24,6 +24,7 @@ from securefedcollm.tuning.choice_distil import predict, teacher_of
 from securefedcollm.tuning.evaluate import Evaluation
 from securefedcollm.tuning.local import train_plain
 from securefedcollm.tuning.questions import Question
+from securefedcollm.tuning.recipe import Pace
 
 Answers = dict[str, list[float]]
 """By metric (``accuracy``, ``gold_log_prob``) one value a test question, in their order."""
@@ -141,11 +142,15 @@ def centralized(
     if spec is None:
         spec, rate = study.models.slm, local.learning_rate
     tuned = Tuned.load(study, spec, data=data, device=device, progress=progress)
+    steps = local.steps * study.rounds * (1 if study.joint else study.silos.count)
+    if local.epochs is not None:
+        counts = [len(questions) for questions in dealt.silos.values()]
+        steps = study.rounds * sum(steps_of(local, count) for count in counts)
     train_plain(
         tuned.model,
         tuned.broadcast_layout(),
         tuned.encode(everything),
-        steps=local.steps * study.rounds * (1 if study.joint else study.silos.count),
+        steps=steps,
         batch_size=min(local.batch_size, len(everything)),
         learning_rate=rate,
         seed=training_seed(study, "centralized", 0),
@@ -154,6 +159,7 @@ def centralized(
         scoring=tuned.scoring,
         max_grad_norm=local.max_grad_norm,
         micro_batch=local.micro_batch,
+        pace=Pace(local.schedule, local.warmup, steps, 0, local.weight_decay),
         progress=progress,
     )
     return _plain(tuned.answers(tuned.encode(dealt.test)))

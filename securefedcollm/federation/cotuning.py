@@ -22,7 +22,7 @@ from securefedcollm.privacy.events import Event, PoissonGaussian
 from securefedcollm.privacy.identities import Content
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.study import Study
-from securefedcollm.study.config import Distillation
+from securefedcollm.study.config import Distillation, Local
 from securefedcollm.tuning.adapters import AdapterLayout, load_vector, to_vector
 from securefedcollm.tuning.content import folded
 from securefedcollm.tuning.descent import Descent
@@ -38,6 +38,7 @@ from securefedcollm.tuning.local import (
     train_plain,
 )
 from securefedcollm.tuning.questions import EncodedQuestions, Question
+from securefedcollm.tuning.recipe import Pace
 from securefedcollm.tuning.splits import dataset_fingerprint, record_content
 from securefedcollm.tuning.vocabulary import vocabulary_of
 
@@ -153,6 +154,7 @@ class SiloTuning:
             scoring=self._tuned.scoring,
             subjects=self._subjects,
             micro_batch=local.micro_batch,
+            pace=pace_of(self._study, local, local.steps, round_),
             progress=progress,
         )
         if result.events != (self._event,):  # our own mistake: nothing may leave
@@ -164,13 +166,14 @@ class SiloTuning:
     ) -> Vector:
         """Without noise the result follows from start and seed: :func:`once` may have it."""
         local, model = self._study.local, self._tuned.model
+        steps = local.steps or steps_of(local, len(self._questions))
 
         def tune() -> tuple[Vector, Vector]:
             delta = train_plain(
                 model,
                 layout,
                 self._data,
-                steps=local.steps,
+                steps=steps,
                 batch_size=local.batch_size,
                 learning_rate=local.learning_rate,
                 seed=training_seed(self._study, self._name, round_),
@@ -179,6 +182,7 @@ class SiloTuning:
                 scoring=self._tuned.scoring,
                 max_grad_norm=local.max_grad_norm,
                 micro_batch=local.micro_batch,
+                pace=pace_of(self._study, local, steps, round_),
                 progress=progress,
             ).delta
             return delta, to_vector(model, layout)
@@ -252,7 +256,11 @@ class ServerTuning:
             public, kept = _validation(study, public)
             self._kept["slm"] = self._slm.encode(kept)
         self.base_digest = self._slm.base_digest
-        self._descent = Descent(study.local.optimizer, study.local.learning_rate)
+        self._descent = Descent(
+            study.local.optimizer,
+            study.local.learning_rate,
+            pace_of(study, study.local, study.local.steps, 0),
+        )
         if distillation and study.models.llm is not None:
             self._llm = Tuned.load(study, study.models.llm, **place)
             self._tests |= {"llm": self._llm.encode(test)} if test else {}
@@ -323,6 +331,7 @@ class ServerTuning:
             sharpness=plan.sharpness,
             scoring=self._slm.scoring,
             micro_batch=self._study.local.micro_batch,
+            pace=pace_of(self._study, plan, plan.steps, round_),
             on_step=steps.append,
             progress=progress,
         )
@@ -448,6 +457,26 @@ def planned_event(study: Study, questions: Sequence[Question]) -> PoissonGaussia
         DataError: the unit is the subject, and a question has none.
     """
     return local_event(study, count_units(study, questions))
+
+
+def steps_of(local: Local, records: int) -> int:
+    """Steps of a round that is as long as ``local.epochs`` says, at a silo with so many records.
+
+    An epoch has whole batches only; what is left over is another part of the records each time.
+    """
+    batches = records // min(local.batch_size, records)
+    return max(1, round((local.epochs or 0) * batches))
+
+
+def pace_of(study: Study, plan: Local | Distillation, steps: int, round_: int) -> Pace:
+    """How the learning rate goes on in this round, of as many ``steps`` as every other one."""
+    return Pace(
+        schedule=plan.schedule,
+        warmup=plan.warmup,
+        total=steps * study.rounds,
+        first=steps * round_,
+        weight_decay=plan.weight_decay,
+    )
 
 
 def training_seed(study: Study, who: str, round_: int) -> int:

@@ -40,6 +40,7 @@ def check(study: Study) -> None:
     _check_silos(study)
     _check_ring(study)
     _check_privacy(study)
+    _check_steps(study)
     _check_joint(study)
     _check_data(study)
     _check_task(study)
@@ -164,6 +165,29 @@ def _check_privacy(study: Study) -> None:
             "bound the same update, a silo's whole one",
             where="privacy.clip_norm",
             hint="give both keys the same value",
+        )
+
+
+def _check_steps(study: Study) -> None:
+    local, privacy = study.local, study.privacy
+    what = hint = ""
+    if local.epochs is None:
+        if not local.steps:
+            what, hint = "this key is missing", "give the steps of a round, or local.epochs"
+    elif local.steps:
+        what, hint = "epochs say how long a round is as well", "keep one of steps and epochs"
+    if what:
+        raise ConfigError(what, where="local.steps", hint=hint)
+    if local.epochs is not None and privacy is not None and privacy.unit != "silo":
+        why = (
+            "in joint DP-SGD all silos take every step together"
+            if study.joint
+            else "DP-SGD draws every batch anew, with as many steps as the study says"
+        )
+        raise ConfigError(
+            f"{why}: there are no epochs",
+            where="local.epochs",
+            hint="set local.steps; records / batch_size of them are about one epoch",
         )
 
 

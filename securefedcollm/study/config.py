@@ -68,8 +68,15 @@ __all__ = [
 
 _LATER: Final[dict[tuple[str, ...], Any]] = {
     ("adapter", "max_abs"): MAX_ABS,
+    ("distillation", "schedule"): "constant",
+    ("distillation", "warmup"): 0.0,
+    ("distillation", "weight_decay"): 0.0,
     ("keep",): None,
+    ("local", "epochs"): None,
     ("local", "reply_slot"): None,
+    ("local", "schedule"): "constant",
+    ("local", "warmup"): 0.0,
+    ("local", "weight_decay"): 0.0,
     ("task", "columns"): {},
     ("task", "template"): None,
 }

@@ -16,6 +16,7 @@ Count = Annotated[int, Meta(ge=1)]
 Positive = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Hex32 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}(?!\n)$")]
+Schedule = Literal["constant", "linear", "cosine"]
 SchemeName = Literal["masking", "ckks", "ckks-authority"]
 """The protocols that a sum can be made with."""
 

@@ -6,7 +6,7 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta, field
 
-from securefedcollm.study.kinds import Count, Fraction, Hex32, Positive, Section, says
+from securefedcollm.study.kinds import Count, Fraction, Hex32, Positive, Schedule, Section, says
 
 MAX_ABS: Final = 100.0
 """Default of ``adapter.max_abs``: a hundred times what tuning makes."""
@@ -217,10 +217,10 @@ class Local(Section, frozen=True):
     """Tuning inside a silo, per round.
 
     In joint DP-SGD (``privacy.noise: distributed`` with ``unit: record`` or ``subject``) all silos
-    take every step together.
+    take every step together. The optimiser is made anew in every round; in joint DP-SGD it is the
+    server's and goes on.
     """
 
-    steps: Annotated[Count, says("Optimiser steps in a round.")]
     batch_size: Annotated[
         Count,
         says(
@@ -229,6 +229,10 @@ class Local(Section, frozen=True):
         ),
     ]
     learning_rate: Annotated[Positive, says("Learning rate of the silos' optimiser.")]
+    steps: Annotated[
+        Annotated[int, Meta(ge=0)],
+        says("Optimiser steps in a round.", needed="there are no `epochs`"),
+    ] = 0
     optimizer: Annotated[Literal["adam", "sgd"], says("The silos' optimiser.")] = "adam"
     loss: Annotated[
         Literal["answer", "choices"],
@@ -261,6 +265,30 @@ class Local(Section, frozen=True):
             "silos answer at once."
         ),
     ] = None
+    epochs: Annotated[
+        Annotated[float, Meta(gt=0, le=10_000)] | None,
+        says(
+            "In place of `steps`: passes over a silo's own records in a round, in whole batches. "
+            "Not with DP-SGD, whose cost follows from steps that all know."
+        ),
+    ] = None
+    schedule: Annotated[
+        Schedule,
+        says(
+            "The learning rate over all rounds together: it stays, or falls to nothing on a "
+            "line (`linear`) or a `cosine`."
+        ),
+    ] = "constant"
+    warmup: Annotated[
+        Fraction, says("The first part of all steps, in which the learning rate rises.")
+    ] = 0.0
+    weight_decay: Annotated[
+        Annotated[float, Meta(ge=0)],
+        says(
+            "Each step takes learning rate × this × the weight from every trained weight (AdamW); "
+            "with `sgd` it is added to the gradient, which is the same."
+        ),
+    ] = 0.0
 
 
 class Distillation(Section, frozen=True):
@@ -314,6 +342,15 @@ class Distillation(Section, frozen=True):
     sharpness: Annotated[
         Positive, says("With `entropy-pooled`: how much it counts which model is surer.")
     ] = 3.0
+    schedule: Annotated[
+        Schedule, says("Both learning rates over the server's steps of all rounds, as in `local`.")
+    ] = "constant"
+    warmup: Annotated[
+        Fraction, says("The first part of those steps, in which the learning rates rise.")
+    ] = 0.0
+    weight_decay: Annotated[
+        Annotated[float, Meta(ge=0)], says("As in `local`, for both models (AdamW).")
+    ] = 0.0
 
 
 class Keep(Section, frozen=True):

@@ -7,13 +7,17 @@ post-processing: it costs no privacy, so the optimizer may remember as much as i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import numpy as np
 import torch
 from torch import nn
 
 from securefedcollm.tuning.adapters import Vector
-from securefedcollm.tuning.recipe import Optimizer, make_optimizer
+from securefedcollm.tuning.recipe import STEADY, Optimizer, Pace, make_optimizer
+
+_TAKEN: Final = "taken"
+"""Steps so far; 2^24 of them are exact as a float32, more than a study may have."""
 
 
 class Descent:
@@ -23,7 +27,9 @@ class Descent:
         name: which optimizer, as in a study.
     """
 
-    def __init__(self, name: Optimizer, learning_rate: float) -> None:
+    def __init__(self, name: Optimizer, learning_rate: float, pace: Pace = STEADY) -> None:
+        self._pace = pace
+        self._taken = 0
         self._name = name
         self._learning_rate = learning_rate
         self._point: nn.Parameter | None = None
@@ -33,7 +39,9 @@ class Descent:
         """Where one step from ``point`` against ``gradient`` leads; float32 [d] all three."""
         place, optimizer = self._at(point)
         place.grad = torch.from_numpy(gradient.copy())
+        self._pace.set(optimizer, self._learning_rate, self._taken)
         optimizer.step()
+        self._taken += 1
         return place.detach().numpy().copy()
 
     def state(self) -> dict[str, Vector]:
@@ -41,19 +49,30 @@ class Descent:
         if self._optimizer is None or self._point is None:
             return {}
         kept = self._optimizer.state[self._point]
-        return {name: value.detach().numpy().copy() for name, value in kept.items()}
+        state = {name: value.detach().numpy().copy() for name, value in kept.items()}
+        return state | ({} if self._even else {_TAKEN: np.array([self._taken], dtype=np.float32)})
 
     def restore(self, state: Mapping[str, Vector]) -> None:
         """Take up where :meth:`state` was taken."""
-        if state:
-            size = max(value.size for value in state.values())
+        kept = {k: torch.from_numpy(v.copy()) for k, v in state.items() if k != _TAKEN}
+        if _TAKEN in state:
+            self._taken = int(state[_TAKEN][0])
+        if kept:
+            size = max(value.numel() for value in kept.values())
             place, optimizer = self._at(np.zeros(size, dtype=np.float32))
-            optimizer.state[place] = {k: torch.from_numpy(v.copy()) for k, v in state.items()}
+            optimizer.state[place] = kept
+
+    @property
+    def _even(self) -> bool:
+        """Whether no step differs by its number: then there is none to keep."""
+        return self._pace.schedule == "constant" and not self._pace.warmup
 
     def _at(self, point: Vector) -> tuple[nn.Parameter, torch.optim.Optimizer]:
         if self._point is None or self._optimizer is None:
             self._point = nn.Parameter(torch.from_numpy(point.copy()))
-            self._optimizer = make_optimizer(self._name, [self._point], self._learning_rate)
+            self._optimizer = make_optimizer(
+                self._name, [self._point], self._learning_rate, self._pace.weight_decay
+            )
         with torch.no_grad():
             self._point.copy_(torch.from_numpy(point))
         return self._point, self._optimizer

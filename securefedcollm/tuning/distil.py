@@ -48,7 +48,14 @@ from securefedcollm.tuning.questions import (
     shuffled_batches,
     sorted_by_length,
 )
-from securefedcollm.tuning.recipe import Progress, make_optimizer, silent, training_mode
+from securefedcollm.tuning.recipe import (
+    STEADY,
+    Pace,
+    Progress,
+    make_optimizer,
+    silent,
+    training_mode,
+)
 from securefedcollm.tuning.spans import SpanObjective
 from securefedcollm.tuning.token_distil import Over, TokenObjective
 from securefedcollm.tuning.token_loss import Direction
@@ -98,6 +105,7 @@ def distil(
     sharpness: float = 3.0,
     scoring: Scoring = PLAIN,
     micro_batch: int = 256,
+    pace: Pace = STEADY,
     on_step: Callable[[DistilStep], None] = lambda step: None,
     progress: Progress = silent,
 ) -> None:
@@ -125,8 +133,8 @@ def distil(
     labelled, unlabelled = _rows(llm_data, slm_data, use_unlabelled=loss != "none")
     models, data = (llm, slm), (llm_data, slm_data)
     optimizers = [
-        make_optimizer("adam", select(llm, llm_layout), learning_rate_llm),
-        make_optimizer("adam", select(slm, slm_layout), learning_rate_slm),
+        make_optimizer("adam", select(llm, llm_layout), learning_rate_llm, pace.weight_decay),
+        make_optimizer("adam", select(slm, slm_layout), learning_rate_slm, pace.weight_decay),
     ]
     generator = torch.Generator().manual_seed(seed)
     batches = _mixed_batches(labelled, unlabelled, batch_labelled, batch_unlabelled, generator)
@@ -201,7 +209,9 @@ def distil(
                     f"a distillation loss of step {step} is not finite",
                     hint="lower distillation.learning_rate_llm and learning_rate_slm",
                 )
-            for optimizer in optimizers:
+            rates = (learning_rate_llm, learning_rate_slm)
+            for optimizer, rate in zip(optimizers, rates, strict=True):
+                pace.set(optimizer, rate, step)
                 optimizer.step()
                 optimizer.zero_grad()
             on_step(DistilStep(step, losses[0], losses[1]))

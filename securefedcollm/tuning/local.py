@@ -38,7 +38,9 @@ from securefedcollm.tuning.questions import (
     sorted_by_length,
 )
 from securefedcollm.tuning.recipe import (
+    STEADY,
     Optimizer,
+    Pace,
     Progress,
     evaluation_mode,
     make_optimizer,
@@ -75,6 +77,7 @@ def train_plain(
     scoring: Scoring = PLAIN,
     max_grad_norm: float | None = None,
     micro_batch: int = 64,
+    pace: Pace = STEADY,
     progress: Progress = silent,
 ) -> LocalResult:
     """Tune without differential privacy: ``steps`` shuffled minibatches, mean loss.
@@ -86,7 +89,7 @@ def train_plain(
         TrainingError: a loss or weight became NaN or infinite, or nothing moved.
     """
     parameters, start = _begin(model, layout, data)
-    descend = make_optimizer(optimizer, parameters, learning_rate)
+    descend = make_optimizer(optimizer, parameters, learning_rate, pace.weight_decay)
     batches = shuffled_batches(len(data), batch_size, torch.Generator().manual_seed(seed))
     with training_mode(model, seed=seed):
         for step in range(steps):
@@ -98,6 +101,7 @@ def train_plain(
             norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or torch.inf)
             if not bool(torch.isfinite(norm)):
                 raise TrainingError(f"the gradient of step {step} is not finite", hint=_DIVERGED)
+            pace.set(descend, learning_rate, step)
             descend.step()
             progress(step + 1, steps, "local tuning")
     return LocalResult(_finish(model, layout, start))
@@ -119,6 +123,7 @@ def train_dp(
     scoring: Scoring = PLAIN,
     subjects: Sequence[str] | None = None,
     micro_batch: int = 64,
+    pace: Pace = STEADY,
     progress: Progress = silent,
 ) -> LocalResult:
     """Tune with DP-SGD (Abadi et al. 2016): the returned delta is itself differentially private.
@@ -157,7 +162,7 @@ def train_dp(
         )
     rate, sigma = batch_size / units, noise_multiplier * clip_norm
     total = GridSum(layout.size, clip_norm, sigma, batch_cap(units, rate))
-    descend = make_optimizer(optimizer, parameters, learning_rate)
+    descend = make_optimizer(optimizer, parameters, learning_rate, pace.weight_decay)
     records = records_of(
         model, layout, data, loss=loss, scoring=scoring, members=members, micro_batch=micro_batch
     )
@@ -166,6 +171,7 @@ def train_dp(
             sum_clipped(total, records, noise.poisson_batch(units, rate))
             noised = noise.add_gaussian(total.integers, sigma)
             _set_gradient(parameters, noised / batch_size)
+            pace.set(descend, learning_rate, step)
             descend.step()
             descend.zero_grad()
             progress(step + 1, steps, "local tuning with DP-SGD")

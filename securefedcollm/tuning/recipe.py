@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Literal
+from dataclasses import dataclass
+from typing import Final, Literal
 
 import torch
 from torch import nn
@@ -19,12 +21,51 @@ def silent(done: int, total: int, text: str) -> None:
     """Report nothing."""
 
 
+@dataclass(frozen=True)
+class Pace:
+    """The learning rate, as a part of the study's, and the weight decay of every step.
+
+    ``first``: how many of the ``total`` steps were taken before this call. Adversary: none; the
+    number of a step is public.
+    """
+
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: float = 0.0
+    total: int = 1
+    first: int = 0
+    weight_decay: float = 0.0
+
+    def factor(self, step: int) -> float:
+        """Of step ``step`` (from 0) of this call; above 0 until all steps are taken."""
+        at = self.first + step
+        rising = round(self.warmup * self.total)
+        if at < rising:
+            return (at + 1) / (rising + 1)
+        if self.schedule == "constant":
+            return 1.0
+        done = min(1.0, (at - rising) / max(1, self.total - rising))
+        return 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+    def set(self, optimizer: torch.optim.Optimizer, learning_rate: float, step: int) -> None:
+        """Before the optimizer's step ``step``."""
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * self.factor(step)
+
+
+STEADY: Final = Pace()
+
+
 def make_optimizer(
-    name: Optimizer, parameters: Sequence[nn.Parameter], learning_rate: float
+    name: Optimizer,
+    parameters: Sequence[nn.Parameter],
+    learning_rate: float,
+    weight_decay: float = 0.0,
 ) -> torch.optim.Optimizer:
-    """A fresh optimizer; Adam without weight decay, β = (0.9, 0.999)."""
+    """A fresh optimizer; Adam with β = (0.9, 0.999), weight decay apart from it (AdamW)."""
     if name == "sgd":
-        return torch.optim.SGD(parameters, lr=learning_rate)
+        return torch.optim.SGD(parameters, lr=learning_rate, weight_decay=weight_decay)
+    if weight_decay:
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     return torch.optim.Adam(parameters, lr=learning_rate)
 
 

@@ -274,7 +274,15 @@ def test_later_keys_leave_older_studies_their_digest():
     kept = load_study(QUICKSTART, ["keep={rows: 8}"])
     assert digest(kept) != digest(study)
     assert digest(study_from_tree(kept.tree)) == digest(kept)
-    for change in ("adapter.max_abs=50", "local.reply_slot=30"):
+    added = {"epochs", "schedule", "warmup", "weight_decay"}
+    assert not added & {*study.tree["local"], *study.tree["distillation"]}
+    for change in (
+        "adapter.max_abs=50",
+        "local.reply_slot=30",
+        "local.schedule=cosine",
+        "local.weight_decay=0.1",
+        "distillation.warmup=0.1",
+    ):
         changed = load_study(QUICKSTART, [change])
         assert digest(changed) != digest(study)
         assert digest(study_from_tree(changed.tree)) == digest(changed)
