@@ -38,9 +38,9 @@ def check(study: Study) -> None:
     """
     check_sizes(study)
     _check_silos(study)
+    _check_steps(study)
     _check_ring(study)
     _check_privacy(study)
-    _check_steps(study)
     _check_joint(study)
     _check_data(study)
     _check_task(study)
@@ -173,7 +173,7 @@ def _check_steps(study: Study) -> None:
     what = hint = ""
     if local.epochs is None:
         if not local.steps:
-            what, hint = "this key is missing", "give the steps of a round, or local.epochs"
+            what, hint = "no steps, and no epochs", "give the steps of a round, or local.epochs"
     elif local.steps:
         what, hint = "epochs say how long a round is as well", "keep one of steps and epochs"
     if what:

@@ -158,7 +158,8 @@ def test_every_key_of_the_schema_has_a_meaning():
                 walk(key.section, key.path + ("[]." if key.kind.startswith("list") else "."))
 
     walk(Study, "")
-    assert keys["local.steps"].required
+    assert keys["local.batch_size"].required
+    assert keys["local.steps"].needed == "there are no `epochs`"
     assert keys["adapter.dropout"].allowed == "at least 0, below 1"
     assert keys["silos.count"].allowed == "at least 3, at most 128"
     assert keys["task.data.public"].allowed.endswith("at most 1,000,000,000")  # study/bounds.py

@@ -92,10 +92,20 @@ def test_the_server_s_steps_go_on_after_a_kill(optimizer: Any) -> None:
     assert all(torch.is_tensor(torch.from_numpy(value)) for value in state.values())
 
 
+def test_no_step_is_forgotten_however_many_there_were() -> None:
+    descent = Descent("sgd", 0.1, Pace("linear", total=10**11))
+    descent.step(np.ones(1, dtype=np.float32), np.ones(1, dtype=np.float32))
+    many = 2**36 + 2**24 + 1
+    descent._taken = many
+    other = Descent("sgd", 0.1, Pace("linear", total=10**11))
+    other.restore(descent.state())
+    assert other._taken == many
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["local.steps=0"], r"local\.steps: this key is missing"),
+        (["local.steps=0"], r"local\.steps: no steps, and no epochs"),
         (["local.epochs=1"], r"local\.steps: epochs say how long"),
         (["local.steps=0", "local.epochs=1"], r"local\.epochs: DP-SGD draws every batch anew"),
         (
