@@ -9,6 +9,7 @@ from securefedcollm.aggregation.header import Roster, RoundHeader
 from securefedcollm.evidence.bundle import Bundle
 from securefedcollm.evidence.entries import Entry, Finished, Keyed, Opened, Round
 from securefedcollm.evidence.merkle import Frontier
+from securefedcollm.federation.keeping import ended
 from securefedcollm.federation.plan import AUTHORITY, round_header
 from securefedcollm.study import Study, digest
 from securefedcollm_audits.verdict import NotCovered
@@ -113,6 +114,21 @@ class Case:
     def rounds_done(self) -> int:
         """Rounds that the server's log calls finished."""
         return len({e.what.round for e in self.server if isinstance(e.what, Finished)})
+
+    @property
+    def scores(self) -> list[float | None]:
+        """What the server's log says of every finished round for the study's ``keep``, in order."""
+        found = {e.what.round: e.what.score for e in self.server if isinstance(e.what, Finished)}
+        return [found[round_] for round_ in sorted(found)]
+
+    @property
+    def over(self) -> bool:
+        """Whether the server's log says that no round is left to run.
+
+        Adversary: whoever cuts a log short and calls that the end of its patience. Only the scores
+        say so, which silos vouched for with the rest of the log.
+        """
+        return ended(self.study, self.scores)
 
     def need_server(self) -> list[Entry]:
         """The server's log.

@@ -14,6 +14,12 @@ _READING: Final = (
 )
 
 
+def may_end_early(case: Case) -> bool:
+    """Whether the run's end is chosen on what it released. Then the budget alone is a promise."""
+    keep = case.study.keep
+    return keep is not None and keep.patience is not None
+
+
 def claim(case: Case, spent: float | None) -> str:
     """What the bundle claims. ``spent``: ε of the silo that spent most; None: none says so."""
     study, privacy = case.study, case.study.privacy
@@ -41,6 +47,11 @@ def claim(case: Case, spent: float | None) -> str:
 
 
 def _agreed(case: Case) -> str:
+    if may_end_early(case):
+        return (
+            " The study may end early, by what its rounds showed, so what was spent until then is "
+            "no bound: this is the agreed budget."
+        )
     why = "What was spent is not settled yet" if case.silos else "No silo's charges are here"
     return f" {why}: this is the agreed budget."
 

@@ -32,6 +32,8 @@ class Progress(NamedTuple):
     teller: Literal["server", "authority", "silos"]
     who: str
     """The silo, or how many of them, where their logs are all there is."""
+    early: bool = False
+    """Whether the study's patience ended the run, by the server's log."""
 
     @property
     def sentence(self) -> str:
@@ -39,7 +41,7 @@ class Progress(NamedTuple):
         many = f"{self.done} of {self.rounds} rounds"
         match self.teller:
             case "server":
-                return f"{many} finished"
+                return f"{many} finished" + ", when its patience ended the run" * self.early
             case "authority":
                 return f"the sums of {many} opened, by the authority's log"
         return f"{self.who} helped to open the sums of {many}; no log of the server is here"
@@ -49,10 +51,11 @@ def progress(case: Case) -> Progress:
     """What the most telling log in the bundle says."""
     rounds = case.study.rounds
     if case.server:
-        return Progress(case.rounds_done(), rounds, "server", "")
+        done = case.rounds_done()
+        return Progress(done, rounds, "server", "", early=case.over and done < rounds)
     if case.authority:
-        done = _opened(case.study, case.authority)
-        return Progress(len(done), rounds, "authority", AUTHORITY)
+        opened = _opened(case.study, case.authority)
+        return Progress(len(opened), rounds, "authority", AUTHORITY)
     found = [_opened(case.study, log) for log in case.silos.values()]
     names = list(case.silos)
     who = printable(names[0]) if len(names) == 1 else f"{len(names)} silos"

@@ -36,7 +36,7 @@ from securefedcollm.privacy.report import ASSUMPTIONS
 from securefedcollm_audits.case import SERVER, Case, of
 from securefedcollm_audits.charged import decode_events
 from securefedcollm_audits.checks.budget import Training, trainings
-from securefedcollm_audits.claim import claim
+from securefedcollm_audits.claim import claim, may_end_early
 from securefedcollm_audits.progress import Header, header, progress
 from securefedcollm_audits.second_accountant import bracket
 from securefedcollm_audits.utility import Utility, read_utility
@@ -189,7 +189,7 @@ def _summed_up(verdict: Verdict, case: Case) -> Report:
     worst = _worst(case)
     adversaries = _adversaries(case, worst) if worst else []
     privacy = case.study.privacy
-    spent = _spent(silos) if privacy else None
+    spent = _spent(silos) if privacy and not may_end_early(case) else None
     report = Report(
         verdict=verdict,
         header=header(case, verdict.results),

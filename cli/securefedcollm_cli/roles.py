@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from securefedcollm.federation.engines.link import SiloInbox
     from securefedcollm.federation.roles import Member
     from securefedcollm.federation.silo import SiloSession
+    from securefedcollm.study import Study
     from securefedcollm_cli.progress import Bars
 
     Session = SiloSession | AuthoritySession
@@ -296,7 +297,7 @@ def client(
                     port = Undisturbed(session, held_out)
                     _serve(session, member, kit, largest, bars, idle=held_out.look, port=port)
                     held_out.finish()
-    _say_where(member.run, study.rounds, as_json)
+    _say_where(member.run, study, as_json)
     _finished(member.run, as_json)
 
 
@@ -403,20 +404,24 @@ def _finished(run: Path, as_json: bool) -> None:
         typer.echo(f"  securefedcollm audit bundle {run}")
 
 
-def _say_where(run: Path, rounds: int, as_json: bool) -> None:
-    """Where a silo has the result."""
+def _say_where(run: Path, study: Study, as_json: bool) -> None:
+    """Where a silo has the result.
+
+    Adversary: a server that ends a run before its time, or keeps the last adapter to itself.
+    """
     from securefedcollm.federation.roles import ADAPTER, newest_adapter
 
-    newest = newest_adapter(run)
+    newest, rounds = newest_adapter(run), study.rounds
     if as_json:
         typer.echo(json.dumps({"event": "adapter", "round": newest, "place": str(run / ADAPTER)}))
     elif newest:
         typer.echo(f"the adapter of round {newest} of {rounds}; with it securefedcollm model")
         typer.echo(f"  evaluate|generate|merge --run {run}")
     if newest < rounds:
-        typer.echo(
-            f"WARNING: the server brought no adapter that round {rounds} ended with", err=True
-        )
+        why = f"the server brought no adapter that round {rounds} ended with"
+        if newest and study.keep and study.keep.patience:
+            why += "; that the study's patience ended the run shows in the server's evidence alone"
+        typer.echo(f"WARNING: {why}", err=True)
 
 
 def status(home: Home = None, as_json: Json = False) -> None:

@@ -11,7 +11,8 @@ not what this module would write from its members is refused, so no bit of it go
     logs/NAME.jsonl          a participant's log, one entry a line
     heads/NAME.json          its signed heads: the newest, and all that were cosigned
     sbom.json                bill of materials of the server's software (CycloneDX)
-    artefacts.json           SHA-256 of the adapters that the run left behind
+    artefacts.json           SHA-256 of the adapters that the run left behind; those of the best
+                             round, if the study keeps them, under adapters-best/
 
 Adversary of the reader: whoever made the file. Nothing in it is unpacked to disk, inflated or
 trusted; sizes and counts are bounded before anything is decoded.
@@ -39,6 +40,8 @@ from securefedcollm.study.signing import Envelope, read_envelope, signatures_pat
 FORMAT: Final = "securefedcollm-bundle-v1"
 MAX_BYTES: Final = 512 << 20
 """Of a bundle: three rounds of 4 silos take 50 kB, a hundred of 128 about 100 MB."""
+BEST: Final = "adapters-best"
+"""Beside ``adapters/`` in a run's directory: the same of the best round."""
 _MAX_STUDY: Final = 4 << 20
 _HINT: Final = "ask whoever made it for the bundle again; `audit bundle RUN` writes one"
 
@@ -85,7 +88,8 @@ def make_bundle(run: Path, only: Sequence[str] = ()) -> bytes:
                 check_anchors(log, ledger)
         if (home / "sbom.json").exists():
             members["sbom.json"] = (home / "sbom.json").read_bytes()
-            members["artefacts.json"] = canonical(file_digests(run / "adapters"))
+            best = {f"{BEST}/{path}": found for path, found in file_digests(run / BEST).items()}
+            members["artefacts.json"] = canonical(file_digests(run / "adapters") | best)
         log.close()
     if signatures_path(study_file).exists():
         envelope = read_envelope(signatures_path(study_file), study)

@@ -1,7 +1,8 @@
 """What a log holds: one frozen type per kind of event, in one canonical spelling (RFC 8785).
 
 Deliberately absent, because a log is made to be shown: keys, shares, seeds and vectors; losses,
-norms, metrics and batch sizes; the reasons of refusals (they depend on private data and on other
+norms, metrics and batch sizes (but for one number a round on public questions, where the study lets
+it choose among rounds); the reasons of refusals (they depend on private data and on other
 studies); the data set's fingerprint and the ledger's bare head (computed from records without a
 secret, so a guessed record could be confirmed by them): both appear only under the log's own blind.
 What a *silo's* log does tell whoever the silo shows it to: its noise multiplier and sampling rate,
@@ -229,13 +230,16 @@ class Failed(_What, frozen=True, tag="failed"):
     error: Who
 
 
-class Finished(_What, frozen=True, tag="finished"):
+class Finished(_What, frozen=True, tag="finished", omit_defaults=True):
     """Server: a round is done, ``round`` being its last sum. ``adapter`` is what the next round
-    broadcasts; ``files`` the digests of the adapters saved, by path."""
+    broadcasts; ``files`` the digests of the adapters saved, by path. ``score``: loss (nats) or
+    accuracy on public questions, by which the study's ``keep`` compares rounds; left out if there
+    is none."""
 
     round: Count
     adapter: Hex
     files: Annotated[dict[str, Hex], Meta(max_length=64)]
+    score: float | None = None
 
 
 class Spent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -271,7 +275,7 @@ class Released(_Charge, frozen=True, tag="released"):
 
 
 class Settled(_Charge, frozen=True, tag="settled"):
-    """Silo: what really happened. ``spent`` with the study's last sum."""
+    """Silo: what really happened. ``spent`` with every sum that may be the run's last."""
 
     events: list[dict[str, Any]]
     spent: Spent | None = None

@@ -39,7 +39,8 @@ class LoggedLedger(Ledger):
     """A :class:`~securefedcollm.privacy.ledger.Ledger` that writes evidence of every step.
 
     Args:
-        sums: the study's; with the last one ``settled`` also says what was spent in all.
+        sums: the run may end after so many, or any multiple (``plan.sums_to_an_end``); ``settled``
+            then also says what was spent in all.
 
     Raises:
         EvidenceError: the ledger lacks what the log anchored.
@@ -106,7 +107,7 @@ class LoggedLedger(Ledger):
 
     def _spent(self, reservation: Reservation) -> Spent | None:
         key = reservation.key
-        if key.round < self._sums - 1:
+        if (key.round + 1) % self._sums:
             return None
         claim = self.spent(key.dataset, key.unit, self._pinned(key).delta).claim
         return Spent(float(claim.epsilon), claim.delta, claim.accountant)

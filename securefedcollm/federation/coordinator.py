@@ -35,7 +35,7 @@ from securefedcollm.errors import (
 )
 from securefedcollm.federation.engines import Engine, Failure
 from securefedcollm.federation.engines.link import SLOWEST
-from securefedcollm.federation.keeping import best_round, is_over
+from securefedcollm.federation.keeping import best_round, is_over, score_of
 from securefedcollm.federation.messages import (
     Aggregate,
     Aggregated,
@@ -241,7 +241,8 @@ class Coordinator:
     def _note_finished(self, round_: int) -> None:
         adapter = adapter_bytes(self._workload.adapter())
         last = (round_ + 1) * (self._study.sums // self._study.rounds) - 1
-        self._evidence.finished(last, adapter, self._store.adapters)
+        score = score_of(self._study, self._store.state.history[round_])
+        self._evidence.finished(last, adapter, self._store.adapters, score)
 
     def _deliver(self) -> None:
         """Give every silo that vouches for the evidence log the newest adapter, with what the log

@@ -354,7 +354,8 @@ class ServerTuning:
         found: dict[str, float] = {}
         for name, tuned in self._models():
             score = tuned.answers(self._kept[name]).score()
-            found |= {f"{name}/loss": -score.gold_log_prob, f"{name}/accuracy": score.accuracy}
+            loss = max(0.0, -score.gold_log_prob)  # a rounded 0 is no gain
+            found |= {f"{name}/loss": loss, f"{name}/accuracy": score.accuracy}
         return found
 
     def evaluate(self) -> dict[str, float]:
@@ -386,7 +387,11 @@ class ServerTuning:
 def _validation(
     study: Study, public: Sequence[Question]
 ) -> tuple[Sequence[Question], Sequence[Question]]:
-    """The public questions that are distilled from, and ``keep.rows`` answered ones beside them."""
+    """The public questions that are distilled from, and ``keep.rows`` answered ones beside them.
+
+    Raises:
+        ConfigError: there are not enough of either.
+    """
     assert study.keep is not None
     answered = [i for i, question in enumerate(public) if question.answer is not None]
     if len(answered) < study.keep.rows:
@@ -399,6 +404,12 @@ def _validation(
     order = torch.randperm(len(answered), generator=draw).tolist()
     taken = {answered[i] for i in order[: study.keep.rows]}
     rest = [question for i, question in enumerate(public) if i not in taken]
+    if not rest and study.models.llm is not None:
+        raise ConfigError(
+            "all public questions are kept apart, and none is left to distil from",
+            where="keep.rows",
+            hint="lower it, or give the server more (`--public`)",
+        )
     return rest, [public[i] for i in sorted(taken)]
 
 
@@ -464,7 +475,7 @@ def steps_of(local: Local, records: int) -> int:
 
     An epoch has whole batches only; what is left over is another part of the records each time.
     """
-    batches = records // min(local.batch_size, records)
+    batches = max(1, records // local.batch_size)
     return max(1, round((local.epochs or 0) * batches))
 
 

@@ -77,12 +77,13 @@ def model_card(study: Study, contract: dict[str, Any]) -> str:
     kind, _, place = base["source"].partition(":")
     hub = f"base_model: {json.dumps(place)}\n" if kind == "hub" else ""
     revision = f', revision="{base["revision"]}"' if base["revision"] else ""
+    at_most = "at most " if study.keep else ""
     rows = {
         "base model": f"{_code(base['source'])}{_code(base['revision'], ', commit ')}",
         "digest of the base model": _code(base["sha256"]),
         "study": f"{_code(study.study)}, digest {_code(contract['study_sha256'])}",
         "adapter": f"{study.adapter.method}, rank {study.adapter.rank}, α {study.adapter.alpha:g}",
-        "tuned by": f"{study.silos.count} silos, {study.rounds} rounds",
+        "tuned by": f"{study.silos.count} silos, {at_most}{study.rounds} rounds",
         "task": contract["kind"] + "".join(_code(label, ", ") for label in contract["labels"]),
         "privacy": _privacy(study),
     }

@@ -1,30 +1,56 @@
 """Which round was the best, and whether the run has waited long enough for a better one.
 
-Both follow from the rounds' records alone, so a run that was killed comes to the same answers. They
-look at public questions and at models that were released: post-processing.
+Both follow from one number a round, so a run that was killed comes to the same answers, and so does
+an auditor, who reads the numbers in the server's log. They come from public questions and from
+models that were released: post-processing. Adversary: a server that lies about them. It could end a
+run early, or not, at its will anyway; what it wrote when it did so it cannot change later.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+from securefedcollm.evidence.bundle import BEST as BEST
 from securefedcollm.study import Study
 
 Record = dict[str, Any]
-BEST = "adapters-best"
-"""Beside ``adapters/``: the same of the best round."""
+Scores = Sequence[float | None]
+"""One a finished round: the loss or accuracy that the study's ``keep`` names; None: no number."""
+
+
+def score_of(study: Study, record: Record) -> float | None:
+    """What a round's record says of the model and metric by which rounds are compared.
+
+    None without ``keep``, or if nothing was measured, or the model diverged: a value that is no
+    finite number is never the best one.
+    """
+    value = record.get("validation", {}).get(_key(study))
+    return value if value is not None and math.isfinite(value) else None
+
+
+def best_of(study: Study, scores: Scores) -> int | None:
+    """The round, from 1, with the best score; None if the study asks for none, or there is none."""
+    if study.keep is None:
+        return None
+    sign = 1 if study.keep.metric == "loss" else -1
+    found = [(sign * score, i) for i, score in enumerate(scores, start=1) if score is not None]
+    return min(found)[1] if found else None
+
+
+def ended(study: Study, scores: Scores) -> bool:
+    """Whether no round may follow these: all were run, or patience is at its end."""
+    done, best = len(scores), best_of(study, scores)
+    if done >= study.rounds:
+        return True
+    patience = study.keep and study.keep.patience
+    return best is not None and bool(patience) and done - best >= (patience or 0)
 
 
 def best_round(study: Study, history: Sequence[Record]) -> int | None:
-    """The round, from 1, whose model did best; None if the study asks for none, or none was
-    measured."""
-    key = _key(study)
-    scores = [(record["validation"][key], record["round"]) for record in _measured(key, history)]
-    if not scores or study.keep is None:
-        return None
-    sign = 1 if study.keep.metric == "loss" else -1
-    return int(min(scores, key=lambda found: (sign * found[0], found[1]))[1])
+    """:func:`best_of` of the rounds' records, the first of which is round 1's."""
+    return best_of(study, [score_of(study, record) for record in history])
 
 
 def describe_best(study: Study, history: Sequence[Record]) -> Record | None:
@@ -32,24 +58,14 @@ def describe_best(study: Study, history: Sequence[Record]) -> Record | None:
     best, keep = best_round(study, history), study.keep
     if best is None or keep is None:
         return None
-    value = history[best - 1]["validation"][_key(study)]
+    value = score_of(study, history[best - 1])
     return {"round": best, "model": keep.best, "metric": keep.metric, "value": value}
 
 
 def is_over(study: Study, history: Sequence[Record]) -> bool:
-    """Whether no round is left to run: all were, or patience is at its end."""
-    done = len(history)
-    if done >= study.rounds:
-        return True
-    best = best_round(study, history)
-    if best is None or study.keep is None or study.keep.patience is None:
-        return False
-    return done - best >= study.keep.patience
+    """:func:`ended` of the rounds' records."""
+    return ended(study, [score_of(study, record) for record in history])
 
 
 def _key(study: Study) -> str:
     return f"{study.keep.best}/{study.keep.metric}" if study.keep else ""
-
-
-def _measured(key: str, history: Sequence[Record]) -> list[Record]:
-    return [record for record in history if key in record.get("validation", {})]

@@ -75,6 +75,13 @@ def ends_round(study: Study, sum_: int) -> bool:
     return round_of(study, sum_ + 1) > round_of(study, sum_)
 
 
+def sums_to_an_end(study: Study) -> int:
+    """After so many secure sums, or any multiple, the run may end: all, or, with patience, a
+    round's. Silos then state what they have spent."""
+    each = study.local.steps if study.joint else 1
+    return each if study.keep and study.keep.patience else study.sums
+
+
 def sum_name(study: Study, sum_: int) -> str:
     """What an operator calls the sum: ``round 2``, or ``round 2, step 7`` in joint DP-SGD."""
     round_ = round_of(study, sum_)

@@ -631,15 +631,26 @@ class ServerRecord:
         if self._log is not None:
             self._log.append(Lost(round=round_))
 
-    def finished(self, round_: int, adapter: bytes | memoryview, directory: Path) -> None:
-        """The round is done and its adapters are in ``directory``. Written once a round."""
+    def finished(
+        self,
+        round_: int,
+        adapter: bytes | memoryview,
+        directory: Path,
+        score: float | None = None,
+    ) -> None:
+        """The round is done and its adapters are in ``directory``. Written once a round.
+
+        Args:
+            score: by which the study compares rounds, if it does.
+        """
         if self._log is None or any(
             isinstance(entry.what, Finished) and entry.what.round == round_
             for entry in self._log.entries
         ):
             return
         digests = file_digests(directory)
-        self._log.append(Finished(round=round_, adapter=sha256(adapter).hex(), files=digests))
+        adapter_digest = sha256(adapter).hex()
+        self._log.append(Finished(round=round_, adapter=adapter_digest, files=digests, score=score))
 
     def witness(self, silo: str) -> messages.Witness | None:
         """What ``silo`` is asked to vouch for; None if there is nothing."""

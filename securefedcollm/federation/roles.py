@@ -46,7 +46,7 @@ from securefedcollm.federation.engines.requests import (
 from securefedcollm.federation.files import make_directory, sync_tree, write_durably
 from securefedcollm.federation.keeping import BEST, best_round, describe_best
 from securefedcollm.federation.messages import MAX_FRAME
-from securefedcollm.federation.plan import AUTHORITY, authority_of
+from securefedcollm.federation.plan import AUTHORITY, authority_of, sums_to_an_end
 from securefedcollm.federation.recording import SERVER, AuthorityRecord, ServerRecord, SiloRecord
 from securefedcollm.federation.results import best_method, method_of, rows
 from securefedcollm.federation.runstore import RunStore
@@ -376,7 +376,7 @@ def silo_session(
     log = EvidenceLog(
         place / EVIDENCE, study=digest(study), owner=name, key=member.key, on_entry=on_entry
     )
-    ledger = LoggedLedger(member.home / LEDGER, name, log, sums=study.sums)
+    ledger = LoggedLedger(member.home / LEDGER, name, log, sums=sums_to_an_end(study))
     link = place / LEDGER  # where `audit bundle` looks for it
     if not link.is_symlink():
         link.symlink_to(os.path.relpath(member.home / LEDGER, place))

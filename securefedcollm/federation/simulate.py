@@ -30,7 +30,7 @@ from securefedcollm.federation.engines.dropouts import Drop, DroppingEngine
 from securefedcollm.federation.engines.embedded import EmbeddedEngine, process_context
 from securefedcollm.federation.files import make_directory, write_durably
 from securefedcollm.federation.keeping import BEST, best_round, describe_best, is_over
-from securefedcollm.federation.plan import AUTHORITY, authority_of, silo_names
+from securefedcollm.federation.plan import AUTHORITY, authority_of, silo_names, sums_to_an_end
 from securefedcollm.federation.recording import SERVER, AuthorityRecord, ServerRecord, SiloRecord
 from securefedcollm.federation.results import best_method, rows
 from securefedcollm.federation.runstore import RunStore
@@ -436,7 +436,7 @@ def make_silo(
         key=key,
         workload=workload,
         store=SiloStore(home),
-        ledger=LoggedLedger(home / "ledger.sqlite", name, log, sums=study.sums),
+        ledger=LoggedLedger(home / "ledger.sqlite", name, log, sums=sums_to_an_end(study)),
         progress=progress,
         threads=threads,
         explain=True,

@@ -24,7 +24,13 @@ from securefedcollm.evidence.entries import (
 )
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
-from securefedcollm.federation.plan import AUTHORITY, ends_round, round_of, sum_name
+from securefedcollm.federation.plan import (
+    AUTHORITY,
+    ends_round,
+    round_of,
+    sum_name,
+    sums_to_an_end,
+)
 from securefedcollm.privacy.charges import Entry as Charge
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import Study, digest, load_study
@@ -179,7 +185,8 @@ def told(entry: Entry, study: Study) -> str | None:
         case Decrypted(round=sum_):
             return f"{_when(study, sum_)}: a sum is about to be opened"
         case Settled(spent=spent) if spent is not None:
-            return f"the run is settled: ε = {spent.epsilon:.2f} at δ = {spent.delta:g} in all"
+            what = "the run is" if study.sums == sums_to_an_end(study) else "all rounds so far are"
+            return f"{what} settled: ε = {spent.epsilon:.2f} at δ = {spent.delta:g} in all"
         case Witnessed(size=size):
             return f"vouched for the server's log of {size} entries"
         case Refused(error=error):

@@ -448,6 +448,12 @@ def _check_keep(study: Study) -> None:
             where="keep.rows",
             hint="at most task.data.public_labelled; the server distils from the rest",
         )
+    if data.train is not None and study.models.llm is not None and keep.rows == data.public:
+        raise ConfigError(
+            "all public questions are kept apart, and none is left to distil from",
+            where="keep.rows",
+            hint="lower it, or raise task.data.public",
+        )
 
 
 def _check_roster(study: Study) -> None:

@@ -371,14 +371,14 @@ class Keep(Section, frozen=True):
         ),
     ] = "loss"
     rows: Annotated[
-        Count,
+        Annotated[int, Meta(ge=1, le=1_000_000)],
         says(
             "Public questions with answers, drawn by the study's seed, that the server measures "
             "every round on and never distils from."
         ),
     ] = 64
     patience: Annotated[
-        Count | None,
+        Annotated[int, Meta(ge=1, le=10_000)] | None,
         says(
             "The run ends after so many rounds in a row without a better one, and silos settle "
             "for the rounds that were run. If left out, all rounds are run."

@@ -23,9 +23,9 @@ from ..evidence.runs import (
 from ..federation.test_rounds import Cut
 
 
-def bundle_of(directory, study, wrap=lambda e: e):
+def bundle_of(directory, study, wrap=lambda e: e, losses=()):
     directory.mkdir()
-    RecordedRun(directory, study, wrap=wrap).go()
+    RecordedRun(directory, study, wrap=wrap, losses=losses).go()
     path = directory / "evidence.zip"
     path.write_bytes(make_bundle(directory))
     return path
@@ -36,6 +36,22 @@ def joint_bundle(tmp_path_factory):
     """Joint DP-SGD: every step a sum; silo-4 is lost at the upload of the second step."""
     directory = tmp_path_factory.mktemp("joint") / "run"
     return bundle_of(directory, recorded_study(**JOINT), wrap=Lost)
+
+
+@pytest.fixture(scope="session")
+def patience_bundle(tmp_path_factory):
+    """Round 2 of 5 is the best, and no round after the fourth is run."""
+    study = recorded_study(rounds=5, keep={"patience": 2})
+    directory = tmp_path_factory.mktemp("patience") / "run"
+    return bundle_of(directory, study, losses=(0.5, 0.4, 0.45, 0.41, 0.1))
+
+
+@pytest.fixture(scope="session")
+def joint_patience_bundle(tmp_path_factory):
+    """Joint DP-SGD, where what a step cost is settled later; the second round of 4 is the last."""
+    study = recorded_study(**JOINT | {"rounds": 4, "keep": {"patience": 1}})
+    directory = tmp_path_factory.mktemp("joint-patience") / "run"
+    return bundle_of(directory, study, losses=(0.4, 0.45, 0.1, 0.1))
 
 
 ADAPTIVE = SILO_PRIVACY | {"adaptive": {"quantile": 0.5, "learning_rate": 0.2, "count_noise": 10.0}}

@@ -99,3 +99,15 @@ def test_the_best_round_is_kept_across_a_kill_and_rows_are_not_distilled_from(in
 def test_more_rows_than_there_are_answers_are_refused(inputs):
     with pytest.raises(ConfigError, match=r"keep\.rows: 9 of 8 public questions"):
         load_study(inputs / "tiny.yaml", ["keep={rows: 9}"])
+
+
+def test_something_must_be_left_to_distil_from(inputs):
+    with pytest.raises(ConfigError, match=r"keep\.rows: all public questions are kept apart"):
+        load_study(inputs / "tiny.yaml", ["keep={rows: 8}", "task.data.public=8"])
+    from securefedcollm.federation.cotuning import _validation
+    from securefedcollm.federation.dealing import deal
+
+    study = load_study(inputs / "tiny.yaml", ["keep={rows: 8}"])
+    answered = [q for q in deal(study, inputs).public if q.answer is not None]
+    with pytest.raises(ConfigError, match=r"keep\.rows: all public questions are kept apart"):
+        _validation(study, answered)

@@ -13,7 +13,8 @@ from securefedcollm.federation.authority import AuthoritySession
 from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.files import write_durably
-from securefedcollm.federation.plan import AUTHORITY, authority_of, silo_unit
+from securefedcollm.federation.keeping import BEST, best_round
+from securefedcollm.federation.plan import AUTHORITY, authority_of, silo_unit, sums_to_an_end
 from securefedcollm.federation.recording import SERVER, AuthorityRecord, ServerRecord, SiloRecord
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.silo import SiloSession
@@ -100,7 +101,7 @@ def make_silo(name, progress, *, study, directory, fails=()):
         key=KEYS[name],
         workload=RecordedSilo(name, study, name in fails),
         store=SiloStore(home),
-        ledger=LoggedLedger(home / "ledger.sqlite", name, log, sums=study.sums),
+        ledger=LoggedLedger(home / "ledger.sqlite", name, log, sums=sums_to_an_end(study)),
         progress=progress,
         evidence=SiloRecord(
             log,
@@ -117,12 +118,12 @@ def make_silo(name, progress, *, study, directory, fails=()):
 class RecordedRun:
     """One life of a coordinator and its silos; made again on the same directory, it resumes."""
 
-    def __init__(self, directory, study, *, resume=False, wrap=lambda e: e, **silo):
+    def __init__(self, directory, study, *, resume=False, wrap=lambda e: e, losses=(), **silo):
         self.directory = directory
         self.study = study
         self.store = RunStore(directory, digest(study), resume=resume)
         write_durably(directory / "study.yaml", dump_study(study).encode())
-        self.server = ArithmeticServer()
+        self.server = ArithmeticServer(losses)
         factory = partial(make_silo, study=study, directory=directory, **silo)
         self.engine = EmbeddedEngine(parties(study), factory, workers=0, progress=silent)
         self.log = server_log(directory, study, SERVER_KEY)
@@ -149,8 +150,13 @@ class RecordedRun:
             self.coordinator.end()
         finally:
             self.engine.close()
-        shutil.rmtree(self.directory / "adapters", ignore_errors=True)
-        shutil.copytree(self.store.adapters, self.directory / "adapters")
+        made = {"adapters": self.store.adapters}
+        best = best_round(self.study, self.store.state.history)
+        if best is not None:
+            made[BEST] = self.store.best_adapters(best)
+        for name, place in made.items():
+            shutil.rmtree(self.directory / name, ignore_errors=True)
+            shutil.copytree(place, self.directory / name)
         return self.server.theta
 
 

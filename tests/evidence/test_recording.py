@@ -11,7 +11,7 @@ import pytest
 from securefedcollm_audits.verify import verify
 
 from securefedcollm.errors import EvidenceError, ProtocolError
-from securefedcollm.evidence.bundle import make_bundle
+from securefedcollm.evidence.bundle import BEST, file_digests, make_bundle
 from securefedcollm.evidence.entries import (
     Agreed,
     Finished,
@@ -27,6 +27,7 @@ from securefedcollm.evidence.ledger import check_anchors
 from securefedcollm.evidence.merkle import consistency_proof, inclusion_proof
 from securefedcollm.evidence.note import origin, sign_checkpoint
 from securefedcollm.federation.engines import Failure
+from securefedcollm.federation.keeping import best_round
 from securefedcollm.federation.messages import (
     Aggregate,
     BeginRound,
@@ -42,6 +43,7 @@ from securefedcollm.federation.messages import (
 )
 from securefedcollm.federation.plan import AUTHORITY
 from securefedcollm.federation.recording import MOST_HEADS
+from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.workload import silent
 from securefedcollm.primitives import merkle_root
 from securefedcollm.privacy.ledger import Ledger
@@ -51,6 +53,7 @@ from ..federation.arithmetic import SIZE
 from ..federation.test_rounds import Cut, Dies, Killed, expected_theta
 from .runs import (
     ALL_KEYS,
+    JOINT,
     KEYS,
     NAMES,
     SERVER_KEY,
@@ -117,6 +120,53 @@ def test_killed_at_any_exchange_the_logs_go_on(tmp_path, at, before):
         mine = silo_log(tmp_path, study, name)
         with Ledger(tmp_path / "silos" / name / "ledger.sqlite", name) as ledger:
             assert check_anchors(mine, ledger) >= 6
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("at", [3, 8, 11, 15, 20])
+def test_killed_at_any_exchange_the_best_round_and_the_end_are_the_same(tmp_path, at, joint):
+    """What was measured is in the round's record: patience does not begin anew."""
+    plan = JOINT if joint else {}
+    study = recorded_study(**plan | {"rounds": 5, "keep": {"patience": 2}})
+    losses = (0.4, 0.5, 0.45, 0.1, 0.1)
+    whole = RecordedRun(tmp_path / "whole", study, losses=losses)
+    whole.go()
+    with pytest.raises(Killed):
+        RecordedRun(tmp_path / "cut", study, losses=losses, wrap=lambda e: Dies(e, at, True)).go()
+    cut = RecordedRun(tmp_path / "cut", study, resume=True, losses=losses)
+    cut.go()
+    for run in (whole, cut):
+        assert len(run.store.state.history) == 3
+        assert best_round(study, run.store.state.history) == 1
+    kept = [file_digests(tmp_path / name / BEST) for name in ("whole", "cut")]
+    # The noise of a joint step is drawn anew; all else follows from the study.
+    ends = [e.what for e in server_log(tmp_path / "cut", study).entries]
+    first = next(what for what in ends if isinstance(what, Finished))
+    assert kept[1] == first.files
+    assert joint or kept[0] == kept[1]
+    (tmp_path / "cut.zip").write_bytes(make_bundle(tmp_path / "cut"))
+    assert verify(tmp_path / "cut.zip").failed == []
+
+
+def test_killed_while_the_best_round_is_saved_it_is_saved_again(tmp_path, monkeypatch):
+    study = recorded_study(rounds=3, keep={})
+    losses = (0.5, 0.4, 0.45)
+    keep = RunStore._copy_best
+
+    def dies(store, round_):
+        keep(store, round_)
+        if round_ == 2:  # the copy is there, and no state points at it yet
+            (store.best_adapters(round_) / "slm" / "theta.npy").write_bytes(b"half")
+            raise Killed
+
+    monkeypatch.setattr(RunStore, "_copy_best", dies)
+    with pytest.raises(Killed):
+        RecordedRun(tmp_path, study, losses=losses).go()
+    monkeypatch.undo()
+    RecordedRun(tmp_path, study, resume=True, losses=losses).go()
+    ends = [e.what for e in server_log(tmp_path, study).entries if isinstance(e.what, Finished)]
+    assert [what.score for what in ends] == [0.5, 0.4, 0.45]
+    assert file_digests(tmp_path / BEST) == ends[1].files
 
 
 class Reads:

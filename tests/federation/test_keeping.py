@@ -46,6 +46,17 @@ def test_patience_counts_rounds_since_the_best_one():
     assert is_over(study("null"), [{"round": i} for i in range(6)])
 
 
+def test_a_model_that_diverged_is_never_the_best():
+    """And the round counts as one without a better one."""
+    patient = study("{patience: 2}")
+    nan, inf = float("nan"), float("inf")
+    assert best_round(patient, history(nan, 0.5, inf, -inf)) == 2
+    assert [is_over(patient, history(*[nan, 0.5, inf, nan][:n])) for n in range(5)] == [
+        *(False, False, False, False, True)
+    ]
+    assert best_round(patient, history(nan, nan)) is None
+
+
 def test_impossible_wishes_are_refused():
     one = ["models.llm=none", "distillation={}", "keep={best: llm}"]
     with pytest.raises(ConfigError, match=r"keep\.best: this study has no large model"):

@@ -17,7 +17,7 @@ from securefedcollm.evidence.entries import (
     Uploaded,
     Voided,
 )
-from securefedcollm.federation.plan import adaptive_clip, joint_setting
+from securefedcollm.federation.plan import adaptive_clip, joint_setting, sums_to_an_end
 from securefedcollm.privacy import joint, silo_unit
 from securefedcollm.privacy.accounting import TIGHT_SHARE
 from securefedcollm.privacy.events import (
@@ -250,45 +250,30 @@ def _identity(study: Study, event: DiscreteGaussian, clip: tuple[float, float]) 
 
 
 def budget(case: Case, wrong: Faults) -> str:
-    """Adversary: a silo that has spent more than it agreed to, and says so only in its ledger."""
+    """Adversary: a silo that has spent more than it agreed to, and says so only in its ledger.
+
+    It states its total with every sum that may be the run's last, so none is left out. What counts
+    is a total that no later charge has overtaken.
+    """
     privacy = _claimed(case)
-    worst, said = 0.0, 0
+    worst, said, each = 0.0, 0, sums_to_an_end(case.study)
     for log in case.silos.values():
-        limits = [(what.epsilon, what.delta) for _, what in of(log, Reserved)]
+        reserved = list(of(log, Reserved))
+        limits = [(what.epsilon, what.delta) for _, what in reserved]
         for entry, what in of(log, Settled):
             if what.spent is None:
+                if (what.round + 1) % each == 0:
+                    wrong(entry, "may be the run's last, and does not say what was spent in all")
                 continue
-            said += 1
+            said += not reserved or entry.seq > reserved[-1][0].seq
             worst = max(worst, what.spent.epsilon)
             if not limits or what.spent.delta != limits[-1][1]:
                 wrong(entry, f"a claim at δ = {what.spent.delta:g}, which was not agreed")
             elif what.spent.epsilon > limits[-1][0]:
                 wrong(entry, f"ε = {what.spent.epsilon:.3f} spent of {limits[-1][0]:g}")
-    if not said and case.study.keep is not None and case.study.keep.patience is not None:
-        return _charged_so_far(case, wrong)
     if not said:
         raise NotCovered("no silo has settled the last round yet")
     return f"{count(said, 'claim')}: at most ε = {worst:.3f}; the study allows {privacy.epsilon:g}"
-
-
-def _charged_so_far(case: Case, wrong: Faults) -> str:
-    """For a run that its study lets end before the round with which silos state their total."""
-    privacy = _claimed(case)
-    worst = 0.0
-    for log in case.silos.values():
-        reserved = list(of(log, Reserved))
-        events = merge(event for training in trainings(log) for event in training.counted)
-        if not reserved or not events:
-            continue
-        entry, limit = reserved[-1]
-        high = bracket(events, TIGHT_SHARE * limit.delta).high
-        worst = max(worst, high)
-        if high > limit.epsilon * (1.0 + TOLERANCE):
-            wrong(entry, f"ε = {high:.3f} charged of {limit.epsilon:g}")
-    return (
-        f"what was charged is at most ε = {worst:.3f} by a second accountant; the study allows "
-        f"{privacy.epsilon:g}, and lets a run end early"
-    )
 
 
 def second_accountant(case: Case, wrong: Faults) -> str:
@@ -307,12 +292,13 @@ def second_accountant(case: Case, wrong: Faults) -> str:
         newest = log[-1] if log else f"logs/{name}.jsonl"
         if bracket(events, privacy.delta).low > privacy.epsilon:
             wrong(newest, f"its releases cost ε ≥ {tight.low:.3f}; the study allows less")
-        for entry, what in of(log, Settled):
-            if what.spent is None:
-                continue
-            if what.spent.epsilon < bracket(events, what.spent.delta).low - 1e-9:
-                wrong(entry, f"claims ε = {what.spent.epsilon:.4f}; it is ≥ {tight.low:.4f}")
-            others += what.spent.epsilon > tight.high * (1.0 + TOLERANCE) + TOLERANCE
+        claims = [(entry, what.spent) for entry, what in of(log, Settled) if what.spent]
+        for entry, spent in claims[-1:]:  # it covers what the earlier ones did
+            before = merge(e for done in trainings(log[: entry.seq + 1]) for e in done.counted)
+            least = bracket(before, spent.delta).low
+            if spent.epsilon < least - 1e-9:
+                wrong(entry, f"claims ε = {spent.epsilon:.4f}; it is ≥ {least:.4f}")
+            others += spent.epsilon > tight.high * (1.0 + TOLERANCE) + TOLERANCE
     if not methods:
         raise NotCovered("nothing was charged")
     cause = "earlier studies, or choices made on the way"

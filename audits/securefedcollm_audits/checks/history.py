@@ -46,7 +46,7 @@ DELIVERY: Final = 24 * 3600
 
 def attempts(case: Case, wrong: Faults) -> str:
     """Adversary: a server that leaves out an attempt for which silos trained, uploaded and agreed,
-    and so how often it asked."""
+    and so how often it asked; one that goes on after its log says that the run is over."""
     case.need_server()
     others = {name: log for name, log in case.logs.items() if name != SERVER}
     if not others:
@@ -67,7 +67,8 @@ def attempts(case: Case, wrong: Faults) -> str:
             seen.add(what.header)
             if what.header in known:
                 continue
-            if vouched or what.round <= finished or (what.round, what.attempt) <= newest:
+            past = case.over or what.round <= finished or (what.round, what.attempt) <= newest
+            if vouched or past:
                 hidden[what.header] = entry
             else:
                 newer += 1

@@ -6,6 +6,8 @@ anywhere, and a sum whose result was lost in a crash may be opened again in anot
 
 from __future__ import annotations
 
+import math
+
 from securefedcollm.evidence.entries import (
     Agreed,
     Audited,
@@ -23,6 +25,7 @@ from securefedcollm.evidence.entries import (
     Unmasked,
     Uploaded,
 )
+from securefedcollm.federation.keeping import ended
 from securefedcollm.federation.plan import ends_round, sum_name
 from securefedcollm.study import Study
 from securefedcollm_audits.case import Case, count
@@ -50,7 +53,7 @@ def step_order(case: Case, wrong: Faults) -> str:
 
 class _ServerLog:
     """Sum s, attempts upwards; in an attempt opening, then sum; with the last of a round finished;
-    sum s + 1."""
+    sum s + 1, until the study's patience is at its end."""
 
     def __init__(self, study: Study) -> None:
         self._study = study
@@ -59,6 +62,7 @@ class _ServerLog:
         self._opening: Opening | None = None
         self._opened = self._ended = False
         self._last = -1
+        self._scores: list[float | None] = []
 
     def follow(self, log: list[Entry], wrong: Faults) -> int:
         for entry in log[1:]:
@@ -87,6 +91,8 @@ class _ServerLog:
             self._next()
         if what.round != self._round or what.round >= self._study.sums:
             return f"{self._name(what.round)} out of order; {self._name(self._round)} is due"
+        if ended(self._study, self._scores):  # adversary: a server that wants more of silos
+            return f"{self._name(what.round)} after the study's patience had ended the run"
         fault = "" if what.attempt > self._last else f"attempt {what.attempt} again"
         self._attempt, self._opening, self._last = what, None, what.attempt
         return fault
@@ -115,7 +121,19 @@ class _ServerLog:
                 if not self._ended or not ends_round(self._study, self._round):
                     return "finished without its last sum"
                 self._next()
+                self._scores.append(what.score)
+                return self._impossible(what.score)
         return ""
+
+    def _impossible(self, score: float | None) -> str:
+        """Adversary: a server that makes up what ends a run. Within these bounds it still can."""
+        keep = self._study.keep
+        if score is None:
+            return ""
+        if keep is None:
+            return "has a score, and the study compares no rounds"
+        most = math.inf if keep.metric == "loss" else 1.0
+        return "" if 0.0 <= score <= most else f"{score:g} is no {keep.metric}"
 
     def _now(self, what: Opening | Summed) -> bool:
         now = self._attempt

@@ -21,6 +21,7 @@ from securefedcollm.evidence.entries import (
     Unmasked,
     Uploaded,
 )
+from securefedcollm.federation.keeping import BEST, best_of
 from securefedcollm.federation.messages import model_digest_of
 from securefedcollm.primitives import verify
 from securefedcollm_audits.case import Case, count, of
@@ -77,21 +78,28 @@ def models(case: Case, wrong: Faults) -> str:
 
 
 def artefacts(case: Case, wrong: Faults) -> str:
-    """Adversary: whoever swaps the adapters that are handed on after the run."""
+    """Adversary: whoever swaps the adapters that are handed on after the run, or hands on another
+    round's as the best one's."""
     case.need_server()
-    finished = [(entry, what) for entry, what in of(case.server, Finished)]
-    here, keep = case.bundle.artefacts, case.study.keep
-    early = bool(here and finished and keep and keep.patience)  # the study lets it end before
-    if case.rounds_done() < case.study.rounds and not early:
+    if not case.over:
         raise NotCovered(f"the run is under way: {case.rounds_done()} of {case.study.rounds}")
+    finished = list(of(case.server, Finished))
     entry, last = finished[-1]
+    here = case.bundle.artefacts
     if not here:
         wrong("artefacts.json", "missing or empty")
         return ""
-    for path in sorted({*here, *last.files}):
-        if here.get(path) != last.files.get(path):
-            wrong("artefacts.json", f"{path} is not what {entry.place} made")
-    return f"{count(len(here), 'file')}, hashes as {entry.place} says"
+    made = {path: (entry, content) for path, content in last.files.items()}
+    best = best_of(case.study, case.scores)
+    if best is not None:
+        where, what = finished[best - 1]
+        made |= {f"{BEST}/{path}": (where, content) for path, content in what.files.items()}
+    for path in sorted({*here, *made}):
+        maker, content = made.get(path, (entry, ""))
+        if here.get(path) != content:
+            wrong("artefacts.json", f"{path} is not what {maker.place} made")
+    also = f"; the best round's as {where.place}" if best is not None else ""
+    return f"{count(len(here), 'file')}, hashes as {entry.place} says{also}"
 
 
 def quorum(case: Case, wrong: Faults) -> str:
