@@ -83,10 +83,11 @@ def in_step(
         after: called with the task's index whenever it has stopped, before a matrix or at its end.
     """
     heavy = _heavy(model) if len(tasks) > 1 else []
-    if not heavy or _get_current_dispatch_mode() is not None:  # a mode watches one thread
+    watched = _get_current_dispatch_mode() is not None  # a mode sees what its own thread does
+    lanes = _lanes(tasks) if heavy and not watched else []
+    if not lanes:
         return [_alone(task, i, after) for i, task in enumerate(tasks)]
     hooks = [module.register_forward_pre_hook(_pause) for module in heavy]
-    lanes = [_Lane(task) for task in tasks]
     try:
         while waiting := [i for i, lane in enumerate(lanes) if not lane.ended]:
             for i in waiting:
@@ -113,6 +114,19 @@ def _heavy(model: Any) -> list[nn.Module]:
         for module in modules
         if sum(weight.nbytes for weight in module.parameters(recurse=False)) >= _HEAVY
     ]
+
+
+def _lanes(tasks: Sequence[Callable[[], T]]) -> list[_Lane[T]]:
+    """One for every task; none where the system has no room for so many threads."""
+    lanes: list[_Lane[T]] = []
+    try:
+        for task in tasks:
+            lanes.append(_Lane(task))
+    except RuntimeError:
+        for lane in lanes:
+            lane.abandon()
+        return []
+    return lanes
 
 
 def _alone(task: Callable[[], T], index: int, after: Callable[[int], None]) -> T:

@@ -41,7 +41,7 @@ _WORTH_CPU = 5e7
 _WORTH_ELSEWHERE = 3e10
 # Positions that the output layer sees at a time. More are faster where its weights are many (128
 # take 1.3 times as long as 64, not twice), and leave more empty places where they are few.
-_HEAD = (32,)
+HEAD = (32,)
 _WIDE_HEAD = (32, 64, 128)
 _MANY = 4e6
 
@@ -77,7 +77,7 @@ class Widths(NamedTuple):
 
     tokens: int
     most: int
-    head: tuple[int, ...] = _HEAD
+    head: tuple[int, ...] = HEAD
     alone: frozenset[Shape] | None = frozenset()
     sizes: Mapping[Shape, tuple[int, ...]] = MappingProxyType({})
 
@@ -118,7 +118,7 @@ def widths_for(model: Any, most: int) -> Widths:
     weights = sum(weight.numel() for weight in layer.parameters())
     output = unwrapped(model).get_output_embeddings()
     many = isinstance(output, nn.Module) and sum(w.numel() for w in output.parameters()) >= _MANY
-    head = _WIDE_HEAD if many else _HEAD
+    head = _WIDE_HEAD if many else HEAD
     return Widths(tokens=int(worth / max(1, weights)), most=most, head=head)
 
 
