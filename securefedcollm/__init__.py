@@ -1,8 +1,91 @@
 """securefedcollm: federated co-tuning of a server's LLM and its silos' SLMs, privacy checkable.
 
+::
+
+    import securefedcollm as sfc
+
+    study = sfc.load_study("configs/quickstart.yaml", {"rounds": 2})
+    run = sfc.simulate(study, out="runs/mine")
+    print(run.table, run.epsilon, run.adapters)
+    assert sfc.verify(run.bundle()).holds
+
+    total = sfc.secure_sum({"clinic-1": v1, "clinic-2": v2, "clinic-3": v3})
+
+What ``__all__`` names is the public interface: it changes only with a new minor version, and with
+an entry in CHANGELOG.md. Nothing is imported before it is used; ``secure_sum`` and ``verify`` never
+import torch.
+
 The rooms, in the order in which one update walks through them: ``study`` (what everybody agreed),
 ``tuning`` (the only one with torch), ``privacy``, ``aggregation``, ``evidence`` and ``federation``
 (the loops that join them). See ``docs/`` for the threat model and the protocol.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from securefedcollm_audits.verdict import Verdict as Verdict
+    from securefedcollm_audits.verify import verify as verify
+
+    from securefedcollm.api import Run as Run
+    from securefedcollm.api import Score as Score
+    from securefedcollm.api import plan_budget as plan_budget
+    from securefedcollm.api import secure_sum as secure_sum
+    from securefedcollm.api import simulate as simulate
+    from securefedcollm.errors import BudgetExceeded as BudgetExceeded
+    from securefedcollm.errors import ConfigError as ConfigError
+    from securefedcollm.errors import SecureFedCoLLMError as SecureFedCoLLMError
+    from securefedcollm.privacy.planner import Plan as Plan
+    from securefedcollm.study import Study as Study
+    from securefedcollm.study import dump_study as dump_study
+    from securefedcollm.study import load_study as load_study
+
 __version__ = "0.1.0"
+
+_DOORS: Final = {
+    "BudgetExceeded": "securefedcollm.errors",
+    "ConfigError": "securefedcollm.errors",
+    "Plan": "securefedcollm.privacy.planner",
+    "Run": "securefedcollm.api",
+    "Score": "securefedcollm.api",
+    "SecureFedCoLLMError": "securefedcollm.errors",
+    "Study": "securefedcollm.study",
+    "Verdict": "securefedcollm_audits.verdict",
+    "dump_study": "securefedcollm.study",
+    "load_study": "securefedcollm.study",
+    "plan_budget": "securefedcollm.api",
+    "secure_sum": "securefedcollm.api",
+    "simulate": "securefedcollm.api",
+    "verify": "securefedcollm_audits.verify",
+}
+__all__ = [
+    "BudgetExceeded",
+    "ConfigError",
+    "Plan",
+    "Run",
+    "Score",
+    "SecureFedCoLLMError",
+    "Study",
+    "Verdict",
+    "__version__",
+    "dump_study",
+    "load_study",
+    "plan_budget",
+    "secure_sum",
+    "simulate",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _DOORS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(_DOORS[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

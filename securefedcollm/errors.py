@@ -46,6 +46,8 @@ class SecureFedCoLLMError(Exception):
         self.message = printable(message, MOST_MESSAGE)
         self.hint = printable(hint, MOST_MESSAGE)
         super().__init__(self.message)
+        if self.hint:
+            self.add_note(self.hint)  # a traceback shows it below the message
 
     def __reduce__(self) -> tuple[object, ...]:
         # Errors cross process boundaries (the embedded engine's workers): keep the keyword state.

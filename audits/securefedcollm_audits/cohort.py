@@ -8,7 +8,7 @@ nothing but one sum of one agreed survivor set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -16,8 +16,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.aggregation.coordinator import CoordinatorRound
+from securefedcollm.aggregation import inmemory
 from securefedcollm.aggregation.header import RingParameters, Roster, RoundHeader
+from securefedcollm.aggregation.inmemory import Hook as Hook
+from securefedcollm.aggregation.inmemory import MemoryJournal as MemoryJournal
+from securefedcollm.aggregation.inmemory import unaltered
 from securefedcollm.aggregation.messages import (
     Advertise,
     Agreement,
@@ -31,7 +34,7 @@ from securefedcollm.aggregation.messages import (
     Unmask,
     decode,
 )
-from securefedcollm.aggregation.scheme import RoundResult
+from securefedcollm.aggregation.scheme import CoordinatorSide, RoundResult, SiloSide
 from securefedcollm.aggregation.silo import SiloRound
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.errors import RemoteProtocolError
@@ -41,16 +44,6 @@ from securefedcollm_audits.spy import Spy
 Vector = npt.NDArray[np.int64]
 M = TypeVar("M", bound=Message)
 T = TypeVar("T", bound=msgspec.Struct)
-
-
-class MemoryJournal:
-    """A journal that survives a silo's "crash" because the test holds on to it."""
-
-    def __init__(self) -> None:
-        self.entries: dict[bytes, bytes] = {}
-
-    def record(self, key: bytes, value: bytes) -> bytes:
-        return self.entries.setdefault(key, value)
 
 
 def recorded(label: str) -> RandomSource:
@@ -177,50 +170,26 @@ class Cohort:
             spy.collude(self.roster.index(name), header, self.randomness(name, header))
 
 
-Hook = Callable[[Step, str, bytes], bytes | None]
-
-
-def _as_is(step: Step, name: str, frame: bytes) -> bytes | None:
-    return frame
-
-
 def play(
-    silos: dict[str, SiloRound],
-    coordinator: CoordinatorRound,
+    silos: Mapping[str, SiloSide],
+    coordinator: CoordinatorSide,
     *,
-    request: Hook = _as_is,
-    reply: Hook = _as_is,
+    request: Hook = unaltered,
+    reply: Hook = unaltered,
     spy: Spy | None = None,
 ) -> RoundResult:
-    """Run a round under the honest coordinator; hooks alter frames on their way, None drops them.
+    """:func:`.inmemory.play`, while the spy takes notes of every frame that arrives."""
 
-    Raises:
-        ProtocolError: the round failed.
-    """
-    while True:
-        step = coordinator.step
-        for name, frame in coordinator.requests().items():
-            asked = request(step, name, frame)
-            if asked is None:
-                coordinator.lost(name, "request lost")
-                continue
-            try:
-                answer = reply(step, name, silos[name].handle(asked))
-            except RemoteProtocolError as error:
-                coordinator.lost(name, error.message)
-                continue
-            if answer is None:
-                coordinator.lost(name, "reply lost")
-                continue
-            if spy is not None:
-                spy.note(asked)
-                spy.note(answer)
-            try:
-                coordinator.receive(name, answer)
-            except RemoteProtocolError:
-                continue  # it is named in coordinator.excluded
-        if not coordinator.advance():
-            return coordinator.result
+    def noted(hook: Hook) -> Hook:
+        def passing(step: Step, name: str, frame: bytes) -> bytes | None:
+            arrived = hook(step, name, frame)
+            if arrived is not None and spy is not None:
+                spy.note(arrived)
+            return arrived
+
+        return passing
+
+    return inmemory.play(silos, coordinator, request=noted(request), reply=noted(reply))
 
 
 class Puppet:

@@ -31,7 +31,7 @@ CHECKS: tuple[Check, ...] = (
 _ARCHIVE = ("archive", "The archive is complete and unaltered")
 
 
-def verify(path: Path, expected: Expected = Expected()) -> Verdict:  # noqa: B008 - immutable
+def verify(path: str | Path, expected: Expected = Expected()) -> Verdict:  # noqa: B008 - immutable
     """Carry out every check on the bundle at ``path``.
 
     Args:
@@ -40,7 +40,7 @@ def verify(path: Path, expected: Expected = Expected()) -> Verdict:  # noqa: B00
     Raises:
         ConfigError: there is no such file, or it cannot be read.
     """
-    return examine(path, expected)[0]
+    return examine(Path(path), expected)[0]
 
 
 def examine(

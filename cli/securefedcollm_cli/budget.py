@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,41 +52,20 @@ def plan(
     """Say what a target ε costs in noise, for every unit and placement, before anyone trains."""
     import msgspec
 
-    from securefedcollm.errors import ConfigError
+    from securefedcollm.federation.sizes import federation_of, plans_of
     from securefedcollm.privacy import planner
     from securefedcollm.study import load_study
-    from securefedcollm_cli.sizes import unit_records, update_values
 
     study = load_study(config, overrides or [])
-    if study.privacy is None and not epsilon:
-        raise ConfigError(
-            "the study has no differential privacy",
-            where="privacy",
-            hint="add a privacy section, or give --epsilon to see what it would cost",
-        )
-    adaptive = study.privacy.adaptive if study.privacy else None
-    units, rate = records or unit_records(study), study.local.sampling_rate
-    federation = planner.Federation(
-        values=values or update_values(study, data),
-        silos=study.silos.count,
-        least_survivors=study.quorum,
-        colluders=study.silos.colluders,
-        records=units,
-        rounds=study.rounds,
-        steps=study.local.steps
-        or math.ceil((study.local.epochs or 0) * units / study.local.batch_size),
-        # in joint DP-SGD the study gives the batch of all silos together
-        batch_size=max(1, round(rate * units)) if rate else study.local.batch_size,
-        unit="record" if study.subject is None else "subject",
-        count_noise=adaptive.count_noise if adaptive else None,
-    )
-    delta = study.privacy.delta if study.privacy else min(1e-5, 0.1 / federation.records)
-    targets = epsilon or [study.privacy.epsilon if study.privacy else 0.0]
-    plans = [planner.plan(federation, target, delta, _offered) for target in targets]
+    federation = federation_of(study, records=records, values=values, data=data)
+    plans = plans_of(study, federation, epsilon or ())
     choices = {}
     if study.joint:
         sent = 8 / study.field.per_word
-        choices = {t: planner.joint_choices(federation, t, delta, sent) for t in targets}
+        choices = {
+            made.epsilon: planner.joint_choices(federation, made.epsilon, made.delta, sent)
+            for made in plans
+        }
     if as_json:
         plain = msgspec.to_builtins(plans)
         for made in plain:
@@ -181,13 +159,6 @@ def report(
             f"{html}: cannot be written ({error.strerror or error})", hint="choose another path"
         ) from None
     typer.echo(f"wrote {html}")
-
-
-def _offered(unit: str, noise: str) -> bool:
-    """Whether a study can ask for this unit and placement."""
-    from securefedcollm.study.config import PLACEMENTS
-
-    return (unit, noise) in PLACEMENTS
 
 
 def _ledgers(given: list[Path] | None) -> list[Path]:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from securefedcollm.federation.sizes import update_values
 from securefedcollm.foreign import MOST_MESSAGE, printable
 from securefedcollm_cli import study_new
 from securefedcollm_cli.identity import PassphraseFile, find, read_passphrase
 from securefedcollm_cli.options import DataDir, Device, Json, Overrides, StudyFile
-from securefedcollm_cli.sizes import update_values
 from securefedcollm_cli.units import Units, units_of
 
 if TYPE_CHECKING:

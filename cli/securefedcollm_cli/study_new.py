@@ -9,8 +9,8 @@ from typing import Annotated, Any, Final, Literal
 
 import typer
 
+from securefedcollm.federation.sizes import BUILTIN_RECORDS, BUILTIN_SUBJECTS
 from securefedcollm_cli.options import Json, Labels
-from securefedcollm_cli.sizes import BUILTIN_RECORDS, BUILTIN_SUBJECTS
 
 _RECORDS: Final = 1000
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from securefedcollm.errors import ConfigError
+from securefedcollm.federation.sizes import BUILTIN_RECORDS, BUILTIN_SUBJECTS
 from securefedcollm_cli.options import files_of
-from securefedcollm_cli.sizes import BUILTIN_RECORDS, BUILTIN_SUBJECTS
 
 if TYPE_CHECKING:
     from securefedcollm.study import Study

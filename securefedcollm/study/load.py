@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -87,18 +88,23 @@ StrictLoader.add_implicit_resolver(
 )
 
 
-def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
+def load_study(
+    path: str | Path, overrides: Sequence[str] | Mapping[str, Any] | None = None
+) -> Study:
     """Read, override and check a study.
 
     Args:
         path: the YAML file.
-        overrides: ``key.path=value`` strings, values in YAML (``privacy=null`` switches it off).
+        overrides: ``key.path=value`` strings, values in YAML (``privacy=null`` switches it off); or
+            values by key path, as in ``{"rounds": 2, "privacy.epsilon": 4}``.
 
     Raises:
         ConfigError: naming the file or key path, and the fix.
     """
-    tree = _parse(_read(path), str(path))
-    for override in overrides:
+    tree = _parse(_read(Path(path)), str(path))
+    if isinstance(overrides, Mapping):
+        overrides = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    for override in overrides or ():
         _override(tree, override)
     return study_from_tree(tree)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import msgspec
 import pytest
 from securefedcollm_audits.second_accountant import bracket
-from securefedcollm_cli.sizes import unit_records
 
 from securefedcollm.federation.plan import joint_step
+from securefedcollm.federation.sizes import unit_records
 from securefedcollm.privacy.accounting import TIGHT_SHARE, calibrate, claim, epsilon
 from securefedcollm.privacy.events import DiscreteGaussian, Gaussian, PoissonGaussian
 from securefedcollm.study import load_study

@@ -1,13 +1,17 @@
-"""How many values and records a study has, without loading torch, a model or data."""
+"""How many values and records a study has, and what its ε costs, without loading torch or data."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from securefedcollm.errors import ConfigError
+from securefedcollm.privacy import planner
 from securefedcollm.study import Study
+from securefedcollm.study.config import PLACEMENTS
 
 BUILTIN_SLM: Final[dict[str, Any]] = {
     "hidden_size": 64,
@@ -104,6 +108,60 @@ def lora_values(config: dict[str, Any], study: Study) -> int:
     if adapter.method == "lora":
         return sides["A"] + sides["B"]
     return max(sides.values()) if adapter.method == "rolora" else sides["B"]
+
+
+def federation_of(
+    study: Study, *, records: int | None = None, values: int | None = None, data: Path | None = None
+) -> planner.Federation:
+    """What the cost of an ε depends on.
+
+    Args:
+        records: of the smallest silo, subjects where they are the unit; default: the study's.
+        values: numbers in an update; default: by the SLM's shape.
+        data: directory of the study's ``path:`` models.
+
+    Raises:
+        ConfigError: the study does not say one of them.
+    """
+    adaptive = study.privacy.adaptive if study.privacy else None
+    local, units, rate = study.local, records or unit_records(study), study.local.sampling_rate
+    return planner.Federation(
+        values=values or update_values(study, data),
+        silos=study.silos.count,
+        least_survivors=study.quorum,
+        colluders=study.silos.colluders,
+        records=units,
+        rounds=study.rounds,
+        steps=local.steps or math.ceil((local.epochs or 0) * units / local.batch_size),
+        # in joint DP-SGD the study gives the batch of all silos together
+        batch_size=max(1, round(rate * units)) if rate else local.batch_size,
+        unit="record" if study.subject is None else "subject",
+        count_noise=adaptive.count_noise if adaptive else None,
+    )
+
+
+def plans_of(
+    study: Study, federation: planner.Federation, epsilon: Sequence[float] = ()
+) -> list[planner.Plan]:
+    """What each ``epsilon`` costs in noise, for every unit and placement; default: the study's ε.
+
+    Raises:
+        ConfigError: no ε is given and the study has none; or :func:`.planner.plan` refuses.
+    """
+    if study.privacy is None and not epsilon:
+        raise ConfigError(
+            "the study has no differential privacy",
+            where="privacy",
+            hint="add a privacy section, or give --epsilon to see what it would cost",
+        )
+    delta = study.privacy.delta if study.privacy else min(1e-5, 0.1 / federation.records)
+    targets = epsilon or [study.privacy.epsilon if study.privacy else 0.0]
+    return [planner.plan(federation, target, delta, _offered) for target in targets]
+
+
+def _offered(unit: str, noise: str) -> bool:
+    """Whether a study can ask for this unit and placement."""
+    return (unit, noise) in PLACEMENTS
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,0 +1,135 @@
+"""A round of secure aggregation in one process: real silos and coordinator, frames in memory.
+
+For trials, tests and audits. Between organisations the federation's engines carry the frames; here
+nothing does, so nobody is protected from whoever runs the process.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from securefedcollm.aggregation.header import RingParameters, Roster, RoundHeader
+from securefedcollm.aggregation.scheme import (
+    CoordinatorSide,
+    RoundResult,
+    SiloSide,
+    coordinator_side,
+    silo_side,
+)
+from securefedcollm.aggregation.steps import Step
+from securefedcollm.errors import ConfigError, RemoteProtocolError
+from securefedcollm.primitives import SigningKey, sha256
+
+Integers = npt.NDArray[np.int64]
+Hook = Callable[[Step, str, bytes], bytes | None]
+"""``hook(step, silo, frame)``: the frame as it arrives, altered or not; None: it is lost."""
+
+
+class MemoryJournal:
+    """A journal that lasts as long as whoever holds it."""
+
+    def __init__(self) -> None:
+        self.entries: dict[bytes, bytes] = {}
+
+    def record(self, key: bytes, value: bytes) -> bytes:
+        return self.entries.setdefault(key, value)
+
+
+def unaltered(step: Step, name: str, frame: bytes) -> bytes | None:
+    """The hook of a perfect network."""
+    return frame
+
+
+def play(
+    silos: Mapping[str, SiloSide],
+    coordinator: CoordinatorSide,
+    *,
+    request: Hook = unaltered,
+    reply: Hook = unaltered,
+) -> RoundResult:
+    """Run a round to its end.
+
+    Args:
+        request, reply: what happens to frames on their way to and from a silo.
+
+    Raises:
+        ProtocolError: the round failed.
+    """
+    while True:
+        step = coordinator.step
+        for name, frame in coordinator.requests().items():
+            asked = request(step, name, frame)
+            if asked is None:
+                coordinator.lost(name, "request lost")
+                continue
+            try:
+                answer = reply(step, name, silos[name].handle(asked))
+            except RemoteProtocolError as error:
+                coordinator.lost(name, error.message)
+                continue
+            if answer is None:
+                coordinator.lost(name, "reply lost")
+                continue
+            try:
+                coordinator.receive(name, answer)
+            except RemoteProtocolError:
+                continue  # it is named in coordinator.excluded
+        if not coordinator.advance():
+            return coordinator.result
+
+
+def sum_of(vectors: Mapping[str, Integers], bound: int, colluders: int) -> RoundResult:
+    """The exact sum of the silos' vectors by one masked round, under fresh keys.
+
+    Args:
+        vectors: int64 [d] each, every entry q with abs(q) ≤ ``bound``.
+        colluders: c, silos that may work with the server and learn no more than the sum.
+
+    Raises:
+        ConfigError: fewer than 3 silos, too many colluders, or another length or bound.
+    """
+    names, count = sorted(vectors), len(vectors)
+    sizes = {vector.shape for vector in vectors.values()}
+    if len(sizes) > 1:
+        raise ConfigError(
+            f"of several shapes: {', '.join(map(str, sorted(sizes)))}",
+            where="vectors",
+            hint="every silo's vector has the same length",
+        )
+    keys = {name: SigningKey.generate() for name in names}
+    roster = Roster({name: key.public for name, key in keys.items()})
+    header = RoundHeader(
+        study_digest=sha256(b"securefedcollm in memory"),
+        run_id=secrets.token_bytes(16),
+        round=0,
+        attempt=0,
+        model_digest=sha256(b""),
+        parameters=RingParameters(
+            values=next(iter(sizes), (0,))[0],
+            bound=bound,
+            field_bits=(2 * bound * max(1, count)).bit_length(),
+            silos=count,
+            min_silos=colluders + 2,
+            threshold=(count + colluders) // 2 + 1,
+            colluders=colluders,
+        ),
+        roster_root=roster.root,
+    )
+    silos = {
+        name: silo_side(
+            "masking",
+            header=header,
+            roster=roster,
+            name=name,
+            signing_key=keys[name],
+            vector=vectors[name],
+            vector_id=sha256(vectors[name].tobytes()),
+            journal=MemoryJournal(),
+        )
+        for name in names
+    }
+    return play(silos, coordinator_side("masking", header=header, roster=roster))
