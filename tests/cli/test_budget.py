@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from securefedcollm_cli import sizes
 from securefedcollm_cli.budget import app
 from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError, StateError
+from securefedcollm.federation import sizes
 from securefedcollm.privacy.events import Gaussian
 from securefedcollm.privacy.ledger import Ledger, Reservation
 from securefedcollm.study import load_study
