@@ -185,8 +185,8 @@ def client(
         bool,
         typer.Option(
             "--training-loss",
-            help="Also show what every round's model makes of your own records, here and nowhere "
-            "else.",
+            help="Also show what every round's model makes of your own records that take part, "
+            "here and nowhere else. With --records skip, those that are left out do not count.",
         ),
     ] = False,
     models: Models = None,
@@ -261,7 +261,7 @@ def client(
             )
             if test is not None and (both := roles.trained_on(study, test, workload)):
                 bars.say(f"WARNING: {both} records of {test} are training records too: no measure")
-            of_file = workload.records
+            of_file, whole = workload.records, workload.questions
             if records == "skip":
                 workload = consent.without_spent(
                     member,
@@ -289,11 +289,12 @@ def client(
             largest = roles.largest_frame(study, workload)
             measured = {HELD_OUT: test} if test is not None else {}
             measured |= {TRAINING: data} if training_loss else {}
+            parts = {TRAINING: consent.taking_part(whole, workload.questions)}
             if not measured:
                 _serve(session, member, kit, largest, bars)
             else:
                 told = partial(_print_scores, study.rounds, bars, as_json)
-                with HeldOut(member.run, measured, models, told, bars.say) as held_out:
+                with HeldOut(member.run, measured, models, told, bars.say, parts) as held_out:
                     port = Undisturbed(session, held_out)
                     _serve(session, member, kit, largest, bars, idle=held_out.look, port=port)
                     held_out.finish()
