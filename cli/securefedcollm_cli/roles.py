@@ -71,6 +71,15 @@ def server(
             "then the run stops, and the same command goes on with it.",
         ),
     ] = 3600.0,
+    linger: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds to stay when the run is over, for silos that were away at its end: they "
+            "get the last adapter when they come. They are named, and the others may leave. The "
+            "same command, started later, serves them too.",
+        ),
+    ] = 0.0,
     threads: Threads = None,
     device: Device = "cpu",
     passphrase_file: PassphraseFile = None,
@@ -134,7 +143,14 @@ def server(
                 bars.report,
                 lambda done: _print_round(done, study.rounds, bars, as_json),
                 engine.rejoined,
+                linger=linger,
+                arrived=engine.arrived,
             )
+            if late := roles.not_told(member):
+                bars.say(
+                    f"not reached when the run was over: {', '.join(late)}; the same "
+                    "command with --linger SECONDS waits for them, and brings the last adapter"
+                )
         if as_json:
             typer.echo(json.dumps({"event": "finished", "run": str(member.run)}))
         else:
