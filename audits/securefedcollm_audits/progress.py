@@ -89,7 +89,7 @@ class Header(msgspec.Struct, frozen=True):
 
 def header(case: Case, results: Iterable[Result]) -> Header:
     """Which run a bundle is of. ``results``: of the checks on it."""
-    kind, why = _kind(case, {result.name: result.status for result in results})
+    kind, why = _kind(case, {result.name: result for result in results})
     # An audit may come long after the run.
     run = (e for log in case.logs.values() for e in log if not isinstance(e.what, Audited))
     times = sorted({entry.time for entry in run})
@@ -112,21 +112,32 @@ def _shown(time: str) -> str:
     return f"{time[:10]} {time[11:19]}"
 
 
-def _kind(case: Case, status: dict[str, str]) -> tuple[Kind, str]:
+def _kind(case: Case, found: dict[str, Result]) -> tuple[Kind, str]:
     """Adversary: whoever shows a rehearsal as a run of five organisations, or the other way."""
     if not case.study.roster:
         return "SIMULATION", (
             "The study names no participants and nobody signed it. Identities were made for the "
             "run, on one machine; nothing here shows that any organisation took part."
         )
-    wrong = [name for name in _AUTHENTIC if status.get(name) != "pass"]
+    wrong = [name for name in _AUTHENTIC if name not in found or found[name].status != "pass"]
+    known = found.get("expected")
+    if known is not None and known.status == "fail":
+        wrong.append(known.name)
     if wrong:
         return "NOT ESTABLISHED", (
             "The study names its participants, but the evidence does not show that they took part: "
             f"see {', '.join(wrong)} in section 6."
         )
-    return "REAL RUN", (
+    signed = (
         "All participants named in the study signed it, and every log in this bundle is signed "
-        "with the key that the study names. Whose keys these are shows only against keys that the "
-        "organisations told you themselves (audit verify --key)."
+        "with the key that the study names. "
+    )
+    if known is not None and known.status == "pass":
+        return "REAL RUN", (
+            f"{signed}Whoever made this report held it against what they know from elsewhere: "
+            f"{known.evidence}."
+        )
+    return "REAL RUN", (
+        f"{signed}Whose keys these are shows only against keys that the organisations told you "
+        "themselves (audit report --key)."
     )

@@ -37,6 +37,7 @@ from securefedcollm_audits.case import SERVER, Case, of
 from securefedcollm_audits.charged import decode_events
 from securefedcollm_audits.checks.budget import Training, trainings
 from securefedcollm_audits.claim import claim, may_end_early
+from securefedcollm_audits.expected import Expected
 from securefedcollm_audits.progress import Header, header, progress
 from securefedcollm_audits.second_accountant import bracket
 from securefedcollm_audits.utility import Utility, read_utility
@@ -153,17 +154,22 @@ class Report(msgspec.Struct, frozen=True):
     not_covered: tuple[str, ...] = NOT_COVERED
 
 
-def make_report(path: Path, results: Path | None = None) -> tuple[Report, Case]:
+def make_report(
+    path: Path,
+    results: Path | None = None,
+    expected: Expected = Expected(),  # noqa: B008 - immutable
+) -> tuple[Report, Case]:
     """Verify the bundle at ``path`` and sum it up. A bundle that fails has a report, which says so.
 
     Args:
         results: the run's ``results.json``, for accuracies: its maker's word, not evidence.
+        expected: what is known of the participants from elsewhere.
 
     Raises:
         ConfigError: there is no such file, or the results are of another run.
         EvidenceError: it is too broken to be summed up.
     """
-    verdict, bundle = examine(path)
+    verdict, bundle = examine(path, expected)
     if bundle is None:
         raise EvidenceError(
             f"{path}: {verdict.results[0].evidence}",

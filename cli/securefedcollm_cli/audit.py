@@ -31,6 +31,18 @@ app.command("canaries")(audit_privacy.canaries)
 app.command("inversion")(audit_privacy.inversion)
 
 BundleFile = Annotated[Path, typer.Argument(metavar="FILE", help="A bundle of `audit bundle`.")]
+OwnStudy = Annotated[
+    Path | None,
+    typer.Option("--study", metavar="FILE", help="Your own copy of the study that was agreed."),
+]
+OwnKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--key",
+        metavar="NAME=HEX",
+        help="A participant's public key, as it told you itself (repeatable).",
+    ),
+]
 
 
 @app.command()
@@ -84,18 +96,8 @@ def write_evidence(run: Path) -> tuple[Verdict, str]:
 @app.command()
 def verify(
     file: BundleFile,
-    study: Annotated[
-        Path | None,
-        typer.Option("--study", metavar="FILE", help="Your own copy of the study that was agreed."),
-    ] = None,
-    key: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--key",
-            metavar="NAME=HEX",
-            help="A participant's public key, as it told you itself (repeatable).",
-        ),
-    ] = None,
+    study: OwnStudy = None,
+    key: OwnKeys = None,
     as_json: Json = False,
 ) -> None:
     """Check a bundle offline, without trusting anybody who made it.
@@ -214,19 +216,23 @@ def report(
             help="The run's results.json: show accuracy beside ε. Its maker's word, no evidence.",
         ),
     ] = None,
+    study: OwnStudy = None,
+    key: OwnKeys = None,
     as_json: Json = False,
 ) -> None:
     """Verify a bundle and write what it shows as one self-contained HTML page, or as JSON.
 
-    Exit codes as of `audit verify`; a bundle that does not hold has a page that says so.
+    Its verdict, and its exit code, are those of `audit verify` with the same --study and --key. A
+    bundle that does not hold has a page that says so.
     """
+    from securefedcollm_audits.expected import expectation
     from securefedcollm_audits.report import make_report
 
     from securefedcollm.errors import ConfigError
 
     if html is None and not as_json:
         raise ConfigError("nothing to write", where="--html", hint="give --html OUT or --json")
-    found, case = make_report(file, results)
+    found, case = make_report(file, results, expectation(study, key or []))
     if html is not None:
         write_page(found, case, html)
     if as_json:

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -54,6 +54,7 @@ class HeldOut:
         files: of :data:`HELD_OUT` and :data:`TRAINING` records, already found to be readable.
         models: where the study's ``path:`` models are.
         warn: is told why a round could not be measured; the run goes on.
+        parts: of a file, which of its records count; of any other file all do.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class HeldOut:
         models: Path | None,
         tell: Tell,
         warn: Callable[[str], None],
+        parts: Mapping[str, Sequence[bool]] | None = None,
     ) -> None:
         self._run, self._files, self._models = run, files, models
         self._tell, self._warn = tell, warn
@@ -72,6 +74,9 @@ class HeldOut:
             for which, lines in self._lines.items()
         }
         self._place = PrivateDirectory(run, ".held-out-")
+        self._parts = {which: self._place.path / f"part-{which}" for which in parts or {}}
+        for which, part in (parts or {}).items():
+            write_durably(self._parts[which], bytes(b"01"[counts] for counts in part))
         self._waiting: list[tuple[int, str]] = []
         self._add(0)
         self._process: subprocess.Popen[bytes] | None = None
@@ -119,6 +124,7 @@ class HeldOut:
         words += ["--json"]
         words += ["--adapter", str(self._place.path / str(round_))] if round_ else ["--base"]
         words += ["--data", str(self._models)] if self._models else []
+        words += ["--part", str(self._parts[which])] if which in self._parts else []
         python = [sys.executable, "-P", "-c", _CHILD, str(os.getpid())]
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen(

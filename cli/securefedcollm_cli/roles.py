@@ -71,6 +71,15 @@ def server(
             "then the run stops, and the same command goes on with it.",
         ),
     ] = 3600.0,
+    linger: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds to stay when the run is over, for silos that were away at its end: they "
+            "get the last adapter when they come. They are named, and the others may leave. The "
+            "same command, started later, serves them too.",
+        ),
+    ] = 0.0,
     threads: Threads = None,
     device: Device = "cpu",
     passphrase_file: PassphraseFile = None,
@@ -134,7 +143,14 @@ def server(
                 bars.report,
                 lambda done: _print_round(done, study.rounds, bars, as_json),
                 engine.rejoined,
+                linger=linger,
+                arrived=engine.arrived,
             )
+            if late := roles.not_told(member):
+                bars.say(
+                    f"not reached when the run was over: {', '.join(late)}; the same "
+                    "command with --linger SECONDS waits for them, and brings the last adapter"
+                )
         if as_json:
             typer.echo(json.dumps({"event": "finished", "run": str(member.run)}))
         else:
@@ -185,8 +201,8 @@ def client(
         bool,
         typer.Option(
             "--training-loss",
-            help="Also show what every round's model makes of your own records, here and nowhere "
-            "else.",
+            help="Also show what every round's model makes of your own records that take part, "
+            "here and nowhere else. With --records skip, those that are left out do not count.",
         ),
     ] = False,
     models: Models = None,
@@ -261,7 +277,7 @@ def client(
             )
             if test is not None and (both := roles.trained_on(study, test, workload)):
                 bars.say(f"WARNING: {both} records of {test} are training records too: no measure")
-            of_file = workload.records
+            of_file, whole = workload.records, workload.questions
             if records == "skip":
                 workload = consent.without_spent(
                     member,
@@ -289,11 +305,12 @@ def client(
             largest = roles.largest_frame(study, workload)
             measured = {HELD_OUT: test} if test is not None else {}
             measured |= {TRAINING: data} if training_loss else {}
+            parts = {TRAINING: consent.taking_part(whole, workload.questions)}
             if not measured:
                 _serve(session, member, kit, largest, bars)
             else:
                 told = partial(_print_scores, study.rounds, bars, as_json)
-                with HeldOut(member.run, measured, models, told, bars.say) as held_out:
+                with HeldOut(member.run, measured, models, told, bars.say, parts) as held_out:
                     port = Undisturbed(session, held_out)
                     _serve(session, member, kit, largest, bars, idle=held_out.look, port=port)
                     held_out.finish()

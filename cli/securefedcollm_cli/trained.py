@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
 
 import typer
 
-from securefedcollm.errors import ConfigError
+from securefedcollm.errors import ConfigError, DataError
 from securefedcollm.foreign import as_text, printable
 from securefedcollm_cli.options import Columns, Device, Json, Labels, TaskKind, task_of
 from securefedcollm_cli.progress import Bars
@@ -17,6 +17,7 @@ from securefedcollm_cli.progress import Bars
 if TYPE_CHECKING:
     from securefedcollm.study import Study
     from securefedcollm.tuning.models import LoadedModel
+    from securefedcollm.tuning.questions import Question
 
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Commit hash of a hub: model (40 digits).")
@@ -120,6 +121,10 @@ def evaluate(
         bool, typer.Option("--base", help="Leave the run's adapter out: the model untuned.")
     ] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
+    part: Annotated[
+        Path | None,
+        typer.Option("--part", hidden=True, help="Has a 1 for each row of --test that counts."),
+    ] = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -154,6 +159,7 @@ def evaluate(
         rows = task_of(task, label, column, template, plan)
         if test is not None:
             questions = read_questions(test, **layout_of(rows))
+            questions = questions if part is None else _part_of(questions, test, part)
         elif chosen.study is not None and plan and (plan.data.builtin or plan.data.train):
             questions = list(deal(chosen.study, data).test)
         else:
@@ -172,6 +178,22 @@ def evaluate(
             progress=bars.report,
         )
     _show_scores(result, as_json)
+
+
+def _part_of(questions: list[Question], test: Path, part: Path) -> list[Question]:
+    """The records that take part in a silo's study (``client --training-loss``).
+
+    Raises:
+        DataError: the file has other rows than when they were counted.
+    """
+    counts = part.read_text()
+    if len(counts) != len(questions):
+        raise DataError(
+            f"{len(questions)} records, and there were {len(counts)} when the run began here",
+            where=str(test),
+            hint="put the file back as it was",
+        )
+    return [question for question, here in zip(questions, counts, strict=True) if here == "1"]
 
 
 def merge(

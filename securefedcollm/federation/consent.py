@@ -281,6 +281,15 @@ def _only(questions: Sequence[Question], wanted: Any) -> Sequence[Question]:
     return [question for question, use in zip(questions, wanted, strict=True) if use]
 
 
+def taking_part(whole: Sequence[Question], kept: Sequence[Question]) -> list[bool]:
+    """Which of a file's questions :func:`without_spent` kept.
+
+    By object: two records of the same words are two records, and only one may be able to pay.
+    """
+    kept_ones = {id(question) for question in kept}
+    return [id(question) in kept_ones for question in whole]
+
+
 def charge(study: Study, workload: SiloWorkload) -> Events:
     """What one sum of the study charges these records, at worst."""
     if study.joint:

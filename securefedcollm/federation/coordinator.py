@@ -88,12 +88,21 @@ Rejoined = Callable[[Set[str], int, float], bool]
 """``rejoined(silos, count, most)``: waits until so many of these silos, which could not be reached,
 are there again; returns whether they are, after ``most`` seconds or its own limit at last."""
 
+Arrived = Callable[[Set[str], float], Set[str]]
+"""``arrived(silos, most)``, when all rounds are done: waits until one of these silos is there;
+returns those that are, or none after ``most`` seconds."""
+
 _Answer = Trained | Ready | Aggregated | Witnessed | Delivered | Ended
 
 
 def nobody_rejoins(silos: Set[str], count: int, most: float) -> bool:
     """For an engine whose silos do not come back."""
     return False
+
+
+def nobody_arrives(silos: Set[str], most: float) -> Set[str]:
+    """Likewise."""
+    return frozenset()
 
 
 class Coordinator:
@@ -134,6 +143,8 @@ class Coordinator:
         """Who could not be reached when last asked."""
         self._delivered: dict[str, int] = {}
         """Silo → rounds that were done when it was given the adapter."""
+        self.told: set[str] = set()
+        """Silos that were told that the run is over, after they were given the adapter."""
 
     def run(self) -> None:
         """Run every round that is still to do, unless the study's patience is at its end.
@@ -187,11 +198,29 @@ class Coordinator:
                     hint="start the same command again when they are back (`simulate`: --resume)",
                 )
         self._deliver()
-        requests = dict.fromkeys(self._parties, EndRun(self._store.run_id))
         try:
-            self._ask(requests, STEP_TIMEOUT, _Traffic(self._parties), {})
+            self._send_home(self._parties)
         except TransportError as error:
             log.warning("nobody is there to be told that the run is over: %s", error)
+
+    def end_for(self, late: Set[str]) -> Set[str]:
+        """After :meth:`end`, perhaps of an earlier process: the same for silos that were away.
+
+        Returns those that could not be reached this time either. Who refuses would refuse again.
+
+        Raises:
+            TransportError: none of them is there.
+        """
+        self._store.load_adapters(self._workload)
+        self._countersign(sorted(late))
+        self._deliver(late)
+        self._send_home(sorted(late))
+        return late & self._away
+
+    def _send_home(self, parties: Iterable[str]) -> None:
+        requests = dict.fromkeys(parties, EndRun(self._store.run_id))
+        replies = self._ask(requests, STEP_TIMEOUT, _Traffic(self._parties), {})
+        self.told |= set(replies) & set(self._roster.names)
 
     def _run_round(self, round_: int) -> None:
         started = time.monotonic()
@@ -244,9 +273,9 @@ class Coordinator:
         score = score_of(self._study, self._store.state.history[round_])
         self._evidence.finished(last, adapter, self._store.adapters, score)
 
-    def _deliver(self) -> None:
+    def _deliver(self, among: Set[str] | None = None) -> None:
         """Give every silo that vouches for the evidence log the newest adapter, with what the log
-        says of it. Who is not there does without."""
+        says of it. Who is not there does without. ``among``: these alone."""
         done, proof = self._store.state.round, self._evidence.delivery()
         if proof is None:
             return
@@ -259,6 +288,7 @@ class Coordinator:
             adapter=adapter,
         )
         silos = [s for s in self._evidence.vouching if self._delivered.get(s, 0) < done]
+        silos = silos if among is None else [silo for silo in silos if silo in among]
         timeout, lost = STEP_TIMEOUT + len(adapter) / SLOWEST, dict[str, str]()
         requests: dict[str, Request] = dict.fromkeys(sorted(silos), request)
         if not silos:

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,14 +28,20 @@ from typing import TYPE_CHECKING, Any, Final
 
 from securefedcollm import __version__
 from securefedcollm.aggregation import Authority, Roster
-from securefedcollm.errors import ConfigError, StateError
+from securefedcollm.errors import ConfigError, StateError, TransportError
 from securefedcollm.evidence.entries import Entry
 from securefedcollm.evidence.ledger import LoggedLedger
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.anchors import check_ledger
 from securefedcollm.federation.authority import AuthoritySession
-from securefedcollm.federation.coordinator import Coordinator, Rejoined, nobody_rejoins
+from securefedcollm.federation.coordinator import (
+    Arrived,
+    Coordinator,
+    Rejoined,
+    nobody_arrives,
+    nobody_rejoins,
+)
 from securefedcollm.federation.engines import Engine, SiloPort
 from securefedcollm.federation.engines.link import SiloInbox
 from securefedcollm.federation.engines.requests import (
@@ -65,6 +73,8 @@ if TYPE_CHECKING:
     from securefedcollm.federation.cotuning import SiloTuning
     from securefedcollm.tuning.questions import Question
 
+_messages = logging.getLogger(__name__)
+
 IDENTITY: Final = "identity.json"
 LEDGER: Final = "ledger.sqlite"
 ADAPTER: Final = "adapters/slm"
@@ -74,6 +84,7 @@ PROOF: Final = "proof.json"
 _TOLD: Final = ".told"
 _SESSION: Final = ".session"
 _FOLLOWED: Final = ".followed"
+_PAUSE: Final = 5.0
 _SLACK: Final = 64 << 20
 """Bytes of a frame besides the adapter: lists and shares of 128 silos, proofs."""
 
@@ -192,11 +203,17 @@ def coordinate(
     progress: Progress,
     on_round: Callable[[dict[str, Any]], None],
     rejoined: Rejoined = nobody_rejoins,
+    *,
+    linger: float = 0.0,
+    arrived: Arrived = nobody_arrives,
 ) -> dict[str, Any]:
     """Run, or go on with, the study over ``engine``; returns the run's record.
 
     Args:
         rejoined: as :class:`Coordinator` has it.
+        linger: seconds after the end, this time or before, in which silos that were away then are
+            brought the last adapter.
+        arrived: waits for those.
 
     Raises:
         SecureFedCoLLMError: with the run in a state from which the same call goes on.
@@ -237,10 +254,46 @@ def coordinate(
         if not finished.exists():
             _finish(member, store, finished)
         coordinator.end()
-        (run / _TOLD).touch()
+        _note_told(run, coordinator.told)
+    if linger:
+        _linger(member, coordinator, linger, arrived)
     log.close()
     record: dict[str, Any] = json.loads(finished.read_bytes())
     return record
+
+
+def not_told(member: Member) -> list[str]:
+    """Silos that were away when the server's run ended, and did not come later."""
+    told = _told(member.run)
+    return [] if told is None else [name for name in member.roster.names if name not in told]
+
+
+def _linger(member: Member, coordinator: Coordinator, seconds: float, arrived: Arrived) -> None:
+    """Adversary: a silo that comes and goes, or refuses. It costs the server ``seconds``, and the
+    others nothing: they have left."""
+    told, deadline = _told(member.run) or set(), time.monotonic() + seconds
+    waiting: Set[str] = set(member.roster.names) - told
+    while waiting and (left := deadline - time.monotonic()) > 0:
+        here = waiting & arrived(waiting, left)
+        if not here:
+            return
+        try:
+            waiting = (waiting - here) | coordinator.end_for(here)
+        except TransportError as error:  # gone again
+            _messages.warning("%s", error)
+            time.sleep(_PAUSE)
+        told |= coordinator.told
+        _note_told(member.run, told)
+
+
+def _note_told(run: Path, told: Set[str]) -> None:
+    write_durably(run / _TOLD, json.dumps(sorted(told)).encode())
+
+
+def _told(run: Path) -> set[str] | None:
+    """Who was told that the run is over; None if an older version did not note whom it told."""
+    text = (run / _TOLD).read_text()
+    return set(json.loads(text)) if text else None
 
 
 def _finish(member: Member, store: RunStore, path: Path) -> None:

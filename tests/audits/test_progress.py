@@ -8,6 +8,7 @@ import json
 import msgspec
 import pytest
 from securefedcollm_audits import table
+from securefedcollm_audits.expected import expectation
 from securefedcollm_audits.merge import merge
 from securefedcollm_audits.report import make_report
 from securefedcollm_audits.report_html import to_html
@@ -130,6 +131,23 @@ def test_a_study_that_somebody_did_not_sign_is_no_real_run(real_bundles, tmp_pat
     path.write_bytes(pack(members))
     assert make_report(path)[0].header.kind == "NOT ESTABLISHED"
     assert "see study-signed in section 6" in text_of(path)
+
+
+def test_a_made_up_consortium_is_no_real_run_to_who_knows_better(real_bundles):
+    """Adversary: whoever makes keys for three hospitals, signs for all and runs the study."""
+    bundle = real_bundles["server"]
+    keys = verify(bundle).keys
+    own = expectation(None, [f"silo-1={keys['silo-1']}"])
+    report, case = make_report(bundle, expected=own)
+    assert report.header.kind == "REAL RUN"
+    known = "held it against what they know from elsewhere: 1 key as named; the rest was not"
+    assert known in Reader(to_html(report, case)).text
+    report, case = make_report(bundle, expected=expectation(None, [f"silo-1={keys['silo-2']}"]))
+    assert report.header.kind == "NOT ESTABLISHED"
+    text = Reader(to_html(report, case)).text
+    assert "REAL RUN" not in text
+    assert "see expected in section 6" in text
+    assert "evidence does NOT hold" in text
 
 
 def test_the_parts_of_a_real_run_are_merged(real_bundles, tmp_path):

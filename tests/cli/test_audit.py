@@ -89,6 +89,34 @@ def test_report_writes_a_page_or_json_and_says_when_a_bundle_does_not_hold(
         call("report", record_bundle)
 
 
+def test_a_report_compares_with_what_is_known_as_verify_does(record_bundle, tmp_path):  # noqa: F811
+    """Adversary: an outsider who makes up a study, five hospitals and their keys."""
+    own, page = record_bundle.parent / "study.yaml", tmp_path / "report.html"
+    other = tmp_path / "other.yaml"
+    other.write_text(own.read_text().replace("rounds: 2", "rounds: 3"))
+    key = ALL_KEYS["silo-3"].public.hex()
+    for known, fault in [
+        ((), ""),
+        (("--study", own, "--key", f"silo-3={key}"), ""),  # the control
+        (("--study", other), "study.json: is study "),
+        (("--key", f"silo-3={'ab' * 32}"), "silo-3: has the key "),
+        (("--key", f"hospital-9={key}"), "hospital-9 takes no part"),
+    ]:
+        code, out = call("report", record_bundle, *known, "--html", page, "--json")
+        verified, said = call("verify", record_bundle, *known, "--json")
+        assert code == verified == (1 if fault else 0)
+        of_verify, of_report = json.loads(said), json.loads(out)["verdict"]
+        for name in ("results", "not_compared"):
+            assert of_report[name] == of_verify[name]
+        text = page.read_text()
+        assert fault in text
+        assert ("evidence does NOT hold: 1 of the checks failed (expected)" in text) == bool(fault)
+        assert ("the study is the one named; 1 key as named" in text) == (len(known) == 4)
+    with pytest.raises(ConfigError, match="--key: "):
+        call("report", record_bundle, "--key", "silo-3=abc", "--html", tmp_path / "none.html")
+    assert not (tmp_path / "none.html").exists()
+
+
 def test_bad_input_is_one_line(record_bundle, tmp_path):  # noqa: F811
     with pytest.raises(ConfigError, match=r"nowhere.zip: there is no such file"):
         call("verify", tmp_path / "nowhere.zip")

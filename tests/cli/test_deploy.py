@@ -1,45 +1,21 @@
-"""docs/deploy.md: the rehearsal, typed as written, by a newcomer in an empty directory."""
+"""docs/deploy.md: the rehearsal."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import re
-import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "deploy.md"
+from .typed import type_page
 
 pytestmark = [pytest.mark.xdist_group("flare"), pytest.mark.timeout(900)]
 
 
 def test_the_rehearsal_of_the_deployment_guide(tmp_path):
-    script = "".join(re.findall(r"^```bash\n(.*?)^```$", DOCUMENT.read_text(), re.M | re.S))
-    with socket.socket() as probe:  # but for the port, which others may be using
-        probe.bind(("127.0.0.1", 0))
-        script = script.replace("8002", str(probe.getsockname()[1]))
-    typist = subprocess.Popen(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=tmp_path,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        said, errors = typist.communicate(timeout=800)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(typist.pid, signal.SIGTERM)  # what it left in the background
+    done = type_page("deploy.md", tmp_path, timeout=800)
+    said, errors = done.stdout, done.stderr
     logs = "".join(path.read_text() for path in tmp_path.glob("silo-*.log"))
-    assert typist.returncode == 0, said[-3000:] + errors[-3000:] + logs[-3000:]
+    assert done.returncode == 0, said[-3000:] + errors[-3000:] + logs[-3000:]
     assert (
         said.count("evidence verified offline") == 8
     )  # 4 of one log; by the server, simulated, compared, merged

@@ -74,6 +74,36 @@ def test_the_silos_own_records_are_measured_beside_them(silo, inputs, tmp_path):
     assert not list(run.glob(".held-out-*"))
 
 
+def test_of_the_silos_own_records_only_those_that_take_part_count(silo, inputs, tmp_path):  # noqa: F811
+    """The others have spent their budget: nothing is tuned on them."""
+    run, own = shutil.copytree(silo[0], tmp_path / "run"), tmp_path / "own.jsonl"
+    rows = silo[1].read_text().splitlines(keepends=True)[:6]
+    own.write_text("".join(rows))
+    part, told, warned = [True, False, True, True, False, True], {}, []
+
+    def tell(which, round_, scores):
+        told[which, round_] = scores
+
+    files = {HELD_OUT: own, TRAINING: own}
+    with HeldOut(run, files, inputs, tell, warned.append, {TRAINING: part}) as held_out:
+        held_out.finish()
+    assert warned == []
+    assert {key: scores["all"]["count"] for key, scores in told.items()} == {
+        **{(HELD_OUT, round_): 6 for round_ in (0, 1)},  # the control
+        **{(TRAINING, round_): 4 for round_ in (0, 1)},
+    }
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text("".join(row for row, here in zip(rows, part, strict=True) if here))
+    command = ["model", "evaluate", "--run", run, "--data", inputs, "--test", kept, "--json"]
+    assert told[TRAINING, 1] == invoke(*command)
+    assert told[TRAINING, 1] != told[HELD_OUT, 1]
+    (run / "training.jsonl").unlink()
+    with HeldOut(run, {TRAINING: own}, inputs, tell, warned.append, {TRAINING: part}) as held_out:
+        own.write_text("".join(rows[:5]))
+        held_out.finish()
+    assert "own.jsonl: 5 records, and there were 6 when the run began here" in warned[0]
+
+
 def state_of(process):
     return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
 

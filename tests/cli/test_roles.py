@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zipfile
 
 import pytest
 import yaml
+from securefedcollm_cli import roles as cli_roles
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
@@ -400,6 +402,39 @@ def test_records_that_cannot_pay_are_told_before_the_question_and_may_be_left_ou
         app, [*map(str, words), "--home", str(homes["silo-4"])], input="n\n"
     )
     assert "22 records, without 10 that cannot pay" in result.stderr
+
+
+def test_the_training_loss_is_of_the_records_that_take_part(study, tmp_path, monkeypatch):
+    """With ``--records skip``: not of those whose budget is used up."""
+    directory, _, path = study
+    home, data = tmp_path / "silo-2", directory / "dealt/silo-2.jsonl"
+    shutil.copytree(study[1]["silo-2"], home)
+    (home / "kit" / "startup").mkdir(parents=True, exist_ok=True)
+    monkeypatch.setattr(cli_roles, "_serve", lambda *_, **more: None)  # no server ever asks
+    words = ["client", path, "--data", data, "--models", directory, "--home", home, "--yes"]
+    words += ["--records", "skip", "--training-loss", "--json"]
+
+    def losses():
+        said = [json.loads(line) for line in run(*words).stdout.splitlines()]
+        shutil.rmtree(home / "studies")
+        return [event["all"] for event in said if event["event"] == "training"]
+
+    (whole,) = losses()
+    assert whole["count"] == 32  # the control: all can pay
+    lines, questions = data.read_text().splitlines(True), read_records(load_study(path), data)
+    names = [content.words for content in contents_of(questions)]
+    spent = set(names[1::3])  # some are there twice
+    with Ledger(home / "ledger.sqlite", "silo-2") as ledger:
+        records = ledger.identify(contents_of(questions[1::3]))
+        half = [PoissonGaussian(0.1, 1.0, 20)]
+        ledger.reserve("some", "record", "run", 0, 0, half, (8.0, 1e-5), records=records)
+    (part,) = losses()
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text("".join(line for line, n in zip(lines, names, strict=True) if n not in spent))
+    evaluate = ["model", "evaluate", "--model", f"path:{directory / 'slm'}", "--test", kept]
+    assert part == json.loads(run(*evaluate, "--json").stdout)["all"]
+    assert part["count"] == 20
+    assert part["gold_log_prob"] != whole["gold_log_prob"]
 
 
 def test_a_budget_that_nothing_would_keep_to_is_refused(study):

@@ -1,7 +1,8 @@
 """Roles of a real run over FLARE whose training is arithmetic: ``… silo|server HOME STUDY [WHEN]``.
 
 Everything but the workload is what ``securefedcollm client`` and ``server`` run. With WHEN the
-process kills itself, once, at a bad moment.
+process kills itself, once, at a bad moment. A server with LINGER in its environment is impatient at
+the end, and then stays so many seconds.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 from securefedcollm.aggregation import Step
-from securefedcollm.federation import roles
+from securefedcollm.federation import coordinator, roles
 from securefedcollm.federation.engines.door import Door
 from securefedcollm.federation.engines.flare.engine import FlareEngine
 from securefedcollm.federation.engines.flare.kit import installed
@@ -84,11 +86,23 @@ def server(home: Path, study_file: Path, when: int | None) -> None:
             session=roles.session_of(member),
             patience=90,
             progress=silent,
-            say=print,
+            say=partial(print, flush=True),
             largest=dict.fromkeys(member.roster.names, roles.largest_reply(study, workload)),
         )
         with engine:
-            roles.coordinate(member, engine, workload, silent, lambda record: None)
+            linger = float(os.environ.get("LINGER", "0"))
+            if linger:
+                coordinator.LAST_CALL = 1.0
+            roles.coordinate(
+                member,
+                engine,
+                workload,
+                silent,
+                lambda record: None,
+                engine.rejoined,
+                linger=linger,
+                arrived=engine.arrived,
+            )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from securefedcollm_audits.verify import verify
 
 from securefedcollm.aggregation import Roster
 from securefedcollm.evidence.bundle import make_bundle
+from securefedcollm.federation import roles
 from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.engines.door import Door, Wire
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
@@ -101,12 +102,13 @@ def study_file(homes, tmp_path_factory):
 
 
 @contextlib.contextmanager
-def running(role: str, home: Path, study: Path, *when: int):
+def running(role: str, home: Path, study: Path, *when: int, **environment: str):
     output = (home / "driver.log").open("ab")
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.federation.flare_driver", role, home, study, *map(str, when)],
         stdout=output,
         stderr=output,
+        env=os.environ | environment,
     )
     try:
         yield process
@@ -245,6 +247,46 @@ def said_by(program: str, words: list, directory: Path) -> dict[str, tuple[str, 
     assert "done" in said, log.read_text()[-2000:]
     assert "failed" not in said, said["failed"]
     return said
+
+
+def test_a_silo_that_comes_when_all_others_have_left_gets_the_adapter(tmp_path):
+    """Silo 3 dies when it is to help to open the only sum; the other two are enough."""
+    homes = make_homes(tmp_path)
+    study = make_study(
+        study="late",
+        rounds=1,
+        silos={"count": 3, "colluders": 0, "minimum": 2},
+        local={"steps": 5, "batch_size": 8, "learning_rate": 0.1},
+    )
+    path = write_signed(study, homes, tmp_path / "study.yaml")
+    with contextlib.ExitStack() as stack:
+
+        def start(role, name, *when, **environment):
+            made = running(role, homes[name], path, *when, **environment)
+            return stack.enter_context(made)
+
+        others = {name: start("silo", name) for name in SILOS[:2]}
+        mortal = start("silo", SILOS[2], 0)
+        server = start("server", "server", LINGER="300")
+        died(mortal, homes[SILOS[2]])
+        for name, process in others.items():
+            finished(process, homes[name])
+        (run,) = (homes[SILOS[2]] / "studies").glob("late-*")
+        assert roles.newest_adapter(run) == 0  # the control
+        assert server.poll() is None
+        finished(start("silo", SILOS[2]), homes[SILOS[2]])
+        finished(server, homes["server"])
+    waited = f"for {SILOS[2]} to come back, who have not fetched the last adapter"
+    assert waited in (homes["server"] / "driver.log").read_text()
+    adapters = set()
+    for name in SILOS:
+        (run,) = (homes[name] / "studies").glob("late-*")
+        assert roles.newest_adapter(run) == 1
+        adapters.add((run / roles.ADAPTER / "theta.npy").read_bytes())
+        bundle = tmp_path / f"{name}.zip"
+        bundle.write_bytes(make_bundle(run))
+        assert verify(bundle).failed == []
+    assert len(adapters) == 1
 
 
 def test_what_a_hostile_server_gets_from_a_silo(homes, tmp_path):

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
+from securefedcollm_audits.verify import verify
 
 from securefedcollm.errors import QuorumError, RemoteProtocolError, TransportError
+from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation import coordinator, roles
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.engines.flare.engine import FlareEngine
-from securefedcollm.federation.messages import BeginRound, Deliver, Witness, decode_request
+from securefedcollm.federation.messages import (
+    BeginRound,
+    Deliver,
+    EndRun,
+    Witness,
+    decode_request,
+)
 from securefedcollm.federation.workload import silent
 from securefedcollm.privacy.ledger import Ledger
 
@@ -42,9 +51,10 @@ class Losing:
         return True
 
 
-def go(members, wrap, rejoined=None):
+def go(members, wrap, rejoined=None, sessions=None, **more):
     def party(name, progress):
-        return roles.silo_session(members[name], ArithmeticSilo(name), progress=silent, threads=1)
+        made = roles.silo_session(members[name], ArithmeticSilo(name), progress=silent, threads=1)
+        return made if sessions is None else sessions.setdefault(name, made)
 
     with EmbeddedEngine(SILOS, party, workers=0, progress=silent) as engine:
         losing = wrap(engine)
@@ -55,6 +65,7 @@ def go(members, wrap, rejoined=None):
             silent,
             lambda done: None,
             rejoined or losing.rejoined,
+            **more,
         )
     return losing, record
 
@@ -85,6 +96,115 @@ def test_who_is_gone_at_the_end_is_waited_for_a_little(tmp_path, back):
         assert losing.asked == ([(frozenset({SILOS[0]}), 1)] if back else [])
         assert roles.newest_adapter(members[SILOS[0]].run) == (2 if back else 0)
         assert roles.newest_adapter(members[SILOS[1]].run) == 2
+
+
+FEW = {"count": 3, "colluders": 0, "minimum": 2}
+GONE = (BeginRound, Witness, Deliver, EndRun)
+
+
+@pytest.mark.parametrize("when", ["while it lingers", "after another start"])
+def test_who_is_away_for_long_gets_the_adapter_from_a_server_that_lingers(tmp_path, when):
+    """The others have been told by then, and are asked nothing more."""
+    with members_of(tmp_path, silos=FEW) as members:
+        wait, asked, sessions = lambda silos, count, most: False, [], {}
+
+        def start(**more):
+            return go(members, lambda engine: Losing(engine, GONE), wait, sessions, **more)
+
+        if when == "after another start":
+            start()
+            assert roles.not_told(members["server"]) == [SILOS[0]]
+            assert roles.newest_adapter(members[SILOS[0]].run) == 0  # the control
+            sessions.pop(SILOS[0])
+        losing = None
+
+        def wrap(engine):
+            nonlocal losing
+            losing = Losing(engine, GONE)
+            return losing
+
+        def arrived(silos, most):
+            asked.append((set(silos), most, [sessions[name].over for name in SILOS[1:]]))
+            losing.gone, losing.exchange = False, only(losing.exchange, {SILOS[0]})
+            return {SILOS[0]}
+
+        _, record = go(members, wrap, wait, sessions, linger=60.0, arrived=arrived)
+        ((silos, most, left),) = asked
+        assert silos == {SILOS[0]}
+        assert 59 < most <= 60
+        assert left == [True, True]
+        assert sessions[SILOS[0]].over
+        assert roles.not_told(members["server"]) == []
+        for name in SILOS:
+            assert roles.newest_adapter(members[name].run) == 2
+            np.testing.assert_array_equal(kept(members[name]), kept(members[SILOS[1]]))
+        for name in ("server", SILOS[0]):
+            bundle = tmp_path / f"{name}.zip"
+            bundle.write_bytes(make_bundle(members[name].run))
+            assert verify(bundle).failed == []
+        assert go(members, wrap, wait, sessions, linger=60.0, arrived=arrived)[1] == record
+        assert len(asked) == 1  # nobody is waited for any more
+
+
+def only(exchange, silos):
+    def asked(frames, timeout):
+        assert set(frames) <= silos
+        return exchange(frames, timeout)
+
+    return asked
+
+
+def test_who_comes_and_goes_or_does_not_come_holds_up_a_lingering_server_no_longer(
+    tmp_path, monkeypatch
+):
+    """Adversary: a silo that connects and is gone again, for ever."""
+    waits = []
+
+    def arrived(silos, most):
+        waits.append(most)
+        time.sleep(0.02)
+        return silos
+
+    with members_of(tmp_path, silos=FEW) as members:
+        wait, start = lambda silos, count, most: False, time.monotonic()
+        about = {"rejoined": wait, "linger": 0.5}
+        go(members, lambda engine: Losing(engine, GONE), **about, arrived=arrived)
+        assert time.monotonic() - start < 30
+        assert len(waits) > 1
+        assert waits == sorted(waits, reverse=True)
+        assert roles.not_told(members["server"]) == [SILOS[0]]
+        nobody = []
+        more = {"linger": 600.0, "arrived": lambda silos, most: nobody.append(most) or set()}
+        go(members, lambda engine: Losing(engine, GONE), wait, **more)
+        assert len(nobody) == 1
+        assert roles.newest_adapter(members[SILOS[0]].run) == 0
+
+
+def test_who_refuses_at_the_end_is_not_waited_for(tmp_path):
+    """Adversary: a silo. It is there, and would refuse again."""
+    sessions, waits = {}, []
+
+    def refuse(*_):
+        raise RemoteProtocolError("not today", peer="server")
+
+    def arrived(silos, most):
+        waits.append(set(silos))
+        sessions[SILOS[0]]._end = refuse
+        losing[0].gone = False
+        return silos
+
+    losing = []
+    with members_of(tmp_path, silos=FEW) as members:
+        go(
+            members,
+            lambda engine: losing.append(Losing(engine, GONE)) or losing[0],
+            lambda silos, count, most: False,
+            sessions,
+            linger=60.0,
+            arrived=arrived,
+        )
+        assert waits == [{SILOS[0]}]
+        assert roles.not_told(members["server"]) == [SILOS[0]]
 
 
 def test_who_does_not_come_back_ends_the_run(tmp_path):
@@ -162,3 +282,18 @@ def test_who_is_not_needed_is_not_waited_for_long(engine):
     engine.there = lambda: set(SILOS[:2])
     assert engine._wait_for(frozenset(SILOS)) == set(SILOS[:2])
     assert engine.said == []
+
+
+def test_a_lingering_server_is_there_for_the_late_alone(engine, monkeypatch):
+    """Whoever was told may leave: one silo is enough for a job then, and no other is in it."""
+    ended = []
+    monkeypatch.setattr(FlareEngine, "_end_job", lambda self: ended.append(True))
+    assert engine.arrived({SILOS[0]}, 0.5) == set()
+    assert engine.said == [
+        "waiting up to 0 s for silo-1 to come back, who have not fetched the last adapter"
+    ]
+    engine.there = lambda: set(SILOS)
+    assert engine.arrived({SILOS[0]}, 600.0) == {SILOS[0]}
+    assert "10 minutes" in engine.said[-1]
+    assert engine._wait_for({SILOS[0]}) == {SILOS[0]}
+    assert len(ended) == 2

@@ -260,9 +260,28 @@ class FlareEngine:
             time.sleep(0.5)
         return True
 
-    def _say_waiting(self, silos: Set[str], wait: float) -> None:
+    def arrived(self, silos: Set[str], most: float) -> Set[str]:
+        """When nothing is summed any more: wait until one of these silos is connected.
+
+        Returns those that are, or none after ``most`` seconds. All others may have left: from now
+        on a job is for these silos, and begins with any one of them.
+
+        Raises:
+            TransportError: FLARE's server has ended.
+        """
+        self._end_job()
+        self._silos, self._minimum, self._began = tuple(sorted(silos)), 1, True
+        deadline = time.monotonic() + most
+        self._say_waiting(silos, most, "to come back, who have not fetched the last adapter")
+        while not (here := self._connected() & silos):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.5)
+        return here
+
+    def _say_waiting(self, silos: Set[str], wait: float, what: str = "to come back") -> None:
         limit = f"{wait / 60:.0f} minutes" if wait >= 120 else f"{wait:.0f} s"
-        self._say(f"waiting up to {limit} for {', '.join(sorted(silos))} to come back")
+        self._say(f"waiting up to {limit} for {', '.join(sorted(silos))} {what}")
 
     def _started(self, job: str, members: set[str]) -> bool:
         """Wait until the job's relay has come, with a connection for each of its silos."""
