@@ -53,6 +53,7 @@ from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.samedata import require_same_data
 from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore
+from securefedcollm.federation.tracking import Kind, tracking
 from securefedcollm.federation.workload import Progress, ServerWorkload, SiloWorkload, Vector
 from securefedcollm.primitives import SigningKey
 from securefedcollm.privacy.ledger import Budget, Ledger
@@ -192,11 +193,13 @@ def coordinate(
     progress: Progress,
     on_round: Callable[[dict[str, Any]], None],
     rejoined: Rejoined = nobody_rejoins,
+    track: Kind | None = None,
 ) -> dict[str, Any]:
     """Run, or go on with, the study over ``engine``; returns the run's record.
 
     Args:
         rejoined: as :class:`Coordinator` has it.
+        track: the tool that is told what the server measures.
 
     Raises:
         SecureFedCoLLMError: with the run in a state from which the same call goes on.
@@ -207,10 +210,6 @@ def coordinate(
     log = EvidenceLog(run / "server" / EVIDENCE, study=digest(study), owner=SERVER, key=member.key)
     office = member.authority
 
-    def finished_round(record: dict[str, Any]) -> None:
-        store.write_metrics()
-        on_round(record)
-
     evidence = ServerRecord(
         log,
         key=member.key,
@@ -218,26 +217,34 @@ def coordinate(
         quorum=study.threshold,
         authority=office.key if office else b"",
     )
-    coordinator = Coordinator(
-        study=study,
-        roster=member.roster,
-        engine=engine,
-        workload=workload,
-        store=store,
-        progress=progress,
-        on_round=finished_round,
-        evidence=evidence,
-        authority=office,
-        rejoined=rejoined,
-    )
     finished = run / "results.json"
-    # Once more after a crash: silos that were told have left, and need not answer.
-    if not (run / _TOLD).exists():
-        coordinator.run()  # all rounds may be done
-        if not finished.exists():
-            _finish(member, store, finished)
-        coordinator.end()
-        (run / _TOLD).touch()
+    with tracking(track, study, run, store.state.run_id) as follow:
+
+        def finished_round(record: dict[str, Any]) -> None:
+            store.write_metrics()
+            follow(store.state.history)
+            on_round(record)
+
+        coordinator = Coordinator(
+            study=study,
+            roster=member.roster,
+            engine=engine,
+            workload=workload,
+            store=store,
+            progress=progress,
+            on_round=finished_round,
+            evidence=evidence,
+            authority=office,
+            rejoined=rejoined,
+        )
+        follow(store.state.history)
+        # Once more after a crash: silos that were told have left, and need not answer.
+        if not (run / _TOLD).exists():
+            coordinator.run()  # all rounds may be done
+            if not finished.exists():
+                _finish(member, store, finished)
+            coordinator.end()
+            (run / _TOLD).touch()
     log.close()
     record: dict[str, Any] = json.loads(finished.read_bytes())
     return record
