@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from securefedcollm.errors import ConfigError
+from securefedcollm.federation.tracking import Kind
 from securefedcollm.federation.workload import Progress, silent
 from securefedcollm.privacy.planner import Plan
 from securefedcollm.study import Study, load_study
@@ -91,6 +92,7 @@ def simulate(
     overwrite: bool = False,
     workers: int = 0,
     device: str = "cpu",
+    track: Kind | None = None,
     progress: Progress = silent,
 ) -> Run:
     """Run every role of ``study`` on this machine: server, silos, secure sums, distillation.
@@ -105,6 +107,7 @@ def simulate(
         resume: go on with the run in ``out``. overwrite: replace it.
         workers: processes for the silos. They import the calling script, which then needs
             ``if __name__ == "__main__":``. 0: this process runs the silos, one after the other.
+        track: ``tensorboard`` or ``mlflow`` is told what the server measures, and nothing of silos.
         progress: called as ``progress(done, total, text)``, often.
 
     Raises:
@@ -130,6 +133,7 @@ def simulate(
         drops=drops,
         device=device,
         files=files,
+        track=track,
     ).run(progress, lambda text: None)
     return Run(directory, results)
 

@@ -4,7 +4,7 @@ Every number is followed by the entry of the evidence that it comes from; the ci
 the end, as they were signed. Nothing is fetched. The pages are in ``templates/``.
 
 Adversary: the bundle may come from anybody. Every value is escaped by the templates; what would
-reorder or hide text is made visible by :func:`securefedcollm.privacy.page.page`.
+reorder or hide text is made visible by :func:`securefedcollm.privacy.page.render`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from functools import lru_cache
 from importlib import resources
 from typing import Any, Final, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup, escape
 
 from securefedcollm.evidence.entries import encode_entry
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy import shown
-from securefedcollm.privacy.page import page, step_plot
+from securefedcollm.privacy.page import environment, render, step_plot
 from securefedcollm_audits import words
 from securefedcollm_audits.case import Case
 from securefedcollm_audits.finding import CAVEAT
@@ -55,35 +55,25 @@ def to_html(report: Report, case: Case) -> str:
     """The whole page."""
     cited = Citations(case)
     ranked = sorted(report.silos, key=lambda silo: -silo.high)
-    body = (
-        _templates()
-        .get_template("report.html")
-        .render(
-            report=report,
-            cited=cited,
-            fault_link=cited.fault,
-            outcome=sentence(report.verdict),
-            first_silos=ranked[:MOST_NAMED] if len(ranked) > MOST_NAMED else report.silos,
-            other_silos=ranked[MOST_NAMED:],
-            status={result.name: result.status for result in report.verdict.results},
-            registry=json.dumps(report.registry, indent=2, ensure_ascii=False),
-            controls=controls(),
-            **_risk(report),
-            **_rounds(report, ranked),
-        )
+    return render(
+        _templates().get_template("report.html"),
+        report=report,
+        cited=cited,
+        fault_link=cited.fault,
+        outcome=sentence(report.verdict),
+        first_silos=ranked[:MOST_NAMED] if len(ranked) > MOST_NAMED else report.silos,
+        other_silos=ranked[MOST_NAMED:],
+        status={result.name: result.status for result in report.verdict.results},
+        registry=json.dumps(report.registry, indent=2, ensure_ascii=False),
+        controls=controls(),
+        **_risk(report),
+        **_rounds(report, ranked),
     )
-    return page(f"Privacy report of {report.verdict.study}", body)
 
 
 @lru_cache(maxsize=1)
 def _templates() -> Environment:
-    found = Environment(
-        loader=PackageLoader("securefedcollm_audits"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    found = environment("securefedcollm_audits")
     found.filters["label"] = lambda group: f"{group or 'accuracy'}, %"
     found.globals |= {
         "accountants": words.accountants,
@@ -193,7 +183,7 @@ def _rounds(report: Report, ranked: Sequence[SiloRow]) -> dict[str, Any]:
 
 def _plot(silo: SiloRow) -> Markup:
     points = [(i + 1, charge.cumulative) for i, charge in enumerate(silo.charges)]
-    return Markup(step_plot(points, silo.limit or 0.0, "trainings"))  # noqa: S704 - likewise
+    return step_plot(points, silo.limit or 0.0, "trainings")
 
 
 def _columns(silo: SiloRow) -> list[str]:

@@ -34,6 +34,14 @@ Device = Annotated[
         "--device", metavar="NAME", help="Where the models compute: cpu, cuda, cuda:1, mps."
     ),
 ]
+Track = Annotated[
+    Literal["tensorboard", "mlflow"] | None,
+    typer.Option(
+        "--track",
+        help="Also tell a tracking tool, after every round, what the server measured; nothing of "
+        "any silo's.",
+    ),
+]
 
 TaskKind = Annotated[
     Literal["multiple_choice", "classification", "instruction", "text"] | None,

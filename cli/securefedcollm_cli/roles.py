@@ -17,7 +17,7 @@ from securefedcollm.errors import ConfigError, EvidenceError
 from securefedcollm.foreign import MOST_MESSAGE, printable
 from securefedcollm_cli.consortium import Home, home_of
 from securefedcollm_cli.identity import PassphraseFile, read_passphrase
-from securefedcollm_cli.options import Device, Json, StudyFile, stop_on_sigterm
+from securefedcollm_cli.options import Device, Json, StudyFile, Track, stop_on_sigterm
 
 if TYPE_CHECKING:
     from securefedcollm.evidence.entries import Entry
@@ -80,6 +80,7 @@ def server(
             "same command, started later, serves them too.",
         ),
     ] = 0.0,
+    track: Track = None,
     threads: Threads = None,
     device: Device = "cpu",
     passphrase_file: PassphraseFile = None,
@@ -95,10 +96,12 @@ def server(
     from securefedcollm.federation.engines.flare.engine import FlareEngine
     from securefedcollm.federation.engines.flare.kit import installed
     from securefedcollm.federation.engines.flare.ready import require_free_port
+    from securefedcollm.federation.tracking import require_tracker
     from securefedcollm.study import load_study
     from securefedcollm_cli.progress import Bars
 
     stop_on_sigterm()
+    require_tracker(track)
     place, study = home_of(home), load_study(config)
     passphrase = _asked(passphrase_file)
     with (
@@ -145,6 +148,7 @@ def server(
                 engine.rejoined,
                 linger=linger,
                 arrived=engine.arrived,
+                track=track,
             )
             if late := roles.not_told(member):
                 bars.say(

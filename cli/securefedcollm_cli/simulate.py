@@ -10,7 +10,7 @@ import typer
 
 from securefedcollm.foreign import as_text
 from securefedcollm_cli.audit import write_evidence
-from securefedcollm_cli.options import DataDir, Device, Json, Overrides, StudyFile, files_of
+from securefedcollm_cli.options import DataDir, Device, Json, Overrides, StudyFile, Track, files_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,6 +66,7 @@ def simulate(
         Path | None,
         typer.Option("--test", metavar="FILE", help="With --silo: records to measure on."),
     ] = None,
+    track: Track = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -94,6 +95,7 @@ def simulate(
         drops=drop or (),
         device=device,
         files=files,
+        track=track,
     )
     from securefedcollm_cli.progress import Bars
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.federation.compare import METRICS, Comparison, Run, as_plain
-from securefedcollm.federation.experiment_page import picture
+from securefedcollm.federation.experiment_page import templates
 from securefedcollm.federation.files import write_durably
 from securefedcollm.foreign import printable
-from securefedcollm.privacy.page import page, table
+from securefedcollm.privacy.page import render
 
 Line = tuple[str, list[str]]
 """What a line says, and its cell for every run."""
@@ -80,30 +79,24 @@ def write_plot(found: Comparison, path: Path) -> None:
             where="--plot",
             hint="name a file that ends in .svg or .html; a browser prints both",
         )
-    drawn = plot(found)
+    drawn = _drawn(found)
+    template = "compare.svg"
     if path.suffix == ".html":
-        heads = ("", *(escape(run.name) for run in found.runs))
-        body = "".join(
-            f"<h2>{title}</h2>" + table(heads, _escaped(lines), numbers=range(1, len(heads)))
-            for title, lines in (("Results", results(found)), ("Studies", changes(found)))
-            if lines
-        )
-        drawn = page("Runs compared", f"<h1>Runs compared</h1>{drawn}{body}")
+        template = "compare.html"
+        drawn |= {"runs": found.runs}
+        drawn |= {"tables": [("Results", results(found)), ("Studies", changes(found))]}
+    page = render(templates().get_template(template), **drawn)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, drawn.encode())
+        write_durably(path, page.encode())
     except OSError as error:
         raise StateError(
             f"{path}: cannot be written ({error.strerror})", hint="choose another --plot"
         ) from None
 
 
-def _escaped(lines: Sequence[Line]) -> list[tuple[str, ...]]:
-    return [(escape(name), *map(escape, cells)) for name, cells in lines]
-
-
-def plot(found: Comparison) -> str:
-    """Every score after every round, one panel a score, one line a run (SVG).
+def _drawn(found: Comparison) -> dict[str, Any]:
+    """Every score after every round, one panel a score, one line a run: what ``compare.svg`` takes.
 
     Raises:
         ConfigError: no run measured anything.
@@ -115,33 +108,30 @@ def plot(found: Comparison) -> str:
             where="--plot",
             hint="runs measure where they have test records (`server --test`)",
         )
-    top, parts = 30.0, []
+    top, panels = 30.0, []
     for metric in METRICS:
         keys = [key for other, key, _ in scores if other == metric]
         for i, key in enumerate(keys):
             left = _LEFT + (i % 2) * (_PANEL + _GAP)
-            parts.append(_panel(found.runs, metric, key, left, top))
+            panels.append(_panel(found.runs, metric, key, left, top))
             if i % 2 or i == len(keys) - 1:
                 top += _HEIGHT + _GAP
-    for i, run in enumerate(found.runs):
-        y = top + _ROW * i - 20
-        parts.append(
-            f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{_LEFT + 30}" y2="{y:.1f}" {_stroke(i)}/>'
-            f'<text x="{_LEFT + 38}" y="{y + 4:.1f}">{escape(run.name)}</text>'
-        )
-    width = _LEFT + 2 * _PANEL + _GAP + 20
-    return picture("Runs compared", "".join(parts), width, top + _ROW * len(found.runs))
+    return {
+        "title": "Runs compared",
+        "width": _LEFT + 2 * _PANEL + _GAP + 20,
+        "height": top + _ROW * len(found.runs),
+        "left": _LEFT,
+        "panels": panels,
+        "names": [(top + _ROW * i - 20, _look(i), run.name) for i, run in enumerate(found.runs)],
+    }
 
 
-def _stroke(i: int) -> str:
+def _look(i: int) -> dict[str, str]:
     dash = _DASHES[i // len(_COLOURS) % len(_DASHES)]
-    return (
-        f'fill="none" stroke="{_COLOURS[i % len(_COLOURS)]}" stroke-width="2"'
-        + f' stroke-dasharray="{dash}"' * bool(dash)
-    )
+    return {"colour": _COLOURS[i % len(_COLOURS)], "dash": dash}
 
 
-def _panel(runs: Sequence[Run], metric: str, key: str, left: float, top: float) -> str:
+def _panel(runs: Sequence[Run], metric: str, key: str, left: float, top: float) -> dict[str, Any]:
     factor = 100 if metric == "accuracy" else 1
     courses = [
         [
@@ -163,28 +153,17 @@ def _panel(runs: Sequence[Run], metric: str, key: str, left: float, top: float) 
     def y(value: float) -> float:
         return bottom - (_HEIGHT - 14) * (value - low) / (high - low)
 
-    parts = [
-        f'<text x="{left:.1f}" y="{top:.1f}" font-weight="bold">{escape(label(metric, key))}</text>'
-    ]
-    for k in range(5):
-        value = low + (high - low) * k / 4
-        parts.append(
-            f'<line x1="{left:.1f}" y1="{y(value):.1f}" x2="{left + _PANEL:.1f}" '
-            f'y2="{y(value):.1f}" stroke="#e4e4e4"/><text x="{left - 6:.1f}" '
-            f'y="{y(value) + 4:.1f}" text-anchor="end">{value:.1f}</text>'
-        )
-    step = max(1, -(-last // 10))
-    parts += [
-        f'<text x="{x(n):.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{n}</text>'
-        for n in range(1, last + 1, step)
-    ]
-    parts.append(f'<text x="{left:.1f}" y="{bottom + 32:.1f}">rounds</text>')
-    for i, course in enumerate(courses):
-        points = " ".join(f"{x(n):.1f},{y(value):.1f}" for n, value in course)
-        parts.append(f'<polyline points="{points}" {_stroke(i)}/>')
-        parts += [
-            f'<circle cx="{x(n):.1f}" cy="{y(value):.1f}" r="3" '
-            f'fill="{_COLOURS[i % len(_COLOURS)]}"/>'
-            for n, value in course
-        ]
-    return "".join(parts)
+    marks = [low + (high - low) * k / 4 for k in range(5)]
+    return {
+        "title": label(metric, key),
+        "left": left,
+        "right": left + _PANEL,
+        "top": top,
+        "bottom": bottom,
+        "ticks": [(y(value), value) for value in marks],
+        "rounds": [(x(n), n) for n in range(1, last + 1, max(1, -(-last // 10)))],
+        "courses": [
+            (_look(i), [(x(n), y(value)) for n, value in course])
+            for i, course in enumerate(courses)
+        ],
+    }

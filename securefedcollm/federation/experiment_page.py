@@ -1,12 +1,16 @@
-"""An experiment's table as Markdown, and its plot as SVG."""
+"""An experiment's table as Markdown, and its plot as SVG (``templates/experiment.svg``)."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from html import escape
+from functools import lru_cache
 from typing import Any, Final
 
-from securefedcollm.foreign import visible
+from jinja2 import Environment
+
+from securefedcollm.foreign import printable
+from securefedcollm.privacy.page import environment, render
 
 _METRICS: Final = {"accuracy": ("accuracy, %", 100, 1), "gold_log_prob": ("gold log-prob", 1, 3)}
 
@@ -40,7 +44,7 @@ def _shown(groups: Sequence[str]) -> list[str]:
 def markdown(table: Mapping[str, Any]) -> str:
     """The whole table, its differences and notes."""
     groups = table["groups"]
-    titles = heads(groups)
+    titles = [_text(title) for title in heads(groups)]
     seeds = ", ".join(map(str, table["seeds"]))
     lines = [
         f"# {table['study']}",
@@ -68,6 +72,11 @@ def _line(fields: list[str]) -> str:
     return "| " + " | ".join(fields) + " |"
 
 
+def _text(foreign: str) -> str:
+    """A name of somebody else's as Markdown that says just it: no HTML, link or further cell."""
+    return re.sub(r"[\\`*_\[\]<>|&]", r"\\\g<0>", printable(foreign))
+
+
 _ROW, _LABEL, _PANEL, _GAP = 22.0, 190.0, 300.0, 40.0
 _COLOURS: Final = {"FedCoLLM": "#1f5fbf"}
 
@@ -75,35 +84,38 @@ _COLOURS: Final = {"FedCoLLM": "#1f5fbf"}
 def plot(table: Mapping[str, Any]) -> str:
     """Accuracy of every row with its interval: models below, groups beside each other (SVG)."""
     groups, rows = _shown(table["groups"]), table["rows"]
-    width = _LABEL + len(groups) * (_PANEL + _GAP)
-    parts: list[str] = []
+    panels: list[dict[str, Any]] = []
+    names: list[tuple[float, str]] = []
     top = 30.0
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == model]
         for column, group in enumerate(groups):
             left = _LABEL + column * (_PANEL + _GAP)
             title = model.upper() if group == "all" else f"{model.upper()}, {group}"
-            parts.append(_panel(mine, group, left, top, f"{title}: accuracy, %"))
-        for i, row in enumerate(mine):
-            y = top + _ROW * (i + 1) + 4
-            parts.append(f'<text x="6" y="{y:.1f}">{escape(row["method"])}</text>')
+            panels.append(_panel(mine, group, left, top) | {"title": f"{title}: accuracy, %"})
+        names += [(top + _ROW * (i + 1) + 4, row["method"]) for i, row in enumerate(mine)]
         top += _ROW * (len(mine) + 1) + 50
-    return picture(table["study"], "".join(parts), width, top)
-
-
-def picture(title: str, parts: str, width: float, height: float) -> str:
-    """A whole SVG file. ``title`` is escaped here, ``parts`` by their maker."""
-    return visible(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
-        f'width="{width:.0f}" height="{height:.0f}" font-family="sans-serif" font-size="12">'
-        f"<title>{escape(title)}</title>"
-        f'<rect width="100%" height="100%" fill="#fff"/>{parts}</svg>\n'
+    return render(
+        templates().get_template("experiment.svg"),
+        title=table["study"],
+        width=_LABEL + len(groups) * (_PANEL + _GAP),
+        height=top,
+        panels=panels,
+        names=names,
     )
 
 
+@lru_cache(maxsize=1)
+def templates() -> Environment:
+    """Of this room's pages and pictures. ``px``: a place in a picture, to a tenth."""
+    found = environment("securefedcollm.federation")
+    found.filters["px"] = lambda value: f"{value:.1f}"
+    return found
+
+
 def _panel(
-    rows: Sequence[Mapping[str, Any]], group: str, left: float, top: float, title: str
-) -> str:
+    rows: Sequence[Mapping[str, Any]], group: str, left: float, top: float
+) -> dict[str, Any]:
     found = [row["accuracy"][group] for row in rows]
     low: float = min(f["low"] for f in found)
     high: float = max(f["high"] for f in found)
@@ -113,24 +125,20 @@ def _panel(
     def at(value: float) -> float:
         return left + _PANEL * (value - low) / (high - low)
 
-    bottom = top + _ROW * (len(rows) + 0.6)
-    parts = [
-        f'<text x="{left:.1f}" y="{top:.1f}" font-weight="bold">{escape(title)}</text>',
-        f'<line x1="{left:.1f}" y1="{bottom:.1f}" x2="{left + _PANEL:.1f}" y2="{bottom:.1f}" '
-        'stroke="#888"/>',
+    marks = [low + (high - low) * k / 4 for k in range(5)]
+    bars = [
+        {
+            "y": top + _ROW * (i + 1),
+            "colour": _COLOURS.get(row["method"], "#555"),
+            **{key: at(f[key]) for key in ("low", "mean", "high")},
+        }
+        for i, (row, f) in enumerate(zip(rows, found, strict=True))
     ]
-    for k in range(5):
-        value = low + (high - low) * k / 4
-        parts.append(
-            f'<line x1="{at(value):.1f}" y1="{top + 8:.1f}" x2="{at(value):.1f}" '
-            f'y2="{bottom:.1f}" stroke="#e4e4e4"/><text x="{at(value):.1f}" '
-            f'y="{bottom + 16:.1f}" text-anchor="middle">{100 * value:.1f}</text>'
-        )
-    for i, (row, f) in enumerate(zip(rows, found, strict=True)):
-        y, colour = top + _ROW * (i + 1), _COLOURS.get(row["method"], "#555")
-        parts.append(
-            f'<line x1="{at(f["low"]):.1f}" y1="{y:.1f}" x2="{at(f["high"]):.1f}" y2="{y:.1f}" '
-            f'stroke="{colour}" stroke-width="2"/>'
-            f'<circle cx="{at(f["mean"]):.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>'
-        )
-    return "".join(parts)
+    return {
+        "left": left,
+        "right": left + _PANEL,
+        "top": top,
+        "bottom": top + _ROW * (len(rows) + 0.6),
+        "ticks": [(at(value), value) for value in marks],
+        "bars": bars,
+    }

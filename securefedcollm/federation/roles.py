@@ -61,6 +61,7 @@ from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.samedata import require_same_data
 from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore
+from securefedcollm.federation.tracking import Kind, tracking
 from securefedcollm.federation.workload import Progress, ServerWorkload, SiloWorkload, Vector
 from securefedcollm.primitives import SigningKey
 from securefedcollm.privacy.ledger import Budget, Ledger
@@ -206,6 +207,7 @@ def coordinate(
     *,
     linger: float = 0.0,
     arrived: Arrived = nobody_arrives,
+    track: Kind | None = None,
 ) -> dict[str, Any]:
     """Run, or go on with, the study over ``engine``; returns the run's record.
 
@@ -214,6 +216,7 @@ def coordinate(
         linger: seconds after the end, this time or before, in which silos that were away then are
             brought the last adapter.
         arrived: waits for those.
+        track: the tool that is told what the server measures.
 
     Raises:
         SecureFedCoLLMError: with the run in a state from which the same call goes on.
@@ -224,10 +227,6 @@ def coordinate(
     log = EvidenceLog(run / "server" / EVIDENCE, study=digest(study), owner=SERVER, key=member.key)
     office = member.authority
 
-    def finished_round(record: dict[str, Any]) -> None:
-        store.write_metrics()
-        on_round(record)
-
     evidence = ServerRecord(
         log,
         key=member.key,
@@ -235,28 +234,36 @@ def coordinate(
         quorum=study.threshold,
         authority=office.key if office else b"",
     )
-    coordinator = Coordinator(
-        study=study,
-        roster=member.roster,
-        engine=engine,
-        workload=workload,
-        store=store,
-        progress=progress,
-        on_round=finished_round,
-        evidence=evidence,
-        authority=office,
-        rejoined=rejoined,
-    )
     finished = run / "results.json"
-    # Once more after a crash: silos that were told have left, and need not answer.
-    if not (run / _TOLD).exists():
-        coordinator.run()  # all rounds may be done
-        if not finished.exists():
-            _finish(member, store, finished)
-        coordinator.end()
-        _note_told(run, coordinator.told)
-    if linger:
-        _linger(member, coordinator, linger, arrived)
+    with tracking(track, study, run, store.state.run_id) as follow:
+
+        def finished_round(record: dict[str, Any]) -> None:
+            store.write_metrics()
+            follow(store.state.history)
+            on_round(record)
+
+        coordinator = Coordinator(
+            study=study,
+            roster=member.roster,
+            engine=engine,
+            workload=workload,
+            store=store,
+            progress=progress,
+            on_round=finished_round,
+            evidence=evidence,
+            authority=office,
+            rejoined=rejoined,
+        )
+        follow(store.state.history)
+        # Once more after a crash: silos that were told have left, and need not answer.
+        if not (run / _TOLD).exists():
+            coordinator.run()  # all rounds may be done
+            if not finished.exists():
+                _finish(member, store, finished)
+            coordinator.end()
+            _note_told(run, coordinator.told)
+        if linger:
+            _linger(member, coordinator, linger, arrived)
     log.close()
     record: dict[str, Any] = json.loads(finished.read_bytes())
     return record

@@ -37,6 +37,7 @@ from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.federation.status import round_sentence
+from securefedcollm.federation.tracking import Follow, Kind, require_tracker, tracking
 from securefedcollm.federation.workload import Progress, silent
 from securefedcollm.primitives import SigningKey
 from securefedcollm.privacy.accounting import prv_bounds
@@ -78,6 +79,7 @@ class Simulation:
         noisy: int = 0,
         tested: bool = True,
         files: Files | None = None,
+        track: Kind | None = None,
     ) -> None:
         """
         Args:
@@ -93,10 +95,13 @@ class Simulation:
             noisy: so many silos have meaningless answers.
             tested: False leaves out the test questions: the adapters are the result.
             files: the participants' own, where nothing is dealt out; their silos have its names.
+            track: the tool that is told what the server measures.
 
         Raises:
-            ConfigError: a drop names no silo or step.
+            ConfigError: a drop names no silo or step; the tracking tool is not installed.
         """
+        require_tracker(track)
+        self._track = track
         self._study = study
         self._out = out
         self._data = data
@@ -153,7 +158,9 @@ class Simulation:
         write_durably(self._out / "study.yaml", dump_study(self._study).encode())
         zero_shot = self._once("zero-shot", server.evaluate)
         try:
-            self._federate(store, server, self._out, progress, say)
+            with tracking(self._track, self._study, self._out, store.state.run_id) as follow:
+                follow(store.state.history)
+                self._federate(store, server, self._out, progress, say, follow)
         except SecureFedCoLLMError:  # a silo would not even start, say
             if fresh and not store.begun:
                 shutil.rmtree(self._out)
@@ -205,7 +212,13 @@ class Simulation:
             prepare(default_cache(), progress, context=self._context)
 
     def _federate(
-        self, store: RunStore, server: Any, directory: Path, progress: Progress, say: Say
+        self,
+        store: RunStore,
+        server: Any,
+        directory: Path,
+        progress: Progress,
+        say: Say,
+        follow: Follow = lambda history: None,
     ) -> None:
         """All rounds of one federation, from wherever ``store`` stands."""
         names = self._names
@@ -242,6 +255,7 @@ class Simulation:
 
         def on_round(record: dict[str, Any]) -> None:
             store.write_metrics()
+            follow(store.state.history)
             say(round_sentence(record, self._study.rounds))
 
         with EmbeddedEngine(

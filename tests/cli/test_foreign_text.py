@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import msgspec
@@ -18,11 +19,16 @@ from securefedcollm_cli.roles import _print_round
 from typer.testing import CliRunner
 
 from securefedcollm.errors import SecureFedCoLLMError
+from securefedcollm.federation.compare import Comparison, Difference, Run
+from securefedcollm.federation.compare_page import write_plot
 from securefedcollm.federation.engines import Failure
+from securefedcollm.federation.experiment_page import markdown, plot
 from securefedcollm.federation.messages import Refused, encode
 from securefedcollm.foreign import log_to_stderr
 from securefedcollm.privacy.events import Gaussian
 from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.privacy.report import read_report
+from securefedcollm.privacy.report_html import to_html
 from securefedcollm.study import load_study
 
 from ..audits.conftest import audited_bundle, record_bundle  # noqa: F401 - fixtures
@@ -187,3 +193,50 @@ def test_budget_show_of_a_ledger_whose_owner_acts(tmp_path):
     assert_harmless(said)
     assert "error" not in said
     assert r"\x1b[2J" in said
+
+
+SCRIPT = f"<script>alert(1)</script> | ![x](http://evil.example) &amp; '\" {WORDS}"
+
+
+def assert_inert(page):
+    """A page or picture on which SCRIPT is to be read, and nothing else comes of it."""
+    assert raw_in(page) == []
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; | " in page
+    assert "&amp;amp; &#39;&#34; gone" in page
+    assert r"\u202edesrever\u2028" in page
+
+
+def test_a_budget_report_of_a_ledger_whose_owner_acts(tmp_path):
+    """Adversary: as above, and a study's author who names the column of subjects."""
+    path = tmp_path / f"{SCRIPT[:8]}.sqlite"
+    with Ledger(path, SCRIPT) as ledger:
+        ledger.reserve(SCRIPT, f"subject:{SCRIPT}", SCRIPT, 0, 0, [Gaussian(2.0)], (8.0, 1e-5))
+    page = to_html(read_report(path))
+    assert_inert(page)
+    assert page.count("&lt;script&gt;alert") == 4  # title, head, and the account's unit twice
+
+
+def test_a_comparison_of_a_run_whose_name_acts(tmp_path):
+    """Adversary: a run's maker, by its directory, its groups of questions, and its study."""
+    course = [{"accuracy": {f"slm/{SCRIPT}": 0.5}}] * 2
+    run = Run(SCRIPT, "d", "s", "00", "1", 2, None, 0, 0, None, course)
+    found = Comparison([run, run], [Difference(SCRIPT, [None, SCRIPT])])
+    for name in ("runs.svg", "runs.html"):
+        write_plot(found, tmp_path / name)
+        assert_inert((tmp_path / name).read_text())
+
+
+def test_an_experiment_whose_groups_act():
+    """Adversary: whoever wrote the test questions."""
+    number = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    row = {"model": "slm", "method": "FedCoLLM", "less": "FedAvg", "main": True}
+    row |= {"accuracy": {SCRIPT: number}, "gold_log_prob": {SCRIPT: number}}
+    table = {"study": "s", "questions": 1, "seeds": [1], "groups": [SCRIPT], "notes": []}
+    table |= {"rows": [row], "differences": [row]}
+    assert_inert(plot(table))
+    page = markdown(table)
+    assert_harmless(page)
+    assert re.search(r"(?<!\\)([<&]|\]\()", page) is None
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {5}

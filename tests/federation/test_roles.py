@@ -10,7 +10,7 @@ from securefedcollm_audits.verify import verify
 
 from securefedcollm.errors import ConfigError, CryptoError, DataError, QuorumError
 from securefedcollm.evidence.bundle import make_bundle
-from securefedcollm.federation import roles
+from securefedcollm.federation import roles, tracking
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.messages import Witness, Witnessed, decode_request, encode
@@ -22,6 +22,7 @@ from securefedcollm.study.signing import require_signed, signatures_path
 
 from .arithmetic import ArithmeticServer, ArithmeticSilo, make_study
 from .homes import make_identities, write_signed
+from .test_tracking import Memory
 
 SILOS = ("silo-1", "silo-2", "silo-3")
 
@@ -132,7 +133,9 @@ def test_an_encrypted_identity_needs_its_passphrase(homes, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["masking", "authority"])
-def test_a_run_leaves_at_every_home_what_status_and_auditors_need(tmp_path, scheme):
+def test_a_run_leaves_at_every_home_what_status_and_auditors_need(tmp_path, scheme, monkeypatch):
+    tool = Memory()
+    monkeypatch.setattr(tracking, "TensorBoard", lambda directory: tool.open())
     changes = {}
     if scheme == "authority":
         changes = {"aggregation": {"scheme": "ckks", "key_model": "authority", "clip_norm": 20.0}}
@@ -161,8 +164,12 @@ def test_a_run_leaves_at_every_home_what_status_and_auditors_need(tmp_path, sche
         names = [*SILOS, *(["auditor"] if scheme == "authority" else [])]
         server = members["server"]
         with EmbeddedEngine(names, party, workers=0, progress=silent) as engine:
-            record = roles.coordinate(server, engine, ArithmeticServer(), silent, lambda r: None)
+            record = roles.coordinate(
+                server, engine, ArithmeticServer(), silent, lambda r: None, track="tensorboard"
+            )
             again = roles.coordinate(server, engine, ArithmeticServer(), silent, lambda r: None)
+    for done, numbers in zip(record["rounds"], tool.rounds.values(), strict=True):
+        assert numbers["accuracy/slm all"] == done["evaluation"]["slm/all"]
     assert record["finished"]
     assert len(record["rounds"]) == 2
     lines = (server.run / "metrics.jsonl").read_text().splitlines()

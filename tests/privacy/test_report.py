@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -154,3 +155,14 @@ def test_the_report_says_by_record_what_is_spent_across_files(tmp_path):
     page = to_html(found)
     for said in ("By record", up(one.worst), up(one.median), "1 charges name no records"):
         assert said in page
+
+
+def test_the_wheel_holds_every_template():
+    wheel = pytest.importorskip("hatchling.builders.wheel")
+    root = Path(__file__).parents[2]
+    files = wheel.WheelBuilder(str(root)).recurse_included_files()
+    packed = {Path(file.path).resolve() for file in files}
+    rooms = [root / "securefedcollm", root / "audits" / "securefedcollm_audits"]
+    templates = {path for room in rooms for path in room.glob("**/templates/*")}
+    assert {"page.html", "budget.html", "compare.svg", "rounds.html"} <= {p.name for p in templates}
+    assert {path.resolve() for path in templates} <= packed
