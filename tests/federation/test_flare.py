@@ -276,7 +276,7 @@ def test_a_silo_that_comes_when_all_others_have_left_gets_the_adapter(tmp_path):
         assert server.poll() is None
         finished(start("silo", SILOS[2]), homes[SILOS[2]])
         finished(server, homes["server"])
-    waited = f"for {SILOS[2]} to come back, who have not fetched the last adapter"
+    waited = f"for {SILOS[2]} to come back and fetch the last adapter"
     assert waited in (homes["server"] / "driver.log").read_text()
     adapters = set()
     for name in SILOS:

@@ -289,9 +289,7 @@ def test_a_lingering_server_is_there_for_the_late_alone(engine, monkeypatch):
     ended = []
     monkeypatch.setattr(FlareEngine, "_end_job", lambda self: ended.append(True))
     assert engine.arrived({SILOS[0]}, 0.5) == set()
-    assert engine.said == [
-        "waiting up to 0 s for silo-1 to come back, who have not fetched the last adapter"
-    ]
+    assert engine.said == ["waiting up to 0 s for silo-1 to come back and fetch the last adapter"]
     engine.there = lambda: set(SILOS)
     assert engine.arrived({SILOS[0]}, 600.0) == {SILOS[0]}
     assert "10 minutes" in engine.said[-1]

@@ -272,7 +272,7 @@ class FlareEngine:
         self._end_job()
         self._silos, self._minimum, self._began = tuple(sorted(silos)), 1, True
         deadline = time.monotonic() + most
-        self._say_waiting(silos, most, "to come back, who have not fetched the last adapter")
+        self._say_waiting(silos, most, "to come back and fetch the last adapter")
         while not (here := self._connected() & silos):
             if time.monotonic() > deadline:
                 break
