@@ -76,8 +76,22 @@ def starting_tree(chosen: Choices) -> dict[str, Any]:
     }
     if chosen.llm:
         over = "all" if chosen.kind in {"instruction", "text"} else "choices"
-        tree["distillation"] = {"loss": "entropy-pooled", "over": over, "steps": 40}
+        tree["distillation"] = {"loss": "entropy-pooled", "over": over, **_distilled(own)}
     return tree
+
+
+def _distilled(own: bool) -> dict[str, Any]:
+    """The server's phase, sized to the models: the defaults are those of the built-in tiny ones,
+    the others what the studies of SmolLM2, GPT-2, OPT and Llama in ``configs/`` settled on."""
+    if own:
+        return {"steps": 40}
+    return {
+        "steps": 25,
+        "batch_labelled": 16,
+        "batch_unlabelled": 32,
+        "learning_rate_slm": 1e-3,
+        "learning_rate_llm": 1e-3,
+    }
 
 
 def _local(chosen: Choices, learning_rate: float) -> dict[str, Any]:

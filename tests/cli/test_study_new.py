@@ -66,6 +66,21 @@ def test_study_check_plans_its_noise(tmp_path, more):
     assert facts["noise_multiplier"] > 0.1
 
 
+def test_the_phase_at_the_server_is_sized_to_the_models(tmp_path):
+    """The defaults are for models of a few hundred thousand weights."""
+    pairs = {"own": ("path:s", "path:l"), "built-in": ("builtin:hospital-slm",) * 2}
+    made = {
+        name: json.loads(
+            call("study", "new", tmp_path / f"{name}.yaml", "--model", slm, "--llm", llm, "--json")
+        )
+        for name, (slm, llm) in pairs.items()
+    }
+    own, tiny = (load_study(tmp_path / f"{name}.yaml").distillation for name in pairs)
+    assert own.batch_unlabelled < tiny.batch_unlabelled
+    assert own.learning_rate_llm < tiny.learning_rate_llm
+    assert set(made["built-in"]["distillation"]) == {"loss", "over", "steps"}
+
+
 def test_a_key_that_is_commented_out_shows_its_default(tmp_path):
     """Without their comment signs it is still the same study."""
     out, changed = tmp_path / "a.yaml", 0
