@@ -147,16 +147,34 @@ def silo_s(study: Study, data: Path | None) -> tuple[float, float]:
     return ready - start, time.process_time() - ready
 
 
+def rounds_of(study: Study, data: Path | None) -> dict[str, float]:
+    """Getting ready and a round of one silo, with and without privacy."""
+    if study.privacy is not None:  # calibration is done once a study, not once a round
+        planned_event(study, next(iter(deal(study, data).silos.values())))
+    bare = msgspec.structs.replace(study, privacy=None)
+    silos = [(silo_s(bare, data), silo_s(study, data)) for _ in range(3)]
+    rounds = [(plain[1], dp[1]) for plain, dp in silos]
+    plain_round, dp_round = (statistics.median(column) for column in zip(*rounds, strict=True))
+    return {
+        "more_to_begin_s": round(statistics.median(dp[0] - plain[0] for plain, dp in silos), 2),
+        "plain_round_s": round(plain_round, 2),
+        "dp_round_s": round(dp_round, 2),
+        "round_ratio": round(statistics.median(b / a for a, b in rounds), 3),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
+    parser.add_argument(
+        "--steps", action="store_true", help="only the steps: no round, and minutes less"
+    )
     parser.add_argument("--data", type=Path, help="the directory of the study's files, if it has")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     study = load_study(asked.config, [])
-    open_study = msgspec.structs.replace(study, privacy=None)
 
     tuned = Tuned.load(study, study.models.slm, data=asked.data)
     records = next(iter(deal(study, asked.data).silos.values()))
@@ -165,12 +183,6 @@ def main() -> None:
     for run in runs.values():
         step_ms(run)  # the first use of everything
     times = [{name: step_ms(run) for name, run in runs.items()} for _ in range(asked.repeats)]
-
-    if study.privacy is not None:
-        planned_event(study, records)  # calibration is done once a study, not once a round
-    silos = [(silo_s(open_study, asked.data), silo_s(study, asked.data)) for _ in range(3)]
-    rounds = [(plain[1], dp[1]) for plain, dp in silos]
-    plain_round, dp_round = (statistics.median(column) for column in zip(*rounds, strict=True))
 
     def median(name: str) -> float:
         return round(statistics.median(row[name] for row in times), 2)
@@ -192,10 +204,7 @@ def main() -> None:
         "dp_step_ratio": ratio("dp"),
         "isolation_ratio": ratio("dp", to="padded"),
         "one_record_a_pass_ratio": round(alone_ms / median("padded"), 2),
-        "more_to_begin_s": round(statistics.median(dp[0] - plain[0] for plain, dp in silos), 2),
-        "plain_round_s": round(plain_round, 2),
-        "dp_round_s": round(dp_round, 2),
-        "round_ratio": round(statistics.median(b / a for a, b in rounds), 3),
+        **({} if asked.steps else rounds_of(study, asked.data)),
         "threads": 1,
         "machine": machine("torch", "numpy", "peft", "transformers"),
     }
