@@ -20,6 +20,9 @@ from securefedcollm import __version__
 from securefedcollm.errors import ConfigError, SecureFedCoLLMError
 from securefedcollm.federation.status import round_sentence
 from securefedcollm.study.ring import derive
+from securefedcollm.tuning.builtin import prepare
+from securefedcollm.tuning.models import default_cache
+from securefedcollm.tuning.recipe import silent
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -274,6 +277,7 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path):
 )
 def test_a_full_disk_is_one_line_and_leaves_no_half_a_key(tmp_path, words):
     """Here: no file may have more than ten bytes."""
+    prepare(default_cache(), silent)  # with an empty cache, making the models would tell of itself
     done = subprocess.run(
         [COMMAND, *(word.format(tmp_path) for word in words)],
         capture_output=True,
