@@ -199,6 +199,13 @@ def secure_sum(
     from securefedcollm.privacy.quantise import Quantiser
 
     given = {name: np.asarray(vector) for name, vector in vectors.items()}
+    shapes = sorted({vector.shape for vector in given.values()})
+    if len(shapes) > 1:
+        raise ConfigError(
+            f"of several shapes: {', '.join(map(str, shapes))}",
+            where="vectors",
+            hint="every party's vector has the same length",
+        )
     for name, vector in given.items():
         if vector.ndim != 1 or not len(vector) or vector.dtype.kind not in "iuf":
             raise ConfigError(
@@ -213,12 +220,11 @@ def secure_sum(
                 hint="clip_norm=C clips every vector to L2 norm C",
             )
     if clip_norm is not None:
-        sizes = {len(vector) for vector in given.values()}
-        made = Quantiser(max(sizes, default=1), clip_norm, bound or 2**30)
+        made = Quantiser(shapes[0][0] if shapes else 1, clip_norm, bound or 2**30)
         whole = {n: made.encode(v.astype(np.float64)).integers for n, v in given.items()}
         total = sum_of(whole, made.bound, colluders).sum
         return total.astype(np.float64) / made.scale
-    greatest = max((int(np.abs(v.astype(object)).max()) for v in given.values()), default=1)
+    greatest = max((max(int(v.max()), -int(v.min())) for v in given.values()), default=1)
     if bound is not None and greatest > bound:
         raise ConfigError(
             f"{greatest} is beyond the bound {bound}",

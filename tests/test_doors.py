@@ -63,7 +63,9 @@ def test_a_sum_of_ones_own_vectors() -> None:
     [
         ({"a": [1], "b": [2]}, {}, "2 silos"),
         ({"a": [1], "b": [2], "c": [3, 4]}, {}, "several shapes"),
+        ({"a": [1.5], "b": [2.0], "c": [3.0, 4.0]}, {"clip_norm": 1.0}, "several shapes"),
         ({"a": [1.5], "b": [2.0], "c": [3.0]}, {}, "floats need clip_norm"),
+        ({"a": [-(2**63)], "b": [2], "c": [3]}, {}, "bound"),
         ({"a": [1], "b": [2], "c": [3]}, {"clip_norm": 1.0}, "integers have none"),
         ({"a": [1], "b": [2], "c": [300]}, {"bound": 8}, "300 is beyond the bound 8"),
         ({"a": [], "b": [], "c": []}, {}, r"vectors\['a'\]"),
@@ -83,5 +85,7 @@ def test_a_traceback_shows_what_to_do() -> None:
     with pytest.raises(sfc.ConfigError) as refused:
         sfc.load_study(STUDY, {"roundz": 1})
     assert refused.value.__notes__ == [refused.value.hint] == ["did you mean 'rounds'?"]
+    with pytest.raises(sfc.ConfigError, match="rounds: cannot be written in a study"):
+        sfc.load_study(STUDY, {"rounds": Path("2")})
     with pytest.raises(AttributeError, match="no attribute 'simulat'"):
         sfc.simulat  # noqa: B018

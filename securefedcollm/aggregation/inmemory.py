@@ -21,7 +21,7 @@ from securefedcollm.aggregation.scheme import (
     silo_side,
 )
 from securefedcollm.aggregation.steps import Step
-from securefedcollm.errors import ConfigError, RemoteProtocolError
+from securefedcollm.errors import RemoteProtocolError
 from securefedcollm.primitives import SigningKey, sha256
 
 Integers = npt.NDArray[np.int64]
@@ -86,20 +86,13 @@ def sum_of(vectors: Mapping[str, Integers], bound: int, colluders: int) -> Round
     """The exact sum of the silos' vectors by one masked round, under fresh keys.
 
     Args:
-        vectors: int64 [d] each, every entry q with abs(q) ≤ ``bound``.
+        vectors: int64 [d] each, all of one length, every entry q with abs(q) ≤ ``bound``.
         colluders: c, silos that may work with the server and learn no more than the sum.
 
     Raises:
-        ConfigError: fewer than 3 silos, too many colluders, or another length or bound.
+        ConfigError: fewer than 3 silos, too many colluders, or an impossible length or bound.
     """
     names, count = sorted(vectors), len(vectors)
-    sizes = {vector.shape for vector in vectors.values()}
-    if len(sizes) > 1:
-        raise ConfigError(
-            f"of several shapes: {', '.join(map(str, sorted(sizes)))}",
-            where="vectors",
-            hint="every silo's vector has the same length",
-        )
     keys = {name: SigningKey.generate() for name in names}
     roster = Roster({name: key.public for name, key in keys.items()})
     header = RoundHeader(
@@ -109,7 +102,7 @@ def sum_of(vectors: Mapping[str, Integers], bound: int, colluders: int) -> Round
         attempt=0,
         model_digest=sha256(b""),
         parameters=RingParameters(
-            values=next(iter(sizes), (0,))[0],
+            values=max(map(len, vectors.values()), default=0),
             bound=bound,
             field_bits=(2 * bound * max(1, count)).bit_length(),
             silos=count,

@@ -38,7 +38,7 @@ _MEASURED: Final = {"evaluation": "accuracy", "perplexity": "perplexity"}
 _NAMED: Final = {
     "validation": [f"{model}/{metric}" for model in _MODELS for metric in ("loss", "accuracy")],
     "distillation": [f"{when}_loss_{model}" for when in ("first", "last") for model in _MODELS],
-    "seconds": ["silos_and_sum", "server"],
+    "seconds": ["server"],  # how long silos train follows from their records
 }
 _BYTES: Final = ("bytes_up", "bytes_down")
 _LONGEST: Final = 100
@@ -64,8 +64,8 @@ class Tracker(Protocol):
 
 def public_numbers(study: Study, record: Record) -> dict[str, float]:
     """What a round's record says that is nobody's own: scores of the released models on the
-    server's questions, the server's losses on public ones, seconds, bytes of all parties together;
-    and the ε that the study agreed on."""
+    server's questions, the server's losses on public ones and its seconds, bytes of all parties
+    together; and the ε that the study agreed on."""
     found: dict[str, float] = {}
     for key, metric in _MEASURED.items():
         for place, value in _dict(record, key).items():

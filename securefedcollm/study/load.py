@@ -103,10 +103,19 @@ def load_study(
     """
     tree = _parse(_read(Path(path)), str(path))
     if isinstance(overrides, Mapping):
-        overrides = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+        overrides = [f"{key}={_written(key, value)}" for key, value in overrides.items()]
     for override in overrides or ():
         _override(tree, override)
     return study_from_tree(tree)
+
+
+def _written(key: str, value: Any) -> str:
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"cannot be written in a study ({error})", where=key, hint="give a number, text or list"
+        ) from None
 
 
 def study_from_tree(tree: Any) -> Study:

@@ -81,8 +81,8 @@ def starting_tree(chosen: Choices) -> dict[str, Any]:
 
 
 def _distilled(own: bool) -> dict[str, Any]:
-    """The server's phase, sized to the models: the defaults are those of the built-in tiny ones,
-    the others what the studies of SmolLM2, GPT-2, OPT and Llama in ``configs/`` settled on."""
+    """The server's phase, sized to the models. The defaults are for the built-in ones, of some
+    100,000 weights; the others lie near those of the studies of larger models in ``configs/``."""
     if own:
         return {"steps": 40}
     return {

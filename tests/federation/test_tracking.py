@@ -43,7 +43,6 @@ TOLD = {
     "validation/slm loss": 0.625,
     "distillation/first_loss_llm": 1.5,
     "distillation/last_loss_slm": 0.75,
-    "seconds/silos_and_sum": 2.5,
     "seconds/server": 0.125,
     "bytes_up/all": 42,
     "bytes_down/all": 10,
@@ -76,6 +75,7 @@ SPOILT = [
     {"evaluation": RECORD["evaluation"] | {"slm/x": SECRETS}},
     {"bytes_up": RECORD["bytes_up"] | {"silo-1 loss": {"x": 31.25}}},
     {"seconds": RECORD["seconds"] | {"silo-1": 31.25, "silo-2": 77.5, "x": 4321}},
+    {"seconds": RECORD["seconds"] | {"silos_and_sum": 31.25}},
 ]
 
 
