@@ -18,7 +18,7 @@ from securefedcollm.tuning.head import device_of, unwrapped
 from securefedcollm.tuning.independence import bits, proved
 from securefedcollm.tuning.layers import passed_over
 from securefedcollm.tuning.packing import ANY_LENGTH, row_limit
-from securefedcollm.tuning.passes import HEAD, Widths, one_thread_if, passes, shapes_of, widths_for
+from securefedcollm.tuning.passes import Widths, one_thread_if, passes, shapes_of, widths_for
 from securefedcollm.tuning.questions import (
     EncodedQuestions,
     Question,
@@ -110,8 +110,7 @@ def _each(
         for rows, batch in by_length(data, _BATCH):
             yield rows, says(batch)
         return
-    # A record goes through the output layer by itself: one size of its calls will do.
-    widths, everything = widths_for(model, private)._replace(head=HEAD), np.arange(len(data))
+    widths, everything = widths_for(model, private), np.arange(len(data))
     shapes = shapes_of(data, widths)
 
     def compute(made_up: EncodedQuestions, widths: Widths) -> list[bytes]:

@@ -7,7 +7,7 @@ instead of asking the model for its logits. A few families do more than a matrix
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,16 +84,6 @@ def check_vocabulary(model: Any, tokenizer: Any, *tokens: Tensor) -> None:
             hint="use the tokenizer that the model was trained with, or the model that was saved "
             "after resize_token_embeddings",
         )
-
-
-def chunks(positions: int, sizes: Sequence[int]) -> list[int]:
-    """Positions in every call of the output layer: of ``sizes``, ascending.
-
-    The last call may have room for more than is left.
-    """
-    calls, left = divmod(positions, sizes[-1])
-    last = [next(size for size in sizes if size >= left)] if left else []
-    return [sizes[-1]] * calls + last
 
 
 def output_logits(model: Any) -> Logits:

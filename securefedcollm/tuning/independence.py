@@ -40,9 +40,8 @@ log = logging.getLogger(__name__)
 Compute = Callable[[EncodedQuestions, Widths], Sequence[bytes]]
 """What is to be independent: the result of every row, as bytes, in the order of the rows."""
 
-_ROWS = 16  # at least, where a pass is one record and only the output layer is shared
+_ROWS = 16  # in one go, where a pass is one record and only the output layer is shared
 _HEAD_SHAPES = (Shape(8, 1), Shape(8, 2))  # one choice goes another way than several
-_SHORT = 5  # tokens of the shorter records of these shapes
 _SCALES = (0.1, 30.0)  # of the made-up adapters' values: ordinary, and amplifying
 _COARSE = {torch.bfloat16, torch.float16}
 """Types whose rounding hides how a matrix product added: sizes of a pass may differ in one number
@@ -118,8 +117,7 @@ def proved(
     Raises:
         ConfigError: a pass leaves traces in the model, so that no order of records is safe.
     """
-    alone = widths.alone
-    if alone is None:  # nothing is shared but what a pass leaves behind
+    if widths.alone is None:  # nothing is shared but what a pass leaves behind
         with made_up_adapter(model, 0.1), _without_traces(model):
             compute(made_up(model, _HEAD_SHAPES[1], [0]), widths)
         return widths
@@ -135,13 +133,10 @@ def proved(
 
     # What all records share is the output layer. Its test has shapes of its own: which records
     # there are must not decide what happens to all of them.
-    output = widths._replace(tokens=1)
-    alike = [tested(shape, output) for shape in _HEAD_SHAPES]
-    if not all(alike):
+    head = widths._replace(tokens=1, most=_ROWS)
+    if not all(tested(shape, head) for shape in _HEAD_SHAPES):
         log.warning("%s: the output layer's last bits depend on company: %s", what, _ONE_BY_ONE)
         return widths._replace(alone=None)
-    head = tuple(size for size in widths.head if all(size in sizes for sizes in alike))
-    widths = widths._replace(head=head)
     sizes: dict[Shape, tuple[int, ...]] = {}
     for shape in sorted({shape for shape in shapes if widths.wide(shape)}):
         sizes[shape] = tested(shape, widths)
@@ -151,52 +146,42 @@ def proved(
                 *(what, shape.length, _ONE_BY_ONE),
             )
     failed = {shape for shape, found in sizes.items() if not found}
-    return widths._replace(alone=alone | failed, sizes=sizes)
+    return widths._replace(alone=widths.alone | failed, sizes=sizes)
 
 
 def _same_bits(model: nn.Module, shape: Shape, widths: Widths, compute: Compute) -> tuple[int, ...]:
     """Rows of a pass, ascending, with which made-up records come out the same in every place.
 
-    Where a pass is one record, and only the output layer is shared: positions of its calls.
-
     Three records of a shape, in different places and company, at an ordinary adapter and at one
-    that amplifies, and random rows through every kernel. The largest number of rows, or smallest
-    of positions, is what the others are held against. Empty if records differ already with that,
-    or if all of it comes out as zero and so shows nothing.
+    that amplifies, and random rows through every kernel. Empty if they differ already with the
+    largest number of rows, or if all of it comes out as zero and so shows nothing.
     """
     most = widths.rows(shape)
     sizes = [most >> n for n in range(0, most.bit_length(), 2)]  # a quarter, a sixteenth, …
-    if most == 1:
-        sizes = [*widths.head]
     if any(weight.dtype in _COARSE for weight in model.parameters()):
         sizes = sizes[:1]
     seen: dict[tuple[float, int], bytes] = {}
     reference: Reference = {}
     allowed: list[int] = []
-    # Passes of one record wait for each other, whatever their lengths (.layers.in_step).
-    shortest = _SHORT if most == 1 else None
     for size in sizes:
-        if most == 1:
-            count = max(_ROWS, size // 4)  # their positions fill a call
-            just = widths._replace(head=(size,), most=count)
-            kernels = Kernels(model, 0, just.head, torch.get_num_threads(), reference)
-        else:
-            count, just = size, widths._replace(sizes={shape: (size,)})
-            kernels = Kernels(model, size, just.head, 1, reference)
+        # Where a pass is one record, some share the output layer: as many as are in memory at once.
+        count = min(_ROWS, widths.most) if most == 1 else size
+        just = widths._replace(sizes={shape: (size,)})
+        shared, threads = (size, 1) if most > 1 else (0, torch.get_num_threads())
+        kernels = Kernels(model, shared, widths.head, threads, reference)
+        alike = made_up(model, shape, [0] * size)
         with made_up_adapter(model, _SCALES[0]), kernels:
-            compute(made_up(model, shape, [0] * count), just)
+            compute(alike, just)
         same = not kernels.coupling
-        few = most == 1 and bool(allowed)  # what they do is the smallest's; only the calls differ
         for scale in _SCALES:
             with made_up_adapter(model, scale):
-                arranged = _arrangements(count, apart=scale == _SCALES[0])
-                for kinds in arranged[:1] if few else arranged:
-                    found = compute(made_up(model, shape, kinds, shortest), just)
+                for kinds in _arrangements(count, apart=scale == _SCALES[0]):
+                    found = compute(made_up(model, shape, kinds), just)
                     for kind, values in zip(kinds, found, strict=True):
                         same = same and seen.setdefault((scale, kind), values) == values
         if same:
             allowed.append(size)
-        elif size == sizes[0]:
+        elif size == most:
             return ()
     # One choice among one teaches nothing where choices are compared: its gradient is zero.
     shown = shape.choices == 1 or any(values.strip(b"\0") for values in seen.values())
@@ -217,24 +202,18 @@ def _arrangements(count: int, *, apart: bool) -> list[list[int]]:
     return [*mixed, *([kind] * count for kind in range(3))] if apart else mixed
 
 
-def made_up(
-    model: nn.Module, shape: Shape, kinds: Sequence[int], shortest: int | None = None
-) -> EncodedQuestions:
+def made_up(model: nn.Module, shape: Shape, kinds: Sequence[int]) -> EncodedQuestions:
     """Records of one shape: 0 is as long as it gets, 1 as short, 2 has packed choices of its own.
 
     Where a shape has too few tokens for that, they are as different as it allows.
-
-    Args:
-        shortest: tokens of 1; by default the fewest that are padded to the shape.
     """
     embeddings = getattr(unwrapped(model), "get_input_embeddings", lambda: None)()
     vocabulary = min(1000, embeddings.num_embeddings) if embeddings is not None else 2
     longest, choices = shape.length, shape.choices
     most = learned_positions(model) or longest
-    if shortest is None:
-        shortest = longest
-        while shortest > 1 and padded_length(shortest - 1) == longest:
-            shortest -= 1
+    shortest = longest
+    while shortest > 1 and padded_length(shortest - 1) == longest:
+        shortest -= 1
     rows = []
     for kind in kinds:
         draw = np.random.default_rng([kind, longest, choices])

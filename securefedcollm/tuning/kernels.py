@@ -92,13 +92,13 @@ class Kernels(TorchDispatchMode):
     Args:
         model: its weights and buffers are nobody's rows.
         rows: of the pass: so many records, all alike; 0 if they share the output layer alone.
-        head: positions that a call of the output layer may have.
+        head: positions that the output layer sees at a time.
         threads: of every kernel.
         known: what the first pass of a shape leaves, and others of that shape are held against.
     """
 
     def __init__(
-        self, model: nn.Module, rows: int, head: Sequence[int], threads: int, known: Reference
+        self, model: nn.Module, rows: int, head: int, threads: int, known: Reference
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.coupling: set[str] = set()
@@ -162,8 +162,8 @@ class Kernels(TorchDispatchMode):
     def _rows_of(self, values: Sequence[Tensor]) -> int:
         """Into how many parts a kernel's tensors fall that may belong to different records."""
         sizes = {len(v) for v in values if v.ndim and not self._is_nobodys(v)}
-        if calls := sizes.intersection(self._head):
-            return max(calls)
+        if self._head in sizes:
+            return self._head
         return self._rows if self._rows and any(not n % self._rows for n in sizes) else 0
 
     def _alike(self, op: Any, name: str, args: Any, kwargs: Any, rows: int) -> bool:

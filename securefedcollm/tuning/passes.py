@@ -39,11 +39,7 @@ _STEPS = 4  # padded lengths in an octave: at most a quarter of a row is padding
 # longer shows: measured with benchmarks.privacy_overhead.
 _WORTH_CPU = 5e7
 _WORTH_ELSEWHERE = 3e10
-# Positions that the output layer sees at a time. More are faster where its weights are many (128
-# take 1.3 times as long as 64, not twice), and leave more empty places where they are few.
-HEAD = (32,)
-_WIDE_HEAD = (32, 64, 128)
-_MANY = 4e6
+_HEAD_ROWS = 32  # positions that the output layer sees at a time
 
 
 class Shape(NamedTuple):
@@ -68,16 +64,15 @@ class Widths(NamedTuple):
     """How many records go together; nothing of it follows from what the records are.
 
     ``tokens``: padded tokens in a pass, about. ``most``: records in memory at a time. ``head``:
-    positions that a call of the output layer may have, ascending; of several,
-    :func:`.independence.proved` keeps those that give the same bits. ``alone``: shapes of which
-    every record goes by itself, through the output layer too; None: all shapes. ``sizes``: rows
-    that a pass of a shape may have, ascending, where :func:`.independence.proved` found that all of
-    them give the same bits; of other shapes a pass has the largest number.
+    positions of one call of the output layer. ``alone``: shapes of which every record goes by
+    itself, through the output layer too; None: all shapes. ``sizes``: rows that a pass of a shape
+    may have, ascending, where :func:`.independence.proved` found that all of them give the same
+    bits; of other shapes a pass has the largest number.
     """
 
     tokens: int
     most: int
-    head: tuple[int, ...] = HEAD
+    head: int = _HEAD_ROWS
     alone: frozenset[Shape] | None = frozenset()
     sizes: Mapping[Shape, tuple[int, ...]] = MappingProxyType({})
 
@@ -116,10 +111,7 @@ def widths_for(model: Any, most: int) -> Widths:
     except ConfigError:
         layer = model
     weights = sum(weight.numel() for weight in layer.parameters())
-    output = unwrapped(model).get_output_embeddings()
-    many = isinstance(output, nn.Module) and sum(w.numel() for w in output.parameters()) >= _MANY
-    head = _WIDE_HEAD if many else HEAD
-    return Widths(tokens=int(worth / max(1, weights)), most=most, head=head)
+    return Widths(tokens=int(worth / max(1, weights)), most=most)
 
 
 def padded_length(tokens: int) -> int:
@@ -150,7 +142,7 @@ def passes(
         for start in range(0, len(members), allowed[-1]):
             part = np.array(members[start : start + allowed[-1]], dtype=np.int64)
             size = next(size for size in allowed if size >= len(part))
-            head = () if widths.apart(shape) else widths.head
+            head = 0 if widths.apart(shape) else widths.head
             yield Pass(part, shaped(data, part, shape, size, head), shape)
 
 
@@ -173,7 +165,7 @@ def one_thread_if(wide: bool) -> Iterator[None]:
 
 
 def shaped(
-    data: EncodedQuestions, rows: Indices, shape: Shape, size: int, head: tuple[int, ...]
+    data: EncodedQuestions, rows: Indices, shape: Shape, size: int, head: int
 ) -> EncodedQuestions:
     """The records ``rows`` as a batch of exactly ``size`` rows of exactly ``shape``.
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from securefedcollm.errors import TrainingError
 from securefedcollm.tuning.head import device_of, unwrapped
-from securefedcollm.tuning.layers import in_step, passed_over
 from securefedcollm.tuning.passes import (
     Indices,
     Pass,
@@ -35,8 +34,8 @@ from securefedcollm.tuning.questions import (
     EncodedQuestions,
     Scoring,
     choice_scores,
+    last_hidden,
     scores_of,
-    states_above,
     token_log_probs,
 )
 
@@ -233,16 +232,12 @@ class Records:
         causal = unwrapped(self._model)
         place = device_of(causal)
         batches = [one.batch.to(place) for one in group]
-        noted: list[list[Call]] = [[] for _ in group]
-
-        def note(one: int) -> None:
-            noted[one] += calls
+        states, noted = [], []
+        for batch in batches:
             calls.clear()
-
+            states.append(last_hidden(causal, batch))
+            noted.append(calls.copy())
         calls.clear()
-        with passed_over(causal, 0, batches[0].prefix_layers):
-            ways = [partial(states_above, causal, batch) for batch in batches]
-            states = in_step(causal, ways, note)
         tokens = token_log_probs(causal, batches, states)
         if calls:  # the output layer itself is adapted, and sees positions without their records
             raise _mixed(calls[0].name)

@@ -25,14 +25,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from securefedcollm.errors import DataError
-from securefedcollm.tuning.head import (
-    Logits,
-    chunks,
-    device_of,
-    output_logits,
-    trained_head,
-    unwrapped,
-)
+from securefedcollm.tuning.head import Logits, device_of, output_logits, trained_head, unwrapped
 from securefedcollm.tuning.layers import passed_over
 from securefedcollm.tuning.packing import block_mask, row_limit, run, states_apart
 from securefedcollm.tuning.token_loss import CHUNK, gold_log_probs
@@ -115,8 +108,7 @@ class EncodedQuestions:
     prefix_layers: int = 0
     pieces: tuple[Row, ...] | None = None  # where tokens stand in the text; lost by a selection
     # Set in a fixed pass (.passes), where no row's arithmetic may follow from another row:
-    head: tuple[int, ...] | None = None  # positions that a call of the output layer may have,
-    # ascending; (): all of the batch
+    head: int | None = None  # positions of one call of the output layer; 0: all of the batch
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -303,15 +295,16 @@ def _log_probs(
     place = torch.cat([w.place + start for w, start in zip(wanted, starts, strict=False)])
     token = torch.cat([w.token for w in wanted])
     taken, head = torch.cat([w.states for w in wanted]), batches[0].head
-    calls = chunks(len(taken), head or (len(taken),))
-    taken = F.pad(taken, (0, 0, 0, sum(calls) - len(taken)))
+    if head:
+        taken = F.pad(taken, (0, 0, 0, -len(taken) % head))
     if fused:  # one target a slot
-        token_or_0 = F.pad(token, (0, len(taken) - len(token)))
-        own = CHUNK if head is None else calls
-        gold = gold_log_probs(taken, output_logits(causal), token_or_0, chunks=own)[: len(token)]
+        chunk = CHUNK if head is None else head or len(taken)
+        gold = gold_log_probs(
+            taken, output_logits(causal), F.pad(token, (0, len(taken) - len(token))), chunk=chunk
+        )[: len(token)]
     else:
-        free = head is None and not torch.is_grad_enabled()
-        gold = _gold(taken, output_logits(causal), place, token, _HEAD_CHUNK if free else calls)
+        chunk = (len(taken) if torch.is_grad_enabled() else _HEAD_CHUNK) if head is None else head
+        gold = _gold(taken, output_logits(causal), place, token, chunk or len(taken))
     parts = torch.split(gold, [len(w.token) for w in wanted])
     return [
         gold.new_zeros(w.real.shape).masked_scatter(w.real, part)
@@ -343,29 +336,20 @@ def _wanted(batch: EncodedQuestions, states: Tensor, one_each: bool) -> _Wanted:
     return _Wanted(taken, (counts.cumsum(0) - counts)[rows] + slots, token, real)
 
 
-def _gold(
-    taken: Tensor, head: Logits, place: Tensor, token: Tensor, calls: int | list[int]
-) -> Tensor:
+def _gold(taken: Tensor, head: Logits, place: Tensor, token: Tensor, chunk: int) -> Tensor:
     """Log-probability of ``token`` [t] at the states ``taken[place]``: float32 [t]."""
-    found, order, start = [], [], 0
-    for part in torch.split(taken, calls):
+    found, order = [], []
+    for start in range(0, len(taken), chunk):
         # Position by position, on any number of threads; logsumexp is not.
-        log_probs = F.log_softmax(head(part), dim=-1)
-        here = ((place >= start) & (place < start + len(part))).nonzero()[:, 0]
+        log_probs = F.log_softmax(head(taken[start : start + chunk]), dim=-1)
+        here = ((place >= start) & (place < start + chunk)).nonzero()[:, 0]
         found.append(log_probs[place[here] - start, token[here]])
         order.append(here)
-        start += len(part)
     return torch.cat(found)[torch.argsort(torch.cat(order))]
 
 
 def last_hidden(causal: Any, batch: EncodedQuestions) -> Tensor:
     """Hidden states after the last layer, [B, L, D], from the cached prefix on if there is one."""
-    with passed_over(causal, 0, batch.prefix_layers):
-        return states_above(causal, batch)
-
-
-def states_above(causal: Any, batch: EncodedQuestions) -> Tensor:
-    """:func:`last_hidden` of a model without the layers that ``batch.prefix`` stands for."""
     fixed, length = batch.head is not None, batch.tokens.shape[1]
     if length > row_limit(causal):
         several = not batch.generative and (fixed or bool((batch.segments > 0).any()))
@@ -380,12 +364,13 @@ def states_above(causal: Any, batch: EncodedQuestions) -> Tensor:
     start = {"input_ids": batch.tokens}
     if batch.prefix is not None:
         start = {"inputs_embeds": batch.prefix}
-    return run(
-        causal,
-        **start,
-        position_ids=batch.positions,
-        attention_mask=batch.attention_mask(causal.dtype),
-    )
+    with passed_over(causal, 0, batch.prefix_layers):
+        return run(
+            causal,
+            **start,
+            position_ids=batch.positions,
+            attention_mask=batch.attention_mask(causal.dtype),
+        )
 
 
 def by_length(data: EncodedQuestions, batch_size: int) -> Iterator[tuple[Tensor, EncodedQuestions]]:

@@ -128,18 +128,15 @@ class _Chunked(torch.autograd.Function):
         return (None, None, None, *(g * outer[0].to(g.dtype) for g in ctx.saved_tensors))
 
 
-def gold_log_probs(
-    hidden: Tensor, logits: Logits, gold: Tensor, *, chunks: int | list[int] = CHUNK
-) -> Tensor:
+def gold_log_probs(hidden: Tensor, logits: Logits, gold: Tensor, *, chunk: int = CHUNK) -> Tensor:
     """log softmax(logits(hidden))[gold] at every position: float [M], differentiable in ``hidden``.
 
     Args:
         hidden: [M, D].
         logits: an output layer without trained weights, [m, D] → float32 [m, V].
         gold: int64 [M].
-        chunks: positions of a call of ``logits``, or of each of its calls.
     """
-    found: Tensor = _Gold.apply(logits, gold, chunks, hidden)  # type: ignore[no-untyped-call]
+    found: Tensor = _Gold.apply(logits, gold, chunk, hidden)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -147,15 +144,13 @@ class _Gold(torch.autograd.Function):
     """What flows back to a position is its own slope, scaled: the slopes are kept, [M, D]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Logits, gold: Tensor, chunks: int | list[int], hidden: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Logits, gold: Tensor, chunk: int, hidden: Tensor) -> Tensor:
         found, slopes = [], []
-        for part, own in zip(torch.split(hidden, chunks), torch.split(gold, chunks), strict=True):
+        for start in range(0, len(hidden), chunk):
             with torch.set_grad_enabled(hidden.requires_grad):
-                states = part.detach().requires_grad_(hidden.requires_grad)
+                states = hidden[start : start + chunk].detach().requires_grad_(hidden.requires_grad)
                 values = logits(states)
-            at = own[:, None]
+            at = gold[start : start + chunk, None]
             found.append(F.log_softmax(values.detach(), dim=-1).gather(1, at)[:, 0])
             if hidden.requires_grad:
                 # Not exp(log_p): threads would share out its numbers in the middle of a position.

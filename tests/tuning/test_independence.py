@@ -6,10 +6,9 @@ they are the gradient.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from securefedcollm.tuning.frozen import with_prefix
 from securefedcollm.tuning.head import check_positions
 from securefedcollm.tuning.independence import refuse_coupling
 from securefedcollm.tuning.kernels import Kernels, Reference
-from securefedcollm.tuning.layers import decoder_layers, in_step
+from securefedcollm.tuning.layers import decoder_layers
 from securefedcollm.tuning.local import members_of, records_of, sampled_gradients, sum_clipped
 from securefedcollm.tuning.packing import row_limit
 from securefedcollm.tuning.passes import (
@@ -39,13 +38,7 @@ from securefedcollm.tuning.passes import (
     widths_for,
 )
 from securefedcollm.tuning.per_record import Records, without_broken
-from securefedcollm.tuning.questions import (
-    EncodedQuestions,
-    Question,
-    Scoring,
-    encode,
-    last_hidden,
-)
+from securefedcollm.tuning.questions import EncodedQuestions, Question, Scoring, encode
 from securefedcollm.tuning.recipe import evaluation_mode
 
 LAYERS, TOP, ADAPTERS, WORST, OTHERS = 4, 2, 40, 2, 24
@@ -335,102 +328,6 @@ def test_a_model_of_coarse_numbers_has_passes_of_one_size(dtype: torch.dtype, si
     assert any(len(allowed) > 1 for allowed in found.values()) == sizes
 
 
-@cache
-def heavy(dtype: torch.dtype, vocabulary: int = 16_384) -> Any:
-    """A model whose layers take one record a pass, and whose output layer is worth wide calls."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=256,
-            intermediate_size=4_096,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-        )
-        base = LlamaForCausalLM(config).to(dtype).eval()
-    return attach(base, method="lora", rank=4, top_layers=TOP, seed=1)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "head"), [(torch.float32, (32, 64, 128)), (torch.bfloat16, (32,))]
-)
-def test_calls_of_the_output_layer_have_sizes_that_give_the_same_bits(
-    dtype: torch.dtype, head: tuple[int, ...]
-) -> None:
-    """Adversary: as above. How many positions share a call follows from the other records."""
-    model = heavy(dtype)
-    layout = layout_of(model, "lora")
-    others, added = questions("mixed")
-    data = tensors(model, [added, *others[:11]], False, private=True)
-    assert widths_for(model, 16).head == (32, 64, 128)
-    given = {"loss": "choices", "scoring": SCORED, "micro_batch": 16}
-    assert set(records_of(model, layout, data, **given)._widths.head) <= set(head)
-    load_vector(model, layout, hostile(model)[0])
-    whole = isolated(model, data, "choices")
-    for rows in (range(1, len(data)), range(3), [5]):
-        found = isolated(model, data.select(torch.tensor(list(rows))), "choices")
-        assert found == [whole[row] for row in rows]
-
-
-@pytest.mark.parametrize("what", ["numbers", "lengths"])
-def test_a_pass_that_leaves_something_for_its_next_layer_goes_alone(
-    what: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Passes wait for each other within the model: one would find what another has left there."""
-    model = heavy.__wrapped__(torch.float32, 64)
-    layout = layout_of(model, "lora")
-    row_limit(model)
-    first, _, last = decoder_layers(model.get_base_model())
-    left: list[torch.Tensor] = []
-
-    def leave(layer: nn.Module, given: Any, states: torch.Tensor) -> None:
-        found = states.detach().mean() if what == "numbers" else torch.tensor(states.shape[1])
-        left[:] = [found]
-
-    def find(layer: nn.Module, given: Any, states: torch.Tensor) -> torch.Tensor:
-        return states * (1 + 1e-3 * left[0])
-
-    first.register_forward_hook(leave)
-    last.register_forward_hook(find)
-    others, added = questions("mixed")
-    less, more = (
-        tensors(model, asked, False, private=True) for asked in (others[:9], [added, *others[:9]])
-    )
-    unproved = Widths(tokens=1, most=16)
-
-    def naive(data: EncodedQuestions) -> list[bytes]:
-        given = {"loss": "choices", "scoring": SCORED, "widths": unproved}
-        with evaluation_mode(model):
-            return every(Records(model, select(model, layout), data, **given), len(data))
-
-    load_vector(model, layout, hostile(model)[0])
-    assert naive(more)[1:] != naive(less)
-    assert isolated(model, more, "choices")[1:] == isolated(model, less, "choices")
-    assert "are taken one at a time" in caplog.text
-
-
-def test_passes_in_step_say_what_each_says_alone() -> None:
-    model = heavy(torch.float32, 64).get_base_model()
-    data = tensors(model, questions("mixed")[0][:5], False, private=False)
-    ways = [partial(last_hidden, model, data.select(torch.tensor([i]))) for i in range(5)]
-    turns: list[int] = []
-    with torch.no_grad():
-        alone = [way() for way in ways]
-        together = in_step(model, ways, turns.append)
-    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
-    assert turns[:7] == [0, 1, 2, 3, 4, 0, 1]
-
-    def fails() -> torch.Tensor:
-        ways[0]()
-        raise ZeroDivisionError
-
-    before = threading.active_count()
-    with pytest.raises(ZeroDivisionError):
-        in_step(model, [ways[0], fails, ways[1]])
-    assert threading.active_count() == before
-    assert not any(m._forward_pre_hooks for m in model.modules())
-
-
 leaning_by: list[Callable[[torch.Tensor], torch.Tensor]] = []
 
 
@@ -462,7 +359,7 @@ def test_a_kernel_that_treats_few_numbers_otherwise_is_found(how: Any, found: bo
     reference: Reference = {}
     named: set[str] = set()
     for count in (16, 4):
-        kernels = Kernels(layer, count, (32,), 1, reference)
+        kernels = Kernels(layer, count, 32, 1, reference)
         with torch.no_grad(), kernels:
             says = lean(layer(rows[:count]))
         assert (says == says[0]).all()
