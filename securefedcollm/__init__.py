@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from securefedcollm.api import plan_budget as plan_budget
     from securefedcollm.api import secure_sum as secure_sum
     from securefedcollm.api import simulate as simulate
+    from securefedcollm.api import simulate_own as simulate_own
     from securefedcollm.errors import BudgetExceeded as BudgetExceeded
     from securefedcollm.errors import ConfigError as ConfigError
     from securefedcollm.errors import SecureFedCoLLMError as SecureFedCoLLMError
@@ -58,6 +59,7 @@ _DOORS: Final = {
     "plan_budget": "securefedcollm.api",
     "secure_sum": "securefedcollm.api",
     "simulate": "securefedcollm.api",
+    "simulate_own": "securefedcollm.api",
     "verify": "securefedcollm_audits.verify",
 }
 __all__ = [
@@ -75,6 +77,7 @@ __all__ = [
     "plan_budget",
     "secure_sum",
     "simulate",
+    "simulate_own",
     "verify",
 ]
 

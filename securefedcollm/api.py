@@ -6,7 +6,7 @@ may be strings. Errors are :class:`~securefedcollm.errors.SecureFedCoLLMError` w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.errors import ConfigError
+from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.federation.tracking import Kind
 from securefedcollm.federation.workload import Progress, silent
 from securefedcollm.privacy.planner import Plan
@@ -63,6 +63,23 @@ class Run:
     def adapters(self) -> Path:
         """``slm`` and ``llm`` below it, in PEFT's format."""
         return self.directory / "adapters"
+
+    def tensors(self, model: str = "slm") -> dict[str, npt.NDArray[Any]]:
+        """The tuned values of ``model`` by name, float32.
+
+        Raises:
+            StateError: the run has no adapter of this model.
+        """
+        from safetensors.numpy import load_file
+
+        files = sorted((self.adapters / model).glob("*.safetensors"))
+        if len(files) != 1:
+            raise StateError(
+                f"{self.adapters / model}: {len(files)} files with tensors",
+                hint="slm, or llm in a study with one",
+            )
+        found: dict[str, npt.NDArray[Any]] = load_file(files[0])
+        return found
 
     def bundle(self, out: Place | None = None) -> Path:
         """Write the run's evidence, for :func:`securefedcollm.verify`; the file's path.
@@ -135,6 +152,62 @@ def simulate(
         files=files,
         track=track,
     ).run(progress, lambda text: None)
+    return Run(directory, results)
+
+
+def simulate_own(
+    study: Study | Place | Mapping[str, Any],
+    start: Mapping[str, Any],
+    silos: Mapping[str, Callable[[dict[str, Any], int], Mapping[str, Any]]],
+    *,
+    evaluate: Callable[[dict[str, Any]], Mapping[str, float]] | None = None,
+    out: Place | None = None,
+    drops: Iterable[str] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Run:
+    """Run a study whose silos train with code of their own: any model, data and loop.
+
+    What a silo returns is compared with what it was given; the difference is clipped, noised if the
+    study has privacy (``unit: silo``), masked and summed, with budget and evidence as in every
+    study. The mean is added to the global values (FedAvg, McMahan et al. 2017). Adversary: the
+    server, and ``silos.colluders`` silos; never a silo's own code.
+
+    Args:
+        study: with ``task.kind: own`` and ``models.slm.source: own:NAME``; a path, or a mapping.
+        start: name → tensor (numpy or torch, floating point): what all silos begin with.
+        silos: name → ``train(values, round)``, which returns the tuned values by the same names.
+            Rounds count from 0. All run in this process, one after the other.
+        evaluate: ``evaluate(values)`` returns shares (0 to 1) by name, for the table.
+        out: the run's directory; default ``runs/STUDY``.
+        drops: silos to lose on purpose, ``SILO@STEP[:ROUND]``.
+        resume: go on with the run in ``out``. overwrite: replace it.
+        progress: called as ``progress(done, total, text)``.
+
+    Returns:
+        the run; ``run.tensors()`` are the tuned values.
+
+    Raises:
+        SecureFedCoLLMError: with the run in a state that ``resume`` continues, or not begun. Under
+            ``unit: silo`` a training that fails is logged, and the silo contributes noise alone:
+            whether it failed may depend on its records.
+    """
+    from securefedcollm.federation import own
+
+    agreed = study if isinstance(study, Study) else load_study(study)
+    directory = Path(out) if out is not None else Path("runs") / agreed.study
+    results = own.simulate_own(
+        agreed,
+        start,
+        silos,
+        evaluate=evaluate,
+        out=directory,
+        drops=drops,
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+    )
     return Run(directory, results)
 
 

@@ -79,7 +79,7 @@ def task_of(
     like = like or Task(data=Data())
     if kind in {None, like.kind}:
         labels, template = labels or like.labels, template or like.template
-    kind = kind or like.kind
+    kind = kind or like.rows
     if (kind == "classification") != bool(labels):
         raise ConfigError(
             "a classification needs labels, and nothing else does",

@@ -238,7 +238,7 @@ def deal(
     owner = study.subject or BUILTIN_SUBJECT
     for name, questions in files.items():
         write_questions(
-            out / f"{name}.jsonl", questions, owner, study.task.kind, study.task.columns
+            out / f"{name}.jsonl", questions, owner, study.task.rows, study.task.columns
         )
     if as_json:
         typer.echo(json.dumps({name: len(questions) for name, questions in files.items()}))

@@ -168,7 +168,7 @@ def evaluate(
             chosen.loaded,
             questions,
             adapter=chosen.adapter,
-            kind=rows.kind,
+            kind=rows.rows,
             scoring=Scoring(
                 score or (plan.score if plan else "plain"),
                 score_temperature or (plan.score_temperature if plan else 1.0),

@@ -14,7 +14,8 @@ import torch
 from securefedcollm.errors import DataError
 from securefedcollm.federation.cotuning import steps_of, training_seed
 from securefedcollm.federation.dealing import Dealt
-from securefedcollm.federation.simulate import remembered, tuned_alone
+from securefedcollm.federation.results import remembered
+from securefedcollm.federation.simulate import tuned_alone
 from securefedcollm.federation.tuned import Tuned
 from securefedcollm.federation.workload import Progress, silent
 from securefedcollm.privacy.events import PoissonGaussian

@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from securefedcollm.errors import ConfigError, DataError
-from securefedcollm.federation.plan import silo_names
+from securefedcollm.federation.plan import check_names, silo_names
 from securefedcollm.study import Study
-from securefedcollm.study.config import Name, Task
+from securefedcollm.study.config import Task
 from securefedcollm.tuning.data import read_questions
 from securefedcollm.tuning.formats import Layout
 from securefedcollm.tuning.questions import Question
@@ -54,34 +53,17 @@ def given_files(
     """
     where, names = "--silo", [name for name, _ in silos]
     untaught = public is None and study.models.llm is not None
-    listed = [p.name for p in study.roster if p.role == "silo"]
     what = hint = ""
     if study.task.data.builtin:
         what, hint = "the built-in world makes its own records", "remove task.data.builtin"
     elif untaught or test is None or not silos:
         where = "--silo" if not silos else "--public" if untaught else "--test"
         what, hint = "this file is missing", "give --silo NAME=FILE …, --public and --test"
-    elif len({*names}) < len(names):
-        what, hint = "a silo is named twice", "each has one file"
-    elif len(names) != study.silos.count:
-        what = f"{len(names)} silos have a file, the study has {study.silos.count}"
-        hint = f"name all, or --set silos.count={len(names)}"
-    elif listed and {*listed} != {*names}:
-        what, hint = "not the silos of the roster", f"they are {', '.join(sorted(listed))}"
-    elif bad := next((name for name in names if not _is_name(name)), None):
-        what, hint = f"{bad!r} is no name for a silo", "a to z, 0 to 9, . _ and -; not server"
     if what:
         raise ConfigError(what, where=where, hint=hint)
+    check_names(study, names, where)
     assert test is not None
     return Files(dict(sorted(silos)), public, test)
-
-
-def _is_name(name: str) -> bool:
-    try:
-        msgspec.convert(name, Name)
-    except msgspec.ValidationError:
-        return False
-    return name not in {"server", "authority"}
 
 
 def deal(study: Study, data: Path | None, noisy: int = 0, files: Files | None = None) -> Dealt:
@@ -102,6 +84,7 @@ def deal(study: Study, data: Path | None, noisy: int = 0, files: Files | None = 
     """
     names = silo_names(study)
     spec = study.task.data
+    _ = study.task.rows  # refuses own training
     if files is not None:
         return Dealt(
             public=tuple(read_public(study, files.public)) if files.public else (),
@@ -240,4 +223,4 @@ def read_public(study: Study, path: Path) -> list[Question]:
 
 def layout_of(task: Task) -> Layout:
     """How the rows of the task's files are read."""
-    return Layout(kind=task.kind, labels=task.labels, columns=task.columns, template=task.template)
+    return Layout(kind=task.rows, labels=task.labels, columns=task.columns, template=task.template)

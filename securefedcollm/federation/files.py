@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from securefedcollm.errors import StateError
@@ -56,6 +57,34 @@ def write_durably(path: Path, *content: bytes | memoryview) -> None:
             f"{path}: cannot be written ({error.strerror or error})",
             hint="free some space or choose another directory with --out, then --resume",
         ) from None
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Have ``source`` in place of ``target``."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+
+
+@contextlib.contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+    """A fresh directory (mode 0700) that takes the place of ``directory`` if all goes well.
+
+    Raises:
+        StateError: it cannot be made, or moved there.
+    """
+    fresh = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        yield make_directory(fresh)
+        shutil.rmtree(directory, ignore_errors=True)
+        fresh.rename(directory)
+    except OSError as error:
+        raise StateError(
+            f"{directory}: cannot be written ({error.strerror or error})",
+            hint="choose another directory with --out",
+        ) from None
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def sync_tree(directory: Path) -> None:

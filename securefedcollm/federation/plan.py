@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import msgspec
 
 from securefedcollm.aggregation import (
     AUTHORITY_SUITES,
@@ -20,6 +22,7 @@ from securefedcollm.privacy.joint import JointSetting, JointStep, calibrate_join
 from securefedcollm.privacy.quantise import Quantiser
 from securefedcollm.privacy.silo_unit import Setting, SiloUnit, calibrate_silo
 from securefedcollm.study import Study, digest
+from securefedcollm.study.config import Name
 
 AUTHORITY = "authority"
 """What the key holder is called in a simulation, and its evidence log in every study."""
@@ -30,6 +33,38 @@ def silo_names(study: Study) -> list[str]:
     listed = sorted(p.name for p in study.roster if p.role == "silo")
     width = len(str(study.silos.count))
     return listed or [f"silo-{i + 1:0{width}d}" for i in range(study.silos.count)]
+
+
+def check_names(study: Study, names: Sequence[str], where: str) -> None:
+    """Refuse names that are not those of the study's silos.
+
+    Args:
+        where: what gave the names.
+
+    Raises:
+        ConfigError: with the fix.
+    """
+    listed = [p.name for p in study.roster if p.role == "silo"]
+    what = hint = ""
+    if len({*names}) < len(names):
+        what, hint = "a silo is named twice", "name each once"
+    elif len(names) != study.silos.count:
+        what = f"{len(names)} silos are named, the study has {study.silos.count}"
+        hint = f"name all, or set silos.count to {len(names)}"
+    elif listed and {*listed} != {*names}:
+        what, hint = "not the silos of the roster", f"they are {', '.join(sorted(listed))}"
+    elif bad := next((name for name in names if not _is_name(name)), None):
+        what, hint = f"{bad!r} is no name for a silo", "a to z, 0 to 9, . _ and -; not server"
+    if what:
+        raise ConfigError(what, where=where, hint=hint)
+
+
+def _is_name(name: str) -> bool:
+    try:
+        msgspec.convert(name, Name)
+    except msgspec.ValidationError:
+        return False
+    return name not in {"server", AUTHORITY}
 
 
 def authority_of(study: Study, key: bytes = b"") -> Authority | None:

@@ -21,6 +21,7 @@ from safetensors import numpy as safetensors
 from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.federation.files import make_directory, sync_tree, write_durably
 from securefedcollm.federation.workload import ServerWorkload, Vector
+from securefedcollm.study import Study, digest
 
 METRICS: Final = "metrics.jsonl"
 
@@ -62,7 +63,7 @@ class RunStore:
                 study, and it is on.
             StateError: the state cannot be read or written.
         """
-        self._directory = directory
+        self.directory = directory
         self._server = make_directory(directory / "server")
         self._path = self._server / "state.json"
         if self._path.exists():
@@ -201,7 +202,7 @@ class RunStore:
         The server's own record: accuracy on its test questions, bytes, seconds, who took part.
         """
         lines = (json.dumps(record).encode() + b"\n" for record in self.state.history)
-        write_durably(self._directory / METRICS, b"".join(lines))
+        write_durably(self.directory / METRICS, b"".join(lines))
 
     def _next_sum(self) -> None:
         self.state.attempt = 0
@@ -268,3 +269,24 @@ class RunStore:
 
     def _write(self) -> None:
         write_durably(self._path, json.dumps(asdict(self.state), indent=1).encode())
+
+
+def check_directory(study: Study, out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse what would harm a run or a directory that is there.
+
+    Raises:
+        ConfigError: with the fix.
+    """
+    if overwrite and out.exists():
+        known = {"study.yaml", "server"}
+        if any(out.iterdir()) and not known & {p.name for p in out.iterdir()}:
+            raise ConfigError(
+                "is not a run directory; it will not be removed",
+                where=str(out),
+                hint="choose another --out",
+            )
+    known_run = (out / "server" / "state.json").exists()
+    if resume and not known_run:
+        raise ConfigError("there is no run to resume", where=str(out), hint="leave out --resume")
+    if known_run and not (resume or overwrite):
+        RunStore(out, digest(study), resume=False)  # refuses

@@ -7,45 +7,29 @@ the participants' directories, unencrypted.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from securefedcollm import __version__
-from securefedcollm.aggregation import Roster
-from securefedcollm.errors import ConfigError, SecureFedCoLLMError
-from securefedcollm.evidence.ledger import LoggedLedger
-from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
-from securefedcollm.evidence.log import EvidenceLog
-from securefedcollm.federation.authority import AuthoritySession
-from securefedcollm.federation.coordinator import Coordinator
-from securefedcollm.federation.engines import SiloPort
-from securefedcollm.federation.engines.dropouts import Drop, DroppingEngine
-from securefedcollm.federation.engines.embedded import EmbeddedEngine, process_context
-from securefedcollm.federation.files import make_directory, write_durably
-from securefedcollm.federation.keeping import BEST, best_round, describe_best, is_over
-from securefedcollm.federation.plan import AUTHORITY, authority_of, silo_names, sums_to_an_end
-from securefedcollm.federation.recording import SERVER, AuthorityRecord, ServerRecord, SiloRecord
-from securefedcollm.federation.results import best_method, rows
-from securefedcollm.federation.runstore import RunStore
-from securefedcollm.federation.silo import SiloSession
-from securefedcollm.federation.silostore import SiloStore
+from securefedcollm.errors import SecureFedCoLLMError
+from securefedcollm.federation.cohort import Cohort
+from securefedcollm.federation.engines.dropouts import Drop
+from securefedcollm.federation.engines.embedded import process_context
+from securefedcollm.federation.files import copy_tree, make_directory, write_durably
+from securefedcollm.federation.keeping import BEST, best_round
+from securefedcollm.federation.plan import silo_names
+from securefedcollm.federation.results import best_method, remembered, rows, write_results
+from securefedcollm.federation.runstore import RunStore, check_directory
 from securefedcollm.federation.status import round_sentence
 from securefedcollm.federation.tracking import Follow, Kind, require_tracker, tracking
-from securefedcollm.federation.workload import Progress, silent
-from securefedcollm.primitives import SigningKey
-from securefedcollm.privacy.accounting import prv_bounds
-from securefedcollm.privacy.adversaries import per_adversary
-from securefedcollm.privacy.events import Events, PoissonGaussian
-from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.federation.workload import Progress, ServerWorkload, silent
+from securefedcollm.privacy.events import PoissonGaussian
 from securefedcollm.study import Study, digest, dump_study
-from securefedcollm.study.identity import create_identity, open_identity, read_identity
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
@@ -131,7 +115,7 @@ class Simulation:
             SecureFedCoLLMError: with the run in a state that ``resume`` continues, or not begun.
         """
         started = time.monotonic()
-        self._check_directory()
+        check_directory(self._study, self._out, resume=self._resume, overwrite=self._overwrite)
         self._context = process_context(PRELOAD) if self._workers else None
 
         from securefedcollm.federation import cotuning
@@ -166,41 +150,23 @@ class Simulation:
                 shutil.rmtree(self._out)
             raise
         for name in ("slm", "llm") if self._distillation else ("slm",):
-            _replace_tree(self._out / "server" / _last(store) / name, self._out / "adapters" / name)
+            copy_tree(store.adapters / name, self._out / "adapters" / name)
         history = store.state.history
         method = "FedCoLLM" if self._distillation else "FedAvg"
         table = rows("zero-shot", zero_shot) + rows(method, history[-1]["evaluation"])
         best = best_round(self._study, history)
         if best is not None:
-            _replace_tree(store.best_adapters(best), self._out / BEST)
+            copy_tree(store.best_adapters(best), self._out / BEST)
             table += rows(best_method(method, best), history[best - 1]["evaluation"])
         del server
         if "standalone" in self._baselines:
             table += rows("standalone", self._standalone(progress))
         if "fedavg" in self._baselines:
             table += rows("FedAvg", self._fedavg(dealt, progress))
-        results = self._results(store, table, {n: len(q) for n, q in dealt.silos.items()})
-        results["seconds"] = round(time.monotonic() - started, 1)
-        write_durably(self._out / "results.json", json.dumps(results, indent=2).encode())
-        return results
-
-    def _check_directory(self) -> None:
-        """Refuse what would harm a run or a directory that is there."""
-        if self._overwrite and self._out.exists():
-            known = {"study.yaml", "server"}
-            if any(self._out.iterdir()) and not known & {p.name for p in self._out.iterdir()}:
-                raise ConfigError(
-                    "is not a run directory; it will not be removed",
-                    where=str(self._out),
-                    hint="choose another --out",
-                )
-        known_run = (self._out / "server" / "state.json").exists()
-        if self._resume and not known_run:
-            raise ConfigError(
-                "there is no run to resume", where=str(self._out), hint="leave out --resume"
-            )
-        if known_run and not (self._resume or self._overwrite):
-            RunStore(self._out, digest(self._study), resume=False)  # refuses
+        records = {name: len(questions) for name, questions in dealt.silos.items()}
+        return write_results(
+            store, self._study, table, records, _notes(self._study, self._baselines), started
+        )
 
     def _prepare_models(self, progress: Progress, say: Say) -> None:
         """Make the built-in models on first use, both at once."""
@@ -214,37 +180,16 @@ class Simulation:
     def _federate(
         self,
         store: RunStore,
-        server: Any,
+        server: ServerWorkload,
         directory: Path,
         progress: Progress,
         say: Say,
         follow: Follow = lambda history: None,
     ) -> None:
         """All rounds of one federation, from wherever ``store`` stands."""
-        names = self._names
-        key = _identity(directory / "server", SERVER)
-        roster = Roster(
-            {name: _identity(directory / "silos" / name, name).public for name in names}
-        )
-        log = EvidenceLog(
-            directory / "server" / EVIDENCE, study=digest(self._study), owner=SERVER, key=key
-        )
-        office = b""
-        if self._study.scheme == "ckks-authority":
-            office = _identity(directory / AUTHORITY, AUTHORITY).public
-        authority = authority_of(self._study, office)
-        evidence = ServerRecord(
-            log, key=key, roster=roster, quorum=self._study.threshold, authority=office
-        )
-        if is_over(self._study, store.state.history) and evidence.sealed:
-            return
-        factory = partial(
-            make_party,
+        workload = partial(
+            silo_tuning,
             study=self._study,
-            roster=roster,
-            server=key.public,
-            authority=office,
-            directory=directory,
             data=self._data,
             device=self._device,
             threads=self._threads,
@@ -258,29 +203,15 @@ class Simulation:
             follow(store.state.history)
             say(round_sentence(record, self._study.rounds))
 
-        with EmbeddedEngine(
-            [*names, *([authority.name] if authority else [])],
-            factory,
+        Cohort(
+            self._study,
+            self._names,
+            directory,
             workers=self._workers,
-            progress=progress,
+            threads=self._threads,
+            drops=self._drops,
             context=self._context,
-        ) as engine:
-            coordinator = Coordinator(
-                study=self._study,
-                roster=roster,
-                engine=DroppingEngine(engine, self._drops, self._study.scheme)
-                if self._drops
-                else engine,
-                workload=server,
-                store=store,
-                progress=progress,
-                on_round=on_round,
-                evidence=evidence,
-                authority=authority,
-            )
-            coordinator.run()
-            coordinator.end()
-        log.close()
+        ).run(store, server, workload, progress, on_round)
 
     def _fedavg(self, dealt: Any, progress: Progress) -> dict[str, float]:
         """The same federation without the server's phase."""
@@ -319,120 +250,25 @@ class Simulation:
     def _once(self, name: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
         return remembered(self._out / "server" / f"{name}.json", make)
 
-    def _results(
-        self, store: RunStore, table: list[dict[str, Any]], records: dict[str, int]
-    ) -> dict[str, Any]:
-        order = ["zero-shot", "standalone", "FedAvg", "FedCoLLM"]
-        table.sort(
-            key=lambda row: (row["model"] != "slm", order.index(row["method"].partition(",")[0]))
-        )
-        privacy = self._study.privacy
-        history = store.state.history
-        silos = []
-        for name, count in records.items():
-            silos.append(
-                {
-                    "name": name,
-                    "records": count,
-                    **_spent(self._out / "silos" / name, self._study),
-                    "epsilon_budget": privacy.epsilon if privacy else None,
-                    "delta": privacy.delta if privacy else None,
-                    "bytes_up": sum(r.get("bytes_up", {}).get(name, 0) for r in history),
-                    "bytes_down": sum(r.get("bytes_down", {}).get(name, 0) for r in history),
-                }
-            )
-        best = describe_best(self._study, history)
-        return ({"best": best} if best else {}) | {
-            "study": self._study.study,
-            "digest": digest(self._study).hex(),
-            "version": __version__,
-            "run_id": store.state.run_id,
-            "groups": list(table[0]["accuracy"]) if table else [],
-            "table": table,
-            "silos": silos,
-            "rounds": history,
-            "notes": _notes(self._study, self._baselines) + _kept(self._study, history),
-            "places": {
-                "results": str(self._out / "results.json"),
-                "adapters": str(self._out / "adapters"),
-                **({"best": str(self._out / BEST)} if best else {}),
-                "metrics": str(self._out / "metrics.jsonl"),
-            },
-        }
 
-
-def make_party(
+def silo_tuning(
     name: str,
     progress: Progress,
     *,
     study: Study,
-    roster: Roster,
-    server: bytes,
-    authority: bytes,
-    directory: Path,
     data: Path | None,
+    device: str,
     threads: int,
     planned: Mapping[str, PoissonGaussian | None],
-    device: str = "cpu",
-    noisy: int = 0,
-    files: Files | None = None,
-) -> SiloPort:
-    """Build one silo, or the authority, in the process that will run it."""
-    if name not in roster:
-        return make_authority(study, roster=roster, server=server, home=directory / AUTHORITY)
-    return make_silo(
-        name,
-        progress,
-        study=study,
-        roster=roster,
-        server=server,
-        authority=authority,
-        directory=directory,
-        data=data,
-        device=device,
-        threads=threads,
-        planned=planned,
-        noisy=noisy,
-        files=files,
-    )
-
-
-def make_authority(study: Study, *, roster: Roster, server: bytes, home: Path) -> AuthoritySession:
-    """The party that holds the key, in a process that knows no silo's secrets or data."""
-    key = _identity(home, AUTHORITY)
-    log = EvidenceLog(home / EVIDENCE, study=digest(study), owner=AUTHORITY, key=key)
-    return AuthoritySession(
-        study=study,
-        roster=roster,
-        key=key,
-        store=SiloStore(home, "authority.sqlite"),
-        evidence=AuthorityRecord(log, key=key.public, roster=roster, server=server),
-    )
-
-
-def make_silo(
-    name: str,
-    progress: Progress,
-    *,
-    study: Study,
-    roster: Roster,
-    server: bytes,
-    authority: bytes,
-    directory: Path,
-    data: Path | None,
-    threads: int,
-    planned: Mapping[str, PoissonGaussian | None],
-    device: str = "cpu",
-    noisy: int = 0,
-    files: Files | None = None,
-) -> SiloSession:
-    """Build one silo in the process that will run it."""
+    noisy: int,
+    files: Files | None,
+) -> SiloTuning:
+    """The tuning of one silo, in the process that will run it."""
     from securefedcollm.federation import cotuning
     from securefedcollm.federation.dealing import deal
 
     cotuning.set_threads(threads)
-    home = make_directory(directory / "silos" / name)
-    workload = cotuning.SiloTuning(
+    return cotuning.SiloTuning(
         study,
         name,
         deal(study, data, noisy, files).silos[name],
@@ -441,32 +277,6 @@ def make_silo(
         progress=progress,
         planned=planned[name],
     )
-    key = _identity(home, name)
-    log = EvidenceLog(home / EVIDENCE, study=digest(study), owner=name, key=key)
-    return SiloSession(
-        study=study,
-        name=name,
-        roster=roster,
-        key=key,
-        workload=workload,
-        store=SiloStore(home),
-        ledger=LoggedLedger(home / "ledger.sqlite", name, log, sums=sums_to_an_end(study)),
-        progress=progress,
-        threads=threads,
-        explain=True,
-        evidence=SiloRecord(
-            log, name=name, key=key, roster=roster, server=server, authority=authority
-        ),
-        authority=authority,
-    )
-
-
-def _identity(home: Path, name: str) -> SigningKey:
-    """The participant's throw-away identity: in its own directory, so that ``resume`` has it."""
-    path = make_directory(home) / "identity.json"
-    if not path.exists():
-        create_identity(name, path, None)
-    return open_identity(read_identity(path), None)
 
 
 def tune_alone(
@@ -556,52 +366,6 @@ def planned(study: Study, questions: Sequence[Question]) -> PoissonGaussian | No
     return planned_event(study, questions)
 
 
-def remembered(path: Path, make: Callable[[], dict[str, T]]) -> dict[str, T]:
-    """The JSON in ``path``, made once."""
-    if not path.exists():
-        write_durably(path, json.dumps(make()).encode())
-    content: dict[str, T] = json.loads(path.read_bytes())
-    return content
-
-
-def _spent(home: Path, study: Study) -> dict[str, Any]:
-    """What the silo's ledger says at the study's δ, and for each adversary; None without DP.
-
-    ``epsilon_other_accountants``: of the same releases, by those whose word is not the claim.
-    """
-    spent: float | None = None
-    adversaries: dict[str, float] | None = None
-    others: dict[str, float] = {}
-    if study.privacy is not None:
-        delta = study.privacy.delta
-        spent, adversaries = 0.0, {}
-        with Ledger(home / "ledger.sqlite", home.name) as ledger:
-            entries = ledger.entries()
-            if entries:
-                summary = ledger.spent(*entries[0].key[:2], delta)
-                spent = summary.claim.epsilon
-                rows = per_adversary(
-                    summary.events, [delta], study.silos.colluders, terms=entries[0].terms
-                )
-                adversaries = {row.adversary: row.epsilons[0].epsilon for row in rows}
-                others = _other_accountants(tuple(summary.events), delta)
-    return {
-        "epsilon_spent": spent,
-        "epsilon_by_adversary": adversaries,
-        "epsilon_other_accountants": others,
-    }
-
-
-@lru_cache  # silos of equal size have the same releases
-def _other_accountants(events: Events, delta: float) -> dict[str, float]:
-    from securefedcollm.tuning.opinion import opacus_epsilon
-
-    theirs = opacus_epsilon(events, delta)
-    if theirs is None:
-        return {}
-    return {"prv-accountant": prv_bounds(events, delta)[1], "opacus": theirs}
-
-
 def _notes(study: Study, baselines: tuple[str, ...]) -> list[str]:
     notes = []
     if study.task.data.builtin:
@@ -626,33 +390,6 @@ def _notes(study: Study, baselines: tuple[str, ...]) -> list[str]:
         notes.append("The authority ran on this machine; its worth is that it runs elsewhere.")
     notes.append("Identities were throw-away; a real study is signed by its participants.")
     return notes
-
-
-def _kept(study: Study, history: list[dict[str, Any]]) -> list[str]:
-    best, keep = best_round(study, history), study.keep
-    if best is None or keep is None:
-        return []
-    notes = [
-        f"Round {best} was the best, by {keep.metric} of the {keep.best.upper()} on {keep.rows} "
-        "public questions that nothing was distilled from. Its adapters are in adapters-best."
-    ]
-    if len(history) < study.rounds:
-        notes.append(
-            f"The run ended after {len(history)} of {study.rounds} rounds, {keep.patience} in a "
-            "row without a better one. Baselines run all rounds."
-            + " The end was chosen on what was released: the promise is the study's ε."
-            * (study.privacy is not None)
-        )
-    return notes
-
-
-def _last(store: RunStore) -> str:
-    return f"round-{store.state.round:05d}"
-
-
-def _replace_tree(source: Path, target: Path) -> None:
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target)
 
 
 def _prefixed(progress: Progress, prefix: str) -> Progress:

@@ -158,7 +158,7 @@ class Tuned:
         task, top = self.study.task, self.study.adapter.top_layers
 
         def make() -> EncodedQuestions:
-            encoded = encode(questions, self.tokenizer, task.max_tokens, task.kind, cuts=cuts)
+            encoded = encode(questions, self.tokenizer, task.max_tokens, task.rows, cuts=cuts)
             check_vocabulary(self.model, self.tokenizer, encoded.tokens, encoded.targets)
             most = self.study.local.micro_batch if private else None
             if self.scoring.needs_prior:

@@ -9,6 +9,7 @@ from securefedcollm.study.bounds import check_sizes
 from securefedcollm.study.config import (
     BUILTIN_SUBJECT,
     PLACEMENTS,
+    Adapter,
     Data,
     Distillation,
     Model,
@@ -24,6 +25,7 @@ _CONTENT: Final = {
     "classification": {"text", "label"},
     "instruction": {"instruction", "response"},
     "text": {"text"},
+    "own": set(),
 }
 """The columns that a record of each kind of task is made of."""
 _FRAMED: Final = {"multiple_choice", "classification"}
@@ -38,6 +40,7 @@ def check(study: Study) -> None:
     """
     check_sizes(study)
     _check_silos(study)
+    _check_own(study)
     _check_steps(study)
     _check_ring(study)
     _check_privacy(study)
@@ -83,6 +86,37 @@ def _check_silos(study: Study) -> None:
             where="silos.minimum",
             hint=f"at most {n}",
         )
+
+
+def _check_own(study: Study) -> None:
+    """Code of the participants' own: what this project cannot promise, or would not read."""
+    own, source = study.task.kind == "own", study.models.slm.source
+    if own != source.startswith("own:"):
+        raise ConfigError(
+            f"{source!r} and kind: {study.task.kind} exclude each other",
+            where="models.slm.source",
+            hint="own:NAME and kind: own belong together",
+        )
+    if not own:
+        return
+    # One record's influence is bounded only where this project computes the gradients.
+    if study.privacy is not None and study.privacy.unit != "silo":
+        raise ConfigError(
+            f"own training cannot promise anything about one {study.privacy.unit}",
+            where="privacy.unit",
+            hint="choose unit: silo with noise: distributed, or a kind of task that this project "
+            "trains",
+        )
+    plain = Adapter(max_abs=study.adapter.max_abs)
+    for where, unread in (
+        ("models.llm", study.models.llm is not None),
+        ("adapter", study.adapter != plain),
+        ("task.data", study.task.data != Data()),
+        ("task.template", study.task.template is not None),
+        ("keep", study.keep is not None),
+    ):
+        if unread:
+            raise ConfigError("own training has none", where=where, hint="remove it")
 
 
 def _check_ring(study: Study) -> None:
@@ -376,7 +410,7 @@ def _check_task(study: Study) -> None:
 
 def _check_model(where: str, model: Model) -> None:
     kind, _, rest = model.source.partition(":")
-    if kind not in {"builtin", "path", "hub"} or not rest:
+    if kind not in {"builtin", "path", "hub", "own"} or not rest:
         raise ConfigError(
             f"{model.source!r} is no model source",
             where=f"{where}.source",

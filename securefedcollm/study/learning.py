@@ -6,6 +6,7 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta, field
 
+from securefedcollm.errors import ConfigError
 from securefedcollm.study.kinds import Count, Fraction, Hex32, Positive, Schedule, Section, says
 
 MAX_ABS: Final = 100.0
@@ -20,7 +21,7 @@ class Model(Section, frozen=True):
         says(
             "Where the model comes from: `builtin:NAME` (made on first use), `path:DIR` (a "
             "transformers directory with safetensors weights, relative to --data) or "
-            "`hub:ORG/NAME`."
+            "`hub:ORG/NAME`. With `task.kind: own` it is `own:NAME`, a name alone."
         ),
     ]
     revision: Annotated[
@@ -123,17 +124,22 @@ class Data(Section, frozen=True):
     ] = 1.0
 
 
+RowKind = Literal["multiple_choice", "classification", "instruction", "text"]
+"""What a record is, where this project reads and trains on it."""
+
+
 class Task(Section, frozen=True):
     """What is learnt."""
 
     data: Annotated[Data, says("Which records there are.")] = Data()
     kind: Annotated[
-        Literal["multiple_choice", "classification", "instruction", "text"],
+        Literal["multiple_choice", "classification", "instruction", "text", "own"],
         says(
             "What a record is. `multiple_choice`: question, choices, answer. `classification`: "
             "text and label; the model scores the labels as words. `instruction`: instruction and "
             "response, tuned on the response, in the tokenizer's chat template if it has one. "
-            "`text`: text, tuned on every token."
+            "`text`: text, tuned on every token. `own`: the silos train with code of their own, on "
+            "whatever it reads (from Python)."
         ),
     ] = "multiple_choice"
     labels: Annotated[
@@ -173,6 +179,21 @@ class Task(Section, frozen=True):
             "`Question: {}\\nAnswer:` or `Text: {}\\nLabel:`."
         ),
     ] = None
+
+    @property
+    def rows(self) -> RowKind:
+        """:attr:`kind`, for whoever reads records.
+
+        Raises:
+            ConfigError: own training has records of its own.
+        """
+        if self.kind == "own":
+            raise ConfigError(
+                "the silos of this study train with code of their own",
+                where="task.kind",
+                hint="run it from Python with securefedcollm.simulate_own: see docs/training.md",
+            )
+        return self.kind
 
 
 class Adapter(Section, frozen=True):

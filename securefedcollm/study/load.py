@@ -89,19 +89,24 @@ StrictLoader.add_implicit_resolver(
 
 
 def load_study(
-    path: str | Path, overrides: Sequence[str] | Mapping[str, Any] | None = None
+    study: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] | Mapping[str, Any] | None = None,
 ) -> Study:
     """Read, override and check a study.
 
     Args:
-        path: the YAML file.
+        study: the YAML file; or what such a file would hold.
         overrides: ``key.path=value`` strings, values in YAML (``privacy=null`` switches it off); or
             values by key path, as in ``{"rounds": 2, "privacy.epsilon": 4}``.
 
     Raises:
         ConfigError: naming the file or key path, and the fix.
     """
-    tree = _parse(_read(Path(path)), str(path))
+    tree = (
+        json.loads(_written("study", study))
+        if isinstance(study, Mapping)
+        else _parse(_read(Path(study)), str(study))
+    )
     if isinstance(overrides, Mapping):
         overrides = [f"{key}={_written(key, value)}" for key, value in overrides.items()]
     for override in overrides or ():

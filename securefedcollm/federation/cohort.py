@@ -1,0 +1,179 @@
+"""Every participant of a federation on this machine: real roles, only the distances are missing.
+
+Each silo runs in a worker process, or in this one, with its own directory (identity, ledger, log,
+journal, updates), and exchanges the same frames as over a network. Identities are made for the run;
+their keys lie in the participants' directories, unencrypted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from securefedcollm.aggregation import Roster
+from securefedcollm.evidence.ledger import LoggedLedger
+from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
+from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.federation.authority import AuthoritySession
+from securefedcollm.federation.coordinator import Coordinator
+from securefedcollm.federation.engines import SiloPort
+from securefedcollm.federation.engines.dropouts import Drop, DroppingEngine
+from securefedcollm.federation.engines.embedded import EmbeddedEngine
+from securefedcollm.federation.files import make_directory
+from securefedcollm.federation.keeping import is_over
+from securefedcollm.federation.plan import AUTHORITY, authority_of, sums_to_an_end
+from securefedcollm.federation.recording import SERVER, AuthorityRecord, ServerRecord, SiloRecord
+from securefedcollm.federation.runstore import RunStore
+from securefedcollm.federation.silo import SiloSession
+from securefedcollm.federation.silostore import SiloStore
+from securefedcollm.federation.workload import Progress, ServerWorkload, SiloWorkload
+from securefedcollm.primitives import SigningKey
+from securefedcollm.study import Study, digest
+from securefedcollm.study.identity import create_identity, open_identity, read_identity
+
+if TYPE_CHECKING:
+    from multiprocessing.context import BaseContext
+
+MakeWorkload = Callable[[str, Progress], SiloWorkload]
+"""The training of the silo of that name; picklable where processes run the silos."""
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Who takes part, and how this machine runs them.
+
+    Args:
+        names: of the silos.
+        directory: holds ``server`` and ``silos/NAME``.
+        workers: processes for the silos; 0: this one runs them, one after another.
+        threads: that one silo's part of the secure sum may use.
+        drops: silos to lose on purpose.
+        context: how processes start.
+    """
+
+    study: Study
+    names: Sequence[str]
+    directory: Path
+    workers: int = 0
+    threads: int = 1
+    drops: Sequence[Drop] = ()
+    context: BaseContext | None = None
+
+    def run(
+        self,
+        store: RunStore,
+        server: ServerWorkload,
+        workload: MakeWorkload,
+        progress: Progress,
+        on_round: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """All rounds, from wherever ``store`` stands."""
+        study, directory = self.study, self.directory
+        key = _identity(directory / "server", SERVER)
+        roster = Roster(
+            {name: _identity(directory / "silos" / name, name).public for name in self.names}
+        )
+        log = EvidenceLog(
+            directory / "server" / EVIDENCE, study=digest(study), owner=SERVER, key=key
+        )
+        office = b""
+        if study.scheme == "ckks-authority":
+            office = _identity(directory / AUTHORITY, AUTHORITY).public
+        authority = authority_of(study, office)
+        evidence = ServerRecord(
+            log, key=key, roster=roster, quorum=study.threshold, authority=office
+        )
+        if is_over(study, store.state.history) and evidence.sealed:
+            return
+        factory = partial(
+            _make_party,
+            study=study,
+            roster=roster,
+            server=key.public,
+            authority=office,
+            directory=directory,
+            threads=self.threads,
+            workload=workload,
+        )
+        with EmbeddedEngine(
+            [*self.names, *([authority.name] if authority else [])],
+            factory,
+            workers=self.workers,
+            progress=progress,
+            context=self.context,
+        ) as engine:
+            coordinator = Coordinator(
+                study=study,
+                roster=roster,
+                engine=DroppingEngine(engine, self.drops, study.scheme) if self.drops else engine,
+                workload=server,
+                store=store,
+                progress=progress,
+                on_round=on_round,
+                evidence=evidence,
+                authority=authority,
+            )
+            coordinator.run()
+            coordinator.end()
+        log.close()
+
+
+def _make_party(
+    name: str,
+    progress: Progress,
+    *,
+    study: Study,
+    roster: Roster,
+    server: bytes,
+    authority: bytes,
+    directory: Path,
+    threads: int,
+    workload: MakeWorkload,
+) -> SiloPort:
+    """Build one silo, or the authority, in the process that will run it."""
+    if name not in roster:
+        return _make_authority(study, roster=roster, server=server, home=directory / AUTHORITY)
+    home = make_directory(directory / "silos" / name)
+    training = workload(name, progress)
+    key = _identity(home, name)
+    log = EvidenceLog(home / EVIDENCE, study=digest(study), owner=name, key=key)
+    return SiloSession(
+        study=study,
+        name=name,
+        roster=roster,
+        key=key,
+        workload=training,
+        store=SiloStore(home),
+        ledger=LoggedLedger(home / "ledger.sqlite", name, log, sums=sums_to_an_end(study)),
+        progress=progress,
+        threads=threads,
+        explain=True,
+        evidence=SiloRecord(
+            log, name=name, key=key, roster=roster, server=server, authority=authority
+        ),
+        authority=authority,
+    )
+
+
+def _make_authority(study: Study, *, roster: Roster, server: bytes, home: Path) -> AuthoritySession:
+    """The party that holds the key, in a process that knows no silo's secrets or data."""
+    key = _identity(home, AUTHORITY)
+    log = EvidenceLog(home / EVIDENCE, study=digest(study), owner=AUTHORITY, key=key)
+    return AuthoritySession(
+        study=study,
+        roster=roster,
+        key=key,
+        store=SiloStore(home, "authority.sqlite"),
+        evidence=AuthorityRecord(log, key=key.public, roster=roster, server=server),
+    )
+
+
+def _identity(home: Path, name: str) -> SigningKey:
+    """The participant's throw-away identity: in its own directory, so that ``resume`` has it."""
+    path = make_directory(home) / "identity.json"
+    if not path.exists():
+        create_identity(name, path, None)
+    return open_identity(read_identity(path), None)
