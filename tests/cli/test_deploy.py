@@ -8,7 +8,7 @@ import pytest
 
 from .typed import type_page
 
-pytestmark = [pytest.mark.xdist_group("flare"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 
 def test_the_rehearsal_of_the_deployment_guide(tmp_path):

@@ -53,7 +53,7 @@ from securefedcollm.study.identity import create_identity
 from .arithmetic import KEYS, ArithmeticServer, ArithmeticSilo, make_study
 from .homes import write_signed
 
-pytestmark = [pytest.mark.xdist_group("flare"), pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 SILOS = ("silo-1", "silo-2", "silo-3")
 PASSPHRASE = "correct horse battery"
