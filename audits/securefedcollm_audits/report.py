@@ -33,6 +33,7 @@ from securefedcollm.privacy.adversaries import AdversaryRow, per_adversary
 from securefedcollm.privacy.events import DiscreteGaussian, Event, Events, merge
 from securefedcollm.privacy.filters import Terms, filter_within
 from securefedcollm.privacy.report import ASSUMPTIONS
+from securefedcollm.study import Study
 from securefedcollm_audits.case import SERVER, Case, of
 from securefedcollm_audits.charged import decode_events
 from securefedcollm_audits.checks.budget import Training, trainings
@@ -426,10 +427,17 @@ def _parameters(case: Case) -> dict[str, Any]:
         "threshold of shares and agreements": study.threshold,
         "silos that may collude with the server": study.silos.colluders,
         "rounds": study.rounds,
-        "adapter": f"{study.adapter.method}, rank {study.adapter.rank}",
+        **_tuned(study),
         "small model" if study.models.llm else "model": study.models.slm.source,
         **({"large model": study.models.llm.source} if study.models.llm else {}),
     }
+
+
+def _tuned(study: Study) -> dict[str, str]:
+    """What the silos tune."""
+    if study.task.kind == "own":
+        return {"training": "code of the silos' own"}
+    return {"adapter": f"{study.adapter.method}, rank {study.adapter.rank}"}
 
 
 def _registry(case: Case, report: Report) -> dict[str, Any]:
@@ -440,7 +448,9 @@ def _registry(case: Case, report: Report) -> dict[str, Any]:
         "deployment": case.study.study,
         "study_digest": case.digest.hex(),
         "evidence_sha256": report.verdict.sha256,
-        "data_product": "low-rank adapters of a language model",
+        "data_product": "values tuned by the silos' own code"
+        if case.study.task.kind == "own"
+        else "low-rank adapters of a language model",
         "model_of_trust": "no trusted curator: noise is added inside each silo, sums are masked",
         "privacy_unit": report.unit,
         "neighbouring_relation": "add or remove one unit (zero-out)",

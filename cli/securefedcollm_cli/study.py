@@ -129,7 +129,8 @@ def _plan(
     if z is not None:
         reading["noise"] = f"z = {z:.4f} times the clip norm{counts}"
     elif study.privacy.unit == "silo" or study.joint:
-        reading["noise"] = "depends on the size of an update: --estimate plans it"
+        how = "budget plan --values N" if study.task.kind == "own" else "--estimate"
+        reading["noise"] = f"depends on the size of an update: {how} plans it"
     else:
         reading["noise"] = "depends on the silos' records: --records or --silo plans it"
     return {"noise_multiplier": z, "units": list(units.counts)}
@@ -325,7 +326,9 @@ def derived(study: Any, values: int | None = None) -> dict[str, Any]:
         "silos": f"{n}, of which {c} may collude with the server",
         "a sum opens with": _opens_with(study),
         **({"authority": _authority(study)} if study.scheme == "ckks-authority" else {}),
-        "adapter": f"{study.adapter.method}, rank {study.adapter.rank}, α {study.adapter.alpha:g}",
+        "adapter": "none: the silos train with code of their own"
+        if study.task.kind == "own"
+        else f"{study.adapter.method}, rank {study.adapter.rank}, α {study.adapter.alpha:g}",
         "ring": f"{_packing(study)}, integers within ±{field.bound}, "
         f"resolution {study.aggregation.clip_norm / field.bound:.2g}",
         **({"decryptions tell": _advantage(study, values)} if study.ring else {}),

@@ -25,8 +25,10 @@ def estimate(study: Study, data: Path | None) -> dict[str, Any]:
     the library and allocator need comes on top, and the encoded records (small).
 
     Raises:
-        ConfigError: a model's ``config.json`` cannot be had, or the adapter does not fit.
+        ConfigError: own training; a model's ``config.json`` cannot be had; or the adapter does not
+            fit.
     """
+    _ = study.task.rows  # refuses own training
     llm = {} if study.models.llm is None else {"llm": _shape(study, study.models.llm, data)}
     slm = _shape(study, study.models.slm, data)
     sums = study.local.steps if study.joint else 1

@@ -69,6 +69,9 @@ def test_a_pytorch_loop_in_forty_lines(tmp_path: Path, monkeypatch: pytest.Monke
     for command in (["budget", "show"], report):
         told = CliRunner().invoke(app, command)
         assert told.exit_code == 0, told.output
+    page = Path("report.html").read_text()
+    assert "silos&#39; own" in page or "silos' own" in page
+    assert "ffa-lora" not in page
 
 
 class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -257,9 +260,13 @@ def test_scores_are_shares(tmp_path: Path) -> None:
 def test_the_command_line_says_where_such_a_study_runs(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_text(sfc.dump_study(sfc.load_study(study())))
-    told = CliRunner().invoke(app, ["simulate", str(path), "--out", str(tmp_path / "r")])
-    assert isinstance(told.exception, sfc.ConfigError)
-    assert "simulate_own" in told.exception.hint
+    for command in (["simulate", str(path)], ["study", "check", str(path), "--estimate"]):
+        told = CliRunner().invoke(app, command)
+        assert isinstance(told.exception, sfc.ConfigError)
+        assert "simulate_own" in told.exception.hint
+    told = CliRunner().invoke(app, ["study", "check", str(path)])
+    assert "code of their own" in told.output
+    assert "rank" not in told.output
 
 
 def test_tensors_come_back_as_they_were() -> None:
