@@ -4,7 +4,7 @@
 
     import securefedcollm as sfc
 
-    study = sfc.load_study("configs/quickstart.yaml", {"rounds": 2})
+    study = sfc.load_study("quickstart", {"rounds": 2})
     run = sfc.simulate(study, out="runs/mine")
     print(run.table, run.epsilon, run.adapters)
     assert sfc.verify(run.bundle()).holds

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import numpy as np
@@ -11,37 +14,84 @@ import pytest
 
 import securefedcollm as sfc
 
-STUDY = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
+ROOT = Path(__file__).parents[1]
+(LINES,) = re.findall(
+    r"## From Python\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S
+)
+VECTORS = "import numpy as np\nv1, v2, v3 = np.arange(3), np.arange(3), np.arange(3)\n"
+SHOWN = """
+assert total.tolist() == [0, 3, 6]
+assert {(s.model, s.method) for s in run.table} == {
+    (model, how) for model in ("slm", "llm") for how in ("zero-shot", "FedCoLLM")
+}
+assert all(0 < score.mean < 1 for score in run.table)
+assert len(run.epsilon) == 4
+assert all(spent is not None and 0 < spent <= 8 for spent in run.epsilon.values())
+assert (run.adapters / "slm" / "adapter_model.safetensors").is_file()
+assert len(run.tensors("llm")) > 1
+found = sfc.verify(str(run.bundle("copy.zip")))
+assert found.holds
+assert found.rounds_done == 2
+print(sfc.__file__)
+"""
 LIGHT = """
 import sys
 import numpy as np
 import securefedcollm as sfc
 assert set(sfc.__all__) <= set(dir(sfc))
-sfc.plan_budget(sfc.load_study(sys.argv[1]))
+(plan,) = sfc.plan_budget(sfc.load_study("quickstart"))
+assert plan.epsilon == 8
 sfc.secure_sum({name: np.arange(3) for name in "abc"})
-sfc.verify(sys.argv[2])
+assert sfc.verify("copy.zip").holds
 assert not {"torch", "transformers", "pyarrow"} & set(sys.modules), "a heavy import"
 """
 
 
-def test_the_ten_lines_of_the_package_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = sfc.load_study(STUDY, {"rounds": 1, "task.data.per_silo": 300})
-    (plan,) = sfc.plan_budget(study)
-    assert plan.epsilon == 8
-    run = sfc.simulate(study, out=str(tmp_path / "mine"))
-    methods = {(score.model, score.method) for score in run.table}
-    assert methods == {(m, how) for m in ("slm", "llm") for how in ("zero-shot", "FedCoLLM")}
-    assert all(0 < score.mean < 1 for score in run.table)
-    assert len(run.epsilon) == 4
-    assert all(spent is not None and 0 < spent <= 8 for spent in run.epsilon.values())
-    assert (run.adapters / "slm" / "adapter_model.safetensors").is_file()
-    found = sfc.verify(str(run.bundle()))
-    assert found.holds
-    assert found.rounds_done == 1
-    # What needs no model loads none; a process of its own, since this one has loaded all.
-    given = [sys.executable, "-c", LIGHT, STUDY, str(run.bundle(tmp_path / "copy.zip"))]
-    done = subprocess.run(given, capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with the wheel, made from the sdist, and what it depends on."""
+    place = tmp_path_factory.mktemp("elsewhere")
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(place / "dist")]
+    subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
+    (wheel,) = (place / "dist").glob("*.whl")
+    venv.create(place / "venv", symlinks=True)
+    (site,) = (place / "venv" / "lib").glob("python3*/site-packages")
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(site),
+    ]
+    subprocess.run([*install, str(wheel)], check=True, capture_output=True)
+    # Dependencies are those of this environment; its editable install of this clone is no part.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    return place
+
+
+def outside(place: Path, program: str) -> str:
+    done = subprocess.run(
+        [str(place / "venv" / "bin" / "python"), "-I", "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=place,
+    )
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.timeout(600)
+def test_the_lines_of_the_readme_run_from_a_wheel_outside_the_clone(elsewhere: Path) -> None:
+    said = outside(elsewhere, VECTORS + LINES + SHOWN)
+    assert Path(said.splitlines()[-1]).is_relative_to(elsewhere)
+    outside(elsewhere, LIGHT)  # what needs no model loads none
+    command = "import sys; from securefedcollm_cli.main import main; sys.exit(main())"
+    program = f"import sys; sys.argv[1:] = ['study', 'check', 'quickstart']; {command}"
+    assert "the study is sound" in outside(elsewhere, program)
 
 
 def test_a_sum_of_ones_own_vectors() -> None:
@@ -83,9 +133,12 @@ def test_what_cannot_be_summed_is_refused_in_one_line(vectors, options, said) ->
 
 def test_a_traceback_shows_what_to_do() -> None:
     with pytest.raises(sfc.ConfigError) as refused:
-        sfc.load_study(STUDY, {"roundz": 1})
+        sfc.load_study("quickstart", {"roundz": 1})
     assert refused.value.__notes__ == [refused.value.hint] == ["did you mean 'rounds'?"]
     with pytest.raises(sfc.ConfigError, match="rounds: cannot be written in a study"):
-        sfc.load_study(STUDY, {"rounds": Path("2")})
+        sfc.load_study("quickstart", {"rounds": Path("2")})
+    with pytest.raises(sfc.ConfigError, match="no such file") as refused:
+        sfc.load_study("quickstar")
+    assert "finetune, " in refused.value.hint
     with pytest.raises(AttributeError, match="no attribute 'simulat'"):
         sfc.simulat  # noqa: B018

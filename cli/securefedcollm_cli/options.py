@@ -12,7 +12,12 @@ import typer
 if TYPE_CHECKING:
     from securefedcollm.study.config import Task
 
-StudyFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The study: a YAML file.")]
+StudyFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG", help="The study: a YAML file, or the name of one of ours: quickstart."
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(

@@ -95,7 +95,8 @@ def load_study(
     """Read, override and check a study.
 
     Args:
-        study: the YAML file; or what such a file would hold.
+        study: the YAML file; the name of a study that is :func:`shipped`, such as ``quickstart``;
+            or what such a file would hold.
         overrides: ``key.path=value`` strings, values in YAML (``privacy=null`` switches it off); or
             values by key path, as in ``{"rounds": 2, "privacy.epsilon": 4}``.
 
@@ -154,6 +155,14 @@ def dump_study(study: Study) -> str:
     return yaml.safe_dump(study.tree, sort_keys=False, allow_unicode=False, width=100)
 
 
+def shipped() -> dict[str, Path]:
+    """The studies that come with this project, by name; a file of that name goes before."""
+    here = Path(__file__).parents[1]
+    places = (here / "studies", here.parent / "configs")  # of a wheel, of a clone
+    found = next((place for place in places if (place / "quickstart.yaml").is_file()), None)
+    return {} if found is None else {path.stem: path for path in sorted(found.glob("*.yaml"))}
+
+
 def _read(path: Path) -> str:
     try:
         with path.open("rb") as file:
@@ -164,8 +173,13 @@ def _read(path: Path) -> str:
             )
         return content.decode("utf-8")
     except FileNotFoundError:
+        known = shipped()
+        if str(path) in known:
+            return known[str(path)].read_text(encoding="utf-8")
         raise ConfigError(
-            "there is no such file", where=str(path), hint="configs/ has studies to start from"
+            "there is no such file",
+            where=str(path),
+            hint=f"give a study's file, or the name of one of ours: {', '.join(known)}",
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
