@@ -1,4 +1,4 @@
-"""A workload that costs nothing, for benchmarks of everything around it."""
+"""A workload that costs nothing, with real evidence: for benchmarks of everything around it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
+from securefedcollm.aggregation import Roster
+from securefedcollm.evidence.log import FILE_NAME, EvidenceLog
+from securefedcollm.federation.records import SERVER, ServerRecord, SiloRecord
 from securefedcollm.federation.workload import Gradient, Progress, Vector
+from securefedcollm.primitives import SigningKey
+from securefedcollm.study import Study
+
+SERVER_KEY = SigningKey(bytes(32))
+"""Of every benchmark's evidence."""
 
 
 class Idle:
@@ -67,3 +75,13 @@ class Idle:
 
     def load(self, directory: Path) -> None:
         self.theta = np.load(directory / "theta.npy")
+
+
+def silo_record(study: Study, name: str, key: SigningKey, roster: Roster, home: Path) -> SiloRecord:
+    log = EvidenceLog(home / FILE_NAME, study=study.digest, owner=name, key=key)
+    return SiloRecord(log, name=name, key=key, roster=roster, server=SERVER_KEY.public)
+
+
+def server_record(study: Study, roster: Roster, home: Path) -> ServerRecord:
+    log = EvidenceLog(home / FILE_NAME, study=study.digest, owner=SERVER, key=SERVER_KEY)
+    return ServerRecord(log, key=SERVER_KEY, roster=roster, quorum=study.threshold)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from benchmarks._idle import Idle
+from benchmarks._idle import Idle, server_record, silo_record
 from benchmarks._machine import machine
 from securefedcollm.aggregation import Roster
 from securefedcollm.federation import roles
@@ -83,6 +83,7 @@ def run(
         engine=engine,
         workload=Idle(values),
         store=store,
+        evidence=server_record(study, roster, directory),
         progress=silent,
         on_round=lambda record: wire.append(loopback_bytes()),
     )
@@ -125,6 +126,7 @@ def local_silo(
         key=SigningKey(keys[name]),
         workload=Idle(values),
         store=SiloStore(home),
+        evidence=silo_record(study, name, SigningKey(keys[name]), roster, home),
         ledger=Ledger(home / "ledger.sqlite", name),
     )
 
@@ -221,6 +223,7 @@ def serve_silo(home: Path, study_file: Path, values: int) -> None:
             key=member.key,
             workload=Idle(values),
             store=SiloStore(place),
+            evidence=silo_record(study, member.name, member.key, member.roster, place),
             ledger=Ledger(place / "ledger.sqlite", member.name),
         )
         inbox = roles.inbox_for(member, session, 1 << 31)

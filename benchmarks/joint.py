@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks._idle import Idle
+from benchmarks._idle import Idle, server_record, silo_record
 from benchmarks._machine import machine
 from securefedcollm.aggregation import Roster
 from securefedcollm.aggregation.silo import SiloRound
@@ -73,6 +73,7 @@ def overhead(study: Study, values: int) -> dict[str, float]:
                 key=keys[name],
                 workload=Idle(values),
                 store=SiloStore(home),
+                evidence=silo_record(study, name, keys[name], roster, home),
                 ledger=Ledger(home / "ledger.sqlite", name),
             )
             made.step = session.around(made.step)  # type: ignore[method-assign]
@@ -87,6 +88,7 @@ def overhead(study: Study, values: int) -> dict[str, float]:
                     engine=engine,
                     workload=Idle(values),
                     store=RunStore(Path(directory), digest(study), resume=False),
+                    evidence=server_record(study, roster, Path(directory)),
                     progress=silent,
                 ).run()
         finally:

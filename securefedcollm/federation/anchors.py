@@ -73,7 +73,7 @@ class Anchor(NamedTuple):
     value: bytes | None
 
 
-def check_journal(log: EvidenceLog | None, journal: SiloStore, scheme: SchemeName) -> None:
+def check_journal(log: EvidenceLog, journal: SiloStore, scheme: SchemeName) -> None:
     """Check that the journal knows every step of the newest sum that the evidence log knows.
 
     Adversary: a server that hears of a journal which was put back to an older copy, also within an
@@ -83,7 +83,7 @@ def check_journal(log: EvidenceLog | None, journal: SiloStore, scheme: SchemeNam
     Raises:
         StateError: the journal was put back.
     """
-    for anchor in _anchors(log.entries if log else [], scheme):
+    for anchor in _anchors(log.entries, scheme):
         found = journal.recorded(anchor.key)
         if found is None or not (anchor.value is None or equal(found, anchor.value)):
             raise restored(f"its evidence log knows of {anchor.entry.place}")

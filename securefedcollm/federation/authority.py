@@ -32,7 +32,7 @@ from securefedcollm.federation.plan import (
     round_header,
     sum_name,
 )
-from securefedcollm.federation.recording import AuthorityRecord
+from securefedcollm.federation.records import AuthorityRecord
 from securefedcollm.federation.silostore import OneRun, SiloStore
 from securefedcollm.primitives import SigningKey
 from securefedcollm.study import Study
@@ -66,7 +66,7 @@ class AuthoritySession:
         roster: Roster,
         key: SigningKey,
         store: SiloStore,
-        evidence: AuthorityRecord | None = None,
+        evidence: AuthorityRecord,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         named = authority_of(study, key.public)
@@ -94,7 +94,7 @@ class AuthoritySession:
         self._key = key
         self._store = store
         self._run = OneRun(store, study)
-        self._evidence = evidence or AuthorityRecord(None, key=key.public, roster=roster)
+        self._evidence = evidence
         self._side: AuthoritySide | None = None
         self._header: RoundHeader | None = None
         self._now = now

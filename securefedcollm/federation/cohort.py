@@ -25,7 +25,7 @@ from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.files import make_directory
 from securefedcollm.federation.keeping import is_over
 from securefedcollm.federation.plan import AUTHORITY, authority_of, sums_to_an_end
-from securefedcollm.federation.recording import SERVER, AuthorityRecord, ServerRecord, SiloRecord
+from securefedcollm.federation.records import SERVER, AuthorityRecord, ServerRecord, SiloRecord
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore

@@ -64,7 +64,7 @@ from securefedcollm.federation.plan import (
     silo_unit,
     sum_name,
 )
-from securefedcollm.federation.recording import ServerRecord
+from securefedcollm.federation.records import ServerRecord
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.workload import Progress, ServerWorkload, Vector
 from securefedcollm.foreign import printable
@@ -116,9 +116,9 @@ class Coordinator:
         engine: Engine,
         workload: ServerWorkload,
         store: RunStore,
+        evidence: ServerRecord,
         progress: Progress,
         on_round: Callable[[dict[str, Any]], None] = lambda record: None,
-        evidence: ServerRecord | None = None,
         authority: Authority | None = None,
         rejoined: Rejoined = nobody_rejoins,
     ) -> None:
@@ -130,7 +130,7 @@ class Coordinator:
         """
         self._authority = authority
         self._parties = (*roster.names, *([authority.name] if authority else []))
-        self._evidence = evidence or ServerRecord(None, key=None, roster=roster)
+        self._evidence = evidence
         self._study = study
         self._roster = roster
         self._engine = engine

@@ -55,7 +55,7 @@ from securefedcollm.federation.files import make_directory, sync_tree, write_dur
 from securefedcollm.federation.keeping import BEST, best_round, describe_best
 from securefedcollm.federation.messages import MAX_FRAME
 from securefedcollm.federation.plan import AUTHORITY, authority_of, sums_to_an_end
-from securefedcollm.federation.recording import SERVER, AuthorityRecord, ServerRecord, SiloRecord
+from securefedcollm.federation.records import SERVER, AuthorityRecord, ServerRecord, SiloRecord
 from securefedcollm.federation.results import best_method, method_of, rows
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.samedata import require_same_data

@@ -53,7 +53,7 @@ from securefedcollm.federation.plan import (
     silo_unit,
     sum_name,
 )
-from securefedcollm.federation.recording import SiloRecord
+from securefedcollm.federation.records import SiloRecord
 from securefedcollm.federation.samedata import pin_data, require_same_data
 from securefedcollm.federation.silostore import Mark, OneRun, SiloStore, SumMemory
 from securefedcollm.federation.workload import (
@@ -89,13 +89,13 @@ class SiloSession:
         key: SigningKey,
         workload: SiloWorkload,
         store: SiloStore,
+        evidence: SiloRecord,
         ledger: Ledger,
         progress: Progress = silent,
         keep: Keep = keep_nothing,
         threads: int = 1,
         explain: bool = False,
         budget: Budget | None = None,
-        evidence: SiloRecord | None = None,
         authority: bytes = b"",
         now: Callable[[], float] = time.monotonic,
         wait: Callable[[float], None] = time.sleep,
@@ -125,7 +125,7 @@ class SiloSession:
             )
         self._explain = explain
         self._budget = budget
-        self._evidence = evidence or SiloRecord(None, name=name, key=key, roster=roster)
+        self._evidence = evidence
         self._authority = authority_of(study, authority)
         self._study = study
         self._name = name

@@ -15,7 +15,7 @@ from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.files import write_durably
 from securefedcollm.federation.keeping import BEST, best_round
 from securefedcollm.federation.plan import AUTHORITY, authority_of, silo_unit, sums_to_an_end
-from securefedcollm.federation.recording import SERVER, AuthorityRecord, ServerRecord, SiloRecord
+from securefedcollm.federation.records import SERVER, AuthorityRecord, ServerRecord, SiloRecord
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore

@@ -42,7 +42,7 @@ from securefedcollm.federation.messages import (
     encode,
 )
 from securefedcollm.federation.plan import AUTHORITY
-from securefedcollm.federation.recording import MOST_HEADS
+from securefedcollm.federation.records import MOST_HEADS
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.workload import silent
 from securefedcollm.primitives import merkle_root

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from securefedcollm.aggregation import Roster
+from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.authority import AuthoritySession
 from securefedcollm.federation.plan import authority_of
+from securefedcollm.federation.records import AuthorityRecord, ServerRecord, SiloRecord
 from securefedcollm.federation.silo import SiloSession
 from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.primitives import SigningKey
@@ -158,11 +160,43 @@ class ArithmeticServer:
         self.theta = np.load(directory / "slm" / "theta.npy")
 
 
+class Unwritten(EvidenceLog):
+    """A log that keeps nothing: for tests of the loops alone."""
+
+    def __init__(self, directory=Path()):
+        self.study, self.leaves, self.entries = b"", [], []
+        self.path = directory / "none"
+
+    def append(self, what):
+        pass
+
+    def heads(self):
+        return []
+
+
+def silo_record(name):
+    return SiloRecord(Unwritten(), name=name, key=KEYS[name], roster=ROSTER, server=b"")
+
+
+def server_record(directory):
+    return ServerRecord(Unwritten(directory), key=AUTHORITY_KEY, roster=ROSTER, quorum=1)
+
+
+def authority_record():
+    return AuthorityRecord(Unwritten(), key=AUTHORITY_KEY.public, roster=ROSTER, server=b"")
+
+
 def make_silo(name, progress, *, study, directory, private=True, fails=(), budget=None, norms=None):
     home = Path(directory) / name
     if name not in NAMES:
         store = SiloStore(home)
-        return AuthoritySession(study=study, roster=ROSTER, key=AUTHORITY_KEY, store=store)
+        return AuthoritySession(
+            study=study,
+            roster=ROSTER,
+            key=AUTHORITY_KEY,
+            store=store,
+            evidence=authority_record(),
+        )
     return SiloSession(
         study=study,
         name=name,
@@ -170,6 +204,7 @@ def make_silo(name, progress, *, study, directory, private=True, fails=(), budge
         key=KEYS[name],
         workload=ArithmeticSilo(name, private, name in fails, norms and norms[name]),
         store=SiloStore(home),
+        evidence=silo_record(name),
         ledger=Ledger(home / "ledger.sqlite", name),
         progress=progress,
         budget=None if budget is None else Budget(*budget),

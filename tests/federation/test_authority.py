@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -34,7 +35,16 @@ from securefedcollm.federation.silostore import MOST_ATTEMPTS, SiloStore
 from securefedcollm.study.ring import MOST_OPENINGS
 
 from . import test_joint
-from .arithmetic import AUTHORITY_KEY, KEYS, NAMES, ROSTER, SIZE, make_silo, make_study
+from .arithmetic import (
+    AUTHORITY_KEY,
+    KEYS,
+    NAMES,
+    ROSTER,
+    SIZE,
+    authority_record,
+    make_silo,
+    make_study,
+)
 from .test_rounds import CHARGED_ONCE, Cut, Dies, Killed, Run, expected_theta, spent
 from .test_silo_unit import CLIP, charged
 from .test_silo_unit import PRIVACY as SILO_PRIVACY
@@ -276,9 +286,11 @@ def test_keys_are_dropped_after_an_hour_whatever_the_server_does(tmp_path):
 
 
 def test_who_the_authority_is_follows_from_the_study(tmp_path):
-    store = SiloStore(tmp_path)
+    office = partial(
+        AuthoritySession, store=SiloStore(tmp_path), evidence=authority_record(), roster=ROSTER
+    )
     with pytest.raises(ConfigError, match="no party holds a decryption key"):
-        AuthoritySession(study=make_study(), roster=ROSTER, key=AUTHORITY_KEY, store=store)
+        office(study=make_study(), key=AUTHORITY_KEY)
     silos = [{"name": n, "role": "silo", "key": k.public.hex()} for n, k in KEYS.items()]
     listed = [
         *silos,
@@ -287,12 +299,12 @@ def test_who_the_authority_is_follows_from_the_study(tmp_path):
     ]
     signed = study(roster=listed)
     assert authority_of(signed, b"x" * 32).key == AUTHORITY_KEY.public  # the roster's, whoever asks
-    AuthoritySession(study=signed, roster=ROSTER, key=AUTHORITY_KEY, store=store)
+    office(study=signed, key=AUTHORITY_KEY)
     with pytest.raises(ConfigError, match="authority is auditor, with another key"):
-        AuthoritySession(study=signed, roster=ROSTER, key=KEYS["silo-1"], store=store)
+        office(study=signed, key=KEYS["silo-1"])
     fewer = Roster({name: KEYS[name].public for name in NAMES[:3]})
     with pytest.raises(ConfigError, match="not those of the signed study"):
-        AuthoritySession(study=signed, roster=fewer, key=AUTHORITY_KEY, store=store)
+        office(study=signed, roster=fewer, key=AUTHORITY_KEY)
     with pytest.raises(ConfigError, match="nobody is named as the authority"):
         authority_of(study())
 

@@ -33,7 +33,7 @@ from securefedcollm.tuning.data import read_questions
 from securefedcollm.tuning.splits import dataset_fingerprint
 
 from ..cli.tiny import make_inputs
-from .arithmetic import KEYS, ROSTER, ArithmeticSilo, make_study
+from .arithmetic import KEYS, ROSTER, ArithmeticSilo, make_study, silo_record
 from .homes import make_identities, write_signed
 from .test_rounds import begin, reply_to
 
@@ -82,6 +82,7 @@ def session(study, path, home):
         key=KEYS["silo-1"],
         workload=FileSilo(study, path),
         store=SiloStore(home / study.digest.hex()[:12]),
+        evidence=silo_record("silo-1"),
         ledger=Ledger(home / "ledger.sqlite", "silo-1"),
         progress=silent,
     )

@@ -32,7 +32,7 @@ from securefedcollm.federation.messages import (
     decode_request,
     encode,
 )
-from securefedcollm.federation.recording import SERVER
+from securefedcollm.federation.records import SERVER
 from securefedcollm.federation.workload import silent
 from securefedcollm.primitives import sha256
 from securefedcollm.study import digest

@@ -50,7 +50,14 @@ from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import load_study
 from securefedcollm.study.identity import create_identity
 
-from .arithmetic import KEYS, ArithmeticServer, ArithmeticSilo, make_study
+from .arithmetic import (
+    KEYS,
+    ArithmeticServer,
+    ArithmeticSilo,
+    make_study,
+    server_record,
+    silo_record,
+)
 from .homes import write_signed
 
 pytestmark = pytest.mark.timeout(600)
@@ -182,6 +189,7 @@ def calm_run(study, directory) -> np.ndarray:
             key=KEYS[name],
             workload=ArithmeticSilo(name),
             store=SiloStore(directory / name),
+            evidence=silo_record(name),
             ledger=Ledger(directory / name / "ledger.sqlite", name),
         )
 
@@ -192,6 +200,7 @@ def calm_run(study, directory) -> np.ndarray:
         engine=EmbeddedEngine(SILOS, silo, workers=0, progress=silent),
         workload=workload,
         store=RunStore(directory, study.digest, resume=False),
+        evidence=server_record(directory),
         progress=silent,
     ).run()
     return workload.theta

@@ -46,6 +46,7 @@ from .arithmetic import (
     make_silo,
     make_study,
     parties,
+    server_record,
     update_of,
 )
 
@@ -67,6 +68,7 @@ class Run:
             engine=wrap(self.engine),
             workload=self.server,
             store=self.store,
+            evidence=server_record(directory),
             progress=silent,
             authority=authority_of(study, AUTHORITY_KEY.public),
         )

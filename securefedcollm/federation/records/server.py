@@ -1,0 +1,253 @@
+"""What the server writes into its evidence log, and how it has silos vouch for it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from securefedcollm.aggregation import (
+    Roster,
+    RoundHeader,
+    RoundResult,
+    Transcript,
+)
+from securefedcollm.errors import (
+    CryptoError,
+)
+from securefedcollm.evidence.bundle import file_digests
+from securefedcollm.evidence.entries import (
+    Failed,
+    Finished,
+    Lost,
+    Opening,
+    Summed,
+)
+from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.evidence.merkle import (
+    consistency_proof,
+    inclusion_proofs,
+)
+from securefedcollm.evidence.note import origin
+from securefedcollm.evidence.software import bill_of_materials
+from securefedcollm.federation import messages
+from securefedcollm.federation.files import write_durably
+from securefedcollm.federation.records.common import (
+    Clip,
+    ciphertexts_of,
+    opened,
+    require_base,
+    round_entry,
+    word_of,
+)
+from securefedcollm.primitives import SigningKey, sha256
+
+_messages = logging.getLogger(__name__)
+
+SBOM = "sbom.json"
+
+
+class ServerRecord:
+    """The server's side of the evidence.
+
+    Args:
+        authority: the key holder's Ed25519 public key, where there is one.
+        quorum: silos that must vouch for the log. Two quorums share an honest silo, so no two logs
+            that contradict each other have one each.
+    """
+
+    def __init__(
+        self,
+        log: EvidenceLog,
+        *,
+        key: SigningKey,
+        roster: Roster,
+        quorum: int,
+        authority: bytes = b"",
+    ) -> None:
+        self._log = log
+        self._authority = authority
+        self._quorum = quorum
+        self._key = key
+        self._roster = roster
+        self._proofs: dict[tuple[int, int], list[bytes]] = {}
+        """(old, new size) → consistency proof: the same for most silos of a round."""
+        self._openings: list[tuple[Opening, messages.Shown]] = []
+        self._shown_at = (-1, -1)
+        self._vouched: dict[str, int] = {}
+        """Silo → entries of the head that it last vouched for."""
+        names = {origin(log.study, name): name for name in roster.names}
+        for head in log.heads():
+            signers = [names[signer] for signer, _ in head.lines if signer in names]
+            self._vouched |= dict.fromkeys(signers, head.size)
+
+    @property
+    def sealed(self) -> bool:
+        """Whether nothing was written since a quorum of silos vouched for the log.
+
+        What counts is the signatures here: a silo's reply may have been lost.
+        """
+        if not self._log.size:
+            return True
+        return len(self.vouching) >= self._quorum
+
+    @property
+    def vouching(self) -> set[str]:
+        """The silos that vouch for the whole log, by their signatures."""
+        if not self._log.size:
+            return set()
+        signers = {signer for signer, _ in self._log.head.lines}
+        return {name for name in self._roster.names if origin(self._log.study, name) in signers}
+
+    def delivery(self) -> tuple[str, messages.Shown] | None:
+        """The newest head with its cosignatures, and the newest entry of a finished round in it;
+        None before there is both."""
+        if len(self.vouching) < self._quorum:
+            return None
+        ends = [entry.seq for entry in self._log.entries if isinstance(entry.what, Finished)]
+        if not ends:
+            return None
+        leaves, at = self._log.leaves, ends[-1]
+        (proof,) = inclusion_proofs(leaves, [at])
+        return self._log.head.note, messages.Shown(at, leaves[at], proof)
+
+    def check_base(self, base: bytes) -> None:
+        """Before a run goes on. See :func:`.require_base`."""
+        require_base(self._log, base)
+
+    def round(
+        self,
+        header: RoundHeader,
+        base: bytes,
+        layout: bytes,
+        adapter: bytes | memoryview,
+        mechanism: bytes,
+        clip: Clip = None,
+    ) -> None:
+        """Before the model is sent."""
+        if not self._log.size:
+            sbom = bill_of_materials()
+            write_durably(self._log.path.with_name(SBOM), sbom)
+            self._log.append(opened(header, self._roster, self._key.public, self._authority, sbom))
+        self._log.append(round_entry(header, base, layout, adapter, mechanism, clip))
+
+    def opening(self, header: RoundHeader, seen: Transcript) -> None:
+        """Before anybody is asked to unmask."""
+        self._log.append(
+            Opening(
+                round=header.round,
+                attempt=header.attempt,
+                header=seen.header.hex(),
+                delivery=seen.delivery.hex(),
+                survivors=list(seen.survivors),
+                dropouts=list(seen.dropouts),
+                lists=seen.lists.hex(),
+                agreements={name: raw.hex() for name, raw in seen.agreements.items()},
+                ciphertexts=None if seen.sealing is None else ciphertexts_of(seen.sealing),
+            )
+        )
+
+    def summed(self, header: RoundHeader, result: RoundResult) -> None:
+        """Before the sum is used."""
+        self._log.append(
+            Summed(
+                round=header.round,
+                attempt=header.attempt,
+                header=result.header_digest.hex(),
+                survivors=list(result.survivors),
+                sum=sha256(np.ascontiguousarray(result.sum, dtype="<i8").data.cast("B")).hex(),
+                word=None if result.word is None else word_of(result.word),
+            )
+        )
+
+    def failed(self, round_: int, attempt: int, error: Exception) -> None:
+        """An attempt failed."""
+        name = type(error).__name__.lstrip("_")
+        self._log.append(Failed(round=round_, attempt=attempt, error=name))
+
+    def lost(self, round_: int) -> None:
+        """The run goes on without this round's updates."""
+        self._log.append(Lost(round=round_))
+
+    def finished(
+        self,
+        round_: int,
+        adapter: bytes | memoryview,
+        directory: Path,
+        score: float | None = None,
+    ) -> None:
+        """The round is done and its adapters are in ``directory``. Written once a round.
+
+        Args:
+            score: by which the study compares rounds, if it does.
+        """
+        if any(
+            isinstance(entry.what, Finished) and entry.what.round == round_
+            for entry in self._log.entries
+        ):
+            return
+        digests = file_digests(directory)
+        adapter_digest = sha256(adapter).hex()
+        self._log.append(Finished(round=round_, adapter=adapter_digest, files=digests, score=score))
+
+    def witness(self, silo: str) -> messages.Witness | None:
+        """What ``silo`` is asked to vouch for; None if there is nothing."""
+        if not self._log.size:
+            return None
+        leaves = self._log.leaves
+        old = self._vouched.get(silo, 0)
+        return messages.Witness(
+            checkpoint=self._log.head.note,
+            old=old,
+            consistency=self._consistency(leaves, old),
+            openings=self._shown(silo, old),
+        )
+
+    def _shown(self, silo: str, old: int) -> list[messages.Shown]:
+        """The openings of the newest round that has any: a silo may know of an earlier attempt. And
+        those that ``silo`` may have taken part in since it vouched for ``old`` entries."""
+        at = self._log.size, min(self._vouched.get(name, 0) for name in self._roster.names)
+        if self._shown_at != at:
+            self._openings, self._shown_at = self._proven(at[1]), at
+        newest = self._openings[-1][0].round if self._openings else -1
+        return [
+            shown
+            for what, shown in self._openings
+            if what.round == newest or (shown.index >= old and silo in what.survivors)
+        ]
+
+    def _proven(self, oldest: int) -> list[tuple[Opening, messages.Shown]]:
+        """The openings of the newest round and from entry ``oldest`` on, with proofs."""
+        found = [(e.seq, e.what) for e in self._log.entries if isinstance(e.what, Opening)]
+        newest = found[-1][1].round if found else -1
+        found = [(seq, what) for seq, what in found if seq >= oldest or what.round == newest]
+        leaves = self._log.leaves
+        proofs = inclusion_proofs(leaves, [seq for seq, _ in found])
+        return [
+            (what, messages.Shown(seq, leaves[seq], proof))
+            for (seq, what), proof in zip(found, proofs, strict=True)
+        ]
+
+    def _consistency(self, leaves: list[bytes], old: int) -> list[bytes]:
+        key = (old, len(leaves))
+        if key not in self._proofs:
+            self._proofs = {k: proof for k, proof in self._proofs.items() if k[1] == len(leaves)}
+            self._proofs[key] = consistency_proof(leaves, old)
+        return self._proofs[key]
+
+    def witnessed(self, silo: str, reply: messages.Witnessed) -> bool:
+        """Take a silo's cosignature; False if it must be asked again with another proof."""
+        if not reply.cosignature:
+            self._vouched[silo] = min(max(0, reply.size), self._log.size)
+            return False
+        name = origin(self._log.study, silo)
+        head = self._log.head.with_line(name, reply.cosignature)
+        try:
+            head.verify_cosigned(name, self._roster.key(self._roster.index(silo)))
+        except CryptoError as error:
+            _messages.warning("%s: %s", silo, error)
+            return True
+        self._log.add_cosignature(head.size, name, reply.cosignature)
+        self._vouched[silo] = head.size
+        return True

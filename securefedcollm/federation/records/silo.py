@@ -1,0 +1,299 @@
+"""What a silo writes into its evidence log, and how it vouches for the server's."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Final
+
+from securefedcollm.aggregation import (
+    Roster,
+    RoundHeader,
+    SchemeName,
+    SiloSide,
+    Step,
+)
+from securefedcollm.errors import (
+    CryptoError,
+    EvidenceError,
+    RemoteProtocolError,
+)
+from securefedcollm.evidence.entries import (
+    Agreed,
+    Finished,
+    Opening,
+    Round,
+    Told,
+    Unmasked,
+    Uploaded,
+    Witnessed,
+    decode_entry,
+)
+from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.evidence.merkle import (
+    verify_consistency,
+    verify_inclusion,
+)
+from securefedcollm.evidence.note import Checkpoint, cosign, origin, parse_checkpoint
+from securefedcollm.federation import messages
+from securefedcollm.federation.anchors import check_journal
+from securefedcollm.federation.records.common import (
+    SERVER,
+    Clip,
+    newest_sum,
+    note_refusal,
+    opened,
+    require_base,
+    round_entry,
+    word_of,
+)
+from securefedcollm.federation.silostore import Mark, SiloStore
+from securefedcollm.primitives import SigningKey, sha256
+
+MOST_HEADS: Final = 64
+"""Heads of the server's log that a silo vouches for between two attempts of its own."""
+
+
+class SiloRecord:
+    """A silo's side of the evidence.
+
+    Args:
+        server: the server's Ed25519 public key, 32 bytes.
+        authority: the key holder's, where there is one.
+    """
+
+    def __init__(
+        self,
+        log: EvidenceLog,
+        *,
+        name: str,
+        key: SigningKey,
+        roster: Roster,
+        server: bytes,
+        authority: bytes = b"",
+    ) -> None:
+        self._log = log
+        self._name = name
+        self._key = key
+        self._roster = roster
+        self._server = server
+        self._authority = authority
+        self._header: RoundHeader | None = None
+
+    @property
+    def marks(self) -> list[Mark]:
+        """The newest sum in the log; none if there is none."""
+        return newest_sum(self._log)
+
+    def check_journal(self, journal: SiloStore, scheme: SchemeName) -> None:
+        """Raises: StateError if ``journal`` does not know a step that the log knows."""
+        check_journal(self._log, journal, scheme)
+
+    def check_base(self, base: bytes) -> None:
+        """Before anything of a round is written. See :func:`.require_base`."""
+        require_base(self._log, base)
+
+    def round(
+        self,
+        header: RoundHeader,
+        base: bytes,
+        layout: bytes,
+        adapter: bytes | memoryview,
+        mechanism: bytes,
+        clip: Clip = None,
+    ) -> None:
+        """Before this silo trains."""
+        self._header = header
+        if not self._log.size:
+            self._log.append(opened(header, self._roster, self._server, self._authority, None))
+        self._log.append(round_entry(header, base, layout, adapter, mechanism, clip))
+
+    def said(self, side: SiloSide) -> None:
+        """After the aggregation's answer was made, before it leaves."""
+        if self._header is None:
+            return
+        seen, round_, attempt = side.transcript, self._header.round, self._header.attempt
+        header, lists = seen.header.hex(), seen.lists.hex()
+        survivors, dropouts = list(seen.survivors), list(seen.dropouts)
+        match side.step:
+            case Step.AGREE | Step.NOTE:
+                self._log.append(
+                    Uploaded(
+                        round=round_, attempt=attempt, header=header, delivery=seen.delivery.hex()
+                    )
+                )
+            case Step.UNMASK:
+                self._log.append(
+                    Agreed(
+                        round=round_,
+                        attempt=attempt,
+                        header=header,
+                        delivery=seen.delivery.hex(),
+                        survivors=survivors,
+                        dropouts=dropouts,
+                        lists=lists,
+                    )
+                )
+            case Step.DONE if seen.word is not None:
+                self._log.append(
+                    Told(
+                        round=round_,
+                        attempt=attempt,
+                        header=header,
+                        delivery=seen.delivery.hex(),
+                        survivors=survivors,
+                        dropouts=dropouts,
+                        lists=lists,
+                        word=word_of(seen.word),
+                    )
+                )
+            case Step.DONE:
+                self._log.append(
+                    Unmasked(
+                        round=round_,
+                        attempt=attempt,
+                        header=header,
+                        lists=lists,
+                        seeds_of=survivors,
+                        keys_of=dropouts,
+                    )
+                )
+
+    def refused(self, error: Exception) -> None:
+        """A request was not answered."""
+        note_refusal(self._log, error)
+
+    def countersign(self, request: messages.Witness) -> messages.Witnessed:
+        """Vouch for the server's log: it extends what this silo vouched for before, and says of
+        every opening since then what this silo saw.
+
+        Raises:
+            RemoteProtocolError: it does not, or this silo has no log yet. Adversary: a server that
+                rewrites its history, keeps one log for each reader, or fills this disk with heads.
+        """
+        if not self._log.size:
+            raise RemoteProtocolError(
+                "asked a silo that has taken part in no round to vouch for its evidence log",
+                peer=SERVER,
+            )
+        last, heads = self._vouched()
+        if request.old != last.size:
+            return messages.Witnessed(last.size, b"")
+        try:
+            head = self._head(request.checkpoint)
+            verify_consistency(
+                last.size, bytes.fromhex(last.root), head.size, head.root, request.consistency
+            )
+            self._compare(request, head)
+        except (EvidenceError, CryptoError) as error:
+            raise RemoteProtocolError(
+                f"its evidence log does not hold: {error.message}",
+                peer=SERVER,
+                hint="keep both signed heads, and stop: the server contradicts itself",
+            ) from None
+        if head.size > last.size:
+            if heads >= MOST_HEADS:
+                raise RemoteProtocolError(
+                    f"asked to vouch for more than {MOST_HEADS} heads of its evidence log between "
+                    "two attempts at a sum",
+                    peer=SERVER,
+                )
+            self._log.append(Witnessed(size=head.size, root=head.root.hex()))
+        line = cosign(head, self._log.origin, self._key, int(time.time()))
+        return messages.Witnessed(head.size, line)
+
+    def finished(self, delivery: messages.Deliver, quorum: int) -> Finished:
+        """The entry of the server's log by which a round ended with the adapter of ``delivery``.
+
+        Adversary: a server that hands one silo another adapter than it shows the others and the
+        auditors, or an old one. So only the head counts that this silo vouched for last and that a
+        quorum of silos vouches for (two quorums share an honest silo), and no round before the
+        newest that this silo knows of.
+
+        Raises:
+            RemoteProtocolError: its log does not say so.
+        """
+        try:
+            if not self._log.size:
+                raise EvidenceError("this silo vouches for none")
+            last, head = self._vouched()[0], self._head(delivery.checkpoint)
+            if (head.size, head.root.hex()) != (last.size, last.root):
+                raise EvidenceError("its head is not the one that this silo vouched for last")
+            if (count := self._cosigners(head)) < quorum:
+                raise EvidenceError(f"{count} silos vouch for it, {quorum} are needed")
+            shown = delivery.finished
+            verify_inclusion(shown.entry, shown.index, head.size, shown.inclusion, head.root)
+            what = decode_entry(shown.entry, "the server's entry").what
+            if not isinstance(what, Finished) or what.adapter != sha256(delivery.adapter).hex():
+                raise EvidenceError("no round ended with this adapter")
+            if any(what.round < mark.sum for mark in self.marks):
+                raise EvidenceError("it is a past round's")
+        except (EvidenceError, CryptoError) as error:
+            raise RemoteProtocolError(
+                f"delivered an adapter that its evidence log does not vouch for: {error.message}",
+                peer=SERVER,
+                hint="nothing was kept of it",
+            ) from None
+        return what
+
+    def _head(self, note: str) -> Checkpoint:
+        """A head of the server's log, signed by it; raises EvidenceError and CryptoError."""
+        head = parse_checkpoint(note)
+        if head.origin != origin(self._log.study, SERVER):
+            raise EvidenceError("the checkpoint is of another log")
+        head.verify(self._server)
+        return head
+
+    def _cosigners(self, head: Checkpoint) -> int:
+        count = 0
+        for name, key in zip(self._roster.names, self._roster.keys, strict=True):
+            with contextlib.suppress(CryptoError):
+                head.verify_cosigned(origin(self._log.study, name), key)
+                count += 1
+        return count
+
+    def _vouched(self) -> tuple[Witnessed, int]:
+        """The newest head vouched for, and how many there are since the newest attempt."""
+        heads, attempted = 0, False
+        newest: Witnessed | None = None
+        for entry in reversed(self._log.entries):
+            attempted = attempted or isinstance(entry.what, Round)
+            if isinstance(entry.what, Witnessed):
+                newest = newest or entry.what
+                heads += not attempted
+            if newest is not None and attempted:
+                break
+        return newest or Witnessed(size=0, root=sha256().hex()), heads
+
+    def _compare(self, request: messages.Witness, head: Checkpoint) -> None:
+        """What was opened since this silo last vouched, by the server's log and by its own.
+
+        Adversary: a server that hides an opening in which this silo took part, or says that others
+        were in the sum; whatever openings of other rounds it shows instead.
+        """
+        theirs: dict[str, Opening] = {}
+        for shown in request.openings:
+            verify_inclusion(shown.entry, shown.index, head.size, shown.inclusion, head.root)
+            what = decode_entry(shown.entry, "the server's entry").what
+            if not isinstance(what, Opening):
+                raise EvidenceError("the entry shown is not an opening")
+            theirs[what.header] = what
+        for mine in self._unvouched():
+            same = theirs.get(mine.header)
+            if isinstance(mine, Agreed):
+                if same and (same.lists, same.survivors) != (mine.lists, mine.survivors):
+                    raise EvidenceError(f"it names other survivors of round {mine.round + 1}")
+                continue  # it need not have been opened
+            said = mine.survivors if isinstance(mine, Told) else mine.seeds_of
+            if same is None or (same.lists, same.survivors) != (mine.lists, said):
+                raise EvidenceError(f"it hides or alters the opening of round {mine.round + 1}")
+
+    def _unvouched(self) -> list[Agreed | Unmasked | Told]:
+        """What this silo agreed to, unmasked or was told since it last vouched, in this order."""
+        found: list[Agreed | Unmasked | Told] = []
+        for entry in reversed(self._log.entries):
+            if isinstance(entry.what, Witnessed):
+                break
+            if isinstance(entry.what, Agreed | Unmasked | Told):
+                found.append(entry.what)
+        return found[::-1]
