@@ -34,7 +34,7 @@ from securefedcollm.aggregation.messages import (
     Unmask,
     decode,
 )
-from securefedcollm.aggregation.scheme import CoordinatorSide, RoundResult, SiloSide
+from securefedcollm.aggregation.roles import CoordinatorSide, RoundResult, SiloSide
 from securefedcollm.aggregation.silo import SiloRound
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.errors import RemoteProtocolError

@@ -17,7 +17,7 @@ from securefedcollm.aggregation.ckks_authority_silo import CkksAuthoritySiloRoun
 from securefedcollm.aggregation.ckks_seal import Seal
 from securefedcollm.aggregation.header import AUTHORITY_SUITES, Authority, RoundHeader
 from securefedcollm.aggregation.messages import Message, decode
-from securefedcollm.aggregation.scheme import RoundResult
+from securefedcollm.aggregation.roles import RoundResult
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.errors import RemoteProtocolError
 from securefedcollm.primitives import SigningKey, sha256

@@ -16,26 +16,24 @@ from securefedcollm.aggregation.header import (
     names_digest,
     round_scope,
 )
-from securefedcollm.aggregation.scheme import (
-    STEPS,
+from securefedcollm.aggregation.roles import (
     AbandonedError,
     AuthoritySide,
     CoordinatorSide,
     Journal,
     RoundResult,
-    SchemeName,
     Sealing,
     SiloSide,
     Transcript,
     Word,
-    authority_side,
-    coordinator_side,
-    silo_side,
 )
+from securefedcollm.aggregation.scheme import authority_side, coordinator_side, silo_side
 from securefedcollm.aggregation.steps import (
     AUTHORITY_TRANSITIONS,
     CKKS_TRANSITIONS,
+    STEPS,
     TRANSITIONS,
+    SchemeName,
     Step,
 )
 

@@ -42,8 +42,7 @@ from securefedcollm.aggregation.ckks_secrets import KeyShares
 from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster
 from securefedcollm.aggregation.keys import lists_digest
 from securefedcollm.aggregation.messages import UNSIGNED, Ask, decode, sign
-from securefedcollm.aggregation.scheme import Journal, Sealing, Transcript, Word
-from securefedcollm.aggregation.silo import SERVER
+from securefedcollm.aggregation.roles import SERVER, Journal, Sealing, Transcript, Word
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.errors import CryptoError
 from securefedcollm.primitives import RandomSource, SigningKey, sha256

@@ -23,7 +23,7 @@ from securefedcollm.aggregation.ckks_seal import Seal
 from securefedcollm.aggregation.header import Authority, Roster, RoundHeader, check_roster
 from securefedcollm.aggregation.keys import lists_digest
 from securefedcollm.aggregation.messages import Ask, Signable, Signed, decode
-from securefedcollm.aggregation.scheme import RoundResult, Sealing, Transcript, Word
+from securefedcollm.aggregation.roles import RoundResult, Sealing, Transcript, Word
 from securefedcollm.aggregation.steps import AUTHORITY_TRANSITIONS, Step
 from securefedcollm.errors import (
     CryptoError,

@@ -31,8 +31,7 @@ from securefedcollm.aggregation.ckks_secrets import CkksSecrets
 from securefedcollm.aggregation.header import Authority, Roster, RoundHeader, check_roster
 from securefedcollm.aggregation.keys import lists_digest
 from securefedcollm.aggregation.messages import UNSIGNED, S, decode, sign
-from securefedcollm.aggregation.scheme import Journal, Transcript, Word
-from securefedcollm.aggregation.silo import SERVER
+from securefedcollm.aggregation.roles import SERVER, Journal, Transcript, Word
 from securefedcollm.aggregation.steps import AUTHORITY_TRANSITIONS, Step
 from securefedcollm.errors import CryptoError, LocalProtocolError
 from securefedcollm.primitives import KEY_BYTES, RandomSource, SigningKey, sha256

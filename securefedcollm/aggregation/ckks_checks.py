@@ -9,8 +9,7 @@ from securefedcollm.aggregation import ckks_ring
 from securefedcollm.aggregation.ckks_ring import Residues
 from securefedcollm.aggregation.header import Roster, RoundHeader, names_digest
 from securefedcollm.aggregation.messages import Signable, Signed
-from securefedcollm.aggregation.scheme import Journal
-from securefedcollm.aggregation.silo import SERVER
+from securefedcollm.aggregation.roles import SERVER, Journal
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.errors import CryptoError, RemoteProtocolError
 from securefedcollm.primitives import equal, verify

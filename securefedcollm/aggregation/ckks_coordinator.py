@@ -6,7 +6,7 @@ the result, against malicious silos and the network: every frame is signed and b
 every ciphertext to the commitment before it, and whoever breaks a rule is named.
 
 The key is n-of-n: a silo that is lost once the key is made (after K1) takes the attempt with it.
-The attempt is abandoned with :class:`~.scheme.AbandonedError`, which names the lost silos; the
+The attempt is abandoned with :class:`~.roles.AbandonedError`, which names the lost silos; the
 others repeat under a fresh key.
 """
 
@@ -24,7 +24,7 @@ from securefedcollm.aggregation.ckks_seal import Seal
 from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster
 from securefedcollm.aggregation.keys import lists_digest
 from securefedcollm.aggregation.messages import Ask, Message, Signed, decode
-from securefedcollm.aggregation.scheme import AbandonedError, RoundResult, Sealing, Transcript
+from securefedcollm.aggregation.roles import AbandonedError, RoundResult, Sealing, Transcript
 from securefedcollm.aggregation.steps import CKKS_TRANSITIONS, Step
 from securefedcollm.errors import (
     CryptoError,

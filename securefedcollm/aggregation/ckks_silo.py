@@ -48,8 +48,7 @@ from securefedcollm.aggregation.ckks_secrets import CkksSecrets, KeyShares
 from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster
 from securefedcollm.aggregation.keys import lists_digest
 from securefedcollm.aggregation.messages import UNSIGNED, Ask, Signed, decode, sign
-from securefedcollm.aggregation.scheme import Journal, Transcript
-from securefedcollm.aggregation.silo import SERVER
+from securefedcollm.aggregation.roles import SERVER, Journal, Transcript
 from securefedcollm.aggregation.steps import CKKS_TRANSITIONS, Step
 from securefedcollm.errors import CryptoError, LocalProtocolError
 from securefedcollm.primitives import KEY_BYTES, RandomSource, SigningKey, sha256

@@ -32,7 +32,7 @@ from securefedcollm.aggregation.messages import (
     Unmask,
     decode,
 )
-from securefedcollm.aggregation.scheme import RoundResult, Transcript
+from securefedcollm.aggregation.roles import RoundResult, Transcript
 from securefedcollm.aggregation.steps import TRANSITIONS, Step
 from securefedcollm.aggregation.upload import MAGIC, split
 from securefedcollm.errors import (

@@ -12,7 +12,7 @@ pair of lists at most; and in all attempts at a round together it uploads one ve
 survivor set. Both kinds of share for one peer, two survivor sets in one attempt, and two attempts
 whose sums differ by one silo's vector would each need two quorums without a common honest silo, or
 an honest silo that uploads two vectors. The rules hold even if a process is cloned or restored from
-a snapshot, as long as all copies share one :class:`~.scheme.Journal`.
+a snapshot, as long as all copies share one :class:`~.roles.Journal`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, NoReturn
+from typing import NoReturn
 
 from securefedcollm.aggregation import keys, masks, packing, shamir
 from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster, names_digest
@@ -42,7 +42,7 @@ from securefedcollm.aggregation.messages import (
     decode,
     sign,
 )
-from securefedcollm.aggregation.scheme import Journal, Transcript
+from securefedcollm.aggregation.roles import SERVER, Journal, Transcript
 from securefedcollm.aggregation.steps import TRANSITIONS, Step
 from securefedcollm.aggregation.upload import Upload, UploadBuffer, words_digest
 from securefedcollm.errors import CryptoError, LocalProtocolError, RemoteProtocolError
@@ -58,8 +58,6 @@ from securefedcollm.primitives import (
     verify,
     well_spelled,
 )
-
-SERVER: Final = "server"
 
 
 @dataclass(repr=False)

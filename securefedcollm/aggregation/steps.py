@@ -8,6 +8,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import Final, NamedTuple
 
+from securefedcollm.study.kinds import SchemeName as SchemeName
+
 
 class Step(Enum):
     """Where a round stands; a silo's and the coordinator's agree unless one of them failed."""
@@ -63,3 +65,10 @@ AUTHORITY_TRANSITIONS: Final[dict[Step, Transition]] = {
 }
 """CKKS under an authority's key, A0 to A4: the authority answers the first and the fourth request,
 the silos the others."""
+
+STEPS: Final[dict[SchemeName, tuple[Step, ...]]] = {
+    "masking": tuple(TRANSITIONS),
+    "ckks": tuple(CKKS_TRANSITIONS),
+    "ckks-authority": tuple(AUTHORITY_TRANSITIONS),
+}
+"""The exchanges of a round, in order."""
