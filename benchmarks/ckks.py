@@ -44,12 +44,13 @@ from securefedcollm.aggregation import (
     coordinator_side,
     silo_side,
 )
+from securefedcollm.aggregation.ckks.parameters import CkksRing, CkksSet, derive
 from securefedcollm.aggregation.ckks_seal import Seal
 from securefedcollm.aggregation.ckks_secrets import CkksSecrets
 from securefedcollm.aggregation.messages import decode
+from securefedcollm.aggregation.packing import Field
+from securefedcollm.aggregation.steps import SchemeName
 from securefedcollm.primitives import SigningKey
-from securefedcollm.study.config import Field, SchemeName
-from securefedcollm.study.ring import CkksRing, CkksSet, derive
 
 VALUE_BITS = 16
 _OFFICE = "authority"

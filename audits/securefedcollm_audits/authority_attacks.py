@@ -11,12 +11,12 @@ import numpy as np
 from securefedcollm.aggregation import ckks_authority_messages as am
 from securefedcollm.aggregation import ckks_messages as m
 from securefedcollm.aggregation import ckks_ring
+from securefedcollm.aggregation.ckks.parameters import DEGREE
 from securefedcollm.aggregation.ckks_secrets import CkksSecrets
 from securefedcollm.aggregation.header import RoundHeader
 from securefedcollm.aggregation.messages import Ask, sign
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.primitives import SigningKey, sha256
-from securefedcollm.study.ring import DEGREE
 from securefedcollm_audits import malformed
 from securefedcollm_audits.attacks import Outcome, both
 from securefedcollm_audits.cohort import Cohort, altered

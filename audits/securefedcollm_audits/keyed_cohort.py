@@ -11,17 +11,17 @@ import msgspec
 from securefedcollm.aggregation import ckks_authority_messages as am
 from securefedcollm.aggregation import ckks_messages as m
 from securefedcollm.aggregation import ckks_ring
+from securefedcollm.aggregation.ckks.parameters import AUTHORITY_SUITES, CkksSet
 from securefedcollm.aggregation.ckks_authority import CkksAuthorityRound
 from securefedcollm.aggregation.ckks_authority_coordinator import CkksAuthorityCoordinatorRound
 from securefedcollm.aggregation.ckks_authority_silo import CkksAuthoritySiloRound
 from securefedcollm.aggregation.ckks_seal import Seal
-from securefedcollm.aggregation.header import AUTHORITY_SUITES, Authority, RoundHeader
+from securefedcollm.aggregation.header import Authority, RoundHeader
 from securefedcollm.aggregation.messages import Message, decode
 from securefedcollm.aggregation.roles import RoundResult
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.errors import RemoteProtocolError
 from securefedcollm.primitives import SigningKey, sha256
-from securefedcollm.study.ring import CkksSet
 from securefedcollm_audits.cohort import Cohort, Hook, MemoryJournal, Vector, recorded
 
 NAME = "auditor"

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from securefedcollm.aggregation import ckks_ring
+from securefedcollm.aggregation.ckks.parameters import DEGREE, CkksRing, Shape
 from securefedcollm.aggregation.ckks_messages import CipherUpload
 from securefedcollm.aggregation.ckks_ring import Residues
 from securefedcollm.aggregation.ckks_seal import Seal
-from securefedcollm.study.ring import DEGREE, CkksRing, Shape
 from securefedcollm_audits.cohort import Vector
 
 _LIMB = 15

@@ -13,14 +13,13 @@ import numpy as np
 
 from securefedcollm.aggregation import ckks_messages as m
 from securefedcollm.aggregation import ckks_ring
+from securefedcollm.aggregation.ckks.parameters import CKKS_SUITES, DEGREE
 from securefedcollm.aggregation.ckks_coordinator import CkksCoordinatorRound
 from securefedcollm.aggregation.ckks_ring import Residues
 from securefedcollm.aggregation.ckks_secrets import CkksSecrets, KeyShares
 from securefedcollm.aggregation.ckks_silo import CkksSiloRound
-from securefedcollm.aggregation.header import CKKS_SUITES
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.primitives import sha256
-from securefedcollm.study.ring import DEGREE
 from securefedcollm_audits import malformed
 from securefedcollm_audits.attacks import Outcome
 from securefedcollm_audits.cohort import Cohort, Vector, altered

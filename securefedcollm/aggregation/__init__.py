@@ -4,9 +4,8 @@
 sockets, files, clock or global randomness; the federation carries its frames and keeps its journal.
 """
 
+from securefedcollm.aggregation.ckks.parameters import AUTHORITY_SUITES, CKKS_SUITES
 from securefedcollm.aggregation.header import (
-    AUTHORITY_SUITES,
-    CKKS_SUITES,
     SUITE,
     Authority,
     RingParameters,

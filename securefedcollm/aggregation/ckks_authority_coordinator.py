@@ -19,6 +19,7 @@ from msgspec import structs
 from securefedcollm.aggregation import ckks_authority_messages as am
 from securefedcollm.aggregation import ckks_messages as m
 from securefedcollm.aggregation import ckks_ring
+from securefedcollm.aggregation.ckks.parameters import DEGREE
 from securefedcollm.aggregation.ckks_seal import Seal
 from securefedcollm.aggregation.header import Authority, Roster, RoundHeader, check_roster
 from securefedcollm.aggregation.keys import lists_digest
@@ -32,7 +33,6 @@ from securefedcollm.errors import (
     RemoteProtocolError,
 )
 from securefedcollm.primitives import sha256, verify
-from securefedcollm.study.ring import DEGREE
 
 
 class CkksAuthorityCoordinatorRound:

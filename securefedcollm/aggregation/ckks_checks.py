@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from securefedcollm.aggregation import ckks_ring
+from securefedcollm.aggregation.ckks.parameters import MOST_OPENINGS, CkksRing
 from securefedcollm.aggregation.ckks_ring import Residues
 from securefedcollm.aggregation.header import Roster, RoundHeader, names_digest
 from securefedcollm.aggregation.messages import Signable, Signed
@@ -13,7 +14,6 @@ from securefedcollm.aggregation.roles import SERVER, Journal
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.errors import CryptoError, RemoteProtocolError
 from securefedcollm.primitives import equal, verify
-from securefedcollm.study.ring import MOST_OPENINGS, CkksRing
 
 
 def refuse(message: str, hint: str) -> NoReturn:

@@ -11,10 +11,15 @@ from typing import Annotated, ClassVar, Final
 
 import msgspec
 
-from securefedcollm.aggregation.ckks_ring import polynomial_bytes
-from securefedcollm.aggregation.header import (
+from securefedcollm.aggregation.ckks.parameters import (
     AUTHORITY_SUITES,
     CKKS_SUITES,
+    CkksRing,
+    Shape,
+    derive,
+)
+from securefedcollm.aggregation.ckks_ring import polynomial_bytes
+from securefedcollm.aggregation.header import (
     MAX_SILOS,
     Digest,
     RingParameters,
@@ -28,7 +33,6 @@ from securefedcollm.aggregation.messages import (
 )
 from securefedcollm.errors import ConfigError
 from securefedcollm.primitives import sha256
-from securefedcollm.study.ring import CkksRing, Shape, derive
 
 _PREFIX: Final = b"securefedcollm/v1/ckks-"
 _FEW: Final = msgspec.Meta(max_length=MAX_SILOS)

@@ -21,9 +21,9 @@ import pyarrow
 import tenseal.sealapi as seal
 from tenseal.sealapi import Ciphertext, SecretKey
 
+from securefedcollm.aggregation.ckks.parameters import DEGREE, CkksRing
 from securefedcollm.aggregation.ckks_ring import ROWS, Residues
 from securefedcollm.errors import CryptoError
-from securefedcollm.study.ring import DEGREE, CkksRing
 
 Factor = SecretKey
 """A polynomial that others are multiplied with, in SEAL's keeping. Most are secret."""

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from securefedcollm.aggregation import ckks_ring
+from securefedcollm.aggregation.ckks.parameters import DEGREE, CkksRing, Shape
 from securefedcollm.aggregation.ckks_messages import CipherUpload
 from securefedcollm.aggregation.ckks_ring import ROWS, Residues
 from securefedcollm.aggregation.ckks_seal import Factor, Seal
 from securefedcollm.errors import LocalProtocolError
 from securefedcollm.primitives import RandomSource
-from securefedcollm.study.ring import DEGREE, CkksRing, Shape
 
 
 class CkksSecrets:

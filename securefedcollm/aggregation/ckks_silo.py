@@ -33,6 +33,7 @@ import numpy.typing as npt
 
 from securefedcollm.aggregation import ckks_messages as m
 from securefedcollm.aggregation import ckks_ring
+from securefedcollm.aggregation.ckks.parameters import DEGREE
 from securefedcollm.aggregation.ckks_checks import (
     accumulate,
     accuse,
@@ -52,7 +53,6 @@ from securefedcollm.aggregation.roles import SERVER, Journal, Transcript
 from securefedcollm.aggregation.steps import CKKS_TRANSITIONS, Step
 from securefedcollm.errors import CryptoError, LocalProtocolError
 from securefedcollm.primitives import KEY_BYTES, RandomSource, SigningKey, sha256
-from securefedcollm.study.ring import DEGREE
 
 
 class CkksSiloRound:

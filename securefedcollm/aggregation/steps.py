@@ -6,9 +6,10 @@ The state diagram in ``docs/protocol.md`` is generated from :data:`TRANSITIONS`.
 from __future__ import annotations
 
 from enum import Enum
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
-from securefedcollm.study.kinds import SchemeName as SchemeName
+SchemeName = Literal["masking", "ckks", "ckks-authority"]
+"""The protocols that a sum can be made with."""
 
 
 class Step(Enum):

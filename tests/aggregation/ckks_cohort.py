@@ -10,9 +10,9 @@ import pytest
 from securefedcollm_audits.cohort import Cohort
 
 from securefedcollm.aggregation import CKKS_TRANSITIONS, ckks_messages, ckks_ring
+from securefedcollm.aggregation.ckks.parameters import CKKS_SUITES
 from securefedcollm.aggregation.ckks_coordinator import CkksCoordinatorRound
 from securefedcollm.aggregation.ckks_silo import CkksSiloRound
-from securefedcollm.aggregation.header import CKKS_SUITES
 from securefedcollm.aggregation.messages import sign
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.errors import ProtocolError, RemoteProtocolError

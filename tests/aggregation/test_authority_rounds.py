@@ -34,6 +34,7 @@ from securefedcollm.aggregation import (
 )
 from securefedcollm.aggregation import ckks_authority_messages as am
 from securefedcollm.aggregation import ckks_messages as m
+from securefedcollm.aggregation.ckks.parameters import MOST_OPENINGS, derive
 from securefedcollm.aggregation.ckks_authority_coordinator import CkksAuthorityCoordinatorRound
 from securefedcollm.aggregation.ckks_authority_silo import CkksAuthoritySiloRound
 from securefedcollm.aggregation.messages import sign
@@ -44,7 +45,6 @@ from securefedcollm.errors import (
     RemoteProtocolError,
 )
 from securefedcollm.primitives import SigningKey, sha256
-from securefedcollm.study.ring import MOST_OPENINGS, derive
 
 from .ckks_cohort import at, attempt, dropped, edit, flipped
 

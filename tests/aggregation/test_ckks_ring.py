@@ -18,10 +18,7 @@ from securefedcollm_audits.cohort import recorded
 
 import securefedcollm
 from securefedcollm.aggregation import ckks_ring
-from securefedcollm.aggregation.ckks_seal import Factor, Seal
-from securefedcollm.aggregation.ckks_secrets import CkksSecrets, KeyShares
-from securefedcollm.errors import ConfigError, CryptoError, LocalProtocolError, ProtocolError
-from securefedcollm.study.ring import (
+from securefedcollm.aggregation.ckks.parameters import (
     DEGREE,
     ERROR_GREATEST,
     ERROR_VARIANCE,
@@ -33,6 +30,9 @@ from securefedcollm.study.ring import (
     Shape,
     derive,
 )
+from securefedcollm.aggregation.ckks_seal import Factor, Seal
+from securefedcollm.aggregation.ckks_secrets import CkksSecrets, KeyShares
+from securefedcollm.errors import ConfigError, CryptoError, LocalProtocolError, ProtocolError
 
 SETS = ("precise", "compact")
 

@@ -18,6 +18,7 @@ from securefedcollm.aggregation import (
     coordinator_side,
     silo_side,
 )
+from securefedcollm.aggregation.ckks.parameters import MOST_OPENINGS
 from securefedcollm.aggregation.ckks_silo import CkksSiloRound
 from securefedcollm.errors import (
     ConfigError,
@@ -26,7 +27,6 @@ from securefedcollm.errors import (
     RemoteProtocolError,
 )
 from securefedcollm.primitives import SigningKey, sha256
-from securefedcollm.study.ring import MOST_OPENINGS
 
 from .ckks_cohort import STEPS, Round, at, attempt, cohort, dropped, silo
 

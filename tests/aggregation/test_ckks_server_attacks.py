@@ -17,11 +17,11 @@ from securefedcollm_audits.threshold_attacks import (
 
 from securefedcollm.aggregation import AbandonedError, Step, ckks_ring
 from securefedcollm.aggregation import ckks_messages as m
+from securefedcollm.aggregation.ckks.parameters import CkksRing, Shape
 from securefedcollm.aggregation.ckks_seal import Seal
 from securefedcollm.aggregation.ckks_secrets import KeyShares
 from securefedcollm.errors import RemoteProtocolError
 from securefedcollm.primitives import sha256
-from securefedcollm.study.ring import CkksRing, Shape
 
 from .ckks_cohort import (
     REQUESTS,

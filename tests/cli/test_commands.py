@@ -17,9 +17,9 @@ from securefedcollm_cli.simulate import _accuracy_table
 from typer.testing import CliRunner
 
 from securefedcollm import __version__
+from securefedcollm.aggregation.ckks.parameters import derive
 from securefedcollm.errors import ConfigError, SecureFedCoLLMError
 from securefedcollm.federation.status import round_sentence
-from securefedcollm.study.ring import derive
 from securefedcollm.tuning.builtin import prepare
 from securefedcollm.tuning.models import default_cache
 from securefedcollm.tuning.recipe import silent

@@ -1,0 +1,1 @@
+"""Sums under homomorphic encryption (CKKS): parameters, polynomials, keys."""
