@@ -485,7 +485,7 @@ def stolen_identity() -> Outcome:
     second.deliver(names[:1], deals)
     return both(
         judge("a stolen identity key", puppet, names[:1], "did not send"),
-        judge("a stolen identity key", second, names[:1], "did not make"),
+        judge("a stolen identity key", second, names[:1], "did not send"),
     )
 
 

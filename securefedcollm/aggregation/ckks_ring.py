@@ -131,6 +131,19 @@ def _check_length(data: bytes | memoryview, ring: CkksRing, rows: int) -> None:
         )
 
 
+def check_length(vector: npt.NDArray[np.int64], values: int) -> None:
+    """Refuse a vector that is not as long as the round's.
+
+    Raises:
+        LocalProtocolError: its shape is not [``values``].
+    """
+    if vector.shape != (values,):
+        raise LocalProtocolError(
+            f"a vector of shape {vector.shape}, not ({values},)",
+            hint="quantise to the study's bound and length first",
+        )
+
+
 def check_vector(vector: npt.NDArray[np.int64], ring: CkksRing) -> None:
     """Refuse what must not be encrypted.
 

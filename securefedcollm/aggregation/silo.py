@@ -18,11 +18,21 @@ a snapshot, as long as all copies share one :class:`~.roles.Journal`.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
 from securefedcollm.aggregation import keys, masks, packing, shamir
+from securefedcollm.aggregation.checks import (
+    check_announced,
+    check_identity,
+    check_list,
+    check_own,
+    check_signatures,
+    record_once,
+    refuse,
+    refuse_late,
+)
 from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster, names_digest
 from securefedcollm.aggregation.messages import (
     UNSIGNED,
@@ -45,7 +55,7 @@ from securefedcollm.aggregation.messages import (
 from securefedcollm.aggregation.roles import SERVER, Journal, Transcript
 from securefedcollm.aggregation.steps import TRANSITIONS, Step
 from securefedcollm.aggregation.upload import Upload, UploadBuffer, words_digest
-from securefedcollm.errors import CryptoError, LocalProtocolError, RemoteProtocolError
+from securefedcollm.errors import CryptoError, RemoteProtocolError
 from securefedcollm.primitives import (
     KEY_BYTES,
     AgreementKey,
@@ -55,7 +65,6 @@ from securefedcollm.primitives import (
     seal,
     sha256,
     unseal,
-    verify,
     well_spelled,
 )
 
@@ -114,16 +123,7 @@ class SiloRound:
         threads: int = 1,
     ) -> None:
         check_roster(header, roster)
-        self._index = roster.index(name)
-        if roster.key(self._index) != signing_key.public:
-            raise LocalProtocolError(
-                f"this identity is not {name}'s on the roster",
-                hint="run with the identity that signed the study",
-            )
-        if len(vector_id) != KEY_BYTES:
-            raise LocalProtocolError(
-                f"a vector id has {KEY_BYTES} bytes", hint="hash what the vector was made from"
-            )
+        self._index = check_identity(roster, name, signing_key, vector_id)
         self._vector_id = vector_id
         self._header = header
         self._header_digest = header.digest
@@ -184,10 +184,7 @@ class SiloRound:
         """
         secrets = self._secrets
         if secrets is None:
-            _refuse(
-                f"sent a frame although this silo's round is over ({self._step.value})",
-                "start a new attempt or the next round",
-            )
+            refuse_late(self._step)
         try:
             reply = self._answer(frame, secrets)
         except _DealerFaultError as fault:
@@ -221,14 +218,7 @@ class SiloRound:
     # R0 ---------------------------------------------------------------------------------------
 
     def _on_ask(self, ask: Ask, secrets: _Secrets) -> bytes:
-        # Adversary: a server that runs another study, model, round, modulus or threshold. Only the
-        # silo's own header is ever used; this comparison is for a message that names the field.
-        if ask.header != self._header:
-            fields = ", ".join(self._header.differences(ask.header))
-            _refuse(
-                f"announced a round that differs from this silo's in: {fields}",
-                "compare the signed study and the global model that both sides hold",
-            )
+        check_announced(self._header, ask.header)
         self._own_keys = sign(
             Advertise(
                 header=self._header_digest,
@@ -248,22 +238,18 @@ class SiloRound:
 
     def _on_roll(self, roll: Roll, secrets: _Secrets) -> bytes:
         entries = roll.advertisements
-        self._check_members([entry.index for entry in entries], self._roster_indices(), "roll")
-        for entry in entries:
-            # Adversary: the relay puts itself in the middle, invents peers, replays keys of another
-            # round, or showed that peer another model (then its header differs).
-            self._check_signed(entry, "keys")
+        everyone = range(1, len(self._roster) + 1)
+        self._check_members([entry.index for entry in entries], everyone, "roll list")
+        self._check_signatures(entries, "keys")
         # Adversary: a silo that repeats another's key without knowing its secret.
         publics = {key for entry in entries for key in (entry.mask_public, entry.share_public)}
         if len(publics) != 2 * len(entries) or not all(map(well_spelled, publics)):
-            _refuse(
+            refuse(
                 "relayed a roll in which one key appears twice or in a second spelling",
                 "report the silos on it",
             )
         self._roll = {entry.index: entry for entry in entries}
-        # Adversary: a relay that swaps in keys which this silo signed elsewhere.
-        if self._roll[self._index] != self._own_keys:
-            _refuse("relayed keys that this silo did not send", "start a new attempt")
+        check_own(self._own_keys, self._roll[self._index], "keys")
         self._roll_digest = keys.roll_digest(self._header_digest, entries)
         return self._deal(secrets)
 
@@ -328,17 +314,17 @@ class SiloRound:
     def _on_delivery(self, delivery: Delivery, secrets: _Secrets) -> bytes:
         statements = delivery.statements
         self._dealers = tuple(statement.index for statement in statements)
-        self._check_members(self._dealers, tuple(self._roll), "delivery")
+        self._check_members(self._dealers, self._roll, "delivery list")
+        self._check_signatures(statements, "dealing")
         for statement in statements:
-            self._check_signed(statement, "dealing")
             # Adversary: a server that showed the dealer another roll (other peers, other keys).
             if statement.roll != self._roll_digest or len(statement.parcels) != len(self._roll):
-                _refuse(
+                refuse(
                     f"showed {self._roster.name(statement.index)} another roll than this silo",
                     "start a new attempt; if it happens again, report the server",
                 )
-        if statements[self._dealers.index(self._index)] != self._own_statement:
-            _refuse("relayed a dealing that this silo did not make", "start a new attempt")
+        own = statements[self._dealers.index(self._index)]
+        check_own(self._own_statement, own, "a dealing")
         self._delivery_digest = keys.delivery_digest(self._roll_digest, statements)
         self._open_parcels(delivery, secrets)
         # Adversary: a server that gets two vectors of this silo into two sums over the same
@@ -349,7 +335,7 @@ class SiloRound:
     def _open_parcels(self, delivery: Delivery, secrets: _Secrets) -> None:
         others = tuple(dealer for dealer in self._dealers if dealer != self._index)
         if tuple(parcel.dealer for parcel in delivery.parcels) != others:
-            _refuse("did not relay one parcel from each dealer", "start a new attempt")
+            refuse("did not relay one parcel from each dealer", "start a new attempt")
         statements = {statement.index: statement for statement in delivery.statements}
         position = tuple(self._roll).index(self._index)
         share_key = AgreementKey(secrets.share_secret)
@@ -357,7 +343,7 @@ class SiloRound:
             # Adversary: a relay that swaps or alters parcels. The dealer signed their digests.
             signed_digest = statements[parcel.dealer].parcels[position]
             if not equal(keys.parcel_digest(parcel), signed_digest):
-                _refuse(
+                refuse(
                     f"altered the parcel from {self._roster.name(parcel.dealer)}",
                     "start a new attempt; if it happens again, report the server",
                 )
@@ -453,10 +439,10 @@ class SiloRound:
     def _check_lists(self, survivors: tuple[int, ...], dropouts: tuple[int, ...]) -> None:
         # Adversary: a server that lists one silo as both, leaves one out, or opens a sum of too
         # few. A silo that is itself called a dropout has its mask key opened and must say no more.
-        self._check_members(survivors, self._dealers, "survivors")
+        self._check_members(survivors, self._dealers, "survivors list")
         merged = sorted(survivors + dropouts)
         if tuple(merged) != self._dealers or list(dropouts) != sorted(dropouts):
-            _refuse(
+            refuse(
                 "sent survivors and dropouts that do not split the dealers in two",
                 "start a new attempt; if it happens again, report the server",
             )
@@ -467,7 +453,7 @@ class SiloRound:
         # Adversary: a server that asks for other shares than were agreed to, e.g. both kinds of
         # one peer's. The lists are those this silo signed, or there is no answer.
         if (opening.survivors, opening.dropouts) != self._lists:
-            _refuse("asks to open other lists than this silo agreed to", "report the server")
+            refuse("asks to open other lists than this silo agreed to", "report the server")
         self._check_quorum(opening.agreements)
         # Adversary: a crash, restart or snapshot between two requests with other lists, and another
         # attempt at the same round, whose sum would differ from this one's by a few silos. Written
@@ -495,55 +481,25 @@ class SiloRound:
         signers = [agreement.index for agreement in agreements]
         survivors = self._lists[0]
         if signers != sorted(set(signers)) or not set(signers) <= set(survivors):
-            _refuse("sent agreements that are not by distinct survivors", "report the server")
+            refuse("sent agreements that are not by distinct survivors", "report the server")
         if len(signers) < self._parameters.threshold:
-            _refuse(
+            refuse(
                 f"sent {len(signers)} agreements; {self._parameters.threshold} are needed",
                 "too few silos agree; go on with the next round",
             )
+        self._check_signatures(agreements, "agreement")
         for agreement in agreements:
-            self._check_signed(agreement, "agreement")
             if agreement.lists != self._lists_digest:
                 name = self._roster.name(agreement.index)
-                _refuse(f"showed {name} other lists than this silo", "report the server")
+                refuse(f"showed {name} other lists than this silo", "report the server")
 
     # Checks used by several steps -------------------------------------------------------------
 
-    def _roster_indices(self) -> tuple[int, ...]:
-        return tuple(range(1, len(self._roster) + 1))
+    def _check_members(self, members: Sequence[int], allowed: Iterable[int], what: str) -> None:
+        check_list(members, allowed, self._parameters.quorum, own=self._index, what=what)
 
-    def _check_members(self, members: Sequence[int], allowed: tuple[int, ...], what: str) -> None:
-        """``members`` ascend strictly, are ``allowed``, include this silo and are a quorum.
-
-        Adversary: a server that opens a sum over this silo alone, over colluders and this silo, or
-        over silos that are not in the study or did not deal shares.
-        """
-        if list(members) != sorted(set(members)) or not set(members) <= set(allowed):
-            _refuse(f"sent a {what} list with repeated or unknown silos", "report the server")
-        if self._index not in members:
-            _refuse(f"left this silo out of the {what} list", "start a new attempt")
-        if len(members) < self._parameters.quorum:
-            _refuse(
-                f"sent a {what} list of {len(members)} silos; {self._parameters.quorum} are needed",
-                "wait until more silos are online",
-            )
-
-    def _check_signed(self, message: Signed, what: str) -> None:
-        name = self._roster.name(message.index)
-        if message.header != self._header_digest:
-            _refuse(
-                f"relayed {name}'s {what} for another round, study or global model",
-                "all silos must hold the same study and the same global model",
-            )
-        try:
-            verify(
-                self._roster.key(message.index),
-                message.CONTEXT,
-                message.signed(),
-                message.signature,
-            )
-        except CryptoError:
-            _refuse(f"relayed {name}'s {what} with a bad signature", "report the server")
+    def _check_signatures(self, entries: Iterable[Signed], what: str) -> None:
+        check_signatures(entries, what, self._header_digest, self._roster)
 
     def _refuse_key(self, peer: int, error: CryptoError) -> NoReturn:
         # Adversary: a key of small order fixes the shared secret for everyone to know.
@@ -554,19 +510,4 @@ class SiloRound:
         ) from error
 
     def _record(self, key: bytes, value: bytes) -> None:
-        """Write down what this silo is about to say; if it has said otherwise before, say nothing.
-
-        One answer per step and attempt, one vector and one survivor set per round, whatever becomes
-        of the process.
-        """
-        if not equal(self._journal.record(key, value), value):
-            what = "this round" if key.startswith((b"open:", b"vector:")) else "this attempt"
-            _refuse(
-                f"asks a second time for what this silo has answered in {what} "
-                f"({self._step.value})",
-                "normal after a restart: go on with the next attempt or round",
-            )
-
-
-def _refuse(message: str, hint: str) -> NoReturn:
-    raise RemoteProtocolError(message, peer=SERVER, hint=hint)
+        record_once(self._journal, key, value, self._step)

@@ -230,7 +230,7 @@ def test_nothing_leaves_that_is_not_written_down_first(step: Step) -> None:
         side.handle(request)
     assert side.step is Step.FAILED
     side._journal = made.journals["silo-001"]
-    with pytest.raises(RemoteProtocolError, match="this silo's round is over"):
+    with pytest.raises(RemoteProtocolError, match="this attempt is over"):
         side.handle(request)
 
 
