@@ -162,8 +162,8 @@ def test_what_one_silo_sends_is_checked_and_it_is_named(lie: str) -> None:
 @pytest.mark.parametrize(
     ("upload", "reason"),
     [
-        (m.CipherUpload(b"", b""), "0 bytes are not 2 polynomials"),
-        (m.CipherUpload(bytes(SIZE), bytes(SIZE)), "30720 bytes are not 2 polynomials"),
+        (m.CipherUpload(b"", b""), "0 bytes are not 4 polynomials"),
+        (m.CipherUpload(bytes(SIZE), bytes(4 * SIZE)), "30720 bytes are not 2 polynomials"),
         (
             m.CipherUpload(bytes(2 * SIZE), bytes(4 * SIZE - 1)),
             "122879 bytes are not 4 polynomials",

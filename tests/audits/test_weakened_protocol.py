@@ -31,7 +31,5 @@ def test_a_seed_with_32_random_bits_is_caught(monkeypatch):
 def test_keys_that_nobody_signed_are_caught(monkeypatch, case):
     assert case().held
     monkeypatch.setattr("securefedcollm.aggregation.checks.verify", lambda *any_signature: None)
-    monkeypatch.setattr(
-        "securefedcollm.aggregation.coordinator.verify", lambda *any_signature: None
-    )
+    monkeypatch.setattr("securefedcollm.aggregation.attendance.verify", lambda *any_signature: None)
     assert not case().held
