@@ -10,7 +10,7 @@ import os
 import numpy as np
 
 from securefedcollm.aggregation.header import Authority, Roster, RoundHeader
-from securefedcollm.aggregation.packing import Bounded
+from securefedcollm.aggregation.masking.packing import Bounded
 from securefedcollm.aggregation.roles import AuthoritySide, CoordinatorSide, Journal, SiloSide
 from securefedcollm.aggregation.steps import SchemeName
 from securefedcollm.errors import LocalProtocolError
@@ -31,13 +31,13 @@ def silo_side(
     threads: int = 1,
     authority: Authority | None = None,
 ) -> SiloSide:
-    """The silo's side of ``scheme``; the arguments are those of :class:`~.silo.SiloRound`.
+    """The silo's side of ``scheme``; the arguments are those of :class:`~.masking.silo.SiloRound`.
 
     ``authority``: who holds the key, for ``ckks-authority``.
     """
     match scheme:
         case "masking":
-            from securefedcollm.aggregation.silo import SiloRound
+            from securefedcollm.aggregation.masking.silo import SiloRound
 
             return SiloRound(
                 header=header,
@@ -51,7 +51,7 @@ def silo_side(
                 threads=threads,
             )
         case "ckks":
-            from securefedcollm.aggregation.ckks_silo import CkksSiloRound
+            from securefedcollm.aggregation.ckks.threshold.silo import CkksSiloRound
 
             return CkksSiloRound(
                 header=header,
@@ -64,7 +64,7 @@ def silo_side(
                 random=random,
             )
         case "ckks-authority":
-            from securefedcollm.aggregation.ckks_authority_silo import CkksAuthoritySiloRound
+            from securefedcollm.aggregation.ckks.authority.silo import CkksAuthoritySiloRound
 
             return CkksAuthoritySiloRound(
                 header=header,
@@ -90,15 +90,15 @@ def coordinator_side(
     """The server's side of ``scheme``; the arguments are those of ``CoordinatorRound``."""
     match scheme:
         case "masking":
-            from securefedcollm.aggregation.coordinator import CoordinatorRound
+            from securefedcollm.aggregation.masking.coordinator import CoordinatorRound
 
             return CoordinatorRound(header=header, roster=roster, threads=threads)
         case "ckks":
-            from securefedcollm.aggregation.ckks_coordinator import CkksCoordinatorRound
+            from securefedcollm.aggregation.ckks.threshold.coordinator import CkksCoordinatorRound
 
             return CkksCoordinatorRound(header=header, roster=roster)
         case "ckks-authority":
-            from securefedcollm.aggregation.ckks_authority_coordinator import (
+            from securefedcollm.aggregation.ckks.authority.coordinator import (
                 CkksAuthorityCoordinatorRound,
             )
 
@@ -116,7 +116,7 @@ def authority_side(
     random: RandomSource = os.urandom,
 ) -> AuthoritySide:
     """The key holder's side of ``ckks-authority``."""
-    from securefedcollm.aggregation.ckks_authority import CkksAuthorityRound
+    from securefedcollm.aggregation.ckks.authority.keyholder import CkksAuthorityRound
 
     return CkksAuthorityRound(
         header=header, roster=roster, signing_key=signing_key, journal=journal, random=random

@@ -18,7 +18,7 @@ import rfc8785
 from msgspec import Meta
 
 from securefedcollm.aggregation.ckks.parameters import CkksRing, derive
-from securefedcollm.aggregation.packing import Field
+from securefedcollm.aggregation.masking.packing import Field
 from securefedcollm.aggregation.steps import SchemeName
 from securefedcollm.primitives import sha256
 from securefedcollm.study.kinds import Count, Hex32, Name, Positive, Section, says

@@ -8,7 +8,8 @@ from securefedcollm_audits import keyed_cohort
 from securefedcollm.aggregation import TRANSITIONS, Step
 from securefedcollm.aggregation.attendance import AttendedRound
 from securefedcollm.aggregation.header import RingParameters, Roster, RoundHeader
-from securefedcollm.aggregation.messages import UNSIGNED, Agreement, sign
+from securefedcollm.aggregation.masking.messages import Agreement
+from securefedcollm.aggregation.messages import UNSIGNED, sign
 from securefedcollm.errors import (
     ConfigError,
     LocalProtocolError,

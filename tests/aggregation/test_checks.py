@@ -14,7 +14,8 @@ from securefedcollm.aggregation.checks import (
 from securefedcollm.aggregation.ckks.parameters import CKKS_SUITES
 from securefedcollm.aggregation.header import RingParameters, Roster, RoundHeader
 from securefedcollm.aggregation.inmemory import MemoryJournal
-from securefedcollm.aggregation.messages import UNSIGNED, Agreement, sign
+from securefedcollm.aggregation.masking.messages import Agreement
+from securefedcollm.aggregation.messages import UNSIGNED, sign
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.errors import ConfigError, LocalProtocolError, RemoteProtocolError
 from securefedcollm.primitives import SigningKey, sha256

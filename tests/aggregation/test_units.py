@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from securefedcollm_audits.cohort import Cohort, altered, recorded
 
-from securefedcollm.aggregation import keys, masks, packing, shamir
 from securefedcollm.aggregation.header import RingParameters, Roster, RoundHeader, check_roster
-from securefedcollm.aggregation.messages import Ask, Roll, Survey, Unmask, decode
-from securefedcollm.aggregation.upload import words_digest
+from securefedcollm.aggregation.masking import keys, masks, packing, shamir
+from securefedcollm.aggregation.masking.messages import Roll, Survey, Unmask
+from securefedcollm.aggregation.masking.upload import words_digest
+from securefedcollm.aggregation.messages import Ask, decode
 from securefedcollm.errors import (
     ConfigError,
     CryptoError,

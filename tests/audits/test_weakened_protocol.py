@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from securefedcollm_audits import server_attacks, silo_attacks
 
-from securefedcollm.aggregation import keys, silo
+from securefedcollm.aggregation.masking import keys, silo
 from securefedcollm.primitives import sha256
 
 

@@ -105,7 +105,8 @@ def test_light_commands_never_import_torch(arguments):
 
 def test_the_crypto_side_never_imports_torch():
     program = (
-        "import sys, securefedcollm.aggregation.silo, securefedcollm.aggregation.coordinator\n"
+        "import sys, securefedcollm.aggregation.masking.silo\n"
+        "import securefedcollm.aggregation.masking.coordinator\n"
         "import securefedcollm.privacy.ledger, securefedcollm.study.signing\n"
         "import securefedcollm.federation.silo, securefedcollm.federation.coordinator\n"
         "assert 'torch' not in sys.modules"

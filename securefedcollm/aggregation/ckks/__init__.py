@@ -1,1 +1,1 @@
-"""Sums under homomorphic encryption (CKKS): parameters, polynomials, keys."""
+"""Sums under homomorphic encryption (CKKS): what both key models share."""

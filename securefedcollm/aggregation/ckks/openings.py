@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from securefedcollm.aggregation import ckks_ring
 from securefedcollm.aggregation.checks import accuse, record_once, refuse
+from securefedcollm.aggregation.ckks import polynomials
 from securefedcollm.aggregation.ckks.parameters import MOST_OPENINGS, CkksRing
-from securefedcollm.aggregation.ckks_ring import Residues
+from securefedcollm.aggregation.ckks.polynomials import Residues
 from securefedcollm.aggregation.header import RoundHeader, names_digest
 from securefedcollm.aggregation.roles import Journal
 from securefedcollm.aggregation.steps import Step
@@ -26,7 +26,7 @@ def read(data: bytes, ring: CkksRing, rows: int, name: str) -> Residues:
         RemoteProtocolError: not as many polynomials; ``name`` is accused.
     """
     try:
-        return ckks_ring.unpack(data, ring, rows)
+        return polynomials.unpack(data, ring, rows)
     except CryptoError as error:
         accuse(name, f"polynomials are malformed ({error})")
 
@@ -38,7 +38,7 @@ def accumulate(total: Residues, data: bytes, ring: CkksRing, name: str) -> None:
         RemoteProtocolError: not as many polynomials; ``name`` is accused.
     """
     try:
-        ckks_ring.accumulate(total, data, ring)
+        polynomials.accumulate(total, data, ring)
     except CryptoError as error:
         accuse(name, f"polynomials are malformed ({error})")
 

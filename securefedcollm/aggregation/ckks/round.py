@@ -11,12 +11,12 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.aggregation import ckks_messages as m
-from securefedcollm.aggregation import ckks_ring
 from securefedcollm.aggregation.attendance import AttendedRound
+from securefedcollm.aggregation.ckks import messages as m
+from securefedcollm.aggregation.ckks import polynomials
 from securefedcollm.aggregation.ckks.parameters import DEGREE
-from securefedcollm.aggregation.ckks_ring import Residues
-from securefedcollm.aggregation.ckks_seal import Seal
+from securefedcollm.aggregation.ckks.polynomials import Residues
+from securefedcollm.aggregation.ckks.seal import Seal
 from securefedcollm.aggregation.header import Roster, RoundHeader
 from securefedcollm.aggregation.messages import decode
 from securefedcollm.aggregation.steps import Step, Transition
@@ -44,7 +44,7 @@ class CkksAttendedRound(AttendedRound):
     ) -> None:
         super().__init__(header, roster, transitions, others)
         self._ring = m.ring_of(header)
-        self._size = ckks_ring.polynomial_bytes(self._ring)
+        self._size = polynomials.polynomial_bytes(self._ring)
         self._shape = m.shape_of(header)
         self._key_id = b""
         self._sealed: dict[int, m.Sealed] = {}
@@ -54,8 +54,8 @@ class CkksAttendedRound(AttendedRound):
     def _forget(self) -> None:
         self._sum = _zeros(0)
 
-    def _limit(self, polynomials: int) -> int:
-        return m.frame_limit(self._parameters, self._ring, polynomials)
+    def _limit(self, count: int) -> int:
+        return m.frame_limit(self._parameters, self._ring, count)
 
     def _on_sealed(self, name: str, frame: bytes) -> None:
         """Take a silo's commitment to its ciphertext."""
@@ -99,14 +99,14 @@ class CkksAttendedRound(AttendedRound):
     def _check_polynomials(self, name: str, data: bytes, count: int) -> None:
         # Adversary: an empty or short vector, which SEAL's loader would take for a valid one.
         try:
-            ckks_ring.unpack(data, self._ring, count)
+            polynomials.unpack(data, self._ring, count)
         except CryptoError as error:
             self._blame(name, f"sent malformed polynomials: {error}")
 
     def _accumulate(self, name: str, data: bytes) -> None:
         # Adversary: as above. The sum is then as it was before.
         try:
-            ckks_ring.accumulate(self._sum, data, self._ring)
+            polynomials.accumulate(self._sum, data, self._ring)
         except CryptoError as error:
             self._blame(name, f"sent malformed polynomials: {error}")
 
@@ -118,7 +118,7 @@ class CkksAttendedRound(AttendedRound):
         """
         with Seal(self._ring) as seal:
             coefficients = seal.coefficients(self._sum)
-        return ckks_ring.decode(coefficients, self._ring, self._parameters.values, count)
+        return polynomials.decode(coefficients, self._ring, self._parameters.values, count)
 
     def _roots(self) -> dict[str, tuple[bytes, bytes]]:
         """Name -> digest of its ciphertext and its signature over that, for the evidence log."""

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from securefedcollm.aggregation.header import WORD_BITS, RingParameters
-from securefedcollm.aggregation.masks import CHUNK_WORDS, Words, each_part
+from securefedcollm.aggregation.masking.masks import CHUNK_WORDS, Words, each_part
 from securefedcollm.errors import LocalProtocolError, ProtocolError
 
 Vector = npt.NDArray[np.int64]

@@ -1,10 +1,10 @@
 """The server's side of one attempt at one round of pairwise-mask secure aggregation.
 
 It relays, adds uploads into one accumulator as they arrive, and opens the sum. This code is the
-honest server; the silos' safety does not rest on it (:mod:`~.silo`). What it does guard is the
-result: the adversary here is up to c malicious silos and whoever sits on the network. A sum is
-opened only if every rebuilt secret matches what its owner published, and every wrong frame or share
-is laid at one silo's door. What it cannot see is a vector within bounds that is not honest.
+honest server; the silos' safety does not rest on it (:mod:`~.masking.silo`). It guards the result:
+the adversary here is up to c malicious silos and whoever sits on the network. A sum is opened only
+if every rebuilt secret matches what its owner published, and every wrong frame or share is laid at
+one silo's door. What it cannot see is a vector within bounds that is not honest.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from securefedcollm.aggregation import keys, masks, packing, shamir
 from securefedcollm.aggregation.attendance import AttendedRound
 from securefedcollm.aggregation.header import Roster, RoundHeader
-from securefedcollm.aggregation.messages import (
+from securefedcollm.aggregation.masking import keys, masks, packing, shamir
+from securefedcollm.aggregation.masking.messages import (
     BOX_BYTES,
     Advertise,
     Agreement,
-    Ask,
     Deal,
     Delivery,
     Opening,
@@ -29,11 +28,11 @@ from securefedcollm.aggregation.messages import (
     Roll,
     Survey,
     Unmask,
-    decode,
 )
+from securefedcollm.aggregation.masking.upload import MAGIC, split
+from securefedcollm.aggregation.messages import Ask, decode, lists_digest
 from securefedcollm.aggregation.roles import RoundResult, Transcript
 from securefedcollm.aggregation.steps import TRANSITIONS, Step
-from securefedcollm.aggregation.upload import MAGIC, split
 from securefedcollm.errors import CryptoError
 from securefedcollm.primitives import AgreementKey, equal
 
@@ -209,9 +208,7 @@ class CoordinatorRound(AttendedRound):
         self._survivors = tuple(sorted(self._uploaded))
         self._dropouts = tuple(index for index in self._deals if index not in self._uploaded)
         self._enough(len(self._survivors), self._parameters.quorum)
-        self._lists_digest = keys.lists_digest(
-            self._delivery_digest, self._survivors, self._dropouts
-        )
+        self._lists_digest = lists_digest(self._delivery_digest, self._survivors, self._dropouts)
         self._ask(self._survivors)
 
     # R3, R4 -----------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """The server's side of one attempt at one round of threshold CKKS aggregation.
 
 It relays, adds first polynomials (no key and no library needed for that), and fuses the members'
-partial decryptions. The silos' safety does not rest on it (:mod:`~.ckks_silo`). What it guards is
-the result, against malicious silos and the network: every frame is signed and bound to the round,
-every ciphertext to the commitment before it, and whoever breaks a rule is named.
+partial decryptions. The silos' safety does not rest on it (:mod:`~.ckks.threshold.silo`). What it
+guards is the result, against malicious silos and the network: every frame is signed and bound to
+the round, every ciphertext to the commitment before it, and whoever breaks a rule is named.
 
 The key is n-of-n: a silo that is lost once the key is made (after K1) takes the attempt with it.
 The attempt is abandoned with :class:`~.roles.AbandonedError`, which names the lost silos; the
@@ -16,11 +16,10 @@ from typing import TypeVar
 
 from msgspec import structs
 
-from securefedcollm.aggregation import ckks_messages as m
+from securefedcollm.aggregation.ckks import messages as m
 from securefedcollm.aggregation.ckks.round import CkksAttendedRound
 from securefedcollm.aggregation.header import Roster, RoundHeader
-from securefedcollm.aggregation.keys import lists_digest
-from securefedcollm.aggregation.messages import Ask, Message, decode
+from securefedcollm.aggregation.messages import Ask, Message, decode, lists_digest
 from securefedcollm.aggregation.roles import AbandonedError, RoundResult, Sealing, Transcript
 from securefedcollm.aggregation.steps import CKKS_TRANSITIONS, Step
 from securefedcollm.primitives import sha256

@@ -3,8 +3,8 @@
 The adversary is the server together with up to c silos; the authority does not collude with it (the
 two together could open this silo's ciphertext). The silo checks that the key is the authority's and
 of this very round, commits to its ciphertext before any is shown, and lets it leave for one list of
-commitments. Which sum is opened, the authority decides (:mod:`~.ckks_authority`); its signed word
-about it comes back here, so that this silo knows how many noise shares are in the sum.
+commitments. The authority decides which sum is opened (:mod:`~.ckks.authority.keyholder`). Its
+signed word about it comes back here, so that this silo knows how many noise shares are in the sum.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.aggregation import ckks_authority_messages as am
-from securefedcollm.aggregation import ckks_messages as m
-from securefedcollm.aggregation import ckks_ring
 from securefedcollm.aggregation.checks import (
     accuse,
     check_announced,
@@ -30,10 +27,12 @@ from securefedcollm.aggregation.checks import (
     record_once,
     refuse_late,
 )
-from securefedcollm.aggregation.ckks_secrets import CkksSecrets
+from securefedcollm.aggregation.ckks import messages as m
+from securefedcollm.aggregation.ckks import polynomials
+from securefedcollm.aggregation.ckks.authority import messages as am
+from securefedcollm.aggregation.ckks.secrets import CkksSecrets
 from securefedcollm.aggregation.header import Authority, Roster, RoundHeader, check_roster
-from securefedcollm.aggregation.keys import lists_digest
-from securefedcollm.aggregation.messages import UNSIGNED, S, decode, sign
+from securefedcollm.aggregation.messages import UNSIGNED, S, decode, lists_digest, sign
 from securefedcollm.aggregation.roles import SERVER, Journal, Transcript, Word
 from securefedcollm.aggregation.steps import AUTHORITY_TRANSITIONS, Step
 from securefedcollm.errors import CryptoError, LocalProtocolError
@@ -43,7 +42,7 @@ from securefedcollm.primitives import RandomSource, SigningKey, sha256
 class CkksAuthoritySiloRound:
     """Answers the server's three requests, in order, once each. Not thread-safe.
 
-    The arguments are those of :class:`~.ckks_silo.CkksSiloRound`, and
+    The arguments are those of :class:`~.ckks.threshold.silo.CkksSiloRound`, and
 
     Args:
         authority: who holds the key, from the silo's own study.
@@ -73,7 +72,7 @@ class CkksAuthoritySiloRound:
             raise LocalProtocolError(
                 "the authority has the key of a silo", hint="one key for each participant"
             )
-        ckks_ring.check_length(vector, header.parameters.values)
+        polynomials.check_length(vector, header.parameters.values)
         self._header = header
         self._header_digest = header.digest
         self._parameters = header.parameters
@@ -85,7 +84,7 @@ class CkksAuthoritySiloRound:
         self._vector_id = vector_id
         self._journal = journal
         self._step = Step.ENCRYPT
-        common = ckks_ring.hash_to_ring(self._header_digest, self._ring)
+        common = polynomials.hash_to_ring(self._header_digest, self._ring)
         self._secrets: CkksSecrets | None = CkksSecrets(
             self._ring, self._shape, vector, common, random
         )
@@ -177,7 +176,7 @@ class CkksAuthoritySiloRound:
         ):
             accuse(self._authority.name, "key is not the one made for this silo")
         try:
-            own = ckks_ring.unpack(offer.part, self._ring, self._shape.keys)
+            own = polynomials.unpack(offer.part, self._ring, self._shape.keys)
         except CryptoError as error:
             accuse(self._authority.name, f"key is malformed ({error})")
         self._key_id = am.key_id(self._authority.key, keys.signed(), keys.signature)
@@ -185,7 +184,7 @@ class CkksAuthoritySiloRound:
         # members; their difference would be this silo's alone.
         self._record(b"vector:" + self._header.round_scope, self._vector_id)
         upload = secrets.encrypt(own[np.newaxis])
-        size = ckks_ring.polynomial_bytes(self._ring)
+        size = polynomials.polynomial_bytes(self._ring)
         seconds = m.polynomial_digests(upload.second, size)
         root = m.cipher_root(self._key_id, self._index, sha256(upload.first), seconds)
         self._own = self._say(

@@ -22,7 +22,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from securefedcollm.aggregation import keys, masks, packing, shamir
 from securefedcollm.aggregation.checks import (
     check_announced,
     check_identity,
@@ -34,27 +33,24 @@ from securefedcollm.aggregation.checks import (
     refuse_late,
 )
 from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster, names_digest
-from securefedcollm.aggregation.messages import (
-    UNSIGNED,
+from securefedcollm.aggregation.masking import keys, masks, packing, shamir
+from securefedcollm.aggregation.masking.messages import (
     Advertise,
     Agreement,
-    Ask,
     Deal,
     Delivery,
     Opening,
     Parcel,
     Refusal,
     Roll,
-    Signed,
     Statement,
     Survey,
     Unmask,
-    decode,
-    sign,
 )
+from securefedcollm.aggregation.masking.upload import Upload, UploadBuffer, words_digest
+from securefedcollm.aggregation.messages import UNSIGNED, Ask, Signed, decode, lists_digest, sign
 from securefedcollm.aggregation.roles import SERVER, Journal, Transcript
 from securefedcollm.aggregation.steps import TRANSITIONS, Step
-from securefedcollm.aggregation.upload import Upload, UploadBuffer, words_digest
 from securefedcollm.errors import CryptoError, RemoteProtocolError
 from securefedcollm.primitives import (
     KEY_BYTES,
@@ -175,8 +171,8 @@ class SiloRound:
     def handle(self, frame: bytes) -> bytes:
         """Answer the server's next request.
 
-        A :class:`~.messages.Refusal` in reply to the delivery is an answer too: it names a dealer,
-        and this side has then failed.
+        A :class:`~.masking.messages.Refusal` in reply to the delivery is an answer too: it names a
+        dealer, and this side has then failed.
 
         Raises:
             RemoteProtocolError: the request must not be answered; the round is over for this silo.
@@ -426,7 +422,7 @@ class SiloRound:
     def _on_survey(self, survey: Survey) -> bytes:
         lists = survey.survivors, survey.dropouts
         self._check_lists(*lists)
-        digest = keys.lists_digest(self._delivery_digest, *lists)
+        digest = lists_digest(self._delivery_digest, *lists)
         # Adversary: a server that restores this process from a snapshot to have it sign two pairs
         # of lists in one attempt.
         self._record(b"agree:" + self._header.attempt_scope, digest)

@@ -26,9 +26,6 @@ from __future__ import annotations
 import os
 from typing import NoReturn
 
-from securefedcollm.aggregation import ckks_authority_messages as am
-from securefedcollm.aggregation import ckks_messages as m
-from securefedcollm.aggregation import ckks_ring
 from securefedcollm.aggregation.checks import (
     accuse,
     check_announced,
@@ -38,12 +35,13 @@ from securefedcollm.aggregation.checks import (
     refuse,
     refuse_late,
 )
-from securefedcollm.aggregation.ckks import openings
-from securefedcollm.aggregation.ckks_ring import Residues
-from securefedcollm.aggregation.ckks_secrets import KeyShares
+from securefedcollm.aggregation.ckks import messages as m
+from securefedcollm.aggregation.ckks import openings, polynomials
+from securefedcollm.aggregation.ckks.authority import messages as am
+from securefedcollm.aggregation.ckks.polynomials import Residues
+from securefedcollm.aggregation.ckks.secrets import KeyShares
 from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster
-from securefedcollm.aggregation.keys import lists_digest
-from securefedcollm.aggregation.messages import UNSIGNED, Ask, decode, sign
+from securefedcollm.aggregation.messages import UNSIGNED, Ask, decode, lists_digest, sign
 from securefedcollm.aggregation.roles import SERVER, Journal, Sealing, Transcript, Word
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.primitives import RandomSource, SigningKey, sha256
@@ -84,7 +82,7 @@ class CkksAuthorityRound:
         self._signing_key = signing_key
         self._journal = journal
         self._step = Step.ADVERTISE
-        common = ckks_ring.hash_to_ring(self._header_digest, self._ring)
+        common = polynomials.hash_to_ring(self._header_digest, self._ring)
         self._secrets: KeyShares | None = KeyShares(
             self._ring, self._shape, common, len(roster), random
         )
@@ -208,7 +206,7 @@ class CkksAuthorityRound:
         """The second polynomials of everybody in the sum, by index."""
         if len(message.parts) != len(message.consents):
             refuse("did not send one ciphertext for each consent", "report the server")
-        size = ckks_ring.polynomial_bytes(self._ring)
+        size = polynomials.polynomial_bytes(self._ring)
         roots = {entry.index: entry.root for entry in message.sealed}
         found: dict[int, Residues] = {}
         for consent, part in zip(message.consents, message.parts, strict=True):

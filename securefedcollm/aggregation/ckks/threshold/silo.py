@@ -31,8 +31,6 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.aggregation import ckks_messages as m
-from securefedcollm.aggregation import ckks_ring
 from securefedcollm.aggregation.checks import (
     accuse,
     check_announced,
@@ -44,13 +42,13 @@ from securefedcollm.aggregation.checks import (
     refuse,
     refuse_late,
 )
-from securefedcollm.aggregation.ckks import openings
+from securefedcollm.aggregation.ckks import messages as m
+from securefedcollm.aggregation.ckks import openings, polynomials
 from securefedcollm.aggregation.ckks.parameters import DEGREE
-from securefedcollm.aggregation.ckks_ring import Residues
-from securefedcollm.aggregation.ckks_secrets import CkksSecrets, KeyShares
+from securefedcollm.aggregation.ckks.polynomials import Residues
+from securefedcollm.aggregation.ckks.secrets import CkksSecrets, KeyShares
 from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster
-from securefedcollm.aggregation.keys import lists_digest
-from securefedcollm.aggregation.messages import UNSIGNED, Ask, Signed, decode, sign
+from securefedcollm.aggregation.messages import UNSIGNED, Ask, Signed, decode, lists_digest, sign
 from securefedcollm.aggregation.roles import SERVER, Journal, Transcript
 from securefedcollm.aggregation.steps import CKKS_TRANSITIONS, Step
 from securefedcollm.primitives import RandomSource, SigningKey, sha256
@@ -59,7 +57,7 @@ from securefedcollm.primitives import RandomSource, SigningKey, sha256
 class CkksSiloRound:
     """Answers the server's six requests, in order, once each. Not thread-safe.
 
-    The arguments are those of :class:`~.silo.SiloRound`.
+    The arguments are those of :class:`~.masking.silo.SiloRound`.
 
     Raises:
         LocalProtocolError: header, roster, identity and vector do not belong together.
@@ -80,7 +78,7 @@ class CkksSiloRound:
     ) -> None:
         check_roster(header, roster)
         self._index = check_identity(roster, name, signing_key, vector_id)
-        ckks_ring.check_length(vector, header.parameters.values)
+        polynomials.check_length(vector, header.parameters.values)
         self._header = header
         self._header_digest = header.digest
         self._parameters = header.parameters
@@ -91,7 +89,7 @@ class CkksSiloRound:
         self._vector_id = vector_id
         self._journal = journal
         self._step = Step.ADVERTISE
-        common = ckks_ring.hash_to_ring(self._header_digest, self._ring)
+        common = polynomials.hash_to_ring(self._header_digest, self._ring)
         self._secrets: CkksSecrets | None = CkksSecrets(
             self._ring, self._shape, vector, common, random
         )
@@ -172,8 +170,8 @@ class CkksSiloRound:
             case _:
                 return self._on_verdicts(decode(m.Verdicts, frame, SERVER), shares)
 
-    def _limit(self, polynomials: int) -> int:
-        return m.frame_limit(self._parameters, self._ring, polynomials)
+    def _limit(self, count: int) -> int:
+        return m.frame_limit(self._parameters, self._ring, count)
 
     def _finish(self, step: Step) -> None:
         self._step = step
@@ -320,7 +318,7 @@ class CkksSiloRound:
 
     @property
     def _size(self) -> int:
-        return ckks_ring.polynomial_bytes(self._ring)
+        return polynomials.polynomial_bytes(self._ring)
 
     def _check_members(self, members: Sequence[int], allowed: Iterable[int]) -> None:
         check_list(members, allowed, self._parameters.quorum, own=self._index)

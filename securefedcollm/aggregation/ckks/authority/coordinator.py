@@ -1,8 +1,8 @@
 """The server's side of one attempt at one round of CKKS aggregation under an authority's key.
 
 It relays, adds first polynomials, and fuses the sum with the authority's partial decryption. The
-safety of silos rests on the authority and not on this (:mod:`~.ckks_authority`); what is guarded
-here is the result, against malicious silos and the network: whoever breaks a rule is named.
+safety of silos rests on the authority (:mod:`~.ckks.authority.keyholder`), not on this; what is
+guarded here is the result, against malicious silos and the network. Whoever breaks a rule is named.
 
 The key is not the silos': a silo that is lost at any step is simply not in the sum, as long as a
 quorum has uploaded.
@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from msgspec import structs
 
-from securefedcollm.aggregation import ckks_authority_messages as am
-from securefedcollm.aggregation import ckks_messages as m
+from securefedcollm.aggregation.ckks import messages as m
+from securefedcollm.aggregation.ckks.authority import messages as am
 from securefedcollm.aggregation.ckks.round import CkksAttendedRound
 from securefedcollm.aggregation.header import Authority, Roster, RoundHeader
-from securefedcollm.aggregation.keys import lists_digest
-from securefedcollm.aggregation.messages import Ask, Signable, decode
+from securefedcollm.aggregation.messages import Ask, Signable, decode, lists_digest
 from securefedcollm.aggregation.roles import RoundResult, Sealing, Transcript, Word
 from securefedcollm.aggregation.steps import AUTHORITY_TRANSITIONS, Step
 from securefedcollm.errors import LocalProtocolError, ProtocolError
