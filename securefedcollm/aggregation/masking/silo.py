@@ -40,27 +40,25 @@ from securefedcollm.aggregation.masking.messages import (
     Deal,
     Delivery,
     Opening,
-    Parcel,
     Refusal,
     Roll,
     Statement,
     Survey,
     Unmask,
 )
+from securefedcollm.aggregation.masking.parcels import DealerFaultError, Parcels, refuse_key
 from securefedcollm.aggregation.masking.upload import Upload, UploadBuffer, words_digest
 from securefedcollm.aggregation.messages import UNSIGNED, Ask, Signed, decode, lists_digest, sign
 from securefedcollm.aggregation.roles import SERVER, Journal, Transcript
 from securefedcollm.aggregation.steps import TRANSITIONS, Step
-from securefedcollm.errors import CryptoError, RemoteProtocolError
+from securefedcollm.errors import CryptoError
 from securefedcollm.primitives import (
     KEY_BYTES,
     AgreementKey,
     RandomSource,
     SigningKey,
     equal,
-    seal,
     sha256,
-    unseal,
     well_spelled,
 )
 
@@ -75,14 +73,6 @@ class _Secrets:
     seed: bytes
     held: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
     """Dealer -> (seed share, mask-key share) that this silo holds."""
-
-
-class _DealerFaultError(Exception):
-    """A dealer signed a parcel that does not check; carries the dealer's index."""
-
-    def __init__(self, dealer: int) -> None:
-        super().__init__(dealer)
-        self.dealer = dealer
 
 
 class SiloRound:
@@ -183,7 +173,7 @@ class SiloRound:
             refuse_late(self._step)
         try:
             reply = self._answer(frame, secrets)
-        except _DealerFaultError as fault:
+        except DealerFaultError as fault:
             self._finish(Step.FAILED)
             return self._refusal(fault.dealer)
         except BaseException:
@@ -254,9 +244,9 @@ class SiloRound:
         threshold = self._parameters.threshold
         seed_shares = shamir.deal(secrets.seed, threshold, holders, self._random)
         key_shares = shamir.deal(secrets.mask_secret, threshold, holders, self._random)
-        share_key = AgreementKey(secrets.share_secret)
+        own = self._parcels(secrets)
         parcels = tuple(
-            self._parcel(holder, seed_share, key_share, share_key)
+            own.make(holder, seed_share, key_share)
             for holder, seed_share, key_share in zip(holders, seed_shares, key_shares, strict=True)
         )
         mine = holders.index(self._index)
@@ -279,31 +269,15 @@ class SiloRound:
         self._record(b"deal:" + self._header.attempt_scope, sha256(self._own_statement.signed()))
         return Deal(self._own_statement, parcels).encode()
 
-    def _parcel(
-        self, holder: int, seed_share: bytes, key_share: bytes, share_key: AgreementKey
-    ) -> Parcel:
-        header, dealer = self._header_digest, self._index
-        box = b""
-        if holder != dealer:
-            key = self._box_key(share_key, dealer, holder)
-            associated = keys.box_associated(header, self._roll_digest, dealer, holder)
-            box = seal(key, keys.ZERO_NONCE, seed_share + key_share, associated)
-        return Parcel(
-            dealer=dealer,
-            holder=holder,
-            box=box,
-            seed_share_commitment=keys.share_commitment(header, dealer, holder, "seed", seed_share),
-            key_share_commitment=keys.share_commitment(header, dealer, holder, "key", key_share),
+    def _parcels(self, secrets: _Secrets) -> Parcels:
+        return Parcels(
+            header=self._header_digest,
+            roster=self._roster,
+            roll=self._roll,
+            roll_digest=self._roll_digest,
+            index=self._index,
+            secret=secrets.share_secret,
         )
-
-    def _box_key(self, share_key: AgreementKey, dealer: int, holder: int) -> bytes:
-        peer = self._roll[holder if dealer == self._index else dealer]
-        try:
-            return keys.box_key(
-                share_key, peer.share_public, self._header_digest, self._roll_digest, dealer, holder
-            )
-        except CryptoError as error:
-            self._refuse_key(peer.index, error)
 
     # R2 ---------------------------------------------------------------------------------------
 
@@ -334,7 +308,7 @@ class SiloRound:
             refuse("did not relay one parcel from each dealer", "start a new attempt")
         statements = {statement.index: statement for statement in delivery.statements}
         position = tuple(self._roll).index(self._index)
-        share_key = AgreementKey(secrets.share_secret)
+        own = self._parcels(secrets)
         for parcel in delivery.parcels:
             # Adversary: a relay that swaps or alters parcels. The dealer signed their digests.
             signed_digest = statements[parcel.dealer].parcels[position]
@@ -343,28 +317,7 @@ class SiloRound:
                     f"altered the parcel from {self._roster.name(parcel.dealer)}",
                     "start a new attempt; if it happens again, report the server",
                 )
-            secrets.held[parcel.dealer] = self._open_parcel(parcel, share_key)
-
-    def _open_parcel(self, parcel: Parcel, share_key: AgreementKey) -> tuple[bytes, bytes]:
-        """The two shares in a parcel that its dealer has signed.
-
-        Adversary: a dealer that hands out boxes that do not open or shares other than committed, so
-        that honest holders would later look like the liars. Found here, it is the dealer's fault.
-        """
-        header, dealer, holder = self._header_digest, parcel.dealer, self._index
-        key = self._box_key(share_key, dealer, holder)
-        associated = keys.box_associated(header, self._roll_digest, dealer, holder)
-        try:
-            shares = unseal(key, keys.ZERO_NONCE, parcel.box, associated)
-        except CryptoError as error:
-            raise _DealerFaultError(dealer) from error
-        seed_share, key_share = shares[: shamir.SHARE_BYTES], shares[shamir.SHARE_BYTES :]
-        seed_commitment = keys.share_commitment(header, dealer, holder, "seed", seed_share)
-        key_commitment = keys.share_commitment(header, dealer, holder, "key", key_share)
-        committed = parcel.seed_share_commitment + parcel.key_share_commitment
-        if parcel.holder != holder or not equal(seed_commitment + key_commitment, committed):
-            raise _DealerFaultError(dealer)
-        return seed_share, key_share
+            secrets.held[parcel.dealer] = own.open(parcel)
 
     def _refusal(self, dealer: int) -> bytes:
         return sign(
@@ -413,7 +366,7 @@ class SiloRound:
                     mask_key, self._roll[peer].mask_public, header, delivery, self._index, peer
                 )
             except CryptoError as error:
-                self._refuse_key(peer, error)
+                refuse_key(self._roster.name(peer), error)
             (add if self._index < peer else subtract).append(key)
         return add, subtract
 
@@ -496,14 +449,6 @@ class SiloRound:
 
     def _check_signatures(self, entries: Iterable[Signed], what: str) -> None:
         check_signatures(entries, what, self._header_digest, self._roster)
-
-    def _refuse_key(self, peer: int, error: CryptoError) -> NoReturn:
-        # Adversary: a key of small order fixes the shared secret for everyone to know.
-        raise RemoteProtocolError(
-            f"relayed an unusable public key of {self._roster.name(peer)}",
-            peer=SERVER,
-            hint="an honest server drops such a silo; report both",
-        ) from error
 
     def _record(self, key: bytes, value: bytes) -> None:
         record_once(self._journal, key, value, self._step)
