@@ -1,4 +1,4 @@
-"""What a key holder does before it helps to open a sum: it reads polynomials, and writes it down.
+"""What a key holder does before it helps to open a sum: it reads polynomials, and keeps a record.
 
 The holder is every silo (threshold), or the authority. The adversary is the server together with up
 to c silos, as in :mod:`~.checks`.
@@ -47,8 +47,9 @@ def record_opening(journal: Journal, header: RoundHeader, names: Sequence[str], 
     """Write down that the sum of ``names`` is about to be opened; refuse if it must not be.
 
     Adversary: a server that opens two sums of a round; their difference would bare the silos in
-    which they differ. One set of silos a round, whatever the attempt. And one that opens the same
-    sum over and over, to average the flooding noise out: so many attempts may, and no more.
+    which they differ. One set of silos is opened in a round, whatever the attempt. Or a server that
+    opens the same sum over and over, to average the flooding noise out. ``MOST_OPENINGS`` attempts
+    may do that.
     """
     record_once(journal, b"open:" + header.round_scope, names_digest(names), step)
     for number in range(MOST_OPENINGS):
