@@ -38,18 +38,19 @@ from securefedcollm.aggregation import (
     SiloSide,
     Step,
     authority_side,
-    ckks_authority_messages,
-    ckks_messages,
-    ckks_ring,
     coordinator_side,
     silo_side,
 )
-from securefedcollm.aggregation.ckks_seal import Seal
-from securefedcollm.aggregation.ckks_secrets import CkksSecrets
+from securefedcollm.aggregation.ckks import messages as ckks_messages
+from securefedcollm.aggregation.ckks import polynomials
+from securefedcollm.aggregation.ckks.authority import messages as ckks_authority_messages
+from securefedcollm.aggregation.ckks.parameters import CkksRing, CkksSet, derive
+from securefedcollm.aggregation.ckks.seal import Seal
+from securefedcollm.aggregation.ckks.secrets import CkksSecrets
+from securefedcollm.aggregation.masking.packing import Field
 from securefedcollm.aggregation.messages import decode
+from securefedcollm.aggregation.steps import SchemeName
 from securefedcollm.primitives import SigningKey
-from securefedcollm.study.config import Field, SchemeName
-from securefedcollm.study.ring import CkksRing, CkksSet, derive
 
 VALUE_BITS = 16
 _OFFICE = "authority"
@@ -144,16 +145,16 @@ class _Round:
             delivery = ckks_authority_messages.CipherDelivery
             kind = delivery if keyed else ckks_messages.CipherUpload
             first = decode(kind, reply, "", len(reply)).first
-            ckks_ring.accumulate(self._decrypted, first, self.ring)
+            polynomials.accumulate(self._decrypted, first, self.ring)
         if step is Step.UNMASK:
             answer = ckks_authority_messages.Opened if keyed else ckks_messages.Partial
             share = decode(answer, reply, "", len(reply)).share
-            ckks_ring.accumulate(self._decrypted, share, self.ring)
+            polynomials.accumulate(self._decrypted, share, self.ring)
 
     def rms(self) -> float:
         """Root mean square error before rounding, in integers."""
         with Seal(self.ring) as seal:
-            found = ckks_ring.centred(seal.coefficients(self._decrypted), self.ring)
+            found = polynomials.centred(seal.coefficients(self._decrypted), self.ring)
         exact = self.expected << self.ring.scale_bits
         error = (found.reshape(-1)[: len(exact)] - exact) / 2.0**self.ring.scale_bits
         return float(np.sqrt(np.mean(error**2)))
@@ -298,7 +299,7 @@ def compare(values: int, silos: int, kind: CkksSet, repeats: int) -> dict[str, o
 
 
 def _encrypt(ring: CkksRing, vector: np.ndarray) -> int:
-    common, shape = ckks_ring.hash_to_ring(b"benchmark", ring), ring.shape(len(vector), 1)
+    common, shape = polynomials.hash_to_ring(b"benchmark", ring), ring.shape(len(vector), 1)
     secrets = CkksSecrets(ring, shape, vector, common, os.urandom)
     joint = np.broadcast_to(common, (shape.committees, shape.keys, common.shape[1]))
     return len(secrets.encrypt(joint).first)

@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks._idle import Idle, server_record, silo_record
 from benchmarks._machine import machine
 from securefedcollm.aggregation import Roster
-from securefedcollm.aggregation.silo import SiloRound
+from securefedcollm.aggregation.masking.silo import SiloRound
 from securefedcollm.federation import cotuning
 from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.dealing import deal

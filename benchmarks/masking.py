@@ -25,12 +25,13 @@ from typing import TypeVar
 import numpy as np
 
 from benchmarks._machine import machine
-from securefedcollm.aggregation import RingParameters, Roster, RoundHeader, Step, keys, masks
-from securefedcollm.aggregation.coordinator import CoordinatorRound
-from securefedcollm.aggregation.silo import SiloRound
+from securefedcollm.aggregation import RingParameters, Roster, RoundHeader, Step
+from securefedcollm.aggregation.masking import keys, masks
+from securefedcollm.aggregation.masking.coordinator import CoordinatorRound
+from securefedcollm.aggregation.masking.packing import Field
+from securefedcollm.aggregation.masking.silo import SiloRound
 from securefedcollm.primitives import AgreementKey, Keystream, SigningKey
 from securefedcollm.privacy.quantise import Quantiser
-from securefedcollm.study.config import Field
 
 ROOT = Path(__file__).resolve().parent.parent
 PEER = (".venv-bench/bin/python", "benchmarks/masking_peer.py")

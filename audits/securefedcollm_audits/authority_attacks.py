@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from securefedcollm.aggregation import ckks_authority_messages as am
-from securefedcollm.aggregation import ckks_messages as m
-from securefedcollm.aggregation import ckks_ring
-from securefedcollm.aggregation.ckks_secrets import CkksSecrets
+from securefedcollm.aggregation.ckks import messages as m
+from securefedcollm.aggregation.ckks import polynomials
+from securefedcollm.aggregation.ckks.authority import messages as am
+from securefedcollm.aggregation.ckks.parameters import DEGREE
+from securefedcollm.aggregation.ckks.secrets import CkksSecrets
 from securefedcollm.aggregation.header import RoundHeader
 from securefedcollm.aggregation.messages import Ask, sign
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.primitives import SigningKey, sha256
-from securefedcollm.study.ring import DEGREE
 from securefedcollm_audits import malformed
 from securefedcollm_audits.attacks import Outcome, both
 from securefedcollm_audits.cohort import Cohort, altered
@@ -178,7 +178,7 @@ def authority_split_lists() -> Outcome:
     first = played.deliveries[VICTIM]
     forged = _minus(made, first)
     colluder = made.roster.index(COLLUDER)
-    size = ckks_ring.polynomial_bytes(m.ring_of(made.header))
+    size = polynomials.polynomial_bytes(m.ring_of(made.header))
     seconds = m.polynomial_digests(forged.second, size)
     key_id = played.coordinator._key_id
     root = m.cipher_root(key_id, colluder, forged.first, seconds)
@@ -204,10 +204,10 @@ def authority_split_lists() -> Outcome:
 def _minus(made: Cohort, delivery: am.CipherDelivery) -> am.CipherPart:
     ring, shape = m.ring_of(made.header), m.shape_of(made.header)
     zero = np.zeros((shape.groups, DEGREE), dtype=np.uint64)
-    second = ckks_ring.subtract(
-        zero, ckks_ring.unpack(delivery.second, ring, shape.groups), ring
+    second = polynomials.subtract(
+        zero, polynomials.unpack(delivery.second, ring, shape.groups), ring
     ) % np.uint64(ring.prime)
-    return am.CipherPart(sha256(delivery.first), ckks_ring.pack(second, ring))
+    return am.CipherPart(sha256(delivery.first), polynomials.pack(second, ring))
 
 
 def authority_malformed_ciphertext() -> Outcome:
@@ -224,9 +224,9 @@ def authority_malformed_ciphertext() -> Outcome:
     played.play()
     total = np.zeros((shape.chunks, DEGREE), dtype=np.uint64)
     for delivery in played.deliveries.values():
-        ckks_ring.accumulate(total, delivery.first, ring)
+        polynomials.accumulate(total, delivery.first, ring)
     assert played.opened
-    ckks_ring.accumulate(total, played.opened.share, ring)
+    polynomials.accumulate(total, played.opened.share, ring)
     found = malformed.read_secrets(ring, shape, total, bits)
     learnt = list(leaks(made, played))
     if set(np.unique(found)) != {-1, 0, 1}:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.aggregation.coordinator import CoordinatorRound
+from securefedcollm.aggregation.masking.coordinator import CoordinatorRound
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.privacy.events import Event
 from securefedcollm.privacy.joint import JointSetting, JointStep

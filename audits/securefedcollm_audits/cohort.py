@@ -21,21 +21,19 @@ from securefedcollm.aggregation.header import RingParameters, Roster, RoundHeade
 from securefedcollm.aggregation.inmemory import Hook as Hook
 from securefedcollm.aggregation.inmemory import MemoryJournal as MemoryJournal
 from securefedcollm.aggregation.inmemory import unaltered
-from securefedcollm.aggregation.messages import (
+from securefedcollm.aggregation.masking.messages import (
     Advertise,
     Agreement,
-    Ask,
     Deal,
     Delivery,
-    Message,
     Opening,
     Roll,
     Survey,
     Unmask,
-    decode,
 )
-from securefedcollm.aggregation.scheme import CoordinatorSide, RoundResult, SiloSide
-from securefedcollm.aggregation.silo import SiloRound
+from securefedcollm.aggregation.masking.silo import SiloRound
+from securefedcollm.aggregation.messages import Ask, Message, decode
+from securefedcollm.aggregation.roles import CoordinatorSide, RoundResult, SiloSide
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.errors import RemoteProtocolError
 from securefedcollm.primitives import Keystream, RandomSource, SigningKey, sha256

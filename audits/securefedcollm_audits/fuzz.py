@@ -25,7 +25,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from securefedcollm.aggregation.coordinator import CoordinatorRound
+from securefedcollm.aggregation.masking.coordinator import CoordinatorRound
 from securefedcollm.errors import ProtocolError
 from securefedcollm_audits import fuzz_files
 from securefedcollm_audits.cohort import Cohort, play

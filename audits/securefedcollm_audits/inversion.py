@@ -27,8 +27,8 @@ import numpy.typing as npt
 import torch
 
 from securefedcollm.aggregation.header import RingParameters
+from securefedcollm.aggregation.masking.upload import HEAD_BYTES
 from securefedcollm.aggregation.steps import Step
-from securefedcollm.aggregation.upload import HEAD_BYTES
 from securefedcollm.errors import ConfigError
 from securefedcollm.federation.cotuning import planned_event
 from securefedcollm.federation.dealing import deal

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import msgspec
 
-from securefedcollm.aggregation import ckks_authority_messages as am
-from securefedcollm.aggregation import ckks_messages as m
-from securefedcollm.aggregation import ckks_ring
-from securefedcollm.aggregation.ckks_authority import CkksAuthorityRound
-from securefedcollm.aggregation.ckks_authority_coordinator import CkksAuthorityCoordinatorRound
-from securefedcollm.aggregation.ckks_authority_silo import CkksAuthoritySiloRound
-from securefedcollm.aggregation.ckks_seal import Seal
-from securefedcollm.aggregation.header import AUTHORITY_SUITES, Authority, RoundHeader
+from securefedcollm.aggregation.ckks import messages as m
+from securefedcollm.aggregation.ckks import polynomials
+from securefedcollm.aggregation.ckks.authority import messages as am
+from securefedcollm.aggregation.ckks.authority.coordinator import CkksAuthorityCoordinatorRound
+from securefedcollm.aggregation.ckks.authority.keyholder import CkksAuthorityRound
+from securefedcollm.aggregation.ckks.authority.silo import CkksAuthoritySiloRound
+from securefedcollm.aggregation.ckks.parameters import AUTHORITY_SUITES, CkksSet
+from securefedcollm.aggregation.ckks.seal import Seal
+from securefedcollm.aggregation.header import Authority, RoundHeader
 from securefedcollm.aggregation.messages import Message, decode
-from securefedcollm.aggregation.scheme import RoundResult
+from securefedcollm.aggregation.roles import RoundResult
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.errors import RemoteProtocolError
 from securefedcollm.primitives import SigningKey, sha256
-from securefedcollm.study.ring import CkksSet
 from securefedcollm_audits.cohort import Cohort, Hook, MemoryJournal, Vector, recorded
 
 NAME = "auditor"
@@ -154,10 +154,10 @@ class Round:
 def decrypt(made: Cohort, first: bytes, share: bytes) -> Vector:
     """What follows from the first polynomials of a ciphertext and a partial decryption."""
     ring, rows = m.ring_of(made.header), m.shape_of(made.header).chunks
-    total = ckks_ring.unpack(first, ring, rows)
-    ckks_ring.accumulate(total, share, ring)
+    total = polynomials.unpack(first, ring, rows)
+    polynomials.accumulate(total, share, ring)
     with Seal(ring) as seal:
-        signed = ckks_ring.centred(seal.coefficients(total), ring)
+        signed = polynomials.centred(seal.coefficients(total), ring)
     rounded = (signed + (1 << (ring.scale_bits - 1))) >> ring.scale_bits
     return rounded.reshape(-1)[: made.values]
 

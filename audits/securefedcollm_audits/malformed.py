@@ -10,11 +10,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.aggregation import ckks_ring
-from securefedcollm.aggregation.ckks_messages import CipherUpload
-from securefedcollm.aggregation.ckks_ring import Residues
-from securefedcollm.aggregation.ckks_seal import Seal
-from securefedcollm.study.ring import DEGREE, CkksRing, Shape
+from securefedcollm.aggregation.ckks import polynomials
+from securefedcollm.aggregation.ckks.messages import CipherUpload
+from securefedcollm.aggregation.ckks.parameters import DEGREE, CkksRing, Shape
+from securefedcollm.aggregation.ckks.polynomials import Residues
+from securefedcollm.aggregation.ckks.seal import Seal
 from securefedcollm_audits.cohort import Vector
 
 _LIMB = 15
@@ -28,15 +28,15 @@ def upload(ring: CkksRing, shape: Shape, bits: int) -> CipherUpload:
     second = np.zeros((shape.groups, shape.committees, DEGREE), dtype=np.uint64)
     for group in range(shape.groups):
         second[group, group % shape.committees] = 1 << bits
-    packed = ckks_ring.pack(second.reshape(-1, DEGREE), ring)
-    return CipherUpload(ckks_ring.pack(first, ring), packed)
+    packed = polynomials.pack(second.reshape(-1, DEGREE), ring)
+    return CipherUpload(polynomials.pack(first, ring), packed)
 
 
 def read(ring: CkksRing, opened: Residues, bits: int) -> npt.NDArray[np.float64]:
     """What was added below Δ to the chunks [chunks, N] (transformed) of a sum, in units of 2^bits:
     all but a multiple of Δ."""
     with Seal(ring) as seal:
-        signed = ckks_ring.centred(seal.coefficients(opened), ring)
+        signed = polynomials.centred(seal.coefficients(opened), ring)
     half = 1 << (ring.scale_bits - 1)
     return (((signed + half) & (2 * half - 1)) - half) / 2.0**bits
 
@@ -55,12 +55,12 @@ def read_secrets(ring: CkksRing, shape: Shape, opened: Residues, bits: int) -> V
 
 def open_with(ring: CkksRing, shape: Shape, secrets: Vector, first: bytes, second: bytes) -> Vector:
     """What a ciphertext decrypts to under secrets [committees, keys, N], int64 [chunks · N]."""
-    c1 = ckks_ring.unpack(second, ring, shape.seconds).reshape(-1, shape.committees, DEGREE)
+    c1 = polynomials.unpack(second, ring, shape.seconds).reshape(-1, shape.committees, DEGREE)
     terms = [
         [(c1[chunk // shape.keys, k], secrets[k, chunk % shape.keys]) for k in range(len(secrets))]
         for chunk in range(shape.chunks)
     ]
-    return decode(ring, ckks_ring.unpack(first, ring, shape.chunks), terms)
+    return decode(ring, polynomials.unpack(first, ring, shape.chunks), terms)
 
 
 def decode(ring: CkksRing, first: Residues, terms: list[list[tuple[Residues, Vector]]]) -> Vector:

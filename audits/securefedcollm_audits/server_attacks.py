@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from securefedcollm.aggregation import keys
-from securefedcollm.aggregation.coordinator import CoordinatorRound
 from securefedcollm.aggregation.header import RoundHeader
-from securefedcollm.aggregation.messages import Advertise, Agreement, sign
-from securefedcollm.aggregation.upload import HEAD_BYTES
+from securefedcollm.aggregation.masking import keys
+from securefedcollm.aggregation.masking.coordinator import CoordinatorRound
+from securefedcollm.aggregation.masking.messages import Advertise, Agreement
+from securefedcollm.aggregation.masking.upload import HEAD_BYTES
+from securefedcollm.aggregation.messages import sign
 from securefedcollm.errors import ConfigError, LocalProtocolError
 from securefedcollm.primitives import AgreementKey, SigningKey, sha256
 from securefedcollm_audits.attacks import Outcome, both, judge, observed, respelled
@@ -485,7 +486,7 @@ def stolen_identity() -> Outcome:
     second.deliver(names[:1], deals)
     return both(
         judge("a stolen identity key", puppet, names[:1], "did not send"),
-        judge("a stolen identity key", second, names[:1], "did not make"),
+        judge("a stolen identity key", second, names[:1], "did not send"),
     )
 
 

@@ -11,23 +11,14 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from securefedcollm.aggregation import shamir
-from securefedcollm.aggregation.coordinator import CoordinatorRound
-from securefedcollm.aggregation.keys import parcel_digest
-from securefedcollm.aggregation.messages import (
-    UNSIGNED,
-    Advertise,
-    Agreement,
-    Deal,
-    Refusal,
-    Signed,
-    Unmask,
-    decode,
-    sign,
-)
-from securefedcollm.aggregation.silo import SiloRound
+from securefedcollm.aggregation.masking import shamir
+from securefedcollm.aggregation.masking.coordinator import CoordinatorRound
+from securefedcollm.aggregation.masking.keys import parcel_digest
+from securefedcollm.aggregation.masking.messages import Advertise, Agreement, Deal, Refusal, Unmask
+from securefedcollm.aggregation.masking.silo import SiloRound
+from securefedcollm.aggregation.masking.upload import HEAD_BYTES, MAGIC, Upload, words_digest
+from securefedcollm.aggregation.messages import UNSIGNED, Signed, decode, sign
 from securefedcollm.aggregation.steps import TRANSITIONS, Step
-from securefedcollm.aggregation.upload import HEAD_BYTES, MAGIC, Upload, words_digest
 from securefedcollm.errors import ProtocolError, RemoteProtocolError
 from securefedcollm.primitives import AgreementKey
 from securefedcollm_audits.attacks import Outcome, both, observed, respelled

@@ -17,12 +17,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.aggregation import keys, masks, packing, shamir
 from securefedcollm.aggregation.header import Roster, RoundHeader
-from securefedcollm.aggregation.masks import WORD_BYTES
-from securefedcollm.aggregation.messages import (
+from securefedcollm.aggregation.masking import keys, masks, packing, shamir
+from securefedcollm.aggregation.masking.masks import WORD_BYTES
+from securefedcollm.aggregation.masking.messages import (
     Advertise,
-    Ask,
     Deal,
     Delivery,
     Opening,
@@ -31,7 +30,8 @@ from securefedcollm.aggregation.messages import (
     Survey,
     Unmask,
 )
-from securefedcollm.aggregation.upload import HEAD_BYTES, MAGIC
+from securefedcollm.aggregation.masking.upload import HEAD_BYTES, MAGIC
+from securefedcollm.aggregation.messages import Ask, lists_digest
 from securefedcollm.errors import CryptoError, ProtocolError, SecureFedCoLLMError
 from securefedcollm.primitives import AgreementKey, RandomSource, unseal
 
@@ -90,7 +90,7 @@ class Spy:
                 | Opening(survivors=survivors, dropouts=dropouts)
             ):
                 for delivery in self._deliveries:
-                    lists = keys.lists_digest(delivery, survivors, dropouts)
+                    lists = lists_digest(delivery, survivors, dropouts)
                     self._lists[lists] = delivery, frozenset(survivors)
             case Unmask():
                 self._unmasks.append(message)

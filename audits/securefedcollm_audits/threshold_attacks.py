@@ -11,16 +11,15 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 
-from securefedcollm.aggregation import ckks_messages as m
-from securefedcollm.aggregation import ckks_ring
-from securefedcollm.aggregation.ckks_coordinator import CkksCoordinatorRound
-from securefedcollm.aggregation.ckks_ring import Residues
-from securefedcollm.aggregation.ckks_secrets import CkksSecrets, KeyShares
-from securefedcollm.aggregation.ckks_silo import CkksSiloRound
-from securefedcollm.aggregation.header import CKKS_SUITES
+from securefedcollm.aggregation.ckks import messages as m
+from securefedcollm.aggregation.ckks import polynomials
+from securefedcollm.aggregation.ckks.parameters import CKKS_SUITES, DEGREE
+from securefedcollm.aggregation.ckks.polynomials import Residues
+from securefedcollm.aggregation.ckks.secrets import CkksSecrets, KeyShares
+from securefedcollm.aggregation.ckks.threshold.coordinator import CkksCoordinatorRound
+from securefedcollm.aggregation.ckks.threshold.silo import CkksSiloRound
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.primitives import sha256
-from securefedcollm.study.ring import DEGREE
 from securefedcollm_audits import malformed
 from securefedcollm_audits.attacks import Outcome
 from securefedcollm_audits.cohort import Cohort, Vector, altered
@@ -78,10 +77,10 @@ class _Round:
                 self.parts[name] = msgspec.msgpack.decode(frame, type=m.KeyPart)
             case Step.UPLOAD:
                 self.uploads[name] = msgspec.msgpack.decode(frame, type=m.CipherUpload)
-                ckks_ring.accumulate(self.opened, self.uploads[name].first, self.ring)
+                polynomials.accumulate(self.opened, self.uploads[name].first, self.ring)
             case Step.UNMASK:
                 share = msgspec.msgpack.decode(frame, type=m.Partial).share
-                ckks_ring.accumulate(self.opened, share, self.ring)
+                polynomials.accumulate(self.opened, share, self.ring)
             case _:
                 pass
 
@@ -129,7 +128,7 @@ def threshold_malformed_key() -> Outcome:
 
         def key_parts() -> tuple[bytes, ...]:
             parts = list(make())
-            parts[victim] = ckks_ring.pack(constant, played.ring)
+            parts[victim] = polynomials.pack(constant, played.ring)
             return tuple(parts)
 
         shares.key_parts = key_parts  # type: ignore[method-assign]
@@ -145,9 +144,9 @@ def threshold_malformed_key() -> Outcome:
     keys = np.zeros((shape.keys, DEGREE), dtype=np.uint64)
     for index, part in zip(members, played.parts.values(), strict=True):
         if m.committee(index, members, shape.committees) == mine:
-            ckks_ring.accumulate(keys, part.parts[victim], ring)
+            polynomials.accumulate(keys, part.parts[victim], ring)
     terms = [[(keys[at % shape.keys], -found[at // shape.keys])] for at in range(shape.chunks)]
-    first = ckks_ring.unpack(played.uploads[VICTIM].first, ring, shape.chunks)
+    first = polynomials.unpack(played.uploads[VICTIM].first, ring, shape.chunks)
     opened = malformed.decode(ring, first, terms)
     defence = "the randomness that is read is of the colluder's committee; the others' hides the c0"
     return played.judge("a constant for a key part", found, opened, defence)

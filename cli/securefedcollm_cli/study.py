@@ -393,7 +393,7 @@ def _packing(study: Any) -> str:
 
 def _advantage(study: Any, values: int | None) -> str:
     """By how much decryptions help to tell two runs with the same sums apart, all together."""
-    from securefedcollm.study.ring import MOST_OPENINGS
+    from securefedcollm.aggregation.ckks.parameters import MOST_OPENINGS
 
     counted = values or 10**6
     bound = study.ring.advantage(counted, study.sums)
@@ -415,7 +415,7 @@ def _ring_bytes(study: Any) -> tuple[float, float]:
 
 
 def _ring_facts(study: Any, values: int | None) -> dict[str, Any] | None:
-    from securefedcollm.study.ring import MOST_OPENINGS
+    from securefedcollm.aggregation.ckks.parameters import MOST_OPENINGS
 
     ring = study.ring
     if ring is None:

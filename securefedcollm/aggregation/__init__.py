@@ -4,9 +4,8 @@
 sockets, files, clock or global randomness; the federation carries its frames and keeps its journal.
 """
 
+from securefedcollm.aggregation.ckks.parameters import AUTHORITY_SUITES, CKKS_SUITES
 from securefedcollm.aggregation.header import (
-    AUTHORITY_SUITES,
-    CKKS_SUITES,
     SUITE,
     Authority,
     RingParameters,
@@ -16,26 +15,24 @@ from securefedcollm.aggregation.header import (
     names_digest,
     round_scope,
 )
-from securefedcollm.aggregation.scheme import (
-    STEPS,
+from securefedcollm.aggregation.roles import (
     AbandonedError,
     AuthoritySide,
     CoordinatorSide,
     Journal,
     RoundResult,
-    SchemeName,
     Sealing,
     SiloSide,
     Transcript,
     Word,
-    authority_side,
-    coordinator_side,
-    silo_side,
 )
+from securefedcollm.aggregation.scheme import authority_side, coordinator_side, silo_side
 from securefedcollm.aggregation.steps import (
     AUTHORITY_TRANSITIONS,
     CKKS_TRANSITIONS,
+    STEPS,
     TRANSITIONS,
+    SchemeName,
     Step,
 )
 

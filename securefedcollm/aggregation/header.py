@@ -16,22 +16,9 @@ import msgspec
 
 from securefedcollm.errors import ConfigError, LocalProtocolError
 from securefedcollm.primitives import KEY_BYTES, merkle_root, sha256
-from securefedcollm.study.ring import CkksSet
 
 SUITE: Final = "securefedcollm-masking-v1"
 """X25519, Ed25519, HKDF-SHA256, ChaCha20-Poly1305, AES-256-CTR, Shamir over 2^256 + 297."""
-
-CKKS_SUITES: Final[dict[CkksSet, str]] = {
-    "precise": "securefedcollm-ckks-precise-v1",
-    "compact": "securefedcollm-ckks-compact-v1",
-}
-"""Threshold CKKS; suite, number of silos and bound fix the ring (``study/ring.py``)."""
-
-AUTHORITY_SUITES: Final[dict[CkksSet, str]] = {
-    "precise": "securefedcollm-ckks-authority-precise-v1",
-    "compact": "securefedcollm-ckks-authority-compact-v1",
-}
-"""The same under the key of one authority."""
 
 MIN_SILOS: Final = 3
 MAX_SILOS: Final = 128

@@ -13,13 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from securefedcollm.aggregation.header import RingParameters, Roster, RoundHeader
-from securefedcollm.aggregation.scheme import (
-    CoordinatorSide,
-    RoundResult,
-    SiloSide,
-    coordinator_side,
-    silo_side,
-)
+from securefedcollm.aggregation.roles import CoordinatorSide, RoundResult, SiloSide
+from securefedcollm.aggregation.scheme import coordinator_side, silo_side
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.errors import RemoteProtocolError
 from securefedcollm.primitives import SigningKey, sha256

@@ -1,235 +1,20 @@
-"""The two roles of a secure-aggregation scheme, and the function that picks the scheme.
+"""Which scheme a round is made with: the functions that pick each role's side.
 
-A round is a fixed number of exchanges. In each, the coordinator has one frame for every silo that
-takes part, and every silo returns one frame or is lost. Neither role does I/O: the federation's
-engines carry the bytes, and its journal is the only thing that outlives a process.
+The two CKKS schemes need tenseal, so a scheme is imported when a side of it is asked for.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Final, Protocol
 
-import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from securefedcollm.aggregation.header import Authority, Roster, RoundHeader
-from securefedcollm.aggregation.packing import Bounded
-from securefedcollm.aggregation.steps import (
-    AUTHORITY_TRANSITIONS,
-    CKKS_TRANSITIONS,
-    TRANSITIONS,
-    Step,
-)
-from securefedcollm.errors import LocalProtocolError, ProtocolError
+from securefedcollm.aggregation.masking.packing import Bounded
+from securefedcollm.aggregation.roles import AuthoritySide, CoordinatorSide, Journal, SiloSide
+from securefedcollm.aggregation.steps import SchemeName
+from securefedcollm.errors import LocalProtocolError
 from securefedcollm.primitives import RandomSource, SigningKey
-from securefedcollm.study.config import SchemeName as SchemeName
-
-STEPS: Final[dict[SchemeName, tuple[Step, ...]]] = {
-    "masking": tuple(TRANSITIONS),
-    "ckks": tuple(CKKS_TRANSITIONS),
-    "ckks-authority": tuple(AUTHORITY_TRANSITIONS),
-}
-"""The exchanges of a round, in order."""
-
-
-class AbandonedError(ProtocolError):
-    """An attempt that cannot go on without silos that were lost; others may repeat it.
-
-    Args:
-        lost: name -> reason.
-    """
-
-    def __init__(self, message: str, *, lost: dict[str, str], hint: str = "") -> None:
-        super().__init__(message, hint=hint)
-        self.lost = lost
-
-
-class Journal(Protocol):
-    """A silo's write-ahead record: what it has already said, kept across crashes and restarts."""
-
-    def record(self, key: bytes, value: bytes) -> bytes:
-        """Store ``value`` under ``key`` unless something is stored there; return what is stored.
-
-        Must be atomic across processes (first writer wins) and must not return before the record
-        would survive a power failure: the caller sends its reply next. Keys and values are short
-        (at most 64 bytes) and not secret. Raises whatever the store raises; the silo then answers
-        nothing.
-        """
-        ...
-
-
-class Word(msgspec.Struct, frozen=True):
-    """The authority's signed statement of what it opened: for the evidence log.
-
-    Args:
-        survivors: names whose vectors are in the sum.
-        share: SHA-256 of its partial decryption.
-        signature: over the header's digest, the transcript, the share and the survivors.
-    """
-
-    survivors: tuple[str, ...]
-    share: bytes
-    signature: bytes
-
-
-class Sealing(msgspec.Struct, frozen=True):
-    """What the transcript of a CKKS attempt is the digest of, for the evidence log.
-
-    Args:
-        key: id of the key, 32 bytes.
-        roots: name -> digest of its ciphertext, and its 64-byte signature over that.
-        offer: SHA-256 of the key, and the authority's 64-byte signature; empty for a joint key.
-    """
-
-    key: bytes
-    roots: dict[str, tuple[bytes, bytes]]
-    offer: tuple[bytes, bytes] | None = None
-
-
-class RoundResult(msgspec.Struct, frozen=True):
-    """What a completed round gives the server.
-
-    Args:
-        sum: int64 [d], the exact sum of the survivors' vectors.
-        survivors: names whose vectors are in the sum, in roster order.
-        dropouts: names that dealt shares but whose vectors are not in the sum.
-        excluded: name -> reason for every silo that stopped taking part. One that left after its
-            upload is still among the survivors.
-        header_digest: 32 bytes.
-        transcript: 32 bytes that fix what is in the sum; every name in ``agreements`` signed it.
-        agreements: name -> 64-byte signature that covers the transcript, for the audit log.
-        word: what the authority says it opened, where one holds the key.
-    """
-
-    sum: npt.NDArray[np.int64]
-    survivors: tuple[str, ...]
-    dropouts: tuple[str, ...]
-    excluded: dict[str, str]
-    header_digest: bytes
-    transcript: bytes
-    agreements: dict[str, bytes]
-    word: Word | None = None
-
-    def __repr__(self) -> str:
-        return f"RoundResult(survivors={self.survivors}, excluded={self.excluded})"
-
-
-class Transcript(msgspec.Struct, frozen=True):
-    """What one side has seen agreed in an attempt so far: public, for the evidence log.
-
-    Args:
-        header, delivery, lists: digests, 32 bytes each; empty if not there yet.
-        survivors, dropouts: names, in roster order.
-        agreements: coordinator only: name -> 64-byte signature over the lists (masking), over its
-            verdict (CKKS) or over the delivery (under an authority's key).
-        sealing: coordinator only: what ``delivery`` is the digest of, under CKKS.
-        word: silo only: the authority's, once it was seen.
-    """
-
-    header: bytes
-    delivery: bytes = b""
-    lists: bytes = b""
-    survivors: tuple[str, ...] = ()
-    dropouts: tuple[str, ...] = ()
-    agreements: dict[str, bytes] = {}
-    sealing: Sealing | None = None
-    word: Word | None = None
-
-
-class SiloSide(Protocol):
-    """A silo's side of one attempt at one round."""
-
-    @property
-    def step(self) -> Step: ...
-
-    @property
-    def transcript(self) -> Transcript:
-        """What this silo has accepted so far."""
-        ...
-
-    def handle(self, frame: bytes) -> bytes:
-        """Answer the server's next request.
-
-        Raises:
-            RemoteProtocolError: the request must not be answered. This side has failed for good and
-                has dropped its secrets.
-        """
-        ...
-
-
-class AuthoritySide(Protocol):
-    """The key holder's side of one attempt at one round."""
-
-    @property
-    def step(self) -> Step: ...
-
-    @property
-    def transcript(self) -> Transcript:
-        """What it was shown, once it has opened a sum."""
-        ...
-
-    @property
-    def key_id(self) -> bytes:
-        """32 bytes that stand for this attempt's key; empty before there is one."""
-        ...
-
-    def handle(self, frame: bytes) -> bytes:
-        """As :meth:`SiloSide.handle`."""
-        ...
-
-    def close(self) -> None:
-        """Drop the keys: this attempt is over."""
-        ...
-
-
-class CoordinatorSide(Protocol):
-    """The server's side of one attempt at one round."""
-
-    @property
-    def step(self) -> Step: ...
-
-    @property
-    def transcript(self) -> Transcript:
-        """What the silos have agreed to so far."""
-        ...
-
-    @property
-    def excluded(self) -> dict[str, str]:
-        """Name -> reason for every silo that has stopped taking part so far."""
-        ...
-
-    def requests(self) -> dict[str, bytes]:
-        """One frame for everybody who takes part in this step: silos, or the authority."""
-        ...
-
-    def receive(self, silo: str, frame: bytes) -> None:
-        """Take a silo's reply.
-
-        Raises:
-            RemoteProtocolError: the reply does not fit; that silo is out. A second or a late reply
-                changes nothing.
-        """
-        ...
-
-    def lost(self, silo: str, reason: str) -> None:
-        """Take note that a silo will not reply (timeout, disconnected, refused)."""
-        ...
-
-    def advance(self) -> bool:
-        """Close this step; whoever has not replied is out. True while there is a next step.
-
-        Raises:
-            ProtocolError: too few silos are left, or one of them (``RemoteProtocolError.peer``)
-                made the sum impossible to open. The attempt has failed and nothing was learnt.
-        """
-        ...
-
-    @property
-    def result(self) -> RoundResult:
-        """The sum, once :meth:`advance` has returned False."""
-        ...
 
 
 def silo_side(
@@ -246,13 +31,13 @@ def silo_side(
     threads: int = 1,
     authority: Authority | None = None,
 ) -> SiloSide:
-    """The silo's side of ``scheme``; the arguments are those of :class:`~.silo.SiloRound`.
+    """The silo's side of ``scheme``; the arguments are those of :class:`~.masking.silo.SiloRound`.
 
     ``authority``: who holds the key, for ``ckks-authority``.
     """
     match scheme:
         case "masking":
-            from securefedcollm.aggregation.silo import SiloRound
+            from securefedcollm.aggregation.masking.silo import SiloRound
 
             return SiloRound(
                 header=header,
@@ -266,7 +51,7 @@ def silo_side(
                 threads=threads,
             )
         case "ckks":
-            from securefedcollm.aggregation.ckks_silo import CkksSiloRound
+            from securefedcollm.aggregation.ckks.threshold.silo import CkksSiloRound
 
             return CkksSiloRound(
                 header=header,
@@ -279,7 +64,7 @@ def silo_side(
                 random=random,
             )
         case "ckks-authority":
-            from securefedcollm.aggregation.ckks_authority_silo import CkksAuthoritySiloRound
+            from securefedcollm.aggregation.ckks.authority.silo import CkksAuthoritySiloRound
 
             return CkksAuthoritySiloRound(
                 header=header,
@@ -305,15 +90,15 @@ def coordinator_side(
     """The server's side of ``scheme``; the arguments are those of ``CoordinatorRound``."""
     match scheme:
         case "masking":
-            from securefedcollm.aggregation.coordinator import CoordinatorRound
+            from securefedcollm.aggregation.masking.coordinator import CoordinatorRound
 
             return CoordinatorRound(header=header, roster=roster, threads=threads)
         case "ckks":
-            from securefedcollm.aggregation.ckks_coordinator import CkksCoordinatorRound
+            from securefedcollm.aggregation.ckks.threshold.coordinator import CkksCoordinatorRound
 
             return CkksCoordinatorRound(header=header, roster=roster)
         case "ckks-authority":
-            from securefedcollm.aggregation.ckks_authority_coordinator import (
+            from securefedcollm.aggregation.ckks.authority.coordinator import (
                 CkksAuthorityCoordinatorRound,
             )
 
@@ -331,7 +116,7 @@ def authority_side(
     random: RandomSource = os.urandom,
 ) -> AuthoritySide:
     """The key holder's side of ``ckks-authority``."""
-    from securefedcollm.aggregation.ckks_authority import CkksAuthorityRound
+    from securefedcollm.aggregation.ckks.authority.keyholder import CkksAuthorityRound
 
     return CkksAuthorityRound(
         header=header, roster=roster, signing_key=signing_key, journal=journal, random=random

@@ -6,7 +6,10 @@ The state diagram in ``docs/protocol.md`` is generated from :data:`TRANSITIONS`.
 from __future__ import annotations
 
 from enum import Enum
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
+
+SchemeName = Literal["masking", "ckks", "ckks-authority"]
+"""The protocols that a sum can be made with."""
 
 
 class Step(Enum):
@@ -63,3 +66,10 @@ AUTHORITY_TRANSITIONS: Final[dict[Step, Transition]] = {
 }
 """CKKS under an authority's key, A0 to A4: the authority answers the first and the fourth request,
 the silos the others."""
+
+STEPS: Final[dict[SchemeName, tuple[Step, ...]]] = {
+    "masking": tuple(TRANSITIONS),
+    "ckks": tuple(CKKS_TRANSITIONS),
+    "ckks-authority": tuple(AUTHORITY_TRANSITIONS),
+}
+"""The exchanges of a round, in order."""

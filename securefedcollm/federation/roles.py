@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from securefedcollm import __version__
 from securefedcollm.aggregation import Authority, Roster
+from securefedcollm.aggregation.ckks.parameters import DEGREE
 from securefedcollm.errors import ConfigError, StateError, TransportError
 from securefedcollm.evidence.entries import Entry
 from securefedcollm.evidence.ledger import LoggedLedger
@@ -67,7 +68,6 @@ from securefedcollm.primitives import SigningKey
 from securefedcollm.privacy.ledger import Budget, Ledger
 from securefedcollm.study import Study, digest, dump_study
 from securefedcollm.study.identity import open_identity, read_identity
-from securefedcollm.study.ring import DEGREE
 from securefedcollm.study.signing import encode_envelope, require_signed, signatures_path
 
 if TYPE_CHECKING:

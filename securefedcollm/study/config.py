@@ -17,8 +17,11 @@ import msgspec
 import rfc8785
 from msgspec import Meta
 
+from securefedcollm.aggregation.ckks.parameters import CkksRing, derive
+from securefedcollm.aggregation.masking.packing import Field
+from securefedcollm.aggregation.steps import SchemeName
 from securefedcollm.primitives import sha256
-from securefedcollm.study.kinds import Count, Hex32, Name, Positive, SchemeName, Section, says
+from securefedcollm.study.kinds import Count, Hex32, Name, Positive, Section, says
 from securefedcollm.study.learning import (
     MAX_ABS,
     Adapter,
@@ -37,7 +40,6 @@ from securefedcollm.study.protection import (
     Privacy,
     Silos,
 )
-from securefedcollm.study.ring import CkksRing, derive
 
 __all__ = [
     "BUILTIN_SUBJECT",
@@ -221,34 +223,6 @@ class Study(Section, frozen=True, dict=True):
             bound=self.field.bound,
             holders=1 if self.scheme == "ckks-authority" else self.silos.count,
         )
-
-
-class Field(msgspec.Struct, frozen=True):
-    """One coordinate's place in a 64-bit word of the masked vector.
-
-    ``per_word`` fields of ``bits`` bits share a word. Each silo's integer lies in [−bound, bound]
-    and is stored with the offset ``bound``, so ``silos`` of them never carry into the next field.
-    """
-
-    bits: int
-    per_word: int
-    bound: int
-
-    @classmethod
-    def fit(cls, value_bits: int, silos: int, *, fill: bool = True) -> Field:
-        """The densest packing with at least ``value_bits`` of precision, its bound filled up.
-
-        ``bound`` also stays below 2^31 so that a sum of squares is exact in int64.
-        """
-        least = 2 ** (value_bits - 1) - 1
-        needed = (2 * least * silos).bit_length()
-        if needed > 64:
-            return cls(bits=0, per_word=0, bound=0)
-        per_word = 64 // needed
-        bits = 64 // per_word
-        room = (2**bits - 1) // (2 * silos)
-        bound = min(room, 2**31 - 1) if fill else least
-        return cls(bits=bits, per_word=per_word, bound=bound)
 
 
 PLACEMENTS: Final = frozenset(

@@ -17,8 +17,6 @@ Positive = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Hex32 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}(?!\n)$")]
 Schedule = Literal["constant", "linear", "cosine"]
-SchemeName = Literal["masking", "ckks", "ckks-authority"]
-"""The protocols that a sum can be made with."""
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from securefedcollm.aggregation.ckks.parameters import CkksSet
 from securefedcollm.study.kinds import Hex32, Name, Positive, Section, says
-from securefedcollm.study.ring import CkksSet
 
 
 class Silos(Section, frozen=True):

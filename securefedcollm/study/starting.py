@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal, NamedTuple
 
-from securefedcollm.study.kinds import SchemeName
+from securefedcollm.aggregation.steps import SchemeName
 
 Kind = Literal["multiple_choice", "classification", "instruction", "text"]
 Unit = Literal["record", "subject", "silo"]

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from securefedcollm_audits.cohort import Cohort
 
-from securefedcollm.aggregation import CKKS_TRANSITIONS, ckks_messages, ckks_ring
-from securefedcollm.aggregation.ckks_coordinator import CkksCoordinatorRound
-from securefedcollm.aggregation.ckks_silo import CkksSiloRound
-from securefedcollm.aggregation.header import CKKS_SUITES
+from securefedcollm.aggregation import CKKS_TRANSITIONS
+from securefedcollm.aggregation.ckks import messages as ckks_messages
+from securefedcollm.aggregation.ckks import polynomials
+from securefedcollm.aggregation.ckks.parameters import CKKS_SUITES
+from securefedcollm.aggregation.ckks.threshold.coordinator import CkksCoordinatorRound
+from securefedcollm.aggregation.ckks.threshold.silo import CkksSiloRound
 from securefedcollm.aggregation.messages import sign
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.errors import ProtocolError, RemoteProtocolError
@@ -155,15 +157,15 @@ def flipped(data: bytes, at_byte: int = 100, bit: int = 0) -> bytes:
 
 def opened(made: Cohort, ciphertext, shares) -> np.ndarray:
     """What an attacker decodes from a ciphertext's c0 and any shares: int64 coefficients / Δ."""
-    from securefedcollm.aggregation.ckks_seal import Seal
+    from securefedcollm.aggregation.ckks.seal import Seal
 
     ring = ckks_messages.ring_of(made.header)
     rows = ckks_messages.shape_of(made.header).chunks
-    total = ckks_ring.unpack(ciphertext, ring, rows)
+    total = polynomials.unpack(ciphertext, ring, rows)
     for share in shares:
-        total = ckks_ring.add(total, ckks_ring.unpack(share, ring, rows), ring)
+        total = polynomials.add(total, polynomials.unpack(share, ring, rows), ring)
     with Seal(ring) as seal:
-        coefficients = ckks_ring.centred(seal.coefficients(total), ring)
+        coefficients = polynomials.centred(seal.coefficients(total), ring)
     return coefficients.reshape(-1)[: made.header.parameters.values] / 2.0**ring.scale_bits
 
 

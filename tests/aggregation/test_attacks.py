@@ -8,7 +8,7 @@ from securefedcollm_audits.attacks import judge
 from securefedcollm_audits.cohort import Cohort, Puppet, play
 from securefedcollm_audits.protocol import SERVER_CASES, SILO_CASES, Case, run
 
-from securefedcollm.aggregation.coordinator import CoordinatorRound
+from securefedcollm.aggregation.masking.coordinator import CoordinatorRound
 
 
 @pytest.mark.parametrize("case", SERVER_CASES + SILO_CASES, ids=lambda case: case.__name__)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from securefedcollm_audits.cohort import Cohort, play
 
-from securefedcollm.aggregation.coordinator import CoordinatorRound
+from securefedcollm.aggregation.masking.coordinator import CoordinatorRound
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.errors import ProtocolError
 

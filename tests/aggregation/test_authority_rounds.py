@@ -28,14 +28,15 @@ from securefedcollm.aggregation import (
     Authority,
     Step,
     authority_side,
-    ckks_ring,
     coordinator_side,
     silo_side,
 )
-from securefedcollm.aggregation import ckks_authority_messages as am
-from securefedcollm.aggregation import ckks_messages as m
-from securefedcollm.aggregation.ckks_authority_coordinator import CkksAuthorityCoordinatorRound
-from securefedcollm.aggregation.ckks_authority_silo import CkksAuthoritySiloRound
+from securefedcollm.aggregation.ckks import messages as m
+from securefedcollm.aggregation.ckks import polynomials
+from securefedcollm.aggregation.ckks.authority import messages as am
+from securefedcollm.aggregation.ckks.authority.coordinator import CkksAuthorityCoordinatorRound
+from securefedcollm.aggregation.ckks.authority.silo import CkksAuthoritySiloRound
+from securefedcollm.aggregation.ckks.parameters import MOST_OPENINGS, derive
 from securefedcollm.aggregation.messages import sign
 from securefedcollm.errors import (
     ConfigError,
@@ -44,7 +45,6 @@ from securefedcollm.errors import (
     RemoteProtocolError,
 )
 from securefedcollm.primitives import SigningKey, sha256
-from securefedcollm.study.ring import MOST_OPENINGS, derive
 
 from .ckks_cohort import at, attempt, dropped, edit, flipped
 
@@ -81,12 +81,12 @@ def test_the_error_is_that_which_one_holder_s_ring_predicts() -> None:
     played.play()
     total = np.zeros((8, 4096), dtype=np.uint64)
     for delivery in played.deliveries.values():
-        ckks_ring.accumulate(total, delivery.first, ring)
-    ckks_ring.accumulate(total, played.opened.share, ring)
-    from securefedcollm.aggregation.ckks_seal import Seal
+        polynomials.accumulate(total, delivery.first, ring)
+    polynomials.accumulate(total, played.opened.share, ring)
+    from securefedcollm.aggregation.ckks.seal import Seal
 
     with Seal(ring) as seal:
-        found = ckks_ring.centred(seal.coefficients(total), ring).reshape(-1)
+        found = polynomials.centred(seal.coefficients(total), ring).reshape(-1)
     error = (found - (made.plain_sum(made.names) << ring.scale_bits)) / 2.0**ring.scale_bits
     assert error.std() == pytest.approx(ring.rms, rel=0.05)
     joint = derive("precise", silos=10, bound=2**15 - 1)
@@ -166,7 +166,7 @@ def test_the_judge_of_the_attacks_sees_a_leak() -> None:
     played = Round(made)
     request = played.request()
     ring, shape = m.ring_of(made.header), m.shape_of(made.header)
-    single = ckks_ring.unpack(request.parts[0].second, ring, shape.groups)
+    single = polynomials.unpack(request.parts[0].second, ring, shape.groups)
     share = played.sides[NAME]._secrets.decrypt({1: single})
     vector = decrypt(made, played.deliveries["silo-001"].first, share)
     np.testing.assert_array_equal(vector, made.vectors["silo-001"])
@@ -184,8 +184,8 @@ def test_without_the_key_a_sum_is_noise() -> None:
     np.testing.assert_array_equal(played.play().sum, made.plain_sum(made.names))
     ring, total = m.ring_of(made.header), np.zeros((2, 4096), dtype=np.uint64)
     for delivery in played.deliveries.values():
-        ckks_ring.accumulate(total, delivery.first, ring)
-    blind = decrypt(made, ckks_ring.pack(total, ring), bytes(2 * SIZE))
+        polynomials.accumulate(total, delivery.first, ring)
+    blind = decrypt(made, polynomials.pack(total, ring), bytes(2 * SIZE))
     assert np.abs(blind - made.plain_sum(made.names)).mean() > 1e3 * 10
 
 

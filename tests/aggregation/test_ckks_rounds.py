@@ -10,15 +10,11 @@ import numpy as np
 import pytest
 from securefedcollm_audits.cohort import Cohort
 
-from securefedcollm.aggregation import (
-    AbandonedError,
-    Step,
-    ckks_messages,
-    ckks_ring,
-    coordinator_side,
-    silo_side,
-)
-from securefedcollm.aggregation.ckks_silo import CkksSiloRound
+from securefedcollm.aggregation import AbandonedError, Step, coordinator_side, silo_side
+from securefedcollm.aggregation.ckks import messages as ckks_messages
+from securefedcollm.aggregation.ckks import polynomials
+from securefedcollm.aggregation.ckks.parameters import MOST_OPENINGS
+from securefedcollm.aggregation.ckks.threshold.silo import CkksSiloRound
 from securefedcollm.errors import (
     ConfigError,
     LocalProtocolError,
@@ -26,7 +22,6 @@ from securefedcollm.errors import (
     RemoteProtocolError,
 )
 from securefedcollm.primitives import SigningKey, sha256
-from securefedcollm.study.ring import MOST_OPENINGS
 
 from .ckks_cohort import STEPS, Round, at, attempt, cohort, dropped, silo
 
@@ -157,7 +152,7 @@ def test_every_attempt_has_fresh_keys_and_another_common_polynomial() -> None:
     rounds = [Round(made, header=attempt(made, k)).until(Step.UPLOAD) for k in (0, 1)]
     parts = [r.received[Step.SHARE, "silo-001"] for r in rounds]
     assert parts[0][-30000:] != parts[1][-30000:]
-    first, second = (ckks_ring.hash_to_ring(r.coordinator._header_digest, RING) for r in rounds)
+    first, second = (polynomials.hash_to_ring(r.coordinator._header_digest, RING) for r in rounds)
     assert (first != second).mean() > 0.99
 
 
@@ -230,7 +225,7 @@ def test_nothing_leaves_that_is_not_written_down_first(step: Step) -> None:
         side.handle(request)
     assert side.step is Step.FAILED
     side._journal = made.journals["silo-001"]
-    with pytest.raises(RemoteProtocolError, match="this silo's round is over"):
+    with pytest.raises(RemoteProtocolError, match="this attempt is over"):
         side.handle(request)
 
 
@@ -272,7 +267,7 @@ def test_no_frame_holds_the_secret_key_or_the_vector() -> None:
     shares._secrets[0][0].save(shares._seal._out.path)
     key = shares._seal._content(4096)
     assert len(np.unique(key)) > 4000
-    vector = ckks_ring.encode(made.vectors["silo-002"], ring)
+    vector = polynomials.encode(made.vectors["silo-002"], ring)
     while played.exchange():
         pass
     part = msgspec.msgpack.decode(
@@ -282,7 +277,7 @@ def test_no_frame_holds_the_secret_key_or_the_vector() -> None:
         played.received[Step.UPLOAD, "silo-002"], type=ckks_messages.CipherUpload
     )
     for data in (part.parts[0], upload.first, upload.second[: len(upload.first)]):
-        sent = ckks_ring.unpack(data, ring, 1)[0]
+        sent = polynomials.unpack(data, ring, 1)[0]
         for secret in (key, vector[0]):
             assert (sent == secret).mean() < 0.01
 

@@ -15,13 +15,14 @@ from securefedcollm_audits.threshold_attacks import (
     threshold_malformed_key,
 )
 
-from securefedcollm.aggregation import AbandonedError, Step, ckks_ring
-from securefedcollm.aggregation import ckks_messages as m
-from securefedcollm.aggregation.ckks_seal import Seal
-from securefedcollm.aggregation.ckks_secrets import KeyShares
+from securefedcollm.aggregation import AbandonedError, Step
+from securefedcollm.aggregation.ckks import messages as m
+from securefedcollm.aggregation.ckks import polynomials
+from securefedcollm.aggregation.ckks.parameters import CkksRing, Shape
+from securefedcollm.aggregation.ckks.seal import Seal
+from securefedcollm.aggregation.ckks.secrets import KeyShares
 from securefedcollm.errors import RemoteProtocolError
 from securefedcollm.primitives import sha256
-from securefedcollm.study.ring import CkksRing, Shape
 
 from .ckks_cohort import (
     REQUESTS,
@@ -59,8 +60,8 @@ def test_the_server_and_all_silos_but_one_cannot_open_a_sum() -> None:
     ring = m.ring_of(made.header)
     first = np.zeros((2, 4096), dtype=np.uint64)
     for upload in uploads.values():
-        first = ckks_ring.add(first, ckks_ring.unpack(upload.first, ring, 2), ring)
-    sum_first = ckks_ring.pack(first, ring)
+        first = polynomials.add(first, polynomials.unpack(upload.first, ring, 2), ring)
+    sum_first = polynomials.pack(first, ring)
     shares = [
         msgspec.msgpack.decode(played.received[Step.UNMASK, name], type=m.Partial).share
         for name in made.names

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from securefedcollm.aggregation import AbandonedError, Step, ckks_ring
-from securefedcollm.aggregation import ckks_messages as m
+from securefedcollm.aggregation import AbandonedError, Step
+from securefedcollm.aggregation.ckks import messages as m
+from securefedcollm.aggregation.ckks import polynomials
 from securefedcollm.errors import ProtocolError, RemoteProtocolError
 from securefedcollm.primitives import sha256
 
@@ -31,10 +32,10 @@ def test_a_key_part_chosen_after_the_others_is_refused() -> None:
         parts.append(part.parts)
         if name != COLLUDER:
             return frame
-        own = ckks_ring.unpack(part.parts[0], ring, 1)
+        own = polynomials.unpack(part.parts[0], ring, 1)
         for other in parts[:-1]:
-            own = ckks_ring.subtract(own, ckks_ring.unpack(other[0], ring, 1), ring)
-        forged = (ckks_ring.pack(own, ring), *part.parts[1:])
+            own = polynomials.subtract(own, polynomials.unpack(other[0], ring, 1), ring)
+        forged = (polynomials.pack(own, ring), *part.parts[1:])
         digests = tuple(map(sha256, forged))
         return sign_as(made, COLLUDER, part, parts=forged, digests=digests).encode()
 
@@ -77,9 +78,9 @@ def test_a_ciphertext_chosen_after_the_others_is_refused() -> None:
             rows = len(getattr(uploads[COLLUDER], half)) // SIZE
             total = np.zeros((rows, 4096), dtype=np.uint64)
             for other in ("silo-002", "silo-003"):
-                part = ckks_ring.unpack(getattr(uploads[other], half), ring, rows)
-                total = ckks_ring.subtract(total, part, ring)
-            forged.append(ckks_ring.pack(total, ring))
+                part = polynomials.unpack(getattr(uploads[other], half), ring, rows)
+                total = polynomials.subtract(total, part, ring)
+            forged.append(polynomials.pack(total, ring))
         return m.CipherUpload(*forged).encode()
 
     played = Round(made)
@@ -162,8 +163,8 @@ def test_what_one_silo_sends_is_checked_and_it_is_named(lie: str) -> None:
 @pytest.mark.parametrize(
     ("upload", "reason"),
     [
-        (m.CipherUpload(b"", b""), "0 bytes are not 2 polynomials"),
-        (m.CipherUpload(bytes(SIZE), bytes(SIZE)), "30720 bytes are not 2 polynomials"),
+        (m.CipherUpload(b"", b""), "0 bytes are not 4 polynomials"),
+        (m.CipherUpload(bytes(SIZE), bytes(4 * SIZE)), "30720 bytes are not 2 polynomials"),
         (
             m.CipherUpload(bytes(2 * SIZE), bytes(4 * SIZE - 1)),
             "122879 bytes are not 4 polynomials",

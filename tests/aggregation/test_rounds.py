@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from securefedcollm_audits.cohort import Cohort, Hook, Puppet, altered, play
 
 from securefedcollm.aggregation import TRANSITIONS, Step, coordinator_side, silo_side
-from securefedcollm.aggregation.coordinator import CoordinatorRound
+from securefedcollm.aggregation.masking.coordinator import CoordinatorRound
 from securefedcollm.errors import (
     LocalProtocolError,
     ProtocolError,

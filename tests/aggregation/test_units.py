@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from securefedcollm_audits.cohort import Cohort, altered, recorded
 
-from securefedcollm.aggregation import keys, masks, packing, shamir
 from securefedcollm.aggregation.header import RingParameters, Roster, RoundHeader, check_roster
-from securefedcollm.aggregation.messages import Ask, Roll, Survey, Unmask, decode
-from securefedcollm.aggregation.upload import words_digest
+from securefedcollm.aggregation.masking import keys, masks, packing, shamir
+from securefedcollm.aggregation.masking.messages import Advertise, Roll, Survey, Unmask
+from securefedcollm.aggregation.masking.parcels import DealerFaultError, Parcels
+from securefedcollm.aggregation.masking.upload import words_digest
+from securefedcollm.aggregation.messages import UNSIGNED, Ask, decode
 from securefedcollm.errors import (
     ConfigError,
     CryptoError,
@@ -218,6 +222,44 @@ def test_both_ends_derive_the_same_keys_and_no_two_roles_share_one() -> None:
         a.agree(b.public),
     }
     assert len(others) == 8
+
+
+# Parcels ----------------------------------------------------------------------------------------
+
+
+def test_a_parcel_opens_at_its_holder_and_a_wrong_one_names_its_dealer() -> None:
+    cohort = Cohort()
+    secrets = {index: bytes([index] * 32) for index in (1, 2)}
+    roll = {
+        index: Advertise(bytes(32), index, UNSIGNED, bytes(32), AgreementKey(secret).public)
+        for index, secret in secrets.items()
+    }
+    dealer, holder = (
+        Parcels(
+            header=cohort.header.digest,
+            roster=cohort.roster,
+            roll=roll,
+            roll_digest=sha256(b"roll"),
+            index=index,
+            secret=secret,
+        )
+        for index, secret in secrets.items()
+    )
+    shares = b"s" * 33, b"k" * 33
+    made = dealer.make(2, *shares)
+    assert holder.open(made) == shares
+    assert dealer.make(1, *shares).box == b""
+    for wrong in (
+        altered(made, box=made.box[::-1]),
+        altered(made, key_share_commitment=bytes(32)),
+        altered(dealer.make(1, *shares), box=made.box),
+    ):
+        with pytest.raises(DealerFaultError) as fault:
+            holder.open(wrong)
+        assert fault.value.dealer == 1
+    assert repr(holder) == "Parcels(<redacted>)"
+    with pytest.raises(TypeError, match="neither copied nor pickled"):
+        pickle.dumps(holder)
 
 
 # Header and roster ------------------------------------------------------------------------------

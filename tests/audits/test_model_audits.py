@@ -14,7 +14,7 @@ import torch
 from scipy.stats import binomtest
 from securefedcollm_audits import inversion, new_tokens, one_run
 
-from securefedcollm.aggregation import masks
+from securefedcollm.aggregation.masking import masks
 from securefedcollm.errors import ConfigError
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.noise import GridSum, NoiseSource, grid_step

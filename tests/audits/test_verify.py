@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from securefedcollm_audits.expected import expectation
 from securefedcollm_audits.verify import CHECKS, verify
 
-from securefedcollm.aggregation.keys import lists_digest
+from securefedcollm.aggregation.messages import lists_digest
 from securefedcollm.errors import ConfigError
 from securefedcollm.evidence.bundle import make_bundle, pack, read_members
 from securefedcollm.evidence.entries import canonical
@@ -403,7 +403,7 @@ def other_offer(f):
 
 def stolen_offer(f):
     """The server's own key, signed by the server, in the place of the authority's."""
-    from securefedcollm.aggregation.ckks_authority_messages import KeyStatement, key_statement
+    from securefedcollm.aggregation.ckks.authority.messages import KeyStatement, key_statement
 
     what = f.what("server", "opening")
     said = key_statement(bytes.fromhex(what["header"]), bytes.fromhex(OTHER))

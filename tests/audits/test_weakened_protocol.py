@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from securefedcollm_audits import server_attacks, silo_attacks
 
-from securefedcollm.aggregation import keys, silo
+from securefedcollm.aggregation.masking import keys, silo
 from securefedcollm.primitives import sha256
 
 
@@ -30,8 +30,6 @@ def test_a_seed_with_32_random_bits_is_caught(monkeypatch):
 @pytest.mark.parametrize("case", [server_attacks.middleman, silo_attacks.bad_signatures])
 def test_keys_that_nobody_signed_are_caught(monkeypatch, case):
     assert case().held
-    monkeypatch.setattr("securefedcollm.aggregation.silo.verify", lambda *any_signature: None)
-    monkeypatch.setattr(
-        "securefedcollm.aggregation.coordinator.verify", lambda *any_signature: None
-    )
+    monkeypatch.setattr("securefedcollm.aggregation.checks.verify", lambda *any_signature: None)
+    monkeypatch.setattr("securefedcollm.aggregation.attendance.verify", lambda *any_signature: None)
     assert not case().held

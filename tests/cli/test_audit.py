@@ -10,7 +10,7 @@ import pytest
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
-from securefedcollm.aggregation.silo import SiloRound
+from securefedcollm.aggregation.masking.silo import SiloRound
 from securefedcollm.errors import ConfigError, EvidenceError, SecureFedCoLLMError
 from securefedcollm.evidence.bundle import read_members
 from securefedcollm.primitives import sha256

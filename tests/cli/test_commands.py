@@ -17,9 +17,9 @@ from securefedcollm_cli.simulate import _accuracy_table
 from typer.testing import CliRunner
 
 from securefedcollm import __version__
+from securefedcollm.aggregation.ckks.parameters import derive
 from securefedcollm.errors import ConfigError, SecureFedCoLLMError
 from securefedcollm.federation.status import round_sentence
-from securefedcollm.study.ring import derive
 from securefedcollm.tuning.builtin import prepare
 from securefedcollm.tuning.models import default_cache
 from securefedcollm.tuning.recipe import silent
@@ -105,7 +105,8 @@ def test_light_commands_never_import_torch(arguments):
 
 def test_the_crypto_side_never_imports_torch():
     program = (
-        "import sys, securefedcollm.aggregation.silo, securefedcollm.aggregation.coordinator\n"
+        "import sys, securefedcollm.aggregation.masking.silo\n"
+        "import securefedcollm.aggregation.masking.coordinator\n"
         "import securefedcollm.privacy.ledger, securefedcollm.study.signing\n"
         "import securefedcollm.federation.silo, securefedcollm.federation.coordinator\n"
         "assert 'torch' not in sys.modules"

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from securefedcollm.aggregation import Roster
+from securefedcollm.aggregation.ckks.parameters import MOST_OPENINGS
 from securefedcollm.aggregation.messages import Ask
 from securefedcollm.errors import ConfigError, ProtocolError
 from securefedcollm.federation.authority import KEY_LIFETIME, AuthoritySession
@@ -32,7 +33,6 @@ from securefedcollm.federation.messages import (
 )
 from securefedcollm.federation.plan import AUTHORITY, authority_of
 from securefedcollm.federation.silostore import MOST_ATTEMPTS, SiloStore
-from securefedcollm.study.ring import MOST_OPENINGS
 
 from . import test_joint
 from .arithmetic import (

@@ -13,7 +13,7 @@ from securefedcollm_audits.cohort import Cohort, play
 from securefedcollm_audits.lower_bounds import audit_scores
 
 from securefedcollm.aggregation import Step
-from securefedcollm.aggregation.coordinator import CoordinatorRound
+from securefedcollm.aggregation.masking.coordinator import CoordinatorRound
 from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.messages import Refused, Trained

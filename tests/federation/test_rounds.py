@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from securefedcollm.aggregation.upload import HEAD_BYTES
+from securefedcollm.aggregation.masking.upload import HEAD_BYTES
 from securefedcollm.errors import ConfigError, ProtocolError, RemoteProtocolError, StateError
 from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.engines import Failure

@@ -13,10 +13,11 @@ from typing import Any, TypeAlias
 import numpy as np
 from securefedcollm_audits.cohort import Cohort, altered, play, recorded
 
-from securefedcollm.aggregation import keys, masks, packing, shamir
-from securefedcollm.aggregation.coordinator import CoordinatorRound
 from securefedcollm.aggregation.header import RingParameters, RoundHeader
-from securefedcollm.aggregation.messages import Deal, Delivery, Opening, Survey, Unmask, decode
+from securefedcollm.aggregation.masking import keys, masks, packing, shamir
+from securefedcollm.aggregation.masking.coordinator import CoordinatorRound
+from securefedcollm.aggregation.masking.messages import Deal, Delivery, Opening, Survey, Unmask
+from securefedcollm.aggregation.messages import decode, lists_digest
 from securefedcollm.aggregation.steps import TRANSITIONS, Step
 from securefedcollm.primitives import AgreementKey, Keystream, RandomSource, sha256
 
@@ -123,7 +124,7 @@ def key_vectors() -> Json:
         "share": share.hex(),
         "seed_share_commitment_1_to_2": keys.share_commitment(header, 1, 2, "seed", share).hex(),
         "key_share_commitment_1_to_2": keys.share_commitment(header, 1, 2, "key", share).hex(),
-        "lists_1_3_and_2": keys.lists_digest(transcript, (1, 3), (2,)).hex(),
+        "lists_1_3_and_2": lists_digest(transcript, (1, 3), (2,)).hex(),
     }
 
 

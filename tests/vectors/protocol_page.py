@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from securefedcollm.aggregation import messages
+from securefedcollm.aggregation.masking import messages
+from securefedcollm.aggregation.messages import Ask
 from securefedcollm.aggregation.steps import TRANSITIONS
 
 PAGE = Path(__file__).parents[2] / "docs" / "protocol.md"
@@ -29,7 +30,7 @@ def layouts() -> str:
     """Tag, fields and greatest size of every msgpack message."""
     rows = ["| tag | fields | limit, bytes |", "| --- | --- | --- |"]
     inner = {messages.Parcel, messages.Statement}
-    for kind in vars(messages).values():
+    for kind in (Ask, *vars(messages).values()):
         if isinstance(kind, type) and issubclass(kind, messages.Message):
             tag = kind.__struct_config__.tag
             if tag:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from securefedcollm_audits.cohort import MemoryJournal
 
-from securefedcollm.aggregation import TRANSITIONS, packing, shamir
-from securefedcollm.aggregation.coordinator import CoordinatorRound
+from securefedcollm.aggregation import TRANSITIONS
 from securefedcollm.aggregation.header import RingParameters, Roster, RoundHeader
-from securefedcollm.aggregation.silo import SiloRound
+from securefedcollm.aggregation.masking import packing, shamir
+from securefedcollm.aggregation.masking.coordinator import CoordinatorRound
+from securefedcollm.aggregation.masking.silo import SiloRound
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.errors import RemoteProtocolError
 from securefedcollm.primitives import AgreementKey, Keystream, SigningKey, sha256

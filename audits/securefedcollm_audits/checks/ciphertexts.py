@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from securefedcollm.aggregation import ckks_authority_messages as am
-from securefedcollm.aggregation import ckks_messages as m
+from securefedcollm.aggregation.ckks import messages as m
+from securefedcollm.aggregation.ckks.authority import messages as am
 from securefedcollm.aggregation.messages import UNSIGNED, Signable
 from securefedcollm.errors import CryptoError
 from securefedcollm.evidence.entries import (

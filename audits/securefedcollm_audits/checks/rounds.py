@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from securefedcollm.aggregation.keys import lists_digest
-from securefedcollm.aggregation.messages import UNSIGNED, Agreement
+from securefedcollm.aggregation.masking.messages import Agreement
+from securefedcollm.aggregation.messages import UNSIGNED, lists_digest
 from securefedcollm.errors import CryptoError
 from securefedcollm.evidence.entries import (
     Agreed,

@@ -11,16 +11,45 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from securefedcollm.aggregation.header import WORD_BITS, RingParameters
-from securefedcollm.aggregation.masks import CHUNK_WORDS, Words, each_part
+from securefedcollm.aggregation.masking.masks import CHUNK_WORDS, Words, each_part
 from securefedcollm.errors import LocalProtocolError, ProtocolError
 
 Vector = npt.NDArray[np.int64]
 Bounded = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 """A silo's own vector: int32 takes half the memory, and holds every bound that a study can have."""
+
+
+class Field(msgspec.Struct, frozen=True):
+    """One coordinate's place in a 64-bit word of the masked vector.
+
+    ``per_word`` fields of ``bits`` bits share a word. Each silo's integer lies in [−bound, bound]
+    and is stored with the offset ``bound``, so ``silos`` of them never carry into the next field.
+    """
+
+    bits: int
+    per_word: int
+    bound: int
+
+    @classmethod
+    def fit(cls, value_bits: int, silos: int, *, fill: bool = True) -> Field:
+        """The densest packing with at least ``value_bits`` of precision, its bound filled up.
+
+        ``bound`` also stays below 2^31 so that a sum of squares is exact in int64.
+        """
+        least = 2 ** (value_bits - 1) - 1
+        needed = (2 * least * silos).bit_length()
+        if needed > 64:
+            return cls(bits=0, per_word=0, bound=0)
+        per_word = 64 // needed
+        bits = 64 // per_word
+        room = (2**bits - 1) // (2 * silos)
+        bound = min(room, 2**31 - 1) if fill else least
+        return cls(bits=bits, per_word=per_word, bound=bound)
 
 
 def pack(vector: Bounded, parameters: RingParameters, out: Words, threads: int = 1) -> None:

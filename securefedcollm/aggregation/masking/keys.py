@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, Literal
 
-from securefedcollm.aggregation.messages import Advertise, Parcel, Statement, index_bytes
+from securefedcollm.aggregation.masking.messages import Advertise, Parcel, Statement
+from securefedcollm.aggregation.messages import index_bytes
 from securefedcollm.primitives import AgreementKey, hkdf, sha256
 
 ZERO_NONCE: Final = bytes(12)
@@ -33,17 +34,6 @@ def delivery_digest(roll: bytes, statements: Sequence[Statement]) -> bytes:
     """Transcript after R1: whose masks are in the sum, and what each of them committed to."""
     return sha256(
         _PREFIX, b"delivery\0", roll, *(sha256(s.signed(), s.signature) for s in statements)
-    )
-
-
-def lists_digest(delivery: bytes, survivors: Sequence[int], dropouts: Sequence[int]) -> bytes:
-    """Transcript after R2: which vectors are in the sum. What survivors sign in R3."""
-    return sha256(
-        _PREFIX,
-        b"lists\0",
-        delivery,
-        index_bytes(len(survivors), len(dropouts)),
-        index_bytes(*survivors, *dropouts),
     )
 
 

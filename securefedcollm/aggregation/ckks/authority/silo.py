@@ -3,8 +3,8 @@
 The adversary is the server together with up to c silos; the authority does not collude with it (the
 two together could open this silo's ciphertext). The silo checks that the key is the authority's and
 of this very round, commits to its ciphertext before any is shown, and lets it leave for one list of
-commitments. Which sum is opened, the authority decides (:mod:`~.ckks_authority`); its signed word
-about it comes back here, so that this silo knows how many noise shares are in the sum.
+commitments. The authority decides which sum is opened (:mod:`~.ckks.authority.keyholder`). Its
+signed word about it comes back here, so that this silo knows how many noise shares are in the sum.
 """
 
 from __future__ import annotations
@@ -15,33 +15,34 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.aggregation import ckks_authority_messages as am
-from securefedcollm.aggregation import ckks_messages as m
-from securefedcollm.aggregation import ckks_ring
-from securefedcollm.aggregation.ckks_checks import (
+from securefedcollm.aggregation.checks import (
     accuse,
+    check_announced,
     check_header,
+    check_identity,
     check_list,
+    check_own,
     check_signature,
     check_signatures,
     record_once,
-    refuse,
+    refuse_late,
 )
-from securefedcollm.aggregation.ckks_secrets import CkksSecrets
+from securefedcollm.aggregation.ckks import messages as m
+from securefedcollm.aggregation.ckks import polynomials
+from securefedcollm.aggregation.ckks.authority import messages as am
+from securefedcollm.aggregation.ckks.secrets import CkksSecrets
 from securefedcollm.aggregation.header import Authority, Roster, RoundHeader, check_roster
-from securefedcollm.aggregation.keys import lists_digest
-from securefedcollm.aggregation.messages import UNSIGNED, S, decode, sign
-from securefedcollm.aggregation.scheme import Journal, Transcript, Word
-from securefedcollm.aggregation.silo import SERVER
+from securefedcollm.aggregation.messages import UNSIGNED, S, decode, lists_digest, sign
+from securefedcollm.aggregation.roles import SERVER, Journal, Transcript, Word
 from securefedcollm.aggregation.steps import AUTHORITY_TRANSITIONS, Step
 from securefedcollm.errors import CryptoError, LocalProtocolError
-from securefedcollm.primitives import KEY_BYTES, RandomSource, SigningKey, sha256
+from securefedcollm.primitives import RandomSource, SigningKey, sha256
 
 
 class CkksAuthoritySiloRound:
     """Answers the server's three requests, in order, once each. Not thread-safe.
 
-    The arguments are those of :class:`~.ckks_silo.CkksSiloRound`, and
+    The arguments are those of :class:`~.ckks.threshold.silo.CkksSiloRound`, and
 
     Args:
         authority: who holds the key, from the silo's own study.
@@ -65,22 +66,13 @@ class CkksAuthoritySiloRound:
         random: RandomSource = os.urandom,
     ) -> None:
         check_roster(header, roster)
-        self._index = roster.index(name)
-        if roster.key(self._index) != signing_key.public or len(vector_id) != KEY_BYTES:
-            raise LocalProtocolError(
-                f"this identity is not {name}'s on the roster, or the vector id is not 32 bytes",
-                hint="run with the identity that signed the study",
-            )
+        self._index = check_identity(roster, name, signing_key, vector_id)
         # Adversary: a study whose key holder is one of the parties that it guards against.
         if authority.key in roster.keys:
             raise LocalProtocolError(
                 "the authority has the key of a silo", hint="one key for each participant"
             )
-        if vector.shape != (header.parameters.values,):
-            raise LocalProtocolError(
-                f"a vector of shape {vector.shape}, not ({header.parameters.values},)",
-                hint="quantise to the study's bound and length first",
-            )
+        polynomials.check_length(vector, header.parameters.values)
         self._header = header
         self._header_digest = header.digest
         self._parameters = header.parameters
@@ -92,7 +84,7 @@ class CkksAuthoritySiloRound:
         self._vector_id = vector_id
         self._journal = journal
         self._step = Step.ENCRYPT
-        common = ckks_ring.hash_to_ring(self._header_digest, self._ring)
+        common = polynomials.hash_to_ring(self._header_digest, self._ring)
         self._secrets: CkksSecrets | None = CkksSecrets(
             self._ring, self._shape, vector, common, random
         )
@@ -140,10 +132,7 @@ class CkksAuthoritySiloRound:
         """
         secrets = self._secrets
         if secrets is None:
-            refuse(
-                f"sent a frame although this silo's round is over ({self._step.value})",
-                "start a new attempt or the next round",
-            )
+            refuse_late(self._step)
         try:
             reply = self._answer(frame, secrets)
         except BaseException:
@@ -173,13 +162,7 @@ class CkksAuthoritySiloRound:
         self._secrets = None
 
     def _on_key(self, offer: am.KeyOffer, secrets: CkksSecrets) -> bytes:
-        # Adversary: a server that runs another study, model, round or parameter set.
-        if offer.header != self._header:
-            fields = ", ".join(self._header.differences(offer.header))
-            refuse(
-                f"announced a round that differs from this silo's in: {fields}",
-                "compare the signed study and the global model that both sides hold",
-            )
+        check_announced(self._header, offer.header)
         # Adversary: a server that puts its own key in the place of the authority's, or an old one.
         keys, what = offer.statement, f"{self._authority.name}'s key"
         check_header(keys.header, self._header_digest, what)
@@ -193,7 +176,7 @@ class CkksAuthoritySiloRound:
         ):
             accuse(self._authority.name, "key is not the one made for this silo")
         try:
-            own = ckks_ring.unpack(offer.part, self._ring, self._shape.keys)
+            own = polynomials.unpack(offer.part, self._ring, self._shape.keys)
         except CryptoError as error:
             accuse(self._authority.name, f"key is malformed ({error})")
         self._key_id = am.key_id(self._authority.key, keys.signed(), keys.signature)
@@ -201,7 +184,7 @@ class CkksAuthoritySiloRound:
         # members; their difference would be this silo's alone.
         self._record(b"vector:" + self._header.round_scope, self._vector_id)
         upload = secrets.encrypt(own[np.newaxis])
-        size = ckks_ring.polynomial_bytes(self._ring)
+        size = polynomials.polynomial_bytes(self._ring)
         seconds = m.polynomial_digests(upload.second, size)
         root = m.cipher_root(self._key_id, self._index, sha256(upload.first), seconds)
         self._own = self._say(
@@ -212,11 +195,10 @@ class CkksAuthoritySiloRound:
     def _on_sealed(self, message: m.SealedRoll, secrets: CkksSecrets) -> bytes:
         entries = message.entries
         self._sealed = tuple(entry.index for entry in entries)
-        check_list(self._sealed, range(1, len(self._roster) + 1), self._parameters.quorum)
+        everyone = range(1, len(self._roster) + 1)
+        check_list(self._sealed, everyone, self._parameters.quorum, own=self._index)
         check_signatures(entries, "ciphertext commitment", self._header_digest, self._roster)
-        # Adversary: a relay that leaves this silo out, or swaps in what it signed elsewhere.
-        if self._own not in entries:
-            refuse("left this silo's own commitment out of the list", "start a new attempt")
+        check_own(self._own, entries[self._sealed.index(self._index)], "a commitment")
         for entry in entries:
             # Adversary: a server that showed a silo another key, e.g. its own.
             if entry.key != self._key_id:

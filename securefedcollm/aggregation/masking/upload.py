@@ -22,7 +22,7 @@ from typing import ClassVar, Final
 import numpy as np
 
 from securefedcollm.aggregation.header import Digest, RingParameters
-from securefedcollm.aggregation.masks import WORD_BYTES, Words, each_part
+from securefedcollm.aggregation.masking.masks import WORD_BYTES, Words, each_part
 from securefedcollm.aggregation.messages import Signed
 from securefedcollm.errors import RemoteProtocolError
 from securefedcollm.primitives import sha256

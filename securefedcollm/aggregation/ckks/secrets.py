@@ -9,13 +9,13 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.aggregation import ckks_ring
-from securefedcollm.aggregation.ckks_messages import CipherUpload
-from securefedcollm.aggregation.ckks_ring import ROWS, Residues
-from securefedcollm.aggregation.ckks_seal import Factor, Seal
+from securefedcollm.aggregation.ckks import polynomials
+from securefedcollm.aggregation.ckks.messages import CipherUpload
+from securefedcollm.aggregation.ckks.parameters import DEGREE, CkksRing, Shape
+from securefedcollm.aggregation.ckks.polynomials import ROWS, Residues
+from securefedcollm.aggregation.ckks.seal import Factor, Seal
 from securefedcollm.errors import LocalProtocolError
 from securefedcollm.primitives import RandomSource
-from securefedcollm.study.ring import DEGREE, CkksRing, Shape
 
 
 class CkksSecrets:
@@ -43,7 +43,7 @@ class CkksSecrets:
         self._shape = shape
         self._common = common
         self._random = random
-        ckks_ring.check_vector(vector, ring)
+        polynomials.check_vector(vector, ring)
         self._vector = vector.copy()
         self._seal = Seal(ring)
         self._upload: CipherUpload | None = None
@@ -74,20 +74,20 @@ class CkksSecrets:
                     self._seal.load(np.concatenate([joint[k, :count], self._commons(k)]))
                     for k in range(committees)
                 ]
-            noise = ckks_ring.errors(count + committees, self._ring, self._random)
+            noise = polynomials.errors(count + committees, self._ring, self._random)
             values = self._vector[start * DEGREE : (start + count) * DEGREE]
-            encoded = ckks_ring.encode(values, self._ring)
-            noise[:count] = ckks_ring.add(noise[:count], encoded, self._ring)
+            encoded = polynomials.encode(values, self._ring)
+            noise[:count] = polynomials.add(noise[:count], encoded, self._ring)
             of_group = u[start // keys * committees :][:committees]
             made = self._seal.products(list(zip(of_group, loaded, strict=True)), noise)
-            first.append(ckks_ring.pack(made[:count], self._ring))
-            second.append(ckks_ring.pack(made[count:], self._ring))
+            first.append(polynomials.pack(made[:count], self._ring))
+            second.append(polynomials.pack(made[count:], self._ring))
         self._vector = np.zeros(0, dtype=np.int64)
         self._upload = CipherUpload(b"".join(first), b"".join(second))
         return self._upload
 
     def _ternary(self, rows: int) -> Residues:
-        return ckks_ring.ternary(rows, self._ring, self._random)
+        return polynomials.ternary(rows, self._ring, self._random)
 
     def _commons(self, committee: int) -> Residues:
         """a for one committee's second polynomial, and nothing for the others'."""
@@ -138,16 +138,16 @@ class KeyShares:
     def key_parts(self) -> tuple[bytes, ...]:
         """b = e − a·s for every key, with fresh secrets s, packed, for each silo."""
         zero = np.zeros_like(self._common)
-        (minus,) = self._seal.factors(ckks_ring.subtract(zero, self._common, self._ring))
+        (minus,) = self._seal.factors(polynomials.subtract(zero, self._common, self._ring))
         parts = []
         self._secrets = []
         for _ in range(self._silos):
-            drawn = ckks_ring.ternary(self._shape.keys, self._ring, self._random)
+            drawn = polynomials.ternary(self._shape.keys, self._ring, self._random)
             secrets = self._seal.transformed(drawn)
             self._secrets.append(self._seal.factors(secrets))
-            noise = ckks_ring.errors(self._shape.keys, self._ring, self._random)
+            noise = polynomials.errors(self._shape.keys, self._ring, self._random)
             made = self._seal.products([(minus, self._seal.load(secrets))], noise)
-            parts.append(ckks_ring.pack(made, self._ring))
+            parts.append(polynomials.pack(made, self._ring))
         return tuple(parts)
 
     def decrypt(self, seconds: Mapping[int, Residues]) -> bytes:
@@ -165,10 +165,10 @@ class KeyShares:
                 for index, second in seconds.items()
             }
             for key in range(keys):
-                noise = ckks_ring.flooding(len(block), self._ring, self._random)
+                noise = polynomials.flooding(len(block), self._ring, self._random)
                 terms = [(self._secrets[index - 1][key], c1) for index, c1 in loaded.items()]
                 block[:, key] = self._seal.products(terms, noise)
-        return ckks_ring.pack(total.reshape(-1, DEGREE)[:chunks], self._ring)
+        return polynomials.pack(total.reshape(-1, DEGREE)[:chunks], self._ring)
 
     def close(self) -> None:
         """Give SEAL's anonymous memory back."""

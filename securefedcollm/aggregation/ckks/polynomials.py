@@ -19,9 +19,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from securefedcollm.aggregation.ckks.parameters import DEGREE, ERROR_GREATEST, FLOOD_TAIL, CkksRing
 from securefedcollm.errors import CryptoError, LocalProtocolError, ProtocolError
 from securefedcollm.primitives import Keystream, RandomSource, sha256
-from securefedcollm.study.ring import DEGREE, ERROR_GREATEST, FLOOD_TAIL, CkksRing
 
 Residues = npt.NDArray[np.uint64]
 """uint64 [polynomials, N], every entry below q."""
@@ -131,6 +131,19 @@ def _check_length(data: bytes | memoryview, ring: CkksRing, rows: int) -> None:
         )
 
 
+def check_length(vector: npt.NDArray[np.int64], values: int) -> None:
+    """Refuse a vector that is not as long as the round's.
+
+    Raises:
+        LocalProtocolError: its shape is not [``values``].
+    """
+    if vector.shape != (values,):
+        raise LocalProtocolError(
+            f"a vector of shape {vector.shape}, not ({values},)",
+            hint="quantise to the study's bound and length first",
+        )
+
+
 def check_vector(vector: npt.NDArray[np.int64], ring: CkksRing) -> None:
     """Refuse what must not be encrypted.
 
@@ -237,7 +250,7 @@ def flooding(rows: int, ring: CkksRing, random: RandomSource) -> Residues:
     """Noise coefficients mod q: rounded Gaussians of deviation 2^flood_bits, from ``random``.
 
     Box–Muller on 53-bit uniforms in (0, 1]: |f| <= √(2·53·ln 2)·σ by construction, as the proof in
-    :mod:`securefedcollm.study.ring` needs. It smudges; no differential-privacy claim rests on it.
+    :mod:`~.ckks.parameters` needs. It smudges; no differential-privacy claim rests on it.
     """
     count = rows * DEGREE
     words = Keystream(random(32)).words(count) >> np.uint64(11)

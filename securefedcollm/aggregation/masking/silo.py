@@ -12,54 +12,55 @@ pair of lists at most; and in all attempts at a round together it uploads one ve
 survivor set. Both kinds of share for one peer, two survivor sets in one attempt, and two attempts
 whose sums differ by one silo's vector would each need two quorums without a common honest silo, or
 an honest silo that uploads two vectors. The rules hold even if a process is cloned or restored from
-a snapshot, as long as all copies share one :class:`~.scheme.Journal`.
+a snapshot, as long as all copies share one :class:`~.roles.Journal`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NoReturn
+from typing import NoReturn
 
-from securefedcollm.aggregation import keys, masks, packing, shamir
+from securefedcollm.aggregation.checks import (
+    check_announced,
+    check_identity,
+    check_list,
+    check_own,
+    check_signatures,
+    record_once,
+    refuse,
+    refuse_late,
+)
 from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster, names_digest
-from securefedcollm.aggregation.messages import (
-    UNSIGNED,
+from securefedcollm.aggregation.masking import keys, masks, packing, shamir
+from securefedcollm.aggregation.masking.messages import (
     Advertise,
     Agreement,
-    Ask,
     Deal,
     Delivery,
     Opening,
-    Parcel,
     Refusal,
     Roll,
-    Signed,
     Statement,
     Survey,
     Unmask,
-    decode,
-    sign,
 )
-from securefedcollm.aggregation.scheme import Journal, Transcript
+from securefedcollm.aggregation.masking.parcels import DealerFaultError, Parcels, refuse_key
+from securefedcollm.aggregation.masking.upload import Upload, UploadBuffer, words_digest
+from securefedcollm.aggregation.messages import UNSIGNED, Ask, Signed, decode, lists_digest, sign
+from securefedcollm.aggregation.roles import SERVER, Journal, Transcript
 from securefedcollm.aggregation.steps import TRANSITIONS, Step
-from securefedcollm.aggregation.upload import Upload, UploadBuffer, words_digest
-from securefedcollm.errors import CryptoError, LocalProtocolError, RemoteProtocolError
+from securefedcollm.errors import CryptoError
 from securefedcollm.primitives import (
     KEY_BYTES,
     AgreementKey,
     RandomSource,
     SigningKey,
     equal,
-    seal,
     sha256,
-    unseal,
-    verify,
     well_spelled,
 )
-
-SERVER: Final = "server"
 
 
 @dataclass(repr=False)
@@ -72,14 +73,6 @@ class _Secrets:
     seed: bytes
     held: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
     """Dealer -> (seed share, mask-key share) that this silo holds."""
-
-
-class _DealerFaultError(Exception):
-    """A dealer signed a parcel that does not check; carries the dealer's index."""
-
-    def __init__(self, dealer: int) -> None:
-        super().__init__(dealer)
-        self.dealer = dealer
 
 
 class SiloRound:
@@ -116,16 +109,7 @@ class SiloRound:
         threads: int = 1,
     ) -> None:
         check_roster(header, roster)
-        self._index = roster.index(name)
-        if roster.key(self._index) != signing_key.public:
-            raise LocalProtocolError(
-                f"this identity is not {name}'s on the roster",
-                hint="run with the identity that signed the study",
-            )
-        if len(vector_id) != KEY_BYTES:
-            raise LocalProtocolError(
-                f"a vector id has {KEY_BYTES} bytes", hint="hash what the vector was made from"
-            )
+        self._index = check_identity(roster, name, signing_key, vector_id)
         self._vector_id = vector_id
         self._header = header
         self._header_digest = header.digest
@@ -177,8 +161,8 @@ class SiloRound:
     def handle(self, frame: bytes) -> bytes:
         """Answer the server's next request.
 
-        A :class:`~.messages.Refusal` in reply to the delivery is an answer too: it names a dealer,
-        and this side has then failed.
+        A :class:`~.masking.messages.Refusal` in reply to the delivery is an answer too: it names a
+        dealer, and this side has then failed.
 
         Raises:
             RemoteProtocolError: the request must not be answered; the round is over for this silo.
@@ -186,13 +170,10 @@ class SiloRound:
         """
         secrets = self._secrets
         if secrets is None:
-            _refuse(
-                f"sent a frame although this silo's round is over ({self._step.value})",
-                "start a new attempt or the next round",
-            )
+            refuse_late(self._step)
         try:
             reply = self._answer(frame, secrets)
-        except _DealerFaultError as fault:
+        except DealerFaultError as fault:
             self._finish(Step.FAILED)
             return self._refusal(fault.dealer)
         except BaseException:
@@ -223,14 +204,7 @@ class SiloRound:
     # R0 ---------------------------------------------------------------------------------------
 
     def _on_ask(self, ask: Ask, secrets: _Secrets) -> bytes:
-        # Adversary: a server that runs another study, model, round, modulus or threshold. Only the
-        # silo's own header is ever used; this comparison is for a message that names the field.
-        if ask.header != self._header:
-            fields = ", ".join(self._header.differences(ask.header))
-            _refuse(
-                f"announced a round that differs from this silo's in: {fields}",
-                "compare the signed study and the global model that both sides hold",
-            )
+        check_announced(self._header, ask.header)
         self._own_keys = sign(
             Advertise(
                 header=self._header_digest,
@@ -250,22 +224,18 @@ class SiloRound:
 
     def _on_roll(self, roll: Roll, secrets: _Secrets) -> bytes:
         entries = roll.advertisements
-        self._check_members([entry.index for entry in entries], self._roster_indices(), "roll")
-        for entry in entries:
-            # Adversary: the relay puts itself in the middle, invents peers, replays keys of another
-            # round, or showed that peer another model (then its header differs).
-            self._check_signed(entry, "keys")
+        everyone = range(1, len(self._roster) + 1)
+        self._check_members([entry.index for entry in entries], everyone, "roll list")
+        self._check_signatures(entries, "keys")
         # Adversary: a silo that repeats another's key without knowing its secret.
         publics = {key for entry in entries for key in (entry.mask_public, entry.share_public)}
         if len(publics) != 2 * len(entries) or not all(map(well_spelled, publics)):
-            _refuse(
+            refuse(
                 "relayed a roll in which one key appears twice or in a second spelling",
                 "report the silos on it",
             )
         self._roll = {entry.index: entry for entry in entries}
-        # Adversary: a relay that swaps in keys which this silo signed elsewhere.
-        if self._roll[self._index] != self._own_keys:
-            _refuse("relayed keys that this silo did not send", "start a new attempt")
+        check_own(self._own_keys, self._roll[self._index], "keys")
         self._roll_digest = keys.roll_digest(self._header_digest, entries)
         return self._deal(secrets)
 
@@ -274,9 +244,9 @@ class SiloRound:
         threshold = self._parameters.threshold
         seed_shares = shamir.deal(secrets.seed, threshold, holders, self._random)
         key_shares = shamir.deal(secrets.mask_secret, threshold, holders, self._random)
-        share_key = AgreementKey(secrets.share_secret)
+        own = self._parcels(secrets)
         parcels = tuple(
-            self._parcel(holder, seed_share, key_share, share_key)
+            own.make(holder, seed_share, key_share)
             for holder, seed_share, key_share in zip(holders, seed_shares, key_shares, strict=True)
         )
         mine = holders.index(self._index)
@@ -299,48 +269,32 @@ class SiloRound:
         self._record(b"deal:" + self._header.attempt_scope, sha256(self._own_statement.signed()))
         return Deal(self._own_statement, parcels).encode()
 
-    def _parcel(
-        self, holder: int, seed_share: bytes, key_share: bytes, share_key: AgreementKey
-    ) -> Parcel:
-        header, dealer = self._header_digest, self._index
-        box = b""
-        if holder != dealer:
-            key = self._box_key(share_key, dealer, holder)
-            associated = keys.box_associated(header, self._roll_digest, dealer, holder)
-            box = seal(key, keys.ZERO_NONCE, seed_share + key_share, associated)
-        return Parcel(
-            dealer=dealer,
-            holder=holder,
-            box=box,
-            seed_share_commitment=keys.share_commitment(header, dealer, holder, "seed", seed_share),
-            key_share_commitment=keys.share_commitment(header, dealer, holder, "key", key_share),
+    def _parcels(self, secrets: _Secrets) -> Parcels:
+        return Parcels(
+            header=self._header_digest,
+            roster=self._roster,
+            roll=self._roll,
+            roll_digest=self._roll_digest,
+            index=self._index,
+            secret=secrets.share_secret,
         )
-
-    def _box_key(self, share_key: AgreementKey, dealer: int, holder: int) -> bytes:
-        peer = self._roll[holder if dealer == self._index else dealer]
-        try:
-            return keys.box_key(
-                share_key, peer.share_public, self._header_digest, self._roll_digest, dealer, holder
-            )
-        except CryptoError as error:
-            self._refuse_key(peer.index, error)
 
     # R2 ---------------------------------------------------------------------------------------
 
     def _on_delivery(self, delivery: Delivery, secrets: _Secrets) -> bytes:
         statements = delivery.statements
         self._dealers = tuple(statement.index for statement in statements)
-        self._check_members(self._dealers, tuple(self._roll), "delivery")
+        self._check_members(self._dealers, self._roll, "delivery list")
+        self._check_signatures(statements, "dealing")
         for statement in statements:
-            self._check_signed(statement, "dealing")
             # Adversary: a server that showed the dealer another roll (other peers, other keys).
             if statement.roll != self._roll_digest or len(statement.parcels) != len(self._roll):
-                _refuse(
+                refuse(
                     f"showed {self._roster.name(statement.index)} another roll than this silo",
                     "start a new attempt; if it happens again, report the server",
                 )
-        if statements[self._dealers.index(self._index)] != self._own_statement:
-            _refuse("relayed a dealing that this silo did not make", "start a new attempt")
+        own = statements[self._dealers.index(self._index)]
+        check_own(self._own_statement, own, "a dealing")
         self._delivery_digest = keys.delivery_digest(self._roll_digest, statements)
         self._open_parcels(delivery, secrets)
         # Adversary: a server that gets two vectors of this silo into two sums over the same
@@ -351,40 +305,19 @@ class SiloRound:
     def _open_parcels(self, delivery: Delivery, secrets: _Secrets) -> None:
         others = tuple(dealer for dealer in self._dealers if dealer != self._index)
         if tuple(parcel.dealer for parcel in delivery.parcels) != others:
-            _refuse("did not relay one parcel from each dealer", "start a new attempt")
+            refuse("did not relay one parcel from each dealer", "start a new attempt")
         statements = {statement.index: statement for statement in delivery.statements}
         position = tuple(self._roll).index(self._index)
-        share_key = AgreementKey(secrets.share_secret)
+        own = self._parcels(secrets)
         for parcel in delivery.parcels:
             # Adversary: a relay that swaps or alters parcels. The dealer signed their digests.
             signed_digest = statements[parcel.dealer].parcels[position]
             if not equal(keys.parcel_digest(parcel), signed_digest):
-                _refuse(
+                refuse(
                     f"altered the parcel from {self._roster.name(parcel.dealer)}",
                     "start a new attempt; if it happens again, report the server",
                 )
-            secrets.held[parcel.dealer] = self._open_parcel(parcel, share_key)
-
-    def _open_parcel(self, parcel: Parcel, share_key: AgreementKey) -> tuple[bytes, bytes]:
-        """The two shares in a parcel that its dealer has signed.
-
-        Adversary: a dealer that hands out boxes that do not open or shares other than committed, so
-        that honest holders would later look like the liars. Found here, it is the dealer's fault.
-        """
-        header, dealer, holder = self._header_digest, parcel.dealer, self._index
-        key = self._box_key(share_key, dealer, holder)
-        associated = keys.box_associated(header, self._roll_digest, dealer, holder)
-        try:
-            shares = unseal(key, keys.ZERO_NONCE, parcel.box, associated)
-        except CryptoError as error:
-            raise _DealerFaultError(dealer) from error
-        seed_share, key_share = shares[: shamir.SHARE_BYTES], shares[shamir.SHARE_BYTES :]
-        seed_commitment = keys.share_commitment(header, dealer, holder, "seed", seed_share)
-        key_commitment = keys.share_commitment(header, dealer, holder, "key", key_share)
-        committed = parcel.seed_share_commitment + parcel.key_share_commitment
-        if parcel.holder != holder or not equal(seed_commitment + key_commitment, committed):
-            raise _DealerFaultError(dealer)
-        return seed_share, key_share
+            secrets.held[parcel.dealer] = own.open(parcel)
 
     def _refusal(self, dealer: int) -> bytes:
         return sign(
@@ -433,7 +366,7 @@ class SiloRound:
                     mask_key, self._roll[peer].mask_public, header, delivery, self._index, peer
                 )
             except CryptoError as error:
-                self._refuse_key(peer, error)
+                refuse_key(self._roster.name(peer), error)
             (add if self._index < peer else subtract).append(key)
         return add, subtract
 
@@ -442,7 +375,7 @@ class SiloRound:
     def _on_survey(self, survey: Survey) -> bytes:
         lists = survey.survivors, survey.dropouts
         self._check_lists(*lists)
-        digest = keys.lists_digest(self._delivery_digest, *lists)
+        digest = lists_digest(self._delivery_digest, *lists)
         # Adversary: a server that restores this process from a snapshot to have it sign two pairs
         # of lists in one attempt.
         self._record(b"agree:" + self._header.attempt_scope, digest)
@@ -455,10 +388,10 @@ class SiloRound:
     def _check_lists(self, survivors: tuple[int, ...], dropouts: tuple[int, ...]) -> None:
         # Adversary: a server that lists one silo as both, leaves one out, or opens a sum of too
         # few. A silo that is itself called a dropout has its mask key opened and must say no more.
-        self._check_members(survivors, self._dealers, "survivors")
+        self._check_members(survivors, self._dealers, "survivors list")
         merged = sorted(survivors + dropouts)
         if tuple(merged) != self._dealers or list(dropouts) != sorted(dropouts):
-            _refuse(
+            refuse(
                 "sent survivors and dropouts that do not split the dealers in two",
                 "start a new attempt; if it happens again, report the server",
             )
@@ -469,7 +402,7 @@ class SiloRound:
         # Adversary: a server that asks for other shares than were agreed to, e.g. both kinds of
         # one peer's. The lists are those this silo signed, or there is no answer.
         if (opening.survivors, opening.dropouts) != self._lists:
-            _refuse("asks to open other lists than this silo agreed to", "report the server")
+            refuse("asks to open other lists than this silo agreed to", "report the server")
         self._check_quorum(opening.agreements)
         # Adversary: a crash, restart or snapshot between two requests with other lists, and another
         # attempt at the same round, whose sum would differ from this one's by a few silos. Written
@@ -497,78 +430,25 @@ class SiloRound:
         signers = [agreement.index for agreement in agreements]
         survivors = self._lists[0]
         if signers != sorted(set(signers)) or not set(signers) <= set(survivors):
-            _refuse("sent agreements that are not by distinct survivors", "report the server")
+            refuse("sent agreements that are not by distinct survivors", "report the server")
         if len(signers) < self._parameters.threshold:
-            _refuse(
+            refuse(
                 f"sent {len(signers)} agreements; {self._parameters.threshold} are needed",
                 "too few silos agree; go on with the next round",
             )
+        self._check_signatures(agreements, "agreement")
         for agreement in agreements:
-            self._check_signed(agreement, "agreement")
             if agreement.lists != self._lists_digest:
                 name = self._roster.name(agreement.index)
-                _refuse(f"showed {name} other lists than this silo", "report the server")
+                refuse(f"showed {name} other lists than this silo", "report the server")
 
     # Checks used by several steps -------------------------------------------------------------
 
-    def _roster_indices(self) -> tuple[int, ...]:
-        return tuple(range(1, len(self._roster) + 1))
+    def _check_members(self, members: Sequence[int], allowed: Iterable[int], what: str) -> None:
+        check_list(members, allowed, self._parameters.quorum, own=self._index, what=what)
 
-    def _check_members(self, members: Sequence[int], allowed: tuple[int, ...], what: str) -> None:
-        """``members`` ascend strictly, are ``allowed``, include this silo and are a quorum.
-
-        Adversary: a server that opens a sum over this silo alone, over colluders and this silo, or
-        over silos that are not in the study or did not deal shares.
-        """
-        if list(members) != sorted(set(members)) or not set(members) <= set(allowed):
-            _refuse(f"sent a {what} list with repeated or unknown silos", "report the server")
-        if self._index not in members:
-            _refuse(f"left this silo out of the {what} list", "start a new attempt")
-        if len(members) < self._parameters.quorum:
-            _refuse(
-                f"sent a {what} list of {len(members)} silos; {self._parameters.quorum} are needed",
-                "wait until more silos are online",
-            )
-
-    def _check_signed(self, message: Signed, what: str) -> None:
-        name = self._roster.name(message.index)
-        if message.header != self._header_digest:
-            _refuse(
-                f"relayed {name}'s {what} for another round, study or global model",
-                "all silos must hold the same study and the same global model",
-            )
-        try:
-            verify(
-                self._roster.key(message.index),
-                message.CONTEXT,
-                message.signed(),
-                message.signature,
-            )
-        except CryptoError:
-            _refuse(f"relayed {name}'s {what} with a bad signature", "report the server")
-
-    def _refuse_key(self, peer: int, error: CryptoError) -> NoReturn:
-        # Adversary: a key of small order fixes the shared secret for everyone to know.
-        raise RemoteProtocolError(
-            f"relayed an unusable public key of {self._roster.name(peer)}",
-            peer=SERVER,
-            hint="an honest server drops such a silo; report both",
-        ) from error
+    def _check_signatures(self, entries: Iterable[Signed], what: str) -> None:
+        check_signatures(entries, what, self._header_digest, self._roster)
 
     def _record(self, key: bytes, value: bytes) -> None:
-        """Write down what this silo is about to say; if it has said otherwise before, say nothing.
-
-        One answer per step and attempt, one vector and one survivor set per round, whatever becomes
-        of the process.
-        """
-        if not equal(self._journal.record(key, value), value):
-            what = "this round" if key.startswith((b"open:", b"vector:")) else "this attempt"
-            _refuse(
-                f"asks a second time for what this silo has answered in {what} "
-                f"({self._step.value})",
-                "normal after a restart: go on with the next attempt or round",
-            )
-
-
-def _refuse(message: str, hint: str) -> NoReturn:
-    raise RemoteProtocolError(message, peer=SERVER, hint=hint)
+        record_once(self._journal, key, value, self._step)

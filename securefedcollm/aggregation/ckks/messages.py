@@ -11,27 +11,20 @@ from typing import Annotated, ClassVar, Final
 
 import msgspec
 
-from securefedcollm.aggregation.ckks_ring import polynomial_bytes
-from securefedcollm.aggregation.header import (
+from securefedcollm.aggregation.ckks.parameters import (
     AUTHORITY_SUITES,
     CKKS_SUITES,
-    MAX_SILOS,
-    Digest,
-    RingParameters,
-    RoundHeader,
+    CkksRing,
+    Shape,
+    derive,
 )
-from securefedcollm.aggregation.messages import (
-    Digests,
-    Message,
-    Signed,
-    index_bytes,
-)
+from securefedcollm.aggregation.ckks.polynomials import polynomial_bytes
+from securefedcollm.aggregation.header import Digest, RingParameters, RoundHeader
+from securefedcollm.aggregation.messages import FEW, Digests, Message, Signed, index_bytes
 from securefedcollm.errors import ConfigError
 from securefedcollm.primitives import sha256
-from securefedcollm.study.ring import CkksRing, Shape, derive
 
 _PREFIX: Final = b"securefedcollm/v1/ckks-"
-_FEW: Final = msgspec.Meta(max_length=MAX_SILOS)
 _SLACK: Final = 64 * 1024
 """Room for everything in a frame but polynomials, digests and signatures of MAX_SILOS silos."""
 
@@ -72,7 +65,7 @@ class KeyCommitments(Message, frozen=True, tag="key-commitments"):
 
     LIMIT: ClassVar[int] = 32 * 1024
 
-    entries: Annotated[tuple[KeyCommitment, ...], _FEW]
+    entries: Annotated[tuple[KeyCommitment, ...], FEW]
 
 
 class KeyPart(Signed, frozen=True, tag="key-part"):
@@ -87,7 +80,7 @@ class KeyPart(Signed, frozen=True, tag="key-part"):
 
     commitments: Digest
     digests: Digests
-    parts: Annotated[tuple[bytes, ...], _FEW]
+    parts: Annotated[tuple[bytes, ...], FEW]
 
     def signed(self) -> bytes:
         return Signed.signed(self) + self.commitments + sha256(*self.digests)
@@ -99,7 +92,7 @@ class KeyPart(Signed, frozen=True, tag="key-part"):
 class KeyParts(Message, frozen=True, tag="key-parts"):
     """Server → silo, K2: the members from here on, and their parts of the receiver's keys."""
 
-    entries: Annotated[tuple[KeyPart, ...], _FEW]
+    entries: Annotated[tuple[KeyPart, ...], FEW]
 
 
 class Sealed(Signed, frozen=True, tag="sealed"):
@@ -119,7 +112,7 @@ class SealedRoll(Message, frozen=True, tag="sealed-roll"):
 
     LIMIT: ClassVar[int] = 64 * 1024
 
-    entries: Annotated[tuple[Sealed, ...], _FEW]
+    entries: Annotated[tuple[Sealed, ...], FEW]
 
 
 class CipherUpload(Message, frozen=True, tag="cipher-upload"):
@@ -153,7 +146,7 @@ class PieceList(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
 class Pieces(Message, frozen=True, tag="pieces"):
     """Server → silo, K4: one list per member, by ascending index."""
 
-    lists: Annotated[tuple[PieceList, ...], _FEW]
+    lists: Annotated[tuple[PieceList, ...], FEW]
 
 
 class Verdict(Signed, frozen=True, tag="verdict"):
@@ -173,7 +166,7 @@ class Verdicts(Message, frozen=True, tag="verdicts"):
 
     LIMIT: ClassVar[int] = 64 * 1024
 
-    verdicts: Annotated[tuple[Verdict, ...], _FEW]
+    verdicts: Annotated[tuple[Verdict, ...], FEW]
 
 
 class Partial(Signed, frozen=True, tag="partial"):

@@ -1,6 +1,6 @@
 """The frames of a CKKS round whose key one authority holds.
 
-Same rules as :mod:`~.messages`; :class:`~.ckks_messages.Sealed` and ``SealedRoll`` are those of the
+Same rules as :mod:`~.messages`; :class:`~.ckks.messages.Sealed` and ``SealedRoll`` are those of the
 threshold scheme. What the authority says is signed with its identity, which the study names.
 """
 
@@ -11,9 +11,10 @@ from typing import Annotated, ClassVar, Final
 
 import msgspec
 
-from securefedcollm.aggregation.ckks_messages import Sealed
-from securefedcollm.aggregation.header import MAX_SILOS, Digest, RoundHeader
+from securefedcollm.aggregation.ckks.messages import Sealed
+from securefedcollm.aggregation.header import Digest, RoundHeader
 from securefedcollm.aggregation.messages import (
+    FEW,
     Digests,
     Indices,
     Message,
@@ -25,7 +26,6 @@ from securefedcollm.aggregation.messages import (
 from securefedcollm.primitives import sha256
 
 _PREFIX: Final = b"securefedcollm/v1/ckks-authority-"
-_FEW: Final = msgspec.Meta(max_length=MAX_SILOS)
 
 
 class KeyStatement(Signable, frozen=True, tag="authority-key"):
@@ -48,7 +48,7 @@ class AuthorityKeys(Message, frozen=True, tag="authority-keys"):
     """Authority → server, A0: for every silo b = e − a·s for its keys, one after another."""
 
     statement: KeyStatement
-    parts: Annotated[tuple[bytes, ...], _FEW]
+    parts: Annotated[tuple[bytes, ...], FEW]
 
 
 class KeyOffer(Message, frozen=True, tag="key-offer"):
@@ -102,9 +102,9 @@ class OpenRequest(Message, frozen=True, tag="open-request"):
     ``parts``: one for each consent, in the same order.
     """
 
-    sealed: Annotated[tuple[Sealed, ...], _FEW]
-    consents: Annotated[tuple[Consent, ...], _FEW]
-    parts: Annotated[tuple[CipherPart, ...], _FEW]
+    sealed: Annotated[tuple[Sealed, ...], FEW]
+    consents: Annotated[tuple[Consent, ...], FEW]
+    parts: Annotated[tuple[CipherPart, ...], FEW]
 
 
 class Statement(Signable, frozen=True, tag="authority-statement"):

@@ -2,7 +2,7 @@
 
 SEAL does every product and transform. Polynomials go in and out as arrays, through anonymous memory
 and SEAL's own file format, which this module alone writes and reads; no byte of a peer ever reaches
-SEAL's loader (:mod:`~.ckks_ring` reads those).
+SEAL's loader (:mod:`~.ckks.polynomials` reads those).
 
 A ciphertext of several polynomials, times the "plaintext" that SEAL keeps a secret key in, is each
 polynomial times that one: that makes key parts, ciphertexts and partial decryptions alike.
@@ -21,9 +21,9 @@ import pyarrow
 import tenseal.sealapi as seal
 from tenseal.sealapi import Ciphertext, SecretKey
 
-from securefedcollm.aggregation.ckks_ring import ROWS, Residues
+from securefedcollm.aggregation.ckks.parameters import DEGREE, CkksRing
+from securefedcollm.aggregation.ckks.polynomials import ROWS, Residues
 from securefedcollm.errors import CryptoError
-from securefedcollm.study.ring import DEGREE, CkksRing
 
 Factor = SecretKey
 """A polynomial that others are multiplied with, in SEAL's keeping. Most are secret."""

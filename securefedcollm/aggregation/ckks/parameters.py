@@ -1,4 +1,5 @@
-"""CKKS ring parameters, derived from the study and proved to fit before anything is encrypted.
+"""CKKS ring parameters, derived from the number of silos and the bound of their values, and proved
+to fit before anything is encrypted.
 
 A ciphertext chunk holds N = 4096 integers as the coefficients of one polynomial modulo (X^N + 1, q)
 for one prime q; there is no multiplication, so no second prime and no key switching. A value v is
@@ -22,6 +23,18 @@ import msgspec
 from securefedcollm.errors import ConfigError
 
 CkksSet = Literal["precise", "compact"]
+
+CKKS_SUITES: Final[dict[CkksSet, str]] = {
+    "precise": "securefedcollm-ckks-precise-v1",
+    "compact": "securefedcollm-ckks-compact-v1",
+}
+"""Threshold CKKS; suite, number of silos and bound fix the ring (:func:`derive`)."""
+
+AUTHORITY_SUITES: Final[dict[CkksSet, str]] = {
+    "precise": "securefedcollm-ckks-authority-precise-v1",
+    "compact": "securefedcollm-ckks-authority-compact-v1",
+}
+"""The same under the key of one authority."""
 
 DEGREE: Final = 4096
 PRIMES: Final[dict[CkksSet, int]] = {"precise": 1152921504606830593, "compact": 1099511480321}

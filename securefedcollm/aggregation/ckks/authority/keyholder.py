@@ -26,26 +26,24 @@ from __future__ import annotations
 import os
 from typing import NoReturn
 
-from securefedcollm.aggregation import ckks_authority_messages as am
-from securefedcollm.aggregation import ckks_messages as m
-from securefedcollm.aggregation import ckks_ring
-from securefedcollm.aggregation.ckks_checks import (
+from securefedcollm.aggregation.checks import (
     accuse,
+    check_announced,
     check_list,
     check_signatures,
     record_once,
-    record_opening,
     refuse,
+    refuse_late,
 )
-from securefedcollm.aggregation.ckks_ring import Residues
-from securefedcollm.aggregation.ckks_secrets import KeyShares
+from securefedcollm.aggregation.ckks import messages as m
+from securefedcollm.aggregation.ckks import openings, polynomials
+from securefedcollm.aggregation.ckks.authority import messages as am
+from securefedcollm.aggregation.ckks.polynomials import Residues
+from securefedcollm.aggregation.ckks.secrets import KeyShares
 from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster
-from securefedcollm.aggregation.keys import lists_digest
-from securefedcollm.aggregation.messages import UNSIGNED, Ask, decode, sign
-from securefedcollm.aggregation.scheme import Journal, Sealing, Transcript, Word
-from securefedcollm.aggregation.silo import SERVER
+from securefedcollm.aggregation.messages import UNSIGNED, Ask, decode, lists_digest, sign
+from securefedcollm.aggregation.roles import SERVER, Journal, Sealing, Transcript, Word
 from securefedcollm.aggregation.steps import Step
-from securefedcollm.errors import CryptoError
 from securefedcollm.primitives import RandomSource, SigningKey, sha256
 
 
@@ -84,7 +82,7 @@ class CkksAuthorityRound:
         self._signing_key = signing_key
         self._journal = journal
         self._step = Step.ADVERTISE
-        common = ckks_ring.hash_to_ring(self._header_digest, self._ring)
+        common = polynomials.hash_to_ring(self._header_digest, self._ring)
         self._secrets: KeyShares | None = KeyShares(
             self._ring, self._shape, common, len(roster), random
         )
@@ -122,10 +120,7 @@ class CkksAuthorityRound:
         """
         secrets = self._secrets
         if secrets is None:
-            refuse(
-                f"sent a frame although this attempt is over ({self._step.value})",
-                "start a new attempt or the next round",
-            )
+            refuse_late(self._step)
         try:
             if self._step is Step.ADVERTISE:
                 reply = self._on_ask(decode(Ask, frame, SERVER), secrets)
@@ -154,14 +149,7 @@ class CkksAuthorityRound:
         self._secrets = None
 
     def _on_ask(self, ask: Ask, secrets: KeyShares) -> bytes:
-        # Adversary: a server that runs other parameters than the study's, say a lower quorum. Only
-        # the authority's own header is ever used; this comparison names the field.
-        if ask.header != self._header:
-            fields = ", ".join(self._header.differences(ask.header))
-            refuse(
-                f"announced a round that differs from the authority's in: {fields}",
-                "compare the signed study that both sides hold",
-            )
+        check_announced(self._header, ask.header, whose="the authority's", held="the signed study")
         parts = secrets.key_parts()
         digests = tuple(sha256(part) for part in parts)
         keys = sign(am.KeyStatement(self._header_digest, UNSIGNED, digests), self._signing_key)
@@ -176,7 +164,7 @@ class CkksAuthorityRound:
         survivors = self._check_consents(message, transcript)
         seconds = self._read(message)
         names = tuple(map(self._roster.name, survivors))
-        record_opening(self._journal, self._header, names, self._step)
+        openings.record_opening(self._journal, self._header, names, self._step)
         share = secrets.decrypt(seconds)
         statement = sign(
             am.Statement(self._header_digest, UNSIGNED, transcript, survivors, sha256(share)),
@@ -218,7 +206,7 @@ class CkksAuthorityRound:
         """The second polynomials of everybody in the sum, by index."""
         if len(message.parts) != len(message.consents):
             refuse("did not send one ciphertext for each consent", "report the server")
-        size = ckks_ring.polynomial_bytes(self._ring)
+        size = polynomials.polynomial_bytes(self._ring)
         roots = {entry.index: entry.root for entry in message.sealed}
         found: dict[int, Residues] = {}
         for consent, part in zip(message.consents, message.parts, strict=True):
@@ -228,10 +216,7 @@ class CkksAuthorityRound:
             root = m.cipher_root(self._key_id, consent.index, part.first, seconds)
             if root != roots[consent.index]:
                 accuse(name, "ciphertext is not the one it committed to")
-            try:
-                found[consent.index] = ckks_ring.unpack(part.second, self._ring, self._shape.groups)
-            except CryptoError as error:
-                accuse(name, f"polynomials are malformed ({error})")
+            found[consent.index] = openings.read(part.second, self._ring, self._shape.groups, name)
         return found
 
     def _public(

@@ -25,41 +25,39 @@ ciphertexts its share opens, and that each secret is used for one owner's cipher
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.aggregation import ckks_messages as m
-from securefedcollm.aggregation import ckks_ring
-from securefedcollm.aggregation.ckks_checks import (
-    accumulate,
+from securefedcollm.aggregation.checks import (
     accuse,
+    check_announced,
+    check_identity,
     check_list,
+    check_own,
     check_signatures,
     record_once,
-    record_opening,
     refuse,
-    split,
+    refuse_late,
 )
-from securefedcollm.aggregation.ckks_ring import Residues
-from securefedcollm.aggregation.ckks_secrets import CkksSecrets, KeyShares
+from securefedcollm.aggregation.ckks import messages as m
+from securefedcollm.aggregation.ckks import openings, polynomials
+from securefedcollm.aggregation.ckks.parameters import DEGREE
+from securefedcollm.aggregation.ckks.polynomials import Residues
+from securefedcollm.aggregation.ckks.secrets import CkksSecrets, KeyShares
 from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster
-from securefedcollm.aggregation.keys import lists_digest
-from securefedcollm.aggregation.messages import UNSIGNED, Ask, Signed, decode, sign
-from securefedcollm.aggregation.scheme import Journal, Transcript
-from securefedcollm.aggregation.silo import SERVER
+from securefedcollm.aggregation.messages import UNSIGNED, Ask, Signed, decode, lists_digest, sign
+from securefedcollm.aggregation.roles import SERVER, Journal, Transcript
 from securefedcollm.aggregation.steps import CKKS_TRANSITIONS, Step
-from securefedcollm.errors import CryptoError, LocalProtocolError
-from securefedcollm.primitives import KEY_BYTES, RandomSource, SigningKey, sha256
-from securefedcollm.study.ring import DEGREE
+from securefedcollm.primitives import RandomSource, SigningKey, sha256
 
 
 class CkksSiloRound:
     """Answers the server's six requests, in order, once each. Not thread-safe.
 
-    The arguments are those of :class:`~.silo.SiloRound`.
+    The arguments are those of :class:`~.masking.silo.SiloRound`.
 
     Raises:
         LocalProtocolError: header, roster, identity and vector do not belong together.
@@ -79,17 +77,8 @@ class CkksSiloRound:
         random: RandomSource = os.urandom,
     ) -> None:
         check_roster(header, roster)
-        self._index = roster.index(name)
-        if roster.key(self._index) != signing_key.public or len(vector_id) != KEY_BYTES:
-            raise LocalProtocolError(
-                f"this identity is not {name}'s on the roster, or the vector id is not 32 bytes",
-                hint="run with the identity that signed the study",
-            )
-        if vector.shape != (header.parameters.values,):
-            raise LocalProtocolError(
-                f"a vector of shape {vector.shape}, not ({header.parameters.values},)",
-                hint="quantise to the study's bound and length first",
-            )
+        self._index = check_identity(roster, name, signing_key, vector_id)
+        polynomials.check_length(vector, header.parameters.values)
         self._header = header
         self._header_digest = header.digest
         self._parameters = header.parameters
@@ -100,7 +89,7 @@ class CkksSiloRound:
         self._vector_id = vector_id
         self._journal = journal
         self._step = Step.ADVERTISE
-        common = ckks_ring.hash_to_ring(self._header_digest, self._ring)
+        common = polynomials.hash_to_ring(self._header_digest, self._ring)
         self._secrets: CkksSecrets | None = CkksSecrets(
             self._ring, self._shape, vector, common, random
         )
@@ -151,10 +140,7 @@ class CkksSiloRound:
         """
         secrets, shares = self._secrets, self._shares
         if secrets is None or shares is None:
-            refuse(
-                f"sent a frame although this silo's round is over ({self._step.value})",
-                "start a new attempt or the next round",
-            )
+            refuse_late(self._step)
         try:
             reply = self._answer(frame, secrets, shares)
         except BaseException:
@@ -184,8 +170,8 @@ class CkksSiloRound:
             case _:
                 return self._on_verdicts(decode(m.Verdicts, frame, SERVER), shares)
 
-    def _limit(self, polynomials: int) -> int:
-        return m.frame_limit(self._parameters, self._ring, polynomials)
+    def _limit(self, count: int) -> int:
+        return m.frame_limit(self._parameters, self._ring, count)
 
     def _finish(self, step: Step) -> None:
         self._step = step
@@ -199,14 +185,7 @@ class CkksSiloRound:
     # K0, K1: the joint key --------------------------------------------------------------------
 
     def _on_ask(self, ask: Ask, shares: KeyShares) -> bytes:
-        # Adversary: a server that runs another study, model, round or parameter set. Only the
-        # silo's own header is ever used; this comparison is for a message that names the field.
-        if ask.header != self._header:
-            fields = ", ".join(self._header.differences(ask.header))
-            refuse(
-                f"announced a round that differs from this silo's in: {fields}",
-                "compare the signed study and the global model that both sides hold",
-            )
+        check_announced(self._header, ask.header)
         self._parts = shares.key_parts()
         self._digests = tuple(sha256(part) for part in self._parts)
         commitment = m.key_commitment(self._header_digest, self._index, self._digests)
@@ -218,11 +197,11 @@ class CkksSiloRound:
 
     def _on_commitments(self, message: m.KeyCommitments) -> bytes:
         entries = message.entries
-        everyone = tuple(range(1, len(self._roster) + 1))
+        everyone = range(1, len(self._roster) + 1)
         self._check_members([entry.index for entry in entries], everyone)
         self._check_all_signed(entries, "key commitment")
         self._commitments = {entry.index: entry for entry in entries}
-        self._check_own(self._commitments[self._index])
+        check_own(self._own, self._commitments[self._index])
         self._commitments_digest = m.commitments_digest(self._header_digest, entries)
         parts, self._parts = self._parts, ()
         # Adversary: a server that has these key parts shown among two sets of commitments.
@@ -242,7 +221,7 @@ class CkksSiloRound:
 
     def _on_parts(self, message: m.KeyParts, secrets: CkksSecrets) -> bytes:
         entries = message.entries
-        self._check_members([entry.index for entry in entries], tuple(self._commitments))
+        self._check_members([entry.index for entry in entries], self._commitments)
         self._check_all_signed(entries, "key part")
         self._members = tuple(entry.index for entry in entries)
         count = self._shape.committees
@@ -259,8 +238,8 @@ class CkksSiloRound:
             ):
                 self._accuse(entry.index, "key part is not the one it committed to")
             own = joint[m.committee(entry.index, self._members, count)]
-            accumulate(own, entry.parts[0], self._ring, self._roster.name(entry.index))
-        self._check_own(next(entry for entry in entries if entry.index == self._index))
+            openings.accumulate(own, entry.parts[0], self._ring, self._roster.name(entry.index))
+        check_own(self._own, next(entry for entry in entries if entry.index == self._index))
         self._key_id = m.key_id(self._commitments_digest, entries)
         # Adversary: a server that gets two vectors of this silo into two sums over the same
         # members; their difference would be this silo's alone.
@@ -281,7 +260,7 @@ class CkksSiloRound:
             if entry.key != self._key_id:
                 self._accuse(entry.index, "ciphertext is under another key than this silo's")
         self._sealed = {entry.index: entry for entry in entries}
-        self._check_own(self._sealed[self._index])
+        check_own(self._own, self._sealed[self._index])
         self._transcript = m.transcript(self._key_id, entries)
         # Adversary: a server that shows this ciphertext's commitment among two sets of others, and
         # fills the second set after it has seen the ciphertext.
@@ -297,7 +276,7 @@ class CkksSiloRound:
         mine = m.of_committee(committee, self._shape)
         for index, pieces in zip(self._members, message.lists, strict=True):
             root = m.cipher_root(self._key_id, index, pieces.first, pieces.seconds)
-            digests = split(pieces.seconds)
+            digests = [pieces.seconds[at : at + 32] for at in range(0, len(pieces.seconds), 32)]
             found = m.polynomial_digests(pieces.pieces, self._size)
             # Adversary: a server that swaps, drops, repeats or alters a part of a ciphertext: it
             # would have this silo multiply another polynomial with the secrets of an honest key.
@@ -307,12 +286,9 @@ class CkksSiloRound:
                 or found != b"".join(digests[k] for k in mine)
             ):
                 self._accuse(index, "ciphertext is not the one it committed to")
-            try:
-                self._seconds[index] = ckks_ring.unpack(
-                    pieces.pieces, self._ring, self._shape.groups
-                )
-            except CryptoError as error:
-                self._accuse(index, f"polynomials are malformed ({error})")
+            self._seconds[index] = openings.read(
+                pieces.pieces, self._ring, self._shape.groups, self._roster.name(index)
+            )
         # Adversary: a restart, to have two different lists agreed to.
         return self._say(
             b"agree:", m.Verdict(self._header_digest, self._index, UNSIGNED, self._transcript)
@@ -327,9 +303,9 @@ class CkksSiloRound:
             # Adversary: a server that showed members different ciphertexts or commitments.
             if verdict.transcript != self._transcript:
                 self._accuse(verdict.index, "verdict is on other ciphertexts than this silo's")
-        self._check_own(next(v for v in message.verdicts if v.index == self._index))
+        check_own(self._own, next(v for v in message.verdicts if v.index == self._index))
         names = [self._roster.name(index) for index in self._members]
-        record_opening(self._journal, self._header, names, self._step)
+        openings.record_opening(self._journal, self._header, names, self._step)
         share = shares.decrypt(self._seconds)
         # Adversary: a clone of this process that answers again, so that the average of the answers
         # has less flooding noise. The noise is in what is recorded: only one of them leaves.
@@ -342,12 +318,10 @@ class CkksSiloRound:
 
     @property
     def _size(self) -> int:
-        return ckks_ring.polynomial_bytes(self._ring)
+        return polynomials.polynomial_bytes(self._ring)
 
-    def _check_members(self, members: Sequence[int], allowed: tuple[int, ...]) -> None:
-        check_list(members, allowed, self._parameters.quorum)
-        if self._index not in members:
-            refuse("left this silo out of the list", "start a new attempt")
+    def _check_members(self, members: Sequence[int], allowed: Iterable[int]) -> None:
+        check_list(members, allowed, self._parameters.quorum, own=self._index)
 
     def _check_exactly(self, members: Sequence[int]) -> None:
         if tuple(members) != self._members:
@@ -355,11 +329,6 @@ class CkksSiloRound:
                 "sent a list that is not of the silos that share the key",
                 "a silo was lost: start a new attempt under a fresh key",
             )
-
-    def _check_own(self, entry: Signed) -> None:
-        # Adversary: a relay that swaps in what this silo signed elsewhere.
-        if (entry.signed(), entry.signature) != (self._own.signed(), self._own.signature):
-            refuse("relayed a frame that this silo did not send", "start a new attempt")
 
     def _check_all_signed(self, entries: Sequence[Signed], what: str) -> None:
         check_signatures(entries, what, self._header_digest, self._roster)

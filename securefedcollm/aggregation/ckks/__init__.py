@@ -1,0 +1,1 @@
+"""Sums under homomorphic encryption (CKKS): what both key models share."""

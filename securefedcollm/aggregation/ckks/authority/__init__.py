@@ -1,0 +1,1 @@
+"""CKKS under keys that one party of its own holds."""

@@ -1,0 +1,1 @@
+"""Sums under pairwise masks (Bonawitz et al., CCS 2017)."""
