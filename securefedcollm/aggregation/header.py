@@ -114,6 +114,23 @@ class RingParameters(msgspec.Struct, frozen=True, array_like=True, forbid_unknow
         """Least number of silos with which any step may close."""
         return max(self.threshold, self.min_silos)
 
+    @classmethod
+    def smallest(cls, *, values: int, bound: int, silos: int, colluders: int = 0) -> RingParameters:
+        """The narrowest field and the least floors that still keep the guarantee.
+
+        Raises:
+            ConfigError: as the class.
+        """
+        return cls(
+            values=values,
+            bound=bound,
+            field_bits=(2 * bound * max(1, silos)).bit_length(),
+            silos=silos,
+            min_silos=colluders + 2,
+            threshold=(silos + colluders) // 2 + 1,
+            colluders=colluders,
+        )
+
 
 class RoundHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """The context of one attempt at one round. Two parties agree on all of it or on nothing.

@@ -87,7 +87,7 @@ def sum_of(vectors: Mapping[str, Integers], bound: int, colluders: int) -> Round
     Raises:
         ConfigError: fewer than 3 silos, too many colluders, or an impossible length or bound.
     """
-    names, count = sorted(vectors), len(vectors)
+    names = sorted(vectors)
     keys = {name: SigningKey.generate() for name in names}
     roster = Roster({name: key.public for name, key in keys.items()})
     header = RoundHeader(
@@ -96,13 +96,10 @@ def sum_of(vectors: Mapping[str, Integers], bound: int, colluders: int) -> Round
         round=0,
         attempt=0,
         model_digest=sha256(b""),
-        parameters=RingParameters(
+        parameters=RingParameters.smallest(
             values=max(map(len, vectors.values()), default=0),
             bound=bound,
-            field_bits=(2 * bound * max(1, count)).bit_length(),
-            silos=count,
-            min_silos=colluders + 2,
-            threshold=(count + colluders) // 2 + 1,
+            silos=len(vectors),
             colluders=colluders,
         ),
         roster_root=roster.root,
