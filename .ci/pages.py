@@ -126,15 +126,15 @@ def failures() -> str:
         "| 130 | interrupted; what was under way goes on when it is started again |\n",
         "With `--json` an error is an object with `error` (the class), `message`, `hint` and "
         "`again`.\n",
-        "| error | is a | exit code | means |\n| --- | --- | --- | --- |",
+        "## The tree\n",
     ]
     for error in tree(errors.SecureFedCoLLMError):
         meaning = (inspect.getdoc(error) or "").split("\n\n")[0].replace("\n", " ")
-        base = error.__base__
-        assert base is not None
+        assert error.__base__ is not None
         code = AGAIN if error.again else 2
-        lines.append(f"| `{error.__name__}` | `{base.__name__}` | {code} | {meaning} |")
-    return "\n".join(lines) + "\n"
+        lines.append(f"`{error.__name__}` is a `{error.__base__.__name__}`: exit code {code}")
+        lines.append(f":   {meaning}\n")
+    return "\n".join(lines)
 
 
 def tree(error: type[errors.SecureFedCoLLMError]) -> Iterator[type[errors.SecureFedCoLLMError]]:

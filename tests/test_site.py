@@ -113,7 +113,7 @@ def test_every_error_is_on_its_page():
         for node in ast.parse(Path(errors.__file__).read_text()).body
         if isinstance(node, ast.ClassDef)
     ]
-    rows = dict(re.findall(r"^\| `(\w+)` \| `\w+` \| (\d+) \| .+\. \|$", page, re.MULTILINE))
+    rows = dict(re.findall(r"^`(\w+)` is a `\w+`: exit code (\d+)\n: +.+\.$", page, re.MULTILINE))
     assert rows.keys() == set(classes)
     assert {name for name, code in rows.items() if code == "75"} == {
         "QuorumError",
