@@ -49,7 +49,7 @@ def sums() -> str:
             "# Python: `securefedcollm.aggregation`\n",
             f"{inspect.getdoc(aggregation)}\n",
             "[The masking protocol](../protocol.md) and [CKKS](../ckks.md) say what crosses the "
-            "wire.\n",
+            "wire. [Your own transport](../transport.md) has an example.\n",
             *_members(aggregation, aggregation.__all__),
         ]
     )
