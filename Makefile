@@ -9,7 +9,7 @@ HASHES ?= $(shell $(PYTHON) -c "import platform as p, sys; print('yes' if (p.sys
 	== ('Linux', 'x86_64') and (3, 11) <= sys.version_info[:2] <= (3, 13) else 'no')")
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check format lock bench clean help
+.PHONY: demo test check format lock bench docs clean help
 
 help:            ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -42,8 +42,12 @@ bench: $(VENV)/.ready .venv-bench/.ready  ## masking and noise against their pee
 	$(BIN)/python -m benchmarks.noise --json
 	$(BIN)/python -m benchmarks.privacy_overhead --json
 
+docs: $(VENV)/.ready .venv-docs/.ready  ## the documentation as a site (open site/index.html)
+	$(BIN)/python .ci/pages.py docs/reference
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
 clean:           ## remove what make made (not the runs)
-	rm -rf $(VENV) .venv-bench .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-bench .venv-docs site docs/reference .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/.ready: pyproject.toml constraints.txt hashes.txt hashes-build.txt
 	$(PYTHON) -m venv $(VENV)
@@ -62,4 +66,12 @@ endif
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check \
 		flwr==1.41.0 opendp==0.16.0
+	@touch $@
+
+# What builds the site, apart from us likewise. It reads our code and never imports it.
+.venv-docs/.ready:
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check \
+		mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 \
+		ruff==0.17.5
 	@touch $@

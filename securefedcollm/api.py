@@ -118,10 +118,13 @@ def simulate(
         study: or the path of its file.
         out: the run's directory; default ``runs/STUDY``.
         data: the directory of the study's data files and ``path:`` models.
-        silos, public, test: the participants' own files, in place of ``data``.
+        silos: name → the silo's own file, for every silo. Nothing is dealt out then.
+        public: with ``silos``: the server's public records.
+        test: with ``silos``: the records to measure on.
         baselines: also run ``standalone`` silos and ``fedavg``, for comparison.
         drops: silos to lose on purpose, ``SILO@STEP[:ROUND]``.
-        resume: go on with the run in ``out``. overwrite: replace it.
+        resume: go on with the run in ``out``.
+        overwrite: replace it.
         workers: processes for the silos. They import the calling script, which then needs
             ``if __name__ == "__main__":``. 0: this process runs the silos, one after the other.
         track: ``tensorboard`` or ``mlflow`` is told what the server measures, and nothing of silos.
@@ -182,7 +185,8 @@ def simulate_own(
         evaluate: ``evaluate(values)`` returns shares (0 to 1) by name, for the table.
         out: the run's directory; default ``runs/STUDY``.
         drops: silos to lose on purpose, ``SILO@STEP[:ROUND]``.
-        resume: go on with the run in ``out``. overwrite: replace it.
+        resume: go on with the run in ``out``.
+        overwrite: replace it.
         progress: called as ``progress(done, total, text)``.
 
     Returns:

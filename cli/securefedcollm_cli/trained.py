@@ -61,7 +61,9 @@ def generate(
             "[as the run's task says; plain].",
         ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 40,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, help="The longest text that it writes.")
+    ] = 40,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -120,7 +122,9 @@ def evaluate(
     base: Annotated[
         bool, typer.Option("--base", help="Leave the run's adapter out: the model untuned.")
     ] = False,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Records in one pass of the model.")
+    ] = 32,
     part: Annotated[
         Path | None,
         typer.Option("--part", hidden=True, help="Has a 1 for each row of --test that counts."),

@@ -14,16 +14,16 @@ _PART = re.compile(r"(<!-- generated: (\w+) .*?-->\n).*?(<!-- end -->)", re.DOTA
 
 
 def transitions() -> str:
-    """The table of transitions as a Mermaid state diagram."""
-    first = next(iter(TRANSITIONS))
-    lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {first.value}"]
+    """The table of transitions."""
+    rows = [
+        "| step | state | is asked | answers | and is then in |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for number, (step, transition) in enumerate(TRANSITIONS.items()):
         request, reply = transition.request.lower(), transition.reply.lower()
-        lines.append(
-            f"    {step.value} --> {transition.following.value}: R{number} {request} / {reply}"
-        )
-        lines.append(f"    {step.value} --> failed: anything else")
-    return "\n".join([*lines, "    done --> [*]", "    failed --> [*]", "```"]) + "\n"
+        words = (step.value, request, reply, transition.following.value)
+        rows.append(f"| R{number} | {' | '.join(f'`{word}`' for word in words)} |")
+    return "\n".join(rows) + "\n"
 
 
 def layouts() -> str:

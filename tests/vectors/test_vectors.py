@@ -215,5 +215,5 @@ def test_keys_by_the_formulas_of_the_page() -> None:
 def test_the_protocol_page_is_up_to_date() -> None:
     page = protocol_page.PAGE.read_text()
     assert protocol_page.render(page) == page, "run python -m tests.vectors.protocol_page"
-    assert "stateDiagram" in page
+    assert "| R4 | `unmask` | `opening` | `unmask` | `done` |" in page
     assert "`agreement`" in page

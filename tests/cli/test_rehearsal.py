@@ -1,4 +1,4 @@
-"""docs/deploy.md: the rehearsal."""
+"""docs/rehearsal.md."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .typed import type_page
 pytestmark = pytest.mark.timeout(900)
 
 
-def test_the_rehearsal_of_the_deployment_guide(tmp_path):
-    done = type_page("deploy.md", tmp_path, timeout=800)
+def test_the_rehearsal(tmp_path):
+    done = type_page("rehearsal.md", tmp_path, timeout=800)
     said, errors = done.stdout, done.stderr
     logs = "".join(path.read_text() for path in tmp_path.glob("silo-*.log"))
     assert done.returncode == 0, said[-3000:] + errors[-3000:] + logs[-3000:]
