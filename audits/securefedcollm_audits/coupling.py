@@ -27,6 +27,7 @@ import torch
 from securefedcollm.errors import ConfigError
 from securefedcollm.federation.cotuning import by_unit
 from securefedcollm.federation.dealing import deal
+from securefedcollm.federation.recipes import loss_plan
 from securefedcollm.federation.tuned import Tuned
 from securefedcollm.federation.workload import Progress, Vector, silent
 from securefedcollm.privacy.noise import GridSum, grid_step
@@ -223,10 +224,8 @@ class Bench:
             tuned.model,
             layout,
             self._encode(questions, private=True),
-            loss=study.local.loss,
-            scoring=tuned.scoring,
-            micro_batch=study.local.micro_batch,
-            members=members_of(len(questions), subjects),
+            loss_plan(study.local, tuned.scoring),
+            members_of(len(questions), subjects),
         )
         total = GridSum(layout.size, self._clip_norm, self._clip_norm, len(questions))
         with evaluation_mode(tuned.model):
