@@ -24,7 +24,8 @@ class LossPlan:
     """What tuning minimises, and for how many records at a time.
 
     Attributes:
-        kind: the loss of a record (:func:`securefedcollm.tuning.per_record.question_losses`).
+        kind: the loss of a record, in nats: over the tokens of the right ``answer``, or over the
+            ``choices`` (:func:`securefedcollm.tuning.per_record.question_losses`).
         scoring: the scores of the choices, for the loss ``choices``.
         micro_batch: records in memory at a time, about. Without differential privacy the gradients
             of a batch are accumulated over them; under DP-SGD each of them has its own gradient.

@@ -137,7 +137,7 @@ class SpanObjective:
     Cross-entropy is a mean over a model's own labelled tokens, the divergence over the spans.
 
     Raises:
-        ConfigError: no span is common to the tokenizers.
+        ConfigError: no span is common to the tokenizers, or an adapter is on an output layer.
     """
 
     def __init__(

@@ -81,7 +81,9 @@ def chunked_loss(
     teacher: Teacher | None = None,
     chunk: int = CHUNK,
 ) -> Tensor:
-    """scale · Σ cross-entropy + scale · τ² · Σ divergence, a scalar to differentiate.
+    """Σ cross-entropy + τ² · Σ divergence, each times its scale: a scalar to differentiate.
+
+    Float64 if ``hidden`` is, otherwise float32; in nats.
 
     Args:
         hidden: the student's states after its last layer, [M, D].
