@@ -25,7 +25,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks._machine import machine
-from securefedcollm.tuning.token_loss import CHUNK, Target, chunked_loss
+from securefedcollm.tuning.token_loss import CHUNK, Labels, Target, Teacher, chunked_loss
 
 Step = Callable[[], Tensor]
 """Computes the loss and returns the gradient of the student's hidden states."""
@@ -69,10 +69,8 @@ def chunked(given: dict[str, Tensor]) -> Tensor:
     loss = chunked_loss(
         hidden,
         lambda states: states @ given["student_head"].T,
-        gold=given["gold"],
-        gold_scale=1 / len(hidden),
-        targets=says,
-        target_scale=1 / len(hidden),
+        labels=Labels(gold=given["gold"], scale=1 / len(hidden)),
+        teacher=Teacher(targets=says, scale=1 / len(hidden)),
     )
     loss.backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None

@@ -47,8 +47,14 @@ from securefedcollm.tuning.local import check_records, records_of, train_dp, tra
 from securefedcollm.tuning.models import load_model, save_model
 from securefedcollm.tuning.packing import ANY_LENGTH, check_model, row_limit
 from securefedcollm.tuning.per_record import without_broken
+from securefedcollm.tuning.plans import (
+    DistilLossPlan,
+    DistilPlan,
+    LossPlan,
+    Protection,
+    TrainPlan,
+)
 from securefedcollm.tuning.questions import (
-    PLAIN,
     EncodedQuestions,
     Question,
     choice_scores,
@@ -281,23 +287,21 @@ def _adapted(home: Path, family: Family) -> Any:
 
 def _tune(model: Any, data: EncodedQuestions) -> None:
     layout = layout_of(model, "ffa-lora")
-    train_plain(model, layout, data, steps=2, batch_size=4, learning_rate=0.01, seed=1)
+    plan = TrainPlan(steps=2, batch_size=4, learning_rate=0.01)
+    train_plain(model, layout, data, plan, seed=1)
 
 
 def _tune_privately(model: Any, data: EncodedQuestions) -> None:
     refuse_coupling(model, "models.slm", _POSITIONS)
-    check_records(model, loss="answer", scoring=PLAIN)
+    loss = LossPlan(micro_batch=4)
+    check_records(model, loss)
     train_dp(
         model,
         layout_of(model, "ffa-lora"),
         data,
-        steps=1,
-        batch_size=4,
-        learning_rate=0.01,
-        noise_multiplier=1.0,
-        clip_norm=1.0,
+        TrainPlan(steps=1, batch_size=4, learning_rate=0.01, loss=loss),
+        Protection(noise_multiplier=1.0, clip_norm=1.0),
         noise=NoiseSource(),
-        micro_batch=4,
     )
     _uncoupled(model, data)
 
@@ -323,7 +327,7 @@ def _gradient_of(model: Any, data: EncodedQuestions, first: int, company: list[i
     part = data.select(torch.tensor([*company, first]))
     place, layout = len(company), layout_of(model, "ffa-lora")
     with evaluation_mode(model):
-        records = records_of(model, layout, part, loss="answer", scoring=PLAIN, micro_batch=16)
+        records = records_of(model, layout, part, LossPlan(micro_batch=16))
         for rows, gradients in records.of_records(np.arange(len(part))):
             if place in rows.tolist():
                 at = rows.tolist().index(place)
@@ -334,21 +338,16 @@ def _gradient_of(model: Any, data: EncodedQuestions, first: int, company: list[i
 
 def _distil(llm: Any, slm: Any, data: EncodedQuestions) -> None:
     layouts = layout_of(llm, "ffa-lora"), layout_of(slm, "ffa-lora")
-    for over in ("choices", "answer"):
-        distil(
-            llm,
-            slm,
-            *layouts,
-            data,
-            data,
+    for loss in (DistilLossPlan(over="choices"), DistilLossPlan(over="answer")):
+        plan = DistilPlan(
             steps=1,
             batch_labelled=2,
             batch_unlabelled=0,
             learning_rate_llm=0.01,
             learning_rate_slm=0.01,
-            seed=1,
-            over=over,  # type: ignore[arg-type]
+            loss=loss,
         )
+        distil((llm, slm), layouts, (data, data), plan, seed=1)
 
 
 def _save(home: Path, family: Family, data: EncodedQuestions) -> None:

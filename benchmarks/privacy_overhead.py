@@ -44,6 +44,7 @@ from securefedcollm.tuning.per_record import (
     question_losses,
     watched,
 )
+from securefedcollm.tuning.plans import LossPlan, Protection, TrainPlan
 from securefedcollm.tuning.questions import EncodedQuestions, sorted_by_length
 from securefedcollm.tuning.recipe import Progress, make_optimizer, training_mode
 
@@ -58,35 +59,21 @@ def variants(study: Study, tuned: Tuned, batch: EncodedQuestions) -> dict[str, R
     """The ways to train on all of ``batch`` in every step."""
     layout, local = tuned.update_layout(0), study.local
 
+    def plan(micro_batch: int) -> TrainPlan:
+        loss = LossPlan(kind=local.loss, scoring=tuned.scoring, micro_batch=micro_batch)
+        return TrainPlan(steps=STEPS, batch_size=len(batch), learning_rate=1e-3, loss=loss)
+
     def plain(progress: Progress) -> None:
-        train_plain(
-            tuned.model,
-            layout,
-            batch,
-            steps=STEPS,
-            batch_size=len(batch),
-            learning_rate=1e-3,
-            seed=1,
-            loss=local.loss,
-            scoring=tuned.scoring,
-            micro_batch=local.micro_batch,
-            progress=progress,
-        )
+        train_plain(tuned.model, layout, batch, plan(local.micro_batch), seed=1, progress=progress)
 
     def private(progress: Progress, micro_batch: int = local.micro_batch) -> None:
         train_dp(
             tuned.model,
             layout,
             batch,
-            steps=STEPS,
-            batch_size=len(batch),  # a sampling rate of 1: the batch of the others
-            learning_rate=1e-3,
-            noise_multiplier=NOISE,
-            clip_norm=CLIP,
+            plan(micro_batch),  # a sampling rate of 1: the batch of the others
+            Protection(noise_multiplier=NOISE, clip_norm=CLIP),
             noise=NoiseSource(),
-            loss=local.loss,
-            scoring=tuned.scoring,
-            micro_batch=micro_batch,
             progress=progress,
         )
 

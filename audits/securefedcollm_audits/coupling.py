@@ -15,7 +15,7 @@ Imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -27,10 +27,12 @@ import torch
 from securefedcollm.errors import ConfigError
 from securefedcollm.federation.cotuning import by_unit
 from securefedcollm.federation.dealing import deal
+from securefedcollm.federation.recipes import loss_plan
 from securefedcollm.federation.tuned import Tuned
 from securefedcollm.federation.workload import Progress, Vector, silent
 from securefedcollm.privacy.noise import GridSum, grid_step
 from securefedcollm.study import Study
+from securefedcollm.study.config import Privacy
 from securefedcollm.tuning.adapters import AdapterLayout, load_vector, select, to_vector
 from securefedcollm.tuning.independence import refuse_coupling
 from securefedcollm.tuning.local import members_of, records_of, sum_clipped
@@ -85,13 +87,7 @@ def audit(
     Raises:
         ConfigError: the study protects no records or subjects one by one.
     """
-    privacy = study.privacy
-    if privacy is None or not by_unit(study):
-        raise ConfigError(
-            "this study protects no single records: there is nothing that could couple",
-            where="privacy.unit",
-            hint="choose a study with privacy.unit: record or subject",
-        )
+    privacy = _privacy_by_unit(study)
     silo = next(iter(deal(study, data).silos.values()))
     tuned = Tuned.load(study, study.models.slm, data=data, device=device)
     refuse_coupling(tuned.model, "models.slm", study.task.max_tokens)
@@ -100,26 +96,19 @@ def audit(
     start = to_vector(tuned.model, layout)
     cases = cases_of(silo, records, draw)
     bench = Bench(tuned, privacy.clip_norm)
-    names = ("any", "within the bound")
-    tried = {name: adapters // 2 + (name == "any") * (adapters % 2) for name in names}
-    total = adapters + _WORST * len(names) * len(cases)
-    done = 0
-    worst: dict[str, list[tuple[float, Vector]]] = {}
-    for name in names:
-        limit = None if name == "any" else study.adapter.max_abs
-        found = []
-        for adapter in hostile_adapters(start, layout, tried[name], limit, draw):
-            found.append((max(bench.control(adapter, case) for case in cases), adapter))
-            done += 1
-            progress(done, total, "adapters")
-        worst[name] = sorted(found, key=lambda pair: -pair[0])[:_WORST]
-    moved = {case.name: 0.0 for case in cases}
-    for found in worst.values():
-        for case in cases:
-            for _, adapter in found:
-                moved[case.name] = max(moved[case.name], bench.product(adapter, case))
-                done += 1
-                progress(min(done, total), total, "the silo's own path")
+    bounded, limit = adapters // 2, study.adapter.max_abs
+    hostile = {
+        "any": hostile_adapters(start, layout, adapters - bounded, None, draw),
+        "within the bound": hostile_adapters(start, layout, bounded, limit, draw),
+    }
+    total = adapters + _WORST * len(hostile) * len(cases)
+    worst = _worst(bench, cases, hostile, lambda done: progress(done, total, "adapters"))
+    moved = _moved(
+        bench,
+        cases,
+        [adapter for found in worst.values() for _, adapter in found],
+        lambda done: progress(adapters + done, total, "the silo's own path"),
+    )
     control = {name: found[0][0] for name, found in worst.items()}
     return Finding(
         audit="coupling",
@@ -137,6 +126,49 @@ def audit(
             **{f"moved, {name}": value for name, value in moved.items()},
         },
     )
+
+
+def _privacy_by_unit(study: Study) -> Privacy:
+    if study.privacy is None or not by_unit(study):
+        raise ConfigError(
+            "this study protects no single records: there is nothing that could couple",
+            where="privacy.unit",
+            hint="choose a study with privacy.unit: record or subject",
+        )
+    return study.privacy
+
+
+def _worst(
+    bench: Bench,
+    cases: Sequence[Case],
+    hostile: Mapping[str, Iterator[Vector]],
+    tell: Callable[[int], None],
+) -> dict[str, list[tuple[float, Vector]]]:
+    """Of every kind the adapters that move the control most, with the clip norms, worst first."""
+    done = 0
+    worst = {}
+    for name, adapters in hostile.items():
+        found = []
+        for adapter in adapters:
+            found.append((max(bench.control(adapter, case) for case in cases), adapter))
+            done += 1
+            tell(done)
+        worst[name] = sorted(found, key=lambda pair: -pair[0])[:_WORST]
+    return worst
+
+
+def _moved(
+    bench: Bench, cases: Sequence[Case], adapters: Sequence[Vector], tell: Callable[[int], None]
+) -> dict[str, float]:
+    """By case the most clip norms by which the added unit moves what a silo really sums."""
+    moved = {case.name: 0.0 for case in cases}
+    done = 0
+    for adapter in adapters:
+        for case in cases:
+            moved[case.name] = max(moved[case.name], bench.product(adapter, case))
+            done += 1
+            tell(done)
+    return moved
 
 
 def _faults(control: float, moved: dict[str, float], unit: str) -> list[str]:
@@ -223,10 +255,8 @@ class Bench:
             tuned.model,
             layout,
             self._encode(questions, private=True),
-            loss=study.local.loss,
-            scoring=tuned.scoring,
-            micro_batch=study.local.micro_batch,
-            members=members_of(len(questions), subjects),
+            loss_plan(study.local, tuned.scoring),
+            members_of(len(questions), subjects),
         )
         total = GridSum(layout.size, self._clip_norm, self._clip_norm, len(questions))
         with evaluation_mode(tuned.model):

@@ -40,6 +40,7 @@ from securefedcollm.study import Study
 from securefedcollm.tuning.adapters import AdapterLayout, load_vector
 from securefedcollm.tuning.local import sampled_gradients, train_dp, train_plain
 from securefedcollm.tuning.per_record import watched
+from securefedcollm.tuning.plans import LossPlan, Protection, TrainPlan
 from securefedcollm.tuning.questions import EncodedQuestions, Question
 from securefedcollm_audits.canaries import masked_sum
 from securefedcollm_audits.cohort import Cohort, Vector
@@ -131,6 +132,7 @@ class _Attack:
         self._draw = random.Random(seed)  # noqa: S311 - chooses records
         self._silos = deal(study, data).silos
         self._layout = self._tuned.update_layout(0)
+        self._loss = LossPlan(kind=study.local.loss, scoring=self._tuned.scoring)
         self._start = np.zeros(self._layout.size, dtype=np.float32)
         self._known = _inputs(self._tuned, self._layout)
         self._telling = self._telling_tokens()
@@ -159,19 +161,14 @@ class _Attack:
 
     def _raw(self, data: EncodedQuestions) -> npt.NDArray[np.float32]:
         load_vector(self._tuned.model, self._layout, self._start)
-        local = self._study.local
-        return train_plain(
-            self._tuned.model,
-            self._layout,
-            data,
-            steps=1,
-            batch_size=len(data),
-            learning_rate=1.0,
-            seed=0,
-            optimizer="sgd",
-            loss=local.loss,
-            scoring=self._tuned.scoring,
-        ).delta
+        plan = self._one_step(data)
+        return train_plain(self._tuned.model, self._layout, data, plan, seed=0).delta
+
+    def _one_step(self, data: EncodedQuestions) -> TrainPlan:
+        """SGD of rate 1 on all of ``data``: the update is the negative gradient."""
+        return TrainPlan(
+            steps=1, batch_size=len(data), learning_rate=1.0, optimizer="sgd", loss=self._loss
+        )
 
     def _noising(self) -> Callable[[EncodedQuestions], Vector] | None:
         """A silo's noised integers for a batch, by the study's own mechanism."""
@@ -185,7 +182,10 @@ class _Attack:
         step = joint_step(study, size)
         if step is not None:
             return lambda data: step.protect(self._gradients(data), NoiseSource())
-        z = planned_event(study, next(iter(self._silos.values()))).noise_multiplier
+        event = planned_event(study, next(iter(self._silos.values())))
+        protection = Protection(
+            noise_multiplier=event.noise_multiplier, clip_norm=privacy.clip_norm
+        )
         encoder = quantiser(study, size)
 
         def by_dp_sgd(data: EncodedQuestions) -> Vector:
@@ -194,15 +194,9 @@ class _Attack:
                 self._tuned.model,
                 self._layout,
                 data,
-                steps=1,
-                batch_size=len(data),
-                learning_rate=1.0,
-                noise_multiplier=z,
-                clip_norm=privacy.clip_norm,
+                self._one_step(data),
+                protection,
                 noise=NoiseSource(),
-                optimizer="sgd",
-                loss=study.local.loss,
-                scoring=self._tuned.scoring,
             ).delta
             return encoder.encode(update).integers
 
@@ -210,15 +204,8 @@ class _Attack:
 
     def _gradients(self, data: EncodedQuestions) -> list[Floats]:
         load_vector(self._tuned.model, self._layout, self._start)
-        local = self._study.local
         found = sampled_gradients(
-            self._tuned.model,
-            self._layout,
-            data,
-            q=1.0,
-            noise=NoiseSource(),
-            loss=local.loss,
-            scoring=self._tuned.scoring,
+            self._tuned.model, self._layout, data, self._loss, q=1.0, noise=NoiseSource()
         )
         return list(found)
 

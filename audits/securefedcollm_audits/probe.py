@@ -25,6 +25,7 @@ from securefedcollm.privacy.events import PoissonGaussian
 from securefedcollm.study import Study
 from securefedcollm.tuning import local
 from securefedcollm.tuning.adapters import AdapterLayout, load_vector
+from securefedcollm.tuning.plans import LossPlan, Protection, TrainPlan
 from securefedcollm.tuning.questions import EncodedQuestions
 from securefedcollm_audits.canaries import LENGTH, CanaryScores, NoiseOf, Path, masked_sum
 from securefedcollm_audits.cohort import Cohort
@@ -76,6 +77,13 @@ def local_path(study: Study, event: PoissonGaussian, units: int) -> Path:
     # The step must not be cut off by the clip of the whole update, which is for its field only.
     expected = clip_norm * math.sqrt(values * z**2 + event.q * units)
     rate = batch * study.aggregation.clip_norm / (2.0 * expected)
+    plan = TrainPlan(
+        steps=1,
+        batch_size=batch,
+        learning_rate=rate,
+        optimizer="sgd",
+        loss=LossPlan(micro_batch=study.local.micro_batch),
+    )
     encoder = quantiser(study, values)
     model = Probe(rows, LENGTH * clip_norm * math.sqrt(2.0))
 
@@ -93,14 +101,9 @@ def local_path(study: Study, event: PoissonGaussian, units: int) -> Path:
             model,
             layout,
             data,
-            steps=1,
-            batch_size=batch,
-            learning_rate=rate,
-            noise_multiplier=z,
-            clip_norm=clip_norm,
+            plan,
+            Protection(noise_multiplier=z, clip_norm=clip_norm),
             noise=noise(victim),
-            optimizer="sgd",
-            micro_batch=study.local.micro_batch,
         ).delta
         cohort.vectors[victim] = encoder.encode(delta).integers
         total = masked_sum(cohort, cohort.names) - cohort.plain_sum(cohort.names[1:])

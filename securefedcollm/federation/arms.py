@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from securefedcollm.errors import DataError
-from securefedcollm.federation.cotuning import steps_of, training_seed
 from securefedcollm.federation.dealing import Dealt
+from securefedcollm.federation.recipes import loss_plan, steps_of, training_seed
 from securefedcollm.federation.results import remembered
 from securefedcollm.federation.simulate import tuned_alone
 from securefedcollm.federation.tuned import Tuned
@@ -24,6 +24,7 @@ from securefedcollm.study.config import Model
 from securefedcollm.tuning.choice_distil import predict, teacher_of
 from securefedcollm.tuning.evaluate import Evaluation
 from securefedcollm.tuning.local import train_plain
+from securefedcollm.tuning.plans import TrainPlan
 from securefedcollm.tuning.questions import Question
 from securefedcollm.tuning.recipe import Pace
 
@@ -147,20 +148,21 @@ def centralized(
     if local.epochs is not None:
         counts = [len(questions) for questions in dealt.silos.values()]
         steps = study.rounds * sum(steps_of(local, count) for count in counts)
+    plan = TrainPlan(
+        steps=steps,
+        batch_size=min(local.batch_size, len(everything)),
+        learning_rate=rate,
+        optimizer=local.optimizer,
+        loss=loss_plan(local, tuned.scoring),
+        pace=Pace(local.schedule, local.warmup, steps, 0, local.weight_decay),
+    )
     train_plain(
         tuned.model,
         tuned.broadcast_layout(),
         tuned.encode(everything),
-        steps=steps,
-        batch_size=min(local.batch_size, len(everything)),
-        learning_rate=rate,
+        plan,
         seed=training_seed(study, "centralized", 0),
-        optimizer=local.optimizer,
-        loss=local.loss,
-        scoring=tuned.scoring,
         max_grad_norm=local.max_grad_norm,
-        micro_batch=local.micro_batch,
-        pace=Pace(local.schedule, local.warmup, steps, 0, local.weight_decay),
         progress=progress,
     )
     return _plain(tuned.answers(tuned.encode(dealt.test)))

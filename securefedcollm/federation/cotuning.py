@@ -15,14 +15,21 @@ import torch
 
 from securefedcollm.errors import ConfigError, DataError, LocalProtocolError
 from securefedcollm.federation.feasible import local_event, local_rate, refuse_joint_units
+from securefedcollm.federation.recipes import (
+    distil_plan,
+    loss_plan,
+    pace_of,
+    steps_of,
+    train_plan,
+    training_seed,
+)
 from securefedcollm.federation.tuned import Tuned, accuracies, once
 from securefedcollm.federation.workload import Gradient, Progress, Vector, silent
-from securefedcollm.primitives import sha256
 from securefedcollm.privacy.events import Event, PoissonGaussian
 from securefedcollm.privacy.identities import Content
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.study import Study
-from securefedcollm.study.config import Distillation, Local
+from securefedcollm.study.config import Distillation
 from securefedcollm.tuning.adapters import AdapterLayout, load_vector, to_vector
 from securefedcollm.tuning.content import folded
 from securefedcollm.tuning.descent import Descent
@@ -37,8 +44,8 @@ from securefedcollm.tuning.local import (
     train_dp,
     train_plain,
 )
+from securefedcollm.tuning.plans import Protection
 from securefedcollm.tuning.questions import EncodedQuestions, Question
-from securefedcollm.tuning.recipe import Pace
 from securefedcollm.tuning.splits import dataset_fingerprint, record_content
 from securefedcollm.tuning.vocabulary import vocabulary_of
 
@@ -77,9 +84,10 @@ class SiloTuning:
         self._tuned = Tuned.load(
             study, study.models.slm, data=data, device=device, progress=progress
         )
+        self._loss = loss_plan(study.local, self._tuned.scoring)
         if by_unit(study):
             refuse_coupling(self._tuned.model, "models.slm", study.task.max_tokens)
-            check_records(self._tuned.model, loss=study.local.loss, scoring=self._tuned.scoring)
+            check_records(self._tuned.model, self._loss)
         self._data = self._tuned.encode(questions, private=by_unit(study))
         self.records = len(questions)
         plain = dataset_fingerprint([replace(q, subject=None) for q in questions])
@@ -105,14 +113,7 @@ class SiloTuning:
         """
         layouts = [self._tuned.update_layout(round_) for round_ in (0, 1)]
         for layout in {layout.digest: layout for layout in layouts}.values():
-            records_of(
-                self._tuned.model,
-                layout,
-                self._data,
-                loss=self._study.local.loss,
-                scoring=self._tuned.scoring,
-                micro_batch=self._study.local.micro_batch,
-            )
+            records_of(self._tuned.model, layout, self._data, self._loss)
 
     @property
     def questions(self) -> tuple[Question, ...]:
@@ -134,7 +135,6 @@ class SiloTuning:
         return () if self._event is None else (self._event,)
 
     def fit(self, adapter: Vector, round_: int, progress: Progress) -> Vector:
-        local = self._study.local
         load_vector(self._tuned.model, self._tuned.broadcast_layout(), adapter)
         layout = self._tuned.update_layout(round_)
         if self._event is None or self._study.privacy is None:
@@ -143,18 +143,19 @@ class SiloTuning:
             self._tuned.model,
             layout,
             self._data,
-            steps=local.steps,
-            batch_size=round(self._event.q * self._units),
-            learning_rate=local.learning_rate,
-            noise_multiplier=self._event.noise_multiplier,
-            clip_norm=self._study.privacy.clip_norm,
+            train_plan(
+                self._study,
+                self._loss,
+                round_,
+                steps=self._study.local.steps,
+                batch_size=round(self._event.q * self._units),
+            ),
+            Protection(
+                noise_multiplier=self._event.noise_multiplier,
+                clip_norm=self._study.privacy.clip_norm,
+            ),
             noise=NoiseSource(),
-            optimizer=local.optimizer,
-            loss=local.loss,
-            scoring=self._tuned.scoring,
             subjects=self._subjects,
-            micro_batch=local.micro_batch,
-            pace=pace_of(self._study, local, local.steps, round_),
             progress=progress,
         )
         if result.events != (self._event,):  # our own mistake: nothing may leave
@@ -166,23 +167,22 @@ class SiloTuning:
     ) -> Vector:
         """Without noise the result follows from start and seed: :func:`once` may have it."""
         local, model = self._study.local, self._tuned.model
-        steps = local.steps or steps_of(local, len(self._questions))
+        plan = train_plan(
+            self._study,
+            self._loss,
+            round_,
+            steps=local.steps or steps_of(local, len(self._questions)),
+            batch_size=local.batch_size,
+        )
 
         def tune() -> tuple[Vector, Vector]:
             delta = train_plain(
                 model,
                 layout,
                 self._data,
-                steps=steps,
-                batch_size=local.batch_size,
-                learning_rate=local.learning_rate,
+                plan,
                 seed=training_seed(self._study, self._name, round_),
-                optimizer=local.optimizer,
-                loss=local.loss,
-                scoring=self._tuned.scoring,
                 max_grad_norm=local.max_grad_norm,
-                micro_batch=local.micro_batch,
-                pace=pace_of(self._study, local, steps, round_),
                 progress=progress,
             ).delta
             return delta, to_vector(model, layout)
@@ -196,18 +196,15 @@ class SiloTuning:
         return delta
 
     def gradients(self, adapter: Vector, round_: int, q: float) -> Iterator[Gradient]:
-        local = self._study.local
         load_vector(self._tuned.model, self._tuned.broadcast_layout(), adapter)
         return sampled_gradients(
             self._tuned.model,
             self._tuned.update_layout(round_),
             self._data,
+            self._loss,
             q=q,
             noise=NoiseSource(),
-            loss=local.loss,
-            scoring=self._tuned.scoring,
             subjects=self._subjects,
-            micro_batch=local.micro_batch,
         )
 
     def save(self, adapter: Vector, directory: Path, beside: Mapping[str, bytes]) -> None:
@@ -306,32 +303,14 @@ class ServerTuning:
     def distil(self, round_: int, progress: Progress) -> dict[str, float]:
         if self._llm is None:
             return {}
-        plan = self._study.distillation
         steps: list[DistilStep] = []
         distil(
-            self._llm.model,
-            self._slm.model,
-            self._llm.broadcast_layout(),
-            self._slm.broadcast_layout(),
-            self._llm_public,
-            self._slm_public,
-            steps=plan.steps,
-            batch_labelled=plan.batch_labelled,
-            batch_unlabelled=plan.batch_unlabelled,
-            learning_rate_llm=plan.learning_rate_llm,
-            learning_rate_slm=plan.learning_rate_slm,
+            (self._llm.model, self._slm.model),
+            (self._llm.broadcast_layout(), self._slm.broadcast_layout()),
+            (self._llm_public, self._slm_public),
+            distil_plan(self._study, self._slm.scoring, round_),
             seed=training_seed(self._study, "server", round_),
-            loss=plan.loss,
-            over=plan.over,
-            top_k=plan.top_k,
             vocabularies=self._vocabularies,
-            weight=plan.weight,
-            temperature=plan.temperature,
-            direction=plan.direction,
-            sharpness=plan.sharpness,
-            scoring=self._slm.scoring,
-            micro_batch=self._study.local.micro_batch,
-            pace=pace_of(self._study, plan, plan.steps, round_),
             on_step=steps.append,
             progress=progress,
         )
@@ -468,32 +447,6 @@ def planned_event(study: Study, questions: Sequence[Question]) -> PoissonGaussia
         DataError: the unit is the subject, and a question has none.
     """
     return local_event(study, count_units(study, questions))
-
-
-def steps_of(local: Local, records: int) -> int:
-    """Steps of a round that is as long as ``local.epochs`` says, at a silo with so many records.
-
-    An epoch has whole batches only; what is left over is another part of the records each time.
-    """
-    batches = max(1, records // local.batch_size)
-    return max(1, round((local.epochs or 0) * batches))
-
-
-def pace_of(study: Study, plan: Local | Distillation, steps: int, round_: int) -> Pace:
-    """How the learning rate goes on in this round, of as many ``steps`` as every other one."""
-    return Pace(
-        schedule=plan.schedule,
-        warmup=plan.warmup,
-        total=steps * study.rounds,
-        first=steps * round_,
-        weight_decay=plan.weight_decay,
-    )
-
-
-def training_seed(study: Study, who: str, round_: int) -> int:
-    """Seed of shuffling and dropout; never of keys, noise or Poisson samples."""
-    text = f"{study.seed}\0{who}\0{round_}".encode()
-    return int.from_bytes(sha256(b"securefedcollm/training-seed/v1\0", text)[:6], "big")
 
 
 def set_threads(count: int) -> None:

@@ -20,7 +20,7 @@ from securefedcollm.study.config import Task
 from securefedcollm.tuning.data import read_questions
 from securefedcollm.tuning.formats import Layout
 from securefedcollm.tuning.questions import Question
-from securefedcollm.tuning.splits import silo_sizes, split_questions, without
+from securefedcollm.tuning.splits import SplitPlan, silo_sizes, split_questions, without
 from securefedcollm.tuning.world import FAMILIES, Sizes, World
 
 
@@ -82,7 +82,6 @@ def deal(study: Study, data: Path | None, noisy: int = 0, files: Files | None = 
             fit the study.
         DataError: a file is missing, has a bad row, or has too few questions.
     """
-    names = silo_names(study)
     spec = study.task.data
     _ = study.task.rows  # refuses own training
     if files is not None:
@@ -91,19 +90,28 @@ def deal(study: Study, data: Path | None, noisy: int = 0, files: Files | None = 
             silos={name: tuple(read_records(study, path)) for name, path in files.silos.items()},
             test=tuple(read_records(study, files.test, private=False)[: spec.max_test]),
         )
-    if spec.builtin:
-        sizes = Sizes(records_per_silo=spec.per_silo) if spec.per_silo else Sizes()
-        world = World(seed=study.seed, silos=len(names), sizes=sizes)
-        counts = silo_sizes(len(names), sizes.records_per_silo, spec.skew)
-        shares = _family_shares(study)
-        return Dealt(
-            public=tuple(world.public()),
-            silos={
-                name: _noisy(tuple(world.records(i, counts[i], shares[i])), study, name, noisy)
-                for i, name in enumerate(names)
-            },
-            test=tuple(world.tests()),
-        )
+    dealt = _made_up(study) if spec.builtin else _split(study, data)
+    silos = {name: _noisy(own, study, name, noisy) for name, own in dealt.silos.items()}
+    return replace(dealt, silos=silos)
+
+
+def _made_up(study: Study) -> Dealt:
+    """The built-in world's questions."""
+    names, spec = silo_names(study), study.task.data
+    sizes = Sizes(records_per_silo=spec.per_silo) if spec.per_silo else Sizes()
+    world = World(seed=study.seed, silos=len(names), sizes=sizes)
+    counts = silo_sizes(len(names), sizes.records_per_silo, spec.skew)
+    shares = _family_shares(study)
+    return Dealt(
+        public=tuple(world.public()),
+        silos={name: tuple(world.records(i, counts[i], shares[i])) for i, name in enumerate(names)},
+        test=tuple(world.tests()),
+    )
+
+
+def _split(study: Study, data: Path | None) -> Dealt:
+    """The questions of the study's training file, dealt out, and those of its test file."""
+    names, spec = silo_names(study), study.task.data
     if spec.train is None:
         raise ConfigError(
             "this study names no records: every participant has its own file",
@@ -121,22 +129,19 @@ def deal(study: Study, data: Path | None, noisy: int = 0, files: Files | None = 
     assert spec.test
     assert spec.per_silo
     test = read_records(study, data / spec.test, private=False)
-    split = split_questions(
-        without(read_records(study, data / spec.train), test),
+    plan = SplitPlan(
         silos=len(names),
         per_silo=spec.per_silo,
         public=spec.public or 0,
         public_labelled=spec.public_labelled,
-        seed=study.seed,
         concentration=spec.alpha if spec.partition == "dirichlet" else None,
         skew=spec.skew,
     )
+    questions = without(read_records(study, data / spec.train), test)
+    split = split_questions(questions, plan, seed=study.seed)
     return Dealt(
         public=split.public_labelled + split.public_unlabelled,
-        silos={
-            name: _noisy(questions, study, name, noisy)
-            for name, questions in zip(names, split.silos, strict=True)
-        },
+        silos=dict(zip(names, split.silos, strict=True)),
         test=tuple(test[: spec.max_test]),
     )
 

@@ -13,6 +13,7 @@ from securefedcollm.study.config import (
     Data,
     Distillation,
     Model,
+    Privacy,
     Study,
     Task,
 )
@@ -157,26 +158,7 @@ def _check_privacy(study: Study) -> None:
             where="privacy.noise",
             hint=f"choose {pairs}",
         )
-    if (privacy.unit == "subject") != (privacy.subject is not None):
-        missing = privacy.subject is None
-        raise ConfigError(
-            "no column says whose a record is" if missing else f"unit: {privacy.unit} needs none",
-            where="privacy.subject",
-            hint="name the column" if missing else "remove it, or choose unit: subject",
-        )
-    columns = study.task.columns
-    if privacy.subject in {columns.get(name, name) for name in _CONTENT[study.task.kind]}:
-        raise ConfigError(
-            f"{privacy.subject!r} is what a record says, not whose it is",
-            where="privacy.subject",
-            hint="name the column with the patient, client or author",
-        )
-    if privacy.subject not in {None, BUILTIN_SUBJECT} and study.task.data.builtin:
-        raise ConfigError(
-            f"the built-in world has no column {privacy.subject!r}",
-            where="privacy.subject",
-            hint=f"its column is {BUILTIN_SUBJECT}",
-        )
+    _check_subject(study, privacy)
     if privacy.adaptive is not None and privacy.unit != "silo":
         raise ConfigError(
             f"the clip norm of unit: {privacy.unit} is fixed",
@@ -199,6 +181,30 @@ def _check_privacy(study: Study) -> None:
             "bound the same update, a silo's whole one",
             where="privacy.clip_norm",
             hint="give both keys the same value",
+        )
+
+
+def _check_subject(study: Study, privacy: Privacy) -> None:
+    """The column that says whose a record is."""
+    if (privacy.unit == "subject") != (privacy.subject is not None):
+        missing = privacy.subject is None
+        raise ConfigError(
+            "no column says whose a record is" if missing else f"unit: {privacy.unit} needs none",
+            where="privacy.subject",
+            hint="name the column" if missing else "remove it, or choose unit: subject",
+        )
+    columns = study.task.columns
+    if privacy.subject in {columns.get(name, name) for name in _CONTENT[study.task.kind]}:
+        raise ConfigError(
+            f"{privacy.subject!r} is what a record says, not whose it is",
+            where="privacy.subject",
+            hint="name the column with the patient, client or author",
+        )
+    if privacy.subject not in {None, BUILTIN_SUBJECT} and study.task.data.builtin:
+        raise ConfigError(
+            f"the built-in world has no column {privacy.subject!r}",
+            where="privacy.subject",
+            hint=f"its column is {BUILTIN_SUBJECT}",
         )
 
 

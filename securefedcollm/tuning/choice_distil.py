@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from securefedcollm.tuning.plans import DistilLossPlan
 from securefedcollm.tuning.questions import (
     PLAIN,
     EncodedQuestions,
@@ -29,32 +30,22 @@ _LOG_FLOOR = -1e4  # e to this is 0 in every float format
 class ChoiceObjective:
     """The losses of both models on a part of a batch; see :mod:`securefedcollm.tuning.distil`.
 
-    ``targets``: frozen distributions [N, C] that both models learn; None: each learns the other's
-    current one (``mutual``), or none at all.
+    Cross-entropy is a mean over the labelled questions of a batch, the divergence over all of them.
     """
 
     def __init__(
-        self,
-        models: Sequence[nn.Module],
-        data: Sequence[EncodedQuestions],
-        *,
-        targets: Tensor | None,
-        mutual: bool,
-        scoring: Scoring,
-        weight: float,
-        temperature: float,
-        direction: Direction,
+        self, models: Sequence[nn.Module], data: Sequence[EncodedQuestions], loss: DistilLossPlan
     ) -> None:
-        self._models, self._data, self._scoring = models, data, scoring
-        self._targets, self._mutual = targets, mutual
-        self._weight, self._temperature, self._direction = weight, temperature, direction
+        self._models, self._data, self._loss = models, data, loss
+        self._targets = _frozen_targets(models, data, loss)
 
     def terms(self, batch: Tensor, part: Tensor) -> list[Tensor]:
         """(LLM, SLM) loss of the questions ``part``, their share of the mean over ``batch``."""
+        loss = self._loss
         labels = max(1, int((self._data[0].answers[batch] >= 0).sum()))
         asked = [data.select(part) for data in self._data]
         scores = [
-            choice_scores(model, questions, self._scoring)
+            choice_scores(model, questions, loss.scoring)
             for model, questions in zip(self._models, asked, strict=True)
         ]
         terms = []
@@ -62,15 +53,34 @@ class ChoiceObjective:
             term = supervised_loss(own, questions.answers.to(own.device)) / labels
             if self._targets is not None:
                 teacher: Tensor | None = self._targets[part].to(own.device)
-            elif self._mutual:
-                teacher = F.softmax(other.detach().to(own.device) / self._temperature, dim=-1)
+            elif loss.kind == "mutual-kl":
+                teacher = F.softmax(other.detach().to(own.device) / loss.temperature, dim=-1)
             else:
                 teacher = None
             if teacher is not None:
-                apart = divergence(teacher, own, self._temperature, self._direction)
-                term = term + self._weight * apart / len(batch)
+                apart = divergence(teacher, own, loss.temperature, loss.direction)
+                term = term + loss.weight * apart / len(batch)
             terms.append(term)
         return terms
+
+
+def _frozen_targets(
+    models: Sequence[nn.Module], data: Sequence[EncodedQuestions], loss: DistilLossPlan
+) -> Tensor | None:
+    """T of every question, [N, C], from both models as they are now; None if ``loss`` has none."""
+    if loss.kind == "mutual-kl" or loss.kind == "none":
+        return None
+    llm, slm = (
+        predict(
+            model,
+            questions,
+            scoring=loss.scoring,
+            temperature=loss.temperature,
+            batch_size=max(64, loss.micro_batch),
+        )
+        for model, questions in zip(models, data, strict=True)
+    )
+    return teacher_of(loss.kind, llm, slm, data[0].answers, loss.sharpness)
 
 
 def predict(

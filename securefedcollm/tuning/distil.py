@@ -27,41 +27,25 @@ the other model may be the better one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from securefedcollm.errors import ConfigError, TrainingError
 from securefedcollm.tuning.adapters import AdapterLayout, select
-from securefedcollm.tuning.choice_distil import (
-    ChoiceObjective,
-    predict,
-    teacher_of,
-)
-from securefedcollm.tuning.questions import (
-    PLAIN,
-    EncodedQuestions,
-    Scoring,
-    shuffled_batches,
-    sorted_by_length,
-)
-from securefedcollm.tuning.recipe import (
-    STEADY,
-    Pace,
-    Progress,
-    make_optimizer,
-    silent,
-    training_mode,
-)
+from securefedcollm.tuning.choice_distil import ChoiceObjective
+from securefedcollm.tuning.plans import DistilLossPlan, DistilPlan
+from securefedcollm.tuning.questions import EncodedQuestions, shuffled_batches, sorted_by_length
+from securefedcollm.tuning.recipe import Progress, make_optimizer, silent, training_mode
 from securefedcollm.tuning.spans import SpanObjective
-from securefedcollm.tuning.token_distil import Over, TokenObjective
-from securefedcollm.tuning.token_loss import Direction
+from securefedcollm.tuning.token_distil import TokenObjective
 from securefedcollm.tuning.vocabulary import Vocabulary
 
-DistillationLoss = Literal["entropy-pooled", "dual-min-ce", "mutual-kl", "none"]
+Pair = tuple[nn.Module, nn.Module]
+"""The LLM and the SLM; every other pair of this module has the same order."""
 
 
 @dataclass(frozen=True)
@@ -82,140 +66,90 @@ class Objective(Protocol):
 
 
 def distil(
-    llm: nn.Module,
-    slm: nn.Module,
-    llm_layout: AdapterLayout,
-    slm_layout: AdapterLayout,
-    llm_data: EncodedQuestions,
-    slm_data: EncodedQuestions,
+    models: Pair,
+    layouts: tuple[AdapterLayout, AdapterLayout],
+    data: tuple[EncodedQuestions, EncodedQuestions],
+    plan: DistilPlan,
     *,
-    steps: int,
-    batch_labelled: int,
-    batch_unlabelled: int,
-    learning_rate_llm: float,
-    learning_rate_slm: float,
     seed: int,
-    loss: DistillationLoss = "entropy-pooled",
-    over: Literal["choices"] | Over = "choices",
-    top_k: int | None = None,
     vocabularies: tuple[Vocabulary, Vocabulary] | None = None,
-    weight: float = 1.0,
-    temperature: float = 1.0,
-    direction: Direction = "forward",
-    sharpness: float = 3.0,
-    scoring: Scoring = PLAIN,
-    micro_batch: int = 256,
-    pace: Pace = STEADY,
     on_step: Callable[[DistilStep], None] = lambda step: None,
     progress: Progress = silent,
 ) -> None:
-    """Take ``steps`` Adam steps on both adapters, in place.
+    """Take ``plan.steps`` Adam steps on both adapters, in place.
 
     Args:
-        llm_data, slm_data: the same public questions, each in its model's tokens.
-        over: the distributions that are compared: over the ``choices`` of a question, over the
-            vocabulary at every token of the ``answer`` (of every choice, where there is no label),
-            or at ``all`` tokens, the prompt's too.
-        top_k: over tokens: keep of every frozen prediction only the so many most probable tokens.
-        vocabularies: what the tokens of LLM and SLM stand for, if they may differ; then the data
-            must have been encoded with their cuts.
-        weight: λ, the factor of the distillation term.
-        temperature: τ; both distributions are softmax(scores / τ), the term is scaled by τ².
-        direction: D(T, p): ``forward`` KL(T‖p), ``reverse`` KL(p‖T), ``js`` their Jensen–Shannon
-            divergence.
-        sharpness: s of the pooling weight.
-        micro_batch: questions in memory at a time; gradients are accumulated over a step's batch.
+        models: LLM and SLM, in this order in every pair.
+        data: the same public questions, each in its model's tokens.
+        seed: of the batches and of dropout.
+        vocabularies: what the tokens of both stand for, if they may differ; then the data must have
+            been encoded with their cuts.
 
     Raises:
         ConfigError: nothing to learn from, or the two encodings differ in their questions.
         TrainingError: a loss became NaN or infinite.
     """
-    labelled, unlabelled = _rows(llm_data, slm_data, use_unlabelled=loss != "none")
-    models, data = (llm, slm), (llm_data, slm_data)
+    labelled, unlabelled = _rows(*data, use_unlabelled=plan.loss.kind != "none")
+    rates = (plan.learning_rate_llm, plan.learning_rate_slm)
     optimizers = [
-        make_optimizer("adam", select(llm, llm_layout), learning_rate_llm, pace.weight_decay),
-        make_optimizer("adam", select(slm, slm_layout), learning_rate_slm, pace.weight_decay),
+        make_optimizer("adam", select(model, layout), rate, plan.pace.weight_decay)
+        for model, layout, rate in zip(models, layouts, rates, strict=True)
     ]
     generator = torch.Generator().manual_seed(seed)
-    batches = _mixed_batches(labelled, unlabelled, batch_labelled, batch_unlabelled, generator)
-    objective: Objective
-    progress(0, steps, "distillation")  # what both models say takes its time too
-    if over == "choices":
-        targets = None
-        if loss == "entropy-pooled" or loss == "dual-min-ce":
-            llm_says, slm_says = (
-                predict(
-                    model,
-                    questions,
-                    scoring=scoring,
-                    temperature=temperature,
-                    batch_size=max(64, micro_batch),
-                )
-                for model, questions in zip(models, data, strict=True)
-            )
-            targets = teacher_of(loss, llm_says, slm_says, llm_data.answers, sharpness)
-        objective = ChoiceObjective(
-            models,
-            data,
-            targets=targets,
-            mutual=loss == "mutual-kl",
-            scoring=scoring,
-            weight=weight,
-            temperature=temperature,
-            direction=direction,
-        )
-    elif vocabularies is not None and vocabularies[0] != vocabularies[1]:
-        if top_k is not None:
-            raise ConfigError(
-                "the two models have different tokenizers; their targets are not shortened",
-                where="distillation.top_k",
-                hint="remove it",
-            )
-        objective = SpanObjective(
-            models,
-            data,
-            vocabularies,
-            loss=loss,
-            over=over,
-            sharpness=sharpness,
-            weight=weight,
-            temperature=temperature,
-            direction=direction,
-            batch_size=micro_batch,
-        )
-    else:
-        objective = TokenObjective(
-            models,
-            data,
-            loss=loss,
-            over=over,
-            top_k=top_k,
-            sharpness=sharpness,
-            weight=weight,
-            temperature=temperature,
-            direction=direction,
-            batch_size=micro_batch,
-        )
-    with training_mode(llm, slm, seed=seed):
-        for step in range(steps):
-            rows = next(batches)
-            losses = [0.0, 0.0]
-            for part in torch.split(sorted_by_length(llm_data, rows), micro_batch):
-                for i, term in enumerate(objective.terms(rows, part)):
-                    torch.autograd.backward(term)
-                    losses[i] += term.item()
+    batches = _mixed_batches(
+        labelled, unlabelled, plan.batch_labelled, plan.batch_unlabelled, generator
+    )
+    progress(0, plan.steps, "distillation")  # what both models say takes its time too
+    objective = _objective(models, data, plan.loss, vocabularies)
+    with training_mode(*models, seed=seed):
+        for step in range(plan.steps):
+            batch = next(batches)
+            parts = torch.split(sorted_by_length(data[0], batch), plan.loss.micro_batch)
+            losses = _backward(objective, batch, parts)
             if not all(map(math.isfinite, losses)):
                 raise TrainingError(
                     f"a distillation loss of step {step} is not finite",
                     hint="lower distillation.learning_rate_llm and learning_rate_slm",
                 )
-            rates = (learning_rate_llm, learning_rate_slm)
             for optimizer, rate in zip(optimizers, rates, strict=True):
-                pace.set(optimizer, rate, step)
+                plan.pace.set(optimizer, rate, step)
                 optimizer.step()
                 optimizer.zero_grad()
-            on_step(DistilStep(step, losses[0], losses[1]))
-            progress(step + 1, steps, "distillation")
+            on_step(DistilStep(step, *losses))
+            progress(step + 1, plan.steps, "distillation")
+
+
+def _objective(
+    models: Pair,
+    data: tuple[EncodedQuestions, EncodedQuestions],
+    loss: DistilLossPlan,
+    vocabularies: tuple[Vocabulary, Vocabulary] | None,
+) -> Objective:
+    """The loss over choices, over tokens, or over the spans of two tokenizers.
+
+    Frozen targets are taken here, from both models as they are now.
+    """
+    if loss.over == "choices":
+        return ChoiceObjective(models, data, loss)
+    if vocabularies is None or vocabularies[0] == vocabularies[1]:
+        return TokenObjective(models, data, loss)
+    if loss.top_k is not None:
+        raise ConfigError(
+            "the two models have different tokenizers; their targets are not shortened",
+            where="distillation.top_k",
+            hint="remove it",
+        )
+    return SpanObjective(models, data, vocabularies, loss)
+
+
+def _backward(objective: Objective, batch: Tensor, parts: Sequence[Tensor]) -> tuple[float, float]:
+    """The (LLM, SLM) loss of ``batch``, part by part; its gradients are added to the adapters'."""
+    losses = [0.0, 0.0]
+    for part in parts:
+        for i, term in enumerate(objective.terms(batch, part)):
+            torch.autograd.backward(term)
+            losses[i] += term.item()
+    return losses[0], losses[1]
 
 
 def _rows(

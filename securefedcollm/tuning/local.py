@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,6 @@ from securefedcollm.tuning.adapters import AdapterLayout, Vector, full_layout, s
 from securefedcollm.tuning.independence import bits, made_up, made_up_adapter, proved
 from securefedcollm.tuning.passes import Indices, Shape, Widths, shapes_of, widths_for
 from securefedcollm.tuning.per_record import (
-    Loss,
     Records,
     layer_name,
     per_record_gradients,
@@ -30,17 +30,9 @@ from securefedcollm.tuning.per_record import (
     watched,
     without_broken,
 )
-from securefedcollm.tuning.questions import (
-    PLAIN,
-    EncodedQuestions,
-    Scoring,
-    shuffled_batches,
-    sorted_by_length,
-)
+from securefedcollm.tuning.plans import LossPlan, Protection, TrainPlan
+from securefedcollm.tuning.questions import EncodedQuestions, shuffled_batches, sorted_by_length
 from securefedcollm.tuning.recipe import (
-    STEADY,
-    Optimizer,
-    Pace,
     Progress,
     evaluation_mode,
     make_optimizer,
@@ -67,43 +59,40 @@ def train_plain(
     model: nn.Module,
     layout: AdapterLayout,
     data: EncodedQuestions,
+    plan: TrainPlan,
     *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
     seed: int,
-    optimizer: Optimizer = "adam",
-    loss: Loss = "answer",
-    scoring: Scoring = PLAIN,
     max_grad_norm: float | None = None,
-    micro_batch: int = 64,
-    pace: Pace = STEADY,
     progress: Progress = silent,
 ) -> LocalResult:
-    """Tune without differential privacy: ``steps`` shuffled minibatches, mean loss.
+    """Tune without differential privacy: ``plan.steps`` shuffled minibatches, mean loss.
 
     Deterministic for a ``seed`` and a thread count. ``model`` is changed in place.
+
+    Args:
+        seed: of shuffling and dropout.
+        max_grad_norm: clips the gradient of a whole batch to this L2 norm; None: no clip.
 
     Raises:
         DataError: a question has no answer.
         TrainingError: a loss or weight became NaN or infinite, or nothing moved.
     """
     parameters, start = _begin(model, layout, data)
-    descend = make_optimizer(optimizer, parameters, learning_rate, pace.weight_decay)
-    batches = shuffled_batches(len(data), batch_size, torch.Generator().manual_seed(seed))
+    loss, descend = plan.loss, _optimizer(plan, parameters)
+    batches = shuffled_batches(len(data), plan.batch_size, torch.Generator().manual_seed(seed))
     with training_mode(model, seed=seed):
-        for step in range(steps):
+        for step in range(plan.steps):
             batch = next(batches)
             descend.zero_grad()
-            for rows in torch.split(sorted_by_length(data, batch), micro_batch):
-                losses = question_losses(model, data.select(rows), loss, scoring)
+            for rows in torch.split(sorted_by_length(data, batch), loss.micro_batch):
+                losses = question_losses(model, data.select(rows), loss.kind, loss.scoring)
                 torch.autograd.backward(losses.sum() / len(batch))
             norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or torch.inf)
             if not bool(torch.isfinite(norm)):
                 raise TrainingError(f"the gradient of step {step} is not finite", hint=_DIVERGED)
-            pace.set(descend, learning_rate, step)
+            plan.pace.set(descend, plan.learning_rate, step)
             descend.step()
-            progress(step + 1, steps, "local tuning")
+            progress(step + 1, plan.steps, "local tuning")
     return LocalResult(_finish(model, layout, start))
 
 
@@ -111,29 +100,23 @@ def train_dp(
     model: nn.Module,
     layout: AdapterLayout,
     data: EncodedQuestions,
+    plan: TrainPlan,
+    protection: Protection,
     *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    noise_multiplier: float,
-    clip_norm: float,
     noise: NoiseSource,
-    optimizer: Optimizer = "adam",
-    loss: Loss = "answer",
-    scoring: Scoring = PLAIN,
     subjects: Sequence[str] | None = None,
-    micro_batch: int = 64,
-    pace: Pace = STEADY,
     progress: Progress = silent,
 ) -> LocalResult:
-    """Tune with DP-SGD (Abadi et al. 2016): the returned delta is itself differentially private.
+    """Tune with DP-SGD: the returned delta is itself differentially private.
 
-    Every step takes each unit with probability q = batch_size / units, clips the gradient of each
-    taken unit to L2 norm ``clip_norm``, adds N(0, (noise_multiplier · clip_norm)²) to every
-    coordinate of the sum, and divides by the *expected* batch. A step whose sample is empty is
-    taken all the same, on noise alone. Sampling and noise come from ``noise``. The unit is a record
-    or, with ``subjects`` (one name per record), all records of one subject, whose gradients are
-    summed before clipping.
+    Abadi et al. 2016, algorithm 1, with Poisson samples.
+
+    Every step takes each unit with probability q = ``plan.batch_size`` / units, clips the gradient
+    of each taken unit to L2 norm C = ``protection.clip_norm``, adds N(0, (z · C)²), where z =
+    ``protection.noise_multiplier``, to every coordinate of the sum, and divides by the *expected*
+    batch. A step whose sample is empty is taken all the same, on noise alone. Sampling and noise
+    come from ``noise``. The unit is a record or, with ``subjects`` (one name per record), all
+    records of one subject, whose gradients are summed before clipping.
 
     A unit's gradient depends on no other unit, to the last bit (:class:`.per_record.Records`), and
     the sum is one of integers: so one unit more changes the sum by what it contributes itself.
@@ -142,40 +125,28 @@ def train_dp(
     that ``model`` holds. Neighbours differ by one unit added or removed. The events are true only
     if the whole delta of every call is accounted for.
 
-    Args:
-        batch_size: expected number of units in a batch.
-        micro_batch: records whose per-record gradients are in memory at a time, about.
-
     Raises:
-        ConfigError: fewer units than ``batch_size``, or more of them than sums can hold.
+        ConfigError: fewer units than ``plan.batch_size``, or more of them than sums can hold.
         DataError: a question has no answer.
         TrainingError: the model is not finite, or an adapter matrix got no gradient.
     """
     parameters, start = _begin(model, layout, data)
     members = members_of(len(data), subjects)
     units = len(data) if members is None else len(members)
-    if batch_size > units:
-        raise ConfigError(
-            f"an expected batch of {batch_size} needs as many units, the silo has {units}",
-            where="local.batch_size",
-            hint=f"use at most {units}",
-        )
-    rate, sigma = batch_size / units, noise_multiplier * clip_norm
-    total = GridSum(layout.size, clip_norm, sigma, batch_cap(units, rate))
-    descend = make_optimizer(optimizer, parameters, learning_rate, pace.weight_decay)
-    records = records_of(
-        model, layout, data, loss=loss, scoring=scoring, members=members, micro_batch=micro_batch
-    )
+    rate, sigma = _sampling_rate(plan.batch_size, units), protection.sigma
+    total = GridSum(layout.size, protection.clip_norm, sigma, batch_cap(units, rate))
+    descend = _optimizer(plan, parameters)
+    records = records_of(model, layout, data, plan.loss, members)
     with evaluation_mode(model):
-        for step in range(steps):
+        for step in range(plan.steps):
             sum_clipped(total, records, noise.poisson_batch(units, rate))
             noised = noise.add_gaussian(total.integers, sigma)
-            _set_gradient(parameters, noised / batch_size)
-            pace.set(descend, learning_rate, step)
+            _set_gradient(parameters, noised / plan.batch_size)
+            plan.pace.set(descend, plan.learning_rate, step)
             descend.step()
             descend.zero_grad()
-            progress(step + 1, steps, "local tuning with DP-SGD")
-    event = PoissonGaussian(q=rate, noise_multiplier=noise_multiplier, steps=steps)
+            progress(step + 1, plan.steps, "local tuning with DP-SGD")
+    event = PoissonGaussian(q=rate, noise_multiplier=protection.noise_multiplier, steps=plan.steps)
     return LocalResult(_finish(model, layout, start), (event,))
 
 
@@ -183,13 +154,11 @@ def sampled_gradients(
     model: nn.Module,
     layout: AdapterLayout,
     data: EncodedQuestions,
+    loss: LossPlan,
     *,
     q: float,
     noise: NoiseSource,
-    loss: Loss = "answer",
-    scoring: Scoring = PLAIN,
     subjects: Sequence[str] | None = None,
-    micro_batch: int = 64,
 ) -> Iterator[npt.NDArray[np.float64]]:
     """The gradient of every unit in one Poisson sample at rate ``q``: float64 [d], one by one.
 
@@ -204,9 +173,7 @@ def sampled_gradients(
     _begin(model, layout, data)
     members = members_of(len(data), subjects)
     units = len(data) if members is None else len(members)
-    records = records_of(
-        model, layout, data, loss=loss, scoring=scoring, members=members, micro_batch=micro_batch
-    )
+    records = records_of(model, layout, data, loss, members)
     with evaluation_mode(model):
         for blocks in records.of_units(noise.poisson_batch(units, q)):
             yield from np.concatenate(without_broken(blocks)[0], axis=1)
@@ -224,10 +191,7 @@ def records_of(
     model: nn.Module,
     layout: AdapterLayout,
     data: EncodedQuestions,
-    *,
-    loss: Loss,
-    scoring: Scoring,
-    micro_batch: int,
+    loss: LossPlan,
     members: list[Indices] | None = None,
 ) -> Records:
     """The silo's records behind passes of which the test of independence holds.
@@ -236,32 +200,29 @@ def records_of(
         members: the records of every unit; None: each record is one.
     """
     parameters = select(model, layout)
-
-    def among(questions: EncodedQuestions, widths: Widths) -> Records:
-        return Records(model, parameters, questions, loss=loss, scoring=scoring, widths=widths)
+    among = partial(Records, model, parameters, loss=loss.kind, scoring=loss.scoring)
 
     def compute(questions: EncodedQuestions, widths: Widths) -> list[bytes]:
         found: dict[int, bytes] = {}
-        for rows, gradients in among(questions, widths).of_records(np.arange(len(questions))):
+        records = among(questions, widths=widths)
+        for rows, gradients in records.of_records(np.arange(len(questions))):
             for at, row in enumerate(rows.tolist()):
                 found[row] = bits(*(gradient[at] for gradient in gradients))
         return [found[row] for row in range(len(questions))]
 
-    widths = widths_for(model, micro_batch)
+    widths = widths_for(model, loss.micro_batch)
     with evaluation_mode(model):
         widths = proved(
             model,
             shapes_of(data, widths),
             widths,
             compute,
-            f"gradients of {layout.digest[:8]} by {loss}",
+            f"gradients of {layout.digest[:8]} by {loss.kind}",
         )
-    return Records(
-        model, parameters, data, loss=loss, scoring=scoring, widths=widths, members=members
-    )
+    return among(data, widths=widths, members=members)
 
 
-def check_records(model: nn.Module, *, loss: Loss, scoring: Scoring) -> None:
+def check_records(model: nn.Module, loss: LossPlan) -> None:
     """Refuse a model on which records have no gradients of their own, before any is touched.
 
     Two made-up records: what one pass says of each must be what a pass of its own says.
@@ -275,7 +236,7 @@ def check_records(model: nn.Module, *, loss: Loss, scoring: Scoring) -> None:
     with evaluation_mode(model), made_up_adapter(model, 0.1):
         try:
             with watched(model) as calls:
-                losses = question_losses(model, data, loss, scoring)
+                losses = question_losses(model, data, loss.kind, loss.scoring)
                 called = {id(call.weight) for call in calls}
                 unseen = [
                     n for n, p in zip(layout.names, parameters, strict=True) if id(p) not in called
@@ -286,7 +247,8 @@ def check_records(model: nn.Module, *, loss: Loss, scoring: Scoring) -> None:
         except TrainingError as error:
             raise ConfigError(str(error), where="adapter.targets", hint=error.hint) from None
         for row in range(len(data)):
-            alone = question_losses(model, data.select(torch.tensor([row])), loss, scoring)
+            single = data.select(torch.tensor([row]))
+            alone = question_losses(model, single, loss.kind, loss.scoring)
             wanted = torch.autograd.grad(alone.sum(), parameters)
             for name, ours, theirs in zip(layout.names, found, wanted, strict=True):
                 apart = (ours[row] - theirs).norm() / theirs.norm().clamp_min(1e-9)
@@ -300,6 +262,21 @@ def _cannot_adapt(name: str, why: str) -> ConfigError:
         where="adapter.targets",
         hint="leave it out of adapter.targets, or choose privacy.unit: silo",
     )
+
+
+def _sampling_rate(batch_size: int, units: int) -> float:
+    """q at which so many units give the expected batch."""
+    if batch_size > units:
+        raise ConfigError(
+            f"an expected batch of {batch_size} needs as many units, the silo has {units}",
+            where="local.batch_size",
+            hint=f"use at most {units}",
+        )
+    return batch_size / units
+
+
+def _optimizer(plan: TrainPlan, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    return make_optimizer(plan.optimizer, parameters, plan.learning_rate, plan.pace.weight_decay)
 
 
 def _begin(

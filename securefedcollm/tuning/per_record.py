@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Final, Literal, NamedTuple, cast
+from typing import Final, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from securefedcollm.tuning.passes import (
     passes,
     shapes_of,
 )
+from securefedcollm.tuning.plans import Loss
 from securefedcollm.tuning.questions import (
     PLAIN,
     EncodedQuestions,
@@ -39,7 +40,6 @@ from securefedcollm.tuning.questions import (
     token_log_probs,
 )
 
-Loss = Literal["answer", "choices"]
 _FLATTENING: Final = {"opt"}
 """Families with layers that see [B · T, in]: rows and tokens in their order, none left out."""
 Blocks = list[npt.NDArray[np.float64]]

@@ -29,7 +29,7 @@ from securefedcollm.tuning.recipe import (
     silent,
     training_mode,
 )
-from securefedcollm.tuning.token_loss import Target, chunked_loss
+from securefedcollm.tuning.token_loss import Target, Teacher, chunked_loss
 
 _HEAD_CHUNK = 64  # positions whose logits exist at a time: 64 × 49k × 4 B = 12 MB each
 
@@ -203,8 +203,7 @@ def _kd_backward(student: Any, teacher: Any, batch: Tensor) -> float:
         with torch.no_grad():
             return Target(F.log_softmax(head(wanted[where]), dim=-1))
 
-    loss = chunked_loss(
-        hidden, output_logits(student), targets=says, target_scale=1 / batch.numel()
-    )
+    teaching = Teacher(targets=says, scale=1 / batch.numel())
+    loss = chunked_loss(hidden, output_logits(student), teacher=teaching)
     torch.autograd.backward(loss)
     return loss.item()

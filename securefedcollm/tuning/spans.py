@@ -29,16 +29,11 @@ from torch.utils.checkpoint import checkpoint
 from securefedcollm.errors import ConfigError
 from securefedcollm.tuning.choice_distil import divergence
 from securefedcollm.tuning.head import Logits, output_logits, trained_head, unwrapped
+from securefedcollm.tuning.plans import DistilLossPlan, Over
 from securefedcollm.tuning.questions import EncodedQuestions, by_length
 from securefedcollm.tuning.recipe import inference_mode
-from securefedcollm.tuning.token_distil import (
-    Over,
-    Positions,
-    positions_of,
-    ranges,
-    states_at,
-)
-from securefedcollm.tuning.token_loss import CHUNK, Direction, chunked_loss, gold_log_probs
+from securefedcollm.tuning.token_distil import Positions, positions_of, ranges, states_at
+from securefedcollm.tuning.token_loss import CHUNK, Labels, chunked_loss, gold_log_probs
 from securefedcollm.tuning.tokenise import Piece
 from securefedcollm.tuning.vocabulary import Vocabulary, shared_tokens
 
@@ -142,7 +137,7 @@ class SpanObjective:
     Cross-entropy is a mean over a model's own labelled tokens, the divergence over the spans.
 
     Raises:
-        ConfigError: no span is common to the tokenizers.
+        ConfigError: no span is common to the tokenizers, or an adapter is on an output layer.
     """
 
     def __init__(
@@ -150,17 +145,11 @@ class SpanObjective:
         models: Sequence[nn.Module],
         data: Sequence[EncodedQuestions],
         vocabularies: Sequence[Vocabulary],
-        *,
-        loss: str,
-        over: Over,
-        sharpness: float,
-        weight: float,
-        temperature: float,
-        direction: Direction,
-        batch_size: int,
+        loss: DistilLossPlan,
     ) -> None:
-        positions = [positions_of(questions, over) for questions in data]
-        spans, self._starts = spans_of(data, positions, over)
+        assert loss.over != "choices"
+        positions = [positions_of(questions, loss.over) for questions in data]
+        spans, self._starts = spans_of(data, positions, loss.over)
         if not int(self._starts[-1]):
             raise ConfigError(
                 "the two tokenizers cut no public text at a common place",
@@ -177,17 +166,16 @@ class SpanObjective:
                 spans[s],
                 torch.tensor(shared[s], dtype=torch.int64),
                 torch.stack(whole, dim=1),
-                temperature,
+                loss.temperature,
             )
             for s in (0, 1)
         ]
-        self._loss, self._weight = loss, weight
-        self._temperature, self._direction = temperature, direction
+        self._loss = loss
         self._frozen: list[_Measured] | None = None
         self._share = torch.zeros(0)
-        if loss in {"entropy-pooled", "dual-min-ce"}:
-            self._frozen = [side.frozen(self._starts, batch_size) for side in self._sides]
-            self._share = self._shares(sharpness, data[0].answers)
+        if loss.freezes:
+            self._frozen = [side.frozen(self._starts, loss.micro_batch) for side in self._sides]
+            self._share = self._shares(data[0].answers)
 
     def terms(self, batch: Tensor, part: Tensor) -> list[Tensor]:
         """(LLM, SLM) loss of the rows ``part``, their share of the mean over ``batch``."""
@@ -198,9 +186,10 @@ class SpanObjective:
             hidden = side.states(part)
             terms.append(side.cross_entropy(hidden, batch, part))
             found.append(side.measured(hidden, part, spans))
-        if self._loss == "none":
+        loss = self._loss
+        if loss.kind == "none":
             return terms
-        scale = self._weight * self._temperature**2 / max(1, len(everything))
+        scale = loss.weight * loss.temperature**2 / max(1, len(everything))
         for own in (0, 1):
             peer = found[1 - own].detached()
             for where in torch.split(torch.arange(len(spans)), CHUNK):
@@ -241,9 +230,9 @@ class SpanObjective:
                     for side, says in zip(self._sides, self._frozen, strict=True)
                 )
                 teacher = share * llm + (1 - share) * slm
-        return divergence(teacher.to(mine.device), mine, 1.0, self._direction)
+        return divergence(teacher.to(mine.device), mine, 1.0, self._loss.direction)
 
-    def _shares(self, sharpness: float, answers: Tensor) -> Tensor:
+    def _shares(self, answers: Tensor) -> Tensor:
         """The LLM's part of every span's target, at τ; as for two models with one tokenizer."""
         assert self._frozen is not None
         entropies, surprise = [], []
@@ -256,8 +245,8 @@ class SpanObjective:
             entropy, wrong = torch.cat(kept, dim=1)
             entropies.append(entropy)
             surprise.append(wrong)
-        if self._loss == "entropy-pooled":
-            return torch.sigmoid(sharpness * (entropies[1] - entropies[0]))
+        if self._loss.kind == "entropy-pooled":
+            return torch.sigmoid(self._loss.sharpness * (entropies[1] - entropies[0]))
         counts = self._starts.diff()
         known = torch.repeat_interleave(answers >= 0, counts)
         worse = torch.where(known, surprise[0] - surprise[1], entropies[0] - entropies[1])
@@ -326,12 +315,8 @@ class _Side:
         """Of the labelled tokens of ``part``, their share of the mean over ``batch``."""
         gold = self._positions.gold
         labels = max(1, int((gold[self._positions.of(batch)[0]] >= 0).sum()))
-        return chunked_loss(
-            hidden,
-            self._plain,
-            gold=gold[self._positions.of(part)[0]].to(hidden.device),
-            gold_scale=1 / labels,
-        )
+        own = gold[self._positions.of(part)[0]].to(hidden.device)
+        return chunked_loss(hidden, self._plain, labels=Labels(gold=own, scale=1 / labels))
 
     def measured(self, hidden: Tensor, part: Tensor, spans: Tensor) -> _Measured:
         """At the spans ``spans`` (all those of the rows ``part``), from their hidden states."""

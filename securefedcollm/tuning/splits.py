@@ -81,73 +81,88 @@ class Split:
     unused: tuple[Question, ...]
 
 
-def split_questions(
-    questions: Sequence[Question],
-    *,
-    silos: int,
-    per_silo: int,
-    public: int,
-    public_labelled: int = 0,
-    dev: int = 0,
-    seed: int,
-    concentration: float | None = None,
-    skew: float = 1.0,
-) -> Split:
-    """Deal one training file out to the silos, the public set and the development set.
+@dataclass(frozen=True, kw_only=True)
+class SplitPlan:
+    """How one training file is dealt out.
 
-    Deterministic in (the set of records, the arguments). Questions with the same prompt stay
-    together, so that no part holds another part's question with other distractors; so do questions
-    of the same subject, since a person in two silos would have two budgets.
-
-    Args:
-        questions: all labelled.
+    Attributes:
         silos: number of silos S.
         per_silo: private questions of each silo; their mean if ``skew`` is not 1.
         public: public questions, of which ``public_labelled`` keep their answers.
         dev: development questions.
-        seed: of the shuffle (and of the Dirichlet draw).
         concentration: None deals the silos' questions independently and identically distributed.
             A number α > 0 draws for every ``group`` (of a classification without groups: every
             label) a Dirichlet(α) distribution over the silos (Hsu, Qi and Brown, arXiv
             1909.06335): the smaller, the more one silo owns a group.
         skew: size of the largest silo over that of the smallest, see :func:`silo_sizes`.
+    """
+
+    silos: int
+    per_silo: int
+    public: int
+    public_labelled: int = 0
+    dev: int = 0
+    concentration: float | None = None
+    skew: float = 1.0
+
+    def check(self, questions: int) -> None:
+        """Refuse a plan that so many questions cannot fill.
+
+        Raises:
+            DataError: there are too few questions.
+            ConfigError: impossible counts.
+        """
+        if self.public_labelled > self.public:
+            raise ConfigError(
+                f"{self.public_labelled} labelled of {self.public} public questions",
+                where="task.data.public_labelled",
+                hint="it counts those public questions that keep their answers",
+            )
+        needed = self.silos * self.per_silo + self.public + self.dev
+        if needed > questions:
+            raise DataError(
+                f"the study needs {needed} training questions ({self.silos} × {self.per_silo} "
+                f"private, {self.public} public, {self.dev} development) but the file has "
+                f"{questions}",
+                where="task.data",
+                hint="lower task.data.per_silo or task.data.public, or give a larger file",
+            )
+
+
+def split_questions(questions: Sequence[Question], plan: SplitPlan, *, seed: int) -> Split:
+    """Deal one training file out to the silos, the public set and the development set.
+
+    Deterministic in (the set of records, the plan, the seed). Questions with the same prompt stay
+    together, so that no part holds another part's question with other distractors; so do questions
+    of the same subject, since a person in two silos would have two budgets.
+
+    Args:
+        questions: all labelled.
+        seed: of the shuffle (and of the Dirichlet draw).
 
     Raises:
         DataError: there are too few questions.
         ConfigError: a Dirichlet split of questions that all have one group, or impossible counts.
     """
-    if public_labelled > public:
-        raise ConfigError(
-            f"{public_labelled} labelled of {public} public questions",
-            where="task.data.public_labelled",
-            hint="it counts those public questions that keep their answers",
-        )
-    needed = silos * per_silo + public + dev
-    if needed > len(questions):
-        raise DataError(
-            f"the study needs {needed} training questions ({silos} × {per_silo} private, {public} "
-            f"public, {dev} development) but the file has {len(questions)}",
-            where="task.data",
-            hint="lower task.data.per_silo or task.data.public, or give a larger file",
-        )
+    plan.check(len(questions))
     rng = np.random.Generator(np.random.Philox(key=[seed, _STREAM]))
     clusters = _clusters(questions)
     order = [clusters[int(i)] for i in rng.permutation(len(clusters))]
-    held_dev, order = _take(order, dev)
-    held_public, order = _take(order, public)
-    sizes = silo_sizes(silos, per_silo, skew)
-    if concentration is None:
+    held_dev, order = _take(order, plan.dev)
+    held_public, order = _take(order, plan.public)
+    sizes = silo_sizes(plan.silos, plan.per_silo, plan.skew)
+    if plan.concentration is None:
         private = []
         for size in sizes:
             part, order = _take(order, size)
             private.append(part)
         rest = [question for cluster in order for question in cluster]
     else:
-        private, rest = _dirichlet(order, sizes, concentration, rng)
+        private, rest = _dirichlet(order, sizes, plan.concentration, rng)
     return Split(
         silos=tuple(tuple(part) for part in private),
-        public_labelled=tuple(held_public[:public_labelled]),
-        public_unlabelled=tuple(q.unlabelled() for q in held_public[public_labelled:]),
+        public_labelled=tuple(held_public[: plan.public_labelled]),
+        public_unlabelled=tuple(q.unlabelled() for q in held_public[plan.public_labelled :]),
         dev=tuple(held_dev),
         unused=tuple(rest),
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -17,11 +16,10 @@ from torch import Tensor, nn
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.tuning.head import Logits, device_of, output_logits, trained_head, unwrapped
+from securefedcollm.tuning.plans import DistilLossPlan, Over
 from securefedcollm.tuning.questions import EncodedQuestions, by_length, last_hidden
 from securefedcollm.tuning.recipe import inference_mode
-from securefedcollm.tuning.token_loss import CHUNK, Direction, Target, Targets, chunked_loss
-
-Over = Literal["answer", "all"]
+from securefedcollm.tuning.token_loss import CHUNK, Labels, Target, Targets, Teacher, chunked_loss
 
 
 @dataclass(frozen=True)
@@ -79,21 +77,11 @@ class TokenObjective:
     """
 
     def __init__(
-        self,
-        models: Sequence[nn.Module],
-        data: Sequence[EncodedQuestions],
-        *,
-        loss: str,
-        over: Over,
-        top_k: int | None,
-        sharpness: float,
-        weight: float,
-        temperature: float,
-        direction: Direction,
-        batch_size: int,
+        self, models: Sequence[nn.Module], data: Sequence[EncodedQuestions], loss: DistilLossPlan
     ) -> None:
-        self._models, self._data = models, data
-        self._positions = positions_of(data[0], over)
+        assert loss.over != "choices"
+        self._models, self._data, self._loss = models, data, loss
+        self._positions = positions_of(data[0], loss.over)
         if not len(self._positions.at):
             raise ConfigError(
                 "the public prompts have no token to compare",
@@ -101,15 +89,7 @@ class TokenObjective:
                 hint="choose over: all, or label public records",
             )
         self._logits = shared_logits(models)
-        self._mutual = loss == "mutual-kl"
-        self._weight, self._temperature, self._direction = weight, temperature, direction
-        self._frozen: Frozen | None = None
-        if loss in {"entropy-pooled", "dual-min-ce"}:
-            frozen = Frozen.take(
-                models, data, self._positions, self._logits, temperature, batch_size
-            )
-            frozen = frozen.pooled(sharpness) if loss == "entropy-pooled" else frozen.better()
-            self._frozen = frozen if top_k is None else frozen.shortened(top_k)
+        self._frozen = self._freeze() if loss.freezes else None
 
     def terms(self, batch: Tensor, part: Tensor) -> list[Tensor]:
         """(LLM, SLM) loss of the rows ``part``, their share of the mean over ``batch``."""
@@ -124,19 +104,41 @@ class TokenObjective:
         for own in (0, 1):
             device = hidden[own].device
             targets = self._targets(1 - own, hidden[1 - own], index, device)
+            gold = self._positions.gold[index].to(device)
             term = chunked_loss(
                 hidden[own],
                 self._logits[own],
                 trained_head(self._models[own]),
-                gold=self._positions.gold[index].to(device),
-                gold_scale=1 / labels,
-                targets=targets,
-                target_scale=self._weight / len(whole),
-                temperature=self._temperature,
-                direction=self._direction,
+                labels=Labels(gold=gold, scale=1 / labels),
+                teacher=None if targets is None else self._teacher(targets, len(whole)),
             )
             terms.append(term)
         return terms
+
+    def _freeze(self) -> Frozen:
+        """The target at all positions, from both models as they are now."""
+        loss = self._loss
+        frozen = Frozen.take(
+            self._models,
+            self._data,
+            self._positions,
+            self._logits,
+            loss.temperature,
+            loss.micro_batch,
+        )
+        pooled = loss.kind == "entropy-pooled"
+        frozen = frozen.pooled(loss.sharpness) if pooled else frozen.better()
+        return frozen if loss.top_k is None else frozen.shortened(loss.top_k)
+
+    def _teacher(self, targets: Targets, positions: int) -> Teacher:
+        """λ times the mean divergence over so many positions."""
+        loss = self._loss
+        return Teacher(
+            targets=targets,
+            scale=loss.weight / positions,
+            temperature=loss.temperature,
+            direction=loss.direction,
+        )
 
     def _targets(
         self, peer: int, states: Tensor, index: Tensor, device: torch.device
@@ -145,14 +147,14 @@ class TokenObjective:
         if self._frozen is not None:
             frozen = self._frozen
             return lambda where: frozen.target(index[where], device)
-        if not self._mutual:
+        if self._loss.kind != "mutual-kl":
             return None
         known = states.detach()
 
         def says(where: slice) -> Target:
             with torch.no_grad():
                 logits = self._logits[peer](known[where])
-            return Target(F.log_softmax(logits / self._temperature, dim=-1).to(device))
+            return Target(F.log_softmax(logits / self._loss.temperature, dim=-1).to(device))
 
         return says
 

@@ -41,30 +41,57 @@ Targets = Callable[[slice], Target]
 """The teacher at a range of the positions; called once for every chunk."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """The cross-entropy term.
+
+    Attributes:
+        gold: int64 [M], the token that follows; negative where none counts.
+        scale: factor of the sum over the positions.
+    """
+
+    gold: Tensor
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """The divergence term.
+
+    Attributes:
+        targets: what the teacher says, constant.
+        scale: factor of the sum over the positions, beside τ².
+        temperature: τ of both distributions.
+        direction: ``forward`` KL(teacher‖student), ``reverse`` KL(student‖teacher), ``js`` their
+            Jensen–Shannon divergence.
+    """
+
+    targets: Targets
+    scale: float = 1.0
+    temperature: float = 1.0
+    direction: Direction = "forward"
+
+
 def chunked_loss(
     hidden: Tensor,
     logits: Logits,
     head_parameters: Sequence[Tensor] = (),
     *,
-    gold: Tensor | None = None,
-    gold_scale: float = 1.0,
-    targets: Targets | None = None,
-    target_scale: float = 1.0,
-    temperature: float = 1.0,
-    direction: Direction = "forward",
+    labels: Labels | None = None,
+    teacher: Teacher | None = None,
     chunk: int = CHUNK,
 ) -> Tensor:
-    """gold_scale · Σ cross-entropy + target_scale · τ² · Σ divergence, a scalar to differentiate.
+    """Σ cross-entropy + τ² · Σ divergence, each times its scale: a scalar to differentiate.
+
+    Float64 if ``hidden`` is, otherwise float32; in nats.
 
     Args:
         hidden: the student's states after its last layer, [M, D].
         logits: its output layer, [m, D] → float32 [m, V].
         head_parameters: those weights of the output layer that are trained, if any.
-        gold: int64 [M], the token that follows; negative where none counts. None: none anywhere.
-        targets: the teacher, constant. None: no divergence.
-        temperature: τ of both distributions of the divergence; the cross-entropy has none.
-        direction: ``forward`` KL(teacher‖student), ``reverse`` KL(student‖teacher), ``js`` their
-            Jensen–Shannon divergence.
+        labels: None: no cross-entropy.
+        teacher: None: no divergence.
+        chunk: positions at a time.
     """
     trained = [p for p in head_parameters if p.requires_grad]
 
@@ -73,16 +100,17 @@ def chunked_loss(
         values = states.detach()
         log_q = F.log_softmax(values, dim=-1)
         total, slope = values.new_zeros(()), None
-        if targets is not None:
-            if temperature != 1.0:
-                log_q = F.log_softmax(values / temperature, dim=-1)
-            total, slope = _divergence(log_q, targets(where), direction)
-            total = total * (target_scale * temperature**2)
-            slope.mul_(target_scale * temperature)
-            if temperature != 1.0 and gold is not None:
+        if teacher is not None:
+            tau = teacher.temperature
+            if tau != 1.0:
+                log_q = F.log_softmax(values / tau, dim=-1)
+            total, slope = _divergence(log_q, teacher.targets(where), teacher.direction)
+            total = total * (teacher.scale * tau**2)
+            slope.mul_(teacher.scale * tau)
+            if tau != 1.0 and labels is not None:
                 log_q = F.log_softmax(values, dim=-1)
-        if gold is not None:
-            more, slope = _cross_entropy(log_q, gold[where], gold_scale, slope)
+        if labels is not None:
+            more, slope = _cross_entropy(log_q, labels.gold[where], labels.scale, slope)
             total = total + more
         return total, torch.zeros_like(values) if slope is None else slope
 

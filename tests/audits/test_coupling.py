@@ -22,6 +22,7 @@ from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.tuning import local
 from securefedcollm.tuning.adapters import load_vector, select, to_vector
 from securefedcollm.tuning.per_record import Records
+from securefedcollm.tuning.plans import LossPlan
 from securefedcollm.tuning.questions import Question
 
 from .small import small_study
@@ -144,9 +145,7 @@ def test_hundreds_of_releases_at_a_hostile_adapter_prove_no_more_than_is_claimed
             model,
             silos[True]._tuned.update_layout(0),
             data,
-            loss="choices",
-            scoring=silos[True]._tuned.scoring,
-            micro_batch=32,
+            LossPlan(kind="choices", scoring=silos[True]._tuned.scoring, micro_batch=32),
         )
 
     def padded(model: Any, parameters: Any, data: Any) -> Records:

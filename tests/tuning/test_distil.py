@@ -22,6 +22,8 @@ from securefedcollm.tuning.choice_distil import (
 from securefedcollm.tuning.distil import DistilStep, distil
 from securefedcollm.tuning.questions import EncodedQuestions, choice_scores
 
+from .plans import distil_plan
+
 TAU = 1.7
 
 
@@ -187,11 +189,13 @@ def run(
         "batch_unlabelled": 8,
         "learning_rate_llm": 1e-2,
         "learning_rate_slm": 1e-2,
-        "seed": 0,
         **options,
     }
-    layouts = layout_of(llm, "ffa-lora"), layout_of(slm, "ffa-lora")
-    distil(llm, slm, *layouts, data, data, on_step=steps.append, **settings)
+    layouts, plan = (
+        (layout_of(llm, "ffa-lora"), layout_of(slm, "ffa-lora")),
+        distil_plan(**settings),
+    )
+    distil(models, layouts, (data, data), plan, seed=0, on_step=steps.append)
     return steps
 
 
@@ -295,20 +299,16 @@ def test_refusals(toy: Any) -> None:
         run(toy, models, unlabelled, loss="none")
     with pytest.raises(ConfigError, match="every batch would be empty"):
         run(toy, models, unlabelled, batch_unlabelled=0)
-    layouts = [layout_of(m, "ffa-lora") for m in models]
+    layouts = layout_of(models[0], "ffa-lora"), layout_of(models[1], "ffa-lora")
+    plan = distil_plan(
+        steps=1,
+        batch_labelled=1,
+        batch_unlabelled=1,
+        learning_rate_llm=1e-2,
+        learning_rate_slm=1e-2,
+    )
     with pytest.raises(ConfigError, match="different public questions"):
-        distil(
-            *models,
-            *layouts,
-            unlabelled,
-            toy.encoded(8),
-            steps=1,
-            batch_labelled=1,
-            batch_unlabelled=1,
-            learning_rate_llm=1e-2,
-            learning_rate_slm=1e-2,
-            seed=0,
-        )
+        distil(models, layouts, (unlabelled, toy.encoded(8)), plan, seed=0)
     weight = models[0].get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
     weight.data[0, 0] = float("nan")
     with pytest.raises(TrainingError, match="loss of step 0 is not finite"):

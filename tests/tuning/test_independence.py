@@ -38,11 +38,13 @@ from securefedcollm.tuning.passes import (
     widths_for,
 )
 from securefedcollm.tuning.per_record import Records, without_broken
+from securefedcollm.tuning.plans import LossPlan
 from securefedcollm.tuning.questions import EncodedQuestions, Question, Scoring, encode
 from securefedcollm.tuning.recipe import evaluation_mode
 
 LAYERS, TOP, ADAPTERS, WORST, OTHERS = 4, 2, 40, 2, 24
 SCORED = Scoring("length", 0.5)
+LOSS = LossPlan(kind="choices", scoring=SCORED, micro_batch=16)
 
 
 class Letters:
@@ -138,9 +140,8 @@ def padded(model: Any, data: EncodedQuestions, loss: Any) -> np.ndarray:
 
 def isolated(model: Any, data: EncodedQuestions, loss: Any, micro_batch: int = 16) -> list[bytes]:
     """Bits of every record's gradient by the product's own path."""
-    records = records_of(
-        model, layout_of(model, "lora"), data, loss=loss, scoring=SCORED, micro_batch=micro_batch
-    )
+    plan = LossPlan(kind=loss, scoring=SCORED, micro_batch=micro_batch)
+    records = records_of(model, layout_of(model, "lora"), data, plan)
     with evaluation_mode(model):
         return every(records, len(data))
 
@@ -207,22 +208,12 @@ def test_a_subject_moves_the_sum_by_its_own_integers_and_no_more(kind: str) -> N
         subjects = [str(question.subject) for question in asked]
         data = tensors(model, asked, prefix=False, private=True)
         members = members_of(len(data), subjects)
-        records = records_of(
-            model, layout, data, loss="choices", scoring=SCORED, micro_batch=16, members=members
-        )
+        records = records_of(model, layout, data, LOSS, members)
         total = GridSum(layout.size, 1.0, 1.0, len(data))
         with evaluation_mode(model):
             sum_clipped(total, records, np.arange(records.units))
         joint = sampled_gradients(
-            model,
-            layout,
-            data,
-            q=1.0,
-            noise=NoiseSource(),
-            loss="choices",
-            scoring=SCORED,
-            subjects=subjects,
-            micro_batch=16,
+            model, layout, data, LOSS, q=1.0, noise=NoiseSource(), subjects=subjects
         )
         return total.integers.copy(), quantiser.encode_sum(joint)
 
@@ -322,8 +313,7 @@ def test_a_model_of_coarse_numbers_has_passes_of_one_size(dtype: torch.dtype, si
     saw none of them, and a search moved a record by half the clip norm."""
     model = network.__wrapped__(dtype)
     data = tensors(model, questions("mixed")[0], False, private=True)
-    given = {"loss": "choices", "scoring": SCORED, "micro_batch": 16}
-    found = records_of(model, layout_of(model, "lora"), data, **given)._widths.sizes
+    found = records_of(model, layout_of(model, "lora"), data, LOSS)._widths.sizes
     assert found
     assert any(len(allowed) > 1 for allowed in found.values()) == sizes
 

@@ -17,6 +17,7 @@ from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.tuning.adapters import layout_of, load_vector, select, to_vector
 from securefedcollm.tuning.descent import Descent
 from securefedcollm.tuning.local import sampled_gradients
+from securefedcollm.tuning.plans import LossPlan
 from securefedcollm.tuning.recipe import make_optimizer
 
 from .test_local import CLIP, adapted, clipped, single_gradients
@@ -24,15 +25,18 @@ from .test_local import CLIP, adapted, clipped, single_gradients
 SILOS, RECORDS, RATE = 4, 12, 0.5
 
 
-def silo_gradients(toy: Any, silo: int, model: Any, **options: Any) -> list[np.ndarray]:
+def silo_gradients(
+    toy: Any, silo: int, model: Any, loss: LossPlan | None = None, subjects: Any = None
+) -> list[np.ndarray]:
     return list(
         sampled_gradients(
             model,
             layout_of(model, "ffa-lora"),
             toy.encoded(RECORDS, seed=silo),
+            loss or LossPlan(),
             q=RATE,
             noise=NoiseSource(bytes([silo]) * 32),
-            **options,
+            subjects=subjects,
         )
     )
 
@@ -56,7 +60,8 @@ def test_with_hardly_any_noise_the_steps_agree(toy: Any, micro_batch: int, optim
     setting = JointSetting(layout.size, 2**50, SILOS - 1, 1, RATE, batch)
     step = JointStep(setting, 1e-7, CLIP)  # shares of some hundred integers of two thousand million
     point = to_vector(model, layout)
-    gradients = [silo_gradients(toy, i, model, micro_batch=micro_batch) for i in range(SILOS)]
+    loss = LossPlan(micro_batch=micro_batch)
+    gradients = [silo_gradients(toy, i, model, loss) for i in range(SILOS)]
     sums = [step.protect(rows, NoiseSource()) for rows in gradients]
     joint = step.decode(np.sum(sums, axis=0))
     central = central_sum(toy, model) / batch

@@ -21,7 +21,10 @@ from securefedcollm.tuning.per_record import (
     watched,
     without_broken,
 )
+from securefedcollm.tuning.plans import LossPlan
 from securefedcollm.tuning.questions import PLAIN, EncodedQuestions
+
+from .plans import protection, train_plan
 
 CLIP = 0.7
 
@@ -118,21 +121,13 @@ class Silent(NoiseSource):
 
 def one_noiseless_step(toy: Any, data: EncodedQuestions, **options: Any) -> np.ndarray:
     """The delta of one SGD step of rate 1 on every unit, without noise."""
-    model = adapted(toy)
-    result = train_dp(
-        model,
-        layout_of(model, "ffa-lora"),
-        data,
-        steps=1,
-        batch_size=options.pop("batch_size", len(data)),
-        learning_rate=1.0,
-        noise_multiplier=1.0,
-        clip_norm=CLIP,
-        noise=Silent(bytes(32)),
-        optimizer="sgd",
-        **options,
-    )
-    return result.delta
+    model, subjects = adapted(toy), options.pop("subjects", None)
+    settings = {"batch_size": len(data), **options}
+    plan = train_plan(steps=1, learning_rate=1.0, optimizer="sgd", **settings)
+    layout, noise = layout_of(model, "ffa-lora"), Silent(bytes(32))
+    return train_dp(
+        model, layout, data, plan, protection(CLIP), noise=noise, subjects=subjects
+    ).delta
 
 
 @pytest.mark.parametrize("micro_batch", [2, 64])
@@ -191,25 +186,16 @@ def gpt2_with_dropout() -> Any:
 
 def dp_sgd_sum(model: Any, data: EncodedQuestions, clip: float) -> np.ndarray:
     """One step's Σ of clipped gradients in :func:`train_dp`, every record taken."""
-    result = train_dp(
-        model,
-        layout_of(model, "ffa-lora"),
-        data,
-        steps=1,
-        batch_size=len(data),
-        learning_rate=1.0,
-        noise_multiplier=1.0,
-        clip_norm=clip,
-        noise=Silent(bytes(32)),
-        optimizer="sgd",
-    )
+    plan = train_plan(steps=1, batch_size=len(data), learning_rate=1.0, optimizer="sgd")
+    layout, noise = layout_of(model, "ffa-lora"), Silent(bytes(32))
+    result = train_dp(model, layout, data, plan, protection(clip), noise=noise)
     return -len(data) * result.delta.astype(np.float64)
 
 
 def joint_sum(model: Any, data: EncodedQuestions, clip: float) -> np.ndarray:
     """The same of :func:`sampled_gradients`."""
     layout = layout_of(model, "ffa-lora")
-    rows = list(sampled_gradients(model, layout, data, q=1.0, noise=Silent(bytes(32))))
+    rows = list(sampled_gradients(model, layout, data, LossPlan(), q=1.0, noise=Silent(bytes(32))))
     return sum(row * min(1.0, clip / np.linalg.norm(row)) for row in rows)
 
 
@@ -220,11 +206,8 @@ def test_a_record_moves_the_sum_by_at_most_the_clip_whatever_the_base_s_dropout(
     """Adversary: knows all records but one, and the study's public seed. Masks that were drawn for
     a whole batch would be other masks for every record with one record more or less."""
     data, model = toy.encoded(33), gpt2_with_dropout()
-    rows = list(
-        sampled_gradients(
-            model, layout_of(model, "ffa-lora"), data, q=1.0, noise=NoiseSource(bytes(32))
-        )
-    )
+    layout, noise = layout_of(model, "ffa-lora"), NoiseSource(bytes(32))
+    rows = list(sampled_gradients(model, layout, data, LossPlan(), q=1.0, noise=noise))
     clip = float(np.min(np.linalg.norm(rows, axis=1))) / 2  # every record is clipped
     first = data.select(torch.arange(1, len(data)))
     difference = summed(gpt2_with_dropout(), data, clip) - summed(gpt2_with_dropout(), first, clip)
@@ -255,18 +238,8 @@ def test_noise_sampling_and_expected_batch(toy: Any) -> None:
     model = adapted(toy)
     layout = layout_of(model, "ffa-lora")
     noise, z, rate, batch = Recorded(), 1.5, 0.05, 1
-    result = train_dp(
-        model,
-        layout,
-        data,
-        steps=6,
-        batch_size=batch,
-        learning_rate=rate,
-        noise_multiplier=z,
-        clip_norm=CLIP,
-        noise=noise,
-        optimizer="sgd",
-    )
+    plan = train_plan(steps=6, batch_size=batch, learning_rate=rate, optimizer="sgd")
+    result = train_dp(model, layout, data, plan, protection(CLIP, z), noise=noise)
     assert result.events == (PoissonGaussian(q=1 / 6, noise_multiplier=z, steps=6),)
     assert any(len(rows) == 0 for rows in noise.batches)  # steps on noise alone are taken too
     assert any(len(rows) > 1 for rows in noise.batches)
@@ -285,14 +258,9 @@ def test_noise_sampling_and_expected_batch(toy: Any) -> None:
 
 def plain(toy: Any, data: EncodedQuestions, **options: Any) -> tuple[Any, np.ndarray]:
     model = adapted(toy)
-    settings: dict[str, Any] = {
-        "steps": 5,
-        "batch_size": 4,
-        "learning_rate": 1e-2,
-        "seed": 3,
-        **options,
-    }
-    return model, train_plain(model, layout_of(model, "ffa-lora"), data, **settings).delta
+    other = {"seed": options.pop("seed", 3), "max_grad_norm": options.pop("max_grad_norm", None)}
+    plan = train_plan(**{"steps": 5, "batch_size": 4, "learning_rate": 1e-2, **options})
+    return model, train_plain(model, layout_of(model, "ffa-lora"), data, plan, **other).delta
 
 
 def test_plain_tuning_is_deterministic_and_lowers_the_loss(toy: Any) -> None:
@@ -326,15 +294,8 @@ def test_dropout_is_seeded_and_the_global_generator_is_put_back(toy: Any) -> Non
         torch.manual_seed(global_seed)
         before = torch.random.get_rng_state()
         model = attach(toy.model(), seed=1, dropout=0.3)
-        result = train_plain(
-            model,
-            layout_of(model, "ffa-lora"),
-            data,
-            steps=3,
-            batch_size=4,
-            learning_rate=1e-2,
-            seed=3,
-        )
+        plan = train_plan(steps=3, batch_size=4, learning_rate=1e-2)
+        result = train_plain(model, layout_of(model, "ffa-lora"), data, plan, seed=3)
         assert torch.equal(torch.random.get_rng_state(), before)
         assert not model.training
         return result.delta
@@ -345,33 +306,17 @@ def test_dropout_is_seeded_and_the_global_generator_is_put_back(toy: Any) -> Non
 def test_a_tuned_model_keeps_no_trace_of_records(toy: Any) -> None:
     """Per-record gradients must not stay behind in the model that is kept or sent."""
     model = adapted(toy)
-    train_dp(
-        model,
-        layout_of(model, "ffa-lora"),
-        toy.encoded(6),
-        steps=2,
-        batch_size=3,
-        learning_rate=1e-2,
-        noise_multiplier=1.0,
-        clip_norm=CLIP,
-        noise=NoiseSource(),
-    )
+    dp(toy, model, toy.encoded(6), batch_size=3)
     for parameter in model.parameters():
         assert parameter.grad is None
     assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
 
 
 def dp(toy: Any, model: Any, data: EncodedQuestions, **options: Any) -> None:
-    settings: dict[str, Any] = {
-        "steps": 2,
-        "batch_size": 6,
-        "learning_rate": 1e-2,
-        "noise_multiplier": 1.0,
-        "clip_norm": CLIP,
-        "noise": NoiseSource(bytes(32)),
-        **options,
-    }
-    train_dp(model, layout_of(model, "ffa-lora"), data, **settings)
+    subjects = options.pop("subjects", None)
+    plan = train_plan(**{"steps": 2, "batch_size": 6, "learning_rate": 1e-2, **options})
+    layout, noise = layout_of(model, "ffa-lora"), NoiseSource(bytes(32))
+    train_dp(model, layout, data, plan, protection(CLIP), noise=noise, subjects=subjects)
 
 
 def test_nan_is_refused(toy: Any) -> None:
@@ -386,9 +331,7 @@ def test_nan_is_refused(toy: Any) -> None:
             broken,
             layout_of(broken, "ffa-lora"),
             toy.encoded(6),
-            steps=1,
-            batch_size=6,
-            learning_rate=1e-2,
+            train_plan(steps=1, batch_size=6, learning_rate=1e-2),
             seed=0,
         )
     assert not any(m._forward_hooks for m in broken.modules())  # cleaned up after the failure

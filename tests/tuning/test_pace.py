@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from securefedcollm.errors import ConfigError
-from securefedcollm.federation.cotuning import pace_of, steps_of
+from securefedcollm.federation.recipes import pace_of, steps_of
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.study import load_study
 from securefedcollm.tuning.adapters import attach, layout_of
 from securefedcollm.tuning.descent import Descent
 from securefedcollm.tuning.local import train_dp, train_plain
 from securefedcollm.tuning.recipe import Pace
+
+from .plans import protection, train_plan
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
@@ -51,11 +53,11 @@ def test_a_round_s_place_in_the_run_and_the_steps_of_an_epoch() -> None:
 def train(toy: Any, how: str, **more: Any) -> Any:
     model, data = attach(toy.model(), seed=1), toy.encoded(8)
     settings = {"steps": 2, "batch_size": 8, "learning_rate": 0.5, "optimizer": "sgd", **more}
-    layout = layout_of(model, "ffa-lora")
+    layout, plan = layout_of(model, "ffa-lora"), train_plan(**settings)
     if how == "plain":
-        return train_plain(model, layout, data, seed=3, **settings).delta
-    privacy = {"noise_multiplier": 1.0, "clip_norm": 1.0, "noise": NoiseSource(bytes(32))}
-    return train_dp(model, layout, data, **privacy, **settings).delta
+        return train_plain(model, layout, data, plan, seed=3).delta
+    noise = NoiseSource(bytes(32))
+    return train_dp(model, layout, data, plan, protection(), noise=noise).delta
 
 
 @pytest.mark.parametrize("how", ["plain", "dp"])

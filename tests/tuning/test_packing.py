@@ -38,6 +38,7 @@ from securefedcollm.tuning.independence import bits, made_up_adapter
 from securefedcollm.tuning.local import check_records, records_of, train_dp, train_plain
 from securefedcollm.tuning.packing import ANY_LENGTH, check_model, row_limit
 from securefedcollm.tuning.per_record import question_losses
+from securefedcollm.tuning.plans import LossPlan
 from securefedcollm.tuning.questions import (
     PLAIN,
     EncodedQuestions,
@@ -47,6 +48,7 @@ from securefedcollm.tuning.questions import (
 )
 from securefedcollm.tuning.recipe import evaluation_mode, inference_mode
 from tests.tuning.conftest import WORDS
+from tests.tuning.plans import protection, train_plan
 
 WINDOW = 16
 SIZES: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2}
@@ -157,11 +159,12 @@ def test_a_record_has_the_gradient_of_a_pass_of_its_own(name: str) -> None:
     """Also where every choice has a row, or the family flattens rows and tokens (OPT)."""
     targets = ["in_proj"] if name == "mamba" else "all-linear"
     model = attach(made(name), rank=2, seed=1, method="lora", targets=targets)
-    check_records(model, loss="choices", scoring=PLAIN)
+    loss_plan = LossPlan(kind="choices", micro_batch=4)
+    check_records(model, loss_plan)
     layout, data = full_layout(model), encoded(2 * WINDOW)
     parameters = select(model, layout)
     with made_up_adapter(model, 0.1), evaluation_mode(model):
-        records = records_of(model, layout, data, loss="choices", scoring=PLAIN, micro_batch=4)
+        records = records_of(model, layout, data, loss_plan)
         found = {
             row: [g[at] for g in gradients]
             for rows, gradients in records.of_records(np.arange(len(data)))
@@ -183,7 +186,7 @@ def test_no_record_moves_another_records_last_bits(name: str) -> None:
 
     def of_first(company: list[int]) -> bytes:
         part = data.select(torch.tensor([0, *company]))
-        records = records_of(model, layout, part, loss="answer", scoring=PLAIN, micro_batch=64)
+        records = records_of(model, layout, part, LossPlan())
         for rows, gradients in records.of_records(np.arange(len(part))):
             if 0 in rows.tolist():
                 return bits(*(g[rows.tolist().index(0)] for g in gradients))
@@ -197,10 +200,9 @@ def test_no_record_moves_another_records_last_bits(name: str) -> None:
 def test_tuning_goes_on_as_before(name: str) -> None:
     model = attach(made(name), rank=2, seed=1)
     layout, data = layout_of(model, "ffa-lora"), encoded(2 * WINDOW)
-    how: dict[str, Any] = {"steps": 2, "batch_size": 2, "learning_rate": 0.01}
-    assert train_plain(model, layout, data, seed=1, **how).delta.any()
-    private = {"noise_multiplier": 1.0, "clip_norm": 1.0, "noise": NoiseSource()}
-    assert train_dp(model, layout, data, **private, **how).delta.any()
+    plan, noise = train_plan(steps=2, batch_size=2, learning_rate=0.01), NoiseSource()
+    assert train_plain(model, layout, data, plan, seed=1).delta.any()
+    assert train_dp(model, layout, data, plan, protection(), noise=noise).delta.any()
 
 
 def test_states_of_lower_layers_are_not_kept_where_rows_are_taken_apart() -> None:
@@ -234,4 +236,4 @@ def test_a_layer_without_records_gradients_is_refused_before_the_run(
         monkeypatch.setattr("securefedcollm.tuning.per_record._FLATTENING", {"llama"})
     named = r"adapter.targets: .*model\.layers\.1\.mlp\..* mixes the tokens of records"
     with pytest.raises(ConfigError, match=named):
-        check_records(model, loss="answer", scoring=PLAIN)
+        check_records(model, LossPlan())

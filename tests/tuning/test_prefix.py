@@ -16,6 +16,8 @@ from securefedcollm.tuning.layers import decoder_layers, passed_over
 from securefedcollm.tuning.local import train_dp, train_plain
 from securefedcollm.tuning.questions import EncodedQuestions, Question, choice_scores, encode
 
+from .plans import protection, train_plan
+
 LAYERS, TOP = 5, 2
 
 
@@ -93,21 +95,11 @@ def test_training_takes_the_same_steps(data: EncodedQuestions) -> None:
         model = adapted()
         layout = layout_of(model, "lora")
         questions = with_prefix(model, data, LAYERS - TOP) if use_cache else data
-        plain = train_plain(
-            model, layout, questions, steps=3, batch_size=2, learning_rate=1e-2, seed=4
-        ).delta
-        private = train_dp(
-            model,
-            layout,
-            questions,
-            steps=2,
-            batch_size=3,
-            learning_rate=1e-2,
-            noise_multiplier=1e-3,
-            clip_norm=0.1,
-            noise=NoiseSource(),
-            optimizer="sgd",
-        ).delta
+        plan = train_plan(steps=3, batch_size=2, learning_rate=1e-2)
+        plain = train_plain(model, layout, questions, plan, seed=4).delta
+        plan = train_plan(steps=2, batch_size=3, learning_rate=1e-2, optimizer="sgd")
+        quiet, noise = protection(clip_norm=0.1, noise_multiplier=1e-3), NoiseSource()
+        private = train_dp(model, layout, questions, plan, quiet, noise=noise).delta
         deltas.append(np.concatenate([plain, private]))
     np.testing.assert_allclose(deltas[0], deltas[1], atol=1e-4)
     assert np.abs(deltas[0]).max() > 1e-3

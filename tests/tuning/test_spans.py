@@ -24,6 +24,7 @@ from transformers import (
 from securefedcollm.errors import ConfigError
 from securefedcollm.tuning.adapters import attach, layout_of, load_vector, select
 from securefedcollm.tuning.distil import DistilStep, distil
+from securefedcollm.tuning.plans import DistilLossPlan, DistilPlan
 from securefedcollm.tuning.questions import EncodedQuestions, Question, encode
 from securefedcollm.tuning.spans import SpanObjective, aligned
 from securefedcollm.tuning.token_distil import TokenObjective
@@ -140,16 +141,14 @@ def test_what_vocabularies_share(two: tuple[Any, Any]) -> None:
 
 def objective(two: Any, models: Any, data: Any, **options: Any) -> SpanObjective:
     settings: dict[str, Any] = {
-        "loss": "entropy-pooled",
         "over": "answer",
         "sharpness": SHARP,
         "weight": WEIGHT,
         "temperature": TAU,
-        "direction": "forward",
-        "batch_size": 2,
+        "micro_batch": 2,
         **options,
     }
-    return SpanObjective(models, data, vocabularies(two), **settings)
+    return SpanObjective(models, data, vocabularies(two), DistilLossPlan(**settings))
 
 
 def events_by_hand(
@@ -262,7 +261,7 @@ def test_losses_and_gradients_are_the_written_out_ones(
     expected, spans = by_hand(doubles, data, two, loss, direction)
     assert spans > 12
     rows = torch.arange(len(TEXTS))
-    goal = objective(two, models, data, loss=loss, direction=direction)
+    goal = objective(two, models, data, kind=loss, direction=direction)
     totals = [0.0, 0.0]
     for part in torch.split(rows, 2):
         for i, term in enumerate(goal.terms(rows, part)):
@@ -295,53 +294,41 @@ def test_equal_tokenizers_give_the_losses_of_one_tokenizer(
     asked = [Question("a new", (t, "x"), 0) for t in (TEXTS[0], "cool paper", "things")]
     data = encode(asked, slm, 64, cuts=True)
     rows = torch.arange(3)
-    shared: dict[str, Any] = {
-        "loss": loss,
-        "over": over,
-        "sharpness": SHARP,
-        "temperature": TAU,
-        "direction": "forward",
-        "batch_size": 2,
-    }
+    plan = DistilLossPlan(kind=loss, over=over, sharpness=SHARP, temperature=TAU, micro_batch=2)
     known = vocabulary_of(slm)
 
-    def apart(make: Any, *more: Any, **options: Any) -> list[float]:
+    def apart(make: Any, *more: Any) -> list[float]:
         """The divergence alone: what weight 1 has more than weight 0."""
         both = [
-            make(models, (data, data), *more, weight=w, **shared, **options).terms(rows, rows)
+            make(models, (data, data), *more, replace(plan, weight=w)).terms(rows, rows)
             for w in (1.0, 1e-9)
         ]
         return [a.item() - b.item() for a, b in zip(*both, strict=True)]
 
     spans = apart(SpanObjective, (known, known))
-    assert spans == pytest.approx(apart(TokenObjective, top_k=None), rel=1e-3, abs=1e-5)
+    assert spans == pytest.approx(apart(TokenObjective), rel=1e-3, abs=1e-5)
     assert max(spans) > 0.1
 
 
 def test_knowledge_crosses_between_tokenizers(two: tuple[Any, Any]) -> None:
     """On text without labels a GPT-2 comes to say what a Llama says, span by span."""
     models, data = llm_and_slm(two), encoded(two, labelled=0)
-    before = objective(two, models, data, loss="mutual-kl", temperature=1.0)
+    before = objective(two, models, data, kind="mutual-kl", temperature=1.0)
     rows = torch.arange(len(TEXTS))
     apart = before.terms(rows, rows)[1].item()
     steps: list[DistilStep] = []
     layouts = [layout_of(model, "ffa-lora") for model in models]
-    distil(
-        *models,
-        *layouts,
-        *data,
+    plan = DistilPlan(
         steps=80,
         batch_labelled=0,
         batch_unlabelled=3,
         learning_rate_llm=1e-12,
         learning_rate_slm=5e-2,
-        seed=0,
-        loss="mutual-kl",
-        over="answer",
-        vocabularies=vocabularies(two),
-        on_step=steps.append,
+        loss=DistilLossPlan(kind="mutual-kl", over="answer"),
     )
-    after = objective(two, models, data, loss="mutual-kl", temperature=1.0)
+    known = vocabularies(two)
+    distil(models, layouts, data, plan, seed=0, vocabularies=known, on_step=steps.append)
+    after = objective(two, models, data, kind="mutual-kl", temperature=1.0)
     assert after.terms(rows, rows)[1].item() < apart / 2
     assert steps[-1].loss_slm < steps[0].loss_slm / 1.5
 
@@ -349,18 +336,16 @@ def test_knowledge_crosses_between_tokenizers(two: tuple[Any, Any]) -> None:
 def test_refusals(two: tuple[Any, Any]) -> None:
     models, data = llm_and_slm(two), encoded(two)
     layouts = [layout_of(model, "ffa-lora") for model in models]
-    plan: dict[str, Any] = {
-        "steps": 1,
-        "batch_labelled": 1,
-        "batch_unlabelled": 1,
-        "learning_rate_llm": 1e-3,
-        "learning_rate_slm": 1e-3,
-        "seed": 0,
-        "over": "answer",
-        "vocabularies": vocabularies(two),
-    }
+    plan = DistilPlan(
+        steps=1,
+        batch_labelled=1,
+        batch_unlabelled=1,
+        learning_rate_llm=1e-3,
+        learning_rate_slm=1e-3,
+        loss=DistilLossPlan(over="answer", top_k=4),
+    )
     with pytest.raises(ConfigError, match=r"distillation.top_k: the two models have different"):
-        distil(*models, *layouts, *data, top_k=4, **plan)
+        distil(models, layouts, data, plan, seed=0, vocabularies=vocabularies(two))
     blind = [
         [(prompt, [Piece(c.ids, [-1] * len(c.ids), -7) for c in cs]) for prompt, cs in q.pieces]
         for q in data

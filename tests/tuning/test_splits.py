@@ -11,6 +11,7 @@ import pytest
 from securefedcollm.errors import ConfigError, DataError
 from securefedcollm.tuning.questions import Question
 from securefedcollm.tuning.splits import (
+    SplitPlan,
     dataset_fingerprint,
     record_id,
     silo_sizes,
@@ -66,7 +67,7 @@ def test_a_subject_is_dealt_to_one_silo() -> None:
     """A person in two silos would have two budgets."""
     questions = [replace(q, subject=f"p{i // 5}") for i, q in enumerate(pool(120))]
     questions += [replace(questions[3], subject="p23")]  # a prompt that two of them share
-    split = split_questions(questions, silos=3, per_silo=20, public=30, seed=7)
+    split = split_questions(questions, SplitPlan(silos=3, per_silo=20, public=30), seed=7)
     parts = [*split.silos, split.public_unlabelled, split.unused]
     assert [len(part) for part in split.silos] == [20, 20, 20]
     owners = [{q.subject for q in part} for part in parts]
@@ -78,7 +79,7 @@ def test_a_subject_is_dealt_to_one_silo() -> None:
 def test_every_question_lands_once_and_independent_of_file_order() -> None:
     questions = pool(120)
     split = split_questions(
-        questions, silos=3, per_silo=20, public=30, public_labelled=10, dev=15, seed=7
+        questions, SplitPlan(silos=3, per_silo=20, public=30, public_labelled=10, dev=15), seed=7
     )
     assert [len(part) for part in split.silos] == [20, 20, 20]
     assert (len(split.public_labelled), len(split.public_unlabelled)) == (10, 20)
@@ -90,10 +91,12 @@ def test_every_question_lands_once_and_independent_of_file_order() -> None:
     assert all(q.answer is not None for q in split.public_labelled)
 
     again = split_questions(
-        questions[::-1], silos=3, per_silo=20, public=30, public_labelled=10, dev=15, seed=7
+        questions[::-1],
+        SplitPlan(silos=3, per_silo=20, public=30, public_labelled=10, dev=15),
+        seed=7,
     )
     assert again == split
-    other = split_questions(questions, silos=3, per_silo=20, public=30, dev=15, seed=8)
+    other = split_questions(questions, SplitPlan(silos=3, per_silo=20, public=30, dev=15), seed=8)
     assert other.silos != split.silos
 
 
@@ -101,7 +104,7 @@ def test_questions_of_one_prompt_stay_together() -> None:
     questions = pool(60)
     questions += [replace(q, choices=("left", "right"), answer=1) for q in questions[:25]]
     for seed in range(5):
-        split = split_questions(questions, silos=3, per_silo=18, public=20, seed=seed)
+        split = split_questions(questions, SplitPlan(silos=3, per_silo=18, public=20), seed=seed)
         parts = [*split.silos, split.public_unlabelled, split.unused]
         owners: dict[str, set[int]] = {}
         for number, part in enumerate(parts):
@@ -115,7 +118,9 @@ def test_dirichlet_gives_equal_sizes_and_unequal_topics() -> None:
 
     def largest_share(concentration: float) -> float:
         split = split_questions(
-            questions, silos=4, per_silo=60, public=40, seed=3, concentration=concentration
+            questions,
+            SplitPlan(silos=4, per_silo=60, public=40, concentration=concentration),
+            seed=3,
         )
         assert [len(part) for part in split.silos] == [60] * 4
         tops = [Counter(q.group for q in part).most_common(1)[0][1] / 60 for part in split.silos]
@@ -126,16 +131,20 @@ def test_dirichlet_gives_equal_sizes_and_unequal_topics() -> None:
 
 def test_impossible_splits_say_so() -> None:
     with pytest.raises(DataError, match=r"needs 190 training questions .* file has 100"):
-        split_questions(pool(100), silos=3, per_silo=60, public=10, seed=0)
+        split_questions(pool(100), SplitPlan(silos=3, per_silo=60, public=10), seed=0)
     with pytest.raises(ConfigError, match="public_labelled"):
-        split_questions(pool(100), silos=3, per_silo=6, public=10, public_labelled=11, seed=0)
+        split_questions(
+            pool(100), SplitPlan(silos=3, per_silo=6, public=10, public_labelled=11), seed=0
+        )
     with pytest.raises(ConfigError, match="Dirichlet"):
         split_questions(
-            pool(100, groups=1), silos=3, per_silo=6, public=10, seed=0, concentration=0.1
+            pool(100, groups=1),
+            SplitPlan(silos=3, per_silo=6, public=10, concentration=0.1),
+            seed=0,
         )
     twins = [replace(q, answer=a) for q in pool(10) for a in (0, 1)]
     with pytest.raises(DataError, match="same prompt"):
-        split_questions(twins, silos=3, per_silo=3, public=3, seed=0)
+        split_questions(twins, SplitPlan(silos=3, per_silo=3, public=3), seed=0)
 
 
 def test_leaked_test_prompts_are_left_out() -> None:
@@ -152,16 +161,17 @@ def test_skewed_silos_keep_the_mean_and_differ_by_the_factor() -> None:
     assert 396 <= sum(sizes) <= 400
     for concentration in (None, 0.5):
         split = split_questions(
-            pool(600), silos=4, per_silo=100, public=40, seed=3, skew=8.0,
-            concentration=concentration,
-        )  # fmt: skip
+            pool(600),
+            SplitPlan(silos=4, per_silo=100, public=40, skew=8.0, concentration=concentration),
+            seed=3,
+        )
         assert [len(part) for part in split.silos] == sizes
 
 
 def test_a_dirichlet_split_of_a_classification_is_by_label() -> None:
     questions = [Question(f"Text: {i}\nLabel:", ("a", "b", "c"), i % 3) for i in range(300)]
     split = split_questions(
-        questions, silos=3, per_silo=60, public=3, seed=1, concentration=0.05
-    )  # fmt: skip
+        questions, SplitPlan(silos=3, per_silo=60, public=3, concentration=0.05), seed=1
+    )
     tops = [Counter(q.answer for q in part).most_common(1)[0][1] / 60 for part in split.silos]
     assert sum(tops) / 3 > 0.6

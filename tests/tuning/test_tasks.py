@@ -21,9 +21,12 @@ from securefedcollm.tuning.data import read_questions, write_questions
 from securefedcollm.tuning.evaluate import evaluate
 from securefedcollm.tuning.local import sampled_gradients, train_dp
 from securefedcollm.tuning.per_record import per_record_gradients, question_losses, watched
+from securefedcollm.tuning.plans import LossPlan
 from securefedcollm.tuning.questions import PLAIN, EncodedQuestions, Question, choice_scores, encode
-from securefedcollm.tuning.splits import split_questions
+from securefedcollm.tuning.splits import SplitPlan, split_questions
 from securefedcollm.tuning.token_distil import positions_of
+
+from .plans import protection, train_plan
 
 LABELS = ["negative", "positive"]
 WORDS = ["Instruction:", "Response:", "Text:", "Label:", "[u]", "[a]", "[/]", *LABELS]
@@ -211,7 +214,9 @@ def test_a_text_begins_with_a_start_token_or_its_own_first() -> None:
 
 def test_a_public_instruction_without_its_response_keeps_none_of_it() -> None:
     many = [Question(f"w{i} w{j}", (f"w{j}",), 0) for i in range(9) for j in range(9)]
-    split = split_questions(many, silos=3, per_silo=9, public=18, public_labelled=6, seed=1)
+    split = split_questions(
+        many, SplitPlan(silos=3, per_silo=9, public=18, public_labelled=6), seed=1
+    )
     assert {q.choices for q in split.public_unlabelled} == {()}
     assert all(q.choices for q in split.public_labelled)
     data = encode(split.public_unlabelled, tokenizer(), 32, "instruction")
@@ -220,7 +225,7 @@ def test_a_public_instruction_without_its_response_keeps_none_of_it() -> None:
     assert len(everywhere.at) == int((data.prompt_tokens - 1).sum())
     assert bool((everywhere.gold == -1).all())
     texts = [Question("", (f"w{i} w{j}",), 0) for i in range(9) for j in range(9)]
-    split = split_questions(texts, silos=3, per_silo=9, public=18, seed=1)
+    split = split_questions(texts, SplitPlan(silos=3, per_silo=9, public=18), seed=1)
     assert all(q.choices and q.answer is None for q in split.public_unlabelled)
 
 
@@ -275,11 +280,8 @@ def test_dp_sgd_learns_each_kind(toy: Any, kind: str) -> None:
         model,
         layout_of(model, "lora"),
         data,
-        steps=20,
-        batch_size=len(data),
-        learning_rate=0.03,
-        noise_multiplier=0.01,
-        clip_norm=1.0,
+        train_plan(steps=20, batch_size=len(data), learning_rate=0.03),
+        protection(noise_multiplier=0.01),
         noise=NoiseSource(bytes(32)),
     )
     assert question_losses(model, data, "answer", PLAIN).sum().item() < 0.8 * before
@@ -340,7 +342,7 @@ def test_fixed_passes_have_the_gradients_of_single_passes(toy: Any, kind: str) -
     """Padding, dummies and shared calls of the output layer change nothing but last bits."""
     data, model = ENCODED[kind](), adapted(toy)
     layout = layout_of(model, "lora")
-    rows = sampled_gradients(model, layout, data, q=1.0, noise=NoiseSource())
+    rows = sampled_gradients(model, layout, data, LossPlan(), q=1.0, noise=NoiseSource())
     found = sorted(rows, key=lambda row: row[0])
     parameters = select(model, layout)
     single = []

@@ -15,6 +15,7 @@ from torch import Tensor
 from securefedcollm.errors import ConfigError
 from securefedcollm.tuning.adapters import attach, layout_of, load_vector, select, to_vector
 from securefedcollm.tuning.distil import DistilStep, distil
+from securefedcollm.tuning.plans import DistilLossPlan, DistilPlan
 from securefedcollm.tuning.questions import EncodedQuestions
 from securefedcollm.tuning.token_distil import TokenObjective
 
@@ -152,18 +153,17 @@ def test_one_step_is_the_written_out_step(
         slopes.append(torch.cat([g.flatten() for g in found]).numpy())
     before = [to_vector(model, layout) for model, layout in zip(models, layouts, strict=True)]
 
-    objective = TokenObjective(
-        models,
-        (data, data),
-        loss=loss,
+    plan = DistilLossPlan(
+        kind=loss,
         over=over,
         top_k=top or None,
         sharpness=SHARP,
         weight=WEIGHT,
         temperature=TAU,
         direction=direction,
-        batch_size=3,
+        micro_batch=3,
     )
+    objective = TokenObjective(models, (data, data), plan)
     rows = torch.arange(len(data))
     for part in torch.split(rows, 3):
         for term in objective.terms(rows, part):
@@ -174,27 +174,15 @@ def test_one_step_is_the_written_out_step(
         model.zero_grad()
 
     steps: list[DistilStep] = []
-    distil(
-        *models,
-        *layouts,
-        data,
-        data,
+    phase = DistilPlan(
         steps=1,
         batch_labelled=5,
         batch_unlabelled=3,
         learning_rate_llm=1e-3,
         learning_rate_slm=1e-3,
-        seed=0,
-        loss=loss,
-        over=over,
-        top_k=top or None,
-        weight=WEIGHT,
-        temperature=TAU,
-        direction=direction,
-        sharpness=SHARP,
-        micro_batch=3,
-        on_step=steps.append,
+        loss=plan,
     )
+    distil(models, layouts, (data, data), phase, seed=0, on_step=steps.append)
     assert [steps[0].loss_llm, steps[0].loss_slm] == pytest.approx(
         [value.item() for value in expected], rel=1e-4
     )
@@ -214,18 +202,8 @@ def test_a_padded_vocabulary_is_cut_to_the_tokens_that_both_have(toy: Any) -> No
     losses = []
     for first in (llm, padded):
         models = attach(first, seed=1), attach(copy.deepcopy(slm), seed=1)
-        objective = TokenObjective(
-            models,
-            (data, data),
-            loss="mutual-kl",
-            over="all",
-            top_k=None,
-            sharpness=SHARP,
-            weight=1.0,
-            temperature=1.0,
-            direction="forward",
-            batch_size=8,
-        )
+        plan = DistilLossPlan(kind="mutual-kl", over="all")
+        objective = TokenObjective(models, (data, data), plan)
         rows = torch.arange(len(data))
         losses.append([term.item() for term in objective.terms(rows, rows)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -235,18 +213,7 @@ def test_tokens_need_a_position(toy: Any) -> None:
     data = toy.encoded(2)
     bare = replace(data, target_choices=torch.full_like(data.target_choices, 3))
     with pytest.raises(ConfigError, match="no token to compare"):
-        TokenObjective(
-            pair(toy),
-            (bare, bare),
-            loss="none",
-            over="answer",
-            top_k=None,
-            sharpness=SHARP,
-            weight=1.0,
-            temperature=1.0,
-            direction="forward",
-            batch_size=8,
-        )
+        TokenObjective(pair(toy), (bare, bare), DistilLossPlan(kind="none", over="answer"))
 
 
 @pytest.mark.parametrize("over", ["choices", "answer"])
@@ -261,20 +228,15 @@ def test_a_bfloat16_base_keeps_its_adapter_in_float32(toy: Any, over: Any) -> No
         for model, layout in zip(models, layouts, strict=True):
             assert {p.dtype for p in select(model, layout)} == {torch.float32}
         steps: list[DistilStep] = []
-        distil(
-            *models,
-            *layouts,
-            data,
-            data,
+        plan = DistilPlan(
             steps=8,
             batch_labelled=5,
             batch_unlabelled=3,
             learning_rate_llm=2e-2,
             learning_rate_slm=2e-2,
-            seed=0,
-            over=over,
-            on_step=steps.append,
+            loss=DistilLossPlan(over=over),
         )
+        distil(models, layouts, (data, data), plan, seed=0, on_step=steps.append)
         ends.append(steps)
     for exact, rounded in zip(*ends, strict=True):
         assert rounded.loss_llm == pytest.approx(exact.loss_llm, rel=0.08)

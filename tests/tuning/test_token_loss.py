@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from securefedcollm.tuning.token_loss import Target, chunked_loss
+from securefedcollm.tuning.token_loss import Labels, Target, Teacher, chunked_loss
 
 M, D, V, TAU = 11, 6, 17, 1.7
 
@@ -49,6 +49,11 @@ def drawn(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return hidden.requires_grad_(), head.requires_grad_(), gold, teacher
 
 
+def taught(says: Tensor, **how: Any) -> Teacher:
+    """A teacher that says these probabilities [M, V]."""
+    return Teacher(targets=lambda where: Target(says[where].log()), scale=0.7, **how)
+
+
 def compare(one: Tensor, two: Tensor, inputs: tuple[Tensor, ...]) -> None:
     torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
     mine = torch.autograd.grad(one * 3, inputs)
@@ -68,12 +73,8 @@ def test_loss_and_gradient_are_those_of_the_whole(direction: Any, tau: float, ch
         hidden,
         lambda h: h @ head.T,
         [head],
-        gold=gold,
-        gold_scale=0.3,
-        targets=lambda where: Target(teacher[where].log()),
-        target_scale=0.7,
-        temperature=tau,
-        direction=direction,
+        labels=Labels(gold=gold, scale=0.3),
+        teacher=taught(teacher, temperature=tau, direction=direction),
         chunk=chunk,
     )
     compare(loss, reference(hidden @ head.T, gold, teacher, direction, tau), (hidden, head))
@@ -82,9 +83,9 @@ def test_loss_and_gradient_are_those_of_the_whole(direction: Any, tau: float, ch
 @pytest.mark.parametrize("which", ["gold", "teacher"])
 def test_each_term_alone(which: str) -> None:
     hidden, head, gold, teacher = drawn(1)
-    terms: dict[str, Any] = {"gold": gold, "gold_scale": 0.3}
+    terms: dict[str, Any] = {"labels": Labels(gold=gold, scale=0.3)}
     if which == "teacher":
-        terms = {"targets": lambda where: Target(teacher[where].log()), "target_scale": 0.7}
+        terms = {"teacher": taught(teacher)}
     loss = chunked_loss(hidden, lambda h: h @ head.T, [head], chunk=4, **terms)
     given = (gold, None) if which == "gold" else (None, teacher)
     compare(loss, reference(hidden @ head.T, *given, "forward", 1.0), (hidden, head))
@@ -98,10 +99,12 @@ def test_a_short_list_of_tokens_and_the_rest_as_one_event(direction: Any) -> Non
         hidden,
         lambda h: h @ head.T,
         [head],
-        targets=lambda where: Target(top.values[where].log(), top.indices[where]),
-        target_scale=0.7,
-        temperature=TAU,
-        direction=direction,
+        teacher=Teacher(
+            targets=lambda where: Target(top.values[where].log(), top.indices[where]),
+            scale=0.7,
+            temperature=TAU,
+            direction=direction,
+        ),
         chunk=4,
     )
 
@@ -129,10 +132,8 @@ def test_an_output_layer_that_is_more_than_a_product() -> None:
         hidden,
         capped,
         [head],
-        gold=gold,
-        gold_scale=0.3,
-        targets=lambda where: Target(teacher[where].log()),
-        target_scale=0.7,
+        labels=Labels(gold=gold, scale=0.3),
+        teacher=taught(teacher),
         chunk=4,
     )
     compare(loss, reference(capped(hidden), gold, teacher, "forward", 1.0), (hidden, head))
@@ -141,9 +142,10 @@ def test_an_output_layer_that_is_more_than_a_product() -> None:
 def test_a_frozen_output_layer_keeps_no_gradient() -> None:
     hidden, head, gold, _ = drawn(4)
     head.requires_grad_(False)
-    chunked_loss(hidden, lambda h: h @ head.T, [head], gold=gold, chunk=4).backward()
+    labels = Labels(gold=gold)
+    chunked_loss(hidden, lambda h: h @ head.T, [head], labels=labels, chunk=4).backward()
     assert hidden.grad is not None
     assert head.grad is None
     with torch.no_grad():
-        alone = chunked_loss(hidden, lambda h: h @ head.T, gold=gold, chunk=4)
+        alone = chunked_loss(hidden, lambda h: h @ head.T, labels=labels, chunk=4)
     assert not alone.requires_grad

@@ -1,0 +1,84 @@
+"""What a study tells :mod:`securefedcollm.tuning` to do in a round, as plans.
+
+Importing this module imports torch.
+"""
+
+from __future__ import annotations
+
+from securefedcollm.primitives import sha256
+from securefedcollm.study import Study
+from securefedcollm.study.config import Distillation, Local
+from securefedcollm.tuning.plans import DistilLossPlan, DistilPlan, LossPlan, TrainPlan
+from securefedcollm.tuning.questions import Scoring
+from securefedcollm.tuning.recipe import Pace
+
+
+def loss_plan(local: Local, scoring: Scoring) -> LossPlan:
+    """What a silo minimises, under a model's scoring of choices."""
+    return LossPlan(kind=local.loss, scoring=scoring, micro_batch=local.micro_batch)
+
+
+def train_plan(
+    study: Study, loss: LossPlan, round_: int, *, steps: int, batch_size: int
+) -> TrainPlan:
+    """A silo's tuning in a round, of as many ``steps`` as every other one."""
+    local = study.local
+    return TrainPlan(
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=local.learning_rate,
+        optimizer=local.optimizer,
+        loss=loss,
+        pace=pace_of(study, local, steps, round_),
+    )
+
+
+def distil_plan(study: Study, scoring: Scoring, round_: int) -> DistilPlan:
+    """The server's phase of a round, under both models' scoring of choices."""
+    given = study.distillation
+    loss = DistilLossPlan(
+        kind=given.loss,
+        over=given.over,
+        top_k=given.top_k,
+        weight=given.weight,
+        temperature=given.temperature,
+        direction=given.direction,
+        sharpness=given.sharpness,
+        scoring=scoring,
+        micro_batch=study.local.micro_batch,
+    )
+    return DistilPlan(
+        steps=given.steps,
+        batch_labelled=given.batch_labelled,
+        batch_unlabelled=given.batch_unlabelled,
+        learning_rate_llm=given.learning_rate_llm,
+        learning_rate_slm=given.learning_rate_slm,
+        loss=loss,
+        pace=pace_of(study, given, given.steps, round_),
+    )
+
+
+def pace_of(study: Study, plan: Local | Distillation, steps: int, round_: int) -> Pace:
+    """How the learning rate goes on in this round, of as many ``steps`` as every other one."""
+    return Pace(
+        schedule=plan.schedule,
+        warmup=plan.warmup,
+        total=steps * study.rounds,
+        first=steps * round_,
+        weight_decay=plan.weight_decay,
+    )
+
+
+def steps_of(local: Local, records: int) -> int:
+    """Steps of a round that is as long as ``local.epochs`` says, at a silo with so many records.
+
+    An epoch has whole batches only; what is left over is another part of the records each time.
+    """
+    batches = max(1, records // local.batch_size)
+    return max(1, round((local.epochs or 0) * batches))
+
+
+def training_seed(study: Study, who: str, round_: int) -> int:
+    """Seed of shuffling and dropout; never of keys, noise or Poisson samples."""
+    text = f"{study.seed}\0{who}\0{round_}".encode()
+    return int.from_bytes(sha256(b"securefedcollm/training-seed/v1\0", text)[:6], "big")

@@ -1,0 +1,131 @@
+"""What a training recipe does, as values: losses, steps, and the protection of the units.
+
+A plan says nothing about whose data it is for, so one plan serves every silo. Seeds and noise
+sources stay outside, because two runs of one plan differ in them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from securefedcollm.tuning.questions import PLAIN, Scoring
+from securefedcollm.tuning.recipe import STEADY, Optimizer, Pace
+from securefedcollm.tuning.token_loss import Direction
+
+Loss = Literal["answer", "choices"]
+DistillationLoss = Literal["entropy-pooled", "dual-min-ce", "mutual-kl", "none"]
+Over = Literal["answer", "all"]
+"""The tokens at which predictions over the vocabulary are compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossPlan:
+    """What tuning minimises, and for how many records at a time.
+
+    Attributes:
+        kind: the loss of a record, in nats: over the tokens of the right ``answer``, or over the
+            ``choices`` (:func:`securefedcollm.tuning.per_record.question_losses`).
+        scoring: the scores of the choices, for the loss ``choices``.
+        micro_batch: records in memory at a time, about. Without differential privacy the gradients
+            of a batch are accumulated over them; under DP-SGD each of them has its own gradient.
+    """
+
+    kind: Loss = "answer"
+    scoring: Scoring = PLAIN
+    micro_batch: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlan:
+    """One round of tuning inside a silo.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: records of a step; under DP-SGD the expected number of units in its sample.
+        learning_rate: before ``pace``.
+        optimizer: made anew for the round.
+        loss: what a step minimises.
+        pace: the learning rate and the weight decay from step to step.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    optimizer: Optimizer = "adam"
+    loss: LossPlan = field(default_factory=LossPlan)
+    pace: Pace = STEADY
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protection:
+    """What DP-SGD does to every step (Abadi et al. 2016, arXiv 1607.00133, algorithm 1).
+
+    Attributes:
+        noise_multiplier: z, the noise's standard deviation over ``clip_norm``.
+        clip_norm: C, the largest L2 norm of what one unit contributes to a sum.
+    """
+
+    noise_multiplier: float
+    clip_norm: float
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the noise on every coordinate of a sum: z · C."""
+        return self.noise_multiplier * self.clip_norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilLossPlan:
+    """What the server's phase minimises, and for how many questions at a time.
+
+    Attributes:
+        kind: which of the four losses of :mod:`securefedcollm.tuning.distil`.
+        over: the distributions that are compared: over the ``choices`` of a question, over the
+            vocabulary at every token of the ``answer`` (of every choice, where there is no label),
+            or at ``all`` tokens, the prompt's too.
+        top_k: over tokens: keep of every frozen prediction only the so many most probable tokens.
+        weight: λ, the factor of the distillation term.
+        temperature: τ; both distributions are softmax(scores / τ), the term is scaled by τ².
+        direction: D(T, p): ``forward`` KL(T‖p), ``reverse`` KL(p‖T), ``js`` their Jensen–Shannon
+            divergence.
+        sharpness: s of the pooling weight.
+        scoring: the scores of the choices.
+        micro_batch: questions in memory at a time; gradients are accumulated over a step's batch.
+    """
+
+    kind: DistillationLoss = "entropy-pooled"
+    over: Literal["choices"] | Over = "choices"
+    top_k: int | None = None
+    weight: float = 1.0
+    temperature: float = 1.0
+    direction: Direction = "forward"
+    sharpness: float = 3.0
+    scoring: Scoring = PLAIN
+    micro_batch: int = 256
+
+    @property
+    def freezes(self) -> bool:
+        """Whether both models learn one target T that stays as it was when the phase began."""
+        return self.kind in {"entropy-pooled", "dual-min-ce"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilPlan:
+    """One phase of the server: Adam steps on both adapters.
+
+    Attributes:
+        steps: of either model.
+        batch_labelled, batch_unlabelled: public questions of a step with and without an answer.
+        learning_rate_llm, learning_rate_slm: before ``pace``.
+        loss: what a step minimises.
+        pace: both learning rates and the weight decay from step to step.
+    """
+
+    steps: int
+    batch_labelled: int
+    batch_unlabelled: int
+    learning_rate_llm: float
+    learning_rate_slm: float
+    loss: DistilLossPlan = field(default_factory=DistilLossPlan)
+    pace: Pace = STEADY
