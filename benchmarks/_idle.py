@@ -9,9 +9,13 @@ import numpy as np
 
 from securefedcollm.aggregation import Roster
 from securefedcollm.evidence.log import FILE_NAME, EvidenceLog
+from securefedcollm.federation.charged import ChargedTraining
 from securefedcollm.federation.records import SERVER, ServerRecord, SiloRecord
+from securefedcollm.federation.silo import Seat, SiloSession
+from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.federation.workload import Gradient, Progress, Vector
 from securefedcollm.primitives import SigningKey
+from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import Study
 
 SERVER_KEY = SigningKey(bytes(32))
@@ -77,9 +81,15 @@ class Idle:
         self.theta = np.load(directory / "theta.npy")
 
 
-def silo_record(study: Study, name: str, key: SigningKey, roster: Roster, home: Path) -> SiloRecord:
-    log = EvidenceLog(home / FILE_NAME, study=study.digest, owner=name, key=key)
-    return SiloRecord(log, name=name, key=key, roster=roster, server=SERVER_KEY.public)
+def idle_session(seat: Seat, values: int, home: Path) -> SiloSession:
+    """A silo with nothing to train; everything else is real."""
+    log = EvidenceLog(home / FILE_NAME, study=seat.study.digest, owner=seat.name, key=seat.key)
+    store, ledger = SiloStore(home), Ledger(home / "ledger.sqlite", seat.name)
+    return SiloSession(
+        seat,
+        ChargedTraining(seat.study, seat.name, Idle(values), store, ledger),
+        SiloRecord(log, name=seat.name, key=seat.key, roster=seat.roster, server=SERVER_KEY.public),
+    )
 
 
 def server_record(study: Study, roster: Roster, home: Path) -> ServerRecord:

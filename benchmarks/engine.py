@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from benchmarks._idle import Idle, server_record, silo_record
+from benchmarks._idle import Idle, idle_session, server_record
 from benchmarks._machine import machine
 from securefedcollm.aggregation import Roster
 from securefedcollm.federation import roles
@@ -43,11 +43,9 @@ from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
 from securefedcollm.federation.engines.link import answer_calls
 from securefedcollm.federation.engines.requests import sign_request
 from securefedcollm.federation.runstore import RunStore
-from securefedcollm.federation.silo import SiloSession
-from securefedcollm.federation.silostore import SiloStore
+from securefedcollm.federation.silo import Seat, SiloSession
 from securefedcollm.federation.workload import Progress, silent
 from securefedcollm.primitives import SigningKey
-from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import Study, load_study, study_from_tree
 from securefedcollm.study.identity import create_identity, open_identity, read_identity
 from securefedcollm.study.signing import sign_study, signatures_path
@@ -119,16 +117,8 @@ def local_silo(
     directory: Path,
 ) -> SiloSession:
     home = directory / name
-    return SiloSession(
-        study=study,
-        name=name,
-        roster=roster,
-        key=SigningKey(keys[name]),
-        workload=Idle(values),
-        store=SiloStore(home),
-        evidence=silo_record(study, name, SigningKey(keys[name]), roster, home),
-        ledger=Ledger(home / "ledger.sqlite", name),
-    )
+    seat = Seat(study, name, roster, SigningKey(keys[name]))
+    return idle_session(seat, values, home)
 
 
 def embedded(values: int, directory: Path) -> dict[str, Any]:
@@ -216,16 +206,8 @@ def serve_silo(home: Path, study_file: Path, values: int) -> None:
     with roles.take_part(study, study_file, home, "silo", str) as member:
         kit = installed(home, member.name)
         place = Path(tempfile.mkdtemp(dir=home))
-        session = SiloSession(
-            study=study,
-            name=member.name,
-            roster=member.roster,
-            key=member.key,
-            workload=Idle(values),
-            store=SiloStore(place),
-            evidence=silo_record(study, member.name, member.key, member.roster, place),
-            ledger=Ledger(place / "ledger.sqlite", member.name),
-        )
+        seat = Seat(study, member.name, member.roster, member.key)
+        session = idle_session(seat, values, place)
         inbox = roles.inbox_for(member, session, 1 << 31)
         with (
             Door(answer_calls(inbox)) as door,

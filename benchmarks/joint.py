@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks._idle import Idle, server_record, silo_record
+from benchmarks._idle import Idle, idle_session, server_record
 from benchmarks._machine import machine
 from securefedcollm.aggregation import Roster
 from securefedcollm.aggregation.masking.silo import SiloRound
@@ -27,11 +27,9 @@ from securefedcollm.federation.dealing import deal
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.plan import joint_step, silo_names
 from securefedcollm.federation.runstore import RunStore
-from securefedcollm.federation.silo import SiloSession
-from securefedcollm.federation.silostore import SiloStore
+from securefedcollm.federation.silo import Seat, SiloSession
 from securefedcollm.federation.workload import Progress, silent
 from securefedcollm.primitives import SigningKey
-from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.study import Study, digest, load_study
 
@@ -66,16 +64,7 @@ def overhead(study: Study, values: int) -> dict[str, float]:
 
         def silo(name: str, progress: Progress) -> SiloSession:
             home = Path(directory) / name
-            made = SiloSession(
-                study=study,
-                name=name,
-                roster=roster,
-                key=keys[name],
-                workload=Idle(values),
-                store=SiloStore(home),
-                evidence=silo_record(study, name, keys[name], roster, home),
-                ledger=Ledger(home / "ledger.sqlite", name),
-            )
+            made = idle_session(Seat(study, name, roster, keys[name]), values, home)
             made.step = session.around(made.step)  # type: ignore[method-assign]
             return made
 

@@ -275,6 +275,30 @@ def secure_sum(
     from securefedcollm.aggregation.inmemory import sum_of
     from securefedcollm.privacy.quantise import Quantiser
 
+    given = _checked(vectors, floats=clip_norm is not None)
+    if clip_norm is not None:
+        length = max(map(len, given.values()), default=1)
+        made = Quantiser(length, clip_norm, bound or 2**30)
+        whole = {n: made.encode(v.astype(np.float64)).integers for n, v in given.items()}
+        total = sum_of(whole, made.bound, colluders).sum
+        return total.astype(np.float64) / made.scale
+    greatest = max((max(int(v.max()), -int(v.min())) for v in given.values()), default=1)
+    if bound is not None and greatest > bound:
+        raise ConfigError(
+            f"{greatest} is beyond the bound {bound}",
+            where="bound",
+            hint="a bound is agreed before anybody sees the vectors; choose it large enough",
+        )
+    whole = {name: vector.astype(np.int64) for name, vector in given.items()}
+    return sum_of(whole, bound or max(1, greatest), colluders).sum
+
+
+def _checked(vectors: Mapping[str, npt.ArrayLike], *, floats: bool) -> dict[str, npt.NDArray[Any]]:
+    """The vectors as arrays of one length, of floats or of integers.
+
+    Raises:
+        ConfigError: they are not.
+    """
     given = {name: np.asarray(vector) for name, vector in vectors.items()}
     shapes = sorted({vector.shape for vector in given.values()})
     if len(shapes) > 1:
@@ -290,23 +314,10 @@ def secure_sum(
                 where=f"vectors[{name!r}]",
                 hint="one-dimensional, with at least one number",
             )
-        if (clip_norm is None) == (vector.dtype.kind == "f"):
+        if floats != (vector.dtype.kind == "f"):
             raise ConfigError(
                 "floats need clip_norm, integers have none",
                 where=f"vectors[{name!r}]",
                 hint="clip_norm=C clips every vector to L2 norm C",
             )
-    if clip_norm is not None:
-        made = Quantiser(shapes[0][0] if shapes else 1, clip_norm, bound or 2**30)
-        whole = {n: made.encode(v.astype(np.float64)).integers for n, v in given.items()}
-        total = sum_of(whole, made.bound, colluders).sum
-        return total.astype(np.float64) / made.scale
-    greatest = max((max(int(v.max()), -int(v.min())) for v in given.values()), default=1)
-    if bound is not None and greatest > bound:
-        raise ConfigError(
-            f"{greatest} is beyond the bound {bound}",
-            where="bound",
-            hint="a bound is agreed before anybody sees the vectors; choose it large enough",
-        )
-    whole = {name: vector.astype(np.int64) for name, vector in given.items()}
-    return sum_of(whole, bound or max(1, greatest), colluders).sum
+    return given

@@ -18,6 +18,7 @@ from securefedcollm.evidence.ledger import LoggedLedger
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.authority import AuthoritySession
+from securefedcollm.federation.charged import ChargedTraining
 from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.engines import SiloPort
 from securefedcollm.federation.engines.dropouts import Drop, DroppingEngine
@@ -27,7 +28,7 @@ from securefedcollm.federation.keeping import is_over
 from securefedcollm.federation.plan import AUTHORITY, authority_of, sums_to_an_end
 from securefedcollm.federation.records import SERVER, AuthorityRecord, ServerRecord, SiloRecord
 from securefedcollm.federation.runstore import RunStore
-from securefedcollm.federation.silo import SiloSession
+from securefedcollm.federation.silo import Seat, SiloSession
 from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.federation.workload import Progress, ServerWorkload, SiloWorkload
 from securefedcollm.primitives import SigningKey
@@ -140,21 +141,13 @@ def _make_party(
     training = workload(name, progress)
     key = _identity(home, name)
     log = EvidenceLog(home / EVIDENCE, study=digest(study), owner=name, key=key)
+    ledger = LoggedLedger(home / "ledger.sqlite", name, log, sums=sums_to_an_end(study))
     return SiloSession(
-        study=study,
-        name=name,
-        roster=roster,
-        key=key,
-        workload=training,
-        store=SiloStore(home),
-        ledger=LoggedLedger(home / "ledger.sqlite", name, log, sums=sums_to_an_end(study)),
-        progress=progress,
+        Seat(study, name, roster, key, authority),
+        ChargedTraining(study, name, training, SiloStore(home), ledger, progress=progress),
+        SiloRecord(log, name=name, key=key, roster=roster, server=server, authority=authority),
         threads=threads,
         explain=True,
-        evidence=SiloRecord(
-            log, name=name, key=key, roster=roster, server=server, authority=authority
-        ),
-        authority=authority,
     )
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Set
-from typing import Any
+from collections.abc import Callable, Iterable, Set
+from typing import Any, NamedTuple
 
 import numpy as np
 from msgspec import structs
@@ -23,6 +23,7 @@ from securefedcollm.aggregation import (
     CoordinatorSide,
     Roster,
     RoundHeader,
+    RoundResult,
     Step,
     coordinator_side,
 )
@@ -30,10 +31,10 @@ from securefedcollm.errors import (
     ProtocolError,
     QuorumError,
     RemoteProtocolError,
-    SecureFedCoLLMError,
     TransportError,
 )
-from securefedcollm.federation.engines import Engine, Failure
+from securefedcollm.federation.asking import Asking, Traffic
+from securefedcollm.federation.engines import Engine
 from securefedcollm.federation.engines.link import SLOWEST
 from securefedcollm.federation.keeping import best_round, is_over, score_of
 from securefedcollm.federation.messages import (
@@ -41,18 +42,13 @@ from securefedcollm.federation.messages import (
     Aggregated,
     BeginRound,
     Deliver,
-    Delivered,
-    Ended,
     EndRun,
     MakeKey,
     Ready,
-    Refused,
     Request,
     Trained,
     Witnessed,
     adapter_bytes,
-    decode_reply,
-    encode,
     model_digest,
 )
 from securefedcollm.federation.plan import (
@@ -67,7 +63,6 @@ from securefedcollm.federation.plan import (
 from securefedcollm.federation.records import ServerRecord
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.workload import Progress, ServerWorkload, Vector
-from securefedcollm.foreign import printable
 from securefedcollm.privacy.adaptive_clip import AdaptiveClip
 from securefedcollm.privacy.joint import JointStep
 from securefedcollm.privacy.silo_unit import SiloUnit
@@ -91,8 +86,6 @@ are there again; returns whether they are, after ``most`` seconds or its own lim
 Arrived = Callable[[Set[str], float], Set[str]]
 """``arrived(silos, most)``, when all rounds are done: waits until one of these silos is there;
 returns those that are, or none after ``most`` seconds."""
-
-_Answer = Trained | Ready | Aggregated | Witnessed | Delivered | Ended
 
 
 def nobody_rejoins(silos: Set[str], count: int, most: float) -> bool:
@@ -133,14 +126,12 @@ class Coordinator:
         self._evidence = evidence
         self._study = study
         self._roster = roster
-        self._engine = engine
+        self._asking = Asking(engine)
         self._workload = workload
         self._store = store
         self._progress = progress
         self._on_round = on_round
         self._rejoined = rejoined
-        self._away: set[str] = set()
-        """Who could not be reached when last asked."""
         self._delivered: dict[str, int] = {}
         """Silo → rounds that were done when it was given the adapter."""
         self.told: set[str] = set()
@@ -176,13 +167,13 @@ class Coordinator:
         Raises:
             QuorumError: too few silos vouch for the evidence log; the next call asks them again.
         """
-        if self._away:  # the last call: for the adapter, and to settle
-            self._rejoined(self._away, len(self._away), LAST_CALL)
+        if self._asking.away:  # the last call: for the adapter, and to settle
+            self._rejoined(self._asking.away, len(self._asking.away), LAST_CALL)
         absent = [silo for silo in self._roster.names if silo not in self._evidence.vouching]
         if absent:
             silent = self._countersign(absent)
             needed = self._study.threshold - len(self._evidence.vouching)
-            gone = self._away & set(absent)
+            gone = self._asking.away & set(absent)
             if (
                 not self._evidence.sealed
                 and len(gone) >= needed
@@ -215,11 +206,11 @@ class Coordinator:
         self._countersign(sorted(late))
         self._deliver(late)
         self._send_home(sorted(late))
-        return late & self._away
+        return late & self._asking.away
 
     def _send_home(self, parties: Iterable[str]) -> None:
         requests = dict.fromkeys(parties, EndRun(self._store.run_id))
-        replies = self._ask(requests, STEP_TIMEOUT, _Traffic(self._parties), {})
+        replies = self._asking.ask(requests, STEP_TIMEOUT, Traffic(self._parties), {})
         self.told |= set(replies) & set(self._roster.names)
 
     def _run_round(self, round_: int) -> None:
@@ -293,8 +284,8 @@ class Coordinator:
         requests: dict[str, Request] = dict.fromkeys(sorted(silos), request)
         if not silos:
             return
-        traffic = _Traffic(self._parties)
-        replies = self._ask(requests, timeout, traffic, lost)
+        traffic = Traffic(self._parties)
+        replies = self._asking.ask(requests, timeout, traffic, lost)
         self._delivered |= dict.fromkeys(replies, done)
         self._store.amend(traffic.add_to)
         for silo, reason in lost.items():
@@ -311,7 +302,7 @@ class Coordinator:
             requests = {silo: request for silo, request in asked.items() if request is not None}
             if not requests:
                 break
-            replies = self._ask(requests, STEP_TIMEOUT, _Traffic(self._parties), lost)
+            replies = self._asking.ask(requests, STEP_TIMEOUT, Traffic(self._parties), lost)
             silos = [
                 silo
                 for silo, reply in replies.items()
@@ -343,7 +334,7 @@ class Coordinator:
                 self._evidence.failed(sum_, attempt, error)
                 problems.append(error.message)
                 # Who refuses would refuse again, in this round and the next.
-                returns = self._away & set(error.among)
+                returns = self._asking.away & set(error.among)
                 hopeless = len(returns) < error.count or rejoins >= MAX_REJOINS
                 hopeless = hopeless or not self._rejoined(returns, error.count, math.inf)
                 rejoins += 1
@@ -378,6 +369,28 @@ class Coordinator:
     def _attempt(
         self, sum_: int, attempt: int, record: dict[str, Any], absent: dict[str, str]
     ) -> Vector:
+        """One attempt at a sum: its mean, saved. ``absent``: silos that are not asked, and why."""
+        begun = self._begin(sum_, attempt)
+        traffic, lost = Traffic(self._parties), self._store.state.barred | absent
+        self._have_trained(begun, traffic, lost)
+        side = coordinator_side(
+            self._study.scheme,
+            header=begun.header,
+            roster=self._roster,
+            authority=self._authority,
+        )
+        for silo, reason in lost.items():
+            side.lost(silo, reason)
+        self._drive(side, begun.header, traffic)
+        result = side.result
+        self._evidence.summed(begun.header, result)
+        traffic.add_to(record)
+        gone = record.get("dropouts", {}) | lost | dict(result.excluded)
+        record["dropouts"] = dict(sorted(gone.items()))
+        return self._decoded(begun, result, record)
+
+    def _begin(self, sum_: int, attempt: int) -> _Begun:
+        """What every party of this attempt is told, in the evidence before it is sent."""
         adapter = adapter_bytes(self._workload.adapter())
         round_ = round_of(self._study, sum_)
         layout = self._workload.layout(round_)
@@ -399,9 +412,7 @@ class Coordinator:
         )
         adapted = unit.adapted if isinstance(unit, SiloUnit) else None
         self._evidence.round(header, base, layout, adapter, mechanism, adapted)
-        traffic = _Traffic(self._parties)
-        lost: dict[str, str] = {}
-        begin = BeginRound(
+        request = BeginRound(
             run_id=self._store.run_id,
             round=sum_,
             attempt=attempt,
@@ -409,19 +420,31 @@ class Coordinator:
             adapter=adapter,
             clip_norm=clip_norm or 0.0,
         )
-        lost |= self._store.state.barred | absent
+        return _Begun(header, request, unit, clip)
+
+    def _have_trained(self, begun: _Begun, traffic: Traffic, lost: dict[str, str]) -> None:
+        """Have everybody but the ``lost`` train, and the authority make a key.
+
+        Raises:
+            _MissingError: too few of them did; ``lost`` has the reasons of the others.
+        """
         invited = [silo for silo in self._roster.names if silo not in lost]
-        requests: dict[str, Request] = dict.fromkeys(invited, begin)
-        if self._authority:
-            parameters = header.parameters
-            requests[self._authority.name] = MakeKey(
-                self._store.run_id, sum_, attempt, header.model_digest, parameters.values
+        requests: dict[str, Request] = dict.fromkeys(invited, begun.request)
+        office, header = self._authority, begun.header
+        if office:
+            requests[office.name] = MakeKey(
+                self._store.run_id,
+                header.round,
+                header.attempt,
+                header.model_digest,
+                header.parameters.values,
             )
-        replies = self._ask(requests, TRAIN_TIMEOUT, traffic, lost)
-        if self._authority and not isinstance(replies.get(self._authority.name), Ready):
-            name = self._authority.name
+        replies = self._asking.ask(requests, TRAIN_TIMEOUT, traffic, lost)
+        if office and not isinstance(replies.get(office.name), Ready):
             raise _NoAuthorityError(
-                f"the authority {name} is not there: {lost.get(name, '')}", (name,), 1
+                f"the authority {office.name} is not there: {lost.get(office.name, '')}",
+                (office.name,),
+                1,
             )
         trained = [silo for silo, reply in replies.items() if isinstance(reply, Trained)]
         if len(trained) < self._study.minimum:
@@ -432,21 +455,15 @@ class Coordinator:
                 invited,
                 self._study.minimum - len(trained),
             )
-        side = coordinator_side(
-            self._study.scheme, header=header, roster=self._roster, authority=self._authority
-        )
-        for silo, reason in lost.items():
-            side.lost(silo, reason)
-        self._drive(side, header, traffic)
-        result = side.result
-        self._evidence.summed(header, result)
-        traffic.add_to(record)
-        gone = record.get("dropouts", {}) | lost | dict(result.excluded)
-        record["dropouts"] = dict(sorted(gone.items()))
-        count = len(result.survivors)
+
+    def _decoded(self, begun: _Begun, result: RoundResult, record: dict[str, Any]) -> Vector:
+        """The mean that an opened sum holds, saved: the sum is not asked for again."""
+        count, unit, clip = len(result.survivors), begun.unit, begun.clip
+        clip_norm = clip.clip_norm if clip else None
         if isinstance(unit, JointStep):
             mean = unit.decode(result.sum)
         elif unit is None:
+            size = begun.header.parameters.values
             mean = quantiser(self._study, size).decode(result.sum, count)
         else:
             mean, indicator_sum = unit.decode(result.sum, count)
@@ -462,7 +479,7 @@ class Coordinator:
         start, now = adaptive_clip(self._study), self._store.state.clip_norm
         return start if start is None or now is None else structs.replace(start, clip_norm=now)
 
-    def _drive(self, side: CoordinatorSide, header: RoundHeader, traffic: _Traffic) -> None:
+    def _drive(self, side: CoordinatorSide, header: RoundHeader, traffic: Traffic) -> None:
         """Play the aggregation protocol to its end."""
         step, steps = 0, len(STEPS[self._study.scheme])
         while True:
@@ -472,7 +489,7 @@ class Coordinator:
                 self._store.begin_opening()
             requests = {silo: Aggregate(frame) for silo, frame in side.requests().items()}
             lost: dict[str, str] = {}
-            replies = self._ask(requests, STEP_TIMEOUT, traffic, lost)
+            replies = self._asking.ask(requests, STEP_TIMEOUT, traffic, lost)
             for silo, reason in lost.items():
                 side.lost(silo, reason)
             for silo, reply in replies.items():
@@ -494,41 +511,14 @@ class Coordinator:
                 self._progress(steps, steps, "secure aggregation")
                 return
 
-    def _ask(
-        self,
-        requests: Mapping[str, Request],
-        timeout: float,
-        traffic: _Traffic,
-        lost: dict[str, str],
-    ) -> dict[str, _Answer]:
-        """Exchange typed messages; those who fail or refuse go to ``lost`` with the reason."""
-        encoded: dict[int, bytes] = {}
-        frames = {}
-        for silo, request in requests.items():
-            frame = encoded.setdefault(id(request), b"") or encode(request)
-            encoded[id(request)] = frame
-            frames[silo] = frame
-            traffic.down[silo] += len(frame)
-        answers: dict[str, _Answer] = {}
-        for silo, reply in self._engine.exchange(frames, timeout).items():
-            if isinstance(reply, Failure):
-                lost[silo] = printable(reply.reason)
-                self._away.add(silo)
-                continue
-            self._away.discard(silo)
-            traffic.up[silo] += len(reply)
-            try:
-                message = decode_reply(reply, silo)
-            except SecureFedCoLLMError as error:
-                lost[silo] = printable(error.message)
-                continue
-            if isinstance(message, Refused):
-                # Adversary: a silo whose words move the operator's cursor or forge a line of a log.
-                hint = f" ({printable(message.hint)})" if message.hint else ""
-                lost[silo] = printable(message.message) + hint
-            else:
-                answers[silo] = message
-        return answers
+
+class _Begun(NamedTuple):
+    """An attempt at a sum."""
+
+    header: RoundHeader
+    request: BeginRound
+    unit: SiloUnit | JointStep | None
+    clip: AdaptiveClip | None
 
 
 class _MissingError(ProtocolError):
@@ -549,17 +539,3 @@ class _TooFewUpdatesError(_MissingError):
 
 class _NoAuthorityError(_MissingError):
     """The key holder did."""
-
-
-class _Traffic:
-    """Bytes that crossed between server and each other party in one attempt."""
-
-    def __init__(self, silos: tuple[str, ...]) -> None:
-        self.up = dict.fromkeys(silos, 0)
-        self.down = dict.fromkeys(silos, 0)
-
-    def add_to(self, record: dict[str, Any]) -> None:
-        """Add what crossed to the round's ``bytes_up`` and ``bytes_down``."""
-        for key, counts in (("bytes_up", self.up), ("bytes_down", self.down)):
-            before = record.get(key, {})
-            record[key] = {silo: before.get(silo, 0) + count for silo, count in counts.items()}

@@ -36,6 +36,7 @@ from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.anchors import check_ledger
 from securefedcollm.federation.authority import AuthoritySession
+from securefedcollm.federation.charged import ChargedTraining
 from securefedcollm.federation.coordinator import (
     Arrived,
     Coordinator,
@@ -60,7 +61,7 @@ from securefedcollm.federation.records import SERVER, AuthorityRecord, ServerRec
 from securefedcollm.federation.results import best_method, method_of, rows
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.samedata import require_same_data
-from securefedcollm.federation.silo import SiloSession
+from securefedcollm.federation.silo import Seat, SiloSession
 from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.federation.tracking import Kind, tracking
 from securefedcollm.federation.workload import Progress, ServerWorkload, SiloWorkload, Vector
@@ -440,19 +441,11 @@ def silo_session(
     link = place / LEDGER  # where `audit bundle` looks for it
     if not link.is_symlink():
         link.symlink_to(os.path.relpath(member.home / LEDGER, place))
+    store = SiloStore(place)
     return SiloSession(
-        study=study,
-        name=name,
-        roster=member.roster,
-        key=member.key,
-        workload=workload,
-        store=SiloStore(place),
-        ledger=ledger,
-        progress=progress,
-        keep=partial(_keep, member.run / ADAPTER, workload),
-        threads=threads,
-        budget=budget,
-        evidence=SiloRecord(
+        Seat(study, name, member.roster, member.key, office),
+        ChargedTraining(study, name, workload, store, ledger, progress=progress, budget=budget),
+        SiloRecord(
             log,
             name=name,
             key=member.key,
@@ -460,7 +453,8 @@ def silo_session(
             server=member.server,
             authority=office,
         ),
-        authority=office,
+        keep=partial(_keep, member.run / ADAPTER, workload),
+        threads=threads,
     )
 
 

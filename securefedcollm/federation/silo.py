@@ -1,18 +1,17 @@
 """A silo's side: train on request, protect the update, answer the aggregation protocol.
 
 Adversary: the server, which chooses every frame that arrives here. The silo believes only its own
-study, roster and keys. It derives the round header itself, from the adapter that it was sent; it
-reserves privacy budget before it trains and marks it released before a first byte can leave; it
-keeps a finished update, so that a crash costs neither the work nor the budget a second time.
+study, roster and keys, and derives the round header itself, from the adapter that it was sent. What
+its training costs, and when that is charged, is :mod:`.charged`'s.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -21,9 +20,8 @@ from securefedcollm.errors import (
     ConfigError,
     RemoteProtocolError,
     SecureFedCoLLMError,
-    StateError,
-    TrainingError,
 )
+from securefedcollm.federation.charged import ChargedTraining
 from securefedcollm.federation.messages import (
     Aggregate,
     Aggregated,
@@ -46,7 +44,6 @@ from securefedcollm.federation.plan import (
     authority_of,
     ends_round,
     joint_step,
-    quantiser,
     round_header,
     round_of,
     run_scope,
@@ -54,27 +51,45 @@ from securefedcollm.federation.plan import (
     sum_name,
 )
 from securefedcollm.federation.records import SiloRecord
-from securefedcollm.federation.samedata import pin_data, require_same_data
-from securefedcollm.federation.silostore import Mark, OneRun, SiloStore, SumMemory
+from securefedcollm.federation.silostore import OneRun, SumMemory
 from securefedcollm.federation.workload import (
     Keep,
-    Progress,
-    SiloWorkload,
     Vector,
     keep_nothing,
-    silent,
 )
 from securefedcollm.primitives import SigningKey, sha256
-from securefedcollm.privacy.events import Event
-from securefedcollm.privacy.identities import Records
 from securefedcollm.privacy.joint import JointStep
-from securefedcollm.privacy.ledger import Budget, Key, Ledger, Reservation
-from securefedcollm.privacy.noise import NoiseSource
-from securefedcollm.privacy.quantise import Integers
-from securefedcollm.privacy.silo_unit import SiloUnit, with_survivors
+from securefedcollm.privacy.silo_unit import SiloUnit
 from securefedcollm.study import Study
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A silo's place in a study.
+
+    Args:
+        roster: the silos; that of the study, if the study has one.
+        authority: public key of the party that holds the decryption key, where the study has one
+            and names no participants.
+    """
+
+    study: Study
+    name: str
+    roster: Roster
+    key: SigningKey
+    authority: bytes = b""
+
+
+class Clock(NamedTuple):
+    """``now``: seconds, never set back; ``wait``: lets so many pass."""
+
+    now: Callable[[], float]
+    wait: Callable[[float], None]
+
+
+CLOCK: Final = Clock(time.monotonic, time.sleep)
 
 
 class SiloSession:
@@ -82,70 +97,45 @@ class SiloSession:
 
     def __init__(
         self,
-        *,
-        study: Study,
-        name: str,
-        roster: Roster,
-        key: SigningKey,
-        workload: SiloWorkload,
-        store: SiloStore,
+        seat: Seat,
+        training: ChargedTraining,
         evidence: SiloRecord,
-        ledger: Ledger,
-        progress: Progress = silent,
+        *,
         keep: Keep = keep_nothing,
         threads: int = 1,
         explain: bool = False,
-        budget: Budget | None = None,
-        authority: bytes = b"",
-        now: Callable[[], float] = time.monotonic,
-        wait: Callable[[float], None] = time.sleep,
+        clock: Clock = CLOCK,
     ) -> None:
         """
         Args:
-            roster: the silos; that of the study, if the study has one.
-            budget: this silo's own limit for its records, all studies together; by default what
-                its ledger has pinned, or else the study's.
             keep: takes every adapter that a round ended with, once the evidence vouches for it.
+            threads: that the secure sum may use.
             explain: tell the server *why* this silo cannot go on. Only for a simulation, in which
                 the two are the same person: reasons depend on private data and other studies.
-            authority: public key of the party that holds the decryption key, where the study has
-                one and names no participants.
-            now: the clock of ``local.reply_slot``, in seconds, and ``wait``: how to let it pass.
+            clock: of ``local.reply_slot``.
 
         Raises:
-            ConfigError: the roster is not the study's, or the authority is not known, or the run
-                began with other records.
+            ConfigError: the roster is not the study's, or the authority is not known.
         """
+        study = self._study = seat.study
         listed = {p.name: bytes.fromhex(p.key) for p in study.roster if p.role == "silo"}
-        if listed and Roster(listed).root != roster.root:
+        if listed and Roster(listed).root != seat.roster.root:
             raise ConfigError(
                 "the silos of this run are not those of the signed study",
                 where="roster",
                 hint="build the roster from the study",
             )
-        self._explain = explain
-        self._budget = budget
-        self._evidence = evidence
-        self._authority = authority_of(study, authority)
-        self._study = study
-        self._name = name
-        self._roster = roster
-        self._key = key
-        self._workload = workload
-        self._store = store
-        self._run = OneRun(store, study)
-        self._ledger = ledger
-        self._progress = progress
+        self._name, self._roster, self._key = seat.name, seat.roster, seat.key
+        self._authority = authority_of(study, seat.authority)
+        self.training, self._evidence = training, evidence
+        self._workload, self._store = training.workload, training.store
+        self._run = OneRun(self._store, study)
         self._keep = keep
         self._threads = threads
-        self._now, self._wait = now, wait
-        require_same_data(*self._data)
+        self._explain = explain
+        self._clock = clock
         self._side: SiloSide | None = None
         self._at: tuple[bytes, int, int] = (b"", -1, -1)
-
-    @property
-    def _data(self) -> tuple[SiloStore, Ledger, Study, str, str]:
-        return self._store, self._ledger, self._study, self._name, self._workload.dataset
 
     @property
     def over(self) -> bool:
@@ -155,7 +145,7 @@ class SiloSession:
     def step(self, frame: bytes) -> bytes:
         """Answer one request. Never raises for what the server sent or the data hold."""
         reply: Reply
-        asked, training = self._now(), False
+        asked, training = self._clock.now(), False
         try:
             match decode_request(frame):
                 case BeginRound() as begin:
@@ -177,7 +167,7 @@ class SiloSession:
             self._side = None
             reply = self._refusal(error)
         if training:
-            self._fill_slot(self._now() - asked)
+            self._fill_slot(self._clock.now() - asked)
         return encode(reply)
 
     def _fill_slot(self, taken: float) -> None:
@@ -188,7 +178,7 @@ class SiloSession:
         """
         slot = self._study.local.reply_slot
         if slot is not None:
-            self._wait(slot - taken % slot)
+            self._clock.wait(slot - taken % slot)
 
     def _refusal(self, error: SecureFedCoLLMError) -> Refused:
         # Adversary: a server that learns from refusals. What follows from its own frame it may
@@ -212,13 +202,13 @@ class SiloSession:
             round_=begin.round,
             attempt=begin.attempt,
             model=model,
-            values=unit.values if unit else self._values(begin.round),
+            values=unit.values if unit else self.training.values(begin.round),
         )
         scope = self._enter(begin, model)
-        self._settle_before(scope, begin.round)
+        self.training.settle_before(scope, begin.round)
         adapted = unit.adapted if isinstance(unit, SiloUnit) else None
         self._evidence.round(header, base, begin.layout, begin.adapter, mechanism, adapted)
-        integers = self._update(scope, begin.round, adapter, unit)
+        integers = self.training.update(scope, begin.round, adapter, unit)
         self._side = silo_side(
             self._study.scheme,
             header=header,
@@ -237,11 +227,8 @@ class SiloSession:
     def _mechanism(self, sum_: int, clip_norm: float | None) -> SiloUnit | JointStep | None:
         """How this sum is noised; None if it is a plain sum of updates that need no more noise."""
         if self._study.joint:
-            return joint_step(self._study, self._values(sum_))
+            return joint_step(self._study, self.training.values(sum_))
         return silo_unit(self._study, self._workload.update_size, sum_, clip_norm)
-
-    def _values(self, sum_: int) -> int:
-        return self._workload.update_size(round_of(self._study, sum_))
 
     def _aggregate(self, frame: bytes) -> bytes:
         side = self._side
@@ -276,7 +263,7 @@ class SiloSession:
         self._side = None
         scope = self._run.end(end.run_id)
         self._check_journal()  # the settlement rests on it
-        self._settle_before(scope, self._study.sums)
+        self.training.settle_before(scope, self._study.sums)
         return Ended()
 
     def _take(self, deliver: Deliver) -> Delivered:
@@ -315,10 +302,10 @@ class SiloSession:
 
         Returns the run's scope.
         """
-        marks = [*self._evidence.marks, *self._charged(run_scope(self._study, begin.run_id))]
+        marks = [*self._evidence.marks, *self.training.marks(run_scope(self._study, begin.run_id))]
         self._check_journal()
         scope = self._run.enter(begin.run_id, begin.round, *marks)
-        pin_data(*self._data)
+        self.training.pin_data()
         # Adversary: a server that has one round trained on many models.
         pin = b"model:" + scope[:16] + begin.round.to_bytes(4, "big")
         if self._store.record(pin, model) != model:
@@ -329,11 +316,6 @@ class SiloSession:
         if begin.round and ends_round(self._study, begin.round - 1):
             self._pin_end(scope, begin.round - 1, begin.adapter)
         return scope
-
-    def _charged(self, scope: bytes) -> list[Mark]:
-        """The newest sum of this run in the privacy ledger, which is of all studies."""
-        sums = [e.key.round for e in self._ledger.entries() if e.key.run == scope.hex()]
-        return [Mark("privacy ledger", max(sums), 1)] if sums else []
 
     def _check_order(self, begin: BeginRound) -> None:
         """Rounds and attempts of a run only ever go up, within the study's horizon."""
@@ -403,192 +385,3 @@ class SiloSession:
                 hint="compare privacy.clip_norm and privacy.adaptive of the two studies",
             )
         return begin.clip_norm
-
-    def _update(
-        self, scope: bytes, round_: int, adapter: Vector, unit: SiloUnit | JointStep | None
-    ) -> Integers:
-        """This round's integers, [values]: from disk if finished, else trained now.
-
-        The stored update was charged when it was first released, and releasing the same value
-        again costs nothing. It is bound to its charge by its hash, so that no other value goes out
-        under it: not that of a second process, nor of a training that was never charged.
-
-        Raises:
-            BudgetExceeded: the round, or at a run's first the run, does not fit; nothing was
-                trained.
-            StateError: the update that was released is lost; this silo sits the round out.
-        """
-        training = self._store.failed_trainings(scope, round_)
-        finished = self._store.load_update(scope, round_, training)
-        events = (unit.event(),) if unit else tuple(self._workload.events())
-        if not events:
-            if finished is None:
-                finished = self._train(scope, round_, training, adapter, unit)
-            return finished
-        released = self._store.recorded(_release_key(scope, round_, training))
-        state = self._state(scope, round_, training)
-        if released is None and state not in {None, "reserved"}:  # charged, then it failed
-            training = self._store.count_failed_training(scope, round_)
-            finished = state = None
-        if state in {None, "reserved"}:
-            reservation = self._reserve(scope, round_, training, events)
-            if finished is None:
-                finished = self._train_charged(reservation, events, scope, round_, adapter, unit)
-            released = self._store.record(
-                _release_key(scope, round_, training), sha256(finished.data)
-            )
-            self._ledger.release(reservation)
-            if unit is None:  # else what it cost depends on the sum: _settle_before
-                self._ledger.settle(reservation, events)
-        if finished is None or released != sha256(finished.data):
-            raise StateError(
-                f"the update of {sum_name(self._study, round_)}, which was released, is lost",
-                hint="this silo sits the round out; it takes part again in the next",
-            )
-        return finished
-
-    def _train_charged(
-        self,
-        reservation: Reservation,
-        events: Sequence[Event],
-        scope: bytes,
-        round_: int,
-        adapter: Vector,
-        unit: SiloUnit | JointStep | None,
-    ) -> Integers:
-        """Train; a failure is charged before it is answered.
-
-        Adversary: a server whose adapter makes training fail on certain records only. That it
-        failed is then a release; uncharged, it could be asked for again and again.
-        """
-        try:
-            return self._train(scope, round_, reservation.key.attempt, adapter, unit)
-        except Exception as error:
-            self._ledger.release(reservation)
-            self._ledger.settle(reservation, events)
-            self._store.count_failed_training(scope, round_)
-            if isinstance(error, SecureFedCoLLMError):
-                raise
-            # A process that dies is an answer too: this one gets the constant text.
-            log.exception("%s: training failed", self._name)
-            raise TrainingError(f"training failed ({type(error).__name__})") from error
-
-    def _train(
-        self,
-        scope: bytes,
-        round_: int,
-        training: int,
-        adapter: Vector,
-        unit: SiloUnit | JointStep | None,
-    ) -> Integers:
-        if isinstance(unit, JointStep):
-            at = round_of(self._study, round_)
-            gradients = self._workload.gradients(adapter, at, unit.sampling_rate)
-            noised = unit.protect(gradients, NoiseSource())
-            self._store.save_update(scope, round_, training, noised)
-            return noised
-        update = self._fit(adapter, round_, unit)
-        expected = self._workload.update_size(round_)
-        if update.shape != (expected,) or not np.isfinite(update).all():
-            raise TrainingError(
-                f"round {round_ + 1} made an update that is not finite",
-                hint="lower local.learning_rate",
-            )
-        integers: Integers
-        if unit is None:
-            self._compare_with_clip(update, round_)
-        if unit is None and self._study.scheme == "masking":
-            integers = quantiser(self._study, expected).encode_narrow(update)
-        elif unit is None:
-            integers = quantiser(self._study, expected).encode(update).integers
-        else:  # noised once: an attempt that is repeated repeats the noise
-            integers = unit.protect(update, NoiseSource())
-        self._store.save_update(scope, round_, training, integers)
-        return integers
-
-    def _fit(self, adapter: Vector, round_: int, unit: SiloUnit | None) -> Vector:
-        """The update; under ``unit: silo`` one that cannot be made is zero.
-
-        Adversary: a server whose adapter makes training fail on certain records only. Where the
-        whole update is the unit, nothing in the training is noised: whether it failed would be an
-        answer without noise. So the silo contributes zero and its noise, and tells its operator.
-        """
-        try:
-            update = self._workload.fit(adapter, round_, self._progress)
-            if unit is None or np.isfinite(update).all():
-                return update
-            why = "the update is not finite"
-        except Exception as error:  # whatever a record made fail
-            if unit is None:
-                raise
-            why = str(error)
-        log.error("%s: round %d: %s; it contributes noise only", self._name, round_ + 1, why)
-        return np.zeros(self._workload.update_size(round_), dtype=np.float32)
-
-    def _compare_with_clip(self, update: Vector, round_: int) -> None:
-        """Tell this silo's operator, and nobody else, what the clip takes away."""
-        norm, most = float(np.linalg.norm(update)), self._study.aggregation.clip_norm
-        if norm > most:
-            log.warning(
-                "%s: round %d: the update is scaled down to %.0f %% (its norm is %.3g, "
-                "aggregation.clip_norm %g): agree on a larger clip norm, or on less tuning; "
-                "`securefedcollm study check CONFIG --propose-clip` proposes one from public rows",
-                *(self._name, round_ + 1, 100 * most / norm, norm, most),
-            )
-
-    def _settle_before(self, scope: bytes, round_: int) -> None:
-        """Settle the sums of rounds before ``round_``, which can no longer be opened otherwise.
-
-        Adversary: a server that opens a sum of few survivors, with as few noise shares, after it
-        had this silo agree to many. A round is settled with the survivors that this silo opened if
-        its update went into one attempt only, and into no later one: it has entered ``round_``.
-        Otherwise the worst case stays charged.
-        """
-        for entry in self._ledger.entries():
-            if entry.key.run != scope.hex() or entry.key.round >= round_:
-                continue
-            released = _release_key(scope, entry.key.round, entry.key.attempt)
-            if entry.state != "released" or self._store.recorded(released) is None:
-                continue  # settled, or a training that failed and gave no vector
-            survivors = SumMemory(self._store, scope, entry.key.round).survivors()
-            if survivors is not None:
-                settled = [with_survivors(event, survivors) for event in entry.reserved]
-                self._ledger.settle(Reservation(entry.key, entry.reserved, entry.row), settled)
-
-    def _entry(self, scope: bytes, round_: int, training: int) -> Key:
-        unit = self._study.privacy.unit if self._study.privacy else ""
-        return Key(self._workload.dataset, unit, scope.hex(), round_, training)
-
-    def _state(self, scope: bytes, round_: int, training: int) -> str | None:
-        """What the ledger says about a training; None if it has no entry."""
-        key = self._entry(scope, round_, training)
-        return next((e.state for e in self._ledger.entries() if e.key == key), None)
-
-    def _reserve(
-        self, scope: bytes, round_: int, training: int, events: Sequence[Event]
-    ) -> Reservation:
-        privacy = self._study.privacy
-        assert privacy is not None  # only a study with privacy has events
-        key = self._entry(scope, round_, training)
-        claim = (privacy.epsilon, privacy.delta)
-        whose: Any = {
-            "records": self._records,
-            "study": self._study.digest.hex(),
-            "limit": self._budget,
-        }
-        if all(entry.key.run != key.run for entry in self._ledger.entries()):
-            # A run that the budget cannot see through to its end is not begun.
-            rounds = self._study.sums - round_
-            what = "steps" if self._study.joint else "rounds"
-            self._ledger.foresee(key.dataset, key.unit, events, rounds, claim, what, **whose)
-        return self._ledger.reserve(*key, events, claim, **whose)
-
-    @cached_property
-    def _records(self) -> Records:
-        """The records that this silo's budget is about."""
-        work = self._workload
-        return self._ledger.identify(work.contents(), column=self._study.subject, also=work.also)
-
-
-def _release_key(scope: bytes, round_: int, training: int) -> bytes:
-    return b"released:" + scope[:16] + round_.to_bytes(4, "big") + training.to_bytes(4, "big")

@@ -14,7 +14,7 @@ from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError, SecureFedCoLLMError
-from securefedcollm.federation.silo import SiloSession
+from securefedcollm.federation.charged import ChargedTraining
 from tests.cli.tiny import make_inputs
 
 NONE = ("--set", "privacy=none")
@@ -111,6 +111,6 @@ def test_a_silo_that_was_clipped_is_told_the_command(caplog: pytest.LogCaptureFi
     plan = SimpleNamespace(aggregation=SimpleNamespace(clip_norm=1.0))
     silo = SimpleNamespace(_study=plan, _name="a")
     with caplog.at_level(logging.WARNING):
-        SiloSession._compare_with_clip(silo, np.ones(16, dtype=np.float32), 0)  # type: ignore[arg-type]
+        ChargedTraining._compare_with_clip(silo, np.ones(16, dtype=np.float32), 0)  # type: ignore[arg-type]
     assert "scaled down to 25 %" in caplog.text
     assert "study check CONFIG --propose-clip" in caplog.text

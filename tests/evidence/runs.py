@@ -10,6 +10,7 @@ from pathlib import Path
 from securefedcollm.evidence.ledger import LoggedLedger
 from securefedcollm.evidence.log import FILE_NAME, EvidenceLog
 from securefedcollm.federation.authority import AuthoritySession
+from securefedcollm.federation.charged import ChargedTraining
 from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.files import write_durably
@@ -17,7 +18,7 @@ from securefedcollm.federation.keeping import BEST, best_round
 from securefedcollm.federation.plan import AUTHORITY, authority_of, silo_unit, sums_to_an_end
 from securefedcollm.federation.records import SERVER, AuthorityRecord, ServerRecord, SiloRecord
 from securefedcollm.federation.runstore import RunStore
-from securefedcollm.federation.silo import SiloSession
+from securefedcollm.federation.silo import Seat, SiloSession
 from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.federation.workload import silent
 from securefedcollm.primitives import SigningKey
@@ -94,16 +95,12 @@ def make_silo(name, progress, *, study, directory, fails=()):
     home = Path(directory) / "silos" / name
     home.mkdir(parents=True, exist_ok=True)
     log = EvidenceLog(home / FILE_NAME, study=digest(study), owner=name, key=KEYS[name])
+    ledger = LoggedLedger(home / "ledger.sqlite", name, log, sums=sums_to_an_end(study))
+    workload = RecordedSilo(name, study, name in fails)
     return SiloSession(
-        study=study,
-        name=name,
-        roster=ROSTER,
-        key=KEYS[name],
-        workload=RecordedSilo(name, study, name in fails),
-        store=SiloStore(home),
-        ledger=LoggedLedger(home / "ledger.sqlite", name, log, sums=sums_to_an_end(study)),
-        progress=progress,
-        evidence=SiloRecord(
+        Seat(study, name, ROSTER, KEYS[name], AUTHORITY_KEY.public),
+        ChargedTraining(study, name, workload, SiloStore(home), ledger, progress=progress),
+        SiloRecord(
             log,
             name=name,
             key=KEYS[name],
@@ -111,7 +108,6 @@ def make_silo(name, progress, *, study, directory, fails=()):
             server=SERVER_KEY.public,
             authority=office_of(study),
         ),
-        authority=AUTHORITY_KEY.public,
     )
 
 

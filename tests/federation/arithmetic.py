@@ -11,9 +11,10 @@ import numpy as np
 from securefedcollm.aggregation import Roster
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.authority import AuthoritySession
+from securefedcollm.federation.charged import ChargedTraining
 from securefedcollm.federation.plan import authority_of
 from securefedcollm.federation.records import AuthorityRecord, ServerRecord, SiloRecord
-from securefedcollm.federation.silo import SiloSession
+from securefedcollm.federation.silo import CLOCK, Seat, SiloSession
 from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.primitives import SigningKey
 from securefedcollm.privacy.events import PoissonGaussian
@@ -186,7 +187,19 @@ def authority_record():
     return AuthorityRecord(Unwritten(), key=AUTHORITY_KEY.public, roster=ROSTER, server=b"")
 
 
-def make_silo(name, progress, *, study, directory, private=True, fails=(), budget=None, norms=None):
+def make_silo(
+    name,
+    progress,
+    *,
+    study,
+    directory,
+    private=True,
+    fails=(),
+    budget=None,
+    norms=None,
+    workload=None,
+    clock=CLOCK,
+):
     home = Path(directory) / name
     if name not in NAMES:
         store = SiloStore(home)
@@ -198,15 +211,16 @@ def make_silo(name, progress, *, study, directory, private=True, fails=(), budge
             evidence=authority_record(),
         )
     return SiloSession(
-        study=study,
-        name=name,
-        roster=ROSTER,
-        key=KEYS[name],
-        workload=ArithmeticSilo(name, private, name in fails, norms and norms[name]),
-        store=SiloStore(home),
-        evidence=silo_record(name),
-        ledger=Ledger(home / "ledger.sqlite", name),
-        progress=progress,
-        budget=None if budget is None else Budget(*budget),
-        authority=AUTHORITY_KEY.public,
+        Seat(study, name, ROSTER, KEYS[name], AUTHORITY_KEY.public),
+        ChargedTraining(
+            study,
+            name,
+            workload or ArithmeticSilo(name, private, name in fails, norms and norms[name]),
+            SiloStore(home),
+            Ledger(home / "ledger.sqlite", name),
+            progress=progress,
+            budget=None if budget is None else Budget(*budget),
+        ),
+        silo_record(name),
+        clock=clock,
     )

@@ -135,7 +135,7 @@ def test_a_silo_refuses_a_clip_norm_that_no_counts_could_have_led_to(tmp_path):
         refusal = reply_to(silo, begin(round_, wrong))
         assert isinstance(refusal, Refused)
         assert "sent clip norm" in refusal.message
-    assert silo._workload.trained == []
+    assert silo.training.workload.trained == []
     assert isinstance(reply_to(silo, begin(1, 2.0 * step)), Trained)
     second = reply_to(silo, begin(1, 2.0, attempt=1))
     assert "second global model for round 2" in second.message

@@ -18,11 +18,12 @@ from securefedcollm.errors import BudgetExceeded, ConfigError, StateError
 from securefedcollm.evidence.ledger import LoggedLedger
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation import consent, roles
+from securefedcollm.federation.charged import ChargedTraining
 from securefedcollm.federation.cotuning import SiloTuning, contents_of
 from securefedcollm.federation.dealing import read_records
 from securefedcollm.federation.files import make_directory
 from securefedcollm.federation.messages import Refused, Trained
-from securefedcollm.federation.silo import SiloSession
+from securefedcollm.federation.silo import Seat, SiloSession
 from securefedcollm.federation.silostore import SiloStore, SumMemory
 from securefedcollm.federation.workload import silent
 from securefedcollm.privacy.accounting import calibrate
@@ -75,16 +76,12 @@ def a_study(name="first", **changes):
 
 
 def session(study, path, home):
+    store = SiloStore(home / study.digest.hex()[:12])
+    ledger = Ledger(home / "ledger.sqlite", "silo-1")
     return SiloSession(
-        study=study,
-        name="silo-1",
-        roster=ROSTER,
-        key=KEYS["silo-1"],
-        workload=FileSilo(study, path),
-        store=SiloStore(home / study.digest.hex()[:12]),
-        evidence=silo_record("silo-1"),
-        ledger=Ledger(home / "ledger.sqlite", "silo-1"),
-        progress=silent,
+        Seat(study, "silo-1", ROSTER, KEYS["silo-1"]),
+        ChargedTraining(study, "silo-1", FileSilo(study, path), store, ledger),
+        silo_record("silo-1"),
     )
 
 
@@ -140,7 +137,7 @@ def test_after_the_budget_is_spent_no_study_and_no_edit_of_the_file_brings_it_ba
     path = write(spent / "again.jsonl", edit(ROWS))
     silo = session(a_study(**changes), path, spent)
     assert isinstance(reply_to(silo, begin(ROUNDS - 1)), Refused)  # the least that it could ask
-    assert silo._workload.trained == []
+    assert silo.training.workload.trained == []
     assert re.search(r"[0-9.]+ is left", caplog.text), caplog.text
 
 

@@ -22,6 +22,7 @@ from securefedcollm_audits.verify import verify
 from securefedcollm.aggregation import Roster
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation import roles
+from securefedcollm.federation.charged import ChargedTraining
 from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.engines.door import Door, Wire
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
@@ -42,7 +43,7 @@ from securefedcollm.federation.engines.flare.processes import (
 from securefedcollm.federation.engines.link import SiloInbox, answer_calls
 from securefedcollm.federation.engines.requests import Followed, check_header, sign_request
 from securefedcollm.federation.runstore import RunStore
-from securefedcollm.federation.silo import SiloSession
+from securefedcollm.federation.silo import Seat, SiloSession
 from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.federation.workload import silent
 from securefedcollm.primitives import SigningKey
@@ -182,15 +183,14 @@ def calm_run(study, directory) -> np.ndarray:
     roster = Roster({name: KEYS[name].public for name in SILOS})
 
     def silo(name, progress):
+        store, ledger = (
+            SiloStore(directory / name),
+            Ledger(directory / name / "ledger.sqlite", name),
+        )
         return SiloSession(
-            study=study,
-            name=name,
-            roster=roster,
-            key=KEYS[name],
-            workload=ArithmeticSilo(name),
-            store=SiloStore(directory / name),
-            evidence=silo_record(name),
-            ledger=Ledger(directory / name / "ledger.sqlite", name),
+            Seat(study, name, roster, KEYS[name]),
+            ChargedTraining(study, name, ArithmeticSilo(name), store, ledger),
+            silo_record(name),
         )
 
     workload = ArithmeticServer()

@@ -175,7 +175,7 @@ def test_a_silo_takes_no_step_beyond_the_study_and_none_twice(tmp_path, caplog):
     second = reply_to(silo, begin(1, attempt=1, model=1.0))
     assert isinstance(second, Refused)
     assert "second global model for round 1, step 2" in second.message
-    assert silo._workload.trained == [0]
+    assert silo.training.workload.trained == [0]
 
 
 def test_a_run_that_the_budget_cannot_see_through_is_refused_in_steps(tmp_path, caplog):
@@ -183,9 +183,9 @@ def test_a_run_that_the_budget_cannot_see_through_is_refused_in_steps(tmp_path, 
     silo = make_silo("silo-1", silent, study=study(), directory=tmp_path, private=False)
     earlier = [Gaussian(1.5)]
     with Ledger(tmp_path / "silo-1" / "ledger.sqlite", "silo-1") as ledger:
-        ledger.reserve(silo._workload.dataset, "record", "run", 0, 0, earlier, (8.0, 1e-5))
+        ledger.reserve(silo.training.workload.dataset, "record", "run", 0, 0, earlier, (8.0, 1e-5))
     assert isinstance(reply_to(silo, begin(0)), Refused)
-    assert silo._workload.trained == []
+    assert silo.training.workload.trained == []
     assert "the 6 steps of this run would bring it to" in caplog.text
 
 

@@ -385,7 +385,7 @@ def test_two_studies_share_nothing_but_the_ledger(tmp_path):
     for seed in (1, 2):
         silo = make_silo("silo-1", silent, study=make_study(seed=seed), directory=tmp_path)
         assert isinstance(reply_to(silo, begin()), Trained)
-        assert silo._workload.trained == [0]  # trained afresh, and charged
+        assert silo.training.workload.trained == [0]  # trained afresh, and charged
     assert spent_by(tmp_path, "silo-1") == [(0, 0, "settled")] * 2
 
 
@@ -430,7 +430,7 @@ def test_a_budget_that_is_used_up_stops_the_training_and_only_the_silo_knows_why
     assert isinstance(refusal, Refused)
     assert refusal.message == "this silo cannot take part"
     assert "ε" in caplog.text
-    assert silo._workload.trained == []
+    assert silo.training.workload.trained == []
     assert spent_by(tmp_path, "silo-1") == []
 
 
@@ -448,7 +448,7 @@ def test_a_run_that_the_budget_cannot_see_through_is_not_begun(tmp_path, caplog)
     assert not re.search(r"ε|budget|left|\d", refusal.message + refusal.hint)
     assert "the 3 rounds of this run would bring it to" in caplog.text
     assert "3.000 is left" in caplog.text
-    assert silo._workload.trained == []
+    assert silo.training.workload.trained == []
     assert [key for key in spent_by(tmp_path, "silo-1") if key[2] != "reserved"] == []
 
 

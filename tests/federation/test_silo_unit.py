@@ -18,6 +18,7 @@ from securefedcollm.federation.messages import (
     encode,
 )
 from securefedcollm.federation.plan import silo_unit
+from securefedcollm.federation.silo import Clock
 from securefedcollm.federation.silostore import SiloStore, SumMemory
 from securefedcollm.federation.workload import silent
 from securefedcollm.privacy.adversaries import per_adversary
@@ -222,8 +223,8 @@ class Breaks(ArithmeticSilo):
 
 def test_a_training_that_breaks_is_charged_and_says_nothing(tmp_path):
     """Adversary: as below, of a silo that notices nothing until its process is gone."""
-    silo = make_silo("silo-1", silent, study=make_study(), directory=tmp_path)
-    silo._workload = Breaks("silo-1", fails=True)
+    breaks = Breaks("silo-1", fails=True)
+    silo = make_silo("silo-1", silent, study=make_study(), directory=tmp_path, workload=breaks)
     refusal = reply_to(silo, begin())
     assert (refusal.message, refusal.kind) == ("this silo cannot take part", "Refused")
     with Ledger(tmp_path / "silo-1" / "ledger.sqlite", "silo-1") as ledger:
@@ -238,8 +239,8 @@ def test_whether_training_failed_is_no_answer_without_noise(tmp_path, caplog, ki
     answers, vectors_ = set(), {True: [], False: []}
     for i in range(8):
         fails, home = i % 2 == 1, tmp_path / str(i)
-        silo = make_silo("silo-1", silent, study=study(), directory=home, private=False)
-        silo._workload = kind("silo-1", private=False, fails=fails)
+        workload = kind("silo-1", private=False, fails=fails)
+        silo = make_silo("silo-1", silent, study=study(), directory=home, workload=workload)
         reply = silo.step(begin())
         answers.add((type(decode_reply(reply, "silo-1")), len(reply)))
         (path,) = (home / "silo-1").glob("update-*.npy")
@@ -255,14 +256,13 @@ def test_whether_training_failed_is_no_answer_without_noise(tmp_path, caplog, ki
 def test_answers_leave_at_the_end_of_a_slot(tmp_path):
     """Adversary: a server that measures how long a silo trains."""
     made = study(local={"steps": 5, "batch_size": 10, "learning_rate": 0.01, "reply_slot": 60.0})
-    silo = make_silo("silo-1", silent, study=made, directory=tmp_path, private=False)
+    taken = [(12.5, 47.5), (59.0, 1.0), (61.0, 59.0)]
+    times = iter([at for took, _ in taken for at in (100.0, 100.0 + took)] + [0.0, 3.0])
     waited: list[float] = []
-    silo._wait = waited.append
-    for round_, (took, rest) in enumerate([(12.5, 47.5), (59.0, 1.0), (61.0, 59.0)]):
-        times = iter([100.0, 100.0 + took])
-        silo._now = lambda times=times: next(times)
+    clock = Clock(times.__next__, waited.append)
+    silo = make_silo("silo-1", silent, study=made, directory=tmp_path, private=False, clock=clock)
+    for round_, (_, rest) in enumerate(taken):
         silo.step(begin(round_))
         assert waited.pop() == pytest.approx(rest)
-    silo._now = iter([0.0, 3.0]).__next__
     assert isinstance(reply_to(silo, begin(0)), Refused)  # a refusal takes as long
     assert waited == [57.0]

@@ -1,0 +1,265 @@
+"""What of a silo's training is charged, when, and to which records.
+
+Adversary: the server, which chooses when to ask, with which adapter, and when a process dies. The
+silo reserves privacy budget before it trains and marks it released before a first byte can leave;
+a training that fails is charged; a finished update is kept, so that a crash costs neither the work
+nor the budget a second time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from securefedcollm.errors import SecureFedCoLLMError, StateError, TrainingError
+from securefedcollm.federation.plan import quantiser, round_of, sum_name
+from securefedcollm.federation.samedata import pin_data, require_same_data
+from securefedcollm.federation.silostore import Mark, SiloStore, SumMemory
+from securefedcollm.federation.workload import Progress, SiloWorkload, Vector, silent
+from securefedcollm.primitives import sha256
+from securefedcollm.privacy.events import Event
+from securefedcollm.privacy.identities import Records
+from securefedcollm.privacy.joint import JointStep
+from securefedcollm.privacy.ledger import Budget, Key, Ledger, Reservation
+from securefedcollm.privacy.noise import NoiseSource
+from securefedcollm.privacy.quantise import Integers
+from securefedcollm.privacy.silo_unit import SiloUnit, with_survivors
+from securefedcollm.study import Study
+
+log = logging.getLogger(__name__)
+
+
+class ChargedTraining:
+    """One silo's training in one study, its finished updates and its privacy ledger."""
+
+    def __init__(
+        self,
+        study: Study,
+        name: str,
+        workload: SiloWorkload,
+        store: SiloStore,
+        ledger: Ledger,
+        *,
+        progress: Progress = silent,
+        budget: Budget | None = None,
+    ) -> None:
+        """
+        Args:
+            budget: this silo's own limit for its records, all studies together; by default what
+                its ledger has pinned, or else the study's.
+
+        Raises:
+            ConfigError: the run began with other records.
+        """
+        self._study, self._name = study, name
+        self.workload, self.store = workload, store
+        self._ledger = ledger
+        self._progress = progress
+        self._budget = budget
+        require_same_data(store, ledger, study, name, workload.dataset)
+
+    def pin_data(self) -> None:
+        """From here on the run has these records. Raises as the class."""
+        pin_data(self.store, self._ledger, self._study, self._name, self.workload.dataset)
+
+    def values(self, sum_: int) -> int:
+        """Length d of the update that enters this sum."""
+        return self.workload.update_size(round_of(self._study, sum_))
+
+    def marks(self, scope: bytes) -> list[Mark]:
+        """The newest sum of this run in the privacy ledger, which is of all studies."""
+        sums = [e.key.round for e in self._ledger.entries() if e.key.run == scope.hex()]
+        return [Mark("privacy ledger", max(sums), 1)] if sums else []
+
+    def update(
+        self, scope: bytes, round_: int, adapter: Vector, unit: SiloUnit | JointStep | None
+    ) -> Integers:
+        """This round's integers, [values]: from disk if finished, else trained now.
+
+        The stored update was charged when it was first released, and releasing the same value
+        again costs nothing. It is bound to its charge by its hash, so that no other value goes out
+        under it: not that of a second process, nor of a training that was never charged.
+
+        Raises:
+            BudgetExceeded: the round, or at a run's first the run, does not fit; nothing was
+                trained.
+            StateError: the update that was released is lost; this silo sits the round out.
+        """
+        training = self.store.failed_trainings(scope, round_)
+        finished = self.store.load_update(scope, round_, training)
+        events = (unit.event(),) if unit else tuple(self.workload.events())
+        if not events:
+            if finished is None:
+                finished = self._train(scope, round_, training, adapter, unit)
+            return finished
+        released = self.store.recorded(_release_key(scope, round_, training))
+        state = self._state(scope, round_, training)
+        if released is None and state not in {None, "reserved"}:  # charged, then it failed
+            training = self.store.count_failed_training(scope, round_)
+            finished = state = None
+        if state in {None, "reserved"}:
+            reservation = self._reserve(scope, round_, training, events)
+            if finished is None:
+                finished = self._train_charged(reservation, events, scope, round_, adapter, unit)
+            released = self.store.record(
+                _release_key(scope, round_, training), sha256(finished.data)
+            )
+            self._ledger.release(reservation)
+            if unit is None:  # else what it cost depends on the sum: _settle_before
+                self._ledger.settle(reservation, events)
+        if finished is None or released != sha256(finished.data):
+            raise StateError(
+                f"the update of {sum_name(self._study, round_)}, which was released, is lost",
+                hint="this silo sits the round out; it takes part again in the next",
+            )
+        return finished
+
+    def _train_charged(
+        self,
+        reservation: Reservation,
+        events: Sequence[Event],
+        scope: bytes,
+        round_: int,
+        adapter: Vector,
+        unit: SiloUnit | JointStep | None,
+    ) -> Integers:
+        """Train; a failure is charged before it is answered.
+
+        Adversary: a server whose adapter makes training fail on certain records only. That it
+        failed is then a release; uncharged, it could be asked for again and again.
+        """
+        try:
+            return self._train(scope, round_, reservation.key.attempt, adapter, unit)
+        except Exception as error:
+            self._ledger.release(reservation)
+            self._ledger.settle(reservation, events)
+            self.store.count_failed_training(scope, round_)
+            if isinstance(error, SecureFedCoLLMError):
+                raise
+            # A process that dies is an answer too: this one gets the constant text.
+            log.exception("%s: training failed", self._name)
+            raise TrainingError(f"training failed ({type(error).__name__})") from error
+
+    def _train(
+        self,
+        scope: bytes,
+        round_: int,
+        training: int,
+        adapter: Vector,
+        unit: SiloUnit | JointStep | None,
+    ) -> Integers:
+        if isinstance(unit, JointStep):
+            at = round_of(self._study, round_)
+            gradients = self.workload.gradients(adapter, at, unit.sampling_rate)
+            noised = unit.protect(gradients, NoiseSource())
+            self.store.save_update(scope, round_, training, noised)
+            return noised
+        update = self._fit(adapter, round_, unit)
+        expected = self.workload.update_size(round_)
+        if update.shape != (expected,) or not np.isfinite(update).all():
+            raise TrainingError(
+                f"round {round_ + 1} made an update that is not finite",
+                hint="lower local.learning_rate",
+            )
+        integers: Integers
+        if unit is None:
+            self._compare_with_clip(update, round_)
+        if unit is None and self._study.scheme == "masking":
+            integers = quantiser(self._study, expected).encode_narrow(update)
+        elif unit is None:
+            integers = quantiser(self._study, expected).encode(update).integers
+        else:  # noised once: an attempt that is repeated repeats the noise
+            integers = unit.protect(update, NoiseSource())
+        self.store.save_update(scope, round_, training, integers)
+        return integers
+
+    def _fit(self, adapter: Vector, round_: int, unit: SiloUnit | None) -> Vector:
+        """The update; under ``unit: silo`` one that cannot be made is zero.
+
+        Adversary: a server whose adapter makes training fail on certain records only. Where the
+        whole update is the unit, nothing in the training is noised: whether it failed would be an
+        answer without noise. So the silo contributes zero and its noise, and tells its operator.
+        """
+        try:
+            update = self.workload.fit(adapter, round_, self._progress)
+            if unit is None or np.isfinite(update).all():
+                return update
+            why = "the update is not finite"
+        except Exception as error:  # whatever a record made fail
+            if unit is None:
+                raise
+            why = str(error)
+        log.error("%s: round %d: %s; it contributes noise only", self._name, round_ + 1, why)
+        return np.zeros(self.workload.update_size(round_), dtype=np.float32)
+
+    def _compare_with_clip(self, update: Vector, round_: int) -> None:
+        """Tell this silo's operator, and nobody else, what the clip takes away."""
+        norm, most = float(np.linalg.norm(update)), self._study.aggregation.clip_norm
+        if norm > most:
+            log.warning(
+                "%s: round %d: the update is scaled down to %.0f %% (its norm is %.3g, "
+                "aggregation.clip_norm %g): agree on a larger clip norm, or on less tuning; "
+                "`securefedcollm study check CONFIG --propose-clip` proposes one from public rows",
+                *(self._name, round_ + 1, 100 * most / norm, norm, most),
+            )
+
+    def settle_before(self, scope: bytes, round_: int) -> None:
+        """Settle the sums of rounds before ``round_``, which can no longer be opened otherwise.
+
+        Adversary: a server that opens a sum of few survivors, with as few noise shares, after it
+        had this silo agree to many. A round is settled with the survivors that this silo opened if
+        its update went into one attempt only, and into no later one: it has entered ``round_``.
+        Otherwise the worst case stays charged.
+        """
+        for entry in self._ledger.entries():
+            if entry.key.run != scope.hex() or entry.key.round >= round_:
+                continue
+            released = _release_key(scope, entry.key.round, entry.key.attempt)
+            if entry.state != "released" or self.store.recorded(released) is None:
+                continue  # settled, or a training that failed and gave no vector
+            survivors = SumMemory(self.store, scope, entry.key.round).survivors()
+            if survivors is not None:
+                settled = [with_survivors(event, survivors) for event in entry.reserved]
+                self._ledger.settle(Reservation(entry.key, entry.reserved, entry.row), settled)
+
+    def _entry(self, scope: bytes, round_: int, training: int) -> Key:
+        unit = self._study.privacy.unit if self._study.privacy else ""
+        return Key(self.workload.dataset, unit, scope.hex(), round_, training)
+
+    def _state(self, scope: bytes, round_: int, training: int) -> str | None:
+        """What the ledger says about a training; None if it has no entry."""
+        key = self._entry(scope, round_, training)
+        return next((e.state for e in self._ledger.entries() if e.key == key), None)
+
+    def _reserve(
+        self, scope: bytes, round_: int, training: int, events: Sequence[Event]
+    ) -> Reservation:
+        privacy = self._study.privacy
+        assert privacy is not None  # only a study with privacy has events
+        key = self._entry(scope, round_, training)
+        claim = (privacy.epsilon, privacy.delta)
+        whose: Any = {
+            "records": self._records,
+            "study": self._study.digest.hex(),
+            "limit": self._budget,
+        }
+        if all(entry.key.run != key.run for entry in self._ledger.entries()):
+            # A run that the budget cannot see through to its end is not begun.
+            rounds = self._study.sums - round_
+            what = "steps" if self._study.joint else "rounds"
+            self._ledger.foresee(key.dataset, key.unit, events, rounds, claim, what, **whose)
+        return self._ledger.reserve(*key, events, claim, **whose)
+
+    @cached_property
+    def _records(self) -> Records:
+        """The records that this silo's budget is about."""
+        work = self.workload
+        return self._ledger.identify(work.contents(), column=self._study.subject, also=work.also)
+
+
+def _release_key(scope: bytes, round_: int, training: int) -> bytes:
+    return b"released:" + scope[:16] + round_.to_bytes(4, "big") + training.to_bytes(4, "big")
