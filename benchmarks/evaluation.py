@@ -25,7 +25,8 @@ from torch import Tensor
 
 from benchmarks._machine import machine
 from securefedcollm.tuning.models import load_model
-from securefedcollm.tuning.questions import Question, by_length, choice_scores, encode
+from securefedcollm.tuning.question import Question
+from securefedcollm.tuning.questions import by_length, choice_scores, encode
 from securefedcollm.tuning.recipe import inference_mode
 from securefedcollm.tuning.smollm2 import healing_text
 

@@ -54,12 +54,8 @@ from securefedcollm.tuning.plans import (
     Protection,
     TrainPlan,
 )
-from securefedcollm.tuning.questions import (
-    EncodedQuestions,
-    Question,
-    choice_scores,
-    encode,
-)
+from securefedcollm.tuning.question import Question
+from securefedcollm.tuning.questions import EncodedQuestions, choice_scores, encode
 from securefedcollm.tuning.recipe import evaluation_mode, inference_mode
 
 PAGE: Final = Path(__file__).parents[1] / "docs" / "models.md"

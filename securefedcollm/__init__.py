@@ -25,6 +25,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
+from securefedcollm.version import __version__
+
 if TYPE_CHECKING:
     from securefedcollm_audits.verdict import Verdict as Verdict
     from securefedcollm_audits.verify import verify as verify
@@ -42,8 +44,6 @@ if TYPE_CHECKING:
     from securefedcollm.study import Study as Study
     from securefedcollm.study import dump_study as dump_study
     from securefedcollm.study import load_study as load_study
-
-__version__ = "0.1.0"
 
 _DOORS: Final = {
     "BudgetExceeded": "securefedcollm.errors",

@@ -13,10 +13,10 @@ import msgspec
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.evidence.bundle import Bundle
-from securefedcollm_audits.case import Case, count
+from securefedcollm_audits.case import Case, NotCovered, count
 from securefedcollm_audits.checks import ciphertexts, history, logs, rounds
 from securefedcollm_audits.progress import progress
-from securefedcollm_audits.verdict import Check, Faults, NotCovered, Result, Verdict, carry_out
+from securefedcollm_audits.verdict import Check, Faults, Result, Verdict, carry_out
 from securefedcollm_audits.verify import examine
 
 _ACROSS = (

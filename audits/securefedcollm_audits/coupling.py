@@ -44,7 +44,8 @@ from securefedcollm.tuning.per_record import (
     watched,
     without_broken,
 )
-from securefedcollm.tuning.questions import EncodedQuestions, Question, sorted_by_length
+from securefedcollm.tuning.question import Question
+from securefedcollm.tuning.questions import EncodedQuestions, sorted_by_length
 from securefedcollm.tuning.recipe import evaluation_mode
 from securefedcollm_audits.finding import Finding
 

@@ -14,8 +14,8 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.foreign import printable
 from securefedcollm.primitives import KEY_BYTES
 from securefedcollm.study import Study, digest, load_study
-from securefedcollm_audits.case import Case, count
-from securefedcollm_audits.verdict import Check, Faults, NotCovered, Result, carry_out
+from securefedcollm_audits.case import Case, NotCovered, count
+from securefedcollm_audits.verdict import Check, Faults, Result, carry_out
 
 _MOST_NAMES: Final = 8
 

@@ -41,7 +41,8 @@ from securefedcollm.tuning.adapters import AdapterLayout, load_vector
 from securefedcollm.tuning.local import sampled_gradients, train_dp, train_plain
 from securefedcollm.tuning.per_record import watched
 from securefedcollm.tuning.plans import LossPlan, Protection, TrainPlan
-from securefedcollm.tuning.questions import EncodedQuestions, Question
+from securefedcollm.tuning.question import Question
+from securefedcollm.tuning.questions import EncodedQuestions
 from securefedcollm_audits.canaries import masked_sum
 from securefedcollm_audits.cohort import Cohort, Vector
 from securefedcollm_audits.finding import Finding

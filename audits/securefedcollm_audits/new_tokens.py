@@ -31,7 +31,8 @@ from securefedcollm.study.config import Model
 from securefedcollm.tuning.adapters import load_vector
 from securefedcollm.tuning.models import load_model, save_model
 from securefedcollm.tuning.per_record import question_losses
-from securefedcollm.tuning.questions import EncodedQuestions, Question
+from securefedcollm.tuning.question import Question
+from securefedcollm.tuning.questions import EncodedQuestions
 from securefedcollm.tuning.recipe import inference_mode
 from securefedcollm_audits.finding import Finding
 from securefedcollm_audits.lower_bounds import CONFIDENCE, Scores, rate_interval

@@ -35,7 +35,8 @@ from securefedcollm.privacy.events import Event
 from securefedcollm.study import Study
 from securefedcollm.tuning.adapters import load_vector, select
 from securefedcollm.tuning.per_record import per_record_gradients, question_losses, watched
-from securefedcollm.tuning.questions import EncodedQuestions, Question
+from securefedcollm.tuning.question import Question
+from securefedcollm.tuning.questions import EncodedQuestions
 from securefedcollm_audits.finding import Finding, above_claim
 from securefedcollm_audits.lower_bounds import Scores
 from securefedcollm_audits.one_run_bounds import (

@@ -40,6 +40,7 @@ from securefedcollm_audits.checks.budget import Training, trainings
 from securefedcollm_audits.claim import claim, may_end_early
 from securefedcollm_audits.expected import Expected
 from securefedcollm_audits.progress import Header, header, progress
+from securefedcollm_audits.rows import AuditRow, ChargeRow, RoundRow, SiloRow
 from securefedcollm_audits.second_accountant import bracket
 from securefedcollm_audits.utility import Utility, read_utility
 from securefedcollm_audits.verdict import Verdict
@@ -59,73 +60,6 @@ NOT_COVERED = (
     "The timing of a silo's process, and that it took part in a round at all.",
     "What a silo's own staff can see of its own records.",
 )
-
-
-class RoundRow(msgspec.Struct, frozen=True):
-    """One secure sum as the server's log tells it; ``name``: its round, and step if it is one.
-    ``place``: the entry that ends its round."""
-
-    round: int
-    name: str
-    survivors: list[str]
-    dropouts: list[str]
-    agreements: int
-    attempts: int
-    lost: bool
-    witnesses: int
-    opening: str | None
-    sum: str | None
-    place: str | None
-
-
-class ChargeRow(msgspec.Struct, frozen=True):
-    """One training of one silo in its ledger. ``cumulative``: upper bound on ε so far, or None."""
-
-    round: int
-    state: str
-    mechanism: str
-    noise_multiplier: float
-    sensitivity: int | None
-    honest_shares: int | None
-    cumulative: float | None
-    reserved: str | None
-    settled: str | None
-
-
-class SiloRow(msgspec.Struct, frozen=True):
-    """One silo's budget. ``low``, ``high``: the second accountant's bracket of its releases.
-
-    ``claimed`` is all that its ledger counts on these records, ``limit`` what it agreed to for all
-    studies together; ``left``: of that, as far as the log says.
-    """
-
-    name: str
-    claimed: float | None
-    accountant: str
-    limit: float | None
-    left: float | None
-    delta: float | None
-    low: float
-    high: float
-    method: str
-    refusals: int
-    charges: list[ChargeRow]
-    place: str | None
-
-
-class AuditRow(msgspec.Struct, frozen=True):
-    """A privacy audit that a participant wrote down. ``other``: at other settings than the run's;
-    ``claimed``, ``bound``: ε of what was attacked, by the accountant and at least."""
-
-    audit: str
-    setting: str
-    claimed: float | None
-    bound: float | None
-    delta: float
-    held: bool
-    other: bool
-    figures: dict[str, float]
-    place: str
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -185,7 +119,7 @@ def make_report(
             hint="`audit verify` says which entries are wrong",
         ) from None
     if results is not None:
-        utility = read_utility(results, case, report)
+        utility = read_utility(results, case, report.silos)
         report = msgspec.structs.replace(report, utility=utility)
     return report, case
 

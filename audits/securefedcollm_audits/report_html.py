@@ -27,7 +27,8 @@ from securefedcollm_audits import words
 from securefedcollm_audits.case import Case
 from securefedcollm_audits.finding import CAVEAT
 from securefedcollm_audits.plots import advantage_plot, participation_plot, utility_plot
-from securefedcollm_audits.report import AuditRow, Report, RoundRow, SiloRow
+from securefedcollm_audits.report import Report
+from securefedcollm_audits.rows import AuditRow, RoundRow, SiloRow
 from securefedcollm_audits.table import sentence
 
 _PLACE = re.compile(r"^(?P<owner>[^#]{1,64})#(?P<seq>\d+)\b")

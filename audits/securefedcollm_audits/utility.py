@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from securefedcollm.federation.plan import round_of
 
 if TYPE_CHECKING:
     from securefedcollm_audits.case import Case
-    from securefedcollm_audits.report import Report
+    from securefedcollm_audits.rows import SiloRow
 
 
 class Method(msgspec.Struct, frozen=True):
@@ -40,7 +41,7 @@ class Utility(msgspec.Struct, frozen=True):
     course: list[Point]
 
 
-def read_utility(path: Path, case: Case, report: Report) -> Utility:
+def read_utility(path: Path, case: Case, silos: Sequence[SiloRow]) -> Utility:
     """Read ``results.json`` and lay its accuracies beside the evidence's ε.
 
     Raises:
@@ -61,7 +62,7 @@ def read_utility(path: Path, case: Case, report: Report) -> Utility:
         raise ConfigError("is not a run's results", where=str(path), hint=hint) from None
     if not same:
         raise ConfigError("is of another study or run", where=str(path), hint=hint)
-    return Utility(methods, _course(methods, scores, case, report))
+    return Utility(methods, _course(methods, scores, case, silos))
 
 
 def _small(record: dict[str, Any]) -> dict[str, float]:
@@ -73,10 +74,10 @@ def _small(record: dict[str, Any]) -> dict[str, float]:
 
 
 def _course(
-    methods: list[Method], scores: list[dict[str, float]], case: Case, report: Report
+    methods: list[Method], scores: list[dict[str, float]], case: Case, silos: Sequence[SiloRow]
 ) -> list[Point]:
     spent: dict[int, float] = {}
-    for silo in report.silos:
+    for silo in silos:
         for charge in silo.charges:
             if charge.cumulative is not None:
                 at = round_of(case.study, charge.round - 1)

@@ -8,22 +8,16 @@ which counts neither for nor against the run and is said in the table.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from securefedcollm.evidence.entries import Entry
 from securefedcollm.foreign import MOST_MESSAGE, printable
-
-if TYPE_CHECKING:
-    from securefedcollm_audits.case import Case
+from securefedcollm_audits.case import Case, NotCovered
 
 MOST_FAULTS = 20
 """Faults that a check keeps: a forged log can hold one in every entry."""
-
-
-class NotCovered(Exception):  # noqa: N818 - not an error: the bundle is silent on this
-    """Why the bundle says nothing about what a check looks at."""
 
 
 class Faults:

@@ -13,9 +13,9 @@ from typing import Annotated, Final
 
 import typer
 
-from securefedcollm import __version__
 from securefedcollm.errors import SecureFedCoLLMError, StateError
 from securefedcollm.foreign import log_to_stderr
+from securefedcollm.version import __version__
 from securefedcollm_cli import (
     audit,
     budget,

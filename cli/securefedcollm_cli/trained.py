@@ -17,7 +17,7 @@ from securefedcollm_cli.progress import Bars
 if TYPE_CHECKING:
     from securefedcollm.study import Study
     from securefedcollm.tuning.models import LoadedModel
-    from securefedcollm.tuning.questions import Question
+    from securefedcollm.tuning.question import Question
 
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Commit hash of a hub: model (40 digits).")

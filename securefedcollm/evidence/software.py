@@ -12,9 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import securefedcollm
 from securefedcollm.evidence.entries import canonical
 from securefedcollm.primitives import sha256
+from securefedcollm.version import __version__
 
 _NAME = re.compile(r"^[A-Za-z0-9._-]+")
 
@@ -22,7 +22,7 @@ _NAME = re.compile(r"^[A-Za-z0-9._-]+")
 @lru_cache(maxsize=1)
 def code_digest() -> bytes:
     """SHA-256 over (path, content) of every source file of the ``securefedcollm`` package."""
-    root = Path(securefedcollm.__file__).parent
+    root = Path(__file__).parents[1]
     files = sorted(root.rglob("*.py"))
     names = [path.relative_to(root).as_posix().encode() for path in files]
     return sha256(
@@ -41,7 +41,7 @@ def bill_of_materials() -> bytes:
         "bomFormat": "CycloneDX",
         "specVersion": "1.5",
         "version": 1,
-        "metadata": {"component": _component("securefedcollm", securefedcollm.__version__)},
+        "metadata": {"component": _component("securefedcollm", __version__)},
         "components": components,
     }
     return canonical(document)

@@ -25,7 +25,7 @@ from securefedcollm.tuning.choice_distil import predict, teacher_of
 from securefedcollm.tuning.evaluate import Evaluation
 from securefedcollm.tuning.local import train_plain
 from securefedcollm.tuning.plans import TrainPlan
-from securefedcollm.tuning.questions import Question
+from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.recipe import Pace
 
 Answers = dict[str, list[float]]

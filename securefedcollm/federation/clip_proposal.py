@@ -23,7 +23,7 @@ from securefedcollm.federation.feasible import local_event
 from securefedcollm.federation.workload import Progress, silent
 from securefedcollm.privacy.events import PoissonGaussian
 from securefedcollm.study import Study
-from securefedcollm.tuning.questions import Question
+from securefedcollm.tuning.question import Question
 
 _ROOM: Final = 1.5
 """Silos' updates differ, and their records are not the public ones."""

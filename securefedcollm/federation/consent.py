@@ -24,7 +24,7 @@ from securefedcollm.study import Study, digest
 
 if TYPE_CHECKING:
     from securefedcollm.federation.cotuning import SiloTuning
-    from securefedcollm.tuning.questions import Question
+    from securefedcollm.tuning.question import Question
 
 
 @dataclass(frozen=True)

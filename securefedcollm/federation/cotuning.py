@@ -45,7 +45,8 @@ from securefedcollm.tuning.local import (
     train_plain,
 )
 from securefedcollm.tuning.plans import Protection
-from securefedcollm.tuning.questions import EncodedQuestions, Question
+from securefedcollm.tuning.question import Question
+from securefedcollm.tuning.questions import EncodedQuestions
 from securefedcollm.tuning.splits import dataset_fingerprint, record_content
 from securefedcollm.tuning.vocabulary import vocabulary_of
 

@@ -19,7 +19,7 @@ from securefedcollm.study import Study
 from securefedcollm.study.config import Task
 from securefedcollm.tuning.data import read_questions
 from securefedcollm.tuning.formats import Layout
-from securefedcollm.tuning.questions import Question
+from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.splits import SplitPlan, silo_sizes, split_questions, without
 from securefedcollm.tuning.world import FAMILIES, Sizes, World
 

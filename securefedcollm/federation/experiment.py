@@ -24,7 +24,6 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from securefedcollm import __version__
 from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.federation.engines.embedded import process_context
 from securefedcollm.federation.files import make_directory, write_durably
@@ -34,6 +33,7 @@ from securefedcollm.federation.simulate import PRELOAD, Say, Simulation, for_eac
 from securefedcollm.federation.workload import Progress
 from securefedcollm.study import Study, digest, dump_study
 from securefedcollm.study.checks import check
+from securefedcollm.version import __version__
 
 METRICS: Final = ("accuracy", "gold_log_prob")
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
-from securefedcollm import __version__
 from securefedcollm.foreign import printable
 from securefedcollm.study import Study, digest
 from securefedcollm.study.config import Model
 from securefedcollm.tuning.formats import CLASSIFY, QUESTION
 from securefedcollm.tuning.frozen import PMI_PROMPT
 from securefedcollm.tuning.tokenise import INSTRUCTION
+from securefedcollm.version import __version__
 
 FORMAT: Final = "securefedcollm-task-v1"
 CONTRACT: Final = "task.json"

@@ -9,7 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from securefedcollm import __version__
 from securefedcollm.federation.files import write_durably
 from securefedcollm.federation.keeping import BEST, best_round, describe_best
 from securefedcollm.federation.runstore import RunStore
@@ -18,6 +17,7 @@ from securefedcollm.privacy.adversaries import per_adversary
 from securefedcollm.privacy.events import Events
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import Study, digest
+from securefedcollm.version import __version__
 
 T = TypeVar("T")
 

@@ -26,7 +26,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from securefedcollm import __version__
 from securefedcollm.aggregation import Authority, Roster
 from securefedcollm.aggregation.ckks.parameters import DEGREE
 from securefedcollm.errors import ConfigError, StateError, TransportError
@@ -70,10 +69,11 @@ from securefedcollm.privacy.ledger import Budget, Ledger
 from securefedcollm.study import Study, digest, dump_study
 from securefedcollm.study.identity import open_identity, read_identity
 from securefedcollm.study.signing import encode_envelope, require_signed, signatures_path
+from securefedcollm.version import __version__
 
 if TYPE_CHECKING:
     from securefedcollm.federation.cotuning import SiloTuning
-    from securefedcollm.tuning.questions import Question
+    from securefedcollm.tuning.question import Question
 
 _messages = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from securefedcollm.federation.cotuning import SiloTuning
     from securefedcollm.federation.dealing import Files
-    from securefedcollm.tuning.questions import Question
+    from securefedcollm.tuning.question import Question
 
 Say = Callable[[str], None]
 T = TypeVar("T")

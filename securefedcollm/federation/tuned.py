@@ -32,12 +32,8 @@ from securefedcollm.tuning.frozen import with_prefix, with_prior
 from securefedcollm.tuning.head import check_positions, check_vocabulary, device_of, unwrapped
 from securefedcollm.tuning.models import LoadedModel, find_device, load_model
 from securefedcollm.tuning.packing import check_model
-from securefedcollm.tuning.questions import (
-    EncodedQuestions,
-    Question,
-    Scoring,
-    encode,
-)
+from securefedcollm.tuning.question import Question
+from securefedcollm.tuning.questions import EncodedQuestions, Scoring, encode
 
 T = TypeVar("T")
 

@@ -28,8 +28,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from securefedcollm.errors import StateError, TrainingError
 from securefedcollm.tuning import world
-from securefedcollm.tuning.models import quiet_transformers
-from securefedcollm.tuning.recipe import Progress, silent, training_mode
+from securefedcollm.tuning.recipe import Progress, quiet_transformers, silent, training_mode
 
 Role = Literal["llm", "slm"]
 ROLES: Final[tuple[Role, ...]] = ("llm", "slm")

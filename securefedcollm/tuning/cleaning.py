@@ -16,7 +16,7 @@ from securefedcollm.errors import DataError
 from securefedcollm.tuning.content import folded
 from securefedcollm.tuning.data import inspect_rows
 from securefedcollm.tuning.formats import Layout
-from securefedcollm.tuning.questions import Question
+from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.recipe import Progress, silent
 from securefedcollm.tuning.splits import record_id
 from securefedcollm.tuning.tokenise import Kind, tokenise

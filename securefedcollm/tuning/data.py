@@ -16,7 +16,7 @@ from typing import Final, Unpack
 
 from securefedcollm.errors import DataError
 from securefedcollm.tuning.formats import BadField, Format, Layout, format_of, row_of
-from securefedcollm.tuning.questions import Question
+from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.reading import Found, questions_of
 from securefedcollm.tuning.tokenise import Kind
 

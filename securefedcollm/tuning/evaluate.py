@@ -20,10 +20,10 @@ from securefedcollm.tuning.frozen import with_prior
 from securefedcollm.tuning.head import check_positions, check_vocabulary, output_logits
 from securefedcollm.tuning.models import LoadedModel
 from securefedcollm.tuning.packing import check_model
+from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.questions import (
     PLAIN,
     EncodedQuestions,
-    Question,
     Scoring,
     by_length,
     choice_scores,

@@ -30,7 +30,7 @@ from typing import Any, Final, TypedDict
 from securefedcollm.errors import DataError
 from securefedcollm.foreign import decode_json, printable
 from securefedcollm.tuning.content import content_digest, folded, row_digest
-from securefedcollm.tuning.questions import Question
+from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.tokenise import Kind
 
 QUESTION: Final = "Question: {}\nAnswer:"

@@ -19,9 +19,9 @@ from securefedcollm.tuning.independence import bits, proved
 from securefedcollm.tuning.layers import passed_over
 from securefedcollm.tuning.packing import ANY_LENGTH, row_limit
 from securefedcollm.tuning.passes import Widths, one_thread_if, passes, shapes_of, widths_for
+from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.questions import (
     EncodedQuestions,
-    Question,
     by_length,
     choice_scores,
     encode,

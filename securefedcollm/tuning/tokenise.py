@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from securefedcollm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from securefedcollm.tuning.questions import Question
+    from securefedcollm.tuning.question import Question
 
 Kind = Literal["multiple_choice", "classification", "instruction", "text"]
 

@@ -26,7 +26,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.tuning.questions import Question
+from securefedcollm.tuning.question import Question
 
 PUBLIC_SEED: Final = 1
 """Seed of the public knowledge that the built-in models know."""

@@ -23,7 +23,7 @@ from securefedcollm.tuning import local
 from securefedcollm.tuning.adapters import load_vector, select, to_vector
 from securefedcollm.tuning.per_record import Records
 from securefedcollm.tuning.plans import LossPlan
-from securefedcollm.tuning.questions import Question
+from securefedcollm.tuning.question import Question
 
 from .small import small_study
 

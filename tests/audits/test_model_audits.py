@@ -18,7 +18,7 @@ from securefedcollm.aggregation.masking import masks
 from securefedcollm.errors import ConfigError
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.noise import GridSum, NoiseSource, grid_step
-from securefedcollm.tuning.questions import Question
+from securefedcollm.tuning.question import Question
 
 from .small import small_study
 

@@ -11,7 +11,7 @@ import pytest
 from securefedcollm.errors import ConfigError
 from securefedcollm.federation.dealing import deal, noisy_answers
 from securefedcollm.study import load_study
-from securefedcollm.tuning.questions import Question
+from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.world import World
 
 from ..cli.tiny import make_inputs

@@ -20,7 +20,7 @@ pytest.importorskip("nvflare")
 START = """
 import json, os, runpy, signal, socket, subprocess, sys, threading
 from pathlib import Path
-from securefedcollm.federation.engines.flare import processes, sandbox
+from securefedcollm.federation.engines.flare import child, sandbox
 kit, *others = map(Path, sys.argv[1:])
 def probe(*_, **__):
     print("ready", flush=True)
@@ -36,7 +36,7 @@ def run(*words):
 runpy.run_module = probe
 """
 RUN = """
-processes.main(str(os.getppid()), "client", str(kit), "silo-1", "silo_1")
+child.main(str(os.getppid()), "client", str(kit), "silo-1", "silo_1")
 """
 
 try:

@@ -12,7 +12,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from securefedcollm.tuning.questions import EncodedQuestions, Question, encode
+from securefedcollm.tuning.question import Question
+from securefedcollm.tuning.questions import EncodedQuestions, encode
 
 WORDS = [f"w{i}" for i in range(20)]
 

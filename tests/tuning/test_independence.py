@@ -39,7 +39,8 @@ from securefedcollm.tuning.passes import (
 )
 from securefedcollm.tuning.per_record import Records, without_broken
 from securefedcollm.tuning.plans import LossPlan
-from securefedcollm.tuning.questions import EncodedQuestions, Question, Scoring, encode
+from securefedcollm.tuning.question import Question
+from securefedcollm.tuning.questions import EncodedQuestions, Scoring, encode
 from securefedcollm.tuning.recipe import evaluation_mode
 
 LAYERS, TOP, ADAPTERS, WORST, OTHERS = 4, 2, 40, 2, 24

@@ -21,7 +21,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from securefedcollm.errors import DataError
 from securefedcollm.tuning.cleaning import check_file
 from securefedcollm.tuning.data import read_questions, write_questions
-from securefedcollm.tuning.questions import Question
+from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.splits import record_content
 
 WARDS = {"kind": "classification", "labels": ["calm", "urgent"]}

@@ -39,13 +39,8 @@ from securefedcollm.tuning.local import check_records, records_of, train_dp, tra
 from securefedcollm.tuning.packing import ANY_LENGTH, check_model, row_limit
 from securefedcollm.tuning.per_record import question_losses
 from securefedcollm.tuning.plans import LossPlan
-from securefedcollm.tuning.questions import (
-    PLAIN,
-    EncodedQuestions,
-    Question,
-    choice_scores,
-    encode,
-)
+from securefedcollm.tuning.question import Question
+from securefedcollm.tuning.questions import PLAIN, EncodedQuestions, choice_scores, encode
 from securefedcollm.tuning.recipe import evaluation_mode, inference_mode
 from tests.tuning.conftest import WORDS
 from tests.tuning.plans import protection, train_plan

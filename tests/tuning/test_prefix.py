@@ -14,7 +14,8 @@ from securefedcollm.tuning.adapters import attach, layout_of
 from securefedcollm.tuning.frozen import with_prefix
 from securefedcollm.tuning.layers import decoder_layers, passed_over
 from securefedcollm.tuning.local import train_dp, train_plain
-from securefedcollm.tuning.questions import EncodedQuestions, Question, choice_scores, encode
+from securefedcollm.tuning.question import Question
+from securefedcollm.tuning.questions import EncodedQuestions, choice_scores, encode
 
 from .plans import protection, train_plan
 

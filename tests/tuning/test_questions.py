@@ -21,9 +21,9 @@ from transformers import (
 
 from securefedcollm.errors import DataError
 from securefedcollm.tuning.frozen import with_prior
+from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.questions import (
     EncodedQuestions,
-    Question,
     Scoring,
     by_length,
     choice_scores,

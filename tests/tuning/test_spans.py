@@ -25,7 +25,8 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.tuning.adapters import attach, layout_of, load_vector, select
 from securefedcollm.tuning.distil import DistilStep, distil
 from securefedcollm.tuning.plans import DistilLossPlan, DistilPlan
-from securefedcollm.tuning.questions import EncodedQuestions, Question, encode
+from securefedcollm.tuning.question import Question
+from securefedcollm.tuning.questions import EncodedQuestions, encode
 from securefedcollm.tuning.spans import SpanObjective, aligned
 from securefedcollm.tuning.token_distil import TokenObjective
 from securefedcollm.tuning.tokenise import Piece, tokenise

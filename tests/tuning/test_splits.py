@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from securefedcollm.errors import ConfigError, DataError
-from securefedcollm.tuning.questions import Question
+from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.splits import (
     SplitPlan,
     dataset_fingerprint,

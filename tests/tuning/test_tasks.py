@@ -22,7 +22,8 @@ from securefedcollm.tuning.evaluate import evaluate
 from securefedcollm.tuning.local import sampled_gradients, train_dp
 from securefedcollm.tuning.per_record import per_record_gradients, question_losses, watched
 from securefedcollm.tuning.plans import LossPlan
-from securefedcollm.tuning.questions import PLAIN, EncodedQuestions, Question, choice_scores, encode
+from securefedcollm.tuning.question import Question
+from securefedcollm.tuning.questions import PLAIN, EncodedQuestions, choice_scores, encode
 from securefedcollm.tuning.splits import SplitPlan, split_questions
 from securefedcollm.tuning.token_distil import positions_of
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from securefedcollm.tuning.questions import Question, encode
+from securefedcollm.tuning.question import Question
+from securefedcollm.tuning.questions import encode
 from securefedcollm.tuning.world import (
     CONDITIONS,
     CONSORTIUM,

@@ -30,10 +30,10 @@ from securefedcollm.privacy.events import (
 )
 from securefedcollm.study import Study
 from securefedcollm.study.config import Privacy
-from securefedcollm_audits.case import Case, count, of
+from securefedcollm_audits.case import Case, NotCovered, count, of
 from securefedcollm_audits.charged import decode_events
 from securefedcollm_audits.second_accountant import bracket
-from securefedcollm_audits.verdict import Check, Faults, NotCovered
+from securefedcollm_audits.verdict import Check, Faults
 
 _Charge = Reserved | Released | Settled | Voided
 _MAY_FOLLOW: Final[dict[type[_Charge], tuple[type[_Charge] | None, ...]]] = {

@@ -19,8 +19,8 @@ from securefedcollm.evidence.entries import (
 )
 from securefedcollm.federation.plan import AUTHORITY
 from securefedcollm.primitives import verify
-from securefedcollm_audits.case import Case, count, of
-from securefedcollm_audits.verdict import Check, Faults, NotCovered
+from securefedcollm_audits.case import Case, NotCovered, count, of
+from securefedcollm_audits.verdict import Check, Faults
 
 
 def ciphertexts(case: Case, wrong: Faults) -> str:

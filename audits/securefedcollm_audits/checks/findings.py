@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from securefedcollm.evidence.entries import Audited, Entry
-from securefedcollm_audits.case import Case, count, of
+from securefedcollm_audits.case import Case, NotCovered, count, of
 from securefedcollm_audits.checks.budget import TOLERANCE
-from securefedcollm_audits.verdict import Check, Faults, NotCovered
+from securefedcollm_audits.verdict import Check, Faults
 
 
 def audits(case: Case, wrong: Faults) -> str:

@@ -33,8 +33,8 @@ from securefedcollm.evidence.entries import (
 )
 from securefedcollm.evidence.note import origin
 from securefedcollm.federation.plan import sum_name
-from securefedcollm_audits.case import SERVER, Case, count, of
-from securefedcollm_audits.verdict import Check, Faults, NotCovered
+from securefedcollm_audits.case import SERVER, Case, NotCovered, count, of
+from securefedcollm_audits.verdict import Check, Faults
 
 STEP_BACK: Final = 3600
 """Seconds that a clock may be set back while a log is kept."""

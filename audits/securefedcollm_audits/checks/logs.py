@@ -10,8 +10,8 @@ from securefedcollm.evidence.entries import Finished, Opened, Witnessed
 from securefedcollm.evidence.note import Checkpoint, origin
 from securefedcollm.primitives import sha256
 from securefedcollm.study.signing import check_envelope, verify_signatures
-from securefedcollm_audits.case import SERVER, Case, count, of
-from securefedcollm_audits.verdict import Check, Faults, NotCovered
+from securefedcollm_audits.case import SERVER, Case, NotCovered, count, of
+from securefedcollm_audits.verdict import Check, Faults
 
 
 def study_signed(case: Case, wrong: Faults) -> str:

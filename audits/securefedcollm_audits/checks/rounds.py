@@ -24,8 +24,8 @@ from securefedcollm.evidence.entries import (
 from securefedcollm.federation.keeping import BEST, best_of
 from securefedcollm.federation.messages import model_digest_of
 from securefedcollm.primitives import verify
-from securefedcollm_audits.case import Case, count, of
-from securefedcollm_audits.verdict import Check, Faults, NotCovered
+from securefedcollm_audits.case import Case, NotCovered, count, of
+from securefedcollm_audits.verdict import Check, Faults
 
 
 def headers(case: Case, wrong: Faults) -> str:

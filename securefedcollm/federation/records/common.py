@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-from securefedcollm import __version__
 from securefedcollm.aggregation import (
     Roster,
     RoundHeader,
@@ -32,6 +31,7 @@ from securefedcollm.evidence.software import code_digest
 from securefedcollm.federation.plan import AUTHORITY
 from securefedcollm.federation.silostore import Mark
 from securefedcollm.primitives import sha256
+from securefedcollm.version import __version__
 
 _messages = logging.getLogger(__name__)
 

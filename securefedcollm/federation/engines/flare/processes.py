@@ -1,9 +1,6 @@
 """FLARE's own processes, as children of a participant's: they end with it, however it ends.
 
-Run as a module it is the child's first code, and that of the process that FLARE starts for a job:
-
-* ``… .processes PARENT server|client WORKSPACE NAME ORG``
-* ``… .processes PARENT job server|client NAME WORD…``
+:mod:`.child` is the first code in them.
 """
 
 from __future__ import annotations
@@ -14,7 +11,6 @@ import importlib.util
 import logging
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -25,7 +21,6 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from securefedcollm.errors import ConfigError, StateError, TransportError
-from securefedcollm.federation.engines.flare.sandbox import confine, shortcoming
 
 log = logging.getLogger(__name__)
 
@@ -35,24 +30,13 @@ DOOR: Final = "SECUREFEDCOLLM_DOOR"
 _PLACES: Final = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "VIRTUAL_ENV")
 _WORDS: Final = ("LANG", "LC_ALL")
 """What FLARE's process is told of our environment: places and words."""
-_LARGEST_FILE: Final = 256 << 20
-"""Bytes of a file that FLARE writes. Adversary: who fills the disk by way of its logs."""
 _PUT_ASIDE: Final = 64 << 20
 """Bytes of a log with which no process begins."""
 LARGEST_MESSAGE: Final = 16 << 20
 """Bytes of a message to FLARE's processes; a call carries 2 MiB."""
 _LIMITS: Final = {"NVFLARE_STREAMING_MAX_BLOB_SIZE": str(LARGEST_MESSAGE)}
-_HERE: Final = "securefedcollm.federation.engines.flare.processes"
-"""This module; it has another name where it is run."""
+_CHILD: Final = "securefedcollm.federation.engines.flare.child"
 _PR_SET_PDEATHSIG: Final = 1
-_ENTRY: Final = {
-    "server": "nvflare.private.fed.app.server.server_train",
-    "client": "nvflare.private.fed.app.client.client_train",
-}
-_JOB_ENTRY: Final = {
-    "server": "nvflare.private.fed.app.server.runner_process",
-    "client": "nvflare.private.fed.app.client.worker_process",
-}
 
 
 def require_flare() -> None:
@@ -82,7 +66,7 @@ class FlareProcess:
     ) -> None:
         self.workspace = workspace
         self._log = workspace.parent / "flare.log"
-        _put_aside(self._log)
+        put_aside(self._log)
         with _appended(self._log) as output:
             self._process = subprocess.Popen(
                 _command(role, str(workspace), name, org),
@@ -122,7 +106,7 @@ class FlareProcess:
         self.stop()
 
 
-def _put_aside(log_file: Path) -> None:
+def put_aside(log_file: Path) -> None:
     with contextlib.suppress(OSError):  # there is none
         if log_file.lstat().st_size > _PUT_ASIDE:
             log_file.replace(log_file.with_name(f"{log_file.name}.1"))
@@ -162,7 +146,7 @@ def job_environment() -> dict[str, str]:
 
 def _command(*words: str) -> list[str]:
     # -P: the directory that it runs in is no place to import from.
-    return [sys.executable, "-P", "-u", "-m", _HERE, str(os.getpid()), *words]
+    return [sys.executable, "-P", "-u", "-m", _CHILD, str(os.getpid()), *words]
 
 
 def job_command(role: str, name: str, words: list[str]) -> list[str]:
@@ -186,52 +170,3 @@ def end_with(parent: int) -> None:
     if os.getppid() != parent:
         os._exit(1)
     threading.Thread(target=watch, name="parent", daemon=True).start()
-
-
-def main(parent: str, role: str, *words: str) -> None:
-    """Become FLARE's process, or that of a job, as a child of ``parent``."""
-    if role != "job":  # whose process inherits the wall
-        _raise_wall(Path(words[0]))
-    end_with(int(parent))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (_LARGEST_FILE, _LARGEST_FILE))
-    if role == "job":
-        _become_job(*words)
-    else:
-        _become_parent(role, *words)
-
-
-def _raise_wall(kit: Path) -> None:
-    """Before anything of FLARE's is imported, and any thread started: it would stay outside."""
-    try:
-        if lacking := shortcoming():
-            log.warning("%s", lacking)
-        confine(kit)
-    except (OSError, StateError) as error:
-        sys.exit(f"the wall around FLARE's process cannot be raised: {error}")
-
-
-def _become_parent(role: str, workspace: str, name: str, org: str) -> None:
-    _put_aside(Path(workspace) / "audit.log")  # within the wall
-    arguments = ["-m", workspace, "-s", f"fed_{role}.json", "--set", "secure_train=true"]
-    arguments += [f"org={org}", "config_folder="]
-    if role == "client":
-        arguments.insert(5, f"uid={name}")
-    _become(_ENTRY[role], arguments, role, name, job=False)
-
-
-def _become_job(role: str, name: str, *words: str) -> None:
-    _become(_JOB_ENTRY[role], list(words), role, name, job=True)
-
-
-def _become(module: str, arguments: list[str], role: str, name: str, *, job: bool) -> None:
-    import runpy
-
-    from securefedcollm.federation.engines.flare.hardening import strip
-
-    strip(role, name, job=job, largest=LARGEST_MESSAGE)
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

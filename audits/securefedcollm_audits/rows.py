@@ -1,0 +1,72 @@
+"""The report's rows: one for a sum, a training, a silo, an audit."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class RoundRow(msgspec.Struct, frozen=True):
+    """One secure sum as the server's log tells it; ``name``: its round, and step if it is one.
+    ``place``: the entry that ends its round."""
+
+    round: int
+    name: str
+    survivors: list[str]
+    dropouts: list[str]
+    agreements: int
+    attempts: int
+    lost: bool
+    witnesses: int
+    opening: str | None
+    sum: str | None
+    place: str | None
+
+
+class ChargeRow(msgspec.Struct, frozen=True):
+    """One training of one silo in its ledger. ``cumulative``: upper bound on ε so far, or None."""
+
+    round: int
+    state: str
+    mechanism: str
+    noise_multiplier: float
+    sensitivity: int | None
+    honest_shares: int | None
+    cumulative: float | None
+    reserved: str | None
+    settled: str | None
+
+
+class SiloRow(msgspec.Struct, frozen=True):
+    """One silo's budget. ``low``, ``high``: the second accountant's bracket of its releases.
+
+    ``claimed`` is all that its ledger counts on these records, ``limit`` what it agreed to for all
+    studies together; ``left``: of that, as far as the log says.
+    """
+
+    name: str
+    claimed: float | None
+    accountant: str
+    limit: float | None
+    left: float | None
+    delta: float | None
+    low: float
+    high: float
+    method: str
+    refusals: int
+    charges: list[ChargeRow]
+    place: str | None
+
+
+class AuditRow(msgspec.Struct, frozen=True):
+    """A privacy audit that a participant wrote down. ``other``: at other settings than the run's;
+    ``claimed``, ``bound``: ε of what was attacked, by the accountant and at least."""
+
+    audit: str
+    setting: str
+    claimed: float | None
+    bound: float | None
+    delta: float
+    held: bool
+    other: bool
+    figures: dict[str, float]
+    place: str
