@@ -93,7 +93,7 @@ def test_silos_have_names_of_their_own(inputs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "more", "says"),
     [
-        (["a", "b", "c"], BARE, "--silo: 3 silos have a file, the study has 4"),
+        (["a", "b", "c"], BARE, "--silo: 3 silos are named, the study has 4"),
         (["a", "a", "b", "c"], BARE, "--silo: a silo is named twice"),
         (["a", "b", "c", "server"], BARE, "--silo: 'server' is no name"),
         (["a", "b", "c", "D e"], BARE, "--silo: 'D e' is no name"),
