@@ -9,7 +9,7 @@ HASHES ?= $(shell $(PYTHON) -c "import platform as p, sys; print('yes' if (p.sys
 	== ('Linux', 'x86_64') and (3, 11) <= sys.version_info[:2] <= (3, 13) else 'no')")
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check format lock bench docs clean help
+.PHONY: demo test soak check format lock bench docs clean help
 
 help:            ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -18,8 +18,13 @@ demo: $(VENV)/.ready  ## four hospitals co-tune a model, privately, on this mach
 	$(BIN)/securefedcollm simulate configs/quickstart.yaml --out runs/quickstart --overwrite
 
 # By file, in order: what a file's tests share is made once. (pytest 9.2 ignores pytest-xdist's groups.)
-test: $(VENV)/.ready  ## the whole test suite
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test: $(VENV)/.ready  ## the tests, but for those of make soak
+	$(PYTEST) -m "not soak"
+
+soak: $(VENV)/.ready  ## the tests that take minutes: typed pages with real roles, kills, hundreds of releases
+	$(PYTEST) -m soak
 
 check: $(VENV)/.ready  ## lint, format, types, import contracts
 	$(BIN)/ruff check .

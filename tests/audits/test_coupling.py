@@ -101,6 +101,7 @@ def difference(silos: dict[bool, SiloTuning], adapter: Any, records: Any) -> np.
     return apart / max(np.linalg.norm(apart), 1.0)  # zero: a gradient that is not finite
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("mode", ["local", "joint"])
 def test_hundreds_of_releases_at_a_hostile_adapter_prove_no_more_than_is_claimed(

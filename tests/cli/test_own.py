@@ -14,7 +14,7 @@ from .typed import type_page
 
 SILOS = ("nord", "sued", "ost")
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 
 from .typed import type_page
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
 
 def test_the_rehearsal(tmp_path):

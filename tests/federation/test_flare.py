@@ -134,6 +134,7 @@ def finished(process, home: Path) -> None:
     assert process.wait(150) == 0, (home / "driver.log").read_text()[-2000:]
 
 
+@pytest.mark.soak
 def test_a_run_survives_the_death_of_a_silo_and_of_the_server(homes, study_file, tmp_path):
     """Silo 3 is killed between upload and unmasking of round 2, the server in round 3."""
     study = load_study(study_file)
@@ -258,6 +259,7 @@ def said_by(program: str, words: list, directory: Path) -> dict[str, tuple[str, 
     return said
 
 
+@pytest.mark.soak
 def test_a_silo_that_comes_when_all_others_have_left_gets_the_adapter(tmp_path):
     """Silo 3 dies when it is to help to open the only sum; the other two are enough."""
     homes = make_homes(tmp_path)
