@@ -5,6 +5,10 @@ from __future__ import annotations
 import logging
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("house", deadline=None)  # no test asserts how long something takes
+settings.load_profile("house")
 
 
 @pytest.fixture(autouse=True)

@@ -235,7 +235,7 @@ def test_reading_calls_nobody_and_leaves_nothing(
 TEXT = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=8)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     rows=st.lists(
         st.tuples(TEXT, st.lists(TEXT, min_size=2, max_size=5), st.integers(0, 1)),

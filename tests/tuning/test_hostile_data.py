@@ -223,7 +223,7 @@ def test_the_footer_is_read_as_arrow_reads_it(tmp_path: Path) -> None:
     assert [tuple(chunk) for chunk in footer.chunks] == told
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     footer=st.binary(max_size=64) | st.sampled_from([b"\x19\xfc" + b"\xff" * 9, b"\x1c" * 10**4])
 )

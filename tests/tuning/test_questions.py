@@ -123,7 +123,7 @@ questions = st.builds(
 
 
 @pytest.mark.parametrize("family", MODELS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(questions, min_size=1, max_size=5))
 def test_packed_scores_equal_one_forward_per_choice(family: str, batch: list[Question]) -> None:
     with torch.no_grad():

@@ -96,7 +96,7 @@ def text_of(vocabulary: Vocabulary, ids: list[int]) -> bytes:
 ALPHABET = "ab eé東🙂-newspaperthings"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(ALPHABET, min_size=1, max_size=30).map(lambda t: " ".join(t.split())))
 def test_spans_hold_the_same_text_on_both_sides(two: tuple[Any, Any], text: str) -> None:
     if not text:
