@@ -62,11 +62,20 @@ def test_every_link_leads_somewhere(page):
     assert broken(page) == []
 
 
-def test_a_link_that_leads_nowhere_is_found(tmp_path):
-    page = ROOT / "docs" / "index.md"
+def test_a_link_that_leads_nowhere_is_found(monkeypatch):
+    page, ledger = ROOT / "docs" / "index.md", ROOT / "docs" / "privacy.md"
+    lost = ROOT / "docs" / "adr" / "lost.md"
+    lies = "[a](nowhere.md) [b](../privacy.md#the-ledgers) [c](../privacy.md#the-ledger)"
+    monkeypatch.setattr(
+        Path, "read_text", lambda p, **_: lies if p == lost else p.read_bytes().decode()
+    )
+    assert broken(lost) == [
+        "nowhere.md: is not there",
+        "../privacy.md#the-ledgers: no such heading",
+    ]
     assert LINK.findall("[a](b.md#c) [d](#e) [f](https://g.h/i.md)") == [("b.md", "c"), ("", "e")]
-    assert "the-ledger" in anchors(ROOT / "docs" / "privacy.md")
-    assert "the ledger" not in anchors(ROOT / "docs" / "privacy.md")
+    assert "the-ledger" in anchors(ledger)
+    assert "the ledger" not in anchors(ledger)
     assert len(LINK.findall(prose(page))) > 10
 
 

@@ -209,7 +209,7 @@ def _print_plans(plans: list[Plan]) -> None:
         "that is over the largest signal possible; real signal is smaller.[/dim]"
     )
     if not all(option.offered for made in plans for option in made.options):
-        console.print("[dim]*: for comparison; a study cannot ask for it yet.[/dim]")
+        console.print("[dim]*: for comparison; this study cannot ask for it.[/dim]")
 
 
 def _print_choices(epsilon: float, choices: Sequence[JointChoice]) -> None:

@@ -30,6 +30,12 @@ def update_values(study: Study, data: Path | None) -> int:
         ConfigError: the SLM's shape is not known here; give --values.
     """
     kind, _, rest = study.models.slm.source.partition(":")
+    if kind == "own":
+        raise ConfigError(
+            "only the silos' own code knows how many values it tunes",
+            where="models.slm",
+            hint="give --values N",
+        )
     if kind == "builtin":
         config = BUILTIN_SLM
     elif kind == "path" and data is not None:
@@ -49,6 +55,8 @@ def unit_records(study: Study) -> int:
     Raises:
         ConfigError: the study does not say.
     """
+    if study.task.kind == "own":
+        return study.local.batch_size  # the unit is the silo: what it has counts for nothing
     if study.task.data.skew != 1:
         raise ConfigError(
             "with task.data.skew the silos have different numbers of records",
@@ -156,12 +164,12 @@ def plans_of(
         )
     delta = study.privacy.delta if study.privacy else min(1e-5, 0.1 / federation.records)
     targets = epsilon or [study.privacy.epsilon if study.privacy else 0.0]
-    return [planner.plan(federation, target, delta, _offered) for target in targets]
+    own = study.task.kind == "own"
 
+    def offered(unit: str, noise: str) -> bool:
+        return (unit, noise) in PLACEMENTS and (unit == "silo" or not own)
 
-def _offered(unit: str, noise: str) -> bool:
-    """Whether a study can ask for this unit and placement."""
-    return (unit, noise) in PLACEMENTS
+    return [planner.plan(federation, target, delta, offered) for target in targets]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -311,7 +311,7 @@ def _advice(options: tuple[Option, ...]) -> str:
     if dead:
         advice += f"; {dead} would release noise, not a model"
     if ranked[0] is not best:
-        advice += f"; {ranked[0].name} would keep more signal, but no study can ask for it yet"
+        advice += f"; {ranked[0].name} would keep more signal, but this study cannot ask for it"
     return advice
 
 

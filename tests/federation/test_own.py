@@ -25,6 +25,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 LOOP, TRAINER = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 START = {"w": np.zeros(3, np.float32), "b": np.zeros((), np.float32)}
 NAMES = ("north", "south", "west")
+STEP = {"steps": 1, "learning_rate": 0.1}
 SILO_UNIT = {"unit": "silo", "noise": "distributed", "epsilon": 8, "delta": 1e-5, "clip_norm": 1.0}
 
 
@@ -147,6 +148,18 @@ def test_a_trainer_begins_each_round_afresh(tmp_path: Path) -> None:
         ends.append(silo(start, round_))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in start)
     assert not all(torch.equal(ends[0][name], start[name]) for name in start)
+    by_hand = torch.optim.SGD([p for p in trainer.model.parameters() if p.requires_grad], lr=0.1)
+    keeps = Trainer(
+        model=trainer.model,
+        args=trainer.args,
+        train_dataset=trainer.train_dataset,
+        optimizers=(by_hand, None),
+    )
+    kept = SiloTrainer(keeps)
+    for round_ in range(2):  # its schedule begins anew
+        end = kept(start, round_)
+        assert not all(torch.equal(end[name], start[name]) for name in start)
+    assert getattr(keeps.optimizer, "optimizer", keeps.optimizer) is by_hand
     trainer.model.requires_grad_(False)
     with pytest.raises(sfc.ConfigError, match="requires a gradient"):
         SiloTrainer(trainer)
@@ -267,6 +280,16 @@ def test_the_command_line_says_where_such_a_study_runs(tmp_path: Path) -> None:
     told = CliRunner().invoke(app, ["study", "check", str(path)])
     assert "code of their own" in told.output
     assert "rank" not in told.output
+
+
+def test_a_plan_is_of_the_whole_silo_alone() -> None:
+    made = sfc.load_study(study(privacy=SILO_UNIT, local={"batch_size": 32, **STEP}))
+    (plan,) = sfc.plan_budget(made, values=9)
+    assert [option.name for option in plan.options if option.offered] == ["silo/distributed"]
+    assert plan.advice.startswith("take silo/distributed")
+    with pytest.raises(sfc.ConfigError, match="own code knows how many values") as refused:
+        sfc.plan_budget(made)
+    assert "--values" in refused.value.hint
 
 
 def test_tensors_come_back_as_they_were() -> None:
