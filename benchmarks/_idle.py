@@ -26,7 +26,7 @@ class Idle:
     """A silo without records and a server without models: what is left is the overhead."""
 
     base_digest = b"b" * 32
-    dataset = "none"
+    dataset = "00" * 32
     also = ()
 
     def __init__(self, values: int) -> None:
@@ -83,8 +83,8 @@ class Idle:
 
 def idle_session(seat: Seat, values: int, home: Path) -> SiloSession:
     """A silo with nothing to train; everything else is real."""
-    log = EvidenceLog(home / FILE_NAME, study=seat.study.digest, owner=seat.name, key=seat.key)
     store, ledger = SiloStore(home), Ledger(home / "ledger.sqlite", seat.name)
+    log = EvidenceLog(home / FILE_NAME, study=seat.study.digest, owner=seat.name, key=seat.key)
     return SiloSession(
         seat,
         ChargedTraining(seat.study, seat.name, Idle(values), store, ledger),
