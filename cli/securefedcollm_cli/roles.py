@@ -311,12 +311,12 @@ def client(
             measured |= {TRAINING: data} if training_loss else {}
             parts = {TRAINING: consent.taking_part(whole, workload.questions)}
             if not measured:
-                _serve(session, member, kit, largest, bars)
+                serve(session, member, kit, largest, bars)
             else:
                 told = partial(_print_scores, study.rounds, bars, as_json)
                 with HeldOut(member.run, measured, models, told, bars.say, parts) as held_out:
                     port = Undisturbed(session, held_out)
-                    _serve(session, member, kit, largest, bars, idle=held_out.look, port=port)
+                    serve(session, member, kit, largest, bars, idle=held_out.look, port=port)
                     held_out.finish()
     _say_where(member.run, study, as_json)
     _finished(member.run, as_json)
@@ -352,11 +352,11 @@ def authority(
         bars.say(f"study {study.study}, sha256:{member.study.digest.hex()}, signed by all")
         bars.say(f"opens {study.sums} sums, each of at least {study.quorum} silos")
         _confirm(yes)
-        _serve(session, member, kit, roles.LARGEST_TO_AUTHORITY, bars, idle=session.drop_overdue)
+        serve(session, member, kit, roles.LARGEST_TO_AUTHORITY, bars, idle=session.drop_overdue)
     _finished(member.run, as_json)
 
 
-def _serve(
+def serve(
     session: Session,
     member: Member,
     kit: Kit,

@@ -87,7 +87,7 @@ _TOLD: Final = ".told"
 _SESSION: Final = ".session"
 _FOLLOWED: Final = ".followed"
 _PAUSE: Final = 5.0
-_SLACK: Final = 64 << 20
+SLACK: Final = 64 << 20
 """Bytes of a frame besides the adapter: lists and shares of 128 silos, proofs."""
 
 
@@ -502,7 +502,7 @@ def _largest(study: Study, values: int) -> int:
     if ring is not None:
         shape = ring.shape(values, study.silos.colluders)
         polynomials = study.silos.count * max(shape.keys, shape.groups)
-    return _SLACK + 32 * values + 8 * DEGREE * polynomials
+    return SLACK + 32 * values + 8 * DEGREE * polynomials
 
 
 # ---- the authority ----

@@ -17,8 +17,7 @@ from securefedcollm.federation.experiment import Experiment, arms
 from securefedcollm.federation.simulate import Simulation
 from securefedcollm.federation.workload import silent
 from securefedcollm.study import load_study
-
-from .tiny import make_inputs
+from tests.support.inputs import make_inputs
 
 QUICK = ["privacy=none", "rounds=1"]
 

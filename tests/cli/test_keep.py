@@ -14,8 +14,7 @@ from securefedcollm.federation.simulate import Simulation
 from securefedcollm.federation.workload import silent
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import load_study
-
-from .tiny import make_inputs
+from tests.support.inputs import make_inputs
 
 STILL = ["local.learning_rate=1e-6", "distillation.learning_rate_slm=1e-7"]
 """No round is better than the first."""

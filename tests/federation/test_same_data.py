@@ -17,10 +17,8 @@ from securefedcollm.federation.messages import BeginRound, decode_request
 from securefedcollm.federation.workload import silent
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.ledger import Ledger
-
-from .arithmetic import ArithmeticServer, ArithmeticSilo
-from .test_delivery import members_of
-from .test_roles import SILOS
+from tests.support.arithmetic import ArithmeticServer, ArithmeticSilo
+from tests.support.members import SILOS, members_of
 
 
 class Killed(Exception):

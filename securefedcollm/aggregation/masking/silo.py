@@ -75,6 +75,37 @@ class _Secrets:
     """Dealer -> (seed share, mask-key share) that this silo holds."""
 
 
+def check_agreements(
+    agreements: Sequence[Agreement],
+    lists: tuple[tuple[int, ...], tuple[int, ...]],
+    digest: bytes,
+    header: RoundHeader,
+    roster: Roster,
+) -> None:
+    """A threshold of survivors has signed the very lists that this silo did.
+
+    Adversary: a server that shows different silos different lists. t signatures of distinct
+    survivors on exactly these lists exist for one pair of lists only (2t > n + c).
+
+    Args:
+        lists: survivors and dropouts; ``digest`` is theirs.
+    """
+    signers = [agreement.index for agreement in agreements]
+    survivors, threshold = lists[0], header.parameters.threshold
+    if signers != sorted(set(signers)) or not set(signers) <= set(survivors):
+        refuse("sent agreements that are not by distinct survivors", "report the server")
+    if len(signers) < threshold:
+        refuse(
+            f"sent {len(signers)} agreements; {threshold} are needed",
+            "too few silos agree; go on with the next round",
+        )
+    check_signatures(agreements, "agreement", header.digest, roster)
+    for agreement in agreements:
+        if agreement.lists != digest:
+            name = roster.name(agreement.index)
+            refuse(f"showed {name} other lists than this silo", "report the server")
+
+
 class SiloRound:
     """Answers the server's five requests, in order, once each. Not thread-safe.
 
@@ -403,7 +434,9 @@ class SiloRound:
         # one peer's. The lists are those this silo signed, or there is no answer.
         if (opening.survivors, opening.dropouts) != self._lists:
             refuse("asks to open other lists than this silo agreed to", "report the server")
-        self._check_quorum(opening.agreements)
+        check_agreements(
+            opening.agreements, self._lists, self._lists_digest, self._header, self._roster
+        )
         # Adversary: a crash, restart or snapshot between two requests with other lists, and another
         # attempt at the same round, whose sum would differ from this one's by a few silos. Written
         # down before the shares leave: one survivor set per round, for good. The same set in a
@@ -423,24 +456,6 @@ class SiloRound:
             shares=shares,
         )
         return sign(unmask, self._signing_key).encode()
-
-    def _check_quorum(self, agreements: Sequence[Agreement]) -> None:
-        # Adversary: a server that shows different silos different lists. t signatures of distinct
-        # survivors on exactly these lists exist for one pair of lists only (2t > n + c).
-        signers = [agreement.index for agreement in agreements]
-        survivors = self._lists[0]
-        if signers != sorted(set(signers)) or not set(signers) <= set(survivors):
-            refuse("sent agreements that are not by distinct survivors", "report the server")
-        if len(signers) < self._parameters.threshold:
-            refuse(
-                f"sent {len(signers)} agreements; {self._parameters.threshold} are needed",
-                "too few silos agree; go on with the next round",
-            )
-        self._check_signatures(agreements, "agreement")
-        for agreement in agreements:
-            if agreement.lists != self._lists_digest:
-                name = self._roster.name(agreement.index)
-                refuse(f"showed {name} other lists than this silo", "report the server")
 
     # Checks used by several steps -------------------------------------------------------------
 

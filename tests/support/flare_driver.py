@@ -22,8 +22,7 @@ from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
 from securefedcollm.federation.engines.link import answer_calls
 from securefedcollm.federation.workload import silent
 from securefedcollm.study import load_study
-
-from .arithmetic import ArithmeticServer, ArithmeticSilo
+from tests.support.arithmetic import ArithmeticServer, ArithmeticSilo
 
 
 class Workload(ArithmeticSilo):
