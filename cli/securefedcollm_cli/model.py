@@ -127,10 +127,16 @@ def import_(
 
 
 def _english(loaded: Any) -> float:
-    """Perplexity on the Python language reference. One that is too high says a wrong import."""
+    """Perplexity on the Python language reference. Hundreds say that something is wrong."""
+    import torch
+
     from securefedcollm.tuning.prune import perplexity
 
-    return round(perplexity(loaded.model, _windows(None, loaded.tokenizer)[::20][:24]), 2)
+    windows = _windows(None, loaded.tokenizer)[::20][:24]
+    first = loaded.tokenizer("a")["input_ids"][0]
+    if first == loaded.tokenizer.bos_token_id:  # Gemma is lost without it
+        windows = torch.nn.functional.pad(windows, (1, 0), value=first)
+    return round(perplexity(loaded.model, windows), 2)
 
 
 @app.command()
