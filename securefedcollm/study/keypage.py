@@ -25,9 +25,9 @@ def markdown() -> str:
         "given. You may leave out every other key. `securefedcollm study new` writes a study with",
         "these texts as comments.",
         "",
-        "`securefedcollm study keys --markdown` writes this page from the schema. To change a text,",
-        "edit `learning.py`, `protection.py` or `config.py` in `securefedcollm/study/`, then run the",
-        "command again.",
+        "`securefedcollm study keys --markdown` writes this page from the schema. To change a",
+        "text, edit `learning.py`, `protection.py` or `config.py` in `securefedcollm/study/`, then",
+        "run the command again.",
         "",
         *_table([key for key in found if key.depth == 0]),
     ]
