@@ -123,8 +123,9 @@ def compare(
     second: Annotated[Path, typer.Argument(metavar="B", help="Another's, of the same run.")],
     as_json: Json = False,
 ) -> None:
-    """Compare two bundles of one run: did the server tell both participants the same? The exit
-    codes are those of `audit verify`.
+    """Compare two bundles of one run: did the server tell both participants the same?
+
+    The exit codes are those of `audit verify`.
     """
     from securefedcollm_audits.compare import compare as held_together
 
@@ -140,11 +141,14 @@ def merge(
     out: Annotated[Path, typer.Option("--out", metavar="MERGED", help="The bundle to write.")],
     as_json: Json = False,
 ) -> None:
-    """Join several participants' bundles of one run into one, and verify it. Their logs then check
-    each other. The command refuses bundles of different runs, and two different logs that one
-    participant signed. Everybody who gets the joined bundle sees every silo's log in it. The exit
-    codes are those of `audit verify` on the joined bundle; 2 means that the command refused and
-    wrote nothing.
+    """Join several participants' bundles of one run into one, and verify it.
+
+    Their logs then check each other. The command refuses bundles of different runs, and two
+    different logs that one participant signed. Everybody who gets the joined bundle sees every
+    silo's log in it.
+
+    The exit codes are those of `audit verify` on the joined bundle; 2 means that the command
+    refused and wrote nothing.
     """
     from securefedcollm_audits import table
     from securefedcollm_audits.merge import merge as joined

@@ -94,8 +94,9 @@ def set_(
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Pin the budget of this silo's records: a study may ask for less, never for more. If you pin
-    none, the first study pins its own.
+    """Pin the budget of this silo's records: a study may ask for less, never for more.
+
+    If you pin none, the first study pins its own.
     """
     import json
 

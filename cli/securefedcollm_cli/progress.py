@@ -82,8 +82,9 @@ class Bars:
             del self._tasks[text]
 
     def say(self, text: str) -> None:
-        """Print a permanent line. Adversary: a silo or server whose refusal, quoted here, holds
-        markup or escape sequences.
+        """Print a permanent line.
+
+        Adversary: a silo or server whose refusal, quoted here, holds markup or escape sequences.
         """
         if not self._quiet:
             # In a log file a line is a line, however long.

@@ -435,8 +435,9 @@ def _finished(run: Path, as_json: bool) -> None:
 
 
 def _say_where(run: Path, study: Study, as_json: bool) -> None:
-    """Where a silo finds the result. Adversary: a server that ends a run early, or keeps the last
-    adapter to itself.
+    """Where a silo finds the result.
+
+    Adversary: a server that ends a run early, or keeps the last adapter to itself.
     """
     from securefedcollm.federation.roles import ADAPTER, newest_adapter
 

@@ -223,9 +223,10 @@ def deal(
     data: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Deal a study's questions out into the files that real roles read, for a rehearsal. Writes one
-    NAME.jsonl for each silo, public.jsonl and test.jsonl, just as `simulate` deals them. With real
-    data nobody could do this: every silo has its own file.
+    """Deal a study's questions out into the files that real roles read, for a rehearsal.
+
+    Writes one NAME.jsonl for each silo, public.jsonl and test.jsonl, just as `simulate` deals them.
+    With real data nobody could do this: every silo has its own file.
     """
     from securefedcollm.federation.dealing import deal as dealt_out
     from securefedcollm.federation.files import make_directory

@@ -75,11 +75,12 @@ def new(
     delta: Annotated[float, typer.Option(help="Its δ, below 1/records.")] = 1e-5,
     as_json: Json = False,
 ) -> None:
-    """Write a study to start from, with a comment at every key that says what it means. It sets the
-    keys that a study of this kind needs. All others are at their defaults, commented out. Nothing
-    is overwritten. Change the file as you like, and check it.
+    """Write a study to start from, with a comment at every key that says what it means.
 
-    `study new clinic.yaml --model hub:ORG/NAME@COMMIT --task text --joint`
+    It sets the keys that a study of this kind needs. All others are at their defaults, commented
+    out. Nothing is overwritten. Change the file as you like, and check it.
+
+        securefedcollm study new clinic.yaml --model hub:ORG/NAME@COMMIT --task text --joint
     """
     from securefedcollm.study.keypage import commented
     from securefedcollm.study.load import study_from_tree
