@@ -1,4 +1,4 @@
-"""A ledger to read: what is in it, that it verifies, and what records have spent by it."""
+"""The reading side of a ledger: its entries, their verification, and what records have spent."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ _NO_BUDGET: Final = Budget(1e9, 1e-5)
 
 
 def _require_beside_key(path: Path) -> None:
-    """Adversary: whoever removes a spent ledger. The key is made after the file, never before it.
+    """Adversary: somebody who removes a spent ledger. The key is made after the file, never before
+    it.
 
     The check comes before the file is made, so it is the same the next time.
     """
@@ -40,7 +41,7 @@ def _require_beside_key(path: Path) -> None:
 
 
 class SpentSummary(msgspec.Struct, frozen=True):
-    """What a data set and unit have spent."""
+    """The spending of a data set and unit."""
 
     dataset: str
     unit: str
@@ -92,7 +93,7 @@ class Book:
 
         Args:
             fingerprints: of their file, for charges that name no records.
-            besides: leave out what this study (digest, hex) was charged.
+            besides: leave out the charges of this study (digest, hex).
             plus: count these releases of ``unit`` too: what would be spent after them.
             budget: what would be pinned, where nothing is yet.
         """

@@ -56,11 +56,12 @@ def _table(keys: Sequence[Key]) -> Iterator[str]:
 
 
 def commented(tree: Mapping[str, Any], head: str) -> str:
-    """A study in YAML: the keys of ``tree``, every other one commented out, and what all mean.
+    """A study in YAML: the keys of ``tree``, every other key commented out, and the meaning of
+    each.
 
     Args:
         tree: plain values, only those to be written as they are.
-        head: what is said at the top, without comment signs.
+        head: the text at the top, without comment signs.
     """
     lines = [f"# {line}".rstrip() for line in head.splitlines()]
     shown = [key for key in study_keys() if "[]" not in key.path]
