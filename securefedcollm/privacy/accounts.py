@@ -99,8 +99,7 @@ class Overlaps:
         self._parts: dict[tuple[int | None, ...], bool] = {}
 
     def about(self, records: Records | None, fingerprints: Iterable[str]) -> bool:
-        """Whether this is the same file, so that the sets read from the ledger can be used
-        again."""
+        """Whether this is the same file, so that its sets can be used again."""
         return self.records is records and self._fingerprints == frozenset(fingerprints)
 
     def patterns(self, entries: Sequence[Entry]) -> Patterns:
@@ -285,8 +284,7 @@ class _View(NamedTuple):
         return as_seen(events, unit, self.promise._replace(most=k), self.alone)
 
     def draws(self, release: Entry | None, unit: Unit) -> int | None:
-        """The largest number of records that one subject has in the release; None if it is
-        unknown."""
+        """Largest number of records of one subject in the release; None if it is unknown."""
         if self.alone or unit[:2] == self.promise[:2]:
             return 1
         if self.promise.name != "subject" or unit.name == "silo":

@@ -26,8 +26,7 @@ _NO_BUDGET: Final = Budget(1e9, 1e-5)
 
 
 def _require_beside_key(path: Path) -> None:
-    """Adversary: somebody who removes a spent ledger. The key is made after the file, never before
-    it.
+    """Adversary: whoever removes a spent ledger. The key is made after the file, never before it.
 
     The check comes before the file is made, so it is the same the next time.
     """

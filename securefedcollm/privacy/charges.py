@@ -1,5 +1,4 @@
-"""The content of one line of the budget ledger: whom it charges, for what, and under which
-budget."""
+"""One line of the budget ledger: whom it charges, for what, and under which budget."""
 
 from __future__ import annotations
 
@@ -61,8 +60,7 @@ class Unit(NamedTuple):
 
 
 class About(msgspec.Struct, frozen=True):
-    """The content of a charge, apart from its key. Empty in a ledger from before records were
-    known."""
+    """The content of a charge, apart from its key. Empty in a ledger without records."""
 
     records: str = ""
     """SHA-256 (hex) of the set of record identities that it charges."""

@@ -1,5 +1,4 @@
-"""The identities of a file's records, by which the ledger knows them across files, studies and
-formats.
+"""Identities of records, by which the ledger knows them across files, studies and formats.
 
 A record's identity is an HMAC-SHA-256 of its content, cut to 16 bytes, under a random key that is
 stored next to the ledger and never leaves the silo. Without the key a reader of a ledger, or of a
@@ -260,8 +259,7 @@ def read_records(blob: bytes, digest: str) -> Records | None:
 
 
 def _read(ids: Ids) -> Records:
-    """Of [n, identities of each]. Where the ledger knows their subjects, it counts them as these
-    subjects' records."""
+    """Of [n, identities of each], with the subjects' identities where the ledger knows them."""
     rows, whole, owners = [*ids.T, None, None][:3]
     assert rows is not None
     subjects = None if owners is None else np.unique(owners, return_inverse=True)[1]

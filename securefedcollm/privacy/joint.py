@@ -29,8 +29,7 @@ from securefedcollm.privacy.quantise import Floats
 
 
 class JointSetting(NamedTuple):
-    """The parameters that fix the mechanism of a step, except its noise: the same at every
-    participant."""
+    """The mechanism of a step, except its noise: the same at every participant."""
 
     values: int
     """Length d of a gradient."""

@@ -167,8 +167,7 @@ class Journal:
         return Row(seq, body, digest)
 
     def keep(self, name: str, content: Callable[[], bytes]) -> None:
-        """Store the content with this digest; inside :meth:`writing`, with the row that names
-        it."""
+        """Store content under its digest; inside :meth:`writing`, with the row that names it."""
         known = self._db.execute("SELECT 1 FROM kept WHERE name = ?", (name,)).fetchone()
         if known is None:
             self._db.execute("INSERT INTO kept VALUES (?, ?)", (name, content()))
@@ -195,8 +194,7 @@ class Journal:
 
     @staticmethod
     def owner_of(path: Path) -> str | None:
-        """The owner that the file names; None if it has no row. Opening the ledger then verifies
-        that.
+        """The owner that the file names; None if it has no row. Opening the ledger verifies it.
 
         Raises:
             StateError: there is no such file, or it is not a ledger.

@@ -15,8 +15,7 @@ _MOST_STEPS = 4096
 
 
 def reading(account: Account) -> float:
-    """ε of an account's charges and of the asked release: an odometer's, see
-    :func:`filter_epsilon`.
+    """Odometer's ε of an account's charges and a new release; see :func:`filter_epsilon`.
 
     Infinite where a release has no bound.
     """
@@ -104,8 +103,7 @@ def explain_run(
 
 
 def _reading(events: Events, delta: float, limit: float, terms: Terms) -> float:
-    """The value of :func:`filter_epsilon`, or some larger number where it is far beyond the
-    limit."""
+    """The value of :func:`filter_epsilon`, or a larger number far beyond the limit."""
     rough = filter_within(events, delta, limit, terms)
     return rough if hopeless(rough, limit) else filter_epsilon(events, delta, terms).epsilon
 

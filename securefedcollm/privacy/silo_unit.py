@@ -1,5 +1,4 @@
-"""The ``silo`` unit in a round: a whole update goes in, noised integers come out, and a mean comes
-back.
+"""The ``silo`` unit in a round: from a whole update to noised integers, and back to a mean.
 
 One silo is one unit. Its update is clipped to L2 norm C as a whole, quantised with the exact
 integer check of :mod:`.quantise` and given this silo's share of the noise; the server decodes the

@@ -1,5 +1,4 @@
-"""Conditions that a study's fields must satisfy together. Every refusal names the key and the
-fix."""
+"""Conditions on a study's fields together. Every refusal names the key and the fix."""
 
 from __future__ import annotations
 
@@ -91,8 +90,7 @@ def _check_silos(study: Study) -> None:
 
 
 def _check_own(study: Study) -> None:
-    """Own training code: refuse promises that this project cannot make, and keys that it would not
-    read."""
+    """Own training code: refuse impossible promises, and keys that nothing would read."""
     own, source = study.task.kind == "own", study.models.slm.source
     if own != source.startswith("own:"):
         raise ConfigError(

@@ -56,8 +56,7 @@ def _table(keys: Sequence[Key]) -> Iterator[str]:
 
 
 def commented(tree: Mapping[str, Any], head: str) -> str:
-    """A study in YAML: the keys of ``tree``, every other key commented out, and the meaning of
-    each.
+    """A study in YAML: the keys of ``tree``, the others commented out, and every meaning.
 
     Args:
         tree: plain values, only those to be written as they are.
