@@ -1,10 +1,10 @@
 """Protocol audit: malicious servers and silos against the real state machines.
 
-Every case plays one attack and says who refused it and *what the attacker learnt*, as judged by
-:class:`~.spy.Spy` from everything the attacker saw. The server cases up to ``late_upload`` are
-weaknesses that public secure-aggregation code has shipped with. Those called ``authority_…`` are
-about CKKS under an authority's key, ``threshold_…`` about CKKS with a joint one, all others about
-masking.
+Every case plays one attack. It reports which side refused it, and *what the attacker learnt*:
+:class:`~.spy.Spy` judges that from everything the attacker saw. The server cases up to
+``late_upload`` are weaknesses that released public secure-aggregation code had. Those called
+``authority_…`` are about CKKS under an authority's key, ``threshold_…`` about CKKS with a joint
+one, all others about masking.
 """
 
 from __future__ import annotations

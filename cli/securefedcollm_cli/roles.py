@@ -40,9 +40,9 @@ Models = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads for training [every core of this machine].")
 ]
-Yes = Annotated[bool, typer.Option("--yes", help="Do not ask; for unattended machines.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Agree without asking; for unattended machines.")]
 Events = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object a line as things happen.")
+    bool, typer.Option("--json", help="Print one JSON object a line for each event.")
 ]
 
 
@@ -67,17 +67,17 @@ def server(
         typer.Option(
             "--rejoin-wait",
             min=0,
-            help="Seconds to wait for silos that were there and are gone, when too few are left; "
-            "then the run stops, and the same command goes on with it.",
+            help="Seconds to wait for silos that dropped out, when too few are left. Then the "
+            "run stops, and the same command goes on with it.",
         ),
     ] = 3600.0,
     linger: Annotated[
         float,
         typer.Option(
             min=0,
-            help="Seconds to stay when the run is over, for silos that were away at its end: they "
-            "get the last adapter when they come. They are named, and the others may leave. The "
-            "same command, started later, serves them too.",
+            help="Seconds to stay when the run is over, for silos that were away at its end: "
+            "they get the last adapter when they come. The server names them, and the "
+            "others may leave. The same command, started later, serves them too.",
         ),
     ] = 0.0,
     track: Track = None,
@@ -88,9 +88,9 @@ def server(
 ) -> None:
     """Coordinate a signed study over the network, until it is finished.
 
-    Waits for the silos, runs the rounds, distils, and brings every silo the adapter. It may be
-    stopped (Ctrl-C), killed or rebooted at any moment: the same command goes on from the last
-    durable round. Nothing is opened twice.
+    Waits for the silos, runs the rounds, distils, and delivers the adapter to every silo. You may
+    stop it (Ctrl-C), kill it or reboot the machine at any moment: the same command goes on from the
+    last durable round. Nothing is opened twice.
     """
     from securefedcollm.federation import roles
     from securefedcollm.federation.engines.flare.engine import FlareEngine
@@ -152,8 +152,8 @@ def server(
             )
             if late := roles.not_told(member):
                 bars.say(
-                    f"not reached when the run was over: {', '.join(late)}; the same "
-                    "command with --linger SECONDS waits for them, and brings the last adapter"
+                    f"not reached when the run was over: {', '.join(late)}; the same command with "
+                    "--linger SECONDS waits for them, and delivers the last adapter"
                 )
         if as_json:
             typer.echo(json.dumps({"event": "finished", "run": str(member.run)}))
@@ -190,23 +190,27 @@ def report_of(run: Path, as_json: bool) -> None:
 def client(
     config: StudyFile,
     data: Annotated[
-        Path, typer.Option("--data", metavar="FILE", help="Your private questions: stay here.")
+        Path,
+        typer.Option(
+            "--data", metavar="FILE", help="Your private records. They stay on this machine."
+        ),
     ],
     test: Annotated[
         Path | None,
         typer.Option(
             "--test",
             metavar="FILE",
-            help="Your held-out records: shows what every round's model makes of them, here and "
-            "nowhere else [none].",
+            help="Your held-out records. Every round's model is measured on them, and only "
+            "this machine shows the result [none].",
         ),
     ] = None,
     training_loss: Annotated[
         bool,
         typer.Option(
             "--training-loss",
-            help="Also show what every round's model makes of your own records that take part, "
-            "here and nowhere else. With --records skip, those that are left out do not count.",
+            help="Also measure every round's model on your own records that take part; only "
+            "this machine shows the result. Records that --records skip leaves out do not "
+            "count.",
         ),
     ] = False,
     models: Models = None,
@@ -217,23 +221,25 @@ def client(
             "--budget",
             min=0.0,
             metavar="EPSILON",
-            help="Most ε that a record may spend in all studies together: a limit below the pinned "
-            "budget; if nothing is pinned, the budget itself [what is pinned, else the study's].",
+            help="Largest ε that a record may spend in all studies together: a limit below the "
+            "pinned budget or, if none is pinned, the budget itself [the pinned one, else "
+            "the study's].",
         ),
     ] = None,
     records: Annotated[
         Literal["refuse", "skip"],
         typer.Option(
-            help="If some records cannot pay for this study: refuse it, or leave those records out."
+            help="What to do if some records cannot pay for this study: refuse it, or skip "
+            "those records."
         ),
     ] = "refuse",
     without_privacy: Annotated[
         bool,
         typer.Option(
             "--without-privacy",
-            help="Take part in a study without differential privacy although these records have a "
-            "privacy budget. No ε bounds what such a study reveals of them; --yes does not include "
-            "this.",
+            help="Take part in a study without differential privacy although these records "
+            "have a privacy budget. No ε bounds what such a study reveals of them. --yes "
+            "does not include this.",
         ),
     ] = False,
     threads: Threads = None,
@@ -244,11 +250,10 @@ def client(
 ) -> None:
     """Take part in a signed study as a silo, until it is finished.
 
-    Shows what you are about to agree to, and asks. Then it trains when the server asks, and sends
-    nothing but masked or encrypted updates. The adapter that the newest round ended with is in
-    `studies/…/adapters/slm` of your home: `model evaluate|generate|merge --run`. It may be stopped
-    (Ctrl-C), killed or rebooted at any moment; the same command goes on, and pays for nothing
-    twice.
+    Shows the terms, and asks whether you agree. Then it trains when the server asks, and sends only
+    masked or encrypted updates. The newest round's adapter is in `studies/…/adapters/slm` of your
+    home; use it with `model evaluate|generate|merge --run`. You may stop it (Ctrl-C), kill it or
+    reboot the machine at any moment: the same command goes on, and pays for nothing twice.
     """
     from securefedcollm.federation import consent, roles
     from securefedcollm.federation.engines.flare.kit import installed
@@ -280,7 +285,10 @@ def client(
                 study, member.name, data, models, bars.report, device=device
             )
             if test is not None and (both := roles.trained_on(study, test, workload)):
-                bars.say(f"WARNING: {both} records of {test} are training records too: no measure")
+                bars.say(
+                    f"WARNING: {both} records of {test} are training records too, so they "
+                    "measure nothing"
+                )
             of_file, whole = workload.records, workload.questions
             if records == "skip":
                 workload = consent.without_spent(
@@ -331,8 +339,9 @@ def authority(
 ) -> None:
     """Hold the decryption key of a signed study with `key_model: authority`, until it is finished.
 
-    Run it where neither the server nor a silo has a say: at an auditor's. It makes a fresh key for
-    every round and opens one sum a round, of enough silos that signed it; it sees no data.
+    Run it on a machine that neither the server nor a silo controls, such as an auditor's. It makes
+    a fresh key for every round and opens one sum a round, of enough silos that signed it. It sees
+    no data.
     """
     from securefedcollm.federation import roles
     from securefedcollm.federation.engines.flare.kit import installed
@@ -403,7 +412,7 @@ def _say_what_is_lacking(bars: Bars) -> None:
 
 
 class _Leaving:
-    """When to go: the run is over and the server has had the answer, or a minute to fetch it."""
+    """When to leave: the run is over and the server has the answer, or had a minute to fetch it."""
 
     def __init__(self, session: Session, inbox: SiloInbox) -> None:
         self._session, self._inbox = session, inbox
@@ -421,14 +430,14 @@ def _finished(run: Path, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"event": "finished", "run": str(run)}))
     else:
-        typer.echo("finished. Where it stands: securefedcollm status; for an auditor:")
+        typer.echo("finished. To see the run: securefedcollm status. For an auditor:")
         typer.echo(f"  securefedcollm audit bundle {run}")
 
 
 def _say_where(run: Path, study: Study, as_json: bool) -> None:
-    """Where a silo has the result.
+    """Where a silo finds the result.
 
-    Adversary: a server that ends a run before its time, or keeps the last adapter to itself.
+    Adversary: a server that ends a run early, or keeps the last adapter to itself.
     """
     from securefedcollm.federation.roles import ADAPTER, newest_adapter
 
@@ -439,9 +448,9 @@ def _say_where(run: Path, study: Study, as_json: bool) -> None:
         typer.echo(f"the adapter of round {newest} of {rounds}; with it securefedcollm model")
         typer.echo(f"  evaluate|generate|merge --run {run}")
     if newest < rounds:
-        why = f"the server brought no adapter that round {rounds} ended with"
+        why = f"the server delivered no adapter of round {rounds}"
         if newest and study.keep and study.keep.patience:
-            why += "; that the study's patience ended the run shows in the server's evidence alone"
+            why += "; only the server's evidence shows that the study's patience ended the run"
         typer.echo(f"WARNING: {why}", err=True)
 
 
@@ -471,7 +480,7 @@ def _cores() -> int:
 
 
 def _show_terms(terms: Terms, as_json: bool) -> None:
-    """Show what taking part means."""
+    """Show the terms of taking part."""
     if as_json:
         figures = {k: None if v == float("inf") else v for k, v in asdict(terms).items()}
         typer.echo(json.dumps({"event": "terms", **figures}))
@@ -498,7 +507,7 @@ def _reading(terms: Terms) -> dict[str, str]:
     }
     if terms.epsilon is None:
         shown["privacy"] = "none: the tuned adapter may reveal records"
-        shown["budget"] = "nothing is accounted for"
+        shown["budget"] = "the ledger charges nothing"
         if terms.budget is not None:
             shown["budget"] = (
                 f"ε = {terms.budget:g} (δ = {terms.budget_delta:g}) is pinned for every record; "
@@ -542,7 +551,7 @@ def _print_round(record: dict[str, Any], rounds: int, bars: Bars, as_json: bool)
 def _print_scores(
     rounds: int, bars: Bars, as_json: bool, which: str, round_: int, scores: dict[str, Any]
 ) -> None:
-    """What the silo's own records say, for its operator alone."""
+    """The measurement on the silo's own records, for its operator alone."""
     if as_json:
         typer.echo(json.dumps({"event": which, "round": round_, **scores}))
         return
@@ -555,7 +564,7 @@ def _print_scores(
 
 
 def _print_entry(entry: Entry, study: Any, bars: Bars, as_json: bool) -> None:
-    """What the silo's evidence log has just been told, for its operator."""
+    """Show the operator a new entry of the silo's evidence log."""
     from securefedcollm.federation.status import told
 
     if as_json:

@@ -27,7 +27,7 @@ class Step(Enum):
 
 
 class Transition(NamedTuple):
-    """What the server asks in a step, what a silo replies, and the step that follows.
+    """The server's request in a step, a silo's reply, and the step that follows.
 
     Anything else leads to :attr:`Step.FAILED`, for good: a silo goes there at the first frame that
     does not fit, the coordinator when too few silos are left.

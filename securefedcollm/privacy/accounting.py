@@ -7,9 +7,9 @@
 | `zcdp` | dp-accounting  | every event without sampling        | upper bound                 |
 | `prv`  | prv-accountant | as `pld`                            | upper bound, second opinion |
 
-Everything is add/remove ("zero-out") adjacency. What an accountant does not understand it
-refuses: there is no approximation by the nearest known mechanism, and no GDP accountant (it is an
-asymptotic formula, wrong for mixed rounds).
+Everything is add/remove ("zero-out") adjacency. An accountant refuses every event that it does not
+understand: there is no approximation by the nearest known mechanism, and no GDP accountant (it is
+an asymptotic formula, wrong for mixed rounds).
 
 Discrete noise. A sum of integers with a discrete Gaussian satisfies the zCDP of the continuous one
 (Canonne, Kamath and Steinke 2020, Theorem 14). With Poisson sampling it is charged in RDP at
@@ -57,7 +57,7 @@ TIGHT_SHARE: Final = 7 / 8
 """Share of δ that the ledger's tight filter gets; the rest pays for adaptive choices."""
 
 _ORDINARY_DELTA: Final = 1e-6
-"""A δ that studies choose: where this one would do, a refusal is the fault of a smaller δ."""
+"""A δ that studies usually choose. If it would do, a refusal is the fault of a smaller δ."""
 
 _FINE: Final = 1e-4
 _COARSE: Final = 1e-3
@@ -65,7 +65,7 @@ _PRV_EPS_ERROR: Final = 0.01
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """(ε, δ) with the accountant that says so."""
+    """(ε, δ), and the accountant that computed it."""
 
     epsilon: float
     delta: float
@@ -172,14 +172,14 @@ def unpayable(target: float, delta: float, slack: float) -> ConfigError:
     what = f"at ε = {target:g} the samplers' residuals would take all of δ"
     least = 2.0 * _price(slack, target)
     if least <= _ORDINARY_DELTA:
-        hint = f"raise δ above {least:.0e}: it is far below what any number of records needs"
+        hint = f"raise δ above {least:.0e}: no number of records needs the given δ"
         return ConfigError(what, where="privacy.delta", hint=hint)
     # RDP, by which the price is estimated, says half as much again as ε where ε is that large.
     within = math.floor(math.log(max(delta, _ORDINARY_DELTA) / (2.0 * slack)) * 2 / 3)
     return ConfigError(
         what,
         where="privacy.epsilon",
-        hint=f"lower ε, here to {within}; so large an ε promises nothing anyway",
+        hint=f"lower ε, here to {within}; such a large ε promises nothing anyway",
     )
 
 
@@ -189,7 +189,7 @@ def delta_of_slack(events: Sequence[Event], eps: float) -> float:
 
 
 def claim(events: Sequence[Event], delta: float) -> Claim:
-    """The tightest ε that an accountant of this project stands behind.
+    """The tightest ε that an accountant of this project claims.
 
     PLD where it applies, else the smaller of zCDP and RDP. For parameters fixed in advance.
     """

@@ -1,4 +1,4 @@
-"""What a study's fields must satisfy together. Every refusal names the key and the fix."""
+"""Conditions on a study's fields together. Every refusal names the key and the fix."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _check_silos(study: Study) -> None:
     # must remain in it, or the rest is one silo's own.
     if study.minimum - c < 2:
         raise ConfigError(
-            f"a sum over {study.minimum} silos, {c} of them colluding, bares one silo's update",
+            f"a sum over {study.minimum} silos, {c} of them colluding, reveals one silo's update",
             where="silos.minimum",
             hint=f"at least colluders + 2 = {c + 2}",
         )
@@ -90,7 +90,7 @@ def _check_silos(study: Study) -> None:
 
 
 def _check_own(study: Study) -> None:
-    """Code of the participants' own: what this project cannot promise, or would not read."""
+    """Own training code: refuse impossible promises, and keys that nothing would read."""
     own, source = study.task.kind == "own", study.models.slm.source
     if own != source.startswith("own:"):
         raise ConfigError(
@@ -103,7 +103,7 @@ def _check_own(study: Study) -> None:
     # One record's influence is bounded only where this project computes the gradients.
     if study.privacy is not None and study.privacy.unit != "silo":
         raise ConfigError(
-            f"own training cannot promise anything about one {study.privacy.unit}",
+            f"own training code cannot promise anything about one {study.privacy.unit}",
             where="privacy.unit",
             hint="choose unit: silo with noise: distributed, or a kind of task that this project "
             "trains",
@@ -117,7 +117,9 @@ def _check_own(study: Study) -> None:
         ("keep", study.keep is not None),
     ):
         if unread:
-            raise ConfigError("own training has none", where=where, hint="remove it")
+            raise ConfigError(
+                "a study with own training code has none", where=where, hint="remove it"
+            )
 
 
 def _check_ring(study: Study) -> None:
@@ -129,11 +131,11 @@ def _check_ring(study: Study) -> None:
             f"sums and squares of {study.aggregation.value_bits}-bit values of "
             f"{study.silos.count} silos overflow the 64-bit ring",
             where="aggregation.value_bits",
-            hint="lower it; 16 loses nothing that training would notice",
+            hint="lower it; 16 bits lose nothing that training would notice",
         )
     if study.aggregation.key_model == "authority" and study.aggregation.scheme != "ckks":
         raise ConfigError(
-            "only CKKS has a key that an authority could hold",
+            "only CKKS has a key that an authority can hold",
             where="aggregation.key_model",
             hint="add aggregation.scheme: ckks, or remove the key model",
         )
@@ -178,25 +180,27 @@ def _check_privacy(study: Study) -> None:
     if privacy.unit == "silo" and privacy.clip_norm != study.aggregation.clip_norm:
         raise ConfigError(
             f"{privacy.clip_norm:g} and aggregation.clip_norm: {study.aggregation.clip_norm:g} "
-            "bound the same update, a silo's whole one",
+            "bound the same update, a silo's whole update",
             where="privacy.clip_norm",
             hint="give both keys the same value",
         )
 
 
 def _check_subject(study: Study, privacy: Privacy) -> None:
-    """The column that says whose a record is."""
+    """The column that names the subject of a record."""
     if (privacy.unit == "subject") != (privacy.subject is not None):
         missing = privacy.subject is None
         raise ConfigError(
-            "no column says whose a record is" if missing else f"unit: {privacy.unit} needs none",
+            "no column names the subject of a record"
+            if missing
+            else f"unit: {privacy.unit} needs none",
             where="privacy.subject",
             hint="name the column" if missing else "remove it, or choose unit: subject",
         )
     columns = study.task.columns
     if privacy.subject in {columns.get(name, name) for name in _CONTENT[study.task.kind]}:
         raise ConfigError(
-            f"{privacy.subject!r} is what a record says, not whose it is",
+            f"{privacy.subject!r} is the content of a record, not its subject",
             where="privacy.subject",
             hint="name the column with the patient, client or author",
         )
@@ -215,19 +219,19 @@ def _check_steps(study: Study) -> None:
         if not local.steps:
             what, hint = "no steps, and no epochs", "give the steps of a round, or local.epochs"
     elif local.steps:
-        what, hint = "epochs say how long a round is as well", "keep one of steps and epochs"
+        what, hint = "local.epochs also sets the length of a round", "keep one of steps and epochs"
     if what:
         raise ConfigError(what, where="local.steps", hint=hint)
     if local.epochs is not None and privacy is not None and privacy.unit != "silo":
         why = (
             "in joint DP-SGD all silos take every step together"
             if study.joint
-            else "DP-SGD draws every batch anew, with as many steps as the study says"
+            else "DP-SGD draws every batch anew, with the study's number of steps"
         )
         raise ConfigError(
             f"{why}: there are no epochs",
             where="local.epochs",
-            hint="set local.steps; records / batch_size of them are about one epoch",
+            hint="set local.steps; records / batch_size steps are about one epoch",
         )
 
 
@@ -237,14 +241,14 @@ def _check_joint(study: Study) -> None:
         raise ConfigError(
             "joint DP-SGD needs the rate at which records take part in a step",
             where="local.sampling_rate",
-            hint="local.batch_size over the records of all silos together, e.g. 0.02",
+            hint="local.batch_size divided by the records of all silos together, e.g. 0.02",
         )
     if local.sampling_rate is not None and local.batch_size / local.sampling_rate > _MOST_RECORDS:
         raise ConfigError(
             f"an expected batch of {local.batch_size} at rate {local.sampling_rate:g} means "
             f"{local.batch_size / local.sampling_rate:.3g} records in all silos",
             where="local.sampling_rate",
-            hint="local.batch_size over the records of all silos together, e.g. 0.02",
+            hint="local.batch_size divided by the records of all silos together, e.g. 0.02",
         )
     if not study.joint and local.sampling_rate is not None:
         raise ConfigError(
@@ -254,7 +258,7 @@ def _check_joint(study: Study) -> None:
         )
     if study.joint and study.adapter.method == "rolora":
         raise ConfigError(
-            "rolora alternates between matrices from round to round, one optimiser has no place",
+            "rolora alternates between matrices from round to round, so one optimiser does not fit",
             where="adapter.method",
             hint="choose ffa-lora, which is exact under a sum too",
         )
@@ -307,7 +311,7 @@ def _check_data(study: Study) -> None:
 
 
 def check_rows(task: Task) -> None:
-    """Refuse labels, columns or a template that no row could be read by.
+    """Refuse labels, columns or a template with which no row can be read.
 
     Raises:
         ConfigError: for the first one found, with its key path and a hint.
@@ -336,9 +340,9 @@ def check_rows(task: Task) -> None:
     what = hint = ""
     if task.kind not in _FRAMED:
         what = f"kind: {task.kind} has no prompt to frame"
-        hint = "remove it; instructions are put in the tokenizer's chat template"
+        hint = "remove it; instructions use the tokenizer's chat template"
     elif task.template.count("{}") != 1 or len(task.template) > _LONGEST_TEMPLATE:
-        what = "the text's place {} must be there once"
+        what = "it must contain {}, the text's place, exactly once"
         hint = f'e.g. "Note: {{}}\\nDepartment:", of at most {_LONGEST_TEMPLATE} characters'
     elif task.template != task.template.rstrip():
         what = "ends in white space; a choice follows after one space anyway"
@@ -362,7 +366,7 @@ def _check_columns(task: Task) -> None:
         elif called.count(name) > 1:
             what, hint = f"two fields would be read from {name!r}", "give each a column of its own"
         elif name == "prompt" and task.kind in _FRAMED:
-            what = "a column prompt is taken as it stands, without a template"
+            what = "a column prompt is used unchanged, without a template"
             hint = "leave this out, or rename the column in the files"
         if what:
             raise ConfigError(what, where=f"task.columns.{ours}", hint=hint)
@@ -378,7 +382,7 @@ def _check_task(study: Study) -> None:
         )
     if task.data.builtin and (task.columns or task.template):
         raise ConfigError(
-            "the built-in world has columns and a template of its own",
+            "the built-in world has its own columns and template",
             where="task.columns" if task.columns else "task.template",
             hint="remove it, or give files instead of task.data.builtin",
         )
@@ -460,13 +464,13 @@ def _check_distillation(study: Study) -> None:
         )
     if plan.top_k is not None and plan.over == "choices":
         raise ConfigError(
-            "over the choices of a question nothing is left out",
+            "over: choices always keeps all choices of a question",
             where="distillation.top_k",
             hint="remove it, or choose over: answer or over: all",
         )
     if plan.top_k is not None and plan.loss not in {"entropy-pooled", "dual-min-ce"}:
         raise ConfigError(
-            f"loss: {plan.loss} keeps no predictions that could be shortened",
+            f"loss: {plan.loss} keeps no predictions to shorten",
             where="distillation.top_k",
             hint="remove it, or choose loss: entropy-pooled or dual-min-ce",
         )
@@ -490,7 +494,7 @@ def _check_keep(study: Study) -> None:
         )
     if data.train is not None and study.models.llm is not None and keep.rows == data.public:
         raise ConfigError(
-            "all public questions are kept apart, and none is left to distil from",
+            "all public questions are set aside for measuring, and none is left to distil from",
             where="keep.rows",
             hint="lower it, or raise task.data.public",
         )
@@ -513,11 +517,11 @@ def _check_roster(study: Study) -> None:
         raise ConfigError(
             f"{len(silos)} silos are listed, silos.count says {study.silos.count}",
             where="roster",
-            hint="list every silo, or mend silos.count",
+            hint="list every silo, or correct silos.count",
         )
     if sum(p.role == "server" for p in study.roster) != 1:
         raise ConfigError(
-            "exactly one participant has the role server", where="roster", hint="mend the roles"
+            "exactly one participant has the role server", where="roster", hint="correct the roles"
         )
     # The authority's key is on the roster, so that every silo's signature pins it: a server that
     # could name the key holder would name itself.

@@ -278,7 +278,7 @@ def test_the_command_line_says_where_such_a_study_runs(tmp_path: Path) -> None:
         assert isinstance(told.exception, sfc.ConfigError)
         assert "simulate_own" in told.exception.hint
     told = CliRunner().invoke(app, ["study", "check", str(path)])
-    assert "code of their own" in told.output
+    assert "their own code" in told.output
     assert "rank" not in told.output
 
 

@@ -2,9 +2,9 @@
 
 Bonawitz et al., CCS 2017, the variant against an active server, hardened. The adversary is the
 server together with up to c silos. It relays every frame, so it may alter, drop, repeat, delay or
-invent any of them, show different silos different things, crash this process and start it again.
-What it must not get is anything about this silo's vector beyond the sum over at least ``min_silos``
-silos of one agreed survivor set. Every check below says what it is against.
+invent any of them, show different silos different things, crash this process and start it again. It
+must learn nothing about this silo's vector beyond the sum over at least ``min_silos`` silos of one
+agreed survivor set. Every check below names its adversary.
 
 Why one answer per silo is enough: with 2t > n + c, any two sets of t responders have an honest silo
 in common. An honest silo gives one answer per step of an attempt, so t signatures exist for one
@@ -65,7 +65,7 @@ from securefedcollm.primitives import (
 
 @dataclass(repr=False)
 class _Secrets:
-    """Everything that must not outlive the attempt."""
+    """The secrets that must not outlive the attempt."""
 
     buffer: UploadBuffer
     mask_secret: bytes
@@ -84,8 +84,8 @@ class SiloRound:
         name: this silo.
         signing_key: its Ed25519 identity.
         vector: int32 or int64 [d] with abs(q) <= bound; packed at once, not kept.
-        vector_id: 32 bytes that stand for ``vector``: whoever gives the same id in two attempts at
-            a round promises that the vectors are equal, noise included.
+        vector_id: 32 bytes that stand for ``vector``. A caller that gives the same id in two
+            attempts at a round promises that the vectors are equal, noise included.
         journal: durable, shared by every process that may act for this silo.
         random: source of the round's secrets; recorded bytes only in test vectors. Read for the
             mask secret, share secret and seed (32 bytes each), then for the two dealings.

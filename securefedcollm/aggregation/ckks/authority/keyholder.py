@@ -1,22 +1,22 @@
 """The authority's side of one attempt at one round of CKKS aggregation under its own keys.
 
-The authority makes fresh keys for every attempt, and decrypts one sum. It is a party of its own
-(an auditor, say), is sent no first polynomial, and so can read neither a vector nor a sum. Together
-with the server it could open single ciphertexts: that the two do not collude is the assumption of
-this key model, and the reason why the threshold model is the default.
+The authority makes fresh keys for every attempt, and decrypts one sum. It is a separate party, such
+as an auditor. It gets no first polynomial, so it can read neither a vector nor a sum. Together with
+the server it could open single ciphertexts. This key model assumes that the two do not collude, and
+for that reason the threshold model is the default.
 
 The adversary is the server together with up to c silos. It relays and may invent every frame, and
-crash and restart this process. A ciphertext does not say what it is a ciphertext of, so:
+crash and restart this process. A ciphertext does not reveal its content, so:
 
-1. The authority is never given an aggregate. It is given the second polynomials of single
-   ciphertexts, which must hash to what their owners signed under this very key (A1), and adds them
-   up itself: what it decrypts *is* the sum. No linear check, and no report, has to be believed.
+1. The authority never gets an aggregate. It gets the second polynomials of single ciphertexts,
+   which must hash to the digests that their owners signed under this very key (A1), and adds them
+   up itself. So it decrypts exactly the sum. It has to believe no linear check and no report.
 2. Every silo in the sum has signed the list of all committed ciphertexts before its own one left
    (A2). So no ciphertext in the sum was chosen as a function of an honest one ("minus the others").
 3. The sum has a quorum of silos, at least c + 2, of which two are honest.
-4. Every silo encrypts under keys of its own. A colluder can upload anything in the place of a
-   ciphertext, say a constant in the place of c1, and so read the secret that it is multiplied with
-   in the opened sum. It is a secret that nobody else's vector is encrypted under.
+4. Every silo encrypts under keys of its own. A colluder can upload anything instead of a
+   ciphertext, say a constant for c1, and so read in the opened sum the secret that it is
+   multiplied with. Nobody else's vector is encrypted under that secret.
 5. One set of silos a round, whatever the attempt, in a few attempts at most; and in an attempt one
    answer, noise included.
 """
@@ -51,8 +51,8 @@ class CkksAuthorityRound:
     """Answers the server's two requests, in order, once each. Not thread-safe.
 
     Args:
-        header: of this attempt, from the authority's own study. Of model and vector length it knows
-            nothing: those of the header are what every silo in the sum signed.
+        header: of this attempt, from the authority's own study. It knows nothing of model and
+            vector length; every silo in the sum signed those of the header.
         roster: the silos.
         signing_key: the identity that the study names as its authority.
         journal: durable across restarts, and shared by all processes of this authority.
@@ -102,7 +102,7 @@ class CkksAuthorityRound:
 
     @property
     def transcript(self) -> Transcript:
-        """What was opened, once something was."""
+        """What was opened, after an opening."""
         return self._transcript
 
     def __repr__(self) -> str:
@@ -191,7 +191,7 @@ class CkksAuthorityRound:
         """The silos in the sum: enough of them, and each has signed this very list.
 
         Adversary: a server that asks to open one silo's ciphertext, or a few; or one that showed
-        some silos another list, and filled this one when it had seen their ciphertexts.
+        some silos another list, and completed this one after it had seen their ciphertexts.
         """
         survivors = tuple(consent.index for consent in message.consents)
         sealed = [entry.index for entry in message.sealed]

@@ -4,7 +4,7 @@ The adversary is the server together with up to c silos; the authority does not 
 two together could open this silo's ciphertext). The silo checks that the key is the authority's and
 of this very round, commits to its ciphertext before any is shown, and lets it leave for one list of
 commitments. The authority decides which sum is opened (:mod:`~.ckks.authority.keyholder`). Its
-signed word about it comes back here, so that this silo knows how many noise shares are in the sum.
+signed statement comes back here, so that this silo knows how many noise shares are in the sum.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class CkksAuthoritySiloRound:
     The arguments are those of :class:`~.ckks.threshold.silo.CkksSiloRound`, and
 
     Args:
-        authority: who holds the key, from the silo's own study.
+        authority: the key holder, from the silo's own study.
 
     Raises:
         LocalProtocolError: header, roster, identity and vector do not belong together.
@@ -232,7 +232,7 @@ class CkksAuthoritySiloRound:
         return noted.encode()
 
     def _say(self, key: bytes, message: S) -> S:
-        """Sign, and write down what is about to be said in this attempt."""
+        """Sign the coming answer of this attempt, and record it in the journal."""
         signed = sign(message, self._signing_key)
         record_once(
             self._journal,
