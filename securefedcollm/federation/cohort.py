@@ -145,7 +145,7 @@ def _make_party(
     return SiloSession(
         Seat(study, name, roster, key, authority),
         ChargedTraining(study, name, training, SiloStore(home), ledger, progress=progress),
-        SiloRecord(log, name=name, key=key, roster=roster, server=server, authority=authority),
+        SiloRecord(log, key=key, roster=roster, server=server, authority=authority),
         threads=threads,
         explain=True,
     )

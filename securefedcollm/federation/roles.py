@@ -447,7 +447,6 @@ def silo_session(
         ChargedTraining(study, name, workload, store, ledger, progress=progress, budget=budget),
         SiloRecord(
             log,
-            name=name,
             key=member.key,
             roster=member.roster,
             server=member.server,

@@ -102,7 +102,6 @@ def make_silo(name, progress, *, study, directory, fails=()):
         ChargedTraining(study, name, workload, SiloStore(home), ledger, progress=progress),
         SiloRecord(
             log,
-            name=name,
             key=KEYS[name],
             roster=ROSTER,
             server=SERVER_KEY.public,
