@@ -135,6 +135,7 @@ def simulate(
     """
     from securefedcollm.federation.dealing import given_files
     from securefedcollm.federation.simulate import Simulation
+    from securefedcollm.federation.simulation_plan import SimulationPlan
 
     agreed = study if isinstance(study, Study) else load_study(study)
     files = None
@@ -142,19 +143,19 @@ def simulate(
         own = [(name, Path(path)) for name, path in (silos or {}).items()]
         files = given_files(agreed, own, *(None if p is None else Path(p) for p in (public, test)))
     directory = Path(out) if out is not None else Path("runs") / agreed.study
-    results = Simulation(
-        agreed,
+    plan = SimulationPlan(
         out=directory,
         data=None if data is None else Path(data),
         resume=resume,
         overwrite=overwrite,
         baselines=baselines,
         workers=workers,
-        drops=drops,
+        drops=tuple(drops),
         device=device,
         files=files,
         track=track,
-    ).run(progress, lambda text: None)
+    )
+    results = Simulation(agreed, plan).run(progress, lambda text: None)
     return Run(directory, results)
 
 
@@ -198,6 +199,7 @@ def simulate_own(
             whether it failed may depend on its records.
     """
     from securefedcollm.federation import own
+    from securefedcollm.federation.simulation_plan import Place
 
     agreed = study if isinstance(study, Study) else load_study(study)
     directory = Path(out) if out is not None else Path("runs") / agreed.study
@@ -205,11 +207,9 @@ def simulate_own(
         agreed,
         start,
         silos,
+        place=Place(out=directory, resume=resume, overwrite=overwrite),
         evaluate=evaluate,
-        out=directory,
         drops=drops,
-        resume=resume,
-        overwrite=overwrite,
         progress=progress,
     )
     return Run(directory, results)

@@ -52,13 +52,13 @@ def experiment(
     `--set task.data.partition=dirichlet --set task.data.alpha=0.1 --set task.data.skew=8`.
     """
     from securefedcollm.federation.experiment import Experiment
+    from securefedcollm.federation.simulation_plan import ExperimentPlan
     from securefedcollm.study import load_study
     from securefedcollm_cli.progress import Bars
 
     study = load_study(config, overrides or [])
     directory = out or Path("runs") / f"{study.study}-experiment"
-    plan = Experiment(
-        study,
+    plan = ExperimentPlan(
         out=directory,
         seeds=seeds,
         noisy=noisy_silos,
@@ -69,7 +69,7 @@ def experiment(
         device=device,
     )
     with Bars(quiet=as_json) as bars:
-        table = plan.run(bars.report, bars.say)
+        table = Experiment(study, plan).run(bars.report, bars.say)
     if as_json:
         typer.echo(json.dumps(table, indent=2))
     else:

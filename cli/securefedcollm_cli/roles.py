@@ -93,9 +93,10 @@ def server(
     durable round. Nothing is opened twice.
     """
     from securefedcollm.federation import roles
-    from securefedcollm.federation.engines.flare.engine import FlareEngine
+    from securefedcollm.federation.engines.flare.engine import FlareEngine, Kits, Waits
     from securefedcollm.federation.engines.flare.kit import installed
     from securefedcollm.federation.engines.flare.ready import require_free_port
+    from securefedcollm.federation.hooks import Hooks
     from securefedcollm.federation.tracking import require_tracker
     from securefedcollm.study import load_study
     from securefedcollm_cli.progress import Bars
@@ -110,8 +111,8 @@ def server(
     ):
         from securefedcollm.federation import cotuning
 
-        kit, lead = installed(place, member.name), installed(place, member.name, lead=True)
-        require_free_port(kit.workspace)  # before models are loaded
+        kits = Kits(installed(place, member.name), installed(place, member.name, lead=True))
+        require_free_port(kits.server.workspace)  # before models are loaded
         cotuning.set_threads(threads or _cores())
         questions = roles.server_questions(study, public, test)
         workload = cotuning.ServerTuning(
@@ -126,13 +127,10 @@ def server(
         parties = (*member.roster.names, *office)
         with FlareEngine(
             parties,
-            minimum=study.minimum + len(office),
-            server=kit,
-            lead=lead,
+            kits=kits,
+            waits=Waits(minimum=study.minimum + len(office), patience=wait, rejoin=rejoin_wait),
             sign=roles.sign_for(member),
             session=roles.session_of(member),
-            patience=wait,
-            rejoin=rejoin_wait,
             progress=bars.report,
             say=bars.say,
             largest=dict.fromkeys(member.roster.names, roles.largest_reply(study, workload)),
@@ -143,11 +141,13 @@ def server(
                 member,
                 engine,
                 workload,
-                bars.report,
-                lambda done: _print_round(done, study.rounds, bars, as_json),
-                engine.rejoined,
+                Hooks(
+                    progress=bars.report,
+                    on_round=partial(_print_round, study.rounds, bars, as_json),
+                    rejoined=engine.rejoined,
+                    arrived=engine.arrived,
+                ),
                 linger=linger,
-                arrived=engine.arrived,
                 track=track,
             )
             if late := roles.not_told(member):
@@ -530,7 +530,7 @@ def _reading(terms: Terms) -> dict[str, str]:
     return shown
 
 
-def _print_round(record: dict[str, Any], rounds: int, bars: Bars, as_json: bool) -> None:
+def _print_round(rounds: int, bars: Bars, as_json: bool, record: dict[str, Any]) -> None:
     if as_json:
         typer.echo(json.dumps({"event": "round", **record}))
         return

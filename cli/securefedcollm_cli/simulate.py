@@ -77,6 +77,7 @@ def simulate(
     """
     from securefedcollm.federation.dealing import given_files
     from securefedcollm.federation.simulate import Simulation
+    from securefedcollm.federation.simulation_plan import SimulationPlan
     from securefedcollm.study import load_study
 
     study = load_study(config, overrides or [])
@@ -84,8 +85,7 @@ def simulate(
     if silo or public or test:
         files = given_files(study, files_of(silo or ()), public, test)
     directory = out or Path("runs") / study.study
-    simulation = Simulation(
-        study,
+    plan = SimulationPlan(
         out=directory,
         data=data,
         resume=resume,
@@ -97,6 +97,7 @@ def simulate(
         files=files,
         track=track,
     )
+    simulation = Simulation(study, plan)
     from securefedcollm_cli.progress import Bars
 
     with Bars(quiet=as_json) as bars:

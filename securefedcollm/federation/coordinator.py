@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Iterable, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +36,7 @@ from securefedcollm.errors import (
 from securefedcollm.federation.asking import Asking, Traffic
 from securefedcollm.federation.engines import Engine
 from securefedcollm.federation.engines.link import SLOWEST
+from securefedcollm.federation.hooks import NO_HOOKS, Hooks
 from securefedcollm.federation.keeping import best_round, is_over, score_of
 from securefedcollm.federation.messages import (
     Aggregate,
@@ -62,7 +63,7 @@ from securefedcollm.federation.plan import (
 )
 from securefedcollm.federation.records import ServerRecord
 from securefedcollm.federation.runstore import RunStore
-from securefedcollm.federation.workload import Progress, ServerWorkload, Vector
+from securefedcollm.federation.workload import ServerWorkload, Vector
 from securefedcollm.privacy.adaptive_clip import AdaptiveClip
 from securefedcollm.privacy.joint import JointStep
 from securefedcollm.privacy.silo_unit import SiloUnit
@@ -79,24 +80,6 @@ MAX_REJOINS = 16
 LAST_CALL = 60.0
 """Seconds for which silos that are gone are waited for when all rounds are done."""
 
-Rejoined = Callable[[Set[str], int, float], bool]
-"""``rejoined(silos, count, most)``: waits until so many of these silos, which could not be reached,
-are there again; returns whether they are, after ``most`` seconds or its own limit at last."""
-
-Arrived = Callable[[Set[str], float], Set[str]]
-"""``arrived(silos, most)``, when all rounds are done: waits until one of these silos is there;
-returns those that are, or none after ``most`` seconds."""
-
-
-def nobody_rejoins(silos: Set[str], count: int, most: float) -> bool:
-    """For an engine whose silos do not come back."""
-    return False
-
-
-def nobody_arrives(silos: Set[str], most: float) -> Set[str]:
-    """Likewise."""
-    return frozenset()
-
 
 class Coordinator:
     """Runs a study's rounds over an engine, durably."""
@@ -110,15 +93,11 @@ class Coordinator:
         workload: ServerWorkload,
         store: RunStore,
         evidence: ServerRecord,
-        progress: Progress,
-        on_round: Callable[[dict[str, Any]], None] = lambda record: None,
+        hooks: Hooks = NO_HOOKS,
         authority: Authority | None = None,
-        rejoined: Rejoined = nobody_rejoins,
     ) -> None:
         """
         Args:
-            rejoined: waits for silos that could not be reached.
-            on_round: called with each finished round's record, after it is durable.
             authority: who holds the key, where one party does; the engine knows it by its name.
         """
         self._authority = authority
@@ -129,9 +108,8 @@ class Coordinator:
         self._asking = Asking(engine)
         self._workload = workload
         self._store = store
-        self._progress = progress
-        self._on_round = on_round
-        self._rejoined = rejoined
+        self._hooks = hooks
+        self._progress = hooks.progress
         self._delivered: dict[str, int] = {}
         """Silo → rounds that were done when it was given the adapter."""
         self.told: set[str] = set()
@@ -168,7 +146,7 @@ class Coordinator:
             QuorumError: too few silos vouch for the evidence log; the next call asks them again.
         """
         if self._asking.away:  # the last call: for the adapter, and to settle
-            self._rejoined(self._asking.away, len(self._asking.away), LAST_CALL)
+            self._hooks.rejoined(self._asking.away, len(self._asking.away), LAST_CALL)
         absent = [silo for silo in self._roster.names if silo not in self._evidence.vouching]
         if absent:
             silent = self._countersign(absent)
@@ -177,7 +155,7 @@ class Coordinator:
             if (
                 not self._evidence.sealed
                 and len(gone) >= needed
-                and self._rejoined(gone, needed, math.inf)
+                and self._hooks.rejoined(gone, needed, math.inf)
             ):
                 silent = self._countersign(absent)
             if not self._evidence.sealed:
@@ -240,7 +218,7 @@ class Coordinator:
         self._note_finished(round_)
         self._countersign(self._roster.names)
         self._deliver()
-        self._on_round(record)
+        self._hooks.on_round(record)
 
     def _sum(self, sum_: int, round_: int, record: dict[str, Any]) -> None:
         """One secure sum, and what follows from it for the global adapter."""
@@ -336,7 +314,7 @@ class Coordinator:
                 # Who refuses would refuse again, in this round and the next.
                 returns = self._asking.away & set(error.among)
                 hopeless = len(returns) < error.count or rejoins >= MAX_REJOINS
-                hopeless = hopeless or not self._rejoined(returns, error.count, math.inf)
+                hopeless = hopeless or not self._hooks.rejoined(returns, error.count, math.inf)
                 rejoins += 1
                 failures -= 1
             except AbandonedError as error:

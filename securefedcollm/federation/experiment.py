@@ -30,6 +30,7 @@ from securefedcollm.federation.files import make_directory, write_durably
 from securefedcollm.federation.intervals import LEVEL, RESAMPLES, interval, resampled_means
 from securefedcollm.federation.plan import silo_names
 from securefedcollm.federation.simulate import PRELOAD, Say, Simulation, for_each, planned
+from securefedcollm.federation.simulation_plan import ExperimentPlan, SiloPlan, SimulationPlan
 from securefedcollm.federation.workload import Progress
 from securefedcollm.study import Study, digest, dump_study
 from securefedcollm.study.checks import check
@@ -154,43 +155,23 @@ _MAIN_OF_PROMPTS: Final = {"slm": "FedAvg", "llm": "zero-shot"}
 class Experiment:
     """Runs all arms of a study under several seeds into one directory."""
 
-    def __init__(
-        self,
-        study: Study,
-        *,
-        out: Path,
-        seeds: int = 3,
-        noisy: int = 0,
-        data: Path | None = None,
-        resume: bool = False,
-        overwrite: bool = False,
-        workers: int | None = None,
-        device: str = "cpu",
-    ) -> None:
+    def __init__(self, study: Study, plan: ExperimentPlan) -> None:
         """
-        Args:
-            seeds: how many: the study's own, and those that follow it.
-            noisy: also run FedAvg and FedCoLLM with so many silos whose answers mean nothing.
-            workers: processes for the silos; None: one each; 0: none.
-
         Raises:
             ConfigError: nearly all silos would be noisy.
         """
-        if not 0 <= noisy <= study.silos.count // 2:
+        if not 0 <= plan.noisy <= study.silos.count // 2:
             raise ConfigError(
-                f"{noisy} of {study.silos.count} silos cannot be noisy",
+                f"{plan.noisy} of {study.silos.count} silos cannot be noisy",
                 where="--noisy-silos",
                 hint=f"from 0 to {study.silos.count // 2}",
             )
         study = msgspec.structs.replace(study, keep=None)  # all rows run all rounds
-        self._study, self._out, self._data = study, out, data
-        self._seeds = [study.seed + i for i in range(seeds)]
-        self._noisy = noisy
-        self._resume, self._overwrite = resume, overwrite
-        self._workers = study.silos.count if workers is None else workers
+        self._study, self._plan, self._out = study, plan, plan.out
+        self._seeds = [study.seed + i for i in range(plan.seeds)]
+        self._workers = study.silos.count if plan.workers is None else plan.workers
         self._cores = len(os.sched_getaffinity(0))
-        self._device = device
-        self._arms = arms(study, noisy)
+        self._arms = arms(study, plan.noisy)
         for arm in self._arms:
             check(self._study_of(arm, study.seed))
 
@@ -224,7 +205,7 @@ class Experiment:
     def _open_directory(self) -> None:
         path = self._out / "experiment.json"
         mine = {"study": digest(self._study).hex()}
-        if self._overwrite and self._out.exists():
+        if self._plan.overwrite and self._out.exists():
             if any(self._out.iterdir()) and not path.exists():
                 raise ConfigError(
                     "is not an experiment's directory; it will not be removed",
@@ -232,7 +213,7 @@ class Experiment:
                     hint="choose another --out",
                 )
             shutil.rmtree(self._out)
-        if path.exists() and not self._resume:
+        if path.exists() and not self._plan.resume:
             raise ConfigError(
                 "there is an experiment in this directory already",
                 where=str(self._out),
@@ -244,7 +225,7 @@ class Experiment:
                 where=str(self._out),
                 hint="resume with the study.yaml that lies in it, or choose another --out",
             )
-        if self._resume and not path.exists():
+        if self._plan.resume and not path.exists():
             raise ConfigError(
                 "there is no experiment to resume",
                 where=str(self._out),
@@ -291,9 +272,9 @@ class Experiment:
         from securefedcollm.federation.dealing import deal
 
         study, home = self._study_of(arm, seed), self._home(arm.key, seed)
-        place: dict[str, Any] = {"data": self._data, "device": self._device}
+        place: dict[str, Any] = {"data": self._plan.data, "device": self._plan.device}
         set_threads(self._cores)
-        dealt = deal(study, self._data)
+        dealt = deal(study, self._plan.data)
         if arm.kind == "standalone":
             return {"slm": self._standalone(study, dealt, home, progress)}
         if arm.kind == "centralized":
@@ -309,14 +290,16 @@ class Experiment:
         if arm.kind != "zero-shot":
             Simulation(
                 study,
-                out=home,
-                resume=(home / "server" / "state.json").exists(),
-                baselines=(),
-                workers=self._workers,
-                distillation=arm.kind != "fedavg",
-                noisy=arm.noisy,
-                tested=False,
-                **place,
+                SimulationPlan(
+                    out=home,
+                    resume=(home / "server" / "state.json").exists(),
+                    baselines=(),
+                    workers=self._workers,
+                    distillation=arm.kind != "fedavg",
+                    noisy=arm.noisy,
+                    tested=False,
+                    **place,
+                ),
             ).run(progress, lambda text: None)
             adapters = home / "adapters"
         return made.answers_of(
@@ -326,22 +309,21 @@ class Experiment:
     def _standalone(self, study: Study, dealt: Any, home: Path, progress: Progress) -> Any:
         from securefedcollm.federation.arms import answers_alone, mean_answers
 
-        job = partial(
-            answers_alone,
+        silos = SiloPlan(
             study=study,
-            data=self._data,
-            directory=home,
-            threads=max(1, self._cores // max(1, self._workers)),
             planned={name: planned(study, q) for name, q in dealt.silos.items()},
-            device=self._device,
+            threads=max(1, self._cores // max(1, self._workers)),
+            data=self._plan.data,
+            device=self._plan.device,
         )
+        job = partial(answers_alone, plan=silos, directory=home)
         context = process_context(PRELOAD) if self._workers else None
         return mean_answers(for_each(job, silo_names(study), self._workers, context, progress))
 
     def _table(self, seeds: list[int]) -> dict[str, Any]:
         from securefedcollm.federation.dealing import deal
 
-        groups = [question.group for question in deal(self._study, self._data).test]
+        groups = [question.group for question in deal(self._study, self._plan.data).test]
         found = {(arm.key, s): _read(self._home(arm.key, s) / "answers.json") for arm in self._arms
                  for s in seeds}  # fmt: skip
         rows = sorted(
@@ -387,9 +369,9 @@ class Experiment:
                 + f"each row{' but standalone' * (study.privacy.unit == 'silo')} by itself"
                 + "; publishing them all would add up."
             )
-        if self._noisy:
+        if self._plan.noisy:
             notes.append(
-                f"Noisy: {self._noisy} of {study.silos.count} silos have meaningless answers."
+                f"Noisy: {self._plan.noisy} of {study.silos.count} silos have meaningless answers."
             )
         return notes
 

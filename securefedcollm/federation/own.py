@@ -35,6 +35,7 @@ from securefedcollm.federation.files import copy_tree, make_directory, replacing
 from securefedcollm.federation.plan import check_names
 from securefedcollm.federation.results import method_of, remembered, rows, write_results
 from securefedcollm.federation.runstore import RunStore, check_directory
+from securefedcollm.federation.simulation_plan import Place
 from securefedcollm.federation.status import round_sentence
 from securefedcollm.federation.workload import Gradient, Progress, Vector
 from securefedcollm.foreign import printable
@@ -261,25 +262,23 @@ def simulate_own(
     start: Values,
     silos: Mapping[str, Training],
     *,
+    place: Place,
     evaluate: Evaluate | None,
-    out: Path,
     drops: Iterable[str],
-    resume: bool,
-    overwrite: bool,
     progress: Progress,
 ) -> dict[str, Any]:
     """:func:`securefedcollm.api.simulate_own`; the content of ``results.json``."""
-    started = time.monotonic()
+    started, out = time.monotonic(), place.out
     tensors = checked(study, start)
     names = sorted(silos)
     check_names(study, names, "silos")
     planned = [Drop.parse(spec, names, study.scheme) for spec in drops]
-    check_directory(study, out, resume=resume, overwrite=overwrite)
+    check_directory(study, out, resume=place.resume, overwrite=place.overwrite)
     server = OwnServer(tensors, evaluate)
     before = server.evaluate()
-    if overwrite:
+    if place.overwrite:
         shutil.rmtree(out, ignore_errors=True)
-    store = RunStore(make_directory(out), digest(study), resume=resume)
+    store = RunStore(make_directory(out), digest(study), resume=place.resume)
     write_durably(out / "study.yaml", dump_study(study).encode())
     before = remembered(out / "server" / "zero-shot.json", lambda: before)
 

@@ -128,7 +128,6 @@ class RecordedRun:
             engine=wrap(self.engine),
             workload=self.server,
             store=self.store,
-            progress=silent,
             evidence=ServerRecord(
                 self.log,
                 key=SERVER_KEY,

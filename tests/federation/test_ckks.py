@@ -8,6 +8,7 @@ import pytest
 from securefedcollm.errors import ProtocolError
 from securefedcollm.federation import coordinator, roles
 from securefedcollm.federation.plan import quantiser
+from securefedcollm.federation.roles import frames
 
 from . import test_joint
 from .arithmetic import NAMES, SIZE, ArithmeticServer, make_study
@@ -146,7 +147,7 @@ def test_the_quantiser_is_the_scheme_s_own():
 def test_every_reply_is_within_what_the_server_waits_for(tmp_path, monkeypatch, plan, colluders):
     """A silo is not waited for that announces more (``largest_reply``); honest ones are below it.
     That holds here with hardly any of the reserve for many silos' lists."""
-    monkeypatch.setattr(roles, "_SLACK", 16 * 1024)
+    monkeypatch.setattr(frames, "_SLACK", 16 * 1024)
     taps = []
     made = make_study(
         rounds=1,
