@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from securefedcollm.errors import ProtocolError
-from securefedcollm.federation import coordinator, roles
+from securefedcollm.federation import roles, summing
 from securefedcollm.federation.plan import quantiser
 from securefedcollm.federation.roles import frames
 
@@ -86,7 +86,7 @@ class Leaving:
 def test_an_abandoned_attempt_is_no_failure_but_below_the_quorum_there_is_no_sum(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(coordinator, "MAX_ATTEMPTS", 1)
+    monkeypatch.setattr(summing, "MAX_ATTEMPTS", 1)
     made = study(rounds=1)
     assert made.quorum == 3
     run = Run(tmp_path / "a", made, wrap=lambda e: Leaving(e, {UPLOAD: "silo-3"}))

@@ -11,7 +11,7 @@ from securefedcollm_audits.verify import verify
 
 from securefedcollm.errors import QuorumError, RemoteProtocolError, TransportError
 from securefedcollm.evidence.bundle import make_bundle
-from securefedcollm.federation import coordinator, roles
+from securefedcollm.federation import roles
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.engines.flare.engine import FlareEngine, Waits
@@ -217,7 +217,7 @@ def test_who_does_not_come_back_ends_the_run(tmp_path):
 
 def test_who_comes_and_goes_is_not_waited_for_for_ever(tmp_path, monkeypatch):
     """Adversary: a silo, against the others' patience: they answer 64 attempts at a sum."""
-    monkeypatch.setattr(coordinator, "MAX_REJOINS", 4)
+    monkeypatch.setattr(summing, "MAX_REJOINS", 4)
     waits = []
     with (
         members_of(tmp_path) as members,
