@@ -11,7 +11,7 @@ from securefedcollm_audits.verify import verify
 
 from securefedcollm.errors import QuorumError, RemoteProtocolError, TransportError
 from securefedcollm.evidence.bundle import make_bundle
-from securefedcollm.federation import roles
+from securefedcollm.federation import roles, summing
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.engines.flare.engine import FlareEngine, Waits
