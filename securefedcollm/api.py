@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,9 @@ from securefedcollm.federation.tracking import Kind
 from securefedcollm.federation.workload import Progress, silent
 from securefedcollm.privacy.planner import Plan
 from securefedcollm.study import Study, load_study
+
+if TYPE_CHECKING:
+    from securefedcollm.federation.dealing import Files
 
 Place = str | Path
 
@@ -133,15 +136,10 @@ def simulate(
     Raises:
         SecureFedCoLLMError: with the run in a state that ``resume`` continues, or not begun.
     """
-    from securefedcollm.federation.dealing import given_files
     from securefedcollm.federation.simulate import Simulation
     from securefedcollm.federation.simulation_plan import SimulationPlan
 
     agreed = study if isinstance(study, Study) else load_study(study)
-    files = None
-    if silos or public or test:
-        own = [(name, Path(path)) for name, path in (silos or {}).items()]
-        files = given_files(agreed, own, *(None if p is None else Path(p) for p in (public, test)))
     directory = Path(out) if out is not None else Path("runs") / agreed.study
     plan = SimulationPlan(
         out=directory,
@@ -152,11 +150,26 @@ def simulate(
         workers=workers,
         drops=tuple(drops),
         device=device,
-        files=files,
+        files=_files(agreed, silos, public, test),
         track=track,
     )
     results = Simulation(agreed, plan).run(progress, lambda text: None)
     return Run(directory, results)
+
+
+def _files(
+    study: Study,
+    silos: Mapping[str, Place] | None,
+    public: Place | None,
+    test: Place | None,
+) -> Files | None:
+    """The participants' own files, if any is given."""
+    from securefedcollm.federation.dealing import given_files
+
+    if not (silos or public or test):
+        return None
+    own = [(name, Path(path)) for name, path in (silos or {}).items()]
+    return given_files(study, own, *(None if p is None else Path(p) for p in (public, test)))
 
 
 def simulate_own(
@@ -199,7 +212,7 @@ def simulate_own(
             whether it failed may depend on its records.
     """
     from securefedcollm.federation import own
-    from securefedcollm.federation.simulation_plan import Place
+    from securefedcollm.federation.simulation_plan import RunPlace
 
     agreed = study if isinstance(study, Study) else load_study(study)
     directory = Path(out) if out is not None else Path("runs") / agreed.study
@@ -207,7 +220,7 @@ def simulate_own(
         agreed,
         start,
         silos,
-        place=Place(out=directory, resume=resume, overwrite=overwrite),
+        place=RunPlace(out=directory, resume=resume, overwrite=overwrite),
         evaluate=evaluate,
         drops=drops,
         progress=progress,

@@ -35,7 +35,7 @@ from securefedcollm.federation.files import copy_tree, make_directory, replacing
 from securefedcollm.federation.plan import check_names
 from securefedcollm.federation.results import method_of, remembered, rows, write_results
 from securefedcollm.federation.runstore import RunStore, check_directory
-from securefedcollm.federation.simulation_plan import Place
+from securefedcollm.federation.simulation_plan import RunPlace
 from securefedcollm.federation.status import round_sentence
 from securefedcollm.federation.workload import Gradient, Progress, Vector
 from securefedcollm.foreign import printable
@@ -262,7 +262,7 @@ def simulate_own(
     start: Values,
     silos: Mapping[str, Training],
     *,
-    place: Place,
+    place: RunPlace,
     evaluate: Evaluate | None,
     drops: Iterable[str],
     progress: Progress,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class RunPlace:
     """The directory that something runs in.
 
     Args:
@@ -31,7 +31,7 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine(Place):
+class Machine(RunPlace):
     """What it runs with.
 
     Args:

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 from securefedcollm_cli.main import app, report
 from securefedcollm_cli.progress import Bars
-from securefedcollm_cli.roles import _print_round
+from securefedcollm_cli.role_words import print_round
 from typer.testing import CliRunner
 
 from securefedcollm.errors import SecureFedCoLLMError
@@ -81,7 +81,7 @@ def test_the_server_prints_a_silos_refusal_and_goes_on(tmp_path, capsys, printed
     printed_logs()
     run = RecordedRun(tmp_path, recorded_study(rounds=2), wrap=lambda e: Rude(e, answer))
     with Bars() as bars:
-        run.coordinator._hooks = Hooks(on_round=partial(_print_round, 2, bars, False))
+        run.coordinator._hooks = Hooks(on_round=partial(print_round, 2, bars, False))
         run.go()
     err = capsys.readouterr().err
     assert_harmless(err)
