@@ -136,8 +136,8 @@ def simulate(
     Raises:
         SecureFedCoLLMError: with the run in a state that ``resume`` continues, or not begun.
     """
-    from securefedcollm.federation.simulate import Simulation
-    from securefedcollm.federation.simulation_plan import SimulationPlan
+    from securefedcollm.simulation.plan import SimulationPlan
+    from securefedcollm.simulation.simulate import Simulation
 
     agreed = study if isinstance(study, Study) else load_study(study)
     directory = Path(out) if out is not None else Path("runs") / agreed.study
@@ -211,8 +211,8 @@ def simulate_own(
             ``unit: silo`` a training that fails is logged, and the silo contributes noise alone:
             whether it failed may depend on its records.
     """
-    from securefedcollm.federation import own
-    from securefedcollm.federation.simulation_plan import RunPlace
+    from securefedcollm.simulation import own
+    from securefedcollm.simulation.plan import RunPlace
 
     agreed = study if isinstance(study, Study) else load_study(study)
     directory = Path(out) if out is not None else Path("runs") / agreed.study

@@ -51,8 +51,8 @@ def experiment(
     Writes table.json, table.md and plot.svg. How the silos' data differ is part of the study:
     `--set task.data.partition=dirichlet --set task.data.alpha=0.1 --set task.data.skew=8`.
     """
-    from securefedcollm.federation.experiment import Experiment
-    from securefedcollm.federation.simulation_plan import ExperimentPlan
+    from securefedcollm.experiment.experiment import Experiment
+    from securefedcollm.simulation.plan import ExperimentPlan
     from securefedcollm.study import load_study
     from securefedcollm_cli.progress import Bars
 
@@ -81,7 +81,7 @@ def _render(table: dict[str, Any], directory: Path) -> None:
     from rich.padding import Padding
     from rich.table import Table
 
-    from securefedcollm.federation.experiment_page import cells, heads
+    from securefedcollm.experiment.page import cells, heads
     from securefedcollm.foreign import as_text
 
     console = Console()

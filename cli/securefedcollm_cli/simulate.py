@@ -76,8 +76,8 @@ def simulate(
     to the server only in the frames that a real silo would send. The identities are throw-away.
     """
     from securefedcollm.federation.dealing import given_files
-    from securefedcollm.federation.simulate import Simulation
-    from securefedcollm.federation.simulation_plan import SimulationPlan
+    from securefedcollm.simulation.plan import SimulationPlan
+    from securefedcollm.simulation.simulate import Simulation
     from securefedcollm.study import load_study
 
     study = load_study(config, overrides or [])

@@ -11,12 +11,13 @@ from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError
-from securefedcollm.federation.arms import teacher_answers
+from securefedcollm.experiment.answers import teacher_answers
+from securefedcollm.experiment.experiment import Experiment
+from securefedcollm.experiment.rows import arms
 from securefedcollm.federation.dealing import deal
-from securefedcollm.federation.experiment import Experiment, arms
-from securefedcollm.federation.simulate import Simulation
-from securefedcollm.federation.simulation_plan import ExperimentPlan, SimulationPlan
 from securefedcollm.federation.workload import silent
+from securefedcollm.simulation.plan import ExperimentPlan, SimulationPlan
+from securefedcollm.simulation.simulate import Simulation
 from securefedcollm.study import load_study
 
 from .tiny import make_inputs

@@ -20,10 +20,10 @@ from securefedcollm_cli.role_words import print_round
 from typer.testing import CliRunner
 
 from securefedcollm.errors import SecureFedCoLLMError
-from securefedcollm.federation.compare import Comparison, Difference, Run
-from securefedcollm.federation.compare_page import write_plot
+from securefedcollm.experiment.compare import Comparison, Difference, Run
+from securefedcollm.experiment.compare_page import write_plot
+from securefedcollm.experiment.page import markdown, plot
 from securefedcollm.federation.engines import Failure
-from securefedcollm.federation.experiment_page import markdown, plot
 from securefedcollm.federation.hooks import Hooks
 from securefedcollm.federation.messages import Refused, encode
 from securefedcollm.foreign import log_to_stderr

@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.federation.keeping import best_round
-from securefedcollm.federation.simulate import Simulation
-from securefedcollm.federation.simulation_plan import SimulationPlan
 from securefedcollm.federation.workload import silent
 from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.simulation.plan import SimulationPlan
+from securefedcollm.simulation.simulate import Simulation
 from securefedcollm.study import load_study
 
 from .tiny import make_inputs

@@ -15,10 +15,10 @@ from securefedcollm.errors import DataError
 from securefedcollm.federation.dealing import Dealt
 from securefedcollm.federation.recipes import loss_plan, steps_of, training_seed
 from securefedcollm.federation.results import remembered
-from securefedcollm.federation.simulate import tuned_alone
-from securefedcollm.federation.simulation_plan import SiloPlan
 from securefedcollm.federation.tuned import Tuned
 from securefedcollm.federation.workload import Progress, silent
+from securefedcollm.simulation.plan import SiloPlan
+from securefedcollm.simulation.simulate import tuned_alone
 from securefedcollm.study import Study
 from securefedcollm.study.config import Model
 from securefedcollm.tuning.choice_distil import predict, teacher_of
@@ -97,7 +97,7 @@ def teacher_answers(
 
 
 def answers_alone(name: str, *, plan: SiloPlan, directory: Path) -> Answers:
-    """A silo that tunes by itself (:func:`securefedcollm.federation.simulate.tune_alone`)."""
+    """A silo that tunes by itself (:func:`securefedcollm.simulation.simulate.tune_alone`)."""
 
     def tune() -> Answers:
         alone, test = tuned_alone(name, plan)

@@ -29,19 +29,19 @@ from securefedcollm.errors import (
     StateError,
     TrainingError,
 )
-from securefedcollm.federation.cohort import Cohort
 from securefedcollm.federation.engines.dropouts import Drop
 from securefedcollm.federation.files import copy_tree, make_directory, replacing, write_durably
 from securefedcollm.federation.plan import check_names
 from securefedcollm.federation.results import method_of, remembered, rows, write_results
 from securefedcollm.federation.runstore import RunStore, check_directory
-from securefedcollm.federation.simulation_plan import RunPlace
 from securefedcollm.federation.status import round_sentence
 from securefedcollm.federation.workload import Gradient, Progress, Vector
 from securefedcollm.foreign import printable
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.events import Event
 from securefedcollm.privacy.identities import Content
+from securefedcollm.simulation.cohort import Cohort
+from securefedcollm.simulation.plan import RunPlace
 from securefedcollm.study import Study, digest, dump_study
 
 Values = Mapping[str, Any]

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from securefedcollm.errors import SecureFedCoLLMError
-from securefedcollm.federation.cohort import Cohort
 from securefedcollm.federation.engines.dropouts import Drop
 from securefedcollm.federation.engines.embedded import process_context
 from securefedcollm.federation.files import copy_tree, make_directory, write_durably
@@ -26,11 +25,12 @@ from securefedcollm.federation.keeping import BEST, best_round
 from securefedcollm.federation.plan import silo_names
 from securefedcollm.federation.results import best_method, remembered, rows, write_results
 from securefedcollm.federation.runstore import RunStore, check_directory
-from securefedcollm.federation.simulation_plan import SiloPlan, SimulationPlan
 from securefedcollm.federation.status import round_sentence
 from securefedcollm.federation.tracking import Follow, require_tracker, tracking
 from securefedcollm.federation.workload import Progress, ServerWorkload, silent
 from securefedcollm.privacy.events import PoissonGaussian
+from securefedcollm.simulation.cohort import Cohort
+from securefedcollm.simulation.plan import SiloPlan, SimulationPlan
 from securefedcollm.study import Study, digest, dump_study
 
 if TYPE_CHECKING:
