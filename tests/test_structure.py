@@ -71,3 +71,69 @@ def test_a_circle_is_found_wherever_its_imports_are(tmp_path: Path) -> None:
     assert set(circle(graph)) == {"p.a", "p.b", "p.c"}
     graph["p.c"].clear()
     assert not circle(graph)
+
+
+LONGEST = 60
+"""Lines of a function, its docstring included."""
+ROOMS = ("experiment", "federation", "simulation", "tuning")
+MOST_PARAMETERS = 8
+"""``self`` is not one. More belong together somehow: in a frozen plan that says how."""
+
+
+def functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """Every function of the file, with its place."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield f"{path}:{node.lineno} {node.name}", node
+
+
+def too_long(path: Path, command_line: bool = False) -> list[str]:
+    """Functions of more than :data:`LONGEST` lines.
+
+    ``command_line``: a command's options stand in its signature, each with its help; those lines
+    are what its user reads, and do not count.
+    """
+    found = []
+    for place, node in functions(path):
+        first = node.body[0].lineno if command_line else node.lineno
+        if (node.end_lineno or 0) - first >= LONGEST:
+            found.append(place)
+    return found
+
+
+def too_many_parameters(path: Path) -> list[str]:
+    """Functions of more than :data:`MOST_PARAMETERS`."""
+    found = []
+    for place, node in functions(path):
+        named = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        if sum(each.arg not in {"self", "cls"} for each in named) > MOST_PARAMETERS:
+            found.append(place)
+    return found
+
+
+def test_every_function_fits_on_a_screen() -> None:
+    found = modules()
+    assert not [
+        place
+        for name, path in found.items()
+        for place in too_long(path, command_line=name.startswith("securefedcollm_cli."))
+    ]
+
+
+def test_no_function_of_the_loops_or_of_tuning_takes_a_crowd() -> None:
+    """The public ``simulate`` and ``simulate_own`` are not among these: whoever calls them names
+    what differs from the default, and would only have to learn the names of plans as well."""
+    names = tuple(f"securefedcollm.{room}." for room in ROOMS)
+    checked = [path for name, path in modules().items() if name.startswith(names)]
+    assert len(checked) > 80
+    assert not [place for path in checked for place in too_many_parameters(path)]
+
+
+def test_long_functions_and_crowds_are_found(tmp_path: Path) -> None:
+    source = tmp_path / "some.py"
+    body = "\n".join(["    x = 1"] * (LONGEST - 3))
+    source.write_text(f"class A:\n  def f(self,\n    a, b, c, d,\n    *, e, f, g, h):\n{body}\n")
+    assert too_long(source) == too_many_parameters(source) == []
+    source.write_text(f"def f(\n    a, b, c, d, /,\n    *, e, f, g, h, i):\n{body}\n    y = 2\n")
+    assert too_long(source) == too_many_parameters(source) == [f"{source}:1 f"]
+    assert too_long(source, command_line=True) == []

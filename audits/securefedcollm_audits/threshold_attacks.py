@@ -42,10 +42,9 @@ class _Round:
         self.ring, self.shape = m.ring_of(self.made.header), m.shape_of(self.made.header)
         self.bits = self.ring.scale_bits - 3
         sides = {name: self._silo(name) for name in self.made.names}
-        secrets, shares = sides[COLLUDER]._secrets, sides[COLLUDER]._shares
+        secrets = sides[COLLUDER]._secrets
         assert secrets is not None
-        assert shares is not None
-        prepare(self, secrets, shares)
+        prepare(self, secrets.own, secrets.shares)
         self.parts: dict[str, m.KeyPart] = {}
         self.uploads: dict[str, m.CipherUpload] = {}
         self.opened = np.zeros((self.shape.chunks, DEGREE), dtype=np.uint64)

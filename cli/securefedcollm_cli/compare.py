@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from securefedcollm.federation.compare import Comparison
-    from securefedcollm.federation.compare_page import Line
+    from securefedcollm.experiment.compare import Comparison
+    from securefedcollm.experiment.compare_page import Line
 
 
 def compare(
@@ -41,8 +41,8 @@ def compare(
 
     `compare runs/a runs/b --plot course.svg`
     """
-    from securefedcollm.federation.compare import compare_runs
-    from securefedcollm.federation.compare_page import write_plot
+    from securefedcollm.experiment.compare import compare_runs
+    from securefedcollm.experiment.compare_page import write_plot
 
     found = compare_runs(runs)
     if plot is not None:
@@ -58,7 +58,7 @@ def compare(
 def _render(found: Comparison, plot: Path | None) -> None:
     from rich.console import Console
 
-    from securefedcollm.federation.compare_page import changes, results
+    from securefedcollm.experiment.compare_page import changes, results
     from securefedcollm.foreign import as_text
 
     console, names = Console(), [run.name for run in found.runs]

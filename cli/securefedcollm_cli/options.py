@@ -80,8 +80,8 @@ def task_of(
         like: the task that those describe which are not given.
     """
     from securefedcollm.errors import ConfigError
-    from securefedcollm.study.checks import check_rows
     from securefedcollm.study.config import Data, Task
+    from securefedcollm.study.learning_checks import check_rows
 
     like = like or Task(data=Data())
     if kind in {None, like.kind}:

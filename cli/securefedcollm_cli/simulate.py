@@ -77,7 +77,8 @@ def simulate(
     the server only the frames that a real silo would send. The identities are made for this run.
     """
     from securefedcollm.federation.dealing import given_files
-    from securefedcollm.federation.simulate import Simulation
+    from securefedcollm.simulation.plan import SimulationPlan
+    from securefedcollm.simulation.simulate import Simulation
     from securefedcollm.study import load_study
 
     study = load_study(config, overrides or [])
@@ -85,8 +86,7 @@ def simulate(
     if silo or public or test:
         files = given_files(study, files_of(silo or ()), public, test)
     directory = out or Path("runs") / study.study
-    simulation = Simulation(
-        study,
+    plan = SimulationPlan(
         out=directory,
         data=data,
         resume=resume,
@@ -98,6 +98,7 @@ def simulate(
         files=files,
         track=track,
     )
+    simulation = Simulation(study, plan)
     from securefedcollm_cli.progress import Bars
 
     with Bars(quiet=as_json) as bars:

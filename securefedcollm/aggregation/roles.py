@@ -144,6 +144,10 @@ class SiloSide(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Drop the secrets: this attempt is over."""
+        ...
+
 
 class AuthoritySide(Protocol):
     """The key holder's side of one attempt at one round."""
@@ -166,7 +170,7 @@ class AuthoritySide(Protocol):
         ...
 
     def close(self) -> None:
-        """Drop the keys: this attempt is over."""
+        """As :meth:`SiloSide.close`."""
         ...
 
 

@@ -31,13 +31,13 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Final, NamedTuple
 
+from securefedcollm.privacy.accountants import rdp_at_orders
 from securefedcollm.privacy.accounting import (
     TIGHT_SHARE,
     Claim,
     claim,
     epsilon,
     quick_epsilon,
-    rdp_at_orders,
     with_slack,
 )
 from securefedcollm.privacy.events import (

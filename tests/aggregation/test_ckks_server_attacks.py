@@ -319,13 +319,14 @@ def test_a_cloned_silo_does_not_answer_twice() -> None:
         side = played.silos[VICTIM]
         frame = played.coordinator.requests()[VICTIM]
         clone = silo(made, VICTIM)
-        kept = {"_secrets": side._secrets, "_shares": side._shares}
-        clone.__dict__.update({k: v for k, v in vars(side).items() if k not in kept})
-        clone._seconds = dict(side._seconds)
-        for name, held in kept.items():
+        kept = side._secrets
+        clone.__dict__.update({k: v for k, v in vars(side).items() if v is not kept})
+        clone._secrets.parts, clone._secrets.seconds = kept.parts, dict(kept.seconds)
+        for name in ("own", "shares"):
+            held = getattr(kept, name)
             copied = object.__new__(type(held))
             copied.__dict__.update(vars(held) | {"_seal": Seal(side._ring)})
-            setattr(clone, name, copied)
+            setattr(clone._secrets, name, copied)
         side.handle(frame)
         if step is Step.UPLOAD:  # the very same ciphertext may leave again
             assert clone.handle(frame)

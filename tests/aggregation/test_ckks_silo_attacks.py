@@ -177,7 +177,7 @@ def test_a_ciphertext_that_was_never_one_is_refused_though_committed_to(upload, 
     SEAL would load the first as a valid, empty vector."""
     made = cohort(4)
     played = Round(made)
-    secrets = played.silos[OTHER]._secrets
+    secrets = played.silos[OTHER]._secrets.own
 
     def encrypt(joint: np.ndarray) -> m.CipherUpload:
         secrets._upload = upload
@@ -217,7 +217,7 @@ def test_garbage_that_only_shows_once_opened_is_not_released(wrong: str) -> None
         )
     else:
         hook = None
-        secrets = played.silos[COLLUDER]._secrets
+        secrets = played.silos[COLLUDER]._secrets.own
         secrets._vector[17] = 4 * made.bound + 1  # past its own check
         for name in made.names:
             made.vectors[name][17] = 0

@@ -102,7 +102,6 @@ def make_silo(name, progress, *, study, directory, fails=()):
         ChargedTraining(study, name, workload, SiloStore(home), ledger, progress=progress),
         SiloRecord(
             log,
-            name=name,
             key=KEYS[name],
             roster=ROSTER,
             server=SERVER_KEY.public,
@@ -129,7 +128,6 @@ class RecordedRun:
             engine=wrap(self.engine),
             workload=self.server,
             store=self.store,
-            progress=silent,
             evidence=ServerRecord(
                 self.log,
                 key=SERVER_KEY,

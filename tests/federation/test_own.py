@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 import securefedcollm as sfc
 from securefedcollm.errors import SecureFedCoLLMError, StateError, TrainingError
-from securefedcollm.federation.own import Tensors
 from securefedcollm.hf import SiloTrainer
+from securefedcollm.simulation.own import Tensors
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 LOOP, TRAINER = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)

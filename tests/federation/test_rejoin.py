@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ from securefedcollm_audits.verify import verify
 
 from securefedcollm.errors import QuorumError, RemoteProtocolError, TransportError
 from securefedcollm.evidence.bundle import make_bundle
-from securefedcollm.federation import coordinator, roles
+from securefedcollm.federation import roles, summing
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
-from securefedcollm.federation.engines.flare.engine import FlareEngine
+from securefedcollm.federation.engines.flare.engine import FlareEngine, Waits
+from securefedcollm.federation.hooks import Hooks, nobody_arrives
 from securefedcollm.federation.messages import (
     BeginRound,
     Deliver,
@@ -51,7 +53,7 @@ class Losing:
         return True
 
 
-def go(members, wrap, rejoined=None, sessions=None, **more):
+def go(members, wrap, rejoined=None, sessions=None, arrived=nobody_arrives, **more):
     def party(name, progress):
         made = roles.silo_session(members[name], ArithmeticSilo(name), progress=silent, threads=1)
         return made if sessions is None else sessions.setdefault(name, made)
@@ -62,9 +64,7 @@ def go(members, wrap, rejoined=None, sessions=None, **more):
             members["server"],
             losing,
             ArithmeticServer(),
-            silent,
-            lambda done: None,
-            rejoined or losing.rejoined,
+            Hooks(rejoined=rejoined or losing.rejoined, arrived=arrived),
             **more,
         )
     return losing, record
@@ -217,7 +217,7 @@ def test_who_does_not_come_back_ends_the_run(tmp_path):
 
 def test_who_comes_and_goes_is_not_waited_for_for_ever(tmp_path, monkeypatch):
     """Adversary: a silo, against the others' patience: they answer 64 attempts at a sum."""
-    monkeypatch.setattr(coordinator, "MAX_REJOINS", 4)
+    monkeypatch.setattr(summing, "MAX_REJOINS", 4)
     waits = []
     with (
         members_of(tmp_path) as members,
@@ -257,8 +257,8 @@ def test_who_refuses_is_not_waited_for(tmp_path, monkeypatch):
 def engine(monkeypatch):
     """A FLARE engine without FLARE: who is connected is what the test says."""
     made = FlareEngine.__new__(FlareEngine)
-    made._closed, made._began, made._patience, made._rejoin = False, True, 600.0, 1.5
-    made._silos, made._minimum, made._progress = SILOS, 2, silent
+    made._closed, made._began, made._silos, made._progress = False, True, SILOS, silent
+    made._waits = Waits(minimum=2, patience=600.0, rejoin=1.5)
     made.said, made.there = [], lambda: {SILOS[1]}
     made._say = made.said.append
     monkeypatch.setattr(FlareEngine, "_require_open", lambda self: None)
@@ -272,7 +272,7 @@ def test_a_job_waits_for_the_minimum_as_long_as_it_was_told_to(engine):
         engine._wait_for(frozenset())
     assert engine.said == ["waiting up to 2 s for silo-1, silo-3 to come back"]
     assert not engine.rejoined({SILOS[0]}, 1)
-    engine._rejoin, start = 60.0, time.monotonic()
+    engine._waits, start = replace(engine._waits, rejoin=60.0), time.monotonic()
     engine.there = lambda: set(SILOS) if time.monotonic() > start + 0.5 else {SILOS[1]}
     assert engine._wait_for(frozenset()) == set(SILOS)
     assert engine.rejoined({SILOS[0]}, 1)

@@ -17,8 +17,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from securefedcollm.errors import SecureFedCoLLMError, TransportError
 from securefedcollm.federation.engines import Failure
@@ -49,18 +50,38 @@ _ALIVE: Final = 20.0
 """Seconds since its last heartbeat (they come every 5) after which a silo counts as gone."""
 
 
+class Kits(NamedTuple):
+    """The installed start-up kits of the server's machine: its own, and that of whoever submits
+    FLARE's jobs."""
+
+    server: Kit
+    lead: Kit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waits:
+    """How many silos FLARE's jobs need, and how long they are waited for.
+
+    Args:
+        minimum: with fewer connected no job is begun.
+        patience: seconds to wait for the silos before the first job.
+        rejoin: seconds to wait later, when so few are left that nothing goes on without one.
+    """
+
+    minimum: int
+    patience: float
+    rejoin: float = _LATER
+
+
 class FlareEngine:
     """See the module's docstring. Use as a context manager, in the main thread.
 
     Args:
         silos: their names on the roster, which are their names in FLARE.
-        minimum: with fewer connected no job is begun.
-        server: the server's installed kit.
-        lead: the kit of the one who submits jobs.
+        kits: the server's installed kit, and that of the one who submits jobs.
+        waits: how many silos a job needs, and how long they are waited for.
         sign: (silo, parcel, frame) → what is sent: :func:`~..requests.sign_request`.
         session: of this run of the process; greater than every one before (:func:`new_session`).
-        patience: seconds to wait for the silos before the first job.
-        rejoin: seconds to wait later, when so few are left that nothing goes on without one.
         progress: hears how many silos are connected.
         say: hears of every FLARE job that begins, and with whom.
         largest: silo → bytes of the largest reply that can make sense; else :data:`MAX_FRAME`.
@@ -70,13 +91,10 @@ class FlareEngine:
         self,
         silos: tuple[str, ...],
         *,
-        minimum: int,
-        server: Kit,
-        lead: Kit,
+        kits: Kits,
+        waits: Waits,
         sign: Callable[[str, Parcel, bytes], bytes],
         session: bytes | None = None,
-        patience: float,
-        rejoin: float = _LATER,
         progress: Progress,
         say: Callable[[str], None] = lambda text: None,
         largest: Mapping[str, int] | None = None,
@@ -86,10 +104,8 @@ class FlareEngine:
         self._sign = sign
         self._say = say
         self._silos = silos
-        self._minimum = minimum
-        self._lead = lead
-        self._patience = patience
-        self._rejoin = rejoin
+        self._lead = kits.lead
+        self._waits = waits
         self._progress = progress
         self._session = session or new_session()
         self._closed = False
@@ -109,9 +125,9 @@ class FlareEngine:
         self._door = Door(self._visit, visitors=512)
         self._process = FlareProcess(
             "server",
-            server.workspace,
-            name=server.name,
-            org=server.org,
+            kits.server.workspace,
+            name=kits.server.name,
+            org=kits.server.org,
             env={DOOR: str(self._door.path)},
         )
 
@@ -219,23 +235,23 @@ class FlareEngine:
 
     def _wait_for(self, wanted: set[str] | frozenset[str]) -> set[str]:
         began, start = self._began, time.monotonic()
-        most = self._rejoin if began else self._patience
+        most = self._waits.rejoin if began else self._waits.patience
         deadline, told = start + (min(most, _LATER) if began else most), False
         while True:
             self._require_open()
             present = self._connected() & set(self._silos)
             self._progress(len(present), len(self._silos), "silos connected")
-            if present >= wanted and len(present) >= self._minimum:
+            if present >= wanted and len(present) >= self._waits.minimum:
                 self._progress(1, 1, "silos connected")
                 return present
             if time.monotonic() > deadline:
-                if len(present) >= self._minimum:
+                if len(present) >= self._waits.minimum:
                     return present
                 missing = set(self._silos) - present
                 if time.monotonic() > start + most:
                     raise TransportError(
-                        f"{len(present)} silos are connected, {self._minimum} are needed; not "
-                        f"there: {', '.join(sorted(missing))}",
+                        f"{len(present)} silos are connected, {self._waits.minimum} are needed; "
+                        f"not there: {', '.join(sorted(missing))}",
                         hint="they run `securefedcollm client`; then start the server again",
                     )
                 if not told:
@@ -251,7 +267,7 @@ class FlareEngine:
         Raises:
             TransportError: FLARE's server has ended.
         """
-        wait = min(self._rejoin, most)
+        wait = min(self._waits.rejoin, most)
         deadline = time.monotonic() + wait
         self._say_waiting(silos, wait)
         while len(self._connected() & silos) < count:
@@ -270,7 +286,8 @@ class FlareEngine:
             TransportError: FLARE's server has ended.
         """
         self._end_job()
-        self._silos, self._minimum, self._began = tuple(sorted(silos)), 1, True
+        self._silos, self._began = tuple(sorted(silos)), True
+        self._waits = replace(self._waits, minimum=1)
         deadline = time.monotonic() + most
         self._say_waiting(silos, most, "to come back and fetch the last adapter")
         while not (here := self._connected() & silos):
