@@ -128,14 +128,9 @@ def import_(
 
 def _english(loaded: Any) -> float:
     """Perplexity on the Python language reference. Hundreds say that something is wrong."""
-    import torch
+    from securefedcollm.tuning.prune import begun, perplexity
 
-    from securefedcollm.tuning.prune import perplexity
-
-    windows = _windows(None, loaded.tokenizer)[::20][:24]
-    first = loaded.tokenizer("a")["input_ids"][0]
-    if first == loaded.tokenizer.bos_token_id:  # Gemma is lost without it
-        windows = torch.nn.functional.pad(windows, (1, 0), value=first)
+    windows = begun(_windows(None, loaded.tokenizer)[::20][:24], loaded.tokenizer)
     return round(perplexity(loaded.model, windows), 2)
 
 

@@ -36,23 +36,27 @@ if TYPE_CHECKING:
 def client(
     config: StudyFile,
     data: Annotated[
-        Path, typer.Option("--data", metavar="FILE", help="Your private questions: stay here.")
+        Path,
+        typer.Option(
+            "--data", metavar="FILE", help="Your private records. They stay on this machine."
+        ),
     ],
     test: Annotated[
         Path | None,
         typer.Option(
             "--test",
             metavar="FILE",
-            help="Your held-out records: shows what every round's model makes of them, here and "
-            "nowhere else [none].",
+            help="Your held-out records. Every round's model is measured on them, and only "
+            "this machine shows the result [none].",
         ),
     ] = None,
     training_loss: Annotated[
         bool,
         typer.Option(
             "--training-loss",
-            help="Also show what every round's model makes of your own records that take part, "
-            "here and nowhere else. With --records skip, those that are left out do not count.",
+            help="Also measure every round's model on your own records that take part; only "
+            "this machine shows the result. Records that --records skip leaves out do not "
+            "count.",
         ),
     ] = False,
     models: Models = None,
@@ -63,23 +67,25 @@ def client(
             "--budget",
             min=0.0,
             metavar="EPSILON",
-            help="Most ε that a record may spend in all studies together: a limit below the pinned "
-            "budget; if nothing is pinned, the budget itself [what is pinned, else the study's].",
+            help="Largest ε that a record may spend in all studies together: a limit below the "
+            "pinned budget or, if none is pinned, the budget itself [the pinned one, else "
+            "the study's].",
         ),
     ] = None,
     records: Annotated[
         Literal["refuse", "skip"],
         typer.Option(
-            help="If some records cannot pay for this study: refuse it, or leave those records out."
+            help="What to do if some records cannot pay for this study: refuse it, or skip "
+            "those records."
         ),
     ] = "refuse",
     without_privacy: Annotated[
         bool,
         typer.Option(
             "--without-privacy",
-            help="Take part in a study without differential privacy although these records have a "
-            "privacy budget. No ε bounds what such a study reveals of them; --yes does not include "
-            "this.",
+            help="Take part in a study without differential privacy although these records "
+            "have a privacy budget. No ε bounds what such a study reveals of them. --yes "
+            "does not include this.",
         ),
     ] = False,
     threads: Threads = None,
@@ -90,11 +96,10 @@ def client(
 ) -> None:
     """Take part in a signed study as a silo, until it is finished.
 
-    Shows what you are about to agree to, and asks. Then it trains when the server asks, and sends
-    nothing but masked or encrypted updates. The adapter that the newest round ended with is in
-    `studies/…/adapters/slm` of your home: `model evaluate|generate|merge --run`. It may be stopped
-    (Ctrl-C), killed or rebooted at any moment; the same command goes on, and pays for nothing
-    twice.
+    Shows the terms, and asks whether you agree. Then it trains when the server asks, and sends only
+    masked or encrypted updates. The newest round's adapter is in `studies/…/adapters/slm` of your
+    home; use it with `model evaluate|generate|merge --run`. You may stop it (Ctrl-C), kill it or
+    reboot the machine at any moment: the same command goes on, and pays for nothing twice.
     """
     from securefedcollm.federation import consent, roles
     from securefedcollm.federation.engines.flare.kit import installed
@@ -115,8 +120,8 @@ def client(
             cotuning.set_threads(threads)
             place_of: dict[str, Any] = {"models": models, "progress": bars.report, "device": device}
             workload = roles.silo_workload(study, member.name, data, **place_of)
-            if test is not None and (both := roles.trained_on(study, test, workload)):
-                bars.say(f"WARNING: {both} records of {test} are training records too: no measure")
+            if test is not None:
+                _warn_of_shared(roles.trained_on(study, test, workload), test, bars)
             of_file, whole = workload.records, workload.questions
             if records == "skip":
                 fewer = partial(roles.workload_of, study, member.name, **place_of)
@@ -148,6 +153,13 @@ def client(
                     _serve_watched(session, member, kit, largest, bars, held_out)
     say_where(member.run, study, as_json)
     say_finished(member.run, as_json)
+
+
+def _warn_of_shared(records: int, test: Path, bars: Bars) -> None:
+    if records:
+        bars.say(
+            f"WARNING: {records} records of {test} are training records too, so they measure nothing"
+        )
 
 
 def _serve_watched(

@@ -18,9 +18,9 @@ Models = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads for training [every core of this machine].")
 ]
-Yes = Annotated[bool, typer.Option("--yes", help="Do not ask; for unattended machines.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Agree without asking; for unattended machines.")]
 Events = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object a line as things happen.")
+    bool, typer.Option("--json", help="Print one JSON object a line for each event.")
 ]
 
 

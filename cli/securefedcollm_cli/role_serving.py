@@ -65,7 +65,7 @@ def say_what_is_lacking(bars: Bars) -> None:
 
 
 class _Leaving:
-    """When to go: the run is over and the server has had the answer, or a minute to fetch it."""
+    """When to leave: the run is over and the server has the answer, or had a minute to fetch it."""
 
     def __init__(self, session: Session, inbox: SiloInbox) -> None:
         self._session, self._inbox = session, inbox

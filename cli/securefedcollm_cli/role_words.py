@@ -23,14 +23,14 @@ def say_finished(run: Path, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"event": "finished", "run": str(run)}))
     else:
-        typer.echo("finished. Where it stands: securefedcollm status; for an auditor:")
+        typer.echo("finished. To see the run: securefedcollm status. For an auditor:")
         typer.echo(f"  securefedcollm audit bundle {run}")
 
 
 def say_where(run: Path, study: Study, as_json: bool) -> None:
-    """Where a silo has the result.
+    """Where a silo finds the result.
 
-    Adversary: a server that ends a run before its time, or keeps the last adapter to itself.
+    Adversary: a server that ends a run early, or keeps the last adapter to itself.
     """
     from securefedcollm.federation.roles import ADAPTER, newest_adapter
 
@@ -41,14 +41,14 @@ def say_where(run: Path, study: Study, as_json: bool) -> None:
         typer.echo(f"the adapter of round {newest} of {rounds}; with it securefedcollm model")
         typer.echo(f"  evaluate|generate|merge --run {run}")
     if newest < rounds:
-        why = f"the server brought no adapter that round {rounds} ended with"
+        why = f"the server delivered no adapter of round {rounds}"
         if newest and study.keep and study.keep.patience:
-            why += "; that the study's patience ended the run shows in the server's evidence alone"
+            why += "; only the server's evidence shows that the study's patience ended the run"
         typer.echo(f"WARNING: {why}", err=True)
 
 
 def show_terms(terms: Terms, as_json: bool) -> None:
-    """Show what taking part means."""
+    """Show the terms of taking part."""
     if as_json:
         figures = {k: None if v == float("inf") else v for k, v in asdict(terms).items()}
         typer.echo(json.dumps({"event": "terms", **figures}))
@@ -75,7 +75,7 @@ def _reading(terms: Terms) -> dict[str, str]:
     }
     if terms.epsilon is None:
         shown["privacy"] = "none: the tuned adapter may reveal records"
-        shown["budget"] = "nothing is accounted for"
+        shown["budget"] = "the ledger charges nothing"
         if terms.budget is not None:
             shown["budget"] = (
                 f"ε = {terms.budget:g} (δ = {terms.budget_delta:g}) is pinned for every record; "
@@ -119,7 +119,7 @@ def print_round(rounds: int, bars: Bars, as_json: bool, record: dict[str, Any]) 
 def print_scores(
     rounds: int, bars: Bars, as_json: bool, which: str, round_: int, scores: dict[str, Any]
 ) -> None:
-    """What the silo's own records say, for its operator alone."""
+    """The measurement on the silo's own records, for its operator alone."""
     if as_json:
         typer.echo(json.dumps({"event": which, "round": round_, **scores}))
         return
@@ -132,7 +132,7 @@ def print_scores(
 
 
 def print_entry(entry: Entry, study: Any, bars: Bars, as_json: bool) -> None:
-    """What the silo's evidence log has just been told, for its operator."""
+    """Show the operator a new entry of the silo's evidence log."""
     from securefedcollm.federation.status import told
 
     if as_json:

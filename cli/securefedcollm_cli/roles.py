@@ -49,17 +49,17 @@ def server(
         typer.Option(
             "--rejoin-wait",
             min=0,
-            help="Seconds to wait for silos that were there and are gone, when too few are left; "
-            "then the run stops, and the same command goes on with it.",
+            help="Seconds to wait for silos that dropped out, when too few are left. Then the "
+            "run stops, and the same command goes on with it.",
         ),
     ] = 3600.0,
     linger: Annotated[
         float,
         typer.Option(
             min=0,
-            help="Seconds to stay when the run is over, for silos that were away at its end: they "
-            "get the last adapter when they come. They are named, and the others may leave. The "
-            "same command, started later, serves them too.",
+            help="Seconds to stay when the run is over, for silos that were away at its end: "
+            "they get the last adapter when they come. The server names them, and the "
+            "others may leave. The same command, started later, serves them too.",
         ),
     ] = 0.0,
     track: Track = None,
@@ -70,9 +70,9 @@ def server(
 ) -> None:
     """Coordinate a signed study over the network, until it is finished.
 
-    Waits for the silos, runs the rounds, distils, and brings every silo the adapter. It may be
-    stopped (Ctrl-C), killed or rebooted at any moment: the same command goes on from the last
-    durable round. Nothing is opened twice.
+    Waits for the silos, runs the rounds, distils, and delivers the adapter to every silo. You may
+    stop it (Ctrl-C), kill it or reboot the machine at any moment: the same command goes on from the
+    last durable round. Nothing is opened twice.
     """
     from securefedcollm.federation import roles
     from securefedcollm.federation.engines.flare.engine import Kits, Waits
@@ -124,8 +124,8 @@ def server(
             )
             if late := roles.not_told(member):
                 bars.say(
-                    f"not reached when the run was over: {', '.join(late)}; the same "
-                    "command with --linger SECONDS waits for them, and brings the last adapter"
+                    f"not reached when the run was over: {', '.join(late)}; the same command with "
+                    "--linger SECONDS waits for them, and delivers the last adapter"
                 )
         _say_trained(member.run, record, as_json)
 
@@ -194,8 +194,9 @@ def authority(
 ) -> None:
     """Hold the decryption key of a signed study with `key_model: authority`, until it is finished.
 
-    Run it where neither the server nor a silo has a say: at an auditor's. It makes a fresh key for
-    every round and opens one sum a round, of enough silos that signed it; it sees no data.
+    Run it on a machine that neither the server nor a silo controls, such as an auditor's. It makes
+    a fresh key for every round and opens one sum a round, of enough silos that signed it. It sees
+    no data.
     """
     from securefedcollm.federation import roles
     from securefedcollm.federation.engines.flare.kit import installed

@@ -1,4 +1,4 @@
-"""``securefedcollm study …``: look at what the participants are about to agree to."""
+"""``securefedcollm study …``: write, check, show and sign a study."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def check(
         bool,
         typer.Option(
             "--estimate",
-            help="Also build both models without weights, and print adapter sizes, bytes a round "
-            "and memory. Reads their config.json: under --data, or once from the hub.",
+            help="Also build both models without weights, and print adapter sizes, bytes a "
+            "round and memory. This reads their config.json under --data, or once from "
+            "the hub.",
         ),
     ] = False,
     records: Annotated[
@@ -50,7 +51,7 @@ def check(
         typer.Option(
             "--silo",
             metavar="NAME=FILE",
-            help="A silo's own records: only their number counts (repeat; some are enough).",
+            help="A silo's own records. Only their number counts (repeat; some silos are enough).",
         ),
     ] = None,
     propose_clip: Annotated[
@@ -75,11 +76,11 @@ def check(
 ) -> None:
     """Check a study and print what follows from it: digest, thresholds, packing, privacy.
 
-    Whatever `simulate` and `client` would refuse of batch and privacy is refused here already: a
-    batch larger than a silo, an ε that no noise reaches. The number of records is that of the study
+    Refuses the same batches and privacy settings as `simulate` and `client`: a batch larger than a
+    silo, an ε that no noise reaches. The number of records is that of the study
     (`task.data.per_silo`), of the files that `--data` or `--silo` names, or `--records`.
 
-    Without these options, `--estimate` and `--propose-clip` it reads nothing but the file: no data,
+    Without these options, `--estimate` and `--propose-clip` it reads only the study file: no data,
     no model, no network.
     """
     from securefedcollm.errors import ConfigError
@@ -116,7 +117,8 @@ def check(
 def _plan(
     study: Study, units: Units, values: int | None, reading: dict[str, str]
 ) -> dict[str, Any]:
-    """The noise that a run would plan; its line goes into ``reading``. Refuses what a run would."""
+    """The noise that a run would plan; its line goes into ``reading``. Refuses the same settings as
+    a run."""
     if study.privacy is None:
         return {"noise_multiplier": None, "units": list(units.counts)}
     from securefedcollm.federation.feasible import planned_noise, unit_name
@@ -169,7 +171,7 @@ def _clip(
 
 
 def _values(study: Study, data: Path | None) -> int | None:
-    """Values of an update, if they can be told without building the model."""
+    """Number of values in an update, if it follows without building the model."""
     from securefedcollm.errors import ConfigError
 
     try:
@@ -222,10 +224,10 @@ def deal(
     data: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Deal a study's questions out into the files that real roles read: for a rehearsal.
+    """Deal a study's questions out into the files that real roles read, for a rehearsal.
 
-    One NAME.jsonl for each silo, public.jsonl and test.jsonl, just as `simulate` deals them. With
-    real data nobody could do this: every silo has its own file.
+    Writes one NAME.jsonl for each silo, public.jsonl and test.jsonl, just as `simulate` deals them.
+    With real data nobody could do this: every silo has its own file.
     """
     from securefedcollm.federation.dealing import deal as dealt_out
     from securefedcollm.federation.files import make_directory

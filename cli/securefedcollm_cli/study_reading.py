@@ -6,7 +6,7 @@ from typing import Any
 
 
 def derived(study: Any, values: int | None = None) -> dict[str, Any]:
-    """What a study implies, as data and as sentences."""
+    """The consequences of a study, as data and as sentences."""
     from securefedcollm.study import digest
 
     n, c = study.silos.count, study.silos.colluders
@@ -54,7 +54,7 @@ def _opens_with(study: Any) -> str:
     if study.scheme == "ckks-authority":
         return f"{study.quorum} silos that uploaded, by the authority {tolerated}"
     return (
-        f"{study.quorum} silos, all of which made the key and decrypt; else the rest repeat "
+        f"{study.quorum} silos, if all that made the key decrypt; otherwise the rest repeat "
         f"{tolerated}"
     )
 
@@ -86,7 +86,7 @@ def _packing(study: Any) -> str:
 
 
 def _advantage(study: Any, values: int | None) -> str:
-    """By how much decryptions help to tell two runs with the same sums apart, all together."""
+    """How much all decryptions together help to distinguish two runs with the same sums."""
     from securefedcollm.aggregation.ckks.parameters import MOST_OPENINGS
 
     counted = values or 10**6

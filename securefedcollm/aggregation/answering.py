@@ -130,7 +130,7 @@ class AnsweringSide(ABC, Generic[K]):
     # For the schemes ----------------------------------------------------------------------------
 
     def _say(self, key: bytes, message: S) -> S:
-        """Sign, and write down what is about to be said in this attempt."""
+        """Sign the coming answer of this attempt, and record it in the journal."""
         signed = sign(message, self._signing_key)
         self._record(key + self._header.attempt_scope, sha256(signed.signed()))
         return signed

@@ -1,4 +1,4 @@
-"""What a study's fields must satisfy together. Every refusal names the key and the fix."""
+"""Conditions on a study's fields together. Every refusal names the key and the fix."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _check_silos(study: Study) -> None:
     # must remain in it, or the rest is one silo's own.
     if study.minimum - c < 2:
         raise ConfigError(
-            f"a sum over {study.minimum} silos, {c} of them colluding, bares one silo's update",
+            f"a sum over {study.minimum} silos, {c} of them colluding, reveals one silo's update",
             where="silos.minimum",
             hint=f"at least colluders + 2 = {c + 2}",
         )
@@ -82,7 +82,7 @@ def _check_silos(study: Study) -> None:
 
 
 def _check_own(study: Study) -> None:
-    """Code of the participants' own: what this project cannot promise, or would not read."""
+    """Own training code: refuse impossible promises, and keys that nothing would read."""
     own, source = study.task.kind == "own", study.models.slm.source
     if own != source.startswith("own:"):
         raise ConfigError(
@@ -95,7 +95,7 @@ def _check_own(study: Study) -> None:
     # One record's influence is bounded only where this project computes the gradients.
     if study.privacy is not None and study.privacy.unit != "silo":
         raise ConfigError(
-            f"own training cannot promise anything about one {study.privacy.unit}",
+            f"own training code cannot promise anything about one {study.privacy.unit}",
             where="privacy.unit",
             hint="choose unit: silo with noise: distributed, or a kind of task that this project "
             "trains",
@@ -109,7 +109,9 @@ def _check_own(study: Study) -> None:
         ("keep", study.keep is not None),
     ):
         if unread:
-            raise ConfigError("own training has none", where=where, hint="remove it")
+            raise ConfigError(
+                "a study with own training code has none", where=where, hint="remove it"
+            )
 
 
 def _check_ring(study: Study) -> None:
@@ -121,11 +123,11 @@ def _check_ring(study: Study) -> None:
             f"sums and squares of {study.aggregation.value_bits}-bit values of "
             f"{study.silos.count} silos overflow the 64-bit ring",
             where="aggregation.value_bits",
-            hint="lower it; 16 loses nothing that training would notice",
+            hint="lower it; 16 bits lose nothing that training would notice",
         )
     if study.aggregation.key_model == "authority" and study.aggregation.scheme != "ckks":
         raise ConfigError(
-            "only CKKS has a key that an authority could hold",
+            "only CKKS has a key that an authority can hold",
             where="aggregation.key_model",
             hint="add aggregation.scheme: ckks, or remove the key model",
         )
@@ -170,25 +172,27 @@ def _check_privacy(study: Study) -> None:
     if privacy.unit == "silo" and privacy.clip_norm != study.aggregation.clip_norm:
         raise ConfigError(
             f"{privacy.clip_norm:g} and aggregation.clip_norm: {study.aggregation.clip_norm:g} "
-            "bound the same update, a silo's whole one",
+            "bound the same update, a silo's whole update",
             where="privacy.clip_norm",
             hint="give both keys the same value",
         )
 
 
 def _check_subject(study: Study, privacy: Privacy) -> None:
-    """The column that says whose a record is."""
+    """The column that names the subject of a record."""
     if (privacy.unit == "subject") != (privacy.subject is not None):
         missing = privacy.subject is None
         raise ConfigError(
-            "no column says whose a record is" if missing else f"unit: {privacy.unit} needs none",
+            "no column names the subject of a record"
+            if missing
+            else f"unit: {privacy.unit} needs none",
             where="privacy.subject",
             hint="name the column" if missing else "remove it, or choose unit: subject",
         )
     columns = study.task.columns
     if privacy.subject in {columns.get(name, name) for name in CONTENT[study.task.kind]}:
         raise ConfigError(
-            f"{privacy.subject!r} is what a record says, not whose it is",
+            f"{privacy.subject!r} is the content of a record, not its subject",
             where="privacy.subject",
             hint="name the column with the patient, client or author",
         )
@@ -206,14 +210,14 @@ def _check_joint(study: Study) -> None:
         raise ConfigError(
             "joint DP-SGD needs the rate at which records take part in a step",
             where="local.sampling_rate",
-            hint="local.batch_size over the records of all silos together, e.g. 0.02",
+            hint="local.batch_size divided by the records of all silos together, e.g. 0.02",
         )
     if local.sampling_rate is not None and local.batch_size / local.sampling_rate > _MOST_RECORDS:
         raise ConfigError(
             f"an expected batch of {local.batch_size} at rate {local.sampling_rate:g} means "
             f"{local.batch_size / local.sampling_rate:.3g} records in all silos",
             where="local.sampling_rate",
-            hint="local.batch_size over the records of all silos together, e.g. 0.02",
+            hint="local.batch_size divided by the records of all silos together, e.g. 0.02",
         )
     if not study.joint and local.sampling_rate is not None:
         raise ConfigError(
@@ -223,7 +227,7 @@ def _check_joint(study: Study) -> None:
         )
     if study.joint and study.adapter.method == "rolora":
         raise ConfigError(
-            "rolora alternates between matrices from round to round, one optimiser has no place",
+            "rolora alternates between matrices from round to round, so one optimiser does not fit",
             where="adapter.method",
             hint="choose ffa-lora, which is exact under a sum too",
         )
@@ -246,11 +250,11 @@ def _check_roster(study: Study) -> None:
         raise ConfigError(
             f"{len(silos)} silos are listed, silos.count says {study.silos.count}",
             where="roster",
-            hint="list every silo, or mend silos.count",
+            hint="list every silo, or correct silos.count",
         )
     if sum(p.role == "server" for p in study.roster) != 1:
         raise ConfigError(
-            "exactly one participant has the role server", where="roster", hint="mend the roles"
+            "exactly one participant has the role server", where="roster", hint="correct the roles"
         )
     # The authority's key is on the roster, so that every silo's signature pins it: a server that
     # could name the key holder would name itself.

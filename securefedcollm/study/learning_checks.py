@@ -30,19 +30,19 @@ def check_steps(study: Study) -> None:
         if not local.steps:
             what, hint = "no steps, and no epochs", "give the steps of a round, or local.epochs"
     elif local.steps:
-        what, hint = "epochs say how long a round is as well", "keep one of steps and epochs"
+        what, hint = "local.epochs also sets the length of a round", "keep one of steps and epochs"
     if what:
         raise ConfigError(what, where="local.steps", hint=hint)
     if local.epochs is not None and privacy is not None and privacy.unit != "silo":
         why = (
             "in joint DP-SGD all silos take every step together"
             if study.joint
-            else "DP-SGD draws every batch anew, with as many steps as the study says"
+            else "DP-SGD draws every batch anew, with the study's number of steps"
         )
         raise ConfigError(
             f"{why}: there are no epochs",
             where="local.epochs",
-            hint="set local.steps; records / batch_size of them are about one epoch",
+            hint="set local.steps; records / batch_size steps are about one epoch",
         )
 
 
@@ -104,7 +104,7 @@ def check_task(study: Study) -> None:
         )
     if task.data.builtin and (task.columns or task.template):
         raise ConfigError(
-            "the built-in world has columns and a template of its own",
+            "the built-in world has its own columns and template",
             where="task.columns" if task.columns else "task.template",
             hint="remove it, or give files instead of task.data.builtin",
         )
@@ -141,7 +141,7 @@ def check_task(study: Study) -> None:
 
 
 def check_rows(task: Task) -> None:
-    """Refuse labels, columns or a template that no row could be read by.
+    """Refuse labels, columns or a template with which no row can be read.
 
     Raises:
         ConfigError: for the first one found, with its key path and a hint.
@@ -170,9 +170,9 @@ def check_rows(task: Task) -> None:
     what = hint = ""
     if task.kind not in _FRAMED:
         what = f"kind: {task.kind} has no prompt to frame"
-        hint = "remove it; instructions are put in the tokenizer's chat template"
+        hint = "remove it; instructions use the tokenizer's chat template"
     elif task.template.count("{}") != 1 or len(task.template) > _LONGEST_TEMPLATE:
-        what = "the text's place {} must be there once"
+        what = "it must contain {}, the text's place, exactly once"
         hint = f'e.g. "Note: {{}}\\nDepartment:", of at most {_LONGEST_TEMPLATE} characters'
     elif task.template != task.template.rstrip():
         what = "ends in white space; a choice follows after one space anyway"
@@ -196,7 +196,7 @@ def _check_columns(task: Task) -> None:
         elif called.count(name) > 1:
             what, hint = f"two fields would be read from {name!r}", "give each a column of its own"
         elif name == "prompt" and task.kind in _FRAMED:
-            what = "a column prompt is taken as it stands, without a template"
+            what = "a column prompt is used unchanged, without a template"
             hint = "leave this out, or rename the column in the files"
         if what:
             raise ConfigError(what, where=f"task.columns.{ours}", hint=hint)
@@ -250,13 +250,13 @@ def check_distillation(study: Study) -> None:
         )
     if plan.top_k is not None and plan.over == "choices":
         raise ConfigError(
-            "over the choices of a question nothing is left out",
+            "over: choices always keeps all choices of a question",
             where="distillation.top_k",
             hint="remove it, or choose over: answer or over: all",
         )
     if plan.top_k is not None and plan.loss not in {"entropy-pooled", "dual-min-ce"}:
         raise ConfigError(
-            f"loss: {plan.loss} keeps no predictions that could be shortened",
+            f"loss: {plan.loss} keeps no predictions to shorten",
             where="distillation.top_k",
             hint="remove it, or choose loss: entropy-pooled or dual-min-ce",
         )
@@ -281,7 +281,7 @@ def check_keep(study: Study) -> None:
         )
     if data.train is not None and study.models.llm is not None and keep.rows == data.public:
         raise ConfigError(
-            "all public questions are kept apart, and none is left to distil from",
+            "all public questions are set aside for measuring, and none is left to distil from",
             where="keep.rows",
             hint="lower it, or raise task.data.public",
         )

@@ -4,7 +4,7 @@ The adversary is the server together with up to c silos; the authority does not 
 two together could open this silo's ciphertext). The silo checks that the key is the authority's and
 of this very round, commits to its ciphertext before any is shown, and lets it leave for one list of
 commitments. The authority decides which sum is opened (:mod:`~.ckks.authority.keyholder`). Its
-signed word about it comes back here, so that this silo knows how many noise shares are in the sum.
+signed statement comes back here, so that this silo knows how many noise shares are in the sum.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class CkksAuthoritySiloRound(AnsweringSilo[CkksSecrets]):
     The arguments are those of :class:`~.ckks.threshold.silo.CkksSiloRound`, and
 
     Args:
-        authority: who holds the key, from the silo's own study.
+        authority: the key holder, from the silo's own study.
 
     Raises:
         LocalProtocolError: header, roster, identity and vector do not belong together.

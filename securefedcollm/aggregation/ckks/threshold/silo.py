@@ -3,21 +3,21 @@
 Nobody holds the keys: every member has a fresh secret in each, and it takes every member's partial
 decryption to open anything. The adversary is the server together with up to c silos that do what
 they like; it relays and may invent every frame, show different silos different things, and crash
-and restart this process. A CKKS ciphertext does not say what it is a ciphertext of, and neither it
-nor a key part can be seen to be well made. So what protects this silo's vector is *which*
-ciphertexts its share opens, and that each secret is used for one owner's ciphertext only:
+and restart this process. A CKKS ciphertext does not reveal its content, and nobody can see whether
+it, or a key part, is well formed. So two things protect this silo's vector: *which* ciphertexts its
+share opens, and that each secret is used for one owner's ciphertext only:
 
 1. Key parts are committed to before any is shown (K0, K1), so no member can choose its part as a
    function of the others' and know a joint secret.
 2. Ciphertexts are committed to before any is shown (K2, K3), so none depends on another.
-3. This silo is given the committed second polynomials themselves (K4), and multiplies and adds them
-   itself (K5): there is no aggregate that could be something else than the sum.
-4. Every silo encrypts under keys of its own. A colluder that uploads a constant in the place of a
-   c1 reads the secrets that it is multiplied with in the opened sum: those of its own keys.
+3. This silo gets the committed second polynomials themselves (K4), and multiplies and adds them
+   itself (K5). So no aggregate can differ from the sum.
+4. Every silo encrypts under keys of its own. A colluder that uploads a constant for a c1 reads, in
+   the opened sum, the secrets that it is multiplied with: those of its own keys.
 5. Members are in c + 1 committees, each with joint keys and encryption randomness u of its own. A
-   colluder that gives a constant in the place of its part of this silo's key reads u in the opened
-   sum: that of its own committee. In one committee there is no colluder.
-6. Each share carries flooding noise that drowns what a decryption tells about the key (Li and
+   colluder that gives a constant for its part of this silo's key reads u in the opened sum: that
+   of its own committee. In one committee there is no colluder.
+6. Each share carries flooding noise, which hides what a decryption reveals about the key (Li and
    Micciancio, eprint 2020/1533), and leaves once. The same sum is opened in a few attempts at
    most, so that the average over them tells little more.
 """
@@ -116,7 +116,7 @@ class CkksSiloRound(AnsweringSilo[_Secrets]):
 
     @property
     def transcript(self) -> Transcript:
-        """What this silo has accepted so far. The key needs all its shares: nobody drops out."""
+        """What this silo has accepted so far. The key needs all shares: nobody may drop out."""
         agreed = self._step in {Step.UNMASK, Step.DONE}
         members = self._members if agreed else ()
         return Transcript(
