@@ -158,7 +158,8 @@ def client(
 def _warn_of_shared(records: int, test: Path, bars: Bars) -> None:
     if records:
         bars.say(
-            f"WARNING: {records} records of {test} are training records too, so they measure nothing"
+            f"WARNING: {records} records of {test} are training records too, so they measure "
+            "nothing"
         )
 
 
