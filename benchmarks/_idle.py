@@ -88,7 +88,7 @@ def idle_session(seat: Seat, values: int, home: Path) -> SiloSession:
     return SiloSession(
         seat,
         ChargedTraining(seat.study, seat.name, Idle(values), store, ledger),
-        SiloRecord(log, name=seat.name, key=seat.key, roster=seat.roster, server=SERVER_KEY.public),
+        SiloRecord(log, key=seat.key, roster=seat.roster, server=SERVER_KEY.public),
     )
 
 

@@ -31,7 +31,7 @@ from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.engines import Engine
 from securefedcollm.federation.engines.door import Door
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
-from securefedcollm.federation.engines.flare.engine import FlareEngine
+from securefedcollm.federation.engines.flare.engine import FlareEngine, Kits, Waits
 from securefedcollm.federation.engines.flare.kit import (
     approve_request,
     create_consortium,
@@ -42,6 +42,7 @@ from securefedcollm.federation.engines.flare.kit import (
 from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
 from securefedcollm.federation.engines.link import answer_calls
 from securefedcollm.federation.engines.requests import sign_request
+from securefedcollm.federation.hooks import Hooks
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.silo import Seat, SiloSession
 from securefedcollm.federation.workload import Progress, silent
@@ -82,8 +83,7 @@ def run(
         workload=Idle(values),
         store=store,
         evidence=server_record(study, roster, directory),
-        progress=silent,
-        on_round=lambda record: wire.append(loopback_bytes()),
+        hooks=Hooks(on_round=lambda record: wire.append(loopback_bytes())),
     )
     coordinator.run()
     coordinator.end()
@@ -181,11 +181,12 @@ def over_flare(values: int, homes: dict[str, Path], study_file: Path, out: Path)
         engine = stack.enter_context(
             FlareEngine(
                 SILOS,
-                minimum=len(SILOS),
-                server=installed(homes["server"], "server"),
-                lead=installed(homes["server"], "server", lead=True),
+                kits=Kits(
+                    installed(homes["server"], "server"),
+                    installed(homes["server"], "server", lead=True),
+                ),
+                waits=Waits(minimum=len(SILOS), patience=120),
                 sign=partial(sign_request, key, study.digest),
-                patience=120,
                 progress=silent,
             )
         )

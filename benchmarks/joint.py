@@ -78,7 +78,6 @@ def overhead(study: Study, values: int) -> dict[str, float]:
                     workload=Idle(values),
                     store=RunStore(Path(directory), digest(study), resume=False),
                     evidence=server_record(study, roster, Path(directory)),
-                    progress=silent,
                 ).run()
         finally:
             SiloRound.handle = plain  # type: ignore[method-assign]

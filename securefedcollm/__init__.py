@@ -16,8 +16,9 @@ an entry in CHANGELOG.md. Nothing is imported before it is used; ``secure_sum`` 
 import torch.
 
 The rooms, in the order in which one update walks through them: ``study`` (what everybody agreed),
-``tuning`` (the only one with torch), ``privacy``, ``aggregation``, ``evidence`` and ``federation``
-(the loops that join them). See ``docs/`` for the threat model and the protocol.
+``tuning`` (the only one with torch), ``privacy``, ``aggregation``, ``evidence``, ``federation``
+(the loops that join them), ``simulation`` (all roles on one machine) and ``experiment`` (several
+runs beside each other). See ``docs/`` for the threat model and the protocol.
 """
 
 from __future__ import annotations

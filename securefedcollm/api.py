@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,9 @@ from securefedcollm.federation.tracking import Kind
 from securefedcollm.federation.workload import Progress, silent
 from securefedcollm.privacy.planner import Plan
 from securefedcollm.study import Study, load_study
+
+if TYPE_CHECKING:
+    from securefedcollm.federation.dealing import Files
 
 Place = str | Path
 
@@ -133,29 +136,40 @@ def simulate(
     Raises:
         SecureFedCoLLMError: with the run in a state that ``resume`` continues, or not begun.
     """
-    from securefedcollm.federation.dealing import given_files
-    from securefedcollm.federation.simulate import Simulation
+    from securefedcollm.simulation.plan import SimulationPlan
+    from securefedcollm.simulation.simulate import Simulation
 
     agreed = study if isinstance(study, Study) else load_study(study)
-    files = None
-    if silos or public or test:
-        own = [(name, Path(path)) for name, path in (silos or {}).items()]
-        files = given_files(agreed, own, *(None if p is None else Path(p) for p in (public, test)))
     directory = Path(out) if out is not None else Path("runs") / agreed.study
-    results = Simulation(
-        agreed,
+    plan = SimulationPlan(
         out=directory,
         data=None if data is None else Path(data),
         resume=resume,
         overwrite=overwrite,
         baselines=baselines,
         workers=workers,
-        drops=drops,
+        drops=tuple(drops),
         device=device,
-        files=files,
+        files=_files(agreed, silos, public, test),
         track=track,
-    ).run(progress, lambda text: None)
+    )
+    results = Simulation(agreed, plan).run(progress, lambda text: None)
     return Run(directory, results)
+
+
+def _files(
+    study: Study,
+    silos: Mapping[str, Place] | None,
+    public: Place | None,
+    test: Place | None,
+) -> Files | None:
+    """The participants' own files, if any is given."""
+    from securefedcollm.federation.dealing import given_files
+
+    if not (silos or public or test):
+        return None
+    own = [(name, Path(path)) for name, path in (silos or {}).items()]
+    return given_files(study, own, *(None if p is None else Path(p) for p in (public, test)))
 
 
 def simulate_own(
@@ -197,7 +211,8 @@ def simulate_own(
             ``unit: silo`` a training that fails is logged, and the silo contributes noise alone:
             whether it failed may depend on its records.
     """
-    from securefedcollm.federation import own
+    from securefedcollm.simulation import own
+    from securefedcollm.simulation.plan import RunPlace
 
     agreed = study if isinstance(study, Study) else load_study(study)
     directory = Path(out) if out is not None else Path("runs") / agreed.study
@@ -205,11 +220,9 @@ def simulate_own(
         agreed,
         start,
         silos,
+        place=RunPlace(out=directory, resume=resume, overwrite=overwrite),
         evaluate=evaluate,
-        out=directory,
         drops=drops,
-        resume=resume,
-        overwrite=overwrite,
         progress=progress,
     )
     return Run(directory, results)

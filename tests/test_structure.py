@@ -1,7 +1,8 @@
 """What holds the house together, read from its source.
 
-No import leads back to where it began. No test module imports another: what two share is in
-:mod:`tests.support`. No test writes to what is private to the code under test.
+No import leads back to where it began. A function fits on a screen and takes no crowd. No test
+module imports another: what two share is in :mod:`tests.support`. No test writes to what is private
+to the code under test.
 """
 
 from __future__ import annotations
@@ -81,6 +82,72 @@ def test_a_circle_is_found_wherever_its_imports_are(tmp_path: Path) -> None:
     assert not circle(graph)
 
 
+LONGEST = 60
+"""Lines of a function, its docstring included."""
+ROOMS = ("experiment", "federation", "simulation", "tuning")
+MOST_PARAMETERS = 8
+"""``self`` is not one. More belong together somehow: in a frozen plan that says how."""
+
+
+def functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """Every function of the file, with its place."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield f"{path}:{node.lineno} {node.name}", node
+
+
+def too_long(path: Path, command_line: bool = False) -> list[str]:
+    """Functions of more than :data:`LONGEST` lines.
+
+    ``command_line``: a command's options stand in its signature, each with its help; those lines
+    are what its user reads, and do not count.
+    """
+    found = []
+    for place, node in functions(path):
+        first = node.body[0].lineno if command_line else node.lineno
+        if (node.end_lineno or 0) - first >= LONGEST:
+            found.append(place)
+    return found
+
+
+def too_many_parameters(path: Path) -> list[str]:
+    """Functions of more than :data:`MOST_PARAMETERS`."""
+    found = []
+    for place, node in functions(path):
+        named = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        if sum(each.arg not in {"self", "cls"} for each in named) > MOST_PARAMETERS:
+            found.append(place)
+    return found
+
+
+def test_every_function_fits_on_a_screen() -> None:
+    found = modules()
+    assert not [
+        place
+        for name, path in found.items()
+        for place in too_long(path, command_line=name.startswith("securefedcollm_cli."))
+    ]
+
+
+def test_no_function_of_the_loops_or_of_tuning_takes_a_crowd() -> None:
+    """The public ``simulate`` and ``simulate_own`` are not among these: whoever calls them names
+    what differs from the default, and would only have to learn the names of plans as well."""
+    names = tuple(f"securefedcollm.{room}." for room in ROOMS)
+    checked = [path for name, path in modules().items() if name.startswith(names)]
+    assert len(checked) > 80
+    assert not [place for path in checked for place in too_many_parameters(path)]
+
+
+def test_long_functions_and_crowds_are_found(tmp_path: Path) -> None:
+    source = tmp_path / "some.py"
+    body = "\n".join(["    x = 1"] * (LONGEST - 3))
+    source.write_text(f"class A:\n  def f(self,\n    a, b, c, d,\n    *, e, f, g, h):\n{body}\n")
+    assert too_long(source) == too_many_parameters(source) == []
+    source.write_text(f"def f(\n    a, b, c, d, /,\n    *, e, f, g, h, i):\n{body}\n    y = 2\n")
+    assert too_long(source) == too_many_parameters(source) == [f"{source}:1 f"]
+    assert too_long(source, command_line=True) == []
+
+
 def imports_of_tests(source: str, package: str) -> set[str]:
     """The test modules, and conftests, that a module imports.
 
@@ -110,12 +177,22 @@ def is_private(name: str) -> bool:
 
 
 def private_writes(source: str) -> list[str]:
-    """The private attributes that a module sets or deletes, in whatever way, with their lines."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
+    """The private attributes that a module sets or deletes, in whatever way, with their lines.
+
+    A class of the module's own may set what is its own, as a subclass at a documented seam does.
+    """
+    found, tree = [], ast.parse(source)
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    own = {
+        node
+        for owner in classes
+        for node in ast.walk(owner)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self"
+    }
+    for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
-            names = [node.attr]
+            names = [] if node in own else [node.attr]
         elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
             place = node.value
             while isinstance(place, ast.Subscript):
@@ -174,6 +251,7 @@ def test_an_import_of_a_test_module_is_found_however_it_is_written(line: str, pa
         "object.__setattr__(study, '_digest', b'')",
         "monkeypatch.delattr(roles, '_SLACK')",
         "with patch.object(silo, '_begin'): pass",
+        "def shared(self): self._secrets = []",
     ],
 )
 def test_a_write_to_what_is_private_is_found_however_it_is_written(line: str) -> None:
@@ -182,4 +260,5 @@ def test_a_write_to_what_is_private_is_found_however_it_is_written(line: str) ->
 
 def test_what_is_no_write_to_what_is_private_is_let_through() -> None:
     looks = "getattr(silo, '_side')\nassert silo._side is None\nsilo.__dict__ = {}\n_own = 3\n"
+    looks += "class Toy(AnsweringSide):\n  def __init__(self): self._secrets = ()\n"
     assert not private_writes(looks + "monkeypatch.setattr(roles, 'SLACK', '-')")

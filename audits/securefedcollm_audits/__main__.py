@@ -1,4 +1,4 @@
-"""``python -m securefedcollm_audits verify FILE``: for an auditor who installs nothing heavy."""
+"""``python -m securefedcollm_audits verify FILE``: for auditors who want a small installation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="append",
         default=[],
         metavar="NAME=HEX",
-        help="a participant's public key, as it told you (repeatable)",
+        help="a participant's public key, as you have it from that participant (repeatable)",
     )
     command.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""What an attack on the aggregation protocol is judged by."""
+"""The outcome of an attack on the aggregation protocol."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Outcome:
 
     Args:
         attack: what the adversary did, in a few words.
-        learnt: what it learnt beyond one sum over a quorum, or got away with; must be empty.
-        defence: who refused and why, in the refusing side's own words.
+        learnt: what the adversary learnt or achieved beyond one sum over a quorum; must be empty.
+        defence: the refusing side and its reason, in its own words.
         held: nothing was learnt *and* the attack was refused where it should be.
     """
 

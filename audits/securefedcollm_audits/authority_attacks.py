@@ -1,7 +1,7 @@
 """Attacks of a malicious server on CKKS rounds whose key an authority holds.
 
 Colluding silos sign what the server likes; the last of the cohort does. The authority does not
-collude: with it, the server could open every ciphertext, which the documentation says plainly.
+collude: with it, the server could open every ciphertext, as the documentation says.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def authority_too_few() -> Outcome:
 
 
 def authority_not_the_sum() -> Outcome:
-    """Give the victim's ciphertext as it is, and nothing in the place of all others'."""
+    """Give the victim's ciphertext unchanged, and nothing for all others."""
     made = cohort()
     played = Round(made)
     request = played.request()
@@ -97,7 +97,7 @@ def authority_tampered_ciphertext() -> Outcome:
 
 
 def authority_second_opening() -> Outcome:
-    """Open all silos, then, in another attempt, all but the victim; the difference bares it."""
+    """Open all silos, then, in another attempt, all except the victim: compare the sums."""
     made = cohort()
     first = Round(made)
     first.play()
@@ -265,8 +265,8 @@ def authority_downgrade() -> Outcome:
 
 
 def authority_false_notice() -> Outcome:
-    """Tell a silo that more silos are in the sum than are, so that it counts noise that is not
-    there; then that it is in a sum which it is not in."""
+    """Tell a silo that the sum has more silos than it has, so that the silo counts missing noise;
+    then that it is in a sum which it is not in."""
     made = cohort()
     played = Round(made)
     played.until(Step.UPLOAD)

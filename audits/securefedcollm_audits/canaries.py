@@ -1,8 +1,8 @@
 """Canaries through the whole path of a noised sum: clip, quantise, noise, mask, sum, decode.
 
-Adversary: the server and c silos. They see the opened sum, subtract what the colluders put into it,
-and ask for one unit: did it contribute, or a zero vector? The round is the worst one that the
-accountant charges for: only the fewest silos are left with which a sum opens.
+Adversary: the server and c silos. They see the opened sum, subtract the colluders' part, and ask
+about one unit: did it contribute, or a zero vector? The round is the worst one that the accountant
+charges for: only the fewest silos are left with which a sum opens.
 
 A *canary* is a vector far longer than C, all of it in one coordinate of its own, so that after the
 clip it is C there and zero elsewhere. Why one round gives many independent trials: a canary's
@@ -37,7 +37,7 @@ NoiseOf = Callable[[str], NoiseSource]
 
 
 class CanaryScores(NamedTuple):
-    """What the adversary reads off the opened sum: float64 [n] each.
+    """The adversary's readings of the opened sum: float64 [n] each.
 
     In units of the sensitivity that is charged, so that the noise is the noise multiplier: the
     integer bound in a sum of integers, the clip norm in DP-SGD inside a silo.
@@ -51,10 +51,10 @@ class CanaryScores(NamedTuple):
 
 
 class Path(NamedTuple):
-    """A mechanism to be attacked, from a unit's vector to what is released."""
+    """A mechanism to be attacked, from a unit's vector to the release."""
 
     event: Event
-    """What the accountant charges for one play."""
+    """The accountant's charge for one play."""
     play: Callable[[NoiseOf], CanaryScores]
     """Carry it out once, with these sources of noise."""
     what: str

@@ -1,4 +1,4 @@
-"""A bundle, laid out for checking: logs by role, keys, and what each participant says it opened."""
+"""A bundle, arranged for checking: logs by role, keys, and each participant's `opened` entry."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _What = TypeVar("_What")
 
 
 class NotCovered(Exception):  # noqa: N818 - not an error: the bundle is silent on this
-    """Why the bundle says nothing about what a check looks at."""
+    """The bundle does not cover a check; the text says why."""
 
 
 class Case:
-    """What the checks look at.
+    """The content that the checks examine.
 
     The keys are those of the signed study; in a study without a roster (a simulation), those that
     the logs agree on.
@@ -120,7 +120,7 @@ class Case:
 
     @property
     def scores(self) -> list[float | None]:
-        """What the server's log says of every finished round for the study's ``keep``, in order."""
+        """The server's scores of every finished round for the study's ``keep``, in order."""
         found = {e.what.round: e.what.score for e in self.server if isinstance(e.what, Finished)}
         return [found[round_] for round_ in sorted(found)]
 
@@ -128,8 +128,8 @@ class Case:
     def over(self) -> bool:
         """Whether the server's log says that no round is left to run.
 
-        Adversary: whoever cuts a log short and calls that the end of its patience. Only the scores
-        say so, which silos vouched for with the rest of the log.
+        Adversary: somebody who cuts a log short and calls that the end of the study's patience.
+        Only the scores say so, which silos vouched for with the rest of the log.
         """
         return ended(self.study, self.scores)
 

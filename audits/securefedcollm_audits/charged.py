@@ -1,8 +1,8 @@
 """The privacy events of a bundle, held within what any run releases before they are computed on.
 
-Adversary: whoever made the bundle. Accountants take memory and time by the size of what they are
-asked; a made-up event must not hang or kill the auditor's machine. What is out of bounds counts
-against the bundle, as everything that cannot be checked does.
+Adversary: the maker of the bundle. An accountant's memory and time grow with the size of the
+events; a made-up event must not hang or kill the auditor's machine. Events out of bounds count
+against the bundle, like everything that cannot be checked.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _fault(event: Event) -> str:
 
 
 def check_work(merged: Sequence[Event], delta: float, rough: float) -> None:
-    """Refuse what an accountant could not work out.
+    """Refuse events that an accountant could not compute.
 
     Args:
         merged: events, equal ones counted together.
@@ -66,6 +66,6 @@ def check_work(merged: Sequence[Event], delta: float, rough: float) -> None:
     if len(merged) > _MOST_KINDS or delta < _LEAST_DELTA or not work <= _MOST_WORK:
         raise EvidenceError(
             f"{len(merged)} kinds of releases, of ε ≤ {rough:.3g} at δ = {delta:.3g}, are more "
-            "than can be worked out",
+            "than can be computed",
             hint="ask whoever made the bundle",
         )

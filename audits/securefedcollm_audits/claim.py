@@ -9,8 +9,8 @@ from securefedcollm_audits.case import Case
 from securefedcollm_audits.progress import progress
 
 _READING: Final = (
-    " This figure is a bound if no release was chosen on what earlier ones showed; the agreed "
-    "budget is one in any case."
+    " This figure is a bound if nobody chose a release by what earlier ones showed. The agreed "
+    "budget is a bound in any case."
 )
 
 
@@ -21,7 +21,7 @@ def may_end_early(case: Case) -> bool:
 
 
 def claim(case: Case, spent: float | None) -> str:
-    """What the bundle claims. ``spent``: ε of the silo that spent most; None: none says so."""
+    """The bundle's claim. ``spent``: ε of the silo that spent most; None if no silo states it."""
     study, privacy = case.study, case.study.privacy
     if privacy is None:
         return (
@@ -49,7 +49,7 @@ def claim(case: Case, spent: float | None) -> str:
 def _agreed(case: Case) -> str:
     if may_end_early(case):
         return (
-            " The study may end early, by what its rounds showed, so what was spent until then is "
+            " The study may end early, by what its rounds showed, so the ε spent until then is "
             "no bound: this is the agreed budget."
         )
     why = "What was spent is not settled yet" if case.silos else "No silo's charges are here"

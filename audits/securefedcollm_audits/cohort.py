@@ -1,9 +1,9 @@
 """A cohort in memory for audits of the aggregation protocol: real silos, a scripted server, a spy.
 
 The silos are the library's own :class:`SiloRound`; only their surroundings are played. The *spy* is
-the server's notebook: it keeps every frame that passes and, for silos that collude, their secrets,
-and works out which sums of vectors follow from all that. An attack has failed when the spy can open
-nothing but one sum of one agreed survivor set.
+the server's notebook. It keeps every frame that passes and the secrets of colluding silos, and
+computes which sums of vectors follow from all that. An attack has failed if the spy can open only
+one sum of one agreed survivor set.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class Cohort:
         )
 
     def randomness(self, name: str, header: RoundHeader, incarnation: str = "") -> RandomSource:
-        """What :meth:`silo` draws its secrets from."""
+        """The source from which :meth:`silo` draws its secrets."""
         return recorded(f"{self.label} {name} {header.digest.hex()} {incarnation}")
 
     def plain_sum(self, names: Iterable[str]) -> Vector:
@@ -191,7 +191,7 @@ def play(
 
 
 class Puppet:
-    """A server that says what a script tells it and keeps everything it is told.
+    """A server that sends what a script tells it and keeps every reply.
 
     Every method sends one step's request to the named silos and returns the decoded replies of
     those that answered; refusals are in ``refused``.

@@ -1,8 +1,8 @@
-"""Compare two bundles of one run: a server that told two silos different things is exposed.
+"""Compare two bundles of one run, to expose a server that told two silos different things.
 
 Adversary: the server, which shows every silo, and every silo's auditor, a history of its own. Each
-of two bundles may hold together by itself; side by side they contradict each other, and the two
-signed heads, or two silos' own entries, are the proof.
+of two bundles may be consistent by itself. Together they contradict each other, and the two signed
+heads, or two silos' own entries, are the proof.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _ACROSS = (
     *("one-history", "same-code", "models", "one-kind", "one-sum", "transcripts", "authority"),
     *("attempts", "lost", "clocks"),
 )
-"""Checks that look at several logs at once; they see those of both bundles."""
+"""Checks that examine several logs at once; they get those of both bundles."""
 
 
 def compare(first: Path, second: Path) -> Verdict:
-    """What two bundles say together.
+    """The verdict on two bundles together.
 
     Raises:
         ConfigError: a file is missing, or they are not of one study and run.

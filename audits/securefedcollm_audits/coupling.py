@@ -1,14 +1,14 @@
-"""Coupling audit: does one record change what the others contribute, by a single bit?
+"""Coupling audit: does one record change the others' contribution, by a single bit?
 
 Adversary: the server. It chooses the adapter at which a silo takes its gradients, and knows all
-records but one. DP-SGD is charged as if that record moved the sum by its own clipped gradient. If
-its presence also moves the last bits of the others' gradients (by padding, by the order of
+records except one. DP-SGD is charged as if that record moved the sum by its own clipped gradient.
+If its presence also moves the last bits of the others' gradients (by padding, by the order of
 additions that a kernel chooses), an adapter can amplify that to many clip norms.
 
-The audit searches for the adapter that amplifies most: by how much an added unit moves the others
-where micro-batches are padded to their longest record, which is what most programs do. That is the
-positive control. Then it puts the same adapters to the product's own path, frozen layers and priors
-included, and asks for ‖S(D + x) − S(D) − S(x)‖ in exact integers. The answer has to be 0.
+The audit searches for the adapter that amplifies most. The positive control is how much an added
+unit moves the others where micro-batches are padded to their longest record, as in most programs.
+Then it applies the same adapters to the product's own path, frozen layers and priors included, and
+computes ‖S(D + x) − S(D) − S(x)‖ in exact integers. The answer has to be 0.
 
 Imports torch.
 """
@@ -79,10 +79,10 @@ def audit(
     seed: int | None = None,
     progress: Progress = silent,
 ) -> Finding:
-    """Search for the worst adapter and put it to the silo's own path.
+    """Search for the worst adapter and apply it to the silo's own path.
 
     Args:
-        records: of the first silo, that the added unit may or may not move.
+        records: records of the first silo, which the added unit may move.
         adapters: that are tried on the control, half of them within ``adapter.max_abs``.
 
     Raises:
@@ -132,7 +132,7 @@ def audit(
 def _privacy_by_unit(study: Study) -> Privacy:
     if study.privacy is None or not by_unit(study):
         raise ConfigError(
-            "this study protects no single records: there is nothing that could couple",
+            "this study protects no single records, so nothing could couple",
             where="privacy.unit",
             hint="choose a study with privacy.unit: record or subject",
         )
@@ -161,7 +161,7 @@ def _worst(
 def _moved(
     bench: Bench, cases: Sequence[Case], adapters: Sequence[Vector], tell: Callable[[int], None]
 ) -> dict[str, float]:
-    """By case the most clip norms by which the added unit moves what a silo really sums."""
+    """By case, the largest movement of a silo's real sum by the added unit, in clip norms."""
     moved = {case.name: 0.0 for case in cases}
     done = 0
     for adapter in adapters:
@@ -180,7 +180,8 @@ def _faults(control: float, moved: dict[str, float], unit: str) -> list[str]:
     ]
     if control < _CONTROL:
         faults.append(
-            "the control, padded batches, showed no coupling either: this search would not notice"
+            "the control, padded batches, showed no coupling either, so this search would not "
+            "notice any"
         )
     return faults
 
@@ -238,9 +239,9 @@ class Bench:
         return total / self._clip_norm
 
     def product(self, adapter: Vector, case: Case) -> float:
-        """The same of what a silo really sums: ‖S(D + x) − S(D) − S(x)‖ over C, exactly.
+        """The same of a silo's real sum: ‖S(D + x) − S(D) − S(x)‖ over C, exactly.
 
-        The added unit stands first: every other record is in another place.
+        The added unit comes first, so every other record is in another place.
         """
         self._load(adapter)
         together = self.summed([*case.added, *case.others])
@@ -303,7 +304,7 @@ def hostile_adapters(
     which direction is drawn. Every fifth is merely random.
 
     Args:
-        start: an honest adapter in ``layout``: what is not touched stays as it is there.
+        start: an honest adapter in ``layout``; values that are not touched stay as they are there.
         limit: on absolute values; None: whatever float32 holds.
     """
     for number in range(count):

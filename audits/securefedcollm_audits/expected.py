@@ -1,7 +1,7 @@
-"""Who took part, as whoever verifies knows it from elsewhere, against what the bundle says.
+"""Compare the participants that the verifier knows from elsewhere with those of the bundle.
 
-Adversary: an outsider who makes keys for five famous hospitals and a bundle in their names. It is
-consistent; only a study or a key that came by another way shows that they never took part.
+Adversary: an outsider who makes keys for five famous hospitals and a bundle in their names. The
+bundle is consistent. Only a study or a key from another source shows that they never took part.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _MOST_NAMES: Final = 8
 
 
 class Expected(NamedTuple):
-    """What is known from elsewhere: the study, and participants' Ed25519 public keys by name."""
+    """The verifier's own knowledge: the study, and participants' Ed25519 public keys by name."""
 
     study: Study | None = None
     keys: Mapping[str, bytes] = {}
 
 
 def expectation(study: Path | None, keys: Sequence[str]) -> Expected:
-    """What the options ``--study FILE`` and ``--key NAME=HEX`` say.
+    """The values of the options ``--study FILE`` and ``--key NAME=HEX``.
 
     Raises:
         ConfigError: the file is no study, or a key is none.
@@ -42,7 +42,7 @@ def expectation(study: Path | None, keys: Sequence[str]) -> Expected:
             key = b""
         if not name or len(key) != KEY_BYTES or known.setdefault(name, key) != key:
             raise ConfigError(
-                f"{text!r} is no NAME=HEX, or another key of a name that was given before",
+                f"{text!r} is not NAME=HEX, or is another key of a name that was given before",
                 where="--key",
                 hint="the 64 hex digits that `identity show` prints as `public`",
             )
@@ -50,7 +50,7 @@ def expectation(study: Path | None, keys: Sequence[str]) -> Expected:
 
 
 def compare(case: Case, expected: Expected) -> tuple[Result, list[str]]:
-    """The row of the table, and what was not compared, one thing an item."""
+    """The row of the table, and the list of things that were not compared."""
     silent = _silent(case, expected)
     title = "Study and keys are those that you know from elsewhere"
     check = Check("expected", title, lambda case, wrong: _compared(case, expected, silent, wrong))
@@ -60,13 +60,15 @@ def compare(case: Case, expected: Expected) -> tuple[Result, list[str]]:
 def _silent(case: Case, expected: Expected) -> list[str]:
     silent = []
     if expected.study is None:
-        silent.append("the study (--study FILE: your own copy of what was agreed)")
+        silent.append("the study (--study FILE: your own copy of it)")
     if expected.study is None or not expected.study.roster:  # else the study names all keys
         names = [name for name in case.keys if name not in expected.keys]
         more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
         if names:
             said = ", ".join(map(printable, names[:_MOST_NAMES])) + more
-            silent.append(f"whose keys these are: {said} (--key NAME=HEX: as they told you)")
+            silent.append(
+                f"the owners of the keys: {said} (--key NAME=HEX: as you have it from them)"
+            )
     return silent
 
 

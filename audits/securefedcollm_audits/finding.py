@@ -1,4 +1,4 @@
-"""What a privacy audit found: a lower bound held against a claim, in one shape for all audits."""
+"""The result of a privacy audit: a lower bound and a claim, in one form for all audits."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Finding(msgspec.Struct, frozen=True):
 
     Args:
         audit: its name, as of the command.
-        setting: what was attacked and how, one sentence.
-        claimed: ε that the accountant claims of exactly what was attacked; None: nothing.
+        setting: the target and the attack, in one sentence.
+        claimed: the accountant's ε for exactly the attacked mechanism; None if it claims nothing.
         bound: lower bound on ε that the attack proves; None where it measures something else.
         delta: both are at this δ.
         faults: why the claim is refuted, one sentence each; empty: not refuted.
@@ -51,7 +51,7 @@ class Finding(msgspec.Struct, frozen=True):
         return "not refuted"
 
     def entry(self) -> Audited:
-        """For the evidence log of whoever carried the audit out."""
+        """For the evidence log of the participant that carried out the audit."""
         return Audited(
             audit=self.audit,
             study=digest(self.study).hex(),
@@ -79,7 +79,7 @@ def write_down(finding: Finding, run: Path, owner: str, key: SigningKey) -> str:
 
     Args:
         run: the run's directory; its study may differ from the finding's.
-        owner: whose log: ``server``, or a silo.
+        owner: the log's owner: ``server``, or a silo.
         key: its identity.
 
     Raises:
@@ -106,7 +106,7 @@ def home(run: Path, owner: str) -> Path:
 
 
 def above_claim(bound: float, claimed: float | None) -> list[str]:
-    """The fault of a bound that passes the claim."""
+    """The fault of a bound that exceeds the claim."""
     if claimed is None or bound <= claimed:
         return []
     return [f"ε is at least {bound:.2f}, the accountant claims {claimed:.2f}"]

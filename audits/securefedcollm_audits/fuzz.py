@@ -4,9 +4,8 @@
 with random inputs, and guided by coverage if the package ``atheris`` is installed.
 
 ``protocol``: a whole round, its frames altered as the input says. Adversary: the network and the
-server between honest state machines. Whatever is done to frames, both sides answer with their own
-errors only, a sum that comes out is the sum of its survivors, and the server's notebook opens
-nothing else.
+server between honest state machines. Whatever happens to frames, both sides answer only with their
+own errors, an opened sum is the sum of its survivors, and the server's notebook opens nothing else.
 """
 
 from __future__ import annotations
@@ -36,14 +35,13 @@ _FRAMES: Final = 50  # five requests and five replies of five silos
 
 
 class BrokenError(Exception):
-    """The round gave away or got wrong what no alteration may."""
+    """An alteration made the round reveal something, or open a wrong sum."""
 
 
 def one_round(script: bytes) -> str:
     """Play a round of five silos with the alterations that ``script`` says.
 
-    Every six bytes are one alteration: which frame, what is done, where (two bytes), with what
-    (two bytes).
+    Every six bytes are one alteration: frame, operation, place (two bytes), operand (two bytes).
 
     Returns:
         ``"summed"``, or the class of the error that ended the round.
@@ -118,7 +116,7 @@ def _grafted(frame: bytes, other: bytes, at: int, value: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class _Leaf:
-    """A place in a decoded message that holds no other message, and what lies there."""
+    """A place in a decoded message that holds no other message, and its value."""
 
     branch: Any  # the list or mapping that holds it
     key: Any
@@ -140,7 +138,7 @@ def main() -> None:
     """Fuzz for a while; a finding ends the program with its input in hexadecimal."""
     parser = argparse.ArgumentParser(description=__doc__)
     targets = {"protocol": one_round, **fuzz_files.TARGETS}
-    parser.add_argument("--target", choices=targets, default="protocol", help="what is fuzzed")
+    parser.add_argument("--target", choices=targets, default="protocol", help="target to fuzz")
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--input", type=bytes.fromhex, help="play this one input (hexadecimal)")
     arguments = parser.parse_args()

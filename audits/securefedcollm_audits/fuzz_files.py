@@ -1,6 +1,6 @@
-"""Fuzz targets for what people are sent as files: studies, bundles, records.
+"""Fuzz targets for files that people receive: studies, bundles, records.
 
-Adversary: whoever made the file. Whatever is in it, reading it ends in a result or in one of this
+Adversary: the maker of the file. Whatever it holds, reading it ends in a result or in one of this
 project's errors, of one printable line, within :data:`SECONDS` and :data:`BYTES`.
 """
 
@@ -20,9 +20,9 @@ from securefedcollm.errors import ConfigError, SecureFedCoLLMError
 from securefedcollm_audits import fuzz_seeds as seeds
 
 SECONDS: Final = 5.0
-"""Of this process's time for one input, after a first one."""
+"""Limit on this process's time for one input, after a first one."""
 BYTES: Final = 1 << 30
-"""By which one input may make this process grow."""
+"""Limit on the memory that one input may add to this process."""
 _MOST: Final = 6
 """Alterations of one input."""
 LONGEST: Final = 96
@@ -64,11 +64,11 @@ class SlowError(BaseException):
 
 
 class FoundError(Exception):
-    """What reading a file did that it never may."""
+    """Reading a file did something that it must never do."""
 
 
 class Dice:
-    """Choices, as an input says; zeros where it ends."""
+    """Choices by an input's bytes; zeros after its end."""
 
     def __init__(self, script: bytes) -> None:
         self._bytes = iter(script)

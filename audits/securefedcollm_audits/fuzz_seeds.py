@@ -1,4 +1,4 @@
-"""What the fuzz targets for files start from: a small study, its bundle, and a few records."""
+"""Seeds of the fuzz targets for files: a small study, its bundle, and a few records."""
 
 from __future__ import annotations
 

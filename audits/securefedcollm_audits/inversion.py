@@ -3,12 +3,13 @@
 The span check of DAGER (Petrov et al., "DAGER: exact gradient inversion for large language models",
 2024): the gradient of a first-layer adapter matrix is Σ_t gₜ xₜᵀ over the tokens of the batch, so
 its row space is spanned by these tokens' inputs, and in a model with rotary positions a token's
-input to the first layer depends on nothing but the token. Whoever has the gradient tries the whole
-vocabulary. The adapter's rank is raised to the model's width, the attacker's best case.
+input to the first layer depends on nothing but the token. An attacker with the gradient tries the
+whole vocabulary. The audit raises the adapter's rank to the model's width, the attacker's best
+case.
 
 The same small batches are attacked at four places: the raw update of one silo; what the server
-receives of it under the masks; the opened sum; the opened sum with the study's noise. What could be
-guessed without any update is the control: the words found, held against the *other* batches.
+receives of it under the masks; the opened sum; the opened sum with the study's noise. The control
+is what could be guessed without any update: the words found, compared with the *other* batches.
 
 Imports torch.
 """
@@ -60,7 +61,7 @@ Flags = npt.NDArray[np.bool_]
 
 
 class Look(NamedTuple):
-    """One batch at one place: bool [V] what was in it, float64 [V] two scores of every token."""
+    """One batch at one place: bool [V] its tokens, float64 [V] two scores of every token."""
 
     truth: Flags
     span: Floats
@@ -247,7 +248,7 @@ class _Attack:
         return present
 
     def _telling_tokens(self) -> Flags:
-        """Tokens that fewer than half of the records have: the others everybody can guess."""
+        """Tokens that fewer than half of the records have. Everybody can guess the others."""
         seen: Counter[int] = Counter()
         questions: list[Question] = [q for qs in self._silos.values() for q in qs]
         for row in torch.split(torch.arange(len(questions)), 1000):
@@ -283,7 +284,7 @@ def _full_rank(study: Study, data: Path | None) -> Tuned:
 
 
 def _inputs(tuned: Tuned, layout: AdapterLayout) -> Floats:
-    """What every token of the vocabulary feeds to the attacked matrix: float64 [V, r]."""
+    """Every vocabulary token's input to the attacked matrix: float64 [V, r]."""
     model = tuned.model
     load_vector(model, layout, np.zeros(layout.size, dtype=np.float32))
     weights = {name.replace(".default.", "."): p for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""A CKKS cohort in memory whose key an authority holds; the server's place is the attacker's.
+"""A CKKS cohort in memory whose key an authority holds; the attacker plays the server.
 
 Silos and authority are the library's own; the server is its honest coordinator with a hook in
 either direction, or whatever an attack makes of it.
@@ -121,7 +121,7 @@ class Round:
         return self
 
     def request(self) -> am.OpenRequest:
-        """What an honest server would ask the authority, after the upload."""
+        """An honest server's request to the authority, after the upload."""
         (frame,) = self.until(Step.UNMASK).coordinator.requests().values()
         return decode(am.OpenRequest, frame, "server", len(frame))
 
@@ -137,7 +137,7 @@ class Round:
 
     @property
     def deliveries(self) -> dict[str, am.CipherDelivery]:
-        """What the server holds of each silo after the upload."""
+        """The server's data of each silo after the upload."""
         return {
             name: msgspec.msgpack.decode(frame, type=am.CipherDelivery)
             for (step, name), frame in self.received.items()
@@ -146,13 +146,13 @@ class Round:
 
     @property
     def opened(self) -> am.Opened | None:
-        """What the authority has answered, if it has."""
+        """The authority's answer, if there is one."""
         frame = self.received.get((Step.UNMASK, NAME))
         return None if frame is None else msgspec.msgpack.decode(frame, type=am.Opened)
 
 
 def decrypt(made: Cohort, first: bytes, share: bytes) -> Vector:
-    """What follows from the first polynomials of a ciphertext and a partial decryption."""
+    """The vector from the first polynomials of a ciphertext and a partial decryption."""
     ring, rows = m.ring_of(made.header), m.shape_of(made.header).chunks
     total = polynomials.unpack(first, ring, rows)
     polynomials.accumulate(total, share, ring)
@@ -163,7 +163,7 @@ def decrypt(made: Cohort, first: bytes, share: bytes) -> Vector:
 
 
 def leaks(made: Cohort, *rounds: Round) -> list[str]:
-    """What the server knows beyond one sum of one set of silos, from all that passed."""
+    """The server's knowledge beyond one sum of one set of silos, from all frames that passed."""
     found = []
     shares = [opened for played in rounds if (opened := played.opened)]
     sets = {opened.statement.survivors for opened in shares}

@@ -1,4 +1,4 @@
-"""What an attack proves about ε: a lower bound that holds with a stated confidence.
+"""Lower bounds on ε from an attack, with a stated confidence.
 
 An (ε, δ) claim limits every attacker who tells "the unit is in" from "it is out" by a test S:
 

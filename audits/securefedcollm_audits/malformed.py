@@ -1,7 +1,7 @@
-"""What a colluder gains by uploading a constant in the place of a CKKS ciphertext's c1.
+"""The gain of a colluder that uploads a constant instead of a CKKS ciphertext's c1.
 
-The opened sum then holds constant · secret beside the others' vectors: the low bits of every
-coefficient give away the secret that the upload was multiplied with. Whoever has it opens every
+The opened sum then holds constant · secret in addition to the others' vectors: the low bits of
+every coefficient give away the secret that the upload was multiplied with. It opens every
 ciphertext under the same key. No party can see from a c1 that it is a constant plus noise.
 """
 

@@ -1,12 +1,11 @@
-"""Mechanism audit: does the noise that comes out of the real path carry the claim?
+"""Mechanism audit: does the noise of the real path support the claim?
 
 Canaries (:mod:`.canaries`, and :mod:`.probe` for DP-SGD inside a silo) are played through the
-product's own code. Two questions: is the noise as large as it is charged for, and can an attacker
+product's own code. There are two questions: is the noise as large as charged, and can an attacker
 tell "in" from "out" better than the accountant's ε allows? The threshold is chosen on one half of
 the trials and tested on the other (:mod:`.lower_bounds`).
 
-It attacks one release, not a whole study: many releases are the accountant's business, and the
-second accountant's.
+It attacks one release, not a whole study. The two accountants compose many releases.
 """
 
 from __future__ import annotations
@@ -69,8 +68,8 @@ def audit(
     faults = above_claim(found.epsilon, claimed)
     if measured.high < charged:
         faults.append(
-            f"the noise is at most {measured.high:.4f} times the sensitivity, charged for is "
-            f"{charged:.4f}"
+            f"the noise is at most {measured.high:.4f} times the sensitivity; {charged:.4f} was "
+            "charged"
         )
     return Finding(
         audit="mechanism",
@@ -98,7 +97,7 @@ def audit(
 
 
 def path_of(study: Study, records: int | None = None) -> Path:
-    """The study's way from a unit's vector to what is released.
+    """The study's way from a unit's vector to the release.
 
     Raises:
         ConfigError: the study adds no noise.

@@ -1,11 +1,10 @@
-"""Join what several participants of one run show into one bundle, so that their logs check each
-other.
+"""Join several participants' bundles of one run into one, so that their logs check each other.
 
-Every silo gives away its own log and nobody else's. One after another they say little; together
-they show whether the server told all of them the same.
+Every silo gives away only its own log. Each alone says little; together they show whether the
+server told all of them the same.
 
-Adversary: whoever made one of the bundles. Without another participant's key it cannot slip in a
-log of that participant; a participant who signed two logs of one run is named, and nothing is
+Adversary: the maker of one of the bundles. Without another participant's key it cannot add a log of
+that participant. If a participant signed two logs of one run, the error names it, and nothing is
 written.
 """
 
@@ -29,8 +28,8 @@ from securefedcollm_audits.verdict import carry_out
 MOST_BUNDLES: Final = 130
 """A server, an authority and 128 silos."""
 _AUTHENTIC: Final = ("study-signed", "membership", "heads")
-"""Checks that each bundle has to pass by itself: its logs are what their owners signed. What the
-others find is for whoever verifies the joined bundle."""
+"""Checks that each bundle has to pass by itself: its logs are what their owners signed. The
+verifier of the joined bundle sees the others' findings."""
 _AGAIN: Final = "ask whoever made it for the bundle again; `audit verify` says more"
 
 
@@ -92,7 +91,7 @@ def _read_all(paths: Sequence[Path]) -> list[_Part]:
 
 
 def _require_authentic(part: _Part) -> None:
-    """Adversary: whoever made this bundle, with a log in another's name."""
+    """Adversary: the maker of this bundle, with a log in another's name."""
     for check in logs.CHECKS:
         if check.name in _AUTHENTIC:
             found = carry_out(check, part.case)
@@ -160,7 +159,7 @@ def _with_all_lines(versions: Sequence[Checkpoint]) -> Checkpoint:
 
 
 def _of_server(parts: Sequence[_Part]) -> Mapping[str, bytes]:
-    """Bill of materials and list of adapters, from whoever has the server's newest log."""
+    """Bill of materials and list of adapters, from the bundle with the server's newest log."""
     most = max(len(part.bundle.logs.get(SERVER, ())) for part in parts)
     holders = [part for part in parts if most and len(part.bundle.logs.get(SERVER, ())) == most]
     members: dict[str, bytes] = {}

@@ -1,4 +1,4 @@
-"""New-token canaries: what the tuned model itself gives away, without any update.
+"""New-token canaries: what the tuned model gives away by itself, without any update.
 
 Each canary is a record of the silo whose right answer is a token that no text has: it is added to
 the model's vocabulary for this audit, one for each canary (Panda et al., "Privacy auditing of large

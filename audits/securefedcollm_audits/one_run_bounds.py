@@ -1,4 +1,4 @@
-"""What one training run proves about ε: lower bounds from guesses about many canaries at once.
+"""Lower bounds on ε from one training run: guesses about many canaries at once.
 
 Half of m canaries, drawn by independent fair coins, are put into the training data; an attacker
 says of some of them whether they are in. Under (ε, δ)-DP for adding or removing one canary the

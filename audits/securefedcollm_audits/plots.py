@@ -1,5 +1,5 @@
-"""Inline SVG for the report: who took part in which round, and what an attacker could tell,
-and what the privacy spent bought."""
+"""Inline SVG for the report: attendance by round, the limits of an attacker, and accuracy by ε
+spent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from html import escape
 from typing import Final
 
 MOST_LINES: Final = 24
-"""Silos of which the plot of attendance has a line each."""
+"""Number of silos with a line in the plot of attendance."""
 
 
 def participation_plot(silos: Sequence[str], rounds: Sequence[Collection[str]]) -> str:
@@ -42,7 +42,7 @@ def participation_plot(silos: Sequence[str], rounds: Sequence[Collection[str]]) 
 
 
 def _most_absent(silos: Sequence[str], rounds: Sequence[Collection[str]]) -> tuple[list[str], str]:
-    """Who has a line, and what the caption says of the others."""
+    """The silos that have a line, and the caption about the others."""
     missed = {name: sum(name not in survivors for survivors in rounds) for name in silos}
     if len(silos) <= MOST_LINES:
         return list(silos), ""

@@ -1,9 +1,9 @@
-"""How far a run went, by whoever's log is in the bundle, and what kind of run it was.
+"""The progress of a run, by the logs in the bundle, and the kind of run.
 
-Only the server's log says that a round is finished. A silo's says that it helped to open the sum of
-a round, and the authority's that it opened it: no less, where privacy is concerned.
+Only the server's log says that a round is finished. A silo's log says that it helped to open the
+sum of a round, and the authority's that it opened the sum; for privacy that counts as much.
 
-Adversary: whoever made the bundle. A silo that lies here lies about its own part alone.
+Adversary: the maker of the bundle. A silo that lies here lies only about its own part.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Progress(NamedTuple):
 
 
 def progress(case: Case) -> Progress:
-    """What the most telling log in the bundle says."""
+    """The statement of the most informative log in the bundle."""
     rounds = case.study.rounds
     if case.server:
         done = case.rounds_done()
@@ -70,7 +70,7 @@ def _opened(study: Study, log: Iterable[Entry]) -> set[int]:
 
 
 class Header(msgspec.Struct, frozen=True):
-    """What stands at the head of a report. Names are those of the study, or of its logs."""
+    """The head of a report. Names are those of the study, or of its logs."""
 
     kind: Kind
     why: str
@@ -88,7 +88,7 @@ class Header(msgspec.Struct, frozen=True):
 
 
 def header(case: Case, results: Iterable[Result]) -> Header:
-    """Which run a bundle is of. ``results``: of the checks on it."""
+    """The run that a bundle is of. ``results``: of the checks on it."""
     kind, why = _kind(case, {result.name: result for result in results})
     # An audit may come long after the run.
     run = (e for log in case.logs.values() for e in log if not isinstance(e.what, Audited))
@@ -113,7 +113,7 @@ def _shown(time: str) -> str:
 
 
 def _kind(case: Case, found: dict[str, Result]) -> tuple[Kind, str]:
-    """Adversary: whoever shows a rehearsal as a run of five organisations, or the other way."""
+    """Adversary: somebody who shows a rehearsal as a run of five organisations, or the reverse."""
     if not case.study.roster:
         return "SIMULATION", (
             "The study names no participants and nobody signed it. Identities were made for the "
@@ -134,10 +134,10 @@ def _kind(case: Case, found: dict[str, Result]) -> tuple[Kind, str]:
     )
     if known is not None and known.status == "pass":
         return "REAL RUN", (
-            f"{signed}Whoever made this report held it against what they know from elsewhere: "
+            f"{signed}The maker of this report compared it with their own knowledge: "
             f"{known.evidence}."
         )
     return "REAL RUN", (
-        f"{signed}Whose keys these are shows only against keys that the organisations told you "
+        f"{signed}To learn whose keys these are, compare them with keys from the organisations "
         "themselves (audit report --key)."
     )

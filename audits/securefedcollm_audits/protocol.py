@@ -1,10 +1,10 @@
 """Protocol audit: malicious servers and silos against the real state machines.
 
-Every case plays one attack and says who refused it and *what the attacker learnt*, as judged by
-:class:`~.spy.Spy` from everything the attacker saw. The server cases up to ``late_upload`` are
-weaknesses that public secure-aggregation code has shipped with. Those called ``authority_…`` are
-about CKKS under an authority's key, ``threshold_…`` about CKKS with a joint one, all others about
-masking.
+Every case plays one attack. It reports which side refused it, and *what the attacker learnt*:
+:class:`~.spy.Spy` judges that from everything the attacker saw. The server cases up to
+``late_upload`` are weaknesses that released public secure-aggregation code had. Those called
+``authority_…`` are about CKKS under an authority's key, ``threshold_…`` about CKKS with a joint
+one, all others about masking.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Final
 from securefedcollm.errors import ConfigError
 from securefedcollm_audits import (
     authority_attacks,
+    key_attacks,
     server_attacks,
     silo_attacks,
     threshold_attacks,
@@ -24,15 +25,15 @@ from securefedcollm_audits.attacks import Outcome
 Case = Callable[[], Outcome]
 
 SERVER_CASES: Final[tuple[Case, ...]] = (
-    server_attacks.narrow_seed,
+    key_attacks.narrow_seed,
     server_attacks.both_lists,
     server_attacks.both_lists_at_opening,
     server_attacks.downgrade,
     server_attacks.victim_alone,
-    server_attacks.middleman,
-    server_attacks.invented_peers,
-    server_attacks.small_order_mask_key,
-    server_attacks.small_order_share_key,
+    key_attacks.middleman,
+    key_attacks.invented_peers,
+    key_attacks.small_order_mask_key,
+    key_attacks.small_order_share_key,
     server_attacks.side_channels,
     server_attacks.overflow,
     server_attacks.small_values,
@@ -48,9 +49,9 @@ SERVER_CASES: Final[tuple[Case, ...]] = (
     server_attacks.second_vector,
     server_attacks.replays,
     server_attacks.out_of_order,
-    server_attacks.repeated_keys,
-    server_attacks.stolen_identity,
-    server_attacks.split_rolls,
+    key_attacks.repeated_keys,
+    key_attacks.stolen_identity,
+    key_attacks.split_rolls,
     server_attacks.repeated_signers,
     *authority_attacks.CASES,
     *threshold_attacks.CASES,

@@ -1,4 +1,4 @@
-"""What a bundle says, as data: the privacy report of a run, every number with its evidence entry.
+"""The privacy report of a run as data, every number with its evidence entry.
 
 Only what the bundle holds: no metrics, no utility, nothing about a silo's records beyond what its
 log says. ``place`` fields name entries as ``silo-1#12 (settled)``.
@@ -48,22 +48,23 @@ from securefedcollm_audits.verify import examine
 from securefedcollm_audits.words import meaning
 
 MOST_POINTS = 80
-"""Places in all silos' ledgers at which ε so far is worked out: a tenth of a second each."""
+"""Number of places in all silos' ledgers at which ε so far is computed: a tenth of a second
+each."""
 
 _CURVE = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 1e-3, 1e-4)
-"""Values of δ, besides the study's, at which the attacker-advantage curve rests."""
+"""Values of δ, in addition to the study's, for the attacker-advantage curve."""
 
 NOT_COVERED = (
-    "Accuracy and other metrics, whoever computed them and on whatever data.",
+    "Accuracy and other metrics, on any data and by anybody.",
     "Runs that were made to choose learning rates, clip norms or models.",
     "Checkpoints, log files and update norms that left a silo in other ways.",
-    "The timing of a silo's process, and that it took part in a round at all.",
-    "What a silo's own staff can see of its own records.",
+    "The timing of a silo's process, and the fact that it took part in a round.",
+    "A silo's own staff, who can see its records.",
 )
 
 
 class Report(msgspec.Struct, frozen=True):
-    """Everything the page shows, and the verdict that it rests on."""
+    """The page's content, and the verdict on which it rests."""
 
     verdict: Verdict
     header: Header
@@ -71,7 +72,7 @@ class Report(msgspec.Struct, frozen=True):
     """When this report was made: day, UTC, by this machine's clock."""
     claim: str
     meaning: list[str]
-    """Of ε and δ, in plain words; empty if nothing is claimed."""
+    """The meaning of ε and δ in plain words; empty if nothing is claimed."""
     unit: str | None
     epsilon: float | None
     delta: float | None
@@ -98,7 +99,7 @@ def make_report(
 
     Args:
         results: the run's ``results.json``, for accuracies: its maker's word, not evidence.
-        expected: what is known of the participants from elsewhere.
+        expected: the verifier's own knowledge of the participants.
 
     Raises:
         ConfigError: there is no such file, or the results are of another run.
@@ -370,7 +371,7 @@ def _parameters(case: Case) -> dict[str, Any]:
 def _tuned(study: Study) -> dict[str, str]:
     """What the silos tune."""
     if study.task.kind == "own":
-        return {"training": "code of the silos' own"}
+        return {"training": "the silos' own code"}
     return {"adapter": f"{study.adapter.method}, rank {study.adapter.rank}"}
 
 

@@ -1,10 +1,10 @@
 """The run's privacy report as one HTML page: for a compliance officer, a printer and a file.
 
-Every number is followed by the entry of the evidence that it comes from; the cited entries stand at
+Every number is followed by the entry of the evidence that it comes from; the cited entries are at
 the end, as they were signed. Nothing is fetched. The pages are in ``templates/``.
 
-Adversary: the bundle may come from anybody. Every value is escaped by the templates; what would
-reorder or hide text is made visible by :func:`securefedcollm.privacy.page.render`.
+Adversary: the bundle may come from anybody. The templates escape every value.
+:func:`securefedcollm.privacy.page.render` makes characters visible that would reorder or hide text.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MOST_NAMED: Final = 12
 """Silos in the first table; the others are in that of the second accountant."""
 _MOST_MECHANISMS: Final = 12
 _NEARLY: Final = 0.1
-"""Share of a budget below which what is left is nearly nothing."""
+"""Share of a budget below which the rest is nearly nothing."""
 _SHARES = (
     "tpr at 1 % fpr",
     "raw update",
@@ -147,7 +147,7 @@ def controls() -> dict[str, Any]:
 
 
 def _risk(report: Report) -> dict[str, Any]:
-    """Sections 2 and 3: what an attacker could tell, by which mechanisms, and what it bought."""
+    """Sections 2 and 3: the limits of an attacker, the mechanisms, and the accuracy for it."""
     telling = [point for point in report.advantage if point[0] in {0.001, 0.01, 0.05, 0.1}]
     first = report.adversaries[0].epsilons if report.adversaries else ()
     mechanisms = sorted({c.mechanism for silo in report.silos for c in silo.charges})
@@ -169,7 +169,7 @@ def _risk(report: Report) -> dict[str, Any]:
 
 
 def _rounds(report: Report, ranked: Sequence[SiloRow]) -> dict[str, Any]:
-    """Section 4: who took part, and ledgers line by line. Of many silos one stands for all."""
+    """Section 4: attendance, and ledgers line by line. Of many silos one represents all."""
     names = sorted({name for row in report.rounds for name in (*row.survivors, *row.dropouts)})
     charged = [silo for silo in ranked if silo.charges]
     few = charged if len(charged) <= MOST_LEDGERS else charged[:1]
@@ -188,7 +188,7 @@ def _plot(silo: SiloRow) -> Markup:
 
 
 def _columns(silo: SiloRow) -> list[str]:
-    """Columns that only noise shared among silos has."""
+    """Columns for noise that silos share."""
     shared = any(charge.honest_shares is not None for charge in silo.charges)
     return ["sensitivity", "honest shares"] if shared else []
 

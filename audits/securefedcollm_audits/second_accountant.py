@@ -1,4 +1,4 @@
-"""A second opinion on ε, by other means than those of the ledger that made the claim.
+"""A second opinion on ε, by other means than those of the ledger behind the claim.
 
 * Gaussian noise, sampled or not: ``prv-accountant`` (Gopi, Lee and Wutschitz 2021), an independent
   implementation that brackets ε from both sides.
@@ -44,7 +44,7 @@ def bracket(events: Sequence[Event], delta: float) -> Bracket:
     """ε at ``delta`` of the composition of ``events``.
 
     Raises:
-        EvidenceError: more than can be worked out.
+        EvidenceError: more than can be computed.
     """
     return _bracket(merge(events), delta)
 

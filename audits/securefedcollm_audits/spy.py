@@ -1,4 +1,4 @@
-"""What a server can work out from everything it has seen: the judge of the protocol audits.
+"""What a server can compute from everything it has seen: the judge of the protocol audits.
 
 The spy does not trust the protocol's own opinion of what is safe. It pools all shares it was ever
 given, rebuilds every secret for which it has enough, and asks which sums of uploads it can then
@@ -66,7 +66,7 @@ class Spy:
         self._colluders[header.digest, index] = random(32), random(32), random(32)
 
     def note(self, frame: bytes) -> None:
-        """Keep what can be learnt from one frame, in either direction."""
+        """Keep the content of one frame, in either direction."""
         if frame.startswith(MAGIC):
             self._uploads[frame[40:72]][int.from_bytes(frame[72:80], "little")] = frame
             return
@@ -107,7 +107,7 @@ class Spy:
         ]
 
     def leaks(self) -> list[str]:
-        """What was learnt beyond one sum a round over at least two honest silos, in words."""
+        """The knowledge beyond one sum a round over at least two honest silos, in words."""
         leaks: list[str] = []
         rounds: dict[bytes, set[frozenset[int]]] = defaultdict(set)
         for opened in self.opened():

@@ -22,7 +22,7 @@ def sentence(verdict: Verdict) -> str:
 
 
 def about(verdict: Verdict) -> list[str]:
-    """Which bundle this is about, in a few lines."""
+    """The bundle's identity, in a few lines."""
     lines = [f"bundle {verdict.bundle}"]
     if verdict.sha256:
         lines.append(f"sha256 {verdict.sha256}")
@@ -35,7 +35,7 @@ def about(verdict: Verdict) -> list[str]:
 
 
 def silence(verdict: Verdict) -> list[str]:
-    """What was not compared, one a line."""
+    """The things that were not compared, one a line."""
     return [f"not compared: {what}" for what in verdict.not_compared]
 
 

@@ -1,7 +1,8 @@
 """Attacks on threshold CKKS rounds by a server and a colluding silo that runs other code.
 
-Nobody can see from a ciphertext or a key part that it is malformed. What the colluder's polynomial
-is multiplied with, the opened sum gives away below Δ; the question is whom that bares.
+Nobody can see from a ciphertext or a key part that it is malformed. Below Δ, the opened sum gives
+away the secrets that the colluder's polynomial is multiplied with. The question is whose secrets
+these are.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from securefedcollm_audits.cohort import Cohort, Vector, altered
 
 VICTIM, COLLUDER = "silo-001", "silo-004"
 _BOUND = 2**9 - 1
-"""Values are up to 1, of this bound: what is not opened is 1,000 times as large."""
+"""Values are up to 1, of this bound; a vector that is not opened looks 1,000 times as large."""
 
 
 class _Round:
-    """A round of four silos; ``prepare`` is what the colluder does to what it is made of."""
+    """A round of four silos; ``prepare`` is the colluder's change to its parts."""
 
     def __init__(self, prepare: Callable[[_Round, CkksSecrets, KeyShares], None]) -> None:
         self.made = Cohort(silos=4, values=4 * DEGREE, bound=_BOUND)
@@ -41,10 +42,9 @@ class _Round:
         self.ring, self.shape = m.ring_of(self.made.header), m.shape_of(self.made.header)
         self.bits = self.ring.scale_bits - 3
         sides = {name: self._silo(name) for name in self.made.names}
-        secrets, shares = sides[COLLUDER]._secrets, sides[COLLUDER]._shares
+        secrets = sides[COLLUDER]._secrets
         assert secrets is not None
-        assert shares is not None
-        prepare(self, secrets, shares)
+        prepare(self, secrets.own, secrets.shares)
         self.parts: dict[str, m.KeyPart] = {}
         self.uploads: dict[str, m.CipherUpload] = {}
         self.opened = np.zeros((self.shape.chunks, DEGREE), dtype=np.uint64)
@@ -71,7 +71,7 @@ class _Round:
         )
 
     def _keep(self, step: Step, name: str, frame: bytes) -> None:
-        """What the server sees, and the sum before it is rounded."""
+        """The server's view, and the sum before it is rounded."""
         match step:
             case Step.SHARE:
                 self.parts[name] = msgspec.msgpack.decode(frame, type=m.KeyPart)
@@ -85,7 +85,7 @@ class _Round:
                 pass
 
     def judge(self, attack: str, found: Vector, opened: Vector, defence: str) -> Outcome:
-        """``found``: what was read out of the sum; ``opened``: what it makes of the victim's."""
+        """``found``: the values read out of the sum; ``opened``: the victim's vector by them."""
         vector = self.made.vectors[VICTIM]
         learnt = []
         if not 0 < np.abs(found).max() <= len(self.made.names):

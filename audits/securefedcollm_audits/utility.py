@@ -1,4 +1,4 @@
-"""Accuracy beside ε, from a run's ``results.json``: its maker's word, and not evidence."""
+"""Accuracy and ε, from a run's ``results.json``: its maker's word, and not evidence."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Point(msgspec.Struct, frozen=True):
 
 
 class Utility(msgspec.Struct, frozen=True):
-    """What the run was good for."""
+    """The utility of the run."""
 
     methods: list[Method]
     course: list[Point]
 
 
 def read_utility(path: Path, case: Case, silos: Sequence[SiloRow]) -> Utility:
-    """Read ``results.json`` and lay its accuracies beside the evidence's ε.
+    """Read ``results.json`` and combine its accuracies with the evidence's ε.
 
     Raises:
         ConfigError: it cannot be read, or is of another study or run.

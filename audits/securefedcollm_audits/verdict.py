@@ -1,8 +1,8 @@
-"""What a verification finds: one result a check, with the evidence, or the entries that are wrong.
+"""The result of a verification: one row a check, with the evidence or the wrong entries.
 
 A check is a function of the case and of a :class:`Faults` to which it reports; it returns one
-sentence of evidence. It raises :class:`NotCovered` if the bundle does not hold what it looks at,
-which counts neither for nor against the run and is said in the table.
+sentence of evidence. It raises :class:`NotCovered` if the bundle lacks what the check examines.
+That counts neither for nor against the run, and the table says so.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MOST_FAULTS = 20
 
 
 class Faults:
-    """Collects what one check finds wrong."""
+    """Collects the faults that one check finds."""
 
     def __init__(self) -> None:
         self.found: list[str] = []
@@ -45,7 +45,7 @@ class Check(NamedTuple):
 
 
 class Result(msgspec.Struct, frozen=True):
-    """What one check found. ``faults`` name the wrong entries; ``evidence`` is one sentence."""
+    """The result of one check. ``faults`` name the wrong entries; ``evidence`` is one sentence."""
 
     name: str
     title: str
@@ -58,8 +58,8 @@ class Verdict(msgspec.Struct, frozen=True):
     """All results about one bundle (``sha256``: of its file).
 
     ``keys``: participant → Ed25519 public key (hex), as the study or the logs name them.
-    ``rounds_done`` is by whoever's log is there; ``progress`` says whose.
-    ``not_compared``: what of that was not held against what the verifier knows from elsewhere.
+    ``rounds_done`` follows from the logs in the bundle; ``progress`` says whose. ``not_compared``:
+    the parts that were not compared with the verifier's own knowledge.
     """
 
     bundle: str

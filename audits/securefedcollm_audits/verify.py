@@ -1,8 +1,8 @@
 """Verify a bundle offline: without the server, the people who ran it, torch, or any network.
 
-Adversary: whoever made the bundle or had it in between. A participant with its own key can write
-its own log as it likes; it cannot write the others' logs, signatures and countersignatures, and
-the checks look at where these must agree.
+Adversary: the maker of the bundle, or somebody who had it in between. A participant with its own
+key can write its own log as it likes. It cannot write the others' logs, signatures and
+countersignatures, and the checks examine where these must agree.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def verify(path: str | Path, expected: Expected = Expected()) -> Verdict:  # noq
     """Carry out every check on the bundle at ``path``.
 
     Args:
-        expected: what is known of the participants from elsewhere.
+        expected: the verifier's own knowledge of the participants.
 
     Raises:
         ConfigError: there is no such file, or it cannot be read.

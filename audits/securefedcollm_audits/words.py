@@ -1,4 +1,4 @@
-"""What the report's figures mean, in plain words, and what its short names stand for."""
+"""The meaning of the report's figures and short names, in plain words."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WHOSE: Final = {
 }
 
 ACCOUNTANTS: Final = {
-    "pld": "privacy loss distributions: a tight upper bound, worked out numerically",
+    "pld": "privacy loss distributions: a tight upper bound, computed numerically",
     "rdp": "Rényi differential privacy: an upper bound for every mechanism used here",
     "zcdp": "zero-concentrated differential privacy: an upper bound in closed form",
     "prv": "privacy loss random variables, by a second, independent program",
@@ -35,19 +35,21 @@ MECHANISMS: Final = {
     "fixed size, and Gaussian noise of noise_multiplier times that size is added.",
     "gaussian": "every unit takes part in each release; its influence is cut to a fixed size, and "
     "Gaussian noise of noise_multiplier times that size is added.",
-    "discrete-gaussian": "a secure sum of integers. Each silo adds a share of the noise, of size "
-    "share_sigma; sensitivity is the largest influence of one unit, in the same integers. shares "
-    "is the number of noise shares in the sum, of which colluders are known to the adversary. q is "
-    "the probability with which a unit takes part in a sum (1: always).",
+    "discrete-gaussian": "a secure sum of integers. Each silo adds a share of the noise, of "
+    "size share_sigma. The parameter sensitivity is the largest influence "
+    "of one unit, in the same integers. shares is the number of noise "
+    "shares in the sum, of which colluders are known to the adversary. q "
+    "is the probability with which a unit takes part in a sum (1: always).",
 }
 
 GLOSSARY: Final = (
     ("ε (epsilon)", "How much one unit's data can change what anybody may conclude: each odds "
      "ratio by a factor of at most e^ε. Smaller is better; 0 would be no influence at all."),
     ("δ (delta)", "A small probability for which the bound of ε is not promised."),
-    ("unit", "Whose presence is protected: one record of a silo, or a silo's whole data set."),
+    ("unit", "The thing whose presence is protected: one record of a silo, or a silo's whole "
+             "data set."),
     ("add or remove", "Two data sets are neighbours if one has a unit that the other lacks."),
-    ("noise multiplier (z)", "Size of the noise over the largest influence of one unit."),
+    ("noise multiplier (z)", "Size of the noise divided by the largest influence of one unit."),
     ("silo", "An organisation that tunes the small model on records that never leave it."),
     ("server", "The party that adds up the silos' updates, which it cannot read one by one."),
     ("secure sum", "Updates are masked so that only their sum over enough silos can be opened."),
@@ -56,20 +58,22 @@ GLOSSARY: Final = (
      "what happened, never upwards."),
     ("head, cosignature", "A signed fingerprint of a whole log; other participants' signatures "
      "under it show that all saw the same log."),
-    ("accountant", "A program that works out ε from the list of noisy releases."),
+    ("accountant", "A program that computes ε from the list of noisy releases."),
     ("canary", "A made-up record that an audit puts in or leaves out by a coin, to see whether an "
      "attacker can tell."),
     ("auc", "Chance that an attack ranks a record that was in above one that was not: 0.5 is "
      "guessing, 1 certainty."),
-    ("tpr at 1 % fpr", "Share of members that an attack finds when it takes one in a hundred of "
-     "the others for a member."),
+    ("tpr at 1 % fpr", "Share of members that an attack finds if it mistakes one in a hundred "
+                       "of the others for a member."),
     ("raw update, masked upload, opened sum, noised sum", "Where an audit tried to read words "
-     "back, and the share it got; “by chance” is what guessing gets."),
+                                                          "back, and the share that it "
+                                                          "recovered; “by chance” is the share "
+                                                          "by guessing."),
 )  # fmt: skip
 
 
 def meaning(unit: str, epsilon: float, delta: float, agreed: float) -> list[str]:
-    """What (ε, δ) allows an attacker to conclude of one unit, and how strong that is.
+    """The conclusions about one unit that (ε, δ) allows an attacker, and how strong the bound is.
 
     Args:
         agreed: ε of the budget, which other studies may use up.

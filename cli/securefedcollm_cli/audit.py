@@ -33,14 +33,18 @@ app.command("inversion")(audit_privacy.inversion)
 BundleFile = Annotated[Path, typer.Argument(metavar="FILE", help="A bundle of `audit bundle`.")]
 OwnStudy = Annotated[
     Path | None,
-    typer.Option("--study", metavar="FILE", help="Your own copy of the study that was agreed."),
+    typer.Option(
+        "--study",
+        metavar="FILE",
+        help="Your own copy of the study that the participants agreed on.",
+    ),
 ]
 OwnKeys = Annotated[
     list[str] | None,
     typer.Option(
         "--key",
         metavar="NAME=HEX",
-        help="A participant's public key, as it told you itself (repeatable).",
+        help="A participant's public key, as you have it from that participant (repeatable).",
     ),
 ]
 
@@ -59,8 +63,8 @@ def bundle(
 ) -> None:
     """Put a run's evidence into one file: logs, signatures, study, hashes. No key, vector or data.
 
-    A silo's log says how much noise its records need, and so how many it has; its owner decides who
-    sees it.
+    A silo's log says how much noise its records need, and so roughly how many it has. Its owner
+    decides who sees it.
     """
     path = out or run / "evidence.zip"
     size = write_bundle(run, path, only or [])
@@ -81,9 +85,9 @@ def write_bundle(run: Path, path: Path, only: list[str]) -> int:
 
 
 def write_evidence(run: Path) -> tuple[Verdict, str]:
-    """Bundle the evidence of a finished run, check it as an outsider would, and write the report's
-    page: ``evidence.zip`` and ``report.html`` in its directory. Returns what was found, and where
-    the page is."""
+    """Bundle the evidence of a finished run, check it as an outsider would, and write the report:
+    ``evidence.zip`` and ``report.html`` in the run's directory. Returns the verdict, and the path
+    of the page."""
     from securefedcollm_audits.report import make_report
 
     path, page = run / "evidence.zip", run / "report.html"
@@ -103,9 +107,9 @@ def verify(
     """Check a bundle offline, without trusting anybody who made it.
 
     Anybody can make up participants and their keys. So name the study, or the keys, that you know
-    from elsewhere; what was not compared is said at the end.
+    from elsewhere. The last lines list what was not compared.
 
-    Exit code 0: all that the bundle covers holds; 1: something does not; 2: bad input.
+    Exit code 0: everything that the bundle covers holds; 1: something does not; 2: bad input.
     """
     from securefedcollm_audits.expected import expectation
     from securefedcollm_audits.verify import verify as check
@@ -119,9 +123,9 @@ def compare(
     second: Annotated[Path, typer.Argument(metavar="B", help="Another's, of the same run.")],
     as_json: Json = False,
 ) -> None:
-    """Hold two bundles of one run side by side: did the server tell both the same?
+    """Compare two bundles of one run: did the server tell both participants the same?
 
-    Exit codes as of `audit verify`.
+    The exit codes are those of `audit verify`.
     """
     from securefedcollm_audits.compare import compare as held_together
 
@@ -139,10 +143,12 @@ def merge(
 ) -> None:
     """Join several participants' bundles of one run into one, and verify it.
 
-    Then their logs check each other. Bundles of different runs, and two logs that one participant
-    signed, are refused. Whoever gets the joined bundle sees every silo's log in it.
+    Their logs then check each other. The command refuses bundles of different runs, and two
+    different logs that one participant signed. Everybody who gets the joined bundle sees every
+    silo's log in it.
 
-    Exit codes as of `audit verify`, of the joined bundle; 2: refused, and nothing was written.
+    The exit codes are those of `audit verify` on the joined bundle; 2 means that the command
+    refused and wrote nothing.
     """
     from securefedcollm_audits import table
     from securefedcollm_audits.merge import merge as joined
@@ -178,8 +184,9 @@ def protocol(
 ) -> None:
     """Attack the aggregation protocol: malicious servers and silos against the real state machines.
 
-    Exit code 0: nobody learnt anything beyond one agreed sum; 1: an attack was not stopped. That
-    all are stopped is no proof; many of these have worked against other systems.
+    Exit code 0: nobody learnt anything beyond one agreed sum; 1: an attack was not stopped. Even
+    if all are stopped, that is no proof. But many of these attacks have worked against other
+    systems.
     """
     from securefedcollm_audits import protocol as attacks
 
@@ -213,17 +220,18 @@ def report(
         typer.Option(
             "--results",
             metavar="FILE",
-            help="The run's results.json: show accuracy beside ε. Its maker's word, no evidence.",
+            help="The run's results.json: also show its accuracies. They are the word of "
+            "whoever wrote the file, not evidence.",
         ),
     ] = None,
     study: OwnStudy = None,
     key: OwnKeys = None,
     as_json: Json = False,
 ) -> None:
-    """Verify a bundle and write what it shows as one self-contained HTML page, or as JSON.
+    """Verify a bundle and write a report on it, as one self-contained HTML page or as JSON.
 
-    Its verdict, and its exit code, are those of `audit verify` with the same --study and --key. A
-    bundle that does not hold has a page that says so.
+    Its verdict, and its exit code, are those of `audit verify` with the same --study and --key. If
+    a bundle does not hold, its page says so.
     """
     from securefedcollm_audits.expected import expectation
     from securefedcollm_audits.report import make_report
@@ -280,7 +288,7 @@ def _print_attacks(outcomes: dict[str, Outcome], broken: list[str]) -> None:
     from securefedcollm_audits import protocol as attacks
 
     table = Table(title="Attacks on secure aggregation", title_justify="left")
-    for column in ("", "adversary", "what was tried", "what stopped it", "learnt"):
+    for column in ("", "adversary", "attack", "stopped by", "learnt"):
         table.add_column(column, no_wrap=not column)
     for name, outcome in outcomes.items():
         table.add_row(

@@ -22,29 +22,38 @@ Run = Annotated[
     typer.Option(
         "--run",
         metavar="RUN",
-        help="Write the result into the evidence log of this run, for `audit bundle`.",
+        help="Write the result into this run's evidence log, so that `audit bundle` includes it.",
     ),
 ]
 Owner = Annotated[
     str,
-    typer.Option("--owner", metavar="NAME", help="With --run: whose log, server or a silo's name."),
+    typer.Option(
+        "--owner",
+        metavar="NAME",
+        help="With --run: the participant whose log it is, `server` or a silo's name.",
+    ),
 ]
 Seed = Annotated[
     int | None,
     typer.Option(
-        "--seed", help="Draw the same canaries again. Noise and keys are fresh in any case."
+        "--seed",
+        help="Seed of the canaries, to draw the same ones again. Noise and keys are always fresh.",
     ),
 ]
 Identity = Annotated[
     Path | None,
     typer.Option(
-        "--identity", metavar="FILE", help="With --run: that participant's key [in the run]."
+        "--identity",
+        metavar="FILE",
+        help="With --run: that participant's identity file [the one in the run].",
     ),
 ]
 Passphrase = Annotated[
     Path | None,
     typer.Option(
-        "--passphrase-file", metavar="FILE", help="Of --identity, if encrypted [else a prompt]."
+        "--passphrase-file",
+        metavar="FILE",
+        help="File with the passphrase of --identity, if it is encrypted [else a prompt].",
     ),
 ]
 
@@ -62,12 +71,12 @@ def mechanism(
     passphrase_file: Passphrase = None,
     as_json: Json = False,
 ) -> None:
-    """Is the noise as large as it is charged for? Canaries through the real path of one release.
+    """Is the noise as large as charged? Sends canaries through the real path of one release.
 
     Vectors far longer than the clip norm, a million coordinates by default, go through the study's
-    own clipping, quantisation, noise, masks and sum. Prints the noise that came out with its
-    interval, and a lower bound on ε. Finds missing noise, a missing clip, a wrong sampling rate. It
-    says nothing about how releases add up: that is the second accountant's business. Two minutes.
+    own clipping, quantisation, noise, masks and sum. Prints the measured noise with its interval,
+    and a lower bound on ε. Finds missing noise, a missing clip, a wrong sampling rate. It says
+    nothing about how releases add up; the second accountant checks that. Takes two minutes.
 
     Exit code 0: not refuted; 1: refuted; 2: bad input.
     """
@@ -85,10 +94,13 @@ def coupling(
     overrides: Overrides = None,
     data: DataDir = None,
     records: Annotated[
-        int, typer.Option(min=2, help="Records of the first silo that must not be moved.")
+        int,
+        typer.Option(
+            min=2, help="Records of the first silo, which the added record must not move."
+        ),
     ] = 64,
     adapters: Annotated[
-        int, typer.Option(min=2, help="Hostile adapters to try before the worst are used.")
+        int, typer.Option(min=2, help="Hostile adapters to try in the search for the worst.")
     ] = 40,
     device: Device = "cpu",
     seed: Seed = None,
@@ -100,11 +112,12 @@ def coupling(
 ) -> None:
     """Can one record change what the others contribute, by a single bit?
 
-    Plays a server that chooses the adapter. It searches for the one that lets an added record move
-    the others' clipped gradients most where batches are padded to their longest record: that is the
-    control, and it must move them. Then the same adapters meet this silo's own model, data, shapes
-    and device, frozen layers included. "Moved" is ‖S(D + x) − S(D) − S(x)‖ in clip norms, in exact
-    integers: anything but 0 refutes the sensitivity that the whole ε rests on.
+    Plays a server that chooses the adapter. First the control: in batches padded to their longest
+    record, it searches for the adapter with which an added record moves the others' clipped
+    gradients most. The control must find movement. Then it applies the same adapters to this silo's
+    own model, data, shapes and device, frozen layers included. "Moved" is ‖S(D + x) − S(D) − S(x)‖
+    in clip norms, in exact integers. Any value other than 0 refutes the sensitivity on which the
+    whole ε rests.
 
     Exit code 0: not refuted; 1: refuted, or the control found nothing; 2: bad input.
     """
@@ -130,7 +143,7 @@ def one_run(
     config: StudyFile,
     overrides: Overrides = None,
     data: DataDir = None,
-    canaries: Annotated[int, typer.Option(help="Records that are canaries.")] = 500,
+    canaries: Annotated[int, typer.Option(help="Number of records that are canaries.")] = 500,
     seed: Seed = None,
     run: Run = None,
     owner: Owner = "server",
@@ -138,13 +151,14 @@ def one_run(
     passphrase_file: Passphrase = None,
     as_json: Json = False,
 ) -> None:
-    """What do a silo's updates tell about single records? One real training, hundreds of canaries.
+    """What do a silo's updates reveal about single records? Runs one real training with hundreds of
+    canaries.
 
     A coin decides for each canary whether it is in the first silo's data; the attacker sees every
     update and guesses. Prints a lower bound on ε (Steinke, Nasr and Jagielski 2023) and the same by
-    f-DP for a Gaussian trade-off curve (Mahloujifar et al. 2024). The training is charged to no
-    ledger: use data that may be used for it. With 500 canaries no bound can
-    pass 4.4: to test the same code harder, lower the claim: --set privacy.epsilon=1.
+    f-DP for a Gaussian trade-off curve (Mahloujifar et al. 2024). No ledger is charged for the
+    training, so use only data that you may use for it. With 500 canaries no bound can exceed 4.4.
+    To test the same code harder, lower the claim: --set privacy.epsilon=1.
 
     Exit code 0: not refuted; 1: refuted; 2: bad input.
     """
@@ -163,7 +177,7 @@ def canaries(
     overrides: Overrides = None,
     data: DataDir = None,
     count: Annotated[
-        int, typer.Option("--canaries", help="Records whose answer is a new token.")
+        int, typer.Option("--canaries", help="Number of records whose answer is a new token.")
     ] = 500,
     seed: Seed = None,
     run: Run = None,
@@ -172,7 +186,8 @@ def canaries(
     passphrase_file: Passphrase = None,
     as_json: Json = False,
 ) -> None:
-    """What does the tuned model itself tell? New-token canaries, judged by their loss alone.
+    """What does the tuned model itself reveal? Uses new-token canaries and looks only at their
+    loss.
 
     The attacker has the base model and the adapter, like everybody who downloads them. Prints the
     area under the curve, the share of members found at 1 % false alarms, and a lower bound on ε
@@ -203,11 +218,11 @@ def inversion(
     passphrase_file: Passphrase = None,
     as_json: Json = False,
 ) -> None:
-    """Which words can be read back? The span check of DAGER on updates, uploads and sums.
+    """Which words can be read back? Applies the span check of DAGER to updates, uploads and sums.
 
-    Attacks the same small batches at four places: one silo's raw update, what the server receives
-    of it under the masks, the opened sum, and the opened sum with the study's noise. Refuted if the
-    last one or the masked upload gives away more words than chance.
+    Attacks the same small batches at four places: one silo's raw update, the masked upload that the
+    server receives of it, the opened sum, and the opened sum with the study's noise. The claim is
+    refuted if the last one or the masked upload gives away more words than chance.
 
     Exit code 0: not refuted; 1: refuted; 2: bad input.
     """
@@ -233,7 +248,7 @@ def _conduct(
     identity: Path | None,
     passphrase_file: Path | None,
 ) -> None:
-    """Attack, print, write down, and exit with the outcome."""
+    """Run the attack, print and log its result, and exit with the outcome."""
     from securefedcollm.study import load_study
     from securefedcollm_cli.progress import Bars
 
@@ -257,7 +272,7 @@ def _conduct(
 
 
 def _key(run: Path, owner: str, identity: Path | None, passphrase_file: Path | None):  # type: ignore[no-untyped-def]
-    """The key that signs the log, asked for before minutes of work."""
+    """The key that signs the log. The user is asked for it before minutes of work."""
     from securefedcollm_audits.finding import home
 
     from securefedcollm.errors import ConfigError
@@ -276,7 +291,7 @@ def _key(run: Path, owner: str, identity: Path | None, passphrase_file: Path | N
 
 
 def _records(study: Study, data: Path | None) -> int | None:
-    """Records, or subjects, of a silo: what the sampling rate follows from."""
+    """Records, or subjects, of a silo; the sampling rate follows from them."""
     if study.privacy is None or study.privacy.noise != "local":
         return None
     from securefedcollm.federation.cotuning import count_units

@@ -1,4 +1,4 @@
-"""``securefedcollm budget …``: what privacy will cost, what it has cost, and a report of it."""
+"""``securefedcollm budget …``: plan, pin, show and report the privacy budget."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from securefedcollm.privacy.planner import JointChoice, Plan
     from securefedcollm.privacy.report import BudgetReport, Line
 
-app = typer.Typer(no_args_is_help=True, help="Plan, show and report the privacy budget.")
+app = typer.Typer(no_args_is_help=True, help="Plan, pin, show and report the privacy budget.")
 
 LedgerFiles = Annotated[
     list[Path] | None,
@@ -40,7 +40,8 @@ def plan(
         typer.Option("--epsilon", help="Plan for this ε instead of the study's (repeatable)."),
     ] = None,
     values: Annotated[
-        int | None, typer.Option(min=1, help="Values in an update [from the small model's shape].")
+        int | None,
+        typer.Option(min=1, help="Number of values in an update [from the small model's shape]."),
     ] = None,
     records: Annotated[
         int | None,
@@ -49,7 +50,7 @@ def plan(
     data: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a target ε costs in noise, for every unit and placement, before anyone trains."""
+    """Say how much noise a target ε costs, for every unit and placement, before anyone trains."""
     import msgspec
 
     from securefedcollm.federation.sizes import federation_of, plans_of
@@ -81,13 +82,13 @@ def plan(
 def set_(
     epsilon: Annotated[float, typer.Option(help="ε of every record, all studies together.")],
     delta: Annotated[
-        float | None, typer.Option(help="Its δ [what is pinned; must be given at first].")
+        float | None, typer.Option(help="Its δ [the pinned one; the first time you must give it].")
     ] = None,
     higher: Annotated[
         bool,
         typer.Option(
             "--raise",
-            help="ε goes up after records were charged: from then on they have the weaker promise.",
+            help="Allow a larger ε after records were charged. They then have the weaker promise.",
         ),
     ] = False,
     home: Home = None,
@@ -95,7 +96,7 @@ def set_(
 ) -> None:
     """Pin the budget of this silo's records: a study may ask for less, never for more.
 
-    Without it the first study that takes part pins its own.
+    If you pin none, the first study pins its own.
     """
     import json
 
@@ -125,10 +126,10 @@ def set_(
 
 @app.command()
 def show(ledger: LedgerFiles = None, as_json: Json = False) -> None:
-    """Verify ledgers and say what the records of every file have spent and have left.
+    """Verify ledgers and show what the records of every file have spent and have left.
 
-    A set of records stands for a file. ε is of its record that has spent most, over all files and
-    studies; then the median, and how many records have spent nothing.
+    Each set of records is a file's. The table shows ε of the record that has spent most, over all
+    files and studies, then the median, and the number of records that have spent nothing.
     """
     import msgspec
 
@@ -205,8 +206,8 @@ def _print_plans(plans: list[Plan]) -> None:
         console.print(f"  {made.advice}")
     console.print()
     console.print(
-        "[dim]z: noise multiplier. noise/signal: norm of the noise in the mean over the clip norm, "
-        "that is over the largest signal possible; real signal is smaller.[/dim]"
+        "[dim]z: noise multiplier. noise/signal: norm of the noise in the mean, divided by the "
+        "clip norm, which is the largest possible signal. Real signal is smaller.[/dim]"
     )
     if not all(option.offered for made in plans for option in made.options):
         console.print("[dim]*: for comparison; this study cannot ask for it.[/dim]")
@@ -235,8 +236,8 @@ def _print_choices(epsilon: float, choices: Sequence[JointChoice]) -> None:
     console.print()
     console.print(table)
     console.print(
-        "[dim]Fewer steps: less noise and less to send, but fewer corrections on the way, which "
-        "no ratio shows: try the neighbours of the best on public data.[/dim]"
+        "[dim]Fewer steps mean less noise and less to send, but also fewer corrections, which "
+        "no ratio shows. Try the neighbours of the best on public data.[/dim]"
     )
 
 

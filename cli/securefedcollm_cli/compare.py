@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from securefedcollm.federation.compare import Comparison
-    from securefedcollm.federation.compare_page import Line
+    from securefedcollm.experiment.compare import Comparison
+    from securefedcollm.experiment.compare_page import Line
 
 
 def compare(
@@ -31,18 +31,18 @@ def compare(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Put finished runs beside each other: scores, privacy, cost, and how their studies differ.
+    """Compare finished runs: scores, privacy, cost, and how their studies differ.
 
     A RUN is a directory that `simulate` made, or studies/… in a server's home. A server sees no
     silo's ledger, so for its runs the table shows the most that the study lets a silo spend.
 
-    The numbers are what the runs' makers wrote: `audit verify` checks the evidence behind ε. One
+    The numbers are the word of whoever made the runs; `audit verify` checks the evidence for ε. One
     run of each study says little about chance; `experiment` repeats seeds and gives intervals.
 
     `compare runs/a runs/b --plot course.svg`
     """
-    from securefedcollm.federation.compare import compare_runs
-    from securefedcollm.federation.compare_page import write_plot
+    from securefedcollm.experiment.compare import compare_runs
+    from securefedcollm.experiment.compare_page import write_plot
 
     found = compare_runs(runs)
     if plot is not None:
@@ -58,7 +58,7 @@ def compare(
 def _render(found: Comparison, plot: Path | None) -> None:
     from rich.console import Console
 
-    from securefedcollm.federation.compare_page import changes, results
+    from securefedcollm.experiment.compare_page import changes, results
     from securefedcollm.foreign import as_text
 
     console, names = Console(), [run.name for run in found.runs]

@@ -46,7 +46,9 @@ def init(
     server: Annotated[
         str,
         typer.Option(
-            "--server", metavar="HOST:PORT", help="Where the silos will reach the server."
+            "--server",
+            metavar="HOST:PORT",
+            help="Address at which the silos will reach the server.",
         ),
     ],
     out: Annotated[
@@ -96,10 +98,10 @@ def approve(
     passphrase_file: PassphraseFile = None,
     as_json: Json = False,
 ) -> None:
-    """Sign participants' certificate requests, after you have made sure who sent them.
+    """Sign participants' certificate requests.
 
-    Shows whose name each request bears, and asks. Neither a request nor its answer holds anything
-    secret.
+    Shows the name on each request, and asks: make sure that this participant sent it. Neither a
+    request nor its answer holds anything secret.
     """
     from securefedcollm.federation.engines.flare.kit import approve_request
     from securefedcollm.federation.engines.flare.papers import read_request
@@ -127,7 +129,7 @@ def join(
         str, typer.Option("--name", help="Your organisation's name on the roster, e.g. hospital-a.")
     ],
     role: Annotated[
-        Literal["silo", "server", "authority"], typer.Option(help="What you will run.")
+        Literal["silo", "server", "authority"], typer.Option(help="The role that you will run.")
     ] = "silo",
     signed: Annotated[
         list[Path] | None,
@@ -141,16 +143,19 @@ def join(
     passphrase_file: PassphraseFile = None,
     plain: Annotated[
         bool,
-        typer.Option("--no-passphrase", help="Store the identity unencrypted. Think twice."),
+        typer.Option(
+            "--no-passphrase",
+            help="Store the identity unencrypted: everybody who reads the file can sign as you.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Join a consortium: make your keys and a certificate request; later install the answer.
 
-    Run it twice. First it makes your signing identity and a request to send to whoever keeps the
-    consortium's authority; the private keys never leave this machine. When the signed answer is
-    back, run it again with --signed FILE: that installs a kit which runs our relay and nothing else
-    that a server might send.
+    Run it twice. The first time it makes your signing identity and a request; send the request to
+    the keeper of the consortium's authority. The private keys never leave this machine. When the
+    signed answer is back, run it again with --signed FILE. That installs a kit, which runs our
+    relay and nothing else that a server might send.
     """
     from securefedcollm.federation.engines.flare.papers import read_profile
 

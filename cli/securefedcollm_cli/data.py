@@ -47,16 +47,15 @@ def check(
     subject: Annotated[
         str | None,
         typer.Option(
-            "--subject", metavar="COLUMN", help="The column that says whose record a row is."
+            "--subject", metavar="COLUMN", help="The column that names the subject of a row."
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """What is wrong with FILE: unusable and empty rows, duplicates, conflicts, rows too long.
+    """Find unusable and empty rows, duplicates, conflicts and rows that are too long in FILE.
 
-    Without `--study`, `--task`, `--label` and `--column` say what a row is; lengths are not looked
-    at.
-    Lines are named, values never. Exit code 1: tuning would refuse the file.
+    Without `--study`, use `--task`, `--label` and `--column` to say what a row is; lengths are not
+    checked then. The output names lines, never values. Exit code 1: tuning would refuse the file.
     """
     from securefedcollm.errors import ConfigError
     from securefedcollm.federation.dealing import layout_of

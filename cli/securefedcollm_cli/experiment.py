@@ -16,12 +16,15 @@ def experiment(
     overrides: Overrides = None,
     data: DataDir = None,
     seeds: Annotated[
-        int, typer.Option(min=1, max=100, help="How many: the study's seed and the next ones.")
+        int,
+        typer.Option(min=1, max=100, help="Number of seeds: the study's and the following ones."),
     ] = 3,
     noisy_silos: Annotated[
         int,
         typer.Option(
-            "--noisy-silos", min=0, help="Also run with so many silos whose answers mean nothing."
+            "--noisy-silos",
+            min=0,
+            help="Number of silos whose answers are replaced at random, in an extra comparison.",
         ),
     ] = 0,
     out: Annotated[
@@ -51,14 +54,14 @@ def experiment(
     Writes table.json, table.md and plot.svg. How the silos' data differ is part of the study:
     `--set task.data.partition=dirichlet --set task.data.alpha=0.1 --set task.data.skew=8`.
     """
-    from securefedcollm.federation.experiment import Experiment
+    from securefedcollm.experiment.experiment import Experiment
+    from securefedcollm.simulation.plan import ExperimentPlan
     from securefedcollm.study import load_study
     from securefedcollm_cli.progress import Bars
 
     study = load_study(config, overrides or [])
     directory = out or Path("runs") / f"{study.study}-experiment"
-    plan = Experiment(
-        study,
+    plan = ExperimentPlan(
         out=directory,
         seeds=seeds,
         noisy=noisy_silos,
@@ -69,7 +72,7 @@ def experiment(
         device=device,
     )
     with Bars(quiet=as_json) as bars:
-        table = plan.run(bars.report, bars.say)
+        table = Experiment(study, plan).run(bars.report, bars.say)
     if as_json:
         typer.echo(json.dumps(table, indent=2))
     else:
@@ -81,7 +84,7 @@ def _render(table: dict[str, Any], directory: Path) -> None:
     from rich.padding import Padding
     from rich.table import Table
 
-    from securefedcollm.federation.experiment_page import cells, heads
+    from securefedcollm.experiment.page import cells, heads
     from securefedcollm.foreign import as_text
 
     console = Console()

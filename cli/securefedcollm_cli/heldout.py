@@ -1,9 +1,9 @@
 """``client --test``, ``--training-loss``: the newest adapter on a silo's own records.
 
-Adversary: the server, which sees when a silo answers. How long these records take says how many
-there are, and how long. So a process of its own measures, and stands still from when a request is
-there until its answer is made. It has the lowest priority, and goes on after the run's end, when
-nobody listens any more. What it finds goes to the operator's screen and disk.
+Adversary: the server, which sees when a silo answers. The time that these records take shows how
+many there are, and how long they are. So a separate process measures. It is stopped from the
+arrival of a request until the answer is made. It has the lowest priority, and goes on after the
+run's end, when nobody listens any more. Its results go to the operator's screen and disk.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Tell = Callable[[str, int, dict[str, dict[str, float]]], None]
 
 
 class HeldOut:
-    """Measures the base model, and then what every round ended with. Use as a context manager.
+    """Measures the base model, and then every round's adapter. Use as a context manager.
 
     Args:
         run: the silo's directory of the study.
@@ -83,7 +83,7 @@ class HeldOut:
         self._out, self._err = (self._place.path / name for name in ("out", "err"))
 
     def look(self) -> None:
-        """Between two requests: go on, begin with the next, or tell what was found."""
+        """Between two requests: go on, begin with the next, or report the results."""
         try:
             newest = newest_adapter(self._run)
         except SecureFedCoLLMError as error:
@@ -104,14 +104,14 @@ class HeldOut:
             os.killpg(self._process.pid, signal.SIGSTOP)
 
     def finish(self) -> None:
-        """Measure what is still to be measured."""
+        """Measure everything that is still due."""
         self.look()
         while self._process is not None or self._waiting:
             time.sleep(0.1)
             self.look()
 
     def _add(self, round_: int) -> None:
-        """Measure what this round ended with, unless that is done or will be."""
+        """Measure this round's adapter, unless that is done or will be."""
         new = [which for which, seen in self._seen.items() if round_ > seen]
         if new and round_:  # the next round's takes its place
             shutil.copytree(self._run / ADAPTER, self._place.path / str(round_))
@@ -173,7 +173,7 @@ def _place_of(run: Path, which: str) -> Path:
 
 
 def _found(path: Path) -> list[dict[str, Any]]:
-    """What earlier processes found, by round."""
+    """Results of earlier processes, by round."""
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         if all(isinstance(line["round"], int) for line in lines):

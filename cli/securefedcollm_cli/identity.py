@@ -23,7 +23,7 @@ PassphraseFile = Annotated[
     typer.Option(
         "--passphrase-file",
         metavar="FILE",
-        help="Read the passphrase from the first line of FILE, which you alone may read [else "
+        help="Read the passphrase from the first line of FILE, which only you may read [else "
         "SECUREFEDCOLLM_PASSPHRASE, else a prompt].",
     ),
 ]
@@ -38,11 +38,14 @@ def new(
     passphrase_file: PassphraseFile = None,
     plain: Annotated[
         bool,
-        typer.Option("--no-passphrase", help="Store the key unencrypted. Think twice."),
+        typer.Option(
+            "--no-passphrase",
+            help="Store the key unencrypted: everybody who reads the file can sign as you.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Make an Ed25519 identity, encrypted with a passphrase, readable by you alone."""
+    """Make an Ed25519 identity, encrypted with a passphrase. Only you can read its file."""
     from securefedcollm.study.identity import create_identity, default_path
 
     path = out or default_path(name)
@@ -58,7 +61,7 @@ def show(
         Literal["silo", "server", "authority"], typer.Option(help="The role for the roster line.")
     ] = "silo",
     line: Annotated[
-        bool, typer.Option("--line", help="Print the roster line alone: `>> study.yaml`.")
+        bool, typer.Option("--line", help="Print only the roster line: `>> study.yaml`.")
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -31,18 +31,18 @@ from securefedcollm_cli import (
 )
 
 AGAIN: Final = 75
-"""Exit code EX_TEMPFAIL of sysexits.h: whoever supervises the process should start it again."""
+"""Exit code EX_TEMPFAIL of sysexits.h: the process supervisor should start the command again."""
 
 _MACHINE: Final = {
-    errno.ENOSPC: "free some space; what was under way goes on when it is started again",
-    errno.EDQUOT: "free some of your quota; what was under way goes on when it is started again",
-    errno.EROFS: "choose a place on a disk that may be written",
+    errno.ENOSPC: "free some space; the run goes on when you start the command again",
+    errno.EDQUOT: "free some of your quota; the run goes on when you start the command again",
+    errno.EROFS: "choose a place on a writable disk",
     errno.EACCES: "let this user read and write there, or choose another place",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.EIO: "the disk reports a fault; see the system's log",
 }
-"""Faults of a machine and what helps."""
+"""Faults of a machine, with their remedies."""
 
 _SERVICES: Final = ("client", "server", "authority")
 
@@ -75,7 +75,7 @@ app.add_typer(consortium.app, name="consortium")
 @app.callback(invoke_without_command=True)
 def root(
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Log what happens, on stderr: ids and sizes.")
+        bool, typer.Option("--verbose", "-v", help="Log events on stderr: ids and sizes.")
     ] = False,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
@@ -111,15 +111,15 @@ def main() -> None:
         sys.exit(report(StateError(f"{place}{error.strerror}", hint=_MACHINE[error.errno])))
     except KeyboardInterrupt:
         typer.echo(
-            "interrupted; what was under way goes on when it is started again "
-            "(`simulate`: with --resume)",
+            "interrupted; the run goes on when you start the command again (`simulate`: with "
+            "--resume)",
             err=True,
         )
         sys.exit(130)
 
 
 def _leave() -> None:
-    """End a role that has finished, without waiting for what its libraries do at the end.
+    """End a role that has finished, without waiting for its libraries' cleanup.
 
     Threads of theirs may abort the process then (SIGABRT, seen in 4 of 41 clients), and a service
     manager would start it again.

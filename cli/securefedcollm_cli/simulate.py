@@ -1,4 +1,4 @@
-"""``securefedcollm simulate``: every role of a study on this machine, and what came of it."""
+"""``securefedcollm simulate``: every role of a study on this machine, and the results."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def simulate(
         typer.Option(
             "--drop",
             metavar="SILO@STEP",
-            help="Lose a silo on purpose, e.g. 2@upload or 3@unmask:1 (in round 1 only).",
+            help="Make a silo drop out, e.g. 2@upload or 3@unmask:1 (in round 1 only).",
         ),
     ] = None,
     silo: Annotated[
@@ -55,7 +55,8 @@ def simulate(
         typer.Option(
             "--silo",
             metavar="NAME=FILE",
-            help="A silo and its own records, for every silo; nothing is dealt out (repeat).",
+            help="A silo and its own records; give one for every silo (repeat). Then no "
+            "records are dealt out.",
         ),
     ] = None,
     public: Annotated[
@@ -64,7 +65,7 @@ def simulate(
     ] = None,
     test: Annotated[
         Path | None,
-        typer.Option("--test", metavar="FILE", help="With --silo: records to measure on."),
+        typer.Option("--test", metavar="FILE", help="With --silo: the test records."),
     ] = None,
     track: Track = None,
     device: Device = "cpu",
@@ -72,11 +73,12 @@ def simulate(
 ) -> None:
     """Run a whole study on this machine: server, silos, secure sums, distillation.
 
-    Every silo has its own keys, data, state and privacy ledger under the run directory, and talks
-    to the server only in the frames that a real silo would send. The identities are throw-away.
+    Every silo has its own keys, data, state and privacy ledger under the run directory, and sends
+    the server only the frames that a real silo would send. The identities are made for this run.
     """
     from securefedcollm.federation.dealing import given_files
-    from securefedcollm.federation.simulate import Simulation
+    from securefedcollm.simulation.plan import SimulationPlan
+    from securefedcollm.simulation.simulate import Simulation
     from securefedcollm.study import load_study
 
     study = load_study(config, overrides or [])
@@ -84,8 +86,7 @@ def simulate(
     if silo or public or test:
         files = given_files(study, files_of(silo or ()), public, test)
     directory = out or Path("runs") / study.study
-    simulation = Simulation(
-        study,
+    plan = SimulationPlan(
         out=directory,
         data=data,
         resume=resume,
@@ -97,6 +98,7 @@ def simulate(
         files=files,
         track=track,
     )
+    simulation = Simulation(study, plan)
     from securefedcollm_cli.progress import Bars
 
     with Bars(quiet=as_json) as bars:

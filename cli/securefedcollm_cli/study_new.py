@@ -1,4 +1,4 @@
-"""``securefedcollm study new`` and ``study keys``: write a study, and say what its keys mean."""
+"""``securefedcollm study new`` and ``study keys``: write a study, and explain its keys."""
 
 from __future__ import annotations
 
@@ -34,25 +34,28 @@ def new(
     ] = None,
     task: Annotated[
         Literal["multiple_choice", "classification", "instruction", "text"],
-        typer.Option("--task", help="What a record is; the file explains each kind."),
+        typer.Option("--task", help="Kind of a record; the study file explains each kind."),
     ] = "multiple_choice",
     label: Labels = None,
     unit: Annotated[
         Literal["record", "subject", "silo"],
-        typer.Option("--unit", help="What ε protects: a record, a patient, a whole silo."),
+        typer.Option(
+            "--unit", help="The unit that ε protects: a record, a patient, or a whole silo."
+        ),
     ] = "record",
     subject: Annotated[
         str | None,
         typer.Option(
-            "--subject", metavar="COLUMN", help="With --unit subject: whose record a row is."
+            "--subject", metavar="COLUMN", help="With --unit subject: the column that names it."
         ),
     ] = None,
     joint: Annotated[
         bool,
         typer.Option(
             "--joint",
-            help="Joint DP-SGD: all silos take each step together, in one secure sum. Far less "
-            "noise, against the server and one silo in place of everybody.",
+            help="Joint DP-SGD: all silos take each step together, in one secure sum. It takes "
+            "far less noise, but protects against the server and one silo instead of "
+            "everybody.",
         ),
     ] = False,
     scheme: Annotated[
@@ -64,8 +67,8 @@ def new(
         int | None,
         typer.Option(
             min=1,
-            help="Records (or subjects) of the smallest silo, about: the batch follows from it "
-            "[1000; the built-in world's].",
+            help="Approximate number of records (or subjects) of the smallest silo; the batch "
+            "size follows from it [1000; the built-in world's].",
         ),
     ] = None,
     epsilon: Annotated[float, typer.Option(help="ε of the whole study.")] = 8.0,
@@ -74,8 +77,8 @@ def new(
 ) -> None:
     """Write a study to start from, with a comment at every key that says what it means.
 
-    Keys that are set are those a study of this kind needs; all others stand at their defaults,
-    commented out. Nothing is overwritten. What it says is then yours to change and to check:
+    It sets the keys that a study of this kind needs. All others are at their defaults, commented
+    out. Nothing is overwritten. Change the file as you like, and check it.
 
         securefedcollm study new clinic.yaml --model hub:ORG/NAME@COMMIT --task text --joint
     """
@@ -121,7 +124,8 @@ def keys(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what every key of a study means: type, allowed values, default, when it is required."""
+    """Explain every key of a study: meaning, type, allowed values, default, and when it is
+    required."""
     from securefedcollm.errors import ConfigError
     from securefedcollm.study.keypage import markdown
     from securefedcollm.study.keys import study_keys
@@ -168,7 +172,7 @@ def _check_choices(unit: str, subject: str | None, joint: bool) -> None:
     if (unit == "subject") != (subject is not None):
         missing = subject is None
         raise ConfigError(
-            "no column says whose a record is" if missing else f"--unit {unit} needs none",
+            "no column names the subject of a record" if missing else f"--unit {unit} needs none",
             where="--subject",
             hint="name it, e.g. --subject patient" if missing else "leave it out",
         )
@@ -178,7 +182,7 @@ _COMMIT: Final = re.compile("[0-9a-f]{40}")
 
 
 def _model(option: str, text: str) -> dict[str, str]:
-    """A model's keys from what a person wrote."""
+    """A model's keys from a command-line value."""
     from securefedcollm.errors import ConfigError
 
     kind, _, rest = text.partition(":")
@@ -213,8 +217,8 @@ def _head(out: Path, study: Any) -> str:
     more += " --public FILE" if study.models.llm and more else ""
     more += " --data DIR" if study.models.slm.source.startswith("path:") else ""
     return (
-        "Written by `securefedcollm study new`. Every key has its meaning above it; those behind\n"
-        "a comment sign have the default that is shown. Next:\n"
+        "Written by `securefedcollm study new`. Every key has its meaning above it. Keys behind a\n"
+        "comment sign have the default that is shown. Next:\n"
         f"  securefedcollm study check {out.name}\n"
         f"  securefedcollm budget plan {out.name}\n"
         f"  securefedcollm simulate {out.name}{more}"

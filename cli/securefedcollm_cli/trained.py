@@ -1,4 +1,4 @@
-"""``securefedcollm model generate|evaluate|merge``: what is done with a model once it is made."""
+"""``securefedcollm model generate|evaluate|merge``: use a tuned model."""
 
 from __future__ import annotations
 
@@ -38,14 +38,16 @@ AdapterOption = Annotated[
 ]
 ModelDir = Annotated[
     Path,
-    typer.Option("--data", metavar="DIR", help="What path: models and the study's files are in."),
+    typer.Option(
+        "--data", metavar="DIR", help="Directory of path: models and of the study's files."
+    ),
 ]
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="What to continue.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue.")] = None,
     prompt_option: Annotated[
-        str | None, typer.Option("--prompt", help="The same, as an option.")
+        str | None, typer.Option("--prompt", help="The text to continue, as an option.")
     ] = None,
     run: Run = None,
     role: Role = None,
@@ -57,17 +59,17 @@ def generate(
         bool | None,
         typer.Option(
             "--instruction/--plain",
-            help="Put the prompt as one turn of a chat, or continue it as it is "
-            "[as the run's task says; plain].",
+            help="Put the prompt as one turn of a chat, or continue it unchanged [as the run's "
+            "task says; plain].",
         ),
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", min=1, help="The longest text that it writes.")
+        int, typer.Option("--max-tokens", min=1, help="Largest number of tokens to write.")
     ] = 40,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt, greedily, with a base model or a co-tuned one.
+    """Continue a prompt greedily, with a base model or a co-tuned one.
 
     `model generate --run runs/quickstart --prompt "…"` uses the LLM that the study made.
     """
@@ -120,29 +122,32 @@ def evaluate(
         int | None, typer.Option("--max-tokens", min=2, help="As task.max_tokens [256].")
     ] = None,
     base: Annotated[
-        bool, typer.Option("--base", help="Leave the run's adapter out: the model untuned.")
+        bool, typer.Option("--base", help="Leave out the run's adapter: measure the untuned model.")
     ] = False,
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, help="Records in one pass of the model.")
     ] = 32,
     part: Annotated[
         Path | None,
-        typer.Option("--part", hidden=True, help="Has a 1 for each row of --test that counts."),
+        typer.Option(
+            "--part", hidden=True, help="File with a 1 for each row of --test that counts."
+        ),
     ] = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Measure a base model or a co-tuned one on labelled records.
 
-    A row of FILE (.jsonl, .csv, .parquet) holds, by task: multiple_choice: question, choices (a
-    list), answer (index). classification: text, label. instruction: instruction, response. text:
-    text. Each value of a column `subject` makes a line of the table.
+    The columns of FILE (.jsonl, .csv, .parquet) depend on the task: question, choices (a
+    list) and answer (index) for multiple_choice; text and label for classification; instruction and
+    response for instruction; text for text. Each value of a column `subject` gets a line of the
+    table.
 
-    Accuracy and the mean log-probability of the right choice; of a classification also macro F1,
-    AUROC (mean over the labels, each against the rest), both by label, and the confusion matrix. A
-    score is "not defined" where no record has the label. Of responses and texts instead the share
-    of tokens that are the most probable one, log-probability per token, perplexity, and the share
-    of records that greedy decoding would write word by word.
+    Prints accuracy and the mean log-probability of the right choice. For a classification it adds
+    macro F1, AUROC (mean over the labels, each against the rest), both by label, and the confusion
+    matrix. A score is "not defined" where no record has the label. For responses and texts it
+    prints instead the share of tokens that are the most probable one, log-probability per token,
+    perplexity, and the share of records that greedy decoding would write word by word.
 
     `model evaluate --run runs/NAME --data DIR` repeats the last line of the run's table.
     """

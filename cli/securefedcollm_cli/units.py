@@ -1,4 +1,4 @@
-"""How many records (or subjects) a study's silos have, from whatever `study check` is given."""
+"""How many records (or subjects) a study's silos have, from the options of `study check`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class Units(NamedTuple):
-    """Records, or subjects where they are the unit, by silo; none if nobody says."""
+    """Records, or subjects where they are the unit, by silo; empty if the number is unknown."""
 
     counts: tuple[int, ...]
     source: str
-    """Where the numbers are from, as a part of a sentence."""
+    """The source of the numbers, as a part of a sentence."""
 
 
 def units_of(

@@ -1,6 +1,6 @@
 """The sans-IO core: protected vectors go in, one opened sum comes out.
 
-``aggregation`` sums integers within a declared bound and knows nothing of what they mean. It has no
+``aggregation`` sums integers within a declared bound and does not know what they mean. It has no
 sockets, files, clock or global randomness; the federation carries its frames and keeps its journal.
 """
 

@@ -1,8 +1,8 @@
-"""Who takes part in a step: who is asked, who has replied, who is out and why.
+"""Attendance in a step: which silos are asked, have replied, or are out, and why.
 
-The part of a coordinator that is the same in every scheme. The server is honest here; the adversary
-is up to c malicious silos and whoever sits on the network. Nobody can reply twice, reply for
-somebody else, or come back after being out; and whoever breaks a rule is named.
+The part of a coordinator that is the same in every scheme. The server is honest here. The adversary
+is up to c malicious silos and attackers on the network. Nobody can reply twice, reply for somebody
+else, or come back after being out. A participant that breaks a rule is named.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ class AttendedRound(ABC):
     """A coordinator's side of an attempt: it makes the requests, takes the replies, opens the sum.
 
     Drive it as ``while True: send requests(), receive() or lost() each, if not advance(): break``.
-    A scheme says what it asks (:meth:`requests`), what it makes of a reply (:meth:`_take`) and how
-    a step ends (:meth:`_close`). It says with :meth:`_ask` who is asked in the step that follows.
+    A scheme defines its requests (:meth:`requests`), how it takes a reply (:meth:`_take`) and how a
+    step ends (:meth:`_close`). It names with :meth:`_ask` the participants that are asked in the
+    next step.
 
     Args:
         header: the server's view of the round; silos with another view take themselves out.
@@ -117,12 +118,12 @@ class AttendedRound(ABC):
 
     @abstractmethod
     def _forget(self) -> None:
-        """The attempt has failed: drop what replies were kept, and the sum."""
+        """The attempt has failed: drop the stored replies, and the sum."""
 
     def receive(self, silo: str, frame: bytes) -> None:
         """Take the reply of ``silo``, or of another participant, in this step.
 
-        One that is out, was not asked or has replied already changes nothing.
+        A reply changes nothing if its sender is out, was not asked or has replied already.
 
         Raises:
             RemoteProtocolError: the reply does not fit; its sender is out (see ``excluded``).
@@ -149,7 +150,7 @@ class AttendedRound(ABC):
     def lost(self, silo: str, reason: str) -> None:
         """Take note that ``silo``, or another participant, will not reply: it is out.
 
-        It is asked nothing more. Whether what it sent before still counts, the scheme decides: a
+        It is asked nothing more. The scheme decides whether its earlier frames still count: a
         vector that is in the sum stays there.
 
         Raises:
@@ -159,7 +160,7 @@ class AttendedRound(ABC):
         self._excluded.setdefault(silo, reason)
 
     def advance(self) -> bool:
-        """Close this step; whoever has not replied is out. True while there is a next step.
+        """Close this step; participants without a reply are out. True while there is a next step.
 
         Raises:
             ProtocolError: too few silos are left, or one (``RemoteProtocolError.peer``) made the
@@ -183,13 +184,13 @@ class AttendedRound(ABC):
     # For the schemes ----------------------------------------------------------------------------
 
     def _waiting(self) -> tuple[str, ...]:
-        """Who was asked in this step, is not out and has not replied."""
+        """The participants that were asked in this step, are not out and have not replied."""
         return tuple(
             name for name in self._asked if name not in self._replied and name not in self._excluded
         )
 
     def _ask(self, silos: Iterable[int]) -> None:
-        """In the step that follows, ask these silos (indices) and nobody else."""
+        """In the next step, ask these silos (indices) and nobody else."""
         self._asked = self._names(silos)
 
     def _names(self, silos: Iterable[int]) -> tuple[str, ...]:
@@ -211,7 +212,7 @@ class AttendedRound(ABC):
         return staying
 
     def _enough(self, count: int, needed: int) -> None:
-        """Adversary: a network that keeps silos away until a sum is of one silo and colluders."""
+        """Adversary: a network that keeps silos away until a sum has one silo and colluders."""
         if count < needed:
             raise ProtocolError(
                 f"only {count} silos completed step {self._step.value}; {needed} are needed"
@@ -225,7 +226,7 @@ class AttendedRound(ABC):
             )
 
     def _reasons(self) -> str:
-        """Everybody who is out and why, in brackets; empty if nobody is."""
+        """The participants that are out, with reasons, in brackets; empty if there are none."""
         reasons = "; ".join(f"{name}: {why}" for name, why in sorted(self._excluded.items()))
         return f" ({reasons})" if reasons else ""
 
@@ -257,7 +258,7 @@ class AttendedRound(ABC):
             self._blame(name, "sent a frame with a bad signature")
 
     def _blame(self, name: str, what: str) -> NoReturn:
-        """``name`` has broken a rule: it is out, whatever becomes of the attempt."""
+        """``name`` has broken a rule: it is out, however the attempt ends."""
         self._excluded.setdefault(name, what)
         raise RemoteProtocolError(
             what, peer=name, hint="its operator should compare study, model and version"

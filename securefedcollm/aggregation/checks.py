@@ -1,9 +1,9 @@
-"""What silos, and the authority, check of the frames that the server relays, whatever the scheme.
+"""The checks of silos, and of the authority, on the frames that the server relays, in every scheme.
 
 The adversary is the server, together with up to c silos: it may alter, drop, repeat, delay or
-invent every frame. Each check below says what it is against. A check that fails raises
-:class:`~securefedcollm.errors.RemoteProtocolError` with the server as the peer, and the side that
-made it then answers nothing more in this attempt.
+invent every frame. Each check below names its adversary. A check that fails raises
+:class:`~securefedcollm.errors.RemoteProtocolError` with the server as the peer, and this side then
+answers nothing more in this attempt.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from securefedcollm.primitives import KEY_BYTES, SigningKey, equal, verify
 
 
 def refuse(message: str, hint: str) -> NoReturn:
-    """The server sent what must not be answered."""
+    """The server sent a frame that must not be answered."""
     raise RemoteProtocolError(message, peer=SERVER, hint=hint)
 
 
@@ -33,7 +33,7 @@ def refuse_late(step: Step) -> NoReturn:
 
 
 def accuse(name: str, what: str) -> NoReturn:
-    """The server relayed something of ``name`` that is wrong; one of them is to blame."""
+    """The server relayed something wrong of ``name``; one of the two is to blame."""
     refuse(
         f"relayed a frame that does not check: {name}'s {what}",
         "start a new attempt; report the server, or that silo if others say the same",
@@ -55,7 +55,8 @@ def check_identity(roster: Roster, name: str, key: SigningKey, vector_id: bytes)
         )
     if len(vector_id) != KEY_BYTES:
         raise LocalProtocolError(
-            f"a vector id has {KEY_BYTES} bytes", hint="hash what the vector was made from"
+            f"a vector id has {KEY_BYTES} bytes",
+            hint="use a hash of the data from which the vector was made",
         )
     return index
 
@@ -135,19 +136,19 @@ def check_signature(message: Signable, signature: bytes, key: bytes, what: str) 
 
 
 def check_own(own: Signed, relayed: Signed, what: str = "a frame") -> None:
-    """What the server shows as this silo's is what this silo sent in this attempt.
+    """The server relays as this silo's exactly what this silo sent in this attempt.
 
-    Adversary: a relay that swaps in what this silo signed elsewhere.
+    Adversary: a relay that replaces it by something that this silo signed elsewhere.
     """
     if (relayed.signed(), relayed.signature) != (own.signed(), own.signature):
         refuse(f"relayed {what} that this silo did not send", "start a new attempt")
 
 
 def record_once(journal: Journal, key: bytes, value: bytes, step: Step) -> None:
-    """Write down what is about to be said; refuse if something else was said before.
+    """Record the coming answer in the journal; refuse if it holds another one.
 
-    One answer per step and attempt, one vector and one set of survivors per round, whatever becomes
-    of the process.
+    One answer per step and attempt, one vector and one set of survivors per round, whatever happens
+    to the process.
 
     Adversary: a server that restarts this process, or talks to a clone or a snapshot of it.
     """

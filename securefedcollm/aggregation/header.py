@@ -1,10 +1,10 @@
-"""What every signature and every key of a round is bound to: parameters, roster, round header.
+"""The context of a round's signatures and keys: parameters, roster, round header.
 
 A silo makes the header from its *own* view: the study it signed, the round it is in, and the global
-model state it was sent. The server's copy is only ever compared. Binding the hash of the model is
-what defeats a server that sends different models to different silos so that the "sum" consists of
-one silo's update (Pasquini et al., arXiv 2111.07380): silos with different models have different
-headers, and so neither accept each other's keys nor open a sum together.
+model state it was sent. The server's copy is only compared with it. The hash of the model defeats a
+server that sends different models to different silos so that the "sum" consists of one silo's
+update (Pasquini et al., arXiv 2111.07380). Silos with different models have different headers, so
+they neither accept each other's keys nor open a sum together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_SILOS: Final = 128
 
 MAX_VALUES: Final = 2**32
 MAX_SUM: Final = 2**62
-"""Least bound that no sum may reach: sums and their offsets are exact in int64."""
+"""Bound that no sum may reach, so that sums and their offsets are exact in int64."""
 
 WORD_BITS: Final = 64
 
@@ -41,7 +41,7 @@ def _refuse(where: str, message: str, hint: str) -> NoReturn:
 
 
 class RingParameters(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Sizes and floors of a round, from the signed study; nothing here is the server's to choose.
+    """Sizes and floors of a round, from the signed study. The server chooses none of them.
 
     Args:
         values: d, length of a silo's vector.
@@ -174,7 +174,7 @@ class RoundHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
 
     @property
     def attempt_scope(self) -> bytes:
-        """32 bytes that name this attempt whatever model, parameters or roster were shown."""
+        """32 bytes that name this attempt, independent of model, parameters and roster."""
         return attempt_scope(self.study_digest, self.run_id, self.round, self.attempt)
 
     @property
@@ -190,18 +190,18 @@ class RoundHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
 
 
 def attempt_scope(study_digest: bytes, run_id: bytes, round_: int, attempt: int) -> bytes:
-    """:attr:`RoundHeader.attempt_scope` for who has no header."""
+    """:attr:`RoundHeader.attempt_scope` for code that has no header."""
     place = study_digest + run_id + round_.to_bytes(4, "big")
     return sha256(b"securefedcollm/v1/attempt\0", place, attempt.to_bytes(4, "big"))
 
 
 def round_scope(study_digest: bytes, run_id: bytes, round_: int) -> bytes:
-    """:attr:`RoundHeader.round_scope` for who has no header."""
+    """:attr:`RoundHeader.round_scope` for code that has no header."""
     return sha256(b"securefedcollm/v1/round\0", study_digest, run_id, round_.to_bytes(4, "big"))
 
 
 def names_digest(names: Iterable[str]) -> bytes:
-    """32 bytes that stand for the silos of a sum, by index: what a journal says was opened."""
+    """32 bytes that stand for the silos of a sum, by index: the journal's record of it."""
     return sha256(*(sha256(name.encode()) for name in names))
 
 

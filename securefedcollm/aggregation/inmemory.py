@@ -1,7 +1,7 @@
 """A round of secure aggregation in one process: real silos and coordinator, frames in memory.
 
-For trials, tests and audits. Between organisations the federation's engines carry the frames; here
-nothing does, so nobody is protected from whoever runs the process.
+For trials, tests and audits. Between organisations the federation's engines carry the frames. Here
+all roles share one process, so nobody is protected from the person who runs it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Hook = Callable[[Step, str, bytes], bytes | None]
 
 
 class MemoryJournal:
-    """A journal that lasts as long as whoever holds it."""
+    """A journal that lasts as long as its object."""
 
     def __init__(self) -> None:
         self.entries: dict[bytes, bytes] = {}

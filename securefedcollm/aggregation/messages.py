@@ -1,7 +1,7 @@
-"""What the frames of every scheme share: a frozen, typed struct each, in one canonical encoding.
+"""The common base of all schemes' frames: a frozen, typed struct each, in one canonical encoding.
 
 msgpack arrays whose first element is the tag; decoding checks types, lengths and that the frame
-re-encodes to itself byte for byte, so one message has one spelling and nothing rides along unread.
+re-encodes to itself byte for byte. So one message has one spelling and carries no unread bytes.
 
 Every message of a silo begins with header digest, index and signature; ``signed()`` gives the bytes
 that the signature covers, under the message's ``CONTEXT``. The adversary is the relay: it sees and
@@ -24,7 +24,7 @@ UNSIGNED: Final = bytes(SIGNATURE_BYTES)
 Index = Annotated[int, msgspec.Meta(ge=1, le=MAX_SILOS)]
 Signature = Annotated[bytes, msgspec.Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
 FEW: Final = msgspec.Meta(max_length=MAX_SILOS)
-"""At most one of a kind from every silo."""
+"""A list with at most one entry of each silo."""
 Indices = Annotated[tuple[Index, ...], FEW]
 Digests = Annotated[tuple[Digest, ...], FEW]
 
@@ -38,7 +38,7 @@ class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     """Base of every frame."""
 
     LIMIT: ClassVar[int] = 512
-    """Greatest frame, bytes; checked before decoding so that a peer cannot make us allocate."""
+    """Largest frame in bytes, checked before decoding so that a peer cannot make us allocate."""
 
     def encode(self) -> bytes:
         """The canonical frame."""
@@ -46,7 +46,7 @@ class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
 
 class Signable(Message, frozen=True):
-    """Base of what has a field ``signature``."""
+    """Base of messages with a field ``signature``."""
 
     CONTEXT: ClassVar[bytes] = b""
 
@@ -56,7 +56,7 @@ class Signable(Message, frozen=True):
 
 
 class Signed(Signable, frozen=True):
-    """Base of everything a silo says."""
+    """Base of all messages of a silo."""
 
     header: Digest
     index: Index
@@ -106,7 +106,7 @@ def decode(kind: type[M], frame: bytes, peer: str, limit: int = 0) -> M:
 
 
 def lists_digest(delivery: bytes, survivors: Sequence[int], dropouts: Sequence[int]) -> bytes:
-    """Which vectors are in the sum: what survivors sign under masking, in R3."""
+    """The vectors that are in the sum: survivors sign this under masking, in R3."""
     return sha256(
         b"securefedcollm/v1/lists\0",
         delivery,

@@ -1,8 +1,8 @@
-"""What the two schemes are to the rest: the roles' protocols, and the values that they give.
+"""The interface of the schemes: the roles' protocols, and the values that they return.
 
 A round is a fixed number of exchanges. In each, the coordinator has one frame for every silo that
-takes part, and every silo returns one frame or is lost. No role does I/O: the federation's engines
-carry the bytes, and its journal is the only thing that outlives a process.
+takes part, and every silo returns one frame or is lost. No role does I/O. The federation's engines
+carry the bytes, and only its journal outlives a process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SERVER: Final = "server"
 
 
 class AbandonedError(ProtocolError):
-    """An attempt that cannot go on without silos that were lost; others may repeat it.
+    """The attempt cannot go on without the silos that were lost; the others may repeat it.
 
     Args:
         lost: name -> reason.
@@ -33,7 +33,7 @@ class AbandonedError(ProtocolError):
 
 
 class Journal(Protocol):
-    """A silo's write-ahead record: what it has already said, kept across crashes and restarts."""
+    """A silo's write-ahead record of its answers, kept across crashes and restarts."""
 
     def record(self, key: bytes, value: bytes) -> bytes:
         """Store ``value`` under ``key`` unless something is stored there; return what is stored.
@@ -61,7 +61,7 @@ class Word(msgspec.Struct, frozen=True):
 
 
 class Sealing(msgspec.Struct, frozen=True):
-    """What the transcript of a CKKS attempt is the digest of, for the evidence log.
+    """The content of a CKKS attempt's transcript digest, for the evidence log.
 
     Args:
         key: id of the key, 32 bytes.
@@ -75,18 +75,18 @@ class Sealing(msgspec.Struct, frozen=True):
 
 
 class RoundResult(msgspec.Struct, frozen=True):
-    """What a completed round gives the server.
+    """The server's result of a completed round.
 
     Args:
         sum: int64 [d], the exact sum of the survivors' vectors.
         survivors: names whose vectors are in the sum, in roster order.
         dropouts: names that dealt shares but whose vectors are not in the sum.
-        excluded: name -> reason for every silo that stopped taking part. One that left after its
+        excluded: name -> reason for every silo that stopped taking part. A silo that left after its
             upload is still among the survivors.
         header_digest: 32 bytes.
         transcript: 32 bytes that fix what is in the sum; every name in ``agreements`` signed it.
         agreements: name -> 64-byte signature that covers the transcript, for the audit log.
-        word: what the authority says it opened, where one holds the key.
+        word: the authority's statement of what it opened, if an authority holds the key.
     """
 
     sum: npt.NDArray[np.int64]
@@ -103,14 +103,14 @@ class RoundResult(msgspec.Struct, frozen=True):
 
 
 class Transcript(msgspec.Struct, frozen=True):
-    """What one side has seen agreed in an attempt so far: public, for the evidence log.
+    """The agreements so far, as one side has seen them: public, for the evidence log.
 
     Args:
         header, delivery, lists: digests, 32 bytes each; empty if not there yet.
         survivors, dropouts: names, in roster order.
         agreements: coordinator only: name -> 64-byte signature over the lists (masking), over its
             verdict (CKKS) or over the delivery (under an authority's key).
-        sealing: coordinator only: what ``delivery`` is the digest of, under CKKS.
+        sealing: coordinator only: the content of which ``delivery`` is the digest, under CKKS.
         word: silo only: the authority's, once it was seen.
     """
 
@@ -144,6 +144,10 @@ class SiloSide(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Drop the secrets: this attempt is over."""
+        ...
+
 
 class AuthoritySide(Protocol):
     """The key holder's side of one attempt at one round."""
@@ -153,7 +157,7 @@ class AuthoritySide(Protocol):
 
     @property
     def transcript(self) -> Transcript:
-        """What it was shown, once it has opened a sum."""
+        """The ciphertexts that it was shown, once it has opened a sum."""
         ...
 
     @property
@@ -166,7 +170,7 @@ class AuthoritySide(Protocol):
         ...
 
     def close(self) -> None:
-        """Drop the keys: this attempt is over."""
+        """As :meth:`SiloSide.close`."""
         ...
 
 

@@ -1,6 +1,6 @@
-"""Which scheme a round is made with: the functions that pick each role's side.
+"""The functions that pick each role's side of a scheme.
 
-The two CKKS schemes need tenseal, so a scheme is imported when a side of it is asked for.
+The two CKKS schemes need tenseal, so a scheme is imported only when a caller asks for a side of it.
 """
 
 from __future__ import annotations

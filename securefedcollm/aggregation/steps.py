@@ -27,7 +27,7 @@ class Step(Enum):
 
 
 class Transition(NamedTuple):
-    """What the server asks in a step, what a silo replies, and the step that follows.
+    """The server's request in a step, a silo's reply, and the step that follows.
 
     Anything else leads to :attr:`Step.FAILED`, for good: a silo goes there at the first frame that
     does not fit, the coordinator when too few silos are left.
@@ -73,3 +73,11 @@ STEPS: Final[dict[SchemeName, tuple[Step, ...]]] = {
     "ckks-authority": tuple(AUTHORITY_TRANSITIONS),
 }
 """The exchanges of a round, in order."""
+
+KEYHOLDER_STEPS: Final = (Step.ADVERTISE, Step.UNMASK)
+"""Of the exchanges under an authority's key, those that the authority answers."""
+
+SILO_STEPS: Final[dict[SchemeName, tuple[Step, ...]]] = STEPS | {
+    "ckks-authority": tuple(s for s in AUTHORITY_TRANSITIONS if s not in KEYHOLDER_STEPS)
+}
+"""The exchanges that a silo answers, in order."""

@@ -1,6 +1,6 @@
 """The archive of a bundle: bytes ⇄ members, in one spelling, without unpacking anything.
 
-Adversary of the reader: whoever made the file. Before a member is read, the archive's own lists say
+Adversary of the reader: the maker of the file. Before a member is read, the archive's own lists say
 how many there are and where: few, uncompressed, side by side, together no longer than the file.
 """
 
@@ -34,10 +34,10 @@ def zipped(members: Mapping[str, bytes]) -> bytes:
 
 
 def unzipped(content: bytes) -> dict[str, bytes]:
-    """The members of an archive that :func:`zipped` made.
+    """The members of an archive made by :func:`zipped`.
 
     Raises:
-        ValueError: it is none; says why.
+        ValueError: it is no such archive; the text says why.
         Exception: zipfile raises a dozen kinds on garbage.
     """
     _check_end(content)

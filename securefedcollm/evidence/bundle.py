@@ -14,8 +14,8 @@ not what this module would write from its members is refused, so no bit of it go
     artefacts.json           SHA-256 of the adapters that the run left behind; those of the best
                              round, if the study keeps them, under adapters-best/
 
-Adversary of the reader: whoever made the file. Nothing in it is unpacked to disk, inflated or
-trusted; sizes and counts are bounded before anything is decoded.
+Adversary of the reader: the maker of the file. Nothing in it is unpacked to disk, inflated or
+trusted. Sizes and counts are checked before anything is decoded.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from securefedcollm.study.signing import Envelope, read_envelope, signatures_pat
 
 FORMAT: Final = "securefedcollm-bundle-v1"
 MAX_BYTES: Final = 512 << 20
-"""Of a bundle: three rounds of 4 silos take 50 kB, a hundred of 128 about 100 MB."""
+"""Largest bundle: three rounds of 4 silos take 50 kB, a hundred rounds of 128 about 100 MB."""
 BEST: Final = "adapters-best"
-"""Beside ``adapters/`` in a run's directory: the same of the best round."""
+"""Next to ``adapters/`` in a run's directory: the adapters of the best round."""
 _MAX_STUDY: Final = 4 << 20
-_HINT: Final = "ask whoever made it for the bundle again; `audit bundle RUN` writes one"
+_HINT: Final = "ask its maker for the bundle again; `audit bundle RUN` writes one"
 
 
 class Bundle(msgspec.Struct, frozen=True):
-    """A decoded bundle. Its hashes fit; what the entries say is not verified yet."""
+    """A decoded bundle. Its hashes fit; its entries are not verified yet."""
 
     study: Study
     envelope: Envelope | None
@@ -143,9 +143,9 @@ def pack(members: Mapping[str, bytes]) -> bytes:
 
 
 def read_content(path: Path) -> bytes:
-    """The file's bytes, read once: what is hashed is what is decoded.
+    """The file's bytes, read once, so that the same bytes are hashed and decoded.
 
-    Adversary: whoever may exchange the file between two readings.
+    Adversary: somebody who can exchange the file between two readings.
 
     Raises:
         ConfigError: there is no such file, or it cannot be read.
@@ -175,7 +175,7 @@ def decode_members(content: bytes, path: Path) -> dict[str, bytes]:
     """The members of the archive at ``path``, hashes checked.
 
     Raises:
-        EvidenceError: one line that says what is wrong with the file.
+        EvidenceError: one line that names the fault of the file.
     """
     try:
         members = unzipped(content)
@@ -192,7 +192,7 @@ def decode_members(content: bytes, path: Path) -> dict[str, bytes]:
         raise EvidenceError(f"{path}: the manifest is {error}", hint=_HINT) from None
     for name in sorted({*hashes, *listed}):
         if hashes.get(name) != listed.get(name):
-            raise EvidenceError(f"{path}: {name} is not what the manifest says", hint=_HINT)
+            raise EvidenceError(f"{path}: {name} does not match the manifest", hint=_HINT)
     return members
 
 

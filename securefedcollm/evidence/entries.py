@@ -1,12 +1,12 @@
-"""What a log holds: one frozen type per kind of event, in one canonical spelling (RFC 8785).
+"""The entries of a log: one frozen type per kind of event, in one canonical spelling (RFC 8785).
 
 Deliberately absent, because a log is made to be shown: keys, shares, seeds and vectors; losses,
 norms, metrics and batch sizes (but for one number a round on public questions, where the study lets
-it choose among rounds); the reasons of refusals (they depend on private data and on other
-studies); the data set's fingerprint and the ledger's bare head (computed from records without a
-secret, so a guessed record could be confirmed by them): both appear only under the log's own blind.
-What a *silo's* log does tell whoever the silo shows it to: its noise multiplier and sampling rate,
-hence, with the study's batch size, how many records it has. The server never gets a silo's log.
+it choose among rounds); the reasons of refusals (they depend on private data and on other studies);
+the data set's fingerprint and the ledger's bare head (computed from records without a secret, so a
+guessed record could be confirmed by them): both appear only under the log's own blind. A *silo's*
+log does tell its readers the silo's noise multiplier and sampling rate, and so, with the study's
+batch size, how many records it has. The server never gets a silo's log.
 
 Digests are SHA-256 in hex. ``round`` is the number of the secure sum, from 0, as in its header: one
 a round, or one an optimiser step where these are taken jointly.
@@ -108,7 +108,7 @@ class Agreed(_What, frozen=True, tag="agreed"):
 
 
 class Unmasked(_What, frozen=True, tag="unmasked"):
-    """Silo: of these dealers it gave away its share of the self-mask seed, or of the mask key."""
+    """Silo: the dealers of whose self-mask seed, or mask key, it gave away its share."""
 
     round: Count
     attempt: Count
@@ -140,7 +140,7 @@ class Offer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Ciphertexts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """CKKS: what ``delivery`` is the digest of, and what the agreements are signatures over.
+    """CKKS: the content that ``delivery`` digests, and that the agreements sign.
 
     ``key``: id of the keys. ``offer``: the authority's, where it holds them.
     """
@@ -175,7 +175,7 @@ class Keyed(_What, frozen=True, tag="keyed"):
 
 
 class Decrypted(_What, frozen=True, tag="decrypted"):
-    """Authority: before its answer leaves; what it was shown, and its own word."""
+    """Authority: before its answer leaves; the ciphertexts that it was shown, and its own word."""
 
     round: Count
     attempt: Count
@@ -243,8 +243,8 @@ class Finished(_What, frozen=True, tag="finished", omit_defaults=True):
 
 
 class Spent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """(ε, δ) of everything the silo's ledger counts on these data, and the accountant that says
-    so."""
+    """(ε, δ) of everything the silo's ledger counts on these data, and the accountant that computed
+    it."""
 
     epsilon: Annotated[float, Meta(ge=0)]
     delta: Annotated[float, Meta(gt=0, lt=1)]
@@ -271,18 +271,18 @@ class Reserved(_Charge, frozen=True, tag="reserved"):
 
 
 class Released(_Charge, frozen=True, tag="released"):
-    """Silo: from here on something may have left; the charge stays."""
+    """Silo: from here on bytes may have left; the charge stays."""
 
 
 class Settled(_Charge, frozen=True, tag="settled"):
-    """Silo: what really happened. ``spent`` with every sum that may be the run's last."""
+    """Silo: the actual releases. ``spent`` is given with every sum that may be the run's last."""
 
     events: list[dict[str, Any]]
     spent: Spent | None = None
 
 
 class Voided(_Charge, frozen=True, tag="voided"):
-    """Silo: a reservation given back, of which nothing had left."""
+    """Silo: a reservation given back, from which nothing had left."""
 
 
 class Refused(_What, frozen=True, tag="refused"):
@@ -300,11 +300,11 @@ class Witnessed(_What, frozen=True, tag="witnessed"):
 
 
 class Audited(_What, frozen=True, tag="audited"):
-    """Whoever keeps this log carried out a privacy audit. ``study`` and ``code``: digests of what
+    """The keeper of this log carried out a privacy audit. ``study`` and ``code``: digests of what
     was attacked; ``claimed`` and ``bound``: ε by the accountant and at least, at ``delta``.
 
-    The figures depend on the records that were attacked, which no ledger was charged for: an audit
-    is made on data that may be used so.
+    The figures depend on the attacked records, for which no ledger was charged: audit only data
+    that may be used in this way.
     """
 
     audit: Who
@@ -371,8 +371,9 @@ def encode_entry(entry: Entry) -> bytes:
 def decode_entry(raw: bytes, place: str) -> Entry:
     """Inverse of :func:`encode_entry`.
 
-    Adversary: whoever wrote the file. Unknown kinds and fields, duplicate keys, numbers that two
-    readers could read differently and any second spelling are refused: it must re-encode to itself.
+    Adversary: the author of the file. Unknown kinds and fields, duplicate keys, numbers that two
+    readers could read differently and any second spelling are refused: the entry must re-encode to
+    itself.
 
     Raises:
         EvidenceError: naming ``place``.

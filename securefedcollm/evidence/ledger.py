@@ -1,11 +1,11 @@
-"""A privacy ledger whose every step is also in the evidence log, under the ledger's own head.
+"""A privacy ledger that also writes every step into the evidence log, under the ledger's own head.
 
 Order: the ledger first for ``reserve`` and ``settle`` (an entry that is missing from the log after
 a crash leaves the worst case counted there), the log first for ``release`` (nothing leaves that it
 does not know of).
 
 Adversary: a silo's operator who wants budget back and restores an old ledger file. Each entry holds
-the head that the ledger had, so a ledger that no longer contains it is found out
+the head that the ledger had, so a ledger that no longer contains it is detected
 (:func:`check_anchors`).
 """
 
@@ -40,7 +40,7 @@ class LoggedLedger(Ledger):
 
     Args:
         sums: the run may end after so many, or any multiple (``plan.sums_to_an_end``); ``settled``
-            then also says what was spent in all.
+            then also has the total ε spent.
 
     Raises:
         EvidenceError: the ledger lacks what the log anchored.
@@ -128,12 +128,12 @@ class LoggedLedger(Ledger):
 
 
 def anchor(log: EvidenceLog | Anchors, head: bytes) -> bytes:
-    """What the log says instead of a ledger's head."""
+    """The log's entry in place of a ledger's head."""
     return log.blinded(b"ledger\0" + head)
 
 
 class Anchors(NamedTuple):
-    """What an evidence log says of a ledger: read from its file, without the owner's key."""
+    """The anchors of a ledger in an evidence log, read from its file without the owner's key."""
 
     path: Path
     blind: bytes
@@ -141,7 +141,7 @@ class Anchors(NamedTuple):
     """Oldest first."""
 
     def blinded(self, content: bytes) -> bytes:
-        """As the log's own."""
+        """The same as the log's own method."""
         return blinded(self.blind, content)
 
     def missing(self, rows: Sequence[Row]) -> Entry | None:
@@ -174,7 +174,7 @@ def read_anchors(path: Path) -> Anchors:
 def check_anchors(log: EvidenceLog, ledger: Ledger) -> int:
     """Check that the ledger still contains every head that the log anchored; returns how many.
 
-    Only who holds both files can: the anchors are blinded.
+    This takes both files, because the anchors are blinded.
 
     Raises:
         EvidenceError: naming the entry whose head is gone.

@@ -1,8 +1,8 @@
 """A participant's evidence log: append-only, in one SQLite file, under a signed Merkle head.
 
 An entry is on disk, together with a head over it signed by the owner, before :meth:`~.append`
-returns; the caller acts after that. So whatever has taken effect is in the log, and a crash can
-only leave an entry for something that then did not happen.
+returns; the caller acts after that. So everything that has taken effect is in the log. A crash can
+only leave an entry for something that did not happen.
 
 Adversary: somebody with the file but not the owner's key; and later, the owner. The first cannot
 change anything under the newest head. The second can write another log, but not one that agrees
@@ -151,7 +151,7 @@ class EvidenceLog:
             db.execute("UPDATE heads SET note = ? WHERE size = ?", (head.note, size))
 
     def blinded(self, content: bytes) -> bytes:
-        """A 32-byte commitment that only who holds this file can check.
+        """A 32-byte commitment that only the holder of this file can check.
 
         Adversary: a reader of the log who guesses private content and compares.
         """
@@ -174,7 +174,7 @@ class EvidenceLog:
             if (seq, entry.seq, entry.owner) != (self.size, self.size, self.owner):
                 raise EvidenceError(
                     f"{self.path}: entry {self.size} is missing or of another log",
-                    hint="act on nothing; restore the file",
+                    hint="do nothing more in this run; restore the file",
                 )
             self._take(bytes(body), entry)
 
@@ -208,5 +208,6 @@ class EvidenceLog:
     def _unusable(self, error: Exception) -> StateError:
         return StateError(
             f"{self.path}: the evidence log cannot be used ({error})",
-            hint="check path, permissions and free space; without a log nothing is done",
+            hint="check path, permissions and free space; without a log this participant does "
+            "nothing",
         )

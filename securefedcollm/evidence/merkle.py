@@ -1,7 +1,8 @@
 """RFC 9162 (Certificate Transparency 2.0) Merkle trees: roots, inclusion and consistency proofs.
 
 SHA-256; leaves are hashed under 0x00, nodes under 0x01. The tree hash itself is
-:func:`securefedcollm.primitives.merkle_root`; here are the proofs over it, and a tree that grows.
+:func:`securefedcollm.primitives.merkle_root`; this module has the proofs over it, and a tree that
+grows.
 
 Adversary: the keeper of a log. With an inclusion proof it cannot deny that an entry is under a head
 that it signed; with a consistency proof it cannot replace or drop what was under an earlier head.
@@ -101,7 +102,7 @@ def verify_inclusion(
 def consistency_proof(leaves: Sequence[bytes], old: int) -> list[bytes]:
     """PROOF(old, leaves): that the tree extends its first ``old`` leaves (RFC 9162 §2.1.4.1).
 
-    Empty if ``old`` is 0 or all.
+    Empty if ``old`` is 0 or the whole tree.
 
     Raises:
         EvidenceError: the log was never that long.

@@ -12,8 +12,8 @@
 References: https://c2sp.org/signed-note (Ed25519, type 0x01), https://c2sp.org/tlog-checkpoint,
 https://c2sp.org/tlog-cosignature (type 0x04, with the time).
 
-Adversary: a log's keeper who shows different people different logs. Whoever cosigned one head signs
-only heads that extend it, so two logs cannot both collect a quorum.
+Adversary: a log's keeper who shows different people different logs. A witness that cosigned one
+head signs only heads that extend it, so two logs cannot both collect a quorum.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
     @property
     def text(self) -> str:
-        """What is signed."""
+        """The signed text."""
         return f"{self.origin}\n{self.size}\n{base64.b64encode(self.root).decode()}\n"
 
     @property

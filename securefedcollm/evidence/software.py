@@ -1,7 +1,7 @@
-"""Which software ran: a digest of this package's source, and a bill of materials (CycloneDX 1.5).
+"""The software that ran: a digest of the source, and a bill of materials (CycloneDX 1.5).
 
-These are the participant's own words: they let honest people find out that they ran different
-code, they do not prove what a dishonest one ran.
+These are the participant's own words. They let honest participants find out that they ran different
+code. They do not prove what a dishonest one ran.
 """
 
 from __future__ import annotations

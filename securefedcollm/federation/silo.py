@@ -164,7 +164,7 @@ class SiloSession:
         except SecureFedCoLLMError as error:
             log.warning("%s: %s", self._name, error)
             self._evidence.refused(error)
-            self._side = None
+            self._drop()
             reply = self._refusal(error)
         if training:
             self._fill_slot(self._clock.now() - asked)
@@ -187,8 +187,14 @@ class SiloSession:
             return Refused(type(error).__name__, error.message, error.hint)
         return Refused("Refused", "this silo cannot take part", "its own log says why")
 
-    def _begin(self, begin: BeginRound) -> Trained:
+    def _drop(self) -> None:
+        """The attempt is over here: nothing of it is answered any more, nor kept."""
+        if self._side is not None:
+            self._side.close()
         self._side = None
+
+    def _begin(self, begin: BeginRound) -> Trained:
+        self._drop()
         self._check_order(begin)
         self._evidence.check_base(self._workload.base_digest)
         adapter = self._read_adapter(begin, begin.round)
@@ -260,7 +266,7 @@ class SiloSession:
 
         Adversary: a server that ends a run early loses this silo's further rounds, and no more.
         """
-        self._side = None
+        self._drop()
         scope = self._run.end(end.run_id)
         self._check_journal()  # the settlement rests on it
         self.training.settle_before(scope, self._study.sums)

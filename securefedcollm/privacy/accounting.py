@@ -1,23 +1,8 @@
-"""ε from events: three accountants for the claim and an independent second opinion.
+"""ε from events: what an accountant (:mod:`.accountants`) claims, and the noise that it takes.
 
-| name   | library        | understands                         | is                          |
-| ------ | -------------- | ----------------------------------- | --------------------------- |
-| `pld`  | dp-accounting  | Gaussian, Poisson-sampled Gaussian  | tight upper bound           |
-| `rdp`  | dp-accounting  | every event                         | upper bound                 |
-| `zcdp` | dp-accounting  | every event without sampling        | upper bound                 |
-| `prv`  | prv-accountant | as `pld`                            | upper bound, second opinion |
-
-Everything is add/remove ("zero-out") adjacency. What an accountant does not understand it
-refuses: there is no approximation by the nearest known mechanism, and no GDP accountant (it is an
-asymptotic formula, wrong for mixed rounds).
-
-Discrete noise. A sum of integers with a discrete Gaussian satisfies the zCDP of the continuous one
-(Canonne, Kamath and Steinke 2020, Theorem 14). With Poisson sampling it is charged in RDP at
-integer orders only: for integer α the moments E_Q[(P/Q)^l], l <= α, of a lattice Gaussian shifted
-by an integer vector equal those of the continuous Gaussian (the shift l·Δ is again an integer
-vector, so the normaliser cancels), hence so does E_Q[((1-q) + q P/Q)^α]; the other direction is
-dominated by the reflection x -> Δ - x, which maps the lattice to itself (Mironov, Talwar and Zhang
-2019, Theorem 5).
+Everything is add/remove ("zero-out") adjacency. An accountant refuses every event that it does not
+understand: there is no approximation by the nearest known mechanism, and no GDP accountant (it is
+an asymptotic formula, wrong for mixed rounds).
 
 Slack. An event that is within total variation η of the mechanism analysed is (ε, δ) private if the
 mechanism is (ε, δ - (1 + e^ε) η) private; :func:`epsilon` solves for that.
@@ -25,18 +10,25 @@ mechanism is (ε, δ - (1 + e^ε) η) private; :func:`epsilon` solves for that.
 
 from __future__ import annotations
 
-import itertools
-import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache, lru_cache
-from typing import Any, Final, Literal, get_args
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Final, Literal, get_args
 
 import msgspec
-import numpy as np
 
 from securefedcollm.errors import ConfigError
+from securefedcollm.privacy.accountants import (
+    COARSE,
+    FINE,
+    INTEGER_ORDERS,
+    SEARCH_ORDERS,
+    pld_epsilon,
+    prv_epsilons,
+    rdp_epsilon,
+    zcdp,
+    zcdp_epsilon,
+)
 from securefedcollm.privacy.events import (
     DiscreteGaussian,
     Event,
@@ -50,22 +42,15 @@ from securefedcollm.privacy.events import (
 
 Accountant = Literal["pld", "rdp", "zcdp", "prv"]
 
-_INTEGER_ORDERS: Final = (*range(2, 65), 80, 96, 128, 192, 256, 384, 512, 1024)
-# Fewer orders give a looser bound, sooner: to price residuals with, and to search with.
-_SEARCH_ORDERS: Final = (2, 3, 4, 5, 6, 8, 11, 16, 23, 32, 48, 64, 128, 256, 1024)
 TIGHT_SHARE: Final = 7 / 8
 """Share of δ that the ledger's tight filter gets; the rest pays for adaptive choices."""
 
 _ORDINARY_DELTA: Final = 1e-6
-"""A δ that studies choose: where this one would do, a refusal is the fault of a smaller δ."""
-
-_FINE: Final = 1e-4
-_COARSE: Final = 1e-3
-_PRV_EPS_ERROR: Final = 0.01
+"""A δ that studies usually choose. If it would do, a refusal is the fault of a smaller δ."""
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """(ε, δ) with the accountant that says so."""
+    """(ε, δ), and the accountant that computed it."""
 
     epsilon: float
     delta: float
@@ -110,10 +95,10 @@ def quick_epsilon(events: Sequence[Event], delta: float, enough: float) -> float
     merged = merge(events)
 
     def rough(at: float) -> float:
-        return _rdp_epsilon(merged, at, _INTEGER_ORDERS)
+        return rdp_epsilon(merged, at, INTEGER_ORDERS)
 
     def coarse(at: float) -> float:
-        return _pld(merged, at, _COARSE)
+        return pld_epsilon(merged, at, COARSE)
 
     bound = with_slack(rough, merged, delta)
     if hopeless(bound, enough):
@@ -121,7 +106,7 @@ def quick_epsilon(events: Sequence[Event], delta: float, enough: float) -> float
     if bound > enough and claim_name(merged) == "pld":
         bound = with_slack(coarse, merged, delta)
         runs = sum(times(event) for event in merged)
-        if bound > enough + 4.0 * runs * _COARSE**2:  # the fine grid cannot gain that much
+        if bound > enough + 4.0 * runs * COARSE**2:  # the fine grid cannot gain that much
             return bound
     return bound if bound <= enough else claim(merged, delta).epsilon
 
@@ -140,7 +125,7 @@ def with_slack(ideal: Callable[[float], float], events: Events, delta: float) ->
         return 0.0
     slack = math.fsum(event.slack for event in events)
     # An upper bound on the answer says how much of δ the slack can need at most.
-    above = _rdp_epsilon(events, 0.5 * delta, _SEARCH_ORDERS)
+    above = rdp_epsilon(events, 0.5 * delta, SEARCH_ORDERS)
     share = _price(slack, above) / delta
     if share <= 0.5:
         return ideal(delta * (1.0 - share))
@@ -172,14 +157,14 @@ def unpayable(target: float, delta: float, slack: float) -> ConfigError:
     what = f"at ε = {target:g} the samplers' residuals would take all of δ"
     least = 2.0 * _price(slack, target)
     if least <= _ORDINARY_DELTA:
-        hint = f"raise δ above {least:.0e}: it is far below what any number of records needs"
+        hint = f"raise δ above {least:.0e}: no number of records needs the given δ"
         return ConfigError(what, where="privacy.delta", hint=hint)
     # RDP, by which the price is estimated, says half as much again as ε where ε is that large.
     within = math.floor(math.log(max(delta, _ORDINARY_DELTA) / (2.0 * slack)) * 2 / 3)
     return ConfigError(
         what,
         where="privacy.epsilon",
-        hint=f"lower ε, here to {within}; so large an ε promises nothing anyway",
+        hint=f"lower ε, here to {within}; such a large ε promises nothing anyway",
     )
 
 
@@ -189,7 +174,7 @@ def delta_of_slack(events: Sequence[Event], eps: float) -> float:
 
 
 def claim(events: Sequence[Event], delta: float) -> Claim:
-    """The tightest ε that an accountant of this project stands behind.
+    """The tightest ε that an accountant of this project claims.
 
     PLD where it applies, else the smaller of zCDP and RDP. For parameters fixed in advance.
     """
@@ -206,13 +191,13 @@ def ideal_epsilon(events: Events, delta: float, accountant: Accountant) -> float
     """ε of the mathematical mechanisms, before slack; ``events`` as :func:`merge` returns them."""
     match accountant:
         case "pld":
-            return _pld(events, delta, _FINE)
+            return pld_epsilon(events, delta, FINE)
         case "rdp":
-            return _rdp_epsilon(events, delta, None)
+            return rdp_epsilon(events, delta, None)
         case "zcdp":
             return zcdp_epsilon(math.fsum(zcdp(event) for event in events), delta)
         case "prv":
-            return _prv(events, delta)[2]
+            return prv_epsilons(events, delta)[2]
 
 
 def prv_bounds(events: Sequence[Event], delta: float) -> tuple[float, float, float]:
@@ -220,7 +205,7 @@ def prv_bounds(events: Sequence[Event], delta: float) -> tuple[float, float, flo
 
     Slack is not booked here; it is below the width of the bounds for every event of this project.
     """
-    return _prv(merge(events), delta)
+    return prv_epsilons(merge(events), delta)
 
 
 def calibrate(
@@ -266,7 +251,7 @@ def calibrate_events(
     chosen: Accountant = accountant or claim_name(at(1.0))
 
     def bound(z: float) -> float:
-        return _rdp_epsilon(merge(at(z)), delta, _SEARCH_ORDERS)
+        return rdp_epsilon(merge(at(z)), delta, SEARCH_ORDERS)
 
     low, high = 0.01, 1.0
     while bound(high) > target:
@@ -297,7 +282,7 @@ def _searchable(
 
     def coarse(z: float) -> float:
         merged = merge(at(z))
-        return with_slack(lambda share: _pld(merged, share, _COARSE), merged, delta)
+        return with_slack(lambda share: pld_epsilon(merged, share, COARSE), merged, delta)
 
     if chosen != "pld":
         return exact, exact
@@ -373,165 +358,3 @@ def claim_name(events: Sequence[Event]) -> Accountant:
     if not any(isinstance(event, DiscreteGaussian) for event in events):
         return "pld"
     return "zcdp" if all(rate(event) == 1.0 for event in events) else "rdp"
-
-
-# --- zCDP ---------------------------------------------------------------------------------------
-
-
-def zcdp(event: Event) -> float:
-    """ρ of one event.
-
-    Raises:
-        ConfigError: a Poisson-sampled event, whose amplification zCDP cannot express.
-    """
-    if rate(event) != 1.0:
-        raise _refusal("zcdp", event)
-    if isinstance(event, PoissonGaussian):
-        return event.steps / (2.0 * event.noise_multiplier**2)
-    return event.count / (2.0 * event.noise_multiplier**2)
-
-
-def zcdp_epsilon(rho: float, delta: float) -> float:
-    """ε at ``delta`` of ρ-zCDP (dp-accounting: Canonne, Kamath and Steinke 2020, Prop. 12)."""
-    import dp_accounting
-    from dp_accounting.rdp import RdpAccountant
-
-    accountant = RdpAccountant()
-    accountant.compose(dp_accounting.ZCDpEvent(rho))
-    return float(accountant.get_epsilon(delta))
-
-
-# --- RDP ----------------------------------------------------------------------------------------
-
-
-def rdp_at_orders(events: Events, orders: tuple[float, ...]) -> list[float]:
-    """Rényi divergence bound of the composition at each of the ``orders``."""
-    totals = [0.0] * len(orders)
-    for event in events:
-        one = _rdp_once(rate(event), event.noise_multiplier, orders)
-        totals = [total + times(event) * rdp for total, rdp in zip(totals, one, strict=True)]
-    return totals
-
-
-@lru_cache(maxsize=4096)
-def _rdp_once(q: float, z: float, orders: tuple[float, ...]) -> tuple[float, ...]:
-    from dp_accounting.rdp import RdpAccountant
-
-    accountant = RdpAccountant(list(orders))
-    with _quiet_absl():
-        accountant.compose(_dp_event(q, z))
-    return tuple(float(rdp) for rdp in accountant.rdp)
-
-
-@lru_cache(maxsize=2048)
-def _rdp_epsilon(events: Events, delta: float, orders: tuple[float, ...] | None) -> float:
-    from dp_accounting.rdp import compute_epsilon
-    from dp_accounting.rdp.rdp_privacy_accountant import DEFAULT_RDP_ORDERS
-
-    if any(isinstance(event, DiscreteGaussian) and event.q < 1.0 for event in events):
-        orders = _INTEGER_ORDERS
-    orders = orders or tuple(DEFAULT_RDP_ORDERS)
-    with _quiet_absl():
-        return float(compute_epsilon(orders, rdp_at_orders(events, orders), delta)[0])
-
-
-def _dp_event(q: float, z: float) -> Any:
-    import dp_accounting
-
-    gaussian = dp_accounting.GaussianDpEvent(z)
-    return gaussian if q == 1.0 else dp_accounting.PoissonSampledDpEvent(q, gaussian)
-
-
-@contextmanager
-def _quiet_absl() -> Iterator[None]:
-    # dp-accounting logs every low order that it leaves out of the minimum; leaving out is sound.
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-# --- PLD and PRV --------------------------------------------------------------------------------
-
-
-def _pld(events: Events, delta: float, interval: float) -> float:
-    return float(_pld_accountant(events, interval).get_epsilon(delta))
-
-
-@lru_cache(maxsize=64)
-def _pld_accountant(events: Events, interval: float) -> Any:
-    """The composed distribution; asking it for ε at another δ costs nothing."""
-    from dp_accounting.pld import PLDAccountant
-
-    accountant = PLDAccountant(value_discretization_interval=interval)
-    for event in events:
-        if isinstance(event, DiscreteGaussian):
-            raise _refusal("pld", event)
-        accountant.compose(_dp_event(rate(event), event.noise_multiplier), times(event))
-    return accountant
-
-
-@cache
-def _whole_means() -> None:
-    """Have prv-accountant work out means from enough pieces.
-
-    Its integral of a distribution function starts with one piece up to −0.1. At a sampling rate of
-    0.11 to 0.125, with little noise, all that happens lies at that piece's right end, in a
-    thousandth of it. The quadrature misses it; the library notices, and gives no ε at all.
-    """
-    from prv_accountant import accountant
-    from prv_accountant.privacy_random_variables import PrivacyRandomVariableTruncated
-    from scipy.integrate import quad
-
-    class Truncated(PrivacyRandomVariableTruncated):  # type: ignore[misc]
-        def mean(self) -> float:
-            low, high = float(self.t_min), float(self.t_max)
-            steps = np.geomspace(1e-5, max(-low, high), 64)
-            inner = [t for t in (*-steps[::-1], *steps) if low < t < high]
-            points = [low, *inner, high]
-            pieces = itertools.pairwise(points)
-            below = math.fsum(quad(self.cdf, left, right, limit=500)[0] for left, right in pieces)
-            return float(high * self.cdf(high) - low * self.cdf(low) - below)
-
-    accountant.PrivacyRandomVariableTruncated = Truncated
-
-
-def _prv(events: Events, delta: float) -> tuple[float, float, float]:
-    from prv_accountant import PRVAccountant
-    from prv_accountant.privacy_random_variables import (
-        GaussianMechanism,
-        PoissonSubsampledGaussianMechanism,
-    )
-
-    _whole_means()
-    variables = []
-    for event in events:
-        if isinstance(event, DiscreteGaussian):
-            raise _refusal("prv", event)
-        q, z = rate(event), event.noise_multiplier
-        variables.append(
-            GaussianMechanism(z)
-            if q == 1.0
-            else PoissonSubsampledGaussianMechanism(sampling_probability=q, noise_multiplier=z)
-        )
-    counts = [times(event) for event in events]
-    accountant = PRVAccountant(
-        variables,
-        eps_error=_PRV_EPS_ERROR,
-        delta_error=delta / 1000.0,
-        max_self_compositions=counts,
-    )
-    lower, estimate, upper = accountant.compute_epsilon(delta, counts)
-    return float(lower), float(estimate), float(upper)
-
-
-def _refusal(accountant: str, event: Event) -> ConfigError:
-    return ConfigError(
-        f"the {accountant} accountant has no analysis for a {type(event).__name__} event"
-        + (" with sampling" if rate(event) < 1.0 else ""),
-        where="accountant",
-        hint="use rdp, which bounds every event of this project",
-    )

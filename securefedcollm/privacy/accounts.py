@@ -1,8 +1,8 @@
-"""Whose budget a release draws on: the accounts of one file's records in a ledger of many charges.
+"""The accounts of one file's records in a ledger of many charges: whose budget a release draws on.
 
 A charge names the set of records that it is about. Records of a file that occur in the same sets
-have spent the same; so there are as many accounts as membership patterns that occur, and a release
-is admitted if every one of them can pay.
+have spent the same. So there is one account for each membership pattern that occurs, and a release
+is admitted if every account can pay.
 
 What one account promises
 -------------------------
@@ -41,7 +41,7 @@ Most = Callable[["Entry | None", str, "Sequence[Entry]"], "int | None"]
 
 
 class Account(NamedTuple):
-    """What some records have been charged, what is asked of them now, and what they may spend."""
+    """What some records were charged, what a release asks of them now, and what they may spend."""
 
     counted: Events
     asked: Events
@@ -51,7 +51,7 @@ class Account(NamedTuple):
     """For whom: ``record``, ``subject``, ``silo``, or ``study`` for a study's own claim."""
     pattern: int = 0
     unclear: bool = False
-    """Nobody knows how many records of one subject a release was of: no ε bounds it."""
+    """Nobody knows how many records of one subject a release used, so no ε bounds it."""
 
     @property
     def fits(self) -> bool:
@@ -71,7 +71,7 @@ class Patterns(NamedTuple):
     counts: list[int]
     """Accounts by pattern."""
     most: Most
-    """How many records of one subject a release was of."""
+    """How many records of one subject a release used."""
 
 
 class Overlaps:
@@ -99,13 +99,13 @@ class Overlaps:
         self._parts: dict[tuple[int | None, ...], bool] = {}
 
     def about(self, records: Records | None, fingerprints: Iterable[str]) -> bool:
-        """Whether this is the same file: what was read of the ledger's sets is of use again."""
+        """Whether this is the same file, so that its sets can be used again."""
         return self.records is records and self._fingerprints == frozenset(fingerprints)
 
     def patterns(self, entries: Sequence[Entry]) -> Patterns:
         """Group the accounts of this file by the charges that they share.
 
-        A charge of which the ledger does not know the records, being older, is about all records of
+        If a charge is older and the ledger does not know its records, it is about all records of
         every file that has its fingerprint.
         """
         accounts = self.records.accounts if self.records else 1
@@ -124,15 +124,15 @@ class Overlaps:
         return Patterns(of, charges, np.bincount(of).tolist(), self.most)
 
     def most(self, release: Entry | None, column: str, charges: Sequence[Entry]) -> int | None:
-        """A bound on the records that one subject has in a release; None if nobody knows.
+        """A bound on the records that one subject has in a release; None if it is unknown.
 
-        Where the release is of records of some file only, it is what that file's subjects have.
+        If all records of the release are in one file, that file's subjects give the bound.
         Adversary: the author of a study by subject on a file with one record of each, after a study
         by record on a file with many.
 
         Args:
             release: None for what is asked of this file.
-            column: which says whose record it is; empty for a charge of an older ledger.
+            column: which names the subject of a record; empty for a charge of an older ledger.
             charges: on the same account: files whose subjects may be known.
         """
         if self.records is None:
@@ -170,7 +170,7 @@ class Overlaps:
         return [(self._stored(digest), entry.about.rows) for digest in sorted(sources)]
 
     def unattributed(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Charges of which nobody knows any more what they were about."""
+        """Charges whose records nobody knows any more."""
         known = {*self._files, *self._fingerprints}
         return [
             e for e in entries if not e.about.records and e.counted and e.key.dataset not in known
@@ -239,7 +239,7 @@ def accounts_of(
     most: Most,
     pattern: int = 0,
 ) -> list[Account]:
-    """Every promise that these charges and this release share.
+    """Every promise to which these charges and this release count.
 
     Args:
         asked: what is to be released; empty to ask what is spent.
@@ -284,7 +284,7 @@ class _View(NamedTuple):
         return as_seen(events, unit, self.promise._replace(most=k), self.alone)
 
     def draws(self, release: Entry | None, unit: Unit) -> int | None:
-        """The most records that one subject has in the release; None if nobody knows."""
+        """Largest number of records of one subject in the release; None if it is unknown."""
         if self.alone or unit[:2] == self.promise[:2]:
             return 1
         if self.promise.name != "subject" or unit.name == "silo":

@@ -22,13 +22,13 @@ _ROUNDING: Final = 1e-9
 
 
 class AdaptiveClip(msgspec.Struct, frozen=True):
-    """The state of the clip norm; public, like everything derived from noised sums.
+    """The state of the clip norm. It is public, like everything derived from noised sums.
 
     Args:
         clip_norm: C of the coming round.
         quantile: target share of updates that are not clipped, in (0, 1).
         learning_rate: η of C ← C·exp(-η(β - quantile)).
-        smallest, largest: C stays within; what keeps a run of noise from ruining it.
+        smallest, largest: C stays within them, so that a run of noise cannot ruin it.
     """
 
     clip_norm: float
@@ -70,7 +70,7 @@ class AdaptiveClip(msgspec.Struct, frozen=True):
             indicator_sum: noised, decoded sum of :meth:`indicator` over ``silos`` survivors.
         """
         if silos < 1 or not math.isfinite(indicator_sum):
-            raise ConfigError("no silo, or a sum that is not finite", where="indicator_sum")
+            raise ConfigError("no silo, or the sum is not finite", where="indicator_sum")
         share = min(1.0, max(0.0, indicator_sum / silos + 0.5))
         moved = self.clip_norm * math.exp(-self.learning_rate * (share - self.quantile))
         return msgspec.structs.replace(self, clip_norm=min(self.largest, max(self.smallest, moved)))

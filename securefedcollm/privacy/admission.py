@@ -1,15 +1,15 @@
 """Whether a release is admitted: by the pinned budget of every record, and by the study's claim.
 
-Adversary: the author of a study, who would like the records to pay for more than they may: with a
-larger ε, another δ, another unit, or another study. The pinned budget is the owner's; a study may
-ask for less of it, never for more.
+Adversary: the author of a study, who wants the records to pay for more than they may, by a larger
+ε, another δ, another unit, or another study. The pinned budget is the owner's. A study may ask for
+less of it, never for more.
 
 * A study whose ε is above the pinned one, or whose δ is, is refused as such. A larger δ is a weaker
   promise than the owner made.
-* Everything about a record is charged at the pinned (ε, δ), also what a study with a smaller δ
-  released: its events say what it costs at any δ.
-* Besides, all charges of one study stay within the study's own (ε, δ), whatever is left of the
-  pinned budget: that is what its participants signed.
+* Every release about a record is charged at the pinned (ε, δ), also one of a study with a smaller
+  δ: its events say what it costs at any δ.
+* In addition, all charges of one study stay within the study's own (ε, δ), which its participants
+  signed, whatever is left of the pinned budget.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from securefedcollm.privacy.refusal import explain, explain_run, reading, repeat
 from securefedcollm.privacy.shown import down, up
 
 _UNCLEAR: Final = (
-    "a study was also about records whose subjects the ledger does not know, and so not how many "
-    "of them are one subject's; nothing is released"
+    "an earlier study also used records whose subjects the ledger does not know, so nobody "
+    "knows how many of them belong to one subject; nothing is released"
 )
 _ELSE: Final = "use other data: no promise to these subjects can be kept"
 
@@ -47,7 +47,7 @@ class Asked(NamedTuple):
     records: Records | None
     study: str
     rounds: int = 0
-    """Rounds of a run that is only foreseen; 0 for a release."""
+    """Rounds of a run that is only planned; 0 for a release."""
 
     @property
     def fingerprints(self) -> frozenset[str]:
@@ -65,7 +65,7 @@ class Asked(NamedTuple):
 
 
 class Decision:
-    """On what was asked; computed as far as it is needed."""
+    """The decision on a request; computed only as far as needed."""
 
     def __init__(
         self, asked: Asked, patterns: Patterns, own: Account, pinned: Budget, limit: float
@@ -105,7 +105,7 @@ class Decision:
         return self._can_pay(self._own)
 
     def _can_pay(self, account: Account) -> bool:
-        """The same for accounts that only differ in whose they are; so ask once."""
+        """The same for accounts that differ only in their owners, so ask once."""
         alike = account._replace(promise="", pattern=0)
         if alike not in self._verdicts:
             self._verdicts[alike] = alike.fits

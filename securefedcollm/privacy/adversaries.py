@@ -1,4 +1,4 @@
-"""ε for each party that might want to know: the same releases, seen from different chairs.
+"""ε against each adversary: the same releases, as different parties see them.
 
 * *server*: sees every released sum, knows the cohort of every round (so sampling of silos earns
   nothing against it), and none of the honest silos' noise.

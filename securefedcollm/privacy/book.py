@@ -1,4 +1,4 @@
-"""A ledger to read: what is in it, that it verifies, and what records have spent by it."""
+"""The reading side of a ledger: its entries, their verification, and what records have spent."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _require_beside_key(path: Path) -> None:
 
 
 class SpentSummary(msgspec.Struct, frozen=True):
-    """What a data set and unit have spent."""
+    """The spending of a data set and unit."""
 
     dataset: str
     unit: str
@@ -92,7 +92,7 @@ class Book:
 
         Args:
             fingerprints: of their file, for charges that name no records.
-            besides: leave out what this study (digest, hex) was charged.
+            besides: leave out the charges of this study (digest, hex).
             plus: count these releases of ``unit`` too: what would be spent after them.
             budget: what would be pinned, where nothing is yet.
         """

@@ -1,4 +1,4 @@
-"""What one line of the budget ledger says: whom it charges, for what, and under which budget."""
+"""One line of the budget ledger: whom it charges, for what, and under which budget."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ State = Literal["reserved", "released", "settled", "void"]
 
 
 class Key(NamedTuple):
-    """What one entry is about."""
+    """The data set, unit and training that one entry is about."""
 
     dataset: str
     """Fingerprint of the data set."""
@@ -49,18 +49,18 @@ class Budget(msgspec.Struct, frozen=True):
 
 
 class Unit(NamedTuple):
-    """Whom a release protects as one."""
+    """The unit that a release protects."""
 
     name: str
     """``record``, ``silo`` or ``subject``."""
     column: str = ""
-    """Of a subject: the column that says whose record it is."""
+    """Of a subject: the column that names the subject of a record."""
     most: int = 1
-    """Of a subject: the most records that one has."""
+    """Of a subject: the largest number of records that one subject has."""
 
 
 class About(msgspec.Struct, frozen=True):
-    """What a charge says beyond its key. Empty in a ledger from before records were known."""
+    """The content of a charge, apart from its key. Empty in a ledger without records."""
 
     records: str = ""
     """SHA-256 (hex) of the set of record identities that it charges."""
@@ -92,7 +92,7 @@ class Entry(msgspec.Struct, frozen=True):
 
     @property
     def counted(self) -> Events:
-        """What the budget is charged."""
+        """The events that the budget is charged for."""
         if self.state == "void":
             return ()
         return self.reserved if self.settled is None else self.settled
@@ -122,7 +122,7 @@ def halved(event: Event) -> Event:
 
 
 def grouped(event: Event, factor: int, draws: int) -> Event:
-    """A release of units that are clipped one by one, as somebody sees it who has several.
+    """A release of units that are clipped one by one, for an owner of several units.
 
     The unit's contribution is at most ``factor`` times as large, and is sampled if one of its
     ``draws`` own draws is. Whoever has k units is in a batch with probability 1 - (1 - q)^k, and

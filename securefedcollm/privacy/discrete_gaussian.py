@@ -6,7 +6,7 @@ in it, and kept with probability exp(-(x² - m²)/2σ²), m being the bucket's i
 About 99.5 % are kept, 99 % of all without computing an exponential, because the uniform lies below
 the smallest probability in the bucket.
 
-Soundness. No comparison is decided by rounded numbers:
+Soundness. Rounded numbers decide no comparison:
 
 * alias thresholds are integers out of 2^117, built with 256-bit arithmetic; the 53 bits of the fast
   comparison decide unless they equal the threshold's leading bits, then 64 more are drawn;
@@ -14,7 +14,7 @@ Soundness. No comparison is decided by rounded numbers:
   width) of the computed probability, more than ten times the error of that probability; then 128
   more bits are drawn and the exponential is evaluated to 320 bits.
 
-What remains, as total variation of one draw to the untruncated distribution: at most 2^-116 from
+The residual, as total variation of one draw to the untruncated distribution, is at most 2^-116 from
 the integer weights, 2^-150 from the last comparison, and 2^-120 for the tail past 13σ. The
 accountant books :data:`~.events.SAMPLER_SLACK` = 2^-100.
 

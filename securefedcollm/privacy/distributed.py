@@ -5,7 +5,7 @@ h = least survivors − colluders is the number of honest shares that are certai
 sum; whatever the server does, the honest noise has at least variance (zγC)². γC = ``bound``.
 
 Adversary: the server and c silos, who know the sum and c shares. A silo that adds *no* noise is one
-of the c; beyond c such silos the claim does not hold, and masks make their laziness invisible.
+of the c. With more than c such silos the claim does not hold, and masks hide that they added none.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What was released, as data: the events that accountants interpret and the ledger keeps.
+"""Releases as data: the events that accountants interpret and the ledger keeps.
 
 An event says everything an accountant needs and nothing about the data. Every event is charged
 under the add/remove ("zero-out") relation: two data sets are neighbours if one unit (record,
@@ -39,8 +39,8 @@ class Gaussian(
 ):
     """``count`` releases of a sum with L2 sensitivity C plus N(0, (noise_multiplier·C)²).
 
-    The whole data set takes part in each (no amplification). Also the charge for any batch loader
-    that this project did not build and drive itself.
+    The whole data set takes part in each (no amplification). Any batch loader that this project did
+    not build and drive itself is charged like this, too.
     """
 
     noise_multiplier: float
@@ -171,7 +171,7 @@ def decode_events(plain: object) -> Events:
 
     Raises:
         EvidenceError: an event of unknown kind, a missing or surplus type, an impossible value.
-            What this version does not understand is refused, not skipped.
+            Events that this version does not understand are refused, not skipped.
     """
     try:
         return msgspec.convert(plain, Events)
@@ -308,7 +308,7 @@ def _positive(name: str, value: float) -> None:
         raise ConfigError(
             f"must be a positive number, not {value}",
             where=name,
-            hint="a release without noise has no ε; run the study with privacy off instead",
+            hint="a release without noise has no ε; run the study without privacy instead",
         )
 
 

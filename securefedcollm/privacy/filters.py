@@ -1,11 +1,11 @@
-"""How much has been spent when the next release is chosen after seeing the last ones.
+"""The spent budget when the next release is chosen after seeing the last ones.
 
-Ordinary composition theorems fix every mechanism's parameters beforehand. A ledger cannot: a later
-study is designed by people who saw the earlier one's results. What holds then is a *privacy
-filter*: a rule, fixed before the first release, that refuses the release after which the total
-could pass (ε, δ). Two filters run side by side, and a release is admitted if either admits it. An
-outcome then ends within the one or within the other, so their failure probabilities add: the first
-gets 7/8 of δ, the second 1/8.
+Ordinary composition theorems fix every mechanism's parameters beforehand. A ledger cannot, because
+people who saw one study's results design the next. A *privacy filter* remains valid: a rule, fixed
+before the first release, that refuses the release after which the total could exceed (ε, δ). Two
+filters run side by side, and a release is admitted if either admits it. An outcome then ends within
+the one or within the other, so their failure probabilities add: the first gets 7/8 of δ, the second
+1/8.
 
 **The tight filter** follows from the mechanism that was reserved first.
 
@@ -20,7 +20,7 @@ gets 7/8 of δ, the second 1/8.
 **The general filter** takes anything: Rényi filters (Feldman and Zrnic 2021) at three orders fixed
 by the first mechanism and the agreed ε, each at a third of this filter's δ.
 
-A filter promises the agreed ε. What is spent on the way there is the reading of an odometer, which
+A filter promises the agreed ε. The ε spent on the way there is an odometer's reading, which
 promises less: see :func:`filter_epsilon`.
 """
 
@@ -31,13 +31,13 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Final, NamedTuple
 
+from securefedcollm.privacy.accountants import rdp_at_orders
 from securefedcollm.privacy.accounting import (
     TIGHT_SHARE,
     Claim,
     claim,
     epsilon,
     quick_epsilon,
-    rdp_at_orders,
     with_slack,
 )
 from securefedcollm.privacy.events import (
@@ -56,7 +56,7 @@ _CANDIDATES: Final = (*range(2, 33), 40, 48, 64, 96, 128, 192, 256)
 
 
 class Terms(NamedTuple):
-    """What was known before the first release: fixes the filters."""
+    """The facts before the first release, which fix the filters."""
 
     first: Event
     """The mechanism reserved first."""
@@ -65,11 +65,11 @@ class Terms(NamedTuple):
 
 
 def filter_epsilon(events: Sequence[Event], delta: float, terms: Terms) -> Claim:
-    """What the events have spent at ``delta``: an odometer reading.
+    """The ε that the events have spent at ``delta``: an odometer reading.
 
-    It bounds ε if no parameter, and not the end of the sequence either, was chosen on what earlier
-    releases showed. However they were chosen, the agreed ``terms.epsilon`` is a bound, as long as
-    every release was admitted by :func:`filter_within`.
+    It bounds ε if nobody chose a parameter, or the end of the sequence, by what earlier releases
+    showed. In any case the agreed ``terms.epsilon`` is a bound, as long as :func:`filter_within`
+    admitted every release.
     """
     merged = merge(events)
     found = [Claim(_general(merged, delta, terms), delta, "rdp-filter")]
@@ -108,7 +108,7 @@ def filter_within(events: Sequence[Event], delta: float, limit: float, terms: Te
 
 
 def _charged_tightly(events: Events, first: Event) -> Events | None:
-    """What the tight filter charges for ``events``; None if it has no place for one of them."""
+    """The tight filter's charge for ``events``; None if it does not admit one of them."""
     if not events:
         return ()
     if rate(first) < 1.0:
@@ -121,7 +121,7 @@ def _charged_tightly(events: Events, first: Event) -> Events | None:
 
 
 def _takes_zcdp(first: Event) -> bool:
-    """Whether the tight filter sums ρ: for unsampled discrete noise, which PLD has no place for."""
+    """Whether the tight filter sums ρ: for unsampled discrete noise, which PLD cannot analyse."""
     return rate(first) == 1.0 and isinstance(first, DiscreteGaussian)
 
 

@@ -1,22 +1,22 @@
-"""Which records a data file holds, as the ledger knows them across files, studies and formats.
+"""Identities of records, by which the ledger knows them across files, studies and formats.
 
-A record's identity is an HMAC-SHA-256 of its content, cut to 16 bytes, under a random key that lies
-beside the ledger and never leaves the silo. Who reads a ledger, or a copy of it, without the key
-cannot try out guesses of a record's text. Two records of 10^6 share an identity by chance with
-probability 2^-89; then both are charged for both.
+A record's identity is an HMAC-SHA-256 of its content, cut to 16 bytes, under a random key that is
+stored next to the ledger and never leaves the silo. Without the key a reader of a ledger, or of a
+copy of it, cannot test guesses of a record's text. Two records of 10^6 share an identity by chance
+with probability 2^-89; then both are charged for both.
 
 A record has two identities. One follows from its words: what tasks may read of it, without the
-study's labels, the task's kind, the order in the file, and the subject's name. It stays when a
-label is mended or a column of numbers is added. The other follows from all text in its row. It
-stays when a study names other columns of the file. Two sets share a record if they share either.
+study's labels, the task's kind, the order in the file, and the subject's name. It stays when
+somebody corrects a label or adds a column of numbers. The other follows from all text in its row.
+It stays when a study names other columns of the file. Two sets share a record if they share either.
 Adversary: a study's author who names other columns, to have a row charged as a fresh record.
 
-Where the unit is the subject a record has a third: of whose record it is, by the value in the
-subject's column alone. The column's name has no part in it, because a header is renamed easily. Two
+Where the unit is the subject, a record has a third identity: its subject's, by the value in the
+subject's column alone. The column's name has no influence, because a header is easily renamed. Two
 sets of such records share a subject if they share this identity, in whatever file its records are.
-Adversary: whoever keeps one file a month, to give a patient a fresh budget in each. Equal values in
-different columns ("7" of a ward and of a patient) are taken for one subject: that charges too much,
-never too little.
+Adversary: somebody who keeps one file a month, to give a patient a fresh budget in each. Equal
+values in different columns ("7" of a ward and of a patient) are taken for one subject: that charges
+too much, never too little.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ Ids = npt.NDArray[np.bytes_]
 
 
 class Content(NamedTuple):
-    """What the identities of a record are made from."""
+    """The content of a record from which its identities are made."""
 
     words: bytes
-    """Digest of what tasks may read of it."""
+    """Digest of the columns that tasks may read."""
     owner: str | None = None
-    """Whose record it is, where that matters; in one Unicode form and with single spaces."""
+    """Its subject, where that matters, in one Unicode form and with single spaces."""
     row: bytes = b""
     """Digest of all text in its row; empty where there was none."""
 
@@ -72,7 +72,7 @@ class Records:
         owners: the same by its subject; None where the unit is no subject, or of a ledger that did
             not know these identities yet.
         subjects: the number of the subject of every record, int [n], where the unit is a subject.
-        column: which says whose record it is, where the unit is a subject.
+        column: which names the subject, where the unit is a subject.
         also: fingerprints of the file under which an older ledger may know it, besides that of the
             data set.
         key: which key made the identities; empty for a set that was read back from a ledger.
@@ -259,7 +259,7 @@ def read_records(blob: bytes, digest: str) -> Records | None:
 
 
 def _read(ids: Ids) -> Records:
-    """Of [n, identities of each]. Where the ledger knows whose records they are, they are his."""
+    """Of [n, identities of each], with the subjects' identities where the ledger knows them."""
     rows, whole, owners = [*ids.T, None, None][:3]
     assert rows is not None
     subjects = None if owners is None else np.unique(owners, return_inverse=True)[1]
@@ -276,12 +276,12 @@ def name_of(key: bytes) -> str:
 
 
 def key_path(ledger: Path) -> Path:
-    """Where the key of a ledger lies; the ledger may be named by a link."""
+    """Path of a ledger's key. The path of the ledger may be a link."""
     return ledger.resolve().with_suffix(".key")
 
 
 def record_key(ledger: Path, known: str) -> bytes:
-    """The key beside the ledger, made on first use (mode 0600).
+    """The key next to the ledger, made on first use (mode 0600).
 
     Several processes may make it at once: one wins, and all read that one.
 

@@ -29,7 +29,7 @@ from securefedcollm.privacy.quantise import Floats
 
 
 class JointSetting(NamedTuple):
-    """What fixes the mechanism of a step but for its noise: the same at every participant."""
+    """The mechanism of a step, except its noise: the same at every participant."""
 
     values: int
     """Length d of a gradient."""
@@ -45,7 +45,7 @@ class JointSetting(NamedTuple):
 
     @property
     def batch_cap(self) -> int:
-        """Most records of one silo in one step, were all records in that silo."""
+        """Largest number of records of one silo in one step, if that silo had all records."""
         return batch_cap(round(self.batch_size / self.sampling_rate), self.sampling_rate)
 
 
@@ -98,7 +98,7 @@ class JointStep:
         return self._distributed.quantiser.decode(total, self._setting.batch_size)
 
     def event(self) -> DiscreteGaussian:
-        """What one step releases in the worst case: ``least_survivors`` shares."""
+        """The release of one step in the worst case: ``least_survivors`` shares."""
         made = self._distributed
         return made.event(made.least_survivors, q=self._setting.sampling_rate)
 

@@ -1,13 +1,13 @@
-"""The ledger's paper: an append-only, hash-chained journal in one SQLite file.
+"""The ledger's storage: an append-only, hash-chained journal in one SQLite file.
 
-A row's digest is the SHA-256 of its body, canonical JSON (RFC 8785) that contains the digest of
-the row before. Whoever edits, drops or reorders a row must rewrite every later one; and that shows
-as soon as any head of the old chain was anchored elsewhere (the evidence log), because a chain that
-was rewritten or cut back no longer contains it. What is too large for a row is kept beside the
-journal, under a name that is its digest; the row names it.
+A row's digest is the SHA-256 of its body, canonical JSON (RFC 8785) that contains the digest of the
+row before. To edit, drop or reorder a row, somebody must rewrite every later one. That shows as
+soon as any head of the old chain was anchored elsewhere (the evidence log), because a chain that
+was rewritten or cut back no longer contains it. Content that is too large for a row is stored in a
+second table, under its digest; the row has the digest.
 
-Adversary: somebody with write access to the file *later on* who wants budget back. Without an
-anchor, a whole rewrite or a restored old copy of the file cannot be told from the original.
+Adversary: somebody with *later* write access to the file, who wants budget back. Without an anchor,
+a whole rewrite or a restored old copy of the file cannot be told from the original.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Journal:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the write lock: whatever is read inside stays true until the end of the block."""
+        """Hold the write lock: everything read inside stays true until the end of the block."""
         try:
             self._db.execute("BEGIN IMMEDIATE")
         except sqlite3.Error as error:
@@ -167,13 +167,13 @@ class Journal:
         return Row(seq, body, digest)
 
     def keep(self, name: str, content: Callable[[], bytes]) -> None:
-        """Keep what has this digest; inside :meth:`writing`, with the row that names it."""
+        """Store content under its digest; inside :meth:`writing`, with the row that names it."""
         known = self._db.execute("SELECT 1 FROM kept WHERE name = ?", (name,)).fetchone()
         if known is None:
             self._db.execute("INSERT INTO kept VALUES (?, ?)", (name, content()))
 
     def kept(self, name: str) -> bytes | None:
-        """What :meth:`keep` stored; the caller compares it with its name."""
+        """The content that :meth:`keep` stored; the caller compares it with its digest."""
         try:
             row = self._db.execute("SELECT content FROM kept WHERE name = ?", (name,)).fetchone()
         except sqlite3.Error as error:
@@ -181,10 +181,10 @@ class Journal:
         return None if row is None else bytes(row[0])
 
     def checkpoint(self) -> None:
-        """Bring what is in the ``-wal`` file into the main one.
+        """Move the content of the ``-wal`` file into the main file.
 
         Adversary: a copy of the main file alone, after a crash. A release would be missing from it.
-        Whoever reads at the moment may prevent it; then the next one makes up for it.
+        A reader at that moment may prevent the move; then the next call makes up for it.
         """
         with suppress(sqlite3.Error):
             self._db.execute(f"PRAGMA busy_timeout = {_CHECKPOINT_MS}")
@@ -194,7 +194,7 @@ class Journal:
 
     @staticmethod
     def owner_of(path: Path) -> str | None:
-        """Whose ledger the file says it is; None if it has no row. Opening it then verifies that.
+        """The owner that the file names; None if it has no row. Opening the ledger verifies it.
 
         Raises:
             StateError: there is no such file, or it is not a ledger.

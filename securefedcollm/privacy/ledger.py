@@ -1,12 +1,12 @@
-"""The budget ledger: what the records of a silo have spent, across rounds, runs, files and studies.
+"""The budget ledger: the spending of a silo's records, across rounds, runs, files and studies.
 
 Life of an entry, one journal row per arrow::
 
     reserve ──▶ reserved ──release──▶ released ──settle──▶ settled
                    └──────void──────▶ void
 
-* ``reserve`` charges the worst case before any work, and refuses what would pass the budget. It
-  runs on the silo's own machine, so no server can talk a silo past it.
+* ``reserve`` charges the worst case before any work, and refuses a release that would exceed the
+  budget. It runs on the silo's own machine, so no server can talk a silo past it.
 * ``release`` is durable *before* the first byte leaves. A crash in between counts as spent.
 * ``settle`` replaces the worst case by what really happened, which can only be less.
 * ``void`` gives a reservation back; possible only while nothing has been released.
@@ -57,7 +57,7 @@ __all__ = ["Budget", "Entry", "Key", "Ledger", "Reservation", "SpentSummary"]
 
 
 class Reservation(msgspec.Struct, frozen=True):
-    """A place in the ledger that was granted; the argument of release, settle and void."""
+    """A granted place in the ledger; the argument of release, settle and void."""
 
     key: Key
     events: Events
@@ -66,7 +66,7 @@ class Reservation(msgspec.Struct, frozen=True):
 
 
 class Ledger(Book):
-    """A participant's privacy ledger: what charges, releases and refuses."""
+    """A participant's privacy ledger: it charges, releases and refuses."""
 
     _overlaps: Overlaps | None = None
 
@@ -74,8 +74,8 @@ class Ledger(Book):
         """Fix the budget of every record of this owner, in all studies together.
 
         Args:
-            higher: the owner knows that ε goes up after something was charged. What a filter
-                promises is then the higher one, if it was not chosen on what was released.
+            higher: the owner knows that ε rises after something was charged. The filter's promise
+                is then the higher ε, if nobody chose it by what was released.
 
         Raises:
             ConfigError: impossible; or something was charged, and δ is another or ε is higher.
@@ -112,7 +112,7 @@ class Ledger(Book):
         return identify(key, contents, column=column or "", also=also)
 
     def recognise(self, records: Records, fingerprints: Sequence[str]) -> None:
-        """Remember whose file this is, if charges name it that do not name its records.
+        """Remember the records of this file, if charges name the file but not its records.
 
         Those are of an older ledger. From now on they count for these records, in whatever file.
 
@@ -148,15 +148,16 @@ class Ledger(Book):
         study: str = "",
         limit: Budget | None = None,
     ) -> Reservation:
-        """Charge the worst case of a coming release, or refuse it.
+        """Charge the worst case of a coming release, or refuse the release.
 
         Args:
             events: what will be released at worst (shares = threshold, steps = planned).
             budget: the study's (ε, δ), within which all releases of the study stay. No more than
                 the pinned one; where none is, it becomes that.
-            records: whom it is about; None charges all records of the file with this fingerprint.
+            records: those that the release is about; None charges all records of the file with this
+                fingerprint.
             study: digest (hex) of the study; without one a run is a study of its own.
-            limit: what the operator allows, less than the pinned budget; pinned where none is.
+            limit: the operator's limit, less than the pinned budget; it is pinned if no budget is.
 
         Returns:
             The reservation; the existing one if this attempt is still ``reserved`` with the same
@@ -198,14 +199,14 @@ class Ledger(Book):
         study: str = "",
         limit: Budget | None = None,
     ) -> None:
-        """Refuse a run of which not every round would fit, before anything is spent on it.
+        """Refuse a run if not every round would fit, before anything is spent on it.
 
         Charges nothing: :meth:`reserve` decides about every round again.
 
         Args:
             events: what one round will release at worst.
             rounds: rounds that are still to come.
-            what: what the operator calls them.
+            what: the operator's word for them.
 
         Raises:
             BudgetExceeded: says how much is left and what would fit.
@@ -256,7 +257,7 @@ class Ledger(Book):
         self._journal.checkpoint()
 
     def settle(self, reservation: Reservation, actual: Sequence[Event]) -> None:
-        """Replace the worst case by what happened.
+        """Replace the worst case by the actual releases.
 
         Args:
             actual: events that are each no worse than the reserved ones they stand for.
@@ -273,7 +274,7 @@ class Ledger(Book):
         self._step("settle", reservation, events=encode_events(merged))
 
     def void(self, reservation: Reservation) -> None:
-        """Give back a reservation of which nothing was released.
+        """Give back a reservation from which nothing was released.
 
         Raises:
             LocalProtocolError: it was released.

@@ -1,4 +1,4 @@
-"""Where every private coin of a silo comes from: Gaussian noise and Poisson batches.
+"""The source of all private randomness of a silo: Gaussian noise and Poisson batches.
 
 One :class:`NoiseSource` is one AES-256-CTR stream under a key of 32 bytes from ``os.urandom``, made
 afresh for every (silo, round). It is never derived from a mask key, a seed of the study, or a
@@ -52,8 +52,8 @@ class GridSum:
         most: units in the sum at most, by the sampler's cap: it must not overflow.
 
     Raises:
-        ConfigError: more units than a sum of 64 bits holds. It follows from public numbers alone:
-            no sample decides it.
+        ConfigError: more units than a sum of 64 bits holds. The error follows from public numbers
+            alone: no sample decides it.
     """
 
     __slots__ = ("_clip_norm", "_step", "integers")

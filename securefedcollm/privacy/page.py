@@ -1,10 +1,11 @@
-"""The look that pages and pictures share: self-contained, light or dark, and fit for a printer.
+"""The common look of pages and pictures: self-contained, light or dark, and fit for a printer.
 
-What an officer files today reads the same in ten years: no script, no font, nothing fetched. The
-pages are Jinja2 templates: what is ours is in ``templates/`` here, or of the package that shows it.
+A page that is filed today reads the same in ten years: no script, no font, nothing fetched. The
+pages are Jinja2 templates, in ``templates/`` here or in the package that shows them.
 
-Adversary: a maker of evidence, data or names whose texts would act, or reorder what a person reads.
-The templates escape every value; :func:`render` makes visible what would hide or reorder (bidi).
+Adversary: an author of evidence, data or names whose texts would act, or reorder the text that a
+person reads. The templates escape every value. :func:`render` makes characters visible that would
+hide or reorder text (bidi).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def _steps() -> Template:
 
 
 def step_plot(points: Sequence[tuple[int, float | None]], limit: float, what: str) -> Markup:
-    """A quantity that grows in steps, and its limit as a dashed line.
+    """Plot a quantity that grows in steps, with its limit as a dashed line.
 
     Args:
         points: (x, y) with x = 1, 2, …; y None where it is not known.

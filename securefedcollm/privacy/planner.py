@@ -1,10 +1,10 @@
-"""What a target ε would cost, before anyone trains: noise against signal for every way to add it.
+"""The cost of a target ε, before anyone trains: noise against signal for every way to add noise.
 
-The yardstick is the noise-to-signal ratio of what the server gets: L2 norm of the noise in the
-mean over the *largest possible* signal, C: every contribution clipped and all pointing the same
-way. Real signal is smaller, so a ratio above 1 is hopeless for certain, while a small one promises
-nothing. Over a run, signal adds up and independent noise adds in squares: the ratio falls by
-√releases.
+The measure is the noise-to-signal ratio of the mean that the server gets: the L2 norm of its noise,
+divided by the *largest possible* signal, C (every contribution clipped and all in the same
+direction). Real signal is smaller, so a ratio above 1 is certainly hopeless, while a small one
+promises nothing. Over a run, signal adds up and independent noise adds in squares: the ratio falls
+by √releases.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ROOMY_FIELD: Final = 2**31 - 1
 
 
 class Federation(msgspec.Struct, frozen=True):
-    """What the plan depends on.
+    """The inputs of a plan.
 
     Args:
         values: d, numbers in an update.
@@ -45,7 +45,7 @@ class Federation(msgspec.Struct, frozen=True):
         least_survivors: fewest silos with which a sum is opened.
         colluders: c.
         records: records (or subjects) of the smallest silo.
-        unit: ``record`` or ``subject``: what the options below the silo protect.
+        unit: ``record`` or ``subject``: the unit that the options other than the silo protect.
         count_noise: noise on the count of an adaptive clip over that of the sum; None: fixed clip.
         rounds: rounds of the study.
         steps: optimiser steps of a silo in a round.
@@ -94,7 +94,7 @@ class Option(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """Every option for one (ε, δ), and which to take."""
+    """Every option for one (ε, δ), and the advised one."""
 
     epsilon: float
     delta: float
@@ -148,10 +148,10 @@ class JointChoice(msgspec.Struct, frozen=True):
 def joint_choices(
     federation: Federation, epsilon: float, delta: float, bytes_per_value: float
 ) -> tuple[JointChoice, ...]:
-    """Fewer, larger steps against more, smaller ones, for the same gradients and the same ε.
+    """Compare fewer, larger steps with more, smaller ones, for the same gradients and the same ε.
 
-    The less noise the fewer the steps; but few steps are few corrections, which no noise-to-signal
-    ratio shows. Communication falls with the steps.
+    Fewer steps mean less noise and less communication. But they also mean fewer corrections, which
+    no noise-to-signal ratio shows.
 
     Args:
         bytes_per_value: of a masked vector.
@@ -231,7 +231,7 @@ def _silo_distributed(fed: Federation, target: float, delta: float) -> Option:
     if fed.count_noise is not None:
         on_update = split(z, fed.count_noise * z)
         off = mean_noise(1, fed.count_noise * z, fed.silos, fed.honest, fed.silos) / 2.0
-        remark = f"; its clip norm adapts to a share of silos known to ±{off:.1g}"
+        remark = f"; its clip norm adapts to a share of silos that is known to ±{off:.1g}"
     ratio = mean_noise(fed.values, on_update, fed.silos, fed.honest, fed.silos)
     needed = math.ceil(ratio * fed.silos / math.sqrt(fed.rounds) / _WORKABLE)
     return _option(
@@ -325,7 +325,7 @@ def _check(fed: Federation) -> None:
         )
     if fed.honest < 1:
         raise ConfigError(
-            "no honest silo is certain to be in a sum",
+            "a sum may have no honest silo",
             where="silos.minimum",
             hint=f"at least colluders + 2 = {fed.colluders + 2}",
         )

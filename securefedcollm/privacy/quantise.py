@@ -1,13 +1,13 @@
-"""Floats to integers with a sensitivity that is an integer fact.
+"""Floats to integers, with a sensitivity that is an exact integer.
 
 A whole vector is clipped to L2 norm C, scaled to ``bound`` integers per C and rounded. Rounding to
-the nearest integer can lengthen a vector by √d/2, so the scale is first reduced by the factor
-1 - √d/(2·bound); then Σq² <= bound² is *checked in integers* on what will really be summed. The
-sensitivity of a sum of such vectors under add/remove is exactly ``bound``, whatever floating point
-did on the way (Kairouz, Liu and Steinke 2021, without the random rotation and with the conditional
-rounding replaced by the deterministic check).
+the nearest integer can lengthen a vector by √d/2, so the scale is first reduced by the factor 1 -
+√d/(2·bound); then Σq² <= bound² is *checked in integers* on the very vector that will be summed.
+The sensitivity of a sum of such vectors under add/remove is exactly ``bound``, whatever floating
+point did on the way (Kairouz, Liu and Steinke 2021, without the random rotation and with the
+conditional rounding replaced by the deterministic check).
 
-Whether a vector was clipped is itself private: it goes to the caller and must not be released.
+The fact that a vector was clipped is itself private. The caller gets it and must not release it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LARGEST_LOSS: Final = 0.25
 
 
 class Quantised(NamedTuple):
-    """What :meth:`Quantiser.encode` returns."""
+    """The result of :meth:`Quantiser.encode`."""
 
     integers: npt.NDArray[np.int64]
     """q, int64 [d]."""
@@ -131,8 +131,8 @@ class Quantiser:
 
         Args:
             total: the (noised) integer sum, int64 [d].
-            divisor: what to divide by besides the scale: the number of survivors, or the expected
-                batch in joint DP-SGD. Must not depend on private data.
+            divisor: divides the sum, in addition to the scale: the number of survivors, or the
+                expected batch in joint DP-SGD. Must not depend on private data.
         """
         if total.shape != (self.values,):
             raise LocalProtocolError(f"a sum of {self.values} values was expected")

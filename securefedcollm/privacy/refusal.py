@@ -1,4 +1,4 @@
-"""What a person needs to hear when a release does not fit the budget."""
+"""The message for a person when a release does not fit the budget."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_STEPS = 4096
 
 
 def reading(account: Account) -> float:
-    """ε of what an account was charged and is asked: an odometer's, see :func:`filter_epsilon`.
+    """Odometer's ε of an account's charges and a new release; see :func:`filter_epsilon`.
 
     Infinite where a release has no bound.
     """
@@ -42,10 +42,10 @@ def explain(
     *,
     own: Events | None = None,
 ) -> tuple[str, str]:
-    """(message, hint): what is spent, what is left, what was asked, and what would fit.
+    """(message, hint): the spent and the remaining ε, the request, and what would fit.
 
     Args:
-        own: what was asked, where ``asked`` is how the account sees it.
+        own: the release as asked, where ``asked`` is the same as the account sees it.
     """
     spent = _reading(counted, delta, limit, terms)
     total = _reading(merge(counted + asked), delta, limit, terms)
@@ -74,9 +74,9 @@ def explain_run(
     """As :func:`explain`, for a run of ``rounds`` rounds.
 
     Args:
-        asked: what the whole run releases.
-        what: what the operator calls the rounds.
-        own: what one round releases, where the account sees it otherwise.
+        asked: the releases of the whole run.
+        what: the operator's word for the rounds.
+        own: the releases of one round, where the account sees them otherwise.
     """
     spent = _reading(counted, delta, limit, terms)
     total = _reading(merge(counted + asked), delta, limit, terms)
@@ -103,13 +103,13 @@ def explain_run(
 
 
 def _reading(events: Events, delta: float, limit: float, terms: Terms) -> float:
-    """What :func:`filter_epsilon` says; where it is far beyond the limit, some larger number."""
+    """The value of :func:`filter_epsilon`, or a larger number far beyond the limit."""
     rough = filter_within(events, delta, limit, terms)
     return rough if hopeless(rough, limit) else filter_epsilon(events, delta, terms).epsilon
 
 
 def repeated(asked: Sequence[Event], rounds: int) -> Events:
-    """What ``rounds`` rounds release that each release ``asked``."""
+    """The releases of ``rounds`` rounds, each of which releases ``asked``."""
     return tuple(repeat(event, times(event) * rounds) for event in asked)
 
 

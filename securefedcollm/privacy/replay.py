@@ -1,4 +1,4 @@
-"""What the rows of a ledger's journal amount to."""
+"""The state that follows from the rows of a ledger's journal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PIN: Final = "pin"
 """The owner fixed the budget."""
 
 FILE: Final = "file"
-"""The records of a file became known that older charges name by its fingerprint only."""
+"""The records of a file became known that older charges name only by its fingerprint."""
 
 
 class Replay:
@@ -45,7 +45,7 @@ class Replay:
         """Which key made their identities."""
 
     def apply(self, row: Row) -> None:
-        """Take up the next row.
+        """Apply the next row.
 
         Raises:
             EvidenceError: it makes no sense after those before.

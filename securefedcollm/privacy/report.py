@@ -1,4 +1,4 @@
-"""The privacy budget of one participant as data: what ``budget show`` and ``budget report`` say."""
+"""The privacy budget of one participant as data, for ``budget show`` and ``budget report``."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ ASSUMPTIONS: Final = (
     "The number of units in the data set is public.",
     "Only the releases listed here are covered. Metrics shown to others, tuning runs outside the "
     "ledger, checkpoints and logs that left the silo are not.",
-    "The agreed budget holds however later studies, or the survivors of a sum, were chosen after "
-    "seeing earlier results: a privacy filter refuses what would pass it. A figure of ε spent so "
-    "far is a bound if they were not chosen on such results.",
+    "The agreed budget holds even if people chose later studies, or the survivors of a sum, "
+    "after seeing earlier results: a privacy filter refuses a release that would exceed it. A "
+    "figure of ε spent so far is a bound only if nobody chose by such results.",
     "The silo's machine, its operating system's random source and this software are trusted; "
     "timing of the silo's process is not visible to the adversary.",
     "Where noise is distributed, at most the stated number of silos collude or leave out noise.",
@@ -71,7 +71,7 @@ class Account(msgspec.Struct, frozen=True):
 
 
 class RecordSet(msgspec.Struct, frozen=True):
-    """What the records of one file have spent, in whatever files and studies they were."""
+    """The spending of the records of one file, in all files and studies that had them."""
 
     records: str
     """Digest of the set."""

@@ -1,4 +1,4 @@
-"""ε as people read it: rounded against us, never in our favour."""
+"""ε for people: rounded against us, never in our favour."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The ``silo`` unit in a round: a whole update in, noised integers out, and a mean back.
+"""The ``silo`` unit in a round: from a whole update to noised integers, and back to a mean.
 
 One silo is one unit. Its update is clipped to L2 norm C as a whole, quantised with the exact
 integer check of :mod:`.quantise` and given this silo's share of the noise; the server decodes the
 sum (:mod:`.distributed`). Both sides derive the same mechanism from the study; :attr:`identity`
 goes into the round's header, so that silos which do not share it refuse each other's keys.
 
-Adversary: the server and c silos. The server chooses nothing here that the guarantee rests on.
+Adversary: the server and c silos. The guarantee rests on nothing that the server chooses here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from securefedcollm.privacy.quantise import Floats
 
 
 class Setting(NamedTuple):
-    """What fixes the mechanism but for the noise: the same on both sides."""
+    """The parameters that fix the mechanism, except the noise: the same on both sides."""
 
     values: int
     """Largest length d of an update in any round."""
@@ -41,7 +41,7 @@ class Setting(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """What the server decodes from one sum."""
+    """The server's decoding of one sum."""
 
     mean: npt.NDArray[np.float32]
     """Noised mean update, float32 [d]."""
@@ -52,8 +52,8 @@ class Opened(NamedTuple):
 class SiloUnit:
     """Protects one silo's update of one round, and decodes the sum of all.
 
-    Noise and sensitivity are integers that do not depend on C: whoever chooses C, the guarantee is
-    the same.
+    Noise and sensitivity are integers that do not depend on C. So the guarantee is the same,
+    whoever chooses C.
 
     Args:
         setting: with ``values`` the length of this round's update.
@@ -133,7 +133,7 @@ class SiloUnit:
         return Opened(mean[:-1], float(mean[-1]) * survivors / (2.0 * self._count))
 
     def event(self) -> DiscreteGaussian:
-        """What one round releases in the worst case: ``least_survivors`` shares."""
+        """The release of one round in the worst case: ``least_survivors`` shares."""
         return self._distributed.event(self._distributed.least_survivors)
 
 

@@ -1,4 +1,4 @@
-"""What the records of a file, or of a set that a ledger knows, have spent of their budget."""
+"""The spending of the records of a file, or of a set that a ledger knows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from securefedcollm.privacy.events import Events
 from securefedcollm.privacy.refusal import bound, reading
 
 MOST_TIGHT: Final = 16
-"""So many patterns have a tight ε."""
+"""Number of patterns that get a tight ε."""
 
 
 class Standing(msgspec.Struct, frozen=True):
@@ -61,11 +61,11 @@ def standing_of(
 
 
 class _Spent:
-    """What the accounts of each pattern have spent.
+    """The spending of the accounts of each pattern.
 
     Studies on overlapping parts of a file make many patterns, and a tight ε takes a tenth of a
-    second. So where there are many, only those are read tightly that the answer depends on. The
-    others, and beyond ``MOST_TIGHT`` those too, have a bound that is larger.
+    second. So where there are many, only the patterns that decide the answer are computed tightly.
+    The others, and beyond ``MOST_TIGHT`` those too, have a larger bound.
     """
 
     def __init__(self, patterns: Patterns, plus: Events, unit: Unit, budget: Budget) -> None:

@@ -1,7 +1,7 @@
-"""What the values of a study may be at all: exact, finite, harmless to print, and of a sane size.
+"""Bounds on the values of a study: exact, finite, harmless to print, and of a sane size.
 
 Adversary: a study's author, or the maker of a bundle with a study in it. A value that no study
-needs must not hang, crash or fill the memory of whoever only wants to look at it.
+needs must not hang, crash or fill the memory of a person who only wants to look at the file.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ MOST: Final = {
     "distillation.batch_unlabelled": 10**9,
     "distillation.top_k": 10**9,
 }
-"""Far above what anybody trains with."""
+"""Far above any value used in training."""
 _LARGEST: Final = 1e30
-"""Of a number with a fraction: its square and products are finite too."""
+"""Largest float. Its square and products are finite too."""
 _MOST_PARTICIPANTS: Final = 130
 
 
@@ -58,7 +58,7 @@ def check_plain(tree: dict[Any, Any]) -> None:
             raise ConfigError(f"{value:g} {what}", where=path, hint="give a finite number")
         elif isinstance(value, int) and not abs(value) < _EXACT:
             raise ConfigError(
-                "the number is beyond 2^53, and not every program reads it alike",
+                "the number is beyond 2^53, and programs read it differently",
                 where=path,
                 hint="give a smaller one",
             )
@@ -97,7 +97,9 @@ def _walk(tree: Any) -> Iterator[tuple[str, Any]]:
         yield path or "study", value
         if depth == _DEEPEST and isinstance(value, dict | list) and value:
             raise ConfigError(
-                f"nested more than {_DEEPEST} deep", where=path[:80], hint="no study needs that"
+                f"nested more than {_DEEPEST} deep",
+                where=path[:80],
+                hint="no study needs that depth",
             )
         if isinstance(value, dict):
             for key, child in value.items():
@@ -118,11 +120,13 @@ def _check_text(path: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise ConfigError(
-            "the text holds half a character (a lone surrogate)", where=path, hint="type it anew"
+            "the text has half a character (a lone surrogate)",
+            where=path,
+            hint="type the text again",
         ) from None
     if found := _ACTING.search(text):
         raise ConfigError(
-            f"the text holds the character U+{ord(found[0]):04X}, which does not show but acts",
+            f"the text has the character U+{ord(found[0]):04X}, which is invisible but acts",
             where=path,
             hint="remove it",
         )

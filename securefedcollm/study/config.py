@@ -4,8 +4,8 @@ A study is written as YAML (:mod:`securefedcollm.study.load`), checked as a whol
 (:mod:`securefedcollm.study.checks`) and identified by a digest (:func:`digest`). It holds what all
 participants may know. It never holds a path of private data, a key or a password.
 
-Defaults are the values that a consortium of hospitals would want; a field without a default is one
-that nobody can choose for them.
+Defaults are the values that a consortium of hospitals would want. A field has no default if nobody
+can choose its value for them.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ _LATER: Final[dict[tuple[str, ...], Any]] = {
     ("task", "columns"): {},
     ("task", "template"): None,
 }
-"""Keys that version 1 did not always have, with their defaults."""
+"""Keys that were added to version 1 later, with their defaults."""
 
 
 class Study(Section, frozen=True, dict=True):
@@ -91,23 +91,30 @@ class Study(Section, frozen=True, dict=True):
     study: Annotated[Name, says("The study's name: lower-case letters, digits, . _ and -.")]
     rounds: Annotated[
         Annotated[int, Meta(ge=1, le=10_000)],
-        says("How often the silos tune and the server sums; with an LLM each round distils too."),
+        says(
+            "Number of rounds. In each, the silos tune and the server sums; with an LLM it "
+            "also distils."
+        ),
     ]
-    task: Annotated[Task, says("What is learnt, and from which records.")]
+    task: Annotated[Task, says("What the models learn, and from which records.")]
     models: Annotated[Models, says("The base models; their weights stay frozen.")]
     silos: Annotated[Silos, says("Who takes part.")]
     local: Annotated[Local, says("Tuning inside a silo, per round.")]
     version: Annotated[Literal[1], says("Version of the study's format.")] = 1
     seed: Annotated[
         Annotated[int, Meta(ge=0, lt=2**53)],
-        says("Seed of everything that may be public: shuffling, A of ffa-lora. Never of noise."),
+        says(
+            "Seed of everything that may be public, such as shuffling and the matrix A of "
+            "ffa-lora. Never of noise."
+        ),
     ] = 0
     adapter: Annotated[Adapter, says("The low-rank adapter that is tuned.")] = Adapter()
     privacy: Annotated[
         Privacy | None,
         says(
-            "The differential-privacy claim of the whole study, all rounds together. Left out, or "
-            "`none`: no differential privacy, and the global adapter may reveal records."
+            "The differential-privacy claim of the whole study, all rounds together. If left "
+            "out, or `none`, there is no differential privacy, and the global adapter may "
+            "reveal records."
         ),
     ] = None
     aggregation: Annotated[
@@ -119,8 +126,9 @@ class Study(Section, frozen=True, dict=True):
     keep: Annotated[
         Keep | None,
         says(
-            "Which round's adapters are kept beside the last round's, and when a run ends early. "
-            "If left out, the last round's alone, after all rounds."
+            "Which round's adapters are kept in addition to the last round's, and when a run "
+            "ends early. If left out, a run has all rounds and keeps only the last round's "
+            "adapters."
         ),
     ] = None
     roster: Annotated[
@@ -135,10 +143,11 @@ class Study(Section, frozen=True, dict=True):
 
     @property
     def tree(self) -> dict[str, Any]:
-        """The study as plain dictionaries, every default written out but those of later keys.
+        """The study as plain dictionaries, with every default written out except those of later
+        keys.
 
-        A key that version 1 did not always have is left out at its default: older studies keep
-        their digest, their signatures and their place in evidence.
+        A key that was added later is left out at its default. So older studies keep their digest,
+        their signatures and their place in evidence.
         """
         tree: dict[str, Any] = msgspec.to_builtins(self)
         for (*sections, key), default in _LATER.items():
@@ -162,7 +171,7 @@ class Study(Section, frozen=True, dict=True):
 
     @property
     def quorum(self) -> int:
-        """Fewest silos with which a sum is ever opened."""
+        """Fewest silos with which a sum may be opened."""
         return max(self.minimum, self.threshold)
 
     @property

@@ -59,10 +59,10 @@ def default_path(name: str) -> Path:
 def create_identity(
     name: str, path: Path, passphrase: str | None, random: RandomSource = os.urandom
 ) -> IdentityFile:
-    """Make a key and write its file (mode 0600), never over an existing one.
+    """Make a key and write its file (mode 0600). Never overwrites an existing file.
 
     Args:
-        passphrase: None stores the key in the clear: only for machines whose disk is the vault.
+        passphrase: None stores the key unencrypted: only for machines whose disk is protected.
 
     Raises:
         ConfigError: the name or passphrase is unusable, or the file exists.
@@ -164,7 +164,7 @@ def open_identity(identity: IdentityFile, passphrase: str | None) -> SigningKey:
             ) from None
     if len(stored) != KEY_BYTES or SigningKey(stored).public.hex() != identity.public:
         raise CryptoError(
-            f"the identity {identity.name} does not hold the key that it names",
+            f"the identity {identity.name} holds another key than it names",
             hint="restore the file from a backup",
         )
     return SigningKey(stored)
@@ -185,7 +185,7 @@ def _write_new(path: Path, content: bytes) -> None:
                 hint="choose another place with --out",
             ) from None
         raise ConfigError(
-            "there is an identity already",
+            "an identity exists already",
             where=str(path),
             hint="an identity is never overwritten; choose another name or --out",
         ) from None

@@ -21,10 +21,13 @@ def markdown() -> str:
     lines = [
         "# Every key of a study",
         "",
-        "`securefedcollm study keys --markdown` writes this page from the schema: change the text",
-        "in `securefedcollm/study/learning.py`, `protection.py` or `config.py`, then run it again.",
-        "*required* says when a key must be given; every other key may be left out.",
-        "`securefedcollm study new` writes a study with these texts as comments.",
+        "Look up here what each key of a study file means. *required* says when a key must be",
+        "given. You may leave out every other key. `securefedcollm study new` writes a study with",
+        "these texts as comments.",
+        "",
+        "`securefedcollm study keys --markdown` writes this page from the schema. To change a",
+        "text, edit `learning.py`, `protection.py` or `config.py` in `securefedcollm/study/`, then",
+        "run the command again.",
         "",
         *_table([key for key in found if key.depth == 0]),
     ]
@@ -53,11 +56,11 @@ def _table(keys: Sequence[Key]) -> Iterator[str]:
 
 
 def commented(tree: Mapping[str, Any], head: str) -> str:
-    """A study in YAML: the keys of ``tree``, every other one commented out, and what all mean.
+    """A study in YAML: the keys of ``tree``, the others commented out, and every meaning.
 
     Args:
         tree: plain values, only those to be written as they are.
-        head: what is said at the top, without comment signs.
+        head: the text at the top, without comment signs.
     """
     lines = [f"# {line}".rstrip() for line in head.splitlines()]
     shown = [key for key in study_keys() if "[]" not in key.path]

@@ -1,4 +1,4 @@
-"""Every key of a study with its type, limits, default and meaning, read off the schema itself."""
+"""Every key of a study with its type, limits, default and meaning, read from the schema itself."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Key(NamedTuple):
     """In plain values; None also where it is required."""
     meaning: str
     needed: str
-    """When a key with a default must be given all the same; empty if never."""
+    """When a key must be given although it has a default; empty if never."""
     section: type[msgspec.Struct] | None = None
     """The section that it holds."""
 

@@ -1,6 +1,6 @@
 """The kinds of value that a study's keys have, and how a key carries its meaning.
 
-A key's meaning stands next to its field (:func:`says`) and nowhere else: ``study keys``,
+A key's meaning is written next to its field (:func:`says`) and nowhere else: ``study keys``,
 ``study new``, ``study schema --json`` and ``docs/keys.md`` are all made from it.
 """
 
@@ -27,6 +27,6 @@ def says(meaning: str, needed: str = "") -> Meta:
     """What a key means, in a sentence or two of plain English.
 
     Args:
-        needed: when a key with a default must be given all the same.
+        needed: when a key must be given although it has a default.
     """
     return Meta(description=meaning, extra={"needed": needed} if needed else None)

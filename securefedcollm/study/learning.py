@@ -37,7 +37,7 @@ class Model(Section, frozen=True):
     ] = None
     dtype: Annotated[
         Literal["float32", "bfloat16"],
-        says("The numbers that the frozen weights are held in; bfloat16 halves the memory."),
+        says("Number format of the frozen weights; bfloat16 halves the memory."),
     ] = "float32"
 
 
@@ -59,10 +59,10 @@ class Models(Section, frozen=True):
 
 
 class Data(Section, frozen=True):
-    """The task's records: what is public to all, and how ``simulate`` deals out the rest.
+    """The task's records: which are public, and how ``simulate`` deals out the rest.
 
-    Where every participant has its own file, as with real roles or ``simulate --silo NAME=FILE``,
-    all of these keys are left out.
+    Leave out all of these keys where every participant has its own file, as with real roles or
+    ``simulate --silo NAME=FILE``.
     """
 
     builtin: Annotated[
@@ -94,8 +94,8 @@ class Data(Section, frozen=True):
     per_silo: Annotated[
         Count | None,
         says(
-            "Records that each silo gets (their mean, with `skew`). In the embedded world 3,000 "
-            "unless it is given.",
+            "Records that each silo gets (their mean, with `skew`). The embedded world's "
+            "default is 3,000.",
             needed="simulate deals out files",
         ),
     ] = None
@@ -116,30 +116,33 @@ class Data(Section, frozen=True):
     ] = None
     alpha: Annotated[
         Positive,
-        says("Concentration of that draw: the smaller, the more one silo owns a group."),
+        says(
+            "Concentration of the Dirichlet draw. The smaller it is, the more of a group one "
+            "silo has."
+        ),
     ] = 0.5
     skew: Annotated[
         Annotated[float, Meta(ge=1, le=1000)],
-        says("Size of the largest silo over that of the smallest."),
+        says("Size of the largest silo divided by that of the smallest."),
     ] = 1.0
 
 
 RowKind = Literal["multiple_choice", "classification", "instruction", "text"]
-"""What a record is, where this project reads and trains on it."""
+"""The kinds of record that this project reads and trains on."""
 
 
 class Task(Section, frozen=True):
-    """What is learnt."""
+    """What the models learn."""
 
     data: Annotated[Data, says("Which records there are.")] = Data()
     kind: Annotated[
         Literal["multiple_choice", "classification", "instruction", "text", "own"],
         says(
             "What a record is. `multiple_choice`: question, choices, answer. `classification`: "
-            "text and label; the model scores the labels as words. `instruction`: instruction and "
-            "response, tuned on the response, in the tokenizer's chat template if it has one. "
-            "`text`: text, tuned on every token. `own`: the silos train with code of their own, on "
-            "whatever it reads (from Python)."
+            "text and label; the model scores the labels as words. `instruction`: instruction "
+            "and response, tuned on the response, in the tokenizer's chat template if it has "
+            "one. `text`: text, tuned on every token. `own`: the silos train with their own "
+            "code, on their own data (from Python)."
         ),
     ] = "multiple_choice"
     labels: Annotated[
@@ -149,23 +152,24 @@ class Task(Section, frozen=True):
     score: Annotated[
         Literal["plain", "length", "pmi", "pmi-length"],
         says(
-            "How the log-likelihood of a choice or label becomes its score: as it is (`plain`), "
-            "per character (`length`), less the log-likelihood after a neutral prompt (`pmi`), or "
-            "that per character (`pmi-length`)."
+            "How the log-likelihood of a choice or label becomes its score: as it is "
+            "(`plain`), per character (`length`), minus the log-likelihood after a neutral "
+            "prompt (`pmi`), or `pmi` per character (`pmi-length`)."
         ),
     ] = "plain"
     score_temperature: Annotated[
         Positive,
         says(
-            "The prediction is softmax(score / this). At 1 a sum over the tokens of long choices "
-            "is much too sure, and a score per character hardly sure at all."
+            "The prediction is softmax(score / this). At 1 a sum over the tokens of long "
+            "choices is much too confident, and a score per character is hardly confident at "
+            "all."
         ),
     ] = 1.0
     max_tokens: Annotated[
         Count,
         says(
-            "Most tokens of prompt and answer together: a longer prompt loses its beginning, a "
-            "longer text its end."
+            "Largest number of tokens of prompt and answer together. A longer prompt loses its "
+            "beginning, a longer text its end."
         ),
     ] = 256
     columns: Annotated[
@@ -175,21 +179,21 @@ class Task(Section, frozen=True):
     template: Annotated[
         str | None,
         says(
-            "The prompt of a question or text, which is put in place of {}. If left out: "
-            "`Question: {}\\nAnswer:` or `Text: {}\\nLabel:`."
+            "The prompt around a question or text, which replaces {}. If left out: `Question: "
+            "{}\\nAnswer:` or `Text: {}\\nLabel:`."
         ),
     ] = None
 
     @property
     def rows(self) -> RowKind:
-        """:attr:`kind`, for whoever reads records.
+        """:attr:`kind`, for code that reads records.
 
         Raises:
-            ConfigError: own training has records of its own.
+            ConfigError: own training reads its own records.
         """
         if self.kind == "own":
             raise ConfigError(
-                "the silos of this study train with code of their own",
+                "the silos of this study train with their own code",
                 where="task.kind",
                 hint="run it from Python with securefedcollm.simulate_own: see docs/training.md",
             )
@@ -219,7 +223,7 @@ class Adapter(Section, frozen=True):
         says("The layers that get an adapter: `all-linear`, or names such as [q_proj, v_proj]."),
     ] = "all-linear"
     top_layers: Annotated[
-        Count | None, says("Adapts only so many of the last layers; all of them if left out.")
+        Count | None, says("Number of last layers that get an adapter. If left out, all layers do.")
     ] = None
     layout: Annotated[
         Hex32 | None, says("Pins names and shapes of the adapter's values (a digest).")
@@ -227,9 +231,9 @@ class Adapter(Section, frozen=True):
     max_abs: Annotated[
         Positive,
         says(
-            "Largest absolute value of the global adapter: a silo refuses one outside before it "
-            "touches data. Tuning makes values of about 1; far larger ones are made to look at "
-            "rounding."
+            "Largest absolute value in the global adapter. A silo refuses an adapter with a "
+            "larger value before it touches data. Tuning gives values of about 1; an attacker "
+            "would use far larger ones to read rounding errors."
         ),
     ] = MAX_ABS
 
@@ -238,15 +242,15 @@ class Local(Section, frozen=True):
     """Tuning inside a silo, per round.
 
     In joint DP-SGD (``privacy.noise: distributed`` with ``unit: record`` or ``subject``) all silos
-    take every step together. The optimiser is made anew in every round; in joint DP-SGD it is the
-    server's and goes on.
+    take every step together. Each silo makes its optimiser anew in every round. In joint DP-SGD the
+    optimiser is the server's and keeps its state.
     """
 
     batch_size: Annotated[
         Count,
         says(
-            "Records (or subjects) in a step. With DP-SGD the expected size of a Poisson batch; "
-            "in joint DP-SGD that of all silos together."
+            "Records (or subjects) in a step. With DP-SGD it is the expected size of a Poisson "
+            "batch, and in joint DP-SGD that of all silos together."
         ),
     ]
     learning_rate: Annotated[Positive, says("Learning rate of the silos' optimiser.")]
@@ -264,10 +268,17 @@ class Local(Section, frozen=True):
     ] = "answer"
     max_grad_norm: Annotated[
         Positive | None,
-        says("Clips the gradient of a whole batch, where no privacy clips single ones."),
+        says(
+            "Clips the gradient of a whole batch, in studies where privacy does not clip "
+            "single gradients."
+        ),
     ] = None
     micro_batch: Annotated[
-        Count, says("Records whose gradients are in memory at a time: less memory, more passes.")
+        Count,
+        says(
+            "Number of records whose gradients are in memory at a time. A smaller "
+            "number takes less memory and more passes."
+        ),
     ] = 64
     sampling_rate: Annotated[
         Annotated[float, Meta(gt=0, le=1)] | None,
@@ -280,34 +291,36 @@ class Local(Section, frozen=True):
     reply_slot: Annotated[
         Annotated[float, Meta(gt=0, le=86_400)] | None,
         says(
-            "Seconds. A silo answers only at the end of the slot of that length that it is in, "
-            "counted from the request: the duration of training, which depends on the records, no "
-            "longer shows. Choose more than a round (in joint DP-SGD: a step) takes. If left out, "
-            "silos answer at once."
+            "Seconds. Time since the request is divided into slots of this length, and a silo "
+            "answers only at the end of a slot. This hides how long it trains, which depends "
+            "on the records. Choose more than a round (in joint DP-SGD: a step) takes. If left "
+            "out, silos answer at once."
         ),
     ] = None
     epochs: Annotated[
         Annotated[float, Meta(gt=0, le=10_000)] | None,
         says(
-            "In place of `steps`: passes over a silo's own records in a round, in whole batches. "
-            "Not with DP-SGD, whose cost follows from steps that all know."
+            "Instead of `steps`: passes over a silo's own records in a round, in whole "
+            "batches. DP-SGD cannot use epochs, because its cost follows from steps that all "
+            "know."
         ),
     ] = None
     schedule: Annotated[
         Schedule,
         says(
-            "The learning rate over all rounds together: it stays, or falls to nothing on a "
-            "line (`linear`) or a `cosine`."
+            "How the learning rate changes over all rounds together: it stays constant, or "
+            "falls to zero on a line (`linear`) or a `cosine`."
         ),
     ] = "constant"
     warmup: Annotated[
-        Fraction, says("The first part of all steps, in which the learning rate rises.")
+        Fraction, says("Fraction of all steps, at the beginning, in which the learning rate rises.")
     ] = 0.0
     weight_decay: Annotated[
         Annotated[float, Meta(ge=0)],
         says(
-            "Each step takes learning rate × this × the weight from every trained weight (AdamW); "
-            "with `sgd` it is added to the gradient, which is the same."
+            "Each step subtracts learning rate × this × the weight from every trained weight "
+            "(AdamW). With `sgd` the product is added to the gradient, which has the same "
+            "effect."
         ),
     ] = 0.0
 
@@ -318,27 +331,27 @@ class Distillation(Section, frozen=True):
     loss: Annotated[
         Literal["entropy-pooled", "dual-min-ce", "mutual-kl", "none"],
         says(
-            "`entropy-pooled`: both models learn a mixture of their predictions, weighted by "
-            "which of them is surer. `dual-min-ce`: both learn the prediction of the better one, "
-            "prompt by prompt (FedMKT). `mutual-kl`: the losses of the FedCoLLM paper (arXiv "
-            "2411.11707, eq. 3 and 4). `none`: each is tuned on the labelled public questions "
-            "alone."
+            "`entropy-pooled`: both models learn a mixture of their predictions, in which the "
+            "more confident one weighs more. `dual-min-ce`: both learn the prediction of the "
+            "better one, prompt by prompt (FedMKT). `mutual-kl`: the losses of the FedCoLLM "
+            "paper (arXiv 2411.11707, eq. 3 and 4). `none`: each is tuned on the labelled "
+            "public questions alone."
         ),
     ] = "entropy-pooled"
     over: Annotated[
         Literal["choices", "answer", "all"],
         says(
-            "What the predictions are about: the choices of a question (`choices`), every token "
-            "of the answer over the whole vocabulary (`answer`), or the tokens of the prompt as "
-            "well (`all`).",
+            "What the models predict in distillation: the choices of a question (`choices`), "
+            "every token of the answer over the whole vocabulary (`answer`), or the tokens of "
+            "the prompt as well (`all`).",
             needed="there is an LLM and `task.kind` is instruction or text",
         ),
     ] = "choices"
     top_k: Annotated[
         Count | None,
         says(
-            "Keeps only so many tokens of every frozen target (of `entropy-pooled` and "
-            "`dual-min-ce`), for a vocabulary or model too large to keep more."
+            "Number of tokens that every frozen target keeps (of `entropy-pooled` and "
+            "`dual-min-ce`), where the vocabulary or model is too large to keep all."
         ),
     ] = None
     steps: Annotated[Count, says("Steps of the server's phase in a round.")] = 40
@@ -351,7 +364,7 @@ class Distillation(Section, frozen=True):
     learning_rate_slm: Annotated[Positive, says("Learning rate of the small model.")] = 2e-3
     learning_rate_llm: Annotated[Positive, says("Learning rate of the large model.")] = 4e-3
     weight: Annotated[
-        Positive, says("λ: weight of distillation beside the loss on labelled questions.")
+        Positive, says("λ: weight of distillation, relative to the loss on labelled questions.")
     ] = 1.0
     temperature: Annotated[
         Positive, says("Temperature of both predictions: the higher, the softer.")
@@ -361,13 +374,17 @@ class Distillation(Section, frozen=True):
         says("The divergence D(teacher, own): KL, its reverse, or Jensen–Shannon."),
     ] = "forward"
     sharpness: Annotated[
-        Positive, says("With `entropy-pooled`: how much it counts which model is surer.")
+        Positive, says("With `entropy-pooled`: how much more the more confident model weighs.")
     ] = 3.0
     schedule: Annotated[
-        Schedule, says("Both learning rates over the server's steps of all rounds, as in `local`.")
+        Schedule,
+        says(
+            "How both learning rates change over the server's steps of all rounds, as in `local`."
+        ),
     ] = "constant"
     warmup: Annotated[
-        Fraction, says("The first part of those steps, in which the learning rates rise.")
+        Fraction,
+        says("Fraction of those steps, at the beginning, in which the learning rates rise."),
     ] = 0.0
     weight_decay: Annotated[
         Annotated[float, Meta(ge=0)], says("As in `local`, for both models (AdamW).")
@@ -375,33 +392,37 @@ class Distillation(Section, frozen=True):
 
 
 class Keep(Section, frozen=True):
-    """Which round's adapters are kept beside the last round's, and when a run ends early.
+    """Which round's adapters are kept in addition to the last round's, and when a run ends early.
 
-    No private record has a say: what is measured was released anyway, on public questions.
+    No private record has a say: the server measures released models on public questions.
     """
 
     best: Annotated[
         Literal["slm", "llm"],
-        says("The model by which rounds are compared; `adapters-best/` is the best round's end."),
+        says(
+            "The model by which rounds are compared. `adapters-best/` gets the best round's "
+            "adapters."
+        ),
     ] = "slm"
     metric: Annotated[
         Literal["loss", "accuracy"],
         says(
             "The best round has the least `loss` (mean negative log-probability of the right "
-            "choice, or per token) or the greatest `accuracy`; the earliest of equal ones."
+            "choice, or per token) or the greatest `accuracy`. Of equal rounds the earliest "
+            "wins."
         ),
     ] = "loss"
     rows: Annotated[
         Annotated[int, Meta(ge=1, le=1_000_000)],
         says(
-            "Public questions with answers, drawn by the study's seed, that the server measures "
-            "every round on and never distils from."
+            "Number of public questions with answers on which the server measures every round. "
+            "It draws them by the study's seed and never distils from them."
         ),
     ] = 64
     patience: Annotated[
         Annotated[int, Meta(ge=1, le=10_000)] | None,
         says(
-            "The run ends after so many rounds in a row without a better one, and silos settle "
-            "for the rounds that were run. If left out, all rounds are run."
+            "The run ends after this number of rounds in a row without a better one, and silos "
+            "settle for the rounds that were run. If left out, all rounds are run."
         ),
     ] = None

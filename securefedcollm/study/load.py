@@ -50,7 +50,7 @@ class StrictLoader(yaml.SafeLoader):
         else:
             self._sizes[id(node)] = self._nodes - before
         if self._nodes > _MAX_NODES:
-            raise ConfigError("its aliases unfold to too much", hint="write the values out")
+            raise ConfigError("its aliases unfold to too much", hint="write out the values")
         self._depth -= 1
         return node
 
@@ -125,10 +125,10 @@ def _written(key: str, value: Any) -> str:
 
 
 def study_from_tree(tree: Any) -> Study:
-    """A checked study from plain dictionaries (as YAML or JSON gives them)."""
+    """A checked study from plain dictionaries, as YAML or JSON gives them."""
     if not isinstance(tree, dict):
         raise ConfigError(
-            "a study is a mapping of keys", where="study", hint="see configs/quickstart.yaml"
+            "a study must be a mapping of keys", where="study", hint="see configs/quickstart.yaml"
         )
     check_plain(tree)
     if tree.get("privacy") == "none":
@@ -179,7 +179,8 @@ def _read(path: Path) -> str:
         raise ConfigError(
             "there is no such file",
             where=str(path),
-            hint=f"give a study's file, or the name of one of ours: {', '.join(known)}",
+            hint="give a study's file, or the name of one that comes with securefedcollm: "
+            f"{', '.join(known)}",
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
@@ -195,7 +196,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
         line = f" (line {mark.line + 1})" if mark else ""
         problem = getattr(error, "problem", None) or "not valid YAML"
         raise ConfigError(
-            f"{problem}{line}", where=where, hint="mend the YAML syntax at that line"
+            f"{problem}{line}", where=where, hint="correct the YAML syntax at that line"
         ) from None
     except ConfigError as error:
         raise ConfigError(error.message, where=where, hint=error.hint) from None
@@ -207,7 +208,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
         ) from None
     if not isinstance(tree, dict):
         raise ConfigError(
-            "a study is a mapping of keys", where=where, hint="see configs/quickstart.yaml"
+            "a study must be a mapping of keys", where=where, hint="see configs/quickstart.yaml"
         )
     return tree
 

@@ -17,7 +17,7 @@ class Silos(Section, frozen=True):
     minimum: Annotated[
         Annotated[int, Meta(ge=2)] | None,
         says(
-            "Survivors that a round needs for its sum to be opened at all. Default: "
+            "Fewest survivors with which a round's sum may be opened. Default: "
             "`aggregation.threshold`."
         ),
     ] = None
@@ -40,14 +40,14 @@ class Adaptive(Section, frozen=True):
 
     quantile: Annotated[
         Annotated[float, Meta(gt=0, lt=1)],
-        says("Share of the updates that should not be clipped."),
+        says("Fraction of the updates that should not be clipped."),
     ] = 0.5
     learning_rate: Annotated[Positive, says("How fast the clip norm follows.")] = 0.2
     count_noise: Annotated[
         Annotated[float, Meta(gt=1)],
         says(
-            "Noise on the count relative to the study's noise multiplier; 10 costs the updates "
-            "half a percent more noise."
+            "Noise on the count, relative to the study's noise multiplier. At 10 the updates "
+            "get half a percent more noise."
         ),
     ] = 10.0
 
@@ -80,23 +80,23 @@ class Privacy(Section, frozen=True):
     ] = "record"
     subject: Annotated[
         Annotated[str, Meta(min_length=1)] | None,
-        says("The column that says whose a record is.", needed="`unit` is subject"),
+        says("The column that names the subject of a record.", needed="`unit` is subject"),
     ] = None
     noise: Annotated[
         Literal["local", "distributed"],
         says(
-            "Who adds the noise: each silo enough by itself (`local`, against everybody), or all "
-            "silos a share of it (`distributed`, against the server and `silos.colluders` "
-            "others). Distributed noise for records or subjects is joint DP-SGD: one secure sum a "
-            "step.",
+            "Who adds the noise. `local`: each silo adds enough by itself; this protects "
+            "against everybody. `distributed`: every silo adds a share; this protects against "
+            "the server and `silos.colluders` other silos. Distributed noise for records or "
+            "subjects is joint DP-SGD: one secure sum a step.",
             needed="`unit` is silo: distributed",
         ),
     ] = "local"
     clip_norm: Annotated[
         Positive,
         says(
-            "L2 norm that bounds what one unit contributes: per step, or per round for a silo "
-            "(then it equals `aggregation.clip_norm`)."
+            "L2 norm that bounds the contribution of one unit: per step, or per round for a "
+            "silo (then it equals `aggregation.clip_norm`)."
         ),
     ] = 1.0
     adaptive: Annotated[
@@ -111,44 +111,45 @@ class Aggregation(Section, frozen=True):
     clip_norm: Annotated[
         Positive,
         says(
-            "L2 norm that bounds a silo's whole update: a larger one is scaled down, and its silo "
-            "warned. `study check --propose-clip` proposes one. Joint DP-SGD sums "
-            "gradients instead, which `privacy.clip_norm` bounds."
+            "L2 norm that bounds a silo's whole update. A larger update is scaled down, and "
+            "its silo gets a warning. `study check --propose-clip` proposes a value. Joint "
+            "DP-SGD sums gradients instead, which `privacy.clip_norm` bounds."
         ),
     ] = 1.0
     scheme: Annotated[
         Literal["masking", "ckks"],
         says(
-            "`masking`: pairwise masks; survives dropouts at every step. `ckks`: threshold "
-            "homomorphic encryption; every participant must stay until the sum is open, or the "
-            "others repeat it."
+            "`masking`: pairwise masks; silos may drop out at every step. `ckks`: homomorphic "
+            "encryption. Under a threshold key every silo must stay until the sum is open, or "
+            "the others repeat it."
         ),
     ] = "masking"
     ckks: Annotated[
         CkksSet,
         says(
-            "`precise` gives exact sums at 20 bytes a value; `compact` has an error that `study "
-            "check` prints, at 13 bytes, and much less flooding noise."
+            "`precise` gives exact sums at 20 bytes a value. `compact` takes 13 bytes, has an "
+            "error that `study check` prints, and has much less flooding noise."
         ),
     ] = "precise"
     key_model: Annotated[
         Literal["threshold", "authority"],
         says(
-            "Who holds the CKKS key. `threshold`: all make it and nobody holds it. `authority`: a "
-            "participant with the role authority holds it and opens one sum a round, of "
-            "`silos.minimum` silos or more; silos may drop out at every step. Together with the "
-            "server it could open single updates."
+            "Who holds the CKKS key. `threshold`: all silos make it and nobody holds it. "
+            "`authority`: a participant with the role authority holds it and opens one sum a "
+            "round, of `silos.minimum` silos or more; silos may drop out at every step. "
+            "Together with the server it could open single updates."
         ),
     ] = "threshold"
     value_bits: Annotated[
         Annotated[int, Meta(ge=8)],
-        says("Least precision of one coordinate inside the clip norm, in bits."),
+        says("Minimum precision of one coordinate within the clip norm, in bits."),
     ] = 16
     threshold: Annotated[
         Annotated[int, Meta(ge=2)] | None,
         says(
-            "Silos that must take part in unmasking. Default: the smallest number that a lying "
-            "server cannot split, ⌊(count + colluders) / 2⌋ + 1."
+            "Silos that must take part in unmasking. Default: ⌊(count + colluders) / 2⌋ + 1, "
+            "the smallest number for which a lying server cannot split the silos into two such "
+            "groups."
         ),
     ] = None
 
@@ -157,5 +158,5 @@ class Participant(Section, frozen=True):
     """One line of the roster: an organisation."""
 
     name: Annotated[Name, says("The organisation's name.")]
-    role: Annotated[Literal["server", "silo", "authority"], says("What it does in the study.")]
+    role: Annotated[Literal["server", "silo", "authority"], says("Its part in the study.")]
     key: Annotated[Hex32, says("Its Ed25519 public key (hex), from `securefedcollm identity`.")]

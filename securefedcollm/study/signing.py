@@ -1,6 +1,6 @@
-"""Who agreed to a study: Ed25519 signatures over its canonical form, in a DSSE envelope.
+"""Participants' Ed25519 signatures over a study's canonical form, in a DSSE envelope.
 
-The envelope (https://github.com/secure-systems-lab/dsse, v1) lies beside the study as
+The envelope (https://github.com/secure-systems-lab/dsse, v1) is next to the study as
 ``STUDY.signatures.json`` and grows by one signature per participant. It is verified against the
 roster inside the signed study; a key that is not on the roster proves nothing.
 """
@@ -38,7 +38,7 @@ class Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
 
 
 def signatures_path(study_file: Path) -> Path:
-    """Where the signatures of a study file lie."""
+    """Path of the signatures of a study file."""
     return study_file.with_name(study_file.name + ".signatures.json")
 
 
@@ -82,7 +82,7 @@ def sign_study(study: Study, name: str, key: SigningKey, path: Path) -> Envelope
 
 
 def encode_envelope(envelope: Envelope) -> bytes:
-    """What is written to the file."""
+    """The envelope as the file's bytes."""
     return msgspec.json.format(msgspec.json.encode(envelope)) + b"\n"
 
 

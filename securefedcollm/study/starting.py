@@ -1,4 +1,4 @@
-"""A study to start from: what follows from a few choices, and defaults for the rest."""
+"""A study to start from: a few choices, what follows from them, and defaults for the rest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LARGEST_JOINT_BATCH: Final = 512
 
 
 class Choices(NamedTuple):
-    """What nobody can choose for the participants."""
+    """The choices that nobody can make for the participants."""
 
     name: str
     kind: Kind
@@ -28,7 +28,8 @@ class Choices(NamedTuple):
     scheme: SchemeName
     silos: int
     records: int
-    """Of the smallest silo, about (or subjects): the batch follows from it."""
+    """Approximate number of records (or subjects) of the smallest silo; the batch follows from
+    it."""
     epsilon: float
     delta: float
 
@@ -104,5 +105,5 @@ def _local(chosen: Choices, learning_rate: float) -> dict[str, Any]:
 
 
 def _tenth(units: int, most: int) -> int:
-    """A tenth of the records amplifies privacy well."""
+    """A batch of a tenth of the records amplifies privacy well."""
     return max(1, min(most, units // 10))

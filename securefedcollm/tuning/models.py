@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -231,10 +234,11 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
-    """Write a transformers directory (safetensors, tokenizer, config) that ``path:`` reads.
+@contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes ``directory`` when all went well.
 
-    Written beside its final place and renamed, so that a killed process leaves no half model.
+    Filled beside its final place and renamed, so that a killed process leaves no half model.
 
     Raises:
         StateError: the directory is not empty or cannot be written.
@@ -245,10 +249,11 @@ def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
             raise StateError(
                 f"{directory} is not empty", hint="choose a new directory, or remove that one"
             )
-        partial.mkdir(parents=True, exist_ok=True)
-        with quiet_transformers():
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for file in partial.iterdir():  # safetensors lets nobody else read its files
+            file.chmod((partial / "config.json").stat().st_mode)
         if directory.is_dir():
             directory.rmdir()
         partial.rename(directory)
@@ -257,6 +262,19 @@ def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
             f"{directory} cannot be written ({error.strerror or type(error).__name__})",
             hint="choose a directory on a disk with room, where this user may write",
         ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
+    """Write a transformers directory (safetensors, tokenizer, config) that ``path:`` reads.
+
+    Raises:
+        StateError: the directory is not empty or cannot be written.
+    """
+    with new_directory(directory) as fresh, quiet_transformers():
+        model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
 
 
 def _load_builtin(name: str, dtype: Dtype, cache_dir: Path, progress: Progress) -> tuple[Any, Any]:

@@ -55,6 +55,15 @@ def token_windows(texts: Sequence[str], tokenizer: Any, length: int) -> Tensor:
     return torch.tensor(stream[: count * length]).reshape(count, length)
 
 
+def begun(windows: Tensor, tokenizer: Any) -> Tensor:
+    """Windows int64 [N, L] → [N, L + 1] with the token that the tokenizer begins every text with.
+
+    Unchanged if there is none. Some models, as Gemma, are lost without it.
+    """
+    first = tokenizer("a")["input_ids"][0]
+    return F.pad(windows, (1, 0), value=first) if first == tokenizer.bos_token_id else windows
+
+
 def perplexity(model: Any, windows: Tensor, batch_size: int = 4) -> float:
     """exp of the mean next-token cross-entropy over windows int64 [N, L]."""
     total = 0.0

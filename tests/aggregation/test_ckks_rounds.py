@@ -232,18 +232,18 @@ def test_secrets_are_dropped_not_shown_not_copied(capfd) -> None:
     played = Round(made).until(Step.UNMASK)
     side = played.silos["silo-001"]
     assert repr(side) == "CkksSiloRound(silo='silo-001', step=unmask)"
-    assert repr(side._secrets) == "CkksSecrets(<redacted>)"
-    assert repr(side._shares) == "KeyShares(<redacted>)"
+    kept = side._secrets
+    assert repr(kept.own) == "CkksSecrets(<redacted>)"
+    assert repr(kept.shares) == "KeyShares(<redacted>)"
     for copied in (copy.copy, copy.deepcopy, pickle.dumps):
-        for secret in (side, side._secrets, side._shares):
+        for secret in (side, kept.own, kept.shares):
             with pytest.raises(TypeError, match="neither copied nor pickled"):
                 copied(secret)
-    assert not side._secrets._vector.size  # encrypted: no longer needed
+    assert not kept.own._vector.size  # encrypted: no longer needed
     with pytest.raises(LocalProtocolError, match="no ciphertext to upload"):
-        side._secrets.take_upload()
+        kept.own.take_upload()
     played.exchange()
-    assert side._secrets is side._shares is None
-    assert not side._seconds
+    assert side._secrets is None
     assert side.step is Step.DONE
     upload = played.received[Step.UPLOAD, "silo-001"]
     decoded = msgspec.msgpack.decode(upload, type=ckks_messages.CipherUpload)
@@ -258,7 +258,7 @@ def test_no_frame_holds_the_secret_key_or_the_vector() -> None:
     made = cohort(3, values=4096)
     played = Round(made).until(Step.UPLOAD)
     side = played.silos["silo-002"]
-    ring, shares = ckks_messages.ring_of(made.header), side._shares
+    ring, shares = ckks_messages.ring_of(made.header), side._secrets.shares
     shares._secrets[0][0].save(shares._seal._out.path)
     key = shares._seal._content(4096)
     assert len(np.unique(key)) > 4000

@@ -187,7 +187,7 @@ def test_a_ciphertext_that_was_never_one_is_refused_though_committed_to(upload, 
     SEAL would load the first as a valid, empty vector."""
     made = cohort(4)
     played = Round(made)
-    secrets = played.silos[OTHER]._secrets
+    secrets = played.silos[OTHER]._secrets.own
 
     secrets.encrypt, secrets.take_upload = lambda joint: upload, lambda: upload
     with pytest.raises(AbandonedError) as caught:

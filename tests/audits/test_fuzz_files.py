@@ -103,7 +103,7 @@ GREEDY = [
 """Each had an accountant run for minutes, or ask for terabytes."""
 
 
-TOO_MUCH = r"no run releases|more than can be worked out"
+TOO_MUCH = r"no run releases|more than can be computed"
 
 
 def forged(path, name, kind, **changes):

@@ -51,9 +51,7 @@ def real_bundles(tmp_path_factory):
             return roles.silo_session(members[name], work, progress=progress, threads=1)
 
         with EmbeddedEngine(SILOS, party, workers=0, progress=silent) as engine:
-            roles.coordinate(
-                members["server"], engine, ArithmeticServer(), silent, lambda record: None
-            )
+            roles.coordinate(members["server"], engine, ArithmeticServer())
         found = {}
         for name, member in members.items():
             found[name] = directory / f"{name}.zip"

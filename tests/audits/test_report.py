@@ -158,7 +158,7 @@ def test_accuracy_stands_beside_epsilon_if_the_run_s_results_are_given(record_bu
     page = to_html(report, case)
     assert "<hard>" not in page
     text = Reader(page).text
-    assert "no signature covers it" in text
+    assert "No signature covers it" in text
     assert "FedAvg 70.0 –" in text
     assert 'aria-label="Accuracy of the small model by ε charged so far"' in page
 
@@ -297,7 +297,7 @@ def test_what_is_left_of_a_budget(record_bundle):
 
     def said(**changes):
         page = to_html(change(report, silos=[change(silo, **changes)]), case)
-        return page[page.index("<h3>Budgets") : page.index("Spent is all")]
+        return page[page.index("<h3>Budgets") : page.index("“ε spent” is everything")]
 
     assert f">{down(silo.left)}<" in said()
     assert ">used up<" in said(left=0.0)

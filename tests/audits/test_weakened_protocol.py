@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import count
 
 import pytest
-from securefedcollm_audits import cohort, server_attacks, silo_attacks
+from securefedcollm_audits import cohort, key_attacks, silo_attacks
 
 from securefedcollm.aggregation.masking import keys
 from securefedcollm.aggregation.masking.silo import SiloRound
@@ -13,11 +13,11 @@ from securefedcollm.primitives import sha256
 
 
 def test_mask_seeds_of_32_bits_are_caught_however_they_are_folded(monkeypatch):
-    monkeypatch.setattr(server_attacks, "BIRTHDAY", 1 << 17)  # enough for these two, and faster
+    monkeypatch.setattr(key_attacks, "BIRTHDAY", 1 << 17)  # enough for these two, and faster
     real = keys.self_mask_key
     for fold in (lambda s: s[:4] + bytes(28), lambda s: sha256(s)[:4] + bytes(28)):
         monkeypatch.setattr(keys, "self_mask_key", lambda s, *rest, f=fold: real(f(s), *rest))
-        outcome = server_attacks.narrow_seed()
+        outcome = key_attacks.narrow_seed()
         assert not outcome.held
         assert "masks repeat" in outcome.learnt[0]
 
@@ -35,10 +35,10 @@ def test_a_seed_with_32_random_bits_is_caught(monkeypatch):
             )
 
     monkeypatch.setattr(cohort, "SiloRound", Narrow)
-    assert not server_attacks.narrow_seed().held
+    assert not key_attacks.narrow_seed().held
 
 
-@pytest.mark.parametrize("case", [server_attacks.middleman, silo_attacks.bad_signatures])
+@pytest.mark.parametrize("case", [key_attacks.middleman, silo_attacks.bad_signatures])
 def test_keys_that_nobody_signed_are_caught(monkeypatch, case):
     assert case().held
     monkeypatch.setattr("securefedcollm.aggregation.checks.verify", lambda *any_signature: None)

@@ -11,7 +11,7 @@ from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError
-from securefedcollm.federation.compare import compare_runs
+from securefedcollm.experiment.compare import compare_runs
 from tests.support.inputs import make_inputs
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -11,11 +11,13 @@ from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError
-from securefedcollm.federation.arms import teacher_answers
+from securefedcollm.experiment.answers import teacher_answers
+from securefedcollm.experiment.experiment import Experiment
+from securefedcollm.experiment.rows import arms
 from securefedcollm.federation.dealing import deal
-from securefedcollm.federation.experiment import Experiment, arms
-from securefedcollm.federation.simulate import Simulation
 from securefedcollm.federation.workload import silent
+from securefedcollm.simulation.plan import ExperimentPlan, SimulationPlan
+from securefedcollm.simulation.simulate import Simulation
 from securefedcollm.study import load_study
 from tests.support.inputs import make_inputs
 
@@ -32,7 +34,7 @@ def inputs(tmp_path_factory):
 def plan(inputs, out, *overrides, **options):
     study = load_study(inputs / "tiny.yaml", [*QUICK, *overrides])
     options = {"seeds": 1, "workers": 0, "data": inputs} | options
-    return Experiment(study, out=out, **options)
+    return Experiment(study, ExperimentPlan(out=out, **options))
 
 
 def silent_say(text):
@@ -85,7 +87,8 @@ def test_a_killed_experiment_continues_and_its_numbers_are_those_of_the_runs(inp
     assert list(rows) == [("slm", method) for method in slm] + [("llm", method) for method in llm]
     # A run by itself, which has nothing from the rows before it, ends with the same adapters.
     single = Simulation(
-        load_study(out / "study.yaml"), out=tmp_path / "one", data=inputs, workers=0
+        load_study(out / "study.yaml"),
+        SimulationPlan(out=tmp_path / "one", data=inputs, workers=0),
     ).run(silent, silent_say)
     for model in ("slm", "llm"):
         name = f"adapters/{model}/adapter_model.safetensors"

@@ -9,20 +9,21 @@ from __future__ import annotations
 import json
 import logging
 import re
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
 from securefedcollm_cli.main import app, report
 from securefedcollm_cli.progress import Bars
-from securefedcollm_cli.roles import _print_round
+from securefedcollm_cli.role_words import print_round
 from typer.testing import CliRunner
 
 from securefedcollm.errors import SecureFedCoLLMError
-from securefedcollm.federation.compare import Comparison, Difference, Run
-from securefedcollm.federation.compare_page import write_plot
+from securefedcollm.experiment.compare import Comparison, Difference, Run
+from securefedcollm.experiment.compare_page import write_plot
+from securefedcollm.experiment.page import markdown, plot
 from securefedcollm.federation.engines import Failure
-from securefedcollm.federation.experiment_page import markdown, plot
 from securefedcollm.federation.messages import Refused, encode
 from securefedcollm.foreign import log_to_stderr
 from securefedcollm.privacy.events import Gaussian
@@ -80,7 +81,7 @@ def test_the_server_prints_a_silos_refusal_and_goes_on(tmp_path, capsys, printed
             tmp_path,
             recorded_study(rounds=2),
             wrap=lambda e: Rude(e, answer),
-            on_round=lambda record: _print_round(record, 2, bars, False),
+            on_round=partial(print_round, 2, bars, False),
         ).go()
     err = capsys.readouterr().err
     assert_harmless(err)

@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.federation.keeping import best_round
-from securefedcollm.federation.simulate import Simulation
 from securefedcollm.federation.workload import silent
 from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.simulation.plan import SimulationPlan
+from securefedcollm.simulation.simulate import Simulation
 from securefedcollm.study import load_study
 from tests.support.inputs import make_inputs
 
@@ -61,8 +62,8 @@ def test_the_best_round_is_kept_across_a_kill_and_rows_are_not_distilled_from(in
 
     def run(out, **more):
         say = more.pop("say", lambda text: None)
-        plan = Simulation(study, out=out, data=inputs, workers=0, baselines=(), **more)
-        return plan.run(silent, say)
+        plan = SimulationPlan(out=out, data=inputs, workers=0, baselines=(), **more)
+        return Simulation(study, plan).run(silent, say)
 
     def killed(text):
         raise KeyboardInterrupt

@@ -221,3 +221,21 @@ def test_evaluate_measures_questions_by_subject(base: Path, tmp_path: Path) -> N
     file.write_text(json.dumps({"question": "ab", "choices": ["c", "d"]}) + "\n")
     with pytest.raises(DataError, match=r"test.jsonl:1: field 'answer' is missing"):
         run(*command)
+
+
+def test_import_of_a_gguf_file(tmp_path: Path) -> None:
+    """What is in such files is tests/tuning/test_gguf.py's matter; here, what a user sees."""
+    import gguf
+
+    file = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_tensor("output_norm.weight", torch.zeros(8).numpy())
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file):
+        step()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(DataError, match=r"m\.gguf: "):
+        run("import", file, "--out", tmp_path / "out")
+    with pytest.raises(DataError, match="has the SHA-256"):
+        run("import", file, "--out", tmp_path / "out", "--sha256", "00" * 32)
+    assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 import yaml
-from securefedcollm_cli import roles as cli_roles
+from securefedcollm_cli import role_client
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
@@ -409,7 +409,7 @@ def test_the_training_loss_is_of_the_records_that_take_part(study, tmp_path, mon
     home, data = tmp_path / "silo-2", directory / "dealt/silo-2.jsonl"
     shutil.copytree(study[1]["silo-2"], home)
     (home / "kit" / "startup").mkdir(parents=True, exist_ok=True)
-    monkeypatch.setattr(cli_roles, "serve", lambda *_, **more: None)  # no server ever asks
+    monkeypatch.setattr(role_client, "serve", lambda *_, **more: None)  # no server ever asks
     words = ["client", path, "--data", data, "--models", directory, "--home", home, "--yes"]
     words += ["--records", "skip", "--training-loss", "--json"]
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from securefedcollm.errors import ProtocolError
-from securefedcollm.federation import coordinator, roles
+from securefedcollm.federation import roles, summing
 from securefedcollm.federation.plan import quantiser
+from securefedcollm.federation.roles import frames
 from tests.support import joint
 from tests.support.arithmetic import NAMES, SIZE, ArithmeticServer, make_study
 from tests.support.client_level import CLIP, charged
@@ -93,7 +94,7 @@ class Leaving:
 def test_an_abandoned_attempt_is_no_failure_but_below_the_quorum_there_is_no_sum(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(coordinator, "MAX_ATTEMPTS", 1)
+    monkeypatch.setattr(summing, "MAX_ATTEMPTS", 1)
     made = study(rounds=1)
     assert made.quorum == 3
     run = Run(tmp_path / "a", made, wrap=lambda e: Leaving(e, {UPLOAD: "silo-3"}))
@@ -154,7 +155,7 @@ def test_the_quantiser_is_the_scheme_s_own():
 def test_every_reply_is_within_what_the_server_waits_for(tmp_path, monkeypatch, plan, colluders):
     """A silo is not waited for that announces more (``largest_reply``); honest ones are below it.
     That holds here with hardly any of the reserve for many silos' lists."""
-    monkeypatch.setattr(roles, "SLACK", 16 * 1024)
+    monkeypatch.setattr(frames, "SLACK", 16 * 1024)
     taps = []
     made = make_study(
         rounds=1,

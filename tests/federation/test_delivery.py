@@ -77,7 +77,7 @@ def go(members, wrap, server=None):
         hostile = Hostile(engine, wrap)
         server = server or ArithmeticServer()
         with contextlib.suppress(SecureFedCoLLMError):
-            roles.coordinate(members["server"], hostile, server, silent, lambda r: None)
+            roles.coordinate(members["server"], hostile, server)
     return hostile, server
 
 
@@ -287,7 +287,7 @@ def test_a_silo_that_did_not_vouch_is_asked_again_before_it_is_sent_home(tmp_pat
         party = partial(_silo, members)
         with EmbeddedEngine(SILOS, party, workers=0, progress=silent) as engine:
             lossy, server = Lossy(engine, lambda request: request), ArithmeticServer()
-            roles.coordinate(members["server"], lossy, server, silent, lambda r: None)
+            roles.coordinate(members["server"], lossy, server)
         assert len(lost) == 2
         assert len(lossy.answers[SILOS[0]]) == 1
         assert len(lossy.answers[SILOS[1]]) == 2

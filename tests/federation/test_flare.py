@@ -26,7 +26,7 @@ from securefedcollm.federation.charged import ChargedTraining
 from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.engines.door import Door, Wire
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
-from securefedcollm.federation.engines.flare.engine import FlareEngine
+from securefedcollm.federation.engines.flare.engine import FlareEngine, Kits, Waits
 from securefedcollm.federation.engines.flare.job import APP
 from securefedcollm.federation.engines.flare.kit import (
     approve_request,
@@ -202,7 +202,6 @@ def calm_run(study, directory) -> np.ndarray:
         workload=workload,
         store=RunStore(directory, study.digest, resume=False),
         evidence=server_record(directory),
-        progress=silent,
     ).run()
     return workload.theta
 
@@ -351,11 +350,9 @@ def engine(homes):
     home = homes["server"]
     with FlareEngine(
         SILOS,
-        minimum=1,
-        server=installed(home, "server"),
-        lead=installed(home, "server", lead=True),
+        kits=Kits(installed(home, "server"), installed(home, "server", lead=True)),
+        waits=Waits(minimum=1, patience=60),
         sign=partial(sign_request, SERVER, STUDY),
-        patience=60,
         progress=silent,
     ) as engine:
         yield engine

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from securefedcollm.federation.experiment import compare
-from securefedcollm.federation.intervals import interval, resampled_means
+from securefedcollm.experiment.intervals import interval, resampled_means
+from securefedcollm.experiment.rows import compare
 
 
 def test_one_seed_gives_the_textbook_interval_of_a_mean():

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 import securefedcollm as sfc
 from securefedcollm.errors import SecureFedCoLLMError, StateError, TrainingError
-from securefedcollm.federation.own import Tensors
 from securefedcollm.hf import SiloTrainer
+from securefedcollm.simulation.own import Tensors
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 LOOP, TRAINER = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
@@ -278,7 +278,7 @@ def test_the_command_line_says_where_such_a_study_runs(tmp_path: Path) -> None:
         assert isinstance(told.exception, sfc.ConfigError)
         assert "simulate_own" in told.exception.hint
     told = CliRunner().invoke(app, ["study", "check", str(path)])
-    assert "code of their own" in told.output
+    assert "their own code" in told.output
     assert "rank" not in told.output
 
 

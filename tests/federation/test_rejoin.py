@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ from securefedcollm_audits.verify import verify
 
 from securefedcollm.errors import QuorumError, TransportError
 from securefedcollm.evidence.bundle import make_bundle
-from securefedcollm.federation import coordinator, roles
+from securefedcollm.federation import roles, summing
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.engines.flare import presence
-from securefedcollm.federation.engines.flare.presence import Presence
+from securefedcollm.federation.engines.flare.presence import Presence, Waits
+from securefedcollm.federation.hooks import Hooks, nobody_arrives
 from securefedcollm.federation.messages import (
     BeginRound,
     Deliver,
@@ -68,7 +70,15 @@ class Unwilling:
         return self.session.step(frame)
 
 
-def go(members, wrap, rejoined=None, sessions=None, refused=(), **more):
+def go(
+    members,
+    wrap,
+    rejoined=None,
+    sessions=None,
+    arrived=nobody_arrives,
+    refused=(),
+    **more,
+):
     """``refused``: the first silo refuses requests of this kind."""
 
     def party(name, progress):
@@ -82,9 +92,7 @@ def go(members, wrap, rejoined=None, sessions=None, refused=(), **more):
             members["server"],
             losing,
             ArithmeticServer(),
-            silent,
-            lambda done: None,
-            rejoined or losing.rejoined,
+            Hooks(rejoined=rejoined or losing.rejoined, arrived=arrived),
             **more,
         )
     return losing, record
@@ -234,7 +242,7 @@ def test_who_does_not_come_back_ends_the_run(tmp_path):
 
 def test_who_comes_and_goes_is_not_waited_for_for_ever(tmp_path, monkeypatch):
     """Adversary: a silo, against the others' patience: they answer 64 attempts at a sum."""
-    monkeypatch.setattr(coordinator, "MAX_REJOINS", 4)
+    monkeypatch.setattr(summing, "MAX_REJOINS", 4)
     waits = []
     with (
         members_of(tmp_path) as members,
@@ -271,9 +279,7 @@ class Door(Presence):
         self.there, self.said, self.ended = (lambda: {SILOS[1]}), [], []
         super().__init__(
             SILOS,
-            minimum=2,
-            patience=600.0,
-            rejoin=1.5,
+            Waits(minimum=2, patience=600.0, rejoin=1.5),
             connected=lambda: self.there(),
             end_job=lambda: self.ended.append(True),
             progress=silent,
@@ -293,7 +299,7 @@ def test_a_job_waits_for_the_minimum_as_long_as_it_was_told_to(door):
         door.wait_for(frozenset())
     assert door.said == ["waiting up to 2 s for silo-1, silo-3 to come back"]
     assert not door.rejoined({SILOS[0]}, 1)
-    door.rejoin, start = 60.0, time.monotonic()
+    door.waits, start = replace(door.waits, rejoin=60.0), time.monotonic()
     door.there = lambda: set(SILOS) if time.monotonic() > start + 0.5 else {SILOS[1]}
     assert door.wait_for(frozenset()) == set(SILOS)
     assert door.rejoined({SILOS[0]}, 1)

@@ -143,10 +143,8 @@ def test_a_run_leaves_at_every_home_what_status_and_auditors_need(tmp_path, sche
         names = [*SILOS, *(["auditor"] if scheme == "authority" else [])]
         server = members["server"]
         with EmbeddedEngine(names, party, workers=0, progress=silent) as engine:
-            record = roles.coordinate(
-                server, engine, ArithmeticServer(), silent, lambda r: None, track="tensorboard"
-            )
-            again = roles.coordinate(server, engine, ArithmeticServer(), silent, lambda r: None)
+            record = roles.coordinate(server, engine, ArithmeticServer(), track="tensorboard")
+            again = roles.coordinate(server, engine, ArithmeticServer())
     for done, numbers in zip(record["rounds"], tool.rounds.values(), strict=True):
         assert numbers["accuracy/slm all"] == done["evaluation"]["slm/all"]
     assert record["finished"]
@@ -224,10 +222,10 @@ def test_silos_are_not_sent_home_before_a_quorum_vouches_for_the_evidence(tmp_pa
         with EmbeddedEngine(SILOS, party, workers=0, progress=silent) as engine:
             lossy = Unvouched(engine, reply, times=3)  # after each of two rounds, and at the end
             with pytest.raises(QuorumError, match=f"fewer than 3 silos vouch .*{reason}"):
-                roles.coordinate(server, lossy, ArithmeticServer(), silent, lambda r: None)
+                roles.coordinate(server, lossy, ArithmeticServer())
             assert not any(session.over for session in sessions.values())
             assert (server.run / "results.json").exists()
-            record = roles.coordinate(server, lossy, ArithmeticServer(), silent, lambda r: None)
+            record = roles.coordinate(server, lossy, ArithmeticServer())
     assert record["finished"]
     assert all(session.over for session in sessions.values())
     bundle = tmp_path / "server.zip"

@@ -20,6 +20,7 @@ from securefedcollm.federation.messages import (
     Aggregate,
     Aggregated,
     BeginRound,
+    EndRun,
     Refused,
     Trained,
     decode_reply,
@@ -238,6 +239,25 @@ def test_an_inner_frame_before_a_round_and_a_repeated_round_are_refused(tmp_path
     assert isinstance(reply_to(silo, begin(1)), Trained)
     assert isinstance(reply_to(silo, begin(1)), Refused)
     assert isinstance(reply_to(silo, begin(0, attempt=5)), Refused)
+
+
+@pytest.mark.parametrize("frame", [b"\xc1", "a second attempt", "the end"])
+def test_an_attempt_that_is_over_leaves_no_secrets(tmp_path, frame):
+    """Adversary: whoever gets hold of the silo's process when its part is done."""
+    silo = make_silo("silo-1", silent, study=make_study(), directory=tmp_path)
+    reply_to(silo, begin(0))
+    side = silo._side
+    words = side._secrets.buffer.words
+    assert words.any()
+    reply_to(
+        silo,
+        {"a second attempt": begin(0, attempt=1), "the end": encode(EndRun(b"r" * 16))}.get(
+            frame, frame
+        ),
+    )
+    assert side._secrets is None
+    assert not words.any()
+    assert (silo._side is not None) == (frame == "a second attempt")
 
 
 def test_a_server_cannot_burn_the_budget_on_models_and_rounds_that_it_never_sums(tmp_path):

@@ -13,7 +13,9 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation import roles
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
+from securefedcollm.federation.hooks import Hooks
 from securefedcollm.federation.messages import BeginRound, decode_request
+from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.workload import silent
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.ledger import Ledger
@@ -54,7 +56,9 @@ def begin(members, private=True):
     with EmbeddedEngine(SILOS, party, workers=0, progress=silent) as engine:
         engine = UntilRound2(engine)
         with pytest.raises(Killed):
-            roles.coordinate(members["server"], engine, ArithmeticServer(), silent, told.append)
+            roles.coordinate(
+                members["server"], engine, ArithmeticServer(), Hooks(on_round=told.append)
+            )
     assert len(told) == 1
 
 
@@ -110,7 +114,7 @@ def test_the_same_records_go_on_and_pay_once(tmp_path):
             return session(members[name], ArithmeticSilo(name))
 
         with EmbeddedEngine(SILOS, party, workers=0, progress=silent) as engine:
-            roles.coordinate(members["server"], engine, ArithmeticServer(), silent, lambda r: None)
+            roles.coordinate(members["server"], engine, ArithmeticServer())
         for name in SILOS:
             entries = [(e.key.round, e.key.attempt, e.state) for e in charges(members[name])]
             assert entries == [(0, 0, "settled"), (1, 0, "settled")]
@@ -135,5 +139,5 @@ def test_a_session_that_was_opened_before_the_other_began_takes_no_part(tmp_path
 
 
 def _next(members):
-    store = roles.RunStore(members["server"].run, members["server"].study.digest, resume=True)
+    store = RunStore(members["server"].run, members["server"].study.digest, resume=True)
     return BeginRound(store.run_id, 1, 1, b"l" * 32, memoryview(b""))

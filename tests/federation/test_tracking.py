@@ -175,7 +175,7 @@ def test_a_whole_run_tells_what_its_record_holds_and_catches_up(tmp_path, monkey
     tool = Memory()
     monkeypatch.setattr(tracking, "TensorBoard", lambda directory: tool.open())
     monkeypatch.setattr(tracking, "require_tracker", lambda kind: None)
-    monkeypatch.setattr("securefedcollm.federation.simulate.require_tracker", lambda kind: None)
+    monkeypatch.setattr("securefedcollm.simulation.simulate.require_tracker", lambda kind: None)
     out = tmp_path / "run"
     history = simulate(tmp_path, out)
     assert tool.rounds == {}

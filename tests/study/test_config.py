@@ -215,7 +215,7 @@ def test_what_a_task_without_choices_cannot_have():
     ("text", "message"),
     [
         ("a: [", "line 1"),
-        ("- a\n- b\n", "a study is a mapping"),
+        ("- a\n- b\n", "a study must be a mapping"),
         ("study: a\nstudy: b\n", "'study' is given twice \\(line 2\\)"),
         ("x" * (2 << 20), "over 1 MiB"),
         ("\udc80", "cannot be read"),

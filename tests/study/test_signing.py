@@ -75,7 +75,7 @@ def test_a_plain_key_must_be_the_one_that_the_file_names(tmp_path):
     _, path = make(tmp_path, "north")
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"key": "11" * 32}))
-    with pytest.raises(CryptoError, match="does not hold the key"):
+    with pytest.raises(CryptoError, match="holds another key than it names"):
         open_identity(read_identity(path), None)
 
 
@@ -97,7 +97,7 @@ def test_an_identity_that_others_may_read_is_refused(tmp_path):
 
 def test_identities_are_never_overwritten_and_names_are_checked(tmp_path):
     make(tmp_path, "north")
-    with pytest.raises(ConfigError, match="there is an identity already"):
+    with pytest.raises(ConfigError, match="an identity exists already"):
         make(tmp_path, "north")
     with pytest.raises(ConfigError, match="no participant name"):
         create_identity("No Name", tmp_path / "y.json", None)

@@ -177,7 +177,7 @@ class Unwritten(EvidenceLog):
 
 
 def silo_record(name):
-    return SiloRecord(Unwritten(), name=name, key=KEYS[name], roster=ROSTER, server=b"")
+    return SiloRecord(Unwritten(), key=KEYS[name], roster=ROSTER, server=b"")
 
 
 def server_record(directory):

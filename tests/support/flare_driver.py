@@ -16,10 +16,11 @@ from pathlib import Path
 from securefedcollm.aggregation import Step
 from securefedcollm.federation import coordinator, roles
 from securefedcollm.federation.engines.door import Door
-from securefedcollm.federation.engines.flare.engine import FlareEngine
+from securefedcollm.federation.engines.flare.engine import FlareEngine, Kits, Waits
 from securefedcollm.federation.engines.flare.kit import installed
 from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
 from securefedcollm.federation.engines.link import answer_calls
+from securefedcollm.federation.hooks import Hooks
 from securefedcollm.federation.workload import silent
 from securefedcollm.study import load_study
 from tests.support.arithmetic import ArithmeticServer, ArithmeticSilo
@@ -78,12 +79,10 @@ def server(home: Path, study_file: Path, when: int | None) -> None:
         workload = MortalServer(when)
         engine = FlareEngine(
             member.roster.names,
-            minimum=study.minimum,
-            server=installed(home, member.name),
-            lead=installed(home, member.name, lead=True),
+            kits=Kits(installed(home, member.name), installed(home, member.name, lead=True)),
+            waits=Waits(minimum=study.minimum, patience=90),
             sign=roles.sign_for(member),
             session=roles.session_of(member),
-            patience=90,
             progress=silent,
             say=partial(print, flush=True),
             largest=dict.fromkeys(member.roster.names, roles.largest_reply(study, workload)),
@@ -96,11 +95,8 @@ def server(home: Path, study_file: Path, when: int | None) -> None:
                 member,
                 engine,
                 workload,
-                silent,
-                lambda record: None,
-                engine.rejoined,
+                Hooks(rejoined=engine.rejoined, arrived=engine.arrived),
                 linger=linger,
-                arrived=engine.arrived,
             )
 
 

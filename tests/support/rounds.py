@@ -50,7 +50,6 @@ class Run:
             workload=self.server,
             store=self.store,
             evidence=server_record(directory),
-            progress=silent,
             authority=authority_of(study, AUTHORITY_KEY.public),
         )
 

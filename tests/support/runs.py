@@ -14,6 +14,7 @@ from securefedcollm.federation.charged import ChargedTraining
 from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.files import write_durably
+from securefedcollm.federation.hooks import Hooks
 from securefedcollm.federation.keeping import BEST, best_round
 from securefedcollm.federation.plan import AUTHORITY, authority_of, silo_unit, sums_to_an_end
 from securefedcollm.federation.records import SERVER, AuthorityRecord, ServerRecord, SiloRecord
@@ -101,7 +102,6 @@ def make_silo(name, progress, *, study, directory, fails=()):
         ChargedTraining(study, name, workload, SiloStore(home), ledger, progress=progress),
         SiloRecord(
             log,
-            name=name,
             key=KEYS[name],
             roster=ROSTER,
             server=SERVER_KEY.public,
@@ -151,8 +151,7 @@ class RecordedRun:
             engine=wrap(self.engine),
             workload=self.server,
             store=self.store,
-            progress=silent,
-            on_round=on_round,
+            hooks=Hooks(on_round=on_round),
             evidence=ServerRecord(
                 self.log,
                 key=SERVER_KEY,

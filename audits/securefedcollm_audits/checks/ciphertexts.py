@@ -1,4 +1,4 @@
-"""CKKS rounds: who signed which ciphertext, what was vouched for, and what the authority opened."""
+"""CKKS rounds: signatures over ciphertexts, agreements, and the authority's openings."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from securefedcollm_audits.verdict import Check, Faults
 
 
 def ciphertexts(case: Case, wrong: Faults) -> str:
-    """Adversary: a server that has something else decrypted than the sum of the ciphertexts that
-    silos committed to; or that writes down signatures which nobody gave."""
+    """Adversary: a server that has something other than the sum of the committed ciphertexts
+    decrypted; or that writes down signatures which nobody gave."""
     if case.study.scheme == "masking":
         raise NotCovered("the study's scheme is masking: there are no ciphertexts")
     signatures = openings = 0
@@ -48,7 +48,7 @@ def _opened(log: list[Entry]) -> Iterator[tuple[Entry, Opening | Decrypted]]:
 
 
 class _Opened:
-    """One opening, checked as silos and authority have checked it while it was under way."""
+    """One opening, checked in the same way as silos and authority checked it during the round."""
 
     def __init__(
         self,
@@ -136,8 +136,8 @@ class _Opened:
 
 
 def authority(case: Case, wrong: Faults) -> str:
-    """Adversary: a server that tells silos of another sum than was opened; an authority that tells
-    different parties different things."""
+    """Adversary: a server that reports another sum to silos than was opened; an authority that
+    tells different parties different things."""
     if not case.keyed:
         raise NotCovered("no party holds a key of its own in this study")
     public = case.key(AUTHORITY)

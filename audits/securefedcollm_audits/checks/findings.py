@@ -9,8 +9,8 @@ from securefedcollm_audits.verdict import Check, Faults
 
 
 def audits(case: Case, wrong: Faults) -> str:
-    """Adversary: whoever carried out an audit and calls its result better than it was. That the
-    audit was carried out at all is the word of whoever signed the log."""
+    """Adversary: a participant that carried out an audit and reports a better result. Only the
+    signer of the log vouches that the audit was carried out at all."""
     names, others = [], 0
     for owner, log in case.logs.items():
         for entry, what in of(log, Audited):

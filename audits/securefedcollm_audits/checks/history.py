@@ -1,7 +1,7 @@
-"""What the server alone could leave out, write off or misdate: its log against the others'.
+"""The server's log against the others': what the server alone could omit, write off or misdate.
 
-These lies need nobody else's key, and the server's log is consistent in itself. What gives them
-away is what silos, and the authority, have in their own.
+These lies need nobody else's key, and the server's log is consistent in itself. The logs of silos,
+and of the authority, reveal them.
 """
 
 from __future__ import annotations
@@ -145,8 +145,7 @@ def _openable(case: Case) -> set[int]:
 
 
 def clocks(case: Case, wrong: Faults) -> str:
-    """Adversary: a server that writes other times than those at which it did something; anybody
-    whose clock runs backwards."""
+    """Adversary: a server that writes false times; a participant whose clock runs backwards."""
     for log in case.logs.values():
         for entry, latest in zip(log[1:], accumulate(map(_time, log), max), strict=False):
             if _time(entry) < latest - STEP_BACK:
@@ -165,7 +164,7 @@ def _time(entry: Entry) -> int:
 
 
 def _against_witnesses(case: Case, wrong: Faults) -> int:
-    """What silos vouched for had happened by then, and the rest had not."""
+    """Entries that silos vouched for had happened by then, and the rest had not."""
     latest = list(accumulate(case.server, partial(max, key=_dated)))
     earliest = list(accumulate(case.server[::-1], partial(min, key=_dated)))[::-1]
     compared = 0

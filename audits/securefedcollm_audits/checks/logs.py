@@ -1,4 +1,4 @@
-"""Who signed what: the study, the logs and their heads, the witnesses, the software."""
+"""Signatures: the study, the logs and their heads, the witnesses, the software."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from securefedcollm_audits.verdict import Check, Faults
 
 
 def study_signed(case: Case, wrong: Faults) -> str:
-    """Adversary: whoever writes a study in other people's names, or changes a signed one."""
+    """Adversary: somebody who writes a study in other people's names, or changes a signed one."""
     study, envelope = case.study, case.bundle.envelope
     if not study.roster:
         if envelope is not None:
@@ -82,8 +82,8 @@ def _roster(case: Case, wrong: Faults) -> None:
 
 
 def heads(case: Case, wrong: Faults) -> str:
-    """Adversary: whoever had the files in between, without the owner's key; and the owner, who
-    rewrote what an earlier head covered."""
+    """Adversary: somebody who had the files in between, without the owner's key; and the owner, who
+    rewrote entries under an earlier head."""
     signed = 0
     for name, found in case.bundle.heads.items():
         place = f"heads/{name}.json"
@@ -197,7 +197,7 @@ def same_code(case: Case, wrong: Faults) -> str:
 
 
 def bill_of_materials(case: Case, wrong: Faults) -> str:
-    """Adversary: whoever swaps the bill of materials for one without the vulnerable library."""
+    """Adversary: somebody who swaps in a bill of materials without the vulnerable library."""
     case.need_server()
     raw, opened = case.bundle.sbom, case.opened.get(SERVER)
     if raw is None or opened is None or opened.sbom is None:

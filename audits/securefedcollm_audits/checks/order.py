@@ -126,7 +126,7 @@ class _ServerLog:
         return ""
 
     def _impossible(self, score: float | None) -> str:
-        """Adversary: a server that makes up what ends a run. Within these bounds it still can."""
+        """Adversary: a server that makes up the end of a run. Within these bounds it still can."""
         keep = self._study.keep
         if score is None:
             return ""

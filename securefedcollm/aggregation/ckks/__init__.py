@@ -1,1 +1,1 @@
-"""Sums under homomorphic encryption (CKKS): what both key models share."""
+"""Sums under homomorphic encryption (CKKS): the common parts of both key models."""

@@ -26,7 +26,7 @@ from securefedcollm.primitives import sha256
 
 _PREFIX: Final = b"securefedcollm/v1/ckks-"
 _SLACK: Final = 64 * 1024
-"""Room for everything in a frame but polynomials, digests and signatures of MAX_SILOS silos."""
+"""Room for everything in a frame except polynomials, digests and signatures of MAX_SILOS silos."""
 
 
 def ring_of(header: RoundHeader) -> CkksRing:
@@ -130,7 +130,7 @@ class CipherUpload(Message, frozen=True, tag="cipher-upload"):
 
 
 class PieceList(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What a member committed to, and what of it the receiver is to multiply with its secrets.
+    """A member's committed digests, and the polynomials for the receiver's secrets.
 
     Args:
         first: digest of all its first polynomials.
@@ -185,7 +185,7 @@ class Partial(Signed, frozen=True, tag="partial"):
 
 
 def frame_limit(parameters: RingParameters, ring: CkksRing, polynomials: int) -> int:
-    """Greatest frame that holds so many polynomials and, for each silo, a digest of each of its
+    """Largest frame with this number of polynomials and, for each silo, a digest of each of its
     second polynomials and of its key parts for each silo."""
     shape = ring.shape(parameters.values, parameters.colluders)
     digests = parameters.silos * 40 * (shape.seconds + parameters.silos)
@@ -214,7 +214,7 @@ def key_commitment(header: bytes, index: int, digests: Sequence[bytes]) -> bytes
 
 
 def commitments_digest(header: bytes, entries: Sequence[KeyCommitment]) -> bytes:
-    """After K0: who may take part, with which key parts."""
+    """After K0: the silos that may take part, and their key parts."""
     return sha256(_PREFIX, b"commitments\0", header, *_said(entries))
 
 
@@ -224,12 +224,12 @@ def key_id(commitments: bytes, entries: Sequence[KeyPart]) -> bytes:
 
 
 def cipher_root(key: bytes, index: int, first: bytes, seconds: bytes) -> bytes:
-    """What a silo commits to in K2: digest of the first polynomials, digests of the second."""
+    """A silo's commitment in K2: digest of the first polynomials, digests of the second."""
     return sha256(_PREFIX, b"cipher\0", key, index_bytes(index), first, seconds)
 
 
 def transcript(key: bytes, entries: Sequence[Sealed]) -> bytes:
-    """After K2: the ciphertexts of which the sum consists. What members sign in K4."""
+    """After K2: the ciphertexts that make up the sum. Members sign this in K4."""
     return sha256(_PREFIX, b"transcript\0", key, *_said(entries))
 
 

@@ -1,4 +1,4 @@
-"""What a key holder does before it helps to open a sum: it reads polynomials, and keeps a record.
+"""A key holder's work before it helps to open a sum: it reads polynomials, and keeps a record.
 
 The holder is every silo (threshold), or the authority. The adversary is the server together with up
 to c silos, as in :mod:`~.checks`.
@@ -32,7 +32,7 @@ def read(data: bytes, ring: CkksRing, rows: int, name: str) -> Residues:
 
 
 def accumulate(total: Residues, data: bytes, ring: CkksRing, name: str) -> None:
-    """Add what ``name`` sent to ``total``, uint64 [k, N], in place.
+    """Add the polynomials that ``name`` sent to ``total``, uint64 [k, N], in place.
 
     Raises:
         RemoteProtocolError: not as many polynomials; ``name`` is accused.
@@ -46,10 +46,10 @@ def accumulate(total: Residues, data: bytes, ring: CkksRing, name: str) -> None:
 def record_opening(journal: Journal, header: RoundHeader, names: Sequence[str], step: Step) -> None:
     """Write down that the sum of ``names`` is about to be opened; refuse if it must not be.
 
-    Adversary: a server that opens two sums of a round; their difference would bare the silos in
-    which they differ. One set of silos is opened in a round, whatever the attempt. Or a server that
-    opens the same sum over and over, to average the flooding noise out. ``MOST_OPENINGS`` attempts
-    may do that.
+    Adversary: a server that opens two sums of a round; their difference would reveal the silos in
+    which they differ. So one set of silos is opened in a round, in every attempt. Or a server that
+    opens the same sum over and over, to average out the flooding noise. So ``MOST_OPENINGS``
+    attempts may open it.
     """
     record_once(journal, b"open:" + header.round_scope, names_digest(names), step)
     for number in range(MOST_OPENINGS):

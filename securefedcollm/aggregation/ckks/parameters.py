@@ -56,8 +56,8 @@ MOST_FLOOD_BITS: Final = 40
 
 MOST_OPENINGS: Final = 3
 """How often a participant helps to open one sum. Every opening shows the same sum with other noise,
-and the advantage stated by :meth:`CkksRing.advantage` is that of all of them. An honest server that
-crashes or loses a silo while a sum is opened has as many attempts in a row."""
+and :meth:`CkksRing.advantage` counts all of them. An honest server that crashes or loses a silo
+while a sum is opened has as many attempts in a row."""
 
 MOST_KEYS: Final = 64
 """Keeps frames of key parts below 260 MB with 128 silos."""
@@ -134,7 +134,7 @@ class CkksRing(msgspec.Struct, frozen=True):
 
     @property
     def greatest_error(self) -> float:
-        """The error that honest silos never exceed, in units of v; below 1/2 the sum is exact."""
+        """The largest error with honest silos, in units of v; below 1/2 the sum is exact."""
         noise = _greatest_noise(self.silos, self.holders, self.flood_bits)
         return noise / 2.0**self.scale_bits
 

@@ -2,8 +2,8 @@
 
 A polynomial is a row of N = 4096 residues modulo q, uint64. SEAL's own format never crosses the
 wire: its loader is not made for hostile bytes (``b""`` loads as an empty vector, a flipped bit goes
-unnoticed). What arrives here is checked for its exact length and for residues below q, and is then
-a polynomial, whatever it decrypts to.
+unnoticed). Code here checks the exact length and that residues are below q. The bytes are then a
+polynomial, whatever it decrypts to.
 
 Bytes of a polynomial. For q < 2^60: sixteen planes of N/16 residues; fifteen lie in the low 60 bits
 of N·15/16 little-endian 64-bit words, and the sixteenth in their top four bits, a nibble in each
@@ -100,7 +100,7 @@ def pack(residues: Residues, ring: CkksRing) -> bytes:
 def unpack(data: bytes | memoryview, ring: CkksRing, rows: int) -> Residues:
     """Read ``rows`` polynomials.
 
-    Adversary: whoever wrote ``data``.
+    Adversary: the author of ``data``.
 
     Raises:
         CryptoError: not exactly that many bytes, or a residue that is not below q.
@@ -145,7 +145,7 @@ def check_length(vector: npt.NDArray[np.int64], values: int) -> None:
 
 
 def check_vector(vector: npt.NDArray[np.int64], ring: CkksRing) -> None:
-    """Refuse what must not be encrypted.
+    """Refuse a vector that must not be encrypted.
 
     Raises:
         LocalProtocolError: wrong type, or a value out of bounds: the caller's clipping failed, and
@@ -212,7 +212,7 @@ def _beyond(integers: npt.NDArray[np.int64], limit: int) -> bool:
 
 
 def hash_to_ring(seed: bytes, ring: CkksRing) -> Residues:
-    """A polynomial [1, N] that everybody derives from ``seed`` and nobody chose.
+    """A polynomial [1, N] that everybody derives from ``seed`` and nobody can choose.
 
     The AES-256-CTR keystream of SHA-256(seed), cut to the bits of q; values not below q are
     rejected, so the rest are uniform.

@@ -1,7 +1,7 @@
-"""What the coordinators of both CKKS schemes do alike with ciphertexts.
+"""The handling of ciphertexts that the coordinators of both CKKS schemes share.
 
 The adversary is up to c malicious silos and the network: every ciphertext is bound to the
-commitment before it, and what is added up is polynomials, whatever they decrypt to.
+commitment before it, and only polynomials are added up, whatever they decrypt to.
 """
 
 from __future__ import annotations

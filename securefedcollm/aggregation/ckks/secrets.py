@@ -1,5 +1,4 @@
-"""What a silo, or an authority, keeps to itself during one attempt of CKKS aggregation, and the
-uses it has."""
+"""The secrets of a silo, or of an authority, in one attempt of CKKS aggregation, and their uses."""
 
 from __future__ import annotations
 
@@ -110,8 +109,8 @@ class CkksSecrets:
 class KeyShares:
     """A key holder's secrets of one attempt: some of its own for every silo's keys.
 
-    The holder is the authority, or every silo. A colluder can have the secrets that its upload is
-    multiplied with read out of the opened sum; they are no other silo's.
+    The holder is the authority, or every silo. A colluder can read the secrets that its upload is
+    multiplied with out of the opened sum. They belong to no other silo.
 
     Args:
         silos: number of silos on the roster.

@@ -2,9 +2,9 @@
 
 It relays, adds uploads into one accumulator as they arrive, and opens the sum. This code is the
 honest server; the silos' safety does not rest on it (:mod:`~.masking.silo`). It guards the result:
-the adversary here is up to c malicious silos and whoever sits on the network. A sum is opened only
-if every rebuilt secret matches what its owner published, and every wrong frame or share is laid at
-one silo's door. What it cannot see is a vector within bounds that is not honest.
+the adversary here is up to c malicious silos and attackers on the network. It opens a sum only if
+every rebuilt secret matches the value that its owner published, and it names the silo of every
+wrong frame or share. It cannot detect a dishonest vector within bounds.
 """
 
 from __future__ import annotations
@@ -274,11 +274,11 @@ class CoordinatorRound(AttendedRound):
         }
 
     def _rebuild(self) -> tuple[dict[int, bytes], dict[int, AgreementKey]]:
-        """Survivors' seeds and dropouts' mask keys, each checked against what its owner published.
+        """Survivors' seeds and dropouts' mask keys, checked against their owners' values.
 
         Adversary: a dealer whose shares lie on no polynomial of the agreed degree, or on that of
         another secret. Every share here matches the dealer's own commitment, so a wrong secret is
-        the dealer's doing.
+        the dealer's fault.
         """
         responders = sorted(self._unmasks)[: self._parameters.threshold]
         lagrange = shamir.weights(responders)

@@ -24,21 +24,21 @@ _PREFIX: Final = b"securefedcollm/v1/"
 
 
 def roll_digest(header: bytes, advertisements: Sequence[Advertise]) -> bytes:
-    """Transcript after R0: who takes part, with which keys."""
+    """Transcript after R0: the participants and their keys."""
     return sha256(
         _PREFIX, b"roll\0", header, *(entry.signed() + entry.signature for entry in advertisements)
     )
 
 
 def delivery_digest(roll: bytes, statements: Sequence[Statement]) -> bytes:
-    """Transcript after R1: whose masks are in the sum, and what each of them committed to."""
+    """Transcript after R1: the silos whose masks are in the sum, and their commitments."""
     return sha256(
         _PREFIX, b"delivery\0", roll, *(sha256(s.signed(), s.signature) for s in statements)
     )
 
 
 def parcel_digest(parcel: Parcel) -> bytes:
-    """What a dealer's statement holds for one parcel."""
+    """A dealer's digest of one parcel, for its statement."""
     return sha256(_PREFIX, b"parcel\0", parcel.encode())
 
 
@@ -77,7 +77,7 @@ def seed_commitment(header: bytes, dealer: int, seed: bytes) -> bytes:
 
 
 def share_commitment(header: bytes, dealer: int, holder: int, kind: Kind, share: bytes) -> bytes:
-    """Commitment to one share, so that a wrong share shows who is wrong: dealer or holder.
+    """Commitment to one share, so that a wrong share shows whose fault it is: dealer's or holder's.
 
     Hiding: below the threshold any one share is uniform over the 257-bit field.
     """

@@ -5,8 +5,8 @@ stream's next bytes are generated into one scratch buffer and added or subtracte
 cost is that of the raw AES-256-CTR keystream plus one cached addition. The keystream is seekable,
 so threads take disjoint parts of the vector; both the cipher and NumPy release the GIL.
 
-A mask is the whole 64-bit word: masked words are uniform for whoever lacks one key of the sum, at
-any width of the packed fields.
+A mask is the whole 64-bit word. So masked words are uniform for a party that lacks one key of the
+sum, at any width of the packed fields.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Parcel(Message, frozen=True, tag="parcel"):
 
 
 class Statement(Signed, frozen=True, tag="statement"):
-    """What a dealer signs about its dealing: everyone on the roll gets the same one.
+    """A dealer's signed statement about its dealing; everyone on the roll gets the same one.
 
     ``parcels`` holds the digest of the parcel for each silo on the roll, in order, so a holder can
     tell a parcel that the relay altered from one that the dealer made badly.
@@ -112,7 +112,7 @@ class Refusal(Signed, frozen=True, tag="refusal"):
 
 
 class Survey(Message, frozen=True, tag="survey"):
-    """Server → silo, R3: whose vectors are in the sum, and who was lost after dealing."""
+    """Server → silo, R3: the silos whose vectors are in the sum, and those lost after dealing."""
 
     LIMIT: ClassVar[int] = 1024
 

@@ -103,8 +103,9 @@ def unpack(words: Words, parameters: RingParameters, count: int) -> Vector:
 
     Raises:
         ProtocolError: a field is greater than ``count`` honest vectors can make it, or a bit that
-            no field owns is set: some silo uploaded what is not a packed vector within bounds. The
-            masks hide which. (What stays within bounds cannot be told from honest values.)
+            no field owns is set: some silo uploaded something other than a packed vector within
+                bounds. The masks hide which. (What stays within bounds cannot be told from honest
+                values.)
     """
     w, bits = parameters.words, parameters.field_bits
     result = np.empty(parameters.values, dtype=np.int64)

@@ -1,7 +1,7 @@
 """A silo's parcels: the shares that it seals for the others, and those that they sealed for it.
 
-The relay can neither read a box nor alter it unnoticed. The adversary that remains is a dealer that
-seals something else than it has committed to.
+The relay can neither read a box nor alter it unnoticed. The remaining adversary is a dealer that
+seals something other than it committed to.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class DealerFaultError(Exception):
 
 
 def refuse_key(name: str, error: CryptoError) -> NoReturn:
-    """Adversary: a key of small order fixes the shared secret for everyone to know."""
+    """Adversary: a key of small order fixes the shared secret to a value that everyone knows."""
     raise RemoteProtocolError(
         f"relayed an unusable public key of {name}",
         peer=SERVER,

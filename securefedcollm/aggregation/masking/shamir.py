@@ -1,8 +1,8 @@
 """Shamir's secret sharing of 32-byte secrets (Shamir 1979), in batches.
 
 The field has prime order p = 2^256 + 297, the least prime above 2^256, so any 32-byte string is one
-field element and a share takes 33 bytes. Lagrange weights depend only on who responded: they are
-computed once per responder set, after which each secret costs one dot product.
+field element and a share takes 33 bytes. Lagrange weights depend only on the set of responders.
+They are computed once per set; then each secret costs one dot product.
 
 Shares alone are not checked here: the sum of a wrong share and good ones is a wrong secret. Callers
 check every share against its dealer's commitment and every rebuilt secret against its own.
@@ -70,7 +70,7 @@ def rebuild(shares: Sequence[bytes], lagrange: Sequence[int]) -> bytes:
     """The 32-byte secret from threshold ``shares`` and the :func:`weights` of their holders.
 
     Raises:
-        CryptoError: what comes out is no 32-byte secret: the shares do not belong together.
+        CryptoError: the result is no 32-byte secret: the shares do not belong together.
     """
     total = sum(
         int.from_bytes(share, "big") * weight

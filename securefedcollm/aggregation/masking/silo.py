@@ -2,9 +2,9 @@
 
 Bonawitz et al., CCS 2017, the variant against an active server, hardened. The adversary is the
 server together with up to c silos. It relays every frame, so it may alter, drop, repeat, delay or
-invent any of them, show different silos different things, crash this process and start it again.
-What it must not get is anything about this silo's vector beyond the sum over at least ``min_silos``
-silos of one agreed survivor set. Every check below says what it is against.
+invent any of them, show different silos different things, crash this process and start it again. It
+must learn nothing about this silo's vector beyond the sum over at least ``min_silos`` silos of one
+agreed survivor set. Every check below names its adversary.
 
 Why one answer per silo is enough: with 2t > n + c, any two sets of t responders have an honest silo
 in common. An honest silo gives one answer per step of an attempt, so t signatures exist for one
@@ -18,21 +18,17 @@ a snapshot, as long as all copies share one :class:`~.roles.Journal`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
 
+from securefedcollm.aggregation.answering import AnsweringSilo
 from securefedcollm.aggregation.checks import (
     check_announced,
-    check_identity,
-    check_list,
     check_own,
     check_signatures,
-    record_once,
     refuse,
-    refuse_late,
 )
-from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster, names_digest
+from securefedcollm.aggregation.header import Roster, RoundHeader, names_digest
 from securefedcollm.aggregation.masking import keys, masks, packing, shamir
 from securefedcollm.aggregation.masking.messages import (
     Advertise,
@@ -48,9 +44,9 @@ from securefedcollm.aggregation.masking.messages import (
 )
 from securefedcollm.aggregation.masking.parcels import DealerFaultError, Parcels, refuse_key
 from securefedcollm.aggregation.masking.upload import Upload, UploadBuffer, words_digest
-from securefedcollm.aggregation.messages import UNSIGNED, Ask, Signed, decode, lists_digest, sign
+from securefedcollm.aggregation.messages import UNSIGNED, Ask, decode, lists_digest, sign
 from securefedcollm.aggregation.roles import SERVER, Journal, Transcript
-from securefedcollm.aggregation.steps import TRANSITIONS, Step
+from securefedcollm.aggregation.steps import SILO_STEPS, Step
 from securefedcollm.errors import CryptoError
 from securefedcollm.primitives import (
     KEY_BYTES,
@@ -58,14 +54,13 @@ from securefedcollm.primitives import (
     RandomSource,
     SigningKey,
     equal,
-    sha256,
     well_spelled,
 )
 
 
 @dataclass(repr=False)
 class _Secrets:
-    """Everything that must not outlive the attempt."""
+    """The secrets that must not outlive the attempt."""
 
     buffer: UploadBuffer
     mask_secret: bytes
@@ -73,6 +68,11 @@ class _Secrets:
     seed: bytes
     held: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
     """Dealer -> (seed share, mask-key share) that this silo holds."""
+
+    def close(self) -> None:
+        self.mask_secret = self.share_secret = self.seed = b""
+        self.held.clear()
+        self.buffer.words[:] = 0  # the vector, until it is masked and has left
 
 
 def check_agreements(
@@ -106,7 +106,7 @@ def check_agreements(
             refuse(f"showed {name} other lists than this silo", "report the server")
 
 
-class SiloRound:
+class SiloRound(AnsweringSilo[_Secrets]):
     """Answers the server's five requests, in order, once each. Not thread-safe.
 
     Args:
@@ -115,8 +115,8 @@ class SiloRound:
         name: this silo.
         signing_key: its Ed25519 identity.
         vector: int32 or int64 [d] with abs(q) <= bound; packed at once, not kept.
-        vector_id: 32 bytes that stand for ``vector``: whoever gives the same id in two attempts at
-            a round promises that the vectors are equal, noise included.
+        vector_id: 32 bytes that stand for ``vector``. A caller that gives the same id in two
+            attempts at a round promises that the vectors are equal, noise included.
         journal: durable, shared by every process that may act for this silo.
         random: source of the round's secrets; recorded bytes only in test vectors. Read for the
             mask secret, share secret and seed (32 bytes each), then for the two dealings.
@@ -139,23 +139,20 @@ class SiloRound:
         random: RandomSource = os.urandom,
         threads: int = 1,
     ) -> None:
-        check_roster(header, roster)
-        self._index = check_identity(roster, name, signing_key, vector_id)
-        self._vector_id = vector_id
-        self._header = header
-        self._header_digest = header.digest
-        self._parameters = header.parameters
-        self._roster = roster
-        self._signing_key = signing_key
-        self._journal = journal
+        super().__init__(
+            header=header,
+            roster=roster,
+            name=name,
+            signing_key=signing_key,
+            vector_id=vector_id,
+            journal=journal,
+            steps=SILO_STEPS["masking"],
+        )
         self._random = random
         self._threads = threads
-        self._step = Step.ADVERTISE
         buffer = UploadBuffer(header.parameters)
         packing.pack(vector, header.parameters, buffer.words, threads)
-        self._secrets: _Secrets | None = _Secrets(
-            buffer, random(KEY_BYTES), random(KEY_BYTES), random(KEY_BYTES)
-        )
+        self._secrets = _Secrets(buffer, random(KEY_BYTES), random(KEY_BYTES), random(KEY_BYTES))
         # Public transcript, filled step by step.
         self._own_keys: Advertise
         self._roll: dict[int, Advertise]
@@ -165,11 +162,6 @@ class SiloRound:
         self._delivery_digest = b""
         self._lists: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self._lists_digest = b""
-
-    @property
-    def step(self) -> Step:
-        """The step whose request this silo will answer next."""
-        return self._step
 
     @property
     def transcript(self) -> Transcript:
@@ -183,37 +175,16 @@ class SiloRound:
             dropouts=tuple(self._roster.name(index) for index in dropouts),
         )
 
-    def __repr__(self) -> str:
-        return f"SiloRound(silo={self._roster.name(self._index)!r}, step={self._step.value})"
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a SiloRound holds secrets: it is neither copied nor pickled")
-
     def handle(self, frame: bytes) -> bytes:
-        """Answer the server's next request.
+        """As :meth:`.AnsweringSide.handle`.
 
         A :class:`~.masking.messages.Refusal` in reply to the delivery is an answer too: it names a
         dealer, and this side has then failed.
-
-        Raises:
-            RemoteProtocolError: the request must not be answered; the round is over for this silo.
-            Exception: whatever the journal raises; the round is over for this silo.
         """
-        secrets = self._secrets
-        if secrets is None:
-            refuse_late(self._step)
         try:
-            reply = self._answer(frame, secrets)
+            return super().handle(frame)
         except DealerFaultError as fault:
-            self._finish(Step.FAILED)
             return self._refusal(fault.dealer)
-        except BaseException:
-            self._finish(Step.FAILED)
-            raise
-        self._step = TRANSITIONS[self._step].following
-        if self._step is Step.DONE:
-            self._finish(Step.DONE)
-        return reply
 
     def _answer(self, frame: bytes, secrets: _Secrets) -> bytes:
         match self._step:
@@ -228,15 +199,14 @@ class SiloRound:
             case _:
                 return self._on_opening(decode(Opening, frame, SERVER), secrets)
 
-    def _finish(self, step: Step) -> None:
-        self._step = step
-        self._secrets = None
-
     # R0 ---------------------------------------------------------------------------------------
 
     def _on_ask(self, ask: Ask, secrets: _Secrets) -> bytes:
         check_announced(self._header, ask.header)
-        self._own_keys = sign(
+        # Adversary: a server that crashes this process and has it begin again, to get two sets of
+        # keys signed for one attempt and show them to different silos.
+        self._own_keys = self._say(
+            b"keys:",
             Advertise(
                 header=self._header_digest,
                 index=self._index,
@@ -244,11 +214,7 @@ class SiloRound:
                 mask_public=AgreementKey(secrets.mask_secret).public,
                 share_public=AgreementKey(secrets.share_secret).public,
             ),
-            self._signing_key,
         )
-        # Adversary: a server that crashes this process and has it begin again, to get two sets of
-        # keys signed for one attempt and show them to different silos.
-        self._record(b"keys:" + self._header.attempt_scope, sha256(self._own_keys.signed()))
         return self._own_keys.encode()
 
     # R1 ---------------------------------------------------------------------------------------
@@ -282,7 +248,10 @@ class SiloRound:
         )
         mine = holders.index(self._index)
         secrets.held[self._index] = seed_shares[mine], key_shares[mine]
-        self._own_statement = sign(
+        # Adversary: a server that forks this process and shows its halves different rolls, so that
+        # one set of secrets is shared out twice.
+        self._own_statement = self._say(
+            b"deal:",
             Statement(
                 header=self._header_digest,
                 index=self._index,
@@ -293,11 +262,7 @@ class SiloRound:
                 ),
                 parcels=tuple(keys.parcel_digest(parcel) for parcel in parcels),
             ),
-            self._signing_key,
         )
-        # Adversary: a server that forks this process and shows its halves different rolls, so that
-        # one set of secrets is shared out twice.
-        self._record(b"deal:" + self._header.attempt_scope, sha256(self._own_statement.signed()))
         return Deal(self._own_statement, parcels).encode()
 
     def _parcels(self, secrets: _Secrets) -> Parcels:
@@ -328,9 +293,7 @@ class SiloRound:
         check_own(self._own_statement, own, "a dealing")
         self._delivery_digest = keys.delivery_digest(self._roll_digest, statements)
         self._open_parcels(delivery, secrets)
-        # Adversary: a server that gets two vectors of this silo into two sums over the same
-        # survivors; their difference would be this silo's alone.
-        self._record(b"vector:" + self._header.round_scope, self._vector_id)
+        self._record_vector()
         return self._upload(secrets)
 
     def _open_parcels(self, delivery: Delivery, secrets: _Secrets) -> None:
@@ -456,14 +419,3 @@ class SiloRound:
             shares=shares,
         )
         return sign(unmask, self._signing_key).encode()
-
-    # Checks used by several steps -------------------------------------------------------------
-
-    def _check_members(self, members: Sequence[int], allowed: Iterable[int], what: str) -> None:
-        check_list(members, allowed, self._parameters.quorum, own=self._index, what=what)
-
-    def _check_signatures(self, entries: Iterable[Signed], what: str) -> None:
-        check_signatures(entries, what, self._header_digest, self._roster)
-
-    def _record(self, key: bytes, value: bytes) -> None:
-        record_once(self._journal, key, value, self._step)

@@ -34,7 +34,7 @@ _PIECE_WORDS: Final = 1 << 17  # 1 MiB
 
 
 class Upload(Signed, frozen=True, tag="upload"):
-    """What the signature of an upload covers; never encoded as msgpack.
+    """The content that an upload's signature covers; never encoded as msgpack.
 
     Args:
         delivery: 32-byte digest that fixes whose masks are in the words.

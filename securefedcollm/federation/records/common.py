@@ -64,32 +64,77 @@ def opened(
     )
 
 
-def round_entry(
-    header: RoundHeader,
-    base: bytes,
-    layout: bytes,
-    adapter: bytes | memoryview,
-    mechanism: bytes,
-    clip: Clip,
-) -> Round:
-    """What an attempt at a sum begins with.
+class RoundRecord:
+    """What the records of server and silos have in common: how an attempt at a sum begins.
 
     Args:
-        base, layout, mechanism: digests; ``mechanism`` is empty where the sum is not noised.
-        adapter: the global adapter, float32.
+        server, authority: Ed25519 public keys, 32 bytes; ``authority`` may be empty.
     """
-    return Round(
-        round=header.round,
-        attempt=header.attempt,
-        base=base.hex(),
-        layout=layout.hex(),
-        adapter=sha256(adapter).hex(),
-        mechanism=mechanism.hex() or None,
-        clip=clip,
-        model=header.model_digest.hex(),
-        values=header.parameters.values,
-        header=header.digest.hex(),
-    )
+
+    def __init__(
+        self, log: EvidenceLog, *, roster: Roster, server: bytes, authority: bytes = b""
+    ) -> None:
+        self._log = log
+        self._roster = roster
+        self._server = server
+        self._authority = authority
+
+    def check_base(self, base: bytes) -> None:
+        """Before anything of a round is written, and before a run goes on.
+
+        Adversary: whoever swaps this party's model files between two rounds of a run.
+
+        Raises:
+            ConfigError: an earlier round of this run had another base model.
+        """
+        rounds = (entry.what for entry in reversed(self._log.entries))
+        before = next((what.base for what in rounds if isinstance(what, Round)), base.hex())
+        if before != base.hex():
+            raise ConfigError(
+                f"this base model has the digest {base.hex()[:16]}…, that of this run's earlier "
+                f"rounds {before[:16]}…",
+                where="models.slm",
+                hint="put the files back that the run began with. If a version whose digest "
+                "covered the weights alone began it, finish it with that version, or begin a new "
+                "run",
+            )
+
+    def round(
+        self,
+        header: RoundHeader,
+        base: bytes,
+        layout: bytes,
+        adapter: bytes | memoryview,
+        mechanism: bytes,
+        clip: Clip = None,
+    ) -> None:
+        """Before the model is sent, or trained on.
+
+        Args:
+            base, layout, mechanism: digests; ``mechanism`` is empty where the sum is not noised.
+            adapter: the global adapter, float32.
+        """
+        if not self._log.size:
+            sbom = self._software()
+            self._log.append(opened(header, self._roster, self._server, self._authority, sbom))
+        self._log.append(
+            Round(
+                round=header.round,
+                attempt=header.attempt,
+                base=base.hex(),
+                layout=layout.hex(),
+                adapter=sha256(adapter).hex(),
+                mechanism=mechanism.hex() or None,
+                clip=clip,
+                model=header.model_digest.hex(),
+                values=header.parameters.values,
+                header=header.digest.hex(),
+            )
+        )
+
+    def _software(self) -> bytes | None:
+        """The software bill of materials that lies beside this log, if one does."""
+        return None
 
 
 def ciphertexts_of(sealing: Sealing) -> Ciphertexts:
@@ -136,21 +181,3 @@ def newest_sum(log: EvidenceLog) -> list[Mark]:
                 break
             newest, attempts = entry.what.round, attempts + 1
     return [Mark("evidence log", newest, attempts)] if attempts else []
-
-
-def require_base(log: EvidenceLog, base: bytes) -> None:
-    """Adversary: whoever swaps this party's model files between two rounds of a run.
-
-    Raises:
-        ConfigError: an earlier round of this run had another base model.
-    """
-    rounds = (entry.what for entry in reversed(log.entries))
-    before = next((what.base for what in rounds if isinstance(what, Round)), base.hex())
-    if before != base.hex():
-        raise ConfigError(
-            f"this base model has the digest {base.hex()[:16]}…, that of this run's earlier rounds "
-            f"{before[:16]}…",
-            where="models.slm",
-            hint="put the files back that the run began with. If a version whose digest covered "
-            "the weights alone began it, finish it with that version, or begin a new run",
-        )

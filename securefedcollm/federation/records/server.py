@@ -34,11 +34,8 @@ from securefedcollm.evidence.software import bill_of_materials
 from securefedcollm.federation import messages
 from securefedcollm.federation.files import write_durably
 from securefedcollm.federation.records.common import (
-    Clip,
+    RoundRecord,
     ciphertexts_of,
-    opened,
-    require_base,
-    round_entry,
     word_of,
 )
 from securefedcollm.primitives import SigningKey, sha256
@@ -48,7 +45,7 @@ _messages = logging.getLogger(__name__)
 SBOM = "sbom.json"
 
 
-class ServerRecord:
+class ServerRecord(RoundRecord):
     """The server's side of the evidence.
 
     Args:
@@ -66,11 +63,8 @@ class ServerRecord:
         quorum: int,
         authority: bytes = b"",
     ) -> None:
-        self._log = log
-        self._authority = authority
+        super().__init__(log, roster=roster, server=key.public, authority=authority)
         self._quorum = quorum
-        self._key = key
-        self._roster = roster
         self._proofs: dict[tuple[int, int], list[bytes]] = {}
         """(old, new size) → consistency proof: the same for most silos of a round."""
         self._openings: list[tuple[Opening, messages.Shown]] = []
@@ -112,25 +106,10 @@ class ServerRecord:
         (proof,) = inclusion_proofs(leaves, [at])
         return self._log.head.note, messages.Shown(at, leaves[at], proof)
 
-    def check_base(self, base: bytes) -> None:
-        """Before a run goes on. See :func:`.require_base`."""
-        require_base(self._log, base)
-
-    def round(
-        self,
-        header: RoundHeader,
-        base: bytes,
-        layout: bytes,
-        adapter: bytes | memoryview,
-        mechanism: bytes,
-        clip: Clip = None,
-    ) -> None:
-        """Before the model is sent."""
-        if not self._log.size:
-            sbom = bill_of_materials()
-            write_durably(self._log.path.with_name(SBOM), sbom)
-            self._log.append(opened(header, self._roster, self._key.public, self._authority, sbom))
-        self._log.append(round_entry(header, base, layout, adapter, mechanism, clip))
+    def _software(self) -> bytes:
+        sbom = bill_of_materials()
+        write_durably(self._log.path.with_name(SBOM), sbom)
+        return sbom
 
     def opening(self, header: RoundHeader, seen: Transcript) -> None:
         """Before anybody is asked to unmask."""

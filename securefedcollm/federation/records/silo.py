@@ -40,11 +40,9 @@ from securefedcollm.federation.anchors import check_journal
 from securefedcollm.federation.records.common import (
     SERVER,
     Clip,
+    RoundRecord,
     newest_sum,
     note_refusal,
-    opened,
-    require_base,
-    round_entry,
     word_of,
 )
 from securefedcollm.federation.silostore import Mark, SiloStore
@@ -54,7 +52,7 @@ MOST_HEADS: Final = 64
 """Heads of the server's log that a silo vouches for between two attempts of its own."""
 
 
-class SiloRecord:
+class SiloRecord(RoundRecord):
     """A silo's side of the evidence.
 
     Args:
@@ -66,18 +64,13 @@ class SiloRecord:
         self,
         log: EvidenceLog,
         *,
-        name: str,
         key: SigningKey,
         roster: Roster,
         server: bytes,
         authority: bytes = b"",
     ) -> None:
-        self._log = log
-        self._name = name
+        super().__init__(log, roster=roster, server=server, authority=authority)
         self._key = key
-        self._roster = roster
-        self._server = server
-        self._authority = authority
         self._header: RoundHeader | None = None
 
     @property
@@ -89,10 +82,6 @@ class SiloRecord:
         """Raises: StateError if ``journal`` does not know a step that the log knows."""
         check_journal(self._log, journal, scheme)
 
-    def check_base(self, base: bytes) -> None:
-        """Before anything of a round is written. See :func:`.require_base`."""
-        require_base(self._log, base)
-
     def round(
         self,
         header: RoundHeader,
@@ -102,11 +91,9 @@ class SiloRecord:
         mechanism: bytes,
         clip: Clip = None,
     ) -> None:
-        """Before this silo trains."""
+        """As :meth:`.RoundRecord.round`; :meth:`said` is then about this attempt."""
         self._header = header
-        if not self._log.size:
-            self._log.append(opened(header, self._roster, self._server, self._authority, None))
-        self._log.append(round_entry(header, base, layout, adapter, mechanism, clip))
+        super().round(header, base, layout, adapter, mechanism, clip)
 
     def said(self, side: SiloSide) -> None:
         """After the aggregation's answer was made, before it leaves."""

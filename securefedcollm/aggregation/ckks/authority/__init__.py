@@ -1,1 +1,1 @@
-"""CKKS under keys that one party of its own holds."""
+"""CKKS under keys that a separate party, the authority, holds."""

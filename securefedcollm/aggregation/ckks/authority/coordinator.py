@@ -1,8 +1,9 @@
 """The server's side of one attempt at one round of CKKS aggregation under an authority's key.
 
 It relays, adds first polynomials, and fuses the sum with the authority's partial decryption. The
-safety of silos rests on the authority (:mod:`~.ckks.authority.keyholder`), not on this; what is
-guarded here is the result, against malicious silos and the network. Whoever breaks a rule is named.
+safety of silos rests on the authority (:mod:`~.ckks.authority.keyholder`), not on this module. It
+guards the result, against malicious silos and the network. A participant that breaks a rule is
+named.
 
 The key is not the silos': a silo that is lost at any step is simply not in the sum, as long as a
 quorum has uploaded.
@@ -49,7 +50,7 @@ class CkksAuthorityCoordinatorRound(CkksAttendedRound):
 
     @property
     def transcript(self) -> Transcript:
-        """What the silos have consented to so far; final once the authority is asked to decrypt."""
+        """The silos' consents so far; final once the authority is asked to decrypt."""
         final = self._step in {Step.UNMASK, Step.NOTE, Step.DONE}
         survivors = tuple(self._consents) if final else ()
         dropouts = tuple(self._dropouts()) if final else ()

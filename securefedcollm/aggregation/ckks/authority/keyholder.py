@@ -1,22 +1,22 @@
 """The authority's side of one attempt at one round of CKKS aggregation under its own keys.
 
-The authority makes fresh keys for every attempt, and decrypts one sum. It is a party of its own
-(an auditor, say), is sent no first polynomial, and so can read neither a vector nor a sum. Together
-with the server it could open single ciphertexts: that the two do not collude is the assumption of
-this key model, and the reason why the threshold model is the default.
+The authority makes fresh keys for every attempt, and decrypts one sum. It is a separate party, such
+as an auditor. It gets no first polynomial, so it can read neither a vector nor a sum. Together with
+the server it could open single ciphertexts. This key model assumes that the two do not collude, and
+for that reason the threshold model is the default.
 
 The adversary is the server together with up to c silos. It relays and may invent every frame, and
-crash and restart this process. A ciphertext does not say what it is a ciphertext of, so:
+crash and restart this process. A ciphertext does not reveal its content, so:
 
-1. The authority is never given an aggregate. It is given the second polynomials of single
-   ciphertexts, which must hash to what their owners signed under this very key (A1), and adds them
-   up itself: what it decrypts *is* the sum. No linear check, and no report, has to be believed.
+1. The authority never gets an aggregate. It gets the second polynomials of single ciphertexts,
+   which must hash to the digests that their owners signed under this very key (A1), and adds them
+   up itself. So it decrypts exactly the sum. It has to believe no linear check and no report.
 2. Every silo in the sum has signed the list of all committed ciphertexts before its own one left
    (A2). So no ciphertext in the sum was chosen as a function of an honest one ("minus the others").
 3. The sum has a quorum of silos, at least c + 2, of which two are honest.
-4. Every silo encrypts under keys of its own. A colluder can upload anything in the place of a
-   ciphertext, say a constant in the place of c1, and so read the secret that it is multiplied with
-   in the opened sum. It is a secret that nobody else's vector is encrypted under.
+4. Every silo encrypts under keys of its own. A colluder can upload anything instead of a
+   ciphertext, say a constant for c1, and so read in the opened sum the secret that it is
+   multiplied with. Nobody else's vector is encrypted under that secret.
 5. One set of silos a round, whatever the attempt, in a few attempts at most; and in an attempt one
    answer, noise included.
 """
@@ -24,35 +24,27 @@ crash and restart this process. A ciphertext does not say what it is a ciphertex
 from __future__ import annotations
 
 import os
-from typing import NoReturn
 
-from securefedcollm.aggregation.checks import (
-    accuse,
-    check_announced,
-    check_list,
-    check_signatures,
-    record_once,
-    refuse,
-    refuse_late,
-)
+from securefedcollm.aggregation.answering import AnsweringSide
+from securefedcollm.aggregation.checks import accuse, check_announced, check_list, refuse
 from securefedcollm.aggregation.ckks import messages as m
 from securefedcollm.aggregation.ckks import openings, polynomials
 from securefedcollm.aggregation.ckks.authority import messages as am
 from securefedcollm.aggregation.ckks.polynomials import Residues
 from securefedcollm.aggregation.ckks.secrets import KeyShares
-from securefedcollm.aggregation.header import Roster, RoundHeader, check_roster
-from securefedcollm.aggregation.messages import UNSIGNED, Ask, decode, lists_digest, sign
+from securefedcollm.aggregation.header import Roster, RoundHeader
+from securefedcollm.aggregation.messages import UNSIGNED, Ask, decode, lists_digest
 from securefedcollm.aggregation.roles import SERVER, Journal, Sealing, Transcript, Word
-from securefedcollm.aggregation.steps import Step
+from securefedcollm.aggregation.steps import KEYHOLDER_STEPS, Step
 from securefedcollm.primitives import RandomSource, SigningKey, sha256
 
 
-class CkksAuthorityRound:
+class CkksAuthorityRound(AnsweringSide[KeyShares]):
     """Answers the server's two requests, in order, once each. Not thread-safe.
 
     Args:
-        header: of this attempt, from the authority's own study. Of model and vector length it knows
-            nothing: those of the header are what every silo in the sum signed.
+        header: of this attempt, from the authority's own study. It knows nothing of model and
+            vector length; every silo in the sum signed those of the header.
         roster: the silos.
         signing_key: the identity that the study names as its authority.
         journal: durable across restarts, and shared by all processes of this authority.
@@ -72,28 +64,20 @@ class CkksAuthorityRound:
         journal: Journal,
         random: RandomSource = os.urandom,
     ) -> None:
-        check_roster(header, roster)
-        self._header = header
-        self._header_digest = header.digest
-        self._parameters = header.parameters
+        super().__init__(
+            header=header,
+            roster=roster,
+            signing_key=signing_key,
+            journal=journal,
+            steps=KEYHOLDER_STEPS,
+        )
         self._ring = m.ring_of(header)
         self._shape = m.shape_of(header)
-        self._roster = roster
-        self._signing_key = signing_key
-        self._journal = journal
-        self._step = Step.ADVERTISE
         common = polynomials.hash_to_ring(self._header_digest, self._ring)
-        self._secrets: KeyShares | None = KeyShares(
-            self._ring, self._shape, common, len(roster), random
-        )
+        self._secrets = KeyShares(self._ring, self._shape, common, len(roster), random)
         self._key_id = b""
         self._offer: tuple[bytes, bytes]
         self._transcript = Transcript(header=self._header_digest)
-
-    @property
-    def step(self) -> Step:
-        """The step whose request the authority will answer next."""
-        return self._step
 
     @property
     def key_id(self) -> bytes:
@@ -102,59 +86,22 @@ class CkksAuthorityRound:
 
     @property
     def transcript(self) -> Transcript:
-        """What was opened, once something was."""
+        """What was opened, after an opening."""
         return self._transcript
 
-    def __repr__(self) -> str:
-        return f"CkksAuthorityRound(step={self._step.value})"
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a CkksAuthorityRound holds secrets: it is neither copied nor pickled")
-
-    def handle(self, frame: bytes) -> bytes:
-        """Answer the server's next request.
-
-        Raises:
-            RemoteProtocolError: the request must not be answered; the attempt is over here.
-            Exception: whatever the journal raises; the attempt is over here.
-        """
-        secrets = self._secrets
-        if secrets is None:
-            refuse_late(self._step)
-        try:
-            if self._step is Step.ADVERTISE:
-                reply = self._on_ask(decode(Ask, frame, SERVER), secrets)
-            else:
-                silos, shape = self._parameters.silos, self._shape
-                limit = m.frame_limit(self._parameters, self._ring, silos * shape.groups)
-                reply = self._on_request(decode(am.OpenRequest, frame, SERVER, limit), secrets)
-        except BaseException:
-            self._finish(Step.FAILED)
-            raise
+    def _answer(self, frame: bytes, secrets: KeyShares) -> bytes:
         if self._step is Step.ADVERTISE:
-            self._step = Step.UNMASK
-        else:
-            self._finish(Step.DONE)
-        return reply
-
-    def close(self) -> None:
-        """Drop the keys, if they are still there: this attempt is over."""
-        if self._secrets is not None:
-            self._finish(Step.FAILED)
-
-    def _finish(self, step: Step) -> None:
-        self._step = step
-        if self._secrets is not None:
-            self._secrets.close()
-        self._secrets = None
+            return self._on_ask(decode(Ask, frame, SERVER), secrets)
+        silos, shape = self._parameters.silos, self._shape
+        limit = m.frame_limit(self._parameters, self._ring, silos * shape.groups)
+        return self._on_request(decode(am.OpenRequest, frame, SERVER, limit), secrets)
 
     def _on_ask(self, ask: Ask, secrets: KeyShares) -> bytes:
         check_announced(self._header, ask.header, whose="the authority's", held="the signed study")
         parts = secrets.key_parts()
         digests = tuple(sha256(part) for part in parts)
-        keys = sign(am.KeyStatement(self._header_digest, UNSIGNED, digests), self._signing_key)
         # Adversary: a server that restarts this process for second keys in the same attempt.
-        self._record(b"keys:" + self._header.attempt_scope, sha256(keys.signed()))
+        keys = self._say(b"keys:", am.KeyStatement(self._header_digest, UNSIGNED, digests))
         self._key_id = am.key_id(self._signing_key.public, keys.signed(), keys.signature)
         self._offer = am.keys_digest(digests), keys.signature
         return am.AuthorityKeys(keys, parts).encode()
@@ -166,13 +113,12 @@ class CkksAuthorityRound:
         names = tuple(map(self._roster.name, survivors))
         openings.record_opening(self._journal, self._header, names, self._step)
         share = secrets.decrypt(seconds)
-        statement = sign(
-            am.Statement(self._header_digest, UNSIGNED, transcript, survivors, sha256(share)),
-            self._signing_key,
-        )
         # Adversary: a clone of this process that answers again, so that the average of the answers
         # has less flooding noise. The noise is in what is recorded: only one of them leaves.
-        self._record(b"partial:" + self._header.attempt_scope, sha256(statement.signed()))
+        statement = self._say(
+            b"partial:",
+            am.Statement(self._header_digest, UNSIGNED, transcript, survivors, sha256(share)),
+        )
         self._transcript = self._public(message, transcript, statement, names)
         return am.Opened(statement, share).encode()
 
@@ -180,7 +126,7 @@ class CkksAuthorityRound:
         """The list of committed ciphertexts, all of this round and under this key."""
         indices = [entry.index for entry in message.sealed]
         check_list(indices, range(1, len(self._roster) + 1), self._parameters.quorum)
-        check_signatures(message.sealed, "ciphertext commitment", self._header_digest, self._roster)
+        self._check_signatures(message.sealed, "ciphertext commitment")
         for entry in message.sealed:
             # Adversary: a server that gave a silo another key than this, its own for instance.
             if entry.key != self._key_id:
@@ -191,12 +137,12 @@ class CkksAuthorityRound:
         """The silos in the sum: enough of them, and each has signed this very list.
 
         Adversary: a server that asks to open one silo's ciphertext, or a few; or one that showed
-        some silos another list, and filled this one when it had seen their ciphertexts.
+        some silos another list, and completed this one after it had seen their ciphertexts.
         """
         survivors = tuple(consent.index for consent in message.consents)
         sealed = [entry.index for entry in message.sealed]
         check_list(survivors, sealed, self._parameters.quorum)
-        check_signatures(message.consents, "consent", self._header_digest, self._roster)
+        self._check_signatures(message.consents, "consent")
         for consent in message.consents:
             if consent.transcript != transcript:
                 accuse(self._roster.name(consent.index), "consent is to other ciphertexts")
@@ -247,6 +193,3 @@ class CkksAuthorityRound:
             ),
             word=Word(names, statement.share, statement.signature),
         )
-
-    def _record(self, key: bytes, value: bytes) -> None:
-        record_once(self._journal, key, value, self._step)

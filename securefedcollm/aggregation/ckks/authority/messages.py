@@ -1,7 +1,7 @@
 """The frames of a CKKS round whose key one authority holds.
 
 Same rules as :mod:`~.messages`; :class:`~.ckks.messages.Sealed` and ``SealedRoll`` are those of the
-threshold scheme. What the authority says is signed with its identity, which the study names.
+threshold scheme. The authority signs its statements with its identity, which the study names.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class CipherDelivery(Message, frozen=True, tag="cipher-delivery"):
 
 
 class CipherPart(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What the authority needs of one ciphertext to add it up: nothing of the message is in it.
+    """The part of one ciphertext that the authority adds up; it holds nothing of the message.
 
     Args:
         first: digest of its first polynomials.
@@ -136,7 +136,7 @@ class Opened(Message, frozen=True, tag="authority-opened"):
 
 
 class Notice(Message, frozen=True, tag="opening-notice"):
-    """Server → silo, A4: what the authority says it opened."""
+    """Server → silo, A4: the authority's statement of what it opened."""
 
     LIMIT: ClassVar[int] = 1024
 
@@ -160,7 +160,7 @@ def keys_digest(keys: Sequence[bytes]) -> bytes:
 
 
 def key_statement(header: bytes, keys: bytes) -> bytes:
-    """What the authority signs of its keys; ``keys``: :func:`keys_digest`."""
+    """The authority's signed statement about its keys; ``keys``: :func:`keys_digest`."""
     return header + keys
 
 
@@ -173,5 +173,5 @@ def key_id(authority: bytes, statement: bytes, signature: bytes) -> bytes:
 
 
 def statement_digest(statement: Statement) -> bytes:
-    """What a silo notes of the authority's word."""
+    """A silo's note on the authority's statement."""
     return sha256(_PREFIX, b"statement-digest\0", statement.signed(), statement.signature)

@@ -4,48 +4,44 @@ The adversary is the server together with up to c silos; the authority does not 
 two together could open this silo's ciphertext). The silo checks that the key is the authority's and
 of this very round, commits to its ciphertext before any is shown, and lets it leave for one list of
 commitments. The authority decides which sum is opened (:mod:`~.ckks.authority.keyholder`). Its
-signed word about it comes back here, so that this silo knows how many noise shares are in the sum.
+signed statement comes back here, so that this silo knows how many noise shares are in the sum.
 """
 
 from __future__ import annotations
 
 import os
-from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
+from securefedcollm.aggregation.answering import AnsweringSilo
 from securefedcollm.aggregation.checks import (
     accuse,
     check_announced,
     check_header,
-    check_identity,
     check_list,
     check_own,
     check_signature,
-    check_signatures,
-    record_once,
-    refuse_late,
 )
 from securefedcollm.aggregation.ckks import messages as m
 from securefedcollm.aggregation.ckks import polynomials
 from securefedcollm.aggregation.ckks.authority import messages as am
 from securefedcollm.aggregation.ckks.secrets import CkksSecrets
-from securefedcollm.aggregation.header import Authority, Roster, RoundHeader, check_roster
-from securefedcollm.aggregation.messages import UNSIGNED, S, decode, lists_digest, sign
+from securefedcollm.aggregation.header import Authority, Roster, RoundHeader
+from securefedcollm.aggregation.messages import UNSIGNED, decode, lists_digest
 from securefedcollm.aggregation.roles import SERVER, Journal, Transcript, Word
-from securefedcollm.aggregation.steps import AUTHORITY_TRANSITIONS, Step
+from securefedcollm.aggregation.steps import SILO_STEPS, Step
 from securefedcollm.errors import CryptoError, LocalProtocolError
 from securefedcollm.primitives import RandomSource, SigningKey, sha256
 
 
-class CkksAuthoritySiloRound:
+class CkksAuthoritySiloRound(AnsweringSilo[CkksSecrets]):
     """Answers the server's three requests, in order, once each. Not thread-safe.
 
     The arguments are those of :class:`~.ckks.threshold.silo.CkksSiloRound`, and
 
     Args:
-        authority: who holds the key, from the silo's own study.
+        authority: the key holder, from the silo's own study.
 
     Raises:
         LocalProtocolError: header, roster, identity and vector do not belong together.
@@ -65,40 +61,32 @@ class CkksAuthoritySiloRound:
         journal: Journal,
         random: RandomSource = os.urandom,
     ) -> None:
-        check_roster(header, roster)
-        self._index = check_identity(roster, name, signing_key, vector_id)
+        super().__init__(
+            header=header,
+            roster=roster,
+            name=name,
+            signing_key=signing_key,
+            vector_id=vector_id,
+            journal=journal,
+            steps=SILO_STEPS["ckks-authority"],
+        )
         # Adversary: a study whose key holder is one of the parties that it guards against.
         if authority.key in roster.keys:
             raise LocalProtocolError(
                 "the authority has the key of a silo", hint="one key for each participant"
             )
         polynomials.check_length(vector, header.parameters.values)
-        self._header = header
-        self._header_digest = header.digest
-        self._parameters = header.parameters
         self._ring = m.ring_of(header)
         self._shape = m.shape_of(header)
-        self._roster = roster
         self._authority = authority
-        self._signing_key = signing_key
-        self._vector_id = vector_id
-        self._journal = journal
-        self._step = Step.ENCRYPT
         common = polynomials.hash_to_ring(self._header_digest, self._ring)
-        self._secrets: CkksSecrets | None = CkksSecrets(
-            self._ring, self._shape, vector, common, random
-        )
+        self._secrets = CkksSecrets(self._ring, self._shape, vector, common, random)
         # Public transcript, filled step by step.
         self._key_id: bytes
         self._own: m.Sealed
         self._sealed: tuple[int, ...]
         self._transcript = b""
         self._word: Word | None = None
-
-    @property
-    def step(self) -> Step:
-        """The step whose request this silo will answer next."""
-        return self._step
 
     @property
     def transcript(self) -> Transcript:
@@ -116,35 +104,6 @@ class CkksAuthoritySiloRound:
             word=self._word,
         )
 
-    def __repr__(self) -> str:
-        name = self._roster.name(self._index)
-        return f"CkksAuthoritySiloRound(silo={name!r}, step={self._step.value})"
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a CkksAuthoritySiloRound holds secrets: it is neither copied nor pickled")
-
-    def handle(self, frame: bytes) -> bytes:
-        """Answer the server's next request.
-
-        Raises:
-            RemoteProtocolError: the request must not be answered; the round is over for this silo.
-            Exception: whatever the journal raises; the round is over for this silo.
-        """
-        secrets = self._secrets
-        if secrets is None:
-            refuse_late(self._step)
-        try:
-            reply = self._answer(frame, secrets)
-        except BaseException:
-            self._finish(Step.FAILED)
-            raise
-        following = AUTHORITY_TRANSITIONS[self._step].following
-        # The authority decrypts in between.
-        self._step = Step.NOTE if following is Step.UNMASK else following
-        if self._step is Step.DONE:
-            self._finish(Step.DONE)
-        return reply
-
     def _answer(self, frame: bytes, secrets: CkksSecrets) -> bytes:
         match self._step:
             case Step.ENCRYPT:
@@ -154,12 +113,6 @@ class CkksAuthoritySiloRound:
                 return self._on_sealed(decode(m.SealedRoll, frame, SERVER), secrets)
             case _:
                 return self._on_notice(decode(am.Notice, frame, SERVER))
-
-    def _finish(self, step: Step) -> None:
-        self._step = step
-        if self._secrets is not None:
-            self._secrets.close()
-        self._secrets = None
 
     def _on_key(self, offer: am.KeyOffer, secrets: CkksSecrets) -> bytes:
         check_announced(self._header, offer.header)
@@ -180,9 +133,7 @@ class CkksAuthoritySiloRound:
         except CryptoError as error:
             accuse(self._authority.name, f"key is malformed ({error})")
         self._key_id = am.key_id(self._authority.key, keys.signed(), keys.signature)
-        # Adversary: a server that gets two vectors of this silo into two sums over the same
-        # members; their difference would be this silo's alone.
-        self._record(b"vector:" + self._header.round_scope, self._vector_id)
+        self._record_vector()
         upload = secrets.encrypt(own[np.newaxis])
         size = polynomials.polynomial_bytes(self._ring)
         seconds = m.polynomial_digests(upload.second, size)
@@ -196,8 +147,8 @@ class CkksAuthoritySiloRound:
         entries = message.entries
         self._sealed = tuple(entry.index for entry in entries)
         everyone = range(1, len(self._roster) + 1)
-        check_list(self._sealed, everyone, self._parameters.quorum, own=self._index)
-        check_signatures(entries, "ciphertext commitment", self._header_digest, self._roster)
+        self._check_members(self._sealed, everyone)
+        self._check_signatures(entries, "ciphertext commitment")
         check_own(self._own, entries[self._sealed.index(self._index)], "a commitment")
         for entry in entries:
             # Adversary: a server that showed a silo another key, e.g. its own.
@@ -230,17 +181,3 @@ class CkksAuthoritySiloRound:
         )
         self._word = Word(names, statement.share, statement.signature)
         return noted.encode()
-
-    def _say(self, key: bytes, message: S) -> S:
-        """Sign, and write down what is about to be said in this attempt."""
-        signed = sign(message, self._signing_key)
-        record_once(
-            self._journal,
-            key + self._header.attempt_scope,
-            sha256(signed.signed()),
-            self._step,
-        )
-        return signed
-
-    def _record(self, key: bytes, value: bytes) -> None:
-        record_once(self._journal, key, value, self._step)

@@ -1,9 +1,9 @@
 """The server's side of one attempt at one round of threshold CKKS aggregation.
 
 It relays, adds first polynomials (no key and no library needed for that), and fuses the members'
-partial decryptions. The silos' safety does not rest on it (:mod:`~.ckks.threshold.silo`). What it
-guards is the result, against malicious silos and the network: every frame is signed and bound to
-the round, every ciphertext to the commitment before it, and whoever breaks a rule is named.
+partial decryptions. The silos' safety does not rest on it (:mod:`~.ckks.threshold.silo`). It guards
+the result, against malicious silos and the network: every frame is signed and bound to the round,
+every ciphertext to the commitment before it, and a silo that breaks a rule is named.
 
 The key is n-of-n: a silo that is lost once the key is made (after K1) takes the attempt with it.
 The attempt is abandoned with :class:`~.roles.AbandonedError`, which names the lost silos; the

@@ -18,14 +18,15 @@ import time
 from collections.abc import Callable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from securefedcollm.errors import SecureFedCoLLMError, TransportError
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.engines.door import Door, Wire
 from securefedcollm.federation.engines.flare.job import write_job
 from securefedcollm.federation.engines.flare.kit import Kit
-from securefedcollm.federation.engines.flare.presence import LATER, Presence
+from securefedcollm.federation.engines.flare.presence import Presence
+from securefedcollm.federation.engines.flare.presence import Waits as Waits
 from securefedcollm.federation.engines.flare.processes import (
     DOOR,
     LARGEST_MESSAGE,
@@ -48,18 +49,23 @@ _ALIVE: Final = 20.0
 """Seconds since its last heartbeat (they come every 5) after which a silo counts as gone."""
 
 
+class Kits(NamedTuple):
+    """The installed start-up kits of the server's machine: its own, and that of whoever submits
+    FLARE's jobs."""
+
+    server: Kit
+    lead: Kit
+
+
 class FlareEngine:
     """See the module's docstring. Use as a context manager, in the main thread.
 
     Args:
         silos: their names on the roster, which are their names in FLARE.
-        minimum: with fewer connected no job is begun.
-        server: the server's installed kit.
-        lead: the kit of the one who submits jobs.
+        kits: the server's installed kit, and that of the one who submits jobs.
+        waits: how many silos a job needs, and how long they are waited for.
         sign: (silo, parcel, frame) → what is sent: :func:`~..requests.sign_request`.
         session: of this run of the process; greater than every one before (:func:`new_session`).
-        patience: seconds to wait for the silos before the first job.
-        rejoin: seconds to wait later, when so few are left that nothing goes on without one.
         progress: hears how many silos are connected.
         say: hears of every FLARE job that begins, and with whom.
         largest: silo → bytes of the largest reply that can make sense; else :data:`MAX_FRAME`.
@@ -69,13 +75,10 @@ class FlareEngine:
         self,
         silos: tuple[str, ...],
         *,
-        minimum: int,
-        server: Kit,
-        lead: Kit,
+        kits: Kits,
+        waits: Waits,
         sign: Callable[[str, Parcel, bytes], bytes],
         session: bytes | None = None,
-        patience: float,
-        rejoin: float = LATER,
         progress: Progress,
         say: Callable[[str], None] = lambda text: None,
         largest: Mapping[str, int] | None = None,
@@ -84,12 +87,10 @@ class FlareEngine:
         self._largest = largest or {}
         self._sign = sign
         self._say = say
-        self._lead = lead
+        self._lead = kits.lead
         self._presence = Presence(
             silos,
-            minimum,
-            patience,
-            rejoin,
+            waits,
             connected=self._connected,
             end_job=self._end_job,
             progress=progress,
@@ -112,9 +113,9 @@ class FlareEngine:
         self._door = Door(self._visit, visitors=512)
         self._process = FlareProcess(
             "server",
-            server.workspace,
-            name=server.name,
-            org=server.org,
+            kits.server.workspace,
+            name=kits.server.name,
+            org=kits.server.org,
             env={DOOR: str(self._door.path)},
         )
 

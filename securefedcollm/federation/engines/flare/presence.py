@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from securefedcollm.errors import TransportError
@@ -14,6 +14,21 @@ from securefedcollm.federation.workload import Progress
 LATER: Final = 30.0
 """Seconds to wait for silos that were there before, where there are enough without them."""
 _LOOK: Final = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waits:
+    """How many silos FLARE's jobs need, and how long they are waited for.
+
+    Args:
+        minimum: with fewer connected no job is begun.
+        patience: seconds to wait for the silos before the first job.
+        rejoin: seconds to wait later, when so few are left that nothing goes on without one.
+    """
+
+    minimum: int
+    patience: float
+    rejoin: float = LATER
 
 
 @dataclass
@@ -28,9 +43,7 @@ class Presence:
     """
 
     silos: tuple[str, ...]
-    minimum: int
-    patience: float
-    rejoin: float
+    waits: Waits
     connected: Callable[[], set[str]]
     end_job: Callable[[], None]
     progress: Progress
@@ -45,21 +58,22 @@ class Presence:
             TransportError: fewer than the minimum came.
         """
         began, start = self.began, time.monotonic()
-        most = self.rejoin if began else self.patience
+        minimum = self.waits.minimum
+        most = self.waits.rejoin if began else self.waits.patience
         deadline, told = start + (min(most, LATER) if began else most), False
         while True:
             present = self.connected() & set(self.silos)
             self.progress(len(present), len(self.silos), "silos connected")
-            if present >= wanted and len(present) >= self.minimum:
+            if present >= wanted and len(present) >= minimum:
                 self.progress(1, 1, "silos connected")
                 return present
             if time.monotonic() > deadline:
-                if len(present) >= self.minimum:
+                if len(present) >= minimum:
                     return present
                 missing = set(self.silos) - present
                 if time.monotonic() > start + most:
                     raise TransportError(
-                        f"{len(present)} silos are connected, {self.minimum} are needed; not "
+                        f"{len(present)} silos are connected, {minimum} are needed; not "
                         f"there: {', '.join(sorted(missing))}",
                         hint="they run `securefedcollm client`; then start the server again",
                     )
@@ -73,7 +87,7 @@ class Presence:
 
         Returns whether they are: not if that takes longer than ``most`` seconds, or ``rejoin``.
         """
-        wait = min(self.rejoin, most)
+        wait = min(self.waits.rejoin, most)
         deadline = time.monotonic() + wait
         self._say_waiting(silos, wait)
         while len(self.connected() & silos) < count:
@@ -89,7 +103,8 @@ class Presence:
         on a job is for these silos, and begins with any one of them.
         """
         self.end_job()
-        self.silos, self.minimum, self.began = tuple(sorted(silos)), 1, True
+        self.silos, self.began = tuple(sorted(silos)), True
+        self.waits = replace(self.waits, minimum=1)
         deadline = time.monotonic() + most
         self._say_waiting(silos, most, "to come back and fetch the last adapter")
         while not (here := self.connected() & silos):

@@ -5,7 +5,7 @@ Importing this module imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,10 @@ from securefedcollm.errors import DataError
 from securefedcollm.federation.dealing import Dealt
 from securefedcollm.federation.recipes import loss_plan, steps_of, training_seed
 from securefedcollm.federation.results import remembered
-from securefedcollm.federation.simulate import tuned_alone
 from securefedcollm.federation.tuned import Tuned
 from securefedcollm.federation.workload import Progress, silent
-from securefedcollm.privacy.events import PoissonGaussian
+from securefedcollm.simulation.plan import SiloPlan
+from securefedcollm.simulation.simulate import tuned_alone
 from securefedcollm.study import Study
 from securefedcollm.study.config import Model
 from securefedcollm.tuning.choice_distil import predict, teacher_of
@@ -96,22 +96,11 @@ def teacher_answers(
     }
 
 
-def answers_alone(
-    name: str,
-    *,
-    study: Study,
-    data: Path | None,
-    directory: Path,
-    threads: int,
-    planned: Mapping[str, PoissonGaussian | None],
-    device: str,
-) -> Answers:
-    """A silo that tunes by itself (:func:`securefedcollm.federation.simulate.tune_alone`)."""
+def answers_alone(name: str, *, plan: SiloPlan, directory: Path) -> Answers:
+    """A silo that tunes by itself (:func:`securefedcollm.simulation.simulate.tune_alone`)."""
 
     def tune() -> Answers:
-        alone, test = tuned_alone(
-            name, study=study, data=data, threads=threads, planned=planned, device=device
-        )
+        alone, test = tuned_alone(name, plan)
         return _plain(alone.answers(test))
 
     return remembered(directory / f"{name}.json", tune)

@@ -29,7 +29,6 @@ from securefedcollm.errors import (
     StateError,
     TrainingError,
 )
-from securefedcollm.federation.cohort import Cohort
 from securefedcollm.federation.engines.dropouts import Drop
 from securefedcollm.federation.files import copy_tree, make_directory, replacing, write_durably
 from securefedcollm.federation.plan import check_names
@@ -41,6 +40,8 @@ from securefedcollm.foreign import printable
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.events import Event
 from securefedcollm.privacy.identities import Content
+from securefedcollm.simulation.cohort import Cohort
+from securefedcollm.simulation.plan import RunPlace
 from securefedcollm.study import Study, digest, dump_study
 
 Values = Mapping[str, Any]
@@ -261,25 +262,23 @@ def simulate_own(
     start: Values,
     silos: Mapping[str, Training],
     *,
+    place: RunPlace,
     evaluate: Evaluate | None,
-    out: Path,
     drops: Iterable[str],
-    resume: bool,
-    overwrite: bool,
     progress: Progress,
 ) -> dict[str, Any]:
     """:func:`securefedcollm.api.simulate_own`; the content of ``results.json``."""
-    started = time.monotonic()
+    started, out = time.monotonic(), place.out
     tensors = checked(study, start)
     names = sorted(silos)
     check_names(study, names, "silos")
     planned = [Drop.parse(spec, names, study.scheme) for spec in drops]
-    check_directory(study, out, resume=resume, overwrite=overwrite)
+    check_directory(study, out, resume=place.resume, overwrite=place.overwrite)
     server = OwnServer(tensors, evaluate)
     before = server.evaluate()
-    if overwrite:
+    if place.overwrite:
         shutil.rmtree(out, ignore_errors=True)
-    store = RunStore(make_directory(out), digest(study), resume=resume)
+    store = RunStore(make_directory(out), digest(study), resume=place.resume)
     write_durably(out / "study.yaml", dump_study(study).encode())
     before = remembered(out / "server" / "zero-shot.json", lambda: before)
 

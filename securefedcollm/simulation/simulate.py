@@ -10,14 +10,14 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from securefedcollm.errors import SecureFedCoLLMError
-from securefedcollm.federation.cohort import Cohort
 from securefedcollm.federation.engines.dropouts import Drop
 from securefedcollm.federation.engines.embedded import process_context
 from securefedcollm.federation.files import copy_tree, make_directory, write_durably
@@ -26,16 +26,18 @@ from securefedcollm.federation.plan import silo_names
 from securefedcollm.federation.results import best_method, remembered, rows, write_results
 from securefedcollm.federation.runstore import RunStore, check_directory
 from securefedcollm.federation.status import round_sentence
-from securefedcollm.federation.tracking import Follow, Kind, require_tracker, tracking
+from securefedcollm.federation.tracking import Follow, require_tracker, tracking
 from securefedcollm.federation.workload import Progress, ServerWorkload, silent
 from securefedcollm.privacy.events import PoissonGaussian
+from securefedcollm.simulation.cohort import Cohort
+from securefedcollm.simulation.plan import SiloPlan, SimulationPlan
 from securefedcollm.study import Study, digest, dump_study
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
-    from securefedcollm.federation.cotuning import SiloTuning
-    from securefedcollm.federation.dealing import Files
+    from securefedcollm.federation.cotuning import ServerTuning, SiloTuning
+    from securefedcollm.federation.dealing import Dealt
     from securefedcollm.tuning.question import Question
 
 Say = Callable[[str], None]
@@ -47,62 +49,21 @@ PRELOAD = ("securefedcollm.federation.cotuning", "peft")  # seconds to import
 class Simulation:
     """Runs a study, and its baselines, into one directory."""
 
-    def __init__(
-        self,
-        study: Study,
-        *,
-        out: Path,
-        data: Path | None = None,
-        resume: bool = False,
-        overwrite: bool = False,
-        baselines: Iterable[str] = ("standalone", "fedavg"),
-        workers: int | None = None,
-        drops: Iterable[str] = (),
-        device: str = "cpu",
-        distillation: bool = True,
-        noisy: int = 0,
-        tested: bool = True,
-        files: Files | None = None,
-        track: Kind | None = None,
-    ) -> None:
+    def __init__(self, study: Study, plan: SimulationPlan) -> None:
         """
-        Args:
-            out: the run directory.
-            data: directory of the study's data files and ``path:`` models.
-            resume: continue the run in ``out``.
-            overwrite: remove the run in ``out`` first.
-            baselines: which comparisons to run: ``standalone``, ``fedavg``.
-            workers: processes for the silos; None: one per core; 0: none.
-            drops: silos to lose on purpose, ``SILO@STEP[:ROUND]``.
-            device: where all models compute, as torch calls it.
-            distillation: False leaves out the server's phase: plain FedAvg, without the LLM.
-            noisy: so many silos have meaningless answers.
-            tested: False leaves out the test questions: the adapters are the result.
-            files: the participants' own, where nothing is dealt out; their silos have its names.
-            track: the tool that is told what the server measures.
-
         Raises:
             ConfigError: a drop names no silo or step; the tracking tool is not installed.
         """
-        require_tracker(track)
-        self._track = track
-        self._study = study
-        self._out = out
-        self._data = data
-        self._device = device
-        self._resume = resume
-        self._overwrite = overwrite
+        require_tracker(plan.track)
+        self._study, self._plan, self._out = study, plan, plan.out
         # Without an LLM the run itself is FedAvg.
         plain = study.models.llm is None
-        self._baselines = tuple(b for b in baselines if not (plain and b == "fedavg"))
-        self._distillation = distillation and study.models.llm is not None
-        self._noisy = noisy
-        self._tested = tested
-        self._files = files
-        self._names = silo_names(study) if files is None else list(files.silos)
-        self._drops = [Drop.parse(spec, self._names, study.scheme) for spec in drops]
+        self._baselines = tuple(b for b in plan.baselines if not (plain and b == "fedavg"))
+        self._distillation = plan.distillation and not plain
+        self._names = silo_names(study) if plan.files is None else list(plan.files.silos)
+        self._drops = [Drop.parse(spec, self._names, study.scheme) for spec in plan.drops]
         cores = len(os.sched_getaffinity(0))
-        self._workers = min(cores, study.silos.count) if workers is None else workers
+        self._workers = min(cores, study.silos.count) if plan.workers is None else plan.workers
         self._server_threads = cores  # silos and server never work at the same time
         self._threads = max(1, cores // max(1, self._workers))
 
@@ -114,50 +75,39 @@ class Simulation:
         Raises:
             SecureFedCoLLMError: with the run in a state that ``resume`` continues, or not begun.
         """
-        started = time.monotonic()
-        check_directory(self._study, self._out, resume=self._resume, overwrite=self._overwrite)
+        started, plan = time.monotonic(), self._plan
+        check_directory(self._study, self._out, resume=plan.resume, overwrite=plan.overwrite)
         self._context = process_context(PRELOAD) if self._workers else None
 
-        from securefedcollm.federation import cotuning
         from securefedcollm.federation.dealing import deal
 
-        dealt = deal(self._study, self._data, self._noisy, self._files)
-        self._planned = {n: planned(self._study, q) for n, q in dealt.silos.items()}
-        self._prepare_models(progress, say)
-        cotuning.set_threads(self._server_threads)
-        server = cotuning.ServerTuning(
-            self._study,
-            public=dealt.public,
-            test=dealt.test if self._tested else (),
-            distillation=self._distillation,
-            data=self._data,
-            device=self._device,
-            progress=progress,
+        dealt = deal(self._study, plan.data, plan.noisy, plan.files)
+        self._silos = SiloPlan(
+            study=self._study,
+            planned={name: planned(self._study, q) for name, q in dealt.silos.items()},
+            threads=self._threads,
+            data=plan.data,
+            device=plan.device,
+            noisy=plan.noisy,
+            files=plan.files,
         )
-        server.layout(0)  # refuses an adapter that the study does not pin
-        if self._overwrite and self._out.exists():
+        self._prepare_models(progress)
+        server = self._server(dealt, progress)
+        if plan.overwrite and self._out.exists():
             shutil.rmtree(self._out)
         fresh = not self._out.exists()
-        store = RunStore(make_directory(self._out), digest(self._study), resume=self._resume)
+        store = RunStore(make_directory(self._out), digest(self._study), resume=plan.resume)
         write_durably(self._out / "study.yaml", dump_study(self._study).encode())
         zero_shot = self._once("zero-shot", server.evaluate)
         try:
-            with tracking(self._track, self._study, self._out, store.state.run_id) as follow:
+            with tracking(plan.track, self._study, self._out, store.state.run_id) as follow:
                 follow(store.state.history)
                 self._federate(store, server, self._out, progress, say, follow)
         except SecureFedCoLLMError:  # a silo would not even start, say
             if fresh and not store.begun:
                 shutil.rmtree(self._out)
             raise
-        for name in ("slm", "llm") if self._distillation else ("slm",):
-            copy_tree(store.adapters / name, self._out / "adapters" / name)
-        history = store.state.history
-        method = "FedCoLLM" if self._distillation else "FedAvg"
-        table = rows("zero-shot", zero_shot) + rows(method, history[-1]["evaluation"])
-        best = best_round(self._study, history)
-        if best is not None:
-            copy_tree(store.best_adapters(best), self._out / BEST)
-            table += rows(best_method(method, best), history[best - 1]["evaluation"])
+        table = rows("zero-shot", zero_shot) + self._keep(store)
         del server
         if "standalone" in self._baselines:
             table += rows("standalone", self._standalone(progress))
@@ -168,7 +118,37 @@ class Simulation:
             store, self._study, table, records, _notes(self._study, self._baselines), started
         )
 
-    def _prepare_models(self, progress: Progress, say: Say) -> None:
+    def _server(self, dealt: Dealt, progress: Progress) -> ServerTuning:
+        """Raises: ConfigError for an adapter that the study does not pin."""
+        from securefedcollm.federation import cotuning
+
+        cotuning.set_threads(self._server_threads)
+        server = cotuning.ServerTuning(
+            self._study,
+            public=dealt.public,
+            test=dealt.test if self._plan.tested else (),
+            distillation=self._distillation,
+            data=self._plan.data,
+            device=self._plan.device,
+            progress=progress,
+        )
+        server.layout(0)
+        return server
+
+    def _keep(self, store: RunStore) -> list[dict[str, Any]]:
+        """The adapters of the last round, and of the best one, beside the run; their rows."""
+        for name in ("slm", "llm") if self._distillation else ("slm",):
+            copy_tree(store.adapters / name, self._out / "adapters" / name)
+        history = store.state.history
+        method = "FedCoLLM" if self._distillation else "FedAvg"
+        table = rows(method, history[-1]["evaluation"])
+        best = best_round(self._study, history)
+        if best is not None:
+            copy_tree(store.best_adapters(best), self._out / BEST)
+            table += rows(best_method(method, best), history[best - 1]["evaluation"])
+        return table
+
+    def _prepare_models(self, progress: Progress) -> None:
         """Make the built-in models on first use, both at once."""
         models = (self._study.models.llm, self._study.models.slm)
         if any(model and model.source.startswith("builtin:hospital-") for model in models):
@@ -187,16 +167,6 @@ class Simulation:
         follow: Follow = lambda history: None,
     ) -> None:
         """All rounds of one federation, from wherever ``store`` stands."""
-        workload = partial(
-            silo_tuning,
-            study=self._study,
-            data=self._data,
-            device=self._device,
-            threads=self._threads,
-            planned=self._planned,
-            noisy=self._noisy,
-            files=self._files,
-        )
 
         def on_round(record: dict[str, Any]) -> None:
             store.write_metrics()
@@ -211,9 +181,9 @@ class Simulation:
             threads=self._threads,
             drops=self._drops,
             context=self._context,
-        ).run(store, server, workload, progress, on_round)
+        ).run(store, server, partial(silo_tuning, plan=self._silos), progress, on_round)
 
-    def _fedavg(self, dealt: Any, progress: Progress) -> dict[str, float]:
+    def _fedavg(self, dealt: Dealt, progress: Progress) -> dict[str, float]:
         """The same federation without the server's phase."""
         from securefedcollm.federation import cotuning
 
@@ -225,8 +195,8 @@ class Simulation:
             public=(),
             test=dealt.test,
             distillation=False,
-            data=self._data,
-            device=self._device,
+            data=self._plan.data,
+            device=self._plan.device,
         )
         self._federate(store, server, directory, _prefixed(progress, "FedAvg"), lambda text: None)
         evaluation: dict[str, float] = store.state.history[-1]["evaluation"]
@@ -236,13 +206,8 @@ class Simulation:
         """Every silo tunes as long by itself; the mean of their accuracies."""
         job = partial(
             tune_alone,
-            study=self._study,
-            data=self._data,
-            device=self._device,
+            plan=replace(self._silos, noisy=0),
             directory=make_directory(self._out / "baselines" / "standalone"),
-            threads=self._threads,
-            planned=self._planned,
-            files=self._files,
         )
         scores = for_each(job, self._names, self._workers, self._context, progress)
         return {group: sum(s[group] for s in scores) / len(scores) for group in scores[0]}
@@ -251,89 +216,51 @@ class Simulation:
         return remembered(self._out / "server" / f"{name}.json", make)
 
 
-def silo_tuning(
-    name: str,
-    progress: Progress,
-    *,
-    study: Study,
-    data: Path | None,
-    device: str,
-    threads: int,
-    planned: Mapping[str, PoissonGaussian | None],
-    noisy: int,
-    files: Files | None,
-) -> SiloTuning:
+def silo_tuning(name: str, progress: Progress, *, plan: SiloPlan) -> SiloTuning:
     """The tuning of one silo, in the process that will run it."""
     from securefedcollm.federation import cotuning
     from securefedcollm.federation.dealing import deal
 
-    cotuning.set_threads(threads)
+    cotuning.set_threads(plan.threads)
     return cotuning.SiloTuning(
-        study,
+        plan.study,
         name,
-        deal(study, data, noisy, files).silos[name],
-        data=data,
-        device=device,
+        deal(plan.study, plan.data, plan.noisy, plan.files).silos[name],
+        data=plan.data,
+        device=plan.device,
         progress=progress,
-        planned=planned[name],
+        planned=plan.planned[name],
     )
 
 
-def tune_alone(
-    name: str,
-    *,
-    study: Study,
-    data: Path | None,
-    directory: Path,
-    threads: int,
-    planned: Mapping[str, PoissonGaussian | None],
-    device: str = "cpu",
-    files: Files | None = None,
-) -> dict[str, float]:
+def tune_alone(name: str, *, plan: SiloPlan, directory: Path) -> dict[str, float]:
     """One silo without a federation: the same steps, noise and rounds, nothing leaves it."""
 
     def tune() -> dict[str, float]:
-        alone, test = tuned_alone(
-            name,
-            study=study,
-            data=data,
-            threads=threads,
-            planned=planned,
-            device=device,
-            files=files,
-        )
+        alone, test = tuned_alone(name, plan)
         return {f"slm/{g}": a for g, a in alone.evaluate(test).items()}
 
     return remembered(directory / f"{name}.json", tune)
 
 
-def tuned_alone(
-    name: str,
-    *,
-    study: Study,
-    data: Path | None,
-    threads: int,
-    planned: Mapping[str, PoissonGaussian | None],
-    device: str = "cpu",
-    files: Files | None = None,
-) -> tuple[SiloTuning, Sequence[Question]]:
+def tuned_alone(name: str, plan: SiloPlan) -> tuple[SiloTuning, Sequence[Question]]:
     """A silo after :func:`tune_alone`'s training, and the test questions."""
     from securefedcollm.federation import cotuning
     from securefedcollm.federation.dealing import deal
 
-    cotuning.set_threads(threads)
-    dealt = deal(study, data, files=files)
+    cotuning.set_threads(plan.threads)
+    dealt = deal(plan.study, plan.data, plan.noisy, plan.files)
     workload = cotuning.SiloTuning(
-        study,
+        plan.study,
         name,
         dealt.silos[name],
-        data=data,
-        device=device,
-        planned=planned[name],
+        data=plan.data,
+        device=plan.device,
+        planned=plan.planned[name],
         alone=True,
     )
     adapter = workload.adapter()
-    for round_ in range(study.rounds):
+    for round_ in range(plan.study.rounds):
         workload.fit(adapter, round_, silent)
         adapter = workload.adapter()
     return workload, dealt.test

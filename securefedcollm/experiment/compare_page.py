@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from securefedcollm.errors import ConfigError, StateError
-from securefedcollm.federation.compare import METRICS, Comparison, Run, as_plain
-from securefedcollm.federation.experiment_page import templates
+from securefedcollm.experiment.compare import METRICS, Comparison, Run, as_plain
+from securefedcollm.experiment.page import templates
 from securefedcollm.federation.files import write_durably
 from securefedcollm.foreign import printable
 from securefedcollm.privacy.page import render

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from securefedcollm.aggregation import Roster
 from securefedcollm.evidence.ledger import LoggedLedger
@@ -24,6 +24,7 @@ from securefedcollm.federation.engines import SiloPort
 from securefedcollm.federation.engines.dropouts import Drop, DroppingEngine
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.files import make_directory
+from securefedcollm.federation.hooks import Hooks, OnRound
 from securefedcollm.federation.keeping import is_over
 from securefedcollm.federation.plan import AUTHORITY, authority_of, sums_to_an_end
 from securefedcollm.federation.records import SERVER, AuthorityRecord, ServerRecord, SiloRecord
@@ -69,7 +70,7 @@ class Cohort:
         server: ServerWorkload,
         workload: MakeWorkload,
         progress: Progress,
-        on_round: Callable[[dict[str, Any]], None],
+        on_round: OnRound,
     ) -> None:
         """All rounds, from wherever ``store`` stands."""
         study, directory = self.study, self.directory
@@ -83,6 +84,7 @@ class Cohort:
         office = b""
         if study.scheme == "ckks-authority":
             office = _identity(directory / AUTHORITY, AUTHORITY).public
+        parties = _Parties(study=study, roster=roster, server=key.public, authority=office)
         authority = authority_of(study, office)
         evidence = ServerRecord(
             log, key=key, roster=roster, quorum=study.threshold, authority=office
@@ -91,10 +93,7 @@ class Cohort:
             return
         factory = partial(
             _make_party,
-            study=study,
-            roster=roster,
-            server=key.public,
-            authority=office,
+            parties=parties,
             directory=directory,
             threads=self.threads,
             workload=workload,
@@ -112,9 +111,8 @@ class Cohort:
                 engine=DroppingEngine(engine, self.drops, study.scheme) if self.drops else engine,
                 workload=server,
                 store=store,
-                progress=progress,
-                on_round=on_round,
                 evidence=evidence,
+                hooks=Hooks(progress=progress, on_round=on_round),
                 authority=authority,
             )
             coordinator.run()
@@ -122,45 +120,64 @@ class Cohort:
         log.close()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Parties:
+    """Who takes part, as every process must know it: no secrets.
+
+    Args:
+        server: its Ed25519 public key, 32 bytes.
+        authority: the key holder's; empty where nobody holds the key.
+    """
+
+    study: Study
+    roster: Roster
+    server: bytes
+    authority: bytes
+
+
 def _make_party(
     name: str,
     progress: Progress,
     *,
-    study: Study,
-    roster: Roster,
-    server: bytes,
-    authority: bytes,
+    parties: _Parties,
     directory: Path,
     threads: int,
     workload: MakeWorkload,
 ) -> SiloPort:
     """Build one silo, or the authority, in the process that will run it."""
-    if name not in roster:
-        return _make_authority(study, roster=roster, server=server, home=directory / AUTHORITY)
+    if name not in parties.roster:
+        return _make_authority(parties, directory / AUTHORITY)
+    study = parties.study
     home = make_directory(directory / "silos" / name)
     training = workload(name, progress)
     key = _identity(home, name)
     log = EvidenceLog(home / EVIDENCE, study=digest(study), owner=name, key=key)
     ledger = LoggedLedger(home / "ledger.sqlite", name, log, sums=sums_to_an_end(study))
     return SiloSession(
-        Seat(study, name, roster, key, authority),
+        Seat(study, name, parties.roster, key, parties.authority),
         ChargedTraining(study, name, training, SiloStore(home), ledger, progress=progress),
-        SiloRecord(log, name=name, key=key, roster=roster, server=server, authority=authority),
+        SiloRecord(
+            log,
+            key=key,
+            roster=parties.roster,
+            server=parties.server,
+            authority=parties.authority,
+        ),
         threads=threads,
         explain=True,
     )
 
 
-def _make_authority(study: Study, *, roster: Roster, server: bytes, home: Path) -> AuthoritySession:
+def _make_authority(parties: _Parties, home: Path) -> AuthoritySession:
     """The party that holds the key, in a process that knows no silo's secrets or data."""
-    key = _identity(home, AUTHORITY)
+    key, study, roster = _identity(home, AUTHORITY), parties.study, parties.roster
     log = EvidenceLog(home / EVIDENCE, study=digest(study), owner=AUTHORITY, key=key)
     return AuthoritySession(
         study=study,
         roster=roster,
         key=key,
         store=SiloStore(home, "authority.sqlite"),
-        evidence=AuthorityRecord(log, key=key.public, roster=roster, server=server),
+        evidence=AuthorityRecord(log, key=key.public, roster=roster, server=parties.server),
     )
 
 

@@ -1,0 +1,132 @@
+"""What a study implies, as data and as sentences: for ``study check``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def derived(study: Any, values: int | None = None) -> dict[str, Any]:
+    """The consequences of a study, as data and as sentences."""
+    from securefedcollm.study import digest
+
+    n, c = study.silos.count, study.silos.colluders
+    field = study.field
+    privacy = study.privacy
+    reading = {
+        "study": f"{study.study}, digest sha256:{digest(study).hex()}",
+        "models": f"LLM {study.models.llm.source}, SLM {study.models.slm.source}"
+        if study.models.llm
+        else f"{study.models.slm.source}, tuned by the silos; the server has none of its own",
+        "silos": f"{n}, of which {c} may collude with the server",
+        "a sum opens with": _opens_with(study),
+        **({"authority": _authority(study)} if study.scheme == "ckks-authority" else {}),
+        "adapter": "none: the silos train with code of their own"
+        if study.task.kind == "own"
+        else f"{study.adapter.method}, rank {study.adapter.rank}, α {study.adapter.alpha:g}",
+        "ring": f"{_packing(study)}, integers within ±{field.bound}, "
+        f"resolution {study.aggregation.clip_norm / field.bound:.2g}",
+        **({"decryptions tell": _advantage(study, values)} if study.ring else {}),
+        "privacy": (
+            f"(ε = {privacy.epsilon:g}, δ = {privacy.delta:g}) per {privacy.unit}, noise "
+            f"{privacy.noise}, all {study.sums} {'steps' if study.joint else 'rounds'} together"
+            if privacy
+            else "no differential privacy: the global adapter may reveal records"
+        ),
+        **({"distillation": study.distillation.loss} if study.models.llm else {}),
+    }
+    return {
+        "study": study.study,
+        "digest": digest(study).hex(),
+        "threshold": study.threshold,
+        "minimum": study.minimum,
+        "field_bits": field.bits,
+        "fields_per_word": field.per_word,
+        "bound": field.bound,
+        "ckks": _ring_facts(study, values),
+        "reading": reading,
+    }
+
+
+def _opens_with(study: Any) -> str:
+    tolerated = f"({study.silos.count - study.quorum} dropout(s) tolerated per round)"
+    if study.ring is None:
+        return f"{study.minimum} survivors, {study.threshold} of them unmasking {tolerated}"
+    if study.scheme == "ckks-authority":
+        return f"{study.quorum} silos that uploaded, by the authority {tolerated}"
+    return (
+        f"{study.quorum} silos, if all that made the key decrypt; otherwise the rest repeat "
+        f"{tolerated}"
+    )
+
+
+def _authority(study: Any) -> str:
+    named = [p.name for p in study.roster if p.role == "authority"]
+    return (
+        f"{named[0] if named else 'not named yet'}; holds the decryption key, opens one sum a "
+        "round and sees neither sums nor updates. TOGETHER WITH THE SERVER IT CAN OPEN SINGLE "
+        "UPDATES: choose a party that does not collude with it"
+    )
+
+
+def _packing(study: Any) -> str:
+    ring, field = study.ring, study.field
+    if ring is None:
+        return (
+            f"{field.per_word} fields of {field.bits} bits per 64-bit word "
+            f"({8 / field.per_word:.2f} bytes a value)"
+        )
+    after = "exact once rounded" if ring.exact else f"at most {ring.greatest_error:.0f}"
+    up, share = _ring_bytes(study)
+    return (
+        f"CKKS {ring.name}, N = 4096, q of {ring.prime.bit_length()} bits, Δ = 2^{ring.scale_bits} "
+        f"({up:.2g} bytes a value of a million and {share:.2g} to decrypt), a sum of "
+        f"{ring.silos} cannot wrap, predicted rms error {ring.rms:.2g} units ({after}), flooding "
+        f"2^{ring.flood_bits} for one decryption per key"
+    )
+
+
+def _advantage(study: Any, values: int | None) -> str:
+    """How much all decryptions together help to distinguish two runs with the same sums."""
+    from securefedcollm.aggregation.ckks.parameters import MOST_OPENINGS
+
+    counted = values or 10**6
+    bound = study.ring.advantage(counted, study.sums)
+    told = f"an advantage of at most {bound:.1g}" if bound < 1 else "no statistical bound"
+    hint = "" if values else "; --estimate counts those of this adapter"
+    return (
+        f"{told} beyond the sums, whole run: {study.sums} sums of {counted:,} values, each opened "
+        f"up to {MOST_OPENINGS} times{hint}"
+    )
+
+
+def _ring_bytes(study: Any) -> tuple[float, float]:
+    """Bytes a value, of a million: of a ciphertext with a silo's parts of all keys, and of a share
+    (which the authority sends, where there is one)."""
+    shape = study.ring.shape(10**6, study.silos.colluders)
+    size = study.ring.value_bytes * 4096 / 10**6
+    keys = 0 if study.scheme == "ckks-authority" else study.silos.count * shape.keys
+    return size * (keys + shape.chunks + shape.seconds), size * shape.chunks
+
+
+def _ring_facts(study: Any, values: int | None) -> dict[str, Any] | None:
+    from securefedcollm.aggregation.ckks.parameters import MOST_OPENINGS
+
+    ring = study.ring
+    if ring is None:
+        return None
+    return {
+        "set": ring.name,
+        "key_model": study.aggregation.key_model,
+        "modulus_bits": ring.prime.bit_length(),
+        "scale_bits": ring.scale_bits,
+        "flood_bits": ring.flood_bits,
+        "rms": ring.rms,
+        "greatest_error": ring.greatest_error,
+        "exact": ring.exact,
+        "advantage": {
+            "bound": ring.advantage(values or 10**6, study.sums),
+            "values": values or 10**6,
+            "sums": study.sums,
+            "openings": MOST_OPENINGS,
+        },
+    }

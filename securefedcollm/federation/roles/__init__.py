@@ -1,0 +1,64 @@
+"""The roles of a real run: server, silos and authority, each in a process and home of its own.
+
+A participant's *home* holds what outlives a run::
+
+    identity.json                its signing key
+    kit/, lead/, request/        its start-up kit (:mod:`.engines.flare.kit`)
+    flare.log                    what FLARE's processes say
+    ledger.sqlite, ledger.key    a silo's privacy ledger, of all its studies; what knows its records
+    studies/STUDY-DIGEST/        one directory a study, as ``audit bundle`` wants it
+
+The process may be killed at any moment and started again with the same command.
+"""
+
+from securefedcollm.federation.roles.authority import authority_session
+from securefedcollm.federation.roles.frames import (
+    LARGEST_TO_AUTHORITY,
+    largest_frame,
+    largest_reply,
+)
+from securefedcollm.federation.roles.member import (
+    IDENTITY,
+    LEDGER,
+    Member,
+    inbox_for,
+    session_of,
+    sign_for,
+    take_part,
+)
+from securefedcollm.federation.roles.server import coordinate, not_told, server_questions
+from securefedcollm.federation.roles.silo import (
+    ADAPTER,
+    PROOF,
+    newest_adapter,
+    require_begun_data,
+    silo_session,
+    silo_workload,
+    trained_on,
+    workload_of,
+)
+
+__all__ = [
+    "ADAPTER",
+    "IDENTITY",
+    "LARGEST_TO_AUTHORITY",
+    "LEDGER",
+    "PROOF",
+    "Member",
+    "authority_session",
+    "coordinate",
+    "inbox_for",
+    "largest_frame",
+    "largest_reply",
+    "newest_adapter",
+    "not_told",
+    "require_begun_data",
+    "server_questions",
+    "session_of",
+    "sign_for",
+    "silo_session",
+    "silo_workload",
+    "take_part",
+    "trained_on",
+    "workload_of",
+]

@@ -1,0 +1,323 @@
+"""One secure sum: attempt after attempt, until its mean is there or it is lost.
+
+Adversary: this code, as in :mod:`~.coordinator`. It decodes only what the aggregation protocol
+opened, which needs the consent of a threshold of silos.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+from msgspec import structs
+
+from securefedcollm.aggregation import (
+    STEPS,
+    AbandonedError,
+    Authority,
+    CoordinatorSide,
+    Roster,
+    RoundHeader,
+    RoundResult,
+    Step,
+    coordinator_side,
+)
+from securefedcollm.errors import ProtocolError, QuorumError, RemoteProtocolError
+from securefedcollm.federation.asking import Asking, Traffic
+from securefedcollm.federation.hooks import Hooks
+from securefedcollm.federation.messages import (
+    Aggregate,
+    Aggregated,
+    BeginRound,
+    MakeKey,
+    Ready,
+    Request,
+    Trained,
+    adapter_bytes,
+    model_digest,
+)
+from securefedcollm.federation.plan import (
+    adaptive_clip,
+    joint_step,
+    quantiser,
+    round_header,
+    round_of,
+    silo_unit,
+    sum_name,
+)
+from securefedcollm.federation.records import ServerRecord
+from securefedcollm.federation.runstore import RunStore
+from securefedcollm.federation.workload import ServerWorkload, Vector
+from securefedcollm.privacy.adaptive_clip import AdaptiveClip
+from securefedcollm.privacy.joint import JointStep
+from securefedcollm.privacy.silo_unit import SiloUnit
+from securefedcollm.study import Study
+
+log = logging.getLogger(__name__)
+
+TRAIN_TIMEOUT = 24 * 3600.0
+STEP_TIMEOUT = 600.0
+MAX_ATTEMPTS = 3
+MAX_REJOINS = 16
+"""At one sum. Adversary: a silo that comes and goes; the others allow 64 attempts."""
+
+
+class Summing:
+    """Has one sum after another trained for, summed and opened, durably."""
+
+    def __init__(
+        self,
+        *,
+        study: Study,
+        roster: Roster,
+        authority: Authority | None,
+        asking: Asking,
+        workload: ServerWorkload,
+        store: RunStore,
+        evidence: ServerRecord,
+        hooks: Hooks,
+    ) -> None:
+        """
+        Args:
+            authority: who holds the key, where one party does; the engine knows it by its name.
+        """
+        self._study = study
+        self._roster = roster
+        self._authority = authority
+        self._parties = (*roster.names, *([authority.name] if authority else []))
+        self._asking = asking
+        self._workload = workload
+        self._store = store
+        self._evidence = evidence
+        self._hooks = hooks
+
+    def mean_of(self, sum_: int, record: dict[str, Any]) -> Vector | None:
+        """One opened mean, repeating a failed attempt with whoever is still there.
+
+        None if the sum was being opened when it failed and can no longer be: silos unmask one
+        survivor set per round, for good. The run goes on without this round's updates.
+
+        Raises:
+            QuorumError: too few silos; nothing was opened, and the round can be resumed.
+        """
+        problems: list[str] = []
+        hopeless = False
+        absent: dict[str, str] = {}
+        failures = rejoins = 0
+        while failures < MAX_ATTEMPTS and not hopeless:
+            failures += 1
+            attempt = self._store.begin_attempt()
+            try:
+                return self._attempt(sum_, attempt, record, absent)
+            except _MissingError as error:
+                self._evidence.failed(sum_, attempt, error)
+                problems.append(error.message)
+                # Who refuses would refuse again, in this round and the next.
+                returns = self._asking.away & set(error.among)
+                hopeless = len(returns) < error.count or rejoins >= MAX_REJOINS
+                hopeless = hopeless or not self._hooks.rejoined(returns, error.count, math.inf)
+                rejoins += 1
+                failures -= 1
+            except AbandonedError as error:
+                # The key needs all its shares, so the others go on without the lost; once a sum was
+                # being opened, only its very members can open it.
+                self._evidence.failed(sum_, attempt, error)
+                log.warning("%s attempt %d: %s", sum_name(self._study, sum_), attempt, error)
+                problems.append(error.message)
+                if not self._store.state.opening:
+                    absent |= error.lost
+                    failures -= 1  # one silo fewer each time, down to the quorum
+            except ProtocolError as error:
+                self._evidence.failed(sum_, attempt, error)
+                log.warning("%s attempt %d: %s", sum_name(self._study, sum_), attempt, error)
+                problems.append(error.message)
+                if problems.count(error.message) > 1:
+                    break
+        reasons = "; ".join(dict.fromkeys(problems))
+        name = sum_name(self._study, sum_)
+        if self._store.state.opening and not hopeless:
+            log.warning("%s is lost: its sum was being opened and cannot be", name)
+            record["lost"] = reasons
+            self._evidence.lost(sum_)
+            return None
+        raise QuorumError(
+            f"{name} failed: {reasons}",
+            hint="mend the silos named, then start the same command again (`simulate`: --resume)",
+        )
+
+    def _attempt(
+        self, sum_: int, attempt: int, record: dict[str, Any], absent: dict[str, str]
+    ) -> Vector:
+        """One attempt at a sum: its mean, saved. ``absent``: silos that are not asked, and why."""
+        begun = self._begin(sum_, attempt)
+        traffic, lost = Traffic(self._parties), self._store.state.barred | absent
+        self._have_trained(begun, traffic, lost)
+        side = coordinator_side(
+            self._study.scheme,
+            header=begun.header,
+            roster=self._roster,
+            authority=self._authority,
+        )
+        for silo, reason in lost.items():
+            side.lost(silo, reason)
+        self._drive(side, begun.header, traffic)
+        result = side.result
+        self._evidence.summed(begun.header, result)
+        traffic.add_to(record)
+        gone = record.get("dropouts", {}) | lost | dict(result.excluded)
+        record["dropouts"] = dict(sorted(gone.items()))
+        return self._decoded(begun, result, record)
+
+    def _begin(self, sum_: int, attempt: int) -> _Begun:
+        """What every party of this attempt is told, in the evidence before it is sent."""
+        adapter = adapter_bytes(self._workload.adapter())
+        round_ = round_of(self._study, sum_)
+        layout = self._workload.layout(round_)
+        base, size = self._workload.base_digest, self._workload.update_size(round_)
+        clip = self._clip()
+        clip_norm = clip.clip_norm if clip else None
+        unit = joint_step(self._study, size) or silo_unit(
+            self._study, self._workload.update_size, round_, clip_norm
+        )
+        mechanism = unit.identity if unit else b""
+        header = round_header(
+            self._study,
+            roster=self._roster,
+            run_id=self._store.run_id,
+            round_=sum_,
+            attempt=attempt,
+            model=model_digest(base, layout, adapter, mechanism),
+            values=unit.values if unit else size,
+        )
+        adapted = unit.adapted if isinstance(unit, SiloUnit) else None
+        self._evidence.round(header, base, layout, adapter, mechanism, adapted)
+        request = BeginRound(
+            run_id=self._store.run_id,
+            round=sum_,
+            attempt=attempt,
+            layout=layout,
+            adapter=adapter,
+            clip_norm=clip_norm or 0.0,
+        )
+        return _Begun(header, request, unit, clip)
+
+    def _have_trained(self, begun: _Begun, traffic: Traffic, lost: dict[str, str]) -> None:
+        """Have everybody but the ``lost`` train, and the authority make a key.
+
+        Raises:
+            _MissingError: too few of them did; ``lost`` has the reasons of the others.
+        """
+        invited = [silo for silo in self._roster.names if silo not in lost]
+        requests: dict[str, Request] = dict.fromkeys(invited, begun.request)
+        office, header = self._authority, begun.header
+        if office:
+            requests[office.name] = MakeKey(
+                self._store.run_id,
+                header.round,
+                header.attempt,
+                header.model_digest,
+                header.parameters.values,
+            )
+        replies = self._asking.ask(requests, TRAIN_TIMEOUT, traffic, lost)
+        if office and not isinstance(replies.get(office.name), Ready):
+            raise _NoAuthorityError(
+                f"the authority {office.name} is not there: {lost.get(office.name, '')}",
+                (office.name,),
+                1,
+            )
+        trained = [silo for silo, reply in replies.items() if isinstance(reply, Trained)]
+        if len(trained) < self._study.minimum:
+            raise _TooFewUpdatesError(
+                f"{len(trained)} of {self._study.silos.count} silos delivered an update, "
+                f"{self._study.minimum} are needed"
+                + "".join(f"; {silo}: {reason}" for silo, reason in sorted(lost.items())),
+                invited,
+                self._study.minimum - len(trained),
+            )
+
+    def _decoded(self, begun: _Begun, result: RoundResult, record: dict[str, Any]) -> Vector:
+        """The mean that an opened sum holds, saved: the sum is not asked for again."""
+        count, unit, clip = len(result.survivors), begun.unit, begun.clip
+        clip_norm = clip.clip_norm if clip else None
+        if isinstance(unit, JointStep):
+            mean = unit.decode(result.sum)
+        elif unit is None:
+            size = begun.header.parameters.values
+            mean = quantiser(self._study, size).decode(result.sum, count)
+        else:
+            mean, indicator_sum = unit.decode(result.sum, count)
+            if clip is not None and indicator_sum is not None:
+                record["clip_norm"] = clip.clip_norm
+                clip_norm = clip.next(indicator_sum, count).clip_norm
+        mean = np.asarray(mean, dtype=np.float32)
+        self._store.save_mean(mean, list(result.survivors), clip_norm)
+        return mean
+
+    def _clip(self) -> AdaptiveClip | None:
+        """The clip norm of the coming round, if it is one that adapts."""
+        start, now = adaptive_clip(self._study), self._store.state.clip_norm
+        return start if start is None or now is None else structs.replace(start, clip_norm=now)
+
+    def _drive(self, side: CoordinatorSide, header: RoundHeader, traffic: Traffic) -> None:
+        """Play the aggregation protocol to its end."""
+        step, steps = 0, len(STEPS[self._study.scheme])
+        while True:
+            self._hooks.progress(step, steps, "secure aggregation")
+            if side.step is Step.UNMASK:
+                self._evidence.opening(header, side.transcript)
+                self._store.begin_opening()
+            requests = {silo: Aggregate(frame) for silo, frame in side.requests().items()}
+            lost: dict[str, str] = {}
+            replies = self._asking.ask(requests, STEP_TIMEOUT, traffic, lost)
+            for silo, reason in lost.items():
+                side.lost(silo, reason)
+            for silo, reply in replies.items():
+                if not isinstance(reply, Aggregated):
+                    side.lost(silo, "answered out of turn")
+                    continue
+                try:
+                    side.receive(silo, reply.frame)
+                except RemoteProtocolError as error:
+                    log.warning("%s", error)  # the silo is out of this round and named in it
+            step += 1
+            try:
+                more = side.advance()
+            except RemoteProtocolError as error:
+                # A dealer whose shares fit no secret spoils the opening for all; not twice.
+                self._store.bar(error.peer, error.message)
+                raise
+            if not more:
+                self._hooks.progress(steps, steps, "secure aggregation")
+                return
+
+
+class _Begun(NamedTuple):
+    """An attempt at a sum."""
+
+    header: RoundHeader
+    request: BeginRound
+    unit: SiloUnit | JointStep | None
+    clip: AdaptiveClip | None
+
+
+class _MissingError(ProtocolError):
+    """Parties failed or refused before the aggregation began.
+
+    Args:
+        among: of these ``count`` more are needed.
+    """
+
+    def __init__(self, message: str, among: Iterable[str], count: int) -> None:
+        super().__init__(message)
+        self.among, self.count = tuple(among), count
+
+
+class _TooFewUpdatesError(_MissingError):
+    """Too many silos did."""
+
+
+class _NoAuthorityError(_MissingError):
+    """The key holder did."""
