@@ -652,7 +652,7 @@ def test_what_is_known_from_elsewhere_is_compared_and_the_rest_is_said(record_bu
         "the study is the one named; 1 key as named; the rest was not compared"
     )
     (rest,) = some.not_compared
-    assert rest.startswith("whose keys these are: server, silo-2, silo-3, silo-4 (--key")
+    assert rest.startswith("the owners of the keys: server, silo-2, silo-3, silo-4 (--key")
     every = verify(record_bundle, expectation(study, known("server", *NAMES)))
     assert every.not_compared == []
     other = tmp_path / "other.yaml"

@@ -102,12 +102,12 @@ def test_more_rows_than_there_are_answers_are_refused(inputs):
 
 
 def test_something_must_be_left_to_distil_from(inputs):
-    with pytest.raises(ConfigError, match=r"keep\.rows: all public questions are kept apart"):
+    with pytest.raises(ConfigError, match=r"keep\.rows: all public questions are set aside"):
         load_study(inputs / "tiny.yaml", ["keep={rows: 8}", "task.data.public=8"])
     from securefedcollm.federation.cotuning import _validation
     from securefedcollm.federation.dealing import deal
 
     study = load_study(inputs / "tiny.yaml", ["keep={rows: 8}"])
     answered = [q for q in deal(study, inputs).public if q.answer is not None]
-    with pytest.raises(ConfigError, match=r"keep\.rows: all public questions are kept apart"):
+    with pytest.raises(ConfigError, match=r"keep\.rows: all public questions are set aside"):
         _validation(study, answered)

@@ -110,7 +110,7 @@ def test_no_step_is_forgotten_however_many_there_were() -> None:
     ("changes", "said"),
     [
         (["local.steps=0"], r"local\.steps: no steps, and no epochs"),
-        (["local.epochs=1"], r"local\.steps: epochs say how long"),
+        (["local.epochs=1"], r"local\.steps: local\.epochs also sets the length"),
         (["local.steps=0", "local.epochs=1"], r"local\.epochs: DP-SGD draws every batch anew"),
         (
             [
