@@ -119,7 +119,8 @@ def _each(
         for one in passes(made_up, kinds, np.arange(len(made_up)), widths):
             with one_thread_if(widths.wide(one.shape)):
                 values = says(one.batch)
-            found |= {row: bits(values[at]) for at, row in enumerate(one.rows.tolist())}
+            kept = values[: len(one.rows)]
+            found |= zip(one.rows.tolist(), bits(kept), strict=True)
         return [found[row] for row in range(len(made_up))]
 
     widths = proved(model, shapes, widths, compute, what)

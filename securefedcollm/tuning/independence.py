@@ -300,8 +300,7 @@ def _without_traces(model: nn.Module) -> Iterator[None]:
             raise _refusal(f"a pass changes its buffer {name}", "models.slm")
 
 
-def bits(*values: Tensor) -> bytes:
-    """The bytes of some tensors, to be compared."""
-    return b"".join(
-        v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for v in values
-    )
+def bits(*values: Tensor) -> list[bytes]:
+    """The bytes of every row of some tensors [n, …], to be compared: row by row."""
+    rows = [v.detach().cpu().contiguous().flatten(1).view(torch.uint8).numpy() for v in values]
+    return [row.tobytes() for row in np.concatenate(rows, axis=1)]

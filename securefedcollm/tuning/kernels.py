@@ -21,7 +21,7 @@ Adversary: as in :mod:`.independence`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from typing import Any, Final
@@ -34,7 +34,6 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 _TWO_VECTORS: Final = 128
 """Bytes that an elementwise kernel takes at a time: twice the widest register."""
@@ -132,8 +131,7 @@ class Kernels(TorchDispatchMode):
         kwargs = kwargs or {}
         result = op(*args, **kwargs)
         name = op.overloadpacket.__name__
-        given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
-        found = [v for v in tree_leaves(result) if isinstance(v, Tensor)]
+        given, found = [*_tensors((args, kwargs))], [*_tensors(result)]
         if all(map(self._is_nobodys, given)):  # made of weights and constants
             self._kept += found
             self._nobodys.update(map(_memory, found))
@@ -168,16 +166,15 @@ class Kernels(TorchDispatchMode):
 
     def _alike(self, op: Any, name: str, args: Any, kwargs: Any, rows: int) -> bool:
         """Whether random rows come out the same wherever they are; asked once of a kind of call."""
-        kind = str(tree_map_only(Tensor, _laid_out, (name, args, kwargs)))
+        kind = repr(_replaced((name, args, kwargs), _laid_out))
         if kind not in self._tried:
             about = partial(self._of_one_row, rows=rows)
-            same = str(tree_map_only(Tensor, about, (name, args, kwargs)))
+            same = repr(_replaced((name, args, kwargs), about))
             make = _Maker(args, kwargs, self._nobodys, rows, same)
             alike, seen = True, False
             for who in _arrangements(rows):
                 made = make.of(who)
-                values = [v for v in tree_leaves(op(*made[0], **made[1])) if isinstance(v, Tensor)]
-                for at, value in enumerate(values):
+                for at, value in enumerate(_tensors(op(*made[0], **made[1]))):
                     if value.is_floating_point() and value.ndim and not len(value) % rows:
                         parts = value.reshape(rows, -1)
                         alike &= self._same((same, at), torch.tensor(who), parts)
@@ -223,6 +220,31 @@ def _arrangements(rows: int) -> list[list[int]]:
         for other in (_LOUD, _LOUD + 1)
     ]
     return [*passes, *loud]
+
+
+# torch's own walks through trees cost as much as the kernels of a small model.
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in what a kernel is given or returns."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, dict):
+        yield from _tensors([*value.values()])
+
+
+def _replaced(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """A kernel's arguments with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        return tuple(_replaced(each, change) for each in value)
+    if isinstance(value, list):
+        return [_replaced(each, change) for each in value]
+    if isinstance(value, dict):
+        return {key: _replaced(each, change) for key, each in value.items()}
+    return value
 
 
 def _memory(value: Tensor) -> int:
@@ -278,9 +300,7 @@ class _Maker:
 
     def of(self, who: Sequence[int]) -> Any:
         places = count()
-        return tree_map_only(
-            Tensor, lambda value: self._made(value, next(places), who), self._given
-        )
+        return _replaced(self._given, lambda value: self._made(value, next(places), who))
 
     def _made(self, value: Tensor, place: int, who: Sequence[int]) -> Tensor:
         of_rows = value.is_floating_point() and value.ndim and not len(value) % self._rows

@@ -206,8 +206,7 @@ def records_of(
         found: dict[int, bytes] = {}
         records = among(questions, widths=widths)
         for rows, gradients in records.of_records(np.arange(len(questions))):
-            for at, row in enumerate(rows.tolist()):
-                found[row] = bits(*(gradient[at] for gradient in gradients))
+            found |= zip(rows.tolist(), bits(*gradients), strict=True)
         return [found[row] for row in range(len(questions))]
 
     widths = widths_for(model, loss.micro_batch)

@@ -184,7 +184,7 @@ def test_no_record_moves_another_records_last_bits(name: str) -> None:
         records = records_of(model, layout, part, LossPlan())
         for rows, gradients in records.of_records(np.arange(len(part))):
             if 0 in rows.tolist():
-                return bits(*(g[rows.tolist().index(0)] for g in gradients))
+                return bits(*gradients)[rows.tolist().index(0)]
         raise AssertionError
 
     with evaluation_mode(model), made_up_adapter(model, 30.0):
