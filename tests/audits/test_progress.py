@@ -20,12 +20,11 @@ from securefedcollm.federation import roles
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.workload import silent
 from securefedcollm.study import load_study
-
-from ..evidence.runs import RecordedSilo, recorded_study
-from ..federation.arithmetic import ArithmeticServer
-from ..federation.homes import make_identities, write_signed
-from .forge import doctor
-from .test_report import Reader
+from tests.support.arithmetic import ArithmeticServer
+from tests.support.forge import doctor
+from tests.support.members import make_identities, write_signed
+from tests.support.report_page import Reader
+from tests.support.runs import RecordedSilo, recorded_study
 
 SILOS = ("silo-1", "silo-2", "silo-3")
 

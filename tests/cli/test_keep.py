@@ -15,8 +15,7 @@ from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.simulation.plan import SimulationPlan
 from securefedcollm.simulation.simulate import Simulation
 from securefedcollm.study import load_study
-
-from .tiny import make_inputs
+from tests.support.inputs import make_inputs
 
 STILL = ["local.learning_rate=1e-6", "distillation.learning_rate_slm=1e-7"]
 """No round is better than the first."""

@@ -22,9 +22,9 @@ from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.messages import BeginRound, decode_request
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import load_study
+from tests.support.rounds import expected_theta
+from tests.support.runs import NAMES, RecordedRun, silo_log
 
-from ..evidence.runs import NAMES, RecordedRun, silo_log
-from ..federation.test_rounds import expected_theta
 from .generate import HERE
 from .killed import STUDIES, SUM
 

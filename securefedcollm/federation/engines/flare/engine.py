@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -26,6 +25,7 @@ from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.engines.door import Door, Wire
 from securefedcollm.federation.engines.flare.job import write_job
 from securefedcollm.federation.engines.flare.kit import Kit
+from securefedcollm.federation.engines.flare.presence import Presence, Waits
 from securefedcollm.federation.engines.flare.processes import (
     DOOR,
     LARGEST_MESSAGE,
@@ -41,8 +41,6 @@ log = logging.getLogger(__name__)
 
 _JOB_START: Final = 60.0
 _TRIES: Final = 3
-_LATER: Final = 30.0
-"""Seconds to wait for silos that were there before, where there are enough without them."""
 _PAUSE: Final = 5.0
 _CALL: Final = 60.0
 """Seconds for one call, the relay's own timeouts included."""
@@ -56,21 +54,6 @@ class Kits(NamedTuple):
 
     server: Kit
     lead: Kit
-
-
-@dataclass(frozen=True, kw_only=True)
-class Waits:
-    """How many silos FLARE's jobs need, and how long they are waited for.
-
-    Args:
-        minimum: with fewer connected no job is begun.
-        patience: seconds to wait for the silos before the first job.
-        rejoin: seconds to wait later, when so few are left that nothing goes on without one.
-    """
-
-    minimum: int
-    patience: float
-    rejoin: float = _LATER
 
 
 class FlareEngine:
@@ -103,13 +86,17 @@ class FlareEngine:
         self._largest = largest or {}
         self._sign = sign
         self._say = say
-        self._silos = silos
         self._lead = kits.lead
-        self._waits = waits
-        self._progress = progress
+        self._presence = Presence(
+            silos,
+            waits,
+            connected=self._connected,
+            end_job=self._end_job,
+            progress=progress,
+            say=say,
+        )
         self._session = session or new_session()
         self._closed = False
-        self._began = False
         self._number = 0
         self._changed = threading.Condition()
         self._job: str = ""
@@ -177,7 +164,7 @@ class FlareEngine:
         with self._changed:
             running, members = self._job_wire is not None, self._members
             missing = set(frames) - members
-        if not self._began:
+        if not self._presence.began:
             self.begin_job(set(frames))
         elif not running:
             self.begin_job(set(frames) & (members | self._connected()))
@@ -211,15 +198,15 @@ class FlareEngine:
 
     def _begin_job(self, wanted: set[str] | frozenset[str]) -> None:
         self._end_job()
-        present = self._wait_for(wanted)
+        present = self._presence.wait_for(wanted)
         for _ in range(_TRIES):
             if self._started(self._submit(present), present):
                 self._require_open()
-                self._began = True
+                self._presence.began = True
                 self._say(f"connected: {', '.join(sorted(present))}")
                 return
             self._end_job()  # somebody in it had just gone; now FLARE knows
-            present = self._wait_for(frozenset())
+            present = self._presence.wait_for(frozenset())
         raise TransportError(
             f"no FLARE job began within {_TRIES * _JOB_START:.0f} s",
             hint="see flare.log at the server and at the silos",
@@ -233,72 +220,13 @@ class FlareEngine:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _wait_for(self, wanted: set[str] | frozenset[str]) -> set[str]:
-        began, start = self._began, time.monotonic()
-        most = self._waits.rejoin if began else self._waits.patience
-        deadline, told = start + (min(most, _LATER) if began else most), False
-        while True:
-            self._require_open()
-            present = self._connected() & set(self._silos)
-            self._progress(len(present), len(self._silos), "silos connected")
-            if present >= wanted and len(present) >= self._waits.minimum:
-                self._progress(1, 1, "silos connected")
-                return present
-            if time.monotonic() > deadline:
-                if len(present) >= self._waits.minimum:
-                    return present
-                missing = set(self._silos) - present
-                if time.monotonic() > start + most:
-                    raise TransportError(
-                        f"{len(present)} silos are connected, {self._waits.minimum} are needed; "
-                        f"not there: {', '.join(sorted(missing))}",
-                        hint="they run `securefedcollm client`; then start the server again",
-                    )
-                if not told:
-                    self._say_waiting(missing, most)
-                    told = True
-            time.sleep(0.5)
-
     def rejoined(self, silos: Set[str], count: int, most: float = math.inf) -> bool:
-        """Wait until ``count`` of these silos, which could not be reached, are connected again.
-
-        Returns whether they are: not if that takes longer than ``most`` seconds, or ``rejoin``.
-
-        Raises:
-            TransportError: FLARE's server has ended.
-        """
-        wait = min(self._waits.rejoin, most)
-        deadline = time.monotonic() + wait
-        self._say_waiting(silos, wait)
-        while len(self._connected() & silos) < count:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.5)
-        return True
+        """See :meth:`~.presence.Presence.rejoined`."""
+        return self._presence.rejoined(silos, count, most)
 
     def arrived(self, silos: Set[str], most: float) -> Set[str]:
-        """When nothing is summed any more: wait until one of these silos is connected.
-
-        Returns those that are, or none after ``most`` seconds. All others may have left: from now
-        on a job is for these silos, and begins with any one of them.
-
-        Raises:
-            TransportError: FLARE's server has ended.
-        """
-        self._end_job()
-        self._silos, self._began = tuple(sorted(silos)), True
-        self._waits = replace(self._waits, minimum=1)
-        deadline = time.monotonic() + most
-        self._say_waiting(silos, most, "to come back and fetch the last adapter")
-        while not (here := self._connected() & silos):
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.5)
-        return here
-
-    def _say_waiting(self, silos: Set[str], wait: float, what: str = "to come back") -> None:
-        limit = f"{wait / 60:.0f} minutes" if wait >= 120 else f"{wait:.0f} s"
-        self._say(f"waiting up to {limit} for {', '.join(sorted(silos))} {what}")
+        """See :meth:`~.presence.Presence.arrived`."""
+        return self._presence.arrived(silos, most)
 
     def _started(self, job: str, members: set[str]) -> bool:
         """Wait until the job's relay has come, with a connection for each of its silos."""
