@@ -10,6 +10,7 @@ import pytest
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
+from securefedcollm.aggregation import answering
 from securefedcollm.aggregation.masking import silo
 from securefedcollm.errors import ConfigError, EvidenceError, SecureFedCoLLMError
 from securefedcollm.evidence.bundle import read_members
@@ -182,7 +183,7 @@ def test_builds_with_a_check_missing_are_caught(monkeypatch):
     code, out = call("protocol", "--case", "split_survivors")
     assert code == 1
     assert "1 of 1 attacks were not stopped: split_survivors" in out
-    monkeypatch.setattr(silo, "record_once", lambda *_: None)
+    monkeypatch.setattr(answering, "record_once", lambda *_: None)
     code, out = call("protocol", "--case", "second_attempt", "--json")
     assert code == 1
     (outcome,) = json.loads(out)["outcomes"]
