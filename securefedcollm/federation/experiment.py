@@ -16,7 +16,6 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +25,7 @@ import numpy as np
 
 from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.federation.engines.embedded import process_context
+from securefedcollm.federation.experiment_rows import Arm, arms, has_labels, pairs, place_of
 from securefedcollm.federation.files import make_directory, write_durably
 from securefedcollm.federation.intervals import LEVEL, RESAMPLES, interval, resampled_means
 from securefedcollm.federation.plan import silo_names
@@ -36,119 +36,6 @@ from securefedcollm.study.checks import check
 from securefedcollm.version import __version__
 
 METRICS: Final = ("accuracy", "gold_log_prob")
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One run under one seed.
-
-    ``rows``: the method's name in the table, for each model that the run answers with. ``kind``:
-    how it is run. ``loss``: the server's losses in a federation; None: the study's own.
-    ``labels``: whether the server uses the answers of public questions.
-    """
-
-    key: str
-    rows: Mapping[str, str]
-    kind: str = "federation"
-    loss: str | None = None
-    labels: bool = True
-    noisy: int = 0
-
-
-def arms(study: Study, noisy: int = 0) -> list[Arm]:
-    """The runs of one seed, the main one first."""
-    if study.models.llm is None:
-        return _arms_of_one(noisy)
-    plan = study.distillation
-    name = "FedCoLLM"
-    found = [
-        Arm("fedcollm", {"slm": name, "llm": name}),
-        Arm("fedavg", {"slm": "FedAvg"}, kind="fedavg"),
-    ]
-    if plan.over == "choices" and plan.loss in {"entropy-pooled", "dual-min-ce"}:
-        found.append(Arm("teacher", {"slm": _TEACHER}, kind="teacher"))
-    if has_labels(study):
-        rows = {"slm": "FedAvg + auxiliary", "llm": "auxiliary only"}
-        found.append(Arm("auxiliary", rows, loss="none"))
-        if has_prompts(study):
-            found.append(Arm("prompts", {"slm": _PROMPTS, "llm": _PROMPTS}, labels=False))
-    if plan.loss != "mutual-kl":
-        paper = f"{name} (mutual KL)"
-        found.append(Arm("mutual-kl", {"slm": paper, "llm": paper}, loss="mutual-kl"))
-    found += [
-        Arm("standalone", {"slm": "standalone"}, kind="standalone"),
-        Arm("zero-shot", {"slm": "zero-shot", "llm": "zero-shot"}, kind="zero-shot"),
-        Arm("centralized", {"llm": "centralized"}, kind="centralized"),
-    ]
-    if noisy:
-        spoilt = f"{name}, {noisy} noisy"
-        found += [
-            Arm(f"fedcollm-noisy-{noisy}", {"slm": spoilt, "llm": spoilt}, noisy=noisy),
-            Arm(
-                f"fedavg-noisy-{noisy}",
-                {"slm": f"FedAvg, {noisy} noisy"},
-                kind="fedavg",
-                noisy=noisy,
-            ),
-        ]
-    return found
-
-
-def _arms_of_one(noisy: int) -> list[Arm]:
-    """The runs of a study that tunes one model: FedAvg is the main one."""
-    found = [
-        Arm("fedavg", {"slm": "FedAvg"}, kind="fedavg"),
-        Arm("standalone", {"slm": "standalone"}, kind="standalone"),
-        Arm("zero-shot", {"slm": "zero-shot"}, kind="zero-shot"),
-        Arm("centralized", {"slm": "centralized"}, kind="centralized"),
-    ]
-    if noisy:
-        rows = {"slm": f"FedAvg, {noisy} noisy"}
-        found.append(Arm(f"fedavg-noisy-{noisy}", rows, kind="fedavg", noisy=noisy))
-    return found
-
-
-def has_labels(study: Study) -> bool:
-    """Whether the auxiliary set teaches anything without distillation."""
-    data = study.task.data
-    return study.distillation.batch_labelled > 0 and bool(data.builtin or data.public_labelled)
-
-
-def has_prompts(study: Study) -> bool:
-    """Whether distillation has something to work on when no public question's answer is used."""
-    data, plan = study.task.data, study.distillation
-    unlabelled = bool(data.builtin) or (data.public or 0) > data.public_labelled
-    return unlabelled and plan.batch_unlabelled > 0 and plan.loss != "none"
-
-
-_PROMPTS: Final = "FedCoLLM (prompts only)"
-"""What distillation does by itself: no answer of a public question is used. Then there is nothing
-for the auxiliary controls to learn from; FedAvg and the LLM as it came are the rows to compare."""
-
-_TEACHER: Final = "the pooled teacher"
-"""FedAvg's SLM and the untuned LLM together: what there is to convey, before anybody learns it."""
-
-_ORDER: Final = (
-    "zero-shot",
-    "standalone",
-    "FedAvg",
-    _TEACHER,
-    "auxiliary only",
-    "FedAvg + auxiliary",
-    "FedCoLLM",
-    "FedCoLLM (mutual KL)",
-    _PROMPTS,
-    "centralized",
-)
-
-_MAIN: Final = {
-    "slm": ("FedAvg + auxiliary",),
-    "llm": ("auxiliary only", "zero-shot"),
-}
-"""FedCoLLM less these is what the comparison is about."""
-_MAIN_OF_ONE: Final = ("standalone", "zero-shot")
-"""Where one model is tuned, FedAvg less these."""
-_MAIN_OF_PROMPTS: Final = {"slm": "FedAvg", "llm": "zero-shot"}
 
 
 class Experiment:
@@ -260,7 +147,10 @@ class Experiment:
             plan = msgspec.structs.replace(plan, loss=arm.loss, top_k=None)
         if not arm.labels:
             plan = msgspec.structs.replace(plan, batch_labelled=0)
-        return msgspec.structs.replace(self._study, seed=seed, distillation=plan)
+        server = self._study.server
+        if server is not None and not arm.central:
+            server = msgspec.structs.replace(server, central=None)
+        return msgspec.structs.replace(self._study, seed=seed, server=server, distillation=plan)
 
     def _home(self, key: str, seed: int) -> Path:
         return self._out / f"seed-{seed}" / key
@@ -299,6 +189,8 @@ class Experiment:
         if arm.kind == "centralized":
             answers = made.centralized(study, dealt, progress=progress, **place)
             return dict.fromkeys(arm.rows, answers)
+        if arm.kind == "central":
+            return {"slm": made.central_only(study, dealt, progress=progress, **place)}
         if arm.kind == "teacher":
             tuned = self._home("fedavg", seed) / "adapters"
             said = made.teacher_answers(
@@ -346,7 +238,7 @@ class Experiment:
                  for s in seeds}  # fmt: skip
         rows = sorted(
             ((model, method, arm.key) for arm in self._arms for model, method in arm.rows.items()),
-            key=lambda row: (row[0] != "slm", _place(row[1])),
+            key=lambda row: (row[0] != "slm", place_of(row[1])),
         )
         scores = {
             metric: np.array(
@@ -361,6 +253,7 @@ class Experiment:
             "version": __version__,
             "seeds": seeds,
             "questions": len(groups),
+            "generative": self._study.generative,
             "level": LEVEL,
             "resamples": RESAMPLES,
             **compare(names, scores, groups),
@@ -376,6 +269,16 @@ class Experiment:
             f"Centralized: the {'LLM' if study.models.llm else 'model'} tuned on all records at "
             "one place without privacy.",
         ]
+        if study.generative:
+            notes.append(
+                "Accuracy: the share of tokens that are the most probable one. Perplexity: e to "
+                "the mean negative log-probability of a token, every record weighed alike."
+            )
+        if study.server and study.server.central:
+            notes.append(
+                f"Central only: {study.rounds * study.server.central.steps} steps on public rows, "
+                "as in the federation, and no silo."
+            )
         if study.models.llm and not has_labels(study):
             notes.append(
                 "No public question is labelled, so there is nothing to tune on without "
@@ -408,10 +311,10 @@ def compare(
     if len(set(groups)) > 1:
         columns |= {g: np.array([h == g for h in groups]) for g in dict.fromkeys(groups)}
     rows: list[dict[str, Any]] = [{"model": m, "method": method} for m, method in names]
-    pairs = _pairs(names)
+    found_pairs = pairs(names)
     differences: list[dict[str, Any]] = [
         {"model": names[a][0], "method": names[a][1], "less": names[b][1], "main": main}
-        for a, b, main in pairs
+        for a, b, main in found_pairs
     ]
     for metric, values in scores.items():
         for column, chosen in columns.items():
@@ -422,34 +325,10 @@ def compare(
                 row.setdefault("by_seed", {}).setdefault(metric, {})[column] = (
                     part[i].mean(axis=1).tolist()
                 )
-            for (a, b, _), difference in zip(pairs, differences, strict=True):
+            for (a, b, _), difference in zip(found_pairs, differences, strict=True):
                 found = interval(part[a] - part[b], means[a] - means[b])
                 difference.setdefault(metric, {})[column] = found._asdict()
     return {"groups": list(columns), "rows": rows, "differences": differences}
-
-
-def _pairs(names: list[tuple[str, str]]) -> list[tuple[int, int, bool]]:
-    """FedCoLLM less every other row (FedAvg, where there is no LLM), noisy less clean, distillation
-    alone less what it began with: (row, row to subtract, is it a main one)."""
-    found = []
-    both = any(method == "FedCoLLM" for _, method in names)
-    best = "FedCoLLM" if both else "FedAvg"
-    for a, (model, method) in enumerate(names):
-        clean, _, noise = method.partition(", ")
-        if noise:
-            found.append((a, names.index((model, clean)), False))
-        elif method == _PROMPTS:
-            found.append((a, names.index((model, _MAIN_OF_PROMPTS[model])), True))
-        elif method == best:
-            others = [b for b, (m, other) in enumerate(names) if m == model and other != method]
-            main = _MAIN[model] if both else _MAIN_OF_ONE
-            found += [(a, b, names[b][1] in main) for b in others if ", " not in names[b][1]]
-    return sorted(found, key=lambda pair: (names[pair[0]][0] != "slm", not pair[2]))
-
-
-def _place(method: str) -> tuple[int, str]:
-    clean, _, noise = method.partition(", ")
-    return _ORDER.index(clean) + (len(_ORDER) if noise else 0), noise
 
 
 def _read(path: Path) -> Any:

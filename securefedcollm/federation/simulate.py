@@ -23,7 +23,13 @@ from securefedcollm.federation.engines.embedded import process_context
 from securefedcollm.federation.files import copy_tree, make_directory, write_durably
 from securefedcollm.federation.keeping import BEST, best_round
 from securefedcollm.federation.plan import silo_names
-from securefedcollm.federation.results import best_method, remembered, rows, write_results
+from securefedcollm.federation.results import (
+    best_method,
+    method_of,
+    remembered,
+    rows,
+    write_results,
+)
 from securefedcollm.federation.runstore import RunStore, check_directory
 from securefedcollm.federation.status import round_sentence
 from securefedcollm.federation.tracking import Follow, Kind, require_tracker, tracking
@@ -75,7 +81,8 @@ class Simulation:
             workers: processes for the silos; None: one per core; 0: none.
             drops: silos to lose on purpose, ``SILO@STEP[:ROUND]``.
             device: where all models compute, as torch calls it.
-            distillation: False leaves out the server's phase: plain FedAvg, without the LLM.
+            distillation: False leaves out the server's phase, every part of it: plain FedAvg,
+                without the LLM.
             noisy: so many silos have meaningless answers.
             tested: False leaves out the test questions: the adapters are the result.
             files: the participants' own, where nothing is dealt out; their silos have its names.
@@ -92,10 +99,9 @@ class Simulation:
         self._device = device
         self._resume = resume
         self._overwrite = overwrite
-        # Without an LLM the run itself is FedAvg.
-        plain = study.models.llm is None
-        self._baselines = tuple(b for b in baselines if not (plain and b == "fedavg"))
-        self._distillation = distillation and study.models.llm is not None
+        self._method = method_of(study) if distillation else "FedAvg"
+        self._baselines = tuple(b for b in baselines if (b, self._method) != ("fedavg", "FedAvg"))
+        self._phase = distillation
         self._noisy = noisy
         self._tested = tested
         self._files = files
@@ -129,7 +135,7 @@ class Simulation:
             self._study,
             public=dealt.public,
             test=dealt.test if self._tested else (),
-            distillation=self._distillation,
+            distillation=self._phase,
             data=self._data,
             device=self._device,
             progress=progress,
@@ -149,15 +155,14 @@ class Simulation:
             if fresh and not store.begun:
                 shutil.rmtree(self._out)
             raise
-        for name in ("slm", "llm") if self._distillation else ("slm",):
+        for name in ("slm", "llm") if self._method == "FedCoLLM" else ("slm",):
             copy_tree(store.adapters / name, self._out / "adapters" / name)
         history = store.state.history
-        method = "FedCoLLM" if self._distillation else "FedAvg"
-        table = rows("zero-shot", zero_shot) + rows(method, history[-1]["evaluation"])
+        table = rows("zero-shot", zero_shot) + rows(self._method, history[-1]["evaluation"])
         best = best_round(self._study, history)
         if best is not None:
             copy_tree(store.best_adapters(best), self._out / BEST)
-            table += rows(best_method(method, best), history[best - 1]["evaluation"])
+            table += rows(best_method(self._method, best), history[best - 1]["evaluation"])
         del server
         if "standalone" in self._baselines:
             table += rows("standalone", self._standalone(progress))
@@ -373,7 +378,7 @@ def _notes(study: Study, baselines: tuple[str, ...]) -> list[str]:
         notes.append(
             f"general: knowledge that {known}; private: rules that only silos' records hold."
         )
-        if study.models.llm:
+        if study.models.llm and study.task.kind == "multiple_choice":
             notes.append("The public prompts include unanswered ones on the private topics.")
     if study.task.data.builtin and study.task.data.partition is None:
         share = f"1/{study.silos.count} of the private rules"

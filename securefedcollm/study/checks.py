@@ -17,6 +17,7 @@ from securefedcollm.study.config import (
     Study,
     Task,
 )
+from securefedcollm.study.serverchecks import check_server
 
 _MOST_RECORDS = 10**10  # above it, a slip of the pen
 
@@ -52,6 +53,7 @@ def check(study: Study) -> None:
         _check_model("models.llm", study.models.llm)
     _check_model("models.slm", study.models.slm)
     _check_distillation(study)
+    check_server(study)
     _check_keep(study)
     _check_roster(study)
 
@@ -279,7 +281,7 @@ def _check_data(study: Study) -> None:
         return  # every participant gives a file of its own
     if not data.builtin:
         needed = ["train", "test", "public", "per_silo"]
-        if study.models.llm is None:
+        if not study.needs_public:
             needed.remove("public")
         for name in needed:
             if getattr(data, name) is None:
@@ -370,11 +372,11 @@ def _check_columns(task: Task) -> None:
 
 def _check_task(study: Study) -> None:
     task, plan = study.task, study.distillation
-    if task.data.builtin and task.kind != "multiple_choice":
+    if task.data.builtin and task.kind not in {"multiple_choice", "text"}:
         raise ConfigError(
-            "the built-in world has multiple-choice questions",
+            "the built-in world has multiple-choice questions, and the same as text",
             where="task.kind",
-            hint="leave it out, or give files instead of task.data.builtin",
+            hint="leave it out, choose text, or give files instead of task.data.builtin",
         )
     if task.data.builtin and (task.columns or task.template):
         raise ConfigError(

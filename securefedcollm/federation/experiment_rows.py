@@ -1,0 +1,176 @@
+"""The rows of an experiment: which runs one seed takes, and which rows are compared with which."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from securefedcollm.federation.results import method_of
+from securefedcollm.study import Study
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run under one seed.
+
+    ``rows``: the method's name in the table, for each model that the run answers with. ``kind``:
+    how it is run. ``loss``: the server's losses in a federation; None: the study's own.
+    ``labels``: whether the server uses the answers of public questions. ``central``: whether it
+    takes the study's central steps.
+    """
+
+    key: str
+    rows: Mapping[str, str]
+    kind: str = "federation"
+    loss: str | None = None
+    labels: bool = True
+    central: bool = True
+    noisy: int = 0
+
+
+def arms(study: Study, noisy: int = 0) -> list[Arm]:
+    """The runs of one seed, the main one first."""
+    if study.models.llm is None:
+        return _arms_of_one(study, noisy)
+    plan = study.distillation
+    name = "FedCoLLM"
+    found = [
+        Arm("fedcollm", {"slm": name, "llm": name}),
+        Arm("fedavg", {"slm": "FedAvg"}, kind="fedavg"),
+    ]
+    if plan.over == "choices" and plan.loss in {"entropy-pooled", "dual-min-ce"}:
+        found.append(Arm("teacher", {"slm": _TEACHER}, kind="teacher"))
+    if has_labels(study):
+        rows = {"slm": "FedAvg + auxiliary", "llm": "auxiliary only"}
+        found.append(Arm("auxiliary", rows, loss="none"))
+        if has_prompts(study):
+            found.append(Arm("prompts", {"slm": _PROMPTS, "llm": _PROMPTS}, labels=False))
+    if plan.loss != "mutual-kl":
+        paper = f"{name} (mutual KL)"
+        found.append(Arm("mutual-kl", {"slm": paper, "llm": paper}, loss="mutual-kl"))
+    if study.server and study.server.central:
+        found.append(_CENTRAL)
+    found += [
+        Arm("standalone", {"slm": "standalone"}, kind="standalone"),
+        Arm("zero-shot", {"slm": "zero-shot", "llm": "zero-shot"}, kind="zero-shot"),
+        Arm("centralized", {"llm": "centralized"}, kind="centralized"),
+    ]
+    if noisy:
+        spoilt = f"{name}, {noisy} noisy"
+        found += [
+            Arm(f"fedcollm-noisy-{noisy}", {"slm": spoilt, "llm": spoilt}, noisy=noisy),
+            Arm(
+                f"fedavg-noisy-{noisy}",
+                {"slm": f"FedAvg, {noisy} noisy"},
+                kind="fedavg",
+                noisy=noisy,
+            ),
+        ]
+    return found
+
+
+def _arms_of_one(study: Study, noisy: int) -> list[Arm]:
+    """The runs of a study that tunes one model; each part of the server's phase has its control."""
+    main, server = method_of(study), study.server
+    found = [Arm("fedavg", {"slm": "FedAvg"}, kind="fedavg")]
+    if main != "FedAvg":
+        found.insert(0, Arm("federated", {"slm": main}))
+    if server and server.central:
+        if server.outer:
+            found.append(Arm("outer", {"slm": "FedOpt"}, central=False))
+        found.append(_CENTRAL)
+    found += [
+        Arm("standalone", {"slm": "standalone"}, kind="standalone"),
+        Arm("zero-shot", {"slm": "zero-shot"}, kind="zero-shot"),
+        Arm("centralized", {"slm": "centralized"}, kind="centralized"),
+    ]
+    if noisy:
+        rows = {"slm": f"FedAvg, {noisy} noisy"}
+        found.append(Arm(f"fedavg-noisy-{noisy}", rows, kind="fedavg", noisy=noisy))
+    return found
+
+
+_CENTRAL: Final = Arm("central", {"slm": "central only"}, kind="central")
+"""The server's own steps on public rows, as many as in the study's run, and no silo."""
+
+
+def has_labels(study: Study) -> bool:
+    """Whether the auxiliary set teaches anything without distillation."""
+    data = study.task.data
+    return study.distillation.batch_labelled > 0 and bool(data.builtin or data.public_labelled)
+
+
+def has_prompts(study: Study) -> bool:
+    """Whether distillation has something to work on when no public question's answer is used."""
+    data, plan = study.task.data, study.distillation
+    unlabelled = bool(data.builtin) or (data.public or 0) > data.public_labelled
+    return unlabelled and plan.batch_unlabelled > 0 and plan.loss != "none"
+
+
+_PROMPTS: Final = "FedCoLLM (prompts only)"
+"""What distillation does by itself: no answer of a public question is used. Then there is nothing
+for the auxiliary controls to learn from; FedAvg and the LLM as it came are the rows to compare."""
+
+_TEACHER: Final = "the pooled teacher"
+"""FedAvg's SLM and the untuned LLM together: what there is to convey, before anybody learns it."""
+
+_ORDER: Final = (
+    "zero-shot",
+    "standalone",
+    "central only",
+    "FedAvg",
+    "FedOpt",
+    _TEACHER,
+    "auxiliary only",
+    "FedAvg + auxiliary",
+    "FedAvg + central",
+    "FedOpt + central",
+    "FedCoLLM",
+    "FedCoLLM (mutual KL)",
+    _PROMPTS,
+    "centralized",
+)
+
+_MAIN: Final = {
+    "slm": ("FedAvg + auxiliary",),
+    "llm": ("auxiliary only", "zero-shot"),
+}
+"""FedCoLLM less these is what the comparison is about."""
+_MAIN_OF_ONE: Final = {
+    "FedOpt + central": ("FedOpt", "central only"),
+    "FedAvg + central": ("FedAvg", "central only"),
+    "FedOpt": ("FedAvg",),
+    "FedAvg": ("standalone", "zero-shot"),
+}
+"""Where one model is tuned, the study's own method less these."""
+_MAIN_OF_PROMPTS: Final = {"slm": "FedAvg", "llm": "zero-shot"}
+
+
+def main_of(names: Collection[tuple[str, str]]) -> str:
+    """Which of the rows (model, method) is the study's own run."""
+    methods = {method for _, method in names}
+    return next(method for method in ("FedCoLLM", *_MAIN_OF_ONE) if method in methods)
+
+
+def pairs(names: list[tuple[str, str]]) -> list[tuple[int, int, bool]]:
+    """The study's own run less every other row, noisy less clean, distillation alone less what it
+    began with: (row, row to subtract, is it a main one)."""
+    found = []
+    best = main_of(names)
+    for a, (model, method) in enumerate(names):
+        clean, _, noise = method.partition(", ")
+        if noise:
+            found.append((a, names.index((model, clean)), False))
+        elif method == _PROMPTS:
+            found.append((a, names.index((model, _MAIN_OF_PROMPTS[model])), True))
+        elif method == best:
+            others = [b for b, (m, other) in enumerate(names) if m == model and other != method]
+            main = _MAIN_OF_ONE.get(best) or _MAIN[model]
+            found += [(a, b, names[b][1] in main) for b in others if ", " not in names[b][1]]
+    return sorted(found, key=lambda pair: (names[pair[0]][0] != "slm", not pair[2]))
+
+
+def place_of(method: str) -> tuple[int, str]:
+    clean, _, noise = method.partition(", ")
+    return _ORDER.index(clean) + (len(_ORDER) if noise else 0), noise
