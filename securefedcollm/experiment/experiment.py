@@ -122,7 +122,10 @@ class Experiment:
             plan = msgspec.structs.replace(plan, loss=arm.loss, top_k=None)
         if not arm.labels:
             plan = msgspec.structs.replace(plan, batch_labelled=0)
-        return msgspec.structs.replace(self._study, seed=seed, distillation=plan)
+        server = self._study.server
+        if server is not None and not arm.central:
+            server = msgspec.structs.replace(server, central=None)
+        return msgspec.structs.replace(self._study, seed=seed, server=server, distillation=plan)
 
     def _home(self, key: str, seed: int) -> Path:
         return self._out / f"seed-{seed}" / key
@@ -161,6 +164,8 @@ class Experiment:
         if arm.kind == "centralized":
             answers = made.centralized(study, dealt, progress=progress, **place)
             return dict.fromkeys(arm.rows, answers)
+        if arm.kind == "central":
+            return {"slm": made.central_only(study, dealt, progress=progress, **place)}
         if arm.kind == "teacher":
             tuned = self._home("fedavg", seed) / "adapters"
             said = made.teacher_answers(
@@ -224,6 +229,7 @@ class Experiment:
             "version": __version__,
             "seeds": seeds,
             "questions": len(groups),
+            "generative": self._study.generative,
             "level": LEVEL,
             "resamples": RESAMPLES,
             **compare(names, scores, groups),
@@ -239,6 +245,16 @@ class Experiment:
             f"Centralized: the {'LLM' if study.models.llm else 'model'} tuned on all records at "
             "one place without privacy.",
         ]
+        if study.generative:
+            notes.append(
+                "Accuracy: the share of tokens that are the most probable one. Perplexity: e to "
+                "the mean negative log-probability of a token, every record weighed alike."
+            )
+        if study.server and study.server.central:
+            notes.append(
+                f"Central only: {study.rounds * study.server.central.steps} steps on public rows, "
+                "as in the federation, and no silo."
+            )
         if study.models.llm and not has_labels(study):
             notes.append(
                 "No public question is labelled, so there is nothing to tune on without "

@@ -37,15 +37,7 @@ def estimate(study: Study, data: Path | None) -> dict[str, Any]:
     silo += micro * slm["activation_bytes_per_record"]
     if study.privacy is not None and study.privacy.unit != "silo":
         silo += micro * slm["trained_values"] * _PER_RECORD
-    plan = study.distillation
-    batch = min(study.local.micro_batch, plan.batch_labelled + plan.batch_unlabelled)
-    batch = batch if llm else 0
-    server = sum(
-        model["weights_bytes"]
-        + model["trained_values"] * _OPTIMIZER
-        + batch * model["activation_bytes_per_record"]
-        for model in (*llm.values(), slm)
-    )
+    server = _server_bytes(study, llm, slm)
     return {
         **llm,
         "slm": slm,
@@ -54,6 +46,23 @@ def estimate(study: Study, data: Path | None) -> dict[str, Any]:
         "bytes_down_per_round": (sums + 1) * 4 * slm["broadcast_values"],
         "memory_bytes": {"silo": silo, "server": server},
     }
+
+
+def _server_bytes(study: Study, llm: dict[str, Any], slm: dict[str, Any]) -> int:
+    """Memory of the server: distillation holds both models, central steps the small one's rows."""
+    micro, plan, parts = study.local.micro_batch, study.distillation, study.server
+    distilled = min(micro, plan.batch_labelled + plan.batch_unlabelled) if llm else 0
+    central = min(micro, parts.central.batch_size) if parts and parts.central else 0
+    models = [(model, distilled) for model in llm.values()] + [(slm, max(distilled, central))]
+    total = sum(
+        model["weights_bytes"]
+        + model["trained_values"] * _OPTIMIZER
+        + batch * model["activation_bytes_per_record"]
+        for model, batch in models
+    )
+    if parts and parts.outer:  # its memory, the mean and the step
+        total += 4 * (slm["broadcast_values"] + 3 * slm["update_values"])
+    return int(total)
 
 
 def _shape(study: Study, spec: Model, data: Path | None) -> dict[str, Any]:

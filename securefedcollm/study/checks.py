@@ -21,6 +21,7 @@ from securefedcollm.study.learning_checks import (
     check_steps,
     check_task,
 )
+from securefedcollm.study.serverchecks import check_server
 
 _MOST_RECORDS = 10**10  # above it, a slip of the pen
 
@@ -44,6 +45,7 @@ def check(study: Study) -> None:
         check_model("models.llm", study.models.llm)
     check_model("models.slm", study.models.slm)
     check_distillation(study)
+    check_server(study)
     check_keep(study)
     _check_roster(study)
 

@@ -66,7 +66,7 @@ def check_data(study: Study) -> None:
         return  # every participant gives a file of its own
     if not data.builtin:
         needed = ["train", "test", "public", "per_silo"]
-        if study.models.llm is None:
+        if not study.needs_public:
             needed.remove("public")
         for name in needed:
             if getattr(data, name) is None:
@@ -96,11 +96,11 @@ def check_data(study: Study) -> None:
 def check_task(study: Study) -> None:
     """What a record is, and what may be asked of it."""
     task, plan = study.task, study.distillation
-    if task.data.builtin and task.kind != "multiple_choice":
+    if task.data.builtin and task.kind not in {"multiple_choice", "text"}:
         raise ConfigError(
-            "the built-in world has multiple-choice questions",
+            "the built-in world has multiple-choice questions, and the same as text",
             where="task.kind",
-            hint="leave it out, or give files instead of task.data.builtin",
+            hint="leave it out, choose text, or give files instead of task.data.builtin",
         )
     if task.data.builtin and (task.columns or task.template):
         raise ConfigError(
