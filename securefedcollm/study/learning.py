@@ -196,30 +196,47 @@ class Task(Section, frozen=True):
         return self.kind
 
 
+VIRTUAL_TOKENS: Final = 16
+"""Default of ``adapter.virtual_tokens``."""
+VIRTUAL: Final = frozenset({"prompt", "prefix"})
+"""The methods whose adapter is virtual tokens, and no low-rank matrices."""
+
+
 class Adapter(Section, frozen=True):
-    """The low-rank adapter (PEFT) that is tuned; base weights stay frozen."""
+    """The adapter (PEFT) that is tuned, low-rank or of virtual tokens; base weights stay frozen."""
 
     method: Annotated[
-        Literal["ffa-lora", "rolora", "lora"],
+        Literal["ffa-lora", "rolora", "lora", "prompt", "prefix"],
         says(
             "`ffa-lora` trains B only, with A fixed by the seed: exact under a sum. `rolora` "
             "trains B and A in alternate rounds: exact in each round. `lora` trains both, as the "
             "FedCoLLM paper does: the mean of products is not the product of means, so it is "
-            "inexact."
+            "inexact. `prompt` trains vectors before the input's tokens, `prefix` keys and values "
+            "before those of every layer: exact, and fewer values."
         ),
     ] = "ffa-lora"
-    rank: Annotated[Count, says("Rank of the adapter's matrices.")] = 8
-    alpha: Annotated[Positive, says("The adapter's output is scaled by alpha / rank.")] = 16.0
+    rank: Annotated[Count, says("Rank of a low-rank adapter's matrices.")] = 8
+    alpha: Annotated[Positive, says("A low-rank adapter's output is scaled by alpha / rank.")] = (
+        16.0
+    )
     dropout: Annotated[
         Fraction,
-        says("The adapter's own dropout; 0 with privacy for a record or subject."),
+        says("A low-rank adapter's own dropout; 0 with privacy for a record or subject."),
     ] = 0.0
     targets: Annotated[
         Literal["all-linear"] | list[str],
-        says("The layers that get an adapter: `all-linear`, or names such as [q_proj, v_proj]."),
+        says(
+            "The layers that get a low-rank adapter: `all-linear`, or names such as "
+            "[q_proj, v_proj]."
+        ),
     ] = "all-linear"
     top_layers: Annotated[
-        Count | None, says("Adapts only so many of the last layers; all of them if left out.")
+        Count | None,
+        says("Puts a low-rank adapter on so many of the last layers; on all if left out."),
+    ] = None
+    virtual_tokens: Annotated[
+        Count | None,
+        says("Virtual tokens of a `prompt` or `prefix`; 16 if left out. Other methods have none."),
     ] = None
     layout: Annotated[
         Hex32 | None, says("Pins names and shapes of the adapter's values (a digest).")
@@ -232,6 +249,18 @@ class Adapter(Section, frozen=True):
             "rounding."
         ),
     ] = MAX_ABS
+
+    @property
+    def tokens(self) -> int:
+        """Virtual tokens before every input: 0 for low-rank adapters."""
+        return (self.virtual_tokens or VIRTUAL_TOKENS) if self.method in VIRTUAL else 0
+
+    @property
+    def summary(self) -> str:
+        """Method and size in a few words."""
+        if self.method in VIRTUAL:
+            return f"{self.method}, {self.tokens} virtual tokens"
+        return f"{self.method}, rank {self.rank}, α {self.alpha:g}"
 
 
 class Local(Section, frozen=True):

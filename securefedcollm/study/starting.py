@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any, Final, Literal, NamedTuple
 
 from securefedcollm.aggregation.steps import SchemeName
+from securefedcollm.study.learning import VIRTUAL, VIRTUAL_TOKENS
 
 Kind = Literal["multiple_choice", "classification", "instruction", "text"]
 Unit = Literal["record", "subject", "silo"]
+Method = Literal["ffa-lora", "rolora", "lora", "prompt", "prefix"]
 
 _LARGEST_BATCH: Final = 256
 _LARGEST_JOINT_BATCH: Final = 512
@@ -31,6 +33,7 @@ class Choices(NamedTuple):
     """Of the smallest silo, about (or subjects): the batch follows from it."""
     epsilon: float
     delta: float
+    method: Method = "ffa-lora"
 
 
 def starting_tree(chosen: Choices) -> dict[str, Any]:
@@ -68,9 +71,9 @@ def starting_tree(chosen: Choices) -> dict[str, Any]:
         "task": task,
         "models": {"slm": chosen.slm} | ({"llm": chosen.llm} if chosen.llm else {}),
         "silos": {"count": chosen.silos, "colluders": 1},
-        "local": _local(chosen, 1e-2 if own else 2e-3),
+        "local": _local(chosen, _rate(chosen.method, own)),
         "seed": 2026,
-        "adapter": {"method": "ffa-lora", "rank": 8, "alpha": 16},
+        "adapter": {"method": chosen.method, **_size(chosen.method)},
         "privacy": privacy,
         "aggregation": aggregation,
     }
@@ -78,6 +81,16 @@ def starting_tree(chosen: Choices) -> dict[str, Any]:
         over = "all" if chosen.kind in {"instruction", "text"} else "choices"
         tree["distillation"] = {"loss": "entropy-pooled", "over": over, **_distilled(own)}
     return tree
+
+
+def _size(method: Method) -> dict[str, Any]:
+    return {"virtual_tokens": VIRTUAL_TOKENS} if method in VIRTUAL else {"rank": 8, "alpha": 16}
+
+
+def _rate(method: Method, own: bool) -> float:
+    """Virtual tokens take larger steps than matrices (docs/results.md)."""
+    low_rank = 1e-2 if own else 2e-3
+    return 5 * low_rank if method in VIRTUAL else low_rank
 
 
 def _distilled(own: bool) -> dict[str, Any]:
