@@ -332,10 +332,12 @@ def merged(model: nn.Module, directory: Path) -> Any:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """PEFT reads a property that transformers 5 has renamed; the warning is not for our users."""
+    """Keep warnings that are not for our users: PEFT reads a property that transformers 5 has
+    renamed, and drops position ids that transformers made, which it then makes itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)
+        warnings.filterwarnings("ignore", "Position ids are not supported")
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # it is refused
         yield
 

@@ -23,6 +23,7 @@ from securefedcollm.tuning.adapters import (
     load_adapter,
     load_vector,
     merged,
+    quiet_peft,
     save_adapter,
     to_vector,
 )
@@ -169,6 +170,23 @@ def test_saved_virtual_tokens_load_through_peft_to_the_digit(
             assert torch.equal(choice_scores(loaded, encoded()), wanted)
             if dtype == torch.float32:
                 torch.testing.assert_close(behind(loaded, questions()), wanted)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_generation_continues_behind_the_virtual_tokens(method: Any) -> None:
+    """Step by step it is the most probable token of a plain forward pass, and not the base's."""
+    model = attach_prompt(made("llama"), method=method, tokens=TOKENS)
+    tokens = torch.tensor([[3, 9, 20, 7]])
+    options = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None}
+    with inference_mode(model), made_up_adapter(model, 0.5), quiet_peft():
+        given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        found = model.generate(**given, **options)
+        plain = model.get_base_model().generate(**given, **options)
+        for _ in range(6):
+            logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+            tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], 1)
+    assert found.tolist() == tokens.tolist()
+    assert found.tolist() != plain.tolist()
 
 
 @pytest.mark.parametrize("method", METHODS)
