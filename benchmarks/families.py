@@ -82,6 +82,8 @@ _SIZES: Final[dict[str, Any]] = {
     "eos_token_id": 2,
 }
 _HEAD: Final = {"head_dim": 8}
+_ALL_HEADS: Final = {"num_key_value_heads": 4}
+"""Of families whose heads share no keys and values: PEFT would believe the common sizes."""
 _WINDOW: Final = {"sliding_window": WINDOW}
 _EXPERTS: Final = {
     "num_local_experts": 4,
@@ -125,17 +127,17 @@ FAMILIES: Final[dict[str, Family]] = {
     "Gemma": Family("gemma", _HEAD),
     "Gemma 2": Family("gemma2", _HEAD | _WINDOW),
     "Gemma 3": Family("gemma3_text", _HEAD | _WINDOW),
-    "Phi 1 and 2": Family("phi", {"num_key_value_heads": 4}),
+    "Phi 1 and 2": Family("phi", _ALL_HEADS),
     "Phi 3 and 4": Family("phi3", _WINDOW),
-    "GPT-2": Family("gpt2"),
-    "GPT-Neo": Family("gpt_neo", {
+    "GPT-2": Family("gpt2", _ALL_HEADS),
+    "GPT-Neo": Family("gpt_neo", _ALL_HEADS | {
         "num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": WINDOW,
     }),
-    "GPT-NeoX, Pythia": Family("gpt_neox"),
-    "GPT-J": Family("gptj", {"rotary_dim": 8}),
+    "GPT-NeoX, Pythia": Family("gpt_neox", _ALL_HEADS),
+    "GPT-J": Family("gptj", _ALL_HEADS | {"rotary_dim": 8}),
     "GPT-OSS": Family("gpt_oss", _HEAD | _EXPERTS | _WINDOW),
-    "OPT": Family("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
-    "BLOOM": Family("bloom", {"n_head": 4}),
+    "OPT": Family("opt", _ALL_HEADS | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "BLOOM": Family("bloom", _ALL_HEADS | {"n_head": 4}),
     "MPT": Family("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}),
     "Falcon": Family("falcon"),
     "Falcon with ALiBi": Family("falcon", {"alibi": True}),
@@ -175,10 +177,10 @@ FAMILIES: Final[dict[str, Family]] = {
         "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
     }),
     "Llama 4": Family("llama4_text", _HEAD | _EXPERTS | {"intermediate_size_mlp": 48}),
-    "XGLM": Family("xglm", {
+    "XGLM": Family("xglm", _ALL_HEADS | {
         "d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4,
     }),
-    "BioGPT": Family("biogpt"),
+    "BioGPT": Family("biogpt", _ALL_HEADS),
     "ModernBERT decoder": Family("modernbert-decoder", {"local_attention": WINDOW}),
     "BERT": Family("bert"),
     "RoBERTa": Family("roberta"),
