@@ -22,7 +22,7 @@ def derived(study: Any, values: int | None = None) -> dict[str, Any]:
         **({"authority": _authority(study)} if study.scheme == "ckks-authority" else {}),
         "adapter": "none: the silos train with code of their own"
         if study.task.kind == "own"
-        else f"{study.adapter.method}, rank {study.adapter.rank}, α {study.adapter.alpha:g}",
+        else study.adapter.summary,
         "ring": f"{_packing(study)}, integers within ±{field.bound}, "
         f"resolution {study.aggregation.clip_norm / field.bound:.2g}",
         **({"decryptions tell": _advantage(study, values)} if study.ring else {}),

@@ -44,6 +44,7 @@ def distil_plan(study: Study, scoring: Scoring, round_: int) -> DistilPlan:
         temperature=given.temperature,
         direction=given.direction,
         sharpness=given.sharpness,
+        change=given.change,
         scoring=scoring,
         micro_batch=study.local.micro_batch,
     )

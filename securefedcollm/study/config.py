@@ -74,6 +74,8 @@ __all__ = [
 
 _LATER: Final[dict[tuple[str, ...], Any]] = {
     ("adapter", "max_abs"): MAX_ABS,
+    ("adapter", "virtual_tokens"): None,
+    ("distillation", "change"): 0.5,
     ("distillation", "schedule"): "constant",
     ("distillation", "warmup"): 0.0,
     ("distillation", "weight_decay"): 0.0,

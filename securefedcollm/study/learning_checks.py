@@ -248,6 +248,18 @@ def check_distillation(study: Study) -> None:
             where="distillation.batch_labelled",
             hint="raise it above 0, or choose loss: entropy-pooled",
         )
+    if plan.loss == "transfer" and plan.over != "choices":
+        raise ConfigError(
+            "a transfer compares what the models say of the choices of a question",
+            where="distillation.over",
+            hint="choose over: choices, or loss: entropy-pooled for responses and texts",
+        )
+    if plan.change != Distillation().change and plan.loss != "transfer":
+        raise ConfigError(
+            f"loss: {plan.loss} compares no changes of predictions",
+            where="distillation.change",
+            hint="remove it, or choose loss: transfer",
+        )
     if plan.top_k is not None and plan.over == "choices":
         raise ConfigError(
             "over: choices always keeps all choices of a question",

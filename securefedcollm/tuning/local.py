@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from securefedcollm.errors import ConfigError, DataError, TrainingError
 from securefedcollm.privacy.events import Event, PoissonGaussian
 from securefedcollm.privacy.noise import GridSum, NoiseSource, batch_cap
-from securefedcollm.tuning.adapters import AdapterLayout, Vector, full_layout, select, to_vector
+from securefedcollm.tuning.adapters import (
+    PROMPT,
+    AdapterLayout,
+    Vector,
+    full_layout,
+    select,
+    to_vector,
+)
 from securefedcollm.tuning.independence import bits, made_up, made_up_adapter, proved
 from securefedcollm.tuning.passes import Indices, Shape, Widths, shapes_of, widths_for
 from securefedcollm.tuning.per_record import (
@@ -310,6 +317,12 @@ def check_records(model: nn.Module, loss: LossPlan) -> None:
 
 
 def _cannot_adapt(name: str, why: str) -> ConfigError:
+    if name == PROMPT:
+        return ConfigError(
+            f"virtual tokens cannot be tuned under record-level privacy: this model {why}",
+            where="adapter.method",
+            hint="choose ffa-lora, or privacy.unit: silo",
+        )
     return ConfigError(
         f"{layer_name(name)} cannot be adapted under record-level privacy: it {why}",
         where="adapter.targets",

@@ -51,6 +51,33 @@ def test_the_digest_is_that_of_the_meaning_not_of_the_spelling(tmp_path):
         ("models.llm.source=gpt2", "models.llm.source: 'gpt2' is no model source", "hub:ORG"),
         ("models.llm.source=hub:a/b", "models.llm.revision: a hub model without", "40-digit"),
         ("models.slm.revision=" + "a" * 40, "models.slm.revision: only hub models", "sha256"),
+        (
+            "adapter.virtual_tokens=16",
+            "adapter.virtual_tokens: an adapter of the method ffa",
+            "pref",
+        ),
+        (
+            "adapter={method: prompt, rank: 4}",
+            "adapter.rank: an adapter of the method prompt",
+            "lora",
+        ),
+        (
+            "adapter={method: prefix, alpha: 4}",
+            "adapter.alpha: an adapter of the method",
+            "ffa-lora",
+        ),
+        (
+            "adapter={method: prefix, dropout: 0.1}",
+            "adapter.dropout: an adapter of the",
+            "ffa-lora",
+        ),
+        ("adapter={method: prompt, targets: [a]}", "adapter.targets: an adapter of", "ffa-lora"),
+        ("adapter={method: prompt, top_layers: 1}", "adapter.top_layers: an adapter", "ffa-lora"),
+        (
+            "adapter={method: prompt, virtual_tokens: 0}",
+            "adapter.virtual_tokens: expected `int` >=",
+            "",
+        ),
         ("task.data.train=x.jsonl", "task.data.train: the built-in world and files", "remove"),
         ("task.data={public: 2}", "task.data.train: this key is missing", "builtin"),
         ("task.data={skew: 2}", "task.data.train: this key is missing", "leave all out"),
