@@ -28,6 +28,7 @@ from securefedcollm.simulation.plan import ExperimentPlan, SiloPlan, SimulationP
 from securefedcollm.simulation.simulate import PRELOAD, Say, Simulation, for_each, planned
 from securefedcollm.study import Study, digest, dump_study
 from securefedcollm.study.checks import check
+from securefedcollm.study.config import Distillation
 from securefedcollm.version import __version__
 
 METRICS: Final = ("accuracy", "gold_log_prob")
@@ -119,7 +120,9 @@ class Experiment:
     def _study_of(self, arm: Arm, seed: int) -> Study:
         plan = self._study.distillation
         if arm.loss is not None:
-            plan = msgspec.structs.replace(plan, loss=arm.loss, top_k=None)
+            plan = msgspec.structs.replace(
+                plan, loss=arm.loss, top_k=None, change=Distillation().change
+            )
         if not arm.labels:
             plan = msgspec.structs.replace(plan, batch_labelled=0)
         server = self._study.server
