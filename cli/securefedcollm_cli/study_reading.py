@@ -20,7 +20,7 @@ def derived(study: Any, values: int | None = None) -> dict[str, Any]:
         "silos": f"{n}, of which {c} may collude with the server",
         "a sum opens with": _opens_with(study),
         **({"authority": _authority(study)} if study.scheme == "ckks-authority" else {}),
-        "adapter": "none: the silos train with code of their own"
+        "adapter": "none: the silos train with their own code"
         if study.task.kind == "own"
         else study.adapter.summary,
         "ring": f"{_packing(study)}, integers within ±{field.bound}, "

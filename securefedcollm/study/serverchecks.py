@@ -56,7 +56,7 @@ def _check_central(study: Study) -> None:
     data, keep = study.task.data, study.keep
     if study.task.kind == "own":
         raise ConfigError(
-            "the silos train with code of their own, and the server has none of it",
+            "the silos train with their own code, which the server does not have",
             where="server.central",
             hint="remove it; server.outer works with own training",
         )

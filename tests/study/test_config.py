@@ -291,7 +291,7 @@ OWN = ("task={kind: own}", "models={slm: {source: 'own:x'}}", "adapter={}", "dis
             ),
             "keep.rows: all public rows with answers are kept apart, and none is left to tune on",
         ),
-        ((CENTRAL, *OWN, "privacy=none"), "server.central: the silos train with code of their own"),
+        ((CENTRAL, *OWN, "privacy=none"), "server.central: the silos train with their own code"),
     ],
 )
 def test_what_the_servers_parts_need(changes, message):
