@@ -219,7 +219,7 @@ def merge(
 
     The result needs neither PEFT nor this program: AutoModelForCausalLM.from_pretrained(DIR), or
     `path:DIR` in another study. Weights are float32. The adapter of a run with privacy is as
-    private merged as it is alone.
+    private merged as it is alone. Virtual tokens (a prompt or prefix) cannot be merged.
     """
     from securefedcollm.tuning.adapters import merged
     from securefedcollm.tuning.identity import model_digest, model_parts

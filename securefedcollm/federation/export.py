@@ -21,6 +21,7 @@ from securefedcollm.version import __version__
 FORMAT: Final = "securefedcollm-task-v1"
 CONTRACT: Final = "task.json"
 CARD: Final = "README.md"
+_TAGS: Final = {"prompt": "prompt-tuning", "prefix": "prefix-tuning"}
 _TEMPLATES: Final = {
     "multiple_choice": QUESTION,
     "classification": CLASSIFY,
@@ -82,18 +83,21 @@ def model_card(study: Study, contract: dict[str, Any]) -> str:
         "base model": f"{_code(base['source'])}{_code(base['revision'], ', commit ')}",
         "digest of the base model": _code(base["sha256"]),
         "study": f"{_code(study.study)}, digest {_code(contract['study_sha256'])}",
-        "adapter": f"{study.adapter.method}, rank {study.adapter.rank}, α {study.adapter.alpha:g}",
+        "adapter": study.adapter.summary,
         "tuned by": f"{study.silos.count} silos, {at_most}{study.rounds} rounds",
         "task": contract["kind"] + "".join(_code(label, ", ") for label in contract["labels"]),
         "privacy": _privacy(study),
     }
+    method = study.adapter.method
+    tag = _TAGS.get(method, "lora")
+    what = "a LoRA adapter" if tag == "lora" else f"a {method} of virtual tokens"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---
 library_name: peft
-{hub}tags: [federated-learning, lora]
+{hub}tags: [federated-learning, {tag}]
 ---
 
-# {_code(study.study)}: a LoRA adapter, tuned without its records leaving their silos
+# {_code(study.study)}: {what}, tuned without its records leaving their silos
 
 Made by securefedcollm {__version__}.
 

@@ -32,6 +32,7 @@ from securefedcollm.tuning.frozen import with_prefix, with_prior
 from securefedcollm.tuning.head import check_positions, check_vocabulary, device_of, unwrapped
 from securefedcollm.tuning.models import LoadedModel, find_device, load_model
 from securefedcollm.tuning.packing import check_model
+from securefedcollm.tuning.prompts import attach_prompt, check_virtual
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.questions import EncodedQuestions, Scoring, encode
 
@@ -125,18 +126,9 @@ class Tuned:
 
         loaded = once(("model", spec, data), load)
         check_model(loaded.model, spec.source)
-        check_positions(loaded.model, study.task.max_tokens, spec.source)
-        adapter = study.adapter
-        model = attach(
-            _modules_of_its_own(loaded.model),
-            method=adapter.method,
-            rank=adapter.rank,
-            alpha=adapter.alpha,
-            dropout=adapter.dropout,
-            targets=adapter.targets,
-            top_layers=adapter.top_layers,
-            seed=study.seed,
-        )
+        model = adapted(_modules_of_its_own(loaded.model), study)
+        check_positions(model, study.task.max_tokens, spec.source)
+        check_virtual(model, spec.source)
         return cls(model.to(place), loaded.tokenizer, bytes.fromhex(loaded.digest), study, spec)
 
     def encode(
@@ -236,6 +228,27 @@ class Tuned:
                 hint="use the models that the participants agreed on",
             )
         return digest
+
+
+def adapted(base: Any, study: Study) -> Any:
+    """``base`` with the study's adapter, fresh, as a ``PeftModel``.
+
+    Raises:
+        ConfigError: the adapter does not fit the model.
+    """
+    adapter = study.adapter
+    if adapter.method == "prompt" or adapter.method == "prefix":
+        return attach_prompt(base, method=adapter.method, tokens=adapter.tokens, seed=study.seed)
+    return attach(
+        base,
+        method=adapter.method,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        targets=adapter.targets,
+        top_layers=adapter.top_layers,
+        seed=study.seed,
+    )
 
 
 def _modules_of_its_own(base: Any) -> Any:

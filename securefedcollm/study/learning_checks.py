@@ -66,7 +66,7 @@ def check_data(study: Study) -> None:
         return  # every participant gives a file of its own
     if not data.builtin:
         needed = ["train", "test", "public", "per_silo"]
-        if study.models.llm is None:
+        if not study.needs_public:
             needed.remove("public")
         for name in needed:
             if getattr(data, name) is None:
@@ -96,11 +96,11 @@ def check_data(study: Study) -> None:
 def check_task(study: Study) -> None:
     """What a record is, and what may be asked of it."""
     task, plan = study.task, study.distillation
-    if task.data.builtin and task.kind != "multiple_choice":
+    if task.data.builtin and task.kind not in {"multiple_choice", "text"}:
         raise ConfigError(
-            "the built-in world has multiple-choice questions",
+            "the built-in world has multiple-choice questions, and the same as text",
             where="task.kind",
-            hint="leave it out, or give files instead of task.data.builtin",
+            hint="leave it out, choose text, or give files instead of task.data.builtin",
         )
     if task.data.builtin and (task.columns or task.template):
         raise ConfigError(
@@ -247,6 +247,18 @@ def check_distillation(study: Study) -> None:
             "without distillation only labelled questions teach anything",
             where="distillation.batch_labelled",
             hint="raise it above 0, or choose loss: entropy-pooled",
+        )
+    if plan.loss == "transfer" and plan.over != "choices":
+        raise ConfigError(
+            "a transfer compares what the models say of the choices of a question",
+            where="distillation.over",
+            hint="choose over: choices, or loss: entropy-pooled for responses and texts",
+        )
+    if plan.change != Distillation().change and plan.loss != "transfer":
+        raise ConfigError(
+            f"loss: {plan.loss} compares no changes of predictions",
+            where="distillation.change",
+            hint="remove it, or choose loss: transfer",
         )
     if plan.top_k is not None and plan.over == "choices":
         raise ConfigError(

@@ -20,6 +20,7 @@ from securefedcollm.tuning.frozen import with_prior
 from securefedcollm.tuning.head import check_positions, check_vocabulary, output_logits
 from securefedcollm.tuning.models import LoadedModel
 from securefedcollm.tuning.packing import check_model
+from securefedcollm.tuning.prompts import check_virtual
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.questions import (
     PLAIN,
@@ -160,11 +161,12 @@ def measure(
     check_model(loaded.model, "model")
     data = encode(questions, loaded.tokenizer, max_tokens, kind)
     check_vocabulary(loaded.model, loaded.tokenizer, data.tokens, data.targets)
-    longest = int(data.positions.max()) + 1
-    check_positions(loaded.model, longest, "that is evaluated", "--max-tokens")
     if scoring.needs_prior:  # the prior is the base's, so before the adapter
         data = with_prior(loaded.model, questions, data, loaded.tokenizer)
     model = loaded.model if adapter is None else load_adapter(loaded.model, adapter)
+    check_virtual(model, "--adapter")
+    longest = int(data.positions.max()) + 1
+    check_positions(model, longest, "that is evaluated", "--max-tokens")
     result = evaluate(model, data, scoring=scoring, batch_size=batch_size, progress=progress)
     groups: dict[str, str | None] = {"all": None}
     if len(set(result.groups)) > 1:

@@ -206,7 +206,6 @@ class FlareEngine:
             hint="see flare.log at the server and at the silos",
         )
 
-
     def rejoined(self, silos: Set[str], count: int, most: float = math.inf) -> bool:
         """See :meth:`~.presence.Presence.rejoined`."""
         return self._presence.rejoined(silos, count, most)
