@@ -40,8 +40,11 @@ def invoke(*words):
     return json.loads(result.stdout)
 
 
-def tuned(inputs, out, **task):
-    """A run without privacy that learns something, so that accuracy is no accident."""
+def tuned(inputs, out, models=None, **task):
+    """A run without privacy that learns something, so that accuracy is no accident.
+
+    ``models``: further keys of each model.
+    """
     tree = yaml.safe_load((inputs / "tiny.yaml").read_text())
     if task.get("kind") == "classification":
         data = {"train": "train-labels.jsonl", "test": "test-labels.jsonl"}
@@ -53,6 +56,8 @@ def tuned(inputs, out, **task):
         tree["task"]["data"] |= {name: f"own-{tree['task']['data'][name]}" for name in
                                  ("train", "test")}  # fmt: skip
     tree["task"] |= task
+    for name, keys in (models or {}).items():
+        tree["models"][name] |= keys
     tree |= {"privacy": None, "rounds": 1}
     tree["local"] = {"steps": 30, "batch_size": 16, "learning_rate": 0.05}
     tree["distillation"]["steps"] = 20
@@ -84,6 +89,36 @@ def test_plain_peft_gives_the_same_accuracy_to_the_digit(inputs, tmp_path, task,
     assert theirs == {"accuracy": ours["accuracy"], "count": ours["count"]}
     base = invoke("model", "evaluate", *run, "--base")["all"]
     assert base["accuracy"] != ours["accuracy"]  # else the adapter could be left out unseen
+
+
+LISTED = tuple(f"{letter}{dot}" for letter in "ABCD" for dot in (".", ""))
+TURNS = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+@pytest.mark.parametrize("chat", [None, TURNS], ids=["plain", "chat"])
+def test_a_model_that_names_letters_is_asked_alike_by_plain_peft(tmp_path, chat):
+    """Each model of the run is asked in its own form; the other one's accuracy is the control."""
+    make_inputs(tmp_path, (*LISTED, "<user>", "<assistant>", "Answer", "with", "only."), chat)
+    test = tuned(tmp_path, tmp_path / "run", models={"slm": {"ask": "letters", "temperature": 2.0}})
+    run = ["--run", tmp_path / "run", "--data", tmp_path, "--role", "slm", "--json"]
+    ours = invoke("model", "evaluate", *run)["all"]
+    contract = json.loads((tmp_path / "run" / "adapters" / "slm" / "task.json").read_text())
+    assert (contract["ask"], contract["score_temperature"]) == ("letters", 2.0)
+    other = json.loads((tmp_path / "run" / "adapters" / "llm" / "task.json").read_text())
+    assert (other["ask"], other["letters"], other["before_answer"]) == ("cloze", None, " ")
+    command = [SCRIPT, tmp_path / "run" / "adapters" / "slm", tmp_path / "slm", test]
+    plain = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, check=True
+    )
+    assert json.loads(plain.stdout) == {"accuracy": ours["accuracy"], "count": ours["count"]}
+    cloze = invoke("model", "evaluate", *run, "--ask", "cloze")["all"]
+    assert cloze["gold_log_prob"] != ours["gold_log_prob"]
+    table = json.loads((tmp_path / "run" / "results.json").read_text())["table"]
+    tuned_slm = [row for row in table if (row["model"], row["method"]) == ("slm", "FedCoLLM")]
+    assert [[*row["accuracy"].values()] for row in tuned_slm] == [[ours["accuracy"]]]
 
 
 def test_the_template_matters(inputs, tmp_path):

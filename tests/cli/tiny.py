@@ -12,15 +12,19 @@ COLOURS = ("red", "blue", "green", "grey")
 THINGS = tuple(f"thing{i}" for i in range(12))
 
 
-def make_inputs(directory: Path) -> Path:
-    """Models and data in ``directory``; returns the study's file."""
+def make_inputs(directory: Path, more: tuple[str, ...] = (), chat: str | None = None) -> Path:
+    """Models and data in ``directory``; returns the study's file.
+
+    ``more``: further words that the tokenizer knows; ``chat``: its chat template.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    words = ["<pad>", "<unk>", "Question:", "Answer:", "colour", "of", *COLOURS, *THINGS]
+    words = ["<pad>", "<unk>", "Question:", "Answer:", "colour", "of", *COLOURS, *THINGS, *more]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>")
+    tokenizer.chat_template = chat
     for seed, (name, width) in enumerate((("llm", 32), ("slm", 16))):
         torch.manual_seed(seed)
         config = LlamaConfig(
