@@ -7,6 +7,9 @@ import logging
 import pytest
 from hypothesis import settings
 
+pytest_plugins = ["tests.support.bundles"]
+pytest.register_assert_rewrite("tests.support")
+
 settings.register_profile("house", deadline=None)  # no test asserts how long something takes
 settings.load_profile("house")
 

@@ -22,8 +22,7 @@ from securefedcollm.foreign import (
     printable,
     visible,
 )
-
-from .hostile import SEEN, WORDS, assert_harmless
+from tests.support.hostile import SEEN, WORDS, assert_harmless
 
 
 def test_what_would_act_is_shown_instead():

@@ -1,4 +1,9 @@
-"""The import graph: no import leads back to where it began, in the whole house."""
+"""What holds the house together, read from its source.
+
+No import leads back to where it began. A function fits on a screen and takes no crowd. No test
+module imports another: what two share is in :mod:`tests.support`. No test writes to what is private
+to the code under test.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +12,15 @@ from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import pytest
 import securefedcollm_audits
 import securefedcollm_cli
 
 import securefedcollm
 
+TESTS = Path(__file__).parent
+OF_FLARE = {"_send_to_endpoint", "_sync_client_jobs"}
+"""Private to FLARE, not to us: our attackers that run it as it comes change these."""
 HOUSE = (securefedcollm, securefedcollm_audits, securefedcollm_cli)
 
 
@@ -137,3 +146,119 @@ def test_long_functions_and_crowds_are_found(tmp_path: Path) -> None:
     source.write_text(f"def f(\n    a, b, c, d, /,\n    *, e, f, g, h, i):\n{body}\n    y = 2\n")
     assert too_long(source) == too_many_parameters(source) == [f"{source}:1 f"]
     assert too_long(source, command_line=True) == []
+
+
+def imports_of_tests(source: str, package: str) -> set[str]:
+    """The test modules, and conftests, that a module imports.
+
+    Args:
+        package: what the module is in, as ``tests.cli``.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            place = parts[: len(parts) - node.level + 1] if node.level else []
+            module = ".".join([*place, *([node.module] if node.module else [])])
+            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            last = name.rpartition(".")[2]
+            if name.startswith("tests.") and (last.startswith("test_") or last == "conftest"):
+                found.add(name)
+    return found
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__") and name not in OF_FLARE
+
+
+def private_writes(source: str) -> list[str]:
+    """The private attributes that a module sets or deletes, in whatever way, with their lines.
+
+    A class of the module's own may set what is its own, as a subclass at a documented seam does.
+    """
+    found, tree = [], ast.parse(source)
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    own = {
+        node
+        for owner in classes
+        for node in ast.walk(owner)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self"
+    }
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+            names = [] if node in own else [node.attr]
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+            place = node.value
+            while isinstance(place, ast.Subscript):
+                place = place.value
+            names = [place.attr] if isinstance(place, ast.Attribute) else []
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called.endswith(("setattr", "delattr", "patch", "patch.object", "__setattr__")):
+                words = [a.value for a in node.args if isinstance(a, ast.Constant)]
+                names = [part for word in words for part in str(word).split(".")]
+        found += [f"line {node.lineno}: {name}" for name in names if is_private(name)]
+    return found
+
+
+def test_no_test_module_imports_another() -> None:
+    sources = sorted(TESTS.rglob("*.py"))
+    assert len(sources) > 150
+    for path in sources:
+        package = ".".join(("tests", *path.relative_to(TESTS).parts[:-1]))
+        assert not imports_of_tests(path.read_text(), package), path
+
+
+def test_no_test_writes_to_what_is_private() -> None:
+    for path in sorted(TESTS.rglob("*.py")):
+        assert not private_writes(path.read_text()), path
+
+
+@pytest.mark.parametrize(
+    ("line", "package"),
+    [
+        ("from .test_rounds import Run", "tests.federation"),
+        ("from . import test_joint", "tests.federation"),
+        ("from ..federation.test_rounds import Run", "tests.evidence"),
+        ("from ..cli.conftest import made", "tests.evidence"),
+        ("from tests.cli import test_roles", "tests.cli"),
+        ("def f():\n    import tests.cli.test_roles", "tests.cli"),
+    ],
+)
+def test_an_import_of_a_test_module_is_found_however_it_is_written(line: str, package: str) -> None:
+    assert imports_of_tests(line, package)
+    assert not imports_of_tests("from tests.support.rounds import Run", package)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "silo._evidence._header = None",
+        "a, made._rejoin = 1, 2",
+        "secrets._vector[17] = 3",
+        "engine._local |= {}",
+        "del side._secrets",
+        "for silo._round in range(3): pass",
+        "monkeypatch.setattr(roles, '_SLACK', 1)",
+        "monkeypatch.setattr('securefedcollm.engine._LATER', 0.1)",
+        "setattr(clone, '_secrets', copied)",
+        "object.__setattr__(study, '_digest', b'')",
+        "monkeypatch.delattr(roles, '_SLACK')",
+        "with patch.object(silo, '_begin'): pass",
+        "def shared(self): self._secrets = []",
+    ],
+)
+def test_a_write_to_what_is_private_is_found_however_it_is_written(line: str) -> None:
+    assert private_writes(line)
+
+
+def test_what_is_no_write_to_what_is_private_is_let_through() -> None:
+    looks = "getattr(silo, '_side')\nassert silo._side is None\nsilo.__dict__ = {}\n_own = 3\n"
+    looks += "class Toy(AnsweringSide):\n  def __init__(self): self._secrets = ()\n"
+    assert not private_writes(looks + "monkeypatch.setattr(roles, 'SLACK', '-')")

@@ -11,7 +11,8 @@ from securefedcollm.primitives import AgreementKey, SigningKey, sha256
 from securefedcollm_audits.attacks import Outcome, both, judge, observed, respelled
 from securefedcollm_audits.cohort import Cohort, Puppet, altered, recorded
 
-_BIRTHDAY = 1 << 18
+BIRTHDAY = 1 << 18
+"""Number of seeds to try for two with one mask: enough where a seed has 32 bits."""
 
 
 def narrow_seed() -> Outcome:
@@ -22,7 +23,7 @@ def narrow_seed() -> Outcome:
     """
     seed, header, delivery = bytes(range(32)), sha256(b"header"), bytes(32)
     flips = [(int.from_bytes(seed, "big") ^ 1 << bit).to_bytes(32, "big") for bit in range(256)]
-    others = [count.to_bytes(32, "little") for count in range(_BIRTHDAY)]
+    others = [count.to_bytes(32, "little") for count in range(BIRTHDAY)]
     seeds = {seed, *flips, *others}
     masks = {keys.self_mask_key(s, header, delivery, 1) for s in seeds}
     whole = len(masks) == len(seeds) and {len(mask) for mask in masks} == {32}

@@ -386,7 +386,7 @@ def _validation(
     rest = [question for i, question in enumerate(public) if i not in taken]
     if not rest and study.models.llm is not None:
         raise ConfigError(
-            "all public questions are kept apart, and none is left to distil from",
+            "all public questions are set aside for measuring, and none is left to distil from",
             where="keep.rows",
             hint="lower it, or give the server more (`--public`)",
         )

@@ -13,7 +13,7 @@ from securefedcollm.privacy.charges import Budget, Entry, Unit
 from securefedcollm.privacy.events import Events
 from securefedcollm.privacy.refusal import bound, reading
 
-_TIGHT: Final = 16
+MOST_TIGHT: Final = 16
 """Number of patterns that get a tight ε."""
 
 
@@ -65,7 +65,7 @@ class _Spent:
 
     Studies on overlapping parts of a file make many patterns, and a tight ε takes a tenth of a
     second. So where there are many, only the patterns that decide the answer are computed tightly.
-    The others, and beyond ``_TIGHT`` those too, have a larger bound.
+    The others, and beyond ``MOST_TIGHT`` those too, have a larger bound.
     """
 
     def __init__(self, patterns: Patterns, plus: Events, unit: Unit, budget: Budget) -> None:
@@ -75,13 +75,13 @@ class _Spent:
             else accounts_of(charges, plus, unit, budget, budget.epsilon, patterns.most)
             for charges in patterns.charges
         ]
-        few = len(self._accounts) <= _TIGHT
+        few = len(self._accounts) <= MOST_TIGHT
         self._tight = [few] * len(self._accounts)
         self._values = [self._of(i, reading if few else bound) for i in range(len(self._tight))]
 
     def refined(self, which: Callable[[list[float]], int]) -> float:
         """The value that ``which`` points at, as tight as it can be; never below the true one."""
-        for _ in range(_TIGHT):
+        for _ in range(MOST_TIGHT):
             chosen = which(self._values)
             if self._tight[chosen]:
                 break

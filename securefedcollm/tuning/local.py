@@ -217,7 +217,7 @@ def records_of(
             shapes_of(data, widths),
             widths,
             compute,
-            f"gradients of {layout.digest[:8]} by {loss.kind}",
+            f"gradients of {layout.digest[:8]} by {loss.kind} {tuple(loss.scoring)}",
         )
     return among(data, widths=widths, members=members)
 

@@ -40,7 +40,7 @@ from securefedcollm.tuning.questions import (
     token_log_probs,
 )
 
-_FLATTENING: Final = {"opt"}
+FLATTENING: Final = {"opt"}
 """Families with layers that see [B · T, in]: rows and tokens in their order, none left out."""
 Blocks = list[npt.NDArray[np.float64]]
 """Gradients of some units: for every parameter, in layout order, [units, out · in]."""
@@ -61,7 +61,7 @@ def watched(model: nn.Module) -> Iterator[list[Call]]:
     """Note every run of a trainable linear layer, for :func:`per_record_gradients`."""
     calls: list[Call] = []
     config = getattr(unwrapped(model), "config", None)
-    dimensions = {2, 3} if getattr(config, "model_type", None) in _FLATTENING else {3}
+    dimensions = {2, 3} if getattr(config, "model_type", None) in FLATTENING else {3}
 
     def note(module: nn.Module, given: tuple[Tensor, ...], output: Tensor, name: str) -> None:
         if output.requires_grad:

@@ -55,7 +55,8 @@ class Scoring(NamedTuple):
 PLAIN: Final = Scoring()
 
 _PROMPT, _PAD = 0, -1
-_HEAD_CHUNK = 256  # predictions at a time without gradients: 50 MB at a vocabulary of 49k
+HEAD_CHUNK = 256
+"""Predictions at a time without gradients: 50 MB at a vocabulary of 49k."""
 _UNLABELLED = -1
 
 
@@ -279,7 +280,7 @@ def _log_probs(
             taken, output_logits(causal), F.pad(token, (0, len(taken) - len(token))), chunk=chunk
         )[: len(token)]
     else:
-        chunk = (len(taken) if torch.is_grad_enabled() else _HEAD_CHUNK) if head is None else head
+        chunk = (len(taken) if torch.is_grad_enabled() else HEAD_CHUNK) if head is None else head
         gold = _gold(taken, output_logits(causal), place, token, chunk or len(taken))
     parts = torch.split(gold, [len(w.token) for w in wanted])
     return [

@@ -45,8 +45,7 @@ from securefedcollm.errors import (
     RemoteProtocolError,
 )
 from securefedcollm.primitives import SigningKey, sha256
-
-from .ckks_cohort import at, attempt, dropped, edit, flipped
+from tests.support.cohort import FullJournal, at, attempt, dropped, edit, flipped
 
 SIZE = 30720
 LOST = "silo-002"
@@ -293,13 +292,15 @@ def test_a_ciphertext_of_no_polynomials_spoils_no_sum_although_it_was_committed_
     secrets = played.sides[LOST]._secrets
     genuine = secrets.encrypt
 
+    made_up: list[m.CipherUpload] = []
+
     def encrypt(joint: np.ndarray) -> m.CipherUpload:
         upload = genuine(joint)
         bad = getattr(upload, half)[:-8] + b"\xff" * 8
-        secrets._upload = msgspec.structs.replace(upload, **{half: bad})
-        return secrets._upload
+        made_up.append(msgspec.structs.replace(upload, **{half: bad}))
+        return made_up[0]
 
-    secrets.encrypt = encrypt
+    secrets.encrypt, secrets.take_upload = encrypt, made_up.pop
     result = played.play()
     assert "malformed polynomials" in result.excluded[LOST]
     rest = tuple(n for n in made.names if n != LOST)
@@ -428,14 +429,10 @@ def test_secrets_are_dropped_not_shown_not_copied(capfd) -> None:
 
 def test_a_journal_that_cannot_be_written_stops_the_answer() -> None:
     made = cohort(3)
+    made.journals[NAME] = journal = FullJournal()
     played = Round(made)
     request = played.request()
-
-    class Full:
-        def record(self, key: bytes, value: bytes) -> bytes:
-            raise OSError("no space left")
-
-    played.sides[NAME]._journal = Full()
+    journal.full = True
     with pytest.raises(OSError, match="no space left"):
         played.sides[NAME].handle(request.encode())
     assert played.sides[NAME].step is Step.FAILED

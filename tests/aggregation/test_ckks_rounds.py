@@ -22,8 +22,7 @@ from securefedcollm.errors import (
     RemoteProtocolError,
 )
 from securefedcollm.primitives import SigningKey, sha256
-
-from .ckks_cohort import STEPS, Round, at, attempt, cohort, dropped, silo
+from tests.support.cohort import STEPS, FullJournal, Round, at, attempt, cohort, dropped, silo
 
 BEFORE_THE_KEY = (Step.ADVERTISE, Step.SHARE)
 
@@ -209,22 +208,18 @@ def test_the_same_sum_is_opened_a_few_times_and_no_more() -> None:
     )
 
 
-class _Broken:
-    def record(self, key: bytes, value: bytes) -> bytes:
-        raise OSError("disk full")
-
-
 @pytest.mark.parametrize("step", STEPS)
 def test_nothing_leaves_that_is_not_written_down_first(step: Step) -> None:
     made = cohort(3, values=10)
+    made.journals["silo-001"] = journal = FullJournal()
     played = Round(made).until(step)
     request = played.coordinator.requests()["silo-001"]
     side = played.silos["silo-001"]
-    side._journal = _Broken()
-    with pytest.raises(OSError, match="disk full"):
+    journal.full = True
+    with pytest.raises(OSError, match="no space left"):
         side.handle(request)
     assert side.step is Step.FAILED
-    side._journal = made.journals["silo-001"]
+    journal.full = False
     with pytest.raises(RemoteProtocolError, match="this attempt is over"):
         side.handle(request)
 

@@ -7,9 +7,12 @@ committed sum. ``Round.shares`` says who made one.
 
 from __future__ import annotations
 
+import os
+
 import msgspec
 import numpy as np
 import pytest
+from securefedcollm_audits.cohort import recorded
 from securefedcollm_audits.threshold_attacks import (
     threshold_malformed_ciphertext,
     threshold_malformed_key,
@@ -19,12 +22,11 @@ from securefedcollm.aggregation import AbandonedError, Step
 from securefedcollm.aggregation.ckks import messages as m
 from securefedcollm.aggregation.ckks import polynomials
 from securefedcollm.aggregation.ckks.parameters import CkksRing, Shape
-from securefedcollm.aggregation.ckks.seal import Seal
 from securefedcollm.aggregation.ckks.secrets import KeyShares
+from securefedcollm.aggregation.ckks.threshold import silo as threshold_silo
 from securefedcollm.errors import RemoteProtocolError
-from securefedcollm.primitives import sha256
-
-from .ckks_cohort import (
+from securefedcollm.primitives import RandomSource, sha256
+from tests.support.cohort import (
     REQUESTS,
     STEPS,
     Round,
@@ -85,20 +87,30 @@ def test_a_colluder_reads_no_secret_of_others_out_of_the_sum(case) -> None:
     assert outcome.held, outcome
 
 
+class OneSet(KeyShares):
+    """All silos encrypt under the same keys."""
+
+    def __init__(self, ring, shape, common, silos, random) -> None:
+        super().__init__(ring, shape, common, 1, random)
+        self.ring, self.silos = ring, silos
+
+    def key_parts(self) -> tuple[bytes, ...]:
+        return super().key_parts() * self.silos
+
+    def decrypt(self, seconds) -> bytes:
+        total, *rest = seconds.values()
+        for second in rest:
+            total = polynomials.add(total, second, self.ring)
+        return super().decrypt({1: total})
+
+
 @pytest.mark.parametrize("broken", ["one set of keys", "one committee"])
 def test_without_keys_or_committees_of_their_own_the_same_attacks_succeed(
     broken: str, monkeypatch
 ) -> None:
     """Positive control: what the attacks of ``audit protocol`` would find."""
     if broken == "one set of keys":
-        made = KeyShares.key_parts
-
-        def shared(self) -> tuple[bytes, ...]:
-            parts = made(self)
-            self._secrets = [self._secrets[0]] * len(parts)
-            return parts[:1] * len(parts)
-
-        monkeypatch.setattr(KeyShares, "key_parts", shared)
+        monkeypatch.setattr(threshold_silo, "KeyShares", OneSet)
         assert threshold_malformed_ciphertext().learnt == ("the vector of silo-001",)
         return
     shape = CkksRing.shape
@@ -310,23 +322,38 @@ def test_a_commitment_under_another_key_is_not_added_up() -> None:
     assert (Step.UPLOAD, VICTIM) not in played.received
 
 
+class Forked:
+    """What a process draws: from ``source``, which a snapshot's restoration changes."""
+
+    def __init__(self, source: RandomSource) -> None:
+        self.source = source
+
+    def __call__(self, count: int) -> bytes:
+        return self.source(count)
+
+
 def test_a_cloned_silo_does_not_answer_twice() -> None:
     """Adversary: a server that restores a snapshot of the victim, for a second share with other
     flooding noise (their average has less of it), or for a second ciphertext."""
     for step in (Step.ENCRYPT, Step.UPLOAD, Step.UNMASK):
         made = cohort(4)
-        played = Round(made).until(step)
-        side = played.silos[VICTIM]
+        past, restored = recorded("the victim"), recorded("the victim")
+        played = Round(made)
+        side = played.silos[VICTIM] = silo(made, VICTIM, random=past)
+        frames: list[bytes] = []
+
+        def seen(now: Step, name: str, frame: bytes, frames: list[bytes] = frames) -> bytes:
+            frames.extend([frame] if name == VICTIM else [])
+            return frame
+
+        while played.coordinator.step is not step:
+            played.exchange(request=seen)
         frame = played.coordinator.requests()[VICTIM]
-        clone = silo(made, VICTIM)
-        kept = side._secrets
-        clone.__dict__.update({k: v for k, v in vars(side).items() if v is not kept})
-        clone._secrets.parts, clone._secrets.seconds = kept.parts, dict(kept.seconds)
-        for name in ("own", "shares"):
-            held = getattr(kept, name)
-            copied = object.__new__(type(held))
-            copied.__dict__.update(vars(held) | {"_seal": Seal(side._ring)})
-            setattr(clone._secrets, name, copied)
+        random = Forked(restored)
+        clone = silo(made, VICTIM, random=random)
+        for before in frames:  # as far as the snapshot; from there on it draws what nobody knows
+            clone.handle(before)
+        random.source = os.urandom
         side.handle(frame)
         if step is Step.UPLOAD:  # the very same ciphertext may leave again
             assert clone.handle(frame)

@@ -8,9 +8,7 @@ from securefedcollm_audits.verify import verify
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.evidence.bundle import make_bundle
-
-from .forge import doctor
-from .test_verify import by_name
+from tests.support.forge import by_name, doctor
 
 
 @pytest.fixture

@@ -24,8 +24,7 @@ from securefedcollm.tuning.adapters import load_vector, select, to_vector
 from securefedcollm.tuning.per_record import Records
 from securefedcollm.tuning.plans import LossPlan
 from securefedcollm.tuning.question import Question
-
-from .small import small_study
+from tests.support.small import small_study
 
 RELEASES, OTHERS = 400, 39
 LONG = Question("w0 " + " ".join(f"w{i}" for i in range(1, 50)), ("w3", "w4", "w5", "w6"), 1)

@@ -18,12 +18,11 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.federation.plan import silo_unit
 from securefedcollm.federation.workload import silent
 from securefedcollm.primitives import sha256
-from securefedcollm.privacy import quantise
 from securefedcollm.privacy.accounting import claim
 from securefedcollm.privacy.events import PoissonGaussian
 from securefedcollm.privacy.noise import GridSum, NoiseSource, grid_step
-
-from ..federation.arithmetic import make_study
+from securefedcollm.privacy.quantise import Quantised, Quantiser
+from tests.support.arithmetic import make_study
 
 LOCAL = make_study(
     rounds=1,
@@ -187,7 +186,10 @@ def test_a_dropped_noise_share_is_caught(monkeypatch, name):
 
 def test_a_record_s_gradient_without_the_clip_is_caught(monkeypatch):
     """Even where the check in integers is switched off as well, and the field is wide enough."""
-    monkeypatch.setattr(quantise.Quantiser, "_norm", lambda self, vector: 0.0)
-    monkeypatch.setattr(quantise, "_sum_of_squares", lambda integers, largest: 0)
+
+    def unclipped(self, vector):
+        return Quantised(np.rint(vector * self.scale).astype(np.int64), 0, False)
+
+    monkeypatch.setattr(Quantiser, "encode", unclipped)
     monkeypatch.setattr("securefedcollm_audits.canaries.LENGTH", 4.0)
     assert refuted("joint").bound > 1.0

@@ -12,9 +12,7 @@ from securefedcollm.errors import ConfigError, EvidenceError
 from securefedcollm.evidence.bundle import make_bundle, pack, read_members
 from securefedcollm.evidence.entries import canonical
 from securefedcollm.evidence.note import parse_checkpoint
-
-from .forge import Forger, doctor
-from .test_verify import by_name
+from tests.support.forge import Forger, by_name, doctor
 
 
 def part(bundle, path, *names):

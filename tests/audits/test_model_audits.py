@@ -19,8 +19,7 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.noise import GridSum, NoiseSource, grid_step
 from securefedcollm.tuning.question import Question
-
-from .small import small_study
+from tests.support.small import small_study
 
 CANARIES = {"canaries": 100, "seed": 2}
 BATCHES = {"batches": 8, "seed": 2}

@@ -16,10 +16,8 @@ from securefedcollm_audits.verify import CHECKS, verify
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.evidence.entries import canonical
 from securefedcollm.federation.messages import model_digest_of
-
-from ..evidence.runs import NAMES
-from .forge import doctor
-from .test_verify import header_of
+from tests.support.forge import doctor, header_of
+from tests.support.runs import NAMES
 
 
 def by_name(verdict):

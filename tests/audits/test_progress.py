@@ -20,12 +20,11 @@ from securefedcollm.federation import roles
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.workload import silent
 from securefedcollm.study import load_study
-
-from ..evidence.runs import RecordedSilo, recorded_study
-from ..federation.arithmetic import ArithmeticServer
-from ..federation.homes import make_identities, write_signed
-from .forge import doctor
-from .test_report import Reader
+from tests.support.arithmetic import ArithmeticServer
+from tests.support.forge import doctor
+from tests.support.members import make_identities, write_signed
+from tests.support.report_page import Reader
+from tests.support.runs import RecordedSilo, recorded_study
 
 SILOS = ("silo-1", "silo-2", "silo-3")
 
@@ -138,7 +137,7 @@ def test_a_made_up_consortium_is_no_real_run_to_who_knows_better(real_bundles):
     own = expectation(None, [f"silo-1={keys['silo-1']}"])
     report, case = make_report(bundle, expected=own)
     assert report.header.kind == "REAL RUN"
-    known = "held it against what they know from elsewhere: 1 key as named; the rest was not"
+    known = "compared it with their own knowledge: 1 key as named; the rest was not"
     assert known in Reader(to_html(report, case)).text
     report, case = make_report(bundle, expected=expectation(None, [f"silo-1={keys['silo-2']}"]))
     assert report.header.kind == "NOT ESTABLISHED"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from html.parser import HTMLParser
 from typing import get_args
 
 import msgspec
@@ -20,35 +19,9 @@ from securefedcollm.errors import ConfigError, EvidenceError
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.privacy.accounting import Accountant
 from securefedcollm.privacy.shown import down, up
-
-from ..evidence.runs import NAMES
-from .forge import doctor
-
-
-class Reader(HTMLParser):
-    """Anchors, links and text of a page that closes what it opens."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.open, self.links, self.ids, self.words = [], [], [], []
-        self.feed(page)
-        assert self.open == []
-        self.text = re.sub(r"\s+", " ", " ".join(self.words))
-
-    def handle_starttag(self, tag, attrs):
-        if tag not in {"meta", "br"}:
-            self.open.append(tag)
-        self.links += [value for name, value in attrs if name in ("src", "href")]
-        self.ids += [value for name, value in attrs if name == "id"]
-
-    def handle_startendtag(self, tag, attrs):
-        pass
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
+from tests.support.forge import doctor
+from tests.support.report_page import Reader, results_of
+from tests.support.runs import NAMES
 
 
 @pytest.fixture(scope="module")
@@ -174,31 +147,6 @@ def test_privacy_audits_stand_beside_the_claim(audited_bundle, record):
     assert "noise charged 1; noise measured 1.01" in reader.text
     assert "e-silo-2-17" in reader.ids
     assert "None was written into a log of this bundle" in Reader(record[1]).text
-
-
-def results_of(bundle, path, **changes):
-    """A ``results.json`` as the run with this bundle would have left it."""
-    _, case = make_report(bundle)
-    scores = [{"slm/easy": 0.5, "slm/<hard>": 0.3}, {"slm/easy": 0.75, "slm/<hard>": 0.25}]
-    path.write_text(
-        json.dumps(
-            {
-                "digest": case.digest.hex(),
-                "run_id": case.run.hex(),
-                "rounds": [{"evaluation": s | {"llm/easy": 1.0}} for s in scores],
-                "table": [
-                    {
-                        "model": "slm",
-                        "method": "zero-shot",
-                        "accuracy": {"easy": 0.4, "<hard>": 0.2},
-                    },
-                    {"model": "slm", "method": "FedAvg", "accuracy": {"easy": 0.7}},
-                ],
-            }
-            | changes
-        )
-    )
-    return path
 
 
 def test_accuracy_stands_beside_epsilon_if_the_run_s_results_are_given(record_bundle, tmp_path):

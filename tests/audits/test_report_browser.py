@@ -8,7 +8,7 @@ import pytest
 from securefedcollm_audits.report import make_report
 from securefedcollm_audits.report_html import to_html
 
-from . import browser
+from tests.support import browser
 
 pytestmark = pytest.mark.skipif(browser.BINARY is None, reason=browser.WHY_NOT)
 

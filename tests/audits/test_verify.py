@@ -26,22 +26,14 @@ from securefedcollm.aggregation.messages import lists_digest
 from securefedcollm.errors import ConfigError
 from securefedcollm.evidence.bundle import make_bundle, pack, read_members
 from securefedcollm.evidence.entries import canonical
-from securefedcollm.federation.plan import round_header
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.ledger import Ledger
-from securefedcollm.study import study_from_tree
 from securefedcollm.study.signing import read_envelope, sign_study, signatures_path
-
-from ..evidence.runs import ALL_KEYS, NAMES, RecordedRun, recorded_study
-from ..federation.arithmetic import ROSTER
-from .forge import doctor
+from tests.support.forge import by_name, doctor, header_of
+from tests.support.runs import ALL_KEYS, NAMES, RecordedRun, recorded_study
 
 OTHER = "0" * 64
 VECTORS = Path(__file__).parents[1] / "vectors" / "v1"
-
-
-def by_name(verdict):
-    return {result.name: result for result in verdict.results}
 
 
 def test_honest_bundles_pass_every_check(record_bundle, silo_bundle, joint_bundle, adaptive_bundle):
@@ -540,18 +532,6 @@ def called_lost(f, failures=1):
     log[log.index(kept) : log.index(kept) + 1] = made
 
 
-def header_of(f, begun, attempt):
-    return round_header(
-        study_from_tree(json.loads(f.members["study.json"])),
-        roster=ROSTER,
-        run_id=bytes.fromhex(f.what("server", "opened")["run"]),
-        round_=begun["round"],
-        attempt=attempt,
-        model=bytes.fromhex(begun["model"]),
-        values=begun["values"],
-    ).digest.hex()
-
-
 def called_lost_after_attempts_that_nobody_saw(f):
     called_lost(f, failures=2)
 
@@ -672,7 +652,7 @@ def test_what_is_known_from_elsewhere_is_compared_and_the_rest_is_said(record_bu
         "the study is the one named; 1 key as named; the rest was not compared"
     )
     (rest,) = some.not_compared
-    assert rest.startswith("whose keys these are: server, silo-2, silo-3, silo-4 (--key")
+    assert rest.startswith("the owners of the keys: server, silo-2, silo-3, silo-4 (--key")
     every = verify(record_bundle, expectation(study, known("server", *NAMES)))
     assert every.not_compared == []
     other = tmp_path / "other.yaml"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
-from securefedcollm_audits import key_attacks, silo_attacks
+from itertools import count
 
-from securefedcollm.aggregation.masking import keys, silo
+import pytest
+from securefedcollm_audits import cohort, key_attacks, silo_attacks
+
+from securefedcollm.aggregation.masking import keys
+from securefedcollm.aggregation.masking.silo import SiloRound
 from securefedcollm.primitives import sha256
 
 
 def test_mask_seeds_of_32_bits_are_caught_however_they_are_folded(monkeypatch):
-    monkeypatch.setattr(key_attacks, "_BIRTHDAY", 1 << 17)  # enough for these two, and faster
+    monkeypatch.setattr(key_attacks, "BIRTHDAY", 1 << 17)  # enough for these two, and faster
     real = keys.self_mask_key
     for fold in (lambda s: s[:4] + bytes(28), lambda s: sha256(s)[:4] + bytes(28)):
         monkeypatch.setattr(keys, "self_mask_key", lambda s, *rest, f=fold: real(f(s), *rest))
@@ -20,10 +23,18 @@ def test_mask_seeds_of_32_bits_are_caught_however_they_are_folded(monkeypatch):
 
 
 def test_a_seed_with_32_random_bits_is_caught(monkeypatch):
-    real = silo._Secrets
-    monkeypatch.setattr(
-        silo, "_Secrets", lambda buffer, a, b, seed: real(buffer, a, b, seed[:4] + bytes(28))
-    )
+
+    class Narrow(SiloRound):
+        """The seed is the third of the secrets that a silo draws."""
+
+        def __init__(self, *, random, **more):
+            drawn = count(1)
+            super().__init__(
+                random=lambda n: random(n) if next(drawn) != 3 else random(n)[:4] + bytes(n - 4),
+                **more,
+            )
+
+    monkeypatch.setattr(cohort, "SiloRound", Narrow)
     assert not key_attacks.narrow_seed().held
 
 

@@ -10,16 +10,15 @@ import pytest
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
-from securefedcollm.aggregation.masking.silo import SiloRound
+from securefedcollm.aggregation import answering
+from securefedcollm.aggregation.masking import silo
 from securefedcollm.errors import ConfigError, EvidenceError, SecureFedCoLLMError
 from securefedcollm.evidence.bundle import read_members
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.study.identity import create_identity
-
-from ..audits.conftest import record_bundle, silo_bundle  # noqa: F401 - fixtures
-from ..audits.forge import doctor
-from ..evidence.runs import ALL_KEYS
+from tests.support.forge import doctor
+from tests.support.runs import ALL_KEYS
 
 
 def call(*arguments):
@@ -29,7 +28,7 @@ def call(*arguments):
     return result.exit_code, result.stdout
 
 
-def test_bundle_verify_and_compare(record_bundle, tmp_path):  # noqa: F811
+def test_bundle_verify_and_compare(record_bundle, tmp_path):
     run, mine = record_bundle.parent, tmp_path / "mine.zip"
     code, out = call("bundle", run, "--out", mine, "--only", "server", "--only", "silo-3", "--json")
     assert (code, json.loads(out)) == (0, {"bundle": str(mine), "bytes": mine.stat().st_size})
@@ -57,7 +56,7 @@ def test_bundle_verify_and_compare(record_bundle, tmp_path):  # noqa: F811
     assert json.loads(out)["participants"] == ["server", "silo-3", "silo-1", "silo-2", "silo-4"]
 
 
-def test_a_doctored_bundle_exits_with_1_and_names_the_entry(record_bundle, tmp_path):  # noqa: F811
+def test_a_doctored_bundle_exits_with_1_and_names_the_entry(record_bundle, tmp_path):
     def understate(forger):
         forger.what("silo-1", "settled", -1)["spent"]["epsilon"] = 1.0
 
@@ -69,7 +68,7 @@ def test_a_doctored_bundle_exits_with_1_and_names_the_entry(record_bundle, tmp_p
 
 
 def test_report_writes_a_page_or_json_and_says_when_a_bundle_does_not_hold(
-    record_bundle,  # noqa: F811
+    record_bundle,
     tmp_path,
 ):
     page = tmp_path / "report.html"
@@ -89,7 +88,7 @@ def test_report_writes_a_page_or_json_and_says_when_a_bundle_does_not_hold(
         call("report", record_bundle)
 
 
-def test_a_report_compares_with_what_is_known_as_verify_does(record_bundle, tmp_path):  # noqa: F811
+def test_a_report_compares_with_what_is_known_as_verify_does(record_bundle, tmp_path):
     """Adversary: an outsider who makes up a study, five hospitals and their keys."""
     own, page = record_bundle.parent / "study.yaml", tmp_path / "report.html"
     other = tmp_path / "other.yaml"
@@ -117,7 +116,7 @@ def test_a_report_compares_with_what_is_known_as_verify_does(record_bundle, tmp_
     assert not (tmp_path / "none.html").exists()
 
 
-def test_bad_input_is_one_line(record_bundle, tmp_path):  # noqa: F811
+def test_bad_input_is_one_line(record_bundle, tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere.zip: there is no such file"):
         call("verify", tmp_path / "nowhere.zip")
     with pytest.raises(ConfigError, match=r"is not a run directory"):
@@ -128,7 +127,7 @@ def test_bad_input_is_one_line(record_bundle, tmp_path):  # noqa: F811
         call("bundle", record_bundle.parent, "--out", tmp_path / "none" / "x.zip")
 
 
-def test_merge_joins_refuses_and_says_what_the_joined_logs_show(record_bundle, tmp_path):  # noqa: F811
+def test_merge_joins_refuses_and_says_what_the_joined_logs_show(record_bundle, tmp_path):
     run, out = record_bundle.parent, tmp_path / "merged.zip"
     paths = [tmp_path / f"{name}.zip" for name in ("server", "silo-1", "silo-2")]
     for path in paths:
@@ -180,18 +179,18 @@ def test_protocol_plays_attacks_and_says_what_was_learnt():
 
 
 def test_builds_with_a_check_missing_are_caught(monkeypatch):
-    monkeypatch.setattr(SiloRound, "_check_quorum", lambda self, agreements: None)
+    monkeypatch.setattr(silo, "check_agreements", lambda *_: None)
     code, out = call("protocol", "--case", "split_survivors")
     assert code == 1
     assert "1 of 1 attacks were not stopped: split_survivors" in out
-    monkeypatch.setattr(SiloRound, "_record", lambda self, key, value: None)
+    monkeypatch.setattr(answering, "record_once", lambda *_: None)
     code, out = call("protocol", "--case", "second_attempt", "--json")
     assert code == 1
     (outcome,) = json.loads(out)["outcomes"]
     assert outcome["learnt"]
 
 
-def test_a_privacy_audit_is_printed_and_written_down(silo_bundle, tmp_path):  # noqa: F811
+def test_a_privacy_audit_is_printed_and_written_down(silo_bundle, tmp_path):
     """The run's own study and noise; then the bundle has the finding."""
     run = tmp_path / "run"
     shutil.copytree(silo_bundle.parent, run)
@@ -215,7 +214,7 @@ def test_a_privacy_audit_is_printed_and_written_down(silo_bundle, tmp_path):  # 
         call(*arguments, "--owner", "silo-9")
 
 
-def test_a_build_without_noise_fails_for_people_too(silo_bundle, monkeypatch):  # noqa: F811
+def test_a_build_without_noise_fails_for_people_too(silo_bundle, monkeypatch):
     monkeypatch.setattr(
         NoiseSource, "discrete_gaussian", lambda self, sigma, n: np.zeros(n, dtype=np.int64)
     )
@@ -232,7 +231,7 @@ def test_the_attacks_explain_themselves(command):
     assert "Exit code 0: not refuted; 1: refuted; 2: bad input." in " ".join(out.split())
 
 
-def test_a_ledger_that_was_put_back_is_not_bundled(record_bundle, tmp_path):  # noqa: F811
+def test_a_ledger_that_was_put_back_is_not_bundled(record_bundle, tmp_path):
     """Adversary: the operator of silo-1, who restores an empty ledger to spend its budget again."""
     run = tmp_path / "run"
     shutil.copytree(record_bundle.parent, run)

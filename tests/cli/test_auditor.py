@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from .typed import type_page
+from tests.support.typed import type_page
 
 pytestmark = pytest.mark.timeout(600)
 

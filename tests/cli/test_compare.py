@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.experiment.compare import compare_runs
-
-from .tiny import make_inputs
+from tests.support.inputs import make_inputs
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -8,7 +8,7 @@ import pytest
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
-from .tiny import make_inputs
+from tests.support.inputs import make_inputs
 
 CHOICES = ["red", "blue"]
 ROWS = [

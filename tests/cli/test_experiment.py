@@ -19,8 +19,7 @@ from securefedcollm.federation.workload import silent
 from securefedcollm.simulation.plan import ExperimentPlan, SimulationPlan
 from securefedcollm.simulation.simulate import Simulation
 from securefedcollm.study import load_study
-
-from .tiny import make_inputs
+from tests.support.inputs import make_inputs
 
 QUICK = ["privacy=none", "rounds=1"]
 

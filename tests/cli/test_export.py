@@ -8,14 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
-from securefedcollm_cli.main import app
-from typer.testing import CliRunner
 
 from securefedcollm.federation.export import model_card, task_contract
 from securefedcollm.study import load_study
-
-from .tiny import COLOURS, make_inputs
+from tests.support.inputs import COLOURS, invoke, make_inputs, tuned
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "plain_peft.py"
 
@@ -32,39 +28,6 @@ def inputs(tmp_path_factory):
         ]
         (directory / f"{name}-labels.jsonl").write_text("".join(lines))
     return directory
-
-
-def invoke(*words):
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
-
-
-def tuned(inputs, out, models=None, **task):
-    """A run without privacy that learns something, so that accuracy is no accident.
-
-    ``models``: further keys of each model.
-    """
-    tree = yaml.safe_load((inputs / "tiny.yaml").read_text())
-    if task.get("kind") == "classification":
-        data = {"train": "train-labels.jsonl", "test": "test-labels.jsonl"}
-        tree["task"]["data"] |= data
-    for ours, theirs in task.get("columns", {}).items():
-        for file in (tree["task"]["data"]["train"], tree["task"]["data"]["test"]):
-            text = (inputs / file).read_text().replace(f'"{ours}":', f'"{theirs}":')
-            (inputs / f"own-{file}").write_text(text)
-        tree["task"]["data"] |= {name: f"own-{tree['task']['data'][name]}" for name in
-                                 ("train", "test")}  # fmt: skip
-    tree["task"] |= task
-    for name, keys in (models or {}).items():
-        tree["models"][name] |= keys
-    tree |= {"privacy": None, "rounds": 1}
-    tree["local"] = {"steps": 30, "batch_size": 16, "learning_rate": 0.05}
-    tree["distillation"]["steps"] = 20
-    (inputs / "study.yaml").write_text(yaml.safe_dump(tree))
-    words = ["simulate", inputs / "study.yaml", "--data", inputs, "--out", out]
-    invoke(*words, "--workers", "0", "--no-baselines", "--json")
-    return inputs / tree["task"]["data"]["test"]
 
 
 @pytest.mark.parametrize(

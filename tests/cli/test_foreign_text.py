@@ -24,7 +24,6 @@ from securefedcollm.experiment.compare import Comparison, Difference, Run
 from securefedcollm.experiment.compare_page import write_plot
 from securefedcollm.experiment.page import markdown, plot
 from securefedcollm.federation.engines import Failure
-from securefedcollm.federation.hooks import Hooks
 from securefedcollm.federation.messages import Refused, encode
 from securefedcollm.foreign import log_to_stderr
 from securefedcollm.privacy.events import Gaussian
@@ -32,12 +31,10 @@ from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.privacy.report import read_report
 from securefedcollm.privacy.report_html import to_html
 from securefedcollm.study import load_study
-
-from ..audits.conftest import audited_bundle, record_bundle  # noqa: F401 - fixtures
-from ..audits.forge import doctor
-from ..evidence.runs import RecordedRun, make_silo, recorded_study
-from ..federation.arithmetic import NAMES
-from ..hostile import SEEN, WORDS, assert_harmless, raw_in
+from tests.support.arithmetic import NAMES
+from tests.support.forge import doctor
+from tests.support.hostile import SEEN, WORDS, assert_harmless, raw_in
+from tests.support.runs import RecordedRun, make_silo, recorded_study
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
@@ -79,10 +76,13 @@ class Rude:
 )
 def test_the_server_prints_a_silos_refusal_and_goes_on(tmp_path, capsys, printed_logs, answer):
     printed_logs()
-    run = RecordedRun(tmp_path, recorded_study(rounds=2), wrap=lambda e: Rude(e, answer))
     with Bars() as bars:
-        run.coordinator._hooks = Hooks(on_round=partial(print_round, 2, bars, False))
-        run.go()
+        RecordedRun(
+            tmp_path,
+            recorded_study(rounds=2),
+            wrap=lambda e: Rude(e, answer),
+            on_round=partial(print_round, 2, bars, False),
+        ).go()
     err = capsys.readouterr().err
     assert_harmless(err)
     assert "round 2/2, 3 silos, silo-4 lost" in err.replace("\n", " ")
@@ -129,7 +129,7 @@ def run(*words):
 
 
 def test_a_bundle_with_such_words_is_verified_reported_and_compared(
-    audited_bundle,  # noqa: F811
+    audited_bundle,
     tmp_path,
 ):
     def sneer(forger):
@@ -157,7 +157,7 @@ def test_a_bundle_with_such_words_is_verified_reported_and_compared(
     assert "[/red]" in said[0]
 
 
-def test_a_bundle_of_a_name_that_acts(record_bundle, tmp_path):  # noqa: F811
+def test_a_bundle_of_a_name_that_acts(record_bundle, tmp_path):
     copy = tmp_path / "e\x1b[2J[red]\u202e.zip"
     copy.write_bytes(record_bundle.read_bytes())
     for words in (["verify"], ["verify", "--json"], ["report", "--html", tmp_path / "page.html"]):

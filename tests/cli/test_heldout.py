@@ -11,12 +11,18 @@ import pytest
 from securefedcollm_cli.heldout import HELD_OUT, TRAINING, HeldOut, Undisturbed
 
 from securefedcollm.federation.roles import ADAPTER, PROOF
-
-from .test_export import inputs, invoke, tuned  # noqa: F401 - a fixture
+from tests.support.inputs import invoke, make_inputs, tuned
 
 
 @pytest.fixture(scope="module")
-def silo(inputs, tmp_path_factory):  # noqa: F811
+def inputs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("inputs")
+    make_inputs(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def silo(inputs, tmp_path_factory):
     """A silo's directory of a study with an adapter of round 1, and its held-out file."""
     directory = tmp_path_factory.mktemp("silo")
     test = tuned(inputs, directory / "whole")
@@ -28,7 +34,7 @@ def silo(inputs, tmp_path_factory):  # noqa: F811
     return home, test
 
 
-def measured(run, test, inputs, work=lambda held_out: held_out.finish()):  # noqa: F811
+def measured(run, test, inputs, work=lambda held_out: held_out.finish()):
     told, warned = [], []
     tell = lambda which, round_, scores: told.append((round_, scores))  # noqa: E731
     with HeldOut(run, {HELD_OUT: test}, inputs, tell, warned.append) as held_out:
@@ -36,7 +42,7 @@ def measured(run, test, inputs, work=lambda held_out: held_out.finish()):  # noq
     return told, warned
 
 
-def test_every_round_is_measured_once_as_model_evaluate_does(silo, inputs, tmp_path):  # noqa: F811
+def test_every_round_is_measured_once_as_model_evaluate_does(silo, inputs, tmp_path):
     run = shutil.copytree(silo[0], tmp_path / "run")
     told, warned = measured(run, silo[1], inputs)
     assert warned == []
@@ -55,7 +61,7 @@ def test_every_round_is_measured_once_as_model_evaluate_does(silo, inputs, tmp_p
     assert out["m"]["digest"]
 
 
-def test_the_silos_own_records_are_measured_beside_them(silo, inputs, tmp_path):  # noqa: F811
+def test_the_silos_own_records_are_measured_beside_them(silo, inputs, tmp_path):
     run = shutil.copytree(silo[0], tmp_path / "run")
     train = tmp_path / "own.jsonl"
     train.write_text("".join(silo[1].read_text().splitlines(keepends=True)[:5]))
@@ -74,7 +80,7 @@ def test_the_silos_own_records_are_measured_beside_them(silo, inputs, tmp_path):
     assert not list(run.glob(".held-out-*"))
 
 
-def test_of_the_silos_own_records_only_those_that_take_part_count(silo, inputs, tmp_path):  # noqa: F811
+def test_of_the_silos_own_records_only_those_that_take_part_count(silo, inputs, tmp_path):
     """The others have spent their budget: nothing is tuned on them."""
     run, own = shutil.copytree(silo[0], tmp_path / "run"), tmp_path / "own.jsonl"
     rows = silo[1].read_text().splitlines(keepends=True)[:6]
@@ -115,7 +121,7 @@ def until(condition):
     return condition()
 
 
-def test_it_stands_still_while_a_request_is_answered(silo, inputs, tmp_path):  # noqa: F811
+def test_it_stands_still_while_a_request_is_answered(silo, inputs, tmp_path):
     """Adversary: a server that times answers to learn how many held-out records there are."""
     run = shutil.copytree(silo[0], tmp_path / "run")
     seen = []
@@ -144,7 +150,7 @@ def test_it_stands_still_while_a_request_is_answered(silo, inputs, tmp_path):  #
     assert not list(run.glob(".held-out-*"))
 
 
-def test_a_record_that_cannot_be_scored_stops_no_run(silo, inputs, tmp_path):  # noqa: F811
+def test_a_record_that_cannot_be_scored_stops_no_run(silo, inputs, tmp_path):
     run = shutil.copytree(silo[0], tmp_path / "run")
     test = tmp_path / "held-out.jsonl"
     test.write_text('{"question": "colour of thing1", "choices": ["red", "blue"], "answer": 7}\n')
@@ -155,7 +161,7 @@ def test_a_record_that_cannot_be_scored_stops_no_run(silo, inputs, tmp_path):  #
     assert "held-out.jsonl:1" in warned[0]
 
 
-def test_a_damaged_file_of_findings_is_named(silo, inputs, tmp_path):  # noqa: F811
+def test_a_damaged_file_of_findings_is_named(silo, inputs, tmp_path):
     from securefedcollm.errors import StateError
 
     run = shutil.copytree(silo[0], tmp_path / "run")

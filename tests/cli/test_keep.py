@@ -15,8 +15,7 @@ from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.simulation.plan import SimulationPlan
 from securefedcollm.simulation.simulate import Simulation
 from securefedcollm.study import load_study
-
-from .tiny import make_inputs
+from tests.support.inputs import make_inputs
 
 STILL = ["local.learning_rate=1e-6", "distillation.learning_rate_slm=1e-7"]
 """No round is better than the first."""
@@ -103,12 +102,12 @@ def test_more_rows_than_there_are_answers_are_refused(inputs):
 
 
 def test_something_must_be_left_to_distil_from(inputs):
-    with pytest.raises(ConfigError, match=r"keep\.rows: all public questions are kept apart"):
+    with pytest.raises(ConfigError, match=r"keep\.rows: all public questions are set aside"):
         load_study(inputs / "tiny.yaml", ["keep={rows: 8}", "task.data.public=8"])
     from securefedcollm.federation.cotuning import _validation
     from securefedcollm.federation.dealing import deal
 
     study = load_study(inputs / "tiny.yaml", ["keep={rows: 8}"])
     answered = [q for q in deal(study, inputs).public if q.answer is not None]
-    with pytest.raises(ConfigError, match=r"keep\.rows: all public questions are kept apart"):
+    with pytest.raises(ConfigError, match=r"keep\.rows: all public questions are set aside"):
         _validation(study, answered)

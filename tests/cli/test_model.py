@@ -15,8 +15,6 @@ from transformers import (
     BertLMHeadModel,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 from typer.testing import CliRunner
@@ -24,6 +22,7 @@ from typer.testing import CliRunner
 from securefedcollm.errors import ConfigError, DataError
 from securefedcollm.tuning.adapters import attach, save_adapter
 from securefedcollm.tuning.models import load_model, save_model
+from tests.support.models import llama
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -50,22 +49,16 @@ def letters() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=29,
-                hidden_size=16,
-                intermediate_size=24,
-                num_hidden_layers=3,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                initializer_range=0.3,
-                bos_token_id=None,
-                eos_token_id=1,
-            )
-        )
-    save_model(model.eval(), letters(), tmp_path / "base")
+    model = llama(
+        29,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    save_model(model, letters(), tmp_path / "base")
     return tmp_path / "base"
 
 

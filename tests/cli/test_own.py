@@ -9,8 +9,7 @@ from securefedcollm_audits.expected import expectation
 from securefedcollm_audits.verify import verify
 
 from securefedcollm.federation.roles import newest_adapter
-
-from .typed import type_page
+from tests.support.typed import type_page
 
 SILOS = ("nord", "sued", "ost")
 

@@ -13,8 +13,7 @@ from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
 from securefedcollm.errors import SecureFedCoLLMError
-
-from .tiny import make_inputs
+from tests.support.inputs import make_inputs
 
 BARE = ["--set", "task.data={}"]
 

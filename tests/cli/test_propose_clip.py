@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError, SecureFedCoLLMError
 from securefedcollm.federation.charged import ChargedTraining
-from tests.cli.tiny import make_inputs
+from tests.support.inputs import make_inputs
 
 NONE = ("--set", "privacy=none")
 OWN = ("--set", "task.data={}")

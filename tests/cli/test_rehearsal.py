@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from .typed import type_page
+from tests.support.typed import type_page
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 

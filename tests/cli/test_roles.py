@@ -34,9 +34,8 @@ from securefedcollm.privacy.events import PoissonGaussian
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import load_study
 from securefedcollm.tuning.splits import dataset_fingerprint
-
-from ..federation.homes import make_identities, write_signed
-from .tiny import make_inputs
+from tests.support.inputs import make_inputs
+from tests.support.members import make_identities, write_signed
 
 PASSPHRASE = {"SECUREFEDCOLLM_PASSPHRASE": "correct horse battery"}
 
@@ -73,7 +72,7 @@ def test_the_authoritys_key_lies_encrypted_and_is_not_overwritten(consortium):
 
 def test_the_authoritys_key_is_in_no_file_while_it_is_used(tmp_path, monkeypatch):
     """Adversary: a local user, or a backup, once the command was killed and nothing cleaned up."""
-    called, original = [], kit_module._nvflare
+    called, original = [], kit_module.run_flare
 
     def then_killed(*words, cwd, **more):
         original(*words, cwd=cwd, **more)
@@ -82,7 +81,7 @@ def test_the_authoritys_key_is_in_no_file_while_it_is_used(tmp_path, monkeypatch
             for path in (p for p in cwd.rglob("*") if p.is_file() and not p.is_symlink()):
                 assert b"PRIVATE KEY" not in path.read_bytes(), path
 
-    monkeypatch.setattr(kit_module, "_nvflare", then_killed)
+    monkeypatch.setattr(kit_module, "run_flare", then_killed)
     ca, home = tmp_path / "ca", tmp_path / "home"
     ca.mkdir()  # all that a killed `init` leaves
     run("consortium", "init", "--name", "net", "--server", "localhost:8002", "--out", ca)
@@ -187,7 +186,7 @@ def test_a_servers_two_kits_are_installed_together_or_not_at_all(consortium, tmp
         run(*install, "--signed", broken)
     assert not (home / "kit").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(kit_module, "_nvflare", lambda *words, cwd: None)
+        patch.setattr(kit_module, "run_flare", lambda *words, cwd: None)
         with pytest.raises(StateError, match="made 0 kits"):
             run(*install)
 

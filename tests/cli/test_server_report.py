@@ -9,13 +9,11 @@ import pytest
 from securefedcollm_cli.roles import report_of
 
 from securefedcollm.errors import EvidenceError
-
-from ..audits.conftest import record_bundle  # noqa: F401 - fixture
-from ..audits.test_report import Reader, results_of
+from tests.support.report_page import Reader, results_of
 
 
 @pytest.fixture
-def server_run(record_bundle, tmp_path):  # noqa: F811
+def server_run(record_bundle, tmp_path):
     """The server's own directory of a finished run: no silo's log is in it."""
     run = tmp_path / "run"
     shutil.copytree(record_bundle.parent, run, ignore=shutil.ignore_patterns("silos", "*.zip"))

@@ -20,8 +20,7 @@ from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError, DataError, SecureFedCoLLMError
 from securefedcollm.privacy.ledger import Ledger
-
-from .tiny import make_inputs
+from tests.support.inputs import make_inputs
 
 NO_PRIVACY = ["--set", "privacy=none"]
 

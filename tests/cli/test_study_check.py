@@ -10,7 +10,7 @@ from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError, SecureFedCoLLMError
-from tests.cli.tiny import make_inputs
+from tests.support.inputs import make_inputs
 
 QUICKSTART = "configs/quickstart.yaml"
 OWN = ("--set", "task.data={}", "--set", "models.llm=none", "--set", "distillation={}")

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from securefedcollm.errors import SecureFedCoLLMError
 from securefedcollm.tuning.models import load_model
-from tests.two_tokenizers import byte_level, sentence_piece
+from tests.support.models import byte_level, sentence_piece
 
 THINGS = ["newspaper", "paper", "café", "things", "today", "new things", "cool paper"]
 

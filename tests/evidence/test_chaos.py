@@ -7,7 +7,6 @@ verifies: no auditor is told that honest participants, unlucky as they were, bro
 from __future__ import annotations
 
 import random
-from functools import partial
 
 import numpy as np
 import pytest
@@ -17,11 +16,17 @@ from securefedcollm.errors import QuorumError
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.evidence.ledger import check_anchors
 from securefedcollm.federation.engines import Failure
-from securefedcollm.federation.workload import silent
 from securefedcollm.privacy.ledger import Ledger
-
-from ..federation.test_rounds import Killed, expected_theta
-from .runs import CKKS, JOINT, NAMES, SILO_PRIVACY, RecordedRun, make_silo, recorded_study, silo_log
+from tests.support.rounds import Killed, expected_theta
+from tests.support.runs import (
+    CKKS,
+    JOINT,
+    NAMES,
+    SILO_PRIVACY,
+    RecordedRun,
+    recorded_study,
+    silo_log,
+)
 
 STUDIES = {
     "record": {},
@@ -34,17 +39,32 @@ LIVES = 12
 """After so many deaths nothing goes wrong any more: a run is to end."""
 
 
+class Party:
+    """A party whose process may die: then a session on its directory, which forgot all else."""
+
+    def __init__(self, start):
+        self.start = start
+        self.restart()
+
+    def restart(self):
+        self.session = self.start()
+
+    def step(self, frame):
+        return self.session.step(frame)
+
+
 class Chaos:
     """An engine that loses requests and replies, and whose processes die, at random.
 
     Args:
-        make: starts a party's process: a session on its directory, which has forgotten all else.
+        parties: everybody, by name.
         lose: the probability that a party goes away at an exchange, for one or some more.
         kill: that everything dies before an exchange; and after it; and that one party does.
     """
 
-    def __init__(self, engine, make, rng, lose, kill):
-        self.engine, self.make, self.rng, self.lose, self.kill = engine, make, rng, lose, kill
+    def __init__(self, engine, parties, rng, lose, kill):
+        self.engine, self.parties, self.rng = engine, parties, rng
+        self.lose, self.kill = lose, kill
         self.away = set()
 
     def exchange(self, frames, timeout):
@@ -55,8 +75,9 @@ class Chaos:
             {name: frame for name, frame in frames.items() if name not in self.away}, timeout
         )
         self._die()
-        restarted = {name for name in frames if self._chance(self.kill)}
-        self.engine._local |= {name: self.make(name, silent) for name in restarted}
+        for name in frames:
+            if self._chance(self.kill):
+                self.parties[name].restart()
         unheard = self.away | {name for name in frames if self._chance(self.lose / 2)}
         return replies | {name: Failure("away") for name in frames if name in unheard}
 
@@ -75,15 +96,18 @@ def test_whatever_is_lost_and_whoever_dies_the_run_ends_and_its_evidence_holds(
 ):
     rng = random.Random(f"{study} {seed}")
     kind, study = study, recorded_study(**STUDIES[study])
-    make = partial(make_silo, study=study, directory=tmp_path)
     for life in range(2 * LIVES):
         lose, kill = (rng.choice([0, 0.05, 0.15]) if life < LIVES else 0 for _ in range(2))
+        parties = {}
         try:
             run = RecordedRun(
                 tmp_path,
                 study,
                 resume=life > 0,
-                wrap=lambda engine, lose=lose, kill=kill: Chaos(engine, make, rng, lose, kill),
+                wrap=lambda engine, on=parties, lose=lose, kill=kill: Chaos(
+                    engine, on, rng, lose, kill
+                ),
+                party=lambda name, start, on=parties: on.setdefault(name, Party(start)),
             )
             theta = run.go()
         except (Killed, QuorumError):

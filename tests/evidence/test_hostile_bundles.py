@@ -23,8 +23,6 @@ from securefedcollm.evidence.archive import MAX_MEMBERS, zipped
 from securefedcollm.evidence.bundle import decode_bundle, decode_members, pack
 from securefedcollm.evidence.entries import canonical, decode_entry
 
-from ..audits.conftest import record_bundle, silo_bundle  # noqa: F401 - fixtures
-
 PLACE = Path("evil.zip")
 
 
@@ -138,7 +136,7 @@ def test_a_hostile_entry_ends_in_one_line(raw):
         decode_entry(raw, "silo-1#0")
 
 
-def test_a_study_in_a_bundle_is_bounded_like_one_in_a_file(record_bundle):  # noqa: F811
+def test_a_study_in_a_bundle_is_bounded_like_one_in_a_file(record_bundle):
     rest = decode_members(record_bundle.read_bytes(), PLACE)
     del rest["manifest.json"]
     study = json.loads(rest["study.json"])
@@ -157,8 +155,8 @@ def test_a_study_in_a_bundle_is_bounded_like_one_in_a_file(record_bundle):  # no
     ids=["verify", "report", "compare"],
 )
 def test_what_is_hashed_is_what_is_checked(
-    record_bundle,  # noqa: F811
-    silo_bundle,  # noqa: F811
+    record_bundle,
+    silo_bundle,
     tmp_path,
     monkeypatch,
     look,

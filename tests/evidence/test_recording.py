@@ -26,6 +26,7 @@ from securefedcollm.evidence.entries import (
 from securefedcollm.evidence.ledger import check_anchors
 from securefedcollm.evidence.merkle import consistency_proof, inclusion_proof
 from securefedcollm.evidence.note import origin, sign_checkpoint
+from securefedcollm.federation import runstore
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.keeping import best_round
 from securefedcollm.federation.messages import (
@@ -43,15 +44,13 @@ from securefedcollm.federation.messages import (
 )
 from securefedcollm.federation.plan import AUTHORITY
 from securefedcollm.federation.records import MOST_HEADS
-from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.workload import silent
 from securefedcollm.primitives import merkle_root
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import digest
-
-from ..federation.arithmetic import SIZE
-from ..federation.test_rounds import Cut, Dies, Killed, expected_theta
-from .runs import (
+from tests.support.arithmetic import SIZE
+from tests.support.rounds import Cut, Dies, Killed, expected_theta
+from tests.support.runs import (
     ALL_KEYS,
     JOINT,
     KEYS,
@@ -151,15 +150,16 @@ def test_killed_at_any_exchange_the_best_round_and_the_end_are_the_same(tmp_path
 def test_killed_while_the_best_round_is_saved_it_is_saved_again(tmp_path, monkeypatch):
     study = recorded_study(rounds=3, keep={})
     losses = (0.5, 0.4, 0.45)
-    keep = RunStore._copy_best
+    write = runstore.write_durably
 
-    def dies(store, round_):
-        keep(store, round_)
-        if round_ == 2:  # the copy is there, and no state points at it yet
-            (store.best_adapters(round_) / "slm" / "theta.npy").write_bytes(b"half")
+    def dies(path, content):
+        copied = path.parent / "best-00002" / "slm" / "theta.npy"
+        if copied.exists():  # the copy is there, and no state points at it yet
+            copied.write_bytes(b"half")
             raise Killed
+        write(path, content)
 
-    monkeypatch.setattr(RunStore, "_copy_best", dies)
+    monkeypatch.setattr(runstore, "write_durably", dies)
     with pytest.raises(Killed):
         RecordedRun(tmp_path, study, losses=losses).go()
     monkeypatch.undo()
@@ -327,7 +327,6 @@ def midway(tmp_path):
     with pytest.raises(Killed):
         RecordedRun(tmp_path, study, wrap=lambda e: Dies(e, 6, True)).go()
     silo = make_silo("silo-1", silent, study=study, directory=tmp_path)
-    silo._evidence._header = None
     return study, silo, server_log(tmp_path, study).leaves
 
 

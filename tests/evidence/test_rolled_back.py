@@ -19,9 +19,8 @@ from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.plan import AUTHORITY, quantiser
 from securefedcollm.federation.records import authority as authority_records
 from securefedcollm.federation.records import silo as silo_records
-
-from ..federation.arithmetic import SIZE, update_of
-from .runs import CKKS, RecordedRun, recorded_study
+from tests.support.arithmetic import SIZE, update_of
+from tests.support.runs import CKKS, RecordedRun, recorded_study
 
 PLANS = {
     "masking": {"clip_norm": 20.0},

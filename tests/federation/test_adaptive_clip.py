@@ -17,9 +17,8 @@ from securefedcollm.privacy.events import DiscreteGaussian
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.privacy.silo_unit import Setting, SiloUnit
-
-from .arithmetic import NAMES, SIZE, make_silo, make_study, update_of
-from .test_rounds import Dies, Killed, Run, reply_to
+from tests.support.arithmetic import NAMES, SIZE, make_silo, make_study, update_of
+from tests.support.rounds import Dies, Killed, Run, reply_to
 
 NORMS = dict(zip(NAMES, (0.1, 1.0, 4.0, 40.0), strict=True))
 """Any clip norm between 1 and 4 leaves half of the updates whole."""

@@ -33,9 +33,8 @@ from securefedcollm.federation.messages import (
 )
 from securefedcollm.federation.plan import AUTHORITY, authority_of
 from securefedcollm.federation.silostore import MOST_ATTEMPTS, SiloStore
-
-from . import test_joint
-from .arithmetic import (
+from tests.support import joint
+from tests.support.arithmetic import (
     AUTHORITY_KEY,
     KEYS,
     NAMES,
@@ -45,9 +44,9 @@ from .arithmetic import (
     make_silo,
     make_study,
 )
-from .test_rounds import CHARGED_ONCE, Cut, Dies, Killed, Run, expected_theta, spent
-from .test_silo_unit import CLIP, charged
-from .test_silo_unit import PRIVACY as SILO_PRIVACY
+from tests.support.client_level import CLIP, charged
+from tests.support.client_level import PRIVACY as SILO_PRIVACY
+from tests.support.rounds import CHARGED_ONCE, Cut, Dies, Killed, Run, expected_theta, spent
 
 TRAIN, KEY, ENCRYPT, UPLOAD, OPENING, NOTE, EXCHANGES = range(7)
 PLAN = {"clip_norm": CLIP, "scheme": "ckks", "key_model": "authority"}
@@ -179,11 +178,11 @@ def test_who_never_hears_what_was_opened_is_charged_the_worst_case(tmp_path):
 
 def test_joint_dp_sgd_sums_its_steps_under_an_authority_s_key(tmp_path):
     plan = {"value_bits": 20, "scheme": "ckks", "key_model": "authority"}
-    made = test_joint.study(aggregation=plan)
-    live = test_joint.run(tmp_path, made)
-    test_joint.check_theta(made, live.go(), live.server)
+    made = joint.study(aggregation=plan)
+    live = joint.run(tmp_path, made)
+    joint.check_theta(made, live.go(), live.server)
     sums = [(i, 0, "settled", 4) for i in range(made.sums)]
-    assert all(test_joint.charged(tmp_path, name) == sums for name in NAMES)
+    assert all(joint.charged(tmp_path, name) == sums for name in NAMES)
 
 
 # The authority's session ------------------------------------------------------------------------
@@ -198,8 +197,8 @@ def reply_of(office, request):
     return decode_reply(office.step(encode(request)), AUTHORITY)
 
 
-def office_in(directory, made=None):
-    return make_silo(AUTHORITY, None, study=made or study(), directory=directory)
+def office_in(directory, made=None, **more):
+    return make_silo(AUTHORITY, None, study=made or study(), directory=directory, **more)
 
 
 @pytest.mark.parametrize(
@@ -257,8 +256,7 @@ def test_the_authority_answers_only_for_its_own_role_and_in_order(tmp_path):
 def test_keys_are_dropped_after_an_hour_whatever_the_server_does(tmp_path):
     """Adversary: a server that never ends an attempt, and later gets at the authority's machine."""
     clock = [100.0]
-    office = office_in(tmp_path)
-    office._now = lambda: clock[0]
+    office = office_in(tmp_path, now=lambda: clock[0])
 
     def made(attempt):
         assert isinstance(ask(office, attempt=attempt), Ready)

@@ -7,11 +7,10 @@ import pytest
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.tuning.models import load_model
-from tests.cli.tiny import make_inputs
-from tests.evidence.runs import RecordedRun, kinds, recorded_study, server_log, silo_log
-
-from .arithmetic import NAMES, ArithmeticServer, ArithmeticSilo, make_study
-from .test_rounds import Dies, Killed, Run, expected_theta
+from tests.support.arithmetic import NAMES, ArithmeticServer, ArithmeticSilo, make_study
+from tests.support.inputs import make_inputs
+from tests.support.rounds import Dies, Killed, Run, expected_theta
+from tests.support.runs import RecordedRun, kinds, recorded_study, server_log, silo_log
 
 OTHER = b"o" * 32
 

@@ -32,11 +32,10 @@ from securefedcollm.privacy.ledger import Budget, Ledger
 from securefedcollm.study import digest, load_study
 from securefedcollm.tuning.data import read_questions
 from securefedcollm.tuning.splits import dataset_fingerprint
-
-from ..cli.tiny import make_inputs
-from .arithmetic import KEYS, ROSTER, ArithmeticSilo, make_study, silo_record
-from .homes import make_identities, write_signed
-from .test_rounds import begin, reply_to
+from tests.support.arithmetic import KEYS, ROSTER, ArithmeticSilo, make_study, silo_record
+from tests.support.inputs import make_inputs
+from tests.support.members import make_identities, write_signed
+from tests.support.rounds import begin, reply_to
 
 RATE, STEPS, ROUNDS = 0.1, 5, 3
 PRIVACY = {"epsilon": 8.0, "delta": 1e-5}

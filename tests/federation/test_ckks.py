@@ -9,12 +9,20 @@ from securefedcollm.errors import ProtocolError
 from securefedcollm.federation import roles, summing
 from securefedcollm.federation.plan import quantiser
 from securefedcollm.federation.roles import frames
-
-from . import test_joint
-from .arithmetic import NAMES, SIZE, ArithmeticServer, make_study
-from .test_rounds import CHARGED_ONCE, Cut, Dies, Killed, Run, Wiretap, expected_theta, spent
-from .test_silo_unit import CLIP, charged
-from .test_silo_unit import PRIVACY as SILO_PRIVACY
+from tests.support import joint
+from tests.support.arithmetic import NAMES, SIZE, ArithmeticServer, make_study
+from tests.support.client_level import CLIP, charged
+from tests.support.client_level import PRIVACY as SILO_PRIVACY
+from tests.support.rounds import (
+    CHARGED_ONCE,
+    Cut,
+    Dies,
+    Killed,
+    Run,
+    Wiretap,
+    expected_theta,
+    spent,
+)
 
 EXCHANGES = 7  # one trains, six aggregate
 UPLOAD, OPENING = 4, 6
@@ -131,11 +139,11 @@ def test_an_abandoned_upload_was_never_opened_and_costs_its_silo_nothing_more(tm
 
 
 def test_joint_dp_sgd_sums_its_steps_under_ckks(tmp_path):
-    made = test_joint.study(aggregation={"value_bits": 20, "scheme": "ckks"})
-    live = test_joint.run(tmp_path, made)
-    test_joint.check_theta(made, live.go(), live.server)
+    made = joint.study(aggregation={"value_bits": 20, "scheme": "ckks"})
+    live = joint.run(tmp_path, made)
+    joint.check_theta(made, live.go(), live.server)
     sums = [(i, 0, "settled", 4) for i in range(made.sums)]
-    assert all(test_joint.charged(tmp_path, name) == sums for name in NAMES)
+    assert all(joint.charged(tmp_path, name) == sums for name in NAMES)
 
 
 def test_the_quantiser_is_the_scheme_s_own():
@@ -147,7 +155,7 @@ def test_the_quantiser_is_the_scheme_s_own():
 def test_every_reply_is_within_what_the_server_waits_for(tmp_path, monkeypatch, plan, colluders):
     """A silo is not waited for that announces more (``largest_reply``); honest ones are below it.
     That holds here with hardly any of the reserve for many silos' lists."""
-    monkeypatch.setattr(frames, "_SLACK", 16 * 1024)
+    monkeypatch.setattr(frames, "SLACK", 16 * 1024)
     taps = []
     made = make_study(
         rounds=1,

@@ -13,8 +13,7 @@ from securefedcollm.federation.dealing import deal, noisy_answers
 from securefedcollm.study import load_study
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.world import World
-
-from ..cli.tiny import make_inputs
+from tests.support.inputs import make_inputs
 
 QUICKSTART = Path("configs/quickstart.yaml")
 

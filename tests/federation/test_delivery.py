@@ -36,10 +36,12 @@ from securefedcollm.federation.records import SERVER
 from securefedcollm.federation.workload import silent
 from securefedcollm.primitives import sha256
 from securefedcollm.study import digest
-
-from .arithmetic import SIZE, ArithmeticServer, ArithmeticSilo
-from .homes import make_identities, write_signed
-from .test_roles import SILOS, enter_all, study
+from tests.support.arithmetic import SIZE, ArithmeticServer, ArithmeticSilo
+from tests.support.members import (
+    SILOS,
+    kept,
+    members_of,
+)
 
 OTHER = adapter_bytes(np.full(SIZE, 0.5, dtype=np.float32))
 
@@ -64,18 +66,6 @@ class Hostile:
         return replies
 
 
-def by_authority(changes):
-    return changes.get("aggregation", {}).get("key_model") == "authority"
-
-
-@contextlib.contextmanager
-def members_of(tmp_path, **changes):
-    homes = make_identities(tmp_path, SILOS, authority=by_authority(changes))
-    path = write_signed(study(**changes), homes, tmp_path / "study.yaml")
-    with contextlib.ExitStack() as stack:
-        yield enter_all(stack, path, homes)
-
-
 def go(members, wrap, server=None):
     def party(name, progress):
         if name == "auditor":
@@ -89,11 +79,6 @@ def go(members, wrap, server=None):
         with contextlib.suppress(SecureFedCoLLMError):
             roles.coordinate(members["server"], hostile, server)
     return hostile, server
-
-
-def kept(member):
-    path = member.run / roles.ADAPTER / "theta.npy"
-    return np.load(path) if path.exists() else None
 
 
 @pytest.mark.parametrize(

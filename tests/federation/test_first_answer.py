@@ -9,8 +9,7 @@ from securefedcollm.federation.dealing import deal
 from securefedcollm.federation.workload import silent
 from securefedcollm.study import load_study
 from securefedcollm.tuning import independence
-
-from ..cli.tiny import make_inputs
+from tests.support.inputs import make_inputs
 
 JOINT = ["privacy.noise=distributed", "local.sampling_rate=0.06", "aggregation.value_bits=20"]
 
@@ -25,10 +24,10 @@ def test_no_answer_takes_longer_because_of_a_shape_that_occurs(tmp_path, monkeyp
 
     def counted(*given):
         tested.append(given[1])
-        return same_bits(*given)
+        return made_up(*given)
 
-    same_bits = independence._same_bits
-    monkeypatch.setattr(independence, "_same_bits", counted)
+    made_up = independence.made_up
+    monkeypatch.setattr(independence, "made_up", counted)
     silo = SiloTuning(study, "silo-1", questions["silo-1"], data=tmp_path)
     assert tested
     tested.clear()

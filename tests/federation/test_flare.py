@@ -26,7 +26,7 @@ from securefedcollm.federation.charged import ChargedTraining
 from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.engines.door import Door, Wire
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
-from securefedcollm.federation.engines.flare.engine import FlareEngine, Kits, Waits
+from securefedcollm.federation.engines.flare.engine import FlareEngine, Kits
 from securefedcollm.federation.engines.flare.job import APP
 from securefedcollm.federation.engines.flare.kit import (
     approve_request,
@@ -35,6 +35,7 @@ from securefedcollm.federation.engines.flare.kit import (
     installed,
     request_certificate,
 )
+from securefedcollm.federation.engines.flare.presence import Waits
 from securefedcollm.federation.engines.flare.processes import (
     DOOR,
     FlareProcess,
@@ -50,8 +51,7 @@ from securefedcollm.primitives import SigningKey
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import load_study
 from securefedcollm.study.identity import create_identity
-
-from .arithmetic import (
+from tests.support.arithmetic import (
     KEYS,
     ArithmeticServer,
     ArithmeticSilo,
@@ -59,11 +59,12 @@ from .arithmetic import (
     server_record,
     silo_record,
 )
-from .homes import write_signed
+from tests.support.members import write_signed
 
 pytestmark = pytest.mark.timeout(600)
 
 SILOS = ("silo-1", "silo-2", "silo-3")
+SUPPORT = Path(__file__).parents[1] / "support"
 PASSPHRASE = "correct horse battery"
 SERVER, STUDY = SigningKey(b"k" * 32), b"d" * 32
 
@@ -113,7 +114,7 @@ def study_file(homes, tmp_path_factory):
 def running(role: str, home: Path, study: Path, *when: int, **environment: str):
     output = (home / "driver.log").open("ab")
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.federation.flare_driver", role, home, study, *map(str, when)],
+        [sys.executable, "-m", "tests.support.flare_driver", role, home, study, *map(str, when)],
         stdout=output,
         stderr=output,
         env=os.environ | environment,
@@ -239,7 +240,7 @@ def said_by(program: str, words: list, directory: Path) -> dict[str, tuple[str, 
     log = directory / "hostile.log"
     with log.open("wb") as output:
         attacker = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name(program), *map(str, words), answers],
+            [sys.executable, SUPPORT / program, *map(str, words), answers],
             stdout=output,
             stderr=output,
             cwd=directory,
@@ -478,7 +479,7 @@ def test_what_a_hostile_silo_gets_from_another_and_from_the_server(homes, engine
     secret = tmp_path / "private.json"
     secret.write_text('{"record": "a private record"}')
     with attached(homes["silo-1"], "silo-1"):
-        engine._wait_for({"silo-1"})
+        assert engine.rejoined({"silo-1"}, 1, 60.0)
         words = [homes["silo-3"] / "kit", "silo-3", "silo-1", secret]
         said = said_by("flare_hostile_silo.py", words, tmp_path)
         assert "a private record" not in str(said)
@@ -493,7 +494,9 @@ def test_what_a_hostile_silo_gets_from_another_and_from_the_server(homes, engine
 
 def test_a_stranger_with_a_certificate_of_another_authority_is_not_connected(engine, tmp_path):
     port = int(
-        json.loads((engine._lead.workspace / "startup/fed_admin.json").read_text())["admin"]["port"]
+        json.loads((engine._flare.lead.workspace / "startup/fed_admin.json").read_text())["admin"][
+            "port"
+        ]
     )
     home = make_homes(tmp_path, ["silo-2"], port=port)["silo-2"]
     with attached(home, "silo-2"):
@@ -537,7 +540,7 @@ def test_flares_encoding_neither_reads_nor_writes_a_file_and_names_stay(tmp_path
     """Adversary: whoever sends a value that the other side sends back, a server that calls itself
     as this silo, and a silo that calls itself as the server. FLARE as it comes does what they want.
     """
-    program = Path(__file__).with_name("flare_encoding.py")
+    program = SUPPORT / "flare_encoding.py"
     done = subprocess.run(
         [sys.executable, str(program), str(tmp_path), how], stdout=subprocess.PIPE, check=True
     )

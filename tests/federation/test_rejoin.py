@@ -9,26 +9,27 @@ import numpy as np
 import pytest
 from securefedcollm_audits.verify import verify
 
-from securefedcollm.errors import QuorumError, RemoteProtocolError, TransportError
+from securefedcollm.errors import QuorumError, TransportError
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation import roles, summing
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
-from securefedcollm.federation.engines.flare.engine import FlareEngine, Waits
+from securefedcollm.federation.engines.flare import presence
+from securefedcollm.federation.engines.flare.presence import Presence, Waits
 from securefedcollm.federation.hooks import Hooks, nobody_arrives
 from securefedcollm.federation.messages import (
     BeginRound,
     Deliver,
     EndRun,
+    Refused,
     Witness,
     decode_request,
+    encode,
 )
 from securefedcollm.federation.workload import silent
 from securefedcollm.privacy.ledger import Ledger
-
-from .arithmetic import ArithmeticServer, ArithmeticSilo
-from .test_delivery import kept, members_of
-from .test_roles import SILOS
+from tests.support.arithmetic import ArithmeticServer, ArithmeticSilo
+from tests.support.members import SILOS, kept, members_of
 
 
 class Losing:
@@ -53,9 +54,36 @@ class Losing:
         return True
 
 
-def go(members, wrap, rejoined=None, sessions=None, arrived=nobody_arrives, **more):
+class Unwilling:
+    """A silo that refuses requests of one kind; none, as long as ``refused`` is."""
+
+    def __init__(self, session, refused=()):
+        self.session, self.refused = session, refused
+
+    @property
+    def over(self):
+        return self.session.over
+
+    def step(self, frame):
+        if isinstance(decode_request(frame), self.refused):
+            return encode(Refused("RemoteProtocolError", "server: not today", ""))
+        return self.session.step(frame)
+
+
+def go(
+    members,
+    wrap,
+    rejoined=None,
+    sessions=None,
+    arrived=nobody_arrives,
+    refused=(),
+    **more,
+):
+    """``refused``: the first silo refuses requests of this kind."""
+
     def party(name, progress):
         made = roles.silo_session(members[name], ArithmeticSilo(name), progress=silent, threads=1)
+        made = Unwilling(made, refused if name == SILOS[0] else ())
         return made if sessions is None else sessions.setdefault(name, made)
 
     with EmbeddedEngine(SILOS, party, workers=0, progress=silent) as engine:
@@ -184,12 +212,9 @@ def test_who_refuses_at_the_end_is_not_waited_for(tmp_path):
     """Adversary: a silo. It is there, and would refuse again."""
     sessions, waits = {}, []
 
-    def refuse(*_):
-        raise RemoteProtocolError("not today", peer="server")
-
     def arrived(silos, most):
         waits.append(set(silos))
-        sessions[SILOS[0]]._end = refuse
+        sessions[SILOS[0]].refused = EndRun
         losing[0].gone = False
         return silos
 
@@ -231,67 +256,67 @@ def test_who_comes_and_goes_is_not_waited_for_for_ever(tmp_path, monkeypatch):
     assert len(waits) == 4
 
 
-def test_who_refuses_is_not_waited_for(tmp_path, monkeypatch):
+def test_who_refuses_is_not_waited_for(tmp_path):
     """It is there, and would refuse again."""
+    asked = []
+    with (
+        members_of(tmp_path) as members,
+        pytest.raises(QuorumError, match="silo-1: server: not today"),
+    ):
+        go(
+            members,
+            lambda engine: Losing(engine, ()),
+            lambda *about: asked.append(about),
+            refused=BeginRound,
+        )
+    assert asked == []
 
-    def refuse(*_):
-        raise RemoteProtocolError("not today", peer="server")
 
-    with members_of(tmp_path) as members:
-        first = roles.silo_session
+class Door(Presence):
+    """Who is connected is what the test says: ``there``."""
 
-        def session(member, *rest, **more):
-            made = first(member, *rest, **more)
-            if member.name == SILOS[0]:
-                made._begin = refuse
-            return made
-
-        monkeypatch.setattr(roles, "silo_session", session)
-        asked = []
-        with pytest.raises(QuorumError, match="silo-1: server: not today"):
-            go(members, lambda engine: Losing(engine, ()), lambda *about: asked.append(about))
-        assert asked == []
+    def __init__(self):
+        self.there, self.said, self.ended = (lambda: {SILOS[1]}), [], []
+        super().__init__(
+            SILOS,
+            Waits(minimum=2, patience=600.0, rejoin=1.5),
+            connected=lambda: self.there(),
+            end_job=lambda: self.ended.append(True),
+            progress=silent,
+            say=self.said.append,
+            began=True,
+        )
 
 
 @pytest.fixture
-def engine(monkeypatch):
-    """A FLARE engine without FLARE: who is connected is what the test says."""
-    made = FlareEngine.__new__(FlareEngine)
-    made._closed, made._began, made._silos, made._progress = False, True, SILOS, silent
-    made._waits = Waits(minimum=2, patience=600.0, rejoin=1.5)
-    made.said, made.there = [], lambda: {SILOS[1]}
-    made._say = made.said.append
-    monkeypatch.setattr(FlareEngine, "_require_open", lambda self: None)
-    monkeypatch.setattr(FlareEngine, "_connected", lambda self: self.there())
-    monkeypatch.setattr("securefedcollm.federation.engines.flare.engine._LATER", 0.1)
-    return made
+def door(monkeypatch):
+    monkeypatch.setattr(presence, "LATER", 0.1)
+    return Door()
 
 
-def test_a_job_waits_for_the_minimum_as_long_as_it_was_told_to(engine):
+def test_a_job_waits_for_the_minimum_as_long_as_it_was_told_to(door):
     with pytest.raises(TransportError, match="1 silos are connected, 2 are needed"):
-        engine._wait_for(frozenset())
-    assert engine.said == ["waiting up to 2 s for silo-1, silo-3 to come back"]
-    assert not engine.rejoined({SILOS[0]}, 1)
-    engine._waits, start = replace(engine._waits, rejoin=60.0), time.monotonic()
-    engine.there = lambda: set(SILOS) if time.monotonic() > start + 0.5 else {SILOS[1]}
-    assert engine._wait_for(frozenset()) == set(SILOS)
-    assert engine.rejoined({SILOS[0]}, 1)
+        door.wait_for(frozenset())
+    assert door.said == ["waiting up to 2 s for silo-1, silo-3 to come back"]
+    assert not door.rejoined({SILOS[0]}, 1)
+    door.waits, start = replace(door.waits, rejoin=60.0), time.monotonic()
+    door.there = lambda: set(SILOS) if time.monotonic() > start + 0.5 else {SILOS[1]}
+    assert door.wait_for(frozenset()) == set(SILOS)
+    assert door.rejoined({SILOS[0]}, 1)
 
 
-def test_who_is_not_needed_is_not_waited_for_long(engine):
-    engine.there = lambda: set(SILOS[:2])
-    assert engine._wait_for(frozenset(SILOS)) == set(SILOS[:2])
-    assert engine.said == []
+def test_who_is_not_needed_is_not_waited_for_long(door):
+    door.there = lambda: set(SILOS[:2])
+    assert door.wait_for(frozenset(SILOS)) == set(SILOS[:2])
+    assert door.said == []
 
 
-def test_a_lingering_server_is_there_for_the_late_alone(engine, monkeypatch):
+def test_a_lingering_server_is_there_for_the_late_alone(door):
     """Whoever was told may leave: one silo is enough for a job then, and no other is in it."""
-    ended = []
-    monkeypatch.setattr(FlareEngine, "_end_job", lambda self: ended.append(True))
-    assert engine.arrived({SILOS[0]}, 0.5) == set()
-    assert engine.said == ["waiting up to 0 s for silo-1 to come back and fetch the last adapter"]
-    engine.there = lambda: set(SILOS)
-    assert engine.arrived({SILOS[0]}, 600.0) == {SILOS[0]}
-    assert "10 minutes" in engine.said[-1]
-    assert engine._wait_for({SILOS[0]}) == {SILOS[0]}
-    assert len(ended) == 2
+    assert door.arrived({SILOS[0]}, 0.5) == set()
+    assert door.said == ["waiting up to 0 s for silo-1 to come back and fetch the last adapter"]
+    door.there = lambda: set(SILOS)
+    assert door.arrived({SILOS[0]}, 600.0) == {SILOS[0]}
+    assert "10 minutes" in door.said[-1]
+    assert door.wait_for({SILOS[0]}) == {SILOS[0]}
+    assert len(door.ended) == 2

@@ -11,8 +11,7 @@ from securefedcollm.federation.dealing import deal
 from securefedcollm.federation.tuned import once, remembering
 from securefedcollm.federation.workload import silent
 from securefedcollm.study import load_study
-
-from ..cli.tiny import make_inputs
+from tests.support.inputs import make_inputs
 
 
 @pytest.fixture(scope="module")

@@ -19,35 +19,14 @@ from securefedcollm.federation.workload import silent
 from securefedcollm.study import load_study
 from securefedcollm.study.identity import create_identity
 from securefedcollm.study.signing import require_signed, signatures_path
-
-from .arithmetic import ArithmeticServer, ArithmeticSilo, make_study
-from .homes import make_identities, write_signed
-from .test_tracking import Memory
-
-SILOS = ("silo-1", "silo-2", "silo-3")
+from tests.support.arithmetic import ArithmeticServer, ArithmeticSilo
+from tests.support.members import SILOS, enter, enter_all, make_identities, study, write_signed
+from tests.support.tracker import Memory
 
 
 @pytest.fixture
 def homes(tmp_path):
     return make_identities(tmp_path, SILOS)
-
-
-def study(**changes):
-    local = {"steps": 5, "batch_size": 8, "learning_rate": 0.1}
-    usual = {"study": "roles", "rounds": 2, "silos": {"count": 3}, "local": local}
-    return make_study(**usual | changes)
-
-
-def enter(path, home, role, passphrase=lambda: ""):
-    return roles.take_part(load_study(path), path, home, role, passphrase)
-
-
-def enter_all(stack, path, homes):
-    """Every participant, by its name or, but for silos, by its role."""
-    return {
-        name: stack.enter_context(enter(path, home, "silo" if name in SILOS else name))
-        for name, home in homes.items()
-    }
 
 
 @pytest.mark.parametrize("missing", ["silo-2", "hub"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from functools import partial
 from threading import Thread
 
 import msgspec
@@ -16,8 +15,6 @@ from hypothesis import strategies as st
 
 from securefedcollm.aggregation.masking.upload import HEAD_BYTES
 from securefedcollm.errors import ConfigError, ProtocolError, RemoteProtocolError, StateError
-from securefedcollm.federation.coordinator import Coordinator
-from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.messages import (
     Aggregate,
@@ -29,82 +26,34 @@ from securefedcollm.federation.messages import (
     decode_reply,
     encode,
 )
-from securefedcollm.federation.plan import authority_of, quantiser
+from securefedcollm.federation.plan import quantiser
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.silostore import MOST_ATTEMPTS
 from securefedcollm.federation.workload import silent
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import digest
-
-from .arithmetic import (
-    AUTHORITY_KEY,
+from tests.support.arithmetic import (
     KEYS,
     NAMES,
-    ROSTER,
     SIZE,
-    ArithmeticServer,
     ArithmeticSilo,
     make_silo,
     make_study,
-    parties,
-    server_record,
     update_of,
 )
-
-CHARGED_ONCE = [(0, 0, "settled"), (1, 0, "settled"), (2, 0, "settled")]
-
-
-class Run:
-    """One coordinator's life over an engine; made again on the same directory, it resumes."""
-
-    def __init__(self, directory, study, *, workers=0, resume=False, wrap=lambda e: e, **silo):
-        self.study = study
-        self.store = RunStore(directory, digest(study), resume=resume)
-        self.server = ArithmeticServer()
-        factory = partial(make_silo, study=study, directory=directory / "silos", **silo)
-        self.engine = EmbeddedEngine(parties(study), factory, workers=workers, progress=silent)
-        self.coordinator = Coordinator(
-            study=study,
-            roster=ROSTER,
-            engine=wrap(self.engine),
-            workload=self.server,
-            store=self.store,
-            evidence=server_record(directory),
-            authority=authority_of(study, AUTHORITY_KEY.public),
-        )
-
-    def go(self):
-        try:
-            self.coordinator.run()
-            self.coordinator.end()
-        finally:
-            self.engine.close()
-        return self.server.theta
-
-
-def expected_theta(study, survivors=NAMES):
-    """What plain arithmetic says, with the quantiser's own rounding.
-
-    ``survivors``: the same in all rounds, or a list of those of every round; none if it was lost.
-    """
-    quantise = quantiser(study, SIZE)
-    theta = np.zeros(SIZE, dtype=np.float32)
-    rounds = survivors if isinstance(survivors, list) else [survivors] * study.rounds
-    for round_, names in enumerate(rounds):
-        if names:
-            total = sum(quantise.encode(update_of(n, round_, theta)).integers for n in names)
-            theta = theta + quantise.decode(total, len(names))
-        theta = theta * np.float32(0.5)
-    return theta
-
-
-def spent(directory, study):
-    return {name: spent_by(directory / "silos", name) for name in NAMES}
-
-
-def spent_by(silos, name):
-    with Ledger(silos / name / "ledger.sqlite", name) as ledger:
-        return [(e.key.round, e.key.attempt, e.state) for e in ledger.entries()]
+from tests.support.rounds import (
+    CHARGED_ONCE,
+    Cut,
+    Dies,
+    Killed,
+    Run,
+    Wiretap,
+    begin,
+    expected_theta,
+    reply_to,
+    spent,
+    spent_by,
+)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -127,20 +76,6 @@ def test_an_update_that_is_scaled_down_is_told_to_its_silo_alone(tmp_path, caplo
     norm = float(np.linalg.norm(update_of(NAMES[0], 0, np.zeros(SIZE))))
     assert f"{NAMES[0]}: round 1: the update is scaled down to {100 / norm:.0f} %" in told[0]
     assert "scaled down" not in (tmp_path / "server" / "state.json").read_text()
-
-
-class Wiretap:
-    """Sits where the server sits and keeps every byte that it receives."""
-
-    def __init__(self, engine):
-        self.engine = engine
-        self.received: dict[str, list[bytes]] = {name: [] for name in NAMES}
-
-    def exchange(self, frames, timeout):
-        replies = self.engine.exchange(frames, timeout)
-        for name, reply in replies.items():
-            self.received[name].append(reply)
-        return replies
 
 
 def test_the_server_receives_no_byte_of_an_unmasked_update(tmp_path):
@@ -192,21 +127,6 @@ def uploaded_words(replies, name, count):
     return np.frombuffer(upload.frame[-8 * count :], dtype="<u8")
 
 
-class Cut:
-    """An engine that loses some silos from the k-th exchange on."""
-
-    def __init__(self, engine, lost, at):
-        self.engine, self.lost, self.left = engine, lost, at
-
-    def exchange(self, frames, timeout):
-        self.left -= 1
-        gone = self.lost if self.left < 0 else ()
-        alive = {n: f for n, f in frames.items() if n not in gone}
-        return self.engine.exchange(alive, timeout) | {
-            n: Failure("cut off") for n in frames if n in gone
-        }
-
-
 @pytest.mark.parametrize("at", range(1, 5))
 def test_one_dropout_before_the_upload_leaves_the_sum_of_the_others(tmp_path, at):
     """Exchange 0 trains, 1 to 5 aggregate; who is lost before the upload (3) is not in the sum."""
@@ -227,26 +147,6 @@ def test_too_few_silos_fail_the_round_and_name_the_reason(tmp_path):
     assert run.store.state.round == 0
     theta = Run(tmp_path, study, resume=True).go()  # mended: the run goes on
     np.testing.assert_array_equal(theta, expected_theta(study))
-
-
-class Killed(BaseException):
-    """Stands for kill -9: nothing catches it, nothing is cleaned up."""
-
-
-class Dies:
-    """An engine under a coordinator that dies before or after its k-th exchange."""
-
-    def __init__(self, engine, at, before):
-        self.engine, self.left, self.before = engine, at, before
-
-    def exchange(self, frames, timeout):
-        self.left -= 1
-        if self.left < 0 and self.before:
-            raise Killed
-        replies = self.engine.exchange(frames, timeout)
-        if self.left < 0:
-            raise Killed
-        return replies
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -358,15 +258,6 @@ def test_an_attempt_that_is_over_leaves_no_secrets(tmp_path, frame):
     assert side._secrets is None
     assert not words.any()
     assert (silo._side is not None) == (frame == "a second attempt")
-
-
-def begin(round_=0, attempt=0, model=0.0, run=b"r" * 16) -> bytes:
-    adapter = np.full(SIZE, model, dtype="<f4").tobytes()
-    return encode(BeginRound(run, round_, attempt, b"l" * 32, adapter))
-
-
-def reply_to(silo, frame):
-    return decode_reply(silo.step(frame), "silo-1")
 
 
 def test_a_server_cannot_burn_the_budget_on_models_and_rounds_that_it_never_sums(tmp_path):

@@ -19,10 +19,8 @@ from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.workload import silent
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.ledger import Ledger
-
-from .arithmetic import ArithmeticServer, ArithmeticSilo
-from .test_delivery import members_of
-from .test_roles import SILOS
+from tests.support.arithmetic import ArithmeticServer, ArithmeticSilo
+from tests.support.members import SILOS, members_of
 
 
 class Killed(Exception):

@@ -17,7 +17,6 @@ from securefedcollm.federation.messages import (
     decode_reply,
     encode,
 )
-from securefedcollm.federation.plan import silo_unit
 from securefedcollm.federation.silo import Clock
 from securefedcollm.federation.silostore import SiloStore, SumMemory
 from securefedcollm.federation.workload import silent
@@ -25,32 +24,9 @@ from securefedcollm.privacy.adversaries import per_adversary
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.privacy.silo_unit import Setting, SiloUnit, calibrate_silo
-
-from .arithmetic import NAMES, SIZE, ArithmeticSilo, make_silo, make_study, update_of
-from .test_rounds import Cut, Dies, Killed, Run, begin, reply_to
-
-CLIP = 20.0
-PRIVACY = {"epsilon": 8.0, "delta": 1e-5, "unit": "silo", "noise": "distributed", "clip_norm": CLIP}
-
-
-def study(**changes):
-    return make_study(privacy=PRIVACY, **changes)
-
-
-def unit_of(made) -> SiloUnit:
-    unit = silo_unit(made, lambda round_: SIZE, 0)
-    assert unit is not None
-    return unit
-
-
-def run(directory, made, **options) -> Run:
-    return Run(directory, made, private=False, **options)
-
-
-def charged(directory, name="silo-1"):
-    """(round, state, shares that are charged) of every entry."""
-    with Ledger(directory / "silos" / name / "ledger.sqlite", name) as ledger:
-        return [(e.key.round, e.state, e.counted[0].shares) for e in ledger.entries()]
+from tests.support.arithmetic import NAMES, SIZE, ArithmeticSilo, make_silo, make_study, update_of
+from tests.support.client_level import CLIP, PRIVACY, charged, run, study, unit_of
+from tests.support.rounds import Cut, Dies, Killed, begin, reply_to
 
 
 def test_the_sum_has_the_designed_noise_and_every_round_is_settled_with_it(tmp_path):

@@ -18,9 +18,9 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.federation import tracking
 from securefedcollm.federation.tracking import ROUND, following, public_numbers
 from securefedcollm.study import load_study
-
-from ..cli.tiny import make_inputs
-from ..hostile import WORDS
+from tests.support.hostile import WORDS
+from tests.support.inputs import make_inputs
+from tests.support.tracker import Memory
 
 STUDY = load_study(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
 RECORD = {
@@ -103,33 +103,6 @@ def test_groups_have_names_that_every_tool_takes():
     assert len(names) == len(groups)
     assert names[0] == "accuracy/slm private"
     assert all(re.fullmatch(r"accuracy/slm [\w. -]{1,120}", name, re.ASCII) for name in names)
-
-
-class Memory:
-    """A tracking tool that may lose the connection; what it holds outlives a run's process."""
-
-    def __init__(self):
-        self.rounds, self.opened, self.closed, self.broken = {}, 0, [], False
-
-    def open(self):
-        self.opened += 1
-        self._look()
-        return self
-
-    def _look(self):
-        if self.broken:
-            raise ConnectionError(f"https://me:secret@host/{WORDS}")
-
-    def newest(self):
-        return max(self.rounds, default=0)
-
-    def write(self, round_, numbers):
-        self._look()
-        assert round_ == self.newest() + 1
-        self.rounds[round_] = dict(numbers)
-
-    def close(self, finished):
-        self.closed.append(finished)
 
 
 def test_a_run_that_goes_on_sends_each_round_once_and_in_order():

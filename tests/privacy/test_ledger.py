@@ -28,7 +28,7 @@ from securefedcollm.privacy.ledger import Ledger
 
 BUDGET = (8.0, 1e-5)
 STEP = [PoissonGaussian(0.05, 1.0, 10)]
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 @pytest.fixture
@@ -289,7 +289,7 @@ def test_kill_9_before_every_statement(tmp_path):
     """Whatever a life was told before it was killed is in the file, and nothing is free."""
     planned, budget = [Gaussian(2.0, 3)], (20.0, 1e-5)  # as in ledger_crash.py
     done = subprocess.run(
-        [sys.executable, str(HERE / "ledger_crash.py"), str(tmp_path)],
+        [sys.executable, str(SUPPORT / "ledger_crash.py"), str(tmp_path)],
         capture_output=True,
         text=True,
         check=True,
@@ -320,7 +320,7 @@ def test_kill_9_before_every_statement(tmp_path):
 def test_two_processes_cannot_both_reserve_the_last_epsilon(tmp_path):
     others = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "ledger_race.py"), str(tmp_path), name],
+            [sys.executable, str(SUPPORT / "ledger_race.py"), str(tmp_path), name],
             stdout=subprocess.PIPE,
             text=True,
         )

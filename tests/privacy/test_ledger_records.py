@@ -30,8 +30,8 @@ from securefedcollm.privacy.identities import Content
 from securefedcollm.privacy.ledger import Budget, Ledger
 
 BUDGET = (8.0, 1e-5)
-HERE = Path(__file__).parent
-OLD = HERE / "ledger-before-records.sql"
+SUPPORT = Path(__file__).parents[1] / "support"
+OLD = Path(__file__).parent / "ledger-before-records.sql"
 WORDS = [f"record {i}" for i in range(20)]
 
 
@@ -193,7 +193,7 @@ def test_many_patterns_are_read_in_seconds_and_never_below_what_was_spent(ledger
     monkeypatch.setattr(standing_room, "reading", lambda account: read.append(1) or tight(account))
     quick = ledger.standing(records)
     assert len(read) <= 2 * 16
-    monkeypatch.setattr(standing_room, "_TIGHT", 64)
+    monkeypatch.setattr(standing_room, "MOST_TIGHT", 64)
     exact = ledger.standing(records)
     assert len(read) > 64
     assert quick.worst == exact.worst
@@ -606,7 +606,7 @@ def test_an_old_ledger_knows_a_file_by_its_other_fingerprints_too(old):
 
 def test_kill_9_before_every_statement_of_charges_to_records(tmp_path):
     done = subprocess.run(
-        [sys.executable, str(HERE / "ledger_crash.py"), str(tmp_path), "records"],
+        [sys.executable, str(SUPPORT / "ledger_crash.py"), str(tmp_path), "records"],
         capture_output=True,
         text=True,
         check=True,
@@ -630,7 +630,7 @@ def test_two_processes_share_key_and_budget(tmp_path):
     """Two files that share one record: both processes charge it, from the very first key on."""
     others = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "ledger_race.py"), str(tmp_path), name, "records"],
+            [sys.executable, str(SUPPORT / "ledger_race.py"), str(tmp_path), name, "records"],
             stdout=subprocess.PIPE,
             text=True,
         )

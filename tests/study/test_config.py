@@ -64,11 +64,11 @@ def test_the_digest_is_that_of_the_meaning_not_of_the_spelling(tmp_path):
             "task.data.public_labelled: 2 labelled of 1",
             "at most",
         ),
-        ("privacy.unit=subject", "privacy.subject: no column says", "name the column"),
+        ("privacy.unit=subject", "privacy.subject: no column names", "name the column"),
         ("privacy.subject=patient", "privacy.subject: unit: record needs none", "unit: subject"),
         (
             "privacy={unit: subject, subject: answer, epsilon: 8, delta: 1e-5}",
-            "privacy.subject: 'answer' is what a record says",
+            "privacy.subject: 'answer' is the content of a record",
             "the patient",
         ),
         (
@@ -101,7 +101,7 @@ def test_the_digest_is_that_of_the_meaning_not_of_the_spelling(tmp_path):
         ),
         (
             "aggregation.key_model=authority",
-            "aggregation.key_model: only CKKS has a key that an authority could hold",
+            "aggregation.key_model: only CKKS has a key that an authority can hold",
             "add aggregation.scheme: ckks",
         ),
         ("task.kind=text", "task.kind: the built-in world has multiple-choice", "give files"),
@@ -138,12 +138,12 @@ def test_the_digest_is_that_of_the_meaning_not_of_the_spelling(tmp_path):
         ),
         (
             "task={%s, columns: {question: prompt}}",
-            "task.columns.question: a column prompt is taken as it stands",
+            "task.columns.question: a column prompt is used unchanged",
             "rename",
         ),
         ("task={%s, columns: [a]}", "task.columns: expected `object`, got `array`", ""),
-        ("task={%s, template: 'Q'}", "task.template: the text's place {} must be", "Note: {}"),
-        ("task={%s, template: '{}{}'}", "task.template: the text's place {} must be", "Note: {}"),
+        ("task={%s, template: 'Q'}", "task.template: it must contain {}", "Note: {}"),
+        ("task={%s, template: '{}{}'}", "task.template: it must contain {}", "Note: {}"),
         ("task={%s, template: '{} '}", "task.template: ends in white space", "|-"),
         ("task={%s, kind: text, template: '{}'}", "task.template: kind: text has no prompt", ""),
         ("task.template='{}'", "task.template: the built-in world has", "remove it"),
@@ -162,7 +162,7 @@ def test_the_digest_is_that_of_the_meaning_not_of_the_spelling(tmp_path):
         ),
         (
             "distillation={top_k: 8}",
-            "distillation.top_k: over the choices of a question nothing is left out",
+            "distillation.top_k: over: choices always keeps all choices of a question",
             "over: all",
         ),
         (
@@ -188,7 +188,7 @@ def test_the_unit_is_no_column_of_what_a_record_says():
     files = "task.data={train: x, test: y, public: 2, per_silo: 1}"
     unit = "privacy={epsilon: 1, delta: 1e-5, unit: subject, subject: case}"
     assert load_study(QUICKSTART, [files, unit]).subject == "case"
-    with pytest.raises(ConfigError, match="'case' is what a record says, not whose"):
+    with pytest.raises(ConfigError, match="'case' is the content of a record, not its subject"):
         load_study(QUICKSTART, [files, unit, "task.columns={question: case}"])
 
 

@@ -48,14 +48,14 @@ def refused(path: Path, *overrides: str) -> ConfigError:
         ("adapter.rank=1000000000000", "adapter.rank: 1000000000000 is too large"),
         ("task={[a, b]: 1}", "--set task: a key is a list or mapping (line 1)"),
         ("task={1: 2}", "task: the key 1 is a int"),
-        ('study="\\ud800"', "study: the text holds half a character"),
+        ('study="\\ud800"', "study: the text has half a character"),
         (
             'models.slm.source="path:\\e[2J"',
-            "models.slm.source: the text holds the character U+001B",
+            "models.slm.source: the text has the character U+001B",
         ),
         (
             'models.slm.source="path:\\u202e"',
-            "models.slm.source: the text holds the character U+202E",
+            "models.slm.source: the text has the character U+202E",
         ),
         ('study="a\\n"', "study: expected `str` matching regex"),
         (f'models.slm.sha256="{KEY}\\n"', "models.slm.sha256: expected `str` matching regex"),

@@ -21,8 +21,7 @@ from securefedcollm.tuning.choice_distil import (
 )
 from securefedcollm.tuning.distil import DistilStep, distil
 from securefedcollm.tuning.questions import EncodedQuestions, choice_scores
-
-from .plans import distil_plan
+from tests.support.plans import distil_plan
 
 TAU = 1.7
 

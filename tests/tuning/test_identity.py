@@ -17,7 +17,7 @@ from securefedcollm.study import load_study
 from securefedcollm.study.config import Model
 from securefedcollm.tuning.identity import model_digest, model_parts
 from securefedcollm.tuning.models import LoadedModel, load_model, save_model
-from tests.cli.tiny import make_inputs
+from tests.support.inputs import make_inputs
 
 Edit = Callable[[Path], None]
 PARTS = ("weights", "configuration", "tokenizer", "chat_template")

@@ -19,8 +19,7 @@ from securefedcollm.tuning.descent import Descent
 from securefedcollm.tuning.local import sampled_gradients
 from securefedcollm.tuning.plans import LossPlan
 from securefedcollm.tuning.recipe import make_optimizer
-
-from .test_local import CLIP, adapted, clipped, single_gradients
+from tests.support.gradients import CLIP, adapted, clipped, single_gradients
 
 SILOS, RECORDS, RATE = 4, 12, 0.5
 

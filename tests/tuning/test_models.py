@@ -10,44 +10,34 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.tuning.adapters import attach, save_adapter
 from securefedcollm.tuning.identity import model_digest, model_parts, weights_digest
 from securefedcollm.tuning.models import load_model, save_model
+from tests.support.models import llama, word_level
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 def tiny(seed: int = 0, tied: bool = True, layers: int = 2) -> LlamaForCausalLM:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=11,
-                hidden_size=8,
-                intermediate_size=16,
-                num_hidden_layers=layers,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                tie_word_embeddings=tied,
-                bos_token_id=1,
-                eos_token_id=1,
-                pad_token_id=1,
-            )
-        ).eval()
+    return llama(
+        11,
+        seed=seed,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
 
 
 def words() -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-
-    vocabulary = {word: i for i, word in enumerate(["?", "end", *"abcdefghi"])}
-    inner = Tokenizer(WordLevel(vocabulary, unk_token="?"))
-    inner.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?", eos_token="end")
+    return word_level(["?", "end", *"abcdefghi"], "?", eos_token="end")
 
 
 @pytest.fixture

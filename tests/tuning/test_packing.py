@@ -42,8 +42,8 @@ from securefedcollm.tuning.plans import LossPlan
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.questions import PLAIN, EncodedQuestions, choice_scores, encode
 from securefedcollm.tuning.recipe import evaluation_mode, inference_mode
-from tests.tuning.conftest import WORDS
-from tests.tuning.plans import protection, train_plan
+from tests.support.models import WORDS
+from tests.support.plans import protection, train_plan
 
 WINDOW = 16
 SIZES: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2}
@@ -228,7 +228,7 @@ def test_a_layer_without_records_gradients_is_refused_before_the_run(
 
     monkeypatch.setattr(mlp, "forward", flat)
     if reverse:
-        monkeypatch.setattr("securefedcollm.tuning.per_record._FLATTENING", {"llama"})
+        monkeypatch.setattr("securefedcollm.tuning.per_record.FLATTENING", {"llama"})
     named = r"adapter.targets: .*model\.layers\.1\.mlp\..* mixes the tokens of records"
     with pytest.raises(ConfigError, match=named):
         check_records(model, LossPlan())

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.tuning.adapters import attach, layout_of
@@ -16,8 +16,8 @@ from securefedcollm.tuning.layers import decoder_layers, passed_over
 from securefedcollm.tuning.local import train_dp, train_plain
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.questions import EncodedQuestions, choice_scores, encode
-
-from .plans import protection, train_plan
+from tests.support.models import llama
+from tests.support.plans import protection, train_plan
 
 LAYERS, TOP = 5, 2
 
@@ -32,17 +32,9 @@ class Letters:
 
 
 def adapted(seed: int = 0) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-        )
-        base = LlamaForCausalLM(config).eval()
+    base = llama(
+        32, seed=seed, intermediate_size=24, num_hidden_layers=LAYERS, num_key_value_heads=1
+    )
     targets = ["q_proj", "v_proj", "down_proj"]
     model = attach(base, method="lora", rank=2, targets=targets, top_layers=TOP, seed=1)
     generator = torch.Generator().manual_seed(3)
@@ -127,6 +119,6 @@ def test_scores_without_gradients_are_chunked_and_the_same(
     model = adapted()
     whole = choice_scores(model, data).detach()
     for chunk in (1, 3, 256):
-        monkeypatch.setattr(module, "_HEAD_CHUNK", chunk)
+        monkeypatch.setattr(module, "HEAD_CHUNK", chunk)
         with torch.no_grad():
             torch.testing.assert_close(choice_scores(model, data), whole)

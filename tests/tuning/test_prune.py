@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from securefedcollm.errors import ConfigError, DataError, TrainingError
 from securefedcollm.tuning.identity import weights_digest
@@ -20,25 +20,19 @@ from securefedcollm.tuning.prune import (
     pruned,
     token_windows,
 )
+from tests.support.models import llama
 
 VOCABULARY = 40
 
 
-def llama(layers: int = 4, tied: bool = True) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=layers,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                tie_word_embeddings=tied,
-                initializer_range=0.2,
-            )
-        ).eval()
+def small_llama(layers: int = 4, tied: bool = True) -> Any:
+    return llama(
+        VOCABULARY,
+        num_hidden_layers=layers,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+    )
 
 
 def gpt2() -> Any:
@@ -55,7 +49,7 @@ def windows() -> torch.Tensor:
     return torch.randint(VOCABULARY, (12, 9), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("make", [llama, lambda: llama(tied=False), gpt2])
+@pytest.mark.parametrize("make", [small_llama, lambda: small_llama(tied=False), gpt2])
 def test_a_pruned_model_is_the_model_without_those_layers(make: Any, windows: torch.Tensor) -> None:
     model = make()
     before = weights_digest(model)
@@ -79,7 +73,7 @@ def test_a_pruned_model_is_the_model_without_those_layers(make: Any, windows: to
 
 
 def test_the_least_influential_layer_goes(windows: torch.Tensor) -> None:
-    model = llama()
+    model = small_llama()
     idle = decoder_layers(model)[2]
     with torch.no_grad():
         idle.self_attn.o_proj.weight.mul_(1e-3)
@@ -97,14 +91,14 @@ def test_the_least_influential_layer_goes(windows: torch.Tensor) -> None:
 
 
 def test_perplexity_is_that_of_the_library(windows: torch.Tensor) -> None:
-    model = llama()
+    model = small_llama()
     with torch.no_grad():
         loss = model(windows, labels=windows).loss
     assert perplexity(model, windows, batch_size=5) == pytest.approx(float(loss.exp()), rel=1e-5)
 
 
 def test_healing_brings_the_copy_back_to_its_teacher(windows: torch.Tensor) -> None:
-    teacher = llama()
+    teacher = small_llama()
     student = pruned(teacher, [0, 1, 3])
     frozen = student.get_input_embeddings().weight.detach().clone()
     before = weights_digest(teacher)
@@ -122,7 +116,7 @@ def test_healing_brings_the_copy_back_to_its_teacher(windows: torch.Tensor) -> N
 def test_the_chunked_loss_is_the_whole_loss(windows: torch.Tensor) -> None:
     from securefedcollm.tuning.prune import _kd_backward
 
-    teacher, student = llama(), pruned(llama(), [0, 3])
+    teacher, student = small_llama(), pruned(small_llama(), [0, 3])
     student.requires_grad_(False)
     decoder_layers(student).requires_grad_(True)
     reported = _kd_backward(student, teacher, windows)
@@ -139,7 +133,7 @@ def test_the_chunked_loss_is_the_whole_loss(windows: torch.Tensor) -> None:
 
 
 def test_healing_that_diverges_says_so(windows: torch.Tensor) -> None:
-    teacher = llama()
+    teacher = small_llama()
     broken = pruned(teacher, [0])
     with torch.no_grad():
         decoder_layers(broken)[0].mlp.up_proj.weight.fill_(torch.nan)

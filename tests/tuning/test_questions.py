@@ -8,15 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
-    PreTrainedTokenizerFast,
 )
 
 from securefedcollm.errors import DataError
@@ -30,26 +26,17 @@ from securefedcollm.tuning.questions import (
     encode,
     shuffled_batches,
 )
+from tests.support.models import llama, word_level
 
 WORDS = [f"w{i}" for i in range(30)]
 VOCABULARY = ["<s>", "</s>", "<unk>", "Answer:", *WORDS]
 
 
-def tokenizer() -> Any:
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(VOCABULARY)}, "<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
-
-
-def llama() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(VOCABULARY),
+def small_llama() -> Any:
+    return llama(
+        len(VOCABULARY),
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
@@ -57,7 +44,6 @@ def llama() -> Any:
         bos_token_id=0,
         eos_token_id=1,
     )
-    return LlamaForCausalLM(config).eval()
 
 
 def gpt2() -> Any:
@@ -95,8 +81,8 @@ def opt() -> Any:
     return OPTForCausalLM(config).eval()
 
 
-TOKENIZER = tokenizer()
-MODELS = {"llama": llama(), "gpt2": gpt2(), "opt": opt()}
+TOKENIZER = word_level(VOCABULARY, bos_token="<s>", eos_token="</s>")
+MODELS = {"llama": small_llama(), "gpt2": gpt2(), "opt": opt()}
 
 
 def one_by_one(model: Any, question: Question) -> list[float]:

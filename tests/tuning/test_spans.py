@@ -31,7 +31,7 @@ from securefedcollm.tuning.spans import SpanObjective, aligned
 from securefedcollm.tuning.token_distil import TokenObjective
 from securefedcollm.tuning.tokenise import Piece, tokenise
 from securefedcollm.tuning.vocabulary import Vocabulary, shared_tokens, vocabulary_of
-from tests.two_tokenizers import byte_level, sentence_piece
+from tests.support.models import byte_level, sentence_piece
 
 TAU, WEIGHT, SHARP = 1.3, 0.6, 3.0
 TEXTS = ["the newspaper said things today", "a naïve café", "über things about a newspaper 東 x"]

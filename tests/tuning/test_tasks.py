@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from securefedcollm.errors import ConfigError, DataError
 from securefedcollm.privacy.noise import NoiseSource
@@ -26,8 +24,8 @@ from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.questions import PLAIN, EncodedQuestions, choice_scores, encode
 from securefedcollm.tuning.splits import SplitPlan, split_questions
 from securefedcollm.tuning.token_distil import positions_of
-
-from .plans import protection, train_plan
+from tests.support.models import word_level
+from tests.support.plans import protection, train_plan
 
 LABELS = ["negative", "positive"]
 WORDS = ["Instruction:", "Response:", "Text:", "Label:", "[u]", "[a]", "[/]", *LABELS]
@@ -39,11 +37,7 @@ TEMPLATE = (
 
 
 def tokenizer(template: str | None = None, **special: str) -> Any:
-    core = Tokenizer(
-        models.WordLevel({w: i for i, w in enumerate(["<s>", "<unk>", *WORDS])}, "<unk>")
-    )
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", **special)
+    made = word_level(["<s>", "<unk>", *WORDS], **special)
     made.chat_template = template
     return made
 

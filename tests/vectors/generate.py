@@ -29,11 +29,11 @@ class Recorder:
     """A random source that remembers what it gave out."""
 
     def __init__(self, source: RandomSource) -> None:
-        self._source = source
+        self.source = source
         self.given: list[str] = []
 
     def __call__(self, count: int) -> bytes:
-        drawn = self._source(count)
+        drawn = self.source(count)
         self.given.append(drawn.hex())
         return drawn
 

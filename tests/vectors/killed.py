@@ -25,8 +25,7 @@ from typing import Any
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation.messages import Aggregate, BeginRound, decode_request
 from securefedcollm.study import Study
-
-from ..evidence.runs import CKKS, JOINT, RecordedRun, recorded_study
+from tests.support.runs import CKKS, JOINT, RecordedRun, recorded_study
 
 STUDIES: dict[str, dict[str, Any]] = {
     "masking": {},

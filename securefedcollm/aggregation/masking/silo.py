@@ -22,7 +22,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from securefedcollm.aggregation.answering import AnsweringSilo
-from securefedcollm.aggregation.checks import check_announced, check_own, refuse
+from securefedcollm.aggregation.checks import (
+    check_announced,
+    check_own,
+    check_signatures,
+    refuse,
+)
 from securefedcollm.aggregation.header import Roster, RoundHeader, names_digest
 from securefedcollm.aggregation.masking import keys, masks, packing, shamir
 from securefedcollm.aggregation.masking.messages import (
@@ -68,6 +73,40 @@ class _Secrets:
         self.mask_secret = self.share_secret = self.seed = b""
         self.held.clear()
         self.buffer.words[:] = 0  # the vector, until it is masked and has left
+
+
+def check_agreements(
+    agreements: Sequence[Agreement],
+    lists: tuple[tuple[int, ...], tuple[int, ...]],
+    digest: bytes,
+    header: RoundHeader,
+    roster: Roster,
+) -> None:
+    """A threshold of survivors has signed the very lists that this silo did.
+
+    Adversary: a server that shows different silos different lists. t signatures of distinct
+    survivors on exactly these lists exist for one pair of lists only (2t > n + c).
+
+    Args:
+        lists: survivors and dropouts; ``digest`` is theirs.
+
+    Raises:
+        RemoteProtocolError: too few agreed, or one of them to other lists.
+    """
+    signers = [agreement.index for agreement in agreements]
+    survivors, threshold = lists[0], header.parameters.threshold
+    if signers != sorted(set(signers)) or not set(signers) <= set(survivors):
+        refuse("sent agreements that are not by distinct survivors", "report the server")
+    if len(signers) < threshold:
+        refuse(
+            f"sent {len(signers)} agreements; {threshold} are needed",
+            "too few silos agree; go on with the next round",
+        )
+    check_signatures(agreements, "agreement", header.digest, roster)
+    for agreement in agreements:
+        if agreement.lists != digest:
+            name = roster.name(agreement.index)
+            refuse(f"showed {name} other lists than this silo", "report the server")
 
 
 class SiloRound(AnsweringSilo[_Secrets]):
@@ -116,7 +155,7 @@ class SiloRound(AnsweringSilo[_Secrets]):
         self._threads = threads
         buffer = UploadBuffer(header.parameters)
         packing.pack(vector, header.parameters, buffer.words, threads)
-        self._secrets = _Secrets(buffer, random(KEY_BYTES), random(KEY_BYTES), random(KEY_BYTES))
+        self._hold(_Secrets(buffer, random(KEY_BYTES), random(KEY_BYTES), random(KEY_BYTES)))
         # Public transcript, filled step by step.
         self._own_keys: Advertise
         self._roll: dict[int, Advertise]
@@ -361,7 +400,9 @@ class SiloRound(AnsweringSilo[_Secrets]):
         # one peer's. The lists are those this silo signed, or there is no answer.
         if (opening.survivors, opening.dropouts) != self._lists:
             refuse("asks to open other lists than this silo agreed to", "report the server")
-        self._check_quorum(opening.agreements)
+        check_agreements(
+            opening.agreements, self._lists, self._lists_digest, self._header, self._roster
+        )
         # Adversary: a crash, restart or snapshot between two requests with other lists, and another
         # attempt at the same round, whose sum would differ from this one's by a few silos. Written
         # down before the shares leave: one survivor set per round, for good. The same set in a
@@ -381,21 +422,3 @@ class SiloRound(AnsweringSilo[_Secrets]):
             shares=shares,
         )
         return sign(unmask, self._signing_key).encode()
-
-    def _check_quorum(self, agreements: Sequence[Agreement]) -> None:
-        # Adversary: a server that shows different silos different lists. t signatures of distinct
-        # survivors on exactly these lists exist for one pair of lists only (2t > n + c).
-        signers = [agreement.index for agreement in agreements]
-        survivors = self._lists[0]
-        if signers != sorted(set(signers)) or not set(signers) <= set(survivors):
-            refuse("sent agreements that are not by distinct survivors", "report the server")
-        if len(signers) < self._parameters.threshold:
-            refuse(
-                f"sent {len(signers)} agreements; {self._parameters.threshold} are needed",
-                "too few silos agree; go on with the next round",
-            )
-        self._check_signatures(agreements, "agreement")
-        for agreement in agreements:
-            if agreement.lists != self._lists_digest:
-                name = self._roster.name(agreement.index)
-                refuse(f"showed {name} other lists than this silo", "report the server")

@@ -12,7 +12,7 @@ from securefedcollm.study import Study
 if TYPE_CHECKING:
     from securefedcollm.federation.cotuning import SiloTuning
 
-_SLACK: Final = 64 << 20
+SLACK: Final = 64 << 20
 """Bytes of a frame besides the adapter: lists and shares of 128 silos, proofs."""
 
 LARGEST_TO_AUTHORITY: Final = 1 << 31
@@ -41,4 +41,4 @@ def _largest(study: Study, values: int) -> int:
     if ring is not None:
         shape = ring.shape(values, study.silos.colluders)
         polynomials = study.silos.count * max(shape.keys, shape.groups)
-    return _SLACK + 32 * values + 8 * DEGREE * polynomials
+    return SLACK + 32 * values + 8 * DEGREE * polynomials

@@ -8,27 +8,22 @@ and the requests that were under way are delivered again. A silo's answer is the
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import math
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from securefedcollm.errors import SecureFedCoLLMError, TransportError
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.engines.door import Door, Wire
-from securefedcollm.federation.engines.flare.job import write_job
+from securefedcollm.federation.engines.flare.administration import Administration
 from securefedcollm.federation.engines.flare.kit import Kit
+from securefedcollm.federation.engines.flare.presence import Presence, Waits
 from securefedcollm.federation.engines.flare.processes import (
     DOOR,
-    LARGEST_MESSAGE,
     FlareProcess,
     require_flare,
 )
@@ -41,8 +36,6 @@ log = logging.getLogger(__name__)
 
 _JOB_START: Final = 60.0
 _TRIES: Final = 3
-_LATER: Final = 30.0
-"""Seconds to wait for silos that were there before, where there are enough without them."""
 _PAUSE: Final = 5.0
 _CALL: Final = 60.0
 """Seconds for one call, the relay's own timeouts included."""
@@ -56,21 +49,6 @@ class Kits(NamedTuple):
 
     server: Kit
     lead: Kit
-
-
-@dataclass(frozen=True, kw_only=True)
-class Waits:
-    """How many silos FLARE's jobs need, and how long they are waited for.
-
-    Args:
-        minimum: with fewer connected no job is begun.
-        patience: seconds to wait for the silos before the first job.
-        rejoin: seconds to wait later, when so few are left that nothing goes on without one.
-    """
-
-    minimum: int
-    patience: float
-    rejoin: float = _LATER
 
 
 class FlareEngine:
@@ -103,13 +81,17 @@ class FlareEngine:
         self._largest = largest or {}
         self._sign = sign
         self._say = say
-        self._silos = silos
-        self._lead = kits.lead
-        self._waits = waits
-        self._progress = progress
+        self._flare = Administration(kits.lead, self._require_open)
+        self._presence = Presence(
+            silos,
+            waits,
+            connected=self._connected,
+            end_job=self._end_job,
+            progress=progress,
+            say=say,
+        )
         self._session = session or new_session()
         self._closed = False
-        self._began = False
         self._number = 0
         self._changed = threading.Condition()
         self._job: str = ""
@@ -121,7 +103,6 @@ class FlareEngine:
         self._restarting = threading.Lock()
         self._gave_up = -_PAUSE
         """When a job could last not be begun: the other deliveries do not each try again."""
-        self._admin: Any = None
         self._door = Door(self._visit, visitors=512)
         self._process = FlareProcess(
             "server",
@@ -177,7 +158,7 @@ class FlareEngine:
         with self._changed:
             running, members = self._job_wire is not None, self._members
             missing = set(frames) - members
-        if not self._began:
+        if not self._presence.began:
             self.begin_job(set(frames))
         elif not running:
             self.begin_job(set(frames) & (members | self._connected()))
@@ -211,94 +192,27 @@ class FlareEngine:
 
     def _begin_job(self, wanted: set[str] | frozenset[str]) -> None:
         self._end_job()
-        present = self._wait_for(wanted)
+        present = self._presence.wait_for(wanted)
         for _ in range(_TRIES):
-            if self._started(self._submit(present), present):
+            if self._started(self._flare.submit(present), present):
                 self._require_open()
-                self._began = True
+                self._presence.began = True
                 self._say(f"connected: {', '.join(sorted(present))}")
                 return
             self._end_job()  # somebody in it had just gone; now FLARE knows
-            present = self._wait_for(frozenset())
+            present = self._presence.wait_for(frozenset())
         raise TransportError(
             f"no FLARE job began within {_TRIES * _JOB_START:.0f} s",
             hint="see flare.log at the server and at the silos",
         )
 
-    def _submit(self, silos: set[str]) -> str:
-        folder = Path(tempfile.mkdtemp(prefix="job-", dir=self._lead.workspace))
-        try:
-            write_job(folder, sorted(silos))
-            return str(self._ask(lambda session: session.submit_job(str(folder))))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def _wait_for(self, wanted: set[str] | frozenset[str]) -> set[str]:
-        began, start = self._began, time.monotonic()
-        most = self._waits.rejoin if began else self._waits.patience
-        deadline, told = start + (min(most, _LATER) if began else most), False
-        while True:
-            self._require_open()
-            present = self._connected() & set(self._silos)
-            self._progress(len(present), len(self._silos), "silos connected")
-            if present >= wanted and len(present) >= self._waits.minimum:
-                self._progress(1, 1, "silos connected")
-                return present
-            if time.monotonic() > deadline:
-                if len(present) >= self._waits.minimum:
-                    return present
-                missing = set(self._silos) - present
-                if time.monotonic() > start + most:
-                    raise TransportError(
-                        f"{len(present)} silos are connected, {self._waits.minimum} are needed; "
-                        f"not there: {', '.join(sorted(missing))}",
-                        hint="they run `securefedcollm client`; then start the server again",
-                    )
-                if not told:
-                    self._say_waiting(missing, most)
-                    told = True
-            time.sleep(0.5)
-
     def rejoined(self, silos: Set[str], count: int, most: float = math.inf) -> bool:
-        """Wait until ``count`` of these silos, which could not be reached, are connected again.
-
-        Returns whether they are: not if that takes longer than ``most`` seconds, or ``rejoin``.
-
-        Raises:
-            TransportError: FLARE's server has ended.
-        """
-        wait = min(self._waits.rejoin, most)
-        deadline = time.monotonic() + wait
-        self._say_waiting(silos, wait)
-        while len(self._connected() & silos) < count:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.5)
-        return True
+        """See :meth:`~.presence.Presence.rejoined`."""
+        return self._presence.rejoined(silos, count, most)
 
     def arrived(self, silos: Set[str], most: float) -> Set[str]:
-        """When nothing is summed any more: wait until one of these silos is connected.
-
-        Returns those that are, or none after ``most`` seconds. All others may have left: from now
-        on a job is for these silos, and begins with any one of them.
-
-        Raises:
-            TransportError: FLARE's server has ended.
-        """
-        self._end_job()
-        self._silos, self._began = tuple(sorted(silos)), True
-        self._waits = replace(self._waits, minimum=1)
-        deadline = time.monotonic() + most
-        self._say_waiting(silos, most, "to come back and fetch the last adapter")
-        while not (here := self._connected() & silos):
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.5)
-        return here
-
-    def _say_waiting(self, silos: Set[str], wait: float, what: str = "to come back") -> None:
-        limit = f"{wait / 60:.0f} minutes" if wait >= 120 else f"{wait:.0f} s"
-        self._say(f"waiting up to {limit} for {', '.join(sorted(silos))} {what}")
+        """See :meth:`~.presence.Presence.arrived`."""
+        return self._presence.arrived(silos, most)
 
     def _started(self, job: str, members: set[str]) -> bool:
         """Wait until the job's relay has come, with a connection for each of its silos."""
@@ -323,66 +237,28 @@ class FlareEngine:
         if not job:
             return
         if wire is None:
-            self._ask(lambda session: session.abort_job(job))
+            self._flare.abort(job)
         else:
             with contextlib.suppress(OSError):
                 wire.send(["end"])
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:  # the silos' places are free once it is over
-            status = str(self._ask(lambda session: session.get_job_meta(job)).get("status", ""))
-            if status.startswith("FINISHED"):
+            if self._flare.finished(job):
                 return
             time.sleep(0.3)
 
     def _connected(self) -> set[str]:
-        info = self._ask(lambda session: session.get_system_info())
-        now = time.time()
-        seen = {c.name: float(c.last_connect_time) for c in info.client_info}
+        seen, now = self._flare.seen(), time.time()
         return {
             name
             for name, last in seen.items()
             if now - last < _ALIVE and last > self._lost.get(name, 0.0)
         }
 
-    def _ask(self, question: Callable[[Any], Any]) -> Any:
-        """Ask FLARE's server, logging in again if the session is gone."""
-        from securefedcollm.federation.engines.flare.hardening import strip_session
-
-        strip_session(LARGEST_MESSAGE)
-        from nvflare.fuel.flare_api.flare_api import new_secure_session
-
-        deadline = time.monotonic() + _JOB_START
-        while True:
-            self._require_open()
-            try:
-                with contextlib.redirect_stdout(io.StringIO()):  # it greets the user
-                    if self._admin is None:
-                        self._admin = new_secure_session(
-                            self._lead.name, str(self._lead.workspace), timeout=10
-                        )
-                    return question(self._admin)
-            except Exception as error:  # a dozen kinds, from sockets to FLARE's own
-                self._close_admin()
-                if time.monotonic() > deadline:
-                    raise TransportError(
-                        f"FLARE's server does not answer ({str(error)[:160]})",
-                        hint="see flare.log in the server's home",
-                    ) from None
-                log.info("FLARE's server does not answer yet: %s", error)
-                time.sleep(0.5)
-
     def _require_open(self) -> None:
         if self._closed:
             raise _ClosedError("the engine is closed")
         self._process.require_running()
-
-    def _close_admin(self) -> None:
-        if self._admin is not None:
-            try:
-                self._admin.close()
-            except Exception as error:
-                log.debug("closing the FLARE session: %s", error)
-            self._admin = None
 
     # ---- the relay of the job, behind the door ----
 
@@ -442,7 +318,7 @@ class FlareEngine:
         except SecureFedCoLLMError as error:
             log.info("%s", error)
         self._closed = True
-        self._close_admin()
+        self._flare.close()
         self._process.stop()
         self._door.close()
 

@@ -87,7 +87,7 @@ def create_consortium(directory: Path, name: str, host: str, port: int, passphra
     make_directory(directory)
     with _scratch() as scratch, _in_memory() as memory:
         _write_yaml(scratch / "profile.yaml", _flare_profile(name, host, port))
-        _nvflare("cert", "init", "--profile", "profile.yaml", "-o", "ca", cwd=scratch, key=memory)
+        run_flare("cert", "init", "--profile", "profile.yaml", "-o", "ca", cwd=scratch, key=memory)
         certificate = (scratch / "ca" / "rootCA.pem").read_bytes()
         salt, nonce = os.urandom(_SALT_BYTES), os.urandom(NONCE_BYTES)
         key = os.pread(memory, 1 << 16, 0)
@@ -139,7 +139,7 @@ def request_certificate(home: Path, profile: Profile, name: str, role: str) -> l
             if kind == "admin":
                 entry["role"] = "lead"
             _write_yaml(scratch / "who.yaml", {"name": profile.name, "participants": [entry]})
-            _nvflare("cert", "request", "-p", "who.yaml", "--out", f"request/{kind}", cwd=scratch)
+            run_flare("cert", "request", "-p", "who.yaml", "--out", f"request/{kind}", cwd=scratch)
         (scratch / "request").rename(target)
     return sorted(target.glob("*/*.request.zip"))
 
@@ -171,7 +171,7 @@ def approve_request(ca: Path, request: Path, passphrase: str, out: Path) -> Path
         _write_yaml(
             scratch / "profile.yaml", _flare_profile(profile.name, profile.host, profile.port)
         )
-        _nvflare(
+        run_flare(
             *("cert", "approve", str(request.absolute()), "-c", "ca"),
             *("--profile", "profile.yaml", "--out", "signed.zip"),
             cwd=scratch,
@@ -218,7 +218,7 @@ def install_kits(home: Path, profile: Profile, signed: Sequence[Path], name: str
 
 
 def _build(home: Path, profile: Profile, signed: Path, kind: str, scratch: Path) -> Path:
-    _nvflare(
+    run_flare(
         *("package", str(signed.absolute()), "-w", "ws"),
         *("--request-dir", str((home / "request" / kind).absolute())),
         f"--fingerprint={profile.fingerprint}",
@@ -365,7 +365,7 @@ runpy.run_module("nvflare.cli", run_name="__main__", alter_sys=True)
 """FLARE's command, but a private key that it would write to a file goes to a descriptor of ours."""
 
 
-def _nvflare(*words: str, cwd: Path, key: int | None = None) -> None:
+def run_flare(*words: str, cwd: Path, key: int | None = None) -> None:
     """Run FLARE's command; its own records of requests stay out of the user's home.
 
     Args:

@@ -73,14 +73,15 @@ def require_in_place(workspace: Path) -> None:
             )
 
 
-def require_free_port(workspace: Path) -> None:
-    """Raises: ConfigError, if another process listens where a server's kit would."""
+def require_free_port(workspace: Path, most: float = _GOING) -> None:
+    """Raises: ConfigError, if another process still listens where a server's kit would after
+    ``most`` seconds."""
     tree = _tree(workspace / "startup" / "fed_server.json")
     try:
         port = int(str(tree["servers"][0]["service"]["target"]).rpartition(":")[2])
     except (KeyError, TypeError, IndexError, ValueError):
         return  # FLARE's log says what is wrong with it
-    deadline = time.monotonic() + _GOING
+    deadline = time.monotonic() + most
     while _in_use(port):
         if time.monotonic() > deadline:
             raise ConfigError(

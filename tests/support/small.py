@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
-import torch
-
 from securefedcollm.study import Study, study_from_tree
+from tests.support.models import llama, word_level
 
 WORDS = tuple(f"w{i}" for i in range(120))
 
@@ -40,32 +40,20 @@ def small_study(directory: Path, **changes: object) -> Study:
 
 
 def _make(directory: Path) -> None:
-    import json
-
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     words = ["<pad>", "<unk>", *WORDS]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>")
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(words),
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=64,
-                initializer_range=0.2,
-                tie_word_embeddings=True,
-                bos_token_id=None,
-                eos_token_id=0,
-                pad_token_id=0,
-            )
-        )
+    tokenizer = word_level(words, pad_token="<pad>")
+    model = llama(
+        len(words),
+        seed=1,
+        hidden_size=64,
+        intermediate_size=128,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
     model.save_pretrained(directory / "slm")
     tokenizer.save_pretrained(directory / "slm")
     draw = random.Random(5)

@@ -14,6 +14,7 @@ from securefedcollm.federation.charged import ChargedTraining
 from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.files import write_durably
+from securefedcollm.federation.hooks import Hooks
 from securefedcollm.federation.keeping import BEST, best_round
 from securefedcollm.federation.plan import AUTHORITY, authority_of, silo_unit, sums_to_an_end
 from securefedcollm.federation.records import SERVER, AuthorityRecord, ServerRecord, SiloRecord
@@ -24,8 +25,7 @@ from securefedcollm.federation.workload import silent
 from securefedcollm.primitives import SigningKey
 from securefedcollm.privacy.events import PoissonGaussian
 from securefedcollm.study import Study, digest, dump_study
-
-from ..federation.arithmetic import (
+from tests.support.arithmetic import (
     AUTHORITY_KEY,
     KEYS,
     NAMES,
@@ -111,15 +111,38 @@ def make_silo(name, progress, *, study, directory, fails=()):
 
 
 class RecordedRun:
-    """One life of a coordinator and its silos; made again on the same directory, it resumes."""
+    """One life of a coordinator and its silos; made again on the same directory, it resumes.
 
-    def __init__(self, directory, study, *, resume=False, wrap=lambda e: e, losses=(), **silo):
+    Args:
+        wrap: engine → what stands between it and the coordinator.
+        losses: what the small model's is said to be on public questions, round by round.
+        party: (name, what starts its session) → who answers in its name.
+        on_round: as the coordinator's.
+        silo: more for :func:`make_silo`.
+    """
+
+    def __init__(
+        self,
+        directory,
+        study,
+        *,
+        resume=False,
+        wrap=lambda e: e,
+        losses=(),
+        party=lambda name, start: start(),
+        on_round=lambda record: None,
+        **silo,
+    ):
         self.directory = directory
         self.study = study
         self.store = RunStore(directory, digest(study), resume=resume)
         write_durably(directory / "study.yaml", dump_study(study).encode())
         self.server = ArithmeticServer(losses)
-        factory = partial(make_silo, study=study, directory=directory, **silo)
+        make = partial(make_silo, study=study, directory=directory, **silo)
+
+        def factory(name, progress):
+            return party(name, partial(make, name, progress))
+
         self.engine = EmbeddedEngine(parties(study), factory, workers=0, progress=silent)
         self.log = server_log(directory, study, SERVER_KEY)
         self.coordinator = Coordinator(
@@ -128,6 +151,7 @@ class RecordedRun:
             engine=wrap(self.engine),
             workload=self.server,
             store=self.store,
+            hooks=Hooks(on_round=on_round),
             evidence=ServerRecord(
                 self.log,
                 key=SERVER_KEY,

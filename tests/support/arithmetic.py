@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -199,6 +200,7 @@ def make_silo(
     norms=None,
     workload=None,
     clock=CLOCK,
+    now=time.monotonic,
 ):
     home = Path(directory) / name
     if name not in NAMES:
@@ -209,6 +211,7 @@ def make_silo(
             key=AUTHORITY_KEY,
             store=store,
             evidence=authority_record(),
+            now=now,
         )
     return SiloSession(
         Seat(study, name, ROSTER, KEYS[name], AUTHORITY_KEY.public),

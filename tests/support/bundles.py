@@ -10,8 +10,8 @@ from securefedcollm_audits.finding import Finding, write_down
 
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation.engines import Failure
-
-from ..evidence.runs import (
+from tests.support.rounds import Cut
+from tests.support.runs import (
     ALL_KEYS,
     CKKS,
     JOINT,
@@ -20,7 +20,6 @@ from ..evidence.runs import (
     RecordedRun,
     recorded_study,
 )
-from ..federation.test_rounds import Cut
 
 
 def bundle_of(directory, study, wrap=lambda e: e, losses=()):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import msgspec
 import numpy as np
 import pytest
-from securefedcollm_audits.cohort import Cohort
+from securefedcollm_audits.cohort import Cohort, MemoryJournal
 
 from securefedcollm.aggregation import CKKS_TRANSITIONS
 from securefedcollm.aggregation.ckks import messages as ckks_messages
@@ -18,7 +19,7 @@ from securefedcollm.aggregation.ckks.threshold.silo import CkksSiloRound
 from securefedcollm.aggregation.messages import sign
 from securefedcollm.aggregation.steps import Step
 from securefedcollm.errors import ProtocolError, RemoteProtocolError
-from securefedcollm.primitives import sha256
+from securefedcollm.primitives import RandomSource, sha256
 
 Hook = Callable[[Step, str, bytes], bytes | None]
 """Sees each frame on its way, and may alter or (None) drop it."""
@@ -48,7 +49,10 @@ def cohort(silos: int = 4, *, values: int = 5000, kind="precise", **options) -> 
     return made
 
 
-def silo(made: Cohort, name: str, header=None, vector=None) -> CkksSiloRound:
+def silo(
+    made: Cohort, name: str, header=None, vector=None, random: RandomSource = os.urandom
+) -> CkksSiloRound:
+    """One silo at the start of an attempt."""
     vector = made.vectors[name] if vector is None else vector
     return CkksSiloRound(
         header=header or made.header,
@@ -58,7 +62,19 @@ def silo(made: Cohort, name: str, header=None, vector=None) -> CkksSiloRound:
         vector=vector,
         vector_id=sha256(vector.tobytes()),
         journal=made.journals[name],
+        random=random,
     )
+
+
+class FullJournal(MemoryJournal):
+    """A journal that cannot be written any more once it is ``full``."""
+
+    full = False
+
+    def record(self, key: bytes, value: bytes) -> bytes:
+        if self.full:
+            raise OSError("no space left")
+        return super().record(key, value)
 
 
 class Round:

@@ -16,15 +16,15 @@ from pathlib import Path
 from securefedcollm.aggregation import Step
 from securefedcollm.federation import coordinator, roles
 from securefedcollm.federation.engines.door import Door
-from securefedcollm.federation.engines.flare.engine import FlareEngine, Kits, Waits
+from securefedcollm.federation.engines.flare.engine import FlareEngine, Kits
 from securefedcollm.federation.engines.flare.kit import installed
+from securefedcollm.federation.engines.flare.presence import Waits
 from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
 from securefedcollm.federation.engines.link import answer_calls
 from securefedcollm.federation.hooks import Hooks
 from securefedcollm.federation.workload import silent
 from securefedcollm.study import load_study
-
-from .arithmetic import ArithmeticServer, ArithmeticSilo
+from tests.support.arithmetic import ArithmeticServer, ArithmeticSilo
 
 
 class Workload(ArithmeticSilo):

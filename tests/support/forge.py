@@ -20,10 +20,11 @@ from securefedcollm.evidence.note import (
     parse_checkpoint,
     sign_checkpoint,
 )
+from securefedcollm.federation.plan import round_header
 from securefedcollm.primitives import merkle_root
 from securefedcollm.study import digest, study_from_tree
-
-from ..evidence.runs import ALL_KEYS
+from tests.support.arithmetic import ROSTER
+from tests.support.runs import ALL_KEYS
 
 Entries = list[dict[str, Any]]
 
@@ -120,3 +121,19 @@ def doctor(bundle: Path, target: Path, edit: Callable[[Forger], Any]) -> Path:
     if edit(forger) is None:
         forger.seal()
     return forger.write(target)
+
+
+def by_name(verdict):
+    return {result.name: result for result in verdict.results}
+
+
+def header_of(f, begun, attempt):
+    return round_header(
+        study_from_tree(json.loads(f.members["study.json"])),
+        roster=ROSTER,
+        run_id=bytes.fromhex(f.what("server", "opened")["run"]),
+        round_=begun["round"],
+        attempt=attempt,
+        model=bytes.fromhex(begun["model"]),
+        values=begun["values"],
+    ).digest.hex()
