@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from securefedcollm.errors import ConfigError, StateError
-from securefedcollm.federation.export import beside_adapter
+from securefedcollm.federation.export import beside_adapter, rule_of
 from securefedcollm.federation.workload import Progress, Vector, silent
 from securefedcollm.primitives import sha256
 from securefedcollm.study import Study
-from securefedcollm.study.config import Model
+from securefedcollm.study.config import Model, Task
 from securefedcollm.tuning.adapters import (
     AdapterLayout,
     attach,
@@ -28,6 +28,7 @@ from securefedcollm.tuning.adapters import (
     save_adapter,
 )
 from securefedcollm.tuning.evaluate import Evaluation, evaluate
+from securefedcollm.tuning.formats import Asking
 from securefedcollm.tuning.frozen import with_prefix, with_prior
 from securefedcollm.tuning.head import check_positions, check_vocabulary, device_of, unwrapped
 from securefedcollm.tuning.models import LoadedModel, find_device, load_model
@@ -80,6 +81,16 @@ def once(key: Hashable, make: Callable[[], T]) -> T:
     return make() if memory is None else memory.once(key, make)
 
 
+def asking_of(task: Task, model: Model) -> Asking:
+    """How one of the study's models is asked its records."""
+    return Asking(task.rows, model.ask, task.template)
+
+
+def scoring_of(task: Task, model: Model) -> Scoring:
+    """How choices of one of the study's models are scored."""
+    return Scoring(rule_of(task, model), model.temperature or task.score_temperature)
+
+
 @dataclass(frozen=True)
 class Tuned:
     """A base model with a fresh adapter, and what identifies both."""
@@ -93,8 +104,8 @@ class Tuned:
 
     @property
     def scoring(self) -> Scoring:
-        """How this study scores choices."""
-        return Scoring(self.study.task.score, self.study.task.score_temperature)
+        """How this study scores choices of this model."""
+        return scoring_of(self.study.task, self.spec)
 
     @classmethod
     def load(
@@ -146,7 +157,8 @@ class Tuned:
         task, top = self.study.task, self.study.adapter.top_layers
 
         def make() -> EncodedQuestions:
-            encoded = encode(questions, self.tokenizer, task.max_tokens, task.rows, cuts=cuts)
+            asked, form = asking_of(task, self.spec).put(questions, self.tokenizer)
+            encoded = encode(asked, self.tokenizer, task.max_tokens, form, cuts=cuts)
             check_vocabulary(self.model, self.tokenizer, encoded.tokens, encoded.targets)
             most = self.study.local.micro_batch if private else None
             if self.scoring.needs_prior:
@@ -157,7 +169,8 @@ class Tuned:
                 encoded = with_prefix(self.model, encoded, depth - top, most)
             return encoded
 
-        how = (self.base_digest, task.kind, task.score, task.max_tokens, top, cuts, private)
+        asked = (self.spec.ask, task.kind, task.score, task.max_tokens)
+        how = (self.base_digest, *asked, top, cuts, private)
         return once(("encoded", *how, str(device_of(self.model)), tuple(questions)), make)
 
     def answers(self, test: EncodedQuestions) -> Evaluation:

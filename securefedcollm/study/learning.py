@@ -39,6 +39,23 @@ class Model(Section, frozen=True):
         Literal["float32", "bfloat16"],
         says("Number format of the frozen weights; bfloat16 halves the memory."),
     ] = "float32"
+    ask: Annotated[
+        Literal["cloze", "letters"],
+        says(
+            "How a question with choices is put to this model. `cloze`: each choice is scored as "
+            "the text that follows the question, which suits small base models. `letters`: the "
+            "choices are listed, and the model names a letter, in its chat template if it has one, "
+            "which suits larger instruct models. The two models may be asked differently; `model "
+            "calibrate` measures both."
+        ),
+    ] = "cloze"
+    temperature: Annotated[
+        Positive | None,
+        says(
+            "`task.score_temperature` for this model alone, as `model calibrate` finds it. If left "
+            "out, that."
+        ),
+    ] = None
 
 
 class Models(Section, frozen=True):

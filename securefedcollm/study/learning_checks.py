@@ -109,6 +109,7 @@ def check_task(study: Study) -> None:
             hint="remove it, or give files instead of task.data.builtin",
         )
     check_rows(task)
+    _check_asked(study)
     if not study.generative:
         return
     for value, right, where in (
@@ -138,6 +139,27 @@ def check_task(study: Study) -> None:
             hint="choose all, set task.data.public_labelled to task.data.public, "
             "or set distillation.batch_unlabelled to 0",
         )
+
+
+def _check_asked(study: Study) -> None:
+    """``models.*.ask`` and ``temperature`` need choices, and letters a distillation over them."""
+    models = {"slm": study.models.slm, "llm": study.models.llm}
+    for name, model in models.items():
+        if model is None:
+            continue
+        for key, given in (("ask", model.ask != "cloze"), ("temperature", model.temperature)):
+            if given and study.generative:
+                raise ConfigError(
+                    f"is about choices, and kind: {study.task.kind} has none",
+                    where=f"models.{name}.{key}",
+                    hint="remove it",
+                )
+        if model.ask == "letters" and study.models.llm and study.distillation.over != "choices":
+            raise ConfigError(
+                "a letter is no text that two models could compare token by token",
+                where=f"models.{name}.ask",
+                hint="choose distillation.over: choices, or ask: cloze",
+            )
 
 
 def check_rows(task: Task) -> None:

@@ -30,7 +30,7 @@ from securefedcollm.tuning.layers import passed_over
 from securefedcollm.tuning.packing import block_mask, row_limit, run, states_apart
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.token_loss import CHUNK, gold_log_probs
-from securefedcollm.tuning.tokenise import Kind, Row, tokenise
+from securefedcollm.tuning.tokenise import Form, Row, tokenise
 from securefedcollm.tuning.virtual import virtual_of, widened
 
 Normalisation = Literal["plain", "length", "pmi", "pmi-length"]
@@ -143,7 +143,7 @@ def encode(
     questions: Sequence[Question],
     tokenizer: Any,
     max_tokens: int,
-    kind: Kind = "multiple_choice",
+    kind: Form = "multiple_choice",
     *,
     cuts: bool = False,
 ) -> EncodedQuestions:

@@ -83,6 +83,36 @@ def test_virtual_tokens_give_plain_peft_the_same_accuracy_to_the_digit(
     assert not (tmp_path / "merged").exists()
 
 
+LISTED = tuple(f"{letter}{dot}" for letter in "ABCD" for dot in (".", ""))
+TURNS = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+@pytest.mark.parametrize("chat", [None, TURNS], ids=["plain", "chat"])
+def test_a_model_that_names_letters_is_asked_alike_by_plain_peft(tmp_path, chat):
+    """Each model of the run is asked in its own form; the other one's accuracy is the control."""
+    make_inputs(tmp_path, (*LISTED, "<user>", "<assistant>", "Answer", "with", "only."), chat)
+    test = tuned(tmp_path, tmp_path / "run", models={"slm": {"ask": "letters", "temperature": 2.0}})
+    run = ["--run", tmp_path / "run", "--data", tmp_path, "--role", "slm", "--json"]
+    ours = invoke("model", "evaluate", *run)["all"]
+    contract = json.loads((tmp_path / "run" / "adapters" / "slm" / "task.json").read_text())
+    assert (contract["ask"], contract["score_temperature"]) == ("letters", 2.0)
+    other = json.loads((tmp_path / "run" / "adapters" / "llm" / "task.json").read_text())
+    assert (other["ask"], other["letters"], other["before_answer"]) == ("cloze", None, " ")
+    command = [SCRIPT, tmp_path / "run" / "adapters" / "slm", tmp_path / "slm", test]
+    plain = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, check=True
+    )
+    assert json.loads(plain.stdout) == {"accuracy": ours["accuracy"], "count": ours["count"]}
+    cloze = invoke("model", "evaluate", *run, "--ask", "cloze")["all"]
+    assert cloze["gold_log_prob"] != ours["gold_log_prob"]
+    table = json.loads((tmp_path / "run" / "results.json").read_text())["table"]
+    tuned_slm = [row for row in table if (row["model"], row["method"]) == ("slm", "FedCoLLM")]
+    assert [[*row["accuracy"].values()] for row in tuned_slm] == [[ours["accuracy"]]]
+
+
 def test_the_template_matters(inputs, tmp_path):
     """The control: with other prompts the same adapter has other accuracies."""
     test = tuned(inputs, tmp_path / "run")

@@ -254,6 +254,18 @@ def test_the_unit_is_no_column_of_what_a_record_says():
         load_study(QUICKSTART, [files, unit, "task.columns={question: case}"])
 
 
+def test_letters_need_choices_to_name():
+    asked = "models.slm.ask=letters"
+    assert load_study(QUICKSTART, [asked]).models.slm.ask == "letters"
+    with pytest.raises(ConfigError, match=r"^models\.slm\.ask: a letter is no text"):
+        load_study(QUICKSTART, [asked, "distillation.over=all"])
+    files = "task={data: {train: x, test: y, public: 2, per_silo: 1}, kind: text}"
+    for key, value in (("ask", "letters"), ("temperature", "2")):
+        given = [files, "distillation.over=all", f"models.llm.{key}={value}"]
+        with pytest.raises(ConfigError, match=rf"^models\.llm\.{key}: is about choices"):
+            load_study(QUICKSTART, given)
+
+
 def test_without_a_large_model_there_is_nothing_to_distil():
     with pytest.raises(ConfigError, match="distillation: there is no large model to distil with"):
         load_study(QUICKSTART, ["models.llm=none", "distillation.steps=2"])
