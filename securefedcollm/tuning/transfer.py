@@ -1,6 +1,6 @@
 """What the small model learnt, carried to the large one by public questions alone.
 
-POST (Wang et al. 2025, arXiv 2506.16196, section 4.3) carries a soft prompt that was tuned on a
+POST (Wang et al. 2025, arXiv 2506.16196) carries a soft prompt that was tuned on a
 small model to a large one: the large model's own prompt is tuned until it answers public questions
 as the small model with its prompt does, and until its prompt *changes* its answers as the small
 model's changes those. Only predictions are compared, so adapters of any method can be carried, and
