@@ -31,7 +31,7 @@ from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.engines import Engine
 from securefedcollm.federation.engines.door import Door
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
-from securefedcollm.federation.engines.flare.engine import FlareEngine, Kits, Waits
+from securefedcollm.federation.engines.flare.engine import FlareEngine, Kits
 from securefedcollm.federation.engines.flare.kit import (
     approve_request,
     create_consortium,
@@ -39,6 +39,7 @@ from securefedcollm.federation.engines.flare.kit import (
     installed,
     request_certificate,
 )
+from securefedcollm.federation.engines.flare.presence import Waits
 from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
 from securefedcollm.federation.engines.link import answer_calls
 from securefedcollm.federation.engines.requests import sign_request

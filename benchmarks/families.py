@@ -6,7 +6,8 @@
 A model is made from the family's configuration, saved, loaded as a study's ``path:`` model is,
 scored, tuned, tuned with record-level DP, distilled, and saved and loaded again as an adapter and
 merged. "yes" means that it was done here; for DP also that no record's company moved a bit of its
-gradient, at adapters that ``audit coupling`` would try. The scores of a family that may be used are
+gradient, at adapters that ``audit coupling`` would try. "prompt" and "prefix" are all of that with
+virtual tokens, but for merging. The scores of a family that may be used are
 compared with one plain forward pass of the library for each choice, short ones and ones beyond its
 window.
 """
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from torch import Tensor
 from securefedcollm.errors import ConfigError, SecureFedCoLLMError
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.tuning.adapters import (
+    AdapterLayout,
     attach,
     full_layout,
     layout_of,
@@ -54,12 +56,15 @@ from securefedcollm.tuning.plans import (
     Protection,
     TrainPlan,
 )
+from securefedcollm.tuning.prompts import attach_prompt, check_virtual
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.questions import EncodedQuestions, choice_scores, encode
 from securefedcollm.tuning.recipe import evaluation_mode, inference_mode
+from securefedcollm.tuning.virtual import virtual_count
 
 PAGE: Final = Path(__file__).parents[1] / "docs" / "models.md"
-COLUMNS: Final = ("tune", "DP", "distil", "save")
+COLUMNS: Final = ("tune", "DP", "distil", "save", "prompt", "prefix")
+_VIRTUAL: Final = 4  # tokens
 WINDOW: Final = 16
 _HOSTILE: Final = 8  # adapters
 _TOKENS, _POSITIONS = 48, 128
@@ -77,6 +82,8 @@ _SIZES: Final[dict[str, Any]] = {
     "eos_token_id": 2,
 }
 _HEAD: Final = {"head_dim": 8}
+_ALL_HEADS: Final = {"num_key_value_heads": 4}
+"""Of families whose heads share no keys and values: PEFT would believe the common sizes."""
 _WINDOW: Final = {"sliding_window": WINDOW}
 _EXPERTS: Final = {
     "num_local_experts": 4,
@@ -120,17 +127,17 @@ FAMILIES: Final[dict[str, Family]] = {
     "Gemma": Family("gemma", _HEAD),
     "Gemma 2": Family("gemma2", _HEAD | _WINDOW),
     "Gemma 3": Family("gemma3_text", _HEAD | _WINDOW),
-    "Phi 1 and 2": Family("phi", {"num_key_value_heads": 4}),
+    "Phi 1 and 2": Family("phi", _ALL_HEADS),
     "Phi 3 and 4": Family("phi3", _WINDOW),
-    "GPT-2": Family("gpt2"),
-    "GPT-Neo": Family("gpt_neo", {
+    "GPT-2": Family("gpt2", _ALL_HEADS),
+    "GPT-Neo": Family("gpt_neo", _ALL_HEADS | {
         "num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": WINDOW,
     }),
-    "GPT-NeoX, Pythia": Family("gpt_neox"),
-    "GPT-J": Family("gptj", {"rotary_dim": 8}),
+    "GPT-NeoX, Pythia": Family("gpt_neox", _ALL_HEADS),
+    "GPT-J": Family("gptj", _ALL_HEADS | {"rotary_dim": 8}),
     "GPT-OSS": Family("gpt_oss", _HEAD | _EXPERTS | _WINDOW),
-    "OPT": Family("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
-    "BLOOM": Family("bloom", {"n_head": 4}),
+    "OPT": Family("opt", _ALL_HEADS | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "BLOOM": Family("bloom", _ALL_HEADS | {"n_head": 4}),
     "MPT": Family("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}),
     "Falcon": Family("falcon"),
     "Falcon with ALiBi": Family("falcon", {"alibi": True}),
@@ -170,10 +177,10 @@ FAMILIES: Final[dict[str, Family]] = {
         "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
     }),
     "Llama 4": Family("llama4_text", _HEAD | _EXPERTS | {"intermediate_size_mlp": 48}),
-    "XGLM": Family("xglm", {
+    "XGLM": Family("xglm", _ALL_HEADS | {
         "d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4,
     }),
-    "BioGPT": Family("biogpt"),
+    "BioGPT": Family("biogpt", _ALL_HEADS),
     "ModernBERT decoder": Family("modernbert-decoder", {"local_attention": WINDOW}),
     "BERT": Family("bert"),
     "RoBERTa": Family("roberta"),
@@ -264,7 +271,9 @@ def _tried(family: Family, home: Path) -> Verdict:
         "tune": lambda: _tune(_adapted(home, family), data),
         "DP": lambda: _tune_privately(_adapted(home, family), data),
         "distil": lambda: _distil(_adapted(home, family), _adapted(home, family), data),
-        "save": lambda: _save(home, family, data),
+        "save": lambda: _save(home, lambda base: _attached(base, family), data),
+        "prompt": lambda: _virtual(home, "prompt", data),
+        "prefix": lambda: _virtual(home, "prefix", data),
     }
     done = {}
     for name, task in tasks.items():
@@ -276,13 +285,38 @@ def _tried(family: Family, home: Path) -> Verdict:
     return Verdict(how, done)
 
 
-def _adapted(home: Path, family: Family) -> Any:
-    base = load_model(f"path:{home / 'base'}").model
+def _base(home: Path) -> Any:
+    return load_model(f"path:{home / 'base'}").model
+
+
+def _attached(base: Any, family: Family) -> Any:
     return attach(base, rank=2, targets=family.targets, seed=1)
 
 
+def _adapted(home: Path, family: Family) -> Any:
+    return _attached(_base(home), family)
+
+
+def _virtual(home: Path, method: Literal["prompt", "prefix"], data: EncodedQuestions) -> None:
+    """All of it with virtual tokens, each time with fresh ones."""
+
+    def attached(base: Any) -> Any:
+        return attach_prompt(base, method=method, tokens=_VIRTUAL, seed=1)
+
+    check_virtual(attached(_base(home)), "model")
+    _tune(attached(_base(home)), data)
+    _distil(attached(_base(home)), attached(_base(home)), data)
+    _save(home, attached, data)
+    _tune_privately(attached(_base(home)), data)
+
+
+def _trained(model: Any) -> AdapterLayout:
+    """The layout of what is tuned."""
+    return full_layout(model) if virtual_count(model) else layout_of(model, "ffa-lora")
+
+
 def _tune(model: Any, data: EncodedQuestions) -> None:
-    layout = layout_of(model, "ffa-lora")
+    layout = _trained(model)
     plan = TrainPlan(steps=2, batch_size=4, learning_rate=0.01)
     train_plain(model, layout, data, plan, seed=1)
 
@@ -293,7 +327,7 @@ def _tune_privately(model: Any, data: EncodedQuestions) -> None:
     check_records(model, loss)
     train_dp(
         model,
-        layout_of(model, "ffa-lora"),
+        _trained(model),
         data,
         TrainPlan(steps=1, batch_size=4, learning_rate=0.01, loss=loss),
         Protection(noise_multiplier=1.0, clip_norm=1.0),
@@ -307,7 +341,7 @@ def _uncoupled(model: Any, data: EncodedQuestions) -> None:
 
     Adversary: the server, which chooses the adapter. Two copies of each record share its pass.
     """
-    layout, draw = layout_of(model, "ffa-lora"), np.random.default_rng(0)
+    layout, draw = _trained(model), np.random.default_rng(0)
     start = np.zeros(layout.size, dtype=np.float32)
     for adapter in hostile_adapters(start, layout, _HOSTILE, None, draw):
         load_vector(model, layout, adapter)
@@ -321,7 +355,7 @@ def _uncoupled(model: Any, data: EncodedQuestions) -> None:
 def _gradient_of(model: Any, data: EncodedQuestions, first: int, company: list[int]) -> bytes:
     """The bits of record ``first``'s gradient, computed with ``company``."""
     part = data.select(torch.tensor([*company, first]))
-    place, layout = len(company), layout_of(model, "ffa-lora")
+    place, layout = len(company), _trained(model)
     with evaluation_mode(model):
         records = records_of(model, layout, part, LossPlan(micro_batch=16))
         for rows, gradients in records.of_records(np.arange(len(part))):
@@ -333,7 +367,7 @@ def _gradient_of(model: Any, data: EncodedQuestions, first: int, company: list[i
 
 
 def _distil(llm: Any, slm: Any, data: EncodedQuestions) -> None:
-    layouts = layout_of(llm, "ffa-lora"), layout_of(slm, "ffa-lora")
+    layouts = _trained(llm), _trained(slm)
     for loss in (DistilLossPlan(over="choices"), DistilLossPlan(over="answer")):
         plan = DistilPlan(
             steps=1,
@@ -346,9 +380,9 @@ def _distil(llm: Any, slm: Any, data: EncodedQuestions) -> None:
         distil((llm, slm), layouts, (data, data), plan, seed=1)
 
 
-def _save(home: Path, family: Family, data: EncodedQuestions) -> None:
-    """The adapter, and the merged model, say the same when they are loaded."""
-    model = _adapted(home, family)
+def _save(home: Path, attached: Callable[[Any], Any], data: EncodedQuestions) -> None:
+    """The adapter, and the merged model if it can be merged, say the same when they are loaded."""
+    model = attached(_base(home))
     layout = full_layout(model)
     load_vector(model, layout, np.random.default_rng(0).normal(scale=0.1, size=layout.size))
     save_adapter(model, home / "adapter")
@@ -357,12 +391,11 @@ def _save(home: Path, family: Family, data: EncodedQuestions) -> None:
         with inference_mode(other):
             return choice_scores(other, data)
 
-    def base() -> Any:
-        return load_model(f"path:{home / 'base'}").model
-
     wanted = scores(model)
-    torch.testing.assert_close(scores(load_adapter(base(), home / "adapter")), wanted)
-    save_model(merged(base(), home / "adapter"), tokenizer(), home / "merged")
+    torch.testing.assert_close(scores(load_adapter(_base(home), home / "adapter")), wanted)
+    if virtual_count(model):
+        return
+    save_model(merged(_base(home), home / "adapter"), tokenizer(), home / "merged")
     again = load_model(f"path:{home / 'merged'}").model
     torch.testing.assert_close(scores(again), wanted, atol=1e-3, rtol=1e-3)
 
@@ -381,7 +414,7 @@ def _quiet() -> Iterator[None]:
 def row(name: str, family: Family, found: Verdict) -> str:
     """A line of the page's table."""
     reasons = [found.choices] if found.choices.startswith("no: ") else []
-    reasons += sorted({what for what in found.done.values() if what != "yes"})
+    reasons += sorted({_reason(how, what) for how, what in found.done.items() if what != "yes"})
     note = "; ".join(reason.removeprefix("no: ").replace("|", "/") for reason in reasons)
     if isinstance(family.targets, list):
         names = ", ".join(f"`{target}`" for target in family.targets)
@@ -391,11 +424,25 @@ def row(name: str, family: Family, found: Verdict) -> str:
     return f"| {name} | `{family.kind}` | {choices} | {' | '.join(cells)} | {note} |"
 
 
+def _reason(how: str, what: str) -> str:
+    """Why something was refused; of virtual tokens, what they were."""
+    why = what.removeprefix("no: ")
+    return f"{how}: {why.removeprefix('model: ')}" if how in {"prompt", "prefix"} else why
+
+
 def table(found: dict[str, Verdict]) -> list[str]:
     """The page's table."""
     head = ["family", "`model_type`", "choices", *COLUMNS, "note"]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
     return lines + [row(name, FAMILIES[name], what) for name, what in found.items()]
+
+
+def with_table(page: str, lines: list[str]) -> str:
+    """``page`` with its first table replaced."""
+    text = page.split("\n")
+    first = next(i for i, line in enumerate(text) if line.startswith("|"))
+    after = next(i for i in range(first, len(text)) if not text[i].startswith("|"))
+    return "\n".join([*text[:first], *lines, *text[after:]])
 
 
 def main() -> None:
@@ -411,10 +458,7 @@ def main() -> None:
             found[name] = verdict(family)
     lines = table(found)
     if given.write:
-        text = PAGE.read_text(encoding="utf-8").split("\n")
-        rest = [line for line in text if not line.startswith("|")]
-        at = text.index(next(line for line in text if line.startswith("|")))
-        PAGE.write_text("\n".join([*rest[:at], *lines, *rest[at:]]), encoding="utf-8")
+        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), lines), encoding="utf-8")
     if given.json:
         print(json.dumps({name: what._asdict() for name, what in found.items()}))
     else:

@@ -40,21 +40,41 @@ def choices_of(row: dict[str, Any], task: dict[str, Any]) -> tuple[list[str], in
     return task["labels"], task["labels"].index(row[named("label", task)].strip())
 
 
-def tokenise(
-    prompt: str, choices: list[str], tokenizer: Any, most: int = 1 << 30
-) -> list[tuple[list[int], int]]:
-    """Of each choice: the tokens of prompt, one space and choice; how many are the choice's."""
+def by_letters(
+    prompt: str, choices: list[str], tokenizer: Any, how: dict[str, Any]
+) -> tuple[str, list[str]]:
+    """The prompt with its choices listed, and their letters."""
+    letters = [chr(ord("A") + i) for i in range(len(choices))]
+    lines = [prompt.removesuffix(how["without"]).rstrip()]
+    for letter, choice in zip(letters, choices, strict=True):
+        lines.append(how["line"].format(letter=letter, choice=choice))
+    text = "\n".join([*lines, how["end"]])
+    if how["chat_template"]:
+        turn = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    return text, letters
 
-    def ids(text: str, **options: Any) -> list[int]:
-        found = list(tokenizer(text, **options)["input_ids"])
+
+def tokenise(
+    prompt: str,
+    choices: list[str],
+    tokenizer: Any,
+    most: int = 1 << 30,
+    space: str = " ",
+    bare: bool = False,
+) -> list[tuple[list[int], int]]:
+    """Of each choice: the tokens of the prompt and of the choice; how many are the choice's."""
+
+    def ids(text: str, add_special_tokens: bool = not bare) -> list[int]:
+        found = list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
         # Some tokenizers close every text with an end token.
         return found[:-1] if found[-1] == tokenizer.eos_token_id else found
 
     first, rest = ids(prompt), []
     for choice in choices:
-        both = ids(f"{prompt} {choice}")
+        both = ids(f"{prompt}{space}{choice}")
         apart = both[: len(first)] == first  # else a token goes across the border
-        rest.append(both[len(first) :] if apart else ids(f" {choice}", add_special_tokens=False))
+        rest.append(both[len(first) :] if apart else ids(f"{space}{choice}", False))
     room = most - max(map(len, rest))  # the longest decides
     if len(first) > room:  # the beginning is left out, but for the token that begins every text
         start = first[:1] if first[0] == tokenizer.bos_token_id else []
@@ -74,7 +94,13 @@ def scores_of(
     model: Any, tokenizer: Any, prompt: str, choices: list[str], task: dict[str, Any]
 ) -> list[float]:
     """The scores of the choices: the prediction is softmax(scores / score_temperature)."""
-    rows = tokenise(prompt, choices, tokenizer, task["max_tokens"])
+    bare = False
+    if task["letters"]:  # an exam: the choices are listed, and the model names a letter
+        bare = task["letters"]["chat_template"]
+        prompt, choices = by_letters(prompt, choices, tokenizer, task["letters"])
+    rows = tokenise(
+        prompt, choices, tokenizer, task["max_tokens"], space=task["before_answer"], bare=bare
+    )
     scores = [log_prob(model, *row) for row in rows]
     if task["prior_prompt"]:  # what the base model says of the choice by itself
         with model.disable_adapter():

@@ -188,8 +188,9 @@ def simulate_own(
 
     What a silo returns is compared with what it was given; the difference is clipped, noised if the
     study has privacy (``unit: silo``), masked and summed, with budget and evidence as in every
-    study. The mean is added to the global values (FedAvg, McMahan et al. 2017). Adversary: the
-    server, and ``silos.colluders`` silos; never a silo's own code.
+    study. The mean is added to the global values (FedAvg, McMahan et al. 2017), or is the gradient
+    of the study's ``server.outer``. Adversary: the server, and ``silos.colluders`` silos; never a
+    silo's own code.
 
     Args:
         study: with ``task.kind: own`` and ``models.slm.source: own:NAME``; a path, or a mapping.

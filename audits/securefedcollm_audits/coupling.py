@@ -33,7 +33,13 @@ from securefedcollm.federation.workload import Progress, Vector, silent
 from securefedcollm.privacy.noise import GridSum, grid_step
 from securefedcollm.study import Study
 from securefedcollm.study.config import Privacy
-from securefedcollm.tuning.adapters import AdapterLayout, load_vector, select, to_vector
+from securefedcollm.tuning.adapters import (
+    PROMPT,
+    AdapterLayout,
+    load_vector,
+    select,
+    to_vector,
+)
 from securefedcollm.tuning.independence import refuse_coupling
 from securefedcollm.tuning.local import members_of, records_of, sum_clipped
 from securefedcollm.tuning.passes import Indices, Widths
@@ -54,6 +60,7 @@ RECORDS: Final = 64
 _WORST: Final = 3  # of the adapters, those that are put to the product's own path
 _FIRST: Final = (1e2, 1e4, 1e6, 1e8, 1e12)
 _SECOND: Final = (1.0, 1e2, 1e4, 1e8, 1e16, 1e22)
+_PARTS: Final = 16  # of the numbers of a virtual token
 _CONTROL: Final = 1e-9
 """Clip norms that the control must find, or the audit would not have noticed anything."""
 
@@ -301,7 +308,8 @@ def hostile_adapters(
 
     One layer writes so large a constant into the stream that the records survive in its last bits
     only; a later one projects the constant out and amplifies what is left. Where, how much and in
-    which direction is drawn. Every fifth is merely random.
+    which direction is drawn. Of virtual tokens some numbers are so large. Every fifth is merely
+    random.
 
     Args:
         start: an honest adapter in ``layout``; values that are not touched stay as they are there.
@@ -312,16 +320,29 @@ def hostile_adapters(
         noise = draw.normal(scale=scale if number % 5 == 4 else 0.02, size=layout.size)
         vector = (start + noise).astype(np.float32)
         if number % 5 != 4:
-            first, second = sorted(draw.choice(len(_outer(layout)), size=2, replace=False))
-            _amplify(vector, layout, int(first), float(draw.choice(_FIRST)), draw)
-            _amplify(vector, layout, int(second), float(draw.choice(_SECOND)), draw)
+            matrices = _matrices(vector, layout)
+            first, second = sorted(draw.choice(len(matrices), size=2, replace=False))
+            _amplify(matrices[first], float(draw.choice(_FIRST)), draw)
+            _amplify(matrices[second], float(draw.choice(_SECOND)), draw)
         yield vector if limit is None else np.clip(vector, -limit, limit)
 
 
-def _outer(layout: AdapterLayout) -> list[int]:
-    """Which matrices of the layout write into the stream: B, or all where there is no B."""
+def _matrices(vector: Vector, layout: AdapterLayout) -> list[npt.NDArray[np.float32]]:
+    """Views of ``vector``: what writes into the stream, in the order of the layers.
+
+    B, or all matrices where there is no B; of virtual tokens (one matrix, [p, w]) some columns
+    each: of a prefix they are keys or values of one layer.
+    """
+    starts = np.cumsum([0, *(int(np.prod(shape)) for shape in layout.shapes)])
+    views = [
+        vector[start : start + int(np.prod(shape))].reshape(shape)
+        for start, shape in zip(starts, layout.shapes, strict=False)
+    ]
+    if layout.names == (PROMPT,):
+        return np.array_split(views[0], min(_PARTS, views[0].shape[1]), axis=1)
     found = [i for i, name in enumerate(layout.names) if ".lora_B." in name]
-    return sorted(found or range(len(layout.names)), key=lambda i: _depth(layout.names[i]))
+    order = sorted(found or range(len(views)), key=lambda i: _depth(layout.names[i]))
+    return [views[i] for i in order]
 
 
 def _depth(name: str) -> int:
@@ -329,13 +350,9 @@ def _depth(name: str) -> int:
     return numbers[0] if numbers else 0
 
 
-def _amplify(
-    vector: Vector, layout: AdapterLayout, which: int, scale: float, draw: np.random.Generator
-) -> None:
-    """Make one matrix of the layout rank one, and large."""
-    index = _outer(layout)[which]
-    at = sum(int(np.prod(shape)) for shape in layout.shapes[:index])
-    rows, columns = layout.shapes[index]
+def _amplify(matrix: npt.NDArray[np.float32], scale: float, draw: np.random.Generator) -> None:
+    """Make a matrix rank one, and large."""
+    rows, columns = matrix.shape
     left = draw.normal(size=rows) if draw.integers(2) else np.ones(rows)
     right = np.eye(columns)[draw.integers(columns)]
-    vector[at : at + rows * columns] = (scale * np.outer(left, right)).reshape(-1)
+    matrix[:] = scale * np.outer(left, right)

@@ -265,8 +265,14 @@ def _full_rank(study: Study, data: Path | None) -> Tuned:
     """The study's small model with an adapter as wide as itself.
 
     Raises:
-        ConfigError: its first layer does not show single tokens.
+        ConfigError: its first layer does not show single tokens, or the study tunes virtual ones.
     """
+    if study.adapter.tokens:
+        raise ConfigError(
+            "the attack reads words off the gradients of low-rank matrices; this study has none",
+            where="adapter.method",
+            hint="attack a study with ffa-lora; `audit one-run` and `coupling` take this one",
+        )
     narrow = Tuned.load(study, study.models.slm, data=data)
     width = int(narrow.model.config.hidden_size)
     adapter = msgspec.structs.replace(
@@ -296,6 +302,7 @@ def _inputs(tuned: Tuned, layout: AdapterLayout) -> Floats:
         for tokens in torch.split(torch.arange(count), 512):
             model(input_ids=tokens[:, None], use_cache=False)
             given = next(call.given for call in calls if call.weight is weight)
+            assert given is not None  # a linear layer's
             found.append(given[:, 0].double().numpy())
             calls.clear()
     return np.concatenate(found)

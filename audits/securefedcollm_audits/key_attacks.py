@@ -12,7 +12,7 @@ from securefedcollm_audits.attacks import Outcome, both, judge, observed, respel
 from securefedcollm_audits.cohort import Cohort, Puppet, altered, recorded
 
 BIRTHDAY = 1 << 18
-"""Seeds that are tried for two of one mask: enough where a seed has 32 bits."""
+"""Number of seeds to try for two with one mask: enough where a seed has 32 bits."""
 
 
 def narrow_seed() -> Outcome:

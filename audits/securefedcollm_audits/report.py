@@ -372,7 +372,7 @@ def _tuned(study: Study) -> dict[str, str]:
     """What the silos tune."""
     if study.task.kind == "own":
         return {"training": "the silos' own code"}
-    return {"adapter": f"{study.adapter.method}, rank {study.adapter.rank}"}
+    return {"adapter": study.adapter.summary}
 
 
 def _registry(case: Case, report: Report) -> dict[str, Any]:

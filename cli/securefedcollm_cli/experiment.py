@@ -49,7 +49,8 @@ def experiment(
     SLM: zero-shot, standalone, FedAvg, FedAvg with the server's auxiliary set but no distillation,
     FedCoLLM. LLM: zero-shot, auxiliary set alone, FedCoLLM, centralized. Both: FedCoLLM with the
     paper's losses. Without models.llm: zero-shot, standalone, FedAvg and centralized of the one
-    model. All rows share seeds, data and questions; differences come with 95 % intervals.
+    model, and each part of the study's `server` left out. All rows share seeds, data and questions;
+    differences come with 95 % intervals.
 
     Writes table.json, table.md and plot.svg. How the silos' data differ is part of the study:
     `--set task.data.partition=dirichlet --set task.data.alpha=0.1 --set task.data.skew=8`.
@@ -85,21 +86,24 @@ def _render(table: dict[str, Any], directory: Path) -> None:
     from rich.table import Table
 
     from securefedcollm.experiment.page import cells, heads
+    from securefedcollm.experiment.rows import main_of
     from securefedcollm.foreign import as_text
 
     console = Console()
+    best = main_of([(row["model"], row["method"]) for row in table["rows"]])
     for title, rows in (("rows", table["rows"]), ("differences", table["differences"])):
+        perplexity = bool(table.get("generative")) and title == "rows"
         shown = Table(title=f"{title}, seeds {table['seeds']}", title_justify="left")
-        for head in ("model", "method", *heads(table["groups"])):
+        for head in ("model", "method", *heads(table["groups"], perplexity=perplexity)):
             side: Literal["left", "right"] = "left" if head in {"model", "method"} else "right"
             shown.add_column(as_text(head), justify=side)
         for row in rows:
             less = f" − {row['less']}" if "less" in row else ""
-            main = row.get("main", row["method"] == "FedCoLLM")
+            main = row.get("main", row["method"] == best)
             shown.add_row(
                 row["model"].upper(),
                 row["method"] + less,
-                *cells(row, table["groups"], signed=bool(less)),
+                *cells(row, table["groups"], signed=bool(less), perplexity=perplexity),
                 style="bold" if main else None,
             )
         console.print(shown)

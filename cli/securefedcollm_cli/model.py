@@ -13,6 +13,7 @@ from securefedcollm_cli.progress import Bars
 from securefedcollm_cli.trained import (
     Out,
     Revision,
+    calibrate,
     evaluate,
     generate,
     load_named,
@@ -232,5 +233,5 @@ def _heal(
     }
 
 
-for _command in (generate, evaluate, merge):
+for _command in (generate, evaluate, calibrate, merge):
     app.command()(_command)

@@ -21,7 +21,8 @@ from securefedcollm_cli.role_serving import say_what_is_lacking, serve
 from securefedcollm_cli.role_words import confirm, print_entry, print_round, say_finished
 
 if TYPE_CHECKING:
-    from securefedcollm.federation.engines.flare.engine import FlareEngine, Kits, Waits
+    from securefedcollm.federation.engines.flare.engine import FlareEngine, Kits
+    from securefedcollm.federation.engines.flare.presence import Waits
     from securefedcollm.federation.roles import Member
     from securefedcollm_cli.progress import Bars
 
@@ -75,8 +76,9 @@ def server(
     last durable round. Nothing is opened twice.
     """
     from securefedcollm.federation import roles
-    from securefedcollm.federation.engines.flare.engine import Kits, Waits
+    from securefedcollm.federation.engines.flare.engine import Kits
     from securefedcollm.federation.engines.flare.kit import installed
+    from securefedcollm.federation.engines.flare.presence import Waits
     from securefedcollm.federation.engines.flare.ready import require_free_port
     from securefedcollm.federation.hooks import Hooks
     from securefedcollm.federation.tracking import require_tracker
@@ -107,8 +109,7 @@ def server(
         )
         minimum = study.minimum + (member.authority is not None)
         waits = Waits(minimum=minimum, patience=wait, rejoin=rejoin_wait)
-        largest = roles.largest_reply(study, workload)
-        with _engine(member, kits, waits, largest, bars) as engine:
+        with _engine(member, kits, waits, roles.largest_reply(study, workload), bars) as engine:
             record = roles.coordinate(
                 member,
                 engine,

@@ -150,6 +150,7 @@ def _render(results: dict[str, Any], verdict: Verdict, page: str) -> None:
 def _accuracy_table(results: dict[str, Any]) -> Table:
     from rich.table import Table
 
+    from securefedcollm.federation.results import main_method
     from securefedcollm.federation.status import MOST_GROUPS
 
     groups = results["groups"]
@@ -162,8 +163,7 @@ def _accuracy_table(results: dict[str, Any]) -> Table:
     if len(groups) > 1:
         table.add_column("mean" if shown else f"mean of {len(groups)} groups", justify="right")
     last = None
-    methods = {row["method"] for row in results["table"]}
-    best = "FedCoLLM" if "FedCoLLM" in methods else "FedAvg"
+    best = main_method(row["method"] for row in results["table"])
     for row in results["table"]:
         if last not in (None, row["model"]):
             table.add_section()

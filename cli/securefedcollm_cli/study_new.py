@@ -71,6 +71,10 @@ def new(
             "size follows from it [1000; the built-in world's].",
         ),
     ] = None,
+    method: Annotated[
+        Literal["ffa-lora", "rolora", "lora", "prompt", "prefix"],
+        typer.Option("--method", help="What is tuned: low-rank matrices, or virtual tokens."),
+    ] = "ffa-lora",
     epsilon: Annotated[float, typer.Option(help="ε of the whole study.")] = 8.0,
     delta: Annotated[float, typer.Option(help="Its δ, below 1/records.")] = 1e-5,
     as_json: Json = False,
@@ -105,6 +109,7 @@ def new(
             records=records or usual,
             epsilon=epsilon,
             delta=delta,
+            method=method,
         )
     )
     study = study_from_tree(tree)

@@ -20,9 +20,9 @@ def derived(study: Any, values: int | None = None) -> dict[str, Any]:
         "silos": f"{n}, of which {c} may collude with the server",
         "a sum opens with": _opens_with(study),
         **({"authority": _authority(study)} if study.scheme == "ckks-authority" else {}),
-        "adapter": "none: the silos train with code of their own"
+        "adapter": "none: the silos train with their own code"
         if study.task.kind == "own"
-        else f"{study.adapter.method}, rank {study.adapter.rank}, α {study.adapter.alpha:g}",
+        else study.adapter.summary,
         "ring": f"{_packing(study)}, integers within ±{field.bound}, "
         f"resolution {study.aggregation.clip_norm / field.bound:.2g}",
         **({"decryptions tell": _advantage(study, values)} if study.ring else {}),
@@ -32,6 +32,7 @@ def derived(study: Any, values: int | None = None) -> dict[str, Any]:
             if privacy
             else "no differential privacy: the global adapter may reveal records"
         ),
+        **({"server": _server(study)} if study.server else {}),
         **({"distillation": study.distillation.loss} if study.models.llm else {}),
     }
     return {
@@ -45,6 +46,20 @@ def derived(study: Any, values: int | None = None) -> dict[str, Any]:
         "ckks": _ring_facts(study, values),
         "reading": reading,
     }
+
+
+def _server(study: Any) -> str:
+    """What happens to an opened mean before distillation, in order."""
+    outer, central = study.server.outer, study.server.central
+    parts = ["adds the mean to the adapter (FedAvg)"]
+    if outer:
+        parts = [
+            f"takes a step of {outer.optimizer} on the mean, learning rate "
+            f"{outer.learning_rate:g}, momentum {outer.momentum:g}"
+        ]
+    if central:
+        parts.append(f"then {central.steps} steps of {central.batch_size} public rows")
+    return ", ".join(parts) + "; no ε"
 
 
 def _opens_with(study: Any) -> str:

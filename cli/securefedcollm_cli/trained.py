@@ -16,8 +16,11 @@ from securefedcollm_cli.progress import Bars
 
 if TYPE_CHECKING:
     from securefedcollm.study import Study
+    from securefedcollm.study.config import Model
+    from securefedcollm.tuning.calibrate import Form
     from securefedcollm.tuning.models import LoadedModel
     from securefedcollm.tuning.question import Question
+    from securefedcollm.tuning.questions import Scoring
 
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Commit hash of a hub: model (40 digits).")
@@ -114,6 +117,12 @@ def evaluate(
         Literal["plain", "length", "pmi", "pmi-length"] | None,
         typer.Option(help="How choices are scored [as the run's task; plain]."),
     ] = None,
+    ask: Annotated[
+        Literal["cloze", "letters"] | None,
+        typer.Option(
+            help="As models.*.ask: how choices are put to the model [as the run's; cloze]."
+        ),
+    ] = None,
     score_temperature: Annotated[
         float | None,
         typer.Option(help="Predictions are softmax(score / this) [as the run's task; 1]."),
@@ -154,7 +163,7 @@ def evaluate(
     from securefedcollm.federation.dealing import deal, layout_of
     from securefedcollm.tuning.data import read_questions
     from securefedcollm.tuning.evaluate import measure
-    from securefedcollm.tuning.questions import Scoring
+    from securefedcollm.tuning.formats import Asking
 
     if score_temperature is not None and not 0 < score_temperature < math.inf:
         raise ConfigError(
@@ -166,6 +175,7 @@ def evaluate(
         chosen = _choose(run, role, model, revision, adapter, data, device, bars, base=base)
         plan = chosen.study.task if chosen.study else None
         rows = task_of(task, label, column, template, plan)
+        ask = ask or (chosen.spec.ask if chosen.spec else "cloze")
         if test is not None:
             questions = read_questions(test, **layout_of(rows))
             questions = questions if part is None else _part_of(questions, test, part)
@@ -177,16 +187,86 @@ def evaluate(
             chosen.loaded,
             questions,
             adapter=chosen.adapter,
-            kind=rows.rows,
-            scoring=Scoring(
-                score or (plan.score if plan else "plain"),
-                score_temperature or (plan.score_temperature if plan else 1.0),
-            ),
+            asking=Asking(rows.rows, ask, rows.template),
+            scoring=_scoring(chosen, ask, score, score_temperature),
             max_tokens=max_tokens or (plan.max_tokens if plan else 256),
             batch_size=batch_size,
             progress=bars.report,
         )
     _show_scores(result, as_json)
+
+
+def _scoring(
+    chosen: _Chosen,
+    ask: Literal["cloze", "letters"],
+    score: Literal["plain", "length", "pmi", "pmi-length"] | None,
+    temperature: float | None,
+) -> Scoring:
+    """As the run's model is scored, but for what the options say."""
+    from securefedcollm.tuning.questions import Scoring
+
+    if ask == "letters" and score not in {None, "plain"}:
+        raise ConfigError(
+            "a letter has no length and no prior", where="--score", hint="remove it, or --ask cloze"
+        )
+    plan, spec = chosen.study.task if chosen.study else None, chosen.spec
+    rule = score or (plan.score if plan and ask == "cloze" else "plain")
+    usual = (spec.temperature if spec else None) or (plan.score_temperature if plan else 1.0)
+    return Scoring(rule, temperature or usual)
+
+
+def calibrate(
+    data_file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Labelled public records, at least some dozens.")
+    ],
+    model: Annotated[
+        str, typer.Option("--model", metavar="MODEL", help="builtin:, hub:, path: or a directory.")
+    ],
+    revision: Revision = None,
+    data: ModelDir = Path(),
+    task: TaskKind = None,
+    label: Labels = None,
+    column: Columns = None,
+    template: Annotated[
+        str | None, typer.Option("--template", help="As task.template, with {} for the text.")
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=2, help="As task.max_tokens.")
+    ] = 256,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Records in one pass of the model.")
+    ] = 32,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Find out how to ask a model: as a cloze or by letters, by which score, at which temperature.
+
+    Every form is tried on FILE. The best one is the form under which the right choices are most
+    probable. FILE must be neither the study's test questions nor anybody's private records: use
+    public ones that you keep apart for this.
+    """
+    from dataclasses import asdict
+
+    from securefedcollm.federation.dealing import layout_of
+    from securefedcollm.tuning.calibrate import Plan
+    from securefedcollm.tuning.calibrate import calibrate as tried
+    from securefedcollm.tuning.data import read_questions
+    from securefedcollm.tuning.formats import Asking
+
+    rows = task_of(task, label, column, template)
+    if rows.kind not in {"multiple_choice", "classification"}:
+        raise ConfigError(
+            f"{rows.kind} has no choices", where="--task", hint="multiple_choice or classification"
+        )
+    with Bars(quiet=as_json) as bars:
+        chosen = _choose(None, None, model, revision, None, data, device, bars)
+        questions = read_questions(data_file, **layout_of(rows))
+        plan = Plan(Asking(rows.rows, template=rows.template), max_tokens, batch_size)
+        forms = tried(chosen.loaded, questions, plan, bars.report)
+    if as_json:
+        typer.echo(json.dumps([asdict(form) for form in forms], indent=2))
+        return
+    _show_forms(forms)
 
 
 def _part_of(questions: list[Question], test: Path, part: Path) -> list[Question]:
@@ -219,7 +299,7 @@ def merge(
 
     The result needs neither PEFT nor this program: AutoModelForCausalLM.from_pretrained(DIR), or
     `path:DIR` in another study. Weights are float32. The adapter of a run with privacy is as
-    private merged as it is alone.
+    private merged as it is alone. Virtual tokens (a prompt or prefix) cannot be merged.
     """
     from securefedcollm.tuning.adapters import merged
     from securefedcollm.tuning.identity import model_digest, model_parts
@@ -244,6 +324,8 @@ class _Chosen(NamedTuple):
     loaded: LoadedModel
     adapter: Path | None
     study: Study | None
+    spec: Model | None
+    """Which of the study's models."""
 
 
 def _choose(
@@ -267,7 +349,7 @@ def _choose(
     from securefedcollm.tuning.models import find_device, load_model
 
     place = find_device(device)
-    study = None
+    study = spec = None
     if run is None:
         assert model is not None
         loaded = load_named(model, revision, dtype or "float32", base_dir=data)
@@ -294,7 +376,7 @@ def _choose(
             progress=bars.report,
         )
     loaded.model.to(place)
-    return _Chosen(loaded, None if base else adapter, study)
+    return _Chosen(loaded, None if base else adapter, study, spec)
 
 
 def load_named(
@@ -349,6 +431,24 @@ def _cell(value: float | None) -> str:
     if value is None:
         return "not defined"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _show_forms(forms: list[Form]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table("ask", "score", "accuracy", "temperature", "log p(right)", "at temperature 1")
+    for form in forms:
+        accuracy = f"{form.accuracy:.1%} ± {form.standard_error:.1%}"
+        fitted = f"{form.gold_log_prob:.3f}", f"{form.uncalibrated:.3f}"
+        table.add_row(form.ask, form.score, accuracy, f"{form.temperature:.3g}", *fitted)
+    console.print(table)
+    best = forms[0]
+    console.print(f"{best.count} records. For the study, under models.llm or models.slm:")
+    console.print(f"  ask: {best.ask}\n  temperature: {best.temperature:.3g}")
+    if best.ask == "cloze":
+        console.print(f"and under task:\n  score: {best.score}")
 
 
 def print_models(models: dict[str, dict[str, Any]], as_json: bool) -> None:

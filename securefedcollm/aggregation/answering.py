@@ -39,8 +39,8 @@ K = TypeVar("K", bound=Secrets)
 class AnsweringSide(ABC, Generic[K]):
     """Answers the server's requests, in order, once each. Not thread-safe.
 
-    A scheme sets ``_secrets`` when it is made, and says what it makes of a request
-    (:meth:`_answer`).
+    A scheme hands over its secrets when it is made (:meth:`_hold`), and says what it makes of a
+    request (:meth:`_answer`).
 
     Args:
         header: this side's own view of the round, never the server's.
@@ -128,6 +128,10 @@ class AnsweringSide(ABC, Generic[K]):
         """
 
     # For the schemes ----------------------------------------------------------------------------
+
+    def _hold(self, secrets: K) -> None:
+        """Keep these until the attempt is over. Called once, when this side is made."""
+        self._secrets = secrets
 
     def _say(self, key: bytes, message: S) -> S:
         """Sign the coming answer of this attempt, and record it in the journal."""

@@ -15,6 +15,7 @@ from securefedcollm.errors import DataError
 from securefedcollm.federation.dealing import Dealt
 from securefedcollm.federation.recipes import loss_plan, steps_of, training_seed
 from securefedcollm.federation.results import remembered
+from securefedcollm.federation.serverparts import CentralSteps
 from securefedcollm.federation.tuned import Tuned
 from securefedcollm.federation.workload import Progress, silent
 from securefedcollm.simulation.plan import SiloPlan
@@ -154,6 +155,21 @@ def centralized(
         max_grad_norm=local.max_grad_norm,
         progress=progress,
     )
+    return _plain(tuned.answers(tuned.encode(dealt.test)))
+
+
+def central_only(
+    study: Study, dealt: Dealt, *, data: Path | None, device: str, progress: Progress
+) -> Answers:
+    """The model that the silos would tune, after the server's central steps of all rounds alone.
+
+    Raises:
+        ConfigError: no public row has its answer.
+    """
+    tuned = Tuned.load(study, study.models.slm, data=data, device=device, progress=progress)
+    steps = CentralSteps(study, tuned, dealt.public)
+    for round_ in range(study.rounds):
+        steps.run(round_, progress)
     return _plain(tuned.answers(tuned.encode(dealt.test)))
 
 

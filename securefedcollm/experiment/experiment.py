@@ -28,6 +28,7 @@ from securefedcollm.simulation.plan import ExperimentPlan, SiloPlan, SimulationP
 from securefedcollm.simulation.simulate import PRELOAD, Say, Simulation, for_each, planned
 from securefedcollm.study import Study, digest, dump_study
 from securefedcollm.study.checks import check
+from securefedcollm.study.config import Distillation
 from securefedcollm.version import __version__
 
 METRICS: Final = ("accuracy", "gold_log_prob")
@@ -119,10 +120,15 @@ class Experiment:
     def _study_of(self, arm: Arm, seed: int) -> Study:
         plan = self._study.distillation
         if arm.loss is not None:
-            plan = msgspec.structs.replace(plan, loss=arm.loss, top_k=None)
+            plan = msgspec.structs.replace(
+                plan, loss=arm.loss, top_k=None, change=Distillation().change
+            )
         if not arm.labels:
             plan = msgspec.structs.replace(plan, batch_labelled=0)
-        return msgspec.structs.replace(self._study, seed=seed, distillation=plan)
+        server = self._study.server
+        if server is not None and not arm.central:
+            server = msgspec.structs.replace(server, central=None)
+        return msgspec.structs.replace(self._study, seed=seed, server=server, distillation=plan)
 
     def _home(self, key: str, seed: int) -> Path:
         return self._out / f"seed-{seed}" / key
@@ -161,6 +167,8 @@ class Experiment:
         if arm.kind == "centralized":
             answers = made.centralized(study, dealt, progress=progress, **place)
             return dict.fromkeys(arm.rows, answers)
+        if arm.kind == "central":
+            return {"slm": made.central_only(study, dealt, progress=progress, **place)}
         if arm.kind == "teacher":
             tuned = self._home("fedavg", seed) / "adapters"
             said = made.teacher_answers(
@@ -224,6 +232,7 @@ class Experiment:
             "version": __version__,
             "seeds": seeds,
             "questions": len(groups),
+            "generative": self._study.generative,
             "level": LEVEL,
             "resamples": RESAMPLES,
             **compare(names, scores, groups),
@@ -239,6 +248,16 @@ class Experiment:
             f"Centralized: the {'LLM' if study.models.llm else 'model'} tuned on all records at "
             "one place without privacy.",
         ]
+        if study.generative:
+            notes.append(
+                "Accuracy: the share of tokens that are the most probable one. Perplexity: e to "
+                "the mean negative log-probability of a token, every record weighed alike."
+            )
+        if study.server and study.server.central:
+            notes.append(
+                f"Central only: {study.rounds * study.server.central.steps} steps on public rows, "
+                "as in the federation, and no silo."
+            )
         if study.models.llm and not has_labels(study):
             notes.append(
                 "No public question is labelled, so there is nothing to tune on without "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -15,26 +16,47 @@ from securefedcollm.privacy.page import environment, render
 _METRICS: Final = {"accuracy": ("accuracy, %", 100, 1), "gold_log_prob": ("gold log-prob", 1, 3)}
 
 
-def cell(metric: str, found: Mapping[str, float], *, signed: bool = False) -> str:
-    """``63.0 [60.1, 65.9]``: accuracies in %, log-probabilities in nats; differences signed."""
+def cell(
+    metric: str, found: Mapping[str, float], *, signed: bool = False, perplexity: bool = False
+) -> str:
+    """``63.0 [60.1, 65.9]``: accuracies in %, log-probabilities in nats; differences signed.
+
+    ``perplexity``: a log-probability a token, -x, is shown as e^x.
+    """
     _, factor, digits = _METRICS[metric]
     sign = "+" if signed else ""
-    mean, low, high = (f"{factor * found[k]:{sign}.{digits}f}" for k in ("mean", "low", "high"))
+    values = [factor * found[key] for key in ("mean", "low", "high")]
+    if perplexity and metric == "gold_log_prob":
+        middle, least, most = (math.exp(-value) for value in values)
+        values, digits = [middle, most, least], 2
+    mean, low, high = (f"{value:{sign}.{digits}f}" for value in values)
     return f"{mean} [{low}, {high}]"
 
 
-def heads(groups: Sequence[str]) -> list[str]:
+def heads(groups: Sequence[str], *, perplexity: bool = False) -> list[str]:
     """The titles of the columns of :func:`cells`."""
+    titles = {metric: title for metric, (title, _, _) in _METRICS.items()}
+    titles |= {"gold_log_prob": "perplexity"} if perplexity else {}
     return [
         title if group == "all" else f"{group}: {title}"
         for group in _shown(groups)
-        for title, _, _ in _METRICS.values()
+        for title in titles.values()
     ]
 
 
-def cells(row: Mapping[str, Any], groups: Sequence[str], *, signed: bool = False) -> list[str]:
+def cells(
+    row: Mapping[str, Any],
+    groups: Sequence[str],
+    *,
+    signed: bool = False,
+    perplexity: bool = False,
+) -> list[str]:
     """A row's, or a difference's, numbers. The column ``all`` only where there is no other."""
-    return [cell(m, row[m][g], signed=signed) for g in _shown(groups) for m in _METRICS]
+    return [
+        cell(m, row[m][g], signed=signed, perplexity=perplexity)
+        for g in _shown(groups)
+        for m in _METRICS
+    ]
 
 
 def _shown(groups: Sequence[str]) -> list[str]:
@@ -43,8 +65,8 @@ def _shown(groups: Sequence[str]) -> list[str]:
 
 def markdown(table: Mapping[str, Any]) -> str:
     """The whole table, its differences and notes."""
-    groups = table["groups"]
-    titles = [_text(title) for title in heads(groups)]
+    groups, perplexity = table["groups"], bool(table.get("generative"))
+    titles = [_text(title) for title in heads(groups, perplexity=perplexity)]
     seeds = ", ".join(map(str, table["seeds"]))
     lines = [
         f"# {table['study']}",
@@ -54,8 +76,9 @@ def markdown(table: Mapping[str, Any]) -> str:
         *_head(["model", "method", *titles]),
     ]
     for row in table["rows"]:
-        lines.append(_line([row["model"].upper(), row["method"], *cells(row, groups)]))
-    lines += ["", *_head(["model", "difference", *titles])]
+        shown = cells(row, groups, perplexity=perplexity)
+        lines.append(_line([row["model"].upper(), row["method"], *shown]))
+    lines += ["", *_head(["model", "difference", *(_text(title) for title in heads(groups))])]
     for row in table["differences"]:
         name = f"{row['method']} − {row['less']}"
         name = f"**{name}**" if row["main"] else name

@@ -8,13 +8,14 @@ distillation, and the LLM tuned on them alone (one run gives both).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
 from securefedcollm.experiment.intervals import interval, resampled_means
+from securefedcollm.federation.results import method_of
 from securefedcollm.study import Study
 
 
@@ -24,7 +25,8 @@ class Arm:
 
     ``rows``: the method's name in the table, for each model that the run answers with. ``kind``:
     how it is run. ``loss``: the server's losses in a federation; None: the study's own.
-    ``labels``: whether the server uses the answers of public questions.
+    ``labels``: whether the server uses the answers of public questions. ``central``: whether it
+    takes the study's central steps.
     """
 
     key: str
@@ -32,13 +34,14 @@ class Arm:
     kind: str = "federation"
     loss: str | None = None
     labels: bool = True
+    central: bool = True
     noisy: int = 0
 
 
 def arms(study: Study, noisy: int = 0) -> list[Arm]:
     """The runs of one seed, the main one first."""
     if study.models.llm is None:
-        return _arms_of_one(noisy)
+        return _arms_of_one(study, noisy)
     plan = study.distillation
     name = "FedCoLLM"
     found = [
@@ -55,6 +58,8 @@ def arms(study: Study, noisy: int = 0) -> list[Arm]:
     if plan.loss != "mutual-kl":
         paper = f"{name} (mutual KL)"
         found.append(Arm("mutual-kl", {"slm": paper, "llm": paper}, loss="mutual-kl"))
+    if study.server and study.server.central:
+        found.append(_CENTRAL)
     found += [
         Arm("standalone", {"slm": "standalone"}, kind="standalone"),
         Arm("zero-shot", {"slm": "zero-shot", "llm": "zero-shot"}, kind="zero-shot"),
@@ -74,10 +79,17 @@ def arms(study: Study, noisy: int = 0) -> list[Arm]:
     return found
 
 
-def _arms_of_one(noisy: int) -> list[Arm]:
-    """The runs of a study that tunes one model: FedAvg is the main one."""
-    found = [
-        Arm("fedavg", {"slm": "FedAvg"}, kind="fedavg"),
+def _arms_of_one(study: Study, noisy: int) -> list[Arm]:
+    """The runs of a study that tunes one model; each part of the server's phase has its control."""
+    main, server = method_of(study), study.server
+    found = [Arm("fedavg", {"slm": "FedAvg"}, kind="fedavg")]
+    if main != "FedAvg":
+        found.insert(0, Arm("federated", {"slm": main}))
+    if server and server.central:
+        if server.outer:
+            found.append(Arm("outer", {"slm": "FedOpt"}, central=False))
+        found.append(_CENTRAL)
+    found += [
         Arm("standalone", {"slm": "standalone"}, kind="standalone"),
         Arm("zero-shot", {"slm": "zero-shot"}, kind="zero-shot"),
         Arm("centralized", {"slm": "centralized"}, kind="centralized"),
@@ -86,6 +98,10 @@ def _arms_of_one(noisy: int) -> list[Arm]:
         rows = {"slm": f"FedAvg, {noisy} noisy"}
         found.append(Arm(f"fedavg-noisy-{noisy}", rows, kind="fedavg", noisy=noisy))
     return found
+
+
+_CENTRAL: Final = Arm("central", {"slm": "central only"}, kind="central")
+"""The server's own steps on public rows, as many as in the study's run, and no silo."""
 
 
 def has_labels(study: Study) -> bool:
@@ -111,10 +127,14 @@ _TEACHER: Final = "the pooled teacher"
 _ORDER: Final = (
     "zero-shot",
     "standalone",
+    "central only",
     "FedAvg",
+    "FedOpt",
     _TEACHER,
     "auxiliary only",
     "FedAvg + auxiliary",
+    "FedAvg + central",
+    "FedOpt + central",
     "FedCoLLM",
     "FedCoLLM (mutual KL)",
     _PROMPTS,
@@ -126,9 +146,20 @@ _MAIN: Final = {
     "llm": ("auxiliary only", "zero-shot"),
 }
 """FedCoLLM less these is what the comparison is about."""
-_MAIN_OF_ONE: Final = ("standalone", "zero-shot")
-"""Where one model is tuned, FedAvg less these."""
+_MAIN_OF_ONE: Final = {
+    "FedOpt + central": ("FedOpt", "central only"),
+    "FedAvg + central": ("FedAvg", "central only"),
+    "FedOpt": ("FedAvg",),
+    "FedAvg": ("standalone", "zero-shot"),
+}
+"""Where one model is tuned, the study's own method less these."""
 _MAIN_OF_PROMPTS: Final = {"slm": "FedAvg", "llm": "zero-shot"}
+
+
+def main_of(names: Collection[tuple[str, str]]) -> str:
+    """Which of the rows (model, method) is the study's own run."""
+    methods = {method for _, method in names}
+    return next(method for method in ("FedCoLLM", *_MAIN_OF_ONE) if method in methods)
 
 
 def compare(
@@ -166,11 +197,10 @@ def compare(
 
 
 def _pairs(names: list[tuple[str, str]]) -> list[tuple[int, int, bool]]:
-    """FedCoLLM less every other row (FedAvg, where there is no LLM), noisy less clean, distillation
-    alone less what it began with: (row, row to subtract, is it a main one)."""
+    """The study's own run less every other row, noisy less clean, distillation alone less what it
+    began with: (row, row to subtract, is it a main one)."""
     found = []
-    both = any(method == "FedCoLLM" for _, method in names)
-    best = "FedCoLLM" if both else "FedAvg"
+    best = main_of(names)
     for a, (model, method) in enumerate(names):
         clean, _, noise = method.partition(", ")
         if noise:
@@ -179,7 +209,7 @@ def _pairs(names: list[tuple[str, str]]) -> list[tuple[int, int, bool]]:
             found.append((a, names.index((model, _MAIN_OF_PROMPTS[model])), True))
         elif method == best:
             others = [b for b, (m, other) in enumerate(names) if m == model and other != method]
-            main = _MAIN[model] if both else _MAIN_OF_ONE
+            main = _MAIN_OF_ONE.get(best) or _MAIN[model]
             found += [(a, b, names[b][1] in main) for b in others if ", " not in names[b][1]]
     return sorted(found, key=lambda pair: (names[pair[0]][0] != "slm", not pair[2]))
 

@@ -95,10 +95,10 @@ class Coordinator:
                 resumed.
             ConfigError: it was begun with another base model. Nothing is changed.
         """
-        state = self._store.state
+        state, study = self._store.state, self._study
         if state.round == 0 and not state.history:
             self._store.save_adapters(self._workload, 0)
-        self._store.load_adapters(self._workload)
+        self._store.load_adapters(self._workload, remembers=study.remembers)
         if state.round:  # a crash may have come between the two
             self._note_finished(state.round - 1)
         if state.round < self._study.rounds:
@@ -186,7 +186,7 @@ class Coordinator:
             "server": round(time.monotonic() - aggregated, 3),
         }
         best = best_round(study, [*state.history, record]) == round_ + 1
-        self._store.finish_round(self._workload, record, joint=study.joint, best=best)
+        self._store.finish_round(self._workload, record, remembers=study.remembers, best=best)
         self._note_finished(round_)
         self._countersign(self._roster.names)
         self._deliver()

@@ -1,6 +1,7 @@
 """The real workloads: tuning and distillation of language models, as the round loops want them.
 
-Built from a study and data in the process that runs them; importing this module imports torch.
+The silo's is here, the server's in :mod:`securefedcollm.federation.servertuning`. Both are built
+from a study and data in the process that runs them. Importing this module imports torch.
 """
 
 from __future__ import annotations
@@ -8,21 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 
-from securefedcollm.errors import ConfigError, DataError, LocalProtocolError
+from securefedcollm.errors import DataError, LocalProtocolError
 from securefedcollm.federation.feasible import local_event, local_rate, refuse_joint_units
 from securefedcollm.federation.recipes import (
-    distil_plan,
     loss_plan,
-    pace_of,
     steps_of,
     train_plan,
     training_seed,
 )
+from securefedcollm.federation.servertuning import ServerTuning as ServerTuning
 from securefedcollm.federation.tuned import Tuned, accuracies, once
 from securefedcollm.federation.workload import Gradient, Progress, Vector, silent
 from securefedcollm.privacy.events import Event, PoissonGaussian
@@ -32,9 +31,7 @@ from securefedcollm.study import Study
 from securefedcollm.study.config import Distillation
 from securefedcollm.tuning.adapters import AdapterLayout, load_vector, to_vector
 from securefedcollm.tuning.content import folded
-from securefedcollm.tuning.descent import Descent
-from securefedcollm.tuning.distil import DistilStep, distil
-from securefedcollm.tuning.evaluate import Evaluation, GroupScore
+from securefedcollm.tuning.evaluate import Evaluation
 from securefedcollm.tuning.head import device_of
 from securefedcollm.tuning.independence import refuse_coupling
 from securefedcollm.tuning.local import (
@@ -46,9 +43,7 @@ from securefedcollm.tuning.local import (
 )
 from securefedcollm.tuning.plans import Protection
 from securefedcollm.tuning.question import Question
-from securefedcollm.tuning.questions import EncodedQuestions
 from securefedcollm.tuning.splits import dataset_fingerprint, record_content
-from securefedcollm.tuning.vocabulary import vocabulary_of
 
 
 class SiloTuning:
@@ -189,7 +184,9 @@ class SiloTuning:
             return delta, to_vector(model, layout)
 
         # All of the study but the server's phase, which no silo knows of.
-        silos_part = msgspec.structs.replace(self._study, distillation=Distillation()).digest
+        silos_part = msgspec.structs.replace(
+            self._study, server=None, distillation=Distillation()
+        ).digest
         place = (self.base_digest, str(device_of(model)))
         start = (silos_part, place, self._name, self._questions, round_, adapter.tobytes())
         delta, end = once(("fit", *start), tune)
@@ -223,174 +220,6 @@ class SiloTuning:
     def evaluate(self, test: Sequence[Question]) -> dict[str, float]:
         """Accuracy of this silo's own model by group."""
         return accuracies(self._tuned, self._tuned.encode(test))
-
-
-class ServerTuning:
-    """Implements :class:`securefedcollm.federation.workload.ServerWorkload` with real models."""
-
-    def __init__(
-        self,
-        study: Study,
-        *,
-        public: Sequence[Question],
-        test: Sequence[Question] = (),
-        distillation: bool = True,
-        data: Path | None = None,
-        device: str = "cpu",
-        progress: Progress = silent,
-    ) -> None:
-        """``distillation=False`` makes this plain FedAvg: the LLM is not even loaded.
-
-        A study without ``models.llm`` is FedAvg in any case.
-        """
-        self._study = study
-        place: dict[str, Any] = {"data": data, "device": device, "progress": progress}
-        self._slm = Tuned.load(study, study.models.slm, **place)
-        self._tests = {"slm": self._slm.encode(test)} if test else {}
-        self._llm: Tuned | None = None
-        self._kept: dict[str, EncodedQuestions] = {}
-        kept: Sequence[Question] = ()
-        if study.keep is not None and (distillation or study.models.llm is None):
-            public, kept = _validation(study, public)
-            self._kept["slm"] = self._slm.encode(kept)
-        self.base_digest = self._slm.base_digest
-        self._descent = Descent(
-            study.local.optimizer,
-            study.local.learning_rate,
-            pace_of(study, study.local, study.local.steps, 0),
-        )
-        if distillation and study.models.llm is not None:
-            self._llm = Tuned.load(study, study.models.llm, **place)
-            self._tests |= {"llm": self._llm.encode(test)} if test else {}
-            if kept:
-                self._kept["llm"] = self._llm.encode(kept)
-            over_tokens = study.distillation.over != "choices"
-            self._vocabularies = (
-                (vocabulary_of(self._llm.tokenizer), vocabulary_of(self._slm.tokenizer))
-                if over_tokens
-                else None
-            )
-            apart = (
-                self._vocabularies is not None and self._vocabularies[0] != self._vocabularies[1]
-            )
-            self._llm_public = self._llm.encode(public, cuts=apart)
-            self._slm_public = self._slm.encode(public, cuts=apart)
-
-    def layout(self, round_: int) -> bytes:
-        return self._slm.layout_digest(round_)
-
-    def update_size(self, round_: int) -> int:
-        return self._slm.update_layout(round_).size
-
-    def adapter(self) -> Vector:
-        return to_vector(self._slm.model, self._slm.broadcast_layout())
-
-    def absorb(self, mean: Vector, round_: int) -> None:
-        layout = self._slm.update_layout(round_)
-        load_vector(self._slm.model, layout, to_vector(self._slm.model, layout) + mean)
-
-    def descend(self, gradient: Vector, round_: int) -> None:
-        layout = self._slm.update_layout(round_)
-        point = to_vector(self._slm.model, layout)
-        load_vector(self._slm.model, layout, self._descent.step(point, gradient))
-
-    def descent(self) -> dict[str, Vector]:
-        return {"adapter": self.adapter(), **self._descent.state()}
-
-    def restore_descent(self, state: Mapping[str, Vector]) -> None:
-        load_vector(self._slm.model, self._slm.broadcast_layout(), state["adapter"])
-        self._descent.restore({k: v for k, v in state.items() if k != "adapter"})
-
-    def distil(self, round_: int, progress: Progress) -> dict[str, float]:
-        if self._llm is None:
-            return {}
-        steps: list[DistilStep] = []
-        distil(
-            (self._llm.model, self._slm.model),
-            (self._llm.broadcast_layout(), self._slm.broadcast_layout()),
-            (self._llm_public, self._slm_public),
-            distil_plan(self._study, self._slm.scoring, round_),
-            seed=training_seed(self._study, "server", round_),
-            vocabularies=self._vocabularies,
-            on_step=steps.append,
-            progress=progress,
-        )
-        return {
-            "first_loss_llm": steps[0].loss_llm,
-            "last_loss_llm": steps[-1].loss_llm,
-            "first_loss_slm": steps[0].loss_slm,
-            "last_loss_slm": steps[-1].loss_slm,
-        }
-
-    def measure(self) -> dict[str, dict[str, float]]:
-        scores = self._scores()
-        found = {"evaluation": {key: score.accuracy for key, score in scores.items()}}
-        perplexity = {k: s.perplexity for k, s in scores.items() if s.perplexity is not None}
-        found |= {"perplexity": perplexity} if perplexity else {}
-        return found | ({"validation": self._validate()} if self._kept else {})
-
-    def _validate(self) -> dict[str, float]:
-        """Of the public questions that nothing was distilled from."""
-        found: dict[str, float] = {}
-        for name, tuned in self._models():
-            score = tuned.answers(self._kept[name]).score()
-            loss = max(0.0, -score.gold_log_prob)  # a rounded 0 is no gain
-            found |= {f"{name}/loss": loss, f"{name}/accuracy": score.accuracy}
-        return found
-
-    def evaluate(self) -> dict[str, float]:
-        """Accuracies alone."""
-        return self.measure()["evaluation"]
-
-    def _scores(self) -> dict[str, GroupScore]:
-        tests = [(name, tuned, self._tests.get(name)) for name, tuned in self._models()]
-        return {
-            f"{name}/{group}": score
-            for name, tuned, test in tests
-            if test is not None
-            for group, score in tuned.answers(test).by_group().items()
-        }
-
-    def save(self, directory: Path) -> None:
-        for name, tuned in self._models():
-            tuned.save(directory / name)
-
-    def load(self, directory: Path) -> None:
-        for name, tuned in self._models():
-            tuned.load_adapter(directory / name)
-
-    def _models(self) -> list[tuple[str, Tuned]]:
-        models = [("slm", self._slm)]
-        return models if self._llm is None else [*models, ("llm", self._llm)]
-
-
-def _validation(
-    study: Study, public: Sequence[Question]
-) -> tuple[Sequence[Question], Sequence[Question]]:
-    """The public questions that are distilled from, and ``keep.rows`` answered ones beside them.
-
-    Raises:
-        ConfigError: there are not enough of either.
-    """
-    assert study.keep is not None
-    answered = [i for i, question in enumerate(public) if question.answer is not None]
-    if len(answered) < study.keep.rows:
-        raise ConfigError(
-            f"{study.keep.rows} of {len(answered)} public questions with answers",
-            where="keep.rows",
-            hint="lower it, or give the server more (`--public`, task.data.public_labelled)",
-        )
-    draw = torch.Generator().manual_seed(training_seed(study, "keep", 0))
-    order = torch.randperm(len(answered), generator=draw).tolist()
-    taken = {answered[i] for i in order[: study.keep.rows]}
-    rest = [question for i, question in enumerate(public) if i not in taken]
-    if not rest and study.models.llm is not None:
-        raise ConfigError(
-            "all public questions are kept apart, and none is left to distil from",
-            where="keep.rows",
-            hint="lower it, or give the server more (`--public`)",
-        )
-    return rest, [public[i] for i in sorted(taken)]
 
 
 def by_unit(study: Study) -> bool:

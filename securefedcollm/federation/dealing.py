@@ -21,7 +21,7 @@ from securefedcollm.tuning.data import read_questions
 from securefedcollm.tuning.formats import Layout
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.splits import SplitPlan, silo_sizes, split_questions, without
-from securefedcollm.tuning.world import FAMILIES, Sizes, World
+from securefedcollm.tuning.world import FAMILIES, Sizes, World, as_text
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Files:
 
     silos: Mapping[str, Path]
     public: Path | None
-    """None in a study without an LLM, which nobody teaches."""
+    """None in a study whose server learns from none."""
     test: Path
 
 
@@ -52,7 +52,7 @@ def given_files(
         ConfigError: some are missing, or they are not those of the study's silos.
     """
     where, names = "--silo", [name for name, _ in silos]
-    untaught = public is None and study.models.llm is not None
+    untaught = public is None and study.needs_public
     what = hint = ""
     if study.task.data.builtin:
         what, hint = "the built-in world makes its own records", "remove task.data.builtin"
@@ -102,9 +102,16 @@ def _made_up(study: Study) -> Dealt:
     world = World(seed=study.seed, silos=len(names), sizes=sizes)
     counts = silo_sizes(len(names), sizes.records_per_silo, spec.skew)
     shares = _family_shares(study)
+    silos = {name: world.records(i, counts[i], shares[i]) for i, name in enumerate(names)}
+    if study.task.kind == "text":
+        return Dealt(
+            public=tuple(world.public_texts()),
+            silos={name: tuple(map(as_text, records)) for name, records in silos.items()},
+            test=tuple(map(as_text, world.tests())),
+        )
     return Dealt(
         public=tuple(world.public()),
-        silos={name: tuple(world.records(i, counts[i], shares[i])) for i, name in enumerate(names)},
+        silos={name: tuple(records) for name, records in silos.items()},
         test=tuple(world.tests()),
     )
 

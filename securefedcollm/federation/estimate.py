@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from securefedcollm.federation.tuned import adapted
 from securefedcollm.study import Study
 from securefedcollm.study.config import Model
-from securefedcollm.tuning.adapters import attach, full_layout, layout_of
+from securefedcollm.tuning.adapters import full_layout, layout_of
 from securefedcollm.tuning.head import check_positions, text_config
 from securefedcollm.tuning.models import meta_model
 
@@ -37,15 +38,7 @@ def estimate(study: Study, data: Path | None) -> dict[str, Any]:
     silo += micro * slm["activation_bytes_per_record"]
     if study.privacy is not None and study.privacy.unit != "silo":
         silo += micro * slm["trained_values"] * _PER_RECORD
-    plan = study.distillation
-    batch = min(study.local.micro_batch, plan.batch_labelled + plan.batch_unlabelled)
-    batch = batch if llm else 0
-    server = sum(
-        model["weights_bytes"]
-        + model["trained_values"] * _OPTIMIZER
-        + batch * model["activation_bytes_per_record"]
-        for model in (*llm.values(), slm)
-    )
+    server = _server_bytes(study, llm, slm)
     return {
         **llm,
         "slm": slm,
@@ -56,24 +49,33 @@ def estimate(study: Study, data: Path | None) -> dict[str, Any]:
     }
 
 
+def _server_bytes(study: Study, llm: dict[str, Any], slm: dict[str, Any]) -> int:
+    """Memory of the server: distillation holds both models, central steps the small one's rows."""
+    micro, plan, parts = study.local.micro_batch, study.distillation, study.server
+    distilled = min(micro, plan.batch_labelled + plan.batch_unlabelled) if llm else 0
+    central = min(micro, parts.central.batch_size) if parts and parts.central else 0
+    models = [(model, distilled) for model in llm.values()] + [(slm, max(distilled, central))]
+    total = sum(
+        model["weights_bytes"]
+        + model["trained_values"] * _OPTIMIZER
+        + batch * model["activation_bytes_per_record"]
+        for model, batch in models
+    )
+    if parts and parts.outer:  # its memory, the mean and the step
+        total += 4 * (slm["broadcast_values"] + 3 * slm["update_values"])
+    return int(total)
+
+
 def _shape(study: Study, spec: Model, data: Path | None) -> dict[str, Any]:
     model = meta_model(spec.source, revision=spec.revision, base_dir=data or Path())
-    check_positions(model, study.task.max_tokens, spec.source)
     parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     config = text_config(model)
-    adapter = study.adapter
-    adapted = attach(
-        model,
-        method=adapter.method,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        targets=adapter.targets,
-        top_layers=adapter.top_layers,
-        seed=study.seed,
-    )
-    rounds = range(2 if adapter.method == "rolora" else 1)
-    update = max(layout_of(adapted, adapter.method, round_).size for round_ in rounds)
-    full = full_layout(adapted).size
+    method = study.adapter.method
+    tuned = adapted(model, study)
+    check_positions(tuned, study.task.max_tokens, spec.source)
+    rounds = range(2 if method == "rolora" else 1)
+    update = max(layout_of(tuned, method, round_).size for round_ in rounds)
+    full = full_layout(tuned).size
     width = 4 if spec.dtype == "float32" else 2
     return {
         "source": spec.source,
@@ -83,7 +85,7 @@ def _shape(study: Study, spec: Model, data: Path | None) -> dict[str, Any]:
         "adapter_share": full / parameters,
         "trained_values": update,
         "update_values": update,
-        "broadcast_values": update if adapter.method == "ffa-lora" else full,
+        "broadcast_values": update if method == "ffa-lora" else full,
         "activation_bytes_per_record": _activations(study, config, width),
     }
 
@@ -95,7 +97,7 @@ def _activations(study: Study, config: Any, width: int) -> int:
     eq. 2; s tokens, h hidden, a heads), and the logits in float32. Layers below the adapted ones
     keep nothing.
     """
-    s, h = study.task.max_tokens, int(config.hidden_size)
+    s, h = study.task.max_tokens + study.adapter.tokens, int(config.hidden_size)
     a, layers = int(getattr(config, "num_attention_heads", 0)), int(config.num_hidden_layers)
     layers = min(layers, study.adapter.top_layers or layers)
     return int(layers * s * h * (34 + 5 * a * s / h) * width / 2 + 4 * s * int(config.vocab_size))

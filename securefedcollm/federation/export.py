@@ -12,15 +12,18 @@ from typing import Any, Final
 
 from securefedcollm.foreign import printable
 from securefedcollm.study import Study, digest
-from securefedcollm.study.config import Model
-from securefedcollm.tuning.formats import CLASSIFY, QUESTION
+from securefedcollm.study.config import Model, Task
+from securefedcollm.tuning.formats import CLASSIFY, QUESTION, Asking, cue_of
 from securefedcollm.tuning.frozen import PMI_PROMPT
+from securefedcollm.tuning.question import BY_LETTER, CUE
+from securefedcollm.tuning.questions import Normalisation
 from securefedcollm.tuning.tokenise import INSTRUCTION
 from securefedcollm.version import __version__
 
 FORMAT: Final = "securefedcollm-task-v1"
 CONTRACT: Final = "task.json"
 CARD: Final = "README.md"
+_TAGS: Final = {"prompt": "prompt-tuning", "prefix": "prefix-tuning"}
 _TEMPLATES: Final = {
     "multiple_choice": QUESTION,
     "classification": CLASSIFY,
@@ -45,6 +48,7 @@ def task_contract(study: Study, model: Model, base: bytes, *, chat: bool) -> dic
     """All that a prompt and a score depend on, as plain JSON."""
     task = study.task
     by_chat = task.kind == "instruction" and chat
+    rule = rule_of(task, model)
     return {
         "format": FORMAT,
         "study": study.study,
@@ -60,12 +64,26 @@ def task_contract(study: Study, model: Model, base: bytes, *, chat: bool) -> dic
         "template": None if by_chat else task.template or _TEMPLATES[task.kind],
         "chat_template": by_chat,
         "labels": task.labels,
-        "before_answer": " ",
-        "score": task.score,
-        "score_temperature": task.score_temperature,
-        "prior_prompt": PMI_PROMPT if task.score.startswith("pmi") else None,
+        "ask": model.ask,
+        "letters": _letters(study, chat) if model.ask == "letters" else None,
+        "before_answer": "" if model.ask == "letters" and chat else " ",
+        "score": rule,
+        "score_temperature": model.temperature or task.score_temperature,
+        "prior_prompt": PMI_PROMPT if rule.startswith("pmi") else None,
         "max_tokens": task.max_tokens,
     }
+
+
+def rule_of(task: Task, model: Model) -> Normalisation:
+    """``task.score``; but a letter has no length and no prior of its own."""
+    return "plain" if model.ask == "letters" else task.score
+
+
+def _letters(study: Study, chat: bool) -> dict[str, Any]:
+    """How the template's prompt becomes one that lists its choices (:func:`.question.lettered`)."""
+    cue = cue_of(Asking(study.task.rows, "letters", study.task.template))
+    end = BY_LETTER if chat else CUE.strip()
+    return {"without": cue, "line": "{letter}. {choice}", "end": end, "chat_template": chat}
 
 
 def model_card(study: Study, contract: dict[str, Any]) -> str:
@@ -82,18 +100,21 @@ def model_card(study: Study, contract: dict[str, Any]) -> str:
         "base model": f"{_code(base['source'])}{_code(base['revision'], ', commit ')}",
         "digest of the base model": _code(base["sha256"]),
         "study": f"{_code(study.study)}, digest {_code(contract['study_sha256'])}",
-        "adapter": f"{study.adapter.method}, rank {study.adapter.rank}, α {study.adapter.alpha:g}",
+        "adapter": study.adapter.summary,
         "tuned by": f"{study.silos.count} silos, {at_most}{study.rounds} rounds",
         "task": contract["kind"] + "".join(_code(label, ", ") for label in contract["labels"]),
         "privacy": _privacy(study),
     }
+    method = study.adapter.method
+    tag = _TAGS.get(method, "lora")
+    what = "a LoRA adapter" if tag == "lora" else f"a {method} of virtual tokens"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---
 library_name: peft
-{hub}tags: [federated-learning, lora]
+{hub}tags: [federated-learning, {tag}]
 ---
 
-# {_code(study.study)}: a LoRA adapter, tuned without its records leaving their silos
+# {_code(study.study)}: {what}, tuned without its records leaving their silos
 
 Made by securefedcollm {__version__}.
 
@@ -118,7 +139,7 @@ tokenizer = AutoTokenizer.from_pretrained(base{revision})
 ## How to ask it
 
 The model was tuned on prompts of one form and scores answers in one way: `task.json` says which.
-With another form it is much worse. The scored answer follows the prompt after one space.
+With another form it is much worse. The scored answer follows the prompt after `before_answer`.
 """
 
 

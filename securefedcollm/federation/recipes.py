@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from securefedcollm.primitives import sha256
 from securefedcollm.study import Study
-from securefedcollm.study.config import Distillation, Local
+from securefedcollm.study.config import Central, Distillation, Local
 from securefedcollm.tuning.plans import DistilLossPlan, DistilPlan, LossPlan, TrainPlan
 from securefedcollm.tuning.questions import Scoring
 from securefedcollm.tuning.recipe import Pace
@@ -44,6 +44,7 @@ def distil_plan(study: Study, scoring: Scoring, round_: int) -> DistilPlan:
         temperature=given.temperature,
         direction=given.direction,
         sharpness=given.sharpness,
+        change=given.change,
         scoring=scoring,
         micro_batch=study.local.micro_batch,
     )
@@ -58,7 +59,18 @@ def distil_plan(study: Study, scoring: Scoring, round_: int) -> DistilPlan:
     )
 
 
-def pace_of(study: Study, plan: Local | Distillation, steps: int, round_: int) -> Pace:
+def central_plan(study: Study, plan: Central, scoring: Scoring, round_: int) -> TrainPlan:
+    """The server's steps of a round on public rows, by the loss that the silos minimise."""
+    return TrainPlan(
+        steps=plan.steps,
+        batch_size=plan.batch_size,
+        learning_rate=plan.learning_rate,
+        loss=loss_plan(study.local, scoring),
+        pace=pace_of(study, plan, plan.steps, round_),
+    )
+
+
+def pace_of(study: Study, plan: Local | Central | Distillation, steps: int, round_: int) -> Pace:
     """How the learning rate goes on in this round, of as many ``steps`` as every other one."""
     return Pace(
         schedule=plan.schedule,

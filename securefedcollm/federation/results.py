@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -21,7 +21,15 @@ from securefedcollm.version import __version__
 
 T = TypeVar("T")
 
-_ORDER: Final = ("zero-shot", "standalone", "FedAvg", "FedCoLLM")
+_ORDER: Final = (
+    "zero-shot",
+    "standalone",
+    "FedAvg",
+    "FedOpt",
+    "FedAvg + central",
+    "FedOpt + central",
+    "FedCoLLM",
+)
 
 
 def rows(method: str, scores: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -34,8 +42,21 @@ def rows(method: str, scores: Mapping[str, float]) -> list[dict[str, Any]]:
 
 
 def method_of(study: Study) -> str:
-    """What the study's own run is called: without an LLM it is FedAvg."""
-    return "FedCoLLM" if study.models.llm else "FedAvg"
+    """What the study's own run is called.
+
+    Without an LLM it is FedAvg, or FedOpt with an outer optimiser; ``+ central`` where the server
+    tunes on public rows (algorithm 2 of arXiv 2305.11414).
+    """
+    if study.models.llm is not None:
+        return "FedCoLLM"
+    server = study.server
+    name = "FedOpt" if server and server.outer else "FedAvg"
+    return f"{name} + central" if server and server.central else name
+
+
+def main_method(methods: Iterable[str]) -> str:
+    """The study's own run among the methods of its table: beside it there are only baselines."""
+    return max((method for method in methods if method in _ORDER), key=_ORDER.index)
 
 
 def best_method(method: str, best: int) -> str:

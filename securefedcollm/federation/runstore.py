@@ -151,20 +151,20 @@ class RunStore:
         workload: ServerWorkload,
         record: dict[str, Any],
         *,
-        joint: bool = False,
+        remembers: bool = False,
         best: bool = False,
     ) -> None:
         """Save the adapters, then move on to the next round in one atomic step.
 
         Args:
-            joint: save the optimiser's state as well.
+            remembers: save the server's optimiser's state as well.
             best: keep these adapters until a later round is better.
         """
         state = self.state
         self.save_adapters(workload, state.round + 1)
         if best:
             self._copy_best(state.round + 1)
-        if joint:
+        if remembers:
             self._save_descent(workload, state.round + 1, 0)
         state.history.append(record)
         state.round += 1
@@ -232,15 +232,19 @@ class RunStore:
         sync_tree(temporary)
         temporary.replace(target)
 
-    def load_adapters(self, workload: ServerWorkload) -> None:
+    def load_adapters(self, workload: ServerWorkload, *, remembers: bool = False) -> None:
         """Bring ``workload`` to the state after the last finished round, or step of one.
+
+        Args:
+            remembers: every finished round left the state of the server's optimiser.
 
         Raises:
             StateError: a file is lost or damaged.
         """
         workload.load(self._adapters(self.state.round))
         path = self._descent(self.state.round, self.state.step)
-        if not self.state.step and not path.exists():
+        needed = self.state.step or (remembers and self.state.round)
+        if not needed and not path.exists():
             return
         try:
             workload.restore_descent(safetensors.load(path.read_bytes()))

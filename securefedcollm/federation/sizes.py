@@ -46,7 +46,7 @@ def update_values(study: Study, data: Path | None) -> int:
             where="models.slm",
             hint="give --values N (the size of an update), or --data DIR for a path: model",
         )
-    return lora_values(config, study)
+    return adapter_values(config, study)
 
 
 def unit_records(study: Study) -> int:
@@ -80,8 +80,8 @@ def unit_records(study: Study) -> int:
     return study.task.data.per_silo
 
 
-def lora_values(config: dict[str, Any], study: Study) -> int:
-    """Trained values of a LoRA adapter on a Llama-style model with this ``config.json``."""
+def adapter_values(config: dict[str, Any], study: Study) -> int:
+    """Trained values of the study's adapter on a Llama-style model with this ``config.json``."""
     try:
         hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
         layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
@@ -93,6 +93,10 @@ def lora_values(config: dict[str, Any], study: Study) -> int:
             where="models.slm",
             hint="give --values N, the size of an update",
         ) from None
+    if study.adapter.method == "prompt":
+        return study.adapter.tokens * hidden
+    if study.adapter.method == "prefix":
+        return study.adapter.tokens * layers * 2 * groups * width
     shapes = {  # (in, out)
         "q_proj": (hidden, heads * width),
         "k_proj": (hidden, groups * width),

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from securefedcollm.errors import ConfigError, StateError
-from securefedcollm.federation.export import beside_adapter
+from securefedcollm.federation.export import beside_adapter, rule_of
 from securefedcollm.federation.workload import Progress, Vector, silent
 from securefedcollm.primitives import sha256
 from securefedcollm.study import Study
-from securefedcollm.study.config import Model
+from securefedcollm.study.config import Model, Task
 from securefedcollm.tuning.adapters import (
     AdapterLayout,
     attach,
@@ -28,10 +28,12 @@ from securefedcollm.tuning.adapters import (
     save_adapter,
 )
 from securefedcollm.tuning.evaluate import Evaluation, evaluate
+from securefedcollm.tuning.formats import Asking
 from securefedcollm.tuning.frozen import with_prefix, with_prior
 from securefedcollm.tuning.head import check_positions, check_vocabulary, device_of, unwrapped
 from securefedcollm.tuning.models import LoadedModel, find_device, load_model
 from securefedcollm.tuning.packing import check_model
+from securefedcollm.tuning.prompts import attach_prompt, check_virtual
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.questions import EncodedQuestions, Scoring, encode
 
@@ -79,6 +81,16 @@ def once(key: Hashable, make: Callable[[], T]) -> T:
     return make() if memory is None else memory.once(key, make)
 
 
+def asking_of(task: Task, model: Model) -> Asking:
+    """How one of the study's models is asked its records."""
+    return Asking(task.rows, model.ask, task.template)
+
+
+def scoring_of(task: Task, model: Model) -> Scoring:
+    """How choices of one of the study's models are scored."""
+    return Scoring(rule_of(task, model), model.temperature or task.score_temperature)
+
+
 @dataclass(frozen=True)
 class Tuned:
     """A base model with a fresh adapter, and what identifies both."""
@@ -92,8 +104,8 @@ class Tuned:
 
     @property
     def scoring(self) -> Scoring:
-        """How this study scores choices."""
-        return Scoring(self.study.task.score, self.study.task.score_temperature)
+        """How this study scores choices of this model."""
+        return scoring_of(self.study.task, self.spec)
 
     @classmethod
     def load(
@@ -125,18 +137,9 @@ class Tuned:
 
         loaded = once(("model", spec, data), load)
         check_model(loaded.model, spec.source)
-        check_positions(loaded.model, study.task.max_tokens, spec.source)
-        adapter = study.adapter
-        model = attach(
-            _modules_of_its_own(loaded.model),
-            method=adapter.method,
-            rank=adapter.rank,
-            alpha=adapter.alpha,
-            dropout=adapter.dropout,
-            targets=adapter.targets,
-            top_layers=adapter.top_layers,
-            seed=study.seed,
-        )
+        model = adapted(_modules_of_its_own(loaded.model), study)
+        check_positions(model, study.task.max_tokens, spec.source)
+        check_virtual(model, spec.source)
         return cls(model.to(place), loaded.tokenizer, bytes.fromhex(loaded.digest), study, spec)
 
     def encode(
@@ -154,7 +157,8 @@ class Tuned:
         task, top = self.study.task, self.study.adapter.top_layers
 
         def make() -> EncodedQuestions:
-            encoded = encode(questions, self.tokenizer, task.max_tokens, task.rows, cuts=cuts)
+            asked, form = asking_of(task, self.spec).put(questions, self.tokenizer)
+            encoded = encode(asked, self.tokenizer, task.max_tokens, form, cuts=cuts)
             check_vocabulary(self.model, self.tokenizer, encoded.tokens, encoded.targets)
             most = self.study.local.micro_batch if private else None
             if self.scoring.needs_prior:
@@ -165,7 +169,8 @@ class Tuned:
                 encoded = with_prefix(self.model, encoded, depth - top, most)
             return encoded
 
-        how = (self.base_digest, task.kind, task.score, task.max_tokens, top, cuts, private)
+        asked = (self.spec.ask, task.kind, task.score, task.max_tokens)
+        how = (self.base_digest, *asked, top, cuts, private)
         return once(("encoded", *how, str(device_of(self.model)), tuple(questions)), make)
 
     def answers(self, test: EncodedQuestions) -> Evaluation:
@@ -236,6 +241,27 @@ class Tuned:
                 hint="use the models that the participants agreed on",
             )
         return digest
+
+
+def adapted(base: Any, study: Study) -> Any:
+    """``base`` with the study's adapter, fresh, as a ``PeftModel``.
+
+    Raises:
+        ConfigError: the adapter does not fit the model.
+    """
+    adapter = study.adapter
+    if adapter.method == "prompt" or adapter.method == "prefix":
+        return attach_prompt(base, method=adapter.method, tokens=adapter.tokens, seed=study.seed)
+    return attach(
+        base,
+        method=adapter.method,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        targets=adapter.targets,
+        top_layers=adapter.top_layers,
+        seed=study.seed,
+    )
 
 
 def _modules_of_its_own(base: Any) -> Any:

@@ -95,7 +95,7 @@ class SiloWorkload(Protocol):
 
 
 class ServerWorkload(Protocol):
-    """The server's two models, their adapters, and the distillation between them."""
+    """The server's models, their adapters, and its phase between two sums."""
 
     base_digest: bytes
 
@@ -108,7 +108,13 @@ class ServerWorkload(Protocol):
         ...
 
     def absorb(self, mean: Vector, round_: int) -> None:
-        """Add the mean update, float32 [d], to the global SLM adapter."""
+        """Move the global SLM adapter by the mean update, float32 [d].
+
+        It is added, or is the gradient of a step of the study's ``server.outer``.
+
+        Raises:
+            TrainingError: the step leads to values that silos refuse.
+        """
         ...
 
     def descend(self, gradient: Vector, round_: int) -> None:
@@ -116,7 +122,10 @@ class ServerWorkload(Protocol):
         ...
 
     def descent(self) -> dict[str, Vector]:
-        """The SLM adapter and the optimiser's state, all that :meth:`descend` has changed."""
+        """The SLM adapter and the optimisers' state: what :meth:`descend` and :meth:`absorb` need.
+
+        The next one goes on from it.
+        """
         ...
 
     def restore_descent(self, state: Mapping[str, Vector]) -> None:
@@ -124,7 +133,7 @@ class ServerWorkload(Protocol):
         ...
 
     def distil(self, round_: int, progress: Progress) -> dict[str, float]:
-        """Run the server's phase on the public set; returns its losses."""
+        """Run the server's phase on the public set; returns the losses of distillation."""
         ...
 
     def measure(self) -> dict[str, dict[str, float]]:
@@ -133,6 +142,8 @@ class ServerWorkload(Protocol):
         ``evaluation``: accuracies on the test questions that the server has; may be empty.
         ``perplexity``: of the same questions, where they have nothing to choose from.
         ``validation``: ``model/loss`` and ``model/accuracy`` on the study's ``keep.rows``, if any.
+        ``central``: ``first_loss`` and ``last_loss`` of the server's own steps on public rows.
+        ``outer``: L2 norms of the opened mean and of the step that the outer optimiser made of it.
         """
         ...
 

@@ -34,6 +34,7 @@ from securefedcollm.federation.files import copy_tree, make_directory, replacing
 from securefedcollm.federation.plan import check_names
 from securefedcollm.federation.results import method_of, remembered, rows, write_results
 from securefedcollm.federation.runstore import RunStore, check_directory
+from securefedcollm.federation.serverparts import OuterStep
 from securefedcollm.federation.status import round_sentence
 from securefedcollm.federation.workload import Gradient, Progress, Vector
 from securefedcollm.foreign import printable
@@ -198,10 +199,14 @@ class OwnSilo:
 
 
 class OwnServer:
-    """Implements :class:`securefedcollm.federation.workload.ServerWorkload` for plain FedAvg."""
+    """Implements :class:`securefedcollm.federation.workload.ServerWorkload` for one set of values.
 
-    def __init__(self, tensors: Tensors, evaluate: Evaluate | None) -> None:
+    The mean is added (FedAvg), or is the gradient of the study's outer optimiser.
+    """
+
+    def __init__(self, study: Study, tensors: Tensors, evaluate: Evaluate | None) -> None:
         self._tensors, self._evaluate = tensors, evaluate
+        self._outer = OuterStep(study)
         self._vector = tensors.start.copy()
         self.base_digest = tensors.digest
 
@@ -215,22 +220,23 @@ class OwnServer:
         return self._vector
 
     def absorb(self, mean: Vector, round_: int) -> None:
-        self._vector = self._vector + mean
+        self._vector = self._outer.take("", self._vector, mean)
 
     def descend(self, gradient: Vector, round_: int) -> None:
         raise LocalProtocolError("own training takes no joint steps")
 
     def descent(self) -> dict[str, Vector]:
-        return {}
+        return {"adapter": self._vector, **self._outer.state()}
 
     def restore_descent(self, state: Mapping[str, Vector]) -> None:
-        raise LocalProtocolError("own training takes no joint steps")
+        self._vector = self._outer.restore(state)["adapter"]
 
     def distil(self, round_: int, progress: Progress) -> dict[str, float]:
         return {}
 
     def measure(self) -> dict[str, dict[str, float]]:
-        return {"evaluation": self.evaluate()}
+        outer = {"outer": self._outer.norms} if self._outer.norms else {}
+        return {"evaluation": self.evaluate(), **outer}
 
     def evaluate(self) -> dict[str, float]:
         """``slm/NAME`` → what the caller's function makes of the values now.
@@ -274,7 +280,7 @@ def simulate_own(
     check_names(study, names, "silos")
     planned = [Drop.parse(spec, names, study.scheme) for spec in drops]
     check_directory(study, out, resume=place.resume, overwrite=place.overwrite)
-    server = OwnServer(tensors, evaluate)
+    server = OwnServer(study, tensors, evaluate)
     before = server.evaluate()
     if place.overwrite:
         shutil.rmtree(out, ignore_errors=True)

@@ -52,7 +52,8 @@ class SimulationPlan(Machine):
     Args:
         baselines: which comparisons to run: ``standalone``, ``fedavg``.
         drops: silos to lose on purpose, ``SILO@STEP[:ROUND]``.
-        distillation: False leaves out the server's phase: plain FedAvg, without the LLM.
+        distillation: False leaves out the server's phase, every part of it: plain FedAvg, without
+            the LLM.
         noisy: number of silos whose answers are replaced at random.
         tested: False leaves out the test questions: the adapters are the result.
         files: the participants' own, where nothing is dealt out; their silos have its names.

@@ -23,7 +23,13 @@ from securefedcollm.federation.engines.embedded import process_context
 from securefedcollm.federation.files import copy_tree, make_directory, write_durably
 from securefedcollm.federation.keeping import BEST, best_round
 from securefedcollm.federation.plan import silo_names
-from securefedcollm.federation.results import best_method, remembered, rows, write_results
+from securefedcollm.federation.results import (
+    best_method,
+    method_of,
+    remembered,
+    rows,
+    write_results,
+)
 from securefedcollm.federation.runstore import RunStore, check_directory
 from securefedcollm.federation.status import round_sentence
 from securefedcollm.federation.tracking import Follow, require_tracker, tracking
@@ -56,10 +62,9 @@ class Simulation:
         """
         require_tracker(plan.track)
         self._study, self._plan, self._out = study, plan, plan.out
-        # Without an LLM the run itself is FedAvg.
-        plain = study.models.llm is None
-        self._baselines = tuple(b for b in plan.baselines if not (plain and b == "fedavg"))
-        self._distillation = plan.distillation and not plain
+        self._method = method_of(study) if plan.distillation else "FedAvg"
+        left_out = ("fedavg", "FedAvg")  # the run itself is FedAvg
+        self._baselines = tuple(b for b in plan.baselines if (b, self._method) != left_out)
         self._names = silo_names(study) if plan.files is None else list(plan.files.silos)
         self._drops = [Drop.parse(spec, self._names, study.scheme) for spec in plan.drops]
         cores = len(os.sched_getaffinity(0))
@@ -127,7 +132,7 @@ class Simulation:
             self._study,
             public=dealt.public,
             test=dealt.test if self._plan.tested else (),
-            distillation=self._distillation,
+            distillation=self._plan.distillation,
             data=self._plan.data,
             device=self._plan.device,
             progress=progress,
@@ -137,15 +142,14 @@ class Simulation:
 
     def _keep(self, store: RunStore) -> list[dict[str, Any]]:
         """The adapters of the last round, and of the best one, beside the run; their rows."""
-        for name in ("slm", "llm") if self._distillation else ("slm",):
+        for name in ("slm", "llm") if self._method == "FedCoLLM" else ("slm",):
             copy_tree(store.adapters / name, self._out / "adapters" / name)
         history = store.state.history
-        method = "FedCoLLM" if self._distillation else "FedAvg"
-        table = rows(method, history[-1]["evaluation"])
+        table = rows(self._method, history[-1]["evaluation"])
         best = best_round(self._study, history)
         if best is not None:
             copy_tree(store.best_adapters(best), self._out / BEST)
-            table += rows(best_method(method, best), history[best - 1]["evaluation"])
+            table += rows(best_method(self._method, best), history[best - 1]["evaluation"])
         return table
 
     def _prepare_models(self, progress: Progress) -> None:
@@ -300,7 +304,7 @@ def _notes(study: Study, baselines: tuple[str, ...]) -> list[str]:
         notes.append(
             f"general: knowledge that {known}; private: rules that only silos' records hold."
         )
-        if study.models.llm:
+        if study.models.llm and study.task.kind == "multiple_choice":
             notes.append("The public prompts include unanswered ones on the private topics.")
     if study.task.data.builtin and study.task.data.partition is None:
         share = f"1/{study.silos.count} of the private rules"

@@ -27,12 +27,15 @@ MOST: Final = {
     "task.max_tokens": 2**24,
     "adapter.rank": 2**20,
     "adapter.top_layers": 10**6,
+    "adapter.virtual_tokens": 2**20,
     "local.steps": 10**7,
     "local.batch_size": 10**10,
     "local.micro_batch": 10**9,
     "silos.minimum": 128,
     "silos.colluders": 128,
     "aggregation.threshold": 128,
+    "server.central.steps": 10**9,
+    "server.central.batch_size": 10**9,
     "distillation.steps": 10**9,
     "distillation.batch_labelled": 10**9,
     "distillation.batch_unlabelled": 10**9,
@@ -84,9 +87,14 @@ def check_sizes(study: Any) -> None:
         ConfigError: for the first one found, with its key path and a hint.
     """
     for path, most in MOST.items():
-        value = reduce(getattr, path.split("."), study)
+        value = reduce(_inside, path.split("."), study)
         if value is not None and value > most:
             raise ConfigError(f"{value} is too large", where=path, hint=f"at most {most}")
+
+
+def _inside(section: Any, key: str) -> Any:
+    """A key's value; None inside of a section that the study leaves out."""
+    return None if section is None else getattr(section, key)
 
 
 def _walk(tree: Any) -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ from securefedcollm.study.config import (
     Privacy,
     Study,
 )
+from securefedcollm.study.learning import VIRTUAL
 from securefedcollm.study.learning_checks import (
     CONTENT,
     check_data,
@@ -21,6 +22,7 @@ from securefedcollm.study.learning_checks import (
     check_steps,
     check_task,
 )
+from securefedcollm.study.serverchecks import check_server
 
 _MOST_RECORDS = 10**10  # above it, a slip of the pen
 
@@ -36,6 +38,7 @@ def check(study: Study) -> None:
     _check_own(study)
     check_steps(study)
     _check_ring(study)
+    _check_adapter(study)
     _check_privacy(study)
     _check_joint(study)
     check_data(study)
@@ -44,6 +47,7 @@ def check(study: Study) -> None:
         check_model("models.llm", study.models.llm)
     check_model("models.slm", study.models.slm)
     check_distillation(study)
+    check_server(study)
     check_keep(study)
     _check_roster(study)
 
@@ -176,6 +180,22 @@ def _check_privacy(study: Study) -> None:
             where="privacy.clip_norm",
             hint="give both keys the same value",
         )
+
+
+def _check_adapter(study: Study) -> None:
+    """Low-rank matrices and virtual tokens have no size in common."""
+    adapter, fresh = study.adapter, Adapter()
+    if adapter.method not in VIRTUAL:
+        unread, other = ["virtual_tokens"], "prompt or prefix"
+    else:
+        unread, other = ["rank", "alpha", "dropout", "targets", "top_layers"], "ffa-lora"
+    for key in unread:
+        if getattr(adapter, key) != getattr(fresh, key):
+            raise ConfigError(
+                f"an adapter of the method {adapter.method} has none",
+                where=f"adapter.{key}",
+                hint=f"remove it, or choose adapter.method: {other}",
+            )
 
 
 def _check_subject(study: Study, privacy: Privacy) -> None:

@@ -40,6 +40,7 @@ from securefedcollm.study.protection import (
     Privacy,
     Silos,
 )
+from securefedcollm.study.server import Central, Outer, Server
 
 __all__ = [
     "BUILTIN_SUBJECT",
@@ -48,6 +49,7 @@ __all__ = [
     "Adapter",
     "Adaptive",
     "Aggregation",
+    "Central",
     "Count",
     "Data",
     "Distillation",
@@ -58,10 +60,12 @@ __all__ = [
     "Model",
     "Models",
     "Name",
+    "Outer",
     "Participant",
     "Positive",
     "Privacy",
     "SchemeName",
+    "Server",
     "Silos",
     "Study",
     "Task",
@@ -70,6 +74,8 @@ __all__ = [
 
 _LATER: Final[dict[tuple[str, ...], Any]] = {
     ("adapter", "max_abs"): MAX_ABS,
+    ("adapter", "virtual_tokens"): None,
+    ("distillation", "change"): 0.5,
     ("distillation", "schedule"): "constant",
     ("distillation", "warmup"): 0.0,
     ("distillation", "weight_decay"): 0.0,
@@ -79,6 +85,7 @@ _LATER: Final[dict[tuple[str, ...], Any]] = {
     ("local", "schedule"): "constant",
     ("local", "warmup"): 0.0,
     ("local", "weight_decay"): 0.0,
+    ("server",): None,
     ("task", "columns"): {},
     ("task", "template"): None,
 }
@@ -120,6 +127,13 @@ class Study(Section, frozen=True, dict=True):
     aggregation: Annotated[
         Aggregation, says("How the server learns the sum of updates and nothing else.")
     ] = Aggregation()
+    server: Annotated[
+        Server | None,
+        says(
+            "What the server does between two sums, before it distils: an outer optimiser on the "
+            "opened mean, tuning on public rows. If left out, it adds the mean as it is."
+        ),
+    ] = None
     distillation: Annotated[
         Distillation, says("The server's phase on the public set, after every sum; with an LLM.")
     ] = Distillation()
@@ -197,6 +211,17 @@ class Study(Section, frozen=True, dict=True):
         """Whether every optimiser step is a secure sum of its own (joint DP-SGD)."""
         privacy = self.privacy
         return privacy is not None and privacy.unit != "silo" and privacy.noise == "distributed"
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the server has an optimiser whose memory lasts from one sum to the next."""
+        return self.joint or (self.server is not None and self.server.outer is not None)
+
+    @property
+    def needs_public(self) -> bool:
+        """Whether the server learns from public rows: by distillation, or by steps of its own."""
+        central = self.server is not None and self.server.central is not None
+        return central or self.models.llm is not None
 
     @property
     def sums(self) -> int:

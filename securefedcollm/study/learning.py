@@ -39,6 +39,23 @@ class Model(Section, frozen=True):
         Literal["float32", "bfloat16"],
         says("Number format of the frozen weights; bfloat16 halves the memory."),
     ] = "float32"
+    ask: Annotated[
+        Literal["cloze", "letters"],
+        says(
+            "How a question with choices is put to this model. `cloze`: each choice is scored as "
+            "the text that follows the question, which suits small base models. `letters`: the "
+            "choices are listed, and the model names a letter, in its chat template if it has one, "
+            "which suits larger instruct models. The two models may be asked differently; `model "
+            "calibrate` measures both."
+        ),
+    ] = "cloze"
+    temperature: Annotated[
+        Positive | None,
+        says(
+            "`task.score_temperature` for this model alone, as `model calibrate` finds it. If left "
+            "out, that."
+        ),
+    ] = None
 
 
 class Models(Section, frozen=True):
@@ -200,30 +217,50 @@ class Task(Section, frozen=True):
         return self.kind
 
 
+VIRTUAL_TOKENS: Final = 16
+"""Default of ``adapter.virtual_tokens``."""
+VIRTUAL: Final = frozenset({"prompt", "prefix"})
+"""The methods whose adapter is virtual tokens, and no low-rank matrices."""
+
+
 class Adapter(Section, frozen=True):
-    """The low-rank adapter (PEFT) that is tuned; base weights stay frozen."""
+    """The adapter (PEFT) that is tuned, low-rank or of virtual tokens; base weights stay frozen."""
 
     method: Annotated[
-        Literal["ffa-lora", "rolora", "lora"],
+        Literal["ffa-lora", "rolora", "lora", "prompt", "prefix"],
         says(
             "`ffa-lora` trains B only, with A fixed by the seed: exact under a sum. `rolora` "
             "trains B and A in alternate rounds: exact in each round. `lora` trains both, as the "
             "FedCoLLM paper does: the mean of products is not the product of means, so it is "
-            "inexact."
+            "inexact. `prompt` trains vectors before the input's tokens, `prefix` keys and values "
+            "before those of every layer: exact, and fewer values."
         ),
     ] = "ffa-lora"
-    rank: Annotated[Count, says("Rank of the adapter's matrices.")] = 8
-    alpha: Annotated[Positive, says("The adapter's output is scaled by alpha / rank.")] = 16.0
+    rank: Annotated[Count, says("Rank of a low-rank adapter's matrices.")] = 8
+    alpha: Annotated[Positive, says("A low-rank adapter's output is scaled by alpha / rank.")] = (
+        16.0
+    )
     dropout: Annotated[
         Fraction,
-        says("The adapter's own dropout; 0 with privacy for a record or subject."),
+        says("A low-rank adapter's own dropout; 0 with privacy for a record or subject."),
     ] = 0.0
     targets: Annotated[
         Literal["all-linear"] | list[str],
-        says("The layers that get an adapter: `all-linear`, or names such as [q_proj, v_proj]."),
+        says(
+            "The layers that get a low-rank adapter: `all-linear`, or names such as "
+            "[q_proj, v_proj]."
+        ),
     ] = "all-linear"
     top_layers: Annotated[
-        Count | None, says("Number of last layers that get an adapter. If left out, all layers do.")
+        Count | None,
+        says("Number of last layers that get a low-rank adapter. If left out, all layers do."),
+    ] = None
+    virtual_tokens: Annotated[
+        Count | None,
+        says(
+            "Number of virtual tokens of a `prompt` or `prefix`. If left out, 16. Other methods "
+            "have none."
+        ),
     ] = None
     layout: Annotated[
         Hex32 | None, says("Pins names and shapes of the adapter's values (a digest).")
@@ -236,6 +273,18 @@ class Adapter(Section, frozen=True):
             "would use far larger ones to read rounding errors."
         ),
     ] = MAX_ABS
+
+    @property
+    def tokens(self) -> int:
+        """Virtual tokens before every input: 0 for low-rank adapters."""
+        return (self.virtual_tokens or VIRTUAL_TOKENS) if self.method in VIRTUAL else 0
+
+    @property
+    def summary(self) -> str:
+        """Method and size in a few words."""
+        if self.method in VIRTUAL:
+            return f"{self.method}, {self.tokens} virtual tokens"
+        return f"{self.method}, rank {self.rank}, α {self.alpha:g}"
 
 
 class Local(Section, frozen=True):
@@ -329,13 +378,14 @@ class Distillation(Section, frozen=True):
     """The server's phase on the public set, after every sum; only with an LLM."""
 
     loss: Annotated[
-        Literal["entropy-pooled", "dual-min-ce", "mutual-kl", "none"],
+        Literal["entropy-pooled", "dual-min-ce", "mutual-kl", "transfer", "none"],
         says(
             "`entropy-pooled`: both models learn a mixture of their predictions, in which the "
             "more confident one weighs more. `dual-min-ce`: both learn the prediction of the "
             "better one, prompt by prompt (FedMKT). `mutual-kl`: the losses of the FedCoLLM "
-            "paper (arXiv 2411.11707, eq. 3 and 4). `none`: each is tuned on the labelled "
-            "public questions alone."
+            "paper (arXiv 2411.11707, eq. 3 and 4). `transfer`: the large model alone learns what "
+            "the small one says with its adapter, and what the adapter changes (POST, arXiv "
+            "2506.16196). `none`: each is tuned on the labelled public questions alone."
         ),
     ] = "entropy-pooled"
     over: Annotated[
@@ -376,6 +426,13 @@ class Distillation(Section, frozen=True):
     sharpness: Annotated[
         Positive, says("With `entropy-pooled`: how much more the more confident model weighs.")
     ] = 3.0
+    change: Annotated[
+        Annotated[float, Meta(ge=0, le=1)],
+        says(
+            "With `transfer`: the part that the change of predictions has in the divergence; the "
+            "rest is for the predictions themselves."
+        ),
+    ] = 0.5
     schedule: Annotated[
         Schedule,
         says(

@@ -66,7 +66,7 @@ def check_data(study: Study) -> None:
         return  # every participant gives a file of its own
     if not data.builtin:
         needed = ["train", "test", "public", "per_silo"]
-        if study.models.llm is None:
+        if not study.needs_public:
             needed.remove("public")
         for name in needed:
             if getattr(data, name) is None:
@@ -96,11 +96,11 @@ def check_data(study: Study) -> None:
 def check_task(study: Study) -> None:
     """What a record is, and what may be asked of it."""
     task, plan = study.task, study.distillation
-    if task.data.builtin and task.kind != "multiple_choice":
+    if task.data.builtin and task.kind not in {"multiple_choice", "text"}:
         raise ConfigError(
-            "the built-in world has multiple-choice questions",
+            "the built-in world has multiple-choice questions, and the same as text",
             where="task.kind",
-            hint="leave it out, or give files instead of task.data.builtin",
+            hint="leave it out, choose text, or give files instead of task.data.builtin",
         )
     if task.data.builtin and (task.columns or task.template):
         raise ConfigError(
@@ -109,6 +109,7 @@ def check_task(study: Study) -> None:
             hint="remove it, or give files instead of task.data.builtin",
         )
     check_rows(task)
+    _check_asked(study)
     if not study.generative:
         return
     for value, right, where in (
@@ -138,6 +139,27 @@ def check_task(study: Study) -> None:
             hint="choose all, set task.data.public_labelled to task.data.public, "
             "or set distillation.batch_unlabelled to 0",
         )
+
+
+def _check_asked(study: Study) -> None:
+    """``models.*.ask`` and ``temperature`` need choices, and letters a distillation over them."""
+    models = {"slm": study.models.slm, "llm": study.models.llm}
+    for name, model in models.items():
+        if model is None:
+            continue
+        for key, given in (("ask", model.ask != "cloze"), ("temperature", model.temperature)):
+            if given and study.generative:
+                raise ConfigError(
+                    f"is about choices, and kind: {study.task.kind} has none",
+                    where=f"models.{name}.{key}",
+                    hint="remove it",
+                )
+        if model.ask == "letters" and study.models.llm and study.distillation.over != "choices":
+            raise ConfigError(
+                "a letter is no text that two models could compare token by token",
+                where=f"models.{name}.ask",
+                hint="choose distillation.over: choices, or ask: cloze",
+            )
 
 
 def check_rows(task: Task) -> None:
@@ -247,6 +269,18 @@ def check_distillation(study: Study) -> None:
             "without distillation only labelled questions teach anything",
             where="distillation.batch_labelled",
             hint="raise it above 0, or choose loss: entropy-pooled",
+        )
+    if plan.loss == "transfer" and plan.over != "choices":
+        raise ConfigError(
+            "a transfer compares what the models say of the choices of a question",
+            where="distillation.over",
+            hint="choose over: choices, or loss: entropy-pooled for responses and texts",
+        )
+    if plan.change != Distillation().change and plan.loss != "transfer":
+        raise ConfigError(
+            f"loss: {plan.loss} compares no changes of predictions",
+            where="distillation.change",
+            hint="remove it, or choose loss: transfer",
         )
     if plan.top_k is not None and plan.over == "choices":
         raise ConfigError(

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any, Final, Literal, NamedTuple
 
 from securefedcollm.aggregation.steps import SchemeName
+from securefedcollm.study.learning import VIRTUAL, VIRTUAL_TOKENS
 
 Kind = Literal["multiple_choice", "classification", "instruction", "text"]
 Unit = Literal["record", "subject", "silo"]
+Method = Literal["ffa-lora", "rolora", "lora", "prompt", "prefix"]
 
+_RATES: Final = {"prompt": (2e-2, 2e-2), "prefix": (1e-1, 2e-2)}
 _LARGEST_BATCH: Final = 256
 _LARGEST_JOINT_BATCH: Final = 512
 
@@ -32,6 +35,7 @@ class Choices(NamedTuple):
     it."""
     epsilon: float
     delta: float
+    method: Method = "ffa-lora"
 
 
 def starting_tree(chosen: Choices) -> dict[str, Any]:
@@ -69,9 +73,9 @@ def starting_tree(chosen: Choices) -> dict[str, Any]:
         "task": task,
         "models": {"slm": chosen.slm} | ({"llm": chosen.llm} if chosen.llm else {}),
         "silos": {"count": chosen.silos, "colluders": 1},
-        "local": _local(chosen, 1e-2 if own else 2e-3),
+        "local": _local(chosen, _rate(chosen.method, own)),
         "seed": 2026,
-        "adapter": {"method": "ffa-lora", "rank": 8, "alpha": 16},
+        "adapter": {"method": chosen.method, **_size(chosen.method)},
         "privacy": privacy,
         "aggregation": aggregation,
     }
@@ -79,6 +83,19 @@ def starting_tree(chosen: Choices) -> dict[str, Any]:
         over = "all" if chosen.kind in {"instruction", "text"} else "choices"
         tree["distillation"] = {"loss": "entropy-pooled", "over": over, **_distilled(own)}
     return tree
+
+
+def _size(method: Method) -> dict[str, Any]:
+    return {"virtual_tokens": VIRTUAL_TOKENS} if method in VIRTUAL else {"rank": 8, "alpha": 16}
+
+
+def _rate(method: Method, own: bool) -> float:
+    """Virtual tokens take larger steps than matrices.
+
+    Of the built-in models: docs/results.md. Of others: what PEFT's own examples take, about.
+    """
+    built_in, other = _RATES.get(method, (1e-2, 2e-3))
+    return built_in if own else other
 
 
 def _distilled(own: bool) -> dict[str, Any]:

@@ -1,11 +1,12 @@
-"""LoRA adapters as PEFT objects, and the flat float vector that a secure sum carries.
+"""Adapters as PEFT objects, and the flat float vector that a secure sum carries.
 
 ``ffa-lora`` (Sun et al. 2024, "Improving LoRA in privacy-preserving federated learning") freezes
 every A at a value that all participants derive from the study's seed, and trains B: the product BA
 is linear in what is trained, so the mean of the silos' vectors *is* the mean of their updates, and
 noise stays noise. ``rolora`` (Chen et al. 2024) trains B in even rounds and A in odd ones: exact
 within each round. ``lora`` trains both at once, as the FedCoLLM paper does; the mean of products is
-not the product of means, so its average carries a bias.
+not the product of means, so its average carries a bias. ``prompt`` and ``prefix`` are virtual
+tokens (:mod:`.prompts`): the mean of prompts *is* the prompt of the mean.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 from uuid import uuid4
 
 import numpy as np
@@ -32,8 +33,11 @@ from securefedcollm.foreign import printable, read_object
 from securefedcollm.primitives import sha256
 from securefedcollm.tuning.head import unwrapped
 from securefedcollm.tuning.layers import decoder_layers
+from securefedcollm.tuning.virtual import KINDS, virtual_of
 
-Method = Literal["ffa-lora", "rolora", "lora"]
+Method = Literal["ffa-lora", "rolora", "lora", "prompt", "prefix"]
+PROMPT: Final = "prompt_embeddings"
+"""PEFT's name in a checkpoint of all that virtual tokens are."""
 Vector = npt.NDArray[np.float32]
 
 
@@ -101,7 +105,7 @@ def attach(
     )
     try:
         # PEFT draws an A of its own (replaced below).
-        with torch.random.fork_rng(devices=[]), _quiet_peft():
+        with torch.random.fork_rng(devices=[]), quiet_peft():
             adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(
@@ -111,7 +115,9 @@ def attach(
         ) from error
     for name, parameter in _adapter_parameters(adapted):
         if ".lora_A." in name:
-            parameter.data.copy_(torch.from_numpy(_shared_init(seed, name, parameter.shape)))
+            bound = 1 / math.sqrt(parameter.shape[1])  # PEFT's Kaiming range
+            fresh = shared_uniform(b"adapter/A\0", f"{seed}\0{name}", parameter.shape, bound)
+            parameter.data.copy_(torch.from_numpy(fresh))
         else:
             parameter.data.zero_()
     select(adapted, layout_of(adapted, method))
@@ -124,17 +130,25 @@ def layout_of(model: nn.Module, method: Method, round_number: int = 0) -> Adapte
         "ffa-lora": (".lora_B.",),
         "rolora": (".lora_B.",) if round_number % 2 == 0 else (".lora_A.",),
         "lora": (".lora_A.", ".lora_B."),
+        "prompt": (PROMPT,),
+        "prefix": (PROMPT,),
     }[method]
-    chosen = [(n, p) for n, p in _adapter_parameters(model) if any(part in n for part in parts)]
-    return AdapterLayout(
-        names=tuple(name for name, _ in chosen),
-        shapes=tuple(tuple(parameter.shape) for _, parameter in chosen),
+    return _layout(
+        (n, p) for n, p in _adapter_parameters(model) if any(part in n for part in parts)
     )
 
 
 def full_layout(model: nn.Module) -> AdapterLayout:
     """The layout of the whole adapter, trained or not: what a checkpoint must hold."""
-    return layout_of(model, "lora")
+    return _layout(_adapter_parameters(model))
+
+
+def _layout(parameters: Iterable[tuple[str, nn.Parameter]]) -> AdapterLayout:
+    chosen = list(parameters)
+    return AdapterLayout(
+        names=tuple(name for name, _ in chosen),
+        shapes=tuple(tuple(parameter.shape) for _, parameter in chosen),
+    )
 
 
 def select(model: nn.Module, layout: AdapterLayout) -> list[nn.Parameter]:
@@ -214,7 +228,7 @@ def load_adapter(model: nn.Module, directory: Path) -> Any:
 
     try:
         there = (directory / "adapter_model.safetensors").is_file()
-        kind = read_object(directory / "adapter_config.json").get("peft_type") if there else None
+        config = read_object(directory / "adapter_config.json") if there else {}
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"its adapter_config.json cannot be read ({type(error).__name__})",
@@ -227,19 +241,42 @@ def load_adapter(model: nn.Module, directory: Path) -> Any:
             where=str(directory),
             hint="give the directory of one adapter, such as runs/NAME/adapters/slm",
         )
-    if kind != "LORA":
+    kind = config.get("peft_type")
+    if kind not in {"LORA", *KINDS.values()} or config.get("prefix_projection"):
         raise ConfigError(
-            f"is an adapter of the kind {printable(kind, 60)}, and only LoRA can be used",
+            f"is an adapter of the kind {printable(kind, 60)}, and only LoRA, prompts and prefixes "
+            "without a projection can be used",
             where=str(directory),
-            hint="use a LoRA adapter, such as those that this program writes",
+            hint="use an adapter such as those that this program writes",
         )
     try:
-        with torch.random.fork_rng(devices=[]), _quiet_peft():
+        with torch.random.fork_rng(devices=[]), quiet_peft():
             adapted = PeftModel.from_pretrained(model, str(directory), is_trainable=False)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise _of_another_base(directory) from error
     _check_names(adapted, directory)
+    _check_width(model, adapted, directory)
     return adapted
+
+
+def _check_width(model: nn.Module, adapted: Any, directory: Path) -> None:
+    """Refuse virtual tokens as wide, or for as many layers, as those of another model."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    virtual = virtual_of(adapted)
+    if virtual is None:
+        return
+    config = adapted.active_peft_config
+    if not virtual.prefix:
+        fits = config.token_dim == unwrapped(model).get_input_embeddings().embedding_dim
+    else:
+        own = PrefixTuningConfig(num_virtual_tokens=1, task_type="CAUSAL_LM")
+        with torch.random.fork_rng(devices=[]), quiet_peft():
+            own = get_peft_model(model, own).active_peft_config  # completed by PEFT
+        sizes = ("num_layers", "num_attention_heads", "token_dim")
+        fits = all(getattr(config, size) == getattr(own, size) for size in sizes)
+    if not fits:
+        raise _of_another_base(directory)
 
 
 def _check_names(adapted: Any, directory: Path) -> None:
@@ -254,7 +291,7 @@ def _check_names(adapted: Any, directory: Path) -> None:
     wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     with safe_open(directory / "adapter_model.safetensors", "pt") as file:
         given = set(file.keys())
-    foreign = sorted(name for name in given - wanted if ".lora_" in name)
+    foreign = sorted(n for n in given - wanted if ".lora_" in n or wanted == {PROMPT})
     if foreign:
         raise _of_another_base(directory, f"{len(foreign)} of its tensors fit", foreign[0])
     if wanted - given:
@@ -274,7 +311,8 @@ def merged(model: nn.Module, directory: Path) -> Any:
     """A plain transformers model: the base ``model``, in place, plus an adapter's product B·A.
 
     Raises:
-        ConfigError: as :func:`load_adapter`, or the model's weights have too few bits.
+        ConfigError: as :func:`load_adapter`, the model's weights have too few bits, or the adapter
+            is one of virtual tokens.
     """
     if next(model.parameters()).dtype != torch.float32:
         raise ConfigError(
@@ -282,21 +320,36 @@ def merged(model: nn.Module, directory: Path) -> Any:
             where="--dtype",
             hint="merge in float32; the result can be loaded as bfloat16",
         )
-    return load_adapter(model, directory).merge_and_unload().eval()
+    adapted = load_adapter(model, directory)
+    if virtual_of(adapted) is not None:
+        raise ConfigError(
+            "virtual tokens stand before every input, and no weight of the model can hold them",
+            where=str(directory),
+            hint="use it as it is, with PEFT: README.md beside it says how",
+        )
+    return adapted.merge_and_unload().eval()
 
 
 @contextmanager
-def _quiet_peft() -> Iterator[None]:
-    """PEFT reads a property that transformers 5 has renamed; the warning is not for our users."""
+def quiet_peft() -> Iterator[None]:
+    """Keep warnings that are not for our users: PEFT reads a property that transformers 5 has
+    renamed, and drops position ids that transformers made, which it then makes itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)
+        warnings.filterwarnings("ignore", "Position ids are not supported")
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # it is refused
         yield
 
 
 def _adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """LoRA matrices by PEFT's checkpoint name (``default`` left out), sorted: A before B."""
+    """LoRA matrices by PEFT's checkpoint name (``default`` left out), sorted: A before B.
+
+    Or the virtual tokens, which are one matrix.
+    """
+    virtual = virtual_of(model)
+    if virtual is not None:
+        return iter([(PROMPT, virtual.weight)])
     found = [
         (name.replace(".default.", "."), parameter)
         for name, parameter in model.named_parameters()
@@ -319,15 +372,15 @@ def _checked(model: nn.Module, layout: AdapterLayout) -> list[nn.Parameter]:
     return [have[name] for name in layout.names]
 
 
-def _shared_init(seed: int, name: str, shape: Sequence[int]) -> Vector:
-    """Uniform in ±1/√(fan in), PEFT's Kaiming range, made from raw Philox words only.
+def shared_uniform(domain: bytes, name: str, shape: Sequence[int], bound: float) -> Vector:
+    """Uniform in ±``bound``, made from raw Philox words only, keyed by ``domain`` and ``name``.
 
     NumPy promises the stream of a bit generator for ever, but not that of its distributions.
     """
-    key = int.from_bytes(sha256(b"adapter/A\0", f"{seed}\0{name}".encode())[:16], "little")
+    key = int.from_bytes(sha256(domain, name.encode())[:16], "little")
     words = np.random.Philox(key=key).random_raw(math.prod(shape))
     unit = (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1)
-    return (unit * np.float32(1 / math.sqrt(shape[1]))).reshape(tuple(shape))
+    return (unit * np.float32(bound)).reshape(tuple(shape))
 
 
 def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:

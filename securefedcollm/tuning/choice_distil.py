@@ -68,7 +68,7 @@ def _frozen_targets(
     models: Sequence[nn.Module], data: Sequence[EncodedQuestions], loss: DistilLossPlan
 ) -> Tensor | None:
     """T of every question, [N, C], from both models as they are now; None if ``loss`` has none."""
-    if loss.kind == "mutual-kl" or loss.kind == "none":
+    if loss.kind != "entropy-pooled" and loss.kind != "dual-min-ce":
         return None
     llm, slm = (
         predict(
@@ -92,11 +92,18 @@ def predict(
     batch_size: int = 64,
 ) -> Tensor:
     """softmax(scores / τ) of every question: float32 [N, C], without gradients."""
+    return F.softmax(all_scores(model, data, scoring, batch_size) / temperature, dim=-1)
+
+
+def all_scores(
+    model: nn.Module, data: EncodedQuestions, scoring: Scoring, batch_size: int
+) -> Tensor:
+    """Scores of the choices of every question, without gradients: float32 [N, C]; −∞ for none."""
     scores = torch.zeros(data.choice_mask.shape)
     with inference_mode(model):
         for rows, batch in by_length(data, batch_size):
             scores[rows] = choice_scores(model, batch, scoring).cpu()
-    return F.softmax(scores / temperature, dim=-1)
+    return scores
 
 
 def teacher_of(

@@ -3,7 +3,7 @@
 Knowledge passes between the two models as distributions: over the choices of a prompt, or over the
 whole vocabulary at every token of the answer, or of prompt and answer. The models may have
 different tokenizers; over tokens they are then compared span by span
-(:mod:`securefedcollm.tuning.spans`). Four losses:
+(:mod:`securefedcollm.tuning.spans`). Five losses:
 
 ``entropy-pooled`` (default)
     At the start of the phase, freeze for every prompt (or position) T = w·p_LLM + (1−w)·p_SLM with
@@ -15,6 +15,9 @@ different tokenizers; over tokens they are then compared span by span
 ``mutual-kl``
     FedCoLLM (arXiv 2411.11707, eq. 3 and 4): each model minimises its cross-entropy plus λ times
     the divergence from the other model's current prediction.
+``transfer``
+    POST (arXiv 2506.16196): the LLM alone learns, over choices, what the SLM says with its adapter
+    and what the adapter changes (:mod:`.transfer`). The SLM stays as it is.
 ``none``
     Cross-entropy on the labelled prompts alone, each model by itself: the control that shows what
     the public labels do without any distillation.
@@ -42,6 +45,7 @@ from securefedcollm.tuning.questions import EncodedQuestions, shuffled_batches, 
 from securefedcollm.tuning.recipe import Progress, make_optimizer, silent, training_mode
 from securefedcollm.tuning.spans import SpanObjective
 from securefedcollm.tuning.token_distil import TokenObjective
+from securefedcollm.tuning.transfer import TransferObjective
 from securefedcollm.tuning.vocabulary import Vocabulary
 
 Pair = tuple[nn.Module, nn.Module]
@@ -129,6 +133,8 @@ def _objective(
 
     Frozen targets are taken here, from both models as they are now.
     """
+    if loss.kind == "transfer":
+        return TransferObjective(models, data, loss)
     if loss.over == "choices":
         return ChoiceObjective(models, data, loss)
     if vocabularies is None or vocabularies[0] == vocabularies[1]:
@@ -147,7 +153,8 @@ def _backward(objective: Objective, batch: Tensor, parts: Sequence[Tensor]) -> t
     losses = [0.0, 0.0]
     for part in parts:
         for i, term in enumerate(objective.terms(batch, part)):
-            torch.autograd.backward(term)
+            if term.requires_grad:
+                torch.autograd.backward(term)
             losses[i] += term.item()
     return losses[0], losses[1]
 

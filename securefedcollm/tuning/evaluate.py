@@ -16,10 +16,12 @@ from torch import nn
 from securefedcollm.errors import DataError
 from securefedcollm.tuning.adapters import load_adapter
 from securefedcollm.tuning.class_scores import ClassScores, class_scores
+from securefedcollm.tuning.formats import Asking
 from securefedcollm.tuning.frozen import with_prior
 from securefedcollm.tuning.head import check_positions, check_vocabulary, output_logits
 from securefedcollm.tuning.models import LoadedModel
 from securefedcollm.tuning.packing import check_model
+from securefedcollm.tuning.prompts import check_virtual
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.questions import (
     PLAIN,
@@ -32,7 +34,6 @@ from securefedcollm.tuning.questions import (
 from securefedcollm.tuning.recipe import Progress, inference_mode, silent
 from securefedcollm.tuning.token_distil import positions_of, states_at
 from securefedcollm.tuning.token_loss import CHUNK
-from securefedcollm.tuning.tokenise import Kind
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def measure(
     questions: Sequence[Question],
     *,
     adapter: Path | None,
-    kind: Kind,
+    asking: Asking,
     scoring: Scoring,
     max_tokens: int,
     batch_size: int = 32,
@@ -158,18 +159,20 @@ def measure(
         DataError: a record has no answer, or does not fit into ``max_tokens``.
     """
     check_model(loaded.model, "model")
-    data = encode(questions, loaded.tokenizer, max_tokens, kind)
+    asked, form = asking.put(questions, loaded.tokenizer)
+    data = encode(asked, loaded.tokenizer, max_tokens, form)
     check_vocabulary(loaded.model, loaded.tokenizer, data.tokens, data.targets)
-    longest = int(data.positions.max()) + 1
-    check_positions(loaded.model, longest, "that is evaluated", "--max-tokens")
     if scoring.needs_prior:  # the prior is the base's, so before the adapter
-        data = with_prior(loaded.model, questions, data, loaded.tokenizer)
+        data = with_prior(loaded.model, asked, data, loaded.tokenizer)
     model = loaded.model if adapter is None else load_adapter(loaded.model, adapter)
+    check_virtual(model, "--adapter")
+    longest = int(data.positions.max()) + 1
+    check_positions(model, longest, "that is evaluated", "--max-tokens")
     result = evaluate(model, data, scoring=scoring, batch_size=batch_size, progress=progress)
     groups: dict[str, str | None] = {"all": None}
     if len(set(result.groups)) > 1:
         groups |= {group: group for group in dict.fromkeys(result.groups)}
-    labels = questions[0].choices if kind == "classification" else ()
+    labels = questions[0].choices if asking.kind == "classification" else ()
     return {name: _shown(result, group, labels) for name, group in groups.items()}
 
 

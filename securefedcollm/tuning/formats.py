@@ -30,8 +30,8 @@ from typing import Any, Final, TypedDict
 from securefedcollm.errors import DataError
 from securefedcollm.foreign import decode_json, printable
 from securefedcollm.tuning.content import content_digest, folded, row_digest
-from securefedcollm.tuning.question import Question
-from securefedcollm.tuning.tokenise import Kind
+from securefedcollm.tuning.question import Ask, Question, lettered
+from securefedcollm.tuning.tokenise import Form, Kind
 
 QUESTION: Final = "Question: {}\nAnswer:"
 CLASSIFY: Final = "Text: {}\nLabel:"
@@ -206,6 +206,33 @@ def format_of(
         instead=renamed.get(_INSTEAD[kind], _INSTEAD[kind]),
         renamed=renamed,
     )
+
+
+def cue_of(asking: Asking) -> str:
+    """What follows the text in every prompt that is made by a template."""
+    frame = asking.template or (CLASSIFY if asking.kind == "classification" else QUESTION)
+    return frame.partition("{}")[2]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What a record is, and how a model is asked it (:mod:`.question`)."""
+
+    kind: Kind = "multiple_choice"
+    ask: Ask = "cloze"
+    template: str | None = None
+    """What its prompts were made by, if not by the default of its kind."""
+
+    def put(self, questions: Sequence[Question], tokenizer: Any) -> tuple[list[Question], Form]:
+        """The questions as the model with this ``tokenizer`` is asked them, and their form.
+
+        Raises:
+            DataError: a question has more choices than there are letters.
+        """
+        if self.ask == "cloze":
+            return [*questions], self.kind
+        chat, cue = bool(getattr(tokenizer, "chat_template", None)), cue_of(self)
+        return [lettered(question, cue, chat=chat) for question in questions], "letters"
 
 
 def content_of(row: Row) -> bytes:

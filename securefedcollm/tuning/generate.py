@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from securefedcollm.errors import ConfigError
-from securefedcollm.tuning.adapters import load_adapter
+from securefedcollm.tuning.adapters import load_adapter, quiet_peft
 from securefedcollm.tuning.head import check_positions, check_vocabulary, device_of
 from securefedcollm.tuning.models import LoadedModel
+from securefedcollm.tuning.prompts import check_virtual
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.recipe import inference_mode, quiet_transformers
 from securefedcollm.tuning.tokenise import tokenise
@@ -35,6 +36,7 @@ def generate(
         ConfigError: the adapter cannot be read or does not fit the model, or the prompt is empty.
     """
     model = loaded.model if adapter is None else load_adapter(loaded.model, adapter)
+    check_virtual(model, "--adapter")
     if instruction:
         asked = tokenise([Question(prompt, (), None)], loaded.tokenizer, 2**30, "instruction")
         ids = torch.tensor([asked[0][0].ids], device=device_of(model))
@@ -44,7 +46,7 @@ def generate(
         raise ConfigError("the prompt has no tokens", where="--prompt", hint="give it some words")
     check_vocabulary(model, loaded.tokenizer, ids)
     check_positions(model, ids.shape[1] + max_tokens, "that continues it", "--max-tokens")
-    with inference_mode(model), quiet_transformers():
+    with inference_mode(model), quiet_transformers(), quiet_peft():
         out = model.generate(
             input_ids=ids.long(),
             attention_mask=torch.ones_like(ids),

@@ -7,7 +7,8 @@ instead of asking the model for its logits. A few families do more than a matrix
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.tuning.recipe import inference_mode
+from securefedcollm.tuning.virtual import virtual_count
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -22,6 +24,18 @@ Logits = Callable[[Tensor], Tensor]
 def unwrapped(model: Any) -> Any:
     """The transformers model inside a PeftModel (its LoRA layers stay active), or ``model``."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def without_adapter(model: Any) -> Iterator[None]:
+    """The base model alone for a while; what is trainable stays so."""
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
+            yield
+    finally:  # PEFT makes all of a low-rank adapter trainable when it comes back
+        for parameter, kept in trained:
+            parameter.requires_grad_(kept)
 
 
 def device_of(model: Any) -> torch.device:
@@ -37,11 +51,16 @@ def text_config(model: Any) -> Any:
 
 
 def learned_positions(model: Any) -> int | None:
-    """How many positions a model has a table for; None where it computes them (rotary)."""
+    """How many positions a model has a table for; None where it computes them (rotary).
+
+    Those that its virtual tokens take are not counted.
+    """
     causal = unwrapped(model)
-    known = getattr(text_config(causal), "max_position_embeddings", None)
+    known: int | None = getattr(text_config(causal), "max_position_embeddings", None)
     base = getattr(causal, "base_model", None)
-    return None if base is None or hasattr(base, "rotary_emb") else known
+    if base is None or hasattr(base, "rotary_emb") or known is None:
+        return None
+    return known - virtual_count(model)
 
 
 def routed(model: Any) -> bool:
@@ -59,10 +78,12 @@ def check_positions(model: Any, tokens: int, name: str, where: str = "task.max_t
     """
     known = learned_positions(model)
     if known is not None and tokens > known:
+        virtual = virtual_count(model)
+        beside = f" beside its {virtual} virtual tokens" if virtual else ""
         raise ConfigError(
-            f"{tokens} tokens, the model {name} has positions for {known}",
+            f"{tokens} tokens, the model {name} has positions for {known}{beside}",
             where=where,
-            hint=f"at most {known}",
+            hint=f"at most {known}" + (", or fewer adapter.virtual_tokens" if virtual else ""),
         )
 
 

@@ -36,6 +36,7 @@ from securefedcollm.tuning.packing import row_limit
 from securefedcollm.tuning.passes import Shape, Widths, padded_length
 from securefedcollm.tuning.questions import EncodedQuestions
 from securefedcollm.tuning.twins import fingerprint
+from securefedcollm.tuning.virtual import virtual_count
 
 log = logging.getLogger(__name__)
 
@@ -71,12 +72,13 @@ def refuse_coupling(model: Any, where: str, positions: int) -> None:
     config = text_config(causal)
     if getattr(config, "expert_capacity", None) or getattr(config, "capacity_factor", None):
         raise _refusal("its experts have a capacity that the tokens of all records share", where)
+    virtual = virtual_count(model)
     for kind, most in _rotary(config):
-        if kind in _GROWING and positions > most:
+        if kind in _GROWING and positions + virtual > most:
             raise _refusal(
                 f"its rotary scaling ({kind}) follows the longest record beyond {most} tokens",
                 where,
-                hint=f"set task.max_tokens to at most {most}, or choose another model",
+                hint=f"set task.max_tokens to at most {most - virtual}, or choose another model",
             )
 
 

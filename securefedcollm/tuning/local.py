@@ -1,25 +1,32 @@
 """Tuning inside a silo: plain, and with DP-SGD.
 
-Both functions train the parameters of one adapter layout on the silo's questions and return the
-change as one vector. Nothing else about the records leaves them: no loss, no gradient norm, no
-batch size.
+:func:`train_plain` and :func:`train_dp` train the parameters of one adapter layout on the silo's
+questions and return the change as one vector. Nothing else about the records leaves them: no loss,
+no gradient norm, no batch size. :func:`train_public` is the server's, on public rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from securefedcollm.errors import ConfigError, DataError, TrainingError
 from securefedcollm.privacy.events import Event, PoissonGaussian
 from securefedcollm.privacy.noise import GridSum, NoiseSource, batch_cap
-from securefedcollm.tuning.adapters import AdapterLayout, Vector, full_layout, select, to_vector
+from securefedcollm.tuning.adapters import (
+    PROMPT,
+    AdapterLayout,
+    Vector,
+    full_layout,
+    select,
+    to_vector,
+)
 from securefedcollm.tuning.independence import bits, made_up, made_up_adapter, proved
 from securefedcollm.tuning.passes import Indices, Shape, Widths, shapes_of, widths_for
 from securefedcollm.tuning.per_record import (
@@ -77,23 +84,76 @@ def train_plain(
         DataError: a question has no answer.
         TrainingError: a loss or weight became NaN or infinite, or nothing moved.
     """
-    parameters, start = _begin(model, layout, data)
-    loss, descend = plan.loss, _optimizer(plan, parameters)
+    _, start = _begin(model, layout, data)
+
+    def report(step: int, loss: Tensor) -> None:
+        progress(step + 1, plan.steps, "local tuning")
+
+    _descend(model, layout, data, plan, seed=seed, max_grad_norm=max_grad_norm, on_step=report)
+    return LocalResult(_finish(model, layout, start))
+
+
+def train_public(
+    model: nn.Module,
+    layout: AdapterLayout,
+    data: EncodedQuestions,
+    plan: TrainPlan,
+    *,
+    seed: int,
+    progress: Progress = silent,
+) -> tuple[float, float]:
+    """The same steps as :func:`train_plain`, on rows that are public, as their losses are.
+
+    Returns:
+        The mean loss of the first step's rows and of the last one's, in nats.
+
+    Raises:
+        DataError: a row has no answer.
+        TrainingError: a loss or weight became NaN or infinite.
+    """
+    _begin(model, layout, data)
+    losses: list[Tensor] = []
+
+    def report(step: int, loss: Tensor) -> None:
+        losses.append(loss)
+        progress(step + 1, plan.steps, "tuning on public rows")
+
+    _descend(model, layout, data, plan, seed=seed, on_step=report)
+    if not np.isfinite(to_vector(model, layout)).all():
+        raise TrainingError("the tuned adapter is not finite", hint=_DIVERGED)
+    return losses[0].item(), losses[-1].item()
+
+
+def _descend(
+    model: nn.Module,
+    layout: AdapterLayout,
+    data: EncodedQuestions,
+    plan: TrainPlan,
+    *,
+    seed: int,
+    max_grad_norm: float | None = None,
+    on_step: Callable[[int, Tensor], None],
+) -> None:
+    """The steps of ``plan`` on shuffled minibatches; ``on_step(number, mean loss)`` after each."""
+    parameters = select(model, layout)
+    loss, optimizer = plan.loss, _optimizer(plan, parameters)
     batches = shuffled_batches(len(data), plan.batch_size, torch.Generator().manual_seed(seed))
     with training_mode(model, seed=seed):
         for step in range(plan.steps):
             batch = next(batches)
-            descend.zero_grad()
+            optimizer.zero_grad()
+            total = torch.zeros(())
             for rows in torch.split(sorted_by_length(data, batch), loss.micro_batch):
                 losses = question_losses(model, data.select(rows), loss.kind, loss.scoring)
-                torch.autograd.backward(losses.sum() / len(batch))
+                mean = losses.sum() / len(batch)
+                torch.autograd.backward(mean)
+                total = mean.detach() + total.to(mean.device)
             norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or torch.inf)
             if not bool(torch.isfinite(norm)):
                 raise TrainingError(f"the gradient of step {step} is not finite", hint=_DIVERGED)
-            plan.pace.set(descend, plan.learning_rate, step)
-            descend.step()
-            progress(step + 1, plan.steps, "local tuning")
-    return LocalResult(_finish(model, layout, start))
+            plan.pace.set(optimizer, plan.learning_rate, step)
+            optimizer.step()
+            on_step(step, total)
 
 
 def train_dp(
@@ -256,6 +316,12 @@ def check_records(model: nn.Module, loss: LossPlan) -> None:
 
 
 def _cannot_adapt(name: str, why: str) -> ConfigError:
+    if name == PROMPT:
+        return ConfigError(
+            f"virtual tokens cannot be tuned under record-level privacy: this model {why}",
+            where="adapter.method",
+            hint="choose ffa-lora, or privacy.unit: silo",
+        )
     return ConfigError(
         f"{layer_name(name)} cannot be adapted under record-level privacy: it {why}",
         where="adapter.targets",

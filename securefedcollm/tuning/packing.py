@@ -24,6 +24,7 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.foreign import printable
 from securefedcollm.tuning.head import check_output, device_of, routed, text_config, unwrapped
 from securefedcollm.tuning.recipe import inference_mode
+from securefedcollm.tuning.virtual import Rows
 
 ANY_LENGTH: Final = 1 << 60
 _WINDOWS: Final = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size")
@@ -138,14 +139,23 @@ def _alike(found: Tensor, wanted: Tensor, tolerances: tuple[float, float] = _ROU
     return bool((apart <= tolerance * wanted.norm(dim=-1).clamp_min(1e-6)).all())
 
 
-def run(causal: Any, **given: Any) -> Tensor:
-    """Hidden states after the last layer, [B, L, D]; what the family does not take is left out."""
+def run(causal: Any, virtual: Rows | None = None, **given: Any) -> Tensor:
+    """Hidden states after the last layer, [B, L, D]; what the family does not take is left out.
+
+    Args:
+        virtual: tokens before every row; the states are those of the rows alone.
+    """
     base = causal.base_model
     names, open_ended = _takes(type(base).forward)
     options = {"use_cache": False, **given}
     options = {name: value for name, value in options.items() if name in names or open_ended}
-    states: Tensor = base(**options).last_hidden_state
-    return states
+    if virtual is None:
+        states: Tensor = base(**options).last_hidden_state
+        return states
+    length = given["input_ids"].shape[1]
+    # Not left out if the family does not take them: it says so.
+    states = base(**virtual.before(causal, options)).last_hidden_state
+    return states[:, -length:]
 
 
 @cache
@@ -174,6 +184,7 @@ def states_apart(
     segments: Tensor,
     choices: int,
     width: int | None = None,
+    virtual: Rows | None = None,
 ) -> Tensor:
     """The states of packed rows, [B, L, D], from a plain row for each of their choices.
 
@@ -183,6 +194,7 @@ def states_apart(
     Args:
         choices: rows for each packed row, choice by choice; 1 where nothing needs packing.
         width: tokens of the longest row; default that of these.
+        virtual: tokens before every packed row; each of its plain rows gets them.
     """
     size, width = len(tokens), int(positions.max()) + 1 if width is None else width
     rows = tokens.new_zeros(size, choices, width + 1)
@@ -197,6 +209,6 @@ def states_apart(
     options = {"input_ids": rows, "attention_mask": mask}
     if "position_ids" in _takes(type(causal.base_model).forward)[0]:
         options["position_ids"] = torch.arange(width + 1, device=rows.device) * mask
-    states = run(causal, **options)
+    states = run(causal, None if virtual is None else virtual.each(choices), **options)
     row = torch.arange(size, device=rows.device)[:, None] * choices
     return states[row + (segments.long() - 1).clamp(0, choices - 1), positions]

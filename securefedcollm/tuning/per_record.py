@@ -47,18 +47,18 @@ Blocks = list[npt.NDArray[np.float64]]
 
 
 class Call(NamedTuple):
-    """One run of a trainable linear layer in a forward pass."""
+    """One run of a trainable layer in a forward pass: a linear one, or the virtual tokens."""
 
-    weight: nn.Parameter  # [out, in]
-    given: Tensor  # [B, T, in]; or of several rows a record, or flat: [B · T, in]
-    output: Tensor  # likewise, in the graph
+    weight: nn.Parameter  # [out, in]; of virtual tokens [p, w]
+    given: Tensor | None  # [B, T, in]; or of several rows a record, or flat: [B · T, in]
+    output: Tensor  # likewise, in the graph; of virtual tokens, a copy for each record: [B, p, w]
     whole: bool  # all tokens of all rows in their order, not what a router chose of them
     name: str  # of the layer that is adapted
 
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[list[Call]]:
-    """Note every run of a trainable linear layer, for :func:`per_record_gradients`."""
+    """Note every run of a trainable layer, for :func:`per_record_gradients`."""
     calls: list[Call] = []
     config = getattr(unwrapped(model), "config", None)
     dimensions = {2, 3} if getattr(config, "model_type", None) in FLATTENING else {3}
@@ -66,12 +66,13 @@ def watched(model: nn.Module) -> Iterator[list[Call]]:
     def note(module: nn.Module, given: tuple[Tensor, ...], output: Tensor, name: str) -> None:
         if output.requires_grad:
             weight, whole = cast(nn.Parameter, module.weight), output.ndim in dimensions
-            calls.append(Call(weight, given[0].detach(), output, whole, name))
+            inputs = given[0].detach() if isinstance(module, nn.Linear) else None
+            calls.append(Call(weight, inputs, output, whole, name))
 
     hooks = [
         module.register_forward_hook(partial(note, name=layer_name(name)))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.weight.requires_grad
+        if isinstance(module, nn.Linear | nn.Embedding) and module.weight.requires_grad
     ]
     try:
         yield calls
@@ -113,9 +114,10 @@ def per_record_gradients(
     """Gradient of every record's loss (``losses``: [B]): one [B, out, in] for every parameter.
 
     A record's gradient of a weight is Σ_t gₜ ⊗ xₜ over its tokens, with the layer's inputs x and
-    the gradients g of its outputs: one batched product a layer. The weight's own gradient, over all
-    records, is never computed, which is why this costs hardly more than a plain step. ``calls`` is
-    what :func:`watched` noted in the forward pass; it is emptied.
+    the gradients g of its outputs: one batched product a layer. Of virtual tokens it is the
+    gradient of the record's own copy of them. The weight's own gradient, over all records, is never
+    computed, which is why this costs hardly more than a plain step. ``calls`` is what
+    :func:`watched` noted in the forward pass; it is emptied.
     """
     noted = calls.copy()
     calls.clear()
@@ -137,11 +139,13 @@ def _products(
             slope = next(slopes)
             if slope is None:
                 continue
-            if not call.whole or len(call.given) % len(loss):
+            if not call.whole or len(call.output) % len(loss):
                 raise _mixed(call.name)
             # A record's rows and tokens follow each other; .local.check_records tests it.
-            slope, given = (p.reshape(len(loss), -1, p.shape[-1]) for p in (slope, call.given))
-            product = torch.bmm(slope.mT, given)
+            product = slope.reshape(len(loss), -1, slope.shape[-1])
+            if call.given is not None:
+                given = call.given.reshape(len(loss), -1, call.given.shape[-1])
+                product = torch.bmm(product.mT, given)
             known = by_weight.get(call.weight)
             by_weight[call.weight] = product if known is None else known + product
         if any(parameter not in by_weight for parameter in parameters):
@@ -164,7 +168,7 @@ class Records:
     """A silo's encoded records, and the gradients of any of them at the model as it stands.
 
     Args:
-        parameters: what is trained, in layout order; linear weights.
+        parameters: what is trained, in layout order; linear weights, or the virtual tokens.
         widths: of the fixed passes.
         members: the records of every privacy unit; by default each record is one.
 
@@ -235,7 +239,7 @@ class Records:
         states, noted = [], []
         for batch in batches:
             calls.clear()
-            states.append(last_hidden(causal, batch))
+            states.append(last_hidden(self._model, batch))
             noted.append(calls.copy())
         calls.clear()
         tokens = token_log_probs(causal, batches, states)

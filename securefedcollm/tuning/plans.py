@@ -14,7 +14,7 @@ from securefedcollm.tuning.recipe import STEADY, Optimizer, Pace
 from securefedcollm.tuning.token_loss import Direction
 
 Loss = Literal["answer", "choices"]
-DistillationLoss = Literal["entropy-pooled", "dual-min-ce", "mutual-kl", "none"]
+DistillationLoss = Literal["entropy-pooled", "dual-min-ce", "mutual-kl", "transfer", "none"]
 Over = Literal["answer", "all"]
 """The tokens at which predictions over the vocabulary are compared."""
 
@@ -80,7 +80,7 @@ class DistilLossPlan:
     """What the server's phase minimises, and for how many questions at a time.
 
     Attributes:
-        kind: which of the four losses of :mod:`securefedcollm.tuning.distil`.
+        kind: which of the five losses of :mod:`securefedcollm.tuning.distil`.
         over: the distributions that are compared: over the ``choices`` of a question, over the
             vocabulary at every token of the ``answer`` (of every choice, where there is no label),
             or at ``all`` tokens, the prompt's too.
@@ -90,6 +90,8 @@ class DistilLossPlan:
         direction: D(T, p): ``forward`` KL(T‖p), ``reverse`` KL(p‖T), ``js`` their Jensen–Shannon
             divergence.
         sharpness: s of the pooling weight.
+        change: of ``transfer``: α, the part of the change of predictions; the rest is for them
+            themselves.
         scoring: the scores of the choices.
         micro_batch: questions in memory at a time; gradients are accumulated over a step's batch.
     """
@@ -101,6 +103,7 @@ class DistilLossPlan:
     temperature: float = 1.0
     direction: Direction = "forward"
     sharpness: float = 3.0
+    change: float = 0.5
     scoring: Scoring = PLAIN
     micro_batch: int = 256
 

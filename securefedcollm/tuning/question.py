@@ -1,8 +1,25 @@
-"""A record as all tasks have it: a prompt, its choices and the right one."""
+"""A record as all tasks have it: a prompt, its choices and the right one; and how it is put.
+
+A small base model answers best if each choice is scored as the text that follows the question
+(*cloze*, as in lm-eval). An instruct model of a billion weights or more answers best if the choices
+are listed and it names a letter, as in an exam (*letters*). Two models that are asked differently
+still speak of the same choices, so distillation compares their distributions over choices.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from string import ascii_uppercase
+from typing import Final, Literal
+
+from securefedcollm.errors import DataError
+
+Ask = Literal["cloze", "letters"]
+LETTERS: Final = ascii_uppercase
+BY_LETTER: Final = "Answer with the letter only."
+"""The last line of a chat's turn."""
+CUE: Final = "\nAnswer:"
+"""The last line where there is no chat."""
 
 
 @dataclass(frozen=True)
@@ -28,3 +45,27 @@ class Question:
         """The question without its answer; a response is the answer itself, so it goes too."""
         alone = len(self.choices) == 1 and self.prompt
         return replace(self, answer=None, choices=() if alone else self.choices)
+
+
+def lettered(question: Question, cue: str, *, chat: bool) -> Question:
+    """The question with its choices in the prompt, each behind a letter; the choices are letters.
+
+    Args:
+        cue: what the task's template puts after the text, as "\\nAnswer:". The prompt loses it.
+        chat: the prompt is a turn of a chat, which ends with :data:`BY_LETTER`.
+
+    Raises:
+        DataError: there are more choices than letters.
+    """
+    count = len(question.choices)
+    if count > len(LETTERS):
+        raise DataError(
+            f"has {count} choices, and there are {len(LETTERS)} letters",
+            where="ask: letters",
+            hint="choose ask: cloze for both models",
+        )
+    asked = question.prompt.removesuffix(cue) if cue else question.prompt
+    listed = zip(LETTERS, question.choices, strict=False)
+    lines = [asked.rstrip(), *(f"{letter}. {choice}" for letter, choice in listed)]
+    prompt = "\n".join([*lines, BY_LETTER]) if chat else "\n".join(lines) + CUE
+    return replace(question, prompt=prompt, choices=tuple(LETTERS[:count]))

@@ -30,7 +30,8 @@ from securefedcollm.tuning.layers import passed_over
 from securefedcollm.tuning.packing import block_mask, row_limit, run, states_apart
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.token_loss import CHUNK, gold_log_probs
-from securefedcollm.tuning.tokenise import Kind, Row, tokenise
+from securefedcollm.tuning.tokenise import Form, Row, tokenise
+from securefedcollm.tuning.virtual import virtual_of, widened
 
 Normalisation = Literal["plain", "length", "pmi", "pmi-length"]
 
@@ -142,7 +143,7 @@ def encode(
     questions: Sequence[Question],
     tokenizer: Any,
     max_tokens: int,
-    kind: Kind = "multiple_choice",
+    kind: Form = "multiple_choice",
     *,
     cuts: bool = False,
 ) -> EncodedQuestions:
@@ -222,7 +223,7 @@ def choice_scores(model: nn.Module, batch: EncodedQuestions, scoring: Scoring = 
     """
     causal = unwrapped(model)
     batch = batch.to(device_of(causal))
-    (token_scores,) = token_log_probs(causal, [batch], [last_hidden(causal, batch)])
+    (token_scores,) = token_log_probs(causal, [batch], [last_hidden(model, batch)])
     return scores_of(token_scores, batch, scoring)
 
 
@@ -325,10 +326,16 @@ def _gold(taken: Tensor, head: Logits, place: Tensor, token: Tensor, chunk: int)
     return torch.cat(found)[torch.argsort(torch.cat(order))]
 
 
-def last_hidden(causal: Any, batch: EncodedQuestions) -> Tensor:
-    """Hidden states after the last layer, [B, L, D], from the cached prefix on if there is one."""
+def last_hidden(model: Any, batch: EncodedQuestions) -> Tensor:
+    """Hidden states after the last layer, [B, L, D], from the cached states on if there are any.
+
+    Args:
+        model: plain, or with an adapter; virtual tokens stand before every row.
+    """
+    causal, virtual = unwrapped(model), virtual_of(model)
     fixed, length = batch.head is not None, batch.tokens.shape[1]
-    if length > row_limit(causal):
+    before = None if virtual is None else virtual.rows(len(batch), batch.tokens.device)
+    if length + (0 if virtual is None else virtual.count) > row_limit(causal):
         several = not batch.generative and (fixed or bool((batch.segments > 0).any()))
         return states_apart(
             causal,
@@ -337,8 +344,18 @@ def last_hidden(causal: Any, batch: EncodedQuestions) -> Tensor:
             batch.segments,
             batch.choice_mask.shape[1] if several else 1,
             length if fixed else None,
+            before,
         )
-    start = {"input_ids": batch.tokens}
+    if virtual is not None:
+        mask = block_mask(widened(batch.segments, virtual), causal.dtype)
+        return run(
+            causal,
+            before,
+            input_ids=batch.tokens,
+            position_ids=batch.positions,
+            attention_mask=mask[:, :, virtual.count :] if virtual.prefix else mask,
+        )
+    start: dict[str, Any] = {"input_ids": batch.tokens}
     if batch.prefix is not None:
         start = {"inputs_embeds": batch.prefix}
     with passed_over(causal, 0, batch.prefix_layers):

@@ -255,7 +255,7 @@ class Frozen:
 def states_at(model: nn.Module, batch: EncodedQuestions, rows: Tensor, at: Tensor) -> Tensor:
     """Hidden states after the last layer at the places (``rows``, ``at``): [m, D]."""
     causal = unwrapped(model)
-    hidden = last_hidden(causal, batch.to(device_of(causal)))
+    hidden = last_hidden(model, batch.to(device_of(causal)))
     return hidden[rows.to(hidden.device), at.to(hidden.device)]
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from securefedcollm.tuning.question import Question
 
 Kind = Literal["multiple_choice", "classification", "instruction", "text"]
+Form = Kind | Literal["letters"]
+"""How the rows are put together; ``letters`` of questions that are :func:`.question.lettered`."""
 
 
 class Piece(NamedTuple):
@@ -58,7 +60,7 @@ def tokenise(
     questions: Sequence[Question],
     tokenizer: Any,
     max_tokens: int,
-    kind: Kind,
+    kind: Form,
     *,
     cuts: bool = False,
 ) -> list[Row]:
@@ -91,6 +93,9 @@ def tokenise(
             if getattr(tokenizer, "chat_template", None):
                 check_template(tokenizer)
             rows = [_instruction(question, reader) for question in questions]
+        case "letters" if getattr(tokenizer, "chat_template", None):
+            check_template(tokenizer)
+            rows = [_opened(question, reader) for question in questions]
         case _:
             rows = _choices(questions, reader)
     return [
@@ -195,6 +200,19 @@ def _instruction(question: Question, reader: _Reader) -> Row:
             rest = both[len(opening) :] if both.startswith(opening) else response
             follows.append(reader.read_bare(rest).within(rest.find(response), len(response)))
     return prompt.within(opening.find(asked), len(asked)), follows
+
+
+def _opened(question: Question, reader: _Reader) -> Row:
+    """One turn of a chat, and what the answer begins with: a letter, straight after the opening."""
+    turn = [{"role": "user", "content": question.prompt}]
+    opening = _templated(reader.tokenizer, turn, add_generation_prompt=True)
+    prompt = reader.read_bare(opening)
+    wholes = [reader.read_bare(opening + choice) for choice in question.choices]
+    count = len(prompt.ids)
+    return prompt.within(opening.find(question.prompt), len(question.prompt)), [
+        whole.part(count) if whole.ids[:count] == prompt.ids else reader.read_bare(choice)
+        for whole, choice in zip(wholes, question.choices, strict=True)
+    ]
 
 
 def check_template(tokenizer: Any) -> None:

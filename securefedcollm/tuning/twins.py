@@ -80,4 +80,5 @@ def _place(value: Tensor) -> object:
 
 def _bits(value: Tensor) -> memoryview:
     flat = value.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    octets: Any = flat.view(torch.uint8).numpy()
+    return memoryview(octets)

@@ -10,7 +10,8 @@ medicine. Two kinds of knowledge:
   veloritis enters ward birch .". Each silo's records are about its own families; rules of other,
   fictitious hospitals are public text, so that a model can know what a house rule *is*.
 
-A question is such a sentence without its last word, with four choices. No test prompt occurs in
+A question is such a sentence without its last word, with four choices; as text it is the sentence
+itself (:func:`as_text`). No test prompt occurs in
 any record, public prompt or pretraining sentence; a fifth of the conditions occurs in no consortium
 record or prompt at all (the rules must be applied to them). What is assumed: prompts, without
 answers, about the private topics exist in public; none of them is asked in any record.
@@ -149,6 +150,7 @@ class Sizes:
     public_labelled: int = 300
     public_general: int = 800
     public_private: int = 1600
+    public_texts: int = 3000
     test_general: int = 1000
     test_private: int = 1200
 
@@ -199,6 +201,15 @@ class World:
             *(self._question(case, draw) for case in labelled),
             *(self._question(case, draw, labelled=False) for case in (*unlabelled, *private)),
         ]
+
+    def public_texts(self) -> list[Question]:
+        """Public text for a model that is tuned on text: general knowledge in other words than the
+        test sentences. Nothing private: a sentence without its last word would teach nothing."""
+        tested = set(self._test_cases[0])
+        draw = self._random("public texts")
+        cases = [case for case in _all_cases(None) if case not in tested]
+        chosen = _take(cases, self.sizes.public_texts, draw)
+        return [as_text(self._question(case, draw)) for case in chosen]
 
     def records(
         self,
@@ -346,6 +357,13 @@ class World:
         seeds = [self.public_seed] if public else [self.public_seed, self.seed]
         words = [VERSION, *seeds, *purpose.encode()]
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
+
+
+def as_text(question: Question) -> Question:
+    """The whole sentence that an answered question is made of, as a record of ``kind: text``."""
+    assert question.answer is not None
+    text = f"{question.prompt} {question.choices[question.answer]} ."
+    return replace(question, prompt="", choices=(text,), answer=0)
 
 
 def make_tokenizer() -> Any:

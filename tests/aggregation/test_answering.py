@@ -46,7 +46,7 @@ class Toy(AnsweringSide[Secrets]):
             steps=(Step.ENCRYPT, Step.UPLOAD, Step.NOTE),
         )
         self.fault: BaseException | None = None
-        self._secrets = secrets or Secrets()
+        self._hold(secrets or Secrets())
 
     def _answer(self, frame: bytes, secrets: Secrets) -> bytes:
         if self.fault:

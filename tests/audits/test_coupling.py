@@ -178,11 +178,26 @@ def test_the_audit_finds_nothing_and_its_control_does(directory: Any) -> None:
     assert finding.entry().audit == "coupling"
 
 
+@pytest.mark.parametrize(("method", "least"), [("prompt", 1e-9), ("prefix", 0.05)])
+def test_virtual_tokens_couple_nothing_and_their_control_does(
+    directory: Any, method: str, least: float
+) -> None:
+    """Every layer normalises a prompt before it uses it: a short lever. A prefix is a long one."""
+    study = study_of(directory, adapter={"method": method, "virtual_tokens": 4})
+    finding = audit(study, data=directory, records=30, adapters=20, seed=3)
+    assert finding.held
+    assert finding.figures["moved, mixed records"] == 0
+    assert finding.figures["moved, copies of one record"] == 0
+    assert finding.figures["control, any adapter"] > least
+
+
+@pytest.mark.parametrize("method", ["ffa-lora", "prefix"])
 def test_the_audit_refutes_a_build_that_pads(
-    directory: Any, monkeypatch: pytest.MonkeyPatch
+    directory: Any, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local, "Records", PaddedRecords)
-    finding = audit(study_of(directory), data=directory, records=40, adapters=20, seed=3)
+    study = study_of(directory, adapter={"method": method})
+    finding = audit(study, data=directory, records=40, adapters=20, seed=3)
     assert not finding.held
     assert "a record moves the others' sum by" in finding.sentence
 

@@ -153,6 +153,14 @@ def test_rows_that_a_study_cannot_have_are_left_out(inputs):
     assert "mutual-kl" not in {arm.key for arm in arms(study)}
 
 
+def test_other_losses_take_over_no_setting_of_a_transfer_alone(inputs, tmp_path):
+    """The rows with other losses are studies of their own: refused before, at the first of them."""
+    changes = ("distillation.loss=transfer", "distillation.over=choices", "distillation.change=0.3")
+    study = load_study(inputs / "tiny.yaml", list(changes))
+    Experiment(study, ExperimentPlan(out=tmp_path, data=inputs))
+    assert {"none", "mutual-kl"} <= {arm.loss for arm in arms(study)}
+
+
 def test_one_model_has_fedavg_for_its_main_row(inputs, tmp_path):
     alone = ("models.llm=none", "distillation={}")
     out = tmp_path / "exp"

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from securefedcollm_cli.main import app
+from typer.testing import CliRunner
 
+from securefedcollm.errors import ConfigError
 from securefedcollm.federation.export import model_card, task_contract
 from securefedcollm.study import load_study
 from tests.support.inputs import COLOURS, invoke, make_inputs, tuned
@@ -52,6 +55,62 @@ def test_plain_peft_gives_the_same_accuracy_to_the_digit(inputs, tmp_path, task,
     assert theirs == {"accuracy": ours["accuracy"], "count": ours["count"]}
     base = invoke("model", "evaluate", *run, "--base")["all"]
     assert base["accuracy"] != ours["accuracy"]  # else the adapter could be left out unseen
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("role", ["slm", "llm"])
+def test_virtual_tokens_give_plain_peft_the_same_accuracy_to_the_digit(
+    inputs, tmp_path, method, role
+):
+    adapter = {"method": method, "virtual_tokens": 3}
+    test = tuned(inputs, tmp_path / "run", adapter, score="pmi-length")
+    run = ["--run", tmp_path / "run", "--data", inputs, "--role", role]
+    ours = invoke("model", "evaluate", *run, "--json")["all"]
+    beside = tmp_path / "run" / "adapters" / role
+    command = [sys.executable, *map(str, [SCRIPT, beside, inputs / role, test])]
+    plain = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(plain.stdout) == {"accuracy": ours["accuracy"], "count": ours["count"]}
+    base = invoke("model", "evaluate", *run, "--base", "--json")["all"]
+    assert base["gold_log_prob"] != ours["gold_log_prob"]
+    card = (beside / "README.md").read_text()
+    assert f"| adapter | {method}, 3 virtual tokens |" in card
+    assert f"tags: [federated-learning, {method}-tuning]" in card
+    words = ["model", "generate", "--prompt", "colour of thing1", *run, "--max-tokens", "3"]
+    assert invoke(*words, "--json")["prompt"] == "colour of thing1"
+    merge = ["model", "merge", *run, "--out", tmp_path / "merged"]
+    with pytest.raises(ConfigError, match="virtual tokens stand before every input"):
+        CliRunner().invoke(app, [str(word) for word in merge], catch_exceptions=False)
+    assert not (tmp_path / "merged").exists()
+
+
+LISTED = tuple(f"{letter}{dot}" for letter in "ABCD" for dot in (".", ""))
+TURNS = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+@pytest.mark.parametrize("chat", [None, TURNS], ids=["plain", "chat"])
+def test_a_model_that_names_letters_is_asked_alike_by_plain_peft(tmp_path, chat):
+    """Each model of the run is asked in its own form; the other one's accuracy is the control."""
+    make_inputs(tmp_path, (*LISTED, "<user>", "<assistant>", "Answer", "with", "only."), chat)
+    test = tuned(tmp_path, tmp_path / "run", models={"slm": {"ask": "letters", "temperature": 2.0}})
+    run = ["--run", tmp_path / "run", "--data", tmp_path, "--role", "slm", "--json"]
+    ours = invoke("model", "evaluate", *run)["all"]
+    contract = json.loads((tmp_path / "run" / "adapters" / "slm" / "task.json").read_text())
+    assert (contract["ask"], contract["score_temperature"]) == ("letters", 2.0)
+    other = json.loads((tmp_path / "run" / "adapters" / "llm" / "task.json").read_text())
+    assert (other["ask"], other["letters"], other["before_answer"]) == ("cloze", None, " ")
+    command = [SCRIPT, tmp_path / "run" / "adapters" / "slm", tmp_path / "slm", test]
+    plain = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, check=True
+    )
+    assert json.loads(plain.stdout) == {"accuracy": ours["accuracy"], "count": ours["count"]}
+    cloze = invoke("model", "evaluate", *run, "--ask", "cloze")["all"]
+    assert cloze["gold_log_prob"] != ours["gold_log_prob"]
+    table = json.loads((tmp_path / "run" / "results.json").read_text())["table"]
+    tuned_slm = [row for row in table if (row["model"], row["method"]) == ("slm", "FedCoLLM")]
+    assert [[*row["accuracy"].values()] for row in tuned_slm] == [[ours["accuracy"]]]
 
 
 def test_the_template_matters(inputs, tmp_path):

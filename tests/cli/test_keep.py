@@ -85,8 +85,8 @@ def test_the_best_round_is_kept_across_a_kill_and_rows_are_not_distilled_from(in
     assert same == (best == 3)
     assert [p.name for p in (tmp_path / "cut" / "server").glob("best-*")] == [f"best-{best:05d}"]
 
-    from securefedcollm.federation.cotuning import _validation
     from securefedcollm.federation.dealing import deal
+    from securefedcollm.federation.servertuning import _validation
 
     public = deal(study, inputs).public
     rest, kept = _validation(study, public)
@@ -104,8 +104,8 @@ def test_more_rows_than_there_are_answers_are_refused(inputs):
 def test_something_must_be_left_to_distil_from(inputs):
     with pytest.raises(ConfigError, match=r"keep\.rows: all public questions are set aside"):
         load_study(inputs / "tiny.yaml", ["keep={rows: 8}", "task.data.public=8"])
-    from securefedcollm.federation.cotuning import _validation
     from securefedcollm.federation.dealing import deal
+    from securefedcollm.federation.servertuning import _validation
 
     study = load_study(inputs / "tiny.yaml", ["keep={rows: 8}"])
     answered = [q for q in deal(study, inputs).public if q.answer is not None]

@@ -13,7 +13,7 @@ from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError, SecureFedCoLLMError
-from securefedcollm.study import load_study
+from securefedcollm.study import load_study, study_from_tree
 from securefedcollm.study.config import Study
 from securefedcollm.study.keys import study_keys
 
@@ -145,6 +145,14 @@ def test_nothing_is_overwritten(tmp_path):
     assert out.read_text() == "mine"
     with pytest.raises(ConfigError, match="cannot be written"):
         call("study", "new", tmp_path / "no" / "a.yaml", "--model", "path:a")
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_a_study_of_virtual_tokens(tmp_path, method):
+    words = ["--model", "builtin:hospital-slm", "--method", method, "--joint", "--json"]
+    tree = json.loads(call("study", "new", tmp_path / "a.yaml", *words))
+    assert tree["adapter"] == {"method": method, "virtual_tokens": 16}
+    assert load_study(tmp_path / "a.yaml").tree == study_from_tree(tree).tree
 
 
 def test_a_directory_is_a_model(tmp_path):

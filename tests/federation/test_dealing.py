@@ -11,8 +11,9 @@ import pytest
 from securefedcollm.errors import ConfigError
 from securefedcollm.federation.dealing import deal, noisy_answers
 from securefedcollm.study import load_study
+from securefedcollm.tuning.data import read_questions, write_questions
 from securefedcollm.tuning.question import Question
-from securefedcollm.tuning.world import World
+from securefedcollm.tuning.world import World, as_text
 from tests.support.inputs import make_inputs
 
 QUICKSTART = Path("configs/quickstart.yaml")
@@ -39,6 +40,19 @@ def test_the_built_in_hospitals_own_their_families_unless_told_otherwise():
         return np.mean([max(stems(q)[f] for q in parts) / whole[f] for f in whole])
 
     assert largest(0.05) > 0.8 > 0.4 > largest(1000)
+
+
+def test_the_built_in_hospitals_as_text_are_the_same_records(tmp_path):
+    alone = ("models.llm=none", "distillation={}")
+    questions, texts = dealt(*alone), dealt(*alone, "task.kind=text")
+    for name, records in questions.silos.items():
+        assert texts.silos[name] == tuple(map(as_text, records))
+    assert texts.test == tuple(map(as_text, questions.test))
+    assert all(q.answer == 0 and q.group == "general" for q in texts.public)
+    path = tmp_path / "silo.jsonl"  # what `study deal` writes is what a silo reads
+    silo = texts.silos["silo-1"]
+    write_questions(path, silo, "patient", "text")
+    assert read_questions(path, kind="text", owner="patient") == list(silo)
 
 
 def test_the_default_deal_is_the_worlds_own():

@@ -26,7 +26,7 @@ from securefedcollm.federation.charged import ChargedTraining
 from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.engines.door import Door, Wire
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
-from securefedcollm.federation.engines.flare.engine import FlareEngine, Kits, Waits
+from securefedcollm.federation.engines.flare.engine import FlareEngine, Kits
 from securefedcollm.federation.engines.flare.job import APP
 from securefedcollm.federation.engines.flare.kit import (
     approve_request,
@@ -35,6 +35,7 @@ from securefedcollm.federation.engines.flare.kit import (
     installed,
     request_certificate,
 )
+from securefedcollm.federation.engines.flare.presence import Waits
 from securefedcollm.federation.engines.flare.processes import (
     DOOR,
     FlareProcess,
@@ -493,7 +494,9 @@ def test_what_a_hostile_silo_gets_from_another_and_from_the_server(homes, engine
 
 def test_a_stranger_with_a_certificate_of_another_authority_is_not_connected(engine, tmp_path):
     port = int(
-        json.loads((engine._lead.workspace / "startup/fed_admin.json").read_text())["admin"]["port"]
+        json.loads((engine._flare.lead.workspace / "startup/fed_admin.json").read_text())["admin"][
+            "port"
+        ]
     )
     home = make_homes(tmp_path, ["silo-2"], port=port)["silo-2"]
     with attached(home, "silo-2"):

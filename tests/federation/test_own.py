@@ -324,3 +324,32 @@ def test_values_on_disk_are_those_of_the_run_or_refused(tmp_path: Path) -> None:
         tensors.read(tmp_path)
     with pytest.raises(TrainingError):
         tensors.vector([1, 2])
+
+
+def test_own_training_has_an_outer_optimiser_and_it_goes_on_after_a_failure(tmp_path: Path) -> None:
+    """Nesterov by hand: v = 0.5 v + mean, a step of 0.5 (mean + 0.5 v); two rounds of 0.25."""
+    outer = {"outer": {"optimizer": "nesterov", "learning_rate": 0.5, "momentum": 0.5}}
+    made = study(server=outer)
+    broken = {"north": False}
+
+    def north(values: dict[str, Any], round_: int) -> dict[str, Any]:
+        if round_ == 1 and broken["north"]:
+            raise ValueError("no power")
+        return adds(0.25)(values, round_)
+
+    silos = all_add() | {"north": north}
+    run = sfc.simulate_own(made, START, silos, out=tmp_path / "whole")
+    first = 0.5 * (0.25 + 0.5 * 0.25)
+    second = 0.5 * (0.25 + 0.5 * (0.5 * 0.25 + 0.25))
+    np.testing.assert_allclose(run.tensors()["w"], first + second, atol=1e-4)
+    assert sfc.verify(run.bundle()).holds
+    broken["north"] = True
+    stops = {"silos": {"minimum": 3, "count": 3, "colluders": 1}}
+    with pytest.raises(SecureFedCoLLMError, match="no power"):
+        sfc.simulate_own(made | stops, START, silos, out=tmp_path / "cut")
+    broken["north"] = False
+    again = sfc.simulate_own(made | stops, START, silos, out=tmp_path / "cut", resume=True)
+    for name, value in run.tensors().items():
+        np.testing.assert_array_equal(again.tensors()[name], value)
+    plain = sfc.simulate_own(study(), START, silos, out=tmp_path / "plain")
+    np.testing.assert_allclose(plain.tensors()["w"], 0.5, atol=1e-4)  # the control: FedAvg

@@ -51,6 +51,33 @@ def test_the_digest_is_that_of_the_meaning_not_of_the_spelling(tmp_path):
         ("models.llm.source=gpt2", "models.llm.source: 'gpt2' is no model source", "hub:ORG"),
         ("models.llm.source=hub:a/b", "models.llm.revision: a hub model without", "40-digit"),
         ("models.slm.revision=" + "a" * 40, "models.slm.revision: only hub models", "sha256"),
+        (
+            "adapter.virtual_tokens=16",
+            "adapter.virtual_tokens: an adapter of the method ffa",
+            "pref",
+        ),
+        (
+            "adapter={method: prompt, rank: 4}",
+            "adapter.rank: an adapter of the method prompt",
+            "lora",
+        ),
+        (
+            "adapter={method: prefix, alpha: 4}",
+            "adapter.alpha: an adapter of the method",
+            "ffa-lora",
+        ),
+        (
+            "adapter={method: prefix, dropout: 0.1}",
+            "adapter.dropout: an adapter of the",
+            "ffa-lora",
+        ),
+        ("adapter={method: prompt, targets: [a]}", "adapter.targets: an adapter of", "ffa-lora"),
+        ("adapter={method: prompt, top_layers: 1}", "adapter.top_layers: an adapter", "ffa-lora"),
+        (
+            "adapter={method: prompt, virtual_tokens: 0}",
+            "adapter.virtual_tokens: expected `int` >=",
+            "",
+        ),
         ("task.data.train=x.jsonl", "task.data.train: the built-in world and files", "remove"),
         ("task.data={public: 2}", "task.data.train: this key is missing", "builtin"),
         ("task.data={skew: 2}", "task.data.train: this key is missing", "leave all out"),
@@ -104,7 +131,42 @@ def test_the_digest_is_that_of_the_meaning_not_of_the_spelling(tmp_path):
             "aggregation.key_model: only CKKS has a key that an authority can hold",
             "add aggregation.scheme: ckks",
         ),
-        ("task.kind=text", "task.kind: the built-in world has multiple-choice", "give files"),
+        (
+            "task.kind=instruction",
+            "task.kind: the built-in world has multiple-choice",
+            "give files",
+        ),
+        ("task.kind=text", "distillation.over: kind: text has no choices", "choose answer"),
+        ("server={}", "server: no part of it is given", "outer or central"),
+        ("server.outer={optimizer: adagrad, learning_rate: 1}", "server.outer.optimizer: ", ""),
+        ("server.outer={optimizer: sgd}", "server.outer.learning_rate: this key is missing", "add"),
+        ("server.outer={optimizer: sgd, learning_rate: 0}", "server.outer.learning_rate: ", ""),
+        (
+            "server.outer={optimizer: sgd, learning_rate: 1, momentum: 1}",
+            "server.outer.momentum: expected `float` < 1",
+            "",
+        ),
+        (
+            "server.outer={optimizer: nesterov, learning_rate: 1, momentum: 0}",
+            "server.outer.momentum: without momentum there is nothing",
+            "optimizer: sgd",
+        ),
+        (
+            "server.outer={optimizer: sgd, learning_rate: 1, tau: 1}",
+            "server.outer.tau: optimizer: sgd has none",
+            "optimizer: adam",
+        ),
+        (
+            "server.outer={optimizer: nesterov, learning_rate: 1, beta2: 0.9}",
+            "server.outer.beta2: optimizer: nesterov has none",
+            "optimizer: adam",
+        ),
+        ("server.central={batch: 3}", "server.central.batch: unknown key", "'batch_size'"),
+        (
+            "server.central={steps: 2000000000}",
+            "server.central.steps: 2000000000 is too",
+            "at most",
+        ),
         (
             "task={%s, kind: classification}",
             "task.labels: the labels are missing",
@@ -192,12 +254,76 @@ def test_the_unit_is_no_column_of_what_a_record_says():
         load_study(QUICKSTART, [files, unit, "task.columns={question: case}"])
 
 
+def test_letters_need_choices_to_name():
+    asked = "models.slm.ask=letters"
+    assert load_study(QUICKSTART, [asked]).models.slm.ask == "letters"
+    with pytest.raises(ConfigError, match=r"^models\.slm\.ask: a letter is no text"):
+        load_study(QUICKSTART, [asked, "distillation.over=all"])
+    files = "task={data: {train: x, test: y, public: 2, per_silo: 1}, kind: text}"
+    for key, value in (("ask", "letters"), ("temperature", "2")):
+        given = [files, "distillation.over=all", f"models.llm.{key}={value}"]
+        with pytest.raises(ConfigError, match=rf"^models\.llm\.{key}: is about choices"):
+            load_study(QUICKSTART, given)
+
+
 def test_without_a_large_model_there_is_nothing_to_distil():
     with pytest.raises(ConfigError, match="distillation: there is no large model to distil with"):
         load_study(QUICKSTART, ["models.llm=none", "distillation.steps=2"])
     alone = load_study(QUICKSTART, ["models.llm=none", "distillation={}"])
     assert alone.models.llm is None
     assert digest(study_from_tree(alone.tree)) == digest(alone)
+
+
+CENTRAL = "server.central={}"
+OUTER = "server.outer={optimizer: sgd, learning_rate: 1}"
+ALONE = ("models.llm=none", "distillation={}")
+OWN = ("task={kind: own}", "models={slm: {source: 'own:x'}}", "adapter={}", "distillation={}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            (OUTER, "privacy.noise=distributed", "local.sampling_rate=0.02"),
+            "server.outer: in joint DP-SGD what is opened is a gradient",
+        ),
+        (
+            (CENTRAL, "task.data={train: x, test: y, public: 2, per_silo: 1}"),
+            "server.central: no public row has its answer",
+        ),
+        (
+            (CENTRAL, *ALONE, "task.data={train: x, test: y, per_silo: 1}"),
+            "task.data.public: this key is missing",
+        ),
+        (
+            (
+                CENTRAL,
+                "task.data={train: x, test: y, public: 4, public_labelled: 2, per_silo: 1}",
+                "keep={rows: 2}",
+            ),
+            "keep.rows: all public rows with answers are kept apart, and none is left to tune on",
+        ),
+        ((CENTRAL, *OWN, "privacy=none"), "server.central: the silos train with their own code"),
+    ],
+)
+def test_what_the_servers_parts_need(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_study(QUICKSTART, list(changes))
+
+
+def test_the_servers_parts_are_in_the_digest_and_a_study_without_them_is_as_it_was():
+    plain = load_study(QUICKSTART)
+    assert "server" not in plain.tree
+    assert not plain.remembers
+    assert digest(load_study(QUICKSTART, ["server=null"])) == digest(plain)
+    both = load_study(QUICKSTART, [CENTRAL, OUTER])
+    assert digest(both) != digest(plain)
+    assert digest(study_from_tree(both.tree)) == digest(both)
+    assert both.remembers
+    alone = load_study(QUICKSTART, ALONE)
+    assert not alone.needs_public
+    assert load_study(QUICKSTART, [*ALONE, CENTRAL]).needs_public
+    assert not load_study(QUICKSTART, [*OWN, "privacy=none", OUTER]).needs_public
 
 
 def test_what_a_task_without_choices_cannot_have():

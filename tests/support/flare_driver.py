@@ -16,8 +16,9 @@ from pathlib import Path
 from securefedcollm.aggregation import Step
 from securefedcollm.federation import coordinator, roles
 from securefedcollm.federation.engines.door import Door
-from securefedcollm.federation.engines.flare.engine import FlareEngine, Kits, Waits
+from securefedcollm.federation.engines.flare.engine import FlareEngine, Kits
 from securefedcollm.federation.engines.flare.kit import installed
+from securefedcollm.federation.engines.flare.presence import Waits
 from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
 from securefedcollm.federation.engines.link import answer_calls
 from securefedcollm.federation.hooks import Hooks

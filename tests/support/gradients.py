@@ -7,17 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from securefedcollm.tuning.adapters import attach, layout_of, load_vector, select
+from securefedcollm.tuning.adapters import full_layout, layout_of, load_vector, select
 from securefedcollm.tuning.per_record import question_losses
 from securefedcollm.tuning.questions import PLAIN, EncodedQuestions
+from tests.support.plans import attached
 
 CLIP = 0.7
 
 
 def adapted(toy: Any, method: str = "ffa-lora") -> Any:
     """A model whose adapter is not the identity, so that every matrix has a gradient."""
-    model = attach(toy.model(), method=method, seed=1, rank=2, alpha=4)
-    layout = layout_of(model, "lora")
+    model = attached(toy.model(), method, rank=2, alpha=4)
+    layout = full_layout(model)
     values = np.random.default_rng(3).normal(scale=0.2, size=layout.size)
     load_vector(model, layout, values)
     select(model, layout_of(model, method))

@@ -16,10 +16,14 @@ COLOURS = ("red", "blue", "green", "grey")
 THINGS = tuple(f"thing{i}" for i in range(12))
 
 
-def make_inputs(directory: Path) -> Path:
-    """Models and data in ``directory``; returns the study's file."""
-    words = ["<pad>", "<unk>", "Question:", "Answer:", "colour", "of", *COLOURS, *THINGS]
+def make_inputs(directory: Path, more: tuple[str, ...] = (), chat: str | None = None) -> Path:
+    """Models and data in ``directory``; returns the study's file.
+
+    ``more``: further words that the tokenizer knows; ``chat``: its chat template.
+    """
+    words = ["<pad>", "<unk>", "Question:", "Answer:", "colour", "of", *COLOURS, *THINGS, *more]
     tokenizer = word_level(words, pad_token="<pad>")
+    tokenizer.chat_template = chat
     for seed, (name, width) in enumerate((("llm", 32), ("slm", 16))):
         model = llama(
             len(words),
@@ -84,9 +88,10 @@ def invoke(*words):
     return json.loads(result.stdout)
 
 
-def tuned(inputs, out, **task):
+def tuned(inputs, out, adapter=None, models=None, **task):
     """A run without privacy that learns something, so that accuracy is no accident."""
     tree = yaml.safe_load((inputs / "tiny.yaml").read_text())
+    tree["adapter"] = adapter or tree["adapter"]
     if task.get("kind") == "classification":
         data = {"train": "train-labels.jsonl", "test": "test-labels.jsonl"}
         tree["task"]["data"] |= data
@@ -97,6 +102,8 @@ def tuned(inputs, out, **task):
         tree["task"]["data"] |= {name: f"own-{tree['task']['data'][name]}" for name in
                                  ("train", "test")}  # fmt: skip
     tree["task"] |= task
+    for name, keys in (models or {}).items():
+        tree["models"][name] |= keys
     tree |= {"privacy": None, "rounds": 1}
     tree["local"] = {"steps": 30, "batch_size": 16, "learning_rate": 0.05}
     tree["distillation"]["steps"] = 20

@@ -1,10 +1,11 @@
-"""Plans from settings by name, so that a test says only what it changes."""
+"""Plans and adapters from settings by name, so that a test says only what it changes."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 from typing import Any
 
+from securefedcollm.tuning.adapters import Method, attach
 from securefedcollm.tuning.plans import (
     DistilLossPlan,
     DistilPlan,
@@ -12,6 +13,7 @@ from securefedcollm.tuning.plans import (
     Protection,
     TrainPlan,
 )
+from securefedcollm.tuning.prompts import attach_prompt
 
 
 def train_plan(**settings: Any) -> TrainPlan:
@@ -26,6 +28,13 @@ def distil_plan(**settings: Any) -> DistilPlan:
 
 def protection(clip_norm: float = 1.0, noise_multiplier: float = 1.0) -> Protection:
     return Protection(noise_multiplier=noise_multiplier, clip_norm=clip_norm)
+
+
+def attached(base: Any, method: Method, *, tokens: int = 3, **low_rank: Any) -> Any:
+    """``base`` with an adapter of any method; ``low_rank`` is for those with matrices."""
+    if method == "prompt" or method == "prefix":
+        return attach_prompt(base, method=method, tokens=tokens, seed=1)
+    return attach(base, method=method, seed=1, **low_rank)
 
 
 def _part(plan: Any, settings: dict[str, Any]) -> Any:

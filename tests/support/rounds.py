@@ -37,10 +37,20 @@ CHARGED_ONCE = [(0, 0, "settled"), (1, 0, "settled"), (2, 0, "settled")]
 class Run:
     """One coordinator's life over an engine; made again on the same directory, it resumes."""
 
-    def __init__(self, directory, study, *, workers=0, resume=False, wrap=lambda e: e, **silo):
+    def __init__(
+        self,
+        directory,
+        study,
+        *,
+        workers=0,
+        resume=False,
+        wrap=lambda e: e,
+        server=None,
+        **silo,
+    ):
         self.study = study
         self.store = RunStore(directory, digest(study), resume=resume)
-        self.server = ArithmeticServer()
+        self.server = server or ArithmeticServer()
         factory = partial(make_silo, study=study, directory=directory / "silos", **silo)
         self.engine = EmbeddedEngine(parties(study), factory, workers=workers, progress=silent)
         self.coordinator = Coordinator(

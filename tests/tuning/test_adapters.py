@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from peft import PeftModel, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from securefedcollm.errors import ConfigError, StateError
@@ -201,12 +201,18 @@ def test_saving_and_loading_fail_in_one_line(toy: Any, tmp_path: Path) -> None:
         load_adapter(toy.model(), tmp_path / "slm")
 
 
-def test_an_adapter_of_another_kind_is_refused(toy: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=4),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, prefix_projection=True),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused(toy: Any, tmp_path: Path, config: Any) -> None:
     """Its virtual tokens were ignored before: the base model's figures, without a word."""
-    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with warnings.catch_warnings(action="ignore"):
         get_peft_model(toy.model(), config).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="of the kind PREFIX_TUNING, and only LoRA"):
+    with pytest.raises(ConfigError, match=r"of the kind .*, and only LoRA, prompts and prefixes"):
         load_adapter(toy.model(), tmp_path)
 
 

@@ -13,7 +13,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from securefedcollm.errors import ConfigError, DataError, TrainingError
 from securefedcollm.privacy.events import PoissonGaussian
 from securefedcollm.privacy.noise import GridSum, NoiseSource, grid_step
-from securefedcollm.tuning.adapters import attach, layout_of, load_vector, select, to_vector
+from securefedcollm.tuning.adapters import (
+    attach,
+    layout_of,
+    load_vector,
+    select,
+    to_vector,
+)
 from securefedcollm.tuning.local import sampled_gradients, train_dp, train_plain
 from securefedcollm.tuning.per_record import (
     per_record_gradients,
@@ -39,20 +45,22 @@ def batch_gradients(model: Any, method: str, data: EncodedQuestions, loss: str) 
 
 
 @pytest.mark.parametrize("loss", ["answer", "choices"])
-@pytest.mark.parametrize("method", ["ffa-lora", "rolora", "lora"])
+@pytest.mark.parametrize("method", ["ffa-lora", "rolora", "lora", "prompt", "prefix"])
 def test_per_record_gradients_equal_a_loop_over_records(toy: Any, method: Any, loss: Any) -> None:
     data = toy.encoded(7)
     model = adapted(toy, method)
     expected = single_gradients(model, method, data, loss)
     found = batch_gradients(model, method, data, loss)
     np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
-    assert np.linalg.norm(expected, axis=1).max() > 1
+    assert np.linalg.norm(expected, axis=1).max() > 0.5
 
 
-def test_per_record_gradients_equal_those_of_opacus(toy: Any) -> None:
-    data, model = toy.encoded(7), adapted(toy, "lora")
-    found = batch_gradients(model, "lora", data, "answer")
-    parameters = select(model, layout_of(model, "lora"))
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # opacus, on numbers of tokens
+@pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
+def test_per_record_gradients_equal_those_of_opacus(toy: Any, method: Any) -> None:
+    data, model = toy.encoded(7), adapted(toy, method)
+    found = batch_gradients(model, method, data, "answer")
+    parameters = select(model, layout_of(model, method))
     model.get_base_model().enable_input_require_grads()  # its hooks want it
     opacus = GradSampleModule(model, loss_reduction="sum")
     question_losses(model, data, "answer", PLAIN).sum().backward()
@@ -90,24 +98,27 @@ class Silent(NoiseSource):
         return total * grid_step(sigma)
 
 
-def one_noiseless_step(toy: Any, data: EncodedQuestions, **options: Any) -> np.ndarray:
+def one_noiseless_step(
+    toy: Any, data: EncodedQuestions, method: Any = "ffa-lora", **options: Any
+) -> np.ndarray:
     """The delta of one SGD step of rate 1 on every unit, without noise."""
-    model, subjects = adapted(toy), options.pop("subjects", None)
+    model, subjects = adapted(toy, method), options.pop("subjects", None)
     settings = {"batch_size": len(data), **options}
     plan = train_plan(steps=1, learning_rate=1.0, optimizer="sgd", **settings)
-    layout, noise = layout_of(model, "ffa-lora"), Silent(bytes(32))
+    layout, noise = layout_of(model, method), Silent(bytes(32))
     return train_dp(
         model, layout, data, plan, protection(CLIP), noise=noise, subjects=subjects
     ).delta
 
 
+@pytest.mark.parametrize("method", ["ffa-lora", "prompt", "prefix"])
 @pytest.mark.parametrize("micro_batch", [2, 64])
-def test_a_noiseless_step_is_the_hand_clipped_mean(toy: Any, micro_batch: int) -> None:
+def test_a_noiseless_step_is_the_hand_clipped_mean(toy: Any, micro_batch: int, method: Any) -> None:
     data = toy.encoded(9)
-    gradients = single_gradients(adapted(toy), "ffa-lora", data, "answer")
+    gradients = single_gradients(adapted(toy, method), method, data, "answer")
     assert (np.linalg.norm(gradients, axis=1) > CLIP).sum() >= 2  # the clip has work to do
     expected = -clipped(gradients).sum(0) / len(data)
-    delta = one_noiseless_step(toy, data, micro_batch=micro_batch)
+    delta = one_noiseless_step(toy, data, method, micro_batch=micro_batch)
     np.testing.assert_allclose(delta, expected, atol=1e-5)
 
 

@@ -15,6 +15,7 @@ from securefedcollm.tuning.world import (
     VOCABULARY,
     Sizes,
     World,
+    as_text,
     make_tokenizer,
 )
 
@@ -157,3 +158,22 @@ def test_text_is_plain_words_and_one_token_each() -> None:
     assert encoded.tokens.shape == (10, PROMPT_TOKENS)
     assert encoded.attention_mask(torch.float32) is None
     assert not bool((encoded.tokens == tokenizer.unk_token_id).any())
+
+
+def test_as_text_a_record_is_its_sentence_and_public_text_holds_no_secret_and_no_test() -> None:
+    texts = WORLD.public_texts()
+    assert len(texts) == len({q.choices for q in texts}) == Sizes().public_texts
+    assert WORLD.public_texts() == texts != World(6).public_texts()
+    assert all(q.choices[0].startswith("in general ") for q in texts)
+    tested = {as_text(q).choices[0] for q in TESTS}
+    assert not tested & {q.choices[0] for q in texts}
+    assert not tested & {as_text(q).choices[0] for q in ALL_RECORDS}
+    record = RECORDS[2][7]
+    text = as_text(record)
+    assert text.choices[0] == f"{record.prompt} {right(record)} ."
+    assert (text.prompt, text.answer, text.group) == ("", 0, record.group)
+    assert text.subject == record.subject is not None
+    encoded = encode([text], make_tokenizer(), 64, "text")
+    assert encoded.generative
+    words = [VOCABULARY[i] for i in encoded.targets[0].tolist()]
+    assert " ".join(words) == text.choices[0].removesuffix(" .")  # "." is the end-of-text token

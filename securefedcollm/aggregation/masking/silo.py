@@ -89,6 +89,9 @@ def check_agreements(
 
     Args:
         lists: survivors and dropouts; ``digest`` is theirs.
+
+    Raises:
+        RemoteProtocolError: too few agreed, or one of them to other lists.
     """
     signers = [agreement.index for agreement in agreements]
     survivors, threshold = lists[0], header.parameters.threshold
@@ -152,7 +155,7 @@ class SiloRound(AnsweringSilo[_Secrets]):
         self._threads = threads
         buffer = UploadBuffer(header.parameters)
         packing.pack(vector, header.parameters, buffer.words, threads)
-        self._secrets = _Secrets(buffer, random(KEY_BYTES), random(KEY_BYTES), random(KEY_BYTES))
+        self._hold(_Secrets(buffer, random(KEY_BYTES), random(KEY_BYTES), random(KEY_BYTES)))
         # Public transcript, filled step by step.
         self._own_keys: Advertise
         self._roll: dict[int, Advertise]

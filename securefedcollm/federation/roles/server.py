@@ -177,7 +177,7 @@ def server_questions(
     """The public and the test questions that the server works with.
 
     Raises:
-        ConfigError: a study on files with an LLM, and no public file was given.
+        ConfigError: the server learns from public questions, and no file of them was given.
         DataError: a file cannot be read.
     """
     from securefedcollm.federation.dealing import deal, read_public, read_records
@@ -187,7 +187,7 @@ def server_questions(
         return dealt.public, (
             dealt.test if test is None else read_records(study, test, private=False)
         )
-    if public is None and study.models.llm is not None:
+    if public is None and study.needs_public:
         raise ConfigError(
             "the server needs the study's public questions",
             where="--public",

@@ -74,7 +74,7 @@ class CkksAuthorityRound(AnsweringSide[KeyShares]):
         self._ring = m.ring_of(header)
         self._shape = m.shape_of(header)
         common = polynomials.hash_to_ring(self._header_digest, self._ring)
-        self._secrets = KeyShares(self._ring, self._shape, common, len(roster), random)
+        self._hold(KeyShares(self._ring, self._shape, common, len(roster), random))
         self._key_id = b""
         self._offer: tuple[bytes, bytes]
         self._transcript = Transcript(header=self._header_digest)

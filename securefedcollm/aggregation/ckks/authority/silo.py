@@ -80,7 +80,7 @@ class CkksAuthoritySiloRound(AnsweringSilo[CkksSecrets]):
         self._shape = m.shape_of(header)
         self._authority = authority
         common = polynomials.hash_to_ring(self._header_digest, self._ring)
-        self._secrets = CkksSecrets(self._ring, self._shape, vector, common, random)
+        self._hold(CkksSecrets(self._ring, self._shape, vector, common, random))
         # Public transcript, filled step by step.
         self._key_id: bytes
         self._own: m.Sealed

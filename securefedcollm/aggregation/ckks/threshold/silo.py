@@ -100,9 +100,11 @@ class CkksSiloRound(AnsweringSilo[_Secrets]):
         self._ring = m.ring_of(header)
         self._shape = m.shape_of(header)
         common = polynomials.hash_to_ring(self._header_digest, self._ring)
-        self._secrets = _Secrets(
-            CkksSecrets(self._ring, self._shape, vector, common, random),
-            KeyShares(self._ring, self._shape, common, len(roster), random),
+        self._hold(
+            _Secrets(
+                CkksSecrets(self._ring, self._shape, vector, common, random),
+                KeyShares(self._ring, self._shape, common, len(roster), random),
+            )
         )
         # Public transcript, filled step by step.
         self._digests: tuple[bytes, ...]

@@ -8,28 +8,22 @@ and the requests that were under way are delivered again. A silo's answer is the
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import math
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from securefedcollm.errors import SecureFedCoLLMError, TransportError
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.engines.door import Door, Wire
-from securefedcollm.federation.engines.flare.job import write_job
+from securefedcollm.federation.engines.flare.administration import Administration
 from securefedcollm.federation.engines.flare.kit import Kit
-from securefedcollm.federation.engines.flare.presence import Presence
-from securefedcollm.federation.engines.flare.presence import Waits as Waits
+from securefedcollm.federation.engines.flare.presence import Presence, Waits
 from securefedcollm.federation.engines.flare.processes import (
     DOOR,
-    LARGEST_MESSAGE,
     FlareProcess,
     require_flare,
 )
@@ -87,7 +81,7 @@ class FlareEngine:
         self._largest = largest or {}
         self._sign = sign
         self._say = say
-        self._lead = kits.lead
+        self._flare = Administration(kits.lead, self._require_open)
         self._presence = Presence(
             silos,
             waits,
@@ -109,7 +103,6 @@ class FlareEngine:
         self._restarting = threading.Lock()
         self._gave_up = -_PAUSE
         """When a job could last not be begun: the other deliveries do not each try again."""
-        self._admin: Any = None
         self._door = Door(self._visit, visitors=512)
         self._process = FlareProcess(
             "server",
@@ -201,7 +194,7 @@ class FlareEngine:
         self._end_job()
         present = self._presence.wait_for(wanted)
         for _ in range(_TRIES):
-            if self._started(self._submit(present), present):
+            if self._started(self._flare.submit(present), present):
                 self._require_open()
                 self._presence.began = True
                 self._say(f"connected: {', '.join(sorted(present))}")
@@ -212,14 +205,6 @@ class FlareEngine:
             f"no FLARE job began within {_TRIES * _JOB_START:.0f} s",
             hint="see flare.log at the server and at the silos",
         )
-
-    def _submit(self, silos: set[str]) -> str:
-        folder = Path(tempfile.mkdtemp(prefix="job-", dir=self._lead.workspace))
-        try:
-            write_job(folder, sorted(silos))
-            return str(self._ask(lambda session: session.submit_job(str(folder))))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def rejoined(self, silos: Set[str], count: int, most: float = math.inf) -> bool:
         """See :meth:`~.presence.Presence.rejoined`."""
@@ -252,66 +237,28 @@ class FlareEngine:
         if not job:
             return
         if wire is None:
-            self._ask(lambda session: session.abort_job(job))
+            self._flare.abort(job)
         else:
             with contextlib.suppress(OSError):
                 wire.send(["end"])
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:  # the silos' places are free once it is over
-            status = str(self._ask(lambda session: session.get_job_meta(job)).get("status", ""))
-            if status.startswith("FINISHED"):
+            if self._flare.finished(job):
                 return
             time.sleep(0.3)
 
     def _connected(self) -> set[str]:
-        info = self._ask(lambda session: session.get_system_info())
-        now = time.time()
-        seen = {c.name: float(c.last_connect_time) for c in info.client_info}
+        seen, now = self._flare.seen(), time.time()
         return {
             name
             for name, last in seen.items()
             if now - last < _ALIVE and last > self._lost.get(name, 0.0)
         }
 
-    def _ask(self, question: Callable[[Any], Any]) -> Any:
-        """Ask FLARE's server, logging in again if the session is gone."""
-        from securefedcollm.federation.engines.flare.hardening import strip_session
-
-        strip_session(LARGEST_MESSAGE)
-        from nvflare.fuel.flare_api.flare_api import new_secure_session
-
-        deadline = time.monotonic() + _JOB_START
-        while True:
-            self._require_open()
-            try:
-                with contextlib.redirect_stdout(io.StringIO()):  # it greets the user
-                    if self._admin is None:
-                        self._admin = new_secure_session(
-                            self._lead.name, str(self._lead.workspace), timeout=10
-                        )
-                    return question(self._admin)
-            except Exception as error:  # a dozen kinds, from sockets to FLARE's own
-                self._close_admin()
-                if time.monotonic() > deadline:
-                    raise TransportError(
-                        f"FLARE's server does not answer ({str(error)[:160]})",
-                        hint="see flare.log in the server's home",
-                    ) from None
-                log.info("FLARE's server does not answer yet: %s", error)
-                time.sleep(0.5)
-
     def _require_open(self) -> None:
         if self._closed:
             raise _ClosedError("the engine is closed")
         self._process.require_running()
-
-    def _close_admin(self) -> None:
-        if self._admin is not None:
-            try:
-                self._admin.close()
-            except Exception as error:
-                log.debug("closing the FLARE session: %s", error)
-            self._admin = None
 
     # ---- the relay of the job, behind the door ----
 
@@ -371,7 +318,7 @@ class FlareEngine:
         except SecureFedCoLLMError as error:
             log.info("%s", error)
         self._closed = True
-        self._close_admin()
+        self._flare.close()
         self._process.stop()
         self._door.close()
 

@@ -58,23 +58,22 @@ class Presence:
             TransportError: fewer than the minimum came.
         """
         began, start = self.began, time.monotonic()
-        minimum = self.waits.minimum
         most = self.waits.rejoin if began else self.waits.patience
         deadline, told = start + (min(most, LATER) if began else most), False
         while True:
             present = self.connected() & set(self.silos)
             self.progress(len(present), len(self.silos), "silos connected")
-            if present >= wanted and len(present) >= minimum:
+            if present >= wanted and len(present) >= self.waits.minimum:
                 self.progress(1, 1, "silos connected")
                 return present
             if time.monotonic() > deadline:
-                if len(present) >= minimum:
+                if len(present) >= self.waits.minimum:
                     return present
                 missing = set(self.silos) - present
                 if time.monotonic() > start + most:
                     raise TransportError(
-                        f"{len(present)} silos are connected, {minimum} are needed; not "
-                        f"there: {', '.join(sorted(missing))}",
+                        f"{len(present)} silos are connected, {self.waits.minimum} are needed; "
+                        f"not there: {', '.join(sorted(missing))}",
                         hint="they run `securefedcollm client`; then start the server again",
                     )
                 if not told:
