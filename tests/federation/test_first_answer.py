@@ -14,7 +14,16 @@ from tests.support.inputs import make_inputs
 JOINT = ["privacy.noise=distributed", "local.sampling_rate=0.06", "aggregation.value_bits=20"]
 
 
-@pytest.mark.parametrize("changes", [[], ["adapter.method=rolora"], JOINT])
+# Each with a model that no other test has: what is known of one is not tested again.
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["adapter.rank=3"],
+        ["adapter.rank=3", "adapter.method=rolora"],
+        ["adapter.rank=5", *JOINT],
+    ],
+    ids=["local", "rolora", "joint"],
+)
 def test_no_answer_takes_longer_because_of_a_shape_that_occurs(tmp_path, monkeypatch, changes):
     """Adversary: the server, which times a silo's first answer."""
     make_inputs(tmp_path)
