@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -12,6 +13,21 @@ pytest.register_assert_rewrite("tests.support")
 
 settings.register_profile("house", deadline=None)  # no test asserts how long something takes
 settings.load_profile("house")
+
+
+LONG = ("tuning", "cli", "federation")
+"""Where the longest files are."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: workers take whole files, and end together if the last ones are short."""
+    here = Path(__file__).parent
+
+    def place(item: pytest.Item) -> int:
+        room = item.path.relative_to(here).parts[0] if item.path.is_relative_to(here) else ""
+        return LONG.index(room) if room in LONG else len(LONG)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True)
