@@ -450,10 +450,10 @@ def main() -> None:
             found[name] = verdict(family)
     lines = table(found)
     if given.write:
-        text = PAGE.read_text(encoding="utf-8").split("\n")
-        rest = [line for line in text if not line.startswith("|")]
-        at = text.index(next(line for line in text if line.startswith("|")))
-        PAGE.write_text("\n".join([*rest[:at], *lines, *rest[at:]]), encoding="utf-8")
+        text = PAGE.read_text(encoding="utf-8")
+        start = text.index("| family |")
+        end = text.index("\n\n", start)  # the page has other tables
+        PAGE.write_text(text[:start] + "\n".join(lines) + text[end:], encoding="utf-8")
     if given.json:
         print(json.dumps({name: what._asdict() for name, what in found.items()}))
     else:
