@@ -437,14 +437,6 @@ def table(found: dict[str, Verdict]) -> list[str]:
     return lines + [row(name, FAMILIES[name], what) for name, what in found.items()]
 
 
-def with_table(page: str, lines: list[str]) -> str:
-    """``page`` with its first table replaced."""
-    text = page.split("\n")
-    first = next(i for i, line in enumerate(text) if line.startswith("|"))
-    after = next(i for i in range(first, len(text)) if not text[i].startswith("|"))
-    return "\n".join([*text[:first], *lines, *text[after:]])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", action="append", metavar="FAMILY", help="a name or model_type")
@@ -458,7 +450,10 @@ def main() -> None:
             found[name] = verdict(family)
     lines = table(found)
     if given.write:
-        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), lines), encoding="utf-8")
+        text = PAGE.read_text(encoding="utf-8")
+        start = text.index("| family |")
+        end = text.index("\n\n", start)  # the page has other tables
+        PAGE.write_text(text[:start] + "\n".join(lines) + text[end:], encoding="utf-8")
     if given.json:
         print(json.dumps({name: what._asdict() for name, what in found.items()}))
     else:

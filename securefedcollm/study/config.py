@@ -85,6 +85,10 @@ _LATER: Final[dict[tuple[str, ...], Any]] = {
     ("local", "schedule"): "constant",
     ("local", "warmup"): 0.0,
     ("local", "weight_decay"): 0.0,
+    ("models", "llm", "ask"): "cloze",
+    ("models", "llm", "temperature"): None,
+    ("models", "slm", "ask"): "cloze",
+    ("models", "slm", "temperature"): None,
     ("server",): None,
     ("task", "columns"): {},
     ("task", "template"): None,
@@ -167,8 +171,8 @@ class Study(Section, frozen=True, dict=True):
         for (*sections, key), default in _LATER.items():
             place = tree
             for section in sections:
-                place = place[section]
-            if place[key] == default:
+                place = place[section] or {}  # a study without an LLM
+            if key in place and place[key] == default:
                 del place[key]
         return tree
 

@@ -11,7 +11,9 @@ QUICK = ["Llama", "Gemma 3", "OPT", "MPT", "Mamba", "LFM2", "Mixtral", "BERT", "
 
 def rows() -> dict[str, str]:
     """The lines of the page's table by family."""
-    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line[:2] == "| "]
+    page = PAGE.read_text(encoding="utf-8")
+    table = page[page.index("| family |") :].partition("\n\n")[0]  # the page has others
+    lines = table.splitlines()
     return {line.split(" | ")[0].removeprefix("| "): line for line in lines[2:]}
 
 
