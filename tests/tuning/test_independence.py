@@ -168,15 +168,18 @@ def every(records: Records, count: int) -> list[bytes]:
 
 @pytest.mark.parametrize("kind", ["mixed", "copies"])
 @pytest.mark.parametrize(
-    ("method", "prefix", "loss"),
+    ("dtype", "method", "prefix", "loss"),
     [
-        ("lora", False, "choices"),
-        ("lora", True, "answer"),
-        ("prompt", False, "choices"),
-        ("prefix", False, "answer"),
+        (torch.float32, "lora", False, "choices"),
+        (torch.float32, "lora", True, "answer"),
+        (torch.float32, "prompt", False, "choices"),
+        (torch.float32, "prefix", False, "answer"),
+        (torch.bfloat16, "lora", False, "choices"),
+        pytest.param(torch.bfloat16, "lora", True, "answer", marks=pytest.mark.soak),
+        pytest.param(torch.bfloat16, "prompt", False, "choices", marks=pytest.mark.soak),
+        pytest.param(torch.bfloat16, "prefix", False, "answer", marks=pytest.mark.soak),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_hostile_adapter_finds_no_record_in_the_others_bits(
     dtype: torch.dtype, method: Any, prefix: bool, kind: str, loss: Any
 ) -> None:
