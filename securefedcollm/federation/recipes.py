@@ -33,8 +33,8 @@ def train_plan(
     )
 
 
-def distil_plan(study: Study, scoring: Scoring, round_: int) -> DistilPlan:
-    """The server's phase of a round, under both models' scoring of choices."""
+def distil_plan(study: Study, scorings: tuple[Scoring, Scoring], round_: int) -> DistilPlan:
+    """The server's phase of a round; ``scorings``: of the choices, by (LLM, SLM)."""
     given = study.distillation
     loss = DistilLossPlan(
         kind=given.loss,
@@ -45,7 +45,8 @@ def distil_plan(study: Study, scoring: Scoring, round_: int) -> DistilPlan:
         direction=given.direction,
         sharpness=given.sharpness,
         change=given.change,
-        scoring=scoring,
+        scoring=scorings[1],
+        scoring_llm=scorings[0],
         micro_batch=study.local.micro_batch,
     )
     return DistilPlan(

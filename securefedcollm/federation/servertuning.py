@@ -122,7 +122,7 @@ class ServerTuning:
             (self._llm.model, self._slm.model),
             (self._llm.broadcast_layout(), self._slm.broadcast_layout()),
             (self._llm_public, self._slm_public),
-            distil_plan(self._study, self._slm.scoring, round_),
+            distil_plan(self._study, (self._llm.scoring, self._slm.scoring), round_),
             seed=training_seed(self._study, "server", round_),
             vocabularies=self._vocabularies,
             on_step=steps.append,

@@ -45,8 +45,8 @@ class ChoiceObjective:
         labels = max(1, int((self._data[0].answers[batch] >= 0).sum()))
         asked = [data.select(part) for data in self._data]
         scores = [
-            choice_scores(model, questions, loss.scoring)
-            for model, questions in zip(self._models, asked, strict=True)
+            choice_scores(model, questions, scoring)
+            for model, questions, scoring in zip(self._models, asked, loss.scorings, strict=True)
         ]
         terms = []
         for own, questions, other in zip(scores, asked, reversed(scores), strict=True):
@@ -74,11 +74,11 @@ def _frozen_targets(
         predict(
             model,
             questions,
-            scoring=loss.scoring,
+            scoring=scoring,
             temperature=loss.temperature,
             batch_size=max(64, loss.micro_batch),
         )
-        for model, questions in zip(models, data, strict=True)
+        for model, questions, scoring in zip(models, data, loss.scorings, strict=True)
     )
     return teacher_of(loss.kind, llm, slm, data[0].answers, loss.sharpness)
 

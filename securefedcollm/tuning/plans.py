@@ -93,6 +93,7 @@ class DistilLossPlan:
         change: of ``transfer``: α, the part of the change of predictions; the rest is for them
             themselves.
         scoring: the scores of the choices.
+        scoring_llm: the large model's, if it is asked in another form or has another temperature.
         micro_batch: questions in memory at a time; gradients are accumulated over a step's batch.
     """
 
@@ -105,7 +106,13 @@ class DistilLossPlan:
     sharpness: float = 3.0
     change: float = 0.5
     scoring: Scoring = PLAIN
+    scoring_llm: Scoring | None = None
     micro_batch: int = 256
+
+    @property
+    def scorings(self) -> tuple[Scoring, Scoring]:
+        """Of (LLM, SLM)."""
+        return self.scoring_llm or self.scoring, self.scoring
 
     @property
     def freezes(self) -> bool:

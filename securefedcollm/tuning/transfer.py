@@ -45,11 +45,11 @@ class TransferObjective:
     ) -> None:
         self._llm, self._data, self._loss = models[0], data[0], loss
         size = max(64, loss.micro_batch)
-        small = all_scores(models[1], data[1], loss.scoring, size)
+        small = all_scores(models[1], data[1], loss.scorings[1], size)
         plain = []
-        for model, questions in zip(models, data, strict=True):
+        for model, questions, scoring in zip(models, data, loss.scorings, strict=True):
             with without_adapter(model):
-                plain.append(all_scores(model, questions, loss.scoring, size))
+                plain.append(all_scores(model, questions, scoring, size))
         self._plain = _known(plain[0])
         self._answers = F.softmax(small / loss.temperature, dim=-1)
         change = (_known(small) - _known(plain[1])).masked_fill(~data[1].choice_mask, -torch.inf)
@@ -60,7 +60,7 @@ class TransferObjective:
         loss = self._loss
         labels = max(1, int((self._data.answers[batch] >= 0).sum()))
         asked = self._data.select(part)
-        own = choice_scores(self._llm, asked, loss.scoring)
+        own = choice_scores(self._llm, asked, loss.scorings[0])
         place = own.device
         moved = own - self._plain[part].to(place)
         apart = own.new_zeros(())

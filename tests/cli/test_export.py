@@ -127,6 +127,17 @@ def test_a_model_that_names_letters_is_asked_alike_by_plain_peft(tmp_path, chat)
     assert [[*row["accuracy"].values()] for row in tuned_slm] == [[ours["accuracy"]]]
 
 
+def test_the_large_model_names_letters_where_the_small_ones_score_needs_a_prior(tmp_path):
+    """Letters have no prior: distillation asks each model by its own score."""
+    make_inputs(tmp_path, LISTED)
+    tuned(tmp_path, tmp_path / "run", models={"llm": {"ask": "letters"}}, score="pmi-length")
+    table = json.loads((tmp_path / "run" / "results.json").read_text())["table"]
+    found = [row for row in table if (row["model"], row["method"]) == ("llm", "FedCoLLM")]
+    run = ["--run", tmp_path / "run", "--data", tmp_path, "--role", "llm", "--json"]
+    ours = invoke("model", "evaluate", *run)["all"]["accuracy"]
+    assert [[*row["accuracy"].values()] for row in found] == [[ours]]
+
+
 def test_the_template_matters(inputs, tmp_path):
     """The control: with other prompts the same adapter has other accuracies."""
     test = tuned(inputs, tmp_path / "run")

@@ -20,7 +20,7 @@ from securefedcollm.tuning.choice_distil import (
     supervised_loss,
 )
 from securefedcollm.tuning.distil import DistilStep, distil
-from securefedcollm.tuning.questions import EncodedQuestions, choice_scores
+from securefedcollm.tuning.questions import EncodedQuestions, Scoring, choice_scores
 from tests.support.plans import distil_plan
 
 TAU = 1.7
@@ -199,11 +199,16 @@ def run(
 
 
 def expected_first_losses(
-    models: tuple[Any, Any], data: EncodedQuestions, loss: str, weight: float
+    models: tuple[Any, Any],
+    data: EncodedQuestions,
+    loss: str,
+    weight: float,
+    sure: tuple[float, float] = (1.0, 1.0),
 ) -> list[float]:
     """(LLM, SLM) loss of a first step on the whole set, in float64."""
     with torch.no_grad():
-        scores = [choice_scores(m, data).double().numpy() for m in models]
+        plain = [choice_scores(m, data).double().numpy() for m in models]
+    scores = [s / t for s, t in zip(plain, sure, strict=True)]
     answers = data.answers.numpy()
     labelled = answers >= 0
     soft = [softmax(s / TAU) for s in scores]
@@ -241,6 +246,26 @@ def test_the_losses_of_a_step(toy: Any, loss: Any, micro_batch: int) -> None:
         toy, models, data, steps=1, loss=loss, weight=0.6, temperature=TAU, micro_batch=micro_batch
     )[0]
     assert [step.loss_llm, step.loss_slm] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["entropy-pooled", "dual-min-ce", "mutual-kl"])
+def test_each_model_is_as_sure_as_its_own_temperature_says(toy: Any, loss: Any) -> None:
+    data, models, sure = half_labelled(toy), pair(toy), (3.0, 0.5)
+    expected = expected_first_losses(models, data, loss, 0.6, sure)
+    alike = expected_first_losses(models, data, loss, 0.6, (0.5, 0.5))
+    (step,) = run(
+        toy,
+        models,
+        data,
+        steps=1,
+        loss=loss,
+        weight=0.6,
+        temperature=TAU,
+        scoring=Scoring(temperature=sure[1]),
+        scoring_llm=Scoring(temperature=sure[0]),
+    )
+    assert [step.loss_llm, step.loss_slm] == pytest.approx(expected, rel=1e-4)
+    assert [step.loss_llm, step.loss_slm] != pytest.approx(alike, rel=1e-2)  # the control
 
 
 @pytest.mark.parametrize("loss", ["entropy-pooled", "dual-min-ce", "mutual-kl", "none"])
