@@ -85,16 +85,13 @@ def import_gguf(
             where=str(file),
             hint="get the agreed file, or agree on this one",
         )
-    with quiet_transformers(), new_directory(out) as fresh:
-        with _parsing(file):
-            reader = library.GGUFReader(str(file))
+    with quiet_transformers(), new_directory(out) as fresh, _parsing(file):
+        reader = library.GGUFReader(str(file))
         _check_whole(reader, file)
-        with _parsing(file):
-            config, tokenizer = _described(file)
+        config, tokenizer = _described(file)
         _check_positions(reader, config, file)
         skeleton = _skeleton(config)
-        with _parsing(file):
-            count = _convert(reader, skeleton, getattr(torch, dtype), fresh, file, progress)
+        count = _convert(reader, skeleton, getattr(torch, dtype), fresh, file, progress)
         config.architectures, config.dtype = [type(skeleton).__name__], getattr(torch, dtype)
         config.save_pretrained(fresh)
         GenerationConfig.from_model_config(config).save_pretrained(fresh)
@@ -179,6 +176,14 @@ def _check_whole(reader: Any, file: Path) -> None:
         )
     if not reader.tensors:
         raise DataError("holds no weights", where=str(file), hint="get the model's own file")
+    # Adversary: whoever wrote the file. A layer costs memory before its weights are looked for.
+    layers = _field(reader, f"{_field(reader, 'general.architecture')}.block_count") or 0
+    if layers > len(reader.tensors):
+        raise DataError(
+            f"speaks of {layers} layers and holds {len(reader.tensors)} tensors",
+            where=str(file),
+            hint="get the whole model's file",
+        )
 
 
 def _described(file: Path) -> tuple[Any, Any]:

@@ -249,12 +249,23 @@ def part(writer: gguf.GGUFWriter) -> None:
     writer.add_uint16("split.count", 3)
 
 
+def deep(writer: gguf.GGUFWriter) -> None:
+    writer.kv_data[0].pop("llama.block_count")
+    writer.add_uint32("llama.block_count", 4_000_000_000)
+
+
+def words(writer: gguf.GGUFWriter) -> None:
+    writer.add_string("split.count", "three")
+
+
 @pytest.mark.parametrize(
     ("given", "error", "said"),
     [
         ({"change": own_factors}, ConfigError, "scales its positions by numbers of its own"),
         ({"change": yarn}, ConfigError, r"scales its positions \(yarn\)"),
         ({"change": part}, DataError, "is one of 3 parts of a model"),
+        ({"change": deep}, DataError, "speaks of 4000000000 layers and holds 20 tensors"),
+        ({"change": words}, DataError, "is a damaged or unusual GGUF file"),
         (
             {"leave_out": "blk.1.ffn_up"},
             DataError,
