@@ -204,7 +204,7 @@ def _skeleton(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        with torch.device("meta"):
+        with quiet_transformers(), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except ValueError:
         raise ConfigError(

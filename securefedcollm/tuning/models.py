@@ -205,7 +205,7 @@ def meta_model(source: str, *, revision: str | None = None, base_dir: Path = Pat
                 else "a path: model needs --data DIR; a hub model the network, once",
             ) from error
     try:
-        with torch.device("meta"):
+        with quiet_transformers(), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except Exception as error:
         raise ConfigError(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from threading import RLock
 from typing import Final, Literal
 
 import torch
@@ -106,17 +107,27 @@ def _modes(models: Sequence[nn.Module], *, training: bool) -> Iterator[None]:
         yield
 
 
+ONE_AT_A_TIME = RLock()
+"""Who holds it may use transformers' loaders."""
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' progress bars and advice off stderr, which belongs to the CLI."""
+    """Keep transformers' progress bars and advice off stderr, which belongs to the CLI.
+
+    One thread at a time. While it builds a model, transformers replaces methods of its classes and
+    torch's default dtype for the whole process, and puts back what it found: of two threads, one
+    would put back the other's replacement, and no model loaded later would have tied weights.
+    """
     from transformers.utils import logging as library
 
-    level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
-    library.set_verbosity(logging.CRITICAL)
-    library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        library.set_verbosity(level)
-        if bars:
-            library.enable_progress_bar()
+    with ONE_AT_A_TIME:
+        level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+        library.set_verbosity(logging.CRITICAL)
+        library.disable_progress_bar()
+        try:
+            yield
+        finally:
+            library.set_verbosity(level)
+            if bars:
+                library.enable_progress_bar()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel, initialization
 
 from securefedcollm.errors import StateError
-from securefedcollm.tuning import builtin
+from securefedcollm.tuning import builtin, recipe
 from securefedcollm.tuning.identity import weights_digest
 
 TINY = replace(
@@ -64,6 +67,14 @@ def test_a_changed_recipe_is_another_model(tmp_path: Path, monkeypatch: pytest.M
     assert len([p for p in (tmp_path / "models").iterdir() if p.is_dir()]) == 2
 
 
+def in_threads(count: int, call: Any, *words: Any, **options: Any) -> None:
+    threads = [threading.Thread(target=call, args=words, kwargs=options) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def test_two_askers_make_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
     pretrain = builtin.pretrain
@@ -73,17 +84,42 @@ def test_two_askers_make_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return pretrain(role, **options)
 
     monkeypatch.setattr(builtin, "pretrain", counted)
-    threads = [
-        threading.Thread(
-            target=builtin.builtin_models, args=("slm",), kwargs={"cache_dir": tmp_path}
-        )
-        for _ in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(2, builtin.builtin_models, "slm", cache_dir=tmp_path)
     assert made == ["slm"]
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_threads_that_load_at_once_leave_the_library_as_it_was(
+    locked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers replaces methods of its classes while it loads. Control: without our lock one
+    thread puts back what the other had put there, and no model loaded later has tied weights."""
+    builtin.builtin_models("slm", cache_dir=tmp_path)
+    own, library = PreTrainedModel.tie_weights, initialization.no_tie_weights
+    together, order, first_is_out = threading.Barrier(2), list[int](), threading.Event()
+
+    @contextmanager
+    def meeting() -> Iterator[None]:
+        """Both threads are inside before one leaves, if they can; who came first leaves first."""
+        with library():
+            order.append(threading.get_ident())
+            with suppress(threading.BrokenBarrierError):
+                together.wait(1)
+            yield
+            if order[0] != threading.get_ident():
+                first_is_out.wait()
+        first_is_out.set()
+
+    monkeypatch.setattr(initialization, "no_tie_weights", meeting)
+    for place, name in ((PreTrainedModel, "tie_weights"), (torch, "linspace")):
+        monkeypatch.setattr(
+            place, name, getattr(place, name)
+        )  # whatever happens, put back at the end
+    if not locked:
+        monkeypatch.setattr(recipe, "ONE_AT_A_TIME", nullcontext())
+    in_threads(2, builtin.builtin_models, "slm", cache_dir=tmp_path)
+    assert len(order) == 2
+    assert (PreTrainedModel.tie_weights is own) == locked
 
 
 def test_a_killed_pretraining_leaves_nothing_that_looks_finished(
