@@ -273,12 +273,13 @@ def _fields_at(path: str) -> list[str]:
     """Names of the keys that the section at ``path`` knows."""
     section: Any = Study
     for key in filter(None, path.replace("[]", "").split(".")):
-        hint = get_type_hints(section, include_extras=False).get(key)
+        names = dict(zip(section.__struct_encode_fields__, section.__struct_fields__, strict=True))
+        hint = get_type_hints(section, include_extras=False).get(names.get(key, key))
         options = [hint, *get_args(hint)]
         section = next((o for o in options if isinstance(o, type) and _is_section(o)), None)
         if section is None:
             return []
-    return list(section.__struct_fields__)
+    return list(section.__struct_encode_fields__)
 
 
 def _is_section(kind: type) -> bool:
