@@ -76,6 +76,7 @@ def simulate(
     Every silo has its own keys, data, state and privacy ledger under the run directory, and sends
     the server only the frames that a real silo would send. The identities are made for this run.
     """
+    from securefedcollm.federation.continuing import earlier_bundles
     from securefedcollm.federation.dealing import given_files
     from securefedcollm.simulation.plan import SimulationPlan
     from securefedcollm.simulation.simulate import Simulation
@@ -104,7 +105,7 @@ def simulate(
     with Bars(quiet=as_json) as bars:
         results = simulation.run(bars.report, bars.say)
         bars.report(0, 1, "verifying the evidence")
-        verdict, page = write_evidence(directory)
+        verdict, page = write_evidence(directory, earlier_bundles(study, data))
         bars.report(1, 1, "verifying the evidence")
     if as_json:
         evidence = {

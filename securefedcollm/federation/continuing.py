@@ -83,6 +83,14 @@ def run_places(data: Path, link: Earlier) -> Iterator[Path]:
     yield from sorted(data.glob(f"*-{link.study[:12]}"))
 
 
+def earlier_bundles(study: Study, data: Path | None) -> list[Path]:
+    """The bundles of evidence that lie in the directories of the earlier runs."""
+    links = study.continues.earlier if study.continues else []
+    places = [(place / "evidence.zip" for place in run_places(data or Path(), x)) for x in links]
+    firsts = [next((path for path in found if path.is_file()), None) for found in places]
+    return [path for path in firsts if path is not None]
+
+
 def _places(data: Path, link: Earlier, model: ModelName) -> Iterator[Path]:
     for run in run_places(data, link):
         for room in ("adapters", BEST, ""):

@@ -45,6 +45,7 @@ def distil_plan(study: Study, scorings: tuple[Scoring, Scoring], round_: int) ->
         direction=given.direction,
         sharpness=given.sharpness,
         change=given.change,
+        retain=given.retain,
         scoring=scorings[1],
         scoring_llm=scorings[0],
         micro_batch=study.local.micro_batch,

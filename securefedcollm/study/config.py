@@ -79,6 +79,7 @@ _LATER: Final[dict[tuple[str, ...], Any]] = {
     ("adapter", "virtual_tokens"): None,
     ("continue",): None,
     ("distillation", "change"): 0.5,
+    ("distillation", "retain"): 0.0,
     ("distillation", "schedule"): "constant",
     ("distillation", "warmup"): 0.0,
     ("distillation", "weight_decay"): 0.0,

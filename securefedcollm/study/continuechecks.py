@@ -21,6 +21,7 @@ def check_continue(study: Study) -> None:
         ConfigError: for the first fault found, with its key path and a hint.
     """
     given = study.continues
+    _check_retain(study)
     if given is None:
         return
     what = hint = ""
@@ -50,3 +51,18 @@ def check_continue(study: Study) -> None:
                 where=f"models.{name}.dtype",
                 hint="choose float32",
             )
+
+
+def _check_retain(study: Study) -> None:
+    plan, what, hint = study.distillation, "", ""
+    if not plan.retain:
+        return
+    if study.continues is None:
+        what, hint = "there is no earlier model to keep to", "remove it, or give `continue`"
+    elif plan.over != "choices":
+        what = f"over: {plan.over} has no choices, which the earlier model's opinion is about"
+        hint = "remove it, or choose distillation.over: choices"
+    elif plan.loss == "transfer":
+        what, hint = "transfer leaves the small model as it is", "remove it, or choose another loss"
+    if what:
+        raise ConfigError(what, where="distillation.retain", hint=hint)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from securefedcollm.tuning.head import without_adapter
 from securefedcollm.tuning.plans import DistilLossPlan
 from securefedcollm.tuning.questions import (
     PLAIN,
@@ -38,6 +39,7 @@ class ChoiceObjective:
     ) -> None:
         self._models, self._data, self._loss = models, data, loss
         self._targets = _frozen_targets(models, data, loss)
+        self._earlier = _without_adapters(models, data, loss) if loss.retain else []
 
     def terms(self, batch: Tensor, part: Tensor) -> list[Tensor]:
         """(LLM, SLM) loss of the questions ``part``, their share of the mean over ``batch``."""
@@ -49,7 +51,8 @@ class ChoiceObjective:
             for model, questions, scoring in zip(self._models, asked, loss.scorings, strict=True)
         ]
         terms = []
-        for own, questions, other in zip(scores, asked, reversed(scores), strict=True):
+        others = reversed(scores)
+        for i, (own, questions, other) in enumerate(zip(scores, asked, others, strict=True)):
             term = supervised_loss(own, questions.answers.to(own.device)) / labels
             if self._targets is not None:
                 teacher: Tensor | None = self._targets[part].to(own.device)
@@ -60,6 +63,10 @@ class ChoiceObjective:
             if teacher is not None:
                 apart = divergence(teacher, own, loss.temperature, loss.direction)
                 term = term + loss.weight * apart / len(batch)
+            if self._earlier:
+                known = self._earlier[i][part].to(own.device)
+                forgot = divergence(known, own, loss.temperature, "forward")
+                term = term + loss.retain * forgot / len(batch)
             terms.append(term)
         return terms
 
@@ -81,6 +88,25 @@ def _frozen_targets(
         for model, questions, scoring in zip(models, data, loss.scorings, strict=True)
     )
     return teacher_of(loss.kind, llm, slm, data[0].answers, loss.sharpness)
+
+
+def _without_adapters(
+    models: Sequence[nn.Module], data: Sequence[EncodedQuestions], loss: DistilLossPlan
+) -> list[Tensor]:
+    """What each model says of every question, [N, C], before anything was tuned on top of it."""
+    found = []
+    for model, questions, scoring in zip(models, data, loss.scorings, strict=True):
+        with without_adapter(model):
+            found.append(
+                predict(
+                    model,
+                    questions,
+                    scoring=scoring,
+                    temperature=loss.temperature,
+                    batch_size=max(64, loss.micro_batch),
+                )
+            )
+    return found
 
 
 def predict(

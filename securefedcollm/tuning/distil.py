@@ -22,6 +22,9 @@ different tokenizers; over tokens they are then compared span by span
     Cross-entropy on the labelled prompts alone, each model by itself: the control that shows what
     the public labels do without any distillation.
 
+Over choices, each of the first three and ``none`` may have a further teacher (``retain``): the same
+model without its adapter. In a study that continues earlier runs that is the earlier model.
+
 The entropies and cross-entropies that choose a teacher are those of softmax(scores / τ), the
 softened predictions that are taught. At τ = 1, the default, they are the models' own; at another τ
 the other model may be the better one.

@@ -92,6 +92,8 @@ class DistilLossPlan:
         sharpness: s of the pooling weight.
         change: of ``transfer``: α, the part of the change of predictions; the rest is for them
             themselves.
+        retain: over choices: the factor of the divergence from what each model says without its
+            adapter.
         scoring: the scores of the choices.
         scoring_llm: the large model's, if it is asked in another form or has another temperature.
         micro_batch: questions in memory at a time; gradients are accumulated over a step's batch.
@@ -105,6 +107,7 @@ class DistilLossPlan:
     direction: Direction = "forward"
     sharpness: float = 3.0
     change: float = 0.5
+    retain: float = 0.0
     scoring: Scoring = PLAIN
     scoring_llm: Scoring | None = None
     micro_batch: int = 256
