@@ -95,6 +95,7 @@ _LATER: Final[dict[tuple[str, ...], Any]] = {
     ("models", "slm", "temperature"): None,
     ("server",): None,
     ("task", "columns"): {},
+    ("task", "data", "part"): None,
     ("task", "template"): None,
 }
 """Keys that were added to version 1 later, with their defaults."""
