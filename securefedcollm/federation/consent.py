@@ -60,7 +60,7 @@ class Terms:
     unattributed: int
     """Charges of an older ledger about files that are not known: they count for no record."""
     continues: list[str]
-    """The earlier studies whose adapters are part of the base, and whether this silo was in them."""
+    """The earlier studies whose adapters are in the base, and whether this silo was in them."""
 
 
 def terms(
