@@ -128,12 +128,12 @@ class ServerTuning:
             on_step=steps.append,
             progress=progress,
         )
-        return {
-            "first_loss_llm": steps[0].loss_llm,
-            "last_loss_llm": steps[-1].loss_llm,
-            "first_loss_slm": steps[0].loss_slm,
-            "last_loss_slm": steps[-1].loss_slm,
-        }
+        found: dict[str, float] = {}
+        for name in ("llm", "slm"):
+            every = (getattr(step, f"loss_{name}") for step in steps)
+            losses = [loss for loss in every if loss is not None]
+            found |= {f"first_loss_{name}": losses[0], f"last_loss_{name}": losses[-1]}
+        return found
 
     def measure(self) -> dict[str, dict[str, float]]:
         scores = self._scores()

@@ -26,8 +26,6 @@ from securefedcollm.study.learning import (
     MAX_ABS,
     Adapter,
     Data,
-    Distillation,
-    Keep,
     Local,
     Model,
     Models,
@@ -40,7 +38,7 @@ from securefedcollm.study.protection import (
     Privacy,
     Silos,
 )
-from securefedcollm.study.server import Central, Outer, Server
+from securefedcollm.study.server import Central, Distillation, Keep, Outer, Server
 
 __all__ = [
     "BUILTIN_SUBJECT",
@@ -76,9 +74,11 @@ _LATER: Final[dict[tuple[str, ...], Any]] = {
     ("adapter", "max_abs"): MAX_ABS,
     ("adapter", "virtual_tokens"): None,
     ("distillation", "change"): 0.5,
+    ("distillation", "order"): "together",
     ("distillation", "schedule"): "constant",
     ("distillation", "warmup"): 0.0,
     ("distillation", "weight_decay"): 0.0,
+    ("distillation", "weighting"): "none",
     ("keep",): None,
     ("local", "epochs"): None,
     ("local", "reply_slot"): None,

@@ -282,6 +282,7 @@ def check_distillation(study: Study) -> None:
             where="distillation.change",
             hint="remove it, or choose loss: transfer",
         )
+    _check_turns(plan)
     if plan.top_k is not None and plan.over == "choices":
         raise ConfigError(
             "over: choices always keeps all choices of a question",
@@ -293,6 +294,28 @@ def check_distillation(study: Study) -> None:
             f"loss: {plan.loss} keeps no predictions to shorten",
             where="distillation.top_k",
             hint="remove it, or choose loss: entropy-pooled or dual-min-ce",
+        )
+
+
+def _check_turns(plan: Distillation) -> None:
+    """Who learns when, and what counts how much."""
+    if plan.order != "together" and plan.loss in {"transfer", "none"}:
+        raise ConfigError(
+            f"with loss: {plan.loss} no model learns from what the other one has learnt",
+            where="distillation.order",
+            hint="remove it, or choose loss: entropy-pooled",
+        )
+    if plan.weighting != "none" and plan.over != "choices":
+        raise ConfigError(
+            "only the choices of a question tell how sure a model is of its answer",
+            where="distillation.weighting",
+            hint="remove it, or choose over: choices",
+        )
+    if plan.weighting != "none" and plan.loss in {"transfer", "none"}:
+        raise ConfigError(
+            f"loss: {plan.loss} weighs all questions alike",
+            where="distillation.weighting",
+            hint="remove it, or choose loss: entropy-pooled, dual-min-ce or mutual-kl",
         )
 
 
