@@ -10,7 +10,17 @@ import typer
 
 from securefedcollm.foreign import as_text
 from securefedcollm_cli.audit import write_evidence
-from securefedcollm_cli.options import DataDir, Device, Json, Overrides, StudyFile, Track, files_of
+from securefedcollm_cli.options import (
+    DataDir,
+    Device,
+    Json,
+    Overrides,
+    States,
+    StatesSize,
+    StudyFile,
+    Track,
+    files_of,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,6 +79,8 @@ def simulate(
     ] = None,
     track: Track = None,
     device: Device = "cpu",
+    states: States = None,
+    states_gb: StatesSize = 20.0,
     as_json: Json = False,
 ) -> None:
     """Run a whole study on this machine: server, silos, secure sums, distillation.
@@ -99,9 +111,10 @@ def simulate(
         track=track,
     )
     simulation = Simulation(study, plan)
+    from securefedcollm.tuning.kept_states import keeping_states
     from securefedcollm_cli.progress import Bars
 
-    with Bars(quiet=as_json) as bars:
+    with keeping_states(states, int(states_gb * 1e9)), Bars(quiet=as_json) as bars:
         results = simulation.run(bars.report, bars.say)
         bars.report(0, 1, "verifying the evidence")
         verdict, page = write_evidence(directory)

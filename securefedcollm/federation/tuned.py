@@ -143,7 +143,13 @@ class Tuned:
         return cls(model.to(place), loaded.tokenizer, bytes.fromhex(loaded.digest), study, spec)
 
     def encode(
-        self, questions: Sequence[Question], *, cuts: bool = False, private: bool = False
+        self,
+        questions: Sequence[Question],
+        *,
+        cuts: bool = False,
+        private: bool = False,
+        public: bool = False,
+        progress: Progress = silent,
     ) -> EncodedQuestions:
         """Tensors of ``questions`` for this model, and all that its frozen part says about them.
 
@@ -153,6 +159,8 @@ class Tuned:
         Args:
             private: the questions are records that are protected one by one: what the frozen part
                 says of one may not depend on another, to the last bit.
+            public: they are the server's, public or for testing: what the frozen layers make of
+                them may be kept on disk (:mod:`securefedcollm.tuning.kept_states`).
         """
         task, top = self.study.task, self.study.adapter.top_layers
 
@@ -166,7 +174,14 @@ class Tuned:
                     encoded = with_prior(self.model, questions, encoded, self.tokenizer, most)
             if top is not None:
                 depth = unwrapped(self.model).config.num_hidden_layers
-                encoded = with_prefix(self.model, encoded, depth - top, most)
+                encoded = with_prefix(
+                    self.model,
+                    encoded,
+                    depth - top,
+                    most,
+                    public=self.base_digest if public else None,
+                    progress=progress,
+                )
             return encoded
 
         asked = (self.spec.ask, task.kind, task.score, task.max_tokens)
