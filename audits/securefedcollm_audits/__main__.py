@@ -7,8 +7,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from securefedcollm.errors import SecureFedCoLLMError
+
+if TYPE_CHECKING:
+    from securefedcollm_audits.expected import Expected
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,21 +29,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="NAME=HEX",
         help="a participant's public key, as you have it from that participant (repeatable)",
     )
+    command.add_argument(
+        "--earlier",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="BUNDLE",
+        help="the bundle of an earlier run that the study continues (repeatable)",
+    )
     command.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(arguments)
+    from securefedcollm_audits.expected import expectation
+
     try:
-        sys.exit(_verify(given.file, given.study, given.key, given.json))
+        expected = expectation(given.study, given.key, given.earlier)
+        sys.exit(_verify(given.file, expected, given.json))
     except SecureFedCoLLMError as error:
         print(f"error: {error} — {error.hint}", file=sys.stderr)
         sys.exit(2)
 
 
-def _verify(file: Path, study: Path | None, keys: Sequence[str], as_json: bool) -> int:
+def _verify(file: Path, expected: Expected, as_json: bool) -> int:
     from securefedcollm_audits import table
-    from securefedcollm_audits.expected import expectation
     from securefedcollm_audits.verify import verify
 
-    verdict = verify(file, expectation(study, keys))
+    verdict = verify(file, expected)
     print(json.dumps(table.plain(verdict), indent=2) if as_json else table.text(verdict))
     return 0 if verdict.holds else 1
 

@@ -21,14 +21,16 @@ _MOST_NAMES: Final = 8
 
 
 class Expected(NamedTuple):
-    """The verifier's own knowledge: the study, and participants' Ed25519 public keys by name."""
+    """The verifier's own knowledge: the study, and participants' Ed25519 public keys by name; and
+    the bundles of earlier runs, from which the study says that it starts."""
 
     study: Study | None = None
     keys: Mapping[str, bytes] = {}
+    earlier: Sequence[Path] = ()
 
 
-def expectation(study: Path | None, keys: Sequence[str]) -> Expected:
-    """The values of the options ``--study FILE`` and ``--key NAME=HEX``.
+def expectation(study: Path | None, keys: Sequence[str], earlier: Sequence[Path] = ()) -> Expected:
+    """The values of the options ``--study FILE``, ``--key NAME=HEX`` and ``--earlier BUNDLE``.
 
     Raises:
         ConfigError: the file is no study, or a key is none.
@@ -46,7 +48,7 @@ def expectation(study: Path | None, keys: Sequence[str]) -> Expected:
                 where="--key",
                 hint="the 64 hex digits that `identity show` prints as `public`",
             )
-    return Expected(None if study is None else load_study(study), known)
+    return Expected(None if study is None else load_study(study), known, tuple(earlier))
 
 
 def compare(case: Case, expected: Expected) -> tuple[Result, list[str]]:

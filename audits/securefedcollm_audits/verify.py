@@ -14,6 +14,7 @@ from securefedcollm.evidence.bundle import Bundle, decode_bundle, read_content
 from securefedcollm.foreign import MOST_MESSAGE, printable
 from securefedcollm.primitives import sha256
 from securefedcollm_audits.case import Case
+from securefedcollm_audits.chain import follow
 from securefedcollm_audits.checks import budget, ciphertexts, findings, history, logs, order, rounds
 from securefedcollm_audits.expected import Expected, compare
 from securefedcollm_audits.progress import progress
@@ -71,7 +72,11 @@ def _verdict(bundle: Bundle, path: str, digest: str, first: Result, expected: Ex
     return Verdict(
         bundle=path,
         sha256=digest,
-        results=[first, known, *(carry_out(check, case) for check in CHECKS)],
+        results=[
+            *(first, known),
+            *follow(case, expected.earlier, examine),
+            *(carry_out(check, case) for check in CHECKS),
+        ],
         study=case.study.study,
         digest=case.digest.hex(),
         run=case.run.hex(),

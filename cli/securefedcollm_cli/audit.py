@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -47,6 +48,15 @@ OwnKeys = Annotated[
         help="A participant's public key, as you have it from that participant (repeatable).",
     ),
 ]
+EarlierBundles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--earlier",
+        metavar="BUNDLE",
+        help="Of a study that continues earlier runs: the bundle of one of them (repeat for each). "
+        "It is verified too, and must have released what this study starts from.",
+    ),
+]
 
 
 @app.command()
@@ -84,15 +94,20 @@ def write_bundle(run: Path, path: Path, only: list[str]) -> int:
     return len(content)
 
 
-def write_evidence(run: Path) -> tuple[Verdict, str]:
+def write_evidence(run: Path, earlier: Sequence[Path] = ()) -> tuple[Verdict, str]:
     """Bundle the evidence of a finished run, check it as an outsider would, and write the report:
     ``evidence.zip`` and ``report.html`` in the run's directory. Returns the verdict, and the path
-    of the page."""
+    of the page.
+
+    Args:
+        earlier: bundles of the runs that its study continues.
+    """
+    from securefedcollm_audits.expected import expectation
     from securefedcollm_audits.report import make_report
 
     path, page = run / "evidence.zip", run / "report.html"
     write_bundle(run, path, [])
-    found, case = make_report(path, run / "results.json")
+    found, case = make_report(path, run / "results.json", expectation(None, [], earlier))
     write_page(found, case, page)
     return found.verdict, str(page)
 
@@ -102,6 +117,7 @@ def verify(
     file: BundleFile,
     study: OwnStudy = None,
     key: OwnKeys = None,
+    earlier: EarlierBundles = None,
     as_json: Json = False,
 ) -> None:
     """Check a bundle offline, without trusting anybody who made it.
@@ -114,7 +130,7 @@ def verify(
     from securefedcollm_audits.expected import expectation
     from securefedcollm_audits.verify import verify as check
 
-    _report(check(file, expectation(study, key or [])), as_json)
+    _report(check(file, expectation(study, key or [], earlier or [])), as_json)
 
 
 @app.command()
@@ -226,6 +242,7 @@ def report(
     ] = None,
     study: OwnStudy = None,
     key: OwnKeys = None,
+    earlier: EarlierBundles = None,
     as_json: Json = False,
 ) -> None:
     """Verify a bundle and write a report on it, as one self-contained HTML page or as JSON.
@@ -240,7 +257,7 @@ def report(
 
     if html is None and not as_json:
         raise ConfigError("nothing to write", where="--html", hint="give --html OUT or --json")
-    found, case = make_report(file, results, expectation(study, key or []))
+    found, case = make_report(file, results, expectation(study, key or [], earlier or []))
     if html is not None:
         write_page(found, case, html)
     if as_json:

@@ -73,6 +73,8 @@ def _reading(terms: Terms) -> dict[str, str]:
         "model": f"{terms.models['slm']}, sha256:{terms.base[:16]}… (checked here)",
         "data": f"{terms.records:,} records{left_out}; they stay on this machine",
     }
+    if terms.continues:
+        shown["goes on"] = f"from what these studies released: {', '.join(terms.continues)}"
     if terms.epsilon is None:
         shown["privacy"] = "none: the tuned adapter may reveal records"
         shown["budget"] = "the ledger charges nothing"

@@ -21,6 +21,7 @@ from securefedcollm_cli.options import (
     Track,
     files_of,
 )
+from securefedcollm_cli.simulate_life import simulate_life
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,6 +78,15 @@ def simulate(
         Path | None,
         typer.Option("--test", metavar="FILE", help="With --silo: the test records."),
     ] = None,
+    ledgers: Annotated[
+        Path | None,
+        typer.Option(
+            "--ledgers",
+            metavar="DIR",
+            help="Keep the silos' privacy ledgers here, so that the budgets of their records go on "
+            "from study to study [in the run directory].",
+        ),
+    ] = None,
     track: Track = None,
     device: Device = "cpu",
     states: States = None,
@@ -87,13 +97,20 @@ def simulate(
 
     Every silo has its own keys, data, state and privacy ledger under the run directory, and sends
     the server only the frames that a real silo would send. The identities are made for this run.
+
+    CONFIG may hold several studies, with --- between them, such as `continual`. They run one after
+    another, each from what the one before released, without baselines. --resume goes on in the
+    middle of any of them.
     """
+    from securefedcollm.federation.continuing import earlier_bundles
     from securefedcollm.federation.dealing import given_files
     from securefedcollm.simulation.plan import SimulationPlan
     from securefedcollm.simulation.simulate import Simulation
-    from securefedcollm.study import load_study
+    from securefedcollm.study import study_from_tree
+    from securefedcollm.study.life import load_life
 
-    study = load_study(config, overrides or [])
+    trees = load_life(config, overrides or [])
+    study = study_from_tree(trees[0])
     files = None
     if silo or public or test:
         files = given_files(study, files_of(silo or ()), public, test)
@@ -109,7 +126,11 @@ def simulate(
         device=device,
         files=files,
         track=track,
+        ledgers=ledgers,
     )
+    if len(trees) > 1:
+        simulate_life(trees, plan, as_json)
+        return
     simulation = Simulation(study, plan)
     from securefedcollm.tuning.kept_states import keeping_states
     from securefedcollm_cli.progress import Bars
@@ -117,7 +138,7 @@ def simulate(
     with keeping_states(states, int(states_gb * 1e9)), Bars(quiet=as_json) as bars:
         results = simulation.run(bars.report, bars.say)
         bars.report(0, 1, "verifying the evidence")
-        verdict, page = write_evidence(directory)
+        verdict, page = write_evidence(directory, earlier_bundles(study, data))
         bars.report(1, 1, "verifying the evidence")
     if as_json:
         evidence = {

@@ -10,7 +10,7 @@ import typer
 
 from securefedcollm.federation.sizes import update_values
 from securefedcollm.foreign import MOST_MESSAGE, printable
-from securefedcollm_cli import study_new
+from securefedcollm_cli import study_continue, study_new
 from securefedcollm_cli.identity import PassphraseFile, find, read_passphrase
 from securefedcollm_cli.options import DataDir, Device, Json, Overrides, StudyFile
 from securefedcollm_cli.study_reading import derived
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Write, check, show and describe a study file.")
 app.command()(study_new.new)
 app.command()(study_new.keys)
+app.command("continue")(study_continue.continue_)
 
 
 @app.command()

@@ -59,6 +59,8 @@ class Terms:
     """Records of the file that cannot pay, and are left out."""
     unattributed: int
     """Charges of an older ledger about files that are not known: they count for no record."""
+    continues: list[str]
+    """The earlier studies whose adapters are in the base, and whether this silo was in them."""
 
 
 def terms(
@@ -112,8 +114,24 @@ def terms(
         delta=privacy.delta if privacy else None,
         left_out=left_out,
         unattributed=unattributed,
+        continues=_continues(member),
         **figures,
     )
+
+
+def _continues(member: Member) -> list[str]:
+    """Adversary: the study's author, who may name a run that these participants never had."""
+    chain = member.study.continues.earlier if member.study.continues else []
+    own = [path.name for path in (member.home / "studies").glob("*")]
+    return [
+        f"{link.study[:16]}… "
+        + (
+            "(this silo was in it)"
+            if any(name.endswith(f"-{link.study[:12]}") for name in own)
+            else "(this silo was not in it)"
+        )
+        for link in chain
+    ]
 
 
 def require_protection(member: Member, without_privacy: bool) -> None:

@@ -99,7 +99,7 @@ def _made_up(study: Study) -> Dealt:
     """The built-in world's questions."""
     names, spec = silo_names(study), study.task.data
     sizes = Sizes(records_per_silo=spec.per_silo) if spec.per_silo else Sizes()
-    world = World(seed=study.seed, silos=len(names), sizes=sizes)
+    world = World(seed=study.seed, silos=len(names), sizes=sizes, part=spec.part_of)
     counts = silo_sizes(len(names), sizes.records_per_silo, spec.skew)
     shares = _family_shares(study)
     silos = {name: world.records(i, counts[i], shares[i]) for i, name in enumerate(names)}

@@ -24,6 +24,11 @@ FORMAT: Final = "securefedcollm-task-v1"
 CONTRACT: Final = "task.json"
 CARD: Final = "README.md"
 _TAGS: Final = {"prompt": "prompt-tuning", "prefix": "prefix-tuning"}
+_EARLIER: Final = """
+**This adapter does not fit the base model alone.** The study continues earlier runs, whose adapters
+have to be merged into the base model first, oldest first: `task.json` names them. `securefedcollm
+model merge --run` of this run writes the whole model.
+"""
 _TEMPLATES: Final = {
     "multiple_choice": QUESTION,
     "classification": CLASSIFY,
@@ -71,7 +76,25 @@ def task_contract(study: Study, model: Model, base: bytes, *, chat: bool) -> dic
         "score_temperature": model.temperature or task.score_temperature,
         "prior_prompt": PMI_PROMPT if rule.startswith("pmi") else None,
         "max_tokens": task.max_tokens,
+        **_continues(study),
     }
+
+
+def _continues(study: Study) -> dict[str, Any]:
+    """What has to be added to the base model before the adapter fits, if anything."""
+    if study.continues is None:
+        return {}
+    links = [
+        {
+            "study_sha256": link.study,
+            "run": link.run,
+            "scale": link.scale,
+            "slm": link.slm,
+            "llm": link.llm,
+        }
+        for link in study.continues.earlier
+    ]
+    return {"continues": links}
 
 
 def rule_of(task: Task, model: Model) -> Normalisation:
@@ -96,6 +119,7 @@ def model_card(study: Study, contract: dict[str, Any]) -> str:
     hub = f"base_model: {json.dumps(place)}\n" if kind == "hub" else ""
     revision = f', revision="{base["revision"]}"' if base["revision"] else ""
     at_most = "at most " if study.keep else ""
+    chain = contract.get("continues", [])
     rows = {
         "base model": f"{_code(base['source'])}{_code(base['revision'], ', commit ')}",
         "digest of the base model": _code(base["sha256"]),
@@ -123,7 +147,7 @@ Made by securefedcollm {__version__}.
 {table}
 
 ## How to load it
-
+{_EARLIER if chain else ""}
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer

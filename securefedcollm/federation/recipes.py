@@ -46,6 +46,7 @@ def distil_plan(study: Study, scorings: tuple[Scoring, Scoring], round_: int) ->
         sharpness=given.sharpness,
         change=given.change,
         weighting=given.weighting,
+        retain=given.retain,
         scoring=scorings[1],
         scoring_llm=scorings[0],
         micro_batch=study.local.micro_batch,

@@ -130,7 +130,8 @@ def _spent(home: Path, study: Study) -> dict[str, Any]:
         delta = study.privacy.delta
         spent, adversaries = 0.0, {}
         with Ledger(home / "ledger.sqlite", home.name) as ledger:
-            entries = ledger.entries()
+            mine = digest(study).hex()  # a ledger may hold other studies too
+            entries = [entry for entry in ledger.entries() if entry.about.study == mine]
             if entries:
                 summary = ledger.spent(*entries[0].key[:2], delta)
                 spent = summary.claim.epsilon

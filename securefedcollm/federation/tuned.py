@@ -14,11 +14,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from securefedcollm.errors import ConfigError, StateError
+from securefedcollm.federation.continuing import base_of, name_of, released, seed_of
 from securefedcollm.federation.export import beside_adapter, rule_of
 from securefedcollm.federation.workload import Progress, Vector, silent
 from securefedcollm.primitives import sha256
 from securefedcollm.study import Study
 from securefedcollm.study.config import Model, Task
+from securefedcollm.study.continuing import ModelName
 from securefedcollm.tuning.adapters import (
     AdapterLayout,
     attach,
@@ -28,6 +30,7 @@ from securefedcollm.tuning.adapters import (
     save_adapter,
 )
 from securefedcollm.tuning.evaluate import Evaluation, evaluate
+from securefedcollm.tuning.folding import Released, fold, keep_apart
 from securefedcollm.tuning.formats import Asking
 from securefedcollm.tuning.frozen import with_prefix, with_prior
 from securefedcollm.tuning.head import check_positions, check_vocabulary, device_of, unwrapped
@@ -121,12 +124,15 @@ class Tuned:
 
         Raises:
             ConfigError: the model is missing, unsafe, other than pinned, or the adapter does not
-                fit it, or there is no such device.
+                fit it, or an earlier run's adapter is not the one that the study names, or there is
+                no such device.
         """
         place = find_device(device)
+        name = name_of(study, spec)
+        earlier = released(study, name, data)
 
         def load() -> LoadedModel:
-            return load_model(
+            loaded = load_model(
                 spec.source,
                 revision=spec.revision,
                 sha256=spec.sha256,
@@ -134,13 +140,17 @@ class Tuned:
                 base_dir=data or Path(),
                 progress=progress,
             )
+            fold(loaded.model, earlier, spec.source)
+            return loaded
 
-        loaded = once(("model", spec, data), load)
+        chain = tuple((one.sha256, one.scale) for one in earlier)
+        loaded = once(("model", spec, data, chain), load)
         check_model(loaded.model, spec.source)
-        model = adapted(_modules_of_its_own(loaded.model), study)
+        model = adapted(_modules_of_its_own(loaded.model), study, earlier)
         check_positions(model, study.task.max_tokens, spec.source)
         check_virtual(model, spec.source)
-        return cls(model.to(place), loaded.tokenizer, bytes.fromhex(loaded.digest), study, spec)
+        base = base_of(study, name, bytes.fromhex(loaded.digest))
+        return cls(model.to(place), loaded.tokenizer, base, study, spec)
 
     def encode(
         self,
@@ -258,16 +268,19 @@ class Tuned:
         return digest
 
 
-def adapted(base: Any, study: Study) -> Any:
+def adapted(base: Any, study: Study, earlier: Sequence[Released] = ()) -> Any:
     """``base`` with the study's adapter, fresh, as a ``PeftModel``.
+
+    Args:
+        earlier: what has been folded into ``base``; the study may want a new adapter apart from it.
 
     Raises:
         ConfigError: the adapter does not fit the model.
     """
-    adapter = study.adapter
+    adapter, seed = study.adapter, seed_of(study)
     if adapter.method == "prompt" or adapter.method == "prefix":
-        return attach_prompt(base, method=adapter.method, tokens=adapter.tokens, seed=study.seed)
-    return attach(
+        return attach_prompt(base, method=adapter.method, tokens=adapter.tokens, seed=seed)
+    model = attach(
         base,
         method=adapter.method,
         rank=adapter.rank,
@@ -275,8 +288,20 @@ def adapted(base: Any, study: Study) -> Any:
         dropout=adapter.dropout,
         targets=adapter.targets,
         top_layers=adapter.top_layers,
-        seed=study.seed,
+        seed=seed,
     )
+    if study.continues is not None and study.continues.orthogonal:
+        keep_apart(model, earlier, "continue.orthogonal")
+    return model
+
+
+def fold_earlier(study: Study, name: ModelName, loaded: LoadedModel, data: Path | None) -> None:
+    """Fold what ``study`` starts from into one of its base models, in place.
+
+    Raises:
+        ConfigError: an earlier run's adapter is missing, or is not the one that the study names.
+    """
+    fold(loaded.model, released(study, name, data), name)
 
 
 def _modules_of_its_own(base: Any) -> Any:

@@ -7,6 +7,7 @@ their keys lie in the participants' directories, unencrypted.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +55,7 @@ class Cohort:
         threads: that one silo's part of the secure sum may use.
         drops: silos to lose on purpose.
         context: how processes start.
+        ledgers: where the silos' privacy ledgers are; None: each in the silo's own directory.
     """
 
     study: Study
@@ -63,6 +65,7 @@ class Cohort:
     threads: int = 1
     drops: Sequence[Drop] = ()
     context: BaseContext | None = None
+    ledgers: Path | None = None
 
     def run(
         self,
@@ -97,6 +100,7 @@ class Cohort:
             directory=directory,
             threads=self.threads,
             workload=workload,
+            ledgers=self.ledgers,
         )
         with EmbeddedEngine(
             [*self.names, *([authority.name] if authority else [])],
@@ -143,6 +147,7 @@ def _make_party(
     directory: Path,
     threads: int,
     workload: MakeWorkload,
+    ledgers: Path | None = None,
 ) -> SiloPort:
     """Build one silo, or the authority, in the process that will run it."""
     if name not in parties.roster:
@@ -152,7 +157,8 @@ def _make_party(
     training = workload(name, progress)
     key = _identity(home, name)
     log = EvidenceLog(home / EVIDENCE, study=digest(study), owner=name, key=key)
-    ledger = LoggedLedger(home / "ledger.sqlite", name, log, sums=sums_to_an_end(study))
+    book = _ledger(home, name, ledgers)
+    ledger = LoggedLedger(book, name, log, sums=sums_to_an_end(study))
     return SiloSession(
         Seat(study, name, parties.roster, key, parties.authority),
         ChargedTraining(study, name, training, SiloStore(home), ledger, progress=progress),
@@ -166,6 +172,17 @@ def _make_party(
         threads=threads,
         explain=True,
     )
+
+
+def _ledger(home: Path, name: str, ledgers: Path | None) -> Path:
+    """Where the silo's ledger is; its own directory then has a link, as a real silo's has."""
+    link = home / "ledger.sqlite"
+    if ledgers is None:
+        return link
+    book = make_directory(ledgers) / f"{name}.sqlite"
+    if not link.is_symlink():
+        link.symlink_to(os.path.relpath(book.resolve(), home.resolve()))
+    return book
 
 
 def _make_authority(parties: _Parties, home: Path) -> AuthoritySession:

@@ -58,6 +58,8 @@ class SimulationPlan(Machine):
         tested: False leaves out the test questions: the adapters are the result.
         files: the participants' own, where nothing is dealt out; their silos have its names.
         track: the tool that is told what the server measures.
+        ledgers: where the silos' privacy ledgers are, one file for each name; None: in the run.
+            With one directory for several runs the records' budgets go on from run to run.
     """
 
     baselines: Sequence[str] = ("standalone", "fedavg")
@@ -67,6 +69,7 @@ class SimulationPlan(Machine):
     tested: bool = True
     files: Files | None = None
     track: Kind | None = None
+    ledgers: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,7 +107,7 @@ class Simulation:
         try:
             with tracking(plan.track, self._study, self._out, store.state.run_id) as follow:
                 follow(store.state.history)
-                self._federate(store, server, self._out, progress, say, follow)
+                self._federate(store, server, self._out, progress, say, follow, self._plan.ledgers)
         except SecureFedCoLLMError:  # a silo would not even start, say
             if fresh and not store.begun:
                 shutil.rmtree(self._out)
@@ -169,6 +169,7 @@ class Simulation:
         progress: Progress,
         say: Say,
         follow: Follow = lambda history: None,
+        ledgers: Path | None = None,
     ) -> None:
         """All rounds of one federation, from wherever ``store`` stands."""
 
@@ -185,6 +186,7 @@ class Simulation:
             threads=self._threads,
             drops=self._drops,
             context=self._context,
+            ledgers=ledgers,
         ).run(store, server, partial(silo_tuning, plan=self._silos), progress, on_round)
 
     def _fedavg(self, dealt: Dealt, progress: Progress) -> dict[str, float]:

@@ -12,6 +12,7 @@ from securefedcollm.study.config import (
     Privacy,
     Study,
 )
+from securefedcollm.study.continuechecks import check_continue
 from securefedcollm.study.learning import VIRTUAL
 from securefedcollm.study.learning_checks import (
     CONTENT,
@@ -49,6 +50,7 @@ def check(study: Study) -> None:
     check_distillation(study)
     check_server(study)
     check_keep(study)
+    check_continue(study)
     _check_roster(study)
 
 

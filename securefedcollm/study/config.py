@@ -21,6 +21,7 @@ from securefedcollm.aggregation.ckks.parameters import CkksRing, derive
 from securefedcollm.aggregation.masking.packing import Field
 from securefedcollm.aggregation.steps import SchemeName
 from securefedcollm.primitives import sha256
+from securefedcollm.study.continuing import Continue
 from securefedcollm.study.kinds import Count, Hex32, Name, Positive, Section, says
 from securefedcollm.study.learning import (
     MAX_ABS,
@@ -48,6 +49,7 @@ __all__ = [
     "Adaptive",
     "Aggregation",
     "Central",
+    "Continue",
     "Count",
     "Data",
     "Distillation",
@@ -73,8 +75,10 @@ __all__ = [
 _LATER: Final[dict[tuple[str, ...], Any]] = {
     ("adapter", "max_abs"): MAX_ABS,
     ("adapter", "virtual_tokens"): None,
+    ("continue",): None,
     ("distillation", "change"): 0.5,
     ("distillation", "order"): "together",
+    ("distillation", "retain"): 0.0,
     ("distillation", "schedule"): "constant",
     ("distillation", "warmup"): 0.0,
     ("distillation", "weight_decay"): 0.0,
@@ -91,6 +95,7 @@ _LATER: Final[dict[tuple[str, ...], Any]] = {
     ("models", "slm", "temperature"): None,
     ("server",): None,
     ("task", "columns"): {},
+    ("task", "data", "part"): None,
     ("task", "template"): None,
 }
 """Keys that were added to version 1 later, with their defaults."""
@@ -149,6 +154,13 @@ class Study(Section, frozen=True, dict=True):
             "adapters."
         ),
     ] = None
+    continues: Annotated[
+        Continue | None,
+        says(
+            "The earlier runs that this study starts from. If left out, it starts from the base "
+            "models. `securefedcollm study continue RUN` writes it."
+        ),
+    ] = msgspec.field(default=None, name="continue")
     roster: Annotated[
         list[Participant],
         says("The participants and their keys.", needed="real roles take part (not simulate)"),

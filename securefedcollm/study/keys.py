@@ -16,6 +16,7 @@ _PATTERNS: Final = {
     get_args(Name)[1].pattern: "a to z, 0 to 9, . _ and -; at most 63 characters",
     get_args(Hex32)[1].pattern: "64 hexadecimal digits",
     r"^[0-9a-f]{40}(?!\n)$": "40 hexadecimal digits",
+    r"^[1-8]/[1-8](?!\n)$": "two numbers from 1 to 8, with a stroke between them",
 }
 
 

@@ -131,6 +131,14 @@ class Data(Section, frozen=True):
             "families."
         ),
     ] = None
+    part: Annotated[
+        Annotated[str, Meta(pattern=r"^[1-8]/[1-8](?!\n)$")] | None,
+        says(
+            "Of the embedded world only: the part of its disease families that the silos' records "
+            "are about, such as `2/3` for the second third. Test questions about house rules are "
+            "then in a group for each part. If left out, records are about all families."
+        ),
+    ] = None
     alpha: Annotated[
         Positive,
         says(
@@ -142,6 +150,14 @@ class Data(Section, frozen=True):
         Annotated[float, Meta(ge=1, le=1000)],
         says("Size of the largest silo divided by that of the smallest."),
     ] = 1.0
+
+    @property
+    def part_of(self) -> tuple[int, int] | None:
+        """``part`` as (number from 0, how many there are)."""
+        if self.part is None:
+            return None
+        number, _, parts = self.part.partition("/")
+        return int(number) - 1, int(parts)
 
 
 RowKind = Literal["multiple_choice", "classification", "instruction", "text"]

@@ -55,6 +55,16 @@ def check_data(study: Study) -> None:
             where="task.data.alpha",
             hint="remove it, or set task.data.partition: dirichlet",
         )
+    if data.part_of is not None:
+        number, parts = data.part_of
+        if not data.builtin or number >= parts:
+            raise ConfigError(
+                f"there is no part {data.part}",
+                where="task.data.part",
+                hint="remove it; files hold their own records"
+                if not data.builtin
+                else "write e.g. 2/3, the second of three",
+            )
     files = [name for name in ("train", "test", "public") if getattr(data, name)]
     if data.builtin and files:
         raise ConfigError(

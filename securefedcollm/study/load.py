@@ -106,12 +106,12 @@ def load_study(
     tree = (
         json.loads(_written("study", study))
         if isinstance(study, Mapping)
-        else _parse(_read(Path(study)), str(study))
+        else _parse(read_text(Path(study)), str(study))
     )
     if isinstance(overrides, Mapping):
         overrides = [f"{key}={_written(key, value)}" for key, value in overrides.items()]
     for override in overrides or ():
-        _override(tree, override)
+        change(tree, override)
     return study_from_tree(tree)
 
 
@@ -163,7 +163,12 @@ def shipped() -> dict[str, Path]:
     return {} if found is None else {path.stem: path for path in sorted(found.glob("*.yaml"))}
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a study's file, or of a study that is :func:`shipped`.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
@@ -192,6 +197,12 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         tree = yaml.load(text, Loader=StrictLoader)  # noqa: S506 - a subclass of SafeLoader
     except yaml.YAMLError as error:
+        if getattr(error, "problem", None) == "but found another document":
+            raise ConfigError(
+                "holds several studies, one after another",
+                where=where,
+                hint="`simulate` plays them; every other command takes a file with one study",
+            ) from None
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
         problem = getattr(error, "problem", None) or "not valid YAML"
@@ -213,7 +224,12 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     return tree
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
+def change(tree: dict[str, Any], override: str) -> None:
+    """Set one key of plain values, in place, as ``key.path=value`` says.
+
+    Raises:
+        ConfigError: it is no such text.
+    """
     path, found, text = override.partition("=")
     keys = path.strip().split(".")
     if not found or not all(keys):
@@ -273,12 +289,13 @@ def _fields_at(path: str) -> list[str]:
     """Names of the keys that the section at ``path`` knows."""
     section: Any = Study
     for key in filter(None, path.replace("[]", "").split(".")):
-        hint = get_type_hints(section, include_extras=False).get(key)
+        names = dict(zip(section.__struct_encode_fields__, section.__struct_fields__, strict=True))
+        hint = get_type_hints(section, include_extras=False).get(names.get(key, key))
         options = [hint, *get_args(hint)]
         section = next((o for o in options if isinstance(o, type) and _is_section(o)), None)
         if section is None:
             return []
-    return list(section.__struct_fields__)
+    return list(section.__struct_encode_fields__)
 
 
 def _is_section(kind: type) -> bool:

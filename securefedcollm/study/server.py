@@ -146,6 +146,14 @@ class Distillation(Section, frozen=True):
     sharpness: Annotated[
         Positive, says("With `entropy-pooled`: how much more the more confident model weighs.")
     ] = 3.0
+    retain: Annotated[
+        Annotated[float, Meta(ge=0)],
+        says(
+            "Of a study that continues earlier runs: weight of the earlier model as a further "
+            "teacher. Each model then also keeps to what it said of the choices before this study, "
+            "by KL, as a mean over the public questions of a step. It costs no ε."
+        ),
+    ] = 0.0
     change: Annotated[
         Annotated[float, Meta(ge=0, le=1)],
         says(

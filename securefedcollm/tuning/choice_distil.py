@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from securefedcollm.tuning.head import without_adapter
 from securefedcollm.tuning.plans import DistilLossPlan
 from securefedcollm.tuning.questions import (
     PLAIN,
@@ -44,6 +45,7 @@ class ChoiceObjective:
         self._models, self._data, self._loss, self._learns = models, data, loss, learns
         self._targets: Tensor | None = None
         self._weights: list[Tensor | None] = [None, None]
+        self._earlier = self._before() if loss.retain else []
         if loss.freezes or (loss.weighting == "paced" and loss.kind != "none"):
             self._freeze()
 
@@ -51,24 +53,31 @@ class ChoiceObjective:
         """The targets T of every question, [N, C], and how much it counts, [N], from both models
         as they are now."""
         loss, answers = self._loss, self._data[0].answers
-        llm, slm = says = [
-            predict(
-                model,
-                questions,
-                scoring=scoring,
-                temperature=loss.temperature,
-                batch_size=max(64, loss.micro_batch),
-            )
-            for model, questions, scoring in zip(
-                self._models, self._data, loss.scorings, strict=True
-            )
-        ]
+        llm, slm = says = [self._says(which) for which in (0, 1)]
         if loss.kind == "entropy-pooled" or loss.kind == "dual-min-ce":
             self._targets = teacher_of(loss.kind, llm, slm, answers, loss.sharpness)
         if loss.weighting == "paced":
             for own in (0, 1):
                 teacher = says[1 - own] if self._targets is None else self._targets
                 self._weights[own] = paced(says[own], teacher, answers)
+
+    def _before(self) -> list[Tensor]:
+        """What each model says of every question, [N, C], without its adapter."""
+        found = []
+        for which, model in enumerate(self._models):
+            with without_adapter(model):
+                found.append(self._says(which))
+        return found
+
+    def _says(self, which: int) -> Tensor:
+        """What one model says of every question now, at τ: [N, C]."""
+        return predict(
+            self._models[which],
+            self._data[which],
+            scoring=self._loss.scorings[which],
+            temperature=self._loss.temperature,
+            batch_size=max(64, self._loss.micro_batch),
+        )
 
     def terms(self, batch: Tensor, part: Tensor) -> list[Tensor]:
         """(LLM, SLM) loss of the questions ``part``, their share of the mean over ``batch``."""
@@ -94,6 +103,10 @@ class ChoiceObjective:
                 count = None if weights is None else weights[part].to(own.device)
                 apart = divergence(teacher, own, loss.temperature, loss.direction, count)
                 term = term + loss.weight * apart / len(batch)
+            if self._earlier:
+                known = self._earlier[which][part].to(own.device)
+                forgot = divergence(known, own, loss.temperature, "forward")
+                term = term + loss.retain * forgot / len(batch)
             terms.append(term)
         return terms
 

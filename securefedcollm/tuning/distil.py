@@ -26,6 +26,9 @@ Both learn together, from what both said when the phase began; or one learns fir
 other one learns from what the first has become (labels to the strong teacher first: arXiv
 2605.12483). A model that does not learn is only asked.
 
+Over choices, each of the first three and ``none`` may have a further teacher (``retain``): the same
+model without its adapter. In a study that continues earlier runs that is the earlier model.
+
 The entropies and cross-entropies that choose a teacher are those of softmax(scores / τ), the
 softened predictions that are taught. At τ = 1, the default, they are the models' own; at another τ
 the other model may be the better one.

@@ -98,6 +98,8 @@ class DistilLossPlan:
             themselves.
         weighting: over choices: ``paced`` lets a prompt count the more, the less the model that
             learns is decided about it (:func:`securefedcollm.tuning.choice_distil.paced`).
+        retain: over choices: the factor of the divergence from what each model says without its
+            adapter.
         scoring: the scores of the choices.
         scoring_llm: the large model's, if it is asked in another form or has another temperature.
         micro_batch: questions in memory at a time; gradients are accumulated over a step's batch.
@@ -112,6 +114,7 @@ class DistilLossPlan:
     sharpness: float = 3.0
     change: float = 0.5
     weighting: Weighting = "none"
+    retain: float = 0.0
     scoring: Scoring = PLAIN
     scoring_llm: Scoring | None = None
     micro_batch: int = 256

@@ -161,14 +161,22 @@ class World:
     Args:
         seed: of what is private or chosen: the consortium's rules, the records, the public prompts.
         silos: hospitals of the consortium; the 16 families are dealt to them in turn.
+        part: (number, parts): records are only about this one of so many parts of the families, and
+            questions about house rules are in groups ``private 1``, ``private 2`` … by part.
         public_seed: of what a pretrained model may have read: general knowledge, the rules of the
             other hospitals; and of the test prompts, so that pretraining can leave them out.
     """
 
     def __init__(
-        self, seed: int, silos: int = 4, sizes: Sizes = Sizes(), public_seed: int = PUBLIC_SEED
+        self,
+        seed: int,
+        silos: int = 4,
+        sizes: Sizes = Sizes(),
+        public_seed: int = PUBLIC_SEED,
+        part: tuple[int, int] | None = None,
     ) -> None:
         self.seed, self.silos, self.sizes, self.public_seed = seed, silos, sizes, public_seed
+        self.part = part
         draw = self._random("facts", public=True)
         stems = draw.permutation(len(FAMILIES))
         self._family = np.repeat(stems, _PER_FAMILY)  # [320]
@@ -183,6 +191,8 @@ class World:
     def tests(self) -> list[Question]:
         """Test questions, groups ``general`` and ``private``."""
         general, private = self._test_cases
+        if self.part is not None:
+            private = sorted(private, key=self._part_of)
         draw = self._random("test choices")
         return [self._question(case, draw) for case in (*general, *private)]
 
@@ -246,11 +256,16 @@ class World:
             by_family: list[list[_Case]] = [[] for _ in FAMILIES]
             for case in self._record_cases:
                 by_family[self._family[case.condition]].append(case)
+            if self.part is not None:
+                shares = np.where([bool(pool) for pool in by_family], shares, 0.0)
+                shares = shares / shares.sum()
             return [by_family[f] for f in draw.choice(len(FAMILIES), size=count, p=shares)]
         own = self._families_of(silo)
         mine = [c for c in self._record_cases if self._family[c.condition] in own]
         others = [c for c in self._record_cases if self._family[c.condition] not in own]
         is_own = draw.random(count) < self.sizes.own_share
+        if not mine:  # a part of the families has none of this hospital's
+            mine, others = others, mine
         return [mine if flag or not others else others for flag in is_own]
 
     def pretraining(
@@ -316,8 +331,16 @@ class World:
             prompt=case.prompt,
             choices=tuple(answers[o] for o in options),
             answer=place if labelled else None,
-            group="general" if case.house is None else "private",
+            group="general" if case.house is None else self._private_group(case),
         )
+
+    def _private_group(self, case: _Case) -> str:
+        return "private" if self.part is None else f"private {self._part_of(case) + 1}"
+
+    def _part_of(self, case: _Case) -> int:
+        """Number of the part that the case's family is in: equal blocks of families."""
+        assert self.part is not None
+        return int(self._family[case.condition]) * self.part[1] // len(FAMILIES)
 
     def _families_of(self, silo: int) -> set[int]:
         owned = {f for f in range(len(FAMILIES)) if f % self.silos == silo}
@@ -350,7 +373,10 @@ class World:
     def _record_cases(self) -> list[_Case]:
         """Those of the silos' records."""
         public = set(self._public_private_cases)
-        return [case for case in self._open_cases if case not in public]
+        cases = [case for case in self._open_cases if case not in public]
+        if self.part is None:
+            return cases
+        return [case for case in cases if self._part_of(case) == self.part[0]]
 
     def _random(self, purpose: str, *, public: bool = False) -> np.random.Generator:
         """A generator for one purpose, so that no draw depends on the order of calls."""

@@ -13,7 +13,8 @@ from securefedcollm.federation.plan import joint_step
 from securefedcollm.federation.sizes import unit_records
 from securefedcollm.privacy.accounting import TIGHT_SHARE, calibrate, claim, epsilon
 from securefedcollm.privacy.events import DiscreteGaussian, Gaussian, PoissonGaussian
-from securefedcollm.study import load_study
+from securefedcollm.study import study_from_tree
+from securefedcollm.study.life import load_life
 
 DELTA = 1e-5
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -24,7 +25,7 @@ _calibrated = lru_cache(calibrate)  # some studies differ in their questions onl
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_agrees_with_the_claim_of_every_shipped_config(path):
     """All of a study's releases, planned to its ε: DP-SGD within the width of PRV's bracket."""
-    study = load_study(path, [])
+    study = study_from_tree(load_life(path)[0])
     privacy, local = study.privacy, study.local
     assert privacy is not None
     delta = TIGHT_SHARE * privacy.delta

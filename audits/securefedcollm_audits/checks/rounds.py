@@ -59,7 +59,7 @@ def headers(case: Case, wrong: Faults) -> str:
 
 def models(case: Case, wrong: Faults) -> str:
     """Adversary: a server that swaps the model between rounds, or shows silos different ones."""
-    pinned, base = case.study.models.slm.sha256, ""
+    pinned, base = _pinned(case), ""
     ends = {what.round: what.adapter for _, what in of(case.server, Finished)}
     starts: dict[int, str] = {}
     for log in case.logs.values():
@@ -75,6 +75,14 @@ def models(case: Case, wrong: Faults) -> str:
         raise NotCovered("no round has begun")
     pin = "as the study pins it" if pinned else "not pinned by the study"
     return f"base sha256:{base[:16]}… ({pin}), {count(len(starts), 'adapter')} in a chain"
+
+
+def _pinned(case: Case) -> str | None:
+    """The base that the study pins, with the earlier adapters that it folds into it."""
+    pinned, chain = case.study.models.slm.sha256, case.study.continues
+    if pinned is None or chain is None:
+        return pinned
+    return chain.base("slm", bytes.fromhex(pinned)).hex()
 
 
 def artefacts(case: Case, wrong: Faults) -> str:

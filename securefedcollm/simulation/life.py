@@ -1,0 +1,68 @@
+"""A life on one machine: studies in sequence, each from what the one before released.
+
+The silos keep their ledgers from study to study, so a record's budget counts over all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from securefedcollm.federation.continuing import continued, with_chain
+from securefedcollm.federation.workload import Progress
+from securefedcollm.simulation.plan import SimulationPlan
+from securefedcollm.simulation.simulate import Say, Simulation
+from securefedcollm.study import Study, load_study, study_from_tree
+
+LEDGERS = "ledgers"
+
+Finished = Callable[[Study, Path, dict[str, Any]], None]
+"""``finished(study, run, results)``: one study of the life is over."""
+
+
+def play(
+    trees: Sequence[dict[str, Any]],
+    plan: SimulationPlan,
+    progress: Progress,
+    say: Say,
+    finished: Finished = lambda study, run, results: None,
+) -> list[dict[str, Any]]:
+    """Run the studies one after another into ``plan.out``; returns the results of each.
+
+    A study that is finished there is not run again, and one that was killed goes on, if the plan
+    says ``resume``.
+
+    Args:
+        trees: as :func:`securefedcollm.study.life.load_life` gives them.
+
+    Raises:
+        SecureFedCoLLMError: with the life in a state that ``resume`` continues.
+    """
+    results: list[dict[str, Any]] = []
+    before: Path | None = None
+    ledgers = plan.ledgers or plan.out / LEDGERS
+    for tree in trees:
+        run = plan.out / str(tree["study"])
+        begun = (run / "study.yaml").is_file() and plan.resume
+        if begun:
+            study = load_study(run / "study.yaml")  # it has its chain already
+        elif before is None:
+            study = study_from_tree(tree)
+        else:
+            study = _next(tree, before, plan.data)
+        say(f"study {study.study}")
+        own = replace(plan, out=run, resume=begun, baselines=(), ledgers=ledgers)
+        results.append(Simulation(study, own).run(progress, say))
+        finished(study, run, results[-1])
+        before = run
+    return results
+
+
+def _next(tree: dict[str, Any], before: Path, data: Path | None) -> Study:
+    """The study ``tree``, from what the run in ``before`` released."""
+    relative = data is None and not before.is_absolute()
+    _, chain = continued(before, before.as_posix() if relative else str(before.resolve()))
+    orthogonal = bool((tree.get("continue") or {}).get("orthogonal", False))
+    return study_from_tree(with_chain(tree, chain, orthogonal))

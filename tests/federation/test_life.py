@@ -1,0 +1,278 @@
+"""A life of several studies: killed anywhere it goes on, and a record's budget is one for all.
+
+Adversary: the power cut, and the authors of one study after another about the same records.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from securefedcollm_audits.expected import Expected
+from securefedcollm_audits.verify import verify
+from securefedcollm_cli.main import app
+from typer.testing import CliRunner
+
+from securefedcollm.errors import ConfigError, SecureFedCoLLMError
+from securefedcollm.federation.continuing import continued
+from securefedcollm.federation.cotuning import ServerTuning, SiloTuning
+from securefedcollm.federation.dealing import deal
+from securefedcollm.federation.engines.embedded import EmbeddedEngine
+from securefedcollm.federation.workload import silent
+from securefedcollm.primitives import sha256
+from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.simulation.life import play
+from securefedcollm.simulation.plan import SimulationPlan
+from securefedcollm.study import load_study
+from tests.support.chain import PLAIN, next_study, simulated
+from tests.support.inputs import make_inputs
+from tests.support.rounds import Killed
+
+ADAPTERS = ("slm", "llm")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("inputs")
+    make_inputs(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def first(inputs):
+    """A finished run without noise, so that what follows it can be compared bit for bit."""
+    return simulated(load_study(inputs / "tiny.yaml", [*PLAIN, "rounds=1"]), inputs, "first")
+
+
+def adapters(run: Path) -> list[str]:
+    files = [run / "adapters" / name / "adapter_model.safetensors" for name in ADAPTERS]
+    return [sha256(file.read_bytes()).hex() for file in files]
+
+
+def charges(run: Path) -> dict[str, list[tuple[object, ...]]]:
+    """By silo: what its ledger has charged, and what for."""
+    found = {}
+    for home in sorted((run / "silos").iterdir()):
+        with Ledger(home / "ledger.sqlite", home.name) as ledger:
+            found[home.name] = [(e.key.round, e.state, e.counted) for e in ledger.entries()]
+    return found
+
+
+class Counting:
+    """Dies before or after the k-th exchange of the process; never, if ``at`` is negative."""
+
+    def __init__(self, monkeypatch, at=-1, *, before=False):
+        self.seen, real = 0, EmbeddedEngine.exchange
+
+        def exchange(engine, frames, timeout):
+            self.seen += 1
+            if before and self.seen == at:
+                raise Killed
+            replies = real(engine, frames, timeout)
+            if self.seen == at:
+                raise Killed
+            return replies
+
+        monkeypatch.setattr(EmbeddedEngine, "exchange", exchange)
+
+
+@pytest.mark.parametrize("privacy", ["none", "{epsilon: 8, delta: 1e-5}"])
+def test_killed_in_every_exchange_the_second_study_goes_on(inputs, first, monkeypatch, privacy):
+    study = next_study(first, [f"privacy={privacy}"], orthogonal=True)
+    name = "exact" if privacy == "none" else "noised"
+    with monkeypatch.context() as patch:
+        counting = Counting(patch)
+        whole = simulated(study, inputs, f"{name}-whole")
+    assert counting.seen >= 5
+    for at in range(1, counting.seen + 1):
+        for before in (True, False):
+            cut = f"{name}-{at}-{before}"
+            with monkeypatch.context() as patch:
+                Counting(patch, at, before=before)
+                with pytest.raises(Killed):
+                    simulated(study, inputs, cut)
+            run = simulated(study, inputs, cut, resume=True)
+            if privacy == "none":
+                assert adapters(run) == adapters(whole)
+            assert charges(run) == charges(whole)
+            verdict = verify(run / "evidence.zip", Expected(earlier=[first / "evidence.zip"]))
+            assert verdict.holds
+            assert {r.name for r in verdict.results if r.status == "pass"} >= {"continued"}
+
+
+def test_the_second_study_begins_with_what_the_first_released(inputs, first):
+    study = next_study(first)
+    told = json.loads((first / "results.json").read_text())["table"]
+    before = {f"{row['model']}/{g}": a for row in told for g, a in row["accuracy"].items()}
+    dealt = deal(study, inputs)
+    server = ServerTuning(study, public=dealt.public, test=dealt.test, data=inputs)
+    assert server.evaluate() == pytest.approx(before)
+
+
+def test_a_silo_keeps_the_very_file_that_the_server_releases(inputs, first, tmp_path):
+    """So a participant's own copy of an earlier adapter has the digest that the study names."""
+    study = next_study(first, orthogonal=True)
+    dealt = deal(study, inputs)
+    server = ServerTuning(study, public=dealt.public, data=inputs)
+    silo = SiloTuning(study, "silo-1", dealt.silos["silo-1"], data=inputs)
+    assert silo.base_digest == server.base_digest
+    assert (
+        silo.base_digest
+        != ServerTuning(
+            load_study(first / "study.yaml"), public=dealt.public, data=inputs
+        ).base_digest
+    )
+    server.save(tmp_path)
+    silo.save(server.adapter() + 0.125, tmp_path / "silo", {"proof.json": b"{}"})
+    file = "adapter_model.safetensors"
+    assert (tmp_path / "slm" / file).read_bytes() != (tmp_path / "silo" / file).read_bytes()
+    silo.save(server.adapter(), tmp_path / "silo", {"proof.json": b"{}"})
+    assert (tmp_path / "slm" / file).read_bytes() == (tmp_path / "silo" / file).read_bytes()
+
+
+def test_a_directory_named_as_in_a_participants_home_is_found(inputs, first, tmp_path):
+    study = next_study(first)
+    (link,) = study.tree["continue"]["earlier"]
+    for name in ("llm", "slm", "train.jsonl", "test.jsonl"):
+        (tmp_path / name).symlink_to(inputs / name)
+    study = load_study(study.tree | {"continue": {"earlier": [link | {"run": "elsewhere"}]}})
+    with pytest.raises(ConfigError, match="is not there"):
+        ServerTuning(study, public=(), data=tmp_path, distillation=False)
+    (tmp_path / f"tiny-{link['study'][:12]}").symlink_to(first)
+    ServerTuning(study, public=(), data=tmp_path, distillation=False)
+
+
+def words(inputs: Path, name: str, first_thing: int) -> str:
+    """A file of records, none of which is like those of another call."""
+    things = [f"thing{i}" for i in range(12)]
+    rows = [
+        {
+            "question": f"colour of {things[i % 12]} {'of ' * (first_thing + i // 12)}thing0",
+            "choices": ["red", "blue", "green", "grey"],
+            "answer": i % 4,
+        }
+        for i in range(160)
+    ]
+    (inputs / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name
+
+
+def test_a_record_has_one_budget_for_life(inputs, caplog):
+    """The same records, and half of them new: the second study is refused. New ones can pay."""
+    caplog.set_level(logging.WARNING)
+    old, new = words(inputs, "old.jsonl", 0), words(inputs, "new.jsonl", 20)
+    study = load_study(inputs / "tiny.yaml", ["rounds=1", f"task.data.train={old}"])
+    ledgers = inputs / "ledgers"
+    run = simulated(study, inputs, "paid", ledgers=ledgers)
+    again = next_study(run)
+    with pytest.raises(SecureFedCoLLMError):
+        simulated(again, inputs, "refused", ledgers=ledgers)
+    assert "is left" in caplog.text  # of the budget, says each silo's own log
+    simulated(again, inputs, "control", ledgers=inputs / "fresh")  # as if nobody had counted
+    other = next_study(run, [f"task.data.train={new}"])
+    simulated(other, inputs, "others", ledgers=ledgers)
+    for name in ("silo-1", "silo-4"):
+        with Ledger(ledgers / f"{name}.sqlite", name) as ledger:
+            studies = [entry.about.study for entry in ledger.entries()]
+        assert studies == [study.digest.hex(), other.digest.hex()]
+
+
+def life_of(inputs: Path) -> Path:
+    text = (inputs / "tiny.yaml").read_text()
+    later = "---\nsilos: {count: 3}\ncontinue: {orthogonal: true}\n---\nstudy: last\n"
+    (inputs / "life.yaml").write_text(text + later + "silos: {count: 4}\n")
+    return inputs / "life.yaml"
+
+
+def test_a_file_of_several_studies_is_played_and_goes_on_where_it_was_killed(
+    inputs, tmp_path, monkeypatch
+):
+    from securefedcollm.study.life import load_life
+
+    trees = load_life(life_of(inputs), [*PLAIN, "rounds=1"])
+    plan = SimulationPlan(out=tmp_path / "whole", data=inputs, workers=0)
+    with monkeypatch.context() as patch:
+        counting = Counting(patch)
+        results = play(trees, plan, silent, lambda text: None)
+    assert [result["study"] for result in results] == ["tiny", "tiny-2", "last"]
+    assert [len(result["silos"]) for result in results] == [4, 3, 4]  # silos come and go
+    cut = SimulationPlan(out=tmp_path / "cut", data=inputs, workers=0)
+    with monkeypatch.context() as patch:
+        Counting(patch, counting.seen // 2, before=False)
+        with pytest.raises(Killed):
+            play(trees, cut, silent, lambda text: None)
+    assert (cut.out / "tiny-2").exists()
+    assert not (cut.out / "last").exists()
+    said = (cut.out / "tiny" / "server" / "evidence.sqlite").stat().st_mtime_ns
+    again = SimulationPlan(out=cut.out, data=inputs, workers=0, resume=True)
+    assert len(play(trees, again, silent, lambda text: None)) == 3
+    assert (cut.out / "tiny" / "server" / "evidence.sqlite").stat().st_mtime_ns == said
+    for name in ("tiny", "tiny-2", "last"):
+        assert adapters(cut.out / name) == adapters(plan.out / name)
+
+
+def test_simulate_verifies_every_study_of_a_life(inputs, tmp_path):
+    words = ["simulate", life_of(inputs), "--data", inputs, "--out", tmp_path / "life"]
+    words += ["--workers", "0", "--set", "rounds=1", "--set", "privacy=none"]
+    result = CliRunner().invoke(app, [*map(str, words), "--json"])
+    assert result.exit_code == 0, result.exception
+    found = json.loads(result.stdout)
+    assert [evidence["holds"] for evidence in found["evidence"]] == [True] * 3
+    passed = [evidence["passed"] for evidence in found["evidence"]]
+    assert passed[0] + 1 == passed[1] == passed[2]  # the chain is one check more
+    again = CliRunner().invoke(app, [str(word) for word in words])
+    assert isinstance(again.exception, ConfigError)
+    shown = CliRunner().invoke(app, [*map(str, words), "--overwrite"])
+    assert "after each study" in shown.stdout
+    assert shown.stdout.count("evidence verified offline") == 3
+
+
+def test_only_a_finished_run_that_is_its_own_can_be_continued(inputs, first, tmp_path):
+    with pytest.raises(ConfigError, match="not a run directory"):
+        continued(tmp_path, "x")
+    for number, (remove, said) in enumerate(
+        (
+            ("results.json", "not finished"),
+            ("server", "no evidence log"),
+            ("adapters", "there is no"),
+        )
+    ):
+        run = tmp_path / str(number)
+        run.mkdir()
+        for path in first.iterdir():
+            if path.name != remove:
+                (run / path.name).symlink_to(path)
+        with pytest.raises(ConfigError, match=said) as caught:
+            continued(run, "x")
+        assert caught.value.hint
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_virtual_tokens_are_no_start(inputs, method):
+    study = load_study(inputs / "tiny.yaml", [*PLAIN, "rounds=1"])
+    adapter = {"method": method, "virtual_tokens": 2}
+    study = load_study({**study.tree, "adapter": adapter, "study": method})
+    run = simulated(study, inputs, method)
+    with pytest.raises(ConfigError, match="cannot be folded") as caught:
+        continued(run, method)
+    assert "ffa-lora" in caught.value.hint
+
+
+def test_the_command_writes_a_study_that_runs(inputs, first):
+    out = inputs / "next.yaml"
+    result = CliRunner().invoke(app, ["study", "continue", str(first), "--out", str(out)])
+    assert result.exit_code == 0, result.exception
+    assert "tiny-2 goes on from tiny" in result.stdout
+    study = load_study(out)
+    assert study.continues.earlier[0].run == "first"
+    simulated(study, inputs, "by-command")
+    words = ["study", "continue", inputs / "by-command", "--config", inputs / "tiny.yaml"]
+    words += ["--set", "study=fresh", "--set", "silos.count=3", "--orthogonal", "--as", "b"]
+    shown = CliRunner().invoke(app, [str(word) for word in words])
+    (inputs / "shown.yaml").write_text(shown.stdout)
+    written = load_study(inputs / "shown.yaml")
+    assert [link.run for link in written.continues.earlier] == ["first", "b"]
+    assert (written.study, written.silos.count) == ("fresh", 3)
+    assert written.continues.orthogonal
