@@ -39,6 +39,7 @@ from securefedcollm.study.protection import (
     Participant,
     Privacy,
     Silos,
+    Validation,
 )
 from securefedcollm.study.server import Central, Outer, Server
 
@@ -69,6 +70,7 @@ __all__ = [
     "Silos",
     "Study",
     "Task",
+    "Validation",
     "digest",
 ]
 
@@ -92,6 +94,7 @@ _LATER: Final[dict[tuple[str, ...], Any]] = {
     ("server",): None,
     ("task", "columns"): {},
     ("task", "template"): None,
+    ("validation",): None,
 }
 """Keys that were added to version 1 later, with their defaults."""
 
@@ -147,6 +150,13 @@ class Study(Section, frozen=True, dict=True):
             "Which round's adapters are kept in addition to the last round's, and when a run "
             "ends early. If left out, a run has all rounds and keeps only the last round's "
             "adapters."
+        ),
+    ] = None
+    validation: Annotated[
+        Validation | None,
+        says(
+            "A noised accuracy of every round's model on records that the silos set aside. If left "
+            "out, nobody but a silo itself learns how well the model does on private records."
         ),
     ] = None
     roster: Annotated[
@@ -228,9 +238,14 @@ class Study(Section, frozen=True, dict=True):
         return central or self.models.llm is not None
 
     @property
+    def tuning_sums(self) -> int:
+        """Secure sums of tuning in a round: one, or one an optimiser step in joint DP-SGD."""
+        return self.local.steps if self.joint else 1
+
+    @property
     def sums(self) -> int:
-        """Secure sums in the whole run: one a round, or one an optimiser step in joint DP-SGD."""
-        return self.rounds * (self.local.steps if self.joint else 1)
+        """Secure sums in the whole run: those of tuning, and one a round for its validation."""
+        return self.rounds * (self.tuning_sums + (self.validation is not None))
 
     @property
     def subject(self) -> str | None:

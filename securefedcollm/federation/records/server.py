@@ -155,11 +155,13 @@ class ServerRecord(RoundRecord):
         adapter: bytes | memoryview,
         directory: Path,
         score: float | None = None,
+        counts: tuple[int, int] | None = None,
     ) -> None:
         """The round is done and its adapters are in ``directory``. Written once a round.
 
         Args:
             score: by which the study compares rounds, if it does.
+            counts: opened in its validation, if there was one.
         """
         if any(
             isinstance(entry.what, Finished) and entry.what.round == round_
@@ -168,7 +170,11 @@ class ServerRecord(RoundRecord):
             return
         digests = file_digests(directory)
         adapter_digest = sha256(adapter).hex()
-        self._log.append(Finished(round=round_, adapter=adapter_digest, files=digests, score=score))
+        self._log.append(
+            Finished(
+                round=round_, adapter=adapter_digest, files=digests, score=score, counts=counts
+            )
+        )
 
     def witness(self, silo: str) -> messages.Witness | None:
         """What ``silo`` is asked to vouch for; None if there is nothing."""
