@@ -23,7 +23,6 @@ from securefedcollm.evidence.entries import (
     Opening,
     Refused,
     Reserved,
-    Settled,
     Summed,
 )
 from securefedcollm.evidence.note import Checkpoint
@@ -36,7 +35,7 @@ from securefedcollm.privacy.report import ASSUMPTIONS
 from securefedcollm.study import Study
 from securefedcollm_audits.case import SERVER, Case, of
 from securefedcollm_audits.charged import decode_events
-from securefedcollm_audits.checks.budget import Training, trainings
+from securefedcollm_audits.checks.budget import Training, by_part, last_claim, trainings
 from securefedcollm_audits.claim import claim, may_end_early
 from securefedcollm_audits.expected import Expected
 from securefedcollm_audits.progress import Header, header, progress
@@ -127,7 +126,7 @@ def make_report(
 
 def _summed_up(verdict: Verdict, case: Case) -> Report:
     points = max(2, MOST_POINTS // max(1, len(case.silos)))
-    silos = [_silo(name, log, points) for name, log in case.silos.items()]
+    silos = [_silo(case.study, name, log, points) for name, log in case.silos.items()]
     worst = _worst(case)
     adversaries = _adversaries(case, worst) if worst else []
     privacy = case.study.privacy
@@ -190,11 +189,11 @@ def _worst(case: Case) -> tuple[Events, Terms] | None:
     """Events and filter terms of the silo whose releases cost most."""
     found = []
     for log in case.silos.values():
-        done = trainings(log)
-        events = _counted(done)
-        terms = _terms(done)
-        if events and terms and case.study.privacy:
-            found.append((bracket(events, case.study.privacy.delta).low, events, terms))
+        for done in by_part(case.study, trainings(log)):
+            events = _counted(done)
+            terms = _terms(done)
+            if events and terms and case.study.privacy:
+                found.append((bracket(events, case.study.privacy.delta).low, events, terms))
     return max(found, key=lambda one: one[0])[1:] if found else None
 
 
@@ -288,16 +287,20 @@ def _witnesses(heads: list[Checkpoint], end: Entry | None) -> int:
     return max((len(head.lines) - 1 for head in heads if head.size > end.seq), default=0)
 
 
-def _silo(name: str, log: list[Entry], points: int) -> SiloRow:
-    done = trainings(log)
-    claims = [(entry, what.spent) for entry, what in of(log, Settled) if what.spent]
+def _silo(study: Study, name: str, log: list[Entry], points: int) -> SiloRow:
+    parts = by_part(study, trainings(log))
+    claims = [claim for part in parts for claim in last_claim(part)]
     limit = next((what for _, what in of(log, Reserved)), None)
-    spent = claims[-1][1].epsilon if claims else None
-    tight = bracket(_counted(done), TIGHT_SHARE * limit.delta) if limit else bracket((), 0.5)
+    tight = bracket((), 0.5)
+    if limit:  # no record is in two parts, so the worse one counts
+        brackets = [bracket(_counted(part), TIGHT_SHARE * limit.delta) for part in parts]
+        tight = max(brackets, key=lambda one: one.high)
+    worst = max(claims, key=lambda claim: claim[1].epsilon, default=None)
+    spent = worst[1].epsilon if worst else None
     return SiloRow(
         name=name,
         claimed=spent,
-        accountant=claims[-1][1].accountant if claims else "",
+        accountant=worst[1].accountant if worst else "",
         limit=limit.epsilon if limit else None,
         left=max(0.0, limit.epsilon - spent) if limit and spent is not None else None,
         delta=limit.delta if limit else None,
@@ -305,8 +308,8 @@ def _silo(name: str, log: list[Entry], points: int) -> SiloRow:
         high=tight.high,
         method=tight.method,
         refusals=sum(isinstance(entry.what, Refused) for entry in log),
-        charges=_charges(done, points),
-        place=claims[-1][0].place if claims else None,
+        charges=[row for part in parts for row in _charges(part, points)],
+        place=worst[0].place if worst else None,
     )
 
 

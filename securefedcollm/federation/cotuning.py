@@ -149,7 +149,6 @@ class SiloTuning:
         if held > room:
             raise too_many(held, room)
 
-    @property
     def aside(self) -> npt.NDArray[np.bool_]:
         """Which records are set aside, bool [records]."""
         found, members = self._units_aside(), self._members
@@ -170,7 +169,7 @@ class SiloTuning:
 
     def right_shares(self, adapter: Vector) -> npt.NDArray[np.float64]:
         load_vector(self._tuned.model, self._tuned.broadcast_layout(), adapter)
-        rows = np.flatnonzero(self.aside)
+        rows = np.flatnonzero(self.aside())
         found = np.zeros(len(self._questions))
         found[rows] = right_shares(self._tuned.model, self._data, rows, self._tuned.scoring)
         members, units = self._members, np.flatnonzero(self._units_aside())
@@ -223,7 +222,7 @@ class SiloTuning:
     ) -> Vector:
         """Without noise the result follows from start and seed: :func:`once` may have it."""
         local, model = self._study.local, self._tuned.model
-        data, aside = self._data, self.aside
+        data, aside = self._data, self.aside()
         if aside.any():
             data = data.select(torch.from_numpy(np.flatnonzero(~aside)))
         plan = train_plan(

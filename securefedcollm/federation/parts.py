@@ -34,9 +34,6 @@ _PIN: Final = b"securefedcollm/validation/pin/v1\0"
 class HoldsOut(Protocol):
     """A workload that can set records aside and answer them."""
 
-    aside: npt.NDArray[np.bool_]
-    """Which records are set aside, bool [records], in the order of ``contents``."""
-
     def set_aside(self, key: bytes) -> None:
         """Set units aside for good, by this key. Until then nothing can be tuned.
 
@@ -44,6 +41,10 @@ class HoldsOut(Protocol):
             ConfigError: nothing, or everything, is set aside; or more than the counts have room
                 for.
         """
+        ...
+
+    def aside(self) -> npt.NDArray[np.bool_]:
+        """Which records are set aside, bool [records], in the order of ``contents``."""
         ...
 
     def right_shares(self, adapter: Vector) -> npt.NDArray[np.float64]:
@@ -153,6 +154,6 @@ def _contents(study: Study, workload: SiloWorkload, held: bool) -> Iterator[Cont
         yield from workload.contents()
         return
     assert isinstance(workload, HoldsOut)  # hold_out
-    for content, aside in zip(workload.contents(), workload.aside.tolist(), strict=True):
+    for content, aside in zip(workload.contents(), workload.aside().tolist(), strict=True):
         if aside == held:
             yield content

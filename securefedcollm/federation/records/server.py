@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from securefedcollm.aggregation import (
     Roster,
@@ -135,7 +136,7 @@ class ServerRecord(RoundRecord):
                 attempt=header.attempt,
                 header=result.header_digest.hex(),
                 survivors=list(result.survivors),
-                sum=sha256(np.ascontiguousarray(result.sum, dtype="<i8").data.cast("B")).hex(),
+                sum=sum_digest(result.sum).hex(),
                 word=None if result.word is None else word_of(result.word),
             )
         )
@@ -236,3 +237,8 @@ class ServerRecord(RoundRecord):
         self._log.add_cosignature(head.size, name, reply.cosignature)
         self._vouched[silo] = head.size
         return True
+
+
+def sum_digest(total: npt.NDArray[np.int64]) -> bytes:
+    """How an opened sum, int64 [d], is named in the evidence."""
+    return sha256(np.ascontiguousarray(total, dtype="<i8").data.cast("B"))
