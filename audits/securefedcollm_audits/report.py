@@ -26,7 +26,7 @@ from securefedcollm.evidence.entries import (
     Summed,
 )
 from securefedcollm.evidence.note import Checkpoint
-from securefedcollm.federation.plan import sum_name
+from securefedcollm.federation.plan import counting, round_of, sum_name
 from securefedcollm.privacy.accounting import TIGHT_SHARE
 from securefedcollm.privacy.adversaries import AdversaryRow, per_adversary
 from securefedcollm.privacy.events import DiscreteGaussian, Event, Events, merge
@@ -39,7 +39,7 @@ from securefedcollm_audits.checks.budget import Training, by_part, last_claim, t
 from securefedcollm_audits.claim import claim, may_end_early
 from securefedcollm_audits.expected import Expected
 from securefedcollm_audits.progress import Header, header, progress
-from securefedcollm_audits.rows import AuditRow, ChargeRow, RoundRow, SiloRow
+from securefedcollm_audits.rows import AuditRow, ChargeRow, PrivateRow, RoundRow, SiloRow
 from securefedcollm_audits.second_accountant import bracket
 from securefedcollm_audits.utility import Utility, read_utility
 from securefedcollm_audits.verdict import Verdict
@@ -54,7 +54,8 @@ _CURVE = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 1e-3, 1e-4)
 """Values of δ, in addition to the study's, for the attacker-advantage curve."""
 
 NOT_COVERED = (
-    "Accuracy and other metrics, on any data and by anybody.",
+    "Accuracy and other metrics, on any data and by anybody, but for the noised counts of a "
+    "validation.",
     "Runs that were made to choose learning rates, clip norms or models.",
     "Checkpoints, log files and update norms that left a silo in other ways.",
     "The timing of a silo's process, and the fact that it took part in a round.",
@@ -85,6 +86,8 @@ class Report(msgspec.Struct, frozen=True):
     parameters: dict[str, Any]
     registry: dict[str, Any]
     utility: Utility | None = None
+    private: list[PrivateRow] = []
+    """Of the rounds whose validation was opened."""
     assumptions: tuple[str, ...] = ASSUMPTIONS
     not_covered: tuple[str, ...] = NOT_COVERED
 
@@ -147,6 +150,7 @@ def _summed_up(verdict: Verdict, case: Case) -> Report:
         audits=_audits(case),
         parameters=_parameters(case),
         registry={},
+        private=_private(case),
     )
     return msgspec.structs.replace(report, registry=_registry(case, report))
 
@@ -271,6 +275,32 @@ def _rounds(case: Case) -> list[RoundRow]:
                 opening=opening.place if opening else None,
                 sum=summed.place if summed else None,
                 place=finished.place if finished else None,
+            )
+        )
+    return rows
+
+
+def _private(case: Case) -> list[PrivateRow]:
+    """What the validations opened, as the server's log says; `step-order` compares it with sums."""
+    if case.study.validation is None:
+        return []
+    sums = {what.round: what for _, what in of(case.server, Summed)}
+    rows = []
+    for entry, what in of(case.server, Finished):
+        if what.counts is None or what.round not in sums:
+            continue
+        silos = len(sums[what.round].survivors)
+        found = counting(case.study).read(what.counts, silos)
+        rows.append(
+            PrivateRow(
+                round=round_of(case.study, what.round) + 1,
+                silos=silos,
+                right=found.right,
+                wrong=found.wrong,
+                sigma=found.sigma,
+                accuracy=found.accuracy,
+                margin=found.margin,
+                place=entry.place,
             )
         )
     return rows

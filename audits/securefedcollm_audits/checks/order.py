@@ -150,9 +150,9 @@ class _ServerLog:
             accuracy = counted(study, counts, len(summed.survivors))["accuracy"]
         if study.keep is None or study.keep.metric != "private" or what.score == accuracy:
             return ""
-        if what.score is not None and accuracy is not None:
-            if math.isclose(what.score, accuracy):
-                return ""
+        given = math.nan if what.score is None else what.score
+        if accuracy is not None and math.isclose(given, accuracy):
+            return ""
         return "its score is not the accuracy that follows from its counts"
 
     def _impossible(self, score: float | None) -> str:
