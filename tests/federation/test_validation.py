@@ -10,20 +10,24 @@ import numpy as np
 import pytest
 
 from securefedcollm.errors import ConfigError, StateError
+from securefedcollm.federation import consent, roles
 from securefedcollm.federation.messages import Refused, Trained
 from securefedcollm.federation.parts import sums_left, validation_study
 from securefedcollm.federation.plan import (
     counting,
     ends_round,
     round_of,
+    run_scope,
     sum_name,
     validates,
 )
+from securefedcollm.federation.silostore import SumMemory
 from securefedcollm.federation.workload import silent
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import digest
 from tests.support.arithmetic import NAMES, ArithmeticSilo, make_silo, make_study
 from tests.support.joint import study as joint_study
+from tests.support.members import members_of
 from tests.support.rounds import (
     CHARGED_ONCE,
     Cut,
@@ -270,6 +274,34 @@ def test_records_that_cannot_pay_for_the_counts_are_found_before_anything_is_tra
     assert isinstance(refused, Refused)
     assert refused.message == "this silo cannot take part"
     assert first.training.workload.trained == []
+
+
+def test_the_operator_sees_the_cost_and_goes_on_only_as_far_as_each_part_can_pay(tmp_path):
+    """Before the run, and at every point of it: after the last sum of tuning only the counts are
+    still to pay for, by other records than those that have nothing left."""
+    with members_of(tmp_path, **VALIDATED) as members:
+        member, mine = members["silo-1"], AskedSilo("silo-1")
+        mine.records = RECORDS
+        fresh = consent.terms(member, mine, None)
+        assert (fresh.spent, fresh.untouched) == (0.0, RECORDS)
+        assert 7.5 < fresh.after <= 8.0
+        consent.require_budget(member, mine, None)
+        session = roles.silo_session(member, mine, progress=silent, threads=1)
+        scope = run_scope(member.study, b"r" * 16)
+        store = session.training.store
+        for sum_ in range(member.study.sums):
+            assert isinstance(reply_to(session, begin(sum_)), Trained)
+            SumMemory(store, scope, sum_).opened(0, 3)
+            consent.require_budget(member, mine, None)
+        after = consent.terms(member, mine, None)
+        assert (after.spent, after.after) == (0.0, fresh.after)  # of other studies, and with this
+
+
+def test_records_are_not_left_out_of_a_study_that_sets_some_aside(tmp_path):
+    with members_of(tmp_path, **VALIDATED) as members:
+        with pytest.raises(ConfigError, match="not left out") as refused:
+            consent.without_spent(members["silo-1"], AskedSilo("silo-1"), None, lambda kept: kept)
+        assert refused.value.where == "--records"
 
 
 # --- The numbers of the sums ---------------------------------------------------------------------

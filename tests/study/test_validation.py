@@ -28,9 +28,13 @@ OWN = {
         ),
         ({"keep": {"metric": "private"}}, "keep.metric", "no record is set aside"),
         (ON | {"keep": {"metric": "private", "best": "llm"}}, "keep.best", "do not have the large"),
-        ({"validation": {"share": 0.0}}, "validation.share", ""),
-        ({"validation": {"share": 0.6}}, "validation.share", ""),
-        ({"validation": {"noise_multiplier": -1.0}}, "validation.noise_multiplier", ""),
+        ({"validation": {"share": 0.0}}, "validation.share", "share"),
+        ({"validation": {"share": 0.6}}, "validation.share", "share"),
+        (
+            {"validation": {"noise_multiplier": -1.0}},
+            "validation.noise_multiplier",
+            "noise_multiplier",
+        ),
     ],
 )
 def test_a_validation_that_the_study_has_no_place_for_is_refused(changes, where, says):
