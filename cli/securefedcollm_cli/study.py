@@ -135,10 +135,11 @@ def _plan(
 ) -> dict[str, Any]:
     """The noise that a run would plan; its line goes into ``reading``. Refuses the same settings as
     a run."""
-    if study.privacy is None:
-        return {"noise_multiplier": None, "units": list(units.counts)}
     from securefedcollm.federation.feasible import planned_noise, unit_name
 
+    if study.privacy is None:
+        planned_noise(study, units.counts, values)
+        return {"noise_multiplier": None, "units": list(units.counts)}
     z = planned_noise(study, units.counts, values)
     counts = ""
     if units.counts and study.privacy.unit != "silo":

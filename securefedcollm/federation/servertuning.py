@@ -55,7 +55,7 @@ class ServerTuning:
         self._llm: Tuned | None = None
         self._kept: dict[str, EncodedQuestions] = {}
         kept: Sequence[Question] = ()
-        if study.keep is not None and distillation:
+        if study.keep is not None and study.keep.metric != "private" and distillation:
             public, kept = _validation(study, public)
             self._kept["slm"] = self._slm.encode(kept, **shown)
         self.base_digest = self._slm.base_digest

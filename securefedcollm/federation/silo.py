@@ -42,6 +42,7 @@ from securefedcollm.federation.messages import (
 from securefedcollm.federation.plan import (
     adaptive_clip,
     authority_of,
+    counting,
     ends_round,
     joint_step,
     round_header,
@@ -49,6 +50,7 @@ from securefedcollm.federation.plan import (
     run_scope,
     silo_unit,
     sum_name,
+    validates,
 )
 from securefedcollm.federation.records import SiloRecord
 from securefedcollm.federation.silostore import OneRun, SumMemory
@@ -58,6 +60,7 @@ from securefedcollm.federation.workload import (
     keep_nothing,
 )
 from securefedcollm.primitives import SigningKey, sha256
+from securefedcollm.privacy.counting import Counting
 from securefedcollm.privacy.joint import JointStep
 from securefedcollm.privacy.silo_unit import SiloUnit
 from securefedcollm.study import Study
@@ -230,8 +233,12 @@ class SiloSession:
         self._at = (begin.run_id, begin.round, begin.attempt)
         return Trained()
 
-    def _mechanism(self, sum_: int, clip_norm: float | None) -> SiloUnit | JointStep | None:
+    def _mechanism(
+        self, sum_: int, clip_norm: float | None
+    ) -> SiloUnit | JointStep | Counting | None:
         """How this sum is noised; None if it is a plain sum of updates that need no more noise."""
+        if validates(self._study, sum_):
+            return counting(self._study)
         if self._study.joint:
             return joint_step(self._study, self.training.values(sum_))
         return silo_unit(self._study, self._workload.update_size, sum_, clip_norm)
@@ -321,6 +328,8 @@ class SiloSession:
             )
         if begin.round and ends_round(self._study, begin.round - 1):
             self._pin_end(scope, begin.round - 1, begin.adapter)
+        if validates(self._study, begin.round):  # it is asked about what the round ended with
+            self._pin_end(scope, begin.round, begin.adapter)
         return scope
 
     def _check_order(self, begin: BeginRound) -> None:

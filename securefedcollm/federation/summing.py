@@ -41,17 +41,20 @@ from securefedcollm.federation.messages import (
 )
 from securefedcollm.federation.plan import (
     adaptive_clip,
+    counting,
     joint_step,
     quantiser,
     round_header,
     round_of,
     silo_unit,
     sum_name,
+    validates,
 )
 from securefedcollm.federation.records import ServerRecord
 from securefedcollm.federation.runstore import RunStore
-from securefedcollm.federation.workload import ServerWorkload, Vector
+from securefedcollm.federation.workload import Opened, ServerWorkload
 from securefedcollm.privacy.adaptive_clip import AdaptiveClip
+from securefedcollm.privacy.counting import Counting
 from securefedcollm.privacy.joint import JointStep
 from securefedcollm.privacy.silo_unit import SiloUnit
 from securefedcollm.study import Study
@@ -94,8 +97,10 @@ class Summing:
         self._evidence = evidence
         self._hooks = hooks
 
-    def mean_of(self, sum_: int, record: dict[str, Any]) -> Vector | None:
+    def mean_of(self, sum_: int, record: dict[str, Any]) -> Opened | None:
         """One opened mean, repeating a failed attempt with whoever is still there.
+
+        Of a validation it is the opened counts, float64 [2] of whole numbers.
 
         None if the sum was being opened when it failed and can no longer be: silos unmask one
         survivor set per round, for good. The run goes on without this round's updates.
@@ -150,7 +155,7 @@ class Summing:
 
     def _attempt(
         self, sum_: int, attempt: int, record: dict[str, Any], absent: dict[str, str]
-    ) -> Vector:
+    ) -> Opened:
         """One attempt at a sum: its mean, saved. ``absent``: silos that are not asked, and why."""
         begun = self._begin(sum_, attempt)
         traffic, lost = Traffic(self._parties), self._store.state.barred | absent
@@ -179,9 +184,7 @@ class Summing:
         base, size = self._workload.base_digest, self._workload.update_size(round_)
         clip = self._clip()
         clip_norm = clip.clip_norm if clip else None
-        unit = joint_step(self._study, size) or silo_unit(
-            self._study, self._workload.update_size, round_, clip_norm
-        )
+        unit = self._unit(sum_, size, clip_norm)
         mechanism = unit.identity if unit else b""
         header = round_header(
             self._study,
@@ -203,6 +206,16 @@ class Summing:
             clip_norm=clip_norm or 0.0,
         )
         return _Begun(header, request, unit, clip)
+
+    def _unit(
+        self, sum_: int, size: int, clip_norm: float | None
+    ) -> SiloUnit | JointStep | Counting | None:
+        """How the sum is noised; None if it needs no more noise than its updates have."""
+        if validates(self._study, sum_):
+            return counting(self._study)
+        return joint_step(self._study, size) or silo_unit(
+            self._study, self._workload.update_size, round_of(self._study, sum_), clip_norm
+        )
 
     def _have_trained(self, begun: _Begun, traffic: Traffic, lost: dict[str, str]) -> None:
         """Have everybody but the ``lost`` train, and the authority make a key.
@@ -238,10 +251,14 @@ class Summing:
                 self._study.minimum - len(trained),
             )
 
-    def _decoded(self, begun: _Begun, result: RoundResult, record: dict[str, Any]) -> Vector:
+    def _decoded(self, begun: _Begun, result: RoundResult, record: dict[str, Any]) -> Opened:
         """The mean that an opened sum holds, saved: the sum is not asked for again."""
         count, unit, clip = len(result.survivors), begun.unit, begun.clip
         clip_norm = clip.clip_norm if clip else None
+        if isinstance(unit, Counting):
+            counts = result.sum.astype(np.float64)  # exact: a sum of silos is far below 2^53
+            self._store.save_mean(counts, list(result.survivors), self._store.state.clip_norm)
+            return counts
         if isinstance(unit, JointStep):
             mean = unit.decode(result.sum)
         elif unit is None:
@@ -299,7 +316,7 @@ class _Begun(NamedTuple):
 
     header: RoundHeader
     request: BeginRound
-    unit: SiloUnit | JointStep | None
+    unit: SiloUnit | JointStep | Counting | None
     clip: AdaptiveClip | None
 
 

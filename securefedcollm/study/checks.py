@@ -24,6 +24,7 @@ from securefedcollm.study.learning_checks import (
     check_task,
 )
 from securefedcollm.study.serverchecks import check_server
+from securefedcollm.study.validationchecks import check_validation
 
 _MOST_RECORDS = 10**10  # above it, a slip of the pen
 
@@ -51,6 +52,7 @@ def check(study: Study) -> None:
     check_server(study)
     check_keep(study)
     check_continue(study)
+    check_validation(study)
     _check_roster(study)
 
 

@@ -340,6 +340,8 @@ def check_keep(study: Study) -> None:
             where="keep.best",
             hint="choose slm, or give models.llm",
         )
+    if keep.metric == "private":  # no public question is set aside
+        return
     if data.train is not None and keep.rows > data.public_labelled:
         raise ConfigError(
             f"{keep.rows} of {data.public_labelled} public questions with answers",

@@ -196,7 +196,8 @@ class Distillation(Section, frozen=True):
 class Keep(Section, frozen=True):
     """Which round's adapters are kept in addition to the last round's, and when a run ends early.
 
-    No private record has a say: the server measures released models on public questions.
+    The server measures released models on public questions, and no private record has a say.
+    With `metric: private` the noised counts of `validation` have it.
     """
 
     best: Annotated[
@@ -207,11 +208,12 @@ class Keep(Section, frozen=True):
         ),
     ] = "slm"
     metric: Annotated[
-        Literal["loss", "accuracy"],
+        Literal["loss", "accuracy", "private"],
         says(
             "The best round has the least `loss` (mean negative log-probability of the right "
-            "choice, or per token) or the greatest `accuracy`. Of equal rounds the earliest "
-            "wins."
+            "choice, or per token) or the greatest `accuracy`. `private`: the greatest noised "
+            "accuracy on the records that `validation` sets aside, instead of public questions. "
+            "Of equal rounds the earliest wins."
         ),
     ] = "loss"
     rows: Annotated[
