@@ -15,6 +15,7 @@ import torch
 
 from securefedcollm.errors import DataError, LocalProtocolError
 from securefedcollm.federation.feasible import local_event, local_rate, refuse_joint_units
+from securefedcollm.federation.messages import adapter_bytes
 from securefedcollm.federation.recipes import (
     loss_plan,
     steps_of,
@@ -24,6 +25,7 @@ from securefedcollm.federation.recipes import (
 from securefedcollm.federation.servertuning import ServerTuning as ServerTuning
 from securefedcollm.federation.tuned import Tuned, accuracies, once
 from securefedcollm.federation.workload import Gradient, Progress, Vector, silent
+from securefedcollm.primitives import sha256
 from securefedcollm.privacy.events import Event, PoissonGaussian
 from securefedcollm.privacy.identities import Content
 from securefedcollm.privacy.noise import NoiseSource
@@ -188,7 +190,14 @@ class SiloTuning:
             self._study, server=None, distillation=Distillation()
         ).digest
         place = (self.base_digest, str(device_of(model)))
-        start = (silos_part, place, self._name, self._questions, round_, adapter.tobytes())
+        start = (
+            silos_part,
+            place,
+            self._name,
+            self._questions,
+            round_,
+            sha256(adapter_bytes(adapter)),
+        )
         delta, end = once(("fit", *start), tune)
         load_vector(model, layout, end)
         return delta

@@ -24,6 +24,10 @@ FORMAT: Final = "securefedcollm-task-v1"
 CONTRACT: Final = "task.json"
 CARD: Final = "README.md"
 _TAGS: Final = {"prompt": "prompt-tuning", "prefix": "prefix-tuning"}
+_WHOLE: Final = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("the directory of this file")
+tokenizer = AutoTokenizer.from_pretrained("the directory of this file")"""
 _TEMPLATES: Final = {
     "multiple_choice": QUESTION,
     "classification": CLASSIFY,
@@ -94,7 +98,6 @@ def model_card(study: Study, contract: dict[str, Any]) -> str:
     base = contract["base"]
     kind, _, place = base["source"].partition(":")
     hub = f"base_model: {json.dumps(place)}\n" if kind == "hub" else ""
-    revision = f', revision="{base["revision"]}"' if base["revision"] else ""
     at_most = "at most " if study.keep else ""
     rows = {
         "base model": f"{_code(base['source'])}{_code(base['revision'], ', commit ')}",
@@ -108,9 +111,15 @@ def model_card(study: Study, contract: dict[str, Any]) -> str:
     method = study.adapter.method
     tag = _TAGS.get(method, "lora")
     what = "a LoRA adapter" if tag == "lora" else f"a {method} of virtual tokens"
+    if method == "full":
+        what, tag, hub = (
+            "a whole model",
+            "full-fine-tuning",
+            hub and f"{hub}base_model_relation: finetune\n",
+        )
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---
-library_name: peft
+library_name: {"transformers" if method == "full" else "peft"}
 {hub}tags: [federated-learning, {tag}]
 ---
 
@@ -125,13 +134,7 @@ Made by securefedcollm {__version__}.
 ## How to load it
 
 ```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-base = {json.dumps(place if kind == "hub" else "the directory of the base model")}
-model = AutoModelForCausalLM.from_pretrained(base{revision}, dtype="{base["dtype"]}")
-model = PeftModel.from_pretrained(model, "the directory of this file")
-tokenizer = AutoTokenizer.from_pretrained(base{revision})
+{_loading(base) if method != "full" else _WHOLE}
 ```
 
 `securefedcollm model digest` prints the digest of a base model, to be compared with the one above.
@@ -141,6 +144,19 @@ tokenizer = AutoTokenizer.from_pretrained(base{revision})
 The model was tuned on prompts of one form and scores answers in one way: `task.json` says which.
 With another form it is much worse. The scored answer follows the prompt after `before_answer`.
 """
+
+
+def _loading(base: dict[str, Any]) -> str:
+    """Python that loads the base with the adapter on it."""
+    kind, _, place = base["source"].partition(":")
+    revision = f', revision="{base["revision"]}"' if base["revision"] else ""
+    return f"""from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = {json.dumps(place if kind == "hub" else "the directory of the base model")}
+model = AutoModelForCausalLM.from_pretrained(base{revision}, dtype="{base["dtype"]}")
+model = PeftModel.from_pretrained(model, "the directory of this file")
+tokenizer = AutoTokenizer.from_pretrained(base{revision})"""
 
 
 def _code(text: str | None, before: str = "") -> str:
