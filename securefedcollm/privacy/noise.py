@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from securefedcollm.errors import ConfigError, LocalProtocolError
 from securefedcollm.primitives import KEY_BYTES, Keystream
-from securefedcollm.privacy.discrete_gaussian import sample
+from securefedcollm.privacy.discrete_gaussian import add_sample
 
 CAP_TAIL_BITS: Final = 100
 """A Poisson batch exceeds its cap with probability at most 2^-100; the accountant books it."""
@@ -132,7 +132,17 @@ class NoiseSource:
         Raises:
             ConfigError: σ out of range.
         """
-        return sample(self._stream, sigma, n)
+        drawn = np.zeros(n, dtype=np.int64)
+        self.add_discrete_gaussian(drawn, sigma)
+        return drawn
+
+    def add_discrete_gaussian(self, values: npt.NDArray[np.int64], sigma: float) -> None:
+        """The same noise, added to ``values`` (int64 [n]) where they are.
+
+        Raises:
+            ConfigError: σ out of range.
+        """
+        add_sample(self._stream, sigma, values)
 
     def gaussian(self, n: int) -> npt.NDArray[np.float64]:
         """Standard normal noise on the grid 2^-46, float64 [n].

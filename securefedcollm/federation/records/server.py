@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from securefedcollm.aggregation import (
     Roster,
@@ -43,6 +46,8 @@ from securefedcollm.primitives import SigningKey, sha256
 _messages = logging.getLogger(__name__)
 
 SBOM = "sbom.json"
+
+_PART: Final = 1 << 20
 
 
 class ServerRecord(RoundRecord):
@@ -135,7 +140,7 @@ class ServerRecord(RoundRecord):
                 attempt=header.attempt,
                 header=result.header_digest.hex(),
                 survivors=list(result.survivors),
-                sum=sha256(np.ascontiguousarray(result.sum, dtype="<i8").data.cast("B")).hex(),
+                sum=_sum_digest(result.sum).hex(),
                 word=None if result.word is None else word_of(result.word),
             )
         )
@@ -230,3 +235,11 @@ class ServerRecord(RoundRecord):
         self._log.add_cosignature(head.size, name, reply.cosignature)
         self._vouched[silo] = head.size
         return True
+
+
+def _sum_digest(total: npt.NDArray[Any]) -> bytes:
+    """SHA-256 of the sum as little-endian int64, part by part: it may be as long as a model."""
+    digest = hashlib.sha256()
+    for start in range(0, len(total), _PART):
+        digest.update(np.ascontiguousarray(total[start : start + _PART], dtype="<i8").data)
+    return digest.digest()
