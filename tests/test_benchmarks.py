@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import engine, joint
+from benchmarks import engine, joint, vectors
 from securefedcollm.study import load_study
 
 
@@ -16,3 +16,9 @@ def test_steps_of_joint_training_with_nothing_to_train() -> None:
 def test_rounds_in_processes_with_nothing_to_train(tmp_path: Path) -> None:
     found = engine.embedded(1000, tmp_path)
     assert found["bytes_up_per_silo"] > 1000
+
+
+def test_a_round_of_a_long_vector_in_processes_of_its_own(tmp_path: Path) -> None:
+    found = vectors.measure(100_000, 3, tmp_path)
+    assert found["upload_mb"] > 0.26
+    assert found["silo_peak_mb"] > 0.4  # the vector itself, at the least

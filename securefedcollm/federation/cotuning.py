@@ -17,6 +17,7 @@ import torch
 
 from securefedcollm.errors import ConfigError, DataError, LocalProtocolError
 from securefedcollm.federation.feasible import local_event, local_rate, refuse_joint_units
+from securefedcollm.federation.messages import adapter_bytes
 from securefedcollm.federation.plan import counting
 from securefedcollm.federation.recipes import (
     loss_plan,
@@ -27,6 +28,7 @@ from securefedcollm.federation.recipes import (
 from securefedcollm.federation.servertuning import ServerTuning as ServerTuning
 from securefedcollm.federation.tuned import Tuned, accuracies, once
 from securefedcollm.federation.workload import Gradient, Progress, Vector, silent
+from securefedcollm.primitives import sha256
 from securefedcollm.privacy.aside import SparingNoise, owned, set_aside
 from securefedcollm.privacy.counting import too_many
 from securefedcollm.privacy.events import Event, PoissonGaussian
@@ -250,8 +252,16 @@ class SiloTuning:
             self._study, server=None, distillation=Distillation()
         ).digest
         place = (self.base_digest, str(device_of(model)))
-        start = (silos_part, place, self._name, self._questions, aside.tobytes(), round_)
-        delta, end = once(("fit", *start, adapter.tobytes()), tune)
+        start = (
+            silos_part,
+            place,
+            self._name,
+            self._questions,
+            aside.tobytes(),
+            round_,
+            sha256(adapter_bytes(adapter)),
+        )
+        delta, end = once(("fit", *start), tune)
         load_vector(model, layout, end)
         return delta
 

@@ -37,8 +37,12 @@ def estimate(study: Study, data: Path | None) -> dict[str, Any]:
     micro = min(study.local.micro_batch, study.local.batch_size)
     silo = slm["weights_bytes"] + slm["trained_values"] * _OPTIMIZER
     silo += micro * slm["activation_bytes_per_record"]
+    if study.adapter.method == "full":  # the base stays beside, and one gradient is there at a time
+        silo += slm["weights_bytes"]
     if study.privacy is not None and study.privacy.unit != "silo":
-        silo += micro * slm["trained_values"] * _PER_RECORD
+        silo += (
+            (1 if study.adapter.method == "full" else micro) * slm["trained_values"] * _PER_RECORD
+        )
     server = _server_bytes(study, llm, slm)
     asked = study.validation is not None
     return {

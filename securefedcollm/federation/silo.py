@@ -67,6 +67,8 @@ from securefedcollm.study import Study
 
 log = logging.getLogger(__name__)
 
+_PART: Final = 1 << 20
+
 
 @dataclass(frozen=True)
 class Seat:
@@ -155,7 +157,7 @@ class SiloSession:
                     training = True
                     reply = self._begin(begin)
                 case Aggregate(frame=inner):
-                    reply = Aggregated(self._aggregate(inner))
+                    reply = Aggregated(memoryview(self._aggregate(inner)))
                 case Witness() as request:
                     reply = self._evidence.countersign(request)
                 case Deliver() as deliver:
@@ -370,7 +372,7 @@ class SiloSession:
         # Adversary: a server that sends what no training makes, to read the last bits of sums. This
         # is before any record is touched; the proof rests on independent gradients, not on it.
         most = self._study.adapter.max_abs
-        if not bool((np.abs(adapter) <= most).all()):  # nor if a value is no number
+        if not _within(adapter, most):  # nor if a value is no number
             raise RemoteProtocolError(
                 f"the global adapter has values that are not finite or above adapter.max_abs "
                 f"({most:g})",
@@ -400,3 +402,9 @@ class SiloSession:
                 hint="compare privacy.clip_norm and privacy.adaptive of the two studies",
             )
         return begin.clip_norm
+
+
+def _within(values: Vector, most: float) -> bool:
+    """Whether no absolute value is above ``most``; part by part, since there may be many."""
+    parts = (values[start : start + _PART] for start in range(0, len(values), _PART))
+    return all(bool((np.abs(part) <= most).all()) for part in parts)

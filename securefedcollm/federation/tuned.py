@@ -39,6 +39,7 @@ from securefedcollm.tuning.packing import check_model
 from securefedcollm.tuning.prompts import attach_prompt, check_virtual
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.questions import EncodedQuestions, Scoring, encode
+from securefedcollm.tuning.whole import WholeModel, load_weights, tokenizer_files
 
 T = TypeVar("T")
 
@@ -98,7 +99,7 @@ def scoring_of(task: Task, model: Model) -> Scoring:
 class Tuned:
     """A base model with a fresh adapter, and what identifies both."""
 
-    model: Any  # peft.PeftModel
+    model: Any  # peft.PeftModel, or WholeModel
     tokenizer: Any
     base_digest: bytes
     study: Study
@@ -218,6 +219,8 @@ class Tuned:
         """
         chat = bool(getattr(self.tokenizer, "chat_template", None))
         files = beside_adapter(self.study, self.spec, self.base_digest, chat=chat)
+        if isinstance(self.model, WholeModel):  # a directory that transformers loads by itself
+            files |= tokenizer_files(self.tokenizer)
         save_adapter(self.model, directory, {**files, **(beside or {})})
 
     def load_adapter(self, directory: Path) -> None:
@@ -228,6 +231,9 @@ class Tuned:
         """
         from safetensors.numpy import load_file
 
+        if isinstance(self.model, WholeModel):
+            self._load_whole(directory)
+            return
         path = directory / "adapter_model.safetensors"
         try:
             tensors = load_file(path)
@@ -238,6 +244,15 @@ class Tuned:
             ) from None
         layout = full_layout(self.model)
         load_vector(self.model, layout, _in_order(tensors, layout, path))
+
+    def _load_whole(self, directory: Path) -> None:
+        try:
+            load_weights(self.model.get_base_model(), directory)
+        except ConfigError as error:
+            raise StateError(
+                f"{directory}: the saved model cannot be taken up ({error.message})",
+                hint="start again with --overwrite",
+            ) from None
 
     def broadcast_layout(self) -> AdapterLayout:
         """What travels from server to silos: all that is ever trained."""
@@ -269,7 +284,7 @@ class Tuned:
 
 
 def adapted(base: Any, study: Study, earlier: Sequence[Released] = ()) -> Any:
-    """``base`` with the study's adapter, fresh, as a ``PeftModel``.
+    """``base`` with the study's adapter, fresh, as a ``PeftModel``; or as a :class:`WholeModel`.
 
     Args:
         earlier: what has been folded into ``base``; the study may want a new adapter apart from it.
@@ -278,6 +293,8 @@ def adapted(base: Any, study: Study, earlier: Sequence[Released] = ()) -> Any:
         ConfigError: the adapter does not fit the model.
     """
     adapter, seed = study.adapter, seed_of(study)
+    if adapter.method == "full":
+        return WholeModel(base)
     if adapter.method == "prompt" or adapter.method == "prefix":
         return attach_prompt(base, method=adapter.method, tokens=adapter.tokens, seed=seed)
     model = attach(

@@ -240,16 +240,17 @@ VIRTUAL: Final = frozenset({"prompt", "prefix"})
 
 
 class Adapter(Section, frozen=True):
-    """The adapter (PEFT) that is tuned, low-rank or of virtual tokens; base weights stay frozen."""
+    """What is tuned: an adapter (PEFT), low-rank or of virtual tokens, on a frozen base; or all."""
 
     method: Annotated[
-        Literal["ffa-lora", "rolora", "lora", "prompt", "prefix"],
+        Literal["ffa-lora", "rolora", "lora", "prompt", "prefix", "full"],
         says(
             "`ffa-lora` trains B only, with A fixed by the seed: exact under a sum. `rolora` "
             "trains B and A in alternate rounds: exact in each round. `lora` trains both, as the "
             "FedCoLLM paper does: the mean of products is not the product of means, so it is "
             "inexact. `prompt` trains vectors before the input's tokens, `prefix` keys and values "
-            "before those of every layer: exact, and fewer values."
+            "before those of every layer: exact, and fewer values. `full` trains all weights of "
+            "the small model: exact, and as many values as it has."
         ),
     ] = "ffa-lora"
     rank: Annotated[Count, says("Rank of a low-rank adapter's matrices.")] = 8
@@ -284,9 +285,10 @@ class Adapter(Section, frozen=True):
     max_abs: Annotated[
         Positive,
         says(
-            "Largest absolute value in the global adapter. A silo refuses an adapter with a "
-            "larger value before it touches data. Tuning gives values of about 1; an attacker "
-            "would use far larger ones to read rounding errors."
+            "Largest absolute value in the global adapter; of `full`, the largest change of a "
+            "weight. A silo refuses an adapter with a larger value before it touches data. Tuning "
+            "gives values of about 1; an attacker would use far larger ones to read rounding "
+            "errors."
         ),
     ] = MAX_ABS
 
@@ -298,6 +300,8 @@ class Adapter(Section, frozen=True):
     @property
     def summary(self) -> str:
         """Method and size in a few words."""
+        if self.method == "full":
+            return "full, all weights"
         if self.method in VIRTUAL:
             return f"{self.method}, {self.tokens} virtual tokens"
         return f"{self.method}, rank {self.rank}, α {self.alpha:g}"

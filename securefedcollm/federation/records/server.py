@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +46,8 @@ from securefedcollm.primitives import SigningKey, sha256
 _messages = logging.getLogger(__name__)
 
 SBOM = "sbom.json"
+
+_PART: Final = 1 << 20
 
 
 class ServerRecord(RoundRecord):
@@ -239,6 +243,9 @@ class ServerRecord(RoundRecord):
         return True
 
 
-def sum_digest(total: npt.NDArray[np.int64]) -> bytes:
-    """How an opened sum, int64 [d], is named in the evidence."""
-    return sha256(np.ascontiguousarray(total, dtype="<i8").data.cast("B"))
+def sum_digest(total: npt.NDArray[np.signedinteger[Any]]) -> bytes:
+    """How an opened sum, int64 [d], is named in the evidence: part by part, it may be long."""
+    digest = hashlib.sha256()
+    for start in range(0, len(total), _PART):
+        digest.update(np.ascontiguousarray(total[start : start + _PART], dtype="<i8").data)
+    return digest.digest()
