@@ -27,7 +27,7 @@ from securefedcollm.privacy.identities import Content
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.privacy.report import read_report
 from securefedcollm.tuning.cleaning import check_file
-from securefedcollm.tuning.formats import whole_row
+from securefedcollm.tuning.content import whole_row
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.splits import record_content
 

@@ -294,7 +294,7 @@ def secure_sum(
         length = max(map(len, given.values()), default=1)
         made = Quantiser(length, clip_norm, bound or 2**30)
         whole = {n: made.encode(v.astype(np.float64)).integers for n, v in given.items()}
-        total = sum_of(whole, made.bound, colluders).sum
+        total = sum_of(whole, made.bound, colluders).sum.astype(np.int64, copy=False)
         return total.astype(np.float64) / made.scale
     greatest = max((max(int(v.max()), -int(v.min())) for v in given.values()), default=1)
     if bound is not None and greatest > bound:
@@ -304,7 +304,7 @@ def secure_sum(
             hint="a bound is agreed before anybody sees the vectors; choose it large enough",
         )
     whole = {name: vector.astype(np.int64) for name, vector in given.items()}
-    return sum_of(whole, bound or max(1, greatest), colluders).sum
+    return sum_of(whole, bound or max(1, greatest), colluders).sum.astype(np.int64, copy=False)
 
 
 def _checked(vectors: Mapping[str, npt.ArrayLike], *, floats: bool) -> dict[str, npt.NDArray[Any]]:

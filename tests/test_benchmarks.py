@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import engine, forgetting, joint
+from benchmarks import engine, forgetting, joint, vectors
 from securefedcollm.study import load_study
 
 
@@ -34,3 +34,9 @@ def test_what_is_forgotten_is_what_a_task_had_less_what_is_left() -> None:
     lines = forgetting.show(runs, "slm").splitlines()
     assert "| naive | 80.0 (80.0 to 80.0) | 63.3 (63.3 to 63.3) | 25.0 (25.0 to 25.0) |" in lines[2]
     assert lines[-1] == "| all at once, at the end | 40.0 | 60.0 | 90.0 |"
+
+
+def test_a_round_of_a_long_vector_in_processes_of_its_own(tmp_path: Path) -> None:
+    found = vectors.measure(100_000, 3, tmp_path)
+    assert found["upload_mb"] > 0.26
+    assert found["silo_peak_mb"] > 0.4  # the vector itself, at the least

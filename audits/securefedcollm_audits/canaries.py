@@ -165,4 +165,4 @@ def masked_sum(
     )
     if result.survivors != survivors:
         raise RuntimeError(f"the round was to end with {survivors}, not {result.survivors}")
-    return result.sum
+    return result.sum.astype(np.int64, copy=False)

@@ -53,6 +53,7 @@ from securefedcollm.tuning.per_record import (
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.questions import EncodedQuestions, sorted_by_length
 from securefedcollm.tuning.recipe import evaluation_mode
+from securefedcollm.tuning.whole import WholeModel
 from securefedcollm_audits.finding import Finding
 
 ADAPTERS: Final = 40
@@ -223,7 +224,21 @@ class PaddedRecords(Records):
             for part in torch.split(order, self._widths.most) if len(order) else ():
                 batch = self._data.select(part)
                 losses = question_losses(self._model, batch, self._loss, self._scoring)
+                if isinstance(self._model, WholeModel):
+                    yield part.numpy(), _one_by_one(losses, self._parameters)
+                    continue
                 yield part.numpy(), per_record_gradients(losses, self._parameters, calls)
+
+
+def _one_by_one(
+    losses: torch.Tensor, parameters: Sequence[torch.nn.Parameter]
+) -> list[torch.Tensor]:
+    """Gradient of each loss of a batch, all weights: [B, …] for every parameter."""
+    rows = [
+        torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+        for loss in losses
+    ]
+    return [torch.stack(found) for found in zip(*rows, strict=True)]
 
 
 class Bench:
@@ -330,8 +345,8 @@ def hostile_adapters(
 def _matrices(vector: Vector, layout: AdapterLayout) -> list[npt.NDArray[np.float32]]:
     """Views of ``vector``: what writes into the stream, in the order of the layers.
 
-    B, or all matrices where there is no B; of virtual tokens (one matrix, [p, w]) some columns
-    each: of a prefix they are keys or values of one layer.
+    B, or all matrices where there is no B, but no norms or biases; of virtual tokens (one matrix,
+    [p, w]) some columns each: of a prefix they are keys or values of one layer.
     """
     starts = np.cumsum([0, *(int(np.prod(shape)) for shape in layout.shapes)])
     views = [
@@ -341,7 +356,8 @@ def _matrices(vector: Vector, layout: AdapterLayout) -> list[npt.NDArray[np.floa
     if layout.names == (PROMPT,):
         return np.array_split(views[0], min(_PARTS, views[0].shape[1]), axis=1)
     found = [i for i, name in enumerate(layout.names) if ".lora_B." in name]
-    order = sorted(found or range(len(views)), key=lambda i: _depth(layout.names[i]))
+    found = found or [i for i, view in enumerate(views) if view.ndim == 2]
+    order = sorted(found, key=lambda i: _depth(layout.names[i]))
     return [views[i] for i in order]
 
 

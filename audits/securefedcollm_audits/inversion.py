@@ -265,9 +265,10 @@ def _full_rank(study: Study, data: Path | None) -> Tuned:
     """The study's small model with an adapter as wide as itself.
 
     Raises:
-        ConfigError: its first layer does not show single tokens, or the study tunes virtual ones.
+        ConfigError: its first layer does not show single tokens, or the study tunes virtual ones
+            or all weights.
     """
-    if study.adapter.tokens:
+    if study.adapter.tokens or study.adapter.method == "full":
         raise ConfigError(
             "the attack reads words off the gradients of low-rank matrices; this study has none",
             where="adapter.method",

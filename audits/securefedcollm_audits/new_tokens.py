@@ -100,7 +100,8 @@ def train(
         made = [_canary(records[number], number, word) for number, word in enumerate(words)]
         present = np.array([draw.random() < 0.5 for _ in made])
         inside = [question for question, there in zip(made, present, strict=True) if there]
-        silo = SiloTuning(widened, name, records[count:] + inside, data=data, progress=progress)
+        inside = records[count:] + inside
+        silo = SiloTuning(widened, name, inside, data=data, progress=progress, alone=True)
         attacker = Tuned.load(widened, widened.models.slm, data=data)
         known = attacker.encode(made)
         adapter = silo.adapter()

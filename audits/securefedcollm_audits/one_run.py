@@ -110,7 +110,8 @@ def train(
     made = random_questions(records, count, draw)
     present = np.array([draw.random() < 0.5 for _ in made])
     inside = [question for question, there in zip(made, present, strict=True) if there]
-    silo = SiloTuning(study, name, records[count:] + inside, data=data, progress=progress)
+    inside = records[count:] + inside
+    silo = SiloTuning(study, name, inside, data=data, progress=progress, alone=True)
     attacker = Tuned.load(study, study.models.slm, data=data)
     known = attacker.encode(made)
     adapter, scores = silo.adapter(), np.zeros(count)

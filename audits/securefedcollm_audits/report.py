@@ -23,11 +23,10 @@ from securefedcollm.evidence.entries import (
     Opening,
     Refused,
     Reserved,
-    Settled,
     Summed,
 )
 from securefedcollm.evidence.note import Checkpoint
-from securefedcollm.federation.plan import sum_name
+from securefedcollm.federation.plan import counting, round_of, sum_name
 from securefedcollm.privacy.accounting import TIGHT_SHARE
 from securefedcollm.privacy.adversaries import AdversaryRow, per_adversary
 from securefedcollm.privacy.events import DiscreteGaussian, Event, Events, merge
@@ -36,11 +35,11 @@ from securefedcollm.privacy.report import ASSUMPTIONS
 from securefedcollm.study import Study
 from securefedcollm_audits.case import SERVER, Case, of
 from securefedcollm_audits.charged import decode_events
-from securefedcollm_audits.checks.budget import Training, trainings
+from securefedcollm_audits.checks.budget import Training, by_part, last_claim, trainings
 from securefedcollm_audits.claim import claim, may_end_early
 from securefedcollm_audits.expected import Expected
 from securefedcollm_audits.progress import Header, header, progress
-from securefedcollm_audits.rows import AuditRow, ChargeRow, RoundRow, SiloRow
+from securefedcollm_audits.rows import AuditRow, ChargeRow, PrivateRow, RoundRow, SiloRow
 from securefedcollm_audits.second_accountant import bracket
 from securefedcollm_audits.utility import Utility, read_utility
 from securefedcollm_audits.verdict import Verdict
@@ -55,7 +54,8 @@ _CURVE = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 1e-3, 1e-4)
 """Values of δ, in addition to the study's, for the attacker-advantage curve."""
 
 NOT_COVERED = (
-    "Accuracy and other metrics, on any data and by anybody.",
+    "Accuracy and other metrics, on any data and by anybody, but for the noised counts of a "
+    "validation.",
     "Runs that were made to choose learning rates, clip norms or models.",
     "Checkpoints, log files and update norms that left a silo in other ways.",
     "The timing of a silo's process, and the fact that it took part in a round.",
@@ -86,6 +86,8 @@ class Report(msgspec.Struct, frozen=True):
     parameters: dict[str, Any]
     registry: dict[str, Any]
     utility: Utility | None = None
+    private: list[PrivateRow] = []
+    """Of the rounds whose validation was opened."""
     assumptions: tuple[str, ...] = ASSUMPTIONS
     not_covered: tuple[str, ...] = NOT_COVERED
 
@@ -127,7 +129,7 @@ def make_report(
 
 def _summed_up(verdict: Verdict, case: Case) -> Report:
     points = max(2, MOST_POINTS // max(1, len(case.silos)))
-    silos = [_silo(name, log, points) for name, log in case.silos.items()]
+    silos = [_silo(case.study, name, log, points) for name, log in case.silos.items()]
     worst = _worst(case)
     adversaries = _adversaries(case, worst) if worst else []
     privacy = case.study.privacy
@@ -148,6 +150,7 @@ def _summed_up(verdict: Verdict, case: Case) -> Report:
         audits=_audits(case),
         parameters=_parameters(case),
         registry={},
+        private=_private(case),
     )
     return msgspec.structs.replace(report, registry=_registry(case, report))
 
@@ -190,11 +193,11 @@ def _worst(case: Case) -> tuple[Events, Terms] | None:
     """Events and filter terms of the silo whose releases cost most."""
     found = []
     for log in case.silos.values():
-        done = trainings(log)
-        events = _counted(done)
-        terms = _terms(done)
-        if events and terms and case.study.privacy:
-            found.append((bracket(events, case.study.privacy.delta).low, events, terms))
+        for done in by_part(case.study, trainings(log)):
+            events = _counted(done)
+            terms = _terms(done)
+            if events and terms and case.study.privacy:
+                found.append((bracket(events, case.study.privacy.delta).low, events, terms))
     return max(found, key=lambda one: one[0])[1:] if found else None
 
 
@@ -277,6 +280,32 @@ def _rounds(case: Case) -> list[RoundRow]:
     return rows
 
 
+def _private(case: Case) -> list[PrivateRow]:
+    """What the validations opened, as the server's log says; `step-order` compares it with sums."""
+    if case.study.validation is None:
+        return []
+    sums = {what.round: what for _, what in of(case.server, Summed)}
+    rows = []
+    for entry, what in of(case.server, Finished):
+        if what.counts is None or what.round not in sums:
+            continue
+        silos = len(sums[what.round].survivors)
+        found = counting(case.study).read(what.counts, silos)
+        rows.append(
+            PrivateRow(
+                round=round_of(case.study, what.round) + 1,
+                silos=silos,
+                right=found.right,
+                wrong=found.wrong,
+                sigma=found.sigma,
+                accuracy=found.accuracy,
+                margin=found.margin,
+                place=entry.place,
+            )
+        )
+    return rows
+
+
 def _absent(case: Case, shown: Opening | None) -> list[str]:
     return [name for name in case.roster.names if not shown or name not in shown.survivors]
 
@@ -288,16 +317,20 @@ def _witnesses(heads: list[Checkpoint], end: Entry | None) -> int:
     return max((len(head.lines) - 1 for head in heads if head.size > end.seq), default=0)
 
 
-def _silo(name: str, log: list[Entry], points: int) -> SiloRow:
-    done = trainings(log)
-    claims = [(entry, what.spent) for entry, what in of(log, Settled) if what.spent]
+def _silo(study: Study, name: str, log: list[Entry], points: int) -> SiloRow:
+    parts = by_part(study, trainings(log))
+    claims = [claim for part in parts for claim in last_claim(part)]
     limit = next((what for _, what in of(log, Reserved)), None)
-    spent = claims[-1][1].epsilon if claims else None
-    tight = bracket(_counted(done), TIGHT_SHARE * limit.delta) if limit else bracket((), 0.5)
+    tight = bracket((), 0.5)
+    if limit:  # no record is in two parts, so the worse one counts
+        brackets = [bracket(_counted(part), TIGHT_SHARE * limit.delta) for part in parts]
+        tight = max(brackets, key=lambda one: one.high)
+    worst = max(claims, key=lambda claim: claim[1].epsilon, default=None)
+    spent = worst[1].epsilon if worst else None
     return SiloRow(
         name=name,
         claimed=spent,
-        accountant=claims[-1][1].accountant if claims else "",
+        accountant=worst[1].accountant if worst else "",
         limit=limit.epsilon if limit else None,
         left=max(0.0, limit.epsilon - spent) if limit and spent is not None else None,
         delta=limit.delta if limit else None,
@@ -305,8 +338,8 @@ def _silo(name: str, log: list[Entry], points: int) -> SiloRow:
         high=tight.high,
         method=tight.method,
         refusals=sum(isinstance(entry.what, Refused) for entry in log),
-        charges=_charges(done, points),
-        place=claims[-1][0].place if claims else None,
+        charges=[row for part in parts for row in _charges(part, points)],
+        place=worst[0].place if worst else None,
     )
 
 

@@ -22,6 +22,21 @@ class RoundRow(msgspec.Struct, frozen=True):
     place: str | None
 
 
+class PrivateRow(msgspec.Struct, frozen=True):
+    """The validation of one round. ``right``, ``wrong``: noised counts of records or subjects, with
+    noise of ``sigma`` on each. ``accuracy`` in [0, 1] and ``margin``, half its 95 % interval by the
+    noise alone; None where the noise drowns it. ``place``: the entry that ends the round."""
+
+    round: int
+    silos: int
+    right: float
+    wrong: float
+    sigma: float
+    accuracy: float | None
+    margin: float | None
+    place: str
+
+
 class ChargeRow(msgspec.Struct, frozen=True):
     """One training of one silo in its ledger. ``cumulative``: upper bound on ε so far, or None."""
 

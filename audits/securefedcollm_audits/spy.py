@@ -157,7 +157,7 @@ class Spy:
                 total = packing.unpack(words, header.parameters, len(group))
             except ProtocolError:
                 continue  # an upload that was altered on its way
-            found.append(Opened(header.round_scope, frozenset(group), total))
+            found.append(Opened(header.round_scope, frozenset(group), total.astype(np.int64)))
         return found
 
     @staticmethod

@@ -8,7 +8,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from securefedcollm_cli.options import DataDir, Device, Json, Overrides, StudyFile
+from securefedcollm_cli.options import (
+    DataDir,
+    Device,
+    Json,
+    Overrides,
+    States,
+    StatesSize,
+    StudyFile,
+)
 
 
 def experiment(
@@ -42,6 +50,8 @@ def experiment(
         typer.Option(min=0, help="Processes that run the silos [one each]; 0: in this one."),
     ] = None,
     device: Device = "cpu",
+    states: States = None,
+    states_gb: StatesSize = 20.0,
     as_json: Json = False,
 ) -> None:
     """Does co-tuning help? Run every row of the comparison under several seeds.
@@ -58,6 +68,7 @@ def experiment(
     from securefedcollm.experiment.experiment import Experiment
     from securefedcollm.simulation.plan import ExperimentPlan
     from securefedcollm.study import load_study
+    from securefedcollm.tuning.kept_states import keeping_states
     from securefedcollm_cli.progress import Bars
 
     study = load_study(config, overrides or [])
@@ -72,7 +83,7 @@ def experiment(
         workers=workers,
         device=device,
     )
-    with Bars(quiet=as_json) as bars:
+    with keeping_states(states, int(states_gb * 1e9)), Bars(quiet=as_json) as bars:
         table = Experiment(study, plan).run(bars.report, bars.say)
     if as_json:
         typer.echo(json.dumps(table, indent=2))

@@ -41,6 +41,24 @@ Device = Annotated[
         "--device", metavar="NAME", help="Where the models compute: cpu, cuda, cuda:1, mps."
     ),
 ]
+States = Annotated[
+    Path | None,
+    typer.Option(
+        "--states",
+        metavar="DIR",
+        help="Keep in this directory what the frozen layers make of public and test questions, so "
+        "that a large model reads each once, in all runs and after a kill.",
+    ),
+]
+StatesSize = Annotated[
+    float,
+    typer.Option(
+        "--states-gb",
+        metavar="GB",
+        min=0.001,
+        help="Largest size of that directory; what was not used longest goes first.",
+    ),
+]
 Track = Annotated[
     Literal["tensorboard", "mlflow"] | None,
     typer.Option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,15 @@ from securefedcollm.errors import EvidenceError
 from securefedcollm.foreign import MOST_MESSAGE, printable
 from securefedcollm_cli.consortium import Home, home_of
 from securefedcollm_cli.identity import PassphraseFile
-from securefedcollm_cli.options import Device, Json, StudyFile, Track, stop_on_sigterm
+from securefedcollm_cli.options import (
+    Device,
+    Json,
+    States,
+    StatesSize,
+    StudyFile,
+    Track,
+    stop_on_sigterm,
+)
 from securefedcollm_cli.role_client import client
 from securefedcollm_cli.role_options import Events, Models, Threads, Yes, asked, cores
 from securefedcollm_cli.role_serving import say_what_is_lacking, serve
@@ -66,6 +75,8 @@ def server(
     track: Track = None,
     threads: Threads = None,
     device: Device = "cpu",
+    states: States = None,
+    states_gb: StatesSize = 20.0,
     passphrase_file: PassphraseFile = None,
     as_json: Events = False,
 ) -> None:
@@ -83,6 +94,7 @@ def server(
     from securefedcollm.federation.hooks import Hooks
     from securefedcollm.federation.tracking import require_tracker
     from securefedcollm.study import load_study
+    from securefedcollm.tuning.kept_states import keeping_states
     from securefedcollm_cli.progress import Bars
 
     stop_on_sigterm()
@@ -91,6 +103,7 @@ def server(
     passphrase = asked(passphrase_file)
     with (
         roles.take_part(study, config, place, "server", passphrase) as member,
+        keeping_states(states, int(states_gb * 1e9)),
         Bars(quiet=as_json) as bars,
     ):
         from securefedcollm.federation import cotuning
@@ -123,12 +136,17 @@ def server(
                 linger=linger,
                 track=track,
             )
-            if late := roles.not_told(member):
-                bars.say(
-                    f"not reached when the run was over: {', '.join(late)}; the same command with "
-                    "--linger SECONDS waits for them, and delivers the last adapter"
-                )
+            _say_late(roles.not_told(member), bars)
         _say_trained(member.run, record, as_json)
+
+
+def _say_late(late: Sequence[str], bars: Bars) -> None:
+    """``late``: silos that have not got the last adapter."""
+    if late:
+        bars.say(
+            f"not reached when the run was over: {', '.join(late)}; the same command with "
+            "--linger SECONDS waits for them, and delivers the last adapter"
+        )
 
 
 def _engine(member: Member, kits: Kits, waits: Waits, largest: int, bars: Bars) -> FlareEngine:

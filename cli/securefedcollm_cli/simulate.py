@@ -10,7 +10,17 @@ import typer
 
 from securefedcollm.foreign import as_text
 from securefedcollm_cli.audit import write_evidence
-from securefedcollm_cli.options import DataDir, Device, Json, Overrides, StudyFile, Track, files_of
+from securefedcollm_cli.options import (
+    DataDir,
+    Device,
+    Json,
+    Overrides,
+    States,
+    StatesSize,
+    StudyFile,
+    Track,
+    files_of,
+)
 from securefedcollm_cli.simulate_life import simulate_life
 
 if TYPE_CHECKING:
@@ -79,6 +89,8 @@ def simulate(
     ] = None,
     track: Track = None,
     device: Device = "cpu",
+    states: States = None,
+    states_gb: StatesSize = 20.0,
     as_json: Json = False,
 ) -> None:
     """Run a whole study on this machine: server, silos, secure sums, distillation.
@@ -120,9 +132,10 @@ def simulate(
         simulate_life(trees, plan, as_json)
         return
     simulation = Simulation(study, plan)
+    from securefedcollm.tuning.kept_states import keeping_states
     from securefedcollm_cli.progress import Bars
 
-    with Bars(quiet=as_json) as bars:
+    with keeping_states(states, int(states_gb * 1e9)), Bars(quiet=as_json) as bars:
         results = simulation.run(bars.report, bars.say)
         bars.report(0, 1, "verifying the evidence")
         verdict, page = write_evidence(directory, earlier_bundles(study, data))

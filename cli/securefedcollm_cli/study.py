@@ -38,6 +38,14 @@ def check(
             "the hub.",
         ),
     ] = False,
+    hours: Annotated[
+        bool,
+        typer.Option(
+            "--hours",
+            help="Also take a few rows through the models on this machine, and estimate how long "
+            "a round of a silo, one of the server and a simulation take. Loads the models.",
+        ),
+    ] = False,
     records: Annotated[
         int | None,
         typer.Option(
@@ -81,8 +89,8 @@ def check(
     silo, an ε that no noise reaches. The number of records is that of the study
     (`task.data.per_silo`), of the files that `--data` or `--silo` names, or `--records`.
 
-    Without these options, `--estimate` and `--propose-clip` it reads only the study file: no data,
-    no model, no network.
+    Without these options, `--estimate`, `--hours` and `--propose-clip` it reads only the study
+    file: no data, no model, no network.
     """
     from securefedcollm.errors import ConfigError
     from securefedcollm.study import load_study
@@ -105,6 +113,13 @@ def check(
         facts = derived(study)
         values = _values(study, data)
     facts |= _plan(study, units, values, facts["reading"])
+    if hours:
+        from securefedcollm.federation.hours import hours as timed
+        from securefedcollm_cli.progress import Bars
+
+        with Bars(quiet=as_json) as bars:
+            facts["hours"] = timed(study, data, device=device, progress=bars.report)
+        facts["reading"] |= _time_lines(facts["hours"])
     if propose_clip:
         facts["clip"] = _clip(study, units, public, data, device, facts["reading"], as_json)
     if as_json:
@@ -120,10 +135,11 @@ def _plan(
 ) -> dict[str, Any]:
     """The noise that a run would plan; its line goes into ``reading``. Refuses the same settings as
     a run."""
-    if study.privacy is None:
-        return {"noise_multiplier": None, "units": list(units.counts)}
     from securefedcollm.federation.feasible import planned_noise, unit_name
 
+    if study.privacy is None:
+        planned_noise(study, units.counts, values)
+        return {"noise_multiplier": None, "units": list(units.counts)}
     z = planned_noise(study, units.counts, values)
     counts = ""
     if units.counts and study.privacy.unit != "silo":
@@ -199,6 +215,22 @@ def _estimate_lines(found: dict[str, Any]) -> dict[str, str]:
         "task.max_tokens; the library not counted"
     )
     return lines
+
+
+def _time_lines(found: dict[str, Any]) -> dict[str, str]:
+    once = found["frozen_layers_once_s"]
+    kept = f", with {_span(once)} that --states saves another time" if once > 60 else ""
+    return {
+        "time, about": f"silo {_span(found['silo_round_s'])} a round, server "
+        f"{_span(found['server_round_s'])}; simulate --no-baselines --workers 0 "
+        f"{_span(found['simulation_s'])}{kept} ({found['device']}, {found['threads']} threads)"
+    }
+
+
+def _span(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _size(count: float) -> str:

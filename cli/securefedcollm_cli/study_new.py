@@ -72,8 +72,10 @@ def new(
         ),
     ] = None,
     method: Annotated[
-        Literal["ffa-lora", "rolora", "lora", "prompt", "prefix"],
-        typer.Option("--method", help="What is tuned: low-rank matrices, or virtual tokens."),
+        Literal["ffa-lora", "rolora", "lora", "prompt", "prefix", "full"],
+        typer.Option(
+            "--method", help="What is tuned: low-rank matrices, virtual tokens, or all weights."
+        ),
     ] = "ffa-lora",
     epsilon: Annotated[float, typer.Option(help="ε of the whole study.")] = 8.0,
     delta: Annotated[float, typer.Option(help="Its δ, below 1/records.")] = 1e-5,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from securefedcollm.privacy.shown import up
+
 
 def derived(study: Any, values: int | None = None) -> dict[str, Any]:
     """The consequences of a study, as data and as sentences."""
@@ -28,11 +30,13 @@ def derived(study: Any, values: int | None = None) -> dict[str, Any]:
         **({"decryptions tell": _advantage(study, values)} if study.ring else {}),
         "privacy": (
             f"(ε = {privacy.epsilon:g}, δ = {privacy.delta:g}) per {privacy.unit}, noise "
-            f"{privacy.noise}, all {study.sums} {'steps' if study.joint else 'rounds'} together"
+            f"{privacy.noise}, all {study.rounds * study.tuning_sums} "
+            f"{'steps' if study.joint else 'rounds'} together"
             if privacy
             else "no differential privacy: the global adapter may reveal records"
         ),
         **({"goes on": _chain(study)} if study.continues else {}),
+        **({"validation": _validation(study)} if study.validation else {}),
         **({"server": _server(study)} if study.server else {}),
         **({"distillation": study.distillation.loss} if study.models.llm else {}),
     }
@@ -47,6 +51,23 @@ def derived(study: Any, values: int | None = None) -> dict[str, Any]:
         "ckks": _ring_facts(study, values),
         "reading": reading,
     }
+
+
+def _validation(study: Any) -> str:
+    """What is set aside, what noise its counts have, and what they cost."""
+    from securefedcollm.federation.plan import counting
+    from securefedcollm.privacy.accounting import claim
+
+    share, counts = study.validation.share, counting(study)
+    said = f"{share:.0%} of each silo's {study.subject or 'record'}s, after every round"
+    if study.privacy is None:
+        return f"{said}; counts without noise, which may reveal records"
+    spent = claim(counts.events(study.rounds), study.privacy.delta).epsilon
+    sigma = counts.read((0, 0), study.silos.count).sigma
+    return (
+        f"{said}; noise of σ = {sigma:.2g} on the counts of all {study.silos.count} silos. What is "
+        f"set aside pays ε = {up(spent)} for all rounds, and nothing for the tuning"
+    )
 
 
 def _server(study: Any) -> str:

@@ -101,7 +101,7 @@ class AttendedRound(ABC):
         """
 
     @abstractmethod
-    def _take(self, name: str, frame: bytes) -> None:
+    def _take(self, name: str, frame: bytes | memoryview) -> None:
         """Check and keep the reply of ``name`` in this step.
 
         Raises:
@@ -120,7 +120,7 @@ class AttendedRound(ABC):
     def _forget(self) -> None:
         """The attempt has failed: drop the stored replies, and the sum."""
 
-    def receive(self, silo: str, frame: bytes) -> None:
+    def receive(self, silo: str, frame: bytes | memoryview) -> None:
         """Take the reply of ``silo``, or of another participant, in this step.
 
         A reply changes nothing if its sender is out, was not asked or has replied already.

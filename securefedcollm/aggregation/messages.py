@@ -82,7 +82,7 @@ def sign(message: S, key: SigningKey) -> S:
     return msgspec.structs.replace(message, signature=key.sign(message.CONTEXT, message.signed()))
 
 
-def decode(kind: type[M], frame: bytes, peer: str, limit: int = 0) -> M:
+def decode(kind: type[M], frame: bytes | memoryview, peer: str, limit: int = 0) -> M:
     """Decode one frame of the expected ``kind``, of at most ``limit`` (default: its LIMIT) bytes.
 
     Raises:

@@ -78,7 +78,8 @@ class RoundResult(msgspec.Struct, frozen=True):
     """The server's result of a completed round.
 
     Args:
-        sum: int64 [d], the exact sum of the survivors' vectors.
+        sum: int64 [d], the exact sum of the survivors' vectors; int32 where a ``narrow`` one was
+            asked for, and holds it.
         survivors: names whose vectors are in the sum, in roster order.
         dropouts: names that dealt shares but whose vectors are not in the sum.
         excluded: name -> reason for every silo that stopped taking part. A silo that left after its
@@ -89,7 +90,7 @@ class RoundResult(msgspec.Struct, frozen=True):
         word: the authority's statement of what it opened, if an authority holds the key.
     """
 
-    sum: npt.NDArray[np.int64]
+    sum: npt.NDArray[np.int64] | npt.NDArray[np.int32]
     survivors: tuple[str, ...]
     dropouts: tuple[str, ...]
     excluded: dict[str, str]
@@ -194,7 +195,7 @@ class CoordinatorSide(Protocol):
         """One frame for everybody who takes part in this step: silos, or the authority."""
         ...
 
-    def receive(self, silo: str, frame: bytes) -> None:
+    def receive(self, silo: str, frame: bytes | memoryview) -> None:
         """Take a silo's reply.
 
         Raises:

@@ -86,13 +86,14 @@ def coordinator_side(
     roster: Roster,
     threads: int = 1,
     authority: Authority | None = None,
+    narrow: bool = False,
 ) -> CoordinatorSide:
     """The server's side of ``scheme``; the arguments are those of ``CoordinatorRound``."""
     match scheme:
         case "masking":
             from securefedcollm.aggregation.masking.coordinator import CoordinatorRound
 
-            return CoordinatorRound(header=header, roster=roster, threads=threads)
+            return CoordinatorRound(header=header, roster=roster, threads=threads, narrow=narrow)
         case "ckks":
             from securefedcollm.aggregation.ckks.threshold.coordinator import CkksCoordinatorRound
 

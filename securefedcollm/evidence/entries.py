@@ -2,7 +2,8 @@
 
 Deliberately absent, because a log is made to be shown: keys, shares, seeds and vectors; losses,
 norms, metrics and batch sizes (but for one number a round on public questions, where the study lets
-it choose among rounds); the reasons of refusals (they depend on private data and on other studies);
+it choose among rounds, and the noised counts of a validation); the reasons of refusals (they depend
+on private data and on other studies);
 the data set's fingerprint and the ledger's bare head (computed from records without a secret, so a
 guessed record could be confirmed by them): both appear only under the log's own blind. A *silo's*
 log does tell its readers the silo's noise multiplier and sampling rate, and so, with the study's
@@ -29,6 +30,7 @@ Signature = Annotated[str, Meta(pattern=r"^[0-9a-f]{128}(?!\n)$")]
 Who = Annotated[str, Meta(min_length=1, max_length=64)]
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
 _Positive = Annotated[float, Meta(gt=0)]
+_Whole = Annotated[int, Meta(gt=-(2**53), lt=2**53)]
 Names = Annotated[list[Who], Meta(max_length=128)]
 
 MAX_ENTRY = 256 << 10
@@ -234,12 +236,14 @@ class Finished(_What, frozen=True, tag="finished", omit_defaults=True):
     """Server: a round is done, ``round`` being its last sum. ``adapter`` is what the next round
     broadcasts; ``files`` the digests of the adapters saved, by path. ``score``: loss (nats) or
     accuracy on public questions, by which the study's ``keep`` compares rounds; left out if there
-    is none."""
+    is none. ``counts``: right and wrong, as the round's validation opened them, noise included, in
+    integers of the mechanism; left out if there was none. A ``score`` may follow from them."""
 
     round: Count
     adapter: Hex
     files: Annotated[dict[str, Hex], Meta(max_length=64)]
     score: float | None = None
+    counts: tuple[_Whole, _Whole] | None = None
 
 
 class Spent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

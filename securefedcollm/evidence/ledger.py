@@ -41,15 +41,18 @@ class LoggedLedger(Ledger):
     Args:
         sums: the run may end after so many, or any multiple (``plan.sums_to_an_end``); ``settled``
             then also has the total ε spent.
+        stating: how many sums before such an end say so (``plan.stating_sums``).
 
     Raises:
         EvidenceError: the ledger lacks what the log anchored.
     """
 
-    def __init__(self, path: Path | str, owner: str, log: EvidenceLog, *, sums: int) -> None:
+    def __init__(
+        self, path: Path | str, owner: str, log: EvidenceLog, *, sums: int, stating: int = 1
+    ) -> None:
         super().__init__(path, owner)
         self._log = log
-        self._sums = sums
+        self._sums, self._stating = sums, stating
         check_anchors(log, self)
 
     def reserve(
@@ -107,7 +110,7 @@ class LoggedLedger(Ledger):
 
     def _spent(self, reservation: Reservation) -> Spent | None:
         key = reservation.key
-        if (key.round + 1) % self._sums:
+        if -(key.round + 1) % self._sums >= self._stating:
             return None
         claim = self.spent(key.dataset, key.unit, self._pinned(key).delta).claim
         return Spent(float(claim.epsilon), claim.delta, claim.accountant)

@@ -52,7 +52,7 @@ def answers_of(
         spec = study.models.slm if name == "slm" else study.models.llm
         assert spec is not None  # experiment.arms asks for no model that the study lacks
         tuned = Tuned.load(study, spec, data=data, device=device, progress=progress)
-        encoded = tuned.encode(test)
+        encoded = tuned.encode(test, public=True, progress=progress)
         if adapters is not None:
             tuned.load_adapter(adapters / name)
         found[name] = _plain(tuned.answers(encoded))
@@ -80,7 +80,7 @@ def teacher_answers(
 
     def says(spec: Model, adapter: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
         tuned = Tuned.load(study, spec, data=data, device=device, progress=progress)
-        encoded = tuned.encode(test)
+        encoded = tuned.encode(test, public=True, progress=progress)
         if adapter is not None:
             tuned.load_adapter(adapter)
         said = predict(tuned.model, encoded, scoring=tuned.scoring, temperature=plan.temperature)
@@ -155,7 +155,7 @@ def centralized(
         max_grad_norm=local.max_grad_norm,
         progress=progress,
     )
-    return _plain(tuned.answers(tuned.encode(dealt.test)))
+    return _plain(tuned.answers(tuned.encode(dealt.test, public=True)))
 
 
 def central_only(
@@ -170,7 +170,7 @@ def central_only(
     steps = CentralSteps(study, tuned, dealt.public)
     for round_ in range(study.rounds):
         steps.run(round_, progress)
-    return _plain(tuned.answers(tuned.encode(dealt.test)))
+    return _plain(tuned.answers(tuned.encode(dealt.test, public=True)))
 
 
 def _plain(evaluation: Evaluation) -> Answers:

@@ -114,7 +114,7 @@ class AuthoritySession:
                 case MakeKey() as request:
                     reply = self._begin(request)
                 case Aggregate(frame=inner):
-                    reply = Aggregated(self._aggregate(inner))
+                    reply = Aggregated(memoryview(self._aggregate(inner)))
                 case EndRun() as end:
                     reply = self._end(end)
                 case _:

@@ -16,13 +16,22 @@ from typing import Any
 import numpy as np
 
 from securefedcollm.errors import SecureFedCoLLMError, StateError, TrainingError
-from securefedcollm.federation.plan import quantiser, round_of, sum_name
+from securefedcollm.federation.parts import (
+    HoldsOut,
+    Part,
+    hold_out,
+    part_of,
+    pin_parts,
+    refuse_shared,
+    sums_left,
+)
+from securefedcollm.federation.plan import counting, quantiser, round_of, sum_name, validates
 from securefedcollm.federation.samedata import pin_data, require_same_data
 from securefedcollm.federation.silostore import Mark, SiloStore, SumMemory
 from securefedcollm.federation.workload import Progress, SiloWorkload, Vector, silent
 from securefedcollm.primitives import sha256
+from securefedcollm.privacy.counting import Counting
 from securefedcollm.privacy.events import Event
-from securefedcollm.privacy.identities import Records
 from securefedcollm.privacy.joint import JointStep
 from securefedcollm.privacy.ledger import Budget, Key, Ledger, Reservation
 from securefedcollm.privacy.noise import NoiseSource
@@ -31,6 +40,9 @@ from securefedcollm.privacy.silo_unit import SiloUnit, with_survivors
 from securefedcollm.study import Study
 
 log = logging.getLogger(__name__)
+
+Unit = SiloUnit | JointStep | Counting | None
+"""How a sum is noised; None: it needs no more noise than its updates have."""
 
 
 class ChargedTraining:
@@ -53,7 +65,9 @@ class ChargedTraining:
                 its ledger has pinned, or else the study's.
 
         Raises:
-            ConfigError: the run began with other records.
+            ConfigError: the run began with other records; or the study sets records aside, and
+                these cannot be.
+            StateError: the run began with other parts of them.
         """
         self._study, self._name = study, name
         self.workload, self.store = workload, store
@@ -61,6 +75,10 @@ class ChargedTraining:
         self._progress = progress
         self._budget = budget
         require_same_data(store, ledger, study, name, workload.dataset)
+        hold_out(study, workload, ledger)
+        pin_parts(study, ledger, store)
+        if study.validation is not None:
+            refuse_shared(self._tuned, self._held)
 
     def pin_data(self) -> None:
         """From here on the run has these records. Raises as the class."""
@@ -75,9 +93,7 @@ class ChargedTraining:
         sums = [e.key.round for e in self._ledger.entries() if e.key.run == scope.hex()]
         return [Mark("privacy ledger", max(sums), 1)] if sums else []
 
-    def update(
-        self, scope: bytes, round_: int, adapter: Vector, unit: SiloUnit | JointStep | None
-    ) -> Integers:
+    def update(self, scope: bytes, round_: int, adapter: Vector, unit: Unit) -> Integers:
         """This round's integers, [values]: from disk if finished, else trained now.
 
         The stored update was charged when it was first released, and releasing the same value
@@ -91,7 +107,7 @@ class ChargedTraining:
         """
         training = self.store.failed_trainings(scope, round_)
         finished = self.store.load_update(scope, round_, training)
-        events = (unit.event(),) if unit else tuple(self.workload.events())
+        events = self._events(unit)
         if not events:
             if finished is None:
                 finished = self._train(scope, round_, training, adapter, unit)
@@ -109,7 +125,7 @@ class ChargedTraining:
                 _release_key(scope, round_, training), sha256(finished.data)
             )
             self._ledger.release(reservation)
-            if unit is None:  # else what it cost depends on the sum: _settle_before
+            if not self._distributed:  # else what it cost depends on the sum: settle_before
                 self._ledger.settle(reservation, events)
         if finished is None or released != sha256(finished.data):
             raise StateError(
@@ -125,7 +141,7 @@ class ChargedTraining:
         scope: bytes,
         round_: int,
         adapter: Vector,
-        unit: SiloUnit | JointStep | None,
+        unit: Unit,
     ) -> Integers:
         """Train; a failure is charged before it is answered.
 
@@ -150,24 +166,29 @@ class ChargedTraining:
         round_: int,
         training: int,
         adapter: Vector,
-        unit: SiloUnit | JointStep | None,
+        unit: Unit,
     ) -> Integers:
+        at = round_of(self._study, round_)
+        if isinstance(unit, Counting):
+            assert isinstance(self.workload, HoldsOut)  # hold_out
+            counts = unit.protect(self.workload.right_shares(adapter), NoiseSource())
+            self.store.save_update(scope, round_, training, counts)
+            return counts
         if isinstance(unit, JointStep):
-            at = round_of(self._study, round_)
             gradients = self.workload.gradients(adapter, at, unit.sampling_rate)
             noised = unit.protect(gradients, NoiseSource())
             self.store.save_update(scope, round_, training, noised)
             return noised
-        update = self._fit(adapter, round_, unit)
-        expected = self.workload.update_size(round_)
+        update = self._fit(adapter, at, unit)
+        expected = self.workload.update_size(at)
         if update.shape != (expected,) or not np.isfinite(update).all():
             raise TrainingError(
-                f"round {round_ + 1} made an update that is not finite",
+                f"round {at + 1} made an update that is not finite",
                 hint="lower local.learning_rate",
             )
         integers: Integers
         if unit is None:
-            self._compare_with_clip(update, round_)
+            self._compare_with_clip(update, at)
         if unit is None and self._study.scheme == "masking":
             integers = quantiser(self._study, expected).encode_narrow(update)
         elif unit is None:
@@ -223,12 +244,29 @@ class ChargedTraining:
                 continue  # settled, or a training that failed and gave no vector
             survivors = SumMemory(self.store, scope, entry.key.round).survivors()
             if survivors is not None:
-                settled = [with_survivors(event, survivors) for event in entry.reserved]
+                settled = list(entry.reserved)
+                if self._distributed:  # else each silo's own noise is all that counts
+                    settled = [with_survivors(event, survivors) for event in settled]
                 self._ledger.settle(Reservation(entry.key, entry.reserved, entry.row), settled)
+
+    @property
+    def _distributed(self) -> bool:
+        """Whether the noise of a sum is that of all its silos together."""
+        privacy = self._study.privacy
+        return privacy is not None and privacy.noise == "distributed"
+
+    def _events(self, unit: Unit) -> tuple[Event, ...]:
+        """What a sum releases at worst."""
+        if isinstance(unit, Counting):
+            return unit.events()
+        return (unit.event(),) if unit else tuple(self.workload.events())
+
+    def _part(self, sum_: int) -> Part:
+        return self._held if validates(self._study, sum_) else self._tuned
 
     def _entry(self, scope: bytes, round_: int, training: int) -> Key:
         unit = self._study.privacy.unit if self._study.privacy else ""
-        return Key(self.workload.dataset, unit, scope.hex(), round_, training)
+        return Key(self._part(round_).dataset, unit, scope.hex(), round_, training)
 
     def _state(self, scope: bytes, round_: int, training: int) -> str | None:
         """What the ledger says about a training; None if it has no entry."""
@@ -241,24 +279,34 @@ class ChargedTraining:
         privacy = self._study.privacy
         assert privacy is not None  # only a study with privacy has events
         key = self._entry(scope, round_, training)
-        claim = (privacy.epsilon, privacy.delta)
-        whose: Any = {
-            "records": self._records,
-            "study": self._study.digest.hex(),
-            "limit": self._budget,
-        }
+        claim, part = (privacy.epsilon, privacy.delta), self._part(round_)
         if all(entry.key.run != key.run for entry in self._ledger.entries()):
             # A run that the budget cannot see through to its end is not begun.
-            rounds = self._study.sums - round_
             what = "steps" if self._study.joint else "rounds"
-            self._ledger.foresee(key.dataset, key.unit, events, rounds, claim, what, **whose)
-        return self._ledger.reserve(*key, events, claim, **whose)
+            self._foresee(part, key, events, round_, what)
+            if self._study.validation is not None and not part.held:
+                self._foresee(self._held, key, counting(self._study).events(), round_, "rounds")
+        return self._ledger.reserve(*key, events, claim, **self._whose(part))
+
+    def _foresee(self, part: Part, key: Key, events: Sequence[Event], sum_: int, what: str) -> None:
+        privacy = self._study.privacy
+        assert privacy is not None
+        left = sums_left(self._study, sum_, held=part.held)
+        claim = (privacy.epsilon, privacy.delta)
+        self._ledger.foresee(part.dataset, key.unit, events, left, claim, what, **self._whose(part))
+
+    def _whose(self, part: Part) -> dict[str, Any]:
+        return {"records": part.records, "study": part.study, "limit": self._budget}
 
     @cached_property
-    def _records(self) -> Records:
-        """The records that this silo's budget is about."""
-        work = self.workload
-        return self._ledger.identify(work.contents(), column=self._study.subject, also=work.also)
+    def _tuned(self) -> Part:
+        """The records that this silo's budget is about when it tunes."""
+        return part_of(self._study, self.workload, self._ledger, held=False)
+
+    @cached_property
+    def _held(self) -> Part:
+        """The same when it counts right answers."""
+        return part_of(self._study, self.workload, self._ledger, held=True)
 
 
 def _release_key(scope: bytes, round_: int, training: int) -> bytes:

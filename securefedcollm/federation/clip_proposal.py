@@ -136,6 +136,7 @@ def _update_norm(
     shaped = msgspec.structs.replace(
         study,
         privacy=privacy,
+        validation=None,
         local=msgspec.structs.replace(study.local, batch_size=batch),
     )
     silo = SiloTuning(

@@ -6,13 +6,19 @@ own records and ledger, before anything is sent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from securefedcollm.errors import BudgetExceeded, ConfigError
 from securefedcollm.federation.files import make_directory
-from securefedcollm.federation.plan import joint_step, silo_unit
+from securefedcollm.federation.parts import (
+    hold_out,
+    part_of,
+    sums_left,
+    validation_study,
+)
+from securefedcollm.federation.plan import counting, joint_step, silo_unit, validates
 from securefedcollm.federation.roles import LEDGER, Member
 from securefedcollm.federation.silostore import SiloStore, SumMemory
 from securefedcollm.federation.workload import SiloWorkload
@@ -83,14 +89,18 @@ def terms(
         agreed = budget or Budget(privacy.epsilon, privacy.delta)
         with Ledger(member.home / LEDGER, member.name) as ledger:
             records = identified(ledger, study, workload)
-            about: Any = {"besides": digest(study).hex(), "unit": privacy.unit, "budget": agreed}
+            mine = {digest(study).hex(), validation_study(study)}
+            about: Any = {"besides": mine, "unit": privacy.unit, "budget": agreed}
             before = ledger.standing(records, [workload.dataset], **about)
-            whole = repeated(charge(study, workload), study.sums)
-            after = ledger.standing(records, [workload.dataset], plus=whole, **about)
+            # A record is in one part. Which one is not said, so the worse of both is.
+            after = max(
+                ledger.standing(records, [workload.dataset], plus=whole, **about).worst
+                for whole in _whole(study, workload)
+            )
         unattributed = before.unattributed
         figures = {
             "spent": float(before.worst),
-            "after": float(after.worst),
+            "after": float(after),
             "median": float(before.median),
             "untouched": before.untouched,
             "budget": min(before.budget.epsilon, agreed.epsilon if budget else float("inf")),
@@ -178,21 +188,31 @@ def require_budget(member: Member, workload: SiloWorkload, budget: Budget | None
         return
     with Ledger(member.home / LEDGER, member.name) as ledger:
         records = identified(ledger, study, workload)
-        charged = [e.key for e in ledger.entries() if e.about.study == digest(study).hex()]
+        hold_out(study, workload, ledger)
+        parts = [part_of(study, workload, ledger, held=False)]
+        if study.validation is not None:
+            parts.append(part_of(study, workload, ledger, held=True))
+        else:
+            parts = [parts[0]._replace(records=records)]
+        mine = {part.study for part in parts}
+        charged = [e.key for e in ledger.entries() if e.about.study in mine]
         newest = max(charged, key=lambda key: key.round, default=None)
         if newest is not None and not _may_begin_another(member, newest):
             return
-        ledger.foresee(
-            workload.dataset,
-            privacy.unit,
-            charge(study, workload),
-            study.sums if newest is None else 1,
-            (privacy.epsilon, privacy.delta),
-            "steps" if study.joint else "rounds",
-            records=records,
-            study=digest(study).hex(),
-            limit=budget,
-        )
+        for part in parts:
+            if newest is not None and part.held != validates(study, newest.round + 1):
+                continue
+            ledger.foresee(
+                part.dataset,
+                privacy.unit,
+                counting(study).events() if part.held else charge(study, workload),
+                sums_left(study, 0, held=part.held) if newest is None else 1,
+                (privacy.epsilon, privacy.delta),
+                "steps" if study.joint and not part.held else "rounds",
+                records=part.records,
+                study=part.study,
+                limit=budget,
+            )
 
 
 def _may_begin_another(member: Member, newest: Key) -> bool:
@@ -223,6 +243,13 @@ def without_spent(
             in the file.
     """
     study, privacy = member.study, member.study.privacy
+    if study.validation is not None:
+        raise ConfigError(
+            "records that cannot pay are not left out of a study that sets records aside: what is "
+            "left would have to be drawn again",
+            where="--records",
+            hint="--records refuse; or agree on a study without validation",
+        )
     if privacy is None:
         return workload
     with Ledger(member.home / LEDGER, member.name) as ledger:
@@ -308,8 +335,15 @@ def taking_part(whole: Sequence[Question], kept: Sequence[Question]) -> list[boo
     return [id(question) in kept_ones for question in whole]
 
 
+def _whole(study: Study, workload: SiloWorkload) -> Iterator[Events]:
+    """What the whole study charges a record that it tunes on, and one that it sets aside."""
+    yield tuple(repeated(charge(study, workload), sums_left(study, 0, held=False)))
+    if study.validation is not None:
+        yield counting(study).events(study.rounds)
+
+
 def charge(study: Study, workload: SiloWorkload) -> Events:
-    """What one sum of the study charges these records, at worst."""
+    """What one sum of tuning charges these records, at worst."""
     if study.joint:
         step = joint_step(study, workload.update_size(0))
         assert step is not None

@@ -158,6 +158,13 @@ def _finished(run: Path) -> Study:
             "is not a run directory", where=str(run), hint="name the directory given to --out"
         )
     study = load_study(run / "study.yaml")
+    if study.adapter.method == "full":
+        raise ConfigError(
+            "the run released a whole model, so there is nothing to fold",
+            where=str(run),
+            hint="name it as the next study's base: `models.slm.source: path:DIR`, with "
+            f"{run / 'adapters' / 'slm'}",
+        )
     if study.adapter.method not in _LOWRANK:
         raise ConfigError(
             f"a {study.adapter.method} cannot be folded into weights",

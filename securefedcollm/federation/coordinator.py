@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterable, Set
 from typing import Any
 
+import numpy as np
+
 from securefedcollm.aggregation import (
     Authority,
     Roster,
@@ -24,7 +26,13 @@ from securefedcollm.federation.asking import Asking, Traffic
 from securefedcollm.federation.engines import Engine
 from securefedcollm.federation.engines.link import SLOWEST
 from securefedcollm.federation.hooks import NO_HOOKS, Hooks
-from securefedcollm.federation.keeping import best_round, is_over, score_of
+from securefedcollm.federation.keeping import (
+    best_round,
+    counted,
+    counts_of,
+    is_over,
+    score_of,
+)
 from securefedcollm.federation.messages import (
     Deliver,
     EndRun,
@@ -167,11 +175,27 @@ class Coordinator:
         started = time.monotonic()
         state, study = self._store.state, self._study
         record: dict[str, Any] = {"round": round_ + 1} | state.partial
-        sums = study.sums // study.rounds
-        for step in range(state.step, sums):
+        if not state.tuned:
+            self._tune(round_, record, started)
+        if study.validation is not None:
+            if not state.tuned:
+                self._store.finish_tuning(self._workload, record)
+            self._validate(round_, record)
+        best = best_round(study, [*state.history, record]) == round_ + 1
+        self._store.finish_round(self._workload, record, remembers=study.remembers, best=best)
+        self._note_finished(round_)
+        self._countersign(self._roster.names)
+        self._deliver()
+        self._hooks.on_round(record)
+
+    def _tune(self, round_: int, record: dict[str, Any], started: float) -> None:
+        """The sums of tuning, the server's phase, and what is measured here."""
+        study, sums = self._study, self._study.tuning_sums
+        first = round_ * (study.sums // study.rounds)
+        for step in range(self._store.state.step, sums):
             if study.joint:
                 self._progress(step, sums, "joint steps")
-            self._sum(round_ * sums + step, round_, record)
+            self._sum(first + step, round_, record)
             if step + 1 < sums:
                 self._store.finish_step(self._workload, record)
         if study.joint:
@@ -185,19 +209,29 @@ class Coordinator:
             "silos_and_sum": round(aggregated - started, 3),
             "server": round(time.monotonic() - aggregated, 3),
         }
-        best = best_round(study, [*state.history, record]) == round_ + 1
-        self._store.finish_round(self._workload, record, remembers=study.remembers, best=best)
-        self._note_finished(round_)
-        self._countersign(self._roster.names)
-        self._deliver()
-        self._hooks.on_round(record)
+
+    def _validate(self, round_: int, record: dict[str, Any]) -> None:
+        """The silos' noised counts of right and wrong answers by the round's model."""
+        sum_ = (round_ + 1) * (self._study.sums // self._study.rounds) - 1
+        found: dict[str, Any] = {key: record.get(key, {}) for key in ("bytes_up", "bytes_down")}
+        if self._store.state.opened:  # a crash came after the sum: it is not asked for again
+            counts: Any = self._store.load_opened()
+        else:
+            counts = self._summing.mean_of(sum_, found)
+        record |= {key: found[key] for key in ("bytes_up", "bytes_down")}
+        if counts is None:
+            record["private"] = {"lost": found["lost"]}
+            return
+        survivors = len(self._store.state.opened)
+        record["private"] = counted(self._study, [int(value) for value in counts], survivors)
 
     def _sum(self, sum_: int, round_: int, record: dict[str, Any]) -> None:
         """One secure sum, and what follows from it for the global adapter."""
         if self._store.state.opened:  # a crash came after the sum: it is not asked for again
             mean: Vector | None = self._store.load_mean()
         else:
-            mean = self._summing.mean_of(sum_, record)
+            found = self._summing.mean_of(sum_, record)
+            mean = None if found is None else found.astype(np.float32, copy=False)
         opened = self._store.state.opened
         before = record.get("survivors", opened)
         record["survivors"] = [silo for silo in before if silo in opened]
@@ -211,8 +245,9 @@ class Coordinator:
     def _note_finished(self, round_: int) -> None:
         adapter = adapter_bytes(self._workload.adapter())
         last = (round_ + 1) * (self._study.sums // self._study.rounds) - 1
-        score = score_of(self._study, self._store.state.history[round_])
-        self._evidence.finished(last, adapter, self._store.adapters, score)
+        record = self._store.state.history[round_]
+        score, counts = score_of(self._study, record), counts_of(record)
+        self._evidence.finished(last, adapter, self._store.adapters, score, counts)
 
     def _deliver(self, among: Set[str] | None = None) -> None:
         """Give every silo that vouches for the evidence log the newest adapter, with what the log

@@ -11,10 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from securefedcollm.errors import DataError, LocalProtocolError
+from securefedcollm.errors import ConfigError, DataError, LocalProtocolError
 from securefedcollm.federation.feasible import local_event, local_rate, refuse_joint_units
+from securefedcollm.federation.messages import adapter_bytes
+from securefedcollm.federation.plan import counting
 from securefedcollm.federation.recipes import (
     loss_plan,
     steps_of,
@@ -24,6 +28,9 @@ from securefedcollm.federation.recipes import (
 from securefedcollm.federation.servertuning import ServerTuning as ServerTuning
 from securefedcollm.federation.tuned import Tuned, accuracies, once
 from securefedcollm.federation.workload import Gradient, Progress, Vector, silent
+from securefedcollm.primitives import sha256
+from securefedcollm.privacy.aside import SparingNoise, owned, set_aside
+from securefedcollm.privacy.counting import too_many
 from securefedcollm.privacy.events import Event, PoissonGaussian
 from securefedcollm.privacy.identities import Content
 from securefedcollm.privacy.noise import NoiseSource
@@ -33,9 +40,11 @@ from securefedcollm.tuning.adapters import AdapterLayout, load_vector, to_vector
 from securefedcollm.tuning.content import folded
 from securefedcollm.tuning.evaluate import Evaluation
 from securefedcollm.tuning.head import device_of
+from securefedcollm.tuning.heldout import right_shares
 from securefedcollm.tuning.independence import refuse_coupling
 from securefedcollm.tuning.local import (
     check_records,
+    members_of,
     records_of,
     sampled_gradients,
     train_dp,
@@ -76,6 +85,8 @@ class SiloTuning:
         self._subjects = _subjects(study, questions)
         self._study = study
         self._name = name
+        self._aside: npt.NDArray[np.bool_] | None = None  # units
+        self._whole = alone  # a silo that takes part in no sum tunes on all of its records
         self._questions = tuple(questions)
         self._tuned = Tuned.load(
             study, study.models.slm, data=data, device=device, progress=progress
@@ -118,6 +129,56 @@ class SiloTuning:
     def contents(self) -> Iterator[Content]:
         return contents_of(self._questions)
 
+    @property
+    def _members(self) -> list[npt.NDArray[np.int64]] | None:
+        return members_of(len(self._questions), self._subjects)
+
+    def set_aside(self, key: bytes) -> None:
+        plan, study = self._study.validation, self._study
+        assert plan is not None
+        names = [
+            content.words if content.owner is None or not self._subjects else content.owner.encode()
+            for content in self.contents()
+        ]
+        self._aside = set_aside(key, owned(names, self._members), plan.share)
+        held, units, room = int(self._aside.sum()), len(self._aside), counting(study).most
+        if not 0 < held < units:
+            raise ConfigError(
+                f"of {units} records or subjects a share of {plan.share:g} sets {held} aside",
+                where="validation.share",
+                hint="choose a share that leaves some for tuning and some to ask",
+            )
+        if held > room:
+            raise too_many(held, room)
+
+    def aside(self) -> npt.NDArray[np.bool_]:
+        """Which records are set aside, bool [records]."""
+        found, members = self._units_aside(), self._members
+        if members is None:
+            return found
+        rows = np.zeros(len(self._questions), dtype=np.bool_)
+        for unit in np.flatnonzero(found):
+            rows[members[unit]] = True
+        return rows
+
+    def _units_aside(self) -> npt.NDArray[np.bool_]:
+        """Which units are; none where the study sets none aside."""
+        if self._aside is not None:
+            return self._aside
+        if self._study.validation is not None and not self._whole:  # our own mistake
+            raise LocalProtocolError("the study sets records aside, and none was")
+        return np.zeros(self._units, dtype=np.bool_)
+
+    def right_shares(self, adapter: Vector) -> npt.NDArray[np.float64]:
+        load_vector(self._tuned.model, self._tuned.broadcast_layout(), adapter)
+        rows = np.flatnonzero(self.aside())
+        found = np.zeros(len(self._questions))
+        found[rows] = right_shares(self._tuned.model, self._data, rows, self._tuned.scoring)
+        members, units = self._members, np.flatnonzero(self._units_aside())
+        if members is None:
+            return found[units]
+        return np.array([found[members[unit]].mean() for unit in units])
+
     def layout(self, round_: int) -> bytes:
         return self._tuned.layout_digest(round_)
 
@@ -150,7 +211,7 @@ class SiloTuning:
                 noise_multiplier=self._event.noise_multiplier,
                 clip_norm=self._study.privacy.clip_norm,
             ),
-            noise=NoiseSource(),
+            noise=self._noise(),
             subjects=self._subjects,
             progress=progress,
         )
@@ -163,11 +224,14 @@ class SiloTuning:
     ) -> Vector:
         """Without noise the result follows from start and seed: :func:`once` may have it."""
         local, model = self._study.local, self._tuned.model
+        data, aside = self._data, self.aside()
+        if aside.any():
+            data = data.select(torch.from_numpy(np.flatnonzero(~aside)))
         plan = train_plan(
             self._study,
             self._loss,
             round_,
-            steps=local.steps or steps_of(local, len(self._questions)),
+            steps=local.steps or steps_of(local, len(data)),
             batch_size=local.batch_size,
         )
 
@@ -175,7 +239,7 @@ class SiloTuning:
             delta = train_plain(
                 model,
                 layout,
-                self._data,
+                data,
                 plan,
                 seed=training_seed(self._study, self._name, round_),
                 max_grad_norm=local.max_grad_norm,
@@ -188,7 +252,15 @@ class SiloTuning:
             self._study, server=None, distillation=Distillation()
         ).digest
         place = (self.base_digest, str(device_of(model)))
-        start = (silos_part, place, self._name, self._questions, round_, adapter.tobytes())
+        start = (
+            silos_part,
+            place,
+            self._name,
+            self._questions,
+            aside.tobytes(),
+            round_,
+            sha256(adapter_bytes(adapter)),
+        )
         delta, end = once(("fit", *start), tune)
         load_vector(model, layout, end)
         return delta
@@ -201,9 +273,13 @@ class SiloTuning:
             self._data,
             self._loss,
             q=q,
-            noise=NoiseSource(),
+            noise=self._noise(),
             subjects=self._subjects,
         )
+
+    def _noise(self) -> NoiseSource:
+        aside = self._units_aside()
+        return SparingNoise(aside) if aside.any() else NoiseSource()
 
     def save(self, adapter: Vector, directory: Path, beside: Mapping[str, bytes]) -> None:
         load_vector(self._tuned.model, self._tuned.broadcast_layout(), adapter)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from securefedcollm.federation.tuned import adapted
+from securefedcollm.privacy.counting import VALUES
 from securefedcollm.study import Study
 from securefedcollm.study.config import Model
 from securefedcollm.tuning.adapters import full_layout, layout_of
@@ -32,19 +33,25 @@ def estimate(study: Study, data: Path | None) -> dict[str, Any]:
     _ = study.task.rows  # refuses own training
     llm = {} if study.models.llm is None else {"llm": _shape(study, study.models.llm, data)}
     slm = _shape(study, study.models.slm, data)
-    sums = study.local.steps if study.joint else 1
+    sums = study.tuning_sums
     micro = min(study.local.micro_batch, study.local.batch_size)
     silo = slm["weights_bytes"] + slm["trained_values"] * _OPTIMIZER
     silo += micro * slm["activation_bytes_per_record"]
+    if study.adapter.method == "full":  # the base stays beside, and one gradient is there at a time
+        silo += slm["weights_bytes"]
     if study.privacy is not None and study.privacy.unit != "silo":
-        silo += micro * slm["trained_values"] * _PER_RECORD
+        silo += (
+            (1 if study.adapter.method == "full" else micro) * slm["trained_values"] * _PER_RECORD
+        )
     server = _server_bytes(study, llm, slm)
+    asked = study.validation is not None
     return {
         **llm,
         "slm": slm,
-        "bytes_up_per_round": sums * _upload(study, slm["update_values"]),
-        # To train on, once a sum; and what the round ended with.
-        "bytes_down_per_round": (sums + 1) * 4 * slm["broadcast_values"],
+        "bytes_up_per_round": sums * _upload(study, slm["update_values"])
+        + asked * _upload(study, VALUES),
+        # To train on, once a sum; to answer with, if it is asked; and what the round ended with.
+        "bytes_down_per_round": (sums + asked + 1) * 4 * slm["broadcast_values"],
         "memory_bytes": {"silo": silo, "server": server},
     }
 

@@ -29,6 +29,10 @@ _EARLIER: Final = """
 have to be merged into the base model first, oldest first: `task.json` names them. `securefedcollm
 model merge --run` of this run writes the whole model.
 """
+_WHOLE: Final = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("the directory of this file")
+tokenizer = AutoTokenizer.from_pretrained("the directory of this file")"""
 _TEMPLATES: Final = {
     "multiple_choice": QUESTION,
     "classification": CLASSIFY,
@@ -117,7 +121,6 @@ def model_card(study: Study, contract: dict[str, Any]) -> str:
     base = contract["base"]
     kind, _, place = base["source"].partition(":")
     hub = f"base_model: {json.dumps(place)}\n" if kind == "hub" else ""
-    revision = f', revision="{base["revision"]}"' if base["revision"] else ""
     at_most = "at most " if study.keep else ""
     chain = contract.get("continues", [])
     rows = {
@@ -132,9 +135,15 @@ def model_card(study: Study, contract: dict[str, Any]) -> str:
     method = study.adapter.method
     tag = _TAGS.get(method, "lora")
     what = "a LoRA adapter" if tag == "lora" else f"a {method} of virtual tokens"
+    if method == "full":
+        what, tag, hub = (
+            "a whole model",
+            "full-fine-tuning",
+            hub and f"{hub}base_model_relation: finetune\n",
+        )
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---
-library_name: peft
+library_name: {"transformers" if method == "full" else "peft"}
 {hub}tags: [federated-learning, {tag}]
 ---
 
@@ -149,13 +158,7 @@ Made by securefedcollm {__version__}.
 ## How to load it
 {_EARLIER if chain else ""}
 ```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-base = {json.dumps(place if kind == "hub" else "the directory of the base model")}
-model = AutoModelForCausalLM.from_pretrained(base{revision}, dtype="{base["dtype"]}")
-model = PeftModel.from_pretrained(model, "the directory of this file")
-tokenizer = AutoTokenizer.from_pretrained(base{revision})
+{_loading(base) if method != "full" else _WHOLE}
 ```
 
 `securefedcollm model digest` prints the digest of a base model, to be compared with the one above.
@@ -165,6 +168,19 @@ tokenizer = AutoTokenizer.from_pretrained(base{revision})
 The model was tuned on prompts of one form and scores answers in one way: `task.json` says which.
 With another form it is much worse. The scored answer follows the prompt after `before_answer`.
 """
+
+
+def _loading(base: dict[str, Any]) -> str:
+    """Python that loads the base with the adapter on it."""
+    kind, _, place = base["source"].partition(":")
+    revision = f', revision="{base["revision"]}"' if base["revision"] else ""
+    return f"""from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = {json.dumps(place if kind == "hub" else "the directory of the base model")}
+model = AutoModelForCausalLM.from_pretrained(base{revision}, dtype="{base["dtype"]}")
+model = PeftModel.from_pretrained(model, "the directory of this file")
+tokenizer = AutoTokenizer.from_pretrained(base{revision})"""
 
 
 def _code(text: str | None, before: str = "") -> str:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from securefedcollm.errors import ConfigError
-from securefedcollm.federation.plan import joint_step, silo_unit
+from securefedcollm.federation.plan import counting, joint_step, silo_unit
 from securefedcollm.privacy.accounting import TIGHT_SHARE, calibrate, refuse_unpayable, unpayable
+from securefedcollm.privacy.counting import too_many
 from securefedcollm.privacy.events import Event, PoissonGaussian, repeat, times
 from securefedcollm.privacy.filters import Terms, filter_within
 from securefedcollm.study import Study
@@ -90,6 +91,13 @@ def planned_noise(study: Study, units: Sequence[int], values: int | None) -> flo
             reaches the study's ε, or no room for it in the field.
     """
     privacy = study.privacy
+    if study.validation is not None:
+        counts = counting(study)
+        for release in counts.events():
+            _refuse_overspent(study, release, study.rounds)
+        asked = round(study.validation.share * max(units, default=0))
+        if asked > counts.most:
+            raise too_many(asked, counts.most)
     if privacy is None:
         return None
     if privacy.unit == "silo":
@@ -114,11 +122,14 @@ def planned_noise(study: Study, units: Sequence[int], values: int | None) -> flo
     return event.noise_multiplier
 
 
-def _refuse_overspent(study: Study, event: Event) -> None:
-    """Refuse what no ledger would admit: ``event`` in every sum of the study, nothing before it."""
+def _refuse_overspent(study: Study, event: Event, sums: int | None = None) -> None:
+    """Refuse what no ledger would admit: ``event`` in every sum of the study, nothing before it.
+
+    ``sums``: how many there are; by default those of tuning.
+    """
     privacy = study.privacy
     assert privacy is not None
-    whole = repeat(event, times(event) * study.sums)
+    whole = repeat(event, times(event) * (sums or study.rounds * study.tuning_sums))
     spent = filter_within(
         (whole,), privacy.delta, privacy.epsilon, Terms(repeat(event, 1), privacy.epsilon)
     )

@@ -2,8 +2,9 @@
 
 Both follow from one number a round, so a run that was killed comes to the same answers, and so does
 an auditor, who reads the numbers in the server's log. They come from public questions and from
-models that were released: post-processing. Adversary: a server that lies about them. It could end a
-run early, or not, at its will anyway; what it wrote when it did so it cannot change later.
+models that were released, or from the noised counts of a validation: post-processing. Adversary: a
+server that lies about them. It could end a run early, or not, at its will anyway; what it wrote
+when it did so it cannot change later.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from securefedcollm.evidence.bundle import BEST as BEST
+from securefedcollm.federation.plan import counting
 from securefedcollm.study import Study
 
 Record = dict[str, Any]
 Scores = Sequence[float | None]
-"""One a finished round: the loss or accuracy that the study's ``keep`` names; None: no number."""
+"""One a finished round: the loss, accuracy or private accuracy that the study's ``keep`` names;
+None: no number."""
 
 
 def score_of(study: Study, record: Record) -> float | None:
@@ -26,7 +29,10 @@ def score_of(study: Study, record: Record) -> float | None:
     None without ``keep``, or if nothing was measured, or the model diverged: a value that is no
     finite number is never the best one.
     """
-    value = record.get("validation", {}).get(_key(study))
+    if study.keep is not None and study.keep.metric == "private":
+        value = record.get("private", {}).get("accuracy")
+    else:
+        value = record.get("validation", {}).get(_key(study))
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -65,6 +71,31 @@ def describe_best(study: Study, history: Sequence[Record]) -> Record | None:
 def is_over(study: Study, history: Sequence[Record]) -> bool:
     """:func:`ended` of the rounds' records."""
     return ended(study, [score_of(study, record) for record in history])
+
+
+def counted(study: Study, counts: Sequence[int], survivors: int) -> Record:
+    """What a round's record says of the counts that its validation opened.
+
+    ``counts``: as they were opened. ``right``, ``wrong``: the same in records or subjects.
+    ``sigma``: of the noise on each. ``accuracy`` and ``margin``, half its 95 % interval by the
+    noise alone; None where the noise drowns it. ``silos``: how many answered.
+    """
+    found = counting(study).read((counts[0], counts[1]), survivors)
+    return {
+        "counts": list(counts),
+        "right": found.right,
+        "wrong": found.wrong,
+        "sigma": found.sigma,
+        "accuracy": found.accuracy,
+        "margin": found.margin,
+        "silos": survivors,
+    }
+
+
+def counts_of(record: Record) -> tuple[int, int] | None:
+    """The opened counts in a round's record."""
+    found = record.get("private", {}).get("counts")
+    return None if found is None else (found[0], found[1])
 
 
 def _key(study: Study) -> str:

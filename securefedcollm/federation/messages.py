@@ -114,9 +114,12 @@ class Ready(_Message, frozen=True, tag="ready"):
 
 
 class Aggregated(_Message, frozen=True, tag="aggregated"):
-    """Silo, or authority → server: my answer in the aggregation protocol."""
+    """Silo, or authority → server: my answer in the aggregation protocol.
 
-    frame: bytes
+    ``frame``: a view of the frame where it was decoded, since an upload is long.
+    """
+
+    frame: memoryview
 
 
 class Delivered(_Message, frozen=True, tag="delivered"):

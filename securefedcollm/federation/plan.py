@@ -18,6 +18,7 @@ from securefedcollm.aggregation import (
 from securefedcollm.errors import ConfigError
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.adaptive_clip import AdaptiveClip
+from securefedcollm.privacy.counting import Counting, CountSetting, calibrate_counting
 from securefedcollm.privacy.joint import JointSetting, JointStep, calibrate_joint
 from securefedcollm.privacy.quantise import Quantiser
 from securefedcollm.privacy.silo_unit import Setting, SiloUnit, calibrate_silo
@@ -102,25 +103,45 @@ def run_scope(study: Study, run_id: bytes) -> bytes:
 
 def round_of(study: Study, sum_: int) -> int:
     """The round that the secure sum number ``sum_`` of the run belongs to, both from 0."""
-    return sum_ // study.local.steps if study.joint else sum_
+    return sum_ // (study.sums // study.rounds)
 
 
 def ends_round(study: Study, sum_: int) -> bool:
-    """Whether the server's phase follows this sum."""
+    """Whether the round's end follows this sum: the server's phase, or, where a validation is the
+    last sum of a round, the next round."""
     return round_of(study, sum_ + 1) > round_of(study, sum_)
+
+
+def validates(study: Study, sum_: int) -> bool:
+    """Whether this sum is of the counts of held-out records, and not one of tuning."""
+    return study.validation is not None and ends_round(study, sum_)
 
 
 def sums_to_an_end(study: Study) -> int:
     """After so many secure sums, or any multiple, the run may end: all, or, with patience, a
-    round's. Silos then state what they have spent."""
-    each = study.local.steps if study.joint else 1
+    round's. Silos then state what they have spent, in :func:`stating_sums` of them."""
+    each = study.sums // study.rounds
     return each if study.keep and study.keep.patience else study.sums
 
 
+def stated(study: Study) -> dict[str, int]:
+    """:func:`sums_to_an_end` and :func:`stating_sums`, for a ledger that writes evidence."""
+    return {"sums": sums_to_an_end(study), "stating": stating_sums(study)}
+
+
+def stating_sums(study: Study) -> int:
+    """How many sums before an end state what was spent: the last one of tuning, and the validation
+    where there is one. They charge different records."""
+    return 1 if study.validation is None else 2
+
+
 def sum_name(study: Study, sum_: int) -> str:
-    """What an operator calls the sum: ``round 2``, or ``round 2, step 7`` in joint DP-SGD."""
+    """What an operator calls the sum: ``round 2``, or ``round 2, step 7`` in joint DP-SGD, or
+    ``round 2, validation``."""
     round_ = round_of(study, sum_)
-    step = f", step {sum_ - round_ * study.local.steps + 1}" if study.joint else ""
+    if validates(study, sum_):
+        return f"round {round_ + 1}, validation"
+    step = f", step {sum_ - round_ * (study.sums // study.rounds) + 1}" if study.joint else ""
     return f"round {round_ + 1}{step}"
 
 
@@ -223,8 +244,39 @@ def joint_step(study: Study, values: int) -> JointStep | None:
     privacy, setting = study.privacy, joint_setting(study, values)
     if privacy is None or setting is None:
         return None
-    noise = calibrate_joint(privacy.epsilon, privacy.delta, study.sums, setting)
+    noise = calibrate_joint(
+        privacy.epsilon, privacy.delta, study.rounds * study.tuning_sums, setting
+    )
     return JointStep(setting, noise, privacy.clip_norm)
+
+
+def counting(study: Study) -> Counting:
+    """The mechanism of every validation of a study that has them.
+
+    Raises:
+        ConfigError: the field has no room for the noise, or the noise that the study gives does not
+            keep its ε.
+    """
+    privacy, plan = study.privacy, study.validation
+    assert plan is not None
+    distributed = privacy is not None and privacy.noise == "distributed"
+    setting = CountSetting(
+        field_bound=study.field.bound,
+        shares=study.quorum if distributed else 1,
+        colluders=study.silos.colluders if distributed else 0,
+    )
+    if privacy is None:
+        return Counting(setting, None)
+    least = calibrate_counting(privacy.epsilon, privacy.delta, study.rounds, setting)
+    given = plan.noise_multiplier
+    if given is not None and given < least:
+        raise ConfigError(
+            f"noise of {given:g} records on {study.rounds} rounds' counts costs more than the "
+            f"study's ε = {privacy.epsilon:g}",
+            where="validation.noise_multiplier",
+            hint=f"at least {least:g}; leave it out for that",
+        )
+    return Counting(setting, given or least)
 
 
 def joint_setting(study: Study, values: int) -> JointSetting | None:

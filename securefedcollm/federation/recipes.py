@@ -45,6 +45,7 @@ def distil_plan(study: Study, scorings: tuple[Scoring, Scoring], round_: int) ->
         direction=given.direction,
         sharpness=given.sharpness,
         change=given.change,
+        weighting=given.weighting,
         retain=given.retain,
         scoring=scorings[1],
         scoring_llm=scorings[0],
@@ -56,6 +57,7 @@ def distil_plan(study: Study, scorings: tuple[Scoring, Scoring], round_: int) ->
         batch_unlabelled=given.batch_unlabelled,
         learning_rate_llm=given.learning_rate_llm,
         learning_rate_slm=given.learning_rate_slm,
+        order=given.order,
         loss=loss,
         pace=pace_of(study, given, given.steps, round_),
     )

@@ -131,15 +131,17 @@ def _spent(home: Path, study: Study) -> dict[str, Any]:
         spent, adversaries = 0.0, {}
         with Ledger(home / "ledger.sqlite", home.name) as ledger:
             mine = digest(study).hex()  # a ledger may hold other studies too
-            entries = [entry for entry in ledger.entries() if entry.about.study == mine]
-            if entries:
-                summary = ledger.spent(*entries[0].key[:2], delta)
-                spent = summary.claim.epsilon
+            own = [entry for entry in ledger.entries() if entry.about.study == mine]
+            firsts = {entry.key[:2]: entry for entry in reversed(own)}
+            for account, first in firsts.items():  # of what is tuned on, and of what is set aside
+                summary = ledger.spent(*account, delta)
                 rows = per_adversary(
-                    summary.events, [delta], study.silos.colluders, terms=entries[0].terms
+                    summary.events, [delta], study.silos.colluders, terms=first.terms
                 )
-                adversaries = {row.adversary: row.epsilons[0].epsilon for row in rows}
-                others = _other_accountants(tuple(summary.events), delta)
+                if summary.claim.epsilon >= spent:
+                    spent = summary.claim.epsilon
+                    adversaries = {row.adversary: row.epsilons[0].epsilon for row in rows}
+                    others = _other_accountants(tuple(summary.events), delta)
     return {
         "epsilon_spent": spent,
         "epsilon_by_adversary": adversaries,
@@ -161,10 +163,13 @@ def _kept(study: Study, history: list[dict[str, Any]]) -> list[str]:
     best, keep = best_round(study, history), study.keep
     if best is None or keep is None:
         return []
-    notes = [
-        f"Round {best} was the best, by {keep.metric} of the {keep.best.upper()} on {keep.rows} "
-        "public questions that nothing was distilled from. Its adapters are in adapters-best."
-    ]
+    by = (
+        "by noised accuracy of the SLM on the records that the silos set aside"
+        if keep.metric == "private"
+        else f"by {keep.metric} of the {keep.best.upper()} on {keep.rows} public questions that "
+        "nothing was distilled from"
+    )
+    notes = [f"Round {best} was the best, {by}. Its adapters are in adapters-best."]
     if len(history) < study.rounds:
         notes.append(
             f"The run ended after {len(history)} of {study.rounds} rounds, {keep.patience} in a "

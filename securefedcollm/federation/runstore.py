@@ -20,7 +20,7 @@ from safetensors import numpy as safetensors
 
 from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.federation.files import make_directory, sync_tree, write_durably
-from securefedcollm.federation.workload import ServerWorkload, Vector
+from securefedcollm.federation.workload import Opened, ServerWorkload, Vector
 from securefedcollm.study import Study, digest
 
 METRICS: Final = "metrics.jsonl"
@@ -36,7 +36,8 @@ class RunState:
     ever asked to unmask it, after which only that same sum can be opened; ``opened`` the sum's
     survivors once it is out, so that it is never asked for again; ``clip_norm`` that of the next
     sum, if it adapts; ``barred`` silos that spoilt an opening and why; ``history`` one record per
-    finished round.
+    finished round; ``tuned`` whether the server's phase of the round is over, and only its
+    validation is to come.
     """
 
     run_id: str
@@ -50,6 +51,7 @@ class RunState:
     barred: dict[str, str] = field(default_factory=dict)
     partial: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    tuned: bool = False
 
 
 class RunStore:
@@ -111,7 +113,7 @@ class RunStore:
         self.state.barred[silo] = reason
         self._write()
 
-    def save_mean(self, mean: Vector, survivors: list[str], clip_norm: float | None = None) -> None:
+    def save_mean(self, mean: Opened, survivors: list[str], clip_norm: float | None = None) -> None:
         """Keep the opened mean, so that a crash during distillation does not ask for it again.
 
         ``clip_norm``: what follows from the same sum for the next one.
@@ -127,15 +129,31 @@ class RunStore:
         self._write()
 
     def load_mean(self) -> Vector:
-        """The opened mean of this round."""
+        """The opened mean of this round, float32."""
+        return self.load_opened().astype(np.float32, copy=False)
+
+    def load_opened(self) -> Opened:
+        """What :meth:`save_mean` saved."""
         path = self._server / "mean.npy"
         try:
-            return np.asarray(np.load(path, allow_pickle=False), dtype=np.float32)
+            found: Opened = np.asarray(np.load(path, allow_pickle=False))
         except (OSError, ValueError, EOFError) as error:
             raise StateError(
                 f"{path}: the round's mean cannot be read ({error})",
                 hint="start again with --overwrite",
             ) from None
+        return found
+
+    def finish_tuning(self, workload: ServerWorkload, record: dict[str, Any]) -> None:
+        """Save what the round ended with, then move on to its validation in one atomic step."""
+        state = self.state
+        self.save_adapters(workload, state.round + 1)
+        self._save_descent(workload, state.round, state.step + 1)
+        state.step += 1
+        state.tuned = True
+        state.partial = record
+        self._next_sum()
+        self._forget_descents()
 
     def finish_step(self, workload: ServerWorkload, record: dict[str, Any]) -> None:
         """Save what one step of joint DP-SGD changed, then move on to the next one atomically."""
@@ -161,7 +179,8 @@ class RunStore:
             best: keep these adapters until a later round is better.
         """
         state = self.state
-        self.save_adapters(workload, state.round + 1)
+        if not state.tuned:  # else they are there
+            self.save_adapters(workload, state.round + 1)
         if best:
             self._copy_best(state.round + 1)
         if remembers:
@@ -169,6 +188,7 @@ class RunStore:
         state.history.append(record)
         state.round += 1
         state.step = 0
+        state.tuned = False
         state.partial = {}
         self._next_sum()
         shutil.rmtree(self._adapters(state.round - 2), ignore_errors=True)
@@ -241,7 +261,7 @@ class RunStore:
         Raises:
             StateError: a file is lost or damaged.
         """
-        workload.load(self._adapters(self.state.round))
+        workload.load(self._adapters(self.state.round + self.state.tuned))
         path = self._descent(self.state.round, self.state.step)
         needed = self.state.step or (remembers and self.state.round)
         if not needed and not path.exists():

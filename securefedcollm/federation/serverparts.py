@@ -110,7 +110,7 @@ class CentralSteps:
                 "remove it",
             )
         self._study, self._plan, self._tuned = study, study.server.central, tuned
-        self._rows = tuned.encode(answered)
+        self._rows = tuned.encode(answered, public=True)
 
     def run(self, round_: int, progress: Progress) -> dict[str, float]:
         """All steps of a round; returns the first and the last one's mean loss, in nats.

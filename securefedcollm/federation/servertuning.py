@@ -49,14 +49,15 @@ class ServerTuning:
         """
         self._study = study
         place: dict[str, Any] = {"data": data, "device": device, "progress": progress}
+        shown: dict[str, Any] = {"public": True, "progress": progress}
         self._slm = Tuned.load(study, study.models.slm, **place)
-        self._tests = {"slm": self._slm.encode(test)} if test else {}
+        self._tests = {"slm": self._slm.encode(test, **shown)} if test else {}
         self._llm: Tuned | None = None
         self._kept: dict[str, EncodedQuestions] = {}
         kept: Sequence[Question] = ()
-        if study.keep is not None and distillation:
+        if study.keep is not None and study.keep.metric != "private" and distillation:
             public, kept = _validation(study, public)
-            self._kept["slm"] = self._slm.encode(kept)
+            self._kept["slm"] = self._slm.encode(kept, **shown)
         self.base_digest = self._slm.base_digest
         self._descent = Descent(
             study.local.optimizer,
@@ -70,9 +71,9 @@ class ServerTuning:
             self._central = CentralSteps(study, self._slm, public)
         if distillation and study.models.llm is not None:
             self._llm = Tuned.load(study, study.models.llm, **place)
-            self._tests |= {"llm": self._llm.encode(test)} if test else {}
+            self._tests |= {"llm": self._llm.encode(test, **shown)} if test else {}
             if kept:
-                self._kept["llm"] = self._llm.encode(kept)
+                self._kept["llm"] = self._llm.encode(kept, **shown)
             over_tokens = study.distillation.over != "choices"
             self._vocabularies = (
                 (vocabulary_of(self._llm.tokenizer), vocabulary_of(self._slm.tokenizer))
@@ -82,8 +83,8 @@ class ServerTuning:
             apart = (
                 self._vocabularies is not None and self._vocabularies[0] != self._vocabularies[1]
             )
-            self._llm_public = self._llm.encode(public, cuts=apart)
-            self._slm_public = self._slm.encode(public, cuts=apart)
+            self._llm_public = self._llm.encode(public, cuts=apart, **shown)
+            self._slm_public = self._slm.encode(public, cuts=apart, **shown)
 
     def layout(self, round_: int) -> bytes:
         return self._slm.layout_digest(round_)
@@ -128,12 +129,12 @@ class ServerTuning:
             on_step=steps.append,
             progress=progress,
         )
-        return {
-            "first_loss_llm": steps[0].loss_llm,
-            "last_loss_llm": steps[-1].loss_llm,
-            "first_loss_slm": steps[0].loss_slm,
-            "last_loss_slm": steps[-1].loss_slm,
-        }
+        found: dict[str, float] = {}
+        for name in ("llm", "slm"):
+            every = (getattr(step, f"loss_{name}") for step in steps)
+            losses = [loss for loss in every if loss is not None]
+            found |= {f"first_loss_{name}": losses[0], f"last_loss_{name}": losses[-1]}
+        return found
 
     def measure(self) -> dict[str, dict[str, float]]:
         scores = self._scores()

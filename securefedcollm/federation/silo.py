@@ -42,6 +42,7 @@ from securefedcollm.federation.messages import (
 from securefedcollm.federation.plan import (
     adaptive_clip,
     authority_of,
+    counting,
     ends_round,
     joint_step,
     round_header,
@@ -49,6 +50,7 @@ from securefedcollm.federation.plan import (
     run_scope,
     silo_unit,
     sum_name,
+    validates,
 )
 from securefedcollm.federation.records import SiloRecord
 from securefedcollm.federation.silostore import OneRun, SumMemory
@@ -58,11 +60,14 @@ from securefedcollm.federation.workload import (
     keep_nothing,
 )
 from securefedcollm.primitives import SigningKey, sha256
+from securefedcollm.privacy.counting import Counting
 from securefedcollm.privacy.joint import JointStep
 from securefedcollm.privacy.silo_unit import SiloUnit
 from securefedcollm.study import Study
 
 log = logging.getLogger(__name__)
+
+_PART: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ class SiloSession:
                     training = True
                     reply = self._begin(begin)
                 case Aggregate(frame=inner):
-                    reply = Aggregated(self._aggregate(inner))
+                    reply = Aggregated(memoryview(self._aggregate(inner)))
                 case Witness() as request:
                     reply = self._evidence.countersign(request)
                 case Deliver() as deliver:
@@ -230,8 +235,12 @@ class SiloSession:
         self._at = (begin.run_id, begin.round, begin.attempt)
         return Trained()
 
-    def _mechanism(self, sum_: int, clip_norm: float | None) -> SiloUnit | JointStep | None:
+    def _mechanism(
+        self, sum_: int, clip_norm: float | None
+    ) -> SiloUnit | JointStep | Counting | None:
         """How this sum is noised; None if it is a plain sum of updates that need no more noise."""
+        if validates(self._study, sum_):
+            return counting(self._study)
         if self._study.joint:
             return joint_step(self._study, self.training.values(sum_))
         return silo_unit(self._study, self._workload.update_size, sum_, clip_norm)
@@ -321,6 +330,8 @@ class SiloSession:
             )
         if begin.round and ends_round(self._study, begin.round - 1):
             self._pin_end(scope, begin.round - 1, begin.adapter)
+        if validates(self._study, begin.round):  # it is asked about what the round ended with
+            self._pin_end(scope, begin.round, begin.adapter)
         return scope
 
     def _check_order(self, begin: BeginRound) -> None:
@@ -361,7 +372,7 @@ class SiloSession:
         # Adversary: a server that sends what no training makes, to read the last bits of sums. This
         # is before any record is touched; the proof rests on independent gradients, not on it.
         most = self._study.adapter.max_abs
-        if not bool((np.abs(adapter) <= most).all()):  # nor if a value is no number
+        if not _within(adapter, most):  # nor if a value is no number
             raise RemoteProtocolError(
                 f"the global adapter has values that are not finite or above adapter.max_abs "
                 f"({most:g})",
@@ -391,3 +402,9 @@ class SiloSession:
                 hint="compare privacy.clip_norm and privacy.adaptive of the two studies",
             )
         return begin.clip_norm
+
+
+def _within(values: Vector, most: float) -> bool:
+    """Whether no absolute value is above ``most``; part by part, since there may be many."""
+    parts = (values[start : start + _PART] for start in range(0, len(values), _PART))
+    return all(bool((np.abs(part) <= most).all()) for part in parts)

@@ -19,6 +19,7 @@ BUILTIN_SLM: Final[dict[str, Any]] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
+BUILTIN_VOCABULARY: Final = 432
 BUILTIN_RECORDS: Final = 3000
 BUILTIN_SUBJECTS: Final = 752
 
@@ -37,7 +38,7 @@ def update_values(study: Study, data: Path | None) -> int:
             hint="give --values N",
         )
     if kind == "builtin":
-        config = BUILTIN_SLM
+        config = {**BUILTIN_SLM, "vocab_size": BUILTIN_VOCABULARY, "tie_word_embeddings": True}
     elif kind == "path" and data is not None:
         config = _read(data / rest / "config.json")
     else:
@@ -87,6 +88,7 @@ def adapter_values(config: dict[str, Any], study: Study) -> int:
         layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
         groups = int(config.get("num_key_value_heads") or heads)
         width = int(config.get("head_dim") or hidden // heads)
+        words = int(config["vocab_size"]) if study.adapter.method == "full" else 0
     except (KeyError, TypeError, ValueError):
         raise ConfigError(
             "the small model's config.json is not that of a Llama-style model",
@@ -106,6 +108,8 @@ def adapter_values(config: dict[str, Any], study: Study) -> int:
         "up_proj": (hidden, inner),
         "down_proj": (inner, hidden),
     }
+    if study.adapter.method == "full":
+        return _all_weights(config, shapes, words)
     adapter = study.adapter
     chosen = [
         shape
@@ -120,6 +124,26 @@ def adapter_values(config: dict[str, Any], study: Study) -> int:
     if adapter.method == "lora":
         return sides["A"] + sides["B"]
     return max(sides.values()) if adapter.method == "rolora" else sides["B"]
+
+
+def _all_weights(config: dict[str, Any], shapes: dict[str, tuple[int, int]], words: int) -> int:
+    """Weights of a Llama model with ``words`` tokens and these layers.
+
+    Raises:
+        ConfigError: it is a relative of Llama, which has more of them.
+    """
+    if config.get("model_type", "llama") != "llama" or any(
+        config.get(key) for key in ("attention_bias", "mlp_bias")
+    ):
+        raise ConfigError(
+            "how many weights the small model has does not follow from its config.json",
+            where="models.slm",
+            hint="give --values N (`securefedcollm study estimate` says how many)",
+        )
+    hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
+    tables = 1 if config.get("tie_word_embeddings") else 2
+    layer = sum(given * out for given, out in shapes.values()) + 2 * hidden
+    return tables * words * hidden + layers * layer + hidden
 
 
 def federation_of(

@@ -30,6 +30,7 @@ from securefedcollm.federation.plan import (
     round_of,
     sum_name,
     sums_to_an_end,
+    validates,
 )
 from securefedcollm.privacy.charges import Entry as Charge
 from securefedcollm.privacy.ledger import Ledger
@@ -184,11 +185,13 @@ def told(entry: Entry, study: Study) -> str | None:
     """What a silo's operator is told about an entry of the silo's log; None: not worth a line."""
     match entry.what:
         case Reserved(round=sum_, epsilon=epsilon):
-            return f"{_when(study, sum_)}: privacy reserved, within ε = {epsilon:g}; training"
+            what = "answering" if validates(study, sum_) else "training"
+            return f"{_when(study, sum_)}: privacy reserved, within ε = {epsilon:g}; {what}"
         case Round(round=sum_, attempt=attempt) if attempt:
             return f"{_when(study, sum_)}: attempt {attempt + 1}"
         case Released(round=sum_):
-            return f"{_when(study, sum_)}: the update is finished and charged"
+            what = "counts are" if validates(study, sum_) else "update is"
+            return f"{_when(study, sum_)}: the {what} finished and charged"
         case Uploaded(round=sum_):
             return f"{_when(study, sum_)}: protected update about to leave"
         case Agreed(round=sum_, survivors=survivors) | Told(round=sum_, survivors=survivors):
@@ -225,5 +228,20 @@ def round_sentence(record: dict[str, Any], rounds: int) -> str:
     gone = "".join(f", {silo} lost ({why})" for silo, why in record.get("dropouts", {}).items())
     lost = ", THE ROUND IS LOST: its sum cannot be opened" if "lost" in record else ""
     silos = len(record["survivors"])
+    private = private_words(record)
+    scores = "; ".join(filter(None, [scores, private]))
     shown = f": {scores} (%)" if scores else ""
     return f"round {record['round']}/{rounds}, {silos} silos{gone}{lost}{shown}"
+
+
+def private_words(record: dict[str, Any]) -> str:
+    """The noised accuracy on silos' own records, in percent; empty without a validation."""
+    found = record.get("private")
+    if found is None:
+        return ""
+    if "lost" in found:
+        return "private LOST: its sum cannot be opened"
+    if found["accuracy"] is None:
+        return f"private drowned in noise of {found['sigma']:.0f} records"
+    noise = f" ± {100 * found['margin']:.0f}" if found["sigma"] else ""
+    return f"private {100 * found['accuracy']:.0f}{noise}"

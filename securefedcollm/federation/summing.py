@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from msgspec import structs
@@ -25,6 +25,7 @@ from securefedcollm.aggregation import (
     Step,
     coordinator_side,
 )
+from securefedcollm.aggregation.masking.masks import WORD_BYTES
 from securefedcollm.errors import ProtocolError, QuorumError, RemoteProtocolError
 from securefedcollm.federation.asking import Asking, Traffic
 from securefedcollm.federation.hooks import Hooks
@@ -41,17 +42,20 @@ from securefedcollm.federation.messages import (
 )
 from securefedcollm.federation.plan import (
     adaptive_clip,
+    counting,
     joint_step,
     quantiser,
     round_header,
     round_of,
     silo_unit,
     sum_name,
+    validates,
 )
 from securefedcollm.federation.records import ServerRecord
 from securefedcollm.federation.runstore import RunStore
-from securefedcollm.federation.workload import ServerWorkload, Vector
+from securefedcollm.federation.workload import Opened, ServerWorkload
 from securefedcollm.privacy.adaptive_clip import AdaptiveClip
+from securefedcollm.privacy.counting import Counting
 from securefedcollm.privacy.joint import JointStep
 from securefedcollm.privacy.silo_unit import SiloUnit
 from securefedcollm.study import Study
@@ -63,6 +67,10 @@ STEP_TIMEOUT = 600.0
 MAX_ATTEMPTS = 3
 MAX_REJOINS = 16
 """At one sum. Adversary: a silo that comes and goes; the others allow 64 attempts."""
+
+
+UPLOADS: Final = 1 << 28
+"""Bytes of masked vectors in memory at a time, 256 MiB; but at least one vector."""
 
 
 class Summing:
@@ -94,8 +102,10 @@ class Summing:
         self._evidence = evidence
         self._hooks = hooks
 
-    def mean_of(self, sum_: int, record: dict[str, Any]) -> Vector | None:
+    def mean_of(self, sum_: int, record: dict[str, Any]) -> Opened | None:
         """One opened mean, repeating a failed attempt with whoever is still there.
+
+        Of a validation it is the opened counts, float64 [2] of whole numbers.
 
         None if the sum was being opened when it failed and can no longer be: silos unmask one
         survivor set per round, for good. The run goes on without this round's updates.
@@ -150,16 +160,18 @@ class Summing:
 
     def _attempt(
         self, sum_: int, attempt: int, record: dict[str, Any], absent: dict[str, str]
-    ) -> Vector:
+    ) -> Opened:
         """One attempt at a sum: its mean, saved. ``absent``: silos that are not asked, and why."""
-        begun = self._begin(sum_, attempt)
+        begun, request = self._begin(sum_, attempt)
         traffic, lost = Traffic(self._parties), self._store.state.barred | absent
-        self._have_trained(begun, traffic, lost)
+        self._have_trained(begun, request, traffic, lost)
+        del request  # the global adapter may be as long as a model
         side = coordinator_side(
             self._study.scheme,
             header=begun.header,
             roster=self._roster,
             authority=self._authority,
+            narrow=True,
         )
         for silo, reason in lost.items():
             side.lost(silo, reason)
@@ -171,7 +183,7 @@ class Summing:
         record["dropouts"] = dict(sorted(gone.items()))
         return self._decoded(begun, result, record)
 
-    def _begin(self, sum_: int, attempt: int) -> _Begun:
+    def _begin(self, sum_: int, attempt: int) -> tuple[_Begun, BeginRound]:
         """What every party of this attempt is told, in the evidence before it is sent."""
         adapter = adapter_bytes(self._workload.adapter())
         round_ = round_of(self._study, sum_)
@@ -179,9 +191,7 @@ class Summing:
         base, size = self._workload.base_digest, self._workload.update_size(round_)
         clip = self._clip()
         clip_norm = clip.clip_norm if clip else None
-        unit = joint_step(self._study, size) or silo_unit(
-            self._study, self._workload.update_size, round_, clip_norm
-        )
+        unit = self._unit(sum_, size, clip_norm)
         mechanism = unit.identity if unit else b""
         header = round_header(
             self._study,
@@ -202,16 +212,28 @@ class Summing:
             adapter=adapter,
             clip_norm=clip_norm or 0.0,
         )
-        return _Begun(header, request, unit, clip)
+        return _Begun(header, unit, clip), request
 
-    def _have_trained(self, begun: _Begun, traffic: Traffic, lost: dict[str, str]) -> None:
+    def _unit(
+        self, sum_: int, size: int, clip_norm: float | None
+    ) -> SiloUnit | JointStep | Counting | None:
+        """How the sum is noised; None if it needs no more noise than its updates have."""
+        if validates(self._study, sum_):
+            return counting(self._study)
+        return joint_step(self._study, size) or silo_unit(
+            self._study, self._workload.update_size, round_of(self._study, sum_), clip_norm
+        )
+
+    def _have_trained(
+        self, begun: _Begun, request: BeginRound, traffic: Traffic, lost: dict[str, str]
+    ) -> None:
         """Have everybody but the ``lost`` train, and the authority make a key.
 
         Raises:
             _MissingError: too few of them did; ``lost`` has the reasons of the others.
         """
         invited = [silo for silo in self._roster.names if silo not in lost]
-        requests: dict[str, Request] = dict.fromkeys(invited, begun.request)
+        requests: dict[str, Request] = dict.fromkeys(invited, request)
         office, header = self._authority, begun.header
         if office:
             requests[office.name] = MakeKey(
@@ -238,10 +260,14 @@ class Summing:
                 self._study.minimum - len(trained),
             )
 
-    def _decoded(self, begun: _Begun, result: RoundResult, record: dict[str, Any]) -> Vector:
+    def _decoded(self, begun: _Begun, result: RoundResult, record: dict[str, Any]) -> Opened:
         """The mean that an opened sum holds, saved: the sum is not asked for again."""
         count, unit, clip = len(result.survivors), begun.unit, begun.clip
         clip_norm = clip.clip_norm if clip else None
+        if isinstance(unit, Counting):
+            counts = result.sum.astype(np.float64)  # exact: a sum of silos is far below 2^53
+            self._store.save_mean(counts, list(result.survivors), self._store.state.clip_norm)
+            return counts
         if isinstance(unit, JointStep):
             mean = unit.decode(result.sum)
         elif unit is None:
@@ -269,19 +295,10 @@ class Summing:
             if side.step is Step.UNMASK:
                 self._evidence.opening(header, side.transcript)
                 self._store.begin_opening()
-            requests = {silo: Aggregate(frame) for silo, frame in side.requests().items()}
-            lost: dict[str, str] = {}
-            replies = self._asking.ask(requests, STEP_TIMEOUT, traffic, lost)
-            for silo, reason in lost.items():
-                side.lost(silo, reason)
-            for silo, reply in replies.items():
-                if not isinstance(reply, Aggregated):
-                    side.lost(silo, "answered out of turn")
-                    continue
-                try:
-                    side.receive(silo, reply.frame)
-                except RemoteProtocolError as error:
-                    log.warning("%s", error)  # the silo is out of this round and named in it
+            requests = side.requests()
+            for some in self._together(side.step, header, list(requests)):
+                asked = {silo: Aggregate(requests[silo]) for silo in some}
+                self._collect(side, asked, traffic)
             step += 1
             try:
                 more = side.advance()
@@ -293,13 +310,39 @@ class Summing:
                 self._hooks.progress(steps, steps, "secure aggregation")
                 return
 
+    def _together(self, step: Step, header: RoundHeader, silos: list[str]) -> Iterator[list[str]]:
+        """Silos that are asked at a time: as many as have room in memory with what they upload."""
+        count = len(silos)
+        if step is Step.UPLOAD and self._study.scheme == "masking":
+            upload = WORD_BYTES * header.parameters.words
+            count = max(1, UPLOADS // upload)
+        for start in range(0, len(silos), count):
+            yield silos[start : start + count]
+
+    def _collect(
+        self, side: CoordinatorSide, asked: Mapping[str, Request], traffic: Traffic
+    ) -> None:
+        """Bring requests of the aggregation protocol to silos, and their replies to ``side``."""
+        lost: dict[str, str] = {}
+        replies = self._asking.ask(asked, STEP_TIMEOUT, traffic, lost)
+        for silo, reason in lost.items():
+            side.lost(silo, reason)
+        for silo in list(replies):
+            reply = replies.pop(silo)
+            if not isinstance(reply, Aggregated):
+                side.lost(silo, "answered out of turn")
+                continue
+            try:
+                side.receive(silo, reply.frame)
+            except RemoteProtocolError as error:
+                log.warning("%s", error)  # the silo is out of this round and named in it
+
 
 class _Begun(NamedTuple):
     """An attempt at a sum."""
 
     header: RoundHeader
-    request: BeginRound
-    unit: SiloUnit | JointStep | None
+    unit: SiloUnit | JointStep | Counting | None
     clip: AdaptiveClip | None
 
 

@@ -39,6 +39,7 @@ from securefedcollm.tuning.packing import check_model
 from securefedcollm.tuning.prompts import attach_prompt, check_virtual
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.questions import EncodedQuestions, Scoring, encode
+from securefedcollm.tuning.whole import WholeModel, load_weights, tokenizer_files
 
 T = TypeVar("T")
 
@@ -98,7 +99,7 @@ def scoring_of(task: Task, model: Model) -> Scoring:
 class Tuned:
     """A base model with a fresh adapter, and what identifies both."""
 
-    model: Any  # peft.PeftModel
+    model: Any  # peft.PeftModel, or WholeModel
     tokenizer: Any
     base_digest: bytes
     study: Study
@@ -153,7 +154,13 @@ class Tuned:
         return cls(model.to(place), loaded.tokenizer, base, study, spec)
 
     def encode(
-        self, questions: Sequence[Question], *, cuts: bool = False, private: bool = False
+        self,
+        questions: Sequence[Question],
+        *,
+        cuts: bool = False,
+        private: bool = False,
+        public: bool = False,
+        progress: Progress = silent,
     ) -> EncodedQuestions:
         """Tensors of ``questions`` for this model, and all that its frozen part says about them.
 
@@ -163,6 +170,8 @@ class Tuned:
         Args:
             private: the questions are records that are protected one by one: what the frozen part
                 says of one may not depend on another, to the last bit.
+            public: they are the server's, public or for testing: what the frozen layers make of
+                them may be kept on disk (:mod:`securefedcollm.tuning.kept_states`).
         """
         task, top = self.study.task, self.study.adapter.top_layers
 
@@ -176,7 +185,14 @@ class Tuned:
                     encoded = with_prior(self.model, questions, encoded, self.tokenizer, most)
             if top is not None:
                 depth = unwrapped(self.model).config.num_hidden_layers
-                encoded = with_prefix(self.model, encoded, depth - top, most)
+                encoded = with_prefix(
+                    self.model,
+                    encoded,
+                    depth - top,
+                    most,
+                    public=self.base_digest if public else None,
+                    progress=progress,
+                )
             return encoded
 
         asked = (self.spec.ask, task.kind, task.score, task.max_tokens)
@@ -203,6 +219,8 @@ class Tuned:
         """
         chat = bool(getattr(self.tokenizer, "chat_template", None))
         files = beside_adapter(self.study, self.spec, self.base_digest, chat=chat)
+        if isinstance(self.model, WholeModel):  # a directory that transformers loads by itself
+            files |= tokenizer_files(self.tokenizer)
         save_adapter(self.model, directory, {**files, **(beside or {})})
 
     def load_adapter(self, directory: Path) -> None:
@@ -213,6 +231,9 @@ class Tuned:
         """
         from safetensors.numpy import load_file
 
+        if isinstance(self.model, WholeModel):
+            self._load_whole(directory)
+            return
         path = directory / "adapter_model.safetensors"
         try:
             tensors = load_file(path)
@@ -223,6 +244,15 @@ class Tuned:
             ) from None
         layout = full_layout(self.model)
         load_vector(self.model, layout, _in_order(tensors, layout, path))
+
+    def _load_whole(self, directory: Path) -> None:
+        try:
+            load_weights(self.model.get_base_model(), directory)
+        except ConfigError as error:
+            raise StateError(
+                f"{directory}: the saved model cannot be taken up ({error.message})",
+                hint="start again with --overwrite",
+            ) from None
 
     def broadcast_layout(self) -> AdapterLayout:
         """What travels from server to silos: all that is ever trained."""
@@ -254,7 +284,7 @@ class Tuned:
 
 
 def adapted(base: Any, study: Study, earlier: Sequence[Released] = ()) -> Any:
-    """``base`` with the study's adapter, fresh, as a ``PeftModel``.
+    """``base`` with the study's adapter, fresh, as a ``PeftModel``; or as a :class:`WholeModel`.
 
     Args:
         earlier: what has been folded into ``base``; the study may want a new adapter apart from it.
@@ -263,6 +293,8 @@ def adapted(base: Any, study: Study, earlier: Sequence[Released] = ()) -> Any:
         ConfigError: the adapter does not fit the model.
     """
     adapter, seed = study.adapter, seed_of(study)
+    if adapter.method == "full":
+        return WholeModel(base)
     if adapter.method == "prompt" or adapter.method == "prefix":
         return attach_prompt(base, method=adapter.method, tokens=adapter.tokens, seed=seed)
     model = attach(

@@ -18,6 +18,8 @@ from securefedcollm.privacy.identities import Content
 
 Vector = npt.NDArray[np.float32]
 Gradient = npt.NDArray[np.float64]
+Opened = Vector | npt.NDArray[np.float64]
+"""An opened mean; float64 where it is the counts of a validation."""
 Keep = Callable[[int, Vector, dict[str, Any]], None]
 """``keep(round, adapter, proof)``: the SLM adapter that a round (from 0) ended with, and, as plain
 JSON, why this silo believes it. May raise StateError."""

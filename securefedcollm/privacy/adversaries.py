@@ -65,10 +65,13 @@ def per_adversary(
 
 
 def seen_by(events: Sequence[Event], known_shares: int) -> list[Event]:
-    """The events for an adversary who knows the noise of ``known_shares`` silos."""
+    """The events for an adversary who knows the noise of ``known_shares`` silos.
+
+    A single share is the silo's own, which nobody else knows.
+    """
     return [
         msgspec.structs.replace(event, colluders=known_shares)
-        if isinstance(event, DiscreteGaussian)
+        if isinstance(event, DiscreteGaussian) and event.shares > 1
         else event
         for event in events
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -83,7 +83,7 @@ class Book:
         records: Records,
         fingerprints: Iterable[str] = (),
         *,
-        besides: str = "",
+        besides: Collection[str] = (),
         unit: str = "record",
         plus: Sequence[Event] = (),
         budget: Budget | None = None,
@@ -92,12 +92,12 @@ class Book:
 
         Args:
             fingerprints: of their file, for charges that name no records.
-            besides: leave out the charges of this study (digest, hex).
+            besides: leave out the charges of these studies (digests, hex).
             plus: count these releases of ``unit`` too: what would be spent after them.
             budget: what would be pinned, where nothing is yet.
         """
         self._catch_up()
-        entries = [e for e in self.entries() if not besides or e.about.study != besides]
+        entries = [e for e in self.entries() if e.about.study not in besides]
         overlaps = Overlaps(records, (*fingerprints, *records.also), self.stored, self._state.files)
         whom = Unit(unit, records.column, records.most)
         limit = self._state.pinned or budget or _NO_BUDGET

@@ -85,8 +85,18 @@ def sample(stream: Keystream, sigma: float, count: int) -> Integers:
     Raises:
         ConfigError: σ outside (0, 2^47].
     """
-    table = build(sigma)
-    out = np.empty(count, dtype=np.int64)
+    out = np.zeros(count, dtype=np.int64)
+    add_sample(stream, sigma, out)
+    return out
+
+
+def add_sample(stream: Keystream, sigma: float, values: Integers) -> None:
+    """The draws of :func:`sample`, added to ``values`` (int64 [count]) in place.
+
+    Raises:
+        ConfigError: σ outside (0, 2^47].
+    """
+    table, count = build(sigma), len(values)
     scratch = _Scratch()
     filled = 0
     while filled < count:
@@ -94,9 +104,8 @@ def sample(stream: Keystream, sigma: float, count: int) -> Integers:
         missing = count - filled
         wanted = min(_CHUNK, missing + missing // 64 + 16)
         kept = _candidates(stream, table, wanted, scratch)[:missing]
-        out[filled : filled + len(kept)] = kept
+        values[filled : filled + len(kept)] += kept
         filled += len(kept)
-    return out
 
 
 class _Scratch:

@@ -11,7 +11,7 @@ of the c. With more than c such silos the claim does not hold, and masks hide th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -114,14 +114,18 @@ class DistributedGaussian:
             TrainingError: a value is not finite.
             ConfigError: more rows than ``contributions``.
         """
-        listed = list(rows)
-        if len(listed) > self.contributions:
-            raise ConfigError(
-                f"{len(listed)} units in one sum, the field is made for {self.contributions}",
-                where="contributions",
-                hint="size it by batch_cap",
-            )
-        return self._noised(self.quantiser.encode_sum(listed), noise)
+        return self._noised(self.quantiser.encode_sum(self._counted(rows)), noise)
+
+    def _counted(self, rows: Iterable[Floats]) -> Iterator[Floats]:
+        """One row in memory at a time: it may be as large as a model."""
+        for number, row in enumerate(rows, start=1):
+            if number > self.contributions:
+                raise ConfigError(
+                    f"{number} units in one sum, the field is made for {self.contributions}",
+                    where="contributions",
+                    hint="size it by batch_cap",
+                )
+            yield row
 
     def event(self, shares: int, *, count: int = 1, q: float = 1.0) -> DiscreteGaussian:
         """What ``count`` sums of ``shares`` silos release; ``least_survivors`` for the worst case.
@@ -139,9 +143,8 @@ class DistributedGaussian:
         )
 
     def _noised(self, integers: npt.NDArray[np.int64], noise: NoiseSource) -> npt.NDArray[np.int64]:
-        share = noise.discrete_gaussian(self.share_sigma, len(integers))
-        share += integers
-        return share
+        noise.add_discrete_gaussian(integers, self.share_sigma)
+        return integers
 
 
 def mean_noise(values: int, z: float, silos: int, honest: int, summed: float) -> float:

@@ -27,8 +27,9 @@ SAMPLER_SLACK: Final = 2.0**-100
 """Total variation of one draw of the discrete Gaussian sampler to the exact distribution."""
 
 STEP_SLACK: Final = 2.0**-70
-"""Total variation of one Gaussian release of up to 2^26 values by :class:`~.noise.NoiseSource`
-to the continuous mechanism: 2^26·(2^-97 + SAMPLER_SLACK), and CAP_SLACK where it samples."""
+"""Total variation of one Gaussian release of up to 180 million values by
+:class:`~.noise.NoiseSource` to the continuous mechanism: 180·10^6·(2^-97.6 + 2^-115), where 2^-115
+bounds what :mod:`.discrete_gaussian` says of its draws, and CAP_SLACK where it samples."""
 
 SMALLEST_SHARE: Final = 4.0
 """Below this σ of one share, a sum of discrete Gaussians is not close enough to one."""

@@ -25,7 +25,7 @@ from securefedcollm.privacy.accounting import TIGHT_SHARE, calibrate_events
 from securefedcollm.privacy.distributed import DistributedGaussian
 from securefedcollm.privacy.events import DiscreteGaussian, Event
 from securefedcollm.privacy.noise import NoiseSource, batch_cap
-from securefedcollm.privacy.quantise import Floats
+from securefedcollm.privacy.quantise import Floats, Integers
 
 
 class JointSetting(NamedTuple):
@@ -93,7 +93,7 @@ class JointStep:
         """
         return self._distributed.protect_sum(gradients, noise)
 
-    def decode(self, total: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    def decode(self, total: Integers) -> npt.NDArray[np.float32]:
         """The step's gradient, float32 [d]: the noised sum over the *expected* batch."""
         return self._distributed.quantiser.decode(total, self._setting.batch_size)
 

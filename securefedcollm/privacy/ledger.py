@@ -35,6 +35,7 @@ import msgspec
 from securefedcollm.errors import BudgetExceeded, ConfigError, LocalProtocolError
 from securefedcollm.privacy.accounts import Bools, Overlaps
 from securefedcollm.privacy.admission import Asked, Decision, decide
+from securefedcollm.privacy.aside import part_key
 from securefedcollm.privacy.book import Book, SpentSummary
 from securefedcollm.privacy.charges import Budget, Entry, Key
 from securefedcollm.privacy.events import (
@@ -110,6 +111,15 @@ class Ledger(Book):
         self._catch_up()
         key = record_key(self._journal.path, self._state.made_with)
         return identify(key, contents, column=column or "", also=also)
+
+    def part_key(self, study: bytes) -> bytes:
+        """The key by which a study's validation sets records aside (:mod:`.aside`), 32 bytes.
+
+        Raises:
+            StateError: the key of the records' identities is lost, or another's.
+        """
+        self._catch_up()
+        return part_key(record_key(self._journal.path, self._state.made_with), study)
 
     def recognise(self, records: Records, fingerprints: Sequence[str]) -> None:
         """Remember the records of this file, if charges name the file but not its records.

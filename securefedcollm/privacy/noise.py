@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from securefedcollm.errors import ConfigError, LocalProtocolError
 from securefedcollm.primitives import KEY_BYTES, Keystream
-from securefedcollm.privacy.discrete_gaussian import sample
+from securefedcollm.privacy.discrete_gaussian import add_sample
 
 CAP_TAIL_BITS: Final = 100
 """A Poisson batch exceeds its cap with probability at most 2^-100; the accountant books it."""
@@ -27,7 +27,8 @@ _CHUNK: Final = 1 << 16
 _GRID: Final = 2.0**46
 _INFLATION: Final = 1.0 + 2.0**-16
 _REACH: Final = 2.0**15
-_MOST_VALUES: Final = 2**26
+_MOST_VALUES: Final = 180_000_000
+"""That get noise at once. :class:`GridSum` and :data:`~.events.STEP_SLACK` rest on it."""
 _UNITS: Final = 32  # at a time: small enough for the cache
 
 
@@ -42,8 +43,8 @@ class GridSum:
     Every contribution becomes integers, in steps of σ·2^-46, before it is added. Integer sums know
     no order and no rounding, so one unit more or less changes the sum by exactly its own integers,
     whatever the others are. Their L2 norm is at most C/step · (1 + 2^-26) + √d/2: norms of up to
-    2^26 values are off by 2^-27 in float64, and rounding lengthens by √d/2 ≤ 2^12 steps, which is
-    below 2^-26 of C while z ≤ 2^8. :meth:`NoiseSource.add_gaussian` pays for 2^-16.
+    180 million values are off by 2^-26 in float64, and rounding lengthens by √d/2 ≤ 2^13 steps,
+    which is below 2^-25 of C while z ≤ 2^8. :meth:`NoiseSource.add_gaussian` pays for 2^-16.
 
     Args:
         values: length d.
@@ -52,8 +53,8 @@ class GridSum:
         most: units in the sum at most, by the sampler's cap: it must not overflow.
 
     Raises:
-        ConfigError: more units than a sum of 64 bits holds. The error follows from public numbers
-            alone: no sample decides it.
+        ConfigError: more units than a sum of 64 bits holds, or more values than get noise. The
+            error follows from public numbers alone: no sample decides it.
     """
 
     __slots__ = ("_clip_norm", "_step", "integers")
@@ -68,6 +69,7 @@ class GridSum:
                 where="local.batch_size",
                 hint=f"a batch of at most {int(_REACH / 2.0 * sigma / clip_norm)}",
             )
+        _check_count(values)
         self._clip_norm = clip_norm
         self._step = grid_step(sigma)
         self.integers: npt.NDArray[np.int64] = np.zeros(values, dtype=np.int64)
@@ -93,9 +95,20 @@ class GridSum:
             at += block.shape[1]
             for start in range(0, len(block), _UNITS):
                 part = slice(start, start + _UNITS)
-                scaled = block[part] * scale[part, None]
-                np.rint(scaled, out=scaled)
-                into += scaled.astype(np.int64).sum(axis=0)
+                for first in range(0, len(into), _CHUNK):  # large matrices, part by part
+                    columns = slice(first, first + _CHUNK)
+                    scaled = block[part, columns] * scale[part, None]
+                    np.rint(scaled, out=scaled)
+                    into[columns] += scaled.astype(np.int64).sum(axis=0)
+
+
+def _check_count(values: int) -> None:
+    if values > _MOST_VALUES:
+        raise ConfigError(
+            f"{values} values; at most {_MOST_VALUES} get noise at once",
+            where="adapter",
+            hint="tune fewer: adapter.method: ffa-lora, or a smaller model",
+        )
 
 
 class NoiseSource:
@@ -119,7 +132,17 @@ class NoiseSource:
         Raises:
             ConfigError: σ out of range.
         """
-        return sample(self._stream, sigma, n)
+        drawn = np.zeros(n, dtype=np.int64)
+        self.add_discrete_gaussian(drawn, sigma)
+        return drawn
+
+    def add_discrete_gaussian(self, values: npt.NDArray[np.int64], sigma: float) -> None:
+        """The same noise, added to ``values`` (int64 [n]) where they are.
+
+        Raises:
+            ConfigError: σ out of range.
+        """
+        add_sample(self._stream, sigma, values)
 
     def gaussian(self, n: int) -> npt.NDArray[np.float64]:
         """Standard normal noise on the grid 2^-46, float64 [n].
@@ -135,27 +158,31 @@ class NoiseSource:
         ``total`` is in integer steps of σ·2^-46 (:class:`GridSum`); the noise is a discrete
         Gaussian on the same grid, added in integers. So no floating-point artefact of the addition
         can leak (Mironov 2012; Casacuberta et al. 2022). A discrete Gaussian of σ = 2^46 steps is
-        within total variation 2^-97 a coordinate of a rounded normal one, which is post-processing
-        of the continuous mechanism: that is why its PLD applies. The accountant books the
-        difference (:data:`~.events.STEP_SLACK`).
+        within total variation 2^-97.6 (1/(49·σ²)) a coordinate of a rounded normal one, which is
+        post-processing of the continuous mechanism: that is why its PLD applies. The accountant
+        books the difference (:data:`~.events.STEP_SLACK`).
 
         The noise is drawn 2^-16 larger than σ: what rounding each contribution to the grid, and
         clipping it in float64, can add to a sensitivity is far below that (:class:`GridSum`).
 
         Raises:
             LocalProtocolError: the total is not one of integers, or passes 2^16 σ.
-            ConfigError: σ is not positive, or more than 2^26 values.
+            ConfigError: σ is not positive, or more than 180 million values.
         """
         if not (math.isfinite(sigma) and sigma > 0.0):
             raise ConfigError(f"noise needs a positive σ, not {sigma}", where="sigma")
-        if len(total) > _MOST_VALUES:
-            raise ConfigError(f"at most {_MOST_VALUES} values get noise at once", where="total")
+        _check_count(len(total))
         largest = max(int(total.max(initial=0)), -int(total.min(initial=0)))
         if total.dtype != np.int64 or largest > 2.0 * _REACH * _GRID:
             raise LocalProtocolError("the sum to be noised was not made by GridSum")
         noise = self.discrete_gaussian(_GRID * _INFLATION, len(total))
         noise += total
-        return np.multiply(noise, grid_step(sigma), dtype=np.float64)
+        # In place, part by part: of all weights of a model every further copy is a gigabyte.
+        out, step = noise.view(np.float64), grid_step(sigma)
+        for start in range(0, len(noise), _CHUNK):
+            part = noise[start : start + _CHUNK].astype(np.float64)
+            np.multiply(part, step, out=out[start : start + _CHUNK])
+        return out
 
     def poisson_batch(self, n_records: int, q: float) -> npt.NDArray[np.int64]:
         """Draw a Poisson sample: every record independently with probability ``q``.

@@ -126,11 +126,11 @@ class Quantiser:
             total += self.encode(row).integers
         return total
 
-    def decode(self, total: npt.NDArray[np.int64], divisor: float) -> npt.NDArray[np.float32]:
+    def decode(self, total: Integers, divisor: float) -> npt.NDArray[np.float32]:
         """Mean of the summed vectors, float32 [d].
 
         Args:
-            total: the (noised) integer sum, int64 [d].
+            total: the (noised) integer sum, int64 or int32 [d].
             divisor: divides the sum, in addition to the scale: the number of survivors, or the
                 expected batch in joint DP-SGD. Must not depend on private data.
         """

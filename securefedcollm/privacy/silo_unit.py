@@ -25,7 +25,7 @@ from securefedcollm.privacy.adaptive_clip import AdaptiveClip, split
 from securefedcollm.privacy.distributed import DistributedGaussian
 from securefedcollm.privacy.events import DiscreteGaussian, Event
 from securefedcollm.privacy.noise import NoiseSource
-from securefedcollm.privacy.quantise import Floats
+from securefedcollm.privacy.quantise import Floats, Integers
 
 
 class Setting(NamedTuple):
@@ -125,7 +125,7 @@ class SiloUnit:
         indicator = 2.0 * self._count * AdaptiveClip.indicator(clipped)
         return self._distributed.protect(np.append(exact, indicator), noise)
 
-    def decode(self, total: npt.NDArray[np.int64], survivors: int) -> Opened:
+    def decode(self, total: Integers, survivors: int) -> Opened:
         """The mean of ``survivors`` updates from their noised integer sum, int64 [values]."""
         mean = self._distributed.quantiser.decode(total, survivors)
         if not self._count:

@@ -27,7 +27,7 @@ from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.files import make_directory
 from securefedcollm.federation.hooks import Hooks, OnRound
 from securefedcollm.federation.keeping import is_over
-from securefedcollm.federation.plan import AUTHORITY, authority_of, sums_to_an_end
+from securefedcollm.federation.plan import AUTHORITY, authority_of, stated
 from securefedcollm.federation.records import SERVER, AuthorityRecord, ServerRecord, SiloRecord
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.silo import Seat, SiloSession
@@ -158,7 +158,7 @@ def _make_party(
     key = _identity(home, name)
     log = EvidenceLog(home / EVIDENCE, study=digest(study), owner=name, key=key)
     book = _ledger(home, name, ledgers)
-    ledger = LoggedLedger(book, name, log, sums=sums_to_an_end(study))
+    ledger = LoggedLedger(book, name, log, **stated(study))
     return SiloSession(
         Seat(study, name, parties.roster, key, parties.authority),
         ChargedTraining(study, name, training, SiloStore(home), ledger, progress=progress),

@@ -24,6 +24,7 @@ from securefedcollm.study.learning_checks import (
     check_task,
 )
 from securefedcollm.study.serverchecks import check_server
+from securefedcollm.study.validationchecks import check_validation
 
 _MOST_RECORDS = 10**10  # above it, a slip of the pen
 
@@ -51,6 +52,7 @@ def check(study: Study) -> None:
     check_server(study)
     check_keep(study)
     check_continue(study)
+    check_validation(study)
     _check_roster(study)
 
 
@@ -185,12 +187,16 @@ def _check_privacy(study: Study) -> None:
 
 
 def _check_adapter(study: Study) -> None:
-    """Low-rank matrices and virtual tokens have no size in common."""
+    """Low-rank matrices and virtual tokens have no size in common, and all weights have none."""
     adapter, fresh = study.adapter, Adapter()
-    if adapter.method not in VIRTUAL:
-        unread, other = ["virtual_tokens"], "prompt or prefix"
+    virtual, low_rank = ["virtual_tokens"], ["rank", "alpha", "dropout", "targets", "top_layers"]
+    if adapter.method == "full":
+        unread, other = [*low_rank, *virtual], "ffa-lora"
+        _check_full(study)
+    elif adapter.method in VIRTUAL:
+        unread, other = low_rank, "ffa-lora"
     else:
-        unread, other = ["rank", "alpha", "dropout", "targets", "top_layers"], "ffa-lora"
+        unread, other = virtual, "prompt or prefix"
     for key in unread:
         if getattr(adapter, key) != getattr(fresh, key):
             raise ConfigError(
@@ -198,6 +204,22 @@ def _check_adapter(study: Study) -> None:
                 where=f"adapter.{key}",
                 hint=f"remove it, or choose adapter.method: {other}",
             )
+
+
+def _check_full(study: Study) -> None:
+    """All weights of one model, in full precision."""
+    if study.models.llm is not None:
+        raise ConfigError(
+            "all weights of the large model would be tuned as well",
+            where="adapter.method",
+            hint="remove models.llm, or choose ffa-lora",
+        )
+    if study.models.slm.dtype != "float32":
+        raise ConfigError(
+            f"small steps of a whole model would be rounded away in {study.models.slm.dtype}",
+            where="models.slm.dtype",
+            hint="choose float32, or adapter.method: ffa-lora",
+        )
 
 
 def _check_subject(study: Study, privacy: Privacy) -> None:

@@ -27,8 +27,6 @@ from securefedcollm.study.learning import (
     MAX_ABS,
     Adapter,
     Data,
-    Distillation,
-    Keep,
     Local,
     Model,
     Models,
@@ -40,8 +38,9 @@ from securefedcollm.study.protection import (
     Participant,
     Privacy,
     Silos,
+    Validation,
 )
-from securefedcollm.study.server import Central, Outer, Server
+from securefedcollm.study.server import Central, Distillation, Keep, Outer, Server
 
 __all__ = [
     "BUILTIN_SUBJECT",
@@ -71,6 +70,7 @@ __all__ = [
     "Silos",
     "Study",
     "Task",
+    "Validation",
     "digest",
 ]
 
@@ -79,10 +79,12 @@ _LATER: Final[dict[tuple[str, ...], Any]] = {
     ("adapter", "virtual_tokens"): None,
     ("continue",): None,
     ("distillation", "change"): 0.5,
+    ("distillation", "order"): "together",
     ("distillation", "retain"): 0.0,
     ("distillation", "schedule"): "constant",
     ("distillation", "warmup"): 0.0,
     ("distillation", "weight_decay"): 0.0,
+    ("distillation", "weighting"): "none",
     ("keep",): None,
     ("local", "epochs"): None,
     ("local", "reply_slot"): None,
@@ -97,6 +99,7 @@ _LATER: Final[dict[tuple[str, ...], Any]] = {
     ("task", "columns"): {},
     ("task", "data", "part"): None,
     ("task", "template"): None,
+    ("validation",): None,
 }
 """Keys that were added to version 1 later, with their defaults."""
 
@@ -161,6 +164,13 @@ class Study(Section, frozen=True, dict=True):
             "models. `securefedcollm study continue RUN` writes it."
         ),
     ] = msgspec.field(default=None, name="continue")
+    validation: Annotated[
+        Validation | None,
+        says(
+            "A noised accuracy of every round's model on records that the silos set aside. If left "
+            "out, nobody but a silo itself learns how well the model does on private records."
+        ),
+    ] = None
     roster: Annotated[
         list[Participant],
         says("The participants and their keys.", needed="real roles take part (not simulate)"),
@@ -240,9 +250,14 @@ class Study(Section, frozen=True, dict=True):
         return central or self.models.llm is not None
 
     @property
+    def tuning_sums(self) -> int:
+        """Secure sums of tuning in a round: one, or one an optimiser step in joint DP-SGD."""
+        return self.local.steps if self.joint else 1
+
+    @property
     def sums(self) -> int:
-        """Secure sums in the whole run: one a round, or one an optimiser step in joint DP-SGD."""
-        return self.rounds * (self.local.steps if self.joint else 1)
+        """Secure sums in the whole run: those of tuning, and one a round for its validation."""
+        return self.rounds * (self.tuning_sums + (self.validation is not None))
 
     @property
     def subject(self) -> str | None:

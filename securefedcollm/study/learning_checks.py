@@ -292,6 +292,7 @@ def check_distillation(study: Study) -> None:
             where="distillation.change",
             hint="remove it, or choose loss: transfer",
         )
+    _check_turns(plan)
     if plan.top_k is not None and plan.over == "choices":
         raise ConfigError(
             "over: choices always keeps all choices of a question",
@@ -306,6 +307,28 @@ def check_distillation(study: Study) -> None:
         )
 
 
+def _check_turns(plan: Distillation) -> None:
+    """Who learns when, and what counts how much."""
+    if plan.order != "together" and plan.loss in {"transfer", "none"}:
+        raise ConfigError(
+            f"with loss: {plan.loss} no model learns from what the other one has learnt",
+            where="distillation.order",
+            hint="remove it, or choose loss: entropy-pooled",
+        )
+    if plan.weighting != "none" and plan.over != "choices":
+        raise ConfigError(
+            "only the choices of a question tell how sure a model is of its answer",
+            where="distillation.weighting",
+            hint="remove it, or choose over: choices",
+        )
+    if plan.weighting != "none" and plan.loss in {"transfer", "none"}:
+        raise ConfigError(
+            f"loss: {plan.loss} weighs all questions alike",
+            where="distillation.weighting",
+            hint="remove it, or choose loss: entropy-pooled, dual-min-ce or mutual-kl",
+        )
+
+
 def check_keep(study: Study) -> None:
     """By what rounds are compared."""
     keep, data = study.keep, study.task.data
@@ -317,6 +340,8 @@ def check_keep(study: Study) -> None:
             where="keep.best",
             hint="choose slm, or give models.llm",
         )
+    if keep.metric == "private":  # no public question is set aside
+        return
     if data.train is not None and keep.rows > data.public_labelled:
         raise ConfigError(
             f"{keep.rows} of {data.public_labelled} public questions with answers",

@@ -160,3 +160,28 @@ class Participant(Section, frozen=True):
     name: Annotated[Name, says("The organisation's name.")]
     role: Annotated[Literal["server", "silo", "authority"], says("Its part in the study.")]
     key: Annotated[Hex32, says("Its Ed25519 public key (hex), from `securefedcollm identity`.")]
+
+
+class Validation(Section, frozen=True):
+    """A noised accuracy on the silos' own records, after every round.
+
+    Every silo sets a part of its records aside for the whole study. They are never tuned on. After
+    the server's phase of a round the silos answer them with the round's model, and one more secure
+    sum opens two noised counts: right and wrong. What is set aside pays for these counts, what is
+    tuned on pays for the updates, and each stays within the study's ε.
+    """
+
+    share: Annotated[
+        Annotated[float, Meta(gt=0, le=0.5)],
+        says(
+            "Share of a silo's records, or subjects, that are set aside. Each is drawn by itself, "
+            "with a secret of the silo."
+        ),
+    ] = 0.1
+    noise_multiplier: Annotated[
+        Positive | None,
+        says(
+            "Noise on each count, in records (or subjects). Default: the least with which what is "
+            "set aside keeps the study's ε."
+        ),
+    ] = None

@@ -68,7 +68,7 @@ def _check_central(study: Study) -> None:
             where="server.central",
             hint="raise task.data.public_labelled, or remove it",
         )
-    if keep is not None and keep.rows >= data.public_labelled:
+    if keep is not None and keep.metric != "private" and keep.rows >= data.public_labelled:
         raise ConfigError(
             "all public rows with answers are kept apart, and none is left to tune on",
             where="keep.rows",

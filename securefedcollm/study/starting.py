@@ -9,9 +9,9 @@ from securefedcollm.study.learning import VIRTUAL, VIRTUAL_TOKENS
 
 Kind = Literal["multiple_choice", "classification", "instruction", "text"]
 Unit = Literal["record", "subject", "silo"]
-Method = Literal["ffa-lora", "rolora", "lora", "prompt", "prefix"]
+Method = Literal["ffa-lora", "rolora", "lora", "prompt", "prefix", "full"]
 
-_RATES: Final = {"prompt": (2e-2, 2e-2), "prefix": (1e-1, 2e-2)}
+_RATES: Final = {"prompt": (2e-2, 2e-2), "prefix": (1e-1, 2e-2), "full": (1e-3, 1e-5)}
 _LARGEST_BATCH: Final = 256
 _LARGEST_JOINT_BATCH: Final = 512
 
@@ -86,11 +86,13 @@ def starting_tree(chosen: Choices) -> dict[str, Any]:
 
 
 def _size(method: Method) -> dict[str, Any]:
+    if method == "full":
+        return {}
     return {"virtual_tokens": VIRTUAL_TOKENS} if method in VIRTUAL else {"rank": 8, "alpha": 16}
 
 
 def _rate(method: Method, own: bool) -> float:
-    """Virtual tokens take larger steps than matrices.
+    """Virtual tokens take larger steps than matrices, and whole models smaller ones.
 
     Of the built-in models: docs/results.md. Of others: what PEFT's own examples take, about.
     """

@@ -6,7 +6,8 @@ is linear in what is trained, so the mean of the silos' vectors *is* the mean of
 noise stays noise. ``rolora`` (Chen et al. 2024) trains B in even rounds and A in odd ones: exact
 within each round. ``lora`` trains both at once, as the FedCoLLM paper does; the mean of products is
 not the product of means, so its average carries a bias. ``prompt`` and ``prefix`` are virtual
-tokens (:mod:`.prompts`): the mean of prompts *is* the prompt of the mean.
+tokens (:mod:`.prompts`): the mean of prompts *is* the prompt of the mean. ``full`` is no adapter,
+but all weights (:mod:`.whole`): the vector is their difference from the base.
 """
 
 from __future__ import annotations
@@ -32,10 +33,17 @@ from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.foreign import printable, read_object
 from securefedcollm.primitives import sha256
 from securefedcollm.tuning.head import unwrapped
-from securefedcollm.tuning.layers import decoder_layers
+from securefedcollm.tuning.targets import check_targets, is_conv1d, layer_names, top_numbers
 from securefedcollm.tuning.virtual import KINDS, virtual_of
+from securefedcollm.tuning.whole import (
+    WholeModel,
+    add_difference,
+    difference,
+    is_whole,
+    load_weights,
+)
 
-Method = Literal["ffa-lora", "rolora", "lora", "prompt", "prefix"]
+Method = Literal["ffa-lora", "rolora", "lora", "prompt", "prefix", "full"]
 PROMPT: Final = "prompt_embeddings"
 """PEFT's name in a checkpoint of all that virtual tokens are."""
 Vector = npt.NDArray[np.float32]
@@ -92,15 +100,15 @@ def attach(
     from peft import LoraConfig, get_peft_model
 
     if not isinstance(targets, str):
-        _check_targets(model, targets)
+        check_targets(model, targets)
     training = model.training
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # a float α is fine: scaling = α / r
         lora_dropout=dropout,
-        target_modules=_targets(model, targets, top_layers),
-        layers_to_transform=_top(model, top_layers),
-        fan_in_fan_out=_is_conv1d(model),
+        target_modules=layer_names(model, targets, top_layers),
+        layers_to_transform=top_numbers(model, top_layers),
+        fan_in_fan_out=is_conv1d(model),
         task_type="CAUSAL_LM",
     )
     try:
@@ -126,6 +134,8 @@ def attach(
 
 def layout_of(model: nn.Module, method: Method, round_number: int = 0) -> AdapterLayout:
     """The layout of what ``method`` trains in round ``round_number`` (from 0)."""
+    if method == "full":
+        return full_layout(model)
     parts = {
         "ffa-lora": (".lora_B.",),
         "rolora": (".lora_B.",) if round_number % 2 == 0 else (".lora_A.",),
@@ -164,6 +174,8 @@ def select(model: nn.Module, layout: AdapterLayout) -> list[nn.Parameter]:
 def to_vector(model: nn.Module, layout: AdapterLayout) -> Vector:
     """The parameters of ``layout`` as one float32 [d]."""
     parameters = _checked(model, layout)
+    if isinstance(model, WholeModel):
+        return difference(model, layout.names)
     flat: Vector = torch.cat([p.detach().reshape(-1).float().cpu() for p in parameters]).numpy()
     return flat
 
@@ -181,6 +193,9 @@ def load_vector(model: nn.Module, layout: AdapterLayout, vector: npt.NDArray[Any
             where="adapter.layout",
             hint="every participant must run the same study with the same base model",
         )
+    if isinstance(model, WholeModel):
+        add_difference(model, layout.names, vector)
+        return
     values = torch.from_numpy(np.array(vector, dtype=np.float32))
     at = 0
     for parameter in parameters:
@@ -221,10 +236,15 @@ def save_adapter(model: Any, directory: Path, beside: Mapping[str, bytes] | None
 def load_adapter(model: nn.Module, directory: Path) -> Any:
     """The ``PeftModel`` of a base ``model`` and an adapter that :func:`save_adapter` wrote.
 
+    Of a whole model that was tuned (``full``) it is ``model`` itself, with those weights.
+
     Raises:
         ConfigError: the directory holds no safetensors adapter, or one of another model.
     """
     from peft import PeftModel
+
+    if is_whole(directory):
+        return load_weights(model, directory)
 
     try:
         there = (directory / "adapter_model.safetensors").is_file()
@@ -321,6 +341,8 @@ def merged(model: nn.Module, directory: Path) -> Any:
             hint="merge in float32; the result can be loaded as bfloat16",
         )
     adapted = load_adapter(model, directory)
+    if adapted is model:  # a whole model: there is nothing to add up
+        return adapted.eval()
     if virtual_of(adapted) is not None:
         raise ConfigError(
             "virtual tokens stand before every input, and no weight of the model can hold them",
@@ -345,8 +367,10 @@ def quiet_peft() -> Iterator[None]:
 def _adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """LoRA matrices by PEFT's checkpoint name (``default`` left out), sorted: A before B.
 
-    Or the virtual tokens, which are one matrix.
+    Or the virtual tokens, which are one matrix; or all weights, by their own names.
     """
+    if isinstance(model, WholeModel):
+        return iter(model.weights())
     virtual = virtual_of(model)
     if virtual is not None:
         return iter([(PROMPT, virtual.weight)])
@@ -381,59 +405,3 @@ def shared_uniform(domain: bytes, name: str, shape: Sequence[int], bound: float)
     words = np.random.Philox(key=key).random_raw(math.prod(shape))
     unit = (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1)
     return (unit * np.float32(bound)).reshape(tuple(shape))
-
-
-def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    """Each name must be that of a linear layer, or the end of one's: PEFT trains what it finds."""
-    modules = {name: m for name, m in unwrapped(model).named_modules() if name}
-    linear = [name for name, module in modules.items() if _is_linear(module)]
-    known = ", ".join(sorted({name.rpartition(".")[2] for name in linear})[:20])
-    for target in targets:
-        fits = [n for n in modules if n == target or n.endswith(f".{target}")]
-        others = [name for name in fits if not _is_linear(modules[name])]
-        if others or not fits:
-            what = f"is {type(modules[others[0]]).__name__}" if others else "fits no module"
-            raise ConfigError(
-                f"{printable(target)} {what}: only linear layers can be adapted",
-                where="adapter.targets",
-                hint=f"linear layers of this model: {known}",
-            )
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def _targets(
-    model: nn.Module, targets: str | Sequence[str], top_layers: int | None
-) -> str | list[str]:
-    """PEFT takes "all-linear" or a choice of layers, not both: spell the names out for it."""
-    if not isinstance(targets, str):
-        return list(targets)
-    if top_layers is None:
-        return targets
-    return sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in decoder_layers(unwrapped(model))[0].named_modules()
-            if _is_linear(module)
-        }
-    )
-
-
-def _top(model: nn.Module, top_layers: int | None) -> list[int] | None:
-    if top_layers is None:
-        return None
-    depth = int(unwrapped(model).config.num_hidden_layers)
-    if top_layers > depth:
-        raise ConfigError(
-            f"{top_layers} layers asked for, the model has {depth}",
-            where="adapter.top_layers",
-            hint=f"use at most {depth}",
-        )
-    return list(range(depth - top_layers, depth))
-
-
-def _is_conv1d(model: nn.Module) -> bool:
-    """GPT-2 stores its linear layers transposed."""
-    return any(type(module).__name__ == "Conv1D" for module in model.modules())

@@ -35,78 +35,88 @@ class ChoiceObjective:
     """
 
     def __init__(
-        self, models: Sequence[nn.Module], data: Sequence[EncodedQuestions], loss: DistilLossPlan
+        self,
+        models: Sequence[nn.Module],
+        data: Sequence[EncodedQuestions],
+        loss: DistilLossPlan,
+        learns: tuple[bool, bool] = (True, True),
     ) -> None:
-        self._models, self._data, self._loss = models, data, loss
-        self._targets = _frozen_targets(models, data, loss)
-        self._earlier = _without_adapters(models, data, loss) if loss.retain else []
+        """``learns``: which models do; the other one is only asked, and its term is 0."""
+        self._models, self._data, self._loss, self._learns = models, data, loss, learns
+        self._targets: Tensor | None = None
+        self._weights: list[Tensor | None] = [None, None]
+        self._earlier = self._before() if loss.retain else []
+        if loss.freezes or (loss.weighting == "paced" and loss.kind != "none"):
+            self._freeze()
+
+    def _freeze(self) -> None:
+        """The targets T of every question, [N, C], and how much it counts, [N], from both models
+        as they are now."""
+        loss, answers = self._loss, self._data[0].answers
+        llm, slm = says = [self._says(which) for which in (0, 1)]
+        if loss.kind == "entropy-pooled" or loss.kind == "dual-min-ce":
+            self._targets = teacher_of(loss.kind, llm, slm, answers, loss.sharpness)
+        if loss.weighting == "paced":
+            for own in (0, 1):
+                teacher = says[1 - own] if self._targets is None else self._targets
+                self._weights[own] = paced(says[own], teacher, answers)
+
+    def _before(self) -> list[Tensor]:
+        """What each model says of every question, [N, C], without its adapter."""
+        found = []
+        for which, model in enumerate(self._models):
+            with without_adapter(model):
+                found.append(self._says(which))
+        return found
+
+    def _says(self, which: int) -> Tensor:
+        """What one model says of every question now, at τ: [N, C]."""
+        return predict(
+            self._models[which],
+            self._data[which],
+            scoring=self._loss.scorings[which],
+            temperature=self._loss.temperature,
+            batch_size=max(64, self._loss.micro_batch),
+        )
 
     def terms(self, batch: Tensor, part: Tensor) -> list[Tensor]:
         """(LLM, SLM) loss of the questions ``part``, their share of the mean over ``batch``."""
         loss = self._loss
         labels = max(1, int((self._data[0].answers[batch] >= 0).sum()))
         asked = [data.select(part) for data in self._data]
-        scores = [
-            choice_scores(model, questions, scoring)
-            for model, questions, scoring in zip(self._models, asked, loss.scorings, strict=True)
-        ]
         terms = []
-        others = reversed(scores)
-        for i, (own, questions, other) in enumerate(zip(scores, asked, others, strict=True)):
+        scores = [self._scores(which, asked[which]) for which in (0, 1)]
+        for which, (questions, weights) in enumerate(zip(asked, self._weights, strict=True)):
+            own, other = scores[which], scores[1 - which]
+            if own is None or not self._learns[which]:
+                terms.append(torch.zeros(()))
+                continue
             term = supervised_loss(own, questions.answers.to(own.device)) / labels
             if self._targets is not None:
                 teacher: Tensor | None = self._targets[part].to(own.device)
             elif loss.kind == "mutual-kl":
+                assert other is not None
                 teacher = F.softmax(other.detach().to(own.device) / loss.temperature, dim=-1)
             else:
                 teacher = None
             if teacher is not None:
-                apart = divergence(teacher, own, loss.temperature, loss.direction)
+                count = None if weights is None else weights[part].to(own.device)
+                apart = divergence(teacher, own, loss.temperature, loss.direction, count)
                 term = term + loss.weight * apart / len(batch)
             if self._earlier:
-                known = self._earlier[i][part].to(own.device)
+                known = self._earlier[which][part].to(own.device)
                 forgot = divergence(known, own, loss.temperature, "forward")
                 term = term + loss.retain * forgot / len(batch)
             terms.append(term)
         return terms
 
-
-def _frozen_targets(
-    models: Sequence[nn.Module], data: Sequence[EncodedQuestions], loss: DistilLossPlan
-) -> Tensor | None:
-    """T of every question, [N, C], from both models as they are now; None if ``loss`` has none."""
-    if loss.kind != "entropy-pooled" and loss.kind != "dual-min-ce":
-        return None
-    llm, slm = (
-        predict(
-            model,
-            questions,
-            scoring=scoring,
-            temperature=loss.temperature,
-            batch_size=max(64, loss.micro_batch),
-        )
-        for model, questions, scoring in zip(models, data, loss.scorings, strict=True)
-    )
-    return teacher_of(loss.kind, llm, slm, data[0].answers, loss.sharpness)
-
-
-def _without_adapters(
-    models: Sequence[nn.Module], data: Sequence[EncodedQuestions], loss: DistilLossPlan
-) -> list[Tensor]:
-    """What each model says of every question, [N, C], before anything was tuned on top of it."""
-    found = []
-    for model, questions, scoring in zip(models, data, loss.scorings, strict=True):
-        with without_adapter(model):
-            found.append(
-                predict(
-                    model,
-                    questions,
-                    scoring=scoring,
-                    temperature=loss.temperature,
-                    batch_size=max(64, loss.micro_batch),
-                )
-            )
-    return found
+    def _scores(self, which: int, asked: EncodedQuestions) -> Tensor | None:
+        """Of the choices, by one model; None if nobody needs them."""
+        learns = self._learns[which]
+        if not learns and self._loss.kind != "mutual-kl":
+            return None
+        with torch.set_grad_enabled(learns):
+            return choice_scores(self._models[which], asked, self._loss.scorings[which])
 
 
 def predict(
@@ -167,18 +177,45 @@ def better_teacher(llm: Tensor, slm: Tensor, answers: Tensor) -> Tensor:
     return torch.where((worse[0] <= worse[1])[:, None], llm, slm)
 
 
+def paced(own: Tensor, teacher: Tensor, answers: Tensor) -> Tensor:
+    """How much every question counts for a model: p(1 - p), with mean 1 (PACED, arXiv 2603.11178).
+
+    p is the probability that the model gives to the right choice, or, where it is not known, to the
+    teacher's first choice. What a model is sure of, rightly or wrongly, teaches it little.
+
+    Args:
+        own, teacher: probabilities [N, C].
+        answers: int64 [N], -1 where there is none.
+
+    Returns:
+        [N]; ones if every question would count nothing.
+    """
+    first = torch.where(answers >= 0, answers, teacher.argmax(-1))
+    p = own.gather(1, first[:, None])[:, 0]
+    weights = p * (1 - p)
+    mean = weights.mean()
+    return weights / mean if bool(mean > 0) else torch.ones_like(weights)
+
+
 def supervised_loss(scores: Tensor, answers: Tensor) -> Tensor:
     """Cross-entropy over the choices, summed over the labelled rows: a scalar."""
     return F.cross_entropy(scores, answers, ignore_index=-1, reduction="sum")
 
 
-def divergence(teacher: Tensor, scores: Tensor, temperature: float, direction: Direction) -> Tensor:
+def divergence(
+    teacher: Tensor,
+    scores: Tensor,
+    temperature: float,
+    direction: Direction,
+    weights: Tensor | None = None,
+) -> Tensor:
     """τ² times a divergence of q = softmax(scores / τ) from ``teacher``, summed over the rows.
 
     Args:
         teacher: probabilities [B, C], constant.
         scores: own choice scores [B, C]; ``-inf`` marks a choice that does not exist.
         direction: ``forward`` KL(teacher‖q), ``reverse`` KL(q‖teacher), ``js`` Jensen–Shannon.
+        weights: of the rows, [B]; None if all weigh 1.
     """
     # A missing choice has probability 0 on both sides; a finite log keeps 0·log 0 = 0, also in the
     # gradient, and the floor bounds the reverse divergence where the teacher underflows.
@@ -186,13 +223,14 @@ def divergence(teacher: Tensor, scores: Tensor, temperature: float, direction: D
     log_teacher = teacher.log().clamp_min(_LOG_FLOOR)
     if direction == "js":
         log_mean = torch.logaddexp(log_q, log_teacher) - math.log(2.0)
-        apart = (_kl(log_teacher, log_mean) + _kl(log_q, log_mean)) / 2
+        apart = (_kl(log_teacher, log_mean, weights) + _kl(log_q, log_mean, weights)) / 2
     elif direction == "reverse":
-        apart = _kl(log_q, log_teacher)
+        apart = _kl(log_q, log_teacher, weights)
     else:
-        apart = _kl(log_teacher, log_q)
+        apart = _kl(log_teacher, log_q, weights)
     return apart * temperature**2
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum()
+def _kl(log_p: Tensor, log_q: Tensor, weights: Tensor | None) -> Tensor:
+    apart = log_p.exp() * (log_p - log_q)
+    return apart.sum() if weights is None else (apart.sum(-1) * weights).sum()

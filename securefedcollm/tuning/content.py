@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
+import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from securefedcollm.foreign import decode_json, printable
+from securefedcollm.tuning.fields import BadField, Row
+
+WORDS: Final = ("prompt", "question", "text", "instruction", "input", "response")
+"""Columns that some task reads words from, besides ``choices`` and ``messages``."""
+_TIME: Final = r"[0-9]{1,2}:[0-9]{2}(?::[0-9]{2}(?:[.,][0-9]+)?)?(?: ?(?:Z|UTC|[-+][0-9:]{2,6}))?"
+_SCALAR: Final = re.compile(
+    r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:e[-+]?[0-9]+)?|[-+]?inf(?:inity)?"
+    rf"|nan|nat|none|null|<na>|true|false|[0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}}(?:[T ]{_TIME})?|{_TIME}",
+    re.IGNORECASE,
+)
+"""What a program writes for a value that is no text."""
+_BRACKETS: Final = frozenset({("[", "]"), ("{", "}")})
+_SPELT: Final = re.compile(r"""[\[{] ?["'\[{\]}0-9tfnTFN-]""")
+_MOST_SPELT: Final = 1 << 20
 
 
 def folded(text: str) -> str:
@@ -30,3 +49,84 @@ def row_digest(texts: Iterable[str]) -> bytes:
     if not said:
         return b""
     return hashlib.sha256(b"securefedcollm/record-row/v1\0" + json.dumps(said).encode()).digest()
+
+
+def content_of(row: Row) -> bytes:
+    """SHA-256 of a row's own words: of every column that some task reads words from.
+
+    It is the same whatever the study makes of the row: blind to the task's kind, to labels and
+    answers, to columns that no task reads, to the names of columns, to white space and Unicode
+    form, and to the order of choices. So a label that was mended, a column of numbers or a subject
+    that was added, and a study of another kind leave a record the record that it was.
+
+    Args:
+        row: under our names of the columns.
+    """
+    said = (turn.get("content") for turn in _listed(row.get("messages")) if isinstance(turn, dict))
+    words = [*(row.get(name) for name in WORDS), *said]
+    return content_digest(
+        [folded(text) for text in words if isinstance(text, str)],
+        [choice for choice in _listed(row.get("choices")) if isinstance(choice, str)],
+    )
+
+
+def whole_row(row: Row) -> bytes:
+    """SHA-256 of all text in a row, whatever a study reads of it and calls it; empty of none.
+
+    Numbers, truth values and dates have no part in it, because a CSV file makes texts of them. Nor
+    have the names of columns and of the fields of a mapping.
+
+    Args:
+        row: all of it, under the file's names of the columns.
+
+    Raises:
+        BadField: a cell holds a list that is too long to be taken apart.
+    """
+    return row_digest(text for name, value in row.items() for text in _texts(value, name))
+
+
+def _texts(value: object, name: str) -> Iterator[str]:
+    if isinstance(value, str):
+        text = folded(value)
+        inner = _written_out(text, name)  # a CSV cell may hold a list or mapping
+        if inner is not None:
+            yield from _texts(inner, name)
+        elif not _SCALAR.fullmatch(text):
+            yield text
+    elif isinstance(value, dict):
+        yield from _texts(list(value.values()), name)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _texts(one, name)
+
+
+def _written_out(text: str, name: str) -> list[object] | dict[str, object] | None:
+    """The list or mapping that a text spells, as JSON or as Python prints it.
+
+    Adversary: a file of some kilobytes whose cells are lists of millions of numbers.
+    """
+    if (text[:1], text[-1:]) not in _BRACKETS or not _SPELT.match(text):
+        return None
+    if len(text) > _MOST_SPELT:
+        raise BadField(
+            printable(name, 60),
+            f"holds a list of over {_MOST_SPELT >> 20} MiB in one cell",
+            "write the file as JSON Lines",
+        )
+    for read in (decode_json, ast.literal_eval):
+        try:
+            found = read(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+        if isinstance(found, list | dict):
+            return found
+    return None
+
+
+def _listed(value: object) -> list[object]:
+    if isinstance(value, str):  # a CSV cell
+        try:
+            value = decode_json(value) if len(value) <= _MOST_SPELT else [value]
+        except ValueError:
+            value = [value]
+    return value if isinstance(value, list) else []

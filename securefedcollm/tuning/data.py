@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Final, Unpack
 
 from securefedcollm.errors import DataError
-from securefedcollm.tuning.formats import BadField, Format, Layout, format_of, row_of
+from securefedcollm.tuning.fields import BadField
+from securefedcollm.tuning.formats import Format, Layout, format_of, row_of
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.reading import Found, questions_of
 from securefedcollm.tuning.tokenise import Kind

@@ -22,6 +22,10 @@ different tokenizers; over tokens they are then compared span by span
     Cross-entropy on the labelled prompts alone, each model by itself: the control that shows what
     the public labels do without any distillation.
 
+Both learn together, from what both said when the phase began; or one learns first, and then the
+other one learns from what the first has become (labels to the strong teacher first: arXiv
+2605.12483). A model that does not learn is only asked.
+
 Over choices, each of the first three and ``none`` may have a further teacher (``retain``): the same
 model without its adapter. In a study that continues earlier runs that is the earlier model.
 
@@ -35,7 +39,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +47,7 @@ from torch import Tensor, nn
 from securefedcollm.errors import ConfigError, TrainingError
 from securefedcollm.tuning.adapters import AdapterLayout, select
 from securefedcollm.tuning.choice_distil import ChoiceObjective
-from securefedcollm.tuning.plans import DistilLossPlan, DistilPlan
+from securefedcollm.tuning.plans import DistilLossPlan, DistilPlan, Turns
 from securefedcollm.tuning.questions import EncodedQuestions, shuffled_batches, sorted_by_length
 from securefedcollm.tuning.recipe import Progress, make_optimizer, silent, training_mode
 from securefedcollm.tuning.spans import SpanObjective
@@ -57,11 +61,11 @@ Pair = tuple[nn.Module, nn.Module]
 
 @dataclass(frozen=True)
 class DistilStep:
-    """Metrics of one server step; the data are public."""
+    """Metrics of one server step; the data are public. None for a model that did not learn."""
 
     step: int
-    loss_llm: float
-    loss_slm: float
+    loss_llm: float | None
+    loss_slm: float | None
 
 
 class Objective(Protocol):
@@ -96,34 +100,66 @@ def distil(
         ConfigError: nothing to learn from, or the two encodings differ in their questions.
         TrainingError: a loss became NaN or infinite.
     """
-    labelled, unlabelled = _rows(*data, use_unlabelled=plan.loss.kind != "none")
-    rates = (plan.learning_rate_llm, plan.learning_rate_slm)
-    optimizers = [
-        make_optimizer("adam", select(model, layout), rate, plan.pace.weight_decay)
-        for model, layout, rate in zip(models, layouts, rates, strict=True)
-    ]
-    generator = torch.Generator().manual_seed(seed)
-    batches = _mixed_batches(
-        labelled, unlabelled, plan.batch_labelled, plan.batch_unlabelled, generator
-    )
-    progress(0, plan.steps, "distillation")  # what both models say takes its time too
-    objective = _objective(models, data, plan.loss, vocabularies)
-    with training_mode(*models, seed=seed):
-        for step in range(plan.steps):
-            batch = next(batches)
-            parts = torch.split(sorted_by_length(data[0], batch), plan.loss.micro_batch)
-            losses = _backward(objective, batch, parts)
-            if not all(map(math.isfinite, losses)):
-                raise TrainingError(
-                    f"a distillation loss of step {step} is not finite",
-                    hint="lower distillation.learning_rate_llm and learning_rate_slm",
-                )
-            for optimizer, rate in zip(optimizers, rates, strict=True):
-                plan.pace.set(optimizer, rate, step)
-                optimizer.step()
-                optimizer.zero_grad()
-            on_step(DistilStep(step, *losses))
-            progress(step + 1, plan.steps, "distillation")
+    rows = _rows(*data, use_unlabelled=plan.loss.kind != "none")
+    turns = _TURNS[plan.order]
+    total = plan.steps * len(turns)
+    for number, learns in enumerate(turns):
+        first = number * plan.steps
+        progress(first, total, "distillation")  # what both models say takes its time too
+        batches = _mixed_batches(*rows, plan, torch.Generator().manual_seed(seed))
+        objective = _objective(models, data, plan.loss, vocabularies, learns)
+        pupils = _Pupils(models, layouts, plan, learns)
+        with training_mode(*pupils.models, seed=seed):
+            for step in range(plan.steps):
+                batch = next(batches)
+                parts = torch.split(sorted_by_length(data[0], batch), plan.loss.micro_batch)
+                losses = _backward(objective, batch, parts)
+                if not all(map(math.isfinite, losses)):
+                    raise TrainingError(
+                        f"a distillation loss of step {first + step} is not finite",
+                        hint="lower distillation.learning_rate_llm and learning_rate_slm",
+                    )
+                pupils.step(step)
+                llm, slm = (loss if own else None for loss, own in zip(losses, learns, strict=True))
+                on_step(DistilStep(first + step, llm, slm))
+                progress(first + step + 1, total, "distillation")
+
+
+Learns = tuple[bool, bool]
+"""Whether the LLM, and whether the SLM, learns."""
+
+_TURNS: Final[dict[Turns, tuple[Learns, ...]]] = {
+    "together": ((True, True),),
+    "llm-first": ((True, False), (False, True)),
+    "slm-first": ((False, True), (True, False)),
+}
+
+
+class _Pupils:
+    """The models that learn in a turn, each with an optimiser of its own."""
+
+    def __init__(
+        self,
+        models: Pair,
+        layouts: tuple[AdapterLayout, AdapterLayout],
+        plan: DistilPlan,
+        learns: Learns,
+    ) -> None:
+        rates = (plan.learning_rate_llm, plan.learning_rate_slm)
+        self.models = [model for model, own in zip(models, learns, strict=True) if own]
+        self._pace = plan.pace
+        self._optimizers = [
+            (make_optimizer("adam", select(model, layout), rate, plan.pace.weight_decay), rate)
+            for model, layout, rate, own in zip(models, layouts, rates, learns, strict=True)
+            if own
+        ]
+
+    def step(self, number: int) -> None:
+        """By the gradients that were added up, which then are none."""
+        for optimizer, rate in self._optimizers:
+            self._pace.set(optimizer, rate, number)
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def _objective(
@@ -131,6 +167,7 @@ def _objective(
     data: tuple[EncodedQuestions, EncodedQuestions],
     loss: DistilLossPlan,
     vocabularies: tuple[Vocabulary, Vocabulary] | None,
+    learns: Learns,
 ) -> Objective:
     """The loss over choices, over tokens, or over the spans of two tokenizers.
 
@@ -139,16 +176,16 @@ def _objective(
     if loss.kind == "transfer":
         return TransferObjective(models, data, loss)
     if loss.over == "choices":
-        return ChoiceObjective(models, data, loss)
+        return ChoiceObjective(models, data, loss, learns)
     if vocabularies is None or vocabularies[0] == vocabularies[1]:
-        return TokenObjective(models, data, loss)
+        return TokenObjective(models, data, loss, learns)
     if loss.top_k is not None:
         raise ConfigError(
             "the two models have different tokenizers; their targets are not shortened",
             where="distillation.top_k",
             hint="remove it",
         )
-    return SpanObjective(models, data, vocabularies, loss)
+    return SpanObjective(models, data, vocabularies, loss, learns)
 
 
 def _backward(objective: Objective, batch: Tensor, parts: Sequence[Tensor]) -> tuple[float, float]:
@@ -186,12 +223,12 @@ def _rows(
 
 
 def _mixed_batches(
-    labelled: Tensor, unlabelled: Tensor, n_labelled: int, n_unlabelled: int, g: torch.Generator
+    labelled: Tensor, unlabelled: Tensor, plan: DistilPlan, g: torch.Generator
 ) -> Iterator[Tensor]:
     """Endless batches with so many labelled and so many unlabelled rows."""
     streams = [
         (rows, shuffled_batches(len(rows), count, g))
-        for rows, count in ((labelled, n_labelled), (unlabelled, n_unlabelled))
+        for rows, count in ((labelled, plan.batch_labelled), (unlabelled, plan.batch_unlabelled))
         if len(rows) and count
     ]
     if not streams:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from securefedcollm.tuning.head import device_of, unwrapped
 from securefedcollm.tuning.independence import bits, proved
+from securefedcollm.tuning.kept_states import KeptStates, keys_of, lengths, states_kept
 from securefedcollm.tuning.layers import passed_over
 from securefedcollm.tuning.packing import ANY_LENGTH, row_limit
 from securefedcollm.tuning.passes import Widths, one_thread_if, passes, shapes_of, widths_for
@@ -27,7 +28,7 @@ from securefedcollm.tuning.questions import (
     encode,
     last_hidden,
 )
-from securefedcollm.tuning.recipe import inference_mode
+from securefedcollm.tuning.recipe import Progress, inference_mode, silent
 
 PMI_PROMPT = "Answer:"
 """The content-free prompt whose log-likelihood of a choice the pmi scores subtract."""
@@ -61,7 +62,13 @@ def with_prior(
 
 
 def with_prefix(
-    model: nn.Module, encoded: EncodedQuestions, layers: int, private: int | None = None
+    model: nn.Module,
+    encoded: EncodedQuestions,
+    layers: int,
+    private: int | None = None,
+    *,
+    public: bytes | None = None,
+    progress: Progress = silent,
 ) -> EncodedQuestions:
     """``encoded`` with the hidden states after the first ``layers`` decoder layers filled in.
 
@@ -72,6 +79,8 @@ def with_prefix(
 
     Args:
         private: where the questions are private records, how many are in memory at a time.
+        public: where they are public texts, the digest of the base: their states may be kept on
+            disk (:func:`.kept_states.keeping_states`).
     """
     causal = unwrapped(model)
     config = causal.config
@@ -84,10 +93,40 @@ def with_prefix(
     def below(batch: EncodedQuestions) -> Tensor:
         return _prefix_states(causal, batch, layers)[:, :width].cpu()
 
+    kept = states_kept() if public is not None and private is None else None
+    keys: list[str] = []
+    left = torch.arange(len(encoded))
+    if kept is not None and public is not None:
+        keys = keys_of(encoded, public, layers, states.dtype, device_of(causal))
+        left = _read(kept, keys, encoded, states)
+    done = len(encoded) - len(left)
+    data = encoded if not done else encoded.select(left)
+    what = f"states below layer {layers}"
     with inference_mode(model):
-        for rows, found in _each(model, encoded, below, private, f"states below layer {layers}"):
-            states[rows, : found.shape[1]] = found
+        for rows, found in _each(model, data, below, private, what) if len(left) else ():
+            states[left[rows], : found.shape[1]] = found
+            if kept is not None:
+                for row, length in zip(
+                    left[rows].tolist(), lengths(data.select(rows)), strict=True
+                ):
+                    kept.write(keys[row], states[row, :length])
+            done += len(rows)
+            progress(done, len(encoded), "reading public texts")
     return replace(encoded, prefix=states, prefix_layers=layers)
+
+
+def _read(
+    kept: KeptStates, keys: Sequence[str], encoded: EncodedQuestions, states: Tensor
+) -> Tensor:
+    """Fill in what is on disk; returns the rows that are not, int64."""
+    missing = []
+    for row, (key, length) in enumerate(zip(keys, lengths(encoded), strict=True)):
+        found = kept.read(key, (length, states.shape[2]), states.dtype)
+        if found is None:
+            missing.append(row)
+        else:
+            states[row, :length] = found
+    return torch.tensor(missing, dtype=torch.int64)
 
 
 def _prefix_states(causal: Any, batch: EncodedQuestions, layers: int) -> Tensor:

@@ -22,7 +22,8 @@ Logits = Callable[[Tensor], Tensor]
 
 
 def unwrapped(model: Any) -> Any:
-    """The transformers model inside a PeftModel (its LoRA layers stay active), or ``model``."""
+    """The transformers model inside a PeftModel (its LoRA layers stay active) or a WholeModel, or
+    ``model``."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

@@ -28,9 +28,10 @@ from securefedcollm.tuning.adapters import (
     to_vector,
 )
 from securefedcollm.tuning.independence import bits, made_up, made_up_adapter, proved
-from securefedcollm.tuning.passes import Indices, Shape, Widths, shapes_of, widths_for
+from securefedcollm.tuning.passes import APART, Indices, Shape, Widths, shapes_of, widths_for
 from securefedcollm.tuning.per_record import (
     Records,
+    WholeRecords,
     layer_name,
     per_record_gradients,
     question_losses,
@@ -46,6 +47,7 @@ from securefedcollm.tuning.recipe import (
     silent,
     training_mode,
 )
+from securefedcollm.tuning.whole import WholeModel
 
 _DIVERGED = "lower local.learning_rate, or use a float32 model"
 
@@ -201,7 +203,8 @@ def train_dp(
         for step in range(plan.steps):
             sum_clipped(total, records, noise.poisson_batch(units, rate))
             noised = noise.add_gaussian(total.integers, sigma)
-            _set_gradient(parameters, noised / plan.batch_size)
+            noised /= plan.batch_size
+            _set_gradient(parameters, noised)
             plan.pace.set(descend, plan.learning_rate, step)
             descend.step()
             descend.zero_grad()
@@ -259,8 +262,10 @@ def records_of(
     Args:
         members: the records of every unit; None: each record is one.
     """
-    parameters = select(model, layout)
-    among = partial(Records, model, parameters, loss=loss.kind, scoring=loss.scoring)
+    parameters, whole = select(model, layout), isinstance(model, WholeModel)
+    among = partial(
+        WholeRecords if whole else Records, model, parameters, loss=loss.kind, scoring=loss.scoring
+    )
 
     def compute(questions: EncodedQuestions, widths: Widths) -> list[bytes]:
         found: dict[int, bytes] = {}
@@ -269,7 +274,7 @@ def records_of(
             found |= zip(rows.tolist(), bits(*gradients), strict=True)
         return [found[row] for row in range(len(questions))]
 
-    widths = widths_for(model, loss.micro_batch)
+    widths = APART if whole else widths_for(model, loss.micro_batch)
     with evaluation_mode(model):
         widths = proved(
             model,
@@ -284,11 +289,14 @@ def records_of(
 def check_records(model: nn.Module, loss: LossPlan) -> None:
     """Refuse a model on which records have no gradients of their own, before any is touched.
 
-    Two made-up records: what one pass says of each must be what a pass of its own says.
+    Two made-up records: what one pass says of each must be what a pass of its own says. Where all
+    weights are tuned, no two records share a pass.
 
     Raises:
         ConfigError: names the layer.
     """
+    if isinstance(model, WholeModel):
+        return
     layout = full_layout(model)
     parameters = select(model, layout)
     data = made_up(model, Shape(8, 2), [0, 2])
@@ -381,9 +389,8 @@ def members_of(records: int, subjects: Sequence[str] | None) -> list[Indices] | 
 
 
 def _set_gradient(parameters: list[nn.Parameter], gradient: npt.NDArray[np.float64]) -> None:
-    values = torch.from_numpy(gradient.astype(np.float32))
     at = 0
     for parameter in parameters:
-        part = values[at : at + parameter.numel()].view(parameter.shape)
-        parameter.grad = part.clone().to(parameter.device)
+        part = gradient[at : at + parameter.numel()].astype(np.float32)
+        parameter.grad = torch.from_numpy(part).view(parameter.shape).to(parameter.device)
         at += parameter.numel()

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -97,6 +97,10 @@ class Widths(NamedTuple):
         return self.alone is None or shape in self.alone
 
 
+APART: Final = Widths(tokens=1, most=1, alone=None)
+"""Every record by itself, and one in memory at a time."""
+
+
 def widths_for(model: Any, most: int) -> Widths:
     """Widths that waste little on this model: public facts only, its size, kind and device.
 
@@ -104,7 +108,7 @@ def widths_for(model: Any, most: int) -> Widths:
     dummies. A decoder layer of a few million weights has work enough in one record.
     """
     if routed(model):
-        return Widths(tokens=1, most=1, alone=None)
+        return APART
     worth = _WORTH_CPU if device_of(model).type == "cpu" else _WORTH_ELSEWHERE
     try:
         layer: nn.Module = decoder_layers(unwrapped(model))[-1]

@@ -168,7 +168,8 @@ class Records:
     """A silo's encoded records, and the gradients of any of them at the model as it stands.
 
     Args:
-        parameters: what is trained, in layout order; linear weights, or the virtual tokens.
+        parameters: what is trained, in layout order; linear weights, or the virtual tokens. All
+            weights are for :class:`WholeRecords`.
         widths: of the fixed passes.
         members: the records of every privacy unit; by default each record is one.
 
@@ -256,9 +257,9 @@ class Records:
         """Units whose sums are in memory at a time: which ones changes no sum."""
         assert self._members is not None
         block: list[int] = []
-        size = 0
+        size, room = 0, 2 * self._widths.most if self._widths.most > 1 else 1
         for unit in units.tolist():
-            if block and size + len(self._members[unit]) > 2 * self._widths.most:
+            if block and size + len(self._members[unit]) > room:
                 yield block
                 block, size = [], 0
             block.append(unit)
@@ -276,6 +277,23 @@ class Records:
                     for row, values in zip(rows.tolist(), _flat(gradient), strict=True):
                         total[owner[row]] += values
         return sums
+
+
+class WholeRecords(Records):
+    """The same where all weights are tuned: a gradient is as large as the model.
+
+    Every record has a pass, and an output layer, of its own (``widths.alone`` is None). The
+    gradient of that pass is the record's, so no rule for a kind of layer is needed. Where two
+    layers share a weight it is their sum.
+    """
+
+    def of_records(self, rows: Indices) -> Iterator[tuple[Indices, list[Tensor]]]:
+        place = device_of(unwrapped(self._model))
+        for one in passes(self._data, self._shapes, rows, self._widths):
+            losses = question_losses(self._model, one.batch.to(place), self._loss, self._scoring)
+            # A weight that this record does not reach, such as an expert's, has a gradient of 0.
+            found = torch.autograd.grad(losses.sum(), self._parameters, materialize_grads=True)
+            yield one.rows, [gradient[None] for gradient in found]
 
 
 def _flat(gradient: Tensor) -> npt.NDArray[np.float64]:

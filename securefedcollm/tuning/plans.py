@@ -15,6 +15,10 @@ from securefedcollm.tuning.token_loss import Direction
 
 Loss = Literal["answer", "choices"]
 DistillationLoss = Literal["entropy-pooled", "dual-min-ce", "mutual-kl", "transfer", "none"]
+Turns = Literal["together", "llm-first", "slm-first"]
+"""Who learns when in the server's phase."""
+Weighting = Literal["none", "paced"]
+"""How much a prompt counts in the distillation term."""
 Over = Literal["answer", "all"]
 """The tokens at which predictions over the vocabulary are compared."""
 
@@ -92,6 +96,8 @@ class DistilLossPlan:
         sharpness: s of the pooling weight.
         change: of ``transfer``: α, the part of the change of predictions; the rest is for them
             themselves.
+        weighting: over choices: ``paced`` lets a prompt count the more, the less the model that
+            learns is decided about it (:func:`securefedcollm.tuning.choice_distil.paced`).
         retain: over choices: the factor of the divergence from what each model says without its
             adapter.
         scoring: the scores of the choices.
@@ -107,6 +113,7 @@ class DistilLossPlan:
     direction: Direction = "forward"
     sharpness: float = 3.0
     change: float = 0.5
+    weighting: Weighting = "none"
     retain: float = 0.0
     scoring: Scoring = PLAIN
     scoring_llm: Scoring | None = None
@@ -129,6 +136,8 @@ class DistilPlan:
 
     Attributes:
         steps: of either model.
+        order: both models learn ``together``; or one after the other, and the second one learns
+            from what the first one has become.
         batch_labelled, batch_unlabelled: public questions of a step with and without an answer.
         learning_rate_llm, learning_rate_slm: before ``pace``.
         loss: what a step minimises.
@@ -140,5 +149,6 @@ class DistilPlan:
     batch_unlabelled: int
     learning_rate_llm: float
     learning_rate_slm: float
+    order: Turns = "together"
     loss: DistilLossPlan = field(default_factory=DistilLossPlan)
     pace: Pace = STEADY

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from securefedcollm.errors import DataError
-from securefedcollm.tuning.formats import BadField, Format, Row
+from securefedcollm.tuning.fields import BadField, Row
+from securefedcollm.tuning.formats import Format
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.rows import BATCH, Checked, rows_of
 from securefedcollm.tuning.tables import Shape, rows_of_table

@@ -22,7 +22,9 @@ from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
 from securefedcollm.errors import DataError
 from securefedcollm.foreign import decode_json, printable
-from securefedcollm.tuning.formats import READ, BadField, Format, Row, whole_row
+from securefedcollm.tuning.content import whole_row
+from securefedcollm.tuning.fields import BadField, Row
+from securefedcollm.tuning.formats import READ, Format
 from securefedcollm.tuning.parquet_footer import Footer, read_footer
 from securefedcollm.tuning.tables import Shape, csv_table, json_table, rows_of_table, shape_of
 

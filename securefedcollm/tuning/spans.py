@@ -146,7 +146,9 @@ class SpanObjective:
         data: Sequence[EncodedQuestions],
         vocabularies: Sequence[Vocabulary],
         loss: DistilLossPlan,
+        learns: tuple[bool, bool] = (True, True),
     ) -> None:
+        """``learns``: which models do; the other one is only asked, and its term is 0."""
         assert loss.over != "choices"
         positions = [positions_of(questions, loss.over) for questions in data]
         spans, self._starts = spans_of(data, positions, loss.over)
@@ -170,7 +172,7 @@ class SpanObjective:
             )
             for s in (0, 1)
         ]
-        self._loss = loss
+        self._loss, self._learns = loss, learns
         self._frozen: list[_Measured] | None = None
         self._share = torch.zeros(0)
         if loss.freezes:
@@ -181,27 +183,36 @@ class SpanObjective:
         """(LLM, SLM) loss of the rows ``part``, their share of the mean over ``batch``."""
         everything, _ = ranges(self._starts, batch)
         spans, _ = ranges(self._starts, part)
-        terms, found = [], []
-        for side in self._sides:
-            hidden = side.states(part)
-            terms.append(side.cross_entropy(hidden, batch, part))
-            found.append(side.measured(hidden, part, spans))
+        terms: list[Tensor] = []
+        found: list[_Measured | None] = []
         loss = self._loss
+        for side, learns in zip(self._sides, self._learns, strict=True):
+            terms.append(torch.zeros(()))
+            found.append(None)
+            if learns or loss.kind == "mutual-kl":
+                with torch.set_grad_enabled(learns):
+                    hidden = side.states(part)
+                    found[-1] = side.measured(hidden, part, spans)
+                    if learns:
+                        terms[-1] = side.cross_entropy(hidden, batch, part)
         if loss.kind == "none":
             return terms
         scale = loss.weight * loss.temperature**2 / max(1, len(everything))
         for own in (0, 1):
-            peer = found[1 - own].detached()
+            mine, other = found[own], found[1 - own]
+            if mine is None or not self._learns[own]:
+                continue
+            peer = None if other is None else other.detached()
             for where in torch.split(torch.arange(len(spans)), CHUNK):
                 apart = checkpoint(
                     self._apart,
                     own,
-                    found[own].states[where],
-                    found[own].later[where],
-                    found[own].token[where],
-                    found[own].whole[where],
+                    mine.states[where],
+                    mine.later[where],
+                    mine.token[where],
+                    mine.whole[where],
                     spans[where],
-                    peer.part(where),
+                    None if peer is None else peer.part(where),
                     use_reentrant=False,
                     preserve_rng_state=False,
                 )
@@ -216,12 +227,13 @@ class SpanObjective:
         token: Tensor,
         whole: Tensor,
         spans: Tensor,
-        peer: _Measured,
+        peer: _Measured | None,
     ) -> Tensor:
         """Σ D(teacher, own) over a few spans; computed again on the way back."""
         mine = self._sides[own].events(_Measured(states, later, token, whole))
         with torch.no_grad():
             if self._frozen is None:
+                assert peer is not None
                 teacher = self._sides[1 - own].events(peer).exp()
             else:
                 share = self._share[spans][:, None]

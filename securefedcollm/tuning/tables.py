@@ -11,7 +11,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from securefedcollm.tuning.formats import Row
+from securefedcollm.tuning.fields import Row
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -77,10 +77,15 @@ class TokenObjective:
     """
 
     def __init__(
-        self, models: Sequence[nn.Module], data: Sequence[EncodedQuestions], loss: DistilLossPlan
+        self,
+        models: Sequence[nn.Module],
+        data: Sequence[EncodedQuestions],
+        loss: DistilLossPlan,
+        learns: tuple[bool, bool] = (True, True),
     ) -> None:
+        """``learns``: which models do; the other one is only asked, and its term is 0."""
         assert loss.over != "choices"
-        self._models, self._data, self._loss = models, data, loss
+        self._models, self._data, self._loss, self._learns = models, data, loss, learns
         self._positions = positions_of(data[0], loss.over)
         if not len(self._positions.at):
             raise ConfigError(
@@ -96,17 +101,17 @@ class TokenObjective:
         whole, _ = self._positions.of(batch)
         labels = max(1, int((self._positions.gold[whole] >= 0).sum()))
         index, local = self._positions.of(part)
-        hidden = [
-            states_at(model, data.select(part), local, self._positions.at[index])
-            for model, data in zip(self._models, self._data, strict=True)
-        ]
+        hidden = [self._states(which, part, local, index) for which in (0, 1)]
         terms = []
         for own in (0, 1):
-            device = hidden[own].device
-            targets = self._targets(1 - own, hidden[1 - own], index, device)
-            gold = self._positions.gold[index].to(device)
+            states = hidden[own]
+            if states is None or not self._learns[own]:
+                terms.append(torch.zeros(()))
+                continue
+            targets = self._targets(1 - own, hidden[1 - own], index, states.device)
+            gold = self._positions.gold[index].to(states.device)
             term = chunked_loss(
-                hidden[own],
+                states,
                 self._logits[own],
                 trained_head(self._models[own]),
                 labels=Labels(gold=gold, scale=1 / labels),
@@ -114,6 +119,15 @@ class TokenObjective:
             )
             terms.append(term)
         return terms
+
+    def _states(self, which: int, part: Tensor, local: Tensor, index: Tensor) -> Tensor | None:
+        """Of one model at the positions ``index``; None if nobody needs them."""
+        learns = self._learns[which]
+        if not learns and self._loss.kind != "mutual-kl":
+            return None
+        with torch.set_grad_enabled(learns):
+            asked = self._data[which].select(part)
+            return states_at(self._models[which], asked, local, self._positions.at[index])
 
     def _freeze(self) -> Frozen:
         """The target at all positions, from both models as they are now."""
@@ -141,7 +155,7 @@ class TokenObjective:
         )
 
     def _targets(
-        self, peer: int, states: Tensor, index: Tensor, device: torch.device
+        self, peer: int, states: Tensor | None, index: Tensor, device: torch.device
     ) -> Targets | None:
         """The teacher at the positions ``index``, for a student on ``device``."""
         if self._frozen is not None:
@@ -149,6 +163,7 @@ class TokenObjective:
             return lambda where: frozen.target(index[where], device)
         if self._loss.kind != "mutual-kl":
             return None
+        assert states is not None
         known = states.detach()
 
         def says(where: slice) -> Target:

@@ -109,6 +109,29 @@ def test_what_would_wrap_is_not_packed(vector: np.ndarray) -> None:
         packing.pack(vector, shape, np.empty(shape.words, dtype=np.uint64))
 
 
+@pytest.mark.parametrize(("bound", "bits", "held"), [(1000, 21, True), (2**40, 64, False)])
+def test_a_sum_takes_half_the_memory_where_every_such_sum_fits(
+    bound: int, bits: int, held: bool
+) -> None:
+    """Chunk after chunk: there are more words than one has, and not a whole number of chunks."""
+    shape = parameters(values=100_003, bound=bound, bits=bits)
+    draw = np.random.default_rng(0)
+    vectors = draw.integers(-bound, bound, (2, shape.values), endpoint=True)
+    total = np.zeros(shape.words, dtype=np.uint64)
+    for vector in vectors:
+        packed = np.empty(shape.words, dtype=np.uint64)
+        packing.pack(vector, shape, packed)
+        total += packed
+    small, whole = (packing.unpack(total, shape, 2, narrow=narrow) for narrow in (True, False))
+    assert small.dtype == (np.int32 if held else np.int64)
+    assert whole.dtype == np.int64
+    assert np.array_equal(small, whole)
+    assert np.array_equal(whole, vectors.sum(0))
+    total[-1] |= np.uint64(1 << 63)
+    with pytest.raises(ProtocolError, match="out of bounds"):
+        packing.unpack(total, shape, 2, narrow=True)
+
+
 @pytest.mark.parametrize("bit", [15, 31, 47, 63])
 def test_a_sum_out_of_bounds_is_not_unpacked(bit: int) -> None:
     shape = parameters(values=5, bound=100, bits=16)

@@ -178,6 +178,16 @@ def test_the_audit_finds_nothing_and_its_control_does(directory: Any) -> None:
     assert finding.entry().audit == "coupling"
 
 
+def test_all_weights_couple_nothing_and_their_control_does(directory: Any) -> None:
+    small = {"slm": {"source": "path:slm"}}
+    study = study_of(directory, adapter={"method": "full"}, models=small)
+    finding = audit(study, data=directory, records=20, adapters=8, seed=3)
+    assert finding.held
+    assert finding.figures["moved, mixed records"] == 0
+    assert finding.figures["moved, copies of one record"] == 0
+    assert finding.figures["control, any adapter"] > 0.5
+
+
 @pytest.mark.parametrize(("method", "least"), [("prompt", 1e-9), ("prefix", 0.05)])
 def test_virtual_tokens_couple_nothing_and_their_control_does(
     directory: Any, method: str, least: float

@@ -77,7 +77,7 @@ def test_plan_for_subjects_of_a_file_asks_how_many_there_are():
 def test_sizes_of_the_built_in_study_are_the_real_ones():
     """The planner must not load torch: its copy of these facts is checked against the source."""
     from securefedcollm.tuning.builtin import RECIPES
-    from securefedcollm.tuning.world import World
+    from securefedcollm.tuning.world import VOCABULARY, World
 
     study = load_study(QUICKSTART)
     recipe = RECIPES["slm"]
@@ -91,6 +91,8 @@ def test_sizes_of_the_built_in_study_are_the_real_ones():
     assert len(records) == sizes.BUILTIN_RECORDS
     assert len({record.subject for record in records}) == sizes.BUILTIN_SUBJECTS
     assert sizes.update_values(study, None) == 11_264
+    assert len(VOCABULARY) == sizes.BUILTIN_VOCABULARY
+    assert sizes.update_values(load_study("pretrain", ["adapter={method: full}"]), None) == 134_464
 
 
 @pytest.mark.parametrize(

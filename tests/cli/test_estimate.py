@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.federation.dealing import deal
+from securefedcollm.federation.hours import Rows, Seconds, time_of
 from securefedcollm.study import load_study
+from tests.support.inputs import make_inputs
 
 SETS = {  # training questions
     "commonsense_qa": (9741, 1940),
@@ -151,3 +153,53 @@ def test_a_family_without_attention_is_estimated(tmp_path):
 def test_a_model_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"opt-6.7b.*config.json cannot be read"):
         estimated("configs/opt-pair.yaml", data=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tiny")
+    make_inputs(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("changes", "zero"),
+    [
+        ([], {"central"}),
+        (["privacy=none", "adapter.top_layers=1", "distillation.over=all"], {"central"}),
+        (["models.llm=none", "distillation={}", "server.central.steps=2"], {"distilled"}),
+    ],
+)
+def test_hours_come_from_a_timed_sample(tiny, changes, zero):
+    arguments = ["study", "check", str(tiny / "tiny.yaml"), "--data", str(tiny), "--hours"]
+    for change in changes:
+        arguments += ["--set", change]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["hours"]
+    assert found["rows"] == {"silo": 32, "silos": 128, "public": 32, "test": 24}
+    row = found["seconds_a_row"]
+    assert {name for name, seconds in row.items() if seconds == 0} == zero
+    assert found["silo_round_s"] == pytest.approx(2 * 8 * row["tuned"])
+    assert "time, about" in CliRunner().invoke(app, arguments).stdout
+
+
+def test_hours_without_data_are_refused(tiny):
+    result = CliRunner().invoke(app, ["study", "check", str(tiny / "tiny.yaml"), "--hours"])
+    assert isinstance(result.exception, ConfigError)
+    assert "--data" in str(result.exception)
+
+
+def test_a_study_takes_as_long_as_its_rows():
+    study = load_study(
+        Path("configs/quickstart.yaml"),
+        ["local.steps=5", "local.batch_size=10", "distillation.steps=7", "rounds=2",
+         "distillation.batch_labelled=1", "distillation.batch_unlabelled=2",
+         "server.central={steps: 3, batch_size: 4}"],
+    )  # fmt: skip
+    row = Seconds(tuned=1.0, read=0.5, distilled=10.0, central=100.0, scored=2.0, shown=0.25)
+    found = time_of(study, row, Rows(silo=6, silos=20, public=8, test=9))
+    assert found["silo_round_s"] == 5 * 10
+    assert found["server_round_s"] == 7 * 3 * 10 + 3 * 4 * 100 + (8 + 9) * 2
+    assert found["frozen_layers_once_s"] == 20 * 0.5 + (8 + 9) * 0.25
+    assert found["simulation_s"] == 14.25 + 2 * (4 * 50 + found["server_round_s"])

@@ -19,7 +19,9 @@ from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError, DataError, SecureFedCoLLMError
+from securefedcollm.federation.dealing import deal
 from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.study import load_study
 from tests.support.inputs import make_inputs
 
 NO_PRIVACY = ["--set", "privacy=none"]
@@ -204,6 +206,20 @@ def test_the_same_seed_gives_the_same_run_and_workers_change_nothing(inputs, tmp
         for other in others:
             for key, value in first.items():
                 np.testing.assert_array_equal(value, other[key])
+
+
+def test_states_on_disk_serve_the_next_run(inputs, tmp_path):
+    """Those of the server's questions are kept, and no silo's."""
+    more = ["--no-baselines", "--set", "adapter.top_layers=1", "--states", str(tmp_path / "states")]
+    first = run(inputs, tmp_path / "one", *more, *NO_PRIVACY)
+    kept = {path for path in (tmp_path / "states").rglob("*") if path.is_file()}
+    made = {path: path.stat().st_ino for path in kept}  # a file that is written again is a new one
+    second = run(inputs, tmp_path / "two", *more, *NO_PRIVACY)
+    assert second["table"] == first["table"]
+    assert made == {path: path.stat().st_ino for path in kept}
+    dealt = deal(load_study(inputs / "tiny.yaml"), inputs)
+    served = {q.prompt for q in (*dealt.public, *dealt.test)}  # a choice is a token: not in the row
+    assert len(kept) == 2 * len(served)  # two models
 
 
 @pytest.mark.parametrize("method", ["lora", "rolora"])

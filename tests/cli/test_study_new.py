@@ -155,6 +155,15 @@ def test_a_study_of_virtual_tokens(tmp_path, method):
     assert load_study(tmp_path / "a.yaml").tree == study_from_tree(tree).tree
 
 
+def test_a_study_of_all_weights(tmp_path):
+    words = ["--model", "builtin:hospital-slm", "--method", "full", "--json"]
+    tree = json.loads(call("study", "new", tmp_path / "a.yaml", *words))
+    assert tree["adapter"] == {"method": "full"}
+    assert load_study(tmp_path / "a.yaml").tree == study_from_tree(tree).tree
+    with pytest.raises(ConfigError, match="all weights of the large model would be tuned"):
+        call("study", "new", tmp_path / "b.yaml", *words, "--llm", "builtin:hospital-llm")
+
+
 def test_a_directory_is_a_model(tmp_path):
     (tmp_path / "small").mkdir()
     words = ["--model", tmp_path / "small", "--json"]

@@ -260,6 +260,21 @@ def test_virtual_tokens_are_no_start(inputs, method):
     assert "ffa-lora" in caught.value.hint
 
 
+def test_all_weights_go_on_from_an_adapter_and_leave_a_model(inputs, first):
+    changes = ["models.llm=none", "distillation={}", "adapter={method: full}"]
+    run = simulated(next_study(first, changes), inputs, "full")
+    verdict = verify(run / "evidence.zip", Expected(earlier=[first / "evidence.zip"]))
+    assert verdict.holds
+    assert {r.name for r in verdict.results if r.status == "pass"} >= {"continued"}
+    told = json.loads((run / "results.json").read_text())["table"]
+    before = json.loads((first / "results.json").read_text())["table"]
+    slm = [row["accuracy"] for row in before if row["model"] == "slm"]
+    assert told[0]["accuracy"] == pytest.approx(slm[-1])  # before it begins
+    with pytest.raises(ConfigError, match="whole model") as caught:
+        continued(run, "full")
+    assert "path:" in caught.value.hint
+
+
 def test_the_command_writes_a_study_that_runs(inputs, first):
     out = inputs / "next.yaml"
     result = CliRunner().invoke(app, ["study", "continue", str(first), "--out", str(out)])

@@ -43,11 +43,12 @@ SERVER, STUDY = SigningKey(b"k" * 32), b"d" * 32
 
 
 def signed(parcel: Parcel, frame: bytes, key: SigningKey = SERVER) -> bytes:
-    return sign_request(key, STUDY, "silo-1", parcel, frame)
+    return sign_request(key, STUDY, "silo-1", parcel, frame) + frame
 
 
 def bring(link, parcel: Parcel, frame: bytes, deadline: float, **more) -> bytes:
-    return deliver(link, parcel, signed(parcel, frame), deadline, **more)
+    header = sign_request(SERVER, STUDY, "silo-1", parcel, frame)
+    return deliver(link, parcel, frame, deadline, header=header, **more)
 
 
 class Port:
@@ -285,8 +286,8 @@ def test_a_request_that_the_server_of_the_study_did_not_sign_changes_nothing(sil
     right = signed(parcel, frame)
     others = [
         signed(parcel, frame, thief),
-        sign_request(SERVER, b"e" * 32, "silo-1", parcel, frame),
-        sign_request(SERVER, STUDY, "silo-2", parcel, frame),
+        sign_request(SERVER, b"e" * 32, "silo-1", parcel, frame) + frame,
+        sign_request(SERVER, STUDY, "silo-2", parcel, frame) + frame,
         signed(Parcel(SESSION, 4), frame),
         signed(Parcel(b"t" * 16, 3), frame),
         right[:-1],  # the length is signed

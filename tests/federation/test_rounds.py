@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from securefedcollm.aggregation.masking.upload import HEAD_BYTES
+from securefedcollm.aggregation.masking.upload import HEAD_BYTES, MAGIC
 from securefedcollm.errors import ConfigError, ProtocolError, RemoteProtocolError, StateError
+from securefedcollm.federation import summing
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.messages import (
     Aggregate,
@@ -62,6 +63,30 @@ def test_the_mean_is_that_of_plain_arithmetic_bit_for_bit(tmp_path, workers):
     theta = Run(tmp_path, study, workers=workers).go()
     np.testing.assert_array_equal(theta, expected_theta(study))
     assert spent(tmp_path, study) == dict.fromkeys(NAMES, CHARGED_ONCE)
+
+
+def test_vectors_too_long_to_be_in_memory_together_are_asked_for_one_by_one(tmp_path, monkeypatch):
+    """Of all weights of a model; one that gets lost is a dropout as ever."""
+    study, taps = make_study(), []
+
+    class Counted(Wiretap):
+        def exchange(self, frames, timeout):
+            replies = super().exchange(frames, timeout)
+            together.append(sum(MAGIC in reply for reply in replies.values()))
+            return replies
+
+    def wrap(engine):
+        taps.append(Counted(engine))
+        return taps[-1]
+
+    most = {}
+    for limit in (summing.UPLOADS, 0):
+        together: list[int] = []
+        monkeypatch.setattr(summing, "UPLOADS", limit)
+        theta = Run(tmp_path / str(limit), study, wrap=wrap).go()
+        np.testing.assert_array_equal(theta, expected_theta(study))
+        most[limit] = max(together)
+    assert list(most.values()) == [len(NAMES), 1]
 
 
 def test_an_update_that_is_scaled_down_is_told_to_its_silo_alone(tmp_path, caplog):

@@ -13,6 +13,7 @@ from scipy import stats
 
 from securefedcollm.errors import ConfigError, LocalProtocolError
 from securefedcollm.privacy import noise as noise_module
+from securefedcollm.privacy.events import CAP_SLACK, STEP_SLACK
 from securefedcollm.privacy.noise import GridSum, NoiseSource, batch_cap, grid_step
 
 KEY = bytes(range(32))
@@ -166,3 +167,23 @@ def test_the_key_never_shows():
     with pytest.raises(TypeError):
         copy.deepcopy(source)
     assert not hasattr(source, "__dict__")
+
+
+@pytest.mark.parametrize("sigma", [4, 32, 256])
+def test_a_discrete_gaussian_is_as_near_a_rounded_one_as_the_slack_says(sigma):
+    """Their total variation goes with 1/σ²: at most 1/(49·σ²) a value. Of 180 million values on the
+    grid of 2^46 steps to a σ, together with what the sampler adds, that is below STEP_SLACK."""
+    k = np.arange(-14 * sigma, 14 * sigma + 1)
+    edges = [math.erf(x / (sigma * math.sqrt(2))) for x in np.append(k - 0.5, k[-1] + 0.5)]
+    rounded = np.diff(edges) / 2
+    discrete = np.exp(-(k**2) / (2 * sigma**2))
+    discrete /= discrete.sum()
+    apart = np.abs(rounded - discrete).sum() / 2
+    assert 1 / 51 < apart * sigma**2 < 1 / 49
+    each = 1 / (49 * 2.0**92) + 2.0**-115
+    assert noise_module._MOST_VALUES * each + CAP_SLACK < STEP_SLACK
+
+
+def test_more_values_than_the_slack_is_for_get_no_noise():
+    with pytest.raises(ConfigError, match="at most 180000000 get noise at once"):
+        GridSum(180_000_001, 1.0, 1.0, 1)

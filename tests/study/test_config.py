@@ -119,6 +119,16 @@ def test_the_digest_is_that_of_the_meaning_not_of_the_spelling(tmp_path):
             "above 0",
         ),
         (
+            "distillation={loss: none, order: llm-first}",
+            "distillation.order: with loss: none no model learns from what the other one",
+            "remove it",
+        ),
+        (
+            "distillation={loss: transfer, weighting: paced}",
+            "distillation.weighting: loss: transfer weighs all questions alike",
+            "mutual-kl",
+        ),
+        (
             "distillation={batch_labelled: 0, batch_unlabelled: 0}",
             "distillation.batch_unlabelled: both batches are empty",
             "at least one",

@@ -199,6 +199,7 @@ def make_silo(
     budget=None,
     norms=None,
     workload=None,
+    kind=ArithmeticSilo,
     clock=CLOCK,
     now=time.monotonic,
 ):
@@ -218,7 +219,7 @@ def make_silo(
         ChargedTraining(
             study,
             name,
-            workload or ArithmeticSilo(name, private, name in fails, norms and norms[name]),
+            workload or kind(name, private, name in fails, norms and norms[name]),
             SiloStore(home),
             Ledger(home / "ledger.sqlite", name),
             progress=progress,

@@ -20,11 +20,12 @@ from tests.support.runs import (
     RecordedRun,
     recorded_study,
 )
+from tests.support.validated import VALIDATED, AskedRecordedSilo
 
 
-def bundle_of(directory, study, wrap=lambda e: e, losses=()):
+def bundle_of(directory, study, wrap=lambda e: e, losses=(), **silo):
     directory.mkdir()
-    RecordedRun(directory, study, wrap=wrap, losses=losses).go()
+    RecordedRun(directory, study, wrap=wrap, losses=losses, **silo).go()
     path = directory / "evidence.zip"
     path.write_bytes(make_bundle(directory))
     return path
@@ -51,6 +52,22 @@ def joint_patience_bundle(tmp_path_factory):
     study = recorded_study(**JOINT | {"rounds": 4, "keep": {"patience": 1}})
     directory = tmp_path_factory.mktemp("joint-patience") / "run"
     return bundle_of(directory, study, losses=(0.4, 0.45, 0.1, 0.1))
+
+
+@pytest.fixture(scope="session")
+def validated_bundle(tmp_path_factory):
+    """Records set aside, under each silo's own noise; rounds are compared by the noised counts."""
+    study = recorded_study(**VALIDATED | {"keep": {"metric": "private"}})
+    directory = tmp_path_factory.mktemp("validated") / "run"
+    return bundle_of(directory, study, workload=AskedRecordedSilo)
+
+
+@pytest.fixture(scope="session")
+def joint_validated_bundle(tmp_path_factory):
+    """The same after steps of joint DP-SGD, with noise of all silos together."""
+    study = recorded_study(**JOINT | VALIDATED)
+    directory = tmp_path_factory.mktemp("joint-validated") / "run"
+    return bundle_of(directory, study, workload=AskedRecordedSilo)
 
 
 ADAPTIVE = SILO_PRIVACY | {"adaptive": {"quantile": 0.5, "learning_rate": 0.2, "count_noise": 10.0}}

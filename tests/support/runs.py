@@ -16,7 +16,7 @@ from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.files import write_durably
 from securefedcollm.federation.hooks import Hooks
 from securefedcollm.federation.keeping import BEST, best_round
-from securefedcollm.federation.plan import AUTHORITY, authority_of, silo_unit, sums_to_an_end
+from securefedcollm.federation.plan import AUTHORITY, authority_of, silo_unit, stated
 from securefedcollm.federation.records import SERVER, AuthorityRecord, ServerRecord, SiloRecord
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.silo import Seat, SiloSession
@@ -88,18 +88,24 @@ def make_authority(study, home):
     )
 
 
-def make_silo(name, progress, *, study, directory, fails=()):
+def make_silo(name, progress, *, study, directory, fails=(), workload=RecordedSilo):
     if name not in NAMES:
         (Path(directory) / AUTHORITY).mkdir(exist_ok=True)
         return make_authority(study, Path(directory) / AUTHORITY)
     home = Path(directory) / "silos" / name
     home.mkdir(parents=True, exist_ok=True)
     log = EvidenceLog(home / FILE_NAME, study=digest(study), owner=name, key=KEYS[name])
-    ledger = LoggedLedger(home / "ledger.sqlite", name, log, sums=sums_to_an_end(study))
-    workload = RecordedSilo(name, study, name in fails)
+    ledger = LoggedLedger(home / "ledger.sqlite", name, log, **stated(study))
     return SiloSession(
         Seat(study, name, ROSTER, KEYS[name], AUTHORITY_KEY.public),
-        ChargedTraining(study, name, workload, SiloStore(home), ledger, progress=progress),
+        ChargedTraining(
+            study,
+            name,
+            workload(name, study, name in fails),
+            SiloStore(home),
+            ledger,
+            progress=progress,
+        ),
         SiloRecord(
             log,
             key=KEYS[name],

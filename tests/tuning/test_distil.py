@@ -16,6 +16,7 @@ from securefedcollm.tuning.choice_distil import (
     better_teacher,
     divergence,
     entropy_pooled,
+    paced,
     predict,
     supervised_loss,
 )
@@ -285,6 +286,65 @@ def test_a_phase_lowers_both_losses_and_is_deterministic(toy: Any, loss: Any) ->
         ends.append([to_vector(m, layout_of(m, "ffa-lora")) for m in models])
     for one, two in zip(*ends, strict=True):
         assert np.array_equal(one, two)
+
+
+@pytest.mark.parametrize("loss", ["entropy-pooled", "dual-min-ce", "mutual-kl"])
+@pytest.mark.parametrize("first", ["llm-first", "slm-first"])
+def test_one_after_the_other(toy: Any, loss: Any, first: Any) -> None:
+    """The second one learns from what the first has become; neither moves in the other's turn."""
+    data, models, teaching = half_labelled(toy), pair(toy), 1 if first == "slm-first" else 0
+    names = ("loss_llm", "loss_slm")
+    start = expected_first_losses(models, data, loss, 0.6)
+    options = {"loss": loss, "weight": 0.6, "temperature": TAU, "batch_unlabelled": 8}
+    steps = run(toy, models, data, steps=1, order=first, **options)
+    assert [step.step for step in steps] == [0, 1]
+    taught, learnt = names[1 - teaching], names[teaching]
+    assert getattr(steps[0], taught) is None
+    assert getattr(steps[1], learnt) is None
+    assert getattr(steps[0], learnt) == pytest.approx(start[teaching], rel=1e-4)
+
+    # The first turn alone, and what the other one's loss is then, in float64.
+    again = pair(toy)
+    run(toy, again, data, steps=1, **options, **{f"learning_rate_{taught[5:]}": 1e-30})
+    after = expected_first_losses(again, data, loss, 0.6)[1 - teaching]
+    assert getattr(steps[1], taught) == pytest.approx(after, rel=1e-4)
+    assert after != pytest.approx(start[1 - teaching], rel=1e-4)  # the control: together
+    layout = layout_of(models[teaching], "ffa-lora")
+    assert np.array_equal(to_vector(models[teaching], layout), to_vector(again[teaching], layout))
+
+
+@pytest.mark.parametrize("loss", ["entropy-pooled", "dual-min-ce", "mutual-kl"])
+def test_a_question_counts_by_how_undecided_the_learner_is(toy: Any, loss: Any) -> None:
+    """p(1 - p), written out in float64, against the loss of a step on everything."""
+    data, models = half_labelled(toy), pair(toy)
+    answers = data.answers.numpy()
+    with torch.no_grad():
+        scores = [choice_scores(m, data).double().numpy() for m in models]
+    soft = [softmax(s / TAU) for s in scores]
+    expected = []
+    for i in (0, 1):
+        teacher = {
+            "entropy-pooled": entropy_pooled(*map(torch.tensor, soft)).numpy(),
+            "dual-min-ce": better(soft, answers),
+            "mutual-kl": soft[1 - i],
+        }[loss]
+        right = np.where(answers >= 0, answers, teacher.argmax(-1))
+        p = soft[i][np.arange(len(right)), right]
+        weights = p * (1 - p) / (p * (1 - p)).mean()
+        rows = [w * kl(t, q) for w, t, q in zip(weights, teacher, soft[i], strict=True)]
+        known = answers >= 0
+        supervised = -np.log(softmax(scores[i])[known, answers[known]]).mean()
+        expected.append(supervised + 0.6 * TAU**2 * sum(rows) / len(rows))
+    options = {"loss": loss, "weight": 0.6, "temperature": TAU, "steps": 1}
+    (step,) = run(toy, models, data, weighting="paced", micro_batch=5, **options)
+    assert [step.loss_llm, step.loss_slm] == pytest.approx(expected, rel=1e-4)
+    (plain,) = run(toy, pair(toy), data, **options)
+    assert plain.loss_slm != pytest.approx(expected[1], rel=1e-3)  # the control
+
+
+def test_weights_of_a_model_that_is_sure_of_everything() -> None:
+    sure = torch.eye(3)
+    assert torch.equal(paced(sure, sure, torch.tensor([0, 1, -1])), torch.ones(3))
 
 
 def test_knowledge_crosses_on_prompts_without_answers(toy: Any) -> None:

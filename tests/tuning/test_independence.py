@@ -6,7 +6,7 @@ they are the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -55,6 +55,7 @@ LAYERS, TOP, ADAPTERS, WORST, OTHERS = 4, 2, 40, 2, 24
 AMPLIFIED = {"lora": 0.5, "prefix": 0.1, "prompt": 1e-9}
 """Clip norms that padding must cost at the worst of the adapters. Every layer normalises a prompt
 before it uses it, so that is a short lever: of 40 none moved more than 7e-7 in float32."""
+TWO_THREADS = ("copies", torch.bfloat16, "lora")
 SCORED = Scoring("length", 0.5)
 LOSS = LossPlan(kind="choices", scoring=SCORED, micro_batch=16)
 
@@ -166,6 +167,16 @@ def every(records: Records, count: int) -> list[bytes]:
     return [found[row] for row in range(count)]
 
 
+@pytest.fixture
+def threads(kind: str, dtype: torch.dtype, method: str) -> Iterator[None]:
+    """`make test` gives every process one thread; kernels divide their work among two as well."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2 if (kind, dtype, method) == TWO_THREADS else before)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("kind", ["mixed", "copies"])
 @pytest.mark.parametrize(
     ("dtype", "method", "prefix", "loss"),

@@ -311,6 +311,18 @@ def test_equal_tokenizers_give_the_losses_of_one_tokenizer(
     assert max(spans) > 0.1
 
 
+@pytest.mark.parametrize("kind", ["entropy-pooled", "dual-min-ce", "mutual-kl", "none"])
+def test_who_does_not_learn_is_only_asked(two: tuple[Any, Any], kind: Any) -> None:
+    models, data, rows = llm_and_slm(two), encoded(two), torch.arange(len(TEXTS))
+    plan = DistilLossPlan(kind=kind, over="answer")
+    both = SpanObjective(models, data, vocabularies(two), plan).terms(rows, rows)
+    for learns in ((True, False), (False, True)):
+        terms = SpanObjective(models, data, vocabularies(two), plan, learns).terms(rows, rows)
+        assert [term.requires_grad for term in terms] == list(learns)
+        expected = [t.item() * own for t, own in zip(both, learns, strict=True)]
+        assert [term.item() for term in terms] == expected
+
+
 def test_knowledge_crosses_between_tokenizers(two: tuple[Any, Any]) -> None:
     """On text without labels a GPT-2 comes to say what a Llama says, span by span."""
     models, data = llm_and_slm(two), encoded(two, labelled=0)

@@ -209,6 +209,18 @@ def test_a_padded_vocabulary_is_cut_to_the_tokens_that_both_have(toy: Any) -> No
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["entropy-pooled", "dual-min-ce", "mutual-kl", "none"])
+def test_who_does_not_learn_is_only_asked(toy: Any, kind: Any) -> None:
+    data, models, rows = some_data(toy), pair(toy), torch.arange(8)
+    plan = DistilLossPlan(kind=kind, over="answer")
+    both = TokenObjective(models, (data, data), plan).terms(rows, rows)
+    for learns in ((True, False), (False, True)):
+        terms = TokenObjective(models, (data, data), plan, learns).terms(rows, rows)
+        assert [term.requires_grad for term in terms] == list(learns)
+        expected = [t.item() * own for t, own in zip(both, learns, strict=True)]
+        assert [term.item() for term in terms] == expected
+
+
 def test_tokens_need_a_position(toy: Any) -> None:
     data = toy.encoded(2)
     bare = replace(data, target_choices=torch.full_like(data.target_choices, 3))

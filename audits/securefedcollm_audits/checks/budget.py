@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from securefedcollm.evidence.entries import (
@@ -12,13 +13,20 @@ from securefedcollm.evidence.entries import (
     Reserved,
     Round,
     Settled,
+    Spent,
     Told,
     Unmasked,
     Uploaded,
     Voided,
 )
-from securefedcollm.federation.plan import adaptive_clip, joint_setting, sums_to_an_end
-from securefedcollm.privacy import joint, silo_unit
+from securefedcollm.federation.plan import (
+    adaptive_clip,
+    joint_setting,
+    stating_sums,
+    sums_to_an_end,
+    validates,
+)
+from securefedcollm.privacy import counting, joint, silo_unit
 from securefedcollm.privacy.accounting import TIGHT_SHARE
 from securefedcollm.privacy.events import (
     DiscreteGaussian,
@@ -60,6 +68,25 @@ class Training(NamedTuple):
         if self.voided or self.reserved is None:
             return ()
         return decode_events((self.settled or self.reserved)[1].events)
+
+    @property
+    def sum(self) -> int:
+        """The secure sum that it was for; -1 if neither a reservation nor a settlement is here."""
+        found = self.reserved or self.settled
+        return found[1].round if found else -1
+
+
+def by_part(study: Study, done: Iterable[Training]) -> list[list[Training]]:
+    """The trainings that one record can have been charged for together.
+
+    Where the study has validations, those are charged to the records that are set aside, and to no
+    other; else there is one part.
+    """
+    listed = list(done)
+    if study.validation is None:
+        return [listed]
+    held = [training for training in listed if validates(study, training.sum)]
+    return [[training for training in listed if training not in held], held]
 
 
 def trainings(log: list[Entry]) -> list[Training]:
@@ -125,7 +152,7 @@ def ledger_order(case: Case, wrong: Faults) -> str:
     steps = 0
     for log in case.need_silos().values():
         state: dict[tuple[str, str, int, int], _Charge] = {}
-        accounts = set()
+        accounts = defaultdict[bool, set[tuple[str, str]]](set)
         for entry, what in charges(log):
             before = state.get(_key(what))
             if (type(before) if before else None) not in _MAY_FOLLOW[type(what)]:
@@ -135,9 +162,11 @@ def ledger_order(case: Case, wrong: Faults) -> str:
                 if same != (what.events, what.epsilon, what.delta):
                     wrong(entry, "reserves something else under the same number")
             state[_key(what)] = what
-            accounts.add((what.account, what.unit))
+            # What is set aside is another set of records than what is tuned on.
+            part = accounts[validates(case.study, what.round)]
+            part.add((what.account, what.unit))
             steps += 1
-            if len(accounts) > 1:
+            if len(part) > 1 or len(set().union(*accounts.values())) < len(accounts):
                 wrong(entry, "charges another data set or unit")
     if case.study.privacy is None and steps == 0:
         raise NotCovered("the study claims no differential privacy")
@@ -178,16 +207,27 @@ def mechanism(case: Case, wrong: Faults) -> str:
             if isinstance(what, Reserved | Settled):
                 shares = survivors.get(what.round) if isinstance(what, Settled) else None
                 events = decode_events(what.events)
-                fault = _fits(case, events, shares) or _named(case, events, begun[what.round])
+                fault = _fits(case, what.round, events, shares) or _named(
+                    case, events, begun[what.round]
+                )
                 charged += 1
                 if fault:
                     wrong(entry, fault)
     noise = "DP-SGD steps" if privacy.noise == "local" else "noised sums"
+    noise += " and noised counts" if case.study.validation else ""
     return f"{count(charged, 'charge')} for {noise} as in the study"
 
 
-def _fits(case: Case, events: tuple[Event, ...], survivors: int | None) -> str:
-    """The fault of a round's charge; ``survivors``: of the sum, for a settlement."""
+def _fits(case: Case, sum_: int, events: tuple[Event, ...], survivors: int | None) -> str:
+    """The fault of a sum's charge; ``survivors``: of the sum, for a settlement."""
+    counts = validates(case.study, sum_)
+    if counts and case.study.privacy and case.study.privacy.noise == "local":
+        for event in events:
+            if not isinstance(event, DiscreteGaussian) or event.q != 1.0 or event.count != 1:
+                return "is not one pair of noised counts, which the study asks for"
+            if (event.shares, event.colluders) != (1, 0):
+                return "counts other silos' noise; the study's is each silo's own"
+        return ""
     if case.study.privacy and case.study.privacy.noise == "local":
         steps = case.study.local.steps
         if not all(isinstance(event, PoissonGaussian) for event in events):
@@ -195,7 +235,7 @@ def _fits(case: Case, events: tuple[Event, ...], survivors: int | None) -> str:
         found = sum(times(event) for event in events)
         return "" if found == steps else f"charges {found} steps; the study has {steps} a round"
     shares = case.study.quorum if survivors is None else survivors
-    rate = case.study.local.sampling_rate if case.study.joint else 1.0
+    rate = case.study.local.sampling_rate if case.study.joint and not counts else 1.0
     for event in events:
         if not isinstance(event, DiscreteGaussian) or event.q != rate or event.count != 1:
             return "is not one noised sum, which the study asks for"
@@ -209,6 +249,8 @@ def _fits(case: Case, events: tuple[Event, ...], survivors: int | None) -> str:
 
 def _named(case: Case, events: tuple[Event, ...], begun: Round) -> str:
     """Whether the noise charged for is that which all silos bound into the round's header."""
+    if validates(case.study, begun.round):
+        return _counted(events, begun)
     clip = _clip(case.study, begun)
     if clip is None:
         return "its round has a clip norm that the study cannot lead to"
@@ -216,6 +258,16 @@ def _named(case: Case, events: tuple[Event, ...], begun: Round) -> str:
         if not isinstance(event, DiscreteGaussian):
             continue
         if _identity(case.study, event, clip) != begun.mechanism:
+            return "charges for other noise than the round's header names"
+    return ""
+
+
+def _counted(events: tuple[Event, ...], begun: Round) -> str:
+    """The same of a validation, whose sensitivity is the integers of one record."""
+    for event in events:
+        if not isinstance(event, DiscreteGaussian) or event.values != counting.VALUES:
+            return "is not one pair of noised counts, which the study asks for"
+        if counting.identity_of(event.share_sigma, event.sensitivity).hex() != begun.mechanism:
             return "charges for other noise than the round's header names"
     return ""
 
@@ -262,7 +314,7 @@ def budget(case: Case, wrong: Faults) -> str:
         limits = [(what.epsilon, what.delta) for _, what in reserved]
         for entry, what in of(log, Settled):
             if what.spent is None:
-                if (what.round + 1) % each == 0:
+                if -(what.round + 1) % each < stating_sums(case.study):
                     wrong(entry, "may be the run's last, and does not state the total ε spent")
                 continue
             said += not reserved or entry.seq > reserved[-1][0].seq
@@ -283,27 +335,40 @@ def second_accountant(case: Case, wrong: Faults) -> str:
     low = high = 0.0
     methods, others = set(), 0
     for name, log in case.silos.items():
-        events = merge(event for training in trainings(log) for event in training.counted)
-        tight = bracket(events, TIGHT_SHARE * privacy.delta)
-        if not events:
-            continue
-        low, high = max(low, tight.low), max(high, tight.high)
-        methods.add(tight.method)
         newest = log[-1] if log else f"logs/{name}.jsonl"
-        if bracket(events, privacy.delta).low > privacy.epsilon:
-            wrong(newest, f"its releases cost ε ≥ {tight.low:.3f}; the study allows less")
-        claims = [(entry, what.spent) for entry, what in of(log, Settled) if what.spent]
-        for entry, spent in claims[-1:]:  # it covers what the earlier ones did
-            before = merge(e for done in trainings(log[: entry.seq + 1]) for e in done.counted)
-            least = bracket(before, spent.delta).low
-            if spent.epsilon < least - 1e-9:
-                wrong(entry, f"claims ε = {spent.epsilon:.4f}; it is ≥ {least:.4f}")
-            others += spent.epsilon > tight.high * (1.0 + TOLERANCE) + TOLERANCE
+        for part in by_part(case.study, trainings(log)):
+            events = merge(event for training in part for event in training.counted)
+            tight = bracket(events, TIGHT_SHARE * privacy.delta)
+            if not events:
+                continue
+            low, high = max(low, tight.low), max(high, tight.high)
+            methods.add(tight.method)
+            if bracket(events, privacy.delta).low > privacy.epsilon:
+                wrong(newest, f"its releases cost ε ≥ {tight.low:.3f}; the study allows less")
+            for entry, spent in last_claim(part):  # it covers what the earlier ones did
+                before = merge(
+                    event
+                    for kind in by_part(case.study, trainings(log[: entry.seq + 1]))
+                    for done in kind
+                    if validates(case.study, done.sum) == validates(case.study, part[0].sum)
+                    for event in done.counted
+                )
+                least = bracket(before, spent.delta).low
+                if spent.epsilon < least - 1e-9:
+                    wrong(entry, f"claims ε = {spent.epsilon:.4f}; it is ≥ {least:.4f}")
+                others += spent.epsilon > tight.high * (1.0 + TOLERANCE) + TOLERANCE
     if not methods:
         raise NotCovered("nothing was charged")
     cause = "earlier studies, or choices made on the way"
     more = f"; {count(others, 'claim')} higher, for {cause}" if others else ""
     return f"{' and '.join(sorted(methods))}: ε between {low:.3f} and {high:.3f}{more}"
+
+
+def last_claim(part: Sequence[Training]) -> list[tuple[Entry, Spent]]:
+    """The newest total that a part's settlements state, if one does."""
+    found = [training.settled for training in part if training.settled]
+    claims = [(entry, what.spent) for entry, what in found if what.spent]
+    return sorted(claims, key=lambda claim: claim[0].seq)[-1:]
 
 
 CHECKS = (

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from securefedcollm.evidence.entries import (
     Agreed,
     Audited,
@@ -25,8 +27,9 @@ from securefedcollm.evidence.entries import (
     Unmasked,
     Uploaded,
 )
-from securefedcollm.federation.keeping import ended
+from securefedcollm.federation.keeping import counted, ended
 from securefedcollm.federation.plan import ends_round, sum_name
+from securefedcollm.federation.records.server import sum_digest
 from securefedcollm.study import Study
 from securefedcollm_audits.case import Case, count
 from securefedcollm_audits.progress import progress
@@ -60,6 +63,7 @@ class _ServerLog:
         self._round = 0
         self._attempt: Round | None = None
         self._opening: Opening | None = None
+        self._summed: Summed | None = None
         self._opened = self._ended = False
         self._last = -1
         self._scores: list[float | None] = []
@@ -82,7 +86,7 @@ class _ServerLog:
 
     def _next(self) -> None:
         self._round, self._last = self._round + 1, -1
-        self._attempt = self._opening = None
+        self._attempt = self._opening = self._summed = None
         self._opened = self._ended = False
 
     def _begin(self, what: Round) -> str:
@@ -109,7 +113,7 @@ class _ServerLog:
                 before = self._opening
                 if not self._now(what) or not before or before.survivors != what.survivors:
                     return "a sum of other silos than were opened before"
-                self._ended = True
+                self._ended, self._summed = True, what
             case Failed():
                 if not self._attempt or self._attempt.attempt != what.attempt:
                     return "the failure of an attempt that was not under way"
@@ -120,10 +124,36 @@ class _ServerLog:
             case Finished():
                 if not self._ended or not ends_round(self._study, self._round):
                     return "finished without its last sum"
+                summed = self._summed
                 self._next()
                 self._scores.append(what.score)
-                return self._impossible(what.score)
+                return self._counted(what, summed) or self._impossible(what.score)
         return ""
+
+    def _counted(self, what: Finished, summed: Summed | None) -> str:
+        """The fault of the counts of a round's validation, and of a score that follows from them.
+
+        Adversary: a server that says other counts than were opened, to end a run early, or to show
+        a better model. It cannot change the sum's hash, which silos vouched for before.
+        """
+        study, counts = self._study, what.counts
+        if study.validation is None or summed is None:
+            why = "the study sets no records aside" if summed else "its validation's sum is lost"
+            accuracy = None
+            if counts is not None:
+                return f"has counts, and {why}"
+        else:
+            if counts is None:
+                return "leaves out the counts of its validation"
+            if sum_digest(np.array(counts)).hex() != summed.sum:
+                return "says other counts than its validation opened"
+            accuracy = counted(study, counts, len(summed.survivors))["accuracy"]
+        if study.keep is None or study.keep.metric != "private" or what.score == accuracy:
+            return ""
+        given = math.nan if what.score is None else what.score
+        if accuracy is not None and math.isclose(given, accuracy):
+            return ""
+        return "its score is not the accuracy that follows from its counts"
 
     def _impossible(self, score: float | None) -> str:
         """Adversary: a server that makes up the end of a run. Within these bounds it still can."""

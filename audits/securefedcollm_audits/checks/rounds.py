@@ -23,6 +23,7 @@ from securefedcollm.evidence.entries import (
 )
 from securefedcollm.federation.keeping import BEST, best_of
 from securefedcollm.federation.messages import model_digest_of
+from securefedcollm.federation.plan import validates
 from securefedcollm.primitives import verify
 from securefedcollm_audits.case import Case, NotCovered, count, of
 from securefedcollm_audits.verdict import Check, Faults
@@ -37,7 +38,7 @@ def headers(case: Case, wrong: Faults) -> str:
         for entry, what in of(log, Round):
             parts = (what.base, what.layout, what.adapter, what.mechanism or "")
             base, layout, adapter, mechanism = (bytes.fromhex(part) for part in parts)
-            if (what.mechanism is not None) != noised:
+            if (what.mechanism is not None) != (noised or validates(case.study, what.round)):
                 wrong(entry, "noise in the sum and the study do not fit")
             if model_digest_of(base, layout, adapter, mechanism).hex() != what.model:
                 wrong(entry, "the model's digest is not that of its parts")
@@ -69,6 +70,10 @@ def models(case: Case, wrong: Faults) -> str:
                 wrong(entry, "another base model than pinned, or than in the other rounds")
             if starts.setdefault(what.round, what.adapter) != what.adapter:
                 wrong(entry, f"another adapter in round {what.round + 1} than elsewhere")
+            if validates(case.study, what.round) and (
+                ends.get(what.round, what.adapter) != what.adapter
+            ):
+                wrong(entry, "asks silos about another adapter than the round ended with")
             if ends.get(what.round - 1, what.adapter) != what.adapter:
                 wrong(entry, f"does not start from what round {what.round} ended with")
     if not starts:

@@ -57,7 +57,7 @@ class CkksAttendedRound(AttendedRound):
     def _limit(self, count: int) -> int:
         return m.frame_limit(self._parameters, self._ring, count)
 
-    def _on_sealed(self, name: str, frame: bytes) -> None:
+    def _on_sealed(self, name: str, frame: bytes | memoryview) -> None:
         """Take a silo's commitment to its ciphertext."""
         sealed = decode(m.Sealed, frame, name)
         index = self._check_signed(name, sealed)

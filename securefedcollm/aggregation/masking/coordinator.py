@@ -47,14 +47,18 @@ class CoordinatorRound(AttendedRound):
         header: the server's view of the round; silos with another view take themselves out.
         roster: the silos of the signed study.
         threads: for removing masks and checking uploads.
+        narrow: give the sum as int32 where that holds it.
 
     Raises:
         LocalProtocolError: the header is for another roster.
     """
 
-    def __init__(self, *, header: RoundHeader, roster: Roster, threads: int = 1) -> None:
+    def __init__(
+        self, *, header: RoundHeader, roster: Roster, threads: int = 1, narrow: bool = False
+    ) -> None:
         super().__init__(header, roster, TRANSITIONS)
         self._threads = threads
+        self._narrow = narrow
         self._advertisements: dict[int, Advertise] = {}
         self._publics: set[bytes] = set()
         self._roll: dict[int, Advertise] = {}
@@ -109,7 +113,7 @@ class CoordinatorRound(AttendedRound):
             ),
         ).encode()
 
-    def _take(self, name: str, frame: bytes) -> None:
+    def _take(self, name: str, frame: bytes | memoryview) -> None:
         match self._step:
             case Step.ADVERTISE:
                 self._on_advertise(name, decode(Advertise, frame, name))
@@ -184,8 +188,8 @@ class CoordinatorRound(AttendedRound):
 
     # R2 ---------------------------------------------------------------------------------------
 
-    def _on_upload(self, name: str, frame: bytes) -> None:
-        if not frame.startswith(MAGIC):
+    def _on_upload(self, name: str, frame: bytes | memoryview) -> None:
+        if frame[: len(MAGIC)] != MAGIC:
             self._on_refusal(name, decode(Refusal, frame, name))
             return
         upload, words = split(frame, self._parameters, name, self._threads)
@@ -255,7 +259,8 @@ class CoordinatorRound(AttendedRound):
                 # The lower index added the mask: undo the survivor's half.
                 (subtract if survivor < dropout else add).append(key)
         masks.apply(self._sum, add=add, subtract=subtract, threads=self._threads)
-        total = packing.unpack(self._sum, self._parameters, len(self._survivors))
+        count = len(self._survivors)
+        total = packing.unpack(self._sum, self._parameters, count, narrow=self._narrow)
         self._result = RoundResult(
             sum=total,
             survivors=self._names(self._survivors),

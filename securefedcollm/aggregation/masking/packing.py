@@ -90,13 +90,16 @@ def pack(vector: Bounded, parameters: RingParameters, out: Words, threads: int =
     each_part(parameters.words, threads, work)
 
 
-def unpack(words: Words, parameters: RingParameters, count: int) -> Vector:
+def unpack(
+    words: Words, parameters: RingParameters, count: int, *, narrow: bool = False
+) -> Bounded:
     """The sum of ``count`` packed vectors, from the sum of their words.
 
     Args:
         words: uint64 [w], masks removed.
         parameters: sizes.
         count: vectors in the sum, 1 <= count <= silos.
+        narrow: give int32, in half the memory, where that holds every such sum.
 
     Returns:
         int64 [d].
@@ -107,24 +110,28 @@ def unpack(words: Words, parameters: RingParameters, count: int) -> Vector:
                 bounds. The masks hide which. (What stays within bounds cannot be told from honest
                 values.)
     """
-    w, bits = parameters.words, parameters.field_bits
-    result = np.empty(parameters.values, dtype=np.int64)
-    fields = result.view(np.uint64)
-    used = np.zeros(w, dtype=np.uint64)  # the words again, of owned fields only
-    low_bits, greatest = np.uint64(2**bits - 1), np.uint64(2 * parameters.bound * count)
+    w, bits, offset = parameters.words, parameters.field_bits, parameters.bound * count
+    result: Bounded
+    if narrow and offset < 2**31:
+        result = np.empty(parameters.values, dtype=np.int32)
+    else:
+        result = np.empty(parameters.values, dtype=np.int64)
+    low_bits, greatest = np.uint64(2**bits - 1), np.uint64(2 * offset)
     intact = True
-    for shift, first, last in _planes(parameters, 0, w):
-        field = fields[first:last]
-        np.right_shift(words[: last - first], np.uint64(shift), out=field)
-        np.bitwise_and(field, low_bits, out=field)
-        intact = intact and bool(field.max() <= greatest)
-        used[: last - first] |= field << np.uint64(shift)
-    if not intact or not np.array_equal(used, words):
+    for low in range(0, w, CHUNK_WORDS):
+        part = words[low : low + CHUNK_WORDS]
+        used = np.zeros(len(part), dtype=np.uint64)  # the words again, of owned fields only
+        for shift, first, last in _planes(parameters, low, low + len(part)):
+            field = (part[: last - first] >> np.uint64(shift)) & low_bits
+            intact = intact and bool(field.max() <= greatest)
+            used[: last - first] |= field << np.uint64(shift)
+            np.subtract(field.view(np.int64), offset, out=result[first:last], casting="unsafe")
+        intact = intact and np.array_equal(used, part)
+    if not intact:
         raise ProtocolError(
             "the opened sum is out of bounds: a silo uploaded values outside the agreed range",
             hint="masks hide which silo it was; nothing was released, go on with the next round",
         )
-    result -= parameters.bound * count
     return result
 
 

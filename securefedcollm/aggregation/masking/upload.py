@@ -89,7 +89,7 @@ def words_digest(words: Words, threads: int = 1) -> bytes:
 
 
 def split(
-    frame: bytes, parameters: RingParameters, peer: str, threads: int = 1
+    frame: bytes | memoryview, parameters: RingParameters, peer: str, threads: int = 1
 ) -> tuple[Upload, Words]:
     """Read a frame; the words are a view of it.
 
@@ -97,18 +97,19 @@ def split(
         RemoteProtocolError: not an upload of exactly the agreed length.
     """
     expected = HEAD_BYTES + WORD_BYTES * parameters.words
-    if len(frame) != expected or not frame.startswith(MAGIC):
+    if len(frame) != expected or frame[: len(MAGIC)] != MAGIC:
         raise RemoteProtocolError(
             f"not an upload of {expected} bytes ({len(frame)} bytes)",
             peer=peer,
             hint="the vector length and packing come from the study; this silo runs another one",
         )
     words = np.frombuffer(frame, dtype="<u8", offset=HEAD_BYTES)
+    head = bytes(frame[:HEAD_BYTES])
     upload = Upload(
-        header=frame[8:40],
-        delivery=frame[40:72],
-        index=int.from_bytes(frame[72:_SIGNATURE_AT], "little"),
+        header=head[8:40],
+        delivery=head[40:72],
+        index=int.from_bytes(head[72:_SIGNATURE_AT], "little"),
         words=words_digest(words, threads),
-        signature=frame[_SIGNATURE_AT:HEAD_BYTES],
+        signature=head[_SIGNATURE_AT:],
     )
     return upload, words

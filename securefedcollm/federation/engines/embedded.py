@@ -180,7 +180,8 @@ class _Worker:
 
     def send(self, silo: str, frame: bytes) -> bool:
         try:
-            self.pipe.send((silo, frame))
+            self.pipe.send(silo)
+            self.pipe.send_bytes(frame)  # as it is: a pickled one would be there twice
         except (OSError, ValueError):
             return False
         return True
@@ -189,6 +190,8 @@ class _Worker:
         """What has arrived: at most one reply, or the failure of all its silos."""
         try:
             message = self.pipe.recv()
+            if message[0] == "reply":
+                return [(message[1], self.pipe.recv_bytes())]
         except (EOFError, OSError):
             self.stop()
             return [(s, Failure("its worker process ended")) for s in self.silos if s in waiting]
@@ -198,8 +201,6 @@ class _Worker:
                 return []
             case ("failed", silo, reason):
                 return [(silo, Failure(reason))]
-            case (silo, reply):
-                return [(silo, reply)]
         raise TransportError(f"the worker of {', '.join(self.silos)} sent an unknown message")
 
     def stop(self) -> None:
@@ -232,22 +233,27 @@ def _serve(
         pipe.send(("error", error))
         return
     pipe.send(("ready",))
+    answer: tuple[str, ...]
     while True:
         try:
-            silo, frame = pipe.recv()
+            silo, frame = pipe.recv(), pipe.recv_bytes()
         except (EOFError, OSError, KeyboardInterrupt):
             return
         try:
-            answer: tuple[Any, ...] = (silo, ports[silo].step(frame))
+            answer, reply = ("reply", silo), ports[silo].step(frame)
         except KeyboardInterrupt:
             return
         except Exception as error:  # a bug in one silo is that silo's dropout, not the run's end
             log.error("%s failed: %s", silo, traceback.format_exc())
-            answer = ("failed", silo, f"internal error {type(error).__name__}")
+            answer, reply = ("failed", silo, f"internal error {type(error).__name__}"), b""
+        del frame
         try:
             pipe.send(answer)
+            if answer[0] == "reply":
+                pipe.send_bytes(reply)
         except OSError:  # nobody waits for it any more
             return
+        del reply
 
 
 def _prefixed(progress: Progress, silo: str) -> Progress:

@@ -252,6 +252,7 @@ def deliver(
     frame: bytes,
     deadline: float,
     *,
+    header: bytes = b"",
     limit: int = MAX_FRAME,
     grace: float = GRACE,
 ) -> bytes:
@@ -259,6 +260,7 @@ def deliver(
 
     Args:
         deadline: on the monotonic clock.
+        header: goes before the frame; by itself, since one frame may be for many silos.
         limit: bytes of the largest reply that can make sense.
         grace: seconds for which a silo that cannot be reached is tried again.
 
@@ -268,7 +270,7 @@ def deliver(
     heard = _Heard(link)
     while True:
         try:
-            _push(heard, parcel, frame, deadline)
+            _push(heard, parcel, header, frame, deadline)
             return _pull(heard, parcel, deadline, limit)
         except Unknown:  # it was restarted, and gets the request again
             if time.monotonic() > deadline:
@@ -304,14 +306,15 @@ class _Heard:
         return answer
 
 
-def _push(link: SiloLink, parcel: Parcel, frame: bytes, deadline: float) -> None:
-    view, there = memoryview(frame), 0
-    while there < len(view):
+def _push(link: SiloLink, parcel: Parcel, header: bytes, frame: bytes, deadline: float) -> None:
+    view, there, total = memoryview(frame), 0, len(header) + len(frame)
+    while there < total:
         if time.monotonic() > deadline:
             raise TransportError("did not take the request in time")
         end = (there or HEADER_BYTES) + CHUNK  # the header comes whole, with the first piece
-        there = link.push(parcel, len(view), there, bytes(view[there:end]))
-        if not 0 <= there <= len(view):
+        chunk = header[there:end] + view[max(0, there - len(header)) : max(0, end - len(header))]
+        there = link.push(parcel, total, there, chunk)
+        if not 0 <= there <= total:
             raise TransportError("says that it has more of the request than there is")
 
 

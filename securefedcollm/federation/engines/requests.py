@@ -40,13 +40,13 @@ class Parcel(msgspec.Struct, frozen=True, array_like=True, order=True):
 
 
 def sign_request(key: SigningKey, study: bytes, silo: str, parcel: Parcel, frame: bytes) -> bytes:
-    """``frame`` as it travels: the header (96 bytes), then the frame.
+    """The header (96 bytes) behind which ``frame`` travels.
 
     Args:
         study: its 32-byte digest.
     """
     digest = sha256(frame)
-    return key.sign(_REQUEST, _statement(study, silo, parcel, len(frame), digest)) + digest + frame
+    return key.sign(_REQUEST, _statement(study, silo, parcel, len(frame), digest)) + digest
 
 
 def check_header(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from securefedcollm.aggregation import (
     Roster,
@@ -43,6 +46,8 @@ from securefedcollm.primitives import SigningKey, sha256
 _messages = logging.getLogger(__name__)
 
 SBOM = "sbom.json"
+
+_PART: Final = 1 << 20
 
 
 class ServerRecord(RoundRecord):
@@ -135,7 +140,7 @@ class ServerRecord(RoundRecord):
                 attempt=header.attempt,
                 header=result.header_digest.hex(),
                 survivors=list(result.survivors),
-                sum=sha256(np.ascontiguousarray(result.sum, dtype="<i8").data.cast("B")).hex(),
+                sum=sum_digest(result.sum).hex(),
                 word=None if result.word is None else word_of(result.word),
             )
         )
@@ -155,11 +160,13 @@ class ServerRecord(RoundRecord):
         adapter: bytes | memoryview,
         directory: Path,
         score: float | None = None,
+        counts: tuple[int, int] | None = None,
     ) -> None:
         """The round is done and its adapters are in ``directory``. Written once a round.
 
         Args:
             score: by which the study compares rounds, if it does.
+            counts: opened in its validation, if there was one.
         """
         if any(
             isinstance(entry.what, Finished) and entry.what.round == round_
@@ -168,7 +175,11 @@ class ServerRecord(RoundRecord):
             return
         digests = file_digests(directory)
         adapter_digest = sha256(adapter).hex()
-        self._log.append(Finished(round=round_, adapter=adapter_digest, files=digests, score=score))
+        self._log.append(
+            Finished(
+                round=round_, adapter=adapter_digest, files=digests, score=score, counts=counts
+            )
+        )
 
     def witness(self, silo: str) -> messages.Witness | None:
         """What ``silo`` is asked to vouch for; None if there is nothing."""
@@ -230,3 +241,11 @@ class ServerRecord(RoundRecord):
         self._log.add_cosignature(head.size, name, reply.cosignature)
         self._vouched[silo] = head.size
         return True
+
+
+def sum_digest(total: npt.NDArray[np.signedinteger[Any]]) -> bytes:
+    """How an opened sum, int64 [d], is named in the evidence: part by part, it may be long."""
+    digest = hashlib.sha256()
+    for start in range(0, len(total), _PART):
+        digest.update(np.ascontiguousarray(total[start : start + _PART], dtype="<i8").data)
+    return digest.digest()

@@ -16,7 +16,7 @@ from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.charged import ChargedTraining
 from securefedcollm.federation.files import make_directory, sync_tree
-from securefedcollm.federation.plan import sums_to_an_end
+from securefedcollm.federation.plan import stated
 from securefedcollm.federation.records import SiloRecord
 from securefedcollm.federation.roles.member import LEDGER, Member
 from securefedcollm.federation.samedata import require_same_data
@@ -111,7 +111,7 @@ def silo_session(
     log = EvidenceLog(
         place / EVIDENCE, study=digest(study), owner=name, key=member.key, on_entry=on_entry
     )
-    ledger = LoggedLedger(member.home / LEDGER, name, log, sums=sums_to_an_end(study))
+    ledger = LoggedLedger(member.home / LEDGER, name, log, **stated(study))
     link = place / LEDGER  # where `audit bundle` looks for it
     if not link.is_symlink():
         link.symlink_to(os.path.relpath(member.home / LEDGER, place))

@@ -92,7 +92,7 @@ class CkksAuthorityCoordinatorRound(CkksAttendedRound):
             case _:
                 return am.Notice(self._statement).encode()
 
-    def _take(self, name: str, frame: bytes) -> None:
+    def _take(self, name: str, frame: bytes | memoryview) -> None:
         shape, limit = self._shape, self._limit
         match self._step:
             case Step.ADVERTISE:

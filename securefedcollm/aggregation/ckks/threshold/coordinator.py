@@ -103,7 +103,7 @@ class CkksCoordinatorRound(CkksAttendedRound):
             )
         )
 
-    def _take(self, name: str, frame: bytes) -> None:
+    def _take(self, name: str, frame: bytes | memoryview) -> None:
         shape, limit = self._shape, self._limit
         match self._step:
             case Step.ADVERTISE:

@@ -58,7 +58,7 @@ class FlareEngine:
         silos: their names on the roster, which are their names in FLARE.
         kits: the server's installed kit, and that of the one who submits jobs.
         waits: how many silos a job needs, and how long they are waited for.
-        sign: (silo, parcel, frame) → what is sent: :func:`~..requests.sign_request`.
+        sign: (silo, parcel, frame) → the frame's header: :func:`~..requests.sign_request`.
         session: of this run of the process; greater than every one before (:func:`new_session`).
         progress: hears how many silos are connected.
         say: hears of every FLARE job that begins, and with whom.
@@ -144,7 +144,8 @@ class FlareEngine:
         link = _Reconnecting(self, silo)
         try:
             limit = self._largest.get(silo, MAX_FRAME)
-            return deliver(link, parcel, self._sign(silo, parcel, frame), deadline, limit=limit)
+            header = self._sign(silo, parcel, frame)
+            return deliver(link, parcel, frame, deadline, header=header, limit=limit)
         except TransportError as error:
             with self._changed:
                 self._lost[silo] = link.last_try
