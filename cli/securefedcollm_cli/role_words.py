@@ -73,6 +73,12 @@ def _reading(terms: Terms) -> dict[str, str]:
         "model": f"{terms.models['slm']}, sha256:{terms.base[:16]}… (checked here)",
         "data": f"{terms.records:,} records{left_out}; they stay on this machine",
     }
+    if terms.set_aside is not None:
+        shown["set aside"] = (
+            f"{terms.set_aside:.0%} of them, drawn here: they are asked after every round and "
+            "never tuned on; only counts over all silos leave"
+            + (", with noise" if terms.epsilon is not None else ", WITHOUT NOISE")
+        )
     if terms.epsilon is None:
         shown["privacy"] = "none: the tuned adapter may reveal records"
         shown["budget"] = "the ledger charges nothing"

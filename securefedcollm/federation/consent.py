@@ -65,6 +65,9 @@ class Terms:
     """Records of the file that cannot pay, and are left out."""
     unattributed: int
     """Charges of an older ledger about files that are not known: they count for no record."""
+    set_aside: float | None = None
+    """Share of the records, or subjects, that are asked and not tuned on; None without a
+    validation."""
 
 
 def terms(
@@ -122,6 +125,7 @@ def terms(
         delta=privacy.delta if privacy else None,
         left_out=left_out,
         unattributed=unattributed,
+        set_aside=study.validation.share if study.validation else None,
         **figures,
     )
 

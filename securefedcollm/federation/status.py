@@ -229,8 +229,8 @@ def private_words(record: dict[str, Any]) -> str:
     if found is None:
         return ""
     if "lost" in found:
-        return "private LOST: its sum cannot be opened"
+        return "set aside LOST: its sum cannot be opened"
     if found["accuracy"] is None:
-        return f"private drowned in noise of {found['sigma']:.0f} records"
-    noise = f" ± {100 * found['margin']:.0f}" if found["sigma"] else ""
-    return f"private {100 * found['accuracy']:.0f}{noise}"
+        return f"set aside: drowned in noise of {found['sigma']:.0f} records"
+    noise = f" ± {100 * found['margin']:.1f}" if found["sigma"] else ""
+    return f"set aside {100 * found['accuracy']:.1f}{noise}"
