@@ -150,7 +150,8 @@ def _of_silo(study: Study, place: Path) -> dict[str, Any]:
         with Ledger(place / "ledger.sqlite", place.name) as ledger:
             mine = ledger.entries()
             if mine:
-                spent = _worst(ledger, mine[-1], privacy.delta)
+                last = {entry.key.dataset: entry for entry in mine[-2:]}  # of either part
+                spent = max(_worst(ledger, entry, privacy.delta) for entry in last.values())
                 known |= {"epsilon_spent": float(spent), "epsilon_study": privacy.epsilon}
     return known
 
