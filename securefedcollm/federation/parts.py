@@ -126,12 +126,10 @@ def refuse_shared(tuned: Part, held: Part) -> None:
     Raises:
         StateError: our own mistake; the ledger would charge for one part what both released.
     """
-    mine, others = tuned.records, held.records
-    if mine.owners is not None and others.owners is not None:  # whatever words they have in common
-        shared = bool(np.isin(mine.owners, others.owners).any())
-    else:
-        shared = bool(mine.within(others).any())
-    if shared:
+    mine, others = tuned.records.owners, held.records.owners
+    if mine is None or others is None:
+        mine, others = tuned.records.rows, held.records.rows
+    if bool(np.isin(mine, others).any()):
         raise StateError("a record or subject is set aside and tuned on at once")
 
 

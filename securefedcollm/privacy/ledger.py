@@ -346,14 +346,14 @@ class Ledger(Book):
 
 
 def _of_the_other_part(entry: Entry, asked: Asked) -> bool:
-    """Whether a charge is to subjects of the study that this release is not about.
+    """Whether a charge is to units of the study that this release is not about.
 
-    A study that sets subjects aside charges either part by itself. Two subjects, one in each, may
-    have a record with the same words; as records of different studies they would be taken for one
-    subject. Within a study the part follows from the subject's name alone, so they are two.
+    A study that sets units aside charges either part by itself. Units of both may share an
+    identity: two subjects a record with the same words, two records the texts of a row in other
+    columns. In different studies they would be taken for one. Within a study the part follows from
+    a record's words, or the subject's name, alone, and one study reads one way: so they are two.
     """
-    subjects = entry.key.unit == asked.unit == "subject"
-    return subjects and apart(entry.about.study, asked.study)
+    return entry.key.unit == asked.unit and apart(entry.about.study, asked.study)
 
 
 def _again(known: Entry, asked: Asked) -> Reservation:

@@ -24,6 +24,7 @@ from securefedcollm.federation.plan import (
 from securefedcollm.federation.silostore import SumMemory
 from securefedcollm.federation.workload import silent
 from securefedcollm.privacy.aside import set_aside
+from securefedcollm.privacy.identities import Content
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import digest
 from tests.support.arithmetic import NAMES, ArithmeticSilo, make_silo, make_study
@@ -277,11 +278,25 @@ class Patients(AskedSilo):
         return np.full(int(self.parts.sum()) // 2, 0.5)
 
 
-def test_subjects_with_a_record_in_common_pay_for_their_own_part_alone(tmp_path):
+class Columns(AskedSilo):
+    """Rows that all have the same texts, in other columns."""
+
+    def contents(self):
+        return [Content(words, None, b"same row".ljust(32)) for words, _ in super().contents()]
+
+    def set_aside(self, key):
+        self.parts = set_aside(key, [content.words for content in self.contents()], self.share)
+
+
+@pytest.mark.parametrize(
+    ("kind", "unit"),
+    [(Patients, {"unit": "subject", "subject": "patient"}), (Columns, {"unit": "record"})],
+)
+def test_units_with_an_identity_in_common_pay_for_their_own_part_alone(tmp_path, kind, unit):
     """Otherwise the run would end before its last round. Other studies do count both."""
-    privacy = {"epsilon": 8.0, "delta": 1e-5, "unit": "subject", "subject": "patient"}
+    privacy = {"epsilon": 8.0, "delta": 1e-5} | unit
     study = make_study(**VALIDATED, privacy=privacy)
-    Run(tmp_path, study, kind=Patients).go()
+    Run(tmp_path, study, kind=kind).go()
     assert spent(tmp_path, study) == dict.fromkeys(NAMES, BOTH)
     with Ledger(tmp_path / "silos" / "silo-1" / "ledger.sqlite", "silo-1") as ledger:
         last = ledger.entries()[-1]
