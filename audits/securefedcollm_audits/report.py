@@ -405,7 +405,11 @@ def _tuned(study: Study) -> dict[str, str]:
     """What the silos tune."""
     if study.task.kind == "own":
         return {"training": "the silos' own code"}
-    return {"adapter": study.adapter.summary}
+    found = {"adapter": study.adapter.summary}
+    if study.continues is not None:
+        links = ", ".join(f"{link.study[:16]}…" for link in study.continues.earlier)
+        found["starts from the adapters of the studies"] = links
+    return found
 
 
 def _registry(case: Case, report: Report) -> dict[str, Any]:

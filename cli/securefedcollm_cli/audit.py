@@ -248,7 +248,7 @@ def report(
     """Verify a bundle and write a report on it, as one self-contained HTML page or as JSON.
 
     Its verdict, and its exit code, are those of `audit verify` with the same --study and --key. If
-    a bundle does not hold, its page says so.
+    a bundle does not hold, its page says so. With --earlier it also covers the runs before.
     """
     from securefedcollm_audits.expected import expectation
     from securefedcollm_audits.report import make_report

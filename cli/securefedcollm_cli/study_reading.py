@@ -35,6 +35,7 @@ def derived(study: Any, values: int | None = None) -> dict[str, Any]:
             if privacy
             else "no differential privacy: the global adapter may reveal records"
         ),
+        **({"goes on": _chain(study)} if study.continues else {}),
         **({"validation": _validation(study)} if study.validation else {}),
         **({"server": _server(study)} if study.server else {}),
         **({"distillation": study.distillation.loss} if study.models.llm else {}),
@@ -81,6 +82,12 @@ def _server(study: Any) -> str:
     if central:
         parts.append(f"then {central.steps} steps of {central.batch_size} public rows")
     return ", ".join(parts) + "; no ε"
+
+
+def _chain(study: Any) -> str:
+    links = [f"{link.run} ({link.study[:16]}…)" for link in study.continues.earlier]
+    apart = "; the new adapter keeps apart from theirs" if study.continues.orthogonal else ""
+    return f"from what these runs released, by their studies: {', '.join(links)}{apart}"
 
 
 def _opens_with(study: Any) -> str:

@@ -57,12 +57,16 @@ class RunStatus:
     bytes_down: dict[str, int] = field(default_factory=dict)
     epsilon_spent: float | None = None
     epsilon_study: float | None = None
+    continues: list[str] = field(default_factory=list)
+    """The studies that this one goes on from, oldest first, by name where this home has them."""
     problem: str | None = None
 
     def sentences(self) -> list[str]:
         """For a terminal."""
         lines = [f"{self.study}  {self.role} {self.name}  {self.directory}"]
         lines.append(f"  rounds     {self.rounds_done} of {self.rounds} finished")
+        if self.continues:
+            lines.append(f"  goes on    from {', '.join(self.continues)}")
         if self.survivors:
             lines.append(f"  survivors  {', '.join(self.survivors)} (last round)")
         if self.bytes_up:
@@ -107,12 +111,19 @@ def _read(run: Path) -> RunStatus:
         "rounds": study.rounds,
         "rounds_done": 0,
         "last_entry": None,
+        "continues": _continues(study, run.parent),
     }
     try:
         known |= _of_silo(study, silo) if silo else _of_office(study, run, role)
     except (SecureFedCoLLMError, OSError, ValueError, KeyError) as error:
         known["problem"] = str(error)
     return RunStatus(**known)
+
+
+def _continues(study: Study, studies: Path) -> list[str]:
+    chain = study.continues.earlier if study.continues else []
+    here = {path.name[-12:]: path.name[:-13] for path in studies.glob("*")}
+    return [here.get(link.study[:12], f"{link.study[:16]}…") for link in chain]
 
 
 def _of_office(study: Study, run: Path, role: str) -> dict[str, Any]:

@@ -193,3 +193,15 @@ def test_the_command_line_follows_the_chain(life):
         assert {r["status"] for r in results if r["name"] == "continued"} == {status}
     wrong = CliRunner().invoke(app, [*words, "--earlier", str(bundle(life, "third"))])
     assert wrong.exit_code == 1
+
+
+def test_the_report_names_the_chain_and_covers_it(life, tmp_path):
+    page = tmp_path / "report.html"
+    words = ["audit", "report", bundle(life, "third"), "--html", page]
+    for name in ("first", "second"):
+        words += ["--earlier", bundle(life, name)]
+    assert CliRunner().invoke(app, [str(word) for word in words]).exit_code == 0
+    text = page.read_text()
+    assert "2 earlier runs (tiny, tiny-2)" in text
+    for name in ("first", "second"):
+        assert load_study(life / name / "study.yaml").digest.hex()[:16] in text

@@ -260,6 +260,21 @@ def test_virtual_tokens_are_no_start(inputs, method):
     assert "ffa-lora" in caught.value.hint
 
 
+def test_all_weights_go_on_from_an_adapter_and_leave_a_model(inputs, first):
+    changes = ["models.llm=none", "distillation={}", "adapter={method: full}"]
+    run = simulated(next_study(first, changes), inputs, "full")
+    verdict = verify(run / "evidence.zip", Expected(earlier=[first / "evidence.zip"]))
+    assert verdict.holds
+    assert {r.name for r in verdict.results if r.status == "pass"} >= {"continued"}
+    told = json.loads((run / "results.json").read_text())["table"]
+    before = json.loads((first / "results.json").read_text())["table"]
+    slm = [row["accuracy"] for row in before if row["model"] == "slm"]
+    assert told[0]["accuracy"] == pytest.approx(slm[-1])  # before it begins
+    with pytest.raises(ConfigError, match="whole model") as caught:
+        continued(run, "full")
+    assert "path:" in caught.value.hint
+
+
 def test_the_command_writes_a_study_that_runs(inputs, first):
     out = inputs / "next.yaml"
     result = CliRunner().invoke(app, ["study", "continue", str(first), "--out", str(out)])
@@ -276,3 +291,39 @@ def test_the_command_writes_a_study_that_runs(inputs, first):
     assert [link.run for link in written.continues.earlier] == ["first", "b"]
     assert (written.study, written.silos.count) == ("fresh", 3)
     assert written.continues.orthogonal
+
+
+def test_beside_the_adapter_stands_what_it_has_to_be_put_on(inputs, first):
+    """Adversary: nobody; somebody who loads it on the base model alone gets another model."""
+    study = next_study(first)
+    run = simulated(study, inputs, "beside")
+    here = run / "adapters" / "slm"
+    contract = json.loads((here / "task.json").read_text())
+    (link,) = contract["continues"]
+    assert link["slm"] == adapters(first)[0]
+    assert link["study_sha256"] == load_study(first / "study.yaml").digest.hex()
+    assert "does not fit the base model alone" in (here / "README.md").read_text()
+    earlier = first / "adapters" / "slm"
+    assert "continues" not in json.loads((earlier / "task.json").read_text())
+    assert "does not fit" not in (earlier / "README.md").read_text()
+
+
+def test_evaluate_and_merge_of_a_run_fold_what_it_started_from(inputs, first):
+    run = simulated(next_study(first), inputs, "whole")
+    told = json.loads((run / "results.json").read_text())["table"]
+    slm = next(r["accuracy"] for r in told if (r["model"], r["method"]) == ("slm", "FedCoLLM"))
+    words = ["model", "evaluate", "--run", run, "--role", "slm"]
+    result = CliRunner().invoke(app, [str(w) for w in (*words, "--data", inputs, "--json")])
+    assert result.exit_code == 0, result.exception
+    scores = json.loads(result.stdout)["all"]
+    assert scores["accuracy"] == pytest.approx(sum(slm.values()) / len(slm))
+    words = ["model", "merge", "--run", run, "--role", "slm", "--out", inputs / "merged"]
+    assert CliRunner().invoke(app, [str(w) for w in (*words, "--data", inputs)]).exit_code == 0
+    words = ["model", "evaluate", "--test", inputs / "test.jsonl", "--json"]
+    words += ["--model", inputs / "merged"]
+    again = json.loads(CliRunner().invoke(app, [str(word) for word in words]).stdout)["all"]
+    assert again["gold_log_prob"] == pytest.approx(scores["gold_log_prob"], abs=1e-5)
+    elsewhere = inputs.parent
+    words = ["model", "merge", "--run", run, "--role", "slm", "--out", inputs / "no"]
+    alone = CliRunner().invoke(app, [str(w) for w in (*words, "--data", elsewhere)])
+    assert isinstance(alone.exception, ConfigError)

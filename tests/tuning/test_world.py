@@ -177,3 +177,27 @@ def test_as_text_a_record_is_its_sentence_and_public_text_holds_no_secret_and_no
     assert encoded.generative
     words = [VOCABULARY[i] for i in encoded.targets[0].tolist()]
     assert " ".join(words) == text.choices[0].removesuffix(" .")  # "." is the end-of-text token
+
+
+def test_a_part_of_the_families_has_records_and_a_group_of_its_own():
+    parts = [World(seed=5, part=(number, 3)) for number in range(3)]
+    whole = World(seed=5)
+    seen = []
+    for number, world in enumerate(parts):
+        records = [question for silo in range(4) for question in world.records(silo, 200)]
+        assert {question.group for question in records} == {f"private {number + 1}"}
+        seen.append({condition(question) for question in records})
+        shares = np.full(16, 1 / 16)
+        assert {q.group for q in world.records(0, 100, shares)} == {f"private {number + 1}"}
+    assert not seen[0] & seen[1]
+    assert not seen[1] & seen[2]
+    for world in parts:  # all are asked about all parts, and know the same public questions
+        groups = {question.group for question in world.tests()}
+        assert groups == {"general", "private 1", "private 2", "private 3"}
+        assert {q.prompt for q in world.tests()} == {q.prompt for q in whole.tests()}
+        assert {q.prompt for q in world.public()} == {q.prompt for q in whole.public()}
+
+
+def test_a_hospital_without_families_in_the_part_has_records_of_the_others():
+    world = World(seed=5, silos=8, part=(0, 8))  # two families for eight hospitals
+    assert all(len(world.records(silo, 20)) == 20 for silo in range(8))
