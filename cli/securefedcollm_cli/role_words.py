@@ -75,6 +75,12 @@ def _reading(terms: Terms) -> dict[str, str]:
     }
     if terms.continues:
         shown["goes on"] = f"from what these studies released: {', '.join(terms.continues)}"
+    if terms.set_aside is not None:
+        shown["set aside"] = (
+            f"{terms.set_aside:.0%} of them, drawn here: they are asked after every round and "
+            "never tuned on; only counts over all silos leave"
+            + (", with noise" if terms.epsilon is not None else ", WITHOUT NOISE")
+        )
     if terms.epsilon is None:
         shown["privacy"] = "none: the tuned adapter may reveal records"
         shown["budget"] = "the ledger charges nothing"

@@ -10,7 +10,8 @@ log does tell its readers the silo's noise multiplier and sampling rate, and so,
 batch size, how many records it has. The server never gets a silo's log.
 
 Digests are SHA-256 in hex. ``round`` is the number of the secure sum, from 0, as in its header: one
-a round, or one an optimiser step where these are taken jointly.
+a round, or one an optimiser step where these are taken jointly; and one more where a round ends
+with a validation.
 """
 
 from __future__ import annotations

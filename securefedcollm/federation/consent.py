@@ -67,6 +67,9 @@ class Terms:
     """Charges of an older ledger about files that are not known: they count for no record."""
     continues: list[str]
     """The earlier studies whose adapters are in the base, and whether this silo was in them."""
+    set_aside: float | None = None
+    """Share of the records, or subjects, that are asked and not tuned on; None without a
+    validation."""
 
 
 def terms(
@@ -125,6 +128,7 @@ def terms(
         left_out=left_out,
         unattributed=unattributed,
         continues=_continues(member),
+        set_aside=study.validation.share if study.validation else None,
         **figures,
     )
 

@@ -21,11 +21,11 @@ from securefedcollm.federation.plan import round_of
 from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.federation.workload import SiloWorkload, Vector
 from securefedcollm.primitives import sha256
+from securefedcollm.privacy.aside import validation_of
 from securefedcollm.privacy.identities import Content, Records
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import Study, digest
 
-_STUDY: Final = b"securefedcollm/validation/study/v1\0"
 _DATA: Final = b"securefedcollm/validation/data/v1\0"
 _PIN: Final = b"securefedcollm/validation/pin/v1\0"
 
@@ -117,26 +117,20 @@ def part_of(study: Study, workload: SiloWorkload, ledger: Ledger, *, held: bool)
 
 def validation_study(study: Study) -> str:
     """By which the ledger knows the charges of a study's validations."""
-    return sha256(_STUDY, digest(study)).hex()
+    return validation_of(digest(study).hex())
 
 
 def refuse_shared(tuned: Part, held: Part) -> None:
-    """Refuse parts that share a record: the ledger would charge it for both.
-
-    Records with the same words have one identity. Where subjects are the units, two subjects may
-    have a record in common.
+    """Refuse parts that share a unit: nothing that draws by the unit's identity makes such.
 
     Raises:
-        ConfigError: says how many accounts of the tuned part do.
+        StateError: our own mistake; the ledger would charge for one part what both released.
     """
-    shared = int(tuned.records.within(held.records).sum())
-    if shared:
-        raise ConfigError(
-            f"{shared} units have a record with the same words as one that is set aside, and "
-            "would pay for both",
-            where="data",
-            hint="remove the records that two subjects have in common, or validation",
-        )
+    mine, others = tuned.records.owners, held.records.owners
+    if mine is None or others is None:
+        mine, others = tuned.records.rows, held.records.rows
+    if bool(np.isin(mine, others).any()):
+        raise StateError("a record or subject is set aside and tuned on at once")
 
 
 def sums_left(study: Study, sum_: int, *, held: bool) -> int:

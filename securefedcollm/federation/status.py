@@ -161,7 +161,8 @@ def _of_silo(study: Study, place: Path) -> dict[str, Any]:
         with Ledger(place / "ledger.sqlite", place.name) as ledger:
             mine = ledger.entries()
             if mine:
-                spent = _worst(ledger, mine[-1], privacy.delta)
+                last = {entry.key.dataset: entry for entry in mine[-2:]}  # of either part
+                spent = max(_worst(ledger, entry, privacy.delta) for entry in last.values())
                 known |= {"epsilon_spent": float(spent), "epsilon_study": privacy.epsilon}
     return known
 
@@ -240,8 +241,8 @@ def private_words(record: dict[str, Any]) -> str:
     if found is None:
         return ""
     if "lost" in found:
-        return "private LOST: its sum cannot be opened"
+        return "set aside LOST: its sum cannot be opened"
     if found["accuracy"] is None:
-        return f"private drowned in noise of {found['sigma']:.0f} records"
-    noise = f" ± {100 * found['margin']:.0f}" if found["sigma"] else ""
-    return f"private {100 * found['accuracy']:.0f}{noise}"
+        return f"set aside: drowned in noise of {found['sigma']:.0f} records"
+    noise = f" ± {100 * found['margin']:.1f}" if found["sigma"] else ""
+    return f"set aside {100 * found['accuracy']:.1f}{noise}"

@@ -39,6 +39,7 @@ _NAMED: Final = {
     "validation": [f"{model}/{metric}" for model in _MODELS for metric in ("loss", "accuracy")],
     "distillation": [f"{when}_loss_{model}" for when in ("first", "last") for model in _MODELS],
     "central": ["first_loss", "last_loss"],
+    "private": ["accuracy", "margin"],  # noised, of all silos together
     "seconds": ["server"],  # how long silos train follows from their records
 }
 _BYTES: Final = ("bytes_up", "bytes_down")

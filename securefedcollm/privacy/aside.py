@@ -20,11 +20,12 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.primitives import hmac_sha256
+from securefedcollm.primitives import hmac_sha256, sha256
 from securefedcollm.privacy.noise import NoiseSource
 
 _UNIT: Final = b"securefedcollm/validation/unit/v1\0"
 _PART: Final = b"securefedcollm/validation/part/v1\0"
+_STUDY: Final = b"securefedcollm/validation/study/v1\0"
 
 Bools = npt.NDArray[np.bool_]
 
@@ -32,6 +33,16 @@ Bools = npt.NDArray[np.bool_]
 def part_key(ledger_key: bytes, study: bytes) -> bytes:
     """The key of a study's parts, 32 bytes, from the 32 secret bytes beside the silo's ledger."""
     return hmac_sha256(ledger_key, _PART + study)
+
+
+def validation_of(study: str) -> str:
+    """By which the ledger knows the validations of a study (digest, hex): as a study of its own."""
+    return sha256(_STUDY, study.encode()).hex()
+
+
+def apart(one: str, other: str) -> bool:
+    """Whether two studies of a ledger are a study and its validations, whose units are disjoint."""
+    return validation_of(one) == other or validation_of(other) == one
 
 
 def set_aside(key: bytes, identities: Iterable[bytes], share: float) -> Bools:

@@ -35,7 +35,7 @@ import msgspec
 from securefedcollm.errors import BudgetExceeded, ConfigError, LocalProtocolError
 from securefedcollm.privacy.accounts import Bools, Overlaps
 from securefedcollm.privacy.admission import Asked, Decision, decide
-from securefedcollm.privacy.aside import part_key
+from securefedcollm.privacy.aside import apart, part_key
 from securefedcollm.privacy.book import Book, SpentSummary
 from securefedcollm.privacy.charges import Budget, Entry, Key
 from securefedcollm.privacy.events import (
@@ -305,7 +305,8 @@ class Ledger(Book):
             self._overlaps = Overlaps(
                 asked.records, asked.fingerprints, self.stored, self._state.files
             )
-        return decide(asked, self._overlaps.patterns(entries), entries, self._state.pinned)
+        counted = [entry for entry in entries if not _of_the_other_part(entry, asked)]
+        return decide(asked, self._overlaps.patterns(counted), entries, self._state.pinned)
 
     def _content(self, asked: Asked, decision: Decision) -> dict[str, Any]:
         """Of the row that grants a reservation. The set of records is kept with its first row."""
@@ -342,6 +343,17 @@ class Ledger(Book):
 
     def _write(self, action: str, key: Key, **content: Any) -> Row:
         return self._journal.append({"action": action, **key._asdict(), **content})
+
+
+def _of_the_other_part(entry: Entry, asked: Asked) -> bool:
+    """Whether a charge is to units of the study that this release is not about.
+
+    A study that sets units aside charges either part by itself. Units of both may share an
+    identity: two subjects a record with the same words, two records the texts of a row in other
+    columns. In different studies they would be taken for one. Within a study the part follows from
+    a record's words, or the subject's name, alone, and one study reads one way: so they are two.
+    """
+    return entry.key.unit == asked.unit and apart(entry.about.study, asked.study)
 
 
 def _again(known: Entry, asked: Asked) -> Reservation:

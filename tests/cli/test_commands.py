@@ -320,3 +320,17 @@ def test_a_role_that_has_finished_ends_with_code_0(command, code):
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ended.returncode == code
     assert "Usage" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("private", "shown"),
+    [
+        ({"accuracy": 0.6842, "margin": 0.0123, "sigma": 2.2}, ": set aside 68.4 ± 1.2 (%)"),
+        ({"accuracy": 0.5, "margin": 0.0, "sigma": 0.0}, ": set aside 50.0 (%)"),
+        ({"accuracy": None, "margin": None, "sigma": 40.2}, "drowned in noise of 40 records (%)"),
+        ({"lost": "silo-2: cut off"}, ": set aside LOST: its sum cannot be opened (%)"),
+    ],
+)
+def test_a_finished_round_shows_the_noised_accuracy_with_its_interval(private, shown):
+    record = {"round": 1, "survivors": ["a", "b"], "evaluation": {}, "private": private}
+    assert round_sentence(record, 3).endswith(shown)

@@ -33,6 +33,7 @@ RECORD = {
     "evaluation": {"slm/": 0.5, "slm/private": 0.25, "llm/private": 0.75},
     "perplexity": {"slm/": 9.5},
     "validation": {"slm/loss": 0.625},
+    "private": {"accuracy": 0.375, "margin": None, "counts": [6, 10]},
     "seconds": {"silos_and_sum": 2.5, "server": 0.125},
 }
 TOLD = {
@@ -41,6 +42,7 @@ TOLD = {
     "accuracy/llm private": 0.75,
     "perplexity/slm": 9.5,
     "validation/slm loss": 0.625,
+    "private/accuracy": 0.375,
     "distillation/first_loss_llm": 1.5,
     "distillation/last_loss_slm": 0.75,
     "seconds/server": 0.125,

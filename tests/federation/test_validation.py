@@ -23,6 +23,8 @@ from securefedcollm.federation.plan import (
 )
 from securefedcollm.federation.silostore import SumMemory
 from securefedcollm.federation.workload import silent
+from securefedcollm.privacy.aside import set_aside
+from securefedcollm.privacy.identities import Content
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import digest
 from tests.support.arithmetic import NAMES, ArithmeticSilo, make_silo, make_study
@@ -246,7 +248,7 @@ def test_parts_drawn_by_another_key_end_the_silos_run(tmp_path):
 
 
 def test_a_record_that_both_parts_share_is_refused(tmp_path):
-    """Two records of the same words are one to the ledger, which would charge it for both parts."""
+    """Two records of the same words are one to the ledger; no draw by identity parts them."""
 
     class Twins(AskedSilo):
         def contents(self):
@@ -255,8 +257,52 @@ def test_a_record_that_both_parts_share_is_refused(tmp_path):
         def set_aside(self, key):
             self.parts = np.arange(RECORDS) < 20
 
-    with pytest.raises(ConfigError, match="would pay for both"):
+    with pytest.raises(StateError, match="set aside and tuned on at once"):
         silo(tmp_path, make_study(**VALIDATED), kind=Twins)
+
+
+class Patients(AskedSilo):
+    """Two records each, one of which every patient has."""
+
+    def contents(self):
+        own = super().contents()
+        return [(b"same words".ljust(32), f"p{i}") for i in range(RECORDS)] + [
+            (words, f"p{i}") for i, (words, _) in enumerate(own)
+        ]
+
+    def set_aside(self, key):
+        names = [owner.encode() for _, owner in self.contents()]
+        self.parts = set_aside(key, names, self.share)
+
+    def right_shares(self, adapter):
+        return np.full(int(self.parts.sum()) // 2, 0.5)
+
+
+class Columns(AskedSilo):
+    """Rows that all have the same texts, in other columns."""
+
+    def contents(self):
+        return [Content(words, None, b"same row".ljust(32)) for words, _ in super().contents()]
+
+    def set_aside(self, key):
+        self.parts = set_aside(key, [content.words for content in self.contents()], self.share)
+
+
+@pytest.mark.parametrize(
+    ("kind", "unit"),
+    [(Patients, {"unit": "subject", "subject": "patient"}), (Columns, {"unit": "record"})],
+)
+def test_units_with_an_identity_in_common_pay_for_their_own_part_alone(tmp_path, kind, unit):
+    """Otherwise the run would end before its last round. Other studies do count both."""
+    privacy = {"epsilon": 8.0, "delta": 1e-5} | unit
+    study = make_study(**VALIDATED, privacy=privacy)
+    Run(tmp_path, study, kind=kind).go()
+    assert spent(tmp_path, study) == dict.fromkeys(NAMES, BOTH)
+    with Ledger(tmp_path / "silos" / "silo-1" / "ledger.sqlite", "silo-1") as ledger:
+        last = ledger.entries()[-1]
+        assert ledger.spent(*last.key[:2], 1e-5).claim.epsilon <= 8.0
+        records = ledger.stored(last.about.records)
+        assert ledger.standing(records).worst > 8.0
 
 
 def test_records_that_cannot_pay_for_the_counts_are_found_before_anything_is_trained(tmp_path):

@@ -11,6 +11,7 @@ module             what it gives
 ``rounds``         a whole run of these over the embedded engine; engines that lose, cut and die
 ``joint``          runs of joint DP-SGD; ``client_level``: those with ``privacy.unit: silo``
 ``runs``           the same with evidence at every participant
+``validated``      silos of arithmetic that set records aside and answer them
 ``bundles``        fixtures: honest bundles of such runs, made once a session
 ``forge``          a forger of bundles who holds every participant's key
 ``members``        participants with identities, homes and a signed study, without a network
