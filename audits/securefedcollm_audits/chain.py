@@ -23,6 +23,8 @@ Look = Callable[[Path], tuple[Verdict, Bundle | None]]
 """Verifies one earlier bundle by itself."""
 
 _TITLE: Final = "The study starts from what the earlier runs released"
+_BUDGET: Final = frozenset({"charged-first", "mechanism", "budget", "second-accountant"})
+"""Without these an earlier run may have overspent."""
 _ADAPTER: Final = "adapter_model.safetensors"
 
 
@@ -50,7 +52,8 @@ def follow(case: Case, bundles: Sequence[Path], look: Look) -> list[Result]:
 def _follow(case: Case, bundles: Sequence[Path], look: Look, wrong: Faults) -> str:
     assert case.study.continues is not None
     chain = case.study.continues.earlier
-    given = _opened(bundles, look, {link.study for link in chain}, wrong)
+    silent: dict[str, list[str]] = {}
+    given = _opened(bundles, look, {link.study for link in chain}, wrong, silent)
     cases = [given.get(link.study) for link in chain]
     for number, (link, before) in enumerate(zip(chain, cases, strict=True)):
         if before is None:
@@ -68,14 +71,24 @@ def _follow(case: Case, bundles: Sequence[Path], look: Look, wrong: Faults) -> s
             f"no bundle of the earlier {'run' if len(missing) == 1 else 'runs'} "
             f"{', '.join(missing)} was given (--earlier BUNDLE)"
         )
+    _heard(given, silent)
     names = ", ".join(before.study.study for before in cases if before is not None)
     return f"{count(len(chain), 'earlier run')} ({names}), whose evidence holds; same adapters"
 
 
-def _opened(bundles: Sequence[Path], look: Look, named: set[str], wrong: Faults) -> dict[str, Case]:
+def _opened(
+    bundles: Sequence[Path],
+    look: Look,
+    named: set[str],
+    wrong: Faults,
+    silent: dict[str, list[str]],
+) -> dict[str, Case]:
     """Study digest → the earlier run; every bundle that was given must be sound, and one of them.
 
     Adversary: whoever hands the auditor a forged past that fits the study.
+
+    Args:
+        silent: gets the checks of the budget that a bundle says nothing about.
     """
     found: dict[str, Case] = {}
     for path in bundles:
@@ -91,7 +104,27 @@ def _opened(bundles: Sequence[Path], look: Look, named: set[str], wrong: Faults)
         if digest in found:
             wrong(str(path), "is the second bundle of that study: give one")
         found[digest] = before
+        silent[digest] = [
+            result.name
+            for result in verdict.results
+            if result.status == "not covered" and result.name in _BUDGET
+        ]
     return found
+
+
+def _heard(given: dict[str, Case], silent: dict[str, list[str]]) -> None:
+    """Adversary: whoever overspent in an earlier run, and hands over the server's log alone.
+
+    Raises:
+        NotCovered: an earlier study claims privacy, and its bundle does not show the charges.
+    """
+    for digest, before in given.items():
+        if before.study.privacy is not None and silent[digest]:
+            what = ", ".join(silent[digest])
+            raise NotCovered(
+                f"the bundle of {before.study.study} says nothing about {what}: give one with the "
+                "silos' logs"
+            )
 
 
 def _same_run(link: Earlier, before: Case, name: str, wrong: Faults) -> None:
@@ -136,14 +169,18 @@ def _digests(link: Earlier) -> tuple[object, ...]:
 
 def _same_base(link: Earlier, before: Case, after: Case, name: str, wrong: Faults) -> None:
     """Adversary: a server and silos that tune another base than the signed study makes."""
-    for base in sorted(_bases(before)):
+    bases, tuned = _bases(before), _bases(after)
+    for case, found in ((before, bases), (after, tuned)):
+        if len(found) != 1:
+            wrong(case.study.study, f"its logs name {len(found)} base models")
+    if len(bases) == len(tuned) == 1:
+        (base,), (now,) = bases, tuned
         made = link_base(bytes.fromhex(base), link, "slm").hex()
-        for found in sorted(_bases(after)):
-            if found != made:
-                wrong(
-                    after.study.study,
-                    f"tuned the base {found[:16]}…; {name} with its adapter is {made[:16]}…",
-                )
+        if now != made:
+            wrong(
+                after.study.study,
+                f"tuned the base {now[:16]}…; {name} with its adapter is {made[:16]}…",
+            )
 
 
 def _bases(case: Case) -> set[str]:

@@ -314,7 +314,8 @@ def _subjects(study: Study, questions: Sequence[Question]) -> list[str] | None:
             where="privacy.subject",
             hint="every record needs its subject, or privacy.subject another column",
         )
-    return [str(subject) for subject in subjects]
+    # As the ledger does: two spellings of one name are one person, who pays once.
+    return [folded(str(subject)) for subject in subjects]
 
 
 def contents_of(questions: Sequence[Question]) -> Iterator[Content]:

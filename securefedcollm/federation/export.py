@@ -91,7 +91,6 @@ def _continues(study: Study) -> dict[str, Any]:
     links = [
         {
             "study_sha256": link.study,
-            "run": link.run,
             "scale": link.scale,
             "slm": link.slm,
             "llm": link.llm,

@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 
 from securefedcollm.federation.files import write_durably
 from securefedcollm.federation.keeping import BEST, best_round, describe_best
+from securefedcollm.federation.parts import validation_study
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.privacy.accounting import prv_bounds
 from securefedcollm.privacy.adversaries import per_adversary
@@ -130,8 +131,8 @@ def _spent(home: Path, study: Study) -> dict[str, Any]:
         delta = study.privacy.delta
         spent, adversaries = 0.0, {}
         with Ledger(home / "ledger.sqlite", home.name) as ledger:
-            mine = digest(study).hex()  # a ledger may hold other studies too
-            own = [entry for entry in ledger.entries() if entry.about.study == mine]
+            mine = {digest(study).hex(), validation_study(study)}  # a ledger may hold others too
+            own = [entry for entry in ledger.entries() if entry.about.study in mine]
             firsts = {entry.key[:2]: entry for entry in reversed(own)}
             for account, first in firsts.items():  # of what is tuned on, and of what is set aside
                 summary = ledger.spent(*account, delta)

@@ -24,6 +24,7 @@ from securefedcollm.evidence.entries import (
 )
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.federation.parts import validation_study
 from securefedcollm.federation.plan import (
     AUTHORITY,
     ends_round,
@@ -159,9 +160,10 @@ def _of_silo(study: Study, place: Path) -> dict[str, Any]:
     privacy = study.privacy
     if privacy is not None and (place / "ledger.sqlite").exists():
         with Ledger(place / "ledger.sqlite", place.name) as ledger:
-            mine = ledger.entries()
+            names = {digest(study).hex(), validation_study(study), ""}  # "": an older ledger
+            mine = [entry for entry in ledger.entries() if entry.about.study in names]
             if mine:
-                last = {entry.key.dataset: entry for entry in mine[-2:]}  # of either part
+                last = {entry.key.dataset: entry for entry in mine}  # of either part
                 spent = max(_worst(ledger, entry, privacy.delta) for entry in last.values())
                 known |= {"epsilon_spent": float(spent), "epsilon_study": privacy.epsilon}
     return known

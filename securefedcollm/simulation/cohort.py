@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from securefedcollm.aggregation import Roster
+from securefedcollm.errors import ConfigError
 from securefedcollm.evidence.ledger import LoggedLedger
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
@@ -180,8 +181,15 @@ def _ledger(home: Path, name: str, ledgers: Path | None) -> Path:
     if ledgers is None:
         return link
     book = make_directory(ledgers) / f"{name}.sqlite"
-    if not link.is_symlink():
+    if not link.is_symlink() and not link.exists():
         link.symlink_to(os.path.relpath(book.resolve(), home.resolve()))
+    if link.resolve() != book.resolve():
+        raise ConfigError(
+            f"the run of {name} began with another ledger, {link.resolve()}",
+            where="--ledgers",
+            hint="resume with the directory that the run began with, or without --ledgers if it "
+            "began without",
+        )
     return book
 
 

@@ -5,6 +5,7 @@ Every refusal names the key and the fix.
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Final
 
 from securefedcollm.errors import ConfigError
@@ -41,6 +42,11 @@ def check_continue(study: Study) -> None:
         if not link.run:
             what, where = "the directory has no name", f"continue.earlier[{number}].run"
             hint = "name it relative to the directory that --data (or --models) gives"
+        # Adversary: an author who has participants look where they never meant to.
+        elif study.roster and _leads_out(PurePath(link.run)):
+            what = "leads out of the participants' own directory"
+            where = f"continue.earlier[{number}].run"
+            hint = "name a directory below the one that --models gives, without .."
     if what:
         raise ConfigError(what, where=where, hint=hint)
     for name, model in (("slm", study.models.slm), ("llm", study.models.llm)):
@@ -51,6 +57,10 @@ def check_continue(study: Study) -> None:
                 where=f"models.{name}.dtype",
                 hint="choose float32",
             )
+
+
+def _leads_out(path: PurePath) -> bool:
+    return path.is_absolute() or ".." in path.parts
 
 
 def _check_retain(study: Study) -> None:

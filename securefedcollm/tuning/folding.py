@@ -10,6 +10,7 @@ digest is compared before anything is decoded.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -63,11 +64,12 @@ def read_released(
     others = []
     for path in paths:
         try:
-            content = path.read_bytes()
+            with path.open("rb") as file:  # whatever lies there, it is not all in memory
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            content = path.read_bytes() if found == wanted else b""
         except OSError:
             continue
-        found = sha256(content).hex()
-        if found == wanted:
+        if found == wanted == sha256(content).hex():
             return Released(wanted, scale, _pairs(content, max_abs, str(path)))
         others.append((path, found))
     if others:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -33,6 +34,8 @@ from securefedcollm.tuning.questions import EncodedQuestions
 _DIGEST: Final = 32
 _ROOM: Final = 0.9
 """How full the directory is left, of its bound, when something has to go."""
+_FOLDER: Final = re.compile("[0-9a-f]{2}")
+_NAME: Final = re.compile("[0-9a-f]{64}")
 _KIND: Final = "securefedcollm/states/v1"
 
 
@@ -101,11 +104,14 @@ class KeptStates:
             self._size -= length
 
     def _files(self) -> Iterator[tuple[float, int, str]]:
-        """(last used, bytes, path) of every file."""
+        """(last used, bytes, path) of every file of states, and of no other: the directory may be
+        somebody's."""
         for folder in os.scandir(self._directory):
-            if not folder.is_dir(follow_symlinks=False):
+            if not (_FOLDER.fullmatch(folder.name) and folder.is_dir(follow_symlinks=False)):
                 continue
             for file in os.scandir(folder):
+                if not (_NAME.fullmatch(file.name) and file.is_file(follow_symlinks=False)):
+                    continue
                 try:
                     found = file.stat(follow_symlinks=False)
                 except FileNotFoundError:

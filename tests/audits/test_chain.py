@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from securefedcollm_audits.expected import Expected
 from securefedcollm_audits.verify import verify
+from securefedcollm_cli.audit import write_bundle
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
@@ -77,6 +78,20 @@ def test_a_past_that_nobody_shows_is_not_believed(life):
         assert "first" in chain.evidence
     with pytest.raises(ConfigError, match="no earlier run"):
         verify(bundle(life, "first"), Expected(earlier=[bundle(life, "second")]))
+
+
+def test_a_past_whose_budget_nobody_shows_is_not_believed(tmp_path):
+    """Whoever overspent in the earlier run hands over the server's log alone."""
+    study = load_study(make_inputs(tmp_path), ["rounds=1"])
+    first = simulated(study, tmp_path, "first")
+    simulated(next_study(first), tmp_path, "second")
+    assert followed(tmp_path, "second", "first").status == "pass"  # the control
+    alone = tmp_path / "alone.zip"
+    write_bundle(first, alone, ["server"])
+    assert verify(alone).holds
+    chain = followed(tmp_path, "second", alone)
+    assert chain.status == "not covered"
+    assert "charged-first, mechanism" in chain.evidence
 
 
 def caught(life, name, *earlier):

@@ -63,6 +63,14 @@ def other_noise(f):
                     event["share_sigma"] *= 2
 
 
+def charged_nothing(f):
+    """Every silo reserves no release at all for its validations."""
+    for log in f.logs.values():
+        for entry in log:
+            if any(event.get("values") == 2 for event in entry["what"].get("events", [])):
+                entry["what"]["events"] = []
+
+
 def charged_to_the_tuned(f):
     accounts = {}
     for entry in f.logs["silo-1"]:
@@ -102,6 +110,7 @@ FORGERIES = [
     ("step-order", "is not the accuracy that follows from its counts", finished(0, score=0.99)),
     ("step-order", "is not the accuracy that follows from its counts", without_score),
     ("mechanism", "charges for other noise than the round's header names", other_noise),
+    ("mechanism", "is of 0 releases; the study's is one", charged_nothing),
     ("mechanism", "is not one pair of noised counts", as_dpsgd),
     ("mechanism", "counts other silos' noise", other_noises_share),
     ("ledger-order", "charges another data set or unit", charged_to_the_tuned),
@@ -114,6 +123,19 @@ FORGERIES = [
 def test_a_forgery_is_found(validated_bundle, tmp_path, check, says, edit):
     verdict = verify(doctor(validated_bundle, tmp_path / "forged.zip", edit))
     assert says in by_name(verdict)[check].faults[0]
+
+
+def test_noised_sums_that_nobody_is_charged_for_are_found(joint_validated_bundle, tmp_path):
+    """The updates' sums as well as the counts."""
+
+    def edit(f):
+        for entry in f.logs["silo-1"]:
+            if "events" in entry["what"]:
+                entry["what"]["events"] = []
+
+    verdict = verify(doctor(joint_validated_bundle, tmp_path / "forged.zip", edit))
+    assert len(by_name(verdict)["mechanism"].faults) > 2
+    assert "is of 0 releases" in by_name(verdict)["mechanism"].faults[0]
 
 
 def test_counts_in_a_study_that_sets_nothing_aside_are_found(record_bundle, tmp_path):

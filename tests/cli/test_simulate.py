@@ -208,6 +208,21 @@ def test_the_same_seed_gives_the_same_run_and_workers_change_nothing(inputs, tmp
                 np.testing.assert_array_equal(value, other[key])
 
 
+def test_the_figure_of_a_validated_run_is_that_of_the_part_that_spent_most(inputs, tmp_path):
+    """What is set aside pays apart from what is tuned on, and here more."""
+    more = ["--no-baselines", "--set", "validation.share=0.3", "--set", "local.batch_size=4"]
+    results = run(inputs, tmp_path / "run", *more)
+    for number in (1, 4):
+        silo = f"silo-{number}"
+        with Ledger(tmp_path / "run" / silo / "ledger.sqlite", silo) as ledger:
+            accounts = {entry.key[:2] for entry in ledger.entries()}
+            spent = sorted(ledger.spent(*account, 1e-5).claim.epsilon for account in accounts)
+        assert len(spent) == 2
+        assert spent[0] < spent[1] - 0.01
+        assert results["silos"][number - 1]["epsilon_spent"] == spent[1]
+    assert len(results["private"]) == 2
+
+
 def test_states_on_disk_serve_the_next_run(inputs, tmp_path):
     """Those of the server's questions are kept, and no silo's."""
     more = ["--no-baselines", "--set", "adapter.top_layers=1", "--states", str(tmp_path / "states")]

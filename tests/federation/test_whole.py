@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ def test_a_round_of_every_placement(inputs: Path, privacy: tuple[str]) -> None:
     study = study_of(inputs, *privacy, "aggregation.clip_norm=1", *SERVER)
     dealt = deal(study, inputs)
     name, records = next(iter(dealt.silos.items()))
+    spelt = [replace(q, subject=f" {q.subject}\u00a0") for q in records[::2]] + list(records[1::2])
+    assert count_units(study, spelt) == count_units(study, records)  # one document, spelt twice
     silo = SiloTuning(study, name, records, data=inputs)
     server = ServerTuning(study, public=dealt.public, test=dealt.test, data=inputs)
     start = server.adapter()

@@ -61,3 +61,18 @@ def test_where_one_study_is_wanted_several_are_refused(tmp_path):
     """Adversary: whoever has somebody check and sign the first of several studies."""
     with pytest.raises(ConfigError, match="holds several studies"):
         load_study(life(tmp_path, "rounds: 9"))
+
+
+@pytest.mark.parametrize("place", ["/somewhere", "../other", "a/../../b"])
+def test_participants_look_below_their_own_directory_alone(place):
+    """Adversary: the study's author. Alone, a simulation may look where it likes."""
+    link = {"run": place, "study": "ab" * 32, "entries": 3, "root": "ab" * 32, "scale": 2.0}
+    tree = load_study("quickstart").tree | {"continue": {"earlier": [link | {"slm": "ab" * 32}]}}
+    load_study(tree)
+    names = {"server": "server", **{f"silo-{i}": "silo" for i in range(1, 5)}}
+    roster = [
+        {"name": name, "role": role, "key": f"{number:064x}"}
+        for number, (name, role) in enumerate(names.items())
+    ]
+    with pytest.raises(ConfigError, match=r"continue.earlier\[0\].run: leads out of"):
+        load_study(tree | {"roster": roster})

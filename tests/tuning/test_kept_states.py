@@ -120,6 +120,21 @@ def test_the_directory_stays_within_its_bound(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in files(tmp_path)) <= 2 * size
 
 
+def test_what_is_somebody_elses_stays(tmp_path: Path) -> None:
+    """A slip of the pen: ``--states runs``."""
+    others = [tmp_path / "quickstart" / "evidence.zip", tmp_path / "ab" / "notes", tmp_path / "x"]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(10_000))
+    (tmp_path / "ab" / ("a" * 64)).mkdir()
+    kept = KeptStates(tmp_path, 500)
+    for key in ("ab" * 32, "cd" * 32):
+        kept.write(key, torch.randn(4, 8))
+    assert all(path.stat().st_size == 10_000 for path in others)
+    assert kept.read("ab" * 32, (4, 8), torch.float32) is None  # made room for the other
+    assert kept.read("cd" * 32, (4, 8), torch.float32) is not None
+
+
 def test_a_directory_that_cannot_be_used_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (

@@ -85,8 +85,10 @@ def by_part(study: Study, done: Iterable[Training]) -> list[list[Training]]:
     listed = list(done)
     if study.validation is None:
         return [listed]
-    held = [training for training in listed if validates(study, training.sum)]
-    return [[training for training in listed if training not in held], held]
+    parts: tuple[list[Training], list[Training]] = ([], [])
+    for training in listed:
+        parts[validates(study, training.sum)].append(training)
+    return list(parts)
 
 
 def trainings(log: list[Entry]) -> list[Training]:
@@ -221,6 +223,10 @@ def mechanism(case: Case, wrong: Faults) -> str:
 def _fits(case: Case, sum_: int, events: tuple[Event, ...], survivors: int | None) -> str:
     """The fault of a sum's charge; ``survivors``: of the sum, for a settlement."""
     counts = validates(case.study, sum_)
+    local = case.study.privacy is not None and case.study.privacy.noise == "local"
+    # Adversary: an operator who reserves nothing at all, so that there is no noise to compare.
+    if (counts or not local) and len(events) != 1:
+        return f"is of {len(events)} releases; the study's is one"
     if counts and case.study.privacy and case.study.privacy.noise == "local":
         for event in events:
             if not isinstance(event, DiscreteGaussian) or event.q != 1.0 or event.count != 1:
