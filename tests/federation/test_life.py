@@ -171,7 +171,7 @@ def test_a_record_has_one_budget_for_life(inputs, caplog):
         simulated(again, inputs, "refused", ledgers=ledgers)
     assert "is left" in caplog.text  # of the budget, says each silo's own log
     with pytest.raises(ConfigError, match=r"--ledgers: the run of silo-1 began with another"):
-        simulated(study, inputs, "paid", ledgers=inputs / "other", resume=True)
+        simulated(again, inputs, "refused", ledgers=inputs / "other", resume=True)
     simulated(again, inputs, "control", ledgers=inputs / "fresh")  # as if nobody had counted
     other = next_study(run, [f"task.data.train={new}"])
     simulated(other, inputs, "others", ledgers=ledgers)

@@ -127,7 +127,7 @@ def test_what_is_somebody_elses_stays(tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(bytes(10_000))
     (tmp_path / "ab" / ("a" * 64)).mkdir()
-    kept = KeptStates(tmp_path, 500)
+    kept = KeptStates(tmp_path, 200)
     for key in ("ab" * 32, "cd" * 32):
         kept.write(key, torch.randn(4, 8))
     assert all(path.stat().st_size == 10_000 for path in others)
