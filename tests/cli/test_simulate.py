@@ -219,7 +219,7 @@ def test_the_figure_of_a_validated_run_is_that_of_the_part_that_spent_most(input
             least, most = (ledger.spent(*part, 1e-5).claim.epsilon for part in (tuned, held))
         assert least < most
         assert results["silos"][number - 1]["epsilon_spent"] == most
-    assert len(results["private"]) == 2
+    assert all("private" in record for record in results["rounds"])
 
 
 def test_states_on_disk_serve_the_next_run(inputs, tmp_path):
