@@ -182,9 +182,9 @@ def threads(kind: str, dtype: torch.dtype, method: str) -> Iterator[None]:
     ("dtype", "method", "prefix", "loss"),
     [
         (torch.float32, "lora", False, "choices"),
-        (torch.float32, "lora", True, "answer"),
+        pytest.param(torch.float32, "lora", True, "answer", marks=pytest.mark.soak),
         (torch.float32, "prompt", False, "choices"),
-        (torch.float32, "prefix", False, "answer"),
+        pytest.param(torch.float32, "prefix", False, "answer", marks=pytest.mark.soak),
         (torch.bfloat16, "lora", False, "choices"),
         pytest.param(torch.bfloat16, "lora", True, "answer", marks=pytest.mark.soak),
         pytest.param(torch.bfloat16, "prompt", False, "choices", marks=pytest.mark.soak),
@@ -286,8 +286,8 @@ def crooked(by: str) -> Any:
     ("by", "method"),
     [
         *((by, "lora") for by in ("place", "company", "largest number", "branch")),
-        ("number of rows", "lora"),
-        ("place", "prompt"),
+        pytest.param("number of rows", "lora", marks=pytest.mark.soak),
+        pytest.param("place", "prompt", marks=pytest.mark.soak),
         ("company", "prefix"),
     ],
 )
