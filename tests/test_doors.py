@@ -84,6 +84,7 @@ def outside(place: Path, program: str) -> str:
     return done.stdout
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_the_lines_of_the_readme_run_from_a_wheel_outside_the_clone(elsewhere: Path) -> None:
     said = outside(elsewhere, VECTORS + LINES + SHOWN)

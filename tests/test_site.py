@@ -143,6 +143,7 @@ def test_every_public_name_and_every_kind_of_entry_is_on_its_page():
     assert len(headings) == 20
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_the_notebook_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]

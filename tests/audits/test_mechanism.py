@@ -161,6 +161,7 @@ def test_dp_sgd_with_a_tenth_less_noise_is_caught_by_the_noise_alone(monkeypatch
     assert "times the sensitivity; " in finding.sentence
 
 
+@pytest.mark.soak
 def test_a_sampler_that_takes_every_record_is_caught(monkeypatch):
     """Charged as a sample of 5 %, trained with all."""
     monkeypatch.setattr(NoiseSource, "poisson_batch", lambda self, n, q: np.arange(n))

@@ -11,6 +11,7 @@ from tests.support.typed import type_page
 pytestmark = pytest.mark.timeout(600)
 
 
+@pytest.mark.soak
 def test_the_page_for_the_auditor(tmp_path):
     done = type_page("auditor.md", tmp_path, timeout=500)
     said = done.stdout

@@ -42,6 +42,7 @@ def measured(run, test, inputs, work=lambda held_out: held_out.finish()):
     return told, warned
 
 
+@pytest.mark.soak
 def test_every_round_is_measured_once_as_model_evaluate_does(silo, inputs, tmp_path):
     run = shutil.copytree(silo[0], tmp_path / "run")
     told, warned = measured(run, silo[1], inputs)
@@ -61,6 +62,7 @@ def test_every_round_is_measured_once_as_model_evaluate_does(silo, inputs, tmp_p
     assert out["m"]["digest"]
 
 
+@pytest.mark.soak
 def test_the_silos_own_records_are_measured_beside_them(silo, inputs, tmp_path):
     run = shutil.copytree(silo[0], tmp_path / "run")
     train = tmp_path / "own.jsonl"
@@ -80,6 +82,7 @@ def test_the_silos_own_records_are_measured_beside_them(silo, inputs, tmp_path):
     assert not list(run.glob(".held-out-*"))
 
 
+@pytest.mark.soak
 def test_of_the_silos_own_records_only_those_that_take_part_count(silo, inputs, tmp_path):
     """The others have spent their budget: nothing is tuned on them."""
     run, own = shutil.copytree(silo[0], tmp_path / "run"), tmp_path / "own.jsonl"
@@ -151,6 +154,7 @@ def test_it_stands_still_while_a_request_is_answered(silo, inputs, tmp_path):
     assert not list(run.glob(".held-out-*"))
 
 
+@pytest.mark.soak
 def test_a_record_that_cannot_be_scored_stops_no_run(silo, inputs, tmp_path):
     run = shutil.copytree(silo[0], tmp_path / "run")
     test = tmp_path / "held-out.jsonl"

@@ -63,6 +63,7 @@ def test_files_that_were_dealt_out_make_the_same_run(inputs: Path, tmp_path: Pat
     assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
 
 
+@pytest.mark.soak
 def test_one_model_needs_no_public_file(inputs: Path, tmp_path: Path) -> None:
     names = [f"silo-{i}" for i in range(1, 5)]
     words = given(inputs, names)
@@ -74,6 +75,7 @@ def test_one_model_needs_no_public_file(inputs: Path, tmp_path: Path) -> None:
     assert {row["model"] for row in found["table"]} == {"slm"}
 
 
+@pytest.mark.soak
 def test_silos_have_names_of_their_own(inputs: Path, tmp_path: Path) -> None:
     names = ["north", "clinic-2", "a.b", "west"]
     more = ["--workers", "2", "--drop", "clinic-2@upload", *BARE, *given(inputs, names)]

@@ -403,6 +403,7 @@ def test_records_that_cannot_pay_are_told_before_the_question_and_may_be_left_ou
     assert "22 records, without 10 that cannot pay" in result.stderr
 
 
+@pytest.mark.soak
 def test_the_training_loss_is_of_the_records_that_take_part(study, tmp_path, monkeypatch):
     """With ``--records skip``: not of those whose budget is used up."""
     directory, _, path = study

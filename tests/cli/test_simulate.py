@@ -251,6 +251,7 @@ def test_a_dropout_is_survived_and_named(inputs, tmp_path):
     assert len(second["survivors"]) == 4
 
 
+@pytest.mark.soak
 def test_killed_with_minus_nine_and_resumed(inputs, tmp_path):
     """A real process group, killed while round 2 is under way. What its workers warn of is seen."""
     out = tmp_path / "run"

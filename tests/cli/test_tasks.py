@@ -114,6 +114,7 @@ def run(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.soak
 def test_two_tokenizers_co_tune_on_instructions(run: Path) -> None:
     for role in ("llm", "slm"):
         adapter = load_file(run / "adapters" / role / "adapter_model.safetensors")

@@ -300,6 +300,7 @@ def test_a_silo_that_comes_when_all_others_have_left_gets_the_adapter(tmp_path):
     assert len(adapters) == 1
 
 
+@pytest.mark.soak
 def test_what_a_hostile_server_gets_from_a_silo(homes, tmp_path):
     """Its operator runs FLARE as it comes. (Before the tests with an engine: one port for both.)"""
     kit = homes["silo-1"] / "kit"
@@ -474,6 +475,7 @@ def test_what_crosses(homes, engine):
         lobs.get_datum_dir()
 
 
+@pytest.mark.soak
 def test_what_a_hostile_silo_gets_from_another_and_from_the_server(homes, engine, tmp_path):
     """It runs FLARE as it comes; the server and the other silo are honest."""
     secret = tmp_path / "private.json"

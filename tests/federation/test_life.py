@@ -78,6 +78,7 @@ class Counting:
         monkeypatch.setattr(EmbeddedEngine, "exchange", exchange)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("privacy", ["none", "{epsilon: 8, delta: 1e-5}"])
 def test_killed_in_every_exchange_the_second_study_goes_on(inputs, first, monkeypatch, privacy):
     study = next_study(first, [f"privacy={privacy}"], orthogonal=True)
@@ -159,6 +160,7 @@ def words(inputs: Path, name: str, first_thing: int) -> str:
     return name
 
 
+@pytest.mark.soak
 def test_a_record_has_one_budget_for_life(inputs, caplog):
     """The same records, and half of them new: the second study is refused. New ones can pay."""
     caplog.set_level(logging.WARNING)

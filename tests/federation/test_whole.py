@@ -161,6 +161,7 @@ def weights(directory: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.soak
 def test_documents_that_are_cut_into_rows_are_the_units(inputs: Path, tmp_path: Path) -> None:
     """Continued pre-training on text, by all weights, under ε for a whole document."""
     name_of = dict(zip(("train", "test"), COLOURS, strict=False))

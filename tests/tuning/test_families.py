@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.families import FAMILIES, PAGE, row, verdict
 
-QUICK = ["OPT", "BERT", "Llama 4"]
+QUICK = ["BERT", "Llama 4"]
 LONG = [
     "Llama",
     "Mixtral",
