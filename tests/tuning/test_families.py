@@ -8,6 +8,7 @@ from benchmarks.families import FAMILIES, PAGE, row, verdict
 
 QUICK = ["BERT", "Llama 4"]
 LONG = [
+    "OPT",
     "Llama",
     "Mixtral",
     "Gemma 3",
