@@ -128,11 +128,13 @@ def simulate(
         track=track,
         ledgers=ledgers,
     )
+    from securefedcollm.tuning.kept_states import keeping_states
+
     if len(trees) > 1:
-        simulate_life(trees, plan, as_json)
+        with keeping_states(states, int(states_gb * 1e9)):
+            simulate_life(trees, plan, as_json)
         return
     simulation = Simulation(study, plan)
-    from securefedcollm.tuning.kept_states import keeping_states
     from securefedcollm_cli.progress import Bars
 
     with keeping_states(states, int(states_gb * 1e9)), Bars(quiet=as_json) as bars:

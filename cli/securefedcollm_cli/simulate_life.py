@@ -34,7 +34,7 @@ def simulate_life(trees: Sequence[dict[str, Any]], plan: SimulationPlan, as_json
             where="--silo" if plan.files is not None else "--drop",
             hint="leave it out, or simulate one study at a time",
         )
-    _make_room(plan)
+    _make_room(plan, [str(tree["study"]) for tree in trees])
     verdicts: dict[str, Verdict] = {}
 
     def finished(study: Study, run: Path, results: dict[str, Any]) -> None:
@@ -56,16 +56,28 @@ def simulate_life(trees: Sequence[dict[str, Any]], plan: SimulationPlan, as_json
         raise typer.Exit(1)
 
 
-def _make_room(plan: SimulationPlan) -> None:
-    """A life is removed, or gone on with, as a whole."""
-    if plan.overwrite and plan.out.exists():
-        shutil.rmtree(plan.out)
-    elif plan.out.exists() and any(plan.out.iterdir()) and not plan.resume:
+def _make_room(plan: SimulationPlan, names: Sequence[str]) -> None:
+    """A life is removed, or gone on with, as a whole; what is not of a life is never removed."""
+    from securefedcollm.simulation.life import LEDGERS
+
+    if not plan.out.exists() or not any(plan.out.iterdir()) or plan.resume:
+        return
+    if not plan.overwrite:
         raise ConfigError(
             "there is a run in this directory already",
             where=str(plan.out),
             hint="continue it with --resume, replace it with --overwrite, or choose --out",
         )
+    runs = [plan.out / name for name in names if (plan.out / name).is_dir()]
+    if not runs or not all((run / "study.yaml").is_file() for run in runs):
+        raise ConfigError(
+            "holds other things than this life's runs; nothing is removed",
+            where=str(plan.out),
+            hint="choose another --out",
+        )
+    for run in runs:
+        shutil.rmtree(run)
+    shutil.rmtree(plan.out / LEDGERS, ignore_errors=True)
 
 
 def _render(names: list[str], results: list[dict[str, Any]], verdicts: list[Verdict]) -> None:

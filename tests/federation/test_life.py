@@ -228,9 +228,26 @@ def test_simulate_verifies_every_study_of_a_life(inputs, tmp_path):
     assert passed[0] + 1 == passed[1] == passed[2]  # the chain is one check more
     again = CliRunner().invoke(app, [str(word) for word in words])
     assert isinstance(again.exception, ConfigError)
-    shown = CliRunner().invoke(app, [*map(str, words), "--overwrite"])
+    (tmp_path / "life" / "notes").write_text("ours")
+    more = ["--overwrite", "--states", tmp_path / "states", "--set", "adapter.top_layers=1"]
+    shown = CliRunner().invoke(app, [*map(str, words), *map(str, more)])
     assert "after each study" in shown.stdout
     assert shown.stdout.count("evidence verified offline") == 3
+    assert (tmp_path / "life" / "notes").read_text() == "ours"
+    assert any((tmp_path / "states").iterdir())
+
+
+def test_a_strangers_directory_is_never_removed(inputs, tmp_path):
+    """A slip of the pen: ``--out ~ --overwrite``."""
+    for number, name in enumerate(("thesis", "tiny")):  # also one that is called as a study
+        home = tmp_path / str(number)
+        (home / name).mkdir(parents=True)
+        (home / name / "work.tex").write_text("years of work")
+        words = ["simulate", life_of(inputs), "--data", inputs, "--out", home, "--overwrite"]
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        assert isinstance(result.exception, ConfigError)
+        assert "nothing is removed" in str(result.exception)
+        assert (home / name / "work.tex").exists()
 
 
 def test_only_a_finished_run_that_is_its_own_can_be_continued(inputs, first, tmp_path):
