@@ -108,6 +108,8 @@ def simulate(
     from securefedcollm.simulation.simulate import Simulation
     from securefedcollm.study import study_from_tree
     from securefedcollm.study.life import load_life
+    from securefedcollm.tuning.kept_states import keeping_states
+    from securefedcollm_cli.progress import Bars
 
     trees = load_life(config, overrides or [])
     study = study_from_tree(trees[0])
@@ -128,27 +130,19 @@ def simulate(
         track=track,
         ledgers=ledgers,
     )
-    from securefedcollm.tuning.kept_states import keeping_states
-
+    keeping = keeping_states(states, int(states_gb * 1e9))
     if len(trees) > 1:
-        with keeping_states(states, int(states_gb * 1e9)):
-            simulate_life(trees, plan, as_json)
+        simulate_life(trees, plan, as_json, keeping)
         return
     simulation = Simulation(study, plan)
-    from securefedcollm_cli.progress import Bars
-
-    with keeping_states(states, int(states_gb * 1e9)), Bars(quiet=as_json) as bars:
+    with keeping, Bars(quiet=as_json) as bars:
         results = simulation.run(bars.report, bars.say)
         bars.report(0, 1, "verifying the evidence")
         verdict, page = write_evidence(directory, earlier_bundles(study, data))
         bars.report(1, 1, "verifying the evidence")
     if as_json:
-        evidence = {
-            "bundle": verdict.bundle,
-            "report": page,
-            "holds": verdict.holds,
-            "passed": verdict.passed,
-        }
+        evidence = {name: getattr(verdict, name) for name in ("bundle", "holds", "passed")}
+        evidence["report"] = page
         typer.echo(json.dumps(results | {"evidence": evidence}, indent=2))
     else:
         _render(results, verdict, page)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,16 @@ if TYPE_CHECKING:
     from securefedcollm.study import Study
 
 
-def simulate_life(trees: Sequence[dict[str, Any]], plan: SimulationPlan, as_json: bool) -> None:
-    """Run, verify and show the studies ``trees``; exit code 1 if any evidence does not hold."""
+def simulate_life(
+    trees: Sequence[dict[str, Any]],
+    plan: SimulationPlan,
+    as_json: bool,
+    keeping: AbstractContextManager[None],
+) -> None:
+    """Run, verify and show the studies ``trees``; exit code 1 if any evidence does not hold.
+
+    ``keeping``: within it, states of public questions are kept.
+    """
     from securefedcollm.federation.continuing import earlier_bundles
     from securefedcollm.simulation.life import play
     from securefedcollm_cli.progress import Bars
@@ -42,7 +51,7 @@ def simulate_life(trees: Sequence[dict[str, Any]], plan: SimulationPlan, as_json
         verdicts[study.study], _ = write_evidence(run, earlier_bundles(study, plan.data))
         bars.report(1, 1, "verifying the evidence")
 
-    with Bars(quiet=as_json) as bars:
+    with keeping, Bars(quiet=as_json) as bars:
         results = play(trees, plan, bars.report, bars.say, finished)
     holds = all(verdict.holds for verdict in verdicts.values())
     if as_json:
