@@ -301,11 +301,10 @@ def _records(study: Study, data: Path | None) -> int | None:
 
 
 def _threads() -> None:
-    import os
-
     from securefedcollm.federation.cotuning import set_threads
+    from securefedcollm.federation.workload import usable_threads
 
-    set_threads(len(os.sched_getaffinity(0)))
+    set_threads(usable_threads())
 
 
 def _print(finding: Finding) -> None:

@@ -12,7 +12,7 @@ from securefedcollm.errors import ConfigError
 from securefedcollm_cli.consortium import Home, home_of
 from securefedcollm_cli.identity import PassphraseFile
 from securefedcollm_cli.options import Device, StudyFile, stop_on_sigterm
-from securefedcollm_cli.role_options import Events, Models, Threads, Yes, asked, cores
+from securefedcollm_cli.role_options import Events, Models, Threads, Yes, asked
 from securefedcollm_cli.role_serving import serve
 from securefedcollm_cli.role_words import (
     confirm,
@@ -113,10 +113,11 @@ def client(
     with roles.take_part(study, config, place, "silo", passphrase) as member:
         kit = installed(place, member.name)
         limit = _limit(study, budget)
-        threads = threads or cores()
         with Bars(quiet=as_json) as bars:
             from securefedcollm.federation import cotuning
+            from securefedcollm.federation.workload import usable_threads
 
+            threads = threads or usable_threads()
             cotuning.set_threads(threads)
             place_of: dict[str, Any] = {"models": models, "progress": bars.report, "device": device}
             workload = roles.silo_workload(study, member.name, data, **place_of)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +15,8 @@ Models = Annotated[
     typer.Option("--models", metavar="DIR", help="Where the study's path: models are."),
 ]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Threads for training [every core of this machine].")
+    int | None,
+    typer.Option(min=1, help="Threads for training [every core, or OMP_NUM_THREADS]."),
 ]
 Yes = Annotated[bool, typer.Option("--yes", help="Agree without asking; for unattended machines.")]
 Events = Annotated[
@@ -26,7 +26,3 @@ Events = Annotated[
 
 def asked(passphrase_file: Path | None) -> Callable[[], str]:
     return lambda: read_passphrase(passphrase_file)
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))

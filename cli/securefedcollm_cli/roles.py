@@ -25,7 +25,7 @@ from securefedcollm_cli.options import (
     stop_on_sigterm,
 )
 from securefedcollm_cli.role_client import client
-from securefedcollm_cli.role_options import Events, Models, Threads, Yes, asked, cores
+from securefedcollm_cli.role_options import Events, Models, Threads, Yes, asked
 from securefedcollm_cli.role_serving import say_what_is_lacking, serve
 from securefedcollm_cli.role_words import confirm, print_entry, print_round, say_finished
 
@@ -107,10 +107,11 @@ def server(
         Bars(quiet=as_json) as bars,
     ):
         from securefedcollm.federation import cotuning
+        from securefedcollm.federation.workload import usable_threads
 
         kits = Kits(installed(place, member.name), installed(place, member.name, lead=True))
         require_free_port(kits.server.workspace)  # before models are loaded
-        cotuning.set_threads(threads or cores())
+        cotuning.set_threads(threads or usable_threads())
         questions = roles.server_questions(study, public, test)
         workload = cotuning.ServerTuning(
             study,

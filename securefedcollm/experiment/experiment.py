@@ -7,7 +7,6 @@ there; a federation that was killed continues in the middle. :mod:`~.rows` says 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from functools import partial
@@ -23,7 +22,7 @@ from securefedcollm.experiment.rows import Arm, arms, compare, has_labels, place
 from securefedcollm.federation.engines.embedded import process_context
 from securefedcollm.federation.files import make_directory, write_durably
 from securefedcollm.federation.plan import silo_names
-from securefedcollm.federation.workload import Progress
+from securefedcollm.federation.workload import Progress, usable_threads
 from securefedcollm.simulation.plan import ExperimentPlan, SiloPlan, SimulationPlan
 from securefedcollm.simulation.simulate import PRELOAD, Say, Simulation, for_each, planned
 from securefedcollm.study import Study, digest, dump_study
@@ -52,7 +51,7 @@ class Experiment:
         self._study, self._plan, self._out = study, plan, plan.out
         self._seeds = [study.seed + i for i in range(plan.seeds)]
         self._workers = study.silos.count if plan.workers is None else plan.workers
-        self._cores = len(os.sched_getaffinity(0))
+        self._threads = usable_threads()
         self._arms = arms(study, plan.noisy)
         for arm in self._arms:
             check(self._study_of(arm, study.seed))
@@ -160,7 +159,7 @@ class Experiment:
 
         study, home = self._study_of(arm, seed), self._home(arm.key, seed)
         place: dict[str, Any] = {"data": self._plan.data, "device": self._plan.device}
-        set_threads(self._cores)
+        set_threads(self._threads)
         dealt = deal(study, self._plan.data)
         if arm.kind == "standalone":
             return {"slm": self._standalone(study, dealt, home, progress)}
@@ -201,7 +200,7 @@ class Experiment:
         silos = SiloPlan(
             study=study,
             planned={name: planned(study, q) for name, q in dealt.silos.items()},
-            threads=max(1, self._cores // max(1, self._workers)),
+            threads=max(1, self._threads // max(1, self._workers)),
             data=self._plan.data,
             device=self._plan.device,
         )

@@ -6,6 +6,7 @@ tensors behind them; two sides whose layouts differ do not talk.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +26,15 @@ Keep = Callable[[int, Vector, dict[str, Any]], None]
 JSON, why this silo believes it. May raise StateError."""
 Progress = Callable[[int, int, str], None]
 """``progress(done, total, text)``; called often, must be cheap. As in ``tuning``, without torch."""
+
+
+def usable_threads() -> int:
+    """One for each core that this process may run on; ``OMP_NUM_THREADS`` sets a limit below that.
+
+    Torch heeds the variable until somebody calls ``set_num_threads``, which we do.
+    """
+    cores, asked = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores
 
 
 def silent(done: int, total: int, text: str) -> None:

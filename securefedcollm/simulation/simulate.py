@@ -33,7 +33,7 @@ from securefedcollm.federation.results import (
 from securefedcollm.federation.runstore import RunStore, check_directory
 from securefedcollm.federation.status import round_sentence
 from securefedcollm.federation.tracking import Follow, require_tracker, tracking
-from securefedcollm.federation.workload import Progress, ServerWorkload, silent
+from securefedcollm.federation.workload import Progress, ServerWorkload, silent, usable_threads
 from securefedcollm.privacy.events import PoissonGaussian
 from securefedcollm.simulation.cohort import Cohort
 from securefedcollm.simulation.plan import SiloPlan, SimulationPlan
@@ -69,8 +69,8 @@ class Simulation:
         self._drops = [Drop.parse(spec, self._names, study.scheme) for spec in plan.drops]
         cores = len(os.sched_getaffinity(0))
         self._workers = min(cores, study.silos.count) if plan.workers is None else plan.workers
-        self._server_threads = cores  # silos and server never work at the same time
-        self._threads = max(1, cores // max(1, self._workers))
+        self._server_threads = usable_threads()  # silos and server never work at the same time
+        self._threads = max(1, min(self._server_threads, cores // max(1, self._workers)))
 
     def run(self, progress: Progress, say: Say) -> dict[str, Any]:
         """Run what is still to do and return the content of ``results.json``.

@@ -9,7 +9,7 @@ from securefedcollm.federation import cotuning
 from securefedcollm.federation.cotuning import SiloTuning
 from securefedcollm.federation.dealing import deal
 from securefedcollm.federation.tuned import once, remembering
-from securefedcollm.federation.workload import silent
+from securefedcollm.federation.workload import silent, usable_threads
 from securefedcollm.study import load_study
 from tests.support.inputs import make_inputs
 
@@ -87,3 +87,12 @@ def test_what_privacy_noises_is_never_taken_from_memory(inputs):
         workload = SiloTuning(study, "silo-1", questions, data=inputs)
         start = workload.adapter()
         assert not np.array_equal(workload.fit(start, 0, silent), workload.fit(start, 0, silent))
+
+
+@pytest.mark.parametrize(
+    ("asked", "cores", "threads"), [("1", 4, 1), ("9", 4, 4), ("", 4, 4), ("4,2", 4, 4)]
+)
+def test_omp_num_threads_limits_what_we_take(asked, cores, threads, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    assert usable_threads() == threads
