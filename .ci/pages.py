@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import msgspec
+import securefedcollm_audits
 import typer
 from securefedcollm_cli.main import AGAIN, app
 
@@ -51,6 +52,19 @@ def sums() -> str:
             "[The masking protocol](../protocol.md) and [CKKS](../ckks.md) say what crosses the "
             "wire. [Your own transport](../transport.md) has an example.\n",
             *_members(aggregation, aggregation.__all__),
+        ]
+    )
+
+
+def auditing() -> str:
+    """`securefedcollm_audits.__all__`."""
+    return "\n".join(
+        [
+            "# Python: `securefedcollm_audits`\n",
+            "`from securefedcollm_audits import verify`. The names on this page are public, as are "
+            "those of `securefedcollm`. None of them imports torch or asks a network. "
+            "[For auditors](../auditor.md) says which checks there are.\n",
+            *_members(securefedcollm_audits, securefedcollm_audits.__all__),
         ]
     )
 
@@ -227,6 +241,7 @@ def _words(kind: Any) -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "api.md": api,
     "aggregation.md": sums,
+    "auditing.md": auditing,
     "commands.md": commands,
     "errors.md": failures,
     "evidence.md": evidence,

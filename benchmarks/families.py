@@ -28,7 +28,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import torch
-from securefedcollm_audits.coupling import hostile_adapters
+from securefedcollm_audits.privacy.coupling import hostile_adapters
 from torch import Tensor
 
 from securefedcollm.errors import ConfigError, SecureFedCoLLMError

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import msgspec
 import torch
-from securefedcollm_audits.coupling import PaddedRecords
+from securefedcollm_audits.privacy.coupling import PaddedRecords
 from torch import nn
 
 from benchmarks._machine import machine

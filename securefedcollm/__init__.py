@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any, Final
 from securefedcollm.version import __version__
 
 if TYPE_CHECKING:
-    from securefedcollm_audits.verdict import Verdict as Verdict
-    from securefedcollm_audits.verify import verify as verify
+    from securefedcollm_audits import Verdict as Verdict
+    from securefedcollm_audits import verify as verify
 
     from securefedcollm.api import Run as Run
     from securefedcollm.api import Score as Score
@@ -54,14 +54,14 @@ _DOORS: Final = {
     "Score": "securefedcollm.api",
     "SecureFedCoLLMError": "securefedcollm.errors",
     "Study": "securefedcollm.study",
-    "Verdict": "securefedcollm_audits.verdict",
+    "Verdict": "securefedcollm_audits",
     "dump_study": "securefedcollm.study",
     "load_study": "securefedcollm.study",
     "plan_budget": "securefedcollm.api",
     "secure_sum": "securefedcollm.api",
     "simulate": "securefedcollm.api",
     "simulate_own": "securefedcollm.api",
-    "verify": "securefedcollm_audits.verify",
+    "verify": "securefedcollm_audits",
 }
 __all__ = [
     "BudgetExceeded",

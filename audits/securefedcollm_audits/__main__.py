@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from securefedcollm.errors import SecureFedCoLLMError
 
 if TYPE_CHECKING:
-    from securefedcollm_audits.expected import Expected
+    from securefedcollm_audits.verification.expected import Expected
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     command.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(arguments)
-    from securefedcollm_audits.expected import expectation
+    from securefedcollm_audits.verification.expected import expectation
 
     try:
         expected = expectation(given.study, given.key, given.earlier)
@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _verify(file: Path, expected: Expected, as_json: bool) -> int:
-    from securefedcollm_audits import table
-    from securefedcollm_audits.verify import verify
+    from securefedcollm_audits.verification import table
+    from securefedcollm_audits.verification.verify import verify
 
     verdict = verify(file, expected)
     print(json.dumps(table.plain(verdict), indent=2) if as_json else table.text(verdict))

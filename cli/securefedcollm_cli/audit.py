@@ -16,10 +16,10 @@ from securefedcollm_cli.options import Json
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from securefedcollm_audits.attacks import Outcome
-    from securefedcollm_audits.case import Case
-    from securefedcollm_audits.report import Report
-    from securefedcollm_audits.verdict import Verdict
+    from securefedcollm_audits.protocol.outcome import Outcome
+    from securefedcollm_audits.report.report import Report
+    from securefedcollm_audits.verification.case import Case
+    from securefedcollm_audits.verification.verdict import Verdict
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -102,8 +102,8 @@ def write_evidence(run: Path, earlier: Sequence[Path] = ()) -> tuple[Verdict, st
     Args:
         earlier: bundles of the runs that its study continues.
     """
-    from securefedcollm_audits.expected import expectation
-    from securefedcollm_audits.report import make_report
+    from securefedcollm_audits.report.report import make_report
+    from securefedcollm_audits.verification.expected import expectation
 
     path, page = run / "evidence.zip", run / "report.html"
     write_bundle(run, path, [])
@@ -127,8 +127,8 @@ def verify(
 
     Exit code 0: everything that the bundle covers holds; 1: something does not; 2: bad input.
     """
-    from securefedcollm_audits.expected import expectation
-    from securefedcollm_audits.verify import verify as check
+    from securefedcollm_audits.verification.expected import expectation
+    from securefedcollm_audits.verification.verify import verify as check
 
     _report(check(file, expectation(study, key or [], earlier or [])), as_json)
 
@@ -143,7 +143,7 @@ def compare(
 
     The exit codes are those of `audit verify`.
     """
-    from securefedcollm_audits.compare import compare as held_together
+    from securefedcollm_audits.verification.compare import compare as held_together
 
     _report(held_together(first, second), as_json)
 
@@ -166,9 +166,9 @@ def merge(
     The exit codes are those of `audit verify` on the joined bundle; 2 means that the command
     refused and wrote nothing.
     """
-    from securefedcollm_audits import table
-    from securefedcollm_audits.merge import merge as joined
-    from securefedcollm_audits.verify import verify as check
+    from securefedcollm_audits.verification import table
+    from securefedcollm_audits.verification.merge import merge as joined
+    from securefedcollm_audits.verification.verify import verify as check
 
     from securefedcollm.errors import ConfigError
     from securefedcollm.federation.files import write_durably
@@ -204,7 +204,7 @@ def protocol(
     if all are stopped, that is no proof. But many of these attacks have worked against other
     systems.
     """
-    from securefedcollm_audits import protocol as attacks
+    from securefedcollm_audits.protocol import cases as attacks
 
     from securefedcollm_cli.progress import Bars
 
@@ -250,8 +250,8 @@ def report(
     Its verdict, and its exit code, are those of `audit verify` with the same --study and --key. If
     a bundle does not hold, its page says so. With --earlier it also covers the runs before.
     """
-    from securefedcollm_audits.expected import expectation
-    from securefedcollm_audits.report import make_report
+    from securefedcollm_audits.report.report import make_report
+    from securefedcollm_audits.verification.expected import expectation
 
     from securefedcollm.errors import ConfigError
 
@@ -273,7 +273,7 @@ def report(
 
 def write_page(found: Report, case: Case, path: Path) -> None:
     """Write a report as HTML."""
-    from securefedcollm_audits.report_html import to_html
+    from securefedcollm_audits.report.page import to_html
 
     from securefedcollm.federation.files import write_durably
 
@@ -282,7 +282,7 @@ def write_page(found: Report, case: Case, path: Path) -> None:
 
 def _print_merged(verdict: Verdict, size: int) -> None:
     from rich.console import Console
-    from securefedcollm_audits import table
+    from securefedcollm_audits.verification import table
 
     console = Console()
     missing = [name for name in verdict.keys if name not in verdict.participants]
@@ -302,7 +302,7 @@ def _print_attacks(outcomes: dict[str, Outcome], broken: list[str]) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
-    from securefedcollm_audits import protocol as attacks
+    from securefedcollm_audits.protocol import cases as attacks
 
     table = Table(title="Attacks on secure aggregation", title_justify="left")
     for column in ("", "adversary", "attack", "stopped by", "learnt"):
@@ -326,7 +326,7 @@ def _print_attacks(outcomes: dict[str, Outcome], broken: list[str]) -> None:
 
 
 def _report(verdict: Verdict, as_json: bool) -> None:
-    from securefedcollm_audits import table
+    from securefedcollm_audits.verification import table
 
     if as_json:
         typer.echo(json.dumps(table.plain(verdict), indent=2))
@@ -338,7 +338,7 @@ def _report(verdict: Verdict, as_json: bool) -> None:
 
 def _print(verdict: Verdict) -> None:
     from rich.console import Console
-    from securefedcollm_audits import table
+    from securefedcollm_audits.verification import table
 
     console = Console()
     for line in table.about(verdict):

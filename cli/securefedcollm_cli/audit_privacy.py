@@ -12,7 +12,7 @@ import typer
 from securefedcollm_cli.options import DataDir, Device, Json, Overrides, StudyFile
 
 if TYPE_CHECKING:
-    from securefedcollm_audits.finding import Finding
+    from securefedcollm_audits.privacy.finding import Finding
 
     from securefedcollm.federation.workload import Progress
     from securefedcollm.study import Study
@@ -82,7 +82,7 @@ def mechanism(
     """
 
     def attack(study: Study, progress: Progress) -> Finding:
-        from securefedcollm_audits.mechanism import audit
+        from securefedcollm_audits.privacy.mechanism import audit
 
         return audit(study, records=_records(study, data), trials=trials, progress=progress)
 
@@ -123,7 +123,7 @@ def coupling(
     """
 
     def attack(study: Study, progress: Progress) -> Finding:
-        from securefedcollm_audits.coupling import audit
+        from securefedcollm_audits.privacy.coupling import audit
 
         _threads()
         return audit(
@@ -164,7 +164,7 @@ def one_run(
     """
 
     def attack(study: Study, progress: Progress) -> Finding:
-        from securefedcollm_audits.one_run import audit
+        from securefedcollm_audits.privacy.one_run import audit
 
         _threads()
         return audit(study, data=data, canaries=canaries, seed=seed, progress=progress)
@@ -197,7 +197,7 @@ def canaries(
     """
 
     def attack(study: Study, progress: Progress) -> Finding:
-        from securefedcollm_audits.new_tokens import audit
+        from securefedcollm_audits.privacy.new_tokens import audit
 
         _threads()
         return audit(study, data=data, canaries=count, seed=seed, progress=progress)
@@ -228,7 +228,7 @@ def inversion(
     """
 
     def attack(study: Study, progress: Progress) -> Finding:
-        from securefedcollm_audits.inversion import audit
+        from securefedcollm_audits.privacy.inversion import audit
 
         _threads()
         return audit(
@@ -258,7 +258,7 @@ def _conduct(
         finding = attack(study, bars.report)
     place = None
     if run is not None and key is not None:
-        from securefedcollm_audits.finding import write_down
+        from securefedcollm_audits.privacy.finding import write_down
 
         place = write_down(finding, run, owner, key)
     if as_json:
@@ -273,7 +273,7 @@ def _conduct(
 
 def _key(run: Path, owner: str, identity: Path | None, passphrase_file: Path | None):  # type: ignore[no-untyped-def]
     """The key that signs the log. The user is asked for it before minutes of work."""
-    from securefedcollm_audits.finding import home
+    from securefedcollm_audits.privacy.finding import home
 
     from securefedcollm.errors import ConfigError
     from securefedcollm.study.identity import open_identity, read_identity
@@ -311,7 +311,7 @@ def _print(finding: Finding) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
-    from securefedcollm_audits.finding import CAVEAT
+    from securefedcollm_audits.privacy.finding import CAVEAT
 
     console = Console()
     console.print(escape(f"audit {finding.audit}: {finding.setting}"), highlight=False)

@@ -187,7 +187,7 @@ def report_of(run: Path, as_json: bool) -> None:
     Raises:
         EvidenceError: it does not hold.
     """
-    from securefedcollm_audits import table
+    from securefedcollm_audits.verification import table
 
     from securefedcollm_cli.audit import write_evidence
 

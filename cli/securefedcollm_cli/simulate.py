@@ -26,7 +26,7 @@ from securefedcollm_cli.simulate_life import simulate_life
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-    from securefedcollm_audits.verdict import Verdict
+    from securefedcollm_audits.verification.verdict import Verdict
 
 
 _BASELINES = ("standalone", "fedavg")
@@ -153,7 +153,7 @@ def simulate(
 def _render(results: dict[str, Any], verdict: Verdict, page: str) -> None:
     from rich.console import Console
     from rich.padding import Padding
-    from securefedcollm_audits import table
+    from securefedcollm_audits.verification import table
 
     console = Console()
     console.print()

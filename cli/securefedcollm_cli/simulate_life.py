@@ -17,7 +17,7 @@ from securefedcollm_cli.audit import write_evidence
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from securefedcollm_audits.verdict import Verdict
+    from securefedcollm_audits.verification.verdict import Verdict
 
     from securefedcollm.simulation.plan import SimulationPlan
     from securefedcollm.study import Study
@@ -91,7 +91,7 @@ def _make_room(plan: SimulationPlan, names: Sequence[str]) -> None:
 
 def _render(names: list[str], results: list[dict[str, Any]], verdicts: list[Verdict]) -> None:
     from rich.console import Console
-    from securefedcollm_audits import table
+    from securefedcollm_audits.verification import table
 
     console = Console()
     console.print()

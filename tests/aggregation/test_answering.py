@@ -7,7 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
-from securefedcollm_audits.cohort import Cohort
+from securefedcollm_audits.protocol.cohort import Cohort
 
 from securefedcollm.aggregation import Step
 from securefedcollm.aggregation.answering import AnsweringSide

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from securefedcollm_audits.attacks import judge
-from securefedcollm_audits.cohort import Cohort, Puppet, play
-from securefedcollm_audits.protocol import SERVER_CASES, SILO_CASES, Case, run
+from securefedcollm_audits.protocol.cases import SERVER_CASES, SILO_CASES, Case, run
+from securefedcollm_audits.protocol.cohort import Cohort, Puppet, play
+from securefedcollm_audits.protocol.outcome import judge
 
 from securefedcollm.aggregation.masking.coordinator import CoordinatorRound
 

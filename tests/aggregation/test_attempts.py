@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 import pytest
-from securefedcollm_audits.cohort import Cohort, play
+from securefedcollm_audits.protocol.cohort import Cohort, play
 
 from securefedcollm.aggregation.masking.coordinator import CoordinatorRound
 from securefedcollm.aggregation.steps import Step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from securefedcollm_audits import keyed_cohort
+from securefedcollm_audits.protocol import keyed_cohort
 
 from securefedcollm.aggregation import TRANSITIONS, Step
 from securefedcollm.aggregation.attendance import AttendedRound

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from securefedcollm_audits.cohort import altered
-from securefedcollm_audits.keyed_cohort import (
+from securefedcollm_audits.protocol.cohort import altered
+from securefedcollm_audits.protocol.keyed_cohort import (
     AUTHORITY,
     KEY,
     NAME,

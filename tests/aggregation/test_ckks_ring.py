@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from securefedcollm_audits.cohort import recorded
+from securefedcollm_audits.protocol.cohort import recorded
 
 import securefedcollm
 from securefedcollm.aggregation.ckks import polynomials

@@ -8,7 +8,7 @@ import pickle
 import msgspec
 import numpy as np
 import pytest
-from securefedcollm_audits.cohort import Cohort
+from securefedcollm_audits.protocol.cohort import Cohort
 
 from securefedcollm.aggregation import AbandonedError, Step, coordinator_side, silo_side
 from securefedcollm.aggregation.ckks import messages as ckks_messages

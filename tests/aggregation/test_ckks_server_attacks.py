@@ -12,8 +12,8 @@ import os
 import msgspec
 import numpy as np
 import pytest
-from securefedcollm_audits.cohort import recorded
-from securefedcollm_audits.threshold_attacks import (
+from securefedcollm_audits.protocol.cohort import recorded
+from securefedcollm_audits.protocol.threshold_attacks import (
     threshold_malformed_ciphertext,
     threshold_malformed_key,
 )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from securefedcollm_audits import fuzz
+from securefedcollm_audits.fuzz import targets as fuzz
 
 REQUEST, REPLY = 0, 1  # the first two frames of a round
 
@@ -45,7 +45,7 @@ def test_a_wrong_sum_is_a_finding(monkeypatch):
 
 
 def test_a_leak_is_a_finding(monkeypatch):
-    monkeypatch.setattr("securefedcollm_audits.spy.Spy.leaks", lambda spy: ["north"])
+    monkeypatch.setattr("securefedcollm_audits.protocol.spy.Spy.leaks", lambda spy: ["north"])
     with pytest.raises(fuzz.BrokenError, match="learnt"):
         fuzz.one_round(b"")
 

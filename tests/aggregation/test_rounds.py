@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from securefedcollm_audits.cohort import Cohort, Hook, Puppet, altered, play
+from securefedcollm_audits.protocol.cohort import Cohort, Hook, Puppet, altered, play
 
 from securefedcollm.aggregation import TRANSITIONS, Step, coordinator_side, silo_side
 from securefedcollm.aggregation.masking.coordinator import CoordinatorRound

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from securefedcollm_audits.cohort import Cohort, altered, recorded
+from securefedcollm_audits.protocol.cohort import Cohort, altered, recorded
 
 from securefedcollm.aggregation.header import RingParameters, Roster, RoundHeader, check_roster
 from securefedcollm.aggregation.masking import keys, masks, packing, shamir
@@ -415,7 +415,7 @@ def test_an_ask_with_impossible_parameters_is_malformed() -> None:
 
 
 def test_the_greatest_cohort_fits_the_frame_limits() -> None:
-    from securefedcollm_audits.cohort import Puppet
+    from securefedcollm_audits.protocol.cohort import Puppet
 
     puppet = Puppet(Cohort(silos=128, values=4))
     names = puppet.cohort.names

@@ -12,8 +12,8 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from securefedcollm_audits.expected import Expected
-from securefedcollm_audits.verify import verify
+from securefedcollm_audits.verification.expected import Expected
+from securefedcollm_audits.verification.verify import verify
 from securefedcollm_cli.audit import write_bundle
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from securefedcollm_audits.compare import compare
-from securefedcollm_audits.verify import verify
+from securefedcollm_audits.verification.compare import compare
+from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.evidence.bundle import make_bundle

@@ -8,8 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from securefedcollm_audits.coupling import Bench, Case, PaddedRecords, audit, hostile_adapters
-from securefedcollm_audits.lower_bounds import audit_scores
+from securefedcollm_audits.privacy.coupling import (
+    Bench,
+    Case,
+    PaddedRecords,
+    audit,
+    hostile_adapters,
+)
+from securefedcollm_audits.privacy.lower_bounds import audit_scores
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 

@@ -11,11 +11,12 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from securefedcollm_audits import fuzz, fuzz_files
-from securefedcollm_audits import fuzz_seeds as seeds
-from securefedcollm_audits.charged import decode_events
-from securefedcollm_audits.report import make_report
-from securefedcollm_audits.verify import verify
+from securefedcollm_audits.fuzz import files as fuzz_files
+from securefedcollm_audits.fuzz import seeds as seeds
+from securefedcollm_audits.fuzz import targets as fuzz
+from securefedcollm_audits.report.report import make_report
+from securefedcollm_audits.verification.charged import decode_events
+from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.errors import ConfigError, EvidenceError
 from securefedcollm.evidence.bundle import decode_bundle, pack

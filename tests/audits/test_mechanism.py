@@ -11,8 +11,8 @@ import math
 import msgspec
 import numpy as np
 import pytest
-from securefedcollm_audits.mechanism import audit, collect, interval, path_of
-from securefedcollm_audits.probe import local_path
+from securefedcollm_audits.privacy.mechanism import audit, collect, interval, path_of
+from securefedcollm_audits.privacy.probe import local_path
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.federation.plan import silo_unit
@@ -191,5 +191,5 @@ def test_a_record_s_gradient_without_the_clip_is_caught(monkeypatch):
         return Quantised(np.rint(vector * self.scale).astype(np.int64), 0, False)
 
     monkeypatch.setattr(Quantiser, "encode", unclipped)
-    monkeypatch.setattr("securefedcollm_audits.canaries.LENGTH", 4.0)
+    monkeypatch.setattr("securefedcollm_audits.privacy.canaries.LENGTH", 4.0)
     assert refuted("joint").bound > 1.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from securefedcollm_audits.merge import MOST_BUNDLES, merge
-from securefedcollm_audits.verify import verify
+from securefedcollm_audits.verification.merge import MOST_BUNDLES, merge
+from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.errors import ConfigError, EvidenceError
 from securefedcollm.evidence.bundle import make_bundle, pack, read_members
@@ -172,7 +172,7 @@ def test_broken_files_too_many_and_too_large(record_bundle, tmp_path, monkeypatc
     with pytest.raises(ConfigError, match="there is no such file"):
         merge([record_bundle, tmp_path / "nowhere.zip"])
     size = record_bundle.stat().st_size
-    monkeypatch.setattr("securefedcollm_audits.merge.MAX_BYTES", 2 * size)
+    monkeypatch.setattr("securefedcollm_audits.verification.merge.MAX_BYTES", 2 * size)
     assert merge([record_bundle, record_bundle]) == record_bundle.read_bytes()
     with pytest.raises(EvidenceError, match="with this one the bundles are over"):
         merge([record_bundle] * 3)

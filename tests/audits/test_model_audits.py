@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binomtest
-from securefedcollm_audits import inversion, new_tokens, one_run
+from securefedcollm_audits.privacy import inversion, new_tokens, one_run
 
 from securefedcollm.aggregation.masking import masks
 from securefedcollm.errors import ConfigError

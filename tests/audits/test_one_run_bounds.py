@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 from scipy.stats import binom
-from securefedcollm_audits.one_run_bounds import (
+from securefedcollm_audits.privacy.one_run_bounds import (
     Tally,
     curve_of,
     epsilon_lower_bound,

@@ -10,8 +10,8 @@ import json
 import re
 
 import pytest
-from securefedcollm_audits.report import make_report
-from securefedcollm_audits.verify import CHECKS, verify
+from securefedcollm_audits.report.report import make_report
+from securefedcollm_audits.verification.verify import CHECKS, verify
 
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.evidence.entries import canonical

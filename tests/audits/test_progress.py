@@ -7,12 +7,12 @@ import json
 
 import msgspec
 import pytest
-from securefedcollm_audits import table
-from securefedcollm_audits.expected import expectation
-from securefedcollm_audits.merge import merge
-from securefedcollm_audits.report import make_report
-from securefedcollm_audits.report_html import to_html
-from securefedcollm_audits.verify import verify
+from securefedcollm_audits.report.page import to_html
+from securefedcollm_audits.report.report import make_report
+from securefedcollm_audits.verification import table
+from securefedcollm_audits.verification.expected import expectation
+from securefedcollm_audits.verification.merge import merge
+from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.evidence.bundle import make_bundle, pack, read_members
 from securefedcollm.evidence.entries import canonical

@@ -9,11 +9,11 @@ from typing import get_args
 
 import msgspec
 import pytest
-from securefedcollm_audits import words
-from securefedcollm_audits.plots import MOST_LINES, participation_plot
-from securefedcollm_audits.report import advantage, make_report
-from securefedcollm_audits.report_html import controls, to_html
-from securefedcollm_audits.verify import CHECKS
+from securefedcollm_audits.report import words
+from securefedcollm_audits.report.page import controls, to_html
+from securefedcollm_audits.report.plots import MOST_LINES, participation_plot
+from securefedcollm_audits.report.report import advantage, make_report
+from securefedcollm_audits.verification.verify import CHECKS
 
 from securefedcollm.errors import ConfigError, EvidenceError
 from securefedcollm.evidence.bundle import make_bundle

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from securefedcollm_audits.report import make_report
-from securefedcollm_audits.report_html import to_html
+from securefedcollm_audits.report.page import to_html
+from securefedcollm_audits.report.report import make_report
 
 from tests.support import browser
 

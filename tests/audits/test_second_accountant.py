@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from securefedcollm_audits.second_accountant import bracket
+from securefedcollm_audits.verification.second_accountant import bracket
 
 from securefedcollm.federation.plan import joint_step
 from securefedcollm.federation.sizes import unit_records

@@ -7,9 +7,9 @@ operator who charges the counts to nobody, or for more noise than there was.
 from __future__ import annotations
 
 import pytest
-from securefedcollm_audits.report import make_report
-from securefedcollm_audits.report_html import to_html
-from securefedcollm_audits.verify import CHECKS, verify
+from securefedcollm_audits.report.page import to_html
+from securefedcollm_audits.report.report import make_report
+from securefedcollm_audits.verification.verify import CHECKS, verify
 
 from securefedcollm.evidence.bundle import make_bundle
 from tests.support.forge import by_name, doctor

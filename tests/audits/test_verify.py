@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from securefedcollm_audits.expected import expectation
-from securefedcollm_audits.verify import CHECKS, verify
+from securefedcollm_audits.verification.expected import expectation
+from securefedcollm_audits.verification.verify import CHECKS, verify
 
 from securefedcollm.aggregation.messages import lists_digest
 from securefedcollm.errors import ConfigError

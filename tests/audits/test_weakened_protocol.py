@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import count
 
 import pytest
-from securefedcollm_audits import cohort, key_attacks, silo_attacks
+from securefedcollm_audits.protocol import cohort, key_attacks, silo_attacks
 
 from securefedcollm.aggregation.masking import keys
 from securefedcollm.aggregation.masking.silo import SiloRound

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from securefedcollm_audits.expected import expectation
-from securefedcollm_audits.verify import verify
+from securefedcollm_audits.verification.expected import expectation
+from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.federation.roles import newest_adapter
 from tests.support.typed import type_page

@@ -10,7 +10,7 @@ import random
 
 import numpy as np
 import pytest
-from securefedcollm_audits.verify import verify
+from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.errors import QuorumError
 from securefedcollm.evidence.bundle import make_bundle

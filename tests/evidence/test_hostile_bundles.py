@@ -14,9 +14,9 @@ import zlib
 from pathlib import Path
 
 import pytest
-from securefedcollm_audits.compare import compare
-from securefedcollm_audits.report import make_report
-from securefedcollm_audits.verify import verify
+from securefedcollm_audits.report.report import make_report
+from securefedcollm_audits.verification.compare import compare
+from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.errors import EvidenceError
 from securefedcollm.evidence.archive import MAX_MEMBERS, zipped

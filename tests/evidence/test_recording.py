@@ -8,7 +8,7 @@ from contextlib import closing
 
 import msgspec
 import pytest
-from securefedcollm_audits.verify import verify
+from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.errors import EvidenceError, ProtocolError
 from securefedcollm.evidence.bundle import BEST, file_digests, make_bundle

@@ -9,7 +9,7 @@ from functools import partial
 import msgspec
 import numpy as np
 import pytest
-from securefedcollm_audits.verify import verify
+from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.errors import SecureFedCoLLMError
 from securefedcollm.evidence.bundle import make_bundle

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from msgspec import structs
-from securefedcollm_audits.verify import verify
+from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.aggregation import Roster
 from securefedcollm.evidence.bundle import make_bundle

@@ -9,8 +9,8 @@ import logging
 
 import numpy as np
 import pytest
-from securefedcollm_audits.cohort import Cohort, play
-from securefedcollm_audits.lower_bounds import audit_scores
+from securefedcollm_audits.privacy.lower_bounds import audit_scores
+from securefedcollm_audits.protocol.cohort import Cohort, play
 
 from securefedcollm.aggregation import Step
 from securefedcollm.aggregation.masking.coordinator import CoordinatorRound

@@ -10,8 +10,8 @@ import logging
 from pathlib import Path
 
 import pytest
-from securefedcollm_audits.expected import Expected
-from securefedcollm_audits.verify import verify
+from securefedcollm_audits.verification.expected import Expected
+from securefedcollm_audits.verification.verify import verify
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 

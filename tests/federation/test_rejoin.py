@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from securefedcollm_audits.verify import verify
+from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.errors import QuorumError, TransportError
 from securefedcollm.evidence.bundle import make_bundle

@@ -6,7 +6,7 @@ import contextlib
 import json
 
 import pytest
-from securefedcollm_audits.verify import verify
+from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.errors import ConfigError, CryptoError, DataError, QuorumError
 from securefedcollm.evidence.bundle import make_bundle

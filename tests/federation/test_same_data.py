@@ -7,7 +7,7 @@ import re
 import sqlite3
 
 import pytest
-from securefedcollm_audits.verify import verify
+from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.evidence.bundle import make_bundle

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
-from securefedcollm_audits.lower_bounds import Guesses, audit_scores, epsilon_lower_bound
+from securefedcollm_audits.privacy.lower_bounds import Guesses, audit_scores, epsilon_lower_bound
 
 
 def test_rates_are_those_of_clopper_and_pearson():

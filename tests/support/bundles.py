@@ -6,7 +6,7 @@ import shutil
 
 import msgspec
 import pytest
-from securefedcollm_audits.finding import Finding, write_down
+from securefedcollm_audits.privacy.finding import Finding, write_down
 
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation.engines import Failure

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 import pytest
-from securefedcollm_audits.cohort import Cohort, MemoryJournal
+from securefedcollm_audits.protocol.cohort import Cohort, MemoryJournal
 
 from securefedcollm.aggregation import CKKS_TRANSITIONS
 from securefedcollm.aggregation.ckks import messages as ckks_messages

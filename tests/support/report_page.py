@@ -6,7 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 
-from securefedcollm_audits.report import make_report
+from securefedcollm_audits.report.report import make_report
 
 
 class Reader(HTMLParser):

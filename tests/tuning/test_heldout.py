@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from securefedcollm_audits.coupling import hostile_adapters
+from securefedcollm_audits.privacy.coupling import hostile_adapters
 
 from securefedcollm.errors import ConfigError, LocalProtocolError
 from securefedcollm.federation.cotuning import SiloTuning

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from securefedcollm_audits.coupling import PaddedRecords, hostile_adapters
+from securefedcollm_audits.privacy.coupling import PaddedRecords, hostile_adapters
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from securefedcollm_audits.cohort import Cohort, altered, play, recorded
+from securefedcollm_audits.protocol.cohort import Cohort, altered, play, recorded
 
 from securefedcollm.aggregation.header import RingParameters, RoundHeader
 from securefedcollm.aggregation.masking import keys, masks, packing, shamir

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from securefedcollm_audits.verify import verify
+from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.evidence.bundle import make_bundle, pack, read_members
 from securefedcollm.evidence.ledger import check_anchors

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from securefedcollm_audits.cohort import MemoryJournal
+from securefedcollm_audits.protocol.cohort import MemoryJournal
 
 from securefedcollm.aggregation import TRANSITIONS
 from securefedcollm.aggregation.header import RingParameters, Roster, RoundHeader

@@ -1,0 +1,1 @@
+"""Random mutations of whole rounds, and of files that people receive."""

@@ -1,0 +1,1 @@
+"""Malicious servers and silos against the real state machines of the aggregation."""
