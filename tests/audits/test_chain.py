@@ -12,6 +12,7 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from securefedcollm_audits.report.report import make_report
 from securefedcollm_audits.verification.expected import Expected
 from securefedcollm_audits.verification.verify import verify
 from securefedcollm_cli.audit import write_bundle
@@ -92,6 +93,15 @@ def test_a_past_whose_budget_nobody_shows_is_not_believed(tmp_path):
     chain = followed(tmp_path, "second", alone)
     assert chain.status == "not covered"
     assert "charged-first, mechanism" in chain.evidence
+    rows = life_of(tmp_path, "second", "first")
+    reports = [make_report(bundle(tmp_path, name))[0] for name in ("first", "second")]
+    assert [row.spent for row in rows] == [report.epsilon for report in reports]
+    assert life_of(tmp_path, "second", alone)[0].spent is None
+
+
+def life_of(inputs, name, *earlier):
+    paths = [x if hasattr(x, "parent") else bundle(inputs, x) for x in earlier]
+    return make_report(bundle(inputs, name), None, Expected(earlier=paths))[0].life
 
 
 def caught(life, name, *earlier):
@@ -220,3 +230,17 @@ def test_the_report_names_the_chain_and_covers_it(life, tmp_path):
     assert "2 earlier runs (tiny, tiny-2)" in text
     for name in ("first", "second"):
         assert load_study(life / name / "study.yaml").digest.hex()[:16] in text
+    assert "tiny-3 (this one)" in text
+
+
+def test_the_report_has_a_row_for_every_study_of_the_chain(life, tmp_path):
+    rows = life_of(life, "third", "second")
+    assert [row.sound for row in rows] == [None, True, True]
+    assert [row.name for row in rows[:2]] == ["", "tiny-2"]  # nobody showed the first
+    assert [row.rounds for row in rows[1:]] == ["1 of 1", "1 of 1"]
+    assert life_of(life, "first") == []
+    members = read_members(bundle(life, "second"))
+    broken = tmp_path / "broken.zip"
+    del members["manifest.json"]
+    broken.write_bytes(pack({**members, "heads/silo-1.json": members["heads/silo-2.json"]}))
+    assert [row.sound for row in life_of(life, "third", broken)] == [None, False, False]

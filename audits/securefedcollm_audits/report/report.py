@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,15 @@ from securefedcollm.privacy.filters import Terms, filter_within
 from securefedcollm.privacy.report import ASSUMPTIONS
 from securefedcollm.study import Study
 from securefedcollm_audits.report.claim import claim, may_end_early
-from securefedcollm_audits.report.rows import AuditRow, ChargeRow, PrivateRow, RoundRow, SiloRow
+from securefedcollm_audits.report.life import life
+from securefedcollm_audits.report.rows import (
+    AuditRow,
+    ChargeRow,
+    PrivateRow,
+    RoundRow,
+    SiloRow,
+    StudyRow,
+)
 from securefedcollm_audits.report.utility import Utility, read_utility
 from securefedcollm_audits.report.words import meaning
 from securefedcollm_audits.verification.case import SERVER, Case, of
@@ -93,6 +102,8 @@ class Report(msgspec.Struct, frozen=True):
     utility: Utility | None = None
     private: list[PrivateRow] = []
     """Of the rounds whose validation was opened."""
+    life: list[StudyRow] = []
+    """The earlier studies and this one, if it continues any."""
     assumptions: tuple[str, ...] = ASSUMPTIONS
     not_covered: tuple[str, ...] = NOT_COVERED
 
@@ -112,7 +123,8 @@ def make_report(
         ConfigError: there is no such file, or the results are of another run.
         EvidenceError: it is too broken to be summed up.
     """
-    verdict, bundle = examine(path, expected)
+    look = cache(examine)  # a bundle is read once, for its verdict and for its row
+    verdict, bundle = examine(path, expected, look)
     if bundle is None:
         raise EvidenceError(
             f"{path}: {verdict.results[0].evidence}",
@@ -120,7 +132,8 @@ def make_report(
         )
     case = Case(bundle)
     try:
-        report = _summed_up(verdict, case)
+        rows = life(verdict, case, [look(before) for before in expected.earlier])
+        report = msgspec.structs.replace(_summed_up(verdict, case), life=rows)
     except (ValueError, LookupError, ArithmeticError, RuntimeError, MemoryError) as error:
         raise EvidenceError(
             f"{path}: too broken for a report ({error})",

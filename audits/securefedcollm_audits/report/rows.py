@@ -72,6 +72,25 @@ class SiloRow(msgspec.Struct, frozen=True):
     place: str | None
 
 
+class StudyRow(msgspec.Struct, frozen=True):
+    """One study of the chain that ends with this report's. ``silos``: organisations that took part.
+
+    ``agreed``: its ε, ``spent``: the most that a silo's ledger counted at its end, for all studies
+    on the same records; None where no privacy is claimed or no silo's log shows it. ``sound``:
+    whether its own bundle holds; None if no bundle of it was given, and then ``name`` is empty.
+    """
+
+    name: str
+    study: str
+    run: str | None
+    rounds: str
+    silos: int
+    agreed: float | None
+    spent: float | None
+    delta: float | None
+    sound: bool | None
+
+
 class AuditRow(msgspec.Struct, frozen=True):
     """A privacy audit that a participant wrote down. ``other``: at other settings than the run's;
     ``claimed``, ``bound``: ε of what was attacked, by the accountant and at least."""

@@ -14,7 +14,7 @@ from securefedcollm.evidence.bundle import Bundle, decode_bundle, read_content
 from securefedcollm.foreign import MOST_MESSAGE, printable
 from securefedcollm.primitives import sha256
 from securefedcollm_audits.verification.case import Case
-from securefedcollm_audits.verification.chain import follow
+from securefedcollm_audits.verification.chain import Look, follow
 from securefedcollm_audits.verification.checks import (
     budget,
     ciphertexts,
@@ -55,10 +55,14 @@ def verify(path: str | Path, expected: Expected = Expected()) -> Verdict:  # noq
 def examine(
     path: Path,
     expected: Expected = Expected(),  # noqa: B008 - immutable
+    look: Look | None = None,
 ) -> tuple[Verdict, Bundle | None]:
     """:func:`verify`, and the bundle that was checked; None if it cannot be decoded.
 
     The file is read once, so that nobody can exchange it between its hash and its checks.
+
+    Args:
+        look: in place of this function, for the bundles of earlier runs.
     """
     digest = ""  # of a file that no bundle is as large as
     try:
@@ -70,10 +74,12 @@ def examine(
         return Verdict(str(path), digest, [Result(*_ARCHIVE, "fail", fault, [fault])]), None
     files = len(bundle.logs) + len(bundle.heads)
     whole = Result(*_ARCHIVE, "pass", f"{files} logs and heads, study and lists: hashes fit")
-    return _verdict(bundle, str(path), digest, whole, expected), bundle
+    return _verdict(bundle, str(path), digest, whole, expected, look or examine), bundle
 
 
-def _verdict(bundle: Bundle, path: str, digest: str, first: Result, expected: Expected) -> Verdict:
+def _verdict(
+    bundle: Bundle, path: str, digest: str, first: Result, expected: Expected, look: Look
+) -> Verdict:
     case = Case(bundle)
     known, silent = compare(case, expected)
     far = progress(case)
@@ -82,7 +88,7 @@ def _verdict(bundle: Bundle, path: str, digest: str, first: Result, expected: Ex
         sha256=digest,
         results=[
             *(first, known),
-            *follow(case, expected.earlier, examine),
+            *follow(case, expected.earlier, look),
             *(carry_out(check, case) for check in CHECKS),
         ],
         study=case.study.study,
