@@ -1,4 +1,4 @@
-"""A workload that costs nothing, with real evidence: for benchmarks of everything around it."""
+"""A workload that costs nothing, with real evidence, to benchmark everything around it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SERVER_KEY = SigningKey(bytes(32))
 
 
 class Idle:
-    """A silo without records and a server without models: what is left is the overhead."""
+    """A silo without records and a server without models: only the overhead is left."""
 
     base_digest = b"b" * 32
     dataset = "00" * 32
