@@ -52,7 +52,7 @@ def examine(
 
     The file is read once, so that nobody can exchange it between its hash and its checks.
     """
-    digest = ""  # of a file that no bundle is as large as
+    digest = ""  # empty for a file that is larger than any bundle
     try:
         content = read_content(path)
         digest = sha256(content).hex()
