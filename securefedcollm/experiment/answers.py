@@ -119,9 +119,8 @@ def centralized(
 
     In a study without an LLM it is the model that the silos tune.
 
-    It is tuned on every silo's records and the labelled public questions, in as many optimiser
-    steps as all silos together take in the federation, of ``local.batch_size`` records, at that
-    model's learning rate.
+    It uses every silo's records and the labelled public questions, in as many steps as all silos
+    take together in the federation, of ``local.batch_size`` records, at that model's learning rate.
 
     Raises:
         DataError: nothing has an answer.

@@ -155,8 +155,7 @@ class Coordinator:
     def end_for(self, late: Set[str]) -> Set[str]:
         """After :meth:`end`, perhaps of an earlier process: the same for silos that were away.
 
-        Returns those that could not be reached this time either. A silo that refuses would refuse
-        again.
+        Returns those that could not be reached this time either. A refusal counts as final.
 
         Raises:
             TransportError: none of them is there.
