@@ -19,7 +19,7 @@ from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import Study
 
 SERVER_KEY = SigningKey(bytes(32))
-"""Of every benchmark's evidence."""
+"""Signs every benchmark's evidence."""
 
 
 class Idle:

@@ -152,7 +152,7 @@ _MAIN_OF_ONE: Final = {
     "FedOpt": ("FedAvg",),
     "FedAvg": ("standalone", "zero-shot"),
 }
-"""Where one model is tuned, the study's own method less these."""
+"""Where one model is tuned, these are subtracted from the study's own method."""
 _MAIN_OF_PROMPTS: Final = {"slm": "FedAvg", "llm": "zero-shot"}
 
 

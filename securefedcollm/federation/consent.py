@@ -53,7 +53,7 @@ class Terms:
     epsilon: float | None
     delta: float | None
     spent: float | None
-    """By other studies."""
+    """Spent by other studies."""
     after: float | None
     """With all of this one, at worst."""
     median: float | None

@@ -134,7 +134,7 @@ def _spent(home: Path, study: Study) -> dict[str, Any]:
             mine = {digest(study).hex(), validation_study(study)}  # a ledger may hold others too
             own = [entry for entry in ledger.entries() if entry.about.study in mine]
             firsts = {entry.key[:2]: entry for entry in reversed(own)}
-            for account, first in firsts.items():  # of what is tuned on, and of what is set aside
+            for account, first in firsts.items():  # of the tuned part, and of the part set aside
                 summary = ledger.spent(*account, delta)
                 rows = per_adversary(
                     summary.events, [delta], study.silos.colluders, terms=first.terms

@@ -24,7 +24,7 @@ from securefedcollm.privacy.quantise import Integers
 from securefedcollm.study import Study
 
 MOST_ATTEMPTS: Final = 64
-"""At one sum, restarts included. Each writes into journal and evidence log. An honest server takes
+"""Per sum, restarts included. Each writes into journal and evidence log. An honest server takes
 a few, and under a threshold key one more for every silo that is lost."""
 
 _SCHEMA = """

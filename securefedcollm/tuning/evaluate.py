@@ -149,7 +149,7 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Scores of a base model, or of one with an adapter: ``all`` and then by group, by name.
 
-    Of a classification also ``macro_f1`` and ``auroc`` (the mean over classes, one against the
+    A classification also has ``macro_f1`` and ``auroc`` (the mean over classes, one against the
     rest), ``classes`` (records, F1 and AUROC by label) and ``confusion`` (a row for each right
     label, a column for each predicted one); None means not defined (:mod:`.class_scores`).
 

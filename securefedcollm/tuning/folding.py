@@ -42,7 +42,7 @@ class Released:
     """The low-rank matrices of one released adapter, and what identifies it."""
 
     sha256: str
-    """Of its file, 64 hexadecimal digits."""
+    """Its file's digest, 64 hexadecimal digits."""
     scale: float
     """alpha / rank."""
     pairs: dict[str, tuple[Matrix, Matrix]]

@@ -43,7 +43,7 @@ class Imported:
     """What was in a GGUF file."""
 
     sha256: str
-    """Of the file, 64 hexadecimal digits."""
+    """The file's digest, 64 hexadecimal digits."""
     architecture: str
     """transformers' ``model_type``."""
     parameters: int

@@ -179,7 +179,7 @@ class Kernels(TorchDispatchMode):
                         parts = value.reshape(rows, -1)
                         alike &= self._same((same, at), torch.tensor(who), parts)
                         seen = True
-            self._tried[kind] = alike and seen  # what adds up all rows gives none back
+            self._tried[kind] = alike and seen  # a kernel that sums over all rows gives none back
         return self._tried[kind]
 
     def _of_one_row(self, value: Tensor, rows: int) -> str:

@@ -35,7 +35,7 @@ _LOOSE: Final = (1e-3, 0.05)  # other shapes, where a difference means that the 
 _PROMPT, _CHOICE = 5, 4  # tokens of the test's prompt and of each of its two choices
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""By the weight of the embedding, which all copies of a model's modules share."""
+"""Keyed by the embedding's weight, which all copies of a model's modules share."""
 
 
 def check_model(model: Any, where: str) -> None:

@@ -165,7 +165,7 @@ def _mixed(name: str) -> TrainingError:
 
 
 class Records:
-    """A silo's encoded records, and the gradients of any of them at the model as it stands.
+    """A silo's encoded records, and the gradients of any of them at the model as it is now.
 
     Args:
         parameters: what is trained, in layout order; linear weights, or the virtual tokens. All

@@ -121,7 +121,7 @@ class DistilLossPlan:
 
     @property
     def scorings(self) -> tuple[Scoring, Scoring]:
-        """Of (LLM, SLM)."""
+        """The scorings of (LLM, SLM)."""
         return self.scoring_llm or self.scoring, self.scoring
 
     @property

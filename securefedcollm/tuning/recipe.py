@@ -38,7 +38,7 @@ class Pace:
     weight_decay: float = 0.0
 
     def factor(self, step: int) -> float:
-        """Of step ``step`` (from 0) of this call; above 0 until all steps are taken."""
+        """Fraction at step ``step`` (from 0) of this call; above 0 until all steps are taken."""
         at = self.first + step
         rising = round(self.warmup * self.total)
         if at < rising:

@@ -324,7 +324,7 @@ class _Side:
         return states_at(self._model, self._data.select(part), local, self._positions.at[index])
 
     def cross_entropy(self, hidden: Tensor, batch: Tensor, part: Tensor) -> Tensor:
-        """That of the labelled tokens of ``part``: their share of the mean over ``batch``."""
+        """Over the labelled tokens of ``part``: their share of the mean over ``batch``."""
         gold = self._positions.gold
         labels = max(1, int((gold[self._positions.of(batch)[0]] >= 0).sum()))
         own = gold[self._positions.of(part)[0]].to(hidden.device)

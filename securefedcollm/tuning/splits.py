@@ -189,7 +189,7 @@ _STREAM = 0x5EED_5B1175  # keeps this use of a study's seed apart from every oth
 
 
 def _asked(question: Question) -> str:
-    """What makes two questions the same but for their answers: the prompt, or the whole text."""
+    """The text by which two questions are the same, whatever their answers: prompt, or all text."""
     return folded(question.prompt or question.choices[0])
 
 
@@ -261,7 +261,7 @@ def _dirichlet(
 
 
 def _grouping(questions: Sequence[Question]) -> Callable[[Question], str]:
-    """By group; by label, where all have one group and the same choices (a classification)."""
+    """By group, or by label if all have one group and the same choices (a classification)."""
     if len({q.group for q in questions}) > 1 or len({q.choices for q in questions}) > 1:
         return lambda question: question.group
     return lambda question: str(question.answer)

@@ -32,7 +32,7 @@ class Virtual:
     count: int
     prefix: bool
     shape: tuple[int, int]
-    """Of a prefix: heads of the keys and values of a layer, and their width."""
+    """For a prefix: heads of a layer's keys and values, and their width."""
 
     @property
     def weight(self) -> nn.Parameter:

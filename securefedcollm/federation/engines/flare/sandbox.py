@@ -68,7 +68,7 @@ _SYSTEM: Final = (
 
 
 def version() -> int:
-    """Of the kernel's Landlock.
+    """The version of the kernel's Landlock.
 
     Raises:
         OSError: it has none, and why.
