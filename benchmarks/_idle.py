@@ -1,4 +1,4 @@
-"""A workload that costs nothing, with real evidence: for benchmarks of everything around it."""
+"""A workload that costs nothing, with real evidence, to benchmark everything around it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import Study
 
 SERVER_KEY = SigningKey(bytes(32))
-"""Of every benchmark's evidence."""
+"""Signs every benchmark's evidence."""
 
 
 class Idle:
-    """A silo without records and a server without models: what is left is the overhead."""
+    """A silo without records and a server without models: only the overhead is left."""
 
     base_digest = b"b" * 32
     dataset = "00" * 32

@@ -1,4 +1,4 @@
-"""What a benchmark ran on: printed with every result, since figures mean nothing without it."""
+"""The machine of a benchmark: printed with every result, since figures mean nothing without it."""
 
 from __future__ import annotations
 

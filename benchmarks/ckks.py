@@ -1,8 +1,8 @@
 """CKKS aggregation against NVFlare's parameters in one run: ``python -m benchmarks.ckks --json``.
 
-Ours: a whole round in this process, all silos and the coordinator, every signature, digest and
-check included; a silo's CPU is the mean over silos, the coordinator's is divided by their number.
-``authority_…``: the same round under the keys of one authority, which is a party of its own.
+Ours: a whole round in this process, all silos and the coordinator, with every signature, digest and
+check; a silo's CPU is the mean over silos, the coordinator's is divided by their number.
+``authority_…``: the same round under the keys of one authority, which is a separate party.
 NVFlare: ``CKKSVector`` with N = 8192, primes of [60, 40, 40] bits, scale 2^40 and a symmetric key
 that every client holds; a client encrypts, serialises, loads the sum and decrypts it, and nothing
 is signed or checked. One thread of CPU each, microseconds per value; the best of ``--repeats``.
@@ -58,7 +58,7 @@ SIGMA = 0.02  # of NVFlare's values; ours are integers over the whole range
 
 
 class _Round:
-    """One round of ``silos`` vectors, and what it cost; ``keyed``: under an authority's key."""
+    """One round of ``silos`` vectors, and its cost; ``keyed``: under an authority's key."""
 
     def __init__(self, values: int, silos: int, kind: CkksSet, keyed: bool = False) -> None:
         names = [f"silo-{i:03d}" for i in range(1, silos + 1)]
@@ -139,7 +139,7 @@ class _Round:
                 more = self.coordinator.advance()
 
     def _add(self, step: Step, reply: bytes) -> None:
-        """What the coordinator adds up, to see the decrypted sum before it is rounded."""
+        """Add what the coordinator adds, to see the decrypted sum before it is rounded."""
         keyed = self.ring.holders == 1
         if step is Step.UPLOAD:
             delivery = ckks_authority_messages.CipherDelivery
@@ -179,7 +179,7 @@ class _Round:
 
 
 def ours(values: int, silos: int, kind: CkksSet) -> dict[str, float]:
-    """Play a round and take its figures."""
+    """Run a round and return its figures."""
     played = _Round(values, silos, kind)
     error = played.coordinator.result.sum - played.expected
     if played.ring.exact and error.any():
@@ -306,7 +306,7 @@ def _encrypt(ring: CkksRing, vector: np.ndarray) -> int:
 
 
 def parallel(values: int) -> dict[str, object]:
-    """Wall seconds to encrypt one vector here, and in two processes that have to be started."""
+    """Wall seconds to encrypt one vector here, and in two processes, their start included."""
     ring = derive("precise", silos=10, bound=2**15 - 1)
     vector = np.random.default_rng(0).integers(-(2**15) + 1, 2**15, values)
     start = time.perf_counter()

@@ -6,8 +6,8 @@ Both get the same hidden states of a student and a teacher and both output layer
 sizes of SmolLM2-135M by default) and give cross-entropy plus KL with the gradient of the student's
 hidden states. Plain: logits of all positions, ``log_softmax``, ``cross_entropy``, ``kl_div`` and
 ``backward``, as a training loop would write it. Memory is the peak of torch's own allocations above
-what the inputs take, from its allocation records; times are process CPU time on one thread, in
-turn, medians; so that other load on the machine meets both alike.
+what the inputs take, from its allocation records. Times are medians of process CPU time on one
+thread. The two run in turn, so that other load on the machine affects both alike.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a round costs over FLARE that it does not cost on one machine.
+"""The extra cost of a round over FLARE, compared with one machine.
 
 ``python -m benchmarks.engine --json`` runs the same rounds (server, three silos, masked sums; the
 training is trivial) twice: with the embedded engine's worker processes, and with the real roles'
@@ -73,7 +73,7 @@ def study_tree() -> dict[str, Any]:
 def run(
     study: Study, roster: Roster, engine: Engine, values: int, directory: Path
 ) -> dict[str, Any]:
-    """All rounds over ``engine``; what the rounds took, median without the first."""
+    """Run all rounds over ``engine``; returns the median cost of a round, without the first."""
     store = RunStore(directory, study.digest, resume=False)
     started = time.monotonic()
     wire: list[int] = []
@@ -197,7 +197,7 @@ def over_flare(values: int, homes: dict[str, Path], study_file: Path, out: Path)
 
 
 def peak_memory(process: int) -> float:
-    """The most that a process has had resident so far, MB."""
+    """Peak resident memory of a process so far, MB."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 1000
 

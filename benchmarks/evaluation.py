@@ -3,11 +3,11 @@
     securefedcollm model prepare smollm2
     python -m benchmarks.evaluation --json
 
-Questions made of the Python language reference: a passage of some 60 words is the prompt, the words
+Questions come from the Python language reference: a passage of some 60 words is the prompt; words
 that follow it and words that follow three other passages are the choices. Both ways use the same
 code, the same model, batches of the same number of rows sorted by length, and compute output logits
 for the choices' tokens only; the peer gets every (prompt, choice) as a row of its own, as lm-eval
-does. Times are process CPU time on one thread, in turn, medians; ratios are medians over the
+does. Times are medians of process CPU time on one thread, in turn; ratios are medians over the
 repeats.
 """
 

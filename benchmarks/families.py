@@ -1,4 +1,4 @@
-"""Which model families can be tuned, and how: each tried on a tiny random model of its own.
+"""Which model families can be tuned, and how: tries each on a tiny random model of its own.
 
     python -m benchmarks.families --write      # docs/models.md
     python -m benchmarks.families --only gemma3_text --json
@@ -6,8 +6,8 @@
 A model is made from the family's configuration, saved, loaded as a study's ``path:`` model is,
 scored, tuned, tuned with record-level DP, distilled, and saved and loaded again as an adapter and
 merged. "yes" means that it was done here; for DP also that no record's company moved a bit of its
-gradient, at adapters that ``audit coupling`` would try. "prompt" and "prefix" are all of that with
-virtual tokens, but for merging. The scores of a family that may be used are
+gradient, at adapters that ``audit coupling`` would try. "prompt" and "prefix" are the same with
+virtual tokens, without merging. The scores of a family that may be used are
 compared with one plain forward pass of the library for each choice, short ones and ones beyond its
 window.
 """
@@ -83,7 +83,7 @@ _SIZES: Final[dict[str, Any]] = {
 }
 _HEAD: Final = {"head_dim": 8}
 _ALL_HEADS: Final = {"num_key_value_heads": 4}
-"""Of families whose heads share no keys and values: PEFT would believe the common sizes."""
+"""For families whose heads share no keys and values: PEFT would believe the common sizes."""
 _WINDOW: Final = {"sliding_window": WINDOW}
 _EXPERTS: Final = {
     "num_local_experts": 4,
@@ -103,7 +103,7 @@ _STATE: Final = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "ma
 
 
 class Family(NamedTuple):
-    """One row: what differs from the common sizes, and what is adapted."""
+    """One row: the differences from the common sizes, and what is adapted."""
 
     kind: str
     sizes: Mapping[str, Any] = MappingProxyType({})
@@ -188,7 +188,7 @@ FAMILIES: Final[dict[str, Family]] = {
 
 
 class Verdict(NamedTuple):
-    """What came of a family: "yes", or why not."""
+    """The result for a family: "yes", or why not."""
 
     choices: str
     """How the choices of a question are scored."""
@@ -258,7 +258,7 @@ def _tried(family: Family, home: Path) -> Verdict:
         check_model(loaded.model, "model")
     except SecureFedCoLLMError as error:
         return Verdict(f"no: {error}".replace(f"path:{home / 'base'}: ", ""), {})
-    words = tokenizer()  # the library would make the family's own class of these few words
+    words = tokenizer()  # the library would make these few words into the family's own class
     data = encode(asked, words, _POSITIONS)
     with inference_mode(loaded.model):
         scores = choice_scores(loaded.model, data)
@@ -381,7 +381,7 @@ def _distil(llm: Any, slm: Any, data: EncodedQuestions) -> None:
 
 
 def _save(home: Path, attached: Callable[[Any], Any], data: EncodedQuestions) -> None:
-    """The adapter, and the merged model if it can be merged, say the same when they are loaded."""
+    """The adapter, and the model if it can be merged, give the same results after loading."""
     model = attached(_base(home))
     layout = full_layout(model)
     load_vector(model, layout, np.random.default_rng(0).normal(scale=0.1, size=layout.size))
@@ -425,7 +425,7 @@ def row(name: str, family: Family, found: Verdict) -> str:
 
 
 def _reason(how: str, what: str) -> str:
-    """Why something was refused; of virtual tokens, what they were."""
+    """Why something was refused; for virtual tokens, which kind."""
     why = what.removeprefix("no: ")
     return f"{how}: {why.removeprefix('model: ')}" if how in {"prompt", "prefix"} else why
 

@@ -1,4 +1,4 @@
-"""What three studies in sequence forget, with and without each protection against it.
+"""How much three studies in sequence forget, with and without each protection against it.
 
     python -m benchmarks.forgetting OUT --seeds 3
 
@@ -6,12 +6,12 @@ Plays ``configs/continual.yaml`` under several seeds: three studies, each about 
 from what the one before released. Rows: naive continuation; the new adapter apart from the earlier
 ones (``continue.orthogonal``); the earlier models as further teachers (``distillation.retain``);
 both; and one study of all records at once, with as many rounds as all three together. The first
-study is the same in the first four rows, and run once. All of it is real: secure sums, DP-SGD,
-distillation. What is finished in OUT is not run again.
+study is the same in the first four rows, so it runs once. Secure sums, DP-SGD and distillation are
+all real. Studies that are finished in OUT do not run again.
 
-Printed, with intervals over the seeds (Student's, level 95 %): the accuracy on every task after
-every study; what a task has when its own study ends (*learnt*); what is left of it at the end;
-*forgotten*, the mean difference of the two over all tasks but the last.
+It prints, with intervals over the seeds (Student's, level 95 %): the accuracy on every task after
+every study; a task's accuracy when its own study ends (*learnt*); its accuracy at the end; and
+*forgotten*, the mean difference of the two over all tasks except the last.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def at_once(seed: int, out: Path, asked: argparse.Namespace) -> Scores:
 
 
 def _by_task(study: Study, first: Study, adapters: Path) -> dict[str, dict[str, float]]:
-    """Its accuracies on the test questions of the sequence, which are grouped by task."""
+    """A study's accuracies on the test questions of the sequence, which are grouped by task."""
     from securefedcollm.federation.cotuning import ServerTuning
     from securefedcollm.federation.dealing import deal
 
@@ -112,7 +112,7 @@ def _of(result: dict[str, Any], method: str) -> dict[str, dict[str, float]]:
 
 
 def figures(scores: Scores, model: str) -> tuple[Array, dict[str, float]]:
-    """Accuracy matrix [studies, tasks] of one run, and what is read off it."""
+    """Accuracy matrix [studies, tasks] of one run, and the figures that follow from it."""
     tasks = sorted(group for group in scores[-1][model] if group != "general")
     matrix = np.array([[after[model][task] for task in tasks] for after in scores])
     end = {"at the end": float(matrix[-1].mean()), "general": scores[-1][model]["general"]}
@@ -124,7 +124,7 @@ def figures(scores: Scores, model: str) -> tuple[Array, dict[str, float]]:
 
 
 def over_seeds(values: Iterable[float]) -> Interval:
-    """Mean and interval of one value a seed."""
+    """Mean and interval of one value per seed."""
     scores = np.array(list(values))[:, None]
     return interval(scores, resampled_means(scores[None])[0])
 

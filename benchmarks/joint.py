@@ -1,8 +1,8 @@
-"""What a step of joint DP-SGD costs a silo besides its gradients.
+"""The cost of a step of joint DP-SGD for a silo, in addition to its gradients.
 
 ``python -m benchmarks.joint --json`` plays the steps of ``configs/quickstart-joint.yaml`` with real
-silo sessions (protocol, noise, journal and ledger, every one durable) whose batches are empty, and
-beside it the gradients of one real silo. One process, one thread; CPU time unless it says wall.
+silo sessions (protocol, noise, journal and ledger, all durable) whose batches are empty. It also
+times the gradients of one real silo. One process, one thread; CPU time unless it says wall.
 ``--study`` takes another study, ``--data`` its files.
 """
 
@@ -53,7 +53,7 @@ class Clock:
 
 
 def overhead(study: Study, values: int) -> dict[str, float]:
-    """Milliseconds for one silo and step, the calibration of the noise excepted."""
+    """Milliseconds for one silo and step, without the calibration of the noise."""
     joint_step(study, values)
     names = silo_names(study)
     keys = {name: SigningKey.generate() for name in names}

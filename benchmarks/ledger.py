@@ -1,11 +1,11 @@
-"""The ledger by record on a large file: identities, reservation, and what the records have spent.
+"""The ledger by record on a large file: identities, reservation, and the records' spent budget.
 
     python -m benchmarks.ledger --records 1000000 --json
 
-A file of so many records, and earlier studies that each charged another part of it, so that there
-are as many accounts as parts and one of records that nothing was charged to. ``s`` is wall-clock on
+It makes a file of that many records, and earlier studies that each charged another part of it. So
+there are as many accounts as parts, and one of uncharged records. ``s`` is wall-clock on
 one thread, ``cpu_s`` the process's own time; the files are on the disk that ``TMPDIR`` names.
-``peak_mb`` is what the step added to the most that the process ever held. Last, with ``--check``,
+``peak_mb`` is what the step added to the process's peak memory. Last, with ``--check``,
 ``data check`` of such a file, which reads it as the silo does.
 """
 
@@ -38,7 +38,7 @@ EVENTS = [PoissonGaussian(0.001, 1.0, 50)]
 
 
 def contents(first: int, last: int) -> Iterator[Content]:
-    """Of records of some 200 characters, as a silo computes them from its questions."""
+    """Contents of records of some 200 characters, as a silo computes them from its questions."""
     for i in range(first, last):
         question = Question(f"Question: case {i}: {WORDS}\nAnswer:", ("yes", "no", "unsure"), 0)
         row = {"question": f"case {i}: {WORDS}", "choices": ["yes", "no", "unsure"]}

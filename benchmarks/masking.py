@@ -162,7 +162,7 @@ def dropout(values: int, peers: int, threads: int) -> _Stopwatch:
 
 
 def keystream_fraction(values: int, peers: int) -> float:
-    """Mask expansion (generate and add) against generating the same keystream and dropping it."""
+    """Mask expansion (generate and add) against generating the same keystream and discarding it."""
     words = _Setting(values, peers + 1).parameters.words
     target, drawn = np.zeros(words, dtype="<u8"), [os.urandom(32) for _ in range(peers + 1)]
     scratch = np.empty(masks.CHUNK_WORDS, dtype="<u8")
@@ -185,7 +185,7 @@ def keystream_fraction(values: int, peers: int) -> float:
 
 
 def server_peak(values: int, silos: int) -> int:
-    """Greatest memory of the coordinator in a round of ``silos``, the frame at hand not counted."""
+    """The coordinator's peak memory in a round of ``silos``, without the current frame."""
     setting = _Setting(values, silos)
     vector = np.zeros(values, dtype=np.int64)
     sides = {name: setting.silo(name, vector) for name in setting.roster}
@@ -278,7 +278,7 @@ def peer(values: int, peers: int) -> dict[str, float]:
 
 
 def compare(values: int, peers: int, threads: int, repeats: int) -> dict[str, object]:
-    """All figures of the comparison, ours and the peer's in turns."""
+    """All figures of the comparison, ours and the peer's in turn."""
     vector = np.random.default_rng(0).normal(0.0, 0.02, values).astype(np.float32)
     ours: dict[str, list[float]] = {}
     theirs: dict[str, list[float]] = {}

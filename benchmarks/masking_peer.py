@@ -1,6 +1,6 @@
 """The peer of ``benchmarks.masking``: Flower's SecAgg+ steps, timed.
 
-Runs inside ``.venv-bench`` (``make bench``), never in the project's environment: its pins are its
+It runs in ``.venv-bench`` (``make bench``), never in the project's environment: its pins are its
 own. It calls the functions that Flower's SecAgg+ client and server call, in their order, and prints
 one JSON object. Arguments: values, peers, repeats.
 """

@@ -1,10 +1,10 @@
-"""Speed of the exact discrete Gaussian sampler, beside OpenDP's.
+"""Speed of the exact discrete Gaussian sampler, compared with OpenDP's.
 
     python -m benchmarks.noise --json
 
 The peer runs in a virtual environment of its own (``--peer .venv-bench/bin/python``, which has
-``opendp==0.16.0``); without one its figure is null. Both draw on one thread; figures are the median
-of several runs, in process CPU time, so that other load on the machine matters less.
+``opendp==0.16.0``); without one its figure is null. Both draw on one thread. Figures are medians of
+several runs, in process CPU time, so that other load on the machine matters less.
 """
 
 from __future__ import annotations

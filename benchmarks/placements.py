@@ -1,11 +1,11 @@
-"""Where the noise is added, and what it costs in accuracy: joint, local and silo-level privacy.
+"""The cost in accuracy of where the noise is added: joint, local and silo-level privacy.
 
 ``python -m benchmarks.placements --json`` tunes the built-in SLM on the embedded world, without the
 server's distillation, once for every placement, ε, consortium size and seed. Clipping, sampling,
 noise shares, quantisation and calibration are the real ones; the masks are left out, because they
 cancel bit for bit (tests). All silos together have ``--records`` records, whatever their number.
-Settings were chosen on a world of another seed (7). Cells that ``--cells FILE`` holds already are
-not run again.
+Settings were chosen on a world of another seed (7). It skips cells that ``--cells FILE`` holds
+already.
 """
 
 from __future__ import annotations

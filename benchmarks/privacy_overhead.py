@@ -1,17 +1,17 @@
-"""What differential privacy costs a silo in time, on the built-in SLM.
+"""The cost of differential privacy in a silo's time, on the built-in SLM.
 
     python -m benchmarks.privacy_overhead --json
 
 A step without privacy, the same step with its gradient taken record by record, and the whole step
 of DP-SGD (Poisson sample, per-record gradients, clip, exact noise): same batch, same micro-batch,
-one thread, in turn, so that other load on the machine meets all alike. ``isolation_ratio`` compares
-the DP-SGD step with one whose micro-batches are padded to their longest record, which is what it
-costs that no record touches another's gradient; ``one_record_a_pass_ratio`` does the same where
-every record goes by itself, output layer included. Times are process CPU
-time, medians; ratios are medians over the repeats. Then one training round of one quickstart silo
-with and without privacy, records encoded and model loaded before. ``more_to_begin_s`` is what
-privacy adds to the time before: the test of independence, once a process, and what the frozen part
-of the model says of each record by itself.
+one thread, in turn, so that other load on the machine affects all alike. ``isolation_ratio``
+compares the DP-SGD step with one whose micro-batches are padded to their longest record: the price
+of no record touching another's gradient. ``one_record_a_pass_ratio`` does the same where
+every record goes by itself, output layer included. Times are medians of process CPU
+time; ratios are medians over the repeats. Then it times one training round of one quickstart silo
+with and without privacy, after encoding the records and loading the model. ``more_to_begin_s`` is
+the time that privacy adds before: the test of independence, once per process, and the results of
+the model's frozen part for each record by itself.
 """
 
 from __future__ import annotations
@@ -111,14 +111,14 @@ def variants(study: Study, tuned: Tuned, batch: EncodedQuestions) -> dict[str, R
     return {
         "plain": plain,
         "per_record": per_record,
-        "dp": private,  # before the padded one: what the test of independence finds is remembered
+        "dp": private,  # before the padded one: the findings on independence are remembered
         "padded": padded,
         "alone": alone,
     }
 
 
 def step_ms(run: Run) -> float:
-    """Median CPU milliseconds of a step; the first, which sets things up, is left out."""
+    """Median CPU milliseconds of a step, without the first, which sets things up."""
     ends: list[float] = []
     run(lambda done, total, text: ends.append(time.process_time()))
     return 1e3 * statistics.median(b - a for a, b in itertools.pairwise(ends))

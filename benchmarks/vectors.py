@@ -1,9 +1,9 @@
 """Memory of silo and server where the vector is long: all weights of a model.
 
-``python -m benchmarks.vectors --values 10000000 --json`` runs a masked round with its delivery, the
-training left out: a server's process and one for every silo, on this machine. Memory is each
-process's peak of resident memory beyond what it had before the round, in units of the vector itself
-(float32). It counts all that the round needs: the global vector, the update, frames, stores.
+``python -m benchmarks.vectors --values 10000000 --json`` runs a masked round with its delivery, but
+without training: a server's process and one for every silo, on this machine. Memory is each
+process's peak resident memory beyond what it had before the round, in units of the vector itself
+(float32). It includes all that the round needs: the global vector, the update, frames, stores.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from securefedcollm.study import study_from_tree
 
 
 class Memory:
-    """Resident memory of a process, from now on."""
+    """Peak resident memory of a process, from now on."""
 
     def __init__(self, process: int | str = "self") -> None:
         self._process = process
@@ -40,7 +40,7 @@ class Memory:
         self._before = self._read("VmRSS")
 
     def peak(self) -> int:
-        """Bytes that it has had at most, beyond those at the start."""
+        """The peak in bytes, beyond those at the start."""
         return self._read("VmHWM") - self._before
 
     def _read(self, field: str) -> int:
@@ -49,7 +49,7 @@ class Memory:
 
 
 def measure(values: int, silos: int, directory: Path) -> dict[str, Any]:
-    """One round among ``silos``, and what it took."""
+    """One round among ``silos``, and its cost."""
     names = tuple(f"silo-{i + 1}" for i in range(silos))
     study = study_from_tree(study_tree() | {"rounds": 1, "silos": {"count": silos}})
     keys = {name: SigningKey.generate().seed() for name in names}

@@ -118,7 +118,7 @@ def approve(
         typer.echo(json.dumps({"signed": [str(path) for path in signed]}))
         return
     for path in signed:
-        typer.echo(f"signed  {path}: send it back to who asked")
+        typer.echo(f"signed  {path}: send it back to whoever asked")
 
 
 def join(

@@ -54,7 +54,7 @@ class HeldOut:
         files: of :data:`HELD_OUT` and :data:`TRAINING` records, already found to be readable.
         models: where the study's ``path:`` models are.
         warn: is told why a round could not be measured; the run goes on.
-        parts: of a file, which of its records count; of any other file all do.
+        parts: file → which of its records count; of any other file all do.
     """
 
     def __init__(

@@ -104,7 +104,7 @@ def _first_line(file: Path) -> str:
             where=str(file),
             hint="a text file (UTF-8) whose first line is the passphrase",
         ) from None
-    # Adversary: another user of this machine. Of root's group it is nobody; systemd hands out its
+    # Adversary: another user of this machine. None is in root's group; systemd hands out its
     # credentials (LoadCredential=) readable for that group alone.
     others = stat.S_IROTH | (stat.S_IRGRP if about.st_gid else 0)
     if stat.S_ISREG(about.st_mode) and about.st_mode & others:

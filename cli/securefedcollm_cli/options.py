@@ -56,7 +56,7 @@ StatesSize = Annotated[
         "--states-gb",
         metavar="GB",
         min=0.001,
-        help="Largest size of that directory; what was not used longest goes first.",
+        help="Largest size of that directory; the least recently used states go first.",
     ),
 ]
 Track = Annotated[
@@ -95,7 +95,7 @@ def task_of(
     """The task that --task, --label, --column and --template describe, checked as a study's.
 
     Args:
-        like: the task that those describe which are not given.
+        like: the task that supplies the options that are not given.
     """
     from securefedcollm.errors import ConfigError
     from securefedcollm.study.config import Data, Task

@@ -202,7 +202,7 @@ def _scoring(
     score: Literal["plain", "length", "pmi", "pmi-length"] | None,
     temperature: float | None,
 ) -> Scoring:
-    """As the run's model is scored, but for what the options say."""
+    """The scoring of the run's model, except where the options differ."""
     from securefedcollm.tuning.questions import Scoring
 
     if ask == "letters" and score not in {None, "plain"}:

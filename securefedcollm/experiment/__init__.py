@@ -1,1 +1,1 @@
-"""Several runs beside each other: all rows of a comparison, over several seeds; finished runs."""
+"""Comparisons of runs: all rows of an experiment over several seeds, or finished runs."""

@@ -1,4 +1,4 @@
-"""What the rows of an experiment compute beside a federation: answers, question by question.
+"""What the rows of an experiment compute in addition to a federation: answers to every question.
 
 Importing this module imports torch.
 """
@@ -30,7 +30,7 @@ from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.recipe import Pace
 
 Answers = dict[str, list[float]]
-"""By metric (``accuracy``, ``gold_log_prob``) one value a test question, in their order."""
+"""Metric (``accuracy``, ``gold_log_prob``) → one value per test question, in their order."""
 
 
 def answers_of(
@@ -43,7 +43,7 @@ def answers_of(
     device: str,
     progress: Progress = silent,
 ) -> dict[str, Answers]:
-    """What the study's ``models`` (``slm``, ``llm``) answer, one after another in memory.
+    """The answers of the study's ``models`` (``slm``, ``llm``), loaded one after another.
 
     ``adapters``: the directory with an adapter of each; None: the bare bases.
     """
@@ -68,11 +68,11 @@ def teacher_answers(
     device: str,
     progress: Progress = silent,
 ) -> Answers:
-    """What the study's pooled target says of the test questions, before anybody learns it.
+    """The answers of the study's pooled target to the test questions, before anybody learns it.
 
-    It is made of the SLM with the adapter in ``adapters`` and of the LLM as it came, in the way of
-    :func:`securefedcollm.tuning.distil.distil`: what distillation could convey at best, if its
-    prompts were all questions there are.
+    It is pooled from the SLM with the adapter in ``adapters`` and from the untuned LLM, as in
+    :func:`securefedcollm.tuning.distil.distil`. It is the best that distillation could convey if
+    its prompts were all possible questions.
     """
     plan = study.distillation
     assert study.models.llm is not None
@@ -108,18 +108,18 @@ def answers_alone(name: str, *, plan: SiloPlan, directory: Path) -> Answers:
 
 
 def mean_answers(of: Sequence[Answers]) -> Answers:
-    """Question by question the mean over several models."""
+    """The mean over several models, question by question."""
     return {m: np.mean([a[m] for a in of], axis=0).tolist() for m in of[0]}
 
 
 def centralized(
     study: Study, dealt: Dealt, *, data: Path | None, device: str, progress: Progress
 ) -> Answers:
-    """The LLM tuned on everything at one place, without privacy: the bound from above.
+    """The LLM tuned on everything at one place, without privacy: the upper bound.
 
     In a study without an LLM it is the model that the silos tune.
 
-    Every silo's records and the labelled public questions; as many optimiser steps as all silos
+    It uses every silo's records and the labelled public questions, in as many steps as all silos
     take together in the federation, of ``local.batch_size`` records, at that model's learning rate.
 
     Raises:
@@ -161,7 +161,7 @@ def centralized(
 def central_only(
     study: Study, dealt: Dealt, *, data: Path | None, device: str, progress: Progress
 ) -> Answers:
-    """The model that the silos would tune, after the server's central steps of all rounds alone.
+    """The silos' model after nothing but the server's central steps of all rounds.
 
     Raises:
         ConfigError: no public row has its answer.

@@ -1,6 +1,6 @@
-"""Several finished runs beside each other: scores, privacy, cost, and how their studies differ.
+"""Compares several finished runs: scores, privacy, cost, and how their studies differ.
 
-Reads what the runs' makers wrote (``study.yaml`` and ``results.json``): their word, not evidence.
+It reads the files of the runs' makers (``study.yaml``, ``results.json``): their word, not evidence.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from securefedcollm.study import Study, load_study
 
 METRICS: Final = ("accuracy", "perplexity")
 _RECORDED: Final = {"accuracy": "evaluation", "perplexity": "perplexity"}
-"""What a round's record calls them."""
+"""Their names in a round's record."""
 _BYTES: Final = ("bytes_up", "bytes_down")
 
 
 class Spent(msgspec.Struct, frozen=True):
     """Privacy of one run.
 
-    ``epsilon``: what the silo that spent most has spent; None where the run's maker cannot know it,
-    a server that sees no silo's ledger. ``budget``: what the study allows.
+    ``epsilon``: that of the silo that spent most; None where the run's maker cannot know it, a
+    server that sees no silo's ledger. ``budget``: what the study allows.
     """
 
     epsilon: float | None
@@ -120,7 +120,7 @@ def _flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def _names(directories: Sequence[Path]) -> list[str]:
-    """The last part of every path, or the whole of it where two end in the same."""
+    """The last part of every path, or the whole path where two have the same last part."""
     short = [path.resolve().name for path in directories]
     return [
         name if short.count(name) == 1 else str(path)

@@ -14,7 +14,7 @@ from securefedcollm.foreign import printable
 from securefedcollm.privacy.page import render
 
 Line = tuple[str, list[str]]
-"""What a line says, and its cell for every run."""
+"""A line's title, and its cell for every run."""
 
 _COLOURS: Final = ("#1f5fbf", "#b5442d", "#2c7a4b", "#7a4fa3", "#a8741a", "#3b8ea5", "#555555")
 _DASHES: Final = ("", "6 3", "2 3")

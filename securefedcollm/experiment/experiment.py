@@ -57,12 +57,12 @@ class Experiment:
             check(self._study_of(arm, study.seed))
 
     def run(self, progress: Progress, say: Say) -> dict[str, Any]:
-        """Run what is still to do; writes and returns the content of ``table.json``.
+        """Run what is left to do; writes and returns the content of ``table.json``.
 
         The table is written after every seed, from the seeds that are done.
 
         Raises:
-            SecureFedCoLLMError: with all finished runs kept for ``resume``.
+            SecureFedCoLLMError: all finished runs are kept for ``resume``.
         """
         from securefedcollm.experiment.page import markdown, plot
         from securefedcollm.federation.tuned import remembering

@@ -1,10 +1,10 @@
 """Bootstrap intervals over test questions and seeds, paired between the rows of an experiment.
 
 All rows answer the same questions under the same seeds. A resample draws S seeds and N questions
-with replacement and applies both draws to every row, so what a seed or a question does to two rows
-alike cancels in their difference. The questions drawn are the same for every seed: right where all
-seeds share one test file (their errors are not independent then), and the same variance where they
-do not.
+with replacement and applies both draws to every row. So an effect of a seed or a question on both
+rows cancels in their difference. All seeds get the same draw of questions. That is right where all
+seeds share one test file (their errors are not independent then), and has the same variance where
+they do not.
 
 Seeds are few. A bootstrap of three can find no mean outside of the three, and two thirds of the
 variance between them. So a resample's seeds count √(S / (S − 1)) times as far from their mean, and
@@ -63,9 +63,9 @@ def resampled_means(scores: Array, *, resamples: int = RESAMPLES, seed: int = 0)
 
 
 def interval(scores: Array, means: Array) -> Interval:
-    """Of one row: ``scores`` [seeds, questions] and its :func:`resampled_means` [resamples].
+    """Of one row, from ``scores`` [seeds, questions] and its :func:`resampled_means` [resamples].
 
-    Of a difference: the differences of both.
+    For a difference of two rows, give the differences of both.
     """
     seeds = len(scores)
     variance = float(means.var())
@@ -77,7 +77,7 @@ def interval(scores: Array, means: Array) -> Interval:
 
 
 def _stretch(seeds: int) -> float:
-    """What makes the bootstrap's variance between ``seeds`` the unbiased one."""
+    """The factor that makes the bootstrap's variance between ``seeds`` unbiased."""
     return math.sqrt(seeds / (seeds - 1)) if seeds > 1 else 1.0
 
 

@@ -51,7 +51,7 @@ def cells(
     signed: bool = False,
     perplexity: bool = False,
 ) -> list[str]:
-    """A row's, or a difference's, numbers. The column ``all`` only where there is no other."""
+    """The numbers of a row or a difference. The column ``all`` only where there is no other."""
     return [
         cell(m, row[m][g], signed=signed, perplexity=perplexity)
         for g in _shown(groups)
@@ -96,7 +96,7 @@ def _line(fields: list[str]) -> str:
 
 
 def _text(foreign: str) -> str:
-    """A name of somebody else's as Markdown that says just it: no HTML, link or further cell."""
+    """Somebody else's name as plain Markdown text: no HTML, link or further cell."""
     return re.sub(r"[\\`*_\[\]<>|&]", r"\\\g<0>", printable(foreign))
 
 
@@ -105,7 +105,7 @@ _COLOURS: Final = {"FedCoLLM": "#1f5fbf"}
 
 
 def plot(table: Mapping[str, Any]) -> str:
-    """Accuracy of every row with its interval: models below, groups beside each other (SVG)."""
+    """Accuracy of every row with its interval: models below, groups side by side (SVG)."""
     groups, rows = _shown(table["groups"]), table["rows"]
     panels: list[dict[str, Any]] = []
     names: list[tuple[float, str]] = []
@@ -130,7 +130,7 @@ def plot(table: Mapping[str, Any]) -> str:
 
 @lru_cache(maxsize=1)
 def templates() -> Environment:
-    """Of this room's pages and pictures. ``px``: a place in a picture, to a tenth."""
+    """Templates of this room's pages and pictures. ``px``: a place in a picture, to a tenth."""
     found = environment("securefedcollm.federation")
     found.filters["px"] = lambda value: f"{value:.1f}"
     return found

@@ -1,8 +1,8 @@
-"""The rows of a comparison: what is run under every seed, and which row is subtracted from which.
+"""The rows of a comparison: what runs under every seed, and which row is subtracted from which.
 
-The FedCoLLM paper (arXiv 2411.11707, table 1) gives one number a cell, and its FedAvg never sees
-the server's auxiliary set, so that its gain may come from that set alone. Here the controls are
-rows of every experiment: FedAvg whose server tunes on the labelled auxiliary questions without
+The FedCoLLM paper (arXiv 2411.11707, table 1) gives one number per cell, and its FedAvg never sees
+the server's auxiliary set, so the gain may come from that set alone. Here every experiment has the
+controls as rows: FedAvg whose server tunes on the labelled auxiliary questions without
 distillation, and the LLM tuned on them alone (one run gives both).
 """
 
@@ -118,11 +118,11 @@ def has_prompts(study: Study) -> bool:
 
 
 _PROMPTS: Final = "FedCoLLM (prompts only)"
-"""What distillation does by itself: no answer of a public question is used. Then there is nothing
-for the auxiliary controls to learn from; FedAvg and the LLM as it came are the rows to compare."""
+"""Distillation by itself: it uses no answer of a public question. Then the auxiliary controls have
+nothing to learn from; FedAvg and the untuned LLM are the rows to compare."""
 
 _TEACHER: Final = "the pooled teacher"
-"""FedAvg's SLM and the untuned LLM together: what there is to convey, before anybody learns it."""
+"""FedAvg's SLM and the untuned LLM together: all that distillation could convey, before it does."""
 
 _ORDER: Final = (
     "zero-shot",
@@ -152,7 +152,7 @@ _MAIN_OF_ONE: Final = {
     "FedOpt": ("FedAvg",),
     "FedAvg": ("standalone", "zero-shot"),
 }
-"""Where one model is tuned, the study's own method less these."""
+"""Where one model is tuned, these are subtracted from the study's own method."""
 _MAIN_OF_PROMPTS: Final = {"slm": "FedAvg", "llm": "zero-shot"}
 
 

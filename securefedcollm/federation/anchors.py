@@ -1,7 +1,7 @@
-"""What a participant's own evidence says that it did: its journal and its ledger must say so too.
+"""A participant's journal and ledger must know every step that its own evidence knows.
 
 Every step is recorded in the journal first, then in the evidence log, and then the reply leaves. So
-a step that the log knows and the journal does not means that the journal is an older copy.
+if the log knows a step and the journal does not, the journal is an older copy.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def check_journal(log: EvidenceLog, journal: SiloStore, scheme: SchemeName) -> N
 
 
 def _anchors(entries: list[Entry], scheme: SchemeName) -> Iterator[Anchor]:
-    """Those of the newest sum: the others are older than that sum's beginning, which is counted."""
+    """Those of the newest sum: the others are older than its beginning, which is counted."""
     opened = next((entry.what for entry in entries if isinstance(entry.what, Opened)), None)
     newest = -1
     for entry in reversed(entries if opened else []):

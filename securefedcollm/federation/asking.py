@@ -44,7 +44,7 @@ class Asking:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.away: set[str] = set()
-        """Who could not be reached when last asked."""
+        """Those who could not be reached when last asked."""
 
     def ask(
         self,

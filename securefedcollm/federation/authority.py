@@ -1,8 +1,8 @@
 """The authority's side: the party that holds the decryption key of a study, and opens its sums.
 
 Adversary: the server, which chooses every frame that arrives here, together with up to c silos. The
-authority believes only its own study, roster and keys. It never meets a vector: it is sent no first
-polynomial of a ciphertext, and gives the server a partial decryption, not the sum.
+authority believes only its own study, roster and keys. It never sees a vector: nobody sends it the
+first polynomial of a ciphertext, and it gives the server a partial decryption, not the sum.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SERVER = "server"
 
 KEY_LIFETIME: Final = 3600.0
 """Seconds from when keys are made until they are dropped, opened or not. Silos have trained by
-then; what is left are two exchanges with them, of ten minutes at most, and the opening."""
+then; two exchanges with them, of ten minutes at most, and the opening are left."""
 
 
 class AuthoritySession:
@@ -51,7 +51,7 @@ class AuthoritySession:
 
     Args:
         roster: the silos; that of the study, if the study has one.
-        key: the authority's identity; that which the study names, if it names one.
+        key: the authority's identity; the one that the study names, if it names one.
         store: its durable journal.
         now: seconds, of a clock that is never set back.
 
@@ -132,7 +132,7 @@ class AuthoritySession:
         return encode(reply)
 
     def drop_overdue(self) -> None:
-        """Drop keys that are older than :data:`KEY_LIFETIME`. To be called every now and then.
+        """Drop keys that are older than :data:`KEY_LIFETIME`. Call it every now and then.
 
         Adversary: a server that never ends an attempt, and some day gets hold of this process.
         """

@@ -1,4 +1,4 @@
-"""What of a silo's training is charged, when, and to which records.
+"""What a silo's training is charged for, when, and to which records.
 
 Adversary: the server, which chooses when to ask, with which adapter, and when a process dies. The
 silo reserves privacy budget before it trains and marks it released before a first byte can leave;
@@ -65,9 +65,9 @@ class ChargedTraining:
                 its ledger has pinned, or else the study's.
 
         Raises:
-            ConfigError: the run began with other records; or the study sets records aside, and
-                these cannot be.
-            StateError: the run began with other parts of them.
+            ConfigError: the run began with other records; or the study sets records aside, which
+                is impossible with these.
+            StateError: the run began with another division of them.
         """
         self._study, self._name = study, name
         self.workload, self.store = workload, store
@@ -81,7 +81,7 @@ class ChargedTraining:
             refuse_shared(self._tuned, self._held)
 
     def pin_data(self) -> None:
-        """From here on the run has these records. Raises as the class."""
+        """Bind the run to these records from now on. Raises as the class."""
         pin_data(self.store, self._ledger, self._study, self._name, self.workload.dataset)
 
     def values(self, sum_: int) -> int:
@@ -97,11 +97,11 @@ class ChargedTraining:
         """This round's integers, [values]: from disk if finished, else trained now.
 
         The stored update was charged when it was first released, and releasing the same value
-        again costs nothing. It is bound to its charge by its hash, so that no other value goes out
-        under it: not that of a second process, nor of a training that was never charged.
+        again costs nothing. Its hash binds it to its charge, so that no other value goes out under
+        that: neither a second process's, nor that of a training that was never charged.
 
         Raises:
-            BudgetExceeded: the round, or at a run's first the run, does not fit; nothing was
+            BudgetExceeded: the round, or in the first round the run, does not fit; nothing was
                 trained.
             StateError: the update that was released is lost; this silo sits the round out.
         """
@@ -125,7 +125,7 @@ class ChargedTraining:
                 _release_key(scope, round_, training), sha256(finished.data)
             )
             self._ledger.release(reservation)
-            if not self._distributed:  # else what it cost depends on the sum: settle_before
+            if not self._distributed:  # else its cost depends on the sum: settle_before
                 self._ledger.settle(reservation, events)
         if finished is None or released != sha256(finished.data):
             raise StateError(
@@ -145,8 +145,8 @@ class ChargedTraining:
     ) -> Integers:
         """Train; a failure is charged before it is answered.
 
-        Adversary: a server whose adapter makes training fail on certain records only. That it
-        failed is then a release; uncharged, it could be asked for again and again.
+        Adversary: a server whose adapter makes training fail on certain records only. The
+        failure is then a release; uncharged, it could be asked for again and again.
         """
         try:
             return self._train(scope, round_, reservation.key.attempt, adapter, unit)
@@ -193,16 +193,16 @@ class ChargedTraining:
             integers = quantiser(self._study, expected).encode_narrow(update)
         elif unit is None:
             integers = quantiser(self._study, expected).encode(update).integers
-        else:  # noised once: an attempt that is repeated repeats the noise
+        else:  # noised once: a repeated attempt repeats the noise
             integers = unit.protect(update, NoiseSource())
         self.store.save_update(scope, round_, training, integers)
         return integers
 
     def _fit(self, adapter: Vector, round_: int, unit: SiloUnit | None) -> Vector:
-        """The update; under ``unit: silo`` one that cannot be made is zero.
+        """The update; under ``unit: silo`` it is zero if it cannot be made.
 
         Adversary: a server whose adapter makes training fail on certain records only. Where the
-        whole update is the unit, nothing in the training is noised: whether it failed would be an
+        whole update is the unit, nothing in the training is noised, so a failure would be an
         answer without noise. So the silo contributes zero and its noise, and tells its operator.
         """
         try:
@@ -218,7 +218,7 @@ class ChargedTraining:
         return np.zeros(self.workload.update_size(round_), dtype=np.float32)
 
     def _compare_with_clip(self, update: Vector, round_: int) -> None:
-        """Tell this silo's operator, and nobody else, what the clip takes away."""
+        """Tell this silo's operator, and nobody else, how much the clip takes away."""
         norm, most = float(np.linalg.norm(update)), self._study.aggregation.clip_norm
         if norm > most:
             log.warning(
@@ -229,7 +229,7 @@ class ChargedTraining:
             )
 
     def settle_before(self, scope: bytes, round_: int) -> None:
-        """Settle the sums of rounds before ``round_``, which can no longer be opened otherwise.
+        """Settle the sums of rounds before ``round_``: nobody can open them otherwise any more.
 
         Adversary: a server that opens a sum of few survivors, with as few noise shares, after it
         had this silo agree to many. A round is settled with the survivors that this silo opened if
@@ -251,7 +251,7 @@ class ChargedTraining:
 
     @property
     def _distributed(self) -> bool:
-        """Whether the noise of a sum is that of all its silos together."""
+        """Whether all silos of a sum add its noise together."""
         privacy = self._study.privacy
         return privacy is not None and privacy.noise == "distributed"
 
@@ -281,7 +281,7 @@ class ChargedTraining:
         key = self._entry(scope, round_, training)
         claim, part = (privacy.epsilon, privacy.delta), self._part(round_)
         if all(entry.key.run != key.run for entry in self._ledger.entries()):
-            # A run that the budget cannot see through to its end is not begun.
+            # No run begins that the budget cannot pay to its end.
             what = "steps" if self._study.joint else "rounds"
             self._foresee(part, key, events, round_, what)
             if self._study.validation is not None and not part.held:
@@ -300,12 +300,12 @@ class ChargedTraining:
 
     @cached_property
     def _tuned(self) -> Part:
-        """The records that this silo's budget is about when it tunes."""
+        """The records that pay when this silo tunes."""
         return part_of(self._study, self.workload, self._ledger, held=False)
 
     @cached_property
     def _held(self) -> Part:
-        """The same when it counts right answers."""
+        """The records that pay when it counts right answers."""
         return part_of(self._study, self.workload, self._ledger, held=True)
 
 

@@ -1,8 +1,8 @@
-"""A proposal for ``aggregation.clip_norm``: the norm of one update that is made of public rows.
+"""A proposal for ``aggregation.clip_norm``: the norm of one update made from public rows.
 
 A silo's own update would tell about its records, so nobody may choose a clip norm by it. Here the
 small model is tuned once, as a silo does in a round, on rows that are public anyway: the study's
-public questions or a file of public rows. Where their answers are not known, made-up ones do.
+public questions or a file of public rows. Made-up answers do where theirs are not known.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _ROOM: Final = 1.5
 
 
 class Proposal(NamedTuple):
-    """What an update of public rows says about the clip norm."""
+    """What an update made from public rows says about the clip norm."""
 
     clip_norm: float
-    """The one proposed."""
+    """The proposed one."""
     norm: float
     """L2 norm of the update, the larger one where rounds alternate."""
     rows: int
@@ -122,7 +122,7 @@ def _update_norm(
     device: str,
     progress: Progress,
 ) -> float:
-    """Of a round's update. A smaller batch gets less noise, so that a step has as much of it."""
+    """Norm of a round's update. A smaller batch gets less noise, so a step has as much of it."""
     batch = min(study.local.batch_size, len(questions))
     planned, privacy = None, study.privacy
     if privacy is not None and by_unit(study):

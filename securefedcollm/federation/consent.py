@@ -1,7 +1,7 @@
-"""What a silo's operator agrees to: what the study may spend of these records, and what they have.
+"""What a silo's operator agrees to: what these records have, and what the study may spend of it.
 
-Adversary: the author of the study and the server. All is computed on the silo's machine, from its
-own records and ledger, before anything is sent.
+Adversary: the author of the study and the server. The silo's machine computes all of this from its
+own records and ledger, before it sends anything.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 class Terms:
     """What an operator agrees to by taking part.
 
-    The figures of ε are of the record (or subject) that has spent most, at the pinned δ, over all
-    studies of this ledger.
+    ε is that of the record (or subject) that has spent most, at the pinned δ, over all studies of
+    this ledger.
     """
 
     study: str
@@ -53,7 +53,7 @@ class Terms:
     epsilon: float | None
     delta: float | None
     spent: float | None
-    """By other studies."""
+    """Spent by other studies."""
     after: float | None
     """With all of this one, at worst."""
     median: float | None
@@ -64,9 +64,9 @@ class Terms:
     left_out: int
     """Records of the file that cannot pay, and are left out."""
     unattributed: int
-    """Charges of an older ledger about files that are not known: they count for no record."""
+    """Charges of an older ledger for unknown files: they count for no record."""
     continues: list[str]
-    """The earlier studies whose adapters are in the base, and whether this silo was in them."""
+    """The earlier studies with adapters in the base, and whether this silo took part in them."""
     set_aside: float | None = None
     """Share of the records, or subjects, that are asked and not tuned on; None without a
     validation."""
@@ -95,7 +95,7 @@ def terms(
             mine = {digest(study).hex(), validation_study(study)}
             about: Any = {"besides": mine, "unit": privacy.unit, "budget": agreed}
             before = ledger.standing(records, [workload.dataset], **about)
-            # A record is in one part. Which one is not said, so the worse of both is.
+            # A record is in one part. We do not say which, so we show the worse of both.
             after = max(
                 ledger.standing(records, [workload.dataset], plus=whole, **about).worst
                 for whole in _whole(study, workload)
@@ -181,8 +181,8 @@ def _pinned(member: Member) -> Budget | None:
 def require_budget(member: Member, workload: SiloWorkload, budget: Budget | None) -> None:
     """Refuse a study that these records cannot pay for, before anybody waits for anything.
 
-    Of one that has begun the next sum must fit. Unless this silo did not see its newest one opened:
-    then that may be asked for again, and costs nothing more.
+    If the study has begun, its next sum must fit. Unless this silo did not see the newest sum
+    opened: then it may be asked for that again, which costs nothing more.
 
     Raises:
         BudgetExceeded: says what is left and what would fit.
@@ -235,16 +235,16 @@ def without_spent(
 ) -> SiloTuning:
     """The workload without the records that cannot pay for this study.
 
-    What is left is what the study is about: its sampling rate, its noise and its records. A study
-    that has begun keeps the records that it began with.
+    The study's sampling rate, noise and records are those of what is left. A study that has begun
+    keeps the records that it began with.
 
     Args:
         build: makes a workload of fewer questions.
 
     Raises:
         BudgetExceeded: no record can pay, or the study asks for more than the pinned budget.
-        ConfigError: too few records are left for the study; or those that it began with are not
-            in the file.
+        ConfigError: too few records are left for the study; or the file lacks those that it
+            began with.
     """
     study, privacy = member.study, member.study.privacy
     if study.validation is not None:
@@ -272,7 +272,7 @@ def _begun_with(
     """The questions that the study began with, told apart by every identity that they have.
 
     A report with the same words may be another record: of a row that could not pay, or of another
-    subject. With it the run could not go on, and its budget would be gone.
+    subject. With that one the run could not go on, and its budget would be lost.
     """
     from securefedcollm.federation.cotuning import contents_of
 
@@ -291,7 +291,7 @@ def _begun_with(
 def _payers(
     ledger: Ledger, study: Study, workload: SiloTuning, budget: Budget | None
 ) -> Sequence[Question]:
-    """Fewer records are sampled more often, under more noise: so look again until all can pay."""
+    """Fewer records are sampled more often, under more noise, so repeat until all can pay."""
     from securefedcollm.federation.cotuning import contents_of, planned_event
     from securefedcollm.tuning.splits import dataset_fingerprint
 
@@ -316,13 +316,13 @@ def _payers(
         if not paying.any():
             standing = ledger.standing(records, unit=privacy.unit)
             raise BudgetExceeded(
-                f"none of {len(kept):,} records can pay for this study: ε = {standing.median:.3f} "
-                f"of {standing.budget.epsilon:g} is spent of half of them, or more; "
-                f"{standing.left:.3f} is left of the worst",
+                f"none of {len(kept):,} records can pay for this study: half of them or more have "
+                f"spent ε = {standing.median:.3f} of {standing.budget.epsilon:g}; the worst has "
+                f"{standing.left:.3f} left",
                 hint="use other data, or agree on a study with a smaller privacy.epsilon",
             )
         kept = _only(kept, paying)
-        if workload.events():  # its own noise, which depends on how many records there are
+        if workload.events():  # its own noise, which depends on the number of records
             events = (planned_event(study, kept),)
 
 
@@ -359,7 +359,7 @@ def charge(study: Study, workload: SiloWorkload) -> Events:
 def identified(ledger: Ledger, study: Study, workload: SiloWorkload) -> Records:
     """The workload's records; from now on the ledger knows which they are.
 
-    Older charges, which name a file but not its records, so become charges of these records.
+    So older charges, which name a file but not its records, become charges of these records.
     """
     records = ledger.identify(workload.contents(), column=study.subject, also=workload.also)
     ledger.recognise(records, [workload.dataset, *workload.also])

@@ -1,4 +1,4 @@
-"""What a study that continues earlier runs starts from, and the study that continues a run.
+"""The starting point of a study that continues earlier runs, and the study that continues a run.
 
 Importing this module imports no torch.
 """
@@ -60,14 +60,14 @@ def released(study: Study, model: ModelName, data: Path | None) -> tuple[Release
 
 
 def base_of(study: Study, model: ModelName, raw: bytes) -> bytes:
-    """What identifies the base that the study tunes: ``raw``, with all that is folded into it."""
+    """Identifies the base that the study tunes: ``raw``, with all that is folded into it."""
     return raw if study.continues is None else study.continues.base(model, raw)
 
 
 def seed_of(study: Study) -> int:
-    """Seed of a new adapter: another one in every study of a chain, whose seeds may be equal.
+    """Seed of a new adapter: it differs between the studies of a chain, whose seeds may be equal.
 
-    With the same A again, a new adapter could only repeat what the earlier one can say.
+    With the same A, a new adapter could only repeat what the earlier one can express.
     """
     if study.continues is None:
         return study.seed
@@ -102,12 +102,12 @@ def continued(run: Path, place: str, *, best: bool = False) -> tuple[Study, list
 
     Args:
         run: the directory of the server, or of a simulation.
-        place: how the next study's participants call it.
-        best: start from the best round's adapters and not from the last one's.
+        place: what the next study's participants call it.
+        best: start from the best round's adapters instead of the last one's.
 
     Raises:
-        ConfigError: there is no finished run there, or one whose adapters cannot be folded, or
-            whose adapters are not those that its evidence names.
+        ConfigError: there is no finished run there, or its adapters cannot be folded, or are
+            not those that its evidence names.
     """
     study = _finished(run)
     path = run / "server" / FILE_NAME
@@ -180,15 +180,15 @@ def _finished(run: Path) -> Study:
 
 
 def next_tree(study: Study, chain: list[Earlier], orthogonal: bool) -> dict[str, Any]:
-    """The plain keys of the study that goes on after ``study``: the same, but for its name, the
-    roster's signatures and what it starts from."""
+    """The plain keys of the study that goes on after ``study``: the same except for its name, the
+    roster's signatures and its starting point."""
     stem, _, number = study.study.rpartition("-")
     named = f"{stem}-{int(number) + 1}" if stem and number.isdigit() else f"{study.study}-2"
     return with_chain(study.tree | {"study": named}, chain, orthogonal)
 
 
 def with_chain(tree: dict[str, Any], chain: list[Earlier], orthogonal: bool) -> dict[str, Any]:
-    """``tree`` with what the study starts from."""
+    """``tree`` with the study's starting point."""
     links = [
         {key: value for key, value in msgspec.to_builtins(link).items() if value is not None}
         for link in chain

@@ -1,7 +1,7 @@
 """The server's round loop: broadcast, let silos tune, aggregate, absorb the mean, distil, repeat.
 
-Adversary: this code. Nothing here is trusted by the silos; it sees packed masked words, their sum,
-and what follows from the sum (:mod:`~.summing`).
+Adversary: this code. The silos trust nothing here; it sees packed masked words, their sum, and what
+follows from the sum (:mod:`~.summing`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from securefedcollm.study import Study
 log = logging.getLogger(__name__)
 
 LAST_CALL = 60.0
-"""Seconds for which silos that are gone are waited for when all rounds are done."""
+"""Seconds to wait for silos that are gone when all rounds are done."""
 
 
 class Coordinator:
@@ -69,7 +69,7 @@ class Coordinator:
     ) -> None:
         """
         Args:
-            authority: who holds the key, where one party does; the engine knows it by its name.
+            authority: the key holder, where there is one; the engine knows it by its name.
         """
         self._parties = (*roster.names, *([authority.name] if authority else []))
         self._evidence = evidence
@@ -91,9 +91,9 @@ class Coordinator:
             hooks=hooks,
         )
         self._delivered: dict[str, int] = {}
-        """Silo → rounds that were done when it was given the adapter."""
+        """Silo → rounds that were done when it got the adapter."""
         self.told: set[str] = set()
-        """Silos that were told that the run is over, after they were given the adapter."""
+        """Silos that know that the run is over, after they got the adapter."""
 
     def run(self) -> None:
         """Run every round that is still to do, unless the study's patience is at its end.
@@ -101,7 +101,7 @@ class Coordinator:
         Raises:
             QuorumError: too few silos are left; the reasons are in the message. The run can be
                 resumed.
-            ConfigError: it was begun with another base model. Nothing is changed.
+            ConfigError: it began with another base model. Nothing is changed.
         """
         state, study = self._store.state, self._study
         if state.round == 0 and not state.history:
@@ -119,8 +119,8 @@ class Coordinator:
     def end(self) -> None:
         """Tell all parties, so that silos settle what the last sum cost them, and can leave.
 
-        Whoever is not there any more is not told: the run is finished all the same. But nobody is
-        told to leave while an auditor would miss its countersignature.
+        A silo that has gone is not told: the run is finished all the same. But no silo is told to
+        leave while an auditor would miss its countersignature.
 
         Raises:
             QuorumError: too few silos vouch for the evidence log; the next call asks them again.
@@ -155,7 +155,7 @@ class Coordinator:
     def end_for(self, late: Set[str]) -> Set[str]:
         """After :meth:`end`, perhaps of an earlier process: the same for silos that were away.
 
-        Returns those that could not be reached this time either. Who refuses would refuse again.
+        Returns those that could not be reached this time either. A refusal counts as final.
 
         Raises:
             TransportError: none of them is there.
@@ -251,7 +251,7 @@ class Coordinator:
 
     def _deliver(self, among: Set[str] | None = None) -> None:
         """Give every silo that vouches for the evidence log the newest adapter, with what the log
-        says of it. Who is not there does without. ``among``: these alone."""
+        says of it. Absent silos do without. ``among``: these alone."""
         done, proof = self._store.state.round, self._evidence.delivery()
         if proof is None:
             return
@@ -277,12 +277,12 @@ class Coordinator:
             log.warning("%s does not take the adapter of round %d: %s", silo, done, reason)
 
     def _countersign(self, names: Iterable[str]) -> dict[str, str]:
-        """Have these silos, as far as they are there, vouch for the evidence log so far.
+        """Have those of these silos that are there vouch for the evidence log so far.
 
         Returns the reasons of those that do not.
         """
         silos, lost = list(names), dict[str, str]()
-        for _ in range(2):  # a silo that vouched for another head than we know of is asked again
+        for _ in range(2):  # ask a silo again if it vouched for a head that we do not know
             asked = {silo: self._evidence.witness(silo) for silo in silos}
             requests = {silo: request for silo, request in asked.items() if request is not None}
             if not requests:

@@ -72,8 +72,8 @@ class SiloTuning:
     ) -> None:
         """
         Args:
-            planned: :func:`planned_event` of these questions, where it is already known: a
-                simulation's processes need not all work it out.
+            planned: :func:`planned_event` of these questions, where it is already known: not all
+                processes of a simulation need to work it out.
             alone: the silo takes part in no sum and keeps the study's ε by its own noise, also
                 where the study has the silos noise their sum together.
 
@@ -113,7 +113,7 @@ class SiloTuning:
             self._prove_independence()
 
     def _prove_independence(self) -> None:
-        """Have the test of independence behind us before anybody asks for anything.
+        """Finish the test of independence before anybody asks for anything.
 
         Adversary: the server, which times the first answer. The test takes time for every shape
         that occurs, so a record of a length of its own would show there, without any noise.
@@ -247,7 +247,7 @@ class SiloTuning:
             ).delta
             return delta, to_vector(model, layout)
 
-        # All of the study but the server's phase, which no silo knows of.
+        # All of the study except the server's phase, which no silo knows of.
         silos_part = msgspec.structs.replace(
             self._study, server=None, distillation=Distillation()
         ).digest
@@ -286,11 +286,11 @@ class SiloTuning:
         self._tuned.save(directory, beside)
 
     def adapter(self) -> Vector:
-        """The adapter as it stands: for a silo that tunes alone, without any exchange."""
+        """The adapter as it is now: for a silo that tunes alone, without any exchange."""
         return to_vector(self._tuned.model, self._tuned.broadcast_layout())
 
     def answers(self, test: Sequence[Question]) -> Evaluation:
-        """What this silo's own model makes of every test question."""
+        """This silo's own model's answers to every test question."""
         return self._tuned.answers(self._tuned.encode(test))
 
     def evaluate(self, test: Sequence[Question]) -> dict[str, float]:
@@ -319,7 +319,7 @@ def _subjects(study: Study, questions: Sequence[Question]) -> list[str] | None:
 
 
 def contents_of(questions: Sequence[Question]) -> Iterator[Content]:
-    """What the privacy ledger knows every question by."""
+    """The contents by which the privacy ledger knows the questions."""
     return (
         Content(record_content(q), None if q.subject is None else folded(q.subject), q.row)
         for q in questions

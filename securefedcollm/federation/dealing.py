@@ -1,7 +1,7 @@
 """A study's questions for a simulation: public, private by silo, and test.
 
-They are dealt out of one file, made by the built-in world, or lie in a file for each participant,
-as with real roles.
+They are dealt out of one file, made by the built-in world, or read from a file for each
+participant, as with real roles.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Dealt:
 
 @dataclass(frozen=True)
 class Files:
-    """The participants' own files: of every silo by its name, and of the server."""
+    """The participants' own files: each silo's by its name, and the server's."""
 
     silos: Mapping[str, Path]
     public: Path | None
@@ -69,12 +69,12 @@ def given_files(
 def deal(study: Study, data: Path | None, noisy: int = 0, files: Files | None = None) -> Dealt:
     """Deal the study's questions out, the same on every call.
 
-    A question of the test file that is in the training file as well is nobody's to train on.
+    Nobody trains on a question of the training file that is in the test file as well.
 
     Args:
-        study: with ``task.data``, which says how.
+        study: its ``task.data`` says how.
         data: directory of the study's files.
-        noisy: so many silos, the last ones, get meaningless answers (:func:`noisy_answers`).
+        noisy: this many silos, the last ones, get random answers (:func:`noisy_answers`).
         files: nothing is dealt out: each participant has its own.
 
     Raises:
@@ -132,7 +132,7 @@ def _split(study: Study, data: Path | None) -> Dealt:
             where="--data",
             hint="give the directory that holds them: --data DIR",
         )
-    # study.checks has seen to it that file studies have these
+    # study.checks ensures that studies on files have these
     assert spec.test
     assert spec.per_silo
     test = read_records(study, data / spec.test, private=False)
@@ -154,10 +154,10 @@ def _split(study: Study, data: Path | None) -> Dealt:
 
 
 def noisy_answers(questions: Sequence[Question], seed: int) -> tuple[Question, ...]:
-    """The same questions with answers that mean nothing.
+    """The same questions with random answers.
 
-    Of choices every one is as likely (other records' answers would be right too often where most
-    are the same); responses are passed on among the records.
+    Every choice is equally likely (other records' answers would be right too often where most are
+    the same); responses are permuted among the records.
 
     Raises:
         ConfigError: the records are plain texts, which have no answers.
@@ -188,7 +188,7 @@ def _noisy(
 
 
 def _family_shares(study: Study) -> list[npt.NDArray[np.float64] | None]:
-    """By silo the part of each disease family in its records; None: the hospital's own ones."""
+    """Each silo's share of every disease family in its records; None: the hospital's own ones."""
     spec, silos = study.task.data, study.silos.count
     if spec.partition is None:
         return [None] * silos
@@ -205,7 +205,7 @@ _FAMILIES_STREAM = 0xFA_111E5  # keeps this use of a study's seed apart from eve
 def read_records(
     study: Study, path: Path, *, private: bool = True, labelled: bool = True
 ) -> list[Question]:
-    """The records of the study's task in a file; ``private`` ones with whose they are, if asked.
+    """The records of the study's task in a file; ``private`` ones with their owners, if needed.
 
     ``labelled``: every record must have its answer.
 

@@ -1,4 +1,4 @@
-"""What a study will cost, before anything is downloaded but a ``config.json``.
+"""What a study will cost; only a ``config.json`` is downloaded for it.
 
 The models are built on torch's meta device: every shape is real, no weight exists.
 """
@@ -23,11 +23,11 @@ _PER_RECORD = 4 + 8  # of a per-record gradient: float32 in torch, float64 where
 def estimate(study: Study, data: Path | None) -> dict[str, Any]:
     """Sizes of the models' adapters, bytes a round of one silo, and memory of both sides.
 
-    ``memory_bytes`` is of weights, adapter, optimiser, per-record gradients and activations; what
-    the library and allocator need comes on top, and the encoded records (small).
+    ``memory_bytes`` covers weights, adapter, optimiser, per-record gradients and activations, but
+    not the needs of library and allocator, nor the encoded records (small).
 
     Raises:
-        ConfigError: own training; a model's ``config.json`` cannot be had; or the adapter does not
+        ConfigError: own training; a model's ``config.json`` cannot be read; or the adapter does not
             fit.
     """
     _ = study.task.rows  # refuses own training
@@ -68,7 +68,7 @@ def _server_bytes(study: Study, llm: dict[str, Any], slm: dict[str, Any]) -> int
         + batch * model["activation_bytes_per_record"]
         for model, batch in models
     )
-    if parts and parts.outer:  # its memory, the mean and the step
+    if parts and parts.outer:  # its memory, the mean, the step
         total += 4 * (slm["broadcast_values"] + 3 * slm["update_values"])
     return int(total)
 
@@ -98,7 +98,7 @@ def _shape(study: Study, spec: Model, data: Path | None) -> dict[str, Any]:
 
 
 def _activations(study: Study, config: Any, width: int) -> int:
-    """Of one record of ``task.max_tokens``, in bytes.
+    """Memory of one record of ``task.max_tokens``, in bytes.
 
     Per layer s·h·(34 + 5·a·s/h) at two bytes a value (Korthikanti et al. 2022, arXiv 2205.05198,
     eq. 2; s tokens, h hidden, a heads), and the logits in float32. Layers below the adapted ones

@@ -1,8 +1,8 @@
-"""What lies beside an adapter, so that somebody without this program can use it.
+"""The files beside an adapter, so that somebody without this program can use it.
 
 ``task.json`` is the contract: how a record becomes a prompt, and how choices are scored. README.md
 is the model card. Both follow from the study and the base model alone, and hold nothing of a silo.
-``docs/adapters.md`` describes them; ``examples/plain_peft.py`` works by them.
+``docs/adapters.md`` describes them; ``examples/plain_peft.py`` uses them.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def task_contract(study: Study, model: Model, base: bytes, *, chat: bool) -> dic
 
 
 def _continues(study: Study) -> dict[str, Any]:
-    """What has to be added to the base model before the adapter fits, if anything."""
+    """What to add to the base model before the adapter fits, if anything."""
     if study.continues is None:
         return {}
     links = [
@@ -115,7 +115,7 @@ def _letters(study: Study, chat: bool) -> dict[str, Any]:
 def model_card(study: Study, contract: dict[str, Any]) -> str:
     """Markdown, with the front matter that model hubs read.
 
-    Adversary: the study's author, whose names stand in it: they are quoted as code, on one line.
+    Adversary: the study's author, whose names are in it: they are quoted as code, on one line.
     """
     base = contract["base"]
     kind, _, place = base["source"].partition(":")

@@ -21,7 +21,7 @@ _calibrated = lru_cache(calibrate)  # silos of equal size in one process need it
 
 
 def local_rate(study: Study, units: int) -> float:
-    """Rate at which a silo of ``units`` records (or subjects) takes each one into a batch.
+    """The rate at which a silo of ``units`` records (or subjects) takes each into a batch.
 
     Raises:
         ConfigError: fewer units than the expected batch.
@@ -79,7 +79,7 @@ def planned_noise(study: Study, units: Sequence[int], values: int | None) -> flo
 
     Args:
         units: records (or subjects) of each silo that is known; empty if none is.
-        values: length of an update; None if it is not known. Then the shortest is planned for,
+        values: length of an update; None if it is not known. Then the plan is for the shortest,
             which is refused only if every other one is.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Files that a crash at any moment leaves whole, and private directories that it does not leave."""
+"""Files that survive a crash whole, and private directories that do not outlive their process."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def replacing(directory: Path) -> Iterator[Path]:
 
 
 def sync_tree(directory: Path) -> None:
-    """Have every file below ``directory``, and their names, on disk before this returns."""
+    """Get every file below ``directory``, and their names, onto the disk before this returns."""
     for path in (*directory.rglob("*"), directory, directory.parent):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -103,8 +103,8 @@ _OF_MKDTEMP = "[a-z0-9_]"
 class PrivateDirectory:
     """A fresh directory (mode 0700) that a killed process does not leave behind for long.
 
-    Its owner holds a lock on it, which goes with the process, however it ends; whoever next makes
-    one of the same prefix there removes those that nobody holds.
+    Its owner holds a lock on it, which ends with the process in any case. The next one to make a
+    directory of the same prefix there removes those that nobody holds.
 
     Adversary: other users of a shared place. Only this user's own directories are touched, and no
     link is followed.

@@ -1,4 +1,4 @@
-"""What the server's loop tells, and asks of, whoever runs it."""
+"""What the server's loop tells its caller, and asks of it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, Final
 from securefedcollm.federation.workload import Progress, silent
 
 OnRound = Callable[[dict[str, Any]], None]
-"""``on_round(record)``: a round's record, when it is finished and durable."""
+"""``on_round(record)``: a round is finished and durable; its record."""
 
 Rejoined = Callable[[Set[str], int, float], bool]
-"""``rejoined(silos, count, most)``: waits until so many of these silos, which could not be reached,
-are there again; returns whether they are, after ``most`` seconds or its own limit at last."""
+"""``rejoined(silos, count, most)``: waits until ``count`` of these silos, which could not be
+reached, are back. Returns whether they are, within ``most`` seconds and its own limit."""
 
 Arrived = Callable[[Set[str], float], Set[str]]
 """``arrived(silos, most)``, when all rounds are done: waits until one of these silos is there;
@@ -36,7 +36,7 @@ def nobody_arrives(silos: Set[str], most: float) -> Set[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """Everything that whoever runs the server may be told or asked. By default, nothing."""
+    """All that the server's loop may tell its caller, or ask of it. By default, nothing."""
 
     progress: Progress = silent
     on_round: OnRound = tell_nobody

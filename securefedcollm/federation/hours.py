@@ -1,8 +1,8 @@
 """How long a study takes on this machine, from a timed sample of its own rows and models.
 
-A few rows of one silo and of the server go through the passes that a run makes, and the rest is
-counted. What a run makes once (loading, the test of independence, ledgers), masks, noise and the
-wire are not counted; they are minutes at most.
+A few rows of one silo and of the server go through the passes that a run makes; the rest follows
+by counting. One-off work (loading, the test of independence, ledgers), masks, noise and the wire
+are not counted; they take minutes at most.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _ROWS: Final = 16
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of one row, on this machine.
+    """Seconds for one row, on this machine.
 
     Attributes:
         tuned: a silo's record in a step.
@@ -65,7 +65,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Rows:
-    """How many there are: of the largest silo, of all silos, and at the server."""
+    """Numbers of rows: of the largest silo, of all silos, and at the server."""
 
     silo: int
     silos: int
@@ -84,7 +84,7 @@ def hours(
         data: directory of the study's files.
 
     Raises:
-        ConfigError: own training, or a model or the data cannot be had.
+        ConfigError: own training, or a model or the data cannot be read.
         DataError: a file cannot be read as the study's.
     """
     dealt = deal(study, data)
@@ -129,7 +129,7 @@ def time_of(study: Study, row: Seconds, rows: Rows) -> dict[str, float]:
 def _silo(
     study: Study, questions: Sequence[Question], place: dict[str, Any]
 ) -> tuple[float, float]:
-    """(in a step, in the frozen layers) of one record."""
+    """Seconds of one record (in a step, in the frozen layers)."""
     tuned = Tuned.load(study, study.models.slm, **place)
     loss, private = loss_plan(study.local, tuned.scoring), by_unit(study)
     asked = _spread(questions)
@@ -181,7 +181,7 @@ def _server(
 
 
 def _distilled(study: Study, llm: Tuned, slm: Tuned, public: Sequence[Question]) -> float:
-    """Of one public row in a step of both models: what two steps take longer than none."""
+    """Seconds of one public row in a step of both models: the extra time of two steps over none."""
     known = None
     if study.distillation.over != "choices":
         known = (vocabulary_of(llm.tokenizer), vocabulary_of(slm.tokenizer))
@@ -225,7 +225,7 @@ def _spread(questions: Sequence[Question]) -> tuple[Question, ...]:
 
 
 def _timed(call: Callable[[], T]) -> tuple[T, float]:
-    """What it gives, and the seconds that it takes."""
+    """Its result, and the seconds that it takes."""
     begin = time.perf_counter()
     found = call()
     return found, time.perf_counter() - begin

@@ -3,8 +3,8 @@
 Both follow from one number a round, so a run that was killed comes to the same answers, and so does
 an auditor, who reads the numbers in the server's log. They come from public questions and from
 models that were released, or from the noised counts of a validation: post-processing. Adversary: a
-server that lies about them. It could end a run early, or not, at its will anyway; what it wrote
-when it did so it cannot change later.
+server that lies about them. It could end a run early, or not, at will anyway; it cannot change
+later what it wrote when it did so.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from securefedcollm.study import Study
 
 Record = dict[str, Any]
 Scores = Sequence[float | None]
-"""One a finished round: the loss, accuracy or private accuracy that the study's ``keep`` names;
+"""One per finished round: the loss, accuracy or private accuracy that the study's ``keep`` names;
 None: no number."""
 
 
 def score_of(study: Study, record: Record) -> float | None:
-    """What a round's record says of the model and metric by which rounds are compared.
+    """A round's score: its record's value of the model and metric by which rounds are compared.
 
     None without ``keep``, or if nothing was measured, or the model diverged: a value that is no
     finite number is never the best one.
@@ -60,7 +60,7 @@ def best_round(study: Study, history: Sequence[Record]) -> int | None:
 
 
 def describe_best(study: Study, history: Sequence[Record]) -> Record | None:
-    """What ``results.json`` says of it."""
+    """The best round, as ``results.json`` describes it."""
     best, keep = best_round(study, history), study.keep
     if best is None or keep is None:
         return None
@@ -74,11 +74,11 @@ def is_over(study: Study, history: Sequence[Record]) -> bool:
 
 
 def counted(study: Study, counts: Sequence[int], survivors: int) -> Record:
-    """What a round's record says of the counts that its validation opened.
+    """A round's record of the counts that its validation opened.
 
     ``counts``: as they were opened. ``right``, ``wrong``: the same in records or subjects.
-    ``sigma``: of the noise on each. ``accuracy`` and ``margin``, half its 95 % interval by the
-    noise alone; None where the noise drowns it. ``silos``: how many answered.
+    ``sigma``: of the noise on each. ``accuracy`` and ``margin``: the latter is half its 95 %
+    interval from the noise alone; None where the noise drowns it. ``silos``: how many answered.
     """
     found = counting(study).read((counts[0], counts[1]), survivors)
     return {

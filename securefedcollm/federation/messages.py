@@ -1,8 +1,8 @@
-"""What coordinator and silo say to each other around the aggregation protocol.
+"""The messages of coordinator and silo around the aggregation protocol.
 
 One request, one reply. The inner aggregation frames are opaque here; they carry their own
-signatures and bindings (:mod:`securefedcollm.aggregation`). Nothing in these messages is trusted by
-a silo beyond its type and size: the adapter is bound into the round header by its hash, so a server
+signatures and bindings (:mod:`securefedcollm.aggregation`). A silo trusts nothing in these
+messages beyond type and size: the adapter is bound into the round header by its hash, so a server
 that sends different adapters to different silos cannot unmask their sum.
 """
 
@@ -40,7 +40,7 @@ class BeginRound(_Message, frozen=True, tag="begin"):
 
 
 class MakeKey(_Message, frozen=True, tag="make-key"):
-    """Server → authority: begin an attempt. The authority derives the round's header itself, but
+    """Server → authority: begin an attempt. The authority derives the round's header itself, except
     for ``model`` (digest of the global model) and ``values`` (length of a silo's vector), which it
     cannot know: the silos sign theirs, and it opens nothing of silos that signed others.
     """
@@ -65,7 +65,7 @@ class Aggregate(_Message, frozen=True, tag="aggregate"):
 
 
 class Shown(_Message, frozen=True):
-    """An entry of the server's log as it stands at ``index``, with its RFC 9162 inclusion proof."""
+    """The entry of the server's log at ``index``, with its RFC 9162 inclusion proof."""
 
     index: int
     entry: bytes
@@ -77,7 +77,7 @@ class Witness(_Message, frozen=True, tag="witness"):
 
     ``consistency``: RFC 9162 proof from the head of ``old`` entries, the last one that this silo
     vouched for. ``openings``: those since then that name this silo, and those of the newest round
-    that has any: one an attempt.
+    that has any, one per attempt.
     """
 
     checkpoint: str
@@ -87,7 +87,7 @@ class Witness(_Message, frozen=True, tag="witness"):
 
 
 class Deliver(_Message, frozen=True, tag="deliver"):
-    """Server → silo: the SLM adapter that a round ended with, for the silo to keep.
+    """Server → silo: the SLM adapter at a round's end, for the silo to keep.
 
     ``finished``: the entry of my evidence log that says so, under ``checkpoint``: the head that
     this silo vouched for last, with a quorum's cosignatures. ``layout`` and ``adapter``: as in
@@ -123,7 +123,7 @@ class Aggregated(_Message, frozen=True, tag="aggregated"):
 
 
 class Delivered(_Message, frozen=True, tag="delivered"):
-    """Silo → server: I have the adapter. Deliberately empty: what I make of it stays here."""
+    """Silo → server: I have the adapter. Deliberately empty: what I do with it stays here."""
 
 
 class Witnessed(_Message, frozen=True, tag="witnessed"):
@@ -135,7 +135,7 @@ class Witnessed(_Message, frozen=True, tag="witnessed"):
 
 
 class Refused(_Message, frozen=True, tag="refused"):
-    """Silo → server: I will not do that. ``kind`` is a class name of the error tree."""
+    """Silo → server: I refuse. ``kind`` is a class name of the error tree."""
 
     kind: str
     message: str
@@ -152,12 +152,12 @@ encode = msgspec.msgpack.Encoder().encode
 
 
 def decode_request(frame: bytes) -> Request:
-    """Raises: RemoteProtocolError if the server's frame is not a request."""
+    """Decode a request. Raises: RemoteProtocolError if the server's frame is not one."""
     return _checked(frame, _requests, "server")
 
 
 def decode_reply(frame: bytes, silo: str) -> Reply:
-    """Raises: RemoteProtocolError naming ``silo`` if its frame is not a reply."""
+    """Decode a reply. Raises: RemoteProtocolError naming ``silo`` if its frame is not one."""
     return _checked(frame, _replies, silo)
 
 
@@ -175,16 +175,16 @@ def _checked(frame: bytes, decoder: msgspec.msgpack.Decoder[_T], peer: str) -> _
 
 
 def adapter_bytes(adapter: npt.NDArray[np.float32]) -> memoryview:
-    """float32 [d] → 4·d bytes, little-endian; a view of them if they are that already."""
+    """float32 [d] → 4·d bytes, little-endian; a view if they are little-endian already."""
     return np.ascontiguousarray(adapter, dtype="<f4").data.cast("B")
 
 
 def model_digest(
     base: bytes, layout: bytes, adapter: bytes | memoryview, mechanism: bytes = b""
 ) -> bytes:
-    """SHA-256 that stands for "the global model I was sent": base weights, layout and adapter.
+    """SHA-256 of "the global model I was sent": base weights, layout and adapter.
 
-    ``mechanism``: identity of how updates to it are noised in the sum, if they are.
+    ``mechanism``: identifies the noise that the sum of its updates gets, if any.
     """
     return model_digest_of(base, layout, sha256(adapter), mechanism)
 

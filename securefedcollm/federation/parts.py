@@ -1,9 +1,9 @@
 """The two parts of a silo's records where a study has a validation, and what each is charged for.
 
-What is tuned on pays for the updates, what is set aside for the counts. No record is in both, and
-the part of one follows from that record and a secret alone (:mod:`~securefedcollm.privacy.aside`).
-So a record's ε is that of its own part: what the other part released is, to it, as public as the
-model is. In the ledger the two are charged as two studies, each within the study's (ε, δ).
+The tuned part pays for the updates, the part set aside for the counts. No record is in both. Its
+part follows from the record and a secret alone (:mod:`~securefedcollm.privacy.aside`). So a
+record's ε is that of its own part: to it, the other part's releases are as public as the model.
+The ledger charges the two parts as two studies, each within the study's (ε, δ).
 
 Adversary: the server, and the author of the study.
 """
@@ -48,7 +48,7 @@ class HoldsOut(Protocol):
         ...
 
     def right_shares(self, adapter: Vector) -> npt.NDArray[np.float64]:
-        """The share of every unit that is set aside which ``adapter`` answers right, [units]."""
+        """The share that ``adapter`` answers right of every unit set aside, [units]."""
         ...
 
 
@@ -59,7 +59,7 @@ class Part(NamedTuple):
     """It is set aside."""
     dataset: str
     study: str
-    """By which its charges stay within the study's (ε, δ)."""
+    """The name under which its charges stay within the study's (ε, δ)."""
     records: Records
 
 
@@ -67,7 +67,7 @@ def hold_out(study: Study, workload: SiloWorkload, ledger: Ledger) -> None:
     """Set the study's part of the records aside; the same units every time.
 
     Raises:
-        ConfigError: the workload cannot, or too few or too many are.
+        ConfigError: the workload cannot do this, or it would set too few or too many aside.
     """
     if study.validation is None:
         return
@@ -81,8 +81,8 @@ def hold_out(study: Study, workload: SiloWorkload, ledger: Ledger) -> None:
 def pin_parts(study: Study, ledger: Ledger, store: SiloStore) -> None:
     """One key for the whole run.
 
-    Adversary: whoever takes the ledger's key away between two rounds. Records that were tuned on
-    would be asked, and the other way round.
+    Adversary: whoever takes the ledger's key away between two rounds. Validation would then ask
+    records that were tuned on, and vice versa.
 
     Raises:
         StateError: the run began with another.
@@ -98,7 +98,7 @@ def pin_parts(study: Study, ledger: Ledger, store: SiloStore) -> None:
 
 
 def part_of(study: Study, workload: SiloWorkload, ledger: Ledger, *, held: bool) -> Part:
-    """The records that a sum of this kind charges; all of them where the study has no validation.
+    """The records that a sum of this kind charges: all, where the study has no validation.
 
     Args:
         held: those that are set aside, after :func:`hold_out`.
@@ -116,15 +116,15 @@ def part_of(study: Study, workload: SiloWorkload, ledger: Ledger, *, held: bool)
 
 
 def validation_study(study: Study) -> str:
-    """By which the ledger knows the charges of a study's validations."""
+    """The name under which the ledger has the charges of a study's validations."""
     return validation_of(digest(study).hex())
 
 
 def refuse_shared(tuned: Part, held: Part) -> None:
-    """Refuse parts that share a unit: nothing that draws by the unit's identity makes such.
+    """Refuse parts that share a unit: no draw by the unit's identity makes such parts.
 
     Raises:
-        StateError: our own mistake; the ledger would charge for one part what both released.
+        StateError: our own mistake; the ledger would charge one part for the releases of both.
     """
     mine, others = tuned.records.owners, held.records.owners
     if mine is None or others is None:

@@ -26,7 +26,7 @@ from securefedcollm.study import Study, digest
 from securefedcollm.study.config import Name
 
 AUTHORITY = "authority"
-"""What the key holder is called in a simulation, and its evidence log in every study."""
+"""The key holder's name in a simulation, and that of its evidence log in every study."""
 
 
 def silo_names(study: Study) -> list[str]:
@@ -40,7 +40,7 @@ def check_names(study: Study, names: Sequence[str], where: str) -> None:
     """Refuse names that are not those of the study's silos.
 
     Args:
-        where: what gave the names.
+        where: the source of the names.
 
     Raises:
         ConfigError: with the fix.
@@ -69,7 +69,7 @@ def _is_name(name: str) -> bool:
 
 
 def authority_of(study: Study, key: bytes = b"") -> Authority | None:
-    """Who holds the key, if one party does.
+    """The key holder, if there is one.
 
     Args:
         key: its Ed25519 public key where the study names no participants, as in a simulation.
@@ -92,12 +92,12 @@ def authority_of(study: Study, key: bytes = b"") -> Authority | None:
 
 
 def run_key(study: Study) -> bytes:
-    """Where a participant's journal pins the one run of a study that it takes part in."""
+    """The key under which a participant's journal pins its one run of a study."""
     return b"run:" + digest(study)
 
 
 def run_scope(study: Study, run_id: bytes) -> bytes:
-    """32 bytes that name a run of a study in a participant's own state."""
+    """Names a run of a study in a participant's own state, 32 bytes."""
     return sha256(b"securefedcollm/run/v1\0", digest(study), run_id)
 
 
@@ -107,19 +107,19 @@ def round_of(study: Study, sum_: int) -> int:
 
 
 def ends_round(study: Study, sum_: int) -> bool:
-    """Whether the round's end follows this sum: the server's phase, or, where a validation is the
-    last sum of a round, the next round."""
+    """Whether this sum ends the round. The server's phase follows it, or, where a validation is the
+    round's last sum, the next round."""
     return round_of(study, sum_ + 1) > round_of(study, sum_)
 
 
 def validates(study: Study, sum_: int) -> bool:
-    """Whether this sum is of the counts of held-out records, and not one of tuning."""
+    """Whether this sum counts held-out records' answers, and is not one of tuning."""
     return study.validation is not None and ends_round(study, sum_)
 
 
 def sums_to_an_end(study: Study) -> int:
-    """After so many secure sums, or any multiple, the run may end: all, or, with patience, a
-    round's. Silos then state what they have spent, in :func:`stating_sums` of them."""
+    """The run may end after this many secure sums, or any multiple: all, or, with patience, those
+    of a round. Silos then state what they have spent, in :func:`stating_sums` of them."""
     each = study.sums // study.rounds
     return each if study.keep and study.keep.patience else study.sums
 
@@ -130,13 +130,13 @@ def stated(study: Study) -> dict[str, int]:
 
 
 def stating_sums(study: Study) -> int:
-    """How many sums before an end state what was spent: the last one of tuning, and the validation
+    """How many of the last sums state what was spent: the last one of tuning, and the validation
     where there is one. They charge different records."""
     return 1 if study.validation is None else 2
 
 
 def sum_name(study: Study, sum_: int) -> str:
-    """What an operator calls the sum: ``round 2``, or ``round 2, step 7`` in joint DP-SGD, or
+    """The operator's name of the sum: ``round 2``, or ``round 2, step 7`` in joint DP-SGD, or
     ``round 2, validation``."""
     round_ = round_of(study, sum_)
     if validates(study, sum_):
@@ -280,7 +280,7 @@ def counting(study: Study) -> Counting:
 
 
 def joint_setting(study: Study, values: int) -> JointSetting | None:
-    """What the study fixes of joint DP-SGD for gradients of ``values``; None if it is another."""
+    """The study's setting of joint DP-SGD for gradients of ``values``; None in other studies."""
     local = study.local
     if not study.joint or local.sampling_rate is None:
         return None

@@ -1,4 +1,4 @@
-"""What a study tells :mod:`securefedcollm.tuning` to do in a round, as plans.
+"""A study's plans for :mod:`securefedcollm.tuning` in a round.
 
 Importing this module imports torch.
 """
@@ -21,7 +21,7 @@ def loss_plan(local: Local, scoring: Scoring) -> LossPlan:
 def train_plan(
     study: Study, loss: LossPlan, round_: int, *, steps: int, batch_size: int
 ) -> TrainPlan:
-    """A silo's tuning in a round, of as many ``steps`` as every other one."""
+    """A silo's tuning in a round; every round has ``steps`` steps."""
     local = study.local
     return TrainPlan(
         steps=steps,
@@ -75,7 +75,7 @@ def central_plan(study: Study, plan: Central, scoring: Scoring, round_: int) -> 
 
 
 def pace_of(study: Study, plan: Local | Central | Distillation, steps: int, round_: int) -> Pace:
-    """How the learning rate goes on in this round, of as many ``steps`` as every other one."""
+    """The course of the learning rate in this round; every round has ``steps`` steps."""
     return Pace(
         schedule=plan.schedule,
         warmup=plan.warmup,
@@ -86,9 +86,9 @@ def pace_of(study: Study, plan: Local | Central | Distillation, steps: int, roun
 
 
 def steps_of(local: Local, records: int) -> int:
-    """Steps of a round that is as long as ``local.epochs`` says, at a silo with so many records.
+    """Steps of a round of ``local.epochs`` epochs, at a silo with this many records.
 
-    An epoch has whole batches only; what is left over is another part of the records each time.
+    An epoch has whole batches only; other records are left over each time.
     """
     batches = max(1, records // local.batch_size)
     return max(1, round((local.epochs or 0) * batches))

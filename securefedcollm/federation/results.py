@@ -1,4 +1,4 @@
-"""What a finished run says of itself beside its evidence: accuracy by method, one row a model."""
+"""A finished run's results, beside its evidence: accuracy by method, one row per model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def rows(method: str, scores: Mapping[str, float]) -> list[dict[str, Any]]:
 
 
 def method_of(study: Study) -> str:
-    """What the study's own run is called.
+    """The name of the study's own run.
 
     Without an LLM it is FedAvg, or FedOpt with an outer optimiser; ``+ central`` where the server
     tunes on public rows (algorithm 2 of arXiv 2305.11414).
@@ -56,12 +56,12 @@ def method_of(study: Study) -> str:
 
 
 def main_method(methods: Iterable[str]) -> str:
-    """The study's own run among the methods of its table: beside it there are only baselines."""
+    """The study's own run among the methods of its table: all others are baselines."""
     return max((method for method in methods if method in _ORDER), key=_ORDER.index)
 
 
 def best_method(method: str, best: int) -> str:
-    """The row of the best round (from 1), beside that of the last."""
+    """The name of the row of the best round (from 1); the last round has its own."""
     return f"{method}, round {best} (best)"
 
 
@@ -77,8 +77,8 @@ def write_results(
 
     Args:
         table: accuracies, a row for a model and method; sorted here.
-        records: of every silo; None where only its own code knows.
-        started: what ``time.monotonic`` said.
+        records: number of each silo's records; None where only its own code knows.
+        started: ``time.monotonic`` at the start.
     """
     table.sort(
         key=lambda row: (row["model"] != "slm", _ORDER.index(row["method"].partition(",")[0]))
@@ -120,9 +120,9 @@ def write_results(
 
 
 def _spent(home: Path, study: Study) -> dict[str, Any]:
-    """What the silo's ledger says at the study's δ, and for each adversary; None without DP.
+    """What the silo has spent by its ledger, at the study's δ, per adversary; None without DP.
 
-    ``epsilon_other_accountants``: of the same releases, by those whose word is not the claim.
+    ``epsilon_other_accountants``: of the same releases, by the accountants that are not the claim.
     """
     spent: float | None = None
     adversaries: dict[str, float] | None = None
@@ -134,7 +134,7 @@ def _spent(home: Path, study: Study) -> dict[str, Any]:
             mine = {digest(study).hex(), validation_study(study)}  # a ledger may hold others too
             own = [entry for entry in ledger.entries() if entry.about.study in mine]
             firsts = {entry.key[:2]: entry for entry in reversed(own)}
-            for account, first in firsts.items():  # of what is tuned on, and of what is set aside
+            for account, first in firsts.items():  # of the tuned part, and of the part set aside
                 summary = ledger.spent(*account, delta)
                 rows = per_adversary(
                     summary.events, [delta], study.silos.colluders, terms=first.terms

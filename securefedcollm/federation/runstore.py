@@ -31,7 +31,7 @@ class RunState:
     """What ``state.json`` holds.
 
     ``round`` is the round to run next (from 0), ``step`` how many of its secure sums are done
-    already (joint DP-SGD; else 0) and ``partial`` what there is of its record; ``attempt`` the
+    already (joint DP-SGD; else 0) and ``partial`` the unfinished record; ``attempt`` the
     number of aggregation attempts already begun for the next sum; ``opening`` whether silos were
     ever asked to unmask it, after which only that same sum can be opened; ``opened`` the sum's
     survivors once it is out, so that it is never asked for again; ``clip_norm`` that of the next
@@ -58,11 +58,11 @@ class RunStore:
     """Durable memory of the coordinator."""
 
     def __init__(self, directory: Path, study_digest: bytes, *, resume: bool) -> None:
-        """Start a new run in ``directory``, or take up the one that is there.
+        """Start a new run in ``directory``, or continue the one that is there.
 
         Raises:
-            ConfigError: there is a run already and ``resume`` is off; or none, or one of another
-                study, and it is on.
+            ConfigError: ``resume`` is off and there is a run already; or it is on, and there is
+                none, or one of another study.
             StateError: the state cannot be read or written.
         """
         self.directory = directory
@@ -114,9 +114,9 @@ class RunStore:
         self._write()
 
     def save_mean(self, mean: Opened, survivors: list[str], clip_norm: float | None = None) -> None:
-        """Keep the opened mean, so that a crash during distillation does not ask for it again.
+        """Keep the opened mean, so that nobody asks for it again after a crash during distillation.
 
-        ``clip_norm``: what follows from the same sum for the next one.
+        ``clip_norm``: that of the next sum, which follows from this one.
         """
         path = self._server / "mean.npy"
         with (self._server / ".mean.npy.tmp").open("wb") as file:
@@ -145,7 +145,7 @@ class RunStore:
         return found
 
     def finish_tuning(self, workload: ServerWorkload, record: dict[str, Any]) -> None:
-        """Save what the round ended with, then move on to its validation in one atomic step."""
+        """Save the round's adapters, then move on to its validation in one atomic step."""
         state = self.state
         self.save_adapters(workload, state.round + 1)
         self._save_descent(workload, state.round, state.step + 1)
@@ -175,7 +175,7 @@ class RunStore:
         """Save the adapters, then move on to the next round in one atomic step.
 
         Args:
-            remembers: save the server's optimiser's state as well.
+            remembers: also save the state of the server's optimiser.
             best: keep these adapters until a later round is better.
         """
         state = self.state
@@ -296,7 +296,7 @@ class RunStore:
 
 
 def check_directory(study: Study, out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse what would harm a run or a directory that is there.
+    """Refuse what would harm an existing run or directory.
 
     Raises:
         ConfigError: with the fix.

@@ -1,9 +1,9 @@
 """A run goes on with the records that it began with, or not at all.
 
-ε is planned for one set of records: a round that is trained again with others is charged again, to
-all that both have in common, and a silo that goes on with another set has spent more than it said.
-The fingerprints stay in the silo's own journal, keyed like those of its records: the server sees
-that a silo does not come back, and no more.
+ε is planned for one set of records. If a round is trained again with others, all records in common
+are charged again; a silo that goes on with another set has spent more than it said. The
+fingerprints stay in the silo's own journal, keyed like those of its records: the server only sees
+that a silo does not come back.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from securefedcollm.study import Study, digest
 def require_same_data(
     store: SiloStore, ledger: Ledger, study: Study, name: str, dataset: str
 ) -> None:
-    """Before anything is shown, asked or sent.
+    """Call it before anything is shown, asked or sent.
 
     Args:
         dataset: fingerprint of the records that are here now.
@@ -45,7 +45,7 @@ def require_same_data(
 
 
 def pin_data(store: SiloStore, ledger: Ledger, study: Study, name: str, dataset: str) -> None:
-    """When a run begins, or goes on, before its first charge. Raises as its companion."""
+    """Call it when a run begins or goes on, before its first charge. Raises as its companion."""
     (mine,) = _keyed(ledger, [dataset])
     if store.record(_key(study), mine) != mine:
         require_same_data(store, ledger, study, name, dataset)
@@ -56,6 +56,6 @@ def _key(study: Study) -> bytes:
 
 
 def _keyed(ledger: Ledger, datasets: Sequence[str]) -> list[bytes]:
-    """Identities of whole sets, under the secret that those of the records are under."""
+    """Identities of whole sets, under the same secret as those of the records."""
     blob = ledger.identify((bytes.fromhex(dataset), None) for dataset in datasets).rows.tobytes()
     return [blob[at : at + ID_BYTES] for at in range(0, len(blob), ID_BYTES)]

@@ -1,4 +1,4 @@
-"""What the server does between two sums before it distils: the outer step, and central steps.
+"""The server's work between two sums, before it distils: the outer step, and central steps.
 
 :class:`OuterStep` needs no torch. :class:`CentralSteps` imports it when it runs.
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from securefedcollm.tuning.question import Question
 
 _MEMORY: Final = "outer/"
-"""Before the names of what the outer optimiser remembers, among all that a server keeps."""
+"""Prefix of the names of the outer optimiser's memory, among all that a server keeps."""
 
 
 class OuterStep:
     """How an opened mean changes the global adapter: by the study's optimiser, or as it is."""
 
     def __init__(self, study: Study, *, plain: bool = False) -> None:
-        """``plain``: the study's optimiser is left out, for a baseline."""
+        """``plain``: leave the study's optimiser out, for a baseline."""
         given = study.server.outer if study.server and not plain else None
         self._most = study.adapter.max_abs
         self._outer = None
@@ -47,7 +47,7 @@ class OuterStep:
             )
 
     def take(self, part: str, point: Vector, mean: Vector) -> Vector:
-        """Where the mean update of the values ``point`` leads; float32 [d] all three.
+        """The values after the mean update of ``point``; all three are float32 [d].
 
         Args:
             part: names which values of the adapter they are, the same in every round.
@@ -72,12 +72,12 @@ class OuterStep:
         return end
 
     def state(self) -> dict[str, Vector]:
-        """What it remembers, by names of its own."""
+        """Its memory, by names of its own."""
         found = self._outer.state() if self._outer else {}
         return {f"{_MEMORY}{name}": value for name, value in found.items()}
 
     def restore(self, state: Mapping[str, Vector]) -> dict[str, Vector]:
-        """Take up what :meth:`state` gave; returns what else there is in ``state``.
+        """Continue from what :meth:`state` gave; returns the rest of ``state``.
 
         Raises:
             ValueError: it is another optimiser's.

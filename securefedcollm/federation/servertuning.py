@@ -45,7 +45,7 @@ class ServerTuning:
         The LLM is then not even loaded.
 
         Raises:
-            ConfigError: there are too few public questions for what the study says of them.
+            ConfigError: there are too few public questions for the study.
         """
         self._study = study
         place: dict[str, Any] = {"data": data, "device": device, "progress": progress}
@@ -146,7 +146,7 @@ class ServerTuning:
         return found | ({"validation": self._validate()} if self._kept else {})
 
     def _validate(self) -> dict[str, float]:
-        """Of the public questions that nothing was distilled from."""
+        """Scores on the public questions that nothing was distilled from."""
         found: dict[str, float] = {}
         for name, tuned in self._models():
             score = tuned.answers(self._kept[name]).score()
@@ -155,7 +155,7 @@ class ServerTuning:
         return found
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracies alone."""
+        """Only the accuracies."""
         return self.measure()["evaluation"]
 
     def _scores(self) -> dict[str, GroupScore]:
@@ -183,7 +183,7 @@ class ServerTuning:
 def _validation(
     study: Study, public: Sequence[Question]
 ) -> tuple[Sequence[Question], Sequence[Question]]:
-    """The public questions that are distilled from, and ``keep.rows`` answered ones beside them.
+    """The public questions to distil from, and ``keep.rows`` answered ones that are set aside.
 
     Raises:
         ConfigError: there are not enough of either.

@@ -1,8 +1,8 @@
 """A silo's side: train on request, protect the update, answer the aggregation protocol.
 
 Adversary: the server, which chooses every frame that arrives here. The silo believes only its own
-study, roster and keys, and derives the round header itself, from the adapter that it was sent. What
-its training costs, and when that is charged, is :mod:`.charged`'s.
+study, roster and keys, and derives the round header itself, from the adapter that it was sent.
+:mod:`.charged` decides what its training costs, and when that is charged.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Seat:
 
 
 class Clock(NamedTuple):
-    """``now``: seconds, never set back; ``wait``: lets so many pass."""
+    """``now``: seconds, never set back; ``wait``: lets that many pass."""
 
     now: Callable[[], float]
     wait: Callable[[float], None]
@@ -193,7 +193,7 @@ class SiloSession:
         return Refused("Refused", "this silo cannot take part", "its own log says why")
 
     def _drop(self) -> None:
-        """The attempt is over here: nothing of it is answered any more, nor kept."""
+        """End the attempt here: answer nothing of it any more, and keep nothing."""
         if self._side is not None:
             self._side.close()
         self._side = None
@@ -252,13 +252,12 @@ class SiloSession:
         step = side.step
         self._check_journal()
         reply = side.handle(frame)
-        # Durable before the reply leaves: what the settlement of this round will rest on, and the
-        # evidence.
+        # Durable before the reply leaves: the basis of this round's settlement, and the evidence.
         run_id, round_, attempt = self._at
         memory = SumMemory(self._store, run_scope(self._study, run_id), round_)
-        # What is uploaded under CKKS opens only with this silo's own share, which it gives for one
-        # set of members a round, or by the authority, which opens one set a round; masked words
-        # open without it.
+        # An upload under CKKS opens only with this silo's own share, which it gives for one set of
+        # members a round, or by the authority, which opens one set a round; masked words open
+        # without it.
         if step is Step.UPLOAD and self._study.scheme == "masking":
             memory.uploaded(attempt)
         elif step in {Step.UNMASK, Step.NOTE}:
@@ -282,7 +281,7 @@ class SiloSession:
         return Ended()
 
     def _take(self, deliver: Deliver) -> Delivered:
-        """Keep what a round ended with, if the evidence vouches for it.
+        """Keep the adapter of a round's end, if the evidence vouches for it.
 
         Adversary: a server that delivers a second adapter for a round, or, before or after, has
         another one trained on. And one that watches: the answer is the same, and comes as soon,
@@ -313,7 +312,7 @@ class SiloSession:
             )
 
     def _enter(self, begin: BeginRound, model: bytes) -> bytes:
-        """Durable rules about what may be trained at all, whatever becomes of the process.
+        """Durable rules on what may be trained at all, even if the process dies.
 
         Returns the run's scope.
         """
@@ -330,7 +329,7 @@ class SiloSession:
             )
         if begin.round and ends_round(self._study, begin.round - 1):
             self._pin_end(scope, begin.round - 1, begin.adapter)
-        if validates(self._study, begin.round):  # it is asked about what the round ended with
+        if validates(self._study, begin.round):  # it asks about the adapter of the round's end
             self._pin_end(scope, begin.round, begin.adapter)
         return scope
 
@@ -396,7 +395,7 @@ class SiloSession:
         least, most = clip.reach(begin.round)
         if not least <= begin.clip_norm <= most:  # nor if it is no number
             raise RemoteProtocolError(
-                f"sent clip norm {begin.clip_norm:g}, round {begin.round + 1} has one within "
+                f"sent clip norm {begin.clip_norm:g}, but round {begin.round + 1} allows "
                 f"{least:.6g}..{most:.6g}",
                 peer="server",
                 hint="compare privacy.clip_norm and privacy.adaptive of the two studies",

@@ -1,5 +1,5 @@
-"""What a silo remembers across crashes: protocol journal and finished updates. An authority that
-holds the key has such a store too, for its journal.
+"""A silo's memory across crashes: protocol journal and finished updates. An authority with a key
+has such a store too, for its journal.
 
 One SQLite file (WAL, ``synchronous=FULL``, mode 0600) and one file per finished update, on the
 silo's own machine. Keys of the aggregation protocol are never among it.
@@ -24,7 +24,7 @@ from securefedcollm.privacy.quantise import Integers
 from securefedcollm.study import Study
 
 MOST_ATTEMPTS: Final = 64
-"""At one sum, restarts included. Each writes into journal and evidence log. An honest server takes
+"""Per sum, restarts included. Each writes into journal and evidence log. An honest server takes
 a few, and under a threshold key one more for every silo that is lost."""
 
 _SCHEMA = """
@@ -169,21 +169,21 @@ class SiloStore:
 
 
 def restored(why: str) -> StateError:
-    """The journal knows less than something that was written after it."""
+    """The journal knows less than something written after it."""
     return StateError(
-        f"the journal of this run was lost or restored: {why}, and it does not; this participant "
-        "sits the study out",
+        f"the journal of this run was lost or restored: {why}, but the journal does not; this "
+        "participant sits the study out",
         hint="without it a server could have two sums of one round opened, and subtract them",
     )
 
 
 class Mark(NamedTuple):
-    """How far a run had come when something else than the journal was last written.
+    """How far a run had come when something other than the journal was last written.
 
     Args:
-        keeper: what was written, for messages.
+        keeper: name of what was written, for messages.
         sum: the newest secure sum in it.
-        attempts: at that sum, at least.
+        attempts: the least number of them at that sum.
     """
 
     keeper: str
@@ -202,7 +202,7 @@ class OneRun:
         """Go on to an attempt at secure sum ``sum_``; returns the run's scope, 32 bytes.
 
         Args:
-            marks: how far the participant had come by what it keeps beside this journal.
+            marks: how far the participant had come, by what it keeps beside this journal.
 
         Raises:
             RemoteProtocolError: of another run, of a sum before the newest, or one too many.
@@ -281,7 +281,7 @@ class OneRun:
 
 
 class SumMemory:
-    """What a silo knows about the one sum of a round that its update went into.
+    """A silo's knowledge of the one sum of a round that its update went into.
 
     Durable, first writer wins, like everything in the journal.
     """

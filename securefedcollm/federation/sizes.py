@@ -1,4 +1,4 @@
-"""How many values and records a study has, and what its ε costs, without loading torch or data."""
+"""The numbers of values and records of a study, and the cost of its ε, without torch or data."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def _all_weights(config: dict[str, Any], shapes: dict[str, tuple[int, int]], wor
 def federation_of(
     study: Study, *, records: int | None = None, values: int | None = None, data: Path | None = None
 ) -> planner.Federation:
-    """What the cost of an ε depends on.
+    """The figures that the cost of an ε depends on.
 
     Args:
         records: of the smallest silo, subjects where they are the unit; default: the study's.
@@ -179,7 +179,7 @@ def federation_of(
 def plans_of(
     study: Study, federation: planner.Federation, epsilon: Sequence[float] = ()
 ) -> list[planner.Plan]:
-    """What each ``epsilon`` costs in noise, for every unit and placement; default: the study's ε.
+    """The noise that each ``epsilon`` costs, for every unit and placement; default: the study's ε.
 
     Raises:
         ConfigError: no ε is given and the study has none; or :func:`.planner.plan` refuses.

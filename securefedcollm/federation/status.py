@@ -1,4 +1,4 @@
-"""Where a run stands, from what its participant has on disk: for an operator, and for machines."""
+"""The state of a run, from its participant's files: for an operator, and for machines."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import Study, digest, load_study
 
 MOST_GROUPS = 8
-"""Of test questions; the scores of more of them do not fit a line."""
+"""Most groups of test questions whose scores fit on a line."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class RunStatus:
     epsilon_spent: float | None = None
     epsilon_study: float | None = None
     continues: list[str] = field(default_factory=list)
-    """The studies that this one goes on from, oldest first, by name where this home has them."""
+    """The studies that this one continues, oldest first, by name where this home has them."""
     problem: str | None = None
 
     def sentences(self) -> list[str]:
@@ -170,7 +170,7 @@ def _of_silo(study: Study, place: Path) -> dict[str, Any]:
 
 
 def _worst(ledger: Ledger, last: Charge, delta: float) -> float:
-    """ε of the record that has spent most, of those that were charged last."""
+    """ε of the record that has spent most, among those that were charged last."""
     if not last.about.records:
         return ledger.spent(last.key.dataset, last.key.unit, delta).claim.epsilon
     return ledger.standing(ledger.stored(last.about.records)).worst
@@ -185,7 +185,7 @@ def _entries(study: Study, place: Path) -> list[Entry]:
 
 
 def told(entry: Entry, study: Study) -> str | None:
-    """What a silo's operator is told about an entry of the silo's log; None: not worth a line."""
+    """The line for a silo's operator about an entry of the silo's log; None: not worth one."""
     match entry.what:
         case Reserved(round=sum_, epsilon=epsilon):
             what = "answering" if validates(study, sum_) else "training"
@@ -222,7 +222,7 @@ def _by_group(scores: dict[str, float]) -> str:
 
 
 def round_sentence(record: dict[str, Any], rounds: int) -> str:
-    """A finished round, as the server's operator is told."""
+    """The line for the server's operator about a finished round."""
     models: dict[str, dict[str, float]] = {}
     for key, value in record["evaluation"].items():
         model, _, group = key.partition("/")

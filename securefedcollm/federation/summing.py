@@ -1,4 +1,4 @@
-"""One secure sum: attempt after attempt, until its mean is there or it is lost.
+"""One secure sum: attempt after attempt, until its mean is known or it is lost.
 
 Adversary: this code, as in :mod:`~.coordinator`. It decodes only what the aggregation protocol
 opened, which needs the consent of a threshold of silos.
@@ -66,7 +66,7 @@ TRAIN_TIMEOUT = 24 * 3600.0
 STEP_TIMEOUT = 600.0
 MAX_ATTEMPTS = 3
 MAX_REJOINS = 16
-"""At one sum. Adversary: a silo that comes and goes; the others allow 64 attempts."""
+"""Per sum. Adversary: a silo that comes and goes; the others allow 64 attempts."""
 
 
 UPLOADS: Final = 1 << 28
@@ -90,7 +90,7 @@ class Summing:
     ) -> None:
         """
         Args:
-            authority: who holds the key, where one party does; the engine knows it by its name.
+            authority: the key holder, where there is one; the engine knows it by its name.
         """
         self._study = study
         self._roster = roster
@@ -103,9 +103,9 @@ class Summing:
         self._hooks = hooks
 
     def mean_of(self, sum_: int, record: dict[str, Any]) -> Opened | None:
-        """One opened mean, repeating a failed attempt with whoever is still there.
+        """One opened mean; a failed attempt is repeated with whoever is still there.
 
-        Of a validation it is the opened counts, float64 [2] of whole numbers.
+        For a validation it is the opened counts, float64 [2] of whole numbers.
 
         None if the sum was being opened when it failed and can no longer be: silos unmask one
         survivor set per round, for good. The run goes on without this round's updates.
@@ -125,15 +125,15 @@ class Summing:
             except _MissingError as error:
                 self._evidence.failed(sum_, attempt, error)
                 problems.append(error.message)
-                # Who refuses would refuse again, in this round and the next.
+                # A silo that refuses would refuse again, in this round and the next.
                 returns = self._asking.away & set(error.among)
                 hopeless = len(returns) < error.count or rejoins >= MAX_REJOINS
                 hopeless = hopeless or not self._hooks.rejoined(returns, error.count, math.inf)
                 rejoins += 1
                 failures -= 1
             except AbandonedError as error:
-                # The key needs all its shares, so the others go on without the lost; once a sum was
-                # being opened, only its very members can open it.
+                # The key needs all its shares, so the others go on without the lost; once an
+                # opening has begun, only that sum's very members can finish it.
                 self._evidence.failed(sum_, attempt, error)
                 log.warning("%s attempt %d: %s", sum_name(self._study, sum_), attempt, error)
                 problems.append(error.message)
@@ -184,7 +184,7 @@ class Summing:
         return self._decoded(begun, result, record)
 
     def _begin(self, sum_: int, attempt: int) -> tuple[_Begun, BeginRound]:
-        """What every party of this attempt is told, in the evidence before it is sent."""
+        """The message to every party of this attempt, in the evidence before it is sent."""
         adapter = adapter_bytes(self._workload.adapter())
         round_ = round_of(self._study, sum_)
         layout = self._workload.layout(round_)
@@ -227,7 +227,7 @@ class Summing:
     def _have_trained(
         self, begun: _Begun, request: BeginRound, traffic: Traffic, lost: dict[str, str]
     ) -> None:
-        """Have everybody but the ``lost`` train, and the authority make a key.
+        """Make everybody except the ``lost`` train, and the authority make a key.
 
         Raises:
             _MissingError: too few of them did; ``lost`` has the reasons of the others.
@@ -311,7 +311,7 @@ class Summing:
                 return
 
     def _together(self, step: Step, header: RoundHeader, silos: list[str]) -> Iterator[list[str]]:
-        """Silos that are asked at a time: as many as have room in memory with what they upload."""
+        """The silos to ask at a time: as many as have room in memory with their uploads."""
         count = len(silos)
         if step is Step.UPLOAD and self._study.scheme == "masking":
             upload = WORD_BYTES * header.parameters.words
@@ -350,7 +350,7 @@ class _MissingError(ProtocolError):
     """Parties failed or refused before the aggregation began.
 
     Args:
-        among: of these ``count`` more are needed.
+        among: ``count`` more of these are needed.
     """
 
     def __init__(self, message: str, among: Iterable[str], count: int) -> None:

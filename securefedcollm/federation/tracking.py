@@ -1,8 +1,8 @@
 """A run's numbers for TensorBoard or MLflow, after every round.
 
-Adversary: whoever reads the tracking server, or keeps it. It is often shared with people who are no
-participants, and no ε covers what they see beyond the released models. Nothing of a silo goes
-there: no loss, norm or number of its records, nor its name or its part of the traffic. So
+Adversary: whoever reads the tracking server, or keeps it. People who are not participants often
+share it, and no ε covers what they see beyond the released models. Nothing of a silo goes there: no
+loss, norm or number of its records, nor its name or its part of the traffic. So
 :func:`public_numbers` copies the few numbers that it knows; all else in a record stays here.
 """
 
@@ -28,13 +28,13 @@ _messages = logging.getLogger(__name__)
 Kind = Literal["tensorboard", "mlflow"]
 Record = Mapping[str, Any]
 Follow = Callable[[Sequence[Record]], None]
-"""Takes the records of all finished rounds, and sends those that the tracker does not hold yet."""
+"""Takes the records of all finished rounds, and sends those that the tracker lacks."""
 
 ROUND: Final = "round"
-"""The number that is sent last: a tracker holds a round whole if it holds this one of it."""
+"""The number that is sent last: a tracker that holds it holds the whole round."""
 _MODELS: Final = ("slm", "llm")
 _MEASURED: Final = {"evaluation": "accuracy", "perplexity": "perplexity"}
-"""By model and group of test questions: what a record calls it, and what a tracker is told."""
+"""Numbers by model and group of test questions: their name in a record, and in a tracker."""
 _NAMED: Final = {
     "validation": [f"{model}/{metric}" for model in _MODELS for metric in ("loss", "accuracy")],
     "distillation": [f"{when}_loss_{model}" for when in ("first", "last") for model in _MODELS],
@@ -48,7 +48,7 @@ _LOST_PATIENCE: Final = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
-"""A tracking server that is away holds up a round by seconds: the next round tries again."""
+"""An absent tracking server delays a round by seconds: the next round tries again."""
 
 
 class Tracker(Protocol):
@@ -61,11 +61,11 @@ class Tracker(Protocol):
         """Add a round."""
 
     def close(self, finished: bool) -> None:
-        """After the last round, or where the run stopped."""
+        """Call it after the last round, or where the run stopped."""
 
 
 def public_numbers(study: Study, record: Record) -> dict[str, float]:
-    """What a round's record says that is nobody's own: scores of the released models on the
+    """The numbers of a round's record that are nobody's own: scores of the released models on the
     server's questions, the server's losses on public ones and its seconds, bytes of all parties
     together; and the ε that the study agreed on."""
     found: dict[str, float] = {}
@@ -123,10 +123,10 @@ def require_tracker(kind: Kind | None) -> None:
 
 @contextmanager
 def tracking(kind: Kind | None, study: Study, run: Path, run_id: str) -> Iterator[Follow]:
-    """What a run calls with its history when it begins and after every round.
+    """A function that the run calls with its history when it begins and after every round.
 
-    A tracker that fails never ends the run: one line says so, and later rounds try again, with all
-    that is lacking.
+    A tracker that fails never ends the run: one line says so, and later rounds try again, with
+    everything that is missing.
 
     Args:
         kind: None: nothing is tracked.
@@ -175,7 +175,7 @@ def following(make: Callable[[], Tracker] | None, study: Study) -> Iterator[Foll
                 sent = number
         except Exception as error:
             warn(error)
-            leave(False)  # what did arrive is asked when it is opened again
+            leave(False)  # when it is opened again, it is asked what did arrive
 
     finished = False
     try:
@@ -197,7 +197,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._newest = _newest_event(directory)
-        # What a killed run wrote of the next round is hidden when it is written again.
+        # A new write of the next round hides what a killed run wrote of it.
         self._writer = SummaryWriter(str(directory), purge_step=self._newest + 1)
 
     def newest(self) -> int:
@@ -226,8 +226,8 @@ def _newest_event(directory: Path) -> int:
 class MLflow:
     """A run on the server that ``MLFLOW_TRACKING_URI`` names, or in the run's directory.
 
-    It is known by a tag, so that a run that goes on finds it. The calls are those that tell the
-    server nothing of this machine: no user, path or commit; MLflow's own telemetry is off.
+    A tag identifies it, so that a resumed run finds it. The calls tell the server nothing about
+    this machine: no user, path or commit; MLflow's own telemetry is off.
     """
 
     def __init__(self, study: str, run_id: str, local: Path) -> None:

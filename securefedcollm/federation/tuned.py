@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 
 class _Memory:
-    """Results by what they follow from; the one that was not asked for longest goes first."""
+    """Results by what they depend on; the least recently used goes first."""
 
     def __init__(self, entries: int) -> None:
         self._entries = entries
@@ -69,8 +69,8 @@ _memory: ContextVar[_Memory | None] = ContextVar("memory", default=None)
 def remembering(entries: int) -> Iterator[None]:
     """Within it, :func:`once` keeps the last ``entries`` results, in memory only.
 
-    For one process that runs many rows of a comparison: they share base models, what the frozen
-    layers make of the questions, and the silos' first round where it has no noise.
+    For one process that runs many rows of a comparison: they share base models, the frozen layers'
+    states, and the silos' first round where it has no noise.
     """
     token = _memory.set(_Memory(entries))
     try:
@@ -86,7 +86,7 @@ def once(key: Hashable, make: Callable[[], T]) -> T:
 
 
 def asking_of(task: Task, model: Model) -> Asking:
-    """How one of the study's models is asked its records."""
+    """How the records are put to one of the study's models."""
     return Asking(task.rows, model.ask, task.template)
 
 
@@ -124,8 +124,8 @@ class Tuned:
         """Load the base that ``spec`` names onto ``device`` and attach the study's adapter.
 
         Raises:
-            ConfigError: the model is missing, unsafe, other than pinned, or the adapter does not
-                fit it, or an earlier run's adapter is not the one that the study names, or there is
+            ConfigError: the model is missing, unsafe or not the pinned one; the adapter does not
+                fit it; an earlier run's adapter is not the one that the study names; or there is
                 no such device.
         """
         place = find_device(device)
@@ -162,15 +162,15 @@ class Tuned:
         public: bool = False,
         progress: Progress = silent,
     ) -> EncodedQuestions:
-        """Tensors of ``questions`` for this model, and all that its frozen part says about them.
+        """Tensors of ``questions`` for this model, with the results of its frozen part on them.
 
         That is the base's prior if the score needs it, and the hidden states below the adapted
         layers if only the top ones are adapted.
 
         Args:
-            private: the questions are records that are protected one by one: what the frozen part
-                says of one may not depend on another, to the last bit.
-            public: they are the server's, public or for testing: what the frozen layers make of
+            private: the questions are records that are protected one by one: the frozen part's
+                results on one must not depend on another, to the last bit.
+            public: they are the server's, public or for testing: the frozen layers' states of
                 them may be kept on disk (:mod:`securefedcollm.tuning.kept_states`).
         """
         task, top = self.study.task, self.study.adapter.top_layers
@@ -200,7 +200,7 @@ class Tuned:
         return once(("encoded", *how, str(device_of(self.model)), tuple(questions)), make)
 
     def answers(self, test: EncodedQuestions) -> Evaluation:
-        """What this model makes of every test question."""
+        """This model's answers to every test question."""
         return evaluate(
             self.model,
             test,
@@ -212,7 +212,7 @@ class Tuned:
         """Write the adapter, and what somebody needs to use it, in place of ``directory``.
 
         Args:
-            beside: content of further files, by name.
+            beside: further files, name → content.
 
         Raises:
             StateError: it cannot be written.
@@ -224,7 +224,7 @@ class Tuned:
         save_adapter(self.model, directory, {**files, **(beside or {})})
 
     def load_adapter(self, directory: Path) -> None:
-        """Take up the adapter that :meth:`save` wrote into ``directory``, bit for bit.
+        """Load the adapter that :meth:`save` wrote into ``directory``, bit for bit.
 
         Raises:
             StateError: it is damaged or another study's.
@@ -255,13 +255,13 @@ class Tuned:
             ) from None
 
     def broadcast_layout(self) -> AdapterLayout:
-        """What travels from server to silos: all that is ever trained."""
+        """The layout that travels from server to silos: all that is ever trained."""
         if self.study.adapter.method == "ffa-lora":
             return layout_of(self.model, "ffa-lora")
         return full_layout(self.model)
 
     def update_layout(self, round_: int) -> AdapterLayout:
-        """What a silo trains and uploads in this round."""
+        """The layout that a silo trains and uploads in this round."""
         return layout_of(self.model, self.study.adapter.method, round_)
 
     def layout_digest(self, round_: int) -> bytes:
@@ -287,7 +287,7 @@ def adapted(base: Any, study: Study, earlier: Sequence[Released] = ()) -> Any:
     """``base`` with the study's adapter, fresh, as a ``PeftModel``; or as a :class:`WholeModel`.
 
     Args:
-        earlier: what has been folded into ``base``; the study may want a new adapter apart from it.
+        earlier: the adapters folded into ``base``; the study may keep a new one apart from them.
 
     Raises:
         ConfigError: the adapter does not fit the model.
@@ -322,7 +322,7 @@ def fold_earlier(study: Study, name: ModelName, loaded: LoadedModel, data: Path 
 
 
 def _modules_of_its_own(base: Any) -> Any:
-    """The same weights in other modules: PEFT puts its layers into those that it is given."""
+    """The same weights in other modules: PEFT puts its layers into the modules that it gets."""
     return copy.deepcopy(base, {id(p): p for p in [*base.parameters(), *base.buffers()]})
 
 

@@ -1,4 +1,4 @@
-"""What the round loops ask of training; :mod:`securefedcollm.federation.cotuning` answers.
+"""The round loops' interface to training; :mod:`securefedcollm.federation.cotuning` implements it.
 
 The loops see flat float32 vectors only. ``layout(round)`` identifies names, shapes and order of the
 tensors behind them; two sides whose layouts differ do not talk.
@@ -42,7 +42,7 @@ def silent(done: int, total: int, text: str) -> None:
 
 
 def keep_nothing(round_: int, adapter: Vector, proof: dict[str, Any]) -> None:
-    """For a simulation, which has one copy of the adapters for all."""
+    """For a simulation, which has one copy of the adapters for everybody."""
 
 
 class SiloWorkload(Protocol):
@@ -52,7 +52,7 @@ class SiloWorkload(Protocol):
     """Fingerprint of the private data set. An older ledger keyed its privacy budget by it."""
 
     also: Sequence[str]
-    """Other fingerprints of the same records, by which an older ledger may know them."""
+    """Other fingerprints of the same records, under which an older ledger may have them."""
 
     base_digest: bytes
     """The base model's digest (weights, configuration, tokenizer, chat template), 32 bytes."""
@@ -60,8 +60,8 @@ class SiloWorkload(Protocol):
     def contents(self) -> Iterable[Content]:
         """A digest of the content of every private record, and whose it is if that is the unit.
 
-        The privacy budget belongs to these. Nothing of the study may go into a digest: its task,
-        its labels, the order of the records.
+        The privacy budget belongs to these. Nothing of the study may go into a digest: not its
+        task, its labels or the order of the records.
         """
         ...
 
@@ -141,7 +141,7 @@ class ServerWorkload(Protocol):
         ...
 
     def restore_descent(self, state: Mapping[str, Vector]) -> None:
-        """Take up where :meth:`descent` was taken, bit for bit."""
+        """Continue from where :meth:`descent` was taken, bit for bit."""
         ...
 
     def distil(self, round_: int, progress: Progress) -> dict[str, float]:
@@ -149,7 +149,7 @@ class ServerWorkload(Protocol):
         ...
 
     def measure(self) -> dict[str, dict[str, float]]:
-        """What the round's record says of both models, by ``model/group``.
+        """The round's measurements of both models, by ``model/group``.
 
         ``evaluation``: accuracies on the test questions that the server has; may be empty.
         ``perplexity``: of the same questions, where they have nothing to choose from.

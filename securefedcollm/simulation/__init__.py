@@ -1,1 +1,1 @@
-"""Every role of a study on one machine: with language models, or with training of one's own."""
+"""Every role of a study on one machine: with language models, or with your own training code."""

@@ -1,4 +1,4 @@
-"""Every participant of a federation on this machine: real roles, only the distances are missing.
+"""Every participant of a federation on this machine: real roles, only without the network.
 
 Each silo runs in a worker process, or in this one, with its own directory (identity, ledger, log,
 journal, updates), and exchanges the same frames as over a network. Identities are made for the run;
@@ -42,18 +42,18 @@ if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
 MakeWorkload = Callable[[str, Progress], SiloWorkload]
-"""The training of the silo of that name; picklable where processes run the silos."""
+"""Silo's name → its training; picklable where processes run the silos."""
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """Who takes part, and how this machine runs them.
+    """The participants, and how this machine runs them.
 
     Args:
         names: of the silos.
         directory: holds ``server`` and ``silos/NAME``.
         workers: processes for the silos; 0: this one runs them, one after another.
-        threads: that one silo's part of the secure sum may use.
+        threads: the most threads for one silo's part of the secure sum.
         drops: silos to lose on purpose.
         context: how processes start.
         ledgers: where the silos' privacy ledgers are; None: each in the silo's own directory.
@@ -76,7 +76,7 @@ class Cohort:
         progress: Progress,
         on_round: OnRound,
     ) -> None:
-        """All rounds, from wherever ``store`` stands."""
+        """Run all rounds that ``store`` has not finished."""
         study, directory = self.study, self.directory
         key = _identity(directory / "server", SERVER)
         roster = Roster(
@@ -127,7 +127,7 @@ class Cohort:
 
 @dataclass(frozen=True, kw_only=True)
 class _Parties:
-    """Who takes part, as every process must know it: no secrets.
+    """The participants' public data, for every process: no secrets.
 
     Args:
         server: its Ed25519 public key, 32 bytes.
@@ -176,7 +176,7 @@ def _make_party(
 
 
 def _ledger(home: Path, name: str, ledgers: Path | None) -> Path:
-    """Where the silo's ledger is; its own directory then has a link, as a real silo's has."""
+    """The path of the silo's ledger; its own directory then has a link, as with a real silo."""
     link = home / "ledger.sqlite"
     if ledgers is None:
         return link
@@ -194,7 +194,7 @@ def _ledger(home: Path, name: str, ledgers: Path | None) -> Path:
 
 
 def _make_authority(parties: _Parties, home: Path) -> AuthoritySession:
-    """The party that holds the key, in a process that knows no silo's secrets or data."""
+    """The party that holds the key, in a process that has no silo's secrets or data."""
     key, study, roster = _identity(home, AUTHORITY), parties.study, parties.roster
     log = EvidenceLog(home / EVIDENCE, study=digest(study), owner=AUTHORITY, key=key)
     return AuthoritySession(

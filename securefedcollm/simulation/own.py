@@ -1,9 +1,9 @@
-"""Training code of one's own in a federation: named tensors in, named tensors out.
+"""Your own training code in a federation: named tensors in, named tensors out.
 
-The code sees the global values and returns the tuned ones; what stands between two silos, clipping,
-noise, masks, budget and evidence, is the same as for the language models of this project. The
-privacy unit is the whole silo, or there is no differential privacy: that one record's influence is
-bounded can only be promised where this project computes the gradients.
+The code sees the global values and returns the tuned ones. Clipping, noise, masks, budget and
+evidence are the same as for the language models of this project. The privacy unit is the whole
+silo, or there is no differential privacy: a bound on one record's influence needs gradients that
+this project computes.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ Values = Mapping[str, Any]
 Training = Callable[[dict[str, Any], int], Values]
 """``train(values, round)``: the tuned values by the same names. Rounds count from 0."""
 Evaluate = Callable[[dict[str, Any]], Mapping[str, float]]
-"""``evaluate(values)``: shares by name, 0 to 1, as ``{"accuracy": 0.8}``."""
+"""``evaluate(values)``: shares by name, 0 to 1, e.g. ``{"accuracy": 0.8}``."""
 
 FILE: Final = "values.safetensors"
 
 
 class Tensors:
-    """Names, shapes and kind of the values that everybody tunes, and where they start."""
+    """Names, shapes and kind of the values that everybody tunes, and their start."""
 
     def __init__(self, start: Values) -> None:
         """
@@ -79,11 +79,11 @@ class Tensors:
         self.layout = sha256(b"securefedcollm/own/layout/v1\0", layout)
         """Digest of names, shapes and order."""
         self.digest = sha256(b"securefedcollm/own/start/v1\0", self.layout, self.start.tobytes())
-        """Of the start as well: what ``models.slm.sha256`` pins."""
+        """Digest of the start as well; ``models.slm.sha256`` pins it."""
 
     @property
     def size(self) -> int:
-        """Numbers in all."""
+        """The number of numbers."""
         return len(self.start)
 
     def values(self, vector: Vector) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class Tensors:
         if missing or more:
             raise TrainingError(
                 f"own training returned {len(more)} values that nobody knows and left out "
-                f"{len(missing)} ({printable(str((missing or more)[0]))}, say)",
+                f"{len(missing)}, such as {printable(str((missing or more)[0]))}",
                 hint="return the same names as those that came, and no others",
             )
         parts = [_float32(values[name], f"values[{name!r}]") for name in self.shapes]
@@ -133,7 +133,7 @@ class Tensors:
         """What :meth:`write` wrote, bit for bit.
 
         Raises:
-            StateError: the file is lost or damaged, or one of other values.
+            StateError: the file is lost or damaged, or holds other values.
         """
         path = directory / FILE
         try:
@@ -151,7 +151,7 @@ class OwnSilo:
     def __init__(self, name: str, tensors: Tensors, train: Training) -> None:
         self._tensors, self._train = tensors, train
         self.base_digest = tensors.digest
-        # The unit is the silo: all that it ever tells is charged to one account, whatever its data.
+        # The unit is the silo: all its releases are charged to one account, whatever its data.
         self._account = sha256(b"securefedcollm/own/account/v1\0", name.encode())
         self.dataset = self._account.hex()
         self.also: Sequence[str] = ()
@@ -239,10 +239,10 @@ class OwnServer:
         return {"evaluation": self.evaluate(), **outer}
 
     def evaluate(self) -> dict[str, float]:
-        """``slm/NAME`` → what the caller's function makes of the values now.
+        """``slm/NAME`` → the result of the caller's function on the current values.
 
         Raises:
-            ConfigError: it gives no numbers from 0 to 1.
+            ConfigError: it does not give numbers from 0 to 1.
         """
         if self._evaluate is None:
             return {}
@@ -304,7 +304,7 @@ def simulate_own(
 
 
 def checked(study: Study, start: Values) -> Tensors:
-    """What the study's participants tune.
+    """The values that the study's participants tune.
 
     Raises:
         ConfigError: the study has another kind of training, or pins another start.
@@ -356,7 +356,7 @@ def _as(part: npt.NDArray[np.float32], like: Any) -> Any:
 
 
 def _is_torch(value: Any) -> bool:
-    """Whether it is a tensor of torch, which is not imported for those who do without."""
+    """Whether it is a tensor of torch; does not import torch for those who do without."""
     return hasattr(value, "detach") and hasattr(value, "is_floating_point")
 
 

@@ -1,4 +1,4 @@
-"""How a study runs on one machine: where its run lies, with which files, in how many processes."""
+"""How a study runs on one machine: the run's directory, its files, the number of processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlace:
-    """The directory that something runs in.
+    """The directory of a run.
 
     Args:
         out: the directory.
@@ -32,11 +32,11 @@ class RunPlace:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine(RunPlace):
-    """What it runs with.
+    """The machine's part of a run.
 
     Args:
         data: directory of the study's data files and ``path:`` models.
-        workers: processes for the silos; 0: none; None: as many as the run thinks right.
+        workers: processes for the silos; 0: none; None: the run chooses.
         device: where all models compute, as torch calls it.
     """
 
@@ -56,10 +56,10 @@ class SimulationPlan(Machine):
             the LLM.
         noisy: number of silos whose answers are replaced at random.
         tested: False leaves out the test questions: the adapters are the result.
-        files: the participants' own, where nothing is dealt out; their silos have its names.
-        track: the tool that is told what the server measures.
+        files: the participants' own, where nothing is dealt out; they name the silos.
+        track: the tool that gets the server's measurements.
         ledgers: where the silos' privacy ledgers are, one file for each name; None: in the run.
-            With one directory for several runs the records' budgets go on from run to run.
+            One directory for several runs carries the records' budgets from run to run.
     """
 
     baselines: Sequence[str] = ("standalone", "fedavg")
@@ -77,8 +77,8 @@ class ExperimentPlan(Machine):
     """All rows of a comparison in one directory. ``workers``: None is one for each silo.
 
     Args:
-        seeds: how many: the study's own, and those that follow it.
-        noisy: also run FedAvg and FedCoLLM with so many silos whose answers mean nothing.
+        seeds: their number: the study's own seed, and those that follow it.
+        noisy: also run FedAvg and FedCoLLM with this many silos whose answers are random.
     """
 
     seeds: int = 3
@@ -90,7 +90,7 @@ class SiloPlan:
     """What the process of a silo needs to train: the same for all silos, and picklable.
 
     Args:
-        threads: that a silo's training may use.
+        threads: the most threads for a silo's training.
         planned: silo → what a round of its DP-SGD releases; None without it.
         noisy, files: as in :class:`SimulationPlan`.
     """

@@ -1,4 +1,4 @@
-"""A whole study on one machine: every role real, only the distances are missing.
+"""A whole study on one machine: every role is real, only the network is missing.
 
 Each silo runs in a worker process with its own directory (identity, ledger, log, journal, updates)
 and exchanges the same frames as over a network. Identities are made for the run; their keys lie in
@@ -73,12 +73,12 @@ class Simulation:
         self._threads = max(1, min(self._server_threads, cores // max(1, self._workers)))
 
     def run(self, progress: Progress, say: Say) -> dict[str, Any]:
-        """Run what is still to do and return the content of ``results.json``.
+        """Run what is left to do and return the content of ``results.json``.
 
-        What is wrong with study, data or models shows before anything is written or removed.
+        Faults of study, data or models show before anything is written or removed.
 
         Raises:
-            SecureFedCoLLMError: with the run in a state that ``resume`` continues, or not begun.
+            SecureFedCoLLMError: the run is in a state that ``resume`` continues, or has not begun.
         """
         started, plan = time.monotonic(), self._plan
         check_directory(self._study, self._out, resume=plan.resume, overwrite=plan.overwrite)
@@ -108,7 +108,7 @@ class Simulation:
             with tracking(plan.track, self._study, self._out, store.state.run_id) as follow:
                 follow(store.state.history)
                 self._federate(store, server, self._out, progress, say, follow, self._plan.ledgers)
-        except SecureFedCoLLMError:  # a silo would not even start, say
+        except SecureFedCoLLMError:  # e.g. a silo would not even start
             if fresh and not store.begun:
                 shutil.rmtree(self._out)
             raise
@@ -171,7 +171,7 @@ class Simulation:
         follow: Follow = lambda history: None,
         ledgers: Path | None = None,
     ) -> None:
-        """All rounds of one federation, from wherever ``store`` stands."""
+        """Run all rounds of one federation that ``store`` has not finished."""
 
         def on_round(record: dict[str, Any]) -> None:
             store.write_metrics()
@@ -209,7 +209,7 @@ class Simulation:
         return evaluation
 
     def _standalone(self, progress: Progress) -> dict[str, float]:
-        """Every silo tunes as long by itself; the mean of their accuracies."""
+        """Every silo tunes for as long by itself; returns the mean of their accuracies."""
         job = partial(
             tune_alone,
             plan=replace(self._silos, noisy=0),
@@ -240,7 +240,7 @@ def silo_tuning(name: str, progress: Progress, *, plan: SiloPlan) -> SiloTuning:
 
 
 def tune_alone(name: str, *, plan: SiloPlan, directory: Path) -> dict[str, float]:
-    """One silo without a federation: the same steps, noise and rounds, nothing leaves it."""
+    """One silo without a federation: the same steps, noise and rounds, but nothing leaves it."""
 
     def tune() -> dict[str, float]:
         alone, test = tuned_alone(name, plan)

@@ -45,7 +45,7 @@ from securefedcollm.tuning.whole import (
 
 Method = Literal["ffa-lora", "rolora", "lora", "prompt", "prefix", "full"]
 PROMPT: Final = "prompt_embeddings"
-"""PEFT's name in a checkpoint of all that virtual tokens are."""
+"""PEFT's checkpoint name of the virtual tokens."""
 Vector = npt.NDArray[np.float32]
 
 
@@ -91,7 +91,7 @@ def attach(
 
     Args:
         targets: ``"all-linear"`` (every linear layer but the output layer) or module names.
-        top_layers: adapt only the last so many layers.
+        top_layers: adapt only this many layers, counted from the last.
 
     Raises:
         ConfigError: a name in ``targets`` fits no linear layer, or the model has fewer layers than
@@ -210,7 +210,7 @@ def save_adapter(model: Any, directory: Path, beside: Mapping[str, bytes] | None
     The directory is replaced as a whole: a reader sees the old adapter or the new one.
 
     Args:
-        beside: content of further files there, by name; in place of PEFT's own if one is so called.
+        beside: further files, name → content; they replace PEFT's files of the same name.
 
     Raises:
         StateError: the directory cannot be written.
@@ -236,7 +236,7 @@ def save_adapter(model: Any, directory: Path, beside: Mapping[str, bytes] | None
 def load_adapter(model: nn.Module, directory: Path) -> Any:
     """The ``PeftModel`` of a base ``model`` and an adapter that :func:`save_adapter` wrote.
 
-    Of a whole model that was tuned (``full``) it is ``model`` itself, with those weights.
+    For a whole model that was tuned (``full``) it is ``model`` itself, with those weights.
 
     Raises:
         ConfigError: the directory holds no safetensors adapter, or one of another model.
@@ -280,7 +280,7 @@ def load_adapter(model: nn.Module, directory: Path) -> Any:
 
 
 def _check_width(model: nn.Module, adapted: Any, directory: Path) -> None:
-    """Refuse virtual tokens as wide, or for as many layers, as those of another model."""
+    """Refuse virtual tokens whose width or number of layers is that of another model."""
     from peft import PrefixTuningConfig, get_peft_model
 
     virtual = virtual_of(adapted)
@@ -300,7 +300,7 @@ def _check_width(model: nn.Module, adapted: Any, directory: Path) -> None:
 
 
 def _check_names(adapted: Any, directory: Path) -> None:
-    """Refuse an adapter of which the library left a part out: it only warns.
+    """Refuse an adapter that the library loaded only in part: it merely warns.
 
     Raises:
         ConfigError: names a tensor that is missing or fits no module.
@@ -354,7 +354,7 @@ def merged(model: nn.Module, directory: Path) -> Any:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Keep warnings that are not for our users: PEFT reads a property that transformers 5 has
+    """Silence warnings that do not concern users: PEFT reads a property that transformers 5 has
     renamed, and drops position ids that transformers made, which it then makes itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)

@@ -1,6 +1,6 @@
-"""Why a model's directory cannot be loaded, in words: the libraries' errors seldom say.
+"""Explains why a model's directory cannot be loaded: the libraries' errors seldom do.
 
-Looked for only after a load has failed, so nothing here decides what is accepted.
+It runs only after a load has failed, so nothing here decides what is accepted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def why_not_loaded(directory: Path | None, error: Exception, *, tokenizer: bool)
     """What is wrong with the model in ``directory`` (None: on the hub), which raised ``error``.
 
     Args:
-        tokenizer: it was the tokenizer that could not be loaded, not the weights.
+        tokenizer: the tokenizer failed to load, not the weights.
     """
     try:
         found = next(_faults(directory, error, tokenizer), None) if directory else None

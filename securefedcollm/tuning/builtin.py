@@ -123,7 +123,7 @@ def prepare(
     """Make both models that are not cached yet, in parallel: one process, one thread each.
 
     Args:
-        context: how processes start; None: afresh.
+        context: how processes start; None: spawn.
 
     Raises:
         StateError: the cache cannot be written.
@@ -131,9 +131,9 @@ def prepare(
     """
     missing = [role for role in ROLES if not _cached(role, seed, cache_dir).exists()]
     for role in missing:
-        _lock_file(_cached(role, seed, cache_dir)).close()  # an unwritable cache is told here
+        _lock_file(_cached(role, seed, cache_dir)).close()  # reports an unwritable cache
     total = sum(RECIPES[role].sentences for role in missing)
-    done: dict[Any, int] = {}  # sentences read, by the pipe that says so
+    done: dict[Any, int] = {}  # pipe → sentences read
     makers: list[Any] = []
     start = context or multiprocessing.get_context("spawn")
     try:
@@ -165,7 +165,7 @@ def prepare(
 
 
 def _make(role: Role, seed: int, cache_dir: Path, progress: Connection[Any, Any]) -> None:
-    """A process's work: one model; ``progress`` hears of the sentences read."""
+    """Make one model, in a process of its own; report the sentences read to ``progress``."""
     builtin_models(
         role, cache_dir=cache_dir, seed=seed, progress=lambda done, total, text: progress.send(done)
     )
@@ -257,7 +257,7 @@ def _store(model: Any, directory: Path) -> None:
 
 @contextmanager
 def _only_one(directory: Path) -> Iterator[None]:
-    """Hold the lock of one cache entry; it is released when the process dies, too."""
+    """Hold the lock of one cache entry; it is also released if the process dies."""
     with _lock_file(directory) as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

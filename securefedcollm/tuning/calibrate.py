@@ -1,6 +1,6 @@
-"""In which form to ask a model, and how sure it is: temperature scaling (Guo et al. 2017).
+"""Choose how to ask a model, and its temperature (scaling as in Guo et al. 2017).
 
-Both are chosen on labelled public records, which the study's test questions must not be.
+Both are chosen on labelled public records, which must not be the study's test questions.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _COLDEST, _HOTTEST = 1e-3, 1e3
 
 @dataclass(frozen=True)
 class Form:
-    """One way to ask, and what the model makes of it.
+    """One way to ask, and the model's scores with it.
 
     ``accuracy`` in [0, 1]; ``gold_log_prob`` in nats, of the right choice, at ``temperature``, and
     at temperature 1 ``uncalibrated``. ``standard_error`` of the accuracy.
@@ -58,7 +58,7 @@ class Plan(NamedTuple):
 def calibrate(
     loaded: LoadedModel, questions: Sequence[Question], plan: Plan, progress: Progress = silent
 ) -> list[Form]:
-    """Every form, the most probable right choices first.
+    """Every form, sorted by the log-probability of the right choices, highest first.
 
     Args:
         questions: with answers, N of at least two choices each.

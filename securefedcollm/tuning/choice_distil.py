@@ -1,6 +1,6 @@
 """Distillation over the choices of a question: each model as a distribution over them.
 
-It needs no tokens in common: two models with different tokenizers score the same choices.
+The models need no tokens in common: with different tokenizers they score the same choices.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ChoiceObjective:
         loss: DistilLossPlan,
         learns: tuple[bool, bool] = (True, True),
     ) -> None:
-        """``learns``: which models do; the other one is only asked, and its term is 0."""
+        """``learns``: which models learn; one that does not is only asked, and its term is 0."""
         self._models, self._data, self._loss, self._learns = models, data, loss, learns
         self._targets: Tensor | None = None
         self._weights: list[Tensor | None] = [None, None]
@@ -62,7 +62,7 @@ class ChoiceObjective:
                 self._weights[own] = paced(says[own], teacher, answers)
 
     def _before(self) -> list[Tensor]:
-        """What each model says of every question, [N, C], without its adapter."""
+        """Each model's predictions of every question without its adapter: [N, C]."""
         found = []
         for which, model in enumerate(self._models):
             with without_adapter(model):
@@ -70,7 +70,7 @@ class ChoiceObjective:
         return found
 
     def _says(self, which: int) -> Tensor:
-        """What one model says of every question now, at τ: [N, C]."""
+        """One model's current predictions of every question, at τ: [N, C]."""
         return predict(
             self._models[which],
             self._data[which],
@@ -111,7 +111,7 @@ class ChoiceObjective:
         return terms
 
     def _scores(self, which: int, asked: EncodedQuestions) -> Tensor | None:
-        """Of the choices, by one model; None if nobody needs them."""
+        """One model's scores of the choices; None if nobody needs them."""
         learns = self._learns[which]
         if not learns and self._loss.kind != "mutual-kl":
             return None
@@ -149,7 +149,7 @@ def teacher_of(
     answers: Tensor,
     sharpness: float,
 ) -> Tensor:
-    """The frozen target [N, C] that both models learn, made of both predictions."""
+    """The frozen target [N, C] that both models learn, made from both predictions."""
     if loss == "entropy-pooled":
         return entropy_pooled(llm, slm, sharpness)
     return better_teacher(llm, slm, answers)
@@ -165,9 +165,9 @@ def entropy_pooled(llm: Tensor, slm: Tensor, sharpness: float = 3.0) -> Tensor:
 def better_teacher(llm: Tensor, slm: Tensor, answers: Tensor) -> Tensor:
     """For every question the whole prediction [N, C] of the better model (FedMKT's DualMinCE).
 
-    Better is the smaller cross-entropy on a labelled question and, where there is no label, the
-    smaller entropy, of the predictions as they are given (at the temperature); the LLM where they
-    are equal.
+    The better model has the smaller cross-entropy on a labelled question, or the smaller entropy
+    where there is no label. Both are of the predictions as given (at the temperature); the LLM
+    wins ties.
     """
     at = answers.clamp_min(0)[:, None]
     worse = []
@@ -178,17 +178,17 @@ def better_teacher(llm: Tensor, slm: Tensor, answers: Tensor) -> Tensor:
 
 
 def paced(own: Tensor, teacher: Tensor, answers: Tensor) -> Tensor:
-    """How much every question counts for a model: p(1 - p), with mean 1 (PACED, arXiv 2603.11178).
+    """The weight of every question for a model: p(1 - p), with mean 1 (PACED, arXiv 2603.11178).
 
     p is the probability that the model gives to the right choice, or, where it is not known, to the
-    teacher's first choice. What a model is sure of, rightly or wrongly, teaches it little.
+    teacher's first choice. A question that a model is sure of, rightly or not, teaches it little.
 
     Args:
         own, teacher: probabilities [N, C].
         answers: int64 [N], -1 where there is none.
 
     Returns:
-        [N]; ones if every question would count nothing.
+        [N]; ones if every weight would be 0.
     """
     first = torch.where(answers >= 0, answers, teacher.argmax(-1))
     p = own.gather(1, first[:, None])[:, 0]

@@ -1,4 +1,4 @@
-"""What a classifier is worth class by class: F1, AUROC and the confusion matrix.
+"""A classifier's scores by class: F1, AUROC and the confusion matrix.
 
 A score that the records do not determine is None, "not defined": F1 of a class that is neither
 there nor ever predicted, AUROC of a class that no record has, or all have. Means are over the
@@ -26,17 +26,17 @@ class ClassScores:
 
     @property
     def macro_f1(self) -> float | None:
-        """Mean of the F1 that are defined."""
+        """Mean of the F1 scores that are defined."""
         return _mean(self.f1)
 
     @property
     def macro_auroc(self) -> float | None:
-        """Mean of the one-vs-rest AUROC that are defined."""
+        """Mean of the one-vs-rest AUROCs that are defined."""
         return _mean(self.auroc)
 
 
 def class_scores(scores: Floats, gold: Integers) -> ClassScores:
-    """Scores of predictions, the first of the highest score.
+    """Scores of predictions; the first class of the highest score is predicted.
 
     Args:
         scores: float [N, C], whose softmax is the predicted distribution.

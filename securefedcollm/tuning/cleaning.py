@@ -33,10 +33,10 @@ class Cleaning:
         rows: all of them.
         usable: those that can be read.
         unusable: (place, why): a missing or empty field, a wrong type, an answer out of range.
-        fixes: what to do about those, each once, the first twenty.
+        fixes: the first twenty different hints about those.
         unlabelled: rows without an answer, which a silo cannot train on.
-        duplicates: places of the same record, twice or more; each counts as a record of its own to
-            record-level privacy, so that what it says is protected less.
+        duplicates: places of a record that is there twice or more. Record-level privacy counts
+            each as a record of its own, so its content is protected less.
         conflicts: places of the same question with the same choices and different answers.
         shortened: rows longer than ``max_tokens``, which lose the beginning of their prompt (a
             plain text: its end).
@@ -77,8 +77,8 @@ def check_file(
     """Look at every row of a data file.
 
     Args:
-        tokenizer: of the model that will be tuned; None: lengths are not looked at.
-        layout: the task that the rows are of, as in :func:`.formats.format_of`.
+        tokenizer: of the model that will be tuned; None: lengths are not checked.
+        layout: the rows' task, as in :func:`.formats.format_of`.
 
     Raises:
         DataError: the file as a whole cannot be read.
@@ -106,7 +106,7 @@ def check_file(
 
 
 def _together(places: Sequence[str], keys: Sequence[Any]) -> list[list[str]]:
-    """Places that share a key, twice or more."""
+    """Groups of two or more places that share a key."""
     groups: dict[Any, list[str]] = {}
     for place, key in zip(places, keys, strict=True):
         groups.setdefault(key, []).append(place)

@@ -1,4 +1,4 @@
-"""The words of a record, in one form: what makes it the record that it is."""
+"""The words of a record, in one canonical form: they identify it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SCALAR: Final = re.compile(
     rf"|nan|nat|none|null|<na>|true|false|[0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}}(?:[T ]{_TIME})?|{_TIME}",
     re.IGNORECASE,
 )
-"""What a program writes for a value that is no text."""
+"""How programs write a value that is not text."""
 _BRACKETS: Final = frozenset({("[", "]"), ("{", "}")})
 _SPELT: Final = re.compile(r"""[\[{] ?["'\[{\]}0-9tfnTFN-]""")
 _MOST_SPELT: Final = 1 << 20
@@ -44,7 +44,7 @@ def content_digest(words: Iterable[str], choices: Iterable[str]) -> bytes:
 
 
 def row_digest(texts: Iterable[str]) -> bytes:
-    """SHA-256 (32 bytes) of all texts of a row, as a set; already :func:`folded`. Empty of none."""
+    """SHA-256 (32 bytes) of all texts of a row as a set, already :func:`folded`. Empty for none."""
     said = sorted({*texts} - {""})
     if not said:
         return b""
@@ -54,10 +54,10 @@ def row_digest(texts: Iterable[str]) -> bytes:
 def content_of(row: Row) -> bytes:
     """SHA-256 of a row's own words: of every column that some task reads words from.
 
-    It is the same whatever the study makes of the row: blind to the task's kind, to labels and
-    answers, to columns that no task reads, to the names of columns, to white space and Unicode
-    form, and to the order of choices. So a label that was mended, a column of numbers or a subject
-    that was added, and a study of another kind leave a record the record that it was.
+    It does not depend on what the study makes of the row: the task's kind, labels and answers,
+    columns that no task reads, names of columns, white space, Unicode form, and the order of
+    choices. So a record stays the same if somebody mends its label, adds a column of numbers or a
+    subject, or reads it in a study of another kind.
 
     Args:
         row: under our names of the columns.
@@ -71,10 +71,10 @@ def content_of(row: Row) -> bytes:
 
 
 def whole_row(row: Row) -> bytes:
-    """SHA-256 of all text in a row, whatever a study reads of it and calls it; empty of none.
+    """SHA-256 of all text in a row, whatever a study reads of it and calls it; empty for none.
 
-    Numbers, truth values and dates have no part in it, because a CSV file makes texts of them. Nor
-    have the names of columns and of the fields of a mapping.
+    It leaves out numbers, truth values and dates, because a CSV file makes texts of them. It also
+    leaves out the names of columns and of a mapping's fields.
 
     Args:
         row: all of it, under the file's names of the columns.

@@ -1,7 +1,7 @@
 """Data files and how they are read: JSON Lines, CSV or Parquet.
 
-What a row holds depends on the task: :mod:`securefedcollm.tuning.formats`. How a file is read, by
-``datasets`` and Arrow behind a guard: :mod:`securefedcollm.tuning.reading`.
+The content of a row depends on the task (:mod:`securefedcollm.tuning.formats`). ``datasets`` and
+Arrow read the file, behind a guard (:mod:`securefedcollm.tuning.reading`).
 
 An error names the file, the line and the field, never the value: the value may be a patient's.
 """
@@ -38,11 +38,11 @@ def read_questions(
         labelled: every row must have an answer. When false it may be missing or null, and those
             questions carry ``answer=None``.
         owner: the column that says whose record a row is; then every row must have it.
-        layout: the task that the rows are of, as in :func:`.formats.format_of`.
+        layout: the rows' task, as in :func:`.formats.format_of`.
 
     Returns:
-        one :class:`Question` per row, in file order, ``group`` the row's ``subject`` (or ``""``),
-        and ``subject`` the value of the column ``owner``.
+        one :class:`Question` per row, in file order. ``group`` is the row's ``subject`` (or
+        ``""``), and ``subject`` is the value of the column ``owner``.
 
     Raises:
         DataError: the file is missing, unreadable or empty, or a row is wrong; names the file, the
@@ -60,7 +60,7 @@ def read_questions(
 def inspect_rows(
     path: Path, *, owner: str | None = None, **layout: Unpack[Layout]
 ) -> Iterator[tuple[str, Question | DataError]]:
-    """Every row of a file with its place, and what it is or why it cannot be used.
+    """Every row of a file with its place, and its question or why it cannot be used.
 
     Unlike :func:`read_questions` it goes on after a bad row, and answers may be missing.
 
@@ -92,8 +92,8 @@ def write_questions(
     """Write a ``.jsonl`` file that :func:`read_questions` reads back as the same questions.
 
     Args:
-        owner: the column for whose record each is.
-        kind: the task that the rows are of; ``columns``: what they are called.
+        owner: the column that says whose record each is.
+        kind: the rows' task; ``columns``: their names in the file.
 
     Raises:
         DataError: it cannot be written.

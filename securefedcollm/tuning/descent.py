@@ -17,7 +17,7 @@ from securefedcollm.tuning.adapters import Vector
 from securefedcollm.tuning.recipe import STEADY, Optimizer, Pace, make_optimizer
 
 _TAKEN: Final = "taken"
-"""Steps so far, [2]: how often 65536, and the rest; both are exact as float32 in every study."""
+"""Steps so far, [2]: quotient and remainder by 65536; both are exact as float32 in any study."""
 
 
 class Descent:
@@ -36,7 +36,7 @@ class Descent:
         self._optimizer: torch.optim.Optimizer | None = None
 
     def step(self, point: Vector, gradient: Vector) -> Vector:
-        """Where one step from ``point`` against ``gradient`` leads; float32 [d] all three."""
+        """The result of one step from ``point`` against ``gradient``; all three are float32 [d]."""
         place, optimizer = self._at(point)
         place.grad = torch.from_numpy(gradient.copy())
         self._pace.set(optimizer, self._learning_rate, self._taken)
@@ -55,7 +55,7 @@ class Descent:
         )
 
     def restore(self, state: Mapping[str, Vector]) -> None:
-        """Take up where :meth:`state` was taken."""
+        """Continue from where :meth:`state` was taken."""
         kept = {k: torch.from_numpy(v.copy()) for k, v in state.items() if k != _TAKEN}
         if _TAKEN in state:
             often, rest = (int(part) for part in state[_TAKEN])
@@ -67,7 +67,7 @@ class Descent:
 
     @property
     def _even(self) -> bool:
-        """Whether no step differs by its number: then there is none to keep."""
+        """Whether all steps are alike, so that their number need not be kept."""
         return self._pace.schedule == "constant" and not self._pace.warmup
 
     def _at(self, point: Vector) -> tuple[nn.Parameter, torch.optim.Optimizer]:

@@ -22,8 +22,8 @@ different tokenizers; over tokens they are then compared span by span
     Cross-entropy on the labelled prompts alone, each model by itself: the control that shows what
     the public labels do without any distillation.
 
-Both learn together, from what both said when the phase began; or one learns first, and then the
-other one learns from what the first has become (labels to the strong teacher first: arXiv
+Both learn together, from the predictions of both at the start of the phase. Or one learns first,
+and then the other learns from the updated one (labels to the strong teacher first: arXiv
 2605.12483). A model that does not learn is only asked.
 
 Over choices, each of the first three and ``none`` may have a further teacher (``retain``): the same
@@ -105,7 +105,7 @@ def distil(
     total = plan.steps * len(turns)
     for number, learns in enumerate(turns):
         first = number * plan.steps
-        progress(first, total, "distillation")  # what both models say takes its time too
+        progress(first, total, "distillation")  # computing both models' predictions takes time too
         batches = _mixed_batches(*rows, plan, torch.Generator().manual_seed(seed))
         objective = _objective(models, data, plan.loss, vocabularies, learns)
         pupils = _Pupils(models, layouts, plan, learns)
@@ -155,7 +155,7 @@ class _Pupils:
         ]
 
     def step(self, number: int) -> None:
-        """By the gradients that were added up, which then are none."""
+        """Apply the accumulated gradients, then clear them."""
         for optimizer, rate in self._optimizers:
             self._pace.set(optimizer, rate, number)
             optimizer.step()
@@ -225,7 +225,7 @@ def _rows(
 def _mixed_batches(
     labelled: Tensor, unlabelled: Tensor, plan: DistilPlan, g: torch.Generator
 ) -> Iterator[Tensor]:
-    """Endless batches with so many labelled and so many unlabelled rows."""
+    """Endless batches with fixed numbers of labelled and of unlabelled rows."""
     streams = [
         (rows, shuffled_batches(len(rows), count, g))
         for rows, count in ((labelled, plan.batch_labelled), (unlabelled, plan.batch_unlabelled))

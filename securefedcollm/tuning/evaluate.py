@@ -40,10 +40,10 @@ from securefedcollm.tuning.token_loss import CHUNK
 class GroupScore:
     """Means over ``count`` questions.
 
-    ``accuracy`` in [0, 1] and ``gold_log_prob`` (nats) of the right choice. Of responses and texts,
-    which have no choices: the share of tokens that are the most probable one, the log-probability
-    per token, and then also ``perplexity`` (over all tokens) and ``exact_match``, the share of
-    records whose every token is the most probable one (those that greedy decoding would write).
+    ``accuracy`` in [0, 1] and ``gold_log_prob`` (nats) of the right choice. Responses and
+    texts have no choices: there they are the share of tokens that are the most probable one, and
+    the log-probability per token. Then there is also ``perplexity`` (over all tokens), and
+    ``exact_match``, the share of records that greedy decoding would write.
     """
 
     accuracy: float
@@ -104,7 +104,7 @@ def evaluate(
 ) -> Evaluation:
     """Answer every question with the choice of the highest score (ties: the first).
 
-    Of responses and texts, predict every token from those before it.
+    For responses and texts, predict every token from those before it.
 
     Raises:
         DataError: a question has no answer.
@@ -149,9 +149,9 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Scores of a base model, or of one with an adapter: ``all`` and then by group, by name.
 
-    Of a classification also ``macro_f1`` and ``auroc`` (the mean over classes, one against the
+    A classification also has ``macro_f1`` and ``auroc`` (the mean over classes, one against the
     rest), ``classes`` (records, F1 and AUROC by label) and ``confusion`` (a row for each right
-    label, a column for each predicted one); None is not defined (:mod:`.class_scores`).
+    label, a column for each predicted one); None means not defined (:mod:`.class_scores`).
 
     Raises:
         ConfigError: the adapter cannot be read or does not fit the model, or the model cannot score

@@ -1,4 +1,4 @@
-"""The fields of a row of a data file, each checked: what :mod:`.formats` puts together.
+"""Checks of the single fields of a data file's row; :mod:`.formats` puts them together.
 
 An error names the column as the file does, never the value: the value may be a patient's.
 """
@@ -92,7 +92,7 @@ _TURNS: Final = (
 
 
 def label_of(row: Row, labels: Sequence[str], numbers: bool, labelled: bool) -> int | None:
-    """``numbers``: some label is one. An index would be another's name then: 1 among 1, 2, 3."""
+    """``numbers``: some label is a number, so an index could name another: 1 among 1, 2, 3."""
     value = row.get("label")
     hint = f"give one of {', '.join(labels)}"
     if not numbers:
@@ -186,7 +186,7 @@ def _index(value: Any, field: str, count: int, things: str, hint: str) -> int:
 
 
 def _whole(value: Any) -> Any:
-    """A whole number as one, also as 1.0 or, in CSV, "1" or "1.0": a column that had a gap."""
+    """A whole number, also from 1.0 or, in CSV, "1" or "1.0", as a column with a gap has them."""
     if isinstance(value, str) and (found := _WHOLE.fullmatch(value.strip())):
         return int(found[1]) if len(found[1]) < 64 else 10**64  # Python refuses long ones
     return int(value) if isinstance(value, float) and value.is_integer() else value

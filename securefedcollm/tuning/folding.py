@@ -34,7 +34,7 @@ _PREFIX: Final = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _ROWS: Final = 256  # rows of a weight at a time: the working set stays in the cache
 _NOTHING: Final = 1e-6
-"""A direction of which less than this part is left after a projection is none."""
+"""A direction that keeps less than this part of its length after a projection counts as none."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Released:
     """The low-rank matrices of one released adapter, and what identifies it."""
 
     sha256: str
-    """Of its file, 64 hexadecimal digits."""
+    """Its file's digest, 64 hexadecimal digits."""
     scale: float
     """alpha / rank."""
     pairs: dict[str, tuple[Matrix, Matrix]]
@@ -182,15 +182,15 @@ def _add(weight: nn.Parameter, a: Matrix, b: Matrix, turned: bool) -> None:
 def keep_apart(adapted: Any, earlier: Sequence[Released], source: str) -> None:
     """Project the new adapter's every A off the rows of the earlier ones, in place.
 
-    DOLFIN (arXiv 2510.13567): an input in the span of the earlier A's rows then meets an A of
-    which it sees nothing, whatever B becomes. Rows keep the length that they were drawn with.
+    DOLFIN (arXiv 2510.13567): the new A then maps every input in the span of the earlier A's rows
+    to zero, whatever B becomes. Rows keep the length that they were drawn with.
 
     Args:
         adapted: a ``PeftModel`` with LoRA matrices.
         source: names the model in errors.
 
     Raises:
-        ConfigError: the earlier adapters leave no room for so many rows.
+        ConfigError: the earlier adapters leave no room for the new rows.
     """
     for full, parameter in adapted.named_parameters():
         if ".lora_A." not in full:
@@ -241,7 +241,7 @@ def _less(row: Matrix, basis: Sequence[Matrix]) -> tuple[Matrix, float]:
 
 
 def _dot(a: Matrix, b: Matrix) -> float:
-    """Correctly rounded, so in no order: a library's sum differs from processor to processor."""
+    """Correctly rounded, so in any order: a library's sum differs from processor to processor."""
     return math.fsum((a * b).tolist())
 
 

@@ -192,12 +192,12 @@ def cue_of(asking: Asking) -> str:
 
 @dataclass(frozen=True)
 class Asking:
-    """What a record is, and how a model is asked it (:mod:`.question`)."""
+    """What a record is, and how it is put to a model (:mod:`.question`)."""
 
     kind: Kind = "multiple_choice"
     ask: Ask = "cloze"
     template: str | None = None
-    """What its prompts were made by, if not by the default of its kind."""
+    """The template of its prompts, if not the default of its kind."""
 
     def put(self, questions: Sequence[Question], tokenizer: Any) -> tuple[list[Question], Form]:
         """The questions as the model with this ``tokenizer`` is asked them, and their form.
@@ -214,7 +214,7 @@ class Asking:
 def row_of(
     question: Question, kind: Kind, owner: str, columns: Mapping[str, str] | None = None
 ) -> Row:
-    """The row that :meth:`Format.question` reads as ``question``; ``owner``: whose column."""
+    """The row that :meth:`Format.question` reads as ``question``; ``owner``: the owner's column."""
     response = question.choices[0] if question.choices else None
     row: Row
     match kind:

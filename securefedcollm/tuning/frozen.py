@@ -1,4 +1,4 @@
-"""What the frozen base says of questions once and for all: priors, and lower layers' states.
+"""Results of the frozen base that are computed once: priors, and the lower layers' states.
 
 Where the questions are private records, both are made in fixed passes (:mod:`.passes`): they enter
 a record's gradient, so no other record may change a bit of them.
@@ -73,13 +73,13 @@ def with_prefix(
     """``encoded`` with the hidden states after the first ``layers`` decoder layers filled in.
 
     Those layers must never change (the adapter sits above them); every later pass then starts at
-    layer ``layers``. Costs 4 · L · D bytes a question. ``encoded`` comes back as it was where the
+    layer ``layers``. Costs 4 · L · D bytes a question. Returns ``encoded`` unchanged where the
     shortcut does not hold: no such layers, positions added to the input (GPT-2, OPT), dropout, or
     a family whose packed rows are not always right (:mod:`.packing`).
 
     Args:
         private: where the questions are private records, how many are in memory at a time.
-        public: where they are public texts, the digest of the base: their states may be kept on
+        public: where they are public texts, the digest of the base; their states may be kept on
             disk (:func:`.kept_states.keeping_states`).
     """
     causal = unwrapped(model)

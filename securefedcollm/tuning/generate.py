@@ -28,7 +28,7 @@ def generate(
 
     Args:
         adapter: a PEFT directory (safetensors only) made for this base model.
-        max_tokens: at most so many new tokens.
+        max_tokens: the most new tokens.
         instruction: put the prompt as the task ``instruction`` does: in the tokenizer's chat
             template, or framed by plain words.
 

@@ -43,12 +43,12 @@ class Imported:
     """What was in a GGUF file."""
 
     sha256: str
-    """Of the file, 64 hexadecimal digits."""
+    """The file's digest, 64 hexadecimal digits."""
     architecture: str
     """transformers' ``model_type``."""
     parameters: int
     quantization: str
-    """The kind that most weights have, as ``Q4_K``."""
+    """The kind that most weights have, such as ``Q4_K``."""
 
 
 def import_gguf(
@@ -64,13 +64,13 @@ def import_gguf(
     Args:
         file: one GGUF file with the whole model, its tokenizer among the metadata.
         sha256: refuse another file.
-        dtype: what the weights are kept in. bfloat16 rounds a value by at most 2^-9 of itself,
-            which is far less than four bits a weight have rounded it by; float32 is exact.
+        dtype: type of the written weights. bfloat16 rounds a value by at most 2^-9 of itself, far
+            less than quantisation to four bits has rounded it already; float32 is exact.
         progress: told of bytes read and tensors written.
 
     Raises:
         ConfigError: the ``gguf`` package is not installed; the architecture is not known, or needs
-            something that a directory of transformers cannot say.
+            something that a directory of transformers cannot express.
         DataError: it is no GGUF file, a damaged one, another than ``sha256``, or part of a model.
         StateError: ``out`` is not empty or cannot be written.
     """
@@ -180,7 +180,7 @@ def _check_whole(reader: Any, file: Path) -> None:
     layers = _field(reader, f"{_field(reader, 'general.architecture')}.block_count") or 0
     if layers > len(reader.tensors):
         raise DataError(
-            f"speaks of {layers} layers and holds {len(reader.tensors)} tensors",
+            f"declares {layers} layers but holds {len(reader.tensors)} tensors",
             where=str(file),
             hint="get the whole model's file",
         )
@@ -217,7 +217,7 @@ def _skeleton(config: Any) -> Any:
 def _check_positions(reader: Any, config: Any, file: Path) -> None:
     """Refuse, or write down, a scaling of positions that transformers does not read from GGUF.
 
-    Without it the model would run, a little wrongly for every text, and nobody would be told.
+    Without it the model would run, slightly wrong on every text, and nobody would be told.
     """
     kind = _field(reader, f"{_field(reader, 'general.architecture')}.rope.scaling.type")
     parameters = dict(getattr(config, "rope_parameters", None) or {})
@@ -244,9 +244,9 @@ def _check_positions(reader: Any, config: Any, file: Path) -> None:
 
 
 def _llama3_factors(scaled: Mapping[str, Any], count: int) -> np.ndarray[Any, Any]:
-    """What llama.cpp's converter writes for Llama 3.1 and 3.2: by how much a frequency is divided.
+    """The divisors of frequencies that llama.cpp's converter writes for Llama 3.1 and 3.2.
 
-    float32 [count], one a pair of dimensions of a head.
+    float32 [count], one for each pair of dimensions of a head.
     """
     theta, factor = float(scaled["rope_theta"]), float(scaled["factor"])
     low, high = float(scaled["low_freq_factor"]), float(scaled["high_freq_factor"])
@@ -261,7 +261,7 @@ def _llama3_factors(scaled: Mapping[str, Any], count: int) -> np.ndarray[Any, An
 def _convert(
     reader: Any, skeleton: Any, dtype: torch.dtype, out: Path, file: Path, progress: Progress
 ) -> int:
-    """Write every tensor of the skeleton from the file; the number of parameters."""
+    """Write every tensor of the skeleton from the file; returns the number of parameters."""
     wanted = {name: value.shape for name, value in skeleton.named_parameters()}
     wanted |= _kept_buffers(skeleton)
     shards = _Shards(out)
@@ -279,7 +279,7 @@ def _convert(
         progress(done + 1, len(reader.tensors), "tensors")
     if wanted:
         raise DataError(
-            f"lacks {len(wanted)} of the model's tensors, {printable(next(iter(wanted)))} say",
+            f"lacks {len(wanted)} of the model's tensors, such as {printable(next(iter(wanted)))}",
             where=str(file),
             hint="get the whole model's file",
         )
@@ -337,7 +337,7 @@ class _Shards:
         self.parameters += tensor.numel()
 
     def finish(self) -> int:
-        """Name the files, now that their number is known; the number of parameters."""
+        """Name the files, now that their number is known; returns the number of parameters."""
         self._flush()
         count = len(self._files)
         where: dict[str, str] = {}

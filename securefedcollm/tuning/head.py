@@ -54,7 +54,7 @@ def text_config(model: Any) -> Any:
 def learned_positions(model: Any) -> int | None:
     """How many positions a model has a table for; None where it computes them (rotary).
 
-    Those that its virtual tokens take are not counted.
+    Those that its virtual tokens take do not count.
     """
     causal = unwrapped(model)
     known: int | None = getattr(text_config(causal), "max_position_embeddings", None)

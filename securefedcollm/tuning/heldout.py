@@ -1,9 +1,9 @@
-"""How many of some private records a model answers right, each by itself.
+"""The share of each private record that a model answers right, one record at a time.
 
 A record's share enters a noised sum of shares. So it must be a function of the model and that
 record alone, to the last bit: a hostile model could amplify what a neighbour moved. Here a pass is
-one record, without padding, whatever the rest of the data are (:mod:`.passes`); there is nothing in
-it to be coupled with, which needs no proof.
+one record, without padding, whatever the rest of the data are (:mod:`.passes`). It holds nothing
+else that a record could be coupled with, so no proof is needed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def right_shares(
     probable one.
 
     Adversary: a server whose adapter makes the answer to a certain record fail, or be no number.
-    Such a record counts as wrong, and the others count as ever: before the noise, none of them may
+    Such a record counts as wrong, and the others count as usual: before the noise, no record may
     decide what happens.
     """
     found = np.zeros(len(data))

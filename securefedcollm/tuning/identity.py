@@ -1,16 +1,16 @@
-"""What a model is: one digest over all that determines the function that it computes.
+"""A model's identity: one digest over all that determines the function it computes.
 
 Weights alone do not determine it. The same tensors under another activation, rotary base or
 normalisation are another function; the same text under another tokenizer or chat template is
 another input. So the digest has four parts, each the hash of a canonical form:
 
 - **weights**: names, types, shapes and bytes;
-- **configuration**: the model's class and its whole configuration, every default written out, but
-  for what differs between two copies of one model (where it lies, who saved it, the type on disk);
+- **configuration**: the model's class and its whole configuration, every default written out,
+  except what differs between two copies of one model (where it lies, who saved it, type on disk);
 - **tokenizer**: the serialised state of its backend, its added and special tokens, its settings;
 - **chat template**.
 
-``generation_config.json`` is no part: the study's training and scoring do not read it. What the
+``generation_config.json`` is left out: the study's training and scoring do not read it. What the
 library makes of a file can change with its version, so participants compare digests made by the
 same versions of ``transformers`` and ``tokenizers``.
 """
@@ -48,7 +48,7 @@ _SETTINGS: Final = (
     "add_prefix_space",
     "chat_control_tokens",
 )
-"""What the library's tokenizers obey beside the state of their backend."""
+"""Settings that the library's tokenizers obey in addition to the state of their backend."""
 
 _CARRIERS: Final = frozenset(
     {

@@ -8,11 +8,11 @@ shape. This module deals with the rest:
 * :func:`refuse_coupling` refuses, by name, models whose layers mix rows on purpose.
 * :func:`proved` takes known rows through the real passes on the real device, in different places
   and company, and compares bits. Shapes that fail go one record at a time, which needs no proof.
-  It compares is the outcome of whole passes, and kernels one by one (:mod:`.kernels`).
+  It compares the outcome of whole passes, and kernels one by one (:mod:`.kernels`).
 
-The rows are made up and so is the adapter, so the outcome says nothing about any record. What the
-test shows is that these kernels, at these shapes, do not look at other rows' places and values. It
-is a test and no proof for all inputs; a kernel whose *arithmetic* for one row branches on another
+The rows are made up and so is the adapter, so the outcome says nothing about any record. The test
+shows that these kernels, at these shapes, do not look at other rows' places and values. It is not
+a proof for all inputs; a kernel whose *arithmetic* for one row branches on another
 row's values would have to do so outside the values that were tried. None is known.
 """
 
@@ -41,14 +41,14 @@ from securefedcollm.tuning.virtual import virtual_count
 log = logging.getLogger(__name__)
 
 Compute = Callable[[EncodedQuestions, Widths], Sequence[bytes]]
-"""What is to be independent: the result of every row, as bytes, in the order of the rows."""
+"""Computes what must be independent: the result of every row, as bytes, in row order."""
 
 _ROWS = 16  # in one go, where a pass is one record and only the output layer is shared
-_HEAD_SHAPES = (Shape(8, 1), Shape(8, 2))  # one choice goes another way than several
+_HEAD_SHAPES = (Shape(8, 1), Shape(8, 2))  # one choice takes another path than several
 _SCALES = (0.1, 30.0)  # of the made-up adapters' values: ordinary, and amplifying
 _COARSE = {torch.bfloat16, torch.float16}
 """Types whose rounding hides how a matrix product added: sizes of a pass may differ in one number
-of a hundred thousand, which no comparison of made-up rows finds, and a search for an adapter does.
+of a hundred thousand, which no comparison of made-up rows finds but a search for an adapter does.
 A pass of such a model has one size."""
 _ONE_BY_ONE = "they are taken one at a time"
 _GROWING = {"dynamic", "longrope"}  # rotary scalings that follow the longest row seen
@@ -104,17 +104,17 @@ def _rotary(config: Any) -> Iterator[tuple[str, int]]:
 Found = dict[Any, tuple[int, ...]]
 _known: WeakKeyDictionary[nn.Module, Found] = WeakKeyDictionary()
 _alike: dict[bytes, Found] = {}
-"""What was found of all models of one fingerprint: silos of a simulation have the same model."""
+"""Findings by a model's fingerprint: the silos of a simulation have the same model."""
 
 
 def proved(
     model: nn.Module, shapes: Sequence[Shape], widths: Widths, compute: Compute, what: str
 ) -> Widths:
-    """``widths`` with what the test found of every shape; see the module's docstring.
+    """``widths`` with the test's findings on every shape; see the module's docstring.
 
-    Passes of a shape may have every number of rows that gives the same bits as the largest one. A
-    shape of which the test fails is set apart. The test is made once in a process for models that
-    compute alike (:mod:`.twins`), a shape and a number of threads.
+    A pass of a shape may have any number of rows that gives the same bits as the largest one.
+    Records of a shape that fails the test go one by one. A process tests each shape and number of
+    threads once for all models that compute alike (:mod:`.twins`).
 
     Args:
         shapes: those that occur.
@@ -157,7 +157,7 @@ def proved(
 
 
 def _found_of(model: nn.Module) -> Found:
-    """What is known of this model so far, or of one that is the same to the bit."""
+    """The findings so far on this model, or on one that is the same to the bit."""
     if model not in _known:
         with made_up_adapter(model, _SCALES[0]):  # as the test is made: its own does not matter
             # Adversary: a server whose adapter overflows, to see the silo fail in finding this out.
@@ -168,11 +168,11 @@ def _found_of(model: nn.Module) -> Found:
 
 
 def _same_bits(model: nn.Module, shape: Shape, widths: Widths, compute: Compute) -> tuple[int, ...]:
-    """Rows of a pass, ascending, with which made-up records come out the same in every place.
+    """Numbers of rows, ascending, at which made-up records come out the same in every place.
 
     Three records of a shape, in different places and company, at an ordinary adapter and at one
-    that amplifies, and random rows through every kernel. Empty if they differ already with the
-    largest number of rows, or if all of it comes out as zero and so shows nothing.
+    that amplifies, and random rows through every kernel. Empty if they differ even at the largest
+    number of rows, or if everything comes out as zero and so shows nothing.
     """
     most = widths.rows(shape)
     sizes = [most >> n for n in range(0, most.bit_length(), 2)]  # a quarter, a sixteenth, …
@@ -207,10 +207,10 @@ def _same_bits(model: nn.Module, shape: Shape, widths: Widths, compute: Compute)
 
 
 def _arrangements(count: int, *, apart: bool) -> list[list[int]]:
-    """Which of the three records stands in each row; where fewer stand, dummies follow.
+    """Which of the three records is in each row; dummies fill up the rest.
 
     Args:
-        apart: each is also by itself, so that a pass lacks the longest, or the one of a kind.
+        apart: also try each by itself, so that a pass lacks the longest, or the one of a kind.
     """
     mixed = [
         [i % 3 for i in range(count)],

@@ -2,7 +2,7 @@
 
 An experiment asks the same frozen layers about the same public prompts in every row and seed, and
 again when it goes on after a kill. One file holds the states of one text, under the digest of all
-that they follow from: the model, the number of layers, the row, the kind of device and the
+that they depend on: the model, the number of layers, the row, the kind of device and the
 libraries' versions. The last bits of states may depend on the texts that shared a pass, so a
 result with kept states can differ by rounding from one without.
 
@@ -33,14 +33,14 @@ from securefedcollm.tuning.questions import EncodedQuestions
 
 _DIGEST: Final = 32
 _ROOM: Final = 0.9
-"""How full the directory is left, of its bound, when something has to go."""
+"""The part of the bound that stays filled when files have to be removed."""
 _FOLDER: Final = re.compile("[0-9a-f]{2}")
 _NAME: Final = re.compile("[0-9a-f]{64}")
 _KIND: Final = "securefedcollm/states/v1"
 
 
 class KeptStates:
-    """A directory of states, never larger than its bound; what was not used longest goes first."""
+    """A directory of states, never larger than its bound; the least recently used go first."""
 
     def __init__(self, directory: Path, limit: int) -> None:
         """
@@ -59,7 +59,7 @@ class KeptStates:
             raise self._unusable(error) from error
 
     def read(self, key: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
-        """The states under ``key``, [L, D]; None if they are not there whole."""
+        """The states under ``key``, [L, D]; None unless they are there in full."""
         path = self._path(key)
         try:
             content = path.read_bytes()
@@ -133,7 +133,7 @@ _kept: ContextVar[KeptStates | None] = ContextVar("kept", default=None)
 
 @contextmanager
 def keeping_states(directory: Path | None, limit: int = 20_000_000_000) -> Iterator[None]:
-    """Within it, what frozen layers make of public texts is kept in ``directory``.
+    """Within it, keep the frozen layers' states of public texts in ``directory``.
 
     Args:
         directory: None keeps nothing.
@@ -157,7 +157,7 @@ def states_kept() -> KeptStates | None:
 def keys_of(
     encoded: EncodedQuestions, base: bytes, layers: int, dtype: torch.dtype, device: torch.device
 ) -> list[str]:
-    """The digest of all that the states of every row follow from, in hex.
+    """The digest (hex) of all that the states of each row depend on.
 
     Args:
         base: digest of the model.

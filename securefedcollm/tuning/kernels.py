@@ -6,11 +6,11 @@ searches for such an adapter finds it. So :class:`Kernels` looks at the kernels 
 made-up records pass.
 
 * Kernels that move numbers, or round each once, have one right answer.
-* A model has no business to look across rows, however exactly: the largest position of a pass, a
-  branch taken on a number of some row. Kernels that do are named.
+* A model has no business looking across rows, however exactly: at the largest position of a pass,
+  or at a number of some row to choose a branch. Kernels that do are named.
 * An elementwise kernel takes whole vectors; the numbers that are left over at the end come from
   other instructions (``silu`` differs in one of thirty of them, another in one of a thousand). They
-  are the last row's, and a row is last by who is with it. There must be none.
+  belong to the last row, and which row is last depends on its company. There must be none.
 * All others add up. Matrix products were seen to depend on where a row's memory starts. Each is
   run anew with random numbers in the shapes, strides and places that it has here, and its rows are
   compared, bit for bit, in other places, other company and passes of other sizes.
@@ -38,12 +38,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _TWO_VECTORS: Final = 128
 """Bytes that an elementwise kernel takes at a time: twice the widest register."""
 _SHARE: Final = 32768
-"""Numbers that a kernel gives a thread at least."""
+"""The least count of numbers that a kernel gives a thread."""
 _RECORDS: Final = 23
-"""Made-up records that every kernel sees: a prime, so that they come to stand everywhere."""
+"""Made-up records that every kernel sees: a prime, so that they get to every place."""
 _LOUD: Final = _RECORDS
-"""It and the next are only there to be with the others: their numbers are a thousand times as
-large, and opposite."""
+"""It and the next only keep the others company: their numbers are a thousand times as large, and
+opposite."""
 _MOVING: Final = """
     _reshape_alias _to_copy _unsafe_view alias as_strided cat clamp clamp_max clamp_min
     clone constant_pad_nd copy_ detach diagonal embedding empty empty_like expand fill_ flip
@@ -70,10 +70,10 @@ _ACROSS: Final = """
     all amax amin any argmax argmin argsort cummax cummin cumprod cumsum flip kthvalue max mean
     median min mode nansum prod roll scatter_add scatter_add_ scatter_reduce sort std sum topk var
 """
-# Kernels that look across a dimension, or across all: across the rows, however exactly, each
-# couples them. The largest position of a pass is one.
+# Kernels that look across one dimension, or across all. Across the rows each couples them, however
+# exactly: the largest position of a pass is an example.
 _TELLING: Final = "_local_scalar_dense _unique2 equal is_nonzero nonzero unique_dim"
-# Kernels by which a number of a row decides what the program does.
+# Kernels that let a number of a row decide what the program does.
 _ALIKE: Final = frozenset((_MOVING + _ROUNDING).split())
 _SUMS: Final = frozenset(_ADDING.split())
 _LOOKING: Final = frozenset(_ACROSS.split())
@@ -81,7 +81,7 @@ _DECIDING: Final = frozenset(_TELLING.split())
 
 
 Reference = dict[tuple[str, int], Tensor]
-"""What a kernel made of each record, to compare passes of several sizes: [records, numbers] for
+"""A kernel's result for each record, to compare passes of several sizes: [records, numbers] for
 every kind of call and every tensor that comes out."""
 
 
@@ -90,10 +90,10 @@ class Kernels(TorchDispatchMode):
 
     Args:
         model: its weights and buffers are nobody's rows.
-        rows: of the pass: so many records, all alike; 0 if they share the output layer alone.
+        rows: records of the pass, all alike; 0 if they share the output layer alone.
         head: positions that the output layer sees at a time.
         threads: of every kernel.
-        known: what the first pass of a shape leaves, and others of that shape are held against.
+        known: results of the first pass of a shape; the others of that shape are compared with it.
     """
 
     def __init__(
@@ -158,14 +158,14 @@ class Kernels(TorchDispatchMode):
         return _memory(value) in self._nobodys
 
     def _rows_of(self, values: Sequence[Tensor]) -> int:
-        """Into how many parts a kernel's tensors fall that may belong to different records."""
+        """The number of parts of a kernel's tensors that may belong to different records."""
         sizes = {len(v) for v in values if v.ndim and not self._is_nobodys(v)}
         if self._head in sizes:
             return self._head
         return self._rows if self._rows and any(not n % self._rows for n in sizes) else 0
 
     def _alike(self, op: Any, name: str, args: Any, kwargs: Any, rows: int) -> bool:
-        """Whether random rows come out the same wherever they are; asked once of a kind of call."""
+        """Whether random rows come out the same wherever they are; tried once a kind of call."""
         kind = repr(_replaced((name, args, kwargs), _laid_out))
         if kind not in self._tried:
             about = partial(self._of_one_row, rows=rows)
@@ -179,11 +179,11 @@ class Kernels(TorchDispatchMode):
                         parts = value.reshape(rows, -1)
                         alike &= self._same((same, at), torch.tensor(who), parts)
                         seen = True
-            self._tried[kind] = alike and seen  # what adds up all rows gives none back
+            self._tried[kind] = alike and seen  # a kernel that sums over all rows gives none back
         return self._tried[kind]
 
     def _of_one_row(self, value: Tensor, rows: int) -> str:
-        """What an argument is, without what follows from the number of rows."""
+        """An argument's kind, without what depends on the number of rows."""
         if self._is_nobodys(value):
             return f"{_memory(value)} {_laid_out(value)}"
         if not value.ndim or len(value) % rows:
@@ -192,7 +192,7 @@ class Kernels(TorchDispatchMode):
         return f"{value.dtype} {len(value) // rows} {tuple(value.shape[1:])} {order}"
 
     def _same(self, key: tuple[str, int], who: Tensor, values: Tensor) -> bool:
-        """Whether every row [n, …] is what it was whenever its record (``who``: [n]) was there."""
+        """Whether every row [n, …] equals those that its record (``who``: [n]) had before."""
         quiet = who < _LOUD
         values, who = values[quiet], who[quiet].to(values.device)
         if key not in self._known:
@@ -208,7 +208,7 @@ class Kernels(TorchDispatchMode):
 
 
 def _arrangements(rows: int) -> list[list[int]]:
-    """Which record stands in each row of some passes: each in several places and companies."""
+    """Which record is in each row of some passes: each in several places and companies."""
     starts = {0, 7} if rows >= _RECORDS else {0, 1 % rows, rows // 2}
     passes = [
         [(first + i) % _RECORDS for i in range(rows)]

@@ -54,7 +54,7 @@ _DIVERGED = "lower local.learning_rate, or use a float32 model"
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What a silo's round of tuning made.
+    """The result of a silo's round of tuning.
 
     ``delta``: float32 [d], the trained minus the received parameters, in layout order.
     ``events``: what DP-SGD did, for the accountant; empty without DP.
@@ -257,7 +257,7 @@ def records_of(
     loss: LossPlan,
     members: list[Indices] | None = None,
 ) -> Records:
-    """The silo's records behind passes of which the test of independence holds.
+    """The silo's records, in passes for which the test of independence holds.
 
     Args:
         members: the records of every unit; None: each record is one.
@@ -289,8 +289,8 @@ def records_of(
 def check_records(model: nn.Module, loss: LossPlan) -> None:
     """Refuse a model on which records have no gradients of their own, before any is touched.
 
-    Two made-up records: what one pass says of each must be what a pass of its own says. Where all
-    weights are tuned, no two records share a pass.
+    It compares two made-up records in one pass with each in a pass of its own. Where all weights
+    are tuned, no two records share a pass.
 
     Raises:
         ConfigError: names the layer.
@@ -338,7 +338,7 @@ def _cannot_adapt(name: str, why: str) -> ConfigError:
 
 
 def _sampling_rate(batch_size: int, units: int) -> float:
-    """q at which so many units give the expected batch."""
+    """The q at which ``units`` units give the expected batch."""
     if batch_size > units:
         raise ConfigError(
             f"an expected batch of {batch_size} needs as many units, the silo has {units}",

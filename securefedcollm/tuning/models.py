@@ -2,7 +2,7 @@
 
 Only safetensors weights are read, never a pickle (loading one runs whatever code it holds), and no
 code that comes with a model is run. Every load ends with the model's digest (``identity.py``),
-which a study may pin so that nobody tunes, or distils into, another model than the one agreed upon.
+which a study may pin so that nobody tunes, or distils into, any model but the agreed one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PREPARED: Final = {
     "smollm2-135m": "securefedcollm model prepare smollm2",
     "smollm2-135m-18of30": "securefedcollm model prepare smollm2",
 }
-"""Built-in models that a command of their own puts into the cache, and that command."""
+"""Built-in models that a command puts into the cache, and that command."""
 
 _HOSPITAL: Final[dict[str, Literal["llm", "slm"]]] = {"hospital-llm": "llm", "hospital-slm": "slm"}
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
@@ -115,7 +115,7 @@ def _check_pin(loaded: LoadedModel, pinned: str, source: str, command: str) -> N
     if loaded.digest == pinned:
         return
     if loaded.parts["weights"] == pinned:
-        # Not taken silently: that pin says nothing of configuration, tokenizer and chat template.
+        # Not accepted silently: that pin does not cover configuration, tokenizer and chat template.
         raise ConfigError(
             "the study pins the digest of the weights alone, as older versions did; a pin now "
             "covers configuration, tokenizer and chat template too",
@@ -141,7 +141,7 @@ def load_tokenizer(
     """The tokenizer of a model, without its weights; arguments as of :func:`load_model`.
 
     Raises:
-        ConfigError: it cannot be had.
+        ConfigError: it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -173,7 +173,7 @@ def load_tokenizer(
 def meta_model(source: str, *, revision: str | None = None, base_dir: Path = Path()) -> Any:
     """The architecture of a model on torch's meta device; arguments as of :func:`load_model`.
 
-    Nothing but its ``config.json`` is read (of a hub model: downloaded).
+    Only its ``config.json`` is read (of a hub model: downloaded).
 
     Raises:
         ConfigError: there is no such file, or it is no causal language model's.
@@ -236,7 +236,7 @@ def find_device(name: str) -> torch.device:
 
 @contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes ``directory`` when all went well.
+    """A directory to fill, which becomes ``directory`` if all goes well.
 
     Filled beside its final place and renamed, so that a killed process leaves no half model.
 
@@ -310,7 +310,7 @@ def _load_directory(directory: Path, source: str, dtype: Dtype) -> tuple[Any, An
 
 
 def _check_directory(directory: Path, source: str) -> None:
-    """Refuse what is no model, or brings what is not loaded."""
+    """Refuse a directory without a model, or with files that must not be loaded."""
     adapter = (directory / "adapter_config.json").is_file()
     if not (directory / "config.json").is_file():
         if adapter:

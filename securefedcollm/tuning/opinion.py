@@ -25,5 +25,5 @@ def opacus_epsilon(events: Sequence[Event], delta: float) -> float | None:
         if isinstance(event, DiscreteGaussian):
             return None
         accountant.history.append((event.noise_multiplier, rate(event), times(event)))
-    with np.errstate(divide="ignore"):  # it takes log(0) where it goes on to use the other branch
+    with np.errstate(divide="ignore"):  # it takes log(0) even where it then uses the other branch
         return float(accountant.get_epsilon(delta=delta))

@@ -31,7 +31,7 @@ class OuterPlan:
     """How the opened mean becomes a step.
 
     Attributes:
-        learning_rate: what the step is multiplied by.
+        learning_rate: factor of the step.
         momentum: μ of ``sgd`` and ``nesterov``, in [0, 1); β₁ of ``adam``.
         beta2: β₂ of ``adam``.
         tau: τ of ``adam``, added to the root of the second moment (ε of ``torch.optim.Adam``).
@@ -45,10 +45,10 @@ class OuterPlan:
 
 
 class Outer:
-    """See the module's docstring. What it remembers is apart for each *part* of the adapter.
+    """See the module's docstring. It has a separate memory for each *part* of the adapter.
 
     RoLoRA trains and averages one half of the adapter in a round, and the other half in the next. A
-    part is named by whoever calls; the digest of its layout does.
+    part is named by the caller, for example by the digest of its layout.
     """
 
     def __init__(self, plan: OuterPlan) -> None:
@@ -70,7 +70,7 @@ class Outer:
         }
 
     def restore(self, state: Mapping[str, Vector]) -> None:
-        """Take up where :meth:`state` was taken, bit for bit.
+        """Continue from where :meth:`state` was taken, bit for bit.
 
         Raises:
             ValueError: it is not the state of such an optimiser.

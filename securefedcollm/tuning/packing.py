@@ -1,7 +1,7 @@
 """May the choices of a question share one row? A test on the model itself, and what to do if not.
 
 A packed row (:mod:`.questions`) needs attention that obeys a block mask and position ids. Families
-without such attention score packed choices wrongly, without a word: a state space or a convolution
+without such attention score packed choices wrongly and silently: a state space or a convolution
 has seen the choice that was packed before, ALiBi measures distances in the row, a sliding window
 is not in our mask. So :func:`row_limit` compares packed states with those of one plain pass for
 each choice, once for a model. Where they differ, :func:`states_apart` gives every choice a row of
@@ -28,14 +28,14 @@ from securefedcollm.tuning.virtual import Rows
 
 ANY_LENGTH: Final = 1 << 60
 _WINDOWS: Final = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size")
-# How far states may be apart, of their own length, in float32 and in anything shorter:
+# How far states may differ, relative to their length, in float32 and in anything shorter:
 _UNMOVED: Final = (1e-6, 1e-3)  # passes of one shape, and nothing that a token sees has changed
 _ROUNDED: Final = (2e-5, 0.05)  # other shapes
 _LOOSE: Final = (1e-3, 0.05)  # other shapes, where a difference means that the model is refused
 _PROMPT, _CHOICE = 5, 4  # tokens of the test's prompt and of each of its two choices
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""By the weight of the embedding, which all copies of a model's modules share."""
+"""Keyed by the embedding's weight, which all copies of a model's modules share."""
 
 
 def check_model(model: Any, where: str) -> None:
@@ -93,7 +93,7 @@ def _tested(causal: Any, vocabulary: int, where: str) -> int:
             where=where,
             hint="its weights are damaged, or too large for this dtype: try float32",
         )
-    # Experts see other tokens where others follow or come before, which changes last bits.
+    # An expert sees other tokens if others precede or follow, which changes last bits.
     unmoved = _LOOSE if routed(causal) else _UNMOVED
     if not _alike(first[:_PROMPT], second[:_PROMPT], unmoved):
         raise ConfigError(
@@ -120,7 +120,7 @@ def _tested(causal: Any, vocabulary: int, where: str) -> int:
     found = states_apart(causal, tokens, positions, segments, 2)
     if not _alike(found[0], wanted, _LOOSE):
         raise ConfigError(
-            f"{name} says other things of a row when padding follows it",
+            f"{name} gives other results for a row when padding follows it",
             where=where,
             hint="this family cannot be used; docs/models.md lists those that can",
         )
@@ -140,7 +140,7 @@ def _alike(found: Tensor, wanted: Tensor, tolerances: tuple[float, float] = _ROU
 
 
 def run(causal: Any, virtual: Rows | None = None, **given: Any) -> Tensor:
-    """Hidden states after the last layer, [B, L, D]; what the family does not take is left out.
+    """Hidden states after the last layer, [B, L, D]; omits arguments that the family does not take.
 
     Args:
         virtual: tokens before every row; the states are those of the rows alone.
@@ -153,7 +153,7 @@ def run(causal: Any, virtual: Rows | None = None, **given: Any) -> Tensor:
         states: Tensor = base(**options).last_hidden_state
         return states
     length = given["input_ids"].shape[1]
-    # Not left out if the family does not take them: it says so.
+    # Kept even if the family does not take them: then it says so.
     states = base(**virtual.before(causal, options)).last_hidden_state
     return states[:, -length:]
 
@@ -188,8 +188,8 @@ def states_apart(
 ) -> Tensor:
     """The states of packed rows, [B, L, D], from a plain row for each of their choices.
 
-    Every row ends in at least one place of padding: whether *all* rows of a pass are full, which
-    transformers looks for to do without a mask, must not decide anything.
+    Every row ends in at least one place of padding: transformers drops the mask if *all* rows of a
+    pass are full, and that must not decide anything.
 
     Args:
         choices: rows for each packed row, choice by choice; 1 where nothing needs packing.

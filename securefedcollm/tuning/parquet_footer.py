@@ -1,4 +1,4 @@
-"""What a Parquet file says of itself: its footer, read here and not by Arrow.
+"""A Parquet file's footer, read here and not by Arrow.
 
 Arrow's own reader ends the process (an exception that crosses C++ uncaught) when it is asked for
 the sizes in a malformed footer. The footer is a Thrift struct in the compact protocol

@@ -2,7 +2,7 @@
 
 A record's gradient is meant to be a function of the model and that record. In floating point it is
 also a function of the *shape* of the pass: kernels choose the order of their additions by it. If a
-micro-batch is padded to its longest record, one record more moves the low bits of everybody's
+micro-batch is padded to its longest record, one more record moves the low bits of everybody's
 gradient, and an adapter from a hostile server can amplify low bits until they are the gradient.
 
 So no shape here depends on who shares a pass. A record is padded to a length that follows from its
@@ -10,8 +10,8 @@ own length, and goes into a pass with one of a few numbers of rows for that leng
 were seen to give the same bits; dummies fill up what records do not. Where the model is large
 enough, a pass is one record, without padding.
 
-What remains is that a kernel could treat one row of a pass unlike another. Nothing here excludes
-that; :mod:`.independence` tests it on the device and shapes at hand.
+A kernel could still treat one row of a pass unlike another. Nothing here excludes that;
+:mod:`.independence` tests it on the device and shapes at hand.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ class Pass(NamedTuple):
     """One forward pass."""
 
     rows: Indices
-    """The records in it, in the order of their rows; dummies stand behind."""
+    """The records in it, in the order of their rows; dummies follow."""
     batch: EncodedQuestions
     """As many rows as the shape has, of ``shape.length`` tokens each."""
     shape: Shape
 
 
 class Widths(NamedTuple):
-    """How many records go together; nothing of it follows from what the records are.
+    """How many records go together; none of it depends on what the records are.
 
     ``tokens``: padded tokens in a pass, about. ``most``: records in memory at a time. ``head``:
     positions of one call of the output layer. ``alone``: shapes of which every record goes by
@@ -152,10 +152,10 @@ def passes(
 
 @contextmanager
 def one_thread_if(wide: bool) -> Iterator[None]:
-    """One thread for shapes whose rows may share a pass: by the shape, not by who is there.
+    """One thread for shapes whose rows may share a pass: decided by the shape, not by who is there.
 
-    Threads split a tensor in the middle of a row, and a kernel may do another thing at the edge of
-    a split than elsewhere: with three threads or more the same row was seen to come out of ``gelu``
+    Threads split a tensor in the middle of a row, and a kernel may compute in another way at the
+    edge of a split: with three threads or more the same row was seen to come out of ``gelu``
     and ``silu`` with other last bits in another place.
     """
     threads = torch.get_num_threads()

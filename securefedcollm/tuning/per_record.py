@@ -165,7 +165,7 @@ def _mixed(name: str) -> TrainingError:
 
 
 class Records:
-    """A silo's encoded records, and the gradients of any of them at the model as it stands.
+    """A silo's encoded records, and the gradients of any of them at the model as it is now.
 
     Args:
         parameters: what is trained, in layout order; linear weights, or the virtual tokens. All
@@ -254,7 +254,7 @@ class Records:
         return _products(losses, self._parameters, noted)
 
     def _blocks_of(self, units: Indices) -> Iterator[list[int]]:
-        """Units whose sums are in memory at a time: which ones changes no sum."""
+        """Units whose sums are in memory at a time; the grouping changes no sum."""
         assert self._members is not None
         block: list[int] = []
         size, room = 0, 2 * self._widths.most if self._widths.most > 1 else 1

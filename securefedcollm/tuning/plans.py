@@ -88,16 +88,16 @@ class DistilLossPlan:
         over: the distributions that are compared: over the ``choices`` of a question, over the
             vocabulary at every token of the ``answer`` (of every choice, where there is no label),
             or at ``all`` tokens, the prompt's too.
-        top_k: over tokens: keep of every frozen prediction only the so many most probable tokens.
+        top_k: over tokens: keep only this many most probable tokens of every frozen prediction.
         weight: λ, the factor of the distillation term.
         temperature: τ; both distributions are softmax(scores / τ), the term is scaled by τ².
         direction: D(T, p): ``forward`` KL(T‖p), ``reverse`` KL(p‖T), ``js`` their Jensen–Shannon
             divergence.
         sharpness: s of the pooling weight.
-        change: of ``transfer``: α, the part of the change of predictions; the rest is for them
-            themselves.
-        weighting: over choices: ``paced`` lets a prompt count the more, the less the model that
-            learns is decided about it (:func:`securefedcollm.tuning.choice_distil.paced`).
+        change: of ``transfer``: α, the weight of the change of predictions; 1 − α is that of the
+            predictions themselves.
+        weighting: over choices: ``paced`` gives a prompt the more weight, the less decided the
+            learning model is about it (:func:`securefedcollm.tuning.choice_distil.paced`).
         retain: over choices: the factor of the divergence from what each model says without its
             adapter.
         scoring: the scores of the choices.
@@ -121,7 +121,7 @@ class DistilLossPlan:
 
     @property
     def scorings(self) -> tuple[Scoring, Scoring]:
-        """Of (LLM, SLM)."""
+        """The scorings of (LLM, SLM)."""
         return self.scoring_llm or self.scoring, self.scoring
 
     @property

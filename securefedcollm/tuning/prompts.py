@@ -19,7 +19,7 @@ from securefedcollm.tuning.virtual import virtual_of
 
 _SMALL: Final = 0.02
 _SHAPE: Final = Shape(12, 2)  # of the rows that the test takes
-# How far logits may be apart, of their own length, in float32 and in anything shorter:
+# How far logits may differ, relative to their length, in float32 and in anything shorter:
 _SAME: Final = (1e-3, 0.05)
 _UNMOVED: Final = (1e-6, 1e-3)
 
@@ -75,8 +75,8 @@ def attach_prompt(
 def check_virtual(model: Any, where: str) -> None:
     """Refuse a model that does not heed virtual tokens, or not as PEFT's own forward pass has it.
 
-    Made-up records with packed choices and padding: what they say behind made-up virtual tokens
-    must be what PEFT says of plain rows one by one, and not what the base model says. Models
+    It puts made-up records, with packed choices and padding, behind made-up virtual tokens. The
+    logits must be those of PEFT for plain rows one by one, and not those of the base model. Models
     without virtual tokens pass.
 
     Raises:

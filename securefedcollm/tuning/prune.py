@@ -58,7 +58,7 @@ def token_windows(texts: Sequence[str], tokenizer: Any, length: int) -> Tensor:
 def begun(windows: Tensor, tokenizer: Any) -> Tensor:
     """Windows int64 [N, L] → [N, L + 1] with the token that the tokenizer begins every text with.
 
-    Unchanged if there is none. Some models, as Gemma, are lost without it.
+    Unchanged if there is none. Some models, such as Gemma, fail without it.
     """
     first = tokenizer("a")["input_ids"][0]
     return F.pad(windows, (1, 0), value=first) if first == tokenizer.bos_token_id else windows

@@ -1,4 +1,4 @@
-"""A record as all tasks have it: a prompt, its choices and the right one; and how it is put.
+"""A record of any task: a prompt, its choices and the right one; and how to ask it.
 
 A small base model answers best if each choice is scored as the text that follows the question
 (*cloze*, as in lm-eval). An instruct model of a billion weights or more answers best if the choices
@@ -51,7 +51,7 @@ def lettered(question: Question, cue: str, *, chat: bool) -> Question:
     """The question with its choices in the prompt, each behind a letter; the choices are letters.
 
     Args:
-        cue: what the task's template puts after the text, as "\\nAnswer:". The prompt loses it.
+        cue: what the task's template puts after the text, e.g. "\\nAnswer:". The prompt loses it.
         chat: the prompt is a turn of a chat, which ends with :data:`BY_LETTER`.
 
     Raises:

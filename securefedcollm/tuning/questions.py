@@ -49,7 +49,7 @@ class Scoring(NamedTuple):
 
     @property
     def needs_prior(self) -> bool:
-        """Whether :func:`.frozen.with_prior` must have been there first."""
+        """Whether :func:`.frozen.with_prior` must run first."""
         return self.rule in {"pmi", "pmi-length"}
 
 
@@ -156,7 +156,7 @@ def encode(
 
     Raises:
         DataError: a question has no choices, an answer outside of them, a choice without tokens, or
-            choices that alone pass ``max_tokens``.
+            choices that alone exceed ``max_tokens``.
     """
     if not questions:
         raise DataError("no questions", where="questions", hint="give at least one question")
@@ -251,10 +251,10 @@ def token_log_probs(
     fixed passes the chunks have one size whatever is in them: zeros fill up the last.
 
     Args:
-        states: what :func:`last_hidden` says of each batch, [B, L, D].
+        states: :func:`last_hidden` of each batch, [B, L, D].
     """
     found: dict[int, Tensor] = {}
-    # A record with one choice goes one way and one with several the other, whoever is with it.
+    # A record with one choice takes one path and one with several the other, whoever is with it.
     for alone in (True, False):
         part = [i for i, batch in enumerate(batches) if batch.generative == alone]
         if part:
@@ -291,7 +291,7 @@ def _log_probs(
 
 
 class _Wanted(NamedTuple):
-    """What of one batch goes through the output layer."""
+    """The part of one batch that goes through the output layer."""
 
     states: Tensor  # [m, D]
     place: Tensor  # int64 [t]: where among them each target is predicted
@@ -330,7 +330,7 @@ def last_hidden(model: Any, batch: EncodedQuestions) -> Tensor:
     """Hidden states after the last layer, [B, L, D], from the cached states on if there are any.
 
     Args:
-        model: plain, or with an adapter; virtual tokens stand before every row.
+        model: plain, or with an adapter; virtual tokens precede every row.
     """
     causal, virtual = unwrapped(model), virtual_of(model)
     fixed, length = batch.head is not None, batch.tokens.shape[1]

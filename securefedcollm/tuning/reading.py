@@ -1,7 +1,7 @@
 """The questions of a data file: every row checked by :mod:`.rows`, then read by :mod:`.tables`.
 
-Adversary: whoever made the file. What the guard and Arrow do not read alike is refused, so that no
-row is one thing to whoever looked at it and another to the training.
+Adversary: whoever made the file. A row that the guard and Arrow read differently is refused, so
+that it cannot be one thing to whoever looks at it and another to the training.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _two_ways(one: Row | BadField, other: Row | None, form: Format) -> BadField:
     mine, read = one if isinstance(one, dict) else {}, other or {}
     return BadField(
         next((name for name in read if read[name] != mine.get(name)), form.columns[0]),
-        "is in a row that two readers do not read alike",
+        "is in a row that two readers read differently",
         "numbers are within 2^63, other values are texts; quotes in CSV are doubled",
     )
 
@@ -104,7 +104,7 @@ def _read(batch: Sequence[Checked]) -> list[Row | None]:
     found: list[Row | None] = [None] * len(batch)
     for shape, members in alike.items():
         rows = _rows([batch[i] for i in members], shape)
-        if rows is None:  # which of them it is shows one by one
+        if rows is None:  # reading one by one shows which
             alone = [_rows([batch[i]], shape) for i in members]
             rows = [one[0] if one else None for one in alone]
         for i, row in zip(members, rows, strict=True):

@@ -25,7 +25,7 @@ def silent(done: int, total: int, text: str) -> None:
 
 @dataclass(frozen=True)
 class Pace:
-    """The learning rate, as a part of the study's, and the weight decay of every step.
+    """The learning rate, as a fraction of the study's, and the weight decay of every step.
 
     ``first``: how many of the ``total`` steps were taken before this call. Adversary: none; the
     number of a step is public.
@@ -38,7 +38,7 @@ class Pace:
     weight_decay: float = 0.0
 
     def factor(self, step: int) -> float:
-        """Of step ``step`` (from 0) of this call; above 0 until all steps are taken."""
+        """Fraction at step ``step`` (from 0) of this call; above 0 until all steps are taken."""
         at = self.first + step
         rising = round(self.warmup * self.total)
         if at < rising:
@@ -49,7 +49,7 @@ class Pace:
         return 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
     def set(self, optimizer: torch.optim.Optimizer, learning_rate: float, step: int) -> None:
-        """Before the optimizer's step ``step``."""
+        """Call this before the optimizer's step ``step``."""
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * self.factor(step)
 
@@ -63,7 +63,7 @@ def make_optimizer(
     learning_rate: float,
     weight_decay: float = 0.0,
 ) -> torch.optim.Optimizer:
-    """A fresh optimizer; Adam with β = (0.9, 0.999), weight decay apart from it (AdamW)."""
+    """A fresh optimizer; Adam with β = (0.9, 0.999) and decoupled weight decay (AdamW)."""
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=learning_rate, weight_decay=weight_decay)
     if weight_decay:
@@ -108,7 +108,7 @@ def _modes(models: Sequence[nn.Module], *, training: bool) -> Iterator[None]:
 
 
 ONE_AT_A_TIME = RLock()
-"""Who holds it may use transformers' loaders."""
+"""Whoever holds it may use transformers' loaders."""
 
 
 @contextmanager

@@ -35,13 +35,13 @@ MOST_LINE: Final = 16 << 20
 """Bytes of a line, characters of a cell: a long book."""
 _FREE: Final = 64 << 20
 _UNFOLDING: Final = 100
-"""A column may unfold to so many times the file, beyond ``_FREE`` bytes: text shrinks ten times."""
+"""A column may unfold to this multiple of the file, beyond ``_FREE`` bytes: text shrinks 10:1."""
 _MOST_COLUMNS: Final = 1000
 BATCH: Final = 1024
 """Rows that are held at a time."""
 _DELIMITERS: Final = ",;\t|"
 _TOLD: Final = re.compile(rf'"?sep=([{_DELIMITERS}])"?\s*')
-"""A first line by which a spreadsheet says what separates the cells."""
+"""A spreadsheet's first line that says what separates the cells."""
 _LARGEST: Final = 2**63
 _UTF8: Final = "save the file as UTF-8 (it may be in the encoding of an older Windows)"
 
@@ -52,7 +52,7 @@ class Checked(NamedTuple):
     ``place``: ``file:line`` (Parquet: ``file, row n``, from 1); ``row``: what it says, or what is
     wrong with it; ``raw``: its bytes in the file, ``shape``: the columns that are to be read from
     them, and ``table``: by what. A row of a Parquet file has no bytes of its own. ``whole``: a
-    digest of all its text, in columns that are not read as well.
+    digest of all its text, also in columns that are not read.
     """
 
     place: str
@@ -67,7 +67,7 @@ def rows_of(path: Path, form: Format, owner: str | None) -> Iterator[Checked]:
     """Every row of a file, blank lines left out.
 
     Args:
-        owner: a column that is needed besides those of the format.
+        owner: a column that is needed in addition to the format's.
 
     Raises:
         DataError: the file as a whole cannot be read.
@@ -205,9 +205,9 @@ def _noted(lines: Iterator[str], passed: list[str]) -> Iterator[str]:
 
 
 def _delimiter(first: str, where: str) -> str:
-    """What separates the cells: what the header holds. Of a single column, the comma.
+    """The separator of the cells: the one in the header, or a comma for a single column.
 
-    Adversary: a study's author. Were it what gives the study's columns, a study that names the
+    Adversary: a study's author. If the study's columns decided this, a study that names the
     column "text,label" would read each line as one cell, so every record as another.
     """
     found = [
@@ -260,7 +260,7 @@ def _csv_row(header: list[str], cells: list[str]) -> Row | BadField:
     if len(cells) > len(header):
         return BadField(
             header[-1],
-            f"is where {len(cells)} cells meet a header of {len(header)}",
+            f"is in a row of {len(cells)} cells under a header of {len(header)}",
             "put a cell that holds a comma (or what else separates the cells) in double quotes",
         )
     if not _whole_characters("".join(cells)):
@@ -294,7 +294,7 @@ def _parquet_rows(path: Path, form: Format, wanted: set[str]) -> Iterator[Checke
                 held += sum(part.column(name).nbytes for name in columns)
                 table = pa.Table.from_batches([part])
                 reading = rows_of_table(table.select([n for n in columns if n in wanted]))
-                # What a row is known by is never what a study has read, in its way.
+                # A row is identified by its whole text, never by a study's reading of it.
                 for row, whole in zip(reading, table.to_pylist(), strict=True):
                     number += 1
                     letters = _letters(whole)
@@ -329,7 +329,7 @@ def _parquet_row(place: str, row: Row, label: str, classes: dict[str, list[str]]
 
 
 def _letters(value: object) -> int:
-    """How many characters of text stand in a value, whatever it is made of."""
+    """How many characters of text a value holds, whatever its type."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
@@ -340,7 +340,7 @@ def _letters(value: object) -> int:
 
 
 def _may_hold_text(kind: pa.DataType) -> bool:
-    """Whether there may be text in values of a type; the file's, whatever a study reads."""
+    """Whether values of a type may hold text: the file's type, whatever a study reads."""
     import pyarrow as pa
 
     if isinstance(kind, pa.BaseExtensionType):
@@ -364,10 +364,10 @@ def _may_hold_text(kind: pa.DataType) -> bool:
 
 
 def _classes(schema: pa.Schema, label: str) -> dict[str, list[str]]:
-    """What the file itself says that numbers mean, by column: every ClassLabel of ``datasets``.
+    """The names that the file itself gives to numbers, by column: every ClassLabel of ``datasets``.
 
     Raises:
-        ValueError: it says so of the label in a way that cannot be read.
+        ValueError: those of the label cannot be read.
     """
     about: Any = decode_json((schema.metadata or {}).get(b"huggingface", b"{}"))
     found = {}
@@ -396,9 +396,9 @@ def _allowed(path: Path, size: int, about: Footer, columns: list[str]) -> tuple[
     """(bytes that the columns may unfold to, rows to unfold at a time).
 
     Adversary: a file of 245 kB whose columns unfold to gigabytes, by compression, or by one long
-    value in a dictionary that a million rows refer to. What it says of itself is looked at first,
-    and then what really comes, a few rows at a time. That a page is as long as the file says is not
-    checked here: one that lies can take 2 GB, once.
+    value in a dictionary that a million rows refer to. Its footer is checked first,
+    and then what really comes, a few rows at a time. Whether a page is as long as the file says is
+    not checked here: one that lies can take 2 GB, once.
     """
     most = _FREE + _UNFOLDING * size
     chunks = [chunk for chunk in about.chunks if chunk.column in columns]

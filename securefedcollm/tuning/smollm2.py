@@ -60,7 +60,7 @@ def unpack_wheel(wheel: Path, out: Path) -> None:
 def healing_text() -> list[str]:
     """The Python language reference that every CPython carries: 0.46 MB of English prose.
 
-    On every machine, free to use (PSF licence), and certainly disjoint from any question set.
+    It is on every machine, free to use (PSF licence), and surely disjoint from any question set.
     """
     from pydoc_data.topics import topics
 

@@ -1,7 +1,7 @@
 """Distillation over the vocabulary between two models with different tokenizers.
 
 **Spans.** Both tokenizations of a text are cut where both have a token's end (as in TRL's GOLD);
-between two such places stands the same stretch of text, of one or more tokens on either side.
+between two such places both have the same stretch of text, in one or more tokens each.
 
 **Events.** At the first token of a span, each model gives a distribution over K + 2 events, the
 same for both: the span itself (by the chain rule over its tokens); each of the K tokens that both
@@ -97,7 +97,7 @@ _PROMPT = -1
 
 
 def _texts(data: EncodedQuestions, answer: int, over: Over) -> list[int]:
-    """What is compared of a question: the prompt, and its answer or else every choice."""
+    """The compared texts of a question: the prompt, and its answer or else every choice."""
     choices = [answer] if answer >= 0 else list(range(data.choice_mask.shape[1]))
     return [_PROMPT, *choices] if over == "all" else choices
 
@@ -148,7 +148,7 @@ class SpanObjective:
         loss: DistilLossPlan,
         learns: tuple[bool, bool] = (True, True),
     ) -> None:
-        """``learns``: which models do; the other one is only asked, and its term is 0."""
+        """``learns``: which models learn; one that does not is only asked, and its term is 0."""
         assert loss.over != "choices"
         positions = [positions_of(questions, loss.over) for questions in data]
         spans, self._starts = spans_of(data, positions, loss.over)
@@ -268,7 +268,7 @@ class SpanObjective:
 
 @dataclass(frozen=True)
 class _Measured:
-    """What one model says at some spans."""
+    """One model's predictions at some spans."""
 
     states: Tensor  # [m, D]: where the first token is predicted
     later: Tensor  # float32 [m]: log-probability of the tokens after it, at the temperature
@@ -324,14 +324,14 @@ class _Side:
         return states_at(self._model, self._data.select(part), local, self._positions.at[index])
 
     def cross_entropy(self, hidden: Tensor, batch: Tensor, part: Tensor) -> Tensor:
-        """Of the labelled tokens of ``part``, their share of the mean over ``batch``."""
+        """Over the labelled tokens of ``part``: their share of the mean over ``batch``."""
         gold = self._positions.gold
         labels = max(1, int((gold[self._positions.of(batch)[0]] >= 0).sum()))
         own = gold[self._positions.of(part)[0]].to(hidden.device)
         return chunked_loss(hidden, self._plain, labels=Labels(gold=own, scale=1 / labels))
 
     def measured(self, hidden: Tensor, part: Tensor, spans: Tensor) -> _Measured:
-        """At the spans ``spans`` (all those of the rows ``part``), from their hidden states."""
+        """Predictions at ``spans`` (all those of the rows ``part``), from their hidden states."""
         index, _ = self._positions.of(part)
         local = torch.full((len(self._positions.at),), -1)
         local[index] = torch.arange(len(index))
@@ -351,7 +351,7 @@ class _Side:
         return _Measured(states, later, token, whole)
 
     def frozen(self, starts: Tensor, batch_size: int) -> _Measured:
-        """At all spans, as the model is now."""
+        """The predictions at all spans, as the model is now."""
         kept: list[tuple[Tensor, _Measured]] = []
         with inference_mode(self._model):
             for rows, _ in by_length(self._data, batch_size):

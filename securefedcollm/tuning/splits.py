@@ -33,8 +33,8 @@ def record_id(question: Question) -> bytes:
 def record_content(question: Question) -> bytes:
     """SHA-256 (32 bytes) of what makes a record the same in every study; not of its answer.
 
-    For the privacy ledger. See :func:`~.formats.content_of`; a question that was read from no file
-    has the words of its prompt and its choices.
+    For the privacy ledger. See :func:`~.formats.content_of`; a question that came from no file is
+    identified by the words of its prompt and its choices.
     """
     return question.content or content_digest([folded(question.prompt)], question.choices)
 
@@ -93,7 +93,7 @@ class SplitPlan:
         concentration: None deals the silos' questions independently and identically distributed.
             A number α > 0 draws for every ``group`` (of a classification without groups: every
             label) a Dirichlet(α) distribution over the silos (Hsu, Qi and Brown, arXiv
-            1909.06335): the smaller, the more one silo owns a group.
+            1909.06335): the smaller α, the more one silo owns a group.
         skew: size of the largest silo over that of the smallest, see :func:`silo_sizes`.
     """
 
@@ -106,7 +106,7 @@ class SplitPlan:
     skew: float = 1.0
 
     def check(self, questions: int) -> None:
-        """Refuse a plan that so many questions cannot fill.
+        """Refuse a plan that ``questions`` questions cannot fill.
 
         Raises:
             DataError: there are too few questions.
@@ -189,7 +189,7 @@ _STREAM = 0x5EED_5B1175  # keeps this use of a study's seed apart from every oth
 
 
 def _asked(question: Question) -> str:
-    """What makes two questions the same but for their answers: the prompt, or the whole text."""
+    """The text by which two questions are the same, whatever their answers: prompt, or all text."""
     return folded(question.prompt or question.choices[0])
 
 
@@ -261,7 +261,7 @@ def _dirichlet(
 
 
 def _grouping(questions: Sequence[Question]) -> Callable[[Question], str]:
-    """By group; by label, where all have one group and the same choices (a classification)."""
+    """By group, or by label if all have one group and the same choices (a classification)."""
     if len({q.group for q in questions}) > 1 or len({q.choices for q in questions}) > 1:
         return lambda question: question.group
     return lambda question: str(question.answer)

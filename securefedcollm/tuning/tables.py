@@ -1,8 +1,8 @@
-"""Rows as Arrow and ``datasets`` read them, out of bytes that :mod:`.rows` has checked.
+"""Rows as Arrow and ``datasets`` read them, from bytes that :mod:`.rows` has checked.
 
 Everything stays in memory and has the columns and types that are named here. ``load_dataset`` would
 report its calls to a public server and leave a copy of the records in the user's cache; and its
-builders guess types, so that a text which looks like a date is none.
+builders guess types, so that a text which looks like a date would become one.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def json_table(lines: Sequence[bytes], shape: Shape) -> pa.Table:
     """Lines of JSON as a table with the columns ``shape``.
 
     Raises:
-        pyarrow.ArrowException: Arrow reads a line otherwise, or not at all.
+        pyarrow.ArrowException: Arrow reads a line differently, or not at all.
     """
     import pyarrow as pa
     import pyarrow.json as reader
@@ -87,7 +87,7 @@ def csv_table(records: Sequence[bytes], shape: Shape, delimiter: str = ",") -> p
     """Records of CSV as a table with the columns ``shape``: no cell becomes a number or null.
 
     Raises:
-        pyarrow.ArrowException: Arrow reads a record otherwise, or not at all.
+        pyarrow.ArrowException: Arrow reads a record differently, or not at all.
     """
     import pyarrow as pa
     import pyarrow.csv as reader

@@ -13,7 +13,7 @@ from securefedcollm.tuning.layers import decoder_layers
 
 
 def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    """Each name must be that of a linear layer, or the end of one's: PEFT trains what it finds."""
+    """Each name must be a linear layer's, or the end of one: PEFT trains whatever it finds."""
     modules = {name: m for name, m in unwrapped(model).named_modules() if name}
     linear = [name for name, module in modules.items() if _is_linear(module)]
     known = ", ".join(sorted({name.rpartition(".")[2] for name in linear})[:20])

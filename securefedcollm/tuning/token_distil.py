@@ -83,7 +83,7 @@ class TokenObjective:
         loss: DistilLossPlan,
         learns: tuple[bool, bool] = (True, True),
     ) -> None:
-        """``learns``: which models do; the other one is only asked, and its term is 0."""
+        """``learns``: which models learn; one that does not is only asked, and its term is 0."""
         assert loss.over != "choices"
         self._models, self._data, self._loss, self._learns = models, data, loss, learns
         self._positions = positions_of(data[0], loss.over)
@@ -121,7 +121,7 @@ class TokenObjective:
         return terms
 
     def _states(self, which: int, part: Tensor, local: Tensor, index: Tensor) -> Tensor | None:
-        """Of one model at the positions ``index``; None if nobody needs them."""
+        """One model's states at the positions ``index``; None if nobody needs them."""
         learns = self._learns[which]
         if not learns and self._loss.kind != "mutual-kl":
             return None
@@ -145,7 +145,7 @@ class TokenObjective:
         return frozen if loss.top_k is None else frozen.shortened(loss.top_k)
 
     def _teacher(self, targets: Targets, positions: int) -> Teacher:
-        """λ times the mean divergence over so many positions."""
+        """λ times the mean divergence over that many positions."""
         loss = self._loss
         return Teacher(
             targets=targets,
@@ -176,7 +176,7 @@ class TokenObjective:
 
 @dataclass(frozen=True)
 class Frozen:
-    """What both models say at the M positions when the phase begins, and how much each counts."""
+    """Both models' predictions at M positions when the phase begins, and how much each counts."""
 
     states: tuple[Tensor, Tensor] | None  # [M, D] of the LLM and of the SLM; None once listed
     logits: Sequence[Logits]

@@ -3,7 +3,7 @@
 At a vocabulary of 49k, 512 positions of logits, log-probabilities and their gradients take most of
 a gigabyte for student and teacher together. Here both enter as hidden states with their output
 layers, a few positions at a time; loss and gradient are computed together in the forward pass, so
-that what stays for the backward pass is one gradient of the size of the hidden states. The same
+that the backward pass needs only one gradient of the size of the hidden states. The same
 idea is in Liger Kernel (arXiv 2410.10989) as a GPU kernel; this is plain PyTorch.
 """
 
@@ -27,7 +27,7 @@ CHUNK = 64  # positions at a time: 64 × 49k × 4 B = 13 MB for each of some eig
 
 @dataclass(frozen=True)
 class Target:
-    """What a teacher says at m positions, as finite log-probabilities at the loss's temperature.
+    """A teacher's predictions at m positions: finite log-probabilities at the loss's temperature.
 
     Over the whole vocabulary, or over the ``tokens`` that are listed; all others then form one
     event, whose probability is what is left.
@@ -59,8 +59,8 @@ class Teacher:
     """The divergence term.
 
     Attributes:
-        targets: what the teacher says, constant.
-        scale: factor of the sum over the positions, beside τ².
+        targets: the teacher's predictions, constant.
+        scale: factor of the sum over the positions, in addition to τ².
         temperature: τ of both distributions.
         direction: ``forward`` KL(teacher‖student), ``reverse`` KL(student‖teacher), ``js`` their
             Jensen–Shannon divergence.
@@ -169,7 +169,7 @@ def gold_log_probs(hidden: Tensor, logits: Logits, gold: Tensor, *, chunk: int =
 
 
 class _Gold(torch.autograd.Function):
-    """What flows back to a position is its own slope, scaled: the slopes are kept, [M, D]."""
+    """The gradient at a position is its own slope, scaled: the slopes are kept, [M, D]."""
 
     @staticmethod
     def forward(ctx: Any, logits: Logits, gold: Tensor, chunk: int, hidden: Tensor) -> Tensor:

@@ -105,12 +105,12 @@ def tokenise(
 
 
 class _Reader:
-    """A tokenizer that says :class:`Piece`."""
+    """A tokenizer that returns :class:`Piece`."""
 
     def __init__(self, tokenizer: Any, cuts: bool) -> None:
         if cuts and not getattr(tokenizer, "is_fast", False):
             raise ConfigError(
-                f"{type(tokenizer).__name__} does not tell where its tokens stand in the text",
+                f"{type(tokenizer).__name__} does not report where its tokens are in the text",
                 where="distillation.over",
                 hint="use models with fast tokenizers, or choose over: choices",
             )
@@ -150,7 +150,7 @@ def _cuts(places: list[tuple[int, int]], added: list[int]) -> list[int]:
 
 
 def _choices(questions: Sequence[Question], reader: _Reader) -> list[Row]:
-    """In two calls of the tokenizer."""
+    """The rows of all questions, in two calls of the tokenizer."""
     prompts = reader.read([q.prompt for q in questions])
     wholes = iter(reader.read([f"{q.prompt} {c}" for q in questions for c in q.choices]))
     return [
@@ -247,7 +247,7 @@ def check_template(tokenizer: Any) -> None:
 
 @contextmanager
 def _date(day: datetime) -> Iterator[None]:
-    """What transformers tells chat templates for today: nothing that is passed can overrule it."""
+    """Replace today's date in chat templates: transformers has no argument that overrules it."""
     from transformers.utils import chat_template_utils as library
 
     kept: Any = library.datetime
@@ -265,7 +265,7 @@ def _templated(tokenizer: Any, turns: list[dict[str, str]], **options: Any) -> s
         if turns[0]["role"] != "system" and _takes_system(tokenizer, turns, options):
             raise _template("needs a system turn, and this task has none") from None
         # Its message may quote a record.
-        raise _template(f"cannot put one question ({type(error).__name__})") from None
+        raise _template(f"cannot render one question ({type(error).__name__})") from None
     return text
 
 

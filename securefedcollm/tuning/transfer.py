@@ -25,7 +25,7 @@ from securefedcollm.tuning.questions import EncodedQuestions, choice_scores
 
 
 class TransferObjective:
-    """The loss of the large model on a part of a batch; the small one's is nothing.
+    """The loss of the large model on a part of a batch; the small one's is zero.
 
     With the scores z of the choices, with (z) and without (z⁰) the adapter, of the large model (L)
     and the small one (S), and softmax at the temperature τ:

@@ -1,4 +1,4 @@
-"""Which models compute alike, so that what was found of one holds of the other."""
+"""Which models compute alike, so that a finding on one holds for the other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PLAIN: Final = (bool, int, float, str, bytes, type(None), torch.dtype, torch.de
 _OF_TORCH: Final = frozenset(vars(nn.Module())) - {"training"}
 """What every module has: parameters, buffers, submodules and hooks, which are looked at here."""
 _ALIGNED: Final = 64
-"""Bytes of the widest register: a kernel may go another way where memory does not start so."""
+"""Bytes of the widest register: a kernel may take another path in memory not aligned to it."""
 
 
 class _UnlikeAnyOtherError(Exception):
@@ -27,7 +27,7 @@ def fingerprint(model: nn.Module) -> bytes | None:
     They cover the class and the settings of every layer and configuration, and every weight and
     buffer: its bits, type, shape, strides and device, and how its memory is aligned.
 
-    Returns None for a model that no other is like: one with hooks, a layer whose forward is its
+    Returns None for a model that no other can match: one with hooks, a layer whose forward is its
     own, or a setting that cannot be compared.
     """
     found = hashlib.sha256()

@@ -1,7 +1,7 @@
 """Virtual tokens before every row: soft prompts and prefixes, as PEFT makes them.
 
-A *prompt* (Lester et al. 2021, arXiv 2104.08691) is p vectors of the embedding's width that stand
-before the tokens of a row. A *prefix* (Li and Liang 2021, arXiv 2101.00190, without its
+A *prompt* (Lester et al. 2021, arXiv 2104.08691) is p vectors of the embedding's width that
+precede the tokens of a row. A *prefix* (Li and Liang 2021, arXiv 2101.00190, without its
 reparametrisation) is p keys and values in every layer. The base model stays as it is. Both are one
 matrix, [p, numbers of a token], and every row of a pass gets a copy of its own: the gradient of a
 row's copy is the gradient of that row, and no kernel adds it to another's.
@@ -32,7 +32,7 @@ class Virtual:
     count: int
     prefix: bool
     shape: tuple[int, int]
-    """Of a prefix: heads of the keys and values of a layer, and their width."""
+    """For a prefix: heads of a layer's keys and values, and their width."""
 
     @property
     def weight(self) -> nn.Parameter:
@@ -52,7 +52,7 @@ class Rows(NamedTuple):
     values: Tensor  # float32 [B, p, w]
 
     def each(self, times: int) -> Rows:
-        """For ``times`` rows in place of every row, one after the other."""
+        """Repeat every row ``times`` times, one after the other."""
         size, count, width = self.values.shape
         values = self.values[:, None].expand(size, times, count, width)
         return Rows(self.virtual, values.reshape(size * times, count, width))
@@ -95,7 +95,7 @@ def virtual_of(model: Any) -> Virtual | None:
 
 
 def virtual_count(model: Any) -> int:
-    """How many virtual tokens stand before every row of ``model``."""
+    """How many virtual tokens precede every row of ``model``."""
     virtual = virtual_of(model)
     return 0 if virtual is None else virtual.count
 

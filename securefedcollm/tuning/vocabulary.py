@@ -1,4 +1,4 @@
-"""What the tokens of a vocabulary stand for, in bytes: what two tokenizers have in common."""
+"""The bytes that the tokens of a vocabulary stand for: two tokenizers have those in common."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
     """Byte-level tokens (GPT-2, Llama 3, Qwen), SentencePiece's (Llama 2, Gemma), or plain words.
 
     In the first, every byte is spelled as a printable character; in the second, ``▁`` is a space
-    and ``<0xNN>`` a byte; in a vocabulary of words without spaces every word follows one, but for
-    the continuations of WordPiece (``##``).
+    and ``<0xNN>`` a byte; in a vocabulary of words without spaces every word follows one, except
+    for the continuations of WordPiece (``##``).
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     spelled = backend.to_str() if backend is not None else ""

@@ -1,7 +1,7 @@
-"""All weights of a model as what is tuned: ``adapter.method: full``.
+"""Tuning all weights of a model: ``adapter.method: full``.
 
 The vector that travels is the *difference* from the base model, float32, parameter by parameter in
-the order of their names; a tied weight is there once. It starts at zero, and bounds on it
+the order of their names; a tied weight appears once. It starts at zero, and bounds on it
 (``adapter.max_abs``) mean the same as for an adapter. What a run releases is a whole model that
 transformers loads.
 
@@ -31,14 +31,14 @@ from securefedcollm.tuning.recipe import quiet_transformers
 
 Vector = npt.NDArray[np.float32]
 WHOLE: Final = "config.json"
-"""Is beside the weights of a whole model, and beside no adapter."""
+"""It lies beside the weights of a whole model, and beside no adapter."""
 
 
 class WholeModel(nn.Module):
     """A causal language model whose weights are all tuned, and the weights that it came with.
 
-    Has what of a ``PeftModel`` this room uses. ``causal`` itself stays as it is, and shares memory
-    with nothing here but the base weights.
+    Has the parts of ``PeftModel`` that this room uses. ``causal`` itself stays as it is, and shares
+    memory with nothing here but the base weights.
 
     Raises:
         ConfigError: a weight is not float32, so that small steps would be rounded away.
@@ -67,7 +67,7 @@ class WholeModel(nn.Module):
         return sorted(self.causal.named_parameters())
 
     def base(self, name: str) -> Tensor:
-        """What the weight ``name`` was before any tuning."""
+        """The weight ``name`` before any tuning."""
         found: Tensor = self._base[name]
         return found
 

@@ -13,8 +13,8 @@ medicine. Two kinds of knowledge:
 A question is such a sentence without its last word, with four choices; as text it is the sentence
 itself (:func:`as_text`). No test prompt occurs in
 any record, public prompt or pretraining sentence; a fifth of the conditions occurs in no consortium
-record or prompt at all (the rules must be applied to them). What is assumed: prompts, without
-answers, about the private topics exist in public; none of them is asked in any record.
+record or prompt at all (the rules must be applied to them). The world assumes that prompts about
+the private topics, without answers, exist in public; none of them is asked in any record.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class World:
     Args:
         seed: of what is private or chosen: the consortium's rules, the records, the public prompts.
         silos: hospitals of the consortium; the 16 families are dealt to them in turn.
-        part: (number, parts): records are only about this one of so many parts of the families, and
+        part: (number, parts): records are only about this one of all parts of the families, and
             questions about house rules are in groups ``private 1``, ``private 2`` … by part.
         public_seed: of what a pretrained model may have read: general knowledge, the rules of the
             other hospitals; and of the test prompts, so that pretraining can leave them out.
@@ -231,7 +231,7 @@ class World:
 
         Args:
             count: how many; None: as many as ``sizes`` says.
-            shares: float64 [16], the part of each disease family in them, in sum 1; None: nearly
+            shares: float64 [16], the part of each disease family in them, sum 1; None: nearly
                 all are about the hospital's own families.
         """
         draw = self._random(f"records of silo {silo}")
@@ -423,7 +423,7 @@ def _take(cases: list[_Case], count: int, draw: np.random.Generator) -> list[_Ca
 
 
 def _owners(records: int) -> npt.NDArray[np.int64]:
-    """The patient of each of so many records: as many with one record as with seven."""
+    """The patient of each record: as many patients have one record as have seven."""
     counts = 1 + np.arange(records) % _MOST_RECORDS
     return np.repeat(np.arange(records), counts)[:records]
 

@@ -57,7 +57,7 @@ def test_a_run_is_not_resumed_with_another_base_model(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ArithmeticServer, "base_digest", OTHER)
         patch.setattr(ArithmeticSilo, "base_digest", OTHER)
-        with pytest.raises(ConfigError, match="that of this run's earlier rounds 6262") as caught:
+        with pytest.raises(ConfigError, match="but this run's earlier rounds had 6262") as caught:
             RecordedRun(tmp_path, study, resume=True).go()
     assert "covered the weights alone" in caught.value.hint
     assert (tmp_path / "server" / "state.json").read_bytes() == state
@@ -74,7 +74,7 @@ def test_a_silo_does_not_go_on_with_another_base_model(tmp_path, monkeypatch, ca
         given(patch, "silo-3", OTHER)
         run = RecordedRun(tmp_path, study, resume=True)
         run.go()
-    assert "that of this run's earlier rounds" in caplog.text
+    assert "this run's earlier rounds had" in caplog.text
     last = run.store.state.history[-1]
     assert last["dropouts"] == {"silo-3": "this silo cannot take part (its own log says why)"}
     assert kinds(silo_log(tmp_path, study, "silo-3")).count("round") == rounds

@@ -120,7 +120,7 @@ def test_a_bad_jsonl_row_is_named_by_line_and_field(tmp_path: Path, bad: str, sa
         ('a,"[""x"", ""y""]",two', "'answer' is a str"),
         ('a,"[""x"", ""y""]",', "'answer' is missing"),
         ("a,x|y,0", "'choices' is not a JSON list"),
-        ('a,"[""x"", ""y""]",0,more', "4 cells meet a header of 3"),
+        ('a,"[""x"", ""y""]",0,more', "4 cells under a header of 3"),
         ('a,"[""x"", ""y""]"', "'answer' is missing"),
     ],
 )

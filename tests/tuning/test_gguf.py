@@ -264,12 +264,12 @@ def words(writer: gguf.GGUFWriter) -> None:
         ({"change": own_factors}, ConfigError, "scales its positions by numbers of its own"),
         ({"change": yarn}, ConfigError, r"scales its positions \(yarn\)"),
         ({"change": part}, DataError, "is one of 3 parts of a model"),
-        ({"change": deep}, DataError, "speaks of 4000000000 layers and holds 20 tensors"),
+        ({"change": deep}, DataError, "declares 4000000000 layers but holds 20 tensors"),
         ({"change": words}, DataError, "is a damaged or unusual GGUF file"),
         (
             {"leave_out": "blk.1.ffn_up"},
             DataError,
-            "lacks 1 of the model's tensors, model.lay",
+            "lacks 1 of the model's tensors, such as model.lay",
         ),
     ],
 )

@@ -73,7 +73,7 @@ def test_a_hostile_json_row_is_named_by_line(tmp_path: Path, row: str, says: str
         ('a,"[""\\ud800"", ""y""]",0', "'choices' is not a JSON list"),
         (f'a,"[""x"", ""y""]",{"9" * 5000}', "'answer' is none of the 2 choices"),
         ('a\udcff,"[""x"", ""y""]",0', "is not UTF-8"),
-        ('a,"[""x"", ""y""]",0,1,2', "5 cells meet a header of 3"),
+        ('a,"[""x"", ""y""]",0,1,2', "5 cells under a header of 3"),
     ],
     ids=lambda text: text[:20],
 )
@@ -295,7 +295,7 @@ def test_no_spelling_of_a_topic_makes_another_data_set(tmp_path: Path) -> None:
     ("bad", "says"),
     [
         ("9" * 25, "field 'subject' is a number beyond 2^63"),
-        ("1e999", "two readers do not read alike"),
+        ("1e999", "two readers read differently"),
     ],
 )
 def test_what_two_readers_do_not_read_alike_is_refused(tmp_path: Path, bad: str, says: str) -> None:
@@ -344,4 +344,4 @@ def test_every_row_passes_through_datasets(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(
         Dataset, "to_list", lambda self: [{**row, "answer": 1} for row in read(self)]
     )
-    assert "two readers do not read alike" in refused(path)
+    assert "two readers read differently" in refused(path)

@@ -166,14 +166,14 @@ REFUSED: dict[str, tuple[str, Content, dict[str, Any], str, str]] = {
         "text,label\nDear colleague, all is well,calm\n",
         WARDS,
         ":2",
-        "3 cells meet a header of 2",
+        "3 cells under a header of 2",
     ),
     "a semicolon without quotes": (
         ".csv",
         "text;label\na;calm\nwell; nearly;calm\n",
         WARDS,
         ":3",
-        "3 cells meet a header of 2",
+        "3 cells under a header of 2",
     ),
     "a column twice": (
         ".csv",

@@ -374,5 +374,5 @@ def test_refusals(two: tuple[Any, Any]) -> None:
     class Slow:
         is_fast = False
 
-    with pytest.raises(ConfigError, match="does not tell where its tokens stand"):
+    with pytest.raises(ConfigError, match="does not report where its tokens are"):
         tokenise([Question("", ("a b",), 0)], Slow(), 8, "text", cuts=True)

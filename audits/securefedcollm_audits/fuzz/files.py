@@ -87,7 +87,7 @@ class Dice:
 
 
 def study(script: bytes) -> str:
-    """A study file. What is read has a digest, and is read back from what it is written as."""
+    """A study file. A study that is read has a digest, and survives a write and a read."""
     from securefedcollm.study import dump_study, load_study
 
     dice = Dice(script)

@@ -3,7 +3,7 @@
 ``python -m securefedcollm_audits.fuzz --target protocol|study|bundle|data --seconds 60`` plays one
 with random inputs, and guided by coverage if the package ``atheris`` is installed.
 
-``protocol``: a whole round, its frames altered as the input says. Adversary: the network and the
+``protocol``: a whole round, with frames altered by the input. Adversary: the network and the
 server between honest state machines. Whatever happens to frames, both sides answer only with their
 own errors, an opened sum is the sum of its survivors, and the server's notebook opens nothing else.
 """
@@ -29,7 +29,7 @@ from securefedcollm.errors import ProtocolError
 from securefedcollm_audits.fuzz import files
 from securefedcollm_audits.protocol.cohort import Cohort, play
 
-_OPERATION: Final = 6  # bytes of input that say one alteration
+_OPERATION: Final = 6  # bytes of input that describe one alteration
 _MOST: Final = 6  # alterations of one round
 _FRAMES: Final = 50  # five requests and five replies of five silos
 
@@ -39,7 +39,7 @@ class BrokenError(Exception):
 
 
 def one_round(script: bytes) -> str:
-    """Play a round of five silos with the alterations that ``script`` says.
+    """Play a round of five silos with the alterations that ``script`` describes.
 
     Every six bytes are one alteration: frame, operation, place (two bytes), operand (two bytes).
 

@@ -30,7 +30,7 @@ from securefedcollm_audits.privacy.lower_bounds import Scores
 from securefedcollm_audits.protocol.cohort import Cohort, Vector, play
 
 LENGTH = 1e3
-"""Of a canary, in clip norms: a build that does not clip shows at once."""
+"""Length of a canary in clip norms: it exposes a build that does not clip."""
 
 NoiseOf = Callable[[str], NoiseSource]
 """A silo's noise source by its name."""

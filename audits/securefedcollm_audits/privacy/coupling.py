@@ -58,7 +58,7 @@ from securefedcollm_audits.privacy.finding import Finding
 
 ADAPTERS: Final = 40
 RECORDS: Final = 64
-_WORST: Final = 3  # of the adapters, those that are put to the product's own path
+_WORST: Final = 3  # adapters that are tried on the product's own path
 _FIRST: Final = (1e2, 1e4, 1e6, 1e8, 1e12)
 _SECOND: Final = (1.0, 1e2, 1e4, 1e8, 1e16, 1e22)
 _PARTS: Final = 16  # of the numbers of a virtual token
@@ -91,7 +91,7 @@ def audit(
 
     Args:
         records: records of the first silo, which the added unit may move.
-        adapters: that are tried on the control, half of them within ``adapter.max_abs``.
+        adapters: how many to try on the control, half of them within ``adapter.max_abs``.
 
     Raises:
         ConfigError: the study protects no records or subjects one by one.
@@ -153,7 +153,7 @@ def _worst(
     hostile: Mapping[str, Iterator[Vector]],
     tell: Callable[[int], None],
 ) -> dict[str, list[tuple[float, Vector]]]:
-    """Of every kind the adapters that move the control most, with the clip norms, worst first."""
+    """The adapters of each kind that move the control most, with the clip norms, worst first."""
     done = 0
     worst = {}
     for name, adapters in hostile.items():
@@ -261,7 +261,7 @@ class Bench:
         return total / self._clip_norm
 
     def product(self, adapter: Vector, case: Case) -> float:
-        """The same of a silo's real sum: ‖S(D + x) − S(D) − S(x)‖ over C, exactly.
+        """The same for a silo's real sum: ‖S(D + x) − S(D) − S(x)‖ over C, exactly.
 
         The added unit comes first, so every other record is in another place.
         """
@@ -322,9 +322,9 @@ def hostile_adapters(
     """Adapters that a server could send, made to amplify last bits.
 
     One layer writes so large a constant into the stream that the records survive in its last bits
-    only; a later one projects the constant out and amplifies what is left. Where, how much and in
-    which direction is drawn. Of virtual tokens some numbers are so large. Every fifth is merely
-    random.
+    only; a later one projects the constant out and amplifies what is left. Place, size and
+    direction are drawn. With virtual tokens, some numbers are that large. Every fifth adapter is
+    merely random.
 
     Args:
         start: an honest adapter in ``layout``; values that are not touched stay as they are there.

@@ -50,7 +50,7 @@ class Bound(NamedTuple):
 
 
 def epsilon_lower_bound(guesses: Guesses, delta: float, confidence: float = CONFIDENCE) -> float:
-    """ε that the mechanism has at least, at ``delta``, with probability ``confidence``.
+    """Lower bound on the mechanism's ε at ``delta``, right with probability ``confidence``.
 
     The trials must be independent and the test fixed before them. Each of the two rates gets half
     of the error probability (union bound). Never below 0; never infinite, however perfect the

@@ -69,7 +69,7 @@ def tallies(
 
 
 def p_value(tally: Tally, epsilon: float, delta: float) -> float:
-    """Greatest probability of at least so many right guesses, under (ε, δ)-DP (Theorem 5.2).
+    """Greatest probability of at least this many right guesses, under (ε, δ)-DP (Theorem 5.2).
 
     β + 2mδ·max_{1 <= i <= v} (Σ_{k=1}^{i} P[W = v − k]) / i, with W binomial of ``guesses`` trials
     of success e^ε/(1 + e^ε) and β = P[W >= v].
@@ -101,7 +101,7 @@ def epsilon_lower_bound(
 
 
 def refutes_curve(tally: Tally, least_alarms: Curve, error: float) -> bool:
-    """Whether so many right guesses have probability at most ``error`` under f-DP.
+    """Whether this many right guesses have probability at most ``error`` under f-DP.
 
     Mahloujifar et al. 2024, Algorithm 1, with a bounded number of guesses. With p_i the probability
     of exactly i right ones among r guesses about m canaries, f-DP says for every j:

@@ -132,7 +132,7 @@ class Cohort:
     ) -> SiloRound:
         """A silo at the start of the attempt; the same ``incarnation`` has the same secrets.
 
-        Two silos of one incarnation are what a process and its restored snapshot are.
+        Two silos of one incarnation are like a process and its restored snapshot.
         """
         header = header or self.header
         return SiloRound(

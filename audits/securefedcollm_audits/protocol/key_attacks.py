@@ -1,5 +1,5 @@
 """A malicious server, with colluding silos, against the keys of honest silos: seeds, identities and
-the roll on which all keys are."""
+the roll of all keys."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class Round:
         self.sent: dict[tuple[Step, str], bytes] = {}
 
     def play(self, request: Hook | None = None, reply: Hook | None = None) -> RoundResult:
-        """To the end, or ProtocolError."""
+        """Play to the end, or raise ProtocolError."""
         while self.exchange(request, reply):
             pass
         return self.coordinator.result
@@ -115,7 +115,7 @@ class Round:
         return self.coordinator.advance()
 
     def until(self, step: Step) -> Round:
-        """As far as the begin of ``step``."""
+        """Play up to the beginning of ``step``."""
         while self.coordinator.step is not step:
             self.exchange()
         return self

@@ -1,7 +1,7 @@
 """Malicious silos against the honest server: it goes on without them, or stops and names them.
 
 The liar is the last silo of the cohort: the library's own silo, modified as an attacker would.
-What no server can notice under masks is a vector within bounds that is not honest; see
+Under masks no server can notice a dishonest vector that is within bounds; see
 ``docs/protocol.md``.
 """
 

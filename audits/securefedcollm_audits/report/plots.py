@@ -12,9 +12,9 @@ MOST_LINES: Final = 24
 
 
 def participation_plot(silos: Sequence[str], rounds: Sequence[Collection[str]]) -> str:
-    """A square a silo and round: filled if its update is in the sum, else an outline.
+    """One square per silo and round: filled if its update is in the sum, else an outline.
 
-    Of many silos those have a line that missed most sums.
+    If there are many silos, only those that missed most sums have a line.
     """
     if not silos or not rounds:
         return ""

@@ -184,7 +184,7 @@ def _meaning(case: Case, spent: float | None) -> list[str]:
 def advantage(claims: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Greatest power of a membership test at each false-alarm rate, by every (ε, δ) at once.
 
-    Of a test with false-alarm rate α, (ε, δ)-DP allows a power of at most e^ε·α + δ and
+    For a test with false-alarm rate α, (ε, δ)-DP allows a power of at most e^ε·α + δ and
     1 − e^−ε·(1 − α − δ) (Kairouz, Oh and Viswanath 2015); the least over all pairs holds.
     """
     rates = [0.001, 0.005, 0.01, 0.02, 0.03, *(i / 20 for i in range(1, 21))]

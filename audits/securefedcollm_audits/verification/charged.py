@@ -22,7 +22,7 @@ _NOISE: Final = (1e-2, 1e9)
 _MOST_KINDS: Final = 256
 _LEAST_DELTA: Final = 1e-100
 _MOST_WORK: Final = 5e4
-"""Of ε·√releases, by which an accountant's grid grows: about a gigabyte. At ε = 8 that is 39
+"""Limit on ε·√releases, by which an accountant's grid grows: about a gigabyte. At ε = 8 that is 39
 million releases."""
 
 

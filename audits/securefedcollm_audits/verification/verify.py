@@ -64,7 +64,7 @@ def examine(
     Args:
         look: in place of this function, for the bundles of earlier runs.
     """
-    digest = ""  # of a file that no bundle is as large as
+    digest = ""  # empty for a file that is larger than any bundle
     try:
         content = read_content(path)
         digest = sha256(content).hex()

@@ -1,6 +1,6 @@
 """The door between a participant's own process and the thin one that its carrier starts.
 
-A socket that only the same user of the same machine can open, and whole messages over it.
+It is a socket that only the same user of the same machine can open; it carries whole messages.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from securefedcollm.federation.files import PrivateDirectory
 log = logging.getLogger(__name__)
 
 LONGEST: Final = (2 << 20) + 4096
-"""Bytes of a message at most; a longer one is not read."""
+"""The most bytes of a message; a longer one is not read."""
 
 _PLACE_BYTES: Final = 80
 _encode = msgspec.msgpack.Encoder().encode
@@ -151,7 +151,7 @@ def _short_place() -> Path:
 
 
 def _nobody_elses(place: Path) -> bool:
-    # Adversary: another user, who owns the place and puts a door of theirs where ours stood.
+    # Adversary: another user, who owns the place and puts a door of theirs where ours was.
     try:
         found = place.stat()
     except OSError:

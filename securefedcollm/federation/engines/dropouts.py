@@ -1,4 +1,4 @@
-"""An engine around an engine that loses silos on purpose, to see a run survive it."""
+"""Wraps an engine and loses silos on purpose, to test that a run survives it."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class EmbeddedEngine:
             factory: called once for each silo, in the process that will run it.
             workers: number of processes; 0 runs the silos here, one after another.
             progress: receives the silos' progress, prefixed with their names.
-            context: how processes start, see :func:`process_context`; None: afresh.
+            context: how processes start, see :func:`process_context`; None: spawn.
 
         Raises:
             SecureFedCoLLMError: what the factory raised for a silo (bad data, say).

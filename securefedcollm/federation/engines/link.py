@@ -2,8 +2,8 @@
 
 A carrier between organisations (:mod:`.flare`) loses connections, restarts its own processes and
 takes an hour's reply for a dead peer. So a frame travels as a *parcel*: pushed in chunks, processed
-once, its reply pulled in chunks. Every call is small, short and safe to repeat; what a silo has
-answered once it answers again, and never works out twice.
+once, its reply pulled in chunks. Every call is small, short and safe to repeat; a silo repeats an
+answer that it has given, and never works it out twice.
 
 :class:`SiloInbox` is the silo's end, :func:`deliver` the coordinator's; neither knows the carrier.
 Calls reach the inbox through a :class:`~.door.Door`.
@@ -39,7 +39,7 @@ from securefedcollm.primitives import sha256
 log = logging.getLogger(__name__)
 
 CHUNK: Final = LONGEST - 4096
-"""Bytes a call carries at most, 2 MiB; the carrier holds a few copies of each."""
+"""The most bytes that a call carries, 2 MiB; the carrier holds a few copies of each."""
 
 SLOWEST: Final = 125_000
 """Bytes a second at which a reply must come once it has begun: 1 Mbit/s."""
@@ -47,7 +47,7 @@ PATIENCE: Final = 10.0
 """Seconds that one pull waits for a reply that is still being worked out."""
 
 GRACE: Final = 20.0
-"""Seconds for which a silo that cannot be reached is tried again."""
+"""Seconds during which to retry a silo that cannot be reached."""
 
 _T = TypeVar("_T")
 
@@ -83,8 +83,8 @@ class SiloLink(Protocol):
 class SiloInbox:
     """The silo's end. Implements :class:`SiloLink`; :meth:`serve` does the work.
 
-    Nothing is held, and nothing displaced, before the server's signature on a request's header was
-    checked. A pull is not signed: it changes nothing, and who carries the replies sees them anyway.
+    It holds nothing, and displaces nothing, before it has checked the server's signature on a
+    request's header. A pull is not signed: it changes nothing, and the carrier sees replies anyway.
 
     Args:
         port: what answers the frames. Only :meth:`serve`'s thread touches it.
@@ -110,14 +110,14 @@ class SiloInbox:
         self._digest = b""
         self._frame = bytearray()
         self._total = 0
-        """Bytes of the request that is being received, its header included; 0: none is."""
+        """Bytes of the request that is arriving, with its header; 0: none is."""
         self._reply: bytes | None = None
         self._attending = 0
         self._pending: tuple[Parcel, bytes] | None = None
-        """At most one: what is superseded before it is begun is forgotten."""
+        """At most one: a request that is superseded before it begins is forgotten."""
 
     def push(self, parcel: Parcel, total: int, offset: int, chunk: bytes) -> int:
-        """See :class:`SiloLink`. A chunk that is there already, or comes too early, is left."""
+        """See :class:`SiloLink`. It ignores a chunk that is there already, or comes too early."""
         length = total - HEADER_BYTES
         if not 0 <= length <= self._limit or len(parcel.session) != SESSION_BYTES:
             raise TransportError(
@@ -142,7 +142,7 @@ class SiloInbox:
         return HEADER_BYTES + len(self._frame)
 
     def _require_newest(self, parcel: Parcel) -> None:
-        # Adversary: who has recorded requests, and would have them worked out again.
+        # Adversary: somebody who has recorded requests, to have them worked out again.
         newest = max(self._parcel, self._followed.newest)
         if parcel.session < newest.session:
             raise TransportError(
@@ -205,7 +205,7 @@ class SiloInbox:
         """Answer requests in this thread, one after another, until ``stop()``.
 
         Raises:
-            StateError: one could not be worked out, and not for what is in it: no memory, no disk.
+            StateError: one could not be worked out, for an outside cause: no memory, no disk.
         """
         while not stop():
             with self._changed:
@@ -233,7 +233,7 @@ class SiloInbox:
 
 
 def _ended_by(error: Exception) -> StateError:
-    """For the operator. What an error of others says may quote a record: its kind is enough."""
+    """For the operator. A foreign error's text may quote a record, so we only give its kind."""
     where = "".join(traceback.format_tb(error.__traceback__))
     log.info("%s in:\n%s", type(error).__name__, where)
     of_machine = isinstance(error, MemoryError | OSError | sqlite3.Error)
@@ -256,13 +256,13 @@ def deliver(
     limit: int = MAX_FRAME,
     grace: float = GRACE,
 ) -> bytes:
-    """Bring ``frame`` to a silo and its reply back, whatever becomes of the connection meanwhile.
+    """Bring ``frame`` to a silo and its reply back, even if the connection breaks meanwhile.
 
     Args:
         deadline: on the monotonic clock.
         header: goes before the frame; by itself, since one frame may be for many silos.
         limit: bytes of the largest reply that can make sense.
-        grace: seconds for which a silo that cannot be reached is tried again.
+        grace: seconds during which to retry a silo that cannot be reached.
 
     Raises:
         TransportError: it could not be reached, or had not answered by then.
@@ -315,7 +315,7 @@ def _push(link: SiloLink, parcel: Parcel, header: bytes, frame: bytes, deadline:
         chunk = header[there:end] + view[max(0, there - len(header)) : max(0, end - len(header))]
         there = link.push(parcel, total, there, chunk)
         if not 0 <= there <= total:
-            raise TransportError("says that it has more of the request than there is")
+            raise TransportError("claims more of the request than there is")
 
 
 def _pull(link: SiloLink, parcel: Parcel, deadline: float, limit: int) -> bytes:
@@ -387,4 +387,4 @@ def result_of(answer: Any) -> list[Any]:
             raise Unknown(reason[:200])
         case ["error", str(reason)]:
             raise TransportError(reason[:200])
-    raise TransportError("an answer that is none")
+    raise TransportError("a malformed answer")

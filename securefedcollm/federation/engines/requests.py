@@ -1,11 +1,11 @@
-"""What a coordinator signs of every request, and in which order a silo takes them.
+"""What a coordinator signs in every request, and the order in which a silo takes requests.
 
 A request travels behind a *header*: the coordinator's signature and the SHA-256 of the frame. The
 signature binds the study, the silo, the parcel, and the frame's length and hash. So a silo knows
 from the first bytes whether the server of its study sent them, and how many are to come.
 
 Requests are ordered by session, then number. A silo begins none that is older than the newest it
-has begun, over restarts; that one alone is taken again, because a silo that was restarted needs it.
+has begun, across restarts; it takes only that one again, because it needs it after a restart.
 
 Adversary: whoever holds the server's place in the carrier without its identity (who runs the FLARE
 server, or has a stolen or falsely issued TLS key), and may send what it makes up or has recorded.
@@ -67,14 +67,14 @@ def _statement(study: bytes, silo: str, parcel: Parcel, length: int, digest: byt
 
 
 def new_session(memory: Path | None = None) -> bytes:
-    """A session (16 bytes) after all that the same server had before.
+    """A session (16 bytes) that sorts after all earlier ones of the same server.
 
     Its first eight bytes ascend, the rest are random. They are the clock's milliseconds, or one
     more than the last where the clock was set back: so silos follow a server whose home was
     restored, and one whose clock is wrong.
 
     Args:
-        memory: a file in which the last one is kept.
+        memory: a file that keeps the last one.
 
     Raises:
         StateError: it cannot be written.
@@ -108,7 +108,7 @@ class Followed:
         """Note that ``parcel`` is about to be worked out.
 
         Raises:
-            StateError: it cannot be written; nothing must be worked out.
+            StateError: it cannot be written; the caller must not work anything out.
         """
         if parcel > self.newest:
             write_durably(self._path, _encode(parcel))

@@ -1,4 +1,4 @@
-"""What every participant's record has: entries made of what the round loops know."""
+"""What all participants' records share: entries made from what the round loops know."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def opened(
 
 
 class RoundRecord:
-    """What the records of server and silos have in common: how an attempt at a sum begins.
+    """What the records of server and silos have in common: the beginning of an attempt at a sum.
 
     Args:
         server, authority: Ed25519 public keys, 32 bytes; ``authority`` may be empty.
@@ -91,8 +91,8 @@ class RoundRecord:
         before = next((what.base for what in rounds if isinstance(what, Round)), base.hex())
         if before != base.hex():
             raise ConfigError(
-                f"this base model has the digest {base.hex()[:16]}…, that of this run's earlier "
-                f"rounds {before[:16]}…",
+                f"this base model has the digest {base.hex()[:16]}…, but this run's earlier rounds "
+                f"had {before[:16]}…",
                 where="models.slm",
                 hint="put the files back that the run began with. If a version whose digest "
                 "covered the weights alone began it, finish it with that version, or begin a new "
@@ -138,7 +138,7 @@ class RoundRecord:
 
 
 def ciphertexts_of(sealing: Sealing) -> Ciphertexts:
-    """What was encrypted, under which key."""
+    """The encrypted values, and the key that they are under."""
     offer = sealing.offer
     return Ciphertexts(
         key=sealing.key.hex(),
@@ -155,8 +155,8 @@ def word_of(word: Statement) -> Word:
 def note_refusal(log: EvidenceLog, error: Exception) -> None:
     """A request was not answered. Only the kind of error is written: reasons are private.
 
-    Adversary: a server that fills this disk with refusals. Of any number in a row one of each kind
-    is written, and none before the first round.
+    Adversary: a server that fills this disk with refusals. However many come in a row, only one of
+    each kind is written, and none before the first round.
     """
     if not log.size:
         return

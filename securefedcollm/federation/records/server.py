@@ -1,4 +1,4 @@
-"""What the server writes into its evidence log, and how it has silos vouch for it."""
+"""What the server writes into its evidence log, and how it gets silos to vouch for it."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class ServerRecord(RoundRecord):
     def sealed(self) -> bool:
         """Whether nothing was written since a quorum of silos vouched for the log.
 
-        What counts is the signatures here: a silo's reply may have been lost.
+        The signatures here decide: a silo's reply may have been lost.
         """
         if not self._log.size:
             return True
@@ -165,7 +165,7 @@ class ServerRecord(RoundRecord):
         """The round is done and its adapters are in ``directory``. Written once a round.
 
         Args:
-            score: by which the study compares rounds, if it does.
+            score: the one by which the study compares rounds, if it does.
             counts: opened in its validation, if there was one.
         """
         if any(
@@ -195,8 +195,8 @@ class ServerRecord(RoundRecord):
         )
 
     def _shown(self, silo: str, old: int) -> list[messages.Shown]:
-        """The openings of the newest round that has any: a silo may know of an earlier attempt. And
-        those that ``silo`` may have taken part in since it vouched for ``old`` entries."""
+        """The openings of the newest round that has any, as a silo may know of an earlier attempt,
+        and those that ``silo`` may have taken part in since it vouched for ``old`` entries."""
         at = self._log.size, min(self._vouched.get(name, 0) for name in self._roster.names)
         if self._shown_at != at:
             self._openings, self._shown_at = self._proven(at[1]), at
@@ -244,7 +244,7 @@ class ServerRecord(RoundRecord):
 
 
 def sum_digest(total: npt.NDArray[np.signedinteger[Any]]) -> bytes:
-    """How an opened sum, int64 [d], is named in the evidence: part by part, it may be long."""
+    """Names an opened sum, int64 [d], in the evidence. Hashed part by part: it may be long."""
     digest = hashlib.sha256()
     for start in range(0, len(total), _PART):
         digest.update(np.ascontiguousarray(total[start : start + _PART], dtype="<i8").data)

@@ -193,9 +193,9 @@ class SiloRecord(RoundRecord):
         """The entry of the server's log by which a round ended with the adapter of ``delivery``.
 
         Adversary: a server that hands one silo another adapter than it shows the others and the
-        auditors, or an old one. So only the head counts that this silo vouched for last and that a
-        quorum of silos vouches for (two quorums share an honest silo), and no round before the
-        newest that this silo knows of.
+        auditors, or an old one. So the head must be the one that this silo vouched for last, and a
+        quorum of silos must vouch for it (two quorums share an honest silo). The round must not be
+        before the newest that this silo knows of.
 
         Raises:
             RemoteProtocolError: its log does not say so.
@@ -253,7 +253,7 @@ class SiloRecord(RoundRecord):
         return newest or Witnessed(size=0, root=sha256().hex()), heads
 
     def _compare(self, request: messages.Witness, head: Checkpoint) -> None:
-        """What was opened since this silo last vouched, by the server's log and by its own.
+        """Compare the openings since this silo last vouched in the server's log and in its own.
 
         Adversary: a server that hides an opening in which this silo took part, or says that others
         were in the sum; whatever openings of other rounds it shows instead.

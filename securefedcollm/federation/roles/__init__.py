@@ -4,9 +4,9 @@ A participant's *home* holds what outlives a run::
 
     identity.json                its signing key
     kit/, lead/, request/        its start-up kit (:mod:`.engines.flare.kit`)
-    flare.log                    what FLARE's processes say
-    ledger.sqlite, ledger.key    a silo's privacy ledger, of all its studies; what knows its records
-    studies/STUDY-DIGEST/        one directory a study, as ``audit bundle`` wants it
+    flare.log                    output of FLARE's processes
+    ledger.sqlite, ledger.key    a silo's privacy ledger, of all its studies, and its key
+    studies/STUDY-DIGEST/        one directory per study, as ``audit bundle`` expects it
 
 The process may be killed at any moment and started again with the same command.
 """

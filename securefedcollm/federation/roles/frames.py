@@ -1,4 +1,4 @@
-"""How large a frame may be that makes sense: what is longer is refused before it is read."""
+"""The largest frame that makes sense: a longer one is refused before it is read."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
     from securefedcollm.federation.cotuning import SiloTuning
 
 SLACK: Final = 64 << 20
-"""Bytes of a frame besides the adapter: lists and shares of 128 silos, proofs."""
+"""Bytes of a frame without the adapter: lists and shares of 128 silos, proofs."""
 
 LARGEST_TO_AUTHORITY: Final = 1 << 31
 """Bytes of a request: half a ciphertext of every silo."""
 
 
 def largest_frame(study: Study, workload: SiloTuning) -> int:
-    """Bytes of the largest request that this study can bring a silo."""
+    """Bytes of the largest request that a silo of this study can get."""
     return _largest(study, workload.size(0))
 
 
 def largest_reply(study: Study, workload: ServerWorkload) -> int:
     """Bytes of the largest reply that a silo of this study can give.
 
-    Adversary: a silo that announces a longer one, and has the server wait for it.
+    Adversary: a silo that announces a longer one, and makes the server wait for it.
     """
     values = max(workload.update_size(round_) for round_ in range(study.rounds))
     return min(MAX_FRAME, _largest(study, values))

@@ -47,7 +47,7 @@ class Member:
     server: bytes
     """The server's Ed25519 public key."""
     authority: Authority | None
-    """Who holds the decryption key, in a study where one party does."""
+    """The holder of the decryption key, in a study that has one."""
     home: Path
     run: Path
     """The study's directory in ``home``."""
@@ -59,7 +59,7 @@ def take_part(
 ) -> Iterator[Member]:
     """Enter the study as the participant whose home this is, and keep others out meanwhile.
 
-    The lock is the operating system's and goes with the process, so that a killed one leaves none.
+    The lock is the operating system's and ends with the process, so that a killed one leaves none.
 
     Raises:
         ConfigError: not signed by everybody, not on the roster in this role, or already running.
@@ -87,7 +87,7 @@ def take_part(
     with _alone(run):
         if role == "silo":
             check_ledger(home, home / LEDGER, file.name)
-        # Adversary: whoever may exchange the files meanwhile. What was checked is what is kept.
+        # Adversary: whoever may exchange the files meanwhile. We keep exactly what we checked.
         write_durably(run / "study.yaml", dump_study(study).encode())
         write_durably(signatures_path(run / "study.yaml"), encode_envelope(envelope))
         silos = {p.name: bytes.fromhex(p.key) for p in study.roster if p.role == "silo"}
@@ -105,12 +105,12 @@ def take_part(
 
 
 def sign_for(member: Member) -> Callable[[str, Parcel, bytes], bytes]:
-    """How this server signs what it sends."""
+    """The function by which this server signs what it sends."""
     return partial(sign_request, member.key, digest(member.study))
 
 
 def session_of(member: Member) -> bytes:
-    """A new session of this server's, after all that it had in this study."""
+    """A new session of this server's, which sorts after all that it had in this study."""
     return new_session(member.run / _SESSION)
 
 

@@ -50,9 +50,9 @@ def coordinate(
     """Run, or go on with, the study over ``engine``; returns the run's record.
 
     Args:
-        linger: seconds after the end, this time or before, in which silos that were away then are
-            brought the last adapter, as ``hooks.arrived`` finds them.
-        track: the tool that is told what the server measures.
+        linger: seconds after the end, this time or before, in which silos that were away then get
+            the last adapter, as ``hooks.arrived`` finds them.
+        track: the tool that gets the server's measurements.
 
     Raises:
         SecureFedCoLLMError: with the run in a state from which the same call goes on.
@@ -96,8 +96,8 @@ def coordinate(
 
 
 def _go_to_the_end(member: Member, coordinator: Coordinator, store: RunStore) -> None:
-    """All rounds that are to do, unless silos were told by an earlier process that none is: those
-    have left, and need not answer."""
+    """Run all rounds that are left, unless an earlier process told silos that none is: those have
+    left, and need not answer."""
     run = member.run
     if (run / _TOLD).exists():
         return
@@ -137,13 +137,13 @@ def _note_told(run: Path, told: Set[str]) -> None:
 
 
 def _told(run: Path) -> set[str] | None:
-    """Who was told that the run is over; None if an older version did not note whom it told."""
+    """The silos that know that the run is over; None if an older version did not note them."""
     text = (run / _TOLD).read_text()
     return set(json.loads(text)) if text else None
 
 
 def _finish(member: Member, store: RunStore, path: Path) -> None:
-    """The adapters and the run's own record: what says that it is finished."""
+    """Write the adapters and the run's own record, which says that it is finished."""
     study, run, history = member.study, member.run, store.state.history
     store.write_metrics()  # a crash may have come after the last round
     final = store.adapters

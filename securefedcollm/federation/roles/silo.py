@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from securefedcollm.tuning.question import Question
 
 ADAPTER: Final = "adapters/slm"
-"""In a silo's directory of a study: what the newest round ended with."""
+"""In a silo's directory of a study: the adapter at the newest round's end."""
 PROOF: Final = "proof.json"
 """In it: the server's log entry that says so, and the signed head that it is in."""
 
@@ -67,7 +67,7 @@ def workload_of(
     *,
     device: str = "cpu",
 ) -> SiloTuning:
-    """As :func:`silo_workload`, of questions that were read already."""
+    """As :func:`silo_workload`, with questions that were read already."""
     from securefedcollm.federation.cotuning import SiloTuning
 
     return SiloTuning(study, name, questions, data=models, device=device, progress=progress)

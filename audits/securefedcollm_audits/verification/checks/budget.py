@@ -164,7 +164,7 @@ def ledger_order(case: Case, wrong: Faults) -> str:
                 if same != (what.events, what.epsilon, what.delta):
                     wrong(entry, "reserves something else under the same number")
             state[_key(what)] = what
-            # What is set aside is another set of records than what is tuned on.
+            # The records set aside are another set than those tuned on.
             part = accounts[validates(case.study, what.round)]
             part.add((what.account, what.unit))
             steps += 1
@@ -269,7 +269,7 @@ def _named(case: Case, events: tuple[Event, ...], begun: Round) -> str:
 
 
 def _counted(events: tuple[Event, ...], begun: Round) -> str:
-    """The same of a validation, whose sensitivity is the integers of one record."""
+    """The same for a validation, whose sensitivity is the integers of one record."""
     for event in events:
         if not isinstance(event, DiscreteGaussian) or event.values != counting.VALUES:
             return "is not one pair of noised counts, which the study asks for"
@@ -279,8 +279,8 @@ def _counted(events: tuple[Event, ...], begun: Round) -> str:
 
 
 def _clip(study: Study, begun: Round) -> tuple[float, float] | None:
-    """(C, s of the count) of a round: the study's, or as the round says where the study lets it
-    adapt; None if it says what cannot be.
+    """(C, s of the count) of a round: the study's, or the round's own where the study lets it
+    adapt; None if that is impossible.
 
     Adversary: a server that names another C, so that updates are spoilt or lost in the noise.
     """

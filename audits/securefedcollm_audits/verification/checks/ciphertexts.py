@@ -112,8 +112,8 @@ class _Opened:
 
     def _check_verdicts(self) -> None:
         """Everybody was given these ciphertexts, and agreed to open their sum."""
-        # Adversary: a server that writes down as a dropout who is in the sum. It takes all members
-        # to open anything under the key that they share: there are no dropouts.
+        # Adversary: a server that writes down a member of the sum as a dropout. Under a shared key
+        # it takes all members to open anything: there are no dropouts.
         if self._what.dropouts or set(self._what.agreements) != set(self._of.roots):
             self._wrong(self._entry, "a member that has a share of the key is not in the sum")
         transcript = bytes.fromhex(self._what.delivery)

@@ -133,7 +133,7 @@ class _ServerLog:
     def _counted(self, what: Finished, summed: Summed | None) -> str:
         """The fault of the counts of a round's validation, and of a score that follows from them.
 
-        Adversary: a server that says other counts than were opened, to end a run early, or to show
+        Adversary: a server that states other counts than were opened, to end a run early or to show
         a better model. It cannot change the sum's hash, which silos vouched for before.
         """
         study, counts = self._study, what.counts

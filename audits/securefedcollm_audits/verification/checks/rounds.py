@@ -144,7 +144,7 @@ def quorum(case: Case, wrong: Faults) -> str:
 def agreements(case: Case, wrong: Faults) -> str:
     """Adversary: a server that opens a sum which the silos did not agree to.
 
-    What silos sign under CKKS is looked at by ``ciphertexts``.
+    ``ciphertexts`` checks what silos sign under CKKS.
     """
     signatures = lists = 0
     roster, masked = case.roster, case.study.scheme == "masking"

@@ -1,4 +1,4 @@
-"""What the server asks of FLARE: to run a job, to end it, and who is connected."""
+"""The server's requests to FLARE: run a job, end it, and say who is connected."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _ANSWER: Final = 60.0
 
 
 class Administration:
-    """A session with FLARE's server that logs in again when it is gone. Not thread-safe.
+    """A session with FLARE's server that logs in again when it breaks. Not thread-safe.
 
     Args:
-        lead: the kit of the one who submits jobs.
-        require_open: raises if it is of no use to ask, before every try.
+        lead: the kit of whoever submits jobs.
+        require_open: called before every try; raises if trying is useless.
 
     All methods raise TransportError if FLARE's server does not answer.
     """

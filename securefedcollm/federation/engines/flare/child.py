@@ -24,7 +24,7 @@ from securefedcollm.federation.engines.flare.sandbox import confine, shortcoming
 log = logging.getLogger(__name__)
 
 _LARGEST_FILE: Final = 256 << 20
-"""Bytes of a file that FLARE writes. Adversary: who fills the disk by way of its logs."""
+"""Bytes of a file that FLARE writes. Adversary: whoever fills the disk by way of its logs."""
 _ENTRY: Final = {
     "server": "nvflare.private.fed.app.server.server_train",
     "client": "nvflare.private.fed.app.client.client_train",
@@ -48,7 +48,7 @@ def main(parent: str, role: str, *words: str) -> None:
 
 
 def _raise_wall(kit: Path) -> None:
-    """Before anything of FLARE's is imported, and any thread started: it would stay outside."""
+    """Call it before any import of FLARE and any thread starts: a thread would stay outside."""
     try:
         if lacking := shortcoming():
             log.warning("%s", lacking)

@@ -1,8 +1,8 @@
 """The coordinator's engine over FLARE: one FLARE job after another carries one run.
 
 A FLARE job ends when any of its processes is killed, and a silo that comes back cannot enter it. So
-the run is not the job: when a job is gone the next one is submitted, with the silos that are there,
-and the requests that were under way are delivered again. A silo's answer is the one it had given.
+the run is not the job. When a job is gone, the engine submits the next one, with the silos that are
+there, and delivers unfinished requests again. A silo repeats the answer that it has given.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class FlareEngine:
 
     Args:
         silos: their names on the roster, which are their names in FLARE.
-        kits: the server's installed kit, and that of the one who submits jobs.
-        waits: how many silos a job needs, and how long they are waited for.
+        kits: the server's installed kit, and that of whoever submits jobs.
+        waits: how many silos a job needs, and how long it waits for them.
         sign: (silo, parcel, frame) → the frame's header: :func:`~..requests.sign_request`.
         session: of this run of the process; greater than every one before (:func:`new_session`).
         progress: hears how many silos are connected.
@@ -102,7 +102,7 @@ class FlareEngine:
         self._job_wire: Wire | None = None
         self._restarting = threading.Lock()
         self._gave_up = -_PAUSE
-        """When a job could last not be begun: the other deliveries do not each try again."""
+        """When a job last failed to begin: the other deliveries do not each try again."""
         self._door = Door(self._visit, visitors=512)
         self._process = FlareProcess(
             "server",
@@ -174,7 +174,7 @@ class FlareEngine:
 
         Args:
             wanted: silos to wait for, for a while.
-            gone: the job that was found to be gone; if another has been begun since, all is well.
+            gone: the job that was found to be gone; if another has begun since, all is well.
 
         Raises:
             TransportError: FLARE's server has ended, or fewer than the minimum came.
@@ -348,7 +348,7 @@ class _SiloWire:
                 self._wire.send(list(call))
                 answer = self._wire.receive()
         except (OSError, EOFError, TransportError):
-            # Adversary: a silo whose answer is longer than any. The rest of it is still to come.
+            # Adversary: a silo whose answer is longer than any may be. Its rest is still to come.
             self.over.set()
             raise TransportError("the connection broke") from None
         return result_of(answer)

@@ -1,4 +1,4 @@
-"""What FLARE's processes are stripped of before they start: parent and job, at both ends.
+"""Strips FLARE's processes before they start: parent and job, at both ends.
 
 FLARE is built to be administered from afar: it runs commands and code, reads configuration in three
 languages and connects to addresses that a message names. A carrier needs none of that. Its open
@@ -66,7 +66,7 @@ def strip(role: str, name: str, *, job: bool, largest: int) -> None:
         role: ``server`` or ``client``.
         name: the client's name in FLARE.
         job: whether it is the process that FLARE starts for a job.
-        largest: bytes of a message that are received at once.
+        largest: the most bytes of a message.
     """
     _read_json_only()
     _name_jobs_by_uuid()
@@ -89,7 +89,7 @@ def strip(role: str, name: str, *, job: bool, largest: int) -> None:
 
 @functools.cache
 def strip_session(largest: int) -> None:
-    """The same for the session by which the server's own process submits jobs, once.
+    """The same, once, for the session by which the server's own process submits jobs.
 
     Adversary: FLARE's server process, taken over. It is within the wall, and this one is not.
     """
@@ -138,8 +138,8 @@ def _connect_to_nobody_else() -> None:
 
 
 def _carry_no_files() -> None:
-    """FLARE's encoding has values that stand for a file, which whoever encodes them reads and
-    whoever decodes them writes, and others that are fetched, without limit, from whom they name.
+    """FLARE's encoding has values that stand for a file: the encoder reads it, the decoder writes
+    it. Other values are fetched, without limit, from whomever they name.
 
     Adversary: whoever sends a value that the other side passes on, as FLARE does with the cookies
     of a task and with what a silo says of its interface. It would come back with the file in it.
@@ -186,8 +186,8 @@ def _believe_no_new_names(role: str) -> None:
 
 
 def _look_at_no_processes() -> None:
-    """Whether its parent is there a job's process is to tell without ``/proc``, which the wall
-    hides; FLARE's thread that watches would end."""
+    """A job's process must tell whether its parent is there without ``/proc``, which the wall
+    hides; else FLARE's watching thread would end."""
 
     def exists(process: int) -> bool:
         try:
@@ -202,7 +202,7 @@ def _look_at_no_processes() -> None:
 
 
 def _hear(family: str, role: str, *, job: bool) -> None:
-    """Drop what comes by way of somebody who cannot have sent it, and what is for somebody else."""
+    """Drop messages that come by way of an impossible sender, or are for somebody else."""
     receive = CoreCell._process_received_msg
 
     def received(cell: Any, endpoint: Any, connection: Any, message: Any) -> None:

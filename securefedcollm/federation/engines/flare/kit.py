@@ -1,8 +1,8 @@
 """Certificates and start-up kits: a consortium's offline CA, requests, and kits with our policy.
 
-FLARE's own command makes the RSA keys, requests and certificates (mutual TLS); what it leaves to be
-desired is done here: the CA's key is kept encrypted, and a kit is installed with a policy that runs
-our relay and nothing else. These keys identify machines to each other. What a participant *says* is
+FLARE's own command makes the RSA keys, requests and certificates (mutual TLS). This module adds
+what it lacks: it keeps the CA's key encrypted, and installs a kit with a policy that runs our relay
+and nothing else. These keys identify machines to each other. What a participant *says* is
 signed with its Ed25519 identity, which the signed study lists; a false CA could connect somebody,
 but not speak for anybody.
 
@@ -238,7 +238,7 @@ def _build(home: Path, profile: Profile, signed: Path, kind: str, scratch: Path)
 
 
 def _is_installed(target: Path, kind: str, signed: Path) -> bool:
-    """Whether the kit in ``target`` is of this very answer: a command that was cut off goes on.
+    """Whether the kit in ``target`` is of this very answer: an interrupted command goes on.
 
     Raises:
         ConfigError: it is of another one.
@@ -362,7 +362,7 @@ def keep(path, pem):
 cert_commands._write_private_key = keep
 runpy.run_module("nvflare.cli", run_name="__main__", alter_sys=True)
 """
-"""FLARE's command, but a private key that it would write to a file goes to a descriptor of ours."""
+"""FLARE's command, except that it writes a private key to a descriptor of ours, not to a file."""
 
 
 def run_flare(*words: str, cwd: Path, key: int | None = None) -> None:

@@ -1,7 +1,7 @@
 """How FLARE's parent process takes a job and starts the job's process: ours, or none.
 
 FLARE unpacks what a server sent, then looks at it, then asks whether it was allowed; meanwhile it
-can be started. Here nothing is unpacked: the app is written from our own copy.
+can be started. This module unpacks nothing: it writes the app from our own copy.
 
 Adversary: the server, which sends what it likes, twice at once if that helps.
 """
@@ -41,13 +41,13 @@ log = logging.getLogger(__name__)
 _one_at_a_time = threading.Lock()
 """Held while a job is deployed, started or removed."""
 _deployed: set[str] = set()
-"""The job that this process deployed last. What else lies there was not written by it."""
+"""The job that this process deployed last. It did not write anything else that lies there."""
 _ENDING: Final = 10.0
 """Seconds for the last job's process to be gone."""
 
 
 def take_one_job() -> None:
-    """At a silo: deploy our own app whatever was sent, start that, and one at a time."""
+    """At a silo: deploy and start our own app, whatever the server sent, and one job at a time."""
     DeployProcessor.process = _alone(_deploy)
     StartJobProcessor.process = _alone(_starting(StartJobProcessor.process))
     DeleteRunNumberProcessor.process = _alone(DeleteRunNumberProcessor.process)
@@ -82,7 +82,7 @@ def _deploy(_: Any, request: Any, engine: Any) -> Any:
 
 
 def _meta(job: str, name: str) -> dict[str, Any]:
-    """What FLARE's process of a job must know of it; nothing of the server's is passed on."""
+    """What FLARE's process of a job must know of it; it passes nothing of the server's on."""
     return {"job_id": job, "resource_spec": {}, "job_clients": [{"name": name}]}
 
 
@@ -99,7 +99,7 @@ def _starting(process: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _end_jobs(executor: Any) -> bool:
-    """End what still runs, be it ours: another is to begin."""
+    """End what still runs, even if it is ours: another is to begin."""
     for process in list(executor.run_processes.values()):
         process[RunProcessKey.JOB_HANDLE].terminate()
     deadline = time.monotonic() + _ENDING

@@ -1,7 +1,7 @@
 """What the members of a consortium send each other: its profile, and requests for certificates.
 
-Both are public and arrive by mail. Adversary: whoever wrote or passed them on. Every field is held
-against a pattern before it is shown, put into a command or believed, so that none can hold an
+Both are public and arrive by mail. Adversary: whoever wrote or passed them on. Every field must
+match a pattern before it is shown, put into a command or believed, so that none can hold an
 option, a path or what moves a terminal's cursor.
 """
 
@@ -29,7 +29,7 @@ UNZIPPING: Final = (
     *(OSError, EOFError, KeyError, ValueError, RuntimeError),
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
 )
-"""What reading a file of an archive from a stranger may raise."""
+"""Exceptions from reading a file of a stranger's archive."""
 
 _NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _HOST: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}")
@@ -43,10 +43,10 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host: str
     port: int
     fingerprint: str
-    """SHA-256 of the CA's certificate, as FLARE writes it; compare it by another channel."""
+    """SHA-256 of the CA's certificate, as FLARE writes it; compare it over another channel."""
 
     def check(self, where: str, *, issued: bool = True) -> None:
-        """Hold the fields against what they may be.
+        """Check every field.
 
         Args:
             issued: there is a CA already, and so its fingerprint.
@@ -116,7 +116,7 @@ class Request(msgspec.Struct, frozen=True):
 
     @property
     def sentence(self) -> str:
-        """For the eyes of who keeps the authority."""
+        """For whoever keeps the authority."""
         what = {"site": "silo or authority", "server": "SERVER", "user": "SUBMITTER OF JOBS"}
         key = self.public_key_sha256[:16]
         return f"{self.name} ({what[self.kind]}), of {self.org}, key {key}…"
@@ -125,7 +125,7 @@ class Request(msgspec.Struct, frozen=True):
 def read_request(path: Path) -> Request:
     """Read a certificate request.
 
-    Adversary: who sends one under another's name, in a file that is called as it should be.
+    Adversary: whoever sends one under another's name, in a file with the right name.
 
     Raises:
         ConfigError: it is none, bears another name than its file, or asks for more than any

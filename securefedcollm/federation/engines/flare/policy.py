@@ -35,7 +35,7 @@ _NOBODY: Final = {
 
 
 def lock_down(kit: Path, kind: str, *, final: Path) -> None:
-    """Write the local policy into a fresh kit, and remove what would start FLARE without ours.
+    """Write the local policy into a fresh kit, and remove what would start FLARE unhardened.
 
     FLARE's readme has the reader run ``start.sh``: a client without :mod:`.hardening`, which shows
     this machine's files to whoever asks.

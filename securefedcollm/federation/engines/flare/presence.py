@@ -12,13 +12,13 @@ from securefedcollm.errors import TransportError
 from securefedcollm.federation.workload import Progress
 
 LATER: Final = 30.0
-"""Seconds to wait for silos that were there before, where there are enough without them."""
+"""Seconds to wait for silos that were there before, if there are enough without them."""
 _LOOK: Final = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Waits:
-    """How many silos FLARE's jobs need, and how long they are waited for.
+    """How many silos FLARE's jobs need, and how long to wait for them.
 
     Args:
         minimum: with fewer connected no job is begun.
@@ -49,7 +49,7 @@ class Presence:
     progress: Progress
     say: Callable[[str], None]
     began: bool = False
-    """Whether a job has begun: from then on a silo is waited for less long."""
+    """Whether a job has begun: from then on the wait for a silo is shorter."""
 
     def wait_for(self, wanted: Set[str]) -> set[str]:
         """Those who are there for the next job: ``wanted``, or enough others after a while.
@@ -96,7 +96,7 @@ class Presence:
         return True
 
     def arrived(self, silos: Set[str], most: float) -> Set[str]:
-        """When nothing is summed any more: wait until one of these silos is connected.
+        """When all sums are done: wait until one of these silos is connected.
 
         Returns those that are, or none after ``most`` seconds. All others may have left: from now
         on a job is for these silos, and begins with any one of them.

@@ -29,9 +29,9 @@ DOOR: Final = "SECUREFEDCOLLM_DOOR"
 
 _PLACES: Final = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "VIRTUAL_ENV")
 _WORDS: Final = ("LANG", "LC_ALL")
-"""What FLARE's process is told of our environment: places and words."""
+"""What FLARE's process gets of our environment: places and words."""
 _PUT_ASIDE: Final = 64 << 20
-"""Bytes of a log with which no process begins."""
+"""Bytes of a log that is too long for a process to begin with."""
 LARGEST_MESSAGE: Final = 16 << 20
 """Bytes of a message to FLARE's processes; a call carries 2 MiB."""
 _LIMITS: Final = {"NVFLARE_STREAMING_MAX_BLOB_SIZE": str(LARGEST_MESSAGE)}
@@ -50,7 +50,7 @@ def require_flare() -> None:
 
 
 class FlareProcess:
-    """A FLARE server or client process in ``workspace``; what it says goes to ``flare.log`` beside.
+    """A FLARE server or client process in ``workspace``; it logs to ``flare.log`` beside it.
 
     Must be created, and outlived, by the main thread: it dies with the thread that made it.
 
@@ -125,7 +125,7 @@ def _appended(log_file: Path) -> BinaryIO:
 
 
 def plain_environment() -> dict[str, str]:
-    """What FLARE's process is told of ours.
+    """The part of our environment that FLARE's process gets.
 
     Adversary: the server, whose job may name a variable and have its value sent back. A passphrase
     or a token must not be there to be named. And whoever has taken FLARE's process over: an empty
@@ -140,7 +140,7 @@ def plain_environment() -> dict[str, str]:
 
 
 def job_environment() -> dict[str, str]:
-    """What the process of a job is told: where the door is, and no more."""
+    """What the process of a job gets: where the door is, and no more."""
     return {**plain_environment(), **_LIMITS, DOOR: os.environ[DOOR]}
 
 
@@ -157,7 +157,7 @@ def job_command(role: str, name: str, words: list[str]) -> list[str]:
 def end_with(parent: int) -> None:
     """From now on this process ends with ``parent``, which started it.
 
-    It may have ended already: then nobody tells, but this process is another's child by now.
+    It may have ended already: then no signal comes, but this process is another's child by now.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,6 +1,6 @@
-"""What keeps an installed kit from working, said at once instead of in FLARE's log, or never.
+"""Says at once what keeps an installed kit from working; FLARE says it in its log, or never.
 
-Adversary: FLARE's process, which writes in the kit. What is read here decides about nothing but a
+Adversary: FLARE's process, which writes in the kit. What is read here only decides about a
 message; files are read at once, up to a bound.
 """
 
@@ -21,7 +21,7 @@ from securefedcollm.primitives import certificate_validity
 
 _MOST: Final = 65536
 _GOING: Final = 10.0
-"""Seconds in which a killed server's process gives its port back."""
+"""Seconds until a killed server's process has given its port back."""
 
 
 def read_at_once(path: Path) -> bytes:

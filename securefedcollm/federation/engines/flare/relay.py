@@ -1,7 +1,7 @@
 """What FLARE loads: objects that pass calls between its wire and our own process's door.
 
 They live in the process that FLARE starts for a job. They know neither keys, models, data nor the
-study, and take nothing from the job's arguments: where the door is they learn from the environment,
+study, and take nothing from the job's arguments: they learn where the door is from the environment,
 which the participant's own process set.
 
 Adversary: the server, which wrote the job and every argument.
@@ -23,7 +23,7 @@ from securefedcollm.federation.engines.flare.processes import DOOR
 _CALL_TIMEOUT: Final = 20.0
 """Seconds for a chunk to cross and its answer to come: less than 1 Mbit/s is no connection."""
 _NOT_PLAIN: Final = (TypeError, ValueError, OverflowError, RecursionError)
-"""What comes of encoding a value that a silo made up."""
+"""Errors from encoding a value that a silo made up."""
 
 
 class SiloRelay:

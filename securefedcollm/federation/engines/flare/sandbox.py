@@ -1,8 +1,8 @@
 """Landlock: what the kernel lets FLARE's processes read and write, whatever they are made to do.
 
-Reading: the Python that runs them, this package, and of the system what names, time zones and
-libraries need. Reading and writing: their kit. So neither records, nor identity, ledger or journal,
-nor what other processes are told and root may read can be had through them.
+They may read the Python that runs them, this package, and what names, time zones and libraries need
+of the system; they may read and write their kit. So nobody can get records, identity, ledger or
+journal through them, nor what other processes are told and root may read.
 Linux 6.2 or newer; before, files can still be emptied, and before 5.13 there is no wall. FLARE's
 log and the terminal say what is missing.
 
@@ -31,7 +31,7 @@ _READ: Final = 0b1101  # execute, read files, list directories
 _LIST: Final = 0b1000
 _WRITE_FILE: Final = 0b10
 _RIGHTS: Final = (0, (1 << 13) - 1, (1 << 14) - 1, (1 << 15) - 1)
-"""By version of Landlock, all that it knows of files: 2 added moves, 3 (Linux 6.2) truncation.
+"""By version of Landlock, all its rights on files: 2 added moves, 3 (Linux 6.2) truncation.
 
 Later ones know of TCP (4), which FLARE needs; of commands to devices (5), of which the four within
 the wall take none that matters; and of :data:`_SCOPES` (6).
@@ -39,7 +39,7 @@ the wall take none that matters; and of :data:`_SCOPES` (6).
 _SCOPES: Final = 0b11
 """No abstract sockets of processes outside the wall, and no signals to them."""
 _OF_FILES: Final = 0b110 | 1 << 14 | 1
-"""What can be allowed on something that is no directory."""
+"""The rights that can be allowed on something that is not a directory."""
 
 _CAPABILITIES: Final = struct.pack("=Ii", 0x20080522, 0)
 """The header of capget and capset: version 3, this thread."""
@@ -68,7 +68,7 @@ _SYSTEM: Final = (
 
 
 def version() -> int:
-    """Of the kernel's Landlock.
+    """The version of the kernel's Landlock.
 
     Raises:
         OSError: it has none, and why.
@@ -93,9 +93,9 @@ def shortcoming() -> str:
 def confine(kit: Path) -> None:
     """Let this process and its children touch no files but those, if the kernel can.
 
-    The wall stands around the thread that raises it and what that one starts, so there must be no
-    other. Root keeps none of its rights but that to listen on low ports: they would lead to files
-    of others within the wall, and to what their processes hold.
+    The wall encloses the thread that raises it and whatever that one starts, so there must be no
+    other. Root keeps only its right to listen on low ports: the others would lead to files of
+    others within the wall, and to what their processes hold.
 
     Raises:
         StateError: there is another thread, or without root's rights the kit or Python is out of
@@ -157,13 +157,13 @@ def _ours() -> set[Path]:
 
 
 def _others() -> set[Path]:
-    """Where packages were installed besides, e.g. by ``pip install --user``."""
+    """Where else packages were installed, e.g. by ``pip install --user``."""
     found = {Path(p) for p in sys.path if Path(p).name in {"site-packages", "dist-packages"}}
     return {place for place in found if place.is_absolute()}
 
 
 def _names() -> set[Path]:
-    """Where the file with the name servers lies, if it is but linked into ``/etc``. It is replaced
+    """Where the file with the name servers lies, if ``/etc`` only links to it. It is replaced
     there when they change, so the directory counts."""
     return {_NAMES.resolve().parent} if _NAMES.is_symlink() else set()
 
