@@ -19,6 +19,7 @@ from securefedcollm_cli.options import (
     StatesSize,
     StudyFile,
     Track,
+    Unable,
     files_of,
 )
 from securefedcollm_cli.simulate_life import simulate_life
@@ -87,6 +88,7 @@ def simulate(
             "from study to study [in the run directory].",
         ),
     ] = None,
+    records: Unable = "refuse",
     track: Track = None,
     device: Device = "cpu",
     states: States = None,
@@ -129,6 +131,7 @@ def simulate(
         files=files,
         track=track,
         ledgers=ledgers,
+        records=records,
     )
     keeping = keeping_states(states, int(states_gb * 1e9))
     if len(trees) > 1:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from securefedcollm.federation.consent import refuse_skipping
 from securefedcollm.federation.continuing import continued, with_chain
 from securefedcollm.federation.workload import Progress
 from securefedcollm.simulation.plan import SimulationPlan
@@ -40,6 +41,8 @@ def play(
     Raises:
         SecureFedCoLLMError: with the life in a state that ``resume`` continues.
     """
+    if plan.records == "skip":
+        refuse_skipping(any(tree.get("validation") for tree in trees))
     results: list[dict[str, Any]] = []
     before: Path | None = None
     ledgers = plan.ledgers or plan.out / LEDGERS

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from securefedcollm.federation.tracking import Kind
 from securefedcollm.privacy.events import PoissonGaussian
@@ -60,6 +60,7 @@ class SimulationPlan(Machine):
         track: the tool that is told what the server measures.
         ledgers: where the silos' privacy ledgers are, one file for each name; None: in the run.
             With one directory for several runs the records' budgets go on from run to run.
+        records: ``refuse`` a study that some of a silo's records cannot pay for, or ``skip`` those.
     """
 
     baselines: Sequence[str] = ("standalone", "fedavg")
@@ -70,6 +71,7 @@ class SimulationPlan(Machine):
     files: Files | None = None
     track: Kind | None = None
     ledgers: Path | None = None
+    records: Literal["refuse", "skip"] = "refuse"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,7 @@ class SiloPlan:
         threads: that a silo's training may use.
         planned: silo → what a round of its DP-SGD releases; None without it.
         noisy, files: as in :class:`SimulationPlan`.
+        kept: silo → places of the questions that take part; a silo that is not in it has all.
     """
 
     study: Study
@@ -102,3 +105,9 @@ class SiloPlan:
     device: str = "cpu"
     noisy: int = 0
     files: Files | None = None
+    kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def ledger_of(ledgers: Path | None, name: str) -> Path | None:
+    """The silo's ledger where all studies share them; None if each run has its own."""
+    return None if ledgers is None else ledgers / f"{name}.sqlite"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from securefedcollm.errors import SecureFedCoLLMError
+from securefedcollm.federation.consent import refuse_skipping
 from securefedcollm.federation.engines.dropouts import Drop
 from securefedcollm.federation.engines.embedded import process_context
 from securefedcollm.federation.files import copy_tree, make_directory, write_durably
@@ -61,6 +62,8 @@ class Simulation:
             ConfigError: a drop names no silo or step; the tracking tool is not installed.
         """
         require_tracker(plan.track)
+        if plan.records == "skip":
+            refuse_skipping(study.validation is not None)
         self._study, self._plan, self._out = study, plan, plan.out
         self._method = method_of(study) if plan.distillation else "FedAvg"
         left_out = ("fedavg", "FedAvg")  # the run itself is FedAvg
@@ -87,17 +90,9 @@ class Simulation:
         from securefedcollm.federation.dealing import deal
 
         dealt = deal(self._study, plan.data, plan.noisy, plan.files)
-        self._silos = SiloPlan(
-            study=self._study,
-            planned={name: planned(self._study, q) for name, q in dealt.silos.items()},
-            threads=self._threads,
-            data=plan.data,
-            device=plan.device,
-            noisy=plan.noisy,
-            files=plan.files,
-        )
         self._prepare_models(progress)
         server = self._server(dealt, progress)
+        dealt = self._able_to_pay(dealt, server, say)
         if plan.overwrite and self._out.exists():
             shutil.rmtree(self._out)
         fresh = not self._out.exists()
@@ -122,6 +117,32 @@ class Simulation:
         return write_results(
             store, self._study, table, records, _notes(self._study, self._baselines), started
         )
+
+    def _able_to_pay(self, dealt: Dealt, server: ServerTuning, say: Say) -> Dealt:
+        """``dealt`` with the records that take part; sets the plan of the silos' processes.
+
+        Raises:
+            BudgetExceeded: the study is refused.
+        """
+        from securefedcollm.simulation.paying import able, places
+
+        study, plan = self._study, self._plan
+        silos = able(study, dealt.silos, plan, server.update_size)
+        kept = places(dealt.silos, silos)
+        for name, own in kept.items():
+            whole = len(dealt.silos[name])
+            say(f"{name} leaves out {whole - len(own)} of {whole} records, which cannot pay")
+        self._silos = SiloPlan(
+            study=study,
+            planned={name: planned(study, questions) for name, questions in silos.items()},
+            threads=self._threads,
+            data=plan.data,
+            device=plan.device,
+            noisy=plan.noisy,
+            files=plan.files,
+            kept=kept,
+        )
+        return replace(dealt, silos=silos)
 
     def _server(self, dealt: Dealt, progress: Progress) -> ServerTuning:
         """Raises: ConfigError for an adapter that the study does not pin."""
@@ -225,13 +246,12 @@ class Simulation:
 def silo_tuning(name: str, progress: Progress, *, plan: SiloPlan) -> SiloTuning:
     """The tuning of one silo, in the process that will run it."""
     from securefedcollm.federation import cotuning
-    from securefedcollm.federation.dealing import deal
 
     cotuning.set_threads(plan.threads)
     return cotuning.SiloTuning(
         plan.study,
         name,
-        deal(plan.study, plan.data, plan.noisy, plan.files).silos[name],
+        _own(_dealt(plan), name, plan),
         data=plan.data,
         device=plan.device,
         progress=progress,
@@ -252,14 +272,13 @@ def tune_alone(name: str, *, plan: SiloPlan, directory: Path) -> dict[str, float
 def tuned_alone(name: str, plan: SiloPlan) -> tuple[SiloTuning, Sequence[Question]]:
     """A silo after :func:`tune_alone`'s training, and the test questions."""
     from securefedcollm.federation import cotuning
-    from securefedcollm.federation.dealing import deal
 
     cotuning.set_threads(plan.threads)
-    dealt = deal(plan.study, plan.data, plan.noisy, plan.files)
+    dealt = _dealt(plan)
     workload = cotuning.SiloTuning(
         plan.study,
         name,
-        dealt.silos[name],
+        _own(dealt, name, plan),
         data=plan.data,
         device=plan.device,
         planned=plan.planned[name],
@@ -270,6 +289,18 @@ def tuned_alone(name: str, plan: SiloPlan) -> tuple[SiloTuning, Sequence[Questio
         workload.fit(adapter, round_, silent)
         adapter = workload.adapter()
     return workload, dealt.test
+
+
+def _dealt(plan: SiloPlan) -> Dealt:
+    from securefedcollm.federation.dealing import deal
+
+    return deal(plan.study, plan.data, plan.noisy, plan.files)
+
+
+def _own(dealt: Dealt, name: str, plan: SiloPlan) -> Sequence[Question]:
+    """The questions of a silo that take part."""
+    questions, kept = dealt.silos[name], plan.kept.get(name)
+    return questions if kept is None else [questions[at] for at in kept]
 
 
 def for_each(

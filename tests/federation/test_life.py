@@ -1,12 +1,11 @@
-"""A life of several studies: killed anywhere it goes on, and a record's budget is one for all.
+"""A life of several studies: killed anywhere it goes on, and every study's evidence is a chain.
 
-Adversary: the power cut, and the authors of one study after another about the same records.
+Adversary: the power cut, and a slip of the operator's pen.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from securefedcollm_audits.verify import verify
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
-from securefedcollm.errors import ConfigError, SecureFedCoLLMError
+from securefedcollm.errors import ConfigError
 from securefedcollm.federation.continuing import continued
 from securefedcollm.federation.cotuning import ServerTuning, SiloTuning
 from securefedcollm.federation.dealing import deal
@@ -143,44 +142,6 @@ def test_a_directory_named_as_in_a_participants_home_is_found(inputs, first, tmp
         ServerTuning(study, public=(), data=tmp_path, distillation=False)
     (tmp_path / f"tiny-{link['study'][:12]}").symlink_to(first)
     ServerTuning(study, public=(), data=tmp_path, distillation=False)
-
-
-def words(inputs: Path, name: str, first_thing: int) -> str:
-    """A file of records, none of which is like those of another call."""
-    things = [f"thing{i}" for i in range(12)]
-    rows = [
-        {
-            "question": f"colour of {things[i % 12]} {'of ' * (first_thing + i // 12)}thing0",
-            "choices": ["red", "blue", "green", "grey"],
-            "answer": i % 4,
-        }
-        for i in range(160)
-    ]
-    (inputs / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return name
-
-
-@pytest.mark.soak
-def test_a_record_has_one_budget_for_life(inputs, caplog):
-    """The same records, and half of them new: the second study is refused. New ones can pay."""
-    caplog.set_level(logging.WARNING)
-    old, new = words(inputs, "old.jsonl", 0), words(inputs, "new.jsonl", 20)
-    study = load_study(inputs / "tiny.yaml", ["rounds=1", f"task.data.train={old}"])
-    ledgers = inputs / "ledgers"
-    run = simulated(study, inputs, "paid", ledgers=ledgers)
-    again = next_study(run)
-    with pytest.raises(SecureFedCoLLMError):
-        simulated(again, inputs, "refused", ledgers=ledgers)
-    assert "is left" in caplog.text  # of the budget, says each silo's own log
-    with pytest.raises(ConfigError, match=r"--ledgers: the run of silo-1 began with another"):
-        simulated(again, inputs, "refused", ledgers=inputs / "other", resume=True)
-    simulated(again, inputs, "control", ledgers=inputs / "fresh")  # as if nobody had counted
-    other = next_study(run, [f"task.data.train={new}"])
-    simulated(other, inputs, "others", ledgers=ledgers)
-    for name in ("silo-1", "silo-4"):
-        with Ledger(ledgers / f"{name}.sqlite", name) as ledger:
-            studies = [entry.about.study for entry in ledger.entries()]
-        assert studies == [study.digest.hex(), other.digest.hex()]
 
 
 def life_of(inputs: Path) -> Path:
