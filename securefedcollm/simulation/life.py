@@ -33,7 +33,8 @@ def play(
     """Run the studies one after another into ``plan.out``; returns the results of each.
 
     A study that is finished there is not run again, and one that was killed goes on, if the plan
-    says ``resume``.
+    says ``resume``. If it says ``overwrite``, the studies' older runs and their ledgers go when the
+    first study has started, and not before.
 
     Args:
         trees: as :func:`securefedcollm.study.life.load_life` gives them.
@@ -46,8 +47,10 @@ def play(
     results: list[dict[str, Any]] = []
     before: Path | None = None
     ledgers = plan.ledgers or plan.out / LEDGERS
-    for tree in trees:
-        run = plan.out / str(tree["study"])
+    runs = [plan.out / str(tree["study"]) for tree in trees]
+    # Newest first: killed in between, what is left is a shorter life.
+    replaced = [*reversed(runs[1:]), *([] if plan.ledgers else [ledgers])] if plan.overwrite else []
+    for tree, run in zip(trees, runs, strict=True):
         begun = (run / "study.yaml").is_file() and plan.resume
         if begun:
             study = load_study(run / "study.yaml")  # it has its chain already
@@ -56,8 +59,9 @@ def play(
         else:
             study = _next(tree, before, plan.data)
         say(f"study {study.study}")
-        own = replace(plan, out=run, resume=begun, baselines=(), ledgers=ledgers)
+        own = replace(plan, out=run, resume=begun, baselines=(), ledgers=ledgers, replaced=replaced)
         results.append(Simulation(study, own).run(progress, say))
+        replaced = []
         finished(study, run, results[-1])
         before = run
     return results

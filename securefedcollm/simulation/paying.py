@@ -16,7 +16,7 @@ from securefedcollm.federation.consent import able_to_pay, identified, require_w
 from securefedcollm.federation.cotuning import Holdings, planned_event
 from securefedcollm.privacy.events import Event
 from securefedcollm.privacy.ledger import Ledger
-from securefedcollm.simulation.plan import SimulationPlan, ledger_of
+from securefedcollm.simulation.plan import SimulationPlan
 from securefedcollm.study import Study, digest
 from securefedcollm.tuning.question import Question
 
@@ -67,7 +67,7 @@ def able(
     """
     found = dict(silos)
     for name, questions in silos.items():
-        book = ledger_of(plan.ledgers, name)
+        book = plan.ledger_of(name)
         if study.privacy is None or book is None or not book.exists():
             continue
         owner, records = _Owner(study, name, book), _Records(study, questions, update_size)

@@ -60,6 +60,7 @@ class SimulationPlan(Machine):
         track: the tool that is told what the server measures.
         ledgers: where the silos' privacy ledgers are, one file for each name; None: in the run.
             With one directory for several runs the records' budgets go on from run to run.
+        replaced: what goes with the run that ``overwrite`` removes, in this order, before it.
         records: ``refuse`` a study that some of a silo's records cannot pay for, or ``skip`` those.
     """
 
@@ -72,6 +73,11 @@ class SimulationPlan(Machine):
     track: Kind | None = None
     ledgers: Path | None = None
     records: Literal["refuse", "skip"] = "refuse"
+    replaced: Sequence[Path] = ()
+
+    def ledger_of(self, name: str) -> Path | None:
+        """The ledger of earlier studies that the silo goes on with; None if it begins afresh."""
+        return None if self.ledgers in self.replaced else ledger_of(self.ledgers, name)
 
 
 @dataclass(frozen=True, kw_only=True)

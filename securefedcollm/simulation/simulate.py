@@ -93,8 +93,9 @@ class Simulation:
         self._prepare_models(progress)
         server = self._server(dealt, progress)
         dealt = self._able_to_pay(dealt, server, say)
-        if plan.overwrite and self._out.exists():
-            shutil.rmtree(self._out)
+        if plan.overwrite:
+            for place in (*plan.replaced, self._out):
+                shutil.rmtree(place, ignore_errors=not place.exists())
         fresh = not self._out.exists()
         store = RunStore(make_directory(self._out), digest(self._study), resume=plan.resume)
         write_durably(self._out / "study.yaml", dump_study(self._study).encode())

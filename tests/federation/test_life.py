@@ -30,6 +30,7 @@ from tests.support.inputs import make_inputs
 from tests.support.rounds import Killed
 
 ADAPTERS = ("slm", "llm")
+LIFE = ("tiny", "tiny-2", "last")
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +179,12 @@ def test_a_file_of_several_studies_is_played_and_goes_on_where_it_was_killed(
         assert adapters(cut.out / name) == adapters(plan.out / name)
 
 
+def files(directory: Path) -> dict[str, bytes]:
+    """Every file under ``directory``, with its content."""
+    found = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in found}
+
+
 def test_simulate_verifies_every_study_of_a_life(inputs, tmp_path):
     words = ["simulate", life_of(inputs), "--data", inputs, "--out", tmp_path / "life"]
     words += ["--workers", "0", "--set", "rounds=1", "--set", "privacy=none"]
@@ -189,12 +196,19 @@ def test_simulate_verifies_every_study_of_a_life(inputs, tmp_path):
     assert passed[0] + 1 == passed[1] == passed[2]  # the chain is one check more
     again = CliRunner().invoke(app, [str(word) for word in words])
     assert isinstance(again.exception, ConfigError)
+    before = files(tmp_path / "life")
+    for more in (["--set", "models.slm.source=path:gone"], ["--resume"]):
+        failed = CliRunner().invoke(app, [*map(str, words), "--overwrite", *more])
+        assert isinstance(failed.exception, ConfigError)
+        assert files(tmp_path / "life") == before  # a start that fails loses nothing
     (tmp_path / "life" / "notes").write_text("ours")
     more = ["--overwrite", "--states", tmp_path / "states", "--set", "adapter.top_layers=1"]
     shown = CliRunner().invoke(app, [*map(str, words), *map(str, more)])
     assert "after each study" in shown.stdout
     assert shown.stdout.count("evidence verified offline") == 3
     assert (tmp_path / "life" / "notes").read_text() == "ours"
+    after = files(tmp_path / "life")
+    assert all(after[f"{name}/results.json"] != before[f"{name}/results.json"] for name in LIFE)
     assert any((tmp_path / "states").iterdir())
 
 

@@ -186,6 +186,17 @@ def test_a_life_is_refused_at_its_second_study_and_goes_on_with_skip(
     assert all(silo["records"] < 32 for silo in found["studies"][1]["silos"])
     assert len(charged(out / "ledgers", "silo-1")) == 2
 
+    # The next one starts with new ledgers, or the old ones would refuse it.
+    monkeypatch.setattr(EmbeddedEngine, "exchange", lambda engine, frames, timeout: stop())
+    with pytest.raises(Killed):
+        CliRunner().invoke(app, [*words, "--overwrite"])
+    assert not (out / "tiny-2").exists()
+    assert charged(out / "ledgers", "silo-1") == []
+
+
+def stop():
+    raise Killed
+
 
 def test_nothing_is_left_out_of_a_life_with_a_validation(inputs, tmp_path):
     """Said before the first study begins, not hours later."""
