@@ -96,6 +96,7 @@ def client(
     reboot the machine at any moment: the same command goes on, and pays for nothing twice.
     """
     from securefedcollm.federation import consent, roles
+    from securefedcollm.federation.continuing import beside
     from securefedcollm.federation.engines.flare.kit import installed
     from securefedcollm.study import load_study
     from securefedcollm_cli.heldout import HELD_OUT, TRAINING, HeldOut
@@ -104,7 +105,7 @@ def client(
     stop_on_sigterm()
     place, study = home_of(home), load_study(config)
     passphrase = asked(passphrase_file)
-    with roles.take_part(study, config, place, "silo", passphrase) as member:
+    with roles.take_part(study, config, place, "silo", passphrase) as member, beside(member.run):
         kit = installed(place, member.name)
         limit = _limit(study, budget)
         threads = threads or cores()

@@ -32,7 +32,7 @@ def simulate_life(
 
     ``keeping``: within it, states of public questions are kept.
     """
-    from securefedcollm.federation.continuing import earlier_bundles
+    from securefedcollm.federation.continuing import beside, earlier_bundles
     from securefedcollm.simulation.life import play
     from securefedcollm_cli.progress import Bars
 
@@ -47,7 +47,8 @@ def simulate_life(
 
     def finished(study: Study, run: Path, results: dict[str, Any]) -> None:
         bars.report(0, 1, "verifying the evidence")
-        verdicts[study.study], _ = write_evidence(run, earlier_bundles(study, plan.data))
+        with beside(run):
+            verdicts[study.study], _ = write_evidence(run, earlier_bundles(study, plan.data))
         bars.report(1, 1, "verifying the evidence")
 
     with keeping, Bars(quiet=as_json) as bars:

@@ -57,7 +57,7 @@ def play(
         elif before is None:
             study = study_from_tree(tree)
         else:
-            study = _next(tree, before, plan.data)
+            study = _next(tree, before)
         say(f"study {study.study}")
         own = replace(plan, out=run, resume=begun, baselines=(), ledgers=ledgers, replaced=replaced)
         results.append(Simulation(study, own).run(progress, say))
@@ -67,9 +67,12 @@ def play(
     return results
 
 
-def _next(tree: dict[str, Any], before: Path, data: Path | None) -> Study:
-    """The study ``tree``, from what the run in ``before`` released."""
-    relative = data is None and not before.is_absolute()
-    _, chain = continued(before, before.as_posix() if relative else str(before.resolve()))
+def _next(tree: dict[str, Any], before: Path) -> Study:
+    """The study ``tree``, from what the run in ``before`` released.
+
+    The run's name is enough, since the next one lies beside it. The study is signed and shown to
+    others, so it has no path of this machine.
+    """
+    _, chain = continued(before, before.name)
     orthogonal = bool((tree.get("continue") or {}).get("orthogonal", False))
     return study_from_tree(with_chain(tree, chain, orthogonal))

@@ -101,12 +101,14 @@ class SiloPlan:
         threads: that a silo's training may use.
         planned: silo → what a round of its DP-SGD releases; None without it.
         noisy, files: as in :class:`SimulationPlan`.
+        run: the run's directory, beside which earlier ones may lie.
         kept: silo → places of the questions that take part; a silo that is not in it has all.
     """
 
     study: Study
     planned: Mapping[str, PoissonGaussian | None]
     threads: int
+    run: Path
     data: Path | None = None
     device: str = "cpu"
     noisy: int = 0

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from securefedcollm.errors import SecureFedCoLLMError
 from securefedcollm.federation.consent import refuse_skipping
+from securefedcollm.federation.continuing import beside
 from securefedcollm.federation.engines.dropouts import Drop
 from securefedcollm.federation.engines.embedded import process_context
 from securefedcollm.federation.files import copy_tree, make_directory, write_durably
@@ -83,6 +84,10 @@ class Simulation:
         Raises:
             SecureFedCoLLMError: with the run in a state that ``resume`` continues, or not begun.
         """
+        with beside(self._out):
+            return self._run(progress, say)
+
+    def _run(self, progress: Progress, say: Say) -> dict[str, Any]:
         started, plan = time.monotonic(), self._plan
         check_directory(self._study, self._out, resume=plan.resume, overwrite=plan.overwrite)
         self._context = process_context(PRELOAD) if self._workers else None
@@ -137,6 +142,7 @@ class Simulation:
             study=study,
             planned={name: planned(study, questions) for name, questions in silos.items()},
             threads=self._threads,
+            run=self._out,
             data=plan.data,
             device=plan.device,
             noisy=plan.noisy,
@@ -249,15 +255,16 @@ def silo_tuning(name: str, progress: Progress, *, plan: SiloPlan) -> SiloTuning:
     from securefedcollm.federation import cotuning
 
     cotuning.set_threads(plan.threads)
-    return cotuning.SiloTuning(
-        plan.study,
-        name,
-        _own(_dealt(plan), name, plan),
-        data=plan.data,
-        device=plan.device,
-        progress=progress,
-        planned=plan.planned[name],
-    )
+    with beside(plan.run):
+        return cotuning.SiloTuning(
+            plan.study,
+            name,
+            _own(_dealt(plan), name, plan),
+            data=plan.data,
+            device=plan.device,
+            progress=progress,
+            planned=plan.planned[name],
+        )
 
 
 def tune_alone(name: str, *, plan: SiloPlan, directory: Path) -> dict[str, float]:
@@ -276,15 +283,16 @@ def tuned_alone(name: str, plan: SiloPlan) -> tuple[SiloTuning, Sequence[Questio
 
     cotuning.set_threads(plan.threads)
     dealt = _dealt(plan)
-    workload = cotuning.SiloTuning(
-        plan.study,
-        name,
-        _own(dealt, name, plan),
-        data=plan.data,
-        device=plan.device,
-        planned=plan.planned[name],
-        alone=True,
-    )
+    with beside(plan.run):
+        workload = cotuning.SiloTuning(
+            plan.study,
+            name,
+            _own(dealt, name, plan),
+            data=plan.data,
+            device=plan.device,
+            planned=plan.planned[name],
+            alone=True,
+        )
     adapter = workload.adapter()
     for round_ in range(plan.study.rounds):
         workload.fit(adapter, round_, silent)

@@ -36,21 +36,11 @@ def typed(*words) -> str:
     return result.stdout
 
 
-def models_of(home: Path, inputs: Path, earlier: list[Path]) -> Path:
-    """A participant's --models: the base models, and its own runs of earlier studies."""
-    place = home / "models"
-    place.mkdir(exist_ok=True)
-    for path in (inputs / "llm", inputs / "slm", *earlier):
-        if not (place / path.name).exists():
-            (place / path.name).symlink_to(path)
-    return place
-
-
 def run_of(home: Path, study) -> Path:
     return home / "studies" / f"{study.study}-{digest(study).hex()[:12]}"
 
 
-def play(file: Path, homes: dict[str, Path], inputs: Path, earlier=()) -> None:
+def play(file: Path, homes: dict[str, Path], inputs: Path) -> None:
     """The study ``file`` by real processes, to its end."""
     dealt = inputs / "dealt"
     words = {"server": ["server", file, "--public", dealt / "public.jsonl"]}
@@ -60,8 +50,7 @@ def play(file: Path, homes: dict[str, Path], inputs: Path, earlier=()) -> None:
     with contextlib.ExitStack() as stack:
         started = {}
         for name, home in homes.items():
-            models = models_of(home, inputs, [run_of(home, study) for study in earlier])
-            command = [sys.executable, "-c", MAIN, *words[name], "--home", home, "--models", models]
+            command = [sys.executable, "-c", MAIN, *words[name], "--home", home, "--models", inputs]
             log = stack.enter_context((home / "said.log").open("ab"))
             process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ)
             stack.callback(process.wait)
@@ -87,7 +76,7 @@ def test_a_chain_whose_second_study_has_a_validation(tmp_path):
     typed(*words, "--set", "keep={metric: private}")
     file = write_signed(load_study(follows), homes, tmp_path / "second.yaml")
     second = load_study(file)
-    play(file, homes, inputs, [first])
+    play(file, homes, inputs)
 
     # What the server was told of the records that were set aside: noised counts, once a round.
     run = run_of(homes["server"], second)

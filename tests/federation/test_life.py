@@ -6,6 +6,7 @@ Adversary: the power cut, and a slip of the operator's pen.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,10 @@ def test_simulate_verifies_every_study_of_a_life(inputs, tmp_path):
     assert [evidence["holds"] for evidence in found["evidence"]] == [True] * 3
     passed = [evidence["passed"] for evidence in found["evidence"]]
     assert passed[0] + 1 == passed[1] == passed[2]  # the chain is one check more
+    for name in LIFE:  # what others are shown and sign names no place of this machine
+        assert str(tmp_path) not in (tmp_path / "life" / name / "study.yaml").read_text()
+    links = load_study(tmp_path / "life" / "last" / "study.yaml").continues.earlier
+    assert [link.run for link in links] == ["tiny", "tiny-2"]
     again = CliRunner().invoke(app, [str(word) for word in words])
     assert isinstance(again.exception, ConfigError)
     before = files(tmp_path / "life")
@@ -319,7 +324,23 @@ def test_evaluate_and_merge_of_a_run_fold_what_it_started_from(inputs, first):
     words += ["--model", inputs / "merged"]
     again = json.loads(CliRunner().invoke(app, [str(word) for word in words]).stdout)["all"]
     assert again["gold_log_prob"] == pytest.approx(scores["gold_log_prob"], abs=1e-5)
-    elsewhere = inputs.parent
-    words = ["model", "merge", "--run", run, "--role", "slm", "--out", inputs / "no"]
+    elsewhere = inputs / "elsewhere"
+    shutil.copytree(run, elsewhere / "whole")
+    for name in ("slm", "llm"):
+        (elsewhere / name).symlink_to(inputs / name)
+    words = [
+        "model",
+        "merge",
+        "--run",
+        elsewhere / "whole",
+        "--role",
+        "slm",
+        "--out",
+        inputs / "no",
+    ]
     alone = CliRunner().invoke(app, [str(w) for w in (*words, "--data", elsewhere)])
     assert isinstance(alone.exception, ConfigError)
+    assert "the earlier run's adapter is not there" in str(alone.exception)
+    (elsewhere / "first").symlink_to(first)  # the control: beside the run
+    words = [*words[:-1], inputs / "yes", "--data", elsewhere]
+    assert CliRunner().invoke(app, [str(word) for word in words]).exit_code == 0
