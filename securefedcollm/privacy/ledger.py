@@ -161,6 +161,8 @@ class Ledger(Book):
         """Charge the worst case of a coming release, or refuse the release.
 
         Args:
+            round: number of the secure sum that the release enters, from 0. A round has several
+                where it has joint steps or a validation.
             events: what will be released at worst (shares = threshold, steps = planned).
             budget: the study's (ε, δ), within which all releases of the study stay. No more than
                 the pinned one; where none is, it becomes that.
@@ -192,7 +194,7 @@ class Ledger(Book):
                 row = self._write("reserve", key, **self._content(asked, decision))
         if not decision.fits:  # explained outside the lock: what would fit takes a second
             message, hint = decision.refusal()
-            raise BudgetExceeded(f"round {round} of {unit} data: {message}", hint=hint)
+            raise BudgetExceeded(f"{_sum(round)} of {unit} data: {message}", hint=hint)
         self._catch_up()
         return Reservation(key, merged, row.seq)
 
@@ -364,9 +366,17 @@ def _again(known: Entry, asked: Asked) -> Reservation:
     other = "records" if known.reserved == asked.events else "events"
     state = f"reserved with other {other}" if known.state == "reserved" else known.state
     raise LocalProtocolError(
-        f"attempt {known.key.attempt} of round {known.key.round} is already {state}",
+        f"attempt {known.key.attempt + 1} of {_sum(known.key.round)} is already {state}",
         hint="a retry is a new attempt, and is charged as one",
     )
+
+
+def _sum(number: int) -> str:
+    """What an operator calls the release of this number, from 0.
+
+    A ledger does not know whether it is a round's, one step of a round, or a validation.
+    """
+    return f"sum {number + 1}"
 
 
 def _check_change(before: Budget, budget: Budget, higher: bool) -> None:
