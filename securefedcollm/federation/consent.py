@@ -267,6 +267,7 @@ def _foresee(
         records=part.records,
         study=part.study,
         limit=budget,
+        may_skip=study.validation is None,
     )
 
 

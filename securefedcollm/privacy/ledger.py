@@ -210,6 +210,7 @@ class Ledger(Book):
         records: Records | None = None,
         study: str = "",
         limit: Budget | None = None,
+        may_skip: bool = True,
     ) -> None:
         """Refuse a run if not every round would fit, before anything is spent on it.
 
@@ -219,13 +220,14 @@ class Ledger(Book):
             events: what one round will release at worst.
             rounds: rounds that are still to come.
             what: the operator's word for them.
+            may_skip: the study can do without the records that cannot pay.
 
         Raises:
             BudgetExceeded: says how much is left and what would fit.
         """
         claim, merged = Budget(*budget), merge(events)
         self._catch_up()
-        asked = Asked(dataset, unit, "", merged, claim, limit, records, study, rounds)
+        asked = Asked(dataset, unit, "", merged, claim, limit, records, study, rounds, may_skip)
         decision = self._decide(asked)
         if not decision.fits:
             message, hint = decision.refusal(what)

@@ -122,6 +122,15 @@ def test_a_study_without_a_record_that_can_pay_is_refused(inputs, paid):
         assert not (inputs / "refused").exists()
 
 
+def test_a_study_that_sets_records_aside_is_refused_and_skip_is_no_way_out(inputs, paid):
+    """The control: without a validation the hint names it."""
+    for changes, named in (([], True), (["validation={share: 0.25}"], False)):
+        study = next_study(paid, ["seed=13", "local.batch_size=4", *changes])
+        with pytest.raises(BudgetExceeded, match=r"silo-1: .* records cannot pay") as refused:
+            simulated(study, inputs, "refused", ledgers=book(inputs))
+        assert ("--records skip" in refused.value.hint) is named
+
+
 def test_a_refused_start_removes_no_older_run(inputs, paid):
     simulated(next_study(paid, ["privacy=none"]), inputs, "older")
     with pytest.raises(BudgetExceeded):
