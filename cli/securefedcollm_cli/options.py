@@ -68,6 +68,15 @@ Track = Annotated[
     ),
 ]
 
+Unable = Annotated[
+    Literal["refuse", "skip"],
+    typer.Option(
+        "--records",
+        help="What to do if some records cannot pay for this study: refuse it, or skip those "
+        "records.",
+    ),
+]
+
 TaskKind = Annotated[
     Literal["multiple_choice", "classification", "instruction", "text"] | None,
     typer.Option("--task", help="Kind of the file's rows [the study's task; multiple_choice]."),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from securefedcollm.errors import ConfigError
 from securefedcollm_cli.consortium import Home, home_of
 from securefedcollm_cli.identity import PassphraseFile
-from securefedcollm_cli.options import Device, StudyFile, stop_on_sigterm
+from securefedcollm_cli.options import Device, StudyFile, Unable, stop_on_sigterm
 from securefedcollm_cli.role_options import Events, Models, Threads, Yes, asked
 from securefedcollm_cli.role_serving import serve
 from securefedcollm_cli.role_words import (
@@ -72,13 +72,7 @@ def client(
             "the study's].",
         ),
     ] = None,
-    records: Annotated[
-        Literal["refuse", "skip"],
-        typer.Option(
-            help="What to do if some records cannot pay for this study: refuse it, or skip "
-            "those records."
-        ),
-    ] = "refuse",
+    records: Unable = "refuse",
     without_privacy: Annotated[
         bool,
         typer.Option(
@@ -102,6 +96,7 @@ def client(
     reboot the machine at any moment: the same command goes on, and pays for nothing twice.
     """
     from securefedcollm.federation import consent, roles
+    from securefedcollm.federation.continuing import beside
     from securefedcollm.federation.engines.flare.kit import installed
     from securefedcollm.study import load_study
     from securefedcollm_cli.heldout import HELD_OUT, TRAINING, HeldOut
@@ -110,7 +105,7 @@ def client(
     stop_on_sigterm()
     place, study = home_of(home), load_study(config)
     passphrase = asked(passphrase_file)
-    with roles.take_part(study, config, place, "silo", passphrase) as member:
+    with roles.take_part(study, config, place, "silo", passphrase) as member, beside(member.run):
         kit = installed(place, member.name)
         limit = _limit(study, budget)
         with Bars(quiet=as_json) as bars:

@@ -87,6 +87,7 @@ def server(
     last durable round. Nothing is opened twice.
     """
     from securefedcollm.federation import roles
+    from securefedcollm.federation.continuing import beside
     from securefedcollm.federation.engines.flare.engine import Kits
     from securefedcollm.federation.engines.flare.kit import installed
     from securefedcollm.federation.engines.flare.presence import Waits
@@ -103,6 +104,7 @@ def server(
     passphrase = asked(passphrase_file)
     with (
         roles.take_part(study, config, place, "server", passphrase) as member,
+        beside(member.run),
         keeping_states(states, int(states_gb * 1e9)),
         Bars(quiet=as_json) as bars,
     ):

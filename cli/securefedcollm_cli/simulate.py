@@ -19,6 +19,7 @@ from securefedcollm_cli.options import (
     StatesSize,
     StudyFile,
     Track,
+    Unable,
     files_of,
 )
 from securefedcollm_cli.simulate_life import simulate_life
@@ -87,6 +88,7 @@ def simulate(
             "from study to study [in the run directory].",
         ),
     ] = None,
+    records: Unable = "refuse",
     track: Track = None,
     device: Device = "cpu",
     states: States = None,
@@ -102,7 +104,7 @@ def simulate(
     another, each from what the one before released, without baselines. --resume goes on in the
     middle of any of them.
     """
-    from securefedcollm.federation.continuing import earlier_bundles
+    from securefedcollm.federation.continuing import beside, earlier_bundles
     from securefedcollm.federation.dealing import given_files
     from securefedcollm.simulation.plan import SimulationPlan
     from securefedcollm.simulation.simulate import Simulation
@@ -129,6 +131,7 @@ def simulate(
         files=files,
         track=track,
         ledgers=ledgers,
+        records=records,
     )
     keeping = keeping_states(states, int(states_gb * 1e9))
     if len(trees) > 1:
@@ -138,7 +141,8 @@ def simulate(
     with keeping, Bars(quiet=as_json) as bars:
         results = simulation.run(bars.report, bars.say)
         bars.report(0, 1, "verifying the evidence")
-        verdict, page = write_evidence(directory, earlier_bundles(study, data))
+        with beside(directory):
+            verdict, page = write_evidence(directory, earlier_bundles(study, data))
         bars.report(1, 1, "verifying the evidence")
     if as_json:
         evidence = {name: getattr(verdict, name) for name in ("bundle", "holds", "passed")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -33,7 +32,7 @@ def simulate_life(
 
     ``keeping``: within it, states of public questions are kept.
     """
-    from securefedcollm.federation.continuing import earlier_bundles
+    from securefedcollm.federation.continuing import beside, earlier_bundles
     from securefedcollm.simulation.life import play
     from securefedcollm_cli.progress import Bars
 
@@ -43,12 +42,13 @@ def simulate_life(
             where="--silo" if plan.files is not None else "--drop",
             hint="leave it out, or simulate one study at a time",
         )
-    _make_room(plan, [str(tree["study"]) for tree in trees])
+    _require_room(plan, [str(tree["study"]) for tree in trees])
     verdicts: dict[str, Verdict] = {}
 
     def finished(study: Study, run: Path, results: dict[str, Any]) -> None:
         bars.report(0, 1, "verifying the evidence")
-        verdicts[study.study], _ = write_evidence(run, earlier_bundles(study, plan.data))
+        with beside(run):
+            verdicts[study.study], _ = write_evidence(run, earlier_bundles(study, plan.data))
         bars.report(1, 1, "verifying the evidence")
 
     with keeping, Bars(quiet=as_json) as bars:
@@ -65,10 +65,12 @@ def simulate_life(
         raise typer.Exit(1)
 
 
-def _make_room(plan: SimulationPlan, names: Sequence[str]) -> None:
-    """A life is removed, or gone on with, as a whole; what is not of a life is never removed."""
-    from securefedcollm.simulation.life import LEDGERS
+def _require_room(plan: SimulationPlan, names: Sequence[str]) -> None:
+    """A life is replaced, or gone on with, as a whole; what is not of a life is never removed.
 
+    Raises:
+        ConfigError: with the fix.
+    """
     if not plan.out.exists() or not any(plan.out.iterdir()) or plan.resume:
         return
     if not plan.overwrite:
@@ -84,9 +86,6 @@ def _make_room(plan: SimulationPlan, names: Sequence[str]) -> None:
             where=str(plan.out),
             hint="choose another --out",
         )
-    for run in runs:
-        shutil.rmtree(run)
-    shutil.rmtree(plan.out / LEDGERS, ignore_errors=True)
 
 
 def _render(names: list[str], results: list[dict[str, Any]], verdicts: list[Verdict]) -> None:

@@ -346,6 +346,7 @@ def _choose(
         raise ConfigError(
             "exactly one of the two is needed", where="--run / --model", hint="e.g. --run runs/NAME"
         )
+    from securefedcollm.federation.continuing import beside
     from securefedcollm.federation.tuned import fold_earlier
     from securefedcollm.tuning.models import find_device, load_model
 
@@ -376,7 +377,8 @@ def _choose(
             base_dir=data,
             progress=bars.report,
         )
-        fold_earlier(study, role, loaded, data)
+        with beside(run):
+            fold_earlier(study, role, loaded, data)
     loaded.model.to(place)
     return _Chosen(loaded, None if base else adapter, study, spec)
 

@@ -201,6 +201,7 @@ class Experiment:
             study=study,
             planned={name: planned(study, q) for name, q in dealt.silos.items()},
             threads=max(1, self._threads // max(1, self._workers)),
+            run=home,
             data=self._plan.data,
             device=self._plan.device,
         )

@@ -292,8 +292,9 @@ class ChargedTraining:
         privacy = self._study.privacy
         assert privacy is not None
         left = sums_left(self._study, sum_, held=part.held)
-        claim = (privacy.epsilon, privacy.delta)
-        self._ledger.foresee(part.dataset, key.unit, events, left, claim, what, **self._whose(part))
+        given = (part.dataset, key.unit, events, left, (privacy.epsilon, privacy.delta), what)
+        may_skip = self._study.validation is None
+        self._ledger.foresee(*given, **self._whose(part), may_skip=may_skip)
 
     def _whose(self, part: Part) -> dict[str, Any]:
         return {"records": part.records, "study": part.study, "limit": self._budget}

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from securefedcollm.errors import BudgetExceeded, ConfigError
 from securefedcollm.federation.files import make_directory
 from securefedcollm.federation.parts import (
+    Part,
     hold_out,
     part_of,
     sums_left,
     validation_study,
 )
 from securefedcollm.federation.plan import counting, joint_step, silo_unit, validates
-from securefedcollm.federation.roles import LEDGER, Member
+from securefedcollm.federation.roles import Member
 from securefedcollm.federation.silostore import SiloStore, SumMemory
-from securefedcollm.federation.workload import SiloWorkload
+from securefedcollm.federation.workload import PrivateRecords
 from securefedcollm.privacy.events import Events
 from securefedcollm.privacy.identities import Records
 from securefedcollm.privacy.ledger import Budget, Key, Ledger
@@ -31,6 +33,24 @@ from securefedcollm.study import Study, digest
 if TYPE_CHECKING:
     from securefedcollm.federation.cotuning import SiloTuning
     from securefedcollm.tuning.question import Question
+
+
+class Owner(Protocol):
+    """Who owns the records: a :class:`Member`, or a silo of a simulation."""
+
+    @property
+    def study(self) -> Study: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def ledger(self) -> Path: ...
+
+
+class Questioned(PrivateRecords, Protocol):
+    """Records that are questions."""
+
+    @property
+    def questions(self) -> Sequence[Question]: ...
 
 
 @dataclass(frozen=True)
@@ -90,7 +110,7 @@ def terms(
         figures |= {"budget": pinned.epsilon, "budget_delta": pinned.delta}
     if privacy is not None:
         agreed = budget or Budget(privacy.epsilon, privacy.delta)
-        with Ledger(member.home / LEDGER, member.name) as ledger:
+        with Ledger(member.ledger, member.name) as ledger:
             records = identified(ledger, study, workload)
             mine = {digest(study).hex(), validation_study(study)}
             about: Any = {"besides": mine, "unit": privacy.unit, "budget": agreed}
@@ -174,11 +194,11 @@ def require_protection(member: Member, without_privacy: bool) -> None:
 
 
 def _pinned(member: Member) -> Budget | None:
-    with Ledger(member.home / LEDGER, member.name) as ledger:
+    with Ledger(member.ledger, member.name) as ledger:
         return ledger.pinned
 
 
-def require_budget(member: Member, workload: SiloWorkload, budget: Budget | None) -> None:
+def require_budget(member: Member, workload: PrivateRecords, budget: Budget | None) -> None:
     """Refuse a study that these records cannot pay for, before anybody waits for anything.
 
     If the study has begun, its next sum must fit. Unless this silo did not see the newest sum
@@ -187,36 +207,68 @@ def require_budget(member: Member, workload: SiloWorkload, budget: Budget | None
     Raises:
         BudgetExceeded: says what is left and what would fit.
     """
-    study, privacy = member.study, member.study.privacy
-    if privacy is None:
+    study = member.study
+    if study.privacy is None:
         return
-    with Ledger(member.home / LEDGER, member.name) as ledger:
-        records = identified(ledger, study, workload)
-        hold_out(study, workload, ledger)
-        parts = [part_of(study, workload, ledger, held=False)]
-        if study.validation is not None:
-            parts.append(part_of(study, workload, ledger, held=True))
-        else:
-            parts = [parts[0]._replace(records=records)]
+    with Ledger(member.ledger, member.name) as ledger:
+        parts = _parts(ledger, study, workload)
         mine = {part.study for part in parts}
         charged = [e.key for e in ledger.entries() if e.about.study in mine]
         newest = max(charged, key=lambda key: key.round, default=None)
-        if newest is not None and not _may_begin_another(member, newest):
-            return
-        for part in parts:
-            if newest is not None and part.held != validates(study, newest.round + 1):
-                continue
-            ledger.foresee(
-                part.dataset,
-                privacy.unit,
-                counting(study).events() if part.held else charge(study, workload),
-                sums_left(study, 0, held=part.held) if newest is None else 1,
-                (privacy.epsilon, privacy.delta),
-                "steps" if study.joint and not part.held else "rounds",
-                records=part.records,
-                study=part.study,
-                limit=budget,
-            )
+        if newest is None:
+            for part in parts:
+                _foresee(ledger, study, workload, part, sums_left(study, 0, held=part.held), budget)
+        elif _may_begin_another(member, newest):
+            (next_,) = (p for p in parts if p.held == validates(study, newest.round + 1))
+            _foresee(ledger, study, workload, next_, 1, budget)
+
+
+def require_whole(owner: Owner, workload: PrivateRecords) -> None:
+    """Refuse a study that these records cannot pay for from its beginning to its end.
+
+    Raises:
+        BudgetExceeded: says what is left and what would fit.
+    """
+    study = owner.study
+    if study.privacy is None:
+        return
+    with Ledger(owner.ledger, owner.name) as ledger:
+        for part in _parts(ledger, study, workload):
+            _foresee(ledger, study, workload, part, sums_left(study, 0, held=part.held), None)
+
+
+def _parts(ledger: Ledger, study: Study, workload: PrivateRecords) -> list[Part]:
+    """What the study charges: its records, or those of either part where it sets some aside."""
+    records = identified(ledger, study, workload)
+    hold_out(study, workload, ledger)
+    tuned = part_of(study, workload, ledger, held=False)
+    if study.validation is None:
+        return [tuned._replace(records=records)]
+    return [tuned, part_of(study, workload, ledger, held=True)]
+
+
+def _foresee(
+    ledger: Ledger,
+    study: Study,
+    workload: PrivateRecords,
+    part: Part,
+    sums: int,
+    budget: Budget | None,
+) -> None:
+    privacy = study.privacy
+    assert privacy is not None
+    ledger.foresee(
+        part.dataset,
+        privacy.unit,
+        counting(study).events() if part.held else charge(study, workload),
+        sums,
+        (privacy.epsilon, privacy.delta),
+        "steps" if study.joint and not part.held else "rounds",
+        records=part.records,
+        study=part.study,
+        limit=budget,
+        may_skip=study.validation is None,
+    )
 
 
 def _may_begin_another(member: Member, newest: Key) -> bool:
@@ -233,41 +285,56 @@ def without_spent(
     budget: Budget | None,
     build: Callable[[Sequence[Question]], SiloTuning],
 ) -> SiloTuning:
-    """The workload without the records that cannot pay for this study.
-
-    The study's sampling rate, noise and records are those of what is left. A study that has begun
-    keeps the records that it began with.
+    """The workload of :func:`able_to_pay` alone.
 
     Args:
         build: makes a workload of fewer questions.
 
     Raises:
-        BudgetExceeded: no record can pay, or the study asks for more than the pinned budget.
-        ConfigError: too few records are left for the study; or the file lacks those that it
-            began with.
+        BudgetExceeded, ConfigError: as :func:`able_to_pay`.
     """
-    study, privacy = member.study, member.study.privacy
-    if study.validation is not None:
+    kept = able_to_pay(member, workload, budget)
+    return workload if len(kept) == len(workload.questions) else build(kept)
+
+
+def refuse_skipping(sets_aside: bool) -> None:
+    """Raises: ConfigError if the study sets records aside: then none can be left out."""
+    if sets_aside:
         raise ConfigError(
             "records that cannot pay are not left out of a study that sets records aside: what is "
             "left would have to be drawn again",
             where="--records",
             hint="--records refuse; or agree on a study without validation",
         )
-    if privacy is None:
-        return workload
-    with Ledger(member.home / LEDGER, member.name) as ledger:
+
+
+def able_to_pay(
+    owner: Owner, workload: Questioned, budget: Budget | None = None
+) -> Sequence[Question]:
+    """The questions that can pay for this study, in file order.
+
+    They are what the study is about: its sampling rate, its noise and its records. A study that has
+    begun keeps the records that it began with.
+
+    Raises:
+        BudgetExceeded: no record can pay, or the study asks for more than the pinned budget.
+        ConfigError: too few records are left for the study; or those that it began with are not
+            in the file; or it sets records aside.
+    """
+    study = owner.study
+    refuse_skipping(study.validation is not None)
+    if study.privacy is None:
+        return workload.questions
+    with Ledger(owner.ledger, owner.name) as ledger:
         records = identified(ledger, study, workload)
         begun = ledger.set_of(digest(study).hex())
         if begun is not None:
-            kept = _begun_with(ledger, study, workload, records, begun)
-        else:
-            kept = _payers(ledger, study, workload, budget)
-    return workload if len(kept) == len(workload.questions) else build(kept)
+            return _begun_with(ledger, study, workload, records, begun)
+        return _payers(ledger, study, workload, budget)
 
 
 def _begun_with(
-    ledger: Ledger, study: Study, workload: SiloTuning, records: Records, begun: Records
+    ledger: Ledger, study: Study, workload: Questioned, records: Records, begun: Records
 ) -> Sequence[Question]:
     """The questions that the study began with, told apart by every identity that they have.
 
@@ -289,7 +356,7 @@ def _begun_with(
 
 
 def _payers(
-    ledger: Ledger, study: Study, workload: SiloTuning, budget: Budget | None
+    ledger: Ledger, study: Study, workload: Questioned, budget: Budget | None
 ) -> Sequence[Question]:
     """Fewer records are sampled more often, under more noise, so repeat until all can pay."""
     from securefedcollm.federation.cotuning import contents_of, planned_event
@@ -339,14 +406,14 @@ def taking_part(whole: Sequence[Question], kept: Sequence[Question]) -> list[boo
     return [id(question) in kept_ones for question in whole]
 
 
-def _whole(study: Study, workload: SiloWorkload) -> Iterator[Events]:
+def _whole(study: Study, workload: PrivateRecords) -> Iterator[Events]:
     """What the whole study charges a record that it tunes on, and one that it sets aside."""
     yield tuple(repeated(charge(study, workload), sums_left(study, 0, held=False)))
     if study.validation is not None:
         yield counting(study).events(study.rounds)
 
 
-def charge(study: Study, workload: SiloWorkload) -> Events:
+def charge(study: Study, workload: PrivateRecords) -> Events:
     """What one sum of tuning charges these records, at worst."""
     if study.joint:
         step = joint_step(study, workload.update_size(0))
@@ -356,7 +423,7 @@ def charge(study: Study, workload: SiloWorkload) -> Events:
     return (unit.event(),) if unit else tuple(workload.events())
 
 
-def identified(ledger: Ledger, study: Study, workload: SiloWorkload) -> Records:
+def identified(ledger: Ledger, study: Study, workload: PrivateRecords) -> Records:
     """The workload's records; from now on the ledger knows which they are.
 
     So older charges, which name a file but not its records, become charges of these records.

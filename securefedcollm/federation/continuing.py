@@ -6,6 +6,8 @@ Importing this module imports no torch.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,23 @@ if TYPE_CHECKING:
 
 _ADAPTER = "adapter_model.safetensors"
 _LOWRANK = frozenset({"ffa-lora", "rolora", "lora"})
+
+
+_beside: ContextVar[tuple[Path, ...]] = ContextVar("beside", default=())
+
+
+@contextmanager
+def beside(run: Path) -> Iterator[None]:
+    """Within it, earlier runs are looked for beside the directory ``run``, too.
+
+    A study then names them without a path of anybody's machine. Adversary: whoever puts another
+    file there. Its digest is not the one that the study names.
+    """
+    token = _beside.set((run.parent, *_beside.get()))
+    try:
+        yield
+    finally:
+        _beside.reset(token)
 
 
 def name_of(study: Study, spec: Model) -> ModelName:
@@ -77,10 +96,11 @@ def seed_of(study: Study) -> int:
 
 
 def run_places(data: Path, link: Earlier) -> Iterator[Path]:
-    """Where the earlier run's directory may lie."""
-    yield data / link.run
-    # as participants' homes name it
-    yield from sorted(data.glob(f"*-{link.study[:12]}"))
+    """Where the earlier run's directory may lie: below ``data``, or :func:`beside` the run."""
+    for place in (data, *_beside.get()):
+        yield place / link.run
+        # as participants' homes name it
+        yield from sorted(place.glob(f"*-{link.study[:12]}"))
 
 
 def earlier_bundles(study: Study, data: Path | None) -> list[Path]:

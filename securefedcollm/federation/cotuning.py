@@ -55,72 +55,27 @@ from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.splits import dataset_fingerprint, record_content
 
 
-class SiloTuning:
-    """Implements :class:`securefedcollm.federation.workload.SiloWorkload` with a real SLM."""
+class Holdings:
+    """A silo's questions as its ledger and the parts of a study see them: without a model."""
 
-    def __init__(
-        self,
-        study: Study,
-        name: str,
-        questions: Sequence[Question],
-        *,
-        data: Path | None = None,
-        device: str = "cpu",
-        progress: Progress = silent,
-        planned: PoissonGaussian | None = None,
-        alone: bool = False,
-    ) -> None:
+    def __init__(self, study: Study, questions: Sequence[Question], *, alone: bool = False) -> None:
         """
         Args:
-            planned: :func:`planned_event` of these questions, where it is already known: not all
-                processes of a simulation need to work it out.
-            alone: the silo takes part in no sum and keeps the study's ε by its own noise, also
-                where the study has the silos noise their sum together.
+            alone: as :class:`SiloTuning`.
 
         Raises:
-            ConfigError: the silo has fewer units than the expected batch, or more than all silos
-                should have together, or no noise reaches the study's ε.
             DataError: the unit is the subject, and a question has none.
         """
         self._subjects = _subjects(study, questions)
         self._study = study
-        self._name = name
+        self._questions = tuple(questions)
         self._aside: npt.NDArray[np.bool_] | None = None  # units
         self._whole = alone  # a silo that takes part in no sum tunes on all of its records
-        self._questions = tuple(questions)
-        self._tuned = Tuned.load(
-            study, study.models.slm, data=data, device=device, progress=progress
-        )
-        self._loss = loss_plan(study.local, self._tuned.scoring)
-        if by_unit(study):
-            refuse_coupling(self._tuned.model, "models.slm", study.task.max_tokens)
-            check_records(self._tuned.model, self._loss)
-        self._data = self._tuned.encode(questions, private=by_unit(study))
+        self._units = count_units(study, questions)
         self.records = len(questions)
         plain = dataset_fingerprint([replace(q, subject=None) for q in questions])
         self.dataset = dataset_fingerprint(questions) if self._subjects else plain
         self.also: Sequence[str] = [plain] if self._subjects else []
-        self.base_digest = self._tuned.base_digest
-        self._event: PoissonGaussian | None = None
-        self._units = count_units(study, questions)
-        if study.privacy and (study.privacy.noise == "local" or (alone and study.joint)):
-            self._event = planned or planned_event(study, questions)
-            if self._event.q != sampling_rate(study, questions):
-                raise ValueError("the planned event is one of other records")
-        elif study.joint:
-            refuse_joint_units(study, self._units)
-        if by_unit(study):
-            self._prove_independence()
-
-    def _prove_independence(self) -> None:
-        """Finish the test of independence before anybody asks for anything.
-
-        Adversary: the server, which times the first answer. The test takes time for every shape
-        that occurs, so a record of a length of its own would show there, without any noise.
-        """
-        layouts = [self._tuned.update_layout(round_) for round_ in (0, 1)]
-        for layout in {layout.digest: layout for layout in layouts}.values():
-            records_of(self._tuned.model, layout, self._data, self._loss)
 
     @property
     def questions(self) -> tuple[Question, ...]:
@@ -168,6 +123,65 @@ class SiloTuning:
         if self._study.validation is not None and not self._whole:  # our own mistake
             raise LocalProtocolError("the study sets records aside, and none was")
         return np.zeros(self._units, dtype=np.bool_)
+
+
+class SiloTuning(Holdings):
+    """Implements :class:`securefedcollm.federation.workload.SiloWorkload` with a real SLM."""
+
+    def __init__(
+        self,
+        study: Study,
+        name: str,
+        questions: Sequence[Question],
+        *,
+        data: Path | None = None,
+        device: str = "cpu",
+        progress: Progress = silent,
+        planned: PoissonGaussian | None = None,
+        alone: bool = False,
+    ) -> None:
+        """
+        Args:
+            planned: :func:`planned_event` of these questions, where it is already known: a
+                simulation's processes need not all work it out.
+            alone: the silo takes part in no sum and keeps the study's ε by its own noise, also
+                where the study has the silos noise their sum together.
+
+        Raises:
+            ConfigError: the silo has fewer units than the expected batch, or more than all silos
+                should have together, or no noise reaches the study's ε.
+            DataError: the unit is the subject, and a question has none.
+        """
+        super().__init__(study, questions, alone=alone)
+        self._name = name
+        self._tuned = Tuned.load(
+            study, study.models.slm, data=data, device=device, progress=progress
+        )
+        self._loss = loss_plan(study.local, self._tuned.scoring)
+        if by_unit(study):
+            refuse_coupling(self._tuned.model, "models.slm", study.task.max_tokens)
+            check_records(self._tuned.model, self._loss)
+        self._data = self._tuned.encode(questions, private=by_unit(study))
+        self.base_digest = self._tuned.base_digest
+        self._event: PoissonGaussian | None = None
+        if study.privacy and (study.privacy.noise == "local" or (alone and study.joint)):
+            self._event = planned or planned_event(study, questions)
+            if self._event.q != sampling_rate(study, questions):
+                raise ValueError("the planned event is one of other records")
+        elif study.joint:
+            refuse_joint_units(study, self._units)
+        if by_unit(study):
+            self._prove_independence()
+
+    def _prove_independence(self) -> None:
+        """Finish the test of independence before anybody asks for anything.
+
+        Adversary: the server, which times the first answer. The test takes time for every shape
+        that occurs, so a record of a length of its own would show there, without any noise.
+        """
+        layouts = [self._tuned.update_layout(round_) for round_ in (0, 1)]
+        for layout in {layout.digest: layout for layout in layouts}.values():
+            records_of(self._tuned.model, layout, self._data, self._loss)
 
     def right_shares(self, adapter: Vector) -> npt.NDArray[np.float64]:
         load_vector(self._tuned.model, self._tuned.broadcast_layout(), adapter)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.federation.plan import round_of
 from securefedcollm.federation.silostore import SiloStore
-from securefedcollm.federation.workload import SiloWorkload, Vector
+from securefedcollm.federation.workload import PrivateRecords, Vector
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.aside import validation_of
 from securefedcollm.privacy.identities import Content, Records
@@ -31,8 +31,8 @@ _PIN: Final = b"securefedcollm/validation/pin/v1\0"
 
 
 @runtime_checkable
-class HoldsOut(Protocol):
-    """A workload that can set records aside and answer them."""
+class SetsAside(Protocol):
+    """Records of which some can be set aside."""
 
     def set_aside(self, key: bytes) -> None:
         """Set units aside for good, by this key. Until then nothing can be tuned.
@@ -46,6 +46,11 @@ class HoldsOut(Protocol):
     def aside(self) -> npt.NDArray[np.bool_]:
         """Which records are set aside, bool [records], in the order of ``contents``."""
         ...
+
+
+@runtime_checkable
+class HoldsOut(SetsAside, Protocol):
+    """A workload that can set records aside and answer them."""
 
     def right_shares(self, adapter: Vector) -> npt.NDArray[np.float64]:
         """The share that ``adapter`` answers right of every unit set aside, [units]."""
@@ -63,7 +68,7 @@ class Part(NamedTuple):
     records: Records
 
 
-def hold_out(study: Study, workload: SiloWorkload, ledger: Ledger) -> None:
+def hold_out(study: Study, workload: PrivateRecords, ledger: Ledger) -> None:
     """Set the study's part of the records aside; the same units every time.
 
     Raises:
@@ -71,7 +76,7 @@ def hold_out(study: Study, workload: SiloWorkload, ledger: Ledger) -> None:
     """
     if study.validation is None:
         return
-    if not isinstance(workload, HoldsOut):
+    if not isinstance(workload, SetsAside):
         raise ConfigError(
             "this training answers no questions", where="validation", hint="remove it"
         )
@@ -97,8 +102,8 @@ def pin_parts(study: Study, ledger: Ledger, store: SiloStore) -> None:
         )
 
 
-def part_of(study: Study, workload: SiloWorkload, ledger: Ledger, *, held: bool) -> Part:
-    """The records that a sum of this kind charges: all, where the study has no validation.
+def part_of(study: Study, workload: PrivateRecords, ledger: Ledger, *, held: bool) -> Part:
+    """The records that a sum of this kind charges; all of them where the study has no validation.
 
     Args:
         held: those that are set aside, after :func:`hold_out`.
@@ -143,11 +148,11 @@ def sums_left(study: Study, sum_: int, *, held: bool) -> int:
     return (study.rounds - round_) * study.tuning_sums - done
 
 
-def _contents(study: Study, workload: SiloWorkload, held: bool) -> Iterator[Content]:
+def _contents(study: Study, workload: PrivateRecords, held: bool) -> Iterator[Content]:
     if study.validation is None:
         yield from workload.contents()
         return
-    assert isinstance(workload, HoldsOut)  # hold_out
+    assert isinstance(workload, SetsAside)  # hold_out
     for content, aside in zip(workload.contents(), workload.aside().tolist(), strict=True):
         if aside == held:
             yield content

@@ -301,6 +301,12 @@ def check_directory(study: Study, out: Path, *, resume: bool, overwrite: bool) -
     Raises:
         ConfigError: with the fix.
     """
+    if resume and overwrite:
+        raise ConfigError(
+            "a run is gone on with, or replaced",
+            where="--resume, --overwrite",
+            hint="leave one of them out",
+        )
     if overwrite and out.exists():
         known = {"study.yaml", "server"}
         if any(out.iterdir()) and not known & {p.name for p in out.iterdir()}:

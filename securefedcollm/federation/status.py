@@ -201,9 +201,13 @@ def told(entry: Entry, study: Study) -> str | None:
             return f"{_when(study, sum_)}: agreed to a sum of {len(survivors)} silos"
         case Decrypted(round=sum_):
             return f"{_when(study, sum_)}: a sum is about to be opened"
-        case Settled(spent=spent) if spent is not None:
+        case Settled(round=sum_, spent=spent) if spent is not None:
             what = "the run is" if study.sums == sums_to_an_end(study) else "all rounds so far are"
-            return f"{what} settled: ε = {spent.epsilon:.2f} at δ = {spent.delta:g} in all"
+            whose = ""
+            if study.validation is not None:  # either part has an end of its own
+                part = "set aside" if validates(study, sum_) else "tuned on"
+                whose = f" for the records that are {part}"
+            return f"{what} settled{whose}: ε = {spent.epsilon:.2f} at δ = {spent.delta:g} in all"
         case Witnessed(size=size):
             return f"vouched for the server's log of {size} entries"
         case Refused(error=error):
@@ -212,7 +216,8 @@ def told(entry: Entry, study: Study) -> str | None:
 
 
 def _when(study: Study, sum_: int) -> str:
-    return f"{sum_name(study, sum_)} of {study.rounds}"
+    round_, comma, part = sum_name(study, sum_).partition(",")
+    return f"{round_} of {study.rounds}{comma}{part}"
 
 
 def _by_group(scores: dict[str, float]) -> str:

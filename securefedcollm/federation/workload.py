@@ -45,17 +45,14 @@ def keep_nothing(round_: int, adapter: Vector, proof: dict[str, Any]) -> None:
     """For a simulation, which has one copy of the adapters for everybody."""
 
 
-class SiloWorkload(Protocol):
-    """Tuning at one silo, on data that it alone sees."""
+class PrivateRecords(Protocol):
+    """A silo's records in a study, as its privacy ledger sees them."""
 
     dataset: str
     """Fingerprint of the private data set. An older ledger keyed its privacy budget by it."""
 
     also: Sequence[str]
     """Other fingerprints of the same records, under which an older ledger may have them."""
-
-    base_digest: bytes
-    """The base model's digest (weights, configuration, tokenizer, chat template), 32 bytes."""
 
     def contents(self) -> Iterable[Content]:
         """A digest of the content of every private record, and whose it is if that is the unit.
@@ -65,20 +62,27 @@ class SiloWorkload(Protocol):
         """
         ...
 
+    def update_size(self, round_: int) -> int:
+        """Length d of the update that enters the sum of this round."""
+        ...
+
+    def events(self) -> Sequence[Event]:
+        """What one round's training will release, in the worst case. Empty without DP."""
+        ...
+
+
+class SiloWorkload(PrivateRecords, Protocol):
+    """Tuning at one silo, on data that it alone sees."""
+
+    base_digest: bytes
+    """The base model's digest (weights, configuration, tokenizer, chat template), 32 bytes."""
+
     def layout(self, round_: int) -> bytes:
         """32-byte digest of the adapter's layout in this round."""
         ...
 
     def size(self, round_: int) -> int:
-        """Length of the broadcast adapter."""
-        ...
-
-    def update_size(self, round_: int) -> int:
-        """Length d of the update that enters the sum; at most :meth:`size`."""
-        ...
-
-    def events(self) -> Sequence[Event]:
-        """What one round's training will release, in the worst case. Empty without DP."""
+        """Length of the broadcast adapter; :meth:`update_size` is no more."""
         ...
 
     def fit(self, adapter: Vector, round_: int, progress: Progress) -> Vector:

@@ -48,6 +48,8 @@ class Asked(NamedTuple):
     study: str
     rounds: int = 0
     """Rounds of a run that is only planned; 0 for a release."""
+    may_skip: bool = True
+    """Whether records that cannot pay may be left out of the study."""
 
     @property
     def fingerprints(self) -> frozenset[str]:
@@ -154,7 +156,7 @@ class Decision:
 
     def _others(self) -> str:
         left = int(self.paying.sum())
-        if not left or self.asked.records is None:
+        if not left or self.asked.records is None or not self.asked.may_skip:
             return ""
         units = "subjects" if self.asked.whom.column else "records"
         return f"; or --records skip: the other {left:,} {units} can pay"

@@ -161,6 +161,8 @@ class Ledger(Book):
         """Charge the worst case of a coming release, or refuse the release.
 
         Args:
+            round: number of the secure sum that the release enters, from 0. A round has several
+                where it has joint steps or a validation.
             events: what will be released at worst (shares = threshold, steps = planned).
             budget: the study's (ε, δ), within which all releases of the study stay. No more than
                 the pinned one; where none is, it becomes that.
@@ -192,7 +194,7 @@ class Ledger(Book):
                 row = self._write("reserve", key, **self._content(asked, decision))
         if not decision.fits:  # explained outside the lock: what would fit takes a second
             message, hint = decision.refusal()
-            raise BudgetExceeded(f"round {round} of {unit} data: {message}", hint=hint)
+            raise BudgetExceeded(f"{_sum(round)} of {unit} data: {message}", hint=hint)
         self._catch_up()
         return Reservation(key, merged, row.seq)
 
@@ -208,6 +210,7 @@ class Ledger(Book):
         records: Records | None = None,
         study: str = "",
         limit: Budget | None = None,
+        may_skip: bool = True,
     ) -> None:
         """Refuse a run if not every round would fit, before anything is spent on it.
 
@@ -217,13 +220,14 @@ class Ledger(Book):
             events: what one round will release at worst.
             rounds: rounds that are still to come.
             what: the operator's word for them.
+            may_skip: the study can do without the records that cannot pay.
 
         Raises:
             BudgetExceeded: says how much is left and what would fit.
         """
         claim, merged = Budget(*budget), merge(events)
         self._catch_up()
-        asked = Asked(dataset, unit, "", merged, claim, limit, records, study, rounds)
+        asked = Asked(dataset, unit, "", merged, claim, limit, records, study, rounds, may_skip)
         decision = self._decide(asked)
         if not decision.fits:
             message, hint = decision.refusal(what)
@@ -364,9 +368,17 @@ def _again(known: Entry, asked: Asked) -> Reservation:
     other = "records" if known.reserved == asked.events else "events"
     state = f"reserved with other {other}" if known.state == "reserved" else known.state
     raise LocalProtocolError(
-        f"attempt {known.key.attempt} of round {known.key.round} is already {state}",
+        f"attempt {known.key.attempt + 1} of {_sum(known.key.round)} is already {state}",
         hint="a retry is a new attempt, and is charged as one",
     )
+
+
+def _sum(number: int) -> str:
+    """What an operator calls the release of this number, from 0.
+
+    A ledger does not know whether it is a round's, one step of a round, or a validation.
+    """
+    return f"sum {number + 1}"
 
 
 def _check_change(before: Budget, budget: Budget, higher: bool) -> None:

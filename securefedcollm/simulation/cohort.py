@@ -35,6 +35,7 @@ from securefedcollm.federation.silo import Seat, SiloSession
 from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.federation.workload import Progress, ServerWorkload, SiloWorkload
 from securefedcollm.primitives import SigningKey
+from securefedcollm.simulation.plan import ledger_of
 from securefedcollm.study import Study, digest
 from securefedcollm.study.identity import create_identity, open_identity, read_identity
 
@@ -178,9 +179,10 @@ def _make_party(
 def _ledger(home: Path, name: str, ledgers: Path | None) -> Path:
     """The path of the silo's ledger; its own directory then has a link, as with a real silo."""
     link = home / "ledger.sqlite"
-    if ledgers is None:
+    book = ledger_of(ledgers, name)
+    if book is None:
         return link
-    book = make_directory(ledgers) / f"{name}.sqlite"
+    make_directory(book.parent)
     if not link.is_symlink() and not link.exists():
         link.symlink_to(os.path.relpath(book.resolve(), home.resolve()))
     if link.resolve() != book.resolve():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from securefedcollm.federation.tracking import Kind
 from securefedcollm.privacy.events import PoissonGaussian
@@ -60,6 +60,8 @@ class SimulationPlan(Machine):
         track: the tool that gets the server's measurements.
         ledgers: where the silos' privacy ledgers are, one file for each name; None: in the run.
             One directory for several runs carries the records' budgets from run to run.
+        replaced: what goes with the run that ``overwrite`` removes, in this order, before it.
+        records: ``refuse`` a study that some of a silo's records cannot pay for, or ``skip`` those.
     """
 
     baselines: Sequence[str] = ("standalone", "fedavg")
@@ -70,6 +72,12 @@ class SimulationPlan(Machine):
     files: Files | None = None
     track: Kind | None = None
     ledgers: Path | None = None
+    records: Literal["refuse", "skip"] = "refuse"
+    replaced: Sequence[Path] = ()
+
+    def ledger_of(self, name: str) -> Path | None:
+        """The ledger of earlier studies that the silo goes on with; None if it begins afresh."""
+        return None if self.ledgers in self.replaced else ledger_of(self.ledgers, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +101,21 @@ class SiloPlan:
         threads: the most threads for a silo's training.
         planned: silo → what a round of its DP-SGD releases; None without it.
         noisy, files: as in :class:`SimulationPlan`.
+        run: the run's directory, beside which earlier ones may lie.
+        kept: silo → places of the questions that take part; a silo that is not in it has all.
     """
 
     study: Study
     planned: Mapping[str, PoissonGaussian | None]
     threads: int
+    run: Path
     data: Path | None = None
     device: str = "cpu"
     noisy: int = 0
     files: Files | None = None
+    kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def ledger_of(ledgers: Path | None, name: str) -> Path | None:
+    """The silo's ledger where all studies share them; None if each run has its own."""
+    return None if ledgers is None else ledgers / f"{name}.sqlite"

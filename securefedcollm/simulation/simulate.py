@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from securefedcollm.errors import SecureFedCoLLMError
+from securefedcollm.federation.consent import refuse_skipping
+from securefedcollm.federation.continuing import beside
 from securefedcollm.federation.engines.dropouts import Drop
 from securefedcollm.federation.engines.embedded import process_context
 from securefedcollm.federation.files import copy_tree, make_directory, write_durably
@@ -61,6 +63,8 @@ class Simulation:
             ConfigError: a drop names no silo or step; the tracking tool is not installed.
         """
         require_tracker(plan.track)
+        if plan.records == "skip":
+            refuse_skipping(study.validation is not None)
         self._study, self._plan, self._out = study, plan, plan.out
         self._method = method_of(study) if plan.distillation else "FedAvg"
         left_out = ("fedavg", "FedAvg")  # the run itself is FedAvg
@@ -80,6 +84,10 @@ class Simulation:
         Raises:
             SecureFedCoLLMError: the run is in a state that ``resume`` continues, or has not begun.
         """
+        with beside(self._out):
+            return self._run(progress, say)
+
+    def _run(self, progress: Progress, say: Say) -> dict[str, Any]:
         started, plan = time.monotonic(), self._plan
         check_directory(self._study, self._out, resume=plan.resume, overwrite=plan.overwrite)
         self._context = process_context(PRELOAD) if self._workers else None
@@ -87,19 +95,12 @@ class Simulation:
         from securefedcollm.federation.dealing import deal
 
         dealt = deal(self._study, plan.data, plan.noisy, plan.files)
-        self._silos = SiloPlan(
-            study=self._study,
-            planned={name: planned(self._study, q) for name, q in dealt.silos.items()},
-            threads=self._threads,
-            data=plan.data,
-            device=plan.device,
-            noisy=plan.noisy,
-            files=plan.files,
-        )
         self._prepare_models(progress)
         server = self._server(dealt, progress)
-        if plan.overwrite and self._out.exists():
-            shutil.rmtree(self._out)
+        dealt = self._able_to_pay(dealt, server, say)
+        if plan.overwrite:
+            for place in (*plan.replaced, self._out):
+                shutil.rmtree(place, ignore_errors=not place.exists())
         fresh = not self._out.exists()
         store = RunStore(make_directory(self._out), digest(self._study), resume=plan.resume)
         write_durably(self._out / "study.yaml", dump_study(self._study).encode())
@@ -122,6 +123,33 @@ class Simulation:
         return write_results(
             store, self._study, table, records, _notes(self._study, self._baselines), started
         )
+
+    def _able_to_pay(self, dealt: Dealt, server: ServerTuning, say: Say) -> Dealt:
+        """``dealt`` with the records that take part; sets the plan of the silos' processes.
+
+        Raises:
+            BudgetExceeded: the study is refused.
+        """
+        from securefedcollm.simulation.paying import able, places
+
+        study, plan = self._study, self._plan
+        silos = able(study, dealt.silos, plan, server.update_size)
+        kept = places(dealt.silos, silos)
+        for name, own in kept.items():
+            whole = len(dealt.silos[name])
+            say(f"{name} leaves out {whole - len(own)} of {whole} records, which cannot pay")
+        self._silos = SiloPlan(
+            study=study,
+            planned={name: planned(study, questions) for name, questions in silos.items()},
+            threads=self._threads,
+            run=self._out,
+            data=plan.data,
+            device=plan.device,
+            noisy=plan.noisy,
+            files=plan.files,
+            kept=kept,
+        )
+        return replace(dealt, silos=silos)
 
     def _server(self, dealt: Dealt, progress: Progress) -> ServerTuning:
         """Raises: ConfigError for an adapter that the study does not pin."""
@@ -225,18 +253,18 @@ class Simulation:
 def silo_tuning(name: str, progress: Progress, *, plan: SiloPlan) -> SiloTuning:
     """The tuning of one silo, in the process that will run it."""
     from securefedcollm.federation import cotuning
-    from securefedcollm.federation.dealing import deal
 
     cotuning.set_threads(plan.threads)
-    return cotuning.SiloTuning(
-        plan.study,
-        name,
-        deal(plan.study, plan.data, plan.noisy, plan.files).silos[name],
-        data=plan.data,
-        device=plan.device,
-        progress=progress,
-        planned=plan.planned[name],
-    )
+    with beside(plan.run):
+        return cotuning.SiloTuning(
+            plan.study,
+            name,
+            _own(_dealt(plan), name, plan),
+            data=plan.data,
+            device=plan.device,
+            progress=progress,
+            planned=plan.planned[name],
+        )
 
 
 def tune_alone(name: str, *, plan: SiloPlan, directory: Path) -> dict[str, float]:
@@ -252,24 +280,36 @@ def tune_alone(name: str, *, plan: SiloPlan, directory: Path) -> dict[str, float
 def tuned_alone(name: str, plan: SiloPlan) -> tuple[SiloTuning, Sequence[Question]]:
     """A silo after :func:`tune_alone`'s training, and the test questions."""
     from securefedcollm.federation import cotuning
-    from securefedcollm.federation.dealing import deal
 
     cotuning.set_threads(plan.threads)
-    dealt = deal(plan.study, plan.data, plan.noisy, plan.files)
-    workload = cotuning.SiloTuning(
-        plan.study,
-        name,
-        dealt.silos[name],
-        data=plan.data,
-        device=plan.device,
-        planned=plan.planned[name],
-        alone=True,
-    )
+    dealt = _dealt(plan)
+    with beside(plan.run):
+        workload = cotuning.SiloTuning(
+            plan.study,
+            name,
+            _own(dealt, name, plan),
+            data=plan.data,
+            device=plan.device,
+            planned=plan.planned[name],
+            alone=True,
+        )
     adapter = workload.adapter()
     for round_ in range(plan.study.rounds):
         workload.fit(adapter, round_, silent)
         adapter = workload.adapter()
     return workload, dealt.test
+
+
+def _dealt(plan: SiloPlan) -> Dealt:
+    from securefedcollm.federation.dealing import deal
+
+    return deal(plan.study, plan.data, plan.noisy, plan.files)
+
+
+def _own(dealt: Dealt, name: str, plan: SiloPlan) -> Sequence[Question]:
+    """The questions of a silo that take part."""
+    questions, kept = dealt.silos[name], plan.kept.get(name)
+    return questions if kept is None else [questions[at] for at in kept]
 
 
 def for_each(

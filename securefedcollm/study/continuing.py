@@ -25,9 +25,10 @@ class Earlier(Section, frozen=True):
     run: Annotated[
         str,
         says(
-            "The earlier run's directory, relative to --data (`client` and `server`: --models). A "
-            "directory there that is named NAME-DIGEST, as in a participant's `studies/`, is found "
-            "as well. The files are not trusted: their digests are compared."
+            "The earlier run's directory, relative to --data (`client` and `server`: --models) or "
+            "to where the new run's own directory lies. A directory there that is named "
+            "NAME-DIGEST, as in a participant's `studies/`, is found as well. The files are not "
+            "trusted: their digests are compared."
         ),
     ]
     study: Annotated[Hex32, says("The digest of the earlier study.")]

@@ -54,6 +54,10 @@ def right_and_score(f):
     what.update(counts=[right + wrong, 0], score=1.0)
 
 
+def opened_for_others(f):
+    f.what("silo-1", "unmasked", 1)["seeds_of"].pop()
+
+
 def other_noise(f):
     """More noise is charged for than the header names, in every silo's validations."""
     for log in f.logs.values():
@@ -109,6 +113,7 @@ FORGERIES = [
     ("step-order", "leaves out the counts of its validation", without_counts),
     ("step-order", "is not the accuracy that follows from its counts", finished(0, score=0.99)),
     ("step-order", "is not the accuracy that follows from its counts", without_score),
+    ("one-sum", "round 1, validation was opened for others too", opened_for_others),
     ("mechanism", "charges for other noise than the round's header names", other_noise),
     ("mechanism", "is of 0 releases; the study's is one", charged_nothing),
     ("mechanism", "is not one pair of noised counts", as_dpsgd),

@@ -288,7 +288,8 @@ def skipping(tmp_path, monkeypatch):
         earlier = write(tmp_path / "earlier.jsonl", spent_rows)
         found = read_questions(earlier, columns={"text": column}, **kind)
         study = a_study("second", privacy=privacy)
-        member = SimpleNamespace(study=study, name="silo-1", home=tmp_path, run=tmp_path)
+        ledger = tmp_path / roles.LEDGER
+        member = SimpleNamespace(study=study, name="silo-1", ledger=ledger, run=tmp_path)
         with Ledger(tmp_path / roles.LEDGER, "silo-1") as ledger:
             about = {"records": ledger.identify(contents_of(found)), "study": "earlier"}
             noise = calibrate(8.0, 1e-5, RATE, 60)
@@ -401,7 +402,8 @@ def test_what_an_old_ledger_charged_is_known_from_the_first_sight_of_its_file(me
 
 def test_spent_records_are_not_given_to_a_study_without_privacy(inputs, tmp_path):
     """Their budget is pinned by the first charge; the flag says that the operator knows."""
-    member = SimpleNamespace(study=a_study(privacy=None), name="silo-1", home=tmp_path)
+    ledger = tmp_path / roles.LEDGER
+    member = SimpleNamespace(study=a_study(privacy=None), name="silo-1", ledger=ledger)
     consent.require_protection(member, False)  # the controls: nothing was charged, or it is private
     with Ledger(tmp_path / roles.LEDGER, "silo-1") as ledger:
         ledger.reserve("d", "record", "r", 0, 0, [PoissonGaussian(0.1, 1.0, 9)], (8.0, 1e-5))

@@ -29,11 +29,7 @@ from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.engines.flare.engine import FlareEngine, Kits
 from securefedcollm.federation.engines.flare.job import APP
 from securefedcollm.federation.engines.flare.kit import (
-    approve_request,
-    create_consortium,
-    install_kits,
     installed,
-    request_certificate,
 )
 from securefedcollm.federation.engines.flare.presence import Waits
 from securefedcollm.federation.engines.flare.processes import (
@@ -50,7 +46,6 @@ from securefedcollm.federation.workload import silent
 from securefedcollm.primitives import SigningKey
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import load_study
-from securefedcollm.study.identity import create_identity
 from tests.support.arithmetic import (
     KEYS,
     ArithmeticServer,
@@ -59,39 +54,13 @@ from tests.support.arithmetic import (
     server_record,
     silo_record,
 )
+from tests.support.consortium import SILOS, make_homes
 from tests.support.members import write_signed
 
 pytestmark = pytest.mark.timeout(600)
 
-SILOS = ("silo-1", "silo-2", "silo-3")
 SUPPORT = Path(__file__).parents[1] / "support"
-PASSPHRASE = "correct horse battery"
 SERVER, STUDY = SigningKey(b"k" * 32), b"d" * 32
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def make_homes(directory: Path, silos=SILOS, port: int | None = None) -> dict[str, Path]:
-    """A consortium whose participants have joined: name → home."""
-    profile = create_consortium(
-        directory / "ca", "test", "localhost", port or free_port(), PASSPHRASE
-    )
-    homes = {}
-    for name in (*silos, "server"):
-        home = homes[name] = directory / name
-        role = "server" if name == "server" else "silo"
-        requests = request_certificate(home, profile, name, role)
-        signed = [
-            approve_request(directory / "ca", request, PASSPHRASE, directory / "signed")
-            for request in requests
-        ]
-        install_kits(home, profile, signed, name)
-        create_identity(name, home / "identity.json", None)
-    return homes
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,12 @@
-"""A life of several studies: killed anywhere it goes on, and a record's budget is one for all.
+"""A life of several studies: killed anywhere it goes on, and every study's evidence is a chain.
 
-Adversary: the power cut, and the authors of one study after another about the same records.
+Adversary: the power cut, and a slip of the operator's pen.
 """
 
 from __future__ import annotations
 
 import json
-import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from securefedcollm_audits.verification.verify import verify
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
-from securefedcollm.errors import ConfigError, SecureFedCoLLMError
+from securefedcollm.errors import ConfigError
 from securefedcollm.federation.continuing import continued
 from securefedcollm.federation.cotuning import ServerTuning, SiloTuning
 from securefedcollm.federation.dealing import deal
@@ -31,6 +31,7 @@ from tests.support.inputs import make_inputs
 from tests.support.rounds import Killed
 
 ADAPTERS = ("slm", "llm")
+LIFE = ("tiny", "tiny-2", "last")
 
 
 @pytest.fixture(scope="module")
@@ -145,44 +146,6 @@ def test_a_directory_named_as_in_a_participants_home_is_found(inputs, first, tmp
     ServerTuning(study, public=(), data=tmp_path, distillation=False)
 
 
-def words(inputs: Path, name: str, first_thing: int) -> str:
-    """A file of records, none of which is like those of another call."""
-    things = [f"thing{i}" for i in range(12)]
-    rows = [
-        {
-            "question": f"colour of {things[i % 12]} {'of ' * (first_thing + i // 12)}thing0",
-            "choices": ["red", "blue", "green", "grey"],
-            "answer": i % 4,
-        }
-        for i in range(160)
-    ]
-    (inputs / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return name
-
-
-@pytest.mark.soak
-def test_a_record_has_one_budget_for_life(inputs, caplog):
-    """The same records, and half of them new: the second study is refused. New ones can pay."""
-    caplog.set_level(logging.WARNING)
-    old, new = words(inputs, "old.jsonl", 0), words(inputs, "new.jsonl", 20)
-    study = load_study(inputs / "tiny.yaml", ["rounds=1", f"task.data.train={old}"])
-    ledgers = inputs / "ledgers"
-    run = simulated(study, inputs, "paid", ledgers=ledgers)
-    again = next_study(run)
-    with pytest.raises(SecureFedCoLLMError):
-        simulated(again, inputs, "refused", ledgers=ledgers)
-    assert "is left" in caplog.text  # of the budget, says each silo's own log
-    with pytest.raises(ConfigError, match=r"--ledgers: the run of silo-1 began with another"):
-        simulated(again, inputs, "refused", ledgers=inputs / "other", resume=True)
-    simulated(again, inputs, "control", ledgers=inputs / "fresh")  # as if nobody had counted
-    other = next_study(run, [f"task.data.train={new}"])
-    simulated(other, inputs, "others", ledgers=ledgers)
-    for name in ("silo-1", "silo-4"):
-        with Ledger(ledgers / f"{name}.sqlite", name) as ledger:
-            studies = [entry.about.study for entry in ledger.entries()]
-        assert studies == [study.digest.hex(), other.digest.hex()]
-
-
 def life_of(inputs: Path) -> Path:
     text = (inputs / "tiny.yaml").read_text()
     later = "---\nsilos: {count: 3}\ncontinue: {orthogonal: true}\n---\nstudy: last\n"
@@ -217,6 +180,12 @@ def test_a_file_of_several_studies_is_played_and_goes_on_where_it_was_killed(
         assert adapters(cut.out / name) == adapters(plan.out / name)
 
 
+def files(directory: Path) -> dict[str, bytes]:
+    """Every file under ``directory``, with its content."""
+    found = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in found}
+
+
 def test_simulate_verifies_every_study_of_a_life(inputs, tmp_path):
     words = ["simulate", life_of(inputs), "--data", inputs, "--out", tmp_path / "life"]
     words += ["--workers", "0", "--set", "rounds=1", "--set", "privacy=none"]
@@ -226,14 +195,25 @@ def test_simulate_verifies_every_study_of_a_life(inputs, tmp_path):
     assert [evidence["holds"] for evidence in found["evidence"]] == [True] * 3
     passed = [evidence["passed"] for evidence in found["evidence"]]
     assert passed[0] + 1 == passed[1] == passed[2]  # the chain is one check more
+    for name in LIFE:  # what others are shown and sign names no place of this machine
+        assert str(tmp_path) not in (tmp_path / "life" / name / "study.yaml").read_text()
+    links = load_study(tmp_path / "life" / "last" / "study.yaml").continues.earlier
+    assert [link.run for link in links] == ["tiny", "tiny-2"]
     again = CliRunner().invoke(app, [str(word) for word in words])
     assert isinstance(again.exception, ConfigError)
+    before = files(tmp_path / "life")
+    for more in (["--set", "models.slm.source=path:gone"], ["--resume"]):
+        failed = CliRunner().invoke(app, [*map(str, words), "--overwrite", *more])
+        assert isinstance(failed.exception, ConfigError)
+        assert files(tmp_path / "life") == before  # a start that fails loses nothing
     (tmp_path / "life" / "notes").write_text("ours")
     more = ["--overwrite", "--states", tmp_path / "states", "--set", "adapter.top_layers=1"]
     shown = CliRunner().invoke(app, [*map(str, words), *map(str, more)])
     assert "after each study" in shown.stdout
     assert shown.stdout.count("evidence verified offline") == 3
     assert (tmp_path / "life" / "notes").read_text() == "ours"
+    after = files(tmp_path / "life")
+    assert all(after[f"{name}/results.json"] != before[f"{name}/results.json"] for name in LIFE)
     assert any((tmp_path / "states").iterdir())
 
 
@@ -344,7 +324,23 @@ def test_evaluate_and_merge_of_a_run_fold_what_it_started_from(inputs, first):
     words += ["--model", inputs / "merged"]
     again = json.loads(CliRunner().invoke(app, [str(word) for word in words]).stdout)["all"]
     assert again["gold_log_prob"] == pytest.approx(scores["gold_log_prob"], abs=1e-5)
-    elsewhere = inputs.parent
-    words = ["model", "merge", "--run", run, "--role", "slm", "--out", inputs / "no"]
+    elsewhere = inputs / "elsewhere"
+    shutil.copytree(run, elsewhere / "whole")
+    for name in ("slm", "llm"):
+        (elsewhere / name).symlink_to(inputs / name)
+    words = [
+        "model",
+        "merge",
+        "--run",
+        elsewhere / "whole",
+        "--role",
+        "slm",
+        "--out",
+        inputs / "no",
+    ]
     alone = CliRunner().invoke(app, [str(w) for w in (*words, "--data", elsewhere)])
     assert isinstance(alone.exception, ConfigError)
+    assert "the earlier run's adapter is not there" in str(alone.exception)
+    (elsewhere / "first").symlink_to(first)  # the control: beside the run
+    words = [*words[:-1], inputs / "yes", "--data", elsewhere]
+    assert CliRunner().invoke(app, [str(word) for word in words]).exit_code == 0

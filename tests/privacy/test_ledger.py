@@ -89,7 +89,7 @@ def test_a_reservation_from_before_a_crash_is_found_again_and_counted_once(ledge
 def test_an_attempt_that_was_released_can_never_be_reserved_again(ledger):
     reservation = reserve(ledger)
     ledger.release(reservation)
-    with pytest.raises(LocalProtocolError, match="already released"):
+    with pytest.raises(LocalProtocolError, match="attempt 1 of sum 1 is already released"):
         reserve(ledger)
     ledger.settle(reservation, STEP)
     with pytest.raises(LocalProtocolError, match="already settled"):
@@ -223,7 +223,7 @@ def test_a_release_past_the_budget_is_refused_and_nothing_is_written(ledger):
     assert len(ledger.rows()) == grants
     message, hint = caught.value.message, caught.value.hint
     spent = ledger.spent("data", "record", 1e-5).claim.epsilon
-    assert f"round {grants} of record data" in message
+    assert message.startswith(f"sum {grants + 1} of record data: ")
     assert f"{spent:.2f}" in message
     assert "of 8 is spent" in message
     assert "nothing was released" in message

@@ -52,6 +52,11 @@ class Member:
     run: Path
     """The study's directory in ``home``."""
 
+    @property
+    def ledger(self) -> Path:
+        """A silo's privacy ledger, of all its studies."""
+        return self.home / LEDGER
+
 
 @contextmanager
 def take_part(

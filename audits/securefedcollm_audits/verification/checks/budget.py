@@ -23,6 +23,7 @@ from securefedcollm.federation.plan import (
     adaptive_clip,
     joint_setting,
     stating_sums,
+    sum_name,
     sums_to_an_end,
     validates,
 )
@@ -204,7 +205,8 @@ def mechanism(case: Case, wrong: Faults) -> str:
             if what.unit != privacy.unit:
                 wrong(entry, f"charges the unit {what.unit}; the study's is {privacy.unit}")
             if what.round not in begun:
-                wrong(entry, f"charges round {what.round + 1}, which has not begun")
+                name = sum_name(case.study, what.round)
+                wrong(entry, f"charges {name}, which has not begun")
                 continue
             if isinstance(what, Reserved | Settled):
                 shares = survivors.get(what.round) if isinstance(what, Settled) else None

@@ -23,7 +23,7 @@ from securefedcollm.evidence.entries import (
 )
 from securefedcollm.federation.keeping import BEST, best_of
 from securefedcollm.federation.messages import model_digest_of
-from securefedcollm.federation.plan import validates
+from securefedcollm.federation.plan import round_of, sum_name, validates
 from securefedcollm.primitives import verify
 from securefedcollm_audits.verification.case import Case, NotCovered, count, of
 from securefedcollm_audits.verification.verdict import Check, Faults
@@ -69,13 +69,15 @@ def models(case: Case, wrong: Faults) -> str:
             if what.base != base or what.base != (pinned or what.base):
                 wrong(entry, "another base model than pinned, or than in the other rounds")
             if starts.setdefault(what.round, what.adapter) != what.adapter:
-                wrong(entry, f"another adapter in round {what.round + 1} than elsewhere")
+                name = sum_name(case.study, what.round)
+                wrong(entry, f"another adapter in {name} than elsewhere")
             if validates(case.study, what.round) and (
                 ends.get(what.round, what.adapter) != what.adapter
             ):
                 wrong(entry, "asks silos about another adapter than the round ended with")
             if ends.get(what.round - 1, what.adapter) != what.adapter:
-                wrong(entry, f"does not start from what round {what.round} ended with")
+                before = round_of(case.study, what.round - 1) + 1
+                wrong(entry, f"does not start from what round {before} ended with")
     if not starts:
         raise NotCovered("no round has begun")
     pin = "as the study pins it" if pinned else "not pinned by the study"
@@ -229,13 +231,14 @@ def one_sum(case: Case, wrong: Faults) -> str:
             earlier.append(attempts.setdefault((what.round, what.attempt), (survivors, entry)))
             for others, where in earlier:
                 if others != survivors:
-                    place = where.place
-                    wrong(entry, f"round {what.round + 1} was opened for others too, see {place}")
+                    name, place = sum_name(case.study, what.round), where.place
+                    wrong(entry, f"{name} was opened for others too, see {place}")
                     break
             if isinstance(what, Summed):
                 value, where = values.setdefault(what.round, (what.sum, entry))
                 if value != what.sum:
-                    wrong(entry, f"a second sum of round {what.round + 1}, see {where.place}")
+                    name = sum_name(case.study, what.round)
+                    wrong(entry, f"a second sum of {name}, see {where.place}")
     if not attempts:
         raise NotCovered("nothing was opened")
     return f"{count(len(opened), 'round')}, one set of survivors in each"
