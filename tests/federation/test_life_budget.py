@@ -117,7 +117,7 @@ def test_a_study_without_a_record_that_can_pay_is_refused(inputs, paid):
     """The same records again. Of others, above, the rest can pay."""
     again, ledgers = next_study(paid), book(inputs)
     for records in ("refuse", "skip"):
-        with pytest.raises(BudgetExceeded, match=r"silo-1: .* is left"):
+        with pytest.raises(BudgetExceeded, match=r"silo-1: .* left"):
             simulated(again, inputs, "refused", ledgers=ledgers, records=records)
         assert not (inputs / "refused").exists()
 
