@@ -79,10 +79,12 @@ class ExperimentPlan(Machine):
     Args:
         seeds: how many: the study's own, and those that follow it.
         noisy: also run FedAvg and FedCoLLM with so many silos whose answers mean nothing.
+        files: as in :class:`SimulationPlan`; the same under every seed.
     """
 
     seeds: int = 3
     noisy: int = 0
+    files: Files | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
