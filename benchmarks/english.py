@@ -247,3 +247,33 @@ def _runs(text: str) -> set[int]:
 
 def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--dev", action="store_true", help="test on training modules")
+    parser.add_argument("--epochs", type=int, default=3, help="of the base model's training")
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args()
+    from benchmarks.english_base import make
+
+    held_out, unused = (DEV_PARTS, TEST_PARTS) if asked.dev else (TEST_PARTS, ())
+    made = corpus(sources(), held_out, unused)
+    digest = write(made, asked.out)
+    print("training the base model on public text", file=sys.stderr, flush=True)
+    losses = make([document.text for document in made.public], asked.out / "base", asked.epochs)
+    counts = {name: len(part) for name, part in made.silos.items()}
+    counts |= {"public": len(made.public)}
+    counts |= {f"test, {group}": len(part) for group, part in made.test.items()}
+    about = {"machine": machine(*PUBLIC, *SILOS, "tokenizers"), "documents": counts}
+    found = about | {"sha256": digest, "base_losses": losses}
+    if asked.json:
+        print(json.dumps(found, indent=2))
+        return
+    for key, value in found.items():
+        print(f"{key}: {value}")
+
+
+if __name__ == "__main__":
+    main()
