@@ -49,13 +49,13 @@ DEV_PARTS: Final = (2,)
 """By the hash of a module's name."""
 SHARED_WORDS: Final = 10
 
-_LEFT_OUT: Final = frozenset(
-    "test tests testing conftest site-packages dist-packages idlelib tkinter turtledemo lib2to3 "
-    "distutils ensurepip pydoc_data".split()
+_LEFT_OUT: Final = (
+    *("test", "tests", "testing", "conftest", "site-packages", "dist-packages", "pydoc_data"),
+    *("idlelib", "tkinter", "turtledemo", "lib2to3", "distutils", "ensurepip"),
 )
-_COMMON: Final = frozenset(
-    "the of a is to and in that it for this be are as with or by an if not from on which can "
-    "will when".split()
+_COMMON: Final = (
+    *("the", "of", "a", "is", "to", "and", "in", "that", "it", "for", "this", "be", "are"),
+    *("as", "with", "or", "by", "an", "if", "not", "from", "on", "which", "can", "will", "when"),
 )
 
 
@@ -120,7 +120,7 @@ def documents(source: str, root: Path) -> Iterator[Document]:
     """Every docstring with prose in the ``.py`` files below ``root``, in the files' order."""
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
         module = path.relative_to(root)
-        if _LEFT_OUT & {*module.parts, module.stem}:
+        if {*_LEFT_OUT} & {*module.parts, module.stem}:
             continue
         try:
             with warnings.catch_warnings():

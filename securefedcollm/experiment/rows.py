@@ -41,9 +41,7 @@ class Arm:
     noisy: int = 0
 
 
-def arms(
-    study: Study, noisy: int = 0, public: Sequence[Question] | None = None
-) -> list[Arm]:
+def arms(study: Study, noisy: int = 0, public: Sequence[Question] | None = None) -> list[Arm]:
     """The runs of one seed, the main one first.
 
     ``public``: the server's questions, where they lie in a file that the study does not describe.
