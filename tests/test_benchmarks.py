@@ -58,7 +58,7 @@ things : list
 
 
 def packages(directory: Path) -> list[english.Document]:
-    """Documents of made-up packages: 40 modules each, words that repeat, paragraphs as well."""
+    """Documents of made-up packages: 40 modules each, paragraphs that repeat or nearly do."""
     draw = random.Random(4)
     words = [f"{a}{b}" for a in ("bo", "ka", "lu", "mi") for b in ("dan", "fer", "gol", "nis")]
     found: list[english.Document] = []
@@ -66,7 +66,8 @@ def packages(directory: Path) -> list[english.Document]:
         for number in range(40):
             path = directory / name / f"part{number % 7}" / f"module{number}.py"
             path.parent.mkdir(parents=True, exist_ok=True)
-            said = [" ".join(draw.choices(words, k=draw.choice((2, 8)))) for _ in range(3)]
+            said = [" ".join(draw.choices(words, k=draw.choice((2, 8)))) for _ in range(2)]
+            said.append(" ".join([*words[:8], *draw.choices(words, k=2)]))  # nearly the same
             body = (f"def f{i}():\n    {NOTE % text!r}\n" for i, text in enumerate(said))
             path.write_text("\n".join(body))
         found += english.documents(name, directory / name)
