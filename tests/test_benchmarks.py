@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 
 import pytest
 
-from benchmarks import engine, forgetting, joint, vectors
+from benchmarks import engine, english, forgetting, joint, vectors
 from securefedcollm.study import load_study
 
 
@@ -40,3 +42,69 @@ def test_a_round_of_a_long_vector_in_processes_of_its_own(tmp_path: Path) -> Non
     found = vectors.measure(100_000, 3, tmp_path)
     assert found["upload_mb"] > 0.26
     assert found["silo_peak_mb"] > 0.4  # the vector itself, at the least
+
+
+NOTE = """Return the number of things.
+
+The list is of %s and that is in the order.
+
+Parameters
+----------
+things : list
+    This is a parameter of the function, and it is not a paragraph of prose.
+
+>>> This is the code of an example that is not to be in the text of a paragraph.
+"""
+
+
+def packages(directory: Path) -> list[english.Document]:
+    """Documents of made-up packages: 40 modules each, paragraphs that repeat or nearly do."""
+    draw = random.Random(4)
+    words = [f"{a}{b}" for a in ("bo", "ka", "lu", "mi") for b in ("dan", "fer", "gol", "nis")]
+    found: list[english.Document] = []
+    for name in (*english.SILOS, "numpy"):
+        for number in range(40):
+            path = directory / name / f"part{number % 7}" / f"module{number}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            said = [" ".join(draw.choices(words, k=draw.choice((2, 8)))) for _ in range(2)]
+            said.append(" ".join([*words[:8], *draw.choices(words, k=2)]))  # nearly the same
+            body = (f"def f{i}():\n    {NOTE % text!r}\n" for i, text in enumerate(said))
+            path.write_text("\n".join(body))
+        found += english.documents(name, directory / name)
+    return found
+
+
+def test_no_paragraph_that_is_tested_on_is_trained_on(tmp_path: Path) -> None:
+    found = packages(tmp_path / "packages")
+    assert len(found) == 5 * 40 * 3
+    made = english.corpus(found, english.TEST_PARTS, ())
+    digest = english.write(made, tmp_path / "one")
+    again = english.corpus(packages(tmp_path / "elsewhere"), english.TEST_PARTS, ())
+    assert english.write(again, tmp_path / "two") == digest
+    rows = {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (tmp_path / "one").glob("*.jsonl")
+    }
+    assert set(rows) == {*english.SILOS, "public", "test"}
+    test = {row["text"] for row in rows.pop("test")}
+    assert {d.source for d in made.test["private"]} == {*english.SILOS}
+    assert {d.source for d in made.test["public"]} == {"numpy"}
+    trained = [row["text"] for part in rows.values() for row in part]
+    assert len(test) > 20
+    assert len(trained) == len({*trained})  # of no two silos either
+    runs = [english._runs(text) for text in trained]
+    for text in test:
+        assert not any(english._runs(text) & seen for seen in runs)
+    modules = {(d.source, d.module) for part in made.test.values() for d in part}
+    assert not modules & {(d.source, d.module) for part in made.silos.values() for d in part}
+
+
+def test_settings_are_chosen_on_documents_that_the_table_neither_tests_nor_loses() -> None:
+    assert not {*english.DEV_PARTS} & {*english.TEST_PARTS}
+
+
+def test_prose_is_sentences_without_markup() -> None:
+    text = "The :class:`~a.B` is *not* in the ``list`` of what a `module` can find in that place."
+    plain = "The a.B is *not* in the list of what a module can find in that place."
+    assert english.prose(f"{text}\n\n    {text}\n\n- {text}\n\nThe end.") == [plain]
+    assert english.prose(NOTE % "two things") == [(NOTE % "two things").split("\n\n")[1]]

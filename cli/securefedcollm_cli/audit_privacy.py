@@ -302,9 +302,8 @@ def _records(study: Study, data: Path | None) -> int | None:
 
 def _threads() -> None:
     from securefedcollm.federation.cotuning import set_threads
-    from securefedcollm.federation.workload import usable_threads
 
-    set_threads(usable_threads())
+    set_threads(None)
 
 
 def _print(finding: Finding) -> None:

@@ -13,9 +13,13 @@ from securefedcollm_cli.options import (
     Device,
     Json,
     Overrides,
+    PublicFile,
+    SiloFiles,
     States,
     StatesSize,
     StudyFile,
+    TestFile,
+    files_of,
 )
 
 
@@ -49,6 +53,9 @@ def experiment(
         int | None,
         typer.Option(min=0, help="Processes that run the silos [one each]; 0: in this one."),
     ] = None,
+    silo: SiloFiles = None,
+    public: PublicFile = None,
+    test: TestFile = None,
     device: Device = "cpu",
     states: States = None,
     states_gb: StatesSize = 20.0,
@@ -66,12 +73,16 @@ def experiment(
     `--set task.data.partition=dirichlet --set task.data.alpha=0.1 --set task.data.skew=8`.
     """
     from securefedcollm.experiment.experiment import Experiment
+    from securefedcollm.federation.dealing import given_files
     from securefedcollm.simulation.plan import ExperimentPlan
     from securefedcollm.study import load_study
     from securefedcollm.tuning.kept_states import keeping_states
     from securefedcollm_cli.progress import Bars
 
     study = load_study(config, overrides or [])
+    files = None
+    if silo or public or test:
+        files = given_files(study, files_of(silo or ()), public, test)
     directory = out or Path("runs") / f"{study.study}-experiment"
     plan = ExperimentPlan(
         out=directory,
@@ -82,6 +93,7 @@ def experiment(
         overwrite=overwrite,
         workers=workers,
         device=device,
+        files=files,
     )
     with keeping_states(states, int(states_gb * 1e9)), Bars(quiet=as_json) as bars:
         table = Experiment(study, plan).run(bars.report, bars.say)

@@ -35,6 +35,23 @@ DataDir = Annotated[
         "--data", metavar="DIR", help="Where the study's data files and path: models are."
     ),
 ]
+SiloFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--silo",
+        metavar="NAME=FILE",
+        help="A silo and its own records; give one for every silo (repeat). Then no records are "
+        "dealt out.",
+    ),
+]
+PublicFile = Annotated[
+    Path | None,
+    typer.Option("--public", metavar="FILE", help="With --silo: the server's public records."),
+]
+TestFile = Annotated[
+    Path | None,
+    typer.Option("--test", metavar="FILE", help="With --silo: the test records."),
+]
 Device = Annotated[
     str,
     typer.Option(

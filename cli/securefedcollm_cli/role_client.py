@@ -110,10 +110,8 @@ def client(
         limit = _limit(study, budget)
         with Bars(quiet=as_json) as bars:
             from securefedcollm.federation import cotuning
-            from securefedcollm.federation.workload import usable_threads
 
-            threads = threads or usable_threads()
-            cotuning.set_threads(threads)
+            threads = cotuning.set_threads(threads)
             place_of: dict[str, Any] = {"models": models, "progress": bars.report, "device": device}
             workload = roles.silo_workload(study, member.name, data, **place_of)
             if test is not None:

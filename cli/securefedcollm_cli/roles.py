@@ -109,11 +109,10 @@ def server(
         Bars(quiet=as_json) as bars,
     ):
         from securefedcollm.federation import cotuning
-        from securefedcollm.federation.workload import usable_threads
 
         kits = Kits(installed(place, member.name), installed(place, member.name, lead=True))
         require_free_port(kits.server.workspace)  # before models are loaded
-        cotuning.set_threads(threads or usable_threads())
+        cotuning.set_threads(threads)
         questions = roles.server_questions(study, public, test)
         workload = cotuning.ServerTuning(
             study,

@@ -15,9 +15,12 @@ from securefedcollm_cli.options import (
     Device,
     Json,
     Overrides,
+    PublicFile,
+    SiloFiles,
     States,
     StatesSize,
     StudyFile,
+    TestFile,
     Track,
     Unable,
     files_of,
@@ -62,23 +65,9 @@ def simulate(
             help="Make a silo drop out, e.g. 2@upload or 3@unmask:1 (in round 1 only).",
         ),
     ] = None,
-    silo: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--silo",
-            metavar="NAME=FILE",
-            help="A silo and its own records; give one for every silo (repeat). Then no "
-            "records are dealt out.",
-        ),
-    ] = None,
-    public: Annotated[
-        Path | None,
-        typer.Option("--public", metavar="FILE", help="With --silo: the server's public records."),
-    ] = None,
-    test: Annotated[
-        Path | None,
-        typer.Option("--test", metavar="FILE", help="With --silo: the test records."),
-    ] = None,
+    silo: SiloFiles = None,
+    public: PublicFile = None,
+    test: TestFile = None,
     ledgers: Annotated[
         Path | None,
         typer.Option(

@@ -11,7 +11,7 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import numpy as np
@@ -21,14 +21,17 @@ from securefedcollm.experiment.intervals import LEVEL, RESAMPLES
 from securefedcollm.experiment.rows import Arm, arms, compare, has_labels, place_of
 from securefedcollm.federation.engines.embedded import process_context
 from securefedcollm.federation.files import make_directory, write_durably
-from securefedcollm.federation.plan import silo_names
 from securefedcollm.federation.workload import Progress, usable_threads
+from securefedcollm.primitives import sha256
 from securefedcollm.simulation.plan import ExperimentPlan, SiloPlan, SimulationPlan
 from securefedcollm.simulation.simulate import PRELOAD, Say, Simulation, for_each, planned
 from securefedcollm.study import Study, digest, dump_study
 from securefedcollm.study.checks import check
 from securefedcollm.study.config import Distillation
 from securefedcollm.version import __version__
+
+if TYPE_CHECKING:
+    from securefedcollm.federation.dealing import Dealt, Files
 
 METRICS: Final = ("accuracy", "gold_log_prob")
 
@@ -39,7 +42,8 @@ class Experiment:
     def __init__(self, study: Study, plan: ExperimentPlan) -> None:
         """
         Raises:
-            ConfigError: nearly all silos would be noisy.
+            ConfigError: nearly all silos would be noisy, or silos with files of their own.
+            DataError: a participant's own file is missing or has a bad row.
         """
         if not 0 <= plan.noisy <= study.silos.count // 2:
             raise ConfigError(
@@ -47,12 +51,19 @@ class Experiment:
                 where="--noisy-silos",
                 hint=f"from 0 to {study.silos.count // 2}",
             )
+        if plan.noisy and plan.files:
+            raise ConfigError(
+                "the silos' own files are tuned on as they are",
+                where="--noisy-silos",
+                hint="leave it out, or let the study deal out one file",
+            )
         study = msgspec.structs.replace(study, keep=None)  # all rows run all rounds
         self._study, self._plan, self._out = study, plan, plan.out
         self._seeds = [study.seed + i for i in range(plan.seeds)]
         self._workers = study.silos.count if plan.workers is None else plan.workers
         self._threads = usable_threads()
-        self._arms = arms(study, plan.noisy)
+        self._public = self._deal(study).public if plan.files else None
+        self._arms = arms(study, plan.noisy, self._public)
         for arm in self._arms:
             check(self._study_of(arm, study.seed))
 
@@ -85,7 +96,7 @@ class Experiment:
 
     def _open_directory(self) -> None:
         path = self._out / "experiment.json"
-        mine = {"study": digest(self._study).hex()}
+        mine = {"study": digest(self._study).hex(), **_contents(self._plan.files)}
         if self._plan.overwrite and self._out.exists():
             if any(self._out.iterdir()) and not path.exists():
                 raise ConfigError(
@@ -102,9 +113,10 @@ class Experiment:
             )
         if path.exists() and _read(path) != mine:
             raise ConfigError(
-                "the experiment in this directory belongs to another study",
+                "the experiment in this directory belongs to another study, or to other files",
                 where=str(self._out),
-                hint="resume with the study.yaml that lies in it, or choose another --out",
+                hint="resume with the study.yaml that lies in it and the same files, or choose "
+                "another --out",
             )
         if self._plan.resume and not path.exists():
             raise ConfigError(
@@ -155,12 +167,11 @@ class Experiment:
     def _answers(self, arm: Arm, seed: int, progress: Progress) -> dict[str, dict[str, Any]]:
         from securefedcollm.experiment import answers as made
         from securefedcollm.federation.cotuning import set_threads
-        from securefedcollm.federation.dealing import deal
 
         study, home = self._study_of(arm, seed), self._home(arm.key, seed)
         place: dict[str, Any] = {"data": self._plan.data, "device": self._plan.device}
         set_threads(self._threads)
-        dealt = deal(study, self._plan.data)
+        dealt = self._deal(study)
         if arm.kind == "standalone":
             return {"slm": self._standalone(study, dealt, home, progress)}
         if arm.kind == "centralized":
@@ -185,6 +196,7 @@ class Experiment:
                     workers=self._workers,
                     distillation=arm.kind != "fedavg",
                     noisy=arm.noisy,
+                    files=self._plan.files,
                     tested=False,
                     **place,
                 ),
@@ -194,7 +206,12 @@ class Experiment:
             study, arm.rows, dealt.test, adapters=adapters, progress=progress, **place
         )
 
-    def _standalone(self, study: Study, dealt: Any, home: Path, progress: Progress) -> Any:
+    def _deal(self, study: Study) -> Dealt:
+        from securefedcollm.federation.dealing import deal
+
+        return deal(study, self._plan.data, files=self._plan.files)
+
+    def _standalone(self, study: Study, dealt: Dealt, home: Path, progress: Progress) -> Any:
         from securefedcollm.experiment.answers import answers_alone, mean_answers
 
         silos = SiloPlan(
@@ -204,15 +221,14 @@ class Experiment:
             run=home,
             data=self._plan.data,
             device=self._plan.device,
+            files=self._plan.files,
         )
         job = partial(answers_alone, plan=silos, directory=home)
         context = process_context(PRELOAD) if self._workers else None
-        return mean_answers(for_each(job, silo_names(study), self._workers, context, progress))
+        return mean_answers(for_each(job, list(dealt.silos), self._workers, context, progress))
 
     def _table(self, seeds: list[int]) -> dict[str, Any]:
-        from securefedcollm.federation.dealing import deal
-
-        groups = [question.group for question in deal(self._study, self._plan.data).test]
+        groups = [question.group for question in self._deal(self._study).test]
         found = {(arm.key, s): _read(self._home(arm.key, s) / "answers.json") for arm in self._arms
                  for s in seeds}  # fmt: skip
         rows = sorted(
@@ -258,7 +274,7 @@ class Experiment:
                 f"Central only: {study.rounds * study.server.central.steps} steps on public rows, "
                 "as in the federation, and no silo."
             )
-        if study.models.llm and not has_labels(study):
+        if study.models.llm and not has_labels(study, self._public):
             notes.append(
                 "No public question is labelled, so there is nothing to tune on without "
                 "distillation: the auxiliary controls are left out."
@@ -274,6 +290,16 @@ class Experiment:
                 f"Noisy: {self._plan.noisy} of {study.silos.count} silos have meaningless answers."
             )
         return notes
+
+
+def _contents(files: Files | None) -> dict[str, Any]:
+    """What names the participants' own files: the SHA-256 of each."""
+    if files is None:
+        return {}
+    paths = {**files.silos, "public": files.public, "test": files.test}
+    return {
+        "files": {name: sha256(path.read_bytes()).hex() for name, path in paths.items() if path}
+    }
 
 
 def _read(path: Path) -> Any:

@@ -8,15 +8,18 @@ distillation, and the LLM tuned on them alone (one run gives both).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from securefedcollm.experiment.intervals import interval, resampled_means
 from securefedcollm.federation.results import method_of
 from securefedcollm.study import Study
+
+if TYPE_CHECKING:
+    from securefedcollm.tuning.question import Question
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,11 @@ class Arm:
     noisy: int = 0
 
 
-def arms(study: Study, noisy: int = 0) -> list[Arm]:
-    """The runs of one seed, the main one first."""
+def arms(study: Study, noisy: int = 0, public: Sequence[Question] | None = None) -> list[Arm]:
+    """The runs of one seed, the main one first.
+
+    ``public``: the server's questions, where they lie in a file that the study does not describe.
+    """
     if study.models.llm is None:
         return _arms_of_one(study, noisy)
     plan = study.distillation
@@ -50,10 +56,10 @@ def arms(study: Study, noisy: int = 0) -> list[Arm]:
     ]
     if plan.over == "choices" and plan.loss in {"entropy-pooled", "dual-min-ce"}:
         found.append(Arm("teacher", {"slm": _TEACHER}, kind="teacher"))
-    if has_labels(study):
+    if has_labels(study, public):
         rows = {"slm": "FedAvg + auxiliary", "llm": "auxiliary only"}
         found.append(Arm("auxiliary", rows, loss="none"))
-        if has_prompts(study):
+        if has_prompts(study, public):
             found.append(Arm("prompts", {"slm": _PROMPTS, "llm": _PROMPTS}, labels=False))
     if plan.loss != "mutual-kl":
         paper = f"{name} (mutual KL)"
@@ -104,16 +110,21 @@ _CENTRAL: Final = Arm("central", {"slm": "central only"}, kind="central")
 """The server's own steps on public rows, as many as in the study's run, and no silo."""
 
 
-def has_labels(study: Study) -> bool:
-    """Whether the auxiliary set teaches anything without distillation."""
+def has_labels(study: Study, public: Sequence[Question] | None = None) -> bool:
+    """Whether the auxiliary set teaches anything without distillation. ``public``: see `arms`."""
     data = study.task.data
-    return study.distillation.batch_labelled > 0 and bool(data.builtin or data.public_labelled)
+    labelled = bool(data.builtin or data.public_labelled)
+    if public is not None:
+        labelled = any(question.answer is not None for question in public)
+    return study.distillation.batch_labelled > 0 and labelled
 
 
-def has_prompts(study: Study) -> bool:
+def has_prompts(study: Study, public: Sequence[Question] | None = None) -> bool:
     """Whether distillation has something to work on when no public question's answer is used."""
     data, plan = study.task.data, study.distillation
     unlabelled = bool(data.builtin) or (data.public or 0) > data.public_labelled
+    if public is not None:
+        unlabelled = any(question.answer is None for question in public)
     return unlabelled and plan.batch_unlabelled > 0 and plan.loss != "none"
 
 

@@ -27,7 +27,7 @@ from securefedcollm.federation.recipes import (
 )
 from securefedcollm.federation.servertuning import ServerTuning as ServerTuning
 from securefedcollm.federation.tuned import Tuned, accuracies, once
-from securefedcollm.federation.workload import Gradient, Progress, Vector, silent
+from securefedcollm.federation.workload import Gradient, Progress, Vector, silent, usable_threads
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.aside import SparingNoise, owned, set_aside
 from securefedcollm.privacy.counting import too_many
@@ -370,6 +370,7 @@ def planned_event(study: Study, questions: Sequence[Question]) -> PoissonGaussia
     return local_event(study, count_units(study, questions))
 
 
-def set_threads(count: int) -> None:
-    """Threads that torch may use in this process."""
-    torch.set_num_threads(max(1, count))
+def set_threads(count: int | None) -> int:
+    """How many threads torch may use in this process; None: :func:`.workload.usable_threads`."""
+    torch.set_num_threads(max(1, usable_threads() if count is None else count))
+    return torch.get_num_threads()

@@ -87,10 +87,12 @@ class ExperimentPlan(Machine):
     Args:
         seeds: their number: the study's own seed, and those that follow it.
         noisy: also run FedAvg and FedCoLLM with this many silos whose answers are random.
+        files: as in :class:`SimulationPlan`; the same under every seed.
     """
 
     seeds: int = 3
     noisy: int = 0
+    files: Files | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,8 @@ from securefedcollm.study.life import load_life
 
 DELTA = 1e-5
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+SMALLEST = {"pretrain-english": 779}
+"""Records of the smallest silo, where each has a file of its own."""
 
 _calibrated = lru_cache(calibrate)  # some studies differ in their questions only
 
@@ -33,7 +35,8 @@ def test_it_agrees_with_the_claim_of_every_shipped_config(path):
     if step is not None:
         events = [msgspec.structs.replace(step.event(), count=study.sums)]
     else:
-        rate, steps = local.batch_size / unit_records(study), local.steps * study.rounds
+        records = SMALLEST.get(path.stem) or unit_records(study)
+        rate, steps = local.batch_size / records, local.steps * study.rounds
         noise = _calibrated(privacy.epsilon, privacy.delta, rate, steps)
         events = [PoissonGaussian(rate, noise, steps)]
     found, claimed = bracket(events, delta), claim(events, delta).epsilon

@@ -1,4 +1,4 @@
-"""``simulate --silo NAME=FILE``: each participant has a file, and nothing is dealt out."""
+"""``--silo NAME=FILE`` of ``simulate`` and ``experiment``: nothing is dealt out."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
 from securefedcollm.errors import SecureFedCoLLMError
+from securefedcollm.experiment.experiment import Experiment
+from securefedcollm.federation.dealing import given_files
+from securefedcollm.simulation.plan import ExperimentPlan
+from securefedcollm.study import load_study
 from tests.support.inputs import make_inputs
 
 BARE = ["--set", "task.data={}"]
@@ -61,6 +65,53 @@ def test_files_that_were_dealt_out_make_the_same_run(inputs: Path, tmp_path: Pat
         for run in ("whole", "parts")
     )
     assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
+
+
+def experiment(inputs: Path, out: Path, *more: Any) -> dict[str, Any]:
+    options = ["--data", inputs, "--out", out, "--seeds", "1", "--workers", "0", "--json"]
+    changes = [word for key in EXPERIMENT for word in ("--set", key)]
+    command = ["experiment", inputs / "tiny.yaml", *options, *changes, *more]
+    found: dict[str, Any] = json.loads(invoke(*command).stdout)
+    return found
+
+
+EXPERIMENT = ("privacy=none", "rounds=1", "models.llm=none", "distillation={}")
+
+
+def test_an_experiment_on_files_that_were_dealt_out_has_the_same_table(
+    inputs: Path, tmp_path: Path
+) -> None:
+    names = [f"silo-{i}" for i in range(1, 5)]
+    whole = experiment(inputs, tmp_path / "whole")
+    parts = experiment(inputs, tmp_path / "parts", *BARE, *given(inputs, names))
+    for key in ("groups", "rows", "differences", "questions"):
+        assert parts[key] == whole[key]
+    words = [*BARE, *given(inputs, [*names[1:], names[0]]), "--resume"]
+    with pytest.raises(SecureFedCoLLMError, match="or to other files"):
+        experiment(inputs, tmp_path / "parts", *words)
+    with pytest.raises(SecureFedCoLLMError, match="files are tuned on as they are"):
+        experiment(inputs, tmp_path / "new", *BARE, *given(inputs, names), "--noisy-silos", "1")
+
+
+@pytest.mark.parametrize("answered", ["some", "none", "all"])
+def test_the_rows_of_an_experiment_follow_from_the_public_file(
+    inputs: Path, tmp_path: Path, answered: str
+) -> None:
+    words = given(inputs, [f"silo-{i}" for i in range(1, 5)])
+    public = [json.loads(line) for line in Path(words[9]).read_text().splitlines()]
+    right = next(row["answer"] for row in public if row["answer"] is not None)
+    if answered != "some":
+        answer = None if answered == "none" else right
+        public = [row | {"answer": answer} for row in public]
+    file = tmp_path / "public.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in public))
+    study = load_study(inputs / "tiny.yaml", ["task.data={}"])
+    silos = [(name, Path(path)) for name, _, path in (w.partition("=") for w in words[1:8:2])]
+    files = given_files(study, silos, file, Path(words[11]))
+    found = Experiment(study, ExperimentPlan(out=tmp_path / "x", data=inputs, files=files))
+    both = {"auxiliary", "prompts"}
+    expected = {"some": both, "none": set(), "all": {"auxiliary"}}[answered]
+    assert both & {arm.key for arm in found._arms} == expected
 
 
 @pytest.mark.soak
