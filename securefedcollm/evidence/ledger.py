@@ -112,7 +112,7 @@ class LoggedLedger(Ledger):
         key = reservation.key
         if -(key.round + 1) % self._sums >= self._stating:
             return None
-        claim = self.spent(key.dataset, key.unit, self._pinned(key).delta).claim
+        claim = self.most_spent(next(entry for entry in self.entries() if entry.key == key))
         return Spent(float(claim.epsilon), claim.delta, claim.accountant)
 
     def _pinned(self, key: Key) -> Budget:

@@ -7,6 +7,7 @@ there; a federation that was killed continues in the middle. :mod:`~.rows` says 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from functools import partial
@@ -61,7 +62,7 @@ class Experiment:
         self._study, self._plan, self._out = study, plan, plan.out
         self._seeds = [study.seed + i for i in range(plan.seeds)]
         self._workers = study.silos.count if plan.workers is None else plan.workers
-        self._threads = usable_threads()
+        self._threads, self._cores = usable_threads(), len(os.sched_getaffinity(0))
         self._public = self._deal(study).public if plan.files else None
         self._arms = arms(study, plan.noisy, self._public)
         for arm in self._arms:
@@ -217,7 +218,7 @@ class Experiment:
         silos = SiloPlan(
             study=study,
             planned={name: planned(study, q) for name, q in dealt.silos.items()},
-            threads=max(1, self._threads // max(1, self._workers)),
+            threads=max(1, min(self._threads, self._cores // max(1, self._workers))),
             run=home,
             data=self._plan.data,
             device=self._plan.device,
@@ -296,10 +297,12 @@ def _contents(files: Files | None) -> dict[str, Any]:
     """What names the participants' own files: the SHA-256 of each."""
     if files is None:
         return {}
-    paths = {**files.silos, "public": files.public, "test": files.test}
-    return {
-        "files": {name: sha256(path.read_bytes()).hex() for name, path in paths.items() if path}
-    }
+
+    def content(path: Path | None) -> str | None:
+        return sha256(path.read_bytes()).hex() if path else None
+
+    silos = {name: content(path) for name, path in files.silos.items()}
+    return {"silos": silos, "public": content(files.public), "test": content(files.test)}
 
 
 def _read(path: Path) -> Any:

@@ -220,7 +220,7 @@ def require_budget(member: Member, workload: PrivateRecords, budget: Budget | No
                 _foresee(ledger, study, workload, part, sums_left(study, 0, held=part.held), budget)
         elif _may_begin_another(member, newest):
             (next_,) = (p for p in parts if p.held == validates(study, newest.round + 1))
-            _foresee(ledger, study, workload, next_, 1, budget)
+            _foresee(ledger, study, workload, next_, 1, budget, begun=True)
 
 
 def require_whole(owner: Owner, workload: PrivateRecords) -> None:
@@ -254,7 +254,10 @@ def _foresee(
     part: Part,
     sums: int,
     budget: Budget | None,
+    *,
+    begun: bool = False,
 ) -> None:
+    """``begun``: then the study keeps the records that it began with."""
     privacy = study.privacy
     assert privacy is not None
     ledger.foresee(
@@ -267,7 +270,7 @@ def _foresee(
         records=part.records,
         study=part.study,
         limit=budget,
-        may_skip=study.validation is None,
+        may_skip=study.validation is None and not begun,
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from securefedcollm.errors import ConfigError
+from securefedcollm.errors import ConfigError, SecureFedCoLLMError
 from securefedcollm.evidence.entries import Finished
 from securefedcollm.evidence.log import FILE_NAME, EvidenceLog
 from securefedcollm.federation.keeping import BEST
@@ -39,7 +39,7 @@ def beside(run: Path) -> Iterator[None]:
     A study then names them without a path of anybody's machine. Adversary: whoever puts another
     file there. Its digest is not the one that the study names.
     """
-    token = _beside.set((run.parent, *_beside.get()))
+    token = _beside.set((run.absolute().parent, *_beside.get()))
     try:
         yield
     finally:
@@ -96,19 +96,30 @@ def seed_of(study: Study) -> int:
 
 
 def run_places(data: Path, link: Earlier) -> Iterator[Path]:
-    """Where the earlier run's directory may lie: below ``data``, or :func:`beside` the run."""
-    for place in (data, *_beside.get()):
+    """Where the earlier run's directory may lie: :func:`beside` the run, or below ``data``."""
+    for place in (*_beside.get(), data):
         yield place / link.run
         # as participants' homes name it
         yield from sorted(place.glob(f"*-{link.study[:12]}"))
 
 
 def earlier_bundles(study: Study, data: Path | None) -> list[Path]:
-    """The bundles of evidence that lie in the directories of the earlier runs."""
-    links = study.continues.earlier if study.continues else []
-    places = [(place / "evidence.zip" for place in run_places(data or Path(), x)) for x in links]
-    firsts = [next((path for path in found if path.is_file()), None) for found in places]
-    return [path for path in firsts if path is not None]
+    """The bundles of evidence in the earlier runs' directories; none that is another study's."""
+    found = []
+    for link in study.continues.earlier if study.continues else []:
+        places = [place for place in run_places(data or Path(), link) if _ran(place, link)]
+        found += [place / "evidence.zip" for place in places][:1]
+    return found
+
+
+def _ran(place: Path, link: Earlier) -> bool:
+    """Whether that directory has the evidence of the study that ``link`` names."""
+    if not (place / "evidence.zip").is_file():
+        return False
+    try:
+        return digest(load_study(place / "study.yaml")).hex() == link.study
+    except SecureFedCoLLMError:  # whatever else lies there
+        return False
 
 
 def _places(data: Path, link: Earlier, model: ModelName) -> Iterator[Path]:

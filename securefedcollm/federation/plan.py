@@ -130,8 +130,8 @@ def stated(study: Study) -> dict[str, int]:
 
 
 def stating_sums(study: Study) -> int:
-    """How many of the last sums state what was spent: the last one of tuning, and the validation
-    where there is one. They charge different records."""
+    """How many sums before a possible end state what was spent: the last one of tuning, and the
+    validation where there is one. They charge different records."""
     return 1 if study.validation is None else 2
 
 

@@ -139,8 +139,11 @@ def _spent(home: Path, study: Study) -> dict[str, Any]:
                 rows = per_adversary(
                     summary.events, [delta], study.silos.colluders, terms=first.terms
                 )
-                if summary.claim.epsilon >= spent:
-                    spent = summary.claim.epsilon
+                most = summary.claim.epsilon
+                if first.budget.delta == delta:
+                    most = max(most, ledger.most_spent(first).epsilon)
+                if most >= spent:
+                    spent = most
                     adversaries = {row.adversary: row.epsilons[0].epsilon for row in rows}
                     others = _other_accountants(tuple(summary.events), delta)
     return {

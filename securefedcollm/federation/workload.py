@@ -34,7 +34,8 @@ def usable_threads() -> int:
     Torch heeds the variable until somebody calls ``set_num_threads``, which we do.
     """
     cores, asked = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS", "")
-    return min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores
+    first = asked.split(",")[0].strip()  # the others are for threads within threads
+    return min(cores, int(first)) if first.isdecimal() and int(first) else cores
 
 
 def silent(done: int, total: int, text: str) -> None:

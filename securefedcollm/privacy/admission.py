@@ -155,8 +155,9 @@ class Decision:
         return who
 
     def _others(self) -> str:
-        left = int(self.paying.sum())
-        if not left or self.asked.records is None or not self.asked.may_skip:
+        left, asked = int(self.paying.sum()), self.asked
+        may = asked.may_skip and asked.rounds > 0  # a study that has begun keeps its records
+        if not left or asked.records is None or not may:
             return ""
         units = "subjects" if self.asked.whom.column else "records"
         return f"; or --records skip: the other {left:,} {units} can pay"

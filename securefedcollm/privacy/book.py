@@ -162,6 +162,21 @@ class Book:
             claim = filter_epsilon(events, delta, entries[0].terms)
         return SpentSummary(dataset, unit, claim, events, states)
 
+    def most_spent(self, entry: Entry) -> Claim:
+        """Of those that ``entry`` charged, the one that has spent most, at that entry's δ.
+
+        Some of them may also have been in other files, and paid for other studies.
+        """
+        dataset, unit = entry.key[:2]
+        claim = self.spent(dataset, unit, entry.budget.delta).claim
+        apart = any(e.counted and e.key[:2] != (dataset, unit) for e in self.entries())
+        if not apart or not entry.about.records:
+            return claim
+        worst = self.standing(self.stored(entry.about.records), unit=unit).worst
+        if self.pinned is not None:  # the bound may be coarse; no charge went beyond the budget
+            worst = min(worst, self.pinned.epsilon)
+        return msgspec.structs.replace(claim, epsilon=max(claim.epsilon, worst))
+
     def entries(self) -> list[Entry]:
         """Current state of every reservation, oldest first."""
         self._catch_up()

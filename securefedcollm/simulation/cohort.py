@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from securefedcollm.aggregation import Roster
 from securefedcollm.errors import ConfigError
-from securefedcollm.evidence.ledger import LoggedLedger
+from securefedcollm.evidence.ledger import LoggedLedger, read_anchors
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.authority import AuthoritySession
@@ -180,17 +180,36 @@ def _ledger(home: Path, name: str, ledgers: Path | None) -> Path:
     """The path of the silo's ledger; its own directory then has a link, as with a real silo."""
     link = home / "ledger.sqlite"
     book = ledger_of(ledgers, name)
-    if book is None:
-        return link
-    make_directory(book.parent)
-    if not link.is_symlink() and not link.exists():
-        link.symlink_to(os.path.relpath(book.resolve(), home.resolve()))
-    if link.resolve() != book.resolve():
+    if book is not None:
+        make_directory(book.parent)
+        if not link.is_symlink() and not link.exists():
+            link.symlink_to(os.path.relpath(book.resolve(), home.resolve()))
+    return same_ledger(home, name, ledgers)
+
+
+def same_ledger(home: Path, name: str, ledgers: Path | None) -> Path:
+    """The path of the ledger of the silo whose directory in the run is ``home``.
+
+    Of a finished run too: the next study of a life counts on what that ledger says.
+
+    Raises:
+        ConfigError: the run began with another ledger, or what it charged is gone.
+    """
+    link = home / "ledger.sqlite"
+    book = ledger_of(ledgers, name) or link
+    if (link.is_symlink() or link.exists()) and link.resolve() != book.resolve():
         raise ConfigError(
             f"the run of {name} began with another ledger, {link.resolve()}",
             where="--ledgers",
             hint="resume with the directory that the run began with, or without --ledgers if it "
             "began without",
+        )
+    evidence = home / EVIDENCE
+    if not link.exists() and evidence.exists() and read_anchors(evidence).charges:
+        raise ConfigError(
+            f"{name} has spent by the ledger {link.resolve()}, which is gone",
+            where="--ledgers",
+            hint="put it back: without it nobody knows what its records have spent",
         )
     return book
 

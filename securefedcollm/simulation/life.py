@@ -48,8 +48,8 @@ def play(
     before: Path | None = None
     ledgers = plan.ledgers or plan.out / LEDGERS
     runs = [plan.out / str(tree["study"]) for tree in trees]
-    # Newest first: killed in between, what is left is a shorter life.
-    replaced = [*reversed(runs[1:]), *([] if plan.ledgers else [ledgers])] if plan.overwrite else []
+    # Newest first: killed in between, what is left is a shorter life, with all that it has spent.
+    replaced = [*reversed(runs), *([] if plan.ledgers else [ledgers])] if plan.overwrite else []
     for tree, run in zip(trees, runs, strict=True):
         begun = (run / "study.yaml").is_file() and plan.resume
         if begun:

@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from securefedcollm.errors import BudgetExceeded, ConfigError
-from securefedcollm.federation.consent import able_to_pay, identified, require_whole
+from securefedcollm.federation.consent import (
+    able_to_pay,
+    identified,
+    require_whole,
+    taking_part,
+)
 from securefedcollm.federation.cotuning import Holdings, planned_event
 from securefedcollm.privacy.events import Event
 from securefedcollm.privacy.ledger import Ledger
@@ -68,6 +73,8 @@ def able(
     found = dict(silos)
     for name, questions in silos.items():
         book = plan.ledger_of(name)
+        if book is None and plan.resume and plan.records == "skip":
+            book = plan.out / "silos" / name / "ledger.sqlite"
         if study.privacy is None or book is None or not book.exists():
             continue
         owner, records = _Owner(study, name, book), _Records(study, questions, update_size)
@@ -88,13 +95,12 @@ def able(
 
 
 def places(whole: Silos, kept: Silos) -> dict[str, tuple[int, ...]]:
-    """Where the kept questions stand among all of each silo; by object, as equals may differ."""
-    found = {}
-    for name, own in kept.items():
-        if len(own) < len(whole[name]):
-            ids = {id(question) for question in own}
-            found[name] = tuple(i for i, q in enumerate(whole[name]) if id(q) in ids)
-    return found
+    """Where the kept questions are among all of each silo, if that has lost any."""
+    return {
+        name: tuple(at for at, kept in enumerate(taking_part(whole[name], own)) if kept)
+        for name, own in kept.items()
+        if len(own) < len(whole[name])
+    }
 
 
 def _require_all(owner: _Owner, records: _Records) -> None:

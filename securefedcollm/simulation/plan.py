@@ -60,7 +60,7 @@ class SimulationPlan(Machine):
         track: the tool that gets the server's measurements.
         ledgers: where the silos' privacy ledgers are, one file for each name; None: in the run.
             One directory for several runs carries the records' budgets from run to run.
-        replaced: what goes with the run that ``overwrite`` removes, in this order, before it.
+        replaced: what ``overwrite`` removes, in this order; if empty, ``out``.
         records: ``refuse`` a study that some of a silo's records cannot pay for, or ``skip`` those.
     """
 

@@ -37,7 +37,7 @@ from securefedcollm.federation.status import round_sentence
 from securefedcollm.federation.tracking import Follow, require_tracker, tracking
 from securefedcollm.federation.workload import Progress, ServerWorkload, silent, usable_threads
 from securefedcollm.privacy.events import PoissonGaussian
-from securefedcollm.simulation.cohort import Cohort
+from securefedcollm.simulation.cohort import Cohort, same_ledger
 from securefedcollm.simulation.plan import SiloPlan, SimulationPlan
 from securefedcollm.study import Study, digest, dump_study
 
@@ -90,6 +90,8 @@ class Simulation:
     def _run(self, progress: Progress, say: Say) -> dict[str, Any]:
         started, plan = time.monotonic(), self._plan
         check_directory(self._study, self._out, resume=plan.resume, overwrite=plan.overwrite)
+        for name in self._names if plan.resume else ():
+            same_ledger(self._out / "silos" / name, name, plan.ledgers)
         self._context = process_context(PRELOAD) if self._workers else None
 
         from securefedcollm.federation.dealing import deal
@@ -99,7 +101,7 @@ class Simulation:
         server = self._server(dealt, progress)
         dealt = self._able_to_pay(dealt, server, say)
         if plan.overwrite:
-            for place in (*plan.replaced, self._out):
+            for place in plan.replaced or (self._out,):
                 shutil.rmtree(place, ignore_errors=not place.exists())
         fresh = not self._out.exists()
         store = RunStore(make_directory(self._out), digest(self._study), resume=plan.resume)

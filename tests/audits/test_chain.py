@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.evidence.bundle import pack, read_members
 from securefedcollm.evidence.entries import canonical
 from securefedcollm.federation import tuned
+from securefedcollm.federation.continuing import beside, earlier_bundles
 from securefedcollm.primitives import sha256
 from securefedcollm.study import load_study
 from securefedcollm.tuning.models import load_model
@@ -104,6 +106,19 @@ def life_of(inputs, name, *earlier):
     return make_report(bundle(inputs, name), None, Expected(earlier=paths))[0].life
 
 
+def test_a_bundle_of_another_study_is_not_taken_for_the_earlier_one(life, tmp_path, monkeypatch):
+    """In a directory of the same name, of another life, where the command is typed."""
+    study = load_study(life / "second" / "study.yaml")
+    shutil.copytree(life / "third", tmp_path / "first")
+    monkeypatch.chdir(tmp_path)
+    assert earlier_bundles(study, None) == []
+    with beside(life / "second"):
+        assert earlier_bundles(study, None) == [life / "first" / "evidence.zip"]
+    monkeypatch.chdir(life / "second")
+    with beside(Path()):
+        assert earlier_bundles(study, None) == [life / "first" / "evidence.zip"]
+
+
 def caught(life, name, *earlier):
     chain = followed(life, name, *earlier)
     assert chain.status == "fail"
@@ -142,6 +157,7 @@ def test_another_run_of_the_same_study_is_caught(life):
     study = load_study(life / "first" / "study.yaml")
     simulated(study, life, "again")
     assert "is another run of that study" in caught(life, "second", "again")
+    assert [row.sound for row in life_of(life, "second", "again")] == [None, True]
 
 
 def test_a_wrong_head_scale_or_past_is_caught(life):
@@ -243,4 +259,4 @@ def test_the_report_has_a_row_for_every_study_of_the_chain(life, tmp_path):
     broken = tmp_path / "broken.zip"
     del members["manifest.json"]
     broken.write_bytes(pack({**members, "heads/silo-1.json": members["heads/silo-2.json"]}))
-    assert [row.sound for row in life_of(life, "third", broken)] == [None, False, False]
+    assert [row.sound for row in life_of(life, "third", broken)] == [None, False, True]

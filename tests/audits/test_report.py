@@ -18,10 +18,12 @@ from securefedcollm_audits.verification.verify import CHECKS
 from securefedcollm.errors import ConfigError, EvidenceError
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.privacy.accounting import Accountant
+from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.privacy.shown import down, up
+from tests.support.bundles import bundle_of
 from tests.support.forge import doctor
 from tests.support.report_page import Reader, results_of
-from tests.support.runs import NAMES
+from tests.support.runs import NAMES, recorded_study
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +306,21 @@ def test_what_is_left_of_a_budget(record_bundle):
     assert ">used up<" in said(left=0.0004)
     assert ">0.500, nearly used up<" in said(left=0.5)
     assert ">not settled yet<" in said(left=None, claimed=None)
+
+
+def test_epsilon_is_stated_at_the_delta_that_it_was_computed_for(tmp_path):
+    """The silos pinned a larger δ than this study asks for: ε at the study's would be larger."""
+    run = tmp_path / "run"
+    for name in NAMES:
+        home = run / "silos" / name
+        home.mkdir(parents=True)
+        with Ledger(home / "ledger.sqlite", name) as ledger:
+            ledger.pin(8.0, 1e-3)
+    study = recorded_study(rounds=1)
+    assert study.privacy.delta == 1e-5
+    report, _ = make_report(bundle_of(run, study))
+    assert report.delta == report.registry["delta"] == 1e-3
+    assert f"(ε = {up(report.epsilon)}, δ = 0.001)" in report.claim
 
 
 def test_parts_without_a_silo_say_that_no_budget_is_shown(record_bundle, tmp_path):

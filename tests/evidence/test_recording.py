@@ -377,7 +377,7 @@ def test_a_silo_vouches_for_what_agrees_with_its_own_log_and_only_for_what_exten
     ("forge", "changes", "message"),
     [
         (("survivors", ["silo-1", "silo-2", "silo-3"]), {}, "names other survivors"),
-        (None, {"openings": []}, "hides or alters the opening of round 1"),
+        (None, {"openings": []}, "hides or alters the opening of sum 1"),
         (None, {"openings": [Shown(2, b"{}", [])]}, "is not in the log"),
         (None, {"name": "silo-2"}, "is of another log"),
         (None, {"key": ALL_KEYS["silo-2"]}, "no signature by"),
@@ -397,7 +397,7 @@ def test_a_silo_does_not_vouch_for(midway, forge, changes, message):
 def test_a_lie_about_the_opened_round_is_refused_under_any_header(midway):
     study, silo, leaves = midway
     lie = forged(leaves, Opening, header="0" * 64, survivors=["silo-1", "silo-2", "silo-3"])
-    assert "hides or alters the opening of round 1" in answer(silo, ask(study, lie)).message
+    assert "hides or alters the opening of sum 1" in answer(silo, ask(study, lie)).message
 
 
 @pytest.mark.parametrize("hidden", ["replaced", "beside another"])
@@ -414,7 +414,7 @@ def test_a_later_opening_hides_no_opening_that_the_silo_took_part_in(midway, hid
     if hidden == "beside another":  # it is in the log, and not among what is shown
         shown = [Shown(len(leaves), made_up, inclusion_proof(honest, len(leaves)))]
         request = ask(study, log, openings=shown)
-    assert "hides or alters the opening of round 1" in answer(silo, request).message
+    assert "hides or alters the opening of sum 1" in answer(silo, request).message
     assert answer(silo, ask(study, honest)).cosignature  # both are shown
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,21 @@ def test_a_study_that_sets_records_aside_is_refused_and_skip_is_no_way_out(input
         with pytest.raises(BudgetExceeded, match=r"silo-1: .* records cannot pay") as refused:
             simulated(study, inputs, "refused", ledgers=book(inputs))
         assert ("--records skip" in refused.value.hint) is named
+
+
+def test_a_finished_run_goes_on_with_the_ledgers_that_it_was_charged_in(inputs, paid):
+    """Else the next study of a life would find empty ones, and the same records would pay again."""
+    study = load_study(paid / "study.yaml")
+    for ledgers in (inputs / "elsewhere", None):
+        kept = nullcontext() if ledgers is None else pytest.raises(ConfigError, match="--ledgers")
+        with kept:
+            simulated(study, inputs, "paid", ledgers=ledgers, resume=True)
+    gone = book(inputs) / "silo-2.sqlite"
+    gone.rename(gone.with_suffix(".away"))
+    with pytest.raises(ConfigError, match=r"silo-2 has spent by the ledger .* is gone"):
+        simulated(study, inputs, "paid", ledgers=book(inputs), resume=True)
+    gone.with_suffix(".away").rename(gone)
+    simulated(study, inputs, "paid", ledgers=book(inputs), resume=True)  # the control
 
 
 def test_a_refused_start_removes_no_older_run(inputs, paid):

@@ -120,6 +120,23 @@ def test_after_the_budget_is_spent_every_way_round_is_refused(ledger, more, says
     assert re.search(says, error.message), error.message
 
 
+def test_what_is_said_to_be_spent_is_of_the_record_that_spent_most(ledger):
+    """Adversary: nobody; a file with one more record is another file, and forgets the first study.
+
+    The control: by the file alone, both studies have spent the same.
+    """
+    spend(ledger, WORDS, plan(3.0))
+    first = ledger.most_spent(ledger.entries()[0])
+    spend(ledger, [*WORDS, "new"], plan(3.0), study="second")
+    newest = ledger.entries()[-1]
+    assert ledger.spent(*newest.key[:2], 1e-5).claim == first
+    said = ledger.most_spent(newest).epsilon
+    assert said == ledger.standing(ledger.stored(newest.about.records)).worst
+    assert first.epsilon * 1.2 < said <= 2 * first.epsilon
+    spend(ledger, ["quite", "others"], plan(3.0), study="third")
+    assert ledger.most_spent(ledger.entries()[-1]) == first
+
+
 def test_other_records_have_their_own_budget(ledger):
     """The positive control of the test above."""
     spend(ledger, WORDS)

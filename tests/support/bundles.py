@@ -24,7 +24,7 @@ from tests.support.validated import VALIDATED, AskedRecordedSilo
 
 
 def bundle_of(directory, study, wrap=lambda e: e, losses=(), **silo):
-    directory.mkdir()
+    directory.mkdir(exist_ok=True)
     RecordedRun(directory, study, wrap=wrap, losses=losses, **silo).go()
     path = directory / "evidence.zip"
     path.write_bytes(make_bundle(directory))

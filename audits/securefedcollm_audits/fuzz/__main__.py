@@ -2,4 +2,5 @@
 
 from securefedcollm_audits.fuzz.targets import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -20,8 +20,11 @@ def may_end_early(case: Case) -> bool:
     return keep is not None and keep.patience is not None
 
 
-def claim(case: Case, spent: float | None) -> str:
-    """The bundle's claim. ``spent``: ε of the silo that spent most; None if no silo states it."""
+def claim(case: Case, spent: tuple[float, float] | None) -> str:
+    """The bundle's claim. ``spent``: an (ε, δ) that holds for every silo; None if none is stated.
+
+    δ is that of the silos' ledgers. A study may ask for a smaller one than its silos have pinned.
+    """
     study, privacy = case.study, case.study.privacy
     if privacy is None:
         return (
@@ -36,7 +39,7 @@ def claim(case: Case, spent: float | None) -> str:
     c = study.silos.colluders
     helpers = "" if not c else f" together with any {c} of the other silos"
     if spent is not None:
-        amount = f"(ε = {up(spent)}, δ = {privacy.delta:g})"
+        amount = f"(ε = {up(spent[0])}, δ = {spent[1]:g})"
     else:
         amount = f"at most (ε = {privacy.epsilon:g}, δ = {privacy.delta:g})"
     return (

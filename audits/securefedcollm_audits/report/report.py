@@ -135,8 +135,9 @@ def make_report(
         rows = life(verdict, case, [look(before) for before in expected.earlier])
         report = msgspec.structs.replace(_summed_up(verdict, case), life=rows)
     except (ValueError, LookupError, ArithmeticError, RuntimeError, MemoryError) as error:
+        which = f"{path}, or a bundle of an earlier run" if expected.earlier else str(path)
         raise EvidenceError(
-            f"{path}: too broken for a report ({error})",
+            f"{which}: too broken for a report ({error})",
             hint="`audit verify` says which entries are wrong",
         ) from None
     if results is not None:
@@ -159,8 +160,8 @@ def _summed_up(verdict: Verdict, case: Case) -> Report:
         claim=claim(case, spent),
         meaning=_meaning(case, spent),
         unit=privacy.unit if privacy else None,
-        epsilon=spent,
-        delta=privacy.delta if privacy else None,
+        epsilon=spent[0] if spent else None,
+        delta=spent[1] if spent else privacy.delta if privacy else None,
         adversaries=adversaries,
         advantage=advantage(_curve(case, worst)) if worst else [],
         rounds=_rounds(case),
@@ -173,12 +174,12 @@ def _summed_up(verdict: Verdict, case: Case) -> Report:
     return msgspec.structs.replace(report, registry=_registry(case, report))
 
 
-def _meaning(case: Case, spent: float | None) -> list[str]:
+def _meaning(case: Case, spent: tuple[float, float] | None) -> list[str]:
     privacy = case.study.privacy
     if privacy is None:
         return []
-    agreed = privacy.epsilon
-    return meaning(privacy.unit, agreed if spent is None else spent, privacy.delta, agreed)
+    epsilon, delta = spent or (privacy.epsilon, privacy.delta)
+    return meaning(privacy.unit, epsilon, delta, privacy.epsilon)
 
 
 def advantage(claims: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -202,9 +203,13 @@ def advantage(claims: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return found
 
 
-def _spent(silos: list[SiloRow]) -> float | None:
-    claims = [silo.claimed for silo in silos if silo.claimed is not None]
-    return max(claims, default=None)
+def _spent(silos: list[SiloRow]) -> tuple[float, float] | None:
+    """An (ε, δ) that holds for every silo; None if none states any."""
+    claims = [(silo.claimed, silo.delta) for silo in silos if silo.claimed is not None]
+    known = [(epsilon, delta) for epsilon, delta in claims if delta is not None]
+    if not known:
+        return None
+    return max(epsilon for epsilon, _ in known), max(delta for _, delta in known)
 
 
 def _worst(case: Case) -> tuple[Events, Terms] | None:

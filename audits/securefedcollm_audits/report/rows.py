@@ -73,11 +73,12 @@ class SiloRow(msgspec.Struct, frozen=True):
 
 
 class StudyRow(msgspec.Struct, frozen=True):
-    """One study of the chain that ends with this report's. ``silos``: organisations that took part.
+    """One study of the chain that ends with this report's. ``silos``: how many the study has.
 
-    ``agreed``: its ε, ``spent``: the most that a silo's ledger counted at its end, for all studies
-    on the same records; None where no privacy is claimed or no silo's log shows it. ``sound``:
-    whether its own bundle holds; None if no bundle of it was given, and then ``name`` is empty.
+    ``agreed``: its ε. ``spent``, ``delta``: the most that a silo's ledger counted at its end, in
+    all studies, for the record that spent most; None where no privacy is claimed or no silo's log
+    shows it. ``sound``: whether its own bundle holds, the runs before it left aside; None if no
+    bundle of that run was given, and then ``name`` is empty.
     """
 
     name: str

@@ -129,13 +129,17 @@ def _heard(given: dict[str, Case], silent: dict[str, list[str]]) -> None:
 
 def _same_run(link: Earlier, before: Case, name: str, wrong: Faults) -> None:
     """Adversary: whoever runs the same study twice and continues from the better one."""
-    roots = before.roots(SERVER) if before.need_server() else []
-    if link.entries >= len(roots):
-        wrong(
-            name, f"its server's log has {len(roots) - 1} entries, the study names {link.entries}"
-        )
-    elif roots[link.entries].hex() != link.root:
+    entries = len(before.need_server())
+    if link.entries > entries:
+        wrong(name, f"its server's log has {entries} entries, the study names {link.entries}")
+    elif not names_run(link, before):
         wrong(name, "is another run of that study than the one named")
+
+
+def names_run(link: Earlier, before: Case) -> bool:
+    """Whether the server's log in that bundle begins as the one that the study names."""
+    roots = before.roots(SERVER) if before.server else []
+    return link.entries < len(roots) and roots[link.entries].hex() == link.root
 
 
 def _released(link: Earlier, before: Case, name: str, large: bool, wrong: Faults) -> None:

@@ -269,11 +269,11 @@ class SiloRecord(RoundRecord):
             same = theirs.get(mine.header)
             if isinstance(mine, Agreed):
                 if same and (same.lists, same.survivors) != (mine.lists, mine.survivors):
-                    raise EvidenceError(f"it names other survivors of round {mine.round + 1}")
+                    raise EvidenceError(f"it names other survivors of sum {mine.round + 1}")
                 continue  # it need not have been opened
             said = mine.survivors if isinstance(mine, Told) else mine.seeds_of
             if same is None or (same.lists, same.survivors) != (mine.lists, said):
-                raise EvidenceError(f"it hides or alters the opening of round {mine.round + 1}")
+                raise EvidenceError(f"it hides or alters the opening of sum {mine.round + 1}")
 
     def _unvouched(self) -> list[Agreed | Unmasked | Told]:
         """What this silo agreed to, unmasked or was told since it last vouched, in this order."""

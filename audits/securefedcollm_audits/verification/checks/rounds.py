@@ -241,7 +241,7 @@ def one_sum(case: Case, wrong: Faults) -> str:
                     wrong(entry, f"a second sum of {name}, see {where.place}")
     if not attempts:
         raise NotCovered("nothing was opened")
-    return f"{count(len(opened), 'round')}, one set of survivors in each"
+    return f"{count(len(opened), 'sum')}, one set of survivors in each"
 
 
 def transcripts(case: Case, wrong: Faults) -> str:
