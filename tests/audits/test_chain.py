@@ -83,6 +83,7 @@ def test_a_past_that_nobody_shows_is_not_believed(life):
         verify(bundle(life, "first"), Expected(earlier=[bundle(life, "second")]))
 
 
+@pytest.mark.soak
 def test_a_past_whose_budget_nobody_shows_is_not_believed(tmp_path):
     """Whoever overspent in the earlier run hands over the server's log alone."""
     study = load_study(make_inputs(tmp_path), ["rounds=1"])

@@ -184,6 +184,7 @@ def test_the_audit_finds_nothing_and_its_control_does(directory: Any) -> None:
     assert finding.entry().audit == "coupling"
 
 
+@pytest.mark.soak
 def test_all_weights_couple_nothing_and_their_control_does(directory: Any) -> None:
     small = {"slm": {"source": "path:slm"}}
     study = study_of(directory, adapter={"method": "full"}, models=small)

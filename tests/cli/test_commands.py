@@ -271,7 +271,10 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path):
     "words",
     [
         ["identity", "new", "a", "--no-passphrase", "--out", "{}/key.json"],
-        ["simulate", QUICKSTART, "--out", "{}/run", "--no-baselines", "--workers", "0"],
+        pytest.param(
+            ["simulate", QUICKSTART, "--out", "{}/run", "--no-baselines", "--workers", "0"],
+            marks=pytest.mark.soak,
+        ),
         ["consortium", "init", "--name", "net", "--server", "example.org:8002", "--out", "{}/ca"],
     ],
     ids=lambda words: words[0],

@@ -45,6 +45,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.soak
 def test_a_killed_experiment_continues_and_its_numbers_are_those_of_the_runs(inputs, tmp_path):
     out, said = tmp_path / "exp", []
 

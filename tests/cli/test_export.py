@@ -138,6 +138,7 @@ def test_the_large_model_names_letters_where_the_small_ones_score_needs_a_prior(
     assert [[*row["accuracy"].values()] for row in found] == [[ours]]
 
 
+@pytest.mark.soak
 def test_the_template_matters(inputs, tmp_path):
     """The control: with other prompts the same adapter has other accuracies."""
     test = tuned(inputs, tmp_path / "run")

@@ -32,6 +32,7 @@ def adapter(directory, model="slm"):
     return (directory / model / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.soak
 def test_patience_ends_a_run_and_silos_pay_for_the_rounds_that_were_run(inputs, tmp_path):
     out = tmp_path / "run"
     words = ["simulate", str(inputs / "tiny.yaml"), "--data", str(inputs), "--out", str(out)]

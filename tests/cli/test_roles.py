@@ -170,6 +170,7 @@ def test_a_silo_joins_in_two_steps(consortium, tmp_path):
         run(*join, "--home", home, "--signed", signed)
 
 
+@pytest.mark.soak
 def test_a_servers_two_kits_are_installed_together_or_not_at_all(consortium, tmp_path, monkeypatch):
     home, signed = tmp_path / "home", tmp_path / "signed"
     join = ["join", consortium / "consortium.yaml", "--name", "hub", "--role", "server"]

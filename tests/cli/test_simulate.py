@@ -208,6 +208,7 @@ def test_the_same_seed_gives_the_same_run_and_workers_change_nothing(inputs, tmp
                 np.testing.assert_array_equal(value, other[key])
 
 
+@pytest.mark.soak
 def test_the_figure_of_a_validated_run_is_that_of_the_part_that_spent_most(inputs, tmp_path):
     """What is set aside pays apart from what is tuned on, and here more."""
     more = ["--no-baselines", "--set", "validation.share=0.3", "--set", "local.batch_size=4"]
@@ -432,6 +433,7 @@ def test_a_broken_line_is_named_and_the_process_exits_with_2(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.soak
 def test_a_run_is_not_overwritten_unasked_and_a_stranger_directory_never(inputs, tmp_path):
     run(inputs, tmp_path / "run", "--no-baselines", "--set", "rounds=1")
     with pytest.raises(SecureFedCoLLMError, match="there is a run in this directory already"):

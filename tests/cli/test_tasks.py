@@ -186,7 +186,7 @@ def test_a_sheet_with_names_of_its_own_runs(inputs: Path, tmp_path: Path) -> Non
     assert "nothing found" in invoke(*checked).stdout
 
 
-@pytest.mark.parametrize("role", ["llm", "slm"])
+@pytest.mark.parametrize("role", [pytest.param("llm", marks=pytest.mark.soak), "slm"])
 def test_a_run_s_models_are_measured_again_and_merged(
     run: Path, inputs: Path, tmp_path: Path, role: str
 ) -> None:

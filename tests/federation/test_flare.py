@@ -426,6 +426,7 @@ def test_flare_is_told_of_no_place_in_its_kit(tmp_path, monkeypatch):
     assert "TMPDIR" not in told
 
 
+@pytest.mark.soak
 def test_what_crosses(homes, engine):
     """A 100 MB adapter, in pieces; the silo before a job, or without one, is not asked."""
     from nvflare.fuel.utils.fobs import lobs
@@ -463,6 +464,7 @@ def test_what_a_hostile_silo_gets_from_another_and_from_the_server(homes, engine
     assert "refused a message of 'server' by way of 'silo-3' for 'silo-1'" in log
 
 
+@pytest.mark.soak
 def test_a_stranger_with_a_certificate_of_another_authority_is_not_connected(engine, tmp_path):
     port = int(
         json.loads((engine._flare.lead.workspace / "startup/fed_admin.json").read_text())["admin"][

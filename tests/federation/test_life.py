@@ -153,6 +153,7 @@ def life_of(inputs: Path) -> Path:
     return inputs / "life.yaml"
 
 
+@pytest.mark.soak
 def test_a_file_of_several_studies_is_played_and_goes_on_where_it_was_killed(
     inputs, tmp_path, monkeypatch
 ):
@@ -186,6 +187,7 @@ def files(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in found}
 
 
+@pytest.mark.soak
 def test_simulate_verifies_every_study_of_a_life(inputs, tmp_path):
     words = ["simulate", life_of(inputs), "--data", inputs, "--out", tmp_path / "life"]
     words += ["--workers", "0", "--set", "rounds=1", "--set", "privacy=none"]

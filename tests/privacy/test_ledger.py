@@ -317,6 +317,7 @@ def test_kill_9_before_every_statement(tmp_path):
     assert {state for _, state in reached} == {None, "reserved", "released", "settled"}
 
 
+@pytest.mark.soak
 def test_two_processes_cannot_both_reserve_the_last_epsilon(tmp_path):
     others = [
         subprocess.Popen(

@@ -643,6 +643,7 @@ def test_kill_9_before_every_statement_of_charges_to_records(tmp_path):
                 assert (standing.untouched, standing.accounts) == (0, len(WORDS))
 
 
+@pytest.mark.soak
 def test_two_processes_share_key_and_budget(tmp_path):
     """Two files that share one record: both processes charge it, from the very first key on."""
     others = [

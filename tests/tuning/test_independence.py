@@ -177,7 +177,7 @@ def threads(kind: str, dtype: torch.dtype, method: str) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("kind", ["mixed", "copies"])
+@pytest.mark.parametrize("kind", [pytest.param("mixed", marks=pytest.mark.soak), "copies"])
 @pytest.mark.parametrize(
     ("dtype", "method", "prefix", "loss"),
     [
@@ -230,7 +230,7 @@ def test_a_hostile_adapter_finds_no_record_in_the_others_bits(
 
 
 @pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
-@pytest.mark.parametrize("kind", ["mixed", "copies"])
+@pytest.mark.parametrize("kind", [pytest.param("mixed", marks=pytest.mark.soak), "copies"])
 def test_a_subject_moves_the_sum_by_its_own_integers_and_no_more(kind: str, method: Any) -> None:
     """Local sums and joint ones: S(D + x) = S(D) + S(x) exactly, for all records x of a person."""
     model = network(torch.float32, method)
@@ -285,10 +285,13 @@ def crooked(by: str) -> Any:
 @pytest.mark.parametrize(
     ("by", "method"),
     [
-        *((by, "lora") for by in ("place", "company", "largest number", "branch")),
-        pytest.param("number of rows", "lora", marks=pytest.mark.soak),
+        ("branch", "lora"),
+        *(
+            pytest.param(by, "lora", marks=pytest.mark.soak)
+            for by in ("place", "company", "largest number", "number of rows")
+        ),
         pytest.param("place", "prompt", marks=pytest.mark.soak),
-        ("company", "prefix"),
+        pytest.param("company", "prefix", marks=pytest.mark.soak),
     ],
 )
 def test_kernels_that_look_at_other_rows_are_found_and_their_records_go_alone(

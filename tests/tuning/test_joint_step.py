@@ -51,7 +51,7 @@ def central_sum(toy: Any, model: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-@pytest.mark.parametrize("micro_batch", [3, 64])
+@pytest.mark.parametrize("micro_batch", [3, pytest.param(64, marks=pytest.mark.soak)])
 def test_with_hardly_any_noise_the_steps_agree(toy: Any, micro_batch: int, optimizer: Any) -> None:
     model = adapted(toy)
     layout = layout_of(model, "ffa-lora")

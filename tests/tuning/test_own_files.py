@@ -598,6 +598,7 @@ def test_rows_without_text_are_not_one_record(tmp_path: Path) -> None:
     assert len({record_content(q) for q in found}) == 2
 
 
+@pytest.mark.soak
 def test_text_that_unfolds_to_too_much_is_refused_in_columns_that_no_task_reads(
     tmp_path: Path,
 ) -> None:

@@ -115,6 +115,7 @@ def test_other_adapters_and_bases_are_other_models(toy: Any, changes: dict[str, 
     assert print_of(made(toy, **changes)) != print_of(made(toy))
 
 
+@pytest.mark.soak
 def test_the_test_is_made_once_for_all_of_a_kind_and_anew_for_any_other(
     toy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
