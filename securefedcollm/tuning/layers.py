@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,11 +69,16 @@ def checkpointed(model: Any, where: str) -> None:
         ConfigError: transformers cannot do so for this family.
     """
     causal = unwrapped(model)
+    enable = getattr(causal, "activation_checkpointing_enable", None)
     try:
-        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Older versions of the library know the second name alone.
+        (enable or causal.gradient_checkpointing_enable)({"use_reentrant": False})
     except (AttributeError, ValueError) as error:
         raise ConfigError(
             f"the layers of {type(causal).__name__} cannot be computed again for the gradients",
             where=where,
             hint="remove it",
         ) from error
+    # The library lets the embeddings' output need a gradient, for an older kind of checkpointing.
+    with suppress(AttributeError):
+        causal.disable_input_require_grads()
