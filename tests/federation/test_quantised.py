@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 from securefedcollm_audits.privacy.coupling import audit
+from securefedcollm_cli.main import app
+from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.federation import tuned as tuned_models
@@ -223,6 +225,12 @@ def test_a_run_its_evaluation_and_its_merged_model_agree(
     invoke("model", "merge", *run, "--out", tmp_path / "whole", "--json")
     whole = ["--model", tmp_path / "whole", "--test", test]
     assert invoke("model", "evaluate", *whole, "--json")["all"]["accuracy"] == told["accuracy"]
+    goes_on = ["study", "continue", tmp_path / "run", "--out", tmp_path / "next.yaml"]
+    refused = CliRunner().invoke(app, [str(word) for word in goes_on])
+    assert "models.slm.quantization: rounding" in str(refused.exception)
+    goes_on += ["--set", "models.slm.quantization=none"]
+    assert CliRunner().invoke(app, [str(word) for word in goes_on]).exit_code == 0
+    assert load_study(tmp_path / "next.yaml").models.slm.quantization == "none"
     if kind == "nf4":  # the package's own layer takes no such narrow ones on some processors
         return
     said = io.StringIO()
