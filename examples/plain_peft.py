@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 
 def prompt_of(row: dict[str, Any], task: dict[str, Any]) -> str:
@@ -120,7 +120,13 @@ def main(adapter: str, base: str, records: str) -> None:
         sys.exit(f"{task['kind']}: this example scores choices and labels only")
     dtype = getattr(torch, task["base"]["dtype"])
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    rounded = None
+    if task["base"].get("quantization") == "int8":
+        rounded = BitsAndBytesConfig(load_in_8bit=True)
+    elif task["base"].get("quantization") == "nf4":
+        four_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        rounded = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **four_bits)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=rounded)
     model = PeftModel.from_pretrained(model, adapter).eval()
     right = count = 0
     for line in Path(records).read_text().splitlines():

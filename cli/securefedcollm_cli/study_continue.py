@@ -71,9 +71,7 @@ def continue_(
         tree = next_tree(before, chain, orthogonal)
     else:
         tree = with_chain(load_study(config).tree, chain, orthogonal)
-    study = study_from_tree(tree)
-    if overrides:
-        study = load_study(study.tree, overrides)
+    study = load_study(tree, overrides) if overrides else study_from_tree(tree)
     text = dump_study(study)
     if out is None:
         typer.echo(text, nl=False)

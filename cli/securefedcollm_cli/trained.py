@@ -349,6 +349,7 @@ def _choose(
     from securefedcollm.federation.continuing import beside
     from securefedcollm.federation.tuned import fold_earlier
     from securefedcollm.tuning.models import find_device, load_model
+    from securefedcollm.tuning.quantised import check_quantization, quantise, round_weights
 
     place = find_device(device)
     study = spec = None
@@ -367,6 +368,8 @@ def _choose(
             raise ConfigError(
                 "this run's study has no large model", where="--role", hint="choose --role slm"
             )
+        rounded = (spec.quantization, f"models.{role}.quantization")
+        check_quantization(*rounded, place)
         adapter = adapter or (None if base else run / "adapters" / role)
         loaded = load_model(
             spec.source,
@@ -379,6 +382,8 @@ def _choose(
         )
         with beside(run):
             fold_earlier(study, role, loaded, data)
+        # An adapter that is merged fits the rounded weights, but not into them.
+        (quantise if dtype is None else round_weights)(loaded.model, *rounded)
     loaded.model.to(place)
     return _Chosen(loaded, None if base else adapter, study, spec)
 

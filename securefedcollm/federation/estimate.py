@@ -15,6 +15,7 @@ from securefedcollm.study.config import Model
 from securefedcollm.tuning.adapters import full_layout, layout_of
 from securefedcollm.tuning.head import check_positions, text_config
 from securefedcollm.tuning.models import meta_model
+from securefedcollm.tuning.quantised import weights_bytes
 
 _OPTIMIZER = 4 * 4  # bytes a trained value: itself, its gradient, Adam's two moments
 _PER_RECORD = 4 + 8  # of a per-record gradient: float32 in torch, float64 where it is clipped
@@ -76,6 +77,8 @@ def _server_bytes(study: Study, llm: dict[str, Any], slm: dict[str, Any]) -> int
 def _shape(study: Study, spec: Model, data: Path | None) -> dict[str, Any]:
     model = meta_model(spec.source, revision=spec.revision, base_dir=data or Path())
     parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    width = 4 if spec.dtype == "float32" else 2
+    weights = weights_bytes(model, spec.quantization, width)  # before there is an adapter on it
     config = text_config(model)
     method = study.adapter.method
     tuned = adapted(model, study)
@@ -83,31 +86,33 @@ def _shape(study: Study, spec: Model, data: Path | None) -> dict[str, Any]:
     rounds = range(2 if method == "rolora" else 1)
     update = max(layout_of(tuned, method, round_).size for round_ in rounds)
     full = full_layout(tuned).size
-    width = 4 if spec.dtype == "float32" else 2
     return {
         "source": spec.source,
         "parameters": parameters,
-        "weights_bytes": parameters * width,
+        "weights_bytes": weights,
         "adapter_values": full,
         "adapter_share": full / parameters,
         "trained_values": update,
         "update_values": update,
         "broadcast_values": update if method == "ffa-lora" else full,
-        "activation_bytes_per_record": _activations(study, config, width),
+        "activation_bytes_per_record": _activations(study, spec, config, width),
     }
 
 
-def _activations(study: Study, config: Any, width: int) -> int:
+def _activations(study: Study, spec: Model, config: Any, width: int) -> int:
     """Memory of one record of ``task.max_tokens``, in bytes.
 
     Per layer s·h·(34 + 5·a·s/h) at two bytes a value (Korthikanti et al. 2022, arXiv 2205.05198,
     eq. 2; s tokens, h hidden, a heads), and the logits in float32. Layers below the adapted ones
-    keep nothing.
+    keep nothing. With checkpointing a layer keeps its input, and one layer at a time has the rest.
     """
     s, h = study.task.max_tokens + study.adapter.tokens, int(config.hidden_size)
     a, layers = int(getattr(config, "num_attention_heads", 0)), int(config.num_hidden_layers)
     layers = min(layers, study.adapter.top_layers or layers)
-    return int(layers * s * h * (34 + 5 * a * s / h) * width / 2 + 4 * s * int(config.vocab_size))
+    kept = layers * s * h * (34 + 5 * a * s / h) * width / 2
+    if spec.checkpointing:
+        kept = kept / layers + layers * s * h * width
+    return int(kept + 4 * s * int(config.vocab_size))
 
 
 def _upload(study: Study, values: int) -> int:

@@ -33,6 +33,11 @@ _WHOLE: Final = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("the directory of this file")
 tokenizer = AutoTokenizer.from_pretrained("the directory of this file")"""
+_BITSANDBYTES: Final = {
+    "int8": "load_in_8bit=True",
+    "nf4": 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
+    'bnb_4bit_compute_dtype="{}"',
+}
 _TEMPLATES: Final = {
     "multiple_choice": QUESTION,
     "classification": CLASSIFY,
@@ -67,6 +72,7 @@ def task_contract(study: Study, model: Model, base: bytes, *, chat: bool) -> dic
             "revision": model.revision,
             "sha256": base.hex(),
             "dtype": model.dtype,
+            **_quantised(model),
         },
         "kind": task.kind,
         "columns": task.columns,
@@ -98,6 +104,11 @@ def _continues(study: Study) -> dict[str, Any]:
         for link in study.continues.earlier
     ]
     return {"continues": links}
+
+
+def _quantised(model: Model) -> dict[str, Any]:
+    """What the base's weights are rounded to, if anything."""
+    return {} if model.quantization == "none" else {"quantization": model.quantization}
 
 
 def rule_of(task: Task, model: Model) -> Normalisation:
@@ -173,11 +184,16 @@ def _loading(base: dict[str, Any]) -> str:
     """Python that loads the base with the adapter on it."""
     kind, _, place = base["source"].partition(":")
     revision = f', revision="{base["revision"]}"' if base["revision"] else ""
+    given, names, rounding = f'dtype="{base["dtype"]}"', "AutoModelForCausalLM, AutoTokenizer", ""
+    if "quantization" in base:
+        settings = _BITSANDBYTES[base["quantization"]].format(base["dtype"])
+        rounding = f"rounded = BitsAndBytesConfig({settings})\n"
+        given, names = f"{given}, quantization_config=rounded", f"{names}, BitsAndBytesConfig"
     return f"""from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {names}
 
 base = {json.dumps(place if kind == "hub" else "the directory of the base model")}
-model = AutoModelForCausalLM.from_pretrained(base{revision}, dtype="{base["dtype"]}")
+{rounding}model = AutoModelForCausalLM.from_pretrained(base{revision}, {given})
 model = PeftModel.from_pretrained(model, "the directory of this file")
 tokenizer = AutoTokenizer.from_pretrained(base{revision})"""
 

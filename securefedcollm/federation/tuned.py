@@ -34,9 +34,11 @@ from securefedcollm.tuning.folding import Released, fold, keep_apart
 from securefedcollm.tuning.formats import Asking
 from securefedcollm.tuning.frozen import with_prefix, with_prior
 from securefedcollm.tuning.head import check_positions, check_vocabulary, device_of, unwrapped
+from securefedcollm.tuning.layers import checkpointed
 from securefedcollm.tuning.models import LoadedModel, find_device, load_model
 from securefedcollm.tuning.packing import check_model
 from securefedcollm.tuning.prompts import attach_prompt, check_virtual
+from securefedcollm.tuning.quantised import check_quantization, quantise
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.questions import EncodedQuestions, Scoring, encode
 from securefedcollm.tuning.whole import WholeModel, load_weights, tokenizer_files
@@ -107,6 +109,14 @@ class Tuned:
     """Which of the study's models it is."""
 
     @property
+    def frozen_digest(self) -> bytes:
+        """What the frozen weights' results depend on: the base, and what it is rounded to."""
+        kind = self.spec.quantization
+        if kind == "none":
+            return self.base_digest
+        return sha256(b"securefedcollm/quantised/v1\0", self.base_digest, kind.encode())
+
+    @property
     def scoring(self) -> Scoring:
         """How this study scores choices of this model."""
         return scoring_of(self.study.task, self.spec)
@@ -125,11 +135,14 @@ class Tuned:
 
         Raises:
             ConfigError: the model is missing, unsafe or not the pinned one; the adapter does not
-                fit it; an earlier run's adapter is not the one that the study names; or there is
-                no such device.
+                fit it; an earlier run's adapter is not the one that the study names; there is no
+                such device; or it, or the model, cannot be quantised or checkpointed as the study
+                says.
         """
         place = find_device(device)
         name = name_of(study, spec)
+        rounded = (spec.quantization, f"models.{name}.quantization")
+        check_quantization(*rounded, place)
         earlier = released(study, name, data)
 
         def load() -> LoadedModel:
@@ -142,6 +155,7 @@ class Tuned:
                 progress=progress,
             )
             fold(loaded.model, earlier, spec.source)
+            quantise(loaded.model, *rounded)
             return loaded
 
         chain = tuple((one.sha256, one.scale) for one in earlier)
@@ -150,6 +164,8 @@ class Tuned:
         model = adapted(_modules_of_its_own(loaded.model), study, earlier)
         check_positions(model, study.task.max_tokens, spec.source)
         check_virtual(model, spec.source)
+        if spec.checkpointing:
+            checkpointed(model, f"models.{name}.checkpointing")
         base = base_of(study, name, bytes.fromhex(loaded.digest))
         return cls(model.to(place), loaded.tokenizer, base, study, spec)
 
@@ -190,13 +206,13 @@ class Tuned:
                     encoded,
                     depth - top,
                     most,
-                    public=self.base_digest if public else None,
+                    public=self.frozen_digest if public else None,
                     progress=progress,
                 )
             return encoded
 
         asked = (self.spec.ask, task.kind, task.score, task.max_tokens)
-        how = (self.base_digest, *asked, top, cuts, private)
+        how = (self.frozen_digest, *asked, top, cuts, private)
         return once(("encoded", *how, str(device_of(self.model)), tuple(questions)), make)
 
     def answers(self, test: EncodedQuestions) -> Evaluation:

@@ -19,6 +19,7 @@ from securefedcollm.study.learning_checks import (
     check_data,
     check_distillation,
     check_keep,
+    check_memory,
     check_model,
     check_steps,
     check_task,
@@ -48,6 +49,7 @@ def check(study: Study) -> None:
     if study.models.llm is not None:
         check_model("models.llm", study.models.llm)
     check_model("models.slm", study.models.slm)
+    check_memory(study)
     check_distillation(study)
     check_server(study)
     check_keep(study)
@@ -213,6 +215,12 @@ def _check_full(study: Study) -> None:
             "all weights of the large model would be tuned as well",
             where="adapter.method",
             hint="remove models.llm, or choose ffa-lora",
+        )
+    if study.models.slm.quantization != "none":
+        raise ConfigError(
+            "rounded weights are frozen, and full tunes all weights",
+            where="models.slm.quantization",
+            hint="choose none, or adapter.method: ffa-lora",
         )
     if study.models.slm.dtype != "float32":
         raise ConfigError(

@@ -51,6 +51,12 @@ def check_continue(study: Study) -> None:
         raise ConfigError(what, where=where, hint=hint)
     for name, model in (("slm", study.models.slm), ("llm", study.models.llm)):
         folds = any(link.of("slm" if name == "slm" else "llm") for link in given.earlier)
+        if model is not None and folds and model.quantization != "none":
+            raise ConfigError(
+                f"rounding to {model.quantization} would round an earlier adapter away",
+                where=f"models.{name}.quantization",
+                hint="choose none; the earlier run itself may have been quantised",
+            )
         if model is not None and folds and model.dtype != "float32":
             raise ConfigError(
                 f"folding into {model.dtype} would round an earlier adapter away",

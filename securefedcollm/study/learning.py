@@ -39,6 +39,23 @@ class Model(Section, frozen=True):
         Literal["float32", "bfloat16"],
         says("Number format of the frozen weights; bfloat16 halves the memory."),
     ] = "float32"
+    quantization: Annotated[
+        Literal["none", "int8", "nf4"],
+        says(
+            "Rounds the frozen weights of linear layers to 8 bits (`int8`) or about 4 (`nf4`, as "
+            "in QLoRA) after the files are read. It saves memory, and costs time and some "
+            "accuracy. Products are computed in `dtype`. Every participant that loads the model "
+            "needs the package bitsandbytes."
+        ),
+    ] = "none"
+    checkpointing: Annotated[
+        bool,
+        says(
+            "Distillation and tuning keep only the input of each layer, and compute the rest again "
+            "for the gradients: less memory, about a third more time, the same result. Gradients "
+            "of single records do not use it."
+        ),
+    ] = False
     ask: Annotated[
         Literal["cloze", "letters"],
         says(

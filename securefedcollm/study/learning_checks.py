@@ -257,6 +257,26 @@ def check_model(where: str, model: Model) -> None:
         )
 
 
+def check_memory(study: Study) -> None:
+    """``models.*.quantization`` and ``checkpointing`` where they would do nothing, or harm."""
+    own, record = study.task.kind == "own", study.privacy and study.privacy.unit != "silo"
+    for name, model in (("slm", study.models.slm), ("llm", study.models.llm)):
+        if model is None:
+            continue
+        where, what, hint = f"models.{name}.checkpointing", "", "remove it"
+        if own and (model.checkpointing or model.quantization != "none"):
+            what = "a study with own training code has none"
+            where = where if model.checkpointing else f"models.{name}.quantization"
+        elif model.checkpointing and study.adapter.method == "prefix":
+            what = "the library drops a prefix where it computes a layer again"
+            hint = "remove it, or choose adapter.method: prompt or ffa-lora"
+        elif model.checkpointing and name == "slm" and record:
+            what = "gradients of single records do not use it"
+            hint = "remove it, and lower local.micro_batch"
+        if what:
+            raise ConfigError(what, where=where, hint=hint)
+
+
 def check_distillation(study: Study) -> None:
     """What the server's phase learns from."""
     plan = study.distillation

@@ -33,6 +33,7 @@ from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.foreign import printable, read_object
 from securefedcollm.primitives import sha256
 from securefedcollm.tuning.head import unwrapped
+from securefedcollm.tuning.quantised import quiet_bitsandbytes
 from securefedcollm.tuning.targets import check_targets, is_conv1d, layer_names, top_numbers
 from securefedcollm.tuning.virtual import KINDS, virtual_of
 from securefedcollm.tuning.whole import (
@@ -356,7 +357,7 @@ def merged(model: nn.Module, directory: Path) -> Any:
 def quiet_peft() -> Iterator[None]:
     """Silence warnings that do not concern users: PEFT reads a property that transformers 5 has
     renamed, and drops position ids that transformers made, which it then makes itself."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quiet_bitsandbytes():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)
         warnings.filterwarnings("ignore", "Position ids are not supported")

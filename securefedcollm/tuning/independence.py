@@ -34,6 +34,7 @@ from securefedcollm.tuning.head import device_of, learned_positions, text_config
 from securefedcollm.tuning.kernels import Kernels, Reference
 from securefedcollm.tuning.packing import row_limit
 from securefedcollm.tuning.passes import Shape, Widths, padded_length
+from securefedcollm.tuning.quantised import QuantisedLinear
 from securefedcollm.tuning.questions import EncodedQuestions
 from securefedcollm.tuning.twins import fingerprint
 from securefedcollm.tuning.virtual import virtual_count
@@ -176,7 +177,10 @@ def _same_bits(model: nn.Module, shape: Shape, widths: Widths, compute: Compute)
     """
     most = widths.rows(shape)
     sizes = [most >> n for n in range(0, most.bit_length(), 2)]  # a quarter, a sixteenth, …
-    if any(weight.dtype in _COARSE for weight in model.parameters()):
+    coarse = any(weight.dtype in _COARSE for weight in model.parameters())
+    # A quantised layer's weight is made anew in every pass, so no product of one pass is known to
+    # have the same weight as one of another pass.
+    if coarse or any(isinstance(module, QuantisedLinear) for module in model.modules()):
         sizes = sizes[:1]
     seen: dict[tuple[float, int], bytes] = {}
     reference: Reference = {}

@@ -29,6 +29,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -105,8 +106,8 @@ class Kernels(TorchDispatchMode):
         self._tried: dict[str, bool] = {}
         self._within = 0  # modules whose forward is under way: then it is the model that asks
         self._hooks: list[Any] = []
-        self._kept: list[Tensor] = []  # so that no other tensor gets their memory
-        self._nobodys = {_memory(value) for value in (*model.parameters(), *model.buffers())}
+        self._nobodys = _Nobodys()
+        self._nobodys.take([*model.parameters(), *model.buffers()])
 
     def __enter__(self) -> Kernels:
         def step(by: int) -> Callable[..., None]:
@@ -132,12 +133,11 @@ class Kernels(TorchDispatchMode):
         result = op(*args, **kwargs)
         name = op.overloadpacket.__name__
         given, found = [*_tensors((args, kwargs))], [*_tensors(result)]
-        if all(map(self._is_nobodys, given)):  # made of weights and constants
-            self._kept += found
-            self._nobodys.update(map(_memory, found))
+        if all(value in self._nobodys for value in given):  # made of weights and constants
+            self._nobodys.take(found)
             return result
         if op._schema.is_mutable:
-            self._nobodys.difference_update(map(_memory, found))
+            self._nobodys.drop(found)
         looking = name in _LOOKING and _across_rows(op, args, kwargs)
         if self._rows and self._within and (looking or name in _DECIDING):
             self.coupling.add(name)
@@ -154,12 +154,9 @@ class Kernels(TorchDispatchMode):
                 self.coupling.add(name)
         return result
 
-    def _is_nobodys(self, value: Tensor) -> bool:
-        return _memory(value) in self._nobodys
-
     def _rows_of(self, values: Sequence[Tensor]) -> int:
         """The number of parts of a kernel's tensors that may belong to different records."""
-        sizes = {len(v) for v in values if v.ndim and not self._is_nobodys(v)}
+        sizes = {len(v) for v in values if v.ndim and v not in self._nobodys}
         if self._head in sizes:
             return self._head
         return self._rows if self._rows and any(not n % self._rows for n in sizes) else 0
@@ -184,7 +181,7 @@ class Kernels(TorchDispatchMode):
 
     def _of_one_row(self, value: Tensor, rows: int) -> str:
         """An argument's kind, without what depends on the number of rows."""
-        if self._is_nobodys(value):
+        if value in self._nobodys:
             return f"{_memory(value)} {_laid_out(value)}"
         if not value.ndim or len(value) % rows:
             return f"{value.dtype} {tuple(value.shape)}"
@@ -247,6 +244,32 @@ def _replaced(value: Any, change: Callable[[Tensor], Any]) -> Any:
     return value
 
 
+class _Nobodys:
+    """Tensors made of weights and constants alone, while their memory is theirs.
+
+    They are not kept: the weights that quantised layers make on the way are as large as a model.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[int, StorageWeakRef] = {}
+
+    def __contains__(self, value: Tensor) -> bool:
+        place = _memory(value)
+        if place not in self._memory:
+            return False
+        # Memory that was given back may be a record's by now. Empty tensors have none: place 0.
+        return place == 0 or not self._memory[place].expired()  # type: ignore[no-untyped-call]
+
+    def take(self, values: Sequence[Tensor]) -> None:
+        for value in values:
+            storage = value.untyped_storage()
+            self._memory[_memory(value)] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+
+    def drop(self, values: Sequence[Tensor]) -> None:
+        for value in values:
+            self._memory.pop(_memory(value), None)
+
+
 def _memory(value: Tensor) -> int:
     return value.untyped_storage().data_ptr()
 
@@ -292,7 +315,7 @@ def _exact(name: str, args: Any, kwargs: Any, found: Sequence[Tensor]) -> bool:
 class _Maker:
     """Arguments with random numbers for rows, in memory that is laid out as that of the given."""
 
-    def __init__(self, args: Any, kwargs: Any, nobodys: set[int], rows: int, seed: str) -> None:
+    def __init__(self, args: Any, kwargs: Any, nobodys: _Nobodys, rows: int, seed: str) -> None:
         self._given, self._rows = (args, kwargs), rows
         self._seed = [*hashlib.sha256(seed.encode()).digest()[:8]]
         self._records: dict[int, Tensor] = {}
@@ -304,7 +327,7 @@ class _Maker:
 
     def _made(self, value: Tensor, place: int, who: Sequence[int]) -> Tensor:
         of_rows = value.is_floating_point() and value.ndim and not len(value) % self._rows
-        if not of_rows or value.stride(0) == 0 or _memory(value) in self._nobodys:
+        if not of_rows or value.stride(0) == 0 or value in self._nobodys:
             return value
         memory = value.new_empty(value.untyped_storage().nbytes() // value.itemsize)
         laid = inner = memory.as_strided(value.shape, value.stride(), value.storage_offset())

@@ -1,14 +1,15 @@
-"""The decoder layers of a model, and running only some of them."""
+"""The decoder layers of a model, running only some of them, and keeping less of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
 
 from securefedcollm.errors import ConfigError
+from securefedcollm.tuning.head import unwrapped
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -54,3 +55,30 @@ def passed_over(model: Any, start: int, stop: int) -> Iterator[Passed]:
     finally:
         for index in range(start, stop):
             layers[index] = kept[index]
+
+
+def checkpointed(model: Any, where: str) -> None:
+    """From now on ``model`` keeps only the input of each decoder layer in training mode.
+
+    The backward pass computes each layer again, with the same dropout.
+
+    Args:
+        where: the study's key that asks for it.
+
+    Raises:
+        ConfigError: transformers cannot do so for this family.
+    """
+    causal = unwrapped(model)
+    enable = getattr(causal, "activation_checkpointing_enable", None)
+    try:
+        # Older versions of the library know the second name alone.
+        (enable or causal.gradient_checkpointing_enable)({"use_reentrant": False})
+    except (AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"the layers of {type(causal).__name__} cannot be computed again for the gradients",
+            where=where,
+            hint="remove it",
+        ) from error
+    # The library lets the embeddings' output need a gradient, for an older kind of checkpointing.
+    with suppress(AttributeError):
+        causal.disable_input_require_grads()

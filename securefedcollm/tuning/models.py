@@ -387,6 +387,12 @@ def _from_pretrained(
         raise ConfigError(f"cannot be loaded: {why.what}", where=source, hint=why.hint) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _brings_adapter(source)
+    if any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)):
+        raise ConfigError(
+            "its weights are quantised by bitsandbytes already",
+            where=source,
+            hint="use the unquantised weights, and the study's key quantization",
+        )
     # The library fills a missing weight with random numbers and only logs it.
     wrong = sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"]))
     if wrong:

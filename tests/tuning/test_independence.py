@@ -390,7 +390,9 @@ def lean(rows: torch.Tensor) -> torch.Tensor:
 def test_a_kernel_that_treats_few_numbers_otherwise_is_found(how: Any, found: bool) -> None:
     """Too few for a comparison of what a whole pass says, which is the control here."""
     leaning_by[:] = [how]
-    layer = nn.Linear(16, 16)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = nn.Linear(16, 16)
     rows = torch.randn(16, generator=torch.Generator().manual_seed(3)).repeat(16, 1)
     reference: Reference = {}
     named: set[str] = set()

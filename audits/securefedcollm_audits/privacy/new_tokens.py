@@ -146,7 +146,9 @@ def _with_tokens(
             old, new = weight[: rows - len(words)], weight[rows - len(words) : rows]
             new.copy_(torch.randn_like(new.float()) * old.float().std(0) + old.float().mean(0))
     save_model(model, tokenizer, directory / "slm")
-    widened = Model(source=f"path:{directory / 'slm'}", dtype=spec.dtype)
+    widened = Model(
+        source=f"path:{directory / 'slm'}", dtype=spec.dtype, quantization=spec.quantization
+    )
     models = msgspec.structs.replace(study.models, slm=widened)
     return msgspec.structs.replace(study, models=models)
 
