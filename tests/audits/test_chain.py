@@ -161,6 +161,7 @@ def test_another_run_of_the_same_study_is_caught(life):
     assert [row.sound for row in life_of(life, "second", "again")] == [None, True]
 
 
+@pytest.mark.soak
 def test_a_wrong_head_scale_or_past_is_caught(life):
     study = next_study(life / "second")
     one, two = study.tree["continue"]["earlier"]

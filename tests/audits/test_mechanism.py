@@ -102,6 +102,7 @@ def test_canaries_are_in_the_sum_as_often_as_records_are_sampled():
     assert np.abs(scores.absent).max() < 0.5
 
 
+@pytest.mark.soak
 def test_noise_is_measured_against_the_sensitivity_that_is_charged():
     """With few bits the quantiser shrinks vectors by 2 %, noise not: seen in clip norms, 2 % less
     noise than is charged would look right."""

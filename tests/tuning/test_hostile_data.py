@@ -192,6 +192,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.soak
 def test_a_parquet_bomb_is_not_unfolded(tmp_path: Path) -> None:
     paths = []
     for make in BOMBS:
@@ -233,6 +234,7 @@ def test_a_malformed_footer_is_a_value_error(footer: bytes) -> None:
         assert read_footer(io.BytesIO(b"PAR1" + footer + tail)).chunks == []
 
 
+@pytest.mark.soak
 def test_an_honest_parquet_file_is_read_whatever_its_shape(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     table = [{**GOOD, "question": f"{i}", "note": {"a": [i]}, "subject": None} for i in range(5000)]

@@ -185,7 +185,7 @@ def threads(kind: str, dtype: torch.dtype, method: str) -> Iterator[None]:
         pytest.param(torch.float32, "lora", True, "answer", marks=pytest.mark.soak),
         (torch.float32, "prompt", False, "choices"),
         pytest.param(torch.float32, "prefix", False, "answer", marks=pytest.mark.soak),
-        (torch.bfloat16, "lora", False, "choices"),
+        pytest.param(torch.bfloat16, "lora", False, "choices", marks=pytest.mark.soak),
         pytest.param(torch.bfloat16, "lora", True, "answer", marks=pytest.mark.soak),
         pytest.param(torch.bfloat16, "prompt", False, "choices", marks=pytest.mark.soak),
         pytest.param(torch.bfloat16, "prefix", False, "answer", marks=pytest.mark.soak),
@@ -352,6 +352,7 @@ def test_numbers_that_a_kernel_has_left_over_do_not_betray_who_is_last(
     assert ("are taken one at a time" in caplog.text) == alone
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(("dtype", "sizes"), [(torch.float32, True), (torch.bfloat16, False)])
 def test_a_model_of_coarse_numbers_has_passes_of_one_size(dtype: torch.dtype, sizes: bool) -> None:
     """Adversary: a server that searches. In bfloat16, on a processor with instructions for it, a

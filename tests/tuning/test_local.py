@@ -181,7 +181,8 @@ def joint_sum(model: Any, data: EncodedQuestions, clip: float) -> np.ndarray:
     return sum(row * min(1.0, clip / np.linalg.norm(row)) for row in rows)
 
 
-@pytest.mark.parametrize("summed", [pytest.param(dp_sgd_sum, marks=pytest.mark.soak), joint_sum])
+@pytest.mark.soak
+@pytest.mark.parametrize("summed", [dp_sgd_sum, joint_sum])
 def test_a_record_moves_the_sum_by_at_most_the_clip_whatever_the_base_s_dropout(
     toy: Any, summed: Any
 ) -> None:
