@@ -79,11 +79,8 @@ def _require_room(plan: SimulationPlan, names: Sequence[str]) -> None:
             where=str(plan.out),
             hint="continue it with --resume, replace it with --overwrite, or choose --out",
         )
-    from securefedcollm.simulation.life import LEDGERS
-
     runs = [plan.out / name for name in names if (plan.out / name).is_dir()]
-    left = {LEDGERS} >= {path.name for path in plan.out.iterdir()}  # killed while it was removed
-    if not (runs or left) or not all((run / "study.yaml").is_file() for run in runs):
+    if not runs or not all((run / "study.yaml").is_file() for run in runs):
         raise ConfigError(
             "holds other things than this life's runs; nothing is removed",
             where=str(plan.out),

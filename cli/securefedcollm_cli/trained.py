@@ -383,7 +383,10 @@ def _choose(
         with beside(run):
             fold_earlier(study, role, loaded, data)
         # An adapter that is merged fits the rounded weights, but not into them.
-        (quantise if dtype is None else round_weights)(loaded.model, *rounded)
+        if dtype is None:
+            quantise(loaded.model, *rounded)
+        else:
+            round_weights(loaded.model, *rounded, spec.dtype)
     loaded.model.to(place)
     return _Chosen(loaded, None if base else adapter, study, spec)
 

@@ -173,8 +173,9 @@ class Book:
         if not apart or not entry.about.records:
             return claim
         worst = self.standing(self.stored(entry.about.records), unit=unit).worst
-        if self.pinned is not None:  # the bound may be coarse; no charge went beyond the budget
-            worst = min(worst, self.pinned.epsilon)
+        # The bound may be coarse. Every charge since then fitted what was pinned when it was made.
+        since = [e.budget.epsilon for e in self.entries() if e.counted and e.row >= entry.row]
+        worst = min([worst, max(since)]) if since else worst
         return msgspec.structs.replace(claim, epsilon=max(claim.epsilon, worst))
 
     def entries(self) -> list[Entry]:

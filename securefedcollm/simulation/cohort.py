@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from securefedcollm.aggregation import Roster
-from securefedcollm.errors import ConfigError
-from securefedcollm.evidence.ledger import LoggedLedger, read_anchors
+from securefedcollm.errors import ConfigError, SecureFedCoLLMError
+from securefedcollm.evidence.ledger import Anchors, LoggedLedger, read_anchors
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.authority import AuthoritySession
@@ -35,6 +35,7 @@ from securefedcollm.federation.silo import Seat, SiloSession
 from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.federation.workload import Progress, ServerWorkload, SiloWorkload
 from securefedcollm.primitives import SigningKey
+from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.simulation.plan import ledger_of
 from securefedcollm.study import Study, digest
 from securefedcollm.study.identity import create_identity, open_identity, read_identity
@@ -204,14 +205,30 @@ def same_ledger(home: Path, name: str, ledgers: Path | None) -> Path:
             hint="resume with the directory that the run began with, or without --ledgers if it "
             "began without",
         )
-    evidence = home / EVIDENCE
-    if not link.exists() and evidence.exists() and read_anchors(evidence).charges:
+    anchors = _anchors(home / EVIDENCE)
+    if anchors is not None and not _holds(book, name, anchors):
         raise ConfigError(
-            f"{name} has spent by the ledger {link.resolve()}, which is gone",
+            f"{name} has spent by the ledger {link.resolve()}, and that is gone, or an older copy",
             where="--ledgers",
             hint="put it back: without it nobody knows what its records have spent",
         )
     return book
+
+
+def _anchors(evidence: Path) -> Anchors | None:
+    """What the log says of the ledger; None if it says nothing, as when a start was killed."""
+    try:
+        found = read_anchors(evidence) if evidence.exists() else None
+    except SecureFedCoLLMError:  # whoever opens the log says so
+        return None
+    return found if found and found.charges else None
+
+
+def _holds(book: Path, name: str, anchors: Anchors) -> bool:
+    if not book.exists():
+        return False
+    with Ledger(book, name) as ledger:
+        return anchors.missing(ledger.rows()) is None
 
 
 def _make_authority(parties: _Parties, home: Path) -> AuthoritySession:

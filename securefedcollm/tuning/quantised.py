@@ -193,16 +193,28 @@ def quantise(causal: Any, kind: Quantization, where: str) -> None:
             setattr(causal.get_submodule(parent), leaf, QuantisedLinear(layer, kind))
 
 
-def round_weights(causal: Any, kind: Quantization, where: str) -> None:
+def round_weights(
+    causal: Any,
+    kind: Quantization,
+    where: str,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> None:
     """Give ``causal`` the weights that :func:`quantise` would compute with, in full numbers.
 
     For merging: a low-rank adapter fits the rounded weights, and its product needs more bits.
+
+    Args:
+        dtype: of the weights that were tuned on; the files may have more bits.
     """
     if kind == "none":
         return
     with quiet_bitsandbytes(), torch.no_grad():
         for _, layer in _layers(causal, where):
-            layer.weight.copy_(QuantisedLinear(layer, kind).weight)
+            tuned = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            tuned.weight = nn.Parameter(
+                layer.weight.detach().to(getattr(torch, dtype)), requires_grad=False
+            )
+            layer.weight.copy_(QuantisedLinear(tuned, kind).weight)
 
 
 def _layers(causal: Any, where: str) -> Iterator[tuple[str, nn.Linear]]:

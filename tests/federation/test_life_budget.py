@@ -7,6 +7,7 @@ like to know which of them a silo has left.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +22,7 @@ from securefedcollm.errors import BudgetExceeded, ConfigError
 from securefedcollm.federation.cotuning import contents_of
 from securefedcollm.federation.dealing import deal
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
+from securefedcollm.privacy.identities import key_path
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import Study, load_study
 from tests.support.chain import next_study, simulated
@@ -139,11 +141,20 @@ def test_a_finished_run_goes_on_with_the_ledgers_that_it_was_charged_in(inputs, 
         kept = nullcontext() if ledgers is None else pytest.raises(ConfigError, match="--ledgers")
         with kept:
             simulated(study, inputs, "paid", ledgers=ledgers, resume=True)
-    gone = book(inputs) / "silo-2.sqlite"
-    gone.rename(gone.with_suffix(".away"))
-    with pytest.raises(ConfigError, match=r"silo-2 has spent by the ledger .* is gone"):
-        simulated(study, inputs, "paid", ledgers=book(inputs), resume=True)
-    gone.with_suffix(".away").rename(gone)
+    gone, away = book(inputs) / "silo-2.sqlite", inputs / "away"
+    shutil.move(book(inputs), away)
+    for other in ("nothing", "a fresh one"):
+        if other == "a fresh one":
+            with Ledger(gone, "silo-2"):
+                pass
+        with pytest.raises(ConfigError, match=r"silo-. has spent by the ledger .* is gone"):
+            simulated(study, inputs, "paid", ledgers=book(inputs), resume=True)
+        shutil.rmtree(book(inputs), ignore_errors=True)
+        book(inputs).mkdir()
+        shutil.copy(away / "silo-1.sqlite", book(inputs))
+        shutil.copy(key_path(away / "silo-1.sqlite"), book(inputs))
+    shutil.rmtree(book(inputs))
+    shutil.move(away, book(inputs))
     simulated(study, inputs, "paid", ledgers=book(inputs), resume=True)  # the control
 
 

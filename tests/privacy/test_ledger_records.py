@@ -135,6 +135,8 @@ def test_what_is_said_to_be_spent_is_of_the_record_that_spent_most(ledger):
     assert first.epsilon * 1.2 < said <= 2 * first.epsilon
     spend(ledger, ["quite", "others"], plan(3.0), study="third")
     assert ledger.most_spent(ledger.entries()[-1]) == first
+    ledger.pin(3.5, 1e-5)  # the owner spends less from now on; what is spent stays spent
+    assert ledger.most_spent(newest).epsilon == said > 3.5
 
 
 def test_other_records_have_their_own_budget(ledger):

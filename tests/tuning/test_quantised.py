@@ -6,6 +6,7 @@ Most of it needs bitsandbytes, whose part for processors is enough.
 from __future__ import annotations
 
 import builtins
+import copy
 import importlib.util
 from typing import Any
 
@@ -177,6 +178,26 @@ def test_rounding_for_a_merge_gives_the_same_function(kind: Any) -> None:
     tokens = torch.arange(12)[None]
     with torch.no_grad():
         assert torch.equal(quantised(tokens).logits, rounded(tokens).logits)
+
+
+@needed
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merge_rounds_the_weights_that_were_tuned_on(kind: Any) -> None:
+    """Files of float32 under a study in bfloat16. The control: another type, other weights."""
+    base = model_of()
+    tuned, right, wrong = copy.deepcopy(base).bfloat16(), copy.deepcopy(base), copy.deepcopy(base)
+    quantise(tuned, kind, KEY)
+    round_weights(right, kind, KEY, "bfloat16")
+    round_weights(wrong, kind, KEY)
+    layers = [name for name, m in tuned.named_modules() if isinstance(m, QuantisedLinear)]
+    assert layers
+
+    def same(merged: Any) -> bool:
+        pairs = [(tuned.get_submodule(n), merged.get_submodule(n)) for n in layers]
+        return all(torch.equal(mine.weight.float(), its.weight) for mine, its in pairs)
+
+    assert same(right)
+    assert not same(wrong)
 
 
 def adapted(kind: Any, **options: Any) -> Any:
@@ -370,3 +391,12 @@ def test_others_load_base_and_adapter_with_transformers_alone(
         tokens = torch.arange(12)[None]
         found, wanted = (m(input_ids=tokens).logits.float() for m in (ours, theirs))
     assert (found - wanted).norm() / wanted.norm() < most
+
+
+@needed
+def test_a_weight_beyond_half_precision_is_refused_in_eight_bits() -> None:
+    base = model_of()
+    with torch.no_grad():
+        base.model.layers[0].mlp.up_proj.weight[0, 0] = 1e5
+    with pytest.raises(ConfigError, match="above 65,504"):
+        quantise(base, "int8", KEY)
