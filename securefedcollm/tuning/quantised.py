@@ -117,7 +117,14 @@ def _packed(weight: Tensor, kind: Kind) -> tuple[Tensor, dict[str, Tensor]]:
     from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 
     if kind == "int8":
-        packed, largest, _ = int8_vectorwise_quant(weight.half())
+        halves = weight.half()
+        if not torch.isfinite(halves).all():
+            raise ConfigError(
+                "a weight is above 65,504, which int8 cannot scale",
+                where="models.*.quantization",
+                hint="choose nf4, or none",
+            )
+        packed, largest, _ = int8_vectorwise_quant(halves)
         return packed, {"scales": (largest / _LARGEST)[:, None]}
     packed, state = quantize_4bit(
         weight.contiguous(), blocksize=_BLOCK, compress_statistics=True, quant_type="nf4"
