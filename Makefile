@@ -24,7 +24,7 @@ PYTEST = OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 
 test: $(VENV)/.ready  ## the tests, but for those of make soak
 	$(PYTEST) -m "not soak"
 
-soak: $(VENV)/.ready  ## the tests that take five seconds to minutes: typed pages, real roles, kills, long searches
+soak: $(VENV)/.ready  ## the tests that take four seconds to minutes: typed pages, real roles, kills, long searches
 	$(PYTEST) -m soak
 
 check: $(VENV)/.ready  ## lint, format, types, import contracts

@@ -91,6 +91,7 @@ ONE_MODEL = [
 ]
 
 
+@pytest.mark.soak
 def test_one_model_is_enough(inputs, tmp_path):
     """Plain FedAvg: no large model, no public questions, and the same ε and evidence."""
     both, one = tmp_path / "both", tmp_path / "one"
@@ -289,6 +290,7 @@ class Killed(Exception):
     """What a kill looks like from inside: nothing after it is run."""
 
 
+@pytest.mark.soak
 def test_a_resumed_run_refuses_other_records(inputs, tmp_path, monkeypatch):
     """One word of one record, between a kill and `--resume`: without this, ε was overspent."""
     from securefedcollm.federation.cotuning import ServerTuning

@@ -194,6 +194,7 @@ def spend(member, inputs, events, epsilon=8.0):
         ledger.reserve("less", "record", "r", 0, 0, events, (epsilon, 1e-5), records=records)
 
 
+@pytest.mark.soak
 def test_the_terms_are_those_of_the_record_that_has_spent_most(member, inputs):
     mine = workload(member, inputs)
     fresh = consent.terms(member, mine, None)

@@ -116,6 +116,7 @@ def test_the_second_study_of_a_chain_leaves_out_whom_the_first_has_spent(inputs,
     assert {r.name for r in verdict.results if r.status == "pass"} >= {"continued"}
 
 
+@pytest.mark.soak
 def test_a_study_without_a_record_that_can_pay_is_refused(inputs, paid):
     """The same records again. Of others, above, the rest can pay."""
     again, ledgers = next_study(paid), book(inputs)

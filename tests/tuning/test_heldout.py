@@ -123,6 +123,7 @@ def test_one_record_that_fails_takes_no_other_with_it(toy: Any, caplog: Any) -> 
         hook.remove()
 
 
+@pytest.mark.soak
 def test_a_held_out_record_leaves_no_bit_in_the_gradients_of_a_step(toy: Any) -> None:
     """Its words, its length, whether it is there: the step of the others is the same to the bit.
     The control is the same record on the other side."""

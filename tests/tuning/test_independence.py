@@ -183,7 +183,7 @@ def threads(kind: str, dtype: torch.dtype, method: str) -> Iterator[None]:
     [
         (torch.float32, "lora", False, "choices"),
         pytest.param(torch.float32, "lora", True, "answer", marks=pytest.mark.soak),
-        (torch.float32, "prompt", False, "choices"),
+        pytest.param(torch.float32, "prompt", False, "choices", marks=pytest.mark.soak),
         pytest.param(torch.float32, "prefix", False, "answer", marks=pytest.mark.soak),
         pytest.param(torch.bfloat16, "lora", False, "choices", marks=pytest.mark.soak),
         pytest.param(torch.bfloat16, "lora", True, "answer", marks=pytest.mark.soak),

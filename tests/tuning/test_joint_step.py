@@ -85,6 +85,7 @@ def test_with_hardly_any_noise_the_steps_agree(toy: Any, micro_batch: int, optim
         np.testing.assert_allclose(point, to_vector(model, layout), atol=3e-5)
 
 
+@pytest.mark.soak
 def test_a_subject_is_one_gradient(toy: Any) -> None:
     model = adapted(toy)
     names = [f"patient {i // 3}" for i in range(RECORDS)]

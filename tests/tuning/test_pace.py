@@ -59,7 +59,7 @@ def train(toy: Any, how: str, **more: Any) -> Any:
     return train_dp(model, layout, data, plan, protection(), noise=noise).delta
 
 
-@pytest.mark.parametrize("how", ["plain", "dp"])
+@pytest.mark.parametrize("how", ["plain", pytest.param("dp", marks=pytest.mark.soak)])
 def test_training_follows_the_rate_and_the_decay(toy: Any, how: str) -> None:
     steady = train(toy, how, steps=1)
     # The second of two steps on a line: half the rate.

@@ -114,6 +114,7 @@ def test_no_record_moves_another_records_last_bits(name: str) -> None:
         assert len({of_first(company) for company in ([], [1], [2, 3], [3, 1, 2])}) == 1
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("name", ["bloom", "gemma3"])
 def test_tuning_goes_on_as_before(name: str) -> None:
     model = attach(made(name), rank=2, seed=1)
