@@ -20,7 +20,7 @@ from securefedcollm_cli.audit import write_bundle
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
-from securefedcollm.errors import ConfigError
+from securefedcollm.errors import ConfigError, EvidenceError
 from securefedcollm.evidence.bundle import pack, read_members
 from securefedcollm.evidence.entries import canonical
 from securefedcollm.federation import tuned
@@ -107,11 +107,24 @@ def life_of(inputs, name, *earlier):
     return make_report(bundle(inputs, name), None, Expected(earlier=paths))[0].life
 
 
+def test_a_report_that_cannot_be_made_does_not_blame_the_wrong_bundle(life, monkeypatch):
+    """The figures of an earlier bundle may be what cannot be computed."""
+
+    def broken(*given):
+        raise ValueError("no such figure")
+
+    monkeypatch.setattr("securefedcollm_audits.report.report.life", broken)
+    with pytest.raises(EvidenceError, match="or a bundle of an earlier run: too broken"):
+        life_of(life, "second", "first")
+
+
 def test_a_bundle_of_another_study_is_not_taken_for_the_earlier_one(life, tmp_path, monkeypatch):
     """In a directory of the same name, of another life, where the command is typed."""
     study = load_study(life / "second" / "study.yaml")
     shutil.copytree(life / "third", tmp_path / "first")
     monkeypatch.chdir(tmp_path)
+    assert earlier_bundles(study, None) == []
+    (tmp_path / "first" / "study.yaml").unlink()
     assert earlier_bundles(study, None) == []
     with beside(life / "second"):
         assert earlier_bundles(study, None) == [life / "first" / "evidence.zip"]

@@ -19,11 +19,13 @@ from securefedcollm_cli.main import app, main
 from typer.testing import CliRunner
 
 from securefedcollm.errors import BudgetExceeded, ConfigError
+from securefedcollm.evidence.log import FILE_NAME
 from securefedcollm.federation.cotuning import contents_of
 from securefedcollm.federation.dealing import deal
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.privacy.identities import key_path
 from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.simulation.cohort import same_ledger
 from securefedcollm.study import Study, load_study
 from tests.support.chain import next_study, simulated
 from tests.support.inputs import make_inputs
@@ -157,6 +159,14 @@ def test_a_finished_run_goes_on_with_the_ledgers_that_it_was_charged_in(inputs, 
     shutil.rmtree(book(inputs))
     shutil.move(away, book(inputs))
     simulated(study, inputs, "paid", ledgers=book(inputs), resume=True)  # the control
+
+
+def test_a_start_that_was_killed_before_its_log_was_written_goes_on(tmp_path):
+    home, ledgers = tmp_path / "silo-1", tmp_path / "ledgers"
+    home.mkdir()
+    (home / FILE_NAME).touch()
+    assert same_ledger(home, "silo-1", None) == home / "ledger.sqlite"
+    assert same_ledger(home, "silo-1", ledgers) == ledgers / "silo-1.sqlite"
 
 
 def test_a_refused_start_removes_no_older_run(inputs, paid):
