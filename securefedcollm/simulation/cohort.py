@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -96,7 +97,10 @@ class Cohort:
             log, key=key, roster=roster, quorum=study.threshold, authority=office
         )
         if is_over(study, store.state.history) and evidence.sealed:
+            log.close()
             return
+        opened = ExitStack()
+        opened.callback(log.close)
         factory = partial(
             _make_party,
             parties=parties,
@@ -104,8 +108,9 @@ class Cohort:
             threads=self.threads,
             workload=workload,
             ledgers=self.ledgers,
+            opened=None if self.workers else opened,  # a worker's end closes what it opened
         )
-        with EmbeddedEngine(
+        with opened, EmbeddedEngine(
             [*self.names, *([authority.name] if authority else [])],
             factory,
             workers=self.workers,
@@ -124,7 +129,6 @@ class Cohort:
             )
             coordinator.run()
             coordinator.end()
-        log.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,10 +155,16 @@ def _make_party(
     threads: int,
     workload: MakeWorkload,
     ledgers: Path | None = None,
+    opened: ExitStack | None = None,
 ) -> SiloPort:
-    """Build one silo, or the authority, in the process that will run it."""
+    """Build one silo, or the authority, in the process that will run it.
+
+    Args:
+        opened: closes the party's files; None where the end of the process does.
+    """
+    opened = opened or ExitStack()
     if name not in parties.roster:
-        return _make_authority(parties, directory / AUTHORITY)
+        return _make_authority(parties, directory / AUTHORITY, opened)
     study = parties.study
     home = make_directory(directory / "silos" / name)
     training = workload(name, progress)
@@ -162,9 +172,12 @@ def _make_party(
     log = EvidenceLog(home / EVIDENCE, study=digest(study), owner=name, key=key)
     book = _ledger(home, name, ledgers)
     ledger = LoggedLedger(book, name, log, **stated(study))
+    store = SiloStore(home)
+    for file in (log, ledger, store):
+        opened.callback(file.close)
     return SiloSession(
         Seat(study, name, parties.roster, key, parties.authority),
-        ChargedTraining(study, name, training, SiloStore(home), ledger, progress=progress),
+        ChargedTraining(study, name, training, store, ledger, progress=progress),
         SiloRecord(
             log,
             key=key,
@@ -231,15 +244,18 @@ def _holds(book: Path, name: str, anchors: Anchors) -> bool:
         return anchors.missing(ledger.rows()) is None
 
 
-def _make_authority(parties: _Parties, home: Path) -> AuthoritySession:
+def _make_authority(parties: _Parties, home: Path, opened: ExitStack) -> AuthoritySession:
     """The party that holds the key, in a process that has no silo's secrets or data."""
     key, study, roster = _identity(home, AUTHORITY), parties.study, parties.roster
     log = EvidenceLog(home / EVIDENCE, study=digest(study), owner=AUTHORITY, key=key)
+    store = SiloStore(home, "authority.sqlite")
+    for file in (log, store):
+        opened.callback(file.close)
     return AuthoritySession(
         study=study,
         roster=roster,
         key=key,
-        store=SiloStore(home, "authority.sqlite"),
+        store=store,
         evidence=AuthorityRecord(log, key=key.public, roster=roster, server=parties.server),
     )
 

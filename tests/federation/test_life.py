@@ -204,6 +204,7 @@ def test_simulate_verifies_every_study_of_a_life(inputs, tmp_path):
     again = CliRunner().invoke(app, [str(word) for word in words])
     assert isinstance(again.exception, ConfigError)
     before = files(tmp_path / "life")
+    assert not [name for name in before if name.endswith("-wal")]  # each database is closed
     for more in (["--set", "models.slm.source=path:gone"], ["--resume"]):
         failed = CliRunner().invoke(app, [*map(str, words), "--overwrite", *more])
         assert isinstance(failed.exception, ConfigError)
