@@ -81,7 +81,7 @@ def _shape(study: Study, spec: Model, data: Path | None) -> dict[str, Any]:
     weights = weights_bytes(model, spec.quantization, width)  # before there is an adapter on it
     config = text_config(model)
     method = study.adapter.method
-    tuned = adapted(model, study)
+    tuned = adapted(model, study, spec)
     check_positions(tuned, study.task.max_tokens, spec.source)
     rounds = range(2 if method == "rolora" else 1)
     update = max(layout_of(tuned, method, round_).size for round_ in rounds)
@@ -108,7 +108,7 @@ def _activations(study: Study, spec: Model, config: Any, width: int) -> int:
     """
     s, h = study.task.max_tokens + study.adapter.tokens, int(config.hidden_size)
     a, layers = int(getattr(config, "num_attention_heads", 0)), int(config.num_hidden_layers)
-    layers = min(layers, study.adapter.top_layers or layers)
+    layers = min(layers, study.top_layers(spec) or layers)
     kept = layers * s * h * (34 + 5 * a * s / h) * width / 2
     if spec.checkpointing:
         kept = kept / layers + layers * s * h * width

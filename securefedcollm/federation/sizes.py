@@ -116,7 +116,7 @@ def adapter_values(config: dict[str, Any], study: Study) -> int:
         for name, shape in shapes.items()
         if adapter.targets == "all-linear" or name in adapter.targets
     ]
-    layers = min(layers, adapter.top_layers or layers)
+    layers = min(layers, study.top_layers(study.models.slm) or layers)
     sides = {
         "A": adapter.rank * layers * sum(given for given, _ in chosen),
         "B": adapter.rank * layers * sum(out for _, out in chosen),

@@ -161,7 +161,7 @@ class Tuned:
         chain = tuple((one.sha256, one.scale) for one in earlier)
         loaded = once(("model", spec, data, chain), load)
         check_model(loaded.model, spec.source)
-        model = adapted(_modules_of_its_own(loaded.model), study, earlier)
+        model = adapted(_modules_of_its_own(loaded.model), study, spec, earlier)
         check_positions(model, study.task.max_tokens, spec.source)
         check_virtual(model, spec.source)
         if spec.checkpointing:
@@ -189,7 +189,7 @@ class Tuned:
             public: they are the server's, public or for testing: the frozen layers' states of
                 them may be kept on disk (:mod:`securefedcollm.tuning.kept_states`).
         """
-        task, top = self.study.task, self.study.adapter.top_layers
+        task, top = self.study.task, self.study.top_layers(self.spec)
 
         def make() -> EncodedQuestions:
             asked, form = asking_of(task, self.spec).put(questions, self.tokenizer)
@@ -299,10 +299,11 @@ class Tuned:
         return digest
 
 
-def adapted(base: Any, study: Study, earlier: Sequence[Released] = ()) -> Any:
+def adapted(base: Any, study: Study, spec: Model, earlier: Sequence[Released] = ()) -> Any:
     """``base`` with the study's adapter, fresh, as a ``PeftModel``; or as a :class:`WholeModel`.
 
     Args:
+        spec: which of the study's models ``base`` is.
         earlier: the adapters folded into ``base``; the study may keep a new one apart from them.
 
     Raises:
@@ -320,7 +321,7 @@ def adapted(base: Any, study: Study, earlier: Sequence[Released] = ()) -> Any:
         alpha=adapter.alpha,
         dropout=adapter.dropout,
         targets=adapter.targets,
-        top_layers=adapter.top_layers,
+        top_layers=study.top_layers(spec),
         seed=seed,
     )
     if study.continues is not None and study.continues.orthogonal:

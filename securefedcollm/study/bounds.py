@@ -27,6 +27,8 @@ MOST: Final = {
     "task.max_tokens": 2**24,
     "adapter.rank": 2**20,
     "adapter.top_layers": 10**6,
+    "models.slm.top_layers": 10**6,
+    "models.llm.top_layers": 10**6,
     "adapter.virtual_tokens": 2**20,
     "local.steps": 10**7,
     "local.batch_size": 10**10,

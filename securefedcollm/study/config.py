@@ -95,10 +95,12 @@ _LATER: Final[dict[tuple[str, ...], Any]] = {
     ("models", "llm", "checkpointing"): False,
     ("models", "llm", "quantization"): "none",
     ("models", "llm", "temperature"): None,
+    ("models", "llm", "top_layers"): None,
     ("models", "slm", "ask"): "cloze",
     ("models", "slm", "checkpointing"): False,
     ("models", "slm", "quantization"): "none",
     ("models", "slm", "temperature"): None,
+    ("models", "slm", "top_layers"): None,
     ("server",): None,
     ("task", "columns"): {},
     ("task", "data", "part"): None,
@@ -217,6 +219,10 @@ class Study(Section, frozen=True, dict=True):
     def quorum(self) -> int:
         """Fewest silos with which a sum may be opened."""
         return max(self.minimum, self.threshold)
+
+    def top_layers(self, model: Model) -> int | None:
+        """How many last layers of one of the study's models get an adapter; None: all."""
+        return model.top_layers or self.adapter.top_layers
 
     @property
     def generative(self) -> bool:

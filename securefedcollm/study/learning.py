@@ -73,6 +73,13 @@ class Model(Section, frozen=True):
             "out, that."
         ),
     ] = None
+    top_layers: Annotated[
+        Count | None,
+        says(
+            "`adapter.top_layers` for this model alone. A large teacher may learn in few layers, "
+            "and a small student in all: their number. If left out, `adapter.top_layers`."
+        ),
+    ] = None
 
 
 class Models(Section, frozen=True):

@@ -9,6 +9,7 @@ from typing import Final
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.study.config import Data, Distillation, Model, Study, Task
+from securefedcollm.study.learning import VIRTUAL
 
 CONTENT: Final = {
     "multiple_choice": {"question", "choices", "answer"},
@@ -258,7 +259,7 @@ def check_model(where: str, model: Model) -> None:
 
 
 def check_memory(study: Study) -> None:
-    """``models.*.quantization`` and ``checkpointing`` where they would do nothing, or harm."""
+    """Keys of ``models.*`` about memory and layers where they would do nothing, or harm."""
     own, record = study.task.kind == "own", study.privacy and study.privacy.unit != "silo"
     for name, model in (("slm", study.models.slm), ("llm", study.models.llm)):
         if model is None:
@@ -267,6 +268,10 @@ def check_memory(study: Study) -> None:
         if own and (model.checkpointing or model.quantization != "none"):
             what = "a study with own training code has none"
             where = where if model.checkpointing else f"models.{name}.quantization"
+        elif model.top_layers and (own or study.adapter.method in {*VIRTUAL, "full"}):
+            where = f"models.{name}.top_layers"
+            what = "only a low-rank adapter can leave layers out"
+            hint = "remove it, or choose adapter.method: ffa-lora"
         elif model.checkpointing and study.adapter.method == "prefix":
             what = "the library drops a prefix where it computes a layer again"
             hint = "remove it, or choose adapter.method: prompt or ffa-lora"

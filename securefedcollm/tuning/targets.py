@@ -58,7 +58,7 @@ def top_numbers(model: nn.Module, top_layers: int | None) -> list[int] | None:
         raise ConfigError(
             f"{top_layers} layers asked for, the model has {depth}",
             where="adapter.top_layers",
-            hint=f"use at most {depth}",
+            hint=f"use at most {depth}, or give this model its own models.*.top_layers",
         )
     return list(range(depth - top_layers, depth))
 

@@ -279,7 +279,8 @@ def _full_rank(study: Study, data: Path | None) -> Tuned:
     adapter = msgspec.structs.replace(
         study.adapter, method="ffa-lora", rank=width, dropout=0.0, top_layers=None, layout=None
     )
-    tuned = Tuned.load(msgspec.structs.replace(study, adapter=adapter), study.models.slm, data=data)
+    slm = msgspec.structs.replace(study.models.slm, top_layers=None)
+    tuned = Tuned.load(msgspec.structs.replace(study, adapter=adapter), slm, data=data)
     rotary = any(name.endswith("rotary_emb") for name, _ in tuned.model.named_modules())
     if not rotary or not any(_MATRIX in name for name in tuned.update_layout(0).names):
         raise ConfigError(
