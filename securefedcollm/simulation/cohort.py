@@ -133,6 +133,20 @@ class Cohort:
             coordinator.run()
             coordinator.end()
 
+    def _parties(
+        self, parties: _Parties, workload: MakeWorkload, opened: ExitStack
+    ) -> Callable[[str, Progress], SiloPort]:
+        """What makes a silo, or the authority, in whatever process it will run."""
+        return partial(
+            _make_party,
+            parties=parties,
+            directory=self.directory,
+            threads=self.threads,
+            workload=workload,
+            ledgers=self.ledgers,
+            opened=None if self.workers else opened,  # a worker's end closes what it opened
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Parties:
