@@ -101,20 +101,11 @@ class Cohort:
             return
         opened = ExitStack()
         opened.callback(log.close)
-        factory = partial(
-            _make_party,
-            parties=parties,
-            directory=directory,
-            threads=self.threads,
-            workload=workload,
-            ledgers=self.ledgers,
-            opened=None if self.workers else opened,  # a worker's end closes what it opened
-        )
         with (
             opened,
             EmbeddedEngine(
                 [*self.names, *([authority.name] if authority else [])],
-                factory,
+                self._maker(parties, workload, opened),
                 workers=self.workers,
                 progress=progress,
                 context=self.context,
@@ -133,7 +124,7 @@ class Cohort:
             coordinator.run()
             coordinator.end()
 
-    def _parties(
+    def _maker(
         self, parties: _Parties, workload: MakeWorkload, opened: ExitStack
     ) -> Callable[[str, Progress], SiloPort]:
         """What makes a silo, or the authority, in whatever process it will run."""
