@@ -39,6 +39,16 @@ def experiment(
             help="Number of silos whose answers are replaced at random, in an extra comparison.",
         ),
     ] = 0,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only",
+            metavar="ROW",
+            help="Run this row and the study's own (repeat): fedavg, auxiliary, prompts, teacher, "
+            "mutual-kl, standalone, zero-shot, centralized … [all rows]. With --resume the others "
+            "can follow.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="DIR", help="Directory [runs/STUDY-experiment]."),
@@ -94,6 +104,7 @@ def experiment(
         workers=workers,
         device=device,
         files=files,
+        only=tuple(only or ()),
     )
     with keeping_states(states, int(states_gb * 1e9)), Bars(quiet=as_json) as bars:
         table = Experiment(study, plan).run(bars.report, bars.say)

@@ -19,7 +19,7 @@ import numpy as np
 
 from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.experiment.intervals import LEVEL, RESAMPLES
-from securefedcollm.experiment.rows import Arm, arms, compare, has_labels, place_of
+from securefedcollm.experiment.rows import Arm, arms, chosen, compare, has_labels, place_of
 from securefedcollm.federation.engines.embedded import process_context
 from securefedcollm.federation.files import make_directory, write_durably
 from securefedcollm.federation.workload import Progress, usable_threads
@@ -43,7 +43,8 @@ class Experiment:
     def __init__(self, study: Study, plan: ExperimentPlan) -> None:
         """
         Raises:
-            ConfigError: nearly all silos would be noisy, or silos with files of their own.
+            ConfigError: nearly all silos would be noisy, or silos with files of their own; or
+                there is no such row.
             DataError: a participant's own file is missing or has a bad row.
         """
         if not 0 <= plan.noisy <= study.silos.count // 2:
@@ -64,7 +65,7 @@ class Experiment:
         self._workers = study.silos.count if plan.workers is None else plan.workers
         self._threads, self._cores = usable_threads(), len(os.sched_getaffinity(0))
         self._public = self._deal(study).public if plan.files else None
-        self._arms = arms(study, plan.noisy, self._public)
+        self._arms = chosen(arms(study, plan.noisy, self._public), plan.only)
         for arm in self._arms:
             check(self._study_of(arm, study.seed))
 

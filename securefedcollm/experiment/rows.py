@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from securefedcollm.errors import ConfigError
 from securefedcollm.experiment.intervals import interval, resampled_means
 from securefedcollm.federation.results import method_of
+from securefedcollm.foreign import printable
 from securefedcollm.study import Study
 
 if TYPE_CHECKING:
@@ -83,6 +85,28 @@ def arms(study: Study, noisy: int = 0, public: Sequence[Question] | None = None)
             ),
         ]
     return found
+
+
+def chosen(every: list[Arm], only: Sequence[str]) -> list[Arm]:
+    """The arms with the keys ``only``, the study's own run, and what they need; all if it is empty.
+
+    Raises:
+        ConfigError: there is no such row.
+    """
+    if not only:
+        return every
+    known = [arm.key for arm in every]
+    for key in only:
+        if key not in known:
+            raise ConfigError(
+                f"{printable(key)} is no row of this experiment",
+                where="--only",
+                hint=f"its rows: {', '.join(known)}",
+            )
+    wanted = {known[0], *only}
+    if "teacher" in wanted:  # it answers with the adapter of that run
+        wanted.add("fedavg")
+    return [arm for arm in every if arm.key in wanted]
 
 
 def _arms_of_one(study: Study, noisy: int) -> list[Arm]:
@@ -212,12 +236,13 @@ def _pairs(names: list[tuple[str, str]]) -> list[tuple[int, int, bool]]:
     began with: (row, row to subtract, is it a main one)."""
     found = []
     best = main_of(names)
+    place = {name: number for number, name in enumerate(names)}
     for a, (model, method) in enumerate(names):
         clean, _, noise = method.partition(", ")
-        if noise:
-            found.append((a, names.index((model, clean)), False))
-        elif method == _PROMPTS:
-            found.append((a, names.index((model, _MAIN_OF_PROMPTS[model])), True))
+        if noise or method == _PROMPTS:
+            other = (model, clean if noise else _MAIN_OF_PROMPTS[model])
+            if other in place:  # it may have been left out
+                found.append((a, place[other], not noise))
         elif method == best:
             others = [b for b, (m, other) in enumerate(names) if m == model and other != method]
             main = _MAIN_OF_ONE.get(best) or _MAIN[model]

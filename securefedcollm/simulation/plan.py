@@ -88,11 +88,13 @@ class ExperimentPlan(Machine):
         seeds: their number: the study's own seed, and those that follow it.
         noisy: also run FedAvg and FedCoLLM with this many silos whose answers are random.
         files: as in :class:`SimulationPlan`; the same under every seed.
+        only: keys of the rows to run; none: all.
     """
 
     seeds: int = 3
     noisy: int = 0
     files: Files | None = None
+    only: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from securefedcollm.errors import ConfigError
 from securefedcollm.experiment.answers import teacher_answers
 from securefedcollm.experiment.experiment import Experiment
-from securefedcollm.experiment.rows import arms
+from securefedcollm.experiment.rows import arms, chosen
 from securefedcollm.federation.dealing import deal
 from securefedcollm.federation.workload import silent
 from securefedcollm.simulation.plan import ExperimentPlan, SimulationPlan
@@ -183,3 +183,39 @@ def test_impossible_experiments_are_refused(inputs, tmp_path):
         plan(inputs, tmp_path / "mine", overwrite=True).run(silent, silent_say)
     with pytest.raises(ConfigError, match="no experiment to resume"):
         plan(inputs, tmp_path / "none", resume=True).run(silent, silent_say)
+
+
+def test_some_rows_first_and_the_others_later(inputs, tmp_path):
+    words = ["experiment", inputs / "tiny.yaml", "--data", inputs, "--seeds", "1", "--workers", "0"]
+    for change in QUICK:
+        words += ["--set", change]
+    words += ["--out", tmp_path / "exp", "--json"]
+
+    def table(*more):
+        result = CliRunner().invoke(app, [str(word) for word in (*words, *more)])
+        assert result.exit_code == 0, result.exception
+        return json.loads(result.stdout)
+
+    first = table("--only", "prompts")
+    names = [(row["model"], row["method"]) for row in first["rows"]]
+    prompts = "FedCoLLM (prompts only)"
+    assert names == [(m, n) for m in ("slm", "llm") for n in ("FedCoLLM", prompts)]
+    less = {(d["model"], d["method"], d["less"]) for d in first["differences"]}
+    assert less == {("slm", "FedCoLLM", prompts), ("llm", "FedCoLLM", prompts)}  # no FedAvg yet
+    runs = {p: p.stat().st_mtime_ns for p in (tmp_path / "exp").rglob("answers.json")}
+    second = table("--resume", "--only", "fedavg", "--only", "prompts")
+    assert {p: p.stat().st_mtime_ns for p in runs} == runs
+    assert ("slm", prompts, "FedAvg") in {
+        (d["model"], d["method"], d["less"]) for d in second["differences"]
+    }
+
+
+def test_a_row_that_is_none_is_refused_with_the_rows_that_are(inputs):
+    every = arms(load_study(inputs / "tiny.yaml", QUICK))
+    keys = [arm.key for arm in every]
+    assert [arm.key for arm in chosen(every, ())] == keys
+    # The pooled teacher answers with what FedAvg tuned, and the study's own run is always there.
+    assert [arm.key for arm in chosen(every, ("teacher",))] == ["fedcollm", "fedavg", "teacher"]
+    with pytest.raises(ConfigError, match="--only: fedprox is no row") as caught:
+        chosen(every, ("fedprox",))
+    assert all(key in caught.value.hint for key in keys)
