@@ -115,7 +115,7 @@ def to_digits(blocks: npt.NDArray[np.uint8]) -> npt.NDArray[np.int16]:
 
 def from_digits(digits: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
     """The inverse of :func:`to_digits`; digits are taken modulo 2^12."""
-    pairs = ((digits + _HALF) & (2 * _HALF - 1)).reshape(len(digits), -1, 2)
-    words = pairs[..., 0] | pairs[..., 1] << DIGIT_BITS
+    values = (digits + _HALF) & (2 * _HALF - 1)
+    words = values[:, 0::2] | values[:, 1::2] << DIGIT_BITS
     triples = np.stack([words & 255, words >> 8 & 255, words >> 16], axis=-1)
-    return triples.reshape(len(digits), -1).astype(np.uint8)
+    return triples.reshape(len(digits), 3 * words.shape[1]).astype(np.uint8)

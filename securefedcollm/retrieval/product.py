@@ -152,15 +152,18 @@ class Prepared:
     ) -> None:
         self._product, self._protection = product, protection
         self._seal = Seal(product.ring)
-        self._factors: list[list[Factor]] = []
+        self._factors: list[list[tuple[int, Factor]]] = []  # by part: group and polynomial
         groups, width, kept = product.groups, product.width, product.kept
         for part in range(product.parts):
             rows = matrix[part * kept : (part + 1) * kept]
             padded = np.zeros((kept, groups * width), dtype=np.int64)
             padded[: len(rows), : rows.shape[1]] = rows
             laid = padded.reshape(kept, groups, width).swapaxes(0, 1).reshape(groups, DEGREE)
-            residues = polynomials.residues_of(laid, product.ring)
-            self._factors.append(self._seal.factors(self._seal.transformed(residues)))
+            # SEAL refuses to multiply with zero. Only padding is: an embedding has unit norm.
+            used = np.flatnonzero(laid.any(axis=1)).tolist()
+            residues = polynomials.residues_of(laid[used], product.ring)
+            factors = self._seal.factors(self._seal.transformed(residues))
+            self._factors.append(list(zip(used, factors, strict=True)))
 
     def __repr__(self) -> str:
         return f"Prepared({self._product.rows} × {self._product.columns})"
@@ -207,7 +210,8 @@ class Prepared:
             for part, mask, error in zip(parts, masks, errors, strict=True):
                 noise = np.zeros((1 + product.vectors, DEGREE), dtype=np.uint64)
                 noise[0] = error
-                terms = [*zip(self._factors[part], loaded, strict=True), (mask, key)]
+                terms = [(factor, loaded[group]) for group, factor in self._factors[part]]
+                terms.append((mask, key))
                 made = seal.combinations(terms, noise)
                 seconds[part] = made[0]
                 firsts[part] = made[1:, ::step][:, : product.sent]
