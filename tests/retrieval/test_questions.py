@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -370,6 +372,14 @@ def test_nothing_secret_is_shown_or_copied(consortium):
     assert "Rule" not in repr(consortium.prepared)
     with pytest.raises(TypeError):
         pickle.dumps(asker)
+
+
+def test_the_example_of_the_page_runs_as_it_stands():
+    page = Path(__file__).parents[2] / "docs" / "retrieval.md"
+    (example,) = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    names: dict = {}
+    exec(example, names)
+    assert names["found"][0] == names["passages"][1]
 
 
 def test_the_terms_of_the_benchmark_keep_their_sizes():
