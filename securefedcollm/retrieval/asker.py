@@ -105,6 +105,11 @@ class Asker:
     def step(self) -> AskerStep:
         return self._step
 
+    @property
+    def transcript(self) -> bytes:
+        """32 bytes that stand for the header and all frames so far. The silo's are the same."""
+        return self._before
+
     def ask(self) -> bytes:
         """The question's frame."""
         self._advance(AskerStep.ASK, AskerStep.SCORES)

@@ -6,8 +6,8 @@ Plaintext-ciphertext products and additions only: no rotation, relinearisation o
 **Layout.** For a width w, polynomial g of a vector has its w entries of group g at X^0, X^−1, …,
 X^−(w−1), and polynomial (l, g) of T has N/w rows of T, each at w neighbouring powers. Coefficient
 i·w of Σ_g T[l, g]·m[g] is then row l·N/w + i of T·m. Width 1 is column packing: one ciphertext a
-coordinate. Greater widths trade bytes of the answer for bytes of the question
-(:mod:`~.terms` chooses).
+coordinate. Greater widths trade bytes of the answer for bytes of the question, and leave less room
+in an answer for what a hostile asker may look for (:mod:`~.terms` chooses).
 
 **Question.** Fresh ternary secrets s_f for every exchange. The polynomials a_g are the hash of a
 seed, so that 32 bytes stand for them; all k vectors share them (multi-secret ring-LWE). The rows
@@ -222,7 +222,7 @@ class Prepared:
         return _pack(seconds, firsts, product)
 
     def _masks(self, count: int, random: RandomSource) -> Residues:
-        """Secrets u, [count, N]: uniform in [−2^20, 2^20)."""
+        """Secrets u, [count, N]: uniform in [−2^12, 2^12)."""
         bits = self._protection.mask_bits
         words = Keystream(random(32)).words(count * DEGREE) & np.uint64((2 << bits) - 1)
         drawn = words.astype(np.int64) - (1 << bits)

@@ -126,6 +126,11 @@ class Shelf:
     def step(self) -> ShelfStep:
         return self._step
 
+    @property
+    def transcript(self) -> bytes:
+        """32 bytes that stand for the header and all frames so far. The asker's are the same."""
+        return self._before
+
     def handle(self, frame: bytes) -> bytes:
         """The answer to the next frame.
 

@@ -43,12 +43,12 @@ PRIME: Final = PRIMES["precise"]
 POLYNOMIAL_BYTES: Final = DEGREE * 60 // 8
 """Of one polynomial of a question, on the wire."""
 
-MASK_BITS: Final = 20
-"""The silo's secret u has uniform coefficients in [−2^20, 2^20)."""
-LEAST_HIDDEN: Final = 1536
+MASK_BITS: Final = 12
+"""The silo's secret u has uniform coefficients in [−2^12, 2^12)."""
+LEAST_HIDDEN: Final = 2048
 """Coefficients' worth of u that stay unknown to an asker whose key row is malformed
-(:meth:`Product.hidden`). An answer shows at most 24 bits of each residue. Ring-LWE with a 27-bit
-modulus needs 1024 coefficients for 128-bit security."""
+(:meth:`Product.hidden`). An answer shows at most 24 bits of each residue. For 128-bit security,
+ring-LWE with a 27-bit modulus needs 1024 coefficients, and with a 54-bit one 2048."""
 
 ENTRY_SCALE: Final = 2**11
 """A unit-norm embedding is stored times this, rounded: an error of 1.4e-4 in a score (one SD)."""
@@ -148,12 +148,13 @@ class Product(msgspec.Struct, frozen=True):
 
     @property
     def advantage(self) -> float:
-        """Bound on the total-variation distance between an answer to an honestly encrypted question
-        and one that depends on T·m alone: Pinsker's inequality on the noise Σ T·e that flooding
-        hides. For one exchange."""
+        """Bound on the total-variation distance by which the decryption of an honestly encrypted
+        question tells more than T·m: Pinsker's inequality on what flooding hides, Σ T·e + u·e and
+        e1·s. For one exchange; second polynomials are then hidden by ring-LWE with fresh u."""
         width = self.width
         energy = min(self.energy * self.kept, self.entry**2 * self.groups * width * self.kept)
-        noise = math.sqrt(ERROR_VARIANCE * energy)
+        mask = DEGREE * (4**MASK_BITS / 3 + 2 / 3)
+        noise = math.sqrt(ERROR_VARIANCE * (energy + mask))
         count = self.vectors * self.rows
         return min(1.0, math.sqrt(count / 4) * noise / 2.0**self.flood_bits)
 
