@@ -103,7 +103,7 @@ class Index:
     """Quantised embeddings and passages of one silo. Make it with :meth:`build` or :meth:`load`.
 
     Attributes:
-        entries: int16 [n, d], unit-norm embeddings times 2^11, rounded.
+        entries: int16 [n, d], unit-norm embeddings times 2^12, rounded.
         blocks: uint8 [n, block_bytes].
         space: 32 bytes that stand for encoder and reduction.
     """

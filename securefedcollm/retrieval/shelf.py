@@ -9,7 +9,7 @@ every embedding on the shelf, and d independent questions tell all of them, with
 2^−12. An embedding tells much of its passage. An asker that encrypts other things than one vector,
 several columns in one polynomial for instance, needs fewer: an answer tells at most
 ``terms.scoring.capacity`` bits (about 13) of each document, whatever was encrypted, and an
-embedding has about ten bits a coordinate. So a shelf's embeddings must be thought of as public
+embedding has some nine bits a coordinate. So a shelf's embeddings must be thought of as public
 after some d questions, and the number of questions of each asker is what the silo can limit
 (:mod:`~.quota`).
 

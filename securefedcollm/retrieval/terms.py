@@ -50,9 +50,9 @@ LEAST_HIDDEN: Final = 2048
 (:meth:`Product.hidden`). An answer shows at most 24 bits of each residue. For 128-bit security,
 ring-LWE with a 27-bit modulus needs 1024 coefficients, and with a 54-bit one 2048."""
 
-ENTRY_SCALE: Final = 2**11
-"""A unit-norm embedding is stored times this, rounded: an error of 1.4e-4 in a score (one SD)."""
-QUERY_SCALE: Final = 2**47
+ENTRY_SCALE: Final = 2**12
+"""A unit-norm embedding is stored times this, rounded: an error of 7e-5 in a score (one SD)."""
+QUERY_SCALE: Final = 2**46
 """The question's embedding is encrypted times this, so a score of 1 is 2^58, q / 4."""
 SCORE_FLOOD_BITS: Final = 45
 SCORE_BITS: Final = 20
