@@ -117,7 +117,7 @@ class Asker:
         return self._encrypt(m.Question, self._header.terms.scoring, vector[None])
 
     def take_scores(self, frame: bytes) -> npt.NDArray[np.float64]:
-        """A score of every document, [documents] in [−1, 1], with an error of about 1.6e-4 (one SD).
+        """A score of every document, [documents] in [−1, 1]. Their error has an SD of about 1.6e-4.
 
         Documents that only pad the shelf have scores about zero.
 
