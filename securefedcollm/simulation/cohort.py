@@ -110,16 +110,13 @@ class Cohort:
             ledgers=self.ledgers,
             opened=None if self.workers else opened,  # a worker's end closes what it opened
         )
-        with (
-            opened,
-            EmbeddedEngine(
-                [*self.names, *([authority.name] if authority else [])],
-                factory,
-                workers=self.workers,
-                progress=progress,
-                context=self.context,
-            ) as engine,
-        ):
+        with opened, EmbeddedEngine(
+            [*self.names, *([authority.name] if authority else [])],
+            factory,
+            workers=self.workers,
+            progress=progress,
+            context=self.context,
+        ) as engine:
             coordinator = Coordinator(
                 study=study,
                 roster=roster,
