@@ -20,7 +20,7 @@ import typer
 from securefedcollm_cli.main import AGAIN, app
 
 import securefedcollm
-from securefedcollm import aggregation, errors, hf
+from securefedcollm import aggregation, errors, hf, retrieval
 from securefedcollm.evidence import bundle, entries
 
 _NO_BRACES = str.maketrans("", "", "{}")
@@ -52,6 +52,18 @@ def sums() -> str:
             "[The masking protocol](../protocol.md) and [CKKS](../ckks.md) say what crosses the "
             "wire. [Your own transport](../transport.md) has an example.\n",
             *_members(aggregation, aggregation.__all__),
+        ]
+    )
+
+
+def questions() -> str:
+    """`securefedcollm.retrieval.__all__`."""
+    return "\n".join(
+        [
+            "# Python: `securefedcollm.retrieval`\n",
+            "A silo answers a question that it cannot read. "
+            "[Private retrieval](../retrieval.md) says who learns what, and has an example.\n",
+            *_members(retrieval, retrieval.__all__),
         ]
     )
 
@@ -241,6 +253,7 @@ def _words(kind: Any) -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "api.md": api,
     "aggregation.md": sums,
+    "retrieval.md": questions,
     "auditing.md": auditing,
     "commands.md": commands,
     "errors.md": failures,

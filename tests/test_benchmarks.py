@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import engine, english, forgetting, joint, vectors
+from benchmarks import engine, english, forgetting, joint, retrieval, vectors
+from securefedcollm.retrieval import Terms
 from securefedcollm.study import load_study
 
 
@@ -42,6 +43,12 @@ def test_a_round_of_a_long_vector_in_processes_of_its_own(tmp_path: Path) -> Non
     found = vectors.measure(100_000, 3, tmp_path)
     assert found["upload_mb"] > 0.26
     assert found["silo_peak_mb"] > 0.4  # the vector itself, at the least
+
+
+def test_questions_to_a_small_shelf() -> None:
+    terms = Terms(documents=50, dimension=16, block_bytes=96, fetched=2)
+    found = retrieval.measure(terms, questions=3, repeats=1)
+    assert found["recall"] == 1.0
 
 
 NOTE = """Return the number of things.

@@ -15,7 +15,7 @@ import securefedcollm_audits
 import yaml
 
 import securefedcollm
-from securefedcollm import aggregation, errors
+from securefedcollm import aggregation, errors, retrieval
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -133,12 +133,13 @@ def test_every_error_is_on_its_page():
 
 def test_every_public_name_and_every_kind_of_entry_is_on_its_page():
     script = pages()
-    text = "".join(script[page]() for page in ("api", "sums", "auditing"))
+    text = "".join(script[page]() for page in ("api", "sums", "questions", "auditing"))
     shown = set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
     public = {f"securefedcollm.{name}" for name in securefedcollm.__all__} - {
         "securefedcollm.__version__"
     }
     inner = {f"securefedcollm.aggregation.{name}" for name in aggregation.__all__}
+    inner |= {f"securefedcollm.retrieval.{name}" for name in retrieval.__all__}
     inner |= {f"securefedcollm_audits.{name}" for name in securefedcollm_audits.__all__}
     assert shown == public | inner | {"securefedcollm.hf.SiloTrainer"}
     headings = set(re.findall(r"^### (\w+)$", script["evidence"](), re.MULTILINE))

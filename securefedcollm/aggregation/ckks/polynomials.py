@@ -166,11 +166,11 @@ def check_vector(vector: npt.NDArray[np.int64], ring: CkksRing) -> None:
 def encode(vector: npt.NDArray[np.int64], ring: CkksRing) -> Residues:
     """Integers within the bound → coefficients v·Δ mod q, zero-padded to whole polynomials."""
     out = np.zeros((-(-len(vector) // DEGREE), DEGREE), dtype=np.uint64)
-    out.reshape(-1)[: len(vector)] = _residues(vector << ring.scale_bits, ring)
+    out.reshape(-1)[: len(vector)] = residues_of(vector << ring.scale_bits, ring)
     return out
 
 
-def _residues(integers: npt.NDArray[np.int64], ring: CkksRing) -> npt.NDArray[np.uint64]:
+def residues_of(integers: npt.NDArray[np.int64], ring: CkksRing) -> npt.NDArray[np.uint64]:
     """Integers in (−q, q) modulo q: q is added where the sign bit is set."""
     return (integers + ((integers >> 63) & ring.prime)).view(np.uint64)
 
@@ -234,7 +234,7 @@ def ternary(rows: int, ring: CkksRing, random: RandomSource) -> Residues:
         drawn = stream.words(count // 8 + DEGREE // 64).view(np.uint8)
         found = np.concatenate([found, drawn[drawn < 255]])  # 255 values are a multiple of three
     signs = (found[:count] % 3).astype(np.int64) - 1
-    return _residues(signs, ring).reshape(rows, DEGREE)
+    return residues_of(signs, ring).reshape(rows, DEGREE)
 
 
 def errors(rows: int, ring: CkksRing, random: RandomSource) -> Residues:
@@ -243,7 +243,7 @@ def errors(rows: int, ring: CkksRing, random: RandomSource) -> Residues:
     words = Keystream(random(32)).words(rows * DEGREE)
     low = np.bitwise_count(words & _WORD21).astype(np.int64)
     high = np.bitwise_count((words >> np.uint64(21)) & _WORD21).astype(np.int64)
-    return _residues(low - high, ring).reshape(rows, DEGREE)
+    return residues_of(low - high, ring).reshape(rows, DEGREE)
 
 
 def flooding(rows: int, ring: CkksRing, random: RandomSource) -> Residues:
@@ -260,4 +260,4 @@ def flooding(rows: int, ring: CkksRing, random: RandomSource) -> Residues:
     normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
     noise = np.rint(normal * 2.0**ring.flood_bits).astype(np.int64)
     assert np.abs(noise).max(initial=0) <= FLOOD_TAIL << ring.flood_bits
-    return _residues(noise, ring).reshape(rows, DEGREE)
+    return residues_of(noise, ring).reshape(rows, DEGREE)

@@ -148,14 +148,31 @@ class Seal:
         All of the scheme is made of this. terms: a factor, and k loaded polynomials that it
         multiplies; noise: coefficients [k, N].
         """
+        return self._combine(terms, noise, inverse=False)
+
+    def combinations(
+        self, terms: Sequence[tuple[SecretKey, Sequence[Ciphertext]]], noise: Residues
+    ) -> Residues:
+        """The same with ``noise`` transformed and the result in coefficients."""
+        return self._combine(terms, noise, inverse=True)
+
+    def _combine(
+        self,
+        terms: Sequence[tuple[SecretKey, Sequence[Ciphertext]]],
+        noise: Residues,
+        inverse: bool,
+    ) -> Residues:
         plains = [(factor.data(), loaded) for factor, loaded in terms]
         product, out = Ciphertext(self._context), np.empty_like(noise)
         for at, (block, target) in enumerate(zip(_blocks(noise), _blocks(out), strict=True)):
-            cipher = self._load(block, transformed=False)
-            self._evaluator.transform_to_ntt_inplace(cipher)
+            cipher = self._load(block, transformed=inverse)
+            if not inverse:
+                self._evaluator.transform_to_ntt_inplace(cipher)
             for plain, loaded in plains:
                 self._evaluator.multiply_plain(loaded[at], plain, product)
                 self._evaluator.add_inplace(cipher, product)
+            if inverse:
+                self._evaluator.transform_from_ntt_inplace(cipher)
             target[:] = self._save(cipher, len(block))
         return out
 

@@ -1,0 +1,260 @@
+"""A silo's shelf on disk: quantised embeddings, and one block of text for each.
+
+A file is ``SFCINDX1``, three little-endian 32-bit numbers (documents, dimension, bytes of a block),
+the 32-byte digest of the space that embeddings are in, the entries as little-endian int16 [n, d],
+the blocks one after another, and the SHA-256 of all that. This last one is the index's fingerprint.
+Nothing in it is executed or decompressed, and its length follows from its first 20 bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from securefedcollm.errors import DataError, StateError
+from securefedcollm.primitives import KEY_BYTES, equal, sha256
+from securefedcollm.retrieval.passages import Passage, from_block, to_block
+from securefedcollm.retrieval.terms import (
+    ENTRY_SCALE,
+    MOST_BLOCK_BYTES,
+    MOST_DIMENSION,
+    MOST_DOCUMENTS,
+)
+
+_MAGIC: Final = b"SFCINDX1"
+_NUMBERS: Final = struct.Struct("<III")
+_HEAD: Final = len(_MAGIC) + _NUMBERS.size + KEY_BYTES
+
+Vectors = npt.NDArray[np.float64]
+
+
+def normalised(vectors: npt.ArrayLike) -> Vectors:
+    """Rows scaled to unit norm, float64 [n, d].
+
+    Raises:
+        DataError: not a matrix of finite numbers, or a row is zero.
+    """
+    found = np.asarray(vectors, dtype=np.float64)
+    if found.ndim != 2 or not np.isfinite(found).all():
+        raise DataError(
+            f"embeddings of shape {found.shape} are not a matrix of finite numbers",
+            hint="give one row of numbers for each passage",
+        )
+    # By the greatest entry first, so that no square overflows or vanishes.
+    greatest = np.abs(found).max(axis=1, keepdims=True, initial=0.0)
+    if not greatest.all():
+        raise DataError("an embedding is zero", hint="leave out passages without words")
+    scaled = found / greatest
+    return np.asarray(scaled / np.linalg.norm(scaled, axis=1, keepdims=True))
+
+
+class Reduction:
+    """A public linear map to fewer dimensions, such as PCA on public text. Fixed in the study.
+
+    Args:
+        mean: [D], subtracted first.
+        matrix: [D, d].
+
+    Raises:
+        DataError: shapes do not fit, or a number is not finite.
+    """
+
+    def __init__(self, mean: npt.ArrayLike, matrix: npt.ArrayLike) -> None:
+        self._mean = np.array(mean, dtype="<f8")
+        self._matrix = np.array(matrix, dtype="<f8")
+        if self._matrix.ndim != 2 or self._mean.shape != self._matrix.shape[:1]:
+            raise DataError(
+                f"a mean of {self._mean.shape} does not fit a matrix of {self._matrix.shape}",
+                hint="both begin with the dimension of the encoder",
+            )
+        if not (np.isfinite(self._mean).all() and np.isfinite(self._matrix).all()):
+            raise DataError("a reduction has finite numbers", hint="make it anew")
+
+    @property
+    def digest(self) -> bytes:
+        """32 bytes that stand for these numbers."""
+        shape = _NUMBERS.pack(*self._matrix.shape, 0)
+        prefix = b"securefedcollm/v1/retrieval-reduction\0"
+        return sha256(prefix, shape, self._mean.tobytes(), self._matrix.tobytes())
+
+    def apply(self, vectors: npt.ArrayLike) -> Vectors:
+        """Embeddings [n, D] reduced and scaled to unit norm, float64 [n, d].
+
+        Raises:
+            DataError: another dimension than D, a number that is not finite, or a zero row.
+        """
+        found = normalised(vectors)
+        if found.shape[1] != len(self._mean):
+            raise DataError(
+                f"embeddings of {found.shape[1]} numbers, not {len(self._mean)}",
+                hint="use the encoder that the study names",
+            )
+        return normalised((found - self._mean) @ self._matrix)
+
+
+class Index:
+    """Quantised embeddings and passages of one silo. Make it with :meth:`build` or :meth:`load`.
+
+    Attributes:
+        entries: int16 [n, d], unit-norm embeddings times 2^12, rounded.
+        blocks: uint8 [n, block_bytes].
+        space: 32 bytes that stand for encoder and reduction.
+    """
+
+    def __init__(
+        self, entries: npt.NDArray[np.int16], blocks: npt.NDArray[np.uint8], space: bytes
+    ) -> None:
+        self.entries = entries
+        self.blocks = blocks
+        self.space = space
+
+    @classmethod
+    def build(
+        cls,
+        passages: Sequence[Passage],
+        vectors: npt.ArrayLike,
+        *,
+        block_bytes: int,
+        space: bytes = bytes(KEY_BYTES),
+    ) -> Index:
+        """An index of passages that fit a block (:func:`~.passages.split`).
+
+        Args:
+            vectors: [n, d], one row for each passage, after the reduction. Scaled to unit norm.
+
+        Raises:
+            DataError: too many or no passages, a repeated id, a passage that does not fit, or
+                vectors that do not.
+        """
+        unit = normalised(vectors)
+        if len(unit) != len(passages):
+            raise DataError(
+                f"{len(unit)} embeddings for {len(passages)} passages", hint="give one for each"
+            )
+        entries = np.rint(unit * ENTRY_SCALE).astype(np.int16)
+        content = b"".join(to_block(passage, block_bytes) for passage in passages)
+        blocks = np.frombuffer(content, dtype=np.uint8).reshape(len(passages), -1)
+        index = cls(entries, blocks, space)
+        index.check("the index")
+        return index
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __repr__(self) -> str:
+        return f"Index({len(self)} passages, d={self.entries.shape[1]})"
+
+    @property
+    def passages(self) -> tuple[Passage, ...]:
+        """In order."""
+        found = (from_block(block.tobytes()) for block in self.blocks)
+        return tuple(passage for passage in found if passage is not None)
+
+    @property
+    def fingerprint(self) -> bytes:
+        """SHA-256 of the index's file without its end (32 bytes)."""
+        return sha256(self._content())
+
+    def check(self, where: str) -> None:
+        """Refuse an index that :meth:`build` would not make.
+
+        Adversary: whoever wrote the file. A norm above 1 would make every score of a passage
+        greater, and sums wrap around.
+
+        Raises:
+            DataError: numbers out of range, norms that are not 1, damaged or repeated passages.
+        """
+        n, d = self.entries.shape
+        if not 1 <= n <= MOST_DOCUMENTS or not 1 <= d <= MOST_DIMENSION:
+            raise DataError(f"{n} passages of dimension {d}", where=where, hint="see the limits")
+        norms = np.linalg.norm(self.entries.astype(np.float64), axis=1)
+        if np.abs(norms - ENTRY_SCALE).max() > np.sqrt(d) / 2 + 1e-6:
+            raise DataError("an embedding is not of unit norm", where=where, hint="build it anew")
+        seen: set[str] = set()
+        for at, block in enumerate(self.blocks):
+            try:
+                passage = from_block(block.tobytes())
+            except ValueError:  # also of text that is not UTF-8
+                passage = None
+            if passage is None or passage.id in seen:
+                what = "has an id that is there twice" if passage else "is damaged"
+                raise DataError(
+                    f"passage {at + 1} {what}", where=where, hint="build the index anew"
+                )
+            seen.add(passage.id)
+
+    def save(self, path: str | Path) -> bytes:
+        """Write the file, whole or not at all; its fingerprint.
+
+        Raises:
+            StateError: it cannot be written.
+        """
+        content, target = self._content(), Path(path)
+        fingerprint = sha256(content)
+        beside = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            with beside.open("xb") as file:
+                file.write(content + fingerprint)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(target)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise StateError(
+                f"cannot write {target} ({error.strerror})", hint="look at the folder"
+            ) from None
+        return fingerprint
+
+    @classmethod
+    def load(cls, path: str | Path) -> Index:
+        """Read a file, within the bounds that its first bytes state.
+
+        Raises:
+            DataError: not an index, damaged, or not one that :meth:`build` makes.
+            StateError: it cannot be read.
+        """
+        where = str(path)
+        try:
+            with Path(path).open("rb") as file:
+                head = file.read(_HEAD)
+                count, dimension, block_bytes = _numbers(head, where)
+                size = _HEAD + count * (2 * dimension + block_bytes) + KEY_BYTES
+                if os.fstat(file.fileno()).st_size != size:
+                    raise DataError(
+                        "is cut or too long for an index", where=where, hint="build the index anew"
+                    )
+                body = file.read(size - _HEAD)
+        except OSError as error:
+            raise StateError(f"cannot read {where} ({error.strerror})", hint="look there") from None
+        content, fingerprint = head + body[:-KEY_BYTES], body[-KEY_BYTES:]
+        if not equal(sha256(content), fingerprint):
+            raise DataError("is damaged", where=where, hint="copy or build the index anew")
+        end = _HEAD + 2 * count * dimension
+        entries = np.frombuffer(content[_HEAD:end], dtype="<i2").astype(np.int16)
+        blocks = np.frombuffer(content[end:], dtype=np.uint8).reshape(count, block_bytes)
+        index = cls(entries.reshape(count, dimension), blocks, head[-KEY_BYTES:])
+        index.check(where)
+        return index
+
+    def _content(self) -> bytes:
+        numbers = _NUMBERS.pack(*self.entries.shape, self.blocks.shape[1])
+        parts = (_MAGIC, numbers, self.space, self.entries.astype("<i2"), self.blocks)
+        return b"".join(part if isinstance(part, bytes) else part.tobytes() for part in parts)
+
+
+def _numbers(head: bytes, where: str) -> tuple[int, int, int]:
+    if len(head) != _HEAD or not head.startswith(_MAGIC):
+        raise DataError("is not an index", where=where, hint="build one from the passages")
+    count, dimension, block_bytes = _NUMBERS.unpack_from(head, len(_MAGIC))
+    limits = MOST_DOCUMENTS, MOST_DIMENSION, MOST_BLOCK_BYTES
+    numbers = count, dimension, block_bytes
+    if not all(1 <= number <= most for number, most in zip(numbers, limits, strict=True)):
+        raise DataError("states numbers out of range", where=where, hint="build the index anew")
+    return numbers
