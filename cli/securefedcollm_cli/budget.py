@@ -177,6 +177,8 @@ def _print_plans(plans: list[Plan]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from securefedcollm.privacy.shown import up
+
     console = Console()
     fed = plans[0].federation
     console.print(
@@ -202,12 +204,16 @@ def _print_plans(plans: list[Plan]) -> None:
         console.print()
         console.print(table)
         for option in made.options:
-            console.print(f"  [dim]{option.name}: {option.remark}[/dim]")
+            said = (
+                f"{option.name}: charged ε = {up(option.epsilon)}, {up(option.hoped)} if all stay"
+            )
+            console.print(f"  [dim]{said}; {option.remark}[/dim]")
         console.print(f"  {made.advice}")
     console.print()
     console.print(
         "[dim]z: noise multiplier. noise/signal: norm of the noise in the mean, divided by the "
-        "clip norm, which is the largest possible signal. Real signal is smaller.[/dim]"
+        "clip norm, which is the largest possible signal. Real signal is smaller. The second ε is "
+        "that of all silos in every sum, if nobody chose anything by what was released.[/dim]"
     )
     if not all(option.offered for made in plans for option in made.options):
         console.print("[dim]*: for comparison; this study cannot ask for it.[/dim]")
