@@ -187,8 +187,8 @@ class RoundedGaussian(
     @property
     def continuous(self) -> Gaussian | PoissonGaussian:
         """The mechanism that, rounded, is this one up to :attr:`slack`."""
-        sigma = math.sqrt(self.honest * self.share_sigma**2 - ROUNDING**2)
-        noise = sigma / self.sensitivity
+        shares = self.honest - (ROUNDING / self.share_sigma) ** 2
+        noise = self.share_sigma * math.sqrt(shares) / self.sensitivity
         if self.q == 1.0:
             return Gaussian(noise, self.count)
         return PoissonGaussian(self.q, noise, self.count)
