@@ -11,9 +11,9 @@ the one or within the other, so their failure probabilities add: the first gets 
 
 * A sampled mechanism: releases no worse than that one, all charged as that one. However the end is
   decided, they are a prefix of the longest admitted run of one fixed mechanism, so any accountant
-  is valid, PLD too: this is no adaptive filter, but a fixed plan that may end early (dominating
-  pairs compose adaptively: Zhu, Dong and Wang 2022). A sum that settles
-  with more noise than it reserved is no cheaper here.
+  is valid, PLD too. This is no adaptive filter, but a fixed plan that may end early: dominating
+  pairs compose adaptively (Zhu, Dong and Wang 2022), and a gentler release, or none, is dominated.
+  A sum that settles with more noise than it reserved is no cheaper here.
 * Unsampled Gaussian noise, DP-SGD at rate 1 and rounded sums included: Gaussians of any scale.
   Their sum of 1/z² is a filter (Smith and Thakurta 2022; Koskela, Tobaben and Honkela 2023), and
   PLD is exact for it.
