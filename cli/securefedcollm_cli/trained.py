@@ -396,13 +396,14 @@ def load_named(
     revision: str | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     base_dir: Path = Path(),
+    part: Literal["causal", "body"] = "causal",
 ) -> Any:
     """``load_model``, where a plain directory needs no ``path:``."""
     from securefedcollm.tuning.models import load_model
 
     if ":" not in source:
         source = f"path:{source}"
-    return load_model(source, revision=revision, dtype=dtype, base_dir=base_dir)
+    return load_model(source, revision=revision, dtype=dtype, base_dir=base_dir, part=part)
 
 
 _TITLES: Final = {"macro_f1": "macro F1", "auroc": "AUROC"}

@@ -23,9 +23,9 @@ from securefedcollm.aggregation.messages import UNSIGNED, decode, sign
 from securefedcollm.errors import CryptoError, LocalProtocolError, RemoteProtocolError
 from securefedcollm.primitives import KEY_BYTES, RandomSource, SigningKey, equal, verify
 from securefedcollm.retrieval import messages as m
-from securefedcollm.retrieval.index import normalised
 from securefedcollm.retrieval.passages import Passage, from_block, from_digits
 from securefedcollm.retrieval.product import Encrypted
+from securefedcollm.retrieval.reduction import normalised
 from securefedcollm.retrieval.terms import (
     BLOCK_BITS,
     DIGIT_BITS,
