@@ -8,7 +8,7 @@ sockets, clock or models. :mod:`~.retrieval.shelf` says who learns what, and
 
 from securefedcollm.retrieval.asker import Asker, AskerStep, choose
 from securefedcollm.retrieval.index import Index
-from securefedcollm.retrieval.messages import Header
+from securefedcollm.retrieval.messages import Header, Receipt
 from securefedcollm.retrieval.passages import Passage, split
 from securefedcollm.retrieval.quota import CountingQuota, Quota
 from securefedcollm.retrieval.reduction import Reduction
@@ -25,6 +25,7 @@ __all__ = [
     "PreparedShelf",
     "Product",
     "Quota",
+    "Receipt",
     "Reduction",
     "Shelf",
     "ShelfStep",
