@@ -320,7 +320,7 @@ def build_index(
     space = space_of(agreed, None if data is None else Path(data), progress)
     index = shelves.build_index(space, passages, plan_of(agreed).block_bytes, progress)
     fingerprint = index.save(out)
-    return Shelf(Path(out), len(index), fingerprint.hex(), space.encoder.model_digest)
+    return Shelf(Path(out), len(index), fingerprint.hex(), space.encoder.digest)
 
 
 def make_reduction(

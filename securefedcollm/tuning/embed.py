@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -11,20 +10,19 @@ import numpy.typing as npt
 import torch
 
 from securefedcollm.errors import ConfigError, DataError
+from securefedcollm.retrieval.terms import MOST_TOKENS
 from securefedcollm.tuning.head import check_vocabulary, device_of, text_config
 from securefedcollm.tuning.models import LoadedModel
 from securefedcollm.tuning.recipe import Progress, inference_mode, quiet_transformers, silent
 
 Vectors = npt.NDArray[np.float64]
 
-MOST_TOKENS: Final = 512
-"""Of one text, with special tokens. A longer one is cut; so is one beyond the model's positions."""
 _PASS_TOKENS: Final = 8192
 """Padding included: the memory of one pass."""
 
 
 class TextEncoder:
-    """Embeds texts with the body of a model.
+    """Embeds texts with the body of a model. Texts are cut to 512 tokens, and to its positions.
 
     Args:
         loaded: as ``load_model(…, part="body")`` gives it.
@@ -49,15 +47,11 @@ class TextEncoder:
                 f"layer {layer} of a model with {layers}", where=source, hint=f"0 to {layers}"
             )
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
-        self._layer = layers if layer is None else layer
+        self._at = layers if layer is None else layer
         self._source = source
-        self.digest = hashlib.sha256(
-            b"securefedcollm/v1/encoder\0"
-            + f"mean/{MOST_TOKENS}/{self._layer}/{loaded.digest}".encode()
-        ).digest()
-        """32 bytes that stand for model, layer, pooling and the limit of tokens."""
-        self.model_digest = loaded.digest
-        """The model's alone: what ``retrieval.encoder.sha256`` pins, 64 hexadecimal digits."""
+        self.layer = layer
+        self.digest = loaded.digest
+        """The model's: what ``retrieval.encoder.sha256`` pins, 64 hexadecimal digits."""
 
     def embed(self, texts: Sequence[str], progress: Progress = silent) -> Vectors:
         """One row for each text, in order: float64 [n, D], not scaled.
@@ -108,7 +102,7 @@ class TextEncoder:
         check_vocabulary(self._model, self._tokenizer, ids)
         with inference_mode(self._model):
             out: Any = self._model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-            states = out.hidden_states[self._layer].float()
+            states = out.hidden_states[self._at].float()
             weights = mask[..., None].float()
             means = (states * weights).sum(1) / weights.sum(1)
         array: npt.NDArray[np.float32] = means.cpu().numpy()

@@ -22,6 +22,7 @@ from securefedcollm_audits.verification.checks import (
     history,
     logs,
     order,
+    questions,
     rounds,
 )
 from securefedcollm_audits.verification.expected import Expected, compare
@@ -36,6 +37,7 @@ CHECKS: tuple[Check, ...] = (
     *history.CHECKS,
     *budget.CHECKS,
     *findings.CHECKS,
+    *questions.CHECKS,
 )
 _ARCHIVE = ("archive", "The archive is complete and unaltered")
 

@@ -9,9 +9,9 @@ from typing import Final
 
 from securefedcollm.errors import ConfigError, DataError
 from securefedcollm.federation.dealing import deal
-from securefedcollm.primitives import sha256
 from securefedcollm.retrieval import Reduction, Terms
 from securefedcollm.retrieval.reduction import MOST_BYTES, Vectors
+from securefedcollm.retrieval.terms import space_digest
 from securefedcollm.study import Study
 from securefedcollm.study.retrieval import Retrieval
 from securefedcollm.tuning.data import read_text
@@ -33,8 +33,7 @@ class Space:
     @property
     def digest(self) -> bytes:
         """32 bytes that stand for both: ``Terms.space``."""
-        prefix = b"securefedcollm/v1/retrieval-space\0"
-        return sha256(prefix, self.encoder.digest, self.reduction.digest)
+        return space_digest(self.encoder.digest, self.encoder.layer, self.reduction.digest)
 
     def embed(self, texts: Sequence[str], progress: Progress = silent) -> Vectors:
         """Unit vectors, float64 [n, d].
