@@ -21,6 +21,8 @@ _NUMBERS: Final = struct.Struct("<II")
 _HEAD: Final = len(_MAGIC) + _NUMBERS.size
 _LEAST_SHARE: Final = 1e-6
 """Of the greatest variance: a direction with less is not made longer still."""
+_ROUNDING: Final = 1e-12
+"""Variance of equal texts, whose embeddings an encoder computes in float32."""
 MOST_BYTES: Final = _HEAD + 8 * MOST_DIMENSION * (MOST_DIMENSION + 1) + KEY_BYTES
 
 Vectors = npt.NDArray[np.float64]
@@ -120,7 +122,7 @@ class Reduction:
         mean = unit.mean(axis=0)
         variances, directions = np.linalg.eigh((unit - mean).T @ (unit - mean) / n)
         variances, directions = variances[::-1][:dimension], directions[:, ::-1][:, :dimension]
-        if not variances[0] > 0:
+        if not variances[0] > _ROUNDING:
             raise DataError("all texts have the same embedding", hint="give other public text")
         # A direction has no sign: its greatest entry is made positive.
         greatest = np.abs(directions).argmax(axis=0)

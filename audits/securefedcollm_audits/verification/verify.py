@@ -37,8 +37,9 @@ CHECKS: tuple[Check, ...] = (
     *history.CHECKS,
     *budget.CHECKS,
     *findings.CHECKS,
-    *questions.CHECKS,
 )
+QUESTIONS: tuple[Check, ...] = questions.CHECKS
+"""Where the study lets members ask for documents, or somebody did."""
 _ARCHIVE = ("archive", "The archive is complete and unaltered")
 
 
@@ -92,6 +93,7 @@ def _verdict(
             *(first, known),
             *follow(case, expected.earlier, look),
             *(carry_out(check, case) for check in CHECKS),
+            *(carry_out(check, case) for check in QUESTIONS if questions.concern(case)),
         ],
         study=case.study.study,
         digest=case.digest.hex(),

@@ -86,9 +86,18 @@ def agree(case: Case, wrong: Faults) -> str:
     return said + (f"; {count(lost, 'answer')} did not arrive" if lost else "")
 
 
-def _need_questions(case: Case) -> None:
+def concern(case: Case) -> bool:
+    """Whether there is anything to check: the study's section, or an entry about a question."""
+    return case.study.retrieval is not None or _asked(case)
+
+
+def _asked(case: Case) -> bool:
     kinds = (Asked, Heard, Counted, Served)
-    if not any(isinstance(entry.what, kinds) for log in case.logs.values() for entry in log):
+    return any(isinstance(entry.what, kinds) for log in case.logs.values() for entry in log)
+
+
+def _need_questions(case: Case) -> None:
+    if not _asked(case):
         raise NotCovered("nobody asked for documents")
 
 
