@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
@@ -13,9 +13,11 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.foreign import MOST_MESSAGE, printable
 from securefedcollm_cli.options import Columns, DataDir, Json, Overrides
 from securefedcollm_cli.progress import Bars
+from securefedcollm_cli.trained import Revision, choose_model
 
 if TYPE_CHECKING:
     from securefedcollm.api import Answer
+    from securefedcollm.tuning.cited import Written
 
 app = typer.Typer(no_args_is_help=True, help="Make a silo's shelf of documents, at the silo.")
 
@@ -28,6 +30,9 @@ StudyOption = Annotated[
         "with securefedcollm.",
     ),
 ]
+
+
+_ROLES: Final[dict[str, Literal["llm", "slm"]]] = {"llm": "llm", "slm": "slm"}
 
 
 @app.command()
@@ -124,6 +129,19 @@ def ask(
     ] = None,
     overrides: Overrides = None,
     data: DataDir = None,
+    generate: Annotated[
+        str | None,
+        typer.Option(
+            "--generate",
+            metavar="MODEL",
+            help="Also write an answer with the passages: llm or slm, the run's own (with its "
+            "adapter, if there is one), or a model: builtin:, hub:, path: or a directory.",
+        ),
+    ] = None,
+    revision: Revision = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, help="Largest number of tokens of that answer.")
+    ] = 120,
     as_json: Json = False,
 ) -> None:
     """Ask all silos' documents a question that no silo can read, every role on this machine.
@@ -143,12 +161,40 @@ def ask(
             data=data,
             progress=bars.report,
         )
+        written = None
+        if generate is not None and answer.passages:
+            written = _write(question, answer, (generate, revision), max_tokens, data, bars)
     if as_json:
-        typer.echo(json.dumps(_plain(answer), indent=2))
+        typer.echo(json.dumps(_plain(answer, written), indent=2))
     else:
-        _render(answer)
+        _render(answer, written)
     if not answer.answered:
         raise typer.Exit(1)
+
+
+def _write(
+    question: str,
+    answer: Answer,
+    model: tuple[str, str | None],
+    max_tokens: int,
+    data: Path | None,
+    bars: Bars,
+) -> Written:
+    """An answer with the passages, by the run's model or a named one (source and revision)."""
+    from securefedcollm.tuning.cited import write_answer
+
+    source, revision = model
+    place = data or Path()
+    if source in {"llm", "slm"}:
+        run, role = answer.directory, _ROLES[source]
+        base = not (run / "adapters" / role).exists()
+        chosen = choose_model(run, role, None, None, None, place, "cpu", bars, base=base)
+    else:
+        chosen = choose_model(None, None, source, revision, None, place, "cpu", bars)
+    texts = [hit.text for hit in answer.passages]
+    return write_answer(
+        chosen.loaded, question, texts, adapter=chosen.adapter, max_tokens=max_tokens
+    )
 
 
 def _study(file: Path, overrides: Sequence[str] | None) -> Any:
@@ -179,8 +225,9 @@ def _show(facts: dict[str, Any], as_json: bool) -> None:
         typer.echo(printable(f"{key:<12} {value}", MOST_MESSAGE))
 
 
-def _plain(answer: Answer) -> dict[str, Any]:
-    return {
+def _plain(answer: Answer, written: Written | None) -> dict[str, Any]:
+    text = {} if written is None else {"answer": written._asdict()}
+    return text | {
         "passages": [
             {"silo": hit.silo, "id": hit.id, "score": round(hit.score, 4), "text": hit.text}
             for hit in answer.passages
@@ -197,8 +244,15 @@ def _plain(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _render(answer: Answer) -> None:
+def _render(answer: Answer, written: Written | None) -> None:
     """Adversary: a silo whose passage or id holds escape sequences or line breaks."""
+    if written is not None:
+        typer.echo(printable(written.text, MOST_MESSAGE))
+        for number in written.named or written.given:
+            hit = answer.passages[number - 1]
+            how = "cites" if written.named else "was given"
+            typer.echo(f"    {how} [{number}] {printable(hit.silo)}: {printable(hit.id)}")
+        typer.echo("")
     for place, hit in enumerate(answer.passages, start=1):
         typer.echo(f"{place:>2}  {hit.score:.3f}  {printable(hit.silo)}: {printable(hit.id)}")
         typer.echo(f"    {printable(hit.text, MOST_MESSAGE)}")

@@ -69,6 +69,10 @@ def test_build_ask_and_verify(place, tmp_path):
     spent = CliRunner().invoke(app, ["ask", "w1", *shelves, *run, *words])
     assert spent.exit_code == 1
     assert "silo-1 did not answer: server has asked all of its 3 questions" in spent.stdout
+    with_answer = ["--as", "silo-1", "--generate", "slm", "--max-tokens", "3"]
+    said = invoke("ask", "w9 w10 w11", *shelves[2:], *run, *with_answer, *common(place))
+    assert said["answer"]["given"] == [1]  # the other is less alike than an empty place
+    assert said["spent"] == {"silo-2": 1, "silo-3": 1}
     bundle = CliRunner().invoke(
         app, ["audit", "bundle", run[1], "--out", str(tmp_path / "evidence.zip")]
     )
@@ -76,7 +80,7 @@ def test_build_ask_and_verify(place, tmp_path):
     verdict = sfc.verify(tmp_path / "evidence.zip")
     assert verdict.holds
     (answers,) = (row for row in verdict.results if row.name == "answers")
-    assert answers.evidence == "9 answers the same at both ends"
+    assert answers.evidence == "11 answers the same at both ends"
 
 
 def test_the_doors_of_python(place, tmp_path):
