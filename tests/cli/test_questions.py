@@ -141,6 +141,16 @@ def test_what_does_not_fit_the_shelf_is_refused(place, tmp_path):
 
 
 @pytest.mark.soak
+def test_the_first_example_of_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    """Makes the built-in encoder if it is not there: about a minute."""
+    page = Path(__file__).parents[2] / "docs" / "retrieval.md"
+    example, _ = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert capsys.readouterr().out.startswith("silo-3 rule muscular protocol")
+
+
+@pytest.mark.soak
 def test_the_house_rules_of_the_embedded_world_are_found(tmp_path):
     """With the encoder that the study names, made here if it is not there: about a minute."""
     from securefedcollm.federation.questions.shelves import build_index, passages_of
@@ -171,3 +181,21 @@ def test_the_house_rules_of_the_embedded_world_are_found(tmp_path):
             found[count] += any(right[at] for at in best[:count])
     assert found[1] >= 0.9 * len(asked)
     assert found[3] >= 0.99 * len(asked)
+
+
+def test_questions_to_a_finished_run_go_on_with_its_evidence(place, tmp_path):
+    changes = {"rounds": 1, "local.steps": 1, "privacy": None, "distillation.steps": 1}
+    study = sfc.load_study(place / "study.yaml", changes)
+    run = sfc.simulate(study, out=tmp_path / "run", data=place, workers=0)
+    assert run.directory == tmp_path / "run"
+    shelf = sfc.build_index(study, [place / "silo-2.md"], tmp_path / "two.index", data=place)
+    for asker in ("server", "silo-1"):
+        sfc.ask(
+            "w9", study, shelves={"silo-2": shelf.path}, asker=asker, out=run.directory, data=place
+        )
+    verdict = sfc.verify(run.bundle())
+    assert verdict.holds, verdict.failed
+    found = {row.name: row.status for row in verdict.results}
+    assert {found[name] for name in ("step-order", "heads", "witnesses", "one-history")} == {"pass"}
+    assert {found[name] for name in ("questions", "answers", "transcripts")} == {"pass"}
+    assert verdict.rounds_done == 1
