@@ -6,12 +6,15 @@ import json
 import re
 
 import pytest
+from securefedcollm_audits.report.page import to_html
+from securefedcollm_audits.report.report import make_report
 from securefedcollm_audits.verification.verify import QUESTIONS, verify
 
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.study.identity import open_identity, read_identity
 from tests.support.asking import TEXTS, Members
 from tests.support.forge import by_name, doctor
+from tests.support.report_page import Reader
 
 OTHER = "0" * 64
 
@@ -166,3 +169,17 @@ def test_other_terms_than_the_others_are_found(asked, tmp_path):
 
     found = by_name(verify(doctor(bundle, tmp_path / "forged.zip", other_terms, keys)))
     assert any("other terms" in said for said in found["questions"].faults)
+
+
+def test_the_report_says_who_asked_how_often(asked):
+    report, case = make_report(asked[0])
+    assert [(row.silo, row.asker, row.number, row.limit) for row in report.questions] == [
+        ("silo-1", "server", 2, 3),
+        ("silo-2", "server", 2, 3),
+        ("silo-2", "silo-1", 1, 3),
+        ("silo-3", "server", 2, 3),
+        ("silo-3", "silo-1", 1, 3),
+    ]
+    reader = Reader(to_html(report, case))
+    assert "Questions to documents" in reader.text
+    assert {link[1:] for link in reader.links} <= set(reader.ids)
