@@ -87,12 +87,10 @@ class Questions:
         self._asker, self._space = asker, space
         self._limit = plan_of(study).questions
         terms = terms_of(study, space.digest)
-        prepared = {name: _prepared(path, terms) for name, path in sorted(shelves.items())}
         self._files = ExitStack()
-        for shelf in prepared.values():
-            self._files.callback(shelf.close)
         with ExitStack() as failing:
             failing.callback(self._files.close)
+            prepared = {name: self._prepared(shelves[name], terms) for name in sorted(shelves)}
             self._run = _begun(directory, study)
             self._keys = {name: identity_at(self._home(name), name) for name in [SERVER, *names]}
             self._roster = Roster({name: self._keys[name].public for name in names})
@@ -139,6 +137,22 @@ class Questions:
         seconds = time.perf_counter() - started
         spent = {name: desk.quota.spent(self._asker) for name, desk in self._desks.items()}
         return Answered(found, spent, self._limit, seconds)
+
+    def _prepared(self, path: Path, terms: Terms) -> PreparedShelf:
+        """The shelf in an index file.
+
+        Raises:
+            ConfigError: it was made for other terms.
+            DataError: it is damaged.
+            StateError: it cannot be read.
+        """
+        index = Index.load(path)
+        try:
+            shelf = PreparedShelf(index, terms)
+        except SecureFedCoLLMError as error:
+            raise ConfigError(error.message, where=str(path), hint=error.hint) from None
+        self._files.callback(shelf.close)
+        return shelf
 
     def _home(self, name: str) -> Path:
         return self._directory / name if name == SERVER else self._directory / "silos" / name
@@ -199,20 +213,6 @@ def _check_names(names: list[str], shelves: Mapping[str, Path], asker: str) -> N
             where="--as",
             hint="leave its own shelf out, which it can search without a protocol",
         )
-
-
-def _prepared(path: Path, terms: Terms) -> PreparedShelf:
-    """The shelf in an index file.
-
-    Raises:
-        DataError: it is damaged, or made for other terms.
-        StateError: it cannot be read.
-    """
-    index = Index.load(path)
-    try:
-        return PreparedShelf(index, terms)
-    except SecureFedCoLLMError as error:
-        raise ConfigError(error.message, where=str(path), hint=error.hint) from None
 
 
 def _begun(directory: Path, study: Study) -> bytes:

@@ -190,6 +190,42 @@ def ask_one(members: Members, index: Index, home: Path) -> Found:
     return inquiry.ask(query, lambda _, frame: conversation.handle(frame))
 
 
+def view(members: Members, home: Path, words: str) -> list[tuple[str, int]]:
+    """What reached one silo or left it for a question: kind and length of each frame, in order."""
+    seen: list[tuple[str, int]] = []
+
+    def note(frame: bytes) -> None:
+        kind, *_ = msgspec.msgpack.decode(frame)
+        seen.append((kind, len(frame)))
+
+    ann, silo = SigningKey.generate(), SigningKey.generate()
+    conversation = desk_of(members, home, silo, ann.public).open("ann")
+
+    def carry(_: str, frame: bytes) -> bytes:
+        note(frame)
+        answer = conversation.handle(frame)
+        note(answer)
+        return answer
+
+    Inquiry(
+        study=bytes(32),
+        key=ann,
+        silos={"silo-1": silo.public},
+        terms=terms_of(members.study, members.space.digest),
+        log=EvidenceLog(home / "ann.sqlite", study=bytes(32), owner="ann", key=ann),
+        embed=members.space.embed,
+    ).ask(members.space.embed([words])[0], carry)
+    return seen
+
+
+def test_a_silo_sees_the_same_of_a_question_that_it_can_answer_and_one_that_it_cannot(
+    members, tmp_path
+):
+    useful = view(members, tmp_path / "useful", TEXTS["silo-1"][0])
+    assert [kind for kind, _ in useful] == ["question", "scores", "selection", "blocks"]
+    assert view(members, tmp_path / "useless", "w99 w98 w97") == useful
+
+
 def test_a_silo_that_scores_its_passages_too_high_is_named_and_gains_nothing(members, tmp_path):
     honest = Index.load(members.indexes["silo-1"])
     found = ask_one(members, honest, tmp_path / "honest")
