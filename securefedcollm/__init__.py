@@ -32,8 +32,14 @@ if TYPE_CHECKING:
     from securefedcollm_audits import Verdict as Verdict
     from securefedcollm_audits import verify as verify
 
+    from securefedcollm.api import Answer as Answer
+    from securefedcollm.api import Cited as Cited
     from securefedcollm.api import Run as Run
     from securefedcollm.api import Score as Score
+    from securefedcollm.api import Shelf as Shelf
+    from securefedcollm.api import ask as ask
+    from securefedcollm.api import build_index as build_index
+    from securefedcollm.api import make_reduction as make_reduction
     from securefedcollm.api import plan_budget as plan_budget
     from securefedcollm.api import secure_sum as secure_sum
     from securefedcollm.api import simulate as simulate
@@ -47,16 +53,22 @@ if TYPE_CHECKING:
     from securefedcollm.study import load_study as load_study
 
 _DOORS: Final = {
+    "Answer": "securefedcollm.api",
     "BudgetExceeded": "securefedcollm.errors",
+    "Cited": "securefedcollm.api",
     "ConfigError": "securefedcollm.errors",
     "Plan": "securefedcollm.privacy.planner",
     "Run": "securefedcollm.api",
     "Score": "securefedcollm.api",
     "SecureFedCoLLMError": "securefedcollm.errors",
+    "Shelf": "securefedcollm.api",
     "Study": "securefedcollm.study",
     "Verdict": "securefedcollm_audits",
+    "ask": "securefedcollm.api",
+    "build_index": "securefedcollm.api",
     "dump_study": "securefedcollm.study",
     "load_study": "securefedcollm.study",
+    "make_reduction": "securefedcollm.api",
     "plan_budget": "securefedcollm.api",
     "secure_sum": "securefedcollm.api",
     "simulate": "securefedcollm.api",
@@ -64,17 +76,23 @@ _DOORS: Final = {
     "verify": "securefedcollm_audits",
 }
 __all__ = [
+    "Answer",
     "BudgetExceeded",
+    "Cited",
     "ConfigError",
     "Plan",
     "Run",
     "Score",
     "SecureFedCoLLMError",
+    "Shelf",
     "Study",
     "Verdict",
     "__version__",
+    "ask",
+    "build_index",
     "dump_study",
     "load_study",
+    "make_reduction",
     "plan_budget",
     "secure_sum",
     "simulate",

@@ -27,6 +27,58 @@ Place = str | Path
 
 
 @dataclass(frozen=True)
+class Shelf:
+    """An index that :func:`build_index` wrote. ``fingerprint`` and ``encoder``: SHA-256 in hex of
+    the index's content, and of the model as ``retrieval.encoder.sha256`` pins it."""
+
+    path: Path
+    passages: int
+    fingerprint: str
+    encoder: str
+
+
+@dataclass(frozen=True)
+class Cited:
+    """A passage that a question found. ``id`` and ``text`` are the silo's words: data, and nothing
+    more. ``score``: cosine similarity to the question, as the asker computed it."""
+
+    silo: str
+    id: str
+    text: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back for one question.
+
+    ``passages``: the best of all silos, best first. ``answered``: silos that sent theirs;
+    ``failed``: silo → why it did not; ``suspect``: silo → what was wrong with its scores.
+    ``spent``: silo → questions of this asker that it counted, of at most ``limit``. ``sent`` and
+    ``received``: bytes of all frames; ``seconds``: of the protocol.
+    """
+
+    passages: Sequence[Cited]
+    answered: Sequence[str]
+    failed: Mapping[str, str]
+    suspect: Mapping[str, str]
+    spent: Mapping[str, int]
+    limit: int
+    sent: int
+    received: int
+    seconds: float
+    directory: Path
+
+    def bundle(self, out: Place | None = None) -> Path:
+        """Write the evidence of all that was asked in this directory; the file's path.
+
+        Args:
+            out: default ``evidence.zip`` in the directory.
+        """
+        return _bundled(self.directory, out)
+
+
+@dataclass(frozen=True)
 class Score:
     """One row of a run's table: accuracies (0 to 1) of a model on the test questions, by group."""
 
@@ -90,12 +142,16 @@ class Run:
         Args:
             out: default ``evidence.zip`` in the run's directory.
         """
-        from securefedcollm.evidence.bundle import make_bundle
-        from securefedcollm.federation.files import write_durably
+        return _bundled(self.directory, out)
 
-        path = Path(out) if out is not None else self.directory / "evidence.zip"
-        write_durably(path, make_bundle(self.directory))
-        return path
+
+def _bundled(directory: Path, out: Place | None) -> Path:
+    from securefedcollm.evidence.bundle import make_bundle
+    from securefedcollm.federation.files import write_durably
+
+    path = Path(out) if out is not None else directory / "evidence.zip"
+    write_durably(path, make_bundle(directory))
+    return path
 
 
 def simulate(
@@ -227,6 +283,137 @@ def simulate_own(
         progress=progress,
     )
     return Run(directory, results)
+
+
+def build_index(
+    study: Study | Place,
+    files: Sequence[Place],
+    out: Place,
+    *,
+    data: Place | None = None,
+    columns: Mapping[str, str] | None = None,
+    progress: Progress = silent,
+) -> Shelf:
+    """Cut documents into passages, embed them, and write the index of one silo's shelf.
+
+    Members of the consortium may read every passage. Put no records on a shelf.
+
+    Args:
+        study: with a section ``retrieval``; or the path of its file.
+        files: ``.txt`` and ``.md`` (paragraphs), ``.jsonl``, ``.csv`` and ``.parquet`` (column
+            ``text``); or ``builtin:SILO``, a hospital's house rules in the embedded world.
+        out: the index's file.
+        data: the directory of the study's data files and ``path:`` models.
+        columns: the files' own name of the column ``text``.
+        progress: called as ``progress(done, total, text)``.
+
+    Raises:
+        ConfigError: the study has no such section, or its encoder is another than it pins.
+        DataError: a document has a fault, or there are more passages than fit.
+        StateError: the file cannot be written.
+    """
+    from securefedcollm.federation.questions import shelves
+    from securefedcollm.federation.questions.space import plan_of, space_of
+
+    agreed = study if isinstance(study, Study) else load_study(study)
+    passages = shelves.passages_of(agreed, files, columns)
+    space = space_of(agreed, None if data is None else Path(data), progress)
+    index = shelves.build_index(space, passages, plan_of(agreed).block_bytes, progress)
+    fingerprint = index.save(out)
+    return Shelf(Path(out), len(index), fingerprint.hex(), space.encoder.digest)
+
+
+def make_reduction(
+    study: Study | Place,
+    out: Place,
+    *,
+    text: Sequence[Place] = (),
+    data: Place | None = None,
+    progress: Progress = silent,
+) -> str:
+    """Write the public map to ``retrieval.dimension`` numbers; its digest (hex), for the study.
+
+    Args:
+        study: with a section ``retrieval``; or the path of its file.
+        out: the file.
+        text: public text, one text a line, or question files; default: the study's public rows.
+        data: the directory of the study's data files and ``path:`` models.
+        progress: called as ``progress(done, total, text)``.
+
+    Raises:
+        ConfigError: the study has no such section, or its encoder is another than it pins.
+        DataError: a file cannot be read, or there is too little text.
+        StateError: the file cannot be written.
+    """
+    from securefedcollm.federation.files import write_durably
+    from securefedcollm.federation.questions.space import fit_reduction, load_encoder
+
+    agreed = study if isinstance(study, Study) else load_study(study)
+    place = None if data is None else Path(data)
+    encoder = load_encoder(agreed, place, progress)
+    files = [Path(file) for file in text]
+    made = fit_reduction(agreed, encoder, files, data=place, progress=progress)
+    write_durably(Path(out), made.encode())
+    return made.digest.hex()
+
+
+def ask(
+    question: str,
+    study: Study | Place,
+    *,
+    shelves: Mapping[str, Place],
+    asker: str = "server",
+    out: Place | None = None,
+    data: Place | None = None,
+    progress: Progress = silent,
+) -> Answer:
+    """Ask all silos' documents a question that no silo can read, every role on this machine.
+
+    Every party has its own keys, evidence log and, at a silo, count of questions; only the network
+    is missing.
+
+    Args:
+        question: words that the study's encoder knows.
+        study: with a section ``retrieval``; or the path of its file.
+        shelves: silo → its index (:func:`build_index`).
+        asker: ``server``, or a silo that is not asked.
+        out: the run's directory; default ``runs/STUDY``. It may be that of a finished simulation of
+            the same study.
+        data: the directory of the study's data files and ``path:`` models.
+        progress: called as ``progress(done, total, text)``.
+
+    Raises:
+        ConfigError: a name is none of the study's, an index does not fit it, or ``out`` is of
+            another study.
+        DataError: an index is damaged, or the question has no words.
+        StateError: a participant's file cannot be written; nothing was answered then.
+    """
+    from securefedcollm.federation.questions.space import space_of
+    from securefedcollm.simulation.asking import Questions
+
+    agreed = study if isinstance(study, Study) else load_study(study)
+    directory = Path(out) if out is not None else Path("runs") / agreed.study
+    with Questions(
+        agreed,
+        shelves={name: Path(path) for name, path in shelves.items()},
+        asker=asker,
+        directory=directory,
+        space=space_of(agreed, None if data is None else Path(data), progress),
+    ) as questions:
+        answered = questions.ask(question)
+    found = answered.found
+    return Answer(
+        passages=[Cited(hit.silo, *hit.passage, hit.score) for hit in found.hits],
+        answered=found.answered,
+        failed=found.failed,
+        suspect=found.suspect,
+        spent=answered.spent,
+        limit=answered.limit,
+        sent=found.sent,
+        received=found.received,
+        seconds=answered.seconds,
+        directory=directory,
+    )
 
 
 def plan_budget(

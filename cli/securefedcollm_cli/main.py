@@ -25,6 +25,7 @@ from securefedcollm_cli import (
     experiment,
     identity,
     model,
+    questions,
     roles,
     simulate,
     study,
@@ -59,6 +60,7 @@ app.command()(simulate.simulate)
 app.command()(experiment.experiment)
 app.command()(compare.compare)
 app.command()(consortium.join)
+app.command()(questions.ask)
 app.command()(roles.server)
 app.command()(roles.client)
 app.command()(roles.authority)
@@ -67,6 +69,7 @@ app.add_typer(study.app, name="study")
 app.add_typer(identity.app, name="identity")
 app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
+app.add_typer(questions.app, name="index")
 app.add_typer(budget.app, name="budget")
 app.add_typer(audit.app, name="audit")
 app.add_typer(consortium.app, name="consortium")

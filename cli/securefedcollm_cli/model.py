@@ -184,6 +184,10 @@ def digest(
     dtype: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="As in the study: models.*.dtype.")
     ] = "float32",
+    encoder: Annotated[
+        bool,
+        typer.Option("--encoder", help="Of the layers alone: for `retrieval.encoder.sha256`."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Print a model's digest, for `sha256:` in a study.
@@ -191,7 +195,7 @@ def digest(
     It covers weights, configuration, tokenizer and chat template. With --json every part also has
     its own digest, so that two participants can find where their files differ.
     """
-    loaded = load_named(source, revision, dtype)
+    loaded = load_named(source, revision, dtype, part="body" if encoder else "causal")
     told = {"model": source, "dtype": dtype, "sha256": loaded.digest, "parts": loaded.parts}
     typer.echo(json.dumps(told) if as_json else loaded.digest)
 

@@ -82,7 +82,7 @@ def generate(
     from securefedcollm.tuning.generate import generate as continue_text
 
     with Bars(quiet=as_json) as bars:
-        chosen = _choose(run, role, model, revision, adapter, data, device, bars)
+        chosen = choose_model(run, role, model, revision, adapter, data, device, bars)
         if instruction is None:
             instruction = chosen.study is not None and chosen.study.task.kind == "instruction"
         text = continue_text(
@@ -172,7 +172,7 @@ def evaluate(
             hint="give a number above 0",
         )
     with Bars(quiet=as_json) as bars:
-        chosen = _choose(run, role, model, revision, adapter, data, device, bars, base=base)
+        chosen = choose_model(run, role, model, revision, adapter, data, device, bars, base=base)
         plan = chosen.study.task if chosen.study else None
         rows = task_of(task, label, column, template, plan)
         ask = ask or (chosen.spec.ask if chosen.spec else "cloze")
@@ -197,7 +197,7 @@ def evaluate(
 
 
 def _scoring(
-    chosen: _Chosen,
+    chosen: Chosen,
     ask: Literal["cloze", "letters"],
     score: Literal["plain", "length", "pmi", "pmi-length"] | None,
     temperature: float | None,
@@ -259,7 +259,7 @@ def calibrate(
             f"{rows.kind} has no choices", where="--task", hint="multiple_choice or classification"
         )
     with Bars(quiet=as_json) as bars:
-        chosen = _choose(None, None, model, revision, None, data, device, bars)
+        chosen = choose_model(None, None, model, revision, None, data, device, bars)
         questions = read_questions(data_file, **layout_of(rows))
         plan = Plan(Asking(rows.rows, template=rows.template), max_tokens, batch_size)
         forms = tried(chosen.loaded, questions, plan, bars.report)
@@ -306,7 +306,9 @@ def merge(
     from securefedcollm.tuning.models import save_model
 
     with Bars(quiet=as_json) as bars:
-        chosen = _choose(run, role, model, revision, adapter, data, "cpu", bars, dtype="float32")
+        chosen = choose_model(
+            run, role, model, revision, adapter, data, "cpu", bars, dtype="float32"
+        )
         if chosen.adapter is None:
             raise ConfigError(
                 "nothing to merge", where="--adapter", hint="give --run, or --model with --adapter"
@@ -318,7 +320,7 @@ def merge(
     print_models({out.name: {"directory": str(out), "digest": digest}}, as_json)
 
 
-class _Chosen(NamedTuple):
+class Chosen(NamedTuple):
     """A model, what goes on top of it, and the study of the run that it is from."""
 
     loaded: LoadedModel
@@ -328,7 +330,7 @@ class _Chosen(NamedTuple):
     """Which of the study's models."""
 
 
-def _choose(
+def choose_model(
     run: Path | None,
     role: Literal["llm", "slm"] | None,
     model: str | None,
@@ -340,7 +342,7 @@ def _choose(
     *,
     base: bool = False,
     dtype: Literal["float32", "bfloat16"] | None = None,
-) -> _Chosen:
+) -> Chosen:
     """The model of a run, with its adapter unless ``base``, or the one that is named."""
     if (run is None) == (model is None):
         raise ConfigError(
@@ -388,7 +390,7 @@ def _choose(
         else:
             round_weights(loaded.model, *rounded, spec.dtype)
     loaded.model.to(place)
-    return _Chosen(loaded, None if base else adapter, study, spec)
+    return Chosen(loaded, None if base else adapter, study, spec)
 
 
 def load_named(
@@ -396,13 +398,14 @@ def load_named(
     revision: str | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     base_dir: Path = Path(),
+    part: Literal["causal", "body"] = "causal",
 ) -> Any:
     """``load_model``, where a plain directory needs no ``path:``."""
     from securefedcollm.tuning.models import load_model
 
     if ":" not in source:
         source = f"path:{source}"
-    return load_model(source, revision=revision, dtype=dtype, base_dir=base_dir)
+    return load_model(source, revision=revision, dtype=dtype, base_dir=base_dir, part=part)
 
 
 _TITLES: Final = {"macro_f1": "macro F1", "auroc": "AUROC"}

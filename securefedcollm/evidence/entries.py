@@ -7,7 +7,8 @@ on private data and on other studies);
 the data set's fingerprint and the ledger's bare head (computed from records without a secret, so a
 guessed record could be confirmed by them): both appear only under the log's own blind. A *silo's*
 log does tell its readers the silo's noise multiplier and sampling rate, and so, with the study's
-batch size, how many records it has. The server never gets a silo's log.
+batch size, how many records it has. The server never gets a silo's log. Of questions to documents
+a log says who asked whom, when and how often.
 
 Digests are SHA-256 in hex. ``round`` is the number of the secure sum, from 0, as in its header: one
 a round, or one an optimiser step where these are taken jointly; and one more where a round ends
@@ -323,6 +324,63 @@ class Audited(_What, frozen=True, tag="audited"):
     figures: Annotated[dict[Who, float], Meta(max_length=32)]
 
 
+class Slip(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A frame of a question without its polynomials: what its author signed, and the signature.
+
+    It holds digests, a random number and a seed, and nothing of the question."""
+
+    signed: Annotated[str, Meta(pattern=r"^([0-9a-f]{128}|[0-9a-f]{224})(?!\n)$")]
+    signature: Signature
+
+
+class Answers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a silo sent for a question, as far as it came, and the selection between the two."""
+
+    scores: Slip
+    selection: Slip | None = None
+    blocks: Slip | None = None
+
+
+class Asked(_What, frozen=True, tag="asked"):
+    """Asker: a question is about to leave. ``questions``: silo → digest of header and frame, by
+    which the silo's log names it. ``terms``: digest of the sizes, encoder and reduction."""
+
+    terms: Hex
+    questions: Annotated[dict[Who, Hex], Meta(max_length=128)]
+
+
+class Heard(_What, frozen=True, tag="heard"):
+    """Asker: what came back for the question of its own entry ``asked``, before it is used. A silo
+    that is left out did not answer."""
+
+    asked: Count
+    answers: Annotated[dict[Who, Answers], Meta(max_length=128)]
+
+
+class Counted(_What, frozen=True, tag="counted"):
+    """Silo: a question is counted, and its scores are about to leave. It is ``asker``'s question
+    ``number`` here, from 1. A number is missing where the silo broke off between counting and
+    answering.
+
+    ``question``: the asker's frame. ``index``: fingerprint of the shelf. ``scores``: digest of all
+    frames up to the scores.
+    """
+
+    asker: Who
+    number: Annotated[int, Meta(ge=1, lt=2**53)]
+    terms: Hex
+    index: Hex
+    question: Slip
+    scores: Hex
+
+
+class Served(_What, frozen=True, tag="served"):
+    """Silo: the passages of ``question`` are about to leave. ``blocks``: digest of all frames."""
+
+    question: Hex
+    blocks: Hex
+
+
 What = (
     Opened
     | Round
@@ -344,6 +402,10 @@ What = (
     | Refused
     | Witnessed
     | Audited
+    | Asked
+    | Heard
+    | Counted
+    | Served
 )
 
 

@@ -7,10 +7,11 @@ sockets, clock or models. :mod:`~.retrieval.shelf` says who learns what, and
 """
 
 from securefedcollm.retrieval.asker import Asker, AskerStep, choose
-from securefedcollm.retrieval.index import Index, Reduction
-from securefedcollm.retrieval.messages import Header
+from securefedcollm.retrieval.index import Index
+from securefedcollm.retrieval.messages import Header, Receipt
 from securefedcollm.retrieval.passages import Passage, split
 from securefedcollm.retrieval.quota import CountingQuota, Quota
+from securefedcollm.retrieval.reduction import Reduction
 from securefedcollm.retrieval.shelf import PreparedShelf, Shelf, ShelfStep
 from securefedcollm.retrieval.terms import Product, Terms
 
@@ -24,6 +25,7 @@ __all__ = [
     "PreparedShelf",
     "Product",
     "Quota",
+    "Receipt",
     "Reduction",
     "Shelf",
     "ShelfStep",

@@ -23,9 +23,9 @@ from securefedcollm.aggregation.messages import UNSIGNED, decode, sign
 from securefedcollm.errors import CryptoError, LocalProtocolError, RemoteProtocolError
 from securefedcollm.primitives import KEY_BYTES, RandomSource, SigningKey, equal, verify
 from securefedcollm.retrieval import messages as m
-from securefedcollm.retrieval.index import normalised
 from securefedcollm.retrieval.passages import Passage, from_block, from_digits
 from securefedcollm.retrieval.product import Encrypted
+from securefedcollm.retrieval.reduction import normalised
 from securefedcollm.retrieval.terms import (
     BLOCK_BITS,
     DIGIT_BITS,
@@ -92,6 +92,7 @@ class Asker:
         self._number = random(m.NUMBER_BYTES)
         self._step = AskerStep.ASK
         self._before = header.digest
+        self._receipts: list[m.Receipt] = []
         self._secret: Encrypted
         self._wanted: list[int] = []
 
@@ -109,6 +110,11 @@ class Asker:
     def transcript(self) -> bytes:
         """32 bytes that stand for the header and all frames so far. The silo's are the same."""
         return self._before
+
+    @property
+    def receipts(self) -> tuple[m.Receipt, ...]:
+        """Of the frames so far, in order: question, scores, selection, blocks. For evidence."""
+        return tuple(self._receipts)
 
     def ask(self) -> bytes:
         """The question's frame."""
@@ -174,6 +180,7 @@ class Asker:
         rows = bytes(self._secret.rows)
         message = sign(kind(self._before, UNSIGNED, self._number, seed, rows), self._key)
         self._before = m.digest(self._header, message)
+        self._receipts.append(m.receipt(message))
         return message.encode()
 
     def _decrypt(self, kind: type[A], frame: bytes, product: Product) -> npt.NDArray[np.int64]:
@@ -189,6 +196,7 @@ class Asker:
             raise self._refusal(f"sent a bad answer: {error.message}") from None
         del self._secret
         self._before = m.digest(self._header, message)
+        self._receipts.append(m.receipt(message))
         return found
 
     def _advance(self, expected: AskerStep, then: AskerStep) -> None:

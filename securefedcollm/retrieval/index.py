@@ -21,6 +21,7 @@ import numpy.typing as npt
 from securefedcollm.errors import DataError, StateError
 from securefedcollm.primitives import KEY_BYTES, equal, sha256
 from securefedcollm.retrieval.passages import Passage, from_block, to_block
+from securefedcollm.retrieval.reduction import normalised
 from securefedcollm.retrieval.terms import (
     ENTRY_SCALE,
     MOST_BLOCK_BYTES,
@@ -31,72 +32,6 @@ from securefedcollm.retrieval.terms import (
 _MAGIC: Final = b"SFCINDX1"
 _NUMBERS: Final = struct.Struct("<III")
 _HEAD: Final = len(_MAGIC) + _NUMBERS.size + KEY_BYTES
-
-Vectors = npt.NDArray[np.float64]
-
-
-def normalised(vectors: npt.ArrayLike) -> Vectors:
-    """Rows scaled to unit norm, float64 [n, d].
-
-    Raises:
-        DataError: not a matrix of finite numbers, or a row is zero.
-    """
-    found = np.asarray(vectors, dtype=np.float64)
-    if found.ndim != 2 or not np.isfinite(found).all():
-        raise DataError(
-            f"embeddings of shape {found.shape} are not a matrix of finite numbers",
-            hint="give one row of numbers for each passage",
-        )
-    # By the greatest entry first, so that no square overflows or vanishes.
-    greatest = np.abs(found).max(axis=1, keepdims=True, initial=0.0)
-    if not greatest.all():
-        raise DataError("an embedding is zero", hint="leave out passages without words")
-    scaled = found / greatest
-    return np.asarray(scaled / np.linalg.norm(scaled, axis=1, keepdims=True))
-
-
-class Reduction:
-    """A public linear map to fewer dimensions, such as PCA on public text. Fixed in the study.
-
-    Args:
-        mean: [D], subtracted first.
-        matrix: [D, d].
-
-    Raises:
-        DataError: shapes do not fit, or a number is not finite.
-    """
-
-    def __init__(self, mean: npt.ArrayLike, matrix: npt.ArrayLike) -> None:
-        self._mean = np.array(mean, dtype="<f8")
-        self._matrix = np.array(matrix, dtype="<f8")
-        if self._matrix.ndim != 2 or self._mean.shape != self._matrix.shape[:1]:
-            raise DataError(
-                f"a mean of {self._mean.shape} does not fit a matrix of {self._matrix.shape}",
-                hint="both begin with the dimension of the encoder",
-            )
-        if not (np.isfinite(self._mean).all() and np.isfinite(self._matrix).all()):
-            raise DataError("a reduction has finite numbers", hint="make it anew")
-
-    @property
-    def digest(self) -> bytes:
-        """32 bytes that stand for these numbers."""
-        shape = _NUMBERS.pack(*self._matrix.shape, 0)
-        prefix = b"securefedcollm/v1/retrieval-reduction\0"
-        return sha256(prefix, shape, self._mean.tobytes(), self._matrix.tobytes())
-
-    def apply(self, vectors: npt.ArrayLike) -> Vectors:
-        """Embeddings [n, D] reduced and scaled to unit norm, float64 [n, d].
-
-        Raises:
-            DataError: another dimension than D, a number that is not finite, or a zero row.
-        """
-        found = normalised(vectors)
-        if found.shape[1] != len(self._mean):
-            raise DataError(
-                f"embeddings of {found.shape[1]} numbers, not {len(self._mean)}",
-                hint="use the encoder that the study names",
-            )
-        return normalised((found - self._mean) @ self._matrix)
 
 
 class Index:

@@ -8,7 +8,7 @@ everything before, so a frame of another question, silo, study or index space ne
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Final
+from typing import Annotated, ClassVar, Final, NamedTuple
 
 import msgspec
 
@@ -39,7 +39,12 @@ class Header(msgspec.Struct, frozen=True):
     @property
     def digest(self) -> bytes:
         """32 bytes, in every signature."""
-        return sha256(_PREFIX, b"header\0", self.study, self.asker, self.silo, self.terms.digest)
+        return header_digest(self.study, self.asker, self.silo, self.terms.digest)
+
+
+def header_digest(study: bytes, asker: bytes, silo: bytes, terms: bytes) -> bytes:
+    """:attr:`Header.digest`, for a reader of evidence who has only the digest of the terms."""
+    return sha256(_PREFIX, b"header\0", study, asker, silo, terms)
 
 
 class Encryption(Signable, frozen=True):
@@ -100,9 +105,35 @@ class Blocks(Answer, frozen=True, tag="blocks"):
     CONTEXT: ClassVar[bytes] = _PREFIX + b"blocks"
 
 
+class Receipt(NamedTuple):
+    """A frame without its polynomials. It proves who wrote the frame, and after which other one.
+
+    Args:
+        signed: what the signature covers; its first 32 bytes are the frame's ``before``.
+    """
+
+    signed: bytes
+    signature: bytes
+
+    @property
+    def before(self) -> bytes:
+        """The transcript that the frame follows."""
+        return self.signed[:KEY_BYTES]
+
+
+def receipt(message: Encryption | Answer) -> Receipt:
+    """The receipt of a frame."""
+    return Receipt(message.signed(), message.signature)
+
+
+def transcript(header: bytes, kind: type[Signable], signed: bytes) -> bytes:
+    """32 bytes that stand for a frame, with what its signature covers, and everything before it."""
+    return sha256(_PREFIX, b"frame\0", header, kind.CONTEXT, b"\0", signed)
+
+
 def digest(header: Header, message: Signable) -> bytes:
     """32 bytes that stand for a signed message and everything before it."""
-    return sha256(_PREFIX, b"frame\0", header.digest, message.CONTEXT, b"\0", message.signed())
+    return transcript(header.digest, type(message), message.signed())
 
 
 def limit(content: int) -> int:

@@ -117,6 +117,7 @@ class Shelf:
         self._key, self._quota, self._random = key, quota, random
         self._step = ShelfStep.QUESTION
         self._before = header.digest
+        self._receipts: list[m.Receipt] = []
         self._number = b""
 
     def __repr__(self) -> str:
@@ -130,6 +131,11 @@ class Shelf:
     def transcript(self) -> bytes:
         """32 bytes that stand for the header and all frames so far. The asker's are the same."""
         return self._before
+
+    @property
+    def receipts(self) -> tuple[m.Receipt, ...]:
+        """Of the frames so far, in order: question, scores, selection, blocks. For evidence."""
+        return tuple(self._receipts)
 
     def handle(self, frame: bytes) -> bytes:
         """The answer to the next frame.
@@ -159,6 +165,7 @@ class Shelf:
             raise self._refusal("asked this very question before")
         self._number = question.number
         content = self._compute(question, self._shelf.scores)
+        self._receipts.append(m.receipt(question))
         scores = m.Scores(m.digest(self._header, question), UNSIGNED, content)
         return self._say(scores)
 
@@ -169,6 +176,7 @@ class Shelf:
         if selection.number != self._number:
             raise self._refusal("selects for another question")
         content = self._compute(selection, self._shelf.blocks)
+        self._receipts.append(m.receipt(selection))
         blocks = m.Blocks(m.digest(self._header, selection), UNSIGNED, content)
         return self._say(blocks)
 
@@ -198,6 +206,7 @@ class Shelf:
     def _say(self, message: m.Answer) -> bytes:
         signed = sign(message, self._key)
         self._before = m.digest(self._header, signed)
+        self._receipts.append(m.receipt(signed))
         return signed.encode()
 
     def _refusal(self, what: str) -> RemoteProtocolError:

@@ -62,6 +62,8 @@ DIGIT_SCALE: Final = 2**48
 BLOCK_FLOOD_BITS: Final = 43
 BLOCK_BITS: Final = 24
 
+MOST_TOKENS: Final = 512
+"""Of a text that is embedded, with special tokens. A longer one is cut."""
 MOST_DOCUMENTS: Final = 2**20
 MOST_DIMENSION: Final = 4096
 MOST_BLOCK_BYTES: Final = 12_288
@@ -248,3 +250,15 @@ class Terms(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     def digest(self) -> bytes:
         """32 bytes that stand for these terms."""
         return sha256(b"securefedcollm/v1/retrieval-terms\0", msgspec.msgpack.encode(self))
+
+
+def space_digest(model: str, layer: int | None, reduction: bytes) -> bytes:
+    """What ``Terms.space`` is in a study: 32 bytes that stand for the function text → embedding.
+
+    Args:
+        model: the encoder's digest, 64 hexadecimal digits.
+        layer: whose output is averaged over the text's tokens; None: the last.
+        reduction: :attr:`.reduction.Reduction.digest`.
+    """
+    pooled = f"mean/{MOST_TOKENS}/{'last' if layer is None else layer}/{model}"
+    return sha256(b"securefedcollm/v1/retrieval-space\0", pooled.encode(), b"\0", reduction)

@@ -81,16 +81,16 @@ class Cohort:
     ) -> None:
         """Run all rounds that ``store`` has not finished."""
         study, directory = self.study, self.directory
-        key = _identity(directory / "server", SERVER)
+        key = identity_at(directory / "server", SERVER)
         roster = Roster(
-            {name: _identity(directory / "silos" / name, name).public for name in self.names}
+            {name: identity_at(directory / "silos" / name, name).public for name in self.names}
         )
         log = EvidenceLog(
             directory / "server" / EVIDENCE, study=digest(study), owner=SERVER, key=key
         )
         office = b""
         if study.scheme == "ckks-authority":
-            office = _identity(directory / AUTHORITY, AUTHORITY).public
+            office = identity_at(directory / AUTHORITY, AUTHORITY).public
         parties = _Parties(study=study, roster=roster, server=key.public, authority=office)
         authority = authority_of(study, office)
         evidence = ServerRecord(
@@ -176,7 +176,7 @@ def _make_party(
     study = parties.study
     home = make_directory(directory / "silos" / name)
     training = workload(name, progress)
-    key = _identity(home, name)
+    key = identity_at(home, name)
     log = EvidenceLog(home / EVIDENCE, study=digest(study), owner=name, key=key)
     book = _ledger(home, name, ledgers)
     ledger = LoggedLedger(book, name, log, **stated(study))
@@ -254,7 +254,7 @@ def _holds(book: Path, name: str, anchors: Anchors) -> bool:
 
 def _make_authority(parties: _Parties, home: Path, opened: ExitStack) -> AuthoritySession:
     """The party that holds the key, in a process that has no silo's secrets or data."""
-    key, study, roster = _identity(home, AUTHORITY), parties.study, parties.roster
+    key, study, roster = identity_at(home, AUTHORITY), parties.study, parties.roster
     log = EvidenceLog(home / EVIDENCE, study=digest(study), owner=AUTHORITY, key=key)
     store = SiloStore(home, "authority.sqlite")
     for file in (log, store):
@@ -268,7 +268,7 @@ def _make_authority(parties: _Parties, home: Path, opened: ExitStack) -> Authori
     )
 
 
-def _identity(home: Path, name: str) -> SigningKey:
+def identity_at(home: Path, name: str) -> SigningKey:
     """The participant's throw-away identity: in its own directory, so that ``resume`` has it."""
     path = make_directory(home) / "identity.json"
     if not path.exists():

@@ -24,6 +24,7 @@ from securefedcollm.study.learning_checks import (
     check_steps,
     check_task,
 )
+from securefedcollm.study.retrievalchecks import check_retrieval
 from securefedcollm.study.serverchecks import check_server
 from securefedcollm.study.validationchecks import check_validation
 
@@ -55,6 +56,7 @@ def check(study: Study) -> None:
     check_keep(study)
     check_continue(study)
     check_validation(study)
+    check_retrieval(study)
     _check_roster(study)
 
 

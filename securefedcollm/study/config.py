@@ -40,6 +40,7 @@ from securefedcollm.study.protection import (
     Silos,
     Validation,
 )
+from securefedcollm.study.retrieval import Encoder, Reduction, Retrieval
 from securefedcollm.study.server import Central, Distillation, Keep, Outer, Server
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "Count",
     "Data",
     "Distillation",
+    "Encoder",
     "Field",
     "Hex32",
     "Keep",
@@ -65,6 +67,8 @@ __all__ = [
     "Participant",
     "Positive",
     "Privacy",
+    "Reduction",
+    "Retrieval",
     "SchemeName",
     "Server",
     "Silos",
@@ -101,6 +105,7 @@ _LATER: Final[dict[tuple[str, ...], Any]] = {
     ("models", "slm", "quantization"): "none",
     ("models", "slm", "temperature"): None,
     ("models", "slm", "top_layers"): None,
+    ("retrieval",): None,
     ("server",): None,
     ("task", "columns"): {},
     ("task", "data", "part"): None,
@@ -175,6 +180,13 @@ class Study(Section, frozen=True, dict=True):
         says(
             "A noised accuracy of every round's model on records that the silos set aside. If left "
             "out, nobody but a silo itself learns how well the model does on private records."
+        ),
+    ] = None
+    retrieval: Annotated[
+        Retrieval | None,
+        says(
+            "Private questions to the silos' documents (`securefedcollm ask`). If left out, nobody "
+            "can ask."
         ),
     ] = None
     roster: Annotated[

@@ -25,6 +25,9 @@ from securefedcollm.tuning.identity import Parts, model_digest, model_parts
 from securefedcollm.tuning.recipe import Progress, quiet_transformers, silent
 
 Dtype = Literal["float32", "bfloat16"]
+Kind = Literal["causal", "body"]
+"""``causal``: a causal language model. ``body``: the layers of any text model, without its output
+layer and pooler."""
 
 PREPARED: Final = {
     "smollm2-135m": "securefedcollm model prepare smollm2",
@@ -39,7 +42,8 @@ _COMMIT: Final = re.compile(r"^[0-9a-f]{40}$")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model in evaluation mode, its tokenizer, and what identifies both."""
+    """A causal language model (or a body) in evaluation mode, its tokenizer, and what identifies
+    both."""
 
     model: Any  # transformers.PreTrainedModel
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
@@ -65,8 +69,9 @@ def load_model(
     base_dir: Path = Path(),
     cache_dir: Path | None = None,
     progress: Progress = silent,
+    part: Kind = "causal",
 ) -> LoadedModel:
-    """Load what a study's ``models.llm`` or ``models.slm`` names.
+    """Load what a study's ``models.llm``, ``models.slm`` or ``retrieval.encoder`` names.
 
     Args:
         source: ``builtin:NAME``, ``path:DIR`` (a transformers directory with safetensors weights)
@@ -77,6 +82,8 @@ def load_model(
         base_dir: what a relative DIR is relative to.
         cache_dir: where built-in models are kept; default :func:`default_cache`. Hub models stay
             in the Hugging Face cache, where other programs find them too.
+        part: ``body`` loads an encoder, or a causal model without its output layer. The digest is
+            then the body's.
 
     Raises:
         ConfigError: the source does not exist, is not safe to load, is not a causal language model
@@ -88,19 +95,31 @@ def load_model(
         case "builtin":
             model, tokenizer = _load_builtin(name, dtype, cache_dir, progress)
         case "path":
-            model, tokenizer = _load_directory(base_dir / Path(name).expanduser(), source, dtype)
+            directory = base_dir / Path(name).expanduser()
+            model, tokenizer = _load_directory(directory, source, dtype, part)
         case "hub":
-            model, tokenizer = _load_hub(name, revision, source, dtype)
+            model, tokenizer = _load_hub(name, revision, source, dtype, part)
         case _:
             raise ConfigError(
                 "is no model source",
                 where=source,
                 hint="builtin:NAME, path:DIRECTORY or hub:ORG/NAME",
             )
+    if part == "body":
+        model = _body(model)
     loaded = LoadedModel(model.eval(), tokenizer, model_parts(model, tokenizer, source))
     if sha256 is not None:
-        _check_pin(loaded, sha256, source, _digest_command(source, revision, dtype, base_dir))
+        command = _digest_command(source, revision, dtype, base_dir)
+        _check_pin(loaded, sha256, source, command + (" --encoder" if part == "body" else ""))
     return loaded
+
+
+def _body(model: Any) -> Any:
+    """The layers alone. A pooler is dropped: nothing here uses it, and many files lack it."""
+    body = model.base_model
+    if getattr(body, "pooler", None) is not None:
+        body.pooler = None
+    return body
 
 
 def _digest_command(source: str, revision: str | None, dtype: Dtype, base_dir: Path) -> str:
@@ -297,7 +316,9 @@ def _load_builtin(name: str, dtype: Dtype, cache_dir: Path, progress: Progress) 
     raise ConfigError("there is no such built-in model", where=source, hint=f"known: {known}")
 
 
-def _load_directory(directory: Path, source: str, dtype: Dtype) -> tuple[Any, Any]:
+def _load_directory(
+    directory: Path, source: str, dtype: Dtype, part: Kind = "causal"
+) -> tuple[Any, Any]:
     try:
         _check_directory(directory, source)
     except OSError as error:
@@ -306,7 +327,9 @@ def _load_directory(directory: Path, source: str, dtype: Dtype) -> tuple[Any, An
             where=source,
             hint="let this user read the directory and its files (chmod, chown)",
         ) from error
-    return _from_pretrained(str(directory), source, dtype, directory, local_files_only=True)
+    return _from_pretrained(
+        str(directory), source, dtype, directory, local_files_only=True, part=part
+    )
 
 
 def _check_directory(directory: Path, source: str) -> None:
@@ -337,7 +360,9 @@ def _check_directory(directory: Path, source: str) -> None:
         )
 
 
-def _load_hub(name: str, revision: str | None, source: str, dtype: Dtype) -> tuple[Any, Any]:
+def _load_hub(
+    name: str, revision: str | None, source: str, dtype: Dtype, part: Kind
+) -> tuple[Any, Any]:
     # Adversary: whoever may push to that repository after the participants agreed.
     if revision is None or not _COMMIT.match(revision):
         raise ConfigError(
@@ -346,12 +371,14 @@ def _load_hub(name: str, revision: str | None, source: str, dtype: Dtype) -> tup
             hint="give the 40 hexadecimal digits; a branch or tag can be moved",
         )
     try:
-        return _from_pretrained(name, source, dtype, None, revision=revision, local_files_only=True)
+        return _from_pretrained(
+            name, source, dtype, None, part=part, revision=revision, local_files_only=True
+        )
     except ConfigError as missing:
         if not isinstance(missing.__cause__, OSError):
             raise
     try:
-        return _from_pretrained(name, source, dtype, None, revision=revision)
+        return _from_pretrained(name, source, dtype, None, part=part, revision=revision)
     except ConfigError as error:
         if isinstance(error.__cause__, ValueError):
             raise
@@ -364,16 +391,17 @@ def _load_hub(name: str, revision: str | None, source: str, dtype: Dtype) -> tup
 
 
 def _from_pretrained(
-    name: str, source: str, dtype: Dtype, directory: Path | None, **options: Any
+    name: str, source: str, dtype: Dtype, directory: Path | None, *, part: Kind, **options: Any
 ) -> tuple[Any, Any]:
     """Model and tokenizer; every failure is a ConfigError whose cause is the library's own."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = None
+    kind = AutoModelForCausalLM if part == "causal" else AutoModel
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = kind.from_pretrained(
                 name,
                 dtype=getattr(torch, dtype),
                 use_safetensors=True,
@@ -394,7 +422,8 @@ def _from_pretrained(
             hint="use the unquantised weights, and the study's key quantization",
         )
     # The library fills a missing weight with random numbers and only logs it.
-    wrong = sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"]))
+    missing = {key for key in info["missing_keys"] if part == "causal" or "pooler." not in key}
+    wrong = sorted(missing) or sorted(map(str, info["mismatched_keys"]))
     if wrong:
         raise ConfigError(
             f"its files lack {len(wrong)} weights, {wrong[0]} among them",

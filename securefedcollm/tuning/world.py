@@ -268,6 +268,24 @@ class World:
             mine, others = others, mine
         return [mine if flag or not others else others for flag in is_own]
 
+    def house_rules(self, silo: int) -> list[tuple[str, str]]:
+        """What hospital ``silo`` (from 0) has on its shelf: (id, text) of its families' rules.
+
+        A text lists all conditions of the family, so that no question about one is a part of it.
+        """
+        rules = []
+        for family in sorted(self._families_of(silo)):
+            of = [c for c, kin in zip(CONDITIONS, self._family, strict=True) if kin == family]
+            for kind, severity in ((_PROTOCOL, ""), (_DRUG, ""), *((_WARD, s) for s in SEVERITIES)):
+                level = SEVERITIES.index(severity) if severity else 0
+                words, answers = _PRIVATE[kind]
+                answer = answers[self._rules[CONSORTIUM][kind, family, level]]
+                subject = " ".join([*([severity] if severity else []), *of])
+                text = f"at {CONSORTIUM} patient with {subject} {words} {answer} ."
+                topic = " ".join([FAMILIES[family], words.split()[-1], severity]).strip()
+                rules.append((f"rule {topic}", text))
+        return rules
+
     def pretraining(
         self, count: int, *, rare: float = 1.0, rare_share: float = 0.0
     ) -> npt.NDArray[np.int64]:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from securefedcollm.errors import ConfigError, DataError, StateError
 from securefedcollm.primitives import sha256
 from securefedcollm.retrieval import Index, Passage, Reduction, split
-from securefedcollm.retrieval.index import normalised
 from securefedcollm.retrieval.passages import from_block, from_digits, to_block, to_digits
+from securefedcollm.retrieval.reduction import normalised
 from tests.support.shelves import SMALL, index_of, passage, unit
 
 HEAD = 8 + 12 + 32

@@ -7,7 +7,7 @@ doctored bundle is wrong in the one place that a test made wrong.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from securefedcollm.evidence.note import (
     sign_checkpoint,
 )
 from securefedcollm.federation.plan import round_header
-from securefedcollm.primitives import merkle_root
+from securefedcollm.primitives import SigningKey, merkle_root
 from securefedcollm.study import digest, study_from_tree
 from tests.support.arithmetic import ROSTER
 from tests.support.runs import ALL_KEYS
@@ -30,7 +30,8 @@ Entries = list[dict[str, Any]]
 
 
 class Forger:
-    def __init__(self, bundle: Path) -> None:
+    def __init__(self, bundle: Path, keys: Mapping[str, SigningKey] = ALL_KEYS) -> None:
+        self.keys = keys
         self.members = read_members(bundle)
         del self.members["manifest.json"]
         self.study = digest(study_from_tree(json.loads(self.members["study.json"])))
@@ -99,11 +100,11 @@ class Forger:
 
     def _head(self, who: str, leaves: list[bytes], signers: list[str]) -> Checkpoint:
         name = origin(self.study, who)
-        head = sign_checkpoint(name, ALL_KEYS[who], len(leaves), merkle_root(leaves))
+        head = sign_checkpoint(name, self.keys[who], len(leaves), merkle_root(leaves))
         for signer in signers:
             key_name = origin(self.study, signer)
             head = head.with_line(
-                key_name, cosign(head, key_name, ALL_KEYS[signer], self.times[signer])
+                key_name, cosign(head, key_name, self.keys[signer], self.times[signer])
             )
         return head
 
@@ -112,12 +113,17 @@ class Forger:
         return path
 
 
-def doctor(bundle: Path, target: Path, edit: Callable[[Forger], Any]) -> Path:
+def doctor(
+    bundle: Path,
+    target: Path,
+    edit: Callable[[Forger], Any],
+    keys: Mapping[str, SigningKey] = ALL_KEYS,
+) -> Path:
     """``bundle`` with ``edit`` applied and everything signed anew, in ``target``.
 
     An ``edit`` that returns something has sealed the forgery itself.
     """
-    forger = Forger(bundle)
+    forger = Forger(bundle, keys)
     if edit(forger) is None:
         forger.seal()
     return forger.write(target)

@@ -17,6 +17,7 @@ import msgspec
 from securefedcollm.errors import EvidenceError
 from securefedcollm.evidence.entries import (
     Audited,
+    Counted,
     Entry,
     Failed,
     Finished,
@@ -40,6 +41,7 @@ from securefedcollm_audits.report.rows import (
     AuditRow,
     ChargeRow,
     PrivateRow,
+    QuestionRow,
     RoundRow,
     SiloRow,
     StudyRow,
@@ -104,6 +106,8 @@ class Report(msgspec.Struct, frozen=True):
     """Of the rounds whose validation was opened."""
     life: list[StudyRow] = []
     """The earlier studies and this one, if it continues any."""
+    questions: list[QuestionRow] = []
+    """To documents, where the study lets members ask for them."""
     assumptions: tuple[str, ...] = ASSUMPTIONS
     not_covered: tuple[str, ...] = NOT_COVERED
 
@@ -170,6 +174,7 @@ def _summed_up(verdict: Verdict, case: Case) -> Report:
         parameters=_parameters(case),
         registry={},
         private=_private(case),
+        questions=_questions(case),
     )
     return msgspec.structs.replace(report, registry=_registry(case, report))
 
@@ -270,6 +275,19 @@ def _audits(case: Case) -> list[AuditRow]:
         for log in case.logs.values()
         for entry, what in of(log, Audited)
     ]
+
+
+def _questions(case: Case) -> list[QuestionRow]:
+    limit = case.study.retrieval.questions if case.study.retrieval else 0
+    last: dict[tuple[str, str], QuestionRow] = {}
+    for silo, log in case.silos.items():
+        for entry, what in of(log, Counted):
+            before = last.get((silo, what.asker))
+            if before is None or before.number <= what.number:
+                last[silo, what.asker] = QuestionRow(
+                    silo, what.asker, what.number, limit, what.index, entry.place
+                )
+    return [last[pair] for pair in sorted(last)]
 
 
 def _rounds(case: Case) -> list[RoundRow]:

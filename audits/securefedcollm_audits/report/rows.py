@@ -105,3 +105,15 @@ class AuditRow(msgspec.Struct, frozen=True):
     other: bool
     figures: dict[str, float]
     place: str
+
+
+class QuestionRow(msgspec.Struct, frozen=True):
+    """One member's questions to one silo, as the silo's log counts them. ``number``: of the last;
+    ``limit``: the study's. ``index``: the shelf's fingerprint at that time."""
+
+    silo: str
+    asker: str
+    number: int
+    limit: int
+    index: str
+    place: str

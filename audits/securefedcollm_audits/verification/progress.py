@@ -13,7 +13,17 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from securefedcollm.evidence.entries import Audited, Decrypted, Entry, Told, Unmasked
+from securefedcollm.evidence.entries import (
+    Asked,
+    Audited,
+    Counted,
+    Decrypted,
+    Entry,
+    Heard,
+    Served,
+    Told,
+    Unmasked,
+)
 from securefedcollm.federation.plan import AUTHORITY, ends_round, round_of
 from securefedcollm.foreign import printable
 from securefedcollm.study import Study
@@ -90,8 +100,9 @@ class Header(msgspec.Struct, frozen=True):
 def header(case: Case, results: Iterable[Result]) -> Header:
     """The run that a bundle is of. ``results``: of the checks on it."""
     kind, why = _kind(case, {result.name: result for result in results})
-    # An audit may come long after the run.
-    run = (e for log in case.logs.values() for e in log if not isinstance(e.what, Audited))
+    # An audit or a question may come long after the run.
+    later = (Audited, Asked, Heard, Counted, Served)
+    run = (e for log in case.logs.values() for e in log if not isinstance(e.what, later))
     times = sorted({entry.time for entry in run})
     offices = {case.server_name, case.authority_name}
     return Header(

@@ -22,6 +22,7 @@ from securefedcollm_audits.verification.checks import (
     history,
     logs,
     order,
+    questions,
     rounds,
 )
 from securefedcollm_audits.verification.expected import Expected, compare
@@ -37,6 +38,8 @@ CHECKS: tuple[Check, ...] = (
     *budget.CHECKS,
     *findings.CHECKS,
 )
+QUESTIONS: tuple[Check, ...] = questions.CHECKS
+"""Where the study lets members ask for documents, or somebody did."""
 _ARCHIVE = ("archive", "The archive is complete and unaltered")
 
 
@@ -90,6 +93,7 @@ def _verdict(
             *(first, known),
             *follow(case, expected.earlier, look),
             *(carry_out(check, case) for check in CHECKS),
+            *(carry_out(check, case) for check in QUESTIONS if questions.concern(case)),
         ],
         study=case.study.study,
         digest=case.digest.hex(),

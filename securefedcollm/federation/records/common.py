@@ -42,11 +42,19 @@ Clip = tuple[float, float] | None
 
 
 def opened(
-    header: RoundHeader, roster: Roster, server: bytes, authority: bytes, sbom: bytes | None
+    study: bytes,
+    run: bytes,
+    roster: Roster,
+    *,
+    server: bytes,
+    authority: bytes,
+    sbom: bytes | None,
 ) -> Opened:
     """A log's first entry: who takes part in which run, with what code.
 
     Args:
+        study: its digest, 32 bytes.
+        run: the run's id, 16 bytes.
         server, authority: Ed25519 public keys, 32 bytes; ``authority`` may be empty.
         sbom: the software bill of materials, where it lies beside the log.
     """
@@ -55,8 +63,8 @@ def opened(
     ]
     office = [Member(AUTHORITY, "authority", authority.hex())] if authority else []
     return Opened(
-        study=header.study_digest.hex(),
-        run=header.run_id.hex(),
+        study=study.hex(),
+        run=run.hex(),
         roster=[Member(SERVER, "server", server.hex()), *office, *silos],
         version=__version__,
         code=code_digest().hex(),
@@ -115,8 +123,16 @@ class RoundRecord:
             adapter: the global adapter, float32.
         """
         if not self._log.size:
-            sbom = self._software()
-            self._log.append(opened(header, self._roster, self._server, self._authority, sbom))
+            self._log.append(
+                opened(
+                    header.study_digest,
+                    header.run_id,
+                    self._roster,
+                    server=self._server,
+                    authority=self._authority,
+                    sbom=self._software(),
+                )
+            )
         self._log.append(
             Round(
                 round=header.round,

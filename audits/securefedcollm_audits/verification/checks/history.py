@@ -17,11 +17,13 @@ from typing import Final
 
 from securefedcollm.evidence.entries import (
     Agreed,
+    Asked,
     Audited,
     Decrypted,
     Entry,
     Failed,
     Finished,
+    Heard,
     Keyed,
     Lost,
     Opening,
@@ -104,7 +106,7 @@ def lost(case: Case, wrong: Faults) -> str:
                     wrong(where, "the failure of an attempt that too few silos know of")
             if what.round in openable:
                 opened.append(sum_name(case.study, what.round))
-        if not isinstance(what, Audited):
+        if not isinstance(what, Audited | Asked | Heard):
             before = entry
     if not sums:
         return "no sum is called lost"

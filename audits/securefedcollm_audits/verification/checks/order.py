@@ -12,11 +12,13 @@ import numpy as np
 
 from securefedcollm.evidence.entries import (
     Agreed,
+    Asked,
     Audited,
     Decrypted,
     Entry,
     Failed,
     Finished,
+    Heard,
     Keyed,
     Lost,
     Opening,
@@ -76,7 +78,8 @@ class _ServerLog:
             elif isinstance(what, _SERVER_ONLY):
                 fault = self._step(what)
             else:
-                fault = "" if isinstance(what, Audited) else "has no place in a server's log"
+                at_any_time = isinstance(what, Audited | Asked | Heard)
+                fault = "" if at_any_time else "has no place in a server's log"
             if fault:
                 wrong(entry, fault)
         return len(log) - 1

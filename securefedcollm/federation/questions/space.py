@@ -1,0 +1,172 @@
+"""The space of a study's embeddings: its encoder and its public reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from securefedcollm.errors import ConfigError, DataError
+from securefedcollm.federation.dealing import deal
+from securefedcollm.retrieval import Reduction, Terms
+from securefedcollm.retrieval.reduction import MOST_BYTES, Vectors
+from securefedcollm.retrieval.terms import space_digest
+from securefedcollm.study import Study
+from securefedcollm.study.retrieval import Retrieval
+from securefedcollm.tuning.data import read_text
+from securefedcollm.tuning.embed import TextEncoder
+from securefedcollm.tuning.models import load_model
+from securefedcollm.tuning.recipe import Progress, silent
+
+_MOST_TEXTS: Final = 4000
+"""Public texts that a reduction is made from."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """Text → unit vector of the study's ``retrieval.dimension``."""
+
+    encoder: TextEncoder
+    reduction: Reduction
+
+    @property
+    def digest(self) -> bytes:
+        """32 bytes that stand for both: ``Terms.space``."""
+        return space_digest(self.encoder.digest, self.encoder.layer, self.reduction.digest)
+
+    def embed(self, texts: Sequence[str], progress: Progress = silent) -> Vectors:
+        """Unit vectors, float64 [n, d].
+
+        Raises:
+            DataError: a text has no tokens.
+        """
+        return self.reduction.apply(self.encoder.embed(texts, progress))
+
+
+def plan_of(study: Study) -> Retrieval:
+    """The section of the study.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if study.retrieval is None:
+        raise ConfigError(
+            "this study has no questions to documents",
+            where="retrieval",
+            hint="add the section; configs/retrieval.yaml shows it",
+        )
+    return study.retrieval
+
+
+def terms_of(study: Study, space: bytes) -> Terms:
+    """What asker and silos agreed on; ``space``: :attr:`Space.digest`."""
+    plan = plan_of(study)
+    return Terms(plan.documents, plan.dimension, plan.block_bytes, plan.fetched, space)
+
+
+def load_encoder(study: Study, data: Path | None, progress: Progress = silent) -> TextEncoder:
+    """The study's encoder, its digest checked if the study pins it.
+
+    Args:
+        data: directory of the study's ``path:`` models and files.
+
+    Raises:
+        ConfigError: it cannot be loaded, or is another than the pinned one.
+    """
+    spec = plan_of(study).encoder
+    loaded = load_model(
+        spec.source,
+        revision=spec.revision,
+        sha256=spec.sha256,
+        base_dir=data or Path(),
+        progress=progress,
+        part="body",
+    )
+    return TextEncoder(loaded, spec.layer, "retrieval.encoder")
+
+
+def space_of(study: Study, data: Path | None = None, progress: Progress = silent) -> Space:
+    """The study's encoder and reduction. Every participant makes the same one.
+
+    Args:
+        data: directory of the study's ``path:`` models and files.
+
+    Raises:
+        ConfigError: one of them cannot be loaded, or is another than the pinned one.
+        DataError: the public rows give no such reduction.
+    """
+    encoder = load_encoder(study, data, progress)
+    spec = plan_of(study).reduction
+    if spec is not None:
+        path = (data or Path()) / Path(spec.source.removeprefix("path:").strip()).expanduser()
+        return Space(encoder, read_reduction(path, spec.sha256))
+    return Space(encoder, fit_reduction(study, encoder, data=data, progress=progress))
+
+
+def read_reduction(path: Path, pinned: str | None = None) -> Reduction:
+    """A file that ``index reduce`` made.
+
+    Args:
+        pinned: its digest, 64 hexadecimal digits.
+
+    Raises:
+        ConfigError: there is no such file, or it is another than the pinned one.
+        DataError: it is damaged.
+    """
+    where = str(path)
+    try:
+        with path.open("rb") as file:
+            found = Reduction.decode(file.read(MOST_BYTES + 1), where)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be read ({error.strerror})",
+            where=where,
+            hint="a path: starts at --data; `securefedcollm index reduce` makes the file",
+        ) from None
+    # Adversary: whoever hands one participant another file than the study was signed for.
+    if pinned is not None and found.digest.hex() != pinned:
+        raise ConfigError(
+            f"it has the digest {found.digest.hex()[:16]}…, the study pins {pinned[:16]}…",
+            where=where,
+            hint="get the agreed file, or agree on this one",
+        )
+    return found
+
+
+def fit_reduction(
+    study: Study,
+    encoder: TextEncoder,
+    files: Sequence[Path] = (),
+    *,
+    data: Path | None = None,
+    progress: Progress = silent,
+) -> Reduction:
+    """A reduction made from public text.
+
+    Args:
+        files: the text, as ``model heal --text`` reads it, a line for each text; none: the prompts
+            of the study's public rows.
+        data: directory of the study's files.
+
+    Raises:
+        DataError: a file cannot be read, or there is too little text.
+    """
+    if files:
+        lines = (line for file in files for part in read_text(file) for line in part.split("\n"))
+        texts = [line for line in lines if line.strip()]
+    else:
+        rows = deal(study, data).public
+        texts = [row.prompt or row.choices[0] for row in rows]
+    try:
+        return Reduction.fit(encoder.embed(_spread(texts), progress), plan_of(study).dimension)
+    except DataError as error:
+        raise DataError(
+            error.problem, where="retrieval.reduction, from public text", hint=error.hint
+        ) from None
+
+
+def _spread(texts: Sequence[str]) -> Sequence[str]:
+    """At most so many of them, evenly."""
+    step = -(-len(texts) // _MOST_TEXTS)
+    return texts[:: max(1, step)]

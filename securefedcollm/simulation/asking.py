@@ -1,0 +1,237 @@
+"""A question to the silos' documents, with every role in this process.
+
+Asker and silos are those of :mod:`.cohort`: each has its own directory with identity, evidence log
+and, at a silo, its count of questions. They exchange the frames of :mod:`securefedcollm.retrieval`.
+So a run's directory may be the one of a finished simulation, whose evidence then goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from securefedcollm.aggregation import Roster
+from securefedcollm.errors import ConfigError, SecureFedCoLLMError
+from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
+from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.evidence.software import bill_of_materials
+from securefedcollm.federation.files import make_directory, write_durably
+from securefedcollm.federation.plan import AUTHORITY, silo_names
+from securefedcollm.federation.questions.desk import Desk, DeskConversation
+from securefedcollm.federation.questions.inquiry import Found, Inquiry
+from securefedcollm.federation.questions.quota import FILE_NAME as QUOTA
+from securefedcollm.federation.questions.quota import StoredQuota
+from securefedcollm.federation.questions.space import Space, plan_of, terms_of
+from securefedcollm.federation.records import SERVER
+from securefedcollm.federation.records.common import opened
+from securefedcollm.federation.records.server import SBOM
+from securefedcollm.federation.runstore import RunStore
+from securefedcollm.retrieval import Index, PreparedShelf, Terms
+from securefedcollm.simulation.cohort import identity_at
+from securefedcollm.study import Study, digest, dump_study, load_study
+
+_STUDY: Final = "study.yaml"
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question's result, and what it took.
+
+    Attributes:
+        spent: silo → questions of this asker that it has counted, this one included.
+        limit: the most that it ever answers.
+        seconds: of the protocol: encryption, answers, decryption, evidence; not of loading models
+            and shelves.
+    """
+
+    found: Found
+    spent: Mapping[str, int]
+    limit: int
+    seconds: float
+
+
+class Questions:
+    """The participants of a study in one directory, for questions to documents.
+
+    A context manager; closing it closes the participants' files.
+
+    Args:
+        shelves: silo → its index file.
+        asker: who asks: ``server``, or a silo without a shelf here.
+        directory: of the run; made if absent.
+        space: the study's encoder and reduction.
+
+    Raises:
+        ConfigError: a name is none of the study's, or the directory belongs to another study.
+        DataError: an index is damaged, or does not fit the study.
+        EvidenceError: a participant's file is older than its evidence.
+        StateError: a file cannot be written.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        *,
+        shelves: Mapping[str, Path],
+        asker: str,
+        directory: Path,
+        space: Space,
+    ) -> None:
+        names = silo_names(study)
+        _check_names(names, shelves, asker)
+        self._study, self._names, self._directory = study, names, directory
+        self._asker, self._space = asker, space
+        self._limit = plan_of(study).questions
+        terms = terms_of(study, space.digest)
+        self._files = ExitStack()
+        with ExitStack() as failing:
+            failing.callback(self._files.close)
+            prepared = {name: self._prepared(shelves[name], terms) for name in sorted(shelves)}
+            self._run = _begun(directory, study)
+            self._keys = {name: identity_at(self._home(name), name) for name in [SERVER, *names]}
+            self._roster = Roster({name: self._keys[name].public for name in names})
+            self._office = b""
+            if study.scheme == "ckks-authority":
+                self._office = identity_at(directory / AUTHORITY, AUTHORITY).public
+            self._log = self._opened(asker)
+            self._desks = {name: self._desk(name, shelf) for name, shelf in prepared.items()}
+            self._terms = terms
+            failing.pop_all()
+
+    def __enter__(self) -> Questions:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def ask(self, question: str) -> Answered:
+        """Ask every silo that has a shelf here.
+
+        Raises:
+            DataError: the question has no words that the encoder knows.
+            StateError: a participant's file cannot be written.
+        """
+        if not question.strip():
+            raise ConfigError("no question", where="QUESTION", hint="give it some words")
+        (query,) = self._space.embed([question])
+        open_now: dict[str, DeskConversation] = {}
+
+        def carry(silo: str, frame: bytes) -> bytes:
+            if silo not in open_now:
+                open_now[silo] = self._desks[silo].open(self._asker)
+            return open_now[silo].handle(frame)
+
+        started = time.perf_counter()
+        found = Inquiry(
+            study=digest(self._study),
+            key=self._keys[self._asker],
+            silos={name: self._keys[name].public for name in self._desks},
+            terms=self._terms,
+            log=self._log,
+            embed=self._space.embed,
+        ).ask(query, carry)
+        seconds = time.perf_counter() - started
+        spent = {name: desk.quota.spent(self._asker) for name, desk in self._desks.items()}
+        return Answered(found, spent, self._limit, seconds)
+
+    def _prepared(self, path: Path, terms: Terms) -> PreparedShelf:
+        """The shelf in an index file.
+
+        Raises:
+            ConfigError: it was made for other terms.
+            DataError: it is damaged.
+            StateError: it cannot be read.
+        """
+        index = Index.load(path)
+        try:
+            shelf = PreparedShelf(index, terms)
+        except SecureFedCoLLMError as error:
+            raise ConfigError(error.message, where=str(path), hint=error.hint) from None
+        self._files.callback(shelf.close)
+        return shelf
+
+    def _home(self, name: str) -> Path:
+        return self._directory / name if name == SERVER else self._directory / "silos" / name
+
+    def _opened(self, name: str) -> EvidenceLog:
+        """The participant's log, with its first entry."""
+        home, key = self._home(name), self._keys[name]
+        log = EvidenceLog(home / EVIDENCE, study=digest(self._study), owner=name, key=key)
+        self._files.callback(log.close)
+        if not log.size:
+            sbom = bill_of_materials() if name == SERVER else None
+            if sbom is not None:
+                write_durably(home / SBOM, sbom)
+            log.append(
+                opened(
+                    digest(self._study),
+                    self._run,
+                    self._roster,
+                    server=self._keys[SERVER].public,
+                    authority=self._office,
+                    sbom=sbom,
+                )
+            )
+        return log
+
+    def _desk(self, name: str, shelf: PreparedShelf) -> Desk:
+        log = self._opened(name)
+        quota = StoredQuota(self._home(name) / QUOTA, self._limit)
+        self._files.callback(quota.close)
+        quota.check(log)
+        askers = {other: key.public for other, key in self._keys.items() if other != name}
+        return Desk(digest(self._study), self._keys[name], askers, shelf, quota, log)
+
+
+def _check_names(names: list[str], shelves: Mapping[str, Path], asker: str) -> None:
+    if not shelves:
+        raise ConfigError(
+            "no shelf",
+            where="--shelf",
+            hint="give NAME=INDEX; `securefedcollm index build` makes it",
+        )
+    for name in shelves:
+        if name not in names:
+            raise ConfigError(
+                f"{name!r} is no silo of the study",
+                where="--shelf",
+                hint=f"its silos: {', '.join(names)}",
+            )
+    if asker not in {SERVER, *names}:
+        raise ConfigError(
+            f"{asker!r} takes no part in the study",
+            where="--as",
+            hint=f"{SERVER}, {', '.join(names)}",
+        )
+    if asker in shelves:
+        raise ConfigError(
+            f"{asker} would ask itself",
+            where="--as",
+            hint="leave its own shelf out, which it can search without a protocol",
+        )
+
+
+def _begun(directory: Path, study: Study) -> bytes:
+    """The id of the run in ``directory``, 16 bytes, which begins here if there is none.
+
+    Raises:
+        ConfigError: the run there is of another study.
+    """
+    known = (directory / "server" / "state.json").exists()
+    if known and (directory / _STUDY).is_file():
+        other = load_study(directory / _STUDY)
+        if digest(other) != digest(study):
+            raise ConfigError(
+                f"the run there is of another study ({digest(other).hex()[:12]}…, this one is "
+                f"{digest(study).hex()[:12]}…)",
+                where=str(directory),
+                hint="ask with its study.yaml, or choose another --out",
+            )
+    store = RunStore(make_directory(directory), digest(study), resume=known)
+    if not (directory / _STUDY).is_file():
+        write_durably(directory / _STUDY, dump_study(study).encode())
+    return store.run_id

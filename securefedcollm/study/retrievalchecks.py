@@ -1,0 +1,69 @@
+"""What questions to documents need of the rest of a study. Refusals name the key and the fix."""
+
+from __future__ import annotations
+
+import re
+
+from securefedcollm.errors import ConfigError
+from securefedcollm.study.config import Model, Study
+from securefedcollm.study.learning_checks import check_model
+from securefedcollm.study.retrieval import Retrieval
+
+
+def check_retrieval(study: Study) -> None:
+    """Refuse a section that cannot work, or that would leave silos with different embeddings.
+
+    Raises:
+        ConfigError: for the first fault found, with its key path and a hint.
+    """
+    plan = study.retrieval
+    if plan is None:
+        return
+    encoder = plan.encoder
+    if encoder.source.startswith("own:"):
+        raise ConfigError(
+            "own training code embeds no text",
+            where="retrieval.encoder.source",
+            hint="builtin:NAME, path:DIRECTORY or hub:ORG/NAME",
+        )
+    check_model("retrieval.encoder", Model(source=encoder.source, revision=encoder.revision))
+    _check_terms(plan)
+    reduction, data = plan.reduction, study.task.data
+    if reduction is not None and not re.fullmatch(r"path:\s*\S.*", reduction.source):
+        raise ConfigError(
+            f"{reduction.source!r} is no file",
+            where="retrieval.reduction.source",
+            hint="path:FILE, as `securefedcollm index reduce` made it",
+        )
+    if reduction is None and data.builtin is None and data.train is None:
+        raise ConfigError(
+            "the study names no public rows to compute it from",
+            where="retrieval.reduction",
+            hint="make a file with `securefedcollm index reduce`, and name it here",
+        )
+    if study.roster:
+        _check_pins(plan)
+
+
+def _check_terms(plan: Retrieval) -> None:
+    """The numbers that the protocol takes, by its own limits."""
+    from securefedcollm.retrieval.terms import Terms
+
+    Terms(plan.documents, plan.dimension, plan.block_bytes, plan.fetched)
+
+
+def _check_pins(plan: Retrieval) -> None:
+    """Adversary: whoever hands one participant another encoder. Its question finds nothing there,
+    and a shelf that only it can search tells the others' questions apart."""
+    if plan.encoder.sha256 is None:
+        raise ConfigError(
+            "participants on several machines need the same encoder, to the bit",
+            where="retrieval.encoder.sha256",
+            hint="pin the digest that `securefedcollm model digest --encoder` prints",
+        )
+    if plan.reduction is None:
+        raise ConfigError(
+            "participants on several machines would compute different reductions",
+            where="retrieval.reduction",
+            hint="make one file with `securefedcollm index reduce`, and name it here",
+        )

@@ -1,0 +1,185 @@
+"""``audit verify`` on questions to documents: who lied at which end, with every key in one hand."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from securefedcollm_audits.report.page import to_html
+from securefedcollm_audits.report.report import make_report
+from securefedcollm_audits.verification.verify import QUESTIONS, verify
+
+from securefedcollm.evidence.bundle import make_bundle
+from securefedcollm.study.identity import open_identity, read_identity
+from tests.support.asking import TEXTS, Members
+from tests.support.forge import by_name, doctor
+from tests.support.report_page import Reader
+
+OTHER = "0" * 64
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """(bundle, everybody's keys): two questions of the server and one of silo-1."""
+    directory = tmp_path_factory.mktemp("asked")
+    members = Members(directory / "members")
+    run = directory / "run"
+    with members.questions(run) as questions:
+        questions.ask("w1 w2")
+        questions.ask("w9")
+    with members.questions(run, "silo-1") as questions:
+        questions.ask("w19 w20")
+    homes = {"server": run / "server"} | {name: run / "silos" / name for name in TEXTS}
+    keys = {
+        name: open_identity(read_identity(home / "identity.json"), None)
+        for name, home in homes.items()
+    }
+    bundle = directory / "evidence.zip"
+    bundle.write_bytes(make_bundle(run))
+    return bundle, keys
+
+
+def test_an_honest_record_of_questions_passes(asked):
+    bundle, _ = asked
+    verdict = verify(bundle)
+    assert verdict.holds
+    found = by_name(verdict)
+    assert found["questions"].evidence == (
+        "8 answers in the logs of 3 silos; the most for one asker is 2, of 3"
+    )
+    assert found["answers"].evidence == "8 answers the same at both ends"
+    assert found["step-order"].status == "pass"
+
+
+def test_the_silos_alone_are_not_blamed_for_logs_that_are_not_here(asked, tmp_path):
+    bundle, keys = asked
+
+    def without_the_server(f):
+        for kind in ("logs/server.jsonl", "heads/server.json", "sbom.json", "artefacts.json"):
+            f.members.pop(kind, None)
+        return "sealed"
+
+    verdict = verify(doctor(bundle, tmp_path / "cut.zip", without_the_server, keys))
+    assert verdict.holds
+    assert by_name(verdict)["answers"].evidence == "2 answers the same at both ends"
+
+
+def copy(f, who, kind, **fields):
+    """The first entry of a kind once more, changed."""
+    made = json.loads(json.dumps(f.find(who, kind)))
+    made["what"].update(fields)
+    f.logs[who].append(made)
+
+
+def made_up(f):
+    what = f.what("silo-2", "counted")
+    invented = dict(what["question"], signed=what["question"]["signed"][:64] + "1" * 160)
+    copy(f, "silo-2", "counted", question=invented, number=3)
+
+
+def beyond_the_limit(f):
+    f.what("silo-2", "counted", 1)["number"] = 4
+
+
+def one_number_twice(f):
+    f.what("silo-2", "counted", 1)["number"] = 1
+
+
+def in_anothers_name(f):
+    f.what("silo-2", "counted")["asker"] = "silo-3"
+
+
+def hidden_by_the_silo(f):
+    for kind in ("counted", "served"):
+        f.remove("silo-2", kind)
+
+
+def hidden_by_the_asker(f):
+    for kind in ("heard", "asked"):
+        f.remove("silo-1", kind)
+
+
+def other_scores(f):
+    f.what("silo-3", "counted")["scores"] = OTHER
+
+
+def other_passages(f):
+    f.what("silo-3", "served")["blocks"] = OTHER
+
+
+def passages_left_out(f):
+    f.remove("silo-3", "served")
+
+
+def an_answer_that_the_silo_did_not_sign(f):
+    answers = f.what("server", "heard")["answers"]
+    answers["silo-1"]["blocks"]["signature"] = answers["silo-2"]["blocks"]["signature"]
+
+
+def an_answer_to_another_question(f):
+    first, second = (f.what("server", "heard", nth)["answers"] for nth in (0, 1))
+    first["silo-2"] = second["silo-2"]
+
+
+def heard_twice(f):
+    copy(f, "server", "heard")
+
+
+FORGERIES = [
+    ("questions", made_up, r"silo-2 has no question that server signed"),
+    ("questions", beyond_the_limit, r"silo-2 answered question 4 of server, beyond 3"),
+    ("questions", one_number_twice, r"silo-2 counts two questions of server as number 1"),
+    ("questions", in_anothers_name, r"silo-2 has no question that silo-3 signed"),
+    (
+        "questions",
+        lambda f: copy(f, "silo-2", "counted", number=3),
+        r"silo-2 answered one .* twice",
+    ),
+    ("questions", lambda f: copy(f, "silo-2", "served"), r"silo-2 served passages without"),
+    ("answers", hidden_by_the_silo, r"silo-2 signed this answer to server, and its own log"),
+    ("answers", hidden_by_the_asker, r"silo-1 signed this question to silo-2, and its own log"),
+    ("answers", other_scores, r"silo-3 signed other scores for server than its own log"),
+    ("answers", other_passages, r"silo-3 signed other passages for server than its own log"),
+    ("answers", passages_left_out, r"silo-3 signed other passages for server than its own log"),
+    ("answers", an_answer_that_the_silo_did_not_sign, r"server has no answer that silo-1 signed"),
+    ("answers", an_answer_to_another_question, r"server has no answer that silo-2 signed"),
+    ("answers", heard_twice, r"server heard answers to what it did not ask, or twice"),
+]
+
+
+@pytest.mark.parametrize(("check", "edit", "fault"), FORGERIES)
+def test_whoever_lies_about_a_question_is_named(asked, tmp_path, check, edit, fault):
+    bundle, keys = asked
+    found = by_name(verify(doctor(bundle, tmp_path / "forged.zip", edit, keys)))
+    assert found[check].status == "fail"
+    assert any(re.search(fault, said) for said in found[check].faults)
+    assert found["heads"].status == "pass"  # signed anew: nothing but the content is wrong
+
+
+def test_every_check_of_questions_has_a_forgery():
+    assert {name for name, *_ in FORGERIES} == {check.name for check in QUESTIONS}
+
+
+def test_other_terms_than_the_others_are_found(asked, tmp_path):
+    bundle, keys = asked
+
+    def other_terms(f):
+        f.what("silo-3", "counted")["terms"] = OTHER
+
+    found = by_name(verify(doctor(bundle, tmp_path / "forged.zip", other_terms, keys)))
+    assert any("other terms" in said for said in found["questions"].faults)
+
+
+def test_the_report_says_who_asked_how_often(asked):
+    report, case = make_report(asked[0])
+    assert [(row.silo, row.asker, row.number, row.limit) for row in report.questions] == [
+        ("silo-1", "server", 2, 3),
+        ("silo-2", "server", 2, 3),
+        ("silo-2", "silo-1", 1, 3),
+        ("silo-3", "server", 2, 3),
+        ("silo-3", "silo-1", 1, 3),
+    ]
+    reader = Reader(to_html(report, case))
+    assert "Questions to documents" in reader.text
+    assert {link[1:] for link in reader.links} <= set(reader.ids)

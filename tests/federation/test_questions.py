@@ -1,0 +1,353 @@
+"""Questions to documents with every role: what is found, counted, refused and written down."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from securefedcollm.errors import (
+    BudgetExceeded,
+    ConfigError,
+    DataError,
+    EvidenceError,
+    LocalProtocolError,
+    RemoteProtocolError,
+    StateError,
+)
+from securefedcollm.evidence.entries import Asked, Counted, Heard, Refused, Served
+from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.federation.questions.desk import Desk
+from securefedcollm.federation.questions.inquiry import Found, Inquiry
+from securefedcollm.federation.questions.quota import FILE_NAME, StoredQuota
+from securefedcollm.federation.questions.space import (
+    Space,
+    fit_reduction,
+    load_encoder,
+    read_reduction,
+    space_of,
+    terms_of,
+)
+from securefedcollm.primitives import SigningKey
+from securefedcollm.retrieval import Asker, Header, Index, Passage, PreparedShelf
+from securefedcollm.study import Study, digest
+from tests.support.asking import SHELF, TEXTS, Members
+from tests.support.small import small_study
+
+NUMBER = bytes(16)
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory: pytest.TempPathFactory) -> Members:
+    return Members(tmp_path_factory.mktemp("members"))
+
+
+def entries(study: Study, home: Path, name: str) -> list[object]:
+    log = EvidenceLog(home / "evidence.sqlite", study=digest(study), owner=name, key=None)
+    log.close()
+    return [entry.what for entry in log.entries]
+
+
+def test_the_best_passages_of_all_silos_are_found_with_their_place(members, tmp_path):
+    with members.questions(tmp_path / "run") as questions:
+        for silo, texts in TEXTS.items():
+            found = questions.ask(texts[-1]).found
+            best = found.hits[0]
+            assert (best.silo, best.passage.text) == (silo, texts[-1])
+            assert best.passage.id == f"{silo}.txt:{2 * len(texts) - 1}"
+            assert best.score == pytest.approx(1.0, abs=1e-6)
+            assert len(found.hits) == 2
+            assert found.answered == list(TEXTS)
+            assert (found.failed, found.suspect) == ({}, {})
+
+
+def test_logs_tell_who_asked_and_nothing_of_the_question(members, tmp_path):
+    run, words = tmp_path / "run", "w12 w13 w14"
+    with members.questions(run) as questions:
+        answered = questions.ask(words)
+    assert answered.spent == dict.fromkeys(TEXTS, 1)
+    _, asked, heard = entries(members.study, run / "server", "server")
+    assert isinstance(asked, Asked)
+    assert isinstance(heard, Heard)
+    assert set(asked.questions) == set(heard.answers) == set(TEXTS)
+    for name in TEXTS:
+        _, counted, served = entries(members.study, run / "silos" / name, name)
+        assert isinstance(counted, Counted)
+        assert isinstance(served, Served)
+        assert (counted.asker, counted.number) == ("server", 1)
+        assert counted.index == Index.load(members.indexes[name]).fingerprint.hex()
+        assert served.question == asked.questions[name]
+    said = words.encode()
+    for file in run.rglob("*"):
+        assert file.is_dir() or not any(
+            form in file.read_bytes() for form in (said, said.hex().encode())
+        )
+
+
+def test_the_limit_holds_over_restarts_and_for_each_asker(members, tmp_path):
+    run = tmp_path / "run"
+    for number in (1, 2, 3):
+        with members.questions(run) as questions:
+            assert questions.ask("w1 w2").spent["silo-1"] == number
+    with members.questions(run) as questions:
+        refused = questions.ask("w1 w2")
+    assert refused.found.answered == refused.found.hits == []
+    assert set(refused.found.failed) == set(TEXTS)
+    assert "all of its 3 questions" in refused.found.failed["silo-1"]
+    assert refused.spent["silo-1"] == 3
+    last = entries(members.study, run / "silos" / "silo-1", "silo-1")[-1]
+    assert last == Refused(error="BudgetExceeded")
+    with members.questions(run, "silo-2") as questions:
+        other = questions.ask("w1 w2")
+    assert other.spent == {"silo-1": 1, "silo-3": 1}
+    assert other.found.answered == ["silo-1", "silo-3"]
+
+
+def test_an_older_count_than_the_silos_own_evidence_is_refused(members, tmp_path):
+    run = tmp_path / "run"
+    with members.questions(run) as questions:
+        questions.ask("w1 w2")
+    for file in (run / "silos" / "silo-2").glob(f"{FILE_NAME}*"):
+        file.unlink()
+    with pytest.raises(EvidenceError, match="counts 0 questions of server, and the evidence log 1"):
+        members.questions(run)
+
+
+class FullDisk:
+    """A log that cannot be written."""
+
+    size = 0
+
+    def append(self, what: object) -> None:
+        raise StateError("no space left")
+
+
+def desk_of(members: Members, home: Path, key: SigningKey, asker: bytes) -> Desk:
+    home.mkdir()
+    terms = terms_of(members.study, members.space.digest)
+    log = EvidenceLog(home / "evidence.sqlite", study=bytes(32), owner="silo-1", key=key)
+    return Desk(
+        study=bytes(32),
+        key=key,
+        askers={"ann": asker},
+        shelf=PreparedShelf(Index.load(members.indexes["silo-1"]), terms),
+        quota=StoredQuota(home / FILE_NAME, 3),
+        log=log,
+    )
+
+
+def test_a_question_counts_before_its_answer_and_no_answer_leaves_without_evidence(
+    members, tmp_path
+):
+    ann, silo = SigningKey.generate(), SigningKey.generate()
+    desk = desk_of(members, tmp_path / "home", silo, ann.public)
+    header = Header(bytes(32), ann.public, silo.public, desk.shelf.terms)
+    (query,) = members.space.embed(["w1 w2"])
+    frame = Asker(header=header, silo="silo-1", key=ann, query=query).ask()
+    with pytest.raises(StateError):
+        replace(desk, log=FullDisk()).open("ann").handle(frame)
+    again = StoredQuota(tmp_path / "home" / FILE_NAME, 3)  # the process is started anew
+    assert again.spent("ann") == 1
+    with pytest.raises(RemoteProtocolError, match="this very question before"):
+        replace(desk, quota=again).open("ann").handle(frame)
+    assert again.spent("ann") == 1
+    with pytest.raises(LocalProtocolError, match="may not ask"):
+        desk.open("silo-1")
+
+
+def test_two_processes_share_one_count(tmp_path):
+    one, two = (StoredQuota(tmp_path / FILE_NAME, 2) for _ in range(2))
+    assert one.take("ann", NUMBER) == 1
+    assert two.take("ann", NUMBER) is None
+    assert two.take("ann", b"another question") == 2
+    for quota in (one, two):
+        with pytest.raises(BudgetExceeded):
+            quota.take("ann", b"a third question")
+    assert one.take("bob", NUMBER) == 1
+    (tmp_path / "broken").write_bytes(b"no database" * 100)
+    with pytest.raises(StateError, match="count of questions"):
+        StoredQuota(tmp_path / "broken", 2)
+
+
+def ask_one(members: Members, index: Index, home: Path) -> Found:
+    """What the asker finds at one silo with this index, and that silo's only."""
+    ann, silo = SigningKey.generate(), SigningKey.generate()
+    desk = desk_of(members, home, silo, ann.public)
+    desk = replace(desk, shelf=PreparedShelf(index, desk.shelf.terms))
+    conversation = desk.open("ann")
+    inquiry = Inquiry(
+        study=bytes(32),
+        key=ann,
+        silos={"silo-1": silo.public},
+        terms=desk.shelf.terms,
+        log=EvidenceLog(home / "ann.sqlite", study=bytes(32), owner="ann", key=ann),
+        embed=members.space.embed,
+    )
+    (query,) = members.space.embed(["w1 w2 w3 w4"])
+    return inquiry.ask(query, lambda _, frame: conversation.handle(frame))
+
+
+def view(members: Members, home: Path, words: str) -> list[tuple[str, int]]:
+    """What reached one silo or left it for a question: kind and length of each frame, in order."""
+    seen: list[tuple[str, int]] = []
+
+    def note(frame: bytes) -> None:
+        kind, *_ = msgspec.msgpack.decode(frame)
+        seen.append((kind, len(frame)))
+
+    ann, silo = SigningKey.generate(), SigningKey.generate()
+    conversation = desk_of(members, home, silo, ann.public).open("ann")
+
+    def carry(_: str, frame: bytes) -> bytes:
+        note(frame)
+        answer = conversation.handle(frame)
+        note(answer)
+        return answer
+
+    Inquiry(
+        study=bytes(32),
+        key=ann,
+        silos={"silo-1": silo.public},
+        terms=terms_of(members.study, members.space.digest),
+        log=EvidenceLog(home / "ann.sqlite", study=bytes(32), owner="ann", key=ann),
+        embed=members.space.embed,
+    ).ask(members.space.embed([words])[0], carry)
+    return seen
+
+
+def test_a_silo_sees_the_same_of_a_question_that_it_can_answer_and_one_that_it_cannot(
+    members, tmp_path
+):
+    useful = view(members, tmp_path / "useful", TEXTS["silo-1"][0])
+    assert [kind for kind, _ in useful] == ["question", "scores", "selection", "blocks"]
+    assert view(members, tmp_path / "useless", "w99 w98 w97") == useful
+
+
+def test_a_silo_that_scores_its_passages_too_high_is_named_and_gains_nothing(members, tmp_path):
+    honest = Index.load(members.indexes["silo-1"])
+    found = ask_one(members, honest, tmp_path / "honest")
+    assert found.suspect == {}
+    assert found.hits[0].passage.text == "w1 w2 w3 w4"
+    (query,) = members.space.embed(["w1 w2 w3 w4"])
+    wrong = [Passage("advert", "w90 w91 w92"), Passage("noise", "w93")]
+    lying = Index.build(wrong, [query, query], block_bytes=96, space=members.space.digest)
+    found = ask_one(members, lying, tmp_path / "lying")
+    assert "claimed a score of 1.000" in found.suspect["silo-1"]
+    assert all(hit.score < 0.9 for hit in found.hits)
+
+
+def test_a_passage_that_nobody_can_embed_is_shown_with_no_score(members, tmp_path):
+    (query,) = members.space.embed(["w1 w2 w3 w4"])
+    empty = Index.build(
+        [Passage("blank", " ")], [query], block_bytes=96, space=members.space.digest
+    )
+    found = ask_one(members, empty, tmp_path / "home")
+    assert [(hit.passage.id, hit.score) for hit in found.hits] == [("blank", 0.0)]
+    assert "silo-1" in found.suspect
+
+
+@pytest.mark.parametrize(
+    ("retrieval", "what"),
+    [
+        ({"encoder": {"source": "path:slm", "layer": 1}}, "another encoder or reduction"),
+        ({"dimension": 5}, "does not fit the study's terms"),
+    ],
+)
+def test_an_index_of_another_space_is_refused_before_anything_is_written(
+    members, tmp_path, retrieval, what
+):
+    other = small_study(members.data, retrieval=SHELF | retrieval)
+    index = members.index("silo-1", space_of(other, members.data))
+    try:
+        with pytest.raises(ConfigError, match=rf"silo-1\.index: .*{what}"):
+            members.questions(tmp_path / "run")
+    finally:
+        members.index("silo-1")
+    assert index.exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_index_is_refused_with_its_place(members, tmp_path):
+    raw = bytearray(members.indexes["silo-1"].read_bytes())
+    raw[60] ^= 1
+    hostile = tmp_path / "hostile.index"
+    hostile.write_bytes(raw)
+    with pytest.raises(DataError, match=r"hostile\.index: is damaged"):
+        members.questions(tmp_path / "run", **{"silo-1": hostile})
+
+
+@pytest.mark.parametrize(
+    ("asker", "shelves", "what"),
+    [
+        ("nobody", ["silo-1"], "takes no part"),
+        ("silo-1", ["silo-1"], "ask itself"),
+        ("server", ["silo-9"], "no silo of the study"),
+    ],
+)
+def test_only_members_ask_and_are_asked(members, tmp_path, asker, shelves, what):
+    index = members.indexes["silo-1"]
+    with pytest.raises(ConfigError, match=what):
+        members.questions(tmp_path / "run", asker, **dict.fromkeys(shelves, index))
+
+
+def test_a_directory_serves_one_study(members, tmp_path):
+    with members.questions(tmp_path / "run"):
+        pass
+    study = members.study
+    members.study = msgspec.structs.replace(study, study="another")
+    try:
+        with pytest.raises(ConfigError, match="another study"):
+            members.questions(tmp_path / "run")
+    finally:
+        members.study = study
+
+
+def test_a_question_without_words_is_refused_before_it_is_sent(members, tmp_path):
+    with (
+        members.questions(tmp_path / "run") as questions,
+        pytest.raises(ConfigError, match="no question"),
+    ):
+        questions.ask("  ")
+    assert len(entries(members.study, tmp_path / "run" / "server", "server")) == 1
+
+
+def test_a_reduction_from_a_file_is_pinned(members, tmp_path):
+    encoder = load_encoder(members.study, members.data)
+    text = tmp_path / "public.txt"
+    text.write_text("\n".join(f"w{i} w{i + 1}\n" for i in range(40)))
+    made = fit_reduction(members.study, encoder, [text])
+    file = members.data / "map.reduction"
+    file.write_bytes(made.encode())
+    named = {"source": "path:map.reduction", "sha256": made.digest.hex()}
+    study = small_study(members.data, retrieval=SHELF | {"reduction": named})
+    assert space_of(study, members.data).digest == Space(encoder, made).digest
+    assert Space(encoder, made).digest != members.space.digest
+    with pytest.raises(ConfigError, match="the study pins 00000000"):
+        read_reduction(file, "0" * 64)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_reduction(tmp_path / "absent")
+
+
+def test_an_encoder_is_pinned(members):
+    encoder = {"source": "path:slm", "layer": 0, "sha256": members.space.encoder.digest}
+    study = small_study(members.data, retrieval=SHELF | {"encoder": encoder})
+    assert space_of(study, members.data).digest == members.space.digest
+    study = small_study(members.data, retrieval=SHELF | {"encoder": encoder | {"sha256": "0" * 64}})
+    with pytest.raises(ConfigError, match="the study pins 00000000"):
+        space_of(study, members.data)
+
+
+def test_the_reduction_needs_enough_public_text(members):
+    study = small_study(members.data, retrieval=SHELF | {"dimension": 8})
+    with pytest.raises(DataError, match="8 texts of 64 numbers give no 8 directions"):
+        space_of(study, members.data)
+
+
+def test_embeddings_do_not_depend_on_their_company(members):
+    texts = ["w1", "w2 w3 " * 20, "w4 w5"]
+    together = members.space.embed(texts)
+    alone = np.concatenate([members.space.embed([text]) for text in texts])
+    assert np.abs(together - alone).max() < 1e-5
