@@ -53,6 +53,12 @@ class TextEncoder:
         self.digest = loaded.digest
         """The model's: what ``retrieval.encoder.sha256`` pins, 64 hexadecimal digits."""
 
+    @property
+    def width(self) -> int:
+        """D, numbers in an embedding: of the first token's. A layer may have another width than
+        the model's configuration says."""
+        return len(self._means([[0]])[0])
+
     def embed(self, texts: Sequence[str], progress: Progress = silent) -> Vectors:
         """One row for each text, in order: float64 [n, D], not scaled.
 
