@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
 import securefedcollm as sfc
+from securefedcollm import api
 from securefedcollm.study import dump_study
 from tests.support.asking import SHELF, TEXTS
 from tests.support.inputs import invoke
@@ -81,6 +83,70 @@ def test_build_ask_and_verify(place, tmp_path):
     assert verdict.holds
     (answers,) = (row for row in verdict.results if row.name == "answers")
     assert answers.evidence == "11 answers the same at both ends"
+
+
+def asked(monkeypatch, words, **how):
+    """(what the command was about to ask, its result)."""
+    seen: list[str] = []
+
+    def stop(question: str, *_: object, **__: object) -> None:
+        seen.append(question)
+        raise sfc.ConfigError("seen", where="here", hint="none")
+
+    monkeypatch.setattr(api, "ask", stop)
+    line = ["ask", *words, "--study", "retrieval", "--shelf", "silo-1=x"]
+    return seen, CliRunner().invoke(app, line, **how)
+
+
+@pytest.mark.parametrize(
+    ("content", "question"),
+    [
+        (b"w1 w2\n", "w1 w2"),
+        (b"w1 w2\r\n", "w1 w2"),
+        (b"w1\n\nw2", "w1\n\nw2"),
+        ("Übel\n\n".encode(), "Übel\n"),
+    ],
+)
+def test_a_question_need_not_be_an_argument(monkeypatch, content, question):
+    """Every local user may read the arguments of a process."""
+    seen, _ = asked(monkeypatch, ["-"], input=content)
+    assert seen == [question]
+
+
+@pytest.mark.parametrize("words", [[], ["-"]])
+def test_a_terminal_is_asked_for_the_question(monkeypatch, words):
+    def terminal(what: str, *, err: bool) -> str:
+        assert (what, err) == ("question", True)  # the answer goes to standard output
+        return "w1 w2"
+
+    monkeypatch.setattr("securefedcollm_cli.questions.sys", SimpleNamespace(stdin=Terminal()))
+    monkeypatch.setattr("typer.prompt", terminal)
+    assert asked(monkeypatch, words)[0] == ["w1 w2"]
+
+
+class Terminal:
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("words", "content", "what"),
+    [
+        ([], b"w1", "QUESTION: no question"),
+        (["-"], b"\xff enters ward", "QUESTION: is not UTF-8 text"),
+        (["-"], b"w1 " * 2**19, "QUESTION: is too long"),
+    ],
+)
+def test_what_is_no_question_is_refused(monkeypatch, words, content, what):
+    seen, result = asked(monkeypatch, words, input=content)
+    assert not seen
+    assert isinstance(result.exception, sfc.ConfigError)
+    assert what in str(result.exception)
+
+
+def test_the_risk_of_the_argument_is_told():
+    said = " ".join(CliRunner().invoke(app, ["ask", "--help"]).output.replace("│", " ").split())
+    assert "can be read by every user of this machine" in said
 
 
 def test_the_doors_of_python(place, tmp_path):
