@@ -159,7 +159,7 @@ class Index:
         """
         where = str(path)
         try:
-            with Path(path).open("rb") as file:
+            with _opened(path) as file:
                 head = file.read(_HEAD)
                 count, dimension, block_bytes = _numbers(head, where)
                 space = head[-KEY_BYTES:]
@@ -215,6 +215,15 @@ def misfit(numbers: tuple[int, int, int], space: bytes, terms: Terms) -> str | N
     if space != terms.space:
         return "the index was made with another encoder or reduction than the study's"
     return None
+
+
+def _opened(path: str | Path) -> BinaryIO:
+    try:
+        return Path(path).open("rb")
+    except ValueError:
+        raise DataError(
+            "holds a character that no path has", where=str(path), hint="write another path"
+        ) from None
 
 
 def _cut(where: str) -> DataError:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import securefedcollm as sfc
 from securefedcollm import api
+from securefedcollm.errors import DataError
 from securefedcollm.study import dump_study
 from tests.support.asking import SHELF, TEXTS
 from tests.support.inputs import invoke
@@ -147,6 +148,71 @@ def test_what_is_no_question_is_refused(monkeypatch, words, content, what):
 def test_the_risk_of_the_argument_is_told():
     said = " ".join(CliRunner().invoke(app, ["ask", "--help"]).output.replace("│", " ").split())
     assert "can be read by every user of this machine" in said
+
+
+NOT_UTF_8 = "\udcff enters ward"
+"""What Python makes of the argument $'\\xff enters ward'."""
+
+
+def test_a_question_that_is_not_unicode_is_refused(place, tmp_path):
+    line = ["ask", NOT_UTF_8, "--shelf", "silo-1=x", "--out", str(tmp_path / "run"), *common(place)]
+    result = CliRunner().invoke(app, line)
+    assert isinstance(result.exception, sfc.ConfigError)
+    assert "QUESTION: is not valid Unicode" in str(result.exception)
+
+
+def test_paths_that_are_none_are_refused(place, tmp_path):
+    file = place / "study.yaml"
+    study = sfc.load_study(file)
+    with pytest.raises(DataError, match=r"a\\x00b.md: cannot be read as text"):
+        sfc.build_index(study, ["a\0b.md"], tmp_path / "x", data=place)
+    with pytest.raises(DataError, match=r"a\\x00b.jsonl: cannot be opened"):
+        sfc.build_index(study, ["a\0b.jsonl"], tmp_path / "x", data=place)
+    with pytest.raises(sfc.ConfigError, match="no path has"):
+        sfc.build_index(study, [place / "silo-1.md"], "a\0b", data=place)
+    with pytest.raises(sfc.ConfigError, match=r"a\\x00b: holds a character that no path has"):
+        sfc.ask("w1", study, shelves={"silo-1": "a\0b"}, out=tmp_path / "run", data=place)
+    named = {"source": "path:~nosuchuser/r.map", "sha256": "0" * 64}
+    for key, value, where in (
+        ("retrieval.reduction", named, "retrieval.reduction.source"),
+        ("retrieval.encoder", {"source": "path:~nosuchuser"}, "path:~nosuchuser"),
+    ):
+        other = sfc.load_study(file, {key: value})
+        with pytest.raises(sfc.ConfigError, match=f"{where}: begins with `~` and a user without"):
+            sfc.build_index(other, [place / "silo-1.md"], tmp_path / "x", data=place)
+    assert not (tmp_path / "x").exists()
+
+
+def test_only_an_older_file_of_its_kind_is_overwritten(place, tmp_path):
+    study = sfc.load_study(place / "study.yaml")
+    guide, index, link = tmp_path / "g.md", tmp_path / "g.index", tmp_path / "link"
+    guide.write_text("w1 w2\n\nw3")
+    link.hardlink_to(guide)
+    text = tmp_path / "public.txt"
+    text.write_text("\n".join(f"w{i} w{i + 1}" for i in range(40)))
+    for _ in range(2):
+        sfc.build_index(study, [guide], index, data=place)
+        sfc.make_reduction(study, tmp_path / "map", text=[text], data=place)
+    (tmp_path / "empty").touch()
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    for out, what in (
+        (guide, "is read by this command"),
+        (link, "is read by this command"),
+        (text, "is there already"),
+        (tmp_path / "map", "is there already"),
+        (tmp_path / "empty", "is there already"),
+        (tmp_path, "is there already"),
+    ):
+        with pytest.raises(sfc.ConfigError, match=what):
+            sfc.build_index(study, [guide], out, data=place)
+    for out, what in (
+        (text, "is read by this command"),
+        (guide, "is there already"),
+        (index, "is there already"),
+    ):
+        with pytest.raises(sfc.ConfigError, match=what):
+            sfc.make_reduction(study, out, text=[text], data=place)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_the_doors_of_python(place, tmp_path):

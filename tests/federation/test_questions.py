@@ -380,6 +380,11 @@ def test_the_reduction_needs_enough_public_text(members):
         space_of(study, members.data)
 
 
+def test_a_text_that_is_not_unicode_is_refused(members):
+    with pytest.raises(DataError, match="text 2: is not valid Unicode"):
+        members.space.embed(["w1", "\udcff enters ward"])
+
+
 def test_embeddings_do_not_depend_on_their_company(members):
     texts = ["w1", "w2 w3 " * 20, "w4 w5"]
     together = members.space.embed(texts)

@@ -16,7 +16,7 @@ from securefedcollm.study import Study
 from securefedcollm.study.retrieval import Retrieval
 from securefedcollm.tuning.data import read_text
 from securefedcollm.tuning.embed import TextEncoder
-from securefedcollm.tuning.models import load_model
+from securefedcollm.tuning.models import load_model, local_path
 from securefedcollm.tuning.recipe import Progress, silent
 
 _MOST_TEXTS: Final = 4000
@@ -99,7 +99,8 @@ def space_of(study: Study, data: Path | None = None, progress: Progress = silent
     encoder = load_encoder(study, data, progress)
     spec = plan_of(study).reduction
     if spec is not None:
-        path = (data or Path()) / Path(spec.source.removeprefix("path:").strip()).expanduser()
+        name = spec.source.removeprefix("path:").strip()
+        path = local_path(data or Path(), name, "retrieval.reduction.source")
         sizes = encoder.width, plan_of(study).dimension
         return Space(encoder, read_reduction(path, spec.sha256, sizes))
     return Space(encoder, fit_reduction(study, encoder, data=data, progress=progress))
