@@ -302,20 +302,24 @@ def build_index(
         study: with a section ``retrieval``; or the path of its file.
         files: ``.txt`` and ``.md`` (paragraphs), ``.jsonl``, ``.csv`` and ``.parquet`` (column
             ``text``); or ``builtin:SILO``, a hospital's house rules in the embedded world.
-        out: the index's file.
+        out: the index's file. An older index is replaced, and nothing else.
         data: the directory of the study's data files and ``path:`` models.
         columns: the files' own name of the column ``text``.
         progress: called as ``progress(done, total, text)``.
 
     Raises:
-        ConfigError: the study has no such section, or its encoder is another than it pins.
+        ConfigError: the study has no such section, its encoder is another than it pins, or ``out``
+            is there and no index.
         DataError: a document has a fault, or there are more passages than fit.
         StateError: the file cannot be written.
     """
     from securefedcollm.federation.questions import shelves
+    from securefedcollm.federation.questions.output import check_output
     from securefedcollm.federation.questions.space import plan_of, space_of
+    from securefedcollm.retrieval.index import MAGIC
 
     agreed = study if isinstance(study, Study) else load_study(study)
+    check_output(Path(out), [Path(file) for file in files], MAGIC)
     passages = shelves.passages_of(agreed, files, columns)
     space = space_of(agreed, None if data is None else Path(data), progress)
     index = shelves.build_index(space, passages, plan_of(agreed).block_bytes, progress)
@@ -335,23 +339,27 @@ def make_reduction(
 
     Args:
         study: with a section ``retrieval``; or the path of its file.
-        out: the file.
+        out: the file. An older map is replaced, and nothing else.
         text: public text, one text a line, or question files; default: the study's public rows.
         data: the directory of the study's data files and ``path:`` models.
         progress: called as ``progress(done, total, text)``.
 
     Raises:
-        ConfigError: the study has no such section, or its encoder is another than it pins.
+        ConfigError: the study has no such section, its encoder is another than it pins, or ``out``
+            is there and no map.
         DataError: a file cannot be read, or there is too little text.
         StateError: the file cannot be written.
     """
     from securefedcollm.federation.files import write_durably
+    from securefedcollm.federation.questions.output import check_output
     from securefedcollm.federation.questions.space import fit_reduction, load_encoder
+    from securefedcollm.retrieval.reduction import MAGIC
 
     agreed = study if isinstance(study, Study) else load_study(study)
     place = None if data is None else Path(data)
-    encoder = load_encoder(agreed, place, progress)
     files = [Path(file) for file in text]
+    check_output(Path(out), files, MAGIC)
+    encoder = load_encoder(agreed, place, progress)
     made = fit_reduction(agreed, encoder, files, data=place, progress=progress)
     write_durably(Path(out), made.encode())
     return made.digest.hex()
@@ -383,14 +391,17 @@ def ask(
         progress: called as ``progress(done, total, text)``.
 
     Raises:
-        ConfigError: a name is none of the study's, an index does not fit it, or ``out`` is of
-            another study.
+        ConfigError: a name is none of the study's, an index does not fit it, ``out`` is of another
+            study, or the question is not valid Unicode.
         DataError: an index is damaged, or the question has no words.
         StateError: a participant's file cannot be written; nothing was answered then.
     """
     from securefedcollm.federation.questions.space import space_of
     from securefedcollm.simulation.asking import Questions
+    from securefedcollm.tuning.embed import encodes
 
+    if not encodes(question):
+        raise ConfigError("is not valid Unicode", where="QUESTION", hint="write it in UTF-8")
     agreed = study if isinstance(study, Study) else load_study(study)
     directory = Path(out) if out is not None else Path("runs") / agreed.study
     with Questions(

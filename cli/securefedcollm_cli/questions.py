@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
@@ -33,6 +34,9 @@ StudyOption = Annotated[
 
 
 _ROLES: Final[dict[str, Literal["llm", "slm"]]] = {"llm": "llm", "slm": "slm"}
+
+_MOST_QUESTION: Final = 1 << 20
+"""Bytes of a question from standard input; an encoder reads 512 tokens."""
 
 
 @app.command()
@@ -107,7 +111,6 @@ def reduce(
 
 
 def ask(
-    question: Annotated[str, typer.Argument(help="The question.")],
     study: StudyOption,
     shelf: Annotated[
         list[str],
@@ -115,6 +118,14 @@ def ask(
             "--shelf", metavar="NAME=INDEX", help="A silo and its index (repeat for each silo)."
         ),
     ],
+    question: Annotated[
+        str | None,
+        typer.Argument(
+            help="`-` reads the question from standard input; left out, a terminal is asked for "
+            "it. A question that stands here can be read by every user of this machine while the "
+            "command runs, and stays in the shell's history."
+        ),
+    ] = None,
     asker: Annotated[
         str, typer.Option("--as", metavar="NAME", help="Who asks: server, or a silo.")
     ] = "server",
@@ -151,9 +162,10 @@ def ask(
     """
     from securefedcollm.api import ask as ask_all
 
+    words = _question(question)
     with Bars(quiet=as_json) as bars:
         answer = ask_all(
-            question,
+            words,
             _study(study, overrides),
             shelves=_shelves(shelf),
             asker=asker,
@@ -163,13 +175,36 @@ def ask(
         )
         written = None
         if generate is not None and answer.passages:
-            written = _write(question, answer, (generate, revision), max_tokens, data, bars)
+            written = _write(words, answer, (generate, revision), max_tokens, data, bars)
     if as_json:
         typer.echo(json.dumps(_plain(answer, written), indent=2))
     else:
         _render(answer, written)
     if not answer.answered:
         raise typer.Exit(1)
+
+
+def _question(given: str | None) -> str:
+    """The question: the argument, standard input or an answer at the terminal.
+
+    Adversary: another user of this machine, to whom the arguments of every process are shown; and
+    whoever reads the shell's history later.
+    """
+    if given not in {None, "-"}:
+        return str(given)
+    if sys.stdin.isatty():
+        return str(typer.prompt("question", err=True))
+    if given is None:
+        raise ConfigError(
+            "no question", where="QUESTION", hint="write `-` to read it from standard input"
+        )
+    content = typer.get_binary_stream("stdin").read(_MOST_QUESTION + 1)
+    if len(content) > _MOST_QUESTION:
+        raise ConfigError("is too long", where="QUESTION", hint="ask one question")
+    try:
+        return content.decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError:
+        raise ConfigError("is not UTF-8 text", where="QUESTION", hint="save it as UTF-8") from None
 
 
 def _write(

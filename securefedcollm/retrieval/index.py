@@ -3,7 +3,8 @@
 A file is ``SFCINDX1``, three little-endian 32-bit numbers (documents, dimension, bytes of a block),
 the 32-byte digest of the space that embeddings are in, the entries as little-endian int16 [n, d],
 the blocks one after another, and the SHA-256 of all that. This last one is the index's fingerprint.
-Nothing in it is executed or decompressed, and its length follows from its first 20 bytes.
+Nothing in it is executed or decompressed, and its length follows from its first 20 bytes. It is
+read and checked in pieces, so that memory follows what was found to be in order.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from __future__ import annotations
 import os
 import secrets
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.errors import DataError, StateError
+from securefedcollm.errors import ConfigError, DataError, StateError
 from securefedcollm.primitives import KEY_BYTES, equal, sha256
 from securefedcollm.retrieval.passages import Passage, from_block, to_block
 from securefedcollm.retrieval.reduction import normalised
@@ -27,11 +28,14 @@ from securefedcollm.retrieval.terms import (
     MOST_BLOCK_BYTES,
     MOST_DIMENSION,
     MOST_DOCUMENTS,
+    Terms,
 )
 
-_MAGIC: Final = b"SFCINDX1"
+MAGIC: Final = b"SFCINDX1"
 _NUMBERS: Final = struct.Struct("<III")
-_HEAD: Final = len(_MAGIC) + _NUMBERS.size + KEY_BYTES
+_HEAD: Final = len(MAGIC) + _NUMBERS.size + KEY_BYTES
+PIECE_BYTES: Final = 1 << 20
+"""Of a file, read and checked at once."""
 
 
 class Index:
@@ -109,21 +113,10 @@ class Index:
         n, d = self.entries.shape
         if not 1 <= n <= MOST_DOCUMENTS or not 1 <= d <= MOST_DIMENSION:
             raise DataError(f"{n} passages of dimension {d}", where=where, hint="see the limits")
-        norms = np.linalg.norm(self.entries.astype(np.float64), axis=1)
-        if np.abs(norms - ENTRY_SCALE).max() > np.sqrt(d) / 2 + 1e-6:
-            raise DataError("an embedding is not of unit norm", where=where, hint="build it anew")
-        seen: set[str] = set()
-        for at, block in enumerate(self.blocks):
-            try:
-                passage = from_block(block.tobytes())
-            except ValueError:  # also of text that is not UTF-8
-                passage = None
-            if passage is None or passage.id in seen:
-                what = "has an id that is there twice" if passage else "is damaged"
-                raise DataError(
-                    f"passage {at + 1} {what}", where=where, hint="build the index anew"
-                )
-            seen.add(passage.id)
+        step = max(1, PIECE_BYTES // (2 * d))
+        for first in range(0, n, step):
+            _check_norms(self.entries[first : first + step], where)
+        _check_blocks(self.blocks, 1, set(), where)
 
     def save(self, path: str | Path) -> bytes:
         """Write the file, whole or not at all; its fingerprint.
@@ -148,48 +141,137 @@ class Index:
         return fingerprint
 
     @classmethod
-    def load(cls, path: str | Path) -> Index:
+    def load(cls, path: str | Path, terms: Terms | None = None) -> Index:
         """Read a file, within the bounds that its first bytes state.
 
+        Adversary: whoever wrote the file. A few bytes on disk may state 2^20 passages of the
+        greatest size, and the rest be a hole. So the first bytes are compared with the terms before
+        anything else is read, and then memory grows only by pieces that are in order: a hole is
+        refused at its first piece.
+
+        Args:
+            terms: of the study that the index is for; None: of any.
+
         Raises:
+            ConfigError: it does not fit the terms.
             DataError: not an index, damaged, or not one that :meth:`build` makes.
             StateError: it cannot be read.
         """
         where = str(path)
         try:
-            with Path(path).open("rb") as file:
+            with _opened(path) as file:
                 head = file.read(_HEAD)
                 count, dimension, block_bytes = _numbers(head, where)
+                space = head[-KEY_BYTES:]
+                problem = terms and misfit((count, dimension, block_bytes), space, terms)
+                if problem:
+                    raise ConfigError(problem, where=where, hint="build the index with this study")
                 size = _HEAD + count * (2 * dimension + block_bytes) + KEY_BYTES
                 if os.fstat(file.fileno()).st_size != size:
-                    raise DataError(
-                        "is cut or too long for an index", where=where, hint="build the index anew"
-                    )
-                body = file.read(size - _HEAD)
+                    raise _cut(where)
+                entries = _read_entries(file, count, dimension, where)
+                blocks = _read_blocks(file, count, block_bytes, where)
+                fingerprint = file.read(KEY_BYTES)
         except OSError as error:
             raise StateError(f"cannot read {where} ({error.strerror})", hint="look there") from None
-        content, fingerprint = head + body[:-KEY_BYTES], body[-KEY_BYTES:]
-        if not equal(sha256(content), fingerprint):
+        if not equal(sha256(head, entries, blocks), fingerprint):
             raise DataError("is damaged", where=where, hint="copy or build the index anew")
-        end = _HEAD + 2 * count * dimension
-        entries = np.frombuffer(content[_HEAD:end], dtype="<i2").astype(np.int16)
-        blocks = np.frombuffer(content[end:], dtype=np.uint8).reshape(count, block_bytes)
-        index = cls(entries.reshape(count, dimension), blocks, head[-KEY_BYTES:])
-        index.check(where)
-        return index
+        return cls(
+            np.frombuffer(entries, dtype="<i2").astype(np.int16).reshape(count, dimension),
+            np.frombuffer(blocks, dtype=np.uint8).reshape(count, block_bytes),
+            space,
+        )
 
     def _content(self) -> bytes:
         numbers = _NUMBERS.pack(*self.entries.shape, self.blocks.shape[1])
-        parts = (_MAGIC, numbers, self.space, self.entries.astype("<i2"), self.blocks)
+        parts = (MAGIC, numbers, self.space, self.entries.astype("<i2"), self.blocks)
         return b"".join(part if isinstance(part, bytes) else part.tobytes() for part in parts)
 
 
 def _numbers(head: bytes, where: str) -> tuple[int, int, int]:
-    if len(head) != _HEAD or not head.startswith(_MAGIC):
+    if len(head) != _HEAD or not head.startswith(MAGIC):
         raise DataError("is not an index", where=where, hint="build one from the passages")
-    count, dimension, block_bytes = _NUMBERS.unpack_from(head, len(_MAGIC))
+    count, dimension, block_bytes = _NUMBERS.unpack_from(head, len(MAGIC))
     limits = MOST_DOCUMENTS, MOST_DIMENSION, MOST_BLOCK_BYTES
     numbers = count, dimension, block_bytes
     if not all(1 <= number <= most for number, most in zip(numbers, limits, strict=True)):
         raise DataError("states numbers out of range", where=where, hint="build the index anew")
     return numbers
+
+
+def misfit(numbers: tuple[int, int, int], space: bytes, terms: Terms) -> str | None:
+    """Why an index does not fit a study's terms; None if it does.
+
+    Args:
+        numbers: its passages, dimension and bytes of a block.
+    """
+    count, dimension, block_bytes = numbers
+    fits = count <= terms.documents and dimension == terms.dimension
+    if not fits or block_bytes != terms.block_bytes:
+        return (
+            f"an index of {count} passages, dimension {dimension} and blocks of {block_bytes} "
+            "bytes does not fit the study's terms"
+        )
+    if space != terms.space:
+        return "the index was made with another encoder or reduction than the study's"
+    return None
+
+
+def _opened(path: str | Path) -> BinaryIO:
+    try:
+        return Path(path).open("rb")
+    except ValueError:
+        raise DataError(
+            "holds a character that no path has", where=str(path), hint="write another path"
+        ) from None
+
+
+def _cut(where: str) -> DataError:
+    return DataError("is cut or too long for an index", where=where, hint="build the index anew")
+
+
+def _pieces(file: BinaryIO, rows: int, width: int, where: str) -> Iterator[bytes]:
+    """Whole rows of ``width`` bytes, some at a time."""
+    step = max(1, PIECE_BYTES // width)
+    for first in range(0, rows, step):
+        size = min(step, rows - first) * width
+        piece = file.read(size)
+        if len(piece) != size:  # cut since its length was asked for
+            raise _cut(where)
+        yield piece
+
+
+def _read_entries(file: BinaryIO, count: int, dimension: int, where: str) -> bytes:
+    found = []
+    for piece in _pieces(file, count, 2 * dimension, where):
+        _check_norms(np.frombuffer(piece, dtype="<i2").reshape(-1, dimension), where)
+        found.append(piece)
+    return b"".join(found)
+
+
+def _read_blocks(file: BinaryIO, count: int, block_bytes: int, where: str) -> bytes:
+    found, seen = [], set[str]()
+    for piece in _pieces(file, count, block_bytes, where):
+        blocks = np.frombuffer(piece, dtype=np.uint8).reshape(-1, block_bytes)
+        _check_blocks(blocks, len(seen) + 1, seen, where)
+        found.append(piece)
+    return b"".join(found)
+
+
+def _check_norms(entries: npt.NDArray[np.int16], where: str) -> None:
+    norms = np.linalg.norm(entries.astype(np.float64), axis=1)
+    if np.abs(norms - ENTRY_SCALE).max() > np.sqrt(entries.shape[1]) / 2 + 1e-6:
+        raise DataError("an embedding is not of unit norm", where=where, hint="build it anew")
+
+
+def _check_blocks(blocks: npt.NDArray[np.uint8], first: int, seen: set[str], where: str) -> None:
+    """Each is a passage, with an id that was not ``seen``; ``first``: the number of the first."""
+    for at, block in enumerate(blocks, start=first):
+        try:
+            passage = from_block(block.tobytes())
+        except ValueError:  # also of text that is not UTF-8
+            passage = None
+        if passage is None or passage.id in seen:
+            what = "has an id that is there twice" if passage else "is damaged"
+            raise DataError(f"passage {at} {what}", where=where, hint="build the index anew")
+        seen.add(passage.id)

@@ -16,14 +16,16 @@ from securefedcollm.errors import DataError
 from securefedcollm.primitives import KEY_BYTES, equal, sha256
 from securefedcollm.retrieval.terms import MOST_DIMENSION
 
-_MAGIC: Final = b"SFCRDCT1"
+MAGIC: Final = b"SFCRDCT1"
 _NUMBERS: Final = struct.Struct("<II")
-_HEAD: Final = len(_MAGIC) + _NUMBERS.size
+HEAD_BYTES: Final = len(MAGIC) + _NUMBERS.size
 _LEAST_SHARE: Final = 1e-6
 """Of the greatest variance: a direction with less is not made longer still."""
 _ROUNDING: Final = 1e-12
 """Variance of equal texts, whose embeddings an encoder computes in float32."""
-MOST_BYTES: Final = _HEAD + 8 * MOST_DIMENSION * (MOST_DIMENSION + 1) + KEY_BYTES
+
+_ANEW: Final = "make it anew with `securefedcollm index reduce`"
+_SIZE: Final = "is cut, too long or of no size"
 
 Vectors = npt.NDArray[np.float64]
 
@@ -131,7 +133,7 @@ class Reduction:
 
     def encode(self) -> bytes:
         """The content of its file."""
-        head = _MAGIC + _NUMBERS.pack(*self._matrix.shape)
+        head = MAGIC + _NUMBERS.pack(*self._matrix.shape)
         content = head + self._mean.tobytes() + self._matrix.tobytes()
         return content + sha256(content)
 
@@ -144,17 +146,34 @@ class Reduction:
         Raises:
             DataError: not a reduction, damaged, or with numbers that are not finite.
         """
-        hint = "make it anew with `securefedcollm index reduce`"
-        if len(content) < _HEAD or not content.startswith(_MAGIC):
-            raise DataError("is not a reduction", where=where, hint=hint)
-        before, after = _NUMBERS.unpack_from(content, len(_MAGIC))
-        fits = 1 <= after <= before <= MOST_DIMENSION
-        if not fits or len(content) != _HEAD + 8 * before * (after + 1) + KEY_BYTES:
-            raise DataError("is cut, too long or of no size", where=where, hint=hint)
+        before, after = dimensions_of(content, where)
+        if len(content) != file_bytes(before, after):
+            raise DataError(_SIZE, where=where, hint=_ANEW)
         if not equal(sha256(content[:-KEY_BYTES]), content[-KEY_BYTES:]):
-            raise DataError("is damaged", where=where, hint=hint)
-        numbers = np.frombuffer(content[_HEAD:-KEY_BYTES], dtype="<f8")
+            raise DataError("is damaged", where=where, hint=_ANEW)
+        numbers = np.frombuffer(content[HEAD_BYTES:-KEY_BYTES], dtype="<f8")
         try:
             return cls(numbers[:before], numbers[before:].reshape(before, after))
         except DataError as error:
             raise DataError(error.problem, where=where, hint=error.hint) from None
+
+
+def file_bytes(before: int, after: int) -> int:
+    """The length of a file with a map from ``before`` to ``after`` numbers."""
+    return HEAD_BYTES + 8 * before * (after + 1) + KEY_BYTES
+
+
+def dimensions_of(head: bytes, where: str) -> tuple[int, int]:
+    """(D, d) that the first :data:`HEAD_BYTES` of a file state; ``where`` names it.
+
+    Adversary: whoever wrote the file.
+
+    Raises:
+        DataError: not a reduction, or with numbers out of range.
+    """
+    if len(head) < HEAD_BYTES or not head.startswith(MAGIC):
+        raise DataError("is not a reduction", where=where, hint=_ANEW)
+    before, after = _NUMBERS.unpack_from(head, len(MAGIC))
+    if not 1 <= after <= before <= MOST_DIMENSION:
+        raise DataError(_SIZE, where=where, hint=_ANEW)
+    return before, after

@@ -29,7 +29,7 @@ from securefedcollm.aggregation.messages import UNSIGNED, decode, sign
 from securefedcollm.errors import CryptoError, LocalProtocolError, RemoteProtocolError
 from securefedcollm.primitives import RandomSource, SigningKey, equal, verify
 from securefedcollm.retrieval import messages as m
-from securefedcollm.retrieval.index import Index
+from securefedcollm.retrieval.index import Index, misfit
 from securefedcollm.retrieval.passages import to_digits
 from securefedcollm.retrieval.product import Prepared
 from securefedcollm.retrieval.quota import Quota
@@ -47,18 +47,9 @@ class PreparedShelf:
 
     def __init__(self, index: Index, terms: Terms) -> None:
         n, d = index.entries.shape
-        fits = n <= terms.documents and d == terms.dimension
-        if not fits or index.blocks.shape[1] != terms.block_bytes:
-            raise LocalProtocolError(
-                f"an index of {n} passages, dimension {d} and blocks of {index.blocks.shape[1]} "
-                "bytes does not fit the study's terms",
-                hint="build the index with this study",
-            )
-        if index.space != terms.space:
-            raise LocalProtocolError(
-                "the index was made with another encoder or reduction than the study's",
-                hint="build the index with this study",
-            )
+        problem = misfit((n, d, index.blocks.shape[1]), index.space, terms)
+        if problem:
+            raise LocalProtocolError(problem, hint="build the index with this study")
         self.terms = terms
         self.fingerprint = index.fingerprint
         self.scores = Prepared(terms.scoring, index.entries)

@@ -119,7 +119,7 @@ def read_text(path: Path) -> list[str]:
         return [" ".join([q.prompt, *q.choices]) for q in questions]
     try:
         return [path.read_text(encoding="utf-8")]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # not UTF-8, or a NUL in the path
         raise DataError(
             f"cannot be read as text ({type(error).__name__})",
             where=str(path),
@@ -142,9 +142,9 @@ def _refuse_unreadable(path: Path, hint: str) -> None:
         raise DataError(
             "no such file", where=where, hint="check the path, or the directory given by --data"
         ) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise DataError(
-            f"cannot be opened ({error.strerror})",
+            f"cannot be opened ({getattr(error, 'strerror', 'no path')})",
             where=where,
             hint="check that it is a file and that this user may read it",
         ) from None

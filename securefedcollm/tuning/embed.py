@@ -21,6 +21,19 @@ _PASS_TOKENS: Final = 8192
 """Padding included: the memory of one pass."""
 
 
+def encodes(text: str) -> bool:
+    """Whether it is valid Unicode.
+
+    Adversary: whoever wrote the text. Python makes a lone surrogate of a byte of an argument that
+    is not UTF-8, and tokenizers then raise anything.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class TextEncoder:
     """Embeds texts with the body of a model. Texts are cut to 512 tokens, and to its positions.
 
@@ -53,11 +66,18 @@ class TextEncoder:
         self.digest = loaded.digest
         """The model's: what ``retrieval.encoder.sha256`` pins, 64 hexadecimal digits."""
 
+    @property
+    def width(self) -> int:
+        """D, numbers in an embedding: of the first token's. A layer may have another width than
+        the model's configuration says."""
+        return len(self._means([[0]])[0])
+
     def embed(self, texts: Sequence[str], progress: Progress = silent) -> Vectors:
         """One row for each text, in order: float64 [n, D], not scaled.
 
         Raises:
-            DataError: a text has no tokens; names its number, from 1, and never its words.
+            DataError: a text is not valid Unicode or has no tokens; names its number, from 1, and
+                never its words.
         """
         with quiet_transformers():
             rows = [self._tokens(text, at) for at, text in enumerate(texts, start=1)]
@@ -73,6 +93,8 @@ class TextEncoder:
     def _tokens(self, text: str, at: int) -> list[int]:
         positions = getattr(text_config(self._model), "max_position_embeddings", None)
         most = min(MOST_TOKENS, positions or MOST_TOKENS)
+        if not encodes(text):
+            raise DataError("is not valid Unicode", where=f"text {at}", hint="mend or leave it out")
         asked = self._tokenizer(text, truncation=True, max_length=most)
         ids: list[int] = list(asked["input_ids"])
         if not ids:

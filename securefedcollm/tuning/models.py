@@ -60,6 +60,25 @@ def default_cache() -> Path:
     return Path(platformdirs.user_cache_dir("securefedcollm"))
 
 
+def local_path(base_dir: Path, name: str, source: str) -> Path:
+    """Where the NAME of a study's ``path:NAME`` is; a relative one begins at ``base_dir``.
+
+    Args:
+        source: names the path in errors.
+
+    Raises:
+        ConfigError: it begins with the home directory of a user who has none.
+    """
+    try:
+        return base_dir / Path(name).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            "begins with `~` and a user without a home directory",
+            where=source,
+            hint="write the path from --data, or from /",
+        ) from None
+
+
 def load_model(
     source: str,
     *,
@@ -95,7 +114,7 @@ def load_model(
         case "builtin":
             model, tokenizer = _load_builtin(name, dtype, cache_dir, progress)
         case "path":
-            directory = base_dir / Path(name).expanduser()
+            directory = local_path(base_dir, name, source)
             model, tokenizer = _load_directory(directory, source, dtype, part)
         case "hub":
             model, tokenizer = _load_hub(name, revision, source, dtype, part)
@@ -124,7 +143,7 @@ def _body(model: Any) -> Any:
 
 def _digest_command(source: str, revision: str | None, dtype: Dtype, base_dir: Path) -> str:
     kind, _, name = source.partition(":")
-    named = f"path:{base_dir / Path(name).expanduser()}" if kind == "path" else source
+    named = f"path:{local_path(base_dir, name, source)}" if kind == "path" else source
     words = ["securefedcollm", "model", "digest", named, "--dtype", dtype]
     return shlex.join(words + (["--revision", revision] if revision else []))
 
@@ -172,7 +191,7 @@ def load_tokenizer(
     place: str | Path = name
     options: dict[str, Any] = {"revision": revision}
     if kind != "hub":
-        place = base_dir / Path(name).expanduser()
+        place = local_path(base_dir, name, source)
         if kind == "builtin":
             place = (cache_dir or default_cache()) / "models" / name
         options = {"local_files_only": True}
@@ -208,7 +227,7 @@ def meta_model(source: str, *, revision: str | None = None, base_dir: Path = Pat
         place: str | Path = name
         options: dict[str, Any] = {"revision": revision}
         if kind != "hub":
-            place = base_dir / Path(name).expanduser()
+            place = local_path(base_dir, name, source)
             if kind == "builtin":
                 place = default_cache() / "models" / name
             options = {"local_files_only": True}

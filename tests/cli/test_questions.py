@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
 import securefedcollm as sfc
+from securefedcollm import api
+from securefedcollm.errors import DataError
 from securefedcollm.study import dump_study
 from tests.support.asking import SHELF, TEXTS
 from tests.support.inputs import invoke
@@ -81,6 +84,135 @@ def test_build_ask_and_verify(place, tmp_path):
     assert verdict.holds
     (answers,) = (row for row in verdict.results if row.name == "answers")
     assert answers.evidence == "11 answers the same at both ends"
+
+
+def asked(monkeypatch, words, **how):
+    """(what the command was about to ask, its result)."""
+    seen: list[str] = []
+
+    def stop(question: str, *_: object, **__: object) -> None:
+        seen.append(question)
+        raise sfc.ConfigError("seen", where="here", hint="none")
+
+    monkeypatch.setattr(api, "ask", stop)
+    line = ["ask", *words, "--study", "retrieval", "--shelf", "silo-1=x"]
+    return seen, CliRunner().invoke(app, line, **how)
+
+
+@pytest.mark.parametrize(
+    ("content", "question"),
+    [
+        (b"w1 w2\n", "w1 w2"),
+        (b"w1 w2\r\n", "w1 w2"),
+        (b"w1\n\nw2", "w1\n\nw2"),
+        ("Übel\n\n".encode(), "Übel\n"),
+    ],
+)
+def test_a_question_need_not_be_an_argument(monkeypatch, content, question):
+    """Every local user may read the arguments of a process."""
+    seen, _ = asked(monkeypatch, ["-"], input=content)
+    assert seen == [question]
+
+
+@pytest.mark.parametrize("words", [[], ["-"]])
+def test_a_terminal_is_asked_for_the_question(monkeypatch, words):
+    def terminal(what: str, *, err: bool) -> str:
+        assert (what, err) == ("question", True)  # the answer goes to standard output
+        return "w1 w2"
+
+    monkeypatch.setattr("securefedcollm_cli.questions.sys", SimpleNamespace(stdin=Terminal()))
+    monkeypatch.setattr("typer.prompt", terminal)
+    assert asked(monkeypatch, words)[0] == ["w1 w2"]
+
+
+class Terminal:
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("words", "content", "what"),
+    [
+        ([], b"w1", "QUESTION: no question"),
+        (["-"], b"\xff enters ward", "QUESTION: is not UTF-8 text"),
+        (["-"], b"w1 " * 2**19, "QUESTION: is too long"),
+    ],
+)
+def test_what_is_no_question_is_refused(monkeypatch, words, content, what):
+    seen, result = asked(monkeypatch, words, input=content)
+    assert not seen
+    assert isinstance(result.exception, sfc.ConfigError)
+    assert what in str(result.exception)
+
+
+def test_the_risk_of_the_argument_is_told():
+    said = " ".join(CliRunner().invoke(app, ["ask", "--help"]).output.replace("│", " ").split())
+    assert "can be read by every user of this machine" in said
+
+
+NOT_UTF_8 = "\udcff enters ward"
+"""What Python makes of the argument $'\\xff enters ward'."""
+
+
+def test_a_question_that_is_not_unicode_is_refused(place, tmp_path):
+    line = ["ask", NOT_UTF_8, "--shelf", "silo-1=x", "--out", str(tmp_path / "run"), *common(place)]
+    result = CliRunner().invoke(app, line)
+    assert isinstance(result.exception, sfc.ConfigError)
+    assert "QUESTION: is not valid Unicode" in str(result.exception)
+
+
+def test_paths_that_are_none_are_refused(place, tmp_path):
+    file = place / "study.yaml"
+    study = sfc.load_study(file)
+    with pytest.raises(DataError, match=r"a\\x00b.md: cannot be read as text"):
+        sfc.build_index(study, ["a\0b.md"], tmp_path / "x", data=place)
+    with pytest.raises(DataError, match=r"a\\x00b.jsonl: cannot be opened"):
+        sfc.build_index(study, ["a\0b.jsonl"], tmp_path / "x", data=place)
+    with pytest.raises(sfc.ConfigError, match="no path has"):
+        sfc.build_index(study, [place / "silo-1.md"], "a\0b", data=place)
+    with pytest.raises(sfc.ConfigError, match=r"a\\x00b: holds a character that no path has"):
+        sfc.ask("w1", study, shelves={"silo-1": "a\0b"}, out=tmp_path / "run", data=place)
+    named = {"source": "path:~nosuchuser/r.map", "sha256": "0" * 64}
+    for key, value, where in (
+        ("retrieval.reduction", named, "retrieval.reduction.source"),
+        ("retrieval.encoder", {"source": "path:~nosuchuser"}, "path:~nosuchuser"),
+    ):
+        other = sfc.load_study(file, {key: value})
+        with pytest.raises(sfc.ConfigError, match=f"{where}: begins with `~` and a user without"):
+            sfc.build_index(other, [place / "silo-1.md"], tmp_path / "x", data=place)
+    assert not (tmp_path / "x").exists()
+
+
+def test_only_an_older_file_of_its_kind_is_overwritten(place, tmp_path):
+    study = sfc.load_study(place / "study.yaml")
+    guide, index, link = tmp_path / "g.md", tmp_path / "g.index", tmp_path / "link"
+    guide.write_text("w1 w2\n\nw3")
+    link.hardlink_to(guide)
+    text = tmp_path / "public.txt"
+    text.write_text("\n".join(f"w{i} w{i + 1}" for i in range(40)))
+    for _ in range(2):
+        sfc.build_index(study, [guide], index, data=place)
+        sfc.make_reduction(study, tmp_path / "map", text=[text], data=place)
+    (tmp_path / "empty").touch()
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    for out, what in (
+        (guide, "is read by this command"),
+        (link, "is read by this command"),
+        (text, "is there already"),
+        (tmp_path / "map", "is there already"),
+        (tmp_path / "empty", "is there already"),
+        (tmp_path, "is there already"),
+    ):
+        with pytest.raises(sfc.ConfigError, match=what):
+            sfc.build_index(study, [guide], out, data=place)
+    for out, what in (
+        (text, "is read by this command"),
+        (guide, "is there already"),
+        (index, "is there already"),
+    ):
+        with pytest.raises(sfc.ConfigError, match=what):
+            sfc.make_reduction(study, out, text=[text], data=place)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_the_doors_of_python(place, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +34,7 @@ from securefedcollm.federation.questions.space import (
     terms_of,
 )
 from securefedcollm.primitives import SigningKey
-from securefedcollm.retrieval import Asker, Header, Index, Passage, PreparedShelf
+from securefedcollm.retrieval import Asker, Header, Index, Passage, PreparedShelf, Reduction
 from securefedcollm.study import Study, digest
 from tests.support.asking import SHELF, TEXTS, Members
 from tests.support.small import small_study
@@ -331,6 +333,38 @@ def test_a_reduction_from_a_file_is_pinned(members, tmp_path):
         read_reduction(tmp_path / "absent")
 
 
+def test_a_reduction_of_another_size_is_named_before_it_is_used(members):
+    encoder = load_encoder(members.study, members.data)
+    assert encoder.width == encoder.embed(["w1"]).shape[1] == 64
+    rng = np.random.default_rng(0)
+    for shape, where, what in (
+        ((64, 5), "retrieval.dimension", "is 6, and .*map.other maps to 5 numbers"),
+        ((63, 6), "retrieval.reduction", ".*map.other maps 63 numbers, and the encoder gives 64"),
+    ):
+        made = Reduction(rng.normal(size=shape[0]), rng.normal(size=shape))
+        (members.data / "map.other").write_bytes(made.encode())
+        named = {"source": "path:map.other", "sha256": made.digest.hex()}
+        study = small_study(members.data, retrieval=SHELF | {"reduction": named})
+        with pytest.raises(ConfigError, match=f"{where}: {what}"):
+            space_of(study, members.data)
+
+
+def test_no_more_of_a_reduction_is_read_than_the_study_has(tmp_path):
+    """A file of 134 MB that takes 4 kB; its first bytes state another size, or the study's."""
+    for stated, what in (((4096, 4096), "maps 4096 numbers"), ((64, 6), "is cut, too long")):
+        file = tmp_path / "hole"
+        with file.open("wb") as out:
+            out.write(b"SFCRDCT1" + struct.pack("<II", *stated))
+            out.truncate(16 + 8 * 4096 * 4097 + 32)
+        tracemalloc.start()
+        try:
+            with pytest.raises(ConfigError, match=what):
+                read_reduction(file, None, (64, 6))
+            assert tracemalloc.get_traced_memory()[1] < 2**20
+        finally:
+            tracemalloc.stop()
+
+
 def test_an_encoder_is_pinned(members):
     encoder = {"source": "path:slm", "layer": 0, "sha256": members.space.encoder.digest}
     study = small_study(members.data, retrieval=SHELF | {"encoder": encoder})
@@ -344,6 +378,11 @@ def test_the_reduction_needs_enough_public_text(members):
     study = small_study(members.data, retrieval=SHELF | {"dimension": 8})
     with pytest.raises(DataError, match="8 texts of 64 numbers give no 8 directions"):
         space_of(study, members.data)
+
+
+def test_a_text_that_is_not_unicode_is_refused(members):
+    with pytest.raises(DataError, match="text 2: is not valid Unicode"):
+        members.space.embed(["w1", "\udcff enters ward"])
 
 
 def test_embeddings_do_not_depend_on_their_company(members):

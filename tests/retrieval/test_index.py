@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from securefedcollm.errors import ConfigError, DataError, StateError
 from securefedcollm.primitives import sha256
 from securefedcollm.retrieval import Index, Passage, Reduction, split
+from securefedcollm.retrieval import index as index_module
 from securefedcollm.retrieval.passages import from_block, from_digits, to_block, to_digits
 from securefedcollm.retrieval.reduction import normalised
 from tests.support.shelves import SMALL, index_of, passage, unit
@@ -179,3 +183,71 @@ def test_any_block_is_a_passage_or_refused(content):
         return
     if found is not None:
         assert to_block(found, 48) == content
+
+
+def hole(file: Path, head: bytes, size: int) -> Path:
+    """A file with these first bytes, and the rest not even on disk."""
+    with file.open("wb") as out:
+        out.write(head)
+        out.truncate(size)
+    return file
+
+
+def greatest(tmp_path: Path) -> Path:
+    """A file of some 21 GB that takes 4 kB."""
+    numbers = 2**20, 4096, 12_288
+    head = b"SFCINDX1" + struct.pack("<III", *numbers) + bytes(32)
+    return hole(tmp_path / "hole", head, HEAD + 2**20 * (2 * 4096 + 12_288) + 32)
+
+
+def test_a_hole_of_the_greatest_size_takes_no_memory(tmp_path):
+    """A few bytes on disk state 21 GB."""
+    file = greatest(tmp_path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="hole: an embedding is not of unit norm"):
+            Index.load(file)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+        with pytest.raises(ConfigError, match=r"hole: an index of 1048576 passages.*study's terms"):
+            Index.load(file, SMALL)
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_index_is_compared_with_the_terms_before_it_is_read(saved):
+    index = Index.load(saved, SMALL)
+    assert len(Index.load(saved, replace(SMALL, documents=5))) == len(index) == 5
+    for change, message in (
+        ({"documents": 4}, "5 passages.*does not fit the study's terms"),
+        ({"dimension": 9}, "dimension 8 .*does not fit the study's terms"),
+        ({"block_bytes": 99}, "blocks of 96 bytes does not fit the study's terms"),
+        ({"space": bytes([1] * 32)}, "another encoder or reduction"),
+    ):
+        with pytest.raises(ConfigError, match=f"shelf.index: .*{message}"):
+            Index.load(saved, replace(SMALL, **change))
+    os.truncate(saved, HEAD)  # nothing after the first bytes is needed for that
+    with pytest.raises(ConfigError, match="does not fit the study's terms"):
+        Index.load(saved, replace(SMALL, dimension=9))
+
+
+def test_an_index_of_many_pieces_is_read_and_checked_whole(monkeypatch, tmp_path):
+    file = tmp_path / "shelf.index"
+    index = index_of(SMALL, 30)
+    index.save(file)
+    monkeypatch.setattr(index_module, "PIECE_BYTES", 200)  # of 12 embeddings, of 2 blocks
+    again = Index.load(file)
+    assert (again.entries == index.entries).all()
+    assert (again.blocks == index.blocks).all()
+    content = file.read_bytes()
+    second = HEAD + 29 * 16
+    for at, new, message in (
+        (second, bytes(16), "unit norm"),
+        (HEAD + 30 * 16 + 29 * 96, content[HEAD + 30 * 16 :][:96], "passage 30 has an id"),
+    ):
+        file.write_bytes(content)
+        resealed(file, at, new)
+        with pytest.raises(DataError, match=message):
+            Index.load(file)
+    index.entries[29] = 0
+    with pytest.raises(DataError, match="unit norm"):
+        index.check("here")

@@ -7,8 +7,11 @@ succeed.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import pickle
+import re
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -314,3 +317,23 @@ def test_randomness_comes_from_the_source_that_is_given():
     prepared = Prepared(shape, matrix(shape))
     rows = prepared.read(bytes(one.rows))
     assert prepared.answer(rows, SEED, replay()) == prepared.answer(rows, SEED, replay())
+
+
+def test_the_page_states_how_well_flooding_hides():
+    """The small case and the worst one, by this code."""
+    page = (Path(__file__).parents[2] / "docs" / "retrieval.md").read_text("utf-8")
+    said = re.findall(r"2\^−([\d.]+) \((scores|blocks)\)", page)
+    small = Terms(documents=2048, dimension=96)
+    documents = [2048, 100_000, 2**19 + 1, 2**20 - DEGREE, 2**20]
+    worst = [Terms(n, 1, size, k) for n in documents for size in (48, 768, 12_288) for k in (1, 14)]
+    scores = [Terms(n, d) for n in documents for d in (1, 96, 1000, 2729, 4096)]
+    assert [(float(bits), what) for bits, what in said] == [
+        (bits(small.scoring), "scores"),
+        (bits(small.fetching), "blocks"),
+        (min(bits(terms.scoring) for terms in scores), "scores"),
+        (min(bits(terms.fetching) for terms in worst), "blocks"),
+    ]
+
+
+def bits(exchange: Product) -> float:
+    return round(-math.log2(exchange.advantage), 1)

@@ -10,13 +10,13 @@ from typing import Final
 from securefedcollm.errors import ConfigError, DataError
 from securefedcollm.federation.dealing import deal
 from securefedcollm.retrieval import Reduction, Terms
-from securefedcollm.retrieval.reduction import MOST_BYTES, Vectors
+from securefedcollm.retrieval.reduction import HEAD_BYTES, Vectors, dimensions_of, file_bytes
 from securefedcollm.retrieval.terms import space_digest
 from securefedcollm.study import Study
 from securefedcollm.study.retrieval import Retrieval
 from securefedcollm.tuning.data import read_text
 from securefedcollm.tuning.embed import TextEncoder
-from securefedcollm.tuning.models import load_model
+from securefedcollm.tuning.models import load_model, local_path
 from securefedcollm.tuning.recipe import Progress, silent
 
 _MOST_TEXTS: Final = 4000
@@ -99,25 +99,38 @@ def space_of(study: Study, data: Path | None = None, progress: Progress = silent
     encoder = load_encoder(study, data, progress)
     spec = plan_of(study).reduction
     if spec is not None:
-        path = (data or Path()) / Path(spec.source.removeprefix("path:").strip()).expanduser()
-        return Space(encoder, read_reduction(path, spec.sha256))
+        name = spec.source.removeprefix("path:").strip()
+        path = local_path(data or Path(), name, "retrieval.reduction.source")
+        sizes = encoder.width, plan_of(study).dimension
+        return Space(encoder, read_reduction(path, spec.sha256, sizes))
     return Space(encoder, fit_reduction(study, encoder, data=data, progress=progress))
 
 
-def read_reduction(path: Path, pinned: str | None = None) -> Reduction:
+def read_reduction(
+    path: Path, pinned: str | None = None, sizes: tuple[int, int] | None = None
+) -> Reduction:
     """A file that ``index reduce`` made.
+
+    Adversary: whoever wrote the file. A few bytes on disk may state any size, so no more is read
+    than a map of these sizes has.
 
     Args:
         pinned: its digest, 64 hexadecimal digits.
+        sizes: the encoder's numbers, and the study's ``retrieval.dimension``; None: any.
 
     Raises:
-        ConfigError: there is no such file, or it is another than the pinned one.
+        ConfigError: there is no such file, it is of other sizes, or another than the pinned one.
         DataError: it is damaged.
     """
     where = str(path)
     try:
         with path.open("rb") as file:
-            found = Reduction.decode(file.read(MOST_BYTES + 1), where)
+            head = file.read(HEAD_BYTES)
+            stated = dimensions_of(head, where)
+            if sizes is not None:
+                _check_sizes(stated, sizes, where)
+            rest = file.read(file_bytes(*stated) - HEAD_BYTES + 1)
+            found = Reduction.decode(head + rest, where)
     except OSError as error:
         raise ConfigError(
             f"cannot be read ({error.strerror})",
@@ -132,6 +145,22 @@ def read_reduction(path: Path, pinned: str | None = None) -> Reduction:
             hint="get the agreed file, or agree on this one",
         )
     return found
+
+
+def _check_sizes(stated: tuple[int, int], sizes: tuple[int, int], file: str) -> None:
+    (before, after), (width, dimension) = stated, sizes
+    if before != width:
+        raise ConfigError(
+            f"{file} maps {before} numbers, and the encoder gives {width}",
+            where="retrieval.reduction",
+            hint="make the map anew with this encoder: `securefedcollm index reduce`",
+        )
+    if after != dimension:
+        raise ConfigError(
+            f"is {dimension}, and {file} maps to {after} numbers",
+            where="retrieval.dimension",
+            hint=f"write {after}, or make the map anew: `securefedcollm index reduce`",
+        )
 
 
 def fit_reduction(
