@@ -146,7 +146,7 @@ class Questions:
             DataError: it is damaged.
             StateError: it cannot be read.
         """
-        index = Index.load(path)
+        index = Index.load(path, terms)
         try:
             shelf = PreparedShelf(index, terms)
         except SecureFedCoLLMError as error:
