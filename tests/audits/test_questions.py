@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import re
 
+import msgspec
 import pytest
 from securefedcollm_audits.report.page import to_html
-from securefedcollm_audits.report.report import make_report
+from securefedcollm_audits.report.report import _questions, make_report
+from securefedcollm_audits.verification.case import Case
+from securefedcollm_audits.verification.checks.questions import agree, counted
+from securefedcollm_audits.verification.verdict import Faults
 from securefedcollm_audits.verification.verify import QUESTIONS, verify
 
-from securefedcollm.evidence.bundle import make_bundle
+from securefedcollm.evidence.bundle import Bundle, make_bundle
+from securefedcollm.evidence.entries import Counted
 from securefedcollm.study.identity import open_identity, read_identity
-from tests.support.asking import TEXTS, Members
+from tests.support.asking import TEXTS, Members, rostered
 from tests.support.forge import by_name, doctor
 from tests.support.report_page import Reader
 
@@ -183,3 +188,41 @@ def test_the_report_says_who_asked_how_often(asked):
     reader = Reader(to_html(report, case))
     assert "Questions to documents" in reader.text
     assert {link[1:] for link in reader.links} <= set(reader.ids)
+
+
+def found_by(check, study, logs):
+    """What a check says about these logs."""
+    case = Case(Bundle(study, None, logs, {}, {}, None, None))
+    wrong = Faults()
+    check(case, wrong)
+    return wrong.found, _questions(case)
+
+
+def test_a_second_name_of_the_server_gives_it_no_second_limit(tmp_path):
+    """Adversary: a silo that answers the server twice as often, half of it under the name that the
+    server has on the roster; both names have the same key, so all signatures hold."""
+    study, logs = rostered(tmp_path, questions=2, asked=4)
+    assert [p.name for p in study.roster if p.role == "server"] == ["hub"]
+    faults, rows = found_by(counted, study, logs)
+    assert len(faults) == 2
+    assert all("beyond 2" in said for said in faults)
+    assert [row.number for row in rows] == [4]
+
+    def renamed(name):
+        made = []
+        for entry in logs["silo-1"]:
+            what = entry.what
+            if isinstance(what, Counted) and what.number > 2:
+                what = msgspec.structs.replace(what, asker=name, number=what.number - 2)
+            made.append(msgspec.structs.replace(entry, what=what))
+        return logs | {"silo-1": made}
+
+    for name in ("hub", "nobody"):
+        faults, rows = found_by(counted, study, renamed(name))
+        assert sum(f"answered '{name}', and no log is called that" in said for said in faults) == 2
+    faults, rows = found_by(counted, study, renamed("server"))  # the same numbers twice
+    assert any("counts two questions of server as number 1" in said for said in faults)
+    ((asker, number),) = [
+        (row.asker, row.number) for row in found_by(agree, study, renamed("hub"))[1]
+    ]
+    assert (asker, number) == ("server", 4)
