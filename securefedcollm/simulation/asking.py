@@ -128,6 +128,7 @@ class Questions:
         started = time.perf_counter()
         found = Inquiry(
             study=digest(self._study),
+            run=self._run,
             key=self._keys[self._asker],
             silos={name: self._keys[name].public for name in self._desks},
             terms=self._terms,
@@ -184,7 +185,8 @@ class Questions:
         self._files.callback(quota.close)
         quota.check(log)
         askers = {other: key.public for other, key in self._keys.items() if other != name}
-        return Desk(digest(self._study), self._keys[name], askers, shelf, quota, log)
+        study = digest(self._study)
+        return Desk(study, self._run, self._keys[name], askers, shelf, quota, log)
 
 
 def _check_names(names: list[str], shelves: Mapping[str, Path], asker: str) -> None:

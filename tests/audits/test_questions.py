@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import pytest
@@ -16,17 +20,27 @@ from securefedcollm_audits.verification.verify import QUESTIONS, verify
 
 from securefedcollm.evidence.bundle import Bundle, make_bundle
 from securefedcollm.evidence.entries import Counted
+from securefedcollm.primitives import SigningKey
 from securefedcollm.study.identity import open_identity, read_identity
 from tests.support.asking import TEXTS, Members, rostered
-from tests.support.forge import by_name, doctor
+from tests.support.forge import Forger, by_name, doctor
 from tests.support.report_page import Reader
 
 OTHER = "0" * 64
 
 
+class Recorded(NamedTuple):
+    """A bundle, everybody's keys, and what they came from."""
+
+    bundle: Path
+    keys: Mapping[str, SigningKey]
+    members: Members
+    run: Path
+
+
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
-    """(bundle, everybody's keys): two questions of the server and one of silo-1."""
+    """Two questions of the server and one of silo-1."""
     directory = tmp_path_factory.mktemp("asked")
     members = Members(directory / "members")
     run = directory / "run"
@@ -42,11 +56,11 @@ def asked(tmp_path_factory):
     }
     bundle = directory / "evidence.zip"
     bundle.write_bytes(make_bundle(run))
-    return bundle, keys
+    return Recorded(bundle, keys, members, run)
 
 
 def test_an_honest_record_of_questions_passes(asked):
-    bundle, _ = asked
+    bundle = asked.bundle
     verdict = verify(bundle)
     assert verdict.holds
     found = by_name(verdict)
@@ -58,7 +72,7 @@ def test_an_honest_record_of_questions_passes(asked):
 
 
 def test_the_silos_alone_are_not_blamed_for_logs_that_are_not_here(asked, tmp_path):
-    bundle, keys = asked
+    bundle, keys, *_ = asked
 
     def without_the_server(f):
         for kind in ("logs/server.jsonl", "heads/server.json", "sbom.json", "artefacts.json"):
@@ -155,11 +169,37 @@ FORGERIES = [
 
 @pytest.mark.parametrize(("check", "edit", "fault"), FORGERIES)
 def test_whoever_lies_about_a_question_is_named(asked, tmp_path, check, edit, fault):
-    bundle, keys = asked
+    bundle, keys, *_ = asked
     found = by_name(verify(doctor(bundle, tmp_path / "forged.zip", edit, keys)))
     assert found[check].status == "fail"
     assert any(re.search(fault, said) for said in found[check].faults)
     assert found["heads"].status == "pass"  # signed anew: nothing but the content is wrong
+
+
+def test_entries_of_another_run_accuse_nobody(asked, tmp_path):
+    """Adversary: the server copies what silo-2 answered it in another run of the same study, with
+    the same keys, into this run's log, so that silo-2 seems to hide an answer."""
+    bundle, keys, *_ = asked
+    members, other = asked.members, tmp_path / "other"
+    for home in ("server", *(f"silos/{name}" for name in TEXTS)):
+        (other / home).mkdir(parents=True)
+        shutil.copy(asked.run / home / "identity.json", other / home)
+    with members.questions(other, "silo-3", **{"silo-2": members.indexes["silo-2"]}) as questions:
+        questions.ask("w1 w2")
+    (tmp_path / "other.zip").write_bytes(make_bundle(other))
+    foreign = Forger(tmp_path / "other.zip", keys).logs["silo-3"][1:]
+    assert [entry["what"]["kind"] for entry in foreign] == ["asked", "heard"]
+
+    def copied_in(f):
+        for entry in foreign:
+            made = json.loads(json.dumps(entry))
+            if made["what"]["kind"] == "heard":
+                made["what"]["asked"] = len(f.logs["silo-3"]) - 1
+            f.logs["silo-3"].append(made)
+
+    found = by_name(verify(doctor(bundle, tmp_path / "forged.zip", copied_in, keys)))
+    (said,) = found["answers"].faults
+    assert "silo-3 has no answer that silo-2 signed to this question" in said  # silo-3 is to blame
 
 
 def test_every_check_of_questions_has_a_forgery():
@@ -167,7 +207,7 @@ def test_every_check_of_questions_has_a_forgery():
 
 
 def test_other_terms_than_the_others_are_found(asked, tmp_path):
-    bundle, keys = asked
+    bundle, keys, *_ = asked
 
     def other_terms(f):
         f.what("silo-3", "counted")["terms"] = OTHER

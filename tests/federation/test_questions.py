@@ -131,6 +131,7 @@ def desk_of(members: Members, home: Path, key: SigningKey, asker: bytes) -> Desk
     log = EvidenceLog(home / "evidence.sqlite", study=bytes(32), owner="silo-1", key=key)
     return Desk(
         study=bytes(32),
+        run=bytes(16),
         key=key,
         askers={"ann": asker},
         shelf=PreparedShelf(Index.load(members.indexes["silo-1"]), terms),
@@ -144,7 +145,7 @@ def test_a_question_counts_before_its_answer_and_no_answer_leaves_without_eviden
 ):
     ann, silo = SigningKey.generate(), SigningKey.generate()
     desk = desk_of(members, tmp_path / "home", silo, ann.public)
-    header = Header(bytes(32), ann.public, silo.public, desk.shelf.terms)
+    header = Header(bytes(32), bytes(16), ann.public, silo.public, desk.shelf.terms)
     (query,) = members.space.embed(["w1 w2"])
     frame = Asker(header=header, silo="silo-1", key=ann, query=query).ask()
     with pytest.raises(StateError):
@@ -180,6 +181,7 @@ def ask_one(members: Members, index: Index, home: Path) -> Found:
     conversation = desk.open("ann")
     inquiry = Inquiry(
         study=bytes(32),
+        run=bytes(16),
         key=ann,
         silos={"silo-1": silo.public},
         terms=desk.shelf.terms,
@@ -209,6 +211,7 @@ def view(members: Members, home: Path, words: str) -> list[tuple[str, int]]:
 
     Inquiry(
         study=bytes(32),
+        run=bytes(16),
         key=ann,
         silos={"silo-1": silo.public},
         terms=terms_of(members.study, members.space.digest),

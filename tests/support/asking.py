@@ -110,6 +110,7 @@ def rostered(
     terms = terms_of(study, members.space.digest)
     desk = Desk(
         study=digest(study),
+        run=bytes(16),
         key=keys["silo-1"],
         askers={"server": keys["hub"].public},
         shelf=PreparedShelf(Index.load(members.indexes["silo-1"]), terms),
@@ -120,6 +121,7 @@ def rostered(
         conversation = desk.open("server")
         Inquiry(
             study=digest(study),
+            run=bytes(16),
             key=keys["hub"],
             silos={"silo-1": keys["silo-1"].public},
             terms=terms,

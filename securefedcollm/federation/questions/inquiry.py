@@ -73,6 +73,7 @@ class Inquiry:
 
     Args:
         study: its digest, 32 bytes.
+        run: the run's id, 16 bytes.
         key: the asker's identity.
         silos: name → Ed25519 public key of every silo that is asked.
         log: the asker's; it begins with ``opened``.
@@ -83,13 +84,14 @@ class Inquiry:
         self,
         *,
         study: bytes,
+        run: bytes,
         key: SigningKey,
         silos: Mapping[str, bytes],
         terms: Terms,
         log: EvidenceLog,
         embed: Embed,
     ) -> None:
-        self._study, self._key, self._silos = study, key, silos
+        self._study, self._run, self._key, self._silos = study, run, key, silos
         self._terms, self._log, self._embed = terms, log, embed
         self._failed: dict[str, str] = {}
 
@@ -132,7 +134,7 @@ class Inquiry:
         return found
 
     def _asker(self, silo: str, key: bytes, query: npt.ArrayLike) -> Asker:
-        header = Header(self._study, self._key.public, key, self._terms)
+        header = Header(self._study, self._run, self._key.public, key, self._terms)
         return Asker(header=header, silo=silo, key=self._key, query=query)
 
     def _best(self, scores: npt.NDArray[np.float64]) -> tuple[int, ...]:

@@ -214,7 +214,7 @@ def _header(case: Case, asker: str, silo: str, terms: str) -> bytes | None:
         return None
     if (case.log_name(asker), case.log_name(silo)) != (asker, silo):
         return None
-    return header_digest(case.digest, keys[0], keys[1], bytes.fromhex(terms))
+    return header_digest(case.digest, case.run, keys[0], keys[1], bytes.fromhex(terms))
 
 
 def _after(
