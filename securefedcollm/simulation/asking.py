@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,7 +19,7 @@ from securefedcollm.errors import ConfigError, SecureFedCoLLMError
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.evidence.software import bill_of_materials
-from securefedcollm.federation.files import make_directory, write_durably
+from securefedcollm.federation.files import alone, make_directory, write_durably
 from securefedcollm.federation.plan import AUTHORITY, silo_names
 from securefedcollm.federation.questions.desk import Desk, DeskConversation
 from securefedcollm.federation.questions.inquiry import Found, Inquiry
@@ -66,7 +66,8 @@ class Questions:
         space: the study's encoder and reduction.
 
     Raises:
-        ConfigError: a name is none of the study's, or the directory belongs to another study.
+        ConfigError: a name is none of the study's, or the directory belongs to another study or
+            is in use.
         DataError: an index is damaged, or does not fit the study.
         EvidenceError: a participant's file is older than its evidence.
         StateError: a file cannot be written.
@@ -91,6 +92,7 @@ class Questions:
         with ExitStack() as failing:
             failing.callback(self._files.close)
             prepared = {name: self._prepared(shelves[name], terms) for name in sorted(shelves)}
+            self._files.enter_context(_held(directory))
             self._run = _begun(directory, study)
             self._keys = {name: identity_at(self._home(name), name) for name in [SERVER, *names]}
             self._roster = Roster({name: self._keys[name].public for name in names})
@@ -215,6 +217,15 @@ def _check_names(names: list[str], shelves: Mapping[str, Path], asker: str) -> N
             where="--as",
             hint="leave its own shelf out, which it can search without a protocol",
         )
+
+
+def _held(directory: Path) -> AbstractContextManager[None]:
+    """Two first questions at once would both make identities and begin the same logs."""
+    return alone(
+        make_directory(directory),
+        "somebody else asks here at this moment",
+        "ask again when that is done, or choose another --out",
+    )
 
 
 def _begun(directory: Path, study: Study) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from securefedcollm.errors import (
 )
 from securefedcollm.evidence.entries import Asked, Counted, Heard, Refused, Served
 from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.federation.files import alone
 from securefedcollm.federation.questions.desk import Desk
 from securefedcollm.federation.questions.inquiry import Found, Inquiry
 from securefedcollm.federation.questions.quota import FILE_NAME, StoredQuota
@@ -306,6 +309,42 @@ def test_a_directory_serves_one_study(members, tmp_path):
             members.questions(tmp_path / "run")
     finally:
         members.study = study
+
+
+def test_one_asks_at_a_time_in_a_directory(members, tmp_path):
+    """Two that both find an empty log would both begin it."""
+    with (
+        members.questions(tmp_path / "run"),
+        pytest.raises(ConfigError, match="somebody else asks here at this moment"),
+    ):
+        members.questions(tmp_path / "run", "silo-1")
+    with pytest.raises(ConfigError, match="takes no part"):
+        members.questions(tmp_path / "run", "nobody")
+    with members.questions(tmp_path / "run", "silo-1"):  # the lock is gone
+        pass
+    held = multiprocessing.get_context("spawn").Process(
+        target=hold, args=(tmp_path / "run", tmp_path / "held")
+    )
+    held.start()
+    try:
+        for _ in range(600):
+            if (tmp_path / "held").exists():
+                break
+            time.sleep(0.05)
+        with pytest.raises(ConfigError, match="somebody else asks here"):
+            members.questions(tmp_path / "run")
+    finally:
+        held.kill()
+        held.join()
+    with members.questions(tmp_path / "run"):  # also after a kill
+        pass
+
+
+def hold(run: Path, told: Path) -> None:
+    """What another process does."""
+    with alone(run, "not free", "wait"):
+        told.touch()
+        time.sleep(600)
 
 
 def test_a_question_without_words_is_refused_before_it_is_sent(members, tmp_path):
