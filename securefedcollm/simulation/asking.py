@@ -232,19 +232,34 @@ def _begun(directory: Path, study: Study) -> bytes:
     """The id of the run in ``directory``, 16 bytes, which begins here if there is none.
 
     Raises:
-        ConfigError: the run there is of another study.
+        ConfigError: the study there is another one, or cannot be read.
     """
+    agreed = directory / _STUDY
+    given = agreed.exists() or agreed.is_symlink()
+    if given:
+        _check_same(agreed, study)
     known = (directory / "server" / "state.json").exists()
-    if known and (directory / _STUDY).is_file():
-        other = load_study(directory / _STUDY)
-        if digest(other) != digest(study):
-            raise ConfigError(
-                f"the run there is of another study ({digest(other).hex()[:12]}…, this one is "
-                f"{digest(study).hex()[:12]}…)",
-                where=str(directory),
-                hint="ask with its study.yaml, or choose another --out",
-            )
     store = RunStore(make_directory(directory), digest(study), resume=known)
-    if not (directory / _STUDY).is_file():
-        write_durably(directory / _STUDY, dump_study(study).encode())
+    if not given:
+        write_durably(agreed, dump_study(study).encode())
     return store.run_id
+
+
+def _check_same(agreed: Path, study: Study) -> None:
+    """Adversary: whoever puts another study's file there, so that answers are spent on evidence
+    that never verifies."""
+    try:
+        found = digest(load_study(agreed))
+    except SecureFedCoLLMError as error:
+        raise ConfigError(
+            f"the study there cannot be read: {error.message}",
+            where=str(agreed),
+            hint="put the run's own study.yaml back, or choose another --out",
+        ) from None
+    if found != digest(study):
+        raise ConfigError(
+            f"the run there is of another study ({found.hex()[:12]}…, this one is "
+            f"{digest(study).hex()[:12]}…)",
+            where=str(agreed.parent),
+            hint="ask with its study.yaml, or choose another --out",
+        )

@@ -36,7 +36,7 @@ from securefedcollm.federation.questions.space import (
 )
 from securefedcollm.primitives import SigningKey
 from securefedcollm.retrieval import Asker, Header, Index, Passage, PreparedShelf
-from securefedcollm.study import Study, digest
+from securefedcollm.study import Study, digest, dump_study
 from tests.support.asking import SHELF, TEXTS, Members
 from tests.support.small import small_study
 
@@ -309,6 +309,34 @@ def test_a_directory_serves_one_study(members, tmp_path):
             members.questions(tmp_path / "run")
     finally:
         members.study = study
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (None, "is of another study"),
+        (b"study: [", "study there cannot be read"),
+        (b"", "study there cannot be read"),
+        (b"\xff\xfe\x00", "study there cannot be read"),
+    ],
+)
+def test_a_foreign_or_broken_study_is_refused_before_anything_is_counted(
+    members, tmp_path, content, what
+):
+    run = tmp_path / "run"
+    run.mkdir()
+    other = msgspec.structs.replace(members.study, study="another")
+    (run / "study.yaml").write_bytes(dump_study(other).encode() if content is None else content)
+    with pytest.raises(ConfigError, match=what) as refused:
+        members.questions(run)
+    assert str(run) in str(refused.value)
+    assert {path.name for path in run.iterdir()} == {"study.yaml", ".lock"}
+
+
+def test_no_study_where_a_directory_has_its_name(members, tmp_path):
+    (tmp_path / "run" / "study.yaml").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="study there cannot be read"):
+        members.questions(tmp_path / "run")
 
 
 def test_one_asks_at_a_time_in_a_directory(members, tmp_path):
