@@ -383,8 +383,8 @@ def ask(
         progress: called as ``progress(done, total, text)``.
 
     Raises:
-        ConfigError: a name is none of the study's, an index does not fit it, or ``out`` is of
-            another study.
+        ConfigError: the study has a roster, a name is none of its own, an index does not fit it, or
+            ``out`` is of another study or in use.
         DataError: an index is damaged, or the question has no words.
         StateError: a participant's file cannot be written; nothing was answered then.
     """

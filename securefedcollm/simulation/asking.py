@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Final
 
 from securefedcollm.aggregation import Roster
-from securefedcollm.errors import ConfigError, SecureFedCoLLMError
+from securefedcollm.errors import ConfigError, EvidenceError, SecureFedCoLLMError
+from securefedcollm.evidence.entries import Opened
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.evidence.software import bill_of_materials
@@ -66,10 +67,11 @@ class Questions:
         space: the study's encoder and reduction.
 
     Raises:
-        ConfigError: a name is none of the study's, or the directory belongs to another study or
-            is in use.
+        ConfigError: the study has a roster, a name is none of the study's, or the directory belongs
+            to another study or is in use.
         DataError: an index is damaged, or does not fit the study.
-        EvidenceError: a participant's file is older than its evidence.
+        EvidenceError: a participant's file is older than its evidence, or its log is of another
+            run.
         StateError: a file cannot be written.
     """
 
@@ -82,6 +84,7 @@ class Questions:
         directory: Path,
         space: Space,
     ) -> None:
+        _check_keys(study)
         names = silo_names(study)
         _check_names(names, shelves, asker)
         self._study, self._names, self._directory = study, names, directory
@@ -179,7 +182,17 @@ class Questions:
                     sbom=sbom,
                 )
             )
+        self._check_run(log, home)
         return log
+
+    def _check_run(self, log: EvidenceLog, home: Path) -> None:
+        """A frame is bound to its run. Under another than its log's it would never verify."""
+        first = log.entries[0].what
+        if not isinstance(first, Opened) or first.run != self._run.hex():
+            raise EvidenceError(
+                f"{home / EVIDENCE}: is of another run than {self._directory / SERVER}",
+                hint="put the run's own files back, or choose another --out",
+            )
 
     def _desk(self, name: str, shelf: PreparedShelf) -> Desk:
         log = self._opened(name)
@@ -189,6 +202,18 @@ class Questions:
         askers = {other: key.public for other, key in self._keys.items() if other != name}
         study = digest(self._study)
         return Desk(study, self._run, self._keys[name], askers, shelf, quota, log)
+
+
+def _check_keys(study: Study) -> None:
+    """Every party gets throw-away keys here. With others than the roster's nothing verifies, and
+    the silos' questions would be spent for that."""
+    if study.roster:
+        raise ConfigError(
+            "this study's participants have keys of their own, which are not on this machine; what "
+            "is signed here with others would never verify",
+            where="roster",
+            hint="to try it out, ask with a copy of the study without its roster",
+        )
 
 
 def _check_names(names: list[str], shelves: Mapping[str, Path], asker: str) -> None:

@@ -19,7 +19,7 @@ from securefedcollm_audits.verification.verdict import Faults
 from securefedcollm_audits.verification.verify import QUESTIONS, verify
 
 from securefedcollm.evidence.bundle import Bundle, make_bundle
-from securefedcollm.evidence.entries import Counted
+from securefedcollm.evidence.entries import Asked, Counted
 from securefedcollm.primitives import SigningKey
 from securefedcollm.study.identity import open_identity, read_identity
 from tests.support.asking import TEXTS, Members, rostered
@@ -213,7 +213,26 @@ def test_other_terms_than_the_others_are_found(asked, tmp_path):
         f.what("silo-3", "counted")["terms"] = OTHER
 
     found = by_name(verify(doctor(bundle, tmp_path / "forged.zip", other_terms, keys)))
-    assert any("other terms" in said for said in found["questions"].faults)
+    (said,) = (said for said in found["questions"].faults if "terms" in said)
+    # Nothing says whose are wrong. Before, the first log was right, and all others were blamed.
+    assert re.match(r"silo-3#\d+ \(counted\): this and \S+#\d+ .* have different terms", said)
+    assert "nothing says which of the two is right" in said
+
+
+def test_a_log_that_comes_first_does_not_define_what_was_agreed(asked, tmp_path):
+    bundle, keys, *_ = asked
+
+    def first_differs(f):
+        first = min(f.logs)
+        assert first == "server"
+        for nth in (0, 1):
+            f.what(first, "asked", nth)["terms"] = OTHER
+
+    found = by_name(verify(doctor(bundle, tmp_path / "forged.zip", first_differs, keys)))
+    faults = [said for said in found["questions"].faults if "terms" in said]
+    assert len(faults) == 1
+    assert "server#" in faults[0]
+    assert "different terms" in faults[0]
 
 
 def test_the_report_says_who_asked_how_often(asked):
@@ -266,3 +285,19 @@ def test_a_second_name_of_the_server_gives_it_no_second_limit(tmp_path):
         (row.asker, row.number) for row in found_by(agree, study, renamed("hub"))[1]
     ]
     assert (asker, number) == ("server", 4)
+
+
+def test_with_pins_whoever_has_other_terms_is_named(tmp_path):
+    study, logs = rostered(tmp_path, questions=2, asked=1)
+    faults, _ = found_by(counted, study, logs)
+    assert faults == []
+
+    def changed(entry):
+        if not isinstance(entry.what, Asked):
+            return entry
+        return msgspec.structs.replace(entry, what=msgspec.structs.replace(entry.what, terms=OTHER))
+
+    faults, _ = found_by(counted, study, logs | {"server": [changed(e) for e in logs["server"]]})
+    (said,) = faults
+    assert said.startswith("server#")
+    assert "other terms (sizes, encoder or reduction) than were agreed" in said

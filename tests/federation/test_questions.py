@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -36,8 +37,9 @@ from securefedcollm.federation.questions.space import (
 )
 from securefedcollm.primitives import SigningKey
 from securefedcollm.retrieval import Asker, Header, Index, Passage, PreparedShelf
+from securefedcollm.simulation.asking import Questions
 from securefedcollm.study import Study, digest, dump_study
-from tests.support.asking import SHELF, TEXTS, Members
+from tests.support.asking import SHELF, TEXTS, Members, rostered
 from tests.support.small import small_study
 
 NUMBER = bytes(16)
@@ -337,6 +339,30 @@ def test_no_study_where_a_directory_has_its_name(members, tmp_path):
     (tmp_path / "run" / "study.yaml").mkdir(parents=True)
     with pytest.raises(ConfigError, match="study there cannot be read"):
         members.questions(tmp_path / "run")
+
+
+def test_a_study_with_a_roster_is_refused_before_anything_is_spent(members, tmp_path):
+    """Its participants' keys are elsewhere; the evidence would fail `membership`."""
+    study, _ = rostered(tmp_path / "members", questions=2, asked=0)
+    with pytest.raises(ConfigError, match=r"roster: .*keys of their own") as refused:
+        Questions(
+            study,
+            shelves={"silo-1": members.indexes["silo-1"]},
+            asker="server",
+            directory=tmp_path / "run",
+            space=members.space,
+        )
+    assert "without its roster" in refused.value.hint
+    assert not (tmp_path / "run").exists()
+
+
+def test_logs_of_another_run_are_not_gone_on_with(members, tmp_path):
+    run = tmp_path / "run"
+    with members.questions(run) as questions:
+        questions.ask("w1 w2")
+    shutil.rmtree(run / "server")
+    with pytest.raises(EvidenceError, match=r"evidence\.sqlite: is of another run"):
+        members.questions(run)
 
 
 def test_one_asks_at_a_time_in_a_directory(members, tmp_path):

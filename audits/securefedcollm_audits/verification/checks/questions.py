@@ -240,14 +240,24 @@ def _after(
 
 
 def _same_terms(case: Case, wrong: Faults) -> None:
-    """Adversary: a participant with another encoder, or other sizes, than was agreed."""
+    """Adversary: a participant with another encoder, or other sizes, than was agreed; and one that
+    writes first, so that the others seem to be that participant."""
     agreed = _agreed_terms(case)
+    seen: dict[str, Entry] = {}
     for log in case.logs.values():
         for entry in log:
             if isinstance(entry.what, Asked | Counted):
-                agreed = agreed or entry.what.terms
-                if entry.what.terms != agreed:
+                if agreed is None:
+                    seen.setdefault(entry.what.terms, entry)
+                elif entry.what.terms != agreed:
                     wrong(entry, "has other terms (sizes, encoder or reduction) than were agreed")
+    different = list(seen.values())
+    for entry in different[1:]:
+        wrong(
+            entry,
+            f"this and {different[0].place} have different terms (sizes, encoder or reduction); "
+            "the study pins none, so nothing says which of the two is right",
+        )
 
 
 def _agreed_terms(case: Case) -> str | None:
