@@ -5,12 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
+from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.errors import (
     BudgetExceeded,
@@ -21,6 +23,7 @@ from securefedcollm.errors import (
     RemoteProtocolError,
     StateError,
 )
+from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.evidence.entries import Asked, Counted, Heard, Refused, Served
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.files import alone
@@ -37,8 +40,10 @@ from securefedcollm.federation.questions.space import (
 )
 from securefedcollm.primitives import SigningKey
 from securefedcollm.retrieval import Asker, Header, Index, Passage, PreparedShelf
+from securefedcollm.retrieval.reduction import Vectors
 from securefedcollm.simulation.asking import Questions
 from securefedcollm.study import Study, digest, dump_study
+from securefedcollm.tuning.recipe import Progress, silent
 from tests.support.asking import SHELF, TEXTS, Members, rostered
 from tests.support.small import small_study
 
@@ -122,12 +127,18 @@ def test_an_older_count_than_the_silos_own_evidence_is_refused(members, tmp_path
 
 
 class FullDisk:
-    """A log that cannot be written."""
+    """A log that cannot be written after some entries."""
 
     size = 0
 
-    def append(self, what: object) -> None:
-        raise StateError("no space left")
+    def __init__(self, log: EvidenceLog | None = None, entries: int = 0) -> None:
+        self._log, self._left = log, entries
+
+    def append(self, what: object) -> object:
+        if self._log is None or not self._left:
+            raise StateError("no space left")
+        self._left -= 1
+        return self._log.append(what)
 
 
 def desk_of(members: Members, home: Path, key: SigningKey, asker: bytes) -> Desk:
@@ -254,7 +265,52 @@ def test_a_passage_that_nobody_can_embed_is_shown_with_no_score(members, tmp_pat
     )
     found = ask_one(members, empty, tmp_path / "home")
     assert [(hit.passage.id, hit.score) for hit in found.hits] == [("blank", 0.0)]
-    assert "silo-1" in found.suspect
+    assert found.suspect == {"silo-1": "sent a passage that the study's encoder cannot read"}
+
+
+class Fragile(Space):
+    """An encoder that fails on some texts, as one with fewer embeddings than tokens does."""
+
+    def embed(self, texts: Sequence[str], progress: Progress = silent) -> Vectors:
+        if set(texts) & set(TEXTS["silo-2"]):
+            raise ConfigError("a token without an embedding")
+        made = super().embed(texts, progress)
+        return np.full_like(made, np.nan) if set(texts) & set(TEXTS["silo-3"]) else made
+
+
+def test_passages_that_break_the_encoder_cost_nobody_but_their_silo(members, tmp_path):
+    """Adversary: a silo with a passage that the asker's encoder fails on."""
+    sound = members.space
+    members.space = Fragile(sound.encoder, sound.reduction)
+    try:
+        with members.questions(tmp_path / "run") as questions:
+            found = questions.ask("w1 w2 w3 w4").found
+    finally:
+        members.space = sound
+    assert found.answered == list(TEXTS)
+    assert found.failed == {}
+    assert set(found.suspect) == {"silo-2", "silo-3"}
+    assert all("cannot read" in said for said in found.suspect.values())
+    assert (found.hits[0].silo, found.hits[0].passage.text) == ("silo-1", "w1 w2 w3 w4")
+    assert all(np.isfinite(hit.score) for hit in found.hits)
+
+
+@pytest.mark.parametrize("frames", [0, 1])
+def test_a_silo_that_cannot_write_stops_no_other(members, tmp_path, frames):
+    """Its own failure is its own; what the others answered is written down and found."""
+    run = tmp_path / "run"
+    with members.questions(run) as questions:
+        desk = questions._desks["silo-2"]
+        questions._desks["silo-2"] = replace(desk, log=FullDisk(desk.log, frames))
+        found = questions.ask("w1 w2 w3 w4").found
+    assert found.answered == ["silo-1", "silo-3"]
+    assert "no space left" in found.failed["silo-2"]
+    assert found.hits[0].passage.text == "w1 w2 w3 w4"
+    heard = entries(members.study, run / "server", "server")[-1]
+    assert isinstance(heard, Heard)
+    assert set(heard.answers) == ({"silo-1", "silo-3"} if frames == 0 else set(TEXTS))
+    (run / "evidence.zip").write_bytes(make_bundle(run))
+    assert verify(run / "evidence.zip").holds
 
 
 @pytest.mark.parametrize(
