@@ -369,8 +369,8 @@ def ask(
 ) -> Answer:
     """Ask all silos' documents a question that no silo can read, every role on this machine.
 
-    Every party has its own keys, evidence log and, at a silo, count of questions; only the network
-    is missing.
+    Every party has its own keys and evidence log; only the network is missing. A shelf's count of
+    questions is beside its index file (``INDEX.questions.sqlite``), for all runs and studies.
 
     Args:
         question: words that the study's encoder knows.

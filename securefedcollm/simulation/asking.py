@@ -1,7 +1,8 @@
 """A question to the silos' documents, with every role in this process.
 
-Asker and silos are those of :mod:`.cohort`: each has its own directory with identity, evidence log
-and, at a silo, its count of questions. They exchange the frames of :mod:`securefedcollm.retrieval`.
+Asker and silos are those of :mod:`.cohort`: each has its own directory with identity and evidence
+log. A shelf's count of questions is beside its index file, for all runs. They exchange the
+frames of :mod:`securefedcollm.retrieval`.
 So a run's directory may be the one of a finished simulation, whose evidence then goes on.
 """
 
@@ -24,8 +25,7 @@ from securefedcollm.federation.files import alone, make_directory, write_durably
 from securefedcollm.federation.plan import AUTHORITY, silo_names
 from securefedcollm.federation.questions.desk import Desk, DeskConversation
 from securefedcollm.federation.questions.inquiry import Found, Inquiry
-from securefedcollm.federation.questions.quota import FILE_NAME as QUOTA
-from securefedcollm.federation.questions.quota import StoredQuota
+from securefedcollm.federation.questions.quota import StoredQuota, beside
 from securefedcollm.federation.questions.space import Space, plan_of, terms_of
 from securefedcollm.federation.records import SERVER
 from securefedcollm.federation.records.common import opened
@@ -43,8 +43,9 @@ class Answered:
     """A question's result, and what it took.
 
     Attributes:
-        spent: silo → questions of this asker that it has counted, this one included.
-        limit: the most that it ever answers.
+        spent: silo → questions of this asker that its shelf has counted, this one and those of
+            other runs included.
+        limit: the most that the study lets it answer.
         seconds: of the protocol: encryption, answers, decryption, evidence; not of loading models
             and shelves.
     """
@@ -61,7 +62,7 @@ class Questions:
     A context manager; closing it closes the participants' files.
 
     Args:
-        shelves: silo → its index file.
+        shelves: silo → its index file. Its count of questions is beside it, and is made if absent.
         asker: who asks: ``server``, or a silo without a shelf here.
         directory: of the run; made if absent.
         space: the study's encoder and reduction.
@@ -103,7 +104,9 @@ class Questions:
             if study.scheme == "ckks-authority":
                 self._office = identity_at(directory / AUTHORITY, AUTHORITY).public
             self._log = self._opened(asker)
-            self._desks = {name: self._desk(name, shelf) for name, shelf in prepared.items()}
+            self._desks = {
+                name: self._desk(name, shelf, shelves[name]) for name, shelf in prepared.items()
+            }
             self._terms = terms
             failing.pop_all()
 
@@ -194,9 +197,9 @@ class Questions:
                 hint="put the run's own files back, or choose another --out",
             )
 
-    def _desk(self, name: str, shelf: PreparedShelf) -> Desk:
+    def _desk(self, name: str, shelf: PreparedShelf, index: Path) -> Desk:
         log = self._opened(name)
-        quota = StoredQuota(self._home(name) / QUOTA, self._limit)
+        quota = StoredQuota(beside(index), self._limit)
         self._files.callback(quota.close)
         quota.check(log)
         askers = {other: key.public for other, key in self._keys.items() if other != name}

@@ -24,12 +24,12 @@ from securefedcollm.errors import (
     StateError,
 )
 from securefedcollm.evidence.bundle import make_bundle
-from securefedcollm.evidence.entries import Asked, Counted, Heard, Refused, Served
+from securefedcollm.evidence.entries import Asked, Counted, Entry, Heard, Refused, Served, What
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.files import alone
 from securefedcollm.federation.questions.desk import Desk
 from securefedcollm.federation.questions.inquiry import Found, Inquiry
-from securefedcollm.federation.questions.quota import FILE_NAME, StoredQuota
+from securefedcollm.federation.questions.quota import SUFFIX, StoredQuota
 from securefedcollm.federation.questions.space import (
     Space,
     fit_reduction,
@@ -51,8 +51,13 @@ NUMBER = bytes(16)
 
 
 @pytest.fixture(scope="module")
-def members(tmp_path_factory: pytest.TempPathFactory) -> Members:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Members:
     return Members(tmp_path_factory.mktemp("members"))
+
+
+@pytest.fixture
+def members(made: Members, tmp_path: Path) -> Members:
+    return made.afresh(tmp_path / "shelves")
 
 
 def entries(study: Study, home: Path, name: str) -> list[object]:
@@ -120,25 +125,69 @@ def test_an_older_count_than_the_silos_own_evidence_is_refused(members, tmp_path
     run = tmp_path / "run"
     with members.questions(run) as questions:
         questions.ask("w1 w2")
-    for file in (run / "silos" / "silo-2").glob(f"{FILE_NAME}*"):
+    for file in members.place.glob(f"silo-2.index{SUFFIX}*"):
         file.unlink()
     with pytest.raises(EvidenceError, match="counts 0 questions of server, and the evidence log 1"):
         members.questions(run)
 
 
+def spend_all(members: Members, run: Path) -> None:
+    """All three questions of the server."""
+    with members.questions(run) as questions:
+        for number in (1, 2, 3):
+            assert questions.ask("w1 w2").spent["silo-1"] == number
+
+
+def assert_spent(members: Members, run: Path, **shelves: Path) -> None:
+    with members.questions(run, **shelves) as questions:
+        refused = questions.ask("w1 w2")
+    assert refused.found.answered == []
+    assert set(refused.spent.values()) == {3}
+    assert all("all of its 3 questions" in said for said in refused.found.failed.values())
+
+
+def test_the_count_is_the_shelfs_and_no_other_run_has_fresh_questions(members, tmp_path):
+    """Adversary: an asker that begins another run, replaces or copies one, or links to the index,
+    until it knows every embedding."""
+    run = tmp_path / "run"
+    with members.questions(run):
+        pass
+    shutil.copytree(run, tmp_path / "copied")
+    spend_all(members, run)
+    assert_spent(members, tmp_path / "copied")
+    assert_spent(members, tmp_path / "another")
+    shutil.rmtree(run)
+    assert_spent(members, run)
+    link = tmp_path / "link.index"
+    link.symlink_to(members.indexes["silo-1"])
+    assert_spent(members, tmp_path / "linked", **{"silo-1": link})
+    members.index("silo-1")  # built again
+    assert_spent(members, tmp_path / "rebuilt")
+
+
+def test_another_study_goes_on_counting_up_to_its_own_limit(members, tmp_path):
+    spend_all(members, tmp_path / "run")
+    members.study = small_study(members.data, study="another", retrieval=SHELF | {"questions": 4})
+    with members.questions(tmp_path / "run-2") as questions:
+        assert set(questions.ask("w1 w2").spent.values()) == {4}
+        assert questions.ask("w1 w2").found.answered == []
+    (tmp_path / "evidence.zip").write_bytes(make_bundle(tmp_path / "run-2"))
+    assert verify(tmp_path / "evidence.zip").holds  # its first question is number 4
+
+
+def test_a_run_does_not_go_on_with_an_index_that_counts_anew(members, tmp_path):
+    spend_all(members, tmp_path / "run")
+    with pytest.raises(EvidenceError, match="counts 0 questions of server, and the evidence log 3"):
+        members.afresh(tmp_path / "copies").questions(tmp_path / "run")
+
+
 class FullDisk:
-    """A log that cannot be written after some entries."""
+    """A log that cannot be written."""
 
     size = 0
 
-    def __init__(self, log: EvidenceLog | None = None, entries: int = 0) -> None:
-        self._log, self._left = log, entries
-
-    def append(self, what: object) -> object:
-        if self._log is None or not self._left:
-            raise StateError("no space left")
-        self._left -= 1
-        return self._log.append(what)
+    def append(self, what: object) -> None:
+        raise StateError("no space left")
 
 
 def desk_of(members: Members, home: Path, key: SigningKey, asker: bytes) -> Desk:
@@ -151,7 +200,7 @@ def desk_of(members: Members, home: Path, key: SigningKey, asker: bytes) -> Desk
         key=key,
         askers={"ann": asker},
         shelf=PreparedShelf(Index.load(members.indexes["silo-1"]), terms),
-        quota=StoredQuota(home / FILE_NAME, 3),
+        quota=StoredQuota(home / "count.sqlite", 3),
         log=log,
     )
 
@@ -166,7 +215,7 @@ def test_a_question_counts_before_its_answer_and_no_answer_leaves_without_eviden
     frame = Asker(header=header, silo="silo-1", key=ann, query=query).ask()
     with pytest.raises(StateError):
         replace(desk, log=FullDisk()).open("ann").handle(frame)
-    again = StoredQuota(tmp_path / "home" / FILE_NAME, 3)  # the process is started anew
+    again = StoredQuota(tmp_path / "home" / "count.sqlite", 3)  # the process is started anew
     assert again.spent("ann") == 1
     with pytest.raises(RemoteProtocolError, match="this very question before"):
         replace(desk, quota=again).open("ann").handle(frame)
@@ -176,7 +225,7 @@ def test_a_question_counts_before_its_answer_and_no_answer_leaves_without_eviden
 
 
 def test_two_processes_share_one_count(tmp_path):
-    one, two = (StoredQuota(tmp_path / FILE_NAME, 2) for _ in range(2))
+    one, two = (StoredQuota(tmp_path / "count.sqlite", 2) for _ in range(2))
     assert one.take("ann", NUMBER) == 1
     assert two.take("ann", NUMBER) is None
     assert two.take("ann", b"another question") == 2
@@ -295,20 +344,26 @@ def test_passages_that_break_the_encoder_cost_nobody_but_their_silo(members, tmp
     assert all(np.isfinite(hit.score) for hit in found.hits)
 
 
-@pytest.mark.parametrize("frames", [0, 1])
-def test_a_silo_that_cannot_write_stops_no_other(members, tmp_path, frames):
+@pytest.mark.parametrize("kind", [Counted, Served])
+def test_a_silo_that_cannot_write_stops_no_other(members, tmp_path, monkeypatch, kind):
     """Its own failure is its own; what the others answered is written down and found."""
     run = tmp_path / "run"
     with members.questions(run) as questions:
-        desk = questions._desks["silo-2"]
-        questions._desks["silo-2"] = replace(desk, log=FullDisk(desk.log, frames))
+        write = EvidenceLog.append
+
+        def full(log: EvidenceLog, what: What) -> Entry:
+            if log.owner == "silo-2" and isinstance(what, kind):
+                raise StateError("no space left")
+            return write(log, what)
+
+        monkeypatch.setattr(EvidenceLog, "append", full)
         found = questions.ask("w1 w2 w3 w4").found
     assert found.answered == ["silo-1", "silo-3"]
     assert "no space left" in found.failed["silo-2"]
     assert found.hits[0].passage.text == "w1 w2 w3 w4"
     heard = entries(members.study, run / "server", "server")[-1]
     assert isinstance(heard, Heard)
-    assert set(heard.answers) == ({"silo-1", "silo-3"} if frames == 0 else set(TEXTS))
+    assert set(heard.answers) == ({"silo-1", "silo-3"} if kind is Counted else set(TEXTS))
     (run / "evidence.zip").write_bytes(make_bundle(run))
     assert verify(run / "evidence.zip").holds
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from pathlib import Path
 
 from securefedcollm.aggregation import Roster
@@ -43,7 +45,7 @@ class Members:
 
     def __init__(self, directory: Path, **changes: object) -> None:
         directory.mkdir(exist_ok=True)
-        self.data = directory
+        self.data = self.place = directory
         self.study: Study = small_study(directory, retrieval=SHELF | changes)
         self.space: Space = space_of(self.study, directory)
         self.indexes = {name: self.index(name) for name in TEXTS}
@@ -54,8 +56,18 @@ class Members:
         guide.write_text("\n\n".join(TEXTS[name]))
         passages = passages_of(self.study, [guide])
         made = build_index(space or self.space, passages, plan_of(self.study).block_bytes)
-        made.save(self.data / f"{name}.index")
-        return self.data / f"{name}.index"
+        made.save(self.place / f"{name}.index")
+        return self.place / f"{name}.index"
+
+    def afresh(self, place: Path) -> Members:
+        """The same with copies of all indexes, of which nobody has asked anything."""
+        place.mkdir()
+        members = copy.copy(self)
+        members.place = place
+        members.indexes = {
+            name: Path(shutil.copy(path, place)) for name, path in self.indexes.items()
+        }
+        return members
 
     def questions(self, run: Path, asker: str = "server", **shelves: Path) -> Questions:
         """Everybody's roles in ``run``. ``shelves``: default, all that are not the asker's."""
