@@ -97,7 +97,7 @@ def measure(terms: Terms, questions: int, repeats: int) -> dict[str, object]:
     index, vectors = shelf_of(terms)
     prepared, prepare = timed(lambda: PreparedShelf(index, terms))
     asker_key, silo_key = SigningKey.generate(), SigningKey.generate()
-    header = Header(bytes(32), asker_key.public, silo_key.public, terms)
+    header = Header(bytes(32), bytes(16), asker_key.public, silo_key.public, terms)
     queries = np.random.default_rng(1).normal(size=(questions, terms.dimension))
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     quota, k = CountingQuota(questions), terms.fetched

@@ -377,8 +377,8 @@ def ask(
 ) -> Answer:
     """Ask all silos' documents a question that no silo can read, every role on this machine.
 
-    Every party has its own keys, evidence log and, at a silo, count of questions; only the network
-    is missing.
+    Every party has its own keys and evidence log; only the network is missing. A shelf's count of
+    questions is beside its index file (``INDEX.questions.sqlite``), for all runs and studies.
 
     Args:
         question: words that the study's encoder knows.
@@ -391,8 +391,8 @@ def ask(
         progress: called as ``progress(done, total, text)``.
 
     Raises:
-        ConfigError: a name is none of the study's, an index does not fit it, ``out`` is of another
-            study, or the question is not valid Unicode.
+        ConfigError: the study has a roster, a name is none of its own, an index does not fit it,
+            ``out`` is of another study or in use, or the question is not valid Unicode.
         DataError: an index is damaged, or the question has no words.
         StateError: a participant's file cannot be written; nothing was answered then.
     """

@@ -359,8 +359,8 @@ class Heard(_What, frozen=True, tag="heard"):
 
 class Counted(_What, frozen=True, tag="counted"):
     """Silo: a question is counted, and its scores are about to leave. It is ``asker``'s question
-    ``number`` here, from 1. A number is missing where the silo broke off between counting and
-    answering.
+    ``number`` to this shelf, from 1. A number is missing where the silo broke off between counting
+    and answering, or where another run asked the shelf.
 
     ``question``: the asker's frame. ``index``: fingerprint of the shelf. ``scores``: digest of all
     frames up to the scores.

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from securefedcollm.errors import StateError
+from securefedcollm.errors import ConfigError, StateError
 
 
 def make_directory(path: Path) -> Path:
@@ -98,6 +98,34 @@ def sync_tree(directory: Path) -> None:
 
 
 _OF_MKDTEMP = "[a-z0-9_]"
+
+
+@contextlib.contextmanager
+def alone(directory: Path, what: str, hint: str) -> Iterator[None]:
+    """Hold ``directory``, which exists, against every other process and part of this one.
+
+    The lock goes with the process, however that ends.
+
+    Args:
+        what, hint: of the error.
+
+    Raises:
+        ConfigError: somebody holds it.
+        StateError: it cannot be written.
+    """
+    try:
+        lock = (directory / ".lock").open("w")
+    except OSError as error:
+        raise StateError(
+            f"{directory}: cannot be written ({error.strerror or error})",
+            hint="check its permissions and free space",
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(what, where=str(directory), hint=hint) from None
+        yield
 
 
 class PrivateDirectory:

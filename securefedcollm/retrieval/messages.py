@@ -3,7 +3,7 @@
 Encoded, bounded and compared as the frames of aggregation are
 (:mod:`securefedcollm.aggregation.messages`). The adversary is whoever carries them: it sees and may
 alter, drop, repeat or invent every frame. Each frame is signed by its author over the header and
-everything before, so a frame of another question, silo, study or index space never passes.
+everything before, so a frame of another question, silo, study, run or index space never passes.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ class Header(msgspec.Struct, frozen=True):
 
     Args:
         study: its digest, 32 bytes.
+        run: the run's id, 16 bytes, as the logs of both sides begin with it. Adversary: whoever
+            copies a frame of another run into this run's evidence, to say that its author hides it.
         asker, silo: their Ed25519 public keys, 32 bytes each.
     """
 
     study: Digest
+    run: Number
     asker: Digest
     silo: Digest
     terms: Terms
@@ -39,12 +42,12 @@ class Header(msgspec.Struct, frozen=True):
     @property
     def digest(self) -> bytes:
         """32 bytes, in every signature."""
-        return header_digest(self.study, self.asker, self.silo, self.terms.digest)
+        return header_digest(self.study, self.run, self.asker, self.silo, self.terms.digest)
 
 
-def header_digest(study: bytes, asker: bytes, silo: bytes, terms: bytes) -> bytes:
+def header_digest(study: bytes, run: bytes, asker: bytes, silo: bytes, terms: bytes) -> bytes:
     """:attr:`Header.digest`, for a reader of evidence who has only the digest of the terms."""
-    return sha256(_PREFIX, b"header\0", study, asker, silo, terms)
+    return sha256(_PREFIX, b"header\0", study, run, asker, silo, terms)
 
 
 class Encryption(Signable, frozen=True):

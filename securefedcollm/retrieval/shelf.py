@@ -175,10 +175,10 @@ class Shelf:
         """The frame is the asker's, and the next one of this very conversation.
 
         Adversary: a relay that invents questions in the asker's name, or carries one to another
-        silo or another study; checked before anything is counted.
+        silo, another run or another study; checked before anything is counted.
         """
         if not equal(message.before, self._before):
-            raise self._refusal("sent a frame of another question, silo or study")
+            raise self._refusal("sent a frame of another question, silo, run or study")
         try:
             verify(self._header.asker, message.CONTEXT, message.signed(), message.signature)
         except CryptoError:

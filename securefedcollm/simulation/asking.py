@@ -1,7 +1,8 @@
 """A question to the silos' documents, with every role in this process.
 
-Asker and silos are those of :mod:`.cohort`: each has its own directory with identity, evidence log
-and, at a silo, its count of questions. They exchange the frames of :mod:`securefedcollm.retrieval`.
+Asker and silos are those of :mod:`.cohort`: each has its own directory with identity and evidence
+log. A shelf's count of questions is beside its index file, for all runs. They exchange the
+frames of :mod:`securefedcollm.retrieval`.
 So a run's directory may be the one of a finished simulation, whose evidence then goes on.
 """
 
@@ -9,22 +10,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from securefedcollm.aggregation import Roster
-from securefedcollm.errors import ConfigError, SecureFedCoLLMError
+from securefedcollm.errors import ConfigError, EvidenceError, SecureFedCoLLMError
+from securefedcollm.evidence.entries import Opened
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.evidence.software import bill_of_materials
-from securefedcollm.federation.files import make_directory, write_durably
+from securefedcollm.federation.files import alone, make_directory, write_durably
 from securefedcollm.federation.plan import AUTHORITY, silo_names
 from securefedcollm.federation.questions.desk import Desk, DeskConversation
 from securefedcollm.federation.questions.inquiry import Found, Inquiry
-from securefedcollm.federation.questions.quota import FILE_NAME as QUOTA
-from securefedcollm.federation.questions.quota import StoredQuota
+from securefedcollm.federation.questions.quota import StoredQuota, beside
 from securefedcollm.federation.questions.space import Space, plan_of, terms_of
 from securefedcollm.federation.records import SERVER
 from securefedcollm.federation.records.common import opened
@@ -42,8 +43,9 @@ class Answered:
     """A question's result, and what it took.
 
     Attributes:
-        spent: silo → questions of this asker that it has counted, this one included.
-        limit: the most that it ever answers.
+        spent: silo → questions of this asker that its shelf has counted, this one and those of
+            other runs included.
+        limit: the most that the study lets it answer.
         seconds: of the protocol: encryption, answers, decryption, evidence; not of loading models
             and shelves.
     """
@@ -60,15 +62,17 @@ class Questions:
     A context manager; closing it closes the participants' files.
 
     Args:
-        shelves: silo → its index file.
+        shelves: silo → its index file. Its count of questions is beside it, and is made if absent.
         asker: who asks: ``server``, or a silo without a shelf here.
         directory: of the run; made if absent.
         space: the study's encoder and reduction.
 
     Raises:
-        ConfigError: a name is none of the study's, or the directory belongs to another study.
+        ConfigError: the study has a roster, a name is none of the study's, or the directory belongs
+            to another study or is in use.
         DataError: an index is damaged, or does not fit the study.
-        EvidenceError: a participant's file is older than its evidence.
+        EvidenceError: a participant's file is older than its evidence, or its log is of another
+            run.
         StateError: a file cannot be written.
     """
 
@@ -81,6 +85,7 @@ class Questions:
         directory: Path,
         space: Space,
     ) -> None:
+        _check_keys(study)
         names = silo_names(study)
         _check_names(names, shelves, asker)
         self._study, self._names, self._directory = study, names, directory
@@ -91,6 +96,7 @@ class Questions:
         with ExitStack() as failing:
             failing.callback(self._files.close)
             prepared = {name: self._prepared(shelves[name], terms) for name in sorted(shelves)}
+            self._files.enter_context(_held(directory))
             self._run = _begun(directory, study)
             self._keys = {name: identity_at(self._home(name), name) for name in [SERVER, *names]}
             self._roster = Roster({name: self._keys[name].public for name in names})
@@ -98,7 +104,9 @@ class Questions:
             if study.scheme == "ckks-authority":
                 self._office = identity_at(directory / AUTHORITY, AUTHORITY).public
             self._log = self._opened(asker)
-            self._desks = {name: self._desk(name, shelf) for name, shelf in prepared.items()}
+            self._desks = {
+                name: self._desk(name, shelf, shelves[name]) for name, shelf in prepared.items()
+            }
             self._terms = terms
             failing.pop_all()
 
@@ -128,6 +136,7 @@ class Questions:
         started = time.perf_counter()
         found = Inquiry(
             study=digest(self._study),
+            run=self._run,
             key=self._keys[self._asker],
             silos={name: self._keys[name].public for name in self._desks},
             terms=self._terms,
@@ -176,15 +185,38 @@ class Questions:
                     sbom=sbom,
                 )
             )
+        self._check_run(log, home)
         return log
 
-    def _desk(self, name: str, shelf: PreparedShelf) -> Desk:
+    def _check_run(self, log: EvidenceLog, home: Path) -> None:
+        """A frame is bound to its run. Under another than its log's it would never verify."""
+        first = log.entries[0].what
+        if not isinstance(first, Opened) or first.run != self._run.hex():
+            raise EvidenceError(
+                f"{home / EVIDENCE}: is of another run than {self._directory / SERVER}",
+                hint="put the run's own files back, or choose another --out",
+            )
+
+    def _desk(self, name: str, shelf: PreparedShelf, index: Path) -> Desk:
         log = self._opened(name)
-        quota = StoredQuota(self._home(name) / QUOTA, self._limit)
+        quota = StoredQuota(beside(index), self._limit)
         self._files.callback(quota.close)
         quota.check(log)
         askers = {other: key.public for other, key in self._keys.items() if other != name}
-        return Desk(digest(self._study), self._keys[name], askers, shelf, quota, log)
+        study = digest(self._study)
+        return Desk(study, self._run, self._keys[name], askers, shelf, quota, log)
+
+
+def _check_keys(study: Study) -> None:
+    """Every party gets throw-away keys here. With others than the roster's nothing verifies, and
+    the silos' questions would be spent for that."""
+    if study.roster:
+        raise ConfigError(
+            "this study's participants have keys of their own, which are not on this machine; what "
+            "is signed here with others would never verify",
+            where="roster",
+            hint="to try it out, ask with a copy of the study without its roster",
+        )
 
 
 def _check_names(names: list[str], shelves: Mapping[str, Path], asker: str) -> None:
@@ -215,23 +247,47 @@ def _check_names(names: list[str], shelves: Mapping[str, Path], asker: str) -> N
         )
 
 
+def _held(directory: Path) -> AbstractContextManager[None]:
+    """Two first questions at once would both make identities and begin the same logs."""
+    return alone(
+        make_directory(directory),
+        "somebody else asks here at this moment",
+        "ask again when that is done, or choose another --out",
+    )
+
+
 def _begun(directory: Path, study: Study) -> bytes:
     """The id of the run in ``directory``, 16 bytes, which begins here if there is none.
 
     Raises:
-        ConfigError: the run there is of another study.
+        ConfigError: the study there is another one, or cannot be read.
     """
+    agreed = directory / _STUDY
+    given = agreed.exists() or agreed.is_symlink()
+    if given:
+        _check_same(agreed, study)
     known = (directory / "server" / "state.json").exists()
-    if known and (directory / _STUDY).is_file():
-        other = load_study(directory / _STUDY)
-        if digest(other) != digest(study):
-            raise ConfigError(
-                f"the run there is of another study ({digest(other).hex()[:12]}…, this one is "
-                f"{digest(study).hex()[:12]}…)",
-                where=str(directory),
-                hint="ask with its study.yaml, or choose another --out",
-            )
     store = RunStore(make_directory(directory), digest(study), resume=known)
-    if not (directory / _STUDY).is_file():
-        write_durably(directory / _STUDY, dump_study(study).encode())
+    if not given:
+        write_durably(agreed, dump_study(study).encode())
     return store.run_id
+
+
+def _check_same(agreed: Path, study: Study) -> None:
+    """Adversary: whoever puts another study's file there, so that answers are spent on evidence
+    that never verifies."""
+    try:
+        found = digest(load_study(agreed))
+    except SecureFedCoLLMError as error:
+        raise ConfigError(
+            f"the study there cannot be read: {error.message}",
+            where=str(agreed),
+            hint="put the run's own study.yaml back, or choose another --out",
+        ) from None
+    if found != digest(study):
+        raise ConfigError(
+            f"the run there is of another study ({found.hex()[:12]}…, this one is "
+            f"{digest(study).hex()[:12]}…)",
+            where=str(agreed.parent),
+            hint="ask with its study.yaml, or choose another --out",
+        )

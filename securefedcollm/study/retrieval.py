@@ -67,7 +67,10 @@ class Retrieval(Section, frozen=True):
     ]
     questions: Annotated[
         Annotated[int, Meta(ge=0, le=10**6)],
-        says("The most questions that a silo ever answers one asker."),
+        says(
+            "The most questions of one asker that a shelf answers. All runs and studies that ask "
+            "the shelf count together."
+        ),
     ]
     mode: Annotated[
         Literal["documents"],

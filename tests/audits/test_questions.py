@@ -4,24 +4,43 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
 
+import msgspec
 import pytest
 from securefedcollm_audits.report.page import to_html
-from securefedcollm_audits.report.report import make_report
+from securefedcollm_audits.report.report import _questions, make_report
+from securefedcollm_audits.verification.case import Case
+from securefedcollm_audits.verification.checks.questions import agree, counted
+from securefedcollm_audits.verification.verdict import Faults
 from securefedcollm_audits.verification.verify import QUESTIONS, verify
 
-from securefedcollm.evidence.bundle import make_bundle
+from securefedcollm.evidence.bundle import Bundle, make_bundle
+from securefedcollm.evidence.entries import Asked, Counted
+from securefedcollm.primitives import SigningKey
 from securefedcollm.study.identity import open_identity, read_identity
-from tests.support.asking import TEXTS, Members
-from tests.support.forge import by_name, doctor
+from tests.support.asking import TEXTS, Members, rostered
+from tests.support.forge import Forger, by_name, doctor
 from tests.support.report_page import Reader
 
 OTHER = "0" * 64
 
 
+class Recorded(NamedTuple):
+    """A bundle, everybody's keys, and what they came from."""
+
+    bundle: Path
+    keys: Mapping[str, SigningKey]
+    members: Members
+    run: Path
+
+
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
-    """(bundle, everybody's keys): two questions of the server and one of silo-1."""
+    """Two questions of the server and one of silo-1."""
     directory = tmp_path_factory.mktemp("asked")
     members = Members(directory / "members")
     run = directory / "run"
@@ -37,11 +56,11 @@ def asked(tmp_path_factory):
     }
     bundle = directory / "evidence.zip"
     bundle.write_bytes(make_bundle(run))
-    return bundle, keys
+    return Recorded(bundle, keys, members, run)
 
 
 def test_an_honest_record_of_questions_passes(asked):
-    bundle, _ = asked
+    bundle = asked.bundle
     verdict = verify(bundle)
     assert verdict.holds
     found = by_name(verdict)
@@ -53,7 +72,7 @@ def test_an_honest_record_of_questions_passes(asked):
 
 
 def test_the_silos_alone_are_not_blamed_for_logs_that_are_not_here(asked, tmp_path):
-    bundle, keys = asked
+    bundle, keys, *_ = asked
 
     def without_the_server(f):
         for kind in ("logs/server.jsonl", "heads/server.json", "sbom.json", "artefacts.json"):
@@ -150,11 +169,37 @@ FORGERIES = [
 
 @pytest.mark.parametrize(("check", "edit", "fault"), FORGERIES)
 def test_whoever_lies_about_a_question_is_named(asked, tmp_path, check, edit, fault):
-    bundle, keys = asked
+    bundle, keys, *_ = asked
     found = by_name(verify(doctor(bundle, tmp_path / "forged.zip", edit, keys)))
     assert found[check].status == "fail"
     assert any(re.search(fault, said) for said in found[check].faults)
     assert found["heads"].status == "pass"  # signed anew: nothing but the content is wrong
+
+
+def test_entries_of_another_run_accuse_nobody(asked, tmp_path):
+    """Adversary: the server copies what silo-2 answered it in another run of the same study, with
+    the same keys, into this run's log, so that silo-2 seems to hide an answer."""
+    bundle, keys, *_ = asked
+    members, other = asked.members, tmp_path / "other"
+    for home in ("server", *(f"silos/{name}" for name in TEXTS)):
+        (other / home).mkdir(parents=True)
+        shutil.copy(asked.run / home / "identity.json", other / home)
+    with members.questions(other, "silo-3", **{"silo-2": members.indexes["silo-2"]}) as questions:
+        questions.ask("w1 w2")
+    (tmp_path / "other.zip").write_bytes(make_bundle(other))
+    foreign = Forger(tmp_path / "other.zip", keys).logs["silo-3"][1:]
+    assert [entry["what"]["kind"] for entry in foreign] == ["asked", "heard"]
+
+    def copied_in(f):
+        for entry in foreign:
+            made = json.loads(json.dumps(entry))
+            if made["what"]["kind"] == "heard":
+                made["what"]["asked"] = len(f.logs["silo-3"]) - 1
+            f.logs["silo-3"].append(made)
+
+    found = by_name(verify(doctor(bundle, tmp_path / "forged.zip", copied_in, keys)))
+    (said,) = found["answers"].faults
+    assert "silo-3 has no answer that silo-2 signed to this question" in said  # silo-3 is to blame
 
 
 def test_every_check_of_questions_has_a_forgery():
@@ -162,13 +207,32 @@ def test_every_check_of_questions_has_a_forgery():
 
 
 def test_other_terms_than_the_others_are_found(asked, tmp_path):
-    bundle, keys = asked
+    bundle, keys, *_ = asked
 
     def other_terms(f):
         f.what("silo-3", "counted")["terms"] = OTHER
 
     found = by_name(verify(doctor(bundle, tmp_path / "forged.zip", other_terms, keys)))
-    assert any("other terms" in said for said in found["questions"].faults)
+    (said,) = (said for said in found["questions"].faults if "terms" in said)
+    # Nothing says whose are wrong. Before, the first log was right, and all others were blamed.
+    assert re.match(r"silo-3#\d+ \(counted\): this and \S+#\d+ .* have different terms", said)
+    assert "nothing says which of the two is right" in said
+
+
+def test_a_log_that_comes_first_does_not_define_what_was_agreed(asked, tmp_path):
+    bundle, keys, *_ = asked
+
+    def first_differs(f):
+        first = min(f.logs)
+        assert first == "server"
+        for nth in (0, 1):
+            f.what(first, "asked", nth)["terms"] = OTHER
+
+    found = by_name(verify(doctor(bundle, tmp_path / "forged.zip", first_differs, keys)))
+    faults = [said for said in found["questions"].faults if "terms" in said]
+    assert len(faults) == 1
+    assert "server#" in faults[0]
+    assert "different terms" in faults[0]
 
 
 def test_the_report_says_who_asked_how_often(asked):
@@ -183,3 +247,57 @@ def test_the_report_says_who_asked_how_often(asked):
     reader = Reader(to_html(report, case))
     assert "Questions to documents" in reader.text
     assert {link[1:] for link in reader.links} <= set(reader.ids)
+
+
+def found_by(check, study, logs):
+    """What a check says about these logs."""
+    case = Case(Bundle(study, None, logs, {}, {}, None, None))
+    wrong = Faults()
+    check(case, wrong)
+    return wrong.found, _questions(case)
+
+
+def test_a_second_name_of_the_server_gives_it_no_second_limit(tmp_path):
+    """Adversary: a silo that answers the server twice as often, half of it under the name that the
+    server has on the roster; both names have the same key, so all signatures hold."""
+    study, logs = rostered(tmp_path, questions=2, asked=4)
+    assert [p.name for p in study.roster if p.role == "server"] == ["hub"]
+    faults, rows = found_by(counted, study, logs)
+    assert len(faults) == 2
+    assert all("beyond 2" in said for said in faults)
+    assert [row.number for row in rows] == [4]
+
+    def renamed(name):
+        made = []
+        for entry in logs["silo-1"]:
+            what = entry.what
+            if isinstance(what, Counted) and what.number > 2:
+                what = msgspec.structs.replace(what, asker=name, number=what.number - 2)
+            made.append(msgspec.structs.replace(entry, what=what))
+        return logs | {"silo-1": made}
+
+    for name in ("hub", "nobody"):
+        faults, rows = found_by(counted, study, renamed(name))
+        assert sum(f"answered '{name}', and no log is called that" in said for said in faults) == 2
+    faults, rows = found_by(counted, study, renamed("server"))  # the same numbers twice
+    assert any("counts two questions of server as number 1" in said for said in faults)
+    ((asker, number),) = [
+        (row.asker, row.number) for row in found_by(agree, study, renamed("hub"))[1]
+    ]
+    assert (asker, number) == ("server", 4)
+
+
+def test_with_pins_whoever_has_other_terms_is_named(tmp_path):
+    study, logs = rostered(tmp_path, questions=2, asked=1)
+    faults, _ = found_by(counted, study, logs)
+    assert faults == []
+
+    def changed(entry):
+        if not isinstance(entry.what, Asked):
+            return entry
+        return msgspec.structs.replace(entry, what=msgspec.structs.replace(entry.what, terms=OTHER))
+
+    faults, _ = found_by(counted, study, logs | {"server": [changed(e) for e in logs["server"]]})
+    (said,) = faults
+    assert said.startswith("server#")
+    assert "other terms (sizes, encoder or reduction) than were agreed" in said

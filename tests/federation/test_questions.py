@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import shutil
 import struct
+import time
 import tracemalloc
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
+from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.errors import (
     BudgetExceeded,
@@ -20,11 +25,13 @@ from securefedcollm.errors import (
     RemoteProtocolError,
     StateError,
 )
-from securefedcollm.evidence.entries import Asked, Counted, Heard, Refused, Served
+from securefedcollm.evidence.bundle import make_bundle
+from securefedcollm.evidence.entries import Asked, Counted, Entry, Heard, Refused, Served, What
 from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.federation.files import alone
 from securefedcollm.federation.questions.desk import Desk
 from securefedcollm.federation.questions.inquiry import Found, Inquiry
-from securefedcollm.federation.questions.quota import FILE_NAME, StoredQuota
+from securefedcollm.federation.questions.quota import SUFFIX, StoredQuota
 from securefedcollm.federation.questions.space import (
     Space,
     fit_reduction,
@@ -35,16 +42,24 @@ from securefedcollm.federation.questions.space import (
 )
 from securefedcollm.primitives import SigningKey
 from securefedcollm.retrieval import Asker, Header, Index, Passage, PreparedShelf, Reduction
-from securefedcollm.study import Study, digest
-from tests.support.asking import SHELF, TEXTS, Members
+from securefedcollm.retrieval.reduction import Vectors
+from securefedcollm.simulation.asking import Questions
+from securefedcollm.study import Study, digest, dump_study
+from securefedcollm.tuning.recipe import Progress, silent
+from tests.support.asking import SHELF, TEXTS, Members, rostered
 from tests.support.small import small_study
 
 NUMBER = bytes(16)
 
 
 @pytest.fixture(scope="module")
-def members(tmp_path_factory: pytest.TempPathFactory) -> Members:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Members:
     return Members(tmp_path_factory.mktemp("members"))
+
+
+@pytest.fixture
+def members(made: Members, tmp_path: Path) -> Members:
+    return made.afresh(tmp_path / "shelves")
 
 
 def entries(study: Study, home: Path, name: str) -> list[object]:
@@ -112,10 +127,60 @@ def test_an_older_count_than_the_silos_own_evidence_is_refused(members, tmp_path
     run = tmp_path / "run"
     with members.questions(run) as questions:
         questions.ask("w1 w2")
-    for file in (run / "silos" / "silo-2").glob(f"{FILE_NAME}*"):
+    for file in members.place.glob(f"silo-2.index{SUFFIX}*"):
         file.unlink()
     with pytest.raises(EvidenceError, match="counts 0 questions of server, and the evidence log 1"):
         members.questions(run)
+
+
+def spend_all(members: Members, run: Path) -> None:
+    """All three questions of the server."""
+    with members.questions(run) as questions:
+        for number in (1, 2, 3):
+            assert questions.ask("w1 w2").spent["silo-1"] == number
+
+
+def assert_spent(members: Members, run: Path, **shelves: Path) -> None:
+    with members.questions(run, **shelves) as questions:
+        refused = questions.ask("w1 w2")
+    assert refused.found.answered == []
+    assert set(refused.spent.values()) == {3}
+    assert all("all of its 3 questions" in said for said in refused.found.failed.values())
+
+
+def test_the_count_is_the_shelfs_and_no_other_run_has_fresh_questions(members, tmp_path):
+    """Adversary: an asker that begins another run, replaces or copies one, or links to the index,
+    until it knows every embedding."""
+    run = tmp_path / "run"
+    with members.questions(run):
+        pass
+    shutil.copytree(run, tmp_path / "copied")
+    spend_all(members, run)
+    assert_spent(members, tmp_path / "copied")
+    assert_spent(members, tmp_path / "another")
+    shutil.rmtree(run)
+    assert_spent(members, run)
+    link = tmp_path / "link.index"
+    link.symlink_to(members.indexes["silo-1"])
+    assert_spent(members, tmp_path / "linked", **{"silo-1": link})
+    members.index("silo-1")  # built again
+    assert_spent(members, tmp_path / "rebuilt")
+
+
+def test_another_study_goes_on_counting_up_to_its_own_limit(members, tmp_path):
+    spend_all(members, tmp_path / "run")
+    members.study = small_study(members.data, study="another", retrieval=SHELF | {"questions": 4})
+    with members.questions(tmp_path / "run-2") as questions:
+        assert set(questions.ask("w1 w2").spent.values()) == {4}
+        assert questions.ask("w1 w2").found.answered == []
+    (tmp_path / "evidence.zip").write_bytes(make_bundle(tmp_path / "run-2"))
+    assert verify(tmp_path / "evidence.zip").holds  # its first question is number 4
+
+
+def test_a_run_does_not_go_on_with_an_index_that_counts_anew(members, tmp_path):
+    spend_all(members, tmp_path / "run")
+    with pytest.raises(EvidenceError, match="counts 0 questions of server, and the evidence log 3"):
+        members.afresh(tmp_path / "copies").questions(tmp_path / "run")
 
 
 class FullDisk:
@@ -133,10 +198,11 @@ def desk_of(members: Members, home: Path, key: SigningKey, asker: bytes) -> Desk
     log = EvidenceLog(home / "evidence.sqlite", study=bytes(32), owner="silo-1", key=key)
     return Desk(
         study=bytes(32),
+        run=bytes(16),
         key=key,
         askers={"ann": asker},
         shelf=PreparedShelf(Index.load(members.indexes["silo-1"]), terms),
-        quota=StoredQuota(home / FILE_NAME, 3),
+        quota=StoredQuota(home / "count.sqlite", 3),
         log=log,
     )
 
@@ -146,12 +212,12 @@ def test_a_question_counts_before_its_answer_and_no_answer_leaves_without_eviden
 ):
     ann, silo = SigningKey.generate(), SigningKey.generate()
     desk = desk_of(members, tmp_path / "home", silo, ann.public)
-    header = Header(bytes(32), ann.public, silo.public, desk.shelf.terms)
+    header = Header(bytes(32), bytes(16), ann.public, silo.public, desk.shelf.terms)
     (query,) = members.space.embed(["w1 w2"])
     frame = Asker(header=header, silo="silo-1", key=ann, query=query).ask()
     with pytest.raises(StateError):
         replace(desk, log=FullDisk()).open("ann").handle(frame)
-    again = StoredQuota(tmp_path / "home" / FILE_NAME, 3)  # the process is started anew
+    again = StoredQuota(tmp_path / "home" / "count.sqlite", 3)  # the process is started anew
     assert again.spent("ann") == 1
     with pytest.raises(RemoteProtocolError, match="this very question before"):
         replace(desk, quota=again).open("ann").handle(frame)
@@ -161,7 +227,7 @@ def test_a_question_counts_before_its_answer_and_no_answer_leaves_without_eviden
 
 
 def test_two_processes_share_one_count(tmp_path):
-    one, two = (StoredQuota(tmp_path / FILE_NAME, 2) for _ in range(2))
+    one, two = (StoredQuota(tmp_path / "count.sqlite", 2) for _ in range(2))
     assert one.take("ann", NUMBER) == 1
     assert two.take("ann", NUMBER) is None
     assert two.take("ann", b"another question") == 2
@@ -182,6 +248,7 @@ def ask_one(members: Members, index: Index, home: Path) -> Found:
     conversation = desk.open("ann")
     inquiry = Inquiry(
         study=bytes(32),
+        run=bytes(16),
         key=ann,
         silos={"silo-1": silo.public},
         terms=desk.shelf.terms,
@@ -211,6 +278,7 @@ def view(members: Members, home: Path, words: str) -> list[tuple[str, int]]:
 
     Inquiry(
         study=bytes(32),
+        run=bytes(16),
         key=ann,
         silos={"silo-1": silo.public},
         terms=terms_of(members.study, members.space.digest),
@@ -248,7 +316,58 @@ def test_a_passage_that_nobody_can_embed_is_shown_with_no_score(members, tmp_pat
     )
     found = ask_one(members, empty, tmp_path / "home")
     assert [(hit.passage.id, hit.score) for hit in found.hits] == [("blank", 0.0)]
-    assert "silo-1" in found.suspect
+    assert found.suspect == {"silo-1": "sent a passage that the study's encoder cannot read"}
+
+
+class Fragile(Space):
+    """An encoder that fails on some texts, as one with fewer embeddings than tokens does."""
+
+    def embed(self, texts: Sequence[str], progress: Progress = silent) -> Vectors:
+        if set(texts) & set(TEXTS["silo-2"]):
+            raise ConfigError("a token without an embedding")
+        made = super().embed(texts, progress)
+        return np.full_like(made, np.nan) if set(texts) & set(TEXTS["silo-3"]) else made
+
+
+def test_passages_that_break_the_encoder_cost_nobody_but_their_silo(members, tmp_path):
+    """Adversary: a silo with a passage that the asker's encoder fails on."""
+    sound = members.space
+    members.space = Fragile(sound.encoder, sound.reduction)
+    try:
+        with members.questions(tmp_path / "run") as questions:
+            found = questions.ask("w1 w2 w3 w4").found
+    finally:
+        members.space = sound
+    assert found.answered == list(TEXTS)
+    assert found.failed == {}
+    assert set(found.suspect) == {"silo-2", "silo-3"}
+    assert all("cannot read" in said for said in found.suspect.values())
+    assert (found.hits[0].silo, found.hits[0].passage.text) == ("silo-1", "w1 w2 w3 w4")
+    assert all(np.isfinite(hit.score) for hit in found.hits)
+
+
+@pytest.mark.parametrize("kind", [Counted, Served])
+def test_a_silo_that_cannot_write_stops_no_other(members, tmp_path, monkeypatch, kind):
+    """Its own failure is its own; what the others answered is written down and found."""
+    run = tmp_path / "run"
+    with members.questions(run) as questions:
+        write = EvidenceLog.append
+
+        def full(log: EvidenceLog, what: What) -> Entry:
+            if log.owner == "silo-2" and isinstance(what, kind):
+                raise StateError("no space left")
+            return write(log, what)
+
+        monkeypatch.setattr(EvidenceLog, "append", full)
+        found = questions.ask("w1 w2 w3 w4").found
+    assert found.answered == ["silo-1", "silo-3"]
+    assert "no space left" in found.failed["silo-2"]
+    assert found.hits[0].passage.text == "w1 w2 w3 w4"
+    heard = entries(members.study, run / "server", "server")[-1]
+    assert isinstance(heard, Heard)
+    assert set(heard.answers) == ({"silo-1", "silo-3"} if kind is Counted else set(TEXTS))
+    (run / "evidence.zip").write_bytes(make_bundle(run))
+    assert verify(run / "evidence.zip").holds
 
 
 @pytest.mark.parametrize(
@@ -305,6 +424,94 @@ def test_a_directory_serves_one_study(members, tmp_path):
             members.questions(tmp_path / "run")
     finally:
         members.study = study
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (None, "is of another study"),
+        (b"study: [", "study there cannot be read"),
+        (b"", "study there cannot be read"),
+        (b"\xff\xfe\x00", "study there cannot be read"),
+    ],
+)
+def test_a_foreign_or_broken_study_is_refused_before_anything_is_counted(
+    members, tmp_path, content, what
+):
+    run = tmp_path / "run"
+    run.mkdir()
+    other = msgspec.structs.replace(members.study, study="another")
+    (run / "study.yaml").write_bytes(dump_study(other).encode() if content is None else content)
+    with pytest.raises(ConfigError, match=what) as refused:
+        members.questions(run)
+    assert str(run) in str(refused.value)
+    assert {path.name for path in run.iterdir()} == {"study.yaml", ".lock"}
+
+
+def test_no_study_where_a_directory_has_its_name(members, tmp_path):
+    (tmp_path / "run" / "study.yaml").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="study there cannot be read"):
+        members.questions(tmp_path / "run")
+
+
+def test_a_study_with_a_roster_is_refused_before_anything_is_spent(members, tmp_path):
+    """Its participants' keys are elsewhere; the evidence would fail `membership`."""
+    study, _ = rostered(tmp_path / "members", questions=2, asked=0)
+    with pytest.raises(ConfigError, match=r"roster: .*keys of their own") as refused:
+        Questions(
+            study,
+            shelves={"silo-1": members.indexes["silo-1"]},
+            asker="server",
+            directory=tmp_path / "run",
+            space=members.space,
+        )
+    assert "without its roster" in refused.value.hint
+    assert not (tmp_path / "run").exists()
+
+
+def test_logs_of_another_run_are_not_gone_on_with(members, tmp_path):
+    run = tmp_path / "run"
+    with members.questions(run) as questions:
+        questions.ask("w1 w2")
+    shutil.rmtree(run / "server")
+    with pytest.raises(EvidenceError, match=r"evidence\.sqlite: is of another run"):
+        members.questions(run)
+
+
+def test_one_asks_at_a_time_in_a_directory(members, tmp_path):
+    """Two that both find an empty log would both begin it."""
+    with (
+        members.questions(tmp_path / "run"),
+        pytest.raises(ConfigError, match="somebody else asks here at this moment"),
+    ):
+        members.questions(tmp_path / "run", "silo-1")
+    with pytest.raises(ConfigError, match="takes no part"):
+        members.questions(tmp_path / "run", "nobody")
+    with members.questions(tmp_path / "run", "silo-1"):  # the lock is gone
+        pass
+    held = multiprocessing.get_context("spawn").Process(
+        target=hold, args=(tmp_path / "run", tmp_path / "held")
+    )
+    held.start()
+    try:
+        for _ in range(600):
+            if (tmp_path / "held").exists():
+                break
+            time.sleep(0.05)
+        with pytest.raises(ConfigError, match="somebody else asks here"):
+            members.questions(tmp_path / "run")
+    finally:
+        held.kill()
+        held.join()
+    with members.questions(tmp_path / "run"):  # also after a kill
+        pass
+
+
+def hold(run: Path, told: Path) -> None:
+    """What another process does."""
+    with alone(run, "not free", "wait"):
+        told.touch()
+        time.sleep(600)
 
 
 def test_a_question_without_words_is_refused_before_it_is_sent(members, tmp_path):

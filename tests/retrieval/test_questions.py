@@ -236,7 +236,7 @@ def rows_of(consortium: Consortium, fill: int, short: int = 0) -> bytes:
         (lambda c: {"rows": rows_of(c, 0, short=1)}, "another length"),
         (lambda c: {"rows": b""}, "another length"),
         (lambda c: {"rows": rows_of(c, 0) + b"\0"}, "another length"),
-        (lambda c: {"before": bytes(32)}, "another question, silo or study"),
+        (lambda c: {"before": bytes(32)}, "another question, silo, run or study"),
     ],
 )
 def test_a_hostile_question_is_refused(consortium, change: Callable[..., dict], message):
@@ -264,7 +264,7 @@ def test_any_residues_below_q_are_answered_with_the_same_shape(consortium):
 def test_questions_to_others_or_by_others_are_refused(consortium):
     frame = consortium.asker(consortium.question()).ask()
     neighbour = Consortium()
-    with pytest.raises(RemoteProtocolError, match="another question, silo or study"):
+    with pytest.raises(RemoteProtocolError, match="another question, silo, run or study"):
         neighbour.shelf().handle(frame)
     message = msgspec.msgpack.decode(frame, type=m.Question)
     forged = sign(message, SigningKey.generate()).encode()
@@ -273,6 +273,22 @@ def test_questions_to_others_or_by_others_are_refused(consortium):
     before = consortium.quota.left("ann")
     consortium.shelf().handle(frame)
     assert consortium.quota.left("ann") == before - 1  # refused frames were not counted
+
+
+def test_a_question_of_another_run_is_refused(consortium):
+    """Adversary: a relay that carries a frame to the same parties in another run."""
+    frame = consortium.asker(consortium.question()).ask()
+    header = msgspec.structs.replace(consortium.header, run=b"another run's id")
+    shelf = Shelf(
+        consortium.prepared,
+        header=header,
+        asker="ann",
+        key=consortium.silo_key,
+        quota=consortium.quota,
+    )
+    with pytest.raises(RemoteProtocolError, match="another question, silo, run or study"):
+        shelf.handle(frame)
+    consortium.shelf().handle(frame)
 
 
 def test_a_selection_belongs_to_its_question(consortium):

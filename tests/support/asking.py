@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from pathlib import Path
 
+from securefedcollm.aggregation import Roster
+from securefedcollm.evidence.entries import Entry
+from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.federation.questions.desk import Desk
+from securefedcollm.federation.questions.inquiry import Inquiry
+from securefedcollm.federation.questions.quota import StoredQuota
 from securefedcollm.federation.questions.shelves import build_index, passages_of
-from securefedcollm.federation.questions.space import Space, plan_of, space_of
+from securefedcollm.federation.questions.space import Space, plan_of, space_of, terms_of
+from securefedcollm.federation.records.common import opened
+from securefedcollm.primitives import SigningKey
+from securefedcollm.retrieval import Index, PreparedShelf
 from securefedcollm.simulation.asking import Questions
-from securefedcollm.study import Study
+from securefedcollm.study import Study, digest, study_from_tree
 from tests.support.small import small_study
 
 SHELF = {
@@ -34,7 +45,7 @@ class Members:
 
     def __init__(self, directory: Path, **changes: object) -> None:
         directory.mkdir(exist_ok=True)
-        self.data = directory
+        self.data = self.place = directory
         self.study: Study = small_study(directory, retrieval=SHELF | changes)
         self.space: Space = space_of(self.study, directory)
         self.indexes = {name: self.index(name) for name in TEXTS}
@@ -45,8 +56,18 @@ class Members:
         guide.write_text("\n\n".join(TEXTS[name]))
         passages = passages_of(self.study, [guide])
         made = build_index(space or self.space, passages, plan_of(self.study).block_bytes)
-        made.save(self.data / f"{name}.index")
-        return self.data / f"{name}.index"
+        made.save(self.place / f"{name}.index")
+        return self.place / f"{name}.index"
+
+    def afresh(self, place: Path) -> Members:
+        """The same with copies of all indexes, of which nobody has asked anything."""
+        place.mkdir()
+        members = copy.copy(self)
+        members.place = place
+        members.indexes = {
+            name: Path(shutil.copy(path, place)) for name, path in self.indexes.items()
+        }
+        return members
 
     def questions(self, run: Path, asker: str = "server", **shelves: Path) -> Questions:
         """Everybody's roles in ``run``. ``shelves``: default, all that are not the asker's."""
@@ -57,3 +78,66 @@ class Members:
             directory=run,
             space=self.space,
         )
+
+
+def rostered(
+    directory: Path, *, questions: int, asked: int
+) -> tuple[Study, dict[str, list[Entry]]]:
+    """A study whose roster calls the server ``hub``, and the logs of ``server`` and ``silo-1``.
+
+    Args:
+        questions: the study's limit.
+        asked: questions of the server that silo-1 answers, whatever the study says.
+    """
+    members = Members(directory)
+    keys = {name: SigningKey.generate() for name in ("hub", *TEXTS)}
+    file = directory / "map"
+    file.write_bytes(members.space.reduction.encode())
+    tree = members.study.tree
+    tree["roster"] = [
+        {"name": name, "role": "server" if name == "hub" else "silo", "key": key.public.hex()}
+        for name, key in keys.items()
+    ]
+    tree["retrieval"]["questions"] = questions
+    tree["retrieval"]["encoder"]["sha256"] = members.space.encoder.digest
+    pinned = {"source": "path:map", "sha256": members.space.reduction.digest.hex()}
+    tree["retrieval"]["reduction"] = pinned
+    study = study_from_tree(tree)
+    roster = Roster({name: keys[name].public for name in TEXTS})
+    owners = {"server": keys["hub"], "silo-1": keys["silo-1"]}
+    first = opened(
+        digest(study),
+        bytes(16),
+        roster,
+        server=keys["hub"].public,
+        authority=b"",
+        sbom=None,
+    )
+    logs = {
+        name: EvidenceLog(directory / f"{name}.sqlite", study=digest(study), owner=name, key=key)
+        for name, key in owners.items()
+    }
+    for log in logs.values():
+        log.append(first)
+    terms = terms_of(study, members.space.digest)
+    desk = Desk(
+        study=digest(study),
+        run=bytes(16),
+        key=keys["silo-1"],
+        askers={"server": keys["hub"].public},
+        shelf=PreparedShelf(Index.load(members.indexes["silo-1"]), terms),
+        quota=StoredQuota(directory / "count.sqlite", asked),
+        log=logs["silo-1"],
+    )
+    for _ in range(asked):
+        conversation = desk.open("server")
+        Inquiry(
+            study=digest(study),
+            run=bytes(16),
+            key=keys["hub"],
+            silos={"silo-1": keys["silo-1"].public},
+            terms=terms,
+            log=logs["server"],
+            embed=members.space.embed,
+        ).ask(members.space.embed(["w1 w2"])[0], lambda _, frame, to=conversation: to.handle(frame))
+    return study, {name: list(log.entries) for name, log in logs.items()}

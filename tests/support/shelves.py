@@ -51,7 +51,9 @@ class Consortium:
 
     def __init__(self, terms: Terms = SMALL, count: int = 30, most: int = 1000) -> None:
         self.asker_key, self.silo_key = SigningKey.generate(), SigningKey.generate()
-        self.header = Header(bytes(32), self.asker_key.public, self.silo_key.public, terms)
+        self.header = Header(
+            bytes(32), bytes(16), self.asker_key.public, self.silo_key.public, terms
+        )
         self.index = index_of(terms, count)
         self.prepared = PreparedShelf(self.index, terms)
         self.quota = CountingQuota(most)

@@ -278,15 +278,17 @@ def _audits(case: Case) -> list[AuditRow]:
 
 
 def _questions(case: Case) -> list[QuestionRow]:
+    """Adversary: a silo that spreads one member's questions over several names: one row has all."""
     limit = case.study.retrieval.questions if case.study.retrieval else 0
     last: dict[tuple[str, str], QuestionRow] = {}
     for silo, log in case.silos.items():
+        answers: dict[str, int] = {}
         for entry, what in of(log, Counted):
-            before = last.get((silo, what.asker))
-            if before is None or before.number <= what.number:
-                last[silo, what.asker] = QuestionRow(
-                    silo, what.asker, what.number, limit, what.index, entry.place
-                )
+            asker = case.log_name(what.asker) or what.asker
+            answers[asker] = answers.get(asker, 0) + 1
+            before = last.get((silo, asker))
+            number = max(what.number, answers[asker], before.number if before else 0)
+            last[silo, asker] = QuestionRow(silo, asker, number, limit, what.index, entry.place)
     return [last[pair] for pair in sorted(last)]
 
 

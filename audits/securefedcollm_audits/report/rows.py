@@ -108,8 +108,9 @@ class AuditRow(msgspec.Struct, frozen=True):
 
 
 class QuestionRow(msgspec.Struct, frozen=True):
-    """One member's questions to one silo, as the silo's log counts them. ``number``: of the last;
-    ``limit``: the study's. ``index``: the shelf's fingerprint at that time."""
+    """One member's questions to one silo, as the silo's log counts them. ``number``: of the last,
+    or how many there are, if that is more; ``limit``: the study's. ``index``: the shelf's
+    fingerprint at the last."""
 
     silo: str
     asker: str

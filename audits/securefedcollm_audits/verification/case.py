@@ -92,6 +92,17 @@ class Case:
             name = self.authority_name
         return self.keys.get(self.server_name if name == SERVER else name)
 
+    def log_name(self, name: str) -> str | None:
+        """The one name under which a participant has its log; None if ``name`` is nobody's.
+
+        Adversary: whoever uses a roster's name for the server beside ``server``, to be two.
+        """
+        if self.key(name) is None:
+            return None
+        if name == SERVER or (self.keyed and name == AUTHORITY):
+            return name
+        return {self.server_name: SERVER, self.authority_name: AUTHORITY}.get(name, name)
+
     def header(self, entry: Round | Keyed) -> RoundHeader:
         """The round header that follows from the study, roster and run for this attempt."""
         return round_header(

@@ -24,12 +24,14 @@ class Desk:
 
     Args:
         study: its digest, 32 bytes.
+        run: the run's id, 16 bytes.
         key: the silo's identity.
         askers: name → Ed25519 public key of every member that may ask.
         log: the silo's; it begins with ``opened``.
     """
 
     study: bytes
+    run: bytes
     key: SigningKey
     askers: Mapping[str, bytes]
     shelf: PreparedShelf
@@ -44,7 +46,7 @@ class Desk:
         """
         if asker not in self.askers:
             raise LocalProtocolError(f"{asker} may not ask here", hint="look at the study's roster")
-        header = Header(self.study, self.askers[asker], self.key.public, self.shelf.terms)
+        header = Header(self.study, self.run, self.askers[asker], self.key.public, self.shelf.terms)
         return DeskConversation(self, asker, header)
 
 

@@ -7,6 +7,7 @@ so a silo that gives its passages high scores gains nothing, and is named.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
@@ -14,12 +15,7 @@ from typing import Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.errors import (
-    BudgetExceeded,
-    DataError,
-    RemoteProtocolError,
-    TransportError,
-)
+from securefedcollm.errors import SecureFedCoLLMError
 from securefedcollm.evidence.entries import Answers, Asked, Heard
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.questions.desk import slip
@@ -73,6 +69,7 @@ class Inquiry:
 
     Args:
         study: its digest, 32 bytes.
+        run: the run's id, 16 bytes.
         key: the asker's identity.
         silos: name → Ed25519 public key of every silo that is asked.
         log: the asker's; it begins with ``opened``.
@@ -83,13 +80,14 @@ class Inquiry:
         self,
         *,
         study: bytes,
+        run: bytes,
         key: SigningKey,
         silos: Mapping[str, bytes],
         terms: Terms,
         log: EvidenceLog,
         embed: Embed,
     ) -> None:
-        self._study, self._key, self._silos = study, key, silos
+        self._study, self._run, self._key, self._silos = study, run, key, silos
         self._terms, self._log, self._embed = terms, log, embed
         self._failed: dict[str, str] = {}
 
@@ -132,7 +130,7 @@ class Inquiry:
         return found
 
     def _asker(self, silo: str, key: bytes, query: npt.ArrayLike) -> Asker:
-        header = Header(self._study, self._key.public, key, self._terms)
+        header = Header(self._study, self._run, self._key.public, key, self._terms)
         return Asker(header=header, silo=silo, key=self._key, query=query)
 
     def _best(self, scores: npt.NDArray[np.float64]) -> tuple[int, ...]:
@@ -142,13 +140,14 @@ class Inquiry:
     def _each(self, given: Mapping[str, bytes], take: Callable[[str, bytes], T]) -> dict[str, T]:
         """Do the same with every silo's frame; a silo with which that fails is left out.
 
-        Adversary: a silo that sends anything, to keep the others' answers from the asker.
+        Adversary: a silo that sends anything, to keep the others' answers from the asker. An error
+        of its own, such as a full disk where it runs in this process, stops the others no more.
         """
         taken: dict[str, T] = {}
         for silo, frame in given.items():
             try:
                 taken[silo] = take(silo, frame)
-            except (RemoteProtocolError, BudgetExceeded, TransportError) as error:
+            except SecureFedCoLLMError as error:
                 self._failed[silo] = error.message
         return taken
 
@@ -163,26 +162,29 @@ class Inquiry:
         """Put the passages into ``found``, with scores of our own.
 
         Adversary: a silo that scores passages too high, to be read, or serves others than it
-        scored. One that scores them too low hides them, which nobody can see.
+        scored. One that scores them too low hides them, which nobody can see. One that sends what
+        the encoder cannot read, so that the asker loses the others' passages too.
         """
         unit = np.asarray(query, dtype=np.float64)
         unit = unit / np.linalg.norm(unit)
         for passage, claim in zip(passages, claimed, strict=True):
-            if passage is None:
-                score = 0.0
-            else:
-                score = self._score(passage, unit)
-                found.hits.append(Hit(silo, passage, score))
-            if abs(score - claim) > TOLERANCE:
+            score = 0.0 if passage is None else self._score(passage, unit)
+            if passage is not None:
+                found.hits.append(Hit(silo, passage, score or 0.0))
+            if score is None:
+                found.suspect[silo] = "sent a passage that the study's encoder cannot read"
+            elif abs(score - claim) > TOLERANCE:
                 found.suspect[silo] = (
                     f"claimed a score of {claim:.3f} for a passage that has {score:.3f}"
                 )
 
-    def _score(self, passage: Passage, unit: Vectors) -> float:
+    def _score(self, passage: Passage, unit: Vectors) -> float | None:
+        """None: it cannot be embedded, and no honest silo has such a passage in its index."""
         try:
-            return float(self._embed([passage.text])[0] @ unit)
-        except DataError:  # no words that the encoder knows
-            return 0.0
+            score = float(self._embed([passage.text])[0] @ unit)
+        except SecureFedCoLLMError:
+            return None
+        return score if math.isfinite(score) else None
 
 
 def _answers(receipts: Sequence[Receipt]) -> Answers:

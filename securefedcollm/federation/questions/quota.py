@@ -1,8 +1,13 @@
-"""A silo's count of questions, in one file that outlives its processes.
+"""A shelf's count of questions, in one file that outlives processes, runs and studies.
 
-Adversary: an asker that has the silo killed in the middle of an answer, or asks two processes of it
-at once, to be answered more often. A question is on disk before it is answered, in one transaction
-with the look at the limit. A crash after that counts as an answer.
+The count is next to the index file, because a shelf tells the same whichever run asks: some d
+questions tell all its embeddings. Askers count by name.
+
+Adversary: an asker that begins another run, or another study, on the same shelf, or replaces or
+copies a run's directory, to begin at 0 again. Also an asker that has the silo killed in the middle
+of an answer, or asks two processes of it at once, to be answered more often. A question is on disk
+before it is answered, in one transaction with the look at the limit. A crash after that counts as
+an answer.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from securefedcollm.evidence.entries import Counted
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.privacy.journal import durable_database
 
-FILE_NAME: Final = "questions.sqlite"
+SUFFIX: Final = ".questions.sqlite"
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS questions
   (asker TEXT NOT NULL, number BLOB NOT NULL, PRIMARY KEY (asker, number)) STRICT;
@@ -27,13 +32,19 @@ CREATE TRIGGER IF NOT EXISTS questions_hold BEFORE DELETE ON questions
 """
 
 
+def beside(index: Path) -> Path:
+    """Where the count of this index file is. Links to the file share it."""
+    real = index.resolve()
+    return real.with_name(real.name + SUFFIX)
+
+
 class StoredQuota:
     """At most ``most`` questions of each asker.
 
     Args:
         path: the SQLite file (WAL, ``synchronous=FULL``, mode 0600); created if absent. Several
             processes may share it.
-        most: questions of one asker that are ever answered.
+        most: questions of one asker that are answered, with all that the file already counts.
 
     Raises:
         StateError: the file cannot be used.
@@ -78,7 +89,8 @@ class StoredQuota:
                 if spent >= self._most:
                     raise BudgetExceeded(
                         f"{asker} has asked all of its {self._most} questions",
-                        hint="the study sets the limit: retrieval.questions",
+                        hint="the study sets the limit, retrieval.questions; all runs and studies "
+                        "that ask this shelf count together",
                     )
                 self._db.execute("INSERT INTO questions VALUES (?, ?)", (asker, number))
         except sqlite3.Error as error:
@@ -88,7 +100,8 @@ class StoredQuota:
     def check(self, log: EvidenceLog) -> None:
         """Refuse a file that knows of fewer questions than this silo's own evidence.
 
-        Adversary: whoever puts an older copy back, or removes the file.
+        Adversary: whoever puts an older copy back, removes the file, or goes on with a copy of the
+        index elsewhere.
 
         Raises:
             EvidenceError: it does.
@@ -102,7 +115,8 @@ class StoredQuota:
                 raise EvidenceError(
                     f"{self._path}: counts {here} questions of {asker}, and the evidence log "
                     f"{number}",
-                    hint="put the newest copy back; without it nobody may ask here",
+                    hint="put the newest copy back; the count lies beside the index file, and goes "
+                    "where that goes",
                 )
 
     def close(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from securefedcollm.federation.engines.requests import (
     new_session,
     sign_request,
 )
-from securefedcollm.federation.files import make_directory, write_durably
+from securefedcollm.federation.files import alone, make_directory, write_durably
 from securefedcollm.federation.plan import authority_of
 from securefedcollm.primitives import SigningKey
 from securefedcollm.study import Study, digest, dump_study
@@ -89,7 +88,11 @@ def take_part(
         )
     home.chmod(0o700)
     run = make_directory(home / "studies" / f"{study.study}-{digest(study).hex()[:12]}")
-    with _alone(run):
+    what, hint = (
+        "another process is running this study here",
+        "stop it first; one home, one process",
+    )
+    with alone(run, what, hint):
         if role == "silo":
             check_ledger(home, home / LEDGER, file.name)
         # Adversary: whoever may exchange the files meanwhile. We keep exactly what we checked.
@@ -128,17 +131,3 @@ def inbox_for(member: Member, port: SiloPort, limit: int) -> SiloInbox:
     """
     check = partial(check_header, member.server, digest(member.study), member.name)
     return SiloInbox(port, limit, check, Followed(member.run / _FOLLOWED))
-
-
-@contextmanager
-def _alone(run: Path) -> Iterator[None]:
-    with (run / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                "another process is running this study here",
-                where=str(run),
-                hint="stop it first; one home, one process",
-            ) from None
-        yield

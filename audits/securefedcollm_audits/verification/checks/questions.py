@@ -37,16 +37,18 @@ class _Put(NamedTuple):
 
 def counted(case: Case, wrong: Faults) -> str:
     """Adversary: a silo that answers an asker more often than the study allows, or the same
-    question twice; or that makes up a member's questions, to use up its limit."""
+    question twice; that makes up a member's questions, to use up its limit; that spreads one
+    member's questions over several names."""
     _need_questions(case)
     plan = case.study.retrieval
     most = plan.questions if plan else 0
     total = highest = 0
     for silo in case.silos:
-        numbers: dict[str, set[int]] = {}
+        numbers: dict[bytes | None, set[int]] = {}
         for found in _answered_by(case, silo, wrong).values():
             asker, number = found.what.asker, found.what.number
-            mine = numbers.setdefault(asker, set())
+            # By key, so that no two names of one member have a limit each.
+            mine = numbers.setdefault(case.key(asker), set())
             if number in mine:
                 wrong(found.entry, f"{silo} counts two questions of {asker} as number {number}")
             mine.add(number)
@@ -109,6 +111,9 @@ def _answered_by(case: Case, silo: str, wrong: Faults) -> dict[str, _Answered]:
     for entry in case.logs[silo]:
         what = entry.what
         if isinstance(what, Counted):
+            if case.log_name(what.asker) != what.asker:
+                wrong(entry, f"{silo} answered {what.asker!r}, and no log is called that")
+                continue
             header = _header(case, what.asker, silo, what.terms)
             question = _after(case, what.asker, header, (Question, what.question), header)
             if question is None or what.asker == silo:
@@ -200,13 +205,16 @@ def _transcripts(case: Case, names: tuple[str, str, str], asked: _Put) -> tuple[
 
 
 def _header(case: Case, asker: str, silo: str, terms: str) -> bytes | None:
-    """The digest of the header of their conversation; None if one of them is no participant."""
+    """The digest of the header of their conversation; None if one of them is no participant, or
+    is not called as its log is."""
     from securefedcollm.retrieval.messages import header_digest
 
     keys = case.key(asker), case.key(silo)
     if keys[0] is None or keys[1] is None:
         return None
-    return header_digest(case.digest, keys[0], keys[1], bytes.fromhex(terms))
+    if (case.log_name(asker), case.log_name(silo)) != (asker, silo):
+        return None
+    return header_digest(case.digest, case.run, keys[0], keys[1], bytes.fromhex(terms))
 
 
 def _after(
@@ -232,14 +240,24 @@ def _after(
 
 
 def _same_terms(case: Case, wrong: Faults) -> None:
-    """Adversary: a participant with another encoder, or other sizes, than was agreed."""
+    """Adversary: a participant with another encoder, or other sizes, than was agreed; and one that
+    writes first, so that the others seem to be that participant."""
     agreed = _agreed_terms(case)
+    seen: dict[str, Entry] = {}
     for log in case.logs.values():
         for entry in log:
             if isinstance(entry.what, Asked | Counted):
-                agreed = agreed or entry.what.terms
-                if entry.what.terms != agreed:
+                if agreed is None:
+                    seen.setdefault(entry.what.terms, entry)
+                elif entry.what.terms != agreed:
                     wrong(entry, "has other terms (sizes, encoder or reduction) than were agreed")
+    different = list(seen.values())
+    for entry in different[1:]:
+        wrong(
+            entry,
+            f"this and {different[0].place} have different terms (sizes, encoder or reduction); "
+            "the study pins none, so nothing says which of the two is right",
+        )
 
 
 def _agreed_terms(case: Case) -> str | None:
