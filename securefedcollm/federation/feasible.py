@@ -74,8 +74,8 @@ def unit_name(study: Study) -> str:
     return "record" if study.subject is None else "subject"
 
 
-def planned(study: Study, units: Sequence[int], values: int | None) -> Event | None:
-    """Refuse what a run would refuse before its first round, and say what tuning will release.
+def planned_noise(study: Study, units: Sequence[int], values: int | None) -> float | None:
+    """Refuse what a run would refuse before its first round, and say how much noise it adds.
 
     Args:
         units: records (or subjects) of each silo that is known; empty if none is.
@@ -83,8 +83,8 @@ def planned(study: Study, units: Sequence[int], values: int | None) -> Event | N
             which is refused only if every other one is.
 
     Returns:
-        all sums of tuning at worst, of the silo with the most noise. None: there is no noise to
-        plan, or it follows from what is not known.
+        the noise multiplier z, the largest of all silos. None: there is no noise to plan, or it
+        follows from what is not known.
 
     Raises:
         ConfigError: a batch larger than a silo, a silo larger than all together, no noise that
@@ -103,27 +103,29 @@ def planned(study: Study, units: Sequence[int], values: int | None) -> Event | N
     if privacy.unit == "silo":
         unit = silo_unit(study, lambda round_: values or 1, 0)
         assert unit is not None
-        whole = _refuse_overspent(study, unit.event())
-        return whole if values else None
+        _refuse_overspent(study, unit.event())
+        return unit.noise_multiplier if values else None
     if study.joint:
         for count in units:
             refuse_joint_units(study, count)
         step = joint_step(study, values or 1)
         assert step is not None
-        whole = _refuse_overspent(study, step.event())
-        return whole if values else None
+        _refuse_overspent(study, step.event())
+        return step.noise_multiplier if values else None
     slack = PoissonGaussian(1.0, 1.0, study.local.steps * study.rounds).slack
     refuse_unpayable(privacy.epsilon, TIGHT_SHARE * privacy.delta, slack)
     if not units:
         return None
     # The smallest silo takes the largest part of its records into a batch, under the most noise.
-    return _refuse_overspent(study, local_event(study, min(units)))
+    event = local_event(study, min(units))
+    _refuse_overspent(study, event)
+    return event.noise_multiplier
 
 
-def _refuse_overspent(study: Study, event: Event, sums: int | None = None) -> Event:
+def _refuse_overspent(study: Study, event: Event, sums: int | None = None) -> None:
     """Refuse what no ledger would admit: ``event`` in every sum of the study, nothing before it.
 
-    ``sums``: how many there are; by default those of tuning. Returns all of them as one.
+    ``sums``: how many there are; by default those of tuning.
     """
     privacy = study.privacy
     assert privacy is not None
@@ -133,4 +135,3 @@ def _refuse_overspent(study: Study, event: Event, sums: int | None = None) -> Ev
     )
     if spent > privacy.epsilon:
         raise unpayable(privacy.epsilon, privacy.delta, whole.slack)
-    return whole
