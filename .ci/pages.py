@@ -192,7 +192,7 @@ def evidence() -> str:
     lines.append("## Parts of entries\n")
     for part in (
         *(entries.Member, entries.Root, entries.Offer, entries.Ciphertexts, entries.Word),
-        entries.Spent,
+        *(entries.Spent, entries.Answers, entries.Slip),
     ):
         name = part.__name__
         lines += [f"### {name} {{ #{name.lower()}-part }}\n", f"{_prose(part)}\n", *_fields(part)]
