@@ -5,7 +5,8 @@
 TRAIN and TEST hold one object a line with ``question``, ``choices`` and ``answer`` (an index). OUT
 gets ``public.jsonl`` (the first ``--labelled`` questions keep their answers), ``silo-1.jsonl`` …,
 ``development.jsonl`` (to choose settings on) and ``test.jsonl``. Questions of TEST are taken out of
-TRAIN. The order is drawn from a fixed seed, so that everybody has the same files.
+TRAIN, and of equal questions all but one. The order is drawn from a fixed seed, so that everybody
+has the same files.
 
 `securefedcollm experiment` deals anew for every seed, and a large model then reads other prompts
 under each. With these files it reads every prompt once (`--states`). The price is stated with the
@@ -35,7 +36,7 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write the files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("train", "test", "out"):
@@ -50,11 +51,15 @@ def main() -> None:
         ("--seed", 2026),
     ):
         parser.add_argument(name, type=int, default=default)
-    plan = parser.parse_args()
+    plan = parser.parse_args(arguments)
     test = read(plan.test)
     known = {row["question"] for row in test}
     rows = [row for row in read(plan.train) if row["question"] not in known]
     random.Random(plan.seed).shuffle(rows)
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(row["question"], row)
+    rows = list(first.values())
     parts = {"public": plan.public, "development": plan.development}
     parts |= {f"silo-{number + 1}": plan.per_silo for number in range(plan.silos)}
     if sum(parts.values()) > len(rows):

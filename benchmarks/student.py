@@ -1,6 +1,6 @@
 """How much can the small model learn from the public prompts, and from whom?
 
-    python -m benchmarks.student STUDY FILES --data DIR --states DIR --set KEY=VALUE … --json
+    python -m benchmarks.student STUDY FILES --data DIR --states DIR --set KEY=VALUE …
 
 STUDY names both models and how they are asked. FILES is what ``python -m benchmarks.questions``
 wrote. The small model, with a fresh adapter each time, learns the public prompts from
@@ -20,7 +20,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,6 @@ from securefedcollm.tuning.questions import (
     sorted_by_length,
 )
 from securefedcollm.tuning.recipe import make_optimizer, training_mode
-
-Say = Callable[[str], None]
 
 
 def learn(
@@ -138,7 +136,7 @@ def run(plan: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the rows as JSON; progress goes to stderr."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path)
@@ -153,8 +151,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--develop-teacher", action="store_true")
-    parser.add_argument("--json", action="store_true", help="the only form; for likeness")
-    plan = parser.parse_args()
+    plan = parser.parse_args(arguments)
     with keeping_states(plan.states, 40 * 10**9):
         print(json.dumps(run(plan), indent=2))
 

@@ -313,6 +313,7 @@ def build_index(
         DataError: a document has a fault, or there are more passages than fit.
         StateError: the file cannot be written.
     """
+    from securefedcollm.federation.files import write_durably
     from securefedcollm.federation.questions import shelves
     from securefedcollm.federation.questions.output import check_output
     from securefedcollm.federation.questions.space import plan_of, space_of
@@ -323,8 +324,8 @@ def build_index(
     passages = shelves.passages_of(agreed, files, columns)
     space = space_of(agreed, None if data is None else Path(data), progress)
     index = shelves.build_index(space, passages, plan_of(agreed).block_bytes, progress)
-    fingerprint = index.save(out)
-    return Shelf(Path(out), len(index), fingerprint.hex(), space.encoder.digest)
+    write_durably(Path(out), index.encode())
+    return Shelf(Path(out), len(index), index.fingerprint.hex(), space.encoder.digest)
 
 
 def make_reduction(

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import engine, english, forgetting, joint, retrieval, vectors
+from benchmarks import engine, english, forgetting, joint, questions, retrieval, student, vectors
 from securefedcollm.retrieval import Terms
 from securefedcollm.study import load_study
+from tests.support.inputs import make_inputs
 
 
 def test_steps_of_joint_training_with_nothing_to_train() -> None:
@@ -115,3 +116,38 @@ def test_prose_is_sentences_without_markup() -> None:
     plain = "The a.B is *not* in the list of what a module can find in that place."
     assert english.prose(f"{text}\n\n    {text}\n\n- {text}\n\nThe end.") == [plain]
     assert english.prose(NOTE % "two things") == [(NOTE % "two things").split("\n\n")[1]]
+
+
+def test_a_question_set_is_dealt_into_files_that_share_no_question(tmp_path: Path) -> None:
+    make_inputs(tmp_path)
+    words = [tmp_path / "train.jsonl", tmp_path / "test.jsonl", tmp_path / "files"]
+    sizes = ["--public", "8", "--labelled", "2", "--per-silo", "4", "--silos", "2"]
+    questions.main([*map(str, words), *sizes, "--development", "6", "--max-test", "5"])
+    dealt = {path.stem: questions.read(path) for path in (tmp_path / "files").iterdir()}
+    assert {name: len(rows) for name, rows in dealt.items()} == {
+        "public": 8,
+        "public-answered": 8,
+        "development": 6,
+        "test": 5,
+        "silo-1": 4,
+        "silo-2": 4,
+    }
+    assert ["answer" in row for row in dealt["public"]] == [True] * 2 + [False] * 6
+    del dealt["public-answered"]
+    asked = [row["question"] for rows in dealt.values() for row in rows]
+    assert len(set(asked)) == len(asked)
+
+
+def test_the_student_learns_from_answers_and_from_the_teacher(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = make_inputs(tmp_path)
+    for name, file in (("public-answered", "train"), ("development", "test")):
+        (tmp_path / f"{name}.jsonl").write_bytes((tmp_path / f"{file}.jsonl").read_bytes())
+    words = [study, tmp_path, "--data", tmp_path, "--epochs", "1", "--learning-rate", "1e-2"]
+    student.main([*map(str, words), "--set", "privacy=none"])
+    found = json.loads(capsys.readouterr().out)
+    rows = found["rows"]
+    assert set(rows) == {"zero-shot", "gold", "soft", "hard"}
+    assert rows["gold"][0]["gold_log_prob"] > rows["zero-shot"]["gold_log_prob"]
+    assert 0.0 <= found["teacher"]["public-answered"]["accuracy"] <= 1.0

@@ -263,9 +263,12 @@ class Experiment:
         notes = [
             f"Brackets: {LEVEL:.0%} intervals (bootstrap over questions and seeds, Student's t for "
             "the few seeds), paired between the rows.",
-            f"Centralized: the {'LLM' if study.models.llm else 'model'} tuned on all records at "
-            "one place without privacy.",
         ]
+        if any(arm.kind == "centralized" for arm in self._arms):
+            notes.append(
+                f"Centralized: the {'LLM' if study.models.llm else 'model'} tuned on all records "
+                "at one place without privacy."
+            )
         if study.generative:
             notes.append(
                 "Accuracy: the share of tokens that are the most probable one. Perplexity: e to "

@@ -6,7 +6,7 @@ sockets, clock or models. :mod:`~.retrieval.shelf` says who learns what, and
 :mod:`~.retrieval.product` how.
 """
 
-from securefedcollm.retrieval.asker import Asker, AskerStep, choose
+from securefedcollm.retrieval.asker import Asker, AskerStep
 from securefedcollm.retrieval.index import Index
 from securefedcollm.retrieval.messages import Header, Receipt
 from securefedcollm.retrieval.passages import Passage, split
@@ -30,6 +30,5 @@ __all__ = [
     "Shelf",
     "ShelfStep",
     "Terms",
-    "choose",
     "split",
 ]

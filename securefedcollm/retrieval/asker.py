@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NoReturn, TypeVar
 
 import numpy as np
@@ -208,22 +208,3 @@ class Asker:
 
     def _refusal(self, what: str) -> RemoteProtocolError:
         return RemoteProtocolError(what, peer=self._silo, hint="ask again; report this silo")
-
-
-def choose(scores: Mapping[str, npt.NDArray[np.float64]], count: int) -> dict[str, tuple[int, ...]]:
-    """The ``count`` documents with the highest scores of all silos, best first, by silo.
-
-    Every silo is in the result, with an empty choice if need be: it has to be sent a selection
-    nevertheless, or it learns that it had nothing.
-    """
-    ranked = sorted(
-        (-float(score), silo, document)
-        for silo, found in scores.items()
-        for document, score in (
-            (int(at), found[at]) for at in np.argsort(-found, kind="stable")[:count]
-        )
-    )
-    return {
-        silo: tuple(document for _, name, document in ranked[:count] if name == silo)
-        for silo in scores
-    }

@@ -10,7 +10,6 @@ read and checked in pieces, so that memory follows what was found to be in order
 from __future__ import annotations
 
 import os
-import secrets
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -118,27 +117,10 @@ class Index:
             _check_norms(self.entries[first : first + step], where)
         _check_blocks(self.blocks, 1, set(), where)
 
-    def save(self, path: str | Path) -> bytes:
-        """Write the file, whole or not at all; its fingerprint.
-
-        Raises:
-            StateError: it cannot be written.
-        """
-        content, target = self._content(), Path(path)
-        fingerprint = sha256(content)
-        beside = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            with beside.open("xb") as file:
-                file.write(content + fingerprint)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(target)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            raise StateError(
-                f"cannot write {target} ({error.strerror})", hint="look at the folder"
-            ) from None
-        return fingerprint
+    def encode(self) -> bytes:
+        """The content of its file; the last 32 bytes are its fingerprint."""
+        content = self._content()
+        return content + sha256(content)
 
     @classmethod
     def load(cls, path: str | Path, terms: Terms | None = None) -> Index:

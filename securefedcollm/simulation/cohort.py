@@ -178,11 +178,12 @@ def _make_party(
     training = workload(name, progress)
     key = identity_at(home, name)
     log = EvidenceLog(home / EVIDENCE, study=digest(study), owner=name, key=key)
+    opened.callback(log.close)
     book = _ledger(home, name, ledgers)
     ledger = LoggedLedger(book, name, log, **stated(study))
+    opened.callback(ledger.close)
     store = SiloStore(home)
-    for file in (log, ledger, store):
-        opened.callback(file.close)
+    opened.callback(store.close)
     return SiloSession(
         Seat(study, name, parties.roster, key, parties.authority),
         ChargedTraining(study, name, training, store, ledger, progress=progress),

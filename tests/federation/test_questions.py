@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
-import struct
 import time
-import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,36 +15,28 @@ import pytest
 from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.errors import (
-    BudgetExceeded,
     ConfigError,
     DataError,
     EvidenceError,
-    LocalProtocolError,
-    RemoteProtocolError,
     StateError,
 )
 from securefedcollm.evidence.bundle import make_bundle
-from securefedcollm.evidence.entries import Asked, Counted, Entry, Heard, Refused, Served, What
+from securefedcollm.evidence.entries import Asked, Counted, Entry, Heard, Served, What
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.files import alone
-from securefedcollm.federation.questions.desk import Desk
 from securefedcollm.federation.questions.inquiry import Found, Inquiry
-from securefedcollm.federation.questions.quota import SUFFIX, StoredQuota
 from securefedcollm.federation.questions.space import (
     Space,
-    fit_reduction,
-    load_encoder,
-    read_reduction,
     space_of,
     terms_of,
 )
 from securefedcollm.primitives import SigningKey
-from securefedcollm.retrieval import Asker, Header, Index, Passage, PreparedShelf, Reduction
+from securefedcollm.retrieval import Index, Passage, PreparedShelf
 from securefedcollm.retrieval.reduction import Vectors
 from securefedcollm.simulation.asking import Questions
 from securefedcollm.study import Study, digest, dump_study
 from securefedcollm.tuning.recipe import Progress, silent
-from tests.support.asking import SHELF, TEXTS, Members, rostered
+from tests.support.asking import SHELF, TEXTS, Members, desk_of, rostered
 from tests.support.small import small_study
 
 NUMBER = bytes(16)
@@ -102,142 +92,6 @@ def test_logs_tell_who_asked_and_nothing_of_the_question(members, tmp_path):
         assert file.is_dir() or not any(
             form in file.read_bytes() for form in (said, said.hex().encode())
         )
-
-
-def test_the_limit_holds_over_restarts_and_for_each_asker(members, tmp_path):
-    run = tmp_path / "run"
-    for number in (1, 2, 3):
-        with members.questions(run) as questions:
-            assert questions.ask("w1 w2").spent["silo-1"] == number
-    with members.questions(run) as questions:
-        refused = questions.ask("w1 w2")
-    assert refused.found.answered == refused.found.hits == []
-    assert set(refused.found.failed) == set(TEXTS)
-    assert "all of its 3 questions" in refused.found.failed["silo-1"]
-    assert refused.spent["silo-1"] == 3
-    last = entries(members.study, run / "silos" / "silo-1", "silo-1")[-1]
-    assert last == Refused(error="BudgetExceeded")
-    with members.questions(run, "silo-2") as questions:
-        other = questions.ask("w1 w2")
-    assert other.spent == {"silo-1": 1, "silo-3": 1}
-    assert other.found.answered == ["silo-1", "silo-3"]
-
-
-def test_an_older_count_than_the_silos_own_evidence_is_refused(members, tmp_path):
-    run = tmp_path / "run"
-    with members.questions(run) as questions:
-        questions.ask("w1 w2")
-    for file in members.place.glob(f"silo-2.index{SUFFIX}*"):
-        file.unlink()
-    with pytest.raises(EvidenceError, match="counts 0 questions of server, and the evidence log 1"):
-        members.questions(run)
-
-
-def spend_all(members: Members, run: Path) -> None:
-    """All three questions of the server."""
-    with members.questions(run) as questions:
-        for number in (1, 2, 3):
-            assert questions.ask("w1 w2").spent["silo-1"] == number
-
-
-def assert_spent(members: Members, run: Path, **shelves: Path) -> None:
-    with members.questions(run, **shelves) as questions:
-        refused = questions.ask("w1 w2")
-    assert refused.found.answered == []
-    assert set(refused.spent.values()) == {3}
-    assert all("all of its 3 questions" in said for said in refused.found.failed.values())
-
-
-def test_the_count_is_the_shelfs_and_no_other_run_has_fresh_questions(members, tmp_path):
-    """Adversary: an asker that begins another run, replaces or copies one, or links to the index,
-    until it knows every embedding."""
-    run = tmp_path / "run"
-    with members.questions(run):
-        pass
-    shutil.copytree(run, tmp_path / "copied")
-    spend_all(members, run)
-    assert_spent(members, tmp_path / "copied")
-    assert_spent(members, tmp_path / "another")
-    shutil.rmtree(run)
-    assert_spent(members, run)
-    link = tmp_path / "link.index"
-    link.symlink_to(members.indexes["silo-1"])
-    assert_spent(members, tmp_path / "linked", **{"silo-1": link})
-    members.index("silo-1")  # built again
-    assert_spent(members, tmp_path / "rebuilt")
-
-
-def test_another_study_goes_on_counting_up_to_its_own_limit(members, tmp_path):
-    spend_all(members, tmp_path / "run")
-    members.study = small_study(members.data, study="another", retrieval=SHELF | {"questions": 4})
-    with members.questions(tmp_path / "run-2") as questions:
-        assert set(questions.ask("w1 w2").spent.values()) == {4}
-        assert questions.ask("w1 w2").found.answered == []
-    (tmp_path / "evidence.zip").write_bytes(make_bundle(tmp_path / "run-2"))
-    assert verify(tmp_path / "evidence.zip").holds  # its first question is number 4
-
-
-def test_a_run_does_not_go_on_with_an_index_that_counts_anew(members, tmp_path):
-    spend_all(members, tmp_path / "run")
-    with pytest.raises(EvidenceError, match="counts 0 questions of server, and the evidence log 3"):
-        members.afresh(tmp_path / "copies").questions(tmp_path / "run")
-
-
-class FullDisk:
-    """A log that cannot be written."""
-
-    size = 0
-
-    def append(self, what: object) -> None:
-        raise StateError("no space left")
-
-
-def desk_of(members: Members, home: Path, key: SigningKey, asker: bytes) -> Desk:
-    home.mkdir()
-    terms = terms_of(members.study, members.space.digest)
-    log = EvidenceLog(home / "evidence.sqlite", study=bytes(32), owner="silo-1", key=key)
-    return Desk(
-        study=bytes(32),
-        run=bytes(16),
-        key=key,
-        askers={"ann": asker},
-        shelf=PreparedShelf(Index.load(members.indexes["silo-1"]), terms),
-        quota=StoredQuota(home / "count.sqlite", 3),
-        log=log,
-    )
-
-
-def test_a_question_counts_before_its_answer_and_no_answer_leaves_without_evidence(
-    members, tmp_path
-):
-    ann, silo = SigningKey.generate(), SigningKey.generate()
-    desk = desk_of(members, tmp_path / "home", silo, ann.public)
-    header = Header(bytes(32), bytes(16), ann.public, silo.public, desk.shelf.terms)
-    (query,) = members.space.embed(["w1 w2"])
-    frame = Asker(header=header, silo="silo-1", key=ann, query=query).ask()
-    with pytest.raises(StateError):
-        replace(desk, log=FullDisk()).open("ann").handle(frame)
-    again = StoredQuota(tmp_path / "home" / "count.sqlite", 3)  # the process is started anew
-    assert again.spent("ann") == 1
-    with pytest.raises(RemoteProtocolError, match="this very question before"):
-        replace(desk, quota=again).open("ann").handle(frame)
-    assert again.spent("ann") == 1
-    with pytest.raises(LocalProtocolError, match="may not ask"):
-        desk.open("silo-1")
-
-
-def test_two_processes_share_one_count(tmp_path):
-    one, two = (StoredQuota(tmp_path / "count.sqlite", 2) for _ in range(2))
-    assert one.take("ann", NUMBER) == 1
-    assert two.take("ann", NUMBER) is None
-    assert two.take("ann", b"another question") == 2
-    for quota in (one, two):
-        with pytest.raises(BudgetExceeded):
-            quota.take("ann", b"a third question")
-    assert one.take("bob", NUMBER) == 1
-    (tmp_path / "broken").write_bytes(b"no database" * 100)
-    with pytest.raises(StateError, match="count of questions"):
-        StoredQuota(tmp_path / "broken", 2)
 
 
 def ask_one(members: Members, index: Index, home: Path) -> Found:
@@ -521,79 +375,3 @@ def test_a_question_without_words_is_refused_before_it_is_sent(members, tmp_path
     ):
         questions.ask("  ")
     assert len(entries(members.study, tmp_path / "run" / "server", "server")) == 1
-
-
-def test_a_reduction_from_a_file_is_pinned(members, tmp_path):
-    encoder = load_encoder(members.study, members.data)
-    text = tmp_path / "public.txt"
-    text.write_text("\n".join(f"w{i} w{i + 1}\n" for i in range(40)))
-    made = fit_reduction(members.study, encoder, [text])
-    file = members.data / "map.reduction"
-    file.write_bytes(made.encode())
-    named = {"source": "path:map.reduction", "sha256": made.digest.hex()}
-    study = small_study(members.data, retrieval=SHELF | {"reduction": named})
-    assert space_of(study, members.data).digest == Space(encoder, made).digest
-    assert Space(encoder, made).digest != members.space.digest
-    with pytest.raises(ConfigError, match="the study pins 00000000"):
-        read_reduction(file, "0" * 64)
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read_reduction(tmp_path / "absent")
-
-
-def test_a_reduction_of_another_size_is_named_before_it_is_used(members):
-    encoder = load_encoder(members.study, members.data)
-    assert encoder.width == encoder.embed(["w1"]).shape[1] == 64
-    rng = np.random.default_rng(0)
-    for shape, where, what in (
-        ((64, 5), "retrieval.dimension", "is 6, and .*map.other maps to 5 numbers"),
-        ((63, 6), "retrieval.reduction", ".*map.other maps 63 numbers, and the encoder gives 64"),
-    ):
-        made = Reduction(rng.normal(size=shape[0]), rng.normal(size=shape))
-        (members.data / "map.other").write_bytes(made.encode())
-        named = {"source": "path:map.other", "sha256": made.digest.hex()}
-        study = small_study(members.data, retrieval=SHELF | {"reduction": named})
-        with pytest.raises(ConfigError, match=f"{where}: {what}"):
-            space_of(study, members.data)
-
-
-def test_no_more_of_a_reduction_is_read_than_the_study_has(tmp_path):
-    """A file of 134 MB that takes 4 kB; its first bytes state another size, or the study's."""
-    for stated, what in (((4096, 4096), "maps 4096 numbers"), ((64, 6), "is cut, too long")):
-        file = tmp_path / "hole"
-        with file.open("wb") as out:
-            out.write(b"SFCRDCT1" + struct.pack("<II", *stated))
-            out.truncate(16 + 8 * 4096 * 4097 + 32)
-        tracemalloc.start()
-        try:
-            with pytest.raises(ConfigError, match=what):
-                read_reduction(file, None, (64, 6))
-            assert tracemalloc.get_traced_memory()[1] < 2**20
-        finally:
-            tracemalloc.stop()
-
-
-def test_an_encoder_is_pinned(members):
-    encoder = {"source": "path:slm", "layer": 0, "sha256": members.space.encoder.digest}
-    study = small_study(members.data, retrieval=SHELF | {"encoder": encoder})
-    assert space_of(study, members.data).digest == members.space.digest
-    study = small_study(members.data, retrieval=SHELF | {"encoder": encoder | {"sha256": "0" * 64}})
-    with pytest.raises(ConfigError, match="the study pins 00000000"):
-        space_of(study, members.data)
-
-
-def test_the_reduction_needs_enough_public_text(members):
-    study = small_study(members.data, retrieval=SHELF | {"dimension": 8})
-    with pytest.raises(DataError, match="8 texts of 64 numbers give no 8 directions"):
-        space_of(study, members.data)
-
-
-def test_a_text_that_is_not_unicode_is_refused(members):
-    with pytest.raises(DataError, match="text 2: is not valid Unicode"):
-        members.space.embed(["w1", "\udcff enters ward"])
-
-
-def test_embeddings_do_not_depend_on_their_company(members):
-    texts = ["w1", "w2 w3 " * 20, "w4 w5"]
-    together = members.space.embed(texts)
-    alone = np.concatenate([members.space.embed([text]) for text in texts])
-    assert np.abs(together - alone).max() < 1e-5

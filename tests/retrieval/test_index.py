@@ -27,20 +27,19 @@ WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=300)
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    index_of(SMALL, 5).save(tmp_path / "shelf.index")
+    (tmp_path / "shelf.index").write_bytes(index_of(SMALL, 5).encode())
     return tmp_path / "shelf.index"
 
 
 def test_an_index_comes_back_as_it_was(tmp_path):
     index = index_of(SMALL, 30)
     file = tmp_path / "shelf.index"
-    fingerprint = index.save(str(file))
+    file.write_bytes(index.encode())
     again = Index.load(str(file))
     assert (again.entries == index.entries).all()
     assert again.passages == tuple(passage(number) for number in range(30))
-    assert fingerprint == again.fingerprint == index.fingerprint == file.read_bytes()[-32:]
-    assert [path.name for path in tmp_path.iterdir()] == ["shelf.index"]
-    assert index_of(SMALL, 29).fingerprint != fingerprint
+    assert again.fingerprint == index.fingerprint == file.read_bytes()[-32:]
+    assert index_of(SMALL, 29).fingerprint != index.fingerprint
 
 
 def test_every_flipped_byte_and_every_cut_is_noticed(saved):
@@ -92,12 +91,9 @@ def test_a_hostile_file_with_a_right_digest_is_refused(saved):
     assert Index.load(saved).passages[0].id == "q0"
 
 
-def test_files_that_cannot_be_read_or_written(tmp_path):
+def test_a_file_that_cannot_be_read(tmp_path):
     with pytest.raises(StateError):
         Index.load(tmp_path / "none")
-    with pytest.raises(StateError):
-        index_of(SMALL, 2).save(tmp_path / "none" / "shelf.index")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_index_is_built_of_what_fits():
@@ -233,7 +229,7 @@ def test_an_index_is_compared_with_the_terms_before_it_is_read(saved):
 def test_an_index_of_many_pieces_is_read_and_checked_whole(monkeypatch, tmp_path):
     file = tmp_path / "shelf.index"
     index = index_of(SMALL, 30)
-    index.save(file)
+    file.write_bytes(index.encode())
     monkeypatch.setattr(index_module, "PIECE_BYTES", 200)  # of 12 embeddings, of 2 blocks
     again = Index.load(file)
     assert (again.entries == index.entries).all()

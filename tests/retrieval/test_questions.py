@@ -31,7 +31,6 @@ from securefedcollm.retrieval import (
     Shelf,
     ShelfStep,
     Terms,
-    choose,
 )
 from securefedcollm.retrieval import messages as m
 from securefedcollm.retrieval.terms import PRIME
@@ -116,16 +115,6 @@ def test_the_shape_would_differ_without_padding():
         consortium = Consortium(terms, count=30)
         views.append(shape(Conversation(consortium, consortium.question(), [1]).view))
     assert views[0] != views[1]
-
-
-def test_choices_over_several_silos_name_every_silo():
-    scores = {
-        "a": np.array([0.1, 0.9, 0.5]),
-        "b": np.array([0.8, 0.2, 0.7]),
-        "c": np.array([-0.5, -0.1, 0.0]),
-    }
-    assert choose(scores, 3) == {"a": (1,), "b": (0, 2), "c": ()}
-    assert choose(scores, 20) == {"a": (1, 2, 0), "b": (0, 2, 1), "c": (2, 1, 0)}
 
 
 def test_a_limit_on_questions_holds_across_restarts():

@@ -56,7 +56,7 @@ class Members:
         guide.write_text("\n\n".join(TEXTS[name]))
         passages = passages_of(self.study, [guide])
         made = build_index(space or self.space, passages, plan_of(self.study).block_bytes)
-        made.save(self.place / f"{name}.index")
+        (self.place / f"{name}.index").write_bytes(made.encode())
         return self.place / f"{name}.index"
 
     def afresh(self, place: Path) -> Members:
@@ -141,3 +141,18 @@ def rostered(
             embed=members.space.embed,
         ).ask(members.space.embed(["w1 w2"])[0], lambda _, frame, to=conversation: to.handle(frame))
     return study, {name: list(log.entries) for name, log in logs.items()}
+
+
+def desk_of(members: Members, home: Path, key: SigningKey, asker: bytes) -> Desk:
+    home.mkdir()
+    terms = terms_of(members.study, members.space.digest)
+    log = EvidenceLog(home / "evidence.sqlite", study=bytes(32), owner="silo-1", key=key)
+    return Desk(
+        study=bytes(32),
+        run=bytes(16),
+        key=key,
+        askers={"ann": asker},
+        shelf=PreparedShelf(Index.load(members.indexes["silo-1"]), terms),
+        quota=StoredQuota(home / "count.sqlite", 3),
+        log=log,
+    )

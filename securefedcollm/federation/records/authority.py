@@ -18,7 +18,7 @@ from securefedcollm.federation.records.common import (
     ciphertexts_of,
     newest_sum,
     note_refusal,
-    opened,
+    opened_by,
     word_of,
 )
 from securefedcollm.federation.silostore import Mark, SiloStore
@@ -49,16 +49,7 @@ class AuthorityRecord:
     def attempt(self, header: RoundHeader) -> None:
         """Before a key is made."""
         if not self._log.size:
-            self._log.append(
-                opened(
-                    header.study_digest,
-                    header.run_id,
-                    self._roster,
-                    server=self._server,
-                    authority=self._key,
-                    sbom=None,
-                )
-            )
+            self._log.append(opened_by(header, self._roster, self._server, self._key, None))
         self._log.append(
             Keyed(
                 round=header.round,

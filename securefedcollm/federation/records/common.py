@@ -72,6 +72,14 @@ def opened(
     )
 
 
+def opened_by(
+    header: RoundHeader, roster: Roster, server: bytes, authority: bytes, sbom: bytes | None
+) -> Opened:
+    """:func:`opened`, by a log that a round begins."""
+    study, run = header.study_digest, header.run_id
+    return opened(study, run, roster, server=server, authority=authority, sbom=sbom)
+
+
 class RoundRecord:
     """What the records of server and silos have in common: the beginning of an attempt at a sum.
 
@@ -123,16 +131,8 @@ class RoundRecord:
             adapter: the global adapter, float32.
         """
         if not self._log.size:
-            self._log.append(
-                opened(
-                    header.study_digest,
-                    header.run_id,
-                    self._roster,
-                    server=self._server,
-                    authority=self._authority,
-                    sbom=self._software(),
-                )
-            )
+            sbom = self._software()
+            self._log.append(opened_by(header, self._roster, self._server, self._authority, sbom))
         self._log.append(
             Round(
                 round=header.round,
