@@ -162,6 +162,10 @@ def report(
     typer.echo(f"wrote {html}")
 
 
+_HOPES = {"local": "without the ledger's reserve", "distributed": "if all silos stay"}
+"""When a plan costs the smaller ε."""
+
+
 def _ledgers(given: list[Path] | None) -> list[Path]:
     from securefedcollm.errors import ConfigError
 
@@ -176,6 +180,8 @@ def _ledgers(given: list[Path] | None) -> list[Path]:
 def _print_plans(plans: list[Plan]) -> None:
     from rich.console import Console
     from rich.table import Table
+
+    from securefedcollm.privacy.shown import up
 
     console = Console()
     fed = plans[0].federation
@@ -202,12 +208,15 @@ def _print_plans(plans: list[Plan]) -> None:
         console.print()
         console.print(table)
         for option in made.options:
-            console.print(f"  [dim]{option.name}: {option.remark}[/dim]")
+            hoped = f"{up(option.hoped)} {_HOPES[option.noise]}"
+            said = f"{option.name}: charged ε = {up(option.epsilon)}, {hoped}"
+            console.print(f"  [dim]{said}; {option.remark}[/dim]")
         console.print(f"  {made.advice}")
     console.print()
     console.print(
         "[dim]z: noise multiplier. noise/signal: norm of the noise in the mean, divided by the "
-        "clip norm, which is the largest possible signal. Real signal is smaller.[/dim]"
+        "clip norm, which is the largest possible signal. Real signal is smaller. The second ε is "
+        "no promise: it holds if nobody chose anything by what was released.[/dim]"
     )
     if not all(option.offered for made in plans for option in made.options):
         console.print("[dim]*: for comparison; this study cannot ask for it.[/dim]")

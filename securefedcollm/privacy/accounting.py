@@ -30,11 +30,11 @@ from securefedcollm.privacy.accountants import (
     zcdp_epsilon,
 )
 from securefedcollm.privacy.events import (
-    DiscreteGaussian,
     Event,
     Events,
     Gaussian,
     PoissonGaussian,
+    continuous,
     merge,
     rate,
     times,
@@ -176,14 +176,11 @@ def delta_of_slack(events: Sequence[Event], eps: float) -> float:
 def claim(events: Sequence[Event], delta: float) -> Claim:
     """The tightest ε that an accountant of this project claims.
 
-    PLD where it applies, else the smaller of zCDP and RDP. For parameters fixed in advance.
+    PLD where it applies to all events, else zCDP, else RDP. For parameters fixed in advance.
     """
     merged = merge(events)
-    if not any(isinstance(event, DiscreteGaussian) for event in merged):
-        return Claim(epsilon(merged, delta, "pld"), delta, "pld")
-    if all(not isinstance(event, PoissonGaussian) and rate(event) == 1.0 for event in merged):
-        return Claim(epsilon(merged, delta, "zcdp"), delta, "zcdp")
-    return Claim(epsilon(merged, delta, "rdp"), delta, "rdp")
+    name = claim_name(merged)
+    return Claim(epsilon(merged, delta, name), delta, name)
 
 
 @lru_cache(maxsize=512)
@@ -355,6 +352,6 @@ def _rounded_up(bound: Callable[[float], float], z: float, target: float) -> flo
 
 def claim_name(events: Sequence[Event]) -> Accountant:
     """Which accountant :func:`claim` uses for events of these kinds."""
-    if not any(isinstance(event, DiscreteGaussian) for event in events):
+    if all(continuous(event) is not None for event in events):
         return "pld"
     return "zcdp" if all(rate(event) == 1.0 for event in events) else "rdp"

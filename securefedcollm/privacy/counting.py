@@ -28,7 +28,7 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.accounting import TIGHT_SHARE, calibrate_events
 from securefedcollm.privacy.discrete_gaussian import TAIL
-from securefedcollm.privacy.events import SMALLEST_SHARE, DiscreteGaussian
+from securefedcollm.privacy.events import SMALLEST_SHARE, RoundedGaussian
 from securefedcollm.privacy.noise import NoiseSource
 
 VALUES: Final = 2
@@ -114,12 +114,12 @@ class Counting:
             total = total + noise.discrete_gaussian(self.share_sigma, VALUES)
         return total.astype(np.int64)
 
-    def events(self, count: int = 1) -> tuple[DiscreteGaussian, ...]:
+    def events(self, count: int = 1) -> tuple[RoundedGaussian, ...]:
         """What ``count`` rounds release at worst; empty without noise."""
         if not self.share_sigma:
             return ()
         return (
-            DiscreteGaussian(
+            RoundedGaussian(
                 share_sigma=self.share_sigma,
                 sensitivity=self.levels,
                 values=VALUES,
@@ -187,7 +187,7 @@ def calibrate_counting(epsilon: float, delta: float, rounds: int, setting: Count
         ConfigError: no noise within this field reaches ε.
     """
 
-    def at(z: float) -> tuple[DiscreteGaussian, ...]:
+    def at(z: float) -> tuple[RoundedGaussian, ...]:
         return Counting(setting, z).events(rounds)
 
     try:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.privacy.discrete_gaussian import TAIL
-from securefedcollm.privacy.events import DiscreteGaussian
+from securefedcollm.privacy.events import RoundedGaussian
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.privacy.quantise import Floats, Quantiser
 
@@ -127,12 +127,12 @@ class DistributedGaussian:
                 )
             yield row
 
-    def event(self, shares: int, *, count: int = 1, q: float = 1.0) -> DiscreteGaussian:
+    def event(self, shares: int, *, count: int = 1, q: float = 1.0) -> RoundedGaussian:
         """What ``count`` sums of ``shares`` silos release; ``least_survivors`` for the worst case.
 
         ``q``: Poisson rate of a unit, if its silo alone draws and knows the sample.
         """
-        return DiscreteGaussian(
+        return RoundedGaussian(
             share_sigma=self.share_sigma,
             sensitivity=self.quantiser.bound,
             values=self.quantiser.values,

@@ -34,6 +34,15 @@ bounds what :mod:`.discrete_gaussian` says of its draws, and CAP_SLACK where it 
 SMALLEST_SHARE: Final = 4.0
 """Below this σ of one share, a sum of discrete Gaussians is not close enough to one."""
 
+ROUNDING: Final = 1.5
+"""s: the part of discrete noise that counts as a randomised rounding, in integers."""
+
+ROUNDING_GAP: Final = 3.0 * math.exp(
+    -2.0 * (math.pi * ROUNDING) ** 2 * (2.0 - (ROUNDING / SMALLEST_SHARE) ** 2)
+)
+"""κ, below 2^-117: max-divergence, in one coordinate, of a discrete Gaussian of σ >= SMALLEST_SHARE
+from the randomised rounding of a continuous one of variance σ² - s². docs/privacy.md proves it."""
+
 
 class Gaussian(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="gaussian", tag_field="kind"
@@ -152,12 +161,44 @@ class DiscreteGaussian(
 
     @property
     def slack(self) -> float:
+        return self._slack(self.sum_gap)
+
+    def _slack(self, gap: float) -> float:
+        """``gap``: max-divergence of the sum's noise from the ideal one."""
         draws = self.values * self.honest * SAMPLER_SLACK
         batches = CAP_SLACK if self.q < 1.0 else 0.0
-        return self.count * (draws + batches + math.expm1(self.sum_gap))
+        return self.count * (draws + batches + math.expm1(gap))
 
 
-Event = Gaussian | PoissonGaussian | DiscreteGaussian
+class RoundedGaussian(
+    DiscreteGaussian,
+    frozen=True,
+    forbid_unknown_fields=True,
+    tag="rounded-gaussian",
+    tag_field="kind",
+):
+    """The sums of a :class:`DiscreteGaussian`, charged as rounded sums with continuous noise.
+
+    One discrete Gaussian of parameter σ around an integer vector is the randomised rounding of a
+    continuous one of variance σ² - s² around it, up to κ a coordinate. So PLD applies. Versions
+    that know only the other kind refuse this one, and charges of that kind keep their ε.
+    """
+
+    @property
+    def continuous(self) -> Gaussian | PoissonGaussian:
+        """The mechanism that, rounded, is this one up to :attr:`slack`."""
+        shares = self.honest - (ROUNDING / self.share_sigma) ** 2
+        noise = self.share_sigma * math.sqrt(shares) / self.sensitivity
+        if self.q == 1.0:
+            return Gaussian(noise, self.count)
+        return PoissonGaussian(self.q, noise, self.count)
+
+    @property
+    def slack(self) -> float:
+        return self._slack(self.sum_gap + self.values * ROUNDING_GAP)
+
+
+Event = Gaussian | PoissonGaussian | DiscreteGaussian | RoundedGaussian
 Events = tuple[Event, ...]
 
 
@@ -201,6 +242,16 @@ def times(event: Event) -> int:
 def rate(event: Event) -> float:
     """Poisson rate at which a unit takes part; 1 without sampling."""
     return 1.0 if isinstance(event, Gaussian) else event.q
+
+
+def continuous(event: Event) -> Gaussian | PoissonGaussian | None:
+    """The mechanism with continuous noise of which ``event`` is a function, up to its slack.
+
+    None for a :class:`DiscreteGaussian`, which is charged by other means.
+    """
+    if isinstance(event, RoundedGaussian):
+        return event.continuous
+    return None if isinstance(event, DiscreteGaussian) else event
 
 
 def repeat(event: Event, count: int) -> Event:
@@ -292,8 +343,10 @@ def _no_worse(actual: Event, worst: Event) -> bool:
         case PoissonGaussian(), PoissonGaussian():
             return actual.q <= worst.q and actual.noise_multiplier >= worst.noise_multiplier
         case DiscreteGaussian(), DiscreteGaussian():
+            # What may be charged as rounded noise may be charged without that, too.
             return (
-                actual.share_sigma >= worst.share_sigma
+                isinstance(actual, type(worst))
+                and actual.share_sigma >= worst.share_sigma
                 and actual.sensitivity <= worst.sensitivity
                 and actual.values <= worst.values
                 and actual.shares >= worst.shares

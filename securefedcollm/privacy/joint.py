@@ -23,7 +23,7 @@ import numpy.typing as npt
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.accounting import TIGHT_SHARE, calibrate_events
 from securefedcollm.privacy.distributed import DistributedGaussian
-from securefedcollm.privacy.events import DiscreteGaussian, Event
+from securefedcollm.privacy.events import Event, RoundedGaussian
 from securefedcollm.privacy.noise import NoiseSource, batch_cap
 from securefedcollm.privacy.quantise import Floats, Integers
 
@@ -97,7 +97,7 @@ class JointStep:
         """The step's gradient, float32 [d]: the noised sum over the *expected* batch."""
         return self._distributed.quantiser.decode(total, self._setting.batch_size)
 
-    def event(self) -> DiscreteGaussian:
+    def event(self) -> RoundedGaussian:
         """The release of one step in the worst case: ``least_survivors`` shares."""
         made = self._distributed
         return made.event(made.least_survivors, q=self._setting.sampling_rate)

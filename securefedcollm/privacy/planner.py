@@ -21,11 +21,11 @@ from securefedcollm.privacy.accounting import (
     calibrate,
     calibrate_events,
     claim_name,
-    quick_epsilon,
 )
 from securefedcollm.privacy.adaptive_clip import split
 from securefedcollm.privacy.distributed import DistributedGaussian, mean_noise
 from securefedcollm.privacy.events import Event, PoissonGaussian
+from securefedcollm.privacy.gap import gap_of
 from securefedcollm.privacy.noise import batch_cap
 
 Verdict = Literal["workable", "poor", "hopeless"]
@@ -75,6 +75,9 @@ class Option(msgspec.Struct, frozen=True):
     noise: str
     protects: str
     epsilon: float
+    """Charged: at worst, whoever chose the survivors."""
+    hoped: float
+    """By the same accountant with all of δ, if all silos are in every sum and nobody chose."""
     accountant: str
     noise_multiplier: float
     releases: int
@@ -190,6 +193,7 @@ def _record_local(fed: Federation, target: float, delta: float) -> Option:
         target,
         delta,
         z,
+        silos=fed.silos,
         ratio=alone / math.sqrt(fed.silos),
         # A silo's own steps are what has to find the way; averaging comes only after them.
         run_ratio=alone / math.sqrt(steps),
@@ -215,6 +219,7 @@ def _record_distributed(fed: Federation, target: float, delta: float) -> Option:
         target,
         delta,
         z,
+        silos=fed.silos,
         ratio=ratio,
         run_ratio=ratio / math.sqrt(steps),
         remark=f"joint DP-SGD: one secure sum per step, {steps} in all",
@@ -242,6 +247,7 @@ def _silo_distributed(fed: Federation, target: float, delta: float) -> Option:
         target,
         delta,
         z,
+        silos=fed.silos,
         ratio=ratio,
         run_ratio=ratio / math.sqrt(fed.rounds),
         remark=f"pays from about {_round_up(needed)} silos on, or for a far smaller adapter"
@@ -258,16 +264,19 @@ def _option(
     delta: float,
     z: float,
     *,
+    silos: int,
     ratio: float,
     run_ratio: float,
     remark: str,
 ) -> Option:
     (event,) = events
+    spent = gap_of(event, silos, delta, target)
     return Option(
         unit=unit,
         noise=noise,
         protects=protects,
-        epsilon=quick_epsilon(events, TIGHT_SHARE * delta, target),
+        epsilon=spent.charged,
+        hoped=spent.hoped,
         accountant=claim_name(events),
         noise_multiplier=z,
         releases=event.steps if isinstance(event, PoissonGaussian) else event.count,

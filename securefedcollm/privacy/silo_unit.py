@@ -23,7 +23,7 @@ from securefedcollm.primitives import sha256
 from securefedcollm.privacy.accounting import TIGHT_SHARE, calibrate_events
 from securefedcollm.privacy.adaptive_clip import AdaptiveClip, split
 from securefedcollm.privacy.distributed import DistributedGaussian
-from securefedcollm.privacy.events import DiscreteGaussian, Event
+from securefedcollm.privacy.events import DiscreteGaussian, Event, RoundedGaussian
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.privacy.quantise import Floats, Integers
 
@@ -132,7 +132,7 @@ class SiloUnit:
             return Opened(mean, None)
         return Opened(mean[:-1], float(mean[-1]) * survivors / (2.0 * self._count))
 
-    def event(self) -> DiscreteGaussian:
+    def event(self) -> RoundedGaussian:
         """The release of one round in the worst case: ``least_survivors`` shares."""
         return self._distributed.event(self._distributed.least_survivors)
 

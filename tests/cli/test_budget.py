@@ -46,6 +46,8 @@ def test_plan_for_people_says_what_is_hopeless():
     assert "5,000 values" in text
     assert "hopeless" in text
     assert "silo/distributed would release noise, not a model" in text
+    assert "record/distributed: charged ε = 1.000, 0." in text
+    assert "if all silos stay; joint DP-SGD" in text
 
 
 def test_plan_of_a_study_without_privacy_needs_an_epsilon():
