@@ -44,6 +44,11 @@ ROUNDING_GAP: Final = 3.0 * math.exp(
 from the randomised rounding of a continuous one of variance σ² - s². docs/privacy.md proves it."""
 
 
+_LARGEST_INTEGER: Final = 2**62
+_MOST_SHARES: Final = 100_000
+_LEAST_RATE: Final = 1e-30
+
+
 class Gaussian(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="gaussian", tag_field="kind"
 ):
@@ -59,6 +64,7 @@ class Gaussian(
     def __post_init__(self) -> None:
         _positive("noise_multiplier", self.noise_multiplier)
         _at_least("count", self.count, 1)
+        _at_most("count", self.count, _LARGEST_INTEGER)
 
     @property
     def slack(self) -> float:
@@ -86,6 +92,7 @@ class PoissonGaussian(
         _probability(self.q)
         _positive("noise_multiplier", self.noise_multiplier)
         _at_least("steps", self.steps, 1)
+        _at_most("steps", self.steps, _LARGEST_INTEGER)
 
     @property
     def slack(self) -> float:
@@ -130,11 +137,18 @@ class DiscreteGaussian(
                 where="share_sigma",
                 hint=f"raise the quantisation bound until the share has σ >= {SMALLEST_SHARE:g}",
             )
+        # Adversary: whoever edits a ledger or makes up a bundle: numbers that no float holds, or
+        # over which the sums below would run for hours.
+        _at_most("share_sigma", self.share_sigma, _LARGEST_INTEGER)
         _at_least("sensitivity", self.sensitivity, 1)
+        _at_most("sensitivity", self.sensitivity, _LARGEST_INTEGER)
         _at_least("values", self.values, 1)
+        _at_most("values", self.values, _LARGEST_INTEGER)
         _at_least("colluders", self.colluders, 0)
         _at_least("shares", self.shares, self.colluders + 1)
+        _at_most("shares", self.shares, _MOST_SHARES)
         _at_least("count", self.count, 1)
+        _at_most("count", self.count, _LARGEST_INTEGER)
         _probability(self.q)
 
     @property
@@ -371,8 +385,13 @@ def _at_least(name: str, value: int, least: int) -> None:
         raise ConfigError(f"must be at least {least}, not {value}", where=name)
 
 
+def _at_most(name: str, value: float, most: int) -> None:
+    if value > most:
+        raise ConfigError(f"must be at most {most:.0e}", where=name)
+
+
 def _probability(q: float) -> None:
-    if not 0.0 < q <= 1.0:
+    if not _LEAST_RATE <= q <= 1.0:
         raise ConfigError(
             f"a sampling probability lies in (0, 1], not {q}",
             where="q",

@@ -105,7 +105,7 @@ GREEDY += [e | {"kind": "rounded-gaussian"} for e in GREEDY if e["kind"] == "dis
 """Each had an accountant run for minutes, or ask for terabytes."""
 
 
-TOO_MUCH = r"no run releases|more than can be computed"
+TOO_MUCH = r"no run releases|more than can be computed|must be at most"
 
 
 def forged(path, name, kind, **changes):

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from securefedcollm.errors import EvidenceError
+from securefedcollm.errors import ConfigError, EvidenceError
 from securefedcollm.federation.plan import joint_step
 from securefedcollm.privacy.accounting import TIGHT_SHARE, claim, epsilon, prv_bounds
 from securefedcollm.privacy.charges import grouped, halved
@@ -276,6 +276,53 @@ def test_unsampled_rounded_sums_of_any_scale_share_the_gaussian_filter():
     squares = sum(1.0 / continuous(event).noise_multiplier ** 2 for event in sums) + 1.0 / 9.0
     one = claim([Gaussian(1.0 / math.sqrt(squares))], TIGHT_SHARE * DELTA).epsilon
     assert found.epsilon == pytest.approx(one, abs=1e-3)
+
+
+COARSE = RoundedGaussian(SMALLEST_SHARE, 6, 1000, 1)
+"""One honest silo's share, as coarse as allowed: the continuous mechanism has 7 % less noise."""
+
+
+@pytest.mark.parametrize("limit", [7.6, 7.7, 7.8, 9.0])
+def test_a_filter_admits_nothing_that_its_own_reading_calls_overspent(limit):
+    """RDP of the discrete noise is below PLD of the continuous one here. If either sufficed, two
+    tight filters would run side by side, and their failure probabilities would pass δ."""
+    terms = Terms(COARSE, limit)
+    within = filter_within((COARSE,), DELTA, limit, terms)
+    assert (within <= limit) == (filter_epsilon((COARSE,), DELTA, terms).epsilon <= limit)
+    assert epsilon([COARSE], TIGHT_SHARE * DELTA, "rdp") < 7.7 < within or limit == 9.0
+
+
+@pytest.mark.parametrize(("sensitivity", "delta", "values"), [(21, 1e-5, 10**8), (19, 1e-8, 15000)])
+def test_the_price_of_slack_is_that_of_the_charged_mechanism(sensitivity, delta, values):
+    """At the ε of the discrete noise the slack would seem to fit into δ; at that of PLD it does
+    not."""
+    event = RoundedGaussian(SMALLEST_SHARE, sensitivity, values, 1)
+    assert math.isinf(epsilon([event], delta, "pld"))
+
+
+def test_an_absurd_release_is_claimed_without_a_grid_of_gigabytes():
+    """Adversary: the maker of a bundle, whose event is harmless until the report takes away the
+    shares of the study's colluders. PLD would need 450 million cells."""
+    found = claim([RoundedGaussian(8.0, 1600, 1000, 101, 100)], DELTA)
+    assert found.accountant == "rdp"
+    assert found.epsilon > 1000.0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sensitivity": 10**400},
+        {"share_sigma": 1e200, "sensitivity": 10**200},
+        {"shares": 10**9},
+        {"count": 10**400},
+        {"values": 10**400},
+        {"q": 5e-324},
+    ],
+)
+@pytest.mark.parametrize("kind", [RoundedGaussian, DiscreteGaussian])
+def test_numbers_that_no_accountant_could_take_are_no_event(kind, change):
+    with pytest.raises(ConfigError):
+        kind(**{"share_sigma": 8.0, "sensitivity": 9, "values": 10, "shares": 3} | change)
 
 
 def test_an_account_that_began_with_the_older_kind_stays_in_its_filter():
