@@ -15,7 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from securefedcollm.errors import SecureFedCoLLMError, StateError, TrainingError
+from securefedcollm.errors import (
+    RemoteProtocolError,
+    SecureFedCoLLMError,
+    StateError,
+    TrainingError,
+)
 from securefedcollm.federation.parts import (
     HoldsOut,
     Part,
@@ -31,7 +36,7 @@ from securefedcollm.federation.silostore import Mark, SiloStore, SumMemory
 from securefedcollm.federation.workload import Progress, SiloWorkload, Vector, silent
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.counting import Counting
-from securefedcollm.privacy.events import Event
+from securefedcollm.privacy.events import SUM_KIND, Event, SumKind, sum_kind
 from securefedcollm.privacy.joint import JointStep
 from securefedcollm.privacy.ledger import Budget, Key, Ledger, Reservation
 from securefedcollm.privacy.noise import NoiseSource
@@ -93,12 +98,38 @@ class ChargedTraining:
         sums = [e.key.round for e in self._ledger.entries() if e.key.run == scope.hex()]
         return [Mark("privacy ledger", max(sums), 1)] if sums else []
 
-    def update(self, scope: bytes, round_: int, adapter: Vector, unit: Unit) -> Integers:
+    def kind(self, scope: bytes, said: SumKind) -> SumKind:
+        """As what this run charges its noised sums: what the ledger has of it, else what the server
+        ``said``.
+
+        The noise follows from it, and so does its price, both worked out here. Adversary: a server
+        that says the one to have less noise and the other to have it cost less, or that changes
+        its word in the middle. It can have neither: a run keeps what was charged first.
+
+        Raises:
+            RemoteProtocolError: the server says that earlier code began a run that this code began.
+        """
+        entries = self._ledger.entries()
+        mine = sum_kind(e for x in entries if x.key.run == scope.hex() for e in x.reserved)
+        if mine == SUM_KIND != said:
+            raise RemoteProtocolError(
+                "asks for the noise of an earlier version, in a run that began with this one's",
+                peer="server",
+                hint="resume it with the server's own state.json, or agree on a new study",
+            )
+        return mine or said
+
+    def update(
+        self, scope: bytes, round_: int, adapter: Vector, unit: Unit, kind: SumKind = SUM_KIND
+    ) -> Integers:
         """This round's integers, [values]: from disk if finished, else trained now.
 
         The stored update was charged when it was first released, and releasing the same value
         again costs nothing. Its hash binds it to its charge, so that no other value goes out under
         that: neither a second process's, nor that of a training that was never charged.
+
+        Args:
+            kind: as :meth:`kind` says, of ``unit`` too.
 
         Raises:
             BudgetExceeded: the round, or in the first round the run, does not fit; nothing was
@@ -118,7 +149,7 @@ class ChargedTraining:
             training = self.store.count_failed_training(scope, round_)
             finished = state = None
         if state in {None, "reserved"}:
-            reservation = self._reserve(scope, round_, training, events)
+            reservation = self._reserve(scope, round_, training, events, kind)
             if finished is None:
                 finished = self._train_charged(reservation, events, scope, round_, adapter, unit)
             released = self.store.record(
@@ -274,7 +305,7 @@ class ChargedTraining:
         return next((e.state for e in self._ledger.entries() if e.key == key), None)
 
     def _reserve(
-        self, scope: bytes, round_: int, training: int, events: Sequence[Event]
+        self, scope: bytes, round_: int, training: int, events: Sequence[Event], kind: SumKind
     ) -> Reservation:
         privacy = self._study.privacy
         assert privacy is not None  # only a study with privacy has events
@@ -285,7 +316,8 @@ class ChargedTraining:
             what = "steps" if self._study.joint else "rounds"
             self._foresee(part, key, events, round_, what)
             if self._study.validation is not None and not part.held:
-                self._foresee(self._held, key, counting(self._study).events(), round_, "rounds")
+                counts = counting(self._study, kind).events()
+                self._foresee(self._held, key, counts, round_, "rounds")
         return self._ledger.reserve(*key, events, claim, **self._whose(part))
 
     def _foresee(self, part: Part, key: Key, events: Sequence[Event], sum_: int, what: str) -> None:

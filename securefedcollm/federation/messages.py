@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from securefedcollm.errors import RemoteProtocolError
 from securefedcollm.primitives import sha256
+from securefedcollm.privacy.events import EARLIER_KIND, SUM_KIND, SumKind
 
 MAX_FRAME = 1 << 31  # 2 GiB: above any adapter and packed vector that a silo would agree to
 
@@ -37,6 +38,19 @@ class BeginRound(_Message, frozen=True, tag="begin"):
     layout: bytes
     adapter: memoryview
     clip_norm: float = 0.0
+
+    @property
+    def kind(self) -> SumKind:
+        """As what the run charges its noised sums, by the server's word."""
+        return SUM_KIND
+
+
+class BeginEarlier(BeginRound, frozen=True, tag="begin-earlier"):
+    """The same, in a run with noised sums that earlier code began: it charges them as that did."""
+
+    @property
+    def kind(self) -> SumKind:
+        return EARLIER_KIND
 
 
 class MakeKey(_Message, frozen=True, tag="make-key"):
@@ -142,7 +156,7 @@ class Refused(_Message, frozen=True, tag="refused"):
     hint: str
 
 
-Request = BeginRound | MakeKey | Aggregate | Witness | Deliver | EndRun
+Request = BeginRound | BeginEarlier | MakeKey | Aggregate | Witness | Deliver | EndRun
 Reply = Trained | Ready | Aggregated | Witnessed | Delivered | Refused | Ended
 
 _T = TypeVar("_T")

@@ -19,6 +19,7 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.adaptive_clip import AdaptiveClip
 from securefedcollm.privacy.counting import Counting, CountSetting, calibrate_counting
+from securefedcollm.privacy.events import SUM_KIND, SUMS, SumKind
 from securefedcollm.privacy.joint import JointSetting, JointStep, calibrate_joint
 from securefedcollm.privacy.quantise import Quantiser
 from securefedcollm.privacy.silo_unit import Setting, SiloUnit, calibrate_silo
@@ -206,6 +207,7 @@ def silo_unit(
     update_size: Callable[[int], int],
     round_: int,
     clip_norm: float | None = None,
+    kind: SumKind = SUM_KIND,
 ) -> SiloUnit | None:
     """The mechanism of ``round_`` in a study whose privacy unit is the silo.
 
@@ -213,6 +215,7 @@ def silo_unit(
         update_size: length of the update of a round; they alternate between two at most, and one
             noise multiplier serves all rounds.
         clip_norm: of this round, where it adapts; else the study's.
+        kind: as what the run charges its sums.
 
     Returns:
         None for a study of another unit, whose updates :func:`quantiser` takes as they are.
@@ -225,7 +228,8 @@ def silo_unit(
         return None
     largest = max(update_size(r) for r in range(min(2, study.rounds)))
     counting = privacy.adaptive is not None
-    setting = Setting(largest + counting, study.field.bound, study.quorum, study.silos.colluders)
+    size = largest + counting
+    setting = Setting(size, study.field.bound, study.quorum, study.silos.colluders, kind)
     noise = calibrate_silo(privacy.epsilon, privacy.delta, study.rounds, setting)
     return SiloUnit(
         setting._replace(values=update_size(round_)),
@@ -235,13 +239,16 @@ def silo_unit(
     )
 
 
-def joint_step(study: Study, values: int) -> JointStep | None:
+def joint_step(study: Study, values: int, kind: SumKind = SUM_KIND) -> JointStep | None:
     """The mechanism of every step in joint DP-SGD, for gradients of ``values``; else None.
+
+    Args:
+        kind: as what the run charges its sums.
 
     Raises:
         ConfigError: the study's field has no room for the gradients and the noise.
     """
-    privacy, setting = study.privacy, joint_setting(study, values)
+    privacy, setting = study.privacy, joint_setting(study, values, kind)
     if privacy is None or setting is None:
         return None
     noise = calibrate_joint(
@@ -250,8 +257,11 @@ def joint_step(study: Study, values: int) -> JointStep | None:
     return JointStep(setting, noise, privacy.clip_norm)
 
 
-def counting(study: Study) -> Counting:
+def counting(study: Study, kind: SumKind = SUM_KIND) -> Counting:
     """The mechanism of every validation of a study that has them.
+
+    Args:
+        kind: as what the run charges its sums.
 
     Raises:
         ConfigError: the field has no room for the noise, or the noise that the study gives does not
@@ -264,6 +274,7 @@ def counting(study: Study) -> Counting:
         field_bound=study.field.bound,
         shares=study.quorum if distributed else 1,
         colluders=study.silos.colluders if distributed else 0,
+        kind=kind,
     )
     if privacy is None:
         return Counting(setting, None)
@@ -279,7 +290,13 @@ def counting(study: Study) -> Counting:
     return Counting(setting, given or least)
 
 
-def joint_setting(study: Study, values: int) -> JointSetting | None:
+def counting_named(study: Study, mechanism: str | None) -> Counting:
+    """:func:`counting` of the kind whose mechanism a sum's header names, hex; else today's."""
+    made = [counting(study, kind) for kind in SUMS]
+    return next((one for one in made if one.identity.hex() == mechanism), made[0])
+
+
+def joint_setting(study: Study, values: int, kind: SumKind = SUM_KIND) -> JointSetting | None:
     """The study's setting of joint DP-SGD for gradients of ``values``; None in other studies."""
     local = study.local
     if not study.joint or local.sampling_rate is None:
@@ -291,4 +308,12 @@ def joint_setting(study: Study, values: int) -> JointSetting | None:
         colluders=study.silos.colluders,
         sampling_rate=local.sampling_rate,
         batch_size=local.batch_size,
+        kind=kind,
     )
+
+
+def noises_sums(study: Study) -> bool:
+    """Whether a run of the study adds noise to a secure sum, so that :data:`SumKind` matters."""
+    privacy = study.privacy
+    distributed = privacy is not None and privacy.noise == "distributed"
+    return distributed or (privacy is not None and study.validation is not None)

@@ -61,6 +61,7 @@ from securefedcollm.federation.workload import (
 )
 from securefedcollm.primitives import SigningKey, sha256
 from securefedcollm.privacy.counting import Counting
+from securefedcollm.privacy.events import SumKind
 from securefedcollm.privacy.joint import JointStep
 from securefedcollm.privacy.silo_unit import SiloUnit
 from securefedcollm.study import Study
@@ -203,7 +204,8 @@ class SiloSession:
         self._check_order(begin)
         self._evidence.check_base(self._workload.base_digest)
         adapter = self._read_adapter(begin, begin.round)
-        unit = self._mechanism(begin.round, self._read_clip_norm(begin))
+        kind = self.training.kind(run_scope(self._study, begin.run_id), begin.kind)
+        unit = self._mechanism(begin.round, self._read_clip_norm(begin), kind)
         base, mechanism = self._workload.base_digest, unit.identity if unit else b""
         model = model_digest(base, begin.layout, begin.adapter, mechanism)
         header = round_header(
@@ -219,7 +221,7 @@ class SiloSession:
         self.training.settle_before(scope, begin.round)
         adapted = unit.adapted if isinstance(unit, SiloUnit) else None
         self._evidence.round(header, base, begin.layout, begin.adapter, mechanism, adapted)
-        integers = self.training.update(scope, begin.round, adapter, unit)
+        integers = self.training.update(scope, begin.round, adapter, unit, kind)
         self._side = silo_side(
             self._study.scheme,
             header=header,
@@ -236,14 +238,14 @@ class SiloSession:
         return Trained()
 
     def _mechanism(
-        self, sum_: int, clip_norm: float | None
+        self, sum_: int, clip_norm: float | None, kind: SumKind
     ) -> SiloUnit | JointStep | Counting | None:
         """How this sum is noised; None if it is a plain sum of updates that need no more noise."""
         if validates(self._study, sum_):
-            return counting(self._study)
+            return counting(self._study, kind)
         if self._study.joint:
-            return joint_step(self._study, self.training.values(sum_))
-        return silo_unit(self._study, self._workload.update_size, sum_, clip_norm)
+            return joint_step(self._study, self.training.values(sum_), kind)
+        return silo_unit(self._study, self._workload.update_size, sum_, clip_norm, kind)
 
     def _aggregate(self, frame: bytes) -> bytes:
         side = self._side

@@ -32,6 +32,7 @@ from securefedcollm.federation.hooks import Hooks
 from securefedcollm.federation.messages import (
     Aggregate,
     Aggregated,
+    BeginEarlier,
     BeginRound,
     MakeKey,
     Ready,
@@ -44,6 +45,7 @@ from securefedcollm.federation.plan import (
     adaptive_clip,
     counting,
     joint_step,
+    noises_sums,
     quantiser,
     round_header,
     round_of,
@@ -56,6 +58,7 @@ from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.workload import Opened, ServerWorkload
 from securefedcollm.privacy.adaptive_clip import AdaptiveClip
 from securefedcollm.privacy.counting import Counting
+from securefedcollm.privacy.events import SUM_KIND
 from securefedcollm.privacy.joint import JointStep
 from securefedcollm.privacy.silo_unit import SiloUnit
 from securefedcollm.study import Study
@@ -204,7 +207,8 @@ class Summing:
         )
         adapted = unit.adapted if isinstance(unit, SiloUnit) else None
         self._evidence.round(header, base, layout, adapter, mechanism, adapted)
-        request = BeginRound(
+        earlier = noises_sums(self._study) and self._store.state.sums != SUM_KIND
+        request = (BeginEarlier if earlier else BeginRound)(
             run_id=self._store.run_id,
             round=sum_,
             attempt=attempt,
@@ -218,10 +222,11 @@ class Summing:
         self, sum_: int, size: int, clip_norm: float | None
     ) -> SiloUnit | JointStep | Counting | None:
         """How the sum is noised; None if it needs no more noise than its updates have."""
+        kind = self._store.state.sums
         if validates(self._study, sum_):
-            return counting(self._study)
-        return joint_step(self._study, size) or silo_unit(
-            self._study, self._workload.update_size, round_of(self._study, sum_), clip_norm
+            return counting(self._study, kind)
+        return joint_step(self._study, size, kind) or silo_unit(
+            self._study, self._workload.update_size, round_of(self._study, sum_), clip_norm, kind
         )
 
     def _have_trained(

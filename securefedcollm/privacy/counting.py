@@ -28,7 +28,13 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.accounting import TIGHT_SHARE, calibrate_events
 from securefedcollm.privacy.discrete_gaussian import TAIL
-from securefedcollm.privacy.events import SMALLEST_SHARE, RoundedGaussian
+from securefedcollm.privacy.events import (
+    SMALLEST_SHARE,
+    SUM_KIND,
+    SUMS,
+    DiscreteGaussian,
+    SumKind,
+)
 from securefedcollm.privacy.noise import NoiseSource
 
 VALUES: Final = 2
@@ -46,6 +52,8 @@ class CountSetting(NamedTuple):
     """Noise shares that a sum has at least: of all survivors, or 1 where each adds the whole."""
     colluders: int
     """Of them, those whose noise the adversary knows; 0 where each adds the whole."""
+    kind: SumKind = SUM_KIND
+    """As what a round is charged."""
 
     @property
     def honest(self) -> int:
@@ -114,12 +122,12 @@ class Counting:
             total = total + noise.discrete_gaussian(self.share_sigma, VALUES)
         return total.astype(np.int64)
 
-    def events(self, count: int = 1) -> tuple[RoundedGaussian, ...]:
+    def events(self, count: int = 1) -> tuple[DiscreteGaussian, ...]:
         """What ``count`` rounds release at worst; empty without noise."""
         if not self.share_sigma:
             return ()
         return (
-            RoundedGaussian(
+            SUMS[self._setting.kind](
                 share_sigma=self.share_sigma,
                 sensitivity=self.levels,
                 values=VALUES,
@@ -187,7 +195,7 @@ def calibrate_counting(epsilon: float, delta: float, rounds: int, setting: Count
         ConfigError: no noise within this field reaches ε.
     """
 
-    def at(z: float) -> tuple[RoundedGaussian, ...]:
+    def at(z: float) -> tuple[DiscreteGaussian, ...]:
         return Counting(setting, z).events(rounds)
 
     try:

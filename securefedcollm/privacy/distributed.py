@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.privacy.discrete_gaussian import TAIL
-from securefedcollm.privacy.events import RoundedGaussian
+from securefedcollm.privacy.events import SUM_KIND, SUMS, DiscreteGaussian, SumKind
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.privacy.quantise import Floats, Quantiser
 
@@ -35,6 +35,7 @@ class DistributedGaussian:
         least_survivors: fewest silos with which a sum is opened (the threshold or minimum).
         colluders: c.
         contributions: most units that one silo sums (the batch cap in joint DP-SGD).
+        kind: of event that a sum is charged as.
 
     Raises:
         ConfigError: too few honest shares, or a field too narrow for the vector or the noise.
@@ -43,6 +44,7 @@ class DistributedGaussian:
     __slots__ = (
         "colluders",
         "contributions",
+        "kind",
         "least_survivors",
         "noise_multiplier",
         "quantiser",
@@ -59,6 +61,7 @@ class DistributedGaussian:
         least_survivors: int,
         colluders: int,
         contributions: int = 1,
+        kind: SumKind = SUM_KIND,
     ) -> None:
         honest = least_survivors - colluders
         if honest < 1:
@@ -80,6 +83,7 @@ class DistributedGaussian:
         self.least_survivors = least_survivors
         self.colluders = colluders
         self.contributions = contributions
+        self.kind = kind
         try:
             self.quantiser = Quantiser(values, clip_norm, min(bound, 2**31 - 1))
             self.share_sigma = per_share * self.quantiser.bound
@@ -127,12 +131,12 @@ class DistributedGaussian:
                 )
             yield row
 
-    def event(self, shares: int, *, count: int = 1, q: float = 1.0) -> RoundedGaussian:
+    def event(self, shares: int, *, count: int = 1, q: float = 1.0) -> DiscreteGaussian:
         """What ``count`` sums of ``shares`` silos release; ``least_survivors`` for the worst case.
 
         ``q``: Poisson rate of a unit, if its silo alone draws and knows the sample.
         """
-        return RoundedGaussian(
+        return SUMS[self.kind](
             share_sigma=self.share_sigma,
             sensitivity=self.quantiser.bound,
             values=self.quantiser.values,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -43,6 +43,16 @@ ROUNDING_GAP: Final = 3.0 * math.exp(
 """κ, below 2^-117: max-divergence, in one coordinate, of a discrete Gaussian of σ >= SMALLEST_SHARE
 from the randomised rounding of a continuous one of variance σ² - s². docs/privacy.md proves it."""
 
+
+SumKind = Literal["rounded-gaussian", "discrete-gaussian"]
+"""The kind of event that a run's noised sums are charged as. It decides how much noise they get. A
+run keeps the kind that it began with."""
+
+SUM_KIND: Final[SumKind] = "rounded-gaussian"
+"""That of runs which begin now."""
+
+EARLIER_KIND: Final[SumKind] = "discrete-gaussian"
+"""That of runs which began before there was another."""
 
 _LARGEST_INTEGER: Final = 2**62
 _MOST_SHARES: Final = 100_000
@@ -214,6 +224,19 @@ class RoundedGaussian(
 
 Event = Gaussian | PoissonGaussian | DiscreteGaussian | RoundedGaussian
 Events = tuple[Event, ...]
+
+SUMS: Final[dict[SumKind, type[DiscreteGaussian]]] = {
+    "rounded-gaussian": RoundedGaussian,
+    "discrete-gaussian": DiscreteGaussian,
+}
+
+
+def sum_kind(events: Iterable[Event]) -> SumKind | None:
+    """As what the first noised sum among ``events`` is charged; None if there is none."""
+    for event in events:
+        if isinstance(event, DiscreteGaussian):
+            return SUM_KIND if isinstance(event, RoundedGaussian) else EARLIER_KIND
+    return None
 
 
 def encode_events(events: Sequence[Event]) -> list[dict[str, object]]:

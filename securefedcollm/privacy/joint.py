@@ -23,7 +23,7 @@ import numpy.typing as npt
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.accounting import TIGHT_SHARE, calibrate_events
 from securefedcollm.privacy.distributed import DistributedGaussian
-from securefedcollm.privacy.events import Event, RoundedGaussian
+from securefedcollm.privacy.events import SUM_KIND, DiscreteGaussian, Event, SumKind
 from securefedcollm.privacy.noise import NoiseSource, batch_cap
 from securefedcollm.privacy.quantise import Floats, Integers
 
@@ -42,6 +42,8 @@ class JointSetting(NamedTuple):
     """q: probability with which each record of every silo takes part in a step."""
     batch_size: int
     """Expected batch of all silos together."""
+    kind: SumKind = SUM_KIND
+    """As what a step is charged."""
 
     @property
     def batch_cap(self) -> int:
@@ -97,7 +99,7 @@ class JointStep:
         """The step's gradient, float32 [d]: the noised sum over the *expected* batch."""
         return self._distributed.quantiser.decode(total, self._setting.batch_size)
 
-    def event(self) -> RoundedGaussian:
+    def event(self) -> DiscreteGaussian:
         """The release of one step in the worst case: ``least_survivors`` shares."""
         made = self._distributed
         return made.event(made.least_survivors, q=self._setting.sampling_rate)
@@ -136,4 +138,5 @@ def _mechanism(setting: JointSetting, z: float, clip_norm: float) -> Distributed
         least_survivors=setting.least_survivors,
         colluders=setting.colluders,
         contributions=setting.batch_cap,
+        kind=setting.kind,
     )

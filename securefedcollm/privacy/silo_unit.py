@@ -23,7 +23,7 @@ from securefedcollm.primitives import sha256
 from securefedcollm.privacy.accounting import TIGHT_SHARE, calibrate_events
 from securefedcollm.privacy.adaptive_clip import AdaptiveClip, split
 from securefedcollm.privacy.distributed import DistributedGaussian
-from securefedcollm.privacy.events import DiscreteGaussian, Event, RoundedGaussian
+from securefedcollm.privacy.events import SUM_KIND, DiscreteGaussian, Event, SumKind
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.privacy.quantise import Floats, Integers
 
@@ -38,6 +38,8 @@ class Setting(NamedTuple):
     least_survivors: int
     """Fewest silos with which a sum is opened."""
     colluders: int
+    kind: SumKind = SUM_KIND
+    """As what a round is charged."""
 
 
 class Opened(NamedTuple):
@@ -132,7 +134,7 @@ class SiloUnit:
             return Opened(mean, None)
         return Opened(mean[:-1], float(mean[-1]) * survivors / (2.0 * self._count))
 
-    def event(self) -> RoundedGaussian:
+    def event(self) -> DiscreteGaussian:
         """The release of one round in the worst case: ``least_survivors`` shares."""
         return self._distributed.event(self._distributed.least_survivors)
 
@@ -174,4 +176,5 @@ def _mechanism(setting: Setting, z: float, clip_norm: float) -> DistributedGauss
         noise_multiplier=z,
         least_survivors=setting.least_survivors,
         colluders=setting.colluders,
+        kind=setting.kind,
     )
