@@ -145,21 +145,31 @@ def pld_epsilon(events: Events, delta: float, interval: float) -> float:
     Raises:
         ConfigError: a :class:`DiscreteGaussian`, which is not charged as rounded noise.
     """
-    return float(_pld_accountant(events, interval).get_epsilon(delta))
+    return float(_pld(events, interval).get_epsilon_for_delta(delta))
 
 
 @lru_cache(maxsize=64)
-def _pld_accountant(events: Events, interval: float) -> Any:
+def _pld(events: Events, interval: float) -> Any:
     """The composed distribution; asking it for ε at another δ costs nothing."""
-    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.pld.privacy_loss_distribution import identity
 
-    accountant = PLDAccountant(value_discretization_interval=interval)
+    composed = identity(value_discretization_interval=interval)
     for event in events:
         ideal = continuous(event)
         if ideal is None:
             raise _refusal("pld", event)
-        accountant.compose(_dp_event(rate(ideal), ideal.noise_multiplier), times(ideal))
-    return accountant
+        q, z, count = rate(ideal), ideal.noise_multiplier, times(ideal)
+        # Unsampled, Gaussians compose to one; sampled, they compose from one: that takes the time.
+        one = _pld_once(1.0, z / math.sqrt(count), interval) if q == 1.0 else None
+        composed = composed.compose(one or _pld_once(q, z, interval).self_compose(count))
+    return composed
+
+
+@lru_cache(maxsize=32)
+def _pld_once(q: float, z: float, interval: float) -> Any:
+    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+
+    return from_gaussian_mechanism(z, value_discretization_interval=interval, sampling_prob=q)
 
 
 @cache
