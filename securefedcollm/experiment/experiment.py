@@ -141,7 +141,12 @@ class Experiment:
         server = self._study.server
         if server is not None and not arm.central:
             server = msgspec.structs.replace(server, central=None)
-        return msgspec.structs.replace(self._study, seed=seed, server=server, distillation=plan)
+        aggregation = self._study.aggregation
+        if not arm.weighted:
+            aggregation = msgspec.structs.replace(aggregation, weights=None)
+        return msgspec.structs.replace(
+            self._study, seed=seed, server=server, distillation=plan, aggregation=aggregation
+        )
 
     def _home(self, key: str, seed: int) -> Path:
         return self._out / f"seed-{seed}" / key
