@@ -80,6 +80,7 @@ class Experiment:
         from securefedcollm.experiment.page import markdown, plot
         from securefedcollm.federation.tuned import remembering
 
+        self._deal(self._study)  # nothing is replaced for the sake of files that cannot be read
         self._open_directory()
         table: dict[str, Any] = {}
         # A seed's rows share both models, test and public set, and each silo's records and tuning.
