@@ -80,6 +80,7 @@ class Experiment:
         from securefedcollm.experiment.page import markdown, plot
         from securefedcollm.federation.tuned import remembering
 
+        self._deal(self._study)  # nothing is replaced for the sake of files that cannot be read
         self._open_directory()
         table: dict[str, Any] = {}
         # A seed's rows share both models, test and public set, and each silo's records and tuning.
@@ -141,7 +142,12 @@ class Experiment:
         server = self._study.server
         if server is not None and not arm.central:
             server = msgspec.structs.replace(server, central=None)
-        return msgspec.structs.replace(self._study, seed=seed, server=server, distillation=plan)
+        aggregation = self._study.aggregation
+        if not arm.weighted:
+            aggregation = msgspec.structs.replace(aggregation, weights=None)
+        return msgspec.structs.replace(
+            self._study, seed=seed, server=server, distillation=plan, aggregation=aggregation
+        )
 
     def _home(self, key: str, seed: int) -> Path:
         return self._out / f"seed-{seed}" / key

@@ -9,7 +9,7 @@ distillation, and the LLM tuned on them alone (one run gives both).
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -31,7 +31,7 @@ class Arm:
     ``rows``: the method's name in the table, for each model that the run answers with. ``kind``:
     how it is run. ``loss``: the server's losses in a federation; None: the study's own.
     ``labels``: whether the server uses the answers of public questions. ``central``: whether it
-    takes the study's central steps.
+    takes the study's central steps. ``weighted``: whether silos count by ``aggregation.weights``.
     """
 
     key: str
@@ -40,6 +40,7 @@ class Arm:
     loss: str | None = None
     labels: bool = True
     central: bool = True
+    weighted: bool = True
     noisy: int = 0
 
 
@@ -63,6 +64,8 @@ def arms(study: Study, noisy: int = 0, public: Sequence[Question] | None = None)
         found.append(Arm("auxiliary", rows, loss="none"))
         if has_prompts(study, public):
             found.append(Arm("prompts", {"slm": _PROMPTS, "llm": _PROMPTS}, labels=False))
+    if study.aggregation.weights:
+        found.append(Arm("uniform", {"slm": _UNIFORM, "llm": _UNIFORM}, weighted=False))
     if plan.loss != "mutual-kl":
         paper = f"{name} (mutual KL)"
         found.append(Arm("mutual-kl", {"slm": paper, "llm": paper}, loss="mutual-kl"))
@@ -115,6 +118,8 @@ def _arms_of_one(study: Study, noisy: int) -> list[Arm]:
     found = [Arm("fedavg", {"slm": "FedAvg"}, kind="fedavg")]
     if main != "FedAvg":
         found.insert(0, Arm("federated", {"slm": main}))
+    if study.aggregation.weights:
+        found.append(replace(found[0], key="uniform", rows={"slm": _UNIFORM}, weighted=False))
     if server and server.central:
         if server.outer:
             found.append(Arm("outer", {"slm": "FedOpt"}, central=False))
@@ -156,6 +161,9 @@ _PROMPTS: Final = "FedCoLLM (prompts only)"
 """Distillation by itself: it uses no answer of a public question. Then the auxiliary controls have
 nothing to learn from; FedAvg and the untuned LLM are the rows to compare."""
 
+_UNIFORM: Final = "uniform weights"
+"""The study's own run, but every silo's update counts alike."""
+
 _TEACHER: Final = "the pooled teacher"
 """FedAvg's SLM and the untuned LLM together: all that distillation could convey, before it does."""
 
@@ -173,19 +181,20 @@ _ORDER: Final = (
     "FedCoLLM",
     "FedCoLLM (mutual KL)",
     _PROMPTS,
+    _UNIFORM,
     "centralized",
 )
 
 _MAIN: Final = {
-    "slm": ("FedAvg + auxiliary",),
-    "llm": ("auxiliary only", "zero-shot"),
+    "slm": ("FedAvg + auxiliary", _UNIFORM),
+    "llm": ("auxiliary only", "zero-shot", _UNIFORM),
 }
 """FedCoLLM less these is what the comparison is about."""
 _MAIN_OF_ONE: Final = {
-    "FedOpt + central": ("FedOpt", "central only"),
-    "FedAvg + central": ("FedAvg", "central only"),
-    "FedOpt": ("FedAvg",),
-    "FedAvg": ("standalone", "zero-shot"),
+    "FedOpt + central": ("FedOpt", "central only", _UNIFORM),
+    "FedAvg + central": ("FedAvg", "central only", _UNIFORM),
+    "FedOpt": ("FedAvg", _UNIFORM),
+    "FedAvg": ("standalone", "zero-shot", _UNIFORM),
 }
 """Where one model is tuned, these are subtracted from the study's own method."""
 _MAIN_OF_PROMPTS: Final = {"slm": "FedAvg", "llm": "zero-shot"}

@@ -30,7 +30,14 @@ from securefedcollm.federation.parts import (
     refuse_shared,
     sums_left,
 )
-from securefedcollm.federation.plan import counting, quantiser, round_of, sum_name, validates
+from securefedcollm.federation.plan import (
+    counting,
+    quantiser,
+    round_of,
+    sum_name,
+    validates,
+    weight_of,
+)
 from securefedcollm.federation.samedata import pin_data, require_same_data
 from securefedcollm.federation.silostore import Mark, SiloStore, SumMemory
 from securefedcollm.federation.workload import Progress, SiloWorkload, Vector, silent
@@ -220,6 +227,9 @@ class ChargedTraining:
         integers: Integers
         if unit is None:
             self._compare_with_clip(update, at)
+        update = weighted(
+            update, weight_of(self._study, self._name), self._study.aggregation.clip_norm
+        )
         if unit is None and self._study.scheme == "masking":
             integers = quantiser(self._study, expected).encode_narrow(update)
         elif unit is None:
@@ -340,6 +350,18 @@ class ChargedTraining:
     def _held(self) -> Part:
         """The records that pay when it counts right answers."""
         return part_of(self._study, self.workload, self._ledger, held=True)
+
+
+def weighted(update: Vector, weight: float, clip_norm: float) -> Vector:
+    """The update, float32 [d], clipped to ``clip_norm`` and multiplied by ``weight``, in (0, 1].
+
+    The clip comes first, or the update of a light silo would count for more the longer it is. At
+    weight 1 the quantiser clips.
+    """
+    if weight == 1.0:
+        return update
+    norm = float(np.linalg.norm(update.astype(np.float64)))
+    return update * np.float32(weight * min(1.0, clip_norm / norm if norm else 1.0))
 
 
 def _release_key(scope: bytes, round_: int, training: int) -> bytes:

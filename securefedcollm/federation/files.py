@@ -10,8 +10,12 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 from securefedcollm.errors import ConfigError, StateError
+
+LOCK: Final = ".lock"
+"""In a directory that one process at a time may work in."""
 
 
 def make_directory(path: Path) -> Path:
@@ -114,7 +118,7 @@ def alone(directory: Path, what: str, hint: str) -> Iterator[None]:
         StateError: it cannot be written.
     """
     try:
-        lock = (directory / ".lock").open("w")
+        lock = (directory / LOCK).open("w")
     except OSError as error:
         raise StateError(
             f"{directory}: cannot be written ({error.strerror or error})",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
@@ -57,6 +58,9 @@ def check_names(study: Study, names: Sequence[str], where: str) -> None:
         what, hint = "not the silos of the roster", f"they are {', '.join(sorted(listed))}"
     elif bad := next((name for name in names if not _is_name(name)), None):
         what, hint = f"{bad!r} is no name for a silo", "a to z, 0 to 9, . _ and -; not server"
+    elif unknown := {*(study.aggregation.weights or names)} ^ {*names}:
+        what = f"aggregation.weights are not of these silos: {', '.join(sorted(unknown))}"
+        hint = "name the silos of the study there"
     if what:
         raise ConfigError(what, where=where, hint=hint)
 
@@ -185,6 +189,21 @@ def round_header(
 def quantiser(study: Study, values: int) -> Quantiser:
     """Float update [values] → integers within the study's field, and back."""
     return Quantiser(values=values, clip_norm=study.aggregation.clip_norm, bound=study.field.bound)
+
+
+def weight_of(study: Study, silo: str) -> float:
+    """What this silo's update is multiplied by, in (0, 1]: its weight, by the largest one's.
+
+    All are public. A factor of at most 1 keeps the update within its clip norm, so that nothing
+    about sensitivity changes.
+    """
+    weights = study.aggregation.weights
+    return 1.0 if weights is None else weights[silo] / max(weights.values())
+
+
+def weight_of_all(study: Study, survivors: Iterable[str]) -> float:
+    """What the sum of the survivors' updates is divided by for their mean."""
+    return math.fsum(weight_of(study, silo) for silo in survivors)
 
 
 def adaptive_clip(study: Study) -> AdaptiveClip | None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from securefedcollm.errors import ConfigError, StateError
-from securefedcollm.federation.files import make_directory, sync_tree, write_durably
+from securefedcollm.federation.files import LOCK, make_directory, sync_tree, write_durably
 from securefedcollm.federation.workload import Opened, ServerWorkload, Vector
 from securefedcollm.privacy.events import EARLIER_KIND, SUM_KIND, SUMS, SumKind
 from securefedcollm.study import Study, digest
@@ -318,7 +318,8 @@ def check_directory(study: Study, out: Path, *, resume: bool, overwrite: bool) -
         )
     if overwrite and out.exists():
         known = {"study.yaml", "server"}
-        if any(out.iterdir()) and not known & {p.name for p in out.iterdir()}:
+        found = {p.name for p in out.iterdir()} - {LOCK}
+        if found and not known & found:
             raise ConfigError(
                 "is not a run directory; it will not be removed",
                 where=str(out),

@@ -13,13 +13,25 @@ from securefedcollm.privacy import planner
 from securefedcollm.study import Study
 from securefedcollm.study.config import PLACEMENTS
 
-BUILTIN_SLM: Final[dict[str, Any]] = {
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
+_SHAPE: Final = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+_SHAPES: Final = {
+    "hospital-slm": (64, 192, 2, 4, 4, 432),
+    "hospital-llm": (128, 384, 2, 4, 4, 432),
+    "smollm2-135m": (576, 1536, 30, 9, 3, 49_152),
+    "smollm2-135m-18of30": (576, 1536, 18, 9, 3, 49_152),
 }
-BUILTIN_VOCABULARY: Final = 432
+BUILTIN_MODELS: Final[dict[str, dict[str, Any]]] = {
+    name: dict(zip(_SHAPE, shape, strict=True)) | {"tie_word_embeddings": True}
+    for name, shape in _SHAPES.items()
+}
+"""What matters of every built-in model's config.json."""
 BUILTIN_RECORDS: Final = 3000
 BUILTIN_SUBJECTS: Final = 752
 
@@ -37,8 +49,8 @@ def update_values(study: Study, data: Path | None) -> int:
             where="models.slm",
             hint="give --values N",
         )
-    if kind == "builtin":
-        config = {**BUILTIN_SLM, "vocab_size": BUILTIN_VOCABULARY, "tie_word_embeddings": True}
+    if kind == "builtin" and rest in BUILTIN_MODELS:
+        config = BUILTIN_MODELS[rest]
     elif kind == "path" and data is not None:
         config = _read(data / rest / "config.json")
     else:

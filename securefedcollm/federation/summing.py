@@ -52,6 +52,7 @@ from securefedcollm.federation.plan import (
     silo_unit,
     sum_name,
     validates,
+    weight_of_all,
 )
 from securefedcollm.federation.records import ServerRecord
 from securefedcollm.federation.runstore import RunStore
@@ -269,6 +270,7 @@ class Summing:
         """The mean that an opened sum holds, saved: the sum is not asked for again."""
         count, unit, clip = len(result.survivors), begun.unit, begun.clip
         clip_norm = clip.clip_norm if clip else None
+        weight = weight_of_all(self._study, result.survivors)
         if isinstance(unit, Counting):
             counts = result.sum.astype(np.float64)  # exact: a sum of silos is far below 2^53
             self._store.save_mean(counts, list(result.survivors), self._store.state.clip_norm)
@@ -277,9 +279,9 @@ class Summing:
             mean = unit.decode(result.sum)
         elif unit is None:
             size = begun.header.parameters.values
-            mean = quantiser(self._study, size).decode(result.sum, count)
+            mean = quantiser(self._study, size).decode(result.sum, weight)
         else:
-            mean, indicator_sum = unit.decode(result.sum, count)
+            mean, indicator_sum = unit.decode(result.sum, weight)
             if clip is not None and indicator_sum is not None:
                 record["clip_norm"] = clip.clip_norm
                 clip_norm = clip.next(indicator_sum, count).clip_norm

@@ -127,12 +127,16 @@ class SiloUnit:
         indicator = 2.0 * self._count * AdaptiveClip.indicator(clipped)
         return self._distributed.protect(np.append(exact, indicator), noise)
 
-    def decode(self, total: Integers, survivors: int) -> Opened:
-        """The mean of ``survivors`` updates from their noised integer sum, int64 [values]."""
-        mean = self._distributed.quantiser.decode(total, survivors)
+    def decode(self, total: Integers, weight: float) -> Opened:
+        """The mean of updates from their noised integer sum, int64 [values].
+
+        Args:
+            weight: of all updates together: their number, if they count alike. Public.
+        """
+        mean = self._distributed.quantiser.decode(total, weight)
         if not self._count:
             return Opened(mean, None)
-        return Opened(mean[:-1], float(mean[-1]) * survivors / (2.0 * self._count))
+        return Opened(mean[:-1], float(mean[-1]) * weight / (2.0 * self._count))
 
     def event(self) -> DiscreteGaussian:
         """The release of one round in the worst case: ``least_survivors`` shares."""

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from securefedcollm.federation.consent import refuse_skipping
 from securefedcollm.federation.continuing import beside
 from securefedcollm.federation.engines.dropouts import Drop
 from securefedcollm.federation.engines.embedded import process_context
-from securefedcollm.federation.files import copy_tree, make_directory, write_durably
+from securefedcollm.federation.files import alone, copy_tree, make_directory, write_durably
 from securefedcollm.federation.keeping import BEST, best_round
 from securefedcollm.federation.plan import silo_names
 from securefedcollm.federation.results import (
@@ -84,10 +85,12 @@ class Simulation:
         Raises:
             SecureFedCoLLMError: the run is in a state that ``resume`` continues, or has not begun.
         """
-        with beside(self._out):
-            return self._run(progress, say)
+        with beside(self._out), ExitStack() as held:
+            if self._out.is_dir():
+                held.enter_context(_held(self._out))
+            return self._run(progress, say, held)
 
-    def _run(self, progress: Progress, say: Say) -> dict[str, Any]:
+    def _run(self, progress: Progress, say: Say, held: ExitStack) -> dict[str, Any]:
         started, plan = time.monotonic(), self._plan
         check_directory(self._study, self._out, resume=plan.resume, overwrite=plan.overwrite)
         for name in self._names if plan.resume else ():
@@ -104,7 +107,10 @@ class Simulation:
             for place in plan.replaced or (self._out,):
                 shutil.rmtree(place, ignore_errors=not place.exists())
         fresh = not self._out.exists()
-        store = RunStore(make_directory(self._out), digest(self._study), resume=plan.resume)
+        make_directory(self._out)
+        if fresh:
+            held.enter_context(_held(self._out))
+        store = RunStore(self._out, digest(self._study), resume=plan.resume)
         write_durably(self._out / "study.yaml", dump_study(self._study).encode())
         zero_shot = self._once("zero-shot", server.evaluate)
         try:
@@ -250,6 +256,15 @@ class Simulation:
 
     def _once(self, name: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
         return remembered(self._out / "server" / f"{name}.json", make)
+
+
+def _held(directory: Path) -> AbstractContextManager[None]:
+    """Another simulation, or a question, would write to the same logs."""
+    return alone(
+        directory,
+        "another process works in this directory at this moment",
+        "wait until it is done, or choose another --out",
+    )
 
 
 def silo_tuning(name: str, progress: Progress, *, plan: SiloPlan) -> SiloTuning:

@@ -29,6 +29,8 @@ from securefedcollm.study.serverchecks import check_server
 from securefedcollm.study.validationchecks import check_validation
 
 _MOST_RECORDS = 10**10  # above it, a slip of the pen
+MOST_UNEQUAL = 1000
+"""Largest weight of a silo by the smallest. 1/1000 leaves 6 of 16 bits of an update."""
 
 
 def check(study: Study) -> None:
@@ -42,6 +44,7 @@ def check(study: Study) -> None:
     _check_own(study)
     check_steps(study)
     _check_ring(study)
+    _check_weights(study)
     _check_adapter(study)
     _check_privacy(study)
     _check_joint(study)
@@ -144,6 +147,38 @@ def _check_ring(study: Study) -> None:
             hint="add aggregation.scheme: ckks, or remove the key model",
         )
     _ = study.ring  # refuses a CKKS sum that could wrap
+
+
+def _check_weights(study: Study) -> None:
+    weights, where = study.aggregation.weights, "aggregation.weights"
+    if weights is None:
+        return
+    listed = {p.name for p in study.roster if p.role == "silo"}
+    if len(weights) != study.silos.count or (listed and listed != {*weights}):
+        raise ConfigError(
+            f"{len(weights)} silos have a weight, the study has {study.silos.count}"
+            if len(weights) != study.silos.count
+            else "not the silos of the roster",
+            where=where,
+            hint="give every silo one, or none" + f": {', '.join(sorted(listed))}" * bool(listed),
+        )
+    if study.joint:
+        raise ConfigError(
+            "joint DP-SGD counts every record alike already", where=where, hint="remove it"
+        )
+    if study.privacy is not None and study.privacy.adaptive is not None:
+        raise ConfigError(
+            "a clip norm that adapts to updates of several sizes is not supported",
+            where=where,
+            hint="remove it or privacy.adaptive",
+        )
+    if max(weights.values()) > MOST_UNEQUAL * min(weights.values()):
+        raise ConfigError(
+            f"the largest weight is over {MOST_UNEQUAL} times the smallest, whose update would be "
+            "lost in rounding",
+            where=where,
+            hint="raise the small ones, or leave those silos out",
+        )
 
 
 def _check_privacy(study: Study) -> None:

@@ -81,6 +81,7 @@ __all__ = [
 _LATER: Final[dict[tuple[str, ...], Any]] = {
     ("adapter", "max_abs"): MAX_ABS,
     ("adapter", "virtual_tokens"): None,
+    ("aggregation", "weights"): None,
     ("continue",): None,
     ("distillation", "change"): 0.5,
     ("distillation", "order"): "together",

@@ -152,6 +152,15 @@ class Aggregation(Section, frozen=True):
             "groups."
         ),
     ] = None
+    weights: Annotated[
+        dict[Name, Positive] | None,
+        says(
+            "What each silo's update counts in the mean, such as its number of records: "
+            "`{silo-1: 300, silo-2: 4000}`. Only the ratios matter. They are public: the server "
+            "and all silos read and sign them. Left out, all count alike. Joint DP-SGD needs none: "
+            "there every record counts alike."
+        ),
+    ] = None
 
 
 class Participant(Section, frozen=True):

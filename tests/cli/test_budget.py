@@ -82,21 +82,25 @@ def test_plan_for_subjects_of_a_file_asks_how_many_there_are():
 def test_sizes_of_the_built_in_study_are_the_real_ones():
     """The planner must not load torch: its copy of these facts is checked against the source."""
     from securefedcollm.tuning.builtin import RECIPES
+    from securefedcollm.tuning.models import PREPARED
     from securefedcollm.tuning.world import VOCABULARY, World
 
     study = load_study(QUICKSTART)
-    recipe = RECIPES["slm"]
-    assert {
-        "hidden_size": recipe.hidden,
-        "intermediate_size": recipe.intermediate,
-        "num_hidden_layers": recipe.layers,
-        "num_attention_heads": recipe.heads,
-    } == sizes.BUILTIN_SLM
+    for role, recipe in RECIPES.items():
+        assert {
+            "hidden_size": recipe.hidden,
+            "intermediate_size": recipe.intermediate,
+            "num_hidden_layers": recipe.layers,
+            "num_attention_heads": recipe.heads,
+            "num_key_value_heads": recipe.heads,
+            "vocab_size": len(VOCABULARY),
+            "tie_word_embeddings": True,
+        } == sizes.BUILTIN_MODELS[f"hospital-{role}"]
+    assert {*sizes.BUILTIN_MODELS} == {"hospital-llm", "hospital-slm", *PREPARED}
     records = World(seed=1, silos=4).records(0)
     assert len(records) == sizes.BUILTIN_RECORDS
     assert len({record.subject for record in records}) == sizes.BUILTIN_SUBJECTS
     assert sizes.update_values(study, None) == 11_264
-    assert len(VOCABULARY) == sizes.BUILTIN_VOCABULARY
     assert sizes.update_values(load_study("pretrain", ["adapter={method: full}"]), None) == 134_464
 
 
@@ -112,6 +116,18 @@ def test_sizes_of_the_built_in_study_are_the_real_ones():
 )
 def test_adapter_sizes(adapter, values):
     assert sizes.update_values(load_study(QUICKSTART, [f"adapter={adapter}"]), None) == values
+
+
+def test_every_built_in_model_has_its_own_size():
+    """SmolLM2: 30 layers of q, k, v, o, gate, up and down; their outputs for FFA-LoRA of rank 8."""
+    outputs = 576 + 192 + 192 + 576 + 1536 + 1536 + 576
+    change = ["models.slm.source=builtin:smollm2-135m", "adapter={method: ffa-lora, rank: 8}"]
+    assert sizes.update_values(load_study(QUICKSTART, change), None) == 8 * 30 * outputs
+    top = [*change, "models.slm.top_layers=4"]
+    assert sizes.update_values(load_study(QUICKSTART, top), None) == 8 * 4 * outputs
+    unknown = load_study(QUICKSTART, ["models.slm.source=builtin:nothing"])
+    with pytest.raises(ConfigError, match="not known before it is loaded"):
+        sizes.update_values(unknown, None)
 
 
 def test_size_of_a_model_in_a_directory(tmp_path):

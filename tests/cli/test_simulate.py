@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError, DataError, SecureFedCoLLMError
 from securefedcollm.federation.dealing import deal
+from securefedcollm.federation.files import alone
+from securefedcollm.federation.runstore import check_directory
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import load_study
 from tests.support.inputs import make_inputs
@@ -410,6 +412,20 @@ def test_a_start_that_fails_does_not_remove_the_run_that_is_there(inputs, tmp_pa
     assert (tmp_path / "run" / "results.json").read_bytes() == before
     with pytest.raises(SecureFedCoLLMError, match="there is a run in this directory already"):
         run(inputs, tmp_path / "run")
+
+
+def test_two_processes_do_not_write_to_one_run(inputs, tmp_path):
+    """Such as an ``ask`` of the run; what it leaves behind does not make a directory a stranger."""
+    (tmp_path / "run").mkdir()
+    with (
+        alone(tmp_path / "run", "taken", "wait"),
+        pytest.raises(SecureFedCoLLMError, match="another process works in this directory"),
+    ):
+        run(inputs, tmp_path / "run", "--overwrite")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    check_directory(
+        load_study(inputs / "tiny.yaml"), tmp_path / "run", resume=False, overwrite=True
+    )
 
 
 def test_a_broken_line_is_named_and_the_process_exits_with_2(tmp_path):

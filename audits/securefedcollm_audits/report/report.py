@@ -441,10 +441,20 @@ def _parameters(case: Case) -> dict[str, Any]:
         "threshold of shares and agreements": study.threshold,
         "silos that may collude with the server": study.silos.colluders,
         "rounds": study.rounds,
+        **_weights(study),
         **_tuned(study),
         "small model" if study.models.llm else "model": study.models.slm.source,
         **({"large model": study.models.llm.source} if study.models.llm else {}),
     }
+
+
+def _weights(study: Study) -> dict[str, str]:
+    """What each silo's update counts, where they differ: public, and signed by all."""
+    weights = study.aggregation.weights
+    if weights is None:
+        return {}
+    found = ", ".join(f"{silo} {weight:g}" for silo, weight in sorted(weights.items()))
+    return {"weights of the silos (public, declared by themselves)": found}
 
 
 def _tuned(study: Study) -> dict[str, str]:
