@@ -21,6 +21,7 @@ from securefedcollm.errors import (
     StateError,
     TrainingError,
 )
+from securefedcollm.federation.excess import layered
 from securefedcollm.federation.parts import (
     HoldsOut,
     Part,
@@ -46,7 +47,7 @@ from securefedcollm.privacy.counting import Counting
 from securefedcollm.privacy.events import SUM_KIND, Event, SumKind, sum_kind
 from securefedcollm.privacy.joint import JointStep
 from securefedcollm.privacy.ledger import Budget, Key, Ledger, Reservation
-from securefedcollm.privacy.noise import NoiseSource
+from securefedcollm.privacy.noise import LayeredNoise, Noise, NoiseSource
 from securefedcollm.privacy.quantise import Integers
 from securefedcollm.privacy.silo_unit import SiloUnit, with_survivors
 from securefedcollm.study import Study
@@ -86,6 +87,7 @@ class ChargedTraining:
         self._ledger = ledger
         self._progress = progress
         self._budget = budget
+        self._layers: tuple[tuple[bytes, int], LayeredNoise] | None = None
         require_same_data(store, ledger, study, name, workload.dataset)
         hold_out(study, workload, ledger)
         pin_parts(study, ledger, store)
@@ -207,6 +209,7 @@ class ChargedTraining:
         unit: Unit,
     ) -> Integers:
         at = round_of(self._study, round_)
+        noise = self._noise(scope, round_, unit)
         if isinstance(unit, Counting):
             assert isinstance(self.workload, HoldsOut)  # hold_out
             counts = unit.protect(self.workload.right_shares(adapter), NoiseSource())
@@ -214,7 +217,7 @@ class ChargedTraining:
             return counts
         if isinstance(unit, JointStep):
             gradients = self.workload.gradients(adapter, at, unit.sampling_rate)
-            noised = unit.protect(gradients, NoiseSource())
+            noised = unit.protect(gradients, noise)
             self.store.save_update(scope, round_, training, noised)
             return noised
         update = self._fit(adapter, at, unit)
@@ -235,9 +238,30 @@ class ChargedTraining:
         elif unit is None:
             integers = quantiser(self._study, expected).encode(update).integers
         else:  # noised once: a repeated attempt repeats the noise
-            integers = unit.protect(update, NoiseSource())
+            integers = unit.protect(update, noise)
         self.store.save_update(scope, round_, training, integers)
         return integers
+
+    def _noise(self, scope: bytes, round_: int, unit: Unit) -> Noise:
+        """Fresh noise. The keys of its layers are kept in memory, until the next sum's."""
+        made = layered(unit)
+        if made is None:
+            return NoiseSource()
+        noise = LayeredNoise.fresh(len(made.layers))
+        self._layers = (scope, round_), noise
+        return noise
+
+    def surplus(self, scope: bytes, round_: int, unit: Unit, survivors: int) -> list[bytes]:
+        """The keys of the layers of noise that a sum of so many silos does not need.
+
+        None, if this process did not draw them: they are never on disk, and the noise stays.
+
+        To be called only if no other sum of this round can be opened (:mod:`.excess`).
+        """
+        made, drawn = layered(unit), self._layers
+        if made is None or drawn is None or drawn[0] != (scope, round_):
+            return []
+        return drawn[1].opened(made.surplus(survivors))
 
     def _fit(self, adapter: Vector, round_: int, unit: SiloUnit | None) -> Vector:
         """The update; under ``unit: silo`` it is zero if it cannot be made.

@@ -248,7 +248,9 @@ def silo_unit(
     largest = max(update_size(r) for r in range(min(2, study.rounds)))
     counting = privacy.adaptive is not None
     size = largest + counting
-    setting = Setting(size, study.field.bound, study.quorum, study.silos.colluders, kind)
+    setting = Setting(
+        *(size, study.field.bound, study.quorum, study.silos.colluders, kind, _layered(study))
+    )
     noise = calibrate_silo(privacy.epsilon, privacy.delta, study.rounds, setting)
     return SiloUnit(
         setting._replace(values=update_size(round_)),
@@ -328,7 +330,14 @@ def joint_setting(study: Study, values: int, kind: SumKind = SUM_KIND) -> JointS
         sampling_rate=local.sampling_rate,
         batch_size=local.batch_size,
         kind=kind,
+        silos=_layered(study),
     )
+
+
+def _layered(study: Study) -> int:
+    """Silos on the roster, if noise that a sum does not need is removed from it; else 0."""
+    privacy = study.privacy
+    return study.silos.count if privacy and privacy.excess_noise == "remove" else 0
 
 
 def noises_sums(study: Study) -> bool:

@@ -22,6 +22,7 @@ from securefedcollm.errors import (
     SecureFedCoLLMError,
 )
 from securefedcollm.federation.charged import ChargedTraining
+from securefedcollm.federation.excess import check_opened, layered, state_opened
 from securefedcollm.federation.messages import (
     Aggregate,
     Aggregated,
@@ -30,10 +31,13 @@ from securefedcollm.federation.messages import (
     Delivered,
     Ended,
     EndRun,
+    Layers,
     MakeKey,
     Refused,
     Reply,
+    Surplus,
     Trained,
+    Unmasked,
     Witness,
     decode_request,
     encode,
@@ -142,6 +146,8 @@ class SiloSession:
         self._clock = clock
         self._side: SiloSide | None = None
         self._at: tuple[bytes, int, int] = (b"", -1, -1)
+        self._unit: SiloUnit | JointStep | Counting | None = None
+        self._opened: tuple[str, ...] = ()
 
     @property
     def over(self) -> bool:
@@ -158,7 +164,9 @@ class SiloSession:
                     training = True
                     reply = self._begin(begin)
                 case Aggregate(frame=inner):
-                    reply = Aggregated(memoryview(self._aggregate(inner)))
+                    reply = self._aggregate(inner)
+                case Surplus() as surplus:
+                    reply = self._open_surplus(surplus)
                 case Witness() as request:
                     reply = self._evidence.countersign(request)
                 case Deliver() as deliver:
@@ -198,6 +206,7 @@ class SiloSession:
         if self._side is not None:
             self._side.close()
         self._side = None
+        self._opened = ()
 
     def _begin(self, begin: BeginRound) -> Trained:
         self._drop()
@@ -235,6 +244,7 @@ class SiloSession:
             authority=self._authority,
         )
         self._at = (begin.run_id, begin.round, begin.attempt)
+        self._unit = unit
         return Trained()
 
     def _mechanism(
@@ -247,7 +257,7 @@ class SiloSession:
             return joint_step(self._study, self.training.values(sum_), kind)
         return silo_unit(self._study, self._workload.update_size, sum_, clip_norm, kind)
 
-    def _aggregate(self, frame: bytes) -> bytes:
+    def _aggregate(self, frame: bytes) -> Aggregated:
         side = self._side
         if side is None:
             raise RemoteProtocolError("asked to aggregate before a round began", peer="server")
@@ -266,7 +276,23 @@ class SiloSession:
             memory.opened(attempt, len(side.transcript.survivors))
         self._evidence.said(side)
         self._check_journal()  # put back meanwhile: no answer
-        return reply
+        if step is Step.UNMASK and layered(self._unit):
+            self._opened = side.transcript.survivors
+            scope = run_scope(self._study, run_id)
+            statement = state_opened(self._key, scope, round_, self._opened)
+            return Unmasked(memoryview(reply), statement)
+        return Aggregated(memoryview(reply))
+
+    def _open_surplus(self, asked: Surplus) -> Layers:
+        """Open the layers of noise that the sum which this silo opened does not need."""
+        run_id, round_, _ = self._at
+        if not self._opened or (asked.run_id, asked.round) != (run_id, round_):
+            raise RemoteProtocolError("asked for noise of a sum that is not open", peer="server")
+        scope = run_scope(self._study, run_id)
+        # Adversary: a server that has layers opened for a large sum, and a smaller one opened with
+        # this silo's share in it.
+        check_opened(asked, self._roster, scope, self._opened, self._study.threshold)
+        return Layers(self.training.surplus(scope, round_, self._unit, len(self._opened)))
 
     def _check_journal(self) -> None:
         self._evidence.check_journal(self._store, self._study.scheme)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Final, Literal
 
 import msgspec
@@ -189,9 +190,12 @@ class DiscreteGaussian(
 
     def _slack(self, gap: float) -> float:
         """``gap``: max-divergence of the sum's noise from the ideal one."""
-        draws = self.values * self.honest * SAMPLER_SLACK
         batches = CAP_SLACK if self.q < 1.0 else 0.0
-        return self.count * (draws + batches + math.expm1(gap))
+        return self.count * (self._draws * SAMPLER_SLACK + batches + math.expm1(gap))
+
+    @property
+    def _draws(self) -> int:
+        return self.values * self.honest
 
 
 class RoundedGaussian(
@@ -222,7 +226,98 @@ class RoundedGaussian(
         return self._slack(self.sum_gap + self.values * ROUNDING_GAP)
 
 
-Event = Gaussian | PoissonGaussian | DiscreteGaussian | RoundedGaussian
+class LayeredGaussian(
+    RoundedGaussian,
+    frozen=True,
+    forbid_unknown_fields=True,
+    tag="layered-gaussian",
+    tag_field="kind",
+):
+    """The sums of a :class:`RoundedGaussian`, from which surplus noise has been removed.
+
+    Each share is a sum of layers (:func:`layer_sigmas`). Those that the survivors of a sum make
+    superfluous are opened and subtracted, so ``shares`` - ``design`` honest shares hold together
+    what ``least`` - ``design`` would hold with all their layers. More survivors mean no less ε.
+
+    Args:
+        design: colluders that the layers are made for.
+        least, most: fewest and most silos in a sum.
+    """
+
+    design: int = 0
+    least: int = 1
+    most: int = 1
+
+    def __post_init__(self) -> None:
+        RoundedGaussian.__post_init__(self)
+        _at_least("design", self.design, 0)
+        _at_least("least", self.least, self.design + 1)
+        _at_least("shares", self.shares, self.least)
+        _at_least("most", self.most, self.shares)
+        _at_most("most", self.most, _MOST_SHARES)
+        finest = self._finest
+        if finest < SMALLEST_SHARE:
+            raise ConfigError(
+                f"a layer of noise of σ = {finest:g} integers is too coarse for the sum to be a "
+                "discrete Gaussian",
+                where="share_sigma",
+                hint="raise the quantisation bound, or keep the excess noise",
+            )
+
+    @property
+    def _finest(self) -> float:
+        return min(layer_sigmas(self.share_sigma, self.least, self.most, self.design))
+
+    @property
+    def _whole(self) -> float:
+        """Honest noise, in variances of a whole share, at least: with any number of survivors."""
+        # (s - k)/(s - design) falls with s for adversaries with k < design shares, else it rises.
+        s = self.most if self.colluders <= self.design else self.least
+        return (self.least - self.design) * (s - self.colluders) / (s - self.design)
+
+    @property
+    def noise_multiplier(self) -> float:
+        return self.share_sigma * math.sqrt(self._whole) / self.sensitivity
+
+    @property
+    def sum_gap(self) -> float:
+        # One more discrete Gaussian in a sum costs at most 5·exp(-2π²/(1/a² + 1/b²)) a coordinate
+        # (Kairouz, Liu and Steinke 2021); every a and b is at least the finest layer.
+        terms = self.most * (self.most - self.least + 1)
+        return 10.0 * terms * math.exp(-((math.pi * self._finest) ** 2)) * self.values
+
+    @property
+    def continuous(self) -> Gaussian | PoissonGaussian:
+        shares = self._whole - (ROUNDING / self.share_sigma) ** 2
+        noise = self.share_sigma * math.sqrt(shares) / self.sensitivity
+        if self.q == 1.0:
+            return Gaussian(noise, self.count)
+        return PoissonGaussian(self.q, noise, self.count)
+
+    @property
+    def _draws(self) -> int:
+        return self.values * self.most * (self.most - self.least + 1)
+
+
+def layer_sigmas(share_sigma: float, least: int, most: int, colluders: int) -> tuple[float, ...]:
+    """The layers of one noise share, σ of each.
+
+    With s survivors in a sum the first ``most`` - s + 1 layers stay. Their variances add up to
+    share_sigma² · (least - c)/(s - c), so s - c honest shares always hold share_sigma² ·
+    (least - c): what is promised, and no more.
+
+    Args:
+        share_sigma: σ of a share with all its layers, which ``least`` survivors need.
+        least, most: fewest and most survivors.
+        colluders: c.
+    """
+    needed = [(least - colluders) / (s - colluders) for s in range(most, least - 1, -1)]
+    parts = [needed[0], *(more - less for less, more in pairwise(needed))]
+    # A little more than that, whatever the square roots round to.
+    return tuple(share_sigma * math.sqrt(part) * (1.0 + 2.0**-40) for part in parts)
+
+
+Event = Gaussian | PoissonGaussian | DiscreteGaussian | RoundedGaussian | LayeredGaussian
 Events = tuple[Event, ...]
 
 SUMS: Final[dict[SumKind, type[DiscreteGaussian]]] = {
@@ -381,8 +476,10 @@ def _no_worse(actual: Event, worst: Event) -> bool:
             return actual.q <= worst.q and actual.noise_multiplier >= worst.noise_multiplier
         case DiscreteGaussian(), DiscreteGaussian():
             # What may be charged as rounded noise may be charged without that, too.
+            layers = isinstance(actual, LayeredGaussian) or isinstance(worst, LayeredGaussian)
             return (
                 isinstance(actual, type(worst))
+                and (not layers or _layers(actual) == _layers(worst))
                 and actual.share_sigma >= worst.share_sigma
                 and actual.sensitivity <= worst.sensitivity
                 and actual.values <= worst.values
@@ -392,6 +489,12 @@ def _no_worse(actual: Event, worst: Event) -> bool:
             )
         case _:
             return False
+
+
+def _layers(event: DiscreteGaussian) -> tuple[int, int, int] | None:
+    if isinstance(event, LayeredGaussian):
+        return event.design, event.least, event.most
+    return None
 
 
 def _positive(name: str, value: float) -> None:

@@ -50,6 +50,7 @@ class Federation(msgspec.Struct, frozen=True):
         rounds: rounds of the study.
         steps: optimiser steps of a silo in a round.
         batch_size: expected batch of a step in one silo.
+        removes: whether noise that a sum does not need is removed from it.
     """
 
     values: int
@@ -62,10 +63,16 @@ class Federation(msgspec.Struct, frozen=True):
     batch_size: int
     unit: Literal["record", "subject"] = "record"
     count_noise: float | None = None
+    removes: bool = False
 
     @property
     def honest(self) -> int:
         return self.least_survivors - self.colluders
+
+    @property
+    def hiding(self) -> int:
+        """Honest shares that the noise of a sum of all silos is made for."""
+        return self.silos - self.colluders if self.removes else self.honest
 
 
 class Option(msgspec.Struct, frozen=True):
@@ -210,7 +217,7 @@ def _record_distributed(fed: Federation, target: float, delta: float) -> Option:
         return (made.event(fed.least_survivors, count=steps, q=rate),)
 
     z = calibrate_events(at, target, TIGHT_SHARE * delta)
-    ratio = mean_noise(fed.values, z, fed.silos, fed.honest, fed.batch_size * fed.silos)
+    ratio = mean_noise(fed.values, z, fed.silos, fed.hiding, fed.batch_size * fed.silos)
     return _option(
         fed.unit,
         "distributed",
@@ -235,9 +242,9 @@ def _silo_distributed(fed: Federation, target: float, delta: float) -> Option:
     on_update = z
     if fed.count_noise is not None:
         on_update = split(z, fed.count_noise * z)
-        off = mean_noise(1, fed.count_noise * z, fed.silos, fed.honest, fed.silos) / 2.0
+        off = mean_noise(1, fed.count_noise * z, fed.silos, fed.hiding, fed.silos) / 2.0
         remark = f"; its clip norm adapts to a share of silos that is known to ±{off:.1g}"
-    ratio = mean_noise(fed.values, on_update, fed.silos, fed.honest, fed.silos)
+    ratio = mean_noise(fed.values, on_update, fed.silos, fed.hiding, fed.silos)
     needed = math.ceil(ratio * fed.silos / math.sqrt(fed.rounds) / _WORKABLE)
     return _option(
         "silo",
@@ -297,6 +304,7 @@ def _mechanism(fed: Federation, z: float, contributions: int = 1) -> Distributed
         least_survivors=fed.least_survivors,
         colluders=fed.colluders,
         contributions=contributions,
+        silos=fed.silos if fed.removes else 0,
     )
 
 

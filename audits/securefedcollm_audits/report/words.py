@@ -44,6 +44,9 @@ MECHANISMS: Final = {
     "gaussian": "every unit takes part in each release; its influence is cut to a fixed size, and "
     "Gaussian noise of noise_multiplier times that size is added.",
     "rounded-gaussian": _NOISED_SUM,
+    "layered-gaussian": f"{_NOISED_SUM} Noise that a sum of so many silos does not need was opened "
+    "and subtracted: design is the number of colluders, least and most the numbers of silos, that "
+    "this is made for.",
     "discrete-gaussian": f"{_NOISED_SUM} Earlier versions charged sums by this name, at more ε.",
 }
 
