@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from securefedcollm.errors import StateError
+from securefedcollm.errors import BudgetExceeded, StateError
+from securefedcollm.federation import consent, roles
 from securefedcollm.federation import silo as silo_module
 from securefedcollm.federation.charged import ChargedTraining
 from securefedcollm.federation.messages import BeginEarlier, BeginRound, Refused, Trained, encode
@@ -15,16 +16,19 @@ from securefedcollm.federation.plan import (
     counting_named,
     joint_setting,
     joint_step,
+    run_scope,
     silo_unit,
 )
+from securefedcollm.federation.silostore import SumMemory
 from securefedcollm.federation.workload import silent
 from securefedcollm.privacy.events import SUMS, repeat
 from securefedcollm.privacy.filters import Terms, filter_within
 from securefedcollm.privacy.joint import JointStep
 from securefedcollm.privacy.ledger import Ledger
 from tests.support import client_level
-from tests.support.arithmetic import NAMES, SIZE, make_silo, make_study
+from tests.support.arithmetic import NAMES, SIZE, ArithmeticSilo, make_silo, make_study
 from tests.support.joint import study as joint_study
+from tests.support.members import members_of
 from tests.support.rounds import Dies, Killed, Run, reply_to
 from tests.support.validated import VALIDATED, AskedSilo
 
@@ -50,7 +54,9 @@ def of_earlier_code(directory):
 
 
 def charged(home):
-    with Ledger(home / "ledger.sqlite", home.name) as ledger:
+    with Ledger(
+        home / "ledger.sqlite", "silo-1" if home.name not in NAMES else home.name
+    ) as ledger:
         return [event for entry in ledger.entries() for event in entry.reserved]
 
 
@@ -123,6 +129,32 @@ def test_counts_are_read_with_the_noise_that_they_were_made_with(tmp_path):
     for made in (old, new):
         assert counting_named(study, made.identity.hex()).share_sigma == made.share_sigma
     assert counting_named(study, None).share_sigma == new.share_sigma
+
+
+def test_a_silo_s_operator_is_asked_for_what_the_run_began_with(tmp_path):
+    """When `client` starts again in the middle. By today's kind the rest would seem to cost more
+    than is left, and the silo would stay away from a run that it can pay."""
+    joint = {key: joint_study(rate=0.5).tree[key] for key in ("local", "privacy", "aggregation")}
+    with members_of(tmp_path, **joint) as members:
+        member, mine = members["silo-1"], ArithmeticSilo("silo-1", private=False)
+        study, agreed = member.study, (8.0, 1e-5)
+        mine.records = 10
+        session = roles.silo_session(member, mine, progress=silent, threads=1)
+        scope, store = run_scope(study, b"r" * 16), session.training.store
+        for sum_ in range(study.sums - 1):
+            assert isinstance(reply_to(session, begin(OLD, sum_)), Trained)
+            SumMemory(store, scope, sum_).opened(0, study.quorum)
+            consent.require_budget(member, mine, None)
+        assert consent.terms(member, mine, None).after <= 8.0
+        assert {type(event) for event in charged(member.home)} == {SUMS[OLD]}
+        # The control: the last sum, foreseen as one of a run that begins now.
+        with Ledger(member.ledger, "silo-1") as ledger:
+            newest = ledger.entries()[-1]
+            about = {"records": ledger.stored(newest.about.records), "study": newest.about.study}
+            last = newest.key.dataset, newest.key.unit
+            ledger.foresee(*last, [unit_of(study, OLD).event()], 1, agreed, "steps", **about)
+            with pytest.raises(BudgetExceeded):
+                ledger.foresee(*last, [unit_of(study, NEW).event()], 1, agreed, "steps", **about)
 
 
 # --- adversary: a server that claims the other kind -----------------------------------------------
