@@ -33,8 +33,10 @@ from securefedcollm.federation.parts import (
 )
 from securefedcollm.federation.plan import (
     counting,
+    noises_sums,
     quantiser,
     round_of,
+    run_key,
     sum_name,
     validates,
     weight_of,
@@ -44,13 +46,13 @@ from securefedcollm.federation.silostore import Mark, SiloStore, SumMemory
 from securefedcollm.federation.workload import Progress, SiloWorkload, Vector, silent
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.counting import Counting
-from securefedcollm.privacy.events import SUM_KIND, Event, SumKind, sum_kind
+from securefedcollm.privacy.events import EARLIER_KIND, SUM_KIND, Event, SumKind, sum_kind
 from securefedcollm.privacy.joint import JointStep
 from securefedcollm.privacy.ledger import Budget, Key, Ledger, Reservation
 from securefedcollm.privacy.noise import LayeredNoise, Noise, NoiseSource
 from securefedcollm.privacy.quantise import Integers
 from securefedcollm.privacy.silo_unit import SiloUnit, with_survivors
-from securefedcollm.study import Study
+from securefedcollm.study import Study, digest
 
 log = logging.getLogger(__name__)
 
@@ -113,20 +115,30 @@ class ChargedTraining:
 
         The noise follows from it, and so does its price, both worked out here. Adversary: a server
         that says the one to have less noise and the other to have it cost less, or that changes
-        its word in the middle. It can have neither: a run keeps what was charged first.
+        its word in the middle. It can have neither: a run keeps what was charged first. And one
+        that has a first sum charged the older way, since all later ones on these records then cost
+        more: the older kind is believed only of a run in which this silo took part by the older
+        code, which left no note of the kind in the journal.
 
         Raises:
             RemoteProtocolError: the server says that earlier code began a run that this code began.
         """
-        entries = self._ledger.entries()
+        if not noises_sums(self._study):
+            return said
+        entries, note = self._ledger.entries(), b"sums:" + digest(self._study)
         mine = sum_kind(e for x in entries if x.key.run == scope.hex() for e in x.reserved)
+        if mine is None:
+            noted, took_part = self.store.recorded(note), self.store.recorded(run_key(self._study))
+            by_older_code = noted is None and took_part is not None
+            mine = said if by_older_code or noted == EARLIER_KIND.encode() else SUM_KIND
+        self.store.record(note, mine.encode())
         if mine == SUM_KIND != said:
             raise RemoteProtocolError(
                 "asks for the noise of an earlier version, in a run that began with this one's",
                 peer="server",
                 hint="resume it with the server's own state.json, or agree on a new study",
             )
-        return mine or said
+        return mine
 
     def update(
         self, scope: bytes, round_: int, adapter: Vector, unit: Unit, kind: SumKind = SUM_KIND

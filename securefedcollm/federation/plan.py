@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 import msgspec
 
@@ -20,7 +21,7 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.adaptive_clip import AdaptiveClip
 from securefedcollm.privacy.counting import Counting, CountSetting, calibrate_counting
-from securefedcollm.privacy.events import SUM_KIND, SUMS, SumKind
+from securefedcollm.privacy.events import EARLIER_KIND, SUM_KIND, SumKind
 from securefedcollm.privacy.joint import JointSetting, JointStep, calibrate_joint
 from securefedcollm.privacy.quantise import Quantiser
 from securefedcollm.privacy.silo_unit import Setting, SiloUnit, calibrate_silo
@@ -288,19 +289,12 @@ def counting(study: Study, kind: SumKind = SUM_KIND) -> Counting:
         ConfigError: the field has no room for the noise, or the noise that the study gives does not
             keep its ε.
     """
-    privacy, plan = study.privacy, study.validation
-    assert plan is not None
-    distributed = privacy is not None and privacy.noise == "distributed"
-    setting = CountSetting(
-        field_bound=study.field.bound,
-        shares=study.quorum if distributed else 1,
-        colluders=study.silos.colluders if distributed else 0,
-        kind=kind,
-    )
+    privacy, setting = study.privacy, _count_setting(study, kind)
+    assert study.validation is not None
     if privacy is None:
         return Counting(setting, None)
     least = calibrate_counting(privacy.epsilon, privacy.delta, study.rounds, setting)
-    given = plan.noise_multiplier
+    given = study.validation.noise_multiplier
     if given is not None and given < least:
         raise ConfigError(
             f"noise of {given:g} records on {study.rounds} rounds' counts costs more than the "
@@ -311,10 +305,26 @@ def counting(study: Study, kind: SumKind = SUM_KIND) -> Counting:
     return Counting(setting, given or least)
 
 
+def _count_setting(study: Study, kind: SumKind) -> CountSetting:
+    distributed = study.privacy is not None and study.privacy.noise == "distributed"
+    return CountSetting(
+        field_bound=study.field.bound,
+        shares=study.quorum if distributed else 1,
+        colluders=study.silos.colluders if distributed else 0,
+        kind=kind,
+    )
+
+
 def counting_named(study: Study, mechanism: str | None) -> Counting:
     """:func:`counting` of the kind whose mechanism a sum's header names, hex; else today's."""
-    made = [counting(study, kind) for kind in SUMS]
-    return next((one for one in made if one.identity.hex() == mechanism), made[0])
+    made = counting(study)
+    if made.identity.hex() != mechanism and study.privacy is not None:
+        # A study of today may be impossible by the older kind. Then no run of it began that way.
+        with suppress(ConfigError):
+            earlier = counting(study, EARLIER_KIND)
+            if earlier.identity.hex() == mechanism:
+                return earlier
+    return made
 
 
 def joint_setting(study: Study, values: int, kind: SumKind = SUM_KIND) -> JointSetting | None:

@@ -86,6 +86,8 @@ class RunStore:
                     where=str(directory),
                     hint="resume with the study.yaml that lies in it, or choose another --out",
                 )
+            if not self.begun:
+                self.state.sums = SUM_KIND  # it begins now, whoever wrote the file
         else:
             self.state = RunState(os.urandom(16).hex(), study_digest.hex(), sums=SUM_KIND)
             self._write()

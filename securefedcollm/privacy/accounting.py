@@ -106,6 +106,8 @@ def quick_epsilon(events: Sequence[Event], delta: float, enough: float) -> float
     if hopeless(bound, enough):
         return bound
     if bound > enough and claim_name(merged) == "pld":
+        if not _within_reach(merged, delta):  # adversary: as in `claim`
+            return bound
         bound = with_slack(coarse, merged, delta)
         runs = sum(times(event) for event in merged)
         if bound > enough + 4.0 * runs * COARSE**2:  # the fine grid cannot gain that much
@@ -200,12 +202,16 @@ def claim(events: Sequence[Event], delta: float) -> Claim:
     """
     merged = merge(events)
     name = claim_name(merged)
-    if name == "pld" and merged:
-        rough = rdp_epsilon(_continuous(merged), 0.5 * delta, SEARCH_ORDERS)
-        work = rough * math.sqrt(sum(map(times, merged)))
-        if not (rough <= _MOST_EPSILON and work <= MOST_WORK):
-            name = "rdp"
+    if name == "pld" and not _within_reach(merged, delta):
+        name = "rdp"
     return Claim(epsilon(merged, delta, name), delta, name)
+
+
+def _within_reach(events: Events, delta: float) -> bool:
+    """Whether PLD of ``events`` takes no more than a gigabyte, and their ε is worth that."""
+    rough = rdp_epsilon(_continuous(events), 0.5 * delta, SEARCH_ORDERS) if events else 0.0
+    work = rough * math.sqrt(sum(map(times, events)))
+    return rough <= _MOST_EPSILON and work <= MOST_WORK
 
 
 @lru_cache(maxsize=512)

@@ -403,9 +403,10 @@ def louder(event: Event, factor: float) -> Event:
 def dominates(reserved: Sequence[Event], actual: Sequence[Event]) -> bool:
     """Whether ``actual`` is something, and is covered by ``reserved``.
 
-    Every actual run must be charged to a reserved run of the same kind that is at least as bad in
-    every parameter; runs that did not take place need no cover. So the ε of ``actual`` is at most
-    that of ``reserved`` under every accountant.
+    Every actual run must be charged to a reserved run that is at least as bad in every parameter;
+    runs that did not take place need no cover. So the ε of ``actual`` is at most that of
+    ``reserved`` under every accountant that applies to both. (RDP of discrete noise at the coarsest
+    shares may be a few percent below PLD of the same noise, rounded. A run has sums of one kind.)
     """
     covers = [[_no_worse(event, worst) for worst in reserved] for event in actual]
     charged = [[0] * len(reserved) for _ in actual]
