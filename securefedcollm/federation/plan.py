@@ -19,7 +19,7 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.adaptive_clip import AdaptiveClip
 from securefedcollm.privacy.counting import Counting, CountSetting, calibrate_counting
-from securefedcollm.privacy.events import SUM_KIND, SUMS, SumKind
+from securefedcollm.privacy.events import EARLIER_KIND, SUM_KIND, SumKind
 from securefedcollm.privacy.joint import JointSetting, JointStep, calibrate_joint
 from securefedcollm.privacy.quantise import Quantiser
 from securefedcollm.privacy.silo_unit import Setting, SiloUnit, calibrate_silo
@@ -292,8 +292,14 @@ def counting(study: Study, kind: SumKind = SUM_KIND) -> Counting:
 
 def counting_named(study: Study, mechanism: str | None) -> Counting:
     """:func:`counting` of the kind whose mechanism a sum's header names, hex; else today's."""
-    made = [counting(study, kind) for kind in SUMS]
-    return next((one for one in made if one.identity.hex() == mechanism), made[0])
+    today = counting(study)
+    if mechanism in {None, today.identity.hex()}:
+        return today
+    try:
+        earlier = counting(study, EARLIER_KIND)
+    except ConfigError:  # the study's own noise is enough for today's kind alone
+        return today
+    return earlier if earlier.identity.hex() == mechanism else today
 
 
 def joint_setting(study: Study, values: int, kind: SumKind = SUM_KIND) -> JointSetting | None:

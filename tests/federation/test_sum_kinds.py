@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from securefedcollm.errors import BudgetExceeded, StateError
+from securefedcollm.errors import BudgetExceeded, ConfigError, StateError
 from securefedcollm.federation import consent, roles
 from securefedcollm.federation import silo as silo_module
 from securefedcollm.federation.charged import ChargedTraining
@@ -129,6 +129,12 @@ def test_counts_are_read_with_the_noise_that_they_were_made_with(tmp_path):
     for made in (old, new):
         assert counting_named(study, made.identity.hex()).share_sigma == made.share_sigma
     assert counting_named(study, None).share_sigma == new.share_sigma
+    between = 0.5 * (old.noise_multiplier + new.noise_multiplier)
+    given = VALIDATED["validation"] | {"noise_multiplier": between}
+    today = make_study(**VALIDATED | {"validation": given})
+    assert counting_named(today, "00" * 32).noise_multiplier == between
+    with pytest.raises(ConfigError, match="costs more than the study's"):
+        counting(today, OLD)
 
 
 def test_a_silo_s_operator_is_asked_for_what_the_run_began_with(tmp_path):
