@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 
 import msgspec
 
@@ -317,14 +316,14 @@ def _count_setting(study: Study, kind: SumKind) -> CountSetting:
 
 def counting_named(study: Study, mechanism: str | None) -> Counting:
     """:func:`counting` of the kind whose mechanism a sum's header names, hex; else today's."""
-    made = counting(study)
-    if made.identity.hex() != mechanism and study.privacy is not None:
-        # A study of today may be impossible by the older kind. Then no run of it began that way.
-        with suppress(ConfigError):
-            earlier = counting(study, EARLIER_KIND)
-            if earlier.identity.hex() == mechanism:
-                return earlier
-    return made
+    today = counting(study)
+    if mechanism in {None, today.identity.hex()}:
+        return today
+    try:
+        earlier = counting(study, EARLIER_KIND)
+    except ConfigError:  # the study's own noise is enough for today's kind alone
+        return today
+    return earlier if earlier.identity.hex() == mechanism else today
 
 
 def joint_setting(study: Study, values: int, kind: SumKind = SUM_KIND) -> JointSetting | None:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from securefedcollm.errors import BudgetExceeded, StateError
+from securefedcollm.errors import BudgetExceeded, ConfigError, StateError
 from securefedcollm.federation import consent, roles
 from securefedcollm.federation import silo as silo_module
 from securefedcollm.federation.charged import ChargedTraining
@@ -16,10 +16,11 @@ from securefedcollm.federation.plan import (
     counting_named,
     joint_setting,
     joint_step,
+    run_key,
     run_scope,
     silo_unit,
 )
-from securefedcollm.federation.silostore import SumMemory
+from securefedcollm.federation.silostore import SiloStore, SumMemory
 from securefedcollm.federation.workload import silent
 from securefedcollm.privacy.events import SUMS, repeat
 from securefedcollm.privacy.filters import Terms, filter_within
@@ -41,6 +42,15 @@ def begin(said, sum_=0):
     return encode(message(b"r" * 16, sum_, 0, b"l" * 32, bytes(4 * SIZE)))
 
 
+def took_part(homes, study, run_id, names=NAMES):
+    """The journals of silos that entered the run with earlier code, which noted no kind."""
+    for name in names:
+        (homes / name).mkdir(parents=True, exist_ok=True)
+        store = SiloStore(homes / name)
+        store.record(run_key(study), run_id)
+        store.close()
+
+
 def state_of(directory, change):
     path = directory / "server" / "state.json"
     state = json.loads(path.read_bytes())
@@ -49,8 +59,13 @@ def state_of(directory, change):
 
 
 def of_earlier_code(directory):
-    """``state.json`` as it was before it named a kind."""
-    state_of(directory, lambda state: state.pop("sums"))
+    """``state.json`` as it was before it named a kind, once silos have been asked."""
+
+    def older(state):
+        state.pop("sums")
+        state["attempt"] = max(state["attempt"], 1)
+
+    state_of(directory, older)
 
 
 def charged(home):
@@ -74,14 +89,15 @@ def unit_of(study, kind):
     "study", [joint_study(rate=0.5), client_level.study()], ids=["joint", "silo"]
 )
 @pytest.mark.parametrize("kind", [NEW, OLD])
-def test_a_silo_that_the_run_has_not_reached_yet_takes_the_kind_it_began_with(
+def test_silos_that_were_not_charged_yet_take_the_kind_that_the_run_began_with(
     tmp_path, study, kind
 ):
-    """It was away while earlier code ran the first sums: nothing here knows of the run."""
+    """They entered it with earlier code, and that was killed before it charged anything."""
     live = Run(tmp_path, study, private=False)
     assert live.store.state.sums == NEW
     if kind == OLD:
         of_earlier_code(tmp_path)
+        took_part(tmp_path / "silos", study, live.store.run_id)
         live = Run(tmp_path, study, private=False, resume=True)
     live.go()
     assert charges(tmp_path) == dict.fromkeys(NAMES, [unit_of(study, kind).event()] * study.sums)
@@ -93,6 +109,8 @@ def test_a_killed_run_goes_on_as_it_began(tmp_path, kind):
     study = joint_study()
     live = Run(tmp_path, study, private=False, wrap=lambda e: Dies(e, 8, False))
     live.store.state.sums = kind
+    if kind == OLD:
+        took_part(tmp_path / "silos", study, live.store.run_id)
     with pytest.raises(Killed):
         live.go()
     if kind == OLD:
@@ -118,6 +136,7 @@ def test_counts_are_read_with_the_noise_that_they_were_made_with(tmp_path):
     study = make_study(**VALIDATED)
     live = Run(tmp_path, study, kind=AskedSilo)
     of_earlier_code(tmp_path)
+    took_part(tmp_path / "silos", study, live.store.run_id)
     live = Run(tmp_path, study, kind=AskedSilo, resume=True)
     live.go()
     old, new = counting(study, OLD), counting(study, NEW)
@@ -129,6 +148,12 @@ def test_counts_are_read_with_the_noise_that_they_were_made_with(tmp_path):
     for made in (old, new):
         assert counting_named(study, made.identity.hex()).share_sigma == made.share_sigma
     assert counting_named(study, None).share_sigma == new.share_sigma
+    between = 0.5 * (old.noise_multiplier + new.noise_multiplier)
+    given = VALIDATED["validation"] | {"noise_multiplier": between}
+    today = make_study(**VALIDATED | {"validation": given})
+    assert counting_named(today, "00" * 32).noise_multiplier == between
+    with pytest.raises(ConfigError, match="costs more than the study's"):
+        counting(today, OLD)
 
 
 def test_a_silo_s_operator_is_asked_for_what_the_run_began_with(tmp_path):
@@ -141,6 +166,7 @@ def test_a_silo_s_operator_is_asked_for_what_the_run_began_with(tmp_path):
         mine.records = 10
         session = roles.silo_session(member, mine, progress=silent, threads=1)
         scope, store = run_scope(study, b"r" * 16), session.training.store
+        store.record(run_key(study), b"r" * 16)
         for sum_ in range(study.sums - 1):
             assert isinstance(reply_to(session, begin(OLD, sum_)), Trained)
             SumMemory(store, scope, sum_).opened(0, study.quorum)
@@ -191,6 +217,7 @@ def test_a_server_that_says_nothing_does_not_lower_the_noise_of_an_older_run(
 ):
     """Neither a new server that lies nor an old one that knows no other word."""
     old, new = (joint_step(joint_study(rate=0.5), SIZE, kind).event() for kind in (OLD, NEW))
+    silo.training.store.record(run_key(joint_study(rate=0.5)), b"r" * 16)
     assert isinstance(reply_to(silo, begin(OLD)), Trained)
     assert isinstance(reply_to(silo, begin(NEW, 1)), Trained)
     assert charged(tmp_path / "silo-1") == [old, old]
@@ -213,6 +240,7 @@ def test_noise_that_is_too_little_for_its_charge_is_not_added(silo, tmp_path, mo
     z = joint_step(study, SIZE, NEW).noise_multiplier
     mixed = JointStep(joint_setting(study, SIZE, OLD), z, study.privacy.clip_norm)
     monkeypatch.setattr(silo_module, "joint_step", lambda *given: mixed)
+    silo.training.store.record(run_key(study), b"r" * 16)
     assert isinstance(reply_to(silo, begin(OLD)), Refused)
     assert charged(tmp_path / "silo-1") == []
     # The controls: it would have cost too much; and either kind with its own noise is admitted.
@@ -221,4 +249,33 @@ def test_noise_that_is_too_little_for_its_charge_is_not_added(silo, tmp_path, mo
         assert cost(joint_step(study, SIZE, kind).event(), study) <= study.privacy.epsilon
     monkeypatch.undo()
     for kind in (OLD, NEW):
+        took_part(tmp_path / kind, study, b"r" * 16, NAMES[:1])
         assert isinstance(reply_to(asked(tmp_path / kind), begin(kind)), Trained)
+
+
+def test_a_server_cannot_make_records_dearer_for_good(silo, tmp_path, monkeypatch):
+    """Adversary: a server that says in a *new* run that earlier code began it. One step charged the
+    older way, as the first on these records, and all later ones cost by the general filter."""
+    study = joint_study(rate=0.5)
+    old, new = (joint_step(study, SIZE, kind).event() for kind in (OLD, NEW))
+    refused = reply_to(silo, begin(OLD))
+    assert isinstance(refused, Refused)
+    assert "the noise of an earlier version" in refused.message
+    assert charged(tmp_path / "silo-1") == []
+    assert isinstance(reply_to(silo, begin(NEW)), Trained)  # and the run is none the worse
+    # The control: without the rule the first charge is of the older kind; what follows is dearer.
+    monkeypatch.setattr(ChargedTraining, "kind", lambda self, scope, said: said)
+    assert isinstance(reply_to(asked(tmp_path / "unguarded"), begin(OLD)), Trained)
+    assert charged(tmp_path / "unguarded" / "silo-1") == [old]
+    delta, more = study.privacy.delta, [repeat(new, study.sums)]
+    dear = filter_within([old, *more], delta, 0.0, Terms(old, study.privacy.epsilon))
+    usual = filter_within([new, *more], delta, 0.0, Terms(new, study.privacy.epsilon))
+    assert dear > 1.1 * usual
+
+
+def test_a_run_that_no_silo_has_heard_of_begins_now(tmp_path):
+    live = Run(tmp_path, joint_study(), private=False)
+    state_of(tmp_path, lambda state: state.pop("sums"))
+    again = Run(tmp_path, joint_study(), private=False, resume=True)
+    assert again.store.state.sums == NEW
+    assert again.store.run_id == live.store.run_id
