@@ -362,7 +362,11 @@ def merge(events: Iterable[Event]) -> Events:
     for event in events:
         base = repeat(event, 1)
         counts[base] = counts.get(base, 0) + times(event)
-    merged = [repeat(base, count) for base, count in counts.items()]
+    merged = []
+    for base, count in counts.items():
+        while count > 0:  # once, but for what somebody made up
+            merged.append(repeat(base, min(count, _LARGEST_INTEGER)))
+            count -= _LARGEST_INTEGER
     return tuple(sorted(merged, key=lambda event: msgspec.json.encode(event)))
 
 
