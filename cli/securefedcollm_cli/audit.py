@@ -26,6 +26,7 @@ app = typer.Typer(
     help="Bundle a run's evidence, verify it offline, and attack protocol and privacy.",
 )
 app.command("mechanism")(audit_privacy.mechanism)
+app.command("whole-run")(audit_privacy.whole_run)
 app.command("coupling")(audit_privacy.coupling)
 app.command("one-run")(audit_privacy.one_run)
 app.command("canaries")(audit_privacy.canaries)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from securefedcollm.foreign import as_text
+from securefedcollm.foreign import as_text, printable
 from securefedcollm_cli.consortium import Home
 from securefedcollm_cli.options import DataDir, Json, Overrides, StudyFile
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from securefedcollm.privacy.planner import JointChoice, Plan
     from securefedcollm.privacy.report import BudgetReport, Line
+    from securefedcollm.study import Study
 
 app = typer.Typer(no_args_is_help=True, help="Plan, pin, show and report the privacy budget.")
 
@@ -48,9 +49,23 @@ def plan(
         typer.Option(min=1, help="Records (or subjects) of the smallest silo [from the study]."),
     ] = None,
     data: DataDir = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run",
+            metavar="RUN",
+            help="Also say what audits of this study proved, by this run's evidence logs "
+            "(`audit … --run RUN` writes there).",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say how much noise a target ε costs, for every unit and placement, before anyone trains."""
+    """Say how much noise a target ε costs, for every unit and placement, before anyone trains.
+
+    Three figures show the gap. ε that is charged: at worst, with the fewest silos in every sum. ε
+    if all silos stay in every sum (`hoped` in the JSON), by the same accountant. With --run, ε that
+    an audit proved: what an attack found is a lower bound.
+    """
     import msgspec
 
     from securefedcollm.federation.sizes import federation_of, plans_of
@@ -58,6 +73,7 @@ def plan(
     from securefedcollm.study import load_study
 
     study = load_study(config, overrides or [])
+    proved = [] if run is None else _proved(study, run)
     federation = federation_of(study, records=records, values=values, data=data)
     plans = plans_of(study, federation, epsilon or ())
     choices = {}
@@ -71,11 +87,54 @@ def plan(
         plain = msgspec.to_builtins(plans)
         for made in plain:
             made["joint_choices"] = msgspec.to_builtins(choices.get(made["epsilon"], ()))
+            if run is not None:
+                mine = study.privacy is not None and made["epsilon"] == study.privacy.epsilon
+                made["audited"] = [row._asdict() for row in proved] if mine else []
         typer.echo(msgspec.json.format(msgspec.json.encode(plain), indent=2).decode())
         return
     _print_plans(plans)
     for target, rows in choices.items():
         _print_choices(target, rows)
+    if run is not None:
+        _print_proved(study, run, proved)
+
+
+class Proved(NamedTuple):
+    """A lower bound on ε of the study, by one of its audits."""
+
+    audit: str
+    log: str
+    """Of which participant."""
+    bound: float
+    claimed: float | None
+    delta: float
+    held: bool
+
+
+def _proved(study: Study, run: Path) -> list[Proved]:
+    """What audits of this very study proved, by the logs of ``run``; the largest bound first."""
+    from securefedcollm.evidence.bundle import audits_of
+    from securefedcollm.study import digest
+
+    mine = digest(study).hex()
+    found = [
+        Proved(what.audit, owner, what.bound, what.claimed, what.delta, what.held)
+        for owner, what in audits_of(run)
+        if what.study == mine and what.bound is not None
+    ]
+    return sorted(found, key=lambda row: -row.bound)
+
+
+def _print_proved(study: Study, run: Path, proved: Sequence[Proved]) -> None:
+    typer.echo()
+    if not proved:
+        typer.echo(f"audited: no audit of this study is in the logs of {printable(str(run))}")
+        return
+    for row in proved:
+        of = "" if row.claimed is None else f" of {row.claimed:.3f} claimed for what it attacked"
+        said = f"audited: ε ≥ {row.bound:.3f}{of}, by `{row.audit}` in the log of {row.log}"
+        refuted = "" if row.held else "; REFUTED"
+        typer.echo(printable(f"{said} (95 %, δ = {row.delta:g}){refuted}"))
 
 
 @app.command("set")
@@ -162,6 +221,10 @@ def report(
     typer.echo(f"wrote {html}")
 
 
+_HOPES = {"local": "without the ledger's reserve", "distributed": "if all silos stay"}
+"""When a plan costs the smaller ε."""
+
+
 def _ledgers(given: list[Path] | None) -> list[Path]:
     from securefedcollm.errors import ConfigError
 
@@ -176,6 +239,8 @@ def _ledgers(given: list[Path] | None) -> list[Path]:
 def _print_plans(plans: list[Plan]) -> None:
     from rich.console import Console
     from rich.table import Table
+
+    from securefedcollm.privacy.shown import up
 
     console = Console()
     fed = plans[0].federation
@@ -202,12 +267,15 @@ def _print_plans(plans: list[Plan]) -> None:
         console.print()
         console.print(table)
         for option in made.options:
-            console.print(f"  [dim]{option.name}: {option.remark}[/dim]")
+            hoped = f"{up(option.hoped)} {_HOPES[option.noise]}"
+            said = f"{option.name}: charged ε = {up(option.epsilon)}, {hoped}"
+            console.print(f"  [dim]{said}; {option.remark}[/dim]")
         console.print(f"  {made.advice}")
     console.print()
     console.print(
         "[dim]z: noise multiplier. noise/signal: norm of the noise in the mean, divided by the "
-        "clip norm, which is the largest possible signal. Real signal is smaller.[/dim]"
+        "clip norm, which is the largest possible signal. Real signal is smaller. The second ε is "
+        "no promise: it holds if nobody chose anything by what was released.[/dim]"
     )
     if not all(option.offered for made in plans for option in made.options):
         console.print("[dim]*: for comparison; this study cannot ask for it.[/dim]")

@@ -13,7 +13,7 @@ from securefedcollm.foreign import MOST_MESSAGE, printable
 from securefedcollm_cli import study_continue, study_new
 from securefedcollm_cli.identity import PassphraseFile, find, read_passphrase
 from securefedcollm_cli.options import DataDir, Device, Json, Overrides, StudyFile
-from securefedcollm_cli.study_reading import derived
+from securefedcollm_cli.study_reading import derived, spending
 from securefedcollm_cli.units import Units, units_of
 
 if TYPE_CHECKING:
@@ -135,25 +135,31 @@ def _plan(
 ) -> dict[str, Any]:
     """The noise that a run would plan; its line goes into ``reading``. Refuses the same settings as
     a run."""
-    from securefedcollm.federation.feasible import planned_noise, unit_name
+    from securefedcollm.federation.feasible import planned, unit_name
 
+    release = planned(study, units.counts, values)
+    facts: dict[str, Any] = {
+        "noise_multiplier": None,
+        "epsilon": None,
+        "units": list(units.counts),
+    }
     if study.privacy is None:
-        planned_noise(study, units.counts, values)
-        return {"noise_multiplier": None, "units": list(units.counts)}
-    z = planned_noise(study, units.counts, values)
+        return facts
     counts = ""
     if units.counts and study.privacy.unit != "silo":
         low, high = min(units.counts), max(units.counts)
         numbers = f"{low:,}" if low == high else f"{low:,} to {high:,}"
         counts = f", {numbers} {unit_name(study)}s a silo {units.source}"
-    if z is not None:
+    if release is not None:
+        z = facts["noise_multiplier"] = release.noise_multiplier
         reading["noise"] = f"z = {z:.4f} times the clip norm{counts}"
+        facts["epsilon"], reading["spends"] = spending(study, release)
     elif study.privacy.unit == "silo" or study.joint:
         how = "budget plan --values N" if study.task.kind == "own" else "--estimate"
         reading["noise"] = f"depends on the size of an update: {how} plans it"
     else:
         reading["noise"] = "depends on the silos' records: --records or --silo plans it"
-    return {"noise_multiplier": z, "units": list(units.counts)}
+    return facts
 
 
 def _clip(

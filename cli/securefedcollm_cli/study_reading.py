@@ -70,6 +70,19 @@ def _validation(study: Any) -> str:
     )
 
 
+def spending(study: Any, release: Any) -> tuple[dict[str, float], str]:
+    """ε that is charged for a study's tuning, and ε if all goes well: as data and as a sentence."""
+    from securefedcollm.privacy.gap import gap_of
+
+    privacy, silos = study.privacy, study.silos.count
+    found = gap_of(release, silos, privacy.delta, privacy.epsilon)
+    hoped = "without the ledger's reserve of δ"
+    if privacy.noise == "distributed":
+        hoped = f"if all {silos} silos are in every sum and nobody chose by what was released"
+    said = f"ε = {up(found.charged)} at worst, which is charged; {up(found.hoped)} {hoped}"
+    return found._asdict(), said
+
+
 def _server(study: Any) -> str:
     """What happens to an opened mean before distillation, in order."""
     outer, central = study.server.outer, study.server.central

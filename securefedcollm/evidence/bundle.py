@@ -28,7 +28,13 @@ import msgspec
 
 from securefedcollm.errors import ConfigError, EvidenceError, SecureFedCoLLMError
 from securefedcollm.evidence.archive import unzipped, zipped
-from securefedcollm.evidence.entries import Entry, canonical, decode_canonical, decode_entry
+from securefedcollm.evidence.entries import (
+    Audited,
+    Entry,
+    canonical,
+    decode_canonical,
+    decode_entry,
+)
 from securefedcollm.evidence.ledger import check_anchors
 from securefedcollm.evidence.log import FILE_NAME, EvidenceLog
 from securefedcollm.evidence.note import Checkpoint, parse_checkpoint
@@ -71,12 +77,7 @@ def make_bundle(run: Path, only: Sequence[str] = ()) -> bytes:
         ConfigError: not a run with evidence, or a participant that is not in it.
         EvidenceError: a log or ledger does not verify.
     """
-    study_file = run / "study.yaml"
-    if not study_file.is_file():
-        raise ConfigError(
-            "is not a run directory", where=str(run), hint="name the directory given to --out"
-        )
-    study = load_study(study_file)
+    study_file, study = run / "study.yaml", _study(run)
     homes = _homes(run, only)
     members: dict[str, bytes] = {"study.json": canonical(study.tree)}
     for name, home in homes.items():
@@ -101,6 +102,29 @@ def make_bundle(run: Path, only: Sequence[str] = ()) -> bytes:
             hint="bundle fewer participants at a time with --only",
         )
     return pack(members)
+
+
+def audits_of(run: Path) -> list[tuple[str, Audited]]:
+    """What privacy audits found, by the evidence logs in a run directory: (owner, finding).
+
+    Raises:
+        ConfigError: not a run with evidence.
+        EvidenceError: a log does not verify.
+    """
+    study, found = _study(run), []
+    for name, home in _homes(run, ()).items():
+        log = EvidenceLog(home / FILE_NAME, study=digest(study), owner=name, key=None)
+        found += [(name, e.what) for e in log.entries if isinstance(e.what, Audited)]
+        log.close()
+    return found
+
+
+def _study(run: Path) -> Study:
+    if not (run / "study.yaml").is_file():
+        raise ConfigError(
+            "is not a run directory", where=str(run), hint="name the directory given to --out"
+        )
+    return load_study(run / "study.yaml")
 
 
 def _homes(run: Path, only: Sequence[str]) -> dict[str, Path]:

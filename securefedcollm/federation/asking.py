@@ -11,6 +11,7 @@ from securefedcollm.federation.messages import (
     Aggregated,
     Delivered,
     Ended,
+    Layers,
     Ready,
     Refused,
     Request,
@@ -21,7 +22,7 @@ from securefedcollm.federation.messages import (
 )
 from securefedcollm.foreign import printable
 
-Answer = Trained | Ready | Aggregated | Witnessed | Delivered | Ended
+Answer = Trained | Ready | Aggregated | Layers | Witnessed | Delivered | Ended
 
 
 class Traffic:

@@ -15,7 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from securefedcollm.errors import SecureFedCoLLMError, StateError, TrainingError
+from securefedcollm.errors import (
+    RemoteProtocolError,
+    SecureFedCoLLMError,
+    StateError,
+    TrainingError,
+)
+from securefedcollm.federation.excess import layered
 from securefedcollm.federation.parts import (
     HoldsOut,
     Part,
@@ -27,8 +33,10 @@ from securefedcollm.federation.parts import (
 )
 from securefedcollm.federation.plan import (
     counting,
+    noises_sums,
     quantiser,
     round_of,
+    run_key,
     sum_name,
     validates,
     weight_of,
@@ -38,13 +46,13 @@ from securefedcollm.federation.silostore import Mark, SiloStore, SumMemory
 from securefedcollm.federation.workload import Progress, SiloWorkload, Vector, silent
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.counting import Counting
-from securefedcollm.privacy.events import Event
+from securefedcollm.privacy.events import EARLIER_KIND, SUM_KIND, Event, SumKind, sum_kind
 from securefedcollm.privacy.joint import JointStep
 from securefedcollm.privacy.ledger import Budget, Key, Ledger, Reservation
-from securefedcollm.privacy.noise import NoiseSource
+from securefedcollm.privacy.noise import LayeredNoise, Noise, NoiseSource
 from securefedcollm.privacy.quantise import Integers
 from securefedcollm.privacy.silo_unit import SiloUnit, with_survivors
-from securefedcollm.study import Study
+from securefedcollm.study import Study, digest
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +89,7 @@ class ChargedTraining:
         self._ledger = ledger
         self._progress = progress
         self._budget = budget
+        self._layers: tuple[tuple[bytes, int], LayeredNoise] | None = None
         require_same_data(store, ledger, study, name, workload.dataset)
         hold_out(study, workload, ledger)
         pin_parts(study, ledger, store)
@@ -100,12 +109,48 @@ class ChargedTraining:
         sums = [e.key.round for e in self._ledger.entries() if e.key.run == scope.hex()]
         return [Mark("privacy ledger", max(sums), 1)] if sums else []
 
-    def update(self, scope: bytes, round_: int, adapter: Vector, unit: Unit) -> Integers:
+    def kind(self, scope: bytes, said: SumKind) -> SumKind:
+        """As what this run charges its noised sums: what the ledger has of it, else what the server
+        ``said``.
+
+        The noise follows from it, and so does its price, both worked out here. Adversary: a server
+        that says the one to have less noise and the other to have it cost less, or that changes
+        its word in the middle. It can have neither: a run keeps what was charged first. And one
+        that has a first sum charged the older way, since all later ones on these records then cost
+        more: the older kind is believed only of a run in which this silo took part by the older
+        code, which left no note of the kind in the journal.
+
+        Raises:
+            RemoteProtocolError: the server says that earlier code began a run that this code began.
+        """
+        if not noises_sums(self._study):
+            return said
+        entries, note = self._ledger.entries(), b"sums:" + digest(self._study)
+        mine = sum_kind(e for x in entries if x.key.run == scope.hex() for e in x.reserved)
+        if mine is None:
+            noted, took_part = self.store.recorded(note), self.store.recorded(run_key(self._study))
+            by_older_code = noted is None and took_part is not None
+            mine = said if by_older_code or noted == EARLIER_KIND.encode() else SUM_KIND
+        self.store.record(note, mine.encode())
+        if mine == SUM_KIND != said:
+            raise RemoteProtocolError(
+                "asks for the noise of an earlier version, in a run that began with this one's",
+                peer="server",
+                hint="resume it with the server's own state.json, or agree on a new study",
+            )
+        return mine
+
+    def update(
+        self, scope: bytes, round_: int, adapter: Vector, unit: Unit, kind: SumKind = SUM_KIND
+    ) -> Integers:
         """This round's integers, [values]: from disk if finished, else trained now.
 
         The stored update was charged when it was first released, and releasing the same value
         again costs nothing. Its hash binds it to its charge, so that no other value goes out under
         that: neither a second process's, nor that of a training that was never charged.
+
+        Args:
+            kind: as :meth:`kind` says, of ``unit`` too.
 
         Raises:
             BudgetExceeded: the round, or in the first round the run, does not fit; nothing was
@@ -125,7 +170,7 @@ class ChargedTraining:
             training = self.store.count_failed_training(scope, round_)
             finished = state = None
         if state in {None, "reserved"}:
-            reservation = self._reserve(scope, round_, training, events)
+            reservation = self._reserve(scope, round_, training, events, kind)
             if finished is None:
                 finished = self._train_charged(reservation, events, scope, round_, adapter, unit)
             released = self.store.record(
@@ -176,6 +221,7 @@ class ChargedTraining:
         unit: Unit,
     ) -> Integers:
         at = round_of(self._study, round_)
+        noise = self._noise(scope, round_, unit)
         if isinstance(unit, Counting):
             assert isinstance(self.workload, HoldsOut)  # hold_out
             counts = unit.protect(self.workload.right_shares(adapter), NoiseSource())
@@ -183,7 +229,7 @@ class ChargedTraining:
             return counts
         if isinstance(unit, JointStep):
             gradients = self.workload.gradients(adapter, at, unit.sampling_rate)
-            noised = unit.protect(gradients, NoiseSource())
+            noised = unit.protect(gradients, noise)
             self.store.save_update(scope, round_, training, noised)
             return noised
         update = self._fit(adapter, at, unit)
@@ -204,9 +250,30 @@ class ChargedTraining:
         elif unit is None:
             integers = quantiser(self._study, expected).encode(update).integers
         else:  # noised once: a repeated attempt repeats the noise
-            integers = unit.protect(update, NoiseSource())
+            integers = unit.protect(update, noise)
         self.store.save_update(scope, round_, training, integers)
         return integers
+
+    def _noise(self, scope: bytes, round_: int, unit: Unit) -> Noise:
+        """Fresh noise. The keys of its layers are kept in memory, until the next sum's."""
+        made = layered(unit)
+        if made is None:
+            return NoiseSource()
+        noise = LayeredNoise.fresh(len(made.layers))
+        self._layers = (scope, round_), noise
+        return noise
+
+    def surplus(self, scope: bytes, round_: int, unit: Unit, survivors: int) -> list[bytes]:
+        """The keys of the layers of noise that a sum of so many silos does not need.
+
+        None, if this process did not draw them: they are never on disk, and the noise stays.
+
+        To be called only if no other sum of this round can be opened (:mod:`.excess`).
+        """
+        made, drawn = layered(unit), self._layers
+        if made is None or drawn is None or drawn[0] != (scope, round_):
+            return []
+        return drawn[1].opened(made.surplus(survivors))
 
     def _fit(self, adapter: Vector, round_: int, unit: SiloUnit | None) -> Vector:
         """The update; under ``unit: silo`` it is zero if it cannot be made.
@@ -284,7 +351,7 @@ class ChargedTraining:
         return next((e.state for e in self._ledger.entries() if e.key == key), None)
 
     def _reserve(
-        self, scope: bytes, round_: int, training: int, events: Sequence[Event]
+        self, scope: bytes, round_: int, training: int, events: Sequence[Event], kind: SumKind
     ) -> Reservation:
         privacy = self._study.privacy
         assert privacy is not None  # only a study with privacy has events
@@ -295,7 +362,8 @@ class ChargedTraining:
             what = "steps" if self._study.joint else "rounds"
             self._foresee(part, key, events, round_, what)
             if self._study.validation is not None and not part.held:
-                self._foresee(self._held, key, counting(self._study).events(), round_, "rounds")
+                counts = counting(self._study, kind).events()
+                self._foresee(self._held, key, counts, round_, "rounds")
         return self._ledger.reserve(*key, events, claim, **self._whose(part))
 
     def _foresee(self, part: Part, key: Key, events: Sequence[Event], sum_: int, what: str) -> None:

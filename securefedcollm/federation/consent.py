@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,7 +25,7 @@ from securefedcollm.federation.plan import counting, joint_step, silo_unit, vali
 from securefedcollm.federation.roles import Member
 from securefedcollm.federation.silostore import SiloStore, SumMemory
 from securefedcollm.federation.workload import PrivateRecords
-from securefedcollm.privacy.events import Events
+from securefedcollm.privacy.events import SUM_KIND, Events, SumKind, sum_kind
 from securefedcollm.privacy.identities import Records
 from securefedcollm.privacy.ledger import Budget, Key, Ledger
 from securefedcollm.privacy.refusal import repeated
@@ -118,7 +119,7 @@ def terms(
             # A record is in one part. We do not say which, so we show the worse of both.
             after = max(
                 ledger.standing(records, [workload.dataset], plus=whole, **about).worst
-                for whole in _whole(study, workload)
+                for whole in _whole(study, workload, _kind(ledger, study))
             )
         unattributed = before.unattributed
         figures = {
@@ -260,10 +261,11 @@ def _foresee(
     """``begun``: then the study keeps the records that it began with."""
     privacy = study.privacy
     assert privacy is not None
+    kind = _kind(ledger, study)
     ledger.foresee(
         part.dataset,
         privacy.unit,
-        counting(study).events() if part.held else charge(study, workload),
+        counting(study, kind).events() if part.held else charge(study, workload, kind),
         sums,
         (privacy.epsilon, privacy.delta),
         "steps" if study.joint and not part.held else "rounds",
@@ -409,20 +411,27 @@ def taking_part(whole: Sequence[Question], kept: Sequence[Question]) -> list[boo
     return [id(question) in kept_ones for question in whole]
 
 
-def _whole(study: Study, workload: PrivateRecords) -> Iterator[Events]:
+def _kind(ledger: Ledger, study: Study) -> SumKind:
+    """As what the study's run charges its noised sums: as it began, if it has."""
+    mine = {digest(study).hex(), validation_study(study)}
+    charged = (e.reserved for e in ledger.entries() if e.about.study in mine)
+    return sum_kind(chain.from_iterable(charged)) or SUM_KIND
+
+
+def _whole(study: Study, workload: PrivateRecords, kind: SumKind) -> Iterator[Events]:
     """What the whole study charges a record that it tunes on, and one that it sets aside."""
-    yield tuple(repeated(charge(study, workload), sums_left(study, 0, held=False)))
+    yield tuple(repeated(charge(study, workload, kind), sums_left(study, 0, held=False)))
     if study.validation is not None:
-        yield counting(study).events(study.rounds)
+        yield counting(study, kind).events(study.rounds)
 
 
-def charge(study: Study, workload: PrivateRecords) -> Events:
+def charge(study: Study, workload: PrivateRecords, kind: SumKind = SUM_KIND) -> Events:
     """What one sum of tuning charges these records, at worst."""
     if study.joint:
-        step = joint_step(study, workload.update_size(0))
+        step = joint_step(study, workload.update_size(0), kind)
         assert step is not None
         return (step.event(),)
-    unit = silo_unit(study, workload.update_size, 0)
+    unit = silo_unit(study, workload.update_size, 0, kind=kind)
     return (unit.event(),) if unit else tuple(workload.events())
 
 

@@ -40,6 +40,7 @@ from securefedcollm.federation.messages import (
     Witnessed,
     adapter_bytes,
 )
+from securefedcollm.federation.plan import counting
 from securefedcollm.federation.records import ServerRecord
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.summing import STEP_TIMEOUT, Summing
@@ -223,7 +224,8 @@ class Coordinator:
             record["private"] = {"lost": found["lost"]}
             return
         survivors = len(self._store.state.opened)
-        record["private"] = counted(self._study, [int(value) for value in counts], survivors)
+        made = counting(self._study, self._store.state.sums)
+        record["private"] = counted(made, [int(value) for value in counts], survivors)
 
     def _sum(self, sum_: int, round_: int, record: dict[str, Any]) -> None:
         """One secure sum, and what follows from it for the global adapter."""

@@ -74,8 +74,8 @@ def unit_name(study: Study) -> str:
     return "record" if study.subject is None else "subject"
 
 
-def planned_noise(study: Study, units: Sequence[int], values: int | None) -> float | None:
-    """Refuse what a run would refuse before its first round, and say how much noise it adds.
+def planned(study: Study, units: Sequence[int], values: int | None) -> Event | None:
+    """Refuse what a run would refuse before its first round, and say what tuning will release.
 
     Args:
         units: records (or subjects) of each silo that is known; empty if none is.
@@ -83,8 +83,8 @@ def planned_noise(study: Study, units: Sequence[int], values: int | None) -> flo
             which is refused only if every other one is.
 
     Returns:
-        the noise multiplier z, the largest of all silos. None: there is no noise to plan, or it
-        follows from what is not known.
+        all sums of tuning at worst, of the silo with the most noise. None: there is no noise to
+        plan, or it follows from what is not known.
 
     Raises:
         ConfigError: a batch larger than a silo, a silo larger than all together, no noise that
@@ -103,29 +103,27 @@ def planned_noise(study: Study, units: Sequence[int], values: int | None) -> flo
     if privacy.unit == "silo":
         unit = silo_unit(study, lambda round_: values or 1, 0)
         assert unit is not None
-        _refuse_overspent(study, unit.event())
-        return unit.noise_multiplier if values else None
+        whole = _refuse_overspent(study, unit.event())
+        return whole if values else None
     if study.joint:
         for count in units:
             refuse_joint_units(study, count)
         step = joint_step(study, values or 1)
         assert step is not None
-        _refuse_overspent(study, step.event())
-        return step.noise_multiplier if values else None
+        whole = _refuse_overspent(study, step.event())
+        return whole if values else None
     slack = PoissonGaussian(1.0, 1.0, study.local.steps * study.rounds).slack
     refuse_unpayable(privacy.epsilon, TIGHT_SHARE * privacy.delta, slack)
     if not units:
         return None
     # The smallest silo takes the largest part of its records into a batch, under the most noise.
-    event = local_event(study, min(units))
-    _refuse_overspent(study, event)
-    return event.noise_multiplier
+    return _refuse_overspent(study, local_event(study, min(units)))
 
 
-def _refuse_overspent(study: Study, event: Event, sums: int | None = None) -> None:
+def _refuse_overspent(study: Study, event: Event, sums: int | None = None) -> Event:
     """Refuse what no ledger would admit: ``event`` in every sum of the study, nothing before it.
 
-    ``sums``: how many there are; by default those of tuning.
+    ``sums``: how many there are; by default those of tuning. Returns all of them as one.
     """
     privacy = study.privacy
     assert privacy is not None
@@ -135,3 +133,4 @@ def _refuse_overspent(study: Study, event: Event, sums: int | None = None) -> No
     )
     if spent > privacy.epsilon:
         raise unpayable(privacy.epsilon, privacy.delta, whole.slack)
+    return whole

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from securefedcollm.evidence.bundle import BEST as BEST
-from securefedcollm.federation.plan import counting
+from securefedcollm.privacy.counting import Counting
 from securefedcollm.study import Study
 
 Record = dict[str, Any]
@@ -73,14 +73,14 @@ def is_over(study: Study, history: Sequence[Record]) -> bool:
     return ended(study, [score_of(study, record) for record in history])
 
 
-def counted(study: Study, counts: Sequence[int], survivors: int) -> Record:
+def counted(mechanism: Counting, counts: Sequence[int], survivors: int) -> Record:
     """A round's record of the counts that its validation opened.
 
     ``counts``: as they were opened. ``right``, ``wrong``: the same in records or subjects.
     ``sigma``: of the noise on each. ``accuracy`` and ``margin``: the latter is half its 95 %
     interval from the noise alone; None where the noise drowns it. ``silos``: how many answered.
     """
-    found = counting(study).read((counts[0], counts[1]), survivors)
+    found = mechanism.read((counts[0], counts[1]), survivors)
     return {
         "counts": list(counts),
         "right": found.right,

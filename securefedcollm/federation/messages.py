@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from securefedcollm.errors import RemoteProtocolError
 from securefedcollm.primitives import sha256
+from securefedcollm.privacy.events import EARLIER_KIND, SUM_KIND, SumKind
 
 MAX_FRAME = 1 << 31  # 2 GiB: above any adapter and packed vector that a silo would agree to
 
@@ -37,6 +38,19 @@ class BeginRound(_Message, frozen=True, tag="begin"):
     layout: bytes
     adapter: memoryview
     clip_norm: float = 0.0
+
+    @property
+    def kind(self) -> SumKind:
+        """As what the run charges its noised sums, by the server's word."""
+        return SUM_KIND
+
+
+class BeginEarlier(BeginRound, frozen=True, tag="begin-earlier"):
+    """The same, in a run with noised sums that earlier code began: it charges them as that did."""
+
+    @property
+    def kind(self) -> SumKind:
+        return EARLIER_KIND
 
 
 class MakeKey(_Message, frozen=True, tag="make-key"):
@@ -122,6 +136,35 @@ class Aggregated(_Message, frozen=True, tag="aggregated"):
     frame: memoryview
 
 
+class Unmasked(Aggregated, frozen=True, tag="unmasked"):
+    """The same, of the last step where noise is removed. ``statement``: 64 bytes, that this silo
+    opened this sum (:func:`.excess.state_opened`)."""
+
+    statement: bytes
+
+
+class Surplus(_Message, frozen=True, tag="surplus"):
+    """Server → silo: open the layers of your noise that the sum of these silos does not need.
+
+    ``statements``: silo → its own, that it opened this very sum; a threshold of them.
+    """
+
+    run_id: bytes
+    round: int
+    survivors: list[str]
+    statements: dict[str, bytes]
+
+
+class Layers(_Message, frozen=True, tag="layers"):
+    """Silo → server: the keys of those layers, 32 bytes each; none if this silo was restarted
+    since it drew them."""
+
+    keys: list[bytes]
+
+    def __repr__(self) -> str:
+        return f"Layers({len(self.keys)} keys)"
+
+
 class Delivered(_Message, frozen=True, tag="delivered"):
     """Silo → server: I have the adapter. Deliberately empty: what I do with it stays here."""
 
@@ -142,8 +185,8 @@ class Refused(_Message, frozen=True, tag="refused"):
     hint: str
 
 
-Request = BeginRound | MakeKey | Aggregate | Witness | Deliver | EndRun
-Reply = Trained | Ready | Aggregated | Witnessed | Delivered | Refused | Ended
+Request = BeginRound | BeginEarlier | MakeKey | Aggregate | Surplus | Witness | Deliver | EndRun
+Reply = Trained | Ready | Aggregated | Unmasked | Layers | Witnessed | Delivered | Refused | Ended
 
 _T = TypeVar("_T")
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

@@ -20,6 +20,7 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.adaptive_clip import AdaptiveClip
 from securefedcollm.privacy.counting import Counting, CountSetting, calibrate_counting
+from securefedcollm.privacy.events import EARLIER_KIND, SUM_KIND, SumKind
 from securefedcollm.privacy.joint import JointSetting, JointStep, calibrate_joint
 from securefedcollm.privacy.quantise import Quantiser
 from securefedcollm.privacy.silo_unit import Setting, SiloUnit, calibrate_silo
@@ -225,6 +226,7 @@ def silo_unit(
     update_size: Callable[[int], int],
     round_: int,
     clip_norm: float | None = None,
+    kind: SumKind = SUM_KIND,
 ) -> SiloUnit | None:
     """The mechanism of ``round_`` in a study whose privacy unit is the silo.
 
@@ -232,6 +234,7 @@ def silo_unit(
         update_size: length of the update of a round; they alternate between two at most, and one
             noise multiplier serves all rounds.
         clip_norm: of this round, where it adapts; else the study's.
+        kind: as what the run charges its sums.
 
     Returns:
         None for a study of another unit, whose updates :func:`quantiser` takes as they are.
@@ -244,7 +247,10 @@ def silo_unit(
         return None
     largest = max(update_size(r) for r in range(min(2, study.rounds)))
     counting = privacy.adaptive is not None
-    setting = Setting(largest + counting, study.field.bound, study.quorum, study.silos.colluders)
+    size = largest + counting
+    setting = Setting(
+        *(size, study.field.bound, study.quorum, study.silos.colluders, kind, _layered(study))
+    )
     noise = calibrate_silo(privacy.epsilon, privacy.delta, study.rounds, setting)
     return SiloUnit(
         setting._replace(values=update_size(round_)),
@@ -254,13 +260,16 @@ def silo_unit(
     )
 
 
-def joint_step(study: Study, values: int) -> JointStep | None:
+def joint_step(study: Study, values: int, kind: SumKind = SUM_KIND) -> JointStep | None:
     """The mechanism of every step in joint DP-SGD, for gradients of ``values``; else None.
+
+    Args:
+        kind: as what the run charges its sums.
 
     Raises:
         ConfigError: the study's field has no room for the gradients and the noise.
     """
-    privacy, setting = study.privacy, joint_setting(study, values)
+    privacy, setting = study.privacy, joint_setting(study, values, kind)
     if privacy is None or setting is None:
         return None
     noise = calibrate_joint(
@@ -269,25 +278,22 @@ def joint_step(study: Study, values: int) -> JointStep | None:
     return JointStep(setting, noise, privacy.clip_norm)
 
 
-def counting(study: Study) -> Counting:
+def counting(study: Study, kind: SumKind = SUM_KIND) -> Counting:
     """The mechanism of every validation of a study that has them.
+
+    Args:
+        kind: as what the run charges its sums.
 
     Raises:
         ConfigError: the field has no room for the noise, or the noise that the study gives does not
             keep its ε.
     """
-    privacy, plan = study.privacy, study.validation
-    assert plan is not None
-    distributed = privacy is not None and privacy.noise == "distributed"
-    setting = CountSetting(
-        field_bound=study.field.bound,
-        shares=study.quorum if distributed else 1,
-        colluders=study.silos.colluders if distributed else 0,
-    )
+    privacy, setting = study.privacy, _count_setting(study, kind)
+    assert study.validation is not None
     if privacy is None:
         return Counting(setting, None)
     least = calibrate_counting(privacy.epsilon, privacy.delta, study.rounds, setting)
-    given = plan.noise_multiplier
+    given = study.validation.noise_multiplier
     if given is not None and given < least:
         raise ConfigError(
             f"noise of {given:g} records on {study.rounds} rounds' counts costs more than the "
@@ -298,7 +304,29 @@ def counting(study: Study) -> Counting:
     return Counting(setting, given or least)
 
 
-def joint_setting(study: Study, values: int) -> JointSetting | None:
+def _count_setting(study: Study, kind: SumKind) -> CountSetting:
+    distributed = study.privacy is not None and study.privacy.noise == "distributed"
+    return CountSetting(
+        field_bound=study.field.bound,
+        shares=study.quorum if distributed else 1,
+        colluders=study.silos.colluders if distributed else 0,
+        kind=kind,
+    )
+
+
+def counting_named(study: Study, mechanism: str | None) -> Counting:
+    """:func:`counting` of the kind whose mechanism a sum's header names, hex; else today's."""
+    today = counting(study)
+    if mechanism in {None, today.identity.hex()}:
+        return today
+    try:
+        earlier = counting(study, EARLIER_KIND)
+    except ConfigError:  # the study's own noise is enough for today's kind alone
+        return today
+    return earlier if earlier.identity.hex() == mechanism else today
+
+
+def joint_setting(study: Study, values: int, kind: SumKind = SUM_KIND) -> JointSetting | None:
     """The study's setting of joint DP-SGD for gradients of ``values``; None in other studies."""
     local = study.local
     if not study.joint or local.sampling_rate is None:
@@ -310,4 +338,19 @@ def joint_setting(study: Study, values: int) -> JointSetting | None:
         colluders=study.silos.colluders,
         sampling_rate=local.sampling_rate,
         batch_size=local.batch_size,
+        kind=kind,
+        silos=_layered(study),
     )
+
+
+def _layered(study: Study) -> int:
+    """Silos on the roster, if noise that a sum does not need is removed from it; else 0."""
+    privacy = study.privacy
+    return study.silos.count if privacy and privacy.excess_noise == "remove" else 0
+
+
+def noises_sums(study: Study) -> bool:
+    """Whether a run of the study adds noise to a secure sum, so that :data:`SumKind` matters."""
+    privacy = study.privacy
+    distributed = privacy is not None and privacy.noise == "distributed"
+    return distributed or (privacy is not None and study.validation is not None)

@@ -21,6 +21,7 @@ from safetensors import numpy as safetensors
 from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.federation.files import LOCK, make_directory, sync_tree, write_durably
 from securefedcollm.federation.workload import Opened, ServerWorkload, Vector
+from securefedcollm.privacy.events import EARLIER_KIND, SUM_KIND, SUMS, SumKind
 from securefedcollm.study import Study, digest
 
 METRICS: Final = "metrics.jsonl"
@@ -37,7 +38,8 @@ class RunState:
     survivors once it is out, so that it is never asked for again; ``clip_norm`` that of the next
     sum, if it adapts; ``barred`` silos that spoilt an opening and why; ``history`` one record per
     finished round; ``tuned`` whether the server's phase of the round is over, and only its
-    validation is to come.
+    validation is to come; ``sums`` as what noised sums are charged, absent in the runs of versions
+    that knew one way only.
     """
 
     run_id: str
@@ -52,6 +54,7 @@ class RunState:
     partial: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     tuned: bool = False
+    sums: SumKind = EARLIER_KIND
 
 
 class RunStore:
@@ -83,8 +86,10 @@ class RunStore:
                     where=str(directory),
                     hint="resume with the study.yaml that lies in it, or choose another --out",
                 )
+            if not self.begun:
+                self.state.sums = SUM_KIND  # it begins now, whoever wrote the file
         else:
-            self.state = RunState(run_id=os.urandom(16).hex(), study=study_digest.hex())
+            self.state = RunState(os.urandom(16).hex(), study_digest.hex(), sums=SUM_KIND)
             self._write()
 
     @property
@@ -284,12 +289,18 @@ class RunStore:
 
     def _read(self) -> RunState:
         try:
-            return RunState(**json.loads(self._path.read_bytes()))
+            found = RunState(**json.loads(self._path.read_bytes()))
         except (OSError, ValueError, TypeError) as error:
             raise StateError(
                 f"{self._path}: the run's state cannot be read ({error})",
                 hint="start again with --overwrite, or restore the file",
             ) from None
+        if found.sums not in list(SUMS):
+            raise StateError(
+                f"{self._path}: its sums are charged in a way that this version does not know",
+                hint="go on with the version that began the run, or restore the file",
+            )
+        return found
 
     def _write(self) -> None:
         write_durably(self._path, json.dumps(asdict(self.state), indent=1).encode())

@@ -22,6 +22,7 @@ from securefedcollm.errors import (
     SecureFedCoLLMError,
 )
 from securefedcollm.federation.charged import ChargedTraining
+from securefedcollm.federation.excess import check_opened, layered, state_opened
 from securefedcollm.federation.messages import (
     Aggregate,
     Aggregated,
@@ -30,10 +31,13 @@ from securefedcollm.federation.messages import (
     Delivered,
     Ended,
     EndRun,
+    Layers,
     MakeKey,
     Refused,
     Reply,
+    Surplus,
     Trained,
+    Unmasked,
     Witness,
     decode_request,
     encode,
@@ -61,6 +65,7 @@ from securefedcollm.federation.workload import (
 )
 from securefedcollm.primitives import SigningKey, sha256
 from securefedcollm.privacy.counting import Counting
+from securefedcollm.privacy.events import SumKind
 from securefedcollm.privacy.joint import JointStep
 from securefedcollm.privacy.silo_unit import SiloUnit
 from securefedcollm.study import Study
@@ -141,6 +146,8 @@ class SiloSession:
         self._clock = clock
         self._side: SiloSide | None = None
         self._at: tuple[bytes, int, int] = (b"", -1, -1)
+        self._unit: SiloUnit | JointStep | Counting | None = None
+        self._opened: tuple[str, ...] = ()
 
     @property
     def over(self) -> bool:
@@ -157,7 +164,9 @@ class SiloSession:
                     training = True
                     reply = self._begin(begin)
                 case Aggregate(frame=inner):
-                    reply = Aggregated(memoryview(self._aggregate(inner)))
+                    reply = self._aggregate(inner)
+                case Surplus() as surplus:
+                    reply = self._open_surplus(surplus)
                 case Witness() as request:
                     reply = self._evidence.countersign(request)
                 case Deliver() as deliver:
@@ -197,13 +206,15 @@ class SiloSession:
         if self._side is not None:
             self._side.close()
         self._side = None
+        self._opened = ()
 
     def _begin(self, begin: BeginRound) -> Trained:
         self._drop()
         self._check_order(begin)
         self._evidence.check_base(self._workload.base_digest)
         adapter = self._read_adapter(begin, begin.round)
-        unit = self._mechanism(begin.round, self._read_clip_norm(begin))
+        kind = self.training.kind(run_scope(self._study, begin.run_id), begin.kind)
+        unit = self._mechanism(begin.round, self._read_clip_norm(begin), kind)
         base, mechanism = self._workload.base_digest, unit.identity if unit else b""
         model = model_digest(base, begin.layout, begin.adapter, mechanism)
         header = round_header(
@@ -219,7 +230,7 @@ class SiloSession:
         self.training.settle_before(scope, begin.round)
         adapted = unit.adapted if isinstance(unit, SiloUnit) else None
         self._evidence.round(header, base, begin.layout, begin.adapter, mechanism, adapted)
-        integers = self.training.update(scope, begin.round, adapter, unit)
+        integers = self.training.update(scope, begin.round, adapter, unit, kind)
         self._side = silo_side(
             self._study.scheme,
             header=header,
@@ -233,19 +244,20 @@ class SiloSession:
             authority=self._authority,
         )
         self._at = (begin.run_id, begin.round, begin.attempt)
+        self._unit = unit
         return Trained()
 
     def _mechanism(
-        self, sum_: int, clip_norm: float | None
+        self, sum_: int, clip_norm: float | None, kind: SumKind
     ) -> SiloUnit | JointStep | Counting | None:
         """How this sum is noised; None if it is a plain sum of updates that need no more noise."""
         if validates(self._study, sum_):
-            return counting(self._study)
+            return counting(self._study, kind)
         if self._study.joint:
-            return joint_step(self._study, self.training.values(sum_))
-        return silo_unit(self._study, self._workload.update_size, sum_, clip_norm)
+            return joint_step(self._study, self.training.values(sum_), kind)
+        return silo_unit(self._study, self._workload.update_size, sum_, clip_norm, kind)
 
-    def _aggregate(self, frame: bytes) -> bytes:
+    def _aggregate(self, frame: bytes) -> Aggregated:
         side = self._side
         if side is None:
             raise RemoteProtocolError("asked to aggregate before a round began", peer="server")
@@ -264,7 +276,23 @@ class SiloSession:
             memory.opened(attempt, len(side.transcript.survivors))
         self._evidence.said(side)
         self._check_journal()  # put back meanwhile: no answer
-        return reply
+        if step is Step.UNMASK and layered(self._unit):
+            self._opened = side.transcript.survivors
+            scope = run_scope(self._study, run_id)
+            statement = state_opened(self._key, scope, round_, self._opened)
+            return Unmasked(memoryview(reply), statement)
+        return Aggregated(memoryview(reply))
+
+    def _open_surplus(self, asked: Surplus) -> Layers:
+        """Open the layers of noise that the sum which this silo opened does not need."""
+        run_id, round_, _ = self._at
+        if not self._opened or (asked.run_id, asked.round) != (run_id, round_):
+            raise RemoteProtocolError("asked for noise of a sum that is not open", peer="server")
+        scope = run_scope(self._study, run_id)
+        # Adversary: a server that has layers opened for a large sum, and a smaller one opened with
+        # this silo's share in it.
+        check_opened(asked, self._roster, scope, self._opened, self._study.threshold)
+        return Layers(self.training.surplus(scope, round_, self._unit, len(self._opened)))
 
     def _check_journal(self) -> None:
         self._evidence.check_journal(self._store, self._study.scheme)

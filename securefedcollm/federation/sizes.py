@@ -185,6 +185,7 @@ def federation_of(
         batch_size=max(1, round(rate * units)) if rate else local.batch_size,
         unit="record" if study.subject is None else "subject",
         count_noise=adaptive.count_noise if adaptive else None,
+        removes=bool(study.privacy and study.privacy.excess_noise == "remove"),
     )
 
 

@@ -28,15 +28,20 @@ from securefedcollm.aggregation import (
 from securefedcollm.aggregation.masking.masks import WORD_BYTES
 from securefedcollm.errors import ProtocolError, QuorumError, RemoteProtocolError
 from securefedcollm.federation.asking import Asking, Traffic
+from securefedcollm.federation.excess import layered, stated
 from securefedcollm.federation.hooks import Hooks
 from securefedcollm.federation.messages import (
     Aggregate,
     Aggregated,
+    BeginEarlier,
     BeginRound,
+    Layers,
     MakeKey,
     Ready,
     Request,
+    Surplus,
     Trained,
+    Unmasked,
     adapter_bytes,
     model_digest,
 )
@@ -44,9 +49,11 @@ from securefedcollm.federation.plan import (
     adaptive_clip,
     counting,
     joint_step,
+    noises_sums,
     quantiser,
     round_header,
     round_of,
+    run_scope,
     silo_unit,
     sum_name,
     validates,
@@ -55,8 +62,10 @@ from securefedcollm.federation.plan import (
 from securefedcollm.federation.records import ServerRecord
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.workload import Opened, ServerWorkload
+from securefedcollm.primitives import KEY_BYTES
 from securefedcollm.privacy.adaptive_clip import AdaptiveClip
 from securefedcollm.privacy.counting import Counting
+from securefedcollm.privacy.events import SUM_KIND
 from securefedcollm.privacy.joint import JointStep
 from securefedcollm.privacy.silo_unit import SiloUnit
 from securefedcollm.study import Study
@@ -102,6 +111,7 @@ class Summing:
         self._store = store
         self._evidence = evidence
         self._hooks = hooks
+        self._statements: dict[str, bytes] = {}
 
     def mean_of(self, sum_: int, record: dict[str, Any]) -> Opened | None:
         """One opened mean; a failed attempt is repeated with whoever is still there.
@@ -176,13 +186,45 @@ class Summing:
         )
         for silo, reason in lost.items():
             side.lost(silo, reason)
+        self._statements = {}
         self._drive(side, begun.header, traffic)
         result = side.result
         self._evidence.summed(begun.header, result)
+        keys = self._surplus(begun, result, traffic, record)
         traffic.add_to(record)
         gone = record.get("dropouts", {}) | lost | dict(result.excluded)
         record["dropouts"] = dict(sorted(gone.items()))
-        return self._decoded(begun, result, record)
+        return self._decoded(begun, result, record, keys)
+
+    def _surplus(
+        self, begun: _Begun, result: RoundResult, traffic: Traffic, record: dict[str, Any]
+    ) -> list[list[bytes]]:
+        """Keys of the noise that this sum does not need, of every silo that opens its own."""
+        made = layered(begun.unit)
+        needed = len(made.layers[made.surplus(len(result.survivors))]) if made else 0
+        if not needed:
+            return []
+        round_, survivors = begun.header.round, result.survivors
+        scope = run_scope(self._study, self._store.run_id)
+        # A silo whose statement is wrong would have all others refuse.
+        statements = stated(self._statements, self._roster, scope, round_, survivors)
+        request = Surplus(self._store.run_id, round_, list(survivors), statements)
+        asked = dict.fromkeys(statements, request)
+        lost: dict[str, str] = {}
+        replies = self._asking.ask(asked, STEP_TIMEOUT, traffic, lost)
+        found = {
+            silo: reply.keys
+            for silo, reply in replies.items()
+            # Adversary: a silo. Other keys than its own spoil the sum as another vector would.
+            if isinstance(reply, Layers)
+            and len(reply.keys) == needed
+            and all(len(key) == KEY_BYTES for key in reply.keys)
+        }
+        kept = sorted({*result.survivors} - {*found})
+        if kept:
+            record["excess_kept"] = kept
+            log.info("the excess noise of %s stays in the sum", ", ".join(kept))
+        return list(found.values())
 
     def _begin(self, sum_: int, attempt: int) -> tuple[_Begun, BeginRound]:
         """The message to every party of this attempt, in the evidence before it is sent."""
@@ -205,7 +247,8 @@ class Summing:
         )
         adapted = unit.adapted if isinstance(unit, SiloUnit) else None
         self._evidence.round(header, base, layout, adapter, mechanism, adapted)
-        request = BeginRound(
+        earlier = noises_sums(self._study) and self._store.state.sums != SUM_KIND
+        request = (BeginEarlier if earlier else BeginRound)(
             run_id=self._store.run_id,
             round=sum_,
             attempt=attempt,
@@ -219,10 +262,11 @@ class Summing:
         self, sum_: int, size: int, clip_norm: float | None
     ) -> SiloUnit | JointStep | Counting | None:
         """How the sum is noised; None if it needs no more noise than its updates have."""
+        kind = self._store.state.sums
         if validates(self._study, sum_):
-            return counting(self._study)
-        return joint_step(self._study, size) or silo_unit(
-            self._study, self._workload.update_size, round_of(self._study, sum_), clip_norm
+            return counting(self._study, kind)
+        return joint_step(self._study, size, kind) or silo_unit(
+            self._study, self._workload.update_size, round_of(self._study, sum_), clip_norm, kind
         )
 
     def _have_trained(
@@ -261,8 +305,17 @@ class Summing:
                 self._study.minimum - len(trained),
             )
 
-    def _decoded(self, begun: _Begun, result: RoundResult, record: dict[str, Any]) -> Opened:
-        """The mean that an opened sum holds, saved: the sum is not asked for again."""
+    def _decoded(
+        self,
+        begun: _Begun,
+        result: RoundResult,
+        record: dict[str, Any],
+        keys: list[list[bytes]],
+    ) -> Opened:
+        """The mean that an opened sum holds, saved: the sum is not asked for again.
+
+        ``keys``: of noise to subtract first.
+        """
         count, unit, clip = len(result.survivors), begun.unit, begun.clip
         clip_norm = clip.clip_norm if clip else None
         weight = weight_of_all(self._study, result.survivors)
@@ -270,13 +323,16 @@ class Summing:
             counts = result.sum.astype(np.float64)  # exact: a sum of silos is far below 2^53
             self._store.save_mean(counts, list(result.survivors), self._store.state.clip_norm)
             return counts
+        total, made = result.sum, layered(unit)
+        if made and keys:
+            total = made.without_surplus(total, count, keys)
         if isinstance(unit, JointStep):
-            mean = unit.decode(result.sum)
+            mean = unit.decode(total)
         elif unit is None:
             size = begun.header.parameters.values
-            mean = quantiser(self._study, size).decode(result.sum, weight)
+            mean = quantiser(self._study, size).decode(total, weight)
         else:
-            mean, indicator_sum = unit.decode(result.sum, weight)
+            mean, indicator_sum = unit.decode(total, weight)
             if clip is not None and indicator_sum is not None:
                 record["clip_norm"] = clip.clip_norm
                 clip_norm = clip.next(indicator_sum, count).clip_norm
@@ -334,6 +390,8 @@ class Summing:
             if not isinstance(reply, Aggregated):
                 side.lost(silo, "answered out of turn")
                 continue
+            if isinstance(reply, Unmasked):
+                self._statements[silo] = reply.statement
             try:
                 side.receive(silo, reply.frame)
             except RemoteProtocolError as error:

@@ -2,7 +2,7 @@
 
 | name   | library        | understands                         | is                          |
 | ------ | -------------- | ----------------------------------- | --------------------------- |
-| `pld`  | dp-accounting  | Gaussian, Poisson-sampled Gaussian  | tight upper bound           |
+| `pld`  | dp-accounting  | (rounded) Gaussian, sampled or not  | tight upper bound           |
 | `rdp`  | dp-accounting  | every event                         | upper bound                 |
 | `zcdp` | dp-accounting  | every event without sampling        | upper bound                 |
 | `prv`  | prv-accountant | as `pld`                            | upper bound, second opinion |
@@ -10,13 +10,17 @@
 What an accountant does not understand it refuses: there is no approximation by the nearest known
 mechanism.
 
-Discrete noise. A sum of integers with a discrete Gaussian satisfies the zCDP of the continuous one
-(Canonne, Kamath and Steinke 2020, Theorem 14). With Poisson sampling it is charged in RDP at
-integer orders only: for integer α the moments E_Q[(P/Q)^l], l <= α, of a lattice Gaussian shifted
-by an integer vector equal those of the continuous Gaussian (the shift l·Δ is again an integer
-vector, so the normaliser cancels), hence so does E_Q[((1-q) + q P/Q)^α]; the other direction is
-dominated by the reflection x -> Δ - x, which maps the lattice to itself (Mironov, Talwar and Zhang
-2019, Theorem 5).
+Discrete noise. A rounded Gaussian is charged as the continuous mechanism that it is a function of,
+up to its slack (:class:`~.events.RoundedGaussian`): every accountant of that applies. The rest is
+about the :class:`~.events.DiscreteGaussian` of older ledgers, and about RDP and zCDP of both kinds,
+which look at the discrete noise itself.
+
+A sum of integers with a discrete Gaussian satisfies the zCDP of the continuous one (Canonne, Kamath
+and Steinke 2020, Theorem 14). With Poisson sampling it is charged in RDP at integer orders only:
+for integer α the moments E_Q[(P/Q)^l], l <= α, of a lattice Gaussian shifted by an integer vector
+equal those of the continuous Gaussian (the shift l·Δ is again an integer vector, so the normaliser
+cancels), hence so does E_Q[((1-q) + q P/Q)^α]; the other direction is dominated by the reflection
+x -> Δ - x, which maps the lattice to itself (Mironov, Talwar and Zhang 2019, Theorem 5).
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from securefedcollm.privacy.events import (
     Event,
     Events,
     PoissonGaussian,
+    continuous,
     rate,
     times,
 )
@@ -135,25 +140,36 @@ def _quiet_absl() -> Iterator[None]:
 
 
 def pld_epsilon(events: Events, delta: float, interval: float) -> float:
-    """ε at ``delta`` of continuous noise, by a grid of cells of width ``interval``.
+    """ε at ``delta`` of (rounded) continuous noise, by a grid of cells of width ``interval``.
 
     Raises:
-        ConfigError: an event of discrete noise.
+        ConfigError: a :class:`DiscreteGaussian`, which is not charged as rounded noise.
     """
-    return float(_pld_accountant(events, interval).get_epsilon(delta))
+    return float(_pld(events, interval).get_epsilon_for_delta(delta))
 
 
 @lru_cache(maxsize=64)
-def _pld_accountant(events: Events, interval: float) -> Any:
+def _pld(events: Events, interval: float) -> Any:
     """The composed distribution; asking it for ε at another δ costs nothing."""
-    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.pld.privacy_loss_distribution import identity
 
-    accountant = PLDAccountant(value_discretization_interval=interval)
+    composed = identity(value_discretization_interval=interval)
     for event in events:
-        if isinstance(event, DiscreteGaussian):
+        ideal = continuous(event)
+        if ideal is None:
             raise _refusal("pld", event)
-        accountant.compose(_dp_event(rate(event), event.noise_multiplier), times(event))
-    return accountant
+        q, z, count = rate(ideal), ideal.noise_multiplier, times(ideal)
+        # Unsampled, Gaussians compose to one; sampled, they compose from one: that takes the time.
+        one = _pld_once(1.0, z / math.sqrt(count), interval) if q == 1.0 else None
+        composed = composed.compose(one or _pld_once(q, z, interval).self_compose(count))
+    return composed
+
+
+@lru_cache(maxsize=32)
+def _pld_once(q: float, z: float, interval: float) -> Any:
+    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+
+    return from_gaussian_mechanism(z, value_discretization_interval=interval, sampling_prob=q)
 
 
 @cache
@@ -185,7 +201,7 @@ def prv_epsilons(events: Events, delta: float) -> tuple[float, float, float]:
     """(lower, estimate, upper) of ε at ``delta``.
 
     Raises:
-        ConfigError: an event of discrete noise.
+        ConfigError: a :class:`DiscreteGaussian`, which is not charged as rounded noise.
     """
     from prv_accountant import PRVAccountant
     from prv_accountant.privacy_random_variables import (
@@ -196,9 +212,10 @@ def prv_epsilons(events: Events, delta: float) -> tuple[float, float, float]:
     _whole_means()
     variables = []
     for event in events:
-        if isinstance(event, DiscreteGaussian):
+        ideal = continuous(event)
+        if ideal is None:
             raise _refusal("prv", event)
-        q, z = rate(event), event.noise_multiplier
+        q, z = rate(ideal), ideal.noise_multiplier
         variables.append(
             GaussianMechanism(z)
             if q == 1.0

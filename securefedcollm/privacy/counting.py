@@ -28,7 +28,13 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.accounting import TIGHT_SHARE, calibrate_events
 from securefedcollm.privacy.discrete_gaussian import TAIL
-from securefedcollm.privacy.events import SMALLEST_SHARE, DiscreteGaussian
+from securefedcollm.privacy.events import (
+    SMALLEST_SHARE,
+    SUM_KIND,
+    SUMS,
+    DiscreteGaussian,
+    SumKind,
+)
 from securefedcollm.privacy.noise import NoiseSource
 
 VALUES: Final = 2
@@ -46,6 +52,8 @@ class CountSetting(NamedTuple):
     """Noise shares that a sum has at least: of all survivors, or 1 where each adds the whole."""
     colluders: int
     """Of them, those whose noise the adversary knows; 0 where each adds the whole."""
+    kind: SumKind = SUM_KIND
+    """As what a round is charged."""
 
     @property
     def honest(self) -> int:
@@ -119,7 +127,7 @@ class Counting:
         if not self.share_sigma:
             return ()
         return (
-            DiscreteGaussian(
+            SUMS[self._setting.kind](
                 share_sigma=self.share_sigma,
                 sensitivity=self.levels,
                 values=VALUES,

@@ -11,16 +11,23 @@ of the c. With more than c such silos the claim does not hold, and masks hide th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.privacy.discrete_gaussian import TAIL
-from securefedcollm.privacy.events import DiscreteGaussian
-from securefedcollm.privacy.noise import NoiseSource
-from securefedcollm.privacy.quantise import Floats, Quantiser
+from securefedcollm.privacy.events import (
+    SUM_KIND,
+    SUMS,
+    DiscreteGaussian,
+    LayeredGaussian,
+    SumKind,
+    layer_sigmas,
+)
+from securefedcollm.privacy.noise import LayeredNoise, Noise
+from securefedcollm.privacy.quantise import Floats, Integers, Quantiser
 
 
 class DistributedGaussian:
@@ -35,6 +42,9 @@ class DistributedGaussian:
         least_survivors: fewest silos with which a sum is opened (the threshold or minimum).
         colluders: c.
         contributions: most units that one silo sums (the batch cap in joint DP-SGD).
+        kind: of event that a sum is charged as.
+        silos: on the roster, where surplus noise is removed from sums of more than
+            ``least_survivors``; else 0.
 
     Raises:
         ConfigError: too few honest shares, or a field too narrow for the vector or the noise.
@@ -43,10 +53,13 @@ class DistributedGaussian:
     __slots__ = (
         "colluders",
         "contributions",
+        "kind",
+        "layers",
         "least_survivors",
         "noise_multiplier",
         "quantiser",
         "share_sigma",
+        "silos",
     )
 
     def __init__(
@@ -59,6 +72,8 @@ class DistributedGaussian:
         least_survivors: int,
         colluders: int,
         contributions: int = 1,
+        kind: SumKind = SUM_KIND,
+        silos: int = 0,
     ) -> None:
         honest = least_survivors - colluders
         if honest < 1:
@@ -69,7 +84,10 @@ class DistributedGaussian:
                 hint="require more survivors",
             )
         per_share = noise_multiplier / math.sqrt(honest)
-        bound = int(field_bound / (contributions + TAIL * per_share))
+        most = silos or least_survivors
+        relative = layer_sigmas(1.0, least_survivors, most, colluders) if silos else (1.0,)
+        tail = TAIL * per_share * math.fsum(relative)
+        bound = int(field_bound / (contributions + tail))
         if bound < 1:
             raise ConfigError(
                 "the field is too narrow for this noise",
@@ -80,9 +98,13 @@ class DistributedGaussian:
         self.least_survivors = least_survivors
         self.colluders = colluders
         self.contributions = contributions
+        self.kind = kind
+        self.silos = silos
         try:
             self.quantiser = Quantiser(values, clip_norm, min(bound, 2**31 - 1))
             self.share_sigma = per_share * self.quantiser.bound
+            self.layers = tuple(self.share_sigma * part for part in relative)
+            """σ of every layer of a share; one, where no noise is removed."""
             self.event(least_survivors)  # refuses a share too coarse before anything is trained
         except ConfigError as error:
             if error.where not in {"bound", "share_sigma"}:
@@ -97,9 +119,10 @@ class DistributedGaussian:
     @property
     def largest(self) -> int:
         """No protected integer ever exceeds this; at most the ``field_bound`` given."""
-        return self.contributions * self.quantiser.bound + math.floor(TAIL * self.share_sigma)
+        tails = sum(math.floor(TAIL * sigma) for sigma in self.layers)
+        return self.contributions * self.quantiser.bound + tails
 
-    def protect(self, vector: Floats, noise: NoiseSource) -> npt.NDArray[np.int64]:
+    def protect(self, vector: Floats, noise: Noise) -> npt.NDArray[np.int64]:
         """One unit's vector, clipped, quantised and noised, int64 [d]; ready for masking.
 
         Raises:
@@ -107,7 +130,7 @@ class DistributedGaussian:
         """
         return self._noised(self.quantiser.encode(vector).integers, noise)
 
-    def protect_sum(self, rows: Iterable[Floats], noise: NoiseSource) -> npt.NDArray[np.int64]:
+    def protect_sum(self, rows: Iterable[Floats], noise: Noise) -> npt.NDArray[np.int64]:
         """Sum of units' vectors, each clipped and quantised by itself, plus one noise share.
 
         Raises:
@@ -132,7 +155,7 @@ class DistributedGaussian:
 
         ``q``: Poisson rate of a unit, if its silo alone draws and knows the sample.
         """
-        return DiscreteGaussian(
+        made = SUMS[self.kind](
             share_sigma=self.share_sigma,
             sensitivity=self.quantiser.bound,
             values=self.quantiser.values,
@@ -141,9 +164,39 @@ class DistributedGaussian:
             count=count,
             q=q,
         )
+        if not self.silos:
+            return made
+        design = {"design": self.colluders, "least": self.least_survivors, "most": self.silos}
+        return LayeredGaussian(**{f: getattr(made, f) for f in made.__struct_fields__}, **design)
 
-    def _noised(self, integers: npt.NDArray[np.int64], noise: NoiseSource) -> npt.NDArray[np.int64]:
-        noise.add_discrete_gaussian(integers, self.share_sigma)
+    def surplus(self, survivors: int) -> slice:
+        """Which layers of every share a sum of so many silos does not need."""
+        return slice(self.silos - survivors + 1, None) if self.silos else slice(0, 0)
+
+    def without_surplus(
+        self, total: Integers, survivors: int, keys: Sequence[Sequence[bytes]]
+    ) -> npt.NDArray[np.int64]:
+        """``total`` less the surplus layers of those silos who opened them, int64 [d].
+
+        Args:
+            total: the opened sum, int64 or int32 [d].
+            keys: of every such silo, one key of 32 bytes a layer.
+
+        Raises:
+            LocalProtocolError: another number of keys than there are such layers.
+        """
+        left, sigmas = total.astype(np.int64), self.layers[self.surplus(survivors)]
+        np.negative(left, out=left)  # the noise is added to it, in place
+        for opened in keys:
+            LayeredNoise(opened).add(left, sigmas)
+        return np.negative(left, out=left)
+
+    def _noised(self, integers: npt.NDArray[np.int64], noise: Noise) -> npt.NDArray[np.int64]:
+        if isinstance(noise, LayeredNoise):
+            noise.add(integers, self.layers)
+        else:
+            for sigma in self.layers:
+                noise.add_discrete_gaussian(integers, sigma)
         return integers
 
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Final
+from itertools import pairwise
+from typing import Final, Literal
 
 import msgspec
 
@@ -34,6 +35,30 @@ bounds what :mod:`.discrete_gaussian` says of its draws, and CAP_SLACK where it 
 SMALLEST_SHARE: Final = 4.0
 """Below this σ of one share, a sum of discrete Gaussians is not close enough to one."""
 
+ROUNDING: Final = 1.5
+"""s: the part of discrete noise that counts as a randomised rounding, in integers."""
+
+ROUNDING_GAP: Final = 3.0 * math.exp(
+    -2.0 * (math.pi * ROUNDING) ** 2 * (2.0 - (ROUNDING / SMALLEST_SHARE) ** 2)
+)
+"""κ, below 2^-117: max-divergence, in one coordinate, of a discrete Gaussian of σ >= SMALLEST_SHARE
+from the randomised rounding of a continuous one of variance σ² - s². docs/privacy.md proves it."""
+
+
+SumKind = Literal["rounded-gaussian", "discrete-gaussian"]
+"""The kind of event that a run's noised sums are charged as. It decides how much noise they get. A
+run keeps the kind that it began with."""
+
+SUM_KIND: Final[SumKind] = "rounded-gaussian"
+"""That of runs which begin now."""
+
+EARLIER_KIND: Final[SumKind] = "discrete-gaussian"
+"""That of runs which began before there was another."""
+
+_LARGEST_INTEGER: Final = 2**62
+_MOST_SHARES: Final = 100_000
+_LEAST_RATE: Final = 1e-30
+
 
 class Gaussian(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="gaussian", tag_field="kind"
@@ -50,6 +75,7 @@ class Gaussian(
     def __post_init__(self) -> None:
         _positive("noise_multiplier", self.noise_multiplier)
         _at_least("count", self.count, 1)
+        _at_most("count", self.count, _LARGEST_INTEGER)
 
     @property
     def slack(self) -> float:
@@ -77,6 +103,7 @@ class PoissonGaussian(
         _probability(self.q)
         _positive("noise_multiplier", self.noise_multiplier)
         _at_least("steps", self.steps, 1)
+        _at_most("steps", self.steps, _LARGEST_INTEGER)
 
     @property
     def slack(self) -> float:
@@ -121,11 +148,18 @@ class DiscreteGaussian(
                 where="share_sigma",
                 hint=f"raise the quantisation bound until the share has σ >= {SMALLEST_SHARE:g}",
             )
+        # Adversary: whoever edits a ledger or makes up a bundle: numbers that no float holds, or
+        # over which the sums below would run for hours.
+        _at_most("share_sigma", self.share_sigma, _LARGEST_INTEGER)
         _at_least("sensitivity", self.sensitivity, 1)
+        _at_most("sensitivity", self.sensitivity, _LARGEST_INTEGER)
         _at_least("values", self.values, 1)
+        _at_most("values", self.values, _LARGEST_INTEGER)
         _at_least("colluders", self.colluders, 0)
         _at_least("shares", self.shares, self.colluders + 1)
+        _at_most("shares", self.shares, _MOST_SHARES)
         _at_least("count", self.count, 1)
+        _at_most("count", self.count, _LARGEST_INTEGER)
         _probability(self.q)
 
     @property
@@ -152,13 +186,152 @@ class DiscreteGaussian(
 
     @property
     def slack(self) -> float:
-        draws = self.values * self.honest * SAMPLER_SLACK
+        return self._slack(self.sum_gap)
+
+    def _slack(self, gap: float) -> float:
+        """``gap``: max-divergence of the sum's noise from the ideal one."""
         batches = CAP_SLACK if self.q < 1.0 else 0.0
-        return self.count * (draws + batches + math.expm1(self.sum_gap))
+        return self.count * (self._draws * SAMPLER_SLACK + batches + math.expm1(gap))
+
+    @property
+    def _draws(self) -> int:
+        return self.values * self.honest
 
 
-Event = Gaussian | PoissonGaussian | DiscreteGaussian
+class RoundedGaussian(
+    DiscreteGaussian,
+    frozen=True,
+    forbid_unknown_fields=True,
+    tag="rounded-gaussian",
+    tag_field="kind",
+):
+    """The sums of a :class:`DiscreteGaussian`, charged as rounded sums with continuous noise.
+
+    One discrete Gaussian of parameter σ around an integer vector is the randomised rounding of a
+    continuous one of variance σ² - s² around it, up to κ a coordinate. So PLD applies. Versions
+    that know only the other kind refuse this one, and charges of that kind keep their ε.
+    """
+
+    @property
+    def continuous(self) -> Gaussian | PoissonGaussian:
+        """The mechanism that, rounded, is this one up to :attr:`slack`."""
+        shares = self.honest - (ROUNDING / self.share_sigma) ** 2
+        noise = self.share_sigma * math.sqrt(shares) / self.sensitivity
+        if self.q == 1.0:
+            return Gaussian(noise, self.count)
+        return PoissonGaussian(self.q, noise, self.count)
+
+    @property
+    def slack(self) -> float:
+        return self._slack(self.sum_gap + self.values * ROUNDING_GAP)
+
+
+class LayeredGaussian(
+    RoundedGaussian,
+    frozen=True,
+    forbid_unknown_fields=True,
+    tag="layered-gaussian",
+    tag_field="kind",
+):
+    """The sums of a :class:`RoundedGaussian`, from which surplus noise has been removed.
+
+    Each share is a sum of layers (:func:`layer_sigmas`). Those that the survivors of a sum make
+    superfluous are opened and subtracted, so ``shares`` - ``design`` honest shares hold together
+    what ``least`` - ``design`` would hold with all their layers. More survivors mean no less ε.
+
+    Args:
+        design: colluders that the layers are made for.
+        least, most: fewest and most silos in a sum.
+    """
+
+    design: int = 0
+    least: int = 1
+    most: int = 1
+
+    def __post_init__(self) -> None:
+        RoundedGaussian.__post_init__(self)
+        _at_least("design", self.design, 0)
+        _at_least("least", self.least, self.design + 1)
+        _at_least("shares", self.shares, self.least)
+        _at_least("most", self.most, self.shares)
+        _at_most("most", self.most, _MOST_SHARES)
+        finest = self._finest
+        if finest < SMALLEST_SHARE:
+            raise ConfigError(
+                f"a layer of noise of σ = {finest:g} integers is too coarse for the sum to be a "
+                "discrete Gaussian",
+                where="share_sigma",
+                hint="raise the quantisation bound, or keep the excess noise",
+            )
+
+    @property
+    def _finest(self) -> float:
+        return min(layer_sigmas(self.share_sigma, self.least, self.most, self.design))
+
+    @property
+    def _whole(self) -> float:
+        """Honest noise, in variances of a whole share, at least: with any number of survivors."""
+        # (s - k)/(s - design) falls with s for adversaries with k < design shares, else it rises.
+        s = self.most if self.colluders <= self.design else self.least
+        return (self.least - self.design) * (s - self.colluders) / (s - self.design)
+
+    @property
+    def noise_multiplier(self) -> float:
+        return self.share_sigma * math.sqrt(self._whole) / self.sensitivity
+
+    @property
+    def sum_gap(self) -> float:
+        # One more discrete Gaussian in a sum costs at most 5·exp(-2π²/(1/a² + 1/b²)) a coordinate
+        # (Kairouz, Liu and Steinke 2021); every a and b is at least the finest layer.
+        terms = self.most * (self.most - self.least + 1)
+        return 10.0 * terms * math.exp(-((math.pi * self._finest) ** 2)) * self.values
+
+    @property
+    def continuous(self) -> Gaussian | PoissonGaussian:
+        shares = self._whole - (ROUNDING / self.share_sigma) ** 2
+        noise = self.share_sigma * math.sqrt(shares) / self.sensitivity
+        if self.q == 1.0:
+            return Gaussian(noise, self.count)
+        return PoissonGaussian(self.q, noise, self.count)
+
+    @property
+    def _draws(self) -> int:
+        return self.values * self.most * (self.most - self.least + 1)
+
+
+def layer_sigmas(share_sigma: float, least: int, most: int, colluders: int) -> tuple[float, ...]:
+    """The layers of one noise share, σ of each.
+
+    With s survivors in a sum the first ``most`` - s + 1 layers stay. Their variances add up to
+    share_sigma² · (least - c)/(s - c), so s - c honest shares always hold share_sigma² ·
+    (least - c): what is promised, and no more.
+
+    Args:
+        share_sigma: σ of a share with all its layers, which ``least`` survivors need.
+        least, most: fewest and most survivors.
+        colluders: c.
+    """
+    needed = [(least - colluders) / (s - colluders) for s in range(most, least - 1, -1)]
+    parts = [needed[0], *(more - less for less, more in pairwise(needed))]
+    # A little more than that, whatever the square roots round to.
+    return tuple(share_sigma * math.sqrt(part) * (1.0 + 2.0**-40) for part in parts)
+
+
+Event = Gaussian | PoissonGaussian | DiscreteGaussian | RoundedGaussian | LayeredGaussian
 Events = tuple[Event, ...]
+
+SUMS: Final[dict[SumKind, type[DiscreteGaussian]]] = {
+    "rounded-gaussian": RoundedGaussian,
+    "discrete-gaussian": DiscreteGaussian,
+}
+
+
+def sum_kind(events: Iterable[Event]) -> SumKind | None:
+    """As what the first noised sum among ``events`` is charged; None if there is none."""
+    for event in events:
+        if isinstance(event, DiscreteGaussian):
+            return SUM_KIND if isinstance(event, RoundedGaussian) else EARLIER_KIND
+    return None
 
 
 def encode_events(events: Sequence[Event]) -> list[dict[str, object]]:
@@ -189,7 +362,11 @@ def merge(events: Iterable[Event]) -> Events:
     for event in events:
         base = repeat(event, 1)
         counts[base] = counts.get(base, 0) + times(event)
-    merged = [repeat(base, count) for base, count in counts.items()]
+    merged = []
+    for base, count in counts.items():
+        while count > 0:  # once, but for what somebody made up
+            merged.append(repeat(base, min(count, _LARGEST_INTEGER)))
+            count -= _LARGEST_INTEGER
     return tuple(sorted(merged, key=lambda event: msgspec.json.encode(event)))
 
 
@@ -201,6 +378,16 @@ def times(event: Event) -> int:
 def rate(event: Event) -> float:
     """Poisson rate at which a unit takes part; 1 without sampling."""
     return 1.0 if isinstance(event, Gaussian) else event.q
+
+
+def continuous(event: Event) -> Gaussian | PoissonGaussian | None:
+    """The mechanism with continuous noise of which ``event`` is a function, up to its slack.
+
+    None for a :class:`DiscreteGaussian`, which is charged by other means.
+    """
+    if isinstance(event, RoundedGaussian):
+        return event.continuous
+    return None if isinstance(event, DiscreteGaussian) else event
 
 
 def repeat(event: Event, count: int) -> Event:
@@ -220,9 +407,10 @@ def louder(event: Event, factor: float) -> Event:
 def dominates(reserved: Sequence[Event], actual: Sequence[Event]) -> bool:
     """Whether ``actual`` is something, and is covered by ``reserved``.
 
-    Every actual run must be charged to a reserved run of the same kind that is at least as bad in
-    every parameter; runs that did not take place need no cover. So the ε of ``actual`` is at most
-    that of ``reserved`` under every accountant.
+    Every actual run must be charged to a reserved run that is at least as bad in every parameter;
+    runs that did not take place need no cover. So the ε of ``actual`` is at most that of
+    ``reserved`` under every accountant that applies to both. (RDP of discrete noise at the coarsest
+    shares may be a few percent below PLD of the same noise, rounded. A run has sums of one kind.)
     """
     covers = [[_no_worse(event, worst) for worst in reserved] for event in actual]
     charged = [[0] * len(reserved) for _ in actual]
@@ -292,8 +480,12 @@ def _no_worse(actual: Event, worst: Event) -> bool:
         case PoissonGaussian(), PoissonGaussian():
             return actual.q <= worst.q and actual.noise_multiplier >= worst.noise_multiplier
         case DiscreteGaussian(), DiscreteGaussian():
+            # What may be charged as rounded noise may be charged without that, too.
+            layers = isinstance(actual, LayeredGaussian) or isinstance(worst, LayeredGaussian)
             return (
-                actual.share_sigma >= worst.share_sigma
+                isinstance(actual, type(worst))
+                and (not layers or _layers(actual) == _layers(worst))
+                and actual.share_sigma >= worst.share_sigma
                 and actual.sensitivity <= worst.sensitivity
                 and actual.values <= worst.values
                 and actual.shares >= worst.shares
@@ -302,6 +494,12 @@ def _no_worse(actual: Event, worst: Event) -> bool:
             )
         case _:
             return False
+
+
+def _layers(event: DiscreteGaussian) -> tuple[int, int, int] | None:
+    if isinstance(event, LayeredGaussian):
+        return event.design, event.least, event.most
+    return None
 
 
 def _positive(name: str, value: float) -> None:
@@ -318,8 +516,13 @@ def _at_least(name: str, value: int, least: int) -> None:
         raise ConfigError(f"must be at least {least}, not {value}", where=name)
 
 
+def _at_most(name: str, value: float, most: int) -> None:
+    if value > most:
+        raise ConfigError(f"must be at most {most:.0e}", where=name)
+
+
 def _probability(q: float) -> None:
-    if not 0.0 < q <= 1.0:
+    if not _LEAST_RATE <= q <= 1.0:
         raise ConfigError(
             f"a sampling probability lies in (0, 1], not {q}",
             where="q",

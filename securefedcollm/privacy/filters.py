@@ -11,14 +11,19 @@ the one or within the other, so their failure probabilities add: the first gets 
 
 * A sampled mechanism: releases no worse than that one, all charged as that one. However the end is
   decided, they are a prefix of the longest admitted run of one fixed mechanism, so any accountant
-  is valid.
-* Unsampled Gaussian noise, DP-SGD at rate 1 included: Gaussians of any scale. Their sum of 1/z² is
-  a filter (Smith and Thakurta 2022; Koskela, Tobaben and Honkela 2023), and PLD is exact for it.
-* Unsampled discrete noise: unsampled releases of any scale. Their sum of ρ is a filter (Feldman and
-  Zrnic 2021; Whitehouse, Ramdas, Rogers and Wu 2023).
+  is valid, PLD too. This is no adaptive filter, but a fixed plan that may end early: dominating
+  pairs compose adaptively (Zhu, Dong and Wang 2022), and a gentler release, or none, is dominated.
+  A sum that settles with more noise than it reserved is no cheaper here.
+* Unsampled Gaussian noise, DP-SGD at rate 1 and rounded sums included: Gaussians of any scale.
+  Their sum of 1/z² is a filter (Smith and Thakurta 2022; Koskela, Tobaben and Honkela 2023), and
+  PLD is exact for it.
+* Unsampled discrete noise that is not charged as rounded: unsampled releases of any scale. Their
+  sum of ρ is a filter (Feldman and Zrnic 2021; Whitehouse, Ramdas, Rogers and Wu 2023).
 
 **The general filter** takes anything: Rényi filters (Feldman and Zrnic 2021) at three orders fixed
-by the first mechanism and the agreed ε, each at a third of this filter's δ.
+by the first mechanism and the agreed ε, each at a third of this filter's δ. Only here do sampled
+sums that settle with more noise than they reserved cost less: no theorem that we know lets PLD do
+that while the noise of a sum, its survivors, is chosen by somebody who has seen earlier sums.
 
 A filter promises the agreed ε. The ε spent on the way there is an odometer's reading, which
 promises less: see :func:`filter_epsilon`.
@@ -41,9 +46,9 @@ from securefedcollm.privacy.accounting import (
     with_slack,
 )
 from securefedcollm.privacy.events import (
-    DiscreteGaussian,
     Event,
     Events,
+    continuous,
     dominates,
     merge,
     rate,
@@ -121,13 +126,14 @@ def _charged_tightly(events: Events, first: Event) -> Events | None:
 
 
 def _takes_zcdp(first: Event) -> bool:
-    """Whether the tight filter sums ρ: for unsampled discrete noise, which PLD cannot analyse."""
-    return rate(first) == 1.0 and isinstance(first, DiscreteGaussian)
+    """Whether the tight filter sums ρ: for unsampled discrete noise, unless it is rounded noise."""
+    return rate(first) == 1.0 and continuous(first) is None
 
 
 def _unsampled_gaussian(event: Event) -> bool:
-    """DP-SGD at a sampling rate of 1 is the plain Gaussian mechanism."""
-    return rate(event) == 1.0 and not isinstance(event, DiscreteGaussian)
+    """DP-SGD at a sampling rate of 1 is the plain Gaussian mechanism; a rounded sum is a function
+    of one."""
+    return rate(event) == 1.0 and continuous(event) is not None
 
 
 def _tight_claim(charged: Events, delta: float, first: Event) -> Claim:

@@ -23,8 +23,8 @@ import numpy.typing as npt
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.accounting import TIGHT_SHARE, calibrate_events
 from securefedcollm.privacy.distributed import DistributedGaussian
-from securefedcollm.privacy.events import DiscreteGaussian, Event
-from securefedcollm.privacy.noise import NoiseSource, batch_cap
+from securefedcollm.privacy.events import SUM_KIND, DiscreteGaussian, Event, SumKind
+from securefedcollm.privacy.noise import Noise, batch_cap
 from securefedcollm.privacy.quantise import Floats, Integers
 
 
@@ -42,6 +42,10 @@ class JointSetting(NamedTuple):
     """q: probability with which each record of every silo takes part in a step."""
     batch_size: int
     """Expected batch of all silos together."""
+    kind: SumKind = SUM_KIND
+    """As what a step is charged."""
+    silos: int = 0
+    """On the roster, where surplus noise is removed from sums; else 0."""
 
     @property
     def batch_cap(self) -> int:
@@ -80,13 +84,18 @@ class JointStep:
         return self._distributed.noise_multiplier
 
     @property
+    def mechanism(self) -> DistributedGaussian:
+        """What noises the vector."""
+        return self._distributed
+
+    @property
     def identity(self) -> bytes:
         """32 bytes that two participants share exactly if they run the same mechanism."""
         made = self._distributed
         clip_norm, bound = made.quantiser.clip_norm, made.quantiser.bound
         return identity_of(self._setting, clip_norm, made.share_sigma, bound)
 
-    def protect(self, gradients: Iterable[Floats], noise: NoiseSource) -> npt.NDArray[np.int64]:
+    def protect(self, gradients: Iterable[Floats], noise: Noise) -> npt.NDArray[np.int64]:
         """One silo's batch, each gradient float [d] by itself, to its noised sum, int64 [d].
 
         An empty batch is noise alone: it must not show.
@@ -136,4 +145,6 @@ def _mechanism(setting: JointSetting, z: float, clip_norm: float) -> Distributed
         least_survivors=setting.least_survivors,
         colluders=setting.colluders,
         contributions=setting.batch_cap,
+        kind=setting.kind,
+        silos=setting.silos,
     )

@@ -222,6 +222,56 @@ class NoiseSource:
         raise TypeError("a NoiseSource holds a secret key and is never pickled or copied")
 
 
+class LayeredNoise:
+    """A silo's share of a sum's noise in layers, each from a key of its own.
+
+    A layer whose key is opened can be subtracted exactly; nothing about the others follows from it.
+    The keys are in memory only: a silo that was restarted opens none, and its noise stays whole.
+
+    Args:
+        keys: 32 secret bytes a layer.
+
+    Raises:
+        LocalProtocolError: a key of another length.
+    """
+
+    __slots__ = ("_keys",)
+
+    def __init__(self, keys: Sequence[bytes]) -> None:
+        if any(len(key) != KEY_BYTES for key in keys):
+            raise LocalProtocolError(f"the key of a layer of noise has {KEY_BYTES} bytes")
+        self._keys = tuple(keys)
+
+    @classmethod
+    def fresh(cls, layers: int) -> LayeredNoise:
+        """With keys from the operating system."""
+        return cls([os.urandom(KEY_BYTES) for _ in range(layers)])
+
+    def add(self, values: npt.NDArray[np.int64], sigmas: Sequence[float]) -> None:
+        """Add one layer for every σ to ``values``, int64 [n], where they are.
+
+        Raises:
+            LocalProtocolError: another number of layers than of keys.
+        """
+        if len(sigmas) != len(self._keys):
+            raise LocalProtocolError(f"{len(self._keys)} keys for {len(sigmas)} layers of noise")
+        for key, sigma in zip(self._keys, sigmas, strict=True):
+            NoiseSource(key).add_discrete_gaussian(values, sigma)
+
+    def opened(self, layers: slice) -> list[bytes]:
+        """The keys of these layers, for the server to subtract them."""
+        return list(self._keys[layers])
+
+    def __repr__(self) -> str:
+        return "LayeredNoise(<redacted>)"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a LayeredNoise holds secret keys and is never pickled or copied")
+
+
+Noise = NoiseSource | LayeredNoise
+
+
 @lru_cache(maxsize=256)
 def batch_cap(n_records: int, q: float) -> int:
     """Largest batch that :meth:`NoiseSource.poisson_batch` hands out: about mean + 12 sd.

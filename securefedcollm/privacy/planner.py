@@ -21,11 +21,11 @@ from securefedcollm.privacy.accounting import (
     calibrate,
     calibrate_events,
     claim_name,
-    quick_epsilon,
 )
 from securefedcollm.privacy.adaptive_clip import split
 from securefedcollm.privacy.distributed import DistributedGaussian, mean_noise
 from securefedcollm.privacy.events import Event, PoissonGaussian
+from securefedcollm.privacy.gap import gap_of
 from securefedcollm.privacy.noise import batch_cap
 
 Verdict = Literal["workable", "poor", "hopeless"]
@@ -50,6 +50,7 @@ class Federation(msgspec.Struct, frozen=True):
         rounds: rounds of the study.
         steps: optimiser steps of a silo in a round.
         batch_size: expected batch of a step in one silo.
+        removes: whether noise that a sum does not need is removed from it.
     """
 
     values: int
@@ -62,10 +63,16 @@ class Federation(msgspec.Struct, frozen=True):
     batch_size: int
     unit: Literal["record", "subject"] = "record"
     count_noise: float | None = None
+    removes: bool = False
 
     @property
     def honest(self) -> int:
         return self.least_survivors - self.colluders
+
+    @property
+    def hiding(self) -> int:
+        """Honest shares that the noise of a sum of all silos is made for."""
+        return self.silos - self.colluders if self.removes else self.honest
 
 
 class Option(msgspec.Struct, frozen=True):
@@ -75,6 +82,9 @@ class Option(msgspec.Struct, frozen=True):
     noise: str
     protects: str
     epsilon: float
+    """Charged: at worst, whoever chose the survivors."""
+    hoped: float
+    """By the same accountant with all of δ, if all silos are in every sum and nobody chose."""
     accountant: str
     noise_multiplier: float
     releases: int
@@ -190,6 +200,7 @@ def _record_local(fed: Federation, target: float, delta: float) -> Option:
         target,
         delta,
         z,
+        silos=fed.silos,
         ratio=alone / math.sqrt(fed.silos),
         # A silo's own steps are what has to find the way; averaging comes only after them.
         run_ratio=alone / math.sqrt(steps),
@@ -206,7 +217,7 @@ def _record_distributed(fed: Federation, target: float, delta: float) -> Option:
         return (made.event(fed.least_survivors, count=steps, q=rate),)
 
     z = calibrate_events(at, target, TIGHT_SHARE * delta)
-    ratio = mean_noise(fed.values, z, fed.silos, fed.honest, fed.batch_size * fed.silos)
+    ratio = mean_noise(fed.values, z, fed.silos, fed.hiding, fed.batch_size * fed.silos)
     return _option(
         fed.unit,
         "distributed",
@@ -215,6 +226,7 @@ def _record_distributed(fed: Federation, target: float, delta: float) -> Option:
         target,
         delta,
         z,
+        silos=fed.silos,
         ratio=ratio,
         run_ratio=ratio / math.sqrt(steps),
         remark=f"joint DP-SGD: one secure sum per step, {steps} in all",
@@ -230,9 +242,9 @@ def _silo_distributed(fed: Federation, target: float, delta: float) -> Option:
     on_update = z
     if fed.count_noise is not None:
         on_update = split(z, fed.count_noise * z)
-        off = mean_noise(1, fed.count_noise * z, fed.silos, fed.honest, fed.silos) / 2.0
+        off = mean_noise(1, fed.count_noise * z, fed.silos, fed.hiding, fed.silos) / 2.0
         remark = f"; its clip norm adapts to a share of silos that is known to ±{off:.1g}"
-    ratio = mean_noise(fed.values, on_update, fed.silos, fed.honest, fed.silos)
+    ratio = mean_noise(fed.values, on_update, fed.silos, fed.hiding, fed.silos)
     needed = math.ceil(ratio * fed.silos / math.sqrt(fed.rounds) / _WORKABLE)
     return _option(
         "silo",
@@ -242,6 +254,7 @@ def _silo_distributed(fed: Federation, target: float, delta: float) -> Option:
         target,
         delta,
         z,
+        silos=fed.silos,
         ratio=ratio,
         run_ratio=ratio / math.sqrt(fed.rounds),
         remark=f"pays from about {_round_up(needed)} silos on, or for a far smaller adapter"
@@ -258,16 +271,19 @@ def _option(
     delta: float,
     z: float,
     *,
+    silos: int,
     ratio: float,
     run_ratio: float,
     remark: str,
 ) -> Option:
     (event,) = events
+    spent = gap_of(event, silos, delta, target)
     return Option(
         unit=unit,
         noise=noise,
         protects=protects,
-        epsilon=quick_epsilon(events, TIGHT_SHARE * delta, target),
+        epsilon=spent.charged,
+        hoped=spent.hoped,
         accountant=claim_name(events),
         noise_multiplier=z,
         releases=event.steps if isinstance(event, PoissonGaussian) else event.count,
@@ -288,6 +304,7 @@ def _mechanism(fed: Federation, z: float, contributions: int = 1) -> Distributed
         least_survivors=fed.least_survivors,
         colluders=fed.colluders,
         contributions=contributions,
+        silos=fed.silos if fed.removes else 0,
     )
 
 

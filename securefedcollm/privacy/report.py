@@ -64,7 +64,7 @@ class Account(msgspec.Struct, frozen=True):
     adversaries: list[AdversaryRow]
     second_opinion: tuple[float, float, float] | None
     """(lower, estimate, upper) of ε by prv-accountant at the tight filter's 7/8 of δ, parameters
-    taken as fixed; None where it has no analysis (discrete noise)."""
+    and survivors taken as fixed; None where it has no analysis (sums of older versions)."""
     lines: list[Line]
     records_known: bool = False
     """Whether its charges name their records: then they count by record, in ``sets``."""

@@ -23,8 +23,8 @@ from securefedcollm.primitives import sha256
 from securefedcollm.privacy.accounting import TIGHT_SHARE, calibrate_events
 from securefedcollm.privacy.adaptive_clip import AdaptiveClip, split
 from securefedcollm.privacy.distributed import DistributedGaussian
-from securefedcollm.privacy.events import DiscreteGaussian, Event
-from securefedcollm.privacy.noise import NoiseSource
+from securefedcollm.privacy.events import SUM_KIND, DiscreteGaussian, Event, SumKind
+from securefedcollm.privacy.noise import Noise
 from securefedcollm.privacy.quantise import Floats, Integers
 
 
@@ -38,6 +38,10 @@ class Setting(NamedTuple):
     least_survivors: int
     """Fewest silos with which a sum is opened."""
     colluders: int
+    kind: SumKind = SUM_KIND
+    """As what a round is charged."""
+    silos: int = 0
+    """On the roster, where surplus noise is removed from sums; else 0."""
 
 
 class Opened(NamedTuple):
@@ -101,6 +105,11 @@ class SiloUnit:
         return (self.clip_norm, self._count) if self._count else None
 
     @property
+    def mechanism(self) -> DistributedGaussian:
+        """What noises the vector."""
+        return self._distributed
+
+    @property
     def identity(self) -> bytes:
         """32 bytes that two participants share exactly if they run the same mechanism."""
         made = self._distributed
@@ -109,7 +118,7 @@ class SiloUnit:
             (made.quantiser.bound, made.quantiser.values),
         )
 
-    def protect(self, update: Floats, noise: NoiseSource) -> npt.NDArray[np.int64]:
+    def protect(self, update: Floats, noise: Noise) -> npt.NDArray[np.int64]:
         """Clip, quantise and noise one update, float [d] to int64 [values].
 
         Raises:
@@ -178,4 +187,6 @@ def _mechanism(setting: Setting, z: float, clip_norm: float) -> DistributedGauss
         noise_multiplier=z,
         least_survivors=setting.least_survivors,
         colluders=setting.colluders,
+        kind=setting.kind,
+        silos=setting.silos,
     )

@@ -200,6 +200,15 @@ def _check_privacy(study: Study) -> None:
             hint=f"choose {pairs}",
         )
     _check_subject(study, privacy)
+    if privacy.excess_noise == "remove" and (
+        privacy.noise != "distributed" or study.scheme != "masking"
+    ):
+        raise ConfigError(
+            "only masked sums with distributed noise have noise that can be removed",
+            where="privacy.excess_noise",
+            hint="remove the key, or choose privacy.noise: distributed and "
+            "aggregation.scheme: masking",
+        )
     if privacy.adaptive is not None and privacy.unit != "silo":
         raise ConfigError(
             f"the clip norm of unit: {privacy.unit} is fixed",

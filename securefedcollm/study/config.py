@@ -106,6 +106,7 @@ _LATER: Final[dict[tuple[str, ...], Any]] = {
     ("models", "slm", "quantization"): "none",
     ("models", "slm", "temperature"): None,
     ("models", "slm", "top_layers"): None,
+    ("privacy", "excess_noise"): "keep",
     ("retrieval",): None,
     ("server",): None,
     ("task", "columns"): {},

@@ -103,6 +103,15 @@ class Privacy(Section, frozen=True):
         Adaptive | None,
         says("Lets the clip norm of `unit: silo` follow the updates after the first round."),
     ] = None
+    excess_noise: Annotated[
+        Literal["keep", "remove"],
+        says(
+            "Distributed noise is enough for the fewest silos that a sum may have. If more take "
+            "part there is too much of it. `remove`: silos open what the sum does not need, once a "
+            "threshold of them has signed who is in it, and the server subtracts it. ε is then "
+            "spent in full. Masking only."
+        ),
+    ] = "keep"
 
 
 class Aggregation(Section, frozen=True):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from securefedcollm.privacy.events import DiscreteGaussian, Event, merge, rate, times
+from securefedcollm.privacy.events import Event, continuous, merge, rate, times
 
 
 def opacus_epsilon(events: Sequence[Event], delta: float) -> float | None:
@@ -22,8 +22,9 @@ def opacus_epsilon(events: Sequence[Event], delta: float) -> float | None:
 
     accountant = PRVAccountant()
     for event in merge(events):
-        if isinstance(event, DiscreteGaussian):
+        ideal = continuous(event)
+        if ideal is None:
             return None
-        accountant.history.append((event.noise_multiplier, rate(event), times(event)))
+        accountant.history.append((ideal.noise_multiplier, rate(ideal), times(ideal)))
     with np.errstate(divide="ignore"):  # it takes log(0) even where it then uses the other branch
         return float(accountant.get_epsilon(delta=delta))

@@ -101,10 +101,11 @@ GREEDY = [
     DISCRETE | {"q": 0.1, "sensitivity": 2**31},
     DISCRETE | {"share_sigma": 1e300},
 ]
+GREEDY += [e | {"kind": "rounded-gaussian"} for e in GREEDY if e["kind"] == "discrete-gaussian"]
 """Each had an accountant run for minutes, or ask for terabytes."""
 
 
-TOO_MUCH = r"no run releases|more than can be computed"
+TOO_MUCH = r"no run releases|more than can be computed|must be at most"
 
 
 def forged(path, name, kind, **changes):

@@ -17,12 +17,12 @@ from securefedcollm_audits.privacy.probe import local_path
 from securefedcollm.errors import ConfigError
 from securefedcollm.federation.plan import silo_unit
 from securefedcollm.federation.workload import silent
-from securefedcollm.primitives import sha256
 from securefedcollm.privacy.accounting import claim
 from securefedcollm.privacy.events import PoissonGaussian
 from securefedcollm.privacy.noise import GridSum, NoiseSource, grid_step
 from securefedcollm.privacy.quantise import Quantised, Quantiser
 from tests.support.arithmetic import make_study
+from tests.support.noises import Recorded
 
 LOCAL = make_study(
     rounds=1,
@@ -52,17 +52,6 @@ CASES = {
     "joint": (JOINT, {"trials": 40_000}),
     "silo": (SILO, {"trials": 16_000}),
 }
-
-
-class Recorded:
-    """Reproducible noise: another key for every silo and play."""
-
-    def __init__(self, label):
-        self.label, self.count = label, 0
-
-    def __call__(self, name):
-        self.count += 1
-        return NoiseSource(sha256(f"{self.label} {name} {self.count}".encode()))
 
 
 def played(name, **fewer):

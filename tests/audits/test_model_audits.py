@@ -17,6 +17,7 @@ from securefedcollm_audits.privacy import inversion, new_tokens, one_run
 from securefedcollm.aggregation.masking import masks
 from securefedcollm.errors import ConfigError
 from securefedcollm.primitives import sha256
+from securefedcollm.privacy.events import PoissonGaussian
 from securefedcollm.privacy.noise import GridSum, NoiseSource, grid_step
 from securefedcollm.tuning.question import Question
 from tests.support.small import small_study
@@ -78,6 +79,43 @@ def test_a_build_without_noise_is_caught(place, monkeypatch, audit):
     assert finding.figures["bound if the curve is Gaussian"] > finding.bound
 
 
+def guessed(apart, noise_multiplier, count=500):
+    """An attack whose scores in and out are normal and ``apart`` standard deviations apart."""
+    draw = np.random.default_rng(3)
+    present = draw.random(count) < 0.5
+    scores = draw.normal(size=count) + apart * present
+    events = (PoissonGaussian(0.0853, noise_multiplier, 60),)
+    return one_run.Played(scores, present, events)
+
+
+def test_it_says_how_much_missing_noise_it_would_at_best_notice(place):
+    study = small_study(place)
+    weak = one_run.judge(study, "one-run", guessed(0.25, 4.0), "made up")
+    assert weak.claimed == pytest.approx(0.63, abs=0.01)
+    assert weak.held
+    factor = weak.figures["notices noise below"]
+    assert 0.1 < factor < 0.7
+    assert weak.power == (
+        f"would at best notice a build whose noise is below {factor:g} of what is charged"
+    )
+    # The same attack on a build with as little noise is what it says.
+    assert not one_run.judge(study, "one-run", guessed(0.25 / (0.9 * factor), 4.0), "made up").held
+    # Scores that say more notice less missing noise; those that say nothing notice none.
+    strong = one_run.judge(study, "one-run", guessed(0.5, 4.0), "made up")
+    assert strong.figures["notices noise below"] > factor
+    assert one_run.judge(study, "one-run", guessed(-1.0, 4.0), "made up").power == (
+        "would notice no build by its noise, however little of it is left"
+    )
+
+
+def test_against_a_large_claim_few_canaries_notice_nothing_and_say_so(place):
+    """500 canaries that are all guessed right prove ε ≥ 4.4."""
+    found = one_run.judge(small_study(place), "one-run", guessed(3.0, 0.7824), "made up")
+    assert found.claimed == pytest.approx(7.92, abs=0.01)
+    assert found.figures["notices noise below"] == 0.0
+    assert "would notice no build by its noise" in found.power
+
+
 def test_a_rate_of_members_found_has_its_threshold_s_false_alarms_beside_it():
     """Clopper and Pearson's intervals of 50 of 100 found and 2 of 200 false alarms."""
     found = new_tokens.found_at(np.arange(188.0, 208.0).repeat(5), np.arange(200.0))
@@ -98,7 +136,7 @@ def test_a_build_without_the_clip_is_caught(place, monkeypatch):
 
 def test_a_study_without_privacy_claims_nothing_and_its_leak_is_shown(place):
     finding = one_run.audit(small_study(place, privacy=None), data=place, **CANARIES)
-    assert (finding.held, finding.claimed) == (True, None)
+    assert (finding.held, finding.claimed, finding.power) == (True, None, "")
     assert finding.bound > 1.5
 
 

@@ -266,7 +266,7 @@ def test_short_names_are_explained_where_they_stand(record, silo_bundle):
     assert "Honest shares" not in reader.text  # no column is empty from top to bottom
     text = Reader(to_html(*make_report(silo_bundle))).text
     assert "Honest shares: parts of the noise that the adversary does not know" in text
-    assert "discrete-gaussian : a secure sum of integers." in text
+    assert "rounded-gaussian : a secure sum of integers." in text
     for name in get_args(Accountant):
         assert name in words.ACCOUNTANTS
 

@@ -63,7 +63,7 @@ def other_noise(f):
     for log in f.logs.values():
         for entry in log:
             for event in entry["what"].get("events", []):
-                if event["kind"] == "discrete-gaussian" and event["values"] == 2:
+                if event["kind"] == "rounded-gaussian" and event["values"] == 2:
                     event["share_sigma"] *= 2
 
 

@@ -221,7 +221,19 @@ def test_a_build_without_noise_fails_for_people_too(silo_bundle, monkeypatch):
     assert "times the sensitivity; " in " ".join(out.split())
 
 
-@pytest.mark.parametrize("command", ["mechanism", "one-run", "canaries", "inversion"])
+def test_an_audit_of_the_whole_run_says_what_it_would_notice(silo_bundle):
+    arguments = ("whole-run", silo_bundle.parent / "study.yaml", "--trials", 4000)
+    code, out = call(*arguments)
+    assert code == 0
+    assert "would notice a build whose noise is below 0." in " ".join(out.split())
+    code, out = call(*arguments, "--json")
+    found = json.loads(out)
+    assert (code, found["audit"], found["held"]) == (0, "whole-run", True)
+    assert found["power"].startswith("would notice a build whose noise is below 0.")
+    assert found["bound"] < found["claimed"]
+
+
+@pytest.mark.parametrize("command", ["mechanism", "whole-run", "one-run", "canaries", "inversion"])
 def test_the_attacks_explain_themselves(command):
     code, out = call(command, "--help")
     assert code == 0

@@ -6,14 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+from securefedcollm_audits.privacy.finding import Finding, write_down
 from securefedcollm_cli.budget import app
 from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError, StateError
+from securefedcollm.evidence.log import FILE_NAME, EvidenceLog
 from securefedcollm.federation import sizes
+from securefedcollm.primitives import SigningKey
 from securefedcollm.privacy.events import Gaussian
 from securefedcollm.privacy.ledger import Ledger, Reservation
-from securefedcollm.study import load_study
+from securefedcollm.study import digest, dump_study, load_study
 from securefedcollm.study.identity import create_identity
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -46,6 +49,8 @@ def test_plan_for_people_says_what_is_hopeless():
     assert "5,000 values" in text
     assert "hopeless" in text
     assert "silo/distributed would release noise, not a model" in text
+    assert "record/distributed: charged ε = 1.000, 0." in text
+    assert "if all silos stay; joint DP-SGD" in text
 
 
 def test_plan_of_a_study_without_privacy_needs_an_epsilon():
@@ -263,3 +268,45 @@ def test_show_says_what_an_older_ledger_cannot_attribute(ledger):
     (found,) = json.loads(output("show", "--ledger", ledger, "--json"))
     assert (found["unattributed"], found["sets"]) == (1, [])
     assert "1 charges of an older version" in output("show", "--ledger", ledger)
+
+
+@pytest.fixture
+def audited(tmp_path):
+    """A run's directory with three audits in the server's log: two of the study, one of another."""
+    study = load_study(QUICKSTART)
+    (tmp_path / "server").mkdir()
+    (tmp_path / "study.yaml").write_text(dump_study(study))
+    key = SigningKey(bytes(32))
+    log = EvidenceLog(tmp_path / "server" / FILE_NAME, study=digest(study), owner="server", key=key)
+    log.close()
+    for of, bound in ((study, 1.37), (study, 2.5), (load_study(QUICKSTART, ["seed=1"]), 7.0)):
+        found = Finding("mechanism", of, "one step", 2.66, bound, 1e-5, [], {"canaries": 2.0})
+        write_down(found, tmp_path, "server", key)
+    return tmp_path
+
+
+def test_plan_says_what_audits_of_the_study_proved(audited):
+    text = output("plan", QUICKSTART, "--values", "5000", "--run", audited)
+    lines = [line for line in text.splitlines() if line.startswith("audited")]
+    assert len(lines) == 2
+    assert lines[0] == (
+        "audited: ε ≥ 2.500 of 2.660 claimed for what it attacked, by `mechanism` in the log of "
+        "server (95 %, δ = 1e-05)"
+    )
+    words = ("plan", QUICKSTART, "--values", "5000", "--epsilon", "3", "--json")
+    (made,) = json.loads(output(*words, "--run", audited))
+    assert made["audited"] == []  # the study's own ε is another
+    assert "audited" not in json.loads(output(*words))[0]
+    words = ("plan", QUICKSTART, "--values", "5000", "--json", "--run", audited)
+    (made,) = json.loads(output(*words))
+    assert [row["bound"] for row in made["audited"]] == [2.5, 1.37]
+    ours = made["options"][0]
+    assert made["audited"][0]["bound"] < ours["hoped"] < ours["epsilon"] <= 8.0
+
+
+def test_plan_without_an_audit_of_the_study_says_so(audited, tmp_path):
+    words = ("plan", QUICKSTART, "--values", "5000", "--set", "seed=2", "--run")
+    assert "audited: no audit of this study is in the logs" in output(*words, audited)
+    nowhere = run(*words, tmp_path / "none")
+    assert isinstance(nowhere.exception, ConfigError)
+    assert "is not a run directory" in str(nowhere.exception)

@@ -70,7 +70,11 @@ def test_what_simulate_refuses_is_refused_before(
 @pytest.mark.parametrize("kind", [JOINT, SILO])
 def test_noise_in_the_sum_is_planned_too(kind: tuple[str, ...]) -> None:
     words = [QUICKSTART, *kind, "--set", "privacy.clip_norm=1"]
-    assert check(*words)["noise_multiplier"] > 0.1
+    facts = check(*words)
+    assert facts["noise_multiplier"] > 0.1
+    # With a silo more than the sums need, what is charged is far above what it then costs.
+    assert 0.8 * facts["epsilon"]["charged"] > facts["epsilon"]["hoped"] > 1.0
+    assert "if all 4 silos are in every sum and nobody chose" in facts["reading"]["spends"]
     with pytest.raises(ConfigError, match=r"privacy.epsilon: at ε = 60 the samplers"):
         check(*words, "--set", "privacy.epsilon=60")
     with pytest.raises(ConfigError) as caught:

@@ -81,8 +81,8 @@ def test_under_local_noise_each_silo_alone_adds_all_of_it():
 @pytest.mark.parametrize("setting", [ALONE, TOGETHER])
 def test_the_planned_noise_is_the_least_that_keeps_epsilon(setting):
     z = calibrate_counting(2.0, 1e-5, 10, setting)
-    kept = epsilon(Counting(setting, z).events(10), TIGHT_SHARE * 1e-5, "zcdp")
-    spent = epsilon(Counting(setting, z - 2e-3).events(10), TIGHT_SHARE * 1e-5, "zcdp")
+    kept = epsilon(Counting(setting, z).events(10), TIGHT_SHARE * 1e-5, "pld")
+    spent = epsilon(Counting(setting, z - 2e-3).events(10), TIGHT_SHARE * 1e-5, "pld")
     assert kept <= 2.0 < spent
 
 

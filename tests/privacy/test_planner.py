@@ -41,6 +41,17 @@ def test_every_option_meets_the_target_and_wastes_little(quickstart):
     assert claim([PoissonGaussian(rate, local.noise_multiplier, 60)], 1e-5).epsilon <= 8.0
 
 
+def test_the_gap_between_charge_and_hope_is_that_of_the_survivors(quickstart):
+    """Local noise has none but the ledger's reserve; sums have the fourth silo's share."""
+    options = by_name(quickstart)
+    local, joint = options["record/local"], options["record/distributed"]
+    assert 0.98 * local.epsilon < local.hoped < local.epsilon
+    q, z = joint.sampling_rate, joint.noise_multiplier * math.sqrt(3 / 2)
+    with_all = claim([PoissonGaussian(q, z, 60)], 1e-5).epsilon
+    assert joint.hoped == pytest.approx(with_all, abs=2e-3)
+    assert joint.hoped < 0.7 * joint.epsilon
+
+
 def test_silo_level_privacy_of_four_silos_is_called_hopeless(quickstart):
     silo = by_name(quickstart)["silo/distributed"]
     assert silo.verdict == "hopeless"

@@ -10,7 +10,12 @@ import msgspec
 import pytest
 
 from securefedcollm.errors import EvidenceError, StateError
-from securefedcollm.privacy.events import DiscreteGaussian, Gaussian, PoissonGaussian
+from securefedcollm.privacy.events import (
+    DiscreteGaussian,
+    Gaussian,
+    PoissonGaussian,
+    RoundedGaussian,
+)
 from securefedcollm.privacy.ledger import Budget, Ledger
 from securefedcollm.privacy.report import read_report
 from securefedcollm.privacy.report_html import to_html
@@ -59,6 +64,19 @@ def test_second_opinion_where_there_is_one(report):
     low, _, high = record.second_opinion
     assert low < record.spent.epsilon < high
     assert silo.second_opinion is None
+
+
+def test_second_opinion_on_joint_steps_takes_their_survivors_as_fixed(tmp_path):
+    """It is far below what is charged, because PLD charges every step as reserved."""
+    worst = RoundedGaussian(0.6164 / 2**0.5 * 2**18, 2**18, 11_264, 3, 1, 60, 0.0427)
+    with Ledger(tmp_path / "ledger.sqlite", "north") as ledger:
+        made = ledger.reserve("a" * 64, "record", "run", 0, 0, [worst], BUDGET)
+        ledger.release(made)
+        ledger.settle(made, [msgspec.structs.replace(worst, shares=4)])
+    (account,) = read_report(tmp_path / "ledger.sqlite").accounts
+    low, estimate, high = account.second_opinion
+    assert low < estimate < high < low + 0.05
+    assert 1.4 * high < account.spent.epsilon < 8.0
 
 
 def test_json_round_trip(report):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from securefedcollm.errors import ConfigError
-from securefedcollm.federation.feasible import planned_noise
+from securefedcollm.federation.feasible import planned
 from securefedcollm.federation.plan import counting
 from tests.support.arithmetic import make_study
 
@@ -47,20 +47,20 @@ def test_noise_that_does_not_keep_epsilon_is_refused_with_the_least_that_does():
     least = counting(make_study(**ON)).noise_multiplier
     low = make_study(validation={"noise_multiplier": 0.9 * least})
     with pytest.raises(ConfigError, match="costs more than the study's ε = 8") as refused:
-        planned_noise(low, [], None)
+        planned(low, [], None)
     assert f"at least {least:g}" in refused.value.hint
     more = make_study(validation={"noise_multiplier": 3.0})
     assert counting(more).noise_multiplier == 3.0
-    planned_noise(more, [], None)
+    planned(more, [], None)
 
 
 def test_more_records_than_the_counts_have_room_for_are_refused_before_a_run():
     narrow = make_study(**ON, aggregation={"clip_norm": 20.0, "value_bits": 12})
     room = counting(narrow).most
     with pytest.raises(ConfigError, match="have room for") as refused:
-        planned_noise(narrow, [100 * room], None)
+        planned(narrow, [100 * room], None)
     assert refused.value.where == "validation.share"
-    planned_noise(narrow, [5 * room], None)
+    planned(narrow, [5 * room], None)
 
 
 def test_a_study_that_chooses_by_private_counts_sets_no_public_question_aside():

@@ -9,7 +9,10 @@ a437405 (28 November 2026), from before the rooms of aggregation and federation 
 
 The training is arithmetic, so the files are small and the end of a run is the same everywhere.
 :mod:`.test_killed` resumes them with the code of today. Later code makes later fixtures the same
-way; it must not make these again.
+way, by name; it must not make these again. ``v1/killed-rounded.tar.xz`` (30 November 2026) is of
+the version that first charged sums as rounded ones::
+
+    python -m tests.vectors.killed DIRECTORY rounded
 """
 
 from __future__ import annotations
@@ -32,11 +35,12 @@ STUDIES: dict[str, dict[str, Any]] = {
     "joint": JOINT,
     "ckks": {"aggregation": CKKS},
     "authority": {"aggregation": CKKS | {"key_model": "authority"}},
+    "rounded": JOINT,
 }
-KILLED_AT = {"masking": 5, "joint": 5, "ckks": 6, "authority": 4}
+KILLED_AT = {"masking": 5, "joint": 5, "ckks": 6, "authority": 4, "rounded": 5}
 """The exchange of the aggregation in which a sum is opened, from 1."""
 SUM = 1
-"""The sum whose opening is cut off, from 0; in ``joint`` it is the second of its round."""
+"""The sum whose opening is cut off, from 0; in joint DP-SGD it is the second of its round."""
 
 
 class Dying:
@@ -78,13 +82,17 @@ def pack(directory: Path, path: Path) -> None:
                 archive.add(file, file.relative_to(directory))
 
 
-def main(out: Path) -> None:
+def main(out: Path, *kinds: str) -> None:
+    """``kinds``: the killed runs to make; by default all of them, and the bundle."""
     out.mkdir(exist_ok=True)
-    for kind, changes in STUDIES.items():
+    for kind in kinds or STUDIES:
+        changes = STUDIES[kind]
         with tempfile.TemporaryDirectory() as scratch:
             directory = Path(scratch)
             die(directory, recorded_study(**changes), KILLED_AT[kind])
             pack(directory, out / f"killed-{kind}.tar.xz")
+    if kinds:
+        return
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         RecordedRun(directory, recorded_study()).go()
@@ -92,4 +100,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

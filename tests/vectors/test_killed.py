@@ -21,6 +21,7 @@ from securefedcollm.evidence.ledger import check_anchors
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.messages import BeginRound, decode_request
 from securefedcollm.federation.plan import round_of
+from securefedcollm.privacy.events import sum_kind
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import load_study
 from tests.support.rounds import expected_theta
@@ -34,10 +35,13 @@ PER_ATTEMPT = {
     "joint": ("keys", "deal", "upload", "agree"),
     "ckks": ("keys", "deal", "seal", "upload", "agree"),
     "authority": ("seal", "upload"),
+    "rounded": ("keys", "deal", "upload", "agree"),
 }
 """What a silo writes down in every attempt before it says it. One sum had two attempts."""
 PER_SUM = dict.fromkeys(STUDIES, ("vector", "open")) | {"authority": ("vector", "noted")}
 """What it writes down once a sum, whatever the attempt."""
+KEPT = {"joint": "discrete-gaussian", "rounded": "rounded-gaussian"}
+"""As what noised sums are charged, to the end: as they began."""
 
 
 @pytest.fixture(params=STUDIES)
@@ -104,9 +108,10 @@ def test_a_run_of_earlier_code_is_resumed_to_its_end(kind, killed):
         assert trained == [round_of(study, sum_) for sum_ in range(SUM + 1, study.sums)]
         with Ledger(killed / "silos" / name / "ledger.sqlite", name) as ledger:
             spent = [(entry.key.round, entry.state) for entry in ledger.entries()]
+            assert {sum_kind(entry.reserved) for entry in ledger.entries()} == {KEPT.get(kind)}
         # In joint DP-SGD the noise is shared out: an update that left in two attempts keeps its
         # charge, as nobody can tell here how many silos' shares are in either sum.
-        kept = {SUM: "released"} if kind == "joint" else {}
+        kept = {SUM: "released"} if kind in KEPT else {}
         assert spent == [(sum_, kept.get(sum_, "settled")) for sum_ in range(study.sums)]
         # The second attempt found what the first one had written, by the same names.
         found = journal(killed / "silos" / name)

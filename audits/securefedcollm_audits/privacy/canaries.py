@@ -66,21 +66,22 @@ def fresh(name: str) -> NoiseSource:
     return NoiseSource()
 
 
-def silo_path(setting: Setting, unit: SiloUnit, silos: int) -> Path:
+def silo_path(setting: Setting, unit: SiloUnit, silos: int, *, masked: bool = True) -> Path:
     """One round of the ``silo`` unit: every honest survivor's update is a canary.
 
     Args:
         silos: n; all but ``setting.least_survivors`` are lost at the upload.
+        masked: as in :func:`_opened`.
     """
     honest = setting.least_survivors - setting.colluders
 
     def once(noise: NoiseOf) -> CanaryScores:
-        cohort, survivors = _cohort(setting, unit.values, silos)
-        for index, name in enumerate(survivors):
+        vectors: dict[str, Vector] = {}
+        for index, name in enumerate(_players(setting, silos, masked)):
             canary = np.zeros(setting.values, dtype=np.float32)
             canary[index] = LENGTH * unit.clip_norm
-            cohort.vectors[name] = unit.protect(canary, noise(name))
-        total = _opened(cohort, survivors, setting.colluders)
+            vectors[name] = unit.protect(canary, noise(name))
+        total = _opened(setting, unit.values, silos, vectors, masked)
         seen = unit.decode(total, 1).mean.astype(np.float64) / one
         return CanaryScores(seen[:honest], seen[honest:])
 
@@ -90,20 +91,26 @@ def silo_path(setting: Setting, unit: SiloUnit, silos: int) -> Path:
 
 
 def joint_path(
-    setting: JointSetting, step: JointStep, silos: int, clip_norm: float, units: int
+    setting: JointSetting,
+    step: JointStep,
+    silos: int,
+    clip_norm: float,
+    units: int,
+    *,
+    masked: bool = True,
 ) -> Path:
     """One step of joint DP-SGD: every honest survivor has ``units`` records, each a canary that the
-    silo samples at the study's rate."""
+    silo samples at the study's rate. ``masked``: as in :func:`_opened`."""
     honest = setting.least_survivors - setting.colluders
     present = honest * units
 
     def once(noise: NoiseOf) -> CanaryScores:
-        cohort, survivors = _cohort(setting, step.values, silos)
-        for index, name in enumerate(survivors):
+        vectors: dict[str, Vector] = {}
+        for index, name in enumerate(_players(setting, silos, masked)):
             taken = noise(name).poisson_batch(units, setting.sampling_rate) + index * units
             gradients = _one_hot(taken, LENGTH * clip_norm, setting.values)
-            cohort.vectors[name] = step.protect(gradients, noise(name))
-        total = _opened(cohort, survivors, setting.colluders)
+            vectors[name] = step.protect(gradients, noise(name))
+        total = _opened(setting, step.values, silos, vectors, masked)
         seen = step.decode(total).astype(np.float64) / one
         return CanaryScores(seen[:present], seen[present:])
 
@@ -122,9 +129,34 @@ def _one_hot(
         yield row
 
 
-def _cohort(
-    setting: Setting | JointSetting, values: int, silos: int
-) -> tuple[Cohort, tuple[str, ...]]:
+def _players(setting: Setting | JointSetting, silos: int, masked: bool) -> tuple[str, ...]:
+    """The fewest silos with which a sum opens, the colluders last; without them if not masked."""
+    last = silos if masked else silos - setting.colluders
+    first = silos - setting.least_survivors
+    return tuple(f"silo-{number + 1:03d}" for number in range(first, last))
+
+
+def _opened(
+    setting: Setting | JointSetting,
+    values: int,
+    silos: int,
+    vectors: dict[str, Vector],
+    masked: bool,
+) -> Vector:
+    """The sum of the honest survivors' vectors as the adversary knows it, int64 [values].
+
+    Args:
+        vectors: by the names of :func:`_players`.
+        masked: play the protocol's round. Else the integers are added up. That is the same: masks
+            cancel exactly in the ring, in which no sum of vectors within the bound wraps (a test
+            compares the two), and the colluders' part is subtracted anyway.
+    """
+    if not masked:
+        for vector in vectors.values():
+            if int(np.abs(vector).max()) > setting.field_bound:
+                raise RuntimeError("a vector does not fit into the field")
+        plain: Vector = np.sum(list(vectors.values()), axis=0, dtype=np.int64)
+        return plain
     cohort = Cohort(
         silos=silos,
         colluders=setting.colluders,
@@ -132,13 +164,10 @@ def _cohort(
         bound=setting.field_bound,
         threshold=setting.least_survivors,
     )
-    return cohort, cohort.names[silos - setting.least_survivors :]
-
-
-def _opened(cohort: Cohort, survivors: tuple[str, ...], colluders: int) -> Vector:
-    """The sum of the honest survivors' vectors as the adversary knows it, int64 [values]."""
+    cohort.vectors |= vectors
+    survivors = tuple(vectors)
     total = masked_sum(cohort, survivors)
-    return total - cohort.plain_sum(survivors[len(survivors) - colluders :])
+    return total - cohort.plain_sum(survivors[len(survivors) - setting.colluders :])
 
 
 def masked_sum(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import msgspec
@@ -27,6 +28,7 @@ class Finding(msgspec.Struct, frozen=True):
         delta: both are at this δ.
         faults: why the claim is refuted, one sentence each; empty: not refuted.
         figures: measured numbers by name, for the log and ``--json``.
+        power: how much missing noise the audit could have noticed, one sentence.
     """
 
     audit: str
@@ -37,6 +39,7 @@ class Finding(msgspec.Struct, frozen=True):
     delta: float
     faults: list[str]
     figures: dict[str, float]
+    power: str = ""
 
     @property
     def held(self) -> bool:
@@ -70,6 +73,7 @@ class Finding(msgspec.Struct, frozen=True):
             **msgspec.to_builtins(self.entry()),
             "faults": self.faults,
             "verdict": self.sentence,
+            "power": self.power,
             "caveat": CAVEAT,
         }
 
@@ -103,6 +107,19 @@ def write_down(finding: Finding, run: Path, owner: str, key: SigningKey) -> str:
 def home(run: Path, owner: str) -> Path:
     """A participant's directory in a run."""
     return run / "server" if owner == "server" else run / "silos" / owner
+
+
+def power_of(factor: float, least: str = "would") -> str:
+    """Says by how much the noise of a build must fall short for an audit to fail.
+
+    Args:
+        factor: noise over that charged, below which it fails; 0 if at none.
+        least: ``would``, or less if that rests on an assumption.
+    """
+    if factor <= 0.0:
+        return "would notice no build by its noise, however little of it is left"
+    down = math.floor(factor * 1e3) / 1e3
+    return f"{least} notice a build whose noise is below {down:g} of what is charged"
 
 
 def above_claim(bound: float, claimed: float | None) -> list[str]:

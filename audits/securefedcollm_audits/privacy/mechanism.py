@@ -35,6 +35,8 @@ from securefedcollm_audits.privacy.lower_bounds import CONFIDENCE, Scores, audit
 
 TRIALS: Final = 1_000_000
 _UNITS: Final = 2000  # records of a silo in one play: memory and time are small
+_SHORT: Final = 4.0
+"""Length in clip norms of gradients that have to last for several steps."""
 _COORDINATES: Final = 400  # of a whole update in one play
 NOISE_CONFIDENCE: Final = 0.999
 
@@ -103,8 +105,12 @@ def audit(
     )
 
 
-def path_of(study: Study, records: int | None = None) -> Path:
+def path_of(study: Study, records: int | None = None, *, whole: bool = False) -> Path:
     """The study's way from a unit's vector to the release.
+
+    Args:
+        whole: to be played very often. The masks, which cancel, are left out, and a silo's own
+            DP-SGD takes all steps of a round.
 
     Raises:
         ConfigError: the study adds no noise.
@@ -120,19 +126,23 @@ def path_of(study: Study, records: int | None = None) -> Path:
         unit = silo_unit(study, lambda round_: _COORDINATES, 0)
         assert unit is not None
         setting = Setting(_COORDINATES, study.field.bound, study.quorum, study.silos.colluders)
-        return silo_path(setting, unit, study.silos.count)
+        return silo_path(setting, unit, study.silos.count, masked=not whole)
     if study.joint:
         units = max(1, _UNITS // study.silos.count)
         values = 2 * units * (study.quorum - study.silos.colluders)
         step, shape = joint_step(study, values), joint_setting(study, values)
         assert step is not None
         assert shape is not None
-        return joint_path(shape, step, study.silos.count, privacy.clip_norm, units)
+        given = (shape, step, study.silos.count, privacy.clip_norm, units)
+        return joint_path(*given, masked=not whole)
     from securefedcollm_audits.privacy.probe import local_path
 
     rate = min(1.0, local.batch_size / (records or local.batch_size))
     z = calibrate(privacy.epsilon, privacy.delta, rate, local.steps * study.rounds)
-    return local_path(study, PoissonGaussian(q=rate, noise_multiplier=z, steps=1), _UNITS)
+    event = PoissonGaussian(q=rate, noise_multiplier=z, steps=local.steps if whole else 1)
+    if not whole:
+        return local_path(study, event, _UNITS)
+    return local_path(study, event, _UNITS, length=_SHORT, masked=False)
 
 
 def collect(path: Path, trials: int, noise: NoiseOf, progress: Progress) -> CanaryScores:

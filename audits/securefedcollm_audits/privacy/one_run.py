@@ -13,10 +13,12 @@ torch.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -37,12 +39,15 @@ from securefedcollm.tuning.adapters import load_vector, select
 from securefedcollm.tuning.per_record import per_record_gradients, question_losses, watched
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.questions import EncodedQuestions
-from securefedcollm_audits.privacy.finding import Finding, above_claim
+from securefedcollm_audits.privacy.finding import Finding, above_claim, power_of
 from securefedcollm_audits.privacy.lower_bounds import Scores
 from securefedcollm_audits.privacy.one_run_bounds import (
+    Curve,
+    Tally,
     curve_of,
     epsilon_lower_bound,
     gaussian_lower_bound,
+    p_value,
     refutes_curve,
     tallies,
 )
@@ -52,6 +57,8 @@ _PART: Final = 0.975
 """Confidence of each of two tests, so that both together are right with 95 %."""
 _DELTAS: Final = (0.3, 0.1, 1e-2, 1e-3, 1e-4)
 _MICRO_BATCH: Final = 64
+_FACTORS: Final = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
+_TRIES: Final = 3
 
 
 class Played(NamedTuple):
@@ -198,12 +205,18 @@ def judge(study: Study, name: str, played: Played, what: str) -> Finding:
     bound = epsilon_lower_bound(found, delta, _PART)
     curved = gaussian_lower_bound(found, delta, _PART)
     claimed = claim(played.events, delta).epsilon if played.events else None
-    faults = above_claim(bound.epsilon, claimed)
-    if played.events and not faults:
+    faults, power, factor = above_claim(bound.epsilon, claimed), "", 0.0
+    if claimed is not None:
         promised = curve_of((claim(played.events, d).epsilon, d) for d in (*_DELTAS, delta))
-        error = (1.0 - _PART) / len(found)
-        if any(refutes_curve(tally, promised, error) for tally in found):
+        if not faults and _too_rare(found, promised):
             faults.append("so many right guesses are too rare under the accountant's curve")
+
+        def refuted(at: Played) -> bool:
+            some = tallies(at.scores, at.present)
+            return _above(some, claimed, delta) or _too_rare(some, promised)
+
+        factor = _noticed(played, refuted)
+        power = power_of(factor, "would at best")
     every = found[-1]
     return Finding(
         audit=name,
@@ -221,8 +234,44 @@ def judge(study: Study, name: str, played: Played, what: str) -> Finding:
             "right of all": every.right / every.guesses,
             "bound if the curve is Gaussian": curved.epsilon,
             "confidence": 0.95,
-        },
+        }
+        | ({"notices noise below": factor} if power else {}),
+        power=power,
     )
+
+
+def _above(found: Sequence[Tally], claimed: float, delta: float) -> bool:
+    """Whether some tally refutes (``claimed``, ``delta``)."""
+    error = (1.0 - _PART) / len(found)
+    return any(p_value(tally, claimed, delta) <= error for tally in found)
+
+
+def _too_rare(found: Sequence[Tally], promised: Curve) -> bool:
+    error = (1.0 - _PART) / len(found)
+    return any(refutes_curve(tally, promised, error) for tally in found)
+
+
+def _noticed(played: Played, refuted: Callable[[Played], bool]) -> float:
+    """The noise, over that charged, below which this attack would refute the claim; 0 if nowhere.
+
+    Scores in and out are taken for normal and as far apart as the AUC says, and their spread for
+    noise that shrinks with the mechanism's. Some of it is of other kinds and stays. So the true
+    figure is this one or less.
+    """
+    apart = math.sqrt(2.0) * NormalDist().inv_cdf(
+        min(max(auc(played.scores, played.present), 0.5), 1.0 - 1e-9)
+    )
+    draw = np.random.default_rng(len(played.scores))  # nothing private is hidden by it
+
+    def mostly(factor: float) -> bool:
+        wins = 0
+        for _ in range(_TRIES):
+            present = draw.random(len(played.scores)) < 0.5
+            scores = draw.normal(size=len(present)) + present * apart / factor
+            wins += refuted(Played(scores, present, played.events))
+        return 2 * wins > _TRIES
+
+    return next((factor for factor in _FACTORS if mostly(factor)), 0.0)
 
 
 def auc(scores: Scores, present: npt.NDArray[np.bool_]) -> float:

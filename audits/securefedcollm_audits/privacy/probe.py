@@ -28,9 +28,10 @@ from securefedcollm.tuning.adapters import AdapterLayout, load_vector
 from securefedcollm.tuning.plans import LossPlan, Protection, TrainPlan
 from securefedcollm.tuning.questions import EncodedQuestions
 from securefedcollm_audits.privacy.canaries import LENGTH, CanaryScores, NoiseOf, Path, masked_sum
-from securefedcollm_audits.protocol.cohort import Cohort
+from securefedcollm_audits.protocol.cohort import Cohort, Vector
 
 _NAME = "base_model.0.lora_B.weight"
+_VICTIM = "silo-001"
 _WIDTH = 2  # of a row: one number for each of two possible answers
 
 
@@ -62,11 +63,24 @@ class _Base(nn.ModuleList):
         return SimpleNamespace(last_hidden_state=self._matrix[0](hot))
 
 
-def local_path(study: Study, event: PoissonGaussian, units: int) -> Path:
-    """One DP-SGD step of one silo with ``units`` records, then quantised, masked, summed, decoded.
+def local_path(
+    study: Study,
+    event: PoissonGaussian,
+    units: int,
+    *,
+    length: float = LENGTH,
+    masked: bool = True,
+) -> Path:
+    """DP-SGD steps of one silo with ``units`` records, then quantised, masked, summed, decoded.
+
+    Readings are of all steps together: in one without a canary the noise is √steps as large.
 
     Args:
-        event: what a round of the study charges; its noise and rate are played.
+        event: the noise, the rate and the steps that are played.
+        length: of a gradient in clip norms. Where there are several steps, it must be so short that
+            no step makes the answer sure; then each has a gradient longer than C.
+        masked: play the protocol's round; else the silo's own integers are taken, which are what is
+            left of the sum without the other silos' (:func:`.canaries._opened`).
     """
     assert study.privacy is not None
     clip_norm, z, rows = study.privacy.clip_norm, event.noise_multiplier, 2 * units
@@ -75,45 +89,52 @@ def local_path(study: Study, event: PoissonGaussian, units: int) -> Path:
     layout = AdapterLayout((_NAME,), ((_WIDTH, rows),))
     data = _records(units)
     # The step must not be cut off by the clip of the whole update, which is for its field only.
-    expected = clip_norm * math.sqrt(values * z**2 + event.q * units)
+    expected = clip_norm * math.sqrt(event.steps * (values * z**2 + event.q * units))
     rate = batch * study.aggregation.clip_norm / (2.0 * expected)
     plan = TrainPlan(
-        steps=1,
+        steps=event.steps,
         batch_size=batch,
         learning_rate=rate,
         optimizer="sgd",
         loss=LossPlan(micro_batch=study.local.micro_batch),
     )
     encoder = quantiser(study, values)
-    model = Probe(rows, LENGTH * clip_norm * math.sqrt(2.0))
+    model = Probe(rows, length * clip_norm * math.sqrt(2.0))
 
     def once(noise: NoiseOf) -> CanaryScores:
         load_vector(model, layout, np.zeros(values, dtype=np.float32))
-        cohort = Cohort(
-            silos=study.silos.count,
-            colluders=study.silos.colluders,
-            values=values,
-            bound=study.field.bound,
-            threshold=study.quorum,
-        )
-        victim = cohort.names[0]
         delta = local.train_dp(
             model,
             layout,
             data,
             plan,
             Protection(noise_multiplier=z, clip_norm=clip_norm),
-            noise=noise(victim),
+            noise=noise(_VICTIM),
         ).delta
-        cohort.vectors[victim] = encoder.encode(delta).integers
-        total = masked_sum(cohort, cohort.names) - cohort.plain_sum(cohort.names[1:])
+        total = encoder.encode(delta).integers
+        if masked:
+            total = _through_a_round(study, total)
         against, towards = encoder.decode(total, 1).astype(np.float64).reshape(_WIDTH, rows)
         # Every record's answer is the second: SGD moves its row along (−1, 1)/√2.
         seen = (towards - against) / math.sqrt(2.0) * batch / (rate * clip_norm)
         return CanaryScores(seen[:units], seen[units:])
 
-    played = PoissonGaussian(q=batch / units, noise_multiplier=z, steps=1)
-    return Path(played, once, "one DP-SGD step inside a silo, a unit being a record")
+    played = PoissonGaussian(q=batch / units, noise_multiplier=z, steps=event.steps)
+    steps = "one DP-SGD step" if event.steps == 1 else f"{event.steps} DP-SGD steps"
+    return Path(played, once, f"{steps} inside a silo, a unit being a record")
+
+
+def _through_a_round(study: Study, integers: Vector) -> Vector:
+    """One silo's integers as a server that knows all others' has them from the opened sum."""
+    cohort = Cohort(
+        silos=study.silos.count,
+        colluders=study.silos.colluders,
+        values=len(integers),
+        bound=study.field.bound,
+        threshold=study.quorum,
+    )
+    cohort.vectors[_VICTIM] = integers
+    return masked_sum(cohort, cohort.names) - cohort.plain_sum(cohort.names[1:])
 
 
 def _records(units: int) -> EncodedQuestions:

@@ -25,10 +25,11 @@ from securefedcollm.evidence.entries import (
     Opening,
     Refused,
     Reserved,
+    Round,
     Summed,
 )
 from securefedcollm.evidence.note import Checkpoint
-from securefedcollm.federation.plan import counting, round_of, sum_name
+from securefedcollm.federation.plan import counting_named, round_of, sum_name
 from securefedcollm.privacy.accounting import TIGHT_SHARE
 from securefedcollm.privacy.adversaries import AdversaryRow, per_adversary
 from securefedcollm.privacy.events import DiscreteGaussian, Event, Events, merge
@@ -328,12 +329,14 @@ def _private(case: Case) -> list[PrivateRow]:
     if case.study.validation is None:
         return []
     sums = {what.round: what for _, what in of(case.server, Summed)}
+    names = {what.round: what.mechanism for _, what in of(case.server, Round)}
     rows = []
     for entry, what in of(case.server, Finished):
         if what.counts is None or what.round not in sums:
             continue
         silos = len(sums[what.round].survivors)
-        found = counting(case.study).read(what.counts, silos)
+        made = counting_named(case.study, names.get(what.round))
+        found = made.read(what.counts, silos)
         rows.append(
             PrivateRow(
                 round=round_of(case.study, what.round) + 1,

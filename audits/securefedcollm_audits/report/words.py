@@ -29,17 +29,25 @@ ACCOUNTANTS: Final = {
     "prv-accountant and closed form": "below, an independent program; above, a published formula",
     "nothing was released": "no noisy result has left this silo",
 }
+
+_NOISED_SUM: Final = (
+    "a secure sum of integers. Each silo adds a share of the noise, of size share_sigma. The "
+    "parameter sensitivity is the largest influence of one unit, in the same integers. shares is "
+    "the number of noise shares in the sum, of which colluders are known to the adversary. q is "
+    "the probability with which a unit takes part in a sum (1: always)."
+)
+
 MECHANISMS: Final = {
     "poisson-gaussian": "DP-SGD inside the silo. In each of the steps every record takes part by "
     "chance, with probability q, which only the silo knows. Each record's influence is cut to a "
     "fixed size, and Gaussian noise of noise_multiplier times that size is added.",
     "gaussian": "every unit takes part in each release; its influence is cut to a fixed size, and "
     "Gaussian noise of noise_multiplier times that size is added.",
-    "discrete-gaussian": "a secure sum of integers. Each silo adds a share of the noise, of "
-    "size share_sigma. The parameter sensitivity is the largest influence "
-    "of one unit, in the same integers. shares is the number of noise "
-    "shares in the sum, of which colluders are known to the adversary. q "
-    "is the probability with which a unit takes part in a sum (1: always).",
+    "rounded-gaussian": _NOISED_SUM,
+    "layered-gaussian": f"{_NOISED_SUM} Noise that a sum of so many silos does not need was opened "
+    "and subtracted: design is the number of colluders, least and most the numbers of silos, that "
+    "this is made for.",
+    "discrete-gaussian": f"{_NOISED_SUM} Earlier versions charged sums by this name, at more ε.",
 }
 
 GLOSSARY: Final = (

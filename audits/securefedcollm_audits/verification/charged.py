@@ -13,6 +13,7 @@ from typing import Final
 
 from securefedcollm.errors import EvidenceError
 from securefedcollm.privacy import events
+from securefedcollm.privacy.accounting import MOST_WORK
 from securefedcollm.privacy.events import DiscreteGaussian, Event, Events, times
 
 _MOST_TIMES: Final = 10**9
@@ -21,9 +22,6 @@ _MOST_VALUES: Final = 2**40
 _NOISE: Final = (1e-2, 1e9)
 _MOST_KINDS: Final = 256
 _LEAST_DELTA: Final = 1e-100
-_MOST_WORK: Final = 5e4
-"""Limit on ε·√releases, by which an accountant's grid grows: about a gigabyte. At ε = 8 that is 39
-million releases."""
 
 
 def decode_events(plain: object) -> Events:
@@ -63,7 +61,7 @@ def check_work(merged: Sequence[Event], delta: float, rough: float) -> None:
         EvidenceError: too many kinds, too small a δ, or far too large an ε.
     """
     work = rough * math.sqrt(sum(map(times, merged)))
-    if len(merged) > _MOST_KINDS or delta < _LEAST_DELTA or not work <= _MOST_WORK:
+    if len(merged) > _MOST_KINDS or delta < _LEAST_DELTA or not work <= MOST_WORK:
         raise EvidenceError(
             f"{len(merged)} kinds of releases, of ε ≤ {rough:.3g} at δ = {delta:.3g}, are more "
             "than can be computed",

@@ -2,10 +2,12 @@
 
 * Gaussian noise, sampled or not: ``prv-accountant`` (Gopi, Lee and Wutschitz 2021), an independent
   implementation that brackets ε from both sides.
-* Discrete Gaussian noise in a sum: no independent library analyses it. Two closed formulas, written
-  here: below, the exact (ε, δ) curve of continuous Gaussians (Balle and Wang 2018, Theorem 8),
-  which the discrete ones follow to far more digits than are compared; above, zCDP in its simplest
-  conversion (Bun and Steinke 2016, Proposition 1.3).
+* Discrete Gaussian noise that is charged as rounded noise: the same program. Above, it takes the
+  continuous mechanism that the sum is a function of; below, continuous noise of the same size,
+  which the discrete noise follows to far more digits than are compared.
+* Discrete Gaussian noise that is not, in bundles of older versions. In a sum: two closed formulas,
+  written here. Below, the exact (ε, δ) curve of continuous Gaussians (Balle and Wang 2018,
+  Theorem 8); above, zCDP in its simplest conversion (Bun and Steinke 2016, Proposition 1.3).
 * Discrete Gaussian noise over a Poisson sample: below, ``prv-accountant`` on the continuous
   counterpart; above, the Rényi bound of integer order (Mironov, Talwar and Zhang 2019), which holds
   for discrete noise too, written out here.
@@ -20,11 +22,11 @@ from typing import NamedTuple
 
 from securefedcollm.privacy.accounting import prv_bounds
 from securefedcollm.privacy.events import (
-    DiscreteGaussian,
     Event,
     Events,
     Gaussian,
     PoissonGaussian,
+    continuous,
     merge,
     rate,
     times,
@@ -54,17 +56,19 @@ def _bracket(events: Events, delta: float) -> Bracket:
     if not events:
         return Bracket(0.0, 0.0, "nothing was released")
     check_work(events, delta, _renyi(events, delta))
-    if not any(isinstance(event, DiscreteGaussian) for event in events):
-        low, _, high = prv_bounds(events, delta)
+    # The continuous mechanism of a rounded sum has a little less noise: it is for above only.
+    same_size = [_as_continuous(event) for event in events]
+    if all(continuous(event) is not None for event in events):
+        low, high = prv_bounds(same_size, delta)[0], prv_bounds(events, delta)[2]
         return Bracket(low, high, "prv-accountant")
     if any(rate(event) < 1.0 for event in events):
-        low, _, _ = prv_bounds([_continuous(event) for event in events], delta)
+        low, _, _ = prv_bounds(same_size, delta)
         return Bracket(low, _renyi(events, delta), "prv-accountant and closed form")
     squares = math.fsum(times(event) / event.noise_multiplier**2 for event in events)
     return Bracket(_gaussian(squares, delta), _concentrated(0.5 * squares, delta), "closed form")
 
 
-def _continuous(event: Event) -> Event:
+def _as_continuous(event: Event) -> Event:
     """The event with continuous noise of the same size."""
     if rate(event) == 1.0:
         return Gaussian(event.noise_multiplier, times(event))

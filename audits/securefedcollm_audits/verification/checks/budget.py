@@ -32,6 +32,7 @@ from securefedcollm.privacy.accounting import TIGHT_SHARE
 from securefedcollm.privacy.events import (
     DiscreteGaussian,
     Event,
+    LayeredGaussian,
     PoissonGaussian,
     dominates,
     merge,
@@ -249,10 +250,25 @@ def _fits(case: Case, sum_: int, events: tuple[Event, ...], survivors: int | Non
             return "is not one noised sum, which the study asks for"
         if event.colluders != case.study.silos.colluders:
             return f"allows for {event.colluders} colluders, not {case.study.silos.colluders}"
+        if not _as_layered(case.study, event, counts=counts):
+            return "is not the noise, whole or in layers, which the study asks for"
         # A failed training is settled at what was reserved: it gave no vector to any sum.
         if event.shares not in {shares, case.study.quorum}:
             return f"counts {event.shares} noise shares; the sum has {shares}"
     return ""
+
+
+def _as_layered(study: Study, event: DiscreteGaussian, *, counts: bool) -> bool:
+    """Whether the noise is in layers exactly if the study removes what a sum does not need.
+
+    Adversary: an operator who opened layers and is charged as if all noise were there.
+    """
+    assert study.privacy is not None
+    if not isinstance(event, LayeredGaussian):
+        return study.privacy.excess_noise == "keep" or counts
+    made = (event.design, event.least, event.most)
+    wanted = (study.silos.colluders, study.quorum, study.silos.count)
+    return study.privacy.excess_noise == "remove" and not counts and made == wanted
 
 
 def _named(case: Case, events: tuple[Event, ...], begun: Round) -> str:

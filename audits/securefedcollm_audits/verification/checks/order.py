@@ -30,7 +30,7 @@ from securefedcollm.evidence.entries import (
     Uploaded,
 )
 from securefedcollm.federation.keeping import counted, ended
-from securefedcollm.federation.plan import ends_round, sum_name
+from securefedcollm.federation.plan import counting_named, ends_round, sum_name
 from securefedcollm.federation.records.server import sum_digest
 from securefedcollm.study import Study
 from securefedcollm_audits.verification.case import Case, count
@@ -127,14 +127,16 @@ class _ServerLog:
             case Finished():
                 if not self._ended or not ends_round(self._study, self._round):
                     return "finished without its last sum"
-                summed = self._summed
+                summed, named = self._summed, self._attempt.mechanism if self._attempt else None
                 self._next()
                 self._scores.append(what.score)
-                return self._counted(what, summed) or self._impossible(what.score)
+                return self._counted(what, summed, named) or self._impossible(what.score)
         return ""
 
-    def _counted(self, what: Finished, summed: Summed | None) -> str:
+    def _counted(self, what: Finished, summed: Summed | None, named: str | None) -> str:
         """The fault of the counts of a round's validation, and of a score that follows from them.
+
+        ``named``: the mechanism in the sum's header.
 
         Adversary: a server that states other counts than were opened, to end a run early or to show
         a better model. It cannot change the sum's hash, which silos vouched for before.
@@ -150,7 +152,8 @@ class _ServerLog:
                 return "leaves out the counts of its validation"
             if sum_digest(np.array(counts)).hex() != summed.sum:
                 return "says other counts than its validation opened"
-            accuracy = counted(study, counts, len(summed.survivors))["accuracy"]
+            made = counting_named(study, named)
+            accuracy = counted(made, counts, len(summed.survivors))["accuracy"]
         if study.keep is None or study.keep.metric != "private" or what.score == accuracy:
             return ""
         given = math.nan if what.score is None else what.score
