@@ -134,9 +134,11 @@ class ChargedTraining:
         self.store.record(note, mine.encode())
         if mine == SUM_KIND != said:
             raise RemoteProtocolError(
-                "asks for the noise of an earlier version, in a run that began with this one's",
+                "asks for the noise of an earlier version, in a run that this silo took no part in "
+                "with one",
                 peer="server",
-                hint="resume it with the server's own state.json, or agree on a new study",
+                hint="resume the run with the server's own state.json; if an earlier version began "
+                "it without this silo, agree on a new study",
             )
         return mine
 
@@ -274,6 +276,10 @@ class ChargedTraining:
         if made is None or drawn is None or drawn[0] != (scope, round_):
             return []
         return drawn[1].opened(made.surplus(survivors))
+
+    def forget(self) -> None:
+        """Drop the keys of the last sum's noise: its run is over."""
+        self._layers = None
 
     def _fit(self, adapter: Vector, round_: int, unit: SiloUnit | None) -> Vector:
         """The update; under ``unit: silo`` it is zero if it cannot be made.

@@ -8,17 +8,25 @@ that sends different adapters to different silos cannot unmask their sum.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from securefedcollm.aggregation.header import MAX_SILOS
 from securefedcollm.errors import RemoteProtocolError
-from securefedcollm.primitives import sha256
+from securefedcollm.primitives import KEY_BYTES, sha256
 from securefedcollm.privacy.events import EARLIER_KIND, SUM_KIND, SumKind
+from securefedcollm.study.config import Name
 
 MAX_FRAME = 1 << 31  # 2 GiB: above any adapter and packed vector that a silo would agree to
+
+
+# Adversary: a silo whose reply is a list of millions of tiny values.
+_FEW = msgspec.Meta(max_length=MAX_SILOS)
+_Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
+_Signature = Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -140,7 +148,7 @@ class Unmasked(Aggregated, frozen=True, tag="unmasked"):
     """The same, of the last step where noise is removed. ``statement``: 64 bytes, that this silo
     opened this sum (:func:`.excess.state_opened`)."""
 
-    statement: bytes
+    statement: _Signature
 
 
 class Surplus(_Message, frozen=True, tag="surplus"):
@@ -151,18 +159,21 @@ class Surplus(_Message, frozen=True, tag="surplus"):
 
     run_id: bytes
     round: int
-    survivors: list[str]
-    statements: dict[str, bytes]
+    survivors: Annotated[list[Name], _FEW]
+    statements: Annotated[dict[Name, _Signature], _FEW]
 
 
 class Layers(_Message, frozen=True, tag="layers"):
     """Silo → server: the keys of those layers, 32 bytes each; none if this silo was restarted
     since it drew them."""
 
-    keys: list[bytes]
+    keys: Annotated[list[_Key], _FEW]
 
     def __repr__(self) -> str:
         return f"Layers({len(self.keys)} keys)"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("keys", len(self.keys))]
 
 
 class Delivered(_Message, frozen=True, tag="delivered"):

@@ -303,6 +303,7 @@ class SiloSession:
         Adversary: a server that ends a run early loses this silo's further rounds, and no more.
         """
         self._drop()
+        self.training.forget()
         scope = self._run.end(end.run_id)
         self._check_journal()  # the settlement rests on it
         self.training.settle_before(scope, self._study.sums)

@@ -62,7 +62,6 @@ from securefedcollm.federation.plan import (
 from securefedcollm.federation.records import ServerRecord
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.workload import Opened, ServerWorkload
-from securefedcollm.primitives import KEY_BYTES
 from securefedcollm.privacy.adaptive_clip import AdaptiveClip
 from securefedcollm.privacy.counting import Counting
 from securefedcollm.privacy.events import SUM_KIND
@@ -206,24 +205,22 @@ class Summing:
             return []
         round_, survivors = begun.header.round, result.survivors
         scope = run_scope(self._study, self._store.run_id)
-        # A silo whose statement is wrong would have all others refuse.
         statements = stated(self._statements, self._roster, scope, round_, survivors)
         request = Surplus(self._store.run_id, round_, list(survivors), statements)
-        asked = dict.fromkeys(statements, request)
         lost: dict[str, str] = {}
-        replies = self._asking.ask(asked, STEP_TIMEOUT, traffic, lost)
-        found = {
-            silo: reply.keys
-            for silo, reply in replies.items()
-            # Adversary: a silo. Other keys than its own spoil the sum as another vector would.
-            if isinstance(reply, Layers)
-            and len(reply.keys) == needed
-            and all(len(key) == KEY_BYTES for key in reply.keys)
-        }
-        kept = sorted({*result.survivors} - {*found})
+        found: dict[str, list[bytes]] = {}
+        # With fewer statements every silo would refuse, and note that of this server.
+        if len(statements) >= self._study.threshold:
+            asked = dict.fromkeys(statements, request)
+            for silo, reply in self._asking.ask(asked, STEP_TIMEOUT, traffic, lost).items():
+                # Adversary: a silo. Other keys than its own spoil the sum as another vector would.
+                if isinstance(reply, Layers) and len(reply.keys) == needed:
+                    found[silo] = reply.keys
+        kept = {*survivors} - {*found}
         if kept:
-            record["excess_kept"] = kept
-            log.info("the excess noise of %s stays in the sum", ", ".join(kept))
+            record["excess_kept"] = sorted(kept.union(record.get("excess_kept", ())))
+            why = "; ".join(f"{silo}: {lost.get(silo, 'no keys')}" for silo in sorted(kept))
+            log.warning("excess noise stays in %s (%s)", sum_name(self._study, round_), why)
         return list(found.values())
 
     def _begin(self, sum_: int, attempt: int) -> tuple[_Begun, BeginRound]:

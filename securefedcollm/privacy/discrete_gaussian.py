@@ -198,7 +198,7 @@ def _exactly(stream: Keystream, table: Table, size: int, near: int, uniform: int
     return drawn < int(context.floor(context.ldexp(probability, scale)))
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=160)
 def build(sigma: float) -> Table:
     """The table for σ; takes about 0.1 s the first time.
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.errors import ConfigError
+from securefedcollm.errors import ConfigError, LocalProtocolError
 from securefedcollm.privacy.discrete_gaussian import TAIL
 from securefedcollm.privacy.events import (
     SUM_KIND,
@@ -187,8 +187,11 @@ class DistributedGaussian:
         """
         left, sigmas = total.astype(np.int64), self.layers[self.surplus(survivors)]
         np.negative(left, out=left)  # the noise is added to it, in place
-        for opened in keys:
-            LayeredNoise(opened).add(left, sigmas)
+        if any(len(opened) != len(sigmas) for opened in keys):
+            raise LocalProtocolError(f"{len(sigmas)} keys for layers of noise were expected")
+        for layer, sigma in enumerate(sigmas):  # one table at a time
+            for opened in keys:
+                LayeredNoise(opened[layer : layer + 1]).add(left, (sigma,))
         return np.negative(left, out=left)
 
     def _noised(self, integers: npt.NDArray[np.int64], noise: Noise) -> npt.NDArray[np.int64]:

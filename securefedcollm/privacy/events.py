@@ -251,7 +251,7 @@ class LayeredGaussian(
     def __post_init__(self) -> None:
         RoundedGaussian.__post_init__(self)
         _at_least("design", self.design, 0)
-        _at_least("least", self.least, self.design + 1)
+        _at_least("least", self.least, max(self.design, self.colluders) + 1)
         _at_least("shares", self.shares, self.least)
         _at_least("most", self.most, self.shares)
         _at_most("most", self.most, _MOST_SHARES)
@@ -263,6 +263,11 @@ class LayeredGaussian(
                 where="share_sigma",
                 hint="raise the quantisation bound, or keep the excess noise",
             )
+
+    @property
+    def honest(self) -> int:
+        """Whole shares that the noise against the study's colluders amounts to."""
+        return self.least - self.design
 
     @property
     def _finest(self) -> float:
