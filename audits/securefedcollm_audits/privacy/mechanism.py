@@ -128,8 +128,10 @@ def path_of(study: Study, records: int | None = None, *, whole: bool = False) ->
         setting = Setting(_COORDINATES, study.field.bound, study.quorum, study.silos.colluders)
         return silo_path(setting, unit, study.silos.count, masked=not whole)
     if study.joint:
-        units = max(1, _UNITS // study.silos.count)
-        values = 2 * units * (study.quorum - study.silos.colluders)
+        # Where a whole run is read, false alarms are rare: four of five coordinates are for them.
+        apart = 5 if whole else 2
+        units = max(1, 2 * _UNITS // apart // study.silos.count)
+        values = apart * units * (study.quorum - study.silos.colluders)
         step, shape = joint_step(study, values), joint_setting(study, values)
         assert step is not None
         assert shape is not None
