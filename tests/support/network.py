@@ -51,7 +51,7 @@ class Wire:
     """
 
     def __init__(self, ports: Mapping[str, QuestionPort]) -> None:
-        self.ports = dict(ports)
+        self.ports = ports
         self.seen: list[tuple[str, str, bytes]] = []
         self.meddle: Callable[[str, str, bytes], bytes | None] = lambda silo, way, frame: frame
 
@@ -82,12 +82,14 @@ class Network:
         self._stacks: dict[str, contextlib.ExitStack] = {}
         self.counters: dict[str, Counter] = {}
         self.members: dict[str, Member] = {}
+        self.ports: dict[str, QuestionPort] = {}
         self.now = 0.0
-        self.wire = Wire({silo: self.start(silo) for silo in SILOS})
+        self.wire = Wire(self.ports)
         self.relay: Relay
-        self.start("server")
+        for name in (*SILOS, "server"):
+            self.start(name)
 
-    def start(self, name: str) -> QuestionPort:
+    def start(self, name: str) -> None:
         stack = self._stacks[name] = contextlib.ExitStack()
         role = "server" if name == "server" else "silo"
         entered = roles.take_part(
@@ -105,14 +107,16 @@ class Network:
         if name == "server":
             self.relay = roles.question_relay(member, self.wire, port)
             self.relay.clock = lambda: self.now
-        return port
+        self.ports[name] = port
+
+    def kill(self, name: str) -> None:
+        """As kill -9: nothing that was only in memory is left."""
+        self._stacks.pop(name).close()
+        del self.ports[name]
 
     def restart(self, name: str) -> None:
-        """As after kill -9: nothing that was only in memory is left."""
-        self._stacks.pop(name).close()
-        port = self.start(name)
-        if name != "server":
-            self.wire.ports[name] = port
+        self.kill(name)
+        self.start(name)
 
     def hand_in(self, asker: str, words: str) -> Future[Result]:
         (query,) = self.signed.space.embed([words])
