@@ -28,10 +28,13 @@ class Signed:
     """A study that everybody signed, homes, and an index of every silo.
 
     Args:
+        homes: of participants that are there already.
         changes: of the section ``retrieval``.
     """
 
-    def __init__(self, directory: Path, **changes: object) -> None:
+    def __init__(
+        self, directory: Path, homes: dict[str, Path] | None = None, **changes: object
+    ) -> None:
         first = Members(directory, **changes)
         file = directory / "map"
         file.write_bytes(first.space.reduction.encode())
@@ -39,7 +42,7 @@ class Signed:
         encoder = {"source": "path:slm", "layer": 0, "sha256": first.space.encoder.digest}
         self.members = Members(directory, **changes, encoder=encoder, reduction=pins)
         self.space = self.members.space
-        self.homes = make_identities(directory / "homes", SILOS)
+        self.homes = homes or make_identities(directory / "homes", SILOS)
         self.file = write_signed(self.members.study, self.homes, directory / "study.yaml")
         self.study = load_study(self.file)
 

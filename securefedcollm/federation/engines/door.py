@@ -67,6 +67,16 @@ class Wire:
             at += got
         return bytes(buffer)
 
+    @property
+    def gone(self) -> bool:
+        """Whether the other end has closed the connection, and sent nothing more before."""
+        try:
+            return not self._connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def give_up_after(self, seconds: float) -> None:
         """From here on a send or receive that takes longer ends the connection."""
         self._connection.settimeout(seconds)

@@ -10,6 +10,7 @@ Adversary: other users of the machine, whom the door keeps out.
 from __future__ import annotations
 
 import queue
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as LateError
@@ -29,6 +30,8 @@ _PLACE: Final = ".asking"
 """In a member's directory of a study: where its process has its door."""
 MOST_WAITING: Final = 16
 """Questions of this machine that wait their turn."""
+_LOOK: Final = 0.2
+"""Seconds after which to see whether somebody still waits for the answer."""
 
 
 class Result(NamedTuple):
@@ -78,11 +81,7 @@ class Counter:
             case _:
                 return
         try:
-            waiting = self.hand_in(np.frombuffer(vector, dtype="<f8").astype(np.float64))
-            try:
-                result = waiting.result(float(patience))
-            finally:
-                waiting.cancel()  # one that has begun goes on: its evidence is whole
+            result = self._result(np.frombuffer(vector, dtype="<f8"), float(patience), wire)
         except LateError:
             wire.send(["late"])
         except SecureFedCoLLMError as error:
@@ -93,6 +92,23 @@ class Counter:
                 wire.send(["silo", silo, texts, list(fetch.claimed)])
             fetched = result.fetched
             wire.send(["end", fetched.failed, fetched.sent, fetched.received, result.asked])
+
+    def _result(self, query: Vectors, patience: float, wire: Wire) -> Result:
+        """Nobody's question leaves: it would count. One that has left goes on, for its evidence.
+
+        Raises: LateError, SecureFedCoLLMError; EOFError if whoever asked has gone.
+        """
+        waiting, deadline = self.hand_in(query), time.monotonic() + patience
+        try:
+            while time.monotonic() < deadline:
+                try:
+                    return waiting.result(_LOOK)
+                except LateError:
+                    if wire.gone:
+                        raise EOFError("whoever asked has gone") from None
+            raise LateError
+        finally:
+            waiting.cancel()
 
 
 def open_for_questions(run: Path, door: Path) -> None:

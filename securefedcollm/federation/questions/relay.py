@@ -152,8 +152,9 @@ class Relay:
             pause, next_ = rest.pause, min(MOST_REST, 2 * rest.pause)
             if isinstance(reply, Failure) and not waited:  # it cost nobody anything
                 pause, next_ = ABSENT, rest.pause
+            if name not in self._rests:  # one line for each absence
+                log.warning("%s does not answer: %s", name, error)
             self._rests[name] = _Rest(self.clock() + pause, next_)
-            log.warning("%s is not called for %.0f s: %s", name, pause, error)
             return False
         seen = set[tuple[str, bool]]()
         for letter in letters:
