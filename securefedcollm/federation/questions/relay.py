@@ -99,6 +99,10 @@ class Relay:
         """Everybody."""
         return sorted({*self.askers, *self.silos})
 
+    def waiting(self, member: str) -> list[Letter]:
+        """Letters on their way to a member."""
+        return list(self._mail.get(member, {}).values())
+
     def turn(self) -> bool:
         """Call every member once; returns whether there is anything to carry.
 
