@@ -2,9 +2,8 @@
 
 ``python -m benchmarks.asking --json`` gives the embedded world's four hospitals a consortium, a
 signed study (``configs/retrieval.yaml``) and a shelf each. It starts ``shelf serve`` four times and
-``shelf relay`` once, and has silo-1 ask the other three. The same questions go to the same
-shelves with every role in one process. Makes the built-in encoder if it is not there: about a
-minute.
+``shelf relay`` once, and has the server ask all four. The same questions go to the same shelves
+with every role in one process. Makes the built-in encoder if it is not there: about a minute.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from securefedcollm.study.identity import open_identity, read_identity
 from securefedcollm.study.signing import sign_study, signatures_path
 
 SILOS = ("silo-1", "silo-2", "silo-3", "silo-4")
-ASKER = SILOS[0]
+ASKER = "server"
 QUESTION = "at meridian {} patient with mild quiboritis enters ward"
 COMMAND = "from securefedcollm_cli.main import main; main()"
 
@@ -85,7 +84,7 @@ def over_network(
             answers.append(sfc.ask(question, study, home=homes[ASKER], data=place))
         crossed = loopback_bytes() - crossed
         memory = {name: peak_memory(process.pid) for name, process in processes.items()}
-    assert all(answer.answered == list(SILOS[1:]) for answer in (first, *answers))
+    assert all(answer.answered == list(SILOS) for answer in (first, *answers))
     return {
         "ready_s": round(ready, 1),
         "seconds": [round(answer.seconds, 3) for answer in answers],
@@ -105,7 +104,7 @@ def _ask_when_ready(study: Study, home: Path, place: Path) -> Any:
     while True:
         with contextlib.suppress(ConfigError, TransportError):
             answer = sfc.ask(question, study, home=home, data=place)
-            if answer.answered == list(SILOS[1:]):
+            if answer.answered == list(SILOS):
                 return answer
         if time.monotonic() > deadline:
             raise TimeoutError("the silos did not all answer")
@@ -117,12 +116,11 @@ def here(place: Path, shelves: dict[str, Path], count: int) -> dict[str, Any]:
     tree = yaml.safe_load((place / "study.yaml").read_text())
     del tree["roster"]
     (place / "plain.yaml").write_text(yaml.safe_dump(tree))
-    others = {name: shelves[name] for name in SILOS[1:]}
     answers = [
         sfc.ask(
             QUESTION.format("old"),
             place / "plain.yaml",
-            shelves=others,
+            shelves=shelves,
             asker=ASKER,
             out=place / "run",
             data=place,
@@ -147,7 +145,7 @@ def measure(count: int) -> dict[str, Any]:
         alone = here(place, shelves, count)
     return {
         "benchmark": "asking",
-        "silos_asked": len(SILOS) - 1,
+        "silos": len(SILOS),
         "questions": count,
         "network": found,
         "one_process": alone,
