@@ -17,11 +17,16 @@ from securefedcollm.federation.questions.inquiry import Found, judge
 from securefedcollm.federation.questions.port import QuestionPort
 from securefedcollm.federation.questions.relay import Relay
 from securefedcollm.federation.roles import Member
-from securefedcollm.study import load_study
+from securefedcollm.study import load_study, study_from_tree
 from tests.support.asking import TEXTS, Members
 from tests.support.members import make_identities, write_signed
 
 SILOS = tuple(TEXTS)
+ARITHMETIC = {
+    "privacy": {"epsilon": 8.0, "delta": 1e-5},
+    "local": {"steps": 5, "batch_size": 8, "learning_rate": 0.1},
+}
+"""What the trainings of :mod:`.arithmetic` charge."""
 
 
 class Signed:
@@ -43,7 +48,8 @@ class Signed:
         self.members = Members(directory, **changes, encoder=encoder, reduction=pins)
         self.space = self.members.space
         self.homes = homes or make_identities(directory / "homes", SILOS)
-        self.file = write_signed(self.members.study, self.homes, directory / "study.yaml")
+        agreed = study_from_tree(self.members.study.tree | ARITHMETIC)
+        self.file = write_signed(agreed, self.homes, directory / "study.yaml")
         self.study = load_study(self.file)
 
 
@@ -87,6 +93,8 @@ class Network:
         self.members: dict[str, Member] = {}
         self.ports: dict[str, QuestionPort] = {}
         self.now = 0.0
+        self.most: int | None = None
+        """The silos' own limit, from when they start."""
         self.wire = Wire(self.ports)
         self.relay: Relay
         for name in (*SILOS, "server"):
@@ -102,7 +110,7 @@ class Network:
         counter = self.counters[name] = Counter()
         stock = None
         if name in self.shelves:
-            own = roles.open_shelf(member, self.shelves[name])
+            own = roles.open_shelf(member, self.shelves[name], self.most)
             stack.callback(own.close)
             stock = own.stock
         port = roles.question_port(member, counter, stock)
