@@ -134,30 +134,28 @@ def test_server_and_silos_see_the_same_of_two_questions(network):
     assert view(network, "w99 w98 w97") == useful
 
 
-def only_good_matches(monkeypatch):
-    """As many blocks as there are passages of use: no fixed k, and no padding to it."""
-    best, encrypt = Fetching._best, Asker._encrypt
+class GoodMatches(Fetching):
+    """As many blocks as there are passages of use: no fixed k."""
 
-    def good(self, scores):
-        first, *others = best(self, scores)
+    def _best(self, scores):
+        first, *others = super()._best(scores)
         return (first, *(document for document in others if scores[document] > 0.1))
 
-    def unpadded(self, kind, product, vectors):
+
+class Unpadded(Asker):
+    """No row for what is not wanted."""
+
+    def _encrypt(self, kind, product, vectors):
         used = vectors[vectors.any(axis=1)]
-        return encrypt(self, kind, msgspec.structs.replace(product, vectors=len(used)), used)
-
-    monkeypatch.setattr(Fetching, "_best", good)
-    monkeypatch.setattr(Asker, "_encrypt", unpadded)
+        return super()._encrypt(kind, msgspec.structs.replace(product, vectors=len(used)), used)
 
 
-def only_useful_silos(monkeypatch):
+class UsefulSilos(Fetching):
     """Blocks are fetched only where a passage scored well."""
-    steps = Fetching.steps
 
-    def useful(self, query):
-        going = steps(self, query)
-        frames, _ = next(going), self._silos
-        came = yield frames
+    def steps(self, query):
+        going = super().steps(query)
+        came = yield next(going)
         selections = going.send(came)
         served = yield {silo: f for silo, f in selections.items() if silo in self.useful}
         try:
@@ -165,25 +163,24 @@ def only_useful_silos(monkeypatch):
         except StopIteration as end:
             return end.value
 
-    def best(self, scores):
-        return tuple(int(at) for at in np.argsort(-scores)[: self._terms.fetched])
-
-    def each(self, given, take):
-        taken = real_each(self, given, take)
+    def _each(self, given, take):
+        taken = super()._each(given, take)
         if all(isinstance(found, np.ndarray) for found in taken.values()):
             self.useful = {silo for silo, scores in taken.items() if scores.max() > 0.9}
         return taken
 
-    real_each = Fetching._each
-    monkeypatch.setattr(Fetching, "steps", useful)
-    monkeypatch.setattr(Fetching, "_best", best)
-    monkeypatch.setattr(Fetching, "_each", each)
+
+PORT = "securefedcollm.federation.questions.port.Fetching"
+ASKER = "securefedcollm.federation.questions.inquiry.Asker"
 
 
-@pytest.mark.parametrize("weaken", [only_good_matches, only_useful_silos])
-def test_without_a_fixed_k_or_padding_the_view_tells_questions_apart(network, monkeypatch, weaken):
+@pytest.mark.parametrize(
+    "weak", [{PORT: GoodMatches, ASKER: Unpadded}, {PORT: UsefulSilos}], ids=["k", "silos"]
+)
+def test_without_a_fixed_k_or_padding_the_view_tells_questions_apart(network, monkeypatch, weak):
     """Positive control of the test before."""
-    weaken(monkeypatch)
+    for place, kind in weak.items():
+        monkeypatch.setattr(place, kind)
     assert view(network, TEXTS["silo-2"][0]) != view(network, "w99 w98 w97")
 
 

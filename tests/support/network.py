@@ -88,7 +88,7 @@ class Network:
 
     def __init__(self, signed: Signed, homes: Mapping[str, Path], shelves: Mapping[str, Path]):
         self.signed, self.homes, self.shelves = signed, homes, shelves
-        self._stacks: dict[str, contextlib.ExitStack] = {}
+        self.stacks: dict[str, contextlib.ExitStack] = {}
         self.counters: dict[str, Counter] = {}
         self.members: dict[str, Member] = {}
         self.ports: dict[str, QuestionPort] = {}
@@ -101,7 +101,7 @@ class Network:
             self.start(name)
 
     def start(self, name: str) -> None:
-        stack = self._stacks[name] = contextlib.ExitStack()
+        stack = self.stacks[name] = contextlib.ExitStack()
         role = "server" if name == "server" else "silo"
         entered = roles.take_part(
             self.signed.study, self.signed.file, self.homes[name], role, lambda: ""
@@ -113,8 +113,7 @@ class Network:
             own = roles.open_shelf(member, self.shelves[name], self.most)
             stack.callback(own.close)
             stock = own.stock
-        port = roles.question_port(member, counter, stock)
-        port._clock = lambda: self.now
+        port = roles.question_port(member, counter, stock, clock=lambda: self.now)
         if name == "server":
             self.relay = roles.question_relay(member, self.wire, port)
             self.relay.clock = lambda: self.now
@@ -122,7 +121,7 @@ class Network:
 
     def kill(self, name: str) -> None:
         """As kill -9: nothing that was only in memory is left."""
-        self._stacks.pop(name).close()
+        self.stacks.pop(name).close()
         del self.ports[name]
 
     def restart(self, name: str) -> None:
@@ -156,7 +155,7 @@ class Network:
         return made
 
     def close(self) -> None:
-        for stack in self._stacks.values():
+        for stack in self.stacks.values():
             stack.close()
 
 

@@ -190,7 +190,8 @@ def summed_blocks(protection: Protection = PROTECTED) -> Outcome:
     return observed(
         "two blocks in one answer",
         f"{share:.0%} of an unread block's digits, exactly: {_words(second)!r}",
-        f"flooding noise: {share:.1%} of the unread block's digits come out right",
+        f"flooding noise: {share:.1%} of the unread block's digits come out right; an answer holds "
+        f"{terms.fetching.capacity:.2f} bits for each of 12, whatever is asked",
         held=share < 0.02,
     )
 

@@ -124,6 +124,7 @@ def question_port(
     counter: Counter,
     stock: Stock | None = None,
     on_entry: OnEntry | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> QuestionPort:
     """The side of a silo, or of the server, in questions: it answers from ``stock``, and asks what
     is handed in at ``counter``.
@@ -143,7 +144,11 @@ def question_port(
         terms=pinned_terms(member.study),
     )
     return QuestionPort(
-        chair, partial(_enter, member, name, on_entry), stock=stock, counter=counter
+        chair,
+        partial(_enter, member, name, on_entry),
+        stock=stock,
+        counter=counter,
+        clock=clock,
     )
 
 
