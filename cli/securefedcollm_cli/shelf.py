@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from securefedcollm.federation.questions.relay import Relay
     from securefedcollm.federation.roles import Member, ShelfTerms
     from securefedcollm_cli.progress import Bars
+
+_PAUSE: Final = 2.0
+"""Seconds until the server looks again whether anybody is there."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -163,13 +167,16 @@ def _carry(relay: Relay, engine: FlareEngine, bars: Bars) -> None:
     Raises:
         TransportError: FLARE's server has ended.
     """
+    said = ""
     while True:
         try:
             relay.run_until(lambda: False)
         except TransportError as error:
             if not engine.running:
                 raise
-            bars.say(error.message)
+            if said != error.message:  # once, however long that lasts
+                bars.say(said := error.message)
+            time.sleep(_PAUSE)
 
 
 def _show_terms(terms: ShelfTerms, as_json: bool) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from securefedcollm_cli import shelf
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner, Result
 
-from securefedcollm.errors import ConfigError, StateError
+from securefedcollm.errors import ConfigError, StateError, TransportError
 from tests.support.network import Signed
 
 
@@ -98,6 +99,30 @@ def test_the_process_serves_with_the_shelf_and_a_door(signed, monkeypatch):
     assert seen["stock"].quota._most == 3
     assert not Path(seen["door"]).exists()  # it went with the process
     assert seen["limit"] > 100_000
+
+
+class Gone:
+    """A relay that reaches nobody, over FLARE's server, which ends after some turns."""
+
+    def __init__(self, turns: int) -> None:
+        self.turns = turns
+
+    @property
+    def running(self) -> bool:
+        return self.turns > 0
+
+    def run_until(self, stop):
+        self.turns -= 1
+        raise TransportError("nobody is connected" if self.turns else "FLARE's process has ended")
+
+
+def test_the_server_waits_for_members_and_says_so_once(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(shelf.time, "sleep", lambda seconds: None)
+    both = Gone(5)
+    with pytest.raises(TransportError, match="has ended"):
+        shelf._carry(both, both, SimpleNamespace(say=said.append))
+    assert said == ["nobody is connected"]
 
 
 ASK = ["ask", "w1", "--study", "x.yaml"]

@@ -419,6 +419,30 @@ def test_a_silo_that_lets_calls_wait_is_called_ever_less(network):
     assert network.turns(waiting).fetched.fetches.keys() == {"silo-2"}
 
 
+def test_the_server_calls_more_often_when_somebody_asks_but_not_without_end(network):
+    """Adversary: a member that always has a letter, so that everybody is called all the time."""
+    pauses: list[float] = []
+
+    def turns(most):
+        done = iter(range(most + 1))
+        network.relay.run_until(lambda: next(done) == most, pauses.append)
+
+    turns(8)
+    assert pauses == [0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0, 1.0]
+    pauses.clear()
+    waiting = network.hand_in("silo-1", "w1 w2")
+    turns(6)
+    assert waiting.done()
+    assert len(pauses) == 2  # before the first turn that brings anything there is none
+    pauses.clear()
+    letter = post.Letter("silo-2", bytes(post.THREAD_BYTES), "question", b"x")
+    network.wire.meddle = lambda silo, way, frame: (
+        post.encode(post.Carried([letter])) if (silo, way) == ("silo-1", "out") else frame
+    )
+    turns(30)
+    assert pauses == [0.5] * 5
+
+
 def test_questions_of_this_machine_wait_their_turn():
     counter, query = Counter(), np.zeros(3)
     waiting = [counter.hand_in(query) for _ in range(MOST_WAITING)]
