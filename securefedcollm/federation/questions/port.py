@@ -147,14 +147,13 @@ class QuestionPort:
         """Adversary: a server that shows members different runs of a study. A log is of one run,
         and frames of another never verify."""
         if self._log is None or run != self._run:
-            evidence = self._enter(run)
-            self._run, self._log = run, evidence
-            if self._stock is not None:
-                self._stock.quota.check(evidence)
-                chair, stock = self._chair, self._stock
+            evidence, chair, stock = self._enter(run), self._chair, self._stock
+            if stock is not None:
+                stock.quota.check(evidence)
                 self._desk = Desk(
                     chair.study, run, chair.key, chair.askers, stock.shelf, stock.quota, evidence
                 )
+            self._run, self._log = run, evidence
         return self._log
 
     # ---- answering ----
