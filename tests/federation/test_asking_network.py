@@ -29,15 +29,13 @@ from securefedcollm.federation.engines.door import Door, knock
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.questions import letters as post
 from securefedcollm.federation.questions.counter import (
-    MOST_WAITING,
-    Counter,
     ask_process,
     open_for_questions,
 )
 from securefedcollm.federation.questions.inquiry import Fetching
 from securefedcollm.federation.questions.quota import SUFFIX
 from securefedcollm.federation.workload import silent
-from securefedcollm.retrieval import Asker, Terms
+from securefedcollm.retrieval import Asker
 from tests.support.arithmetic import ArithmeticServer, ArithmeticSilo
 from tests.support.asking import TEXTS
 from tests.support.network import SILOS, Network, Signed, shape
@@ -443,17 +441,6 @@ def test_the_server_calls_more_often_when_somebody_asks_but_not_without_end(netw
     assert pauses == [0.5] * 5
 
 
-def test_questions_of_this_machine_wait_their_turn():
-    counter, query = Counter(), np.zeros(3)
-    waiting = [counter.hand_in(query) for _ in range(MOST_WAITING)]
-    with pytest.raises(TransportError, match="too many questions wait here"):
-        counter.hand_in(query)
-    waiting[0].cancel()  # whoever asked has gone
-    handed = counter.next()
-    assert handed is not None
-    assert handed.result is waiting[1]
-
-
 def test_a_question_whose_asker_has_gone_does_not_leave(signed, network):
     """It would count. One ``ask`` was interrupted while the server was away."""
     run = network.members["silo-1"].run
@@ -510,11 +497,3 @@ def test_ask_on_the_members_machine_meets_its_process(signed, network, tmp_path)
     with pytest.raises(ConfigError, match="no process of this member"):
         ask_process(run, np.zeros(6), 1.0)
     assert sfc.verify(found.bundle()).holds
-
-
-def test_terms_fix_how_long_letters_are():
-    small, large = Terms(40, 8, 96, 3), Terms(2048, 96)
-    for terms in (small, large):
-        kinds_ = ("question", "selection", "scores", "blocks")
-        assert all(post.longest(kind, terms) > 0 for kind in kinds_)
-        assert post.largest_letters(terms, 4) > 4 * post.longest("selection", terms)
