@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import queue
+
 import numpy as np
 import pytest
 
-from securefedcollm.errors import TransportError
+from securefedcollm.errors import ConfigError, TransportError
+from securefedcollm.federation.engines import door as doors
 from securefedcollm.federation.questions import letters as post
-from securefedcollm.federation.questions.counter import MOST_WAITING, Counter
+from securefedcollm.federation.questions.counter import (
+    MOST_WAITING,
+    Counter,
+    ask_process,
+    open_for_questions,
+)
 from securefedcollm.retrieval import Terms
 
 
@@ -28,3 +37,19 @@ def test_terms_fix_how_long_letters_are():
         kinds_ = ("question", "selection", "scores", "blocks")
         assert all(post.longest(kind, terms) > 0 for kind in kinds_)
         assert post.largest_letters(terms, 4) > 4 * post.longest("selection", terms)
+
+
+def test_a_question_is_not_told_to_another_user(tmp_path, monkeypatch):
+    """Adversary: another user of the machine, whose socket is where ours was before a reboot."""
+    told: queue.Queue[object] = queue.Queue()
+    with doors.Door(lambda wire: told.put(wire.receive())) as door:
+        open_for_questions(tmp_path, door.path)
+        with doors.knock(str(door.path)) as wire:
+            wire.send(["ours"])
+        assert told.get(timeout=10) == ["ours"]
+        mine = os.getuid()
+        monkeypatch.setattr(doors.os, "getuid", lambda: mine + 1)
+        with pytest.raises(ConfigError, match="no process of this member is there to ask"):
+            ask_process(tmp_path, np.zeros(6), 1.0)
+        monkeypatch.undo()
+    assert told.empty()

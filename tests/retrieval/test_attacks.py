@@ -89,17 +89,32 @@ def lax(monkeypatch):
     monkeypatch.setattr("securefedcollm_audits.protocol.retrieval_cohort.Shelf", Lax)
 
 
+class Forgetting(Asker):
+    """Keeps nothing of what a silo signed."""
+
+    @property
+    def receipts(self):
+        return super().receipts[:1]
+
+
+def unkept(monkeypatch):
+    monkeypatch.setattr("securefedcollm_audits.protocol.retrieval_cohort.Asker", Forgetting)
+
+
 @pytest.mark.parametrize(
     ("case", "weaken"),
     [
         (asker_attacks.malformed_ciphertexts, lax),
         (asker_attacks.more_than_k, lax),
+        (asker_attacks.all_the_shelf, forgetful),
         (asker_attacks.in_anothers_name, unchecked),
         (asker_attacks.repeated_questions, forgetful),
         (shelf_attacks.high_scores, trusting),
         (shelf_attacks.swapped_documents, trusting),
         (shelf_attacks.altered_frames, unchecked),
         (shelf_attacks.replayed_frames, forgetful),
+        (shelf_attacks.dropped_frames, forgetful),
+        (shelf_attacks.two_answers, unkept),
         (shelf_attacks.exchanged_askers, lambda patch: (unchecked(patch), unbound(patch))),
     ],
     ids=lambda each: getattr(each, "__name__", ""),

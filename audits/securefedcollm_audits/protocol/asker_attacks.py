@@ -293,13 +293,11 @@ def in_anothers_name() -> Outcome:
 
 def all_the_shelf() -> Outcome:
     """Fetch the whole shelf, k passages a question, until the silo answers no more."""
-    pair, got, ended = Pair(most=2), set[str](), ""
-    while not ended:
-        asker, shelf = pair.ask("x"), pair.answer()
-        first = len(got)
-        found = _fetched(asker, shelf, range(first, first + SMALL.fetched))
-        got |= set(found[0])
-        ended = found[1]
+    pair, got, ended = Pair(most=2), set[str](), "nothing was refused"
+    for first in range(0, SMALL.documents - SMALL.fetched, SMALL.fetched):
+        texts, refused = _fetched(pair.ask("x"), pair.answer(), range(first, first + SMALL.fetched))
+        got |= set(texts)
+        ended = refused or ended
     most = 2 * SMALL.fetched
     return observed(
         "the whole shelf, question by question",
