@@ -112,12 +112,6 @@ def reduce(
 
 def ask(
     study: StudyOption,
-    shelf: Annotated[
-        list[str],
-        typer.Option(
-            "--shelf", metavar="NAME=INDEX", help="A silo and its index (repeat for each silo)."
-        ),
-    ],
     question: Annotated[
         str | None,
         typer.Argument(
@@ -126,9 +120,27 @@ def ask(
             "command runs, and stays in the shell's history."
         ),
     ] = None,
+    shelf: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shelf",
+            metavar="NAME=INDEX",
+            help="A silo and its index (repeat for each silo): every role on this machine.",
+        ),
+    ] = None,
+    home: Annotated[
+        Path | None,
+        typer.Option(
+            "--home",
+            metavar="DIR",
+            help="Ask over the network in the name of the member whose directory this is. Its "
+            "`shelf serve` (at the server: `shelf relay`) must be running.",
+        ),
+    ] = None,
     asker: Annotated[
-        str, typer.Option("--as", metavar="NAME", help="Who asks: server, or a silo.")
-    ] = "server",
+        str | None,
+        typer.Option("--as", metavar="NAME", help="Who asks, with --shelf: a silo [server]."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -155,20 +167,24 @@ def ask(
     ] = 120,
     as_json: Json = False,
 ) -> None:
-    """Ask all silos' documents a question that no silo can read, every role on this machine.
+    """Ask all silos' documents a question that no silo can read.
+
+    With --home over the network; with --shelf every role is on this machine, to try it out.
 
     Shows the best passages with their silo and id. Each silo counts the question, and answers one
     asker no more than `retrieval.questions`. `securefedcollm audit bundle DIR` packs the evidence.
     """
     from securefedcollm.api import ask as ask_all
 
+    _check_how(home, shelf, asker, out)
     words = _question(question)
     with Bars(quiet=as_json) as bars:
         answer = ask_all(
             words,
             _study(study, overrides),
-            shelves=_shelves(shelf),
-            asker=asker,
+            shelves=_shelves(shelf or []),
+            asker=asker or "server",
+            home=home,
             out=out,
             data=data,
             progress=bars.report,
@@ -182,6 +198,26 @@ def ask(
         _render(answer, written)
     if not answer.answered:
         raise typer.Exit(1)
+
+
+def _check_how(
+    home: Path | None, shelf: Sequence[str] | None, asker: str | None, out: Path | None
+) -> None:
+    """Over the network, or all roles here: not both."""
+    for option, given in (("--shelf", shelf), ("--as", asker), ("--out", out)):
+        if home is not None and given:
+            raise ConfigError(
+                "is for all roles on one machine",
+                where=option,
+                hint="with --home the silos have their own shelves, and this member's evidence "
+                "is in its home",
+            )
+    if home is None and not shelf:
+        raise ConfigError(
+            "whom to ask?",
+            where="--home",
+            hint="--home DIR asks over the network; --shelf NAME=INDEX plays every role here",
+        )
 
 
 def _question(given: str | None) -> str:

@@ -11,49 +11,27 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from securefedcollm.aggregation import Roster
-from securefedcollm.errors import ConfigError, EvidenceError, SecureFedCoLLMError
-from securefedcollm.evidence.entries import Opened
-from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
+from securefedcollm.errors import ConfigError, SecureFedCoLLMError
 from securefedcollm.evidence.log import EvidenceLog
-from securefedcollm.evidence.software import bill_of_materials
 from securefedcollm.federation.files import alone, make_directory, write_durably
 from securefedcollm.federation.plan import AUTHORITY, silo_names
+from securefedcollm.federation.questions.agreed import plan_of, terms_of
+from securefedcollm.federation.questions.begun import Everybody, begin_log
 from securefedcollm.federation.questions.desk import Desk, DeskConversation
-from securefedcollm.federation.questions.inquiry import Found, Inquiry
+from securefedcollm.federation.questions.inquiry import Answered, Inquiry, check_question
 from securefedcollm.federation.questions.quota import StoredQuota, beside
-from securefedcollm.federation.questions.space import Space, plan_of, terms_of
+from securefedcollm.federation.questions.space import Space
 from securefedcollm.federation.records import SERVER
-from securefedcollm.federation.records.common import opened
-from securefedcollm.federation.records.server import SBOM
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.retrieval import Index, PreparedShelf, Terms
 from securefedcollm.simulation.cohort import identity_at
 from securefedcollm.study import Study, digest, dump_study, load_study
 
 _STUDY: Final = "study.yaml"
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A question's result, and what it took.
-
-    Attributes:
-        spent: silo → questions of this asker that its shelf has counted, this one and those of
-            other runs included.
-        limit: the most that the study lets it answer.
-        seconds: of the protocol: encryption, answers, decryption, evidence; not of loading models
-            and shelves.
-    """
-
-    found: Found
-    spent: Mapping[str, int]
-    limit: int
-    seconds: float
 
 
 class Questions:
@@ -123,8 +101,7 @@ class Questions:
             DataError: the question has no words that the encoder knows.
             StateError: a participant's file cannot be written.
         """
-        if not question.strip():
-            raise ConfigError("no question", where="QUESTION", hint="give it some words")
+        check_question(question)
         (query,) = self._space.embed([question])
         open_now: dict[str, DeskConversation] = {}
 
@@ -168,34 +145,12 @@ class Questions:
 
     def _opened(self, name: str) -> EvidenceLog:
         """The participant's log, with its first entry."""
-        home, key = self._home(name), self._keys[name]
-        log = EvidenceLog(home / EVIDENCE, study=digest(self._study), owner=name, key=key)
+        everybody = Everybody(
+            digest(self._study), self._roster, self._keys[SERVER].public, self._office
+        )
+        log = begin_log(self._home(name), name, self._keys[name], self._run, everybody)
         self._files.callback(log.close)
-        if not log.size:
-            sbom = bill_of_materials() if name == SERVER else None
-            if sbom is not None:
-                write_durably(home / SBOM, sbom)
-            log.append(
-                opened(
-                    digest(self._study),
-                    self._run,
-                    self._roster,
-                    server=self._keys[SERVER].public,
-                    authority=self._office,
-                    sbom=sbom,
-                )
-            )
-        self._check_run(log, home)
         return log
-
-    def _check_run(self, log: EvidenceLog, home: Path) -> None:
-        """A frame is bound to its run. Under another than its log's it would never verify."""
-        first = log.entries[0].what
-        if not isinstance(first, Opened) or first.run != self._run.hex():
-            raise EvidenceError(
-                f"{home / EVIDENCE}: is of another run than {self._directory / SERVER}",
-                hint="put the run's own files back, or choose another --out",
-            )
 
     def _desk(self, name: str, shelf: PreparedShelf, index: Path) -> Desk:
         log = self._opened(name)
@@ -215,7 +170,8 @@ def _check_keys(study: Study) -> None:
             "this study's participants have keys of their own, which are not on this machine; what "
             "is signed here with others would never verify",
             where="roster",
-            hint="to try it out, ask with a copy of the study without its roster",
+            hint="they ask over the network, with --home; to try it out here, ask with a copy of "
+            "the study without its roster",
         )
 
 

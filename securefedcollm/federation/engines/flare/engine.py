@@ -112,6 +112,11 @@ class FlareEngine:
             env={DOOR: str(self._door.path)},
         )
 
+    @property
+    def running(self) -> bool:
+        """Whether FLARE's server runs."""
+        return self._process.running
+
     # ---- the engine ----
 
     def exchange(self, frames: Mapping[str, bytes], timeout: float) -> dict[str, bytes | Failure]:
