@@ -24,6 +24,8 @@ from securefedcollm.evidence.entries import (
     Settled,
     Spent,
     Voided,
+    Voted,
+    Voting,
     decode_entry,
 )
 from securefedcollm.evidence.log import EvidenceLog, blinded
@@ -32,7 +34,7 @@ from securefedcollm.privacy.identities import Records
 from securefedcollm.privacy.journal import Row
 from securefedcollm.privacy.ledger import Budget, Key, Ledger, Reservation
 
-CHARGES = (Reserved, Released, Settled, Voided)
+CHARGES = (Reserved, Released, Settled, Voided, Voting, Voted)
 
 
 class LoggedLedger(Ledger):

@@ -157,6 +157,7 @@ class Ledger(Book):
         records: Records | None = None,
         study: str = "",
         limit: Budget | None = None,
+        individually: bool = False,
     ) -> Reservation:
         """Charge the worst case of a coming release, or refuse the release.
 
@@ -170,6 +171,8 @@ class Ledger(Book):
                 fingerprint.
             study: digest (hex) of the study; without one a run is a study of its own.
             limit: the operator's limit, less than the pinned budget; it is pinned if no budget is.
+            individually: the study's budget bounds the study's charges of every record by itself,
+                and not all of its charges together.
 
         Returns:
             The reservation; the existing one if this attempt is still ``reserved`` with the same
@@ -182,7 +185,10 @@ class Ledger(Book):
         key, merged = Key(dataset, unit, run, round, attempt), merge(events)
         if not merged:
             raise LocalProtocolError("a reservation names at least one event")
-        asked = Asked(dataset, unit, run, merged, Budget(*budget), limit, records, study)
+        asked = Asked(
+            *(dataset, unit, run, merged, Budget(*budget), limit, records, study),
+            individually=individually,
+        )
         self._prepare(asked)
         with self._journal.writing():
             self._catch_up()
@@ -244,6 +250,7 @@ class Ledger(Book):
         records: Records,
         study: str,
         limit: Budget | None = None,
+        individually: bool = False,
     ) -> Bools:
         """Which records, bool [n] in file order, can pay for a whole run; as :meth:`foresee`.
 
@@ -254,7 +261,10 @@ class Ledger(Book):
         """
         claim, merged = Budget(*budget), merge(events)
         self._catch_up()
-        asked = Asked(dataset, unit, "", merged, claim, limit, records, study, rounds)
+        asked = Asked(
+            *(dataset, unit, "", merged, claim, limit, records, study, rounds),
+            individually=individually,
+        )
         decision = self._decide(asked)
         if decision.too_much:
             message, hint = decision.refusal()

@@ -9,8 +9,8 @@ So a run's directory may be the one of a finished simulation, whose evidence the
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -31,6 +31,7 @@ from securefedcollm.federation.records import SERVER
 from securefedcollm.federation.records.common import opened
 from securefedcollm.federation.records.server import SBOM
 from securefedcollm.federation.runstore import RunStore
+from securefedcollm.primitives import SigningKey
 from securefedcollm.retrieval import Index, PreparedShelf, Terms
 from securefedcollm.simulation.cohort import identity_at
 from securefedcollm.study import Study, digest, dump_study, load_study
@@ -85,7 +86,7 @@ class Questions:
         directory: Path,
         space: Space,
     ) -> None:
-        _check_keys(study)
+        check_keys(study)
         names = silo_names(study)
         _check_names(names, shelves, asker)
         self._study, self._names, self._directory = study, names, directory
@@ -96,9 +97,9 @@ class Questions:
         with ExitStack() as failing:
             failing.callback(self._files.close)
             prepared = {name: self._prepared(shelves[name], terms) for name in sorted(shelves)}
-            self._files.enter_context(_held(directory))
-            self._run = _begun(directory, study)
-            self._keys = {name: identity_at(self._home(name), name) for name in [SERVER, *names]}
+            self._files.enter_context(held(directory))
+            self._run = begun(directory, study)
+            self._keys = {name: identity_at(home_of(directory, name), name) for name in [SERVER, *names]}
             self._roster = Roster({name: self._keys[name].public for name in names})
             self._office = b""
             if study.scheme == "ckks-authority":
@@ -163,39 +164,11 @@ class Questions:
         self._files.callback(shelf.close)
         return shelf
 
-    def _home(self, name: str) -> Path:
-        return self._directory / name if name == SERVER else self._directory / "silos" / name
-
     def _opened(self, name: str) -> EvidenceLog:
         """The participant's log, with its first entry."""
-        home, key = self._home(name), self._keys[name]
-        log = EvidenceLog(home / EVIDENCE, study=digest(self._study), owner=name, key=key)
-        self._files.callback(log.close)
-        if not log.size:
-            sbom = bill_of_materials() if name == SERVER else None
-            if sbom is not None:
-                write_durably(home / SBOM, sbom)
-            log.append(
-                opened(
-                    digest(self._study),
-                    self._run,
-                    self._roster,
-                    server=self._keys[SERVER].public,
-                    authority=self._office,
-                    sbom=sbom,
-                )
-            )
-        self._check_run(log, home)
-        return log
-
-    def _check_run(self, log: EvidenceLog, home: Path) -> None:
-        """A frame is bound to its run. Under another than its log's it would never verify."""
-        first = log.entries[0].what
-        if not isinstance(first, Opened) or first.run != self._run.hex():
-            raise EvidenceError(
-                f"{home / EVIDENCE}: is of another run than {self._directory / SERVER}",
-                hint="put the run's own files back, or choose another --out",
-            )
+        parties = (self._run, self._roster, self._keys[SERVER].public, self._office)
+        home, key = home_of(self._directory, name), self._keys[name]
+        return self._files.enter_context(opened_log(home, self._study, name, key, parties))
 
     def _desk(self, name: str, shelf: PreparedShelf, index: Path) -> Desk:
         log = self._opened(name)
@@ -207,7 +180,44 @@ class Questions:
         return Desk(study, self._run, self._keys[name], askers, shelf, quota, log)
 
 
-def _check_keys(study: Study) -> None:
+Parties = tuple[bytes, Roster, bytes, bytes]
+"""The run's id, its silos, and the keys of server and authority (empty where there is none)."""
+
+
+def home_of(directory: Path, name: str) -> Path:
+    """A participant's own directory in the run's."""
+    return directory / name if name == SERVER else directory / "silos" / name
+
+
+@contextmanager
+def opened_log(
+    home: Path, study: Study, name: str, key: SigningKey, parties: Parties
+) -> Iterator[EvidenceLog]:
+    """The participant's log, with its first entry; closed at the end.
+
+    Raises:
+        EvidenceError: it is of another run. A frame is bound to its run, and would never verify.
+    """
+    run, roster, server, office = parties
+    log = EvidenceLog(home / EVIDENCE, study=digest(study), owner=name, key=key)
+    with closing(log):
+        if not log.size:
+            sbom = bill_of_materials() if name == SERVER else None
+            if sbom is not None:
+                write_durably(home / SBOM, sbom)
+            log.append(
+                opened(digest(study), run, roster, server=server, authority=office, sbom=sbom)
+            )
+        first = log.entries[0].what
+        if not isinstance(first, Opened) or first.run != run.hex():
+            raise EvidenceError(
+                f"{home / EVIDENCE}: is of another run than the server's state",
+                hint="put the run's own files back, or choose another --out",
+            )
+        yield log
+
+
+def check_keys(study: Study) -> None:
     """Every party gets throw-away keys here. With others than the roster's nothing verifies, and
     the silos' questions would be spent for that."""
     if study.roster:
@@ -233,12 +243,7 @@ def _check_names(names: list[str], shelves: Mapping[str, Path], asker: str) -> N
                 where="--shelf",
                 hint=f"its silos: {', '.join(names)}",
             )
-    if asker not in {SERVER, *names}:
-        raise ConfigError(
-            f"{asker!r} takes no part in the study",
-            where="--as",
-            hint=f"{SERVER}, {', '.join(names)}",
-        )
+    check_asker(names, asker)
     if asker in shelves:
         raise ConfigError(
             f"{asker} would ask itself",
@@ -247,7 +252,17 @@ def _check_names(names: list[str], shelves: Mapping[str, Path], asker: str) -> N
         )
 
 
-def _held(directory: Path) -> AbstractContextManager[None]:
+def check_asker(names: list[str], asker: str) -> None:
+    """Raises: ConfigError if ``asker`` is no participant."""
+    if asker not in {SERVER, *names}:
+        raise ConfigError(
+            f"{asker!r} takes no part in the study",
+            where="--as",
+            hint=f"{SERVER}, {', '.join(names)}",
+        )
+
+
+def held(directory: Path) -> AbstractContextManager[None]:
     """Two first questions at once would both make identities and begin the same logs."""
     return alone(
         make_directory(directory),
@@ -256,7 +271,7 @@ def _held(directory: Path) -> AbstractContextManager[None]:
     )
 
 
-def _begun(directory: Path, study: Study) -> bytes:
+def begun(directory: Path, study: Study) -> bytes:
     """The id of the run in ``directory``, 16 bytes, which begins here if there is none.
 
     Raises:
