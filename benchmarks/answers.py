@@ -192,9 +192,7 @@ def document_rows(world: World, slm: Tuned, most: int = 5) -> dict[str, dict[str
     )  # another encoder layer may suit documents better
     space = space_of(documents)
     passages = [
-        passage
-        for name in world.records
-        for passage in passages_of(documents, [f"builtin:{name}"])
+        passage for name in world.records for passage in passages_of(documents, [f"builtin:{name}"])
     ]
     shelf = np.array([embed_alone(space, passage.text) for passage in passages])
     chosen: list[int | None] = []
@@ -264,9 +262,7 @@ def measure(world: World, epsilons: Sequence[float], weight: float) -> dict[str,
     return {"seed": world.study.seed, "rows": rows, "noise": facts}
 
 
-def choose(
-    seed: int, every: int, epsilons: Sequence[float], sets: Sequence[str]
-) -> dict[str, Any]:
+def choose(seed: int, every: int, epsilons: Sequence[float], sets: Sequence[str]) -> dict[str, Any]:
     """Settings compared on the world of ``seed``: private accuracy, and weights of the mixture."""
     found, weights = [], []
     for layer in (0, 1, 2):

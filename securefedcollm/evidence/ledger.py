@@ -70,6 +70,7 @@ class LoggedLedger(Ledger):
         records: Records | None = None,
         study: str = "",
         limit: Budget | None = None,
+        individually: bool = False,
     ) -> Reservation:
         """See the base class. The log says the pinned budget, which all studies share."""
         granted = super().reserve(
@@ -77,6 +78,7 @@ class LoggedLedger(Ledger):
             records=records,
             study=study,
             limit=limit,
+            individually=individually,
         )
         pinned = self._pinned(granted.key)
         self._log.append(

@@ -52,7 +52,8 @@ class RecordIndex:
             DataError: it is zero or not finite.
         """
         product = self._entries @ _whole(np.asarray(query, dtype=np.float64)).astype(np.float64)
-        return product.astype(np.int64)
+        found: Whole = product.astype(np.int64)
+        return found
 
     def retrieved(self, query: npt.ArrayLike, threshold: float) -> npt.NDArray[np.bool_]:
         """Which records a question retrieves, bool [n]. Raises as :meth:`similarities`.
@@ -68,4 +69,5 @@ class RecordIndex:
 
 def _whole(vector: npt.NDArray[np.float64]) -> Whole:
     (unit,) = normalised(np.atleast_2d(vector))
-    return np.rint(unit * ENTRY_SCALE).astype(np.int64)
+    made: Whole = np.rint(unit * ENTRY_SCALE).astype(np.int64)
+    return made

@@ -99,7 +99,9 @@ class Questions:
             prepared = {name: self._prepared(shelves[name], terms) for name in sorted(shelves)}
             self._files.enter_context(held(directory))
             self._run = begun(directory, study)
-            self._keys = {name: identity_at(home_of(directory, name), name) for name in [SERVER, *names]}
+            self._keys = {
+                name: identity_at(home_of(directory, name), name) for name in [SERVER, *names]
+            }
             self._roster = Roster({name: self._keys[name].public for name in names})
             self._office = b""
             if study.scheme == "ckks-authority":

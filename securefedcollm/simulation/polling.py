@@ -19,14 +19,14 @@ from securefedcollm.evidence.ledger import check_anchors
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.plan import check_names, silo_names
 from securefedcollm.federation.questions.polling import Canvass, Opinion
-from securefedcollm.federation.questions.polls import claim_of
+from securefedcollm.federation.questions.polls import answers_of, claim_of
 from securefedcollm.federation.questions.records import (
     embed_alone,
     load_reader,
     reader_of,
     shelf_of,
 )
-from securefedcollm.federation.questions.space import Space, plan_of
+from securefedcollm.federation.questions.space import Space
 from securefedcollm.federation.questions.voting import Booth, BoothConversation
 from securefedcollm.federation.records import SERVER
 from securefedcollm.privacy.ledger import Ledger
@@ -46,7 +46,7 @@ from securefedcollm.tuning.recipe import Progress, silent
 
 @dataclass(frozen=True)
 class Polled:
-    """A question's result. ``seconds``: of the whole question, without loading models and records."""
+    """A question's result. ``seconds``: of all of it, without loading models and records."""
 
     opinion: Opinion
     seconds: float
@@ -128,9 +128,7 @@ class Polls:
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
-    def _ledger(
-        self, directory: Path, name: str, ledgers: Path | None, log: EvidenceLog
-    ) -> Ledger:
+    def _ledger(self, directory: Path, name: str, ledgers: Path | None, log: EvidenceLog) -> Ledger:
         book = same_ledger(home_of(directory, name), name, ledgers)
         ledger = self._files.enter_context(Ledger(book, name))
         check_anchors(log, ledger)
@@ -170,12 +168,7 @@ class Polls:
 
 def _check(study: Study, records: Mapping[str, Sequence[Question]], asker: str) -> None:
     check_keys(study)
-    if plan_of(study).mode != "answers":
-        raise ConfigError(
-            "this study asks documents, not records",
-            where="retrieval.mode",
-            hint="answers; configs/answers.yaml shows it",
-        )
+    answers_of(study)
     check_names(study, list(records), "records")
     check_asker(silo_names(study), asker)
     if asker != SERVER and study.silos.colluders < 1:

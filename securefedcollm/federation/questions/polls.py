@@ -16,12 +16,12 @@ from securefedcollm.aggregation import Roster, RoundHeader
 from securefedcollm.aggregation.messages import UNSIGNED, Signable, Signature, sign
 from securefedcollm.errors import ConfigError
 from securefedcollm.federation.plan import round_header
-from securefedcollm.federation.questions.space import plan_of
 from securefedcollm.primitives import RandomSource, SigningKey, sha256
 from securefedcollm.privacy.votes import MOST_CHOICES, Votes, VoteSetting, calibrate_votes
 from securefedcollm.retrieval.messages import NUMBER_BYTES, Number
 from securefedcollm.retrieval.terms import Digest
 from securefedcollm.study import Study, digest
+from securefedcollm.study.retrieval import Retrieval
 
 _PREFIX: Final = b"securefedcollm/v1/votes-"
 _Text = Annotated[str, msgspec.Meta(min_length=1, max_length=1 << 16)]
@@ -111,16 +111,31 @@ def answers_study(study: Study) -> str:
     return sha256(b"securefedcollm/answers/v1\0", digest(study)).hex()
 
 
+def answers_of(study: Study) -> Retrieval:
+    """The section of a study that asks records.
+
+    Raises:
+        ConfigError: it asks none.
+    """
+    if study.retrieval is None or study.retrieval.mode != "answers":
+        raise ConfigError(
+            "this study asks no records",
+            where="retrieval.mode",
+            hint="answers; configs/answers.yaml shows it",
+        )
+    return study.retrieval
+
+
 def claim_of(study: Study) -> tuple[float, float]:
     """(ε, δ) of all answers of one record in this study."""
-    plan, privacy = plan_of(study), study.privacy
+    plan, privacy = answers_of(study), study.privacy
     assert privacy is not None  # study.retrievalchecks
     return plan.epsilon or privacy.epsilon, privacy.delta
 
 
 def vote_setting(study: Study) -> VoteSetting:
     """What fixes the mechanism of a study's answers, except its noise."""
-    plan = plan_of(study)
+    plan = answers_of(study)
     whole = plan.reader == "model"
     return VoteSetting(
         field_bound=study.field.bound,
@@ -138,7 +153,7 @@ def votes_of(study: Study, choices: int) -> Votes:
         ConfigError: the study's field has no room for the noise.
     """
     setting = vote_setting(study)
-    z = calibrate_votes(*claim_of(study), plan_of(study).questions, setting)
+    z = calibrate_votes(*claim_of(study), answers_of(study).questions, setting)
     return Votes(setting, z, choices)
 
 

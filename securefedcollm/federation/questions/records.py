@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from securefedcollm.errors import DataError
 from securefedcollm.federation.cotuning import Holdings
-from securefedcollm.federation.questions.polls import Poll
-from securefedcollm.federation.questions.space import Space, plan_of
-from securefedcollm.federation.questions.voting import Reader, Shelf, count_labels
+from securefedcollm.federation.questions.polls import Poll, answers_of
+from securefedcollm.federation.questions.space import Space
+from securefedcollm.federation.questions.voting import Reader, RecordShelf, count_labels
 from securefedcollm.federation.tuned import Tuned
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.retrieval.nearest import RecordIndex
@@ -33,7 +33,8 @@ def embed_alone(space: Space, text: str) -> npt.NDArray[np.float64]:
     Raises:
         DataError: it has no words that the encoder knows.
     """
-    return space.embed([folded(text)])[0]
+    vector: npt.NDArray[np.float64] = space.embed([folded(text)])[0]
+    return vector
 
 
 def index_records(
@@ -67,7 +68,7 @@ def shelf_of(
     space: Space,
     ledger: Ledger,
     progress: Progress = silent,
-) -> Shelf:
+) -> RecordShelf:
     """A silo's records, and what its ledger knows them by.
 
     Raises:
@@ -77,21 +78,19 @@ def shelf_of(
     holdings = Holdings(study, questions)
     known = ledger.identify(holdings.contents(), also=holdings.also)
     ledger.recognise(known, [holdings.dataset, *holdings.also])
-    return Shelf(index_records(space, questions, progress), known, holdings.dataset)
+    return RecordShelf(index_records(space, questions, progress), known, holdings.dataset)
 
 
-def reader_of(
-    study: Study, questions: Sequence[Question], model: Tuned | None = None
-) -> Reader:
+def reader_of(study: Study, questions: Sequence[Question], model: Tuned | None = None) -> Reader:
     """What a silo makes of the records that a question retrieved, as the study says.
 
     Args:
         model: the SLM, with the run's adapter if there is one; for ``reader: model``.
     """
-    if plan_of(study).reader == "labels":
+    if answers_of(study).reader == "labels":
         return count_labels([_label(question) for question in questions], folded)
     assert model is not None
-    return ModelReader(model, questions, plan_of(study).fetched)
+    return ModelReader(model, questions, answers_of(study).fetched)
 
 
 def load_reader(study: Study, data: Path | None, adapter: Path) -> Tuned | None:
@@ -104,7 +103,7 @@ def load_reader(study: Study, data: Path | None, adapter: Path) -> Tuned | None:
         ConfigError: the model cannot be loaded.
         StateError: the adapter is damaged.
     """
-    if plan_of(study).reader == "labels":
+    if answers_of(study).reader == "labels":
         return None
     tuned = Tuned.load(study, study.models.slm, data=data)
     if adapter.exists():

@@ -37,13 +37,13 @@ from securefedcollm.evidence.ledger import anchor
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.questions.polls import (
     Poll,
+    answers_of,
     answers_study,
     claim_of,
     poll_header,
     sum_header,
     votes_of,
 )
-from securefedcollm.federation.questions.space import plan_of
 from securefedcollm.federation.records.common import note_refusal
 from securefedcollm.federation.silo import CLOCK, Clock
 from securefedcollm.primitives import SigningKey, sha256, verify
@@ -83,14 +83,18 @@ class Reader(Protocol):
         ...
 
 
-class Shelf(NamedTuple):
-    """A silo's records as a question meets them."""
+@dataclass(frozen=True)
+class RecordShelf:
+    """A silo's records as a question meets them.
+
+    Args:
+        known: by their identities in the silo's ledger, in the order of ``index``.
+        dataset: fingerprint of the file, for the ledger.
+    """
 
     index: RecordIndex
     known: Records
-    """By their identities in the silo's ledger, in the same order."""
     dataset: str
-    """Fingerprint of the file, for the ledger."""
 
 
 def charged_dataset(dataset: str) -> str:
@@ -121,7 +125,7 @@ class Booth:
     key: SigningKey
     roster: Roster
     askers: Mapping[str, bytes]
-    shelf: Shelf
+    shelf: RecordShelf
     embed: Embed
     read: Reader
     ledger: Ledger
@@ -220,16 +224,13 @@ class BoothConversation:
         self._at = _Charged(poll, votes, side, reservation)
         return READY
 
-    def _paid(
-        self, poll: Poll, votes: Votes
-    ) -> tuple[npt.NDArray[np.float64], Reservation]:
+    def _paid(self, poll: Poll, votes: Votes) -> tuple[npt.NDArray[np.float64], Reservation]:
         """The content of this silo's votes, after the records that make it were charged."""
-        booth, plan = self._booth, plan_of(self._booth.study)
+        booth, plan = self._booth, answers_of(self._booth.study)
         query, event, shelf = booth.embed(poll.question), votes.event(), booth.shelf
         assert plan.threshold is not None  # study.retrievalchecks
         charge = (charged_dataset(shelf.dataset), UNIT)
-        who = {"study": answers_study(booth.study), "individually": True}
-        budget = claim_of(booth.study)
+        name, budget = answers_study(booth.study), claim_of(booth.study)
         place = Key(*charge, sha256(poll.digest).hex()[:32], 0, 0)
         if any(entry.key == place for entry in booth.ledger.entries()):
             # Adversary: an asker, or a relay, that has one question summed twice, with other noise.
@@ -237,11 +238,16 @@ class BoothConversation:
                 "asked the same question twice", peer=self._asker, hint="ask a new one"
             )
         alike = shelf.index.retrieved(query, plan.threshold)
-        paying = booth.ledger.payers(*charge, [event], 1, budget, records=shelf.known, **who)
+        paying = booth.ledger.payers(
+            *(*charge, [event], 1, budget), records=shelf.known, study=name, individually=True
+        )
         for chosen in (alike & paying, np.zeros_like(alike)):
             try:
                 reservation = booth.ledger.reserve(
-                    *place, [event], budget, records=_only(shelf.known, chosen), **who
+                    *(*place, [event], budget),
+                    records=_only(shelf.known, chosen),
+                    study=name,
+                    individually=True,
                 )
                 return self._read(poll, chosen, query), reservation
             except BudgetExceeded:

@@ -71,20 +71,21 @@ def agree(case: Case, wrong: Faults) -> str:
     asked = _asked(case, wrong)
     said = 0
     for silo, log in case.silos.items():
-        opened = {what.header: (entry, what) for entry, what in of(log, Voted)}
+        left = {what.header for _, what in of(log, Voting)}
         for entry, what in of(log, Voting):
             if what.asker in case.logs and what.header not in asked:
                 wrong(entry, f"{what.asker} signed this question, and its own log does not have it")
-        for header, (entry, what) in opened.items():
-            told = asked[header].tallied if header in asked else None
-            if told is not None and (told.lists, told.survivors) != (what.lists, what.survivors):
-                wrong(entry, f"{silo} and {asked[header].asker} name other silos of this sum")
+        for entry, voted in of(log, Voted):
+            poll = asked.get(voted.header)
+            told = poll.tallied if poll else None
+            if told is not None and (told.lists, told.survivors) != (voted.lists, voted.survivors):
+                wrong(entry, f"{silo} and its asker name other silos of this sum")
         for header, poll in asked.items():
             if poll.tallied is None or silo not in poll.tallied.survivors:
                 continue
             said += 1
             # A silo that is in the sum uploaded; it may have been lost before it unmasked.
-            if header not in {what.header for _, what in of(log, Voting)}:
+            if header not in left:
                 wrong(poll.entry, f"{silo} is in the sum, and its own log does not have it")
     return f"{count(len(asked), 'question')}, {count(said, 'vote')} the same at both ends"
 
