@@ -57,7 +57,7 @@ class Asked(NamedTuple):
     @property
     def fingerprints(self) -> frozenset[str]:
         """Of the file."""
-        return frozenset((self.dataset, *(self.records.also if self.records else ())))
+        return frozenset((self.dataset, *(self.records.also if self.records is not None else ())))
 
     @property
     def whole(self) -> Events:
@@ -66,7 +66,7 @@ class Asked(NamedTuple):
     @property
     def whom(self) -> Unit:
         records = self.records
-        return Unit(self.unit, records.column, records.most) if records else Unit(self.unit)
+        return Unit(self.unit, records.column, records.most) if records is not None else Unit(self.unit)
 
 
 class Decision:

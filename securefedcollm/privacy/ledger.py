@@ -371,7 +371,7 @@ def _of_the_other_part(entry: Entry, asked: Asked) -> bool:
 
 
 def _again(known: Entry, asked: Asked) -> Reservation:
-    known_as = {"", *(asked.records.digests if asked.records else ())}
+    known_as = {"", *(asked.records.digests if asked.records is not None else ())}
     same = known.reserved == asked.events and known.about.records in known_as
     if known.state == "reserved" and same:
         return Reservation(known.key, known.reserved, known.row)

@@ -1,0 +1,412 @@
+"""Questions to records with every role: who votes, who pays, and what never shows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from securefedcollm_audits.verification.verify import verify
+
+from securefedcollm.aggregation.messages import UNSIGNED, sign
+from securefedcollm.errors import (
+    BudgetExceeded,
+    ConfigError,
+    DataError,
+    EvidenceError,
+    LocalProtocolError,
+    ProtocolError,
+    RemoteProtocolError,
+)
+from securefedcollm.evidence.bundle import make_bundle
+from securefedcollm.federation.questions.polls import make_poll, poll_header
+from securefedcollm.federation.questions.records import ModelReader, index_records, load_reader
+from securefedcollm.federation.questions.voting import READY, Booth, count_labels
+from securefedcollm.federation.silo import Clock
+from securefedcollm.privacy.events import Gaussian
+from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.simulation.polling import Polls
+from securefedcollm.study import digest
+from securefedcollm.tuning.content import folded
+from tests.support.polling import CHOICES, COPIES, QUESTION, RECORDS, Voters, record
+
+
+@pytest.fixture(scope="module")
+def voters(tmp_path_factory: pytest.TempPathFactory) -> Voters:
+    return Voters(tmp_path_factory.mktemp("voters"))
+
+
+def booth_of(polls: Polls, name: str = "silo-1") -> Booth:
+    return polls._booths[name]
+
+
+def charged(run: Path, name: str) -> list[int]:
+    """How many records each question charged, oldest first."""
+    with Ledger(run / "silos" / name / "ledger.sqlite", name) as ledger:
+        found = [len(ledger.stored(e.about.records)) for e in ledger.entries() if e.counted]
+    assert not any(count % COPIES for count in found)
+    return [count // COPIES for count in found]
+
+
+def votes(polls: Polls, question: str = QUESTION, choices: tuple[str, ...] = CHOICES) -> list[int]:
+    return [round(vote / COPIES) for vote in polls.ask(question, choices).opinion.tally.votes]
+
+
+def test_records_vote_and_only_the_retrieved_pay(voters, tmp_path):
+    run = tmp_path / "run"
+    with voters.polls(run) as polls:
+        assert votes(polls) == [2, 1, 0]
+        # Two of three records of silo-1 are alike; of silo-3 one is, and has no vote.
+        assert [charged(run, name) for name in RECORDS] == [[2], [1], [1], [0]]
+        assert votes(polls, "w30 w31 w32") == [0, 1, 0]
+        assert [charged(run, name) for name in RECORDS] == [[2, 0], [1, 1], [1, 0], [0, 0]]
+    bundle = tmp_path / "evidence.zip"
+    bundle.write_bytes(make_bundle(run))
+    verdict = verify(bundle)
+    assert verdict.holds, [row for row in verdict.results if row.status == "fail"]
+    said = {row.name: row.evidence for row in verdict.results}
+    assert said["votes"] == "8 votes of 4 silos, each charged and noised"
+    assert said["tallies"] == "2 questions, 8 votes the same at both ends"
+    assert "questions" not in said  # nobody asks documents
+
+
+def test_a_record_that_has_spent_its_budget_is_no_longer_retrieved(voters, tmp_path):
+    with voters.polls(tmp_path / "run") as polls:
+        # Settled with the shares of four silos instead of three: a few more than the planned three.
+        said = [votes(polls) for _ in range(8)]
+        assert said[0] == said[2] == [2, 1, 0]
+        assert said[-1] == [0, 0, 0]
+        assert votes(polls, "w30 w31 w32") == [0, 1, 0]  # another record has its own budget
+    assert sorted({*charged(tmp_path / "run", "silo-1")}) == [0, 2]
+
+
+class Seen:
+    """What leaves a silo while the sum is made: lengths of its frames, and kinds of its entries."""
+
+    def __init__(self, polls: Polls, name: str = "silo-1") -> None:
+        booth = booth_of(polls, name)
+        before = booth.evidence.size
+        opened = booth.open("server")
+        self.lengths: list[int] = []
+        handle = opened.handle
+
+        def heard(frame: bytes) -> bytes:
+            answer = handle(frame)
+            self.lengths.append(len(answer))
+            return answer
+
+        object.__setattr__(opened, "handle", heard)
+        object.__setattr__(polls, "_booths", polls._booths | {name: _Once(booth, opened)})
+        self.polls, self.booth, self.name = polls, booth, name
+        self.before = before
+
+    def entries(self) -> list[dict[str, Any]]:
+        new = self.booth.evidence.entries[self.before :]
+        plain = [msgspec.to_builtins(entry.what) for entry in new]
+        hidden = {"poll", "header", "delivery", "ledger", "lists"}
+        return [{k: v for k, v in what.items() if k not in hidden} for what in plain]
+
+
+class _Once:
+    def __init__(self, booth: Booth, opened: Any) -> None:
+        self._opened, self.embed = opened, booth.embed
+
+    def open(self, asker: str) -> Any:
+        return self._opened
+
+
+def test_nothing_shows_whether_a_silo_had_anything(voters, tmp_path, monkeypatch, caplog):
+    """Its frames have the same lengths, and its log the same entries, in four cases."""
+    seen = []
+    for case in ("retrieved", "nothing", "spent", "failing"):
+        run = tmp_path / case
+        with voters.polls(run) as polls:
+            if case == "spent":
+                for _ in range(8):
+                    votes(polls)
+            if case == "failing":
+                object.__setattr__(booth_of(polls), "read", _fail)
+            shown = Seen(polls)
+            with caplog.at_level(logging.ERROR):
+                said = votes(polls, "w90 w91 w92" if case == "nothing" else QUESTION)
+            seen.append((case, said, shown.lengths, shown.entries()))
+    first = seen[0]
+    for _, _, lengths, entries in seen[1:]:
+        assert lengths == first[2]
+        assert entries == first[3]
+    assert [said for _, said, *_ in seen] == [[2, 1, 0], [0, 0, 0], [0, 0, 0], [1, 0, 0]]
+    assert [what["kind"] for what in first[3]] == ["voting", "voted"]
+    assert "votes for nothing" in caplog.text
+
+
+def _fail(*_: Any) -> Any:
+    raise ValueError("w1 w2 w3")  # a record's words
+
+
+def test_the_time_is_hidden_in_slots(tmp_path, voters):
+    slotted = Voters(
+        voters.data,
+        {"local": {"steps": 8, "batch_size": 60, "learning_rate": 0.01, "reply_slot": 60.0}},
+    )
+    now, waited = [0.0], []
+
+    def reading(poll: Any, retrieved: Any, _: Any) -> Any:
+        now[0] += 5.0 * (1 + len(retrieved))  # seconds that depend on records
+        return np.zeros(len(poll.choices))
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        now[0] += seconds
+
+    ends = []
+    with slotted.polls(tmp_path / "run") as polls:
+        booth = booth_of(polls)
+        object.__setattr__(booth, "clock", Clock(lambda: now[0], wait))
+        object.__setattr__(booth, "read", reading)
+        for question in (QUESTION, "w90 w91"):
+            now[0] = 0.0
+            polls.ask(question, CHOICES)
+            ends.append(now[0])
+    assert waited[0] != waited[1]
+    assert ends == [60.0, 60.0]
+
+
+def asked(polls: Polls, **changes: Any) -> bytes:
+    canvass = polls._canvass
+    poll = make_poll(canvass.study, canvass.run, canvass.key, QUESTION, CHOICES)
+    return sign(msgspec.structs.replace(poll, **changes), canvass.key).encode()
+
+
+def test_a_poll_is_answered_once(voters, tmp_path):
+    """Two sums of the same votes, with other noise each, would be two releases for one charge."""
+    with voters.polls(tmp_path / "run") as polls:
+        frame = asked(polls)
+        first = booth_of(polls).open("server")
+        assert first.handle(frame) == READY
+        with pytest.raises(RemoteProtocolError, match="the same question twice"):
+            booth_of(polls).open("server").handle(frame)
+        first.close()
+    with voters.polls(tmp_path / "run") as polls, pytest.raises(RemoteProtocolError, match="twice"):
+        booth_of(polls).open("server").handle(frame)  # nor in another process
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (
+            lambda p: {"before": poll_header(bytes(32), p._canvass.run, p._canvass.key.public)},
+            "in another study",
+        ),
+        (
+            lambda p: {"before": poll_header(digest(p._study), bytes(16), p._canvass.key.public)},
+            "in another study",
+        ),
+        (lambda p: {"choices": ("w50",)}, "not a well-formed poll"),
+    ],
+)
+def test_what_is_no_poll_of_this_run_is_refused(voters, tmp_path, change, why):
+    with voters.polls(tmp_path / "run") as polls:
+        conversation = booth_of(polls).open("server")
+        with pytest.raises(RemoteProtocolError, match=why):
+            conversation.handle(asked(polls, **change(polls)))
+        with pytest.raises(RemoteProtocolError, match="over"):
+            conversation.handle(asked(polls))
+        assert charged(tmp_path / "run", "silo-1") == []
+
+
+def test_only_members_ask_and_sign(voters, tmp_path):
+    with voters.polls(tmp_path / "run") as polls:
+        booth = booth_of(polls)
+        with pytest.raises(LocalProtocolError, match="may not ask here"):
+            booth.open("mallory")
+        canvass = polls._canvass
+        poll = make_poll(canvass.study, canvass.run, canvass.key, QUESTION, CHOICES)
+        unsigned = msgspec.structs.replace(poll, signature=UNSIGNED)
+        with pytest.raises(RemoteProtocolError, match="did not sign"):
+            booth.open("server").handle(unsigned.encode())
+        with pytest.raises(RemoteProtocolError, match="in another study, run or name"):
+            booth.open("silo-2").handle(poll.encode())
+
+
+def test_silos_that_are_asked_different_things_open_nothing(voters, tmp_path):
+    """Else the sum would show what one of them said."""
+    with voters.polls(tmp_path / "run") as polls:
+        begun: dict[str, Any] = {}
+        other = asked(polls)
+
+        def carry(silo: str, frame: bytes) -> bytes:
+            if silo not in begun:
+                begun[silo] = booth_of(polls, silo).open("server")
+                return begun[silo].handle(other if silo == "silo-1" else frame)
+            return begun[silo].handle(frame)
+
+        opinion = polls._canvass.ask(QUESTION, CHOICES, carry)
+        assert opinion.survivors == ("silo-2", "silo-3", "silo-4")  # the three that were asked the same
+        assert "silo-1" in opinion.failed
+        begun.clear()
+
+        def differently(silo: str, frame: bytes) -> bytes:
+            if silo not in begun:
+                begun[silo] = booth_of(polls, silo).open("server")
+                return begun[silo].handle(asked(polls))
+            return begun[silo].handle(frame)
+
+        with pytest.raises(ProtocolError):
+            polls._canvass.ask(QUESTION, CHOICES, differently)
+
+
+def test_a_sum_that_breaks_off_before_the_votes_leave_costs_nothing(voters, tmp_path):
+    run = tmp_path / "run"
+    with voters.polls(run) as polls:
+        frames = []
+
+        def until(step: int) -> Callable[[str, bytes], bytes]:
+            open_now: dict[str, Any] = {}
+            frames.append(open_now)
+
+            def carry(silo: str, frame: bytes) -> bytes:
+                made = open_now.setdefault(silo, [booth_of(polls, silo).open("server"), 0])
+                made[1] += 1
+                if made[1] > step:
+                    made[0].close()
+                    raise ProtocolError("gone", hint="none")
+                return made[0].handle(frame)
+
+            return carry
+
+        for step, expected in ((2, []), (4, [2])):  # poll, keys, shares, upload
+            with pytest.raises(ProtocolError):
+                polls._canvass.ask(QUESTION, CHOICES, until(step))
+            assert charged(run, "silo-1") == expected
+
+
+def test_records_that_another_process_charged_just_now_are_not_retrieved(voters, tmp_path):
+    """A refusal would tell the asker that some record is spent."""
+    with voters.polls(tmp_path / "run") as polls:
+        ledger, tries = booth_of(polls).ledger, []
+        reserve = ledger.reserve
+
+        def raced(*key: Any, **about: Any) -> Any:
+            tries.append(len(about["records"]))
+            if len(about["records"]):
+                raise BudgetExceeded("of a record", hint="none")
+            return reserve(*key, **about)
+
+        object.__setattr__(ledger, "reserve", raced)
+        assert votes(polls) == [1, 0, 0]
+        assert tries == [2 * COPIES, 0]
+
+
+def test_an_owner_who_pinned_less_is_asked_for_no_more(voters, tmp_path):
+    with voters.polls(tmp_path / "run"):
+        pass
+    with Ledger(tmp_path / "run" / "silos" / "silo-1" / "ledger.sqlite", "silo-1") as ledger:
+        ledger.pin(1.0, 1e-5)
+    with voters.polls(tmp_path / "run") as polls:
+        opinion = polls.ask(QUESTION, CHOICES).opinion
+        assert opinion.survivors == ("silo-2", "silo-3", "silo-4")
+        assert "pinned at ε = 1" in opinion.failed["silo-1"]
+
+
+def test_an_older_ledger_answers_nothing(voters, tmp_path):
+    run = tmp_path / "run"
+    with voters.polls(run) as polls:
+        votes(polls)
+    home = run / "silos" / "silo-1"
+    for file in home.glob("ledger.*"):
+        file.unlink()
+    with pytest.raises((ConfigError, EvidenceError)), voters.polls(run):
+        pass
+
+
+def test_a_silo_asks_as_one_of_the_colluders(voters, tmp_path):
+    alone = Voters(voters.data, {"silos": {"count": 4, "colluders": 0}})
+    with pytest.raises(ConfigError, match="allows for no colluder"):
+        alone.polls(tmp_path / "run", "silo-1")
+    with voters.polls(tmp_path / "run2", "silo-1") as polls:
+        assert votes(polls) == [2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("question", "choices", "where"),
+    [
+        ("", CHOICES, ""),
+        (QUESTION, ("w50",), "choices"),
+        (QUESTION, ("w50", "w50"), "choices"),
+        (QUESTION, ("w50", " "), "choices"),
+        (QUESTION, tuple(f"w{i}" for i in range(65)), "choices"),
+    ],
+)
+def test_what_is_no_question_is_not_sent(voters, tmp_path, question, choices, where):
+    with voters.polls(tmp_path / "run") as polls:
+        with pytest.raises((ConfigError, DataError)) as refused:
+            polls.ask(question, choices)
+        assert where in str(refused.value)
+        assert charged(tmp_path / "run", "silo-1") == []
+
+
+def test_records_that_cannot_be_embedded_are_named_by_their_number(voters):
+    with pytest.raises(DataError) as refused:
+        index_records(voters.space, [record("w1", "w2"), record(" ", "w2")])
+    assert refused.value.where == "record 2"
+    with pytest.raises(DataError, match="no records"):
+        index_records(voters.space, [])
+
+
+def test_choices_are_compared_as_the_ledger_compares_words():
+    read = count_labels(["w50", "", "w\u00e9"], folded)
+
+    class Asked:
+        choices = (" w50 ", "we\u0301")
+
+    assert read(Asked(), [0, 1, 2], np.zeros(3, np.int64)).tolist() == [1.0, 1.0]
+
+
+def test_the_small_model_reads_and_answers_once(voters, tmp_path):
+    """A distribution of the silo's own, whose noise is that of its diameter; nothing retrieved: the
+    model answers all the same, and nothing of it is sent."""
+    reading = Voters(voters.data, reader="model", fetched=1)
+    with reading.polls(tmp_path / "run") as polls:
+        assert polls.ask(QUESTION, CHOICES).opinion.survivors == tuple(RECORDS)
+        assert charged(tmp_path / "run", "silo-1") == [2]
+    model = load_reader(reading.study, reading.data, tmp_path / "none")
+    assert model is not None
+    asked, answers = [], type(model).answers
+
+    class Counting:
+        def encode(self, questions: Any) -> Any:
+            asked.append(questions[0].prompt)
+            return model.encode(questions)
+
+        def answers(self, encoded: Any) -> Any:
+            return answers(model, encoded)
+
+    read = ModelReader(Counting(), RECORDS["silo-1"], 1)  # type: ignore[arg-type]
+
+    class Poll:
+        question, choices = QUESTION, CHOICES
+
+    some = read(Poll(), [0, 2], np.array([5, 9, 7]))  # type: ignore[arg-type]
+    none = read(Poll(), [], np.array([5, 9, 7]))  # type: ignore[arg-type]
+    assert abs(float(some.sum()) - 1.0) < 1e-9
+    assert none.tolist() == [0.0, 0.0, 0.0]
+    assert asked == [f"w20 w21 w52\n{QUESTION}", QUESTION]
+
+
+def test_tuning_and_answers_share_a_records_budget(voters, tmp_path):
+    """What a record pays elsewhere is gone here too."""
+    run = tmp_path / "run"
+    with voters.polls(run) as polls:
+        booth = booth_of(polls)
+        shelf = booth.shelf
+        booth.ledger.reserve(
+            *(shelf.dataset, "record", "training", 0, 0, [Gaussian(0.2, 1)], (40.0, 1e-5)),
+            records=shelf.known,
+            study="aa",
+        )
+        assert votes(polls) == [1, 0, 0]
+        assert votes(polls, "w30 w31 w32") == [0, 1, 0]
