@@ -66,7 +66,11 @@ class Asked(NamedTuple):
     @property
     def whom(self) -> Unit:
         records = self.records
-        return Unit(self.unit, records.column, records.most) if records is not None else Unit(self.unit)
+        return (
+            Unit(self.unit, records.column, records.most)
+            if records is not None
+            else Unit(self.unit)
+        )
 
 
 class Decision:

@@ -62,7 +62,14 @@ class Voters:
         directory.mkdir(exist_ok=True)
         self.data = directory
         privacy = {"epsilon": 40.0, "delta": 1e-5}
-        given = {"silos": {"count": 4}, "privacy": privacy, **(study or {}), "retrieval": ANSWERS | changes}
+        files = {"train": "train.jsonl", "test": "test.jsonl", "public": 8, "per_silo": 20}
+        base = {"silos": {"count": 4}, "task": {"data": files}, "privacy": privacy}
+        given = {
+            **base,
+            "local": {"steps": 1, "batch_size": 10, "learning_rate": 0.01},
+            **(study or {}),
+            "retrieval": ANSWERS | changes,
+        }
         self.study: Study = small_study(directory, **given)
         self.space: Space = space_of(self.study, directory)
         self.records = dict(RECORDS)
