@@ -331,6 +331,8 @@ class Ledger(Book):
         }
         if asked.study:
             content["study"] = asked.study
+        if asked.individually:
+            content["individually"] = True
         records = asked.records
         if records is not None:
             self._journal.keep(records.digest, records.blob)

@@ -38,7 +38,7 @@ from securefedcollm.privacy.quantise import Integers
 
 MOST_CHOICES: Final = 64
 _FINE: Final = 4096
-"""Integers of a probability of 1 in a whole answer, at least."""
+"""Integers of a probability of 1 in a whole answer, where the field has room for so many."""
 
 
 class VoteSetting(NamedTuple):
@@ -83,8 +83,10 @@ class Votes:
         self.choices = choices
         self.noise_multiplier = noise_multiplier
         per_share = noise_multiplier / math.sqrt(setting.honest)
-        least = _FINE if setting.whole else 1
-        self.levels = max(least, math.ceil(SMALLEST_SHARE / per_share))
+        fine = 1
+        if setting.whole:
+            fine = min(_FINE, int(setting.field_bound / (2.0 + math.sqrt(2.0) * TAIL * per_share)))
+        self.levels = max(fine, math.ceil(SMALLEST_SHARE / per_share))
         """G: integers of one vote."""
         self.sensitivity = math.isqrt(2 * self.levels**2) + 1 if setting.whole else self.levels
         self.share_sigma = per_share * self.sensitivity

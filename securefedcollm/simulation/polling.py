@@ -19,7 +19,7 @@ from securefedcollm.evidence.ledger import check_anchors
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.plan import check_names, silo_names
 from securefedcollm.federation.questions.polling import Canvass, Opinion
-from securefedcollm.federation.questions.polls import answers_of, claim_of
+from securefedcollm.federation.questions.polls import claim_of, votes_of
 from securefedcollm.federation.questions.records import (
     embed_alone,
     load_reader,
@@ -30,6 +30,7 @@ from securefedcollm.federation.questions.space import Space
 from securefedcollm.federation.questions.voting import Booth, BoothConversation
 from securefedcollm.federation.records import SERVER
 from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.privacy.votes import MOST_CHOICES
 from securefedcollm.simulation.asking import (
     begun,
     check_asker,
@@ -168,7 +169,7 @@ class Polls:
 
 def _check(study: Study, records: Mapping[str, Sequence[Question]], asker: str) -> None:
     check_keys(study)
-    answers_of(study)
+    votes_of(study, MOST_CHOICES)  # refuses a study whose field has no room
     check_names(study, list(records), "records")
     check_asker(silo_names(study), asker)
     if asker != SERVER and study.silos.colluders < 1:

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from securefedcollm_audits.verification.second_accountant import bracket
 
-from securefedcollm.errors import ConfigError
+from securefedcollm.errors import BudgetExceeded, ConfigError
 from securefedcollm.privacy.accounting import TIGHT_SHARE, claim, prv_bounds
 from securefedcollm.privacy.events import Gaussian
+from securefedcollm.privacy.identities import Records
+from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.privacy.noise import NoiseSource
+from securefedcollm.privacy.report import read_report
 from securefedcollm.privacy.votes import (
     MOST_CHOICES,
     Tally,
@@ -127,3 +130,69 @@ def test_votes_are_mixed_with_a_model():
     assert votes.mixed(prior, 0.0).tolist() == prior.tolist()
     assert int(votes.mixed(prior, 0.5).argmax()) == 1
     assert np.allclose(votes.mixed(prior, 1.0), votes.distribution)
+
+
+def charge(ledger, records, number, *, individually=True, study="aa"):
+    z = calibrate_votes(2.0, DELTA, 3, COUNTED)
+    event = Votes(COUNTED, z, 2).event()
+    about = {"records": records, "study": study, "individually": individually}
+    reserved = ledger.reserve(
+        "00" * 32, "record", f"poll {number}", 0, 0, [event], (2.0, DELTA), **about
+    )
+    ledger.release(reserved)
+    return event
+
+
+def some(known, *rows):
+    chosen = np.isin(np.arange(len(known)), rows)
+    return Records(known.rows[chosen], key=known.key)
+
+
+@pytest.fixture
+def book(tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite", "silo-1") as ledger:
+        ledger.pin(2.0, DELTA)
+        yield ledger, ledger.identify((bytes([n]) * 32, None) for n in range(4))
+
+
+def test_only_the_records_that_a_question_retrieves_pay(book):
+    ledger, known = book
+    for number, rows in enumerate([(0, 1), (0, 2), (0,), (1,), ()]):
+        event = charge(ledger, some(known, *rows), number)
+    paying = ledger.payers(
+        "00" * 32, "record", [event], 1, (2.0, DELTA), records=known, study="aa", individually=True
+    )
+    assert paying.tolist() == [False, True, True, True]  # three questions a record
+    with pytest.raises(BudgetExceeded):
+        charge(ledger, some(known, 0, 3), 9)
+    for number in range(10, 16):  # a charge to no record is always admitted
+        charge(ledger, some(known), number)
+
+
+def test_as_one_claim_of_all_records_three_questions_would_be_the_end(book):
+    """The control: a study's claim that all of its charges share, as for tuning."""
+    ledger, known = book
+    for number in range(3):
+        charge(ledger, some(known, number), number, individually=False)
+    with pytest.raises(BudgetExceeded, match="of this study's own claim"):
+        charge(ledger, some(known, 3), 3, individually=False)
+
+
+def test_a_studys_claim_bounds_every_record_also_where_more_is_pinned(book):
+    ledger, known = book
+    ledger.pin(20.0, DELTA, higher=True)
+    for number in range(3):
+        charge(ledger, some(known, 0), number)
+    with pytest.raises(BudgetExceeded):
+        charge(ledger, some(known, 0), 3)
+    charge(ledger, some(known, 0), 4, study="bb")  # another study has a claim of its own
+
+
+def test_the_budgets_page_shows_a_files_answers_as_one_set(book, tmp_path):
+    ledger, known = book
+    for number, rows in enumerate([(0, 1), (0,), (2,), ()]):
+        charge(ledger, some(known, *rows), number)
+    (shown,) = read_report(tmp_path / "ledger.sqlite", details=False).sets
+    assert (shown.standing.accounts, shown.standing.untouched) == (3, 0)
+    assert shown.entries == {"released": 4}
+    assert 0.0 < shown.standing.median < shown.standing.worst <= 2.0

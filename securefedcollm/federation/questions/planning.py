@@ -20,7 +20,7 @@ _WRONG: Final = (0.05, 0.01)
 
 
 class AnswerPlan(msgspec.Struct, frozen=True):
-    """What ``questions`` questions that all retrieve one record cost, and how well votes survive it.
+    """What ``questions`` questions that all retrieve one record cost, and what votes survive it.
 
     ``noise_multiplier``: z, noise over the sensitivity, against the asker and the colluders.
     ``vote``: the sensitivity in votes, 1, or √2 for a silo's whole answer. ``sigma``: standard
