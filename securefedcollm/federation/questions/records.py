@@ -20,7 +20,9 @@ from securefedcollm.federation.tuned import Tuned
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.retrieval.nearest import RecordIndex
 from securefedcollm.study import Study
+from securefedcollm.study.config import Task
 from securefedcollm.tuning.content import folded
+from securefedcollm.tuning.formats import CLASSIFY, QUESTION
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.recipe import Progress, silent
 
@@ -37,12 +39,33 @@ def embed_alone(space: Space, text: str) -> npt.NDArray[np.float64]:
     return vector
 
 
-def index_records(
-    space: Space, questions: Sequence[Question], progress: Progress = silent
-) -> RecordIndex:
-    """The embeddings of the records' prompts.
+def frame_of(task: Task) -> tuple[str, str]:
+    """What stands before and after the question in a record's prompt that a template made."""
+    usual = {"multiple_choice": QUESTION, "classification": CLASSIFY}
+    before, _, after = (task.template or usual.get(task.rows, "{}")).partition("{}")
+    return before, after
 
-    A prompt is embedded in one Unicode form and with single spaces, as the ledger identifies it.
+
+def bare(prompt: str, frame: tuple[str, str]) -> str:
+    """The question in a record's prompt, as an asker would put it: without the template."""
+    before, after = frame
+    framed = prompt.startswith(before) and prompt.endswith(after)
+    inside = prompt[len(before) : len(prompt) - len(after)]
+    return inside if framed and inside.strip() else prompt
+
+
+def index_records(
+    space: Space,
+    questions: Sequence[Question],
+    progress: Progress = silent,
+    frame: tuple[str, str] = ("", ""),
+) -> RecordIndex:
+    """The embeddings of the records' questions.
+
+    They are embedded in one Unicode form and with single spaces, as the ledger identifies them.
+
+    Args:
+        frame: of a template that is not part of the question.
 
     Raises:
         DataError: there is no record, or one has no words that the encoder knows; names it by its
@@ -51,15 +74,17 @@ def index_records(
     if not questions:
         raise DataError("no records", where="records", hint="give at least one")
     found: dict[str, npt.NDArray[np.float64]] = {}
+    texts: list[str] = []
     for number, question in enumerate(questions, start=1):
-        text = folded(question.prompt)
+        text = folded(bare(question.prompt, frame))
+        texts.append(text)
         if text not in found:
             try:
                 found[text] = embed_alone(space, text)
             except DataError as error:
                 raise DataError(error.problem, where=f"record {number}", hint=error.hint) from None
         progress(number, len(questions), "embedding records")
-    return RecordIndex(np.array([found[folded(question.prompt)] for question in questions]))
+    return RecordIndex(np.array([found[text] for text in texts]))
 
 
 def shelf_of(
@@ -78,7 +103,8 @@ def shelf_of(
     holdings = Holdings(study, questions)
     known = ledger.identify(holdings.contents(), also=holdings.also)
     ledger.recognise(known, [holdings.dataset, *holdings.also])
-    return RecordShelf(index_records(space, questions, progress), known, holdings.dataset)
+    index = index_records(space, questions, progress, frame_of(study.task))
+    return RecordShelf(index, known, holdings.dataset)
 
 
 def reader_of(study: Study, questions: Sequence[Question], model: Tuned | None = None) -> Reader:
@@ -90,7 +116,8 @@ def reader_of(study: Study, questions: Sequence[Question], model: Tuned | None =
     if answers_of(study).reader == "labels":
         return count_labels([_label(question) for question in questions], folded)
     assert model is not None
-    return ModelReader(model, questions, answers_of(study).fetched)
+    frame = ("", "") if study.task.data.builtin else frame_of(study.task)
+    return ModelReader(model, questions, answers_of(study).fetched, frame)
 
 
 def load_reader(study: Study, data: Path | None, adapter: Path) -> Tuned | None:
@@ -121,10 +148,18 @@ class ModelReader:
     Args:
         most: the most records that it reads, best last. The prompt loses its beginning where the
             study's ``task.max_tokens`` has no room.
+        frame: of the template that the question is put in.
     """
 
-    def __init__(self, model: Tuned, questions: Sequence[Question], most: int) -> None:
+    def __init__(
+        self,
+        model: Tuned,
+        questions: Sequence[Question],
+        most: int,
+        frame: tuple[str, str] = ("", ""),
+    ) -> None:
         self._model, self._questions, self._most = model, questions, most
+        self._frame = frame
 
     def __call__(
         self, poll: Poll, retrieved: Sequence[int], similarities: npt.NDArray[np.int64]
@@ -132,7 +167,8 @@ class ModelReader:
         """The SLM's distribution over the choices; zeros where nothing was retrieved."""
         best = sorted(retrieved, key=lambda at: (-int(similarities[at]), at))[: self._most]
         texts = [_sentence(self._questions[at]) for at in reversed(best)]
-        asked = Question("\n".join([*texts, poll.question]), poll.choices, answer=0)
+        put = poll.question.join(self._frame)
+        asked = Question("\n".join([*texts, put]), poll.choices, answer=0)
         scores = self._model.answers(self._model.encode([asked])).scores
         assert scores is not None  # there are choices
         shares = np.exp(scores[0].astype(np.float64) - float(scores[0].max()))
