@@ -13,7 +13,7 @@ from securefedcollm.federation.files import write_durably
 from securefedcollm.federation.questions.polls import answers_of, claim_of
 from securefedcollm.federation.questions.space import space_of
 from securefedcollm.privacy.votes import Tally
-from securefedcollm.simulation.polling import Polls
+from securefedcollm.simulation.polling import Polled, Polls
 from securefedcollm.study import Study, load_study
 from securefedcollm.tuning.embed import encodes
 from securefedcollm.tuning.recipe import Progress, silent
@@ -80,7 +80,6 @@ def ask_records(
     asker: str = "server",
     out: Place | None = None,
     data: Place | None = None,
-    ledgers: Place | None = None,
     progress: Progress = silent,
 ) -> Vote:
     """Let all silos' records vote on a question, every role on this machine.
@@ -99,7 +98,6 @@ def ask_records(
         out: the run's directory; default ``runs/STUDY``. It may be that of a finished simulation of
             the same study, whose ledgers then go on.
         data: the directory of the study's data files and ``path:`` models.
-        ledgers: a directory with the silos' ledgers (``NAME.sqlite``) in place of the run's own.
         progress: called as ``progress(done, total, text)``.
 
     Raises:
@@ -113,7 +111,8 @@ def ask_records(
     if not all(map(encodes, (question, *choices))):
         raise ConfigError("is not valid Unicode", where="QUESTION", hint="write it in UTF-8")
     agreed = study if isinstance(study, Study) else load_study(study)
-    plan, place = answers_of(agreed), None if data is None else Path(data)
+    answers_of(agreed)
+    place = None if data is None else Path(data)
     directory = Path(out) if out is not None else Path("runs") / agreed.study
     with Polls(
         agreed,
@@ -124,11 +123,14 @@ def ask_records(
         directory=directory,
         space=space_of(agreed, place, progress),
         data=place,
-        ledgers=None if ledgers is None else Path(ledgers),
         progress=progress,
     ) as polls:
         asked = polls.ask(question, choices)
-    opinion, (epsilon, delta) = asked.opinion, claim_of(agreed)
+    return _vote(agreed, asked, choices, directory)
+
+
+def _vote(study: Study, asked: Polled, choices: Sequence[str], directory: Path) -> Vote:
+    opinion, (epsilon, delta) = asked.opinion, claim_of(study)
     return Vote(
         choice=choices[opinion.tally.choice],
         votes=dict(zip(choices, opinion.tally.votes, strict=True)),
@@ -136,7 +138,7 @@ def ask_records(
         doubt=opinion.tally.doubt,
         counted=opinion.survivors,
         failed=opinion.failed,
-        questions=plan.questions,
+        questions=answers_of(study).questions,
         epsilon=epsilon,
         delta=delta,
         sent=opinion.sent,

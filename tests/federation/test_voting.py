@@ -83,61 +83,42 @@ def test_a_record_that_has_spent_its_budget_is_no_longer_retrieved(voters, tmp_p
     assert charged(tmp_path / "run", "silo-1") == [2, 0, 0]
 
 
-class Seen:
-    """What leaves a silo while the sum is made: lengths of its frames, and kinds of its entries."""
+def seen(polls: Polls, question: str) -> tuple[list[int], list[int], list[dict[str, Any]]]:
+    """The votes, and what leaves silo-1 meanwhile: lengths of its frames, and its new entries."""
+    log = booth_of(polls).evidence
+    before, open_now, lengths = log.size, {}, []
 
-    def __init__(self, polls: Polls, name: str = "silo-1") -> None:
-        booth = booth_of(polls, name)
-        before = booth.evidence.size
-        opened = booth.open("server")
-        self.lengths: list[int] = []
-        handle = opened.handle
+    def carry(silo: str, frame: bytes) -> bytes:
+        conversation = open_now.setdefault(silo, booth_of(polls, silo).open("server"))
+        answer: bytes = conversation.handle(frame)
+        if silo == "silo-1":
+            lengths.append(len(answer))
+        return answer
 
-        def heard(frame: bytes) -> bytes:
-            answer = handle(frame)
-            self.lengths.append(len(answer))
-            return answer
-
-        object.__setattr__(opened, "handle", heard)
-        object.__setattr__(polls, "_booths", polls._booths | {name: _Once(booth, opened)})
-        self.polls, self.booth, self.name = polls, booth, name
-        self.before = before
-
-    def entries(self) -> list[dict[str, Any]]:
-        new = self.booth.evidence.entries[self.before :]
-        plain = [msgspec.to_builtins(entry.what) for entry in new]
-        hidden = {"poll", "header", "delivery", "ledger", "lists"}
-        return [{k: v for k, v in what.items() if k not in hidden} for what in plain]
+    tally = polls._canvass.ask(question, CHOICES, carry).tally
+    hidden = {"poll", "header", "delivery", "ledger", "lists"}  # digests and blinded heads
+    plain = [msgspec.to_builtins(entry.what) for entry in log.entries[before:]]
+    entries = [{k: v for k, v in what.items() if k not in hidden} for what in plain]
+    return [round(vote / COPIES) for vote in tally.votes], lengths, entries
 
 
-class _Once:
-    def __init__(self, booth: Booth, opened: Any) -> None:
-        self._opened, self.embed = opened, booth.embed
-
-    def open(self, asker: str) -> Any:
-        return self._opened
-
-
-def test_nothing_shows_whether_a_silo_had_anything(voters, tmp_path, monkeypatch, caplog):
+def test_nothing_shows_whether_a_silo_had_anything(voters, tmp_path, caplog):
     """Its frames have the same lengths, and its log the same entries, in four cases."""
-    seen = []
+    once = Voters(voters.data, questions=1)
+    found = {}
     for case in ("retrieved", "nothing", "spent", "failing"):
-        run = tmp_path / case
-        with Voters(voters.data, questions=1).polls(run) as polls:
+        with once.polls(tmp_path / case) as polls:
             if case == "spent":
                 votes(polls)
             if case == "failing":
                 object.__setattr__(booth_of(polls), "read", _fail)
-            shown = Seen(polls)
+            question = "w90 w91 w92" if case == "nothing" else QUESTION
             with caplog.at_level(logging.ERROR):
-                said = votes(polls, "w90 w91 w92" if case == "nothing" else QUESTION)
-            seen.append((case, said, shown.lengths, shown.entries()))
-    first = seen[0]
-    for _, _, lengths, entries in seen[1:]:
-        assert lengths == first[2]
-        assert entries == first[3]
-    assert [said for _, said, *_ in seen] == [[2, 1, 0], [0, 0, 0], [0, 0, 0], [1, 0, 0]]
-    assert [what["kind"] for what in first[3]] == ["voting", "voted"]
+                found[case] = seen(polls, question)
+    _, lengths, entries = found["retrieved"]
+    assert [what["kind"] for what in entries] == ["voting", "voted"]
+    assert all(one[1:] == (lengths, entries) for one in found.values())
+    assert [one[0] for one in found.values()] == [[2, 1, 0], [0, 0, 0], [0, 0, 0], [1, 0, 0]]
     assert "votes for nothing" in caplog.text
 
 
@@ -410,3 +391,28 @@ def test_tuning_and_answers_share_a_records_budget(voters, tmp_path):
         )
         assert votes(polls) == [1, 0, 0]
         assert votes(polls, "w30 w31 w32") == [0, 1, 0]
+
+
+def test_a_record_moves_only_answers_that_it_pays_for(voters, tmp_path):
+    """With and without one record, through the ledger: what others answer is the same, always."""
+    once = Voters(voters.data, questions=1)
+    added = record("w1 w2 w9", "w52", "w80")
+    worlds = {"without": RECORDS["silo-1"], "with": [added, *RECORDS["silo-1"]]}
+    asked = (QUESTION, "w1 w2 w9", "w1 w9 w2", QUESTION, "w20 w21", "w1 w2 w3")
+    answered: dict[str, list[set[str]]] = {}
+    for world, own in worlds.items():
+        with once.having(silo_1=own).polls(tmp_path / world) as polls:
+            booth, said = booth_of(polls), []
+
+            def watch(poll: Any, retrieved: Any, similarities: Any, own=own, said=said) -> Any:
+                said.append({"|".join((own[at].prompt, *own[at].choices)) for at in retrieved})
+                return np.zeros(len(poll.choices))
+
+            object.__setattr__(booth, "read", watch)
+            for question in asked:
+                votes(polls, question)
+            answered[world] = said
+    name = "|".join((added.prompt, *added.choices))
+    assert [one - {name} for one in answered["with"]] == answered["without"]
+    assert any(name in one for one in answered["with"])
+    assert any(answered["without"])
