@@ -128,8 +128,8 @@ def _render(vote: Vote) -> None:
     for choice, votes in ranked:
         typer.echo(f"{votes:>8.1f}  {printable(choice, MOST_MESSAGE)}")
     typer.echo(
-        f"each ± {1.96 * vote.sigma:.1f} (95 %) by noise; noise alone makes such a lead with "
-        f"probability {vote.doubt:.2g}"
+        f"each ± {1.96 * vote.sigma:.1f} (95 %) by noise; between two equal choices noise makes "
+        f"such a lead with probability {vote.doubt:.2g}"
     )
     for silo, why in vote.failed.items():
         typer.secho(f"{printable(silo)} did not answer: {printable(why)}", fg="yellow")

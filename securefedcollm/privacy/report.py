@@ -134,9 +134,10 @@ def _by_file(ledger: Ledger) -> list[tuple[Records, list[Entry]]]:
         sets, entries = found.setdefault(named[0].key.dataset if alone else digest, ([], []))
         sets.append(ledger.stored(digest))
         entries += named
-    return [
+    whole = [
         (sets[0] if len(sets) == 1 else union_of(sets), entries) for sets, entries in found.values()
     ]
+    return [(records, entries) for records, entries in whole if len(records)]
 
 
 def _record_set(ledger: Ledger, records: Records, named: Sequence[Entry]) -> RecordSet:

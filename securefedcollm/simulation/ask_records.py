@@ -26,8 +26,8 @@ class Vote:
     """What the silos' records say to one question, as :func:`ask_records` learnt it.
 
     ``choice``: the one with most votes. ``votes``: of every choice, with noise of standard
-    deviation ``sigma`` on each, so that one may be negative. ``doubt``: how often noise alone makes
-    such a lead of the first over the second. ``counted``: silos whose votes are in the sum,
+    deviation ``sigma`` on each, so that one may be negative. ``doubt``: how often noise makes the
+    first lead the second so far if they are equal. ``counted``: silos whose votes are in the sum,
     although nobody knows whether they had any; ``failed``: silo → why it is not. ``questions``: how
     many of these one record can answer within its budget of ``epsilon`` and ``delta``. ``sent`` and
     ``received``: bytes of all frames; ``seconds``: of the whole question.

@@ -26,7 +26,7 @@ from securefedcollm.federation.plan import AUTHORITY, silo_names
 from securefedcollm.federation.questions.desk import Desk, DeskConversation
 from securefedcollm.federation.questions.inquiry import Found, Inquiry
 from securefedcollm.federation.questions.quota import StoredQuota, beside
-from securefedcollm.federation.questions.space import Space, plan_of, terms_of
+from securefedcollm.federation.questions.space import Space, documents_of, terms_of
 from securefedcollm.federation.records import SERVER
 from securefedcollm.federation.records.common import opened
 from securefedcollm.federation.records.server import SBOM
@@ -91,7 +91,7 @@ class Questions:
         _check_names(names, shelves, asker)
         self._study, self._names, self._directory = study, names, directory
         self._asker, self._space = asker, space
-        self._limit = plan_of(study).questions
+        self._limit = documents_of(study).questions
         terms = terms_of(study, space.digest)
         self._files = ExitStack()
         with ExitStack() as failing:

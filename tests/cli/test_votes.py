@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,3 +125,21 @@ def test_the_plan_of_a_study_that_asks_records():
     assert "a lead is 4 at most" in " ".join(shown.output.split())
     other = CliRunner().invoke(app, ["budget", "plan", "quickstart", "--questions", "9"])
     assert "retrieval.mode: this study asks no records" in str(other.exception)
+
+
+def test_records_go_on_no_shelf(tmp_path):
+    line = ["index", "build", "builtin:silo-1", "--study", "answers", "--out", str(tmp_path / "x")]
+    result = CliRunner().invoke(app, line)
+    assert "retrieval.mode: this study asks records" in str(result.exception)
+    with pytest.raises(sfc.ConfigError, match="this study asks records"):
+        sfc.ask("w1", "answers", shelves={"silo-1": tmp_path / "x"}, out=tmp_path / "run")
+
+
+@pytest.mark.soak
+def test_the_example_of_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    """Makes the built-in encoder if it is not there: about a minute."""
+    page = Path(__file__).parents[2] / "docs" / "retrieval.md"
+    example, *_ = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert "crimson" in capsys.readouterr().out

@@ -59,6 +59,22 @@ def plan_of(study: Study) -> Retrieval:
     return study.retrieval
 
 
+def documents_of(study: Study) -> Retrieval:
+    """The section of a study that asks documents.
+
+    Raises:
+        ConfigError: it has none, or asks records. Those go on no shelf, and nobody reads them.
+    """
+    plan = plan_of(study)
+    if plan.mode != "documents":
+        raise ConfigError(
+            "this study asks records, which go on no shelf",
+            where="retrieval.mode",
+            hint="`securefedcollm ask` takes them as they are; in Python, ask_records",
+        )
+    return plan
+
+
 def terms_of(study: Study, space: bytes) -> Terms:
     """What asker and silos agreed on; ``space``: :attr:`Space.digest`."""
     plan = plan_of(study)
