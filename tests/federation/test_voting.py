@@ -25,7 +25,7 @@ from securefedcollm.errors import (
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation.questions.polls import make_poll, poll_header
 from securefedcollm.federation.questions.records import ModelReader, index_records, load_reader
-from securefedcollm.federation.questions.voting import READY, Booth, count_labels
+from securefedcollm.federation.questions.voting import READY, Booth, _only, count_labels
 from securefedcollm.federation.silo import Clock
 from securefedcollm.privacy.events import Gaussian
 from securefedcollm.privacy.ledger import Ledger
@@ -265,19 +265,38 @@ def test_a_sum_that_breaks_off_before_the_votes_leave_costs_nothing(voters, tmp_
             assert charged(run, "silo-1") == expected
 
 
-def test_records_that_another_process_charged_just_now_are_not_retrieved(voters, tmp_path):
-    """A refusal would tell the asker that some record is spent."""
+def test_a_record_that_another_process_charged_just_now_is_not_retrieved(voters, tmp_path):
+    """A refusal would tell that some record is spent, and so would the others' silence."""
+    with voters.polls(tmp_path / "run") as polls:
+        booth, tries = booth_of(polls), []
+        ledger, known = booth.ledger, booth.shelf.known
+        reserve = ledger.reserve
+
+        def raced(*key: Any, **about: Any) -> Any:
+            tries.append(len(about["records"]))
+            if len(tries) == 1:
+                first = _only(known, np.arange(len(known)) < COPIES)
+                other = ("ab" * 32, "record", "other", 0, 0, [Gaussian(0.2, 1)], (40.0, 1e-5))
+                reserve(*other, records=first, study="aa")
+            return reserve(*key, **about)
+
+        object.__setattr__(ledger, "reserve", raced)
+        assert votes(polls) == [1, 1, 0]
+        assert tries == [2 * COPIES, COPIES]
+
+
+def test_no_refusal_follows_from_a_record(voters, tmp_path):
     with voters.polls(tmp_path / "run") as polls:
         ledger, tries = booth_of(polls).ledger, []
         reserve = ledger.reserve
 
-        def raced(*key: Any, **about: Any) -> Any:
+        def refusing(*key: Any, **about: Any) -> Any:
             tries.append(len(about["records"]))
             if len(about["records"]):
                 raise BudgetExceeded("of a record", hint="none")
             return reserve(*key, **about)
 
-        object.__setattr__(ledger, "reserve", raced)
+        object.__setattr__(ledger, "reserve", refusing)
         assert votes(polls) == [1, 0, 0]
         assert tries == [2 * COPIES, 0]
 
@@ -290,7 +309,8 @@ def test_an_owner_who_pinned_less_is_asked_for_no_more(voters, tmp_path):
     with voters.polls(tmp_path / "run") as polls:
         opinion = polls.ask(QUESTION, CHOICES).opinion
         assert opinion.survivors == ("silo-2", "silo-3", "silo-4")
-        assert "pinned at ε = 1" in opinion.failed["silo-1"]
+        said = opinion.failed["silo-1"]
+        assert said == "the study asks for more than the owner of these records pinned"
 
 
 def test_an_older_ledger_answers_nothing(voters, tmp_path):

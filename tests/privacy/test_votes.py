@@ -169,6 +169,23 @@ def test_only_the_records_that_a_question_retrieves_pay(book):
         charge(ledger, some(known), number)
 
 
+def test_a_hundred_questions_to_one_record_through_its_ledger(tmp_path):
+    event = Votes(COUNTED, calibrate_votes(8.0, DELTA, 100, COUNTED), 4).event()
+    admitted = 0
+    with Ledger(tmp_path / "ledger.sqlite", "silo-1") as ledger:
+        known = ledger.identify((bytes([n]) * 32, None) for n in range(2))
+        about = {"records": some(known, 0), "study": "aa", "individually": True}
+        with pytest.raises(BudgetExceeded):
+            for admitted in range(200):
+                key = ("00" * 32, "record", f"poll {admitted}", 0, 0)
+                ledger.release(ledger.reserve(*key, [event], (8.0, DELTA), **about))
+        counted = [one for entry in ledger.entries() for one in entry.counted]
+    assert admitted >= 100
+    assert sum(one.count for one in counted) == admitted
+    low, estimate, _ = prv_bounds([Gaussian(event.noise_multiplier, admitted)], DELTA)
+    assert 7.0 < low < estimate <= 8.0
+
+
 def test_as_one_claim_of_all_records_three_questions_would_be_the_end(book):
     """The control: a study's claim that all of its charges share, as for tuning."""
     ledger, known = book

@@ -47,7 +47,7 @@ from securefedcollm.federation.questions.polls import (
 from securefedcollm.federation.records.common import note_refusal
 from securefedcollm.federation.silo import CLOCK, Clock
 from securefedcollm.primitives import SigningKey, sha256, verify
-from securefedcollm.privacy.events import encode_events
+from securefedcollm.privacy.events import DiscreteGaussian, encode_events
 from securefedcollm.privacy.identities import Records
 from securefedcollm.privacy.ledger import Key, Ledger, Reservation
 from securefedcollm.privacy.noise import NoiseSource
@@ -229,32 +229,54 @@ class BoothConversation:
         booth, plan = self._booth, answers_of(self._booth.study)
         query, event, shelf = booth.embed(poll.question), votes.event(), booth.shelf
         assert plan.threshold is not None  # study.retrievalchecks
-        charge = (charged_dataset(shelf.dataset), UNIT)
-        name, budget = answers_study(booth.study), claim_of(booth.study)
-        place = Key(*charge, sha256(poll.digest).hex()[:32], 0, 0)
+        dataset = charged_dataset(shelf.dataset)
+        place = Key(dataset, UNIT, sha256(poll.digest).hex()[:32], 0, 0)
         if any(entry.key == place for entry in booth.ledger.entries()):
             # Adversary: an asker, or a relay, that has one question summed twice, with other noise.
             raise RemoteProtocolError(
                 "asked the same question twice", peer=self._asker, hint="ask a new one"
             )
         alike = shelf.index.retrieved(query, plan.threshold)
-        paying = booth.ledger.payers(
-            *(*charge, [event], 1, budget), records=shelf.known, study=name, individually=True
-        )
-        for chosen in (alike & paying, np.zeros_like(alike)):
+        before: Bools | None = None
+        while True:
+            chosen = alike & self._paying(event)
+            if before is not None and bool((chosen == before).all()):
+                chosen = np.zeros_like(alike)  # our own mistake, which must not refuse either
             try:
                 reservation = booth.ledger.reserve(
-                    *(*place, [event], budget),
+                    *(*place, [event], claim_of(booth.study)),
                     records=_only(shelf.known, chosen),
-                    study=name,
+                    study=answers_study(booth.study),
                     individually=True,
                 )
                 return self._read(poll, chosen, query), reservation
             except BudgetExceeded:
                 # Another process charged one of them just now. Adversary: whoever asks both, to
-                # learn from a refusal. This question retrieves nothing.
-                log.info("%s: its records were charged by another question", booth.name)
-        raise LocalProtocolError("a charge to no record was refused")
+                # learn from a refusal, or from what becomes of the others. So each is asked again.
+                if not chosen.any():
+                    raise LocalProtocolError("a charge to no record was refused") from None
+                before = chosen
+
+    def _paying(self, event: DiscreteGaussian) -> Bools:
+        """Which of the silo's records can pay for one question more, each by itself.
+
+        Raises:
+            BudgetExceeded: the study asks for more than is pinned; says nothing of what is spent.
+        """
+        booth, dataset = self._booth, charged_dataset(self._booth.shelf.dataset)
+        try:
+            return booth.ledger.payers(
+                *(dataset, UNIT, [event], 1, claim_of(booth.study)),
+                records=booth.shelf.known,
+                study=answers_study(booth.study),
+                individually=True,
+            )
+        except BudgetExceeded as error:
+            log.warning("%s: %s", booth.name, error)
+            raise BudgetExceeded(
+                "the study asks for more than the owner of these records pinned",
+                hint="the owner decides: `securefedcollm budget set`",
+            ) from None
 
     def _read(
         self, poll: Poll, chosen: Bools, query: npt.NDArray[np.float64]
