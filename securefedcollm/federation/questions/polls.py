@@ -13,17 +13,18 @@ from typing import Annotated, ClassVar, Final
 import msgspec
 
 from securefedcollm.aggregation import Roster, RoundHeader
+from securefedcollm.aggregation.header import Digest
 from securefedcollm.aggregation.messages import UNSIGNED, Signable, Signature, sign
 from securefedcollm.errors import ConfigError
 from securefedcollm.federation.plan import round_header
 from securefedcollm.primitives import RandomSource, SigningKey, sha256
 from securefedcollm.privacy.votes import MOST_CHOICES, Votes, VoteSetting, calibrate_votes
-from securefedcollm.retrieval.messages import NUMBER_BYTES, Number
-from securefedcollm.retrieval.terms import Digest
 from securefedcollm.study import Study, digest
 from securefedcollm.study.retrieval import Retrieval
 
 _PREFIX: Final = b"securefedcollm/v1/votes-"
+_NUMBER_BYTES: Final = 16
+_Number = Annotated[bytes, msgspec.Meta(min_length=_NUMBER_BYTES, max_length=_NUMBER_BYTES)]
 _Text = Annotated[str, msgspec.Meta(min_length=1, max_length=1 << 16)]
 _Choices = Annotated[tuple[_Text, ...], msgspec.Meta(min_length=2, max_length=MOST_CHOICES)]
 
@@ -36,7 +37,7 @@ class Poll(Signable, frozen=True, tag="poll"):
 
     before: Digest
     signature: Signature
-    number: Number
+    number: _Number
     question: _Text
     choices: _Choices
 
@@ -96,7 +97,7 @@ def make_poll(
     made = Poll(
         before=poll_header(digest(study), run, key.public),
         signature=UNSIGNED,
-        number=random(NUMBER_BYTES),
+        number=random(_NUMBER_BYTES),
         question=question,
         choices=choices,
     )
