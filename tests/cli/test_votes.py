@@ -127,6 +127,14 @@ def test_the_plan_of_a_study_that_asks_records():
     assert "retrieval.mode: this study asks no records" in str(other.exception)
 
 
+def test_whoever_signs_a_study_reads_what_questions_cost():
+    said = CliRunner().invoke(app, ["study", "check", "answers"]).output
+    assert "records answer" in said
+    assert "100 of them cost a record ε = 8 at δ = 1e-05" in " ".join(said.split())
+    silent = CliRunner().invoke(app, ["study", "check", "retrieval"]).output
+    assert "records answer" not in silent
+
+
 def test_records_go_on_no_shelf(tmp_path):
     line = ["index", "build", "builtin:silo-1", "--study", "answers", "--out", str(tmp_path / "x")]
     result = CliRunner().invoke(app, line)
