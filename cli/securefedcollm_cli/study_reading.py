@@ -82,8 +82,8 @@ def _answers(study: Any) -> str:
     (plan,) = answer_plans(study)
     return (
         f"members' questions, which the silos learn: {plan.questions} of them cost a record ε = "
-        f"{plan.epsilon:g} at δ = {plan.delta:g}, besides its tuning; noise of σ = {plan.sigma:.2g} "
-        "votes on each choice"
+        f"{plan.epsilon:g} at δ = {plan.delta:g}, from the budget that also pays for its tuning; "
+        f"noise of σ = {plan.sigma:.2g} votes on each choice"
     )
 
 
