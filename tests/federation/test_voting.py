@@ -120,6 +120,32 @@ def test_nothing_shows_whether_a_silo_had_anything(voters, tmp_path, caplog):
     assert all(one[1:] == (lengths, entries) for one in found.values())
     assert [one[0] for one in found.values()] == [[2, 1, 0], [0, 0, 0], [0, 0, 0], [1, 0, 0]]
     assert "votes for nothing" in caplog.text
+    assert "w1 w2 w3" not in caplog.text  # a record's words
+
+
+def test_a_record_that_cannot_be_read_loses_its_own_vote_and_no_other(voters, tmp_path):
+    """Where the whole silo fell silent, one record would move all of its votes."""
+    with voters.polls(tmp_path / "run") as polls:
+        booth = booth_of(polls)
+        read = booth.read
+
+        def failing(poll: Any, retrieved: Any, similarities: Any) -> Any:
+            if 0 in retrieved:
+                raise ValueError("w1 w2 w3")
+            return read(poll, retrieved, similarities)
+
+        object.__setattr__(booth, "read", failing)
+        assert round(polls.ask(QUESTION, CHOICES).opinion.tally.votes[0]) in (8, 9, 10)  # 5 + 4
+        for parts in (np.full(3, 7.0), np.array([1.0, 1.0, 0.0]), np.full(3, np.nan)):
+            object.__setattr__(booth, "read", lambda *_, parts=parts: parts)  # not one vote
+            content = booth.open("server")._read(  # what leaves, before its noise
+                *(_Poll(), np.ones(len(booth.shelf.index), np.bool_), booth.embed(QUESTION))
+            )
+            assert content.tolist() == [0.0, 0.0, 0.0]
+
+
+class _Poll:
+    question, choices = QUESTION, CHOICES
 
 
 def _fail(*_: Any) -> Any:
@@ -132,7 +158,7 @@ def test_the_time_is_hidden_in_slots(tmp_path, voters):
     now, waited = [0.0], []
 
     def reading(poll: Any, retrieved: Any, _: Any) -> Any:
-        now[0] += 1.0 + len(retrieved)  # seconds that depend on records
+        now[0] += len(retrieved)  # seconds that depend on records
         return np.zeros(len(poll.choices))
 
     def wait(seconds: float) -> None:
@@ -425,11 +451,12 @@ def test_a_record_moves_only_answers_that_it_pays_for(voters, tmp_path):
             booth, said = booth_of(polls), []
 
             def watch(poll: Any, retrieved: Any, similarities: Any, own=own, said=said) -> Any:
-                said.append({"|".join((own[at].prompt, *own[at].choices)) for at in retrieved})
+                said[-1] |= {"|".join((own[at].prompt, *own[at].choices)) for at in retrieved}
                 return np.zeros(len(poll.choices))
 
             object.__setattr__(booth, "read", watch)
             for question in asked:
+                said.append(set())
                 votes(polls, question)
             answered[world] = said
     name = "|".join((added.prompt, *added.choices))

@@ -281,16 +281,37 @@ class BoothConversation:
     def _read(
         self, poll: Poll, chosen: Bools, query: npt.NDArray[np.float64]
     ) -> npt.NDArray[np.float64]:
+        """What the retrieved records say: one answer of all, or the sum of each one's vote.
+
+        Where votes are counted, each record is read by itself, so that none changes another's vote,
+        and its vote is at most one.
+        """
+        similarities = self._booth.shelf.index.similarities(query)
+        retrieved: list[int] = np.flatnonzero(chosen).tolist()
+        if answers_of(self._booth.study).reader == "model":
+            return self._said(poll, retrieved, similarities)
+        total = np.zeros(len(poll.choices))
+        for at in retrieved:
+            # Whole votes: rounding a sum of parts could move it by more than one part did.
+            vote = np.rint(self._said(poll, [at], similarities))
+            total += vote if float(np.linalg.norm(vote)) <= 1.0 else 0.0
+        return total
+
+    def _said(
+        self, poll: Poll, retrieved: Sequence[int], similarities: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float64]:
         """What the reader says; zeros if it fails.
 
         Adversary: an asker whose question makes reading fail on certain records only. A refusal
-        would be an answer without noise.
+        would be an answer without noise. The log has no words of theirs.
         """
-        similarities = self._booth.shelf.index.similarities(query)
         try:
-            return self._booth.read(poll, np.flatnonzero(chosen).tolist(), similarities)
-        except Exception:  # whatever a record made fail
-            log.exception("%s: its records' answer failed; it votes for nothing", self._booth.name)
+            return self._booth.read(poll, retrieved, similarities)
+        except Exception as error:  # whatever a record made fail
+            log.error(
+                "%s: reading a record failed (%s); it votes for nothing",
+                *(self._booth.name, type(error).__name__),
+            )
             return np.zeros(len(poll.choices))
 
     def _sum(self, at: _Charged, frame: bytes) -> bytes:
