@@ -24,6 +24,8 @@ from securefedcollm.evidence.entries import (
     Settled,
     Spent,
     Voided,
+    Voted,
+    Voting,
     decode_entry,
 )
 from securefedcollm.evidence.log import EvidenceLog, blinded
@@ -32,7 +34,7 @@ from securefedcollm.privacy.identities import Records
 from securefedcollm.privacy.journal import Row
 from securefedcollm.privacy.ledger import Budget, Key, Ledger, Reservation
 
-CHARGES = (Reserved, Released, Settled, Voided)
+CHARGES = (Reserved, Released, Settled, Voided, Voting, Voted)
 
 
 class LoggedLedger(Ledger):
@@ -68,6 +70,7 @@ class LoggedLedger(Ledger):
         records: Records | None = None,
         study: str = "",
         limit: Budget | None = None,
+        individually: bool = False,
     ) -> Reservation:
         """See the base class. The log says the pinned budget, which all studies share."""
         granted = super().reserve(
@@ -75,6 +78,7 @@ class LoggedLedger(Ledger):
             records=records,
             study=study,
             limit=limit,
+            individually=individually,
         )
         pinned = self._pinned(granted.key)
         self._log.append(

@@ -19,7 +19,7 @@ from securefedcollm.errors import ConfigError, SecureFedCoLLMError
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.files import alone, make_directory, write_durably
 from securefedcollm.federation.plan import AUTHORITY, silo_names
-from securefedcollm.federation.questions.agreed import plan_of, terms_of
+from securefedcollm.federation.questions.agreed import documents_of, terms_of
 from securefedcollm.federation.questions.begun import Everybody, begin_log
 from securefedcollm.federation.questions.desk import Desk, DeskConversation
 from securefedcollm.federation.questions.inquiry import Answered, Inquiry, check_question
@@ -63,20 +63,22 @@ class Questions:
         directory: Path,
         space: Space,
     ) -> None:
-        _check_keys(study)
+        check_keys(study)
         names = silo_names(study)
         _check_names(names, shelves, asker)
         self._study, self._names, self._directory = study, names, directory
         self._asker, self._space = asker, space
-        self._limit = plan_of(study).questions
+        self._limit = documents_of(study).questions
         terms = terms_of(study, space.digest)
         self._files = ExitStack()
         with ExitStack() as failing:
             failing.callback(self._files.close)
             prepared = {name: self._prepared(shelves[name], terms) for name in sorted(shelves)}
-            self._files.enter_context(_held(directory))
-            self._run = _begun(directory, study)
-            self._keys = {name: identity_at(self._home(name), name) for name in [SERVER, *names]}
+            self._files.enter_context(held(directory))
+            self._run = begun(directory, study)
+            self._keys = {
+                name: identity_at(home_of(directory, name), name) for name in [SERVER, *names]
+            }
             self._roster = Roster({name: self._keys[name].public for name in names})
             self._office = b""
             if study.scheme == "ckks-authority":
@@ -140,15 +142,12 @@ class Questions:
         self._files.callback(shelf.close)
         return shelf
 
-    def _home(self, name: str) -> Path:
-        return self._directory / name if name == SERVER else self._directory / "silos" / name
-
     def _opened(self, name: str) -> EvidenceLog:
         """The participant's log, with its first entry."""
-        everybody = Everybody(
-            digest(self._study), self._roster, self._keys[SERVER].public, self._office
-        )
-        log = begin_log(self._home(name), name, self._keys[name], self._run, everybody)
+        study, server = digest(self._study), self._keys[SERVER].public
+        everybody = Everybody(study, self._roster, server, self._office)
+        home, key = home_of(self._directory, name), self._keys[name]
+        log = begin_log(home, name, key, self._run, everybody)
         self._files.callback(log.close)
         return log
 
@@ -162,7 +161,12 @@ class Questions:
         return Desk(study, self._run, self._keys[name], askers, shelf, quota, log)
 
 
-def _check_keys(study: Study) -> None:
+def home_of(directory: Path, name: str) -> Path:
+    """A participant's own directory in the run's."""
+    return directory / name if name == SERVER else directory / "silos" / name
+
+
+def check_keys(study: Study) -> None:
     """Every party gets throw-away keys here. With others than the roster's nothing verifies, and
     the silos' questions would be spent for that."""
     if study.roster:
@@ -189,12 +193,7 @@ def _check_names(names: list[str], shelves: Mapping[str, Path], asker: str) -> N
                 where="--shelf",
                 hint=f"its silos: {', '.join(names)}",
             )
-    if asker not in {SERVER, *names}:
-        raise ConfigError(
-            f"{asker!r} takes no part in the study",
-            where="--as",
-            hint=f"{SERVER}, {', '.join(names)}",
-        )
+    check_asker(names, asker)
     if asker in shelves:
         raise ConfigError(
             f"{asker} would ask itself",
@@ -203,7 +202,17 @@ def _check_names(names: list[str], shelves: Mapping[str, Path], asker: str) -> N
         )
 
 
-def _held(directory: Path) -> AbstractContextManager[None]:
+def check_asker(names: list[str], asker: str) -> None:
+    """Raises: ConfigError if ``asker`` is no participant."""
+    if asker not in {SERVER, *names}:
+        raise ConfigError(
+            f"{asker!r} takes no part in the study",
+            where="--as",
+            hint=f"{SERVER}, {', '.join(names)}",
+        )
+
+
+def held(directory: Path) -> AbstractContextManager[None]:
     """Two first questions at once would both make identities and begin the same logs."""
     return alone(
         make_directory(directory),
@@ -212,7 +221,7 @@ def _held(directory: Path) -> AbstractContextManager[None]:
     )
 
 
-def _begun(directory: Path, study: Study) -> bytes:
+def begun(directory: Path, study: Study) -> bytes:
     """The id of the run in ``directory``, 16 bytes, which begins here if there is none.
 
     Raises:

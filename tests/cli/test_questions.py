@@ -276,7 +276,7 @@ def test_what_does_not_fit_the_shelf_is_refused(place, tmp_path):
 def test_the_first_example_of_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     """Makes the built-in encoder if it is not there: about a minute."""
     page = Path(__file__).parents[2] / "docs" / "retrieval.md"
-    example, _ = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    _, example, _ = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
     monkeypatch.chdir(tmp_path)
     exec(example, {})
     assert capsys.readouterr().out.startswith("silo-3 rule muscular protocol")

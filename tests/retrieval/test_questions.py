@@ -406,7 +406,7 @@ def test_nothing_secret_is_shown_or_copied(consortium):
 
 def test_the_example_of_the_page_runs_as_it_stands():
     page = Path(__file__).parents[2] / "docs" / "retrieval.md"
-    _, example = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    *_, example = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
     names: dict = {}
     exec(example, names)
     assert names["found"][0] == names["passages"][1]

@@ -24,6 +24,22 @@ def plan_of(study: Study) -> Retrieval:
     return study.retrieval
 
 
+def documents_of(study: Study) -> Retrieval:
+    """The section of a study that asks documents.
+
+    Raises:
+        ConfigError: it has none, or asks records. Those go on no shelf, and nobody reads them.
+    """
+    plan = plan_of(study)
+    if plan.mode != "documents":
+        raise ConfigError(
+            "this study asks records, which go on no shelf",
+            where="retrieval.mode",
+            hint="`securefedcollm ask` takes them as they are; in Python, ask_records",
+        )
+    return plan
+
+
 def terms_of(study: Study, space: bytes) -> Terms:
     """What asker and silos agreed on; ``space``: :attr:`.space.Space.digest`."""
     plan = plan_of(study)
@@ -34,9 +50,9 @@ def pinned_terms(study: Study) -> Terms:
     """The terms of a study that pins encoder and reduction, as each one with a roster does.
 
     Raises:
-        ConfigError: it has no such section, or pins none.
+        ConfigError: it has no such section, asks records, or pins none.
     """
-    plan = plan_of(study)
+    plan = documents_of(study)
     if plan.encoder.sha256 is None or plan.reduction is None:
         raise ConfigError(
             "participants on several machines need the same encoder and map, to the bit",

@@ -9,6 +9,7 @@ from typing import Final
 
 from securefedcollm.errors import ConfigError, DataError
 from securefedcollm.federation.dealing import deal
+from securefedcollm.federation.questions.agreed import documents_of as documents_of
 from securefedcollm.federation.questions.agreed import plan_of as plan_of
 from securefedcollm.federation.questions.agreed import terms_of as terms_of
 from securefedcollm.retrieval import Reduction
