@@ -125,7 +125,7 @@ def test_the_server_waits_for_members_and_says_so_once(monkeypatch):
     assert said == ["nobody is connected"]
 
 
-ASK = ["ask", "w1", "--study", "x.yaml"]
+ASK = ["ask", "w1", "--study", "retrieval"]
 
 
 @pytest.mark.parametrize(
