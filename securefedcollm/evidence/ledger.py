@@ -34,7 +34,9 @@ from securefedcollm.privacy.identities import Records
 from securefedcollm.privacy.journal import Row
 from securefedcollm.privacy.ledger import Budget, Key, Ledger, Reservation
 
-CHARGES = (Reserved, Released, Settled, Voided, Voting, Voted)
+CHARGES = (Reserved, Released, Settled, Voided)
+VOTES = (Voting, Voted)
+"""Of the ledger by which each record's own answers are counted, which is another file."""
 
 
 class LoggedLedger(Ledger):
@@ -178,15 +180,18 @@ def read_anchors(path: Path) -> Anchors:
     return Anchors(path, bytes(own[0]) if own else b"", list(_charges(entries)))
 
 
-def check_anchors(log: EvidenceLog, ledger: Ledger) -> int:
+def check_anchors(log: EvidenceLog, ledger: Ledger, kinds: tuple[type, ...] = CHARGES) -> int:
     """Check that the ledger still contains every head that the log anchored; returns how many.
 
     This takes both files, because the anchors are blinded.
 
+    Args:
+        kinds: of the entries that anchor this ledger: :data:`CHARGES`, or :data:`VOTES`.
+
     Raises:
         EvidenceError: naming the entry whose head is gone.
     """
-    charges = list(_charges(log.entries))
+    charges = list(_charges(log.entries, kinds))
     entry = _missing(log, charges, ledger.rows())
     if entry is not None:
         raise EvidenceError(
@@ -196,8 +201,8 @@ def check_anchors(log: EvidenceLog, ledger: Ledger) -> int:
     return len(charges)
 
 
-def _charges(entries: Iterable[Entry]) -> Iterator[Entry]:
-    return (entry for entry in entries if isinstance(entry.what, CHARGES))
+def _charges(entries: Iterable[Entry], kinds: tuple[type, ...] = CHARGES) -> Iterator[Entry]:
+    return (entry for entry in entries if isinstance(entry.what, kinds))
 
 
 def _missing(
@@ -214,5 +219,5 @@ def _missing(
 
 
 def _head(entry: Entry) -> str:
-    assert isinstance(entry.what, CHARGES)
+    assert isinstance(entry.what, CHARGES + VOTES)
     return entry.what.ledger

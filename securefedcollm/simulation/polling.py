@@ -15,12 +15,12 @@ from pathlib import Path
 
 from securefedcollm.aggregation import Roster
 from securefedcollm.errors import ConfigError
-from securefedcollm.evidence.ledger import check_anchors
+from securefedcollm.evidence.ledger import VOTES, check_anchors
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.plan import check_names, silo_names
 from securefedcollm.federation.questions.begun import Everybody, begin_log
 from securefedcollm.federation.questions.polling import Canvass, Opinion
-from securefedcollm.federation.questions.polls import claim_of, votes_of
+from securefedcollm.federation.questions.polls import answers_study, claim_of, votes_of
 from securefedcollm.federation.questions.records import (
     embed_alone,
     load_reader,
@@ -105,7 +105,7 @@ class Polls:
             model = load_reader(study, data, directory / "adapters" / "slm")
             self._booths: dict[str, Booth] = {}
             for name in names:
-                ledger = self._ledger(directory, name, ledgers, logs[name])
+                ledger, answers = self._ledgers(directory, name, ledgers, logs[name])
                 self._booths[name] = Booth(
                     study=study,
                     run=run,
@@ -113,10 +113,10 @@ class Polls:
                     key=keys[name],
                     roster=roster,
                     askers={who: key.public for who, key in keys.items()},
-                    shelf=shelf_of(study, records[name], space, ledger, progress),
+                    shelf=shelf_of(study, records[name], space, ledger, answers, progress),
                     embed=partial(embed_alone, space),
                     read=reader_of(study, records[name], model),
-                    ledger=ledger,
+                    ledger=answers,
                     evidence=logs[name],
                 )
             self._canvass = Canvass(study, run, keys[asker], roster, logs[asker])
@@ -128,17 +128,26 @@ class Polls:
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
-    def _ledger(self, directory: Path, name: str, ledgers: Path | None, log: EvidenceLog) -> Ledger:
+    def _ledgers(
+        self, directory: Path, name: str, ledgers: Path | None, log: EvidenceLog
+    ) -> tuple[Ledger, Ledger]:
+        """The silo's ledger, and that of this study's answers, which is beside it."""
         book = same_ledger(home_of(directory, name), name, ledgers)
         ledger = self._files.enter_context(Ledger(book, name))
         check_anchors(log, ledger)
+        epsilon, delta = claim_of(self._study)
         if ledger.pinned is None:
             # Before any question: else a ledger would be pinned only once a record has paid.
             privacy = self._study.privacy
             assert privacy is not None  # study.retrievalchecks
-            epsilon, delta = claim_of(self._study)
             ledger.pin(max(epsilon, privacy.epsilon), delta)
-        return ledger
+        place = book.resolve()
+        own = place.with_name(f"{place.stem}.answers-{answers_study(self._study)[:12]}.sqlite")
+        answers = self._files.enter_context(Ledger(own, name))
+        check_anchors(log, answers, VOTES)
+        if answers.pinned is None:
+            answers.pin(epsilon, delta)
+        return ledger, answers
 
     def ask(self, question: str, choices: Sequence[str]) -> Polled:
         """Ask every silo.

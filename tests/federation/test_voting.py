@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,10 @@ def booth_of(polls: Polls, name: str = "silo-1") -> Booth:
 
 
 def charged(run: Path, name: str) -> list[int]:
-    """How many records each question charged, oldest first."""
-    with Ledger(run / "silos" / name / "ledger.sqlite", name) as ledger:
-        found = [len(ledger.stored(e.about.records)) for e in ledger.entries() if e.counted]
-    assert not any(count % COPIES for count in found)
-    return [count // COPIES for count in found]
+    """How many different questions of records each question charged, oldest first."""
+    (book,) = (run / "silos" / name).glob("ledger.answers-*.sqlite")
+    with Ledger(book, name) as ledger:
+        return [len(ledger.stored(e.about.records)) for e in ledger.entries() if e.counted]
 
 
 def votes(polls: Polls, question: str = QUESTION, choices: tuple[str, ...] = CHOICES) -> list[int]:
@@ -332,11 +332,53 @@ def test_an_owner_who_pinned_less_is_asked_for_no_more(voters, tmp_path):
         pass
     with Ledger(tmp_path / "run" / "silos" / "silo-1" / "ledger.sqlite", "silo-1") as ledger:
         ledger.pin(1.0, 1e-5)
+    with pytest.raises(BudgetExceeded, match="more than the owner of these records pinned"):
+        voters.polls(tmp_path / "run")
+
+
+def spent(run: Path) -> list[Any]:
+    """What all but answers read in the ledger of silo-1: its charges, and ε of the worst record."""
+    with Ledger(run / "silos" / "silo-1" / "ledger.sqlite", "silo-1") as ledger:
+        entries = ledger.entries()
+        worst = [ledger.most_spent(entry).epsilon for entry in entries]
+        return [[(e.counted, e.state, len(ledger.stored(e.about.records))) for e in entries], worst]
+
+
+def test_what_was_asked_shows_nowhere_but_in_noised_sums(voters, tmp_path):
+    """Adversary: an asker who chooses which records pay, and then reads whether a study may tune on
+    the file, which records it leaves out, or what ε the silo states. All of them read one ledger.
+
+    Control: the ledger of the answers themselves, which nothing else reads, tells the questions
+    apart.
+    """
+    seen = {}
+    for what, question in (("retrieves", QUESTION), ("nothing", "w9 w9")):
+        with voters.polls(tmp_path / what) as polls:
+            votes(polls, question)
+        seen[what] = spent(tmp_path / what)
+    assert seen["retrieves"] == seen["nothing"]
+    ((charge,), (worst,)) = seen["nothing"]
+    assert charge[1:] == ("settled", 3 * COPIES)
+    assert 0.9 * 40.0 < worst <= 40.0
+    assert charged(tmp_path / "retrieves", "silo-1") != charged(tmp_path / "nothing", "silo-1")
+
+
+def test_all_answers_are_paid_for_once(voters, tmp_path):
+    for _ in range(2):
+        with voters.polls(tmp_path / "run") as polls:
+            votes(polls)
+    ((charge,), _) = spent(tmp_path / "run")
+    assert charge[0][0].count == voters.study.retrieval.questions
+
+
+def test_one_poll_is_answered_once_whatever_becomes_of_the_file(voters, tmp_path):
+    """Its header is that of one sum. A second sum would have other noise."""
     with voters.polls(tmp_path / "run") as polls:
-        opinion = polls.ask(QUESTION, CHOICES).opinion
-        assert opinion.survivors == ("silo-2", "silo-3", "silo-4")
-        said = opinion.failed["silo-1"]
-        assert said == "the study asks for more than the owner of these records pinned"
+        booth, frame = booth_of(polls), asked(polls)
+        assert booth.open("server").handle(frame)
+        changed = replace(booth, shelf=replace(booth.shelf, dataset="cd" * 32))
+        with pytest.raises(RemoteProtocolError, match="the same question twice"):
+            changed.open("server").handle(frame)
 
 
 def test_an_older_ledger_answers_nothing(voters, tmp_path):

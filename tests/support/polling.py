@@ -38,7 +38,7 @@ def copies(words: str, answer: str) -> list[Question]:
 RECORDS: Mapping[str, Sequence[Question]] = {
     "silo-1": [
         *copies("w1 w2 w3", "w50"),
-        *copies("w1 w2 w3", "w51"),
+        *copies("w2 w3 w1", "w51"),
         *copies("w20 w21", "w52"),
     ],
     "silo-2": [*copies("w3 w2 w1", "w50"), *copies("w30 w31 w32", "w51")],

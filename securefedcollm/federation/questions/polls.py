@@ -90,7 +90,9 @@ def make_poll(
         raise ConfigError(
             f"{len(choices)} choices", where="choices", hint=f"give 2 to {MOST_CHOICES}"
         )
-    if len({*choices}) < len(choices) or not all(c.strip() and len(c) <= 1 << 16 for c in choices):
+    if len({" ".join(c.split()) for c in choices}) < len(choices) or not all(
+        c.strip() and len(c) <= 1 << 16 for c in choices
+    ):
         raise ConfigError(
             "a choice is empty, too long, or there twice", where="choices", hint="mend the list"
         )

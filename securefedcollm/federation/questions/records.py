@@ -15,8 +15,14 @@ from securefedcollm.errors import DataError
 from securefedcollm.federation.cotuning import Holdings
 from securefedcollm.federation.questions.polls import Poll, answers_of
 from securefedcollm.federation.questions.space import Space
-from securefedcollm.federation.questions.voting import Reader, RecordShelf, count_labels
+from securefedcollm.federation.questions.voting import (
+    Reader,
+    RecordShelf,
+    count_labels,
+    prepay,
+)
 from securefedcollm.federation.tuned import Tuned
+from securefedcollm.primitives import sha256
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.retrieval.nearest import RecordIndex
 from securefedcollm.study import Study
@@ -92,19 +98,29 @@ def shelf_of(
     questions: Sequence[Question],
     space: Space,
     ledger: Ledger,
+    answers: Ledger,
     progress: Progress = silent,
 ) -> RecordShelf:
-    """A silo's records, and what its ledger knows them by.
+    """A silo's records, which have paid for all the answers that they may give.
+
+    Args:
+        ledger: the silo's, which charges them all, once.
+        answers: of the study's answers at this silo: it knows records by what is embedded. Records
+            of equal questions have one account there, and are always retrieved together.
 
     Raises:
+        BudgetExceeded: some record cannot pay.
         DataError: there is none, or one cannot be embedded.
-        StateError: the ledger's key is lost.
+        StateError: a ledger's key is lost.
     """
-    holdings = Holdings(study, questions)
+    holdings, frame = Holdings(study, questions), frame_of(study.task)
     known = ledger.identify(holdings.contents(), also=holdings.also)
     ledger.recognise(known, [holdings.dataset, *holdings.also])
-    index = index_records(space, questions, progress, frame_of(study.task))
-    return RecordShelf(index, known, holdings.dataset)
+    index = index_records(space, questions, progress, frame)
+    prepay(ledger, study, known, holdings.dataset)
+    texts = (folded(bare(question.prompt, frame)) for question in questions)
+    by_text = answers.identify((sha256(text.encode()), None) for text in texts)
+    return RecordShelf(index, by_text, holdings.dataset)
 
 
 def reader_of(study: Study, questions: Sequence[Question], model: Tuned | None = None) -> Reader:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -52,7 +53,7 @@ from securefedcollm.privacy.identities import Records
 from securefedcollm.privacy.ledger import Key, Ledger, Reservation
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.privacy.silo_unit import with_survivors
-from securefedcollm.privacy.votes import Votes
+from securefedcollm.privacy.votes import MOST_CHOICES, Votes
 from securefedcollm.retrieval.nearest import RecordIndex
 from securefedcollm.study import Study, digest
 
@@ -61,7 +62,6 @@ log = logging.getLogger(__name__)
 READY: Final = b"ready"
 """The reply to every poll."""
 UNIT: Final = "record"
-_DATA: Final = b"securefedcollm/answers/data/v1\0"
 
 Bools = npt.NDArray[np.bool_]
 Embed = Callable[[str], npt.NDArray[np.float64]]
@@ -88,7 +88,8 @@ class RecordShelf:
     """A silo's records as a question meets them.
 
     Args:
-        known: by their identities in the silo's ledger, in the order of ``index``.
+        known: by their identities in the ledger of answers, in the order of ``index``: by what is
+            embedded alone, so that records which share an account are retrieved together.
         dataset: fingerprint of the file, for the ledger.
     """
 
@@ -97,13 +98,39 @@ class RecordShelf:
     dataset: str
 
 
-def charged_dataset(dataset: str) -> str:
-    """Under which fingerprint the ledger has the charges for answers of a file's records.
+def prepay(ledger: Ledger, study: Study, records: Records, dataset: str) -> None:
+    """Charge every record of a file with all the answers that one record may give, once.
 
-    Each is about the few records that were retrieved. Under the file's own fingerprint they would
-    seem to be all of its records to an older ledger's charges, which name only the file.
+    Which records a question retrieved shows in how much each has answered. So nothing but
+    :class:`Booth` may depend on that: neither whether a study may tune on the file, nor which of
+    its records, nor what ε a silo states. To all of them the records have spent the whole claim of
+    the study's answers, whatever was asked. Adversary: an asker who chooses what is retrieved, and
+    then watches the rest.
+
+    Args:
+        ledger: the silo's, which all its studies share.
+        dataset: fingerprint of the file.
+
+    Raises:
+        BudgetExceeded: some record cannot pay for that. No question was asked yet.
     """
-    return sha256(_DATA, bytes.fromhex(dataset)).hex()
+    # By file: a record of two files pays for both, since no account but a file's is told apart.
+    name = sha256(bytes.fromhex(answers_study(study)), bytes.fromhex(dataset)).hex()
+    event = votes_of(study, MOST_CHOICES).event()
+    whole = msgspec.structs.replace(event, count=answers_of(study).questions)
+    place = Key(dataset, UNIT, name[:32], 0, 0)
+    claim, pinned = claim_of(study), ledger.pinned
+    if pinned is not None and (claim[0] > pinned.epsilon or claim[1] > pinned.delta):
+        raise BudgetExceeded(
+            "the study asks for more than the owner of these records pinned",
+            hint="the owner decides: `securefedcollm budget set`",
+        )
+    state = next((e.state for e in ledger.entries() if e.key == place), None)
+    if state not in {None, "reserved"}:
+        return
+    reservation = ledger.reserve(*place, [whole], claim, records=records, study=name)
+    ledger.release(reservation)
+    ledger.settle(reservation, [whole])
 
 
 @dataclass(frozen=True)
@@ -114,8 +141,8 @@ class Booth:
         run: the run's id, 16 bytes.
         name: the silo's, on the roster.
         askers: name → Ed25519 public key of everybody who may ask.
-        ledger: the silo's. It charges the retrieved records; a plain one, since this class writes
-            the evidence.
+        ledger: of the study's answers at this silo, and of nothing else. It charges the retrieved
+            records; a plain one, since this class writes the evidence.
         evidence: the silo's log; it begins with ``opened``.
     """
 
@@ -229,10 +256,10 @@ class BoothConversation:
         booth, plan = self._booth, answers_of(self._booth.study)
         query, event, shelf = booth.embed(poll.question), votes.event(), booth.shelf
         assert plan.threshold is not None  # study.retrievalchecks
-        dataset = charged_dataset(shelf.dataset)
-        place = Key(dataset, UNIT, sha256(poll.digest).hex()[:32], 0, 0)
-        if any(entry.key == place for entry in booth.ledger.entries()):
-            # Adversary: an asker, or a relay, that has one question summed twice, with other noise.
+        place = Key(shelf.dataset, UNIT, sha256(poll.digest).hex()[:32], 0, 0)
+        if any(entry.key.run == place.run for entry in booth.ledger.entries()):
+            # Adversary: an asker, or a relay, that has one question summed twice, with other noise;
+            # also after the silo has changed its file.
             raise RemoteProtocolError(
                 "asked the same question twice", peer=self._asker, hint="ask a new one"
             )
@@ -263,7 +290,7 @@ class BoothConversation:
         Raises:
             BudgetExceeded: the study asks for more than is pinned; says nothing of what is spent.
         """
-        booth, dataset = self._booth, charged_dataset(self._booth.shelf.dataset)
+        booth, dataset = self._booth, self._booth.shelf.dataset
         try:
             return booth.ledger.payers(
                 *(dataset, UNIT, [event], 1, claim_of(booth.study)),
