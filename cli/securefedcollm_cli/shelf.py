@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
     from securefedcollm.federation.questions.relay import Relay
     from securefedcollm.federation.roles import Member, ShelfTerms
     from securefedcollm_cli.progress import Bars
-
-_PAUSE: Final = 2.0
-"""Seconds until the server looks again whether anybody is there."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -167,16 +163,13 @@ def _carry(relay: Relay, engine: FlareEngine, bars: Bars) -> None:
     Raises:
         TransportError: FLARE's server has ended.
     """
-    said = ""
-    while True:
-        try:
-            relay.run_until(lambda: False)
-        except TransportError as error:
-            if not engine.running:
-                raise
-            if said != error.message:  # once, however long that lasts
-                bars.say(said := error.message)
-            time.sleep(_PAUSE)
+    try:
+        engine.begin_job(frozenset(relay.silos))
+    except TransportError as error:
+        engine.require_running()
+        bars.say(error.message)
+    relay.run_until(lambda: not engine.running)
+    engine.require_running()
 
 
 def _show_terms(terms: ShelfTerms, as_json: bool) -> None:

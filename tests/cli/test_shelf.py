@@ -102,24 +102,27 @@ def test_the_process_serves_with_the_shelf_and_a_door(signed, monkeypatch):
 
 
 class Gone:
-    """A relay that reaches nobody, over FLARE's server, which ends after some turns."""
+    """A relay over FLARE's server, to which nobody is connected at first, and which then ends."""
 
-    def __init__(self, turns: int) -> None:
-        self.turns = turns
+    silos = ("silo-1",)
+    running = True
 
-    @property
-    def running(self) -> bool:
-        return self.turns > 0
+    def begin_job(self, wanted):
+        raise TransportError("nobody is connected")
 
     def run_until(self, stop):
-        self.turns -= 1
-        raise TransportError("nobody is connected" if self.turns else "FLARE's process has ended")
+        assert not stop()
+        self.running = False
+        assert stop()
+
+    def require_running(self):
+        if not self.running:
+            raise TransportError("FLARE's process has ended")
 
 
-def test_the_server_waits_for_members_and_says_so_once(monkeypatch):
+def test_the_server_waits_for_members_and_says_so_once():
     said: list[str] = []
-    monkeypatch.setattr(shelf.time, "sleep", lambda seconds: None)
-    both = Gone(5)
+    both = Gone()
     with pytest.raises(TransportError, match="has ended"):
         shelf._carry(both, both, SimpleNamespace(say=said.append))
     assert said == ["nobody is connected"]

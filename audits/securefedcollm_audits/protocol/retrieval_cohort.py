@@ -31,7 +31,7 @@ from securefedcollm.retrieval import (
     Shelf,
     Terms,
 )
-from securefedcollm.retrieval.messages import Blocks, Encryption, Scores
+from securefedcollm.retrieval.messages import Answer, Blocks, Encryption, Scores
 from securefedcollm_audits.protocol.cohort import recorded
 
 SMALL = Terms(documents=40, dimension=16, block_bytes=96, fetched=3)
@@ -205,7 +205,7 @@ def answers(pair: Pair, reply: bytes) -> bool:
     """Whether these bytes are scores or blocks that this silo signed."""
     for kind in (Scores, Blocks):
         try:
-            message: Scores | Blocks = msgspec.msgpack.decode(reply, type=kind)
+            message: Answer = msgspec.msgpack.decode(reply, type=kind)
             silo = pair.keys[pair.silo].public
             verify(silo, kind.CONTEXT, message.signed(), message.signature)
         except (msgspec.MsgspecError, CryptoError):

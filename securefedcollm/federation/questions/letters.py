@@ -29,6 +29,8 @@ Kind = Literal["question", "scores", "selection", "blocks", "declined"]
 ASKS: Final = frozenset({"question", "selection"})
 """Kinds that an asker sends; the others come back."""
 
+ANSWER: Final[dict[Kind, Kind]] = {"question": "scores", "selection": "blocks"}
+
 REASONS: Final[dict[bytes, str]] = {
     b"spent": "has answered all of your questions that it agreed to",
     b"refused": "refused the question; its own log says why",

@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
 
 from securefedcollm.errors import (
     BudgetExceeded,
@@ -26,6 +25,7 @@ from securefedcollm.federation.questions.counter import Counter, Handed, Result
 from securefedcollm.federation.questions.desk import Desk, DeskConversation
 from securefedcollm.federation.questions.inquiry import Fetching, Frames, Steps
 from securefedcollm.federation.questions.letters import (
+    ANSWER,
     ASKS,
     REASONS,
     THREAD_BYTES,
@@ -42,8 +42,6 @@ from securefedcollm.primitives import SigningKey
 from securefedcollm.retrieval import PreparedShelf, Terms
 
 log = logging.getLogger(__name__)
-
-_ANSWER: Final[dict[Kind, Kind]] = {"question": "scores", "selection": "blocks"}
 
 
 @dataclass(frozen=True)
@@ -183,7 +181,7 @@ class QuestionPort:
             return self._no(letter, b"unable", error)
         except SecureFedCoLLMError as error:
             return self._no(letter, b"refused", error)
-        return Letter(asker, letter.thread, _ANSWER[letter.kind], content)
+        return Letter(asker, letter.thread, ANSWER[letter.kind], content)
 
     def _no(self, letter: Letter, why: bytes, error: SecureFedCoLLMError) -> Letter:
         log.warning("%s does not answer: %s", self._chair.name, error)
@@ -198,7 +196,7 @@ class QuestionPort:
             return
         if letter.kind == "declined":
             errand.came[silo] = Failure(REASONS.get(letter.content, "declined"))
-        elif letter.kind == _ANSWER[errand.kind]:
+        elif letter.kind == ANSWER[errand.kind]:
             errand.came[silo] = letter.content
 
     def _ask(self, evidence: EvidenceLog) -> Letters:
