@@ -324,7 +324,8 @@ def test_a_silo_agrees_to_fewer_questions_but_not_to_more(network):
     member, index = network.members["silo-2"], network.shelves["silo-2"]
     network.ask("silo-1", "w1 w2")
     own = roles.open_shelf(member, index, 1)
-    assert (own.terms.questions, own.terms.reads_all) == (1, False)
+    assert (own.terms.questions, own.terms.together, own.terms.pooled) == (1, 2, 2)
+    assert (own.terms.telling, own.terms.reads_all) == (6, False)
     assert own.terms.spent == {"server": 0, "silo-1": 1, "silo-3": 0}
     assert own.terms.askers == ["server", "silo-1", "silo-3"]
     assert (own.terms.passages, own.terms.documents, own.terms.fetched) == (2, 4, 2)
