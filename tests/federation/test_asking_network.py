@@ -21,10 +21,11 @@ from securefedcollm.errors import (
     ConfigError,
     EvidenceError,
     LocalProtocolError,
+    RemoteProtocolError,
     TransportError,
 )
 from securefedcollm.evidence.entries import Asked, Counted, Entry, Heard, Refused, Served
-from securefedcollm.federation import roles
+from securefedcollm.federation import messages, roles
 from securefedcollm.federation.engines.door import Door, knock
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.questions import letters as post
@@ -361,6 +362,50 @@ def test_a_member_answers_nothing_to_what_is_no_call(network, frame):
     reply = network.ports["silo-2"].step(frame)
     assert post.decode_carried(reply, "silo-2").letters == []
     assert network.ports["silo-2"]._log is None
+
+
+def test_who_runs_the_other_command_is_told_which(network, caplog):
+    """`client` at a silo that `shelf relay` calls, and `shelf serve` at one that `server` calls."""
+    trains = roles.silo_session(
+        network.members["silo-2"], ArithmeticSilo("silo-2"), progress=silent, threads=1
+    )
+    reply = trains.step(post.encode(post.Carry(network.relay.run, [])))
+    with pytest.raises(RemoteProtocolError, match=r"silo-2: runs `securefedcollm client`") as told:
+        post.decode_carried(reply, "silo-2")
+    assert "shelf serve" in told.value.hint
+    refused = messages.decode_reply(reply, "silo-2")
+    assert "runs `securefedcollm shelf relay`" in refused.message
+    begin = messages.encode(messages.EndRun(b"run"))
+    for _ in range(3):
+        reply = network.ports["silo-3"].step(begin)
+    with pytest.raises(RemoteProtocolError, match="silo-3: runs `securefedcollm shelf serve`"):
+        messages.decode_reply(reply, "silo-3")
+    (line,) = [each.getMessage() for each in caplog.records if "silo-3" in each.getMessage()]
+    assert "server: runs `securefedcollm server`, a training" in line
+
+
+def test_nothing_of_a_question_is_in_a_repr(network):
+    waiting = network.hand_in("silo-1", TEXTS["silo-3"][2])
+    handed = network.counters["silo-1"]._waiting.queue[0]
+    network.relay.turn()
+    shown = [repr(handed), repr(network.ports["silo-1"]._errand)]
+    result = network.turns(waiting)
+    shown += [repr(each) for each in (result, result.fetched, *result.fetched.fetches.values())]
+    words = {word for texts in TEXTS.values() for text in texts for word in text.split()}
+    for text in shown:
+        assert "array" not in text
+        assert words.isdisjoint(text.replace("'", " ").split())
+    assert TEXTS["silo-3"][2] in str(result.fetched.fetches["silo-3"].passages)  # or it shows none
+
+
+def test_a_hundred_bad_questions_are_one_line_in_the_log(network, caplog):
+    letter = post.Letter("silo-2", bytes(post.THREAD_BYTES), "question", b"x")
+    network.wire.meddle = lambda silo, way, frame: (
+        post.encode(post.Carried([letter])) if (silo, way) == ("silo-1", "out") else frame
+    )
+    for _ in range(100):
+        network.relay.turn()
+    assert len(caplog.records) == 1
 
 
 def flood(network, *letters):

@@ -15,6 +15,7 @@ from typing import Annotated, Final, Literal, TypeVar
 import msgspec
 
 from securefedcollm.errors import RemoteProtocolError
+from securefedcollm.federation.messages import trains
 from securefedcollm.retrieval import Terms
 from securefedcollm.retrieval.messages import limit
 
@@ -100,6 +101,15 @@ def _decoded(frame: bytes, decoder: msgspec.msgpack.Decoder[_M], peer: str) -> _
     try:
         return decoder.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        if trains(frame):
+            theirs, ours = "server", "shelf relay"
+            if peer != "server":
+                theirs, ours = "client", "shelf serve"
+            raise RemoteProtocolError(
+                f"runs `securefedcollm {theirs}`, a training, and this side carries questions",
+                peer=peer,
+                hint=f"have it run `securefedcollm {ours}`",
+            ) from None
         raise RemoteProtocolError(
             "sent what is no letter", peer=peer, hint="do both sides run the same version?"
         ) from None

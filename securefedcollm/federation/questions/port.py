@@ -81,6 +81,9 @@ class _Errand:
     deadline: float
     came: dict[str, bytes | Failure] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"_Errand({self.kind}, {len(self.threads)} silos)"
+
 
 class QuestionPort:
     """Implements :class:`securefedcollm.federation.engines.SiloPort`.
@@ -113,6 +116,7 @@ class QuestionPort:
         self._open: dict[str, tuple[bytes, DeskConversation]] = {}
         """Asker → its question that waits for a selection. One each, so it cannot fill memory."""
         self._errand: _Errand | None = None
+        self._said: set[tuple[str, bytes]] = set()
 
     @property
     def over(self) -> bool:
@@ -130,7 +134,9 @@ class QuestionPort:
             carry = decode_carry(frame)
             evidence = self._entered(carry.run)
         except RemoteProtocolError as error:
-            log.warning("%s: %s", self._chair.name, error)
+            if ("server", b"call") not in self._said:
+                self._said.add(("server", b"call"))
+                log.warning("%s: %s; %s", self._chair.name, error, error.hint)
             return encode(Carried([]))
         out = []
         for letter in carry.letters:
@@ -184,7 +190,9 @@ class QuestionPort:
         return Letter(asker, letter.thread, ANSWER[letter.kind], content)
 
     def _no(self, letter: Letter, why: bytes, error: SecureFedCoLLMError) -> Letter:
-        log.warning("%s does not answer: %s", self._chair.name, error)
+        if (letter.who, why) not in self._said:  # one line, however often somebody asks
+            self._said.add((letter.who, why))
+            log.warning("%s does not answer: %s", self._chair.name, error)
         return _declined(letter, why)
 
     # ---- asking ----
