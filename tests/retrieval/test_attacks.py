@@ -13,7 +13,13 @@ import numpy as np
 import pytest
 from securefedcollm_audits.protocol import asker_attacks, shelf_attacks
 from securefedcollm_audits.protocol.cases import ASKER_CASES, RETRIEVAL, adversary
-from securefedcollm_audits.protocol.retrieval_cohort import Pair, embedding, talk, text_of
+from securefedcollm_audits.protocol.retrieval_cohort import (
+    Pair,
+    embedding,
+    index_of,
+    talk,
+    text_of,
+)
 
 from securefedcollm.aggregation.ckks import polynomials
 from securefedcollm.aggregation.messages import UNSIGNED
@@ -23,7 +29,8 @@ from securefedcollm.federation.questions.quota import StoredQuota
 from securefedcollm.retrieval import Asker, Shelf, ShelfStep
 from securefedcollm.retrieval import shelf as shelf_module
 from securefedcollm.retrieval.messages import NUMBER_BYTES, Blocks, Selection, digest
-from securefedcollm.retrieval.product import Protection
+from securefedcollm.retrieval.passages import to_digits
+from securefedcollm.retrieval.product import Prepared, Protection
 
 BARE = Protection(mask_bits=0, flooded=False)
 
@@ -113,10 +120,13 @@ class Lengthless(Shelf):
         selection = msgspec.msgpack.decode(frame, type=Selection)
         if selection.number != self._number:
             raise self._refusal("selects for another question")
-        product, blocks = self._shelf.terms.fetching, self._shelf.blocks
+        terms, index = self._shelf.terms, index_of("clinic")
+        product = terms.fetching
         vectors = len(selection.rows) * product.vectors // product.query_bytes
-        blocks._product = msgspec.structs.replace(product, vectors=vectors)
-        content = self._compute(selection, blocks)
+        blocks = np.zeros((terms.documents, terms.block_bytes), dtype=np.uint8)
+        blocks[: len(index)] = index.blocks
+        longer = msgspec.structs.replace(product, vectors=vectors)
+        content = self._compute(selection, Prepared(longer, to_digits(blocks).T))
         return self._say(Blocks(digest(self._header, selection), UNSIGNED, content))
 
 
