@@ -190,8 +190,10 @@ class QuestionPort:
         return Letter(asker, letter.thread, ANSWER[letter.kind], content)
 
     def _no(self, letter: Letter, why: bytes, error: SecureFedCoLLMError) -> Letter:
-        if (letter.who, why) not in self._said:  # one line, however often somebody asks
-            self._said.add((letter.who, why))
+        # Adversary: an asker that fills the log, or a server that makes up names to do so.
+        who = letter.who if letter.who in self._chair.askers else ""
+        if (who, why) not in self._said:
+            self._said.add((who, why))
             log.warning("%s does not answer: %s", self._chair.name, error)
         return _declined(letter, why)
 
