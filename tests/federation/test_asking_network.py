@@ -35,6 +35,7 @@ from securefedcollm.federation.questions.counter import (
 )
 from securefedcollm.federation.questions.inquiry import Fetching
 from securefedcollm.federation.questions.quota import SUFFIX
+from securefedcollm.federation.status import told
 from securefedcollm.federation.workload import silent
 from securefedcollm.retrieval import Asker
 from tests.support.arithmetic import ArithmeticServer, ArithmeticSilo
@@ -406,6 +407,10 @@ def test_a_hundred_bad_questions_are_one_line_in_the_log(network, caplog):
     for _ in range(100):
         network.relay.turn()
     assert len(caplog.records) == 1
+    line = told(log_of(network, "silo-2")[-1], network.signed.study)
+    assert line == (
+        "REFUSED a request of the server, or a question that it carried: RemoteProtocolError"
+    )
 
 
 def flood(network, *letters):
