@@ -355,7 +355,7 @@ def _render(answer: Answer, written: Written | None) -> None:
         typer.echo(f"{place:>2}  {hit.score:.3f}  {printable(hit.silo)}: {printable(hit.id)}")
         typer.echo(f"    {printable(hit.text, MOST_MESSAGE)}")
     for silo, why in answer.failed.items():
-        typer.secho(f"{printable(silo)} did not answer: {printable(why)}", fg="yellow")
+        typer.secho(f"nothing from {printable(silo)}: {printable(why)}", fg="yellow")
     for silo, why in answer.suspect.items():
         typer.secho(f"do not trust {printable(silo)}: it {printable(why)}", fg="red")
     total = len(answer.answered) + len(answer.failed)

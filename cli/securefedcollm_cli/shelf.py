@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
     from securefedcollm.federation.questions.relay import Relay
     from securefedcollm.federation.roles import Member, ShelfTerms
     from securefedcollm_cli.progress import Bars
-
-_PAUSE: Final = 2.0
-"""Seconds until the server looks again whether anybody is there."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -76,6 +72,7 @@ def serve_shelf(
     stop_on_sigterm()
     place, study = home_of(home), load_study(config)
     with roles.take_part(study, config, place, "silo", asked(passphrase_file)) as member:
+        largest = roles.largest_call(member)
         kit = installed(place, member.name)
         own = None if index is None else roles.open_shelf(member, index, questions)
         if own is not None:
@@ -91,7 +88,7 @@ def serve_shelf(
             )
             with Door(counter.visit) as door:
                 open_for_questions(member.run, door.path)
-                serve(port, member, kit, roles.largest_call(member), bars)
+                serve(port, member, kit, largest, bars)
 
 
 @app.command("relay")
@@ -127,16 +124,17 @@ def relay(
         roles.take_part(study, config, place, "server", asked(passphrase_file)) as member,
         Bars(quiet=as_json) as bars,
     ):
+        largest = roles.largest_call(member)
         counter = Counter()
         port = roles.question_port(
             member, counter, None, lambda entry: print_entry(entry, study, bars, as_json)
         )
-        with _engine(member, place, wait, bars) as engine, Door(counter.visit) as door:
+        with _engine(member, place, wait, largest, bars) as engine, Door(counter.visit) as door:
             open_for_questions(member.run, door.path)
             _carry(roles.question_relay(member, engine, port), engine, bars)
 
 
-def _engine(member: Member, place: Path, wait: float, bars: Bars) -> FlareEngine:
+def _engine(member: Member, place: Path, wait: float, largest: int, bars: Bars) -> FlareEngine:
     from securefedcollm.federation import roles
     from securefedcollm.federation.engines.flare.engine import FlareEngine, Kits
     from securefedcollm.federation.engines.flare.kit import installed
@@ -154,7 +152,7 @@ def _engine(member: Member, place: Path, wait: float, bars: Bars) -> FlareEngine
         session=roles.session_of(member),
         progress=bars.report,
         say=bars.say,
-        largest=dict.fromkeys(silos, roles.largest_call(member)),
+        largest=dict.fromkeys(silos, largest),
     )
     say_what_is_lacking(bars)
     bars.say(f"waiting for {', '.join(silos)}")
@@ -167,16 +165,13 @@ def _carry(relay: Relay, engine: FlareEngine, bars: Bars) -> None:
     Raises:
         TransportError: FLARE's server has ended.
     """
-    said = ""
-    while True:
-        try:
-            relay.run_until(lambda: False)
-        except TransportError as error:
-            if not engine.running:
-                raise
-            if said != error.message:  # once, however long that lasts
-                bars.say(said := error.message)
-            time.sleep(_PAUSE)
+    try:
+        engine.begin_job(frozenset(relay.silos))
+    except TransportError as error:
+        engine.require_running()
+        bars.say(error.message)
+    relay.run_until(lambda: not engine.running)
+    engine.require_running()
 
 
 def _show_terms(terms: ShelfTerms, as_json: bool) -> None:
@@ -197,13 +192,15 @@ def _reading(terms: ShelfTerms) -> dict[str, str]:
         "may ask": ", ".join(terms.askers),
         "limit": f"{terms.questions:,} questions of each, in all runs and studies together",
         "asked": spent or "nobody has asked this shelf yet",
+        "together": f"{terms.together} of them may collude, and have {terms.pooled:,} questions; "
+        f"{terms.telling:,} tell all embeddings (dimension {terms.dimension})",
         "reveals": f"a question tells a score of every passage, and {terms.fetched} whole passages "
         "that the asker chooses",
     }
     if terms.reads_all:
         shown["WARNING"] = (
-            f"{terms.questions:,} questions tell one asker all embeddings on this shelf "
-            f"(dimension {terms.dimension}), and so much of every text; --questions lowers it"
+            f"{terms.pooled:,} questions tell all embeddings on this shelf, and so much of every "
+            "text; --questions lowers the limit of each asker"
         )
     return shown
 

@@ -223,7 +223,8 @@ def told(entry: Entry, study: Study) -> str | None:
         case Heard(answers=answers):
             return f"{len(answers)} silos answered it"
         case Refused(error=error):
-            return f"REFUSED a request of the server: {error}"
+            carried = ", or a question that it carried" if study.retrieval is not None else ""
+            return f"REFUSED a request of the server{carried}: {error}"
     return None
 
 

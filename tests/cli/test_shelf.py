@@ -41,23 +41,31 @@ def test_an_operator_sees_what_questions_reveal_and_may_decline(signed):
         "3 questions of each, in all runs and studies together",
         "nobody has asked this shelf yet",
         "a score of every passage, and 2 whole passages",
+        "2 of them may collude, and have 6 questions; 6 tell all embeddings (dimension 6)",
+        "WARNING   6 questions tell all embeddings on this shelf",
     ):
         assert said in result.stderr
-    assert "WARNING" not in result.stderr
     said = json.loads(
         serve(signed, "--json", "--questions", "1", input="n\n").stdout.split("\n")[0]
     )
     assert (said["event"], said["questions"], said["dimension"]) == ("terms", 1, 6)
+    assert (said["together"], said["telling"]) == (2, 6)
     logs = list(signed.homes["silo-1"].rglob("evidence.sqlite"))
     assert logs == []  # nothing began
 
 
-def test_a_limit_that_tells_all_embeddings_is_said(tmp_path):
-    open_handed = Signed(tmp_path / "place", questions=6)
-    (open_handed.homes["silo-1"] / "kit" / "startup").mkdir(parents=True)
-    said = serve(open_handed, input="n\n").stderr
-    assert "WARNING   6 questions tell one asker all embeddings on this shelf (dimension 6)" in said
-    assert "WARNING" not in serve(open_handed, "--questions", "5", input="n\n").stderr
+def test_members_that_collude_pool_their_questions(signed):
+    """Three questions of one member would not tell all; those of two do."""
+    assert "WARNING" in serve(signed, "--questions", "3", input="n\n").stderr
+    assert "WARNING" not in serve(signed, "--questions", "2", input="n\n").stderr
+
+
+def test_terms_that_no_frame_holds_are_refused_before_anybody_agrees(signed, monkeypatch):
+    monkeypatch.setattr("securefedcollm.federation.roles.asking.MAX_FRAME", 100_000)
+    result = serve(signed)
+    assert isinstance(result.exception, ConfigError)
+    assert "retrieval.documents: 4 members with shelves of this size" in str(result.exception)
+    assert "may ask" not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -102,24 +110,27 @@ def test_the_process_serves_with_the_shelf_and_a_door(signed, monkeypatch):
 
 
 class Gone:
-    """A relay that reaches nobody, over FLARE's server, which ends after some turns."""
+    """A relay over FLARE's server, to which nobody is connected at first, and which then ends."""
 
-    def __init__(self, turns: int) -> None:
-        self.turns = turns
+    silos = ("silo-1",)
+    running = True
 
-    @property
-    def running(self) -> bool:
-        return self.turns > 0
+    def begin_job(self, wanted):
+        raise TransportError("nobody is connected")
 
     def run_until(self, stop):
-        self.turns -= 1
-        raise TransportError("nobody is connected" if self.turns else "FLARE's process has ended")
+        assert not stop()
+        self.running = False
+        assert stop()
+
+    def require_running(self):
+        if not self.running:
+            raise TransportError("FLARE's process has ended")
 
 
-def test_the_server_waits_for_members_and_says_so_once(monkeypatch):
+def test_the_server_waits_for_members_and_says_so_once():
     said: list[str] = []
-    monkeypatch.setattr(shelf.time, "sleep", lambda seconds: None)
-    both = Gone(5)
+    both = Gone()
     with pytest.raises(TransportError, match="has ended"):
         shelf._carry(both, both, SimpleNamespace(say=said.append))
     assert said == ["nobody is connected"]

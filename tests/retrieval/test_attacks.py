@@ -5,15 +5,32 @@
 
 from __future__ import annotations
 
+import os
+from types import SimpleNamespace
+
+import msgspec
+import numpy as np
 import pytest
 from securefedcollm_audits.protocol import asker_attacks, shelf_attacks
 from securefedcollm_audits.protocol.cases import ASKER_CASES, RETRIEVAL, adversary
-from securefedcollm_audits.protocol.retrieval_cohort import Pair, embedding, talk
+from securefedcollm_audits.protocol.retrieval_cohort import (
+    Pair,
+    embedding,
+    index_of,
+    talk,
+    text_of,
+)
 
+from securefedcollm.aggregation.ckks import polynomials
+from securefedcollm.aggregation.messages import UNSIGNED
 from securefedcollm.errors import SecureFedCoLLMError
 from securefedcollm.federation.questions import inquiry
-from securefedcollm.retrieval import Asker, CountingQuota, Shelf
-from securefedcollm.retrieval.product import Protection
+from securefedcollm.federation.questions.quota import StoredQuota
+from securefedcollm.retrieval import Asker, Shelf, ShelfStep
+from securefedcollm.retrieval import shelf as shelf_module
+from securefedcollm.retrieval.messages import NUMBER_BYTES, Blocks, Selection, digest
+from securefedcollm.retrieval.passages import to_digits
+from securefedcollm.retrieval.product import Prepared, Protection
 
 BARE = Protection(mask_bits=0, flooded=False)
 
@@ -51,7 +68,7 @@ def unbound(monkeypatch):
 
 def forgetful(monkeypatch):
     """The silo counts nothing."""
-    monkeypatch.setattr(CountingQuota, "spend", lambda quota, asker, number: True)
+    monkeypatch.setattr(StoredQuota, "take", lambda quota, asker, number: 1)
 
 
 def trusting(monkeypatch):
@@ -72,21 +89,82 @@ def trusting(monkeypatch):
     monkeypatch.setattr(shelf_attacks, "judge", judge)
 
 
-class Lax(Shelf):
-    """Computes with whatever comes, as often as it comes."""
+COHORT = "securefedcollm_audits.protocol.retrieval_cohort"
+
+
+class Stateless(Shelf):
+    """Answers whatever comes, as often as it comes: no state machine."""
+
+    def handle(self, frame):
+        tag = msgspec.msgpack.decode(frame)[0]
+        self._step = ShelfStep(tag)
+        return super().handle(frame)
+
+
+class Numberless(Shelf):
+    """Takes a selection for any question."""
+
+    def _on_selection(self, frame):
+        self._number = msgspec.msgpack.decode(frame, type=Selection).number
+        return super()._on_selection(frame)
+
+
+class Neither(Stateless, Numberless):
+    """Both."""
+
+
+class Lengthless(Shelf):
+    """Reads as many vectors of a selection as there are."""
+
+    def _on_selection(self, frame):
+        selection = msgspec.msgpack.decode(frame, type=Selection)
+        if selection.number != self._number:
+            raise self._refusal("selects for another question")
+        terms, index = self._shelf.terms, index_of("clinic")
+        product = terms.fetching
+        vectors = len(selection.rows) * product.vectors // product.query_bytes
+        blocks = np.zeros((terms.documents, terms.block_bytes), dtype=np.uint8)
+        blocks[: len(index)] = index.blocks
+        longer = msgspec.structs.replace(product, vectors=vectors)
+        content = self._compute(selection, Prepared(longer, to_digits(blocks).T))
+        return self._say(Blocks(digest(self._header, selection), UNSIGNED, content))
+
+
+class Padding(Shelf):
+    """Takes polynomials of any length, cut or filled up with zeros."""
 
     def _check(self, message, product):
         pass
 
-    def handle(self, frame):
-        try:
-            return super().handle(frame)
-        except SecureFedCoLLMError:
-            return b"an answer"
+    def _compute(self, message, prepared):
+        size = self._shelf.terms.scoring.query_bytes
+        rows = message.rows[:size].ljust(size, b"\0")
+        return super()._compute(msgspec.structs.replace(message, rows=rows), prepared)
 
 
-def lax(monkeypatch):
-    monkeypatch.setattr("securefedcollm_audits.protocol.retrieval_cohort.Shelf", Lax)
+def instead(shelf):
+    """The silo has this state machine."""
+    return lambda monkeypatch: monkeypatch.setattr(f"{COHORT}.Shelf", shelf)
+
+
+def unranged(monkeypatch):
+    """A residue may be above q: it is reduced, or SEAL would not load it."""
+    real = polynomials.unpack
+
+    def unpack(data, ring, rows):
+        return real(data, SimpleNamespace(prime=2**60 - 1), rows) % np.uint64(ring.prime)
+
+    monkeypatch.setattr(polynomials, "unpack", unpack)
+
+
+def careless(monkeypatch):
+    """The silo reads the first half of what comes."""
+    real = shelf_module.decode
+    monkeypatch.setattr(
+        shelf_module,
+        "decode",
+        lambda kind, frame, peer, limit: real(kind, frame[: len(frame) // 2], peer, limit),
+    )
 
 
 class Forgetting(Asker):
@@ -98,21 +176,18 @@ class Forgetting(Asker):
 
 
 def unkept(monkeypatch):
-    monkeypatch.setattr("securefedcollm_audits.protocol.retrieval_cohort.Asker", Forgetting)
+    monkeypatch.setattr(f"{COHORT}.Asker", Forgetting)
 
 
 @pytest.mark.parametrize(
     ("case", "weaken"),
     [
-        (asker_attacks.malformed_ciphertexts, lax),
-        (asker_attacks.more_than_k, lax),
         (asker_attacks.all_the_shelf, forgetful),
         (asker_attacks.in_anothers_name, unchecked),
         (asker_attacks.repeated_questions, forgetful),
         (shelf_attacks.high_scores, trusting),
         (shelf_attacks.swapped_documents, trusting),
         (shelf_attacks.altered_frames, unchecked),
-        (shelf_attacks.replayed_frames, forgetful),
         (shelf_attacks.dropped_frames, forgetful),
         (shelf_attacks.two_answers, unkept),
         (shelf_attacks.exchanged_askers, lambda patch: (unchecked(patch), unbound(patch))),
@@ -125,6 +200,112 @@ def test_without_what_stops_it_an_attack_is_told(monkeypatch, case, weaken):
     outcome = case()
     assert not outcome.held
     assert outcome.learnt
+
+
+FOURTH = repr(text_of("clinic", 3))
+"""What a fourth block says."""
+
+
+@pytest.mark.parametrize(
+    ("weaken", "ways"),
+    [
+        (instead(Lengthless), ["a longer selection"]),
+        (instead(Stateless), ["a second selection"]),
+        (instead(Numberless), ["another question's number"]),
+        (
+            instead(Neither),
+            ["a second selection", "a selection at first", "another question's number"],
+        ),
+    ],
+)
+def test_a_fourth_block_is_read_in_every_way_that_is_not_closed(monkeypatch, weaken, ways):
+    weaken(monkeypatch)
+    outcome = asker_attacks.more_than_k()
+    assert not outcome.held
+    assert outcome.learnt == tuple(f"{FOURTH}, by {way}" for way in ways)
+
+
+@pytest.mark.parametrize(
+    ("weaken", "shapes"),
+    [
+        (instead(Padding), ["polynomials that are cut", "a byte too many", "no polynomials"]),
+        (unranged, ["a residue above q"]),
+        (careless, ["two frames"]),
+    ],
+)
+def test_what_no_check_refuses_is_computed_with(monkeypatch, weaken, shapes):
+    weaken(monkeypatch)
+    outcome = asker_attacks.malformed_ciphertexts()
+    assert outcome.learnt == tuple(f"an answer to {shape}" for shape in shapes)
+
+
+def without_binding(side):
+    """This side does not look at what a frame follows."""
+    return lambda monkeypatch: monkeypatch.setattr(
+        f"securefedcollm.retrieval.{side}.equal", lambda *any_digests: True
+    )
+
+
+def same_keys(monkeypatch):
+    """The asker encrypts every question under the same keys, and takes any answer."""
+    without_binding("asker")(monkeypatch)
+    real = Asker
+
+    def asker(**fields):
+        return real(**fields, random=lambda n: os.urandom(n) if n == NUMBER_BYTES else bytes(n))
+
+    monkeypatch.setattr(f"{COHORT}.Asker", asker)
+
+
+def unordered(monkeypatch):
+    """A silo without a state machine, which looks at no number and nothing before."""
+    instead(Neither)(monkeypatch)
+    without_binding("shelf")(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("weaken", "through"),
+    [
+        (forgetful, {"the same question"}),
+        (without_binding("shelf"), {"at another silo"}),
+        (unordered, {"at another silo", "a selection"}),
+        (without_binding("asker"), {"older scores"}),
+        (same_keys, {"older scores", "older blocks"}),
+    ],
+)
+def test_each_replay_gets_through_without_what_stops_it(monkeypatch, weaken, through):
+    weaken(monkeypatch)
+    outcome = shelf_attacks.replayed_frames()
+    assert not outcome.held
+    assert set(outcome.learnt) == through
+
+
+class Silent(Shelf):
+    """As strict as ever, but says nothing where the product names its reason."""
+
+    def handle(self, frame):
+        try:
+            return super().handle(frame)
+        except SecureFedCoLLMError:
+            return b""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        asker_attacks.malformed_ciphertexts,
+        asker_attacks.more_than_k,
+        asker_attacks.repeated_questions,
+        asker_attacks.in_anothers_name,
+        shelf_attacks.replayed_frames,
+    ],
+)
+def test_silence_is_no_answer(monkeypatch, case):
+    """Or the controls above would show no more than that nothing was raised."""
+    instead(Silent)(monkeypatch)
+    outcome = case()
+    assert outcome.learnt == ()
+    assert outcome.held
 
 
 def impatient(pair: Pair, text, change):

@@ -296,7 +296,7 @@ def test_a_selection_belongs_to_its_question(consortium):
 def test_answers_to_others_or_by_others_are_refused(consortium):
     askers = [consortium.asker(consortium.question(seed)) for seed in (1, 2)]
     answers = [consortium.shelf().handle(asker.ask()) for asker in askers]
-    with pytest.raises(RemoteProtocolError, match="answered another question"):
+    with pytest.raises(RemoteProtocolError, match="sent an answer to another question"):
         askers[0].take_scores(answers[1])
     message = msgspec.msgpack.decode(answers[1], type=m.Scores)
     forged = sign(message, SigningKey.generate()).encode()

@@ -6,7 +6,7 @@ the tests show.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -19,14 +19,21 @@ from securefedcollm.errors import SecureFedCoLLMError
 from securefedcollm.retrieval import Asker, Index, Passage, Shelf, Terms
 from securefedcollm.retrieval.messages import Blocks, Question, Scores, Selection
 from securefedcollm.retrieval.passages import from_block, from_digits, to_digits
-from securefedcollm.retrieval.product import Prepared, Protection, common
-from securefedcollm.retrieval.terms import PRIME, SCORE_BITS, SCORE_FLOOD_BITS, Product
+from securefedcollm.retrieval.product import Encrypted, Prepared, Protection, common
+from securefedcollm.retrieval.terms import (
+    DIGIT_BITS,
+    DIGIT_SCALE,
+    PRIME,
+    SCORE_BITS,
+    SCORE_FLOOD_BITS,
+    Product,
+)
 from securefedcollm_audits.protocol.outcome import Outcome, observed
 from securefedcollm_audits.protocol.retrieval_cohort import (
     SMALL,
     Pair,
     hostile,
-    refusals,
+    refused,
     resigned,
     text_of,
 )
@@ -41,59 +48,99 @@ def malformed_ciphertexts() -> Outcome:
     pair = Pair()
     frame, key = pair.ask("x").ask(), pair.keys[pair.asker]
     rows = msgspec.msgpack.decode(frame, type=Question).rows
-    above = rows[:-8] + b"\xff" * 8
-
-    def sent(changed: bytes) -> Callable[[], object]:
-        return lambda: pair.answer().handle(changed)
-
-    ended = refusals(
-        {
-            "cut": sent(resigned(frame, Question, key, rows=rows[:-1])),
-            "longer": sent(resigned(frame, Question, key, rows=rows + b"\0")),
-            "empty": sent(resigned(frame, Question, key, rows=b"")),
-            "above q": sent(resigned(frame, Question, key, number=b"n" * 16, rows=above)),
-            "no frame": sent(rows),
-            "two frames": sent(frame + frame),
-        }
-    )
+    changed = {
+        "polynomials that are cut": rows[:-1],
+        "a byte too many": rows + b"\0",
+        "no polynomials": b"",
+        "a residue above q": rows[:-8] + b"\xfe" + b"\xff" * 7,  # 2^60 - 2
+    }
+    frames = {
+        name: resigned(frame, Question, key, number=bytes([at]) * 16, rows=made)
+        for at, (name, made) in enumerate(changed.items())
+    }
+    frames |= {"no frame": rows, "two frames": frame + frame}
+    ended = {
+        name: refused(partial(pair.answer().handle, made), pair) for name, made in frames.items()
+    }
     return _all_refused("malformed ciphertexts", ended, "the silo refuses each before it computes")
 
 
 def more_than_k() -> Outcome:
-    """Fetch a fourth block: in a longer selection, a second one, or one for another question."""
-    pair = Pair()
-    key, shelf, asker = pair.keys[pair.asker], pair.answer(), pair.ask("x")
-    asker.take_scores(shelf.handle(asker.ask()))
-    selection = asker.select([0, 1, 2])
-    rows = msgspec.msgpack.decode(selection, type=Selection).rows
-    longer = resigned(selection, Selection, key, rows=rows + rows[: len(rows) // 3])
-    first = refusals({"a longer selection": lambda: shelf.handle(longer)})
-    shelf, asker = pair.answer(), pair.ask("y")
-    asker.take_scores(shelf.handle(asker.ask()))
-    mine = asker.select([0, 1, 2])
-    before = msgspec.msgpack.decode(mine, type=Selection).before
-    other = resigned(mine, Selection, key, number=b"n" * 16)
-    moved = resigned(selection, Selection, key, before=before)
-    fresh = pair.answer()
-    served = refusals({"first": lambda: shelf.handle(mine)})
-    ended = first | refusals(
-        {
-            "a second selection": lambda: shelf.handle(mine),
-            "a selection at first": lambda: pair.answer().handle(mine),
-            "another question's": lambda: _at_selection(pair).handle(other),
-            "an older one": lambda: _at_selection(pair).handle(moved),
-            "in place of a question": lambda: fresh.handle(selection),
-        }
+    """Read a fourth block: by a longer selection, by a second one, by one without a question, or by
+    one that another question pays for."""
+    tries = {
+        "a longer selection": _by_a_longer_selection,
+        "a second selection": _by_a_second_selection,
+        "a selection at first": _by_a_selection_at_first,
+        "another question's number": _by_another_number,
+    }
+    learnt, words = [], ""
+    for name, attempt in tries.items():
+        try:
+            learnt.append(f"{attempt()!r}, by {name}")
+        except SecureFedCoLLMError as error:
+            words = words or error.message
+        except (msgspec.MsgspecError, ValueError):  # no blocks, or noise
+            words = words or "no answer"
+    return Outcome(
+        "more than k blocks",
+        tuple(learnt),
+        f"one selection of k vectors a question: {words}",
+        held=not learnt,
     )
-    assert served == {"first": ""}  # the honest one is answered, or refusals would say nothing
-    return _all_refused("more than k blocks", ended, "one selection of k vectors a question")
 
 
-def _at_selection(pair: Pair) -> Shelf:
-    """A silo that waits for the selection of another question."""
-    shelf = pair.answer()
-    shelf.handle(pair.ask("z").ask())
-    return shelf
+def _by_a_longer_selection() -> str:
+    shelf, asker, number = _scored(pair := Pair())
+    return _read(pair, shelf, asker.transcript, number, [0, 1, 2, 3])
+
+
+def _by_a_second_selection() -> str:
+    shelf, asker, number = _scored(pair := Pair())
+    asker.take_blocks(shelf.handle(asker.select([0, 1, 2])))
+    return _read(pair, shelf, asker.transcript, number, [4, 5, 3])
+
+
+def _by_a_selection_at_first() -> str:
+    pair = Pair()
+    return _read(pair, pair.answer(), pair.header().digest, b"n" * 16, [4, 5, 3])
+
+
+def _by_another_number() -> str:
+    pair = Pair()
+    older = _scored(pair)[2]
+    shelf, asker, _ = _scored(pair)
+    return _read(pair, shelf, asker.transcript, older, [4, 5, 3])
+
+
+def _scored(pair: Pair) -> tuple[Shelf, Asker, bytes]:
+    """A question that has its scores, and its number."""
+    shelf, asker = pair.answer(), pair.ask("x")
+    question = asker.ask()
+    asker.take_scores(shelf.handle(question))
+    return shelf, asker, msgspec.msgpack.decode(question, type=Question).number
+
+
+def _read(pair: Pair, shelf: Shelf, before: bytes, number: bytes, wanted: list[int]) -> str:
+    """The text of the last of these documents, decrypted from the answer to a selection of them
+    all, however many they are.
+
+    Raises:
+        SecureFedCoLLMError: the silo refused.
+        ValueError: what came back is no block.
+    """
+    product = msgspec.structs.replace(pair.terms.fetching, vectors=len(wanted))
+    hot = np.zeros((len(wanted), pair.terms.documents), dtype=np.int64)
+    hot[np.arange(len(wanted)), wanted] = DIGIT_SCALE
+    secret = Encrypted(product, hot, SEED)
+    frame = hostile(pair, Selection, before, number, bytes(secret.rows), SEED)
+    content = msgspec.msgpack.decode(shelf.handle(frame), type=Blocks).content
+    shift = product.answer_bits - DIGIT_BITS
+    digits = (secret.decrypt(content)[-1:] + (1 << shift - 1)) >> shift
+    passage = from_block(from_digits(digits)[0].tobytes())
+    if passage is None:
+        raise ValueError("an empty block")
+    return passage.text
 
 
 def _all_refused(attack: str, ended: dict[str, str], rule: str) -> Outcome:
@@ -109,16 +156,14 @@ def repeated_questions() -> Outcome:
     question = pair.ask("x").ask()
     pair.answer().handle(question)
     before = pair.counted()
-    ended = refusals(
-        {
-            "the same question": lambda: pair.answer().handle(question),
-            "it once more": lambda: pair.answer().handle(question),
-        }
-    )
+    ended = {
+        name: refused(lambda: pair.answer().handle(question), pair)
+        for name in ("the same question", "it once more")
+    }
     again = pair.counted() == before == 1
     pair.answer().handle(pair.ask("y").ask())
     third = pair.ask("z").ask()
-    ended |= refusals({"a third of two questions": lambda: pair.answer().handle(third)})
+    ended["a third of two questions"] = refused(lambda: pair.answer().handle(third), pair)
     outcome = _all_refused("repeated questions", ended, "each is counted, and answered once")
     return outcome if again else Outcome(outcome.attack, ("a wrong count",), outcome.defence, False)
 
@@ -284,7 +329,7 @@ def in_anothers_name() -> Outcome:
     pair = Pair()
     asker = pair.ask("x", "bob")
     frame = resigned(asker.ask(), Question, pair.keys["ann"])
-    ended = refusals({"a question in bob's name": lambda: pair.answer("bob").handle(frame)})
+    ended = {"a question in bob's name": refused(lambda: pair.answer("bob").handle(frame), pair)}
     outcome = _all_refused("another member's name", ended, "the roster's key")
     if pair.counted("bob"):
         return Outcome(outcome.attack, ("one of bob's questions",), outcome.defence, held=False)
@@ -295,9 +340,9 @@ def all_the_shelf() -> Outcome:
     """Fetch the whole shelf, k passages a question, until the silo answers no more."""
     pair, got, ended = Pair(most=2), set[str](), "nothing was refused"
     for first in range(0, SMALL.documents - SMALL.fetched, SMALL.fetched):
-        texts, refused = _fetched(pair.ask("x"), pair.answer(), range(first, first + SMALL.fetched))
+        texts, why = _fetched(pair.ask("x"), pair.answer(), range(first, first + SMALL.fetched))
         got |= set(texts)
-        ended = refused or ended
+        ended = why or ended
     most = 2 * SMALL.fetched
     return observed(
         "the whole shelf, question by question",

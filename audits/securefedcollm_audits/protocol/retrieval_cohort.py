@@ -1,24 +1,29 @@
 """One asker, two silos with shelves, and a carrier, for attacks on private retrieval.
 
-Everything but the attacker is the product's own state machine. Embeddings are random directions,
-one for each text, so that no model is needed.
+Asker, shelf and the count on disk are the product's own. The carrier is :func:`talk`; the product's
+letters, relay and processes are not played here. Embeddings are random directions, one for each
+text, so that no model is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from securefedcollm.aggregation.messages import UNSIGNED, Signable, sign
-from securefedcollm.errors import ProtocolError, SecureFedCoLLMError
-from securefedcollm.primitives import SigningKey, sha256
+from securefedcollm.errors import CryptoError, ProtocolError, SecureFedCoLLMError
+from securefedcollm.federation.questions.quota import StoredQuota
+from securefedcollm.primitives import SigningKey, sha256, verify
 from securefedcollm.retrieval import (
     Asker,
-    CountingQuota,
     Header,
     Index,
     Passage,
@@ -26,7 +31,7 @@ from securefedcollm.retrieval import (
     Shelf,
     Terms,
 )
-from securefedcollm.retrieval.messages import Encryption
+from securefedcollm.retrieval.messages import Answer, Blocks, Encryption, Scores
 from securefedcollm_audits.protocol.cohort import recorded
 
 SMALL = Terms(documents=40, dimension=16, block_bytes=96, fetched=3)
@@ -62,6 +67,33 @@ def index_of(silo: str, terms: Terms = SMALL, count: int = 12) -> Index:
     return Index.build(passages, vectors, block_bytes=terms.block_bytes, space=terms.space)
 
 
+class Stored:
+    """The silo's count, in a file of its own, which every use opens anew: as after a restart."""
+
+    def __init__(self, most: int) -> None:
+        self._directory, self._most = Path(tempfile.mkdtemp()), most
+        weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
+
+    def spend(self, asker: str, number: bytes) -> bool:
+        """As :meth:`securefedcollm.retrieval.Quota.spend`."""
+        quota = self._opened()
+        try:
+            return quota.take(asker, number) is not None
+        finally:
+            quota.close()
+
+    def spent(self, asker: str) -> int:
+        """Questions of ``asker`` on disk."""
+        quota = self._opened()
+        try:
+            return quota.spent(asker)
+        finally:
+            quota.close()
+
+    def _opened(self) -> StoredQuota:
+        return StoredQuota(self._directory / "count", self._most)
+
+
 @dataclass
 class Pair:
     """An asker and a silo, and all that the silo needs over several questions."""
@@ -71,14 +103,14 @@ class Pair:
     terms: Terms = SMALL
     most: int = QUESTIONS
     index: Index | None = None
-    quota: CountingQuota = field(init=False)
+    quota: Stored = field(init=False)
 
     def __post_init__(self) -> None:
         self.keys = {
             name: SigningKey.generate(recorded(name)) for name in (self.silo, self.asker, "bob")
         }
         self.shelf = PreparedShelf(self.index or index_of(self.silo, self.terms), self.terms)
-        self.quota = CountingQuota(self.most)
+        self.quota = Stored(self.most)
 
     def header(self, asker: str = "") -> Header:
         """Of a conversation with ``asker``."""
@@ -92,7 +124,8 @@ class Pair:
         return Asker(header=self.header(name), silo=self.silo, key=self.keys[name], query=query)
 
     def answer(self, asker: str = "") -> Shelf:
-        """The silo's side of one question; a fresh one is what a restarted process has."""
+        """The silo's side of one question; a fresh one is what a restarted process has, with the
+        count that it finds on disk."""
         name = asker or self.asker
         return Shelf(
             self.shelf,
@@ -104,7 +137,7 @@ class Pair:
 
     def counted(self, asker: str = "") -> int:
         """Questions that the silo has counted."""
-        return self.most - self.quota.left(asker or self.asker)
+        return self.quota.spent(asker or self.asker)
 
 
 @dataclass
@@ -168,13 +201,25 @@ def hostile(
     return sign(kind(before, UNSIGNED, number, seed, rows), pair.keys[pair.asker]).encode()
 
 
-def refusals(tries: Mapping[str, Callable[[], object]]) -> dict[str, str]:
-    """What each of these ended with: the error's words, or nothing if there was none."""
-    ended = {}
-    for name, attempt in tries.items():
+def answers(pair: Pair, reply: bytes) -> bool:
+    """Whether these bytes are scores or blocks that this silo signed."""
+    for kind in (Scores, Blocks):
         try:
-            attempt()
-            ended[name] = ""
-        except SecureFedCoLLMError as error:
-            ended[name] = error.message
-    return ended
+            message: Answer = msgspec.msgpack.decode(reply, type=kind)
+            silo = pair.keys[pair.silo].public
+            verify(silo, kind.CONTEXT, message.signed(), message.signature)
+        except (msgspec.MsgspecError, CryptoError):
+            continue
+        return True
+    return False
+
+
+def refused(attempt: Callable[[], bytes], pair: Pair) -> str:
+    """Why there was no answer to this; "" if there was one.
+
+    A silo that is silent, or sends anything else, has not answered.
+    """
+    try:
+        return "" if answers(pair, attempt()) else "no answer"
+    except SecureFedCoLLMError as error:
+        return error.message

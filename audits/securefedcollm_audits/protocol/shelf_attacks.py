@@ -27,6 +27,7 @@ from securefedcollm_audits.protocol.retrieval_cohort import (
     embed,
     embedding,
     index_of,
+    refused,
     resigned,
     talk,
     text_of,
@@ -239,22 +240,21 @@ def _try(damage: _Damage, kind: str, change: Callable[[bytes], bytes]) -> None:
 
 
 def replayed_frames() -> Outcome:
-    """Bring a question once more, after the silo's restart too, to another silo, in another run;
-    and bring the asker an older question's answers."""
+    """Bring a question once more, after the silo's restart too, or to another silo; a selection to
+    a silo that waits for a question; and the asker an older question's answers."""
     pair, other = Pair(), Pair(silo="other", index=index_of("other"))
     first = talk(pair.ask(TOPIC), pair.answer())
-    question = first.frames["question"]
-    tries: dict[str, Callable[[], object]] = {
-        "the same question": lambda: pair.answer().handle(question),
-        "at another silo": lambda: other.answer().handle(question),
-        "a selection": lambda: pair.answer().handle(first.frames["selection"]),
+    frames = first.frames
+    ended = {
+        "the same question": refused(lambda: pair.answer().handle(frames["question"]), pair),
+        "at another silo": refused(lambda: other.answer().handle(frames["question"]), other),
+        "a selection": refused(lambda: pair.answer().handle(frames["selection"]), pair),
     }
-    ended = {name: _fails(attempt) for name, attempt in tries.items()}
     for kind in ("scores", "blocks"):
-        replayed = partial(_instead, kind, first.frames[kind])
-        again = talk(pair.ask(TOPIC), pair.answer(), replayed)
-        ended[f"older {kind}"] = again.stopped or "nothing was refused"
-    through = tuple(name for name, words in ended.items() if words == "nothing was refused")
+        again = talk(pair.ask(TOPIC), pair.answer(), partial(_instead, kind, frames[kind]))
+        got = again.scores if kind == "scores" else again.passages
+        ended[f"older {kind}"] = again.stopped if got is None else ""
+    through = tuple(name for name, words in ended.items() if not words)
     right = pair.counted() == 3 and other.counted() == 0
     return Outcome(
         "replayed frames",
@@ -274,15 +274,15 @@ def exchanged_askers() -> Outcome:
     pair = Pair()
     ann, bob = pair.ask(TOPIC), pair.ask(TOPIC, "bob")
     question = ann.ask()
-    refused = _fails(lambda: pair.answer("bob").handle(question))
+    why = refused(lambda: pair.answer("bob").handle(question), pair)
     theirs = pair.answer("bob").handle(bob.ask())
     taken = _fails(lambda: ann.take_scores(theirs))
     spent = pair.counted("bob")
     return observed(
         "askers exchanged",
         "an answer to a question that its asker did not sign",
-        f"the header names both ends: {refused}; {taken}",
-        held="nothing" not in refused + taken and spent == 1 and pair.counted() == 0,
+        f"the header names both ends: {why}; {taken}",
+        held=bool(why) and "nothing" not in taken and spent == 1 and pair.counted() == 0,
     )
 
 

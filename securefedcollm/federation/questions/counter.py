@@ -40,12 +40,18 @@ class Result(NamedTuple):
     fetched: Fetched
     asked: dict[str, int]
 
+    def __repr__(self) -> str:
+        return f"Result({self.fetched!r})"
+
 
 class Handed(NamedTuple):
     """A question at the counter: its embedding [d], and where the result goes."""
 
     query: Vectors
     result: Future[Result]
+
+    def __repr__(self) -> str:
+        return "Handed(<redacted>)"
 
 
 class Counter:
@@ -129,9 +135,9 @@ def ask_process(run: Path, query: Vectors, patience: float) -> Result:
         patience: seconds.
 
     Raises:
-        ConfigError: no such process is there.
+        ConfigError: no such process is there; or, in its words, what it could not do: an embedding
+            of another length, evidence that cannot be written, too many questions that wait.
         TransportError: nothing came in time, or the process ended.
-        DataError, StateError: the embedding is of another length; evidence cannot be written.
     """
     try:
         place = (run / _PLACE).read_text("utf-8")

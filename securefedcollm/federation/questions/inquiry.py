@@ -95,6 +95,9 @@ class Fetch(NamedTuple):
     passages: tuple[Passage | None, ...]
     claimed: tuple[float, ...]
 
+    def __repr__(self) -> str:
+        return f"Fetch({len(self.passages)} passages)"
+
 
 @dataclass
 class Fetched:
@@ -109,6 +112,9 @@ class Fetched:
     failed: dict[str, str] = field(default_factory=dict)
     sent: int = 0
     received: int = 0
+
+    def __repr__(self) -> str:
+        return f"Fetched({len(self.fetches)} silos, {len(self.failed)} failed)"
 
 
 Frames = Mapping[str, bytes]

@@ -15,6 +15,7 @@ from typing import Annotated, Final, Literal, TypeVar
 import msgspec
 
 from securefedcollm.errors import RemoteProtocolError
+from securefedcollm.federation.messages import trains
 from securefedcollm.retrieval import Terms
 from securefedcollm.retrieval.messages import limit
 
@@ -28,6 +29,8 @@ _EACH: Final = 512
 Kind = Literal["question", "scores", "selection", "blocks", "declined"]
 ASKS: Final = frozenset({"question", "selection"})
 """Kinds that an asker sends; the others come back."""
+
+ANSWER: Final[dict[Kind, Kind]] = {"question": "scores", "selection": "blocks"}
 
 REASONS: Final[dict[bytes, str]] = {
     b"spent": "has answered all of your questions that it agreed to",
@@ -98,6 +101,15 @@ def _decoded(frame: bytes, decoder: msgspec.msgpack.Decoder[_M], peer: str) -> _
     try:
         return decoder.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        if trains(frame):
+            theirs, ours = "server", "shelf relay"
+            if peer != "server":
+                theirs, ours = "client", "shelf serve"
+            raise RemoteProtocolError(
+                f"runs `securefedcollm {theirs}`, a training, and this side carries questions",
+                peer=peer,
+                hint=f"have it run `securefedcollm {ours}`",
+            ) from None
         raise RemoteProtocolError(
             "sent what is no letter", peer=peer, hint="do both sides run the same version?"
         ) from None

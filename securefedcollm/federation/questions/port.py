@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
 
 from securefedcollm.errors import (
     BudgetExceeded,
@@ -26,6 +25,7 @@ from securefedcollm.federation.questions.counter import Counter, Handed, Result
 from securefedcollm.federation.questions.desk import Desk, DeskConversation
 from securefedcollm.federation.questions.inquiry import Fetching, Frames, Steps
 from securefedcollm.federation.questions.letters import (
+    ANSWER,
     ASKS,
     REASONS,
     THREAD_BYTES,
@@ -42,8 +42,6 @@ from securefedcollm.primitives import SigningKey
 from securefedcollm.retrieval import PreparedShelf, Terms
 
 log = logging.getLogger(__name__)
-
-_ANSWER: Final[dict[Kind, Kind]] = {"question": "scores", "selection": "blocks"}
 
 
 @dataclass(frozen=True)
@@ -83,6 +81,9 @@ class _Errand:
     deadline: float
     came: dict[str, bytes | Failure] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"_Errand({self.kind}, {len(self.threads)} silos)"
+
 
 class QuestionPort:
     """Implements :class:`securefedcollm.federation.engines.SiloPort`.
@@ -115,6 +116,7 @@ class QuestionPort:
         self._open: dict[str, tuple[bytes, DeskConversation]] = {}
         """Asker → its question that waits for a selection. One each, so it cannot fill memory."""
         self._errand: _Errand | None = None
+        self._said: set[tuple[str, bytes]] = set()
 
     @property
     def over(self) -> bool:
@@ -132,7 +134,9 @@ class QuestionPort:
             carry = decode_carry(frame)
             evidence = self._entered(carry.run)
         except RemoteProtocolError as error:
-            log.warning("%s: %s", self._chair.name, error)
+            if ("server", b"call") not in self._said:
+                self._said.add(("server", b"call"))
+                log.warning("%s: %s; %s", self._chair.name, error, error.hint)
             return encode(Carried([]))
         out = []
         for letter in carry.letters:
@@ -183,10 +187,14 @@ class QuestionPort:
             return self._no(letter, b"unable", error)
         except SecureFedCoLLMError as error:
             return self._no(letter, b"refused", error)
-        return Letter(asker, letter.thread, _ANSWER[letter.kind], content)
+        return Letter(asker, letter.thread, ANSWER[letter.kind], content)
 
     def _no(self, letter: Letter, why: bytes, error: SecureFedCoLLMError) -> Letter:
-        log.warning("%s does not answer: %s", self._chair.name, error)
+        # Adversary: an asker that fills the log, or a server that makes up names to do so.
+        who = letter.who if letter.who in self._chair.askers else ""
+        if (who, why) not in self._said:
+            self._said.add((who, why))
+            log.warning("%s does not answer: %s", self._chair.name, error)
         return _declined(letter, why)
 
     # ---- asking ----
@@ -198,7 +206,7 @@ class QuestionPort:
             return
         if letter.kind == "declined":
             errand.came[silo] = Failure(REASONS.get(letter.content, "declined"))
-        elif letter.kind == _ANSWER[errand.kind]:
+        elif letter.kind == ANSWER[errand.kind]:
             errand.came[silo] = letter.content
 
     def _ask(self, evidence: EvidenceLog) -> Letters:

@@ -60,11 +60,21 @@ class ShelfTerms:
     dimension: int
     spent: dict[str, int]
     """Asker → questions that were counted, in all runs and studies."""
+    together: int
+    """Askers that may pool what they are told: the server and the silos that may collude with it,
+    or one silo more where they are all silos."""
+    telling: int
+    """Questions that tell every embedding on the shelf, whoever asks them."""
+
+    @property
+    def pooled(self) -> int:
+        """Questions of all members that may collude."""
+        return self.questions * self.together
 
     @property
     def reads_all(self) -> bool:
-        """Whether so many questions may tell one asker every embedding on the shelf."""
-        return self.questions >= self.dimension
+        """Whether so many questions may tell members that collude every embedding on the shelf."""
+        return self.pooled >= self.telling
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,8 @@ def open_shelf(member: Member, index: Path, most: int | None = None) -> OwnShelf
         questions=limit,
         dimension=plan.dimension,
         spent={asker: quota.spent(asker) for asker in askers},
+        together=min(study.silos.colluders + 1, len(askers)),
+        telling=terms.telling,
     )
     return OwnShelf(Stock(PreparedShelf(found, terms), quota), about)
 
@@ -218,6 +230,18 @@ def ask_from(study: Study, home: Path, question: str, space: Space) -> tuple[Ans
 
 
 def largest_call(member: Member) -> int:
-    """Bytes of the largest call to a member, or reply of one, in questions."""
+    """Bytes of the largest call to a member, or reply of one, in questions.
+
+    Raises:
+        ConfigError: no frame may be so long; or as :func:`question_port`.
+    """
     members = len(member.roster.names) + 1
-    return min(MAX_FRAME, largest_letters(pinned_terms(member.study), members))
+    largest = largest_letters(pinned_terms(member.study), members)
+    if largest > MAX_FRAME:
+        raise ConfigError(
+            f"{members} members with shelves of this size may send each other "
+            f"{largest / 2**30:.1f} GiB at once, and {MAX_FRAME / 2**30:.0f} GiB are the most",
+            where="retrieval.documents",
+            hint="agree on fewer documents, smaller blocks or fewer of them, or several consortia",
+        )
+    return largest
