@@ -195,7 +195,7 @@ def ask(
     With `retrieval.mode: documents` no silo can read the question. Shows the best passages with
     their silo and id. Each silo counts the question, and answers one asker no more than
     `retrieval.questions`. With `mode: answers` the silos know the question, and their records vote
-    on its choices. Shows the sum of all votes, with noise; every record that votes pays for it.
+    on its choices. Shows the sum of all votes, with noise. A silo's records pay for it beforehand.
     `securefedcollm audit bundle DIR` packs the evidence.
     """
     from securefedcollm.api import ask as ask_all

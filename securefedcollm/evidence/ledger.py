@@ -14,7 +14,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from securefedcollm.errors import EvidenceError, StateError
 from securefedcollm.evidence.entries import (
@@ -37,6 +37,8 @@ from securefedcollm.privacy.ledger import Budget, Key, Ledger, Reservation
 CHARGES = (Reserved, Released, Settled, Voided)
 VOTES = (Voting, Voted)
 """Of the ledger by which each record's own answers are counted, which is another file."""
+PREPAID_RUN: Final = 32
+"""Length of ``Key.run`` of what a silo's ledger charges for all answers; runs have 64."""
 
 
 class LoggedLedger(Ledger):
@@ -148,6 +150,8 @@ class Anchors(NamedTuple):
     blind: bytes
     charges: list[Entry]
     """Oldest first."""
+    answered: bool = False
+    """Whether records have answered questions, so that the ledger has charged them for that."""
 
     def blinded(self, content: bytes) -> bytes:
         """The same as the log's own method."""
@@ -177,7 +181,8 @@ def read_anchors(path: Path) -> Anchors:
             hint="restore it; without it an older privacy ledger would not be noticed",
         ) from None
     entries = [decode_entry(bytes(body), f"{path}: entry {i}") for i, (body,) in enumerate(bodies)]
-    return Anchors(path, bytes(own[0]) if own else b"", list(_charges(entries)))
+    answered = any(isinstance(entry.what, VOTES) for entry in entries)
+    return Anchors(path, bytes(own[0]) if own else b"", list(_charges(entries)), answered)
 
 
 def check_anchors(log: EvidenceLog, ledger: Ledger, kinds: tuple[type, ...] = CHARGES) -> int:

@@ -85,8 +85,8 @@ def ask_records(
     """Let all silos' records vote on a question, every role on this machine.
 
     The silos learn the question. Nobody learns a record, or what one silo's records voted: only the
-    sum over all silos is opened, with noise. Every record that is retrieved pays for it in its
-    silo's ledger, and one that cannot pay is not retrieved.
+    sum over all silos is opened, with noise. All records of a silo pay once, before the first
+    question, in its ledger. One that has given all its answers is not retrieved any more.
 
     Args:
         question: words that the study's encoder knows.

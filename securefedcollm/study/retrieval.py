@@ -56,7 +56,7 @@ class Retrieval(Section, frozen=True):
     With `mode: documents` no silo learns the question. The asker learns the best passages and a
     score of every passage, so documents on a shelf must be ones that members may read: never
     records. With `mode: answers` the silos learn the question, and their records answer it: only a
-    noised sum of votes leaves, and every record that answers pays for it.
+    noised sum of votes leaves. All records of a silo pay for that once, beforehand.
     """
 
     encoder: Annotated[Encoder, says("The model that embeds passages and questions.")]
@@ -87,7 +87,7 @@ class Retrieval(Section, frozen=True):
         Annotated[float, Meta(ge=-1, le=1)] | None,
         says(
             "With `answers`: a record is retrieved if its cosine similarity to the question is at "
-            "least this. Every record that is retrieved pays.",
+            "least this. Then it has given one of its `questions` answers.",
             needed="the mode is `answers`",
         ),
     ] = None

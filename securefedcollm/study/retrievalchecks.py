@@ -9,6 +9,8 @@ from securefedcollm.study.config import Model, Study
 from securefedcollm.study.learning_checks import check_model
 from securefedcollm.study.retrieval import Retrieval
 
+_MOST_ANSWERS = 10_000
+
 
 def check_retrieval(study: Study) -> None:
     """Refuse a section that cannot work, or that would leave silos with different embeddings.
@@ -69,6 +71,14 @@ def _check_answers(study: Study) -> None:
             "nothing says which records a question retrieves",
             where="retrieval.threshold",
             hint="a cosine similarity, e.g. 0.9; choose it on public questions",
+        )
+    # One record's questions are counted by their noise. With more of them, the last digits of the
+    # noise multiplier could be worth one question more than was charged for.
+    if plan.questions > _MOST_ANSWERS:
+        raise ConfigError(
+            f"{plan.questions} answers of one record",
+            where="retrieval.questions",
+            hint=f"at most {_MOST_ANSWERS}",
         )
     if plan.questions < 1:
         raise ConfigError(

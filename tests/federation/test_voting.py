@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +27,7 @@ from securefedcollm.errors import (
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation.questions.polls import make_poll, poll_header
 from securefedcollm.federation.questions.records import ModelReader, index_records, load_reader
-from securefedcollm.federation.questions.voting import READY, Booth, _only, count_labels
+from securefedcollm.federation.questions.voting import READY, Booth, _only, count_labels, prepay
 from securefedcollm.federation.silo import Clock
 from securefedcollm.privacy.events import Gaussian
 from securefedcollm.privacy.ledger import Ledger
@@ -369,6 +370,49 @@ def test_all_answers_are_paid_for_once(voters, tmp_path):
             votes(polls)
     ((charge,), _) = spent(tmp_path / "run")
     assert charge[0][0].count == voters.study.retrieval.questions
+
+
+def test_other_records_and_a_new_count_of_answers_pay_anew(voters, tmp_path):
+    """Adversary: an operator, or an accident: records of the same fingerprint, a lost ledger of
+    answers, another noise. Each would have answers that nobody paid for."""
+    with voters.polls(tmp_path / "run") as polls:
+        known = booth_of(polls).shelf.known
+    with Ledger(tmp_path / "ledger.sqlite", "silo-1") as ledger:
+        ledger.pin(1000.0, 1e-5)
+        first = np.arange(len(known)) < COPIES
+        some, others = _only(known, first), _only(known, ~first)
+        where = (voters.study, some, "ab" * 32, known.key)
+        prepay(ledger, *where)
+        prepay(ledger, *where)
+        assert len(ledger.entries()) == 1
+        for changed in (
+            (voters.study, others, "ab" * 32, known.key),
+            (voters.study, some, "ab" * 32, "another ledger of answers"),
+            (Voters(voters.data, questions=2).study, some, "ab" * 32, known.key),
+        ):
+            before = len(ledger.entries())
+            with contextlib.suppress(BudgetExceeded):
+                prepay(ledger, *changed)
+                assert len(ledger.entries()) == before + 1
+
+
+def test_a_ledger_without_what_was_paid_for_answers_is_refused(voters, tmp_path):
+    run = tmp_path / "run"
+    with voters.polls(run) as polls:
+        votes(polls)
+    for file in (run / "silos" / "silo-1").glob("ledger.sqlite*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match="and that is gone, or an older copy"):
+        voters.polls(run)
+
+
+def test_more_survivors_do_not_buy_more_answers(voters, tmp_path):
+    """Four silos voted where three are enough. The silo's ledger was charged for three."""
+    with voters.polls(tmp_path / "run") as polls:
+        votes(polls)
+        entry, *_ = [e for e in booth_of(polls).ledger.entries() if e.counted]
+        assert entry.counted == entry.reserved
+        assert entry.state == "settled"
 
 
 def test_one_poll_is_answered_once_whatever_becomes_of_the_file(voters, tmp_path):

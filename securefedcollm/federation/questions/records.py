@@ -117,9 +117,9 @@ def shelf_of(
     known = ledger.identify(holdings.contents(), also=holdings.also)
     ledger.recognise(known, [holdings.dataset, *holdings.also])
     index = index_records(space, questions, progress, frame)
-    prepay(ledger, study, known, holdings.dataset)
     texts = (folded(bare(question.prompt, frame)) for question in questions)
     by_text = answers.identify((sha256(text.encode()), None) for text in texts)
+    prepay(ledger, study, known, holdings.dataset, by_text.key)
     return RecordShelf(index, by_text, holdings.dataset)
 
 

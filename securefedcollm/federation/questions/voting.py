@@ -34,7 +34,7 @@ from securefedcollm.errors import (
     SecureFedCoLLMError,
 )
 from securefedcollm.evidence.entries import Slip, Voted, Voting
-from securefedcollm.evidence.ledger import anchor
+from securefedcollm.evidence.ledger import PREPAID_RUN, anchor
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.questions.polls import (
     Poll,
@@ -52,7 +52,6 @@ from securefedcollm.privacy.events import DiscreteGaussian, encode_events
 from securefedcollm.privacy.identities import Records
 from securefedcollm.privacy.ledger import Key, Ledger, Reservation
 from securefedcollm.privacy.noise import NoiseSource
-from securefedcollm.privacy.silo_unit import with_survivors
 from securefedcollm.privacy.votes import MOST_CHOICES, Votes
 from securefedcollm.retrieval.nearest import RecordIndex
 from securefedcollm.study import Study, digest
@@ -62,6 +61,8 @@ log = logging.getLogger(__name__)
 READY: Final = b"ready"
 """The reply to every poll."""
 UNIT: Final = "record"
+
+_PREPAID: Final = b"securefedcollm/answers/prepaid/v1\0"
 
 Bools = npt.NDArray[np.bool_]
 Embed = Callable[[str], npt.NDArray[np.float64]]
@@ -98,7 +99,7 @@ class RecordShelf:
     dataset: str
 
 
-def prepay(ledger: Ledger, study: Study, records: Records, dataset: str) -> None:
+def prepay(ledger: Ledger, study: Study, records: Records, dataset: str, book: str) -> None:
     """Charge every record of a file with all the answers that one record may give, once.
 
     Which records a question retrieved shows in how much each has answered. So nothing but
@@ -110,15 +111,18 @@ def prepay(ledger: Ledger, study: Study, records: Records, dataset: str) -> None
     Args:
         ledger: the silo's, which all its studies share.
         dataset: fingerprint of the file.
+        book: names the ledger of answers that this pays for: the key of its records. A new one,
+            in which nobody has answered anything, is paid for anew. So are other records, and
+            other noise.
 
     Raises:
         BudgetExceeded: some record cannot pay for that. No question was asked yet.
     """
-    # By file: a record of two files pays for both, since no account but a file's is told apart.
-    name = sha256(bytes.fromhex(answers_study(study)), bytes.fromhex(dataset)).hex()
     event = votes_of(study, MOST_CHOICES).event()
     whole = msgspec.structs.replace(event, count=answers_of(study).questions)
-    place = Key(dataset, UNIT, name[:32], 0, 0)
+    what = [answers_study(study), records.digest, book, *encode_events([whole])]
+    name = sha256(_PREPAID, msgspec.json.encode(what)).hex()
+    place = Key(dataset, UNIT, name[:PREPAID_RUN], 0, 0)
     claim, pinned = claim_of(study), ledger.pinned
     if pinned is not None and (claim[0] > pinned.epsilon or claim[1] > pinned.delta):
         raise BudgetExceeded(
@@ -126,7 +130,7 @@ def prepay(ledger: Ledger, study: Study, records: Records, dataset: str) -> None
             hint="the owner decides: `securefedcollm budget set`",
         )
     state = next((e.state for e in ledger.entries() if e.key == place), None)
-    if state not in {None, "reserved"}:
+    if state in {"released", "settled"}:
         return
     reservation = ledger.reserve(*place, [whole], claim, records=records, study=name)
     ledger.release(reservation)
@@ -298,8 +302,8 @@ class BoothConversation:
                 study=answers_study(booth.study),
                 individually=True,
             )
-        except BudgetExceeded as error:
-            log.warning("%s: %s", booth.name, error)
+        except BudgetExceeded:
+            log.warning("%s: its answers' ledger has another budget than the study's", booth.name)
             raise BudgetExceeded(
                 "the study asks for more than the owner of these records pinned",
                 hint="the owner decides: `securefedcollm budget set`",
@@ -359,8 +363,9 @@ class BoothConversation:
             )
             booth.ledger.release(at.reservation)
         elif at.side.step is Step.DONE:
-            # This silo unmasks one list for one header, and a threshold of silos agreed to it.
-            events = [with_survivors(e, len(seen.survivors)) for e in at.reservation.events]
+            # More survivors are not credited: every question costs the same, so N of them are what
+            # was prepaid, at every order of every accountant.
+            events = at.reservation.events
             booth.ledger.settle(at.reservation, events)
             booth.evidence.append(
                 Voted(

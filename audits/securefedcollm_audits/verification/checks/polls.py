@@ -21,7 +21,6 @@ from securefedcollm.federation.questions.polls import (
     votes_of,
 )
 from securefedcollm.primitives import verify
-from securefedcollm.privacy.silo_unit import with_survivors
 from securefedcollm.privacy.votes import MOST_CHOICES, Votes
 from securefedcollm.study import Study
 from securefedcollm_audits.verification.case import Case, NotCovered, count, of
@@ -127,7 +126,7 @@ def _settled(case: Case, silo: str, what: Voted, begun: Voting | None) -> str:
         return f"opens a sum of {len(survivors)} silos; {case.study.quorum} are needed"
     if lists_of(case, bytes.fromhex(begun.delivery), what) != what.lists:
         return "what was signed is not the digest of these lists"
-    due = tuple(with_survivors(e, len(survivors)) for e in decode_events(begun.events))
+    due = decode_events(begun.events)
     return "" if decode_events(what.events) == due else "settles for other noise than there was"
 
 
