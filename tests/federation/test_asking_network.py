@@ -420,6 +420,7 @@ def flood(network, *letters):
     )
     network.relay.turn()
     network.wire.meddle = lambda silo, way, frame: frame
+    network.now += 300  # who sends what makes no sense is left alone for a while
     return list(network.relay._mail.get("silo-2", {}).values())
 
 
