@@ -281,9 +281,7 @@ class Relay:
             junk = junk or (letter.who, letter.thread) not in owed
             if (name, letter.kind) not in self._said:  # one line, however many it sends
                 self._said.add((name, letter.kind))
-                log.warning(
-                    "%s sent what nobody waits for, or it may not send: %s", name, letter.kind
-                )
+                log.warning("%s: dropped what nobody may send, or waits for: %s", name, letter.kind)
         return junk
 
     def _may(self, sender: str, letter: Letter) -> bool:
