@@ -234,6 +234,19 @@ def test_an_asker_is_told_at_once_that_a_silo_is_away():
     assert heard == ["declined"]
 
 
+def test_a_question_to_a_silo_that_rests_is_declined_at_once():
+    """Also one that was on its way when the silo's nonsense came."""
+    members = Members()
+    heard = conversation(members)
+    other = post.Letter("ann", b"n" * post.THREAD_BYTES, "scores", b"x")
+    members.replies["clinic"] = lambda letters: [other]
+    relay = members.relay()
+    relay.turn()
+    assert relay.waiting("clinic") == []
+    relay.turn()
+    assert heard == ["declined"]
+
+
 def test_what_nobody_asked_for_is_dropped_and_said_once(caplog):
     """Adversary: a silo that sends scores and blocks by the hundred, in the open thread too."""
     members = Members()

@@ -228,6 +228,8 @@ class Relay:
             owed = {(each.who, each.thread) for each in letters if each.kind in ASKS}
             junk = self._collect(name, came, owed)
             self._heard(name, junk or took > timeout)
+            if self._resting(name):
+                self._keep(name, [])
             self._changed.notify_all()
         return bool(letters or came)
 
