@@ -234,6 +234,19 @@ def test_an_asker_is_told_at_once_that_a_silo_is_away():
     assert heard == ["declined"]
 
 
+def test_a_question_to_a_silo_that_rests_is_declined_at_once():
+    """Also one that was on its way when the silo's nonsense came."""
+    members = Members()
+    heard = conversation(members)
+    other = post.Letter("ann", b"n" * post.THREAD_BYTES, "scores", b"x")
+    members.replies["clinic"] = lambda letters: [other]
+    relay = members.relay()
+    relay.turn()
+    assert relay.waiting("clinic") == []
+    relay.turn()
+    assert heard == ["declined"]
+
+
 def test_what_nobody_asked_for_is_dropped_and_said_once(caplog):
     """Adversary: a silo that sends scores and blocks by the hundred, in the open thread too."""
     members = Members()
@@ -241,15 +254,22 @@ def test_what_nobody_asked_for_is_dropped_and_said_once(caplog):
     blocks = post.Letter("ann", THREAD, "blocks", b"x")
     other = post.Letter("ann", b"n" * post.THREAD_BYTES, "scores", b"x")
     relay = members.relay()
+    members.replies["clinic"] = lambda letters: [SCORES, blocks] if letters else []
+    relay.turn()
     for flood in ([SCORES], [blocks], [other]):
         members.replies["slow"] = lambda letters, flood=flood: flood
         relay.turn()
-    for _ in range(50):
-        members.replies["clinic"] = lambda letters: [SCORES, blocks]
+        members.now += 300
+    members.replies["clinic"] = lambda letters: [SCORES, blocks]
+    pauses = []
+    for _ in range(8):
         relay.turn()
+        pauses.append(relay._rests["clinic"].until - members.now)
+        members.now = relay._rests["clinic"].until
+    assert pauses[-3:] == [240] * 3
     assert heard == ["scores"]  # the clinic's, to the only question
     lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == len(set(lines)) == 4  # of each silo, scores and blocks
+    assert len(lines) == len(set(lines)) == 3  # for a member and a kind
 
 
 def test_a_busy_member_is_called_at_once_but_not_without_end():

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -224,8 +224,12 @@ class Relay:
                 self._missed(name, error, isinstance(reply, Failure) and took <= _WAITED)
                 self._keep(name, letters)
                 return False
-            self._heard(name, took > timeout)
-            self._collect(name, came)
+            # Adversary: a member whose replies are megabytes of letters that nobody waits for.
+            owed = {(each.who, each.thread) for each in letters if each.kind in ASKS}
+            junk = self._collect(name, came, owed)
+            self._heard(name, junk or took > timeout)
+            if self._resting(name):
+                self._keep(name, [])
             self._changed.notify_all()
         return bool(letters or came)
 
@@ -242,11 +246,11 @@ class Relay:
             pause, following = ABSENT, rest.pause
         self._rests[name] = _Rest(self.clock() + pause, following)
 
-    def _heard(self, name: str, late: bool) -> None:
-        """It gave a good reply. Adversary: a member that lets every other call wait, or whose reply
+    def _heard(self, name: str, costly: bool) -> None:
+        """It gave a reply. Adversary: a member that lets every other call wait, or whose reply
         takes long to come in, such as megabytes at the slowest rate."""
         rest = self._rests.get(name)
-        if late:
+        if costly:
             rest = rest or _Rest()
             self._rests[name] = _Rest(self.clock() + rest.pause, min(MOST_REST, 2 * rest.pause))
         elif rest is not None and rest.pause > REST:
@@ -256,19 +260,31 @@ class Relay:
 
     # ---- letters; the lock is held ----
 
-    def _collect(self, name: str, letters: Sequence[Letter]) -> None:
-        """Put a member's letters into the mail, one of each kind to each other member."""
+    def _collect(self, name: str, letters: Sequence[Letter], owed: Set[tuple[str, bytes]]) -> bool:
+        """Put a member's letters into the mail, one of each kind to each other member.
+
+        Args:
+            owed: asker and thread of what this call brought. An honest member answers nothing else.
+
+        Returns:
+            whether there was a letter that no honest member sends.
+        """
+        junk = False
         seen = set[tuple[str, bool]]()
         for letter in letters:
             place = letter.who, letter.kind in ASKS
             if place in seen:
+                junk = True
                 continue
+            seen.add(place)
             if self._may(name, letter):
-                seen.add(place)
                 self._post(name, letter)
-            elif (name, letter.kind) not in self._said:  # one line, however many it sends
+                continue
+            junk = junk or (letter.who, letter.thread) not in owed
+            if (name, letter.kind) not in self._said:  # one line, however many it sends
                 self._said.add((name, letter.kind))
                 log.warning("%s: dropped what nobody may send, or waits for: %s", name, letter.kind)
+        return junk
 
     def _may(self, sender: str, letter: Letter) -> bool:
         """Adversary: a member that floods another one, or sends what only makes it compute."""
