@@ -133,14 +133,14 @@ def embedded(values: int, directory: Path) -> dict[str, Any]:
         return run(study, roster, engine, values, directory / "run")
 
 
-def consortium(directory: Path) -> dict[str, Path]:
+def consortium(directory: Path, silos: tuple[str, ...] = SILOS) -> dict[str, Path]:
     """Homes with kits and identities."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     profile = create_consortium(directory / "ca", "benchmark", "localhost", port, PASSPHRASE)
     homes = {}
-    for name in (*SILOS, "server"):
+    for name in (*silos, "server"):
         home = homes[name] = directory / name
         requests = request_certificate(
             home, profile, name, "server" if name == "server" else "silo"

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from securefedcollm.errors import ConfigError as ConfigError
     from securefedcollm.errors import SecureFedCoLLMError as SecureFedCoLLMError
     from securefedcollm.privacy.planner import Plan as Plan
+    from securefedcollm.simulation.ask_records import Vote as Vote
+    from securefedcollm.simulation.ask_records import ask_records as ask_records
     from securefedcollm.study import Study as Study
     from securefedcollm.study import dump_study as dump_study
     from securefedcollm.study import load_study as load_study
@@ -64,7 +66,9 @@ _DOORS: Final = {
     "Shelf": "securefedcollm.api",
     "Study": "securefedcollm.study",
     "Verdict": "securefedcollm_audits",
+    "Vote": "securefedcollm.simulation.ask_records",
     "ask": "securefedcollm.api",
+    "ask_records": "securefedcollm.simulation.ask_records",
     "build_index": "securefedcollm.api",
     "dump_study": "securefedcollm.study",
     "load_study": "securefedcollm.study",
@@ -87,8 +91,10 @@ __all__ = [
     "Shelf",
     "Study",
     "Verdict",
+    "Vote",
     "__version__",
     "ask",
+    "ask_records",
     "build_index",
     "dump_study",
     "load_study",

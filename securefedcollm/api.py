@@ -22,6 +22,7 @@ from securefedcollm.study import Study, load_study
 
 if TYPE_CHECKING:
     from securefedcollm.federation.dealing import Files
+    from securefedcollm.federation.questions.inquiry import Answered
 
 Place = str | Path
 
@@ -370,16 +371,22 @@ def ask(
     question: str,
     study: Study | Place,
     *,
-    shelves: Mapping[str, Place],
+    shelves: Mapping[str, Place] | None = None,
     asker: str = "server",
     out: Place | None = None,
+    home: Place | None = None,
     data: Place | None = None,
     progress: Progress = silent,
 ) -> Answer:
-    """Ask all silos' documents a question that no silo can read, every role on this machine.
+    """Ask all silos' documents a question that no silo can read.
 
-    Every party has its own keys and evidence log; only the network is missing. A shelf's count of
-    questions is beside its index file (``INDEX.questions.sqlite``), for all runs and studies.
+    With ``shelves`` every role is on this machine. Every party has its own keys and evidence log;
+    only the network is missing. A shelf's count of questions is beside its index file
+    (``INDEX.questions.sqlite``), for all runs and studies.
+
+    With ``home`` a member of a signed study asks over the network, through its process that runs
+    there (``securefedcollm shelf serve``; at the server ``shelf relay``). ``spent`` is then what
+    this member has asked in the study.
 
     Args:
         question: words that the study's encoder knows.
@@ -388,31 +395,41 @@ def ask(
         asker: ``server``, or a silo that is not asked.
         out: the run's directory; default ``runs/STUDY``. It may be that of a finished simulation of
             the same study.
+        home: the member's directory, in place of ``shelves``, ``asker`` and ``out``.
         data: the directory of the study's data files and ``path:`` models.
         progress: called as ``progress(done, total, text)``.
 
     Raises:
-        ConfigError: the study has a roster, a name is none of its own, an index does not fit it,
-            ``out`` is of another study or in use, or the question is not valid Unicode.
+        ConfigError: the study has a roster (with ``shelves``), a name is none of its own, an index
+            does not fit it, ``out`` is of another study or in use, no process runs in ``home``, or
+            the question is not valid Unicode.
         DataError: an index is damaged, or the question has no words.
         StateError: a participant's file cannot be written; nothing was answered then.
+        TransportError: the process in ``home`` has ended, or the server carries no questions.
     """
     from securefedcollm.federation.questions.space import space_of
+    from securefedcollm.federation.roles import ask_from
     from securefedcollm.simulation.asking import Questions
     from securefedcollm.tuning.embed import encodes
 
     if not encodes(question):
         raise ConfigError("is not valid Unicode", where="QUESTION", hint="write it in UTF-8")
     agreed = study if isinstance(study, Study) else load_study(study)
+    space = space_of(agreed, None if data is None else Path(data), progress)
+    if home is not None:
+        return _answer(*ask_from(agreed, Path(home), question, space))
     directory = Path(out) if out is not None else Path("runs") / agreed.study
     with Questions(
         agreed,
-        shelves={name: Path(path) for name, path in shelves.items()},
+        shelves={name: Path(path) for name, path in (shelves or {}).items()},
         asker=asker,
         directory=directory,
-        space=space_of(agreed, None if data is None else Path(data), progress),
+        space=space,
     ) as questions:
-        answered = questions.ask(question)
+        return _answer(questions.ask(question), directory)
+
+
+def _answer(answered: Answered, directory: Path) -> Answer:
     found = answered.found
     return Answer(
         passages=[Cited(hit.silo, *hit.passage, hit.score) for hit in found.hits],

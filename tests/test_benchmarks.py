@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import engine, english, forgetting, joint, questions, retrieval, student, vectors
+from benchmarks import (
+    answers,
+    engine,
+    english,
+    forgetting,
+    joint,
+    questions,
+    retrieval,
+    student,
+    vectors,
+)
 from securefedcollm.retrieval import Terms
 from securefedcollm.study import load_study
 from tests.support.inputs import make_inputs
@@ -50,6 +60,14 @@ def test_questions_to_a_small_shelf() -> None:
     terms = Terms(documents=50, dimension=16, block_bytes=96, fetched=2)
     found = retrieval.measure(terms, questions=3, repeats=1)
     assert found["recall"] == 1.0
+
+
+def test_the_table_of_answers_has_the_mean_and_its_interval() -> None:
+    results = [{"rows": {"slm": {"general": a, "private": 0.25}}} for a in (0.5, 0.6, 0.7)]
+    found = answers.summary(results)
+    # Student's t for three seeds, 4.303, times 0.1/√3.
+    assert found["slm"]["general"] == pytest.approx([0.6, 0.2484], abs=1e-3)
+    assert "| slm | 60.0 ± 24.8 | 25.0 ± 0.0 |" in answers.markdown(found)
 
 
 NOTE = """Return the number of things.

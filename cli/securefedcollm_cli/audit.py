@@ -199,9 +199,10 @@ def protocol(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Attack the aggregation protocol: malicious servers and silos against the real state machines.
+    """Attack secure aggregation and private questions: malicious servers, silos and askers.
 
-    Exit code 0: nobody learnt anything beyond one agreed sum; 1: an attack was not stopped. Even
+    They meet the real state machines. Exit code 0: nobody learnt anything beyond one agreed sum, or
+    beyond what a question may tell; 1: an attack was not stopped. Even
     if all are stopped, that is no proof. But many of these attacks have worked against other
     systems.
     """
@@ -305,7 +306,7 @@ def _print_attacks(outcomes: dict[str, Outcome], broken: list[str]) -> None:
     from rich.table import Table
     from securefedcollm_audits.protocol import cases as attacks
 
-    table = Table(title="Attacks on secure aggregation", title_justify="left")
+    table = Table(title="Attacks on the protocols", title_justify="left")
     for column in ("", "adversary", "attack", "stopped by", "learnt"):
         table.add_column(column, no_wrap=not column)
     for name, outcome in outcomes.items():

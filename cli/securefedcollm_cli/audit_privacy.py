@@ -111,8 +111,8 @@ def whole_run(
     The attacker adds up the evidence and guesses once. Prints a lower bound on the study's ε, the
     measured noise, and by how much noise must fall short to be noticed. Clip, quantiser, sampler
     and noise shares are the product's own; masks, which cancel exactly, are left out. A million
-    numbers take minutes with `noise: distributed`, and an hour with `noise: local`: give fewer
-    there.
+    numbers take a minute or two with `noise: distributed`, and over an hour with `noise: local`:
+    give fewer there.
 
     Exit code 0: not refuted; 1: refuted; 2: bad input.
     """

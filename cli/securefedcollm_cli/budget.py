@@ -48,6 +48,15 @@ def plan(
         int | None,
         typer.Option(min=1, help="Records (or subjects) of the smallest silo [from the study]."),
     ] = None,
+    questions: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--questions",
+            min=1,
+            help="Plan answers of records instead of tuning: the noise on their votes if one "
+            "record answers so many questions (repeatable).",
+        ),
+    ] = None,
     data: DataDir = None,
     run: Annotated[
         Path | None,
@@ -65,6 +74,9 @@ def plan(
     Three figures show the gap. ε that is charged: at worst, with the fewest silos in every sum. ε
     if all silos stay in every sum (`hoped` in the JSON), by the same accountant. With --run, ε that
     an audit proved: what an attack found is a lower bound.
+
+    With `--questions N` it plans questions to records (`retrieval.mode: answers`): the noise with
+    which one record can answer N of them, and how large a lead of votes that noise reverses.
     """
     import msgspec
 
@@ -73,6 +85,9 @@ def plan(
     from securefedcollm.study import load_study
 
     study = load_study(config, overrides or [])
+    if questions:
+        _plan_answers(study, questions, epsilon or (), as_json)
+        return
     proved = [] if run is None else _proved(study, run)
     federation = federation_of(study, records=records, values=values, data=data)
     plans = plans_of(study, federation, epsilon or ())
@@ -135,6 +150,44 @@ def _print_proved(study: Study, run: Path, proved: Sequence[Proved]) -> None:
         said = f"audited: ε ≥ {row.bound:.3f}{of}, by `{row.audit}` in the log of {row.log}"
         refuted = "" if row.held else "; REFUTED"
         typer.echo(printable(f"{said} (95 %, δ = {row.delta:g}){refuted}"))
+
+
+def _plan_answers(
+    study: Study, questions: Sequence[int], epsilon: Sequence[float], as_json: bool
+) -> None:
+    import msgspec
+    from rich.console import Console
+    from rich.table import Table
+
+    from securefedcollm.federation.questions.planning import answer_plans
+
+    plans = answer_plans(study, questions, epsilon)
+    if as_json:
+        typer.echo(msgspec.json.format(msgspec.json.encode(plans), indent=2).decode())
+        return
+    table = Table(title=f"{plans[0].silos} silos, all of which answer", title_justify="left")
+    for column in ("\u03b5", "questions", "z", "noise, votes", "lead, 95 %", "lead, 99 %"):
+        table.add_column(column, justify="right")
+    for made in plans:
+        figures = (made.sigma, made.lead_95, made.lead_99)
+        table.add_row(
+            f"{made.epsilon:g}",
+            f"{made.questions:,}",
+            f"{made.noise_multiplier:.4f}",
+            *(f"{value:.1f}" for value in figures),
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        "[dim]questions: those that retrieve one record; only they cost it anything. noise: "
+        "standard deviation on each choice's votes. lead: of one choice over another, in votes, "
+        "that survives the noise so often.[/dim]"
+    )
+    if plans[0].reader == "model":
+        console.print(
+            f"With `reader: model` a silo has one vote, so a lead is {plans[0].silos} at most: "
+            "this is for many silos."
+        )
 
 
 @app.command("set")

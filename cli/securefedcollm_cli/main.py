@@ -27,6 +27,7 @@ from securefedcollm_cli import (
     model,
     questions,
     roles,
+    shelf,
     simulate,
     study,
 )
@@ -45,7 +46,7 @@ _MACHINE: Final = {
 }
 """Faults of a machine, with their remedies."""
 
-_SERVICES: Final = ("client", "server", "authority")
+_SERVICES: Final = ("client", "server", "authority", "shelf")
 
 app = typer.Typer(
     name="securefedcollm",
@@ -70,6 +71,7 @@ app.add_typer(identity.app, name="identity")
 app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 app.add_typer(questions.app, name="index")
+app.add_typer(shelf.app, name="shelf")
 app.add_typer(budget.app, name="budget")
 app.add_typer(audit.app, name="audit")
 app.add_typer(consortium.app, name="consortium")

@@ -1,4 +1,4 @@
-"""``securefedcollm index …`` and ``securefedcollm ask``: private questions to documents."""
+"""``securefedcollm index …`` and ``securefedcollm ask``: questions to documents and to records."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from securefedcollm.foreign import MOST_MESSAGE, printable
 from securefedcollm_cli.options import Columns, DataDir, Json, Overrides
 from securefedcollm_cli.progress import Bars
 from securefedcollm_cli.trained import Revision, choose_model
+from securefedcollm_cli.votes import ask_voters, named_files
 
 if TYPE_CHECKING:
     from securefedcollm.api import Answer
@@ -112,23 +113,54 @@ def reduce(
 
 def ask(
     study: StudyOption,
-    shelf: Annotated[
-        list[str],
-        typer.Option(
-            "--shelf", metavar="NAME=INDEX", help="A silo and its index (repeat for each silo)."
-        ),
-    ],
     question: Annotated[
         str | None,
         typer.Argument(
             help="`-` reads the question from standard input; left out, a terminal is asked for "
             "it. A question that stands here can be read by every user of this machine while the "
-            "command runs, and stays in the shell's history."
+            "command runs, and stays in the shell's history. A question to records may be JSON: "
+            '{"question": "…", "choices": ["…", "…"]}.'
+        ),
+    ] = None,
+    choice: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--choice",
+            metavar="TEXT",
+            help="With records: an answer to choose from (repeat) [from the JSON, or asked for at "
+            "a terminal].",
+        ),
+    ] = None,
+    records: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--records",
+            metavar="NAME=FILE",
+            help="With records: a silo and the file of its records (repeat for each silo) [what "
+            "the study deals out in a simulation].",
+        ),
+    ] = None,
+    shelf: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shelf",
+            metavar="NAME=INDEX",
+            help="A silo and its index (repeat for each silo): every role on this machine.",
+        ),
+    ] = None,
+    home: Annotated[
+        Path | None,
+        typer.Option(
+            "--home",
+            metavar="DIR",
+            help="Ask over the network in the name of the member whose directory this is. Its "
+            "`shelf serve` (at the server: `shelf relay`) must be running.",
         ),
     ] = None,
     asker: Annotated[
-        str, typer.Option("--as", metavar="NAME", help="Who asks: server, or a silo.")
-    ] = "server",
+        str | None,
+        typer.Option("--as", metavar="NAME", help="Who asks, with --shelf: a silo [server]."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -155,20 +187,45 @@ def ask(
     ] = 120,
     as_json: Json = False,
 ) -> None:
-    """Ask all silos' documents a question that no silo can read, every role on this machine.
+    """Ask all silos' documents a question that no silo can read, or let their records vote.
 
-    Shows the best passages with their silo and id. Each silo counts the question, and answers one
-    asker no more than `retrieval.questions`. `securefedcollm audit bundle DIR` packs the evidence.
+    Documents are asked over the network with --home; with --shelf every role is on this machine,
+    to try it out. Records are asked with every role on this machine.
+
+    With `retrieval.mode: documents` no silo can read the question. Shows the best passages with
+    their silo and id. Each silo counts the question, and answers one asker no more than
+    `retrieval.questions`. With `mode: answers` the silos know the question, and their records vote
+    on its choices. Shows the sum of all votes, with noise. A silo's records pay for it beforehand.
+    `securefedcollm audit bundle DIR` packs the evidence.
     """
     from securefedcollm.api import ask as ask_all
 
+    agreed = _study(study, overrides)
+    if agreed.retrieval is not None and agreed.retrieval.mode == "answers":
+        for given, name in ((shelf, "--shelf"), (home, "--home"), (generate, "--generate")):
+            if given:
+                raise ConfigError(
+                    "records are asked, and nobody reads them", where=name, hint="leave it out"
+                )
+        options = (asker or "server", out, data, as_json)
+        ask_voters(_question(question), choice, agreed, records, options)
+        return
+    for given, name in ((choice, "--choice"), (records, "--records")):
+        if given:
+            raise ConfigError(
+                "this study asks documents",
+                where=name,
+                hint="leave it out, or choose retrieval.mode: answers",
+            )
+    _check_how(home, shelf, asker, out)
     words = _question(question)
     with Bars(quiet=as_json) as bars:
         answer = ask_all(
             words,
-            _study(study, overrides),
-            shelves=_shelves(shelf),
-            asker=asker,
+            agreed,
+            shelves=named_files(shelf or (), "--shelf"),
+            asker=asker or "server",
+            home=home,
             out=out,
             data=data,
             progress=bars.report,
@@ -182,6 +239,26 @@ def ask(
         _render(answer, written)
     if not answer.answered:
         raise typer.Exit(1)
+
+
+def _check_how(
+    home: Path | None, shelf: Sequence[str] | None, asker: str | None, out: Path | None
+) -> None:
+    """Over the network, or all roles here: not both."""
+    for option, given in (("--shelf", shelf), ("--as", asker), ("--out", out)):
+        if home is not None and given:
+            raise ConfigError(
+                "is for all roles on one machine",
+                where=option,
+                hint="with --home the silos have their own shelves, and this member's evidence "
+                "is in its home",
+            )
+    if home is None and not shelf:
+        raise ConfigError(
+            "whom to ask?",
+            where="--home",
+            hint="--home DIR asks over the network; --shelf NAME=INDEX plays every role here",
+        )
 
 
 def _question(given: str | None) -> str:
@@ -238,20 +315,6 @@ def _study(file: Path, overrides: Sequence[str] | None) -> Any:
     return load_study(file, overrides or [])
 
 
-def _shelves(options: Sequence[str]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for option in options:
-        name, _, file = option.partition("=")
-        if not name or not file or name in found:
-            raise ConfigError(
-                f"{option!r} is not NAME=INDEX, or a silo that was given before",
-                where="--shelf",
-                hint="e.g. --shelf silo-1=silo-1.index",
-            )
-        found[name] = Path(file)
-    return found
-
-
 def _show(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
@@ -292,7 +355,7 @@ def _render(answer: Answer, written: Written | None) -> None:
         typer.echo(f"{place:>2}  {hit.score:.3f}  {printable(hit.silo)}: {printable(hit.id)}")
         typer.echo(f"    {printable(hit.text, MOST_MESSAGE)}")
     for silo, why in answer.failed.items():
-        typer.secho(f"{printable(silo)} did not answer: {printable(why)}", fg="yellow")
+        typer.secho(f"nothing from {printable(silo)}: {printable(why)}", fg="yellow")
     for silo, why in answer.suspect.items():
         typer.secho(f"do not trust {printable(silo)}: it {printable(why)}", fg="red")
     total = len(answer.answered) + len(answer.failed)

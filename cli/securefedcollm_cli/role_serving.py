@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from securefedcollm.federation.engines import SiloPort
     from securefedcollm.federation.engines.flare.kit import Kit
     from securefedcollm.federation.engines.link import SiloInbox
+    from securefedcollm.federation.questions.port import QuestionPort
     from securefedcollm.federation.roles import Member
     from securefedcollm.federation.silo import SiloSession
     from securefedcollm_cli.progress import Bars
 
-    Session = SiloSession | AuthoritySession
+    Session = SiloSession | AuthoritySession | QuestionPort
 
 
 def serve(

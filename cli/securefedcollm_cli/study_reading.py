@@ -37,6 +37,7 @@ def derived(study: Any, values: int | None = None) -> dict[str, Any]:
         ),
         **({"goes on": _chain(study)} if study.continues else {}),
         **({"validation": _validation(study)} if study.validation else {}),
+        **({"records answer": _answers(study)} if _asks_records(study) else {}),
         **({"server": _server(study)} if study.server else {}),
         **({"distillation": study.distillation.loss} if study.models.llm else {}),
     }
@@ -81,6 +82,22 @@ def spending(study: Any, release: Any) -> tuple[dict[str, float], str]:
         hoped = f"if all {silos} silos are in every sum and nobody chose by what was released"
     said = f"ε = {up(found.charged)} at worst, which is charged; {up(found.hoped)} {hoped}"
     return found._asdict(), said
+
+
+def _asks_records(study: Any) -> bool:
+    return study.retrieval is not None and study.retrieval.mode == "answers"
+
+
+def _answers(study: Any) -> str:
+    """What members' questions to records cost a record, and the noise on the votes."""
+    from securefedcollm.federation.questions.planning import answer_plans
+
+    (plan,) = answer_plans(study)
+    return (
+        f"members' questions, which the silos learn: {plan.questions} of them cost a record ε = "
+        f"{plan.epsilon:g} at δ = {plan.delta:g}, from the budget that also pays for its tuning; "
+        f"noise of σ = {plan.sigma:.2g} votes on each choice"
+    )
 
 
 def _server(study: Any) -> str:

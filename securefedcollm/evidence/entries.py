@@ -24,26 +24,27 @@ import rfc8785
 from msgspec import Meta
 
 from securefedcollm.errors import EvidenceError
+from securefedcollm.evidence.fields import (
+    Content,
+    Count,
+    Hex,
+    Names,
+    Positive,
+    Short,
+    Signature,
+    Who,
+    Whole,
+)
+from securefedcollm.evidence.fields import Slip as Slip
+from securefedcollm.evidence.votes import Polled as Polled
+from securefedcollm.evidence.votes import Tallied as Tallied
+from securefedcollm.evidence.votes import Voted as Voted
+from securefedcollm.evidence.votes import Voting as Voting
 from securefedcollm.foreign import decode_json, nested_deeper
-
-Hex = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}(?!\n)$")]
-Short = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}(?!\n)$")]
-Signature = Annotated[str, Meta(pattern=r"^[0-9a-f]{128}(?!\n)$")]
-Who = Annotated[str, Meta(min_length=1, max_length=64)]
-Count = Annotated[int, Meta(ge=0, lt=2**53)]
-_Positive = Annotated[float, Meta(gt=0)]
-_Whole = Annotated[int, Meta(gt=-(2**53), lt=2**53)]
-Names = Annotated[list[Who], Meta(max_length=128)]
 
 MAX_ENTRY = 256 << 10
 """Bytes of one entry: an opening agreed to by 128 silos takes 40 kB."""
 _DEEPEST = 16
-
-
-class _What(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", kw_only=True
-):
-    pass
 
 
 class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,7 +55,7 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     key: Hex
 
 
-class Opened(_What, frozen=True, tag="opened"):
+class Opened(Content, frozen=True, tag="opened"):
     """The first entry: which study and run, who takes part, which code runs here.
 
     ``code`` is the digest of this package's source files; ``sbom`` that of the server's bill of
@@ -69,7 +70,7 @@ class Opened(_What, frozen=True, tag="opened"):
     sbom: Hex | None = None
 
 
-class Round(_What, frozen=True, tag="round"):
+class Round(Content, frozen=True, tag="round"):
     """An attempt at a round begins: at the server before the model is sent, at a silo before it
     trains. ``model`` = H(base, layout, adapter, mechanism); ``header`` binds it and all else.
 
@@ -86,10 +87,10 @@ class Round(_What, frozen=True, tag="round"):
     values: Count
     header: Hex
     mechanism: Hex | None = None
-    clip: tuple[_Positive, _Positive] | None = None
+    clip: tuple[Positive, Positive] | None = None
 
 
-class Uploaded(_What, frozen=True, tag="uploaded"):
+class Uploaded(Content, frozen=True, tag="uploaded"):
     """Silo: the protected vector is about to leave: masked for the dealers of ``delivery``, or
     encrypted as one of the ciphertexts of which ``delivery`` is the transcript."""
 
@@ -99,7 +100,7 @@ class Uploaded(_What, frozen=True, tag="uploaded"):
     delivery: Hex
 
 
-class Agreed(_What, frozen=True, tag="agreed"):
+class Agreed(Content, frozen=True, tag="agreed"):
     """Silo: signed that exactly ``survivors`` are in the sum. ``lists`` is what was signed."""
 
     round: Count
@@ -111,7 +112,7 @@ class Agreed(_What, frozen=True, tag="agreed"):
     lists: Hex
 
 
-class Unmasked(_What, frozen=True, tag="unmasked"):
+class Unmasked(Content, frozen=True, tag="unmasked"):
     """Silo: the dealers of whose self-mask seed, or mask key, it gave away its share."""
 
     round: Count
@@ -154,7 +155,7 @@ class Ciphertexts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     offer: Offer | None = None
 
 
-class Told(_What, frozen=True, tag="told"):
+class Told(Content, frozen=True, tag="told"):
     """Silo: saw the authority's word that it opened the sum of exactly ``survivors``."""
 
     round: Count
@@ -167,7 +168,7 @@ class Told(_What, frozen=True, tag="told"):
     word: Word
 
 
-class Keyed(_What, frozen=True, tag="keyed"):
+class Keyed(Content, frozen=True, tag="keyed"):
     """Authority: an attempt begins, for which it is asked for a key. Of the global model it knows
     the digest that silos sign, and of their vectors the length."""
 
@@ -178,7 +179,7 @@ class Keyed(_What, frozen=True, tag="keyed"):
     header: Hex
 
 
-class Decrypted(_What, frozen=True, tag="decrypted"):
+class Decrypted(Content, frozen=True, tag="decrypted"):
     """Authority: before its answer leaves; the ciphertexts that it was shown, and its own word."""
 
     round: Count
@@ -193,7 +194,7 @@ class Decrypted(_What, frozen=True, tag="decrypted"):
     word: Word
 
 
-class Opening(_What, frozen=True, tag="opening"):
+class Opening(Content, frozen=True, tag="opening"):
     """Server: before anybody is asked to unmask; with the survivors' signatures over ``lists``, or
     over their verdicts on, or their consent to, ``ciphertexts``."""
 
@@ -208,7 +209,7 @@ class Opening(_What, frozen=True, tag="opening"):
     ciphertexts: Ciphertexts | None = None
 
 
-class Summed(_What, frozen=True, tag="summed"):
+class Summed(Content, frozen=True, tag="summed"):
     """Server: the opened sum, before it is used. ``sum`` = H(int64 little-endian). ``word``: the
     authority's, where one holds the key."""
 
@@ -220,13 +221,13 @@ class Summed(_What, frozen=True, tag="summed"):
     word: Word | None = None
 
 
-class Lost(_What, frozen=True, tag="lost"):
+class Lost(Content, frozen=True, tag="lost"):
     """Server: the round's sum was being opened and cannot be; its updates are lost."""
 
     round: Count
 
 
-class Failed(_What, frozen=True, tag="failed"):
+class Failed(Content, frozen=True, tag="failed"):
     """Server: an attempt failed. ``error`` is a class name of the error tree."""
 
     round: Count
@@ -234,7 +235,7 @@ class Failed(_What, frozen=True, tag="failed"):
     error: Who
 
 
-class Finished(_What, frozen=True, tag="finished", omit_defaults=True):
+class Finished(Content, frozen=True, tag="finished", omit_defaults=True):
     """Server: a round is done, ``round`` being its last sum. ``adapter`` is what the next round
     broadcasts; ``files`` the digests of the adapters saved, by path. ``score``: loss (nats) or
     accuracy on public questions, by which the study's ``keep`` compares rounds; left out if there
@@ -245,7 +246,7 @@ class Finished(_What, frozen=True, tag="finished", omit_defaults=True):
     adapter: Hex
     files: Annotated[dict[str, Hex], Meta(max_length=64)]
     score: float | None = None
-    counts: tuple[_Whole, _Whole] | None = None
+    counts: tuple[Whole, Whole] | None = None
 
 
 class Spent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -257,7 +258,7 @@ class Spent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     accountant: Who
 
 
-class _Charge(_What, frozen=True):
+class _Charge(Content, frozen=True):
     """``account``: data set and unit, under the log's blind; ``ledger``: the ledger's head after
     the step, likewise; ``training``: number of the training in its round."""
 
@@ -291,21 +292,21 @@ class Voided(_Charge, frozen=True, tag="voided"):
     """Silo: a reservation given back, from which nothing had left."""
 
 
-class Refused(_What, frozen=True, tag="refused"):
+class Refused(Content, frozen=True, tag="refused"):
     """Silo: the server's request was not answered. ``error`` is a class name; the reason stays in
     the silo's own log file."""
 
     error: Who
 
 
-class Witnessed(_What, frozen=True, tag="witnessed"):
+class Witnessed(Content, frozen=True, tag="witnessed"):
     """Silo: vouched for this head of the server's log, which extends the one before."""
 
     size: Count
     root: Hex
 
 
-class Audited(_What, frozen=True, tag="audited"):
+class Audited(Content, frozen=True, tag="audited"):
     """The keeper of this log carried out a privacy audit. ``study`` and ``code``: digests of what
     was attacked; ``claimed`` and ``bound``: ε by the accountant and at least, at ``delta``.
 
@@ -324,15 +325,6 @@ class Audited(_What, frozen=True, tag="audited"):
     figures: Annotated[dict[Who, float], Meta(max_length=32)]
 
 
-class Slip(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A frame of a question without its polynomials: what its author signed, and the signature.
-
-    It holds digests, a random number and a seed, and nothing of the question."""
-
-    signed: Annotated[str, Meta(pattern=r"^([0-9a-f]{128}|[0-9a-f]{224})(?!\n)$")]
-    signature: Signature
-
-
 class Answers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a silo sent for a question, as far as it came, and the selection between the two."""
 
@@ -341,7 +333,7 @@ class Answers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     blocks: Slip | None = None
 
 
-class Asked(_What, frozen=True, tag="asked"):
+class Asked(Content, frozen=True, tag="asked"):
     """Asker: a question is about to leave. ``questions``: silo → digest of header and frame, by
     which the silo's log names it. ``terms``: digest of the sizes, encoder and reduction."""
 
@@ -349,7 +341,7 @@ class Asked(_What, frozen=True, tag="asked"):
     questions: Annotated[dict[Who, Hex], Meta(max_length=128)]
 
 
-class Heard(_What, frozen=True, tag="heard"):
+class Heard(Content, frozen=True, tag="heard"):
     """Asker: what came back for the question of its own entry ``asked``, before it is used. A silo
     that is left out did not answer."""
 
@@ -357,7 +349,7 @@ class Heard(_What, frozen=True, tag="heard"):
     answers: Annotated[dict[Who, Answers], Meta(max_length=128)]
 
 
-class Counted(_What, frozen=True, tag="counted"):
+class Counted(Content, frozen=True, tag="counted"):
     """Silo: a question is counted, and its scores are about to leave. It is ``asker``'s question
     ``number`` to this shelf, from 1. A number is missing where the silo broke off between counting
     and answering, or where another run asked the shelf.
@@ -374,7 +366,7 @@ class Counted(_What, frozen=True, tag="counted"):
     scores: Hex
 
 
-class Served(_What, frozen=True, tag="served"):
+class Served(Content, frozen=True, tag="served"):
     """Silo: the passages of ``question`` are about to leave. ``blocks``: digest of all frames."""
 
     question: Hex
@@ -406,6 +398,10 @@ What = (
     | Heard
     | Counted
     | Served
+    | Polled
+    | Tallied
+    | Voting
+    | Voted
 )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from securefedcollm.errors import EvidenceError, StateError
 from securefedcollm.evidence.entries import (
@@ -24,6 +24,8 @@ from securefedcollm.evidence.entries import (
     Settled,
     Spent,
     Voided,
+    Voted,
+    Voting,
     decode_entry,
 )
 from securefedcollm.evidence.log import EvidenceLog, blinded
@@ -33,6 +35,10 @@ from securefedcollm.privacy.journal import Row
 from securefedcollm.privacy.ledger import Budget, Key, Ledger, Reservation
 
 CHARGES = (Reserved, Released, Settled, Voided)
+VOTES = (Voting, Voted)
+"""Of the ledger by which each record's own answers are counted, which is another file."""
+PREPAID_RUN: Final = 32
+"""Length of ``Key.run`` of what a silo's ledger charges for all answers; runs have 64."""
 
 
 class LoggedLedger(Ledger):
@@ -68,6 +74,7 @@ class LoggedLedger(Ledger):
         records: Records | None = None,
         study: str = "",
         limit: Budget | None = None,
+        individually: bool = False,
     ) -> Reservation:
         """See the base class. The log says the pinned budget, which all studies share."""
         granted = super().reserve(
@@ -75,6 +82,7 @@ class LoggedLedger(Ledger):
             records=records,
             study=study,
             limit=limit,
+            individually=individually,
         )
         pinned = self._pinned(granted.key)
         self._log.append(
@@ -142,6 +150,8 @@ class Anchors(NamedTuple):
     blind: bytes
     charges: list[Entry]
     """Oldest first."""
+    answered: bool = False
+    """Whether records have answered questions, so that the ledger has charged them for that."""
 
     def blinded(self, content: bytes) -> bytes:
         """The same as the log's own method."""
@@ -171,18 +181,22 @@ def read_anchors(path: Path) -> Anchors:
             hint="restore it; without it an older privacy ledger would not be noticed",
         ) from None
     entries = [decode_entry(bytes(body), f"{path}: entry {i}") for i, (body,) in enumerate(bodies)]
-    return Anchors(path, bytes(own[0]) if own else b"", list(_charges(entries)))
+    answered = any(isinstance(entry.what, VOTES) for entry in entries)
+    return Anchors(path, bytes(own[0]) if own else b"", list(_charges(entries)), answered)
 
 
-def check_anchors(log: EvidenceLog, ledger: Ledger) -> int:
+def check_anchors(log: EvidenceLog, ledger: Ledger, kinds: tuple[type, ...] = CHARGES) -> int:
     """Check that the ledger still contains every head that the log anchored; returns how many.
 
     This takes both files, because the anchors are blinded.
 
+    Args:
+        kinds: of the entries that anchor this ledger: :data:`CHARGES`, or :data:`VOTES`.
+
     Raises:
         EvidenceError: naming the entry whose head is gone.
     """
-    charges = list(_charges(log.entries))
+    charges = list(_charges(log.entries, kinds))
     entry = _missing(log, charges, ledger.rows())
     if entry is not None:
         raise EvidenceError(
@@ -192,8 +206,8 @@ def check_anchors(log: EvidenceLog, ledger: Ledger) -> int:
     return len(charges)
 
 
-def _charges(entries: Iterable[Entry]) -> Iterator[Entry]:
-    return (entry for entry in entries if isinstance(entry.what, CHARGES))
+def _charges(entries: Iterable[Entry], kinds: tuple[type, ...] = CHARGES) -> Iterator[Entry]:
+    return (entry for entry in entries if isinstance(entry.what, kinds))
 
 
 def _missing(
@@ -210,5 +224,5 @@ def _missing(
 
 
 def _head(entry: Entry) -> str:
-    assert isinstance(entry.what, CHARGES)
+    assert isinstance(entry.what, CHARGES + VOTES)
     return entry.what.ledger

@@ -11,10 +11,12 @@ from functools import lru_cache
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.federation.plan import counting, joint_step, silo_unit
+from securefedcollm.federation.questions.polls import votes_of
 from securefedcollm.privacy.accounting import TIGHT_SHARE, calibrate, refuse_unpayable, unpayable
 from securefedcollm.privacy.counting import too_many
 from securefedcollm.privacy.events import Event, PoissonGaussian, repeat, times
 from securefedcollm.privacy.filters import Terms, filter_within
+from securefedcollm.privacy.votes import MOST_CHOICES
 from securefedcollm.study import Study
 
 _calibrated = lru_cache(calibrate)  # silos of equal size in one process need it once
@@ -90,7 +92,9 @@ def planned(study: Study, units: Sequence[int], values: int | None) -> Event | N
         ConfigError: a batch larger than a silo, a silo larger than all together, no noise that
             reaches the study's ε, or no room for it in the field.
     """
-    privacy = study.privacy
+    privacy, asks = study.privacy, study.retrieval
+    if asks is not None and asks.mode == "answers":
+        votes_of(study, MOST_CHOICES)
     if study.validation is not None:
         counts = counting(study)
         for release in counts.events():

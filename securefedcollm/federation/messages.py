@@ -8,7 +8,8 @@ that sends different adapters to different silos cannot unmask their sum.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+import typing
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 import numpy as np
@@ -221,11 +222,38 @@ def _checked(frame: bytes, decoder: msgspec.msgpack.Decoder[_T], peer: str) -> _
     try:
         return decoder.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        if _tag(frame) in ("carry", "carried"):
+            theirs, ours = ("shelf relay", "server")
+            if peer != "server":
+                theirs, ours = ("shelf serve", "client")
+            raise RemoteProtocolError(
+                f"runs `securefedcollm {theirs}`, questions, and this side trains",
+                peer=peer,
+                hint=f"have it run `securefedcollm {ours}`",
+            ) from None
         raise RemoteProtocolError(
             f"a frame does not decode ({error})",
             peer=peer,
             hint="do both sides run the same version?",
         ) from None
+
+
+def trains(frame: bytes) -> bool:
+    """Whether this is a frame of a training, by its tag alone."""
+    return _tag(frame) in _TAGS
+
+
+_TAGS: Final = frozenset(
+    str(kind.__struct_config__.tag) for kind in (*typing.get_args(Request), *typing.get_args(Reply))
+)
+
+
+def _tag(frame: bytes) -> str:
+    """The word that a frame begins with; "" if it is none."""
+    # Adversary: the author of the frame. Only the first 16 bytes are read.
+    if len(frame) < 3 or not 0x91 <= frame[0] <= 0x9F or not 0xA1 <= frame[1] <= 0xAE:
+        return ""
+    return frame[2 : 2 + (frame[1] & 0x1F)].decode("ascii", "replace")
 
 
 def adapter_bytes(adapter: npt.NDArray[np.float32]) -> memoryview:

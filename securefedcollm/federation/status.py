@@ -10,12 +10,16 @@ from typing import Any
 from securefedcollm.errors import SecureFedCoLLMError
 from securefedcollm.evidence.entries import (
     Agreed,
+    Asked,
+    Counted,
     Decrypted,
     Entry,
+    Heard,
     Refused,
     Released,
     Reserved,
     Round,
+    Served,
     Settled,
     Told,
     Unmasked,
@@ -210,8 +214,17 @@ def told(entry: Entry, study: Study) -> str | None:
             return f"{what} settled{whose}: ε = {spent.epsilon:.2f} at δ = {spent.delta:g} in all"
         case Witnessed(size=size):
             return f"vouched for the server's log of {size} entries"
+        case Counted(asker=asker, number=number):
+            return f"question {number} of {asker}: counted, scores about to leave"
+        case Served():
+            return "its passages are about to leave"
+        case Asked(questions=questions):
+            return f"a question of this member is about to leave, to {len(questions)} silos"
+        case Heard(answers=answers):
+            return f"{len(answers)} silos answered it"
         case Refused(error=error):
-            return f"REFUSED a request of the server: {error}"
+            carried = ", or a question that it carried" if study.retrieval is not None else ""
+            return f"REFUSED a request of the server{carried}: {error}"
     return None
 
 

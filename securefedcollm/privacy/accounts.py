@@ -108,7 +108,7 @@ class Overlaps:
         If a charge is older and the ledger does not know its records, it is about all records of
         every file that has its fingerprint.
         """
-        accounts = self.records.accounts if self.records else 1
+        accounts = self.records.accounts if self.records is not None else 1
         sources = [self._source(entry) for entry in entries]
         columns = {source: self._column(source) for source in dict.fromkeys(sources)}
         of = _grouped(list(columns.values()), accounts)
@@ -188,11 +188,11 @@ class Overlaps:
 
     def _column(self, source: frozenset[str]) -> npt.NDArray[np.uint8]:
         """Which accounts a charge is about, as packed bits."""
-        accounts = self.records.accounts if self.records else 1
+        accounts = self.records.accounts if self.records is not None else 1
         if "" in source:
             return np.packbits(np.ones(accounts, dtype=np.bool_))
         found = np.zeros((accounts + 7) // 8, dtype=np.uint8)
-        for digest in source if self.records else ():
+        for digest in source if self.records is not None else ():
             if digest not in self._sets:
                 assert self.records is not None
                 self._sets[digest] = np.packbits(self.records.within(self._stored(digest)))

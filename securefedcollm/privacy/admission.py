@@ -50,11 +50,14 @@ class Asked(NamedTuple):
     """Rounds of a run that is only planned; 0 for a release."""
     may_skip: bool = True
     """Whether records that cannot pay may be left out of the study."""
+    individually: bool = False
+    """Whether the study's claim bounds each record's charges, and not all of the study's together:
+    where every release is about records of its own, as in answers."""
 
     @property
     def fingerprints(self) -> frozenset[str]:
         """Of the file."""
-        return frozenset((self.dataset, *(self.records.also if self.records else ())))
+        return frozenset((self.dataset, *(self.records.also if self.records is not None else ())))
 
     @property
     def whole(self) -> Events:
@@ -63,7 +66,11 @@ class Asked(NamedTuple):
     @property
     def whom(self) -> Unit:
         records = self.records
-        return Unit(self.unit, records.column, records.most) if records else Unit(self.unit)
+        return (
+            Unit(self.unit, records.column, records.most)
+            if records is not None
+            else Unit(self.unit)
+        )
 
 
 class Decision:
@@ -89,13 +96,17 @@ class Decision:
     @cached_property
     def _accounts(self) -> list[Account]:
         whole, whom = self.asked.whole, self.asked.whom
-        return [
+        found = [
             account
             for number, charges in enumerate(self._patterns.charges)
             for account in accounts_of(
                 charges, whole, whom, self.pinned, self._limit, self._patterns.most, number
             )
         ]
+        if self.asked.individually:
+            for number, charges in enumerate(self._patterns.charges):
+                found.append(_own_claim(self.asked, charges)._replace(pattern=number))
+        return found
 
     @cached_property
     def _poor(self) -> list[Account]:
@@ -202,11 +213,12 @@ def decide(
     """
     pinned = pinned or asked.limit or asked.claim
     limit = min(pinned.epsilon, asked.limit.epsilon if asked.limit else pinned.epsilon)
-    return Decision(asked, patterns, _own_claim(asked, entries), pinned, limit)
+    own = _own_claim(asked, [] if asked.individually else entries)
+    return Decision(asked, patterns, own, pinned, limit)
 
 
 def _own_claim(asked: Asked, entries: list[Entry]) -> Account:
-    """What the study has spent of its own (ε, δ)."""
+    """What the study has spent of its own (ε, δ) in these charges."""
     mine = [
         entry
         for entry in entries

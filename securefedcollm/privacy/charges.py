@@ -75,6 +75,8 @@ class About(msgspec.Struct, frozen=True):
     """Which key made the identities of the records."""
     rows: int = 0
     """How many records, repetitions included; 0 where an older version did not say it."""
+    individually: bool = False
+    """Whether ``claim`` bounds each record's charges by itself, as for answers."""
 
 
 class Entry(msgspec.Struct, frozen=True):

@@ -208,6 +208,12 @@ def _among(ids: Ids, order: npt.NDArray[np.int32], others: Ids) -> npt.NDArray[n
     return found
 
 
+def union_of(sets: Sequence[Records]) -> Records:
+    """All records of several sets that one ledger knows, each once, by their words."""
+    rows = np.unique(np.concatenate([one.rows for one in sets]))
+    return Records(rows)
+
+
 def identify(
     key: bytes,
     contents: Iterable[Content | tuple[bytes, str | None]],

@@ -64,8 +64,11 @@ def durable_database(path: Path, schema: str) -> sqlite3.Connection:
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
             time.sleep(0.005)
-    db.execute("PRAGMA synchronous = FULL")
-    db.executescript(schema)
+    try:
+        db.execute("PRAGMA synchronous = FULL")
+        db.executescript(schema)
+    except UnicodeDecodeError:  # SQLite's message quotes bytes of the damaged file
+        raise sqlite3.DatabaseError("it is damaged") from None
     return db
 
 

@@ -157,6 +157,7 @@ class Ledger(Book):
         records: Records | None = None,
         study: str = "",
         limit: Budget | None = None,
+        individually: bool = False,
     ) -> Reservation:
         """Charge the worst case of a coming release, or refuse the release.
 
@@ -170,6 +171,8 @@ class Ledger(Book):
                 fingerprint.
             study: digest (hex) of the study; without one a run is a study of its own.
             limit: the operator's limit, less than the pinned budget; it is pinned if no budget is.
+            individually: the study's budget bounds the study's charges of every record by itself,
+                and not all of its charges together.
 
         Returns:
             The reservation; the existing one if this attempt is still ``reserved`` with the same
@@ -182,7 +185,10 @@ class Ledger(Book):
         key, merged = Key(dataset, unit, run, round, attempt), merge(events)
         if not merged:
             raise LocalProtocolError("a reservation names at least one event")
-        asked = Asked(dataset, unit, run, merged, Budget(*budget), limit, records, study)
+        asked = Asked(
+            *(dataset, unit, run, merged, Budget(*budget), limit, records, study),
+            individually=individually,
+        )
         self._prepare(asked)
         with self._journal.writing():
             self._catch_up()
@@ -244,6 +250,7 @@ class Ledger(Book):
         records: Records,
         study: str,
         limit: Budget | None = None,
+        individually: bool = False,
     ) -> Bools:
         """Which records, bool [n] in file order, can pay for a whole run; as :meth:`foresee`.
 
@@ -254,7 +261,10 @@ class Ledger(Book):
         """
         claim, merged = Budget(*budget), merge(events)
         self._catch_up()
-        asked = Asked(dataset, unit, "", merged, claim, limit, records, study, rounds)
+        asked = Asked(
+            *(dataset, unit, "", merged, claim, limit, records, study, rounds),
+            individually=individually,
+        )
         decision = self._decide(asked)
         if decision.too_much:
             message, hint = decision.refusal()
@@ -321,6 +331,8 @@ class Ledger(Book):
         }
         if asked.study:
             content["study"] = asked.study
+        if asked.individually:
+            content["individually"] = True
         records = asked.records
         if records is not None:
             self._journal.keep(records.digest, records.blob)
@@ -361,7 +373,7 @@ def _of_the_other_part(entry: Entry, asked: Asked) -> bool:
 
 
 def _again(known: Entry, asked: Asked) -> Reservation:
-    known_as = {"", *(asked.records.digests if asked.records else ())}
+    known_as = {"", *(asked.records.digests if asked.records is not None else ())}
     same = known.reserved == asked.events and known.about.records in known_as
     if known.state == "reserved" and same:
         return Reservation(known.key, known.reserved, known.row)

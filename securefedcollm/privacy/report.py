@@ -15,6 +15,7 @@ from securefedcollm.privacy.accounting import TIGHT_SHARE, Claim, delta_of_slack
 from securefedcollm.privacy.adversaries import AdversaryRow, per_adversary
 from securefedcollm.privacy.events import DiscreteGaussian, Events, encode_events, merge
 from securefedcollm.privacy.filters import Terms, filter_within
+from securefedcollm.privacy.identities import Records, union_of
 from securefedcollm.privacy.journal import Journal
 from securefedcollm.privacy.ledger import Budget, Entry, Ledger
 from securefedcollm.privacy.standing import Standing
@@ -113,7 +114,7 @@ def read_report(path: Path, *, details: bool = True) -> BudgetReport:
     with Ledger(path, owner) as ledger:
         head = ledger.verify()
         entries = ledger.entries()
-        sets = [_record_set(ledger, digest, named) for digest, named in ledger.sets().items()]
+        sets = [_record_set(ledger, *one) for one in _by_file(ledger)]
         pinned, unattributed = ledger.pinned, len(ledger.unattributed())
         keys = dict.fromkeys(entry.key[:2] for entry in entries)
         accounts = [
@@ -124,11 +125,26 @@ def read_report(path: Path, *, details: bool = True) -> BudgetReport:
     )
 
 
-def _record_set(ledger: Ledger, digest: str, named: Sequence[Entry]) -> RecordSet:
+def _by_file(ledger: Ledger) -> list[tuple[Records, list[Entry]]]:
+    """Every set of records with the charges that name it. Those of one file's answers, each about
+    the few records that a question retrieved, are one set."""
+    found: dict[str, tuple[list[Records], list[Entry]]] = {}
+    for digest, named in ledger.sets().items():
+        alone = named and all(entry.about.individually for entry in named)
+        sets, entries = found.setdefault(named[0].key.dataset if alone else digest, ([], []))
+        sets.append(ledger.stored(digest))
+        entries += named
+    whole = [
+        (sets[0] if len(sets) == 1 else union_of(sets), entries) for sets, entries in found.values()
+    ]
+    return [(records, entries) for records, entries in whole if len(records)]
+
+
+def _record_set(ledger: Ledger, records: Records, named: Sequence[Entry]) -> RecordSet:
     return RecordSet(
-        records=digest,
+        records=records.digest,
         units=sorted({entry.key.unit for entry in named}),
-        standing=ledger.standing(ledger.stored(digest)),
+        standing=ledger.standing(records),
         entries=dict(Counter(entry.state for entry in named)),
     )
 

@@ -188,12 +188,14 @@ class Asker:
         the silo, which may send any bytes."""
         message = decode(kind, frame, self._silo, m.limit(product.answer_bytes))
         if not equal(message.before, self._before):
-            raise self._refusal("answered another question")
+            raise self._refusal("sent an answer to another question, or it was altered on the way")
         try:
             verify(self._header.silo, message.CONTEXT, message.signed(), message.signature)
             found = self._secret.decrypt(message.content)
         except CryptoError as error:
-            raise self._refusal(f"sent a bad answer: {error.message}") from None
+            raise self._refusal(
+                f"sent a bad answer, or it was altered on the way: {error.message}"
+            ) from None
         del self._secret
         self._before = m.digest(self._header, message)
         self._receipts.append(m.receipt(message))

@@ -56,6 +56,8 @@ QUERY_SCALE: Final = 2**46
 """The question's embedding is encrypted times this, so a score of 1 is 2^58, q / 4."""
 SCORE_FLOOD_BITS: Final = 45
 SCORE_BITS: Final = 20
+SCORE_ERROR: Final = 1.6e-4
+"""Standard deviation of a score's error, where 1 is a perfect match."""
 
 DIGIT_BITS: Final = 12
 DIGIT_SCALE: Final = 2**48
@@ -238,6 +240,19 @@ class Terms(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
         energy = math.ceil((ENTRY_SCALE + math.sqrt(self.dimension) / 2) ** 2)
         rest = ENTRY_SCALE, energy, SCORE_BITS, SCORE_FLOOD_BITS
         return _fit(self.documents, self.dimension, 1, rest)
+
+    @property
+    def telling(self) -> int:
+        """Questions of a hostile asker that tell every embedding on a shelf, as exactly as d honest
+        questions do; members that collude pool theirs.
+
+        A coordinate of a unit vector has a deviation of 1/√d, and a score an error of
+        :data:`SCORE_ERROR`: that takes log2 of the ratio, in bits. An answer tells at most
+        ``scoring.capacity`` bits of each document. Fewer questions tell every embedding more
+        coarsely.
+        """
+        bits = math.log2(1 / (math.sqrt(self.dimension) * SCORE_ERROR))
+        return math.ceil(self.dimension * min(1.0, bits / self.scoring.capacity))
 
     @property
     def fetching(self) -> Product:

@@ -11,49 +11,27 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from securefedcollm.aggregation import Roster
-from securefedcollm.errors import ConfigError, EvidenceError, SecureFedCoLLMError
-from securefedcollm.evidence.entries import Opened
-from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
+from securefedcollm.errors import ConfigError, SecureFedCoLLMError
 from securefedcollm.evidence.log import EvidenceLog
-from securefedcollm.evidence.software import bill_of_materials
 from securefedcollm.federation.files import alone, make_directory, write_durably
 from securefedcollm.federation.plan import AUTHORITY, silo_names
+from securefedcollm.federation.questions.agreed import documents_of, terms_of
+from securefedcollm.federation.questions.begun import Everybody, begin_log
 from securefedcollm.federation.questions.desk import Desk, DeskConversation
-from securefedcollm.federation.questions.inquiry import Found, Inquiry
+from securefedcollm.federation.questions.inquiry import Answered, Inquiry, check_question
 from securefedcollm.federation.questions.quota import StoredQuota, beside
-from securefedcollm.federation.questions.space import Space, plan_of, terms_of
+from securefedcollm.federation.questions.space import Space
 from securefedcollm.federation.records import SERVER
-from securefedcollm.federation.records.common import opened
-from securefedcollm.federation.records.server import SBOM
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.retrieval import Index, PreparedShelf, Terms
 from securefedcollm.simulation.cohort import identity_at
 from securefedcollm.study import Study, digest, dump_study, load_study
 
 _STUDY: Final = "study.yaml"
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A question's result, and what it took.
-
-    Attributes:
-        spent: silo → questions of this asker that its shelf has counted, this one and those of
-            other runs included.
-        limit: the most that the study lets it answer.
-        seconds: of the protocol: encryption, answers, decryption, evidence; not of loading models
-            and shelves.
-    """
-
-    found: Found
-    spent: Mapping[str, int]
-    limit: int
-    seconds: float
 
 
 class Questions:
@@ -85,20 +63,22 @@ class Questions:
         directory: Path,
         space: Space,
     ) -> None:
-        _check_keys(study)
+        check_keys(study)
         names = silo_names(study)
         _check_names(names, shelves, asker)
         self._study, self._names, self._directory = study, names, directory
         self._asker, self._space = asker, space
-        self._limit = plan_of(study).questions
+        self._limit = documents_of(study).questions
         terms = terms_of(study, space.digest)
         self._files = ExitStack()
         with ExitStack() as failing:
             failing.callback(self._files.close)
             prepared = {name: self._prepared(shelves[name], terms) for name in sorted(shelves)}
-            self._files.enter_context(_held(directory))
-            self._run = _begun(directory, study)
-            self._keys = {name: identity_at(self._home(name), name) for name in [SERVER, *names]}
+            self._files.enter_context(held(directory))
+            self._run = begun(directory, study)
+            self._keys = {
+                name: identity_at(home_of(directory, name), name) for name in [SERVER, *names]
+            }
             self._roster = Roster({name: self._keys[name].public for name in names})
             self._office = b""
             if study.scheme == "ckks-authority":
@@ -123,8 +103,7 @@ class Questions:
             DataError: the question has no words that the encoder knows.
             StateError: a participant's file cannot be written.
         """
-        if not question.strip():
-            raise ConfigError("no question", where="QUESTION", hint="give it some words")
+        check_question(question)
         (query,) = self._space.embed([question])
         open_now: dict[str, DeskConversation] = {}
 
@@ -163,39 +142,14 @@ class Questions:
         self._files.callback(shelf.close)
         return shelf
 
-    def _home(self, name: str) -> Path:
-        return self._directory / name if name == SERVER else self._directory / "silos" / name
-
     def _opened(self, name: str) -> EvidenceLog:
         """The participant's log, with its first entry."""
-        home, key = self._home(name), self._keys[name]
-        log = EvidenceLog(home / EVIDENCE, study=digest(self._study), owner=name, key=key)
+        study, server = digest(self._study), self._keys[SERVER].public
+        everybody = Everybody(study, self._roster, server, self._office)
+        home, key = home_of(self._directory, name), self._keys[name]
+        log = begin_log(home, name, key, self._run, everybody)
         self._files.callback(log.close)
-        if not log.size:
-            sbom = bill_of_materials() if name == SERVER else None
-            if sbom is not None:
-                write_durably(home / SBOM, sbom)
-            log.append(
-                opened(
-                    digest(self._study),
-                    self._run,
-                    self._roster,
-                    server=self._keys[SERVER].public,
-                    authority=self._office,
-                    sbom=sbom,
-                )
-            )
-        self._check_run(log, home)
         return log
-
-    def _check_run(self, log: EvidenceLog, home: Path) -> None:
-        """A frame is bound to its run. Under another than its log's it would never verify."""
-        first = log.entries[0].what
-        if not isinstance(first, Opened) or first.run != self._run.hex():
-            raise EvidenceError(
-                f"{home / EVIDENCE}: is of another run than {self._directory / SERVER}",
-                hint="put the run's own files back, or choose another --out",
-            )
 
     def _desk(self, name: str, shelf: PreparedShelf, index: Path) -> Desk:
         log = self._opened(name)
@@ -207,7 +161,12 @@ class Questions:
         return Desk(study, self._run, self._keys[name], askers, shelf, quota, log)
 
 
-def _check_keys(study: Study) -> None:
+def home_of(directory: Path, name: str) -> Path:
+    """A participant's own directory in the run's."""
+    return directory / name if name == SERVER else directory / "silos" / name
+
+
+def check_keys(study: Study) -> None:
     """Every party gets throw-away keys here. With others than the roster's nothing verifies, and
     the silos' questions would be spent for that."""
     if study.roster:
@@ -215,7 +174,8 @@ def _check_keys(study: Study) -> None:
             "this study's participants have keys of their own, which are not on this machine; what "
             "is signed here with others would never verify",
             where="roster",
-            hint="to try it out, ask with a copy of the study without its roster",
+            hint="they ask over the network, with --home; to try it out here, ask with a copy of "
+            "the study without its roster",
         )
 
 
@@ -233,12 +193,7 @@ def _check_names(names: list[str], shelves: Mapping[str, Path], asker: str) -> N
                 where="--shelf",
                 hint=f"its silos: {', '.join(names)}",
             )
-    if asker not in {SERVER, *names}:
-        raise ConfigError(
-            f"{asker!r} takes no part in the study",
-            where="--as",
-            hint=f"{SERVER}, {', '.join(names)}",
-        )
+    check_asker(names, asker)
     if asker in shelves:
         raise ConfigError(
             f"{asker} would ask itself",
@@ -247,7 +202,17 @@ def _check_names(names: list[str], shelves: Mapping[str, Path], asker: str) -> N
         )
 
 
-def _held(directory: Path) -> AbstractContextManager[None]:
+def check_asker(names: list[str], asker: str) -> None:
+    """Raises: ConfigError if ``asker`` is no participant."""
+    if asker not in {SERVER, *names}:
+        raise ConfigError(
+            f"{asker!r} takes no part in the study",
+            where="--as",
+            hint=f"{SERVER}, {', '.join(names)}",
+        )
+
+
+def held(directory: Path) -> AbstractContextManager[None]:
     """Two first questions at once would both make identities and begin the same logs."""
     return alone(
         make_directory(directory),
@@ -256,7 +221,7 @@ def _held(directory: Path) -> AbstractContextManager[None]:
     )
 
 
-def _begun(directory: Path, study: Study) -> bytes:
+def begun(directory: Path, study: Study) -> bytes:
     """The id of the run in ``directory``, 16 bytes, which begins here if there is none.
 
     Raises:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from securefedcollm.aggregation import Roster
 from securefedcollm.errors import ConfigError, SecureFedCoLLMError
-from securefedcollm.evidence.ledger import Anchors, LoggedLedger, read_anchors
+from securefedcollm.evidence.ledger import PREPAID_RUN, Anchors, LoggedLedger, read_anchors
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.authority import AuthoritySession
@@ -243,14 +243,15 @@ def _anchors(evidence: Path) -> Anchors | None:
         found = read_anchors(evidence) if evidence.exists() else None
     except SecureFedCoLLMError:  # whoever opens the log says so
         return None
-    return found if found and found.charges else None
+    return found if found and (found.charges or found.answered) else None
 
 
 def _holds(book: Path, name: str, anchors: Anchors) -> bool:
     if not book.exists():
         return False
     with Ledger(book, name) as ledger:
-        return anchors.missing(ledger.rows()) is None
+        prepaid = any(len(entry.key.run) == PREPAID_RUN for entry in ledger.entries())
+        return anchors.missing(ledger.rows()) is None and (prepaid or not anchors.answered)
 
 
 def _make_authority(parties: _Parties, home: Path, opened: ExitStack) -> AuthoritySession:

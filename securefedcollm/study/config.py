@@ -107,7 +107,11 @@ _LATER: Final[dict[tuple[str, ...], Any]] = {
     ("models", "slm", "temperature"): None,
     ("models", "slm", "top_layers"): None,
     ("privacy", "excess_noise"): "keep",
-    ("retrieval",): None,
+    ("retrieval", "epsilon"): None,
+    ("retrieval", "reader"): "labels",
+    ("retrieval", "threshold"): None,
+    ("retrieval", "votes"): 256,
+    ("retrieval",): None,  # after its own keys
     ("server",): None,
     ("task", "columns"): {},
     ("task", "data", "part"): None,
@@ -187,8 +191,8 @@ class Study(Section, frozen=True, dict=True):
     retrieval: Annotated[
         Retrieval | None,
         says(
-            "Private questions to the silos' documents (`securefedcollm ask`). If left out, nobody "
-            "can ask."
+            "Private questions to the silos' documents or records (`securefedcollm ask`). If left "
+            "out, nobody can ask."
         ),
     ] = None
     roster: Annotated[

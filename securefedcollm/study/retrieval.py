@@ -1,6 +1,6 @@
-"""The section of a study that says how members ask each other's document shelves.
+"""The section of a study that says how members ask each other's documents, or records.
 
-``docs/retrieval.md`` explains the protocol and what its numbers reveal.
+``docs/retrieval.md`` explains both protocols and what their numbers reveal.
 """
 
 from __future__ import annotations
@@ -51,10 +51,12 @@ class Reduction(Section, frozen=True):
 
 
 class Retrieval(Section, frozen=True):
-    """Private questions to the documents of other members.
+    """Private questions to the documents of other members, or to their records.
 
-    No silo learns the question. The asker learns the best passages and a score of every passage, so
-    documents on a shelf must be ones that members may read: never records.
+    With `mode: documents` no silo learns the question. The asker learns the best passages and a
+    score of every passage, so documents on a shelf must be ones that members may read: never
+    records. With `mode: answers` the silos learn the question, and their records answer it: only a
+    noised sum of votes leaves. All records of a silo pay for that once, beforehand.
     """
 
     encoder: Annotated[Encoder, says("The model that embeds passages and questions.")]
@@ -68,14 +70,47 @@ class Retrieval(Section, frozen=True):
     questions: Annotated[
         Annotated[int, Meta(ge=0, le=10**6)],
         says(
-            "The most questions of one asker that a shelf answers. All runs and studies that ask "
-            "the shelf count together."
+            "With `documents`, the most questions of one asker that a shelf answers. All runs and "
+            "studies that ask the shelf count together. With `answers`, the number of questions "
+            "that one record can answer before its budget is spent; the noise follows from it."
         ),
     ]
     mode: Annotated[
-        Literal["documents"],
-        says("`documents`: members may read the passages, and the question is secret."),
+        Literal["documents", "answers"],
+        says(
+            "`documents`: members may read the passages, and the question is secret. `answers`: "
+            "records vote on the asker's choices, and nobody reads them; the silos know the "
+            "question."
+        ),
     ] = "documents"
+    threshold: Annotated[
+        Annotated[float, Meta(ge=-1, le=1)] | None,
+        says(
+            "With `answers`: a record is retrieved if its cosine similarity to the question is at "
+            "least this. Then it has given one of its `questions` answers.",
+            needed="the mode is `answers`",
+        ),
+    ] = None
+    reader: Annotated[
+        Literal["labels", "model"],
+        says(
+            "With `answers`, what a silo sends. `labels`: each retrieved record votes for the "
+            "choice that is its own answer. `model`: the silo's SLM reads the `fetched` best of "
+            "the retrieved records and answers once."
+        ),
+    ] = "labels"
+    votes: Annotated[
+        Annotated[int, Meta(ge=1, le=4096)],
+        says("With `reader: labels`: the most votes of one silo that count for one choice."),
+    ] = 256
+    epsilon: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        says(
+            "With `answers`: what all answers together may cost one record, at `privacy.delta`. If "
+            "left out, `privacy.epsilon`. The record's budget, which its owner pins, also pays for "
+            "tuning."
+        ),
+    ] = None
     documents: Annotated[
         Annotated[int, Meta(ge=1, le=2**20)],
         says("Passages on a shelf, at most. Every silo pads its shelf to this number."),
@@ -88,7 +123,10 @@ class Retrieval(Section, frozen=True):
     ] = 768
     fetched: Annotated[
         Annotated[int, Meta(ge=1, le=14)],
-        says("Passages that every question fetches from every silo, wanted or not."),
+        says(
+            "With `documents`: passages that every question fetches from every silo, wanted or "
+            "not. With `reader: model`: the most records that the SLM reads."
+        ),
     ] = 10
     reduction: Annotated[
         Reduction | None,

@@ -9,6 +9,8 @@ from securefedcollm.study.config import Model, Study
 from securefedcollm.study.learning_checks import check_model
 from securefedcollm.study.retrieval import Retrieval
 
+_MOST_ANSWERS = 10_000
+
 
 def check_retrieval(study: Study) -> None:
     """Refuse a section that cannot work, or that would leave silos with different embeddings.
@@ -43,6 +45,59 @@ def check_retrieval(study: Study) -> None:
         )
     if study.roster:
         _check_pins(plan)
+    if plan.mode == "answers":
+        _check_answers(study)
+    elif plan.threshold is not None or plan.epsilon is not None:
+        raise ConfigError(
+            "documents have no threshold and no ε",
+            where="retrieval.threshold" if plan.threshold is not None else "retrieval.epsilon",
+            hint="remove it, or choose retrieval.mode: answers",
+        )
+
+
+def _check_answers(study: Study) -> None:
+    """What votes of records need. Adversary: the author of a study whose votes have no noise, or
+    whose unit nobody charges for them."""
+    plan, privacy = study.retrieval, study.privacy
+    assert plan is not None
+    if privacy is None or privacy.unit != "record":
+        raise ConfigError(
+            "a record's answer leaves only with noise, and the record pays for it",
+            where="privacy",
+            hint="give the study privacy with unit: record",
+        )
+    if plan.threshold is None:
+        raise ConfigError(
+            "nothing says which records a question retrieves",
+            where="retrieval.threshold",
+            hint="a cosine similarity, e.g. 0.9; choose it on public questions",
+        )
+    # One record's questions are counted by their noise. With more of them, the last digits of the
+    # noise multiplier could be worth one question more than was charged for.
+    if plan.questions > _MOST_ANSWERS:
+        raise ConfigError(
+            f"{plan.questions} answers of one record",
+            where="retrieval.questions",
+            hint=f"at most {_MOST_ANSWERS}",
+        )
+    if plan.questions < 1:
+        raise ConfigError(
+            "a record that may answer no question needs no noise",
+            where="retrieval.questions",
+            hint="at least 1, e.g. 100",
+        )
+    if study.task.kind in {"text", "own"}:
+        raise ConfigError(
+            f"records of kind {study.task.kind} have no question to compare and no answer to give",
+            where="retrieval.mode",
+            hint="documents, or records with answers",
+        )
+    if study.scheme != "masking":
+        raise ConfigError(
+            "votes are summed under masks",
+            where="aggregation.scheme",
+            hint="masking",
+        )
 
 
 def _check_terms(plan: Retrieval) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from securefedcollm_audits.protocol.cases import SERVER_CASES, SILO_CASES, Case, run
+from securefedcollm_audits.protocol.cases import CASES, SERVER_CASES, Case, run
 from securefedcollm_audits.protocol.cohort import Cohort, Puppet, play
 from securefedcollm_audits.protocol.outcome import judge
 
 from securefedcollm.aggregation.masking.coordinator import CoordinatorRound
 
 
-@pytest.mark.parametrize("case", SERVER_CASES + SILO_CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_the_attacker_learns_nothing(case: Case) -> None:
     outcome = case()
     assert outcome.learnt == ()

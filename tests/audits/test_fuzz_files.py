@@ -7,11 +7,13 @@ import json
 import re
 import sys
 import time
+from itertools import count
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from securefedcollm_audits.fuzz import files as fuzz_files
+from securefedcollm_audits.fuzz import retrieval as fuzz_retrieval
 from securefedcollm_audits.fuzz import seeds as seeds
 from securefedcollm_audits.fuzz import targets as fuzz
 from securefedcollm_audits.report.report import make_report
@@ -21,14 +23,73 @@ from securefedcollm_audits.verification.verify import verify
 from securefedcollm.errors import ConfigError, EvidenceError
 from securefedcollm.evidence.bundle import decode_bundle, pack
 from securefedcollm.evidence.entries import canonical
+from securefedcollm.federation.questions.relay import Relay
 from securefedcollm.study import study_from_tree
 
+TARGETS = fuzz_files.TARGETS | fuzz_retrieval.TARGETS
 
-@pytest.mark.parametrize("target", fuzz_files.TARGETS)
+
+@pytest.mark.parametrize("target", TARGETS)
 @settings(max_examples=15, deadline=None)
 @given(script=st.binary(max_size=fuzz_files.LONGEST))
 def test_no_script_breaks_a_reader(target, script):
-    fuzz_files.bounded(fuzz_files.TARGETS[target], fuzz_files.SECONDS, script)
+    fuzz_files.bounded(TARGETS[target], fuzz_files.SECONDS, script)
+
+
+def unaltered(monkeypatch):
+    monkeypatch.setattr(fuzz_retrieval, "altered", lambda content, dice: content)
+
+
+def test_the_targets_of_questions_read_what_is_whole(monkeypatch):
+    """Else they would only ever look at refusals."""
+    unaltered(monkeypatch)
+    assert fuzz_retrieval.question(b"") == "answered"
+    assert fuzz_retrieval.letters(bytes([1, 1, 0, 99])) == "1 passed on"
+    assert fuzz_retrieval.index(b"") == fuzz_retrieval.reduction(b"") == "read"
+    assert fuzz_retrieval.quota(b"") == "spent"
+
+
+class Lax(Relay):
+    """Passes everything on."""
+
+    def _may(self, sender, letter):
+        return True
+
+
+def test_what_the_targets_of_questions_look_for_is_a_finding(monkeypatch):
+    """Each of them, where the product does not do what it should."""
+    with monkeypatch.context() as patch:
+        patch.setattr("securefedcollm.retrieval.shelf.verify", lambda *any_signature: None)
+        patch.setattr(
+            fuzz_retrieval, "altered", lambda frame, dice: frame[:-1] + bytes([frame[-1] ^ 1])
+        )
+        with pytest.raises(fuzz_files.FoundError, match=r"counted|through"):
+            fuzz_retrieval.question(b"")
+    unaltered(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(fuzz_retrieval, "Relay", Lax)
+        with pytest.raises(fuzz_files.FoundError, match="that may not"):
+            fuzz_retrieval.letters(bytes([1, 1, 0, 99]))
+    with monkeypatch.context() as patch:
+        patch.setattr(fuzz_retrieval.StoredQuota, "spent", lambda quota, asker: 0)
+        with pytest.raises(fuzz_files.FoundError, match="questions were answered, 3 are the most"):
+            fuzz_retrieval.quota(b"")
+    for target, kind in ((fuzz_retrieval.index, "Index"), (fuzz_retrieval.reduction, "Reduction")):
+        made = getattr(fuzz_retrieval, kind)
+        first, whole = count(), made.encode
+        with monkeypatch.context() as patch:
+            patch.setattr(made, "encode", lambda it, w=whole, n=first: w(it) + bytes(next(n)))
+            with pytest.raises(fuzz_files.FoundError, match="as another"):
+                target(b"")
+
+
+def test_a_count_whose_schema_is_no_text_ends_in_one_line():
+    """SQLite quotes the file's bytes in its message, which Python could not decode."""
+    script = bytes.fromhex(
+        "1373f253dc6410ed4aa10367e82e0fb81ba3f980e95ab429182b1664793859c6d8b77af628001e3dcaebbd3a6ba6"
+        "0b09e175c3ed5765399622"
+    )
+    assert fuzz_retrieval.quota(script) in {"StateError", "spent"}
 
 
 def test_what_the_targets_start_from_is_read(tmp_path):
@@ -53,7 +114,7 @@ def test_a_slow_reader_a_large_one_and_an_error_that_acts_are_findings():
     def acts(script):
         error = ConfigError("x")
         error.hint = "\x1b[2J"
-        return fuzz_files._harmless(error)
+        return fuzz_files.harmless(error)
 
     with pytest.raises(fuzz_files.SlowError):
         fuzz_files.bounded(lambda script: time.sleep(0) or spin(), 0.2, b"")

@@ -78,7 +78,7 @@ def test_the_real_path_is_not_refuted(honest, name):
     assert finding.bound >= {"joint": 0.4, "silo": 0.25, "local": 0.0}[name] * finding.claimed
     figures = finding.figures
     assert figures["noise at least"] < figures["noise charged"] < figures["noise at most"]
-    assert 0.7 < figures["moved at least"] <= 1.0
+    assert (0.4 if name == "local" else 0.7) < figures["moved at least"] <= 1.0
 
 
 def test_the_claim_is_that_of_all_releases(honest):

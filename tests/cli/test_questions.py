@@ -71,7 +71,7 @@ def test_build_ask_and_verify(place, tmp_path):
     invoke("ask", "w1", *shelves, *run, *common(place))
     spent = CliRunner().invoke(app, ["ask", "w1", *shelves, *run, *words])
     assert spent.exit_code == 1
-    assert "silo-1 did not answer: server has asked all of its 3 questions" in spent.stdout
+    assert "nothing from silo-1: server has asked all of its 3 questions" in spent.stdout
     with_answer = ["--as", "silo-1", "--generate", "slm", "--max-tokens", "3"]
     said = invoke("ask", "w9 w10 w11", *shelves[2:], *run, *with_answer, *common(place))
     assert said["answer"]["given"] == [1]  # the other is less alike than an empty place
@@ -276,7 +276,7 @@ def test_what_does_not_fit_the_shelf_is_refused(place, tmp_path):
 def test_the_first_example_of_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     """Makes the built-in encoder if it is not there: about a minute."""
     page = Path(__file__).parents[2] / "docs" / "retrieval.md"
-    example, _ = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    _, example, _ = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
     monkeypatch.chdir(tmp_path)
     exec(example, {})
     assert capsys.readouterr().out.startswith("silo-3 rule muscular protocol")

@@ -296,7 +296,7 @@ def test_a_selection_belongs_to_its_question(consortium):
 def test_answers_to_others_or_by_others_are_refused(consortium):
     askers = [consortium.asker(consortium.question(seed)) for seed in (1, 2)]
     answers = [consortium.shelf().handle(asker.ask()) for asker in askers]
-    with pytest.raises(RemoteProtocolError, match="answered another question"):
+    with pytest.raises(RemoteProtocolError, match="sent an answer to another question"):
         askers[0].take_scores(answers[1])
     message = msgspec.msgpack.decode(answers[1], type=m.Scores)
     forged = sign(message, SigningKey.generate()).encode()
@@ -406,7 +406,7 @@ def test_nothing_secret_is_shown_or_copied(consortium):
 
 def test_the_example_of_the_page_runs_as_it_stands():
     page = Path(__file__).parents[2] / "docs" / "retrieval.md"
-    _, example = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    *_, example = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
     names: dict = {}
     exec(example, names)
     assert names["found"][0] == names["passages"][1]

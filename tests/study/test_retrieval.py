@@ -37,7 +37,10 @@ def test_a_study_without_the_section_keeps_its_digest():
         ({"retrieval.encoder.source": "hub:org/name"}, "retrieval.encoder.revision"),
         ({"retrieval.block_bytes": 100}, "retrieval.block_bytes"),
         ({"retrieval.fetched": 15}, "retrieval.fetched"),
-        ({"retrieval.mode": "answers"}, "retrieval.mode"),
+        ({"retrieval.mode": "else"}, "retrieval.mode"),
+        ({"retrieval.mode": "answers"}, "retrieval.threshold"),
+        ({"retrieval.threshold": 0.9}, "retrieval.threshold"),
+        ({"retrieval.epsilon": 1.0}, "retrieval.epsilon"),
         ({"retrieval.questions": -1}, "retrieval.questions"),
         (
             {"retrieval.reduction": {"source": "map", "sha256": HEX}},
@@ -63,3 +66,34 @@ def test_a_roster_with_both_pins_is_taken():
         "retrieval.reduction": {"source": "path:map", "sha256": HEX},
     }
     assert load_study(CONFIGS / "retrieval.yaml", pins).retrieval is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"privacy": None}, "privacy"),
+        ({"privacy.unit": "subject", "privacy.subject": "patient"}, "privacy"),
+        ({"retrieval.threshold": None}, "retrieval.threshold"),
+        ({"retrieval.threshold": 1.1}, "retrieval.threshold"),
+        ({"retrieval.questions": 0}, "retrieval.questions"),
+        ({"retrieval.votes": 0}, "retrieval.votes"),
+        ({"retrieval.reader": "else"}, "retrieval.reader"),
+        ({"aggregation.scheme": "ckks"}, "aggregation.scheme"),
+    ],
+)
+def test_a_study_whose_records_cannot_vote_is_refused_with_its_key(changes, where):
+    with pytest.raises(ConfigError) as refused:
+        load_study(CONFIGS / "answers.yaml", changes)
+    assert refused.value.where == where
+    assert refused.value.hint
+
+
+def test_the_keys_of_answers_left_the_digests_of_older_studies_alone():
+    asking = load_study(CONFIGS / "retrieval.yaml")
+    assert not {"threshold", "reader", "votes", "epsilon"} & asking.tree["retrieval"].keys()
+    voting = load_study(CONFIGS / "answers.yaml")
+    assert digest(study_from_tree(voting.tree)) == digest(voting)
+    for change in ("threshold=0.8", "votes=3", "epsilon=2", "reader=model"):
+        assert digest(load_study(CONFIGS / "answers.yaml", [f"retrieval.{change}"])) != digest(
+            voting
+        )

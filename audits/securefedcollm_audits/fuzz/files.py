@@ -94,12 +94,12 @@ def study(script: bytes) -> str:
     if dice.below(2):
         text = json.dumps(_grafted(json.loads(json.dumps(seeds.STUDY)), dice)).encode()
     else:
-        text = _altered(seeds.study_text().encode(), dice)
-    with _file("study.yaml", text) as path:
+        text = altered(seeds.study_text().encode(), dice)
+    with on_disk("study.yaml", text) as path:
         try:
             read = load_study(path)
         except ConfigError as error:
-            return _harmless(error)
+            return harmless(error)
         path.write_text(dump_study(read), encoding="utf-8")
         if load_study(path).digest != read.digest:
             raise FoundError("a study is read back as another")
@@ -114,18 +114,18 @@ def bundle(script: bytes) -> str:
     dice = Dice(script)
     kind = dice.below(4)
     if kind == 0:
-        content = _altered(seeds.bundle(), dice)
+        content = altered(seeds.bundle(), dice)
     else:
         members = seeds.bundle_members()
         name = dice.one_of(sorted(members))
         if kind == 1:
-            members[name] = _altered(members[name], dice)
+            members[name] = altered(members[name], dice)
         else:
             for _ in range(1 + dice.below(3)):
                 members[name] = _mended(members[name], dice)
                 name = dice.one_of(sorted(members))
         content = pack(members)
-    with _file("evidence.zip", content) as path:
+    with on_disk("evidence.zip", content) as path:
         return _looked_at(path)
 
 
@@ -142,13 +142,13 @@ def _looked_at(path: Path) -> str:
         report, case = make_report(path)
         shown += to_html(report, case)
     except SecureFedCoLLMError as error:
-        _harmless(error)
+        harmless(error)
     honest = path.with_name("honest.zip")
     honest.write_bytes(seeds.bundle())
     try:
         merge([honest, path])
     except SecureFedCoLLMError as error:
-        _harmless(error)
+        harmless(error)
     if wrong := {c for c in shown if not c.isprintable() and c != "\n"}:
         raise FoundError(f"what the bundle says reaches a person as {sorted(wrong)}")
     return "archive" if len(verdict.results) == 1 else "checked"
@@ -173,18 +173,18 @@ def data(script: bytes) -> str:
 
     dice = Dice(script)
     kind, suffix = dice.one_of(tuple(seeds.ROWS)), dice.one_of((".jsonl", ".csv", ".parquet"))
-    content = _altered(seeds.records(kind, suffix), dice)
+    content = altered(seeds.records(kind, suffix), dice)
     options: dict[str, Any] = {"kind": kind, "labels": ["no", "yes"][: 2 * (kind[0] == "c")]}
     if dice.below(4) == 0:
         options["owner"] = "subject"
-    with _file(f"rows{suffix}", content) as path:
+    with on_disk(f"rows{suffix}", content) as path:
         try:
             for _, row in inspect_rows(path, **options):
                 if isinstance(row, ConfigError):
-                    _harmless(row)
+                    harmless(row)
             questions = read_questions(path, labelled=bool(dice.below(2)), **options)
         except ConfigError as error:
-            return _harmless(error)
+            return harmless(error)
     for question in questions:
         "".join((question.prompt, *question.choices, question.group)).encode()
     return "read"
@@ -222,7 +222,12 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _harmless(error: SecureFedCoLLMError) -> str:
+def harmless(error: SecureFedCoLLMError) -> str:
+    """The class of an error of one printable line.
+
+    Raises:
+        FoundError: it is none.
+    """
     for text in (str(error), error.hint):
         if not text.isprintable() or not str(error):
             raise FoundError(f"an error that is not one printable line: {text!r}")
@@ -230,14 +235,15 @@ def _harmless(error: SecureFedCoLLMError) -> str:
 
 
 @contextmanager
-def _file(name: str, content: bytes) -> Iterator[Path]:
+def on_disk(name: str, content: bytes) -> Iterator[Path]:
+    """A file that is there for a while."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(content)
         yield path
 
 
-def _altered(content: bytes, dice: Dice) -> bytes:
+def altered(content: bytes, dice: Dice) -> bytes:
     """A few cuts, copies, flips and words from :data:`_WORDS`."""
     for _ in range(1 + dice.below(_MOST)):
         at = dice.below(len(content) + 1)

@@ -1,7 +1,8 @@
-"""Fuzz targets: the aggregation protocol here, and files of others in :mod:`.files`.
+"""Fuzz targets: the aggregation protocol here, files of others in :mod:`.files`, private questions
+in :mod:`.retrieval`.
 
-``python -m securefedcollm_audits.fuzz --target protocol|study|bundle|data --seconds 60`` plays one
-with random inputs, and guided by coverage if the package ``atheris`` is installed.
+``python -m securefedcollm_audits.fuzz --target NAME --seconds 60`` plays one target with random
+inputs, and guided by coverage if the package ``atheris`` is installed. ``--help`` lists them.
 
 ``protocol``: a whole round, with frames altered by the input. Adversary: the network and the
 server between honest state machines. Whatever happens to frames, both sides answer only with their
@@ -11,6 +12,7 @@ own errors, an opened sum is the sum of its survivors, and the server's notebook
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
@@ -26,7 +28,7 @@ import numpy as np
 
 from securefedcollm.aggregation.masking.coordinator import CoordinatorRound
 from securefedcollm.errors import ProtocolError
-from securefedcollm_audits.fuzz import files
+from securefedcollm_audits.fuzz import files, retrieval
 from securefedcollm_audits.protocol.cohort import Cohort, play
 
 _OPERATION: Final = 6  # bytes of input that describe one alteration
@@ -137,11 +139,12 @@ def _leaves(tree: Any) -> list[_Leaf]:
 def main() -> None:
     """Fuzz for a while; a finding ends the program with its input in hexadecimal."""
     parser = argparse.ArgumentParser(description=__doc__)
-    targets = {"protocol": one_round, **files.TARGETS}
+    targets = {"protocol": one_round, **files.TARGETS, **retrieval.TARGETS}
     parser.add_argument("--target", choices=targets, default="protocol", help="target to fuzz")
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--input", type=bytes.fromhex, help="play this one input (hexadecimal)")
     arguments = parser.parse_args()
+    logging.disable(logging.WARNING)  # what a party says of another's nonsense, thousands of times
     target = targets[arguments.target]
     longest = _OPERATION * _MOST
     if target is not one_round:

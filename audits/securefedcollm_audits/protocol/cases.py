@@ -1,10 +1,10 @@
-"""Protocol audit: malicious servers and silos against the real state machines.
+"""Protocol audit: malicious servers, silos and askers against the real state machines.
 
 Every case plays one attack. It reports which side refused it, and *what the attacker learnt*:
 :class:`~.spy.Spy` judges that from everything the attacker saw. The server cases up to
 ``late_upload`` are weaknesses that released public secure-aggregation code had. Those called
 ``authority_…`` are about CKKS under an authority's key, ``threshold_…`` about CKKS with a joint
-one, all others about masking.
+one, those of :data:`RETRIEVAL` about private questions, all others about masking.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from typing import Final
 
 from securefedcollm.errors import ConfigError
 from securefedcollm_audits.protocol import (
+    asker_attacks,
     authority_attacks,
     key_attacks,
     server_attacks,
+    shelf_attacks,
     silo_attacks,
     threshold_attacks,
 )
@@ -55,6 +57,7 @@ SERVER_CASES: Final[tuple[Case, ...]] = (
     server_attacks.repeated_signers,
     *authority_attacks.CASES,
     *threshold_attacks.CASES,
+    *shelf_attacks.SERVER_CASES,
 )
 
 SILO_CASES: Final[tuple[Case, ...]] = (
@@ -72,10 +75,15 @@ SILO_CASES: Final[tuple[Case, ...]] = (
     silo_attacks.other_lists,
     silo_attacks.wrong_shares,
     silo_attacks.out_of_bounds,
+    *shelf_attacks.SILO_CASES,
 )
 
+ASKER_CASES: Final[tuple[Case, ...]] = asker_attacks.CASES
 
-CASES: Final = SERVER_CASES + SILO_CASES
+RETRIEVAL: Final = (*shelf_attacks.SERVER_CASES, *shelf_attacks.SILO_CASES, *ASKER_CASES)
+"""Attacks on private questions."""
+
+CASES: Final = SERVER_CASES + SILO_CASES + ASKER_CASES
 
 
 def run(
@@ -106,5 +114,6 @@ def named(names: Sequence[str]) -> list[Case]:
 
 
 def adversary(name: str) -> str:
-    """``server`` or ``silo``: who attacks in a case."""
-    return "server" if name in {case.__name__ for case in SERVER_CASES} else "silo"
+    """``server``, ``silo`` or ``asker``: who attacks in a case."""
+    who = {"server": SERVER_CASES, "silo": SILO_CASES, "asker": ASKER_CASES}
+    return next(role for role, cases in who.items() if name in {case.__name__ for case in cases})

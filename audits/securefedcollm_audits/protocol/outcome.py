@@ -1,4 +1,4 @@
-"""The outcome of an attack on the aggregation protocol."""
+"""The outcome of an attack on the protocols."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class Outcome:
 
     Args:
         attack: what the adversary did, in a few words.
-        learnt: what the adversary learnt or achieved beyond one sum over a quorum; must be empty.
+        learnt: what the adversary learnt or achieved beyond one sum over a quorum, or beyond k
+            scores and blocks a question; must be empty.
         defence: the refusing side and its reason, in its own words.
         held: nothing was learnt *and* the attack was refused where it should be.
     """

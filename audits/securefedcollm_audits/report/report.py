@@ -38,9 +38,11 @@ from securefedcollm.privacy.report import ASSUMPTIONS
 from securefedcollm.study import Study
 from securefedcollm_audits.report.claim import claim, may_end_early
 from securefedcollm_audits.report.life import life
+from securefedcollm_audits.report.polls import polls_of
 from securefedcollm_audits.report.rows import (
     AuditRow,
     ChargeRow,
+    PollRow,
     PrivateRow,
     QuestionRow,
     RoundRow,
@@ -109,6 +111,8 @@ class Report(msgspec.Struct, frozen=True):
     """The earlier studies and this one, if it continues any."""
     questions: list[QuestionRow] = []
     """To documents, where the study lets members ask for them."""
+    polls: list[PollRow] = []
+    """Questions to records, likewise."""
     assumptions: tuple[str, ...] = ASSUMPTIONS
     not_covered: tuple[str, ...] = NOT_COVERED
 
@@ -176,6 +180,7 @@ def _summed_up(verdict: Verdict, case: Case) -> Report:
         registry={},
         private=_private(case),
         questions=_questions(case),
+        polls=polls_of(case),
     )
     return msgspec.structs.replace(report, registry=_registry(case, report))
 

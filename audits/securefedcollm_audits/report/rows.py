@@ -118,3 +118,14 @@ class QuestionRow(msgspec.Struct, frozen=True):
     limit: int
     index: str
     place: str
+
+
+class PollRow(msgspec.Struct, frozen=True):
+    """One member's questions to one silo's records, as the silo's log has them. ``opened``: those
+    whose sum the silo opened; the others are charged all the same. ``place``: of the last."""
+
+    silo: str
+    asker: str
+    asked: int
+    opened: int
+    place: str

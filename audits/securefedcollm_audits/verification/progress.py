@@ -20,9 +20,13 @@ from securefedcollm.evidence.entries import (
     Decrypted,
     Entry,
     Heard,
+    Polled,
     Served,
+    Tallied,
     Told,
     Unmasked,
+    Voted,
+    Voting,
 )
 from securefedcollm.federation.plan import AUTHORITY, ends_round, round_of
 from securefedcollm.foreign import printable
@@ -101,7 +105,7 @@ def header(case: Case, results: Iterable[Result]) -> Header:
     """The run that a bundle is of. ``results``: of the checks on it."""
     kind, why = _kind(case, {result.name: result for result in results})
     # An audit or a question may come long after the run.
-    later = (Audited, Asked, Heard, Counted, Served)
+    later = (Audited, Asked, Heard, Counted, Served, Polled, Tallied, Voting, Voted)
     run = (e for log in case.logs.values() for e in log if not isinstance(e.what, later))
     times = sorted({entry.time for entry in run})
     offices = {case.server_name, case.authority_name}

@@ -22,6 +22,7 @@ from securefedcollm_audits.verification.checks import (
     history,
     logs,
     order,
+    polls,
     questions,
     rounds,
 )
@@ -40,6 +41,8 @@ CHECKS: tuple[Check, ...] = (
 )
 QUESTIONS: tuple[Check, ...] = questions.CHECKS
 """Where the study lets members ask for documents, or somebody did."""
+POLLS: tuple[Check, ...] = polls.CHECKS
+"""The same for records."""
 _ARCHIVE = ("archive", "The archive is complete and unaltered")
 
 
@@ -94,6 +97,7 @@ def _verdict(
             *follow(case, expected.earlier, look),
             *(carry_out(check, case) for check in CHECKS),
             *(carry_out(check, case) for check in QUESTIONS if questions.concern(case)),
+            *(carry_out(check, case) for check in POLLS if polls.concern(case)),
         ],
         study=case.study.study,
         digest=case.digest.hex(),

@@ -9,9 +9,14 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a silo gave no reply. It counts as a dropout of this exchange."""
+    """Why a silo gave no reply. It counts as a dropout of this exchange.
+
+    ``waited``: seconds that were lost on this very silo, if the engine knows: not those in which
+    another was let in.
+    """
 
     reason: str
+    waited: float | None = None
 
 
 class SiloPort(Protocol):

@@ -67,6 +67,16 @@ class Wire:
             at += got
         return bytes(buffer)
 
+    @property
+    def gone(self) -> bool:
+        """Whether the other end has closed the connection, and sent nothing more before."""
+        try:
+            return not self._connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def give_up_after(self, seconds: float) -> None:
         """From here on a send or receive that takes longer ends the connection."""
         self._connection.settimeout(seconds)
@@ -164,13 +174,18 @@ def _nobody_elses(place: Path) -> bool:
 def knock(path: str) -> Iterator[Wire]:
     """Connect to a :class:`Door`.
 
+    Adversary: another user of the machine, who puts a socket where ours was before, to be told
+    what was meant for us.
+
     Raises:
-        OSError: nobody is behind it.
+        OSError: nobody is behind it, or another user.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     wire = Wire(connection)
     try:
         connection.connect(path)
+        if _user_of(connection) != os.getuid():
+            raise ConnectionRefusedError("another user is behind this door")
         yield wire
     finally:
         wire.close()

@@ -8,16 +8,17 @@ so a silo that gives its passages high scores gains nothing, and is named.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.errors import SecureFedCoLLMError
+from securefedcollm.errors import ConfigError, SecureFedCoLLMError
 from securefedcollm.evidence.entries import Answers, Asked, Heard
 from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.questions.desk import slip
 from securefedcollm.primitives import SigningKey
 from securefedcollm.retrieval import Asker, Header, Passage, Terms
@@ -64,8 +65,66 @@ class Found:
     received: int = 0
 
 
-class Inquiry:
-    """One question of one asker.
+@dataclass(frozen=True)
+class Answered:
+    """A question's result, and what it took.
+
+    Attributes:
+        spent: silo → questions of this asker that its shelf has counted, this one and those of
+            other runs included; over the network, those that this member put to it in the study.
+        limit: the most that the study lets it answer.
+        seconds: of the protocol: encryption, answers, decryption, evidence; not of loading models
+            and shelves.
+    """
+
+    found: Found
+    spent: Mapping[str, int]
+    limit: int
+    seconds: float
+
+
+def check_question(question: str) -> None:
+    """Raises: ConfigError, if there are no words in it."""
+    if not question.strip():
+        raise ConfigError("no question", where="QUESTION", hint="give it some words")
+
+
+class Fetch(NamedTuple):
+    """The passages that one silo sent, and what it claimed that each scores."""
+
+    passages: tuple[Passage | None, ...]
+    claimed: tuple[float, ...]
+
+    def __repr__(self) -> str:
+        return f"Fetch({len(self.passages)} passages)"
+
+
+@dataclass
+class Fetched:
+    """What came back for one question, before anybody looked at it.
+
+    Attributes:
+        fetches: silo → its passages, of those that sent them.
+        failed, sent, received: as in :class:`Found`.
+    """
+
+    fetches: dict[str, Fetch] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    sent: int = 0
+    received: int = 0
+
+    def __repr__(self) -> str:
+        return f"Fetched({len(self.fetches)} silos, {len(self.failed)} failed)"
+
+
+Frames = Mapping[str, bytes]
+"""Silo → frame."""
+Steps = Generator[Frames, Mapping[str, bytes | Failure], Fetched]
+"""Gives the frames of a step, is sent the answers of the same silos, and returns the result."""
+
+
+class Fetching:
+    """One question of one asker, without a model: what crosses, and the asker's evidence.
 
     Args:
         study: its digest, 32 bytes.
@@ -73,7 +132,6 @@ class Inquiry:
         key: the asker's identity.
         silos: name → Ed25519 public key of every silo that is asked.
         log: the asker's; it begins with ``opened``.
-        embed: the study's encoder and reduction, for the passages.
     """
 
     def __init__(
@@ -85,14 +143,16 @@ class Inquiry:
         silos: Mapping[str, bytes],
         terms: Terms,
         log: EvidenceLog,
-        embed: Embed,
     ) -> None:
         self._study, self._run, self._key, self._silos = study, run, key, silos
-        self._terms, self._log, self._embed = terms, log, embed
+        self._terms, self._log = terms, log
         self._failed: dict[str, str] = {}
 
-    def ask(self, query: npt.ArrayLike, carry: Carry) -> Found:
+    def steps(self, query: npt.ArrayLike) -> Steps:
         """Ask all silos. One that fails does not stop the others.
+
+        Whoever carries the frames sends the questions, then the selections, each to all silos at
+        once. A second step has a silo only if its first answer was in order.
 
         Args:
             query: [d], the question's embedding.
@@ -109,25 +169,21 @@ class Inquiry:
                 questions={silo: asker.transcript.hex() for silo, asker in askers.items()},
             )
         )
-        answers = self._each(questions, carry)
+        answers = self._came((yield questions))
         scores = self._each(answers, lambda silo, frame: askers[silo].take_scores(frame))
         best = {silo: self._best(found) for silo, found in scores.items()}
         selections = {silo: askers[silo].select(best[silo]) for silo in scores}
-        served = self._each(selections, carry)
+        served = self._came((yield selections))
         passages = self._each(served, lambda silo, frame: askers[silo].take_blocks(frame))
         heard = {silo: _answers(askers[silo].receipts) for silo in scores}
         self._log.append(Heard(asked=entry.seq, answers=heard))
-        found = Found(
-            answered=list(passages),
+        claimed = {silo: tuple(scores[silo][list(best[silo])].tolist()) for silo in passages}
+        return Fetched(
+            fetches={silo: Fetch(found, claimed[silo]) for silo, found in passages.items()},
             failed=self._failed,
             sent=_bytes(questions, selections),
             received=_bytes(answers, served),
         )
-        for silo, fetched in passages.items():
-            self._check(silo, fetched, scores[silo][list(best[silo])], query, found)
-        found.hits.sort(key=lambda hit: -hit.score)
-        del found.hits[self._terms.fetched :]
-        return found
 
     def _asker(self, silo: str, key: bytes, query: npt.ArrayLike) -> Asker:
         header = Header(self._study, self._run, self._key.public, key, self._terms)
@@ -137,11 +193,15 @@ class Inquiry:
         """All silos are asked for k blocks anyway, so a silo cannot crowd out the others."""
         return tuple(int(at) for at in np.argsort(-scores, kind="stable")[: self._terms.fetched])
 
-    def _each(self, given: Mapping[str, bytes], take: Callable[[str, bytes], T]) -> dict[str, T]:
+    def _came(self, answers: Mapping[str, bytes | Failure]) -> dict[str, bytes]:
+        lost = {s: answer.reason for s, answer in answers.items() if isinstance(answer, Failure)}
+        self._failed |= lost
+        return {s: answer for s, answer in answers.items() if not isinstance(answer, Failure)}
+
+    def _each(self, given: Frames, take: Callable[[str, bytes], T]) -> dict[str, T]:
         """Do the same with every silo's frame; a silo with which that fails is left out.
 
-        Adversary: a silo that sends anything, to keep the others' answers from the asker. An error
-        of its own, such as a full disk where it runs in this process, stops the others no more.
+        Adversary: a silo that sends anything, to keep the others' answers from the asker.
         """
         taken: dict[str, T] = {}
         for silo, frame in given.items():
@@ -151,24 +211,78 @@ class Inquiry:
                 self._failed[silo] = error.message
         return taken
 
-    def _check(
-        self,
-        silo: str,
-        passages: Sequence[Passage | None],
-        claimed: npt.NDArray[np.float64],
-        query: npt.ArrayLike,
-        found: Found,
-    ) -> None:
-        """Put the passages into ``found``, with scores of our own.
 
-        Adversary: a silo that scores passages too high, to be read, or serves others than it
-        scored. One that scores them too low hides them, which nobody can see. One that sends what
-        the encoder cannot read, so that the asker loses the others' passages too.
+class Inquiry:
+    """One question of one asker, over a function that carries one frame at a time.
+
+    Args:
+        study, run, key, silos, terms, log: as in :class:`Fetching`.
+        embed: the study's encoder and reduction, for the passages.
+    """
+
+    def __init__(
+        self,
+        *,
+        study: bytes,
+        run: bytes,
+        key: SigningKey,
+        silos: Mapping[str, bytes],
+        terms: Terms,
+        log: EvidenceLog,
+        embed: Embed,
+    ) -> None:
+        self._fetching = Fetching(study=study, run=run, key=key, silos=silos, terms=terms, log=log)
+        self._most, self._embed = terms.fetched, embed
+
+    def ask(self, query: npt.ArrayLike, carry: Carry) -> Found:
+        """Ask all silos. One that fails does not stop the others: also if it runs in this process,
+        and has an error of its own, such as a full disk.
+
+        Args:
+            query: [d], the question's embedding.
+
+        Raises:
+            DataError, StateError: as :meth:`Fetching.steps`.
         """
-        unit = np.asarray(query, dtype=np.float64)
-        unit = unit / np.linalg.norm(unit)
-        for passage, claim in zip(passages, claimed, strict=True):
-            score = 0.0 if passage is None else self._score(passage, unit)
+        steps = self._fetching.steps(query)
+        frames = next(steps)
+        try:
+            while True:
+                frames = steps.send({s: _carried(carry, s, frame) for s, frame in frames.items()})
+        except StopIteration as end:
+            return judge(end.value, query, self._embed, self._most)
+
+
+def _carried(carry: Carry, silo: str, frame: bytes) -> bytes | Failure:
+    try:
+        return carry(silo, frame)
+    except SecureFedCoLLMError as error:
+        return Failure(error.message)
+
+
+def judge(fetched: Fetched, query: npt.ArrayLike, embed: Embed, most: int) -> Found:
+    """Rank what was fetched by scores of our own.
+
+    Adversary: a silo that scores passages too high, to be read, or serves others than it scored.
+    One that scores them too low hides them, which nobody can see. One that sends what the encoder
+    cannot read, so that the asker loses the others' passages too.
+
+    Args:
+        query: [d], the question's embedding.
+        embed: the study's encoder and reduction.
+        most: passages to keep, k.
+    """
+    unit = np.asarray(query, dtype=np.float64)
+    unit = unit / np.linalg.norm(unit)
+    found = Found(
+        answered=list(fetched.fetches),
+        failed=fetched.failed,
+        sent=fetched.sent,
+        received=fetched.received,
+    )
+    for silo, fetch in fetched.fetches.items():
+        for passage, claim in zip(fetch.passages, fetch.claimed, strict=True):
+            score = 0.0 if passage is None else _score(embed, passage, unit)
             if passage is not None:
                 found.hits.append(Hit(silo, passage, score or 0.0))
             if score is None:
@@ -177,14 +291,18 @@ class Inquiry:
                 found.suspect[silo] = (
                     f"claimed a score of {claim:.3f} for a passage that has {score:.3f}"
                 )
+    found.hits.sort(key=lambda hit: -hit.score)
+    del found.hits[most:]
+    return found
 
-    def _score(self, passage: Passage, unit: Vectors) -> float | None:
-        """None: it cannot be embedded, and no honest silo has such a passage in its index."""
-        try:
-            score = float(self._embed([passage.text])[0] @ unit)
-        except SecureFedCoLLMError:
-            return None
-        return score if math.isfinite(score) else None
+
+def _score(embed: Embed, passage: Passage, unit: Vectors) -> float | None:
+    """None: it cannot be embedded, and no honest silo has such a passage in its index."""
+    try:
+        score = float(embed([passage.text])[0] @ unit)
+    except SecureFedCoLLMError:
+        return None
+    return score if math.isfinite(score) else None
 
 
 def _answers(receipts: Sequence[Receipt]) -> Answers:

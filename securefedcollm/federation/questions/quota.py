@@ -22,6 +22,8 @@ from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.privacy.journal import durable_database
 
 SUFFIX: Final = ".questions.sqlite"
+DAMAGE: Final = (sqlite3.Error, UnicodeDecodeError)
+"""What SQLite raises over a damaged file. The second: its own message quotes bytes of the file."""
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS questions
   (asker TEXT NOT NULL, number BLOB NOT NULL, PRIMARY KEY (asker, number)) STRICT;
@@ -54,7 +56,7 @@ class StoredQuota:
         self._path, self._most = path, most
         try:
             self._db = durable_database(path, _SCHEMA)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, *DAMAGE) as error:
             raise self._unusable(error) from None
 
     def spent(self, asker: str) -> int:
@@ -63,7 +65,7 @@ class StoredQuota:
             (found,) = self._db.execute(
                 "SELECT count(*) FROM questions WHERE asker = ?", (asker,)
             ).fetchone()
-        except sqlite3.Error as error:
+        except DAMAGE as error:
             raise self._unusable(error) from None
         return int(found)
 
@@ -93,7 +95,7 @@ class StoredQuota:
                         "that ask this shelf count together",
                     )
                 self._db.execute("INSERT INTO questions VALUES (?, ?)", (asker, number))
-        except sqlite3.Error as error:
+        except DAMAGE as error:
             raise self._unusable(error) from None
         return spent + 1
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from securefedcollm.errors import ConfigError, DataError
 from securefedcollm.federation.plan import silo_names
-from securefedcollm.federation.questions.space import Space, plan_of
+from securefedcollm.federation.questions.space import Space, documents_of
 from securefedcollm.retrieval import Index, Passage, split
 from securefedcollm.study import Study
 from securefedcollm.tuning.documents import read_documents
@@ -31,7 +31,7 @@ def passages_of(
         ConfigError: the study has no such silo, or no embedded world.
         DataError: a file has a fault, or there are more passages than the study's shelf holds.
     """
-    plan = plan_of(study)
+    plan = documents_of(study)
     made = [str(file).removeprefix(BUILTIN) for file in files if str(file).startswith(BUILTIN)]
     paths = [Path(file) for file in files if not str(file).startswith(BUILTIN)]
     texts = [text for name in made for text in _house_rules(study, name)]

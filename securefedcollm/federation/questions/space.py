@@ -9,11 +9,13 @@ from typing import Final
 
 from securefedcollm.errors import ConfigError, DataError
 from securefedcollm.federation.dealing import deal
-from securefedcollm.retrieval import Reduction, Terms
+from securefedcollm.federation.questions.agreed import documents_of as documents_of
+from securefedcollm.federation.questions.agreed import plan_of as plan_of
+from securefedcollm.federation.questions.agreed import terms_of as terms_of
+from securefedcollm.retrieval import Reduction
 from securefedcollm.retrieval.reduction import HEAD_BYTES, Vectors, dimensions_of, file_bytes
 from securefedcollm.retrieval.terms import space_digest
 from securefedcollm.study import Study
-from securefedcollm.study.retrieval import Retrieval
 from securefedcollm.tuning.data import read_text
 from securefedcollm.tuning.embed import TextEncoder
 from securefedcollm.tuning.models import load_model, local_path
@@ -42,27 +44,6 @@ class Space:
             DataError: a text has no tokens.
         """
         return self.reduction.apply(self.encoder.embed(texts, progress))
-
-
-def plan_of(study: Study) -> Retrieval:
-    """The section of the study.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    if study.retrieval is None:
-        raise ConfigError(
-            "this study has no questions to documents",
-            where="retrieval",
-            hint="add the section; configs/retrieval.yaml shows it",
-        )
-    return study.retrieval
-
-
-def terms_of(study: Study, space: bytes) -> Terms:
-    """What asker and silos agreed on; ``space``: :attr:`Space.digest`."""
-    plan = plan_of(study)
-    return Terms(plan.documents, plan.dimension, plan.block_bytes, plan.fetched, space)
 
 
 def load_encoder(study: Study, data: Path | None, progress: Progress = silent) -> TextEncoder:

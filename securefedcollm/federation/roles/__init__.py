@@ -11,6 +11,14 @@ A participant's *home* holds what outlives a run::
 The process may be killed at any moment and started again with the same command.
 """
 
+from securefedcollm.federation.roles.asking import (
+    ShelfTerms,
+    ask_from,
+    largest_call,
+    open_shelf,
+    question_port,
+    question_relay,
+)
 from securefedcollm.federation.roles.authority import authority_session
 from securefedcollm.federation.roles.frames import (
     LARGEST_TO_AUTHORITY,
@@ -22,6 +30,7 @@ from securefedcollm.federation.roles.member import (
     LEDGER,
     Member,
     inbox_for,
+    run_in,
     session_of,
     sign_for,
     take_part,
@@ -45,14 +54,21 @@ __all__ = [
     "LEDGER",
     "PROOF",
     "Member",
+    "ShelfTerms",
+    "ask_from",
     "authority_session",
     "coordinate",
     "inbox_for",
+    "largest_call",
     "largest_frame",
     "largest_reply",
     "newest_adapter",
     "not_told",
+    "open_shelf",
+    "question_port",
+    "question_relay",
     "require_begun_data",
+    "run_in",
     "server_questions",
     "session_of",
     "sign_for",

@@ -87,7 +87,7 @@ def take_part(
             "the study names no server", where="roster", hint="add a participant of role: server"
         )
     home.chmod(0o700)
-    run = make_directory(home / "studies" / f"{study.study}-{digest(study).hex()[:12]}")
+    run = make_directory(run_in(home, study))
     what, hint = (
         "another process is running this study here",
         "stop it first; one home, one process",
@@ -110,6 +110,11 @@ def take_part(
             home=home,
             run=run,
         )
+
+
+def run_in(home: Path, study: Study) -> Path:
+    """The study's directory in a participant's home."""
+    return home / "studies" / f"{study.study}-{digest(study).hex()[:12]}"
 
 
 def sign_for(member: Member) -> Callable[[str, Parcel, bytes], bytes]:

@@ -27,7 +27,9 @@ from securefedcollm.evidence.entries import (
     Keyed,
     Lost,
     Opening,
+    Polled,
     Round,
+    Tallied,
     Told,
     Unmasked,
     Uploaded,
@@ -106,7 +108,7 @@ def lost(case: Case, wrong: Faults) -> str:
                     wrong(where, "the failure of an attempt that too few silos know of")
             if what.round in openable:
                 opened.append(sum_name(case.study, what.round))
-        if not isinstance(what, Audited | Asked | Heard):
+        if not isinstance(what, Audited | Asked | Heard | Polled | Tallied):
             before = entry
     if not sums:
         return "no sum is called lost"

@@ -22,9 +22,11 @@ from securefedcollm.evidence.entries import (
     Keyed,
     Lost,
     Opening,
+    Polled,
     Refused,
     Round,
     Summed,
+    Tallied,
     Told,
     Unmasked,
     Uploaded,
@@ -78,7 +80,7 @@ class _ServerLog:
             elif isinstance(what, _SERVER_ONLY):
                 fault = self._step(what)
             else:
-                at_any_time = isinstance(what, Audited | Asked | Heard)
+                at_any_time = isinstance(what, Audited | Asked | Heard | Polled | Tallied)
                 fault = "" if at_any_time else "has no place in a server's log"
             if fault:
                 wrong(entry, fault)

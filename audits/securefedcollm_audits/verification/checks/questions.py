@@ -90,7 +90,8 @@ def agree(case: Case, wrong: Faults) -> str:
 
 def concern(case: Case) -> bool:
     """Whether there is anything to check: the study's section, or an entry about a question."""
-    return case.study.retrieval is not None or _asked(case)
+    plan = case.study.retrieval
+    return (plan is not None and plan.mode == "documents") or _asked(case)
 
 
 def _asked(case: Case) -> bool:

@@ -7,6 +7,7 @@ import io
 import logging
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -24,7 +25,7 @@ _ANSWER: Final = 60.0
 
 
 class Administration:
-    """A session with FLARE's server that logs in again when it breaks. Not thread-safe.
+    """A session with FLARE's server that logs in again when it breaks. Thread-safe.
 
     Args:
         lead: the kit of whoever submits jobs.
@@ -37,6 +38,7 @@ class Administration:
         self.lead = lead
         self._require_open = require_open
         self._session: Any = None
+        self._asking = threading.RLock()
 
     def submit(self, silos: Collection[str]) -> str:
         """Submit a job for these silos; returns its id."""
@@ -71,7 +73,7 @@ class Administration:
         while True:
             self._require_open()
             try:
-                with contextlib.redirect_stdout(io.StringIO()):  # it greets the user
+                with self._asking, contextlib.redirect_stdout(io.StringIO()):  # it greets the user
                     if self._session is None:
                         self._session = new_secure_session(
                             self.lead.name, str(self.lead.workspace), timeout=10

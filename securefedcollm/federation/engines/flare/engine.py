@@ -101,6 +101,7 @@ class FlareEngine:
         self._wires: dict[str, _SiloWire] = {}
         self._job_wire: Wire | None = None
         self._restarting = threading.Lock()
+        self._admitting = threading.Lock()
         self._gave_up = -_PAUSE
         """When a job last failed to begin: the other deliveries do not each try again."""
         self._door = Door(self._visit, visitors=512)
@@ -112,10 +113,20 @@ class FlareEngine:
             env={DOOR: str(self._door.path)},
         )
 
+    @property
+    def running(self) -> bool:
+        """Whether FLARE's server runs."""
+        return self._process.running
+
+    def require_running(self) -> None:
+        """Raises: TransportError, if FLARE's server has ended."""
+        self._process.require_running()
+
     # ---- the engine ----
 
     def exchange(self, frames: Mapping[str, bytes], timeout: float) -> dict[str, bytes | Failure]:
-        """See :class:`securefedcollm.federation.engines.Engine`.
+        """See :class:`securefedcollm.federation.engines.Engine`. Several threads may call it at
+        once, for different silos.
 
         Raises:
             TransportError: too few silos are connected for a FLARE job at all.
@@ -123,9 +134,10 @@ class FlareEngine:
         if not frames:
             return {}
         deadline = time.monotonic() + timeout
-        self._number += 1
-        parcel = Parcel(self._session, self._number)
-        self._admit(frames)
+        with self._admitting:
+            self._number += 1
+            parcel = Parcel(self._session, self._number)
+            self._admit(frames)
         with ThreadPoolExecutor(len(frames)) as pool:
             replies = pool.map(
                 lambda silo: self._deliver(silo, frames[silo], parcel, deadline), frames
@@ -138,9 +150,10 @@ class FlareEngine:
                 raise
 
     def _deliver(self, silo: str, frame: bytes, parcel: Parcel, deadline: float) -> bytes | Failure:
+        began = time.monotonic()
         with self._changed:
             if self._job_wire is not None and silo not in self._members:
-                return Failure("is not connected")
+                return Failure("is not connected", waited=0.0)
         link = _Reconnecting(self, silo)
         try:
             limit = self._largest.get(silo, MAX_FRAME)
@@ -152,7 +165,7 @@ class FlareEngine:
                 self._members -= {silo}  # until the next job
                 if wire := self._wires.pop(silo, None):
                     wire.over.set()
-            return Failure(error.message)
+            return Failure(error.message, waited=time.monotonic() - began)
 
     def _admit(self, frames: Mapping[str, bytes]) -> None:
         """Begin a new job if there is none, or one of the silos asked is there and not in it."""

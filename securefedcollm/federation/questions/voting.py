@@ -1,0 +1,418 @@
+"""A silo's part in answering a question from its records: what it retrieves, pays and sends.
+
+Adversary: the asker, which chooses every question after it has seen the answers to earlier ones,
+and ``c`` silos. A record may influence what leaves only through the noised sum. So
+
+* a record is retrieved by its own similarity alone (:mod:`securefedcollm.retrieval.nearest`) and by
+  what it has itself spent. Every record that is retrieved is charged, before anything leaves;
+* a silo sends frames of the same number and length whatever was retrieved, writes the same evidence
+  and keeps the same kinds of rows in its ledger. Where nothing was retrieved, or a record makes
+  something fail, it votes for nothing, with its noise;
+* a poll has one attempt. Whoever asks again asks a new question, which is charged anew;
+* the time that it takes is hidden in slots, where the study has ``local.reply_slot``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from securefedcollm.aggregation import Roster, SiloSide, Step, silo_side
+from securefedcollm.aggregation.inmemory import MemoryJournal
+from securefedcollm.aggregation.messages import decode
+from securefedcollm.errors import (
+    BudgetExceeded,
+    CryptoError,
+    LocalProtocolError,
+    RemoteProtocolError,
+    SecureFedCoLLMError,
+)
+from securefedcollm.evidence.entries import Slip, Voted, Voting
+from securefedcollm.evidence.ledger import PREPAID_RUN, anchor
+from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.federation.questions.polls import (
+    Poll,
+    answers_of,
+    answers_study,
+    claim_of,
+    poll_header,
+    sum_header,
+    votes_of,
+)
+from securefedcollm.federation.records.common import note_refusal
+from securefedcollm.federation.silo import CLOCK, Clock
+from securefedcollm.primitives import SigningKey, sha256, verify
+from securefedcollm.privacy.events import DiscreteGaussian, encode_events
+from securefedcollm.privacy.identities import Records
+from securefedcollm.privacy.ledger import Key, Ledger, Reservation
+from securefedcollm.privacy.noise import NoiseSource
+from securefedcollm.privacy.votes import MOST_CHOICES, Votes
+from securefedcollm.retrieval.nearest import RecordIndex
+from securefedcollm.study import Study, digest
+
+log = logging.getLogger(__name__)
+
+READY: Final = b"ready"
+"""The reply to every poll."""
+UNIT: Final = "record"
+
+_PREPAID: Final = b"securefedcollm/answers/prepaid/v1\0"
+
+Bools = npt.NDArray[np.bool_]
+Embed = Callable[[str], npt.NDArray[np.float64]]
+"""A text → its unit vector in the study's space, computed by itself."""
+
+
+class Reader(Protocol):
+    """What a silo makes of the records that a question retrieved."""
+
+    def __call__(
+        self, poll: Poll, retrieved: Sequence[int], similarities: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float64]:
+        """Votes for every choice, or a distribution over them or zeros: float64 [choices].
+
+        Args:
+            retrieved: the numbers of the records, from 0, in file order.
+            similarities: of all of the silo's records, int64 [n].
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class RecordShelf:
+    """A silo's records as a question meets them.
+
+    Args:
+        known: by their identities in the ledger of answers, in the order of ``index``: by what is
+            embedded alone, so that records which share an account are retrieved together.
+        dataset: fingerprint of the file, for the ledger.
+    """
+
+    index: RecordIndex
+    known: Records
+    dataset: str
+
+
+def prepay(ledger: Ledger, study: Study, records: Records, dataset: str, book: str) -> None:
+    """Charge every record of a file with all the answers that one record may give, once.
+
+    Which records a question retrieved shows in how much each has answered. So nothing but
+    :class:`Booth` may depend on that: neither whether a study may tune on the file, nor which of
+    its records, nor what ε a silo states. To all of them the records have spent the whole claim of
+    the study's answers, whatever was asked. Adversary: an asker who chooses what is retrieved, and
+    then watches the rest.
+
+    Args:
+        ledger: the silo's, which all its studies share.
+        dataset: fingerprint of the file.
+        book: names the ledger of answers that this pays for: the key of its records. A new one,
+            in which nobody has answered anything, is paid for anew. So are other records, and
+            other noise.
+
+    Raises:
+        BudgetExceeded: some record cannot pay for that. No question was asked yet.
+    """
+    event = votes_of(study, MOST_CHOICES).event()
+    whole = msgspec.structs.replace(event, count=answers_of(study).questions)
+    what = [answers_study(study), records.digest, book, *encode_events([whole])]
+    name = sha256(_PREPAID, msgspec.json.encode(what)).hex()
+    place = Key(dataset, UNIT, name[:PREPAID_RUN], 0, 0)
+    claim, pinned = claim_of(study), ledger.pinned
+    if pinned is not None and (claim[0] > pinned.epsilon or claim[1] > pinned.delta):
+        raise BudgetExceeded(
+            "the study asks for more than the owner of these records pinned",
+            hint="the owner decides: `securefedcollm budget set`",
+        )
+    state = next((e.state for e in ledger.entries() if e.key == place), None)
+    if state in {"released", "settled"}:
+        return
+    reservation = ledger.reserve(*place, [whole], claim, records=records, study=name)
+    ledger.release(reservation)
+    ledger.settle(reservation, [whole])
+
+
+@dataclass(frozen=True)
+class Booth:
+    """Where a silo's records vote.
+
+    Args:
+        run: the run's id, 16 bytes.
+        name: the silo's, on the roster.
+        askers: name → Ed25519 public key of everybody who may ask.
+        ledger: of the study's answers at this silo, and of nothing else. It charges the retrieved
+            records; a plain one, since this class writes the evidence.
+        evidence: the silo's log; it begins with ``opened``.
+    """
+
+    study: Study
+    run: bytes
+    name: str
+    key: SigningKey
+    roster: Roster
+    askers: Mapping[str, bytes]
+    shelf: RecordShelf
+    embed: Embed
+    read: Reader
+    ledger: Ledger
+    evidence: EvidenceLog
+    clock: Clock = CLOCK
+
+    def open(self, asker: str) -> BoothConversation:
+        """For one question of ``asker``, whose frames the engine knows to be from there.
+
+        Raises:
+            LocalProtocolError: it is no member that may ask.
+        """
+        if asker not in self.askers:
+            raise LocalProtocolError(f"{asker} may not ask here", hint="look at the study's roster")
+        return BoothConversation(self, asker)
+
+
+class _Charged(NamedTuple):
+    """A poll that this silo takes part in."""
+
+    poll: Poll
+    votes: Votes
+    side: SiloSide
+    reservation: Reservation
+
+
+class BoothConversation:
+    """One question of one asker: :meth:`handle` its poll, then the frames of the secure sum."""
+
+    def __init__(self, booth: Booth, asker: str) -> None:
+        self._booth, self._asker = booth, asker
+        self._at: _Charged | None = None
+        self._ended = False
+
+    def handle(self, frame: bytes) -> bytes:
+        """The answer to the next frame. Charge and evidence are on disk before this returns.
+
+        Raises:
+            RemoteProtocolError: the asker, or a relay, sent what must not be answered.
+            BudgetExceeded: the study asks for more than the owner of these records pinned. That
+                depends on no record.
+            StateError: ledger or log cannot be written; nothing may leave.
+        """
+        if self._ended:
+            raise RemoteProtocolError("this question is over", peer=self._asker, hint="ask anew")
+        clock, slot = self._booth.clock, self._booth.study.local.reply_slot
+        begun, first = clock.now(), self._at is None
+        try:
+            return self._begin(frame) if self._at is None else self._sum(self._at, frame)
+        except SecureFedCoLLMError as error:
+            note_refusal(self._booth.evidence, error)
+            self.close()
+            raise
+        finally:
+            if slot is not None and first:  # all that depends on records is done for the poll
+                clock.wait(slot - (clock.now() - begun) % slot)
+
+    def close(self) -> None:
+        """Drop the secrets. A charge from which nothing left is given back."""
+        self._ended = True
+        at, self._at = self._at, None
+        if at is None:
+            return
+        at.side.close()
+        entries = self._booth.ledger.entries()
+        state = next((e.state for e in entries if e.key == at.reservation.key), None)
+        if state == "reserved":
+            self._booth.ledger.void(at.reservation)
+
+    def _begin(self, frame: bytes) -> bytes:
+        booth, asker = self._booth, self._asker
+        poll = decode(Poll, frame, asker)
+        key = booth.askers[asker]
+        if poll.before != poll_header(digest(booth.study), booth.run, key):
+            raise RemoteProtocolError(
+                "asks in another study, run or name", peer=asker, hint="use the study's own run"
+            )
+        try:
+            verify(key, poll.CONTEXT, poll.signed(), poll.signature)
+        except CryptoError:
+            raise RemoteProtocolError("did not sign its question", peer=asker) from None
+        votes = votes_of(booth.study, len(poll.choices))
+        content, reservation = self._paid(poll, votes)
+        vector = votes.protect(content, NoiseSource())
+        side = silo_side(
+            "masking",
+            header=sum_header(booth.study, booth.roster, poll.digest, votes),
+            roster=booth.roster,
+            name=booth.name,
+            signing_key=booth.key,
+            vector=vector,
+            vector_id=sha256(vector.tobytes()),
+            # One attempt in the whole life of this header, by the ledger: nothing to remember.
+            journal=MemoryJournal(),
+        )
+        self._at = _Charged(poll, votes, side, reservation)
+        return READY
+
+    def _paid(self, poll: Poll, votes: Votes) -> tuple[npt.NDArray[np.float64], Reservation]:
+        """The content of this silo's votes, after the records that make it were charged."""
+        booth, plan = self._booth, answers_of(self._booth.study)
+        query, event, shelf = booth.embed(poll.question), votes.event(), booth.shelf
+        assert plan.threshold is not None  # study.retrievalchecks
+        place = Key(shelf.dataset, UNIT, sha256(poll.digest).hex()[:32], 0, 0)
+        if any(entry.key.run == place.run for entry in booth.ledger.entries()):
+            # Adversary: an asker, or a relay, that has one question summed twice, with other noise;
+            # also after the silo has changed its file.
+            raise RemoteProtocolError(
+                "asked the same question twice", peer=self._asker, hint="ask a new one"
+            )
+        alike = shelf.index.retrieved(query, plan.threshold)
+        before: Bools | None = None
+        while True:
+            chosen = alike & self._paying(event)
+            if before is not None and bool((chosen == before).all()):
+                chosen = np.zeros_like(alike)  # our own mistake, which must not refuse either
+            try:
+                reservation = booth.ledger.reserve(
+                    *(*place, [event], claim_of(booth.study)),
+                    records=_only(shelf.known, chosen),
+                    study=answers_study(booth.study),
+                    individually=True,
+                )
+                return self._read(poll, chosen, query), reservation
+            except BudgetExceeded:
+                # Another process charged one of them just now. Adversary: whoever asks both, to
+                # learn from a refusal, or from what becomes of the others. So each is asked again.
+                if not chosen.any():
+                    raise LocalProtocolError("a charge to no record was refused") from None
+                before = chosen
+
+    def _paying(self, event: DiscreteGaussian) -> Bools:
+        """Which of the silo's records can pay for one question more, each by itself.
+
+        Raises:
+            BudgetExceeded: the study asks for more than is pinned; says nothing of what is spent.
+        """
+        booth, dataset = self._booth, self._booth.shelf.dataset
+        try:
+            return booth.ledger.payers(
+                *(dataset, UNIT, [event], 1, claim_of(booth.study)),
+                records=booth.shelf.known,
+                study=answers_study(booth.study),
+                individually=True,
+            )
+        except BudgetExceeded:
+            log.warning("%s: its answers' ledger has another budget than the study's", booth.name)
+            raise BudgetExceeded(
+                "the study asks for more than the owner of these records pinned",
+                hint="the owner decides: `securefedcollm budget set`",
+            ) from None
+
+    def _read(
+        self, poll: Poll, chosen: Bools, query: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.float64]:
+        """What the retrieved records say: one answer of all, or the sum of each one's vote.
+
+        Where votes are counted, each record is read by itself, so that none changes another's vote,
+        and its vote is at most one.
+        """
+        similarities = self._booth.shelf.index.similarities(query)
+        retrieved: list[int] = np.flatnonzero(chosen).tolist()
+        if answers_of(self._booth.study).reader == "model":
+            return self._said(poll, retrieved, similarities)
+        total = np.zeros(len(poll.choices))
+        for at in retrieved:
+            # Whole votes: rounding a sum of parts could move it by more than one part did.
+            vote = np.rint(self._said(poll, [at], similarities))
+            total += vote if float(np.linalg.norm(vote)) <= 1.0 else 0.0
+        return total
+
+    def _said(
+        self, poll: Poll, retrieved: Sequence[int], similarities: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float64]:
+        """What the reader says; zeros if it fails.
+
+        Adversary: an asker whose question makes reading fail on certain records only. A refusal
+        would be an answer without noise. The log has no words of theirs.
+        """
+        try:
+            return self._booth.read(poll, retrieved, similarities)
+        except Exception as error:  # whatever a record made fail
+            log.error(
+                "%s: reading a record failed (%s); it votes for nothing",
+                *(self._booth.name, type(error).__name__),
+            )
+            return np.zeros(len(poll.choices))
+
+    def _sum(self, at: _Charged, frame: bytes) -> bytes:
+        booth = self._booth
+        answer = at.side.handle(frame)
+        seen = at.side.transcript
+        if at.side.step is Step.AGREE:  # the masked votes are about to leave
+            booth.evidence.append(
+                Voting(
+                    asker=self._asker,
+                    poll=slip_of(at.poll),
+                    header=seen.header.hex(),
+                    values=at.votes.choices,
+                    delivery=seen.delivery.hex(),
+                    events=encode_events(at.reservation.events),
+                    ledger=self._head(),
+                )
+            )
+            booth.ledger.release(at.reservation)
+        elif at.side.step is Step.DONE:
+            # More survivors are not credited: every question costs the same, so N of them are what
+            # was prepaid, at every order of every accountant.
+            events = at.reservation.events
+            booth.ledger.settle(at.reservation, events)
+            booth.evidence.append(
+                Voted(
+                    header=seen.header.hex(),
+                    survivors=list(seen.survivors),
+                    dropouts=list(seen.dropouts),
+                    lists=seen.lists.hex(),
+                    events=encode_events(events),
+                    ledger=self._head(),
+                )
+            )
+            self.close()
+        return answer
+
+    def _head(self) -> str:
+        return anchor(self._booth.evidence, self._booth.ledger.head.digest).hex()
+
+
+def slip_of(poll: Poll) -> Slip:
+    """A poll as evidence has it."""
+    return Slip(poll.signed().hex(), poll.signature.hex())
+
+
+def _only(known: Records, chosen: Bools) -> Records:
+    """These records of a file, perhaps none."""
+    whole = None if known.whole is None else known.whole[chosen]
+    return Records(known.rows[chosen], whole=whole, key=known.key)
+
+
+def count_labels(labels: Sequence[str], folded: Callable[[str], str]) -> Reader:
+    """The reader ``labels``: every retrieved record votes for the choice that is its own answer.
+
+    A record whose answer is none of the choices votes for none.
+
+    Args:
+        labels: each record's answer, already ``folded``; empty where it has none.
+    """
+
+    def read(
+        poll: Poll, retrieved: Sequence[int], similarities: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float64]:
+        places = {folded(choice): at for at, choice in enumerate(poll.choices)}
+        found = np.zeros(len(poll.choices))
+        for at in retrieved:
+            place = places.get(labels[at])
+            if place is not None:
+                found[place] += 1.0
+        return found
+
+    return read

@@ -1,0 +1,148 @@
+"""The front door to the silos' records: one question, every role on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from securefedcollm.errors import ConfigError
+from securefedcollm.evidence.bundle import make_bundle
+from securefedcollm.federation.dealing import deal, read_records
+from securefedcollm.federation.files import write_durably
+from securefedcollm.federation.questions.polls import answers_of, claim_of
+from securefedcollm.federation.questions.space import space_of
+from securefedcollm.privacy.votes import Tally
+from securefedcollm.simulation.polling import Polled, Polls
+from securefedcollm.study import Study, load_study
+from securefedcollm.tuning.embed import encodes
+from securefedcollm.tuning.recipe import Progress, silent
+
+Place = str | Path
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What the silos' records say to one question, as :func:`ask_records` learnt it.
+
+    ``choice``: the one with most votes. ``votes``: of every choice, with noise of standard
+    deviation ``sigma`` on each, so that one may be negative. ``doubt``: how often noise makes the
+    first lead the second so far if they are equal. ``counted``: silos whose votes are in the sum,
+    although nobody knows whether they had any; ``failed``: silo → why it is not. ``questions``: how
+    many of these one record can answer within its budget of ``epsilon`` and ``delta``. ``sent`` and
+    ``received``: bytes of all frames; ``seconds``: of the whole question.
+    """
+
+    choice: str
+    votes: Mapping[str, float]
+    sigma: float
+    doubt: float
+    counted: Sequence[str]
+    failed: Mapping[str, str]
+    questions: int
+    epsilon: float
+    delta: float
+    sent: int
+    received: int
+    seconds: float
+    directory: Path
+
+    def mixed(self, prior: Mapping[str, float], weight: float) -> dict[str, float]:
+        """The choices' probabilities by a model of the asker's own, mixed with the votes.
+
+        See :meth:`securefedcollm.privacy.votes.Tally.mixed`. It costs no privacy.
+
+        Args:
+            prior: choice → the model's probability.
+            weight: of the votes, 0 to 1, chosen on other questions.
+        """
+        tally = Tally([*self.votes.values()], self.sigma, len(self.counted))
+        shares = tally.mixed([prior[choice] for choice in self.votes], weight)
+        return dict(zip(self.votes, shares.tolist(), strict=True))
+
+    def bundle(self, out: Place | None = None) -> Path:
+        """Write the evidence of all that was asked in this directory; the file's path.
+
+        Args:
+            out: default ``evidence.zip`` in the directory.
+        """
+        path = Path(out) if out is not None else self.directory / "evidence.zip"
+        write_durably(path, make_bundle(self.directory))
+        return path
+
+
+def ask_records(
+    question: str,
+    choices: Sequence[str],
+    study: Study | Place,
+    *,
+    records: Mapping[str, Place] | None = None,
+    asker: str = "server",
+    out: Place | None = None,
+    data: Place | None = None,
+    progress: Progress = silent,
+) -> Vote:
+    """Let all silos' records vote on a question, every role on this machine.
+
+    The silos learn the question. Nobody learns a record, or what one silo's records voted: only the
+    sum over all silos is opened, with noise. All records of a silo pay once, before the first
+    question, in its ledger. One that has given all its answers is not retrieved any more.
+
+    Args:
+        question: words that the study's encoder knows.
+        choices: 2 to 64 answers to choose from, none twice.
+        study: with a section ``retrieval`` of ``mode: answers``; or the path of its file.
+        records: silo → the file of its records, for every silo; default: those that the study deals
+            out in a simulation.
+        asker: ``server``, or a silo, which counts as one of the study's colluders.
+        out: the run's directory; default ``runs/STUDY``. It may be that of a finished simulation of
+            the same study, whose ledgers then go on.
+        data: the directory of the study's data files and ``path:`` models.
+        progress: called as ``progress(done, total, text)``.
+
+    Raises:
+        ConfigError: the study asks no records or has a roster, a name is none of its own, ``out``
+            is of another study or in use, or question or choices will not do.
+        DataError: a silo's records cannot be read or embedded, or the question has no words.
+        BudgetExceeded: the study asks for more than the owners of too many records pinned.
+        ProtocolError: too few silos answered.
+        StateError: a participant's file cannot be written; nothing was answered then.
+    """
+    if not all(map(encodes, (question, *choices))):
+        raise ConfigError("is not valid Unicode", where="QUESTION", hint="write it in UTF-8")
+    agreed = study if isinstance(study, Study) else load_study(study)
+    answers_of(agreed)
+    place = None if data is None else Path(data)
+    directory = Path(out) if out is not None else Path("runs") / agreed.study
+    with Polls(
+        agreed,
+        records={name: read_records(agreed, Path(path)) for name, path in records.items()}
+        if records
+        else deal(agreed, place).silos,
+        asker=asker,
+        directory=directory,
+        space=space_of(agreed, place, progress),
+        data=place,
+        progress=progress,
+    ) as polls:
+        asked = polls.ask(question, choices)
+    return _vote(agreed, asked, choices, directory)
+
+
+def _vote(study: Study, asked: Polled, choices: Sequence[str], directory: Path) -> Vote:
+    opinion, (epsilon, delta) = asked.opinion, claim_of(study)
+    return Vote(
+        choice=choices[opinion.tally.choice],
+        votes=dict(zip(choices, opinion.tally.votes, strict=True)),
+        sigma=opinion.tally.sigma,
+        doubt=opinion.tally.doubt,
+        counted=opinion.survivors,
+        failed=opinion.failed,
+        questions=answers_of(study).questions,
+        epsilon=epsilon,
+        delta=delta,
+        sent=opinion.sent,
+        received=opinion.received,
+        seconds=asked.seconds,
+        directory=directory,
+    )

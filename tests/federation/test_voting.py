@@ -1,0 +1,551 @@
+"""Questions to records with every role: who votes, who pays, and what never shows."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from securefedcollm_audits.verification.verify import verify
+
+from securefedcollm.aggregation.messages import UNSIGNED, sign
+from securefedcollm.errors import (
+    BudgetExceeded,
+    ConfigError,
+    DataError,
+    EvidenceError,
+    LocalProtocolError,
+    ProtocolError,
+    RemoteProtocolError,
+)
+from securefedcollm.evidence.bundle import make_bundle
+from securefedcollm.federation.questions.polls import make_poll, poll_header
+from securefedcollm.federation.questions.records import ModelReader, index_records, load_reader
+from securefedcollm.federation.questions.voting import READY, Booth, _only, count_labels, prepay
+from securefedcollm.federation.silo import Clock
+from securefedcollm.privacy.events import Gaussian
+from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.simulation.polling import Polls
+from securefedcollm.study import digest
+from securefedcollm.tuning.content import folded
+from tests.support.polling import CHOICES, COPIES, QUESTION, RECORDS, Voters, record
+
+
+@pytest.fixture(scope="module")
+def voters(tmp_path_factory: pytest.TempPathFactory) -> Voters:
+    return Voters(tmp_path_factory.mktemp("voters"))
+
+
+def booth_of(polls: Polls, name: str = "silo-1") -> Booth:
+    return polls._booths[name]
+
+
+def charged(run: Path, name: str) -> list[int]:
+    """How many different questions of records each question charged, oldest first."""
+    (book,) = (run / "silos" / name).glob("ledger.answers-*.sqlite")
+    with Ledger(book, name) as ledger:
+        return [len(ledger.stored(e.about.records)) for e in ledger.entries() if e.counted]
+
+
+def votes(polls: Polls, question: str = QUESTION, choices: tuple[str, ...] = CHOICES) -> list[int]:
+    return [round(vote / COPIES) for vote in polls.ask(question, choices).opinion.tally.votes]
+
+
+def test_records_vote_and_only_the_retrieved_pay(voters, tmp_path):
+    run = tmp_path / "run"
+    with voters.polls(run) as polls:
+        assert votes(polls) == [2, 1, 0]
+        # Two of three records of silo-1 are alike; of silo-3 one is, and has no vote.
+        assert [charged(run, name) for name in RECORDS] == [[2], [1], [1], [0]]
+        assert votes(polls, "w30 w31 w32") == [0, 1, 0]
+        assert [charged(run, name) for name in RECORDS] == [[2, 0], [1, 1], [1, 0], [0, 0]]
+    bundle = tmp_path / "evidence.zip"
+    bundle.write_bytes(make_bundle(run))
+    verdict = verify(bundle)
+    assert verdict.holds, [row for row in verdict.results if row.status == "fail"]
+    said = {row.name: row.evidence for row in verdict.results}
+    assert said["votes"] == "8 votes of 4 silos, each charged and noised"
+    assert said["tallies"] == "2 questions, 8 votes the same at both ends"
+    assert "questions" not in said  # nobody asks documents
+
+
+def test_a_record_that_has_spent_its_budget_is_no_longer_retrieved(voters, tmp_path):
+    once = Voters(voters.data, questions=1)
+    with once.polls(tmp_path / "run") as polls:
+        # Settled with the shares of four silos instead of three, and still too little for another.
+        assert [votes(polls) for _ in range(2)] == [[2, 1, 0], [0, 0, 0]]
+        assert votes(polls, "w30 w31 w32") == [0, 1, 0]  # another record has its own budget
+    assert charged(tmp_path / "run", "silo-1") == [2, 0, 0]
+
+
+def seen(polls: Polls, question: str) -> tuple[list[int], list[int], list[dict[str, Any]]]:
+    """The votes, and what leaves silo-1 meanwhile: lengths of its frames, and its new entries."""
+    log = booth_of(polls).evidence
+    before, open_now, lengths = log.size, {}, []
+
+    def carry(silo: str, frame: bytes) -> bytes:
+        conversation = open_now.setdefault(silo, booth_of(polls, silo).open("server"))
+        answer: bytes = conversation.handle(frame)
+        if silo == "silo-1":
+            lengths.append(len(answer))
+        return answer
+
+    tally = polls._canvass.ask(question, CHOICES, carry).tally
+    hidden = {"poll", "header", "delivery", "ledger", "lists"}  # digests and blinded heads
+    plain = [msgspec.to_builtins(entry.what) for entry in log.entries[before:]]
+    entries = [{k: v for k, v in what.items() if k not in hidden} for what in plain]
+    return [round(vote / COPIES) for vote in tally.votes], lengths, entries
+
+
+def test_nothing_shows_whether_a_silo_had_anything(voters, tmp_path, caplog):
+    """Its frames have the same lengths, and its log the same entries, in four cases."""
+    once = Voters(voters.data, questions=1)
+    found = {}
+    for case in ("retrieved", "nothing", "spent", "failing"):
+        with once.polls(tmp_path / case) as polls:
+            if case == "spent":
+                votes(polls)
+            if case == "failing":
+                object.__setattr__(booth_of(polls), "read", _fail)
+            question = "w90 w91 w92" if case == "nothing" else QUESTION
+            with caplog.at_level(logging.ERROR):
+                found[case] = seen(polls, question)
+    _, lengths, entries = found["retrieved"]
+    assert [what["kind"] for what in entries] == ["voting", "voted"]
+    assert all(one[1:] == (lengths, entries) for one in found.values())
+    assert [one[0] for one in found.values()] == [[2, 1, 0], [0, 0, 0], [0, 0, 0], [1, 0, 0]]
+    assert "votes for nothing" in caplog.text
+    assert "w1 w2 w3" not in caplog.text  # a record's words
+
+
+def test_a_record_that_cannot_be_read_loses_its_own_vote_and_no_other(voters, tmp_path):
+    """Where the whole silo fell silent, one record would move all of its votes."""
+    with voters.polls(tmp_path / "run") as polls:
+        booth = booth_of(polls)
+        read = booth.read
+
+        def failing(poll: Any, retrieved: Any, similarities: Any) -> Any:
+            if 0 in retrieved:
+                raise ValueError("w1 w2 w3")
+            return read(poll, retrieved, similarities)
+
+        object.__setattr__(booth, "read", failing)
+        assert round(polls.ask(QUESTION, CHOICES).opinion.tally.votes[0]) in (8, 9, 10)  # 5 + 4
+        for parts in (np.full(3, 7.0), np.array([1.0, 1.0, 0.0]), np.full(3, np.nan)):
+            object.__setattr__(booth, "read", lambda *_, parts=parts: parts)  # not one vote
+            content = booth.open("server")._read(  # what leaves, before its noise
+                *(_Poll(), np.ones(len(booth.shelf.index), np.bool_), booth.embed(QUESTION))
+            )
+            assert content.tolist() == [0.0, 0.0, 0.0]
+
+
+class _Poll:
+    question, choices = QUESTION, CHOICES
+
+
+def _fail(*_: Any) -> Any:
+    raise ValueError("w1 w2 w3")  # a record's words
+
+
+def test_the_time_is_hidden_in_slots(tmp_path, voters):
+    local = {"steps": 1, "batch_size": 10, "learning_rate": 0.01, "reply_slot": 60.0}
+    slotted = Voters(voters.data, {"local": local})
+    now, waited = [0.0], []
+
+    def reading(poll: Any, retrieved: Any, _: Any) -> Any:
+        now[0] += len(retrieved)  # seconds that depend on records
+        return np.zeros(len(poll.choices))
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        now[0] += seconds
+
+    ends = []
+    with slotted.polls(tmp_path / "run") as polls:
+        for name in RECORDS:
+            object.__setattr__(booth_of(polls, name), "clock", Clock(lambda: now[0], wait))
+            object.__setattr__(booth_of(polls, name), "read", reading)
+        for question in (QUESTION, "w90 w91"):
+            now[0] = 0.0
+            polls.ask(question, CHOICES)
+            ends.append(now[0])
+    assert waited[0] != waited[4]
+    assert ends == [4 * 60.0] * 2  # one silo after another, once each
+
+
+def asked(polls: Polls, **changes: Any) -> bytes:
+    canvass = polls._canvass
+    poll = make_poll(canvass.study, canvass.run, canvass.key, QUESTION, CHOICES)
+    return sign(msgspec.structs.replace(poll, **changes), canvass.key).encode()
+
+
+def test_a_poll_is_answered_once(voters, tmp_path):
+    """Two sums of the same votes, with other noise each, would be two releases for one charge."""
+    with voters.polls(tmp_path / "run") as polls:
+        frame = asked(polls)
+        first = booth_of(polls).open("server")
+        assert first.handle(frame) == READY
+        with pytest.raises(RemoteProtocolError, match="the same question twice"):
+            booth_of(polls).open("server").handle(frame)
+        first.close()
+    with voters.polls(tmp_path / "run") as polls, pytest.raises(RemoteProtocolError, match="twice"):
+        booth_of(polls).open("server").handle(frame)  # nor in another process
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (
+            lambda p: {"before": poll_header(bytes(32), p._canvass.run, p._canvass.key.public)},
+            "in another study",
+        ),
+        (
+            lambda p: {"before": poll_header(digest(p._study), bytes(16), p._canvass.key.public)},
+            "in another study",
+        ),
+        (lambda p: {"choices": ("w50",)}, "not a well-formed poll"),
+    ],
+)
+def test_what_is_no_poll_of_this_run_is_refused(voters, tmp_path, change, why):
+    with voters.polls(tmp_path / "run") as polls:
+        conversation = booth_of(polls).open("server")
+        with pytest.raises(RemoteProtocolError, match=why):
+            conversation.handle(asked(polls, **change(polls)))
+        with pytest.raises(RemoteProtocolError, match="over"):
+            conversation.handle(asked(polls))
+        assert charged(tmp_path / "run", "silo-1") == []
+
+
+def test_only_members_ask_and_sign(voters, tmp_path):
+    with voters.polls(tmp_path / "run") as polls:
+        booth = booth_of(polls)
+        with pytest.raises(LocalProtocolError, match="may not ask here"):
+            booth.open("mallory")
+        canvass = polls._canvass
+        poll = make_poll(canvass.study, canvass.run, canvass.key, QUESTION, CHOICES)
+        unsigned = msgspec.structs.replace(poll, signature=UNSIGNED)
+        with pytest.raises(RemoteProtocolError, match="did not sign"):
+            booth.open("server").handle(unsigned.encode())
+        with pytest.raises(RemoteProtocolError, match="in another study, run or name"):
+            booth.open("silo-2").handle(poll.encode())
+
+
+def test_silos_that_are_asked_different_things_open_nothing(voters, tmp_path):
+    """Else the sum would show what one of them said."""
+    with voters.polls(tmp_path / "run") as polls:
+        begun: dict[str, Any] = {}
+        other = asked(polls)
+
+        def carry(silo: str, frame: bytes) -> bytes:
+            if silo not in begun:
+                begun[silo] = booth_of(polls, silo).open("server")
+                return begun[silo].handle(other if silo == "silo-1" else frame)
+            return begun[silo].handle(frame)
+
+        opinion = polls._canvass.ask(QUESTION, CHOICES, carry)
+        assert opinion.survivors == (
+            "silo-2",
+            "silo-3",
+            "silo-4",
+        )  # the three that were asked the same
+        assert "silo-1" in opinion.failed
+        begun.clear()
+
+        def differently(silo: str, frame: bytes) -> bytes:
+            if silo not in begun:
+                begun[silo] = booth_of(polls, silo).open("server")
+                return begun[silo].handle(asked(polls))
+            return begun[silo].handle(frame)
+
+        with pytest.raises(ProtocolError):
+            polls._canvass.ask(QUESTION, CHOICES, differently)
+
+
+def test_a_sum_that_breaks_off_before_the_votes_leave_costs_nothing(voters, tmp_path):
+    run = tmp_path / "run"
+    with voters.polls(run) as polls:
+        frames = []
+
+        def until(step: int) -> Callable[[str, bytes], bytes]:
+            open_now: dict[str, Any] = {}
+            frames.append(open_now)
+
+            def carry(silo: str, frame: bytes) -> bytes:
+                made = open_now.setdefault(silo, [booth_of(polls, silo).open("server"), 0])
+                made[1] += 1
+                if made[1] > step:
+                    made[0].close()
+                    raise ProtocolError("gone", hint="none")
+                return made[0].handle(frame)
+
+            return carry
+
+        for step, expected in ((2, []), (4, [2])):  # poll, keys, shares, upload
+            with pytest.raises(ProtocolError):
+                polls._canvass.ask(QUESTION, CHOICES, until(step))
+            assert charged(run, "silo-1") == expected
+
+
+def test_a_record_that_another_process_charged_just_now_is_not_retrieved(voters, tmp_path):
+    """A refusal would tell that some record is spent, and so would the others' silence."""
+    with voters.polls(tmp_path / "run") as polls:
+        booth, tries = booth_of(polls), []
+        ledger, known = booth.ledger, booth.shelf.known
+        reserve = ledger.reserve
+
+        def raced(*key: Any, **about: Any) -> Any:
+            tries.append(len(about["records"]))
+            if len(tries) == 1:
+                first = _only(known, np.arange(len(known)) < COPIES)
+                other = ("ab" * 32, "record", "other", 0, 0, [Gaussian(0.2, 1)], (40.0, 1e-5))
+                reserve(*other, records=first, study="aa")
+            return reserve(*key, **about)
+
+        object.__setattr__(ledger, "reserve", raced)
+        assert votes(polls) == [1, 1, 0]
+        assert tries == [2 * COPIES, COPIES]
+
+
+def test_no_refusal_follows_from_a_record(voters, tmp_path):
+    with voters.polls(tmp_path / "run") as polls:
+        ledger, tries = booth_of(polls).ledger, []
+        reserve = ledger.reserve
+
+        def refusing(*key: Any, **about: Any) -> Any:
+            tries.append(len(about["records"]))
+            if len(about["records"]):
+                raise BudgetExceeded("of a record", hint="none")
+            return reserve(*key, **about)
+
+        object.__setattr__(ledger, "reserve", refusing)
+        assert votes(polls) == [1, 0, 0]
+        assert tries == [2 * COPIES, 0]
+
+
+def test_an_owner_who_pinned_less_is_asked_for_no_more(voters, tmp_path):
+    with voters.polls(tmp_path / "run"):
+        pass
+    with Ledger(tmp_path / "run" / "silos" / "silo-1" / "ledger.sqlite", "silo-1") as ledger:
+        ledger.pin(1.0, 1e-5)
+    with pytest.raises(BudgetExceeded, match="more than the owner of these records pinned"):
+        voters.polls(tmp_path / "run")
+
+
+def spent(run: Path) -> list[Any]:
+    """What all but answers read in the ledger of silo-1: its charges, and ε of the worst record."""
+    with Ledger(run / "silos" / "silo-1" / "ledger.sqlite", "silo-1") as ledger:
+        entries = ledger.entries()
+        worst = [ledger.most_spent(entry).epsilon for entry in entries]
+        return [[(e.counted, e.state, len(ledger.stored(e.about.records))) for e in entries], worst]
+
+
+def test_what_was_asked_shows_nowhere_but_in_noised_sums(voters, tmp_path):
+    """Adversary: an asker who chooses which records pay, and then reads whether a study may tune on
+    the file, which records it leaves out, or what ε the silo states. All of them read one ledger.
+
+    Control: the ledger of the answers themselves, which nothing else reads, tells the questions
+    apart.
+    """
+    seen = {}
+    for what, question in (("retrieves", QUESTION), ("nothing", "w9 w9")):
+        with voters.polls(tmp_path / what) as polls:
+            votes(polls, question)
+        seen[what] = spent(tmp_path / what)
+    assert seen["retrieves"] == seen["nothing"]
+    ((charge,), (worst,)) = seen["nothing"]
+    assert charge[1:] == ("settled", 3 * COPIES)
+    assert 0.9 * 40.0 < worst <= 40.0
+    assert charged(tmp_path / "retrieves", "silo-1") != charged(tmp_path / "nothing", "silo-1")
+
+
+def test_all_answers_are_paid_for_once(voters, tmp_path):
+    for _ in range(2):
+        with voters.polls(tmp_path / "run") as polls:
+            votes(polls)
+    ((charge,), _) = spent(tmp_path / "run")
+    assert charge[0][0].count == voters.study.retrieval.questions
+
+
+def test_other_records_and_a_new_count_of_answers_pay_anew(voters, tmp_path):
+    """Adversary: an operator, or an accident: records of the same fingerprint, a lost ledger of
+    answers, another noise. Each would have answers that nobody paid for."""
+    with voters.polls(tmp_path / "run") as polls:
+        known = booth_of(polls).shelf.known
+    with Ledger(tmp_path / "ledger.sqlite", "silo-1") as ledger:
+        ledger.pin(1000.0, 1e-5)
+        first = np.arange(len(known)) < COPIES
+        some, others = _only(known, first), _only(known, ~first)
+        where = (voters.study, some, "ab" * 32, known.key)
+        prepay(ledger, *where)
+        prepay(ledger, *where)
+        assert len(ledger.entries()) == 1
+        for changed in (
+            (voters.study, others, "ab" * 32, known.key),
+            (voters.study, some, "ab" * 32, "another ledger of answers"),
+            (Voters(voters.data, questions=2).study, some, "ab" * 32, known.key),
+        ):
+            before = len(ledger.entries())
+            with contextlib.suppress(BudgetExceeded):
+                prepay(ledger, *changed)
+                assert len(ledger.entries()) == before + 1
+
+
+def test_a_ledger_without_what_was_paid_for_answers_is_refused(voters, tmp_path):
+    run = tmp_path / "run"
+    with voters.polls(run) as polls:
+        votes(polls)
+    for file in (run / "silos" / "silo-1").glob("ledger.sqlite*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match="and that is gone, or an older copy"):
+        voters.polls(run)
+
+
+def test_more_survivors_do_not_buy_more_answers(voters, tmp_path):
+    """Four silos voted where three are enough. The silo's ledger was charged for three."""
+    with voters.polls(tmp_path / "run") as polls:
+        votes(polls)
+        entry, *_ = [e for e in booth_of(polls).ledger.entries() if e.counted]
+        assert entry.counted == entry.reserved
+        assert entry.state == "settled"
+
+
+def test_one_poll_is_answered_once_whatever_becomes_of_the_file(voters, tmp_path):
+    """Its header is that of one sum. A second sum would have other noise."""
+    with voters.polls(tmp_path / "run") as polls:
+        booth, frame = booth_of(polls), asked(polls)
+        assert booth.open("server").handle(frame)
+        changed = replace(booth, shelf=replace(booth.shelf, dataset="cd" * 32))
+        with pytest.raises(RemoteProtocolError, match="the same question twice"):
+            changed.open("server").handle(frame)
+
+
+def test_an_older_ledger_answers_nothing(voters, tmp_path):
+    run = tmp_path / "run"
+    with voters.polls(run) as polls:
+        votes(polls)
+    home = run / "silos" / "silo-1"
+    for file in home.glob("ledger.*"):
+        file.unlink()
+    with pytest.raises((ConfigError, EvidenceError)), voters.polls(run):
+        pass
+
+
+def test_a_silo_asks_as_one_of_the_colluders(voters, tmp_path):
+    alone = Voters(voters.data, {"silos": {"count": 4, "colluders": 0}})
+    with pytest.raises(ConfigError, match="allows for no colluder"):
+        alone.polls(tmp_path / "run", "silo-1")
+    with voters.polls(tmp_path / "run2", "silo-1") as polls:
+        assert votes(polls) == [2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("question", "choices", "where"),
+    [
+        ("", CHOICES, ""),
+        (QUESTION, ("w50",), "choices"),
+        (QUESTION, ("w50", "w50"), "choices"),
+        (QUESTION, ("w50", " "), "choices"),
+        (QUESTION, tuple(f"w{i}" for i in range(65)), "choices"),
+    ],
+)
+def test_what_is_no_question_is_not_sent(voters, tmp_path, question, choices, where):
+    with voters.polls(tmp_path / "run") as polls:
+        with pytest.raises((ConfigError, DataError)) as refused:
+            polls.ask(question, choices)
+        assert where in str(refused.value)
+        assert charged(tmp_path / "run", "silo-1") == []
+
+
+def test_records_that_cannot_be_embedded_are_named_by_their_number(voters):
+    with pytest.raises(DataError) as refused:
+        index_records(voters.space, [record("w1", "w2"), record(" ", "w2")])
+    assert refused.value.where == "record 2"
+    with pytest.raises(DataError, match="no records"):
+        index_records(voters.space, [])
+
+
+def test_choices_are_compared_as_the_ledger_compares_words():
+    read = count_labels(["w50", "", "w\u00e9"], folded)
+
+    class Asked:
+        choices = (" w50 ", "we\u0301")
+
+    assert read(Asked(), [0, 1, 2], np.zeros(3, np.int64)).tolist() == [1.0, 1.0]
+
+
+def test_the_small_model_reads_and_answers_once(voters, tmp_path):
+    """A distribution of the silo's own, whose noise is that of its diameter; nothing retrieved: the
+    model answers all the same, and nothing of it is sent."""
+    reading = Voters(voters.data, reader="model", fetched=1)
+    with reading.polls(tmp_path / "run") as polls:
+        assert polls.ask(QUESTION, CHOICES).opinion.survivors == tuple(RECORDS)
+        assert charged(tmp_path / "run", "silo-1") == [2]
+    model = load_reader(reading.study, reading.data, tmp_path / "none")
+    assert model is not None
+    asked, answers = [], type(model).answers
+
+    class Counting:
+        def encode(self, questions: Any) -> Any:
+            asked.append(questions[0].prompt)
+            return model.encode(questions)
+
+        def answers(self, encoded: Any) -> Any:
+            return answers(model, encoded)
+
+    read = ModelReader(Counting(), RECORDS["silo-1"], 1)  # type: ignore[arg-type]
+
+    class Poll:
+        question, choices = QUESTION, CHOICES
+
+    some = read(Poll(), [0, 12], np.arange(15))  # type: ignore[arg-type]
+    none = read(Poll(), [], np.arange(15))  # type: ignore[arg-type]
+    assert abs(float(some.sum()) - 1.0) < 1e-9
+    assert none.tolist() == [0.0, 0.0, 0.0]
+    assert asked == [f"w20 w21 w52\n{QUESTION}", QUESTION]
+
+
+def test_tuning_and_answers_share_a_records_budget(voters, tmp_path):
+    """What a record pays elsewhere is gone here too."""
+    run = tmp_path / "run"
+    with voters.polls(run) as polls:
+        booth = booth_of(polls)
+        shelf = booth.shelf
+        booth.ledger.reserve(
+            *(shelf.dataset, "record", "training", 0, 0, [Gaussian(0.2, 1)], (40.0, 1e-5)),
+            records=shelf.known,
+            study="aa",
+        )
+        assert votes(polls) == [1, 0, 0]
+        assert votes(polls, "w30 w31 w32") == [0, 1, 0]
+
+
+def test_a_record_moves_only_answers_that_it_pays_for(voters, tmp_path):
+    """With and without one record, through the ledger: what others answer is the same, always."""
+    once = Voters(voters.data, questions=1)
+    added = record("w1 w2 w9", "w52", "w80")
+    worlds = {"without": RECORDS["silo-1"], "with": [added, *RECORDS["silo-1"]]}
+    asked = (QUESTION, "w1 w2 w9", "w1 w9 w2", QUESTION, "w20 w21", "w1 w2 w3")
+    answered: dict[str, list[set[str]]] = {}
+    for world, own in worlds.items():
+        with once.having(silo_1=own).polls(tmp_path / world) as polls:
+            booth, said = booth_of(polls), []
+
+            def watch(poll: Any, retrieved: Any, similarities: Any, own=own, said=said) -> Any:
+                said[-1] |= {"|".join((own[at].prompt, *own[at].choices)) for at in retrieved}
+                return np.zeros(len(poll.choices))
+
+            object.__setattr__(booth, "read", watch)
+            for question in asked:
+                said.append(set())
+                votes(polls, question)
+            answered[world] = said
+    name = "|".join((added.prompt, *added.choices))
+    assert [one - {name} for one in answered["with"]] == answered["without"]
+    assert any(name in one for one in answered["with"])
+    assert any(answered["without"])

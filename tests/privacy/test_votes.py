@@ -1,0 +1,222 @@
+"""The noised sum of votes: its sensitivity, its noise, and what a hundred questions cost."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import msgspec
+import numpy as np
+import pytest
+from securefedcollm_audits.verification.second_accountant import bracket
+
+from securefedcollm.errors import BudgetExceeded, ConfigError
+from securefedcollm.privacy.accounting import TIGHT_SHARE, claim, prv_bounds
+from securefedcollm.privacy.events import Gaussian
+from securefedcollm.privacy.identities import Records
+from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.privacy.noise import NoiseSource
+from securefedcollm.privacy.report import read_report
+from securefedcollm.privacy.votes import (
+    MOST_CHOICES,
+    Tally,
+    Votes,
+    VoteSetting,
+    calibrate_votes,
+    mistaken,
+)
+
+COUNTED = VoteSetting(field_bound=2**20, shares=3, colluders=1, votes=4, whole=False)
+WHOLE = COUNTED._replace(votes=1, whole=True)
+DELTA = 1e-5
+
+
+def test_one_record_moves_counted_votes_by_one_vote_at_most():
+    made = Votes(COUNTED, 3.0, 3)
+    assert made.sensitivity == made.levels
+    for counts in itertools.product(range(7), repeat=3):  # also beyond the most that count
+        before = made.exact(np.array(counts, dtype=np.float64))
+        for at in range(3):
+            more = np.array(counts, dtype=np.float64)
+            more[at] += 1.0
+            moved = made.exact(more) - before
+            assert int((moved * moved).sum()) <= made.sensitivity**2
+
+
+def test_one_record_moves_a_whole_answer_by_the_diameter_at_most():
+    made = Votes(WHOLE, 3.0, 4)
+    drawn = np.random.default_rng(0).dirichlet(np.full(4, 0.05), size=400)
+    points = [made.exact(one) for one in (*np.eye(4), np.zeros(4), *drawn)]
+    furthest = max(int(((a - b) ** 2).sum()) for a, b in itertools.combinations(points, 2))
+    assert furthest <= made.sensitivity**2
+    # Control: a charge for a distance of 1, the norm of the vectors, would be too little.
+    assert furthest > made.levels**2
+    assert made.sensitivity == math.ceil(math.sqrt(2) * made.levels)
+
+
+def test_content_that_is_no_number_counts_as_nothing():
+    for setting in (COUNTED, WHOLE):
+        made = Votes(setting, 3.0, 2)
+        assert made.exact(np.array([np.nan, np.inf])).tolist() == [0, 0]
+        assert made.exact(np.array([-3.0, 0.0])).tolist() == [0, 0]
+    # Our own mistake: what is no distribution is not sent at all.
+    assert Votes(WHOLE, 3.0, 2).exact(np.array([1.0, 1.0])).tolist() == [0, 0]
+
+
+def test_the_sum_has_the_noise_that_is_charged():
+    made = Votes(COUNTED, 3.0, 2)
+    drawn = [made.protect(np.array([2.0, 0.0]), NoiseSource()) for _ in range(3000)]
+    noise = np.array(drawn) - made.exact(np.array([2.0, 0.0]))
+    assert abs(float(noise.std()) / made.share_sigma - 1.0) < 0.05
+    # Two honest shares are certain, of which the charge counts all: z = 3 of the sensitivity.
+    assert math.isclose(made.event().noise_multiplier, 3.0)
+    assert made.read(np.array([6, -2]) * made.levels, 4).votes == [6.0, -2.0]
+    assert math.isclose(made.read(np.zeros(2, np.int64), 4).sigma, 3.0 * math.sqrt(4 / 2))
+
+
+@pytest.mark.parametrize("setting", [COUNTED, WHOLE], ids=["counted", "whole"])
+def test_a_hundred_questions_to_one_record_by_a_second_accountant(setting):
+    z = calibrate_votes(8.0, DELTA, 100, setting)
+    made = Votes(setting, z, MOST_CHOICES)
+    events = [msgspec.structs.replace(made.event(), count=100)]
+    claimed = claim(events, TIGHT_SHARE * DELTA).epsilon
+    assert 7.99 < claimed <= 8.0
+    # prv-accountant shares no formula with the ledger; its mechanism is the continuous one.
+    low, estimate, high = prv_bounds([Gaussian(made.event().noise_multiplier, 100)], DELTA)
+    assert low < estimate < high <= 8.0
+    assert low > 5.0  # not so much noise that the claim says nothing
+    assert bracket(events, TIGHT_SHARE * DELTA).low <= claimed
+    # Control: half the noise would not keep the claim.
+    assert prv_bounds([Gaussian(z / 2, 100)], DELTA)[0] > 8.0
+
+
+def test_one_noise_serves_any_number_of_choices():
+    z = calibrate_votes(3.0, DELTA, 50, COUNTED)
+    for choices in (2, 10, MOST_CHOICES):
+        assert math.isclose(Votes(COUNTED, z, choices).event().noise_multiplier, z)
+    different = {Votes(COUNTED, z, choices).identity for choices in (2, 3)}
+    assert len(different) == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "where"),
+    [
+        (COUNTED._replace(colluders=3), "silos.minimum"),
+        (COUNTED._replace(field_bound=40), "aggregation.value_bits"),
+    ],
+)
+def test_what_cannot_be_noised_is_refused_with_its_key(setting, where):
+    with pytest.raises(ConfigError) as refused:
+        Votes(setting, 3.0, 2)
+    assert refused.value.where == where
+    assert refused.value.hint
+
+
+def test_a_tally_says_how_sure_it_is():
+    clear, even = Tally([20.0, 1.0, -3.0], 2.0, 4), Tally([0.5, 0.0], 2.0, 4)
+    assert clear.choice == 0
+    assert clear.doubt < 1e-9
+    assert 0.4 < even.doubt < 0.5
+    assert clear.distribution[0] > 0.99
+    assert math.isclose(float(even.distribution.sum()), 1.0)
+    assert mistaken(0.0, 1.0) == 0.5
+    # A reversed pair of equal noise: the difference has a deviation of √2·σ.
+    draws = np.random.default_rng(0).normal(scale=3.0, size=(200_000, 2))
+    assert abs(float((draws[:, 0] - draws[:, 1] > 4.0).mean()) - mistaken(4.0, 3.0)) < 0.005
+
+
+def test_votes_are_mixed_with_a_model():
+    prior, votes = np.array([0.7, 0.3]), Tally([0.0, 9.0], 1.0, 4)
+    assert votes.mixed(prior, 0.0).tolist() == prior.tolist()
+    assert int(votes.mixed(prior, 0.5).argmax()) == 1
+    assert np.allclose(votes.mixed(prior, 1.0), votes.distribution)
+
+
+def charge(ledger, records, number, *, individually=True, study="aa"):
+    z = calibrate_votes(2.0, DELTA, 3, COUNTED)
+    event = Votes(COUNTED, z, 2).event()
+    about = {"records": records, "study": study, "individually": individually}
+    reserved = ledger.reserve(
+        "00" * 32, "record", f"poll {number}", 0, 0, [event], (2.0, DELTA), **about
+    )
+    ledger.release(reserved)
+    return event
+
+
+def some(known, *rows):
+    chosen = np.isin(np.arange(len(known)), rows)
+    return Records(known.rows[chosen], key=known.key)
+
+
+@pytest.fixture
+def book(tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite", "silo-1") as ledger:
+        ledger.pin(2.0, DELTA)
+        yield ledger, ledger.identify((bytes([n]) * 32, None) for n in range(4))
+
+
+def test_only_the_records_that_a_question_retrieves_pay(book):
+    ledger, known = book
+    for number, rows in enumerate([(0, 1), (0, 2), (0,), (1,), ()]):
+        event = charge(ledger, some(known, *rows), number)
+    paying = ledger.payers(
+        "00" * 32, "record", [event], 1, (2.0, DELTA), records=known, study="aa", individually=True
+    )
+    assert paying.tolist() == [False, True, True, True]  # three questions a record
+    with pytest.raises(BudgetExceeded):
+        charge(ledger, some(known, 0, 3), 9)
+    for number in range(10, 16):  # a charge to no record is always admitted
+        charge(ledger, some(known), number)
+
+
+def admitted(ledger, records, event):
+    """How many questions that retrieve these records the ledger admits, of 200."""
+    about = {"records": records, "study": "aa", "individually": True}
+    for number in range(200):
+        key = ("00" * 32, "record", f"poll {number}", 0, 0)
+        try:
+            ledger.release(ledger.reserve(*key, [event], (8.0, DELTA), **about))
+        except BudgetExceeded:
+            return number
+    return 200
+
+
+def test_a_hundred_questions_to_one_record_through_its_ledger(tmp_path):
+    event = Votes(COUNTED, calibrate_votes(8.0, DELTA, 100, COUNTED), 4).event()
+    with Ledger(tmp_path / "ledger.sqlite", "silo-1") as ledger:
+        known = ledger.identify((bytes([n]) * 32, None) for n in range(2))
+        count = admitted(ledger, some(known, 0), event)
+        counted = [one for entry in ledger.entries() for one in entry.counted]
+    assert 100 <= count < 200
+    assert sum(one.count for one in counted) == count
+    low, estimate, _ = prv_bounds([Gaussian(event.noise_multiplier, count)], DELTA)
+    assert 7.0 < low < estimate <= 8.0
+
+
+def test_as_one_claim_of_all_records_three_questions_would_be_the_end(book):
+    """The control: a study's claim that all of its charges share, as for tuning."""
+    ledger, known = book
+    for number in range(3):
+        charge(ledger, some(known, number), number, individually=False)
+    with pytest.raises(BudgetExceeded, match="of this study's own claim"):
+        charge(ledger, some(known, 3), 3, individually=False)
+
+
+def test_a_studys_claim_bounds_every_record_also_where_more_is_pinned(book):
+    ledger, known = book
+    ledger.pin(20.0, DELTA, higher=True)
+    for number in range(3):
+        charge(ledger, some(known, 0), number)
+    with pytest.raises(BudgetExceeded):
+        charge(ledger, some(known, 0), 3)
+    charge(ledger, some(known, 0), 4, study="bb")  # another study has a claim of its own
+
+
+def test_the_budgets_page_shows_a_files_answers_as_one_set(book, tmp_path):
+    ledger, known = book
+    for number, rows in enumerate([(0, 1), (0,), (2,), ()]):
+        charge(ledger, some(known, *rows), number)
+    (shown,) = read_report(tmp_path / "ledger.sqlite", details=False).sets
+    assert (shown.standing.accounts, shown.standing.untouched) == (3, 0)
+    assert shown.entries == {"released": 4}
+    assert 0.0 < shown.standing.median < shown.standing.worst <= 2.0
