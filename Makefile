@@ -19,7 +19,7 @@ demo: $(VENV)/.ready  ## four hospitals co-tune a model, privately, on this mach
 
 # By file, in order: what a file's tests share is made once. (pytest 9.2 ignores pytest-xdist's groups.)
 # Small tensors: two workers with a thread each take less time than two with two threads each.
-PYTEST = OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST = OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
 test: $(VENV)/.ready  ## the tests, but for those of make soak
 	$(PYTEST) -m "not soak"
