@@ -41,7 +41,8 @@ def invoke(*words, ok=True):
 def test_the_table_holds_each_run_s_own_numbers_and_the_keys_that_differ(runs):
     found = json.loads(invoke(runs / "plain", runs / "private", "--json").stdout)
     values = {d["key"]: d["values"] for d in found["differences"]}
-    private = {f"privacy.{key}" for key in ("epsilon", "delta", "unit", "noise", "clip_norm")}
+    keys = ("epsilon", "delta", "unit", "noise", "clip_norm", "excess_noise")
+    private = {f"privacy.{key}" for key in keys}
     assert values.keys() == {"rounds", "seed", *private}
     assert values["rounds"] == [3, 2]
     assert values["seed"] == [3, 4]
