@@ -131,11 +131,15 @@ class Votes:
         return made.astype(np.int64)
 
     def event(self, shares: int | None = None) -> RoundedGaussian:
-        """What one question releases, with so many shares; by default with the fewest."""
+        """What one question releases, with so many shares; by default with the fewest.
+
+        Every question is charged as one with the most choices. Else questions with few of them
+        would cost a little less than was prepaid for each, and a record could answer one more.
+        """
         return RoundedGaussian(
             share_sigma=self.share_sigma,
             sensitivity=self.sensitivity,
-            values=self.choices,
+            values=MOST_CHOICES,
             shares=self._setting.shares if shares is None else shares,
             colluders=self._setting.colluders,
         )

@@ -13,6 +13,7 @@ from securefedcollm_audits.verification.second_accountant import bracket
 from securefedcollm.errors import BudgetExceeded, ConfigError
 from securefedcollm.privacy.accounting import TIGHT_SHARE, claim, prv_bounds
 from securefedcollm.privacy.events import Gaussian
+from securefedcollm.privacy.filters import Terms, filter_within
 from securefedcollm.privacy.identities import Records
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.privacy.noise import NoiseSource
@@ -220,3 +221,19 @@ def test_the_budgets_page_shows_a_files_answers_as_one_set(book, tmp_path):
     assert (shown.standing.accounts, shown.standing.untouched) == (3, 0)
     assert shown.entries == {"released": 4}
     assert 0.0 < shown.standing.median < shown.standing.worst <= 2.0
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "questions"),
+    [(1.0, 3), (8.0, 100), pytest.param(40.0, 1000, marks=pytest.mark.soak)],
+)
+@pytest.mark.parametrize("choices", [2, MOST_CHOICES])
+def test_a_record_can_give_as_many_answers_as_were_prepaid_and_no_more(epsilon, questions, choices):
+    """Whatever the questions look like: two choices have less slack than the 64 that z is for."""
+    setting = VoteSetting(field_bound=2**40, shares=3, colluders=1, votes=256, whole=False)
+    z = calibrate_votes(epsilon, 1e-5, questions, setting)
+    event = Votes(setting, z, choices).event()
+    terms = Terms(event, epsilon)
+    for count, fits in ((questions, True), (questions + 1, False)):
+        whole = [msgspec.structs.replace(event, count=count)]
+        assert (filter_within(whole, 1e-5, epsilon, terms) <= epsilon) == fits
