@@ -45,11 +45,11 @@ from securefedcollm.privacy.accounting import (
     quick_epsilon,
     with_slack,
 )
+from securefedcollm.privacy.dominance import dominates
 from securefedcollm.privacy.events import (
     Event,
     Events,
     continuous,
-    dominates,
     merge,
     rate,
     repeat,

@@ -38,10 +38,10 @@ from securefedcollm.privacy.admission import Asked, Decision, decide
 from securefedcollm.privacy.aside import apart, part_key
 from securefedcollm.privacy.book import Book, SpentSummary
 from securefedcollm.privacy.charges import Budget, Entry, Key
+from securefedcollm.privacy.dominance import dominates
 from securefedcollm.privacy.events import (
     Event,
     Events,
-    dominates,
     encode_events,
     merge,
 )

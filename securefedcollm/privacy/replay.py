@@ -10,7 +10,8 @@ import msgspec
 
 from securefedcollm.errors import ConfigError, EvidenceError
 from securefedcollm.privacy.charges import About, Budget, Entry, Key, State
-from securefedcollm.privacy.events import decode_events, dominates
+from securefedcollm.privacy.dominance import dominates
+from securefedcollm.privacy.events import decode_events
 from securefedcollm.privacy.journal import Row
 
 NEXT: Final[dict[str, tuple[str | None, State]]] = {

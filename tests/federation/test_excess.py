@@ -27,10 +27,10 @@ from securefedcollm.federation.runstore import RunStore
 from securefedcollm.privacy.accounting import claim
 from securefedcollm.privacy.adversaries import seen_by
 from securefedcollm.privacy.distributed import DistributedGaussian
+from securefedcollm.privacy.dominance import dominates
 from securefedcollm.privacy.events import (
     LayeredGaussian,
     RoundedGaussian,
-    dominates,
     layer_sigmas,
 )
 from securefedcollm.privacy.noise import LayeredNoise

@@ -10,7 +10,7 @@ from scipy import stats
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.privacy.distributed import DistributedGaussian, mean_noise
-from securefedcollm.privacy.events import dominates
+from securefedcollm.privacy.dominance import dominates
 from securefedcollm.privacy.noise import NoiseSource
 
 

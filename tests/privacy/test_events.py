@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from securefedcollm.errors import ConfigError, EvidenceError
 from securefedcollm.privacy.accounting import epsilon
+from securefedcollm.privacy.dominance import dominates
 from securefedcollm.privacy.events import (
     DiscreteGaussian,
     Gaussian,
     PoissonGaussian,
     decode_events,
-    dominates,
     encode_events,
     louder,
     merge,

@@ -17,6 +17,7 @@ from securefedcollm.errors import ConfigError, EvidenceError
 from securefedcollm.federation.plan import joint_step
 from securefedcollm.privacy.accounting import TIGHT_SHARE, claim, epsilon, prv_bounds
 from securefedcollm.privacy.charges import grouped, halved
+from securefedcollm.privacy.dominance import dominates
 from securefedcollm.privacy.events import (
     ROUNDING,
     ROUNDING_GAP,
@@ -28,7 +29,6 @@ from securefedcollm.privacy.events import (
     RoundedGaussian,
     continuous,
     decode_events,
-    dominates,
     encode_events,
     louder,
     repeat,

@@ -29,12 +29,12 @@ from securefedcollm.federation.plan import (
 )
 from securefedcollm.privacy import counting, joint, silo_unit
 from securefedcollm.privacy.accounting import TIGHT_SHARE
+from securefedcollm.privacy.dominance import dominates
 from securefedcollm.privacy.events import (
     DiscreteGaussian,
     Event,
     LayeredGaussian,
     PoissonGaussian,
-    dominates,
     merge,
     times,
 )
