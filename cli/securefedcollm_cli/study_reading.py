@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from securefedcollm.privacy.shown import up
@@ -21,6 +22,7 @@ def derived(study: Any, values: int | None = None) -> dict[str, Any]:
         else f"{study.models.slm.source}, tuned by the silos; the server has none of its own",
         "silos": f"{n}, of which {c} may collude with the server",
         "a sum opens with": _opens_with(study),
+        **({"graph": _graph(study)} if study.graph else {}),
         **({"authority": _authority(study)} if study.scheme == "ckks-authority" else {}),
         "adapter": "none: the silos train with their own code"
         if study.task.kind == "own"
@@ -50,7 +52,38 @@ def derived(study: Any, values: int | None = None) -> dict[str, Any]:
         "fields_per_word": field.per_word,
         "bound": field.bound,
         "ckks": _ring_facts(study, values),
+        "graph": _graph_facts(study),
         "reading": reading,
+    }
+
+
+def _graph(study: Any) -> str:
+    """Who masks with whom, and what a server could hope for in one attempt."""
+    graph, found = study.graph, study.graph_bounds
+    least = study.noise_shares() - study.silos.colluders
+    return (
+        f"each silo draws {graph.neighbours} neighbours, {graph.shares} of which rebuild its "
+        f"secrets. Chances in one attempt: a silo draws too many colluders {_chance(found.corrupt)}"
+        f", the server cuts the survivors in two {_chance(found.cut)}, a silo loses too many "
+        f"neighbours {_chance(found.dropped)}. A sum has at least {least} honest silos"
+    )
+
+
+def _chance(bits: float) -> str:
+    return "never" if bits == -math.inf else f"2^{bits:.1f}"
+
+
+def _graph_facts(study: Any) -> dict[str, Any] | None:
+    """The graph's sizes, and log2 of the bounds; None where it cannot happen."""
+    if study.graph is None:
+        return None
+    found = study.graph_bounds
+    bounds = {"corrupt": found.corrupt, "dropped": found.dropped, "cut": found.cut}
+    return {
+        "neighbours": study.graph.neighbours,
+        "shares": study.graph.shares,
+        "hidden": found.hidden,
+        **{name: None if bits == -math.inf else bits for name, bits in bounds.items()},
     }
 
 

@@ -20,9 +20,14 @@ from securefedcollm.primitives import KEY_BYTES, merkle_root, sha256
 SUITE: Final = "securefedcollm-masking-v1"
 """X25519, Ed25519, HKDF-SHA256, ChaCha20-Poly1305, AES-256-CTR, Shamir over 2^256 + 297."""
 
+GRAPH_SUITE: Final = "securefedcollm-masking-graph-v1"
+"""The same on a random graph; its sizes k and t follow, as in ``…-v1/114/78``."""
+
 MIN_SILOS: Final = 3
 MAX_SILOS: Final = 128
 """The complete graph of pairwise masks is quadratic; beyond this a sparse graph is needed."""
+MAX_COHORT: Final = 10_000
+"""Silos on a sparse graph."""
 
 MAX_VALUES: Final = 2**32
 MAX_SUM: Final = 2**62
@@ -66,8 +71,8 @@ class RingParameters(msgspec.Struct, frozen=True, array_like=True, forbid_unknow
 
     def __post_init__(self) -> None:
         n, t, c = self.silos, self.threshold, self.colluders
-        if not MIN_SILOS <= n <= MAX_SILOS:
-            _refuse("silos", f"{n} silos", f"between {MIN_SILOS} and {MAX_SILOS}")
+        if not MIN_SILOS <= n <= MAX_COHORT:
+            _refuse("silos", f"{n} silos", f"between {MIN_SILOS} and {MAX_COHORT}")
         if not 1 <= self.values <= MAX_VALUES:
             _refuse("values", f"a vector of {self.values} values", f"between 1 and {MAX_VALUES}")
         # Adversary: a server that asks for a tiny modulus, or a ring that wraps unnoticed. The
@@ -166,6 +171,17 @@ class RoundHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
         for name in ("round", "attempt"):
             if not 0 <= getattr(self, name) < 2**32:
                 _refuse(name, "out of range", "between 0 and 2^32 - 1")
+        if self.parameters.silos > MAX_SILOS and not self.on_graph:
+            _refuse(
+                "silos",
+                f"{self.parameters.silos} silos",
+                f"between {MIN_SILOS} and {MAX_SILOS}; more take a graph",
+            )
+
+    @property
+    def on_graph(self) -> bool:
+        """Whether masks are between neighbours in a random graph."""
+        return self.suite.startswith(f"{GRAPH_SUITE}/")
 
     @property
     def digest(self) -> bytes:

@@ -15,13 +15,13 @@ from typing import Annotated, ClassVar, Final, TypeVar
 
 import msgspec
 
-from securefedcollm.aggregation.header import MAX_SILOS, Digest, RoundHeader
+from securefedcollm.aggregation.header import MAX_COHORT, MAX_SILOS, Digest, RoundHeader
 from securefedcollm.errors import ConfigError, RemoteProtocolError
 from securefedcollm.primitives import SIGNATURE_BYTES, SigningKey, sha256
 
 UNSIGNED: Final = bytes(SIGNATURE_BYTES)
 
-Index = Annotated[int, msgspec.Meta(ge=1, le=MAX_SILOS)]
+Index = Annotated[int, msgspec.Meta(ge=1, le=MAX_COHORT)]
 Signature = Annotated[bytes, msgspec.Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
 FEW: Final = msgspec.Meta(max_length=MAX_SILOS)
 """A list with at most one entry of each silo."""

@@ -6,6 +6,7 @@ The two CKKS schemes need tenseal, so a scheme is imported only when a caller as
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +16,10 @@ from securefedcollm.aggregation.roles import AuthoritySide, CoordinatorSide, Jou
 from securefedcollm.aggregation.steps import SchemeName
 from securefedcollm.errors import LocalProtocolError
 from securefedcollm.primitives import RandomSource, SigningKey
+
+if TYPE_CHECKING:
+    from securefedcollm.aggregation.masking.graph.silo import GraphSiloRound
+    from securefedcollm.aggregation.masking.silo import SiloRound
 
 
 def silo_side(
@@ -36,10 +41,8 @@ def silo_side(
     ``authority``: who holds the key, for ``ckks-authority``.
     """
     match scheme:
-        case "masking":
-            from securefedcollm.aggregation.masking.silo import SiloRound
-
-            return SiloRound(
+        case "masking" | "masking-graph":
+            return _masked(scheme)(
                 header=header,
                 roster=roster,
                 name=name,
@@ -94,6 +97,12 @@ def coordinator_side(
             from securefedcollm.aggregation.masking.coordinator import CoordinatorRound
 
             return CoordinatorRound(header=header, roster=roster, threads=threads, narrow=narrow)
+        case "masking-graph":
+            from securefedcollm.aggregation.masking.graph.coordinator import GraphCoordinatorRound
+
+            return GraphCoordinatorRound(
+                header=header, roster=roster, threads=threads, narrow=narrow
+            )
         case "ckks":
             from securefedcollm.aggregation.ckks.threshold.coordinator import CkksCoordinatorRound
 
@@ -122,6 +131,13 @@ def authority_side(
     return CkksAuthorityRound(
         header=header, roster=roster, signing_key=signing_key, journal=journal, random=random
     )
+
+
+def _masked(scheme: SchemeName) -> type[SiloRound] | type[GraphSiloRound]:
+    from securefedcollm.aggregation.masking.graph.silo import GraphSiloRound
+    from securefedcollm.aggregation.masking.silo import SiloRound
+
+    return SiloRound if scheme == "masking" else GraphSiloRound
 
 
 def _named(authority: Authority | None) -> Authority:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Final, Literal, NamedTuple
 
-SchemeName = Literal["masking", "ckks", "ckks-authority"]
+SchemeName = Literal["masking", "masking-graph", "ckks", "ckks-authority"]
 """The protocols that a sum can be made with."""
 
 
@@ -16,10 +16,12 @@ class Step(Enum):
     """Where a round stands; a silo's and the coordinator's agree unless one of them failed."""
 
     ADVERTISE = "advertise"
+    DRAW = "draw"
     SHARE = "share"
     ENCRYPT = "encrypt"
     UPLOAD = "upload"
     AGREE = "agree"
+    CHALLENGE = "challenge"
     UNMASK = "unmask"
     NOTE = "note"
     DONE = "done"
@@ -47,6 +49,17 @@ TRANSITIONS: Final[dict[Step, Transition]] = {
 }
 """Masking, R0 to R4. ``DONE`` and ``FAILED`` have no way out."""
 
+GRAPH_TRANSITIONS: Final[dict[Step, Transition]] = {
+    Step.ADVERTISE: Transition("Ask", "Advertise", Step.DRAW),
+    Step.DRAW: Transition("Members", "Draw", Step.SHARE),
+    Step.SHARE: Transition("Neighbours", "Letters", Step.UPLOAD),
+    Step.UPLOAD: Transition("Post", "Upload", Step.AGREE),
+    Step.AGREE: Transition("Survivors", "Agreement", Step.CHALLENGE),
+    Step.CHALLENGE: Transition("Tally", "Challenge", Step.UNMASK),
+    Step.UNMASK: Transition("Proof", "Shares", Step.DONE),
+}
+"""Masking on a graph, G0 to G6."""
+
 CKKS_TRANSITIONS: Final[dict[Step, Transition]] = {
     Step.ADVERTISE: Transition("Ask", "KeyCommitment", Step.SHARE),
     Step.SHARE: Transition("KeyCommitments", "KeyPart", Step.ENCRYPT),
@@ -69,6 +82,7 @@ the silos the others."""
 
 STEPS: Final[dict[SchemeName, tuple[Step, ...]]] = {
     "masking": tuple(TRANSITIONS),
+    "masking-graph": tuple(GRAPH_TRANSITIONS),
     "ckks": tuple(CKKS_TRANSITIONS),
     "ckks-authority": tuple(AUTHORITY_TRANSITIONS),
 }

@@ -113,7 +113,8 @@ class Agreed(Content, frozen=True, tag="agreed"):
 
 
 class Unmasked(Content, frozen=True, tag="unmasked"):
-    """Silo: the dealers of whose self-mask seed, or mask key, it gave away its share."""
+    """Silo: the dealers of whose self-mask seed, or mask key, it gave away its share. On a graph it
+    holds shares of those only that drew it."""
 
     round: Count
     attempt: Count

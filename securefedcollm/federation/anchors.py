@@ -32,6 +32,7 @@ from securefedcollm.privacy.ledger import Ledger
 _Said = Uploaded | Agreed | Unmasked | Told | Decrypted
 _Key = tuple[str, bytes | None]
 _KEYED: Final = "ckks-authority"
+_GRAPH: Final = "masking-graph"
 
 
 def check_ledger(home: Path, ledger: Path, owner: str) -> None:
@@ -109,13 +110,16 @@ def _anchors(entries: list[Entry], scheme: SchemeName) -> Iterator[Anchor]:
 
 def _keys(what: _Said, scheme: SchemeName) -> list[_Key]:
     """Kind of record, and its value: as in docs/protocol.md and docs/ckks.md, *Journal*."""
-    masked = scheme == "masking"
+    masked = scheme in {"masking", _GRAPH}
     match what:
         case Uploaded():
             return [("upload:", None if scheme == _KEYED else bytes.fromhex(what.delivery))]
         case Agreed():
-            return [("agree:", bytes.fromhex(what.lists) if masked else None)]
+            agreed: list[_Key] = [("agree:", bytes.fromhex(what.lists) if masked else None)]
+            return agreed + ([("open:", bytes.fromhex(what.lists))] if scheme == _GRAPH else [])
         case Unmasked():
+            if scheme == _GRAPH:
+                return [("open:", bytes.fromhex(what.lists))]
             answer: list[_Key] = [] if masked else [("partial:", None)]
             return [("open:", names_digest(what.seeds_of)), *answer]
         case Told():

@@ -247,7 +247,7 @@ class ChargedTraining:
         update = weighted(
             update, weight_of(self._study, self._name), self._study.aggregation.clip_norm
         )
-        if unit is None and self._study.scheme == "masking":
+        if unit is None and self._study.masked:
             integers = quantiser(self._study, expected).encode_narrow(update)
         elif unit is None:
             integers = quantiser(self._study, expected).encode(update).integers

@@ -161,7 +161,7 @@ def round_header(
     values: int,
 ) -> RoundHeader:
     """The header that every message of this aggregation is bound to."""
-    field, plan = study.field, study.aggregation
+    field = study.field
     return RoundHeader(
         study_digest=digest(study),
         run_id=run_id,
@@ -178,12 +178,18 @@ def round_header(
             colluders=study.silos.colluders,
         ),
         roster_root=roster.root,
-        suite={
-            "masking": SUITE,
-            "ckks": CKKS_SUITES[plan.ckks],
-            "ckks-authority": AUTHORITY_SUITES[plan.ckks],
-        }[study.scheme],
+        suite=_suite(study),
     )
+
+
+def _suite(study: Study) -> str:
+    """What the header names the algorithms by, and their parameter set."""
+    if study.graph is not None:
+        return study.graph.suite
+    if study.masked:
+        return SUITE
+    suites = AUTHORITY_SUITES if study.scheme == "ckks-authority" else CKKS_SUITES
+    return suites[study.aggregation.ckks]
 
 
 def quantiser(study: Study, values: int) -> Quantiser:
@@ -249,7 +255,14 @@ def silo_unit(
     counting = privacy.adaptive is not None
     size = largest + counting
     setting = Setting(
-        *(size, study.field.bound, study.quorum, study.silos.colluders, kind, _layered(study))
+        *(
+            size,
+            study.field.bound,
+            study.noise_shares(),
+            study.silos.colluders,
+            kind,
+            _layered(study),
+        )
     )
     noise = calibrate_silo(privacy.epsilon, privacy.delta, study.rounds, setting)
     return SiloUnit(
@@ -308,7 +321,7 @@ def _count_setting(study: Study, kind: SumKind) -> CountSetting:
     distributed = study.privacy is not None and study.privacy.noise == "distributed"
     return CountSetting(
         field_bound=study.field.bound,
-        shares=study.quorum if distributed else 1,
+        shares=study.noise_shares() if distributed else 1,
         colluders=study.silos.colluders if distributed else 0,
         kind=kind,
     )
@@ -334,7 +347,7 @@ def joint_setting(study: Study, values: int, kind: SumKind = SUM_KIND) -> JointS
     return JointSetting(
         values=values,
         field_bound=study.field.bound,
-        least_survivors=study.quorum,
+        least_survivors=study.noise_shares(),
         colluders=study.silos.colluders,
         sampling_rate=local.sampling_rate,
         batch_size=local.batch_size,

@@ -270,10 +270,10 @@ class SiloSession:
         # An upload under CKKS opens only with this silo's own share, which it gives for one set of
         # members a round, or by the authority, which opens one set a round; masked words open
         # without it.
-        if step is Step.UPLOAD and self._study.scheme == "masking":
+        if step is Step.UPLOAD and self._study.masked:
             memory.uploaded(attempt)
         elif step in {Step.UNMASK, Step.NOTE}:
-            memory.opened(attempt, len(side.transcript.survivors))
+            memory.opened(attempt, self._study.noise_shares(len(side.transcript.survivors)))
         self._evidence.said(side)
         self._check_journal()  # put back meanwhile: no answer
         if step is Step.UNMASK and layered(self._unit):

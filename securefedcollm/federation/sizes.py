@@ -176,7 +176,7 @@ def federation_of(
     return planner.Federation(
         values=values or update_values(study, data),
         silos=study.silos.count,
-        least_survivors=study.quorum,
+        least_survivors=study.noise_shares(),
         colluders=study.silos.colluders,
         records=units,
         rounds=study.rounds,

@@ -349,6 +349,8 @@ class Summing:
             self._hooks.progress(step, steps, "secure aggregation")
             if side.step is Step.UNMASK:
                 self._evidence.opening(header, side.transcript)
+            # On a graph a silo binds itself to the survivors when it agrees to them.
+            if side.step is (Step.AGREE if header.on_graph else Step.UNMASK):
                 self._store.begin_opening()
             requests = side.requests()
             for some in self._together(side.step, header, list(requests)):
@@ -368,7 +370,7 @@ class Summing:
     def _together(self, step: Step, header: RoundHeader, silos: list[str]) -> Iterator[list[str]]:
         """The silos to ask at a time: as many as have room in memory with their uploads."""
         count = len(silos)
-        if step is Step.UPLOAD and self._study.scheme == "masking":
+        if step is Step.UPLOAD and self._study.masked:
             upload = WORD_BYTES * header.parameters.words
             count = max(1, UPLOADS // upload)
         for start in range(0, len(silos), count):

@@ -41,6 +41,7 @@ def check(study: Study) -> None:
     """
     check_sizes(study)
     _check_silos(study)
+    _check_graph(study)
     _check_own(study)
     check_steps(study)
     _check_ring(study)
@@ -93,6 +94,33 @@ def _check_silos(study: Study) -> None:
             f"{study.minimum} survivors of {n} silos can never be reached",
             where="silos.minimum",
             hint=f"at most {n}",
+        )
+
+
+def _check_graph(study: Study) -> None:
+    """Masks on a random graph: refuse one that a server could use, and what does not know it."""
+    if study.aggregation.graph is None:
+        return
+    plan, privacy = study.aggregation, study.privacy
+    for where, wrong, hint in (
+        ("aggregation.scheme", plan.scheme != "masking", "masking"),
+        ("privacy.excess_noise", privacy and privacy.excess_noise == "remove", "keep"),
+    ):
+        if wrong:
+            raise ConfigError(
+                "a study with aggregation.graph cannot have it", where=where, hint=hint
+            )
+    found = study.graph_bounds
+    assert found is not None
+    found.check()
+    # Adversary: a server that leaves honest survivors out of the sum, besides its colluders.
+    if study.noise_shares() - study.silos.colluders < 2:
+        raise ConfigError(
+            f"a sum over {study.minimum} silos may lack {found.hidden} of them on this graph, and "
+            "would reveal one silo's update",
+            where="silos.minimum",
+            hint=f"at least colluders + {found.hidden} + 2 = "
+            f"{study.silos.colluders + found.hidden + 2}",
         )
 
 

@@ -11,7 +11,7 @@ can choose its value for them.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import msgspec
 import rfc8785
@@ -42,6 +42,10 @@ from securefedcollm.study.protection import (
 )
 from securefedcollm.study.retrieval import Encoder, Reduction, Retrieval
 from securefedcollm.study.server import Central, Distillation, Keep, Outer, Server
+
+if TYPE_CHECKING:  # what they need takes a while to import
+    from securefedcollm.aggregation.masking.graph.bounds import Bounds
+    from securefedcollm.aggregation.masking.graph.choice import Graph
 
 __all__ = [
     "BUILTIN_SUBJECT",
@@ -81,6 +85,7 @@ __all__ = [
 _LATER: Final[dict[tuple[str, ...], Any]] = {
     ("adapter", "max_abs"): MAX_ABS,
     ("adapter", "virtual_tokens"): None,
+    ("aggregation", "graph"): None,
     ("aggregation", "weights"): None,
     ("continue",): None,
     ("distillation", "change"): 0.5,
@@ -230,13 +235,47 @@ class Study(Section, frozen=True, dict=True):
 
     @property
     def minimum(self) -> int:
-        """Least number of survivors of a round, given or the threshold."""
-        return self.silos.minimum or self.threshold
+        """Least number of survivors of a round, given or derived: the threshold, or nine tenths of
+        the silos on a graph."""
+        tenth = self.silos.count // 10 if self.aggregation.graph else self.silos.count
+        return self.silos.minimum or max(self.threshold, self.silos.count - tenth)
 
     @property
     def quorum(self) -> int:
         """Fewest silos with which a sum may be opened."""
         return max(self.minimum, self.threshold)
+
+    @cached_property
+    def graph(self) -> Graph | None:
+        """The random graph of the masks; None if every silo shares with every other.
+
+        Raises:
+            ConfigError: none keeps the bounds.
+        """
+        plan = self.aggregation.graph
+        if plan is None:
+            return None
+        from securefedcollm.aggregation.masking.graph.bounds import derive
+
+        silos = self.silos
+        return derive(silos.count, silos.colluders, self.quorum, plan.neighbours)
+
+    @cached_property
+    def graph_bounds(self) -> Bounds | None:
+        """What can go wrong with the graph, and with what probability in an attempt."""
+        if self.graph is None:
+            return None
+        from securefedcollm.aggregation.masking.graph.bounds import bounds
+
+        return bounds(self.silos.count, self.silos.colluders, self.quorum, self.graph)
+
+    def noise_shares(self, survivors: int | None = None) -> int:
+        """Shares of noise that a sum of ``survivors`` has; the fewest that any has, if None.
+
+        On a graph a lying server may leave a few survivors out of the sum (:attr:`graph_bounds`).
+        """
+        counted = self.quorum if survivors is None else survivors
+        return counted - (self.graph_bounds.hidden if self.graph_bounds else 0)
 
     def top_layers(self, model: Model) -> int | None:
         """How many last layers of one of the study's models get an adapter; None: all."""
@@ -256,9 +295,16 @@ class Study(Section, frozen=True, dict=True):
 
     @property
     def scheme(self) -> SchemeName:
-        """The protocol that follows from ``aggregation.scheme`` and ``aggregation.key_model``."""
+        """The protocol that follows from ``aggregation.scheme``, ``key_model`` and ``graph``."""
         plan = self.aggregation
+        if plan.graph is not None:
+            return "masking-graph"
         return "ckks-authority" if plan.key_model == "authority" else plan.scheme
+
+    @property
+    def masked(self) -> bool:
+        """Whether pairwise masks protect the sums."""
+        return self.aggregation.scheme == "masking"
 
     @property
     def joint(self) -> bool:

@@ -114,6 +114,21 @@ class Privacy(Section, frozen=True):
     ] = "keep"
 
 
+class Graph(Section, frozen=True):
+    """Pairwise masks between neighbours only (Bell et al. 2020).
+
+    Every silo draws its neighbours afresh in every attempt; nobody else chooses them.
+    """
+
+    neighbours: Annotated[
+        Annotated[int, Meta(ge=3)] | None,
+        says(
+            "Silos that each silo draws, shares its secrets with and adds masks with. Default: the "
+            "fewest that keep the bounds which `study check` prints."
+        ),
+    ] = None
+
+
 class Aggregation(Section, frozen=True):
     """How the server learns the sum and nothing else."""
 
@@ -159,6 +174,14 @@ class Aggregation(Section, frozen=True):
             "Silos that must take part in unmasking. Default: ⌊(count + colluders) / 2⌋ + 1, "
             "the smallest number for which a lying server cannot split the silos into two such "
             "groups."
+        ),
+    ] = None
+    graph: Annotated[
+        Graph | None,
+        says(
+            "Masks between neighbours in a random graph, for many silos. If left out, every silo "
+            "shares with every other. With it `silos.minimum` is nine tenths of the silos, unless "
+            "given. Masking only."
         ),
     ] = None
     weights: Annotated[

@@ -292,7 +292,7 @@ def test_a_parcel_opens_at_its_holder_and_a_wrong_one_names_its_dealer() -> None
     ("field", "value"),
     [
         ("silos", 2),
-        ("silos", 129),
+        ("silos", 10_001),
         ("values", 0),
         ("values", 2**32 + 1),
         ("bound", 0),

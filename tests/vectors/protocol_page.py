@@ -6,23 +6,25 @@ import re
 from pathlib import Path
 
 from securefedcollm.aggregation.masking import messages
+from securefedcollm.aggregation.masking.graph import messages as graph_messages
 from securefedcollm.aggregation.messages import Ask
-from securefedcollm.aggregation.steps import TRANSITIONS
+from securefedcollm.aggregation.steps import GRAPH_TRANSITIONS, TRANSITIONS, Step, Transition
 
 PAGE = Path(__file__).parents[2] / "docs" / "protocol.md"
+_INNER = {"Letter", "Dealer", "Shown", "Uploaded"}
 _PART = re.compile(r"(<!-- generated: (\w+) .*?-->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def transitions() -> str:
+def transitions(table: dict[Step, Transition] = TRANSITIONS, letter: str = "R") -> str:
     """The table of transitions."""
     rows = [
         "| step | state | is asked | answers | and is then in |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for number, (step, transition) in enumerate(TRANSITIONS.items()):
+    for number, (step, transition) in enumerate(table.items()):
         request, reply = transition.request.lower(), transition.reply.lower()
         words = (step.value, request, reply, transition.following.value)
-        rows.append(f"| R{number} | {' | '.join(f'`{word}`' for word in words)} |")
+        rows.append(f"| {letter}{number} | {' | '.join(f'`{word}`' for word in words)} |")
     return "\n".join(rows) + "\n"
 
 
@@ -39,9 +41,22 @@ def layouts() -> str:
     return "\n".join(rows) + "\n"
 
 
+def graph_layouts() -> str:
+    """The same of the messages on a graph."""
+    rows = ["| tag | fields | limit, bytes |", "| --- | --- | --- |"]
+    for kind in vars(graph_messages).values():
+        if isinstance(kind, type) and kind.__module__ == graph_messages.__name__:
+            limit = "inside others" if kind.__name__ in _INNER else str(kind.LIMIT)
+            tag = kind.__struct_config__.tag
+            rows.append(f"| `{tag}` | {', '.join(kind.__struct_fields__)} | {limit} |")
+    return "\n".join(rows) + "\n"
+
+
 def render(page: str) -> str:
     """``page`` with its generated parts made anew."""
     parts = {"transitions": transitions, "messages": layouts}
+    parts["graph_transitions"] = lambda: transitions(GRAPH_TRANSITIONS, "G")
+    parts["graph_messages"] = graph_layouts
     return _PART.sub(lambda match: f"{match[1]}{parts[match[2]]()}{match[3]}", page)
 
 

@@ -4,7 +4,8 @@ Every case plays one attack. It reports which side refused it, and *what the att
 :class:`~.spy.Spy` judges that from everything the attacker saw. The server cases up to
 ``late_upload`` are weaknesses that released public secure-aggregation code had. Those called
 ``authority_…`` are about CKKS under an authority's key, ``threshold_…`` about CKKS with a joint
-one, those of :data:`RETRIEVAL` about private questions, all others about masking.
+one, ``graph_…`` about masking on a random graph, those of :data:`RETRIEVAL` about private
+questions, all others about masking.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from securefedcollm.errors import ConfigError
 from securefedcollm_audits.protocol import (
     asker_attacks,
     authority_attacks,
+    graph_attacks,
     key_attacks,
     server_attacks,
     shelf_attacks,
@@ -57,6 +59,7 @@ SERVER_CASES: Final[tuple[Case, ...]] = (
     server_attacks.repeated_signers,
     *authority_attacks.CASES,
     *threshold_attacks.CASES,
+    *graph_attacks.CASES,
     *shelf_attacks.SERVER_CASES,
 )
 

@@ -40,6 +40,15 @@ _PROBE = AgreementKey(b"\1" * 32)
 """Any private key shows whether a public key has small order; this one protects nothing."""
 
 
+def probe(public: bytes) -> bool:
+    """Whether a silo can agree on keys with this public key."""
+    try:
+        _PROBE.agree(public)
+    except CryptoError:
+        return False
+    return True
+
+
 class CoordinatorRound(AttendedRound):
     """Makes the requests, takes the replies, opens the sum.
 
@@ -155,10 +164,7 @@ class CoordinatorRound(AttendedRound):
         # spelling; its peers would refuse the whole roll, so it is taken off here.
         if len(pair) < 2 or pair & self._publics:
             self._blame(name, "advertised a key that is in use already")
-        try:
-            for public in pair:
-                _PROBE.agree(public)
-        except CryptoError:
+        if not all(map(probe, pair)):
             self._blame(name, "advertised a public key that is misspelled or of small order")
         self._publics |= pair
         self._advertisements[index] = advertise

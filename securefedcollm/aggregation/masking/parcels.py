@@ -7,15 +7,25 @@ seals something other than it committed to.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from securefedcollm.aggregation.header import Roster
 from securefedcollm.aggregation.masking import keys
-from securefedcollm.aggregation.masking.messages import Advertise, Parcel
+from securefedcollm.aggregation.masking.messages import Parcel
 from securefedcollm.aggregation.masking.shamir import SHARE_BYTES
 from securefedcollm.aggregation.roles import SERVER
 from securefedcollm.errors import CryptoError, RemoteProtocolError
 from securefedcollm.primitives import AgreementKey, equal, seal, unseal
+
+
+class Peer(Protocol):
+    """What a parcel needs to know of the silo at the other end."""
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def share_public(self) -> bytes: ...
 
 
 class DealerFaultError(Exception):
@@ -52,7 +62,7 @@ class Parcels:
         *,
         header: bytes,
         roster: Roster,
-        roll: Mapping[int, Advertise],
+        roll: Mapping[int, Peer],
         roll_digest: bytes,
         index: int,
         secret: bytes,

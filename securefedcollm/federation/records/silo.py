@@ -109,7 +109,9 @@ class SiloRecord(RoundRecord):
                         round=round_, attempt=attempt, header=header, delivery=seen.delivery.hex()
                     )
                 )
-            case Step.UNMASK:
+            case Step.UNMASK if self._header.on_graph:
+                pass  # a challenge says nothing about the silo
+            case Step.UNMASK | Step.CHALLENGE:
                 self._log.append(
                     Agreed(
                         round=round_,

@@ -243,7 +243,7 @@ def _fits(case: Case, sum_: int, events: tuple[Event, ...], survivors: int | Non
             return "is not DP-SGD, which the study asks for"
         found = sum(times(event) for event in events)
         return "" if found == steps else f"charges {found} steps; the study has {steps} a round"
-    shares = case.study.quorum if survivors is None else survivors
+    shares = case.study.noise_shares(survivors)
     rate = case.study.local.sampling_rate if case.study.joint and not counts else 1.0
     for event in events:
         if not isinstance(event, DiscreteGaussian) or event.q != rate or event.count != 1:
@@ -253,7 +253,7 @@ def _fits(case: Case, sum_: int, events: tuple[Event, ...], survivors: int | Non
         if not _as_layered(case.study, event, counts=counts):
             return "is not the noise, whole or in layers, which the study asks for"
         # A failed training is settled at what was reserved: it gave no vector to any sum.
-        if event.shares not in {shares, case.study.quorum}:
+        if event.shares not in {shares, case.study.noise_shares()}:
             return f"counts {event.shares} noise shares; the sum has {shares}"
     return ""
 
@@ -267,7 +267,7 @@ def _as_layered(study: Study, event: DiscreteGaussian, *, counts: bool) -> bool:
     if not isinstance(event, LayeredGaussian):
         return study.privacy.excess_noise == "keep" or counts
     made = (event.design, event.least, event.most)
-    wanted = (study.silos.colluders, study.quorum, study.silos.count)
+    wanted = (study.silos.colluders, study.noise_shares(), study.silos.count)
     return study.privacy.excess_noise == "remove" and not counts and made == wanted
 
 

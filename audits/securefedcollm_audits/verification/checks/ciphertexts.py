@@ -26,7 +26,7 @@ from securefedcollm_audits.verification.verdict import Check, Faults
 def ciphertexts(case: Case, wrong: Faults) -> str:
     """Adversary: a server that has something other than the sum of the committed ciphertexts
     decrypted; or that writes down signatures which nobody gave."""
-    if case.study.scheme == "masking":
+    if case.study.masked:
         raise NotCovered("the study's scheme is masking: there are no ciphertexts")
     signatures = openings = 0
     for log in case.logs.values():

@@ -141,8 +141,9 @@ def _openable(case: Case) -> set[int]:
     )
     found = set()
     for _, opening in of(case.server, Opening):
-        masked, survivors = case.study.scheme == "masking", len(opening.survivors)
-        needed = 1 if case.keyed else case.study.threshold if masked else survivors
+        graph, survivors = case.study.graph, len(opening.survivors)
+        needed = case.study.threshold if case.study.masked else survivors
+        needed = 1 if case.keyed else graph.shares if graph else needed
         if answers[opening.header] >= needed:
             found.add(opening.round)
     return found

@@ -123,7 +123,8 @@ class _ServerLog:
                 if not self._attempt or self._attempt.attempt != what.attempt:
                     return "the failure of an attempt that was not under way"
             case Lost():
-                if not self._opened:
+                # On a graph silos are bound to the survivors before they open anything.
+                if not self._opened and self._study.graph is None:
                     return "a round is lost only while its sum is being opened"
                 self._ended = True
             case Finished():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
+from securefedcollm.aggregation.masking.graph.choice import pack_set, survivors_digest
 from securefedcollm.aggregation.masking.messages import Agreement
 from securefedcollm.aggregation.messages import UNSIGNED, lists_digest
 from securefedcollm.errors import CryptoError
@@ -133,7 +134,7 @@ def quorum(case: Case, wrong: Faults) -> str:
             if isinstance(what, Opening | Decrypted):
                 if not set(what.agreements) <= survivors:
                     wrong(entry, "an agreement by a silo that is not in the sum")
-                if study.scheme != "masking" and set(what.agreements) != survivors:
+                if not study.masked and set(what.agreements) != survivors:
                     wrong(entry, "a silo is in the sum that did not agree to it")
                 elif len(what.agreements) < study.threshold:
                     wrong(entry, f"{len(what.agreements)} agreements; {study.threshold} are needed")
@@ -149,12 +150,10 @@ def agreements(case: Case, wrong: Faults) -> str:
     ``ciphertexts`` checks what silos sign under CKKS.
     """
     signatures = lists = 0
-    roster, masked = case.roster, case.study.scheme == "masking"
+    roster, masked = case.roster, case.study.masked
     for log in case.logs.values():
         for entry, what in _openings(log):
-            survivors = [roster.index(name) for name in what.survivors]
-            dropouts = [roster.index(name) for name in what.dropouts]
-            digest = lists_digest(bytes.fromhex(what.delivery), survivors, dropouts)
+            digest = _signed_lists(case, what)
             if digest.hex() != what.lists:
                 wrong(entry, "what was signed is not the digest of these lists")
             lists += 1
@@ -175,6 +174,15 @@ def agreements(case: Case, wrong: Faults) -> str:
     if not masked:
         return f"{count(lists, 'list')}, each the digest of who is in the sum"
     return f"{count(signatures, 'signature')} by survivors, {count(lists, 'list')}"
+
+
+def _signed_lists(case: Case, what: Opening | Agreed | Told | Decrypted) -> bytes:
+    """The digest of who is in the sum, as silos sign it."""
+    delivery, roster = bytes.fromhex(what.delivery), case.roster
+    survivors = [roster.index(name) for name in what.survivors]
+    if case.study.graph is not None:
+        return survivors_digest(delivery, pack_set(survivors, len(roster)))
+    return lists_digest(delivery, survivors, [roster.index(name) for name in what.dropouts])
 
 
 def _openings(log: list[Entry]) -> Iterable[tuple[Entry, Opening | Agreed | Told | Decrypted]]:

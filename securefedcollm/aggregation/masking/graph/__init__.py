@@ -1,0 +1,1 @@
+"""Pairwise masks between neighbours in a random graph: for cohorts beyond a complete graph."""
