@@ -7,6 +7,7 @@ runs, alternating with the peer's process. Memory is what our calls allocate bey
 (tracemalloc), in units of 10^6 bytes.
 
 ``--round`` times a whole round in one process instead: all silos, the coordinator and dropouts.
+``--graph`` does so on a random graph (:mod:`benchmarks.masking_graph`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from benchmarks import masking_graph
 from benchmarks._machine import machine
 from securefedcollm.aggregation import RingParameters, Roster, RoundHeader, Step
 from securefedcollm.aggregation.masking import keys, masks
@@ -322,18 +324,29 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--round", action="store_true", help="a whole round in one process")
-    parser.add_argument("--silos", type=int, default=100, help="with --round")
+    parser.add_argument("--graph", action="store_true", help="a round on a random graph")
+    parser.add_argument("--one", action="store_true", help="with --graph: one silo of the round")
+    parser.add_argument("--lost-at", default="every", help="with --graph: step, or every")
+    parser.add_argument("--silos", type=int, default=100, help="with --round or --graph")
     parser.add_argument("--dropouts", type=int, default=10, help="with --round")
     parser.add_argument("--json", action="store_true", help="compact, on one line")
     arguments = parser.parse_args()
-    figures = (
+    if arguments.graph:
+        at, one = arguments.lost_at, arguments.one
+        figures = masking_graph.report(arguments.silos, arguments.values, lost_at=at, one=one)
+    else:
+        figures = _on_complete_graph(arguments)
+    report = figures | {"machine": machine("cryptography", "numpy")}
+    json.dump(report, sys.stdout, indent=None if arguments.json else 2)
+    print()
+
+
+def _on_complete_graph(arguments: argparse.Namespace) -> dict[str, object]:
+    return (
         whole_round(arguments.values, arguments.silos, arguments.dropouts)
         if arguments.round
         else compare(arguments.values, arguments.peers, arguments.threads, arguments.repeats)
     )
-    report = figures | {"machine": machine("cryptography", "numpy")}
-    json.dump(report, sys.stdout, indent=None if arguments.json else 2)
-    print()
 
 
 if __name__ == "__main__":
