@@ -18,7 +18,7 @@ from securefedcollm_cli.trained import Revision, choose_model
 from securefedcollm_cli.votes import ask_voters, named_files
 
 if TYPE_CHECKING:
-    from securefedcollm.api import Answer
+    from securefedcollm.api.questions import Answer
     from securefedcollm.tuning.cited import Written
 
 app = typer.Typer(no_args_is_help=True, help="Make a silo's shelf of documents, at the silo.")
@@ -63,7 +63,7 @@ def build(
     consortium may read every passage: put no records on a shelf. Prints the index's fingerprint,
     which evidence will name.
     """
-    from securefedcollm.api import build_index
+    from securefedcollm.api.questions import build_index
     from securefedcollm_cli.options import task_of
 
     columns = task_of("text", None, column).columns if column else {}
@@ -103,7 +103,7 @@ def reduce(
     It is needed where participants are on several machines. Give the file to all of them, and name
     it in the study: `retrieval.reduction: {source: "path:FILE", sha256: …}`.
     """
-    from securefedcollm.api import make_reduction
+    from securefedcollm.api.questions import make_reduction
 
     with Bars(quiet=as_json) as bars:
         agreed = _study(study, overrides)
@@ -198,7 +198,7 @@ def ask(
     on its choices. Shows the sum of all votes, with noise. A silo's records pay for it beforehand.
     `securefedcollm audit bundle DIR` packs the evidence.
     """
-    from securefedcollm.api import ask as ask_all
+    from securefedcollm.api.questions import ask as ask_all
 
     agreed = _study(study, overrides)
     if agreed.retrieval is not None and agreed.retrieval.mode == "answers":
