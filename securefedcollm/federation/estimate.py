@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from securefedcollm.federation.tuned import adapted
+from securefedcollm.federation.tuned import adapted, part_of
 from securefedcollm.privacy.counting import VALUES
 from securefedcollm.study import Study
 from securefedcollm.study.config import Model
@@ -75,7 +75,9 @@ def _server_bytes(study: Study, llm: dict[str, Any], slm: dict[str, Any]) -> int
 
 
 def _shape(study: Study, spec: Model, data: Path | None) -> dict[str, Any]:
-    model = meta_model(spec.source, revision=spec.revision, base_dir=data or Path())
+    model = meta_model(
+        spec.source, revision=spec.revision, base_dir=data or Path(), part=part_of(study.task)
+    )
     parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     width = 4 if spec.dtype == "float32" else 2
     weights = weights_bytes(model, spec.quantization, width)  # before there is an adapter on it
@@ -106,13 +108,14 @@ def _activations(study: Study, spec: Model, config: Any, width: int) -> int:
     eq. 2; s tokens, h hidden, a heads), and the logits in float32. Layers below the adapted ones
     keep nothing. With checkpointing a layer keeps its input, and one layer at a time has the rest.
     """
+    pictures = study.task.kind == "image_classification"
     s, h = study.task.max_tokens + study.adapter.tokens, int(config.hidden_size)
     a, layers = int(getattr(config, "num_attention_heads", 0)), int(config.num_hidden_layers)
     layers = min(layers, study.top_layers(spec) or layers)
     kept = layers * s * h * (34 + 5 * a * s / h) * width / 2
     if spec.checkpointing:
         kept = kept / layers + layers * s * h * width
-    return int(kept + 4 * s * int(config.vocab_size))
+    return int(kept + (0 if pictures else 4 * s * int(config.vocab_size)))
 
 
 def _upload(study: Study, values: int) -> int:
