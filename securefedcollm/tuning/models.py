@@ -318,7 +318,7 @@ def _check_builtin(name: str, part: Kind) -> None:
         raise ConfigError(
             "classifies pictures" if name in DIGITS else "reads text, and no pictures",
             where=f"builtin:{name}",
-            hint="set task.kind: image_classification"
+            hint="set task.kind: image_classification, or add --images to the command"
             if name in DIGITS
             else f"with task.kind: image_classification use {' or '.join(DIGITS)}",
         )

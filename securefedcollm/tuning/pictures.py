@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import struct
 import warnings
 from pathlib import Path
@@ -55,6 +56,7 @@ def pillow() -> Any:
             where="task.kind",
             hint="pip install 'securefedcollm[vision]'",
         ) from None
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it logs numbers out of broken files
     return Image
 
 
