@@ -27,7 +27,7 @@ FILE: Final = "preprocessor_config.json"
 _LUMA: Final = (19595, 38470, 7471)  # of 65536: ITU-R 601, as Pillow has it
 _SHORTEST: Final = ("CLIP",)
 """Kinds of processor for which a single number is the length of the shorter side."""
-_MOST_SIDE: Final = 4096
+_MOST_SIDE: Final = 2048
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 MOST_BYTES: Final = 64 << 20
 MOST_PIXELS: Final = 50_000_000
 """Of one picture: 150 MB as red, green and blue."""
+MOST_RATIO: Final = 50
+"""Of a picture's longer side to its shorter one."""
 _PLAIN: Final = b"\x93securefedcollm/pixels/v1\0"
 _SIZE: Final = struct.Struct(">III")
 _DEEP: Final = ("I", "F")
@@ -99,13 +101,19 @@ def _decoded(content: bytes) -> Pixels:
 
 
 def _refuse(image: Any) -> None:
-    width, height = image.size
-    if width * height > MOST_PIXELS:
-        raise UnreadableError(f"has {width * height:,} pixels, {MOST_PIXELS:,} are the most")
+    _refuse_size(*image.size)
     if getattr(image, "n_frames", 1) > 1:
         raise UnreadableError("has several frames")
     if image.mode.startswith(_DEEP):
         raise UnreadableError("has more than 8 bits a pixel and colour")
+
+
+def _refuse_size(width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise UnreadableError(f"has {width * height:,} pixels, {MOST_PIXELS:,} are the most")
+    # Scaled until its shorter side fits a model, a strip would fill the memory.
+    if max(width, height) > MOST_RATIO * min(width, height):
+        raise UnreadableError(f"is over {MOST_RATIO} times as long as it is wide")
 
 
 def _upright(plain: Any, image: Any) -> Any:
@@ -215,6 +223,5 @@ def from_array(value: Any) -> bytes:
         raise UnreadableError(f"has {found.shape[2]} colours a pixel, 1 or 3 are possible")
     if int(found.min()) < 0 or int(found.max()) > 255:
         raise UnreadableError("has numbers outside of 0 to 255")
-    if found.shape[0] * found.shape[1] > MOST_PIXELS:
-        raise UnreadableError(f"has over {MOST_PIXELS:,} pixels")
+    _refuse_size(found.shape[1], found.shape[0])
     return pack(found.astype(np.uint8))

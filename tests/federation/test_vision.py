@@ -136,6 +136,23 @@ def test_a_model_of_words_is_refused(directory: Path) -> None:
         SiloTuning(study, "silo-1", deal(study, None).silos["silo-1"], data=directory)
 
 
+def test_a_subject_may_have_several_pictures(directory: Path) -> None:
+    """Noise of the silo's own, and the digit of the file as the unit."""
+    study = tiny_study(
+        directory,
+        privacy={"epsilon": 8, "delta": 1e-3, "unit": "subject", "subject": "digit"},
+        local={"steps": 2, "batch_size": 4, "learning_rate": 0.1, "micro_batch": 16},
+        aggregation={"clip_norm": 4.0},
+    )
+    records = deal(study, None).silos["silo-2"]
+    silo = SiloTuning(study, "silo-2", records, data=directory)
+    assert len({q.subject for q in records}) < len(records) == 40
+    delta = silo.fit(silo.adapter(), 0, lambda *_: None)
+    assert np.isfinite(delta).all()
+    assert delta.any()
+    assert silo.events()
+
+
 def test_the_worlds_parts_share_no_digit_and_no_site_anothers_scanner() -> None:
     world = digits.Digits(5, 4)
     silos = [world.records(i, 200) for i in range(4)]

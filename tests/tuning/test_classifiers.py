@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from securefedcollm.errors import ConfigError
-from securefedcollm.tuning.adapters import attach, layout_of, select
+from securefedcollm.tuning.adapters import attach, full_layout, layout_of, select
 from securefedcollm.tuning.classifiers import orthogonal, own_labels, set_head
 from securefedcollm.tuning.independence import made_up_adapter
 from securefedcollm.tuning.local import check_records, records_of
@@ -89,6 +89,31 @@ def test_every_record_has_its_own_gradient_and_no_company_moves_it(directory: Pa
     assert np.allclose(alone[1], flat, atol=1e-4 * np.abs(flat).max())
     assert np.abs(alone).max() > 1e-4
     assert not np.allclose(apart, coupled[:2], rtol=1e-2)
+
+
+def test_an_adapter_on_the_last_layer_alone(directory: Path) -> None:
+    found = loaded(directory)
+    set_head(found.model, LABELS, 1)
+    model = attach(found.model, rank=2, top_layers=1)
+    names = full_layout(model).names
+    assert names
+    assert all(".layers.1." in name or ".layer.1." in name for name in names)
+    data = encoded(2, found.tokenizer)
+    with made_up_adapter(model, 0.3), torch.no_grad():
+        moved = choice_scores(model, data)
+    with torch.no_grad():
+        assert not torch.allclose(moved, choice_scores(model, data), atol=1e-3)
+
+
+def test_a_model_in_bfloat16(directory: Path) -> None:
+    found = load_model(f"path:{directory}", part="image", dtype="bfloat16")
+    set_head(found.model, LABELS, 1)
+    check_records(attach(found.model, rank=2), LOSS)
+    exact = loaded(directory)
+    data = encoded(4, exact.tokenizer)
+    with torch.no_grad():
+        apart = choice_scores(found.model, data) - choice_scores(exact.model, data)
+    assert apart.abs().max() < 0.2
 
 
 def _gradients(model: Any, data: EncodedQuestions) -> tuple[np.ndarray, np.ndarray]:

@@ -165,6 +165,8 @@ FAULTY: dict[str, tuple[Any, str]] = {
     "cut off": (file_of(drawn(1), "JPEG")[:-40], "cannot be decoded"),
     "large": (claiming(9_000, 9_000), "has 81,000,000 pixels"),
     "a bomb": (claiming(60_000, 60_000), "cannot be decoded (DecompressionBomb"),
+    "a strip": (file_of(np.zeros((1, 51, 3), dtype=np.uint8)), "over 50 times as long"),
+    "a strip of numbers": ([[0]] * 51, "over 50 times as long"),
     "frames": (frames(), "has several frames"),
     "deep": (deep(), "has more than 8 bits"),
     "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be decoded"),
