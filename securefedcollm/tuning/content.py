@@ -70,7 +70,7 @@ def content_of(row: Row) -> bytes:
     )
 
 
-def whole_row(row: Row) -> bytes:
+def whole_row(row: Row, *, pictures: bool = False) -> bytes:
     """SHA-256 of all text in a row, whatever a study reads of it and calls it; empty for none.
 
     It leaves out numbers, truth values and dates, because a CSV file makes texts of them. It also
@@ -78,11 +78,25 @@ def whole_row(row: Row) -> bytes:
 
     Args:
         row: all of it, under the file's names of the columns.
+        pictures: the task reads pictures. Then files and arrays of numbers in the row count too,
+            since a label and a folder's name may be all its text.
 
     Raises:
         BadField: a cell holds a list that is too long to be taken apart.
     """
-    return row_digest(text for name, value in row.items() for text in _texts(value, name))
+    texts = [text for name, value in row.items() for text in _texts(value, name)]
+    return row_digest([*texts, *(_contents(list(row.values())) if pictures else ())])
+
+
+def _contents(values: Iterable[object]) -> Iterator[str]:
+    """Digests of the files and of the arrays of numbers among some values."""
+    for value in values:
+        if isinstance(value, dict):
+            yield from _contents(value.values())
+        elif isinstance(value, bytes):
+            yield f"file {hashlib.sha256(value).hexdigest()}"
+        elif isinstance(value, list) and value and isinstance(value[0], list):
+            yield f"array {hashlib.sha256(json.dumps(value).encode()).hexdigest()}"
 
 
 def _texts(value: object, name: str) -> Iterator[str]:

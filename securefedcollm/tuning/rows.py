@@ -103,15 +103,15 @@ def _json_rows(path: Path, form: Format, wanted: set[str]) -> Iterator[Checked]:
                     yield Checked(place, row, raw)
                 else:
                     read = {name: value for name, value in row.items() if name in wanted}
-                    yield _known(Checked(place, read, raw, shape_of(read)), row)
+                    yield _known(Checked(place, read, raw, shape_of(read)), row, form)
 
 
-def _known(checked: Checked, row: Row) -> Checked:
+def _known(checked: Checked, row: Row, form: Format) -> Checked:
     """``checked``, known by all text of its ``row``, or what is wrong with that."""
     if isinstance(checked.row, BadField):
         return checked
     try:
-        return checked._replace(whole=whole_row(row))
+        return checked._replace(whole=whole_row(row, pictures=form.picture is not None))
     except BadField as bad:
         return checked._replace(row=bad)
 
@@ -186,7 +186,7 @@ def _csv_rows(path: Path, form: Format) -> Iterator[Checked]:
                     if isinstance(row, BadField):
                         yield Checked(place, row, b"", shape, table)
                     else:
-                        yield _known(Checked(place, row, text.encode(), shape, table), row)
+                        yield _known(Checked(place, row, text.encode(), shape, table), row, form)
                 passed.clear()
     except csv.Error as error:
         raise DataError(
@@ -306,7 +306,7 @@ def _parquet_rows(path: Path, form: Format, wanted: set[str]) -> Iterator[Checke
                         over = BadField(label, f"is in a row of over {MOST_LINE >> 20} MiB")
                         checked = checked._replace(row=over)
                     _parquet_row("", whole, label, classes)
-                    yield _known(checked, whole)
+                    yield _known(checked, whole, form)
     except (DataError, GeneratorExit):
         raise
     except Exception as error:  # the parser's own, of any kind

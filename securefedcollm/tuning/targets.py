@@ -8,7 +8,8 @@ from torch import nn
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.foreign import printable
-from securefedcollm.tuning.head import unwrapped
+from securefedcollm.tuning.classifiers import HEAD
+from securefedcollm.tuning.head import sees, text_config, unwrapped
 from securefedcollm.tuning.layers import decoder_layers
 
 
@@ -39,6 +40,8 @@ def layer_names(
     """PEFT takes "all-linear" or a choice of layers, not both: spell the names out for it."""
     if not isinstance(targets, str):
         return list(targets)
+    if sees(model):  # PEFT would put an adapter on the class head
+        return below_head(model, top_layers)
     if top_layers is None:
         return targets
     return sorted(
@@ -50,17 +53,31 @@ def layer_names(
     )
 
 
+def below_head(model: nn.Module, top_layers: int | None) -> list[str]:
+    """Every linear layer's full name, without the class head: of the last layers, or of all."""
+    causal = unwrapped(model)
+    layers = list(decoder_layers(causal)) if top_layers is not None else []
+    kept = {id(m) for layer in layers[-(top_layers or 0) :] for m in layer.modules()}
+    return [
+        name
+        for name, module in causal.named_modules()
+        if _is_linear(module)
+        and name.partition(".")[0] != HEAD
+        and (top_layers is None or id(module) in kept)
+    ]
+
+
 def top_numbers(model: nn.Module, top_layers: int | None) -> list[int] | None:
     if top_layers is None:
         return None
-    depth = int(unwrapped(model).config.num_hidden_layers)
+    depth = int(text_config(model).num_hidden_layers)
     if top_layers > depth:
         raise ConfigError(
             f"{top_layers} layers asked for, the model has {depth}",
             where="adapter.top_layers",
             hint=f"use at most {depth}, or give this model its own models.*.top_layers",
         )
-    return list(range(depth - top_layers, depth))
+    return None if sees(model) else list(range(depth - top_layers, depth))
 
 
 def is_conv1d(model: nn.Module) -> bool:

@@ -6,9 +6,10 @@ If its presence also moves the last bits of the others' gradients (by padding, b
 additions that a kernel chooses), an adapter can amplify that to many clip norms.
 
 The audit searches for the adapter that amplifies most. The positive control is how much an added
-unit moves the others where micro-batches are padded to their longest record, as in most programs.
-Then it applies the same adapters to the product's own path, frozen layers and priors included, and
-computes ‖S(D + x) − S(D) − S(x)‖ in exact integers. The answer has to be 0.
+unit moves the others where micro-batches are padded to their longest record, as in most programs;
+or, as pictures have one size, where they go through a batch normalisation. Then it applies the
+same adapters to the product's own path, frozen layers and priors included, and computes
+‖S(D + x) − S(D) − S(x)‖ in exact integers. The answer has to be 0.
 
 Imports torch.
 """
@@ -23,6 +24,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.federation.cotuning import by_unit
@@ -50,9 +52,11 @@ from securefedcollm.tuning.per_record import (
     watched,
     without_broken,
 )
+from securefedcollm.tuning.pictures import noise_like, question_of
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.questions import EncodedQuestions, sorted_by_length
 from securefedcollm.tuning.recipe import evaluation_mode
+from securefedcollm.tuning.signals import Signal
 from securefedcollm.tuning.whole import WholeModel
 from securefedcollm_audits.privacy.finding import Finding
 
@@ -188,8 +192,8 @@ def _faults(control: float, moved: dict[str, float], unit: str) -> list[str]:
     ]
     if control < _CONTROL:
         faults.append(
-            "the control, padded batches, showed no coupling either, so this search would not "
-            "notice any"
+            "the control, padded or normalised batches, showed no coupling either, so this search "
+            "would not notice any"
         )
     return faults
 
@@ -199,6 +203,8 @@ def cases_of(silo: Sequence[Question], records: int, draw: np.random.Generator) 
     chosen = list(silo[:records])
     if len(chosen) < 2:
         raise ConfigError("two records are needed", where="--records", hint="at least 2")
+    if chosen[0].picture:
+        return _pictures(chosen, draw)
     short = min(chosen, key=lambda q: len(q.prompt) + sum(map(len, q.choices)))
     # Longer than any: the prompts of many, cut to task.max_tokens like every record.
     pool = " ".join(q.prompt for q in chosen).split() or ["word"]
@@ -215,6 +221,32 @@ def cases_of(silo: Sequence[Question], records: int, draw: np.random.Generator) 
     return [Case("mixed records", chosen, long), Case("copies of one record", copies, long)]
 
 
+def _pictures(chosen: list[Question], draw: np.random.Generator) -> list[Case]:
+    """The same of pictures, which are all of one size: what may be there shows noise."""
+    subject = None if chosen[0].subject is None else "the added one"
+    added = [
+        question_of(
+            noise_like(like.picture, int(draw.integers(2**63))),
+            like.choices,
+            like.answer,
+            subject=subject,
+        )
+        for like in chosen[: 3 if subject else 1]
+    ]
+    copies = [replace(chosen[0], subject=q.subject) for q in chosen]
+    return [Case("mixed records", chosen, added), Case("copies of one record", copies, added)]
+
+
+def _batch_normalised(batch: EncodedQuestions) -> EncodedQuestions:
+    """The control of pictures: scaled by the mean and spread of the batch, as by a layer of batch
+    normalisation before the model. The product refuses a model that has one."""
+    if batch.signal is None:
+        return batch
+    scaled = F.batch_norm(batch.signal.inputs(torch.float32), None, None, training=True)
+    ones = torch.ones_like(batch.signal.scale)
+    return replace(batch, signal=Signal(scaled, ones, torch.zeros_like(ones)))
+
+
 class PaddedRecords(Records):
     """The control: micro-batches as long as their longest record, as most programs have them."""
 
@@ -222,7 +254,7 @@ class PaddedRecords(Records):
         order = sorted_by_length(self._data, torch.from_numpy(rows))
         with watched(self._model) as calls:
             for part in torch.split(order, self._widths.most) if len(order) else ():
-                batch = self._data.select(part)
+                batch = _batch_normalised(self._data.select(part))
                 losses = question_losses(self._model, batch, self._loss, self._scoring)
                 if isinstance(self._model, WholeModel):
                     yield part.numpy(), _one_by_one(losses, self._parameters)
