@@ -8,16 +8,13 @@ from pathlib import Path
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.evidence.bundle import make_bundle
-from securefedcollm.federation.dealing import deal, read_records
 from securefedcollm.federation.files import write_durably
+from securefedcollm.federation.questions.polling import Opinion
 from securefedcollm.federation.questions.polls import answers_of, claim_of
-from securefedcollm.federation.questions.space import space_of
 from securefedcollm.federation.roles import poll_from
+from securefedcollm.federation.workload import Progress, silent
 from securefedcollm.privacy.votes import Tally
-from securefedcollm.simulation.polling import Polled, Polls
 from securefedcollm.study import Study, load_study
-from securefedcollm.tuning.embed import encodes
-from securefedcollm.tuning.recipe import Progress, silent
 
 Place = str | Path
 
@@ -112,6 +109,10 @@ def ask_records(
         ProtocolError: too few silos answered.
         StateError: a participant's file cannot be written; nothing was answered then.
     """
+    from securefedcollm.federation.dealing import deal, read_records
+    from securefedcollm.federation.questions.space import space_of
+    from securefedcollm.simulation.polling import Polls
+
     agreed = _agreed(study, question, choices)
     directory = Path(out) if out is not None else Path("runs") / agreed.study
     place = None if data is None else Path(data)
@@ -129,7 +130,9 @@ def ask_records(
         data=place,
         progress=progress,
     ) as polls:
-        return _vote(agreed, polls.ask(question, choices), choices, directory, polls.left_out)
+        asked = polls.ask(question, choices)
+        found = asked.opinion, asked.seconds
+        return _vote(agreed, found, choices, directory, polls.left_out)
 
 
 def ask_records_from(
@@ -151,12 +154,16 @@ def ask_records_from(
     """
     agreed = _agreed(study, question, choices)
     opinion, seconds, run = poll_from(agreed, Path(home), question, choices)
-    return _vote(agreed, Polled(opinion, seconds), choices, run, {})
+    return _vote(agreed, (opinion, seconds), choices, run, {})
 
 
 def _agreed(study: Study | Place, question: str, choices: Sequence[str]) -> Study:
-    if not all(map(encodes, (question, *choices))):
-        raise ConfigError("is not valid Unicode", where="QUESTION", hint="write it in UTF-8")
+    try:
+        "".join((question, *choices)).encode()
+    except UnicodeEncodeError:  # as of an argument's byte that is not UTF-8
+        raise ConfigError(
+            "is not valid Unicode", where="QUESTION", hint="write it in UTF-8"
+        ) from None
     agreed = study if isinstance(study, Study) else load_study(study)
     answers_of(agreed)
     return agreed
@@ -164,12 +171,12 @@ def _agreed(study: Study | Place, question: str, choices: Sequence[str]) -> Stud
 
 def _vote(
     study: Study,
-    asked: Polled,
+    asked: tuple[Opinion, float],
     choices: Sequence[str],
     directory: Path,
     left_out: Mapping[str, int],
 ) -> Vote:
-    opinion, (epsilon, delta) = asked.opinion, claim_of(study)
+    (opinion, seconds), (epsilon, delta) = asked, claim_of(study)
     return Vote(
         choice=choices[opinion.tally.choice],
         votes=dict(zip(choices, opinion.tally.votes, strict=True)),
@@ -182,7 +189,7 @@ def _vote(
         delta=delta,
         sent=opinion.sent,
         received=opinion.received,
-        seconds=asked.seconds,
+        seconds=seconds,
         directory=directory,
         left_out=left_out,
     )
