@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from securefedcollm.privacy.planner import Plan as Plan
     from securefedcollm.simulation.ask_records import Vote as Vote
     from securefedcollm.simulation.ask_records import ask_records as ask_records
+    from securefedcollm.simulation.ask_records import ask_records_from as ask_records_from
     from securefedcollm.study import Study as Study
     from securefedcollm.study import dump_study as dump_study
     from securefedcollm.study import load_study as load_study
@@ -69,6 +70,7 @@ _DOORS: Final = {
     "Vote": "securefedcollm.simulation.ask_records",
     "ask": "securefedcollm.api.questions",
     "ask_records": "securefedcollm.simulation.ask_records",
+    "ask_records_from": "securefedcollm.simulation.ask_records",
     "build_index": "securefedcollm.api.questions",
     "dump_study": "securefedcollm.study",
     "load_study": "securefedcollm.study",
@@ -95,6 +97,7 @@ __all__ = [
     "__version__",
     "ask",
     "ask_records",
+    "ask_records_from",
     "build_index",
     "dump_study",
     "load_study",

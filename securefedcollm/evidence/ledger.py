@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple
 from securefedcollm.errors import EvidenceError, StateError
 from securefedcollm.evidence.entries import (
     Entry,
+    Opened,
     Released,
     Reserved,
     Settled,
@@ -152,6 +153,8 @@ class Anchors(NamedTuple):
     """Oldest first."""
     answered: bool = False
     """Whether records have answered questions, so that the ledger has charged them for that."""
+    study: bytes = b""
+    """Digest of the log's study, 32 bytes."""
 
     def blinded(self, content: bytes) -> bytes:
         """The same as the log's own method."""
@@ -182,7 +185,9 @@ def read_anchors(path: Path) -> Anchors:
         ) from None
     entries = [decode_entry(bytes(body), f"{path}: entry {i}") for i, (body,) in enumerate(bodies)]
     answered = any(isinstance(entry.what, VOTES) for entry in entries)
-    return Anchors(path, bytes(own[0]) if own else b"", list(_charges(entries)), answered)
+    first = entries[0].what if entries else None
+    study = bytes.fromhex(first.study) if isinstance(first, Opened) else b""
+    return Anchors(path, bytes(own[0]) if own else b"", list(_charges(entries)), answered, study)
 
 
 def check_anchors(log: EvidenceLog, ledger: Ledger, kinds: tuple[type, ...] = CHARGES) -> int:

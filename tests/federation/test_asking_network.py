@@ -170,7 +170,7 @@ class UsefulSilos(Fetching):
         return taken
 
 
-PORT = "securefedcollm.federation.questions.port.Fetching"
+PORT = "securefedcollm.federation.questions.stock.Fetching"
 ASKER = "securefedcollm.federation.questions.inquiry.Asker"
 
 
@@ -209,7 +209,7 @@ def test_whoever_is_killed_in_any_step_nothing_is_answered_twice(network, tmp_pa
             network.now += 70  # the asker's patience ends
         assert waiting.done() or victim == "silo-1"
     assert network.ask("silo-1", "w9 w10 w11").answered == ["silo-2", "silo-3"]
-    spent = network.ports["silo-2"]._stock.quota.spent("silo-1")
+    spent = network.ports["silo-2"]._matter.stock.quota.spent("silo-1")
     counted = [e.what.number for e in log_of(network, "silo-2") if isinstance(e.what, Counted)]
     asked = [e for e in log_of(network, "silo-1") if isinstance(e.what, Asked)]
     assert len(set(counted)) == len(counted) <= spent <= len(asked) == 6
@@ -237,7 +237,7 @@ def test_what_the_carrier_repeats_is_not_answered_again(network, tmp_path):
             network.restart("silo-2")
     assert before == [Counted, Served]
     assert kinds(network, "silo-2") == [Counted, Served, Refused]
-    assert network.ports["silo-2"]._stock.quota.spent("silo-1") == 1
+    assert network.ports["silo-2"]._matter.stock.quota.spent("silo-1") == 1
     verified(network, tmp_path)
 
 
@@ -292,9 +292,8 @@ def test_what_the_carrier_alters_or_exchanges_is_refused(network, tmp_path, chan
     assert found.fetches == {}
     assert set(found.failed) == {"silo-2", "silo-3"}
     if change is not swapped:  # nothing was counted for what the asker did not sign
-        assert all(
-            network.ports[silo]._stock.quota.spent("silo-1") == 0 for silo in ("silo-2", "silo-3")
-        )
+        quotas = [network.ports[silo]._matter.stock.quota for silo in ("silo-2", "silo-3")]
+        assert [quota.spent("silo-1") for quota in quotas] == [0, 0]
     network.wire.meddle = lambda silo, way, frame: frame
     assert network.ask("silo-1", "w1 w2").answered == ["silo-2", "silo-3"]
     verified(network, tmp_path)
@@ -427,7 +426,7 @@ def flood(network, *letters):
 def test_the_relay_passes_nothing_on_that_makes_no_sense(network):
     """Adversary: a member that has others compute, or fills the server's memory."""
     at = bytes(post.THREAD_BYTES)
-    longest = post.longest("question", network.relay.terms)
+    longest = network.relay.sizes.longest["question"]
     fine = post.Letter("silo-2", at, "question", b"x")
     assert [letter.who for letter in flood(network, fine, fine)] == ["silo-1"]
     for wrong in (

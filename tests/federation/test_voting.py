@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,15 +25,26 @@ from securefedcollm.errors import (
 )
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation.questions.polls import make_poll, poll_header
+from securefedcollm.federation.questions.prepaid import only
 from securefedcollm.federation.questions.records import ModelReader, index_records, load_reader
-from securefedcollm.federation.questions.voting import READY, Booth, _only, count_labels, prepay
+from securefedcollm.federation.questions.voting import READY, count_labels
 from securefedcollm.federation.silo import Clock
 from securefedcollm.privacy.events import Gaussian
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.simulation.polling import Polls
 from securefedcollm.study import digest
 from securefedcollm.tuning.content import folded
-from tests.support.polling import CHOICES, COPIES, QUESTION, RECORDS, Voters, record
+from tests.support.polling import (
+    CHOICES,
+    COPIES,
+    QUESTION,
+    RECORDS,
+    Voters,
+    booth_of,
+    record,
+    spent,
+    votes,
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +52,11 @@ def voters(tmp_path_factory: pytest.TempPathFactory) -> Voters:
     return Voters(tmp_path_factory.mktemp("voters"))
 
 
-def booth_of(polls: Polls, name: str = "silo-1") -> Booth:
-    return polls._booths[name]
-
-
 def charged(run: Path, name: str) -> list[int]:
     """How many different questions of records each question charged, oldest first."""
     (book,) = (run / "silos" / name).glob("ledger.answers-*.sqlite")
     with Ledger(book, name) as ledger:
         return [len(ledger.stored(e.about.records)) for e in ledger.entries() if e.counted]
-
-
-def votes(polls: Polls, question: str = QUESTION, choices: tuple[str, ...] = CHOICES) -> list[int]:
-    return [round(vote / COPIES) for vote in polls.ask(question, choices).opinion.tally.votes]
 
 
 def test_records_vote_and_only_the_retrieved_pay(voters, tmp_path):
@@ -302,7 +304,7 @@ def test_a_record_that_another_process_charged_just_now_is_not_retrieved(voters,
         def raced(*key: Any, **about: Any) -> Any:
             tries.append(len(about["records"]))
             if len(tries) == 1:
-                first = _only(known, np.arange(len(known)) < COPIES)
+                first = only(known, np.arange(len(known)) < COPIES)
                 other = ("ab" * 32, "record", "other", 0, 0, [Gaussian(0.2, 1)], (40.0, 1e-5))
                 reserve(*other, records=first, study="aa")
             return reserve(*key, **about)
@@ -337,14 +339,6 @@ def test_an_owner_who_pinned_less_is_asked_for_no_more(voters, tmp_path):
         voters.polls(tmp_path / "run")
 
 
-def spent(run: Path) -> list[Any]:
-    """What all but answers read in the ledger of silo-1: its charges, and ε of the worst record."""
-    with Ledger(run / "silos" / "silo-1" / "ledger.sqlite", "silo-1") as ledger:
-        entries = ledger.entries()
-        worst = [ledger.most_spent(entry).epsilon for entry in entries]
-        return [[(e.counted, e.state, len(ledger.stored(e.about.records))) for e in entries], worst]
-
-
 def test_what_was_asked_shows_nowhere_but_in_noised_sums(voters, tmp_path):
     """Adversary: an asker who chooses which records pay, and then reads whether a study may tune on
     the file, which records it leaves out, or what ε the silo states. All of them read one ledger.
@@ -370,30 +364,6 @@ def test_all_answers_are_paid_for_once(voters, tmp_path):
             votes(polls)
     ((charge,), _) = spent(tmp_path / "run")
     assert charge[0][0].count == voters.study.retrieval.questions
-
-
-def test_other_records_and_a_new_count_of_answers_pay_anew(voters, tmp_path):
-    """Adversary: an operator, or an accident: records of the same fingerprint, a lost ledger of
-    answers, another noise. Each would have answers that nobody paid for."""
-    with voters.polls(tmp_path / "run") as polls:
-        known = booth_of(polls).shelf.known
-    with Ledger(tmp_path / "ledger.sqlite", "silo-1") as ledger:
-        ledger.pin(1000.0, 1e-5)
-        first = np.arange(len(known)) < COPIES
-        some, others = _only(known, first), _only(known, ~first)
-        where = (voters.study, some, "ab" * 32, known.key)
-        prepay(ledger, *where)
-        prepay(ledger, *where)
-        assert len(ledger.entries()) == 1
-        for changed in (
-            (voters.study, others, "ab" * 32, known.key),
-            (voters.study, some, "ab" * 32, "another ledger of answers"),
-            (Voters(voters.data, questions=2).study, some, "ab" * 32, known.key),
-        ):
-            before = len(ledger.entries())
-            with contextlib.suppress(BudgetExceeded):
-                prepay(ledger, *changed)
-                assert len(ledger.entries()) == before + 1
 
 
 def test_a_ledger_without_what_was_paid_for_answers_is_refused(voters, tmp_path):

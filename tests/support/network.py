@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -86,7 +87,9 @@ class Network:
         shelves: silo → its index.
     """
 
-    def __init__(self, signed: Signed, homes: Mapping[str, Path], shelves: Mapping[str, Path]):
+    silos: tuple[str, ...] = SILOS
+
+    def __init__(self, signed: Any, homes: Mapping[str, Path], shelves: Mapping[str, Any]):
         self.signed, self.homes, self.shelves = signed, homes, shelves
         self.stacks: dict[str, contextlib.ExitStack] = {}
         self.counters: dict[str, Counter] = {}
@@ -97,7 +100,7 @@ class Network:
         """The silos' own limit, from when they start."""
         self.wire = Wire(self.ports)
         self.relay: Relay
-        for name in (*SILOS, "server"):
+        for name in (*self.silos, "server"):
             self.start(name)
 
     def start(self, name: str) -> None:
@@ -108,16 +111,20 @@ class Network:
         )
         member = self.members[name] = stack.enter_context(entered)
         counter = self.counters[name] = Counter()
-        stock = None
-        if name in self.shelves:
-            own = roles.open_shelf(member, self.shelves[name], self.most)
-            stack.callback(own.close)
-            stock = own.stock
-        port = roles.question_port(member, counter, stock, clock=lambda: self.now)
+        own = self.own(member, stack)
+        port = roles.question_port(member, counter, own, clock=lambda: self.now)
         if name == "server":
             self.relay = roles.question_relay(member, self.wire, port)
             self.relay.clock = lambda: self.now
         self.ports[name] = port
+
+    def own(self, member: Member, stack: contextlib.ExitStack) -> Any:
+        """What a member answers from."""
+        if member.name not in self.shelves:
+            return None
+        own = roles.open_shelf(member, self.shelves[member.name], self.most)
+        stack.callback(own.close)
+        return own.stock
 
     def kill(self, name: str) -> None:
         """As kill -9: nothing that was only in memory is left."""
@@ -132,7 +139,7 @@ class Network:
         (query,) = self.signed.space.embed([words])
         return self.counters[asker].hand_in(query)
 
-    def turns(self, waiting: Future[Result], most: int = 12) -> Result:
+    def turns(self, waiting: Future[Any], most: int = 12) -> Any:
         for _ in range(most):
             if waiting.done():
                 break

@@ -17,6 +17,7 @@ from securefedcollm_audits.protocol import (
     asker_attacks,
     authority_attacks,
     key_attacks,
+    poll_attacks,
     server_attacks,
     shelf_attacks,
     silo_attacks,
@@ -58,6 +59,7 @@ SERVER_CASES: Final[tuple[Case, ...]] = (
     *authority_attacks.CASES,
     *threshold_attacks.CASES,
     *shelf_attacks.SERVER_CASES,
+    *poll_attacks.SERVER_CASES,
 )
 
 SILO_CASES: Final[tuple[Case, ...]] = (
@@ -78,10 +80,13 @@ SILO_CASES: Final[tuple[Case, ...]] = (
     *shelf_attacks.SILO_CASES,
 )
 
-ASKER_CASES: Final[tuple[Case, ...]] = asker_attacks.CASES
+ASKER_CASES: Final[tuple[Case, ...]] = (*asker_attacks.CASES, *poll_attacks.ASKER_CASES)
 
-RETRIEVAL: Final = (*shelf_attacks.SERVER_CASES, *shelf_attacks.SILO_CASES, *ASKER_CASES)
-"""Attacks on private questions."""
+RETRIEVAL: Final = (
+    *(*shelf_attacks.SERVER_CASES, *shelf_attacks.SILO_CASES, *asker_attacks.CASES),
+    *(*poll_attacks.SERVER_CASES, *poll_attacks.ASKER_CASES),
+)
+"""Attacks on private questions, to documents and to records."""
 
 CASES: Final = SERVER_CASES + SILO_CASES + ASKER_CASES
 

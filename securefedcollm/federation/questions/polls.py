@@ -8,6 +8,7 @@ were asked different things refuse each other's keys.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Final
 
 import msgspec
@@ -60,6 +61,11 @@ def poll_digest(signed: bytes) -> bytes:
     return sha256(_PREFIX, b"poll\0", signed)
 
 
+def charge_of(poll: bytes) -> str:
+    """``Key.run`` of what the ledger of answers charges for a poll with this digest."""
+    return sha256(poll).hex()[:32]
+
+
 def poll_header(study: bytes, run: bytes, asker: bytes) -> bytes:
     """Who asks in which run of which study: 32 bytes, in every poll's signature.
 
@@ -84,6 +90,19 @@ def make_poll(
     Raises:
         ConfigError: there is no question, fewer than two choices, too many, or two alike.
     """
+    check_poll(question, choices)
+    made = Poll(
+        before=poll_header(digest(study), run, key.public),
+        signature=UNSIGNED,
+        number=random(_NUMBER_BYTES),
+        question=question,
+        choices=choices,
+    )
+    return sign(made, key)
+
+
+def check_poll(question: str, choices: Sequence[str]) -> None:
+    """Raises: ConfigError, if there is no question, or are no proper choices."""
     if not question.strip() or len(question) > 1 << 16:
         raise ConfigError("no question, or too long", where="QUESTION", hint="give it some words")
     if not 2 <= len(choices) <= MOST_CHOICES:
@@ -96,14 +115,6 @@ def make_poll(
         raise ConfigError(
             "a choice is empty, too long, or there twice", where="choices", hint="mend the list"
         )
-    made = Poll(
-        before=poll_header(digest(study), run, key.public),
-        signature=UNSIGNED,
-        number=random(_NUMBER_BYTES),
-        question=question,
-        choices=choices,
-    )
-    return sign(made, key)
 
 
 def answers_study(study: Study) -> str:
@@ -111,7 +122,12 @@ def answers_study(study: Study) -> str:
 
     Every record's charges under it stay within the study's claim for answers by themselves.
     """
-    return sha256(b"securefedcollm/answers/v1\0", digest(study)).hex()
+    return answers_name(digest(study))
+
+
+def answers_name(study: bytes) -> str:
+    """:func:`answers_study` of the study with this digest, 32 bytes."""
+    return sha256(b"securefedcollm/answers/v1\0", study).hex()
 
 
 def answers_of(study: Study) -> Retrieval:

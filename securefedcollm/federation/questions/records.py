@@ -7,22 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from securefedcollm.errors import DataError
 from securefedcollm.federation.cotuning import Holdings
-from securefedcollm.federation.questions.polls import Poll, answers_of
+from securefedcollm.federation.questions.polls import Poll, answers_of, claim_of
+from securefedcollm.federation.questions.prepaid import prepay
 from securefedcollm.federation.questions.space import Space
-from securefedcollm.federation.questions.voting import (
-    Reader,
-    RecordShelf,
-    count_labels,
-    prepay,
-)
+from securefedcollm.federation.questions.voting import Reader, RecordShelf, count_labels
 from securefedcollm.federation.tuned import Tuned
 from securefedcollm.primitives import sha256
+from securefedcollm.privacy.identities import Records
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.retrieval.nearest import RecordIndex
 from securefedcollm.study import Study
@@ -93,6 +91,55 @@ def index_records(
     return RecordIndex(np.array([found[text] for text in texts]))
 
 
+def pin_both(study: Study, ledger: Ledger, answers: Ledger) -> None:
+    """Give both ledgers of a silo their budget, if they have none.
+
+    Before any question: else a ledger would be pinned only once a record has paid.
+
+    Args:
+        ledger: the silo's own.
+        answers: of the study's answers.
+    """
+    if ledger.pinned is None:
+        ledger.pin(*budget_of(study))
+    if answers.pinned is None:
+        answers.pin(*claim_of(study))
+
+
+def budget_of(study: Study) -> tuple[float, float]:
+    """(ε, δ) that a silo's records get where nothing is pinned yet."""
+    (epsilon, delta), privacy = claim_of(study), study.privacy
+    assert privacy is not None  # study.retrievalchecks
+    return max(epsilon, privacy.epsilon), delta
+
+
+class Known(NamedTuple):
+    """A silo's records as its two ledgers know them.
+
+    ``own``: by the silo's, which all its studies share. ``by_text``: by that of the study's
+    answers, which knows a record by what is embedded. Records of equal questions have one account
+    there, and are always retrieved together. ``dataset``: fingerprint of the file.
+    """
+
+    own: Records
+    by_text: Records
+    dataset: str
+
+
+def known_of(study: Study, questions: Sequence[Question], ledger: Ledger, answers: Ledger) -> Known:
+    """The records, identified by both ledgers.
+
+    Raises:
+        StateError: a ledger's key is lost.
+    """
+    holdings, frame = Holdings(study, questions), frame_of(study.task)
+    own = ledger.identify(holdings.contents(), also=holdings.also)
+    ledger.recognise(own, [holdings.dataset, *holdings.also])
+    texts = (folded(bare(question.prompt, frame)) for question in questions)
+    by_text = answers.identify((sha256(text.encode()), None) for text in texts)
+    return Known(own, by_text, holdings.dataset)
+
+
 def shelf_of(
     study: Study,
     questions: Sequence[Question],
@@ -101,26 +148,21 @@ def shelf_of(
     answers: Ledger,
     progress: Progress = silent,
 ) -> RecordShelf:
-    """A silo's records, which have paid for all the answers that they may give.
+    """A silo's records, of which those that can have paid for all the answers that they may give.
 
     Args:
-        ledger: the silo's, which charges them all, once.
-        answers: of the study's answers at this silo: it knows records by what is embedded. Records
-            of equal questions have one account there, and are always retrieved together.
+        ledger: the silo's, which charges each of them once.
+        answers: of the study's answers at this silo.
 
     Raises:
-        BudgetExceeded: some record cannot pay.
+        BudgetExceeded: the study asks for more than the owner pinned.
         DataError: there is none, or one cannot be embedded.
         StateError: a ledger's key is lost.
     """
-    holdings, frame = Holdings(study, questions), frame_of(study.task)
-    known = ledger.identify(holdings.contents(), also=holdings.also)
-    ledger.recognise(known, [holdings.dataset, *holdings.also])
-    index = index_records(space, questions, progress, frame)
-    texts = (folded(bare(question.prompt, frame)) for question in questions)
-    by_text = answers.identify((sha256(text.encode()), None) for text in texts)
-    prepay(ledger, study, known, holdings.dataset, by_text.key)
-    return RecordShelf(index, by_text, holdings.dataset)
+    known = known_of(study, questions, ledger, answers)
+    index = index_records(space, questions, progress, frame_of(study.task))
+    paid = prepay(ledger, study, known.own, known.dataset, known.by_text.key)
+    return RecordShelf(index, known.by_text, known.dataset, paid)
 
 
 def reader_of(study: Study, questions: Sequence[Question], model: Tuned | None = None) -> Reader:

@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -34,17 +33,19 @@ from securefedcollm.errors import (
     SecureFedCoLLMError,
 )
 from securefedcollm.evidence.entries import Slip, Voted, Voting
-from securefedcollm.evidence.ledger import PREPAID_RUN, anchor
+from securefedcollm.evidence.ledger import anchor
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.questions.polls import (
     Poll,
     answers_of,
     answers_study,
+    charge_of,
     claim_of,
     poll_header,
     sum_header,
     votes_of,
 )
+from securefedcollm.federation.questions.prepaid import UNIT, Bools, only
 from securefedcollm.federation.records.common import note_refusal
 from securefedcollm.federation.silo import CLOCK, Clock
 from securefedcollm.primitives import SigningKey, sha256, verify
@@ -52,7 +53,7 @@ from securefedcollm.privacy.events import DiscreteGaussian, encode_events
 from securefedcollm.privacy.identities import Records
 from securefedcollm.privacy.ledger import Key, Ledger, Reservation
 from securefedcollm.privacy.noise import NoiseSource
-from securefedcollm.privacy.votes import MOST_CHOICES, Votes
+from securefedcollm.privacy.votes import Votes
 from securefedcollm.retrieval.nearest import RecordIndex
 from securefedcollm.study import Study, digest
 
@@ -60,11 +61,6 @@ log = logging.getLogger(__name__)
 
 READY: Final = b"ready"
 """The reply to every poll."""
-UNIT: Final = "record"
-
-_PREPAID: Final = b"securefedcollm/answers/prepaid/v1\0"
-
-Bools = npt.NDArray[np.bool_]
 Embed = Callable[[str], npt.NDArray[np.float64]]
 """A text → its unit vector in the study's space, computed by itself."""
 
@@ -92,49 +88,13 @@ class RecordShelf:
         known: by their identities in the ledger of answers, in the order of ``index``: by what is
             embedded alone, so that records which share an account are retrieved together.
         dataset: fingerprint of the file, for the ledger.
+        paid: which of them have paid for their answers, bool [n]; the others cast no vote.
     """
 
     index: RecordIndex
     known: Records
     dataset: str
-
-
-def prepay(ledger: Ledger, study: Study, records: Records, dataset: str, book: str) -> None:
-    """Charge every record of a file with all the answers that one record may give, once.
-
-    Which records a question retrieved shows in how much each has answered. So nothing but
-    :class:`Booth` may depend on that: neither whether a study may tune on the file, nor which of
-    its records, nor what ε a silo states. To all of them the records have spent the whole claim of
-    the study's answers, whatever was asked. Adversary: an asker who chooses what is retrieved, and
-    then watches the rest.
-
-    Args:
-        ledger: the silo's, which all its studies share.
-        dataset: fingerprint of the file.
-        book: names the ledger of answers that this pays for: the key of its records. A new one,
-            in which nobody has answered anything, is paid for anew. So are other records, and
-            other noise.
-
-    Raises:
-        BudgetExceeded: some record cannot pay for that. No question was asked yet.
-    """
-    event = votes_of(study, MOST_CHOICES).event()
-    whole = msgspec.structs.replace(event, count=answers_of(study).questions)
-    what = [answers_study(study), records.digest, book, *encode_events([whole])]
-    name = sha256(_PREPAID, msgspec.json.encode(what)).hex()
-    place = Key(dataset, UNIT, name[:PREPAID_RUN], 0, 0)
-    claim, pinned = claim_of(study), ledger.pinned
-    if pinned is not None and (claim[0] > pinned.epsilon or claim[1] > pinned.delta):
-        raise BudgetExceeded(
-            "the study asks for more than the owner of these records pinned",
-            hint="the owner decides: `securefedcollm budget set`",
-        )
-    state = next((e.state for e in ledger.entries() if e.key == place), None)
-    if state in {"released", "settled"}:
-        return
-    reservation = ledger.reserve(*place, [whole], claim, records=records, study=name)
-    ledger.release(reservation)
-    ledger.settle(reservation, [whole])
+    paid: Bools
 
 
 @dataclass(frozen=True)
@@ -148,6 +108,7 @@ class Booth:
         ledger: of the study's answers at this silo, and of nothing else. It charges the retrieved
             records; a plain one, since this class writes the evidence.
         evidence: the silo's log; it begins with ``opened``.
+        slot: seconds, at whose multiples replies to polls leave; None: at once.
     """
 
     study: Study
@@ -161,6 +122,7 @@ class Booth:
     read: Reader
     ledger: Ledger
     evidence: EvidenceLog
+    slot: float | None = None
     clock: Clock = CLOCK
 
     def open(self, asker: str) -> BoothConversation:
@@ -191,6 +153,11 @@ class BoothConversation:
         self._at: _Charged | None = None
         self._ended = False
 
+    @property
+    def over(self) -> bool:
+        """Whether it takes no further frame."""
+        return self._ended
+
     def handle(self, frame: bytes) -> bytes:
         """The answer to the next frame. Charge and evidence are on disk before this returns.
 
@@ -202,7 +169,7 @@ class BoothConversation:
         """
         if self._ended:
             raise RemoteProtocolError("this question is over", peer=self._asker, hint="ask anew")
-        clock, slot = self._booth.clock, self._booth.study.local.reply_slot
+        clock, slot = self._booth.clock, self._booth.slot
         begun, first = clock.now(), self._at is None
         try:
             return self._begin(frame) if self._at is None else self._sum(self._at, frame)
@@ -260,14 +227,14 @@ class BoothConversation:
         booth, plan = self._booth, answers_of(self._booth.study)
         query, event, shelf = booth.embed(poll.question), votes.event(), booth.shelf
         assert plan.threshold is not None  # study.retrievalchecks
-        place = Key(shelf.dataset, UNIT, sha256(poll.digest).hex()[:32], 0, 0)
+        place = Key(shelf.dataset, UNIT, charge_of(poll.digest), 0, 0)
         if any(entry.key.run == place.run for entry in booth.ledger.entries()):
             # Adversary: an asker, or a relay, that has one question summed twice, with other noise;
             # also after the silo has changed its file.
             raise RemoteProtocolError(
                 "asked the same question twice", peer=self._asker, hint="ask a new one"
             )
-        alike = shelf.index.retrieved(query, plan.threshold)
+        alike = shelf.paid & shelf.index.retrieved(query, plan.threshold)
         before: Bools | None = None
         while True:
             chosen = alike & self._paying(event)
@@ -276,7 +243,7 @@ class BoothConversation:
             try:
                 reservation = booth.ledger.reserve(
                     *(*place, [event], claim_of(booth.study)),
-                    records=_only(shelf.known, chosen),
+                    records=only(shelf.known, chosen),
                     study=answers_study(booth.study),
                     individually=True,
                 )
@@ -387,12 +354,6 @@ class BoothConversation:
 def slip_of(poll: Poll) -> Slip:
     """A poll as evidence has it."""
     return Slip(poll.signed().hex(), poll.signature.hex())
-
-
-def _only(known: Records, chosen: Bools) -> Records:
-    """These records of a file, perhaps none."""
-    whole = None if known.whole is None else known.whole[chosen]
-    return Records(known.rows[chosen], whole=whole, key=known.key)
 
 
 def count_labels(labels: Sequence[str], folded: Callable[[str], str]) -> Reader:

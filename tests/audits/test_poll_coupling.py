@@ -1,0 +1,105 @@
+"""``audit coupling --answers``: one record and what the others answer, pay and show."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from securefedcollm_audits.privacy.poll_coupling import (
+    BestK,
+    Case,
+    audit,
+    compare,
+    faults_of,
+    quick,
+)
+from securefedcollm_audits.protocol import poll_cohort
+from securefedcollm_audits.protocol.poll_cohort import Held
+from securefedcollm_audits.protocol.retrieval_cohort import embedding
+from securefedcollm_cli.main import app
+from typer.testing import CliRunner
+
+from securefedcollm.errors import BudgetExceeded, ConfigError
+from securefedcollm.federation.questions.voting import BoothConversation
+from securefedcollm.retrieval.nearest import RecordIndex
+from tests.support.polling import Voters
+from tests.support.small import small_study
+
+OTHERS = [Held("one", "amber"), Held("two", "violet"), Held("three", "amber")]
+ALONE = Case("", OTHERS, Held("four", "amber"), ["four", "one", "two"])
+
+
+@pytest.fixture(scope="module")
+def study():
+    return quick(poll_cohort.study_of())
+
+
+def test_a_record_moves_nothing_but_the_sum(study):
+    """Control: among the best k it does."""
+    found = compare(study, ALONE, embedding)
+    assert found[:2] == (0, 0)
+    assert compare(study, ALONE, embedding, BestK).moved
+
+
+def refusing(monkeypatch):
+    real = BoothConversation._paying
+
+    def paying(conversation, event):
+        found = real(conversation, event)
+        if not found.all():
+            raise BudgetExceeded("some records cannot pay")
+        return found
+
+    monkeypatch.setattr(BoothConversation, "_paying", paying)
+
+
+def test_a_refusal_for_a_records_sake_is_shown(study, monkeypatch):
+    refusing(monkeypatch)
+    assert compare(study, ALONE, embedding).shown
+
+
+def test_embeddings_that_follow_from_other_records_are_found(study):
+    """As where a batch is padded to its longest."""
+
+    def batched(vectors):
+        rows = np.asarray(vectors)
+        return RecordIndex(rows + 2 * rows[0])
+
+    assert compare(study, ALONE, embedding, batched).moved
+
+
+@pytest.mark.soak
+def test_the_command_attacks_a_silos_own_records(tmp_path):
+    local = {"steps": 1, "batch_size": 10, "learning_rate": 0.01, "reply_slot": 60.0}
+    voters = Voters(tmp_path / "voters", {"local": local})
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(voters.study.tree))
+    words = ["audit", "coupling", str(file), "--answers", "--data", str(voters.data), "--json"]
+    result = CliRunner().invoke(app, [*words, "--records", "6", "--seed", "3"])
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert said["figures"]["answers of others that moved"] == 0
+    assert said["figures"]["replies or evidence that differ"] == 0
+    assert said["figures"]["control, best k: answers of others that moved"] > 0
+    assert 0 < said["figures"]["slowest reply, s"] < said["figures"]["slot, s"] == 60.0
+
+
+@pytest.mark.parametrize(
+    ("figures", "told"),
+    [
+        ((1, 0, 1, 0.1), "answered, or paid, by other records"),
+        ((0, 1, 1, 0.1), "in replies or evidence"),
+        ((0, 0, 0, 0.1), "would notice nothing"),
+        ((0, 0, 1, 1.2), "more than a slot"),
+    ],
+)
+def test_each_fault_is_a_sentence(figures, told):
+    (fault,) = faults_of(*figures)
+    assert told in fault
+
+
+def test_what_asks_no_records_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="asks no records"):
+        audit(small_study(tmp_path))
