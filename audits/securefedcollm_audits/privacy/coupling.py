@@ -6,8 +6,10 @@ If its presence also moves the last bits of the others' gradients (by padding, b
 additions that a kernel chooses), an adapter can amplify that to many clip norms.
 
 The audit searches for the adapter that amplifies most. The positive control is how much an added
-unit moves the others where micro-batches are padded to their longest record, as in most programs;
-or, as pictures have one size, where they go through a batch normalisation. Then it applies the
+unit moves the others where micro-batches are padded to their longest record, as in most programs.
+Pictures have one size and need no padding. Their control goes through a batch normalisation, which
+the product refuses by name: it shows that the measurement would notice a coupling, not that one
+would be there without the product's own passes. Then it applies the
 same adapters to the product's own path, frozen layers and priors included, and computes
 ‖S(D + x) − S(D) − S(x)‖ in exact integers. The answer has to be 0.
 
