@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import re
 import struct
 import warnings
 from pathlib import Path
@@ -38,6 +39,8 @@ _PLAIN: Final = b"\x93securefedcollm/pixels/v1\0"
 _SIZE: Final = struct.Struct(">III")
 _DEEP: Final = ("I", "F")
 """How Pillow's names of modes begin whose pixels have more than 8 bits."""
+_DEEP_RAW: Final = re.compile(r";16[BLN]")
+"""What its names of colours of 16 bits in a file hold; "BGR;16" is one of 16 bits a pixel."""
 
 
 class UnreadableError(ValueError):
@@ -104,7 +107,9 @@ def _refuse(image: Any) -> None:
     _refuse_size(*image.size)
     if _goes_on(image):
         raise UnreadableError("has several frames")
-    if image.mode.startswith(_DEEP):
+    # What Pillow would cut down to 8 bits, as two pictures' difference may be in the lower ones.
+    cut = any(_DEEP_RAW.search(str(tile[3])) for tile in image.tile)
+    if cut or image.mode.startswith(_DEEP):
         raise UnreadableError("has more than 8 bits a pixel and colour")
 
 

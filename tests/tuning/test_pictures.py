@@ -220,16 +220,22 @@ def test_a_camera_that_was_held_sideways(tmp_path: Path) -> None:
     assert np.array_equal(unfold(question.picture), np.rot90(pixels, -1))
 
 
-def claiming(width: int, height: int) -> bytes:
-    """A PNG of some bytes whose header claims that many pixels."""
+def png(width: int, height: int, depth: int, colours: int, lines: bytes) -> bytes:
+    """A PNG with a header of one's own; ``colours``: 0 grey, 2 red, green and blue, 4 grey and
+    transparent."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return (
             struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         )
 
-    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 99))
+    head = struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines))
+
+
+def claiming(width: int, height: int) -> bytes:
+    """A PNG of some bytes whose header claims that many pixels."""
+    return png(width, height, 8, 0, b"\0" * 99)
 
 
 def frames() -> bytes:
@@ -249,6 +255,13 @@ def chain(count: int) -> bytes:
     for left in range(count, 0, -1):
         out += each + struct.pack("<I", len(out) + len(each) + 4 if left > 1 else 0)
     return bytes(out)
+
+
+def test_colours_of_five_bits_are_read() -> None:
+    """A BMP of 16 bits a pixel: less than 8 a colour."""
+    head = struct.pack("<IIIHHIIIIII", 40, 2, 1, 1, 16, 0, 4, 0, 0, 0, 0)
+    content = b"BM" + struct.pack("<IHHI", 58, 0, 0, 54) + head + struct.pack("<HH", 0x7C00, 0x001F)
+    assert unfold(content).tolist() == [[[255, 0, 0], [0, 0, 255]]]
 
 
 def test_nothing_counts_the_frames_of_a_file() -> None:
@@ -297,6 +310,8 @@ FAULTY: dict[str, tuple[Any, str]] = {
     "a strip of numbers": ([[0]] * 51, "over 50 times as long"),
     "frames": (frames(), "has several frames"),
     "deep": (deep(), "has more than 8 bits"),
+    "deep colours": (png(2, 1, 16, 2, b"\0" + bytes(range(12))), "has more than 8 bits"),
+    "deep and transparent": (png(2, 1, 16, 4, b"\0" + bytes(range(8))), "has more than 8 bits"),
     "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be decoded"),
     "ragged": ([[1, 2], [3]], "no rectangle"),
     "too bright": ([[1, 256]], "outside of 0 to 255"),
