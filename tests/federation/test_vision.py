@@ -103,9 +103,10 @@ def test_a_classifiers_adapter_is_merged_by_its_run(run: Any, directory: Path) -
 
 
 def test_no_picture_moves_what_the_others_contribute(directory: Path) -> None:
-    found = audit(tiny_study(directory), data=directory, records=9, adapters=4, seed=1)
+    """The control has no fixed passes: the last one is as large as there are pictures left."""
+    found = audit(tiny_study(directory), data=directory, records=3, adapters=8, seed=1)
     assert not found.faults
-    assert found.figures["control, any adapter"] > 1e-6
+    assert found.figures["control, any adapter"] > 1e-8
     assert found.figures["moved, mixed records"] == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from securefedcollm.tuning.pictures import MOST_RATIO, UnreadableError, from_arr
 from securefedcollm.tuning.plans import LossPlan
 from securefedcollm.tuning.questions import PLAIN, EncodedQuestions, choice_scores, encode
 from securefedcollm.tuning.recipe import evaluation_mode
+from securefedcollm.tuning.signals import Signal
 from tests.support.pictures import (
     FAMILIES,
     HEADLESS,
@@ -120,11 +122,29 @@ def test_a_model_in_bfloat16(directory: Path) -> None:
     assert apart.abs().max() < 0.2
 
 
+class Normalised(EncodedQuestions):
+    """Scaled by the mean and spread of a batch, as by a batch normalisation before the model."""
+
+    def select(self, index: torch.Tensor) -> EncodedQuestions:
+        batch = super().select(index)
+        assert batch.signal is not None
+        scaled = nn.functional.batch_norm(
+            batch.signal.inputs(torch.float32), None, None, training=True
+        )
+        ones = torch.ones_like(batch.signal.scale)
+        return replace(batch, signal=Signal(scaled, ones, torch.zeros_like(ones)))
+
+
 def _gradients(model: Any, data: EncodedQuestions) -> tuple[np.ndarray, np.ndarray]:
     """Each record's, by the product and by the control: [n, d]."""
     layout = layout_of(model, "ffa-lora")
     control = PaddedRecords(
-        model, select(model, layout), data, loss="answer", scoring=PLAIN, widths=Widths(1, 16)
+        model,
+        select(model, layout),
+        Normalised(**vars(data)),
+        loss="answer",
+        scoring=PLAIN,
+        widths=Widths(1, 16),
     )
     found = []
     for records in (records_of(model, layout, data, LOSS), control):
