@@ -311,10 +311,16 @@ def merge(
     private merged as it is alone. Virtual tokens (a prompt or prefix) cannot be merged.
     """
     from securefedcollm.tuning.adapters import merged
-    from securefedcollm.tuning.classifiers import read_head
+    from securefedcollm.tuning.classifiers import HEAD_FILE, read_head
     from securefedcollm.tuning.identity import model_digest, model_parts
     from securefedcollm.tuning.models import save_model
 
+    if run is None and adapter is not None and (adapter / HEAD_FILE).exists():
+        raise ConfigError(
+            "this adapter is of a classifier of pictures, whose labels its run's study names",
+            where="--adapter",
+            hint="merge it by --run DIR, or with PEFT: README.md beside it says how",
+        )
     with Bars(quiet=as_json) as bars:
         chosen = choose_model(
             run, role, model, revision, adapter, data, "cpu", bars, dtype="float32"
@@ -367,6 +373,7 @@ def choose_model(
         )
     from securefedcollm.federation.continuing import beside
     from securefedcollm.federation.tuned import fold_earlier, part_of
+    from securefedcollm.tuning.classifiers import set_head
     from securefedcollm.tuning.models import find_device, load_model
     from securefedcollm.tuning.quantised import check_quantization, quantise, round_weights
 
@@ -401,6 +408,8 @@ def choose_model(
             progress=bars.report,
             part=part_of(study.task),
         )
+        if study.task.kind == "image_classification":
+            set_head(loaded.model, study.task.labels, study.seed)
         with beside(run):
             fold_earlier(study, role, loaded, data)
         # An adapter that is merged fits the rounded weights, but not into them.

@@ -37,8 +37,6 @@ _VITS: Final = {"digits-large": (64, 3), "digits-small": (32, 2)}
 BUILTIN_RECORDS: Final = 3000
 BUILTIN_SUBJECTS: Final = 752
 DIGITS_RECORDS: Final = 1000
-DIGITS_SUBJECTS: Final = 800
-"""Of all silos together."""
 
 
 def update_values(study: Study, data: Path | None) -> int:
@@ -72,8 +70,16 @@ def update_values(study: Study, data: Path | None) -> int:
 def builtin_units(study: Study) -> int:
     """Units of a silo in an embedded world, where the study does not say how many records."""
     if study.task.data.builtin == "digits":
-        return DIGITS_RECORDS if study.subject is None else DIGITS_SUBJECTS // study.silos.count
+        return DIGITS_RECORDS if study.subject is None else _digits(study)
     return BUILTIN_RECORDS if study.subject is None else BUILTIN_SUBJECTS
+
+
+def _digits(study: Study) -> int:
+    """Subjects of the silo that has fewest."""
+    from securefedcollm.tuning.digits import Digits
+
+    world, silos = Digits(study.seed, study.silos.count), range(study.silos.count)
+    return min(world.subjects(silo, DIGITS_RECORDS) for silo in silos)
 
 
 def unit_records(study: Study) -> int:

@@ -367,9 +367,8 @@ def _notes(study: Study, baselines: tuple[str, ...]) -> list[str]:
     if study.task.data.builtin:
         known = "the LLM had" if study.models.llm else "the model had"
         digits = study.task.data.builtin == "digits"
-        what = "faulty scanners" if digits else "rules"
         notes.append(
-            f"general: knowledge that {known}; private: {what} that only silos' records hold."
+            f"general: knowledge that {known}; private: rules that only silos' records hold."
             if not digits
             else f"general: digits as {known} seen them; private: digits through the silos' faulty "
             "scanners."

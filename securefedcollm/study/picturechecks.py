@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Final
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.study.config import Study
@@ -11,6 +12,8 @@ from securefedcollm.study.learning import VIRTUAL
 
 DIGITS = [*"0123456789"]
 """The labels of ``task.data.builtin: digits``."""
+MOST_SILOS: Final = 800
+"""No two of them share a digit."""
 
 
 def check_pictures(study: Study) -> None:
@@ -30,6 +33,9 @@ def _faults(study: Study) -> Iterator[tuple[str, str, str]]:
     if task.data.builtin == "digits" and task.labels != DIGITS:
         hint = f"labels: {json.dumps(DIGITS)}"
         yield "task.labels", "the built-in digits have ten labels, 0 to 9 in this order", hint
+    if task.data.builtin == "digits" and study.silos.count > MOST_SILOS:
+        what = f"there are {MOST_SILOS} built-in digits for silos, and every silo needs one"
+        yield "silos.count", what, f"choose at most {MOST_SILOS}"
     if task.data.builtin == "digits" and task.data.partition == "dirichlet":
         what = "the built-in digits are dealt by site, or iid"
         yield "task.data.partition", what, "choose iid, or leave it out"

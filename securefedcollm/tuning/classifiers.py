@@ -87,7 +87,7 @@ def check_classifier(model: Any, where: str) -> None:
         raise ConfigError(
             f"{name} cannot be run on a picture ({type(error).__name__}: {printable(error, 120)})",
             where=where,
-            hint="use a family that docs/models.md lists, such as ViT",
+            hint="use a family that docs/vision.md lists, such as ViT",
         ) from error
     if found.ndim != 2 or not bool(torch.isfinite(found).all()):
         raise ConfigError(
@@ -182,7 +182,7 @@ def read_head(model: Any, labels: Sequence[str], directory: Path | None) -> None
 
 
 def orthogonal(classes: int, width: int, seed: int) -> Tensor:
-    """A head made from a seed, float32 [classes, width]: orthonormal rows.
+    """A head made from a seed, float32 [classes, width]: orthonormal rows. Last bits are LAPACK's.
 
     More classes than numbers cannot be orthogonal; then the columns are, and rows have length 1 on
     average.

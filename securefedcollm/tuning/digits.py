@@ -9,9 +9,9 @@ of knowledge:
 
 * **general**: digits as they are. The built-in models were pretrained on some of them; the small
   one saw little of four of the ten.
-* **private**: each site has two scanners, and one of them has a fault of its own (:data:`FAULTS`).
-  The built-in models have never seen one. The server has faulty pictures too, but not what they
-  show.
+* **private**: each site has two scanners, and one of them has a fault (:data:`FAULTS`), which up
+  to six sites share with nobody. The built-in models have never seen one. The server has faulty
+  pictures too, but not what they show.
 
 No digit of the file is in two of the four parts: pretraining, the server's public pictures, the
 silos' records, the test.
@@ -167,6 +167,11 @@ class Digits:
         owners = draw.integers(self._silos, size=count) if mixed else np.full(count, silo)
         owners[draw.random(count) < 0.5] = _NO_FAULT
         return self._seen(which, owners, draw, "")
+
+    def subjects(self, silo: int, count: int) -> int:
+        """How many digits of the file a silo's ``count`` pictures show."""
+        pool = np.array_split(parts()["silos"], self._silos)[silo]
+        return len(np.unique(_draw(self._seed, 2, silo).integers(len(pool), size=count)))
 
     def public(self) -> list[Question]:
         """The server's pictures: ordinary ones with answers, then faulty ones without."""

@@ -38,7 +38,7 @@ def without_strangers(model: Any, missing: Iterable[str], source: str) -> Any:
         raise ConfigError(
             f"{type(model).__name__} has no linear layer called {HEAD} as its class head",
             where=source,
-            hint="use a family that docs/models.md lists, such as ViT, DeiT or CLIP",
+            hint="use a family that docs/vision.md lists, such as ViT, DeiT or CLIP",
         )
     if any(key.partition(".")[0] == HEAD for key in missing):
         setattr(model, HEAD, nn.Identity())

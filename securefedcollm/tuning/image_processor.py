@@ -27,7 +27,13 @@ FILE: Final = "preprocessor_config.json"
 _LUMA: Final = (19595, 38470, 7471)  # of 65536: ITU-R 601, as Pillow has it
 _SHORTEST: Final = ("CLIP",)
 """Kinds of processor for which a single number is the length of the shorter side."""
+_SQUARE: Final = ("VIT", "DEIT", "BEIT")
+"""Kinds for which it is both sides."""
+_STEPS: Final = frozenset({"resize", "center_crop", "rescale", "normalize", "convert_rgb"})
+"""What a file may ask for with ``do_…``."""
+_FILTERS: Final = range(6)
 _MOST_SIDE: Final = 2048
+_LARGEST: Final = 1e6
 
 
 @dataclass(frozen=True)
@@ -176,14 +182,15 @@ def read_settings(found: Mapping[str, Any], config: Any) -> ImageProcessor:
     Raises:
         KeyError, TypeError, ValueError: it describes none.
     """
+    _refuse_steps(found)
     channels = int(getattr(config, "num_channels", 3))
     height, width = _pair(config.image_size)
     resize: tuple[int, ...] | None = None
     if found.get("do_resize", True):
-        resize = _size(found["size"], str(found.get("image_processor_type", "")))
+        resize = _size(found["size"], _kind(found, config))
     if found.get("do_center_crop", False):
         given = found.get("crop_size", config.image_size)
-        crop = _size(given, "")
+        crop = _size(given, _SQUARE[0])
     else:
         crop = (height, width) if resize is None else resize
     if crop != (height, width):
@@ -191,8 +198,15 @@ def read_settings(found: Mapping[str, Any], config: Any) -> ImageProcessor:
     normal = found.get("do_normalize", True)
     mean = [float(v) for v in found["image_mean"]] if normal else [0.0]
     std = [float(v) for v in found["image_std"]] if normal else [1.0]
-    if channels not in (1, 3) or not all(v > 0 for v in std) or len(mean) != len(std):
+    factor = float(found.get("rescale_factor", 1 / 255)) if found.get("do_rescale", True) else 1.0
+    if channels not in (1, 3) or not mean or len(mean) != len(std):
         raise ValueError("number of colours, image_mean or image_std")
+    if not all(abs(v) <= _LARGEST for v in mean) or not 0 < factor <= _LARGEST:
+        raise ValueError("image_mean or rescale_factor")
+    if not all(1 / _LARGEST <= v <= _LARGEST for v in std):
+        raise ValueError("image_std")
+    if (resample := int(found.get("resample", 2))) not in _FILTERS:
+        raise ValueError(f"resample {resample}")
     if len(mean) not in (1, channels):
         raise ValueError(f"image_mean of {len(mean)} colours for a model of {channels}")
     return ImageProcessor(
@@ -200,11 +214,26 @@ def read_settings(found: Mapping[str, Any], config: Any) -> ImageProcessor:
         width=width,
         channels=channels,
         resize=resize,
-        resample=int(found.get("resample", 2)),
-        factor=float(found.get("rescale_factor", 1 / 255)) if found.get("do_rescale", True) else 1,
+        resample=resample,
+        factor=factor,
         mean=tuple(mean * (channels // len(mean))),
         std=tuple(std * (channels // len(std))),
     )
+
+
+def _refuse_steps(found: Mapping[str, Any]) -> None:
+    """Adversary: nobody; a step that is left out silently makes every picture a strange one."""
+    for key, value in found.items():
+        known = key.removeprefix("do_") in _STEPS or not key.startswith("do_")
+        if (not known or key in ("rescale_offset", "crop_pct")) and value:
+            raise ValueError(key)
+
+
+def _kind(found: Mapping[str, Any], config: Any) -> str:
+    """The processor's name, in capitals. Files of before 2022 call it a feature extractor; without
+    a name the model's decides, as in ``transformers``."""
+    named = found.get("image_processor_type") or found.get("feature_extractor_type")
+    return str(named or getattr(config, "model_type", "")).upper()
 
 
 def _size(given: Any, kind: str) -> tuple[int, ...]:
@@ -214,6 +243,8 @@ def _size(given: Any, kind: str) -> tuple[int, ...]:
         return _side(given["height"]), _side(given["width"])
     if kind.startswith(_SHORTEST):
         return (_side(given),)
+    if not kind.startswith(_SQUARE) and not isinstance(given, Sequence):
+        raise ValueError(f"size {given} without height and width")
     height, width = _pair(given)
     return _side(height), _side(width)
 

@@ -40,11 +40,7 @@ PREPARED: Final = {
 _HOSPITAL: Final[dict[str, Literal["llm", "slm"]]] = {"hospital-llm": "llm", "hospital-slm": "slm"}
 DIGITS: Final = ("digits-large", "digits-small")
 """Built-in classifiers of pictures."""
-_OPTIONS: Final[dict[Kind, list[str]]] = {
-    "causal": [],
-    "body": ["--encoder"],
-    "image": ["--images"],
-}
+_OPTIONS: Final[dict[Kind, list[str]]] = {"body": ["--encoder"], "image": ["--images"]}
 """Of ``model digest``."""
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 _COMMIT: Final = re.compile(r"^[0-9a-f]{40}$")
@@ -141,7 +137,7 @@ def load_model(
     if sha256 is not None:
         named = f"path:{local_path(base_dir, name, source)}" if kind == "path" else source
         words = [named, "--dtype", dtype, *(["--revision", revision] if revision else [])]
-        check_pin(loaded.parts, sha256, source, [*words, *_OPTIONS[part]])
+        check_pin(loaded.parts, sha256, source, [*words, *_OPTIONS.get(part, [])])
     return loaded
 
 
@@ -318,7 +314,7 @@ def _check_builtin(name: str, part: Kind) -> None:
         raise ConfigError(
             "classifies pictures" if name in DIGITS else "reads text, and no pictures",
             where=f"builtin:{name}",
-            hint="set task.kind: image_classification, or add --images to the command"
+            hint="set task.kind (--task) image_classification; `model digest` takes --images"
             if name in DIGITS
             else f"with task.kind: image_classification use {' or '.join(DIGITS)}",
         )

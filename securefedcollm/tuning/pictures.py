@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import re
 import struct
 import warnings
 from pathlib import Path
@@ -38,6 +39,8 @@ _PLAIN: Final = b"\x93securefedcollm/pixels/v1\0"
 _SIZE: Final = struct.Struct(">III")
 _DEEP: Final = ("I", "F")
 """How Pillow's names of modes begin whose pixels have more than 8 bits."""
+_DEEP_RAW: Final = re.compile(r";16[BLN]")
+"""What its names of colours of 16 bits in a file hold; "BGR;16" is one of 16 bits a pixel."""
 
 
 class UnreadableError(ValueError):
@@ -102,10 +105,25 @@ def _decoded(content: bytes) -> Pixels:
 
 def _refuse(image: Any) -> None:
     _refuse_size(*image.size)
-    if getattr(image, "n_frames", 1) > 1:
+    if _goes_on(image):
         raise UnreadableError("has several frames")
-    if image.mode.startswith(_DEEP):
+    # What Pillow would cut down to 8 bits, as two pictures' difference may be in the lower ones.
+    cut = any(_DEEP_RAW.search(str(tile[3])) for tile in image.tile)
+    if cut or image.mode.startswith(_DEEP):
         raise UnreadableError("has more than 8 bits a pixel and colour")
+
+
+def _goes_on(image: Any) -> bool:
+    """Whether there is a second frame.
+
+    Adversary: a file of megabytes that is a chain of frames. Counting them takes the square of
+    their number, so nothing counts them.
+    """
+    try:
+        image.seek(1)
+    except EOFError:
+        return False
+    return True
 
 
 def _refuse_size(width: int, height: int) -> None:
@@ -186,17 +204,19 @@ def read_file(folder: Path, name: str) -> bytes:
     """
     if not name.strip() or "\0" in name:
         raise UnreadableError("is no file name")
-    root = folder.resolve()
-    path = (root / name).resolve()
-    if Path(name).is_absolute() or not path.is_relative_to(root):
-        raise UnreadableError("is a path that leads out of the folder of the data file")
     try:
+        root = folder.resolve()
+        path = (root / name).resolve()
+        if Path(name).is_absolute() or not path.is_relative_to(root):
+            raise UnreadableError("is a path that leads out of the folder of the data file")
         if not path.is_file():
             raise UnreadableError("names a file that is not there")
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise UnreadableError(f"names a file that cannot be read ({error.strerror})") from None
+    except RuntimeError:  # links in a circle, in Python 3.12 and older
+        raise UnreadableError("names a file that cannot be read (a link to itself)") from None
     return from_content(content)
 
 

@@ -85,12 +85,28 @@ def test_a_run_is_measured_again_from_its_files(run: Any, directory: Path) -> No
     (row,) = [row for row in run.table if (row.model, row.method) == ("slm", "FedCoLLM")]
     assert found["general"]["accuracy"] == pytest.approx(row.accuracy["general"])
     assert len(found["all"]["confusion"]) == 10
+    result = CliRunner().invoke(app, [*words, "--role", "slm", "--base", "--json"])
+    assert result.exit_code == 0, result.output
+    (row,) = [row for row in run.table if (row.model, row.method) == ("slm", "zero-shot")]
+    assert json.loads(result.stdout)["general"]["accuracy"] == row.accuracy["general"]
+
+
+def test_a_classifiers_adapter_is_merged_by_its_run(run: Any, directory: Path) -> None:
+    adapter = directory / "run" / "adapters" / "slm"
+    words = ["model", "merge", "--out", str(directory / "merged"), "--data", str(directory)]
+    result = CliRunner().invoke(app, [*words, "--model", "path:slm", "--adapter", str(adapter)])
+    assert result.exit_code != 0
+    assert not (directory / "merged").exists()
+    assert "classifier of pictures" in str(result.exception or result.output)
+    words += ["--run", str(directory / "run"), "--role", "slm"]
+    assert CliRunner().invoke(app, words).exit_code == 0  # the control
 
 
 def test_no_picture_moves_what_the_others_contribute(directory: Path) -> None:
-    found = audit(tiny_study(directory), data=directory, records=9, adapters=4, seed=1)
+    """The control has no fixed passes: the last one is as large as there are pictures left."""
+    found = audit(tiny_study(directory), data=directory, records=3, adapters=8, seed=1)
     assert not found.faults
-    assert found.figures["control, any adapter"] > 1e-6
+    assert found.figures["control, any adapter"] > 1e-8
     assert found.figures["moved, mixed records"] == 0
 
 
@@ -115,6 +131,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "another world": (["task.data={builtin: hospitals}"], "task.kind"),
     "words": (["task.kind=classification"], "task.kind"),
     "template": (['task.template="Text: {}"'], "task.template"),
+    "sites": (["silos.count=900"], "silos.count"),
     "patient": (["privacy.unit=subject", "privacy.subject=patient"], "privacy.subject"),
 }
 
@@ -159,6 +176,7 @@ def test_the_worlds_parts_share_no_digit_and_no_site_anothers_scanner() -> None:
     public, tests = world.public(), world.tests()
     owners = [{q.subject for q in part} for part in (*silos, public, tests)]
     assert sum(map(len, owners)) == len(set.union(*owners))
+    assert [world.subjects(i, 200) for i in range(4)] == [len(part) for part in owners[:4]]
     assert {q.answer for q in public if q.group == "private"} == {None}
     assert all(q.answer is not None for q in (*tests, *silos[0]))
     assert digits.Digits(5, 4).records(1, 200) == silos[1]
@@ -188,6 +206,6 @@ def test_the_quick_start_teaches_both_models(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert sfc.verify(tmp_path / "run" / "evidence.zip").holds
     table = json.loads((tmp_path / "run" / "results.json").read_text())["table"]
-    private = {(row["model"], row["method"]): row["private"] for row in table}
+    private = {(r["model"], r["method"]): r["accuracy"]["private"] for r in table}
     assert private["slm", "FedCoLLM"] > private["slm", "zero-shot"] + 0.1
     assert private["llm", "FedCoLLM"] > private["llm", "zero-shot"] + 0.05

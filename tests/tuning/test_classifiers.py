@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from securefedcollm_audits.privacy.coupling import PaddedRecords
+from torch import nn
 from transformers import (
     AutoImageProcessor,
+    CLIPVisionConfig,
     ResNetConfig,
     ResNetForImageClassification,
 )
@@ -18,15 +22,17 @@ from transformers import (
 from securefedcollm.errors import ConfigError
 from securefedcollm.tuning.adapters import attach, full_layout, layout_of, select
 from securefedcollm.tuning.classifiers import orthogonal, own_labels, set_head
+from securefedcollm.tuning.image_processor import processor_of, read_settings
 from securefedcollm.tuning.independence import made_up_adapter
 from securefedcollm.tuning.local import check_records, records_of
 from securefedcollm.tuning.models import load_model
 from securefedcollm.tuning.passes import Widths
 from securefedcollm.tuning.per_record import question_losses
-from securefedcollm.tuning.pictures import pack
+from securefedcollm.tuning.pictures import MOST_RATIO, UnreadableError, from_array, pack
 from securefedcollm.tuning.plans import LossPlan
 from securefedcollm.tuning.questions import PLAIN, EncodedQuestions, choice_scores, encode
 from securefedcollm.tuning.recipe import evaluation_mode
+from securefedcollm.tuning.signals import Signal
 from tests.support.pictures import (
     FAMILIES,
     HEADLESS,
@@ -116,11 +122,29 @@ def test_a_model_in_bfloat16(directory: Path) -> None:
     assert apart.abs().max() < 0.2
 
 
+class Normalised(EncodedQuestions):
+    """Scaled by the mean and spread of a batch, as by a batch normalisation before the model."""
+
+    def select(self, index: torch.Tensor) -> EncodedQuestions:
+        batch = super().select(index)
+        assert batch.signal is not None
+        scaled = nn.functional.batch_norm(
+            batch.signal.inputs(torch.float32), None, None, training=True
+        )
+        ones = torch.ones_like(batch.signal.scale)
+        return replace(batch, signal=Signal(scaled, ones, torch.zeros_like(ones)))
+
+
 def _gradients(model: Any, data: EncodedQuestions) -> tuple[np.ndarray, np.ndarray]:
     """Each record's, by the product and by the control: [n, d]."""
     layout = layout_of(model, "ffa-lora")
     control = PaddedRecords(
-        model, select(model, layout), data, loss="answer", scoring=PLAIN, widths=Widths(1, 16)
+        model,
+        select(model, layout),
+        Normalised(**vars(data)),
+        loss="answer",
+        scoring=PLAIN,
+        widths=Widths(1, 16),
     )
     found = []
     for records in (records_of(model, layout, data, LOSS), control):
@@ -170,7 +194,8 @@ def test_a_head_is_the_same_wherever_it_is_made() -> None:
 
 
 PINNED = [-0.22599545, 0.30104488, 0.26172286]
-"""Participants on other machines, and of other versions, have to make the same."""
+"""Participants on other machines, and of other versions, have to make the same, but for last
+bits: these are LAPACK's, and an adapter's own head lies beside it."""
 
 
 def test_batch_normalisation_is_refused_by_name(tmp_path: Path) -> None:
@@ -207,6 +232,112 @@ def test_another_processor_is_another_model(tmp_path: Path) -> None:
 def test_a_built_in_model_of_the_other_kind_is_refused(source: str, part: Any, what: str) -> None:
     with pytest.raises(ConfigError, match=what):
         load_model(f"builtin:{source}", part=part)
+
+
+OLDER: dict[str, dict[str, Any]] = {
+    "ViT": {"feature_extractor_type": "ViTFeatureExtractor", "size": SIDE},
+    "DeiT": {
+        "feature_extractor_type": "DeiTFeatureExtractor",
+        "size": 10,
+        "do_center_crop": True,
+        "crop_size": SIDE,
+        "resample": 3,
+    },
+    "CLIP": {
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "size": SIDE,
+        "do_center_crop": True,
+        "crop_size": SIDE,
+        "resample": 3,
+    },
+}
+"""Files as they were written when processors were called feature extractors."""
+PLAIN_FILE: dict[str, Any] = {
+    "do_normalize": True,
+    "do_resize": True,
+    "image_mean": [0.5, 0.4, 0.3],
+    "image_std": [0.5, 0.25, 0.2],
+}
+
+
+@pytest.mark.parametrize("family", OLDER)
+def test_older_files_mean_what_they_mean_in_transformers(family: str, tmp_path: Path) -> None:
+    """One number is both sides of a ViT's input, and the shorter side of a CLIP's."""
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PLAIN_FILE | OLDER[family]))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family.lower()}))
+    sight = CLIPVisionConfig(image_size=SIDE)
+    theirs = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    pixels = np.random.default_rng(2).integers(0, 256, (20, 36, 3), dtype=np.uint8)
+    found = processor_of(str(tmp_path), sight, "path:x")([pack(pixels)]).inputs(torch.float32)
+    wanted = theirs(pixels, return_tensors="pt")["pixel_values"]
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"do_flip_channel_order": True},
+        {"do_pad": True},
+        {"rescale_offset": True},
+        {"crop_pct": 0.9},
+        {"rescale_factor": float("nan")},
+        {"rescale_factor": float("inf")},
+        {"image_mean": [float("inf"), 0, 0]},
+        {"image_std": [1e-300, 1, 1]},
+        {"image_std": [float("nan"), 1, 1]},
+        {"resample": 99},
+        {"size": SIDE, "image_processor_type": "LevitImageProcessor"},
+    ],
+)
+def test_a_file_that_asks_for_what_is_not_done_is_refused(more: dict[str, Any]) -> None:
+    usual = PLAIN_FILE | {"size": {"height": SIDE, "width": SIDE}, "do_pad": False}
+    sight = CLIPVisionConfig(image_size=SIDE)
+    assert read_settings(usual, sight).height == SIDE  # the control
+    with pytest.raises(ValueError, match=r"do_|_offset|crop_pct|image_|resc|resample|size"):
+        read_settings(usual | more, sight)
+
+
+def test_the_longest_picture_takes_no_memory_to_scale() -> None:
+    """Adversary: whoever made it. What is longer is refused where it is read."""
+    sight = processor(height=224, width=224, resize=(224,), resample=3)
+    strip = np.zeros((1, MOST_RATIO, 3), dtype=np.uint8)
+    assert sight([pack(strip)]).values.shape == (1, 3, 224, 224)
+    with pytest.raises(UnreadableError, match="times as long"):
+        from_array(np.zeros((1, MOST_RATIO + 1, 3), dtype=np.uint8).tolist())
+
+
+def test_the_class_head_is_no_target(tmp_path: Path) -> None:
+    """It is frozen; an adapter on it would be summed, and lie in no file that is read back."""
+    directory = saved(tmp_path / "vit", FAMILIES["ViT"])
+    known = [n for n, m in loaded(directory).model.named_modules() if isinstance(m, nn.Linear)]
+    block = next(n for n in known if n != "classifier").rpartition(".")[2]
+    for targets in (["classifier"], ["classifier", block]):
+        found = loaded(directory)
+        set_head(found.model, LABELS, 1)
+        with pytest.raises(ConfigError, match="is the class head, which is frozen"):
+            attach(found.model, rank=2, targets=targets)
+    found = loaded(directory)
+    set_head(found.model, LABELS, 1)
+    names = full_layout(attach(found.model, rank=2, targets=[block])).names  # the control
+    assert names
+    assert all(f".{block}." in name for name in names)
+
+
+def test_named_layers_of_the_last_blocks(directory: Path) -> None:
+    found = loaded(directory)
+    set_head(found.model, LABELS, 1)
+    linear = [n for n, m in found.model.named_modules() if isinstance(m, nn.Linear)]
+    block = next(n for n in reversed(linear) if n.partition(".")[0] != "classifier")
+    short = block.rpartition(".")[2]
+    names = full_layout(attach(found.model, rank=2, targets=[short], top_layers=1)).names
+    assert names
+    assert all(".layers.1." in n or ".layer.1." in n for n in names)
+    assert all(f".{short}." in name for name in names)
+    fresh = loaded(directory)
+    set_head(fresh.model, LABELS, 1)
+    first = next(n for n in linear if ".0." in n)
+    with pytest.raises(ConfigError, match="none of the named layers"):
+        attach(fresh.model, rank=2, targets=[first], top_layers=1)
 
 
 @pytest.mark.parametrize(

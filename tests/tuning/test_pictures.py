@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import json
 import struct
@@ -20,7 +21,8 @@ from typer.testing import CliRunner
 
 from securefedcollm.errors import DataError
 from securefedcollm.tuning.data import read_questions, write_questions
-from securefedcollm.tuning.pictures import pack, pixel_digest, unfold
+from securefedcollm.tuning.pictures import UnreadableError, pack, pixel_digest, unfold
+from securefedcollm.tuning.pictures import _refuse as refuse
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.splits import record_content, record_id
 
@@ -120,6 +122,96 @@ def test_rows_with_the_same_label_are_different_records(tmp_path: Path) -> None:
         assert all(q.row for q in found)
 
 
+REPORT = "The patient has a shadow on the left lung."
+
+
+def as_text(path: Path) -> list[Question]:
+    return read_questions(path, kind="classification", labels=LABELS)
+
+
+@pytest.mark.parametrize("label", ["cat", 0])
+def test_a_report_beside_a_picture_is_one_record_for_both_kinds_of_study(
+    label: str | int, tmp_path: Path
+) -> None:
+    """Adversary: a study's author, to whom every kind would be a fresh budget."""
+    content = {"bytes": file_of(drawn(1)), "path": "x.png"}
+    pq.write_table(
+        pa.table({"image": [content], "text": [REPORT], "label": [label]}), tmp_path / "r.parquet"
+    )
+    lines = in_lines(tmp_path, {"image": drawn(1).tolist(), "text": REPORT, "label": label})
+    table = tmp_path / "rows.csv"
+    table.write_text(f'image,text,label\n"{drawn(1).tolist()}",{REPORT},{label}\n')
+    for path in (tmp_path / "r.parquet", lines, table):
+        (picture,), (text,) = read(path), as_text(path)
+        assert picture.row == text.row != b"", path.suffix
+        assert record_content(picture) != record_content(text)  # so the row alone tells
+
+
+@pytest.mark.parametrize("kind", ["bytes", "with a path", "without one", "arrays"])
+def test_another_column_of_pictures_is_no_other_record(kind: str, tmp_path: Path) -> None:
+    """Adversary: a study's author, to whom every column would be a fresh budget."""
+
+    def column(seed: int) -> Any:
+        match kind:
+            case "bytes":
+                return file_of(drawn(seed))
+            case "arrays":
+                return drawn(seed).tolist()
+        return {
+            "bytes": file_of(drawn(seed)),
+            "path": f"{seed}.png" if kind == "with a path" else None,
+        }
+
+    path = tmp_path / "rows.parquet"
+
+    def rows_with(*seeds: int) -> tuple[Question, Question]:
+        held = {name: [column(seed)] for name, seed in zip("ab", seeds, strict=True)}
+        pq.write_table(pa.table({**held, "label": ["cat"]}), path)
+        a, b = (read_questions(path, **LAYOUT, columns={"image": name}) for name in "ab")
+        return a[0], b[0]
+
+    one, other = rows_with(1, 2)
+    assert one.row == other.row != b""
+    assert one.content != other.content
+    assert rows_with(1, 3)[0].row != one.row  # the control: that row holds another file
+
+
+def test_which_column_is_the_label_decides_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    held = {"a": [file_of(drawn(1))], "b": [file_of(drawn(2))], "c": ["cat"], "d": [0]}
+    pq.write_table(pa.table(held), path)
+    (one,), (other,) = (
+        read_questions(path, **LAYOUT, columns={"image": image, "label": label})
+        for image, label in ("ac", "bd")
+    )
+    assert one.row == other.row != b""
+
+
+def test_arrays_in_cells_are_those_of_json(tmp_path: Path) -> None:
+    pictures = [drawn(i).tolist() for i in (1, 2)]
+    table = tmp_path / "rows.csv"
+    table.write_text("image,label\n" + "".join(f'"{x}",cat\n' for x in pictures))
+    cells = read(table)
+    lines = read(in_lines(tmp_path, *({"image": x, "label": "cat"} for x in pictures)))
+    assert [q.row for q in cells] == [q.row for q in lines]
+    assert len({q.row for q in cells}) == 2
+
+
+def test_odd_columns_beside_a_picture_are_read_over(tmp_path: Path) -> None:
+    """A nested column may hold what JSON cannot spell."""
+    when = datetime.datetime(2024, 1, 2, tzinfo=datetime.UTC)
+    held = {
+        "image": [file_of(drawn(1))],
+        "times": [[[when], [when]]],
+        "files": [[[b"a"], [b"b"]]],
+        "pairs": [[[1.5, None], [None, 2.0]]],
+        "label": ["cat"],
+    }
+    pq.write_table(pa.table(held), tmp_path / "rows.parquet")
+    (question,) = read(tmp_path / "rows.parquet")
+    assert question.row
+
+
 def test_a_camera_that_was_held_sideways(tmp_path: Path) -> None:
     pixels, turned = drawn(3), Image.Exif()
     turned[0x0112] = 6  # a quarter turn
@@ -128,16 +220,22 @@ def test_a_camera_that_was_held_sideways(tmp_path: Path) -> None:
     assert np.array_equal(unfold(question.picture), np.rot90(pixels, -1))
 
 
-def claiming(width: int, height: int) -> bytes:
-    """A PNG of some bytes whose header claims that many pixels."""
+def png(width: int, height: int, depth: int, colours: int, lines: bytes) -> bytes:
+    """A PNG with a header of one's own; ``colours``: 0 grey, 2 red, green and blue, 4 grey and
+    transparent."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return (
             struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         )
 
-    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 99))
+    head = struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines))
+
+
+def claiming(width: int, height: int) -> bytes:
+    """A PNG of some bytes whose header claims that many pixels."""
+    return png(width, height, 8, 0, b"\0" * 99)
 
 
 def frames() -> bytes:
@@ -145,6 +243,47 @@ def frames() -> bytes:
     images = [Image.fromarray(drawn(i)) for i in (1, 2)]
     images[0].save(out, "TIFF", save_all=True, append_images=images[1:])
     return out.getvalue()
+
+
+def chain(count: int) -> bytes:
+    """A TIFF of one pixel whose directories lead on and on."""
+    entries = [(256, 3, 1), (257, 3, 1), (258, 3, 8), (259, 3, 1), (262, 3, 1)]
+    entries += [(273, 4, 8), (277, 3, 1), (278, 3, 1), (279, 4, 1)]
+    each = struct.pack("<H", len(entries))
+    each += b"".join(struct.pack("<HHII", tag, kind, 1, v) for tag, kind, v in entries)
+    out = bytearray(b"II*\0" + struct.pack("<I", 8))
+    for left in range(count, 0, -1):
+        out += each + struct.pack("<I", len(out) + len(each) + 4 if left > 1 else 0)
+    return bytes(out)
+
+
+def test_colours_of_five_bits_are_read() -> None:
+    """A BMP of 16 bits a pixel: less than 8 a colour."""
+    head = struct.pack("<IIIHHIIIIII", 40, 2, 1, 1, 16, 0, 4, 0, 0, 0, 0)
+    content = b"BM" + struct.pack("<IHHI", 58, 0, 0, 54) + head + struct.pack("<HH", 0x7C00, 0x001F)
+    assert unfold(content).tolist() == [[[255, 0, 0], [0, 0, 255]]]
+
+
+def test_nothing_counts_the_frames_of_a_file() -> None:
+    """Adversary: a chain of directories, which takes the square of its length to count."""
+    seen: list[int] = []
+
+    class Chain(Image.Image):
+        size = (4, 4)
+
+        @property
+        def n_frames(self) -> int:
+            raise AssertionError("somebody counts them")
+
+        def seek(self, frame: int) -> None:
+            seen.append(frame)
+
+    with pytest.raises(UnreadableError, match="several frames"):
+        refuse(Chain())
+    assert seen == [1]
+    with pytest.raises(UnreadableError, match="several frames"):
+        unfold(chain(20_000))
+    assert unfold(chain(1)).shape == (1, 1, 1)  # the control
 
 
 def deep() -> bytes:
@@ -159,6 +298,8 @@ FAULTY: dict[str, tuple[Any, str]] = {
     "absolute": ("/etc/passwd", "leads out of the folder"),
     "by a link": ("link.png", "leads out of the folder"),
     "a folder": (".", "not there"),
+    "a circle": ("circle.png", "names a file that"),
+    "below a circle": ("circle.png/x.png", "names a file that"),
     "text": (b"no picture", "cannot be decoded"),
     "of ours": (pack(drawn(1)), "is no image file"),
     "empty": (b"", "is no image file"),
@@ -169,6 +310,8 @@ FAULTY: dict[str, tuple[Any, str]] = {
     "a strip of numbers": ([[0]] * 51, "over 50 times as long"),
     "frames": (frames(), "has several frames"),
     "deep": (deep(), "has more than 8 bits"),
+    "deep colours": (png(2, 1, 16, 2, b"\0" + bytes(range(12))), "has more than 8 bits"),
+    "deep and transparent": (png(2, 1, 16, 4, b"\0" + bytes(range(8))), "has more than 8 bits"),
     "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be decoded"),
     "ragged": ([[1, 2], [3]], "no rectangle"),
     "too bright": ([[1, 256]], "outside of 0 to 255"),
@@ -186,6 +329,7 @@ def test_a_bad_picture_is_named_by_its_line_and_nothing_of_it_is_told(
     folder.mkdir()
     (tmp_path / "secret.png").write_bytes(file_of(drawn(1)))
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "circle.png").symlink_to(folder / "circle.png")
     (folder / "good.png").write_bytes(file_of(drawn(2)))
     value, problem = FAULTY[case]
     if isinstance(value, bytes):

@@ -6,8 +6,10 @@ If its presence also moves the last bits of the others' gradients (by padding, b
 additions that a kernel chooses), an adapter can amplify that to many clip norms.
 
 The audit searches for the adapter that amplifies most. The positive control is how much an added
-unit moves the others where micro-batches are padded to their longest record, as in most programs;
-or, as pictures have one size, where they go through a batch normalisation. Then it applies the
+unit moves the others where micro-batches are padded to their longest record, as in most programs.
+Pictures have one size and need no padding. Their control makes the last pass as large as there are
+records left: by one more picture it grows, a kernel adds up in another order, and last bits move.
+Then it applies the
 same adapters to the product's own path, frozen layers and priors included, and computes
 ‖S(D + x) − S(D) − S(x)‖ in exact integers. The answer has to be 0.
 
@@ -18,13 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F  # noqa: N812
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.federation.cotuning import by_unit
@@ -56,7 +58,6 @@ from securefedcollm.tuning.pictures import noise_like, question_of
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.questions import EncodedQuestions, sorted_by_length
 from securefedcollm.tuning.recipe import evaluation_mode
-from securefedcollm.tuning.signals import Signal
 from securefedcollm.tuning.whole import WholeModel
 from securefedcollm_audits.privacy.finding import Finding
 
@@ -192,8 +193,8 @@ def _faults(control: float, moved: dict[str, float], unit: str) -> list[str]:
     ]
     if control < _CONTROL:
         faults.append(
-            "the control, padded or normalised batches, showed no coupling either, so this search "
-            "would not notice any"
+            "the control, batches as long and as many as there are records, showed no coupling "
+            "either, so this search would not notice any"
         )
     return faults
 
@@ -237,16 +238,6 @@ def _pictures(chosen: list[Question], draw: np.random.Generator) -> list[Case]:
     return [Case("mixed records", chosen, added), Case("copies of one record", copies, added)]
 
 
-def _batch_normalised(batch: EncodedQuestions) -> EncodedQuestions:
-    """The control of pictures: scaled by the mean and spread of the batch, as by a layer of batch
-    normalisation before the model. The product refuses a model that has one."""
-    if batch.signal is None:
-        return batch
-    scaled = F.batch_norm(batch.signal.inputs(torch.float32), None, None, training=True)
-    ones = torch.ones_like(batch.signal.scale)
-    return replace(batch, signal=Signal(scaled, ones, torch.zeros_like(ones)))
-
-
 class PaddedRecords(Records):
     """The control: micro-batches as long as their longest record, as most programs have them."""
 
@@ -254,7 +245,7 @@ class PaddedRecords(Records):
         order = sorted_by_length(self._data, torch.from_numpy(rows))
         with watched(self._model) as calls:
             for part in torch.split(order, self._widths.most) if len(order) else ():
-                batch = _batch_normalised(self._data.select(part))
+                batch = self._data.select(part)
                 losses = question_losses(self._model, batch, self._loss, self._scoring)
                 if isinstance(self._model, WholeModel):
                     yield part.numpy(), _one_by_one(losses, self._parameters)
@@ -287,8 +278,11 @@ class Bench:
     def moved(self, adapter: Vector, case: Case) -> Floats:
         """How the added unit moves the others' sum in padded batches, in clip norms: [d]."""
         self._load(adapter)
-        with_it = self._padded([*case.others, *case.added])
-        without = self._padded(case.others)
+        most = self._tuned.study.local.micro_batch
+        if case.others[0].picture:  # so few that the last batch is not full
+            most = next(m for m in count(2) if len(case.others) % m)
+        with_it = self._padded([*case.others, *case.added], most)
+        without = self._padded(case.others, most)
         total: Floats = (with_it[: len(case.others)] - without).sum(0)
         return total / self._clip_norm
 
@@ -319,8 +313,9 @@ class Bench:
             sum_clipped(total, records, np.arange(records.units))
         return total.integers
 
-    def _padded(self, questions: Sequence[Question]) -> Floats:
-        """Clipped gradient of every question, from batches as long as their longest: [n, d]."""
+    def _padded(self, questions: Sequence[Question], most: int) -> Floats:
+        """Clipped gradient of every question, from batches of ``most``, as long as their longest:
+        [n, d]."""
         tuned, study = self._tuned, self._tuned.study
         layout = tuned.update_layout(0)
         records = PaddedRecords(
@@ -329,7 +324,7 @@ class Bench:
             self._encode(questions, private=False),
             loss=study.local.loss,
             scoring=tuned.scoring,
-            widths=Widths(tokens=1, most=study.local.micro_batch),
+            widths=Widths(tokens=1, most=most),
         )
         found = np.zeros((len(questions), layout.size))
         with evaluation_mode(tuned.model):
