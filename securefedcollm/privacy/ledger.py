@@ -314,13 +314,20 @@ class Ledger(Book):
             self._decide(asked).fits  # noqa: B018 - for what it loads
 
     def _decide(self, asked: Asked) -> Decision:
-        entries = list(self._state.entries.values())
-        if self._overlaps is None or not self._overlaps.about(asked.records, asked.fingerprints):
-            self._overlaps = Overlaps(
-                asked.records, asked.fingerprints, self.stored, self._state.files
-            )
+        entries, records, chosen = list(self._state.entries.values()), asked.records, None
+        alone = asked.individually and {asked.unit, *(e.unit.name for e in entries)} == {"record"}
+        if alone and records is not None and records.part is not None:
+            records, chosen = records.part  # whose sets are known already
+        if self._overlaps is None or not self._overlaps.about(records, asked.fingerprints):
+            self._overlaps = Overlaps(records, asked.fingerprints, self.stored, self._state.files)
         counted = [entry for entry in entries if not _of_the_other_part(entry, asked)]
-        return decide(asked, self._overlaps.patterns(counted), entries, self._state.pinned)
+        if alone:
+            # Adversary: an asker whose questions come to nothing, so that later ones take longer.
+            paid = [entry for entry in counted if entry.counted]
+            patterns = self._overlaps.alike(paid, chosen)
+        else:
+            patterns = self._overlaps.patterns(counted)
+        return decide(asked, patterns, entries, self._state.pinned)
 
     def _content(self, asked: Asked, decision: Decision) -> dict[str, Any]:
         """Of the row that grants a reservation. The set of records is kept with its first row."""
