@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.evidence.bundle import make_bundle
@@ -121,14 +122,10 @@ def ask_records(
         if records
         else deal(agreed, place).silos
     )
+    space = space_of(agreed, place, progress)
+    about: dict[str, Any] = {"data": place, "progress": progress}
     with Polls(
-        agreed,
-        records=silos,
-        asker=asker,
-        directory=directory,
-        space=space_of(agreed, place, progress),
-        data=place,
-        progress=progress,
+        agreed, records=silos, asker=asker, directory=directory, space=space, **about
     ) as polls:
         asked = polls.ask(question, choices)
         found = asked.opinion, asked.seconds

@@ -10,9 +10,9 @@ import pytest
 from securefedcollm_audits.protocol import poll_attacks, poll_cohort
 from securefedcollm_audits.protocol.cases import adversary
 
-from securefedcollm.errors import BudgetExceeded
+from securefedcollm.errors import BudgetExceeded, LocalProtocolError
 from securefedcollm.federation.questions import polling, polls, voting
-from securefedcollm.federation.questions.voting import BoothConversation
+from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.privacy.votes import Votes
 
 CASES = (*poll_attacks.ASKER_CASES, *poll_attacks.SERVER_CASES)
@@ -65,16 +65,15 @@ def welcoming(monkeypatch):
 
 
 def refusing(monkeypatch):
-    """A record that cannot pay is a reason to refuse."""
-    real = BoothConversation._paying
+    """A silo of which no record answers refuses."""
+    real = Ledger.reserve
 
-    def paying(conversation, event):
-        found = real(conversation, event)
-        if not found.all():
-            raise BudgetExceeded("some records cannot pay")
-        return found
+    def reserve(ledger, *about, records=None, individually=False, **more):
+        if individually and ledger.owner == "silo-1" and not len(records):
+            raise LocalProtocolError("no record answers")
+        return real(ledger, *about, records=records, individually=individually, **more)
 
-    monkeypatch.setattr(BoothConversation, "_paying", paying)
+    monkeypatch.setattr(Ledger, "reserve", reserve)
 
 
 def staying_away(monkeypatch):
@@ -115,7 +114,7 @@ def nameless(monkeypatch):
         (poll_attacks.different_questions, unbound, "votes, which are the first silo's own"),
         (poll_attacks.missing_noise, quieter, "of the noise that was charged"),
         (poll_attacks.own_noise, welcoming, "a sum whose noise is partly its own"),
-        (poll_attacks.spent_records, refusing, "some records cannot pay"),
+        (poll_attacks.spent_records, refusing, "no record answers"),
         (poll_attacks.absent_silos, staying_away, "stays away"),
         (poll_attacks.swapped_question, unchecked, "4 silos answer what nobody signed"),
         (poll_attacks.exchanged_names, nameless, "4 silos answer what nobody signed"),

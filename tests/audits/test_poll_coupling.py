@@ -23,9 +23,9 @@ from securefedcollm_audits.protocol.retrieval_cohort import embedding
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
-from securefedcollm.errors import BudgetExceeded, ConfigError
+from securefedcollm.errors import ConfigError, LocalProtocolError
 from securefedcollm.federation.questions.polls import Poll
-from securefedcollm.federation.questions.voting import BoothConversation
+from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.retrieval.nearest import RecordIndex
 from tests.support.polling import Voters
 from tests.support.small import small_study
@@ -47,15 +47,15 @@ def test_a_record_moves_nothing_but_the_sum(study):
 
 
 def refusing(monkeypatch):
-    real = BoothConversation._paying
+    """A silo of which no record answers refuses."""
+    real = Ledger.reserve
 
-    def paying(conversation, event):
-        found = real(conversation, event)
-        if not found.all():
-            raise BudgetExceeded("some records cannot pay")
-        return found
+    def reserve(ledger, *about, records=None, individually=False, **more):
+        if individually and ledger.owner == "silo-1" and not len(records):
+            raise LocalProtocolError("no record answers")
+        return real(ledger, *about, records=records, individually=individually, **more)
 
-    monkeypatch.setattr(BoothConversation, "_paying", paying)
+    monkeypatch.setattr(Ledger, "reserve", reserve)
 
 
 def test_a_refusal_for_a_records_sake_is_shown(study, monkeypatch):

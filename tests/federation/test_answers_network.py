@@ -35,6 +35,7 @@ from securefedcollm.federation.questions.counter import open_for_questions
 from securefedcollm.federation.questions.polls import make_poll
 from securefedcollm.federation.questions.port import GRACE, LATE_GRACE
 from securefedcollm.federation.questions.prepaid import has_prepaid
+from securefedcollm.federation.status import told
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.simulation.ask_records import ask_records_from
 from securefedcollm.study import digest
@@ -101,6 +102,14 @@ def test_the_server_and_a_silo_ask_records(network, tmp_path):
     assert kinds(network, "server") == [Polled, Tallied]
     assert kinds(network, "silo-1") == [Voting, Voted, Polled, Voting, Voted, Tallied]
     assert kinds(network, "silo-2") == [Voting, Voted] * 2
+    assert [told(entry, network.signed.study) for entry in log_of(network, "silo-1")[1:]] == [
+        "a question of server: charged, votes about to leave",
+        "agreed to a sum of the votes of 4 silos",
+        "a question of this member to the silos' records is about to leave",
+        "a question of silo-1: charged, votes about to leave",
+        "agreed to a sum of the votes of 4 silos",
+        "the votes of 4 silos were opened",
+    ]
     verified(network, tmp_path)
 
 

@@ -263,6 +263,19 @@ def test_only_members_ask_and_sign(voters, tmp_path):
             booth.open("silo-2").handle(poll.encode())
 
 
+def test_a_question_that_breaks_the_encoder_is_refused_without_its_words(voters, tmp_path, caplog):
+    with voters.polls(tmp_path / "run") as polls:
+        booth, frame = booth_of(polls), asked(polls)
+
+        def broken(text: str) -> Any:
+            raise IndexError(text)
+
+        with pytest.raises(RemoteProtocolError, match="cannot be embedded"):
+            replace(booth, embed=broken).open("server").handle(frame)
+        assert charged(tmp_path / "run", "silo-1") == []
+        assert QUESTION not in caplog.text
+
+
 def test_silos_that_are_asked_different_things_open_nothing(voters, tmp_path):
     """Else the sum would show what one of them said."""
     with voters.polls(tmp_path / "run") as polls:

@@ -272,7 +272,9 @@ class QuestionPort:
                 conversation = begun.conversation
                 content = conversation.handle(letter.content)
         except BudgetExceeded as error:
-            return self._no(letter, b"spent", error)
+            # Of records it says what their owner pinned: nothing that somebody spent.
+            spent = b"spent" if self._matter.first == "question" else b"refused"
+            return self._no(letter, spent, error)
         except StateError as error:
             return self._no(letter, b"unable", error)
         except SecureFedCoLLMError as error:

@@ -234,7 +234,7 @@ class BoothConversation:
     def _paid(self, poll: Poll, votes: Votes) -> tuple[npt.NDArray[np.float64], Reservation]:
         """The content of this silo's votes, after the records that make it were charged."""
         booth, plan = self._booth, answers_of(self._booth.study)
-        query, event, shelf = booth.embed(poll.question), votes.event(), booth.shelf
+        query, event, shelf = self._embedded(poll.question), votes.event(), booth.shelf
         assert plan.threshold is not None  # study.retrievalchecks
         place = Key(shelf.dataset, UNIT, charge_of(poll.digest), 0, 0)
         if any(entry.key.run == place.run for entry in booth.ledger.entries()):
@@ -263,6 +263,23 @@ class BoothConversation:
                 if not chosen.any():
                     raise LocalProtocolError("a charge to no record was refused") from None
                 before = chosen
+
+    def _embedded(self, question: str) -> npt.NDArray[np.float64]:
+        """Adversary: an asker whose question makes an encoder fail, to end the silo's process. That
+        depends on no record.
+
+        Raises:
+            RemoteProtocolError, DataError: it cannot be embedded.
+        """
+        try:
+            return self._booth.embed(question)
+        except SecureFedCoLLMError:
+            raise
+        except Exception as error:  # whatever the encoder raises on a text
+            log.error("%s: a question failed (%s)", self._booth.name, type(error).__name__)
+            raise RemoteProtocolError(
+                "asked what cannot be embedded", peer=self._asker, hint="ask in other words"
+            ) from None
 
     def _paying(self, event: DiscreteGaussian) -> Bools:
         """Which of the silo's records can pay for one question more, each by itself.
