@@ -201,7 +201,7 @@ class Ledger(Book):
         if not decision.fits:  # explained outside the lock: what would fit takes a second
             message, hint = decision.refusal()
             raise BudgetExceeded(f"{_sum(round)} of {unit} data: {message}", hint=hint)
-        self._catch_up()
+        self._granted(asked)
         return Reservation(key, merged, row.seq)
 
     def foresee(
@@ -306,6 +306,12 @@ class Ledger(Book):
         self._step("void", reservation)
 
     # --- internals ------------------------------------------------------------------------------
+
+    def _granted(self, asked: Asked) -> None:
+        """Else the time of the release would tell how many records an answer is about."""
+        self._catch_up()
+        if asked.individually:
+            self._journal.checkpoint()
 
     def _prepare(self, asked: Asked) -> None:
         """Imports, and reads the sets of records that a new file meets: outside the lock."""
