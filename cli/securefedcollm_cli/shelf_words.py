@@ -76,8 +76,8 @@ def _of_records(terms: AnswerTerms) -> dict[str, str]:
         "budget": f"the record that has spent most has spent ε = {up(terms.spent)} of "
         f"{terms.budget:g} (δ = {terms.budget_delta:g}); with this it would be {up(terms.after)}"
         f"{pin}",
-        "time": f"replies leave at multiples of {terms.slot:g} s, so that the time tells nothing "
-        "of what was found",
+        "time": f"replies leave at multiples of {terms.slot:g} s, which hides how long your "
+        "records take, as long as that is less",
     }
     if terms.left_out == terms.records:
         shown["WARNING"] = (

@@ -146,8 +146,8 @@ def _render(vote: Vote) -> None:
         typer.secho(f"{printable(silo)} did not answer: {printable(why)}", fg="yellow")
     for silo, count in vote.left_out.items():
         typer.secho(
-            f"{count:,} records of {printable(silo)} have no budget left for answers, and cast no "
-            "vote: securefedcollm budget set",
+            f"{count:,} records of {printable(silo)} have no budget left for answers, or no words, "
+            "and cast no vote: securefedcollm budget set",
             fg="yellow",
         )
     total = len(vote.counted) + len(vote.failed)

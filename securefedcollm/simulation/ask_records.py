@@ -30,8 +30,8 @@ class Vote:
     although nobody knows whether they had any; ``failed``: silo → why it is not. ``questions``: how
     many of these one record can answer within its budget of ``epsilon`` and ``delta``. ``sent`` and
     ``received``: bytes of all frames; ``seconds``: of the whole question. ``left_out``: silo → how
-    many of its records had no budget left for answers, and cast no vote. Only whoever plays all
-    roles is told that.
+    many of its records had no budget left for answers, or no words, and cast no vote.
+    Only whoever plays all roles is told that.
     """
 
     choice: str

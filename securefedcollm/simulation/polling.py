@@ -120,7 +120,6 @@ class Polls:
                     read=reader_of(study, records[name], model),
                     ledger=answers,
                     evidence=logs[name],
-                    slot=study.local.reply_slot,
                 )
             self._canvass = Canvass(study, run, keys[asker], roster, logs[asker])
             failing.pop_all()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
+from securefedcollm_audits.privacy import poll_coupling
 from securefedcollm_audits.privacy.poll_coupling import (
     BestK,
     Case,
@@ -22,6 +24,7 @@ from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError, LocalProtocolError
+from securefedcollm.federation.questions.polls import Poll
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.retrieval.nearest import RecordIndex
 from tests.support.polling import Voters
@@ -70,9 +73,30 @@ def test_embeddings_that_follow_from_other_records_are_found(study):
     assert compare(study, ALONE, embedding, batched).moved
 
 
+def test_the_time_is_that_of_the_most_work_that_an_asker_can_make(study, monkeypatch):
+    """Every record is retrieved, charged and counted, for 64 choices as long as may be."""
+    space, seen = SimpleNamespace(embed=lambda texts: np.array([embedding(t) for t in texts])), []
+    real = poll_coupling.count_labels
+
+    def counting(labels, fold):
+        read = real(labels, fold)
+
+        def watch(poll, retrieved, similarities):
+            seen.append((len(poll.encode()), len(poll.choices), retrieved.sum()))
+            return read(poll, retrieved, similarities)
+
+        return watch
+
+    monkeypatch.setattr(poll_coupling, "count_labels", counting)
+    assert poll_coupling.slowest_reply(study, OTHERS, embedding, space) > 0
+    ((length, choices, retrieved),) = seen
+    assert 0.7 * Poll.LIMIT < length <= Poll.LIMIT
+    assert (choices, retrieved) == (64, len(OTHERS))
+
+
 @pytest.mark.soak
 def test_the_command_attacks_a_silos_own_records(tmp_path):
-    local = {"steps": 1, "batch_size": 10, "learning_rate": 0.01, "reply_slot": 60.0}
+    local = {"steps": 1, "batch_size": 10, "learning_rate": 0.01, "reply_slot": 25.0}
     voters = Voters(tmp_path / "voters", {"local": local})
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(voters.study.tree))
@@ -83,7 +107,8 @@ def test_the_command_attacks_a_silos_own_records(tmp_path):
     assert said["figures"]["answers of others that moved"] == 0
     assert said["figures"]["replies or evidence that differ"] == 0
     assert said["figures"]["control, best k: answers of others that moved"] > 0
-    assert 0 < said["figures"]["slowest reply, s"] < said["figures"]["slot, s"] == 60.0
+    assert said["figures"]["records timed"] > said["figures"]["records"] == 6
+    assert 0 < said["figures"]["slowest reply, s"] < said["figures"]["slot, s"] == 25.0
 
 
 @pytest.mark.parametrize(

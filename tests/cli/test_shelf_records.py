@@ -57,7 +57,7 @@ def test_an_operator_sees_what_records_pay_and_declines_at_no_cost(signed, file)
         "only the sum of at least 3 silos is opened, with noise against 1",
         "a record answers 6 questions, then it is silent",
         "all answers of a record spend ε = 4 (δ = 1e-05); every record pays that now",
-        "has spent ε = 0.00 of 4 (δ = 1e-05)",
+        "has spent ε = 0.000 of 4 (δ = 1e-05)",
         "agreeing pins that budget",
         "replies leave at multiples of 1 s",
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections import Counter as Tally
@@ -11,21 +12,34 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from securefedcollm_audits.verification.merge import merge
 from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.errors import ConfigError, EvidenceError, ProtocolError, StateError
-from securefedcollm.evidence.entries import Entry, Polled, Refused, Tallied, Voted, Voting
+from securefedcollm.evidence.entries import (
+    Entry,
+    Polled,
+    Refused,
+    Tallied,
+    Voted,
+    Voting,
+    decode_entry,
+    encode_entry,
+)
 from securefedcollm.federation.engines.door import Door
 from securefedcollm.federation.questions import answering
 from securefedcollm.federation.questions import letters as post
 from securefedcollm.federation.questions.counter import open_for_questions
+from securefedcollm.federation.questions.polls import make_poll
 from securefedcollm.federation.questions.port import GRACE, LATE_GRACE
+from securefedcollm.federation.questions.prepaid import has_prepaid
 from securefedcollm.federation.status import told
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.simulation.ask_records import ask_records_from
-from tests.support.polling import CHOICES, QUESTION, RECORDS
+from securefedcollm.study import digest
+from tests.support.polling import CHOICES, QUESTION, RECORDS, record
 from tests.support.vote_network import SILOS, SignedVoters, VoteNetwork, votes
 
 SLOT = 0.01
@@ -117,7 +131,7 @@ def test_the_server_sees_the_same_whatever_was_found(network):
         before = len(log_of(network, "silo-1"))
         opinion = network.poll(words=words.ljust(len("w90 w91 w92")))
         crossed = [(silo, way, shape(way, frame)) for silo, way, frame in network.wire.seen]
-        hidden = {"poll", "header", "delivery", "ledger", "lists"}
+        hidden = {"poll", "header", "delivery", "ledger", "lists", "prepaid"}
         plain = [msgspec.to_builtins(entry.what) for entry in log_of(network, "silo-1")[before:]]
         entries = [{k: v for k, v in what.items() if k not in hidden} for what in plain]
         seen[case] = (votes(opinion), crossed, entries)
@@ -290,6 +304,97 @@ def test_an_older_ledger_ends_the_silos_process(network):
     with pytest.raises(StateError, match="does not say that the answers"):
         network.start("silo-2")
     (home / "ledger.sqlite").write_bytes(newer[home / "ledger.sqlite"])
+
+
+def test_a_ledger_from_before_a_later_prepayment_ends_the_silos_process(network):
+    """Adversary: an operator who puts back the silo's own ledger, so that records which were added
+    to its file, and have answered, have their whole budget again.
+
+    Control: some prepayment of the study is in the older copy too.
+    """
+    home, study = network.homes["silo-2"], network.members["silo-2"].study
+    book = home / "ledger.sqlite"
+    network.kill("silo-2")
+    older = book.read_bytes()
+    network.shelves["silo-2"] = [*RECORDS["silo-2"], record("w9 w9", "w50")]
+    network.start("silo-2")
+    network.poll()
+    network.kill("silo-2")
+    newer = book.read_bytes()
+    book.write_bytes(older)
+    with Ledger(book, "silo-2") as ledger:
+        assert has_prepaid(ledger, book, digest(study))
+    with pytest.raises(StateError, match="is older than"):
+        network.start("silo-2")
+    book.write_bytes(newer)
+    network.start("silo-2")
+    network.now += 70
+    assert network.poll(words="w90 w91").survivors == SILOS
+    # Evidence of an older version, which did not say it, reads as it was written.
+    entry = next(entry for entry in log_of(network, "silo-2") if _is(entry, Voting))
+    old = msgspec.structs.replace(entry, what=msgspec.structs.replace(entry.what, prepaid=None))
+    raw = encode_entry(old)
+    assert b"prepaid" in encode_entry(entry)
+    assert b"prepaid" not in raw
+    assert decode_entry(raw, "") == old
+
+
+def called(network: VoteNetwork, words: str, askers: tuple[str, ...]) -> list[str]:
+    """The kinds of letters with which silo-2 answers all of them in one call."""
+    port, study = network.ports["silo-2"], network.members["silo-2"].study
+    polls = [
+        make_poll(study, port._run, network.members[who].key, words, CHOICES) for who in askers
+    ]
+    letters = [
+        post.Letter(who, os.urandom(16), "poll", poll.encode())
+        for who, poll in zip(askers, polls, strict=True)
+    ]
+    reply = port.step(post.encode(post.Carry(port._run, letters)))
+    return [letter.kind for letter in post.decode_carried(reply, "silo-2").letters]
+
+
+def test_the_time_of_a_call_tells_nothing_of_records_and_is_one_slot_for_all(network, monkeypatch):
+    """Adversary: an asker with a clock; and askers who ask at once, so that the silo waits so long
+    that the server gives up its call.
+
+    Control: without slots the same calls take other times.
+    """
+    network.poll(words="w90 w91")
+    booth = network.ports["silo-2"]._answering
+
+    def slowly(poll: Any, retrieved: Any, _: Any) -> Any:
+        network.now += SLOT / 100 * retrieved.sum()
+        return np.zeros(len(poll.choices))
+
+    object.__setattr__(booth, "read", slowly)
+    took: dict[float | None, list[float]] = {}
+    for slot in (SLOT, None):
+        monkeypatch.setattr(answering.Answers, "slot", slot)
+        for words in (QUESTION, "w90 w91"):
+            network.waited.clear()
+            began = network.now
+            kinds_ = called(network, words, ("server", "silo-1", "silo-3", "server"))
+            assert kinds_ == ["ready"] * 3 + ["declined"]
+            assert len(network.waited) == (slot is not None)
+            took.setdefault(slot, []).append(network.now - began)
+    assert took[SLOT] == pytest.approx([SLOT] * 2)
+    assert took[None] == pytest.approx([SLOT / 100 * 15, 0.0])
+
+
+def test_a_slot_of_a_training_is_not_one_of_questions(network):
+    """A silo that waits for hours answers nobody, and the server gives up its call."""
+    study = network.members["silo-2"].study
+    local = msgspec.structs.replace(study.local, reply_slot=86_400.0)
+    sizes = answering.answers_sizes(msgspec.structs.replace(study, local=local))
+    assert sizes.seconds == 30 + 2 * answering.MOST_SLOT
+
+
+def test_a_question_for_documents_at_the_door_ends_nothing(network):
+    waiting = network.counters["server"].hand_in(np.zeros(6))
+    network.relay.turn()
+    with pytest.raises(ConfigError, match="this study asks records"):
+        waiting.result(0)
+    assert votes(network.poll()) == [2, 1, 0]
 
 
 def test_a_member_without_records_asks_and_says_that_it_has_none(signed, tmp_path):

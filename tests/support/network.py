@@ -18,6 +18,7 @@ from securefedcollm.federation.questions.inquiry import Found, judge
 from securefedcollm.federation.questions.port import QuestionPort
 from securefedcollm.federation.questions.relay import Relay
 from securefedcollm.federation.roles import Member
+from securefedcollm.federation.silo import Clock
 from securefedcollm.study import load_study, study_from_tree
 from tests.support.asking import TEXTS, Members
 from tests.support.members import make_identities, write_signed
@@ -96,6 +97,7 @@ class Network:
         self.members: dict[str, Member] = {}
         self.ports: dict[str, QuestionPort] = {}
         self.now = 0.0
+        self.waited: list[float] = []
         self.most: int | None = None
         """The silos' own limit, from when they start."""
         self.wire = Wire(self.ports)
@@ -112,11 +114,16 @@ class Network:
         member = self.members[name] = stack.enter_context(entered)
         counter = self.counters[name] = Counter()
         own = self.own(member, stack)
-        port = roles.question_port(member, counter, own, clock=lambda: self.now)
+        port = roles.question_port(member, counter, own, clock=Clock(lambda: self.now, self.wait))
         if name == "server":
             self.relay = roles.question_relay(member, self.wire, port)
             self.relay.clock = lambda: self.now
         self.ports[name] = port
+
+    def wait(self, seconds: float) -> None:
+        """Of members that let a slot pass."""
+        self.waited.append(seconds)
+        self.now += seconds
 
     def own(self, member: Member, stack: contextlib.ExitStack) -> Any:
         """What a member answers from."""

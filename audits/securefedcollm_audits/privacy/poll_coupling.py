@@ -31,13 +31,13 @@ from securefedcollm.federation.questions.answering import slot_of
 from securefedcollm.federation.questions.polls import (
     Poll,
     answers_of,
-    answers_study,
-    claim_of,
+    make_poll,
     votes_of,
 )
-from securefedcollm.federation.questions.prepaid import UNIT
+from securefedcollm.federation.questions.prepaid import paying
 from securefedcollm.federation.questions.records import bare, embed_alone, frame_of
-from securefedcollm.federation.questions.space import space_of
+from securefedcollm.federation.questions.space import Space, space_of
+from securefedcollm.federation.questions.voting import count_labels
 from securefedcollm.federation.records import SERVER
 from securefedcollm.federation.workload import Progress, silent
 from securefedcollm.retrieval.nearest import RecordIndex
@@ -45,13 +45,22 @@ from securefedcollm.study import Study, study_from_tree
 from securefedcollm.tuning.content import folded
 from securefedcollm.tuning.question import Question
 from securefedcollm_audits.privacy.finding import Finding
-from securefedcollm_audits.protocol.poll_cohort import SILOS, Held, Talk, Voters
+from securefedcollm_audits.protocol.poll_cohort import (
+    RUN,
+    SILOS,
+    Held,
+    Talk,
+    Voters,
+    longest_choices,
+)
 
 RECORDS: Final = 24
 ANSWERS: Final = 1
 """That one record can give in the audit, so that records are spent at once."""
 _BEST: Final = 2
-_HIDDEN: Final = frozenset({"poll", "header", "delivery", "ledger", "lists"})
+_LONG: Final = 4096
+"""Characters of the longest question that is timed: more than an encoder reads."""
+_HIDDEN: Final = frozenset({"poll", "header", "delivery", "ledger", "lists", "prepaid"})
 """Of evidence: digests of random numbers, and heads under the log's blind."""
 
 Bools = npt.NDArray[np.bool_]
@@ -98,6 +107,9 @@ def audit(
         found = compare(made, case, embed)
         moved, shown = moved + found.moved, shown + found.shown
         slowest = max(slowest, found.slowest)
+    slowest = max(
+        slowest, slowest_reply(made, [held_of(study, each) for each in silo], embed, space)
+    )
     progress(len(cases), len(cases) + 1, "the control")
     control = compare(made, cases[0], embed, BestK).moved
     progress(len(cases) + 1, len(cases) + 1, "questions")
@@ -112,6 +124,7 @@ def audit(
         faults=faults_of(moved, shown, control, slowest / slot_of(study)),
         figures={
             "records": float(len(held)),
+            "records timed": float(len(silo)),
             "questions": float(asked),
             "answers of others that moved": float(moved),
             "replies or evidence that differ": float(shown),
@@ -213,6 +226,42 @@ class BestK(RecordIndex):
         return found
 
 
+class Everybody(RecordIndex):
+    """For the longest time: every record is retrieved."""
+
+    def retrieved(self, query: npt.ArrayLike, threshold: float) -> Bools:
+        """All, after the same work."""
+        return super().retrieved(query, threshold) | True
+
+
+def slowest_reply(
+    study: Study, held: Sequence[Held], embed: Callable[[str], Any], space: Space
+) -> float:
+    """Seconds of a silo's reply to the longest poll where it retrieves, charges and reads all of
+    these records.
+
+    Args:
+        embed: of records.
+    """
+    own = dict.fromkeys(SILOS, held[:1]) | {SILOS[0]: held}
+    voters = Voters(own=own, given=study, embed=embed, index=Everybody)
+    booth = replace(
+        voters.booths[SILOS[0]],
+        embed=partial(embed_alone, space),
+        read=count_labels([one.answer for one in held], folded),
+    )
+    question = " ".join(one.question for one in held)[:_LONG]
+    poll = make_poll(
+        study, RUN, voters.keys[SERVER], question, longest_choices(room=2048 + 4 * _LONG)
+    )
+    frame, conversation = poll.encode(), booth.open(SERVER)
+    began = time.perf_counter()
+    conversation.handle(frame)
+    took = time.perf_counter() - began
+    conversation.close()
+    return took
+
+
 def _play(
     study: Study, case: Case, embed: Callable[[str], Any], index: Any, *, added: bool
 ) -> list[Seen]:
@@ -246,13 +295,8 @@ def _ask(voters: Voters, question: str, held: Sequence[Held], shift: int) -> See
     voters.booths[SILOS[0]] = booth
     plain = [msgspec.to_builtins(entry.what) for entry in booth.evidence.entries[size:]]
     entries = [{k: v for k, v in what.items() if k not in _HIDDEN} for what in plain]
-    able = booth.ledger.payers(
-        *(booth.shelf.dataset, UNIT, [votes_of(voters.study, 2).event()], 1),
-        claim_of(voters.study),
-        records=booth.shelf.known,
-        study=answers_study(voters.study),
-        individually=True,
-    )
+    shelf, event = booth.shelf, votes_of(voters.study, 2).event()
+    able = paying(booth.ledger, voters.study, shelf.known, shelf.dataset, event)
     return Seen(
         frozenset(at - shift for at in read if at >= shift),
         tuple(bool(one) for one in able[shift:]),
@@ -278,6 +322,6 @@ def quick(study: Study) -> Study:
     return study_from_tree(tree)
 
 
-def _spy(read: list[int], real: Any, poll: Poll, retrieved: Sequence[int], of: Any) -> Any:
-    read += retrieved
+def _spy(read: list[int], real: Any, poll: Poll, retrieved: Bools, of: Any) -> Any:
+    read += np.flatnonzero(retrieved).tolist()
     return real(poll, retrieved, of)

@@ -25,9 +25,9 @@ from securefedcollm.federation.files import make_directory
 from securefedcollm.federation.questions.answering import Answers, OwnRecords
 from securefedcollm.federation.questions.begun import Everybody, begin_log
 from securefedcollm.federation.questions.polling import Canvass, Opinion
-from securefedcollm.federation.questions.polls import claim_of
+from securefedcollm.federation.questions.polls import Poll, claim_of
 from securefedcollm.federation.questions.port import Chair
-from securefedcollm.federation.questions.prepaid import only, prepay
+from securefedcollm.federation.questions.prepaid import prepay
 from securefedcollm.federation.questions.voting import (
     Booth,
     BoothConversation,
@@ -39,6 +39,7 @@ from securefedcollm.federation.records import SERVER
 from securefedcollm.primitives import SigningKey, sha256
 from securefedcollm.privacy.identities import Records
 from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.privacy.votes import MOST_CHOICES
 from securefedcollm.retrieval.nearest import RecordIndex
 from securefedcollm.study import Study, digest, load_study
 from securefedcollm_audits.protocol.cohort import recorded
@@ -145,12 +146,9 @@ class Voters:
         books = Ledger(place / f"{name}-own.sqlite", name)
         if books.pinned is None:
             books.pin(*claim_of(self.study))
-        shelf = RecordShelf(
-            self.index([self.embed(one.question) for one in held]),
-            known,
-            sha256(name.encode()).hex(),
-            self._paid(name, books, known),
-        )
+        index = self.index([self.embed(one.question) for one in held])
+        paid = self._paid(name, books, known)
+        shelf = RecordShelf(index, known, sha256(name.encode()).hex(), paid, books.head.digest)
         read = count_labels([one.answer for one in held], str)
         own = OwnRecords(shelf, self.embed, read, answers, books)
         public = {other: key.public for other, key in self.keys.items() if other != name}
@@ -167,7 +165,7 @@ class Voters:
         known = books.identify(contents)
         poor = np.arange(len(held)) < (self.poor if name == SILOS[0] else 0)
         if poor.any():
-            prepay(books, self.study, only(known, poor), dataset, "an older study's")
+            prepay(books, self.study, known.only(poor), dataset, "an older study's")
         return prepay(books, self.study, known, dataset, by_text.key)
 
     def canvass(self, asker: str = SERVER) -> Canvass:
@@ -179,6 +177,16 @@ class Voters:
     ) -> Opinion:
         """A whole question, honestly carried."""
         return carried(self, self.canvass(asker), asker, text, choices)
+
+
+def longest_choices(number: int = MOST_CHOICES, room: int = 2048) -> tuple[str, ...]:
+    """Choices of a poll of the longest kind, of characters that take long to bring into one form.
+
+    Args:
+        room: bytes that are left for the rest.
+    """
+    each = (Poll.LIMIT - room) // number // 4 - 4
+    return tuple(f"{place} " + "a\u0301 " * each for place in range(number))
 
 
 def unchanged(silo: str, number: int, frame: bytes) -> bytes:

@@ -10,7 +10,7 @@ them: a poll is signed by its asker, and the sum's header binds it, study, roste
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 from securefedcollm.aggregation import Roster
 from securefedcollm.errors import ConfigError
@@ -27,14 +27,15 @@ from securefedcollm.privacy.ledger import Ledger, Reservation
 from securefedcollm.study import Study
 
 SLOT: Final = 1.0
-"""Seconds. Over a network an asker measures how long a silo takes, which grows with the number of
-records that a question retrieves. So replies to polls leave at multiples of this, or of the study's
-``local.reply_slot``."""
+"""Seconds. Over a network an asker measures how long a silo takes, and some of that depends on its
+records. So replies to polls leave at multiples of this, or of the study's ``local.reply_slot``."""
+MOST_SLOT: Final = 30.0
+"""Seconds. ``local.reply_slot`` may be as long as a training; a silo that waits answers nobody."""
 
 
 def slot_of(study: Study) -> float:
     """Seconds, at whose multiples a silo replies to polls over the network."""
-    return study.local.reply_slot or SLOT
+    return min(study.local.reply_slot or SLOT, MOST_SLOT)
 
 
 def answers_sizes(study: Study) -> Sizes:
@@ -75,6 +76,11 @@ class Answers:
         """See :class:`~.port.Matter`."""
         return answers_sizes(self.study)
 
+    @property
+    def slot(self) -> float:
+        """See :class:`~.port.Matter`."""
+        return slot_of(self.study)
+
     def answering(self, chair: Chair, run: bytes, evidence: EvidenceLog) -> Booth | None:
         """See :class:`~.port.Matter`."""
         own = self.own
@@ -99,17 +105,16 @@ class Answers:
             read=own.read,
             ledger=own.ledger,
             evidence=evidence,
-            slot=slot_of(self.study),
         )
 
-    def ask(
-        self, what: tuple[str, tuple[str, ...]], chair: Chair, run: bytes, evidence: EvidenceLog
-    ) -> PollSteps:
+    def ask(self, what: Any, chair: Chair, run: bytes, evidence: EvidenceLog) -> PollSteps:
         """See :class:`~.port.Matter`; ``what``: question and choices.
 
         Raises:
-            ConfigError: this member may not ask.
+            ConfigError: this member may not ask, or ``what`` is for documents.
         """
+        if not isinstance(what, tuple):
+            raise ConfigError("this study asks records", hint="give a question and its choices")
         require_asker(self.study, chair.name)
         return Canvass(self.study, run, chair.key, self.roster, evidence).steps(*what)
 

@@ -20,6 +20,7 @@ import msgspec
 from securefedcollm.aggregation.masking.messages import Deal, Delivery, Opening, Roll
 from securefedcollm.errors import RemoteProtocolError
 from securefedcollm.federation.messages import trains
+from securefedcollm.federation.questions.polls import Poll
 from securefedcollm.retrieval import Terms
 from securefedcollm.retrieval.messages import limit
 
@@ -44,8 +45,6 @@ ANSWER: Final[dict[Kind, Kind]] = {
 """``poll`` asks records; each ``request`` of the sum of their votes then has a ``reply``."""
 ASKS: Final = frozenset(ANSWER)
 """Kinds that an asker sends; the others come back."""
-MOST_POLL: Final = 64 << 10
-"""Bytes of a question to records with its choices; an encoder reads 512 tokens."""
 
 REASONS: Final[dict[bytes, str]] = {
     b"spent": "has answered all of your questions that it agreed to",
@@ -170,7 +169,7 @@ def of_answers(silos: int, slot: float, *, reads: bool) -> Sizes:
         reads: whether a model reads the records.
     """
     longest: dict[Kind, int] = {
-        "poll": MOST_POLL,
+        "poll": Poll.LIMIT,
         "ready": 16,
         "request": max(Roll.LIMIT, Opening.LIMIT, Delivery.LIMIT * silos // 128 + (16 << 10)),
         "reply": Deal.LIMIT,

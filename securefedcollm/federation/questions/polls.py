@@ -31,10 +31,13 @@ _Choices = Annotated[tuple[_Text, ...], msgspec.Meta(min_length=2, max_length=MO
 
 
 class Poll(Signable, frozen=True, tag="poll"):
-    """Asker → silo: a question and what to choose from. ``before``: :func:`poll_header`."""
+    """Asker → silo: a question and what to choose from. ``before``: :func:`poll_header`.
+
+    Nobody sends or reads a longer one: an encoder reads 512 tokens.
+    """
 
     CONTEXT: ClassVar[bytes] = _PREFIX + b"poll"
-    LIMIT: ClassVar[int] = 1 << 20
+    LIMIT: ClassVar[int] = 64 << 10
 
     before: Digest
     signature: Signature
@@ -103,17 +106,21 @@ def make_poll(
 
 def check_poll(question: str, choices: Sequence[str]) -> None:
     """Raises: ConfigError, if there is no question, or are no proper choices."""
-    if not question.strip() or len(question) > 1 << 16:
-        raise ConfigError("no question, or too long", where="QUESTION", hint="give it some words")
+    if not question.strip():
+        raise ConfigError("no question", where="QUESTION", hint="give it some words")
     if not 2 <= len(choices) <= MOST_CHOICES:
         raise ConfigError(
             f"{len(choices)} choices", where="choices", hint=f"give 2 to {MOST_CHOICES}"
         )
     if len({" ".join(c.split()) for c in choices}) < len(choices) or not all(
-        c.strip() and len(c) <= 1 << 16 for c in choices
+        c.strip() for c in choices
     ):
+        raise ConfigError("a choice is empty or there twice", where="choices", hint="mend the list")
+    if sum(len(text.encode()) + 8 for text in (question, *choices)) > Poll.LIMIT - 1024:
         raise ConfigError(
-            "a choice is empty, too long, or there twice", where="choices", hint="mend the list"
+            f"question and choices are over {(Poll.LIMIT >> 10) - 1} KiB",
+            where="QUESTION",
+            hint="shorten them; an encoder reads 512 tokens",
         )
 
 

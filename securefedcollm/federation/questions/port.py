@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
@@ -36,6 +35,7 @@ from securefedcollm.federation.questions.letters import (
     decode_carry,
     encode,
 )
+from securefedcollm.federation.silo import CLOCK, Clock
 from securefedcollm.primitives import SigningKey
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,8 @@ class Matter(Protocol):
     """What the members of a study ask each other.
 
     ``sizes``: of its letters. ``first`` and ``then``: kinds of an asker's first letter, and of
-    those that follow.
+    those that follow. ``slot``: seconds, at whose multiples calls with a first letter return; None:
+    at once.
     """
 
     @property
@@ -106,6 +107,8 @@ class Matter(Protocol):
     def first(self) -> Kind: ...
     @property
     def then(self) -> Kind: ...
+    @property
+    def slot(self) -> float | None: ...
 
     def answering(self, chair: Chair, run: bytes, evidence: EvidenceLog) -> Answering | None:
         """Where this member answers; None if it only asks.
@@ -174,10 +177,10 @@ class QuestionPort:
         *,
         counter: Counter | None = None,
         patience: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = CLOCK,
     ) -> None:
         self._chair, self._enter, self._matter = chair, enter, matter
-        self._counter, self._clock = counter or Counter(), clock
+        self._counter, self._clock, self._wait = counter or Counter(), *clock
         self._patience = 2 * matter.sizes.seconds if patience is None else patience
         self._run = b""
         self._log: EvidenceLog | None = None
@@ -188,6 +191,8 @@ class QuestionPort:
         self._late: set[str] = set()
         """Silos that this member waited for in vain when it last asked them."""
         self._said: set[tuple[str, bytes]] = set()
+        self._first: set[str] = set()
+        """Askers whose first letter came in this call."""
 
     @property
     def over(self) -> bool:
@@ -197,10 +202,14 @@ class QuestionPort:
     def step(self, frame: bytes) -> bytes:
         """Answer one call. Never raises for what the server or another member sent.
 
+        Where there are slots, a call with first letters waits once, after all of them: so several
+        askers make nobody wait for longer, and the time tells nothing of a record.
+
         Raises:
             StateError: the evidence log cannot be opened; nothing is answered.
             EvidenceError: it, or the count of questions, is not what this member wrote.
         """
+        began, self._first = self._clock(), set()
         try:
             carry = decode_carry(frame)
             evidence = self._entered(carry.run)
@@ -219,6 +228,9 @@ class QuestionPort:
             else:
                 out.append(self._answer(letter))
         out += self._ask(evidence)
+        slot = self._matter.slot
+        if slot is not None and self._first:
+            self._wait(slot - (self._clock() - began) % slot)
         return encode(Carried(out))
 
     def _entered(self, run: bytes) -> EvidenceLog:
@@ -245,6 +257,10 @@ class QuestionPort:
             if letter.kind not in (self._matter.first, self._matter.then):
                 return _declined(letter, b"none")
             if letter.kind == self._matter.first:
+                if asker in self._first:
+                    # Adversary: a server that brings many, so that the call takes too long.
+                    return _declined(letter, b"refused")
+                self._first.add(asker)
                 conversation = answering.open(asker)
                 content = conversation.handle(letter.content)
                 self._forget(asker)

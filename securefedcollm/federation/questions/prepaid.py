@@ -34,7 +34,7 @@ from securefedcollm.federation.questions.polls import (
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.events import Event, encode_events
 from securefedcollm.privacy.identities import Records, key_path, name_of
-from securefedcollm.privacy.ledger import Entry, Key, Ledger
+from securefedcollm.privacy.ledger import Entry, Key, Ledger, Reservation
 from securefedcollm.privacy.votes import MOST_CHOICES
 from securefedcollm.study import Study
 
@@ -72,15 +72,14 @@ def prepay(ledger: Ledger, study: Study, records: Records, dataset: str, book: s
     _require_pinned(ledger, study)
     answers, event = answers_study(study), whole_claim(study)
     for entry in [*prepayments(ledger, answers, book)]:
-        if entry.state == "reserved":  # a kill between the two
-            known = ledger.stored(entry.about.records)
-            _charge(ledger, study, known, entry.key.dataset, book, event)
+        if entry.state == "reserved":  # a kill between the two, perhaps of an older version
+            _finish(ledger, Reservation(entry.key, entry.reserved, entry.row))
     paid = paid_for(ledger, study, records, book)
     while not paid.all():
         able = ~paid & _able(ledger, study, records, dataset)
         if not able.any():
             break
-        some = records if able.all() else only(records, able)
+        some = records if able.all() else records.only(able)
         try:
             _charge(ledger, study, some, dataset, book, event)
         except BudgetExceeded:  # another process charged one of them just now
@@ -90,7 +89,7 @@ def prepay(ledger: Ledger, study: Study, records: Records, dataset: str, book: s
         paid = paid_for(ledger, study, records, book)
     if not paid.any() and not any(True for _ in prepayments(ledger, answers, book)):
         # A charge to no record, so that a ledger which was put back is noticed in any case.
-        _charge(ledger, study, only(records, paid), dataset, book, event)
+        _charge(ledger, study, records.only(paid), dataset, book, event)
     return paid
 
 
@@ -149,10 +148,18 @@ def has_prepaid(ledger: Ledger, path: Path, study: bytes) -> bool:
     return any(True for _ in prepayments(ledger, answers, book))
 
 
-def only(known: Records, chosen: Bools) -> Records:
-    """These records of a file, perhaps none."""
-    whole = None if known.whole is None else known.whole[chosen]
-    return Records(known.rows[chosen], whole=whole, key=known.key)
+def paying(answers: Ledger, study: Study, records: Records, dataset: str, event: Event) -> Bools:
+    """Which records can pay for one question more in the ledger of answers, each by itself.
+
+    Raises:
+        BudgetExceeded: the study asks for more than is pinned there.
+    """
+    return answers.payers(
+        *(dataset, UNIT, [event], 1, claim_of(study)),
+        records=records,
+        study=answers_study(study),
+        individually=True,
+    )
 
 
 def _require_pinned(ledger: Ledger, study: Study) -> None:
@@ -175,9 +182,12 @@ def _charge(
 ) -> None:
     name = _name(answers_study(study), records.digest, book, [event])
     place = Key(dataset, UNIT, name[:PREPAID_RUN], 0, 0)
-    reservation = ledger.reserve(*place, [event], claim_of(study), records=records, study=name)
+    _finish(ledger, ledger.reserve(*place, [event], claim_of(study), records=records, study=name))
+
+
+def _finish(ledger: Ledger, reservation: Reservation) -> None:
     ledger.release(reservation)
-    ledger.settle(reservation, [event])
+    ledger.settle(reservation, reservation.events)
 
 
 def _name(answers: str, records: str, book: str, events: Sequence[Event]) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from securefedcollm.errors import ConfigError
 from securefedcollm.evidence.entries import Asked
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.questions.counter import Result
@@ -14,7 +15,6 @@ from securefedcollm.federation.questions.letters import Kind, Sizes, of_document
 from securefedcollm.federation.questions.port import Chair
 from securefedcollm.federation.questions.quota import StoredQuota
 from securefedcollm.retrieval import PreparedShelf, Terms
-from securefedcollm.retrieval.reduction import Vectors
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Documents:
 
     first: ClassVar[Kind] = "question"
     then: ClassVar[Kind] = "selection"
+    slot: ClassVar[float | None] = None
 
     @property
     def sizes(self) -> Sizes:
@@ -48,8 +49,14 @@ class Documents:
         stock.quota.check(evidence)
         return Desk(chair.study, run, chair.key, chair.askers, stock.shelf, stock.quota, evidence)
 
-    def ask(self, what: Vectors, chair: Chair, run: bytes, evidence: EvidenceLog) -> Steps:
-        """See :class:`~.port.Matter`; ``what``: the question's embedding, [d]."""
+    def ask(self, what: Any, chair: Chair, run: bytes, evidence: EvidenceLog) -> Steps:
+        """See :class:`~.port.Matter`; ``what``: the question's embedding, [d].
+
+        Raises:
+            ConfigError: ``what`` is for records.
+        """
+        if isinstance(what, tuple):
+            raise ConfigError("this study asks documents", hint="ask without choices")
         return Fetching(
             study=chair.study,
             run=run,

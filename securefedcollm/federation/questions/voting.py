@@ -9,14 +9,16 @@ and ``c`` silos. A record may influence what leaves only through the noised sum.
   and keeps the same kinds of rows in its ledger. Where nothing was retrieved, or a record makes
   something fail, it votes for nothing, with its noise;
 * a poll has one attempt. Whoever asks again asks a new question, which is charged anew;
-* the time that it takes is hidden in slots, where the study has ``local.reply_slot``.
+* it does the same work for all records alike, whether a question retrieved them or not. What time
+  depends on records all the same is hidden in slots, where it can be measured (:mod:`.port`).
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
 import numpy as np
@@ -45,9 +47,8 @@ from securefedcollm.federation.questions.polls import (
     sum_header,
     votes_of,
 )
-from securefedcollm.federation.questions.prepaid import UNIT, Bools, only
+from securefedcollm.federation.questions.prepaid import UNIT, Bools, paying
 from securefedcollm.federation.records.common import note_refusal
-from securefedcollm.federation.silo import CLOCK, Clock
 from securefedcollm.primitives import SigningKey, sha256, verify
 from securefedcollm.privacy.events import DiscreteGaussian, encode_events
 from securefedcollm.privacy.identities import Records
@@ -59,6 +60,8 @@ from securefedcollm.study import Study, digest
 
 log = logging.getLogger(__name__)
 
+MOST_DROPPED: Final = 256
+"""Polls of one asker that a silo's process lets end before any vote left."""
 READY: Final = b"ready"
 """The reply to every poll."""
 Embed = Callable[[str], npt.NDArray[np.float64]]
@@ -69,13 +72,14 @@ class Reader(Protocol):
     """What a silo makes of the records that a question retrieved."""
 
     def __call__(
-        self, poll: Poll, retrieved: Sequence[int], similarities: npt.NDArray[np.int64]
+        self, poll: Poll, retrieved: Bools, similarities: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float64]:
-        """Votes for every choice, or a distribution over them or zeros: float64 [choices].
+        """Votes for every choice, of each record at most one, whatever the others say; or a
+        distribution over the choices, or zeros: float64 [choices].
 
         Args:
-            retrieved: the numbers of the records, from 0, in file order.
-            similarities: of all of the silo's records, int64 [n].
+            retrieved: which of the silo's records, bool [n], in file order.
+            similarities: of all of them, int64 [n].
         """
         ...
 
@@ -89,12 +93,14 @@ class RecordShelf:
             embedded alone, so that records which share an account are retrieved together.
         dataset: fingerprint of the file, for the ledger.
         paid: which of them have paid for their answers, bool [n]; the others cast no vote.
+        prepaid: head of the silo's own ledger after that, 32 bytes.
     """
 
     index: RecordIndex
     known: Records
     dataset: str
     paid: Bools
+    prepaid: bytes
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,7 @@ class Booth:
         ledger: of the study's answers at this silo, and of nothing else. It charges the retrieved
             records; a plain one, since this class writes the evidence.
         evidence: the silo's log; it begins with ``opened``.
-        slot: seconds, at whose multiples replies to polls leave; None: at once.
+        dropped: asker → how many of its polls ended before any vote left.
     """
 
     study: Study
@@ -122,8 +128,7 @@ class Booth:
     read: Reader
     ledger: Ledger
     evidence: EvidenceLog
-    slot: float | None = None
-    clock: Clock = CLOCK
+    dropped: Counter[str] = field(default_factory=Counter)
 
     def open(self, asker: str) -> BoothConversation:
         """For one question of ``asker``, whose frames the engine knows to be from there.
@@ -169,17 +174,12 @@ class BoothConversation:
         """
         if self._ended:
             raise RemoteProtocolError("this question is over", peer=self._asker, hint="ask anew")
-        clock, slot = self._booth.clock, self._booth.slot
-        begun, first = clock.now(), self._at is None
         try:
             return self._begin(frame) if self._at is None else self._sum(self._at, frame)
         except SecureFedCoLLMError as error:
             note_refusal(self._booth.evidence, error)
             self.close()
             raise
-        finally:
-            if slot is not None and first:  # all that depends on records is done for the poll
-                clock.wait(slot - (clock.now() - begun) % slot)
 
     def close(self) -> None:
         """Drop the secrets. A charge from which nothing left is given back."""
@@ -192,6 +192,7 @@ class BoothConversation:
         state = next((e.state for e in entries if e.key == at.reservation.key), None)
         if state == "reserved":
             self._booth.ledger.void(at.reservation)
+            self._booth.dropped[self._asker] += 1
 
     def _begin(self, frame: bytes) -> bytes:
         booth, asker = self._booth, self._asker
@@ -205,6 +206,14 @@ class BoothConversation:
             verify(key, poll.CONTEXT, poll.signed(), poll.signature)
         except CryptoError:
             raise RemoteProtocolError("did not sign its question", peer=asker) from None
+        if booth.dropped[asker] >= MOST_DROPPED:
+            # Adversary: an asker that begins questions and leaves them. No record pays for those,
+            # and each is kept in the ledger for good.
+            raise RemoteProtocolError(
+                f"began {MOST_DROPPED} questions and left them",
+                peer=asker,
+                hint="whoever serves the records starts the process again to allow more",
+            )
         votes = votes_of(booth.study, len(poll.choices))
         content, reservation = self._paid(poll, votes)
         vector = votes.protect(content, NoiseSource())
@@ -243,7 +252,7 @@ class BoothConversation:
             try:
                 reservation = booth.ledger.reserve(
                     *(*place, [event], claim_of(booth.study)),
-                    records=only(shelf.known, chosen),
+                    records=shelf.known.only(chosen),
                     study=answers_study(booth.study),
                     individually=True,
                 )
@@ -278,14 +287,9 @@ class BoothConversation:
         Raises:
             BudgetExceeded: the study asks for more than is pinned; says nothing of what is spent.
         """
-        booth, dataset = self._booth, self._booth.shelf.dataset
+        booth, shelf = self._booth, self._booth.shelf
         try:
-            return booth.ledger.payers(
-                *(dataset, UNIT, [event], 1, claim_of(booth.study)),
-                records=booth.shelf.known,
-                study=answers_study(booth.study),
-                individually=True,
-            )
+            return paying(booth.ledger, booth.study, shelf.known, shelf.dataset, event)
         except BudgetExceeded:
             log.warning("%s: its answers' ledger has another budget than the study's", booth.name)
             raise BudgetExceeded(
@@ -296,35 +300,16 @@ class BoothConversation:
     def _read(
         self, poll: Poll, chosen: Bools, query: npt.NDArray[np.float64]
     ) -> npt.NDArray[np.float64]:
-        """What the retrieved records say: one answer of all, or the sum of each one's vote.
-
-        Where votes are counted, each record is read by itself, so that none changes another's vote,
-        and its vote is at most one.
-        """
-        similarities = self._booth.shelf.index.similarities(query)
-        retrieved: list[int] = np.flatnonzero(chosen).tolist()
-        if answers_of(self._booth.study).reader == "model":
-            return self._said(poll, retrieved, similarities)
-        total = np.zeros(len(poll.choices))
-        for at in retrieved:
-            # Whole votes: rounding a sum of parts could move it by more than one part did.
-            vote = np.rint(self._said(poll, [at], similarities))
-            total += vote if float(np.linalg.norm(vote)) <= 1.0 else 0.0
-        return total
-
-    def _said(
-        self, poll: Poll, retrieved: Sequence[int], similarities: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float64]:
-        """What the reader says; zeros if it fails.
+        """What the retrieved records say; zeros if reading fails.
 
         Adversary: an asker whose question makes reading fail on certain records only. A refusal
         would be an answer without noise. The log has no words of theirs.
         """
         try:
-            return self._booth.read(poll, retrieved, similarities)
+            return self._booth.read(poll, chosen, self._booth.shelf.index.similarities(query))
         except Exception as error:  # whatever a record made fail
             log.error(
-                "%s: reading a record failed (%s); it votes for nothing",
+                "%s: reading its records failed (%s); it votes for nothing",
                 *(self._booth.name, type(error).__name__),
             )
             return np.zeros(len(poll.choices))
@@ -343,6 +328,7 @@ class BoothConversation:
                     delivery=seen.delivery.hex(),
                     events=encode_events(at.reservation.events),
                     ledger=self._head(),
+                    prepaid=anchor(booth.evidence, booth.shelf.prepaid).hex(),
                 )
             )
             booth.ledger.release(at.reservation)
@@ -376,21 +362,23 @@ def slip_of(poll: Poll) -> Slip:
 def count_labels(labels: Sequence[str], folded: Callable[[str], str]) -> Reader:
     """The reader ``labels``: every retrieved record votes for the choice that is its own answer.
 
-    A record whose answer is none of the choices votes for none.
+    A record whose answer is none of the choices votes for none. Every record is looked up, so that
+    the time tells nothing of which were retrieved. Adversary: an asker whose choices take long to
+    fold, and who counts the records by that; so each is folded once.
 
     Args:
         labels: each record's answer, already ``folded``; empty where it has none.
     """
+    known = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    numbers = np.array([known[label] for label in labels], dtype=np.int64)
 
     def read(
-        poll: Poll, retrieved: Sequence[int], similarities: npt.NDArray[np.int64]
+        poll: Poll, retrieved: Bools, similarities: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float64]:
+        none = len(poll.choices)
         places = {folded(choice): at for at, choice in enumerate(poll.choices)}
-        found = np.zeros(len(poll.choices))
-        for at in retrieved:
-            place = places.get(labels[at])
-            if place is not None:
-                found[place] += 1.0
-        return found
+        place_of = np.array([places.get(label, none) for label in known], dtype=np.int64)
+        places_voted = np.where(retrieved, place_of[numbers], none)
+        return np.bincount(places_voted, minlength=none + 1)[:none].astype(np.float64)
 
     return read

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from securefedcollm.aggregation import TRANSITIONS
-from securefedcollm.errors import ConfigError
 from securefedcollm.federation.files import make_directory
 from securefedcollm.federation.questions.answering import (
     OwnRecords,
@@ -20,7 +19,6 @@ from securefedcollm.federation.questions.answering import (
     slot_of,
 )
 from securefedcollm.federation.questions.counter import poll_process
-from securefedcollm.federation.questions.letters import MOST_POLL
 from securefedcollm.federation.questions.polling import Opinion
 from securefedcollm.federation.questions.polls import (
     answers_of,
@@ -31,7 +29,6 @@ from securefedcollm.federation.questions.polls import (
 from securefedcollm.federation.questions.prepaid import (
     able_to_prepay,
     answers_ledger,
-    only,
     prepayments,
     whole_claim,
 )
@@ -128,7 +125,7 @@ class RecordBooth:
         before = ledger.standing(known.own, [known.dataset], besides=own, budget=budget)
         after = before.worst
         if able.any():
-            payers = only(known.own, able)
+            payers = known.own.only(able)
             whole = [whole_claim(study)]
             after = max(
                 after, ledger.standing(payers, besides=own, plus=whole, budget=budget).worst
@@ -214,12 +211,6 @@ def poll_from(
         TransportError: the process has ended, or the server carries no questions.
     """
     check_poll(question, choices)
-    if sum(len(text.encode()) + 8 for text in (question, *choices)) > MOST_POLL - 1024:
-        raise ConfigError(
-            f"question and choices are over {(MOST_POLL >> 10) - 1} KiB",
-            where="QUESTION",
-            hint="shorten them; an encoder reads 512 tokens",
-        )
     run = run_in(home, study)
     patience = (2 * (1 + len(TRANSITIONS)) + 1) * answers_sizes(study).seconds
     started = time.perf_counter()

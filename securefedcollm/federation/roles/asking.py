@@ -29,6 +29,7 @@ from securefedcollm.federation.questions.stock import Documents, Stock
 from securefedcollm.federation.records import SERVER
 from securefedcollm.federation.roles.member import Member, run_in
 from securefedcollm.federation.runstore import RunStore
+from securefedcollm.federation.silo import CLOCK, Clock
 from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.retrieval import Index, PreparedShelf
 from securefedcollm.study import Study, digest
@@ -138,7 +139,7 @@ def question_port(
     counter: Counter,
     own: Stock | OwnRecords | None = None,
     on_entry: OnEntry | None = None,
-    clock: Callable[[], float] = time.monotonic,
+    clock: Clock = CLOCK,
 ) -> QuestionPort:
     """The side of a silo, or of the server, in questions: it answers from its ``own`` documents or
     records, and asks what is handed in at ``counter``.
