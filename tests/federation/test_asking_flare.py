@@ -15,7 +15,7 @@ from tests.support.consortium import make_homes
 from tests.support.network import SILOS, Signed
 from tests.support.shelf_processes import Processes
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.soak]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.soak, pytest.mark.long]
 
 
 def test_members_ask_each_other_through_kills(tmp_path: Path) -> None:
