@@ -14,8 +14,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from securefedcollm_audits.verification.merge import merge
-from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.errors import ConfigError, EvidenceError, ProtocolError, StateError
 from securefedcollm.evidence.entries import (
@@ -39,6 +37,7 @@ from securefedcollm.federation.status import told
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.simulation.ask_records import ask_records_from
 from securefedcollm.study import digest
+from tests.support.network import kinds, log_of, verified
 from tests.support.polling import CHOICES, QUESTION, RECORDS, record
 from tests.support.vote_network import SILOS, SignedVoters, VoteNetwork, votes
 
@@ -66,25 +65,6 @@ def begun(signed: SignedVoters, place: Path, **records: Any) -> VoteNetwork:
     shutil.copytree(signed.homes["server"].parent, place / "homes")
     homes = {name: place / "homes" / path.name for name, path in signed.homes.items()}
     return VoteNetwork(signed, homes, {**RECORDS, **records})
-
-
-def log_of(network: VoteNetwork, name: str) -> list[Entry]:
-    log = network.ports[name]._log
-    assert log is not None
-    return log.entries
-
-
-def kinds(network: VoteNetwork, name: str) -> list[type]:
-    return [type(entry.what) for entry in log_of(network, name)[1:]]
-
-
-def verified(network: VoteNetwork, directory: Path) -> None:
-    bundles = network.bundles(directory)
-    whole = directory / "all.zip"
-    whole.write_bytes(merge(bundles))
-    for bundle in (*bundles, whole):
-        verdict = verify(bundle)
-        assert verdict.holds, [(check.name, check.faults) for check in verdict.failed]
 
 
 def charges(network: VoteNetwork, name: str) -> dict[str, str]:

@@ -13,8 +13,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from securefedcollm_audits.verification.merge import merge
-from securefedcollm_audits.verification.verify import verify
 
 import securefedcollm as sfc
 from securefedcollm.errors import (
@@ -24,7 +22,7 @@ from securefedcollm.errors import (
     RemoteProtocolError,
     TransportError,
 )
-from securefedcollm.evidence.entries import Asked, Counted, Entry, Heard, Refused, Served
+from securefedcollm.evidence.entries import Asked, Counted, Heard, Refused, Served
 from securefedcollm.federation import messages, roles
 from securefedcollm.federation.engines.door import Door, knock
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
@@ -40,7 +38,7 @@ from securefedcollm.federation.workload import silent
 from securefedcollm.retrieval import Asker
 from tests.support.arithmetic import ArithmeticServer, ArithmeticSilo
 from tests.support.asking import TEXTS
-from tests.support.network import SILOS, Network, Signed, shape
+from tests.support.network import SILOS, Network, Signed, kinds, log_of, shape, verified
 
 
 @pytest.fixture(scope="module")
@@ -56,26 +54,6 @@ def network(signed: Signed, tmp_path: Path) -> Iterator[Network]:
     made = Network(signed, homes, fresh.indexes)
     yield made
     made.close()
-
-
-def log_of(network: Network, name: str) -> list[Entry]:
-    log = network.ports[name]._log
-    assert log is not None
-    return log.entries
-
-
-def kinds(network: Network, name: str) -> list[type]:
-    return [type(entry.what) for entry in log_of(network, name)[1:]]
-
-
-def verified(network: Network, directory: Path) -> None:
-    """Everybody's evidence by itself, and all of it together."""
-    bundles = network.bundles(directory)
-    whole = directory / "all.zip"
-    whole.write_bytes(merge(bundles))
-    for bundle in (*bundles, whole):
-        verdict = verify(bundle)
-        assert verdict.holds, [(check.name, check.faults) for check in verdict.failed]
 
 
 def test_a_silo_and_the_server_ask_over_the_network(network, tmp_path):

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from securefedcollm_audits.verification.merge import merge
+from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.evidence.bundle import make_bundle
+from securefedcollm.evidence.entries import Entry
 from securefedcollm.federation import roles
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.questions.counter import Counter, Result
@@ -184,3 +187,23 @@ def shape(frame: bytes) -> object:
             ]
             return tag, len(frame), inner
     raise AssertionError(frame)
+
+
+def log_of(network: Network, name: str) -> list[Entry]:
+    log = network.ports[name]._log
+    assert log is not None
+    return log.entries
+
+
+def kinds(network: Network, name: str) -> list[type]:
+    return [type(entry.what) for entry in log_of(network, name)[1:]]
+
+
+def verified(network: Network, directory: Path) -> None:
+    """Everybody's evidence by itself, and all of it together."""
+    bundles = network.bundles(directory)
+    whole = directory / "all.zip"
+    whole.write_bytes(merge(bundles))
+    for bundle in (*bundles, whole):
+        verdict = verify(bundle)
+        assert verdict.holds, [(check.name, check.faults) for check in verdict.failed]
