@@ -9,7 +9,7 @@ HASHES ?= $(shell $(PYTHON) -c "import platform as p, sys; print('yes' if (p.sys
 	== ('Linux', 'x86_64') and (3, 11) <= sys.version_info[:2] <= (3, 13) else 'no')")
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test soak check format lock bench docs clean help
+.PHONY: demo test soak long check format lock bench docs clean help
 
 help:            ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -25,7 +25,10 @@ test: $(VENV)/.ready  ## the tests, but for those of make soak
 	$(PYTEST) -m "not soak"
 
 soak: $(VENV)/.ready  ## the tests that take four seconds to minutes: typed pages, real roles, kills, long searches
-	$(PYTEST) -m soak
+	$(PYTEST) -m "soak and not long"
+
+long: $(VENV)/.ready  ## the tests that take more minutes than every change can wait: the page on own data, documents over the network
+	$(PYTEST) -m long
 
 check: $(VENV)/.ready  ## lint, format, types, import contracts
 	$(BIN)/ruff check .

@@ -7,11 +7,16 @@ wrote. The small model, with a fresh adapter each time, learns the public prompt
 
 ``gold``: their right answers. No teacher can do better on these prompts in this many steps;
 ``soft``: the untuned large model's distribution over the choices, in the answers' place;
-``hard``: its first choice.
+``hard``: its first choice;
+``pooled``: what ``entropy-pooled`` makes of the large model and of the small one as it begins.
+
+With ``--start ADAPTER`` the small model begins with that adapter, such as the one that an
+experiment's row ``fedavg`` left in ``adapters/slm``.
 
 Accuracy and the right answer's log-probability are those of the development split after every
-epoch. No silo, no noise and no test question takes part. ``teacher`` is the large model by itself,
-on the public prompts and, with ``--develop-teacher``, on the development split.
+epoch. No silo, no noise and no test question takes part. ``teacher`` has the scores of
+the large model by itself, of the small one as it begins and of their pool on the public prompts,
+and, with ``--develop-teacher``, those of the large one on the development split.
 """
 
 from __future__ import annotations
@@ -32,8 +37,8 @@ from benchmarks._machine import machine
 from securefedcollm.federation.dealing import read_records
 from securefedcollm.federation.tuned import Tuned
 from securefedcollm.study import Study, load_study
-from securefedcollm.tuning.adapters import select
-from securefedcollm.tuning.choice_distil import divergence, predict
+from securefedcollm.tuning.adapters import load_vector, select, to_vector
+from securefedcollm.tuning.choice_distil import divergence, entropy_pooled, predict
 from securefedcollm.tuning.kept_states import keeping_states
 from securefedcollm.tuning.questions import (
     EncodedQuestions,
@@ -94,10 +99,18 @@ def teacher(study: Study, files: Path, plan: argparse.Namespace) -> tuple[Tensor
         records = read_records(study, files / f"{name}.jsonl", private=False)
         encoded = llm.encode(records, public=True)
         said = predict(llm.model, encoded, scoring=llm.scoring)
-        right = said.argmax(1) == encoded.answers
-        gold = said.gather(1, encoded.answers[:, None])[:, 0].log()
-        found[name] = {"accuracy": right.float().mean().item(), "gold_log_prob": gold.mean().item()}
+        found[name] = scores_of(said, encoded.answers)
     return said, found
+
+
+def scores_of(said: Tensor, answers: Tensor) -> dict[str, float]:
+    """Accuracy, gold log-probability and mean entropy of predictions [N, C], in nats."""
+    gold = said.gather(1, answers[:, None])[:, 0].log()
+    return {
+        "accuracy": (said.argmax(1) == answers).float().mean().item(),
+        "gold_log_prob": gold.mean().item(),
+        "entropy": torch.special.entr(said).sum(-1).mean().item(),
+    }
 
 
 def run(plan: argparse.Namespace) -> dict[str, Any]:
@@ -105,26 +118,35 @@ def run(plan: argparse.Namespace) -> dict[str, Any]:
     study = load_study(plan.study, plan.set)
     rows: dict[str, Any] = {}
     said, scores = torch.empty(0), {}
-    if {"soft", "hard"} & set(plan.rows):
+    if {"soft", "hard", "pooled"} & set(plan.rows):
         said, scores = teacher(study, plan.files, plan)
         print(json.dumps(scores), file=sys.stderr)
-    shared: dict[str, Any] = {"data": plan.data}
-    for row in ("zero-shot", *plan.rows):
-        slm = Tuned.load(study, study.models.slm, **shared)
-        prompts, development = (
-            slm.encode(read_records(study, plan.files / f"{name}.jsonl", private=False))
-            for name in ("public-answered", "development")
-        )
-        if row == "zero-shot":
-            score = slm.answers(development).score()
-            rows[row] = {"accuracy": score.accuracy, "gold_log_prob": score.gold_log_prob}
-            print(json.dumps(rows[row]), file=sys.stderr)
-            continue
-        choices = prompts.choice_mask.shape[1]
-        right = prompts.answers if row == "gold" else said.argmax(1) if row == "hard" else None
-        target = said if right is None else F.one_hot(right, choices).float()
+    slm = Tuned.load(study, study.models.slm, data=plan.data)
+    if plan.start is not None:
+        slm.load_adapter(plan.start)
+    layout = slm.broadcast_layout()
+    start = to_vector(slm.model, layout)
+    prompts, development = (
+        slm.encode(read_records(study, plan.files / f"{name}.jsonl", private=False))
+        for name in ("public-answered", "development")
+    )
+    score = slm.answers(development).score()
+    rows["start"] = {"accuracy": score.accuracy, "gold_log_prob": score.gold_log_prob}
+    print(json.dumps(rows["start"]), file=sys.stderr)
+    answers = prompts.answers
+    choices = prompts.choice_mask.shape[1]
+    targets = {"gold": F.one_hot(answers, choices).float()}
+    if len(said):
+        targets |= {"soft": said, "hard": F.one_hot(said.argmax(1), choices).float()}
+        own = predict(slm.model, prompts, scoring=slm.scoring)
+        targets["pooled"] = entropy_pooled(said, own, study.distillation.sharpness)
+        scores |= {"start": scores_of(own, answers)}
+        scores |= {"pooled": scores_of(targets["pooled"], answers)}
+        print(json.dumps(scores), file=sys.stderr)
+    for row in plan.rows:
         print(row, file=sys.stderr)
-        rows[row] = learn(slm, prompts, target, development, plan)
+        load_vector(slm.model, layout, start)
+        rows[row] = learn(slm, prompts, targets[row], development, plan)
     return {
         "machine": machine(),
         "study": study.tree,
@@ -145,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--states", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--rows", nargs="+", default=["gold", "soft", "hard"])
+    parser.add_argument("--start", type=Path, metavar="ADAPTER")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--batch-size", type=int, default=16)

@@ -32,51 +32,53 @@ if TYPE_CHECKING:
     from securefedcollm_audits import Verdict as Verdict
     from securefedcollm_audits import verify as verify
 
-    from securefedcollm.api import Answer as Answer
-    from securefedcollm.api import Cited as Cited
-    from securefedcollm.api import Run as Run
-    from securefedcollm.api import Score as Score
-    from securefedcollm.api import Shelf as Shelf
-    from securefedcollm.api import ask as ask
-    from securefedcollm.api import build_index as build_index
-    from securefedcollm.api import make_reduction as make_reduction
-    from securefedcollm.api import plan_budget as plan_budget
-    from securefedcollm.api import secure_sum as secure_sum
-    from securefedcollm.api import simulate as simulate
-    from securefedcollm.api import simulate_own as simulate_own
+    from securefedcollm.api.questions import Answer as Answer
+    from securefedcollm.api.questions import Cited as Cited
+    from securefedcollm.api.questions import Shelf as Shelf
+    from securefedcollm.api.questions import ask as ask
+    from securefedcollm.api.questions import build_index as build_index
+    from securefedcollm.api.questions import make_reduction as make_reduction
+    from securefedcollm.api.runs import Run as Run
+    from securefedcollm.api.runs import Score as Score
+    from securefedcollm.api.runs import plan_budget as plan_budget
+    from securefedcollm.api.runs import simulate as simulate
+    from securefedcollm.api.runs import simulate_own as simulate_own
+    from securefedcollm.api.sums import secure_sum as secure_sum
     from securefedcollm.errors import BudgetExceeded as BudgetExceeded
     from securefedcollm.errors import ConfigError as ConfigError
     from securefedcollm.errors import SecureFedCoLLMError as SecureFedCoLLMError
     from securefedcollm.privacy.planner import Plan as Plan
     from securefedcollm.simulation.ask_records import Vote as Vote
     from securefedcollm.simulation.ask_records import ask_records as ask_records
+    from securefedcollm.simulation.ask_records import ask_records_from as ask_records_from
     from securefedcollm.study import Study as Study
     from securefedcollm.study import dump_study as dump_study
     from securefedcollm.study import load_study as load_study
 
 _DOORS: Final = {
-    "Answer": "securefedcollm.api",
+    "Answer": "securefedcollm.api.questions",
     "BudgetExceeded": "securefedcollm.errors",
-    "Cited": "securefedcollm.api",
+    "Cited": "securefedcollm.api.questions",
     "ConfigError": "securefedcollm.errors",
     "Plan": "securefedcollm.privacy.planner",
-    "Run": "securefedcollm.api",
-    "Score": "securefedcollm.api",
+    "Run": "securefedcollm.api.runs",
+    "Score": "securefedcollm.api.runs",
     "SecureFedCoLLMError": "securefedcollm.errors",
-    "Shelf": "securefedcollm.api",
+    "Shelf": "securefedcollm.api.questions",
     "Study": "securefedcollm.study",
     "Verdict": "securefedcollm_audits",
     "Vote": "securefedcollm.simulation.ask_records",
-    "ask": "securefedcollm.api",
+    "ask": "securefedcollm.api.questions",
     "ask_records": "securefedcollm.simulation.ask_records",
-    "build_index": "securefedcollm.api",
+    "ask_records_from": "securefedcollm.simulation.ask_records",
+    "build_index": "securefedcollm.api.questions",
     "dump_study": "securefedcollm.study",
     "load_study": "securefedcollm.study",
-    "make_reduction": "securefedcollm.api",
-    "plan_budget": "securefedcollm.api",
-    "secure_sum": "securefedcollm.api",
-    "simulate": "securefedcollm.api",
-    "simulate_own": "securefedcollm.api",
+    "make_reduction": "securefedcollm.api.questions",
+    "plan_budget": "securefedcollm.api.runs",
+    "secure_sum": "securefedcollm.api.sums",
+    "simulate": "securefedcollm.api.runs",
+    "simulate_own": "securefedcollm.api.runs",
     "verify": "securefedcollm_audits",
 }
 __all__ = [
@@ -95,6 +97,7 @@ __all__ = [
     "__version__",
     "ask",
     "ask_records",
+    "ask_records_from",
     "build_index",
     "dump_study",
     "load_study",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -138,6 +138,14 @@ def coupling(
     adapters: Annotated[
         int, typer.Option(min=2, help="Hostile adapters to try in the search for the worst.")
     ] = 40,
+    answers: Annotated[
+        bool,
+        typer.Option(
+            "--answers",
+            help="With `retrieval.mode: answers`: attack the votes of records on questions, "
+            "instead of tuning.",
+        ),
+    ] = False,
     device: Device = "cpu",
     seed: Seed = None,
     run: Run = None,
@@ -155,13 +163,22 @@ def coupling(
     in clip norms, in exact integers. Any value other than 0 refutes the sensitivity on which the
     whole ε rests.
 
+    With --answers it plays an asker that chooses questions, against the first silo's records with
+    and without one more. Nothing but the sum may differ: not which other records vote or pay, nor
+    any reply, refusal, size or evidence. The control retrieves the best k, and must find that.
+
     Exit code 0: not refuted; 1: refuted, or the control found nothing; 2: bad input.
     """
 
     def attack(study: Study, progress: Progress) -> Finding:
+        from securefedcollm_audits.privacy import poll_coupling
         from securefedcollm_audits.privacy.coupling import audit
 
         _threads()
+        if answers:
+            few = min(records, poll_coupling.RECORDS)
+            about: dict[str, Any] = {"data": data, "seed": seed, "progress": progress}
+            return poll_coupling.audit(study, records=few, **about)
         return audit(
             study,
             data=data,

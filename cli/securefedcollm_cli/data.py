@@ -54,6 +54,9 @@ def check(
 ) -> None:
     """Find unusable and empty rows, duplicates, conflicts and rows that are too long in FILE.
 
+    Of pictures: files that are missing or cannot be decoded, pictures of one colour, and the same
+    picture under two names.
+
     Without `--study`, use `--task`, `--label` and `--column` to say what a row is; lengths are not
     checked then. The output names lines, never values. Exit code 1: tuning would refuse the file.
     """
@@ -80,13 +83,13 @@ def check(
             found = check_file(file, owner=subject, progress=bars.report, **rows)
         else:
             plan = load_study(study, overrides or [])
-            slm = plan.models.slm
+            slm, words = plan.models.slm, plan.task.kind != "image_classification"
             found = check_file(
                 file,
                 owner=plan.subject,
-                tokenizer=load_tokenizer(
-                    slm.source, revision=slm.revision, base_dir=data or Path()
-                ),
+                tokenizer=load_tokenizer(slm.source, revision=slm.revision, base_dir=data or Path())
+                if words
+                else None,
                 max_tokens=plan.task.max_tokens,
                 progress=bars.report,
                 **layout_of(plan.task),
@@ -107,6 +110,7 @@ def _render(found: Cleaning) -> None:
     _list("without an answer", found.unlabelled)
     _list("whose answer alone is longer than task.max_tokens (refused)", found.unfit)
     _list("longer than task.max_tokens (they will be cut)", found.shortened)
+    _list("pictures of one colour", found.constant)
     _list("duplicates: the same record", [" = ".join(group) for group in found.duplicates])
     _list(
         "conflicts: one question, different answers",
@@ -114,7 +118,7 @@ def _render(found: Cleaning) -> None:
     )
     if found.stops_a_run:
         typer.secho("tuning would refuse this file", fg="red")
-    elif found.duplicates or found.conflicts or found.shortened:
+    elif found.duplicates or found.conflicts or found.shortened or found.constant:
         typer.secho("usable, with the findings above", fg="yellow")
     else:
         typer.secho("nothing found", fg="green")

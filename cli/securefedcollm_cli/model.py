@@ -188,14 +188,17 @@ def digest(
         bool,
         typer.Option("--encoder", help="Of the layers alone: for `retrieval.encoder.sha256`."),
     ] = False,
+    images: Annotated[bool, typer.Option("--images", help="Of a classifier of pictures.")] = False,
     as_json: Json = False,
 ) -> None:
     """Print a model's digest, for `sha256:` in a study.
 
-    It covers weights, configuration, tokenizer and chat template. With --json every part also has
-    its own digest, so that two participants can find where their files differ.
+    It covers weights, configuration, tokenizer (of pictures: how they are scaled) and chat
+    template. With --json every part also has its own digest, so that two participants can find
+    where their files differ.
     """
-    loaded = load_named(source, revision, dtype, part="body" if encoder else "causal")
+    part: Literal["causal", "body", "image"] = "body" if encoder else "causal"
+    loaded = load_named(source, revision, dtype, part="image" if images else part)
     told = {"model": source, "dtype": dtype, "sha256": loaded.digest, "parts": loaded.parts}
     typer.echo(json.dumps(told) if as_json else loaded.digest)
 

@@ -95,7 +95,8 @@ Unable = Annotated[
 ]
 
 TaskKind = Annotated[
-    Literal["multiple_choice", "classification", "instruction", "text"] | None,
+    Literal["multiple_choice", "classification", "instruction", "text", "image_classification"]
+    | None,
     typer.Option("--task", help="Kind of the file's rows [the study's task; multiple_choice]."),
 ]
 Labels = Annotated[
@@ -112,7 +113,10 @@ Columns = Annotated[
 
 
 def task_of(
-    kind: Literal["multiple_choice", "classification", "instruction", "text"] | None,
+    kind: Literal[
+        "multiple_choice", "classification", "instruction", "text", "image_classification"
+    ]
+    | None,
     labels: Sequence[str] | None,
     columns: Sequence[str] | None,
     template: str | None = None,
@@ -125,13 +129,13 @@ def task_of(
     """
     from securefedcollm.errors import ConfigError
     from securefedcollm.study.config import Data, Task
-    from securefedcollm.study.learning_checks import check_rows
+    from securefedcollm.study.learning_checks import LABELLED, check_rows
 
     like = like or Task(data=Data())
     if kind in {None, like.kind}:
         labels, template = labels or like.labels, template or like.template
     kind = kind or like.rows
-    if (kind == "classification") != bool(labels):
+    if (kind in LABELLED) != bool(labels):
         raise ConfigError(
             "a classification needs labels, and nothing else does",
             where="--label",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -15,10 +15,10 @@ from securefedcollm.foreign import MOST_MESSAGE, printable
 from securefedcollm_cli.options import Columns, DataDir, Json, Overrides
 from securefedcollm_cli.progress import Bars
 from securefedcollm_cli.trained import Revision, choose_model
-from securefedcollm_cli.votes import ask_voters, named_files
+from securefedcollm_cli.votes import How, ask_voters, named_files
 
 if TYPE_CHECKING:
-    from securefedcollm.api import Answer
+    from securefedcollm.api.questions import Answer
     from securefedcollm.tuning.cited import Written
 
 app = typer.Typer(no_args_is_help=True, help="Make a silo's shelf of documents, at the silo.")
@@ -63,7 +63,7 @@ def build(
     consortium may read every passage: put no records on a shelf. Prints the index's fingerprint,
     which evidence will name.
     """
-    from securefedcollm.api import build_index
+    from securefedcollm.api.questions import build_index
     from securefedcollm_cli.options import task_of
 
     columns = task_of("text", None, column).columns if column else {}
@@ -103,7 +103,7 @@ def reduce(
     It is needed where participants are on several machines. Give the file to all of them, and name
     it in the study: `retrieval.reduction: {source: "path:FILE", sha256: …}`.
     """
-    from securefedcollm.api import make_reduction
+    from securefedcollm.api.questions import make_reduction
 
     with Bars(quiet=as_json) as bars:
         agreed = _study(study, overrides)
@@ -189,26 +189,28 @@ def ask(
 ) -> None:
     """Ask all silos' documents a question that no silo can read, or let their records vote.
 
-    Documents are asked over the network with --home; with --shelf every role is on this machine,
-    to try it out. Records are asked with every role on this machine.
+    With --home a member of a signed study asks over the network. Else every role is on this
+    machine, to try it out: with --shelf for documents; records are those that the study deals out.
 
     With `retrieval.mode: documents` no silo can read the question. Shows the best passages with
     their silo and id. Each silo counts the question, and answers one asker no more than
     `retrieval.questions`. With `mode: answers` the silos know the question, and their records vote
-    on its choices. Shows the sum of all votes, with noise. A silo's records pay for it beforehand.
+    on its choices. Shows the sum of all votes, with noise. A silo's records pay for it beforehand,
+    and one that cannot pay casts no vote.
     `securefedcollm audit bundle DIR` packs the evidence.
     """
-    from securefedcollm.api import ask as ask_all
+    from securefedcollm.api.questions import ask as ask_all
 
     agreed = _study(study, overrides)
     if agreed.retrieval is not None and agreed.retrieval.mode == "answers":
-        for given, name in ((shelf, "--shelf"), (home, "--home"), (generate, "--generate")):
+        for given, name in ((shelf, "--shelf"), (generate, "--generate")):
             if given:
                 raise ConfigError(
                     "records are asked, and nobody reads them", where=name, hint="leave it out"
                 )
-        options = (asker or "server", out, data, as_json)
-        ask_voters(_question(question), choice, agreed, records, options)
+        _check_here(home, {"--records": records, "--as": asker, "--out": out})
+        how = How(asker, out, home, data, as_json)
+        ask_voters(_question(question), choice, agreed, records, how)
         return
     for given, name in ((choice, "--choice"), (records, "--records")):
         if given:
@@ -245,20 +247,24 @@ def _check_how(
     home: Path | None, shelf: Sequence[str] | None, asker: str | None, out: Path | None
 ) -> None:
     """Over the network, or all roles here: not both."""
-    for option, given in (("--shelf", shelf), ("--as", asker), ("--out", out)):
-        if home is not None and given:
-            raise ConfigError(
-                "is for all roles on one machine",
-                where=option,
-                hint="with --home the silos have their own shelves, and this member's evidence "
-                "is in its home",
-            )
+    _check_here(home, {"--shelf": shelf, "--as": asker, "--out": out})
     if home is None and not shelf:
         raise ConfigError(
             "whom to ask?",
             where="--home",
             hint="--home DIR asks over the network; --shelf NAME=INDEX plays every role here",
         )
+
+
+def _check_here(home: Path | None, options: Mapping[str, object]) -> None:
+    for option, given in options.items():
+        if home is not None and given:
+            raise ConfigError(
+                "is for all roles on one machine",
+                where=option,
+                hint="with --home the silos have their own shelves or records, and this member's "
+                "evidence is in its home",
+            )
 
 
 def _question(given: str | None) -> str:

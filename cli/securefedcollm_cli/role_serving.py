@@ -1,15 +1,17 @@
-"""How a silo or the authority of a real run answers the server, and when it leaves."""
+"""How the parties of a real run reach each other over FLARE, and when they leave."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from securefedcollm.federation.authority import AuthoritySession
     from securefedcollm.federation.engines import SiloPort
+    from securefedcollm.federation.engines.flare.engine import FlareEngine, Kits
     from securefedcollm.federation.engines.flare.kit import Kit
+    from securefedcollm.federation.engines.flare.presence import Waits
     from securefedcollm.federation.engines.link import SiloInbox
     from securefedcollm.federation.questions.port import QuestionPort
     from securefedcollm.federation.roles import Member
@@ -56,6 +58,50 @@ def serve(
         inbox.serve(stop)
         if not session.over:
             flare.require_running()
+
+
+def flare_engine(
+    member: Member, kits: Kits, waits: Waits, largest: int, bars: Bars, *, extra: Sequence[str] = ()
+) -> FlareEngine:
+    """FLARE, from the server to all silos of the study.
+
+    Args:
+        largest: bytes of a silo's longest reply.
+        extra: names of other parties, whose replies are short.
+    """
+    from securefedcollm.federation import roles
+    from securefedcollm.federation.engines.flare.engine import FlareEngine
+
+    silos = member.roster.names
+    engine = FlareEngine(
+        (*silos, *extra),
+        kits=kits,
+        waits=waits,
+        sign=roles.sign_for(member),
+        session=roles.session_of(member),
+        progress=bars.report,
+        say=bars.say,
+        largest=dict.fromkeys(silos, largest),
+    )
+    say_what_is_lacking(bars)
+    bars.say(f"waiting for {', '.join((*silos, *extra))}")
+    return engine
+
+
+def own_kits(member: Member) -> Kits:
+    """The server's start-up kits, for a port that nobody else uses.
+
+    Raises:
+        ConfigError: they are not installed, or the port is taken.
+    """
+    from securefedcollm.federation.engines.flare.engine import Kits
+    from securefedcollm.federation.engines.flare.kit import installed
+    from securefedcollm.federation.engines.flare.ready import require_free_port
+
+    home, name = member.home, member.name
+    kits = Kits(installed(home, name), installed(home, name, lead=True))
+    require_free_port(kits.server.workspace)
+    return kits
 
 
 def say_what_is_lacking(bars: Bars) -> None:

@@ -26,13 +26,10 @@ from securefedcollm_cli.options import (
 )
 from securefedcollm_cli.role_client import client
 from securefedcollm_cli.role_options import Events, Models, Threads, Yes, asked
-from securefedcollm_cli.role_serving import say_what_is_lacking, serve
+from securefedcollm_cli.role_serving import flare_engine, own_kits, serve
 from securefedcollm_cli.role_words import confirm, print_entry, print_round, say_finished
 
 if TYPE_CHECKING:
-    from securefedcollm.federation.engines.flare.engine import FlareEngine, Kits
-    from securefedcollm.federation.engines.flare.presence import Waits
-    from securefedcollm.federation.roles import Member
     from securefedcollm_cli.progress import Bars
 
 __all__ = ["authority", "client", "server", "status"]
@@ -88,10 +85,7 @@ def server(
     """
     from securefedcollm.federation import roles
     from securefedcollm.federation.continuing import beside
-    from securefedcollm.federation.engines.flare.engine import Kits
-    from securefedcollm.federation.engines.flare.kit import installed
     from securefedcollm.federation.engines.flare.presence import Waits
-    from securefedcollm.federation.engines.flare.ready import require_free_port
     from securefedcollm.federation.hooks import Hooks
     from securefedcollm.federation.tracking import require_tracker
     from securefedcollm.study import load_study
@@ -110,8 +104,7 @@ def server(
     ):
         from securefedcollm.federation import cotuning
 
-        kits = Kits(installed(place, member.name), installed(place, member.name, lead=True))
-        require_free_port(kits.server.workspace)  # before models are loaded
+        kits = own_kits(member)  # before models are loaded
         cotuning.set_threads(threads)
         questions = roles.server_questions(study, public, test)
         workload = cotuning.ServerTuning(
@@ -124,7 +117,9 @@ def server(
         )
         minimum = study.minimum + (member.authority is not None)
         waits = Waits(minimum=minimum, patience=wait, rejoin=rejoin_wait)
-        with _engine(member, kits, waits, roles.largest_reply(study, workload), bars) as engine:
+        largest = roles.largest_reply(study, workload)
+        extra = (member.authority.name,) if member.authority else ()
+        with flare_engine(member, kits, waits, largest, bars, extra=extra) as engine:
             record = roles.coordinate(
                 member,
                 engine,
@@ -149,28 +144,6 @@ def _say_late(late: Sequence[str], bars: Bars) -> None:
             f"not reached when the run was over: {', '.join(late)}; the same command with "
             "--linger SECONDS waits for them, and delivers the last adapter"
         )
-
-
-def _engine(member: Member, kits: Kits, waits: Waits, largest: int, bars: Bars) -> FlareEngine:
-    """FLARE, to all parties of the study; ``largest``: bytes of a silo's reply."""
-    from securefedcollm.federation import roles
-    from securefedcollm.federation.engines.flare.engine import FlareEngine
-
-    silos = member.roster.names
-    parties = (*silos, *([member.authority.name] if member.authority else []))
-    engine = FlareEngine(
-        parties,
-        kits=kits,
-        waits=waits,
-        sign=roles.sign_for(member),
-        session=roles.session_of(member),
-        progress=bars.report,
-        say=bars.say,
-        largest=dict.fromkeys(silos, largest),
-    )
-    say_what_is_lacking(bars)
-    bars.say(f"waiting for {', '.join(parties)}")
-    return engine
 
 
 def _say_trained(run: Path, record: dict[str, Any], as_json: bool) -> None:

@@ -1,27 +1,31 @@
-"""``securefedcollm shelf …``: members ask each other's documents over the network."""
+"""``securefedcollm shelf …``: members ask each other's documents, or records, over the network."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from securefedcollm.errors import ConfigError, TransportError
-from securefedcollm.foreign import MOST_MESSAGE, printable
 from securefedcollm_cli.consortium import Home, home_of
 from securefedcollm_cli.identity import PassphraseFile
 from securefedcollm_cli.options import StudyFile, stop_on_sigterm
-from securefedcollm_cli.role_options import Events, Yes, asked
-from securefedcollm_cli.role_serving import say_what_is_lacking, serve
+from securefedcollm_cli.role_options import Events, Models, Yes, asked
+from securefedcollm_cli.role_serving import flare_engine, own_kits, serve
 from securefedcollm_cli.role_words import print_entry
+from securefedcollm_cli.shelf_words import confirm, show_terms
 
 if TYPE_CHECKING:
     from securefedcollm.federation.engines.flare.engine import FlareEngine
+    from securefedcollm.federation.questions.answering import OwnRecords
+    from securefedcollm.federation.questions.port import QuestionPort
     from securefedcollm.federation.questions.relay import Relay
-    from securefedcollm.federation.roles import Member, ShelfTerms
+    from securefedcollm.federation.questions.stock import Stock
+    from securefedcollm.federation.roles import Member
+    from securefedcollm.study import Study
     from securefedcollm_cli.progress import Bars
 
 app = typer.Typer(
@@ -50,6 +54,16 @@ def serve_shelf(
             "runs and studies together [the study's `retrieval.questions`].",
         ),
     ] = None,
+    records: Annotated[
+        Path | None,
+        typer.Option(
+            "--records",
+            metavar="FILE",
+            help="With `retrieval.mode: answers`: your private records, which vote on questions. "
+            "They stay on this machine. Left out, this member only asks.",
+        ),
+    ] = None,
+    models: Models = None,
     home: Home = None,
     yes: Yes = False,
     passphrase_file: PassphraseFile = None,
@@ -61,34 +75,90 @@ def serve_shelf(
     answers from your shelf what the server brings, and `securefedcollm ask --home DIR` on this
     machine asks the others in your name. It loads no model. You may kill it at any moment: the
     same command goes on, and no question is answered twice.
+
+    With `retrieval.mode: answers` your records vote instead, with --records. They pay once for all
+    the answers that each may give, when you agree. A record that cannot pay casts no vote, and
+    nobody is told. It loads the study's encoder.
     """
     from securefedcollm.federation import roles
-    from securefedcollm.federation.engines.door import Door
     from securefedcollm.federation.engines.flare.kit import installed
-    from securefedcollm.federation.questions.counter import Counter, open_for_questions
     from securefedcollm.study import load_study
     from securefedcollm_cli.progress import Bars
 
     stop_on_sigterm()
     place, study = home_of(home), load_study(config)
-    with roles.take_part(study, config, place, "silo", asked(passphrase_file)) as member:
+    _check_options(study, index, questions, records)
+    with (
+        roles.take_part(study, config, place, "silo", asked(passphrase_file)) as member,
+        ExitStack() as files,
+    ):
         largest = roles.largest_call(member)
         kit = installed(place, member.name)
-        own = None if index is None else roles.open_shelf(member, index, questions)
-        if own is not None:
-            _show_terms(own.terms, as_json)
-            _confirm(yes)
-        with Bars(quiet=as_json) as bars:
-            counter = Counter()
-            port = roles.question_port(
-                member,
-                counter,
-                None if own is None else own.stock,
-                lambda entry: print_entry(entry, study, bars, as_json),
+        own: Stock | OwnRecords | None = None
+        if records is not None:
+            own = _records(member, records, models, yes, as_json, files)
+        elif index is not None:
+            shelf = roles.open_shelf(member, index, questions)
+            show_terms(shelf.terms, as_json)
+            confirm(yes)
+            own = shelf.stock
+        with Bars(quiet=as_json) as bars, _port(member, own, bars, as_json) as port:
+            serve(port, member, kit, largest, bars)
+
+
+def _check_options(
+    study: Study, index: Path | None, questions: int | None, records: Path | None
+) -> None:
+    """Documents are on a shelf, and records are not.
+
+    Adversary: a slip of the hand that puts records where members read them.
+    """
+    if study.retrieval is None:
+        return  # whoever opens the port says so
+    answers = study.retrieval.mode == "answers"
+    wrong = {"--index": index, "--questions": questions} if answers else {"--records": records}
+    for option, given in wrong.items():
+        if given is not None:
+            raise ConfigError(
+                "this study asks records, which go on no shelf"
+                if answers
+                else "this study asks documents, which members read",
+                where=option,
+                hint="give --records FILE" if answers else "give --index; records go on no shelf",
             )
-            with Door(counter.visit) as door:
-                open_for_questions(member.run, door.path)
-                serve(port, member, kit, largest, bars)
+
+
+def _records(
+    member: Member, file: Path, models: Path | None, yes: bool, as_json: bool, files: ExitStack
+) -> OwnRecords:
+    """The silo's records, once its operator has agreed to what they pay and answer."""
+    from securefedcollm.federation import roles
+    from securefedcollm.federation.dealing import read_records
+    from securefedcollm_cli.progress import Bars
+
+    booth = files.enter_context(roles.RecordBooth(member, read_records(member.study, file)))
+    show_terms(booth.terms(), as_json)
+    confirm(yes)
+    with Bars(quiet=as_json) as bars:
+        return booth.open(models, bars.report)
+
+
+@contextmanager
+def _port(
+    member: Member, own: Stock | OwnRecords | None, bars: Bars, as_json: bool
+) -> Iterator[QuestionPort]:
+    """The member's side, and the door at which `ask` hands in questions."""
+    from securefedcollm.federation import roles
+    from securefedcollm.federation.engines.door import Door
+    from securefedcollm.federation.questions.counter import Counter, open_for_questions
+
+    counter = Counter()
+    port = roles.question_port(
+        member, counter, own, lambda entry: print_entry(entry, member.study, bars, as_json)
+    )
+    with Door(counter.visit) as door:
+        open_for_questions(member.run, door.path)
+        yield port
 
 
 @app.command("relay")
@@ -107,14 +177,14 @@ def relay(
 ) -> None:
     """Carry the questions of a signed study between its members, as the server, until you stop it.
 
-    The server sees who asks whom, when and how often. It cannot read a question, a score or a
-    passage, nor alter one unnoticed. `securefedcollm ask --home DIR` on this machine asks in the
-    server's name. It loads no model. You may kill it at any moment: the same command goes on. A
-    question that was on its way is lost then, and counts.
+    The server sees who asks whom, when and how often. It cannot read a question to documents, a
+    score or a passage, nor alter one unnoticed. Of a question to records it sees what silos and
+    asker see: the question, and the noised sum of all votes. `securefedcollm ask --home DIR` on
+    this machine asks in the server's name. It loads no model. You may kill it at any moment: the
+    same command goes on. A question that was on its way is lost then, and counts.
     """
     from securefedcollm.federation import roles
-    from securefedcollm.federation.engines.door import Door
-    from securefedcollm.federation.questions.counter import Counter, open_for_questions
+    from securefedcollm.federation.engines.flare.presence import Waits
     from securefedcollm.study import load_study
     from securefedcollm_cli.progress import Bars
 
@@ -125,38 +195,10 @@ def relay(
         Bars(quiet=as_json) as bars,
     ):
         largest = roles.largest_call(member)
-        counter = Counter()
-        port = roles.question_port(
-            member, counter, None, lambda entry: print_entry(entry, study, bars, as_json)
-        )
-        with _engine(member, place, wait, largest, bars) as engine, Door(counter.visit) as door:
-            open_for_questions(member.run, door.path)
-            _carry(roles.question_relay(member, engine, port), engine, bars)
-
-
-def _engine(member: Member, place: Path, wait: float, largest: int, bars: Bars) -> FlareEngine:
-    from securefedcollm.federation import roles
-    from securefedcollm.federation.engines.flare.engine import FlareEngine, Kits
-    from securefedcollm.federation.engines.flare.kit import installed
-    from securefedcollm.federation.engines.flare.presence import Waits
-    from securefedcollm.federation.engines.flare.ready import require_free_port
-
-    kits = Kits(installed(place, member.name), installed(place, member.name, lead=True))
-    require_free_port(kits.server.workspace)
-    silos = member.roster.names
-    engine = FlareEngine(
-        silos,
-        kits=kits,
-        waits=Waits(minimum=1, patience=wait, rejoin=1.0),
-        sign=roles.sign_for(member),
-        session=roles.session_of(member),
-        progress=bars.report,
-        say=bars.say,
-        largest=dict.fromkeys(silos, largest),
-    )
-    say_what_is_lacking(bars)
-    bars.say(f"waiting for {', '.join(silos)}")
-    return engine
+        with _port(member, None, bars, as_json) as port:
+            waits = Waits(minimum=1, patience=wait, rejoin=1.0)
+            with flare_engine(member, own_kits(member), waits, largest, bars) as engine:
+                _carry(roles.question_relay(member, engine, port), engine, bars)
 
 
 def _carry(relay: Relay, engine: FlareEngine, bars: Bars) -> None:
@@ -172,40 +214,3 @@ def _carry(relay: Relay, engine: FlareEngine, bars: Bars) -> None:
         bars.say(error.message)
     relay.run_until(lambda: not engine.running)
     engine.require_running()
-
-
-def _show_terms(terms: ShelfTerms, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps({"event": "terms", **asdict(terms)}))
-        return
-    for key, value in _reading(terms).items():
-        # Adversary: the study's author, who chose the names.
-        typer.echo(printable(f"{key:<9} {value}", MOST_MESSAGE), err=True)
-
-
-def _reading(terms: ShelfTerms) -> dict[str, str]:
-    spent = ", ".join(f"{asker} {count}" for asker, count in terms.spent.items() if count)
-    shown = {
-        "study": f"{terms.study}, sha256:{terms.digest}, signed by all",
-        "server": f"{terms.server} carries the questions, and may ask itself",
-        "shelf": f"{terms.passages:,} passages of {terms.documents:,}; {terms.index[:16]}…",
-        "may ask": ", ".join(terms.askers),
-        "limit": f"{terms.questions:,} questions of each, in all runs and studies together",
-        "asked": spent or "nobody has asked this shelf yet",
-        "together": f"{terms.together} of them may collude, and have {terms.pooled:,} questions; "
-        f"{terms.telling:,} tell all embeddings (dimension {terms.dimension})",
-        "reveals": f"a question tells a score of every passage, and {terms.fetched} whole passages "
-        "that the asker chooses",
-    }
-    if terms.reads_all:
-        shown["WARNING"] = (
-            f"{terms.pooled:,} questions tell all embeddings on this shelf, and so much of every "
-            "text; --questions lowers the limit of each asker"
-        )
-    return shown
-
-
-def _confirm(yes: bool) -> None:
-    if yes or typer.confirm("Answer their questions?", default=False, err=True):
-        return
-    raise ConfigError("not agreed; nothing was answered", hint="--yes agrees without asking")

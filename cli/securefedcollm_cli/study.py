@@ -278,7 +278,7 @@ def deal(
     dealt = dealt_out(study, data)
     make_directory(out)
     files = {"public": dealt.public, "test": dealt.test, **dealt.silos}
-    owner = study.subject or BUILTIN_SUBJECT
+    owner = study.subject or BUILTIN_SUBJECT[study.task.data.builtin or "hospitals"]
     for name, questions in files.items():
         write_questions(
             out / f"{name}.jsonl", questions, owner, study.task.rows, study.task.columns

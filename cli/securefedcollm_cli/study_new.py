@@ -33,7 +33,7 @@ def new(
         ),
     ] = None,
     task: Annotated[
-        Literal["multiple_choice", "classification", "instruction", "text"],
+        Literal["multiple_choice", "classification", "instruction", "text", "image_classification"],
         typer.Option("--task", help="Kind of a record; the study file explains each kind."),
     ] = "multiple_choice",
     label: Labels = None,

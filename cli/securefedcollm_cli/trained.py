@@ -83,6 +83,12 @@ def generate(
 
     with Bars(quiet=as_json) as bars:
         chosen = choose_model(run, role, model, revision, adapter, data, device, bars)
+        if chosen.study is not None and chosen.study.task.kind == "image_classification":
+            raise ConfigError(
+                "this run's models classify pictures, and write nothing",
+                where="--run",
+                hint="`model evaluate` measures them",
+            )
         if instruction is None:
             instruction = chosen.study is not None and chosen.study.task.kind == "instruction"
         text = continue_text(
@@ -148,9 +154,9 @@ def evaluate(
     """Measure a base model or a co-tuned one on labelled records.
 
     The columns of FILE (.jsonl, .csv, .parquet) depend on the task: question, choices (a
-    list) and answer (index) for multiple_choice; text and label for classification; instruction and
-    response for instruction; text for text. Each value of a column `subject` gets a line of the
-    table.
+    list) and answer (index) for multiple_choice; text and label for classification; image and label
+    for image_classification; instruction and response for instruction; text for text. Each value of
+    a column `subject` gets a line of the table.
 
     Prints accuracy and the mean log-probability of the right choice. For a classification it adds
     macro F1, AUROC (mean over the labels, each against the rest), both by label, and the confusion
@@ -172,7 +178,10 @@ def evaluate(
             hint="give a number above 0",
         )
     with Bars(quiet=as_json) as bars:
-        chosen = choose_model(run, role, model, revision, adapter, data, device, bars, base=base)
+        images = task == "image_classification"
+        chosen = choose_model(
+            run, role, model, revision, adapter, data, device, bars, base=base, images=images
+        )
         plan = chosen.study.task if chosen.study else None
         rows = task_of(task, label, column, template, plan)
         ask = ask or (chosen.spec.ask if chosen.spec else "cloze")
@@ -302,9 +311,16 @@ def merge(
     private merged as it is alone. Virtual tokens (a prompt or prefix) cannot be merged.
     """
     from securefedcollm.tuning.adapters import merged
+    from securefedcollm.tuning.classifiers import HEAD_FILE, read_head
     from securefedcollm.tuning.identity import model_digest, model_parts
     from securefedcollm.tuning.models import save_model
 
+    if run is None and adapter is not None and (adapter / HEAD_FILE).exists():
+        raise ConfigError(
+            "this adapter is of a classifier of pictures, whose labels its run's study names",
+            where="--adapter",
+            hint="merge it by --run DIR, or with PEFT: README.md beside it says how",
+        )
     with Bars(quiet=as_json) as bars:
         chosen = choose_model(
             run, role, model, revision, adapter, data, "cpu", bars, dtype="float32"
@@ -313,6 +329,8 @@ def merge(
             raise ConfigError(
                 "nothing to merge", where="--adapter", hint="give --run, or --model with --adapter"
             )
+        if chosen.study is not None and chosen.study.task.kind == "image_classification":
+            read_head(chosen.loaded.model, chosen.study.task.labels, chosen.adapter)
         whole = merged(chosen.loaded.model, chosen.adapter)
         tokenizer = chosen.loaded.tokenizer
         save_model(whole, tokenizer, out)
@@ -342,14 +360,20 @@ def choose_model(
     *,
     base: bool = False,
     dtype: Literal["float32", "bfloat16"] | None = None,
+    images: bool = False,
 ) -> Chosen:
-    """The model of a run, with its adapter unless ``base``, or the one that is named."""
+    """The model of a run, with its adapter unless ``base``, or the one that is named.
+
+    Args:
+        images: the one that is named classifies pictures.
+    """
     if (run is None) == (model is None):
         raise ConfigError(
             "exactly one of the two is needed", where="--run / --model", hint="e.g. --run runs/NAME"
         )
     from securefedcollm.federation.continuing import beside
-    from securefedcollm.federation.tuned import fold_earlier
+    from securefedcollm.federation.tuned import fold_earlier, part_of
+    from securefedcollm.tuning.classifiers import set_head
     from securefedcollm.tuning.models import find_device, load_model
     from securefedcollm.tuning.quantised import check_quantization, quantise, round_weights
 
@@ -357,7 +381,8 @@ def choose_model(
     study = spec = None
     if run is None:
         assert model is not None
-        loaded = load_named(model, revision, dtype or "float32", base_dir=data)
+        part: Literal["causal", "image"] = "image" if images else "causal"
+        loaded = load_named(model, revision, dtype or "float32", base_dir=data, part=part)
     else:
         from securefedcollm.study import load_study
 
@@ -381,7 +406,10 @@ def choose_model(
             dtype=dtype or spec.dtype,
             base_dir=data,
             progress=bars.report,
+            part=part_of(study.task),
         )
+        if study.task.kind == "image_classification":
+            set_head(loaded.model, study.task.labels, study.seed)
         with beside(run):
             fold_earlier(study, role, loaded, data)
         # An adapter that is merged fits the rounded weights, but not into them.
@@ -398,7 +426,7 @@ def load_named(
     revision: str | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     base_dir: Path = Path(),
-    part: Literal["causal", "body"] = "causal",
+    part: Literal["causal", "body", "image"] = "causal",
 ) -> Any:
     """``load_model``, where a plain directory needs no ``path:``."""
     from securefedcollm.tuning.models import load_model

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from securefedcollm.errors import ConfigError
-from securefedcollm.federation.sizes import BUILTIN_RECORDS, BUILTIN_SUBJECTS
+from securefedcollm.federation.sizes import builtin_units
 from securefedcollm_cli.options import files_of
 
 if TYPE_CHECKING:
@@ -52,9 +52,9 @@ def units_of(
     said = "by the study's task.data"
     if spec.builtin and study.subject is not None:
         if spec.per_silo is None and spec.skew == 1 and spec.partition is None:
-            return Units((BUILTIN_SUBJECTS,), said)
+            return Units((builtin_units(study),), said)
         return Units(_dealt(study, data), "in the built-in world")
-    mean = spec.per_silo or (BUILTIN_RECORDS if spec.builtin else None)
+    mean = spec.per_silo or (builtin_units(study) if spec.builtin else None)
     if mean is None or study.subject is not None:
         return Units((), "")
     if spec.skew == 1:

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
@@ -18,8 +18,15 @@ if TYPE_CHECKING:
     from securefedcollm.simulation.ask_records import Vote
     from securefedcollm.study import Study
 
-How = tuple[str, Path | None, Path | None, bool]
-"""``--as``, ``--out``, ``--data`` and ``--json``."""
+
+class How(NamedTuple):
+    """The options of the same names; ``asker``: ``--as``."""
+
+    asker: str | None
+    out: Path | None
+    home: Path | None
+    data: Path | None
+    as_json: bool
 
 
 def ask_voters(
@@ -30,21 +37,24 @@ def ask_voters(
     how: How,
 ) -> None:
     """Ask, and show what the records say."""
-    from securefedcollm.simulation.ask_records import ask_records
+    from securefedcollm.simulation.ask_records import ask_records, ask_records_from
 
-    asker, out, data, as_json = how
+    as_json = how.as_json
     words, listed = _parsed(question, choices)
-    with Bars(quiet=as_json) as bars:
-        vote = ask_records(
-            words,
-            listed,
-            study,
-            records=named_files(records, "--records") if records else None,
-            asker=asker,
-            out=out,
-            data=data,
-            progress=bars.report,
-        )
+    if how.home is not None:
+        vote = ask_records_from(how.home, words, listed, study)
+    else:
+        with Bars(quiet=as_json) as bars:
+            vote = ask_records(
+                words,
+                listed,
+                study,
+                records=named_files(records, "--records") if records else None,
+                asker=how.asker or "server",
+                out=how.out,
+                data=how.data,
+                progress=bars.report,
+            )
     if as_json:
         typer.echo(json.dumps(_plain(vote), indent=2))
     else:
@@ -120,6 +130,7 @@ def _plain(vote: Vote) -> dict[str, Any]:
         "bytes_received": vote.received,
         "seconds": round(vote.seconds, 3),
         "directory": str(vote.directory),
+        "left_out": dict(vote.left_out),
     }
 
 
@@ -133,6 +144,12 @@ def _render(vote: Vote) -> None:
     )
     for silo, why in vote.failed.items():
         typer.secho(f"{printable(silo)} did not answer: {printable(why)}", fg="yellow")
+    for silo, count in vote.left_out.items():
+        typer.secho(
+            f"{count:,} records of {printable(silo)} have no budget left for answers, or no words, "
+            "and cast no vote: securefedcollm budget set",
+            fg="yellow",
+        )
     total = len(vote.counted) + len(vote.failed)
     typer.echo(
         f"{len(vote.counted)} of {total} silos voted; {vote.sent:,} bytes up, "

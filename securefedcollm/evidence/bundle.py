@@ -35,7 +35,7 @@ from securefedcollm.evidence.entries import (
     decode_canonical,
     decode_entry,
 )
-from securefedcollm.evidence.ledger import check_anchors
+from securefedcollm.evidence.ledger import VOTES, check_anchors
 from securefedcollm.evidence.log import FILE_NAME, EvidenceLog
 from securefedcollm.evidence.note import Checkpoint, parse_checkpoint
 from securefedcollm.primitives import sha256
@@ -68,7 +68,7 @@ class Bundle(msgspec.Struct, frozen=True):
 def make_bundle(run: Path, only: Sequence[str] = ()) -> bytes:
     """The bundle of a run directory.
 
-    Each silo's ledger is first checked against the heads that its log anchored.
+    Each silo's ledgers are first checked against the heads that its log anchored.
 
     Args:
         only: participants whose logs go in; empty for all that are there.
@@ -87,6 +87,9 @@ def make_bundle(run: Path, only: Sequence[str] = ()) -> bytes:
         if (home / "ledger.sqlite").exists():
             with Ledger(home / "ledger.sqlite", name) as ledger:
                 check_anchors(log, ledger)
+        for book in sorted(home.glob("ledger.answers-*.sqlite")):
+            with Ledger(book, name) as ledger:
+                check_anchors(log, ledger, VOTES)
         if (home / "sbom.json").exists():
             members["sbom.json"] = (home / "sbom.json").read_bytes()
             best = {f"{BEST}/{path}": found for path, found in file_digests(run / BEST).items()}

@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple
 from securefedcollm.errors import EvidenceError, StateError
 from securefedcollm.evidence.entries import (
     Entry,
+    Opened,
     Released,
     Reserved,
     Settled,
@@ -36,7 +37,8 @@ from securefedcollm.privacy.ledger import Budget, Key, Ledger, Reservation
 
 CHARGES = (Reserved, Released, Settled, Voided)
 VOTES = (Voting, Voted)
-"""Of the ledger by which each record's own answers are counted, which is another file."""
+"""Of the ledger by which each record's own answers are counted, which is another file. What the
+records paid beforehand is in the silo's own, whose head ``voting`` has besides."""
 PREPAID_RUN: Final = 32
 """Length of ``Key.run`` of what a silo's ledger charges for all answers; runs have 64."""
 
@@ -152,6 +154,8 @@ class Anchors(NamedTuple):
     """Oldest first."""
     answered: bool = False
     """Whether records have answered questions, so that the ledger has charged them for that."""
+    study: bytes = b""
+    """Digest of the log's study, 32 bytes."""
 
     def blinded(self, content: bytes) -> bytes:
         """The same as the log's own method."""
@@ -182,7 +186,9 @@ def read_anchors(path: Path) -> Anchors:
         ) from None
     entries = [decode_entry(bytes(body), f"{path}: entry {i}") for i, (body,) in enumerate(bodies)]
     answered = any(isinstance(entry.what, VOTES) for entry in entries)
-    return Anchors(path, bytes(own[0]) if own else b"", list(_charges(entries)), answered)
+    first = entries[0].what if entries else None
+    study = bytes.fromhex(first.study) if isinstance(first, Opened) else b""
+    return Anchors(path, bytes(own[0]) if own else b"", list(_charges(entries)), answered, study)
 
 
 def check_anchors(log: EvidenceLog, ledger: Ledger, kinds: tuple[type, ...] = CHARGES) -> int:
@@ -197,7 +203,7 @@ def check_anchors(log: EvidenceLog, ledger: Ledger, kinds: tuple[type, ...] = CH
         EvidenceError: naming the entry whose head is gone.
     """
     charges = list(_charges(log.entries, kinds))
-    entry = _missing(log, charges, ledger.rows())
+    entry = _missing(log, charges, ledger.rows(), kinds)
     if entry is not None:
         raise EvidenceError(
             f"{ledger.owner}: the privacy ledger does not contain what {entry.place} anchored",
@@ -207,22 +213,29 @@ def check_anchors(log: EvidenceLog, ledger: Ledger, kinds: tuple[type, ...] = CH
 
 
 def _charges(entries: Iterable[Entry], kinds: tuple[type, ...] = CHARGES) -> Iterator[Entry]:
-    return (entry for entry in entries if isinstance(entry.what, kinds))
+    return (entry for entry in entries if _head(entry, kinds))
 
 
 def _missing(
-    log: EvidenceLog | Anchors, charges: Iterable[Entry], rows: Sequence[Row]
+    log: EvidenceLog | Anchors,
+    charges: Iterable[Entry],
+    rows: Sequence[Row],
+    kinds: tuple[type, ...] = CHARGES,
 ) -> Entry | None:
     heads = {anchor(log, row.digest).hex(): row.seq for row in rows}
     last = 0
     for entry in charges:
-        row = heads.get(_head(entry), 0)
-        if row < last or not row:
+        row = heads.get(_head(entry, kinds), 0)
+        if not row or (row < last and isinstance(entry.what, kinds)):
             return entry
-        last = row
+        last = max(last, row)  # a `voting` has the head that the ledger had when its process began
     return None
 
 
-def _head(entry: Entry) -> str:
-    assert isinstance(entry.what, CHARGES + VOTES)
-    return entry.what.ledger
+def _head(entry: Entry, kinds: tuple[type, ...]) -> str:
+    """The head that an entry has of the ledger that these kinds anchor; empty if it has none."""
+    what = entry.what
+    if isinstance(what, kinds):
+        assert isinstance(what, CHARGES + VOTES)
+        return what.ledger
+    return what.prepaid or "" if isinstance(what, Voting) else ""

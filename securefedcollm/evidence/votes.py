@@ -32,10 +32,11 @@ class Tallied(Content, frozen=True, tag="tallied"):
     sum: Hex
 
 
-class Voting(Content, frozen=True, tag="voting"):
+class Voting(Content, frozen=True, tag="voting", omit_defaults=True):
     """Silo: its masked votes on ``asker``'s question are about to leave, and are charged. The
     entry is the same whatever was retrieved, also if nothing was. ``events``: at worst. ``ledger``:
-    the ledger's head, under the log's blind."""
+    the head of the ledger of answers, under the log's blind; ``prepaid``: of the silo's own ledger
+    after the records had paid beforehand, likewise; older versions did not say it."""
 
     asker: Who
     poll: Slip
@@ -44,6 +45,7 @@ class Voting(Content, frozen=True, tag="voting"):
     delivery: Hex
     events: list[dict[str, Any]]
     ledger: Hex
+    prepaid: Hex | None = None
 
 
 class Voted(Content, frozen=True, tag="voted"):

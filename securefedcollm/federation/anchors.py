@@ -25,6 +25,7 @@ from securefedcollm.evidence.entries import (
 )
 from securefedcollm.evidence.ledger import read_anchors
 from securefedcollm.evidence.log import FILE_NAME, EvidenceLog
+from securefedcollm.federation.questions.prepaid import has_prepaid
 from securefedcollm.federation.silostore import SiloStore, restored
 from securefedcollm.primitives import equal
 from securefedcollm.privacy.ledger import Ledger
@@ -48,10 +49,18 @@ def check_ledger(home: Path, ledger: Path, owner: str) -> None:
     """
     logs = sorted(home.glob(f"studies/*/silos/*/{FILE_NAME}"))
     anchors = [read_anchors(log) for log in logs]  # before the ledger, which others may write to
-    if not any(one.charges for one in anchors):
+    if not any(one.charges or one.answered for one in anchors):
         return
     with Ledger(ledger, owner) as opened:
         rows = opened.rows()
+        for one in anchors:
+            if one.answered and not has_prepaid(opened, ledger, one.study):
+                raise StateError(
+                    f"{ledger}: this privacy ledger does not say that the answers which {one.path} "
+                    "tells of were paid for",
+                    hint="restore the newest copy of the ledger, with its key, and of the ledger "
+                    "of answers beside it; without them budget would be spent twice",
+                )
     for one in anchors:
         entry = one.missing(rows)
         if entry is not None:

@@ -18,6 +18,7 @@ from securefedcollm.federation.plan import check_names, silo_names
 from securefedcollm.study import Study
 from securefedcollm.study.config import Task
 from securefedcollm.tuning.data import read_questions
+from securefedcollm.tuning.digits import PER_SILO, Digits
 from securefedcollm.tuning.formats import Layout
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.splits import SplitPlan, silo_sizes, split_questions, without
@@ -98,6 +99,8 @@ def deal(study: Study, data: Path | None, noisy: int = 0, files: Files | None = 
 def _made_up(study: Study) -> Dealt:
     """The built-in world's questions."""
     names, spec = silo_names(study), study.task.data
+    if spec.builtin == "digits":
+        return _digits(study)
     sizes = Sizes(records_per_silo=spec.per_silo) if spec.per_silo else Sizes()
     world = World(seed=study.seed, silos=len(names), sizes=sizes, part=spec.part_of)
     counts = silo_sizes(len(names), sizes.records_per_silo, spec.skew)
@@ -113,6 +116,21 @@ def _made_up(study: Study) -> Dealt:
         public=tuple(world.public()),
         silos={name: tuple(records) for name, records in silos.items()},
         test=tuple(world.tests()),
+    )
+
+
+def _digits(study: Study) -> Dealt:
+    """The embedded world of pictures."""
+    names, spec = silo_names(study), study.task.data
+    world = Digits(study.seed, len(names))
+    counts = silo_sizes(len(names), spec.per_silo or PER_SILO, spec.skew)
+    mixed = spec.partition == "iid"
+    return Dealt(
+        public=tuple(world.public()),
+        silos={
+            name: tuple(world.records(i, counts[i], mixed=mixed)) for i, name in enumerate(names)
+        },
+        test=tuple(world.tests()[: spec.max_test]),
     )
 
 

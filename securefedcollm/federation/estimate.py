@@ -8,12 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from securefedcollm.federation.tuned import adapted
+from securefedcollm.federation.tuned import adapted, part_of
 from securefedcollm.privacy.counting import VALUES
 from securefedcollm.study import Study
 from securefedcollm.study.config import Model
 from securefedcollm.tuning.adapters import full_layout, layout_of
-from securefedcollm.tuning.head import check_positions, text_config
+from securefedcollm.tuning.classifiers import places_of
+from securefedcollm.tuning.head import check_positions, sees, text_config
 from securefedcollm.tuning.models import meta_model
 from securefedcollm.tuning.quantised import weights_bytes
 
@@ -75,12 +76,15 @@ def _server_bytes(study: Study, llm: dict[str, Any], slm: dict[str, Any]) -> int
 
 
 def _shape(study: Study, spec: Model, data: Path | None) -> dict[str, Any]:
-    model = meta_model(spec.source, revision=spec.revision, base_dir=data or Path())
+    model = meta_model(
+        spec.source, revision=spec.revision, base_dir=data or Path(), part=part_of(study.task)
+    )
     parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     width = 4 if spec.dtype == "float32" else 2
     weights = weights_bytes(model, spec.quantization, width)  # before there is an adapter on it
     config = text_config(model)
     method = study.adapter.method
+    places = places_of(model) if sees(model) else 0
     tuned = adapted(model, study, spec)
     check_positions(tuned, study.task.max_tokens, spec.source)
     rounds = range(2 if method == "rolora" else 1)
@@ -95,24 +99,25 @@ def _shape(study: Study, spec: Model, data: Path | None) -> dict[str, Any]:
         "trained_values": update,
         "update_values": update,
         "broadcast_values": update if method == "ffa-lora" else full,
-        "activation_bytes_per_record": _activations(study, spec, config, width),
+        "activation_bytes_per_record": _activations(study, spec, config, width, places),
     }
 
 
-def _activations(study: Study, spec: Model, config: Any, width: int) -> int:
-    """Memory of one record of ``task.max_tokens``, in bytes.
+def _activations(study: Study, spec: Model, config: Any, width: int, places: int) -> int:
+    """Memory of one record of ``task.max_tokens``, or of a picture of ``places``, in bytes.
 
     Per layer s·h·(34 + 5·a·s/h) at two bytes a value (Korthikanti et al. 2022, arXiv 2205.05198,
     eq. 2; s tokens, h hidden, a heads), and the logits in float32. Layers below the adapted ones
     keep nothing. With checkpointing a layer keeps its input, and one layer at a time has the rest.
     """
-    s, h = study.task.max_tokens + study.adapter.tokens, int(config.hidden_size)
+    h = int(config.hidden_size)
+    s = places or study.task.max_tokens + study.adapter.tokens
     a, layers = int(getattr(config, "num_attention_heads", 0)), int(config.num_hidden_layers)
     layers = min(layers, study.top_layers(spec) or layers)
     kept = layers * s * h * (34 + 5 * a * s / h) * width / 2
     if spec.checkpointing:
         kept = kept / layers + layers * s * h * width
-    return int(kept + 4 * s * int(config.vocab_size))
+    return int(kept + (0 if places else 4 * s * int(config.vocab_size)))
 
 
 def _upload(study: Study, values: int) -> int:

@@ -33,6 +33,27 @@ _WHOLE: Final = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("the directory of this file")
 tokenizer = AutoTokenizer.from_pretrained("the directory of this file")"""
+_PROMPTS: Final = (
+    "The model was tuned on prompts of one form and scores answers in one way: `task.json` says "
+    "which.\nWith another form it is much worse. The scored answer follows the prompt after "
+    "`before_answer`."
+)
+_PICTURES: Final = (
+    "The classes are the `labels` of `task.json`, in their order. `head.safetensors` is the class "
+    "head that the\nadapter was tuned with; no other fits."
+)
+_CLASSIFIER: Final = """from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForImageClassification
+
+base = {base}
+model = AutoModelForImageClassification.from_pretrained(base{revision}, {given})
+head = load_file("head.safetensors of this directory")
+classes, width = head["classifier.weight"].shape
+model.classifier = nn.Linear(width, classes)
+model.load_state_dict(head, strict=False)
+model = PeftModel.from_pretrained(model, "the directory of this file")"""
 _BITSANDBYTES: Final = {
     "int8": "load_in_8bit=True",
     "nf4": 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
@@ -43,6 +64,7 @@ _TEMPLATES: Final = {
     "classification": CLASSIFY,
     "instruction": INSTRUCTION,
     "text": "",
+    "image_classification": "",
 }
 
 
@@ -168,23 +190,32 @@ Made by securefedcollm {__version__}.
 ## How to load it
 {_EARLIER if chain else ""}
 ```python
-{_loading(base) if method != "full" else _WHOLE}
+{_how(study, base)}
 ```
 
 `securefedcollm model digest` prints the digest of a base model, to be compared with the one above.
 
 ## How to ask it
 
-The model was tuned on prompts of one form and scores answers in one way: `task.json` says which.
-With another form it is much worse. The scored answer follows the prompt after `before_answer`.
+{_PICTURES if study.task.kind == "image_classification" else _PROMPTS}
 """
 
 
-def _loading(base: dict[str, Any]) -> str:
+def _how(study: Study, base: dict[str, Any]) -> str:
+    """Python that loads what was made."""
+    if study.adapter.method == "full":
+        return _WHOLE
+    return _loading(base, pictures=study.task.kind == "image_classification")
+
+
+def _loading(base: dict[str, Any], *, pictures: bool = False) -> str:
     """Python that loads the base with the adapter on it."""
     kind, _, place = base["source"].partition(":")
+    named = json.dumps(place if kind == "hub" else "the directory of the base model")
     revision = f', revision="{base["revision"]}"' if base["revision"] else ""
     given, names, rounding = f'dtype="{base["dtype"]}"', "AutoModelForCausalLM, AutoTokenizer", ""
+    if pictures:
+        return _CLASSIFIER.format(base=named, revision=revision, given=given)
     if "quantization" in base:
         settings = _BITSANDBYTES[base["quantization"]].format(base["dtype"])
         rounding = f"rounded = BitsAndBytesConfig({settings})\n"
@@ -192,7 +223,7 @@ def _loading(base: dict[str, Any]) -> str:
     return f"""from peft import PeftModel
 from transformers import {names}
 
-base = {json.dumps(place if kind == "hub" else "the directory of the base model")}
+base = {named}
 {rounding}model = AutoModelForCausalLM.from_pretrained(base{revision}, {given})
 model = PeftModel.from_pretrained(model, "the directory of this file")
 tokenizer = AutoTokenizer.from_pretrained(base{revision})"""

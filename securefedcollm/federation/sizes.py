@@ -32,8 +32,11 @@ BUILTIN_MODELS: Final[dict[str, dict[str, Any]]] = {
     for name, shape in _SHAPES.items()
 }
 """What matters of every built-in model's config.json."""
+_VITS: Final = {"digits-large": (64, 3), "digits-small": (32, 2)}
+"""Width and number of layers of the built-in classifiers."""
 BUILTIN_RECORDS: Final = 3000
 BUILTIN_SUBJECTS: Final = 752
+DIGITS_RECORDS: Final = 1000
 
 
 def update_values(study: Study, data: Path | None) -> int:
@@ -49,6 +52,8 @@ def update_values(study: Study, data: Path | None) -> int:
             where="models.slm",
             hint="give --values N",
         )
+    if kind == "builtin" and rest in _VITS:
+        return _vit_values(*_VITS[rest], study)
     if kind == "builtin" and rest in BUILTIN_MODELS:
         config = BUILTIN_MODELS[rest]
     elif kind == "path" and data is not None:
@@ -60,6 +65,21 @@ def update_values(study: Study, data: Path | None) -> int:
             hint="give --values N (the size of an update), or --data DIR for a path: model",
         )
     return adapter_values(config, study)
+
+
+def builtin_units(study: Study) -> int:
+    """Units of a silo in an embedded world, where the study does not say how many records."""
+    if study.task.data.builtin == "digits":
+        return DIGITS_RECORDS if study.subject is None else _digits(study)
+    return BUILTIN_RECORDS if study.subject is None else BUILTIN_SUBJECTS
+
+
+def _digits(study: Study) -> int:
+    """Subjects of the silo that has fewest."""
+    from securefedcollm.tuning.digits import Digits
+
+    world, silos = Digits(study.seed, study.silos.count), range(study.silos.count)
+    return min(world.subjects(silo, DIGITS_RECORDS) for silo in silos)
 
 
 def unit_records(study: Study) -> int:
@@ -77,7 +97,7 @@ def unit_records(study: Study) -> int:
             hint="give --records N: those of the smallest silo",
         )
     if study.task.data.builtin and study.task.data.per_silo is None:
-        return BUILTIN_RECORDS if study.subject is None else BUILTIN_SUBJECTS
+        return builtin_units(study)
     if study.subject is not None:
         raise ConfigError(
             "a study does not say how many subjects a silo has",
@@ -136,6 +156,26 @@ def adapter_values(config: dict[str, Any], study: Study) -> int:
     if adapter.method == "lora":
         return sides["A"] + sides["B"]
     return max(sides.values()) if adapter.method == "rolora" else sides["B"]
+
+
+def _vit_values(width: int, layers: int, study: Study) -> int:
+    """Trained values of an adapter on all linear layers of a built-in classifier.
+
+    Raises:
+        ConfigError: it is on some of them.
+    """
+    adapter = study.adapter
+    if adapter.targets != "all-linear":
+        raise ConfigError(
+            "how many values an adapter on these layers has is not known before they are loaded",
+            where="adapter.targets",
+            hint="give --values N (`securefedcollm study estimate` says how many)",
+        )
+    layers = min(layers, study.top_layers(study.models.slm) or layers)
+    # Query, key, value and output are square; the other two widen to three times and back.
+    sides = {"A": (4 + 1 + 3) * width, "B": (4 + 3 + 1) * width}
+    values = [adapter.rank * layers * side for side in sides.values()]
+    return sum(values) if adapter.method == "lora" else max(values)
 
 
 def _all_weights(config: dict[str, Any], shapes: dict[str, tuple[int, int]], words: int) -> int:

@@ -15,15 +15,19 @@ from securefedcollm.evidence.entries import (
     Decrypted,
     Entry,
     Heard,
+    Polled,
     Refused,
     Released,
     Reserved,
     Round,
     Served,
     Settled,
+    Tallied,
     Told,
     Unmasked,
     Uploaded,
+    Voted,
+    Voting,
     Witnessed,
 )
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
@@ -222,6 +226,14 @@ def told(entry: Entry, study: Study) -> str | None:
             return f"a question of this member is about to leave, to {len(questions)} silos"
         case Heard(answers=answers):
             return f"{len(answers)} silos answered it"
+        case Voting(asker=asker):
+            return f"a question of {asker}: charged, votes about to leave"
+        case Voted(survivors=survivors):
+            return f"agreed to a sum of the votes of {len(survivors)} silos"
+        case Polled():
+            return "a question of this member to the silos' records is about to leave"
+        case Tallied(survivors=survivors):
+            return f"the votes of {len(survivors)} silos were opened"
         case Refused(error=error):
             carried = ", or a question that it carried" if study.retrieval is not None else ""
             return f"REFUSED a request of the server{carried}: {error}"

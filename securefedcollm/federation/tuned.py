@@ -29,13 +29,20 @@ from securefedcollm.tuning.adapters import (
     load_vector,
     save_adapter,
 )
+from securefedcollm.tuning.classifiers import HEAD_FILE, head_bytes, set_head
 from securefedcollm.tuning.evaluate import Evaluation, evaluate
 from securefedcollm.tuning.folding import Released, fold, keep_apart
 from securefedcollm.tuning.formats import Asking
 from securefedcollm.tuning.frozen import with_prefix, with_prior
-from securefedcollm.tuning.head import check_positions, check_vocabulary, device_of, unwrapped
+from securefedcollm.tuning.head import (
+    check_positions,
+    check_vocabulary,
+    device_of,
+    sees,
+    text_config,
+)
 from securefedcollm.tuning.layers import checkpointed
-from securefedcollm.tuning.models import LoadedModel, find_device, load_model
+from securefedcollm.tuning.models import Kind, LoadedModel, find_device, load_model
 from securefedcollm.tuning.packing import check_model
 from securefedcollm.tuning.prompts import attach_prompt, check_virtual
 from securefedcollm.tuning.quantised import check_quantization, quantise
@@ -85,6 +92,11 @@ def once(key: Hashable, make: Callable[[], T]) -> T:
     """``make()``, or what it gave before for an equal ``key`` (see :func:`remembering`)."""
     memory = _memory.get()
     return make() if memory is None else memory.once(key, make)
+
+
+def part_of(task: Task) -> Kind:
+    """The kind of model that a task needs."""
+    return "image" if task.kind == "image_classification" else "causal"
 
 
 def asking_of(task: Task, model: Model) -> Asking:
@@ -153,6 +165,7 @@ class Tuned:
                 dtype=spec.dtype,
                 base_dir=data or Path(),
                 progress=progress,
+                part=part_of(study.task),
             )
             fold(loaded.model, earlier, spec.source)
             quantise(loaded.model, *rounded)
@@ -200,7 +213,7 @@ class Tuned:
                 with self.model.disable_adapter():
                     encoded = with_prior(self.model, questions, encoded, self.tokenizer, most)
             if top is not None:
-                depth = unwrapped(self.model).config.num_hidden_layers
+                depth = text_config(self.model).num_hidden_layers
                 encoded = with_prefix(
                     self.model,
                     encoded,
@@ -235,6 +248,8 @@ class Tuned:
         """
         chat = bool(getattr(self.tokenizer, "chat_template", None))
         files = beside_adapter(self.study, self.spec, self.base_digest, chat=chat)
+        if sees(self.model):
+            files[HEAD_FILE] = head_bytes(self.model)
         if isinstance(self.model, WholeModel):  # a directory that transformers loads by itself
             files |= tokenizer_files(self.tokenizer)
         save_adapter(self.model, directory, {**files, **(beside or {})})
@@ -310,6 +325,10 @@ def adapted(base: Any, study: Study, spec: Model, earlier: Sequence[Released] = 
         ConfigError: the adapter does not fit the model.
     """
     adapter, seed = study.adapter, seed_of(study)
+    if sees(base):
+        set_head(base, study.task.labels, study.seed)  # the same in a whole chain
+        # The library's notes on names in files keep .twins from seeing that two models are alike.
+        vars(base).pop("_weight_conversions", None)
     if adapter.method == "full":
         return WholeModel(base)
     if adapter.method == "prompt" or adapter.method == "prefix":

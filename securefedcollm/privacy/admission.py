@@ -14,7 +14,7 @@ less of it, never for more.
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -84,7 +84,6 @@ class Decision:
         self._limit = limit
         self._patterns = patterns
         self._own = own
-        self._verdicts: dict[Account, bool] = {}
 
     @property
     def too_much(self) -> bool:
@@ -111,18 +110,11 @@ class Decision:
     @cached_property
     def _poor(self) -> list[Account]:
         """The accounts that cannot pay."""
-        return [account for account in self._accounts if not self._can_pay(account)]
+        return [account for account in self._accounts if not _can_pay(account)]
 
     @cached_property
     def _own_pays(self) -> bool:
-        return self._can_pay(self._own)
-
-    def _can_pay(self, account: Account) -> bool:
-        """The same for accounts that differ only in their owners, so ask once."""
-        alike = account._replace(promise="", pattern=0)
-        if alike not in self._verdicts:
-            self._verdicts[alike] = alike.fits
-        return self._verdicts[alike]
+        return _can_pay(self._own)
 
     @cached_property
     def fits(self) -> bool:
@@ -200,6 +192,16 @@ class Decision:
         return f"this silo allows ε = {asked.limit.epsilon:g}; {budget}", (
             "--budget may only be lower; `securefedcollm budget set` changes what is pinned"
         )
+
+
+def _can_pay(account: Account) -> bool:
+    """The same for accounts that differ only in their owners."""
+    return _fits(account._replace(promise="", pattern=0))
+
+
+@lru_cache(maxsize=4096)
+def _fits(account: Account) -> bool:
+    return account.fits
 
 
 def decide(

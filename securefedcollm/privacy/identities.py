@@ -96,6 +96,20 @@ class Records:
         self.column = column
         self.also = tuple(also)
         self.key = key
+        self.part: tuple[Records, npt.NDArray[np.bool_]] | None = None
+        """Of which records these are some, bool [n of those], where they were chosen by
+        :meth:`only`."""
+
+    def only(self, chosen: npt.NDArray[np.bool_]) -> Records:
+        """Some of these records, perhaps none.
+
+        Args:
+            chosen: bool [n].
+        """
+        whole = None if self.whole is None else self.whole[chosen]
+        some = Records(self.rows[chosen], whole=whole, key=self.key)
+        some.part = self, chosen
+        return some
 
     def __len__(self) -> int:
         return len(self.rows)

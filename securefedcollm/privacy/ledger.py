@@ -201,7 +201,7 @@ class Ledger(Book):
         if not decision.fits:  # explained outside the lock: what would fit takes a second
             message, hint = decision.refusal()
             raise BudgetExceeded(f"{_sum(round)} of {unit} data: {message}", hint=hint)
-        self._catch_up()
+        self._granted(asked)
         return Reservation(key, merged, row.seq)
 
     def foresee(
@@ -307,6 +307,12 @@ class Ledger(Book):
 
     # --- internals ------------------------------------------------------------------------------
 
+    def _granted(self, asked: Asked) -> None:
+        """Else the time of the release would tell how many records an answer is about."""
+        self._catch_up()
+        if asked.individually:
+            self._journal.checkpoint()
+
     def _prepare(self, asked: Asked) -> None:
         """Imports, and reads the sets of records that a new file meets: outside the lock."""
         if self._overlaps is None or not self._overlaps.about(asked.records, asked.fingerprints):
@@ -314,13 +320,20 @@ class Ledger(Book):
             self._decide(asked).fits  # noqa: B018 - for what it loads
 
     def _decide(self, asked: Asked) -> Decision:
-        entries = list(self._state.entries.values())
-        if self._overlaps is None or not self._overlaps.about(asked.records, asked.fingerprints):
-            self._overlaps = Overlaps(
-                asked.records, asked.fingerprints, self.stored, self._state.files
-            )
+        entries, records, chosen = list(self._state.entries.values()), asked.records, None
+        alone = asked.individually and {asked.unit, *(e.unit.name for e in entries)} == {"record"}
+        if alone and records is not None and records.part is not None:
+            records, chosen = records.part  # whose sets are known already
+        if self._overlaps is None or not self._overlaps.about(records, asked.fingerprints):
+            self._overlaps = Overlaps(records, asked.fingerprints, self.stored, self._state.files)
         counted = [entry for entry in entries if not _of_the_other_part(entry, asked)]
-        return decide(asked, self._overlaps.patterns(counted), entries, self._state.pinned)
+        if alone:
+            # Adversary: an asker whose questions come to nothing, so that later ones take longer.
+            paid = [entry for entry in counted if entry.counted]
+            patterns = self._overlaps.alike(paid, chosen)
+        else:
+            patterns = self._overlaps.patterns(counted)
+        return decide(asked, patterns, entries, self._state.pinned)
 
     def _content(self, asked: Asked, decision: Decision) -> dict[str, Any]:
         """Of the row that grants a reservation. The set of records is kept with its first row."""

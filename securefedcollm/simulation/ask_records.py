@@ -1,22 +1,21 @@
-"""The front door to the silos' records: one question, every role on this machine."""
+"""The front door to the silos' records: one question, on this machine or over the network."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.evidence.bundle import make_bundle
-from securefedcollm.federation.dealing import deal, read_records
 from securefedcollm.federation.files import write_durably
+from securefedcollm.federation.questions.polling import Opinion
 from securefedcollm.federation.questions.polls import answers_of, claim_of
-from securefedcollm.federation.questions.space import space_of
+from securefedcollm.federation.roles import poll_from
+from securefedcollm.federation.workload import Progress, silent
 from securefedcollm.privacy.votes import Tally
-from securefedcollm.simulation.polling import Polled, Polls
 from securefedcollm.study import Study, load_study
-from securefedcollm.tuning.embed import encodes
-from securefedcollm.tuning.recipe import Progress, silent
 
 Place = str | Path
 
@@ -30,7 +29,9 @@ class Vote:
     first lead the second so far if they are equal. ``counted``: silos whose votes are in the sum,
     although nobody knows whether they had any; ``failed``: silo → why it is not. ``questions``: how
     many of these one record can answer within its budget of ``epsilon`` and ``delta``. ``sent`` and
-    ``received``: bytes of all frames; ``seconds``: of the whole question.
+    ``received``: bytes of all frames; ``seconds``: of the whole question. ``left_out``: silo → how
+    many of its records had no budget left for answers, or no words, and cast no vote.
+    Only whoever plays all roles is told that.
     """
 
     choice: str
@@ -46,6 +47,7 @@ class Vote:
     received: int
     seconds: float
     directory: Path
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def mixed(self, prior: Mapping[str, float], weight: float) -> dict[str, float]:
         """The choices' probabilities by a model of the asker's own, mixed with the votes.
@@ -104,33 +106,74 @@ def ask_records(
         ConfigError: the study asks no records or has a roster, a name is none of its own, ``out``
             is of another study or in use, or question or choices will not do.
         DataError: a silo's records cannot be read or embedded, or the question has no words.
-        BudgetExceeded: the study asks for more than the owners of too many records pinned.
+        BudgetExceeded: the study asks for more than a silo's owner pinned.
         ProtocolError: too few silos answered.
         StateError: a participant's file cannot be written; nothing was answered then.
     """
-    if not all(map(encodes, (question, *choices))):
-        raise ConfigError("is not valid Unicode", where="QUESTION", hint="write it in UTF-8")
-    agreed = study if isinstance(study, Study) else load_study(study)
-    answers_of(agreed)
-    place = None if data is None else Path(data)
+    from securefedcollm.federation.dealing import deal, read_records
+    from securefedcollm.federation.questions.space import space_of
+    from securefedcollm.simulation.polling import Polls
+
+    agreed = _agreed(study, question, choices)
     directory = Path(out) if out is not None else Path("runs") / agreed.study
-    with Polls(
-        agreed,
-        records={name: read_records(agreed, Path(path)) for name, path in records.items()}
+    place = None if data is None else Path(data)
+    silos = (
+        {name: read_records(agreed, Path(path)) for name, path in records.items()}
         if records
-        else deal(agreed, place).silos,
-        asker=asker,
-        directory=directory,
-        space=space_of(agreed, place, progress),
-        data=place,
-        progress=progress,
+        else deal(agreed, place).silos
+    )
+    space = space_of(agreed, place, progress)
+    about: dict[str, Any] = {"data": place, "progress": progress}
+    with Polls(
+        agreed, records=silos, asker=asker, directory=directory, space=space, **about
     ) as polls:
         asked = polls.ask(question, choices)
-    return _vote(agreed, asked, choices, directory)
+        found = asked.opinion, asked.seconds
+        return _vote(agreed, found, choices, directory, polls.left_out)
 
 
-def _vote(study: Study, asked: Polled, choices: Sequence[str], directory: Path) -> Vote:
-    opinion, (epsilon, delta) = asked.opinion, claim_of(study)
+def ask_records_from(
+    home: Place, question: str, choices: Sequence[str], study: Study | Place
+) -> Vote:
+    """Let all silos' records vote on a question over the network, as a member of a signed study.
+
+    The member's process that runs in ``home`` asks (``securefedcollm shelf serve``; at the server
+    ``shelf relay``). It needs no encoder.
+
+    Args:
+        home: the member's directory.
+        question, choices, study: as in :func:`ask_records`.
+
+    Raises:
+        ConfigError: question or choices will not do, no process runs in ``home``, or in its words,
+            this member may not ask or too few silos answered.
+        TransportError: the process has ended, or the server carries no questions.
+    """
+    agreed = _agreed(study, question, choices)
+    opinion, seconds, run = poll_from(agreed, Path(home), question, choices)
+    return _vote(agreed, (opinion, seconds), choices, run, {})
+
+
+def _agreed(study: Study | Place, question: str, choices: Sequence[str]) -> Study:
+    try:
+        "".join((question, *choices)).encode()
+    except UnicodeEncodeError:  # as of an argument's byte that is not UTF-8
+        raise ConfigError(
+            "is not valid Unicode", where="QUESTION", hint="write it in UTF-8"
+        ) from None
+    agreed = study if isinstance(study, Study) else load_study(study)
+    answers_of(agreed)
+    return agreed
+
+
+def _vote(
+    study: Study,
+    asked: tuple[Opinion, float],
+    choices: Sequence[str],
+    directory: Path,
+    left_out: Mapping[str, int],
+) -> Vote:
+    (opinion, seconds), (epsilon, delta) = asked, claim_of(study)
     return Vote(
         choice=choices[opinion.tally.choice],
         votes=dict(zip(choices, opinion.tally.votes, strict=True)),
@@ -143,6 +186,7 @@ def _vote(study: Study, asked: Polled, choices: Sequence[str], directory: Path) 
         delta=delta,
         sent=opinion.sent,
         received=opinion.received,
-        seconds=asked.seconds,
+        seconds=seconds,
         directory=directory,
+        left_out=left_out,
     )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from securefedcollm.aggregation import Roster
 from securefedcollm.errors import ConfigError, SecureFedCoLLMError
-from securefedcollm.evidence.ledger import PREPAID_RUN, Anchors, LoggedLedger, read_anchors
+from securefedcollm.evidence.ledger import Anchors, LoggedLedger, read_anchors
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.authority import AuthoritySession
@@ -30,6 +30,7 @@ from securefedcollm.federation.files import make_directory
 from securefedcollm.federation.hooks import Hooks, OnRound
 from securefedcollm.federation.keeping import is_over
 from securefedcollm.federation.plan import AUTHORITY, authority_of, stated
+from securefedcollm.federation.questions.prepaid import has_prepaid
 from securefedcollm.federation.records import SERVER, AuthorityRecord, ServerRecord, SiloRecord
 from securefedcollm.federation.runstore import RunStore
 from securefedcollm.federation.silo import Seat, SiloSession
@@ -250,8 +251,8 @@ def _holds(book: Path, name: str, anchors: Anchors) -> bool:
     if not book.exists():
         return False
     with Ledger(book, name) as ledger:
-        prepaid = any(len(entry.key.run) == PREPAID_RUN for entry in ledger.entries())
-        return anchors.missing(ledger.rows()) is None and (prepaid or not anchors.answered)
+        prepaid = not anchors.answered or has_prepaid(ledger, book, anchors.study)
+        return anchors.missing(ledger.rows()) is None and prepaid
 
 
 def _make_authority(parties: _Parties, home: Path, opened: ExitStack) -> AuthoritySession:

@@ -273,7 +273,7 @@ def simulate_own(
     drops: Iterable[str],
     progress: Progress,
 ) -> dict[str, Any]:
-    """:func:`securefedcollm.api.simulate_own`; the content of ``results.json``."""
+    """:func:`securefedcollm.api.runs.simulate_own`; the content of ``results.json``."""
     started, out = time.monotonic(), place.out
     tensors = checked(study, start)
     names = sorted(silos)

@@ -14,16 +14,18 @@ from functools import partial
 from pathlib import Path
 
 from securefedcollm.aggregation import Roster
-from securefedcollm.errors import ConfigError
 from securefedcollm.evidence.ledger import VOTES, check_anchors
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.plan import check_names, silo_names
+from securefedcollm.federation.questions.answering import require_asker
 from securefedcollm.federation.questions.begun import Everybody, begin_log
 from securefedcollm.federation.questions.polling import Canvass, Opinion
-from securefedcollm.federation.questions.polls import answers_study, claim_of, votes_of
+from securefedcollm.federation.questions.polls import answers_study, votes_of
+from securefedcollm.federation.questions.prepaid import answers_ledger
 from securefedcollm.federation.questions.records import (
     embed_alone,
     load_reader,
+    pin_both,
     reader_of,
     shelf_of,
 )
@@ -128,6 +130,12 @@ class Polls:
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Silo → how many of its records cannot pay, and cast no vote; of silos that have any."""
+        counts = {name: int((~booth.shelf.paid).sum()) for name, booth in self._booths.items()}
+        return {name: count for name, count in counts.items() if count}
+
     def _ledgers(
         self, directory: Path, name: str, ledgers: Path | None, log: EvidenceLog
     ) -> tuple[Ledger, Ledger]:
@@ -135,18 +143,10 @@ class Polls:
         book = same_ledger(home_of(directory, name), name, ledgers)
         ledger = self._files.enter_context(Ledger(book, name))
         check_anchors(log, ledger)
-        epsilon, delta = claim_of(self._study)
-        if ledger.pinned is None:
-            # Before any question: else a ledger would be pinned only once a record has paid.
-            privacy = self._study.privacy
-            assert privacy is not None  # study.retrievalchecks
-            ledger.pin(max(epsilon, privacy.epsilon), delta)
-        place = book.resolve()
-        own = place.with_name(f"{place.stem}.answers-{answers_study(self._study)[:12]}.sqlite")
-        answers = self._files.enter_context(Ledger(own, name))
+        place = answers_ledger(book, answers_study(self._study))
+        answers = self._files.enter_context(Ledger(place, name))
         check_anchors(log, answers, VOTES)
-        if answers.pinned is None:
-            answers.pin(epsilon, delta)
+        pin_both(self._study, ledger, answers)
         return ledger, answers
 
     def ask(self, question: str, choices: Sequence[str]) -> Polled:
@@ -180,9 +180,4 @@ def _check(study: Study, records: Mapping[str, Sequence[Question]], asker: str) 
     votes_of(study, MOST_CHOICES)  # refuses a study whose field has no room
     check_names(study, list(records), "records")
     check_asker(silo_names(study), asker)
-    if asker != SERVER and study.silos.colluders < 1:
-        raise ConfigError(
-            f"{asker} knows its own share of the noise, and the study allows for no colluder",
-            where="--as",
-            hint=f"let {SERVER} ask, or agree on silos.colluders: 1",
-        )
+    require_asker(study, asker, "--as")

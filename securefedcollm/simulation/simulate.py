@@ -191,11 +191,17 @@ class Simulation:
     def _prepare_models(self, progress: Progress) -> None:
         """Make the built-in models on first use, both at once."""
         models = (self._study.models.llm, self._study.models.slm)
-        if any(model and model.source.startswith("builtin:hospital-") for model in models):
+        sources = [model.source for model in models if model]
+        if any(source.startswith("builtin:hospital-") for source in sources):
             from securefedcollm.tuning.builtin import prepare
             from securefedcollm.tuning.models import default_cache
 
             prepare(default_cache(), progress, context=self._context)
+        if any(source.startswith("builtin:digits-") for source in sources):
+            from securefedcollm.tuning import digit_models
+            from securefedcollm.tuning.models import default_cache
+
+            digit_models.prepare(default_cache(), progress, context=self._context)
 
     def _federate(
         self,
@@ -360,13 +366,21 @@ def _notes(study: Study, baselines: tuple[str, ...]) -> list[str]:
     notes = []
     if study.task.data.builtin:
         known = "the LLM had" if study.models.llm else "the model had"
+        digits = study.task.data.builtin == "digits"
         notes.append(
             f"general: knowledge that {known}; private: rules that only silos' records hold."
+            if not digits
+            else f"general: digits as {known} seen them; private: digits through the silos' faulty "
+            "scanners."
         )
         if study.models.llm and study.task.kind == "multiple_choice":
             notes.append("The public prompts include unanswered ones on the private topics.")
+        if study.models.llm and digits:
+            notes.append("The server's pictures include faulty ones without their labels.")
     if study.task.data.builtin and study.task.data.partition is None:
         share = f"1/{study.silos.count} of the private rules"
+        if study.task.data.builtin == "digits":
+            share = "one of the scanners"
         notes.append(f"A standalone silo sees {share}, which caps it.")
     if study.generative:
         notes.append("Accuracy: the share of the answers' tokens that are the most probable one.")

@@ -24,6 +24,7 @@ from securefedcollm.study.learning_checks import (
     check_steps,
     check_task,
 )
+from securefedcollm.study.picturechecks import check_pictures
 from securefedcollm.study.retrievalchecks import check_retrieval
 from securefedcollm.study.serverchecks import check_server
 from securefedcollm.study.validationchecks import check_validation
@@ -51,6 +52,7 @@ def check(study: Study) -> None:
     _check_joint(study)
     check_data(study)
     check_task(study)
+    check_pictures(study)
     if study.models.llm is not None:
         check_model("models.llm", study.models.llm)
     check_model("models.slm", study.models.slm)
@@ -322,11 +324,12 @@ def _check_subject(study: Study, privacy: Privacy) -> None:
             where="privacy.subject",
             hint="name the column with the patient, client or author",
         )
-    if privacy.subject not in {None, BUILTIN_SUBJECT} and study.task.data.builtin:
+    world = study.task.data.builtin
+    if world and privacy.subject not in {None, BUILTIN_SUBJECT[world]}:
         raise ConfigError(
             f"the built-in world has no column {privacy.subject!r}",
             where="privacy.subject",
-            hint=f"its column is {BUILTIN_SUBJECT}",
+            hint=f"its column is {BUILTIN_SUBJECT[world]}",
         )
 
 

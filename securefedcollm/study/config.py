@@ -376,8 +376,8 @@ PLACEMENTS: Final = frozenset(
 """(unit, noise) pairs that a study can ask for."""
 
 
-BUILTIN_SUBJECT: Final = "patient"
-"""The subject column of ``task.data.builtin: hospitals``."""
+BUILTIN_SUBJECT: Final = {"hospitals": "patient", "digits": "digit"}
+"""The subject column of each ``task.data.builtin``."""
 
 
 def digest(study: Study) -> bytes:

@@ -107,7 +107,12 @@ class Data(Section, frozen=True):
     """
 
     builtin: Annotated[
-        Literal["hospitals"] | None, says("Generates the embedded world; no files are needed.")
+        Literal["hospitals", "digits"] | None,
+        says(
+            "Generates an embedded world; no files are needed. `hospitals`: questions about "
+            "medicine. `digits`: pictures of handwritten digits, with `task.kind: "
+            "image_classification`."
+        ),
     ] = None
     train: Annotated[
         str | None,
@@ -135,8 +140,8 @@ class Data(Section, frozen=True):
     per_silo: Annotated[
         Count | None,
         says(
-            "Records that each silo gets (their mean, with `skew`). The embedded world's "
-            "default is 3,000.",
+            "Records that each silo gets (their mean, with `skew`). The default of the embedded "
+            "hospitals is 3,000, that of the digits 1,000.",
             needed="simulate deals out files",
         ),
     ] = None
@@ -151,8 +156,8 @@ class Data(Section, frozen=True):
         says(
             "How records are dealt to the silos: `iid`, or `dirichlet`, where each group's "
             "records (subjects of questions, labels, disease families) follow a Dirichlet draw "
-            "over the silos. If left out, files are dealt `iid` and each hospital has its own "
-            "families."
+            "over the silos. If left out, files are dealt `iid`, each hospital has its own "
+            "families, and each site of the digits its own scanner."
         ),
     ] = None
     part: Annotated[
@@ -184,7 +189,9 @@ class Data(Section, frozen=True):
         return int(number) - 1, int(parts)
 
 
-RowKind = Literal["multiple_choice", "classification", "instruction", "text"]
+RowKind = Literal[
+    "multiple_choice", "classification", "instruction", "text", "image_classification"
+]
 """The kinds of record that this project reads and trains on."""
 
 
@@ -193,18 +200,30 @@ class Task(Section, frozen=True):
 
     data: Annotated[Data, says("Which records there are.")] = Data()
     kind: Annotated[
-        Literal["multiple_choice", "classification", "instruction", "text", "own"],
+        Literal[
+            "multiple_choice",
+            "classification",
+            "instruction",
+            "text",
+            "image_classification",
+            "own",
+        ],
         says(
             "What a record is. `multiple_choice`: question, choices, answer. `classification`: "
             "text and label; the model scores the labels as words. `instruction`: instruction "
             "and response, tuned on the response, in the tokenizer's chat template if it has "
-            "one. `text`: text, tuned on every token. `own`: the silos train with their own "
+            "one. `text`: text, tuned on every token. `image_classification`: picture and label; "
+            "the models are classifiers, and distributions over the labels are what they "
+            "exchange. `own`: the silos train with their own "
             "code, on their own data (from Python)."
         ),
     ] = "multiple_choice"
     labels: Annotated[
         list[str],
-        says("The labels of a classification, as words.", needed="`kind` is classification"),
+        says(
+            "The labels of a classification, as words.",
+            needed="`kind` is classification or image_classification",
+        ),
     ] = field(default_factory=list)
     score: Annotated[
         Literal["plain", "length", "pmi", "pmi-length"],

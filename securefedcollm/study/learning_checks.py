@@ -16,9 +16,16 @@ CONTENT: Final = {
     "classification": {"text", "label"},
     "instruction": {"instruction", "response"},
     "text": {"text"},
+    "image_classification": {"image", "label"},
     "own": set(),
 }
 """The columns that a record of each kind of task is made of."""
+_WORLDS: Final = {
+    "hospitals": frozenset({"multiple_choice", "text"}),
+    "digits": frozenset({"image_classification"}),
+}
+"""What each built-in world's records can be."""
+LABELLED: Final = frozenset({"classification", "image_classification"})
 _FRAMED: Final = {"multiple_choice", "classification"}
 _LONGEST_NAME, _LONGEST_TEMPLATE = 200, 10_000  # characters
 
@@ -58,12 +65,12 @@ def check_data(study: Study) -> None:
         )
     if data.part_of is not None:
         number, parts = data.part_of
-        if not data.builtin or number >= parts:
+        if data.builtin != "hospitals" or number >= parts:
             raise ConfigError(
                 f"there is no part {data.part}",
                 where="task.data.part",
-                hint="remove it; files hold their own records"
-                if not data.builtin
+                hint="remove it; only the hospitals have parts"
+                if data.builtin != "hospitals"
                 else "write e.g. 2/3, the second of three",
             )
     files = [name for name in ("train", "test", "public") if getattr(data, name)]
@@ -107,11 +114,16 @@ def check_data(study: Study) -> None:
 def check_task(study: Study) -> None:
     """What a record is, and what may be asked of it."""
     task, plan = study.task, study.distillation
-    if task.data.builtin and task.kind not in {"multiple_choice", "text"}:
+    world = task.data.builtin
+    if world and task.kind not in _WORLDS[world]:
         raise ConfigError(
-            "the built-in world has multiple-choice questions, and the same as text",
+            "the built-in digits are pictures"
+            if world == "digits"
+            else "the built-in world has multiple-choice questions, and the same as text",
             where="task.kind",
-            hint="leave it out, choose text, or give files instead of task.data.builtin",
+            hint="choose image_classification"
+            if world == "digits"
+            else "leave it out, choose text, or give files instead of task.data.builtin",
         )
     if task.data.builtin and (task.columns or task.template):
         raise ConfigError(
@@ -179,7 +191,7 @@ def check_rows(task: Task) -> None:
     Raises:
         ConfigError: for the first one found, with its key path and a hint.
     """
-    if (task.kind == "classification") != bool(task.labels):
+    if (task.kind in LABELLED) != bool(task.labels):
         raise ConfigError(
             f"{task.kind} has no labels" if task.labels else "the labels are missing",
             where="task.labels",

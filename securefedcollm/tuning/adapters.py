@@ -32,7 +32,7 @@ from torch import nn
 from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.foreign import printable, read_object
 from securefedcollm.primitives import sha256
-from securefedcollm.tuning.head import unwrapped
+from securefedcollm.tuning.head import sees, unwrapped
 from securefedcollm.tuning.quantised import quiet_bitsandbytes
 from securefedcollm.tuning.targets import check_targets, is_conv1d, layer_names, top_numbers
 from securefedcollm.tuning.virtual import KINDS, virtual_of
@@ -110,7 +110,7 @@ def attach(
         target_modules=layer_names(model, targets, top_layers),
         layers_to_transform=top_numbers(model, top_layers),
         fan_in_fan_out=is_conv1d(model),
-        task_type="CAUSAL_LM",
+        task_type=None if sees(model) else "CAUSAL_LM",
     )
     try:
         # PEFT draws an A of its own (replaced below).

@@ -8,26 +8,18 @@ differently, so participants on different machines share the files instead of ma
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
 import math
-import multiprocessing
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection, wait
+from functools import partial
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import IO, Any, Final, Literal
-from uuid import uuid4
+from typing import Any, Final, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from securefedcollm.errors import StateError, TrainingError
 from securefedcollm.tuning import world
+from securefedcollm.tuning.making import Making, made, make_all, one_thread, place
 from securefedcollm.tuning.recipe import Progress, quiet_transformers, silent, training_mode
 
 Role = Literal["llm", "slm"]
@@ -90,8 +82,6 @@ def builtin_models(
 ) -> tuple[Any, Any]:
     """The built-in model of ``role`` and the tokenizer, from the cache or made now.
 
-    A second process that asks meanwhile waits for the first one's result.
-
     Returns:
         ``(LlamaForCausalLM float32 in evaluation mode, PreTrainedTokenizerFast)``.
 
@@ -100,12 +90,7 @@ def builtin_models(
     """
     from transformers import LlamaForCausalLM
 
-    directory = _cached(role, seed, cache_dir)
-    if not directory.exists():
-        with _only_one(directory):
-            if not directory.exists():
-                model = pretrain(role, seed=seed, progress=progress)
-                _store(model, directory)
+    directory = made(making_of(role, cache_dir, seed), progress)
     with quiet_transformers():
         model = LlamaForCausalLM.from_pretrained(
             directory, use_safetensors=True, local_files_only=True, dtype=torch.float32
@@ -120,55 +105,24 @@ def prepare(
     seed: int = world.PUBLIC_SEED,
     context: BaseContext | None = None,
 ) -> None:
-    """Make both models that are not cached yet, in parallel: one process, one thread each.
-
-    Args:
-        context: how processes start; None: spawn.
-
-    Raises:
-        StateError: the cache cannot be written.
-        TrainingError: a process ended without its model.
-    """
-    missing = [role for role in ROLES if not _cached(role, seed, cache_dir).exists()]
-    for role in missing:
-        _lock_file(_cached(role, seed, cache_dir)).close()  # reports an unwritable cache
-    total = sum(RECIPES[role].sentences for role in missing)
-    done: dict[Any, int] = {}  # pipe → sentences read
-    makers: list[Any] = []
-    start = context or multiprocessing.get_context("spawn")
-    try:
-        for role in missing:
-            reader, writer = start.Pipe(duplex=False)
-            makers.append(start.Process(target=_make, args=(role, seed, cache_dir, writer)))  # type: ignore[attr-defined]
-            makers[-1].start()
-            writer.close()
-            done[reader] = 0
-        working: list[Any] = list(done)
-        ready: Any
-        while working:
-            for ready in wait(working):
-                try:
-                    done[ready] = ready.recv()
-                except EOFError:
-                    working.remove(ready)
-            progress(sum(done.values()), total, "pretraining the built-in models")
-        for role, maker in zip(missing, makers, strict=True):
-            maker.join()
-            if maker.exitcode:
-                raise TrainingError(
-                    f"pretraining of the built-in {role} ended with status {maker.exitcode}",
-                    hint="the lines above say why; is there memory and disk space left?",
-                )
-    finally:
-        for maker in makers:
-            maker.terminate()
+    """Make both models that are not cached yet; see :func:`.making.make_all`."""
+    make_all([making_of(role, cache_dir, seed) for role in ROLES], progress, context)
 
 
-def _make(role: Role, seed: int, cache_dir: Path, progress: Connection[Any, Any]) -> None:
-    """Make one model, in a process of its own; report the sentences read to ``progress``."""
-    builtin_models(
-        role, cache_dir=cache_dir, seed=seed, progress=lambda done, total, text: progress.send(done)
+def making_of(role: Role, cache_dir: Path, seed: int = world.PUBLIC_SEED) -> Making:
+    """How the model of ``role`` is made."""
+    shaped_by = [_GENERATOR_VERSION, world.VERSION, seed, asdict(RECIPES[role])]
+    return Making(
+        name=role,
+        directory=place(cache_dir, f"hospital-{role}", shaped_by),
+        steps=RECIPES[role].sentences,
+        make=partial(_pretrained, role, seed),
+        tokenizer=world.make_tokenizer,
     )
+
+
+def _pretrained(role: Role, seed: int, progress: Progress) -> Any:
+    return pretrain(role, seed=seed, progress=progress)
 
 
 def pretrain(role: Role, *, seed: int, progress: Progress = silent) -> Any:
@@ -181,7 +135,7 @@ def pretrain(role: Role, *, seed: int, progress: Progress = silent) -> Any:
     weights = torch.full((world.SENTENCE_TOKENS - 1,), recipe.prompt_weight)
     weights[world.PROMPT_TOKENS - 1 :] = 1.0  # the answer and the full stop
     steps = recipe.sentences // recipe.batch_size
-    with _one_thread(), torch.random.fork_rng(devices=[]):
+    with one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _untrained(recipe)
         optimizer = torch.optim.AdamW(
@@ -233,57 +187,3 @@ def architecture(recipe: Recipe) -> Any:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-def _cached(role: Role, seed: int, cache_dir: Path) -> Path:
-    """Where the model is kept; named by everything that shapes it."""
-    shaped_by = [_GENERATOR_VERSION, world.VERSION, seed, asdict(RECIPES[role])]
-    key = hashlib.sha256(json.dumps(shaped_by).encode()).hexdigest()[:16]
-    return cache_dir / "models" / f"hospital-{role}-{key}"
-
-
-def _store(model: Any, directory: Path) -> None:
-    """Write beside the final place, then rename: a reader never sees half a model."""
-    fresh = directory.with_name(f".{directory.name}.{uuid4().hex}")
-    try:
-        with quiet_transformers():
-            model.save_pretrained(fresh)
-            world.make_tokenizer().save_pretrained(fresh)
-        fresh.rename(directory)
-    except OSError as error:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise _unwritable(directory, error) from error
-
-
-@contextmanager
-def _only_one(directory: Path) -> Iterator[None]:
-    """Hold the lock of one cache entry; it is also released if the process dies."""
-    with _lock_file(directory) as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def _lock_file(directory: Path) -> IO[str]:
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        return directory.with_suffix(".lock").open("w")
-    except OSError as error:
-        raise _unwritable(directory, error) from error
-
-
-def _unwritable(directory: Path, error: OSError) -> StateError:
-    return StateError(
-        f"the model cache {directory.parent} cannot be written: {error.strerror}",
-        hint="free disk space, or set XDG_CACHE_HOME to a writable directory",
-    )
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums over several threads round differently from run to run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -16,6 +16,7 @@ from securefedcollm.errors import DataError
 from securefedcollm.tuning.content import folded
 from securefedcollm.tuning.data import inspect_rows
 from securefedcollm.tuning.formats import Layout
+from securefedcollm.tuning.pictures import constant, unfold
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.recipe import Progress, silent
 from securefedcollm.tuning.splits import record_id
@@ -35,12 +36,14 @@ class Cleaning:
         unusable: (place, why): a missing or empty field, a wrong type, an answer out of range.
         fixes: the first twenty different hints about those.
         unlabelled: rows without an answer, which a silo cannot train on.
-        duplicates: places of a record that is there twice or more. Record-level privacy counts
-            each as a record of its own, so its content is protected less.
+        duplicates: places of a record that is there twice or more; of a picture, by what it shows.
+            Record-level privacy counts each as a record of its own, so its content is protected
+            less.
         conflicts: places of the same question with the same choices and different answers.
         shortened: rows longer than ``max_tokens``, which lose the beginning of their prompt (a
             plain text: its end).
         unfit: rows whose choice or response alone is longer, which are refused.
+        constant: pictures of one colour, in which nothing can be seen.
     """
 
     rows: int = 0
@@ -52,6 +55,7 @@ class Cleaning:
     conflicts: list[list[str]] = field(default_factory=list)
     shortened: list[str] = field(default_factory=list)
     unfit: list[str] = field(default_factory=list)
+    constant: list[str] = field(default_factory=list)
 
     @property
     def stops_a_run(self) -> bool:
@@ -95,6 +99,8 @@ def check_file(
         questions.append(row)
         if row.answer is None and kind != "text":
             found.unlabelled.append(place)
+        if row.picture and constant(unfold(row.picture)):
+            found.constant.append(place)
     found.usable = len(questions)
     found.duplicates = _together(places, [record_id(question) for question in questions])
     found.conflicts = _conflicts(places, questions, kind)
@@ -115,7 +121,7 @@ def _together(places: Sequence[str], keys: Sequence[Any]) -> list[list[str]]:
 
 def _conflicts(places: Sequence[str], questions: Sequence[Question], kind: Kind) -> list[list[str]]:
     """An instruction may have many good responses and a text asks nothing: no conflict there."""
-    if kind not in {"multiple_choice", "classification"}:
+    if kind in {"instruction", "text"}:
         return []
     asked: dict[Any, list[tuple[str, str]]] = {}
     for place, question in zip(places, questions, strict=True):

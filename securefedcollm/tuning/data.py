@@ -48,7 +48,7 @@ def read_questions(
         DataError: the file is missing, unreadable or empty, or a row is wrong; names the file, the
             line (Parquet: the row) and the field.
     """
-    form = format_of(**layout)
+    form = format_of(**layout, folder=Path(path).parent)
     questions = []
     for place, found in _found(Path(path), form, labelled=labelled, owner=owner):
         if isinstance(found, BadField):
@@ -67,7 +67,7 @@ def inspect_rows(
     Raises:
         DataError: the file as a whole cannot be read.
     """
-    form = format_of(**layout)
+    form = format_of(**layout, folder=path.parent)
     for place, found in _found(path, form, labelled=False, owner=owner):
         yield place, found.at(place, form.hint) if isinstance(found, BadField) else found
 

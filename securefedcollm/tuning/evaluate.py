@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from torch import nn
 from securefedcollm.errors import DataError
 from securefedcollm.tuning.adapters import load_adapter
 from securefedcollm.tuning.class_scores import ClassScores, class_scores
+from securefedcollm.tuning.classifiers import read_head
 from securefedcollm.tuning.formats import Asking
 from securefedcollm.tuning.frozen import with_prior
 from securefedcollm.tuning.head import check_positions, check_vocabulary, output_logits
@@ -34,6 +35,9 @@ from securefedcollm.tuning.questions import (
 from securefedcollm.tuning.recipe import Progress, inference_mode, silent
 from securefedcollm.tuning.token_distil import positions_of, states_at
 from securefedcollm.tuning.token_loss import CHUNK
+
+_CLASSES: Final = frozenset({"classification", "image_classification"})
+"""Kinds of record that all choose among the same classes."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,8 @@ def measure(
             these records.
         DataError: a record has no answer, or does not fit into ``max_tokens``.
     """
+    if asking.kind == "image_classification":
+        read_head(loaded.model, questions[0].choices, adapter)
     check_model(loaded.model, "model")
     asked, form = asking.put(questions, loaded.tokenizer)
     data = encode(asked, loaded.tokenizer, max_tokens, form)
@@ -172,7 +178,7 @@ def measure(
     groups: dict[str, str | None] = {"all": None}
     if len(set(result.groups)) > 1:
         groups |= {group: group for group in dict.fromkeys(result.groups)}
-    labels = questions[0].choices if asking.kind == "classification" else ()
+    labels = questions[0].choices if asking.kind in _CLASSES else ()
     return {name: _shown(result, group, labels) for name, group in groups.items()}
 
 

@@ -9,6 +9,10 @@
 ``instruction``
     ``instruction`` (text), ``input`` (text that may follow it), ``response`` (text); or
     ``messages``, one exchange of a chat. Training is on the response alone.
+``image_classification``
+    ``image`` (the path of an image file, relative to the data file; or rows of numbers from 0 to
+    255, or of three of them a pixel; or, in Parquet, an image file's bytes, as ``datasets`` has
+    its ``Image`` feature), ``label`` as above.
 ``text``
     ``text``: every token but the first is predicted. Where labels may be missing, ``answer: null``
     marks a text that is for distillation alone.
@@ -23,6 +27,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, TypedDict
 
 from securefedcollm.tuning.content import WORDS, content_of
@@ -33,9 +38,11 @@ from securefedcollm.tuning.fields import (
     label_of,
     multiple_choice,
     owner_of,
+    picture_of,
     plain_text,
     prompt_of,
 )
+from securefedcollm.tuning.pictures import as_array, name_of
 from securefedcollm.tuning.question import Ask, Question, lettered
 from securefedcollm.tuning.tokenise import Form, Kind
 
@@ -48,12 +55,14 @@ _NAMES: Final[dict[Kind, tuple[str, ...]]] = {
     "classification": ("text", "label"),
     "instruction": ("instruction", "response"),
     "text": ("text",),
+    "image_classification": ("image", "label"),
 }
 _MUST: Final[dict[Kind, int]] = {
     "multiple_choice": 2,
     "classification": 1,
     "instruction": 1,
     "text": 1,
+    "image_classification": 1,
 }
 """How many of them every file has; the others may be left out where answers may be missing."""
 _INSTEAD: Final[dict[Kind, str]] = {
@@ -61,6 +70,7 @@ _INSTEAD: Final[dict[Kind, str]] = {
     "classification": "prompt",
     "instruction": "messages",
     "text": "",
+    "image_classification": "",
 }
 _NUMBER: Final = re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?")
 
@@ -80,7 +90,8 @@ class Format:
 
     ``columns``: those that every file must have; ``names``: all of the task's; both as they are
     called in the file. ``hint``: a row, spelled out. ``instead``: a column that may stand in for
-    the first of ``columns``. ``renamed``: what the file calls some of our columns.
+    the first of ``columns``. ``renamed``: what the file calls some of our columns. ``picture``:
+    the content of a row's picture, where the task has one.
     """
 
     columns: tuple[str, ...]
@@ -89,6 +100,7 @@ class Format:
     read: Callable[[Row, bool], tuple[str, tuple[str, ...], int | None]]
     instead: str = ""
     renamed: Mapping[str, str] = field(default_factory=dict)
+    picture: Callable[[Row], tuple[bytes, bytes]] | None = None
 
     def missing(self, header: Sequence[str]) -> str | None:
         """The first column that a file with these columns lacks."""
@@ -118,7 +130,11 @@ class Format:
             BadField: a field is missing or wrong.
         """
         ours = self._ours(row)
+        picture, digest = b"", b""
         try:
+            if self.picture is not None:
+                picture, digest = self.picture(ours)
+                ours = {**ours, "image": name_of(digest)}
             prompt, choices, answer = self.read(ours, labelled)
             subject = ours.get("subject")
             if isinstance(subject, bool | dict | list) or subject != subject:
@@ -133,8 +149,9 @@ class Format:
             answer=answer,
             group="" if subject is None else str(subject).strip(),
             subject=None if owner is None else owner_of(row, owner),
-            content=content_of(ours),
+            content=digest or content_of(ours),
             row=whole,
+            picture=picture,
         )
 
 
@@ -143,10 +160,12 @@ def format_of(
     labels: Sequence[str] = (),
     columns: Mapping[str, str] | None = None,
     template: str | None = None,
+    folder: Path = Path(),
 ) -> Format:
     """The format of the rows of a task.
 
     Args:
+        folder: what paths in rows are relative to, and must not leave.
         labels: those of a classification.
         columns: what the file calls our columns, where it has other names for them.
         template: the prompt, with ``{}`` where the text or question is.
@@ -158,6 +177,7 @@ def format_of(
         "choices": "[text, text, …]",
         "answer": "index",
         "label": f"one of {', '.join(labels)}",
+        "image": "path of an image file",
     }
     row = (
         f'"{name}": {told.get(our, "text")}' for our, name in zip(_NAMES[kind], names, strict=True)
@@ -173,6 +193,11 @@ def format_of(
         ),
         "instruction": instruction,
         "text": plain_text,
+        "image_classification": lambda row, labelled: (
+            str(row["image"]),
+            tuple(labels),
+            label_of(row, labels, numbers, labelled),
+        ),
     }
     return Format(
         columns=names[: _MUST[kind]],
@@ -181,6 +206,7 @@ def format_of(
         read=reads[kind],
         instead=renamed.get(_INSTEAD[kind], _INSTEAD[kind]),
         renamed=renamed,
+        picture=(lambda row: picture_of(row, folder)) if kind == "image_classification" else None,
     )
 
 
@@ -228,6 +254,9 @@ def row_of(
             row = {"instruction": question.prompt, "response": response}
         case "text":
             row = {"text": response, "answer": question.answer}
+        case "image_classification":
+            right = None if question.answer is None else question.choices[question.answer]
+            row = {"image": as_array(question.picture), "label": right}
     if question.group:
         row["subject"] = question.group
     row = {(columns or {}).get(name, name): value for name, value in row.items()}

@@ -27,6 +27,11 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def sees(model: Any) -> bool:
+    """Whether the model's input is a signal, such as a picture, and no tokens."""
+    return str(getattr(unwrapped(model), "main_input_name", "input_ids")) != "input_ids"
+
+
 @contextmanager
 def without_adapter(model: Any) -> Iterator[None]:
     """The base model alone for a while; what is trainable stays so."""
@@ -46,8 +51,10 @@ def device_of(model: Any) -> torch.device:
 
 
 def text_config(model: Any) -> Any:
-    """The configuration of the model's language part."""
+    """The configuration of the model's language part; of the part that sees, where it is that."""
     config = unwrapped(model).config
+    if sees(model):
+        return getattr(config, "vision_config", config)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -57,6 +64,8 @@ def learned_positions(model: Any) -> int | None:
     Those that its virtual tokens take do not count.
     """
     causal = unwrapped(model)
+    if sees(causal):
+        return None
     known: int | None = getattr(text_config(causal), "max_position_embeddings", None)
     base = getattr(causal, "base_model", None)
     if base is None or hasattr(base, "rotary_emb") or known is None:
@@ -96,6 +105,8 @@ def check_vocabulary(model: Any, tokenizer: Any, *tokens: Tensor) -> None:
     Raises:
         ConfigError: gives the sizes of both.
     """
+    if sees(model):
+        return
     known = unwrapped(model).get_input_embeddings().num_embeddings
     greatest = max((int(some.max()) for some in tokens if some.numel()), default=0)
     if greatest >= known:
@@ -111,10 +122,13 @@ def check_vocabulary(model: Any, tokenizer: Any, *tokens: Tensor) -> None:
 def output_logits(model: Any) -> Logits:
     """The function [M, D] → float32 logits [M, V] of ``model``'s output layer.
 
+    Of a model that sees, the states are its logits already (:func:`.classifiers.class_logits`).
     Gemma 2 and 3 squash their logits to ±c by c·tanh(z / c); Cohere multiplies and Granite divides
     them by a constant.
     """
     causal = unwrapped(model)
+    if sees(causal):
+        return lambda hidden: hidden.float()
     head = causal.get_output_embeddings()
     config = text_config(causal)
     cap = getattr(config, "final_logit_softcapping", None)
@@ -132,7 +146,8 @@ def output_logits(model: Any) -> Logits:
 
 def trained_head(model: Any) -> list[nn.Parameter]:
     """The weights of the output layer that are trained; none unless the adapter is on it."""
-    head = unwrapped(model).get_output_embeddings()
+    causal = unwrapped(model)
+    head = None if sees(causal) else causal.get_output_embeddings()
     weights = head.parameters() if isinstance(head, nn.Module) else ()
     return [weight for weight in weights if weight.requires_grad]
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Any, Final
@@ -27,6 +28,7 @@ import torch
 from torch import nn
 
 from securefedcollm.errors import ConfigError
+from securefedcollm.tuning.image_processor import ImageProcessor
 
 Parts = dict[str, str]
 """The SHA-256 (hex) of ``weights``, ``configuration``, ``tokenizer`` and ``chat_template``."""
@@ -72,6 +74,36 @@ _CARRIERS: Final = frozenset(
 def model_digest(parts: Parts) -> str:
     """SHA-256 (hex) over :func:`model_parts`: what ``models.*.sha256`` and round headers name."""
     return hashlib.sha256(b"securefedcollm/model/v2\0" + _canonical(parts)).hexdigest()
+
+
+def check_pin(parts: Parts, pinned: str, source: str, words: list[str]) -> None:
+    """Refuse a model with another digest than the one that a study pins.
+
+    Adversary: whoever hands a participant other files than the study was signed for.
+
+    Args:
+        words: that ``model digest`` needs to print this model's.
+
+    Raises:
+        ConfigError: it is another one.
+    """
+    digest, command = model_digest(parts), shlex.join(["securefedcollm", "model", "digest", *words])
+    if digest == pinned:
+        return
+    if parts["weights"] == pinned:
+        # Not accepted silently: that pin does not cover configuration, tokenizer and chat template.
+        raise ConfigError(
+            "the study pins the digest of the weights alone, as older versions did; a pin now "
+            "covers configuration, tokenizer and chat template too",
+            where=source,
+            hint=f"agree on sha256: {digest} (`{command}` prints it), and sign the study again",
+        )
+    raise ConfigError(
+        f"it has the digest {digest[:16]}…, the study pins {pinned[:16]}…",
+        where=source,
+        hint="get the agreed files (weights, config.json, tokenizer, chat template), or agree on "
+        f"these: `{command}`; with --json it prints the digest of each part, to compare",
+    )
 
 
 def model_parts(model: Any, tokenizer: Any, source: str = "the tokenizer") -> Parts:
@@ -123,6 +155,8 @@ def _configuration(config: Any) -> dict[str, Any]:
 
 
 def _tokenizer(tokenizer: Any, source: str) -> dict[str, Any]:
+    if isinstance(tokenizer, ImageProcessor):
+        return tokenizer.settings()
     state = {
         "class": type(tokenizer).__name__,
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},

@@ -30,12 +30,14 @@ from torch import Tensor, nn
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.tuning.adapters import full_layout, load_vector, to_vector
-from securefedcollm.tuning.head import device_of, learned_positions, text_config, unwrapped
+from securefedcollm.tuning.classifiers import noise_for
+from securefedcollm.tuning.head import device_of, learned_positions, sees, text_config, unwrapped
 from securefedcollm.tuning.kernels import Kernels, Reference
 from securefedcollm.tuning.packing import row_limit
 from securefedcollm.tuning.passes import Shape, Widths, padded_length
 from securefedcollm.tuning.quantised import QuantisedLinear
-from securefedcollm.tuning.questions import EncodedQuestions
+from securefedcollm.tuning.question import Question
+from securefedcollm.tuning.questions import EncodedQuestions, encode_signals
 from securefedcollm.tuning.twins import fingerprint
 from securefedcollm.tuning.virtual import virtual_count
 
@@ -229,6 +231,8 @@ def made_up(model: nn.Module, shape: Shape, kinds: Sequence[int]) -> EncodedQues
 
     Where a shape has too few tokens for that, they are as different as it allows.
     """
+    if sees(model):
+        return _made_up_signals(model, shape.choices, kinds)
     embeddings = getattr(unwrapped(model), "get_input_embeddings", lambda: None)()
     vocabulary = min(1000, embeddings.num_embeddings) if embeddings is not None else 2
     longest, choices = shape.length, shape.choices
@@ -275,6 +279,12 @@ def made_up(model: nn.Module, shape: Shape, kinds: Sequence[int]) -> EncodedQues
             out.target_choices[i, k : k + more + 1] = choice
             at, k = at + more, k + more + 1
     return out
+
+
+def _made_up_signals(model: nn.Module, choices: int, kinds: Sequence[int]) -> EncodedQuestions:
+    """Noise that a model sees, each kind of record its own; the first ``choices`` classes."""
+    names = tuple(map(str, range(choices)))
+    return encode_signals([Question("", names, 0)] * len(kinds), noise_for(model, kinds))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from securefedcollm.errors import ConfigError
-from securefedcollm.tuning.head import unwrapped
+from securefedcollm.tuning.head import text_config, unwrapped
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -18,7 +18,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     Raises:
         ConfigError: the model has no such list.
     """
-    depth = model.config.num_hidden_layers
+    depth = text_config(model).num_hidden_layers
     for module in model.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module

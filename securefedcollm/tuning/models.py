@@ -8,7 +8,6 @@ which a study may pin so that nobody tunes, or distils into, any model but the a
 from __future__ import annotations
 
 import re
-import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,13 +20,16 @@ import torch
 
 from securefedcollm.errors import ConfigError, StateError
 from securefedcollm.tuning.broken import why_not_loaded
-from securefedcollm.tuning.identity import Parts, model_digest, model_parts
+from securefedcollm.tuning.head import text_config
+from securefedcollm.tuning.identity import Parts, check_pin, model_digest, model_parts
+from securefedcollm.tuning.image_models import missing_elsewhere, without_strangers
+from securefedcollm.tuning.image_processor import processor_of
 from securefedcollm.tuning.recipe import Progress, quiet_transformers, silent
 
 Dtype = Literal["float32", "bfloat16"]
-Kind = Literal["causal", "body"]
+Kind = Literal["causal", "body", "image"]
 """``causal``: a causal language model. ``body``: the layers of any text model, without its output
-layer and pooler."""
+layer and pooler. ``image``: a classifier of pictures, or a model that lacks only the class head."""
 
 PREPARED: Final = {
     "smollm2-135m": "securefedcollm model prepare smollm2",
@@ -36,17 +38,21 @@ PREPARED: Final = {
 """Built-in models that a command puts into the cache, and that command."""
 
 _HOSPITAL: Final[dict[str, Literal["llm", "slm"]]] = {"hospital-llm": "llm", "hospital-slm": "slm"}
+DIGITS: Final = ("digits-large", "digits-small")
+"""Built-in classifiers of pictures."""
+_OPTIONS: Final[dict[Kind, list[str]]] = {"body": ["--encoder"], "image": ["--images"]}
+"""Of ``model digest``."""
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 _COMMIT: Final = re.compile(r"^[0-9a-f]{40}$")
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model (or a body) in evaluation mode, its tokenizer, and what identifies
-    both."""
+    """A causal language model (or a body, or a classifier of pictures) in evaluation mode, its
+    tokenizer, and what identifies both."""
 
     model: Any  # transformers.PreTrainedModel
-    tokenizer: Any  # transformers.PreTrainedTokenizerBase
+    tokenizer: Any  # transformers.PreTrainedTokenizerBase; of an image model its ImageProcessor
     parts: Parts
 
     @property
@@ -102,16 +108,17 @@ def load_model(
         cache_dir: where built-in models are kept; default :func:`default_cache`. Hub models stay
             in the Hugging Face cache, where other programs find them too.
         part: ``body`` loads an encoder, or a causal model without its output layer. The digest is
-            then the body's.
+            then the body's. ``image`` loads a classifier of pictures.
 
     Raises:
-        ConfigError: the source does not exist, is not safe to load, is not a causal language model
-            or lacks weights, or its digest is not ``sha256``.
+        ConfigError: the source does not exist, is not safe to load, is no model of that kind or
+            lacks weights, or its digest is not ``sha256``.
     """
     kind, _, name = source.partition(":")
     cache_dir = cache_dir or default_cache()
     match kind:
         case "builtin":
+            _check_builtin(name, part)
             model, tokenizer = _load_builtin(name, dtype, cache_dir, progress)
         case "path":
             directory = local_path(base_dir, name, source)
@@ -128,8 +135,9 @@ def load_model(
         model = _body(model)
     loaded = LoadedModel(model.eval(), tokenizer, model_parts(model, tokenizer, source))
     if sha256 is not None:
-        command = _digest_command(source, revision, dtype, base_dir)
-        _check_pin(loaded, sha256, source, command + (" --encoder" if part == "body" else ""))
+        named = f"path:{local_path(base_dir, name, source)}" if kind == "path" else source
+        words = [named, "--dtype", dtype, *(["--revision", revision] if revision else [])]
+        check_pin(loaded.parts, sha256, source, [*words, *_OPTIONS.get(part, [])])
     return loaded
 
 
@@ -139,34 +147,6 @@ def _body(model: Any) -> Any:
     if getattr(body, "pooler", None) is not None:
         body.pooler = None
     return body
-
-
-def _digest_command(source: str, revision: str | None, dtype: Dtype, base_dir: Path) -> str:
-    kind, _, name = source.partition(":")
-    named = f"path:{local_path(base_dir, name, source)}" if kind == "path" else source
-    words = ["securefedcollm", "model", "digest", named, "--dtype", dtype]
-    return shlex.join(words + (["--revision", revision] if revision else []))
-
-
-def _check_pin(loaded: LoadedModel, pinned: str, source: str, command: str) -> None:
-    """Adversary: whoever hands a participant other files than the study was signed for."""
-    if loaded.digest == pinned:
-        return
-    if loaded.parts["weights"] == pinned:
-        # Not accepted silently: that pin does not cover configuration, tokenizer and chat template.
-        raise ConfigError(
-            "the study pins the digest of the weights alone, as older versions did; a pin now "
-            "covers configuration, tokenizer and chat template too",
-            where=source,
-            hint=f"agree on sha256: {loaded.digest} (`{command}` prints it), and sign the study "
-            "again",
-        )
-    raise ConfigError(
-        f"it has the digest {loaded.digest[:16]}…, the study pins {pinned[:16]}…",
-        where=source,
-        hint="get the agreed files (weights, config.json, tokenizer, chat template), or agree on "
-        f"these: `{command}`; with --json it prints the digest of each part, to compare",
-    )
 
 
 def load_tokenizer(
@@ -208,18 +188,30 @@ def load_tokenizer(
         ) from error
 
 
-def meta_model(source: str, *, revision: str | None = None, base_dir: Path = Path()) -> Any:
+def meta_model(
+    source: str,
+    *,
+    revision: str | None = None,
+    base_dir: Path = Path(),
+    part: Kind = "causal",
+) -> Any:
     """The architecture of a model on torch's meta device; arguments as of :func:`load_model`.
 
     Only its ``config.json`` is read (of a hub model: downloaded).
 
     Raises:
-        ConfigError: there is no such file, or it is no causal language model's.
+        ConfigError: there is no such file, or it is no model's of that kind.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 
     kind, _, name = source.partition(":")
-    if kind == "builtin" and name in _HOSPITAL:
+    if kind == "builtin":
+        _check_builtin(name, part)
+    if kind == "builtin" and name in DIGITS:
+        from securefedcollm.tuning import digit_models
+
+        config = digit_models.architecture(digit_models.RECIPES[name])
+    elif kind == "builtin" and name in _HOSPITAL:
         from securefedcollm.tuning.builtin import RECIPES, architecture
 
         config = architecture(RECIPES[_HOSPITAL[name]])
@@ -244,7 +236,8 @@ def meta_model(source: str, *, revision: str | None = None, base_dir: Path = Pat
             ) from error
     try:
         with quiet_transformers(), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            auto = AutoModelForImageClassification if part == "image" else AutoModelForCausalLM
+            return auto.from_config(config)
     except Exception as error:
         raise ConfigError(
             f"cannot be built ({type(error).__name__})",
@@ -315,6 +308,18 @@ def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
         tokenizer.save_pretrained(fresh)
 
 
+def _check_builtin(name: str, part: Kind) -> None:
+    """Refuse a built-in model of pictures for words, and the other way round."""
+    if (name in DIGITS) != (part == "image") and name in {*DIGITS, *_HOSPITAL, *PREPARED}:
+        raise ConfigError(
+            "classifies pictures" if name in DIGITS else "reads text, and no pictures",
+            where=f"builtin:{name}",
+            hint="set task.kind (--task) image_classification; `model digest` takes --images"
+            if name in DIGITS
+            else f"with task.kind: image_classification use {' or '.join(DIGITS)}",
+        )
+
+
 def _load_builtin(name: str, dtype: Dtype, cache_dir: Path, progress: Progress) -> tuple[Any, Any]:
     source = f"builtin:{name}"
     if name in _HOSPITAL:
@@ -322,6 +327,11 @@ def _load_builtin(name: str, dtype: Dtype, cache_dir: Path, progress: Progress) 
 
         model, tokenizer = builtin_models(_HOSPITAL[name], cache_dir=cache_dir, progress=progress)
         return model.to(getattr(torch, dtype)), tokenizer
+    if name in DIGITS:
+        from securefedcollm.tuning.digit_models import digit_model
+
+        model, processor = digit_model(name, cache_dir=cache_dir, progress=progress)
+        return model.to(getattr(torch, dtype)), processor
     if name in PREPARED:
         directory = cache_dir / "models" / name
         if not directory.is_dir():
@@ -331,7 +341,7 @@ def _load_builtin(name: str, dtype: Dtype, cache_dir: Path, progress: Progress) 
                 hint=f"run `{PREPARED[name]}` once",
             )
         return _load_directory(directory, source, dtype)
-    known = ", ".join(sorted({*_HOSPITAL, *PREPARED}))
+    known = ", ".join(sorted({*_HOSPITAL, *PREPARED, *DIGITS}))
     raise ConfigError("there is no such built-in model", where=source, hint=f"known: {known}")
 
 
@@ -409,17 +419,27 @@ def _load_hub(
         ) from error
 
 
+_AUTO: Final[dict[Kind, str]] = {
+    "causal": "AutoModelForCausalLM",
+    "body": "AutoModel",
+    "image": "AutoModelForImageClassification",
+}
+
+
 def _from_pretrained(
     name: str, source: str, dtype: Dtype, directory: Path | None, *, part: Kind, **options: Any
 ) -> tuple[Any, Any]:
     """Model and tokenizer; every failure is a ConfigError whose cause is the library's own."""
-    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     tokenizer = None
-    kind = AutoModelForCausalLM if part == "causal" else AutoModel
+    kind = getattr(transformers, _AUTO[part])
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+            if part != "image":
+                tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    name, trust_remote_code=False, **options
+                )
             model, info = kind.from_pretrained(
                 name,
                 dtype=getattr(torch, dtype),
@@ -430,7 +450,7 @@ def _from_pretrained(
             )
     except Exception as error:
         # A broken file makes these libraries raise anything from OSError to AttributeError.
-        why = why_not_loaded(directory, error, tokenizer=tokenizer is None)
+        why = why_not_loaded(directory, error, tokenizer=tokenizer is None and part != "image")
         raise ConfigError(f"cannot be loaded: {why.what}", where=source, hint=why.hint) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _brings_adapter(source)
@@ -441,13 +461,19 @@ def _from_pretrained(
             hint="use the unquantised weights, and the study's key quantization",
         )
     # The library fills a missing weight with random numbers and only logs it.
-    missing = {key for key in info["missing_keys"] if part == "causal" or "pooler." not in key}
+    missing = set(info["missing_keys"])
+    if part == "image":
+        model = without_strangers(model, missing, source)
+        tokenizer = processor_of(name, text_config(model), source, **options)
+        missing = missing_elsewhere(missing)
+    elif part == "body":
+        missing = {key for key in missing if "pooler." not in key}
     wrong = sorted(missing) or sorted(map(str, info["mismatched_keys"]))
     if wrong:
         raise ConfigError(
             f"its files lack {len(wrong)} weights, {wrong[0]} among them",
             where=source,
-            hint="the download is incomplete, or the model is not a causal language model",
+            hint="the download is incomplete, or the model is of another kind than the study's",
         )
     broken = [n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     if broken:

@@ -22,7 +22,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.foreign import printable
-from securefedcollm.tuning.head import check_output, device_of, routed, text_config, unwrapped
+from securefedcollm.tuning.classifiers import check_classifier
+from securefedcollm.tuning.head import (
+    check_output,
+    device_of,
+    routed,
+    sees,
+    text_config,
+    unwrapped,
+)
 from securefedcollm.tuning.recipe import inference_mode
 from securefedcollm.tuning.virtual import Rows
 
@@ -44,6 +52,9 @@ def check_model(model: Any, where: str) -> None:
     Raises:
         ConfigError: as :func:`row_limit` and :func:`.head.check_output`, or it does not even run.
     """
+    if sees(model):
+        check_classifier(model, where)
+        return
     try:
         row_limit(model, where)
         check_output(model, where)
@@ -66,6 +77,8 @@ def row_limit(model: Any, where: str = "models") -> int:
         ConfigError: the model looks ahead, says NaN, or is wrong even for one choice in a row.
     """
     causal = unwrapped(model)
+    if sees(causal):
+        return ANY_LENGTH
     embedding = getattr(causal, "get_input_embeddings", lambda: None)()
     if embedding is None:  # no model of transformers
         return ANY_LENGTH

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from securefedcollm.errors import ConfigError
-from securefedcollm.tuning.head import device_of, routed, unwrapped
+from securefedcollm.tuning.classifiers import places_of
+from securefedcollm.tuning.head import device_of, routed, sees, unwrapped
 from securefedcollm.tuning.layers import decoder_layers
 from securefedcollm.tuning.questions import EncodedQuestions
 
@@ -46,7 +47,7 @@ class Shape(NamedTuple):
     """What a record's pass looks like; it follows from this record and nothing else."""
 
     length: int
-    """Tokens of the padded row."""
+    """Tokens of the padded row; 1 where a model sees, as all its inputs have one size."""
     choices: int
 
 
@@ -115,7 +116,8 @@ def widths_for(model: Any, most: int) -> Widths:
     except ConfigError:
         layer = model
     weights = sum(weight.numel() for weight in layer.parameters())
-    return Widths(tokens=int(worth / max(1, weights)), most=most)
+    work = max(1, weights * (places_of(model) if sees(model) else 1))
+    return Widths(tokens=int(worth / work), most=most)
 
 
 def padded_length(tokens: int) -> int:
@@ -189,6 +191,7 @@ def shaped(
         out[: len(rows)] = values[index]
         return out
 
+    signal = None if data.signal is None else data.signal.padded(index, size)
     choice_mask = torch.ones(size, shape.choices, dtype=torch.bool)
     lengths = torch.ones(size, shape.choices)
     lengths[: len(rows)] = data.choice_lengths[index, : shape.choices]
@@ -211,6 +214,7 @@ def shaped(
         prior=None,
         prefix=None,
         pieces=None,
+        signal=signal,
         head=head,
     )
     if data.prior is not None:

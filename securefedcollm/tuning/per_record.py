@@ -20,7 +20,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from securefedcollm.errors import TrainingError
-from securefedcollm.tuning.head import device_of, unwrapped
+from securefedcollm.tuning.head import device_of, sees, unwrapped
 from securefedcollm.tuning.passes import (
     Indices,
     Pass,
@@ -50,7 +50,9 @@ class Call(NamedTuple):
     """One run of a trainable layer in a forward pass: a linear one, or the virtual tokens."""
 
     weight: nn.Parameter  # [out, in]; of virtual tokens [p, w]
-    given: Tensor | None  # [B, T, in]; or of several rows a record, or flat: [B · T, in]
+    given: (
+        Tensor | None
+    )  # [B, T, in]; [B, H, W, in]; or of several rows a record, or flat: [B · T, in]
     output: Tensor  # likewise, in the graph; of virtual tokens, a copy for each record: [B, p, w]
     whole: bool  # all tokens of all rows in their order, not what a router chose of them
     name: str  # of the layer that is adapted
@@ -62,6 +64,7 @@ def watched(model: nn.Module) -> Iterator[list[Call]]:
     calls: list[Call] = []
     config = getattr(unwrapped(model), "config", None)
     dimensions = {2, 3} if getattr(config, "model_type", None) in FLATTENING else {3}
+    dimensions |= {4} if sees(model) else set()  # [B, H, W, in]
 
     def note(module: nn.Module, given: tuple[Tensor, ...], output: Tensor, name: str) -> None:
         if output.requires_grad:

@@ -25,10 +25,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from securefedcollm.errors import DataError
+from securefedcollm.tuning.classifiers import class_logits
 from securefedcollm.tuning.head import Logits, device_of, output_logits, trained_head, unwrapped
 from securefedcollm.tuning.layers import passed_over
 from securefedcollm.tuning.packing import block_mask, row_limit, run, states_apart
 from securefedcollm.tuning.question import Question
+from securefedcollm.tuning.signals import Signal
 from securefedcollm.tuning.token_loss import CHUNK, gold_log_probs
 from securefedcollm.tuning.tokenise import Form, Row, tokenise
 from securefedcollm.tuning.virtual import virtual_of, widened
@@ -85,6 +87,7 @@ class EncodedQuestions:
     prefix: Tensor | None = None  # [N, L, D] in the model's dtype: input of layer prefix_layers
     prefix_layers: int = 0
     pieces: tuple[Row, ...] | None = None  # where tokens stand in the text; lost by a selection
+    signal: Signal | None = None  # what a model sees in place of tokens
     # Set in a fixed pass (.passes), where no row's arithmetic may follow from another row:
     head: int | None = None  # positions of one call of the output layer; 0: all of the batch
 
@@ -117,12 +120,15 @@ class EncodedQuestions:
             prior=None if self.prior is None else self.prior[index],
             prefix=None if self.prefix is None else self.prefix[index, :length],
             prefix_layers=self.prefix_layers,
+            signal=None if self.signal is None else self.signal.select(index),
         )
 
     def to(self, device: torch.device) -> EncodedQuestions:
         """The same questions on ``device``."""
         moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor | Signal)
         }
         return replace(self, **moved)
 
@@ -160,6 +166,8 @@ def encode(
     """
     if not questions:
         raise DataError("no questions", where="questions", hint="give at least one question")
+    if kind == "image_classification":
+        return encode_signals(questions, tokenizer([q.picture for q in questions]))
     pieces = tokenise(questions, tokenizer, max_tokens, kind, cuts=cuts)
     rows = [(prompt.ids, [choice.ids for choice in choices]) for prompt, choices in pieces]
     n, c = len(rows), max(len(choices) for _, choices in rows)
@@ -184,6 +192,30 @@ def encode(
     for i, (prompt, choices) in enumerate(rows):
         _fill(out, i, prompt, choices)
     return out
+
+
+def encode_signals(questions: Sequence[Question], signal: Signal) -> EncodedQuestions:
+    """Questions about a signal, whose choices are the classes of a classifier, in its order.
+
+    A class is a choice of one token: the vocabulary is the list of classes, and the prompt is one
+    place, at which the class is predicted.
+    """
+    n, c = len(questions), len(questions[0].choices)
+    classes = torch.arange(c).expand(n, c)
+    return EncodedQuestions(
+        tokens=torch.zeros(n, 1, dtype=torch.int64),
+        segments=torch.full((n, 1), _PROMPT, dtype=torch.int8),
+        positions=torch.zeros(n, 1, dtype=torch.int64),
+        prompt_tokens=torch.ones(n, dtype=torch.int64),
+        targets=classes.clone(),
+        target_slots=torch.zeros(n, c, dtype=torch.int64),
+        target_choices=classes.clone(),
+        choice_mask=torch.ones(n, c, dtype=torch.bool),
+        choice_lengths=torch.ones(n, c),
+        answers=torch.tensor([_UNLABELLED if q.answer is None else q.answer for q in questions]),
+        groups=tuple(q.group for q in questions),
+        signal=signal,
+    )
 
 
 def _fill(out: EncodedQuestions, i: int, prompt: list[int], choices: list[list[int]]) -> None:
@@ -330,9 +362,12 @@ def last_hidden(model: Any, batch: EncodedQuestions) -> Tensor:
     """Hidden states after the last layer, [B, L, D], from the cached states on if there are any.
 
     Args:
-        model: plain, or with an adapter; virtual tokens precede every row.
+        model: plain, or with an adapter; virtual tokens precede every row. Of a model that sees,
+            L = 1 and the states are the logits of the classes.
     """
     causal, virtual = unwrapped(model), virtual_of(model)
+    if batch.signal is not None:
+        return class_logits(causal, batch.signal)[:, None]
     fixed, length = batch.head is not None, batch.tokens.shape[1]
     before = None if virtual is None else virtual.rows(len(batch), batch.tokens.device)
     if length + (0 if virtual is None else virtual.count) > row_limit(causal):

@@ -103,15 +103,15 @@ def _json_rows(path: Path, form: Format, wanted: set[str]) -> Iterator[Checked]:
                     yield Checked(place, row, raw)
                 else:
                     read = {name: value for name, value in row.items() if name in wanted}
-                    yield _known(Checked(place, read, raw, shape_of(read)), row)
+                    yield _known(Checked(place, read, raw, shape_of(read)), row, form)
 
 
-def _known(checked: Checked, row: Row) -> Checked:
+def _known(checked: Checked, row: Row, form: Format) -> Checked:
     """``checked``, known by all text of its ``row``, or what is wrong with that."""
     if isinstance(checked.row, BadField):
         return checked
     try:
-        return checked._replace(whole=whole_row(row))
+        return checked._replace(whole=whole_row(row, pictures=form.picture is not None))
     except BadField as bad:
         return checked._replace(row=bad)
 
@@ -186,7 +186,7 @@ def _csv_rows(path: Path, form: Format) -> Iterator[Checked]:
                     if isinstance(row, BadField):
                         yield Checked(place, row, b"", shape, table)
                     else:
-                        yield _known(Checked(place, row, text.encode(), shape, table), row)
+                        yield _known(Checked(place, row, text.encode(), shape, table), row, form)
                 passed.clear()
     except csv.Error as error:
         raise DataError(
@@ -286,7 +286,10 @@ def _parquet_rows(path: Path, form: Format, wanted: set[str]) -> Iterator[Checke
             classes = _classes(file.schema_arrow, label)
             # A study that names other columns reads other text of the same row; a number of a
             # class is text, too.
-            said = {n for n in names if _may_hold_text(file.schema_arrow.field(n).type)}
+            types = {name: file.schema_arrow.field(name).type for name in names}
+            said = {name for name, kind in types.items() if _may_hold_text(kind)}
+            if form.picture is not None:  # and other pictures of it
+                said |= {name for name, kind in types.items() if _may_hold_picture(kind)}
             columns = [name for name in names if name in {*wanted, *said, *classes}]
             most, batch = _allowed(path, size, about, columns)
             number = held = 0
@@ -306,7 +309,7 @@ def _parquet_rows(path: Path, form: Format, wanted: set[str]) -> Iterator[Checke
                         over = BadField(label, f"is in a row of over {MOST_LINE >> 20} MiB")
                         checked = checked._replace(row=over)
                     _parquet_row("", whole, label, classes)
-                    yield _known(checked, whole)
+                    yield _known(checked, whole, form)
     except (DataError, GeneratorExit):
         raise
     except Exception as error:  # the parser's own, of any kind
@@ -361,6 +364,24 @@ def _may_hold_text(kind: pa.DataType) -> bool:
         pa.types.is_fixed_size_binary,
     )
     return not any(is_it(kind) for is_it in bare)
+
+
+def _may_hold_picture(kind: pa.DataType) -> bool:
+    """Whether values of a type may hold a file or rows of numbers."""
+    import pyarrow as pa
+
+    if isinstance(kind, pa.BaseExtensionType):
+        return _may_hold_picture(kind.storage_type)
+    if pa.types.is_dictionary(kind):
+        return _may_hold_picture(kind.value_type)
+    held = (
+        pa.types.is_nested,
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_fixed_size_binary,
+        pa.types.is_binary_view,
+    )
+    return any(is_it(kind) for is_it in held)
 
 
 def _classes(schema: pa.Schema, label: str) -> dict[str, list[str]]:

@@ -16,7 +16,7 @@ from securefedcollm.tuning.fields import Row
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Kind = Literal["nothing", "text", "texts", "turns", "whole", "number", "truth"]
+Kind = Literal["nothing", "text", "texts", "turns", "whole", "number", "truth", "greys", "colours"]
 Shape = tuple[tuple[str, Kind], ...]
 """Columns of a row and what each holds."""
 
@@ -43,7 +43,16 @@ def _kind(value: object) -> Kind | None:
             return "texts"
         case list() if all(_is_turn(entry) for entry in value):
             return "turns"
+        case list() if all(isinstance(entry, list) and entry for entry in value):
+            if all(_are_whole(entry) for entry in value):
+                return "greys"
+            if all(_are_whole(pixel) for entry in value for pixel in entry):
+                return "colours"
     return None
+
+
+def _are_whole(entry: object) -> bool:
+    return isinstance(entry, list) and all(type(number) is int for number in entry)
 
 
 def _is_turn(entry: object) -> bool:
@@ -71,6 +80,8 @@ def json_table(lines: Sequence[bytes], shape: Shape) -> pa.Table:
         "whole": pa.int64(),
         "number": pa.float64(),
         "truth": pa.bool_(),
+        "greys": pa.list_(pa.list_(pa.int64())),
+        "colours": pa.list_(pa.list_(pa.list_(pa.int64()))),
     }
     schema = pa.schema([(name, types[kind]) for name, kind in shape])
     raw = b"\n".join(line.strip() for line in lines)

@@ -36,6 +36,13 @@ def test_no_script_breaks_a_reader(target, script):
     fuzz_files.bounded(TARGETS[target], fuzz_files.SECONDS, script)
 
 
+def test_the_target_of_pictures_reads_what_is_whole(monkeypatch):
+    monkeypatch.setattr(fuzz_files, "altered", lambda content, dice: content)
+    assert {fuzz_files.picture(bytes([form])) for form in range(5)} == {"read"}
+    monkeypatch.setattr(fuzz_files, "altered", lambda content, dice: content[:60])
+    assert fuzz_files.picture(b"") == "refused"
+
+
 def unaltered(monkeypatch):
     monkeypatch.setattr(fuzz_retrieval, "altered", lambda content, dice: content)
 

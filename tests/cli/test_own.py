@@ -13,7 +13,7 @@ from tests.support.typed import type_page
 
 SILOS = ("nord", "sued", "ost")
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.soak, pytest.mark.long, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")

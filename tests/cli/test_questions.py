@@ -13,7 +13,7 @@ from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
 import securefedcollm as sfc
-from securefedcollm import api
+from securefedcollm.api import questions as asking
 from securefedcollm.errors import DataError
 from securefedcollm.study import dump_study
 from tests.support.asking import SHELF, TEXTS
@@ -94,7 +94,7 @@ def asked(monkeypatch, words, **how):
         seen.append(question)
         raise sfc.ConfigError("seen", where="here", hint="none")
 
-    monkeypatch.setattr(api, "ask", stop)
+    monkeypatch.setattr(asking, "ask", stop)
     line = ["ask", *words, "--study", "retrieval", "--shelf", "silo-1=x"]
     return seen, CliRunner().invoke(app, line, **how)
 

@@ -99,7 +99,8 @@ def test_the_process_serves_with_the_shelf_and_a_door(signed, monkeypatch):
     seen = {}
 
     def stopped(port, member, kit, limit, bars):
-        seen.update(stock=port._stock, door=(member.run / ".asking").read_text(), limit=limit)
+        stock = port._matter.stock
+        seen.update(stock=stock, door=(member.run / ".asking").read_text(), limit=limit)
 
     monkeypatch.setattr(shelf, "serve", stopped)
     result = serve(signed, "--yes")

@@ -33,10 +33,10 @@ def test_questions_of_this_machine_wait_their_turn():
 
 def test_terms_fix_how_long_letters_are():
     small, large = Terms(40, 8, 96, 3), Terms(2048, 96)
-    for terms in (small, large):
+    for sizes in map(post.of_documents, (small, large)):
         kinds_ = ("question", "selection", "scores", "blocks")
-        assert all(post.longest(kind, terms) > 0 for kind in kinds_)
-        assert post.largest_letters(terms, 4) > 4 * post.longest("selection", terms)
+        assert all(sizes.longest[kind] > 0 for kind in kinds_)
+        assert sizes.largest(4) > 4 * sizes.longest["selection"]
 
 
 def test_a_question_is_not_told_to_another_user(tmp_path, monkeypatch):

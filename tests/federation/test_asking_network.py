@@ -13,8 +13,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from securefedcollm_audits.verification.merge import merge
-from securefedcollm_audits.verification.verify import verify
 
 import securefedcollm as sfc
 from securefedcollm.errors import (
@@ -24,7 +22,7 @@ from securefedcollm.errors import (
     RemoteProtocolError,
     TransportError,
 )
-from securefedcollm.evidence.entries import Asked, Counted, Entry, Heard, Refused, Served
+from securefedcollm.evidence.entries import Asked, Counted, Heard, Refused, Served
 from securefedcollm.federation import messages, roles
 from securefedcollm.federation.engines.door import Door, knock
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
@@ -40,7 +38,7 @@ from securefedcollm.federation.workload import silent
 from securefedcollm.retrieval import Asker
 from tests.support.arithmetic import ArithmeticServer, ArithmeticSilo
 from tests.support.asking import TEXTS
-from tests.support.network import SILOS, Network, Signed, shape
+from tests.support.network import SILOS, Network, Signed, kinds, log_of, shape, verified
 
 
 @pytest.fixture(scope="module")
@@ -56,26 +54,6 @@ def network(signed: Signed, tmp_path: Path) -> Iterator[Network]:
     made = Network(signed, homes, fresh.indexes)
     yield made
     made.close()
-
-
-def log_of(network: Network, name: str) -> list[Entry]:
-    log = network.ports[name]._log
-    assert log is not None
-    return log.entries
-
-
-def kinds(network: Network, name: str) -> list[type]:
-    return [type(entry.what) for entry in log_of(network, name)[1:]]
-
-
-def verified(network: Network, directory: Path) -> None:
-    """Everybody's evidence by itself, and all of it together."""
-    bundles = network.bundles(directory)
-    whole = directory / "all.zip"
-    whole.write_bytes(merge(bundles))
-    for bundle in (*bundles, whole):
-        verdict = verify(bundle)
-        assert verdict.holds, [(check.name, check.faults) for check in verdict.failed]
 
 
 def test_a_silo_and_the_server_ask_over_the_network(network, tmp_path):
@@ -170,7 +148,7 @@ class UsefulSilos(Fetching):
         return taken
 
 
-PORT = "securefedcollm.federation.questions.port.Fetching"
+PORT = "securefedcollm.federation.questions.stock.Fetching"
 ASKER = "securefedcollm.federation.questions.inquiry.Asker"
 
 
@@ -209,7 +187,7 @@ def test_whoever_is_killed_in_any_step_nothing_is_answered_twice(network, tmp_pa
             network.now += 70  # the asker's patience ends
         assert waiting.done() or victim == "silo-1"
     assert network.ask("silo-1", "w9 w10 w11").answered == ["silo-2", "silo-3"]
-    spent = network.ports["silo-2"]._stock.quota.spent("silo-1")
+    spent = network.ports["silo-2"]._matter.stock.quota.spent("silo-1")
     counted = [e.what.number for e in log_of(network, "silo-2") if isinstance(e.what, Counted)]
     asked = [e for e in log_of(network, "silo-1") if isinstance(e.what, Asked)]
     assert len(set(counted)) == len(counted) <= spent <= len(asked) == 6
@@ -237,7 +215,7 @@ def test_what_the_carrier_repeats_is_not_answered_again(network, tmp_path):
             network.restart("silo-2")
     assert before == [Counted, Served]
     assert kinds(network, "silo-2") == [Counted, Served, Refused]
-    assert network.ports["silo-2"]._stock.quota.spent("silo-1") == 1
+    assert network.ports["silo-2"]._matter.stock.quota.spent("silo-1") == 1
     verified(network, tmp_path)
 
 
@@ -292,9 +270,8 @@ def test_what_the_carrier_alters_or_exchanges_is_refused(network, tmp_path, chan
     assert found.fetches == {}
     assert set(found.failed) == {"silo-2", "silo-3"}
     if change is not swapped:  # nothing was counted for what the asker did not sign
-        assert all(
-            network.ports[silo]._stock.quota.spent("silo-1") == 0 for silo in ("silo-2", "silo-3")
-        )
+        quotas = [network.ports[silo]._matter.stock.quota for silo in ("silo-2", "silo-3")]
+        assert [quota.spent("silo-1") for quota in quotas] == [0, 0]
     network.wire.meddle = lambda silo, way, frame: frame
     assert network.ask("silo-1", "w1 w2").answered == ["silo-2", "silo-3"]
     verified(network, tmp_path)
@@ -427,7 +404,7 @@ def flood(network, *letters):
 def test_the_relay_passes_nothing_on_that_makes_no_sense(network):
     """Adversary: a member that has others compute, or fills the server's memory."""
     at = bytes(post.THREAD_BYTES)
-    longest = post.longest("question", network.relay.terms)
+    longest = network.relay.sizes.longest["question"]
     fine = post.Letter("silo-2", at, "question", b"x")
     assert [letter.who for letter in flood(network, fine, fine)] == ["silo-1"]
     for wrong in (

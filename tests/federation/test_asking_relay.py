@@ -17,7 +17,8 @@ from securefedcollm.federation.questions.relay import Pace, Relay
 from securefedcollm.retrieval import Terms
 
 TERMS = Terms(documents=40, dimension=16, block_bytes=96, fetched=3)
-LIMIT = post.seconds_for(TERMS)
+SIZES = post.of_documents(TERMS)
+LIMIT = SIZES.seconds
 THREAD = bytes(post.THREAD_BYTES)
 QUESTION = post.Letter("clinic", THREAD, "question", b"what?")
 SCORES = post.Letter("ann", THREAD, "scores", b"so much")
@@ -40,7 +41,7 @@ class Members:
 
     def relay(self) -> Relay:
         silos = ["clinic", "slow"]
-        return Relay(self, bytes(16), ["ann", *silos], silos, TERMS, clock=lambda: self.now)
+        return Relay(self, bytes(16), ["ann", *silos], silos, SIZES, clock=lambda: self.now)
 
 
 def takes(members: Members, seconds: float, reply: Reply = lambda letters: []) -> Reply:

@@ -212,37 +212,58 @@ def test_the_terms_are_those_of_the_record_that_has_spent_most(member, inputs):
     assert "--records skip: the other 40 records can pay" in caught.value.hint
 
 
-def test_a_study_that_names_other_columns_finds_the_budget_spent(tmp_path):
-    """Adversary: the author of the next study, who has the same rows read by another column."""
-    rows = [{"note": f"note {i}", "summary": f"summary {i}", "label": "benign"} for i in range(60)]
+def reading(kind, **columns):
+    return {"kind": kind, "labels": ["benign"], "columns": columns}
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (reading("classification", text="note"), reading("classification", text="summary")),
+        (reading("image_classification", image="a"), reading("image_classification", image="b")),
+        (reading("image_classification", image="a"), reading("classification", text="note")),
+        (reading("classification", text="note"), reading("image_classification", image="b")),
+    ],
+    ids=["words", "pictures", "from pictures to words", "from words to pictures"],
+)
+def test_a_study_that_reads_rows_otherwise_finds_the_budget_spent(first, then, tmp_path):
+    """Adversary: the author of the next study, who has the same rows read by another column, or by
+    a study of another kind."""
+    rows = [
+        {
+            "a": [[i, 1], [2, 3]],
+            "b": [[i, 9], [8, 7]],
+            "note": f"note {i}",
+            "summary": f"summary {i}",
+            "label": "benign",
+        }
+        for i in range(60)
+    ]
+    if "text" not in {**first["columns"], **then["columns"]}:
+        rows = [{name: row[name] for name in ("a", "b", "label")} for row in rows]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {"first": read_questions(file, **first), "then": read_questions(file, **then)}
 
-    def asked(column):
-        found = read_questions(
-            file, kind="classification", labels=["benign"], columns={"text": column}
-        )
-        return found, dataset_fingerprint(found)
-
-    def spend(ledger, column, records):
+    def spend(ledger, study, records):
         known = ledger.identify(records)
         noise = calibrate(8.0, 1e-5, 0.1, 60)
-        dataset, events = asked(column)[1], [PoissonGaussian(0.1, noise, 60)]
-        ledger.foresee(dataset, "record", events, 1, (8.0, 1e-5), records=known, study=column)
-        given = (dataset, "record", column, 0, 0, events, (8.0, 1e-5))
-        ledger.release(ledger.reserve(*given, records=known, study=column))
+        dataset, events = dataset_fingerprint(found[study]), [PoissonGaussian(0.1, noise, 60)]
+        ledger.foresee(dataset, "record", events, 1, (8.0, 1e-5), records=known, study=study)
+        given = (dataset, "record", study, 0, 0, events, (8.0, 1e-5))
+        ledger.release(ledger.reserve(*given, records=known, study=study))
 
     for rowless in (True, False):  # first the control: words are all that a record is known by
         with Ledger(tmp_path / f"{rowless}.sqlite", "silo-1") as ledger:
-            records = {name: list(contents_of(asked(name)[0])) for name in ("note", "summary")}
+            records = {name: list(contents_of(found[name])) for name in found}
             if rowless:
                 records = {name: [c._replace(row=b"") for c in records[name]] for name in records}
-            spend(ledger, "note", records["note"])
+            spend(ledger, "first", records["first"])
             if rowless:
-                spend(ledger, "summary", records["summary"])
+                spend(ledger, "then", records["then"])
                 continue
             with pytest.raises(BudgetExceeded, match="of 8 is spent"):
-                spend(ledger, "summary", records["summary"])
+                spend(ledger, "then", records["then"])
 
 
 def test_skip_leaves_out_what_cannot_pay_and_the_study_is_about_the_rest(member, inputs):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from securefedcollm_audits.protocol.poll_cohort import longest_choices
 from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.aggregation.messages import UNSIGNED, sign
@@ -25,16 +25,29 @@ from securefedcollm.errors import (
     RemoteProtocolError,
 )
 from securefedcollm.evidence.bundle import make_bundle
-from securefedcollm.federation.questions.polls import make_poll, poll_header
+from securefedcollm.federation.questions import voting
+from securefedcollm.federation.questions.polls import Poll, make_poll, poll_header
 from securefedcollm.federation.questions.records import ModelReader, index_records, load_reader
-from securefedcollm.federation.questions.voting import READY, Booth, _only, count_labels, prepay
-from securefedcollm.federation.silo import Clock
+from securefedcollm.federation.questions.voting import READY, Booth, count_labels
+from securefedcollm.primitives import SigningKey
+from securefedcollm.privacy.accounts import Overlaps
 from securefedcollm.privacy.events import Gaussian
 from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.privacy.votes import MOST_CHOICES
 from securefedcollm.simulation.polling import Polls
 from securefedcollm.study import digest
 from securefedcollm.tuning.content import folded
-from tests.support.polling import CHOICES, COPIES, QUESTION, RECORDS, Voters, record
+from tests.support.polling import (
+    CHOICES,
+    COPIES,
+    QUESTION,
+    RECORDS,
+    Voters,
+    booth_of,
+    record,
+    spent,
+    votes,
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +55,11 @@ def voters(tmp_path_factory: pytest.TempPathFactory) -> Voters:
     return Voters(tmp_path_factory.mktemp("voters"))
 
 
-def booth_of(polls: Polls, name: str = "silo-1") -> Booth:
-    return polls._booths[name]
-
-
 def charged(run: Path, name: str) -> list[int]:
     """How many different questions of records each question charged, oldest first."""
     (book,) = (run / "silos" / name).glob("ledger.answers-*.sqlite")
     with Ledger(book, name) as ledger:
         return [len(ledger.stored(e.about.records)) for e in ledger.entries() if e.counted]
-
-
-def votes(polls: Polls, question: str = QUESTION, choices: tuple[str, ...] = CHOICES) -> list[int]:
-    return [round(vote / COPIES) for vote in polls.ask(question, choices).opinion.tally.votes]
 
 
 def test_records_vote_and_only_the_retrieved_pay(voters, tmp_path):
@@ -97,7 +102,7 @@ def seen(polls: Polls, question: str) -> tuple[list[int], list[int], list[dict[s
         return answer
 
     tally = polls._canvass.ask(question, CHOICES, carry).tally
-    hidden = {"poll", "header", "delivery", "ledger", "lists"}  # digests and blinded heads
+    hidden = {"poll", "header", "delivery", "ledger", "lists", "prepaid"}
     plain = [msgspec.to_builtins(entry.what) for entry in log.entries[before:]]
     entries = [{k: v for k, v in what.items() if k not in hidden} for what in plain]
     return [round(vote / COPIES) for vote in tally.votes], lengths, entries
@@ -124,59 +129,81 @@ def test_nothing_shows_whether_a_silo_had_anything(voters, tmp_path, caplog):
     assert "w1 w2 w3" not in caplog.text  # a record's words
 
 
-def test_a_record_that_cannot_be_read_loses_its_own_vote_and_no_other(voters, tmp_path):
-    """Where the whole silo fell silent, one record would move all of its votes."""
-    with voters.polls(tmp_path / "run") as polls:
-        booth = booth_of(polls)
-        read = booth.read
-
-        def failing(poll: Any, retrieved: Any, similarities: Any) -> Any:
-            if 0 in retrieved:
-                raise ValueError("w1 w2 w3")
-            return read(poll, retrieved, similarities)
-
-        object.__setattr__(booth, "read", failing)
-        assert round(polls.ask(QUESTION, CHOICES).opinion.tally.votes[0]) in (8, 9, 10)  # 5 + 4
-        for parts in (np.full(3, 7.0), np.array([1.0, 1.0, 0.0]), np.full(3, np.nan)):
-            object.__setattr__(booth, "read", lambda *_, parts=parts: parts)  # not one vote
-            content = booth.open("server")._read(  # what leaves, before its noise
-                *(_Poll(), np.ones(len(booth.shelf.index), np.bool_), booth.embed(QUESTION))
-            )
-            assert content.tolist() == [0.0, 0.0, 0.0]
-
-
-class _Poll:
-    question, choices = QUESTION, CHOICES
-
-
 def _fail(*_: Any) -> Any:
     raise ValueError("w1 w2 w3")  # a record's words
 
 
-def test_the_time_is_hidden_in_slots(tmp_path, voters):
-    local = {"steps": 1, "batch_size": 10, "learning_rate": 0.01, "reply_slot": 60.0}
-    slotted = Voters(voters.data, {"local": local})
-    now, waited = [0.0], []
+def test_what_an_asker_makes_a_silo_do_depends_on_no_record(voters, tmp_path):
+    """Adversary: an asker whose choices take long to fold, and who counts the records that a
+    question retrieved by the time of the reply.
 
-    def reading(poll: Any, retrieved: Any, _: Any) -> Any:
-        now[0] += len(retrieved)  # seconds that depend on records
-        return np.zeros(len(poll.choices))
+    Control: a reader that is called for each of them folds as often as there are.
+    """
+    folds = list[str]()
 
-    def wait(seconds: float) -> None:
-        waited.append(seconds)
-        now[0] += seconds
+    def folding(text: str) -> str:
+        folds.append(text)
+        return folded(text)
 
-    ends = []
-    with slotted.polls(tmp_path / "run") as polls:
-        for name in RECORDS:
-            object.__setattr__(booth_of(polls, name), "clock", Clock(lambda: now[0], wait))
-            object.__setattr__(booth_of(polls, name), "read", reading)
-        for question in (QUESTION, "w90 w91"):
-            now[0] = 0.0
-            polls.ask(question, CHOICES)
-            ends.append(now[0])
-    assert waited[0] != waited[4]
-    assert ends == [4 * 60.0] * 2  # one silo after another, once each
+    poll = make_poll(voters.study, bytes(16), SigningKey.generate(), QUESTION, longest_choices())
+    assert len(poll.encode()) > Poll.LIMIT * 0.9
+    read = count_labels([folded(f"w{number}") for number in range(900)], folding)
+    found, one_by_one = [], []
+    for many in (0, 900):
+        chosen, none = np.arange(900) < many, np.zeros(900, np.int64)
+        read(poll, chosen, none)
+        found.append(len(folds))
+        folds.clear()
+        for at in np.flatnonzero(chosen):
+            read(poll, np.arange(900) == at, none)
+        one_by_one.append(len(folds))
+        folds.clear()
+    assert found == [MOST_CHOICES] * 2
+    assert one_by_one == [0, 900 * MOST_CHOICES]
+
+
+def test_a_silo_refuses_a_poll_that_is_too_long_by_itself(voters, tmp_path):
+    """Adversary: the server, whose relay would refuse it."""
+    with voters.polls(tmp_path / "run") as polls:
+        booth = booth_of(polls)
+        assert booth.open("server").handle(asked(polls, choices=longest_choices())) == READY
+        longer = asked(polls, choices=(*longest_choices()[:-1], "w50" * 2000))
+        with pytest.raises(RemoteProtocolError):
+            booth.open("server").handle(longer)
+        with pytest.raises(ConfigError, match="over 63 KiB"):
+            polls.ask(QUESTION, (*longest_choices()[:-1], "w50" * 2000))
+
+
+def abandon(booth: Booth, frame: bytes) -> None:
+    conversation = booth.open("server")
+    conversation.handle(frame)
+    conversation.close()
+
+
+def test_polls_that_an_asker_leaves_make_no_later_one_harder(voters, tmp_path, monkeypatch):
+    """Adversary: an asker that begins questions and leaves them. No record pays for those. Control:
+    questions that it goes on with are what later ones are weighed with."""
+    monkeypatch.setattr(voting, "MOST_DROPPED", 8)
+    weighed = list[int]()
+    real = Overlaps.alike
+
+    def alike(overlaps: Any, entries: Any, chosen: Any) -> Any:
+        weighed.append(len(entries))
+        return real(overlaps, entries, chosen)
+
+    monkeypatch.setattr(Overlaps, "alike", alike)
+    with voters.polls(tmp_path / "run") as polls:
+        booth = booth_of(polls)
+        for _ in range(8):
+            abandon(booth, asked(polls))
+        assert {*weighed} == {0}
+        with pytest.raises(RemoteProtocolError, match="began 8 questions and left them"):
+            booth.open("server").handle(asked(polls))
+    with voters.polls(tmp_path / "run") as polls:  # its owner begins again
+        votes(polls)
+        weighed.clear()
+        abandon(booth_of(polls), asked(polls))
+        assert {*weighed} == {1}
 
 
 def asked(polls: Polls, **changes: Any) -> bytes:
@@ -234,6 +261,19 @@ def test_only_members_ask_and_sign(voters, tmp_path):
             booth.open("server").handle(unsigned.encode())
         with pytest.raises(RemoteProtocolError, match="in another study, run or name"):
             booth.open("silo-2").handle(poll.encode())
+
+
+def test_a_question_that_breaks_the_encoder_is_refused_without_its_words(voters, tmp_path, caplog):
+    with voters.polls(tmp_path / "run") as polls:
+        booth, frame = booth_of(polls), asked(polls)
+
+        def broken(text: str) -> Any:
+            raise IndexError(text)
+
+        with pytest.raises(RemoteProtocolError, match="cannot be embedded"):
+            replace(booth, embed=broken).open("server").handle(frame)
+        assert charged(tmp_path / "run", "silo-1") == []
+        assert QUESTION not in caplog.text
 
 
 def test_silos_that_are_asked_different_things_open_nothing(voters, tmp_path):
@@ -302,7 +342,7 @@ def test_a_record_that_another_process_charged_just_now_is_not_retrieved(voters,
         def raced(*key: Any, **about: Any) -> Any:
             tries.append(len(about["records"]))
             if len(tries) == 1:
-                first = _only(known, np.arange(len(known)) < COPIES)
+                first = known.only(np.arange(len(known)) < COPIES)
                 other = ("ab" * 32, "record", "other", 0, 0, [Gaussian(0.2, 1)], (40.0, 1e-5))
                 reserve(*other, records=first, study="aa")
             return reserve(*key, **about)
@@ -337,14 +377,6 @@ def test_an_owner_who_pinned_less_is_asked_for_no_more(voters, tmp_path):
         voters.polls(tmp_path / "run")
 
 
-def spent(run: Path) -> list[Any]:
-    """What all but answers read in the ledger of silo-1: its charges, and ε of the worst record."""
-    with Ledger(run / "silos" / "silo-1" / "ledger.sqlite", "silo-1") as ledger:
-        entries = ledger.entries()
-        worst = [ledger.most_spent(entry).epsilon for entry in entries]
-        return [[(e.counted, e.state, len(ledger.stored(e.about.records))) for e in entries], worst]
-
-
 def test_what_was_asked_shows_nowhere_but_in_noised_sums(voters, tmp_path):
     """Adversary: an asker who chooses which records pay, and then reads whether a study may tune on
     the file, which records it leaves out, or what ε the silo states. All of them read one ledger.
@@ -370,30 +402,6 @@ def test_all_answers_are_paid_for_once(voters, tmp_path):
             votes(polls)
     ((charge,), _) = spent(tmp_path / "run")
     assert charge[0][0].count == voters.study.retrieval.questions
-
-
-def test_other_records_and_a_new_count_of_answers_pay_anew(voters, tmp_path):
-    """Adversary: an operator, or an accident: records of the same fingerprint, a lost ledger of
-    answers, another noise. Each would have answers that nobody paid for."""
-    with voters.polls(tmp_path / "run") as polls:
-        known = booth_of(polls).shelf.known
-    with Ledger(tmp_path / "ledger.sqlite", "silo-1") as ledger:
-        ledger.pin(1000.0, 1e-5)
-        first = np.arange(len(known)) < COPIES
-        some, others = _only(known, first), _only(known, ~first)
-        where = (voters.study, some, "ab" * 32, known.key)
-        prepay(ledger, *where)
-        prepay(ledger, *where)
-        assert len(ledger.entries()) == 1
-        for changed in (
-            (voters.study, others, "ab" * 32, known.key),
-            (voters.study, some, "ab" * 32, "another ledger of answers"),
-            (Voters(voters.data, questions=2).study, some, "ab" * 32, known.key),
-        ):
-            before = len(ledger.entries())
-            with contextlib.suppress(BudgetExceeded):
-                prepay(ledger, *changed)
-                assert len(ledger.entries()) == before + 1
 
 
 def test_a_ledger_without_what_was_paid_for_answers_is_refused(voters, tmp_path):
@@ -462,10 +470,16 @@ def test_what_is_no_question_is_not_sent(voters, tmp_path, question, choices, wh
         assert charged(tmp_path / "run", "silo-1") == []
 
 
-def test_records_that_cannot_be_embedded_are_named_by_their_number(voters):
-    with pytest.raises(DataError) as refused:
-        index_records(voters.space, [record("w1", "w2"), record(" ", "w2")])
-    assert refused.value.where == "record 2"
+def test_a_record_without_words_casts_no_vote_and_its_silo_takes_part(voters, tmp_path, caplog):
+    """A silo that stayed away would tell that it has one."""
+    with_one = voters.having(silo_1=[record(" ", "w50"), *RECORDS["silo-1"]])
+    with caplog.at_level(logging.WARNING), with_one.polls(tmp_path / "run") as polls:
+        assert booth_of(polls).shelf.paid.tolist() == [False] + [True] * 3 * COPIES
+        assert votes(polls) == [2, 1, 0]
+        assert polls.left_out == {"silo-1": 1}
+    assert "silo-1: 1 of 16 records have no words" in caplog.text
+    with pytest.raises(DataError, match="no record has words"):
+        index_records(voters.space, [record(" ", "w2")])
     with pytest.raises(DataError, match="no records"):
         index_records(voters.space, [])
 
@@ -476,7 +490,8 @@ def test_choices_are_compared_as_the_ledger_compares_words():
     class Asked:
         choices = (" w50 ", "we\u0301")
 
-    assert read(Asked(), [0, 1, 2], np.zeros(3, np.int64)).tolist() == [1.0, 1.0]
+    all_of_them = np.ones(3, np.bool_)
+    assert read(Asked(), all_of_them, np.zeros(3, np.int64)).tolist() == [1.0, 1.0]
 
 
 def test_the_small_model_reads_and_answers_once(voters, tmp_path):
@@ -500,11 +515,12 @@ def test_the_small_model_reads_and_answers_once(voters, tmp_path):
 
     read = ModelReader(Counting(), RECORDS["silo-1"], 1)  # type: ignore[arg-type]
 
-    class Poll:
+    class Asked:
         question, choices = QUESTION, CHOICES
 
-    some = read(Poll(), [0, 12], np.arange(15))  # type: ignore[arg-type]
-    none = read(Poll(), [], np.arange(15))  # type: ignore[arg-type]
+    two = np.isin(np.arange(15), [0, 12])
+    some = read(Asked(), two, np.arange(15))  # type: ignore[arg-type]
+    none = read(Asked(), two & False, np.arange(15))  # type: ignore[arg-type]
     assert abs(float(some.sum()) - 1.0) < 1e-9
     assert none.tolist() == [0.0, 0.0, 0.0]
     assert asked == [f"w20 w21 w52\n{QUESTION}", QUESTION]
@@ -537,7 +553,9 @@ def test_a_record_moves_only_answers_that_it_pays_for(voters, tmp_path):
             booth, said = booth_of(polls), []
 
             def watch(poll: Any, retrieved: Any, similarities: Any, own=own, said=said) -> Any:
-                said[-1] |= {"|".join((own[at].prompt, *own[at].choices)) for at in retrieved}
+                said[-1] |= {
+                    "|".join((own[at].prompt, *own[at].choices)) for at in np.flatnonzero(retrieved)
+                }
                 return np.zeros(len(poll.choices))
 
             object.__setattr__(booth, "read", watch)

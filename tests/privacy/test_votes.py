@@ -11,7 +11,10 @@ import pytest
 from securefedcollm_audits.verification.second_accountant import bracket
 
 from securefedcollm.errors import BudgetExceeded, ConfigError
+from securefedcollm.privacy import admission
+from securefedcollm.privacy import ledger as module
 from securefedcollm.privacy.accounting import TIGHT_SHARE, claim, prv_bounds
+from securefedcollm.privacy.accounts import Overlaps
 from securefedcollm.privacy.events import Gaussian
 from securefedcollm.privacy.filters import Terms, filter_within
 from securefedcollm.privacy.identities import Records
@@ -168,6 +171,35 @@ def test_only_the_records_that_a_question_retrieves_pay(book):
         charge(ledger, some(known, 0, 3), 9)
     for number in range(10, 16):  # a charge to no record is always admitted
         charge(ledger, some(known), number)
+
+
+def test_accounts_that_were_charged_alike_are_weighed_once(book, monkeypatch):
+    """Adversary: an asker who makes as many sets of records as it likes, so that later questions
+    take longer. Control: by the sets themselves, there is an account for each."""
+    ledger, known = book
+    for number, rows in enumerate([(0, 1), (1, 2), (2, 3), (3, 0), (0,), (1,)]):
+        event = charge(ledger, known.only(np.isin(np.arange(4), rows)), number)
+    weighed, real = [], admission.decide
+
+    def decide(asked, patterns, *rest):
+        weighed.append(len(patterns.counts))
+        return real(asked, patterns, *rest)
+
+    monkeypatch.setattr(module, "decide", decide)
+    about = {"records": known, "study": "aa", "individually": True}
+    place = ("00" * 32, "record", [event], 1, (2.0, DELTA))
+    paying = ledger.payers(*place, **about)
+    assert paying.tolist() == [False, False, True, True]  # three, three, two and two questions
+    assert {*weighed} == {2}
+    with pytest.raises(BudgetExceeded):
+        charge(ledger, known.only(np.isin(np.arange(4), (1, 3))), 8)
+    weighed.clear()
+    monkeypatch.setattr(Overlaps, "alike", lambda overlaps, entries, _: overlaps.patterns(entries))
+    assert ledger.payers(*place, **about).tolist() == paying.tolist()
+    assert {*weighed} == {4}
+    monkeypatch.undo()
+    charge(ledger, known.only(paying), 9)
+    assert not ledger.payers(*place, **about).any()
 
 
 def admitted(ledger, records, event):

@@ -6,10 +6,14 @@ import contextlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import msgspec
+from securefedcollm_audits.verification.merge import merge
+from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.evidence.bundle import make_bundle
+from securefedcollm.evidence.entries import Entry
 from securefedcollm.federation import roles
 from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.questions.counter import Counter, Result
@@ -17,6 +21,7 @@ from securefedcollm.federation.questions.inquiry import Found, judge
 from securefedcollm.federation.questions.port import QuestionPort
 from securefedcollm.federation.questions.relay import Relay
 from securefedcollm.federation.roles import Member
+from securefedcollm.federation.silo import Clock
 from securefedcollm.study import load_study, study_from_tree
 from tests.support.asking import TEXTS, Members
 from tests.support.members import make_identities, write_signed
@@ -86,18 +91,21 @@ class Network:
         shelves: silo → its index.
     """
 
-    def __init__(self, signed: Signed, homes: Mapping[str, Path], shelves: Mapping[str, Path]):
+    silos: tuple[str, ...] = SILOS
+
+    def __init__(self, signed: Any, homes: Mapping[str, Path], shelves: Mapping[str, Any]):
         self.signed, self.homes, self.shelves = signed, homes, shelves
         self.stacks: dict[str, contextlib.ExitStack] = {}
         self.counters: dict[str, Counter] = {}
         self.members: dict[str, Member] = {}
         self.ports: dict[str, QuestionPort] = {}
         self.now = 0.0
+        self.waited: list[float] = []
         self.most: int | None = None
         """The silos' own limit, from when they start."""
         self.wire = Wire(self.ports)
         self.relay: Relay
-        for name in (*SILOS, "server"):
+        for name in (*self.silos, "server"):
             self.start(name)
 
     def start(self, name: str) -> None:
@@ -108,16 +116,25 @@ class Network:
         )
         member = self.members[name] = stack.enter_context(entered)
         counter = self.counters[name] = Counter()
-        stock = None
-        if name in self.shelves:
-            own = roles.open_shelf(member, self.shelves[name], self.most)
-            stack.callback(own.close)
-            stock = own.stock
-        port = roles.question_port(member, counter, stock, clock=lambda: self.now)
+        own = self.own(member, stack)
+        port = roles.question_port(member, counter, own, clock=Clock(lambda: self.now, self.wait))
         if name == "server":
             self.relay = roles.question_relay(member, self.wire, port)
             self.relay.clock = lambda: self.now
         self.ports[name] = port
+
+    def wait(self, seconds: float) -> None:
+        """Of members that let a slot pass."""
+        self.waited.append(seconds)
+        self.now += seconds
+
+    def own(self, member: Member, stack: contextlib.ExitStack) -> Any:
+        """What a member answers from."""
+        if member.name not in self.shelves:
+            return None
+        own = roles.open_shelf(member, self.shelves[member.name], self.most)
+        stack.callback(own.close)
+        return own.stock
 
     def kill(self, name: str) -> None:
         """As kill -9: nothing that was only in memory is left."""
@@ -132,7 +149,7 @@ class Network:
         (query,) = self.signed.space.embed([words])
         return self.counters[asker].hand_in(query)
 
-    def turns(self, waiting: Future[Result], most: int = 12) -> Result:
+    def turns(self, waiting: Future[Any], most: int = 12) -> Any:
         for _ in range(most):
             if waiting.done():
                 break
@@ -170,3 +187,23 @@ def shape(frame: bytes) -> object:
             ]
             return tag, len(frame), inner
     raise AssertionError(frame)
+
+
+def log_of(network: Network, name: str) -> list[Entry]:
+    log = network.ports[name]._log
+    assert log is not None
+    return log.entries
+
+
+def kinds(network: Network, name: str) -> list[type]:
+    return [type(entry.what) for entry in log_of(network, name)[1:]]
+
+
+def verified(network: Network, directory: Path) -> None:
+    """Everybody's evidence by itself, and all of it together."""
+    bundles = network.bundles(directory)
+    whole = directory / "all.zip"
+    whole.write_bytes(merge(bundles))
+    for bundle in (*bundles, whole):
+        verdict = verify(bundle)
+        assert verdict.holds, [(check.name, check.faults) for check in verdict.failed]

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from securefedcollm.federation.questions.space import Space, space_of
+from securefedcollm.federation.questions.voting import Booth
+from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.simulation.polling import Polls
 from securefedcollm.study import Study
 from securefedcollm.tuning.question import Question
@@ -92,3 +94,19 @@ class Voters:
             data=self.data,
             **more,
         )
+
+
+def booth_of(polls: Polls, name: str = "silo-1") -> Booth:
+    return polls._booths[name]
+
+
+def votes(polls: Polls, question: str = QUESTION, choices: tuple[str, ...] = CHOICES) -> list[int]:
+    return [round(vote / COPIES) for vote in polls.ask(question, choices).opinion.tally.votes]
+
+
+def spent(run: Path) -> list[Any]:
+    """What all but answers read in the ledger of silo-1: its charges, and ε of the worst record."""
+    with Ledger(run / "silos" / "silo-1" / "ledger.sqlite", "silo-1") as ledger:
+        entries = ledger.entries()
+        worst = [ledger.most_spent(entry).epsilon for entry in entries]
+        return [[(e.counted, e.state, len(ledger.stored(e.about.records))) for e in entries], worst]

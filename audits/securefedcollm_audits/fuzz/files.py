@@ -1,4 +1,4 @@
-"""Fuzz targets for files that people receive: studies, bundles, records.
+"""Fuzz targets for files that people receive: studies, bundles, records, pictures.
 
 Adversary: the maker of the file. Whatever it holds, reading it ends in a result or in one of this
 project's errors, of one printable line, within :data:`SECONDS` and :data:`BYTES`.
@@ -174,7 +174,7 @@ def data(script: bytes) -> str:
     dice = Dice(script)
     kind, suffix = dice.one_of(tuple(seeds.ROWS)), dice.one_of((".jsonl", ".csv", ".parquet"))
     content = altered(seeds.records(kind, suffix), dice)
-    options: dict[str, Any] = {"kind": kind, "labels": ["no", "yes"][: 2 * (kind[0] == "c")]}
+    options: dict[str, Any] = {"kind": kind, "labels": ["no", "yes"] if "class" in kind else []}
     if dice.below(4) == 0:
         options["owner"] = "subject"
     with on_disk(f"rows{suffix}", content) as path:
@@ -190,7 +190,28 @@ def data(script: bytes) -> str:
     return "read"
 
 
-TARGETS: Final[dict[str, Callable[[bytes], str]]] = {"study": study, "bundle": bundle, "data": data}
+def picture(script: bytes) -> str:
+    """An image file in each format that is read."""
+    from securefedcollm.tuning.pictures import FORMATS, UnreadableError, pixel_digest, unfold
+
+    dice = Dice(script)
+    content = altered(seeds.picture(dice.one_of(FORMATS)), dice)
+    try:
+        pixels = unfold(content)
+    except UnreadableError as error:
+        if not str(error).isprintable():
+            raise FoundError("what a picture says reaches a person") from error
+        return "refused"
+    pixel_digest(pixels)
+    return "read"
+
+
+TARGETS: Final[dict[str, Callable[[bytes], str]]] = {
+    "study": study,
+    "bundle": bundle,
+    "data": data,
+    "picture": picture,
+}
 
 
 def bounded(target: Callable[[bytes], str], seconds: float, script: bytes) -> str:

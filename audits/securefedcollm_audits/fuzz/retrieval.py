@@ -26,10 +26,12 @@ from securefedcollm.federation.questions.letters import (
     decode_carried,
     decode_carry,
     encode,
+    of_documents,
 )
-from securefedcollm.federation.questions.port import Chair, QuestionPort, Stock
+from securefedcollm.federation.questions.port import Chair, QuestionPort
 from securefedcollm.federation.questions.quota import StoredQuota
 from securefedcollm.federation.questions.relay import Relay
+from securefedcollm.federation.questions.stock import Documents, Stock
 from securefedcollm.primitives import KEY_BYTES, SigningKey, sha256
 from securefedcollm.retrieval import Index, PreparedShelf, Reduction, Terms
 from securefedcollm.retrieval.reduction import dimensions_of
@@ -88,9 +90,9 @@ def _member() -> tuple[QuestionPort, EvidenceLog]:
     keys = {name: SigningKey.generate(recorded(name)) for name in ("ann", "clinic")}
     study, shelf = bytes(32), PreparedShelf(index_of("clinic", _TINY, 3), _TINY)
     log = EvidenceLog(home / "log", study=study, owner="clinic", key=keys["clinic"])
-    chair = Chair(study, "clinic", keys["clinic"], {}, {"ann": keys["ann"].public}, _TINY)
+    chair = Chair(study, "clinic", keys["clinic"], {}, {"ann": keys["ann"].public})
     stock = Stock(shelf, StoredQuota(home / "count", 10**6))
-    return QuestionPort(chair, lambda run: log, stock=stock), log
+    return QuestionPort(chair, lambda run: log, Documents(_TINY, stock)), log
 
 
 def letters(script: bytes) -> str:
@@ -101,7 +103,7 @@ def letters(script: bytes) -> str:
     """
     dice = Dice(script)
     port, log = _member()
-    kinds = ("question", "scores", "selection", "blocks", "declined")
+    kinds = ("question", "scores", "selection", "blocks", "poll", "request", "reply", "declined")
     made = [
         Letter(
             dice.one_of(("ann", "clinic", "", "bob", "x" * 64)),
@@ -117,7 +119,7 @@ def letters(script: bytes) -> str:
     if any(letter.kind != "declined" for letter in replied) or log.size > size + 1:
         raise FoundError("a member answered what nobody signed")
     reply = altered(encode(Carried(made)), dice)
-    relay = Relay(_Silent(reply), bytes(16), ["ann"], ["clinic"], SMALL)
+    relay = Relay(_Silent(reply), bytes(16), ["ann"], ["clinic"], of_documents(SMALL))
     relay.turn()
     relay.turn()
     try:

@@ -38,6 +38,10 @@ ROWS: Final[dict[str, list[dict[str, Any]]]] = {
         {"instruction": "a", "response": "b"},
     ],
     "text": [{"text": "some words", "answer": None}, {"text": "more"}],
+    "image_classification": [
+        {"image": [[0, 9], [255, 1], [7, 8]], "label": "yes"},
+        {"image": [[4, 4]], "label": "no"},
+    ],
 }
 
 
@@ -67,6 +71,18 @@ def records(kind: str, suffix: str) -> bytes:
     if "label" in table:
         table["label"] = [str(label) for label in table["label"]]
     pq.write_table(pa.table(table), file)
+    return file.getvalue()
+
+
+def picture(form: str) -> bytes:
+    """A small picture as an image file, with an orientation where the format has one."""
+    from PIL import Image
+
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    shades = bytes(range(0, 240, 5))
+    options = {} if form == "BMP" else {"exif": exif}
+    Image.frombytes("RGB", (4, 4), shades).save(file, form, **options)
     return file.getvalue()
 
 

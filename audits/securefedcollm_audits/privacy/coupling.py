@@ -7,8 +7,11 @@ additions that a kernel chooses), an adapter can amplify that to many clip norms
 
 The audit searches for the adapter that amplifies most. The positive control is how much an added
 unit moves the others where micro-batches are padded to their longest record, as in most programs.
-Then it applies the same adapters to the product's own path, frozen layers and priors included, and
-computes ‖S(D + x) − S(D) − S(x)‖ in exact integers. The answer has to be 0.
+Pictures have one size and need no padding. Their control makes the last pass as large as there are
+records left: by one more picture it grows, a kernel adds up in another order, and last bits move.
+Then it applies the
+same adapters to the product's own path, frozen layers and priors included, and computes
+‖S(D + x) − S(D) − S(x)‖ in exact integers. The answer has to be 0.
 
 Imports torch.
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -50,6 +54,7 @@ from securefedcollm.tuning.per_record import (
     watched,
     without_broken,
 )
+from securefedcollm.tuning.pictures import noise_like, question_of
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.questions import EncodedQuestions, sorted_by_length
 from securefedcollm.tuning.recipe import evaluation_mode
@@ -188,8 +193,8 @@ def _faults(control: float, moved: dict[str, float], unit: str) -> list[str]:
     ]
     if control < _CONTROL:
         faults.append(
-            "the control, padded batches, showed no coupling either, so this search would not "
-            "notice any"
+            "the control, batches as long and as many as there are records, showed no coupling "
+            "either, so this search would not notice any"
         )
     return faults
 
@@ -199,6 +204,8 @@ def cases_of(silo: Sequence[Question], records: int, draw: np.random.Generator) 
     chosen = list(silo[:records])
     if len(chosen) < 2:
         raise ConfigError("two records are needed", where="--records", hint="at least 2")
+    if chosen[0].picture:
+        return _pictures(chosen, draw)
     short = min(chosen, key=lambda q: len(q.prompt) + sum(map(len, q.choices)))
     # Longer than any: the prompts of many, cut to task.max_tokens like every record.
     pool = " ".join(q.prompt for q in chosen).split() or ["word"]
@@ -213,6 +220,22 @@ def cases_of(silo: Sequence[Question], records: int, draw: np.random.Generator) 
     ]
     copies = [replace(short, subject=q.subject) for q in chosen]
     return [Case("mixed records", chosen, long), Case("copies of one record", copies, long)]
+
+
+def _pictures(chosen: list[Question], draw: np.random.Generator) -> list[Case]:
+    """The same of pictures, which are all of one size: what may be there shows noise."""
+    subject = None if chosen[0].subject is None else "the added one"
+    added = [
+        question_of(
+            noise_like(like.picture, int(draw.integers(2**63))),
+            like.choices,
+            like.answer,
+            subject=subject,
+        )
+        for like in chosen[: 3 if subject else 1]
+    ]
+    copies = [replace(chosen[0], subject=q.subject) for q in chosen]
+    return [Case("mixed records", chosen, added), Case("copies of one record", copies, added)]
 
 
 class PaddedRecords(Records):
@@ -255,8 +278,11 @@ class Bench:
     def moved(self, adapter: Vector, case: Case) -> Floats:
         """How the added unit moves the others' sum in padded batches, in clip norms: [d]."""
         self._load(adapter)
-        with_it = self._padded([*case.others, *case.added])
-        without = self._padded(case.others)
+        most = self._tuned.study.local.micro_batch
+        if case.others[0].picture:  # so few that the last batch is not full
+            most = next(m for m in count(2) if len(case.others) % m)
+        with_it = self._padded([*case.others, *case.added], most)
+        without = self._padded(case.others, most)
         total: Floats = (with_it[: len(case.others)] - without).sum(0)
         return total / self._clip_norm
 
@@ -287,8 +313,9 @@ class Bench:
             sum_clipped(total, records, np.arange(records.units))
         return total.integers
 
-    def _padded(self, questions: Sequence[Question]) -> Floats:
-        """Clipped gradient of every question, from batches as long as their longest: [n, d]."""
+    def _padded(self, questions: Sequence[Question], most: int) -> Floats:
+        """Clipped gradient of every question, from batches of ``most``, as long as their longest:
+        [n, d]."""
         tuned, study = self._tuned, self._tuned.study
         layout = tuned.update_layout(0)
         records = PaddedRecords(
@@ -297,7 +324,7 @@ class Bench:
             self._encode(questions, private=False),
             loss=study.local.loss,
             scoring=tuned.scoring,
-            widths=Widths(tokens=1, most=study.local.micro_batch),
+            widths=Widths(tokens=1, most=most),
         )
         found = np.zeros((len(questions), layout.size))
         with evaluation_mode(tuned.model):

@@ -268,6 +268,12 @@ def _full_rank(study: Study, data: Path | None) -> Tuned:
         ConfigError: its first layer does not show single tokens, or the study tunes virtual ones
             or all weights.
     """
+    if study.task.kind == "image_classification":
+        raise ConfigError(
+            "the attack reads words off the gradients; this study has pictures",
+            where="task.kind",
+            hint="`audit one-run`, `mechanism` and `coupling` take this one",
+        )
     if study.adapter.tokens or study.adapter.method == "full":
         raise ConfigError(
             "the attack reads words off the gradients of low-rank matrices; this study has none",

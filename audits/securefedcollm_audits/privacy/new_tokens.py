@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 import torch
 
+from securefedcollm.errors import ConfigError
 from securefedcollm.federation.cotuning import SiloTuning
 from securefedcollm.federation.dealing import deal
 from securefedcollm.federation.plan import silo_names
@@ -88,7 +89,17 @@ def found_at(inside: Scores, outside: Scores) -> dict[str, float]:
 def train(
     study: Study, data: Path | None, canaries: int, seed: int | None, progress: Progress
 ) -> Played:
-    """The one run."""
+    """The one run.
+
+    Raises:
+        ConfigError: the study's models read no tokens.
+    """
+    if study.task.kind == "image_classification":
+        raise ConfigError(
+            "this study's models see pictures, and no tokens",
+            where="task.kind",
+            hint="`audit one-run` takes it, with pictures of noise as canaries",
+        )
     name = silo_names(study)[0]
     records = list(deal(study, data).silos[name])
     draw = random.Random(seed)  # noqa: S311 - chooses canaries; noise and keys are the product's

@@ -37,6 +37,7 @@ from securefedcollm.privacy.events import Event
 from securefedcollm.study import Study
 from securefedcollm.tuning.adapters import load_vector, select
 from securefedcollm.tuning.per_record import per_record_gradients, question_losses, watched
+from securefedcollm.tuning.pictures import noise_like, question_of
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.questions import EncodedQuestions
 from securefedcollm_audits.privacy.finding import Finding, above_claim, power_of
@@ -149,7 +150,10 @@ def fitting(canaries: int, records: int) -> int:
 def random_questions(
     records: Sequence[Question], count: int, draw: random.Random
 ) -> list[Question]:
-    """``count`` questions shaped like the first records, of words drawn from all of them."""
+    """``count`` questions shaped like the first records, of words drawn from all of them; or, where
+    they are about pictures, about pictures of noise, with labels drawn as well."""
+    if records[0].picture:
+        return [_noise(question, number, draw) for number, question in enumerate(records[:count])]
     words = sorted(
         {word for q in records for text in (q.prompt, *q.choices) for word in text.split()}
     )
@@ -167,6 +171,16 @@ def random_questions(
         )
         for number, question in enumerate(records[:count])
     ]
+
+
+def _noise(like: Question, number: int, draw: random.Random) -> Question:
+    return question_of(
+        noise_like(like.picture, draw.randrange(2**63)),
+        like.choices,
+        draw.randrange(len(like.choices)),
+        group=like.group,
+        subject=alone(like, number),
+    )
 
 
 def alone(question: Question, number: int) -> str | None:

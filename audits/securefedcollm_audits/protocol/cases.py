@@ -19,6 +19,7 @@ from securefedcollm_audits.protocol import (
     authority_attacks,
     graph_attacks,
     key_attacks,
+    poll_attacks,
     server_attacks,
     shelf_attacks,
     silo_attacks,
@@ -61,6 +62,7 @@ SERVER_CASES: Final[tuple[Case, ...]] = (
     *threshold_attacks.CASES,
     *graph_attacks.CASES,
     *shelf_attacks.SERVER_CASES,
+    *poll_attacks.SERVER_CASES,
 )
 
 SILO_CASES: Final[tuple[Case, ...]] = (
@@ -81,10 +83,13 @@ SILO_CASES: Final[tuple[Case, ...]] = (
     *shelf_attacks.SILO_CASES,
 )
 
-ASKER_CASES: Final[tuple[Case, ...]] = asker_attacks.CASES
+ASKER_CASES: Final[tuple[Case, ...]] = (*asker_attacks.CASES, *poll_attacks.ASKER_CASES)
 
-RETRIEVAL: Final = (*shelf_attacks.SERVER_CASES, *shelf_attacks.SILO_CASES, *ASKER_CASES)
-"""Attacks on private questions."""
+RETRIEVAL: Final = (
+    *(*shelf_attacks.SERVER_CASES, *shelf_attacks.SILO_CASES, *asker_attacks.CASES),
+    *(*poll_attacks.SERVER_CASES, *poll_attacks.ASKER_CASES),
+)
+"""Attacks on private questions, to documents and to records."""
 
 CASES: Final = SERVER_CASES + SILO_CASES + ASKER_CASES
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as LateError
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -23,8 +23,12 @@ from securefedcollm.errors import ConfigError, SecureFedCoLLMError, TransportErr
 from securefedcollm.federation.engines.door import Wire, knock
 from securefedcollm.federation.files import write_durably
 from securefedcollm.federation.questions.inquiry import Fetch, Fetched
+from securefedcollm.federation.questions.polling import Opinion
+from securefedcollm.privacy.votes import Tally
 from securefedcollm.retrieval import Passage
 from securefedcollm.retrieval.reduction import Vectors
+
+T = TypeVar("T")
 
 _PLACE: Final = ".asking"
 """In a member's directory of a study: where its process has its door."""
@@ -45,10 +49,13 @@ class Result(NamedTuple):
 
 
 class Handed(NamedTuple):
-    """A question at the counter: its embedding [d], and where the result goes."""
+    """A question at the counter, and where the result goes.
 
-    query: Vectors
-    result: Future[Result]
+    ``what``: to documents, the question's embedding [d]; to records, question and choices.
+    """
+
+    what: Any
+    result: Future[Any]
 
     def __repr__(self) -> str:
         return "Handed(<redacted>)"
@@ -60,9 +67,9 @@ class Counter:
     def __init__(self) -> None:
         self._waiting: queue.Queue[Handed] = queue.Queue(MOST_WAITING)
 
-    def hand_in(self, query: Vectors) -> Future[Result]:
-        """Raises: TransportError, if too many wait."""
-        handed = Handed(query, Future())
+    def hand_in(self, what: Any) -> Future[Any]:
+        """Raises: TransportError, if too many wait. ``what``: see :class:`Handed`."""
+        handed = Handed(what, Future())
         try:
             self._waiting.put_nowait(handed)
         except queue.Full:
@@ -80,31 +87,32 @@ class Counter:
                 return handed
 
     def visit(self, wire: Wire) -> None:
-        """A visitor of the door: takes a question, and gives back what was fetched."""
+        """A visitor of the door: takes a question, and gives back what came of it."""
+        what: Any
         match wire.receive():
             case ["ask", bytes(vector), int() | float() as patience] if not len(vector) % 8:
-                pass
+                what = np.frombuffer(vector, dtype="<f8")
+            case ["poll", str(question), [*choices], int() | float() as patience] if all(
+                isinstance(each, str) for each in choices
+            ):
+                what = question, tuple(choices)
             case _:
                 return
         try:
-            result = self._result(np.frombuffer(vector, dtype="<f8"), float(patience), wire)
+            result = self._result(what, float(patience), wire)
         except LateError:
             wire.send(["late"])
         except SecureFedCoLLMError as error:
             wire.send(["error", error.message, error.hint])
         else:
-            for silo, fetch in result.fetched.fetches.items():
-                texts = [None if each is None else list(each) for each in fetch.passages]
-                wire.send(["silo", silo, texts, list(fetch.claimed)])
-            fetched = result.fetched
-            wire.send(["end", fetched.failed, fetched.sent, fetched.received, result.asked])
+            _send(result, wire)
 
-    def _result(self, query: Vectors, patience: float, wire: Wire) -> Result:
+    def _result(self, what: Any, patience: float, wire: Wire) -> Any:
         """Nobody's question leaves: it would count. One that has left goes on, for its evidence.
 
         Raises: LateError, SecureFedCoLLMError; EOFError if whoever asked has gone.
         """
-        waiting, deadline = self.hand_in(query), time.monotonic() + patience
+        waiting, deadline = self.hand_in(what), time.monotonic() + patience
         try:
             while time.monotonic() < deadline:
                 try:
@@ -117,6 +125,19 @@ class Counter:
             waiting.cancel()
 
 
+def _send(result: Any, wire: Wire) -> None:
+    if isinstance(result, Opinion):
+        tally = [*result.tally]
+        about = [list(result.survivors), dict(result.failed), result.sent, result.received]
+        wire.send(["opinion", tally, *about])
+        return
+    for silo, fetch in result.fetched.fetches.items():
+        texts = [None if each is None else list(each) for each in fetch.passages]
+        wire.send(["silo", silo, texts, list(fetch.claimed)])
+    fetched = result.fetched
+    wire.send(["end", fetched.failed, fetched.sent, fetched.received, result.asked])
+
+
 def open_for_questions(run: Path, door: Path) -> None:
     """Note in a member's directory of a study where its process has its door.
 
@@ -127,7 +148,7 @@ def open_for_questions(run: Path, door: Path) -> None:
 
 
 def ask_process(run: Path, query: Vectors, patience: float) -> Result:
-    """Have the process that runs in ``run`` ask, and wait for what comes back.
+    """Have the process that runs in ``run`` ask documents, and wait for what comes back.
 
     Args:
         run: a member's directory of the study.
@@ -139,12 +160,23 @@ def ask_process(run: Path, query: Vectors, patience: float) -> Result:
             of another length, evidence that cannot be written, too many questions that wait.
         TransportError: nothing came in time, or the process ended.
     """
+    return _ask_at(run, ["ask", query.astype("<f8").tobytes()], patience, _result_of)
+
+
+def poll_process(run: Path, question: str, choices: Sequence[str], patience: float) -> Opinion:
+    """Have the process that runs in ``run`` ask records; as :func:`ask_process`."""
+    return _ask_at(run, ["poll", question, [*choices]], patience, _opinion_of)
+
+
+def _ask_at(
+    run: Path, what: list[Any], patience: float, read: Callable[[Callable[[], Any]], T]
+) -> T:
     try:
         place = (run / _PLACE).read_text("utf-8")
         with knock(place) as wire:
             wire.give_up_after(patience + 10)
-            wire.send(["ask", query.astype("<f8").tobytes(), patience])
-            return _result_of(wire.receive)
+            wire.send([*what, patience])
+            return read(wire.receive)
     except (FileNotFoundError, ConnectionRefusedError):
         raise ConfigError(
             "no process of this member is there to ask",
@@ -170,11 +202,24 @@ def _result_of(receive: Callable[[], Any]) -> Result:
             case ["end", dict(failed), int(sent), int(received), dict(asked)]:
                 fetched.failed, fetched.sent, fetched.received = failed, sent, received
                 return Result(fetched, asked)
-            case ["error", str(message), str(hint)]:
-                raise ConfigError(message, hint=hint)
-            case _:
-                raise TransportError(
-                    "the server does not carry questions now",
-                    hint="at the server: `securefedcollm shelf relay`; nothing has left yet, or it "
-                    "counts without an answer",
-                )
+            case other:
+                raise _no(other)
+
+
+def _opinion_of(receive: Callable[[], Any]) -> Opinion:
+    match receive():
+        case ["opinion", [votes, sigma, count], [*survivors], dict(failed), int(sent), int(got)]:
+            return Opinion(Tally(votes, sigma, count), tuple(survivors), failed, sent, got)
+        case other:
+            raise _no(other)
+
+
+def _no(said: Any) -> SecureFedCoLLMError:
+    match said:
+        case ["error", str(message), str(hint)]:
+            return ConfigError(message, hint=hint)
+    return TransportError(
+        "the server does not carry questions now",
+        hint="at the server: `securefedcollm shelf relay`; nothing has left yet, or it counts "
+        "without an answer",
+    )

@@ -64,6 +64,14 @@ class DeskConversation:
         self._number = place or 0
         return place is not None
 
+    @property
+    def over(self) -> bool:
+        """Whether it takes no selection: it has had one, or no question yet."""
+        return self._shelf.step is not ShelfStep.SELECTION
+
+    def close(self) -> None:
+        """Nothing of it outlives it but the count."""
+
     def handle(self, frame: bytes) -> bytes:
         """The answer to the next frame. Its entry is in the evidence log before this returns.
 

@@ -3,19 +3,24 @@
 Silos open no port and call nobody. So the server calls every member in turn (:class:`Carry`),
 brings what others have for it, and takes what it has for others (:class:`Carried`). The frames of
 :mod:`securefedcollm.retrieval` are signed by their author over study, run and all frames before.
-The letter around a frame is not signed, and nothing is believed of it but where to look.
+So are a poll (:mod:`~.polls`), and all that silos sign in the sum of its votes. Nobody else needs
+to believe the coordinator of a sum, the asker. The letter around a frame is not signed, and nothing
+is believed of it but where to look.
 
 Adversary: the server, which may write, alter, drop, repeat and exchange every letter.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
 
+from securefedcollm.aggregation.masking.messages import Deal, Delivery, Opening, Roll
 from securefedcollm.errors import RemoteProtocolError
 from securefedcollm.federation.messages import trains
+from securefedcollm.federation.questions.polls import Poll
 from securefedcollm.retrieval import Terms
 from securefedcollm.retrieval.messages import limit
 
@@ -26,20 +31,30 @@ _SLACK: Final = 4096
 _EACH: Final = 512
 """Bytes of a letter without its content, at most."""
 
-Kind = Literal["question", "scores", "selection", "blocks", "declined"]
-ASKS: Final = frozenset({"question", "selection"})
+Kind = (
+    Literal["question", "scores", "selection", "blocks"]
+    | Literal["poll", "ready", "request", "reply"]
+    | Literal["declined"]
+)
+ANSWER: Final[dict[Kind, Kind]] = {
+    "question": "scores",
+    "selection": "blocks",
+    "poll": "ready",
+    "request": "reply",
+}
+"""``poll`` asks records; each ``request`` of the sum of their votes then has a ``reply``."""
+ASKS: Final = frozenset(ANSWER)
 """Kinds that an asker sends; the others come back."""
-
-ANSWER: Final[dict[Kind, Kind]] = {"question": "scores", "selection": "blocks"}
 
 REASONS: Final[dict[bytes, str]] = {
     b"spent": "has answered all of your questions that it agreed to",
     b"refused": "refused the question; its own log says why",
     b"unable": "could not count the question, or not write its evidence",
-    b"none": "has no shelf here",
+    b"none": "has nothing to answer from here",
     b"away": "is not connected to the server",
 }
 """What a silo, or the server in its place, may say instead of an answer; no other word is shown."""
+_WORD: Final = max(map(len, REASONS))
 
 Name = Annotated[str, msgspec.Meta(max_length=64)]
 
@@ -115,26 +130,49 @@ def _decoded(frame: bytes, decoder: msgspec.msgpack.Decoder[_M], peer: str) -> _
         ) from None
 
 
-def longest(kind: Kind, terms: Terms) -> int:
-    """Bytes of the longest content of this kind."""
-    return {
+class Sizes(NamedTuple):
+    """What letters of a study may be.
+
+    ``longest``: bytes of the longest content of every kind that it has. ``seconds``: within which a
+    silo answers on a slow machine.
+    """
+
+    longest: Mapping[Kind, int]
+    seconds: float
+
+    def largest(self, members: int) -> int:
+        """Bytes of the longest :class:`Carry` or :class:`Carried` that makes sense: a letter of an
+        asker to each other member, and one of a silo to each."""
+        asking = max(size for kind, size in self.longest.items() if kind in ASKS)
+        answering = max(size for kind, size in self.longest.items() if kind not in ASKS)
+        return _SLACK + members * (asking + answering + 2 * _EACH)
+
+
+def of_documents(terms: Terms) -> Sizes:
+    """A silo with 100,000 documents takes 4 s on a fast machine."""
+    longest: dict[Kind, int] = {
         "question": limit(terms.scoring.query_bytes),
         "scores": limit(terms.scoring.answer_bytes),
         "selection": limit(terms.fetching.query_bytes),
         "blocks": limit(terms.fetching.answer_bytes),
-        "declined": max(map(len, REASONS)),
-    }[kind]
+        "declined": _WORD,
+    }
+    return Sizes(longest, 30.0 + terms.documents / 5000)
 
 
-def seconds_for(terms: Terms) -> float:
-    """Seconds within which a silo answers on a slow machine: a fast one takes 4 s for 100,000
-    documents."""
-    return 30.0 + terms.documents / 5000
+def of_answers(silos: int, slot: float, *, reads: bool) -> Sizes:
+    """Of questions to records.
 
-
-def largest_letters(terms: Terms, members: int) -> int:
-    """Bytes of the longest :class:`Carry` or :class:`Carried` that makes sense: a letter of an
-    asker to each other member, and one of a silo to each."""
-    asking = max(longest("question", terms), longest("selection", terms))
-    answering = max(longest("scores", terms), longest("blocks", terms))
-    return _SLACK + members * (asking + answering + 2 * _EACH)
+    Args:
+        silos: of the study; a request of the sum may hold what each dealt to one.
+        slot: seconds, at whose multiples replies to polls leave.
+        reads: whether a model reads the records.
+    """
+    longest: dict[Kind, int] = {
+        "poll": Poll.LIMIT,
+        "ready": 16,
+        "request": max(Roll.LIMIT, Opening.LIMIT, Delivery.LIMIT * silos // 128 + (16 << 10)),
+        "reply": Deal.LIMIT,
+        "declined": _WORD,
+    }
+    return Sizes(longest, 30.0 + 2 * slot + (60.0 if reads else 0.0))

@@ -6,14 +6,16 @@ as it likes, within its bound.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from securefedcollm.aggregation import Roster, coordinator_side
+from securefedcollm.aggregation import CoordinatorSide, Roster, coordinator_side
 from securefedcollm.errors import SecureFedCoLLMError
 from securefedcollm.evidence.entries import Polled, Tallied
 from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.federation.engines import Failure
 from securefedcollm.federation.questions.polls import make_poll, sum_header, votes_of
 from securefedcollm.federation.questions.voting import READY, slip_of
 from securefedcollm.federation.records.server import sum_digest
@@ -45,6 +47,12 @@ class Opinion:
     received: int = 0
 
 
+Frames = Mapping[str, bytes]
+"""Silo → frame."""
+PollSteps = Generator[Frames, Mapping[str, bytes | Failure], Opinion]
+"""Gives the frames of a step, is sent the replies of the same silos, and returns the result."""
+
+
 @dataclass(frozen=True)
 class Canvass:
     """Asks the silos of one run.
@@ -62,8 +70,11 @@ class Canvass:
     roster: Roster
     evidence: EvidenceLog
 
-    def ask(self, question: str, choices: tuple[str, ...], carry: Carry) -> Opinion:
+    def steps(self, question: str, choices: tuple[str, ...]) -> PollSteps:
         """Ask all silos, and open the sum of their votes.
+
+        Whoever carries the frames sends those of a step to all silos at once. A silo that fails is
+        left out.
 
         Raises:
             ConfigError: no question, or no proper choices.
@@ -77,25 +88,19 @@ class Canvass:
             Polled(poll=slip_of(poll), header=header.digest.hex(), values=len(choices))
         )
         side = coordinator_side("masking", header=header, roster=self.roster)
-        frame, sent, received = poll.encode(), 0, 0
-        for silo in self.roster.names:
-            sent += len(frame)
-            reply = _reply(carry, silo, frame)
+        frames: Frames = dict.fromkeys(self.roster.names, poll.encode())
+        replies = yield frames
+        sent, received = _bytes(frames), _bytes(replies)
+        for silo in frames:
+            reply = replies[silo]
             if reply != READY:
-                side.lost(silo, reply if isinstance(reply, str) else _ODD)
-            received += len(reply)
+                side.lost(silo, reply.reason if isinstance(reply, Failure) else _ODD)
         while True:
-            for silo, request in side.requests().items():
-                sent += len(request)
-                reply = _reply(carry, silo, request)
-                if isinstance(reply, str):
-                    side.lost(silo, reply)
-                    continue
-                received += len(reply)
-                try:
-                    side.receive(silo, reply)
-                except SecureFedCoLLMError:
-                    continue  # it is named in side.excluded
+            frames = side.requests()
+            replies = yield frames
+            sent, received = sent + _bytes(frames), received + _bytes(replies)
+            for silo in frames:
+                _take(side, silo, replies[silo])
             if not side.advance():
                 break
         result, seen = side.result, side.transcript
@@ -113,10 +118,32 @@ class Canvass:
         tally = votes.read(result.sum, len(result.survivors))
         return Opinion(tally, result.survivors, dict(result.excluded), sent, received)
 
+    def ask(self, question: str, choices: tuple[str, ...], carry: Carry) -> Opinion:
+        """As :meth:`steps`, over a function that carries one frame at a time."""
+        steps = self.steps(question, choices)
+        frames = next(steps)
+        try:
+            while True:
+                frames = steps.send({silo: _reply(carry, silo, f) for silo, f in frames.items()})
+        except StopIteration as end:
+            opinion: Opinion = end.value
+            return opinion
 
-def _reply(carry: Carry, silo: str, frame: bytes) -> bytes | str:
-    """The silo's frame, or why there is none."""
+
+def _take(side: CoordinatorSide, silo: str, reply: bytes | Failure) -> None:
+    if isinstance(reply, Failure):
+        side.lost(silo, reply.reason)
+        return
+    with contextlib.suppress(SecureFedCoLLMError):  # it is named in side.excluded
+        side.receive(silo, reply)
+
+
+def _bytes(frames: Mapping[str, bytes | Failure]) -> int:
+    return sum(len(frame) for frame in frames.values() if not isinstance(frame, Failure))
+
+
+def _reply(carry: Carry, silo: str, frame: bytes) -> bytes | Failure:
     try:
         return carry(silo, frame)
     except SecureFedCoLLMError as error:
-        return error.message
+        return Failure(error.message)

@@ -8,6 +8,7 @@ were asked different things refuse each other's keys.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Final
 
 import msgspec
@@ -30,10 +31,13 @@ _Choices = Annotated[tuple[_Text, ...], msgspec.Meta(min_length=2, max_length=MO
 
 
 class Poll(Signable, frozen=True, tag="poll"):
-    """Asker → silo: a question and what to choose from. ``before``: :func:`poll_header`."""
+    """Asker → silo: a question and what to choose from. ``before``: :func:`poll_header`.
+
+    Nobody sends or reads a longer one: an encoder reads 512 tokens.
+    """
 
     CONTEXT: ClassVar[bytes] = _PREFIX + b"poll"
-    LIMIT: ClassVar[int] = 1 << 20
+    LIMIT: ClassVar[int] = 64 << 10
 
     before: Digest
     signature: Signature
@@ -60,6 +64,11 @@ def poll_digest(signed: bytes) -> bytes:
     return sha256(_PREFIX, b"poll\0", signed)
 
 
+def charge_of(poll: bytes) -> str:
+    """``Key.run`` of what the ledger of answers charges for a poll with this digest."""
+    return sha256(poll).hex()[:32]
+
+
 def poll_header(study: bytes, run: bytes, asker: bytes) -> bytes:
     """Who asks in which run of which study: 32 bytes, in every poll's signature.
 
@@ -84,18 +93,7 @@ def make_poll(
     Raises:
         ConfigError: there is no question, fewer than two choices, too many, or two alike.
     """
-    if not question.strip() or len(question) > 1 << 16:
-        raise ConfigError("no question, or too long", where="QUESTION", hint="give it some words")
-    if not 2 <= len(choices) <= MOST_CHOICES:
-        raise ConfigError(
-            f"{len(choices)} choices", where="choices", hint=f"give 2 to {MOST_CHOICES}"
-        )
-    if len({" ".join(c.split()) for c in choices}) < len(choices) or not all(
-        c.strip() and len(c) <= 1 << 16 for c in choices
-    ):
-        raise ConfigError(
-            "a choice is empty, too long, or there twice", where="choices", hint="mend the list"
-        )
+    check_poll(question, choices)
     made = Poll(
         before=poll_header(digest(study), run, key.public),
         signature=UNSIGNED,
@@ -106,12 +104,37 @@ def make_poll(
     return sign(made, key)
 
 
+def check_poll(question: str, choices: Sequence[str]) -> None:
+    """Raises: ConfigError, if there is no question, or are no proper choices."""
+    if not question.strip():
+        raise ConfigError("no question", where="QUESTION", hint="give it some words")
+    if not 2 <= len(choices) <= MOST_CHOICES:
+        raise ConfigError(
+            f"{len(choices)} choices", where="choices", hint=f"give 2 to {MOST_CHOICES}"
+        )
+    if len({" ".join(c.split()) for c in choices}) < len(choices) or not all(
+        c.strip() for c in choices
+    ):
+        raise ConfigError("a choice is empty or there twice", where="choices", hint="mend the list")
+    if sum(len(text.encode()) + 8 for text in (question, *choices)) > Poll.LIMIT - 1024:
+        raise ConfigError(
+            f"question and choices are over {(Poll.LIMIT >> 10) - 1} KiB",
+            where="QUESTION",
+            hint="shorten them; an encoder reads 512 tokens",
+        )
+
+
 def answers_study(study: Study) -> str:
     """The name under which ledgers have the charges of a study's answers, hex.
 
     Every record's charges under it stay within the study's claim for answers by themselves.
     """
-    return sha256(b"securefedcollm/answers/v1\0", digest(study)).hex()
+    return answers_name(digest(study))
+
+
+def answers_name(study: bytes) -> str:
+    """:func:`answers_study` of the study with this digest, 32 bytes."""
+    return sha256(b"securefedcollm/answers/v1\0", study).hex()
 
 
 def answers_of(study: Study) -> Retrieval:

@@ -1,16 +1,17 @@
-"""A member's side of private questions over the network: it answers from its shelf, and it asks.
+"""A member's side of private questions over the network: it answers, and it asks.
 
-One process, one thread: the server's calls drive everything (:mod:`.letters`). Adversary: the
-server, which chooses every call; and members behind it.
+One process, one thread: the server's calls drive everything (:mod:`.letters`). What is asked is a
+:class:`Matter`: documents (:mod:`.stock`) or records (:mod:`.answering`). Adversary: the server,
+which chooses every call; and members behind it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple, Protocol
 
 from securefedcollm.errors import (
     BudgetExceeded,
@@ -18,12 +19,9 @@ from securefedcollm.errors import (
     SecureFedCoLLMError,
     StateError,
 )
-from securefedcollm.evidence.entries import Asked
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.engines import Failure
-from securefedcollm.federation.questions.counter import Counter, Handed, Result
-from securefedcollm.federation.questions.desk import Desk, DeskConversation
-from securefedcollm.federation.questions.inquiry import Fetching, Frames, Steps
+from securefedcollm.federation.questions.counter import Counter, Handed
 from securefedcollm.federation.questions.letters import (
     ANSWER,
     ASKS,
@@ -33,15 +31,24 @@ from securefedcollm.federation.questions.letters import (
     Kind,
     Letter,
     Letters,
+    Sizes,
     decode_carry,
     encode,
-    seconds_for,
 )
-from securefedcollm.federation.questions.quota import StoredQuota
+from securefedcollm.federation.silo import CLOCK, Clock
 from securefedcollm.primitives import SigningKey
-from securefedcollm.retrieval import PreparedShelf, Terms
 
 log = logging.getLogger(__name__)
+
+GRACE: Final = 5.0
+"""Seconds, and twice the time that enough silos took, that an asker waits for the others."""
+LATE_GRACE: Final = 1.0
+"""Seconds, and once that time, that it waits for those that it waited for in vain before."""
+
+Frames = Mapping[str, bytes]
+"""Silo → frame."""
+Steps = Generator[Frames, Mapping[str, bytes | Failure], Any]
+"""Gives the frames of a step, is sent the answers of the same silos, and returns the result."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +66,77 @@ class Chair:
     key: SigningKey
     silos: Mapping[str, bytes]
     askers: Mapping[str, bytes]
-    terms: Terms
 
 
-@dataclass(frozen=True)
-class Stock:
-    """What a silo answers from."""
+class Conversation(Protocol):
+    """One question of one asker, at a silo."""
 
-    shelf: PreparedShelf
-    quota: StoredQuota
+    @property
+    def over(self) -> bool:
+        """Whether it takes no further frame."""
+        ...
+
+    def handle(self, frame: bytes) -> bytes:
+        """The answer to the next frame. Raises an error of the tree where there is none."""
+        ...
+
+    def close(self) -> None:
+        """Drop its secrets."""
+        ...
+
+
+class Answering(Protocol):
+    """Where a silo answers in a run."""
+
+    def open(self, asker: str) -> Conversation:
+        """Raises: LocalProtocolError, if ``asker`` may not ask here."""
+        ...
+
+
+class Matter(Protocol):
+    """What the members of a study ask each other.
+
+    ``sizes``: of its letters. ``first`` and ``then``: kinds of an asker's first letter, and of
+    those that follow. ``slot``: seconds, at whose multiples calls with a first letter return; None:
+    at once.
+    """
+
+    @property
+    def sizes(self) -> Sizes: ...
+    @property
+    def first(self) -> Kind: ...
+    @property
+    def then(self) -> Kind: ...
+    @property
+    def slot(self) -> float | None: ...
+
+    def answering(self, chair: Chair, run: bytes, evidence: EvidenceLog) -> Answering | None:
+        """Where this member answers; None if it only asks.
+
+        Raises:
+            EvidenceError: its files are older than its own evidence.
+        """
+        ...
+
+    def ask(self, what: Any, chair: Chair, run: bytes, evidence: EvidenceLog) -> Steps:
+        """Put a question to all silos."""
+        ...
+
+    def result(self, ended: Any, evidence: EvidenceLog) -> Any:
+        """What whoever asked is told; ``ended``: what the steps returned."""
+        ...
+
+    def enough(self, asked: int) -> int:
+        """How many answers, of so many silos, make a question worth going on with."""
+        ...
+
+
+class _Open(NamedTuple):
+    """A question that this silo has begun to answer, and when it gives up waiting for more."""
+
+    thread: bytes
+    conversation: Conversation
+    until: float
 
 
 @dataclass
@@ -78,7 +147,9 @@ class _Errand:
     steps: Steps
     kind: Kind
     threads: dict[str, bytes]
-    deadline: float
+    began: float = 0.0
+    enough: float | None = None
+    """When enough silos had answered in this step."""
     came: dict[str, bytes | Failure] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -91,32 +162,37 @@ class QuestionPort:
     Args:
         enter: run id → this member's log of that run. Raises RemoteProtocolError for another run
             than the one that this member is in.
-        stock: None for a member that only asks.
+        matter: what is asked.
         counter: where questions come from.
-        patience: seconds that an asker waits for the silos' answers, in either step; by default
-            what a silo may take, twice over.
+        patience: seconds that an asker waits for the silos' answers in a step, at most; by default
+            what a silo may take, twice over. Once :meth:`Matter.enough` are there, it waits for the
+            others only a few times as long as those took (:data:`GRACE`).
     """
 
     def __init__(
         self,
         chair: Chair,
         enter: Callable[[bytes], EvidenceLog],
+        matter: Matter,
         *,
-        stock: Stock | None = None,
         counter: Counter | None = None,
         patience: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = CLOCK,
     ) -> None:
-        self._chair, self._enter, self._stock = chair, enter, stock
-        self._counter, self._clock = counter or Counter(), clock
-        self._patience = 2 * seconds_for(chair.terms) if patience is None else patience
+        self._chair, self._enter, self._matter = chair, enter, matter
+        self._counter, self._clock, self._wait = counter or Counter(), *clock
+        self._patience = 2 * matter.sizes.seconds if patience is None else patience
         self._run = b""
         self._log: EvidenceLog | None = None
-        self._desk: Desk | None = None
-        self._open: dict[str, tuple[bytes, DeskConversation]] = {}
-        """Asker → its question that waits for a selection. One each, so it cannot fill memory."""
+        self._answering: Answering | None = None
+        self._open: dict[str, _Open] = {}
+        """Asker → its question that waits for more. One each, so it cannot fill memory."""
         self._errand: _Errand | None = None
+        self._late: set[str] = set()
+        """Silos that this member waited for in vain when it last asked them."""
         self._said: set[tuple[str, bytes]] = set()
+        self._first: set[str] = set()
+        """Askers whose first letter came in this call."""
 
     @property
     def over(self) -> bool:
@@ -126,10 +202,14 @@ class QuestionPort:
     def step(self, frame: bytes) -> bytes:
         """Answer one call. Never raises for what the server or another member sent.
 
+        Where there are slots, a call with first letters waits once, after all of them: so several
+        askers make nobody wait for longer, and the time tells nothing of a record.
+
         Raises:
             StateError: the evidence log cannot be opened; nothing is answered.
             EvidenceError: it, or the count of questions, is not what this member wrote.
         """
+        began, self._first = self._clock(), set()
         try:
             carry = decode_carry(frame)
             evidence = self._entered(carry.run)
@@ -138,56 +218,82 @@ class QuestionPort:
                 self._said.add(("server", b"call"))
                 log.warning("%s: %s; %s", self._chair.name, error, error.hint)
             return encode(Carried([]))
+        self._drop_overdue()
         out = []
         for letter in carry.letters:
-            if letter.kind in ASKS:
-                out.append(self._answer(letter))
-            else:
+            if letter.kind not in ASKS:
                 self._take(letter)
+            elif letter.who == self._chair.name:  # Adversary: a server that asks us in our own name
+                out.append(_declined(letter, b"refused"))
+            else:
+                out.append(self._answer(letter))
         out += self._ask(evidence)
+        slot = self._matter.slot
+        if slot is not None and self._first:
+            self._wait(slot - (self._clock() - began) % slot)
         return encode(Carried(out))
 
     def _entered(self, run: bytes) -> EvidenceLog:
         """Adversary: a server that shows members different runs of a study. A log is of one run,
         and frames of another never verify."""
         if self._log is None or run != self._run:
-            evidence, chair, stock = self._enter(run), self._chair, self._stock
-            if stock is not None:
-                stock.quota.check(evidence)
-                self._desk = Desk(
-                    chair.study, run, chair.key, chair.askers, stock.shelf, stock.quota, evidence
-                )
+            evidence = self._enter(run)
+            self._answering = self._matter.answering(self._chair, run, evidence)
             self._run, self._log = run, evidence
         return self._log
 
     # ---- answering ----
 
     def _answer(self, letter: Letter) -> Letter:
-        """The answer to a question or a selection; or one word instead.
+        """The answer to a letter of an asker; or one word instead.
 
         A question begins anew only if it is in order. Adversary: a server that repeats an old
-        question, so that the shelf forgets the one under way.
+        question, so that the silo forgets the one under way.
         """
-        asker = letter.who
+        asker, answering = letter.who, self._answering
         try:
-            if self._desk is None:
+            if answering is None:
                 return _declined(letter, b"none")
-            if letter.kind == "question":
-                conversation = self._desk.open(asker)
-                content = conversation.handle(letter.content)
-                self._open[asker] = letter.thread, conversation
-            else:
-                thread, begun = self._open.pop(asker, (b"", None))
-                if begun is None or thread != letter.thread:
+            if letter.kind not in (self._matter.first, self._matter.then):
+                return _declined(letter, b"none")
+            if letter.kind == self._matter.first:
+                if asker in self._first:
+                    # Adversary: a server that brings many, so that the call takes too long.
                     return _declined(letter, b"refused")
-                content = begun.handle(letter.content)
+                self._first.add(asker)
+                conversation = answering.open(asker)
+                content = conversation.handle(letter.content)
+                self._forget(asker)
+            else:
+                begun = self._open.get(asker)
+                if begun is None or begun.thread != letter.thread:
+                    return _declined(letter, b"refused")
+                del self._open[asker]  # what handles one frame wrongly takes no other
+                conversation = begun.conversation
+                content = conversation.handle(letter.content)
         except BudgetExceeded as error:
-            return self._no(letter, b"spent", error)
+            # Of records it says what their owner pinned: nothing that somebody spent.
+            spent = b"spent" if self._matter.first == "question" else b"refused"
+            return self._no(letter, spent, error)
         except StateError as error:
             return self._no(letter, b"unable", error)
         except SecureFedCoLLMError as error:
             return self._no(letter, b"refused", error)
+        if not conversation.over:
+            until = self._clock() + 2 * self._patience
+            self._open[asker] = _Open(letter.thread, conversation, until)
         return Letter(asker, letter.thread, ANSWER[letter.kind], content)
+
+    def _forget(self, asker: str) -> None:
+        begun = self._open.pop(asker, None)
+        if begun is not None:
+            begun.conversation.close()
+
+    def _drop_overdue(self) -> None:
+        """Adversary: an asker that begins questions and leaves them, so that their charges stay."""
+        now = self._clock()
+        for asker in [asker for asker, begun in self._open.items() if begun.until < now]:
+            self._forget(asker)
 
     def _no(self, letter: Letter, why: bytes, error: SecureFedCoLLMError) -> Letter:
         # Adversary: an asker that fills the log, or a server that makes up names to do so.
@@ -215,27 +321,38 @@ class QuestionPort:
             handed = self._counter.next()
             return [] if handed is None else self._begin(handed, evidence)
         errand = self._errand
-        if errand.came.keys() < errand.threads.keys() and self._clock() < errand.deadline:
+        if self._waits(errand):
             return []
+        late = errand.threads.keys() - errand.came.keys()
+        self._late = self._late - errand.threads.keys() | late
         missing = dict.fromkeys(errand.threads, Failure("did not answer in time"))
         return self._go_on(errand, missing | errand.came, evidence)
 
+    def _waits(self, errand: _Errand) -> bool:
+        """Whether this step still waits for somebody.
+
+        Adversary: a few silos that answer in their last second, so that whoever asks waits for
+        them. It waits that long only where too few others answer.
+        """
+        now, left = self._clock(), errand.threads.keys() - errand.came.keys()
+        if not left or now >= errand.began + self._patience:
+            return False
+        answered = sum(not isinstance(each, Failure) for each in errand.came.values())
+        if answered < self._matter.enough(len(errand.threads)):
+            return True
+        errand.enough = now if errand.enough is None else errand.enough
+        took = errand.enough - errand.began
+        grace = LATE_GRACE + took if left <= self._late else GRACE + 2 * took
+        return now < errand.enough + grace
+
     def _begin(self, handed: Handed, evidence: EvidenceLog) -> Letters:
-        chair = self._chair
-        steps = Fetching(
-            study=chair.study,
-            run=self._run,
-            key=chair.key,
-            silos=chair.silos,
-            terms=chair.terms,
-            log=evidence,
-        ).steps(handed.query)
         try:
+            steps = self._matter.ask(handed.what, self._chair, self._run, evidence)
             frames = next(steps)
         except SecureFedCoLLMError as error:
             handed.result.set_exception(error)
             return []
-        errand = self._errand = _Errand(handed, steps, "question", {}, 0.0)
+        errand = self._errand = _Errand(handed, steps, self._matter.first, {})
         return self._send(errand, frames)
 
     def _go_on(
@@ -248,34 +365,29 @@ class QuestionPort:
                 frames = errand.steps.send({})
         except StopIteration as end:
             self._errand = None
-            errand.handed.result.set_result(Result(end.value, _asked(evidence)))
+            errand.handed.result.set_result(self._matter.result(end.value, evidence))
             return []
         except SecureFedCoLLMError as error:
             self._errand = None
             errand.handed.result.set_exception(error)
             return []
-        errand.kind = "selection"
+        errand.kind = self._matter.then
         return self._send(errand, frames)
 
     def _send(self, errand: _Errand, frames: Frames) -> Letters:
         """Each silo sees a thread of its own: two silos cannot tell by it that they were asked the
-        same."""
+        same. What this member answers itself never leaves."""
         old = errand.threads
         errand.threads = {silo: old.get(silo) or os.urandom(THREAD_BYTES) for silo in frames}
-        errand.came, errand.deadline = {}, self._clock() + self._patience
-        return [
+        errand.came, errand.began, errand.enough = {}, self._clock(), None
+        out = [
             Letter(silo, errand.threads[silo], errand.kind, frame) for silo, frame in frames.items()
         ]
+        own = [letter for letter in out if letter.who == self._chair.name]
+        for letter in own:
+            self._take(self._answer(letter))
+        return [letter for letter in out if letter not in own]
 
 
 def _declined(letter: Letter, why: bytes) -> Letter:
     return Letter(letter.who, letter.thread, "declined", why)
-
-
-def _asked(evidence: EvidenceLog) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for entry in evidence.entries:
-        if isinstance(entry.what, Asked):
-            for silo in entry.what.questions:
-                counts[silo] = counts.get(silo, 0) + 1
-    return counts

@@ -5,25 +5,25 @@ Importing this module imports torch.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from securefedcollm.errors import DataError
 from securefedcollm.federation.cotuning import Holdings
-from securefedcollm.federation.questions.polls import Poll, answers_of
+from securefedcollm.federation.questions.polls import Poll, answers_of, claim_of, votes_of
+from securefedcollm.federation.questions.prepaid import paying, prepay
 from securefedcollm.federation.questions.space import Space
-from securefedcollm.federation.questions.voting import (
-    Reader,
-    RecordShelf,
-    count_labels,
-    prepay,
-)
+from securefedcollm.federation.questions.voting import Reader, RecordShelf, count_labels
 from securefedcollm.federation.tuned import Tuned
 from securefedcollm.primitives import sha256
+from securefedcollm.privacy.identities import Records
 from securefedcollm.privacy.ledger import Ledger
+from securefedcollm.privacy.votes import MOST_CHOICES
 from securefedcollm.retrieval.nearest import RecordIndex
 from securefedcollm.study import Study
 from securefedcollm.study.config import Task
@@ -31,6 +31,8 @@ from securefedcollm.tuning.content import folded
 from securefedcollm.tuning.formats import CLASSIFY, QUESTION
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.recipe import Progress, silent
+
+log = logging.getLogger(__name__)
 
 
 def embed_alone(space: Space, text: str) -> npt.NDArray[np.float64]:
@@ -65,21 +67,22 @@ def index_records(
     questions: Sequence[Question],
     progress: Progress = silent,
     frame: tuple[str, str] = ("", ""),
-) -> RecordIndex:
-    """The embeddings of the records' questions.
+) -> tuple[RecordIndex, npt.NDArray[np.bool_]]:
+    """The embeddings of the records' questions; and which have no words that the encoder knows,
+    bool [n]. Those stand in the index with an embedding that says nothing.
 
     They are embedded in one Unicode form and with single spaces, as the ledger identifies them.
+    Adversary: whoever learns from a silo that stays away that it has such a record.
 
     Args:
         frame: of a template that is not part of the question.
 
     Raises:
-        DataError: there is no record, or one has no words that the encoder knows; names it by its
-            number.
+        DataError: there is no record, or none has words that the encoder knows.
     """
     if not questions:
         raise DataError("no records", where="records", hint="give at least one")
-    found: dict[str, npt.NDArray[np.float64]] = {}
+    found: dict[str, npt.NDArray[np.float64] | None] = {}
     texts: list[str] = []
     for number, question in enumerate(questions, start=1):
         text = folded(bare(question.prompt, frame))
@@ -87,10 +90,66 @@ def index_records(
         if text not in found:
             try:
                 found[text] = embed_alone(space, text)
-            except DataError as error:
-                raise DataError(error.problem, where=f"record {number}", hint=error.hint) from None
+            except DataError:
+                found[text] = None
         progress(number, len(questions), "embedding records")
-    return RecordIndex(np.array([found[text] for text in texts]))
+    some = next((vector for vector in found.values() if vector is not None), None)
+    if some is None:
+        raise DataError(
+            "no record has words that the encoder knows", where="records", hint="is it their file?"
+        )
+    vectors = [found[text] for text in texts]
+    wordless = np.array([vector is None for vector in vectors])
+    return RecordIndex(np.array([some if v is None else v for v in vectors])), wordless
+
+
+def pin_both(study: Study, ledger: Ledger, answers: Ledger) -> None:
+    """Give both ledgers of a silo their budget, if they have none.
+
+    Before any question: else a ledger would be pinned only once a record has paid.
+
+    Args:
+        ledger: the silo's own.
+        answers: of the study's answers.
+    """
+    if ledger.pinned is None:
+        ledger.pin(*budget_of(study))
+    if answers.pinned is None:
+        answers.pin(*claim_of(study))
+
+
+def budget_of(study: Study) -> tuple[float, float]:
+    """(ε, δ) that a silo's records get where nothing is pinned yet."""
+    (epsilon, delta), privacy = claim_of(study), study.privacy
+    assert privacy is not None  # study.retrievalchecks
+    return max(epsilon, privacy.epsilon), delta
+
+
+class Known(NamedTuple):
+    """A silo's records as its two ledgers know them.
+
+    ``own``: by the silo's, which all its studies share. ``by_text``: by that of the study's
+    answers, which knows a record by what is embedded. Records of equal questions have one account
+    there, and are always retrieved together. ``dataset``: fingerprint of the file.
+    """
+
+    own: Records
+    by_text: Records
+    dataset: str
+
+
+def known_of(study: Study, questions: Sequence[Question], ledger: Ledger, answers: Ledger) -> Known:
+    """The records, identified by both ledgers.
+
+    Raises:
+        StateError: a ledger's key is lost.
+    """
+    holdings, frame = Holdings(study, questions), frame_of(study.task)
+    own = ledger.identify(holdings.contents(), also=holdings.also)
+    ledger.recognise(own, [holdings.dataset, *holdings.also])
+    texts = (folded(bare(question.prompt, frame)) for question in questions)
+    by_text = answers.identify((sha256(text.encode()), None) for text in texts)
+    return Known(own, by_text, holdings.dataset)
 
 
 def shelf_of(
@@ -101,26 +160,28 @@ def shelf_of(
     answers: Ledger,
     progress: Progress = silent,
 ) -> RecordShelf:
-    """A silo's records, which have paid for all the answers that they may give.
+    """A silo's records, of which those that can have paid for all the answers that they may give.
 
     Args:
-        ledger: the silo's, which charges them all, once.
-        answers: of the study's answers at this silo: it knows records by what is embedded. Records
-            of equal questions have one account there, and are always retrieved together.
+        ledger: the silo's, which charges each of them once.
+        answers: of the study's answers at this silo.
 
     Raises:
-        BudgetExceeded: some record cannot pay.
-        DataError: there is none, or one cannot be embedded.
+        BudgetExceeded: the study asks for more than the owner pinned.
+        DataError: there is none, or none can be embedded.
         StateError: a ledger's key is lost.
     """
-    holdings, frame = Holdings(study, questions), frame_of(study.task)
-    known = ledger.identify(holdings.contents(), also=holdings.also)
-    ledger.recognise(known, [holdings.dataset, *holdings.also])
-    index = index_records(space, questions, progress, frame)
-    texts = (folded(bare(question.prompt, frame)) for question in questions)
-    by_text = answers.identify((sha256(text.encode()), None) for text in texts)
-    prepay(ledger, study, known, holdings.dataset, by_text.key)
-    return RecordShelf(index, by_text, holdings.dataset)
+    known = known_of(study, questions, ledger, answers)
+    index, wordless = index_records(space, questions, progress, frame_of(study.task))
+    if wordless.any():
+        log.warning(
+            "%s: %d of %d records have no words that the encoder knows; they cast no vote",
+            *(ledger.owner, int(wordless.sum()), len(wordless)),
+        )
+    paid = prepay(ledger, study, known.own, known.dataset, known.by_text.key) & ~wordless
+    # Reads what the ledger of answers has of these records, so that no question has to wait for it.
+    paying(answers, study, known.by_text, known.dataset, votes_of(study, MOST_CHOICES).event())
+    return RecordShelf(index, known.by_text, known.dataset, paid, ledger.head.digest)
 
 
 def reader_of(study: Study, questions: Sequence[Question], model: Tuned | None = None) -> Reader:
@@ -178,10 +239,11 @@ class ModelReader:
         self._frame = frame
 
     def __call__(
-        self, poll: Poll, retrieved: Sequence[int], similarities: npt.NDArray[np.int64]
+        self, poll: Poll, retrieved: npt.NDArray[np.bool_], similarities: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float64]:
         """The SLM's distribution over the choices; zeros where nothing was retrieved."""
-        best = sorted(retrieved, key=lambda at: (-int(similarities[at]), at))[: self._most]
+        order = np.argsort(-similarities, kind="stable")
+        best: list[int] = order[retrieved[order]][: self._most].tolist()
         texts = [_sentence(self._questions[at]) for at in reversed(best)]
         put = poll.question.join(self._frame)
         asked = Question("\n".join([*texts, put]), poll.choices, answer=0)

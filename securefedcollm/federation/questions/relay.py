@@ -1,7 +1,8 @@
 """The server's side of private questions: it calls members in turn and carries their letters.
 
-It cannot read a frame, nor alter one unnoticed. It sees who asks whom, when and how often, and that
-is all that its traffic depends on: lengths follow from the study's terms.
+It cannot alter a frame unnoticed. It sees who asks whom, when and how often. Questions to documents
+it cannot read, and lengths follow from the study's terms. A question to records it reads as silos
+do; of the votes it sees what the asker sees, the noised sum of all silos.
 
 Every member is called in a thread of its own, so that nobody waits for another member's call.
 
@@ -26,12 +27,10 @@ from securefedcollm.federation.questions.letters import (
     Carry,
     Kind,
     Letter,
+    Sizes,
     decode_carried,
     encode,
-    longest,
-    seconds_for,
 )
-from securefedcollm.retrieval import Terms
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +122,7 @@ class Relay:
     run: bytes
     askers: Sequence[str]
     silos: Sequence[str]
-    terms: Terms
+    sizes: Sizes
     clock: Callable[[], float] = time.monotonic
     _mail: dict[str, dict[tuple[str, bool], Letter]] = field(default_factory=dict)
     """Recipient → (sender, whether it asks) → the letter on its way. A newer one takes the place of
@@ -207,7 +206,7 @@ class Relay:
     def _call(self, name: str, letters: list[Letter]) -> bool:
         """Bring one member its letters, and take what it has; whether any letter moved."""
         frame = encode(Carry(self.run, letters))
-        timeout, began = seconds_for(self.terms) + len(frame) / SLOWEST, self.clock()
+        timeout, began = self.sizes.seconds + len(frame) / SLOWEST, self.clock()
         try:
             reply = self.engine.exchange({name: frame}, timeout)[name]
         except TransportError as error:  # nobody at all is connected
@@ -290,7 +289,7 @@ class Relay:
         """Adversary: a member that floods another one, or sends what only makes it compute."""
         asks = letter.kind in ASKS
         ends = (sender, letter.who) if asks else (letter.who, sender)
-        fits = len(letter.content) <= longest(letter.kind, self.terms)
+        fits = len(letter.content) <= self.sizes.longest.get(letter.kind, -1)
         if (
             not fits
             or ends[0] == ends[1]

@@ -9,17 +9,18 @@ and ``c`` silos. A record may influence what leaves only through the noised sum.
   and keeps the same kinds of rows in its ledger. Where nothing was retrieved, or a record makes
   something fail, it votes for nothing, with its noise;
 * a poll has one attempt. Whoever asks again asks a new question, which is charged anew;
-* the time that it takes is hidden in slots, where the study has ``local.reply_slot``.
+* it does the same work for all records alike, whether a question retrieved them or not. What time
+  depends on records all the same is hidden in slots, where it can be measured (:mod:`.port`).
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -34,37 +35,35 @@ from securefedcollm.errors import (
     SecureFedCoLLMError,
 )
 from securefedcollm.evidence.entries import Slip, Voted, Voting
-from securefedcollm.evidence.ledger import PREPAID_RUN, anchor
+from securefedcollm.evidence.ledger import anchor
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.questions.polls import (
     Poll,
     answers_of,
     answers_study,
+    charge_of,
     claim_of,
     poll_header,
     sum_header,
     votes_of,
 )
+from securefedcollm.federation.questions.prepaid import UNIT, Bools, paying
 from securefedcollm.federation.records.common import note_refusal
-from securefedcollm.federation.silo import CLOCK, Clock
 from securefedcollm.primitives import SigningKey, sha256, verify
 from securefedcollm.privacy.events import DiscreteGaussian, encode_events
 from securefedcollm.privacy.identities import Records
 from securefedcollm.privacy.ledger import Key, Ledger, Reservation
 from securefedcollm.privacy.noise import NoiseSource
-from securefedcollm.privacy.votes import MOST_CHOICES, Votes
+from securefedcollm.privacy.votes import Votes
 from securefedcollm.retrieval.nearest import RecordIndex
 from securefedcollm.study import Study, digest
 
 log = logging.getLogger(__name__)
 
+MOST_DROPPED: Final = 256
+"""Polls of one asker that a silo's process lets end before any vote left."""
 READY: Final = b"ready"
 """The reply to every poll."""
-UNIT: Final = "record"
-
-_PREPAID: Final = b"securefedcollm/answers/prepaid/v1\0"
-
-Bools = npt.NDArray[np.bool_]
 Embed = Callable[[str], npt.NDArray[np.float64]]
 """A text → its unit vector in the study's space, computed by itself."""
 
@@ -73,13 +72,14 @@ class Reader(Protocol):
     """What a silo makes of the records that a question retrieved."""
 
     def __call__(
-        self, poll: Poll, retrieved: Sequence[int], similarities: npt.NDArray[np.int64]
+        self, poll: Poll, retrieved: Bools, similarities: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float64]:
-        """Votes for every choice, or a distribution over them or zeros: float64 [choices].
+        """Votes for every choice, of each record at most one, whatever the others say; or a
+        distribution over the choices, or zeros: float64 [choices].
 
         Args:
-            retrieved: the numbers of the records, from 0, in file order.
-            similarities: of all of the silo's records, int64 [n].
+            retrieved: which of the silo's records, bool [n], in file order.
+            similarities: of all of them, int64 [n].
         """
         ...
 
@@ -92,49 +92,15 @@ class RecordShelf:
         known: by their identities in the ledger of answers, in the order of ``index``: by what is
             embedded alone, so that records which share an account are retrieved together.
         dataset: fingerprint of the file, for the ledger.
+        paid: which of them have paid for their answers, bool [n]; the others cast no vote.
+        prepaid: head of the silo's own ledger after that, 32 bytes.
     """
 
     index: RecordIndex
     known: Records
     dataset: str
-
-
-def prepay(ledger: Ledger, study: Study, records: Records, dataset: str, book: str) -> None:
-    """Charge every record of a file with all the answers that one record may give, once.
-
-    Which records a question retrieved shows in how much each has answered. So nothing but
-    :class:`Booth` may depend on that: neither whether a study may tune on the file, nor which of
-    its records, nor what ε a silo states. To all of them the records have spent the whole claim of
-    the study's answers, whatever was asked. Adversary: an asker who chooses what is retrieved, and
-    then watches the rest.
-
-    Args:
-        ledger: the silo's, which all its studies share.
-        dataset: fingerprint of the file.
-        book: names the ledger of answers that this pays for: the key of its records. A new one,
-            in which nobody has answered anything, is paid for anew. So are other records, and
-            other noise.
-
-    Raises:
-        BudgetExceeded: some record cannot pay for that. No question was asked yet.
-    """
-    event = votes_of(study, MOST_CHOICES).event()
-    whole = msgspec.structs.replace(event, count=answers_of(study).questions)
-    what = [answers_study(study), records.digest, book, *encode_events([whole])]
-    name = sha256(_PREPAID, msgspec.json.encode(what)).hex()
-    place = Key(dataset, UNIT, name[:PREPAID_RUN], 0, 0)
-    claim, pinned = claim_of(study), ledger.pinned
-    if pinned is not None and (claim[0] > pinned.epsilon or claim[1] > pinned.delta):
-        raise BudgetExceeded(
-            "the study asks for more than the owner of these records pinned",
-            hint="the owner decides: `securefedcollm budget set`",
-        )
-    state = next((e.state for e in ledger.entries() if e.key == place), None)
-    if state in {"released", "settled"}:
-        return
-    reservation = ledger.reserve(*place, [whole], claim, records=records, study=name)
-    ledger.release(reservation)
-    ledger.settle(reservation, [whole])
+    paid: Bools
+    prepaid: bytes
 
 
 @dataclass(frozen=True)
@@ -148,6 +114,7 @@ class Booth:
         ledger: of the study's answers at this silo, and of nothing else. It charges the retrieved
             records; a plain one, since this class writes the evidence.
         evidence: the silo's log; it begins with ``opened``.
+        dropped: asker → how many of its polls ended before any vote left.
     """
 
     study: Study
@@ -161,7 +128,7 @@ class Booth:
     read: Reader
     ledger: Ledger
     evidence: EvidenceLog
-    clock: Clock = CLOCK
+    dropped: Counter[str] = field(default_factory=Counter)
 
     def open(self, asker: str) -> BoothConversation:
         """For one question of ``asker``, whose frames the engine knows to be from there.
@@ -191,6 +158,11 @@ class BoothConversation:
         self._at: _Charged | None = None
         self._ended = False
 
+    @property
+    def over(self) -> bool:
+        """Whether it takes no further frame."""
+        return self._ended
+
     def handle(self, frame: bytes) -> bytes:
         """The answer to the next frame. Charge and evidence are on disk before this returns.
 
@@ -202,17 +174,12 @@ class BoothConversation:
         """
         if self._ended:
             raise RemoteProtocolError("this question is over", peer=self._asker, hint="ask anew")
-        clock, slot = self._booth.clock, self._booth.study.local.reply_slot
-        begun, first = clock.now(), self._at is None
         try:
             return self._begin(frame) if self._at is None else self._sum(self._at, frame)
         except SecureFedCoLLMError as error:
             note_refusal(self._booth.evidence, error)
             self.close()
             raise
-        finally:
-            if slot is not None and first:  # all that depends on records is done for the poll
-                clock.wait(slot - (clock.now() - begun) % slot)
 
     def close(self) -> None:
         """Drop the secrets. A charge from which nothing left is given back."""
@@ -225,6 +192,7 @@ class BoothConversation:
         state = next((e.state for e in entries if e.key == at.reservation.key), None)
         if state == "reserved":
             self._booth.ledger.void(at.reservation)
+            self._booth.dropped[self._asker] += 1
 
     def _begin(self, frame: bytes) -> bytes:
         booth, asker = self._booth, self._asker
@@ -238,6 +206,14 @@ class BoothConversation:
             verify(key, poll.CONTEXT, poll.signed(), poll.signature)
         except CryptoError:
             raise RemoteProtocolError("did not sign its question", peer=asker) from None
+        if booth.dropped[asker] >= MOST_DROPPED:
+            # Adversary: an asker that begins questions and leaves them. No record pays for those,
+            # and each is kept in the ledger for good.
+            raise RemoteProtocolError(
+                f"began {MOST_DROPPED} questions and left them",
+                peer=asker,
+                hint="whoever serves the records starts the process again to allow more",
+            )
         votes = votes_of(booth.study, len(poll.choices))
         content, reservation = self._paid(poll, votes)
         vector = votes.protect(content, NoiseSource())
@@ -258,16 +234,16 @@ class BoothConversation:
     def _paid(self, poll: Poll, votes: Votes) -> tuple[npt.NDArray[np.float64], Reservation]:
         """The content of this silo's votes, after the records that make it were charged."""
         booth, plan = self._booth, answers_of(self._booth.study)
-        query, event, shelf = booth.embed(poll.question), votes.event(), booth.shelf
+        query, event, shelf = self._embedded(poll.question), votes.event(), booth.shelf
         assert plan.threshold is not None  # study.retrievalchecks
-        place = Key(shelf.dataset, UNIT, sha256(poll.digest).hex()[:32], 0, 0)
+        place = Key(shelf.dataset, UNIT, charge_of(poll.digest), 0, 0)
         if any(entry.key.run == place.run for entry in booth.ledger.entries()):
             # Adversary: an asker, or a relay, that has one question summed twice, with other noise;
             # also after the silo has changed its file.
             raise RemoteProtocolError(
                 "asked the same question twice", peer=self._asker, hint="ask a new one"
             )
-        alike = shelf.index.retrieved(query, plan.threshold)
+        alike = shelf.paid & shelf.index.retrieved(query, plan.threshold)
         before: Bools | None = None
         while True:
             chosen = alike & self._paying(event)
@@ -276,7 +252,7 @@ class BoothConversation:
             try:
                 reservation = booth.ledger.reserve(
                     *(*place, [event], claim_of(booth.study)),
-                    records=_only(shelf.known, chosen),
+                    records=shelf.known.only(chosen),
                     study=answers_study(booth.study),
                     individually=True,
                 )
@@ -288,20 +264,32 @@ class BoothConversation:
                     raise LocalProtocolError("a charge to no record was refused") from None
                 before = chosen
 
+    def _embedded(self, question: str) -> npt.NDArray[np.float64]:
+        """Adversary: an asker whose question makes an encoder fail, to end the silo's process. That
+        depends on no record.
+
+        Raises:
+            RemoteProtocolError, DataError: it cannot be embedded.
+        """
+        try:
+            return self._booth.embed(question)
+        except SecureFedCoLLMError:
+            raise
+        except Exception as error:  # whatever the encoder raises on a text
+            log.error("%s: a question failed (%s)", self._booth.name, type(error).__name__)
+            raise RemoteProtocolError(
+                "asked what cannot be embedded", peer=self._asker, hint="ask in other words"
+            ) from None
+
     def _paying(self, event: DiscreteGaussian) -> Bools:
         """Which of the silo's records can pay for one question more, each by itself.
 
         Raises:
             BudgetExceeded: the study asks for more than is pinned; says nothing of what is spent.
         """
-        booth, dataset = self._booth, self._booth.shelf.dataset
+        booth, shelf = self._booth, self._booth.shelf
         try:
-            return booth.ledger.payers(
-                *(dataset, UNIT, [event], 1, claim_of(booth.study)),
-                records=booth.shelf.known,
-                study=answers_study(booth.study),
-                individually=True,
-            )
+            return paying(booth.ledger, booth.study, shelf.known, shelf.dataset, event)
         except BudgetExceeded:
             log.warning("%s: its answers' ledger has another budget than the study's", booth.name)
             raise BudgetExceeded(
@@ -312,35 +300,16 @@ class BoothConversation:
     def _read(
         self, poll: Poll, chosen: Bools, query: npt.NDArray[np.float64]
     ) -> npt.NDArray[np.float64]:
-        """What the retrieved records say: one answer of all, or the sum of each one's vote.
-
-        Where votes are counted, each record is read by itself, so that none changes another's vote,
-        and its vote is at most one.
-        """
-        similarities = self._booth.shelf.index.similarities(query)
-        retrieved: list[int] = np.flatnonzero(chosen).tolist()
-        if answers_of(self._booth.study).reader == "model":
-            return self._said(poll, retrieved, similarities)
-        total = np.zeros(len(poll.choices))
-        for at in retrieved:
-            # Whole votes: rounding a sum of parts could move it by more than one part did.
-            vote = np.rint(self._said(poll, [at], similarities))
-            total += vote if float(np.linalg.norm(vote)) <= 1.0 else 0.0
-        return total
-
-    def _said(
-        self, poll: Poll, retrieved: Sequence[int], similarities: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float64]:
-        """What the reader says; zeros if it fails.
+        """What the retrieved records say; zeros if reading fails.
 
         Adversary: an asker whose question makes reading fail on certain records only. A refusal
         would be an answer without noise. The log has no words of theirs.
         """
         try:
-            return self._booth.read(poll, retrieved, similarities)
+            return self._booth.read(poll, chosen, self._booth.shelf.index.similarities(query))
         except Exception as error:  # whatever a record made fail
             log.error(
-                "%s: reading a record failed (%s); it votes for nothing",
+                "%s: reading its records failed (%s); it votes for nothing",
                 *(self._booth.name, type(error).__name__),
             )
             return np.zeros(len(poll.choices))
@@ -359,6 +328,7 @@ class BoothConversation:
                     delivery=seen.delivery.hex(),
                     events=encode_events(at.reservation.events),
                     ledger=self._head(),
+                    prepaid=anchor(booth.evidence, booth.shelf.prepaid).hex(),
                 )
             )
             booth.ledger.release(at.reservation)
@@ -389,30 +359,26 @@ def slip_of(poll: Poll) -> Slip:
     return Slip(poll.signed().hex(), poll.signature.hex())
 
 
-def _only(known: Records, chosen: Bools) -> Records:
-    """These records of a file, perhaps none."""
-    whole = None if known.whole is None else known.whole[chosen]
-    return Records(known.rows[chosen], whole=whole, key=known.key)
-
-
 def count_labels(labels: Sequence[str], folded: Callable[[str], str]) -> Reader:
     """The reader ``labels``: every retrieved record votes for the choice that is its own answer.
 
-    A record whose answer is none of the choices votes for none.
+    A record whose answer is none of the choices votes for none. Every record is looked up, so that
+    the time tells nothing of which were retrieved. Adversary: an asker whose choices take long to
+    fold, and who counts the records by that; so each is folded once.
 
     Args:
         labels: each record's answer, already ``folded``; empty where it has none.
     """
+    known = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    numbers = np.array([known[label] for label in labels], dtype=np.int64)
 
     def read(
-        poll: Poll, retrieved: Sequence[int], similarities: npt.NDArray[np.int64]
+        poll: Poll, retrieved: Bools, similarities: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float64]:
+        none = len(poll.choices)
         places = {folded(choice): at for at, choice in enumerate(poll.choices)}
-        found = np.zeros(len(poll.choices))
-        for at in retrieved:
-            place = places.get(labels[at])
-            if place is not None:
-                found[place] += 1.0
-        return found
+        place_of = np.array([places.get(label, none) for label in known], dtype=np.int64)
+        places_voted = np.where(retrieved, place_of[numbers], none)
+        return np.bincount(places_voted, minlength=none + 1)[:none].astype(np.float64)
 
     return read

@@ -11,6 +11,7 @@ A participant's *home* holds what outlives a run::
 The process may be killed at any moment and started again with the same command.
 """
 
+from securefedcollm.federation.roles.answering import AnswerTerms, RecordBooth, poll_from
 from securefedcollm.federation.roles.asking import (
     ShelfTerms,
     ask_from,
@@ -53,7 +54,9 @@ __all__ = [
     "LARGEST_TO_AUTHORITY",
     "LEDGER",
     "PROOF",
+    "AnswerTerms",
     "Member",
+    "RecordBooth",
     "ShelfTerms",
     "ask_from",
     "authority_session",
@@ -65,6 +68,7 @@ __all__ = [
     "newest_adapter",
     "not_told",
     "open_shelf",
+    "poll_from",
     "question_port",
     "question_relay",
     "require_begun_data",

@@ -1,4 +1,4 @@
-"""Members that ask each other's documents over the network: what a silo agrees to, and its port."""
+"""Members that ask each other over the network: ports, and what a silo with documents agrees to."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ from securefedcollm.federation.files import make_directory
 from securefedcollm.federation.messages import MAX_FRAME
 from securefedcollm.federation.plan import run_key
 from securefedcollm.federation.questions.agreed import pinned_terms, plan_of
+from securefedcollm.federation.questions.answering import Answers, OwnRecords
 from securefedcollm.federation.questions.begun import Everybody, begin_log
 from securefedcollm.federation.questions.counter import Counter, ask_process
 from securefedcollm.federation.questions.inquiry import Answered, check_question, judge
-from securefedcollm.federation.questions.letters import largest_letters, seconds_for
-from securefedcollm.federation.questions.port import Chair, QuestionPort, Stock
+from securefedcollm.federation.questions.letters import of_documents
+from securefedcollm.federation.questions.port import Chair, QuestionPort
 from securefedcollm.federation.questions.quota import StoredQuota, beside
 from securefedcollm.federation.questions.relay import Relay, WithServer
+from securefedcollm.federation.questions.stock import Documents, Stock
 from securefedcollm.federation.records import SERVER
 from securefedcollm.federation.roles.member import Member, run_in
 from securefedcollm.federation.runstore import RunStore
+from securefedcollm.federation.silo import CLOCK, Clock
 from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.retrieval import Index, PreparedShelf
 from securefedcollm.study import Study, digest
@@ -134,12 +137,12 @@ def open_shelf(member: Member, index: Path, most: int | None = None) -> OwnShelf
 def question_port(
     member: Member,
     counter: Counter,
-    stock: Stock | None = None,
+    own: Stock | OwnRecords | None = None,
     on_entry: OnEntry | None = None,
-    clock: Callable[[], float] = time.monotonic,
+    clock: Clock = CLOCK,
 ) -> QuestionPort:
-    """The side of a silo, or of the server, in questions: it answers from ``stock``, and asks what
-    is handed in at ``counter``.
+    """The side of a silo, or of the server, in questions: it answers from its ``own`` documents or
+    records, and asks what is handed in at ``counter``.
 
     Raises:
         ConfigError: the study has no questions, or pins no encoder and map.
@@ -153,15 +156,26 @@ def question_port(
         key=member.key,
         silos={silo: key for silo, key in silos.items() if silo != name},
         askers={asker: key for asker, key in askers.items() if asker != name},
-        terms=pinned_terms(member.study),
     )
     return QuestionPort(
         chair,
         partial(_enter, member, name, on_entry),
-        stock=stock,
+        matter_of(member, own),
         counter=counter,
         clock=clock,
     )
+
+
+def matter_of(member: Member, own: Stock | OwnRecords | None = None) -> Documents | Answers:
+    """What the study's members ask each other, and what this one answers from.
+
+    Raises:
+        ConfigError: the study has no questions, or pins no encoder and map.
+    """
+    if plan_of(member.study).mode == "answers":
+        return Answers(member.study, member.roster, own if isinstance(own, OwnRecords) else None)
+    stock = own if isinstance(own, Stock) else None
+    return Documents(pinned_terms(member.study), stock)
 
 
 def _enter(member: Member, name: str, on_entry: OnEntry | None, run: bytes) -> EvidenceLog:
@@ -204,7 +218,7 @@ def question_relay(member: Member, engine: Engine, port: QuestionPort) -> Relay:
         run=RunStore(member.run, digest(member.study), resume=known).run_id,
         askers=[SERVER, *silos],
         silos=silos,
-        terms=pinned_terms(member.study),
+        sizes=matter_of(member).sizes,
     )
 
 
@@ -223,7 +237,7 @@ def ask_from(study: Study, home: Path, question: str, space: Space) -> tuple[Ans
     terms, run = pinned_terms(study), run_in(home, study)
     (query,) = space.embed([question])
     started = time.perf_counter()
-    result = ask_process(run, query, 5 * seconds_for(terms))
+    result = ask_process(run, query, 5 * of_documents(terms).seconds)
     seconds = time.perf_counter() - started
     found = judge(result.fetched, query, space.embed, terms.fetched)
     return Answered(found, result.asked, plan_of(study).questions, seconds), run
@@ -236,7 +250,7 @@ def largest_call(member: Member) -> int:
         ConfigError: no frame may be so long; or as :func:`question_port`.
     """
     members = len(member.roster.names) + 1
-    largest = largest_letters(pinned_terms(member.study), members)
+    largest = matter_of(member).sizes.largest(members)
     if largest > MAX_FRAME:
         raise ConfigError(
             f"{members} members with shelves of this size may send each other "

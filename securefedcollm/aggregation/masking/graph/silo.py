@@ -1,6 +1,6 @@
 """A silo's side of one attempt at one round of masking on a random graph.
 
-Bell et al., CCS 2020, against an active server; ``docs/protocol.md`` has the argument and ADR 24
+Bell et al., CCS 2020, against an active server; ``docs/protocol.md`` has the argument and ADR 25
 the choices. The adversary is that of :mod:`~.masking.silo`: the server and up to c silos, fixed
 before the attempt. Below, i is this silo, out(i) the silos that it drew, in(i) those that drew it.
 
