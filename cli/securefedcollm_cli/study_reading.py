@@ -113,6 +113,7 @@ def spending(study: Any, release: Any) -> tuple[dict[str, float], str]:
     hoped = "without the ledger's reserve of δ"
     if privacy.noise == "distributed":
         hoped = f"if all {silos} silos are in every sum and nobody chose by what was released"
+        hoped += "; no ledger can tell on a graph" if study.graph else ""
     said = f"ε = {up(found.charged)} at worst, which is charged; {up(found.hoped)} {hoped}"
     return found._asdict(), said
 

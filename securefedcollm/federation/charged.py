@@ -317,7 +317,8 @@ class ChargedTraining:
         Adversary: a server that opens a sum of few survivors, with as few noise shares, after it
         had this silo agree to many. A round is settled with the survivors that this silo opened if
         its update went into one attempt only, and into no later one: it has entered ``round_``.
-        Otherwise the worst case stays charged.
+        Otherwise, and on a graph always, it is charged for the fewest shares of any sum
+        (:meth:`.Study.noise_shares`).
         """
         for entry in self._ledger.entries():
             if entry.key.run != scope.hex() or entry.key.round >= round_:

@@ -297,16 +297,22 @@ class SumMemory:
             self._store.record(b"again:" + self._key, number)
 
     def opened(self, attempt: int, survivors: int) -> None:
-        """Note that shares are about to leave that open a sum of ``survivors`` silos."""
+        """Note that shares are about to leave that open a sum.
+
+        Args:
+            survivors: silos whose noise counts in it (:meth:`.Study.noise_shares`).
+        """
         self._store.record(
             b"opened:" + self._key, attempt.to_bytes(4, "big") + survivors.to_bytes(2, "big")
         )
 
     def survivors(self) -> int | None:
-        """How many silos are in the sum, if it can only be the one that this silo opened.
+        """How many silos' noise counts in the sum, if it can only be the one that this silo opened.
 
         None if the update left in a second attempt too, or this silo never saw it opened. A
-        threshold of silos agrees to one survivor set per attempt, so one attempt is one sum.
+        threshold of silos agrees to one survivor set per attempt, so one attempt is one sum. On a
+        graph a silo does not see that a threshold has agreed, and :meth:`opened` was told of the
+        fewest.
         """
         opened = self._store.recorded(b"opened:" + self._key)
         if opened is None or self._store.recorded(b"again:" + self._key) is not None:

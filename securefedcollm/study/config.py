@@ -270,12 +270,15 @@ class Study(Section, frozen=True, dict=True):
         return bounds(self.silos.count, self.silos.colluders, self.quorum, self.graph)
 
     def noise_shares(self, survivors: int | None = None) -> int:
-        """Shares of noise that a sum of ``survivors`` has; the fewest that any has, if None.
+        """Shares of noise that a silo counts in a sum of ``survivors``; the fewest of any, if None.
 
-        On a graph a lying server may leave a few survivors out of the sum (:attr:`graph_bounds`).
+        On a graph always the fewest. Adversary: a server that tells one silo of more survivors than
+        a threshold agreed to, and leaves a few out of the sum besides (:attr:`graph_bounds`). A
+        silo sees too few signatures to rule the first out by itself.
         """
-        counted = self.quorum if survivors is None else survivors
-        return counted - (self.graph_bounds.hidden if self.graph_bounds else 0)
+        if self.graph_bounds:
+            return self.quorum - self.graph_bounds.hidden
+        return self.quorum if survivors is None else survivors
 
     def top_layers(self, model: Model) -> int | None:
         """How many last layers of one of the study's models get an adapter; None: all."""
