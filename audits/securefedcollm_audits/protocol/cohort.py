@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from securefedcollm.aggregation import inmemory
-from securefedcollm.aggregation.header import RingParameters, Roster, RoundHeader
+from securefedcollm.aggregation.header import SUITE, RingParameters, Roster, RoundHeader
 from securefedcollm.aggregation.inmemory import Hook as Hook
 from securefedcollm.aggregation.inmemory import MemoryJournal as MemoryJournal
 from securefedcollm.aggregation.inmemory import unaltered
@@ -101,11 +101,12 @@ class Cohort:
                 bound=self.bound,
                 field_bits=self.field_bits or least,
                 silos=n,
-                min_silos=c + 2,
+                min_silos=self._minimum(),
                 threshold=threshold,
                 colluders=c,
             ),
             roster_root=self.roster.root,
+            suite=self._suite(),
         )
         noise = Keystream(sha256(self.label.encode() + b" vectors"))
         self.vectors = {
@@ -113,6 +114,12 @@ class Cohort:
             - self.bound
             for name in names
         }
+
+    def _minimum(self) -> int:
+        return self.colluders + 2
+
+    def _suite(self) -> str:
+        return SUITE
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ from securefedcollm.aggregation.masking.upload import HEAD_BYTES, split
 from securefedcollm.aggregation.messages import Ask, Message, decode
 from securefedcollm.errors import RemoteProtocolError
 from securefedcollm.primitives import RandomSource, sha256
-from securefedcollm_audits.protocol.cohort import Cohort, altered
+from securefedcollm_audits.protocol.cohort import Cohort
 from securefedcollm_audits.protocol.graph_spy import GraphSpy
 
 M = TypeVar("M", bound=Message)
@@ -52,11 +52,15 @@ class GraphCohort(Cohort):
     shares: int = 5
     minimum: int = 9
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.graph = choice.Graph(self.neighbours, self.shares)
-        parameters = altered(self.header.parameters, min_silos=self.minimum)
-        self.header = altered(self.header, parameters=parameters, suite=self.graph.suite)
+    @property
+    def graph(self) -> choice.Graph:
+        return choice.Graph(self.neighbours, self.shares)
+
+    def _minimum(self) -> int:
+        return self.minimum
+
+    def _suite(self) -> str:
+        return self.graph.suite
 
     def member(
         self,

@@ -1,4 +1,4 @@
-"""Bounds on what can go wrong with a random graph in one attempt; no assumption beyond its draws.
+"""Bounds on what can go wrong with a random graph; no assumption beyond its draws.
 
 n silos, of which c, fixed before the attempt, work with the server; a roll and a sum have at least
 Q of them. Every silo draws k others of the roll uniformly. Worst cases are taken over every roll
@@ -21,17 +21,23 @@ from scipy.special import gammaln
 from securefedcollm.aggregation.masking.graph.choice import SECURITY_BITS, Graph
 from securefedcollm.errors import ConfigError
 
+RUN_BITS: Final = 40
+"""A bound on the chance of a server that tries again and again is 2^-40 in a whole run."""
+
 AVAILABILITY_BITS: Final = 30
 """η: with losses that do not depend on the graph an attempt fails with a chance below 2^-η."""
 
 Floats = npt.NDArray[np.float64]
 NEVER: Final = -math.inf
+_NEGLIGIBLE: Final = 250.0  # natural logarithm: 10,000 terms of e^-250 are below 2^-347
 
 
 class Bounds(msgspec.Struct, frozen=True):
     """log2 of upper bounds on probabilities, in one attempt; -inf where it cannot happen.
 
     Args:
+        lists: g neighbours of some silo are fooled about the survivors. The number of signatures
+            that a silo asks for follows from this bound (:func:`~.choice.samples`).
         corrupt: some silo drew 2t − k or more colluders: they and half of the others have both its
             secrets.
         dropped: some silo has fewer than t neighbours left when n − Q silos, whichever they are,
@@ -47,9 +53,34 @@ class Bounds(msgspec.Struct, frozen=True):
     dropped: float
     cut: float
     hidden: int
+    lists: float = -SECURITY_BITS
+
+    def whole_run(self, attempts: int, sums: int) -> float:
+        """log2 of the chance that a server succeeds once in a run: a union bound, 0 at most.
+
+        Adversary: a server that sees what silos drew, lets the attempt fail, and tries again.
+
+        Args:
+            attempts: as many as a silo takes part in, at one sum.
+            sums: of the run: rounds, steps and validations.
+        """
+        chances = [self.corrupt, self.lists, self.cut]
+        once = math.log2(sum(2.0**chance for chance in chances))
+        return min(0.0, once + math.log2(attempts) + math.log2(sums))
+
+    def check_run(self, attempts: int, sums: int) -> None:
+        """Raises: ConfigError where :meth:`whole_run` is above 2^-40."""
+        found = self.whole_run(attempts, sums)
+        if found > -RUN_BITS:
+            raise ConfigError(
+                f"in {attempts} attempts at each of {sums} sums a server succeeds with a chance of "
+                f"2^{found:.1f}, and may with 2^-{RUN_BITS}",
+                where="aggregation.graph",
+                hint="fewer rounds, or fewer steps in a round",
+            )
 
     def check(self) -> None:
-        """Raises: ConfigError where a bound is above what is asked of it."""
+        """Raises: ConfigError where the bound of one attempt is above what is asked of it."""
         for name, what, bits in (
             ("corrupt", "a silo draws too many colluders", SECURITY_BITS),
             ("cut", "the server can cut the survivors in two", SECURITY_BITS),
@@ -78,18 +109,33 @@ def _log2(numerator: int, denominator: int) -> float:
     return math.log2(numerator) - math.log2(denominator) if numerator else NEVER
 
 
+@lru_cache(maxsize=64)
 def bounds(silos: int, colluders: int, quorum: int, graph: Graph) -> Bounds:
-    """The three bounds, for ``silos`` n, ``colluders`` c and ``quorum`` Q > k."""
+    """The bounds of one attempt, for ``silos`` n, ``colluders`` c and ``quorum`` Q > k."""
     n, c, k, t = silos, colluders, graph.neighbours, graph.shares
-    # Corrupt: worst on the smallest roll, since the server may keep honest silos off it.
-    corrupt = _log2(*_at_least(quorum - 1, min(c, quorum - 1), k, 2 * t - k))
-    dropped = _log2(*_at_least(n - 1, n - quorum, k, k - t + 1))
-    chance, hidden = NEVER, 0
-    for hidden in range(min(max(graph.kept, n // 100), (quorum - c - 1) // 2) + 1):
-        chance = cut(n, c, quorum, graph, hidden)
-        if chance <= -SECURITY_BITS:
-            break
-    return Bounds(math.log2(n) + corrupt, math.log2(n) + dropped, chance, hidden)
+    dropped = math.log2(n) + _log2(*_at_least(n - 1, n - quorum, k, k - t + 1))
+    # The bound holds for whatever β it was computed; the least is looked for by bisection.
+    low, hidden = -1, _most_hidden(n, c, quorum, graph)
+    chance = cut(n, c, quorum, graph, hidden)
+    while chance <= -SECURITY_BITS and hidden - low > 1:
+        middle = (low + hidden) // 2
+        found = cut(n, c, quorum, graph, middle)
+        if found <= -SECURITY_BITS:
+            hidden, chance = middle, found
+        else:
+            low = middle
+    return Bounds(_corrupt(n, c, quorum, graph), dropped, chance, hidden)
+
+
+def _corrupt(silos: int, colluders: int, quorum: int, graph: Graph) -> float:
+    """Worst on the smallest roll, since the server may keep honest silos off it."""
+    k, marked = graph.neighbours, min(colluders, quorum - 1)
+    return math.log2(silos) + _log2(*_at_least(quorum - 1, marked, k, 2 * graph.shares - k))
+
+
+def _most_hidden(silos: int, colluders: int, quorum: int, graph: Graph) -> int:
+    """The greatest β that is tried: a hundredth of the silos, and 2β < Q − c."""
+    return min(max(graph.kept, silos // 100), (quorum - colluders - 1) // 2)
 
 
 def cut(silos: int, colluders: int, quorum: int, graph: Graph, hidden: int) -> float:
@@ -106,8 +152,12 @@ def cut(silos: int, colluders: int, quorum: int, graph: Graph, hidden: int) -> f
     if not len(part):
         return NEVER
     others = np.maximum(hidden + 1.0, quorum - c - part)
-    chance = np.minimum(_avoids(n - 1, others, k), _inside(n, quorum, part, others, graph))
-    terms = _log_comb(most, part) + _log_comb(most - part, others) + part * chance
+    ways = _log_comb(most, part) + _log_comb(most - part, others)
+    terms = ways + part * _avoids(n - 1, others, k)
+    # What avoiding the b alone makes negligible needs no better bound.
+    near = terms > -_NEGLIGIBLE
+    chance = _inside(n, quorum, part[near], others[near], graph)
+    terms[near] = np.minimum(terms[near], ways[near] + part[near] * chance)
     greatest = float(terms.max())
     if greatest == NEVER:
         return NEVER
@@ -178,15 +228,34 @@ def derive(silos: int, colluders: int, quorum: int, neighbours: int | None = Non
                 hint=f"between 3 and {quorum - 1}",
             )
         return Graph(neighbours, shares_for(silos, colluders, quorum, neighbours))
-    for k in range(8, quorum):
-        graph = Graph(k, shares_for(silos, colluders, quorum, k))
-        ways, whole = _at_least(silos - 1, silos - quorum, k, graph.honest)
-        if silos * ways << AVAILABILITY_BITS <= whole:
-            found = bounds(silos, colluders, quorum, graph)
-            if found.cut <= -SECURITY_BITS and found.corrupt <= -SECURITY_BITS:
-                return graph
+    # Doubled until it is enough, then by bisection; and a few fewer are tried, since t is a whole
+    # number and one neighbour more may keep less.
+    low, high = 7, min(16, quorum - 1)
+    while (found := _keeping(silos, colluders, quorum, high)) is None and high < quorum - 1:
+        low, high = high, min(2 * high, quorum - 1)
+    while found and high - low > 1:
+        middle = (low + high) // 2
+        graph = _keeping(silos, colluders, quorum, middle)
+        low, high, found = (low, middle, graph) if graph else (middle, high, found)
+    for k in range(max(8, high - 6), high):
+        if graph := _keeping(silos, colluders, quorum, k):
+            return graph
+    if found:
+        return found
     raise ConfigError(
         f"no graph of {silos} silos stands {colluders} colluders and {silos - quorum} losses",
         where="aggregation.graph",
         hint="a higher silos.minimum or fewer silos.colluders",
     )
+
+
+def _keeping(silos: int, colluders: int, quorum: int, neighbours: int) -> Graph | None:
+    """The graph of so many neighbours, if it keeps all bounds."""
+    graph = Graph(neighbours, shares_for(silos, colluders, quorum, neighbours))
+    most = _most_hidden(silos, colluders, quorum, graph)
+    ways, whole = _at_least(silos - 1, silos - quorum, neighbours, graph.honest)
+    if silos * ways << AVAILABILITY_BITS > whole:
+        return None
+    if _corrupt(silos, colluders, quorum, graph) > -SECURITY_BITS:
+        return None
+    return graph if cut(silos, colluders, quorum, graph, most) <= -SECURITY_BITS else None

@@ -23,8 +23,9 @@ from securefedcollm.aggregation.messages import index_bytes
 from securefedcollm.errors import ConfigError, LocalProtocolError
 from securefedcollm.primitives import Keystream, hkdf, sha256
 
-SECURITY_BITS: Final = 40
-"""σ: a bound on the server's chance in one attempt is 2^-σ."""
+SECURITY_BITS: Final = 60
+"""σ: a bound on the server's chance in one attempt is 2^-σ. A server may let attempts fail and try
+again: after 2^20 of them its chance is still below 2^-40 or so."""
 
 _PREFIX: Final = b"securefedcollm/v2/"
 Flags = npt.NDArray[np.bool_]
@@ -192,7 +193,7 @@ def samples(parameters: RingParameters, graph: Graph, signers: int) -> int:
     A silo is *fooled* if all that it draws are valid although fewer than T (the header's threshold)
     are: with probability ε ≤ C(T − 1, s) / C(signers, s), each for itself. To open a secret
     otherwise than T silos agreed, the server must fool k − t + 1 of its k holders. s is the least
-    number with which it fools half of these, g, with a chance of n · C(k, g) · ε^g ≤ 2^-40 at most.
+    number with which it fools half of these, g, with a chance of n · C(k, g) · ε^g ≤ 2^-60 at most.
     With s = T nobody is fooled.
 
     Args:
