@@ -58,14 +58,18 @@ def derived(study: Any, values: int | None = None) -> dict[str, Any]:
 
 
 def _graph(study: Any) -> str:
-    """Who masks with whom, and what a server could hope for in one attempt."""
-    graph, found = study.graph, study.graph_bounds
+    """Who masks with whom, and what a server could hope for in one attempt and in the run."""
+    graph, found, attempts = study.graph, study.graph_bounds, study.graph_attempts
     least = study.noise_shares() - study.silos.colluders
     return (
         f"each silo draws {graph.neighbours} neighbours, {graph.shares} of which rebuild its "
-        f"secrets. Chances in one attempt: a silo draws too many colluders {_chance(found.corrupt)}"
-        f", the server cuts the survivors in two {_chance(found.cut)}, a silo loses too many "
-        f"neighbours {_chance(found.dropped)}. A sum has at least {least} honest silos"
+        f"secrets. Chances in one attempt, at most: a silo draws too many colluders "
+        f"{_chance(found.corrupt)}, too many of its neighbours are fooled about the survivors "
+        f"{_chance(found.lists)}, the server cuts the survivors in two {_chance(found.cut)}. One "
+        f"of these in the whole run, of {study.sums} sums with up to {attempts} attempts: "
+        f"{_chance(found.whole_run(attempts, study.sums))}. By honest losses alone a silo loses "
+        f"too many neighbours, and an attempt fails: {_chance(found.dropped)}. A sum has at least "
+        f"{least} honest silos"
     )
 
 
@@ -77,12 +81,20 @@ def _graph_facts(study: Any) -> dict[str, Any] | None:
     """The graph's sizes, and log2 of the bounds; None where it cannot happen."""
     if study.graph is None:
         return None
-    found = study.graph_bounds
-    bounds = {"corrupt": found.corrupt, "dropped": found.dropped, "cut": found.cut}
+    found, attempts = study.graph_bounds, study.graph_attempts
+    bounds = {
+        "corrupt": found.corrupt,
+        "lists": found.lists,
+        "cut": found.cut,
+        "dropped": found.dropped,
+        "whole_run": found.whole_run(attempts, study.sums),
+    }
     return {
         "neighbours": study.graph.neighbours,
         "shares": study.graph.shares,
         "hidden": found.hidden,
+        "attempts": attempts,
+        "sums": study.sums,
         **{name: None if bits == -math.inf else bits for name, bits in bounds.items()},
     }
 

@@ -29,6 +29,11 @@ MAX_SILOS: Final = 128
 MAX_COHORT: Final = 10_000
 """Silos on a sparse graph."""
 
+MOST_ATTEMPTS: Final = 64
+"""At one sum that a silo takes part in, restarts included. Each writes into journal and evidence
+log, and on a graph draws new neighbours. An honest server takes a few, and under a threshold key
+one more for every silo that is lost."""
+
 MAX_VALUES: Final = 2**32
 MAX_SUM: Final = 2**62
 """Bound that no sum may reach, so that sums and their offsets are exact in int64."""

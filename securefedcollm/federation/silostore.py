@@ -12,20 +12,17 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from securefedcollm.aggregation.header import MOST_ATTEMPTS
 from securefedcollm.errors import RemoteProtocolError, StateError
 from securefedcollm.federation.files import make_directory, write_durably
 from securefedcollm.federation.plan import run_key, run_scope, sum_name
 from securefedcollm.privacy.journal import durable_database
 from securefedcollm.privacy.quantise import Integers
 from securefedcollm.study import Study
-
-MOST_ATTEMPTS: Final = 64
-"""Per sum, restarts included. Each writes into journal and evidence log. An honest server takes
-a few, and under a threshold key one more for every silo that is lost."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS journal (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;

@@ -115,6 +115,7 @@ def _check_graph(study: Study) -> None:
     found = study.graph_bounds
     assert found is not None
     found.check()
+    found.check_run(study.graph_attempts, study.sums)
     # Adversary: a server that leaves honest survivors out of the sum, besides its colluders.
     if study.noise_shares() - study.silos.colluders < 2:
         raise ConfigError(

@@ -15,6 +15,7 @@ import pytest
 
 from securefedcollm.aggregation import Roster
 from securefedcollm.aggregation.ckks.parameters import MOST_OPENINGS
+from securefedcollm.aggregation.header import MOST_ATTEMPTS
 from securefedcollm.aggregation.messages import Ask
 from securefedcollm.errors import ConfigError, ProtocolError
 from securefedcollm.federation.authority import KEY_LIFETIME, AuthoritySession
@@ -32,7 +33,7 @@ from securefedcollm.federation.messages import (
     encode,
 )
 from securefedcollm.federation.plan import AUTHORITY, authority_of
-from securefedcollm.federation.silostore import MOST_ATTEMPTS, SiloStore
+from securefedcollm.federation.silostore import SiloStore
 from tests.support import joint
 from tests.support.arithmetic import (
     AUTHORITY_KEY,

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from securefedcollm.aggregation.header import MOST_ATTEMPTS
 from securefedcollm.aggregation.masking.upload import HEAD_BYTES, MAGIC
 from securefedcollm.errors import ConfigError, ProtocolError, RemoteProtocolError, StateError
 from securefedcollm.federation import summing
@@ -29,7 +30,6 @@ from securefedcollm.federation.messages import (
 )
 from securefedcollm.federation.plan import quantiser
 from securefedcollm.federation.runstore import RunStore
-from securefedcollm.federation.silostore import MOST_ATTEMPTS
 from securefedcollm.federation.workload import silent
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import digest
