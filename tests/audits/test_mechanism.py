@@ -11,6 +11,7 @@ import math
 import msgspec
 import numpy as np
 import pytest
+from securefedcollm_audits.privacy.canaries import seats_of, silo_path
 from securefedcollm_audits.privacy.mechanism import audit, collect, interval, path_of
 from securefedcollm_audits.privacy.probe import local_path
 
@@ -21,6 +22,7 @@ from securefedcollm.privacy.accounting import claim
 from securefedcollm.privacy.events import PoissonGaussian
 from securefedcollm.privacy.noise import GridSum, NoiseSource, grid_step
 from securefedcollm.privacy.quantise import Quantised, Quantiser
+from securefedcollm.privacy.silo_unit import Setting
 from tests.support.arithmetic import make_study
 from tests.support.noises import Recorded
 
@@ -46,6 +48,12 @@ SILO = make_study(
         "clip_norm": 0.5,
     },
     aggregation={"value_bits": 20, "clip_norm": 0.5},
+)
+GRAPH = make_study(
+    rounds=1,
+    silos={"count": 12, "minimum": 11, "colluders": 1},
+    privacy=SILO.tree["privacy"],
+    aggregation={"value_bits": 20, "clip_norm": 0.5, "graph": {"neighbours": 8}},
 )
 CASES = {
     "local": (LOCAL, {"records": 2000, "trials": 40_000}),
@@ -103,6 +111,24 @@ def test_noise_is_measured_against_the_sensitivity_that_is_charged():
     scores = collect(path, 48_000, Recorded("narrow"), silent)
     noise, charged = interval(scores.absent), path.event.noise_multiplier
     assert noise.low < charged < noise.high < 1.019 * charged
+
+
+def test_on_a_graph_the_adversary_meets_the_fewest_shares_that_a_sum_may_have():
+    """A lying server may leave 3 of the 11 survivors out, and one colludes: 7 shares are left."""
+    release = path_of(GRAPH)
+    assert (GRAPH.quorum, GRAPH.graph_bounds.hidden, release.event.shares) == (11, 3, 8)
+    scores = release.play(Recorded("graph"))
+    assert len(scores.present) == 7
+    noise, charged = interval(scores.absent), release.event.noise_multiplier
+    assert noise.low < charged < noise.high
+    # Control: with the shares of all honest survivors there is more noise than is charged, and a
+    # build that adds too little could pass.
+    values = len(scores.present) + len(scores.absent)
+    unit = silo_unit(GRAPH, lambda round_: values, 0)
+    setting = Setting(values, GRAPH.field.bound, GRAPH.quorum, 1)
+    every = silo_path(setting, unit, seats_of(GRAPH)).play(Recorded("graph"))
+    assert len(every.present) == 10
+    assert interval(every.absent).low > charged
 
 
 def test_the_interval_of_the_noise_is_right():

@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 import pytest
 from scipy.stats import binom, norm
-from securefedcollm_audits.privacy.canaries import joint_path, silo_path
+from securefedcollm_audits.privacy.canaries import joint_path, seats_of, silo_path
 from securefedcollm_audits.privacy.mechanism import audit as audit_mechanism
 from securefedcollm_audits.privacy.mechanism import path_of
 from securefedcollm_audits.privacy.whole_run import audit, likelihood
@@ -99,9 +99,9 @@ def test_masks_change_no_integer():
     has the same sum."""
     values = 40
     step, setting = joint_step(JOINT, values), joint_setting(JOINT, values)
-    given = (setting, step, JOINT.silos.count, JOINT.privacy.clip_norm, 10)
+    given = (setting, step, seats_of(JOINT), JOINT.privacy.clip_norm, 10)
     unit = silo_unit(SILO, lambda round_: values, 0)
-    whole = (Setting(values, SILO.field.bound, SILO.quorum, 1), unit, SILO.silos.count)
+    whole = (Setting(values, SILO.field.bound, SILO.quorum, 1), unit, seats_of(SILO))
     for make, words in ((joint_path, given), (silo_path, whole)):
         with_, without = (
             make(*words, masked=masked).play(Recorded("masks")) for masked in (True, False)

@@ -2,7 +2,8 @@
 
 Adversary: the server and c silos. They see the opened sum, subtract the colluders' part, and ask
 about one unit: did it contribute, or a zero vector? The round is the worst one that the accountant
-charges for: only the fewest silos are left with which a sum opens.
+charges for: only the fewest silos are left with which a sum opens. On a random graph a lying server
+may leave β of those out of the sum; here the adversary is given what they contributed instead.
 
 A *canary* is a vector far longer than C, all of it in one coordinate of its own, so that after the
 clip it is C there and zero elsewhere. Why one round gives many independent trials: a canary's
@@ -20,14 +21,16 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.aggregation.masking.coordinator import CoordinatorRound
-from securefedcollm.aggregation.steps import Step
+from securefedcollm.aggregation import SchemeName, SiloSide, Step, coordinator_side
+from securefedcollm.aggregation.masking.graph.choice import Graph
 from securefedcollm.privacy.events import Event
 from securefedcollm.privacy.joint import JointSetting, JointStep
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.privacy.silo_unit import Setting, SiloUnit
+from securefedcollm.study import Study
 from securefedcollm_audits.privacy.lower_bounds import Scores
 from securefedcollm_audits.protocol.cohort import Cohort, Vector, play
+from securefedcollm_audits.protocol.graph_cohort import GraphCohort
 
 LENGTH = 1e3
 """Length of a canary in clip norms: it exposes a build that does not clip."""
@@ -50,6 +53,32 @@ class CanaryScores(NamedTuple):
     """Coordinates without; expected value 0."""
 
 
+class Seats(NamedTuple):
+    """Who is in a played sum."""
+
+    silos: int
+    """n."""
+    survivors: int
+    """Q, the fewest that a sum opens with. Their number less those whose noise counts is β."""
+    colluders: int
+    graph: Graph | None = None
+    """Of the masks; None if they are between all silos."""
+
+    def cohort(self, values: int, bound: int) -> Cohort:
+        """Silos with identities, for vectors int64 [values] within ±``bound``."""
+        sizes = {"silos": self.silos, "colluders": self.colluders, "values": values, "bound": bound}
+        if self.graph is None:
+            return Cohort(**sizes, threshold=self.survivors)
+        k, t = self.graph.neighbours, self.graph.shares
+        return GraphCohort(**sizes, neighbours=k, shares=t, minimum=self.survivors)
+
+
+def seats_of(study: Study) -> Seats:
+    """The fewest silos that the study's sums open with."""
+    silos = study.silos
+    return Seats(silos.count, study.quorum, silos.colluders, study.graph)
+
+
 class Path(NamedTuple):
     """A mechanism to be attacked, from a unit's vector to the release."""
 
@@ -66,22 +95,22 @@ def fresh(name: str) -> NoiseSource:
     return NoiseSource()
 
 
-def silo_path(setting: Setting, unit: SiloUnit, silos: int, *, masked: bool = True) -> Path:
+def silo_path(setting: Setting, unit: SiloUnit, seats: Seats, *, masked: bool = True) -> Path:
     """One round of the ``silo`` unit: every honest survivor's update is a canary.
 
     Args:
-        silos: n; all but ``setting.least_survivors`` are lost at the upload.
+        seats: all but its survivors are lost at the upload.
         masked: as in :func:`_opened`.
     """
     honest = setting.least_survivors - setting.colluders
 
     def once(noise: NoiseOf) -> CanaryScores:
         vectors: dict[str, Vector] = {}
-        for index, name in enumerate(_players(setting, silos, masked)):
+        for index, name in enumerate(_players(seats, honest, masked)):
             canary = np.zeros(setting.values, dtype=np.float32)
             canary[index] = LENGTH * unit.clip_norm
             vectors[name] = unit.protect(canary, noise(name))
-        total = _opened(setting, unit.values, silos, vectors, masked)
+        total = _opened(setting.field_bound, unit.values, seats, vectors, honest, masked)
         seen = unit.decode(total, 1).mean.astype(np.float64) / one
         return CanaryScores(seen[:honest], seen[honest:])
 
@@ -93,7 +122,7 @@ def silo_path(setting: Setting, unit: SiloUnit, silos: int, *, masked: bool = Tr
 def joint_path(
     setting: JointSetting,
     step: JointStep,
-    silos: int,
+    seats: Seats,
     clip_norm: float,
     units: int,
     *,
@@ -106,11 +135,11 @@ def joint_path(
 
     def once(noise: NoiseOf) -> CanaryScores:
         vectors: dict[str, Vector] = {}
-        for index, name in enumerate(_players(setting, silos, masked)):
+        for index, name in enumerate(_players(seats, honest, masked)):
             taken = noise(name).poisson_batch(units, setting.sampling_rate) + index * units
             gradients = _one_hot(taken, LENGTH * clip_norm, setting.values)
             vectors[name] = step.protect(gradients, noise(name))
-        total = _opened(setting, step.values, silos, vectors, masked)
+        total = _opened(setting.field_bound, step.values, seats, vectors, honest, masked)
         seen = step.decode(total).astype(np.float64) / one
         return CanaryScores(seen[:present], seen[present:])
 
@@ -129,45 +158,42 @@ def _one_hot(
         yield row
 
 
-def _players(setting: Setting | JointSetting, silos: int, masked: bool) -> tuple[str, ...]:
-    """The fewest silos with which a sum opens, the colluders last; without them if not masked."""
-    last = silos if masked else silos - setting.colluders
-    first = silos - setting.least_survivors
+def _players(seats: Seats, honest: int, masked: bool) -> tuple[str, ...]:
+    """The fewest silos with which a sum opens, those whose noise counts first; only they if not
+    masked."""
+    first = seats.silos - seats.survivors
+    last = seats.silos if masked else first + honest
     return tuple(f"silo-{number + 1:03d}" for number in range(first, last))
 
 
 def _opened(
-    setting: Setting | JointSetting,
+    bound: int,
     values: int,
-    silos: int,
+    seats: Seats,
     vectors: dict[str, Vector],
+    honest: int,
     masked: bool,
 ) -> Vector:
     """The sum of the honest survivors' vectors as the adversary knows it, int64 [values].
 
     Args:
-        vectors: by the names of :func:`_players`.
+        bound: of the field.
+        vectors: by the names of :func:`_players`, of which ``honest`` are unknown to the adversary.
         masked: play the protocol's round. Else the integers are added up. That is the same: masks
             cancel exactly in the ring, in which no sum of vectors within the bound wraps (a test
-            compares the two), and the colluders' part is subtracted anyway.
+            compares the two), and the others' part is subtracted anyway.
     """
     if not masked:
         for vector in vectors.values():
-            if int(np.abs(vector).max()) > setting.field_bound:
+            if int(np.abs(vector).max()) > bound:
                 raise RuntimeError("a vector does not fit into the field")
         plain: Vector = np.sum(list(vectors.values()), axis=0, dtype=np.int64)
         return plain
-    cohort = Cohort(
-        silos=silos,
-        colluders=setting.colluders,
-        values=values,
-        bound=setting.field_bound,
-        threshold=setting.least_survivors,
-    )
+    cohort = seats.cohort(values, bound)
     cohort.vectors |= vectors
     survivors = tuple(vectors)
     total = masked_sum(cohort, survivors)
-    return total - cohort.plain_sum(survivors[len(survivors) - setting.colluders :])
+    return total - cohort.plain_sum(survivors[honest:])
 
 
 def masked_sum(
@@ -187,9 +213,16 @@ def masked_sum(
         seen(step, name, frame)
         return frame
 
+    scheme: SchemeName = "masking"
+    sides: dict[str, SiloSide]
+    if isinstance(cohort, GraphCohort):
+        scheme = "masking-graph"
+        sides = {name: cohort.member(name, random=os.urandom) for name in cohort.names}
+    else:
+        sides = {name: cohort.silo(name, random=os.urandom) for name in cohort.names}
     result = play(
-        {name: cohort.silo(name, random=os.urandom) for name in cohort.names},
-        CoordinatorRound(header=cohort.header, roster=cohort.roster),
+        sides,
+        coordinator_side(scheme, header=cohort.header, roster=cohort.roster),
         reply=reply,
     )
     if result.survivors != survivors:

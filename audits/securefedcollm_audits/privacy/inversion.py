@@ -44,9 +44,9 @@ from securefedcollm.tuning.per_record import watched
 from securefedcollm.tuning.plans import LossPlan, Protection, TrainPlan
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.questions import EncodedQuestions
-from securefedcollm_audits.privacy.canaries import masked_sum
+from securefedcollm_audits.privacy.canaries import masked_sum, seats_of
 from securefedcollm_audits.privacy.finding import Finding
-from securefedcollm_audits.protocol.cohort import Cohort, Vector
+from securefedcollm_audits.protocol.cohort import Vector
 
 BATCHES: Final = 20
 RECORDS: Final = 2
@@ -213,14 +213,8 @@ class _Attack:
 
     def _sum(self, vectors: dict[str, Vector], bound: int) -> tuple[Floats, Floats]:
         """(the first silo's upload, the opened sum) of a real round, as numbers [d]."""
-        study, seen = self._study, {}
-        cohort = Cohort(
-            silos=study.silos.count,
-            colluders=study.silos.colluders,
-            values=self._layout.size,
-            bound=bound,
-            threshold=study.threshold,
-        )
+        seen: dict[str, bytes] = {}
+        cohort = seats_of(self._study).cohort(self._layout.size, bound)
         cohort.vectors = dict(zip(cohort.names, vectors.values(), strict=True))
 
         def watch(step: Step, name: str, frame: bytes) -> None:

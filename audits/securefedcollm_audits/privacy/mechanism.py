@@ -28,6 +28,7 @@ from securefedcollm_audits.privacy.canaries import (
     Path,
     fresh,
     joint_path,
+    seats_of,
     silo_path,
 )
 from securefedcollm_audits.privacy.finding import Finding, above_claim
@@ -125,17 +126,18 @@ def path_of(study: Study, records: int | None = None, *, whole: bool = False) ->
     if privacy.unit == "silo":
         unit = silo_unit(study, lambda round_: _COORDINATES, 0)
         assert unit is not None
-        setting = Setting(_COORDINATES, study.field.bound, study.quorum, study.silos.colluders)
-        return silo_path(setting, unit, study.silos.count, masked=not whole)
+        shares, colluders = study.noise_shares(), study.silos.colluders
+        setting = Setting(_COORDINATES, study.field.bound, shares, colluders)
+        return silo_path(setting, unit, seats_of(study), masked=not whole)
     if study.joint:
         # Where a whole run is read, false alarms are rare: four of five coordinates are for them.
         apart = 5 if whole else 2
         units = max(1, 2 * _UNITS // apart // study.silos.count)
-        values = apart * units * (study.quorum - study.silos.colluders)
+        values = apart * units * (study.noise_shares() - study.silos.colluders)
         step, shape = joint_step(study, values), joint_setting(study, values)
         assert step is not None
         assert shape is not None
-        given = (shape, step, study.silos.count, privacy.clip_norm, units)
+        given = (shape, step, seats_of(study), privacy.clip_norm, units)
         return joint_path(*given, masked=not whole)
     from securefedcollm_audits.privacy.probe import local_path
 

@@ -27,8 +27,15 @@ from securefedcollm.tuning import local
 from securefedcollm.tuning.adapters import AdapterLayout, load_vector
 from securefedcollm.tuning.plans import LossPlan, Protection, TrainPlan
 from securefedcollm.tuning.questions import EncodedQuestions
-from securefedcollm_audits.privacy.canaries import LENGTH, CanaryScores, NoiseOf, Path, masked_sum
-from securefedcollm_audits.protocol.cohort import Cohort, Vector
+from securefedcollm_audits.privacy.canaries import (
+    LENGTH,
+    CanaryScores,
+    NoiseOf,
+    Path,
+    masked_sum,
+    seats_of,
+)
+from securefedcollm_audits.protocol.cohort import Vector
 
 _NAME = "base_model.0.lora_B.weight"
 _VICTIM = "silo-001"
@@ -126,13 +133,7 @@ def local_path(
 
 def _through_a_round(study: Study, integers: Vector) -> Vector:
     """One silo's integers as a server that knows all others' has them from the opened sum."""
-    cohort = Cohort(
-        silos=study.silos.count,
-        colluders=study.silos.colluders,
-        values=len(integers),
-        bound=study.field.bound,
-        threshold=study.quorum,
-    )
+    cohort = seats_of(study).cohort(len(integers), study.field.bound)
     cohort.vectors[_VICTIM] = integers
     return masked_sum(cohort, cohort.names) - cohort.plain_sum(cohort.names[1:])
 
