@@ -299,7 +299,7 @@ def _print_plans(plans: list[Plan]) -> None:
     fed = plans[0].federation
     console.print(
         f"{fed.silos} silos of at least {fed.records:,} {fed.unit}s, {fed.values:,} values "
-        f"an update; a sum opens with {fed.least_survivors} survivors, {fed.colluders} may collude"
+        f"an update; a sum has the noise of {fed.least_survivors}, {fed.colluders} may collude"
     )
     for made in plans:
         table = Table(title=f"ε = {made.epsilon:g}, δ = {made.delta:g}", title_justify="left")

@@ -169,6 +169,12 @@ def _chain(study: Any) -> str:
 def _opens_with(study: Any) -> str:
     tolerated = f"({study.silos.count - study.quorum} dropout(s) tolerated per round)"
     if study.ring is None:
+        if study.graph:
+            shares = f"{study.graph.shares} of the {study.graph.neighbours} neighbours of each"
+            return (
+                f"{study.quorum} survivors, {study.threshold} of them agreeing and {shares} "
+                f"unmasking {tolerated}"
+            )
         return f"{study.minimum} survivors, {study.threshold} of them unmasking {tolerated}"
     if study.scheme == "ckks-authority":
         return f"{study.quorum} silos that uploaded, by the authority {tolerated}"

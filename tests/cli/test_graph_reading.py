@@ -20,3 +20,6 @@ def test_every_bound_is_said_of_an_attempt_and_of_the_run() -> None:
     assert "in two never" in sentence
     assert f"of 3 sums with up to 69 attempts: 2^{facts['whole_run']:.1f}" in sentence
     assert "at least 7 honest silos" in sentence
+    assert said["reading"]["a sum opens with"].startswith(
+        "11 survivors, 7 of them agreeing and 5 of the 8 neighbours of each unmasking"
+    )

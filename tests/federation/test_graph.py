@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from securefedcollm_audits.verification.case import fewest, needed
 from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.errors import ConfigError
@@ -84,6 +85,13 @@ def test_noise_is_planned_without_the_silos_that_a_server_may_leave_out() -> Non
     assert (study.noise_shares(), study.noise_shares(12)) == (11, 12)
     # By no list that a silo is shown: one silo's own check of it may be passed by chance.
     assert (graph.noise_shares(), graph.noise_shares(12)) == (8, 8)
+    said = "8 (11 on its list, of which a lying server may leave out 3)"
+    assert (fewest(study), fewest(graph)) == ("11", said)
+    assert needed(graph) == {
+        "fewest silos in a sum": said,
+        "threshold of agreements": 7,
+        "threshold of shares": "5 of the 8 neighbours of each",
+    }
 
 
 def test_a_run_of_more_attempts_than_the_bounds_allow_is_refused() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from securefedcollm.privacy.shown import up
-from securefedcollm_audits.verification.case import Case
+from securefedcollm_audits.verification.case import Case, fewest
 from securefedcollm_audits.verification.progress import progress
 
 _READING: Final = (
@@ -29,7 +29,7 @@ def claim(case: Case, spent: tuple[float, float] | None) -> str:
     if privacy is None:
         return (
             "This study claims no differential privacy: updates were hidden in sums of at least "
-            f"{study.quorum} silos, but the released adapters may reveal single records."
+            f"{fewest(study)} silos, but the released adapters may reveal single records."
         )
     what = {
         "record": "one record of a silo",

@@ -51,7 +51,7 @@ from securefedcollm_audits.report.rows import (
 )
 from securefedcollm_audits.report.utility import Utility, read_utility
 from securefedcollm_audits.report.words import meaning
-from securefedcollm_audits.verification.case import SERVER, Case, of
+from securefedcollm_audits.verification.case import SERVER, Case, needed, of
 from securefedcollm_audits.verification.charged import decode_events
 from securefedcollm_audits.verification.checks.budget import (
     Training,
@@ -442,8 +442,7 @@ def _parameters(case: Case) -> dict[str, Any]:
     study = case.study
     return {
         "silos": study.silos.count,
-        "fewest silos in a sum": study.quorum,
-        "threshold of shares and agreements": study.threshold,
+        **needed(study),
         "silos that may collude with the server": study.silos.colluders,
         "rounds": study.rounds,
         **_weights(study),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from securefedcollm.aggregation.header import Roster, RoundHeader
 from securefedcollm.evidence.bundle import Bundle
@@ -170,6 +170,23 @@ def of(log: list[Entry], kind: type[_What]) -> Iterator[tuple[Entry, _What]]:
     for entry in log:
         if isinstance(entry.what, kind):
             yield entry, entry.what
+
+
+def fewest(study: Study) -> str:
+    """How many silos are in a sum at least, in words."""
+    least, listed = study.noise_shares(), study.quorum
+    if least == listed:
+        return f"{least}"
+    return f"{least} ({listed} on its list, of which a lying server may leave out {listed - least})"
+
+
+def needed(study: Study) -> dict[str, Any]:
+    """How many silos a sum has, and how many open it, by what they do."""
+    found: dict[str, Any] = {"fewest silos in a sum": fewest(study)}
+    if study.graph is None:
+        return found | {"threshold of shares and agreements": study.threshold}
+    shares = f"{study.graph.shares} of the {study.graph.neighbours} neighbours of each"
+    return found | {"threshold of agreements": study.threshold, "threshold of shares": shares}
 
 
 def count(number: int, noun: str) -> str:

@@ -26,7 +26,7 @@ from securefedcollm.federation.keeping import BEST, best_of
 from securefedcollm.federation.messages import model_digest_of
 from securefedcollm.federation.plan import round_of, sum_name, validates
 from securefedcollm.primitives import verify
-from securefedcollm_audits.verification.case import Case, NotCovered, count, of
+from securefedcollm_audits.verification.case import Case, NotCovered, count, fewest, of
 from securefedcollm_audits.verification.verdict import Check, Faults
 
 
@@ -54,7 +54,7 @@ def headers(case: Case, wrong: Faults) -> str:
         raise NotCovered("no round has begun")
     study = case.study
     return (
-        f"{count(attempts, 'attempt')}: {study.silos.count} silos, {study.quorum} for a sum, "
+        f"{count(attempts, 'attempt')}: {study.silos.count} silos, {fewest(study)} for a sum, "
         f"threshold {study.threshold}, {study.silos.colluders} may collude"
     )
 
@@ -141,7 +141,7 @@ def quorum(case: Case, wrong: Faults) -> str:
             sums += 1
     if not sums:
         raise NotCovered("nothing was opened")
-    return f"{count(sums, 'opening')}: at least {study.quorum} silos in each sum"
+    return f"{count(sums, 'opening')}: at least {fewest(study)} silos in each sum"
 
 
 def agreements(case: Case, wrong: Faults) -> str:
