@@ -18,7 +18,9 @@ class Silos(Section, frozen=True):
         Annotated[int, Meta(ge=2)] | None,
         says(
             "Fewest survivors with which a round's sum may be opened. Default: "
-            "`aggregation.threshold`."
+            "`aggregation.threshold`, or with `aggregation.graph` nine tenths of the silos if that "
+            "is more. A server that lies can leave a few of them out of a sum on a graph, and "
+            "noise is planned without those: `study check` says how many are left."
         ),
     ] = None
     colluders: Annotated[
@@ -180,8 +182,7 @@ class Aggregation(Section, frozen=True):
         Graph | None,
         says(
             "Masks between neighbours in a random graph, for many silos. If left out, every silo "
-            "shares with every other. With it `silos.minimum` is nine tenths of the silos, unless "
-            "given. Masking only."
+            "shares with every other. Masking only."
         ),
     ] = None
     weights: Annotated[

@@ -16,6 +16,7 @@ from tests.support.arithmetic import NAMES, ROSTER, make_study
 from tests.support.bundles import Lost as Losing
 from tests.support.bundles import bundle_of
 from tests.support.client_level import study as silo_study
+from tests.support.forge import by_name, doctor
 from tests.support.runs import recorded_study
 
 ALL = {"silos": {"count": 4, "minimum": 4}}
@@ -49,6 +50,52 @@ def test_a_round_that_fails_after_its_survivors_are_signed_is_lost(spoilt) -> No
     assert rounds("server", "lost") == [0]
     assert rounds("server", "summed") == [1]
     assert rounds(NAMES[0], "agreed") == [0, 1]
+
+
+def lost_unopened(f):
+    """The server's log has no opening of round 1."""
+    f.remove("server", "opening")
+    assert f.what("server", "opening")["round"] == 1
+
+
+def lost_without_uploads(f):
+    lost_unopened(f)
+    for name in NAMES:
+        said = ("uploaded", "agreed", "unmasked")
+        f.logs[name] = [
+            entry
+            for entry in f.logs[name]
+            if entry["what"]["kind"] not in said or entry["what"]["round"]
+        ]
+
+
+def agreed_twice(f):
+    """The first silo agrees in the second attempt of round 1 too."""
+    log, first = f.logs[NAMES[0]], f.what(NAMES[0], "agreed")
+    again = f.find(NAMES[0], "uploaded", 1)
+    assert (again["what"]["round"], again["what"]["attempt"]) == (0, 1)
+    what = {**again["what"], "kind": "agreed"}
+    what |= {key: first[key] for key in ("survivors", "dropouts", "lists")}
+    log.insert(log.index(again) + 1, again | {"what": what})
+
+
+@pytest.mark.parametrize(
+    ("edit", "check", "fault"),
+    [
+        (lost_without_uploads, "lost", "too few silos had uploaded"),
+        (agreed_twice, "step-order", "agrees to a second list in one round"),
+    ],
+)
+def test_what_a_log_on_a_graph_cannot_say(spoilt, tmp_path, edit, check, fault) -> None:
+    verdict = verify(doctor(spoilt, tmp_path / "forged.zip", edit))
+    assert fault in str(by_name(verdict)[check].faults)
+
+
+def test_a_sum_may_be_lost_before_it_is_opened(spoilt, tmp_path) -> None:
+    """Control: silos that have uploaded may have agreed, so an honest server gives the sum up."""
+    verdict = verify(doctor(spoilt, tmp_path / "forged.zip", lost_unopened))
+    assert not by_name(verdict)["lost"].faults
+    assert not by_name(verdict)["step-order"].faults
 
 
 def test_old_studies_keep_their_digest() -> None:

@@ -66,11 +66,11 @@ class Seats(NamedTuple):
 
     def cohort(self, values: int, bound: int) -> Cohort:
         """Silos with identities, for vectors int64 [values] within ±``bound``."""
-        sizes = {"silos": self.silos, "colluders": self.colluders, "values": values, "bound": bound}
+        n, c = self.silos, self.colluders
         if self.graph is None:
-            return Cohort(**sizes, threshold=self.survivors)
+            return Cohort(n, c, values, bound, threshold=self.survivors)
         k, t = self.graph.neighbours, self.graph.shares
-        return GraphCohort(**sizes, neighbours=k, shares=t, minimum=self.survivors)
+        return GraphCohort(n, c, values, bound, neighbours=k, shares=t, minimum=self.survivors)
 
 
 def seats_of(study: Study) -> Seats:

@@ -88,11 +88,14 @@ def lost(case: Case, wrong: Faults) -> str:
     An honest one calls a sum lost when two attempts in a row have failed for which enough silos had
     trained. A server that really lets two attempts fail cannot be told from an unlucky one: then
     the sum counts as released if enough silos have answered its opening.
+
+    On a graph silos are bound before the server's log has an opening. So a quorum must at least
+    have uploaded, by silos' logs.
     """
     case.need_server()
     failed: dict[int, list[tuple[Entry, Failed]]] = defaultdict(list)
     before: Entry | None = None
-    sums, openable, opened = 0, _openable(case), []
+    sums, openable, opened, bound = 0, _openable(case), [], _bindable(case)
     knowing = _knowing(case)
     for entry in case.server:
         what = entry.what
@@ -103,6 +106,8 @@ def lost(case: Case, wrong: Faults) -> str:
             last = failed[what.round][-2:]
             if len(last) < 2 or before is not last[-1][0]:
                 wrong(entry, "called lost without two attempts that failed")
+            if what.round not in bound:
+                wrong(entry, "called lost, and too few silos had uploaded to be bound to a list")
             for where, attempt in last:
                 if knowing[attempt.round, attempt.attempt] < case.study.minimum:
                     wrong(where, "the failure of an attempt that too few silos know of")
@@ -129,6 +134,20 @@ def _knowing(case: Case) -> Counter[tuple[int, int]]:
     return Counter(
         {(w.round, w.attempt): absent + told[w.header] for _, w in of(case.server, Round)}
     )
+
+
+def _bindable(case: Case) -> set[int]:
+    """Sums of which silos may have agreed to a list: one was opened, or a quorum had uploaded for
+    one attempt, counting silos whose logs are not here."""
+    uploads = Counter(
+        (what.round, what.header) for log in case.silos.values() for _, what in of(log, Uploaded)
+    )
+    absent = case.study.silos.count - len(case.silos)
+    opened = {opening.round for _, opening in of(case.server, Opening)}
+    if absent >= case.study.quorum:
+        return opened | set(range(case.study.sums))
+    enough = case.study.quorum - absent
+    return opened | {round_ for (round_, _), many in uploads.items() if many >= enough}
 
 
 def _openable(case: Case) -> set[int]:

@@ -123,7 +123,8 @@ class _ServerLog:
                 if not self._attempt or self._attempt.attempt != what.attempt:
                     return "the failure of an attempt that was not under way"
             case Lost():
-                # On a graph silos are bound to the survivors before they open anything.
+                # On a graph silos are bound to the survivors before they open anything: for that
+                # the check `lost` looks into their logs.
                 if not self._opened and self._study.graph is None:
                     return "a round is lost only while its sum is being opened"
                 self._ended = True
@@ -181,7 +182,7 @@ class _ServerLog:
 
 class _SiloLog:
     """Rounds upwards; in an attempt upload, agreement, unmasking, once each and of one header; or
-    upload and the authority's word."""
+    upload and the authority's word. On a graph one agreement a round."""
 
     def __init__(self, study: Study) -> None:
         self._study = study
@@ -190,6 +191,7 @@ class _SiloLog:
         self._at: Round | None = None
         self._said: list[Uploaded | Agreed | Unmasked | Told] = []
         self._answered: set[tuple[int, int, str]] = set()
+        self._bound: set[int] = set()
 
     def follow(self, log: list[Entry], wrong: Faults) -> int:
         for entry in log[1:]:
@@ -228,6 +230,10 @@ class _SiloLog:
             return "out of order, or twice in one attempt"
         if isinstance(what, Agreed | Told) and what.delivery != self._said[-1].delivery:  # type: ignore[union-attr]
             return "agrees on another delivery than it uploaded for"
+        if isinstance(what, Agreed) and self._study.graph is not None:
+            if what.round in self._bound:
+                return "agrees to a second list in one round"
+            self._bound.add(what.round)
         if isinstance(what, Unmasked):
             agreed = self._said[-1]
             assert isinstance(agreed, Agreed)
