@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-from securefedcollm.aggregation.header import Roster, RoundHeader
+from securefedcollm.aggregation.header import SUITE, Roster, RoundHeader
 from securefedcollm.aggregation.messages import Signable, Signed
 from securefedcollm.aggregation.roles import SERVER, Journal
 from securefedcollm.aggregation.steps import Step
@@ -59,6 +59,20 @@ def check_identity(roster: Roster, name: str, key: SigningKey, vector_id: bytes)
             hint="use a hash of the data from which the vector was made",
         )
     return index
+
+
+def check_suite(header: RoundHeader) -> None:
+    """A party's own header is for masks between all silos.
+
+    Raises:
+        LocalProtocolError: it names other algorithms, so that what is signed under it could be
+            shown as of those.
+    """
+    if header.suite != SUITE:
+        raise LocalProtocolError(
+            f"the header names {header.suite}; this side is of {SUITE}",
+            hint="choose the side by the study's scheme",
+        )
 
 
 def check_announced(

@@ -92,7 +92,7 @@ def _check_answers(study: Study) -> None:
             where="retrieval.mode",
             hint="documents, or records with answers",
         )
-    if study.scheme != "masking":
+    if not study.masked:
         raise ConfigError(
             "votes are summed under masks",
             where="aggregation.scheme",

@@ -14,6 +14,7 @@ from securefedcollm_audits.protocol.cohort import Cohort, Hook, Puppet, altered,
 
 from securefedcollm.aggregation import TRANSITIONS, Step, coordinator_side, silo_side
 from securefedcollm.aggregation.masking.coordinator import CoordinatorRound
+from securefedcollm.aggregation.masking.graph.choice import Graph
 from securefedcollm.errors import (
     LocalProtocolError,
     ProtocolError,
@@ -267,6 +268,15 @@ def test_a_silo_runs_with_its_own_identity() -> None:
     cohort.keys[cohort.names[0]] = SigningKey(bytes(32))
     with pytest.raises(LocalProtocolError, match="identity"):
         cohort.silo(cohort.names[0])
+
+
+def test_both_sides_refuse_a_header_that_names_other_algorithms() -> None:
+    cohort = Cohort()
+    cohort.header = altered(cohort.header, suite=Graph(3, 2).suite)
+    with pytest.raises(LocalProtocolError, match="masking-graph-v1/3/2; this side is of"):
+        cohort.silo(cohort.names[0])
+    with pytest.raises(LocalProtocolError, match="this side is of"):
+        CoordinatorRound(header=cohort.header, roster=cohort.roster)
 
 
 def test_a_vector_id_has_32_bytes() -> None:

@@ -14,6 +14,7 @@ import pytest
 from securefedcollm_audits.protocol.poll_cohort import longest_choices
 from securefedcollm_audits.verification.verify import verify
 
+from securefedcollm.aggregation import SUITE
 from securefedcollm.aggregation.messages import UNSIGNED, sign
 from securefedcollm.errors import (
     BudgetExceeded,
@@ -26,7 +27,13 @@ from securefedcollm.errors import (
 )
 from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation.questions import voting
-from securefedcollm.federation.questions.polls import Poll, make_poll, poll_header
+from securefedcollm.federation.questions.polls import (
+    Poll,
+    make_poll,
+    poll_header,
+    sum_header,
+    votes_of,
+)
 from securefedcollm.federation.questions.records import ModelReader, index_records, load_reader
 from securefedcollm.federation.questions.voting import READY, Booth, count_labels
 from securefedcollm.primitives import SigningKey
@@ -78,6 +85,21 @@ def test_records_vote_and_only_the_retrieved_pay(voters, tmp_path):
     assert said["votes"] == "8 votes of 4 silos, each charged and noised"
     assert said["tallies"] == "2 questions, 8 votes the same at both ends"
     assert "questions" not in said  # nobody asks documents
+
+
+def test_votes_are_masked_between_all_silos_where_rounds_are_on_a_graph(tmp_path):
+    on_graph = {"silos": {"count": 4, "minimum": 4}, "aggregation": {"graph": {"neighbours": 3}}}
+    voters = Voters(tmp_path / "graph", on_graph)
+    with voters.polls(tmp_path / "run") as polls:
+        assert votes(polls) == [2, 1, 0]
+        study, roster = polls._canvass.study, polls._canvass.roster
+        header = sum_header(study, roster, bytes(32), votes_of(study, len(CHOICES)))
+    assert header.suite == SUITE
+    assert study.graph is not None
+    bundle = tmp_path / "evidence.zip"
+    bundle.write_bytes(make_bundle(tmp_path / "run"))
+    verdict = verify(bundle)
+    assert verdict.holds, [row for row in verdict.results if row.status == "fail"]
 
 
 def test_a_record_that_has_spent_its_budget_is_no_longer_retrieved(voters, tmp_path):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from securefedcollm.aggregation.attendance import AttendedRound
+from securefedcollm.aggregation.checks import check_suite
 from securefedcollm.aggregation.header import Roster, RoundHeader
 from securefedcollm.aggregation.masking import keys, masks, packing, shamir
 from securefedcollm.aggregation.masking.messages import (
@@ -59,13 +60,14 @@ class CoordinatorRound(AttendedRound):
         narrow: give the sum as int32 where that holds it.
 
     Raises:
-        LocalProtocolError: the header is for another roster.
+        LocalProtocolError: the header is for another roster, or names other algorithms.
     """
 
     def __init__(
         self, *, header: RoundHeader, roster: Roster, threads: int = 1, narrow: bool = False
     ) -> None:
         super().__init__(header, roster, TRANSITIONS)
+        check_suite(header)
         self._threads = threads
         self._narrow = narrow
         self._advertisements: dict[int, Advertise] = {}

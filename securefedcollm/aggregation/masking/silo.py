@@ -26,6 +26,7 @@ from securefedcollm.aggregation.checks import (
     check_announced,
     check_own,
     check_signatures,
+    check_suite,
     refuse,
 )
 from securefedcollm.aggregation.header import Roster, RoundHeader, names_digest
@@ -126,7 +127,8 @@ class SiloRound(AnsweringSilo[_Secrets]):
         threads: for packing and masking.
 
     Raises:
-        LocalProtocolError: header, roster, identity and vector do not belong together.
+        LocalProtocolError: header, roster, identity and vector do not belong together, or the
+            header names other algorithms.
     """
 
     def __init__(
@@ -151,6 +153,7 @@ class SiloRound(AnsweringSilo[_Secrets]):
             journal=journal,
             steps=SILO_STEPS["masking"],
         )
+        check_suite(header)
         self._random = random
         self._threads = threads
         buffer = UploadBuffer(header.parameters)

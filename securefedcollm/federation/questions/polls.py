@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Final
 
 import msgspec
 
-from securefedcollm.aggregation import Roster, RoundHeader
+from securefedcollm.aggregation import SUITE, Roster, RoundHeader
 from securefedcollm.aggregation.header import Digest
 from securefedcollm.aggregation.messages import UNSIGNED, Signable, Signature, sign
 from securefedcollm.errors import ConfigError
@@ -184,7 +184,7 @@ def votes_of(study: Study, choices: int) -> Votes:
 
 
 def sum_header(study: Study, roster: Roster, poll: bytes, votes: Votes) -> RoundHeader:
-    """The header of the secure sum that answers a poll.
+    """The header of the secure sum that answers a poll: masks between all silos, in every study.
 
     Every poll has a run of its own with one sum and one attempt, so that no two of them ever share
     keys or journals with each other or with the study's rounds.
@@ -192,7 +192,7 @@ def sum_header(study: Study, roster: Roster, poll: bytes, votes: Votes) -> Round
     Args:
         poll: its digest, 32 bytes.
     """
-    return round_header(
+    header = round_header(
         study,
         roster=roster,
         run_id=poll[:16],
@@ -201,3 +201,4 @@ def sum_header(study: Study, roster: Roster, poll: bytes, votes: Votes) -> Round
         model=sha256(_PREFIX, b"sum\0", poll, votes.identity),
         values=votes.choices,
     )
+    return msgspec.structs.replace(header, suite=SUITE)
