@@ -86,7 +86,8 @@ def lost(case: Case, wrong: Faults) -> str:
     """Adversary: a server that keeps a sum and writes that it was lost.
 
     An honest one calls a sum lost when two attempts in a row have failed for which enough silos had
-    trained. A server that really lets two attempts fail cannot be told from an unlucky one: then
+    trained; on a graph, where no second attempt can succeed, when one has. A server that really
+    lets them fail cannot be told from an unlucky one: then
     the sum counts as released if enough silos have answered its opening.
     """
     case.need_server()
@@ -94,15 +95,16 @@ def lost(case: Case, wrong: Faults) -> str:
     before: Entry | None = None
     sums, openable, opened = 0, _openable(case), []
     knowing = _knowing(case)
+    least, words = (1, "an attempt") if case.study.graph else (2, "two attempts")
     for entry in case.server:
         what = entry.what
         if isinstance(what, Failed):
             failed[what.round].append((entry, what))
         elif isinstance(what, Lost):
             sums += 1
-            last = failed[what.round][-2:]
-            if len(last) < 2 or before is not last[-1][0]:
-                wrong(entry, "called lost without two attempts that failed")
+            last = failed[what.round][-least:]
+            if len(last) < least or before is not last[-1][0]:
+                wrong(entry, f"called lost without {words} that failed")
             for where, attempt in last:
                 if knowing[attempt.round, attempt.attempt] < case.study.minimum:
                     wrong(where, "the failure of an attempt that too few silos know of")
@@ -112,7 +114,7 @@ def lost(case: Case, wrong: Faults) -> str:
             before = entry
     if not sums:
         return "no sum is called lost"
-    said = f"{count(sums, 'sum')} called lost, each after two attempts that failed"
+    said = f"{count(sums, 'sum')} called lost, each after {words} that failed"
     if opened:
         said += f"; enough silos answered to open {', '.join(opened)}: count it as released"
     return said
