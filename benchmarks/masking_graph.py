@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +27,13 @@ from securefedcollm.aggregation.masking.graph import choice
 from securefedcollm.aggregation.masking.graph.bounds import derive
 from securefedcollm.aggregation.masking.graph.coordinator import GraphCoordinatorRound
 from securefedcollm.aggregation.masking.graph.messages import (
-    Dealer,
+    Letter,
     Letters,
     Members,
     Neighbours,
+    Peer,
     Post,
     Proof,
-    Shown,
     Survivors,
     Tally,
     Uploaded,
@@ -179,8 +180,10 @@ class _One:
     def letters(self, index: int) -> Letters:
         side = self.others[index]
         side.handle(Members(self.members).encode())
-        entries = tuple(self.adverts[j] for j in self.drawn[index])
-        return decode(Letters, side.handle(Neighbours(entries).encode()), "")
+        return decode(Letters, side.handle(Neighbours(self.peers(self.drawn[index])).encode()), "")
+
+    def peers(self, indices: Iterable[int]) -> tuple[Peer, ...]:
+        return tuple(Peer.of(self.adverts[index]) for index in indices)
 
     def measured(self, side: GraphSiloRound, message: Message) -> bytes:
         frame = message.encode()
@@ -202,14 +205,10 @@ def one_silo(silos: int, values: int) -> dict[str, object]:
     one.cpu += time.process_time() - start
     one.adverts[1] = decode(Advertise, one.measured(side, Ask(header)), names[0])
     one.measured(side, Members(one.members))
-    one.measured(side, Neighbours(tuple(one.adverts[j] for j in one.drawn[1])))
-    mine = [
-        next(letter for letter in one.letters(j).letters if letter.parcel.holder == 1)
-        for j in one.near
-    ]
-    keys = [one.adverts[j] for j in one.near]
-    senders = tuple(Dealer(key.index, key.mask_public, key.share_public) for key in keys)
-    one.measured(side, Post(one.members, senders, tuple(mine)))
+    one.measured(side, Neighbours(one.peers(one.drawn[1])))
+    mine = [one.letters(j).dealt[one.drawn[j].index(1)] for j in one.near]
+    letters = tuple(Letter(dealt.box, dealt.digest) for dealt in mine)
+    one.measured(side, Post(one.members, one.peers(one.near), letters))
     delivery = choice.delivery_digest(choice.roll_digest(digest, one.members), one.members)
     own = decode(Agreement, one.measured(side, Survivors(one.members)), names[0])
     signed = [
@@ -219,7 +218,8 @@ def one_silo(silos: int, values: int) -> dict[str, object]:
         ).signature
         for i, name in enumerate(names, start=1)
     ]
-    root, paths = choice.proofs(signed)
+    tree = choice.tree(signed)
+    (root,) = tree[-1]
     assert root == merkle_root(signed)
     one.measured(side, Tally(one.members, root))
     uploads = (
@@ -229,8 +229,10 @@ def one_silo(silos: int, values: int) -> dict[str, object]:
         )
         for j in one.near
     )
-    shown = tuple(Shown(signed[p], tuple(paths[p])) for p in side._challenged)
-    one.measured(side, Proof(shown, tuple(Uploaded(u.words, u.signature) for u in uploads)))
+    shown = tuple(signed[place] for place in side._challenged)
+    nodes = tuple(choice.nodes_for(tree, side._challenged))
+    proof = Proof(shown, nodes, tuple(Uploaded(u.words, u.signature) for u in uploads))
+    one.measured(side, proof)
     return {
         "silos": silos,
         "values": values,

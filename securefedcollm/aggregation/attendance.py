@@ -217,13 +217,14 @@ class AttendedRound(ABC):
             raise ProtocolError(
                 f"only {count} silos completed step {self._step.value}; {needed} are needed"
                 f"{self._reasons()}",
-                hint="nothing was opened; "
-                + (
-                    "try again with exactly these survivors, or go on with the next round"
-                    if self._step is Step.UNMASK
-                    else "bring the lost silos back and start another attempt"
-                ),
+                hint=f"nothing was opened; {self._what_next()}",
             )
+
+    def _what_next(self) -> str:
+        """What can still be done for this round when too few silos complete the step."""
+        if self._step is Step.UNMASK:
+            return "try again with exactly these survivors, or go on with the next round"
+        return "bring the lost silos back and start another attempt"
 
     def _reasons(self) -> str:
         """The participants that are out, with reasons, in brackets; empty if there are none."""

@@ -118,7 +118,8 @@ class Summing:
         For a validation it is the opened counts, float64 [2] of whole numbers.
 
         None if the sum was being opened when it failed and can no longer be: silos unmask one
-        survivor set per round, for good. The run goes on without this round's updates.
+        survivor set per round, for good, and on a graph they do so in one attempt. The run goes on
+        without this round's updates.
 
         Raises:
             QuorumError: too few silos; nothing was opened, and the round can be resumed.
@@ -127,7 +128,7 @@ class Summing:
         hopeless = False
         absent: dict[str, str] = {}
         failures = rejoins = 0
-        while failures < MAX_ATTEMPTS and not hopeless:
+        while failures < MAX_ATTEMPTS and not hopeless and not self._bound():
             failures += 1
             attempt = self._store.begin_attempt()
             try:
@@ -156,7 +157,7 @@ class Summing:
                 problems.append(error.message)
                 if problems.count(error.message) > 1:
                     break
-        reasons = "; ".join(dict.fromkeys(problems))
+        reasons = "; ".join(dict.fromkeys(problems)) or "silos had agreed to survivors before"
         name = sum_name(self._study, sum_)
         if self._store.state.opening and not hopeless:
             log.warning("%s is lost: its sum was being opened and cannot be", name)
@@ -167,6 +168,11 @@ class Summing:
             f"{name} failed: {reasons}",
             hint="mend the silos named, then start the same command again (`simulate`: --resume)",
         )
+
+    def _bound(self) -> bool:
+        """Whether silos have bound themselves to an attempt that is over: on a graph, when they
+        agreed to its survivors. They would train and upload again, and then refuse."""
+        return self._study.graph is not None and self._store.state.opening
 
     def _attempt(
         self, sum_: int, attempt: int, record: dict[str, Any], absent: dict[str, str]

@@ -3,6 +3,7 @@ where a defence is missing."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from fractions import Fraction
@@ -12,17 +13,23 @@ import numpy as np
 import pytest
 from securefedcollm_audits.protocol import graph_attacks
 from securefedcollm_audits.protocol.cohort import altered, play
-from securefedcollm_audits.protocol.graph_cohort import GraphCohort
+from securefedcollm_audits.protocol.graph_cohort import GraphCohort, SmallGraphSilo
 
 from securefedcollm.aggregation import answering
 from securefedcollm.aggregation.header import MAX_COHORT, RingParameters, RoundHeader
 from securefedcollm.aggregation.masking.graph import bounds as bounds_room
 from securefedcollm.aggregation.masking.graph import choice
-from securefedcollm.aggregation.masking.graph.bounds import bounds, cut, derive, shares_for
+from securefedcollm.aggregation.masking.graph.bounds import (
+    bounds,
+    cut,
+    derive,
+    most_senders,
+    shares_for,
+)
 from securefedcollm.aggregation.masking.graph.coordinator import GraphCoordinatorRound
 from securefedcollm.aggregation.masking.graph.messages import Draw, Letters, Shares
 from securefedcollm.aggregation.masking.graph.silo import GraphSiloRound
-from securefedcollm.aggregation.masking.messages import Advertise, Refusal
+from securefedcollm.aggregation.masking.messages import BOX_BYTES, Advertise, Refusal
 from securefedcollm.aggregation.messages import decode, sign
 from securefedcollm.aggregation.steps import GRAPH_TRANSITIONS, Step
 from securefedcollm.errors import ConfigError, LocalProtocolError, ProtocolError
@@ -121,14 +128,7 @@ def resigned(cohort, name, kind, change):
         (Advertise, lambda m: altered(m, mask_public=m.share_public), "in use already"),
         (Advertise, lambda m: altered(m, mask_public=bytes(32)), "small order"),
         (Draw, lambda m: altered(m, roll=bytes(32)), "another roll"),
-        (Letters, lambda m: altered(m, letters=m.letters[1:]), "does not fit its draw"),
-        (
-            Letters,
-            lambda m: altered(
-                m, letters=(altered(m.letters[0], signature=bytes(64)), *m.letters[1:])
-            ),
-            "letter with a bad signature",
-        ),
+        (Letters, lambda m: altered(m, dealt=m.dealt[1:]), "does not fit its draw"),
         (Shares, lambda m: altered(m, shares=(bytes(33), *m.shares[1:])), "wrong share"),
         (Shares, lambda m: altered(m, shares=m.shares[1:]), "other lists"),
     ],
@@ -141,33 +141,28 @@ def test_a_silo_that_breaks_a_rule_is_named_and_the_sum_goes_on(kind, change, bl
     assert np.array_equal(result.sum, cohort.plain_sum(result.survivors))
 
 
-def test_a_dealer_of_letters_that_do_not_open_is_named_by_their_holders() -> None:
+@pytest.mark.parametrize(
+    "spoil",
+    [{"box": bytes(BOX_BYTES)}, {"seed_share_commitment": bytes(32)}],
+    ids=lambda spoil: next(iter(spoil)),
+)
+def test_a_dealer_of_bad_letters_is_named_by_their_holders(spoil) -> None:
     cohort = GraphCohort(minimum=5, neighbours=4, shares=3)
     bad = cohort.names[4]
-
-    def spoil(message: Letters) -> Letters:
-        first = message.letters[0]
-        parcel = altered(first.parcel, box=bytes(len(first.parcel.box)))
-        own = cohort_keys[bad]
-        said = own.letter(message.header, message.roll, parcel)
-        key = cohort.keys[bad]
-        letter = altered(first, parcel=parcel, signature=key.sign(type(first).CONTEXT, said))
-        return altered(message, letters=(letter, *message.letters[1:]))
-
-    cohort_keys = {}
-    side = GraphCoordinatorRound(header=cohort.header, roster=cohort.roster)
-    silos = {name: cohort.member(name) for name in cohort.names}
-    hook = resigned(cohort, bad, Letters, spoil)
+    hook = resigned(
+        cohort,
+        bad,
+        Letters,
+        lambda m: altered(m, dealt=(altered(m.dealt[0], **spoil), *m.dealt[1:])),
+    )
 
     def reply(step, name, frame):
-        if step is Step.SHARE and name == bad:
-            cohort_keys[bad] = side._dealer(cohort.roster.index(bad))
         arrived = hook(step, name, frame)
         if step is Step.UPLOAD and not arrived.startswith(b"sfcmupl1"):
             assert decode(Refusal, arrived, name).accused == cohort.roster.index(bad)
         return arrived
 
-    result = play(silos, side, reply=reply)
+    _, result = played(cohort, reply=reply)
     assert [why for why in result.excluded.values() if f"{bad} dealt it a bad share" in why]
     assert np.array_equal(result.sum, cohort.plain_sum(result.survivors))
 
@@ -182,41 +177,29 @@ def test_shares_of_another_secret_name_their_dealer() -> None:
 
 # Positive controls: the attacks of `audit protocol` work where the defence is missing ------------
 
+ATTACKS = {
+    graph_attacks.graph_split_survivors: (GraphSiloRound, "_check_signed_by_many"),
+    graph_attacks.graph_other_survivors: (GraphSiloRound, "_check_signed_by_many"),
+    graph_attacks.graph_few_agreements: (GraphSiloRound, "_check_many"),
+    graph_attacks.graph_second_attempt: (answering, "record_once"),
+    graph_attacks.graph_grinding: (answering, "record_once"),
+}
+"""The attack, and the check without which it shows the server a silo's vector."""
+
 
 @pytest.mark.parametrize(
-    ("attack", "where", "defence", "instead", "learnt"),
-    [
-        (
-            graph_attacks.graph_split_survivors,
-            GraphSiloRound,
-            "_check_signed_by_many",
-            lambda *_: None,
-            "silo-001 alone",
-        ),
-        (
-            graph_attacks.graph_second_attempt,
-            answering,
-            "record_once",
-            lambda *_: None,
-            "2 sums in one round",
-        ),
-        (
-            graph_attacks.graph_grinding,
-            answering,
-            "record_once",
-            lambda *_: None,
-            "silo-001 alone",
-        ),
-    ],
-    ids=lambda value: getattr(value, "__name__", None),
+    ("attack", "defence"), ATTACKS.items(), ids=lambda x: getattr(x, "__name__", "")
 )
-def test_the_attack_works_without_the_defence(
-    attack, where, defence, instead, learnt, monkeypatch
-) -> None:
-    monkeypatch.setattr(where, defence, instead)
+def test_the_attack_works_without_the_defence(attack, defence, monkeypatch) -> None:
+    drawn = choice.samples
+    monkeypatch.setattr(  # of fewer signatures than it takes, all
+        choice, "samples", lambda p, g, count: count if count < p.threshold else drawn(p, g, count)
+    )
+    monkeypatch.setattr(*defence, lambda *_: None)
     outcome = attack()
     assert not outcome.held
-    assert any(learnt in leak for leak in outcome.learnt)
+    second = attack is graph_attacks.graph_second_attempt
+    assert any(("2 sums in one round" if second else "silo-001 alone") in x for x in outcome.learnt)
 
 
 def test_a_graph_of_the_servers_choice_shows_the_victim(monkeypatch) -> None:
@@ -230,6 +213,41 @@ def test_a_graph_of_the_servers_choice_shows_the_victim(monkeypatch) -> None:
     )
     outcome = graph_attacks.graph_eclipse()
     assert any("silo-001 alone" in leak for leak in outcome.learnt)
+
+
+def test_sizes_of_the_servers_choice_show_a_silo() -> None:
+    assert graph_attacks.graph_weak_sizes().held
+    outcome = graph_attacks.graph_weak_sizes(SmallGraphSilo)
+    assert not outcome.held
+    assert any(" alone" in leak for leak in outcome.learnt)
+
+
+def test_every_attack_has_a_control_or_says_that_it_has_none() -> None:
+    others = {graph_attacks.graph_eclipse, graph_attacks.graph_weak_sizes}
+    refused = {*graph_attacks.REFUSALS}
+    assert {*graph_attacks.CASES} == {*ATTACKS} | others | refused
+    assert not refused & ({*ATTACKS} | others)
+
+
+def test_silos_answer_only_under_sizes_that_keep_the_bounds() -> None:
+    """With the library's own silo: 40 silos, of which two may collude and four may be lost."""
+    graph = derive(40, 2, 36)
+    cohort = GraphCohort(
+        silos=40,
+        colluders=2,
+        minimum=36,
+        neighbours=graph.neighbours,
+        shares=graph.shares,
+        values=2,
+        side=GraphSiloRound,
+    )
+    _, result = played(cohort, reply=losing(*((Step.UPLOAD, name) for name in cohort.names[:4])))
+    assert np.array_equal(result.sum, cohort.plain_sum(result.survivors))
+    for sizes in ({"shares": graph.shares - 1, "colluders": 9}, {"neighbours": 8, "shares": 5}):
+        weak = dataclasses.replace(cohort, **sizes)
+        with pytest.raises(LocalProtocolError, match=r"too few for 40 silos.*2\^") as caught:
+            weak.member(weak.names[0])
+        assert "derive" in caught.value.hint
 
 
 # Draws, sets and the tree ------------------------------------------------------------------------
@@ -255,16 +273,23 @@ def test_sets_have_one_spelling() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 13, 64, 100])
-def test_paths_lead_to_the_merkle_root(count: int) -> None:
+def test_shown_leaves_lead_to_the_merkle_root(count: int) -> None:
     leaves = [sha256(bytes([number])) * 2 for number in range(count)]
-    root, paths = choice.proofs(leaves)
+    tree = choice.tree(leaves)
+    (root,) = tree[-1]
     assert root == merkle_root(leaves)
-    for place, (leaf, path) in enumerate(zip(leaves, paths, strict=True)):
-        assert choice.root_from(leaf, place, count, path) == root
-        assert choice.root_from(leaf[::-1] + b"x", place, count, path) != root
-        assert choice.root_from(leaf, place, count, [*path, bytes(32)]) is None
-        if path:
-            assert choice.root_from(leaf, place, count, path[1:]) is None
+    rng = np.random.default_rng(count)
+    for shown in {1, count // 3, count - 1, count} - {0}:
+        places = sorted(rng.choice(count, shown, replace=False).tolist())
+        nodes = choice.nodes_for(tree, places)
+        assert len(nodes) <= min(shown * math.ceil(math.log2(count or 1)), count - shown)
+        mine = {place: leaves[place] for place in places}
+        assert choice.root_of(mine, count, nodes) == root
+        assert choice.root_of(mine | {places[0]: b"other"}, count, nodes) != root
+        assert choice.root_of(mine, count, [*nodes, bytes(32)]) is None
+        if nodes:
+            assert choice.root_of(mine, count, nodes[:-1]) is None
+            assert choice.root_of(mine, count, [*nodes[:-1], bytes(32)]) != root
 
 
 # Bounds ------------------------------------------------------------------------------------------
@@ -301,6 +326,21 @@ def test_ten_thousand_silos() -> None:
     graph = derive(10_000, 1000, 9000)
     assert graph == choice.Graph(170, 119)
     bounds(10_000, 1000, 9000, graph).check()
+
+
+def test_more_silos_than_the_colluders_draw_nobody_by_chance() -> None:
+    parameters = RingParameters.smallest(values=1, bound=1, silos=40, colluders=2)
+    parameters = altered(parameters, min_silos=36)
+    graph, chance = choice.Graph(8, 5), Fraction(8, 35)
+    most = most_senders(parameters, graph) - 2
+
+    def more(than: int) -> Fraction:
+        tail = (
+            math.comb(39, j) * chance**j * (1 - chance) ** (39 - j) for j in range(than + 1, 40)
+        )
+        return 40 * sum(tail, Fraction(0))
+
+    assert more(most) <= Fraction(1, 2**60) < more(most - 1)
 
 
 def test_the_least_number_of_left_out_silos_keeps_the_bound() -> None:

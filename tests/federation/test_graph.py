@@ -47,6 +47,9 @@ def test_a_round_that_fails_after_its_survivors_are_signed_is_lost(spoilt) -> No
         whats = [json.loads(line)["what"] for line in lines]
         return [what["round"] for what in whats if what["kind"] == kind]
 
+    # It is not tried: all would train and upload again, and then refuse.
+    assert rounds("server", "failed") == [0]
+
     assert rounds("server", "lost") == [0]
     assert rounds("server", "summed") == [1]
     assert rounds(NAMES[0], "agreed") == [0, 1]

@@ -11,7 +11,6 @@ from securefedcollm.aggregation.messages import Ask
 from securefedcollm.aggregation.steps import GRAPH_TRANSITIONS, TRANSITIONS, Step, Transition
 
 PAGE = Path(__file__).parents[2] / "docs" / "protocol.md"
-_INNER = {"Letter", "Dealer", "Shown", "Uploaded"}
 _PART = re.compile(r"(<!-- generated: (\w+) .*?-->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -45,10 +44,13 @@ def graph_layouts() -> str:
     """The same of the messages on a graph."""
     rows = ["| tag | fields | limit, bytes |", "| --- | --- | --- |"]
     for kind in vars(graph_messages).values():
-        if isinstance(kind, type) and kind.__module__ == graph_messages.__name__:
-            limit = "inside others" if kind.__name__ in _INNER else str(kind.LIMIT)
-            tag = kind.__struct_config__.tag
-            rows.append(f"| `{tag}` | {', '.join(kind.__struct_fields__)} | {limit} |")
+        fields = ", ".join(getattr(kind, "__struct_fields__", ()))
+        if not fields or kind.__module__ != graph_messages.__name__:
+            continue
+        if issubclass(kind, graph_messages.Record):
+            rows.append(f"| none: a {kind.__name__.lower()} | {fields} | inside others |")
+        else:
+            rows.append(f"| `{kind.__struct_config__.tag}` | {fields} | {kind.LIMIT} |")
     return "\n".join(rows) + "\n"
 
 

@@ -1,11 +1,25 @@
-"""Attacks of a server, with colluding silos, on rounds on a random graph."""
+"""Attacks of a server, with colluding silos, on rounds on a random graph.
+
+Those in :data:`REFUSALS` break a rule that silos insist on, and are refused. Alone they would teach
+the server nothing even if they were not, so no control can show them leak. All others have one in
+the tests: without the defence the attack shows the server a silo's vector.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from securefedcollm.aggregation.masking.graph.messages import Neighbours, Tally
+from securefedcollm.aggregation.masking.graph.messages import (
+    Letter,
+    Neighbours,
+    Peer,
+    Post,
+    Tally,
+)
+from securefedcollm.aggregation.masking.graph.silo import GraphSiloRound
+from securefedcollm.aggregation.masking.messages import BOX_BYTES
+from securefedcollm.errors import LocalProtocolError
 from securefedcollm.primitives import sha256
 from securefedcollm_audits.protocol.cohort import altered
 from securefedcollm_audits.protocol.graph_cohort import GraphCohort, GraphPuppet
@@ -51,46 +65,50 @@ def graph_targeted_neighbourhood() -> Outcome:
     return _judge("one silo's neighbours lost", puppet, [victim], "of its 7 neighbours")
 
 
-def graph_split_survivors() -> Outcome:
+_Signatures = dict[str, bytes]
+
+
+def _two_lists(
+    show: Callable[[Sequence[str], _Signatures, _Signatures], _Signatures],
+) -> tuple[GraphPuppet, list[str]]:
     """Show the victim's neighbours that all survive, and everybody else that these are lost.
 
-    The neighbours then open the victim's seed, and the rest the neighbours' masks.
+    The neighbours would then open the victim's seed, and the rest the neighbours' masks.
+
+    Args:
+        show: (survivors, signatures over the neighbours' list, over the others') → those that the
+            neighbours are shown.
+
+    Returns:
+        The server, and the neighbours.
     """
     puppet, victim, near, rest = _targeted("split")
     names = puppet.cohort.names
-    alive = sorted([victim, *rest])
-    for group, survivors in ((near, names), (rest, alive)):
-        signed = puppet.survey(group, survivors)
-        lists = next(iter(signed.values())).lists
-        # Those asked have signed; for the others the server makes signatures up.
-        everyone = {name: bytes(64) for name in survivors}
-        everyone |= {name: agreement.signature for name, agreement in signed.items()}
-        puppet.open(signed, survivors, everyone, lists)
+    lost = puppet.survey(rest, sorted([victim, *rest]))
+    mine = puppet.survey(near, names)
+    signed = [{n: one.signature for n, one in some.items()} for some in (mine, lost)]
+    shown = show(names, *signed)
+    puppet.open(near, names, shown, next(iter(mine.values())).lists)
+    puppet.open(rest, sorted([victim, *rest]), signed[1], next(iter(lost.values())).lists)
+    return puppet, near
+
+
+def graph_split_survivors() -> Outcome:
+    """Show the victim's neighbours another list, with signatures made up where there are none."""
+    puppet, near = _two_lists(lambda names, mine, lost: {name: bytes(64) for name in names} | mine)
     return _judge("two lists of survivors", puppet, near, "agreement", least=20)
 
 
 def graph_few_agreements() -> Outcome:
-    """Count fewer agreements than the threshold, all of them genuine."""
-    cohort = GraphCohort()
-    puppet = GraphPuppet(cohort)
-    puppet.through_upload()
-    names = cohort.names
-    signed = puppet.survey(names[:6], names)
-    lists = next(iter(signed.values())).lists
-    puppet.open(signed, names, {n: one.signature for n, one in signed.items()}, lists)
-    return _judge("too few agreements", puppet, names[:6], "6 agreements; 7 are needed")
+    """Show them another list with fewer agreements than the threshold, all of them genuine."""
+    puppet, near = _two_lists(lambda names, mine, lost: mine)
+    return _judge("too few agreements", puppet, near, "7 agreements; 18 are needed", least=20)
 
 
 def graph_other_survivors() -> Outcome:
-    """Show signatures of a threshold of silos over another list."""
-    cohort = GraphCohort()
-    puppet = GraphPuppet(cohort)
-    puppet.through_upload()
-    names = cohort.names
-    signed = puppet.survey(names[:8], names) | puppet.survey(names[8:11], names[:11])
-    lists = signed[names[8]].lists
-    puppet.open(names[8:11], names[:11], {n: signed[n].signature for n in names[:11]}, lists)
-    return _judge("agreements to another list", puppet, names[8:11], "bad signature")
+    """Show them another list with a threshold of signatures, most of them over the first one."""
+    puppet, near = _two_lists(lambda names, mine, lost: lost | mine)
+    return _judge("agreements to another list", puppet, near, "bad signature", least=20)
 
 
 def graph_eclipse() -> Outcome:
@@ -99,7 +117,7 @@ def graph_eclipse() -> Outcome:
     puppet, names = GraphPuppet(cohort), cohort.names
     puppet.ask()
     puppet.roll(names)
-    chosen = Neighbours(tuple(puppet.adverts[j] for j in range(5, 13)))
+    chosen = Neighbours(tuple(Peer.of(puppet.adverts[j]) for j in range(5, 13)))
     for name in names:
         own = chosen if name == names[0] else puppet.neighbours(name)
         puppet.deal({name: own})
@@ -139,7 +157,7 @@ def graph_split_rolls() -> Outcome:
     puppet.roll(names[6:], names)
     puppet.deal({name: puppet.neighbours(name) for name in names})
     puppet.deliver({name: puppet.post(name, names[:11]) for name in names[:6]})
-    return _judge("two rolls", puppet, names[:6], "bad signature")
+    return _judge("two rolls", puppet, names[:6], "a letter that")
 
 
 def graph_split_deliveries() -> Outcome:
@@ -204,15 +222,46 @@ def graph_altered_letters() -> Outcome:
     puppet.ask()
     puppet.roll(names)
     puppet.deal({name: puppet.neighbours(name) for name in names})
-    posts = [puppet.post(name, names) for name in names[:2]]
-    first = posts[0].letters[0]
-    box = altered(first, parcel=altered(first.parcel, box=bytes(82)))
-    letters = (box, *posts[0].letters[1:])
-    puppet.deliver({names[0]: altered(posts[0], letters=letters)})
-    sender = posts[1].senders[0].index
-    foreign = next(x for x in puppet.deals[sender].letters if x.parcel.holder != 2)
-    puppet.deliver({names[1]: altered(posts[1], letters=(foreign, *posts[1].letters[1:]))})
-    return _judge("altered letters", puppet, names[:2], "letter")
+    posts = [puppet.post(name, names) for name in names[:3]]
+    first, second, third = (post.letters[0] for post in posts)
+    spoilt = [
+        altered(first, box=first.box[::-1]),
+        altered(second, commitments=bytes(32)),
+        first if third is not first else second,  # another holder's
+    ]
+    for name, post, letter in zip(names, posts, spoilt, strict=False):
+        puppet.deliver({name: altered(post, letters=(letter, *post.letters[1:]))})
+    return _judge("altered letters", puppet, names[:3], "a letter that")
+
+
+def graph_crowd() -> Outcome:
+    """Direct more silos at one than can have drawn it, so that it masks with thousands."""
+    cohort = GraphCohort(silos=120, neighbours=16, shares=9, minimum=100, values=3, label="crowd")
+    puppet, names = GraphPuppet(cohort), cohort.names
+    puppet.ask()
+    puppet.roll(names[:1], names)
+    puppet.deal({names[0]: puppet.neighbours(names[0])})
+    senders = tuple(Peer.of(puppet.adverts[index]) for index in range(2, 121))
+    letters = (Letter(bytes(BOX_BYTES), bytes(32)),) * len(senders)
+    puppet.call(names[0], Post(puppet.packed(names), senders, letters))
+    return _judge("more neighbours than drew", puppet, names[:1], "draw one silo")
+
+
+def graph_weak_sizes(side: type[GraphSiloRound] = GraphSiloRound) -> Outcome:
+    """Have silos join a study with so few shares that the colluders among the neighbours suffice.
+
+    Args:
+        side: the silos' class; the tests play it with one that looks at no sizes.
+    """
+    attack = "sizes of the server's choice"
+    cohort = GraphCohort(colluders=5, minimum=10, neighbours=9, label="weak sizes", side=side)
+    names = cohort.names
+    try:
+        puppet = GraphPuppet(cohort)
+    except LocalProtocolError as error:
+        return Outcome(attack, (), error.message, held="too few for 12 silos" in error.message)
+    puppet.through_upload()
+    return _judge(attack, puppet, names, "too few")
 
 
 CASES: Final[tuple[Callable[[], Outcome], ...]] = (
@@ -227,4 +276,16 @@ CASES: Final[tuple[Callable[[], Outcome], ...]] = (
     graph_second_attempt,
     graph_rechallenges,
     graph_altered_letters,
+    graph_crowd,
+    graph_weak_sizes,
 )
+
+REFUSALS: Final[tuple[Callable[[], Outcome], ...]] = (
+    graph_targeted_neighbourhood,
+    graph_split_rolls,
+    graph_split_deliveries,
+    graph_rechallenges,
+    graph_altered_letters,
+    graph_crowd,
+)
+"""Of these, the attacks without a control."""

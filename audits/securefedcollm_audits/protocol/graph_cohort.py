@@ -14,21 +14,21 @@ from securefedcollm.aggregation.header import RoundHeader
 from securefedcollm.aggregation.masking.graph import choice
 from securefedcollm.aggregation.masking.graph.messages import (
     Challenge,
-    Dealer,
     Draw,
+    Letter,
     Letters,
     Members,
     Neighbours,
+    Peer,
     Post,
     Proof,
     Shares,
-    Shown,
     Survivors,
     Tally,
     Uploaded,
 )
 from securefedcollm.aggregation.masking.graph.silo import GraphSiloRound
-from securefedcollm.aggregation.masking.messages import Advertise, Agreement
+from securefedcollm.aggregation.masking.messages import Advertise, Agreement, Refusal
 from securefedcollm.aggregation.masking.upload import HEAD_BYTES, split
 from securefedcollm.aggregation.messages import Ask, Message, decode
 from securefedcollm.errors import RemoteProtocolError
@@ -39,11 +39,23 @@ from securefedcollm_audits.protocol.graph_spy import GraphSpy
 M = TypeVar("M", bound=Message)
 
 
+class SmallGraphSilo(GraphSiloRound):
+    """The library's silo, but for graphs of a dozen silos: no such graph keeps the bounds.
+
+    What is attacked here is what silos say and check; :func:`~.graph_attacks.graph_weak_sizes`
+    attacks the sizes, with the library's own silo.
+    """
+
+    def _check_sizes(self) -> None:
+        pass
+
+
 @dataclass
 class GraphCohort(Cohort):
     """n silos of which the last c tell the server everything, on a graph with k and t.
 
     Args:
+        side: the class of the silos.
         minimum: Q, silos of a roll or a sum.
     """
 
@@ -51,6 +63,7 @@ class GraphCohort(Cohort):
     neighbours: int = 8
     shares: int = 5
     minimum: int = 9
+    side: type[GraphSiloRound] = SmallGraphSilo
 
     @property
     def graph(self) -> choice.Graph:
@@ -72,7 +85,7 @@ class GraphCohort(Cohort):
     ) -> GraphSiloRound:
         """A silo at the start of the attempt; the same ``incarnation`` has the same secrets."""
         header = header or self.header
-        return GraphSiloRound(
+        return self.side(
             header=header,
             roster=self.roster,
             name=name,
@@ -155,7 +168,7 @@ class GraphPuppet:
     def neighbours(self, name: str) -> Neighbours:
         """The honest answer to a draw."""
         index = self.cohort.roster.index(name)
-        return Neighbours(tuple(self.adverts[j] for j in self.drawn[index]))
+        return Neighbours(tuple(Peer.of(self.adverts[j]) for j in self.drawn[index]))
 
     def deal(self, messages: Mapping[str, Neighbours]) -> None:
         """Take the letters of these silos, each of which is told of its neighbours so."""
@@ -165,21 +178,13 @@ class GraphPuppet:
         """The honest delivery of these dealers' letters; those of the ``hidden`` are withheld."""
         index = self.cohort.roster.index(name)
         shown = sorted(map(self.cohort.roster.index, {*dealers} - {*hidden}))
-        letters = [
-            letter
-            for j in shown
-            for letter in (self.deals[j].letters if j in self.deals else ())
-            if letter.parcel.holder == index
-        ]
+        shown = [j for j in shown if index in self.drawn.get(j, ()) and j in self.deals]
+        dealt = [self.deals[j].dealt[self.drawn[j].index(index)] for j in shown]
         return Post(
             dealers=self.packed(dealers),
-            senders=tuple(self.sender(letter.parcel.dealer) for letter in letters),
-            letters=tuple(letters),
+            senders=tuple(Peer.of(self.adverts[j]) for j in shown),
+            letters=tuple(Letter(one.box, one.digest) for one in dealt),
         )
-
-    def sender(self, index: int) -> Dealer:
-        entry = self.adverts[index]
-        return Dealer(index, entry.mask_public, entry.share_public)
 
     def deliver(self, posts: Mapping[str, Post]) -> None:
         parameters = self.cohort.header.parameters
@@ -188,6 +193,11 @@ class GraphPuppet:
             if frame and len(frame) == HEAD_BYTES + 8 * parameters.words:
                 upload, _ = split(frame, parameters, name)
                 self.uploads[upload.index] = Uploaded(upload.words, upload.signature)
+            elif frame:
+                accused = self.name(decode(Refusal, frame, name).accused)
+                self.refused.setdefault(
+                    name, f"a letter that {accused} has not made, or made badly"
+                )
 
     def through_upload(self) -> None:
         """G0 to G3 as an honest server would."""
@@ -209,10 +219,13 @@ class GraphPuppet:
     ) -> dict[str, Shares]:
         """G5 and G6, with ``signed`` (signer → signature, whatever it is) as the tally."""
         signers = sorted(signed)
-        root, paths = choice.proofs([signed[name] for name in signers])
+        tree = choice.tree([signed[name] for name in signers])
+        (root,) = tree[-1]
         tally = Tally(self.packed(signers), root)
         digest = choice.tally_digest(lists, tally.signers, root)
         challenges = self.all(dict.fromkeys(names, tally), Challenge)
+        if not challenges:
+            return {}
         count = choice.samples(self.cohort.header.parameters, self.cohort.graph, len(signers))
         proofs = {}
         for name, challenge in challenges.items():
@@ -220,7 +233,8 @@ class GraphPuppet:
             index = self.cohort.roster.index(name)
             mine = [j for j in sorted(self.spy.senders(index)) if self.name(j) in survivors]
             proofs[name] = Proof(
-                tuple(Shown(signed[signers[p]], tuple(paths[p])) for p in places),
+                tuple(signed[signers[place]] for place in places),
+                tuple(choice.nodes_for(tree, places)),
                 tuple(self.uploads[j] for j in mine),
             )
         return self.all(proofs, Shares)

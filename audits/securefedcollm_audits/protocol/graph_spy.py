@@ -197,15 +197,15 @@ class GraphSpy:
             if here and dealer in senders and given == kind:
                 shares[answer.index] = answer.shares[senders.index(dealer)]
         deal, digest = self._deals.get((roll, dealer)), self._rolls[roll][0]
-        for letter in deal.letters if deal else ():
-            holder = letter.parcel.holder
+        drawn = self._draws.get((roll, dealer), ())
+        for holder, dealt in zip(drawn, deal.dealt if deal else (), strict=False):
             if (digest, holder) in self._colluders:
                 own = AgreementKey(self._colluders[digest, holder][1])
                 public = self._adverts[digest, dealer].share_public
                 key = keys.box_key(own, public, digest, roll, dealer, holder)
                 associated = keys.box_associated(digest, roll, dealer, holder)
                 with contextlib.suppress(CryptoError):
-                    both = unseal(key, keys.ZERO_NONCE, letter.parcel.box, associated)
+                    both = unseal(key, keys.ZERO_NONCE, dealt.box, associated)
                     size = shamir.SHARE_BYTES
                     shares[holder] = both[:size] if kind == "seed" else both[size:]
         return shares

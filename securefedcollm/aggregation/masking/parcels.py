@@ -110,20 +110,36 @@ class Parcels:
             DealerFaultError: the parcel does not check.
             RemoteProtocolError: the dealer's public key is unusable.
         """
-        header, dealer, holder = self._header, parcel.dealer, self._index
+        shares = self.unbox(parcel.dealer, parcel.box)
+        committed = parcel.seed_share_commitment, parcel.key_share_commitment
+        found = self.commitments(parcel.dealer, *shares)
+        if parcel.holder != self._index or not equal(b"".join(found), b"".join(committed)):
+            raise DealerFaultError(parcel.dealer)
+        return shares
+
+    def unbox(self, dealer: int, box: bytes) -> tuple[bytes, bytes]:
+        """The two shares in a box from ``dealer`` to this silo, for this roll.
+
+        Raises:
+            DealerFaultError: it is no box from that dealer, to this silo, for this roll.
+            RemoteProtocolError: the dealer's public key is unusable.
+        """
+        header, holder = self._header, self._index
         key = self._box_key(dealer, holder)
         associated = keys.box_associated(header, self._roll_digest, dealer, holder)
         try:
-            shares = unseal(key, keys.ZERO_NONCE, parcel.box, associated)
+            shares = unseal(key, keys.ZERO_NONCE, box, associated)
         except CryptoError as error:
             raise DealerFaultError(dealer) from error
-        seed_share, key_share = shares[:SHARE_BYTES], shares[SHARE_BYTES:]
-        seed_commitment = keys.share_commitment(header, dealer, holder, "seed", seed_share)
-        key_commitment = keys.share_commitment(header, dealer, holder, "key", key_share)
-        committed = parcel.seed_share_commitment + parcel.key_share_commitment
-        if parcel.holder != holder or not equal(seed_commitment + key_commitment, committed):
-            raise DealerFaultError(dealer)
-        return seed_share, key_share
+        return shares[:SHARE_BYTES], shares[SHARE_BYTES:]
+
+    def commitments(self, dealer: int, seed_share: bytes, key_share: bytes) -> tuple[bytes, bytes]:
+        """What ``dealer`` commits to when it deals these shares to this silo, 32 bytes each."""
+        header, holder = self._header, self._index
+        return (
+            keys.share_commitment(header, dealer, holder, "seed", seed_share),
+            keys.share_commitment(header, dealer, holder, "key", key_share),
+        )
 
     def _box_key(self, dealer: int, holder: int) -> bytes:
         peer = self._roll[holder if dealer == self._index else dealer]

@@ -86,8 +86,9 @@ def lost(case: Case, wrong: Faults) -> str:
     """Adversary: a server that keeps a sum and writes that it was lost.
 
     An honest one calls a sum lost when two attempts in a row have failed for which enough silos had
-    trained. A server that really lets two attempts fail cannot be told from an unlucky one: then
-    the sum counts as released if enough silos have answered its opening.
+    trained; on a graph, where no second attempt can succeed, when one has. A server that really
+    lets them fail cannot be told from an unlucky one: then the sum counts as released if enough
+    silos have answered its opening.
 
     On a graph silos are bound before the server's log has an opening. So a quorum must at least
     have uploaded, by silos' logs.
@@ -97,15 +98,16 @@ def lost(case: Case, wrong: Faults) -> str:
     before: Entry | None = None
     sums, openable, opened, bound = 0, _openable(case), [], _bindable(case)
     knowing = _knowing(case)
+    least, words = (1, "an attempt") if case.study.graph else (2, "two attempts")
     for entry in case.server:
         what = entry.what
         if isinstance(what, Failed):
             failed[what.round].append((entry, what))
         elif isinstance(what, Lost):
             sums += 1
-            last = failed[what.round][-2:]
-            if len(last) < 2 or before is not last[-1][0]:
-                wrong(entry, "called lost without two attempts that failed")
+            last = failed[what.round][-least:]
+            if len(last) < least or before is not last[-1][0]:
+                wrong(entry, f"called lost without {words} that failed")
             if what.round not in bound:
                 wrong(entry, "called lost, and too few silos had uploaded to be bound to a list")
             for where, attempt in last:
@@ -117,7 +119,7 @@ def lost(case: Case, wrong: Faults) -> str:
             before = entry
     if not sums:
         return "no sum is called lost"
-    said = f"{count(sums, 'sum')} called lost, each after two attempts that failed"
+    said = f"{count(sums, 'sum')} called lost, each after {words} that failed"
     if opened:
         said += f"; enough silos answered to open {', '.join(opened)}: count it as released"
     return said

@@ -16,10 +16,11 @@ from typing import Final
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from scipy.special import gammaln
+from scipy.special import bdtrc, gammaln
 
+from securefedcollm.aggregation.header import RingParameters
 from securefedcollm.aggregation.masking.graph.choice import SECURITY_BITS, Graph
-from securefedcollm.errors import ConfigError
+from securefedcollm.errors import ConfigError, LocalProtocolError
 
 RUN_BITS: Final = 40
 """A bound on the chance of a server that tries again and again is 2^-40 in a whole run."""
@@ -94,6 +95,40 @@ class Bounds(msgspec.Struct, frozen=True):
                     hint="more neighbours, a higher silos.minimum or fewer silos.colluders; leave "
                     "the key out for the fewest neighbours that keep the bounds",
                 )
+
+
+def check_graph(parameters: RingParameters, graph: Graph) -> None:
+    """A silo's own check of a graph that its header names: one computation a process.
+
+    Losses are not its concern: if too many neighbours are lost, it answers no more.
+
+    Raises:
+        LocalProtocolError: colluders surround a silo, or survivors can be cut in two, more often
+            than in one of 2^60 attempts; or a sum could be of one honest silo.
+    """
+    n, c, quorum = parameters.silos, parameters.colluders, parameters.quorum
+    found = bounds(n, c, quorum, graph)
+    worst = max(found.corrupt, found.cut)
+    if worst > -SECURITY_BITS or quorum - c - found.hidden < 2:
+        raise LocalProtocolError(
+            f"{graph.neighbours} neighbours and {graph.shares} shares are too few for {n} silos of "
+            f"which {c} may collude and {quorum} make a sum: an attempt is safe but for a chance "
+            f"of 2^{worst:.1f}, and sums may have {quorum - c - found.hidden} honest silos",
+            hint="take derive(silos, colluders, quorum); do not join a study that asks for less",
+        )
+
+
+@lru_cache(maxsize=64)
+def most_senders(parameters: RingParameters, graph: Graph) -> int:
+    """The most letters that a silo reads: more honest silos draw no silo but for a chance of
+    2^-60, and all colluders may.
+
+    An honest silo draws another one with a chance of at most k / (Q − 1), each for itself.
+    """
+    n, chance = parameters.silos, graph.neighbours / (parameters.quorum - 1)
+    counts = np.arange(n)
+    rare = n * bdtrc(counts, n - 1, min(1.0, chance)) <= 2.0**-SECURITY_BITS
+    return min(n - 1, int(np.argmax(rare)) + parameters.colluders)
 
 
 def _at_least(population: int, marked: int, drawn: int, least: int) -> tuple[int, int]:

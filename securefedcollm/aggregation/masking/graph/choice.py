@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Final
 
@@ -164,9 +164,9 @@ def neighbours_of(
 
 
 def challenged(secret: bytes, tally: bytes, population: int, count: int) -> list[int]:
-    """The positions among the signers that a silo has the server prove, in order of proof."""
+    """The places among the signers whose signatures a silo has the server show, ascending."""
     key = hkdf(secret, salt=tally, info=_PREFIX + b"challenge\0")
-    return distinct(key, population, count)
+    return sorted(distinct(key, population, count))
 
 
 def distinct(key: bytes, population: int, count: int) -> list[int]:
@@ -213,30 +213,55 @@ def samples(parameters: RingParameters, graph: Graph, signers: int) -> int:
 # The tree of signatures --------------------------------------------------------------------------
 
 
-def proofs(leaves: Sequence[bytes]) -> tuple[bytes, list[list[bytes]]]:
-    """Root (RFC 9162 tree hash) and every leaf's inclusion path, from the leaf upwards."""
-    level = [sha256(b"\0", leaf) for leaf in leaves]
-    paths: list[list[bytes]] = [[] for _ in leaves]
-    places = list(range(len(leaves)))
-    while len(level) > 1:
-        for leaf, place in enumerate(places):
-            if place ^ 1 < len(level):
-                paths[leaf].append(level[place ^ 1])
-            places[leaf] = place >> 1
-        odd = level[-1:] if len(level) % 2 else []
+def tree(leaves: Sequence[bytes]) -> list[list[bytes]]:
+    """Levels of the RFC 9162 hash tree, from the leaves' hashes up to the root."""
+    levels = [[sha256(b"\0", leaf) for leaf in leaves]]
+    while len(level := levels[-1]) > 1:
         pairs = zip(level[::2], level[1::2], strict=False)
-        level = [sha256(b"\1", left, right) for left, right in pairs] + odd
-    return level[0], paths
+        odd = level[-1:] if len(level) % 2 else []
+        levels.append([sha256(b"\1", left, right) for left, right in pairs] + odd)
+    return levels
 
 
-def root_from(leaf: bytes, place: int, count: int, path: Sequence[bytes]) -> bytes | None:
-    """The root that ``path`` leads to; None if its length does not fit."""
-    node, rest = sha256(b"\0", leaf), list(path)
+def nodes_for(levels: Sequence[Sequence[bytes]], places: Iterable[int]) -> list[bytes]:
+    """The nodes that lead from the leaves at ``places`` to the root: each level's, ascending.
+
+    One node serves all leaves under it, and leaves that are shown serve each other. So few
+    leaves take about log2(count) nodes each, and all leaves take none.
+    """
+    nodes: list[bytes] = []
+    known = sorted(places)
+    for level in levels[:-1]:
+        here = {*known}
+        nodes += [level[p ^ 1] for p in known if p ^ 1 not in here and p ^ 1 < len(level)]
+        known = sorted({place >> 1 for place in known})
+    return nodes
+
+
+def root_of(leaves: Mapping[int, bytes], count: int, nodes: Sequence[bytes]) -> bytes | None:
+    """The root of a tree of ``count`` leaves to which these ``leaves`` and ``nodes`` lead.
+
+    Args:
+        leaves: by place, at least one.
+        nodes: as :func:`nodes_for` has them.
+
+    Returns:
+        32 bytes; None if there are too few nodes, or too many.
+    """
+    known = {place: sha256(b"\0", leaf) for place, leaf in leaves.items()}
+    rest = iter(nodes)
     while count > 1:
-        if place ^ 1 < count:
-            if not rest:
+        above: dict[int, bytes] = {}
+        for place in sorted(known):
+            if place >> 1 in above:
+                continue
+            if place ^ 1 >= count:
+                above[place >> 1] = known[place]
+                continue
+            other = known.get(place ^ 1) or next(rest, None)
+            if other is None:
                 return None
-            other = rest.pop(0)
-            node = sha256(b"\1", other, node) if place & 1 else sha256(b"\1", node, other)
-        place, count = place >> 1, (count + 1) >> 1
-    return None if rest else node
+            pair = (other, known[place]) if place & 1 else (known[place], other)
+            above[place >> 1] = sha256(b"\1", *pair)
+        known, count = above, (count + 1) >> 1
+    return known[0] if next(rest, None) is None else None

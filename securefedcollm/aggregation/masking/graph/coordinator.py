@@ -6,41 +6,37 @@ malicious silos and attackers on the network.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from securefedcollm.aggregation.attendance import AttendedRound
 from securefedcollm.aggregation.header import Roster, RoundHeader
-from securefedcollm.aggregation.masking import keys, masks, packing, shamir
-from securefedcollm.aggregation.masking.coordinator import probe
+from securefedcollm.aggregation.masking import shamir
 from securefedcollm.aggregation.masking.graph import choice
 from securefedcollm.aggregation.masking.graph.messages import (
     Challenge,
-    Dealer,
+    Dealt,
     Draw,
     Letter,
     Letters,
     Members,
     Neighbours,
+    Peer,
     Post,
     Proof,
     Shares,
-    Shown,
     Survivors,
     Tally,
     Uploaded,
 )
-from securefedcollm.aggregation.masking.messages import BOX_BYTES, Advertise, Agreement, Refusal
-from securefedcollm.aggregation.masking.upload import MAGIC, Upload, split
+from securefedcollm.aggregation.masking.masked_coordinator import MaskedRound
+from securefedcollm.aggregation.masking.messages import Advertise, Agreement
 from securefedcollm.aggregation.messages import Ask, decode
-from securefedcollm.aggregation.roles import RoundResult, Transcript
 from securefedcollm.aggregation.steps import GRAPH_TRANSITIONS, Step
-from securefedcollm.errors import CryptoError, ProtocolError
-from securefedcollm.primitives import AgreementKey, equal, verify
+from securefedcollm.errors import ProtocolError
 
 
-class GraphCoordinatorRound(AttendedRound):
+class GraphCoordinatorRound(MaskedRound):
     """Makes the requests, takes the replies, opens the sum.
 
     Args:
@@ -52,51 +48,34 @@ class GraphCoordinatorRound(AttendedRound):
     """
 
     def __init__(
-        self,
-        *,
-        header: RoundHeader,
-        roster: Roster,
-        threads: int = 1,
-        narrow: bool = False,
+        self, *, header: RoundHeader, roster: Roster, threads: int = 1, narrow: bool = False
     ) -> None:
-        super().__init__(header, roster, GRAPH_TRANSITIONS)
+        super().__init__(header, roster, GRAPH_TRANSITIONS, threads=threads, narrow=narrow)
         self._graph = choice.graph_of(header)
-        self._threads = threads
-        self._narrow = narrow
-        self._advertisements: dict[int, Advertise] = {}
-        self._publics: set[bytes] = set()
         self._members: tuple[int, ...] = ()
-        self._roll_digest = b""
         self._draws: dict[int, bytes] = {}
         self._drawn: dict[int, tuple[int, ...]] = {}
         self._deals: dict[int, Letters] = {}
-        self._letters: dict[int, dict[int, Letter]] = {}
-        """Holder -> dealer -> letter, by ascending dealer."""
-        self._delivery_digest = b""
-        self._sum = np.zeros(0, dtype="<u8")
-        self._uploads: dict[int, Upload] = {}
-        self._survivors: tuple[int, ...] = ()
-        self._dropouts: tuple[int, ...] = ()
-        self._lists_digest = b""
-        self._agreements: dict[int, Agreement] = {}
+        self._letters: dict[int, dict[int, Dealt]] = {}
+        """Holder -> dealer -> its shares and their commitments, by ascending dealer."""
         self._tally = Tally(b"", bytes(32))
         self._tally_digest = b""
-        self._paths: list[list[bytes]] = []
+        self._tree: list[list[bytes]] = []
         self._challenges: dict[int, Challenge] = {}
         self._shares: dict[int, dict[int, bytes]] = {}
         """Responder -> dealer -> share."""
 
-    @property
-    def transcript(self) -> Transcript:
-        """What the silos have agreed to so far."""
-        return Transcript(
-            header=self._header_digest,
-            delivery=self._delivery_digest,
-            lists=self._lists_digest,
-            survivors=self._names(self._survivors),
-            dropouts=self._names(self._dropouts),
-            agreements=self._signatures(),
-        )
+    def _dealers(self) -> Sequence[int]:
+        return tuple(self._deals)
+
+    def _what_next(self) -> str:
+        if self._step in {Step.AGREE, Step.CHALLENGE, Step.UNMASK}:
+            return "go on with the next round: silos that have agreed open no other sum of this one"
+        return super()._what_next()
+
+    def _near(self, dropout: int) -> Sequence[int]:
+        both = {*self._drawn[dropout], *self._letters.get(dropout, {})}
+        return sorted(both & {*self._uploads})
 
     def requests(self) -> dict[str, bytes]:
         """One frame for every silo that takes part in this step and has not replied yet."""
@@ -117,19 +96,18 @@ class GraphCoordinatorRound(AttendedRound):
         return choice.pack_set(indices, self._parameters.silos)
 
     def _neighbours(self, index: int) -> bytes:
-        return Neighbours(tuple(self._advertisements[j] for j in self._drawn[index])).encode()
+        return Neighbours(tuple(map(self._peer, self._drawn[index]))).encode()
 
     def _post(self, holder: int) -> bytes:
         letters = self._letters.get(holder, {})
         return Post(
             dealers=self._packed(tuple(self._deals)),
-            senders=tuple(map(self._dealer, letters)),
-            letters=tuple(letters.values()),
+            senders=tuple(map(self._peer, letters)),
+            letters=tuple(Letter(dealt.box, dealt.digest) for dealt in letters.values()),
         ).encode()
 
-    def _dealer(self, index: int) -> Dealer:
-        entry = self._advertisements[index]
-        return Dealer(index, entry.mask_public, entry.share_public)
+    def _peer(self, index: int) -> Peer:
+        return Peer.of(self._advertisements[index])
 
     def _proof(self, index: int) -> bytes:
         signers = sorted(self._agreements)
@@ -138,10 +116,8 @@ class GraphCoordinatorRound(AttendedRound):
         places = choice.challenged(secret, self._tally_digest, len(signers), count)
         kept = (j for j in self._letters.get(index, {}) if j in self._uploads)
         return Proof(
-            shown=tuple(
-                Shown(self._agreements[signers[place]].signature, tuple(self._paths[place]))
-                for place in places
-            ),
+            signatures=tuple(self._agreements[signers[place]].signature for place in places),
+            nodes=tuple(choice.nodes_for(self._tree, places)),
             uploads=tuple(
                 Uploaded(self._uploads[j].words, self._uploads[j].signature) for j in kept
             ),
@@ -191,19 +167,7 @@ class GraphCoordinatorRound(AttendedRound):
         self._shares.clear()
         self._sum = np.zeros(0, dtype="<u8")
 
-    # G0, G1 -----------------------------------------------------------------------------------
-
-    def _on_advertise(self, name: str, advertise: Advertise) -> None:
-        index = self._check_signed(name, advertise)
-        pair = {advertise.mask_public, advertise.share_public}
-        # Adversary: a silo with a key of small order, or with another silo's key; its neighbours
-        # would refuse, so it is taken off here.
-        if len(pair) < 2 or pair & self._publics:
-            self._blame(name, "advertised a key that is in use already")
-        if not all(map(probe, pair)):
-            self._blame(name, "advertised a public key that is misspelled or of small order")
-        self._publics |= pair
-        self._advertisements[index] = advertise
+    # G1 ---------------------------------------------------------------------------------------
 
     def _on_draw(self, name: str, draw: Draw) -> None:
         index = self._check_signed(name, draw)
@@ -218,27 +182,16 @@ class GraphCoordinatorRound(AttendedRound):
 
     def _on_letters(self, name: str, deal: Letters) -> None:
         index = self._check_signed(name, deal)
-        expected = [(index, holder, BOX_BYTES) for holder in self._drawn[index]]
-        parcels = [letter.parcel for letter in deal.letters]
-        found = [(parcel.dealer, parcel.holder, len(parcel.box)) for parcel in parcels]
-        if deal.roll != self._roll_digest or found != expected:
+        if deal.roll != self._roll_digest or len(deal.dealt) != len(self._drawn[index]):
             self._blame(name, "sent a dealing that does not fit its draw")
-        # Adversary: a silo whose letters do not verify: each neighbour would blame the relay.
-        own = self._dealer(index)
-        for letter in deal.letters:
-            said = own.letter(self._header_digest, self._roll_digest, letter.parcel)
-            try:
-                verify(self._roster.key(index), Letter.CONTEXT, said, letter.signature)
-            except CryptoError:
-                self._blame(name, "sent a letter with a bad signature")
         self._deals[index] = deal
 
     def _close_share(self) -> None:
         self._deals = self._quorum(self._deals)
         self._check_kept(tuple(self._deals))
         for dealer, deal in self._deals.items():
-            for letter in deal.letters:
-                self._letters.setdefault(letter.parcel.holder, {})[dealer] = letter
+            for holder, dealt in zip(self._drawn[dealer], deal.dealt, strict=True):
+                self._letters.setdefault(holder, {})[dealer] = dealt
         self._delivery_digest = choice.delivery_digest(
             self._roll_digest, self._packed(tuple(self._deals))
         )
@@ -253,34 +206,13 @@ class GraphCoordinatorRound(AttendedRound):
                 raise ProtocolError(
                     f"{self._roster.name(index)} has {left} neighbours left after step "
                     f"{self._step.value}; {self._graph.shares} are needed{self._reasons()}",
-                    hint="nothing was opened; bring the lost silos back and start another attempt",
+                    hint=f"nothing was opened; {self._what_next()}",
                 )
 
     # G3 ---------------------------------------------------------------------------------------
 
-    def _on_upload(self, name: str, frame: bytes | memoryview) -> None:
-        if frame[: len(MAGIC)] != MAGIC:
-            self._on_refusal(name, decode(Refusal, frame, name))
-            return
-        upload, words = split(frame, self._parameters, name, self._threads)
-        index = self._check_signed(name, upload)
-        if upload.delivery != self._delivery_digest:
-            self._blame(name, "masked its vector for another delivery")
-        np.add(self._sum, words, out=self._sum)
-        self._uploads[index] = upload
-
-    def _on_refusal(self, name: str, refusal: Refusal) -> None:
-        # Either may be lying: the accused dealt a bad share, or this silo invents it.
-        self._check_signed(name, refusal)
-        if refusal.delivery != self._delivery_digest or refusal.accused not in self._deals:
-            self._blame(name, "refused another delivery")
-        accused = self._roster.name(refusal.accused)
-        self._excluded[name] = f"refused: {accused} dealt it a bad share"
-
     def _close_upload(self) -> None:
-        self._survivors = tuple(sorted(self._uploads))
-        self._dropouts = tuple(index for index in self._deals if index not in self._uploads)
-        self._enough(len(self._survivors), self._parameters.quorum)
+        self._split_dealers()
         self._check_kept(self._survivors)
         self._lists_digest = choice.survivors_digest(
             self._delivery_digest, self._packed(self._survivors)
@@ -289,16 +221,11 @@ class GraphCoordinatorRound(AttendedRound):
 
     # G4, G5 -----------------------------------------------------------------------------------
 
-    def _on_agreement(self, name: str, agreement: Agreement) -> None:
-        index = self._check_signed(name, agreement)
-        if agreement.lists != self._lists_digest:
-            self._blame(name, "agreed to other lists")
-        self._agreements[index] = agreement
-
     def _close_agree(self) -> None:
         self._enough(len(self._agreements), self._parameters.threshold)
         signers = tuple(sorted(self._agreements))
-        root, self._paths = choice.proofs([self._agreements[i].signature for i in signers])
+        self._tree = choice.tree([self._agreements[i].signature for i in signers])
+        (root,) = self._tree[-1]
         self._tally = Tally(self._packed(signers), root)
         self._tally_digest = choice.tally_digest(self._lists_digest, self._tally.signers, root)
         self._ask(signers)
@@ -316,82 +243,26 @@ class GraphCoordinatorRound(AttendedRound):
         held = self._letters.get(index, {})
         if sent.lists != self._lists_digest or len(sent.shares) != len(held):
             self._blame(name, "opened other lists")
-        for (dealer, letter), share in zip(held.items(), sent.shares, strict=True):
-            # Adversary: a silo that sends an altered share, or another silo's.
-            parcel = letter.parcel
-            kind: keys.Kind = "seed" if dealer in self._uploads else "key"
-            committed = (
-                parcel.seed_share_commitment if kind == "seed" else parcel.key_share_commitment
-            )
-            found = keys.share_commitment(self._header_digest, dealer, index, kind, share)
-            if not equal(found, committed):
-                self._blame(name, f"sent a wrong share of {self._roster.name(dealer)}'s secret")
+        for (dealer, dealt), share in zip(held.items(), sent.shares, strict=True):
+            committed = dealt.seed_share_commitment, dealt.key_share_commitment
+            self._check_share(dealer, index, share, *committed)
         self._shares[index] = dict(zip(held, sent.shares, strict=True))
 
     def _open(self) -> None:
-        secrets = {dealer: self._rebuild(dealer) for dealer in self._deals}
-        header, delivery = self._header_digest, self._delivery_digest
-        add: list[bytes] = []
-        subtract = [
-            keys.self_mask_key(secrets[index], header, delivery, index) for index in self._survivors
-        ]
-        for dropout in self._dropouts:
-            own = AgreementKey(secrets[dropout])
-            # The survivors that masked with it: those that it drew, and those that drew it.
-            near = {*self._drawn[dropout], *self._letters.get(dropout, {})} & {*self._uploads}
-            for survivor in near:
-                public = self._advertisements[survivor].mask_public
-                key = keys.pair_mask_key(own, public, header, delivery, dropout, survivor)
-                # The lower index added the mask: undo the survivor's half.
-                (subtract if survivor < dropout else add).append(key)
-        masks.apply(self._sum, add=add, subtract=subtract, threads=self._threads)
-        count = len(self._survivors)
-        total = packing.unpack(self._sum, self._parameters, count, narrow=self._narrow)
-        self._result = RoundResult(
-            sum=total,
-            survivors=self._names(self._survivors),
-            dropouts=self._names(self._dropouts),
-            excluded=dict(self._excluded),
-            header_digest=header,
-            transcript=self._lists_digest,
-            agreements=self._signatures(),
-        )
-        self._forget()
+        self._unmask({dealer: self._rebuilt(dealer) for dealer in self._deals})
 
-    def _signatures(self) -> dict[str, bytes]:
-        return {
-            self._roster.name(index): self._agreements[index].signature
-            for index in sorted(self._agreements)
-        }
-
-    def _rebuild(self, dealer: int) -> bytes:
-        """A survivor's seed or a dropout's mask secret, checked against what its owner published.
-
-        Adversary: a dealer whose shares belong to another secret. Every share here matches the
-        dealer's own commitment, so a wrong secret is the dealer's fault.
-        """
-        name = self._roster.name(dealer)
-        responders = [i for i in self._drawn[dealer] if i in self._shares][: self._graph.shares]
-        if len(responders) < self._graph.shares:
+    def _rebuilt(self, dealer: int) -> bytes:
+        needed = self._graph.shares
+        responders = [i for i in self._drawn[dealer] if i in self._shares][:needed]
+        if len(responders) < needed:
             raise ProtocolError(
-                f"only {len(responders)} neighbours of {name} answered; "
-                f"{self._graph.shares} are needed{self._reasons()}",
-                hint="try again with exactly these survivors, or go on with the next round",
+                f"only {len(responders)} neighbours of {self._roster.name(dealer)} answered; "
+                f"{needed} are needed{self._reasons()}",
+                hint=self._what_next(),
             )
         shares = [self._shares[i][dealer] for i in responders]
-        try:
-            secret = shamir.rebuild(shares, shamir.weights(responders))
-        except CryptoError:
-            self._blame(name, "dealt shares of no secret; the sum cannot be opened")
-        if dealer in self._uploads:
-            published = self._deals[dealer].seed_commitment
-            found = keys.seed_commitment(self._header_digest, dealer, secret)
-        else:
-            published = self._advertisements[dealer].mask_public
-            found = AgreementKey(secret).public
-        if not equal(found, published):
-            self._blame(name, "dealt shares of another secret; the sum cannot be opened")
-        return secret
+        committed = self._deals[dealer].seed_commitment
+        return self._secret(dealer, shares, shamir.weights(responders), committed)
 
 
 def _same(frame: bytes) -> Callable[[int], bytes]:

@@ -2,22 +2,29 @@
 
 Advertise, Agreement, Refusal and the upload are those of :mod:`~.masking.messages`. Sets of silos
 are bit sets (:func:`~.graph.choice.pack_set`), so that they stay small with thousands of silos.
+What occurs once a neighbour (:class:`Record`) has no tag and repeats nothing that both ends know.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, ClassVar, Final
 
 import msgspec
 
 from securefedcollm.aggregation.header import MAX_COHORT, Digest
-from securefedcollm.aggregation.masking.messages import Advertise, Parcel, Share
+from securefedcollm.aggregation.masking.messages import BOX_BYTES, Advertise, Share
 from securefedcollm.aggregation.messages import Index, Message, Signature, Signed, index_bytes
 from securefedcollm.primitives import sha256
 
 Set = Annotated[bytes, msgspec.Meta(max_length=MAX_COHORT // 8)]
+Box = Annotated[bytes, msgspec.Meta(min_length=BOX_BYTES, max_length=BOX_BYTES)]
 MANY: Final = msgspec.Meta(max_length=MAX_COHORT)
 _MOST: Final = 4 * 1024 * 1024
+
+
+class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Base of the parts of messages."""
 
 
 class Members(Message, frozen=True, tag="members"):
@@ -40,52 +47,79 @@ class Draw(Signed, frozen=True, tag="draw"):
         return Signed.signed(self) + self.roll + self.secret
 
 
-class Neighbours(Message, frozen=True, tag="neighbours"):
-    """Server → silo, G2: the advertisements of the silos that it drew, by ascending index."""
-
-    LIMIT: ClassVar[int] = _MOST
-
-    advertisements: Annotated[tuple[Advertise, ...], MANY]
-
-
-class Letter(Message, frozen=True, tag="letter"):
-    """A parcel for one neighbour, and its dealer's signature.
-
-    The signature also covers what both ends know: header, roll, and the dealer's keys.
-    """
-
-    CONTEXT: ClassVar[bytes] = b"securefedcollm/v2/letter"
-
-    parcel: Parcel
-    signature: Signature
-
-
-class Dealer(Message, frozen=True, tag="dealer"):
-    """What all letters of a dealer have in common."""
+class Peer(Record, frozen=True):
+    """A silo's advertisement, without the header that all have in common."""
 
     index: Index
     mask_public: Digest
     share_public: Digest
+    signature: Signature
 
-    def letter(self, header: bytes, roll: bytes, parcel: Parcel) -> bytes:
-        """The bytes under a letter's signature."""
-        own = index_bytes(self.index) + self.mask_public + self.share_public
-        return header + roll + own + sha256(b"securefedcollm/v2/parcel\0", parcel.encode())
+    @classmethod
+    def of(cls, entry: Advertise) -> Peer:
+        """``entry`` in short."""
+        return cls(entry.index, entry.mask_public, entry.share_public, entry.signature)
+
+    def advertise(self, header: bytes) -> Advertise:
+        """The advertisement under the signature; ``header``: 32-byte digest."""
+        return Advertise(
+            header=header,
+            index=self.index,
+            signature=self.signature,
+            mask_public=self.mask_public,
+            share_public=self.share_public,
+        )
+
+
+class Neighbours(Message, frozen=True, tag="neighbours"):
+    """Server → silo, G2: the keys of the silos that it drew, by ascending index."""
+
+    LIMIT: ClassVar[int] = _MOST
+
+    peers: Annotated[tuple[Peer, ...], MANY]
+
+
+class Dealt(Record, frozen=True):
+    """A dealer's sealed shares for one of those that it drew, and commitments to the two."""
+
+    box: Box
+    seed_share_commitment: Digest
+    key_share_commitment: Digest
+
+    @property
+    def digest(self) -> bytes:
+        """What the holder checks its shares against, 32 bytes."""
+        return commitments_digest(self.seed_share_commitment, self.key_share_commitment)
+
+
+def commitments_digest(seed_share_commitment: bytes, key_share_commitment: bytes) -> bytes:
+    """32 bytes that stand for the commitments to both shares of one holder."""
+    return sha256(b"securefedcollm/v2/parcel\0", seed_share_commitment, key_share_commitment)
 
 
 class Letters(Signed, frozen=True, tag="letters"):
-    """Silo → server, G2: one letter for each silo that it drew, by ascending index."""
+    """Silo → server, G2: one parcel for each silo that it drew, by ascending index."""
 
     CONTEXT: ClassVar[bytes] = b"securefedcollm/v2/letters"
     LIMIT: ClassVar[int] = _MOST
 
     roll: Digest
     seed_commitment: Digest
-    letters: Annotated[tuple[Letter, ...], MANY]
+    dealt: Annotated[tuple[Dealt, ...], MANY]
 
     def signed(self) -> bytes:
         head = Signed.signed(self) + self.roll + self.seed_commitment
-        return head + index_bytes(len(self.letters)) + b"".join(x.signature for x in self.letters)
+        return head + index_bytes(len(self.dealt)) + sha256(msgspec.msgpack.encode(self.dealt))
+
+
+class Letter(Record, frozen=True):
+    """A dealer's box for one holder, and the digest of its commitments to what is in it.
+
+    No signature covers it. The box is authentic by its key, which only dealer and holder have.
+    """
+
+    box: Box
+    commitments: Digest
 
 
 class Post(Message, frozen=True, tag="post"):
@@ -94,7 +128,7 @@ class Post(Message, frozen=True, tag="post"):
     LIMIT: ClassVar[int] = _MOST
 
     dealers: Set
-    senders: Annotated[tuple[Dealer, ...], MANY]
+    senders: Annotated[tuple[Peer, ...], MANY]
     letters: Annotated[tuple[Letter, ...], MANY]
 
 
@@ -127,14 +161,7 @@ class Challenge(Signed, frozen=True, tag="challenge"):
         return Signed.signed(self) + self.tally + self.secret
 
 
-class Shown(Message, frozen=True, tag="shown"):
-    """A signature over the survivors, and the path from it to the tally's root."""
-
-    signature: Signature
-    path: Annotated[tuple[Digest, ...], msgspec.Meta(max_length=16)]
-
-
-class Uploaded(Message, frozen=True, tag="uploaded"):
+class Uploaded(Record, frozen=True):
     """A survivor's signature over its upload: the delivery that it masked for is this one."""
 
     words: Digest
@@ -142,11 +169,18 @@ class Uploaded(Message, frozen=True, tag="uploaded"):
 
 
 class Proof(Message, frozen=True, tag="proof"):
-    """Server → silo, G6: the signatures asked for, and the uploads of those whose seed it opens."""
+    """Server → silo, G6: the signatures asked for, and the uploads of those whose seed it opens.
+
+    Args:
+        signatures: over the survivors, by ascending place in the tally.
+        nodes: of the tree, that lead with them to its root (:func:`~.graph.choice.root_of`).
+        uploads: by ascending index.
+    """
 
     LIMIT: ClassVar[int] = _MOST
 
-    shown: Annotated[tuple[Shown, ...], MANY]
+    signatures: Annotated[tuple[Signature, ...], MANY]
+    nodes: Annotated[tuple[Digest, ...], MANY]
     uploads: Annotated[tuple[Uploaded, ...], MANY]
 
 
@@ -167,3 +201,8 @@ class Shares(Signed, frozen=True, tag="shares"):
 
     def __repr__(self) -> str:
         return f"Shares(index={self.index}, shares=<redacted>)"
+
+
+def advertised(peers: Iterable[Peer], header: bytes) -> list[Advertise]:
+    """The advertisements of ``peers`` in full."""
+    return [peer.advertise(header) for peer in peers]

@@ -7,74 +7,61 @@ before the attempt. Below, i is this silo, out(i) the silos that it drew, in(i) 
 What is new against the complete graph is that no silo sees more than its neighbourhood, although
 one list of survivors must hold for all. Two things make up for it. A silo challenges the server to
 show a few of the signatures over the list that the server has committed to. And it opens a seed
-only of a silo that masked its upload for the same delivery.
+only of a silo that masked its upload for the same delivery. What both graphs have in common is in
+:mod:`~.masking.masked_silo`.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar
 
-from securefedcollm.aggregation.answering import AnsweringSilo
-from securefedcollm.aggregation.checks import (
-    check_announced,
-    check_signature,
-    refuse,
-)
-from securefedcollm.aggregation.header import Roster, RoundHeader
-from securefedcollm.aggregation.masking import keys, masks, packing, shamir
-from securefedcollm.aggregation.masking.graph import choice
+from securefedcollm.aggregation.checks import check_signature, refuse
+from securefedcollm.aggregation.masking import keys
+from securefedcollm.aggregation.masking.graph import bounds, choice
 from securefedcollm.aggregation.masking.graph.messages import (
     Challenge,
-    Dealer,
+    Dealt,
     Draw,
     Letter,
     Letters,
     Members,
     Neighbours,
+    Peer,
     Post,
     Proof,
     Shares,
     Survivors,
     Tally,
+    advertised,
+    commitments_digest,
 )
-from securefedcollm.aggregation.masking.messages import Advertise, Agreement, Refusal
-from securefedcollm.aggregation.masking.parcels import DealerFaultError, Parcels, refuse_key
-from securefedcollm.aggregation.masking.upload import Upload, UploadBuffer, words_digest
+from securefedcollm.aggregation.masking.masked_silo import MaskedSilo, MaskSecrets
+from securefedcollm.aggregation.masking.messages import Advertise, Agreement
+from securefedcollm.aggregation.masking.parcels import DealerFaultError, Parcels
+from securefedcollm.aggregation.masking.upload import Upload, UploadBuffer
 from securefedcollm.aggregation.messages import UNSIGNED, Ask, decode, sign
-from securefedcollm.aggregation.roles import SERVER, Journal, Transcript
-from securefedcollm.aggregation.steps import SILO_STEPS, Step
-from securefedcollm.errors import CryptoError
-from securefedcollm.primitives import (
-    KEY_BYTES,
-    AgreementKey,
-    RandomSource,
-    SigningKey,
-    verify,
-    well_spelled,
-)
+from securefedcollm.aggregation.roles import SERVER
+from securefedcollm.aggregation.steps import SchemeName, Step
+from securefedcollm.primitives import KEY_BYTES, equal
 
 
 @dataclass(repr=False)
-class _Secrets:
-    """The secrets that must not outlive the attempt."""
+class GraphSecrets(MaskSecrets):
+    """As there. ``draw``: the 32 bytes from which out(i) follows; secret until the roll is fixed.
 
-    buffer: UploadBuffer
-    mask_secret: bytes
-    share_secret: bytes
-    seed: bytes
-    draw: bytes
-    held: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
-    """Dealer in in(i) -> (seed share, mask-key share) that this silo holds."""
+    ``held`` is of the dealers in in(i).
+    """
 
-    def close(self) -> None:
-        self.mask_secret = self.share_secret = self.seed = self.draw = b""
-        self.held.clear()
-        self.buffer.words[:] = 0  # the vector, until it is masked and has left
+    draw: bytes = b""
+
+    def forget(self) -> None:
+        super().forget()
+        self.draw = b""
 
 
-class GraphSiloRound(AnsweringSilo[_Secrets]):
+class GraphSiloRound(MaskedSilo[GraphSecrets]):
     """Answers the server's seven requests, in order, once each. Not thread-safe.
 
     Args:
@@ -85,82 +72,34 @@ class GraphSiloRound(AnsweringSilo[_Secrets]):
     The other arguments are those of :class:`~.masking.silo.SiloRound`.
 
     Raises:
-        LocalProtocolError: header, roster, identity, graph and vector do not belong together.
+        LocalProtocolError: header, roster, identity, graph and vector do not belong together, or
+            the graph does not keep the bounds (:func:`~.graph.bounds.check_graph`).
     """
 
-    def __init__(
-        self,
-        *,
-        header: RoundHeader,
-        roster: Roster,
-        name: str,
-        signing_key: SigningKey,
-        vector: packing.Bounded,
-        vector_id: bytes,
-        journal: Journal,
-        random: RandomSource = os.urandom,
-        threads: int = 1,
-    ) -> None:
-        super().__init__(
-            header=header,
-            roster=roster,
-            name=name,
-            signing_key=signing_key,
-            vector_id=vector_id,
-            journal=journal,
-            steps=SILO_STEPS["masking-graph"],
-        )
-        self._graph = choice.graph_of(header)
-        self._random = random
-        self._threads = threads
-        buffer = UploadBuffer(header.parameters)
-        packing.pack(vector, header.parameters, buffer.words, threads)
-        mask_secret, share_secret, seed, draw = (random(KEY_BYTES) for _ in range(4))
-        self._hold(_Secrets(buffer, mask_secret, share_secret, seed, draw))
+    SCHEME: ClassVar[SchemeName] = "masking-graph"
+
+    def _check_suite(self) -> None:
+        self._graph = choice.graph_of(self._header)
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Adversary: the author of a study, or a server that has the ear of one, who chooses k and
+        t such that colluders surround a silo, or the survivors fall apart."""
+        bounds.check_graph(self._parameters, self._graph)
+
+    def _fresh(self, buffer: UploadBuffer) -> GraphSecrets:
         # Public transcript, filled step by step.
-        self._own_keys: Advertise
         self._members: tuple[int, ...] = ()
-        self._roll_digest = b""
         self._drawn: tuple[int, ...] = ()
-        self._peers: dict[int, Advertise | Dealer] = {}
-        self._dealers: tuple[int, ...] = ()
-        self._delivery_digest = b""
         self._drawn_by: tuple[int, ...] = ()
-        self._survivors: tuple[int, ...] = ()
-        self._lists_digest = b""
+        self._peers: dict[int, Advertise] = {}
         self._tally: Tally
         self._signers: tuple[int, ...] = ()
         self._challenged: list[int] = []
+        mask_secret, share_secret, seed, draw = (self._random(KEY_BYTES) for _ in range(4))
+        return GraphSecrets(buffer, mask_secret, share_secret, seed, draw=draw)
 
-    @property
-    def transcript(self) -> Transcript:
-        """What this silo has accepted so far."""
-        gone = sorted({*self._dealers} - {*self._survivors}) if self._survivors else []
-        return Transcript(
-            header=self._header_digest,
-            delivery=self._delivery_digest,
-            lists=self._lists_digest,
-            survivors=tuple(map(self._roster.name, self._survivors)),
-            dropouts=tuple(map(self._roster.name, gone)),
-        )
-
-    def handle(self, frame: bytes) -> bytes:
-        """As :meth:`~.masking.silo.SiloRound.handle`."""
-        try:
-            return super().handle(frame)
-        except DealerFaultError as fault:
-            return sign(
-                Refusal(
-                    header=self._header_digest,
-                    index=self._index,
-                    signature=UNSIGNED,
-                    delivery=self._delivery_digest,
-                    accused=fault.dealer,
-                ),
-                self._signing_key,
-            ).encode()
-
-    def _answer(self, frame: bytes, secrets: _Secrets) -> bytes:
+    def _answer(self, frame: bytes, secrets: GraphSecrets) -> bytes:
         answers: dict[Step, Callable[[], bytes]] = {
             Step.ADVERTISE: lambda: self._on_ask(decode(Ask, frame, SERVER), secrets),
             Step.DRAW: lambda: self._on_members(decode(Members, frame, SERVER), secrets),
@@ -180,26 +119,9 @@ class GraphSiloRound(AnsweringSilo[_Secrets]):
         self._check_members(members, allowed, what)
         return members
 
-    # G0 ---------------------------------------------------------------------------------------
-
-    def _on_ask(self, ask: Ask, secrets: _Secrets) -> bytes:
-        check_announced(self._header, ask.header)
-        # Adversary: a server that has two sets of keys signed for one attempt.
-        self._own_keys = self._say(
-            b"keys:",
-            Advertise(
-                header=self._header_digest,
-                index=self._index,
-                signature=UNSIGNED,
-                mask_public=AgreementKey(secrets.mask_secret).public,
-                share_public=AgreementKey(secrets.share_secret).public,
-            ),
-        )
-        return self._own_keys.encode()
-
     # G1 ---------------------------------------------------------------------------------------
 
-    def _on_members(self, sent: Members, secrets: _Secrets) -> bytes:
+    def _on_members(self, sent: Members, secrets: GraphSecrets) -> bytes:
         everyone = range(1, self._parameters.silos + 1)
         self._members = self._read_set(sent.members, everyone, "roll")
         self._roll_digest = choice.roll_digest(self._header_digest, sent.members)
@@ -222,37 +144,29 @@ class GraphSiloRound(AnsweringSilo[_Secrets]):
 
     # G2 ---------------------------------------------------------------------------------------
 
-    def _on_neighbours(self, sent: Neighbours, secrets: _Secrets) -> bytes:
-        entries = sent.advertisements
+    def _on_neighbours(self, sent: Neighbours, secrets: GraphSecrets) -> bytes:
         # Adversary: a server that puts silos of its choice in the place of those drawn.
-        if tuple(entry.index for entry in entries) != self._drawn:
+        if tuple(peer.index for peer in sent.peers) != self._drawn:
             refuse("sent other neighbours than this silo drew", "report the server")
-        self._check_signatures(entries, "keys")
-        self._peers = {entry.index: entry for entry in entries}
-        self._check_keys()
+        self._know(sent.peers)
         return self._deal(secrets)
 
-    def _check_keys(self) -> None:
-        """Adversary: a silo that repeats another's key without knowing its secret."""
-        everyone = [self._own_keys, *self._peers.values()]
-        publics = {key for peer in everyone for key in (peer.mask_public, peer.share_public)}
-        if len(publics) != 2 * len(everyone) or not all(map(well_spelled, publics)):
-            refuse(
-                "relayed one key twice or in a second spelling",
-                "report the server and the neighbours",
-            )
+    def _know(self, peers: Sequence[Peer]) -> None:
+        """Take the keys of these silos, who signed them for this attempt."""
+        entries = advertised(peers, self._header_digest)
+        self._check_signatures(entries, "keys")
+        for entry in entries:
+            known = self._peers.setdefault(entry.index, entry)
+            if (known.mask_public, known.share_public) != (entry.mask_public, entry.share_public):
+                refuse(
+                    f"relayed two sets of {self._roster.name(entry.index)}'s keys", "report both"
+                )
+        self._check_keys([self._own_keys, *self._peers.values()])
 
-    def _deal(self, secrets: _Secrets) -> bytes:
-        holders, threshold = self._drawn, self._graph.shares
-        seed_shares = shamir.deal(secrets.seed, threshold, holders, self._random)
-        key_shares = shamir.deal(secrets.mask_secret, threshold, holders, self._random)
-        parcels = self._parcels(secrets)
-        own = Dealer(self._index, self._own_keys.mask_public, self._own_keys.share_public)
-        letters = []
-        for holder, seed_share, key_share in zip(holders, seed_shares, key_shares, strict=True):
-            parcel = parcels.make(holder, seed_share, key_share)
-            said = own.letter(self._header_digest, self._roll_digest, parcel)
-            letters.append(Letter(parcel, self._signing_key.sign(Letter.CONTEXT, said)))
+    def _deal(self, secrets: GraphSecrets) -> bytes:
+        shares = self._shared(secrets, self._drawn, self._graph.shares)
+        own = self._parcels(secrets, self._peers)
+        made = [own.make(holder, *both) for holder, both in zip(self._drawn, shares, strict=True)]
         # Adversary: a server that has one set of secrets shared out twice.
         return self._say(
             b"deal:",
@@ -264,57 +178,56 @@ class GraphSiloRound(AnsweringSilo[_Secrets]):
                 seed_commitment=keys.seed_commitment(
                     self._header_digest, self._index, secrets.seed
                 ),
-                letters=tuple(letters),
+                dealt=tuple(
+                    Dealt(one.box, one.seed_share_commitment, one.key_share_commitment)
+                    for one in made
+                ),
             ),
         ).encode()
 
-    def _parcels(self, secrets: _Secrets) -> Parcels:
-        return Parcels(
-            header=self._header_digest,
-            roster=self._roster,
-            roll=self._peers,
-            roll_digest=self._roll_digest,
-            index=self._index,
-            secret=secrets.share_secret,
-        )
-
     # G3 ---------------------------------------------------------------------------------------
 
-    def _on_post(self, post: Post, secrets: _Secrets) -> bytes:
+    def _on_post(self, post: Post, secrets: GraphSecrets) -> bytes:
         self._dealers = self._read_set(post.dealers, self._members, "list of dealers")
         self._delivery_digest = choice.delivery_digest(self._roll_digest, post.dealers)
         self._check_kept(self._dealers)
-        senders = tuple(sender.index for sender in post.senders)
-        others = {*self._dealers} - {self._index}
+        self._drawn_by = tuple(sender.index for sender in post.senders)
+        self._check_senders()
+        self._know(post.senders)
+        if len(post.letters) != len(self._drawn_by):
+            refuse("did not relay one letter of each sender", "start a new attempt")
+        parcels = self._parcels(secrets, self._peers)
+        for dealer, letter in zip(self._drawn_by, post.letters, strict=True):
+            secrets.held[dealer] = self._read_letter(dealer, letter, parcels)
+        self._record_vector()
+        dealt = {*self._dealers}
+        return self._upload(secrets, {i: key for i, key in self._peers.items() if i in dealt})
+
+    def _check_senders(self) -> None:
+        senders, others = self._drawn_by, {*self._dealers} - {self._index}
         if list(senders) != sorted({*senders}) or not {*senders} <= others:
             refuse("relayed letters of silos that have not dealt", "report the server")
-        if len(post.letters) != len(senders):
-            refuse("did not relay one letter of each sender", "start a new attempt")
-        for sender, letter in zip(post.senders, post.letters, strict=True):
-            self._read_letter(sender, letter)
-        self._check_keys()
-        self._drawn_by = senders
-        parcels = self._parcels(secrets)
-        for letter in post.letters:
-            secrets.held[letter.parcel.dealer] = parcels.open(letter.parcel)
-        self._record_vector()
-        return self._upload(secrets)
+        # Adversary: silos that make up their draws, and a server that directs them all at one silo,
+        # which would have to agree on keys with thousands.
+        most = bounds.most_senders(self._parameters, self._graph)
+        if len(senders) > most:
+            refuse(
+                f"relayed letters of {len(senders)} silos; no more than {most} draw one silo, even "
+                "if all colluders do",
+                "report the server",
+            )
 
-    def _read_letter(self, sender: Dealer, letter: Letter) -> None:
-        """Adversary: a relay that alters letters or keys. What the dealer signed and made badly
-        shows only when the box is opened."""
-        index, parcel = sender.index, letter.parcel
-        said = sender.letter(self._header_digest, self._roll_digest, parcel)
-        what = f"{self._roster.name(index)}'s letter"
-        try:
-            verify(self._roster.key(index), Letter.CONTEXT, said, letter.signature)
-        except CryptoError:
-            refuse(f"relayed {what} with a bad signature", "report the server")
-        if (parcel.dealer, parcel.holder) != (index, self._index):
-            refuse(f"relayed {what} to another silo", "report the server")
-        known = self._peers.setdefault(index, sender)
-        if (known.mask_public, known.share_public) != (sender.mask_public, sender.share_public):
-            refuse(f"relayed two sets of {self._roster.name(index)}'s keys", "report both")
+    def _read_letter(self, dealer: int, letter: Letter, parcels: Parcels) -> tuple[bytes, bytes]:
+        """The two shares in a letter.
+
+        Adversary: a relay that alters boxes, or brings those of another roll or holder; their key
+        is of this roll, dealer and holder. And a dealer whose shares are not those that it has
+        committed to. This silo cannot tell which of the two it was; an honest server can.
+        """
+        shares = parcels.unbox(dealer, letter.box)
+        if not equal(commitments_digest(*parcels.commitments(dealer, *shares)), letter.commitments):
+            raise DealerFaultError(dealer)
+        return shares
 
     def _check_kept(self, alive: Sequence[int]) -> None:
         """This silo keeps t of its neighbours among the ``alive``.
@@ -330,44 +243,6 @@ class GraphSiloRound(AnsweringSilo[_Secrets]):
                 "wait until more silos are online",
             )
 
-    def _upload(self, secrets: _Secrets) -> bytes:
-        # Adversary: as before, to have one vector masked twice, among different peers.
-        self._record(b"upload:" + self._header.attempt_scope, self._delivery_digest)
-        words = secrets.buffer.words
-        add, subtract = self._mask_keys(secrets)
-        masks.apply(words, add=add, subtract=subtract, threads=self._threads)
-        upload = sign(
-            Upload(
-                header=self._header_digest,
-                index=self._index,
-                signature=UNSIGNED,
-                delivery=self._delivery_digest,
-                words=words_digest(words, self._threads),
-            ),
-            self._signing_key,
-        )
-        del words
-        frame = secrets.buffer.finish(upload)
-        # From here on this silo only hands out shares; its own secrets are no longer needed.
-        secrets.mask_secret = secrets.share_secret = secrets.seed = secrets.draw = b""
-        return frame
-
-    def _mask_keys(self, secrets: _Secrets) -> tuple[list[bytes], list[bytes]]:
-        header, delivery = self._header_digest, self._delivery_digest
-        mask_key = AgreementKey(secrets.mask_secret)
-        add = [keys.self_mask_key(secrets.seed, header, delivery, self._index)]
-        subtract: list[bytes] = []
-        dealt = {*self._dealers}
-        for peer in sorted(dealt & {*self._peers}):
-            try:
-                key = keys.pair_mask_key(
-                    mask_key, self._peers[peer].mask_public, header, delivery, self._index, peer
-                )
-            except CryptoError as error:
-                refuse_key(self._roster.name(peer), error)
-            (add if self._index < peer else subtract).append(key)
-        return add, subtract
-
     # G4 ---------------------------------------------------------------------------------------
 
     def _on_survivors(self, sent: Survivors) -> bytes:
@@ -380,24 +255,17 @@ class GraphSiloRound(AnsweringSilo[_Secrets]):
         # a second attempt are no way out: a few of them could be left out of one sum alone.
         self._record(b"agree:" + self._header.attempt_scope, digest)
         self._record(b"open:" + self._header.round_scope, digest)
-        self._survivors, self._lists_digest = survivors, digest
-        agreement = Agreement(
-            header=self._header_digest, index=self._index, signature=UNSIGNED, lists=digest
-        )
-        return sign(agreement, self._signing_key).encode()
+        gone = tuple(sorted({*self._dealers} - {*survivors}))
+        self._lists, self._lists_digest = (survivors, gone), digest
+        return self._agreement()
 
     # G5 ---------------------------------------------------------------------------------------
 
     def _on_tally(self, tally: Tally) -> bytes:
         signers = choice.read_set(tally.signers, self._parameters.silos)
-        if signers is None or not {*signers} <= {*self._survivors}:
+        if signers is None or not {*signers} <= {*self._lists[0]}:
             refuse("counts agreements of silos that do not survive", "report the server")
-        threshold = self._parameters.threshold
-        if len(signers) < threshold:
-            refuse(
-                f"counts {len(signers)} agreements; {threshold} are needed",
-                "too few silos agree; go on with the next round",
-            )
+        self._check_many(len(signers))
         self._tally = tally
         secret = self._random(KEY_BYTES)
         digest = choice.tally_digest(self._lists_digest, tally.signers, tally.root)
@@ -418,22 +286,27 @@ class GraphSiloRound(AnsweringSilo[_Secrets]):
             ),
         ).encode()
 
+    def _check_many(self, signers: int) -> None:
+        """Adversary: a server that has two lists, neither of which T silos have signed."""
+        threshold = self._parameters.threshold
+        if signers < threshold:
+            refuse(
+                f"counts {signers} agreements; {threshold} are needed",
+                "too few silos agree; go on with the next round",
+            )
+
     # G6 ---------------------------------------------------------------------------------------
 
-    def _on_proof(self, proof: Proof, secrets: _Secrets) -> bytes:
+    def _on_proof(self, proof: Proof, secrets: GraphSecrets) -> bytes:
         self._check_signed_by_many(proof)
         self._check_uploads(proof)
-        survivors = {*self._survivors}
-        shares = tuple(
-            secrets.held[dealer][0 if dealer in survivors else 1] for dealer in self._drawn_by
-        )
         return sign(
             Shares(
                 header=self._header_digest,
                 index=self._index,
                 signature=UNSIGNED,
                 lists=self._lists_digest,
-                shares=shares,
+                shares=self._opened(secrets, self._drawn_by),
             ),
             self._signing_key,
         ).encode()
@@ -443,20 +316,21 @@ class GraphSiloRound(AnsweringSilo[_Secrets]):
 
         Adversary: a server that shows different silos different lists.
         """
-        if len(proof.shown) != len(self._challenged):
+        if len(proof.signatures) != len(self._challenged):
             refuse("shows another number of agreements than it was asked for", "report the server")
-        for place, shown in zip(self._challenged, proof.shown, strict=True):
-            index = self._signers[place]
-            root = choice.root_from(shown.signature, place, len(self._signers), shown.path)
-            if root != self._tally.root:
-                refuse("shows an agreement that it had not counted", "report the server")
-            agreement = Agreement(
+        shown = dict(zip(self._challenged, proof.signatures, strict=True))
+        if choice.root_of(shown, len(self._signers), proof.nodes) != self._tally.root:
+            refuse("shows an agreement that it had not counted", "report the server")
+        agreements = [
+            Agreement(
                 header=self._header_digest,
-                index=index,
-                signature=shown.signature,
+                index=self._signers[place],
+                signature=signature,
                 lists=self._lists_digest,
             )
-            self._check_signatures([agreement], "agreement")
+            for place, signature in shown.items()
+        ]
+        self._check_signatures(agreements, "agreement")
 
     def _check_uploads(self, proof: Proof) -> None:
         """Those whose seed is opened masked their vector for this delivery.
@@ -464,7 +338,7 @@ class GraphSiloRound(AnsweringSilo[_Secrets]):
         Adversary: a server that shows a silo other dealers than the rest, so that the masks in its
         upload are not those whose keys the survivors keep.
         """
-        survivors = {*self._survivors}
+        survivors = {*self._lists[0]}
         kept = [dealer for dealer in self._drawn_by if dealer in survivors]
         if len(proof.uploads) != len(kept):
             refuse("does not show the upload of every survivor", "report the server")
