@@ -8,14 +8,15 @@ import pytest
 from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.errors import ConfigError
-from securefedcollm.evidence.bundle import read_members
+from securefedcollm.evidence.bundle import make_bundle, read_members
 from securefedcollm.federation.plan import round_header
 from securefedcollm.study import study_from_tree
 from tests.support.arithmetic import NAMES, ROSTER, make_study
 from tests.support.bundles import Lost as Losing
 from tests.support.bundles import bundle_of
 from tests.support.client_level import study as silo_study
-from tests.support.runs import recorded_study
+from tests.support.rounds import Dies, Killed
+from tests.support.runs import RecordedRun, recorded_study
 
 ALL = {"silos": {"count": 4, "minimum": 4}}
 GRAPH = ALL | {"aggregation": {"clip_norm": 20.0, "graph": {"neighbours": 3}}}
@@ -51,6 +52,20 @@ def test_a_round_that_fails_after_its_survivors_are_signed_is_lost(spoilt) -> No
     assert rounds("server", "lost") == [0]
     assert rounds("server", "summed") == [1]
     assert rounds(NAMES[0], "agreed") == [0, 1]
+
+
+def test_a_server_that_stops_after_silos_have_agreed_gives_the_round_up(tmp_path) -> None:
+    study = recorded_study(**GRAPH | {"rounds": 1})
+    with pytest.raises(Killed):
+        RecordedRun(tmp_path, study, wrap=lambda engine: Dies(engine, 6, before=True)).go()
+    run = RecordedRun(tmp_path, study, resume=True)
+    run.go()
+    (record,) = run.store.state.history
+    assert record["lost"] == "the server stopped after silos had agreed to the survivors"
+    assert run.store.state.attempt == 0  # of the next sum: there was no second of this one
+    bundle = tmp_path / "evidence.zip"
+    bundle.write_bytes(make_bundle(tmp_path))
+    assert verify(bundle).failed == []
 
 
 def test_old_studies_keep_their_digest() -> None:
