@@ -59,17 +59,19 @@ def derived(study: Any, values: int | None = None) -> dict[str, Any]:
 
 def _graph(study: Any) -> str:
     """Who masks with whom, and what a server could hope for in one attempt and in the run."""
-    graph, found, attempts = study.graph, study.graph_bounds, study.graph_attempts
+    from securefedcollm.aggregation.header import MOST_ATTEMPTS
+
+    graph, found = study.graph, study.graph_bounds
+    whole = found.whole_run(MOST_ATTEMPTS, study.sums)
     least = study.noise_shares() - study.silos.colluders
     return (
         f"each silo draws {graph.neighbours} neighbours, {graph.shares} of which rebuild its "
         f"secrets. Chances in one attempt, at most: a silo draws too many colluders "
         f"{_chance(found.corrupt)}, too many of its neighbours are fooled about the survivors "
         f"{_chance(found.lists)}, the server cuts the survivors in two {_chance(found.cut)}. One "
-        f"of these in the whole run, of {study.sums} sums with up to {attempts} attempts: "
-        f"{_chance(found.whole_run(attempts, study.sums))}. By honest losses alone a silo loses "
-        f"too many neighbours, and an attempt fails: {_chance(found.dropped)}. A sum has at least "
-        f"{least} honest silos"
+        f"of these in the whole run, of {study.sums} sums with up to {MOST_ATTEMPTS} attempts: "
+        f"{_chance(whole)}. By honest losses alone a silo loses too many neighbours, and an "
+        f"attempt fails: {_chance(found.dropped)}. A sum has at least {least} honest silos"
     )
 
 
@@ -79,21 +81,23 @@ def _chance(bits: float) -> str:
 
 def _graph_facts(study: Any) -> dict[str, Any] | None:
     """The graph's sizes, and log2 of the bounds; None where it cannot happen."""
+    from securefedcollm.aggregation.header import MOST_ATTEMPTS
+
     if study.graph is None:
         return None
-    found, attempts = study.graph_bounds, study.graph_attempts
+    found = study.graph_bounds
     bounds = {
         "corrupt": found.corrupt,
         "lists": found.lists,
         "cut": found.cut,
         "dropped": found.dropped,
-        "whole_run": found.whole_run(attempts, study.sums),
+        "whole_run": found.whole_run(MOST_ATTEMPTS, study.sums),
     }
     return {
         "neighbours": study.graph.neighbours,
         "shares": study.graph.shares,
         "hidden": found.hidden,
-        "attempts": attempts,
+        "attempts": MOST_ATTEMPTS,
         "sums": study.sums,
         **{name: None if bits == -math.inf else bits for name, bits in bounds.items()},
     }

@@ -124,7 +124,7 @@ class Summing:
         Raises:
             QuorumError: too few silos; nothing was opened, and the round can be resumed.
         """
-        problems: list[str] = []
+        problems = self._broken_off(sum_)
         hopeless = False
         absent: dict[str, str] = {}
         failures = rejoins = 0
@@ -157,7 +157,7 @@ class Summing:
                 problems.append(error.message)
                 if problems.count(error.message) > 1:
                     break
-        reasons = "; ".join(dict.fromkeys(problems)) or "silos had agreed to survivors before"
+        reasons = "; ".join(dict.fromkeys(problems))
         name = sum_name(self._study, sum_)
         if self._store.state.opening and not hopeless:
             log.warning("%s is lost: its sum was being opened and cannot be", name)
@@ -173,6 +173,14 @@ class Summing:
         """Whether silos have bound themselves to an attempt that is over: on a graph, when they
         agreed to its survivors. They would train and upload again, and then refuse."""
         return self._study.graph is not None and self._store.state.opening
+
+    def _broken_off(self, sum_: int) -> list[str]:
+        """What became of an attempt to which silos were bound when this server stopped."""
+        if not self._bound():
+            return []
+        stopped = ProtocolError("the server stopped after silos had agreed to the survivors")
+        self._evidence.failed(sum_, self._store.state.attempt - 1, stopped)
+        return [stopped.message]
 
     def _attempt(
         self, sum_: int, attempt: int, record: dict[str, Any], absent: dict[str, str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from securefedcollm.aggregation.header import MOST_ATTEMPTS
 from securefedcollm.errors import ConfigError
 from securefedcollm.study.bounds import check_sizes
 from securefedcollm.study.config import (
@@ -115,7 +116,7 @@ def _check_graph(study: Study) -> None:
     found = study.graph_bounds
     assert found is not None
     found.check()
-    found.check_run(study.graph_attempts, study.sums)
+    found.check_run(MOST_ATTEMPTS, study.sums)
     # Adversary: a server that leaves honest survivors out of the sum, besides its colluders.
     if study.noise_shares() - study.silos.colluders < 2:
         raise ConfigError(

@@ -269,17 +269,6 @@ class Study(Section, frozen=True, dict=True):
 
         return bounds(self.silos.count, self.silos.colluders, self.quorum, self.graph)
 
-    @property
-    def graph_attempts(self) -> int:
-        """Attempts at one sum in which silos may draw neighbours.
-
-        A silo takes part in so many and an attempt has a quorum. So there are a few more than one
-        silo sees.
-        """
-        from securefedcollm.aggregation.header import MOST_ATTEMPTS
-
-        return MOST_ATTEMPTS * self.silos.count // self.quorum
-
     def noise_shares(self, survivors: int | None = None) -> int:
         """Shares of noise that a silo counts in a sum of ``survivors``; the fewest of any, if None.
 

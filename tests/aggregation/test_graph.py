@@ -86,6 +86,26 @@ def test_below_the_quorum_nothing_is_opened() -> None:
         played(cohort, reply=losing(*lost))
 
 
+@pytest.mark.parametrize(
+    ("step", "lost", "hint"),
+    [
+        (Step.SHARE, 4, "start another attempt"),
+        (Step.AGREE, 6, "go on with the next round: silos that have agreed open no other sum"),
+        (Step.UNMASK, 8, "go on with the next round: silos that have agreed open no other sum"),
+    ],
+    ids=lambda value: getattr(value, "value", None),
+)
+def test_what_can_still_be_done_depends_on_whether_silos_are_bound(step, lost, hint) -> None:
+    cohort = GraphCohort()
+    with pytest.raises(ProtocolError) as caught:
+        played(cohort, reply=losing(*((step, name) for name in cohort.names[:lost])))
+    assert hint in caught.value.hint
+    bound = [
+        n for n in cohort.names if any(k.startswith(b"open:") for k in cohort.journals[n].entries)
+    ]
+    assert bool(bound) is (step is not Step.SHARE)
+
+
 def test_a_silo_without_neighbours_ends_the_attempt_before_anybody_signs() -> None:
     cohort = GraphCohort(minimum=9, neighbours=6, shares=5)
     shown = GraphCoordinatorRound(header=cohort.header, roster=cohort.roster)

@@ -8,8 +8,9 @@ import pytest
 from securefedcollm_audits.verification.case import fewest, needed
 from securefedcollm_audits.verification.verify import verify
 
+from securefedcollm.aggregation.header import MOST_ATTEMPTS
 from securefedcollm.errors import ConfigError
-from securefedcollm.evidence.bundle import read_members
+from securefedcollm.evidence.bundle import make_bundle, read_members
 from securefedcollm.federation.plan import round_header
 from securefedcollm.study import study_from_tree
 from tests.support.arithmetic import NAMES, ROSTER, make_study
@@ -17,7 +18,8 @@ from tests.support.bundles import Lost as Losing
 from tests.support.bundles import bundle_of
 from tests.support.client_level import study as silo_study
 from tests.support.forge import by_name, doctor
-from tests.support.runs import recorded_study
+from tests.support.rounds import Dies, Killed
+from tests.support.runs import RecordedRun, recorded_study
 
 ALL = {"silos": {"count": 4, "minimum": 4}}
 GRAPH = ALL | {"aggregation": {"clip_norm": 20.0, "graph": {"neighbours": 3}}}
@@ -98,6 +100,20 @@ def test_a_sum_may_be_lost_before_it_is_opened(spoilt, tmp_path) -> None:
     assert not by_name(verdict)["step-order"].faults
 
 
+def test_a_server_that_stops_after_silos_have_agreed_gives_the_round_up(tmp_path) -> None:
+    study = recorded_study(**GRAPH | {"rounds": 1})
+    with pytest.raises(Killed):
+        RecordedRun(tmp_path, study, wrap=lambda engine: Dies(engine, 6, before=True)).go()
+    run = RecordedRun(tmp_path, study, resume=True)
+    run.go()
+    (record,) = run.store.state.history
+    assert record["lost"] == "the server stopped after silos had agreed to the survivors"
+    assert run.store.state.attempt == 0  # of the next sum: there was no second of this one
+    bundle = tmp_path / "evidence.zip"
+    bundle.write_bytes(make_bundle(tmp_path))
+    assert verify(bundle).failed == []
+
+
 def test_old_studies_keep_their_digest() -> None:
     assert "graph" not in make_study().tree["aggregation"]
     assert make_study(**GRAPH).tree["aggregation"]["graph"] == {"neighbours": 3}
@@ -145,10 +161,8 @@ def test_a_run_of_more_attempts_than_the_bounds_allow_is_refused() -> None:
     plan = {"clip_norm": 20.0, "graph": {"neighbours": 8}}
     sizes = {"silos": {"count": 12, "minimum": 11}, "aggregation": plan, "privacy": None}
     study = make_study(rounds=10_000, **sizes)
-    # An attempt has 11 of 12 silos, each of which takes part in 64.
-    assert study.graph_attempts == 69
-    assert -41 < study.graph_bounds.whole_run(69, study.sums) <= -40
-    with pytest.raises(ConfigError, match=r"69 attempts at each of 20000 sums .* 2\^-39") as caught:
+    assert -41 < study.graph_bounds.whole_run(MOST_ATTEMPTS, study.sums) <= -40
+    with pytest.raises(ConfigError, match=r"64 attempts at each of 20000 sums .* 2\^-39") as caught:
         make_study(rounds=10_000, validation={"share": 0.1}, **sizes)
     assert caught.value.where == "aggregation.graph"
 

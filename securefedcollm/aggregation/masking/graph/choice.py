@@ -246,8 +246,10 @@ def root_of(leaves: Mapping[int, bytes], count: int, nodes: Sequence[bytes]) -> 
         nodes: as :func:`nodes_for` has them.
 
     Returns:
-        32 bytes; None if there are too few nodes, or too many.
+        32 bytes; None if there are no leaves, too few nodes, or too many.
     """
+    if not leaves:
+        return None
     known = {place: sha256(b"\0", leaf) for place, leaf in leaves.items()}
     rest = iter(nodes)
     while count > 1:
