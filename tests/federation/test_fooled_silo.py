@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
+from securefedcollm_audits.verification.checks.budget import _fits
 
 from securefedcollm.aggregation import Roster, Step, coordinator_side
 from securefedcollm.aggregation.masking.graph import choice
@@ -36,6 +39,7 @@ from securefedcollm.federation.silo import Seat, SiloSession
 from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.primitives import SigningKey
 from securefedcollm.privacy.accounting import claim
+from securefedcollm.privacy.events import Event
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.privacy.silo_unit import with_survivors
 from securefedcollm.study import Study
@@ -140,8 +144,21 @@ class LyingServer:
         decode(Shares, say(Proof((own,), tuple(choice.nodes_for(tree, [0])), uploads)), VICTIM)
 
 
-def fooled(directory, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
-    """(ε that the victim's ledger has, ε that the opened sum has cost it)."""
+class Paid(NamedTuple):
+    """By the victim's ledger, beside what the sum has cost it."""
+
+    counted: tuple[Event, ...]
+    charged: float
+    spent: float
+
+    @property
+    def fault(self) -> str:
+        """What an auditor finds wrong with its settlement."""
+        return _fits(SimpleNamespace(study=STUDY), 0, self.counted, len(NAMES))
+
+
+def fooled(directory, monkeypatch: pytest.MonkeyPatch) -> Paid:
+    """The victim answers for 16 silos, and the server opens a sum of 12 with its noise in it."""
     # With a thousand silos one silo asks for so few signatures that, with a chance of about 2^-14,
     # none of them is missing. With 16 it asks for all. Here it asks for one, and that is there.
     monkeypatch.setattr(choice, "samples", lambda parameters, graph, signers: 1)
@@ -154,13 +171,14 @@ def fooled(directory, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
         (entry,) = ledger.entries()
     assert entry.state == "settled"
     spent = [with_survivors(event, len(survivors)) for event in entry.reserved]
-    return claim(entry.counted, 1e-5).epsilon, claim(spent, 1e-5).epsilon
+    return Paid(entry.counted, *(claim(e, 1e-5).epsilon for e in (entry.counted, spent)))
 
 
 def test_a_fooled_silo_is_charged_for_the_least_noise(tmp_path, monkeypatch) -> None:
-    charged, spent = fooled(tmp_path, monkeypatch)
-    assert charged >= spent
+    paid = fooled(tmp_path, monkeypatch)
+    assert paid.charged >= paid.spent
     assert STUDY.noise_shares(16) == STUDY.noise_shares() < 12
+    assert not paid.fault
 
 
 def test_charged_by_the_list_it_would_have_paid_less_than_it_spent(tmp_path, monkeypatch) -> None:
@@ -170,6 +188,8 @@ def test_charged_by_the_list_it_would_have_paid_less_than_it_spent(tmp_path, mon
     def by_list(study: Study, survivors: int | None = None) -> int:
         return least if survivors is None else survivors - study.graph_bounds.hidden
 
-    monkeypatch.setattr(Study, "noise_shares", by_list)
-    charged, spent = fooled(tmp_path, monkeypatch)
-    assert charged < spent
+    with monkeypatch.context() as older:
+        older.setattr(Study, "noise_shares", by_list)
+        paid = fooled(tmp_path, older)
+    assert paid.charged < paid.spent
+    assert paid.fault == "counts 13 noise shares; the sum has 9"
