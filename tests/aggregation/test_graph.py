@@ -203,6 +203,7 @@ ATTACKS = {
     graph_attacks.graph_few_agreements: (GraphSiloRound, "_check_many"),
     graph_attacks.graph_second_attempt: (answering, "record_once"),
     graph_attacks.graph_grinding: (answering, "record_once"),
+    graph_attacks.graph_two_posts: (answering, "record_once"),
 }
 """The attack, and the check without which it shows the server a silo's vector."""
 

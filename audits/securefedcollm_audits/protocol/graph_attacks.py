@@ -201,6 +201,38 @@ def graph_second_attempt() -> Outcome:
     return _judge("a second sum of one round", again, names[1:], "a second time")
 
 
+def graph_two_posts() -> Outcome:
+    """Restore the victim's neighbours before their uploads, and show each one letter less.
+
+    The difference of a neighbour's two uploads is its mask with the victim. Neighbours that the
+    victim masks with because it drew them *and* they it are called dropouts, whose masks open.
+    """
+    cohort = GraphCohort(
+        silos=32, neighbours=7, shares=4, minimum=22, colluders=2, values=3, label="0"
+    )
+    puppet, names = GraphPuppet(cohort), cohort.names
+    puppet.ask()
+    puppet.roll(names)
+    puppet.deal({name: puppet.neighbours(name) for name in names})
+    victim = names[0]
+    posts = {name: puppet.post(name, names) for name in names}
+    posts[victim] = puppet.post(victim, names, hidden=names)
+    puppet.deliver(posts)
+    near = [puppet.name(index) for index in puppet.drawn[1]]
+    both = [name for name in near if 1 in puppet.drawn[cohort.roster.index(name)]]
+    survivors = [name for name in names if name not in both]
+    signed = puppet.survey(survivors, survivors)
+    lists = next(iter(signed.values())).lists
+    puppet.open(survivors, survivors, {n: one.signature for n, one in signed.items()}, lists)
+    clones = [name for name in near if name not in both and name in names[:30]]
+    again = GraphPuppet(cohort, spy=puppet.spy)
+    again.ask()
+    again.roll(clones, names)
+    again.deal({name: puppet.neighbours(name) for name in clones})
+    again.deliver({name: puppet.post(name, names, hidden=[victim]) for name in clones})
+    return _judge("one letter less", again, clones, "a second time", least=20)
+
+
 def graph_rechallenges() -> Outcome:
     """Restore silos from a snapshot, until they challenge what the server can show."""
     cohort = GraphCohort()
@@ -274,6 +306,7 @@ CASES: Final[tuple[Callable[[], Outcome], ...]] = (
     graph_split_rolls,
     graph_split_deliveries,
     graph_second_attempt,
+    graph_two_posts,
     graph_rechallenges,
     graph_altered_letters,
     graph_crowd,

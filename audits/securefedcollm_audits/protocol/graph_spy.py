@@ -1,7 +1,8 @@
 """What a server can compute from everything it has seen of rounds on a random graph.
 
 As :mod:`~.spy`. A silo masks with those that it drew and those whose letters the server showed it,
-so masks that only one end has never cancel.
+so masks that only one end has never cancel. Of two uploads of one silo, masked with the same peers
+but for one, the difference is the mask of that pair.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import defaultdict
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from securefedcollm.aggregation.header import Roster, RoundHeader
 from securefedcollm.aggregation.masking import keys, masks, packing, shamir
@@ -29,6 +31,7 @@ from securefedcollm.aggregation.messages import Ask
 from securefedcollm.errors import CryptoError, ProtocolError, SecureFedCoLLMError
 from securefedcollm.primitives import AgreementKey, RandomSource, unseal
 
+Words = npt.NDArray[np.uint64]
 _NOTED = Ask | Advertise | Members | Draw | Letters | Post | Survivors | Shares
 
 
@@ -47,7 +50,9 @@ class GraphSpy:
         self._senders: dict[tuple[bytes, int], tuple[int, ...]] = {}
         self._lists: dict[bytes, tuple[bytes, frozenset[int]]] = {}
         self._uploads: dict[bytes, dict[int, bytes]] = defaultdict(dict)
+        self._pairs: dict[bytes, dict[tuple[int, int], Words]] = defaultdict(dict)
         self._shares: list[Shares] = []
+        self._masked_for: dict[tuple[bytes, int], tuple[int, ...]] = {}
         self._asked: dict[int, bytes] = {}
         self._rolled: dict[int, bytes] = {}
         self._last: dict[int, tuple[int, ...]] = {}
@@ -63,7 +68,7 @@ class GraphSpy:
     def note(self, frame: bytes, holder: int) -> None:
         """Keep the content of one frame; ``holder``: the silo that it went to, or 0."""
         if frame.startswith(MAGIC):
-            self._uploads[frame[40:72]][int.from_bytes(frame[72:80], "little")] = frame
+            self._note_upload(frame[40:72], int.from_bytes(frame[72:80], "little"), frame)
             return
         try:
             message = msgspec.msgpack.decode(frame, type=_NOTED)
@@ -97,13 +102,26 @@ class GraphSpy:
             case Shares():
                 self._shares.append(message)
 
+    def _note_upload(self, delivery: bytes, index: int, frame: bytes) -> None:
+        """Keep the first upload of a silo; another one may show what it shares with one peer."""
+        first = self._uploads[delivery].setdefault(index, frame)
+        shown = self._last.get(index, ())
+        before = self._masked_for.setdefault((delivery, index), shown)
+        differ = {*before} ^ {*shown}
+        if len(differ) == 1:
+            (peer,) = differ
+            more, less = (first, frame) if peer in before else (frame, first)
+            mask = _words(more) - _words(less)
+            self._pairs[delivery].setdefault((index, peer), mask)
+            self._pairs[delivery].setdefault((peer, index), np.uint64(0) - mask)
+
     def _note_post(self, post: Post, holder: int) -> None:
         dealers = choice.read_set(post.dealers, len(self._roster)) or ()
         self._last[holder] = tuple(sender.index for sender in post.senders)
         roll = self._rolled[holder]
         delivery = choice.delivery_digest(roll, post.dealers)
         self._dealers[delivery] = roll, dealers
-        self._senders[delivery, holder] = self._last[holder]
+        self._senders.setdefault((delivery, holder), self._last[holder])
 
     def leaks(self, least: int = 2) -> list[str]:
         """The knowledge beyond one sum a round over ``least`` honest silos, in words."""
@@ -140,16 +158,19 @@ class GraphSpy:
             & {*dealers}
             for i in uploads
         }
-        found = []
-        for group in _groups({*uploads} & {*seeds}, masked, {*known}):
+        found, pairs = [], self._pairs[delivery]
+        for group in _groups({*uploads} & {*seeds}, masked, {*known}, {*pairs}):
             words = np.zeros(header.parameters.words, dtype="<u8")
             add: list[bytes] = []
             subtract = [keys.self_mask_key(seeds[i], digest, delivery, i) for i in group]
             for i in group:
-                words += np.frombuffer(uploads[i], dtype="<u8", offset=HEAD_BYTES)
+                words += _words(uploads[i])
                 for j in masked[i]:
                     if j in group and i in masked[j]:
                         continue  # it cancels
+                    if (i, j) in pairs:
+                        words -= pairs[i, j]
+                        continue
                     own, peer = (known[i], j) if i in known else (known[j], i)
                     public = self._adverts[digest, peer].mask_public
                     key = keys.pair_mask_key(own, public, digest, delivery, i, j)
@@ -211,7 +232,16 @@ class GraphSpy:
         return shares
 
 
-def _groups(nodes: set[int], masked: dict[int, set[int]], known: set[int]) -> list[frozenset[int]]:
+def _words(frame: bytes) -> Words:
+    return np.frombuffer(frame, dtype="<u8", offset=HEAD_BYTES)
+
+
+def _groups(
+    nodes: set[int],
+    masked: dict[int, set[int]],
+    known: set[int],
+    pairs: set[tuple[int, int]],
+) -> list[frozenset[int]]:
     """Sets of uploads whose unknown pairwise masks all cancel inside the set."""
     left, groups = {*nodes}, []
     while left:
@@ -220,7 +250,10 @@ def _groups(nodes: set[int], masked: dict[int, set[int]], known: set[int]) -> li
         while frontier and possible:
             index = frontier.pop()
             group.add(index)
-            for peer in masked.get(index, set()) - known if index not in known else ():
+            unknown = masked.get(index, set()) - known if index not in known else set[int]()
+            for peer in unknown:
+                if (index, peer) in pairs:
+                    continue
                 possible = possible and peer in nodes and index in masked[peer]
                 frontier |= {peer} - group
         if possible:

@@ -84,7 +84,7 @@ def graph_of(header: RoundHeader) -> Graph:
     Raises:
         LocalProtocolError: it names none, or a roll may have too few silos for it.
     """
-    found = re.fullmatch(rf"{GRAPH_SUITE}/([1-9]\d{{0,4}})/([1-9]\d{{0,4}})", header.suite)
+    found = re.fullmatch(rf"{GRAPH_SUITE}/([1-9][0-9]{{0,4}})/([1-9][0-9]{{0,4}})", header.suite)
     if found is None or int(found[1]) >= header.parameters.quorum:
         raise LocalProtocolError(
             "the header is for no graph that a quorum of silos can have",
@@ -131,6 +131,12 @@ def roll_digest(header: bytes, members: bytes) -> bytes:
 def delivery_digest(roll: bytes, dealers: bytes) -> bytes:
     """D: who of them has dealt shares."""
     return sha256(_PREFIX, b"delivery\0", roll, dealers)
+
+
+def masked_digest(delivery: bytes, mask_keys: Mapping[int, bytes]) -> bytes:
+    """With whom one silo masks its vector: index → public mask key."""
+    entries = (index_bytes(index) + key for index, key in sorted(mask_keys.items()))
+    return sha256(_PREFIX, b"masked\0", delivery, *entries)
 
 
 def survivors_digest(delivery: bytes, survivors: bytes) -> bytes:

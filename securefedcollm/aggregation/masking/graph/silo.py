@@ -201,7 +201,15 @@ class GraphSiloRound(MaskedSilo[GraphSecrets]):
             secrets.held[dealer] = self._read_letter(dealer, letter, parcels)
         self._record_vector()
         dealt = {*self._dealers}
-        return self._upload(secrets, {i: key for i, key in self._peers.items() if i in dealt})
+        peers = {i: key for i, key in self._peers.items() if i in dealt}
+        # Adversary: a server that restores silos and shows each a second time who drew it, with one
+        # letter less. D would be the same, and the difference of two uploads is the mask of a pair:
+        # enough of them uncover a vector. Here D does not fix the peers, as on the complete graph.
+        masked = choice.masked_digest(
+            self._delivery_digest, {i: key.mask_public for i, key in peers.items()}
+        )
+        self._record(b"masked:" + self._header.attempt_scope, masked)
+        return self._upload(secrets, peers)
 
     def _check_senders(self) -> None:
         senders, others = self._drawn_by, {*self._dealers} - {self._index}
