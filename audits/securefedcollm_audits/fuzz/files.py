@@ -192,7 +192,8 @@ def data(script: bytes) -> str:
 
 def picture(script: bytes) -> str:
     """An image file in each format that is read."""
-    from securefedcollm.tuning.pictures import FORMATS, UnreadableError, pixel_digest, unfold
+    from securefedcollm.tuning.attached import UnreadableError
+    from securefedcollm.tuning.pictures import FORMATS, pixel_digest, unfold
 
     dice = Dice(script)
     content = altered(seeds.picture(dice.one_of(FORMATS)), dice)
