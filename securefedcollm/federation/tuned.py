@@ -225,7 +225,7 @@ class Tuned:
                 )
             return encoded
 
-        asked = (self.spec.ask, task.kind, task.score, task.max_tokens)
+        asked = (self.spec.ask, task.kind, task.score, task.max_tokens, task.max_seconds)
         how = (self.frozen_digest, *asked, top, cuts, private)
         return once(("encoded", *how, str(device_of(self.model)), tuple(questions)), make)
 

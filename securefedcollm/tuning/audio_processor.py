@@ -198,7 +198,8 @@ def read_settings(found: Mapping[str, Any], config: Any) -> AudioProcessor:
     Raises:
         KeyError, TypeError, ValueError: it describes none.
     """
-    kind = str(found["feature_extractor_type"])
+    by_samples = "Wav2Vec2FeatureExtractor" if hasattr(config, "conv_stride") else ""
+    kind = str(found.get("feature_extractor_type", by_samples))  # older files name none
     if kind not in _FORMS:
         raise ValueError(f"feature_extractor_type {kind}")
     if int(found.get("sampling_rate", RATE)) != RATE:

@@ -30,7 +30,7 @@ from securefedcollm.tuning import class_builtin, wards
 from securefedcollm.tuning.adapters import layout_of, quiet_peft
 from securefedcollm.tuning.identity import weights_digest
 from securefedcollm.tuning.sounds import pack
-from tests.support.sounds import tiny_study
+from tests.support.sounds import FAMILIES, saved, tiny_study
 
 SPEECH = Path(__file__).parents[2] / "configs" / "speech.yaml"
 
@@ -95,9 +95,16 @@ def test_a_run_is_measured_again_from_its_files(run: Any, directory: Path) -> No
     assert len(found["all"]["confusion"]) == 8
 
 
-def test_no_recording_moves_what_the_others_contribute(directory: Path) -> None:
+@pytest.mark.parametrize(
+    "family",
+    ["Wav2Vec2", *(pytest.param(f, marks=pytest.mark.soak) for f in ("HuBERT", "AST", "Whisper"))],
+)
+def test_no_recording_moves_what_the_others_contribute(family: str, directory: Path) -> None:
     """The control has no fixed passes: the last one is as large as there are recordings left."""
-    found = audit(tiny_study(directory), data=directory, records=3, adapters=8, seed=1)
+    if not (place := directory / family).exists():
+        saved(place, family, FAMILIES[family])
+    study = tiny_study(directory, models={"slm": {"source": f"path:{family}"}}, distillation={})
+    found = audit(study, data=directory, records=3, adapters=8, seed=1)
     assert not found.faults
     assert found.figures["control, any adapter"] > 1e-8
     assert found.figures["moved, mixed records"] == 0

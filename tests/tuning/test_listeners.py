@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from securefedcollm_audits.privacy.coupling import PaddedRecords
+from securefedcollm_cli.main import app
 from transformers import (
     AutoFeatureExtractor,
     HubertConfig,
     HubertForSequenceClassification,
     WhisperConfig,
 )
+from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.tuning.adapters import attach, full_layout, layout_of, select
@@ -203,6 +205,14 @@ def test_another_processor_is_another_model(tmp_path: Path) -> None:
     (directory / "preprocessor_config.json").unlink()
     with pytest.raises(ConfigError, match=r"its preprocessor_config.json cannot be read"):
         loaded(directory)
+
+
+def test_the_command_line_prints_the_digest(tmp_path: Path) -> None:
+    directory = saved(tmp_path / "ast", "AST", FAMILIES["AST"])
+    words = ["model", "digest", f"path:{directory}", "--audio"]
+    result = CliRunner().invoke(app, words)
+    assert result.stdout.strip() == loaded(directory).digest
+    assert CliRunner().invoke(app, [*words, "--images"]).exit_code != 0
 
 
 @pytest.mark.parametrize(
