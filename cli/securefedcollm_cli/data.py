@@ -55,7 +55,8 @@ def check(
     """Find unusable and empty rows, duplicates, conflicts and rows that are too long in FILE.
 
     Of pictures: files that are missing or cannot be decoded, pictures of one colour, and the same
-    picture under two names.
+    picture under two names. Of recordings: the same, with silence in place of one colour, and those
+    that are clipped or longer than task.max_seconds.
 
     Without `--study`, use `--task`, `--label` and `--column` to say what a row is; lengths are not
     checked then. The output names lines, never values. Exit code 1: tuning would refuse the file.
@@ -83,7 +84,7 @@ def check(
             found = check_file(file, owner=subject, progress=bars.report, **rows)
         else:
             plan = load_study(study, overrides or [])
-            slm, words = plan.models.slm, plan.task.kind != "image_classification"
+            slm, words = plan.models.slm, not plan.task.senses
             found = check_file(
                 file,
                 owner=plan.subject,
@@ -91,6 +92,7 @@ def check(
                 if words
                 else None,
                 max_tokens=plan.task.max_tokens,
+                max_seconds=plan.task.max_seconds,
                 progress=bars.report,
                 **layout_of(plan.task),
             )
@@ -109,8 +111,9 @@ def _render(found: Cleaning) -> None:
         typer.echo(printable(f"  → {fix}", MOST_MESSAGE))
     _list("without an answer", found.unlabelled)
     _list("whose answer alone is longer than task.max_tokens (refused)", found.unfit)
-    _list("longer than task.max_tokens (they will be cut)", found.shortened)
-    _list("pictures of one colour", found.constant)
+    _list("longer than task.max_tokens or task.max_seconds (they will be cut)", found.shortened)
+    _list("pictures of one colour, or silent recordings", found.constant)
+    _list("recordings that are clipped: too loud for their scale", found.clipped)
     _list("duplicates: the same record", [" = ".join(group) for group in found.duplicates])
     _list(
         "conflicts: one question, different answers",
@@ -118,7 +121,7 @@ def _render(found: Cleaning) -> None:
     )
     if found.stops_a_run:
         typer.secho("tuning would refuse this file", fg="red")
-    elif found.duplicates or found.conflicts or found.shortened or found.constant:
+    elif any((found.duplicates, found.conflicts, found.shortened, found.constant, found.clipped)):
         typer.secho("usable, with the findings above", fg="yellow")
     else:
         typer.secho("nothing found", fg="green")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from securefedcollm.errors import ConfigError
 from securefedcollm_cli.options import Json
 from securefedcollm_cli.progress import Bars
 from securefedcollm_cli.trained import (
@@ -189,16 +190,22 @@ def digest(
         typer.Option("--encoder", help="Of the layers alone: for `retrieval.encoder.sha256`."),
     ] = False,
     images: Annotated[bool, typer.Option("--images", help="Of a classifier of pictures.")] = False,
+    audio: Annotated[bool, typer.Option("--audio", help="Of a classifier of recordings.")] = False,
     as_json: Json = False,
 ) -> None:
     """Print a model's digest, for `sha256:` in a study.
 
-    It covers weights, configuration, tokenizer (of pictures: how they are scaled) and chat
-    template. With --json every part also has its own digest, so that two participants can find
-    where their files differ.
+    It covers weights, configuration, tokenizer (of pictures and recordings: how they are
+    scaled) and chat template. With --json every part also has its own digest, so that two
+    participants can find where their files differ.
     """
-    part: Literal["causal", "body", "image"] = "body" if encoder else "causal"
-    loaded = load_named(source, revision, dtype, part="image" if images else part)
+    given = {"body": encoder, "image": images, "audio": audio}
+    parts: list[Any] = [part for part, asked in given.items() if asked]
+    if len(parts) > 1:
+        raise ConfigError(
+            "a model is of one kind", where="--encoder", hint="give one of the three options"
+        )
+    loaded = load_named(source, revision, dtype, part=parts[0] if parts else "causal")
     told = {"model": source, "dtype": dtype, "sha256": loaded.digest, "parts": loaded.parts}
     typer.echo(json.dumps(told) if as_json else loaded.digest)
 

@@ -94,9 +94,16 @@ Unable = Annotated[
     ),
 ]
 
+Kind = Literal[
+    "multiple_choice",
+    "classification",
+    "instruction",
+    "text",
+    "image_classification",
+    "audio_classification",
+]
 TaskKind = Annotated[
-    Literal["multiple_choice", "classification", "instruction", "text", "image_classification"]
-    | None,
+    Kind | None,
     typer.Option("--task", help="Kind of the file's rows [the study's task; multiple_choice]."),
 ]
 Labels = Annotated[
@@ -113,10 +120,7 @@ Columns = Annotated[
 
 
 def task_of(
-    kind: Literal[
-        "multiple_choice", "classification", "instruction", "text", "image_classification"
-    ]
-    | None,
+    kind: Kind | None,
     labels: Sequence[str] | None,
     columns: Sequence[str] | None,
     template: str | None = None,

@@ -33,7 +33,14 @@ def new(
         ),
     ] = None,
     task: Annotated[
-        Literal["multiple_choice", "classification", "instruction", "text", "image_classification"],
+        Literal[
+            "multiple_choice",
+            "classification",
+            "instruction",
+            "text",
+            "image_classification",
+            "audio_classification",
+        ],
         typer.Option("--task", help="Kind of a record; the study file explains each kind."),
     ] = "multiple_choice",
     label: Labels = None,

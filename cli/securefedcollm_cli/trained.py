@@ -83,9 +83,9 @@ def generate(
 
     with Bars(quiet=as_json) as bars:
         chosen = choose_model(run, role, model, revision, adapter, data, device, bars)
-        if chosen.study is not None and chosen.study.task.kind == "image_classification":
+        if chosen.study is not None and chosen.study.task.senses:
             raise ConfigError(
-                "this run's models classify pictures, and write nothing",
+                "this run's models are classifiers, and write nothing",
                 where="--run",
                 hint="`model evaluate` measures them",
             )
@@ -155,8 +155,8 @@ def evaluate(
 
     The columns of FILE (.jsonl, .csv, .parquet) depend on the task: question, choices (a
     list) and answer (index) for multiple_choice; text and label for classification; image and label
-    for image_classification; instruction and response for instruction; text for text. Each value of
-    a column `subject` gets a line of the table.
+    for image_classification; audio and label for audio_classification; instruction and response for
+    instruction; text for text. Each value of a column `subject` gets a line of the table.
 
     Prints accuracy and the mean log-probability of the right choice. For a classification it adds
     macro F1, AUROC (mean over the labels, each against the rest), both by label, and the confusion
@@ -178,9 +178,8 @@ def evaluate(
             hint="give a number above 0",
         )
     with Bars(quiet=as_json) as bars:
-        images = task == "image_classification"
         chosen = choose_model(
-            run, role, model, revision, adapter, data, device, bars, base=base, images=images
+            run, role, model, revision, adapter, data, device, bars, base=base, task=task
         )
         plan = chosen.study.task if chosen.study else None
         rows = task_of(task, label, column, template, plan)
@@ -317,7 +316,8 @@ def merge(
 
     if run is None and adapter is not None and (adapter / HEAD_FILE).exists():
         raise ConfigError(
-            "this adapter is of a classifier of pictures, whose labels its run's study names",
+            "this adapter is of a classifier of pictures or recordings, whose labels its run's "
+            "study names",
             where="--adapter",
             hint="merge it by --run DIR, or with PEFT: README.md beside it says how",
         )
@@ -329,7 +329,7 @@ def merge(
             raise ConfigError(
                 "nothing to merge", where="--adapter", hint="give --run, or --model with --adapter"
             )
-        if chosen.study is not None and chosen.study.task.kind == "image_classification":
+        if chosen.study is not None and chosen.study.task.senses:
             read_head(chosen.loaded.model, chosen.study.task.labels, chosen.adapter)
         whole = merged(chosen.loaded.model, chosen.adapter)
         tokenizer = chosen.loaded.tokenizer
@@ -360,12 +360,12 @@ def choose_model(
     *,
     base: bool = False,
     dtype: Literal["float32", "bfloat16"] | None = None,
-    images: bool = False,
+    task: str | None = None,
 ) -> Chosen:
     """The model of a run, with its adapter unless ``base``, or the one that is named.
 
     Args:
-        images: the one that is named classifies pictures.
+        task: of the one that is named, by kind of record.
     """
     if (run is None) == (model is None):
         raise ConfigError(
@@ -373,16 +373,18 @@ def choose_model(
         )
     from securefedcollm.federation.continuing import beside
     from securefedcollm.federation.tuned import fold_earlier, part_of
+    from securefedcollm.study.config import Task
     from securefedcollm.tuning.classifiers import set_head
-    from securefedcollm.tuning.models import find_device, load_model
+    from securefedcollm.tuning.models import find_device, hearing, load_model
     from securefedcollm.tuning.quantised import check_quantization, quantise, round_weights
 
     place = find_device(device)
     study = spec = None
     if run is None:
         assert model is not None
-        part: Literal["causal", "image"] = "image" if images else "causal"
+        part = part_of(task or "")
         loaded = load_named(model, revision, dtype or "float32", base_dir=data, part=part)
+        loaded = hearing(loaded, Task().max_seconds)
     else:
         from securefedcollm.study import load_study
 
@@ -406,9 +408,10 @@ def choose_model(
             dtype=dtype or spec.dtype,
             base_dir=data,
             progress=bars.report,
-            part=part_of(study.task),
+            part=part_of(study.task.kind),
         )
-        if study.task.kind == "image_classification":
+        loaded = hearing(loaded, study.task.max_seconds)
+        if study.task.senses:
             set_head(loaded.model, study.task.labels, study.seed)
         with beside(run):
             fold_earlier(study, role, loaded, data)
@@ -426,7 +429,7 @@ def load_named(
     revision: str | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     base_dir: Path = Path(),
-    part: Literal["causal", "body", "image"] = "causal",
+    part: Literal["causal", "body", "image", "audio"] = "causal",
 ) -> Any:
     """``load_model``, where a plain directory needs no ``path:``."""
     from securefedcollm.tuning.models import load_model

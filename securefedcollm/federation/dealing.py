@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from securefedcollm.tuning.digits import PER_SILO, Digits
 from securefedcollm.tuning.formats import Layout
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.splits import SplitPlan, silo_sizes, split_questions, without
+from securefedcollm.tuning.wards import Wards
 from securefedcollm.tuning.world import FAMILIES, Sizes, World, as_text
 
 
@@ -99,8 +101,8 @@ def deal(study: Study, data: Path | None, noisy: int = 0, files: Files | None = 
 def _made_up(study: Study) -> Dealt:
     """The built-in world's questions."""
     names, spec = silo_names(study), study.task.data
-    if spec.builtin == "digits":
-        return _digits(study)
+    if spec.builtin in CLASSIFIED:
+        return _classified(study, CLASSIFIED[spec.builtin])
     sizes = Sizes(records_per_silo=spec.per_silo) if spec.per_silo else Sizes()
     world = World(seed=study.seed, silos=len(names), sizes=sizes, part=spec.part_of)
     counts = silo_sizes(len(names), sizes.records_per_silo, spec.skew)
@@ -119,10 +121,14 @@ def _made_up(study: Study) -> Dealt:
     )
 
 
-def _digits(study: Study) -> Dealt:
-    """The embedded world of pictures."""
+CLASSIFIED: Final[dict[str, type[Digits | Wards]]] = {"digits": Digits, "wards": Wards}
+"""The embedded worlds of pictures and of speech."""
+
+
+def _classified(study: Study, kind: type[Digits | Wards]) -> Dealt:
+    """The embedded world of pictures, or that of speech."""
     names, spec = silo_names(study), study.task.data
-    world = Digits(study.seed, len(names))
+    world = kind(study.seed, len(names))
     counts = silo_sizes(len(names), spec.per_silo or PER_SILO, spec.skew)
     mixed = spec.partition == "iid"
     return Dealt(

@@ -15,8 +15,9 @@ from securefedcollm.study.config import Model
 from securefedcollm.tuning.adapters import full_layout, layout_of
 from securefedcollm.tuning.classifiers import places_of
 from securefedcollm.tuning.head import check_positions, sees, text_config
-from securefedcollm.tuning.models import meta_model
+from securefedcollm.tuning.meta import meta_model
 from securefedcollm.tuning.quantised import weights_bytes
+from securefedcollm.tuning.sounds import RATE
 
 _OPTIMIZER = 4 * 4  # bytes a trained value: itself, its gradient, Adam's two moments
 _PER_RECORD = 4 + 8  # of a per-record gradient: float32 in torch, float64 where it is clipped
@@ -77,13 +78,15 @@ def _server_bytes(study: Study, llm: dict[str, Any], slm: dict[str, Any]) -> int
 
 def _shape(study: Study, spec: Model, data: Path | None) -> dict[str, Any]:
     model = meta_model(
-        spec.source, revision=spec.revision, base_dir=data or Path(), part=part_of(study.task)
+        spec.source, revision=spec.revision, base_dir=data or Path(), part=part_of(study.task.kind)
     )
     parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     width = 4 if spec.dtype == "float32" else 2
     weights = weights_bytes(model, spec.quantization, width)  # before there is an adapter on it
     config = text_config(model)
     method = study.adapter.method
+    if sees(model):
+        model.heard = round(study.task.max_seconds * RATE)
     places = places_of(model) if sees(model) else 0
     tuned = adapted(model, study, spec)
     check_positions(tuned, study.task.max_tokens, spec.source)
@@ -104,7 +107,7 @@ def _shape(study: Study, spec: Model, data: Path | None) -> dict[str, Any]:
 
 
 def _activations(study: Study, spec: Model, config: Any, width: int, places: int) -> int:
-    """Memory of one record of ``task.max_tokens``, or of a picture of ``places``, in bytes.
+    """Memory of one record of ``task.max_tokens``, or of a signal of ``places``, in bytes.
 
     Per layer s·h·(34 + 5·a·s/h) at two bytes a value (Korthikanti et al. 2022, arXiv 2205.05198,
     eq. 2; s tokens, h hidden, a heads), and the logits in float32. Layers below the adapted ones

@@ -38,22 +38,26 @@ _PROMPTS: Final = (
     "which.\nWith another form it is much worse. The scored answer follows the prompt after "
     "`before_answer`."
 )
-_PICTURES: Final = (
+_SIGNALS: Final = (
     "The classes are the `labels` of `task.json`, in their order. `head.safetensors` is the class "
     "head that the\nadapter was tuned with; no other fits."
 )
 _CLASSIFIER: Final = """from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelFor{kind}Classification
 
 base = {base}
-model = AutoModelForImageClassification.from_pretrained(base{revision}, {given})
-head = load_file("head.safetensors of this directory")
-classes, width = head["classifier.weight"].shape
-model.classifier = nn.Linear(width, classes)
+{loaded} = AutoModelFor{kind}Classification.from_pretrained(base{revision}, {given})
+{then}head = load_file("head.safetensors of this directory")
+name = next(key for key in head if key.endswith(".weight")).removesuffix(".weight")
+classes, width = head[name + ".weight"].shape
+model.set_submodule(name, nn.Linear(width, classes))
 model.load_state_dict(head, strict=False)
 model = PeftModel.from_pretrained(model, "the directory of this file")"""
+_PROJECTOR: Final = """if any(key.startswith("projector.") for key in info["missing_keys"]):
+    model.projector = nn.Identity()
+"""
 _BITSANDBYTES: Final = {
     "int8": "load_in_8bit=True",
     "nf4": 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
@@ -65,7 +69,10 @@ _TEMPLATES: Final = {
     "instruction": INSTRUCTION,
     "text": "",
     "image_classification": "",
+    "audio_classification": "",
 }
+_CLASSES: Final = {"image_classification": "Image", "audio_classification": "Audio"}
+"""The kinds whose models are classifiers, and what ``transformers`` calls these."""
 
 
 def beside_adapter(study: Study, model: Model, base: bytes, *, chat: bool) -> dict[str, bytes]:
@@ -108,6 +115,7 @@ def task_contract(study: Study, model: Model, base: bytes, *, chat: bool) -> dic
         "score_temperature": model.temperature or task.score_temperature,
         "prior_prompt": PMI_PROMPT if rule.startswith("pmi") else None,
         "max_tokens": task.max_tokens,
+        **({"max_seconds": task.max_seconds} if task.kind == "audio_classification" else {}),
         **_continues(study),
     }
 
@@ -197,7 +205,7 @@ Made by securefedcollm {__version__}.
 
 ## How to ask it
 
-{_PICTURES if study.task.kind == "image_classification" else _PROMPTS}
+{_SIGNALS if study.task.kind in _CLASSES else _PROMPTS}
 """
 
 
@@ -205,17 +213,25 @@ def _how(study: Study, base: dict[str, Any]) -> str:
     """Python that loads what was made."""
     if study.adapter.method == "full":
         return _WHOLE
-    return _loading(base, pictures=study.task.kind == "image_classification")
+    return _loading(base, auto=_CLASSES.get(study.task.kind))
 
 
-def _loading(base: dict[str, Any], *, pictures: bool = False) -> str:
+def _loading(base: dict[str, Any], *, auto: str | None = None) -> str:
     """Python that loads the base with the adapter on it."""
     kind, _, place = base["source"].partition(":")
     named = json.dumps(place if kind == "hub" else "the directory of the base model")
     revision = f', revision="{base["revision"]}"' if base["revision"] else ""
     given, names, rounding = f'dtype="{base["dtype"]}"', "AutoModelForCausalLM, AutoTokenizer", ""
-    if pictures:
-        return _CLASSIFIER.format(base=named, revision=revision, given=given)
+    if auto is not None:
+        heard = auto == "Audio"
+        return _CLASSIFIER.format(
+            base=named,
+            revision=revision,
+            given=f"{given}, output_loading_info=True" if heard else given,
+            kind=auto,
+            loaded="model, info" if heard else "model",
+            then=_PROJECTOR if heard else "",
+        )
     if "quantization" in base:
         settings = _BITSANDBYTES[base["quantization"]].format(base["dtype"])
         rounding = f"rounded = BitsAndBytesConfig({settings})\n"

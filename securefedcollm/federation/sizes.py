@@ -32,11 +32,16 @@ BUILTIN_MODELS: Final[dict[str, dict[str, Any]]] = {
     for name, shape in _SHAPES.items()
 }
 """What matters of every built-in model's config.json."""
-_VITS: Final = {"digits-large": (64, 3), "digits-small": (32, 2)}
+_ENCODERS: Final = {
+    "digits-large": (64, 3),
+    "digits-small": (32, 2),
+    "wards-large": (64, 3),
+    "wards-small": (32, 2),
+}
 """Width and number of layers of the built-in classifiers."""
 BUILTIN_RECORDS: Final = 3000
 BUILTIN_SUBJECTS: Final = 752
-DIGITS_RECORDS: Final = 1000
+CLASSIFIED_RECORDS: Final = 1000
 
 
 def update_values(study: Study, data: Path | None) -> int:
@@ -52,8 +57,8 @@ def update_values(study: Study, data: Path | None) -> int:
             where="models.slm",
             hint="give --values N",
         )
-    if kind == "builtin" and rest in _VITS:
-        return _vit_values(*_VITS[rest], study)
+    if kind == "builtin" and rest in _ENCODERS:
+        return _encoder_values(*_ENCODERS[rest], study)
     if kind == "builtin" and rest in BUILTIN_MODELS:
         config = BUILTIN_MODELS[rest]
     elif kind == "path" and data is not None:
@@ -69,17 +74,17 @@ def update_values(study: Study, data: Path | None) -> int:
 
 def builtin_units(study: Study) -> int:
     """Units of a silo in an embedded world, where the study does not say how many records."""
-    if study.task.data.builtin == "digits":
-        return DIGITS_RECORDS if study.subject is None else _digits(study)
+    if study.task.senses:
+        return CLASSIFIED_RECORDS if study.subject is None else _subjects(study)
     return BUILTIN_RECORDS if study.subject is None else BUILTIN_SUBJECTS
 
 
-def _digits(study: Study) -> int:
+def _subjects(study: Study) -> int:
     """Subjects of the silo that has fewest."""
-    from securefedcollm.tuning.digits import Digits
+    from securefedcollm.federation.dealing import CLASSIFIED
 
-    world, silos = Digits(study.seed, study.silos.count), range(study.silos.count)
-    return min(world.subjects(silo, DIGITS_RECORDS) for silo in silos)
+    world = CLASSIFIED[study.task.data.builtin or ""](study.seed, study.silos.count)
+    return min(world.subjects(silo, CLASSIFIED_RECORDS) for silo in range(study.silos.count))
 
 
 def unit_records(study: Study) -> int:
@@ -158,7 +163,7 @@ def adapter_values(config: dict[str, Any], study: Study) -> int:
     return max(sides.values()) if adapter.method == "rolora" else sides["B"]
 
 
-def _vit_values(width: int, layers: int, study: Study) -> int:
+def _encoder_values(width: int, layers: int, study: Study) -> int:
     """Trained values of an adapter on all linear layers of a built-in classifier.
 
     Raises:

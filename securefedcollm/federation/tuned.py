@@ -42,7 +42,7 @@ from securefedcollm.tuning.head import (
     text_config,
 )
 from securefedcollm.tuning.layers import checkpointed
-from securefedcollm.tuning.models import Kind, LoadedModel, find_device, load_model
+from securefedcollm.tuning.models import Kind, LoadedModel, find_device, hearing, load_model
 from securefedcollm.tuning.packing import check_model
 from securefedcollm.tuning.prompts import attach_prompt, check_virtual
 from securefedcollm.tuning.quantised import check_quantization, quantise
@@ -94,9 +94,10 @@ def once(key: Hashable, make: Callable[[], T]) -> T:
     return make() if memory is None else memory.once(key, make)
 
 
-def part_of(task: Task) -> Kind:
-    """The kind of model that a task needs."""
-    return "image" if task.kind == "image_classification" else "causal"
+def part_of(kind: str) -> Kind:
+    """The kind of model that a kind of task needs."""
+    parts: dict[str, Kind] = {"image_classification": "image", "audio_classification": "audio"}
+    return parts.get(kind, "causal")
 
 
 def asking_of(task: Task, model: Model) -> Asking:
@@ -165,14 +166,14 @@ class Tuned:
                 dtype=spec.dtype,
                 base_dir=data or Path(),
                 progress=progress,
-                part=part_of(study.task),
+                part=part_of(study.task.kind),
             )
             fold(loaded.model, earlier, spec.source)
             quantise(loaded.model, *rounded)
-            return loaded
+            return hearing(loaded, study.task.max_seconds)
 
         chain = tuple((one.sha256, one.scale) for one in earlier)
-        loaded = once(("model", spec, data, chain), load)
+        loaded = once(("model", spec, data, chain, study.task.max_seconds), load)
         check_model(loaded.model, spec.source)
         model = adapted(_modules_of_its_own(loaded.model), study, spec, earlier)
         check_positions(model, study.task.max_tokens, spec.source)
@@ -224,7 +225,7 @@ class Tuned:
                 )
             return encoded
 
-        asked = (self.spec.ask, task.kind, task.score, task.max_tokens)
+        asked = (self.spec.ask, task.kind, task.score, task.max_tokens, task.max_seconds)
         how = (self.frozen_digest, *asked, top, cuts, private)
         return once(("encoded", *how, str(device_of(self.model)), tuple(questions)), make)
 

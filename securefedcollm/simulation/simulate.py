@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from securefedcollm.errors import SecureFedCoLLMError
 from securefedcollm.federation.consent import refuse_skipping
@@ -197,11 +197,12 @@ class Simulation:
             from securefedcollm.tuning.models import default_cache
 
             prepare(default_cache(), progress, context=self._context)
-        if any(source.startswith("builtin:digits-") for source in sources):
-            from securefedcollm.tuning import digit_models
-            from securefedcollm.tuning.models import default_cache
+        for pair in ("digits", "wards"):
+            if any(source.startswith(f"builtin:{pair}-") for source in sources):
+                from securefedcollm.tuning import class_builtin
+                from securefedcollm.tuning.models import default_cache
 
-            digit_models.prepare(default_cache(), progress, context=self._context)
+                class_builtin.prepare(pair, default_cache(), progress, context=self._context)
 
     def _federate(
         self,
@@ -362,25 +363,46 @@ def planned(study: Study, questions: Sequence[Question]) -> PoissonGaussian | No
     return planned_event(study, questions)
 
 
+class _Told(NamedTuple):
+    """What a table's notes say about an embedded world."""
+
+    groups: str
+    public: str
+    share: str
+
+
+_TOLD: Final = {
+    "hospitals": _Told(
+        "general: knowledge that {}; private: rules that only silos' records hold.",
+        "",
+        "1/{} of the private rules",
+    ),
+    "digits": _Told(
+        "general: digits as {} seen them; private: digits through the silos' faulty scanners.",
+        "The server's pictures include faulty ones without their labels.",
+        "one of the scanners",
+    ),
+    "wards": _Told(
+        "general: words of ordinary speakers as {} heard them; private: words in the silos' own "
+        "voices.",
+        "The server's recordings include those voices without labels.",
+        "one kind of voice",
+    ),
+}
+
+
 def _notes(study: Study, baselines: tuple[str, ...]) -> list[str]:
     notes = []
     if study.task.data.builtin:
         known = "the LLM had" if study.models.llm else "the model had"
-        digits = study.task.data.builtin == "digits"
-        notes.append(
-            f"general: knowledge that {known}; private: rules that only silos' records hold."
-            if not digits
-            else f"general: digits as {known} seen them; private: digits through the silos' faulty "
-            "scanners."
-        )
+        told = _TOLD[study.task.data.builtin]
+        notes.append(told.groups.format(known))
         if study.models.llm and study.task.kind == "multiple_choice":
             notes.append("The public prompts include unanswered ones on the private topics.")
-        if study.models.llm and digits:
-            notes.append("The server's pictures include faulty ones without their labels.")
+        if study.models.llm and told.public:
+            notes.append(told.public)
     if study.task.data.builtin and study.task.data.partition is None:
-        share = f"1/{study.silos.count} of the private rules"
-        if study.task.data.builtin == "digits":
-            share = "one of the scanners"
+        share = _TOLD[study.task.data.builtin].share.format(study.silos.count)
         notes.append(f"A standalone silo sees {share}, which caps it.")
     if study.generative:
         notes.append("Accuracy: the share of the answers' tokens that are the most probable one.")

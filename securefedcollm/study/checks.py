@@ -25,9 +25,9 @@ from securefedcollm.study.learning_checks import (
     check_steps,
     check_task,
 )
-from securefedcollm.study.picturechecks import check_pictures
 from securefedcollm.study.retrievalchecks import check_retrieval
 from securefedcollm.study.serverchecks import check_server
+from securefedcollm.study.signalchecks import check_signals
 from securefedcollm.study.validationchecks import check_validation
 
 _MOST_RECORDS = 10**10  # above it, a slip of the pen
@@ -53,7 +53,7 @@ def check(study: Study) -> None:
     _check_joint(study)
     check_data(study)
     check_task(study)
-    check_pictures(study)
+    check_signals(study)
     if study.models.llm is not None:
         check_model("models.llm", study.models.llm)
     check_model("models.slm", study.models.slm)

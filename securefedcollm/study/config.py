@@ -120,6 +120,7 @@ _LATER: Final[dict[tuple[str, ...], Any]] = {
     ("server",): None,
     ("task", "columns"): {},
     ("task", "data", "part"): None,
+    ("task", "max_seconds"): 10.0,
     ("task", "template"): None,
     ("validation",): None,
 }
@@ -379,7 +380,7 @@ PLACEMENTS: Final = frozenset(
 """(unit, noise) pairs that a study can ask for."""
 
 
-BUILTIN_SUBJECT: Final = {"hospitals": "patient", "digits": "digit"}
+BUILTIN_SUBJECT: Final = {"hospitals": "patient", "digits": "digit", "wards": "speaker"}
 """The subject column of each ``task.data.builtin``."""
 
 

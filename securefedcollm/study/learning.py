@@ -107,11 +107,12 @@ class Data(Section, frozen=True):
     """
 
     builtin: Annotated[
-        Literal["hospitals", "digits"] | None,
+        Literal["hospitals", "digits", "wards"] | None,
         says(
             "Generates an embedded world; no files are needed. `hospitals`: questions about "
             "medicine. `digits`: pictures of handwritten digits, with `task.kind: "
-            "image_classification`."
+            "image_classification`. `wards`: recordings of spoken words, with `task.kind: "
+            "audio_classification`."
         ),
     ] = None
     train: Annotated[
@@ -141,7 +142,7 @@ class Data(Section, frozen=True):
         Count | None,
         says(
             "Records that each silo gets (their mean, with `skew`). The default of the embedded "
-            "hospitals is 3,000, that of the digits 1,000.",
+            "hospitals is 3,000, that of the digits and wards 1,000.",
             needed="simulate deals out files",
         ),
     ] = None
@@ -157,7 +158,7 @@ class Data(Section, frozen=True):
             "How records are dealt to the silos: `iid`, or `dirichlet`, where each group's "
             "records (subjects of questions, labels, disease families) follow a Dirichlet draw "
             "over the silos. If left out, files are dealt `iid`, each hospital has its own "
-            "families, and each site of the digits its own scanner."
+            "families, each site of the digits its own scanner, and each ward its own voices."
         ),
     ] = None
     part: Annotated[
@@ -190,9 +191,16 @@ class Data(Section, frozen=True):
 
 
 RowKind = Literal[
-    "multiple_choice", "classification", "instruction", "text", "image_classification"
+    "multiple_choice",
+    "classification",
+    "instruction",
+    "text",
+    "image_classification",
+    "audio_classification",
 ]
 """The kinds of record that this project reads and trains on."""
+SIGNALS: Final = frozenset({"image_classification", "audio_classification"})
+"""Those whose models are classifiers of what is seen or heard."""
 
 
 class Task(Section, frozen=True):
@@ -206,6 +214,7 @@ class Task(Section, frozen=True):
             "instruction",
             "text",
             "image_classification",
+            "audio_classification",
             "own",
         ],
         says(
@@ -214,15 +223,15 @@ class Task(Section, frozen=True):
             "and response, tuned on the response, in the tokenizer's chat template if it has "
             "one. `text`: text, tuned on every token. `image_classification`: picture and label; "
             "the models are classifiers, and distributions over the labels are what they "
-            "exchange. `own`: the silos train with their own "
-            "code, on their own data (from Python)."
+            "exchange. `audio_classification`: recording and label, likewise. `own`: the silos "
+            "train with their own code, on their own data (from Python)."
         ),
     ] = "multiple_choice"
     labels: Annotated[
         list[str],
         says(
             "The labels of a classification, as words.",
-            needed="`kind` is classification or image_classification",
+            needed="`kind` is classification, image_classification or audio_classification",
         ),
     ] = field(default_factory=list)
     score: Annotated[
@@ -248,6 +257,13 @@ class Task(Section, frozen=True):
             "beginning, a longer text its end."
         ),
     ] = 256
+    max_seconds: Annotated[
+        Annotated[float, Meta(ge=0.1, le=60)],
+        says(
+            "Of recordings: the most seconds that count. A longer one loses its end, and a shorter "
+            "one is followed by silence up to this length, or up to the model's own (AST, Whisper)."
+        ),
+    ] = 10.0
     columns: Annotated[
         dict[str, str],
         says("What the files call these columns, e.g. `{text: note, label: department}`."),
@@ -259,6 +275,11 @@ class Task(Section, frozen=True):
             "{}\\nAnswer:` or `Text: {}\\nLabel:`."
         ),
     ] = None
+
+    @property
+    def senses(self) -> bool:
+        """Whether the models see or hear, and read no text."""
+        return self.kind in SIGNALS
 
     @property
     def rows(self) -> RowKind:

@@ -17,15 +17,17 @@ CONTENT: Final = {
     "instruction": {"instruction", "response"},
     "text": {"text"},
     "image_classification": {"image", "label"},
+    "audio_classification": {"audio", "label"},
     "own": set(),
 }
 """The columns that a record of each kind of task is made of."""
 _WORLDS: Final = {
     "hospitals": frozenset({"multiple_choice", "text"}),
     "digits": frozenset({"image_classification"}),
+    "wards": frozenset({"audio_classification"}),
 }
 """What each built-in world's records can be."""
-LABELLED: Final = frozenset({"classification", "image_classification"})
+LABELLED: Final = frozenset({"classification", "image_classification", "audio_classification"})
 _FRAMED: Final = {"multiple_choice", "classification"}
 _LONGEST_NAME, _LONGEST_TEMPLATE = 200, 10_000  # characters
 
@@ -117,13 +119,14 @@ def check_task(study: Study) -> None:
     world = task.data.builtin
     if world and task.kind not in _WORLDS[world]:
         raise ConfigError(
-            "the built-in digits are pictures"
-            if world == "digits"
-            else "the built-in world has multiple-choice questions, and the same as text",
+            {
+                "digits": "the built-in digits are pictures",
+                "wards": "the built-in wards are recordings",
+            }.get(world, "the built-in world has multiple-choice questions, and the same as text"),
             where="task.kind",
-            hint="choose image_classification"
-            if world == "digits"
-            else "leave it out, choose text, or give files instead of task.data.builtin",
+            hint="leave it out, choose text, or give files instead of task.data.builtin"
+            if world == "hospitals"
+            else f"choose {', '.join(_WORLDS[world])}",
         )
     if task.data.builtin and (task.columns or task.template):
         raise ConfigError(

@@ -7,7 +7,14 @@ from typing import Any, Final, Literal, NamedTuple
 from securefedcollm.aggregation.steps import SchemeName
 from securefedcollm.study.learning import VIRTUAL, VIRTUAL_TOKENS
 
-Kind = Literal["multiple_choice", "classification", "instruction", "text", "image_classification"]
+Kind = Literal[
+    "multiple_choice",
+    "classification",
+    "instruction",
+    "text",
+    "image_classification",
+    "audio_classification",
+]
 Unit = Literal["record", "subject", "silo"]
 Method = Literal["ffa-lora", "rolora", "lora", "prompt", "prefix", "full"]
 
@@ -40,7 +47,9 @@ class Choices(NamedTuple):
 
 def starting_tree(chosen: Choices) -> dict[str, Any]:
     """The keys that such a study sets, in plain values; every other one has its default."""
-    own = chosen.slm["source"].startswith(("builtin:hospital-", "builtin:digits-"))
+    own = chosen.slm["source"].startswith(
+        ("builtin:hospital-", "builtin:digits-", "builtin:wards-")
+    )
     distributed = chosen.joint or chosen.unit == "silo"
     clip_norm = 1.0 if distributed else 8.0  # distributed noise grows with it
     task: dict[str, Any] = {"kind": chosen.kind}
@@ -48,6 +57,9 @@ def starting_tree(chosen: Choices) -> dict[str, Any]:
         task["data"] = {"builtin": "hospitals"}
     if own and chosen.kind == "image_classification":
         task["data"] = {"builtin": "digits"}
+    if own and chosen.kind == "audio_classification":
+        task["data"] = {"builtin": "wards"}
+        task["max_seconds"] = 0.8
     if "data" in task and chosen.unit != "subject":
         task["data"]["per_silo"] = chosen.records
     if chosen.labels:

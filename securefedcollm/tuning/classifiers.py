@@ -1,4 +1,4 @@
-"""Classifiers of pictures: their class head, and their scores of the classes.
+"""Classifiers of pictures and recordings: their class head, and their scores of the classes.
 
 A class is a choice, and a classifier is a model that predicts one token out of a vocabulary of
 classes. So everything that scores, tunes, distils or audits choices does so here too.
@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from securefedcollm.errors import ConfigError
 from securefedcollm.foreign import printable
 from securefedcollm.primitives import sha256
-from securefedcollm.tuning.head import device_of, text_config, unwrapped
+from securefedcollm.tuning.head import device_of, hears, text_config, unwrapped
 from securefedcollm.tuning.recipe import inference_mode
 from securefedcollm.tuning.signals import Signal
+from securefedcollm.tuning.sounds import RATE
 
 HEAD_FILE: Final = "head.safetensors"
 """It lies beside an adapter."""
@@ -43,38 +44,67 @@ def class_logits(model: Any, signal: Signal) -> Tensor:
     return logits
 
 
-def input_shape(model: Any) -> tuple[int, int, int]:
-    """Channels, height and width of a picture as the model sees it."""
+def input_shape(model: Any) -> tuple[int, ...]:
+    """The shape of one record's input: of a picture (channels, height, width); of a recording
+    (samples,), AST's (frames, bins) or Whisper's (bins, frames)."""
     config = text_config(model)
+    if hears(model):
+        if hasattr(config, "max_source_positions"):
+            return int(config.num_mel_bins), 2 * int(config.max_source_positions)
+        if hasattr(config, "num_mel_bins") and hasattr(config, "time_stride"):
+            return int(config.max_length), int(config.num_mel_bins)
+        return (int(getattr(unwrapped(model), "heard", RATE)),)
     size = config.image_size
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return int(getattr(config, "num_channels", 3)), int(height), int(width)
 
 
 def places_of(model: Any) -> int:
-    """How many places a picture is divided into: the rows of a product in a layer."""
-    patch = getattr(text_config(model), "patch_size", None)
-    _, height, width = input_shape(model)
+    """How many places a record is divided into: the rows of a product in a layer."""
+    config, shape = text_config(model), input_shape(model)
+    patch = getattr(config, "patch_size", None)
+    if hears(model):
+        return _times(config, shape)
+    _, height, width = shape
     if not isinstance(patch, int):
         return height * width
     return (height // patch) * (width // patch) + 1
 
 
+def _times(config: Any, shape: tuple[int, ...]) -> int:
+    if hasattr(config, "max_source_positions"):
+        return int(config.max_source_positions)
+    if len(shape) == 2:  # AST: patches that may overlap, and two tokens
+        steps = config.time_stride, config.frequency_stride
+        counts = [
+            (side - config.patch_size) // step + 1 for side, step in zip(shape, steps, strict=True)
+        ]
+        return int(counts[0] * counts[1] + 2)
+    (count,) = shape
+    for kernel, step in zip(config.conv_kernel, config.conv_stride, strict=True):
+        count = (count - kernel) // step + 1
+    return int(count)
+
+
 def noise_for(model: Any, kinds: Sequence[int]) -> Signal:
-    """Pictures of noise that the model can see: equal numbers give equal ones."""
-    shape = input_shape(model)
-    made = {
-        kind: torch.from_numpy(
-            np.random.default_rng([kind, *shape]).integers(0, 256, shape, dtype=np.uint8)
+    """Signals of noise that the model can see or hear: equal numbers give equal ones."""
+    shape, made = input_shape(model), {}
+    for kind in {*kinds}:
+        draw = np.random.default_rng([kind, *shape])
+        made[kind] = torch.from_numpy(
+            draw.standard_normal(shape, dtype=np.float32)
+            if hears(model)
+            else draw.integers(0, 256, shape, dtype=np.uint8)
         )
-        for kind in set(kinds)
-    }
+    values = torch.stack([made[kind] for kind in kinds])
+    if hears(model):
+        return Signal(values, torch.ones(1), torch.zeros(1))
     half = torch.full((shape[0], 1, 1), 1 / 127.5)
-    return Signal(torch.stack([made[kind] for kind in kinds]), half, torch.full_like(half, -1.0))
+    return Signal(values, half, torch.full_like(half, -1.0))
 
 
 def check_classifier(model: Any, where: str) -> None:
-    """Refuse a model that cannot score pictures here.
+    """Refuse a model that cannot score pictures, or recordings, here.
 
     Raises:
         ConfigError: it does not run, or computes values that are not finite.
@@ -85,9 +115,10 @@ def check_classifier(model: Any, where: str) -> None:
             found = class_logits(model, noise_for(model, [0, 1]))
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{name} cannot be run on a picture ({type(error).__name__}: {printable(error, 120)})",
+            f"{name} cannot be run on a {'recording' if hears(model) else 'picture'} "
+            f"({type(error).__name__}: {printable(error, 120)})",
             where=where,
-            hint="use a family that docs/vision.md lists, such as ViT",
+            hint=f"use a family that {families(model)}",
         ) from error
     if found.ndim != 2 or not bool(torch.isfinite(found).all()):
         raise ConfigError(
@@ -97,17 +128,43 @@ def check_classifier(model: Any, where: str) -> None:
         )
 
 
+def families(model: Any) -> str:
+    """Where it is written which models can be used."""
+    if hears(model):
+        return "docs/speech.md lists, such as Wav2Vec2, HuBERT, AST or Whisper"
+    return "docs/vision.md lists, such as ViT, DeiT or CLIP"
+
+
+def head_name(model: Any) -> str:
+    """The name of the linear layer that is the class head: AST has a normalisation before it."""
+    inner = getattr(getattr(model, HEAD, None), "dense", None)
+    return HEAD if inner is None else f"{HEAD}.dense"
+
+
+def head_of(model: Any) -> Any:
+    """The class head, or None."""
+    try:
+        return model.get_submodule(head_name(model))
+    except AttributeError:
+        return None
+
+
+def put_head(model: Any, head: nn.Module) -> None:
+    """Replace the class head, in place."""
+    model.set_submodule(head_name(model), head)
+
+
 def own_labels(model: Any) -> list[str]:
     """The classes of the model's own head, in its order; none where it came without."""
-    if not isinstance(getattr(model, HEAD, None), nn.Linear):
+    if not isinstance(head_of(model), nn.Linear):
         return []
     names = unwrapped(model).config.id2label
     return [str(names[i]).strip() for i in sorted(names)]
 
 
 def width_of(model: Any) -> int:
-    """How many numbers the head sees of a picture."""
-    head = getattr(model, HEAD)
+    """How many numbers the head sees of a record."""
+    head = head_of(model)
     if isinstance(head, nn.Linear):
         return head.in_features
     with inference_mode(model):
@@ -120,7 +177,7 @@ def set_head(model: Any, labels: Sequence[str], seed: int) -> bool:
     Returns:
         whether it is the model's own.
     """
-    known, old = own_labels(model), getattr(model, HEAD)
+    known, old = own_labels(model), head_of(model)
     own = len(set(known)) == len(known) and set(labels) <= set(known)
     like = next(model.parameters())
     with torch.device(like.device):
@@ -138,7 +195,7 @@ def set_head(model: Any, labels: Sequence[str], seed: int) -> bool:
 
 
 def _put(model: Any, head: nn.Linear, labels: Sequence[str]) -> None:
-    setattr(model, HEAD, head.requires_grad_(False))
+    put_head(model, head.requires_grad_(False))
     model.num_labels = len(labels)
     model.config.id2label = dict(enumerate(labels))
     model.config.label2id = {label: i for i, label in enumerate(labels)}
@@ -146,8 +203,11 @@ def _put(model: Any, head: nn.Linear, labels: Sequence[str]) -> None:
 
 def head_bytes(model: Any) -> bytes:
     """The head as a safetensors file, whose tensors have the names of the whole model."""
-    head = getattr(unwrapped(model), HEAD)
-    parts = {f"{HEAD}.{name}": p.detach().cpu().contiguous() for name, p in head.named_parameters()}
+    plain = unwrapped(model)
+    named, head = head_name(plain), head_of(plain)
+    parts = {
+        f"{named}.{name}": p.detach().cpu().contiguous() for name, p in head.named_parameters()
+    }
     content: bytes = save(parts)
     return content
 
@@ -170,7 +230,9 @@ def read_head(model: Any, labels: Sequence[str], directory: Path | None) -> None
         return
     head = nn.Linear(width_of(model), len(labels))
     try:
-        found = {name.removeprefix(f"{HEAD}."): p for name, p in load_file(file).items()}
+        found = {
+            name.removeprefix(f"{head_name(model)}."): p for name, p in load_file(file).items()
+        }
         head.load_state_dict({"bias": torch.zeros(len(labels)), **found})
     except (SafetensorError, OSError, RuntimeError) as error:
         raise ConfigError(

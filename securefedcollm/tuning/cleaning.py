@@ -16,9 +16,10 @@ from securefedcollm.errors import DataError
 from securefedcollm.tuning.content import folded
 from securefedcollm.tuning.data import inspect_rows
 from securefedcollm.tuning.formats import Layout
-from securefedcollm.tuning.pictures import constant, unfold
+from securefedcollm.tuning.media import medium_of
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.recipe import Progress, silent
+from securefedcollm.tuning.sounds import RATE, clipped, is_sound, unfold
 from securefedcollm.tuning.splits import record_id
 from securefedcollm.tuning.tokenise import Kind, tokenise
 
@@ -36,14 +37,15 @@ class Cleaning:
         unusable: (place, why): a missing or empty field, a wrong type, an answer out of range.
         fixes: the first twenty different hints about those.
         unlabelled: rows without an answer, which a silo cannot train on.
-        duplicates: places of a record that is there twice or more; of a picture, by what it shows.
-            Record-level privacy counts each as a record of its own, so its content is protected
-            less.
+        duplicates: places of a record that is there twice or more; of a picture or recording, by
+            its pixels or samples. Record-level privacy counts each as a record of its own, so its
+            content is protected less.
         conflicts: places of the same question with the same choices and different answers.
         shortened: rows longer than ``max_tokens``, which lose the beginning of their prompt (a
-            plain text: its end).
+            plain text and a recording: their end).
         unfit: rows whose choice or response alone is longer, which are refused.
-        constant: pictures of one colour, in which nothing can be seen.
+        constant: pictures of one colour and silent recordings: nothing is seen or heard.
+        clipped: recordings so loud that many samples are at the ends of their scale.
     """
 
     rows: int = 0
@@ -56,6 +58,7 @@ class Cleaning:
     shortened: list[str] = field(default_factory=list)
     unfit: list[str] = field(default_factory=list)
     constant: list[str] = field(default_factory=list)
+    clipped: list[str] = field(default_factory=list)
 
     @property
     def stops_a_run(self) -> bool:
@@ -75,13 +78,15 @@ def check_file(
     owner: str | None = None,
     tokenizer: Any = None,
     max_tokens: int = 256,
+    max_seconds: float | None = None,
     progress: Progress = silent,
     **layout: Unpack[Layout],
 ) -> Cleaning:
     """Look at every row of a data file.
 
     Args:
-        tokenizer: of the model that will be tuned; None: lengths are not checked.
+        tokenizer: of the model that will be tuned; None: lengths of texts are not checked.
+        max_seconds: longer recordings are cut; None: their lengths are not checked.
         layout: the rows' task, as in :func:`.formats.format_of`.
 
     Raises:
@@ -99,8 +104,8 @@ def check_file(
         questions.append(row)
         if row.answer is None and kind != "text":
             found.unlabelled.append(place)
-        if row.picture and constant(unfold(row.picture)):
-            found.constant.append(place)
+        if row.signal:
+            _look(found, place, row.signal, max_seconds)
     found.usable = len(questions)
     found.duplicates = _together(places, [record_id(question) for question in questions])
     found.conflicts = _conflicts(places, questions, kind)
@@ -109,6 +114,16 @@ def check_file(
             _measure(found, place, question, tokenizer, max_tokens, kind)
             progress(done, len(questions), "tokens")
     return found
+
+
+def _look(found: Cleaning, place: str, signal: bytes, max_seconds: float | None) -> None:
+    if medium_of(signal).empty(signal):
+        found.constant.append(place)
+    if is_sound(signal):
+        if clipped(signal):
+            found.clipped.append(place)
+        if max_seconds is not None and len(unfold(signal)) > max_seconds * RATE:
+            found.shortened.append(place)
 
 
 def _together(places: Sequence[str], keys: Sequence[Any]) -> list[list[str]]:

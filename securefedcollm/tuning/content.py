@@ -25,7 +25,11 @@ _SCALAR: Final = re.compile(
 _BRACKETS: Final = frozenset({("[", "]"), ("{", "}")})
 _SPELT: Final = re.compile(r"""[\[{] ?["'\[{\]}0-9tfnTFN-]""")
 _MOST_SPELT: Final = 1 << 20
-_FILE_NAME: Final = re.compile(r".*\.(?:png|jpe?g|webp|bmp|tiff?|dcm)", re.IGNORECASE)
+_FILE_NAME: Final = re.compile(
+    r".*\.(?:png|jpe?g|webp|bmp|tiff?|dcm|wav|flac|mp3|ogg|opus|m4a)", re.IGNORECASE
+)
+_LONG: Final = 1600
+"""Numbers of the shortest recording that is read."""
 _PROSE: Final = 4
 """Words of a text that no other row is likely to have."""
 
@@ -73,7 +77,7 @@ def content_of(row: Row) -> bytes:
     )
 
 
-def whole_row(row: Row, *, pictures: bool = False) -> bytes:
+def whole_row(row: Row, *, signals: bool = False) -> bytes:
     """SHA-256 of all text in a row, whatever a study reads of it and calls it; empty for none.
 
     It leaves out numbers, truth values and dates, because a CSV file makes texts of them. It also
@@ -81,23 +85,23 @@ def whole_row(row: Row, *, pictures: bool = False) -> bytes:
 
     Args:
         row: all of it, under the file's names of the columns.
-        pictures: the task reads pictures. Then files and arrays of numbers in the row count too
-            if a label and names of files are all its text.
+        signals: the task reads pictures or recordings. Then files and arrays of numbers in the row
+            count too if a label and names of files are all its text.
 
     Raises:
         BadField: a cell holds a list that is too long to be taken apart.
     """
     texts = {text for name, value in row.items() for text in _texts(value, name)}
-    if pictures and not _tells_apart(texts):
+    if signals and not _tells_apart(texts):
         texts.update(found for value in row.values() for found in _contents(value))
     return row_digest(texts)
 
 
 def _tells_apart(texts: Iterable[str]) -> bool:
-    """Whether a row of pictures is known by its texts alone, as a study of texts knows it.
+    """Whether a row with a signal is known by its texts alone, as a study of texts knows it.
 
-    Adversary: a study's author, who has a row read once as a picture and once as a text, or names
-    other columns. So nothing that a study says decides this.
+    Adversary: a study's author, who has a row read once as a picture or a recording and once as a
+    text, or names other columns. So nothing that a study says decides this.
     """
     said = {text for text in texts if text and not _FILE_NAME.fullmatch(text)}
     return len(said) > 1 or any(len(text.split()) >= _PROSE for text in said)
@@ -121,9 +125,14 @@ def _contents(value: object) -> Iterator[str]:
 
 
 def _is_array(value: object) -> bool:
-    """Whether a value is rows of numbers, as a picture may be written."""
-    first = value[0] if isinstance(value, list) and value else None
-    return isinstance(first, list) and bool(first) and isinstance(first[0], list | int | float)
+    """Whether a value is rows of numbers, as a picture may be written, or a long list, as a
+    recording may."""
+    if not isinstance(value, list) or not value:
+        return False
+    first = value[0]
+    if isinstance(first, list):
+        return bool(first) and isinstance(first[0], list | int | float)
+    return isinstance(first, int | float) and len(value) >= _LONG
 
 
 def _texts(value: object, name: str) -> Iterator[str]:

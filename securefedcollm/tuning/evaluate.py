@@ -20,6 +20,7 @@ from securefedcollm.tuning.classifiers import read_head
 from securefedcollm.tuning.formats import Asking
 from securefedcollm.tuning.frozen import with_prior
 from securefedcollm.tuning.head import check_positions, check_vocabulary, output_logits
+from securefedcollm.tuning.media import MEDIA
 from securefedcollm.tuning.models import LoadedModel
 from securefedcollm.tuning.packing import check_model
 from securefedcollm.tuning.prompts import check_virtual
@@ -36,7 +37,7 @@ from securefedcollm.tuning.recipe import Progress, inference_mode, silent
 from securefedcollm.tuning.token_distil import positions_of, states_at
 from securefedcollm.tuning.token_loss import CHUNK
 
-_CLASSES: Final = frozenset({"classification", "image_classification"})
+_CLASSES: Final = frozenset({"classification", *MEDIA})
 """Kinds of record that all choose among the same classes."""
 
 
@@ -162,7 +163,7 @@ def measure(
             these records.
         DataError: a record has no answer, or does not fit into ``max_tokens``.
     """
-    if asking.kind == "image_classification":
+    if asking.kind in MEDIA:
         read_head(loaded.model, questions[0].choices, adapter)
     check_model(loaded.model, "model")
     asked, form = asking.put(questions, loaded.tokenizer)

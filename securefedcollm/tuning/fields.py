@@ -13,16 +13,8 @@ from typing import Any, Final
 
 from securefedcollm.errors import DataError
 from securefedcollm.foreign import decode_json
-from securefedcollm.tuning.pictures import (
-    MOST_BYTES,
-    MOST_PIXELS,
-    UnreadableError,
-    from_array,
-    from_content,
-    pixel_digest,
-    read_file,
-    unfold,
-)
+from securefedcollm.tuning.attached import UnreadableError
+from securefedcollm.tuning.media import Medium
 
 _WHOLE: Final = re.compile(r"([0-9]+)(?:\.0+)?")
 _EXACT: Final = 2**53
@@ -121,44 +113,20 @@ def label_of(row: Row, labels: Sequence[str], numbers: bool, labelled: bool) -> 
     return _index(value, "label", len(labels), "labels", hint)
 
 
-def picture_of(row: Row, folder: Path) -> tuple[bytes, bytes]:
-    """The picture in the column ``image``, and the digest of its pixels.
+def signal_of(row: Row, medium: Medium, folder: Path) -> tuple[bytes, bytes]:
+    """The picture or recording in the medium's column, and the digest that identifies it.
 
     Args:
         folder: what a path is relative to, and must not leave.
     """
-    value = row.get("image")
+    value = row.get(medium.column)
     if value is None or value == "" or value != value:
-        raise BadField("image", "is missing")
+        raise BadField(medium.column, "is missing")
     try:
-        picture = _picture(value, folder)
-        return picture, pixel_digest(unfold(picture))
+        signal = medium.read(value, folder)
+        return signal, medium.digest(signal)
     except UnreadableError as error:
-        raise BadField("image", str(error), _PICTURE) from None
-
-
-_PICTURE: Final = (
-    f"give a PNG, JPEG, WebP, BMP or TIFF file of one frame, at most {MOST_BYTES >> 20} MiB and "
-    f"{MOST_PIXELS // 1_000_000} million pixels, beside the data file or in a folder there; or "
-    "rows of whole numbers from 0 to 255"
-)
-
-
-def _picture(value: Any, folder: Path) -> bytes:
-    if isinstance(value, dict):  # the Image feature of ``datasets``
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return from_content(value)
-    if isinstance(value, str) and value.lstrip().startswith("["):  # a cell of CSV
-        try:
-            value = decode_json(value)
-        except ValueError:
-            raise UnreadableError("is no list of numbers") from None
-    if isinstance(value, str):
-        return read_file(folder, value.strip())
-    if isinstance(value, list):
-        return from_array(value)
-    raise UnreadableError(f"is a {type(value).__name__}, and no picture")
+        raise BadField(medium.column, str(error), medium.hint) from None
 
 
 def owner_of(row: Row, column: str) -> str:

@@ -13,6 +13,10 @@
     ``image`` (the path of an image file, relative to the data file; or rows of numbers from 0 to
     255, or of three of them a pixel; or, in Parquet, an image file's bytes, as ``datasets`` has
     its ``Image`` feature), ``label`` as above.
+``audio_classification``
+    ``audio`` (the path of a WAV or FLAC file, relative to the data file; or a list of samples from
+    -32768 to 32767; or, in Parquet, a file's bytes, as ``datasets`` has its ``Audio`` feature),
+    ``label`` as above.
 ``text``
     ``text``: every token but the first is predicted. Where labels may be missing, ``answer: null``
     marks a text that is for distillation alone.
@@ -38,11 +42,11 @@ from securefedcollm.tuning.fields import (
     label_of,
     multiple_choice,
     owner_of,
-    picture_of,
     plain_text,
     prompt_of,
+    signal_of,
 )
-from securefedcollm.tuning.pictures import as_array, name_of
+from securefedcollm.tuning.media import MEDIA, medium_of
 from securefedcollm.tuning.question import Ask, Question, lettered
 from securefedcollm.tuning.tokenise import Form, Kind
 
@@ -56,6 +60,7 @@ _NAMES: Final[dict[Kind, tuple[str, ...]]] = {
     "instruction": ("instruction", "response"),
     "text": ("text",),
     "image_classification": ("image", "label"),
+    "audio_classification": ("audio", "label"),
 }
 _MUST: Final[dict[Kind, int]] = {
     "multiple_choice": 2,
@@ -63,6 +68,7 @@ _MUST: Final[dict[Kind, int]] = {
     "instruction": 1,
     "text": 1,
     "image_classification": 1,
+    "audio_classification": 1,
 }
 """How many of them every file has; the others may be left out where answers may be missing."""
 _INSTEAD: Final[dict[Kind, str]] = {
@@ -71,6 +77,7 @@ _INSTEAD: Final[dict[Kind, str]] = {
     "instruction": "messages",
     "text": "",
     "image_classification": "",
+    "audio_classification": "",
 }
 _NUMBER: Final = re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?")
 
@@ -90,8 +97,8 @@ class Format:
 
     ``columns``: those that every file must have; ``names``: all of the task's; both as they are
     called in the file. ``hint``: a row, spelled out. ``instead``: a column that may stand in for
-    the first of ``columns``. ``renamed``: what the file calls some of our columns. ``picture``:
-    the content of a row's picture, where the task has one.
+    the first of ``columns``. ``renamed``: what the file calls some of our columns. ``signal``:
+    a row's picture or recording and its digest, where the task has one.
     """
 
     columns: tuple[str, ...]
@@ -100,7 +107,7 @@ class Format:
     read: Callable[[Row, bool], tuple[str, tuple[str, ...], int | None]]
     instead: str = ""
     renamed: Mapping[str, str] = field(default_factory=dict)
-    picture: Callable[[Row], tuple[bytes, bytes]] | None = None
+    signal: Callable[[Row], tuple[bytes, bytes]] | None = None
 
     def missing(self, header: Sequence[str]) -> str | None:
         """The first column that a file with these columns lacks."""
@@ -130,12 +137,12 @@ class Format:
             BadField: a field is missing or wrong.
         """
         ours = self._ours(row)
-        picture, digest = b"", b""
+        signal, digest = b"", b""
         try:
-            if self.picture is not None:
-                picture, digest = self.picture(ours)
-                ours = {**ours, "image": name_of(digest)}
+            if self.signal is not None:
+                signal, digest = self.signal(ours)
             prompt, choices, answer = self.read(ours, labelled)
+            prompt = medium_of(signal).name(digest) if signal else prompt
             subject = ours.get("subject")
             if isinstance(subject, bool | dict | list) or subject != subject:
                 raise BadField("subject", "is not a text", "give a text, a number or leave it out")
@@ -151,7 +158,7 @@ class Format:
             subject=None if owner is None else owner_of(row, owner),
             content=digest or content_of(ours),
             row=whole,
-            picture=picture,
+            signal=signal,
         )
 
 
@@ -177,11 +184,16 @@ def format_of(
         "choices": "[text, text, …]",
         "answer": "index",
         "label": f"one of {', '.join(labels)}",
-        "image": "path of an image file",
+        **{medium.column: f"path of a {medium.file}" for medium in MEDIA.values()},
     }
     row = (
         f'"{name}": {told.get(our, "text")}' for our, name in zip(_NAMES[kind], names, strict=True)
     )
+    medium = MEDIA.get(kind)
+
+    def classes(row: Row, labelled: bool) -> tuple[str, tuple[str, ...], int | None]:
+        return "", tuple(labels), label_of(row, labels, numbers, labelled)
+
     reads: dict[Kind, Callable[[Row, bool], tuple[str, tuple[str, ...], int | None]]] = {
         "multiple_choice": lambda row, labelled: multiple_choice(
             row, labelled, template or QUESTION
@@ -193,11 +205,8 @@ def format_of(
         ),
         "instruction": instruction,
         "text": plain_text,
-        "image_classification": lambda row, labelled: (
-            str(row["image"]),
-            tuple(labels),
-            label_of(row, labels, numbers, labelled),
-        ),
+        "image_classification": classes,
+        "audio_classification": classes,
     }
     return Format(
         columns=names[: _MUST[kind]],
@@ -206,7 +215,7 @@ def format_of(
         read=reads[kind],
         instead=renamed.get(_INSTEAD[kind], _INSTEAD[kind]),
         renamed=renamed,
-        picture=(lambda row: picture_of(row, folder)) if kind == "image_classification" else None,
+        signal=None if medium is None else lambda row: signal_of(row, medium, folder),
     )
 
 
@@ -254,9 +263,10 @@ def row_of(
             row = {"instruction": question.prompt, "response": response}
         case "text":
             row = {"text": response, "answer": question.answer}
-        case "image_classification":
+        case "image_classification" | "audio_classification":
             right = None if question.answer is None else question.choices[question.answer]
-            row = {"image": as_array(question.picture), "label": right}
+            medium = MEDIA[kind]
+            row = {medium.column: medium.as_array(question.signal), "label": right}
     if question.group:
         row["subject"] = question.group
     row = {(columns or {}).get(name, name): value for name, value in row.items()}

@@ -28,8 +28,14 @@ def unwrapped(model: Any) -> Any:
 
 
 def sees(model: Any) -> bool:
-    """Whether the model's input is a signal, such as a picture, and no tokens."""
+    """Whether the model's input is a signal, a picture or a recording, and no tokens."""
     return str(getattr(unwrapped(model), "main_input_name", "input_ids")) != "input_ids"
+
+
+def hears(model: Any) -> bool:
+    """Whether that signal is a recording: samples, or the spectrum of them."""
+    name = str(getattr(unwrapped(model), "main_input_name", "input_ids"))
+    return name in {"input_values", "input_features"}
 
 
 @contextmanager

@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from securefedcollm.errors import ConfigError
+from securefedcollm.tuning.audio_processor import AudioProcessor
 from securefedcollm.tuning.image_processor import ImageProcessor
 
 Parts = dict[str, str]
@@ -155,7 +156,7 @@ def _configuration(config: Any) -> dict[str, Any]:
 
 
 def _tokenizer(tokenizer: Any, source: str) -> dict[str, Any]:
-    if isinstance(tokenizer, ImageProcessor):
+    if isinstance(tokenizer, ImageProcessor | AudioProcessor):
         return tokenizer.settings()
     state = {
         "class": type(tokenizer).__name__,

@@ -20,13 +20,19 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     """
     depth = text_config(model).num_hidden_layers
     for module in model.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
+        if isinstance(module, nn.ModuleList) and len(module) == depth and not _filters(module):
             return module
     raise ConfigError(
         f"no list of {depth} decoder layers in {type(model).__name__}",
         where="model",
         hint="use a decoder-only transformer with one list of layers",
     )
+
+
+def _filters(layers: nn.ModuleList) -> bool:
+    """Whether they are convolutions without any matrix, as below a model that hears."""
+    sides = {weight.ndim for weight in layers.parameters()}
+    return bool(sides) and 2 not in sides
 
 
 class Passed(nn.Module):

@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -19,17 +19,20 @@ import platformdirs
 import torch
 
 from securefedcollm.errors import ConfigError, StateError
+from securefedcollm.tuning import audio_processor, image_processor
+from securefedcollm.tuning.audio_processor import AudioProcessor
 from securefedcollm.tuning.broken import why_not_loaded
+from securefedcollm.tuning.class_models import missing_elsewhere, without_strangers
 from securefedcollm.tuning.head import text_config
 from securefedcollm.tuning.identity import Parts, check_pin, model_digest, model_parts
-from securefedcollm.tuning.image_models import missing_elsewhere, without_strangers
-from securefedcollm.tuning.image_processor import processor_of
 from securefedcollm.tuning.recipe import Progress, quiet_transformers, silent
+from securefedcollm.tuning.sounds import RATE
 
 Dtype = Literal["float32", "bfloat16"]
-Kind = Literal["causal", "body", "image"]
+Kind = Literal["causal", "body", "image", "audio"]
 """``causal``: a causal language model. ``body``: the layers of any text model, without its output
-layer and pooler. ``image``: a classifier of pictures, or a model that lacks only the class head."""
+layer and pooler. ``image``, ``audio``: a classifier of pictures or of recordings, or a model that
+lacks only the class head."""
 
 PREPARED: Final = {
     "smollm2-135m": "securefedcollm model prepare smollm2",
@@ -37,10 +40,24 @@ PREPARED: Final = {
 }
 """Built-in models that a command puts into the cache, and that command."""
 
-_HOSPITAL: Final[dict[str, Literal["llm", "slm"]]] = {"hospital-llm": "llm", "hospital-slm": "slm"}
-DIGITS: Final = ("digits-large", "digits-small")
-"""Built-in classifiers of pictures."""
-_OPTIONS: Final[dict[Kind, list[str]]] = {"body": ["--encoder"], "image": ["--images"]}
+HOSPITAL: Final[dict[str, Literal["llm", "slm"]]] = {"hospital-llm": "llm", "hospital-slm": "slm"}
+CLASSIFIERS: Final[dict[str, Kind]] = {
+    "digits-large": "image",
+    "digits-small": "image",
+    "wards-large": "audio",
+    "wards-small": "audio",
+}
+"""The built-in ones, and what they classify."""
+_SIGNALS: Final[dict[Kind, Any]] = {
+    "image": image_processor.processor_of,
+    "audio": audio_processor.processor_of,
+}
+"""What takes the place of a tokenizer."""
+_OPTIONS: Final[dict[Kind, list[str]]] = {
+    "body": ["--encoder"],
+    "image": ["--images"],
+    "audio": ["--audio"],
+}
 """Of ``model digest``."""
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 _COMMIT: Final = re.compile(r"^[0-9a-f]{40}$")
@@ -48,11 +65,11 @@ _COMMIT: Final = re.compile(r"^[0-9a-f]{40}$")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model (or a body, or a classifier of pictures) in evaluation mode, its
+    """A causal language model (or a body, or a classifier of signals) in evaluation mode, its
     tokenizer, and what identifies both."""
 
     model: Any  # transformers.PreTrainedModel
-    tokenizer: Any  # transformers.PreTrainedTokenizerBase; of an image model its ImageProcessor
+    tokenizer: Any  # transformers.PreTrainedTokenizerBase; of a classifier of signals its processor
     parts: Parts
 
     @property
@@ -108,7 +125,7 @@ def load_model(
         cache_dir: where built-in models are kept; default :func:`default_cache`. Hub models stay
             in the Hugging Face cache, where other programs find them too.
         part: ``body`` loads an encoder, or a causal model without its output layer. The digest is
-            then the body's. ``image`` loads a classifier of pictures.
+            then the body's. ``image`` and ``audio`` load a classifier.
 
     Raises:
         ConfigError: the source does not exist, is not safe to load, is no model of that kind or
@@ -118,7 +135,7 @@ def load_model(
     cache_dir = cache_dir or default_cache()
     match kind:
         case "builtin":
-            _check_builtin(name, part)
+            check_builtin(name, part)
             model, tokenizer = _load_builtin(name, dtype, cache_dir, progress)
         case "path":
             directory = local_path(base_dir, name, source)
@@ -164,7 +181,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     kind, _, name = source.partition(":")
-    if kind == "builtin" and name in _HOSPITAL:
+    if kind == "builtin" and name in HOSPITAL:
         from securefedcollm.tuning.world import make_tokenizer
 
         return make_tokenizer()
@@ -188,62 +205,12 @@ def load_tokenizer(
         ) from error
 
 
-def meta_model(
-    source: str,
-    *,
-    revision: str | None = None,
-    base_dir: Path = Path(),
-    part: Kind = "causal",
-) -> Any:
-    """The architecture of a model on torch's meta device; arguments as of :func:`load_model`.
-
-    Only its ``config.json`` is read (of a hub model: downloaded).
-
-    Raises:
-        ConfigError: there is no such file, or it is no model's of that kind.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
-
-    kind, _, name = source.partition(":")
-    if kind == "builtin":
-        _check_builtin(name, part)
-    if kind == "builtin" and name in DIGITS:
-        from securefedcollm.tuning import digit_models
-
-        config = digit_models.architecture(digit_models.RECIPES[name])
-    elif kind == "builtin" and name in _HOSPITAL:
-        from securefedcollm.tuning.builtin import RECIPES, architecture
-
-        config = architecture(RECIPES[_HOSPITAL[name]])
-    else:
-        place: str | Path = name
-        options: dict[str, Any] = {"revision": revision}
-        if kind != "hub":
-            place = local_path(base_dir, name, source)
-            if kind == "builtin":
-                place = default_cache() / "models" / name
-            options = {"local_files_only": True}
-        try:
-            with quiet_transformers():
-                config = AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
-        except Exception as error:  # a broken file makes the library raise anything
-            raise ConfigError(
-                f"its config.json cannot be read ({type(error).__name__})",
-                where=source,
-                hint=f"run `{PREPARED[name]}` once"
-                if name in PREPARED
-                else "a path: model needs --data DIR; a hub model the network, once",
-            ) from error
-    try:
-        with quiet_transformers(), torch.device("meta"):
-            auto = AutoModelForImageClassification if part == "image" else AutoModelForCausalLM
-            return auto.from_config(config)
-    except Exception as error:
-        raise ConfigError(
-            f"cannot be built ({type(error).__name__})",
-            where=source,
-            hint="it needs the config.json of a causal language model that transformers knows",
-        ) from error
+def hearing(loaded: LoadedModel, seconds: float) -> LoadedModel:
+    """The model for recordings of at most ``seconds``; one that does not hear stays as it is."""
+    if not isinstance(loaded.tokenizer, AudioProcessor):
+        return loaded
+    loaded.model.heard = round(seconds * RATE)  # of an input of samples: classifiers.input_shape
+    return replace(loaded, tokenizer=loaded.tokenizer.hearing(seconds))
 
 
 def find_device(name: str) -> torch.device:
@@ -308,29 +275,36 @@ def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
         tokenizer.save_pretrained(fresh)
 
 
-def _check_builtin(name: str, part: Kind) -> None:
-    """Refuse a built-in model of pictures for words, and the other way round."""
-    if (name in DIGITS) != (part == "image") and name in {*DIGITS, *_HOSPITAL, *PREPARED}:
-        raise ConfigError(
-            "classifies pictures" if name in DIGITS else "reads text, and no pictures",
-            where=f"builtin:{name}",
-            hint="set task.kind (--task) image_classification; `model digest` takes --images"
-            if name in DIGITS
-            else f"with task.kind: image_classification use {' or '.join(DIGITS)}",
-        )
+def check_builtin(name: str, part: Kind) -> None:
+    """Refuse a built-in classifier for words, and the other way round."""
+    its = CLASSIFIERS.get(name, "causal")
+    if its == part or name not in {*CLASSIFIERS, *HOSPITAL, *PREPARED}:
+        return
+    if part == "body" and its == "causal":
+        return
+    task = {"image": "image_classification", "audio": "audio_classification"}
+    what = {"image": "classifies pictures", "audio": "classifies recordings"}
+    fits = [known for known, kind in CLASSIFIERS.items() if kind == part]
+    raise ConfigError(
+        what.get(its, "reads text, and no pictures or recordings"),
+        where=f"builtin:{name}",
+        hint=f"with task.kind: {task[part]} use {' or '.join(fits)}"
+        if fits
+        else f"set task.kind (--task) {task[its]}; `model digest` takes {_OPTIONS[its][0]}",
+    )
 
 
 def _load_builtin(name: str, dtype: Dtype, cache_dir: Path, progress: Progress) -> tuple[Any, Any]:
     source = f"builtin:{name}"
-    if name in _HOSPITAL:
+    if name in HOSPITAL:
         from securefedcollm.tuning.builtin import builtin_models
 
-        model, tokenizer = builtin_models(_HOSPITAL[name], cache_dir=cache_dir, progress=progress)
+        model, tokenizer = builtin_models(HOSPITAL[name], cache_dir=cache_dir, progress=progress)
         return model.to(getattr(torch, dtype)), tokenizer
-    if name in DIGITS:
-        from securefedcollm.tuning.digit_models import digit_model
+    if name in CLASSIFIERS:
+        from securefedcollm.tuning.class_builtin import classifier
 
-        model, processor = digit_model(name, cache_dir=cache_dir, progress=progress)
+        model, processor = classifier(name, cache_dir=cache_dir, progress=progress)
         return model.to(getattr(torch, dtype)), processor
     if name in PREPARED:
         directory = cache_dir / "models" / name
@@ -341,7 +315,7 @@ def _load_builtin(name: str, dtype: Dtype, cache_dir: Path, progress: Progress) 
                 hint=f"run `{PREPARED[name]}` once",
             )
         return _load_directory(directory, source, dtype)
-    known = ", ".join(sorted({*_HOSPITAL, *PREPARED, *DIGITS}))
+    known = ", ".join(sorted({*HOSPITAL, *PREPARED, *CLASSIFIERS}))
     raise ConfigError("there is no such built-in model", where=source, hint=f"known: {known}")
 
 
@@ -419,10 +393,11 @@ def _load_hub(
         ) from error
 
 
-_AUTO: Final[dict[Kind, str]] = {
+AUTO: Final[dict[Kind, str]] = {
     "causal": "AutoModelForCausalLM",
     "body": "AutoModel",
     "image": "AutoModelForImageClassification",
+    "audio": "AutoModelForAudioClassification",
 }
 
 
@@ -433,10 +408,10 @@ def _from_pretrained(
     import transformers
 
     tokenizer = None
-    kind = getattr(transformers, _AUTO[part])
+    kind = getattr(transformers, AUTO[part])
     try:
         with quiet_transformers():
-            if part != "image":
+            if part not in _SIGNALS:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(
                     name, trust_remote_code=False, **options
                 )
@@ -450,7 +425,7 @@ def _from_pretrained(
             )
     except Exception as error:
         # A broken file makes these libraries raise anything from OSError to AttributeError.
-        why = why_not_loaded(directory, error, tokenizer=tokenizer is None and part != "image")
+        why = why_not_loaded(directory, error, tokenizer=tokenizer is None and part not in _SIGNALS)
         raise ConfigError(f"cannot be loaded: {why.what}", where=source, hint=why.hint) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _brings_adapter(source)
@@ -462,9 +437,9 @@ def _from_pretrained(
         )
     # The library fills a missing weight with random numbers and only logs it.
     missing = set(info["missing_keys"])
-    if part == "image":
+    if part in _SIGNALS:
         model = without_strangers(model, missing, source)
-        tokenizer = processor_of(name, text_config(model), source, **options)
+        tokenizer = _SIGNALS[part](name, text_config(model), source, **options)
         missing = missing_elsewhere(missing)
     elif part == "body":
         missing = {key for key in missing if "pooler." not in key}

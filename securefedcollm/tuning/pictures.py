@@ -17,13 +17,13 @@ import logging
 import re
 import struct
 import warnings
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from securefedcollm.errors import ConfigError
+from securefedcollm.tuning.attached import UnreadableError
 from securefedcollm.tuning.question import Question
 
 Pixels = npt.NDArray[np.uint8]
@@ -41,10 +41,6 @@ _DEEP: Final = ("I", "F")
 """How Pillow's names of modes begin whose pixels have more than 8 bits."""
 _DEEP_RAW: Final = re.compile(r";16[BLN]")
 """What its names of colours of 16 bits in a file hold; "BGR;16" is one of 16 bits a pixel."""
-
-
-class UnreadableError(ValueError):
-    """A picture that cannot be used, and why; without anything of its content."""
 
 
 def pillow() -> Any:
@@ -178,7 +174,7 @@ def question_of(
         UnreadableError: it cannot be used.
     """
     digest = pixel_digest(unfold(picture))
-    return Question(name_of(digest), choices, answer, content=digest, picture=picture, **more)
+    return Question(name_of(digest), choices, answer, content=digest, signal=picture, **more)
 
 
 def from_content(content: bytes) -> bytes:
@@ -192,32 +188,6 @@ def from_content(content: bytes) -> bytes:
     if not content or content.startswith(_PLAIN):
         raise UnreadableError("is no image file")
     return content
-
-
-def read_file(folder: Path, name: str) -> bytes:
-    """The content of the image file ``name`` in or below ``folder``.
-
-    Adversary: whoever wrote the name. It must not lead out of the folder.
-
-    Raises:
-        UnreadableError: it is not there, too large, or elsewhere.
-    """
-    if not name.strip() or "\0" in name:
-        raise UnreadableError("is no file name")
-    try:
-        root = folder.resolve()
-        path = (root / name).resolve()
-        if Path(name).is_absolute() or not path.is_relative_to(root):
-            raise UnreadableError("is a path that leads out of the folder of the data file")
-        if not path.is_file():
-            raise UnreadableError("names a file that is not there")
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise UnreadableError(f"names a file that cannot be read ({error.strerror})") from None
-    except RuntimeError:  # links in a circle, in Python 3.12 and older
-        raise UnreadableError("names a file that cannot be read (a link to itself)") from None
-    return from_content(content)
 
 
 def as_array(picture: bytes) -> list[Any]:

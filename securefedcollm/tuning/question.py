@@ -30,8 +30,8 @@ class Question:
     column of the result table (``general``, ``private``). ``subject`` says whose record it is,
     where that is the unit of privacy. ``content`` is a digest of the words of the row that this was
     read from, whatever the task makes of them, and ``row`` one of all text in it; empty where there
-    was no row. ``picture`` is what is asked about, where that is no text (:mod:`.pictures`); then
-    the prompt is its name, which no other picture has.
+    was no row. ``signal`` is what is asked about, where that is no text (:mod:`.media`); then the
+    prompt is its name, which no other signal has.
     """
 
     prompt: str
@@ -41,7 +41,7 @@ class Question:
     subject: str | None = None
     content: bytes = field(default=b"", compare=False, repr=False)
     row: bytes = field(default=b"", compare=False, repr=False)
-    picture: bytes = field(default=b"", compare=False, repr=False)
+    signal: bytes = field(default=b"", compare=False, repr=False)
 
     def unlabelled(self) -> Question:
         """The question without its answer; a response is the answer itself, so it goes too."""

@@ -28,6 +28,7 @@ from securefedcollm.errors import DataError
 from securefedcollm.tuning.classifiers import class_logits
 from securefedcollm.tuning.head import Logits, device_of, output_logits, trained_head, unwrapped
 from securefedcollm.tuning.layers import passed_over
+from securefedcollm.tuning.media import MEDIA
 from securefedcollm.tuning.packing import block_mask, row_limit, run, states_apart
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.signals import Signal
@@ -166,8 +167,8 @@ def encode(
     """
     if not questions:
         raise DataError("no questions", where="questions", hint="give at least one question")
-    if kind == "image_classification":
-        return encode_signals(questions, tokenizer([q.picture for q in questions]))
+    if kind in MEDIA:
+        return encode_signals(questions, tokenizer([q.signal for q in questions]))
     pieces = tokenise(questions, tokenizer, max_tokens, kind, cuts=cuts)
     rows = [(prompt.ids, [choice.ids for choice in choices]) for prompt, choices in pieces]
     n, c = len(rows), max(len(choices) for _, choices in rows)

@@ -111,7 +111,7 @@ def _known(checked: Checked, row: Row, form: Format) -> Checked:
     if isinstance(checked.row, BadField):
         return checked
     try:
-        return checked._replace(whole=whole_row(row, pictures=form.picture is not None))
+        return checked._replace(whole=whole_row(row, signals=form.signal is not None))
     except BadField as bad:
         return checked._replace(row=bad)
 
@@ -288,8 +288,8 @@ def _parquet_rows(path: Path, form: Format, wanted: set[str]) -> Iterator[Checke
             # class is text, too.
             types = {name: file.schema_arrow.field(name).type for name in names}
             said = {name for name, kind in types.items() if _may_hold_text(kind)}
-            if form.picture is not None:  # and other pictures of it
-                said |= {name for name, kind in types.items() if _may_hold_picture(kind)}
+            if form.signal is not None:  # and other pictures or recordings of it
+                said |= {name for name, kind in types.items() if _may_hold_signal(kind)}
             columns = [name for name in names if name in {*wanted, *said, *classes}]
             most, batch = _allowed(path, size, about, columns)
             number = held = 0
@@ -366,14 +366,14 @@ def _may_hold_text(kind: pa.DataType) -> bool:
     return not any(is_it(kind) for is_it in bare)
 
 
-def _may_hold_picture(kind: pa.DataType) -> bool:
+def _may_hold_signal(kind: pa.DataType) -> bool:
     """Whether values of a type may hold a file or rows of numbers."""
     import pyarrow as pa
 
     if isinstance(kind, pa.BaseExtensionType):
-        return _may_hold_picture(kind.storage_type)
+        return _may_hold_signal(kind.storage_type)
     if pa.types.is_dictionary(kind):
-        return _may_hold_picture(kind.value_type)
+        return _may_hold_signal(kind.value_type)
     held = (
         pa.types.is_nested,
         pa.types.is_binary,

@@ -1,4 +1,5 @@
-"""What a model sees that reads no tokens: pictures of one size, a row for each record."""
+"""What a model is given that reads no tokens: pictures of one size, or recordings of one length, a
+row for each record."""
 
 from __future__ import annotations
 
@@ -12,12 +13,13 @@ from torch import Tensor
 class Signal:
     """The inputs of N records: ``values`` · ``scale`` + ``shift``.
 
-    Kept in bytes, a picture takes a quarter of the memory of its numbers.
+    Kept in bytes, a picture takes a quarter of the memory of its numbers. A recording's are numbers
+    already, so its scale is 1.
     """
 
-    values: Tensor  # uint8 [N, C, H, W]
-    scale: Tensor  # float32 [C, 1, 1]
-    shift: Tensor  # float32 [C, 1, 1]
+    values: Tensor  # uint8 [N, C, H, W]; float32 [N, T] or [N, T, bins]
+    scale: Tensor  # float32 [C, 1, 1]; [1]
+    shift: Tensor  # as scale
 
     def __len__(self) -> int:
         return len(self.values)
@@ -37,5 +39,5 @@ class Signal:
         return replace(self, values=values)
 
     def inputs(self, dtype: torch.dtype) -> Tensor:
-        """The numbers that the model is given, [N, C, H, W]. Each follows from one byte."""
+        """The numbers that the model is given, shaped as the values. Each follows from one."""
         return (self.values.float() * self.scale + self.shift).to(dtype)

@@ -16,7 +16,9 @@ from securefedcollm.tuning.fields import Row
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Kind = Literal["nothing", "text", "texts", "turns", "whole", "number", "truth", "greys", "colours"]
+Kind = Literal[
+    "nothing", "text", "texts", "turns", "whole", "number", "truth", "samples", "greys", "colours"
+]
 Shape = tuple[tuple[str, Kind], ...]
 """Columns of a row and what each holds."""
 
@@ -43,6 +45,8 @@ def _kind(value: object) -> Kind | None:
             return "texts"
         case list() if all(_is_turn(entry) for entry in value):
             return "turns"
+        case list() if _are_whole(value):
+            return "samples"
         case list() if all(isinstance(entry, list) and entry for entry in value):
             if all(_are_whole(entry) for entry in value):
                 return "greys"
@@ -80,6 +84,7 @@ def json_table(lines: Sequence[bytes], shape: Shape) -> pa.Table:
         "whole": pa.int64(),
         "number": pa.float64(),
         "truth": pa.bool_(),
+        "samples": pa.list_(pa.int64()),
         "greys": pa.list_(pa.list_(pa.int64())),
         "colours": pa.list_(pa.list_(pa.list_(pa.int64()))),
     }

@@ -19,7 +19,14 @@ from securefedcollm.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from securefedcollm.tuning.question import Question
 
-Kind = Literal["multiple_choice", "classification", "instruction", "text", "image_classification"]
+Kind = Literal[
+    "multiple_choice",
+    "classification",
+    "instruction",
+    "text",
+    "image_classification",
+    "audio_classification",
+]
 Form = Kind | Literal["letters"]
 """How the rows are put together; ``letters`` of questions that are :func:`.question.lettered`."""
 

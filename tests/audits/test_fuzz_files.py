@@ -43,6 +43,13 @@ def test_the_target_of_pictures_reads_what_is_whole(monkeypatch):
     assert fuzz_files.picture(b"") == "refused"
 
 
+def test_the_target_of_recordings_reads_what_is_whole(monkeypatch):
+    monkeypatch.setattr(fuzz_files, "altered", lambda content, dice: content)
+    assert {fuzz_files.sound(bytes([form])) for form in range(2)} == {"read"}
+    monkeypatch.setattr(fuzz_files, "altered", lambda content, dice: content[:60])
+    assert fuzz_files.sound(b"") == "refused"
+
+
 def unaltered(monkeypatch):
     monkeypatch.setattr(fuzz_retrieval, "altered", lambda content, dice: content)
 

@@ -223,8 +223,21 @@ def reading(kind, **columns):
         (reading("image_classification", image="a"), reading("image_classification", image="b")),
         (reading("image_classification", image="a"), reading("classification", text="note")),
         (reading("classification", text="note"), reading("image_classification", image="b")),
+        (reading("audio_classification", audio="c"), reading("audio_classification", audio="d")),
+        (reading("image_classification", image="a"), reading("audio_classification", audio="c")),
+        (reading("audio_classification", audio="d"), reading("classification", text="note")),
+        (reading("classification", text="note"), reading("audio_classification", audio="c")),
     ],
-    ids=["words", "pictures", "from pictures to words", "from words to pictures"],
+    ids=[
+        "words",
+        "pictures",
+        "from pictures to words",
+        "from words to pictures",
+        "recordings",
+        "from pictures to recordings",
+        "from recordings to words",
+        "from words to recordings",
+    ],
 )
 def test_a_study_that_reads_rows_otherwise_finds_the_budget_spent(first, then, tmp_path):
     """Adversary: the author of the next study, who has the same rows read by another column, or by
@@ -233,6 +246,8 @@ def test_a_study_that_reads_rows_otherwise_finds_the_budget_spent(first, then, t
         {
             "a": [[i, 1], [2, 3]],
             "b": [[i, 9], [8, 7]],
+            "c": [i, 1] * 800,
+            "d": [i, 2] * 800,
             "note": f"note {i}",
             "summary": f"summary {i}",
             "label": "benign",
@@ -240,7 +255,7 @@ def test_a_study_that_reads_rows_otherwise_finds_the_budget_spent(first, then, t
         for i in range(60)
     ]
     if "text" not in {**first["columns"], **then["columns"]}:
-        rows = [{name: row[name] for name in ("a", "b", "label")} for row in rows]
+        rows = [{name: row[name] for name in ("a", "b", "c", "d", "label")} for row in rows]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = {"first": read_questions(file, **first), "then": read_questions(file, **then)}

@@ -25,7 +25,7 @@ from securefedcollm.federation.dealing import deal
 from securefedcollm.federation.sizes import update_values
 from securefedcollm.federation.tuned import Tuned, adapted
 from securefedcollm.study import load_study
-from securefedcollm.tuning import digit_models, digits
+from securefedcollm.tuning import class_builtin, digits
 from securefedcollm.tuning.adapters import layout_of, quiet_peft
 from securefedcollm.tuning.identity import weights_digest
 from tests.support.pictures import tiny_study
@@ -113,8 +113,7 @@ def test_no_picture_moves_what_the_others_contribute(directory: Path) -> None:
 @pytest.mark.parametrize("method", ["ffa-lora", "lora"])
 def test_the_planned_size_of_an_update_is_the_real_one(method: Any) -> None:
     study = load_study(VISION, [f"adapter.method={method}"])
-    recipe = digit_models.RECIPES["digits-small"]
-    base = ViTForImageClassification(digit_models.architecture(recipe))
+    base = ViTForImageClassification(class_builtin.architecture("digits-small"))
     tuned = adapted(base, study, study.models.slm)
     assert update_values(study, None) == layout_of(tuned, method).size
 
@@ -187,9 +186,9 @@ def test_the_worlds_parts_share_no_digit_and_no_site_anothers_scanner() -> None:
 
 
 def test_pretraining_is_deterministic_and_learns(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = replace(digit_models.RECIPES["digits-small"], layers=1, steps=100, batch_size=32)
-    monkeypatch.setitem(digit_models.RECIPES, "digits-small", tiny)
-    first, again = (digit_models.pretrain("digits-small", lambda *_: None) for _ in range(2))
+    tiny = replace(class_builtin.RECIPES["digits-small"], layers=1, steps=100, batch_size=32)
+    monkeypatch.setitem(class_builtin.RECIPES, "digits-small", tiny)
+    first, again = (class_builtin.pretrain("digits-small", lambda *_: None) for _ in range(2))
     assert weights_digest(first) == weights_digest(again)
     pictures, shown = digits.pretraining(300, seldom=1.0)
     with torch.no_grad():

@@ -21,6 +21,7 @@ from transformers import (
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.tuning.adapters import attach, full_layout, layout_of, select
+from securefedcollm.tuning.attached import UnreadableError
 from securefedcollm.tuning.classifiers import orthogonal, own_labels, set_head
 from securefedcollm.tuning.image_processor import processor_of, read_settings
 from securefedcollm.tuning.independence import made_up_adapter
@@ -28,7 +29,7 @@ from securefedcollm.tuning.local import check_records, records_of
 from securefedcollm.tuning.models import load_model
 from securefedcollm.tuning.passes import Widths
 from securefedcollm.tuning.per_record import question_losses
-from securefedcollm.tuning.pictures import MOST_RATIO, UnreadableError, from_array, pack
+from securefedcollm.tuning.pictures import MOST_RATIO, from_array, pack
 from securefedcollm.tuning.plans import LossPlan
 from securefedcollm.tuning.questions import PLAIN, EncodedQuestions, choice_scores, encode
 from securefedcollm.tuning.recipe import evaluation_mode

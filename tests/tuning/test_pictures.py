@@ -20,9 +20,10 @@ from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
 from securefedcollm.errors import DataError
+from securefedcollm.tuning.attached import UnreadableError
 from securefedcollm.tuning.data import read_questions, write_questions
-from securefedcollm.tuning.pictures import UnreadableError, pack, pixel_digest, unfold
 from securefedcollm.tuning.pictures import _refuse as refuse
+from securefedcollm.tuning.pictures import pack, pixel_digest, unfold
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.splits import record_content, record_id
 
@@ -77,7 +78,7 @@ def test_every_form_of_a_file_gives_the_same_records(tmp_path: Path) -> None:
         assert questions == found["paths"], form
         assert [q.content for q in questions] == [pixel_digest(x) for x in pictures], form
         for question, pixels in zip(questions, pictures, strict=True):
-            assert np.array_equal(unfold(question.picture), pixels)
+            assert np.array_equal(unfold(question.signal), pixels)
     assert [q.answer for q in found["paths"]] == [0, 1, 0]
 
 
@@ -217,7 +218,7 @@ def test_a_camera_that_was_held_sideways(tmp_path: Path) -> None:
     turned[0x0112] = 6  # a quarter turn
     (tmp_path / "a.png").write_bytes(file_of(pixels, exif=turned))
     (question,) = read(in_lines(tmp_path, {"image": "a.png", "label": "cat"}))
-    assert np.array_equal(unfold(question.picture), np.rot90(pixels, -1))
+    assert np.array_equal(unfold(question.signal), np.rot90(pixels, -1))
 
 
 def png(width: int, height: int, depth: int, colours: int, lines: bytes) -> bytes:

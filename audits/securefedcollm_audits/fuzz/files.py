@@ -1,4 +1,4 @@
-"""Fuzz targets for files that people receive: studies, bundles, records, pictures.
+"""Fuzz targets for files that people receive: studies, bundles, records, pictures, recordings.
 
 Adversary: the maker of the file. Whatever it holds, reading it ends in a result or in one of this
 project's errors, of one printable line, within :data:`SECONDS` and :data:`BYTES`.
@@ -14,10 +14,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from securefedcollm.errors import ConfigError, SecureFedCoLLMError
 from securefedcollm_audits.fuzz import seeds as seeds
+
+if TYPE_CHECKING:
+    from securefedcollm.tuning.media import Medium
 
 SECONDS: Final = 5.0
 """Limit on this process's time for one input, after a first one."""
@@ -192,17 +195,33 @@ def data(script: bytes) -> str:
 
 def picture(script: bytes) -> str:
     """An image file in each format that is read."""
-    from securefedcollm.tuning.pictures import FORMATS, UnreadableError, pixel_digest, unfold
+    from securefedcollm.tuning.media import PICTURE
+    from securefedcollm.tuning.pictures import FORMATS
 
     dice = Dice(script)
-    content = altered(seeds.picture(dice.one_of(FORMATS)), dice)
+    return _signal(altered(seeds.picture(dice.one_of(FORMATS)), dice), PICTURE)
+
+
+def sound(script: bytes) -> str:
+    """A WAV file in both forms that are read."""
+    from securefedcollm.tuning.media import SOUND
+
+    dice = Dice(script)
+    return _signal(altered(seeds.sound(bool(dice.below(2))), dice), SOUND)
+
+
+def _signal(content: bytes, medium: Medium) -> str:
+    """One that is read is also known, and looked at or listened to."""
+    from securefedcollm.tuning.attached import UnreadableError
+
     try:
-        pixels = unfold(content)
+        found = medium.content(content)
+        medium.digest(found)
     except UnreadableError as error:
         if not str(error).isprintable():
-            raise FoundError("what a picture says reaches a person") from error
+            raise FoundError(f"what a {medium.noun} says reaches a person") from error
         return "refused"
-    pixel_digest(pixels)
+    medium.empty(found)
     return "read"
 
 
@@ -211,6 +230,7 @@ TARGETS: Final[dict[str, Callable[[bytes], str]]] = {
     "bundle": bundle,
     "data": data,
     "picture": picture,
+    "sound": sound,
 }
 
 

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import struct
 from typing import Any, Final
 
 from securefedcollm.evidence.bundle import pack
@@ -42,6 +43,7 @@ ROWS: Final[dict[str, list[dict[str, Any]]]] = {
         {"image": [[0, 9], [255, 1], [7, 8]], "label": "yes"},
         {"image": [[4, 4]], "label": "no"},
     ],
+    "audio_classification": [{"audio": [0, 9] * 800, "label": "yes"}],
 }
 
 
@@ -84,6 +86,17 @@ def picture(form: str) -> bytes:
     options = {} if form == "BMP" else {"exif": exif}
     Image.frombytes("RGB", (4, 4), shades).save(file, form, **options)
     return file.getvalue()
+
+
+def sound(extensible: bool) -> bytes:
+    """A short recording as a WAV file, in the plain or the extensible form, with a note."""
+    form = struct.pack("<HHIIHH", 1, 1, 16_000, 32_000, 2, 16)
+    if extensible:
+        guid = bytes.fromhex("0100000000001000800000aa00389b71")
+        form = b"\xfe\xff" + form[2:] + struct.pack("<HHI", 22, 16, 4) + guid
+    parts = [(b"LIST", b"INFO"), (b"fmt ", form), (b"data", bytes(range(256)) * 13)]
+    body = b"".join(name + struct.pack("<I", len(part)) + part for name, part in parts)
+    return b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WAVE" + body
 
 
 def _cell(value: Any) -> Any:

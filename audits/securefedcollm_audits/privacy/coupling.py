@@ -7,11 +7,11 @@ additions that a kernel chooses), an adapter can amplify that to many clip norms
 
 The audit searches for the adapter that amplifies most. The positive control is how much an added
 unit moves the others where micro-batches are padded to their longest record, as in most programs.
-Pictures have one size and need no padding. Their control makes the last pass as large as there are
-records left: by one more picture it grows, a kernel adds up in another order, and last bits move.
-Then it applies the
-same adapters to the product's own path, frozen layers and priors included, and computes
-‖S(D + x) − S(D) − S(x)‖ in exact integers. The answer has to be 0.
+Pictures have one size, and recordings are followed by silence up to one length for all. Their
+control makes the last pass as large as there are records left: by one more record it grows, a
+kernel adds up in another order, and last bits move. Then it applies the same adapters to the
+product's own path, frozen layers and priors included, and computes ‖S(D + x) − S(D) − S(x)‖ in
+exact integers. The answer has to be 0.
 
 Imports torch.
 """
@@ -46,6 +46,7 @@ from securefedcollm.tuning.adapters import (
 )
 from securefedcollm.tuning.independence import refuse_coupling
 from securefedcollm.tuning.local import members_of, records_of, sum_clipped
+from securefedcollm.tuning.media import medium_of
 from securefedcollm.tuning.passes import Indices, Widths
 from securefedcollm.tuning.per_record import (
     Records,
@@ -54,7 +55,6 @@ from securefedcollm.tuning.per_record import (
     watched,
     without_broken,
 )
-from securefedcollm.tuning.pictures import noise_like, question_of
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.questions import EncodedQuestions, sorted_by_length
 from securefedcollm.tuning.recipe import evaluation_mode
@@ -204,8 +204,8 @@ def cases_of(silo: Sequence[Question], records: int, draw: np.random.Generator) 
     chosen = list(silo[:records])
     if len(chosen) < 2:
         raise ConfigError("two records are needed", where="--records", hint="at least 2")
-    if chosen[0].picture:
-        return _pictures(chosen, draw)
+    if chosen[0].signal:
+        return _signals(chosen, draw)
     short = min(chosen, key=lambda q: len(q.prompt) + sum(map(len, q.choices)))
     # Longer than any: the prompts of many, cut to task.max_tokens like every record.
     pool = " ".join(q.prompt for q in chosen).split() or ["word"]
@@ -222,12 +222,14 @@ def cases_of(silo: Sequence[Question], records: int, draw: np.random.Generator) 
     return [Case("mixed records", chosen, long), Case("copies of one record", copies, long)]
 
 
-def _pictures(chosen: list[Question], draw: np.random.Generator) -> list[Case]:
-    """The same of pictures, which are all of one size: what may be there shows noise."""
+def _signals(chosen: list[Question], draw: np.random.Generator) -> list[Case]:
+    """The same of pictures or recordings, which a model is given in one size: what may be there is
+    noise."""
+    medium = medium_of(chosen[0].signal)
     subject = None if chosen[0].subject is None else "the added one"
     added = [
-        question_of(
-            noise_like(like.picture, int(draw.integers(2**63))),
+        medium.question_of(
+            medium.noise_like(like.signal, int(draw.integers(2**63))),
             like.choices,
             like.answer,
             subject=subject,
@@ -279,7 +281,7 @@ class Bench:
         """How the added unit moves the others' sum in padded batches, in clip norms: [d]."""
         self._load(adapter)
         most = self._tuned.study.local.micro_batch
-        if case.others[0].picture:  # so few that the last batch is not full
+        if case.others[0].signal:  # so few that the last batch is not full
             most = next(m for m in count(2) if len(case.others) % m)
         with_it = self._padded([*case.others, *case.added], most)
         without = self._padded(case.others, most)

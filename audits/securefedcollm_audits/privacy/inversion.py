@@ -262,9 +262,9 @@ def _full_rank(study: Study, data: Path | None) -> Tuned:
         ConfigError: its first layer does not show single tokens, or the study tunes virtual ones
             or all weights.
     """
-    if study.task.kind == "image_classification":
+    if study.task.senses:
         raise ConfigError(
-            "the attack reads words off the gradients; this study has pictures",
+            "the attack reads words off the gradients; this study has pictures or recordings",
             where="task.kind",
             hint="`audit one-run`, `mechanism` and `coupling` take this one",
         )

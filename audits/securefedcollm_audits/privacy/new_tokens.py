@@ -94,11 +94,11 @@ def train(
     Raises:
         ConfigError: the study's models read no tokens.
     """
-    if study.task.kind == "image_classification":
+    if study.task.senses:
         raise ConfigError(
-            "this study's models see pictures, and no tokens",
+            "this study's models see or hear, and read no tokens",
             where="task.kind",
-            hint="`audit one-run` takes it, with pictures of noise as canaries",
+            hint="`audit one-run` takes it, with noise as canaries",
         )
     name = silo_names(study)[0]
     records = list(deal(study, data).silos[name])

@@ -36,8 +36,8 @@ from securefedcollm.privacy.accounting import claim
 from securefedcollm.privacy.events import Event
 from securefedcollm.study import Study
 from securefedcollm.tuning.adapters import load_vector, select
+from securefedcollm.tuning.media import medium_of
 from securefedcollm.tuning.per_record import per_record_gradients, question_losses, watched
-from securefedcollm.tuning.pictures import noise_like, question_of
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.questions import EncodedQuestions
 from securefedcollm_audits.privacy.finding import Finding, above_claim, power_of
@@ -151,8 +151,8 @@ def random_questions(
     records: Sequence[Question], count: int, draw: random.Random
 ) -> list[Question]:
     """``count`` questions shaped like the first records, of words drawn from all of them; or, where
-    they are about pictures, about pictures of noise, with labels drawn as well."""
-    if records[0].picture:
+    they are about pictures or recordings, about noise, with labels drawn as well."""
+    if records[0].signal:
         return [_noise(question, number, draw) for number, question in enumerate(records[:count])]
     words = sorted(
         {word for q in records for text in (q.prompt, *q.choices) for word in text.split()}
@@ -174,8 +174,9 @@ def random_questions(
 
 
 def _noise(like: Question, number: int, draw: random.Random) -> Question:
-    return question_of(
-        noise_like(like.picture, draw.randrange(2**63)),
+    medium = medium_of(like.signal)
+    return medium.question_of(
+        medium.noise_like(like.signal, draw.randrange(2**63)),
         like.choices,
         draw.randrange(len(like.choices)),
         group=like.group,
