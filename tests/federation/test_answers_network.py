@@ -342,10 +342,16 @@ def test_the_time_of_a_call_tells_nothing_of_records_and_is_one_slot_for_all(net
     network.poll(words="w90 w91")
     booth = network.ports["silo-2"]._answering
 
-    def slowly(poll: Any, retrieved: Any, _: Any) -> Any:
-        network.now += SLOT / 100 * retrieved.sum()
-        return np.zeros(len(poll.choices))
+    def slowly(poll: Any) -> Any:
+        network.now += texts  # the asker's own work
 
+        def reading(retrieved: Any, _: Any) -> Any:
+            network.now += SLOT / 100 * retrieved.sum()
+            return np.zeros(len(poll.choices))
+
+        return reading
+
+    texts = 0.0
     object.__setattr__(booth, "read", slowly)
     took: dict[float | None, list[float]] = {}
     for slot in (SLOT, None):
@@ -359,6 +365,17 @@ def test_the_time_of_a_call_tells_nothing_of_records_and_is_one_slot_for_all(net
             took.setdefault(slot, []).append(network.now - began)
     assert took[SLOT] == pytest.approx([SLOT] * 2)
     assert took[None] == pytest.approx([SLOT / 100 * 15, 0.0])
+    # Adversary: an asker whose texts fill its slot up to where the records' work would cross its
+    # end. The slot begins after them.
+    monkeypatch.setattr(answering.Answers, "slot", SLOT)
+    texts = SLOT * 0.98 / 3
+    for words in (QUESTION, "w90 w91"):
+        began = network.now
+        called(network, words, ("server", "silo-1", "silo-3"))
+        assert network.now - began == pytest.approx(3 * texts + SLOT)
+    # Control: a slot that begins with the call.
+    crossed = [-(-(3 * texts + work) // SLOT) for work in (SLOT / 100 * 15, 0.0)]
+    assert crossed == [2, 1]
 
 
 def test_a_slot_of_a_training_is_not_one_of_questions(network):

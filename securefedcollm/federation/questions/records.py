@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,12 @@ from securefedcollm.federation.cotuning import Holdings
 from securefedcollm.federation.questions.polls import Poll, answers_of, claim_of, votes_of
 from securefedcollm.federation.questions.prepaid import paying, prepay
 from securefedcollm.federation.questions.space import Space
-from securefedcollm.federation.questions.voting import Reader, RecordShelf, count_labels
+from securefedcollm.federation.questions.voting import (
+    Reader,
+    Reading,
+    RecordShelf,
+    count_labels,
+)
 from securefedcollm.federation.tuned import Tuned
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.identities import Records
@@ -238,7 +244,11 @@ class ModelReader:
         self._model, self._questions, self._most = model, questions, most
         self._frame = frame
 
-    def __call__(
+    def __call__(self, poll: Poll) -> Reading:
+        """What reads records for this poll."""
+        return partial(self._read, poll)
+
+    def _read(
         self, poll: Poll, retrieved: npt.NDArray[np.bool_], similarities: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float64]:
         """The SLM's distribution over the choices; zeros where nothing was retrieved."""
