@@ -369,9 +369,11 @@ def test_the_time_of_a_call_tells_nothing_of_records_and_is_one_slot_for_all(net
     # end. The slot begins after them.
     monkeypatch.setattr(answering.Answers, "slot", SLOT)
     texts = SLOT * 0.98 / 3
+    monkeypatch.setattr(network.ports["silo-2"].pace, "begin", lambda: paced.append(network.now))
     for words in (QUESTION, "w90 w91"):
-        began = network.now
+        began, paced = network.now, list[float]()
         called(network, words, ("server", "silo-1", "silo-3"))
+        assert paced == pytest.approx([began + 3 * texts])  # so do the ticks of other calls
         assert network.now - began == pytest.approx(3 * texts + SLOT)
     # Control: a slot that begins with the call.
     crossed = [-(-(3 * texts + work) // SLOT) for work in (SLOT / 100 * 15, 0.0)]

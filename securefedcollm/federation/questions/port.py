@@ -22,6 +22,7 @@ from securefedcollm.errors import (
 )
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.engines import Failure
+from securefedcollm.federation.engines.pace import Pace
 from securefedcollm.federation.questions.counter import Counter, Handed
 from securefedcollm.federation.questions.letters import (
     ANSWER,
@@ -185,6 +186,8 @@ class QuestionPort:
     ) -> None:
         self._chair, self._enter, self._matter = chair, enter, matter
         self._counter, self._clock, self._wait = counter or Counter(), *clock
+        self.pace = None if matter.slot is None else Pace(matter.slot)
+        """Of whatever calls arrive during a call with questions."""
         self._patience = 2 * matter.sizes.seconds if patience is None else patience
         self._run = b""
         self._log: EvidenceLog | None = None
@@ -233,6 +236,8 @@ class QuestionPort:
                 due.append(partial(_declined, letter, b"refused"))
             else:
                 due.append(self._prepared(letter))
+        if self.pace is not None and self._first:
+            self.pace.begin()
         began = self._clock()
         out = [answer() for answer in due]
         out += self._ask(evidence)
