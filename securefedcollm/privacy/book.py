@@ -190,6 +190,11 @@ class Book:
         self._catch_up()
         return list(self._state.entries.values())
 
+    def noted(self, of: str) -> Head | None:
+        """The head that another ledger had when a process last began to write to it."""
+        self._catch_up()
+        return self._state.noted.get(of)
+
     def rows(self) -> list[Row]:
         """Every journal row, oldest first, read and verified afresh."""
         fresh = Journal(self._journal.path, self.owner)

@@ -28,7 +28,7 @@ chosen after seeing the results of the last.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -51,10 +51,14 @@ from securefedcollm.privacy.identities import (
     identify,
     record_key,
 )
-from securefedcollm.privacy.journal import Row
-from securefedcollm.privacy.replay import FILE, NEXT, PIN
+from securefedcollm.privacy.journal import Head, Row
+from securefedcollm.privacy.replay import FILE, NEXT, NOTE, PIN
 
 __all__ = ["Budget", "Entry", "Key", "Ledger", "Reservation", "SpentSummary"]
+
+
+_ROOM: Final = 4 << 20
+"""Bytes of rows, and of what SQLite writes twice."""
 
 
 class Reservation(msgspec.Struct, frozen=True):
@@ -144,6 +148,24 @@ class Ledger(Book):
                 self._journal.append({"action": FILE, "fingerprints": new, **about})
         self._catch_up()
 
+    def require_room(self, records: int) -> None:
+        """Check that the disk has room for one more charge of some of so many records.
+
+        Adversary: an asker to whom a full disk would tell which records are charged.
+
+        Raises:
+            StateError: it has not.
+        """
+        self._journal.require_room(_ROOM + 8 * records)
+
+    def note(self, of: str, head: Head) -> None:
+        """Write one row: where another ledger, ``of``, is when a process begins to write to it."""
+        with self._journal.writing():
+            self._catch_up()
+            about = {"of": of, "rows": head.rows, "head": head.digest.hex()}
+            self._journal.append({"action": NOTE, **about})
+        self._catch_up()
+
     def reserve(
         self,
         dataset: str,
@@ -194,9 +216,7 @@ class Ledger(Book):
             self._catch_up()
             known = self._state.entries.get(key)
             if known is not None:
-                name = known.about.records
-                marked = name and self.stored(name).marks is not None
-                return _again(known, self.stored(name).digest if marked else name, asked)
+                return _again(known, self._set_in(known), asked)
             decision = self._decide(asked)
             if decision.fits:
                 row = self._write("reserve", key, **self._content(asked, decision))
@@ -310,7 +330,8 @@ class Ledger(Book):
     # --- internals ------------------------------------------------------------------------------
 
     def _granted(self, asked: Asked) -> None:
-        """Else the time of the release would tell how many records an answer is about."""
+        """Else the release would do it, whose time shows. Where a reader of the file prevents it
+        for now, the release makes up for it: of as many bytes, whatever the charge is about."""
         self._catch_up()
         if asked.individually:
             self._journal.checkpoint()
@@ -362,6 +383,11 @@ class Ledger(Book):
             content |= {"column": records.column, "most": records.most}
             content |= {} if marked else {"rows": len(records)}
         return content
+
+    def _set_in(self, entry: Entry) -> str:
+        """Digest of the records that were charged, however they are kept."""
+        name = entry.about.records
+        return self.stored(name).digest if name and self.stored(name).marks is not None else name
 
     def _keep(self, records: Records) -> str:
         self._journal.keep(records.digest, records.blob)

@@ -63,6 +63,13 @@ def test_a_refusal_for_a_records_sake_is_shown(study, monkeypatch):
     assert compare(study, ALONE, embedding).shown
 
 
+def test_a_record_that_joins_a_file_shows_in_no_head(study, monkeypatch):
+    """Control: where a start writes nothing, the silo's own head says whether somebody new paid."""
+    assert poll_coupling.joins(study, ALONE, embedding) == 0
+    monkeypatch.setattr(poll_cohort, "begin_answering", lambda own, *_: own.head.digest)
+    assert poll_coupling.joins(study, ALONE, embedding) == 2
+
+
 def test_embeddings_that_follow_from_other_records_are_found(study):
     """As where a batch is padded to its longest."""
 

@@ -529,15 +529,17 @@ def test_while_a_request_is_worked_out_a_call_ends_at_a_tick_or_with_the_reply(t
     assert answered[False] < answered[True] / 2
 
 
-def test_ticks_count_from_when_the_work_on_records_began():
+def test_ticks_count_from_when_the_work_on_records_began(monkeypatch):
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
     pace = Pace(0.5)
-    pace._began = 100.0
     assert [pace.after(at) for at in (99.0, 100.0, 100.4, 100.5, 101.9)] == [
         *(100.5, 100.5, 100.5, 101.0, 102.0)
     ]
-    slow = Pace(86_400.0)  # a slot of a training; carriers need to hear of the silo
-    slow._began = 0.0
-    assert slow.after(25.0) == 30.0
+    monkeypatch.setattr(time, "monotonic", lambda: 100.2)
+    pace.begin()
+    assert pace.after(100.4) == pytest.approx(100.7)
+    # A slot of a training may last a day; carriers need to hear of the silo.
+    assert Pace(86_400.0).after(125.2) == pytest.approx(130.2)
 
 
 def test_a_request_supersedes_one_that_is_worked_out_under_a_pace(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from securefedcollm_audits.protocol.poll_cohort import longest_choices
+from securefedcollm_audits.protocol.poll_cohort import longest_choices, shown
 from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.aggregation.messages import UNSIGNED, sign
@@ -103,9 +103,7 @@ def seen(polls: Polls, question: str) -> tuple[list[int], list[int], list[dict[s
         return answer
 
     tally = polls._canvass.ask(question, CHOICES, carry).tally
-    hidden = {"poll", "header", "delivery", "ledger", "lists", "prepaid"}
-    plain = [msgspec.to_builtins(entry.what) for entry in log.entries[before:]]
-    entries = [{k: v for k, v in what.items() if k not in hidden} for what in plain]
+    entries = shown(log.entries[before:])
     return [round(vote / COPIES) for vote in tally.votes], lengths, entries
 
 

@@ -13,7 +13,7 @@ import pytest
 from securefedcollm_audits.verification.second_accountant import bracket
 
 from securefedcollm.errors import BudgetExceeded, ConfigError
-from securefedcollm.privacy import admission
+from securefedcollm.privacy import accounts, admission
 from securefedcollm.privacy import ledger as module
 from securefedcollm.privacy.accounting import TIGHT_SHARE, claim, prv_bounds
 from securefedcollm.privacy.accounts import Overlaps
@@ -264,6 +264,33 @@ def test_a_set_of_marks_that_was_changed_is_no_set(book):
     assert read_records(content, digest, lambda name: stored) is not None
     for changed in (content[:-1] + b"\xff", content + b"\0", content[:40]):
         assert read_records(changed, digest, lambda name: stored) is None
+
+
+def test_what_has_left_is_added_up_once(book, monkeypatch):
+    """Adversary: an asker of many questions. Control: what has not left may be given back, so it is
+    looked at anew every time; and then it counts no more."""
+    ledger, known = book
+    added, real = [], accounts._Profile.add
+    monkeypatch.setattr(accounts._Profile, "add", lambda *a: added.append(a[1][0]) or real(*a))
+    event = charge(ledger, known.only(np.arange(4) < 2), 0)
+    place = ("00" * 32, "record", [event], 1, (2.0, DELTA))
+    about = {"records": known, "study": "aa", "individually": True}
+
+    def paying():
+        added.clear()
+        return ledger.payers(*place, **about).tolist(), len(added)
+
+    assert paying() == ([True] * 4, 1)
+    assert paying() == ([True] * 4, 0)
+    left = known.only(np.arange(4) < 1)
+    key = ("00" * 32, "record", "poll 1", 0, 0, [event], (2.0, DELTA))
+    held = ledger.reserve(*key, records=left, study="aa", individually=True)
+    charge(ledger, left, 2)
+    assert paying() == ([False, True, True, True], 2)
+    assert paying() == ([False, True, True, True], 2)
+    ledger.void(held)
+    assert paying() == ([True] * 4, 1)
+    assert paying() == ([True] * 4, 0)
 
 
 def admitted(ledger, records, event):

@@ -313,7 +313,10 @@ class QuestionPort:
         """Adversary: an asker that begins questions and leaves them, so that their charges stay."""
         now = self._clock()
         for asker in [asker for asker, begun in self._open.items() if begun.until < now]:
-            self._forget(asker)
+            try:
+                self._forget(asker)
+            except StateError as error:  # whoever calls sees nothing of it
+                log.warning("%s: a charge could not be given back: %s", self._chair.name, error)
 
     def _no(self, letter: Letter, error: SecureFedCoLLMError) -> Letter:
         why = b"unable" if isinstance(error, StateError) else b"refused"

@@ -101,7 +101,7 @@ class RecordShelf:
             embedded alone, so that records which share an account are retrieved together.
         dataset: fingerprint of the file, for the ledger.
         paid: which of them have paid for their answers, bool [n]; the others cast no vote.
-        prepaid: head of the silo's own ledger after that, 32 bytes.
+        prepaid: head of the silo's own ledger after that, 32 bytes; another one in every process.
     """
 
     index: RecordIndex
@@ -255,6 +255,7 @@ class BoothConversation:
             # Adversary: an asker, or a relay, that has one question summed twice, with other noise;
             # also after the silo has changed its file.
             raise RemoteProtocolError("asked the same question twice", peer=asker, hint=_ANEW)
+        booth.ledger.require_room(len(booth.shelf.known))
         votes = votes_of(booth.study, len(poll.choices))
         return _Asked(poll, votes, *self._of_texts(poll))
 
