@@ -160,15 +160,11 @@ class Overlaps:
         for counts in (each[wanted] for each in (*profile.counts.values(), profile.first)):
             codes = of * (int(counts.max(initial=0)) + 1) + counts
             of = np.unique(codes, return_inverse=True)[1].reshape(-1)
-        firsts = np.flatnonzero(wanted)[np.unique(of, return_index=True)[1]].tolist()
-        charges = [
-            [
-                entry
-                for entry, column in zip(entries, columns, strict=True)
-                if column[first >> 3] >> (7 - first % 8) & 1
-            ]
-            for first in firsts
-        ]
+        firsts = np.flatnonzero(wanted)[np.unique(of, return_index=True)[1]]
+        places, shifts = firsts >> 3, 7 - firsts % 8
+        taken = np.array([column[places] for column in columns], dtype=np.uint8)
+        hits = taken.reshape(len(columns), len(firsts)) >> shifts & 1
+        charges = [[entries[at] for at in np.flatnonzero(hit).tolist()] for hit in hits.T]
         return Patterns(of.astype(np.int32), charges, np.bincount(of).tolist(), self.most)
 
     def _profile(
