@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import pickle
+import unicodedata
 
 import pytest
 from hypothesis import given
@@ -20,6 +21,7 @@ from securefedcollm.foreign import (
     decode_json,
     nested_deeper,
     printable,
+    stream_safe,
     visible,
 )
 from tests.support.hostile import SEEN, WORDS, assert_harmless
@@ -30,6 +32,24 @@ def test_what_would_act_is_shown_instead():
     assert_harmless(shown)
     assert all(seen in shown for seen in SEEN)
     assert printable("\ud800 \U000e0041 \xa0 é 漢 𝔘 ε") == r"\ud800 \U000e0041 \xa0 é 漢 𝔘 ε"
+
+
+@given(st.text(st.sampled_from("a \u0301\u0316\u0344\u1eba\u0f77\uac01\uff9e\u0f73"), max_size=200))
+def test_a_stream_safe_text_has_no_long_run_of_accents_in_any_form(text):
+    """Runs counted in the whole text's own NFKD."""
+    run = longest = 0
+    for character in unicodedata.normalize("NFKD", text):
+        run = run + 1 if unicodedata.combining(character) else 0
+        longest = max(longest, run)
+    assert stream_safe(text) == (longest <= 30)
+
+
+def test_a_run_of_thirty_accents_is_the_longest():
+    """U+0344 is two of them."""
+    assert stream_safe("e" + "\u0301" * 30 + "e" + "\u0301" * 30)
+    assert not stream_safe("e" + "\u0301" * 31)
+    assert stream_safe("\u0344" * 15)
+    assert not stream_safe("\u0344" * 16)
 
 
 @given(st.text(st.characters(), max_size=400), st.integers(2, 500))

@@ -40,7 +40,7 @@ def serve(
     from securefedcollm.federation.engines.flare.processes import DOOR, FlareProcess
     from securefedcollm.federation.engines.link import answer_calls
 
-    inbox = roles.inbox_for(member, port or session, limit)
+    inbox = roles.inbox_for(member, port or session, limit, session.pace)
     leave = _Leaving(session, inbox)
     with (
         Door(answer_calls(inbox)) as door,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import ClassVar, Final
 
 from securefedcollm.aggregation import AuthoritySide, Roster, RoundHeader, authority_side
 from securefedcollm.errors import ConfigError, RemoteProtocolError, SecureFedCoLLMError
@@ -58,6 +58,9 @@ class AuthoritySession:
     Raises:
         ConfigError: roster or identity are not those of the study, or it needs no authority.
     """
+
+    pace: ClassVar[None] = None
+    """It has no records whose work takes time."""
 
     def __init__(
         self,

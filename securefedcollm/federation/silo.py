@@ -22,6 +22,7 @@ from securefedcollm.errors import (
     SecureFedCoLLMError,
 )
 from securefedcollm.federation.charged import ChargedTraining
+from securefedcollm.federation.engines.pace import Pace
 from securefedcollm.federation.excess import check_opened, layered, state_opened
 from securefedcollm.federation.messages import (
     Aggregate,
@@ -144,6 +145,9 @@ class SiloSession:
         self._threads = threads
         self._explain = explain
         self._clock = clock
+        slot = study.local.reply_slot
+        self.pace = None if slot is None else Pace(slot)
+        """Of whatever calls arrive during a training."""
         self._side: SiloSide | None = None
         self._at: tuple[bytes, int, int] = (b"", -1, -1)
         self._unit: SiloUnit | JointStep | Counting | None = None

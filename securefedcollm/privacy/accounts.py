@@ -74,6 +74,24 @@ class Patterns(NamedTuple):
     """How many records of one subject a release used."""
 
 
+class _Profile(NamedTuple):
+    """How accounts were charged: by which charges, which kind of charge came first (numbered from
+    1; what opens an account fixes its terms), and how often each kind came: int64 [accounts]."""
+
+    keys: list[tuple[int, object]]
+    first: npt.NDArray[np.int64]
+    counts: dict[object, npt.NDArray[np.int64]]
+
+    def add(self, key: tuple[int, object], column: npt.NDArray[np.uint8]) -> None:
+        """Add a charge to the accounts in ``column``, packed bits."""
+        found = np.unpackbits(column, count=len(self.first)).astype(np.int64)
+        counts = self.counts.setdefault(key[1], np.zeros_like(found))
+        number = list(self.counts).index(key[1]) + 1
+        self.first[:] += number * found * (self.first == 0)
+        counts += found
+        self.keys.append(key)
+
+
 class Overlaps:
     """How a file's records overlap with the sets that a ledger has charged.
 
@@ -97,6 +115,7 @@ class Overlaps:
         self._stored = stored
         self._sets: dict[str, npt.NDArray[np.uint8]] = {}
         self._parts: dict[tuple[int | None, ...], bool] = {}
+        self._added: _Profile | None = None
 
     def about(self, records: Records | None, fingerprints: Iterable[str]) -> bool:
         """Whether this is the same file, so that its sets can be used again."""
@@ -136,27 +155,40 @@ class Overlaps:
         accounts = self.records.accounts if self.records is not None else 1
         wanted = np.ones(accounts, dtype=np.bool_) if chosen is None else chosen
         columns = [self._column(self._source(entry)) for entry in entries]
-        kinds: dict[object, int] = {}
-        rows = [kinds.setdefault(_kind(entry), len(kinds)) for entry in entries]
-        profile = np.zeros((len(kinds) + 1, int(wanted.sum())), dtype=np.int64)
-        for row, column in zip(rows, columns, strict=True):
-            found = np.unpackbits(column, count=accounts)[wanted].astype(np.int64)
-            profile[-1] += (row + 1) * found * (profile[-1] == 0)  # what opens it fixes its terms
-            profile[row] += found
-        of = np.zeros(profile.shape[1], dtype=np.int64)
-        for counts in profile:
+        profile = self._profile(entries, columns)
+        of = np.zeros(int(wanted.sum()), dtype=np.int64)
+        for counts in (each[wanted] for each in (*profile.counts.values(), profile.first)):
             codes = of * (int(counts.max(initial=0)) + 1) + counts
             of = np.unique(codes, return_inverse=True)[1].reshape(-1)
-        firsts = np.flatnonzero(wanted)[np.unique(of, return_index=True)[1]].tolist()
-        charges = [
-            [
-                entry
-                for entry, column in zip(entries, columns, strict=True)
-                if column[first >> 3] >> (7 - first % 8) & 1
-            ]
-            for first in firsts
-        ]
+        firsts = np.flatnonzero(wanted)[np.unique(of, return_index=True)[1]]
+        places, shifts = firsts >> 3, 7 - firsts % 8
+        taken = np.array([column[places] for column in columns], dtype=np.uint8)
+        hits = taken.reshape(len(columns), len(firsts)) >> shifts & 1
+        charges = [[entries[at] for at in np.flatnonzero(hit).tolist()] for hit in hits.T]
         return Patterns(of.astype(np.int32), charges, np.bincount(of).tolist(), self.most)
+
+    def _profile(
+        self, entries: Sequence[Entry], columns: Sequence[npt.NDArray[np.uint8]]
+    ) -> _Profile:
+        """How the accounts were charged.
+
+        What has left stays as it is, so its charges are added up once. Adversary: an asker of very
+        many questions, so that later ones take long.
+        """
+        accounts = self.records.accounts if self.records is not None else 1
+        keys = [(entry.row, _kind(entry)) for entry in entries]
+        added = self._added
+        if added is None or keys[: len(added.keys)] != added.keys:
+            added = _Profile([], np.zeros(accounts, dtype=np.int64), {})
+        at = len(added.keys)
+        while at < len(entries) and entries[at].state in ("released", "settled"):
+            added.add(keys[at], columns[at])
+            at += 1
+        self._added = added
+        whole = _Profile([], added.first.copy(), {k: v.copy() for k, v in added.counts.items()})
+        for key, column in zip(keys[at:], columns[at:], strict=True):
+            whole.add(key, column)
+        return whole
 
     def most(self, release: Entry | None, column: str, charges: Sequence[Entry]) -> int | None:
         """A bound on the records that one subject has in a release; None if it is unknown.

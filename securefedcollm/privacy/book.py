@@ -69,6 +69,7 @@ class Book:
         self.owner = owner
         _require_beside_key(Path(path))
         self._journal = Journal(Path(path), owner, now=now)
+        self._wholes: dict[str, Records] = {}
         self._state = Replay(self._journal.path)
         self._catch_up()
 
@@ -137,7 +138,7 @@ class Book:
             EvidenceError: it is missing, or was changed.
         """
         content = self._journal.kept(digest)
-        records = None if content is None else read_records(content, digest)
+        records = None if content is None else read_records(content, digest, self._whole)
         if records is None:
             what = "is missing" if content is None else "does not match its digest"
             raise EvidenceError(
@@ -145,6 +146,12 @@ class Book:
                 hint="release nothing; restore a copy whose head is in the evidence log",
             )
         return records
+
+    def _whole(self, digest: str) -> Records:
+        """:meth:`stored`, of which many sets are parts."""
+        if digest not in self._wholes:
+            self._wholes = {digest: self.stored(digest)}
+        return self._wholes[digest]
 
     def spent(self, dataset: str, unit: str, delta: float) -> SpentSummary:
         """ε at ``delta`` of everything counted for the data set and unit, as a reading on the way.
@@ -182,6 +189,11 @@ class Book:
         """Current state of every reservation, oldest first."""
         self._catch_up()
         return list(self._state.entries.values())
+
+    def noted(self, of: str) -> Head | None:
+        """The head that another ledger had when a process last began to write to it."""
+        self._catch_up()
+        return self._state.noted.get(of)
 
     def rows(self) -> list[Row]:
         """Every journal row, oldest first, read and verified afresh."""

@@ -22,7 +22,7 @@ too much, never too little.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -46,6 +46,8 @@ _SET: Final = {
     _PAIR: b"securefedcollm/ledger/records/v2\0",
     _TRIPLE: b"securefedcollm/ledger/records/v3\0",
 }
+_MARKED: Final = b"securefedcollm/ledger/records/v4\0"
+_NUMBER_BYTES: Final = 16
 _KEY_NAME: Final = b"securefedcollm/ledger/record-key/v1\0"
 
 Ids = npt.NDArray[np.bytes_]
@@ -99,6 +101,9 @@ class Records:
         self.part: tuple[Records, npt.NDArray[np.bool_]] | None = None
         """Of which records these are some, bool [n of those], where they were chosen by
         :meth:`only`."""
+        self.marks: tuple[str, npt.NDArray[np.bool_]] | None = None
+        """Of a set that was read back from :meth:`marked`: digest of the whole set, and which of
+        its identities, in ascending order."""
 
     def only(self, chosen: npt.NDArray[np.bool_]) -> Records:
         """Some of these records, perhaps none.
@@ -120,6 +125,31 @@ class Records:
             whole = self.rows if self.whole is None else self.whole
             return _joined(self.rows, whole, self.owners).tobytes()
         return np.unique(self.rows).tobytes() if self.whole is None else self.pairs.tobytes()
+
+    def marked(self) -> tuple[str, bytes]:
+        """(digest, content) of a set that :meth:`only` chose: one bit for each record of the whole.
+
+        The content is the whole's digest, 16 random bytes and the bits, in the order of the whole's
+        :meth:`blob`. So its length follows from the whole, and nobody had it before. Adversary:
+        whoever tells from the time, or from a full disk, whether a set is large, or new.
+        """
+        assert self.part is not None
+        whole, chosen = self.part
+        bits = np.zeros(whole._places.max(initial=-1) + 1, dtype=np.bool_)
+        bits[whole._places[chosen]] = True
+        content = bytes.fromhex(whole.digest) + os.urandom(_NUMBER_BYTES)
+        content += np.packbits(bits).tobytes()
+        return sha256(_MARKED, content).hex(), content
+
+    @property
+    def may_be_marked(self) -> bool:
+        """Whether :meth:`marked` has all that the ledger knows of them."""
+        return self.part is not None and self.part[0].whole is None and self.part[0].owners is None
+
+    @cached_property
+    def _places(self) -> npt.NDArray[np.int64]:
+        """The place of every record among the identities in :meth:`blob`, [n]."""
+        return np.unique(self.rows, return_inverse=True)[1].reshape(-1)
 
     @cached_property
     def pairs(self) -> Ids:
@@ -156,6 +186,8 @@ class Records:
 
     def within(self, others: Records) -> npt.NDArray[np.bool_]:
         """Which accounts have a record, or are a subject, among ``others``: bool [accounts]."""
+        if others.marks is not None and others.marks[0] == self.digest:  # takes the same for all
+            return self.by_account(others.marks[1][self._places])
         found = np.zeros(len(self), dtype=np.bool_)
         for kind in _KINDS:
             mine, theirs = getattr(self, kind), getattr(others, kind)
@@ -268,14 +300,33 @@ def identify(
     )
 
 
-def read_records(blob: bytes, digest: str) -> Records | None:
-    """The set with this :attr:`Records.blob` and digest; None if it is not one."""
+def read_records(
+    blob: bytes, digest: str, whole: Callable[[str], Records] | None = None
+) -> Records | None:
+    """The set with this :attr:`Records.blob` and digest; None if it is not one.
+
+    Args:
+        whole: the set with a digest, for content that :meth:`Records.marked` made.
+    """
+    if whole is not None and sha256(_MARKED, blob).hex() == digest:
+        return _read_marked(blob, whole)
     for dtype in _SET:
         if not len(blob) % dtype.itemsize and _digest(blob, dtype) == digest:
             found = np.frombuffer(blob, dtype=dtype)
             if bool((found[1:] > found[:-1]).all()):
                 return _read(found.view(_DTYPE).reshape(-1, dtype.itemsize // ID_BYTES))
     return None
+
+
+def _read_marked(content: bytes, stored: Callable[[str], Records]) -> Records | None:
+    name, packed = content[:32].hex(), content[32 + _NUMBER_BYTES :]
+    whole = stored(name)
+    if whole.whole is not None or whole.owners is not None or len(packed) != (len(whole) + 7) // 8:
+        return None
+    bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=len(whole)).astype(np.bool_)
+    records = Records(whole.rows[bits])
+    records.marks = name, bits
+    return records
 
 
 def _read(ids: Ids) -> Records:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any, Final, NamedTuple
 
 import rfc8785
@@ -182,6 +183,15 @@ class Journal:
         except sqlite3.Error as error:
             raise self._unusable(error) from error
         return None if row is None else bytes(row[0])
+
+    def require_room(self, size: int) -> None:
+        """Raises: StateError, if the disk has no room for so many bytes more."""
+        try:
+            free = disk_usage(self.path.parent).free
+        except OSError as error:
+            raise self._unusable(error) from error
+        if free < size:
+            raise self._unusable(OSError(f"{free} bytes are free, and {size} are needed"))
 
     def checkpoint(self) -> None:
         """Move the content of the ``-wal`` file into the main file.

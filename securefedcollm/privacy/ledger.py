@@ -28,7 +28,7 @@ chosen after seeing the results of the last.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -51,10 +51,14 @@ from securefedcollm.privacy.identities import (
     identify,
     record_key,
 )
-from securefedcollm.privacy.journal import Row
-from securefedcollm.privacy.replay import FILE, NEXT, PIN
+from securefedcollm.privacy.journal import Head, Row
+from securefedcollm.privacy.replay import FILE, NEXT, NOTE, PIN
 
 __all__ = ["Budget", "Entry", "Key", "Ledger", "Reservation", "SpentSummary"]
+
+
+_ROOM: Final = 4 << 20
+"""Bytes of rows, and of what SQLite writes twice."""
 
 
 class Reservation(msgspec.Struct, frozen=True):
@@ -144,6 +148,24 @@ class Ledger(Book):
                 self._journal.append({"action": FILE, "fingerprints": new, **about})
         self._catch_up()
 
+    def require_room(self, records: int) -> None:
+        """Check that the disk has room for one more charge of some of so many records.
+
+        Adversary: an asker to whom a full disk would tell which records are charged.
+
+        Raises:
+            StateError: it has not.
+        """
+        self._journal.require_room(_ROOM + 8 * records)
+
+    def note(self, of: str, head: Head) -> None:
+        """Write one row: where another ledger, ``of``, is when a process begins to write to it."""
+        with self._journal.writing():
+            self._catch_up()
+            about = {"of": of, "rows": head.rows, "head": head.digest.hex()}
+            self._journal.append({"action": NOTE, **about})
+        self._catch_up()
+
     def reserve(
         self,
         dataset: str,
@@ -194,7 +216,7 @@ class Ledger(Book):
             self._catch_up()
             known = self._state.entries.get(key)
             if known is not None:
-                return _again(known, asked)
+                return _again(known, self._set_in(known), asked)
             decision = self._decide(asked)
             if decision.fits:
                 row = self._write("reserve", key, **self._content(asked, decision))
@@ -308,7 +330,8 @@ class Ledger(Book):
     # --- internals ------------------------------------------------------------------------------
 
     def _granted(self, asked: Asked) -> None:
-        """Else the time of the release would tell how many records an answer is about."""
+        """Else the release would do it, whose time shows. Where a reader of the file prevents it
+        for now, the release makes up for it: of as many bytes, whatever the charge is about."""
         self._catch_up()
         if asked.individually:
             self._journal.checkpoint()
@@ -336,7 +359,10 @@ class Ledger(Book):
         return decide(asked, patterns, entries, self._state.pinned)
 
     def _content(self, asked: Asked, decision: Decision) -> dict[str, Any]:
-        """Of the row that grants a reservation. The set of records is kept with its first row."""
+        """Of the row that grants a reservation. The set of records is kept with its first row.
+
+        A row of answers has one length, whatever was retrieved.
+        """
         content = {
             "events": encode_events(asked.events),
             "budget": msgspec.to_builtins(decision.pinned),
@@ -348,14 +374,33 @@ class Ledger(Book):
             content["individually"] = True
         records = asked.records
         if records is not None:
-            self._journal.keep(records.digest, records.blob)
+            marked = asked.individually and records.may_be_marked
             content |= {
-                "records": records.digest,
+                "records": self._keep_marked(records) if marked else self._keep(records),
                 "also": list(records.also),
                 "made_with": records.key,
             }
-            content |= {"column": records.column, "most": records.most, "rows": len(records)}
+            content |= {"column": records.column, "most": records.most}
+            content |= {} if marked else {"rows": len(records)}
         return content
+
+    def _set_in(self, entry: Entry) -> str:
+        """Digest of the records that were charged, however they are kept."""
+        name = entry.about.records
+        return self.stored(name).digest if name and self.stored(name).marks is not None else name
+
+    def _keep(self, records: Records) -> str:
+        self._journal.keep(records.digest, records.blob)
+        return records.digest
+
+    def _keep_marked(self, records: Records) -> str:
+        """The same bytes are written whatever the set is, and whether or not it was charged before.
+        Adversary: an asker that times whether a question retrieves the very set of another."""
+        assert records.part is not None
+        self._keep(records.part[0])
+        digest, content = records.marked()
+        self._journal.keep(digest, lambda: content)
+        return digest
 
     def _step(self, action: str, reservation: Reservation, **content: Any) -> None:
         with self._journal.writing():
@@ -385,9 +430,9 @@ def _of_the_other_part(entry: Entry, asked: Asked) -> bool:
     return entry.key.unit == asked.unit and apart(entry.about.study, asked.study)
 
 
-def _again(known: Entry, asked: Asked) -> Reservation:
-    known_as = {"", *(asked.records.digests if asked.records is not None else ())}
-    same = known.reserved == asked.events and known.about.records in known_as
+def _again(known: Entry, known_as: str, asked: Asked) -> Reservation:
+    digests = {"", *(asked.records.digests if asked.records is not None else ())}
+    same = known.reserved == asked.events and known_as in digests
     if known.state == "reserved" and same:
         return Reservation(known.key, known.reserved, known.row)
     other = "records" if known.reserved == asked.events else "events"

@@ -12,7 +12,7 @@ from securefedcollm.errors import ConfigError, EvidenceError
 from securefedcollm.privacy.charges import About, Budget, Entry, Key, State
 from securefedcollm.privacy.dominance import dominates
 from securefedcollm.privacy.events import decode_events
-from securefedcollm.privacy.journal import Row
+from securefedcollm.privacy.journal import Head, Row
 
 NEXT: Final[dict[str, tuple[str | None, State]]] = {
     "reserve": (None, "reserved"),
@@ -28,6 +28,9 @@ PIN: Final = "pin"
 FILE: Final = "file"
 """The records of a file became known that older charges name only by its fingerprint."""
 
+NOTE: Final = "note"
+"""A process began, and noted the head of another ledger."""
+
 
 class Replay:
     """The state of a ledger after the rows that were applied.
@@ -42,6 +45,8 @@ class Replay:
         self.pinned: Budget | None = None
         self.files: dict[str, set[str]] = {}
         """Sets of records by the fingerprint of the file that has them."""
+        self.noted: dict[str, Head] = {}
+        """Heads of other ledgers, by name, when a process last began to write to them."""
         self.made_with = ""
         """Which key made their identities."""
 
@@ -58,11 +63,15 @@ class Replay:
                 case "file":
                     named = msgspec.convert(row.body["fingerprints"], list[str])
                     self._know(msgspec.convert(row.body, About), named)
+                case "note":
+                    head = bytes.fromhex(msgspec.convert(row.body["head"], str))
+                    rows = msgspec.convert(row.body["rows"], int)
+                    self.noted[msgspec.convert(row.body["of"], str)] = Head(rows, head)
                 case "reserve":
                     self._reserve(row)
                 case _:
                     self._step(row)
-        except (KeyError, TypeError, ConfigError, msgspec.ValidationError) as error:
+        except (KeyError, TypeError, ValueError, ConfigError) as error:
             raise self.nonsense(row.seq, "its content is not a ledger entry") from error
 
     def _reserve(self, row: Row) -> None:

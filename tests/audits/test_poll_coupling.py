@@ -63,6 +63,13 @@ def test_a_refusal_for_a_records_sake_is_shown(study, monkeypatch):
     assert compare(study, ALONE, embedding).shown
 
 
+def test_a_record_that_joins_a_file_shows_in_no_head(study, monkeypatch):
+    """Control: where a start writes nothing, the silo's own head says whether somebody new paid."""
+    assert poll_coupling.joins(study, ALONE, embedding) == 0
+    monkeypatch.setattr(poll_cohort, "begin_answering", lambda own, *_: own.head.digest)
+    assert poll_coupling.joins(study, ALONE, embedding) == 2
+
+
 def test_embeddings_that_follow_from_other_records_are_found(study):
     """As where a batch is padded to its longest."""
 
@@ -81,14 +88,17 @@ def test_the_time_is_that_of_the_most_work_that_an_asker_can_make(study, monkeyp
     def counting(labels, fold):
         read = real(labels, fold)
 
-        def watch(poll, retrieved, similarities):
-            seen.append((len(poll.encode()), len(poll.choices), retrieved.sum()))
-            return read(poll, retrieved, similarities)
+        def watch(poll):
+            def reading(retrieved, similarities):
+                seen.append((len(poll.encode()), len(poll.choices), retrieved.sum()))
+                return read(poll)(retrieved, similarities)
+
+            return reading
 
         return watch
 
     monkeypatch.setattr(poll_coupling, "count_labels", counting)
-    assert poll_coupling.slowest_reply(study, OTHERS, embedding, space) > 0
+    assert min(poll_coupling.slowest_reply(study, OTHERS, embedding, space)) > 0
     ((length, choices, retrieved),) = seen
     assert 0.7 * Poll.LIMIT < length <= Poll.LIMIT
     assert (choices, retrieved) == (64, len(OTHERS))

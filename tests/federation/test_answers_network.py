@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from securefedcollm_audits.protocol.poll_cohort import shown
 
 from securefedcollm.errors import ConfigError, EvidenceError, ProtocolError, StateError
 from securefedcollm.evidence.entries import (
@@ -27,13 +28,14 @@ from securefedcollm.evidence.entries import (
     encode_entry,
 )
 from securefedcollm.federation.engines.door import Door
-from securefedcollm.federation.questions import answering
+from securefedcollm.federation.questions import answering, records
 from securefedcollm.federation.questions import letters as post
 from securefedcollm.federation.questions.counter import open_for_questions
 from securefedcollm.federation.questions.polls import make_poll
 from securefedcollm.federation.questions.port import GRACE, LATE_GRACE
 from securefedcollm.federation.questions.prepaid import has_prepaid
 from securefedcollm.federation.status import told
+from securefedcollm.privacy import journal
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.simulation.ask_records import ask_records_from
 from securefedcollm.study import digest
@@ -111,9 +113,7 @@ def test_the_server_sees_the_same_whatever_was_found(network):
         before = len(log_of(network, "silo-1"))
         opinion = network.poll(words=words.ljust(len("w90 w91 w92")))
         crossed = [(silo, way, shape(way, frame)) for silo, way, frame in network.wire.seen]
-        hidden = {"poll", "header", "delivery", "ledger", "lists", "prepaid"}
-        plain = [msgspec.to_builtins(entry.what) for entry in log_of(network, "silo-1")[before:]]
-        entries = [{k: v for k, v in what.items() if k not in hidden} for what in plain]
+        entries = shown(log_of(network, "silo-1")[before:])
         seen[case] = (votes(opinion), crossed, entries)
     assert [seen[case][0] for case in ("votes", "nothing", "spent")] == [
         [2, 1, 0],
@@ -286,6 +286,65 @@ def test_an_older_ledger_ends_the_silos_process(network):
     (home / "ledger.sqlite").write_bytes(newer[home / "ledger.sqlite"])
 
 
+def test_heads_in_evidence_tell_nothing_of_a_record_that_joined(network, monkeypatch):
+    """Adversary: a reader of the evidence, who compares the head of the silo's own ledger before
+    and after a restart: with a record more that can pay, and without.
+
+    Control: where a start writes nothing by itself, it is the same if nobody new paid.
+    """
+
+    def heads() -> list[int]:
+        found = [e.what.prepaid for e in log_of(network, "silo-2") if _is(e, Voting)][-3:]
+        return [found.index(head) for head in found]
+
+    patterns = {}
+    for start in ("noted", "silent"):
+        if start == "silent":
+            monkeypatch.setattr(records, "begin_answering", lambda own, *_: own.head.digest)
+            network.restart("silo-2")
+        for more in (None, record(f"w9 {start}", "w50")):
+            network.poll(words="w90 w91")
+            network.kill("silo-2")
+            own = network.shelves["silo-2"]
+            network.shelves["silo-2"] = own if more is None else [*own, more]
+            network.start("silo-2")
+            network.now += 70
+        network.poll(words="w90 w91")
+        patterns[start] = heads()
+    assert patterns == {"noted": [0, 1, 2], "silent": [0, 0, 2]}
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target, symlinks=True)
+    else:
+        shutil.copy(source, target)
+
+
+def test_an_older_pair_of_evidence_and_answers_ends_the_silos_process(network):
+    """Adversary: a backup that puts back all but the silo's own ledger, so that evidence and ledger
+    of answers agree."""
+    home = network.homes["silo-2"]
+    network.poll(words="w90 w91")
+    network.kill("silo-2")
+    older = [home / "studies", *home.glob("ledger.answers-*.sqlite")]
+    kept = home.parent / "kept"
+    kept.mkdir()
+    for path in older:
+        _copy(path, kept / path.name)
+    network.start("silo-2")
+    network.now += 70
+    network.poll()
+    network.restart("silo-2")  # notes that answer
+    network.kill("silo-2")
+    for path in older:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _copy(kept / path.name, path)
+    with pytest.raises(EvidenceError, match="older than silo-2's own ledger"):
+        network.start("silo-2")
+    network.stacks.pop("silo-2").close()
+
+
 def test_a_ledger_from_before_a_later_prepayment_ends_the_silos_process(network):
     """Adversary: an operator who puts back the silo's own ledger, so that records which were added
     to its file, and have answered, have their whole budget again.
@@ -319,6 +378,46 @@ def test_a_ledger_from_before_a_later_prepayment_ends_the_silos_process(network)
     assert decode_entry(raw, "") == old
 
 
+def test_a_full_disk_refuses_before_any_record_is_looked_at(network, monkeypatch):
+    """Adversary: an asker of a silo whose disk is about full, where a larger set would not fit.
+
+    Control: without the check the same question is answered.
+    """
+    network.poll(words="w90 w91")
+    booth = network.ports["silo-2"]._answering
+    looked, free = [], [0]
+    real = booth.shelf.index.retrieved
+    monkeypatch.setattr(booth.shelf.index, "retrieved", lambda *a: looked.append(1) or real(*a))
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(journal, "disk_usage", lambda _: usage._replace(free=free[0]))
+    for words in (QUESTION, "w90 w91"):
+        assert called(network, words, ("server",)) == ["declined"]
+    assert not looked
+    free[0] = usage.free
+    assert called(network, QUESTION, ("server",)) == ["ready"]
+    assert looked
+
+
+def test_what_cannot_be_given_back_ends_no_call(network, monkeypatch, caplog):
+    """Adversary: an asker that begins questions and leaves them, at a silo whose disk is full.
+
+    Control: giving back was tried.
+    """
+    network.poll(words="w90 w91")
+    assert called(network, QUESTION, ("server",)) == ["ready"]
+    tried = []
+
+    def full(*_: Any) -> None:
+        tried.append(1)
+        raise StateError("no space left on the device", hint="make room")
+
+    monkeypatch.setattr(network.ports["silo-2"]._answering.ledger, "void", full)
+    network.now += 400
+    assert called(network, QUESTION, ("server",)) == ["ready"]
+    assert tried
+    assert "could not be given back" in caplog.text
+
+
 def called(network: VoteNetwork, words: str, askers: tuple[str, ...]) -> list[str]:
     """The kinds of letters with which silo-2 answers all of them in one call."""
     port, study = network.ports["silo-2"], network.members["silo-2"].study
@@ -342,10 +441,16 @@ def test_the_time_of_a_call_tells_nothing_of_records_and_is_one_slot_for_all(net
     network.poll(words="w90 w91")
     booth = network.ports["silo-2"]._answering
 
-    def slowly(poll: Any, retrieved: Any, _: Any) -> Any:
-        network.now += SLOT / 100 * retrieved.sum()
-        return np.zeros(len(poll.choices))
+    def slowly(poll: Any) -> Any:
+        network.now += texts  # the asker's own work
 
+        def reading(retrieved: Any, _: Any) -> Any:
+            network.now += SLOT / 100 * retrieved.sum()
+            return np.zeros(len(poll.choices))
+
+        return reading
+
+    texts = 0.0
     object.__setattr__(booth, "read", slowly)
     took: dict[float | None, list[float]] = {}
     for slot in (SLOT, None):
@@ -359,6 +464,19 @@ def test_the_time_of_a_call_tells_nothing_of_records_and_is_one_slot_for_all(net
             took.setdefault(slot, []).append(network.now - began)
     assert took[SLOT] == pytest.approx([SLOT] * 2)
     assert took[None] == pytest.approx([SLOT / 100 * 15, 0.0])
+    # Adversary: an asker whose texts fill its slot up to where the records' work would cross its
+    # end. The slot begins after them.
+    monkeypatch.setattr(answering.Answers, "slot", SLOT)
+    texts = SLOT * 0.98 / 3
+    monkeypatch.setattr(network.ports["silo-2"].pace, "begin", lambda: paced.append(network.now))
+    for words in (QUESTION, "w90 w91"):
+        began, paced = network.now, list[float]()
+        called(network, words, ("server", "silo-1", "silo-3"))
+        assert paced == pytest.approx([began + 3 * texts])  # so do the ticks of other calls
+        assert network.now - began == pytest.approx(3 * texts + SLOT)
+    # Control: a slot that begins with the call.
+    crossed = [-(-(3 * texts + work) // SLOT) for work in (SLOT / 100 * 15, 0.0)]
+    assert crossed == [2, 1]
 
 
 def test_a_slot_of_a_training_is_not_one_of_questions(network):

@@ -87,9 +87,12 @@ def test_a_record_that_cannot_pay_casts_no_vote_and_the_silo_takes_part(voters, 
             assert booth.shelf.paid.sum() == len(others)
             read, said = booth.read, []
 
-            def watch(poll: Any, retrieved: Any, of: Any, own=own, read=read, said=said) -> Any:
-                said.append([own[at] for at in np.flatnonzero(retrieved)])
-                return read(poll, retrieved, of)
+            def watch(poll: Any, own=own, read=read, said=said) -> Any:
+                def reading(retrieved: Any, similarities: Any) -> Any:
+                    said.append([own[at] for at in np.flatnonzero(retrieved)])
+                    return read(poll)(retrieved, similarities)
+
+                return reading
 
             object.__setattr__(booth, "read", watch)
             opinion = polls.ask(QUESTION, CHOICES).opinion

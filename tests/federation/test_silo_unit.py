@@ -242,3 +242,6 @@ def test_answers_leave_at_the_end_of_a_slot(tmp_path):
         assert waited.pop() == pytest.approx(rest)
     assert isinstance(reply_to(silo, begin(0)), Refused)  # a refusal takes as long
     assert waited == [57.0]
+    assert silo.pace is not None  # by which its inbox answers other calls meanwhile
+    plain = make_silo("silo-2", silent, study=study(), directory=tmp_path, private=False)
+    assert plain.pace is None

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from securefedcollm_audits.protocol.poll_cohort import longest_choices
+from securefedcollm_audits.protocol.poll_cohort import longest_choices, shown
 from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.aggregation import SUITE
@@ -26,6 +26,7 @@ from securefedcollm.errors import (
     RemoteProtocolError,
 )
 from securefedcollm.evidence.bundle import make_bundle
+from securefedcollm.evidence.entries import Refused
 from securefedcollm.federation.questions import voting
 from securefedcollm.federation.questions.polls import (
     Poll,
@@ -124,9 +125,7 @@ def seen(polls: Polls, question: str) -> tuple[list[int], list[int], list[dict[s
         return answer
 
     tally = polls._canvass.ask(question, CHOICES, carry).tally
-    hidden = {"poll", "header", "delivery", "ledger", "lists", "prepaid"}
-    plain = [msgspec.to_builtins(entry.what) for entry in log.entries[before:]]
-    entries = [{k: v for k, v in what.items() if k not in hidden} for what in plain]
+    entries = shown(log.entries[before:])
     return [round(vote / COPIES) for vote in tally.votes], lengths, entries
 
 
@@ -151,8 +150,11 @@ def test_nothing_shows_whether_a_silo_had_anything(voters, tmp_path, caplog):
     assert "w1 w2 w3" not in caplog.text  # a record's words
 
 
-def _fail(*_: Any) -> Any:
-    raise ValueError("w1 w2 w3")  # a record's words
+def _fail(poll: Any) -> Any:
+    def reading(*_: Any) -> Any:
+        raise ValueError("w1 w2 w3")  # a record's words
+
+    return reading
 
 
 def test_what_an_asker_makes_a_silo_do_depends_on_no_record(voters, tmp_path):
@@ -173,15 +175,41 @@ def test_what_an_asker_makes_a_silo_do_depends_on_no_record(voters, tmp_path):
     found, one_by_one = [], []
     for many in (0, 900):
         chosen, none = np.arange(900) < many, np.zeros(900, np.int64)
-        read(poll, chosen, none)
+        reading = read(poll)
         found.append(len(folds))
+        reading(chosen, none)
+        assert len(folds) == found[-1]  # nothing of it once records are read
         folds.clear()
         for at in np.flatnonzero(chosen):
-            read(poll, np.arange(900) == at, none)
+            read(poll)(np.arange(900) == at, none)
         one_by_one.append(len(folds))
         folds.clear()
     assert found == [MOST_CHOICES] * 2
     assert one_by_one == [0, 900 * MOST_CHOICES]
+
+
+def test_a_silo_refuses_texts_that_take_long_to_fold_by_the_frame_alone(
+    voters, tmp_path, monkeypatch
+):
+    """Adversary: an asker with a run of accents, sorting which takes time with its square.
+
+    Control: without the check a silo folds them.
+    """
+    marks = "e" + "\u0301" * 200 + "\u0316" * 200
+    with voters.polls(tmp_path / "run") as polls:
+        booth = booth_of(polls)
+        with pytest.raises(ConfigError, match="over 30 accents"):
+            polls.ask(f"w1 {marks}", CHOICES)
+        sent = [asked(polls, question=f"w1 {marks}"), asked(polls, choices=("w50", marks))]
+        before, charges = booth.evidence.size, len(booth.ledger.entries())
+        for frame in sent:
+            with pytest.raises(RemoteProtocolError, match="over 30 accents"):
+                booth.open("server").handle(frame)
+        assert {type(entry.what) for entry in booth.evidence.entries[before:]} <= {Refused}
+        assert len(booth.ledger.entries()) == charges
+        monkeypatch.setattr(voting, "stream_safe", lambda text: True)
+        for frame in sent:
+            assert booth.open("server").handle(frame) == READY
 
 
 def test_a_silo_refuses_a_poll_that_is_too_long_by_itself(voters, tmp_path):
@@ -513,7 +541,7 @@ def test_choices_are_compared_as_the_ledger_compares_words():
         choices = (" w50 ", "we\u0301")
 
     all_of_them = np.ones(3, np.bool_)
-    assert read(Asked(), all_of_them, np.zeros(3, np.int64)).tolist() == [1.0, 1.0]
+    assert read(Asked())(all_of_them, np.zeros(3, np.int64)).tolist() == [1.0, 1.0]
 
 
 def test_the_small_model_reads_and_answers_once(voters, tmp_path):
@@ -541,8 +569,8 @@ def test_the_small_model_reads_and_answers_once(voters, tmp_path):
         question, choices = QUESTION, CHOICES
 
     two = np.isin(np.arange(15), [0, 12])
-    some = read(Asked(), two, np.arange(15))  # type: ignore[arg-type]
-    none = read(Asked(), two & False, np.arange(15))  # type: ignore[arg-type]
+    some = read(Asked())(two, np.arange(15))  # type: ignore[arg-type]
+    none = read(Asked())(two & False, np.arange(15))  # type: ignore[arg-type]
     assert abs(float(some.sum()) - 1.0) < 1e-9
     assert none.tolist() == [0.0, 0.0, 0.0]
     assert asked == [f"w20 w21 w52\n{QUESTION}", QUESTION]
@@ -574,11 +602,15 @@ def test_a_record_moves_only_answers_that_it_pays_for(voters, tmp_path):
         with once.having(silo_1=own).polls(tmp_path / world) as polls:
             booth, said = booth_of(polls), []
 
-            def watch(poll: Any, retrieved: Any, similarities: Any, own=own, said=said) -> Any:
-                said[-1] |= {
-                    "|".join((own[at].prompt, *own[at].choices)) for at in np.flatnonzero(retrieved)
-                }
-                return np.zeros(len(poll.choices))
+            def watch(poll: Any, own=own, said=said) -> Any:
+                def reading(retrieved: Any, similarities: Any) -> Any:
+                    said[-1] |= {
+                        "|".join((own[at].prompt, *own[at].choices))
+                        for at in np.flatnonzero(retrieved)
+                    }
+                    return np.zeros(len(poll.choices))
+
+                return reading
 
             object.__setattr__(booth, "read", watch)
             for question in asked:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import sqlite3
 
 import msgspec
 import numpy as np
@@ -11,13 +13,13 @@ import pytest
 from securefedcollm_audits.verification.second_accountant import bracket
 
 from securefedcollm.errors import BudgetExceeded, ConfigError
-from securefedcollm.privacy import admission
+from securefedcollm.privacy import accounts, admission
 from securefedcollm.privacy import ledger as module
 from securefedcollm.privacy.accounting import TIGHT_SHARE, claim, prv_bounds
 from securefedcollm.privacy.accounts import Overlaps
 from securefedcollm.privacy.events import Gaussian
 from securefedcollm.privacy.filters import Terms, filter_within
-from securefedcollm.privacy.identities import Records
+from securefedcollm.privacy.identities import Records, read_records
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.privacy.noise import NoiseSource
 from securefedcollm.privacy.report import read_report
@@ -200,6 +202,95 @@ def test_accounts_that_were_charged_alike_are_weighed_once(book, monkeypatch):
     monkeypatch.undo()
     charge(ledger, known.only(paying), 9)
     assert not ledger.payers(*place, **about).any()
+
+
+def written(place, sets):
+    """Bytes of every row of the journal, and of all that is kept beside it, after these charges."""
+    with Ledger(place, "silo-1") as ledger:
+        ledger.pin(2.0, DELTA)
+        known = ledger.identify((bytes([n]) * 32, None) for n in range(40))
+        for number, rows in enumerate(sets):
+            charge(ledger, known.only(np.isin(np.arange(40), rows)), number)
+        stored = [ledger.stored(entry.about.records) for entry in ledger.entries()]
+        assert [len(known.within(one).nonzero()[0]) for one in stored] == [*map(len, sets)]
+        assert [np.isin(known.rows, one.rows).nonzero()[0].tolist() for one in stored] == sets
+    with contextlib.closing(sqlite3.connect(place)) as db:
+        return [
+            db.execute(f"SELECT length({column}) FROM {table} ORDER BY {order}").fetchall()
+            for table, column, order in (("journal", "body", "seq"), ("kept", "content", "1"))
+        ]
+
+
+def test_as_much_is_written_whatever_was_retrieved_and_whether_or_not_it_was_before(
+    tmp_path, monkeypatch
+):
+    """Adversary: an asker whose second question retrieves what the first one did, and one record
+    more if it is there: then a set would be new, and written.
+
+    Control: as ledgers kept sets before.
+    """
+    topic = [*range(20)]
+    worlds = {"with": [topic, [*topic, 30], []], "without": [topic, topic, []]}
+    sizes = {world: written(tmp_path / f"{world}.sqlite", sets) for world, sets in worlds.items()}
+    assert sizes["with"] == sizes["without"]
+    monkeypatch.setattr(Records, "may_be_marked", False)
+    sizes = {world: written(tmp_path / f"{world}-old.sqlite", s) for world, s in worlds.items()}
+    assert sizes["with"] != sizes["without"]
+
+
+def test_sets_that_an_older_version_kept_count_beside_those_of_today(book, monkeypatch):
+    ledger, known = book
+    with monkeypatch.context() as older:
+        older.setattr(Records, "may_be_marked", False)
+        for number, rows in enumerate([(0, 1), (0,)]):
+            charge(ledger, known.only(np.isin(np.arange(4), rows)), number)
+    event = charge(ledger, known.only(np.isin(np.arange(4), (0, 2))), 2)
+    with Ledger(ledger._journal.path, "silo-1") as again:
+        place = ("00" * 32, "record", [event], 1, (2.0, DELTA))
+        about = {"records": known, "study": "aa", "individually": True}
+        assert again.payers(*place, **about).tolist() == [False, True, True, True]
+        with pytest.raises(BudgetExceeded):
+            charge(again, known.only(np.isin(np.arange(4), (0, 3))), 3)
+        again.verify()
+
+
+def test_a_set_of_marks_that_was_changed_is_no_set(book):
+    ledger, known = book
+    charge(ledger, known.only(np.arange(4) < 2), 0)
+    digest = ledger.entries()[0].about.records
+    content = ledger._journal.kept(digest)
+    assert content is not None
+    stored = ledger.stored(known.digest)
+    assert read_records(content, digest, lambda name: stored) is not None
+    for changed in (content[:-1] + b"\xff", content + b"\0", content[:40]):
+        assert read_records(changed, digest, lambda name: stored) is None
+
+
+def test_what_has_left_is_added_up_once(book, monkeypatch):
+    """Adversary: an asker of many questions. Control: what has not left may be given back, so it is
+    looked at anew every time; and then it counts no more."""
+    ledger, known = book
+    added, real = [], accounts._Profile.add
+    monkeypatch.setattr(accounts._Profile, "add", lambda *a: added.append(a[1][0]) or real(*a))
+    event = charge(ledger, known.only(np.arange(4) < 2), 0)
+    place = ("00" * 32, "record", [event], 1, (2.0, DELTA))
+    about = {"records": known, "study": "aa", "individually": True}
+
+    def paying():
+        added.clear()
+        return ledger.payers(*place, **about).tolist(), len(added)
+
+    assert paying() == ([True] * 4, 1)
+    assert paying() == ([True] * 4, 0)
+    left = known.only(np.arange(4) < 1)
+    key = ("00" * 32, "record", "poll 1", 0, 0, [event], (2.0, DELTA))
+    held = ledger.reserve(*key, records=left, study="aa", individually=True)
+    charge(ledger, left, 2)
+    assert paying() == ([False, True, True, True], 2)
+    assert paying() == ([False, True, True, True], 2)
+    ledger.void(held)
+    assert paying() == ([True] * 4, 1)
+    assert paying() == ([True] * 4, 0)
 
 
 def admitted(ledger, records, event):

@@ -21,7 +21,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -52,6 +51,7 @@ from securefedcollm_audits.protocol.poll_cohort import (
     Talk,
     Voters,
     longest_choices,
+    shown,
 )
 
 RECORDS: Final = 24
@@ -60,8 +60,6 @@ ANSWERS: Final = 1
 _BEST: Final = 2
 _LONG: Final = 4096
 """Characters of the longest question that is timed: more than an encoder reads."""
-_HIDDEN: Final = frozenset({"poll", "header", "delivery", "ledger", "lists", "prepaid"})
-"""Of evidence: digests of random numbers, and heads under the log's blind."""
 
 Bools = npt.NDArray[np.bool_]
 
@@ -101,15 +99,14 @@ def audit(
     held = [held_of(study, question) for question in silo[:records]]
     made = quick(study)
     cases = cases_of(held, np.random.default_rng(seed))
-    moved, shown, slowest = 0, 0, 0.0
+    moved, differ, slowest = 0, joins(made, cases[0], embed), 0.0
     for done, case in enumerate(cases):
         progress(done, len(cases) + 1, "questions")
         found = compare(made, case, embed)
-        moved, shown = moved + found.moved, shown + found.shown
+        moved, differ = moved + found.moved, differ + found.shown
         slowest = max(slowest, found.slowest)
-    slowest = max(
-        slowest, slowest_reply(made, [held_of(study, each) for each in silo], embed, space)
-    )
+    own, longest = slowest_reply(made, [held_of(study, each) for each in silo], embed, space)
+    slowest = max(slowest, longest)
     progress(len(cases), len(cases) + 1, "the control")
     control = compare(made, cases[0], embed, BestK).moved
     progress(len(cases) + 1, len(cases) + 1, "questions")
@@ -121,27 +118,28 @@ def audit(
         claimed=None,
         bound=None,
         delta=study.privacy.delta if study.privacy else 0.0,
-        faults=faults_of(moved, shown, control, slowest / slot_of(study)),
+        faults=faults_of(moved, differ, control, slowest / slot_of(study)),
         figures={
             "records": float(len(held)),
             "records timed": float(len(silo)),
             "questions": float(asked),
             "answers of others that moved": float(moved),
-            "replies or evidence that differ": float(shown),
+            "replies or evidence that differ": float(differ),
             "control, best k: answers of others that moved": float(control),
+            "the poll by itself, s": own,
             "slowest reply, s": slowest,
             "slot, s": slot_of(study),
         },
     )
 
 
-def faults_of(moved: int, shown: int, control: int, slots: float) -> list[str]:
+def faults_of(moved: int, differ: int, control: int, slots: float) -> list[str]:
     """A sentence for each; ``slots``: of the slowest reply."""
     faults = []
     if moved:
         faults.append(f"{moved} questions were answered, or paid, by other records because of one")
-    if shown:
-        faults.append(f"{shown} questions show one record in replies or evidence")
+    if differ:
+        faults.append(f"{differ} questions show one record in replies or evidence")
     if slots >= 1.0:
         faults.append("a reply took more than a slot, so its time shows how much was retrieved")
     if not control:
@@ -216,6 +214,22 @@ def compare(
     )
 
 
+def joins(study: Study, case: Case, embed: Callable[[str], Any]) -> int:
+    """In how many ways the evidence of a silo that begins again shows what became of a record that
+    joined its file meanwhile: against no record, one that can pay, and one that cannot."""
+    seen = []
+    for joined, poor in ((False, 0), (True, 0), (True, -1)):
+        own = dict.fromkeys(SILOS, case.others[:1]) | {SILOS[0]: case.others}
+        voters = Voters(own=own, given=study, embed=embed)
+        voters.ask(text=case.questions[0])
+        voters.own = own | ({SILOS[0]: [*case.others, case.added]} if joined else {})
+        voters.poor = poor
+        voters.restart()
+        voters.ask(text=case.questions[0])
+        seen.append(shown(voters.logs[SILOS[0]].entries)[1:])
+    return sum(one != seen[0] for one in seen[1:])
+
+
 class BestK(RecordIndex):
     """The control: the records that are most alike, however alike."""
 
@@ -236,9 +250,9 @@ class Everybody(RecordIndex):
 
 def slowest_reply(
     study: Study, held: Sequence[Held], embed: Callable[[str], Any], space: Space
-) -> float:
-    """Seconds of a silo's reply to the longest poll where it retrieves, charges and reads all of
-    these records.
+) -> tuple[float, float]:
+    """Seconds that a silo takes for the longest poll: first for its texts by themselves, then,
+    within the slot, where it retrieves, charges and reads all of these records.
 
     Args:
         embed: of records.
@@ -251,15 +265,15 @@ def slowest_reply(
         read=count_labels([one.answer for one in held], folded),
     )
     question = " ".join(one.question for one in held)[:_LONG]
-    poll = make_poll(
-        study, RUN, voters.keys[SERVER], question, longest_choices(room=2048 + 4 * _LONG)
-    )
-    frame, conversation = poll.encode(), booth.open(SERVER)
-    began = time.perf_counter()
-    conversation.handle(frame)
-    took = time.perf_counter() - began
+    choices = longest_choices(room=2048 + len(question.encode()))
+    frame = make_poll(study, RUN, voters.keys[SERVER], question, choices).encode()
+    conversation, began = booth.open(SERVER), time.perf_counter()
+    answer = conversation.prepare(frame)
+    slot = time.perf_counter()
+    answer()
+    ended = time.perf_counter()
     conversation.close()
-    return took
+    return slot - began, ended - slot
 
 
 def _play(
@@ -293,8 +307,7 @@ def _ask(voters: Voters, question: str, held: Sequence[Held], shift: int) -> See
         talk.refused.setdefault("everybody", error.message)
     talk.close()
     voters.booths[SILOS[0]] = booth
-    plain = [msgspec.to_builtins(entry.what) for entry in booth.evidence.entries[size:]]
-    entries = [{k: v for k, v in what.items() if k not in _HIDDEN} for what in plain]
+    entries = shown(booth.evidence.entries)[size:]
     shelf, event = booth.shelf, votes_of(voters.study, 2).event()
     able = paying(booth.ledger, voters.study, shelf.known, shelf.dataset, event)
     return Seen(
@@ -322,6 +335,11 @@ def quick(study: Study) -> Study:
     return study_from_tree(tree)
 
 
-def _spy(read: list[int], real: Any, poll: Poll, retrieved: Bools, of: Any) -> Any:
-    read += np.flatnonzero(retrieved).tolist()
-    return real(poll, retrieved, of)
+def _spy(read: list[int], real: Any, poll: Poll) -> Any:
+    reading = real(poll)
+
+    def watch(retrieved: Bools, similarities: Any) -> Any:
+        read.extend(np.flatnonzero(retrieved).tolist())
+        return reading(retrieved, similarities)
+
+    return watch

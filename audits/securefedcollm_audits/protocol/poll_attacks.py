@@ -32,6 +32,7 @@ from securefedcollm_audits.protocol.poll_cohort import (
     Talk,
     Voters,
     carried,
+    shown,
 )
 
 VICTIM = SILOS[0]
@@ -195,10 +196,7 @@ def _view(voters: Voters) -> tuple[object, ...]:
     except SecureFedCoLLMError as error:
         talk.refused.setdefault("everybody", error.message)
     talk.close()
-    hidden = {"poll", "header", "delivery", "ledger", "lists", "prepaid"}
-    plain = [msgspec.to_builtins(entry.what) for entry in voters.logs[VICTIM].entries[size:]]
-    entries = [{k: v for k, v in what.items() if k not in hidden} for what in plain]
-    return talk.lengths.get(VICTIM), talk.refused, entries
+    return talk.lengths.get(VICTIM), talk.refused, shown(voters.logs[VICTIM].entries[size:])
 
 
 def _same(attack: str, seen: dict[str, tuple[object, ...]]) -> Outcome:

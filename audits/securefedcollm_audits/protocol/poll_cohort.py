@@ -14,20 +14,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from securefedcollm.aggregation import Roster
 from securefedcollm.errors import SecureFedCoLLMError
+from securefedcollm.evidence.entries import Entry
 from securefedcollm.federation.files import make_directory
 from securefedcollm.federation.questions.answering import Answers, OwnRecords
 from securefedcollm.federation.questions.begun import Everybody, begin_log
 from securefedcollm.federation.questions.polling import Canvass, Opinion
 from securefedcollm.federation.questions.polls import Poll, claim_of
 from securefedcollm.federation.questions.port import Chair
-from securefedcollm.federation.questions.prepaid import prepay
+from securefedcollm.federation.questions.prepaid import begin_answering, prepay
 from securefedcollm.federation.questions.voting import (
     Booth,
     BoothConversation,
@@ -92,7 +94,8 @@ class Voters:
     """Everybody in one directory, and all that they keep.
 
     Args:
-        poor: how many records of the first silo on the topic have spent their budget elsewhere.
+        poor: how many of the first silo's records have spent their budget elsewhere; the first
+            ones, or below 0 the last ones.
         forgetful: silos go on with an empty ledger of answers after a restart, and do not notice.
         given: the study; by default :func:`study_of`.
         embed: text → unit vector.
@@ -148,7 +151,8 @@ class Voters:
             books.pin(*claim_of(self.study))
         index = self.index([self.embed(one.question) for one in held])
         paid = self._paid(name, books, known)
-        shelf = RecordShelf(index, known, sha256(name.encode()).hex(), paid, books.head.digest)
+        head = begin_answering(books, self.study, answers, known.key)
+        shelf = RecordShelf(index, known, sha256(name.encode()).hex(), paid, head)
         read = count_labels([one.answer for one in held], str)
         own = OwnRecords(shelf, self.embed, read, answers, books)
         public = {other: key.public for other, key in self.keys.items() if other != name}
@@ -163,7 +167,9 @@ class Voters:
         held, dataset = self.own[name], sha256(name.encode()).hex()
         contents = ((sha256(str((at, one)).encode()), None) for at, one in enumerate(held))
         known = books.identify(contents)
-        poor = np.arange(len(held)) < (self.poor if name == SILOS[0] else 0)
+        first, last = max(0, self.poor), len(held) + min(0, self.poor)
+        places = np.arange(len(held))
+        poor = ((places < first) | (places >= last)) & (name == SILOS[0])
         if poor.any():
             prepay(books, self.study, known.only(poor), dataset, "an older study's")
         return prepay(books, self.study, known, dataset, by_text.key)
@@ -179,14 +185,36 @@ class Voters:
         return carried(self, self.canvass(asker), asker, text, choices)
 
 
+_SLOWEST: Final = "a" + "\u0301" * 15 + "\u0316" * 15 + " "
+"""The most accents on one letter that a silo takes, in the order that takes longest to sort."""
+
+
 def longest_choices(number: int = MOST_CHOICES, room: int = 2048) -> tuple[str, ...]:
-    """Choices of a poll of the longest kind, of characters that take long to bring into one form.
+    """Choices of a poll of the longest kind, of texts that take longest to bring into one form.
 
     Args:
         room: bytes that are left for the rest.
     """
-    each = (Poll.LIMIT - room) // number // 4 - 4
-    return tuple(f"{place} " + "a\u0301 " * each for place in range(number))
+    each = (Poll.LIMIT - room) // number - 8
+    long = (_SLOWEST * (each // len(_SLOWEST.encode()) + 1)).encode()[:each]
+    return tuple(f"{place} " + long.decode(errors="ignore") for place in range(number))
+
+
+_BLIND: Final = frozenset({"poll", "header", "delivery", "ledger", "lists", "prepaid"})
+"""Of evidence: digests of random numbers, and heads under the log's blind."""
+
+
+def shown(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Entries of a log as a reader compares them with another's.
+
+    Of a field that is random to the reader, which ones are equal.
+    """
+    numbers: dict[str, int] = {}
+    plain = [msgspec.to_builtins(entry.what) for entry in entries]
+    return [
+        {k: numbers.setdefault(str(v), len(numbers)) if k in _BLIND else v for k, v in what.items()}
+        for what in plain
+    ]
 
 
 def unchanged(silo: str, number: int, frame: bytes) -> bytes:

@@ -27,6 +27,7 @@ import msgspec
 from securefedcollm.errors import CryptoError, SecureFedCoLLMError, StateError, TransportError
 from securefedcollm.federation.engines import SiloPort
 from securefedcollm.federation.engines.door import LONGEST, Wire
+from securefedcollm.federation.engines.pace import Pace
 from securefedcollm.federation.engines.requests import (
     HEADER_BYTES,
     SESSION_BYTES,
@@ -92,6 +93,8 @@ class SiloInbox:
         check: (parcel, length of the frame, header) → the frame's SHA-256, or CryptoError:
             :func:`~.requests.check_header`.
         followed: what was begun before, in earlier processes too.
+        pace: while a request is being worked out, nothing is answered but at its ticks; None where
+            the time of replies is not hidden.
     """
 
     def __init__(
@@ -100,8 +103,9 @@ class SiloInbox:
         limit: int,
         check: Callable[[Parcel, int, bytes], bytes],
         followed: Followed,
+        pace: Pace | None = None,
     ) -> None:
-        self._port = port
+        self._port, self._pace = port, pace
         self._check = check
         self._limit = limit
         self._followed = followed
@@ -115,9 +119,33 @@ class SiloInbox:
         self._attending = 0
         self._pending: tuple[Parcel, bytes] | None = None
         """At most one: a request that is superseded before it begins is forgotten."""
+        self._working = False
+        self._arrived = 0
+        """How many requests were complete."""
+
+    @property
+    def _busy(self) -> bool:
+        return self._working or self._pending is not None
+
+    def quiet(self) -> None:
+        """While a request is being worked out, wait for its reply, or for a tick.
+
+        Every call does, before it is answered or refused: in a time that the server did not choose.
+        """
+        if self._pace is None:
+            return
+        came = time.monotonic()
+        with self._changed:
+            arrived = self._arrived
+            while self._busy and arrived == self._arrived:
+                left = self._pace.after(came) - time.monotonic()
+                if left <= 0:
+                    return
+                self._changed.wait(left)
 
     def push(self, parcel: Parcel, total: int, offset: int, chunk: bytes) -> int:
         """See :class:`SiloLink`. It ignores a chunk that is there already, or comes too early."""
+        self.quiet()
         length = total - HEADER_BYTES
         if not 0 <= length <= self._limit or len(parcel.session) != SESSION_BYTES:
             raise TransportError(
@@ -168,13 +196,19 @@ class SiloInbox:
         if sha256(frame) != self._digest:
             raise TransportError("received another request than the server signed")
         self._total, self._pending = 0, (self._parcel, frame)
+        self._arrived += 1
+        if self._pace is not None:
+            self._pace.begin()
         self._changed.notify_all()
 
     def pull(self, parcel: Parcel, offset: int, patience: float) -> Pulled:
         """See :class:`SiloLink`."""
+        self.quiet()
         deadline = time.monotonic() + min(patience, PATIENCE)
         with self._changed:
             while parcel == self._parcel and not self._total and self._reply is None:
+                if self._pace is not None and self._busy:  # a tick came first
+                    break
                 if not self._changed.wait(max(0.0, deadline - time.monotonic())):
                     break
             if parcel != self._parcel or self._total:
@@ -212,24 +246,32 @@ class SiloInbox:
                 if self._pending is None:
                     self._changed.wait(0.2)
                 work, self._pending = self._pending, None
+                self._working = work is not None
             if work is None:
                 continue
             parcel, frame = work
+            reply: bytes | None = None
             try:
-                self._followed.begin(parcel)
-                reply = self._port.step(frame)
-            except StateError as error:
-                log.error("%s", error)
-                reply = b""
-            except SecureFedCoLLMError:
-                raise
-            except Exception as error:
-                raise _ended_by(error) from None
-            del work, frame
-            with self._changed:
-                if parcel == self._parcel:
-                    self._reply = reply
-                self._changed.notify_all()
+                reply = self._worked_out(parcel, frame)
+            finally:
+                del work, frame
+                with self._changed:
+                    self._working = False
+                    if parcel == self._parcel:
+                        self._reply = reply
+                    self._changed.notify_all()
+
+    def _worked_out(self, parcel: Parcel, frame: bytes) -> bytes:
+        try:
+            self._followed.begin(parcel)
+            return self._port.step(frame)
+        except StateError as error:
+            log.error("%s", error)
+            return b""
+        except SecureFedCoLLMError:
+            raise
+        except Exception as error:
+            raise _ended_by(error) from None
 
 
 def _ended_by(error: Exception) -> StateError:
@@ -348,7 +390,11 @@ def answer_calls(inbox: SiloInbox) -> Callable[[Wire], None]:
 
     def visit(wire: Wire) -> None:
         while True:
-            call = wire.receive()
+            try:
+                call = wire.receive()
+            except TransportError:  # the other end sees when the connection ends
+                inbox.quiet()
+                raise
             if call == ["attend"]:
                 with inbox.attendance():
                     wire.receive()  # until the carrier's job is over
@@ -357,14 +403,15 @@ def answer_calls(inbox: SiloInbox) -> Callable[[Wire], None]:
     return visit
 
 
-def _answer(link: SiloLink, call: Any) -> list[Any]:
+def _answer(inbox: SiloInbox, call: Any) -> list[Any]:
     try:
         match call:
             case ["push", bytes(session), int(number), int(total), int(offset), bytes(chunk)]:
-                return ["ok", link.push(Parcel(session, number), total, offset, chunk)]
+                return ["ok", inbox.push(Parcel(session, number), total, offset, chunk)]
             case ["pull", bytes(session), int(number), int(offset), int() | float() as patience]:
-                pulled = link.pull(Parcel(session, number), offset, patience)
+                pulled = inbox.pull(Parcel(session, number), offset, patience)
                 return ["ok", pulled.total, pulled.chunk]
+        inbox.quiet()
         return ["error", "no such call"]
     except Unknown as error:
         return ["unknown", error.message]

@@ -5,8 +5,9 @@ The silo never learns a question (:mod:`securefedcollm.retrieval.shelf` says wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from securefedcollm.errors import LocalProtocolError, SecureFedCoLLMError
 from securefedcollm.evidence.entries import Counted, Served, Slip
@@ -71,6 +72,10 @@ class DeskConversation:
 
     def close(self) -> None:
         """Nothing of it outlives it but the count."""
+
+    def prepare(self, frame: bytes) -> Callable[[], bytes]:
+        """:meth:`handle`, later: what it takes shows nothing."""
+        return partial(self.handle, frame)
 
     def handle(self, frame: bytes) -> bytes:
         """The answer to the next frame. Its entry is in the evidence log before this returns.

@@ -18,6 +18,7 @@ from securefedcollm.aggregation.header import Digest
 from securefedcollm.aggregation.messages import UNSIGNED, Signable, Signature, sign
 from securefedcollm.errors import ConfigError
 from securefedcollm.federation.plan import round_header
+from securefedcollm.foreign import stream_safe
 from securefedcollm.primitives import RandomSource, SigningKey, sha256
 from securefedcollm.privacy.votes import MOST_CHOICES, Votes, VoteSetting, calibrate_votes
 from securefedcollm.study import Study, digest
@@ -91,7 +92,7 @@ def make_poll(
     """A signed question.
 
     Raises:
-        ConfigError: there is no question, fewer than two choices, too many, or two alike.
+        ConfigError: see :func:`check_poll`.
     """
     check_poll(question, choices)
     made = Poll(
@@ -105,7 +106,8 @@ def make_poll(
 
 
 def check_poll(question: str, choices: Sequence[str]) -> None:
-    """Raises: ConfigError, if there is no question, or are no proper choices."""
+    """Raises: ConfigError, if there is no question, or are no proper choices; if they are too long,
+    or not :func:`~securefedcollm.foreign.stream_safe`."""
     if not question.strip():
         raise ConfigError("no question", where="QUESTION", hint="give it some words")
     if not 2 <= len(choices) <= MOST_CHOICES:
@@ -121,6 +123,12 @@ def check_poll(question: str, choices: Sequence[str]) -> None:
             f"question and choices are over {(Poll.LIMIT >> 10) - 1} KiB",
             where="QUESTION",
             hint="shorten them; an encoder reads 512 tokens",
+        )
+    if not all(map(stream_safe, (question, *choices))):
+        raise ConfigError(
+            "question or a choice has over 30 accents on one letter",
+            where="QUESTION",
+            hint="silos refuse that (UAX #15, stream-safe text); write it without them",
         )
 
 

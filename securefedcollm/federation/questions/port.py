@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, NamedTuple, Protocol
 
 from securefedcollm.errors import (
@@ -21,6 +22,7 @@ from securefedcollm.errors import (
 )
 from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.federation.engines import Failure
+from securefedcollm.federation.engines.pace import Pace
 from securefedcollm.federation.questions.counter import Counter, Handed
 from securefedcollm.federation.questions.letters import (
     ANSWER,
@@ -76,8 +78,11 @@ class Conversation(Protocol):
         """Whether it takes no further frame."""
         ...
 
-    def handle(self, frame: bytes) -> bytes:
-        """The answer to the next frame. Raises an error of the tree where there is none."""
+    def prepare(self, frame: bytes) -> Callable[[], bytes]:
+        """Do all work that follows from the next frame alone; what is returned answers it.
+
+        Both raise an error of the tree where there is no answer.
+        """
         ...
 
     def close(self) -> None:
@@ -97,8 +102,8 @@ class Matter(Protocol):
     """What the members of a study ask each other.
 
     ``sizes``: of its letters. ``first`` and ``then``: kinds of an asker's first letter, and of
-    those that follow. ``slot``: seconds, at whose multiples calls with a first letter return; None:
-    at once.
+    those that follow. ``slot``: seconds. A call with a first letter returns at a multiple of it
+    after the work on this member's own data began; None: at once.
     """
 
     @property
@@ -181,6 +186,8 @@ class QuestionPort:
     ) -> None:
         self._chair, self._enter, self._matter = chair, enter, matter
         self._counter, self._clock, self._wait = counter or Counter(), *clock
+        self.pace = None if matter.slot is None else Pace(matter.slot)
+        """Of whatever calls arrive during a call with questions."""
         self._patience = 2 * matter.sizes.seconds if patience is None else patience
         self._run = b""
         self._log: EvidenceLog | None = None
@@ -203,13 +210,15 @@ class QuestionPort:
         """Answer one call. Never raises for what the server or another member sent.
 
         Where there are slots, a call with first letters waits once, after all of them: so several
-        askers make nobody wait for longer, and the time tells nothing of a record.
+        askers make nobody wait for longer, and the time tells nothing of a record. What follows
+        from their frames alone is done for all of them before the slot begins. Adversary: an asker
+        whose texts take long, who would choose with them where in a slot the rest ends.
 
         Raises:
             StateError: the evidence log cannot be opened; nothing is answered.
             EvidenceError: it, or the count of questions, is not what this member wrote.
         """
-        began, self._first = self._clock(), set()
+        self._first = set()
         try:
             carry = decode_carry(frame)
             evidence = self._entered(carry.run)
@@ -219,14 +228,18 @@ class QuestionPort:
                 log.warning("%s: %s; %s", self._chair.name, error, error.hint)
             return encode(Carried([]))
         self._drop_overdue()
-        out = []
+        due: list[Callable[[], Letter]] = []
         for letter in carry.letters:
             if letter.kind not in ASKS:
                 self._take(letter)
             elif letter.who == self._chair.name:  # Adversary: a server that asks us in our own name
-                out.append(_declined(letter, b"refused"))
+                due.append(partial(_declined, letter, b"refused"))
             else:
-                out.append(self._answer(letter))
+                due.append(self._prepared(letter))
+        if self.pace is not None and self._first:
+            self.pace.begin()
+        began = self._clock()
+        out = [answer() for answer in due]
         out += self._ask(evidence)
         slot = self._matter.slot
         if slot is not None and self._first:
@@ -244,45 +257,52 @@ class QuestionPort:
 
     # ---- answering ----
 
-    def _answer(self, letter: Letter) -> Letter:
-        """The answer to a letter of an asker; or one word instead.
-
-        A question begins anew only if it is in order. Adversary: a server that repeats an old
-        question, so that the silo forgets the one under way.
-        """
+    def _prepared(self, letter: Letter) -> Callable[[], Letter]:
+        """What gives the answer to a letter of an asker, or one word instead."""
         asker, answering = letter.who, self._answering
+        if answering is None or letter.kind not in (self._matter.first, self._matter.then):
+            return partial(_declined, letter, b"none")
+        if letter.kind == self._matter.then:
+            return partial(self._go_on_with, letter)
+        if asker in self._first:
+            # Adversary: a server that brings many, so that the call takes too long.
+            return partial(_declined, letter, b"refused")
+        self._first.add(asker)
         try:
-            if answering is None:
-                return _declined(letter, b"none")
-            if letter.kind not in (self._matter.first, self._matter.then):
-                return _declined(letter, b"none")
-            if letter.kind == self._matter.first:
-                if asker in self._first:
-                    # Adversary: a server that brings many, so that the call takes too long.
-                    return _declined(letter, b"refused")
-                self._first.add(asker)
-                conversation = answering.open(asker)
-                content = conversation.handle(letter.content)
-                self._forget(asker)
-            else:
-                begun = self._open.get(asker)
-                if begun is None or begun.thread != letter.thread:
-                    return _declined(letter, b"refused")
-                del self._open[asker]  # what handles one frame wrongly takes no other
-                conversation = begun.conversation
-                content = conversation.handle(letter.content)
-        except BudgetExceeded as error:
-            # Of records it says what their owner pinned: nothing that somebody spent.
-            spent = b"spent" if self._matter.first == "question" else b"refused"
-            return self._no(letter, spent, error)
-        except StateError as error:
-            return self._no(letter, b"unable", error)
+            conversation = answering.open(asker)
+            answer = conversation.prepare(letter.content)
         except SecureFedCoLLMError as error:
-            return self._no(letter, b"refused", error)
+            return partial(self._no, letter, error)
+        return partial(self._begun, letter, conversation, answer)
+
+    def _begun(
+        self, letter: Letter, conversation: Conversation, answer: Callable[[], bytes]
+    ) -> Letter:
+        """A question begins anew only if it is in order. Adversary: a server that repeats an old
+        question, so that the silo forgets the one under way."""
+        try:
+            content = answer()
+            self._forget(letter.who)
+        except SecureFedCoLLMError as error:
+            return self._no(letter, error)
+        return self._answered(letter, conversation, content)
+
+    def _go_on_with(self, letter: Letter) -> Letter:
+        begun = self._open.get(letter.who)
+        if begun is None or begun.thread != letter.thread:
+            return _declined(letter, b"refused")
+        del self._open[letter.who]  # what handles one frame wrongly takes no other
+        try:
+            content = begun.conversation.prepare(letter.content)()
+        except SecureFedCoLLMError as error:
+            return self._no(letter, error)
+        return self._answered(letter, begun.conversation, content)
+
+    def _answered(self, letter: Letter, conversation: Conversation, content: bytes) -> Letter:
         if not conversation.over:
             until = self._clock() + 2 * self._patience
-            self._open[asker] = _Open(letter.thread, conversation, until)
-        return Letter(asker, letter.thread, ANSWER[letter.kind], content)
+            self._open[letter.who] = _Open(letter.thread, conversation, until)
+        return Letter(letter.who, letter.thread, ANSWER[letter.kind], content)
 
     def _forget(self, asker: str) -> None:
         begun = self._open.pop(asker, None)
@@ -293,9 +313,15 @@ class QuestionPort:
         """Adversary: an asker that begins questions and leaves them, so that their charges stay."""
         now = self._clock()
         for asker in [asker for asker, begun in self._open.items() if begun.until < now]:
-            self._forget(asker)
+            try:
+                self._forget(asker)
+            except StateError as error:  # whoever calls sees nothing of it
+                log.warning("%s: a charge could not be given back: %s", self._chair.name, error)
 
-    def _no(self, letter: Letter, why: bytes, error: SecureFedCoLLMError) -> Letter:
+    def _no(self, letter: Letter, error: SecureFedCoLLMError) -> Letter:
+        why = b"unable" if isinstance(error, StateError) else b"refused"
+        if isinstance(error, BudgetExceeded) and self._matter.first == "question":
+            why = b"spent"  # of records it says what their owner pinned: nothing that anybody spent
         # Adversary: an asker that fills the log, or a server that makes up names to do so.
         who = letter.who if letter.who in self._chair.askers else ""
         if (who, why) not in self._said:
@@ -385,7 +411,7 @@ class QuestionPort:
         ]
         own = [letter for letter in out if letter.who == self._chair.name]
         for letter in own:
-            self._take(self._answer(letter))
+            self._take(self._prepared(letter)())
         return [letter for letter in out if letter not in own]
 
 

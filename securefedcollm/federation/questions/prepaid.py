@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from securefedcollm.errors import BudgetExceeded
+from securefedcollm.errors import BudgetExceeded, EvidenceError
 from securefedcollm.evidence.ledger import PREPAID_RUN
 from securefedcollm.federation.questions.polls import (
     answers_name,
@@ -34,6 +34,7 @@ from securefedcollm.federation.questions.polls import (
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.events import Event, encode_events
 from securefedcollm.privacy.identities import Records, key_path, name_of
+from securefedcollm.privacy.journal import Head
 from securefedcollm.privacy.ledger import Entry, Key, Ledger, Reservation
 from securefedcollm.privacy.votes import MOST_CHOICES
 from securefedcollm.study import Study
@@ -91,6 +92,38 @@ def prepay(ledger: Ledger, study: Study, records: Records, dataset: str, book: s
         # A charge to no record, so that a ledger which was put back is noticed in any case.
         _charge(ledger, study, records.only(paid), dataset, book, event)
     return paid
+
+
+def begin_answering(ledger: Ledger, study: Study, answers: Ledger, book: str) -> bytes:
+    """Note in the silo's ledger that a process begins to answer, and where its count of answers is.
+
+    Every start writes this row, whoever has paid, so the head differs after each. Adversary: a
+    reader of the evidence of votes, who sees under the log's blind whether that head is the same
+    after a restart: it was if no record was new that could pay.
+
+    Args:
+        answers: the study's ledger of answers at this silo.
+        book: its name, as for :func:`prepay`.
+
+    Returns:
+        the head of ``ledger``, 32 bytes.
+
+    Raises:
+        EvidenceError: ``answers`` does not contain what the last start noted.
+    """
+    of = f"{answers_study(study)} {book}"
+    noted, rows = ledger.noted(of), answers.rows()
+    if noted is not None:
+        found = rows[noted.rows - 1].digest if 1 <= noted.rows <= len(rows) else None
+        if found != noted.digest:
+            raise EvidenceError(
+                f"{answers.owner}: the ledger of answers is older than {answers.owner}'s own "
+                "ledger, which noted a newer state",
+                hint="restore the newest copies of both; an older one would let records answer "
+                "more questions than they paid for, so nothing is answered",
+            )
+    ledger.note(of, Head(len(rows), rows[-1].digest) if rows else answers.head)
+    return ledger.head.digest
 
 
 def able_to_prepay(

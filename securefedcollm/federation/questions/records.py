@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +17,14 @@ import numpy.typing as npt
 from securefedcollm.errors import DataError
 from securefedcollm.federation.cotuning import Holdings
 from securefedcollm.federation.questions.polls import Poll, answers_of, claim_of, votes_of
-from securefedcollm.federation.questions.prepaid import paying, prepay
+from securefedcollm.federation.questions.prepaid import begin_answering, paying, prepay
 from securefedcollm.federation.questions.space import Space
-from securefedcollm.federation.questions.voting import Reader, RecordShelf, count_labels
+from securefedcollm.federation.questions.voting import (
+    Reader,
+    Reading,
+    RecordShelf,
+    count_labels,
+)
 from securefedcollm.federation.tuned import Tuned
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.identities import Records
@@ -170,6 +176,7 @@ def shelf_of(
         BudgetExceeded: the study asks for more than the owner pinned.
         DataError: there is none, or none can be embedded.
         StateError: a ledger's key is lost.
+        EvidenceError: the ledger of answers was put back to an older copy.
     """
     known = known_of(study, questions, ledger, answers)
     index, wordless = index_records(space, questions, progress, frame_of(study.task))
@@ -181,7 +188,8 @@ def shelf_of(
     paid = prepay(ledger, study, known.own, known.dataset, known.by_text.key) & ~wordless
     # Reads what the ledger of answers has of these records, so that no question has to wait for it.
     paying(answers, study, known.by_text, known.dataset, votes_of(study, MOST_CHOICES).event())
-    return RecordShelf(index, known.by_text, known.dataset, paid, ledger.head.digest)
+    head = begin_answering(ledger, study, answers, known.by_text.key)
+    return RecordShelf(index, known.by_text, known.dataset, paid, head)
 
 
 def reader_of(study: Study, questions: Sequence[Question], model: Tuned | None = None) -> Reader:
@@ -238,7 +246,11 @@ class ModelReader:
         self._model, self._questions, self._most = model, questions, most
         self._frame = frame
 
-    def __call__(
+    def __call__(self, poll: Poll) -> Reading:
+        """What reads records for this poll."""
+        return partial(self._read, poll)
+
+    def _read(
         self, poll: Poll, retrieved: npt.NDArray[np.bool_], similarities: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float64]:
         """The SLM's distribution over the choices; zeros where nothing was retrieved."""

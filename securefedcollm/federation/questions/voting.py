@@ -19,7 +19,8 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, Protocol
+from functools import partial
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +50,7 @@ from securefedcollm.federation.questions.polls import (
 )
 from securefedcollm.federation.questions.prepaid import UNIT, Bools, paying
 from securefedcollm.federation.records.common import note_refusal
+from securefedcollm.foreign import stream_safe
 from securefedcollm.primitives import SigningKey, sha256, verify
 from securefedcollm.privacy.events import DiscreteGaussian, encode_events
 from securefedcollm.privacy.identities import Records
@@ -62,17 +64,19 @@ log = logging.getLogger(__name__)
 
 MOST_DROPPED: Final = 256
 """Polls of one asker that a silo's process lets end before any vote left."""
+_ANEW: Final = "ask a new one"
 READY: Final = b"ready"
 """The reply to every poll."""
+_T = TypeVar("_T")
 Embed = Callable[[str], npt.NDArray[np.float64]]
 """A text → its unit vector in the study's space, computed by itself."""
 
 
-class Reader(Protocol):
-    """What a silo makes of the records that a question retrieved."""
+class Reading(Protocol):
+    """What a silo makes of the records that one question retrieved."""
 
     def __call__(
-        self, poll: Poll, retrieved: Bools, similarities: npt.NDArray[np.int64]
+        self, retrieved: Bools, similarities: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float64]:
         """Votes for every choice, of each record at most one, whatever the others say; or a
         distribution over the choices, or zeros: float64 [choices].
@@ -84,6 +88,10 @@ class Reader(Protocol):
         ...
 
 
+Reader = Callable[[Poll], Reading]
+"""Does what follows from the poll alone, and returns what reads records for it."""
+
+
 @dataclass(frozen=True)
 class RecordShelf:
     """A silo's records as a question meets them.
@@ -93,7 +101,7 @@ class RecordShelf:
             embedded alone, so that records which share an account are retrieved together.
         dataset: fingerprint of the file, for the ledger.
         paid: which of them have paid for their answers, bool [n]; the others cast no vote.
-        prepaid: head of the silo's own ledger after that, 32 bytes.
+        prepaid: head of the silo's own ledger after that, 32 bytes; another one in every process.
     """
 
     index: RecordIndex
@@ -141,6 +149,15 @@ class Booth:
         return BoothConversation(self, asker)
 
 
+class _Asked(NamedTuple):
+    """A poll in order, and all that follows from it alone."""
+
+    poll: Poll
+    votes: Votes
+    query: npt.NDArray[np.float64]
+    reading: Reading
+
+
 class _Charged(NamedTuple):
     """A poll that this silo takes part in."""
 
@@ -164,9 +181,16 @@ class BoothConversation:
         return self._ended
 
     def handle(self, frame: bytes) -> bytes:
-        """The answer to the next frame. Charge and evidence are on disk before this returns.
+        """The answer to the next frame. Raises what :meth:`prepare` says."""
+        return self.prepare(frame)()
 
-        Raises:
+    def prepare(self, frame: bytes) -> Callable[[], bytes]:
+        """Do all work that follows from the next frame alone; what is returned answers it.
+
+        Charge and evidence are on disk before it returns the answer. Adversary: an asker whose
+        texts take long to read, who would choose with them where in a slot the records' work ends.
+
+        Raises, as does what is returned:
             RemoteProtocolError: the asker, or a relay, sent what must not be answered.
             BudgetExceeded: the study asks for more than the owner of these records pinned. That
                 depends on no record.
@@ -174,8 +198,16 @@ class BoothConversation:
         """
         if self._ended:
             raise RemoteProtocolError("this question is over", peer=self._asker, hint="ask anew")
+        at = self._at
+        if at is not None:
+            return partial(self._ending, partial(self._sum, at, frame))
+        asked = self._ending(partial(self._asked, frame))
+        return partial(self._ending, partial(self._begin, asked))
+
+    def _ending(self, work: Callable[[], _T]) -> _T:
+        """A frame that is refused ends the question."""
         try:
-            return self._begin(frame) if self._at is None else self._sum(self._at, frame)
+            return work()
         except SecureFedCoLLMError as error:
             note_refusal(self._booth.evidence, error)
             self.close()
@@ -194,7 +226,8 @@ class BoothConversation:
             self._booth.ledger.void(at.reservation)
             self._booth.dropped[self._asker] += 1
 
-    def _begin(self, frame: bytes) -> bytes:
+    def _asked(self, frame: bytes) -> _Asked:
+        """Adversary: an asker whose texts take seconds to bring into one form."""
         booth, asker = self._booth, self._asker
         poll = decode(Poll, frame, asker)
         key = booth.askers[asker]
@@ -206,6 +239,10 @@ class BoothConversation:
             verify(key, poll.CONTEXT, poll.signed(), poll.signature)
         except CryptoError:
             raise RemoteProtocolError("did not sign its question", peer=asker) from None
+        if not all(map(stream_safe, (poll.question, *poll.choices))):
+            raise RemoteProtocolError(
+                "asks with over 30 accents on one letter", peer=asker, hint="write it without them"
+            )
         if booth.dropped[asker] >= MOST_DROPPED:
             # Adversary: an asker that begins questions and leaves them. No record pays for those,
             # and each is kept in the ledger for good.
@@ -214,8 +251,18 @@ class BoothConversation:
                 peer=asker,
                 hint="whoever serves the records starts the process again to allow more",
             )
+        if any(entry.key.run == charge_of(poll.digest) for entry in booth.ledger.entries()):
+            # Adversary: an asker, or a relay, that has one question summed twice, with other noise;
+            # also after the silo has changed its file.
+            raise RemoteProtocolError("asked the same question twice", peer=asker, hint=_ANEW)
+        booth.ledger.require_room(len(booth.shelf.known))
         votes = votes_of(booth.study, len(poll.choices))
-        content, reservation = self._paid(poll, votes)
+        return _Asked(poll, votes, *self._of_texts(poll))
+
+    def _begin(self, asked: _Asked) -> bytes:
+        """The work on this silo's own records."""
+        booth, (poll, votes, *_) = self._booth, asked
+        content, reservation = self._paid(asked)
         vector = votes.protect(content, NoiseSource())
         side = silo_side(
             "masking",
@@ -231,19 +278,13 @@ class BoothConversation:
         self._at = _Charged(poll, votes, side, reservation)
         return READY
 
-    def _paid(self, poll: Poll, votes: Votes) -> tuple[npt.NDArray[np.float64], Reservation]:
+    def _paid(self, asked: _Asked) -> tuple[npt.NDArray[np.float64], Reservation]:
         """The content of this silo's votes, after the records that make it were charged."""
         booth, plan = self._booth, answers_of(self._booth.study)
-        query, event, shelf = self._embedded(poll.question), votes.event(), booth.shelf
+        event, shelf = asked.votes.event(), booth.shelf
         assert plan.threshold is not None  # study.retrievalchecks
-        place = Key(shelf.dataset, UNIT, charge_of(poll.digest), 0, 0)
-        if any(entry.key.run == place.run for entry in booth.ledger.entries()):
-            # Adversary: an asker, or a relay, that has one question summed twice, with other noise;
-            # also after the silo has changed its file.
-            raise RemoteProtocolError(
-                "asked the same question twice", peer=self._asker, hint="ask a new one"
-            )
-        alike = shelf.paid & shelf.index.retrieved(query, plan.threshold)
+        place = Key(shelf.dataset, UNIT, charge_of(asked.poll.digest), 0, 0)
+        alike = shelf.paid & shelf.index.retrieved(asked.query, plan.threshold)
         before: Bools | None = None
         while True:
             chosen = alike & self._paying(event)
@@ -256,7 +297,7 @@ class BoothConversation:
                     study=answers_study(booth.study),
                     individually=True,
                 )
-                return self._read(poll, chosen, query), reservation
+                return self._read(asked, chosen), reservation
             except BudgetExceeded:
                 # Another process charged one of them just now. Adversary: whoever asks both, to
                 # learn from a refusal, or from what becomes of the others. So each is asked again.
@@ -264,15 +305,15 @@ class BoothConversation:
                     raise LocalProtocolError("a charge to no record was refused") from None
                 before = chosen
 
-    def _embedded(self, question: str) -> npt.NDArray[np.float64]:
-        """Adversary: an asker whose question makes an encoder fail, to end the silo's process. That
-        depends on no record.
+    def _of_texts(self, poll: Poll) -> tuple[npt.NDArray[np.float64], Reading]:
+        """The question's embedding, and what reads records for it. Adversary: an asker whose texts
+        make an encoder fail, to end the silo's process. That depends on no record.
 
         Raises:
             RemoteProtocolError, DataError: it cannot be embedded.
         """
         try:
-            return self._booth.embed(question)
+            return self._booth.embed(poll.question), self._booth.read(poll)
         except SecureFedCoLLMError:
             raise
         except Exception as error:  # whatever the encoder raises on a text
@@ -297,22 +338,20 @@ class BoothConversation:
                 hint="the owner decides: `securefedcollm budget set`",
             ) from None
 
-    def _read(
-        self, poll: Poll, chosen: Bools, query: npt.NDArray[np.float64]
-    ) -> npt.NDArray[np.float64]:
+    def _read(self, asked: _Asked, chosen: Bools) -> npt.NDArray[np.float64]:
         """What the retrieved records say; zeros if reading fails.
 
         Adversary: an asker whose question makes reading fail on certain records only. A refusal
         would be an answer without noise. The log has no words of theirs.
         """
         try:
-            return self._booth.read(poll, chosen, self._booth.shelf.index.similarities(query))
+            return asked.reading(chosen, self._booth.shelf.index.similarities(asked.query))
         except Exception as error:  # whatever a record made fail
             log.error(
                 "%s: reading its records failed (%s); it votes for nothing",
                 *(self._booth.name, type(error).__name__),
             )
-            return np.zeros(len(poll.choices))
+            return np.zeros(len(asked.poll.choices))
 
     def _sum(self, at: _Charged, frame: bytes) -> bytes:
         booth = self._booth
@@ -364,7 +403,7 @@ def count_labels(labels: Sequence[str], folded: Callable[[str], str]) -> Reader:
 
     A record whose answer is none of the choices votes for none. Every record is looked up, so that
     the time tells nothing of which were retrieved. Adversary: an asker whose choices take long to
-    fold, and who counts the records by that; so each is folded once.
+    fold, and who counts the records by that; so each is folded once, before any record is read.
 
     Args:
         labels: each record's answer, already ``folded``; empty where it has none.
@@ -372,13 +411,15 @@ def count_labels(labels: Sequence[str], folded: Callable[[str], str]) -> Reader:
     known = {label: number for number, label in enumerate(dict.fromkeys(labels))}
     numbers = np.array([known[label] for label in labels], dtype=np.int64)
 
-    def read(
-        poll: Poll, retrieved: Bools, similarities: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float64]:
+    def read(poll: Poll) -> Reading:
         none = len(poll.choices)
         places = {folded(choice): at for at, choice in enumerate(poll.choices)}
-        place_of = np.array([places.get(label, none) for label in known], dtype=np.int64)
-        places_voted = np.where(retrieved, place_of[numbers], none)
-        return np.bincount(places_voted, minlength=none + 1)[:none].astype(np.float64)
+
+        def count(retrieved: Bools, similarities: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+            place_of = np.array([places.get(label, none) for label in known], dtype=np.int64)
+            places_voted = np.where(retrieved, place_of[numbers], none)
+            return np.bincount(places_voted, minlength=none + 1)[:none].astype(np.float64)
+
+        return count
 
     return read

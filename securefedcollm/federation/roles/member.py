@@ -14,6 +14,7 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.federation.anchors import check_ledger
 from securefedcollm.federation.engines import SiloPort
 from securefedcollm.federation.engines.link import SiloInbox
+from securefedcollm.federation.engines.pace import Pace
 from securefedcollm.federation.engines.requests import (
     Followed,
     Parcel,
@@ -127,12 +128,13 @@ def session_of(member: Member) -> bytes:
     return new_session(member.run / _SESSION)
 
 
-def inbox_for(member: Member, port: SiloPort, limit: int) -> SiloInbox:
+def inbox_for(member: Member, port: SiloPort, limit: int, pace: Pace | None = None) -> SiloInbox:
     """Where the requests of the study's server arrive, and nobody else's.
 
     Args:
         port: what answers them.
         limit: bytes of the largest.
+        pace: the port's, where the time of its replies is hidden.
     """
     check = partial(check_header, member.server, digest(member.study), member.name)
-    return SiloInbox(port, limit, check, Followed(member.run / _FOLLOWED))
+    return SiloInbox(port, limit, check, Followed(member.run / _FOLLOWED), pace)
