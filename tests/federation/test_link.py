@@ -625,6 +625,30 @@ def test_a_place_that_is_no_good_for_a_door_is_passed_over(tmp_path, monkeypatch
         assert not place.exists() or not list(place.iterdir())
 
 
+def test_whoever_comes_when_the_house_is_full_waits_and_hears_nothing():
+    """Adversary: a server that parks calls and counts how fast more of them are turned away, to see
+    how busy the silo is. Control: when a place is free, the visitor is heard."""
+    met = threading.Event()
+
+    def visit(wire):
+        wire.receive()
+        met.set()
+
+    with Door(visit, visitors=1) as door, knock(str(door.path)):
+        wait_until(lambda: len(door._wires) == 1)
+        with knock(str(door.path)) as late:
+            late.send(["attend"])
+            time.sleep(0.2)
+            assert not late.gone
+            assert not met.is_set()
+    with Door(visit, visitors=1) as door:
+        with knock(str(door.path)):
+            wait_until(lambda: len(door._wires) == 1)
+        with knock(str(door.path)) as late:
+            late.send(["attend"])
+            assert met.wait(5)
+
+
 def test_the_silo_knows_whether_a_job_of_the_carrier_runs(silo):
     inbox = silo(Port())
     with Door(answer_calls(inbox)) as door:

@@ -12,7 +12,7 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.federation.cotuning import Holdings
 from securefedcollm.federation.questions import prepaid
 from securefedcollm.federation.questions.polls import claim_of
-from securefedcollm.federation.questions.prepaid import prepay, whole_claim
+from securefedcollm.federation.questions.prepaid import begin_answering, prepay, whole_claim
 from securefedcollm.federation.questions.records import known_of
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.ledger import Ledger
@@ -34,6 +34,16 @@ from tests.support.polling import (
 @pytest.fixture(scope="module")
 def voters(tmp_path_factory: pytest.TempPathFactory) -> Voters:
     return Voters(tmp_path_factory.mktemp("voters"))
+
+
+def test_a_start_before_any_answer_keeps_no_later_one_from_beginning(voters, tmp_path):
+    """And each leaves a head that differs from the last one's."""
+    with (
+        Ledger(tmp_path / "ledger.sqlite", "silo-1") as own,
+        Ledger(tmp_path / "answers.sqlite", "silo-1") as answers,
+    ):
+        heads = [begin_answering(own, voters.study, answers, "book") for _ in range(3)]
+    assert len({*heads}) == 3
 
 
 def test_other_records_and_a_new_count_of_answers_pay_anew(voters, tmp_path):

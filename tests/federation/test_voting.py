@@ -256,6 +256,19 @@ def test_polls_that_an_asker_leaves_make_no_later_one_harder(voters, tmp_path, m
         assert {*weighed} == {1}
 
 
+def test_a_silos_process_begins_no_more_polls_of_an_asker_than_its_slot_has_room_for(
+    voters, tmp_path, monkeypatch
+):
+    """Adversary: an asker whose questions cost no record anything. Control: a poll less."""
+    monkeypatch.setattr(voting, "MOST_ASKED", 2)
+    with voters.polls(tmp_path / "run") as polls:
+        booth = booth_of(polls)
+        for _ in range(2):
+            booth.open("server").handle(asked(polls))
+        with pytest.raises(RemoteProtocolError, match="asked 2 questions"):
+            booth.open("server").handle(asked(polls))
+
+
 def asked(polls: Polls, **changes: Any) -> bytes:
     canvass = polls._canvass
     poll = make_poll(canvass.study, canvass.run, canvass.key, QUESTION, CHOICES)

@@ -115,7 +115,13 @@ class Door:
                     time.sleep(0.1)
 
     def _admit(self, connection: socket.socket) -> None:
-        if _user_of(connection) != os.getuid() or not self._room.acquire(blocking=False):
+        if _user_of(connection) != os.getuid():
+            connection.close()
+            return
+        # Whoever comes when the house is full waits. Adversary: a server that parks many calls and
+        # makes more: turned away at once, they would tell how busy this process is meanwhile.
+        self._room.acquire()
+        if self._closed:
             connection.close()
             return
         threading.Thread(target=self._meet, args=(Wire(connection),), daemon=True).start()

@@ -282,9 +282,9 @@ class QuestionPort:
         question, so that the silo forgets the one under way."""
         try:
             content = answer()
-            self._forget(letter.who)
         except SecureFedCoLLMError as error:
             return self._no(letter, error)
+        self._forget(letter.who)
         return self._answered(letter, conversation, content)
 
     def _go_on_with(self, letter: Letter) -> Letter:
@@ -307,16 +307,16 @@ class QuestionPort:
     def _forget(self, asker: str) -> None:
         begun = self._open.pop(asker, None)
         if begun is not None:
-            begun.conversation.close()
+            try:
+                begun.conversation.close()
+            except StateError as error:  # whoever calls sees nothing of it
+                log.warning("%s: a charge could not be given back: %s", self._chair.name, error)
 
     def _drop_overdue(self) -> None:
         """Adversary: an asker that begins questions and leaves them, so that their charges stay."""
         now = self._clock()
         for asker in [asker for asker, begun in self._open.items() if begun.until < now]:
-            try:
-                self._forget(asker)
-            except StateError as error:  # whoever calls sees nothing of it
-                log.warning("%s: a charge could not be given back: %s", self._chair.name, error)
+            self._forget(asker)
 
     def _no(self, letter: Letter, error: SecureFedCoLLMError) -> Letter:
         why = b"unable" if isinstance(error, StateError) else b"refused"

@@ -113,8 +113,8 @@ def begin_answering(ledger: Ledger, study: Study, answers: Ledger, book: str) ->
     """
     of = f"{answers_study(study)} {book}"
     noted, rows = ledger.noted(of), answers.rows()
-    if noted is not None:
-        found = rows[noted.rows - 1].digest if 1 <= noted.rows <= len(rows) else None
+    if noted is not None and noted.rows:  # else the first start had noted an empty one
+        found = rows[noted.rows - 1].digest if noted.rows <= len(rows) else None
         if found != noted.digest:
             raise EvidenceError(
                 f"{answers.owner}: the ledger of answers is older than {answers.owner}'s own "

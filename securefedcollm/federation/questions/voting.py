@@ -64,6 +64,8 @@ log = logging.getLogger(__name__)
 
 MOST_DROPPED: Final = 256
 """Polls of one asker that a silo's process lets end before any vote left."""
+MOST_ASKED: Final = 2048
+"""Polls of one asker that a silo's process begins: each makes every later one a little slower."""
 _ANEW: Final = "ask a new one"
 READY: Final = b"ready"
 """The reply to every poll."""
@@ -123,6 +125,7 @@ class Booth:
             records; a plain one, since this class writes the evidence.
         evidence: the silo's log; it begins with ``opened``.
         dropped: asker → how many of its polls ended before any vote left.
+        asked: asker → how many of its polls began.
     """
 
     study: Study
@@ -137,6 +140,7 @@ class Booth:
     ledger: Ledger
     evidence: EvidenceLog
     dropped: Counter[str] = field(default_factory=Counter)
+    asked: Counter[str] = field(default_factory=Counter)
 
     def open(self, asker: str) -> BoothConversation:
         """For one question of ``asker``, whose frames the engine knows to be from there.
@@ -251,6 +255,14 @@ class BoothConversation:
                 peer=asker,
                 hint="whoever serves the records starts the process again to allow more",
             )
+        if booth.asked[asker] >= MOST_ASKED:
+            # Adversary: an asker whose questions retrieve nothing, so that nobody pays. They would
+            # fill the disk, and a slot: then it could choose where in a slot the rest ends.
+            raise RemoteProtocolError(
+                f"asked {MOST_ASKED} questions",
+                peer=asker,
+                hint="whoever serves the records starts the process again to allow more",
+            )
         if any(entry.key.run == charge_of(poll.digest) for entry in booth.ledger.entries()):
             # Adversary: an asker, or a relay, that has one question summed twice, with other noise;
             # also after the silo has changed its file.
@@ -262,6 +274,7 @@ class BoothConversation:
     def _begin(self, asked: _Asked) -> bytes:
         """The work on this silo's own records."""
         booth, (poll, votes, *_) = self._booth, asked
+        booth.asked[self._asker] += 1
         content, reservation = self._paid(asked)
         vector = votes.protect(content, NoiseSource())
         side = silo_side(

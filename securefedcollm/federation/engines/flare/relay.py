@@ -19,6 +19,7 @@ from nvflare.collab import collab
 from securefedcollm.errors import TransportError
 from securefedcollm.federation.engines.door import Wire, knock
 from securefedcollm.federation.engines.flare.processes import DOOR
+from securefedcollm.federation.engines.pace import MOST
 
 _CALL_TIMEOUT: Final = 20.0
 """Seconds for a chunk to cross and its answer to come: less than 1 Mbit/s is no connection."""
@@ -110,7 +111,8 @@ def _serve(wire: Wire, proxy: Any) -> None:
 
 def _call(proxy: Any, call: Any) -> list[Any]:
     method, *arguments = call
-    patience = float(arguments[-1]) if method == "pull" else 0.0
+    # A silo at work answers whatever else is called at its next tick.
+    patience = float(arguments[-1]) if method == "pull" else MOST
     try:
         return list(getattr(proxy(timeout=_CALL_TIMEOUT + patience), method)(*arguments))
     except Exception as error:  # FLARE has many kinds for what may happen on the way
