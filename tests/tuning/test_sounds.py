@@ -109,11 +109,15 @@ def test_rows_with_the_same_label_are_different_records(tmp_path: Path) -> None:
     arrays = read(
         in_lines(tmp_path, *({"audio": spoken(i).tolist(), "label": "yes"} for i in (1, 2)))
     )
-    content = [{"bytes": wav(spoken(i)), "path": "x.wav"} for i in (1, 2)]
-    pq.write_table(pa.table({"audio": content, "label": ["yes"] * 2}), tmp_path / "rows.parquet")
-    for found in (arrays, read(tmp_path / "rows.parquet")):
-        assert len({q.row for q in found}) == 2
-        assert all(q.row for q in found)
+    found = {"arrays": arrays}
+    for form, names in {"bytes": (None, None), "names": ("x.wav", "y.wav")}.items():
+        content = [{"bytes": wav(spoken(i + 1)), "path": name} for i, name in enumerate(names)]
+        table = pa.table({"audio": content, "label": ["yes"] * 2})
+        pq.write_table(table, tmp_path / "rows.parquet")
+        found[form] = read(tmp_path / "rows.parquet")
+    for form, questions in found.items():
+        assert len({q.row for q in questions}) == 2, form
+        assert all(q.row for q in questions), form
 
 
 REPORT = "The patient asks for water and a nurse."
