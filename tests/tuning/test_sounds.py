@@ -153,6 +153,7 @@ FAULTY: dict[str, tuple[Any, str]] = {
     "no kind": (riff((b"data", bytes(9999))), "does not say what its samples are"),
     "half a kind": (riff((b"fmt ", PCM[:9])), "does not say what its samples are"),
     "two kinds": (riff((b"fmt ", PCM), (b"fmt ", PCM)), "says twice"),
+    "many parts": (riff(*[(b"note", b"")] * 1000, (b"fmt ", PCM)), "has over 1,000 parts"),
     "other rate": (wav(spoken(1), rate=44_100), "has 44,100 samples a second, and not 16,000"),
     "stereo": (wav(spoken(1, 2 * LEAST), channels=2), "has 2 channels"),
     "deep": (wav(np.zeros(3 * LEAST, dtype=np.uint8), width=3), "has 24 bits a sample"),
