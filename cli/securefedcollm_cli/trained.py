@@ -384,8 +384,7 @@ def choose_model(
         assert model is not None
         part = part_of(task or "")
         loaded = load_named(model, revision, dtype or "float32", base_dir=data, part=part)
-        if part == "audio":
-            loaded = hearing(loaded, seconds_beside(adapter))
+        loaded = hearing(loaded, seconds_beside(adapter if part == "audio" else None))
     else:
         from securefedcollm.study import load_study
 
