@@ -372,8 +372,8 @@ def choose_model(
             "exactly one of the two is needed", where="--run / --model", hint="e.g. --run runs/NAME"
         )
     from securefedcollm.federation.continuing import beside
+    from securefedcollm.federation.export import seconds_beside
     from securefedcollm.federation.tuned import fold_earlier, part_of
-    from securefedcollm.study.config import Task
     from securefedcollm.tuning.classifiers import set_head
     from securefedcollm.tuning.models import find_device, hearing, load_model
     from securefedcollm.tuning.quantised import check_quantization, quantise, round_weights
@@ -384,7 +384,7 @@ def choose_model(
         assert model is not None
         part = part_of(task or "")
         loaded = load_named(model, revision, dtype or "float32", base_dir=data, part=part)
-        loaded = hearing(loaded, Task().max_seconds)
+        loaded = hearing(loaded, seconds_beside(adapter if part == "audio" else None))
     else:
         from securefedcollm.study import load_study
 

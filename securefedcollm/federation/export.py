@@ -8,15 +8,18 @@ is the model card. Both follow from the study and the base model alone, and hold
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, Final
 
-from securefedcollm.foreign import printable
+from securefedcollm.errors import ConfigError
+from securefedcollm.foreign import printable, read_object
 from securefedcollm.study import Study, digest
 from securefedcollm.study.config import Model, Task
 from securefedcollm.tuning.formats import CLASSIFY, QUESTION, Asking, cue_of
 from securefedcollm.tuning.frozen import PMI_PROMPT
 from securefedcollm.tuning.question import BY_LETTER, CUE
 from securefedcollm.tuning.questions import Normalisation
+from securefedcollm.tuning.sounds import LEAST, MOST_SECONDS, RATE
 from securefedcollm.tuning.tokenise import INSTRUCTION
 from securefedcollm.version import __version__
 
@@ -85,6 +88,34 @@ def beside_adapter(study: Study, model: Model, base: bytes, *, chat: bool) -> di
     contract = task_contract(study, model, base, chat=chat)
     text = json.dumps(contract, indent=2, ensure_ascii=False) + "\n"
     return {CONTRACT: text.encode(), CARD: model_card(study, contract).encode()}
+
+
+def seconds_beside(adapter: Path | None) -> float:
+    """The seconds of a recording that an adapter in ``adapter`` was tuned to hear.
+
+    Returns:
+        What its contract says; without an adapter or a contract, a study's usual ones.
+
+    Raises:
+        ConfigError: the contract cannot be read, or says what no study can.
+    """
+    if adapter is None or not (file := adapter / CONTRACT).exists():
+        return Task().max_seconds
+    try:
+        said = read_object(file).get("max_seconds", Task().max_seconds)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot be read ({type(error).__name__})",
+            where=str(file),
+            hint="put back the file that the run wrote",
+        ) from None
+    if not isinstance(said, int | float) or not LEAST / RATE <= said <= MOST_SECONDS:
+        raise ConfigError(
+            "max_seconds is no number from 0.1 to 60",
+            where=str(file),
+            hint="put back the file that the run wrote",
+        )
+    return float(said)
 
 
 def task_contract(study: Study, model: Model, base: bytes, *, chat: bool) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import torch
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.foreign import printable
-from securefedcollm.tuning.image_processor import FILE
+from securefedcollm.tuning.image_processor import FILE, asks
 from securefedcollm.tuning.recipe import quiet_transformers
 from securefedcollm.tuning.signals import Signal
 from securefedcollm.tuning.sounds import RATE, Samples, unfold
@@ -181,7 +181,7 @@ def processor_of(name: str, config: Any, source: str, **options: Any) -> AudioPr
         ) from error
     try:
         return read_settings(found, config)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ConfigError(
             f"its {FILE} asks for what is not known here: {printable(error, 120)}",
             where=source,
@@ -196,7 +196,7 @@ def read_settings(found: Mapping[str, Any], config: Any) -> AudioProcessor:
         config: of the model, for the size of its input.
 
     Raises:
-        KeyError, TypeError, ValueError: it describes none.
+        KeyError, TypeError, ValueError, OverflowError: it describes none.
     """
     by_samples = "Wav2Vec2FeatureExtractor" if hasattr(config, "conv_stride") else ""
     kind = str(found.get("feature_extractor_type", by_samples))  # older files name none
@@ -212,7 +212,7 @@ def read_settings(found: Mapping[str, Any], config: Any) -> AudioProcessor:
     if (form := _FORMS[kind]) == "samples":
         if int(found.get("feature_size", 1)) != 1:
             raise ValueError("feature_size")
-        return AudioProcessor(form, bool(found.get("do_normalize", True)))
+        return AudioProcessor(form, asks(found, "do_normalize", True))
     if form == "whisper":
         if found.get("do_normalize"):
             raise ValueError("do_normalize")
@@ -223,7 +223,7 @@ def read_settings(found: Mapping[str, Any], config: Any) -> AudioProcessor:
     if not abs(mean) <= _LARGEST or not 1 / _LARGEST <= std <= _LARGEST:
         raise ValueError("mean or std")
     asked = int(found.get("num_mel_bins", 128)), int(found.get("max_length", 1024))
-    made = AudioProcessor(form, bool(found.get("do_normalize", True)), *asked, mean, std)
+    made = AudioProcessor(form, asks(found, "do_normalize", True), *asked, mean, std)
     return _of_size(made, (int(config.num_mel_bins), int(config.max_length)))
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from securefedcollm.foreign import decode_json, printable
@@ -25,9 +25,9 @@ _SCALAR: Final = re.compile(
 _BRACKETS: Final = frozenset({("[", "]"), ("{", "}")})
 _SPELT: Final = re.compile(r"""[\[{] ?["'\[{\]}0-9tfnTFN-]""")
 _MOST_SPELT: Final = 1 << 20
-_FILE_NAME: Final = re.compile(
-    r".*\.(?:png|jpe?g|webp|bmp|tiff?|dcm|wav|flac|mp3|ogg|opus|m4a)", re.IGNORECASE
-)
+_FILE_NAME: Final = re.compile(r".*\.(?:png|jpe?g|webp|bmp|tiff?|dcm)", re.IGNORECASE)
+"""Not of recordings: rows in ledgers are known by this, and a longer list would renew them."""
+_ANY_FILE: Final = re.compile(r".*\.[a-z][a-z0-9]{1,4}", re.IGNORECASE)
 _LONG: Final = 1600
 """Numbers of the shortest recording that is read."""
 _PROSE: Final = 4
@@ -86,14 +86,18 @@ def whole_row(row: Row, *, signals: bool = False) -> bytes:
     Args:
         row: all of it, under the file's names of the columns.
         signals: the task reads pictures or recordings. Then files and arrays of numbers in the row
-            count too if a label and names of files are all its text.
+            count too if a label and names of image files are all its text. A flat list, as a
+            recording may be written, counts only if there is neither one of these nor a file name.
 
     Raises:
         BadField: a cell holds a list that is too long to be taken apart.
     """
     texts = {text for name, value in row.items() for text in _texts(value, name)}
     if signals and not _tells_apart(texts):
-        texts.update(found for value in row.values() for found in _contents(value))
+        found = {one for value in row.values() for one in _contents(value, _is_array)}
+        if not found and not any(_ANY_FILE.fullmatch(text) for text in texts):
+            found = {one for value in row.values() for one in _contents(value, _is_recording)}
+        texts |= found
     return row_digest(texts)
 
 
@@ -107,32 +111,32 @@ def _tells_apart(texts: Iterable[str]) -> bool:
     return len(said) > 1 or any(len(text.split()) >= _PROSE for text in said)
 
 
-def _contents(value: object) -> Iterator[str]:
-    """Digests of the files and of the arrays of numbers in a value."""
+def _contents(value: object, counts: Callable[[object], bool]) -> Iterator[str]:
+    """Digests of the files in a value, and of the lists that count."""
     if isinstance(value, str):
         value = _written_out(folded(value), "")  # a cell of CSV
     if isinstance(value, bytes):
         yield f"file {hashlib.sha256(value).hexdigest()}"
     elif isinstance(value, dict):
         for one in value.values():
-            yield from _contents(one)
-    elif _is_array(value):
+            yield from _contents(one, counts)
+    elif counts(value):
         spelt = json.dumps(value, default=str)
         yield f"array {hashlib.sha256(spelt.encode()).hexdigest()}"
     elif isinstance(value, list | tuple):
         for one in value:
-            yield from _contents(one)
+            yield from _contents(one, counts)
 
 
 def _is_array(value: object) -> bool:
-    """Whether a value is rows of numbers, as a picture may be written, or a long list, as a
-    recording may."""
-    if not isinstance(value, list) or not value:
-        return False
-    first = value[0]
-    if isinstance(first, list):
-        return bool(first) and isinstance(first[0], list | int | float)
-    return isinstance(first, int | float) and len(value) >= _LONG
+    """Whether a value is rows of numbers, as a picture may be written."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, list) and bool(first) and isinstance(first[0], list | int | float)
+
+
+def _is_recording(value: object) -> bool:
+    """Whether a value is a long list of numbers, as a recording may be written."""
+    return isinstance(value, list) and len(value) >= _LONG and isinstance(value[0], int | float)
 
 
 def _texts(value: object, name: str) -> Iterator[str]:

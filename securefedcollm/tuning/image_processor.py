@@ -165,7 +165,7 @@ def processor_of(name: str, config: Any, source: str, **options: Any) -> ImagePr
         ) from error
     try:
         return read_settings(found, config)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ConfigError(
             f"its {FILE} asks for what is not known here: {printable(error, 120)}",
             where=source,
@@ -180,25 +180,26 @@ def read_settings(found: Mapping[str, Any], config: Any) -> ImageProcessor:
         config: of the model's vision part, for the size of its input.
 
     Raises:
-        KeyError, TypeError, ValueError: it describes none.
+        KeyError, TypeError, ValueError, OverflowError: it describes none.
     """
     _refuse_steps(found)
     channels = int(getattr(config, "num_channels", 3))
     height, width = _pair(config.image_size)
     resize: tuple[int, ...] | None = None
-    if found.get("do_resize", True):
+    if asks(found, "do_resize", True):
         resize = _size(found["size"], _kind(found, config))
-    if found.get("do_center_crop", False):
+    if asks(found, "do_center_crop", False):
         given = found.get("crop_size", config.image_size)
         crop = _size(given, _SQUARE[0])
     else:
         crop = (height, width) if resize is None else resize
     if crop != (height, width):
         raise ValueError(f"inputs of {crop} for a model of {(height, width)}")
-    normal = found.get("do_normalize", True)
+    normal = asks(found, "do_normalize", True)
     mean = [float(v) for v in found["image_mean"]] if normal else [0.0]
     std = [float(v) for v in found["image_std"]] if normal else [1.0]
-    factor = float(found.get("rescale_factor", 1 / 255)) if found.get("do_rescale", True) else 1.0
+    rescale = asks(found, "do_rescale", True)
+    factor = float(found.get("rescale_factor", 1 / 255)) if rescale else 1.0
     if channels not in (1, 3) or not mean or len(mean) != len(std):
         raise ValueError("number of colours, image_mean or image_std")
     if not all(abs(v) <= _LARGEST for v in mean) or not 0 < factor <= _LARGEST:
@@ -219,6 +220,18 @@ def read_settings(found: Mapping[str, Any], config: Any) -> ImageProcessor:
         mean=tuple(mean * (channels // len(mean))),
         std=tuple(std * (channels // len(std))),
     )
+
+
+def asks(found: Mapping[str, Any], step: str, usual: bool) -> bool:
+    """Whether a file asks for a step: true or false, as 1, 0 or null too.
+
+    Raises:
+        ValueError: it says anything else, such as "no", which Python takes for true.
+    """
+    value = found.get(step, usual)
+    if value not in (True, False, None):
+        raise ValueError(step)
+    return bool(value)
 
 
 def _refuse_steps(found: Mapping[str, Any]) -> None:

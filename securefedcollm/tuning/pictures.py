@@ -200,9 +200,13 @@ def as_array(picture: bytes) -> list[Any]:
 def from_array(value: Any) -> bytes:
     """Nested lists of whole numbers from 0 to 255, [H][W] or [H][W][C], packed.
 
+    Adversary: a list with one long text. An array of it would hold every number as wide as that.
+
     Raises:
         UnreadableError: they are no such numbers, or form no rectangle.
     """
+    if not _numbers(value, 3):
+        raise UnreadableError("is no rectangle of whole numbers")
     try:
         found = np.asarray(value)
     except ValueError:
@@ -215,3 +219,10 @@ def from_array(value: Any) -> bytes:
         raise UnreadableError("has numbers outside of 0 to 255")
     _refuse_size(found.shape[1], found.shape[0])
     return pack(found.astype(np.uint8))
+
+
+def _numbers(value: Any, depth: int) -> bool:
+    """Whether a value is a number, or lists of numbers, at most ``depth`` within each other."""
+    if isinstance(value, list):
+        return depth > 0 and all(_numbers(one, depth - 1) for one in value)
+    return isinstance(value, int | float)

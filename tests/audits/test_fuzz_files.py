@@ -121,6 +121,18 @@ def test_a_footer_that_ended_the_process_ends_in_one_line():
     assert fuzz_files.data(script) in {"DataError", "read"}
 
 
+@pytest.mark.parametrize("kind", ["image_classification", "audio_classification"])
+def test_a_long_text_among_numbers_ends_in_one_line(kind, monkeypatch):
+    """NumPy made every number as wide as the text: two gigabytes of half a megabyte."""
+    monkeypatch.setattr(fuzz_files, "altered", lambda content, dice: b"")
+    made = []
+    whole = seeds.crowded
+    monkeypatch.setattr(seeds, "crowded", lambda *how: made.append(how) or whole(*how))
+    script = bytes([tuple(seeds.ROWS).index(kind), 0, 1, 1, 7, 255, 255])
+    assert fuzz_files.bounded(fuzz_files.data, fuzz_files.SECONDS, script) == "DataError"
+    assert made == [(kind, (1 << 19) - 1)]
+
+
 def test_a_slow_reader_a_large_one_and_an_error_that_acts_are_findings():
     def large(script):
         return str(len(bytearray(fuzz_files.BYTES + (1 << 28))))

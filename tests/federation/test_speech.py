@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.federation.cotuning import SiloTuning
 from securefedcollm.federation.dealing import deal
 from securefedcollm.federation.estimate import estimate
+from securefedcollm.federation.export import seconds_beside
 from securefedcollm.federation.sizes import update_values
 from securefedcollm.federation.tuned import Tuned, adapted
 from securefedcollm.study import load_study
 from securefedcollm.tuning import class_builtin, wards
 from securefedcollm.tuning.adapters import layout_of, quiet_peft
+from securefedcollm.tuning.data import write_questions
 from securefedcollm.tuning.identity import weights_digest
 from securefedcollm.tuning.sounds import pack
 from tests.support.sounds import FAMILIES, saved, tiny_study
@@ -93,6 +96,48 @@ def test_a_run_is_measured_again_from_its_files(run: Any, directory: Path) -> No
     (row,) = [row for row in run.table if (row.model, row.method) == ("slm", "FedCoLLM")]
     assert found["general"]["accuracy"] == pytest.approx(row.accuracy["general"])
     assert len(found["all"]["confusion"]) == 8
+
+
+def measured(directory: Path, test: Path, *source: str) -> tuple[int, str]:
+    words = ["model", "evaluate", "--test", str(test), "--data", str(directory), "--json"]
+    result = CliRunner().invoke(app, [*words, *source])
+    return result.exit_code, result.output
+
+
+def test_an_adapter_hears_as_much_as_its_run_did(run: Any, directory: Path, tmp_path: Path) -> None:
+    """Without the run: what lies beside the adapter says how long a recording counts."""
+    questions = deal(tiny_study(directory), None).test
+    write_questions(tmp_path / "test.jsonl", questions, "subject", "audio_classification")
+    adapter = tmp_path / "adapter"
+    shutil.copytree(directory / "run" / "adapters" / "slm", adapter)
+    bare = ["--model", str(directory / "slm"), "--adapter", str(adapter)]
+    bare += ["--task", "audio_classification"]
+    for label in wards.LABELS:
+        bare += ["--label", label]
+    code, again = measured(
+        directory, tmp_path / "test.jsonl", "--run", str(directory / "run"), "--role", "slm"
+    )
+    assert code == 0, again
+    assert measured(directory, tmp_path / "test.jsonl", *bare) == (0, again)
+    contract = json.loads((adapter / "task.json").read_text())
+    (adapter / "task.json").write_text(json.dumps(contract | {"max_seconds": 2.0}))
+    code, longer = measured(directory, tmp_path / "test.jsonl", *bare)  # the control
+    assert code == 0
+    assert longer != again
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["[]", "{", *(f'{{"max_seconds": {said}}}' for said in ('"long"', "0", "NaN", "9" * 400))],
+)
+def test_a_contract_that_says_no_length_is_refused(said: str, tmp_path: Path) -> None:
+    assert seconds_beside(None) == seconds_beside(tmp_path) == 10.0
+    (tmp_path / "task.json").write_text('{"max_seconds": 2}')
+    assert seconds_beside(tmp_path) == 2.0  # the control
+    (tmp_path / "task.json").write_text(said)
+    with pytest.raises(ConfigError, match=r"max_seconds is no number|cannot be read") as refused:
+        seconds_beside(tmp_path)
+    assert refused.value.where == str(tmp_path / "task.json")
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,29 @@ def test_older_files_mean_what_they_mean_in_transformers(family: str, tmp_path: 
 @pytest.mark.parametrize(
     "more",
     [
+        {"size": {"height": float("inf"), "width": SIDE}},
+        {"image_mean": [10**400, 0, 0]},
+        {"resample": float("inf")},
+        {"rescale_factor": 10**400},
+    ],
+)
+def test_a_number_beyond_all_bounds_is_no_traceback(more: dict[str, Any], tmp_path: Path) -> None:
+    file, sight = tmp_path / "preprocessor_config.json", CLIPVisionConfig(image_size=SIDE)
+    usual = PLAIN_FILE | {"size": {"height": SIDE, "width": SIDE}}
+    file.write_text(json.dumps(usual))
+    assert processor_of(str(tmp_path), sight, "path:x").height == SIDE  # the control
+    file.write_text(json.dumps(usual | more))
+    with pytest.raises(ConfigError, match="asks for what is not known"):
+        processor_of(str(tmp_path), sight, "path:x")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"do_normalize": "no"},
+        {"do_resize": "no"},
+        {"do_center_crop": []},
+        {"do_rescale": "false"},
         {"do_flip_channel_order": True},
         {"do_pad": True},
         {"rescale_offset": True},

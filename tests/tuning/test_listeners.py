@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from securefedcollm.errors import ConfigError
 from securefedcollm.tuning.adapters import attach, full_layout, layout_of, select
-from securefedcollm.tuning.audio_processor import AudioProcessor, read_settings
+from securefedcollm.tuning.audio_processor import processor_of, read_settings
 from securefedcollm.tuning.classifiers import head_of, own_labels, places_of, set_head
 from securefedcollm.tuning.independence import made_up_adapter
 from securefedcollm.tuning.local import check_records, records_of
@@ -285,12 +285,23 @@ def test_a_file_that_asks_for_what_is_not_done_is_refused(
 
 
 @pytest.mark.parametrize(
-    "more", [{"mean": float("nan")}, {"std": 0.0}, {"std": float("inf")}, {"max_length": 9}]
+    "more",
+    [
+        {"mean": float("nan")},
+        {"mean": 10**400},
+        {"std": 0.0},
+        {"std": float("inf")},
+        {"max_length": 9},
+        {"max_length": float("inf")},
+        {"max_length": 10**400},
+        {"do_normalize": "no"},
+    ],
 )
 def test_numbers_out_of_bounds_are_refused(more: dict[str, Any], tmp_path: Path) -> None:
     PROCESSORS["AST"].save_pretrained(tmp_path)
     usual = json.loads((tmp_path / "preprocessor_config.json").read_text())
     config = FAMILIES["AST"]().config
-    assert isinstance(read_settings(usual, config), AudioProcessor)
-    with pytest.raises(ValueError, match=r"mean|inputs"):
-        read_settings(usual | more, config)
+    assert processor_of(str(tmp_path), config, "path:x") == PROCESSORS["AST"]  # the control
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(usual | more))
+    with pytest.raises(ConfigError, match=r"mean|inputs|float|normal"):
+        processor_of(str(tmp_path), config, "path:x")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from typer.testing import CliRunner
 
 from securefedcollm.errors import DataError
 from securefedcollm.tuning.adpcm import decoded, encoded
+from securefedcollm.tuning.attached import UnreadableError
 from securefedcollm.tuning.data import read_questions, write_questions
+from securefedcollm.tuning.media import PICTURE, SOUND, Medium
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.sounds import (
     LEAST,
@@ -109,11 +112,15 @@ def test_rows_with_the_same_label_are_different_records(tmp_path: Path) -> None:
     arrays = read(
         in_lines(tmp_path, *({"audio": spoken(i).tolist(), "label": "yes"} for i in (1, 2)))
     )
-    content = [{"bytes": wav(spoken(i)), "path": "x.wav"} for i in (1, 2)]
-    pq.write_table(pa.table({"audio": content, "label": ["yes"] * 2}), tmp_path / "rows.parquet")
-    for found in (arrays, read(tmp_path / "rows.parquet")):
-        assert len({q.row for q in found}) == 2
-        assert all(q.row for q in found)
+    found = {"arrays": arrays}
+    for form, names in {"bytes": (None, None), "names": ("x.wav", "y.wav")}.items():
+        content = [{"bytes": wav(spoken(i + 1)), "path": name} for i, name in enumerate(names)]
+        table = pa.table({"audio": content, "label": ["yes"] * 2})
+        pq.write_table(table, tmp_path / "rows.parquet")
+        found[form] = read(tmp_path / "rows.parquet")
+    for form, questions in found.items():
+        assert len({q.row for q in questions}) == 2, form
+        assert all(q.row for q in questions), form
 
 
 REPORT = "The patient asks for water and a nurse."
@@ -146,6 +153,7 @@ FAULTY: dict[str, tuple[Any, str]] = {
     "no kind": (riff((b"data", bytes(9999))), "does not say what its samples are"),
     "half a kind": (riff((b"fmt ", PCM[:9])), "does not say what its samples are"),
     "two kinds": (riff((b"fmt ", PCM), (b"fmt ", PCM)), "says twice"),
+    "many parts": (riff(*[(b"note", b"")] * 1000, (b"fmt ", PCM)), "has over 1,000 parts"),
     "other rate": (wav(spoken(1), rate=44_100), "has 44,100 samples a second, and not 16,000"),
     "stereo": (wav(spoken(1, 2 * LEAST), channels=2), "has 2 channels"),
     "deep": (wav(np.zeros(3 * LEAST, dtype=np.uint8), width=3), "has 24 bits a sample"),
@@ -156,6 +164,10 @@ FAULTY: dict[str, tuple[Any, str]] = {
     "few numbers": ([1, 2, 3], "shorter than a tenth of a second"),
     "too loud": ([40_000] * LEAST, "outside of -32768 to 32767"),
     "fractions": ([0.5] * LEAST, "is no list of whole numbers"),
+    "a text": (["x", *[0] * LEAST], "is no list of whole numbers"),
+    "truth values": ([True] * LEAST, "is no list of whole numbers"),
+    "lists": ([[1]] * LEAST, "is no list of whole numbers"),
+    "beyond all scales": ([2**62, *[0] * LEAST], "outside of -32768 to 32767"),
     "a number": (7, "is a int, and no recording"),
     "missing": (None, "is missing"),
 }
@@ -182,6 +194,23 @@ def test_a_bad_recording_is_named_by_its_line_and_nothing_of_it_is_told(
     assert problem in refused.value.problem
     assert "secret" not in str(refused.value)
     assert len(read(in_lines(folder, good))) == 1  # the control
+
+
+@pytest.mark.parametrize("medium", [SOUND, PICTURE], ids=lambda medium: medium.noun)
+def test_one_long_text_among_numbers_takes_no_memory(medium: Medium) -> None:
+    """Adversary: a file of kilobytes, of which an array of texts takes gigabytes."""
+    row = ["x" * 50_000, *[""] * LEAST]
+    value = row if medium is SOUND else [row]
+    tracemalloc.start()
+    try:
+        with pytest.raises(UnreadableError, match="whole numbers"):
+            medium.array(value)
+        taken = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert taken < 1 << 20
+    row = ["x" * 500, *[""] * LEAST]
+    assert np.asarray(row).nbytes > 500 * LEAST  # the control, a hundredth as wide
 
 
 def test_data_check_finds_what_a_poor_archive_holds(tmp_path: Path) -> None:

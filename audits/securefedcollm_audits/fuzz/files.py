@@ -173,6 +173,7 @@ def _mended(member: bytes, dice: Dice) -> bytes:
 def data(script: bytes) -> str:
     """A file of records, for every kind of task and in every format."""
     from securefedcollm.tuning.data import inspect_rows, read_questions
+    from securefedcollm.tuning.media import MEDIA
 
     dice = Dice(script)
     kind, suffix = dice.one_of(tuple(seeds.ROWS)), dice.one_of((".jsonl", ".csv", ".parquet"))
@@ -180,6 +181,8 @@ def data(script: bytes) -> str:
     options: dict[str, Any] = {"kind": kind, "labels": ["no", "yes"] if "class" in kind else []}
     if dice.below(4) == 0:
         options["owner"] = "subject"
+    if kind in MEDIA and suffix == ".jsonl" and dice.below(4) == 1:
+        content = seeds.crowded(kind, dice.below(1 << 19)) + content
     with on_disk(f"rows{suffix}", content) as path:
         try:
             for _, row in inspect_rows(path, **options):

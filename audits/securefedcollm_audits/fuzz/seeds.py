@@ -76,6 +76,13 @@ def records(kind: str, suffix: str) -> bytes:
     return file.getvalue()
 
 
+def crowded(kind: str, count: int) -> bytes:
+    """A line whose picture or recording has one text of ``count`` letters among its numbers."""
+    row: list[Any] = ["x" * count, *[0] * 2000]
+    column, value = ("audio", row) if kind == "audio_classification" else ("image", [row])
+    return json.dumps({column: value, "label": "yes"}).encode() + b"\n"
+
+
 def picture(form: str) -> bytes:
     """A small picture as an image file, with an orientation where the format has one."""
     from PIL import Image
