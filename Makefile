@@ -27,7 +27,7 @@ test: $(VENV)/.ready  ## the tests, but for those of make soak
 soak: $(VENV)/.ready  ## the tests that take four seconds to minutes: typed pages, real roles, kills, long searches
 	$(PYTEST) -m "soak and not long"
 
-long: $(VENV)/.ready  ## the tests that take more minutes than every change can wait: the page on own data, documents over the network
+long: $(VENV)/.ready  ## the tests that take more minutes than every change can wait: the page on own data, the rehearsal, a chain of studies over FLARE, documents over the network
 	$(PYTEST) -m long
 
 check: $(VENV)/.ready  ## lint, format, types, import contracts

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.typed import type_page
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.soak, pytest.mark.long, pytest.mark.timeout(900)]
 
 
 def test_the_rehearsal(tmp_path):

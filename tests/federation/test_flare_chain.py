@@ -25,7 +25,7 @@ from tests.support.consortium import SILOS, make_homes
 from tests.support.inputs import make_inputs
 from tests.support.members import write_signed
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.soak, pytest.mark.long, pytest.mark.timeout(900)]
 
 MAIN = "from securefedcollm_cli.main import main; main()"
 
