@@ -22,10 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from securefedcollm.errors import ConfigError
-from securefedcollm.foreign import printable
-from securefedcollm.tuning.image_processor import FILE, asks
-from securefedcollm.tuning.recipe import quiet_transformers
+from securefedcollm.tuning.processor_file import FILE, LARGEST, asks, processor_in_file
 from securefedcollm.tuning.signals import Signal
 from securefedcollm.tuning.sounds import RATE, Samples, unfold
 
@@ -41,7 +38,6 @@ _HOP: Final = RATE // 100
 _FRAME: Final = 400
 _EMPHASIS: Final = 0.97
 _FLOOR: Final = {"kaldi": 2.0**-23, "whisper": 1e-10}
-_LARGEST: Final = 1e6
 _MOST_FRAMES: Final = 6000
 _MOST_BINS: Final = 512
 
@@ -170,23 +166,13 @@ def processor_of(name: str, config: Any, source: str, **options: Any) -> AudioPr
     """
     from transformers import FeatureExtractionMixin
 
-    try:
-        with quiet_transformers():
-            found, _ = FeatureExtractionMixin.get_feature_extractor_dict(name, **options)
-    except Exception as error:  # a broken file makes the library raise anything
-        raise ConfigError(
-            f"its {FILE} cannot be read ({type(error).__name__})",
-            where=source,
-            hint="add the file that the model was trained with: it says how recordings are scaled",
-        ) from error
-    try:
-        return read_settings(found, config)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise ConfigError(
-            f"its {FILE} asks for what is not known here: {printable(error, 120)}",
-            where=source,
-            hint="use a family that docs/speech.md lists, such as Wav2Vec2, HuBERT, AST or Whisper",
-        ) from error
+    return processor_in_file(
+        lambda: FeatureExtractionMixin.get_feature_extractor_dict(name, **options),
+        lambda found: read_settings(found, config),
+        source=source,
+        scaled="recordings",
+        hint="use a family that docs/speech.md lists, such as Wav2Vec2, HuBERT, AST or Whisper",
+    )
 
 
 def read_settings(found: Mapping[str, Any], config: Any) -> AudioProcessor:
@@ -220,7 +206,7 @@ def read_settings(found: Mapping[str, Any], config: Any) -> AudioProcessor:
         asked = int(found.get("feature_size", 80)), int(found.get("chunk_length", 30)) * 100
         return _of_size(AudioProcessor(form, False, *asked), size)
     mean, std = float(found.get("mean", -4.2677393)), float(found.get("std", 4.5689974))
-    if not abs(mean) <= _LARGEST or not 1 / _LARGEST <= std <= _LARGEST:
+    if not abs(mean) <= LARGEST or not 1 / LARGEST <= std <= LARGEST:
         raise ValueError("mean or std")
     asked = int(found.get("num_mel_bins", 128)), int(found.get("max_length", 1024))
     made = AudioProcessor(form, asks(found, "do_normalize", True), *asked, mean, std)

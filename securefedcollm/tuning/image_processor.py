@@ -17,13 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from securefedcollm.errors import ConfigError
-from securefedcollm.foreign import printable
 from securefedcollm.tuning.pictures import Pixels, pillow, unfold
-from securefedcollm.tuning.recipe import quiet_transformers
+from securefedcollm.tuning.processor_file import FILE, LARGEST, asks, processor_in_file
 from securefedcollm.tuning.signals import Signal
 
-FILE: Final = "preprocessor_config.json"
 _LUMA: Final = (19595, 38470, 7471)  # of 65536: ITU-R 601, as Pillow has it
 _SHORTEST: Final = ("CLIP",)
 """Kinds of processor for which a single number is the length of the shorter side."""
@@ -33,7 +30,6 @@ _STEPS: Final = frozenset({"resize", "center_crop", "rescale", "normalize", "con
 """What a file may ask for with ``do_…``."""
 _FILTERS: Final = range(6)
 _MOST_SIDE: Final = 2048
-_LARGEST: Final = 1e6
 
 
 @dataclass(frozen=True)
@@ -154,23 +150,13 @@ def processor_of(name: str, config: Any, source: str, **options: Any) -> ImagePr
     """
     from transformers.image_processing_base import ImageProcessingMixin
 
-    try:
-        with quiet_transformers():
-            found, _ = ImageProcessingMixin.get_image_processor_dict(name, **options)
-    except Exception as error:  # a broken file makes the library raise anything
-        raise ConfigError(
-            f"its {FILE} cannot be read ({type(error).__name__})",
-            where=source,
-            hint="add the file that the model was trained with: it says how pictures are scaled",
-        ) from error
-    try:
-        return read_settings(found, config)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise ConfigError(
-            f"its {FILE} asks for what is not known here: {printable(error, 120)}",
-            where=source,
-            hint="give size, image_mean and image_std in the form that ViT or CLIP have them",
-        ) from error
+    return processor_in_file(
+        lambda: ImageProcessingMixin.get_image_processor_dict(name, **options),
+        lambda found: read_settings(found, config),
+        source=source,
+        scaled="pictures",
+        hint="give size, image_mean and image_std in the form that ViT or CLIP have them",
+    )
 
 
 def read_settings(found: Mapping[str, Any], config: Any) -> ImageProcessor:
@@ -202,9 +188,9 @@ def read_settings(found: Mapping[str, Any], config: Any) -> ImageProcessor:
     factor = float(found.get("rescale_factor", 1 / 255)) if rescale else 1.0
     if channels not in (1, 3) or not mean or len(mean) != len(std):
         raise ValueError("number of colours, image_mean or image_std")
-    if not all(abs(v) <= _LARGEST for v in mean) or not 0 < factor <= _LARGEST:
+    if not all(abs(v) <= LARGEST for v in mean) or not 0 < factor <= LARGEST:
         raise ValueError("image_mean or rescale_factor")
-    if not all(1 / _LARGEST <= v <= _LARGEST for v in std):
+    if not all(1 / LARGEST <= v <= LARGEST for v in std):
         raise ValueError("image_std")
     if (resample := int(found.get("resample", 2))) not in _FILTERS:
         raise ValueError(f"resample {resample}")
@@ -220,18 +206,6 @@ def read_settings(found: Mapping[str, Any], config: Any) -> ImageProcessor:
         mean=tuple(mean * (channels // len(mean))),
         std=tuple(std * (channels // len(std))),
     )
-
-
-def asks(found: Mapping[str, Any], step: str, usual: bool) -> bool:
-    """Whether a file asks for a step: true or false, as 1, 0 or null too.
-
-    Raises:
-        ValueError: it says anything else, such as "no", which Python takes for true.
-    """
-    value = found.get(step, usual)
-    if value not in (True, False, None):
-        raise ValueError(step)
-    return bool(value)
 
 
 def _refuse_steps(found: Mapping[str, Any]) -> None:

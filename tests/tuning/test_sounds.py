@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import soundfile
 from securefedcollm_cli.main import app
 from typer.testing import CliRunner
 
@@ -252,7 +253,6 @@ def checked(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def test_flac_is_the_same_record(tmp_path: Path) -> None:
-    soundfile = pytest.importorskip("soundfile")
     samples = spoken(1)
     soundfile.write(tmp_path / "a.flac", samples, 16_000, subtype="PCM_16")
     (tmp_path / "a.wav").write_bytes(wav(samples))

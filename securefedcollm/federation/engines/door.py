@@ -121,10 +121,15 @@ class Door:
         # Whoever comes when the house is full waits. Adversary: a server that parks many calls and
         # makes more: turned away at once, they would tell how busy this process is meanwhile.
         self._room.acquire()
-        if self._closed:
+        visit = threading.Thread(target=self._meet, args=(Wire(connection),), daemon=True)
+        try:
+            if self._closed:
+                raise ConnectionAbortedError("the door has closed")
+            visit.start()
+        except (OSError, RuntimeError):
             connection.close()
-            return
-        threading.Thread(target=self._meet, args=(Wire(connection),), daemon=True).start()
+            self._room.release()
+            raise
 
     def _meet(self, wire: Wire) -> None:
         self._wires.add(wire)
