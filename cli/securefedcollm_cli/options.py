@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from securefedcollm.study.learning import RowKind
+
 if TYPE_CHECKING:
     from securefedcollm.study.config import Task
 
@@ -94,16 +96,8 @@ Unable = Annotated[
     ),
 ]
 
-Kind = Literal[
-    "multiple_choice",
-    "classification",
-    "instruction",
-    "text",
-    "image_classification",
-    "audio_classification",
-]
 TaskKind = Annotated[
-    Kind | None,
+    RowKind | None,
     typer.Option("--task", help="Kind of the file's rows [the study's task; multiple_choice]."),
 ]
 Labels = Annotated[
@@ -120,7 +114,7 @@ Columns = Annotated[
 
 
 def task_of(
-    kind: Kind | None,
+    kind: RowKind | None,
     labels: Sequence[str] | None,
     columns: Sequence[str] | None,
     template: str | None = None,

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, Literal
 import typer
 
 from securefedcollm.federation.sizes import BUILTIN_RECORDS, BUILTIN_SUBJECTS
+from securefedcollm.study.learning import RowKind
 from securefedcollm_cli.options import Json, Labels
 
 _RECORDS: Final = 1000
@@ -33,14 +34,7 @@ def new(
         ),
     ] = None,
     task: Annotated[
-        Literal[
-            "multiple_choice",
-            "classification",
-            "instruction",
-            "text",
-            "image_classification",
-            "audio_classification",
-        ],
+        RowKind,
         typer.Option("--task", help="Kind of a record; the study file explains each kind."),
     ] = "multiple_choice",
     label: Labels = None,

@@ -208,15 +208,7 @@ class Task(Section, frozen=True):
 
     data: Annotated[Data, says("Which records there are.")] = Data()
     kind: Annotated[
-        Literal[
-            "multiple_choice",
-            "classification",
-            "instruction",
-            "text",
-            "image_classification",
-            "audio_classification",
-            "own",
-        ],
+        Literal[RowKind, "own"],
         says(
             "What a record is. `multiple_choice`: question, choices, answer. `classification`: "
             "text and label; the model scores the labels as words. `instruction`: instruction "

@@ -5,16 +5,8 @@ from __future__ import annotations
 from typing import Any, Final, Literal, NamedTuple
 
 from securefedcollm.aggregation.steps import SchemeName
-from securefedcollm.study.learning import VIRTUAL, VIRTUAL_TOKENS
+from securefedcollm.study.learning import VIRTUAL, VIRTUAL_TOKENS, RowKind
 
-Kind = Literal[
-    "multiple_choice",
-    "classification",
-    "instruction",
-    "text",
-    "image_classification",
-    "audio_classification",
-]
 Unit = Literal["record", "subject", "silo"]
 Method = Literal["ffa-lora", "rolora", "lora", "prompt", "prefix", "full"]
 
@@ -27,7 +19,7 @@ class Choices(NamedTuple):
     """The choices that nobody can make for the participants."""
 
     name: str
-    kind: Kind
+    kind: RowKind
     labels: list[str]
     slm: dict[str, str]
     """``source`` and, for a hub model, ``revision``."""
