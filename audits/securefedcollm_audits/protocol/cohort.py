@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -54,6 +54,12 @@ def recorded(label: str) -> RandomSource:
         return bytes(buffer)
 
     return read
+
+
+class Confidant(Protocol):
+    """Whoever colluders tell their secrets."""
+
+    def collude(self, index: int, header: RoundHeader, random: RandomSource) -> None: ...
 
 
 @dataclass
@@ -169,7 +175,7 @@ class Cohort:
         self.betray(spy, self.header)
         return spy
 
-    def betray(self, spy: Spy, header: RoundHeader) -> None:
+    def betray(self, spy: Confidant, header: RoundHeader) -> None:
         """The colluders hand the spy their secrets of one attempt."""
         for name in self.names[self.silos - self.colluders :]:
             spy.collude(self.roster.index(name), header, self.randomness(name, header))

@@ -187,7 +187,7 @@ def graph_second_attempt() -> Outcome:
     lists = next(iter(signed.values())).lists
     puppet.open(names, names, {n: one.signature for n, one in signed.items()}, lists)
     header = altered(cohort.header, attempt=1)
-    cohort.tell(puppet.spy, header)
+    cohort.betray(puppet.spy, header)
     fresh = {name: cohort.member(name, header=header) for name in names}
     again = GraphPuppet(cohort, fresh, puppet.spy)
     again.ask(header)

@@ -99,13 +99,8 @@ class GraphCohort(Cohort):
     def notebook(self) -> GraphSpy:
         """A spy that knows the colluders' secrets of this attempt."""
         spy = GraphSpy(self.roster)
-        self.tell(spy, self.header)
+        self.betray(spy, self.header)
         return spy
-
-    def tell(self, spy: GraphSpy, header: RoundHeader) -> None:
-        """The colluders hand the spy their secrets of one attempt."""
-        for name in self.names[self.silos - self.colluders :]:
-            spy.collude(self.roster.index(name), header, self.randomness(name, header))
 
 
 class GraphPuppet:
