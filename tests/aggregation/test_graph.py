@@ -27,13 +27,24 @@ from securefedcollm.aggregation.masking.graph.bounds import (
     shares_for,
 )
 from securefedcollm.aggregation.masking.graph.coordinator import GraphCoordinatorRound
-from securefedcollm.aggregation.masking.graph.messages import Draw, Letters, Shares
+from securefedcollm.aggregation.masking.graph.messages import (
+    Challenge,
+    Draw,
+    Letters,
+    Members,
+    Neighbours,
+    Peer,
+    Post,
+    Proof,
+    Shares,
+    Tally,
+)
 from securefedcollm.aggregation.masking.graph.silo import GraphSiloRound
 from securefedcollm.aggregation.masking.messages import BOX_BYTES, Advertise, Refusal
-from securefedcollm.aggregation.messages import decode, sign
+from securefedcollm.aggregation.messages import UNSIGNED, decode, sign
 from securefedcollm.aggregation.steps import GRAPH_TRANSITIONS, Step
 from securefedcollm.errors import ConfigError, LocalProtocolError, ProtocolError
-from securefedcollm.primitives import merkle_root, sha256
+from securefedcollm.primitives import AgreementKey, merkle_root, sha256
 
 STEPS = tuple(GRAPH_TRANSITIONS)
 
@@ -149,6 +160,7 @@ def resigned(cohort, name, kind, change):
         (Advertise, lambda m: altered(m, mask_public=bytes(32)), "small order"),
         (Draw, lambda m: altered(m, roll=bytes(32)), "another roll"),
         (Letters, lambda m: altered(m, dealt=m.dealt[1:]), "does not fit its draw"),
+        (Challenge, lambda m: altered(m, tally=bytes(32)), "another tally"),
         (Shares, lambda m: altered(m, shares=(bytes(33), *m.shares[1:])), "wrong share"),
         (Shares, lambda m: altered(m, shares=m.shares[1:]), "other lists"),
     ],
@@ -193,6 +205,57 @@ def test_shares_of_another_secret_name_their_dealer() -> None:
     change = resigned(cohort, bad, Letters, lambda m: altered(m, seed_commitment=bytes(32)))
     with pytest.raises(ProtocolError, match="shares of another secret"):
         played(cohort, reply=change)
+
+
+# Malicious server --------------------------------------------------------------------------------
+
+
+def two_sets(cohort, post):
+    """One sender that the silo knows from its neighbours, with other keys, which it signed too."""
+    at = next(i for i, peer in enumerate(post.senders) if peer.index in cohort.known)
+    peer = post.senders[at]
+    keys = [AgreementKey(sha256(bytes([place]))).public for place in (1, 2)]
+    entry = Advertise(cohort.header.digest, peer.index, UNSIGNED, *keys)
+    other = Peer.of(sign(entry, cohort.keys[cohort.roster.name(peer.index)]))
+    return altered(post, senders=(*post.senders[:at], other, *post.senders[at + 1 :]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "refusal"),
+    [
+        (Members, lambda c, m: altered(m, members=b""), "a roll that is no set"),
+        (Post, lambda c, m: altered(m, letters=m.letters[1:]), "one letter of each sender"),
+        (Post, lambda c, m: altered(m, senders=m.senders[::-1]), "have not dealt"),
+        (Post, two_sets, "two sets of"),
+        (Tally, lambda c, m: altered(m, signers=b""), "silos that do not survive"),
+        (Proof, lambda c, m: altered(m, signatures=m.signatures[1:]), "another number of"),
+        (
+            Proof,
+            lambda c, m: altered(m, signatures=(bytes(64), *m.signatures[1:])),
+            "that it had not counted",
+        ),
+        (Proof, lambda c, m: altered(m, uploads=m.uploads[1:]), "the upload of every survivor"),
+    ],
+)
+def test_a_silo_refuses_what_breaks_a_rule_and_the_others_go_on(kind, change, refusal) -> None:
+    cohort = GraphCohort(silos=14, minimum=9, label=f"server {refusal}")
+    cohort.known = set()
+    victim = cohort.names[0]
+
+    def request(step, name, frame):
+        if name == victim and step is Step.SHARE:
+            cohort.known = {peer.index for peer in decode(Neighbours, frame, "server").peers}
+        if name != victim:
+            return frame
+        try:
+            message = decode(kind, frame, "server")
+        except ProtocolError:
+            return frame
+        return change(cohort, message).encode()
+
+    _, result = played(cohort, request=request)
+    assert refusal in result.excluded[victim]
+    assert np.array_equal(result.sum, cohort.plain_sum(result.survivors))
 
 
 # Positive controls: the attacks of `audit protocol` work where the defence is missing ------------
