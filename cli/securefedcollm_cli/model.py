@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from securefedcollm.errors import ConfigError
+from securefedcollm_cli.model_words import print_models
 from securefedcollm_cli.options import Json
 from securefedcollm_cli.progress import Bars
 from securefedcollm_cli.trained import (
@@ -19,7 +20,6 @@ from securefedcollm_cli.trained import (
     generate,
     load_named,
     merge,
-    print_models,
 )
 
 if TYPE_CHECKING:

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
-import socket
 import sqlite3
-import struct
-import subprocess
-import sys
 import threading
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 
 from securefedcollm.errors import CryptoError, StateError, TransportError
-from securefedcollm.federation.engines import door as door_module
 from securefedcollm.federation.engines import link as link_module
 from securefedcollm.federation.engines import requests as requests_module
-from securefedcollm.federation.engines.door import Door, Wire, knock
-from securefedcollm.federation.engines.link import (
-    Pulled,
-    SiloInbox,
-    Unknown,
-    answer_calls,
-    deliver,
-    result_of,
-)
-from securefedcollm.federation.engines.pace import Pace
+from securefedcollm.federation.engines.link import Pulled, SiloInbox, Unknown, deliver
 from securefedcollm.federation.engines.requests import (
     HEADER_BYTES,
     Followed,
@@ -39,31 +23,7 @@ from securefedcollm.federation.engines.requests import (
     sign_request,
 )
 from securefedcollm.primitives import SigningKey
-
-SESSION = b"s" * 16
-SERVER, STUDY = SigningKey(b"k" * 32), b"d" * 32
-
-
-def signed(parcel: Parcel, frame: bytes, key: SigningKey = SERVER) -> bytes:
-    return sign_request(key, STUDY, "silo-1", parcel, frame) + frame
-
-
-def bring(link, parcel: Parcel, frame: bytes, deadline: float, **more) -> bytes:
-    header = sign_request(SERVER, STUDY, "silo-1", parcel, frame)
-    return deliver(link, parcel, frame, deadline, header=header, **more)
-
-
-class Port:
-    """Answers with the frame reversed, and counts."""
-
-    def __init__(self, seconds: float = 0.0) -> None:
-        self.frames: list[bytes] = []
-        self.seconds = seconds
-
-    def step(self, frame: bytes) -> bytes:
-        self.frames.append(frame)
-        time.sleep(self.seconds)
-        return frame[::-1]
+from tests.support.parcels import SERVER, SESSION, STUDY, Port, bring, inboxes, signed, soon
 
 
 @pytest.fixture(autouse=True)
@@ -73,24 +33,8 @@ def small_chunks(monkeypatch):
 
 @pytest.fixture
 def silo(tmp_path):
-    """Start inboxes that work in a thread each: ``silo(port) -> inbox``. All are of one home."""
-    stop, threads = threading.Event(), []
-
-    def start(port, limit=1000):
-        check = partial(check_header, SERVER.public, STUDY, "silo-1")
-        inbox = SiloInbox(port, limit, check, Followed(tmp_path / "followed"))
-        threads.append(threading.Thread(target=inbox.serve, args=(stop.is_set,)))
-        threads[-1].start()
-        return inbox
-
-    yield start
-    stop.set()
-    for thread in threads:
-        thread.join()
-
-
-def soon() -> float:
-    return time.monotonic() + 10
+    with inboxes(tmp_path / "followed") as start:
+        yield start
 
 
 def test_a_frame_crosses_in_chunks_and_its_reply_too(silo):
@@ -464,223 +408,3 @@ def test_what_ends_a_silo_is_told_in_a_line_without_a_record(tmp_path, caplog, c
     assert bring(inbox, parcel, b"train", soon()) == b"niart"
     stop.set()
     thread.join()
-
-
-# ---- what the time of a call tells ----
-
-
-class Held:
-    """Works until it is told to end."""
-
-    def __init__(self, pace: Pace | None) -> None:
-        self.pace, self.end = pace, threading.Event()
-        self.frames: list[bytes] = []
-
-    def step(self, frame: bytes) -> bytes:
-        self.frames.append(frame)
-        if self.pace is not None:
-            self.pace.begin()
-        assert self.end.wait(20)
-        return frame[::-1]
-
-
-TICK = 0.3
-CALLS = {
-    "pull": lambda inbox: inbox.pull(Parcel(SESSION, 1), 0, 0.0),
-    "old pull": lambda inbox: inbox.pull(Parcel(SESSION, 0), 0, 0.0),
-    "old push": lambda inbox: inbox.push(Parcel(SESSION, 0), HEADER_BYTES + 1, 0, b""),
-    "forged push": lambda inbox: inbox.push(Parcel(SESSION, 2), HEADER_BYTES + 1, 0, b"x" * 97),
-    "absurd push": lambda inbox: inbox.push(Parcel(SESSION, 2), 1 << 40, 0, b""),
-    "nonsense": lambda inbox: link_module._answer(inbox, ["what"]),
-}
-
-
-@pytest.mark.parametrize("call", CALLS)
-def test_while_a_request_is_worked_out_a_call_ends_at_a_tick_or_with_the_reply(tmp_path, call):
-    """Adversary: the server, which calls again and again to see how far the work on records is.
-
-    Control: without a pace the same calls are answered at any moment of the work.
-    """
-    answered = {}
-    for pace in (None, Pace(TICK)):
-        port, stop = Held(pace), threading.Event()
-        check = partial(check_header, SERVER.public, STUDY, "silo-1")
-        inbox = SiloInbox(port, 100, check, Followed(tmp_path / f"followed-{pace is None}"), pace)
-        thread = threading.Thread(target=inbox.serve, args=(stop.is_set,))
-        raw = signed(Parcel(SESSION, 1), b"poll")
-        inbox.push(Parcel(SESSION, 1), len(raw), 0, raw)
-        thread.start()
-        while not port.frames:
-            time.sleep(0.001)
-        began = time.monotonic()
-        for _ in range(2):
-            with contextlib.suppress(TransportError, Unknown):
-                CALLS[call](inbox)
-        answered[pace is not None] = time.monotonic() - began
-        waiting = threading.Thread(target=lambda i=inbox: i.pull(Parcel(SESSION, 1), 0, 20.0))
-        waiting.start()
-        port.end.set()
-        waiting.join(20)
-        assert not waiting.is_alive()
-        assert inbox.pull(Parcel(SESSION, 1), 0, 20.0).chunk == b"llop"
-        stop.set()
-        thread.join()
-    assert answered[True] > 1.5 * TICK  # each waited for the next tick
-    assert answered[False] < answered[True] / 2
-
-
-def test_ticks_count_from_when_the_work_on_records_began(monkeypatch):
-    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
-    pace = Pace(0.5)
-    assert [pace.after(at) for at in (99.0, 100.0, 100.4, 100.5, 101.9)] == [
-        *(100.5, 100.5, 100.5, 101.0, 102.0)
-    ]
-    monkeypatch.setattr(time, "monotonic", lambda: 100.2)
-    pace.begin()
-    assert pace.after(100.4) == pytest.approx(100.7)
-    # A slot of a training may last a day; carriers need to hear of the silo.
-    assert Pace(86_400.0).after(125.2) == pytest.approx(130.2)
-
-
-def test_a_request_supersedes_one_that_is_worked_out_under_a_pace(tmp_path):
-    """And a call that waits for a tick does not keep the silo from ending."""
-    pace = Pace(0.05)
-    port, stop = Held(pace), threading.Event()
-    check = partial(check_header, SERVER.public, STUDY, "silo-1")
-    inbox = SiloInbox(port, 100, check, Followed(tmp_path / "followed"), pace)
-    thread = threading.Thread(target=inbox.serve, args=(stop.is_set,))
-    thread.start()
-    with pytest.raises(TransportError, match="no reply in time"):
-        bring(inbox, Parcel(SESSION, 0), b"abandoned", time.monotonic() + 0.2)
-    threading.Timer(0.2, port.end.set).start()
-    assert bring(inbox, Parcel(SESSION, 1), b"newer", soon()) == b"rewen"
-    assert port.frames == [b"abandoned", b"newer"]
-    stop.set()
-    thread.join()
-
-
-# ---- the door ----
-
-
-def test_calls_through_the_door(silo):
-    inbox = silo(Port())
-    with Door(answer_calls(inbox)) as door:
-        assert door.path.parent.stat().st_mode & 0o777 == 0o700
-        with knock(str(door.path)) as wire:
-            raw = signed(Parcel(SESSION, 0), b"abc")
-            wire.send(["push", SESSION, 0, len(raw), 0, raw])
-            assert result_of(wire.receive()) == [len(raw)]
-            wire.send(["push", SESSION, 1, len(raw), 0, raw])
-            with pytest.raises(TransportError, match="did not sign"):
-                result_of(wire.receive())
-            wire.send(["pull", SESSION, 0, 0, 5.0])
-            assert result_of(wire.receive()) == [3, b"cba"]
-            wire.send(["pull", SESSION, 7, 0, 0.0])
-            with pytest.raises(Unknown):
-                result_of(wire.receive())
-            for nonsense in (["push", 1, 2], ["nothing"], {"a": 1}, 7, None):
-                wire.send(nonsense)
-                with pytest.raises(TransportError, match="no such call"):
-                    result_of(wire.receive())
-    assert not door.path.parent.exists()
-    with pytest.raises(FileNotFoundError), knock(str(door.path)):
-        pass
-
-
-KILLED = """
-import os, signal
-from securefedcollm.federation.engines.door import Door
-print(Door(lambda wire: None).path, flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def test_a_door_stands_in_the_users_own_place_and_a_killed_ones_is_removed(tmp_path, monkeypatch):
-    place = tmp_path / "run"
-    place.mkdir(mode=0o700)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place))
-    said = subprocess.run(
-        [sys.executable, "-c", KILLED], stdout=subprocess.PIPE, check=False
-    ).stdout
-    left = Path(said.decode().strip())
-    assert left.exists()
-    with Door(lambda wire: None) as door, Door(lambda wire: None) as other:
-        assert door.path.parent.parent == place == left.parent.parent
-        assert not left.parent.exists()
-        assert door.path.exists()
-        assert other.path.exists()
-    assert not list(place.iterdir())
-
-
-@pytest.mark.parametrize("name", ["x" * 100, "absent", "open"])
-def test_a_place_that_is_no_good_for_a_door_is_passed_over(tmp_path, monkeypatch, name):
-    """Too long for a socket, not there, or open to others, who could put a door of theirs there."""
-    place = tmp_path / name
-    if name != "absent":
-        place.mkdir()
-        place.chmod(0o777 if name == "open" else 0o700)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place))
-    monkeypatch.setattr(door_module.tempfile, "gettempdir", lambda: str(place))
-    with Door(lambda wire: None) as door, knock(str(door.path)):
-        assert not place.exists() or not list(place.iterdir())
-
-
-def test_whoever_comes_when_the_house_is_full_waits_and_hears_nothing():
-    """Adversary: a server that parks calls and counts how fast more of them are turned away, to see
-    how busy the silo is. Control: when a place is free, the visitor is heard."""
-    met = threading.Event()
-
-    def visit(wire):
-        wire.receive()
-        met.set()
-
-    with Door(visit, visitors=1) as door, knock(str(door.path)):
-        wait_until(lambda: len(door._wires) == 1)
-        with knock(str(door.path)) as late:
-            late.send(["attend"])
-            time.sleep(0.2)
-            assert not late.gone
-            assert not met.is_set()
-    with Door(visit, visitors=1) as door:
-        with knock(str(door.path)):
-            wait_until(lambda: len(door._wires) == 1)
-        with knock(str(door.path)) as late:
-            late.send(["attend"])
-            assert met.wait(5)
-
-
-def test_the_silo_knows_whether_a_job_of_the_carrier_runs(silo):
-    inbox = silo(Port())
-    with Door(answer_calls(inbox)) as door:
-        with knock(str(door.path)) as wire:
-            wire.send(["attend"])
-            wait_until(lambda: inbox.attended)
-        wait_until(lambda: not inbox.attended)
-
-
-def wait_until(happens) -> None:
-    deadline = time.monotonic() + 5
-    while not happens():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize(
-    "raw", [struct.pack(">I", 1 << 31), struct.pack(">I", 3) + b"\xc1\xc1\xc1"]
-)
-def test_a_message_that_is_none_is_not_read(raw):
-    ours, theirs = socket.socketpair()
-    theirs.sendall(raw)
-    with pytest.raises(TransportError):
-        Wire(ours).receive()
-    theirs.close()
-    ours.close()
-
-
-def test_the_end_of_the_other_side_is_told():
-    ours, theirs = socket.socketpair()
-    theirs.sendall(struct.pack(">I", 10) + b"half")
-    theirs.close()
-    with pytest.raises(EOFError):
-        Wire(ours).receive()
-    ours.close()

@@ -33,6 +33,7 @@ from securefedcollm.tuning.adapters import layout_of, quiet_peft
 from securefedcollm.tuning.data import write_questions
 from securefedcollm.tuning.identity import weights_digest
 from securefedcollm.tuning.sounds import pack
+from tests.support.signals import run_without_noise
 from tests.support.sounds import FAMILIES, saved, tiny_study
 
 SPEECH = Path(__file__).parents[2] / "configs" / "speech.yaml"
@@ -45,11 +46,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(directory: Path) -> Any:
-    """Without noise, which is quick. The quick start has it."""
-    study = tiny_study(
-        directory, privacy=None, local={"steps": 2, "batch_size": 8, "learning_rate": 0.01}
-    )
-    return sfc.simulate(study, out=directory / "run", data=directory, workers=0)
+    return run_without_noise(tiny_study, directory)
 
 
 def test_a_run_ends_in_evidence_that_verifies(run: Any) -> None:

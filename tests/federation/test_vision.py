@@ -29,6 +29,7 @@ from securefedcollm.tuning import class_builtin, digits
 from securefedcollm.tuning.adapters import layout_of, quiet_peft
 from securefedcollm.tuning.identity import weights_digest
 from tests.support.pictures import tiny_study
+from tests.support.signals import run_without_noise
 
 VISION = Path(__file__).parents[2] / "configs" / "vision.yaml"
 
@@ -40,11 +41,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(directory: Path) -> Any:
-    """Without noise, which is quick. The quick start has it."""
-    study = tiny_study(
-        directory, privacy=None, local={"steps": 2, "batch_size": 8, "learning_rate": 0.01}
-    )
-    return sfc.simulate(study, out=directory / "run", data=directory, workers=0)
+    return run_without_noise(tiny_study, directory)
 
 
 def test_a_run_ends_in_evidence_that_verifies(run: Any, directory: Path) -> None:

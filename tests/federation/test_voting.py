@@ -5,43 +5,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
-from securefedcollm_audits.protocol.poll_cohort import longest_choices, shown
+from securefedcollm_audits.protocol.poll_cohort import shown
 from securefedcollm_audits.verification.verify import verify
 
 from securefedcollm.aggregation import SUITE
-from securefedcollm.aggregation.messages import UNSIGNED, sign
+from securefedcollm.aggregation.messages import UNSIGNED
 from securefedcollm.errors import (
-    BudgetExceeded,
     ConfigError,
     DataError,
-    EvidenceError,
     LocalProtocolError,
     ProtocolError,
     RemoteProtocolError,
 )
 from securefedcollm.evidence.bundle import make_bundle
-from securefedcollm.evidence.entries import Refused
-from securefedcollm.federation.questions import voting
-from securefedcollm.federation.questions.polls import (
-    Poll,
-    make_poll,
-    poll_header,
-    sum_header,
-    votes_of,
-)
+from securefedcollm.federation.questions.polls import make_poll, poll_header, sum_header, votes_of
 from securefedcollm.federation.questions.records import ModelReader, index_records, load_reader
-from securefedcollm.federation.questions.voting import READY, Booth, count_labels
-from securefedcollm.primitives import SigningKey
-from securefedcollm.privacy.accounts import Overlaps
-from securefedcollm.privacy.events import Gaussian
-from securefedcollm.privacy.ledger import Ledger
-from securefedcollm.privacy.votes import MOST_CHOICES
+from securefedcollm.federation.questions.voting import READY, count_labels
 from securefedcollm.simulation.polling import Polls
 from securefedcollm.study import digest
 from securefedcollm.tuning.content import folded
@@ -51,9 +35,10 @@ from tests.support.polling import (
     QUESTION,
     RECORDS,
     Voters,
+    asked,
     booth_of,
+    charged,
     record,
-    spent,
     votes,
 )
 
@@ -61,13 +46,6 @@ from tests.support.polling import (
 @pytest.fixture(scope="module")
 def voters(tmp_path_factory: pytest.TempPathFactory) -> Voters:
     return Voters(tmp_path_factory.mktemp("voters"))
-
-
-def charged(run: Path, name: str) -> list[int]:
-    """How many different questions of records each question charged, oldest first."""
-    (book,) = (run / "silos" / name).glob("ledger.answers-*.sqlite")
-    with Ledger(book, name) as ledger:
-        return [len(ledger.stored(e.about.records)) for e in ledger.entries() if e.counted]
 
 
 def test_records_vote_and_only_the_retrieved_pay(voters, tmp_path):
@@ -101,15 +79,6 @@ def test_votes_are_masked_between_all_silos_where_rounds_are_on_a_graph(tmp_path
     bundle.write_bytes(make_bundle(tmp_path / "run"))
     verdict = verify(bundle)
     assert verdict.holds, [row for row in verdict.results if row.status == "fail"]
-
-
-def test_a_record_that_has_spent_its_budget_is_no_longer_retrieved(voters, tmp_path):
-    once = Voters(voters.data, questions=1)
-    with once.polls(tmp_path / "run") as polls:
-        # Settled with the shares of four silos instead of three, and still too little for another.
-        assert [votes(polls) for _ in range(2)] == [[2, 1, 0], [0, 0, 0]]
-        assert votes(polls, "w30 w31 w32") == [0, 1, 0]  # another record has its own budget
-    assert charged(tmp_path / "run", "silo-1") == [2, 0, 0]
 
 
 def seen(polls: Polls, question: str) -> tuple[list[int], list[int], list[dict[str, Any]]]:
@@ -155,124 +124,6 @@ def _fail(poll: Any) -> Any:
         raise ValueError("w1 w2 w3")  # a record's words
 
     return reading
-
-
-def test_what_an_asker_makes_a_silo_do_depends_on_no_record(voters, tmp_path):
-    """Adversary: an asker whose choices take long to fold, and who counts the records that a
-    question retrieved by the time of the reply.
-
-    Control: a reader that is called for each of them folds as often as there are.
-    """
-    folds = list[str]()
-
-    def folding(text: str) -> str:
-        folds.append(text)
-        return folded(text)
-
-    poll = make_poll(voters.study, bytes(16), SigningKey.generate(), QUESTION, longest_choices())
-    assert len(poll.encode()) > Poll.LIMIT * 0.9
-    read = count_labels([folded(f"w{number}") for number in range(900)], folding)
-    found, one_by_one = [], []
-    for many in (0, 900):
-        chosen, none = np.arange(900) < many, np.zeros(900, np.int64)
-        reading = read(poll)
-        found.append(len(folds))
-        reading(chosen, none)
-        assert len(folds) == found[-1]  # nothing of it once records are read
-        folds.clear()
-        for at in np.flatnonzero(chosen):
-            read(poll)(np.arange(900) == at, none)
-        one_by_one.append(len(folds))
-        folds.clear()
-    assert found == [MOST_CHOICES] * 2
-    assert one_by_one == [0, 900 * MOST_CHOICES]
-
-
-def test_a_silo_refuses_texts_that_take_long_to_fold_by_the_frame_alone(
-    voters, tmp_path, monkeypatch
-):
-    """Adversary: an asker with a run of accents, sorting which takes time with its square.
-
-    Control: without the check a silo folds them.
-    """
-    marks = "e" + "\u0301" * 200 + "\u0316" * 200
-    with voters.polls(tmp_path / "run") as polls:
-        booth = booth_of(polls)
-        with pytest.raises(ConfigError, match="over 30 accents"):
-            polls.ask(f"w1 {marks}", CHOICES)
-        sent = [asked(polls, question=f"w1 {marks}"), asked(polls, choices=("w50", marks))]
-        before, charges = booth.evidence.size, len(booth.ledger.entries())
-        for frame in sent:
-            with pytest.raises(RemoteProtocolError, match="over 30 accents"):
-                booth.open("server").handle(frame)
-        assert {type(entry.what) for entry in booth.evidence.entries[before:]} <= {Refused}
-        assert len(booth.ledger.entries()) == charges
-        monkeypatch.setattr(voting, "stream_safe", lambda text: True)
-        for frame in sent:
-            assert booth.open("server").handle(frame) == READY
-
-
-def test_a_silo_refuses_a_poll_that_is_too_long_by_itself(voters, tmp_path):
-    """Adversary: the server, whose relay would refuse it."""
-    with voters.polls(tmp_path / "run") as polls:
-        booth = booth_of(polls)
-        assert booth.open("server").handle(asked(polls, choices=longest_choices())) == READY
-        longer = asked(polls, choices=(*longest_choices()[:-1], "w50" * 2000))
-        with pytest.raises(RemoteProtocolError):
-            booth.open("server").handle(longer)
-        with pytest.raises(ConfigError, match="over 63 KiB"):
-            polls.ask(QUESTION, (*longest_choices()[:-1], "w50" * 2000))
-
-
-def abandon(booth: Booth, frame: bytes) -> None:
-    conversation = booth.open("server")
-    conversation.handle(frame)
-    conversation.close()
-
-
-def test_polls_that_an_asker_leaves_make_no_later_one_harder(voters, tmp_path, monkeypatch):
-    """Adversary: an asker that begins questions and leaves them. No record pays for those. Control:
-    questions that it goes on with are what later ones are weighed with."""
-    monkeypatch.setattr(voting, "MOST_DROPPED", 8)
-    weighed = list[int]()
-    real = Overlaps.alike
-
-    def alike(overlaps: Any, entries: Any, chosen: Any) -> Any:
-        weighed.append(len(entries))
-        return real(overlaps, entries, chosen)
-
-    monkeypatch.setattr(Overlaps, "alike", alike)
-    with voters.polls(tmp_path / "run") as polls:
-        booth = booth_of(polls)
-        for _ in range(8):
-            abandon(booth, asked(polls))
-        assert {*weighed} == {0}
-        with pytest.raises(RemoteProtocolError, match="began 8 questions and left them"):
-            booth.open("server").handle(asked(polls))
-    with voters.polls(tmp_path / "run") as polls:  # its owner begins again
-        votes(polls)
-        weighed.clear()
-        abandon(booth_of(polls), asked(polls))
-        assert {*weighed} == {1}
-
-
-def test_a_silos_process_begins_no_more_polls_of_an_asker_than_its_slot_has_room_for(
-    voters, tmp_path, monkeypatch
-):
-    """Adversary: an asker whose questions cost no record anything. Control: a poll less."""
-    monkeypatch.setattr(voting, "MOST_ASKED", 2)
-    with voters.polls(tmp_path / "run") as polls:
-        booth = booth_of(polls)
-        for _ in range(2):
-            booth.open("server").handle(asked(polls))
-        with pytest.raises(RemoteProtocolError, match="asked 2 questions"):
-            booth.open("server").handle(asked(polls))
-
-
-def asked(polls: Polls, **changes: Any) -> bytes:
-    canvass = polls._canvass
-    poll = make_poll(canvass.study, canvass.run, canvass.key, QUESTION, CHOICES)
-    return sign(msgspec.structs.replace(poll, **changes), canvass.key).encode()
 
 
 def test_a_poll_is_answered_once(voters, tmp_path):
@@ -395,97 +246,6 @@ def test_a_sum_that_breaks_off_before_the_votes_leave_costs_nothing(voters, tmp_
             assert charged(run, "silo-1") == expected
 
 
-def test_a_record_that_another_process_charged_just_now_is_not_retrieved(voters, tmp_path):
-    """A refusal would tell that some record is spent, and so would the others' silence."""
-    with voters.polls(tmp_path / "run") as polls:
-        booth, tries = booth_of(polls), []
-        ledger, known = booth.ledger, booth.shelf.known
-        reserve = ledger.reserve
-
-        def raced(*key: Any, **about: Any) -> Any:
-            tries.append(len(about["records"]))
-            if len(tries) == 1:
-                first = known.only(np.arange(len(known)) < COPIES)
-                other = ("ab" * 32, "record", "other", 0, 0, [Gaussian(0.2, 1)], (40.0, 1e-5))
-                reserve(*other, records=first, study="aa")
-            return reserve(*key, **about)
-
-        object.__setattr__(ledger, "reserve", raced)
-        assert votes(polls) == [1, 1, 0]
-        assert tries == [2 * COPIES, COPIES]
-
-
-def test_no_refusal_follows_from_a_record(voters, tmp_path):
-    with voters.polls(tmp_path / "run") as polls:
-        ledger, tries = booth_of(polls).ledger, []
-        reserve = ledger.reserve
-
-        def refusing(*key: Any, **about: Any) -> Any:
-            tries.append(len(about["records"]))
-            if len(about["records"]):
-                raise BudgetExceeded("of a record", hint="none")
-            return reserve(*key, **about)
-
-        object.__setattr__(ledger, "reserve", refusing)
-        assert votes(polls) == [1, 0, 0]
-        assert tries == [2 * COPIES, 0]
-
-
-def test_an_owner_who_pinned_less_is_asked_for_no_more(voters, tmp_path):
-    with voters.polls(tmp_path / "run"):
-        pass
-    with Ledger(tmp_path / "run" / "silos" / "silo-1" / "ledger.sqlite", "silo-1") as ledger:
-        ledger.pin(1.0, 1e-5)
-    with pytest.raises(BudgetExceeded, match="more than the owner of these records pinned"):
-        voters.polls(tmp_path / "run")
-
-
-def test_what_was_asked_shows_nowhere_but_in_noised_sums(voters, tmp_path):
-    """Adversary: an asker who chooses which records pay, and then reads whether a study may tune on
-    the file, which records it leaves out, or what ε the silo states. All of them read one ledger.
-
-    Control: the ledger of the answers themselves, which nothing else reads, tells the questions
-    apart.
-    """
-    seen = {}
-    for what, question in (("retrieves", QUESTION), ("nothing", "w9 w9")):
-        with voters.polls(tmp_path / what) as polls:
-            votes(polls, question)
-        seen[what] = spent(tmp_path / what)
-    assert seen["retrieves"] == seen["nothing"]
-    ((charge,), (worst,)) = seen["nothing"]
-    assert charge[1:] == ("settled", 3 * COPIES)
-    assert 0.9 * 40.0 < worst <= 40.0
-    assert charged(tmp_path / "retrieves", "silo-1") != charged(tmp_path / "nothing", "silo-1")
-
-
-def test_all_answers_are_paid_for_once(voters, tmp_path):
-    for _ in range(2):
-        with voters.polls(tmp_path / "run") as polls:
-            votes(polls)
-    ((charge,), _) = spent(tmp_path / "run")
-    assert charge[0][0].count == voters.study.retrieval.questions
-
-
-def test_a_ledger_without_what_was_paid_for_answers_is_refused(voters, tmp_path):
-    run = tmp_path / "run"
-    with voters.polls(run) as polls:
-        votes(polls)
-    for file in (run / "silos" / "silo-1").glob("ledger.sqlite*"):
-        file.unlink()
-    with pytest.raises(ConfigError, match="and that is gone, or an older copy"):
-        voters.polls(run)
-
-
-def test_more_survivors_do_not_buy_more_answers(voters, tmp_path):
-    """Four silos voted where three are enough. The silo's ledger was charged for three."""
-    with voters.polls(tmp_path / "run") as polls:
-        votes(polls)
-        entry, *_ = [e for e in booth_of(polls).ledger.entries() if e.counted]
-        assert entry.counted == entry.reserved
-        assert entry.state == "settled"
-
-
 def test_one_poll_is_answered_once_whatever_becomes_of_the_file(voters, tmp_path):
     """Its header is that of one sum. A second sum would have other noise."""
     with voters.polls(tmp_path / "run") as polls:
@@ -494,17 +254,6 @@ def test_one_poll_is_answered_once_whatever_becomes_of_the_file(voters, tmp_path
         changed = replace(booth, shelf=replace(booth.shelf, dataset="cd" * 32))
         with pytest.raises(RemoteProtocolError, match="the same question twice"):
             changed.open("server").handle(frame)
-
-
-def test_an_older_ledger_answers_nothing(voters, tmp_path):
-    run = tmp_path / "run"
-    with voters.polls(run) as polls:
-        votes(polls)
-    home = run / "silos" / "silo-1"
-    for file in home.glob("ledger.*"):
-        file.unlink()
-    with pytest.raises((ConfigError, EvidenceError)), voters.polls(run):
-        pass
 
 
 def test_a_silo_asks_as_one_of_the_colluders(voters, tmp_path):
@@ -587,21 +336,6 @@ def test_the_small_model_reads_and_answers_once(voters, tmp_path):
     assert abs(float(some.sum()) - 1.0) < 1e-9
     assert none.tolist() == [0.0, 0.0, 0.0]
     assert asked == [f"w20 w21 w52\n{QUESTION}", QUESTION]
-
-
-def test_tuning_and_answers_share_a_records_budget(voters, tmp_path):
-    """What a record pays elsewhere is gone here too."""
-    run = tmp_path / "run"
-    with voters.polls(run) as polls:
-        booth = booth_of(polls)
-        shelf = booth.shelf
-        booth.ledger.reserve(
-            *(shelf.dataset, "record", "training", 0, 0, [Gaussian(0.2, 1)], (40.0, 1e-5)),
-            records=shelf.known,
-            study="aa",
-        )
-        assert votes(polls) == [1, 0, 0]
-        assert votes(polls, "w30 w31 w32") == [0, 1, 0]
 
 
 def test_a_record_moves_only_answers_that_it_pays_for(voters, tmp_path):

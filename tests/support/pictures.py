@@ -21,12 +21,12 @@ from transformers import (
     ViTModel,
 )
 
-from securefedcollm.study import Study, study_from_tree
+from securefedcollm.study import Study
 from securefedcollm.tuning.image_processor import ImageProcessor
 from securefedcollm.tuning.pictures import pack, question_of
 from securefedcollm.tuning.question import Question
+from tests.support.signals import LABELS, NAMED, tiny_signal_study
 
-LABELS: Final = ("cat", "dog", "newt")
 SIDE: Final = 8
 SHAPE: Final = {
     "hidden_size": 16,
@@ -36,10 +36,6 @@ SHAPE: Final = {
     "image_size": SIDE,
     "patch_size": 4,
     "initializer_range": 0.3,
-}
-NAMED: Final = {
-    "id2label": dict(enumerate(LABELS)),
-    "label2id": {n: i for i, n in enumerate(LABELS)},
 }
 
 
@@ -112,27 +108,5 @@ def tiny_study(directory: Path, **changes: Any) -> Study:
             processor(
                 height=16, width=16, resize=None, channels=1, mean=(0.5,), std=(0.5,)
             ).save_pretrained(directory / name)
-    tree = {
-        "study": "tiny",
-        "seed": 3,
-        "rounds": 1,
-        "task": {
-            "kind": "image_classification",
-            "labels": [*"0123456789"],
-            "data": {"builtin": "digits", "per_silo": 40, "max_test": 20},
-        },
-        "models": {"llm": {"source": "path:llm"}, "slm": {"source": "path:slm"}},
-        "adapter": {"rank": 2},
-        "silos": {"count": 3},
-        "local": {
-            "steps": 2,
-            "batch_size": 24,
-            "sampling_rate": 0.2,
-            "learning_rate": 0.01,
-            "micro_batch": 16,
-        },
-        "privacy": {"epsilon": 8, "delta": 1e-5, "noise": "distributed"},
-        "aggregation": {"value_bits": 20, "clip_norm": 1.0},
-        "distillation": {"steps": 2, "batch_labelled": 4, "batch_unlabelled": 8},
-    }
-    return study_from_tree(tree | changes)
+    task = {"kind": "image_classification", "labels": [*"0123456789"]}
+    return tiny_signal_study(task, "digits", **changes)

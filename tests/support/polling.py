@@ -7,6 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from securefedcollm.aggregation.messages import sign
+from securefedcollm.federation.questions.polls import make_poll
 from securefedcollm.federation.questions.space import Space, space_of
 from securefedcollm.federation.questions.voting import Booth
 from securefedcollm.privacy.ledger import Ledger
@@ -110,3 +114,17 @@ def spent(run: Path) -> list[Any]:
         entries = ledger.entries()
         worst = [ledger.most_spent(entry).epsilon for entry in entries]
         return [[(e.counted, e.state, len(ledger.stored(e.about.records))) for e in entries], worst]
+
+
+def charged(run: Path, name: str) -> list[int]:
+    """How many different questions of records each question charged, oldest first."""
+    (book,) = (run / "silos" / name).glob("ledger.answers-*.sqlite")
+    with Ledger(book, name) as ledger:
+        return [len(ledger.stored(e.about.records)) for e in ledger.entries() if e.counted]
+
+
+def asked(polls: Polls, **changes: Any) -> bytes:
+    """The frame of a new, signed poll of the first question, with other fields if need be."""
+    canvass = polls._canvass
+    poll = make_poll(canvass.study, canvass.run, canvass.key, QUESTION, CHOICES)
+    return sign(msgspec.structs.replace(poll, **changes), canvass.key).encode()

@@ -25,18 +25,14 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from securefedcollm.study import Study, study_from_tree
+from securefedcollm.study import Study
 from securefedcollm.tuning.audio_processor import AudioProcessor
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.sounds import LEAST, RATE, pack, question_of
+from tests.support.signals import LABELS, NAMED, tiny_signal_study
 
-LABELS: Final = ("cat", "dog", "newt")
 SECONDS: Final = LEAST / RATE
 BINS: Final = 8
-NAMED: Final = {
-    "id2label": dict(enumerate(LABELS)),
-    "label2id": {n: i for i, n in enumerate(LABELS)},
-}
 SHAPE: Final = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -151,28 +147,9 @@ def tiny_study(directory: Path, **changes: Any) -> Study:
         for name, width in (("slm", 16), ("llm", 24)):
             config = Wav2Vec2Config(**{**SHAPE, "hidden_size": width}, **WAVES)
             saved(directory / name, "Wav2Vec2", lambda config=config: Wav2Vec2Model(config))
-    tree = {
-        "study": "tiny",
-        "seed": 3,
-        "rounds": 1,
-        "task": {
-            "kind": "audio_classification",
-            "labels": ["yes", "no", "stop", "help", "pain", "water", "nurse", "light"],
-            "max_seconds": 0.3,
-            "data": {"builtin": "wards", "per_silo": 40, "max_test": 20},
-        },
-        "models": {"llm": {"source": "path:llm"}, "slm": {"source": "path:slm"}},
-        "adapter": {"rank": 2},
-        "silos": {"count": 3},
-        "local": {
-            "steps": 2,
-            "batch_size": 24,
-            "sampling_rate": 0.2,
-            "learning_rate": 0.01,
-            "micro_batch": 16,
-        },
-        "privacy": {"epsilon": 8, "delta": 1e-5, "noise": "distributed"},
-        "aggregation": {"value_bits": 20, "clip_norm": 1.0},
-        "distillation": {"steps": 2, "batch_labelled": 4, "batch_unlabelled": 8},
+    task = {
+        "kind": "audio_classification",
+        "labels": ["yes", "no", "stop", "help", "pain", "water", "nurse", "light"],
+        "max_seconds": 0.3,
     }
-    return study_from_tree(tree | changes)
+    return tiny_signal_study(task, "wards", **changes)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from securefedcollm.federation import roles
+from securefedcollm.federation.questions import letters as post
 from securefedcollm.federation.questions.polling import Opinion
+from securefedcollm.federation.questions.polls import make_poll
 from securefedcollm.federation.roles import Member
 from securefedcollm.federation.workload import silent
 from securefedcollm.study import load_study
@@ -67,3 +71,25 @@ class VoteNetwork(Network):
 def votes(opinion: Opinion) -> list[int]:
     """For each choice, in records of :data:`~.polling.RECORDS`."""
     return [round(vote / COPIES) for vote in opinion.tally.votes]
+
+
+def begun(signed: SignedVoters, place: Path, **records: Any) -> VoteNetwork:
+    """Everybody's processes, with homes of their own in ``place``, and :data:`~.polling.RECORDS`
+    unless ``records`` has others (by silo)."""
+    shutil.copytree(signed.homes["server"].parent, place / "homes")
+    homes = {name: place / "homes" / path.name for name, path in signed.homes.items()}
+    return VoteNetwork(signed, homes, {**RECORDS, **records})
+
+
+def called(network: VoteNetwork, words: str, askers: tuple[str, ...]) -> list[str]:
+    """The kinds of letters with which silo-2 answers all of them in one call."""
+    port, study = network.ports["silo-2"], network.members["silo-2"].study
+    polls = [
+        make_poll(study, port._run, network.members[who].key, words, CHOICES) for who in askers
+    ]
+    letters = [
+        post.Letter(who, os.urandom(16), "poll", poll.encode())
+        for who, poll in zip(askers, polls, strict=True)
+    ]
+    reply = port.step(post.encode(post.Carry(port._run, letters)))
+    return [letter.kind for letter in post.decode_carried(reply, "silo-2").letters]

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from securefedcollm_audits.privacy.coupling import PaddedRecords
 from torch import nn
 from transformers import (
     AutoImageProcessor,
@@ -25,26 +24,15 @@ from securefedcollm.tuning.attached import UnreadableError
 from securefedcollm.tuning.classifiers import orthogonal, own_labels, set_head
 from securefedcollm.tuning.image_processor import processor_of, read_settings
 from securefedcollm.tuning.independence import made_up_adapter
-from securefedcollm.tuning.local import check_records, records_of
+from securefedcollm.tuning.local import check_records
 from securefedcollm.tuning.models import load_model
-from securefedcollm.tuning.passes import Widths
 from securefedcollm.tuning.per_record import question_losses
 from securefedcollm.tuning.pictures import MOST_RATIO, from_array, pack
-from securefedcollm.tuning.plans import LossPlan
 from securefedcollm.tuning.questions import PLAIN, EncodedQuestions, choice_scores, encode
 from securefedcollm.tuning.recipe import evaluation_mode
 from securefedcollm.tuning.signals import Signal
-from tests.support.pictures import (
-    FAMILIES,
-    HEADLESS,
-    LABELS,
-    SIDE,
-    noise,
-    processor,
-    saved,
-)
-
-LOSS = LossPlan(kind="answer", scoring=PLAIN, micro_batch=16)
+from tests.support.pictures import FAMILIES, HEADLESS, SIDE, noise, processor, saved
+from tests.support.signals import LABELS, LOSS, gradients_and_control
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -87,7 +75,8 @@ def test_every_record_has_its_own_gradient_and_no_company_moves_it(directory: Pa
     parameters = select(model, layout)
     with made_up_adapter(model, 0.3), evaluation_mode(model):
         (alone, apart), (together, coupled) = (
-            _gradients(model, data.select(torch.arange(count))) for count in (2, 6)
+            gradients_and_control(model, data.select(torch.arange(count)), Normalised)
+            for count in (2, 6)
         )
         losses = question_losses(model, data.select(torch.tensor([1])), "answer", PLAIN)
         wanted = torch.autograd.grad(losses.sum(), parameters)
@@ -134,26 +123,6 @@ class Normalised(EncodedQuestions):
         )
         ones = torch.ones_like(batch.signal.scale)
         return replace(batch, signal=Signal(scaled, ones, torch.zeros_like(ones)))
-
-
-def _gradients(model: Any, data: EncodedQuestions) -> tuple[np.ndarray, np.ndarray]:
-    """Each record's, by the product and by the control: [n, d]."""
-    layout = layout_of(model, "ffa-lora")
-    control = PaddedRecords(
-        model,
-        select(model, layout),
-        Normalised(**vars(data)),
-        loss="answer",
-        scoring=PLAIN,
-        widths=Widths(1, 16),
-    )
-    found = []
-    for records in (records_of(model, layout, data, LOSS), control):
-        out = np.zeros((len(data), layout.size))
-        for rows, gradients in records.of_records(np.arange(len(data))):
-            out[rows] = torch.cat([gradient.flatten(1) for gradient in gradients], 1).numpy()
-        found.append(out)
-    return found[0], found[1]
 
 
 @pytest.mark.parametrize("family", HEADLESS)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from securefedcollm_audits.privacy.coupling import PaddedRecords
 from securefedcollm_cli.main import app
 from transformers import (
     AutoFeatureExtractor,
@@ -25,20 +24,18 @@ from securefedcollm.tuning.adapters import attach, full_layout, layout_of, selec
 from securefedcollm.tuning.audio_processor import processor_of, read_settings
 from securefedcollm.tuning.classifiers import head_of, own_labels, places_of, set_head
 from securefedcollm.tuning.independence import made_up_adapter
-from securefedcollm.tuning.local import check_records, records_of
+from securefedcollm.tuning.local import check_records
 from securefedcollm.tuning.models import hearing, load_model
-from securefedcollm.tuning.passes import Widths
 from securefedcollm.tuning.per_record import question_losses
-from securefedcollm.tuning.plans import LossPlan
 from securefedcollm.tuning.questions import PLAIN, EncodedQuestions, choice_scores, encode
 from securefedcollm.tuning.recipe import evaluation_mode, training_mode
 from securefedcollm.tuning.signals import Signal
 from securefedcollm.tuning.sounds import LEAST, pack
+from tests.support.signals import LABELS, LOSS, gradients_and_control
 from tests.support.sounds import (
     BINS,
     FAMILIES,
     HEADLESS,
-    LABELS,
     PROCESSORS,
     SECONDS,
     SHAPE,
@@ -47,8 +44,6 @@ from tests.support.sounds import (
     saved,
     spoken,
 )
-
-LOSS = LossPlan(kind="answer", scoring=PLAIN, micro_batch=16)
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -94,7 +89,8 @@ def test_every_record_has_its_own_gradient_and_no_company_moves_it(directory: Pa
     parameters = select(model, layout)
     with made_up_adapter(model, 0.3), evaluation_mode(model):
         (alone, apart), (together, coupled) = (
-            _gradients(model, data.select(torch.arange(count))) for count in (2, 6)
+            gradients_and_control(model, data.select(torch.arange(count)), Centred)
+            for count in (2, 6)
         )
         losses = question_losses(model, data.select(torch.tensor([1])), "answer", PLAIN)
         wanted = torch.autograd.grad(losses.sum(), parameters)
@@ -114,26 +110,6 @@ class Centred(EncodedQuestions):
         values = batch.signal.values
         centred = values - values.mean(0)
         return replace(batch, signal=Signal(centred, batch.signal.scale, batch.signal.shift))
-
-
-def _gradients(model: Any, data: EncodedQuestions) -> tuple[np.ndarray, np.ndarray]:
-    """Each record's, by the product and by the control: [n, d]."""
-    layout = layout_of(model, "ffa-lora")
-    control = PaddedRecords(
-        model,
-        select(model, layout),
-        Centred(**vars(data)),
-        loss="answer",
-        scoring=PLAIN,
-        widths=Widths(1, 16),
-    )
-    found = []
-    for records in (records_of(model, layout, data, LOSS), control):
-        out = np.zeros((len(data), layout.size))
-        for rows, gradients in records.of_records(np.arange(len(data))):
-            out[rows] = torch.cat([gradient.flatten(1) for gradient in gradients], 1).numpy()
-        found.append(out)
-    return found[0], found[1]
 
 
 def test_an_adapter_on_the_last_layer_alone(directory: Path) -> None:
