@@ -38,10 +38,10 @@ class Journal(Protocol):
     def record(self, key: bytes, value: bytes) -> bytes:
         """Store ``value`` under ``key`` unless something is stored there; return what is stored.
 
-        Must be atomic across processes (first writer wins) and must not return before the record
-        would survive a power failure: the caller sends its reply next. Keys and values are short
-        (at most 64 bytes) and not secret. Raises whatever the store raises; the silo then answers
-        nothing.
+        Must be atomic across processes: the first writer wins. The record must survive a power
+        failure before the reply of this step leaves, so the store writes it before this returns,
+        or before whoever sends the reply does. Keys and values are short (at most 64 bytes) and not
+        secret. Raises whatever the store raises; the silo then answers nothing.
         """
         ...
 

@@ -267,17 +267,19 @@ class SiloSession:
             raise RemoteProtocolError("asked to aggregate before a round began", peer="server")
         step = side.step
         self._check_journal()
-        reply = side.handle(frame)
-        # Durable before the reply leaves: the basis of this round's settlement, and the evidence.
         run_id, round_, attempt = self._at
         memory = SumMemory(self._store, run_scope(self._study, run_id), round_)
-        # An upload under CKKS opens only with this silo's own share, which it gives for one set of
-        # members a round, or by the authority, which opens one set a round; masked words open
-        # without it.
-        if step is Step.UPLOAD and self._study.masked:
-            memory.uploaded(attempt)
-        elif step in {Step.UNMASK, Step.NOTE}:
-            memory.opened(attempt, self._study.noise_shares(len(side.transcript.survivors)))
+        # Durable, with one write, before the evidence knows of it and the reply leaves: what the
+        # protocol records, and the basis of this round's settlement.
+        with self._store.together():
+            reply = side.handle(frame)
+            # An upload under CKKS opens only with this silo's own share, which it gives for one set
+            # of members a round, or by the authority, which opens one set a round; masked words
+            # open without it.
+            if step is Step.UPLOAD and self._study.masked:
+                memory.uploaded(attempt)
+            elif step in {Step.UNMASK, Step.NOTE}:
+                memory.opened(attempt, self._study.noise_shares(len(side.transcript.survivors)))
         self._evidence.said(side)
         self._check_journal()  # put back meanwhile: no answer
         if step is Step.UNMASK and layered(self._unit):
@@ -351,19 +353,20 @@ class SiloSession:
         """
         marks = [*self._evidence.marks, *self.training.marks(run_scope(self._study, begin.run_id))]
         self._check_journal()
-        scope = self._run.enter(begin.run_id, begin.round, *marks)
-        self.training.pin_data()
-        # Adversary: a server that has one round trained on many models.
-        pin = b"model:" + scope[:16] + begin.round.to_bytes(4, "big")
-        if self._store.record(pin, model) != model:
-            raise RemoteProtocolError(
-                f"sent a second global model for {sum_name(self._study, begin.round)}",
-                peer="server",
-            )
-        if begin.round and ends_round(self._study, begin.round - 1):
-            self._pin_end(scope, begin.round - 1, begin.adapter)
-        if validates(self._study, begin.round):  # it asks about the adapter of the round's end
-            self._pin_end(scope, begin.round, begin.adapter)
+        with self._store.together():
+            scope = self._run.enter(begin.run_id, begin.round, *marks)
+            self.training.pin_data()
+            # Adversary: a server that has one round trained on many models.
+            pin = b"model:" + scope[:16] + begin.round.to_bytes(4, "big")
+            if self._store.record(pin, model) != model:
+                raise RemoteProtocolError(
+                    f"sent a second global model for {sum_name(self._study, begin.round)}",
+                    peer="server",
+                )
+            if begin.round and ends_round(self._study, begin.round - 1):
+                self._pin_end(scope, begin.round - 1, begin.adapter)
+            if validates(self._study, begin.round):  # it asks about the adapter of the round's end
+                self._pin_end(scope, begin.round, begin.adapter)
         return scope
 
     def _check_order(self, begin: BeginRound) -> None:

@@ -45,6 +45,7 @@ class SiloStore:
             StateError: the directory cannot be written, or the file is not this store.
         """
         self._directory = make_directory(directory)
+        self._together = self._lost = False
         path = directory / file
         try:
             self._db = durable_database(path, _SCHEMA)
@@ -64,7 +65,7 @@ class SiloStore:
 
     def recorded(self, key: bytes) -> bytes | None:
         """What :meth:`record` stored under ``key``."""
-        with self._writing() as db:
+        with self._reading() as db:
             row = db.execute("SELECT value FROM journal WHERE key = ?", (key,)).fetchone()
         return None if row is None else bytes(row[0])
 
@@ -88,7 +89,7 @@ class SiloStore:
 
     def attempts(self, run: bytes, round_: int) -> int | None:
         """How many attempts at this round have begun; None if none was counted."""
-        with self._writing() as db:
+        with self._reading() as db:
             row = db.execute(
                 "SELECT begun FROM attempts WHERE run = ? AND round = ?", (run, round_)
             ).fetchone()
@@ -96,13 +97,13 @@ class SiloStore:
 
     def last_round(self, run: bytes) -> int | None:
         """The last round of this run that has begun; None if none has."""
-        with self._writing() as db:
+        with self._reading() as db:
             row = db.execute("SELECT MAX(round) FROM trainings WHERE run = ?", (run,)).fetchone()
         return None if row[0] is None else int(row[0])
 
     def failed_trainings(self, run: bytes, round_: int) -> int:
         """How many trainings of this round were charged and gave no update."""
-        with self._writing() as db:
+        with self._reading() as db:
             row = db.execute(
                 "SELECT failed FROM trainings WHERE run = ? AND round = ?", (run, round_)
             ).fetchone()
@@ -118,16 +119,61 @@ class SiloStore:
         return self.failed_trainings(run, round_)
 
     @contextmanager
+    def together(self) -> Iterator[None]:
+        """One durable write for all that the block records, at its end, whatever ends the block.
+
+        Until then nothing that rests on a record may leave this process or reach another file.
+        From the first record on, another process that has the store open waits to write.
+
+        Raises:
+            StateError: a record could not be written, even if its own error was dealt with.
+        """
+        self._together = True
+        try:
+            yield
+        finally:
+            self._together = False
+            lost, self._lost = self._lost, False
+            try:
+                if self._db.in_transaction:
+                    self._db.execute("COMMIT")
+            except sqlite3.Error as error:
+                self._undo()
+                raise self._unwritable(error) from None
+            if lost:
+                raise self._unwritable("an earlier record was lost")
+
+    @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         try:
-            with self._db:
+            if not self._db.in_transaction:
                 self._db.execute("BEGIN IMMEDIATE")
-                yield self._db
+            yield self._db
+            if not self._together:
+                self._db.execute("COMMIT")
+        except BaseException as error:
+            self._lost = self._together
+            self._undo()
+            if isinstance(error, sqlite3.Error):
+                raise self._unwritable(error) from None
+            raise
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        try:
+            yield self._db
         except sqlite3.Error as error:
-            raise StateError(
-                f"{self._directory}: the silo's state cannot be written ({error})",
-                hint="free some space; nothing was answered",
-            ) from None
+            raise self._unwritable(error) from None
+
+    def _undo(self) -> None:
+        if self._db.in_transaction:
+            self._db.execute("ROLLBACK")
+
+    def _unwritable(self, why: object) -> StateError:
+        return StateError(
+            f"{self._directory}: the silo's state cannot be written ({why})",
+            hint="free some space; nothing was answered",
+        )
 
     def save_update(self, run: bytes, round_: int, training: int, update: Integers) -> None:
         """Keep a finished update, quantised and noised, until the next round's."""

@@ -148,7 +148,7 @@ def proved(
         log.warning("%s: the output layer's last bits depend on company: %s", what, _ONE_BY_ONE)
         return widths._replace(alone=None)
     sizes: dict[Shape, tuple[int, ...]] = {}
-    for shape in sorted({shape for shape in shapes if widths.wide(shape)}):
+    for shape in sorted(filter(widths.wide, set(shapes))):
         sizes[shape] = tested(shape, widths)
         if not sizes[shape]:
             log.warning(

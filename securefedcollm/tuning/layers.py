@@ -31,8 +31,12 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 def _filters(layers: nn.ModuleList) -> bool:
     """Whether they are convolutions without any matrix, as below a model that hears."""
-    sides = {weight.ndim for weight in layers.parameters()}
-    return bool(sides) and 2 not in sides
+    found = False
+    for weight in layers.parameters():
+        if weight.ndim == 2:
+            return False
+        found = True
+    return found
 
 
 class Passed(nn.Module):

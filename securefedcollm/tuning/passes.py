@@ -128,12 +128,15 @@ def padded_length(tokens: int) -> int:
 
 def shapes_of(data: EncodedQuestions, widths: Widths) -> list[Shape]:
     """The shape of every record: padded only if it is so short that others may share its pass."""
-    lengths = (data.segments >= 0).sum(1).tolist()
-    choices = data.choice_mask.sum(1).tolist()
-    return [
+    lengths, choices = (data.segments >= 0).sum(1), data.choice_mask.sum(1)
+    pairs, which = torch.unique(
+        torch.stack((lengths, choices), dim=1), dim=0, return_inverse=True
+    )  # few, of many records
+    shapes = [
         Shape(padded_length(n) if 2 * n <= widths.tokens and widths.most > 1 else n, c)
-        for n, c in zip(lengths, choices, strict=True)
+        for n, c in pairs.tolist()
     ]
+    return [shapes[at] for at in which.tolist()]
 
 
 def passes(
