@@ -16,8 +16,8 @@ accountant. C has the least mean squared error on the sums that momentum makes.
 
 Every line has the accuracy of the small model on the private topic and on general questions, and
 ``error``: the root mean square error of the noise in the iterates of SGD, in units of that of
-``sgd`` at the same ε. At an infinite ε there is no noise. The noise comes from a seeded generator:
-the records are made up.
+``sgd`` at the same ε. There is no noise at an infinite ε, which is printed as null. The noise comes
+from a seeded generator: the records are made up.
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 for rate in tried:
                     started = time.monotonic()
                     scores = world.run(method, sigma, rate, bands)
-                    about = {"seed": seed, "epsilon": epsilon, "method": method, "rate": rate}
+                    spent = None if math.isinf(epsilon) else epsilon
+                    about = {"seed": seed, "epsilon": spent, "method": method, "rate": rate}
                     noise = {"bands": len(bands), "multiplier": sigma, "error": ratio}
                     seconds = time.monotonic() - started
                     yield about | noise | scores | {"s": seconds}

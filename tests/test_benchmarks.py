@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import (
     answers,
+    correlated,
     engine,
     english,
     forgetting,
@@ -171,3 +174,17 @@ def test_the_student_learns_from_answers_and_from_the_teacher(
     assert learnt["gold"][0]["gold_log_prob"] > learnt["start"]["gold_log_prob"]
     assert set(found["teacher"]) == {"public-answered", "start", "pooled"}
     assert all(0.0 <= said["accuracy"] <= 1.0 for said in found["teacher"].values())
+
+
+def test_correlated_noise_of_one_band_is_independent_and_more_bands_have_less_error() -> None:
+    wanted = correlated.workload(12, 0.9)
+    assert wanted[2].tolist() == pytest.approx([1 + 0.9 + 0.81, 1.9, 1.0, *[0.0] * 9])
+    alone = correlated.error(np.ones(1), wanted)
+    assert alone == pytest.approx(np.linalg.norm(wanted) / np.sqrt(12))
+    bands = correlated.best_bands(3, wanted)
+    assert np.linalg.norm(bands) == pytest.approx(1.0)
+    assert correlated.error(bands, wanted) < correlated.error(np.ones(3), wanted)
+    assert correlated.error(bands, wanted) < 0.8 * alone
+    once = correlated.multiplier(8.0, 1e-5, 0.05, 12, 1)
+    assert correlated.multiplier(8.0, 1e-5, 0.05, 12, 3) > once  # fewer steps, sampled more often
+    assert correlated.multiplier(math.inf, 1e-5, 0.05, 12, 1) == 0.0
