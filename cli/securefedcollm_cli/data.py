@@ -29,7 +29,7 @@ def group() -> None:
 @app.command()
 def check(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Records: .jsonl, .csv or .parquet.")
+        Path, typer.Argument(metavar="FILE", help="Records: .jsonl, .csv, .parquet or .npz.")
     ],
     study: Annotated[
         Path | None,

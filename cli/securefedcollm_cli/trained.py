@@ -152,7 +152,7 @@ def evaluate(
 ) -> None:
     """Measure a base model or a co-tuned one on labelled records.
 
-    The columns of FILE (.jsonl, .csv, .parquet) depend on the task: question, choices (a
+    The columns of FILE (.jsonl, .csv, .parquet, .npz) depend on the task: question, choices (a
     list) and answer (index) for multiple_choice; text and label for classification; image and label
     for image_classification; audio and label for audio_classification; instruction and response for
     instruction; text for text. Each value of a column `subject` gets a line of the table.

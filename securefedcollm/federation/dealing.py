@@ -6,8 +6,9 @@ participant, as with real roles.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -27,13 +28,55 @@ from securefedcollm.tuning.wards import Wards
 from securefedcollm.tuning.world import FAMILIES, Sizes, World, as_text
 
 
-@dataclass(frozen=True)
 class Dealt:
-    """``public`` questions without an answer are unlabelled; ``test`` ones carry their group."""
+    """``public`` questions without an answer are unlabelled; ``test`` ones carry their group.
 
-    public: tuple[Question, ...]
-    silos: dict[str, tuple[Question, ...]]
-    test: tuple[Question, ...]
+    A silo's process asks for one silo's questions. So a part that an embedded world makes is made
+    when it is first asked for, and kept.
+    """
+
+    def __init__(
+        self,
+        public: Callable[[], Iterable[Question]],
+        silos: Mapping[str, tuple[Question, ...]],
+        test: Callable[[], Iterable[Question]],
+    ) -> None:
+        self._public, self._test = public, test
+        self.silos = silos
+
+    @cached_property
+    def public(self) -> tuple[Question, ...]:
+        return tuple(self._public())
+
+    @cached_property
+    def test(self) -> tuple[Question, ...]:
+        return tuple(self._test())
+
+    def among(self, silos: Mapping[str, tuple[Question, ...]]) -> Dealt:
+        """The same with other questions of the silos."""
+        return Dealt(lambda: self.public, silos, lambda: self.test)
+
+
+class _Silos(Mapping[str, tuple[Question, ...]]):
+    """The silos' questions, made when they are first asked for."""
+
+    def __init__(
+        self, names: Sequence[str], make: Callable[[int, str], Iterable[Question]]
+    ) -> None:
+        self._places = {name: place for place, name in enumerate(names)}
+        self._make = make
+        self._made: dict[str, tuple[Question, ...]] = {}
+
+    def __getitem__(self, name: str) -> tuple[Question, ...]:
+        if name not in self._made:
+            self._made[name] = tuple(self._make(self._places[name], name))
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 @dataclass(frozen=True)
@@ -88,14 +131,14 @@ def deal(study: Study, data: Path | None, noisy: int = 0, files: Files | None = 
     spec = study.task.data
     _ = study.task.rows  # refuses own training
     if files is not None:
-        return Dealt(
-            public=tuple(read_public(study, files.public)) if files.public else (),
-            silos={name: tuple(read_records(study, path)) for name, path in files.silos.items()},
-            test=tuple(read_records(study, files.test, private=False)[: spec.max_test]),
-        )
+        public = tuple(read_public(study, files.public)) if files.public else ()
+        silos = {name: tuple(read_records(study, path)) for name, path in files.silos.items()}
+        test = tuple(read_records(study, files.test, private=False)[: spec.max_test])
+        return Dealt(lambda: public, silos, lambda: test)
     dealt = _made_up(study) if spec.builtin else _split(study, data)
-    silos = {name: _noisy(own, study, name, noisy) for name, own in dealt.silos.items()}
-    return replace(dealt, silos=silos)
+    if not noisy:
+        return dealt
+    return dealt.among({name: _noisy(own, study, name, noisy) for name, own in dealt.silos.items()})
 
 
 def _made_up(study: Study) -> Dealt:
@@ -107,17 +150,16 @@ def _made_up(study: Study) -> Dealt:
     world = World(seed=study.seed, silos=len(names), sizes=sizes, part=spec.part_of)
     counts = silo_sizes(len(names), sizes.records_per_silo, spec.skew)
     shares = _family_shares(study)
-    silos = {name: world.records(i, counts[i], shares[i]) for i, name in enumerate(names)}
-    if study.task.kind == "text":
-        return Dealt(
-            public=tuple(world.public_texts()),
-            silos={name: tuple(map(as_text, records)) for name, records in silos.items()},
-            test=tuple(map(as_text, world.tests())),
-        )
+    texts = study.task.kind == "text"
+
+    def records(place: int, name: str) -> Iterable[Question]:
+        found = world.records(place, counts[place], shares[place])
+        return map(as_text, found) if texts else found
+
     return Dealt(
-        public=tuple(world.public()),
-        silos={name: tuple(records) for name, records in silos.items()},
-        test=tuple(world.tests()),
+        world.public_texts if texts else world.public,
+        _Silos(names, records),
+        lambda: map(as_text, world.tests()) if texts else world.tests(),
     )
 
 
@@ -132,11 +174,9 @@ def _classified(study: Study, kind: type[Digits | Wards]) -> Dealt:
     counts = silo_sizes(len(names), spec.per_silo or PER_SILO, spec.skew)
     mixed = spec.partition == "iid"
     return Dealt(
-        public=tuple(world.public()),
-        silos={
-            name: tuple(world.records(i, counts[i], mixed=mixed)) for i, name in enumerate(names)
-        },
-        test=tuple(world.tests()[: spec.max_test]),
+        world.public,
+        _Silos(names, lambda place, name: world.records(place, counts[place], mixed=mixed)),
+        lambda: world.tests()[: spec.max_test],
     )
 
 
@@ -171,9 +211,9 @@ def _split(study: Study, data: Path | None) -> Dealt:
     questions = without(read_records(study, data / spec.train), test)
     split = split_questions(questions, plan, seed=study.seed)
     return Dealt(
-        public=split.public_labelled + split.public_unlabelled,
-        silos=dict(zip(names, split.silos, strict=True)),
-        test=tuple(test[: spec.max_test]),
+        lambda: split.public_labelled + split.public_unlabelled,
+        dict(zip(names, split.silos, strict=True)),
+        lambda: test[: spec.max_test],
     )
 
 

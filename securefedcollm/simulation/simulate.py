@@ -157,7 +157,7 @@ class Simulation:
             files=plan.files,
             kept=kept,
         )
-        return replace(dealt, silos=silos)
+        return dealt.among(silos)
 
     def _server(self, dealt: Dealt, progress: Progress) -> ServerTuning:
         """Raises: ConfigError for an adapter that the study does not pin."""

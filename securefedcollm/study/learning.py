@@ -118,7 +118,7 @@ class Data(Section, frozen=True):
     train: Annotated[
         str | None,
         says(
-            "The file with the training records (JSONL, CSV or Parquet) under --data.",
+            "The file with the training records (JSONL, CSV, Parquet or npz) under --data.",
             needed="simulate deals out files",
         ),
     ] = None

@@ -21,7 +21,7 @@ from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.reading import Found, questions_of
 from securefedcollm.tuning.tokenise import Kind
 
-SUFFIXES: Final = (".jsonl", ".csv", ".parquet")
+SUFFIXES: Final = (".jsonl", ".csv", ".parquet", ".npz")
 
 
 def read_questions(
@@ -31,7 +31,7 @@ def read_questions(
     owner: str | None = None,
     **layout: Unpack[Layout],
 ) -> list[Question]:
-    """Read a ``.jsonl``, ``.csv`` or ``.parquet`` file of records.
+    """Read a ``.jsonl``, ``.csv``, ``.parquet`` or ``.npz`` file of records.
 
     Args:
         path: the file; its suffix says the format.
@@ -46,7 +46,7 @@ def read_questions(
 
     Raises:
         DataError: the file is missing, unreadable or empty, or a row is wrong; names the file, the
-            line (Parquet: the row) and the field.
+            line (Parquet and NumPy: the row) and the field.
     """
     form = format_of(**layout, folder=Path(path).parent)
     questions = []

@@ -62,6 +62,8 @@ class Sizes(NamedTuple):
     """Faulty pictures without answers, of all silos' scanners."""
     test: int = 494
     """Of each group."""
+    public_general: int = 300
+    """Ordinary pictures without answers."""
 
 
 def _ruled(grey: Grays) -> Grays:
@@ -174,13 +176,17 @@ class Digits:
         return len(np.unique(_draw(self._seed, 2, silo).integers(len(pool), size=count)))
 
     def public(self) -> list[Question]:
-        """The server's pictures: ordinary ones with answers, then faulty ones without."""
+        """The server's pictures: ordinary ones with answers, then faulty ones, and more ordinary
+        ones, without."""
         pool, draw = parts()["public"], _draw(self._seed, 3)
         plain = pool[draw.integers(len(pool), size=self._sizes.public_labelled)]
         faulty = pool[draw.integers(len(pool), size=self._sizes.public)]
         owners = np.arange(len(faulty)) % self._silos
-        without = (q.unlabelled() for q in self._seen(faulty, owners, draw, PRIVATE))
-        return [*self._seen(plain, np.full(len(plain), _NO_FAULT), draw, GENERAL), *without]
+        known = self._seen(plain, np.full(len(plain), _NO_FAULT), draw, GENERAL)
+        seen = self._seen(faulty, owners, draw, PRIVATE)
+        more = pool[draw.integers(len(pool), size=self._sizes.public_general)]
+        seen += self._seen(more, np.full(len(more), _NO_FAULT), draw, GENERAL)
+        return [*known, *(question.unlabelled() for question in seen)]
 
     def tests(self) -> list[Question]:
         """Pictures of both groups in turn; the faulty ones are of all silos' scanners in turn."""

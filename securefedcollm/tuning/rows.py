@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
 from securefedcollm.errors import DataError
 from securefedcollm.foreign import decode_json, printable
+from securefedcollm.tuning.arrays import lines_of
 from securefedcollm.tuning.content import whole_row
 from securefedcollm.tuning.fields import BadField, Row
 from securefedcollm.tuning.formats import READ, Format
@@ -49,10 +50,10 @@ _UTF8: Final = "save the file as UTF-8 (it may be in the encoding of an older Wi
 class Checked(NamedTuple):
     """One row.
 
-    ``place``: ``file:line`` (Parquet: ``file, row n``, from 1); ``row``: what it says, or what is
-    wrong with it; ``raw``: its bytes in the file, ``shape``: the columns that are to be read from
-    them, and ``table``: by what. A row of a Parquet file has no bytes of its own. ``whole``: a
-    digest of all its text, also in columns that are not read.
+    ``place``: ``file:line`` (Parquet and NumPy: ``file, row n``, from 1); ``row``: what it says, or
+    what is wrong with it; ``raw``: its bytes in the file, ``shape``: the columns that are to be
+    read from them, and ``table``: by what. A row of a Parquet file has no bytes of its own.
+    ``whole``: a digest of all its text, also in columns that are not read.
     """
 
     place: str
@@ -79,6 +80,8 @@ def rows_of(path: Path, form: Format, owner: str | None) -> Iterator[Checked]:
             return _json_rows(path, form, wanted)
         case ".csv":
             return _csv_rows(path, form)
+        case ".npz":
+            return _archived_rows(path, form, wanted)
         case _:
             return _parquet_rows(path, form, wanted)
 
@@ -98,12 +101,28 @@ def _json_rows(path: Path, form: Format, wanted: set[str]) -> Iterator[Checked]:
                         hint="write one object a line, e.g. with `jq -c '.[]'`",
                     )
                 first = False
-                place, row = f"{path}:{line}", _json_row(raw, form.columns[0], wanted)
-                if isinstance(row, BadField):
-                    yield Checked(place, row, raw)
-                else:
-                    read = {name: value for name, value in row.items() if name in wanted}
-                    yield _known(Checked(place, read, raw, shape_of(read)), row, form)
+                yield _json_checked(f"{path}:{line}", raw, form, wanted)
+
+
+def _json_checked(place: str, raw: bytes, form: Format, wanted: set[str]) -> Checked:
+    row = _json_row(raw, form.columns[0], wanted)
+    if isinstance(row, BadField):
+        return Checked(place, row, raw)
+    read = {name: value for name, value in row.items() if name in wanted}
+    return _known(Checked(place, read, raw, shape_of(read)), row, form)
+
+
+def _archived_rows(path: Path, form: Format, wanted: set[str]) -> Iterator[Checked]:
+    with path.open("rb") as file:
+        names, lines = lines_of(file, str(path))
+    _refuse_missing(names, str(path), form)
+    for number, raw in enumerate(lines, start=1):
+        place = f"{path}, row {number}"
+        if len(raw) > MOST_LINE:
+            over = BadField(form.columns[0], f"is in a row of over {MOST_LINE >> 20} MiB")
+            yield Checked(place, over)
+        else:
+            yield _json_checked(place, raw, form, wanted)
 
 
 def _known(checked: Checked, row: Row, form: Format) -> Checked:

@@ -143,6 +143,8 @@ class Sizes(NamedTuple):
     """Of the silos' own voices, without answers."""
     test: int = 400
     """Of each group."""
+    public_general: int = 300
+    """Of ordinary speakers, without answers."""
 
 
 class Wards:
@@ -165,12 +167,15 @@ class Wards:
         return len(np.unique(self._drawn(silo, count, _draw(self._seed, 2, silo), mixed=False)))
 
     def public(self) -> list[Question]:
-        """The server's recordings: ordinary ones with answers, then the silos' voices without."""
+        """The server's recordings: ordinary ones with answers, then the silos' voices, and more
+        ordinary ones, without."""
         draw, speakers = _draw(self._seed, 3), parts()
         plain = draw.choice(speakers[_ORDINARY, "public"], self._sizes.public_labelled)
         other = self._voices("public", self._sizes.public, draw)
-        without = (q.unlabelled() for q in self._spoken(other, draw, PRIVATE))
-        return [*self._spoken(plain, draw, GENERAL), *without]
+        known, heard = self._spoken(plain, draw, GENERAL), self._spoken(other, draw, PRIVATE)
+        more = draw.choice(speakers[_ORDINARY, "public"], self._sizes.public_general)
+        heard += self._spoken(more, draw, GENERAL)
+        return [*known, *(question.unlabelled() for question in heard)]
 
     def tests(self) -> list[Question]:
         """Recordings of both groups in turn; the private ones are of all silos' voices in turn."""

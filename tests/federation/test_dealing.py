@@ -12,6 +12,7 @@ from securefedcollm.errors import ConfigError
 from securefedcollm.federation.dealing import deal, noisy_answers
 from securefedcollm.study import load_study
 from securefedcollm.tuning.data import read_questions, write_questions
+from securefedcollm.tuning.digits import Digits
 from securefedcollm.tuning.question import Question
 from securefedcollm.tuning.world import World, as_text
 from tests.support.inputs import make_inputs
@@ -103,3 +104,18 @@ def test_responses_change_hands_and_texts_have_none():
     assert sum(a != b for a, b in zip(said, mixed, strict=True)) > 10
     with pytest.raises(ConfigError, match="no answers"):
         noisy_answers([Question("", ("text",), 0)], 1)
+
+
+def test_only_what_is_asked_for_is_made(monkeypatch):
+    study = load_study(Path("configs/vision.yaml"), ["task.data.per_silo=40"])
+    whole, made, own = dict(deal(study, None).silos), [], Digits.records
+
+    def records(self, silo, count, *, mixed=False):
+        made.append(silo)
+        return own(self, silo, count, mixed=mixed)
+
+    monkeypatch.setattr(Digits, "records", records)
+    found = deal(study, None).silos
+    assert (*found,) == ("silo-1", "silo-2", "silo-3", "silo-4")
+    assert found["silo-3"] == found["silo-3"] == whole["silo-3"]
+    assert made == [2]
