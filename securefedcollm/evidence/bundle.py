@@ -11,6 +11,8 @@ not what this module would write from its members is refused, so no bit of it go
     logs/NAME.jsonl          a participant's log, one entry a line
     heads/NAME.json          its signed heads: the newest, and all that were cosigned
     sbom.json                bill of materials of the server's software (CycloneDX)
+    roster.json              more than 128 silos that the study does not name: their keys
+    signatures/ROOT          likewise more than 128: the signatures under a root that a log names
     artefacts.json           SHA-256 of the adapters that the run left behind; those of the best
                              round, if the study keeps them, under adapters-best/
 
@@ -26,6 +28,7 @@ from typing import Any, Final
 
 import msgspec
 
+from securefedcollm.aggregation.header import Roster
 from securefedcollm.errors import ConfigError, EvidenceError, SecureFedCoLLMError
 from securefedcollm.evidence.archive import unzipped, zipped
 from securefedcollm.evidence.entries import (
@@ -37,6 +40,14 @@ from securefedcollm.evidence.entries import (
 )
 from securefedcollm.evidence.ledger import VOTES, check_anchors
 from securefedcollm.evidence.log import FILE_NAME, EvidenceLog
+from securefedcollm.evidence.many import (
+    ROSTER,
+    Many,
+    are_many,
+    decode_roster,
+    encode_roster,
+    silos_of,
+)
 from securefedcollm.evidence.note import Checkpoint, parse_checkpoint
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.ledger import Ledger
@@ -63,6 +74,17 @@ class Bundle(msgspec.Struct, frozen=True):
     sbom: bytes | None
     artefacts: dict[str, str] | None
     """Path → SHA-256 (hex) of the run's adapters."""
+    silos: Roster | None = None
+    """Those of a study of more than 128."""
+    signatures: dict[str, bytes] = {}
+    """Root (hex) → signatures one after another."""
+
+    def of_many(self) -> dict[str, bytes]:
+        """The members of a bundle of more than 128 silos beside the others'."""
+        found = {f"signatures/{root}": raw for root, raw in self.signatures.items()}
+        if self.silos is not None and not self.study.roster:
+            found[ROSTER] = encode_roster(self.silos)
+        return found
 
 
 def make_bundle(run: Path, only: Sequence[str] = ()) -> bytes:
@@ -78,10 +100,13 @@ def make_bundle(run: Path, only: Sequence[str] = ()) -> bytes:
         EvidenceError: a log or ledger does not verify.
     """
     study_file, study = run / "study.yaml", _study(run)
-    homes = _homes(run, only)
+    homes, silos = _homes(run, only), silos_of(study, run)
     members: dict[str, bytes] = {"study.json": canonical(study.tree)}
+    if silos is not None and not study.roster:
+        members[ROSTER] = encode_roster(silos)
     for name, home in homes.items():
-        log = EvidenceLog(home / FILE_NAME, study=digest(study), owner=name, key=None)
+        log = EvidenceLog(home / FILE_NAME, study=digest(study), owner=name, key=None, silos=silos)
+        members |= {f"signatures/{root}": raw for root, raw in log.kept.items()}
         members[f"logs/{name}.jsonl"] = b"".join(leaf + b"\n" for leaf in log.leaves)
         members[f"heads/{name}.json"] = canonical([head.note for head in log.heads()])
         if (home / "ledger.sqlite").exists():
@@ -115,8 +140,9 @@ def audits_of(run: Path) -> list[tuple[str, Audited]]:
         EvidenceError: a log does not verify.
     """
     study, found = _study(run), []
+    silos = silos_of(study, run)
     for name, home in _homes(run, ()).items():
-        log = EvidenceLog(home / FILE_NAME, study=digest(study), owner=name, key=None)
+        log = EvidenceLog(home / FILE_NAME, study=digest(study), owner=name, key=None, silos=silos)
         found += [(name, e.what) for e in log.entries if isinstance(e.what, Audited)]
         log.close()
     return found
@@ -246,6 +272,7 @@ def decode_bundle(content: bytes, path: Path) -> Bundle:
         raise EvidenceError(f"{path}: {str(error)[:200]}", hint=_HINT) from None
     except SecureFedCoLLMError as error:
         raise EvidenceError(f"{path}: study.json: {error.message}", hint=_HINT) from None
+    many = _many(study, members, path)
     logs, leaves, heads = {}, {}, {}
     for name in sorted(members):
         room, _, base = name.partition("/")
@@ -257,13 +284,37 @@ def decode_bundle(content: bytes, path: Path) -> Bundle:
             if not members[name].endswith(b"\n"):
                 raise EvidenceError(f"{path}: {name} breaks off", hint=_HINT)
             logs[who] = [
-                decode_entry(raw, f"{path}: {who}#{seq}") for seq, raw in enumerate(leaves[who])
+                decode_entry(raw, f"{path}: {who}#{seq}", many)
+                for seq, raw in enumerate(leaves[who])
             ]
         else:
             heads[who] = _heads(members[name], f"{path}: {name}")
     if set(logs) != set(heads) or not logs:
         raise EvidenceError(f"{path}: logs and signed heads do not pair up", hint=_HINT)
-    return Bundle(study, envelope, logs, leaves, heads, sbom, artefacts)
+    bundle = Bundle(study, envelope, logs, leaves, heads, sbom, artefacts)
+    if many is None:
+        return bundle
+    kept = many.kept or {}
+    if unread := sorted(set(kept) - many.read):
+        raise EvidenceError(f"{path}: no log names signatures/{unread[0]}", hint=_HINT)
+    return msgspec.structs.replace(bundle, silos=many.silos, signatures=kept)
+
+
+def _many(study: Study, members: dict[str, bytes], path: Path) -> Many | None:
+    """How the logs of this bundle are written; takes its own members from ``members``.
+
+    Raises:
+        EvidenceError: the silos are not named, or not as they must be.
+    """
+    if not are_many(study.silos.count):
+        return None
+    named = {p.name: bytes.fromhex(p.key) for p in study.roster if p.role == "silo"}
+    try:
+        silos = Roster(named) if named else decode_roster(members.pop(ROSTER, b""))
+    except (ValueError, ConfigError) as error:
+        raise EvidenceError(f"{path}: {ROSTER}: {str(error)[:200]}", hint=_HINT) from None
+    roots = [name for name in members if name.startswith("signatures/")]
+    return Many(silos, {name.partition("/")[2]: members.pop(name) for name in roots})
 
 
 def _typed(raw: bytes | None, kind: Any) -> Any:

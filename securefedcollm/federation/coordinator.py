@@ -290,11 +290,9 @@ class Coordinator:
             if not requests:
                 break
             replies = self._asking.ask(requests, STEP_TIMEOUT, Traffic(self._parties), lost)
-            silos = [
-                silo
-                for silo, reply in replies.items()
-                if isinstance(reply, Witnessed) and not self._evidence.witnessed(silo, reply)
-            ]
+            silos = self._evidence.witnessed(
+                {silo: reply for silo, reply in replies.items() if isinstance(reply, Witnessed)}
+            )
         for silo, reason in lost.items():
             log.warning("%s does not vouch for the evidence log: %s", silo, reason)
         return lost

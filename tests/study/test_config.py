@@ -46,6 +46,8 @@ def test_the_digest_is_that_of_the_meaning_not_of_the_spelling(tmp_path):
         ("study=A B", "study: expected `str` matching regex", ""),
         ("silos.minimum=2", "silos.minimum: a sum over 2 silos, 1 of them", "colluders + 2 = 3"),
         ("silos.minimum=5", "silos.minimum: 5 survivors of 4", "at most 4"),
+        ("silos.count=129", "silos.count: 129 silos, and 128 are the most", "graph: {}"),
+        ("silos.count=10001", "silos.count: expected `int` <= 10000", ""),
         ("aggregation.threshold=2", "aggregation.threshold: a server with 1", "at least 3"),
         ("aggregation.threshold=5", "aggregation.threshold: 5 of 4", "at most 4"),
         ("aggregation.value_bits=33", "aggregation.value_bits: sums and squares", "lower it"),
@@ -430,3 +432,13 @@ def test_later_keys_leave_older_studies_their_digest():
         changed = study_from_tree({**files.tree, "task": files.tree["task"] | {name: value}})
         assert digest(changed) != digest(files)
         assert digest(study_from_tree(changed.tree)) == digest(changed)
+
+
+def test_a_thousand_silos_take_a_graph() -> None:
+    study = load_study(ROOT / "configs" / "thousand.yaml")
+    assert (study.silos.count, study.threshold, study.minimum) == (1000, 526, 900)
+    assert study.graph is not None
+    with pytest.raises(ConfigError, match=r"retrieval: 200 silos, and 128 .* answer questions"):
+        load_study(
+            ROOT / "configs" / "retrieval.yaml", ["silos.count=200", "aggregation={graph: {}}"]
+        )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
+from functools import lru_cache
 from typing import Final
+
+from msgspec import structs
 
 from securefedcollm.aggregation import (
     Roster,
@@ -30,6 +33,7 @@ from securefedcollm.evidence.entries import (
     decode_entry,
 )
 from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.evidence.many import Many, are_many
 from securefedcollm.evidence.merkle import (
     verify_consistency,
     verify_inclusion,
@@ -71,6 +75,7 @@ class SiloRecord(RoundRecord):
     ) -> None:
         super().__init__(log, roster=roster, server=server, authority=authority)
         self._key = key
+        self._many = Many(roster) if are_many(len(roster)) else None
         self._header: RoundHeader | None = None
 
     @property
@@ -208,11 +213,11 @@ class SiloRecord(RoundRecord):
             last, head = self._vouched()[0], self._head(delivery.checkpoint)
             if (head.size, head.root.hex()) != (last.size, last.root):
                 raise EvidenceError("its head is not the one that this silo vouched for last")
-            if (count := self._cosigners(head)) < quorum:
+            if (count := _cosigners(delivery.checkpoint, self._log.study, self._roster)) < quorum:
                 raise EvidenceError(f"{count} silos vouch for it, {quorum} are needed")
             shown = delivery.finished
             verify_inclusion(shown.entry, shown.index, head.size, shown.inclusion, head.root)
-            what = decode_entry(shown.entry, "the server's entry").what
+            what = decode_entry(shown.entry, "the server's entry", self._many).what
             if not isinstance(what, Finished) or what.adapter != sha256(delivery.adapter).hex():
                 raise EvidenceError("no round ended with this adapter")
             if any(what.round < mark.sum for mark in self.marks):
@@ -232,14 +237,6 @@ class SiloRecord(RoundRecord):
             raise EvidenceError("the checkpoint is of another log")
         head.verify(self._server)
         return head
-
-    def _cosigners(self, head: Checkpoint) -> int:
-        count = 0
-        for name, key in zip(self._roster.names, self._roster.keys, strict=True):
-            with contextlib.suppress(CryptoError):
-                head.verify_cosigned(origin(self._log.study, name), key)
-                count += 1
-        return count
 
     def _vouched(self) -> tuple[Witnessed, int]:
         """The newest head vouched for, and how many there are since the newest attempt."""
@@ -263,7 +260,7 @@ class SiloRecord(RoundRecord):
         theirs: dict[str, Opening] = {}
         for shown in request.openings:
             verify_inclusion(shown.entry, shown.index, head.size, shown.inclusion, head.root)
-            what = decode_entry(shown.entry, "the server's entry").what
+            what = decode_entry(shown.entry, "the server's entry", self._many).what
             if not isinstance(what, Opening):
                 raise EvidenceError("the entry shown is not an opening")
             theirs[what.header] = what
@@ -286,3 +283,16 @@ class SiloRecord(RoundRecord):
             if isinstance(entry.what, Agreed | Unmasked | Told):
                 found.append(entry.what)
         return found[::-1]
+
+
+@lru_cache(maxsize=2)  # many silos of one simulation are shown the same head
+def _cosigners(note: str, study: bytes, roster: Roster) -> int:
+    """How many silos vouch for a head of the server's log."""
+    head, vouching = parse_checkpoint(note), set[str]()
+    keys = {origin(study, name): roster.key(roster.index(name)) for name in roster.names}
+    for line in head.lines:
+        if line[0] in keys:
+            with contextlib.suppress(CryptoError):
+                structs.replace(head, lines=(line,)).verify_cosigned(line[0], keys[line[0]])
+                vouching.add(line[0])
+    return len(vouching)
