@@ -17,6 +17,7 @@ leave one out; a reader of the whole bundle gets all of them and verifies each.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +38,7 @@ ROSTER: Final = "roster.json"
 """Beside the server's log, in a run whose study names no participants: the silos and their keys."""
 _ROOT: Final = 64
 """Hex digits of a root."""
+IS_ROOT: Final = re.compile(f"[0-9a-f]{{{_ROOT}}}")
 
 
 def are_many(silos: int) -> bool:
@@ -104,6 +106,9 @@ class Many:
     def _signed(self, said: object) -> dict[str, str]:
         whole = _text(said)
         root, names = whole[:_ROOT], names_of(self.silos, whole[_ROOT:])
+        # Adversary: a server whose opening silos vouch for, and nobody who has the bundle can read.
+        if not IS_ROOT.fullmatch(root):
+            raise ValueError("agreements without the root of their signatures")
         if self.kept is None:
             return {}
         self.read.add(root)
@@ -141,6 +146,11 @@ class _Unnamed(Many):
 
 
 UNNAMED: Final = _Unnamed()
+
+
+def agreements_of(raw: bytes) -> str:
+    """The root and set of an opening's agreements, as this entry of many silos' log has them."""
+    return str(msgspec.json.decode(raw)["what"]["agreements"])
 
 
 def split(signatures: bytes) -> list[bytes]:

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 from securefedcollm_audits.verification.merge import merge
 from securefedcollm_audits.verification.verify import verify
 
 from benchmarks import cohort
+from securefedcollm.aggregation import Step
 from securefedcollm.aggregation.header import Roster
-from securefedcollm.errors import EvidenceError, StateError
+from securefedcollm.aggregation.roles import Transcript
+from securefedcollm.errors import EvidenceError, RemoteProtocolError, StateError
 from securefedcollm.evidence import many as many_room
 from securefedcollm.evidence.bundle import make_bundle, pack, read_members
 from securefedcollm.evidence.entries import (
@@ -29,11 +33,15 @@ from securefedcollm.evidence.entries import (
     encode_entry,
 )
 from securefedcollm.evidence.fields import Member
+from securefedcollm.evidence.log import EvidenceLog
 from securefedcollm.evidence.many import UNNAMED, Many, encode_roster, silo_members, split
-from securefedcollm.evidence.merkle import inclusion_proof, verify_inclusion
+from securefedcollm.evidence.merkle import inclusion_proof, inclusion_proofs, verify_inclusion
+from securefedcollm.evidence.note import origin, sign_checkpoint
 from securefedcollm.federation import files as files_limit
+from securefedcollm.federation import messages
 from securefedcollm.federation.engines.dropouts import Drop
 from securefedcollm.federation.plan import silo_names
+from securefedcollm.federation.records.silo import SiloRecord
 from securefedcollm.primitives import SigningKey, merkle_root
 from securefedcollm.privacy.journal import durable_database, rehearsed
 from securefedcollm.simulation.cohort import identity_at
@@ -118,6 +126,80 @@ def test_a_silo_beside_the_root_is_refused() -> None:
     raw = spoilt(0, lambda what: what["roster"]["others"].append(another))
     with pytest.raises(EvidenceError, match="beside the roster's root"):
         decode_entry(raw, "here", Many(ROSTER, {}))
+
+
+OWN = SigningKey(b"\1" * 32)
+SEEN_BY = Roster(
+    {name: OWN.public if name == NAMES[1] else ROSTER.key(i + 1) for i, name in enumerate(NAMES)}
+)
+
+
+def vouch(directory, change=lambda said: said, *, challenged=True) -> bool:
+    """Whether a silo that opened a sum vouches for the server's log of it.
+
+    Args:
+        change: what the server logs of the agreements.
+        challenged: whether the silo saw them counted, in this process.
+    """
+    server, study = SigningKey(bytes(32)), bytes(32)
+    log = EvidenceLog(directory / "e.sqlite", study=study, owner=NAMES[1], key=OWN, silos=SEEN_BY)
+    record = SiloRecord(log, key=OWN, roster=SEEN_BY, server=server.public)
+    plain = json.loads(encode_entry(entry_of(CONTENT[3]), Many(SEEN_BY, {})))
+    said = plain["what"]["agreements"]
+    seen = Transcript(
+        header=bytes.fromhex(AT["header"]),
+        lists=bytes.fromhex(LISTS["lists"]),
+        survivors=tuple(LISTS["survivors"]),
+        dropouts=tuple(LISTS["dropouts"]),
+        tally=bytes.fromhex(said) if challenged else b"",
+    )
+    log.append(CONTENT[1])
+    values = SimpleNamespace(values=1)
+    digests = {"digest": seen.header, "model_digest": bytes(32)}
+    header = SimpleNamespace(round=0, attempt=0, on_graph=True, parameters=values, **digests)
+    record.round(header, bytes(32), bytes(32), b"", b"")
+    record.said(SimpleNamespace(transcript=seen, step=Step.DONE))
+    plain["what"]["agreements"] = change(said)
+    raw = canonical(plain)
+    head = sign_checkpoint(origin(study, "server"), server, 1, merkle_root([raw]))
+    (proof,) = inclusion_proofs([raw], [0])
+    shown = [messages.Shown(0, raw, proof)]
+    try:
+        record.countersign(messages.Witness(head.note, 0, [], shown))
+    except RemoteProtocolError:
+        return False
+    finally:
+        log.close()
+    return True
+
+
+def test_a_silo_vouches_for_the_agreements_that_it_challenged(tmp_path) -> None:
+    assert vouch(tmp_path)
+
+
+def other_root(said):
+    return "f" * 64 + said[64:]
+
+
+def fewer(said):
+    return said[:64] + "fc" + said[66:]
+
+
+@pytest.mark.parametrize("change", [other_root, fewer])
+def test_a_silo_vouches_for_no_other_agreements(tmp_path, change) -> None:
+    (tmp_path / "control").mkdir()
+    assert vouch(tmp_path / "control", change, challenged=False)  # the attack
+    assert not vouch(tmp_path, change)
+
+
+@pytest.mark.parametrize("root", ["no root".ljust(64, "!"), "F" * 64, " " * 64])
+def test_a_silo_vouches_for_no_agreements_without_a_root(tmp_path, monkeypatch, root) -> None:
+    (tmp_path / "control").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(many_room, "IS_ROOT", re.compile(".{64}"))
+        make = lambda said: root + said[64:]  # noqa: E731
+        assert vouch(tmp_path / "control", make, challenged=False)
+    assert not vouch(tmp_path, make, challenged=False)
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from securefedcollm.evidence.entries import (
     decode_entry,
 )
 from securefedcollm.evidence.log import EvidenceLog
-from securefedcollm.evidence.many import Many, are_many
+from securefedcollm.evidence.many import Many, agreements_of, are_many
 from securefedcollm.evidence.merkle import (
     verify_consistency,
     verify_inclusion,
@@ -77,6 +77,8 @@ class SiloRecord(RoundRecord):
         self._key = key
         self._many = Many(roster) if are_many(len(roster)) else None
         self._header: RoundHeader | None = None
+        self._tallies: dict[str, str] = {}
+        """Attempt (header, hex) → root and set of the agreements that the server showed, hex."""
 
     @property
     def marks(self) -> list[Mark]:
@@ -107,6 +109,8 @@ class SiloRecord(RoundRecord):
         seen, round_, attempt = side.transcript, self._header.round, self._header.attempt
         header, lists = seen.header.hex(), seen.lists.hex()
         survivors, dropouts = list(seen.survivors), list(seen.dropouts)
+        if seen.tally and self._many is not None:
+            self._tallies[header] = seen.tally.hex()
         match side.step:
             case Step.AGREE | Step.NOTE:
                 self._log.append(
@@ -193,6 +197,7 @@ class SiloRecord(RoundRecord):
                     peer=SERVER,
                 )
             self._log.append(Witnessed(size=head.size, root=head.root.hex()))
+            self._tallies.clear()
         line = cosign(head, self._log.origin, self._key, int(time.time()))
         return messages.Witnessed(head.size, line)
 
@@ -255,7 +260,8 @@ class SiloRecord(RoundRecord):
         """Compare the openings since this silo last vouched in the server's log and in its own.
 
         Adversary: a server that hides an opening in which this silo took part, or says that others
-        were in the sum; whatever openings of other rounds it shows instead.
+        were in the sum; whatever openings of other rounds it shows instead. And one that has this
+        silo challenge some agreements, and logs others. Only in memory is what was challenged.
         """
         theirs: dict[str, Opening] = {}
         for shown in request.openings:
@@ -263,6 +269,11 @@ class SiloRecord(RoundRecord):
             what = decode_entry(shown.entry, "the server's entry", self._many).what
             if not isinstance(what, Opening):
                 raise EvidenceError("the entry shown is not an opening")
+            tally = self._tallies.get(what.header)
+            if tally is not None and tally != agreements_of(shown.entry):
+                raise EvidenceError(
+                    f"it names other agreements to sum {what.round + 1} than it showed this silo"
+                )
             theirs[what.header] = what
         for mine in self._unvouched():
             same = theirs.get(mine.header)
@@ -288,10 +299,12 @@ class SiloRecord(RoundRecord):
 @lru_cache(maxsize=2)  # many silos of one simulation are shown the same head
 def _cosigners(note: str, study: bytes, roster: Roster) -> int:
     """How many silos vouch for a head of the server's log."""
-    head, vouching = parse_checkpoint(note), set[str]()
+    head, vouching, tried = parse_checkpoint(note), set[str](), set[str]()
     keys = {origin(study, name): roster.key(roster.index(name)) for name in roster.names}
     for line in head.lines:
-        if line[0] in keys:
+        if line[0] in keys and line[0] not in tried:
+            # Adversary: a server that repeats one line, each of which would take a verification.
+            tried.add(line[0])
             with contextlib.suppress(CryptoError):
                 structs.replace(head, lines=(line,)).verify_cosigned(line[0], keys[line[0]])
                 vouching.add(line[0])
