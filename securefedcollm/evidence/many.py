@@ -213,12 +213,21 @@ def silos_of(study: Study, run: Path) -> Roster | None:
         return None
     if study.roster:
         return Roster({p.name: bytes.fromhex(p.key) for p in study.roster if p.role == "silo"})
-    path = run / "server" / ROSTER
+    return read_roster(run / "server" / ROSTER)
+
+
+def read_roster(path: Path) -> Roster:
+    """The list of a run's silos that lies at ``path``.
+
+    Raises:
+        StateError: it cannot be read.
+    """
     try:
         return decode_roster(path.read_bytes())
     except (OSError, ValueError) as error:
+        why = "it is missing" if isinstance(error, FileNotFoundError) else str(error)
         raise StateError(
-            f"{path}: the list of the run's silos cannot be read ({error})", hint="restore it"
+            f"{path}: the list of the run's silos cannot be read ({why})", hint="restore it"
         ) from None
 
 

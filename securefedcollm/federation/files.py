@@ -41,23 +41,27 @@ def make_directory(path: Path) -> Path:
 
 
 def allow_open_files(count: int) -> None:
-    """Let this process have so many files open, beside what it has.
+    """Let this process have so many files open, beside what it has; or as many as it may.
 
     Raises:
         StateError: the system allows fewer.
     """
     soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = count + _FILES_OF_A_PROCESS
-    if resource.RLIM_INFINITY in {soft, most} or needed <= soft:
-        needed = soft
-    if needed > most != resource.RLIM_INFINITY:
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    wanted = needed if most == resource.RLIM_INFINITY else min(needed, most)
+    if wanted > soft:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+        except (ValueError, OSError):  # macOS has a limit of its own below the hard one
+            wanted = soft
+    if wanted < needed:
         raise StateError(
-            f"the silos of one process need {needed} open files, and this system allows {most}",
+            f"the silos of one process need {needed} open files, and this system allows {wanted}",
             hint="raise the limit (ulimit -Hn), or spread the silos over more processes with "
             "--workers",
         )
-    if needed > soft:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
 
 
 def write_durably(path: Path, *content: bytes | memoryview) -> None:

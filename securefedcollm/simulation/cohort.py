@@ -20,7 +20,7 @@ from securefedcollm.errors import ConfigError, SecureFedCoLLMError
 from securefedcollm.evidence.ledger import Anchors, LoggedLedger, read_anchors
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
-from securefedcollm.evidence.many import ROSTER, are_many, encode_roster
+from securefedcollm.evidence.many import ROSTER, are_many, encode_roster, read_roster
 from securefedcollm.federation.authority import AuthoritySession
 from securefedcollm.federation.charged import ChargedTraining
 from securefedcollm.federation.coordinator import Coordinator
@@ -89,7 +89,7 @@ class Cohort:
             {name: identity_at(directory / "silos" / name, name).public for name in self.names}
         )
         if are_many(len(roster)):
-            write_durably(directory / "server" / ROSTER, encode_roster(roster))
+            _keep_roster(directory / "server" / ROSTER, roster)
         log = EvidenceLog(
             directory / "server" / EVIDENCE,
             study=digest(study),
@@ -146,6 +146,25 @@ class Cohort:
             ledgers=self.ledgers,
             opened=None if self.workers else opened,  # a worker's end closes what it opened
         )
+
+
+def _keep_roster(path: Path, roster: Roster) -> None:
+    """Have the list of silos at ``path`` that all logs of this run name by its root.
+
+    Raises:
+        ConfigError: the run began with other silos. The list stays: without it no log can be read.
+    """
+    began = read_roster(path) if path.exists() else roster
+    was, now = (dict(zip(silos.names, silos.keys, strict=True)) for silos in (began, roster))
+    for name in sorted(was.keys() | now.keys()):
+        if was.get(name) != now.get(name):
+            raise ConfigError(
+                f"{name} has another identity than the run began with",
+                where=str(path),
+                hint="put its identity.json back, or begin another run in another directory",
+            )
+    if not path.exists():
+        write_durably(path, encode_roster(roster))
 
 
 @dataclass(frozen=True, kw_only=True)

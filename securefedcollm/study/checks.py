@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from securefedcollm.aggregation.header import MAX_SILOS, MOST_ATTEMPTS
 from securefedcollm.errors import ConfigError
 from securefedcollm.study.bounds import check_sizes
@@ -390,7 +392,7 @@ def _check_roster(study: Study) -> None:
         return
     names = [p.name for p in study.roster]
     for values, what in ((names, "name"), ([p.key for p in study.roster], "key")):
-        twice = {v for v in values if values.count(v) > 1}
+        twice = [value for value, times in Counter(values).items() if times > 1]
         if twice:
             raise ConfigError(
                 f"the {what} {min(twice)[:16]} appears twice",

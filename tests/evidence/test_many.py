@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import re
+import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +21,7 @@ from benchmarks import cohort
 from securefedcollm.aggregation import Step
 from securefedcollm.aggregation.header import Roster
 from securefedcollm.aggregation.roles import Transcript
-from securefedcollm.errors import EvidenceError, RemoteProtocolError, StateError
+from securefedcollm.errors import ConfigError, EvidenceError, RemoteProtocolError, StateError
 from securefedcollm.evidence import many as many_room
 from securefedcollm.evidence.bundle import make_bundle, pack, read_members
 from securefedcollm.evidence.entries import (
@@ -40,8 +43,10 @@ from securefedcollm.evidence.note import origin, sign_checkpoint
 from securefedcollm.federation import files as files_limit
 from securefedcollm.federation import messages
 from securefedcollm.federation.engines.dropouts import Drop
+from securefedcollm.federation.engines.embedded import EmbeddedEngine
 from securefedcollm.federation.plan import silo_names
 from securefedcollm.federation.records.silo import SiloRecord
+from securefedcollm.federation.workload import silent
 from securefedcollm.primitives import SigningKey, merkle_root
 from securefedcollm.privacy.journal import durable_database, rehearsed
 from securefedcollm.simulation.cohort import identity_at
@@ -341,8 +346,31 @@ def test_a_roster_in_another_order_is_refused() -> None:
 
 def test_a_run_whose_list_of_silos_is_gone_says_so(finished, run, tmp_path) -> None:
     assert many_room.silos_of(load_study(run / "study.yaml"), run) is not None
-    with pytest.raises(StateError, match=r"roster\.json"):
+    with pytest.raises(StateError, match=r"roster\.json: .*it is missing"):
         many_room.silos_of(load_study(run / "study.yaml"), tmp_path)
+
+
+def test_a_run_goes_on_with_the_silos_that_it_began_with(finished, tmp_path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished.parent, run)
+    list_, identity = run / "server/roster.json", run / "silos/silo-03/identity.json"
+    kept = {path: path.read_bytes() for path in (list_, identity)}
+    bundle = make_bundle(run)
+
+    def resume():
+        return cohort.run(run, cohort.study_of(SILOS, rounds=2, minimum=15))
+
+    identity.unlink()  # it gets another
+    with pytest.raises(ConfigError, match=r"roster\.json: silo-03 has another identity"):
+        resume()
+    assert list_.read_bytes() == kept[list_]
+    assert make_bundle(run) == bundle
+    identity.write_bytes(kept[identity])
+    resume()
+    list_.write_bytes(b"{}")
+    with pytest.raises(StateError, match=r"roster\.json: the list of the run's silos"):
+        resume()
+    assert list_.read_bytes() == b"{}"
 
 
 def test_only_simulations_of_many_silos_leave_the_disk_its_time(tmp_path) -> None:
@@ -366,6 +394,52 @@ def test_too_few_open_files_are_said_before_a_silo_begins(monkeypatch) -> None:
     files_limit.allow_open_files(1000)
     files_limit.allow_open_files(0)  # 512 are above the soft limit too
     assert set_to == [(1512, 4096), (512, 4096)]
+
+
+@pytest.mark.parametrize("error", [None, ValueError("not allowed"), OSError("no permission")])
+def test_few_silos_are_never_refused_for_their_open_files(monkeypatch, error) -> None:
+    set_to = []
+
+    def set_limit(kind, limits):
+        if error is not None:
+            raise error
+        set_to.append(limits)
+
+    monkeypatch.setattr(files_limit.resource, "getrlimit", lambda kind: (256, 1024))
+    monkeypatch.setattr(files_limit.resource, "setrlimit", set_limit)
+    made = []
+    engine = partial(
+        EmbeddedEngine,
+        factory=lambda name, progress: made.append(name),
+        workers=0,
+        progress=silent,
+    )
+    engine(NAMES[:128])
+    assert len(made) == 128
+    assert set_to == ([] if error else [(1024, 1024)])
+    if error is not None:
+        with pytest.raises(StateError, match="allows 256"):
+            files_limit.allow_open_files(200)
+    with pytest.raises(StateError, match="2072 open files"):
+        engine(NAMES[:130])
+    assert len(made) == 128
+
+
+def limited(name, progress):
+    return None
+
+
+def test_a_process_with_too_many_silos_says_what_it_lacks(monkeypatch) -> None:
+    """No traceback of a process, and no advice to have fewer of them."""
+    monkeypatch.setattr(files_limit.resource, "getrlimit", lambda kind: (256, 1024))
+    with pytest.raises(StateError, match="this system allows 1024"):
+        EmbeddedEngine(
+            [*NAMES, *(f"{name}-b" for name in NAMES)],
+            limited,
+            workers=2,
+            progress=silent,
+            context=multiprocessing.get_context("fork"),
+        )
 
 
 @pytest.mark.soak

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,22 @@ def test_the_digest_is_that_of_the_meaning_not_of_the_spelling(tmp_path):
     assert digest(load_study(written_out)) == digest(study)
     assert digest(load_study(QUICKSTART, ["rounds=5"])) != digest(study)
     assert digest(load_study(QUICKSTART, ["privacy.delta=0.00001"])) == digest(study)
+
+
+def test_a_study_may_name_thousands_of_silos(tmp_path):
+    path = tmp_path / "study.yaml"
+    keys = [sha256(bytes([i % 256, i >> 8])).hexdigest() for i in range(3001)]
+    silos = [
+        f"- {{name: clinic-{i:05d}.example.org, role: silo, key: {keys[i]}}}" for i in range(3000)
+    ]
+    roster = ["roster:", f"- {{name: hub, role: server, key: {keys[3000]}}}", *silos]
+    text = (ROOT / "configs" / "thousand.yaml").read_text()
+    text = text.replace("count: 1000", "count: 3000") + "\n".join(roster)
+    path.write_text(text)
+    assert len(load_study(path).roster) == 3001
+    path.write_text(text.replace(keys[2], keys[1]))
+    with pytest.raises(ConfigError, match=f"the key {keys[1][:16]} appears twice"):
+        load_study(path)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +374,7 @@ def test_what_a_task_without_choices_cannot_have():
         ("a: [", "line 1"),
         ("- a\n- b\n", "a study must be a mapping"),
         ("study: a\nstudy: b\n", "'study' is given twice \\(line 2\\)"),
-        ("x" * (2 << 20), "over 1 MiB"),
+        ("x" * (5 << 20), "over 4 MiB"),
         ("\udc80", "cannot be read"),
     ],
 )

@@ -20,7 +20,8 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any, Final
 
-from securefedcollm.errors import SecureFedCoLLMError, TransportError
+from securefedcollm.aggregation.header import MAX_SILOS
+from securefedcollm.errors import SecureFedCoLLMError, StateError, TransportError
 from securefedcollm.federation.engines import Failure, SiloPort
 from securefedcollm.federation.files import allow_open_files
 from securefedcollm.federation.workload import Progress
@@ -35,6 +36,11 @@ _GRACE = 2.0  # seconds
 
 OPEN_FILES: Final = 12
 """Of one silo: journal, ledger, evidence and a lock, three files each at most."""
+
+_FEW: Final = MAX_SILOS + 1
+"""Parties of a study without a graph. They have always run with what systems allow a process."""
+_NAMED: Final = 5
+"""The most silos that a message names."""
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -70,7 +76,7 @@ class EmbeddedEngine:
         self._workers: list[_Worker] = []
         self._home: dict[str, _Worker] = {}
         if workers == 0:
-            allow_open_files(OPEN_FILES * len(silos))
+            _allow_files(silos)
             self._local = {name: factory(name, _prefixed(progress, name)) for name in silos}
             return
         try:
@@ -178,7 +184,7 @@ class _Worker:
                 message = self.pipe.recv()
             except EOFError:
                 raise TransportError(
-                    f"the worker process of {', '.join(self.silos)} ended while starting",
+                    f"the worker process of {_some(self.silos)} ended while starting",
                     hint="is there enough memory? try --workers 1",
                 ) from None
             match message:
@@ -212,7 +218,7 @@ class _Worker:
                 return []
             case ("failed", silo, reason):
                 return [(silo, Failure(reason))]
-        raise TransportError(f"the worker of {', '.join(self.silos)} sent an unknown message")
+        raise TransportError(f"the worker of {_some(self.silos)} sent an unknown message")
 
     def stop(self) -> None:
         self.pipe.close()
@@ -238,8 +244,8 @@ def _serve(
     def report(done: int, total: int, text: str) -> None:
         pipe.send(("progress", done, total, text))
 
-    allow_open_files(OPEN_FILES * len(silos))
     try:
+        _allow_files(silos)
         ports = {name: factory(name, _prefixed(report, name)) for name in silos}
     except SecureFedCoLLMError as error:
         pipe.send(("error", error))
@@ -266,6 +272,21 @@ def _serve(
         except OSError:  # nobody waits for it any more
             return
         del reply
+
+
+def _allow_files(silos: Sequence[str]) -> None:
+    """Raises: StateError, if this process may open too few files for so many parties."""
+    try:
+        allow_open_files(OPEN_FILES * len(silos))
+    except StateError:
+        if len(silos) > _FEW:
+            raise
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of them, for a message."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _prefixed(progress: Progress, silo: str) -> Progress:
