@@ -23,6 +23,7 @@ trusted. Sizes and counts are checked before anything is decoded.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -259,12 +260,7 @@ def decode_bundle(content: bytes, path: Path) -> Bundle:
     members.pop("manifest.json")
     study_bytes = members.pop("study.json", b"")
     try:
-        if len(study_bytes) > _MAX_STUDY:
-            raise ValueError(f"study.json is over {_MAX_STUDY >> 20} MiB")
-        tree = decode_canonical(study_bytes)
-        study = study_from_tree(tree)
-        if canonical(study.tree) != study_bytes:
-            raise ValueError("not a study with every default written out")
+        study, named = _signed(study_bytes)
         sbom = members.pop("sbom.json", None)
         artefacts = _typed(members.pop("artefacts.json", None), dict[str, str])
         envelope = _typed(members.pop("study.signatures.json", None), Envelope)
@@ -272,7 +268,7 @@ def decode_bundle(content: bytes, path: Path) -> Bundle:
         raise EvidenceError(f"{path}: {str(error)[:200]}", hint=_HINT) from None
     except SecureFedCoLLMError as error:
         raise EvidenceError(f"{path}: study.json: {error.message}", hint=_HINT) from None
-    many = _many(study, members, path)
+    many = _many(study, named, members, path)
     logs, leaves, heads = {}, {}, {}
     for name in sorted(members):
         room, _, base = name.partition("/")
@@ -300,21 +296,46 @@ def decode_bundle(content: bytes, path: Path) -> Bundle:
     return msgspec.structs.replace(bundle, silos=many.silos, signatures=kept)
 
 
-def _many(study: Study, members: dict[str, bytes], path: Path) -> Many | None:
+@lru_cache(maxsize=2)  # of one run's thousand bundles, `merge` reads the study once
+def _signed(raw: bytes) -> tuple[Study, Roster | None]:
+    """The study of these bytes; and its silos, if they are more than 128 and it names them.
+
+    Raises:
+        ValueError, ConfigError: it is none.
+    """
+    if len(raw) > _MAX_STUDY:
+        raise ValueError(f"study.json is over {_MAX_STUDY >> 20} MiB")
+    study = study_from_tree(decode_canonical(raw))
+    if canonical(study.tree) != raw:
+        raise ValueError("not a study with every default written out")
+    if not (are_many(study.silos.count) and study.roster):
+        return study, None
+    return study, Roster({p.name: bytes.fromhex(p.key) for p in study.roster if p.role == "silo"})
+
+
+def _many(study: Study, named: Roster | None, members: dict[str, bytes], path: Path) -> Many | None:
     """How the logs of this bundle are written; takes its own members from ``members``.
+
+    Args:
+        named: the silos that the study names.
 
     Raises:
         EvidenceError: the silos are not named, or not as they must be.
     """
     if not are_many(study.silos.count):
         return None
-    named = {p.name: bytes.fromhex(p.key) for p in study.roster if p.role == "silo"}
     try:
-        silos = Roster(named) if named else decode_roster(members.pop(ROSTER, b""))
+        if named is None and ROSTER not in members:
+            raise ValueError("missing: neither it nor the study names the silos")
+        silos = named or decode_roster(members.pop(ROSTER))
     except (ValueError, ConfigError) as error:
         raise EvidenceError(f"{path}: {ROSTER}: {str(error)[:200]}", hint=_HINT) from None
-    roots = [name for name in members if name.startswith("signatures/")]
-    return Many(silos, {name.partition("/")[2]: members.pop(name) for name in roots})
+    kept: dict[str, bytes] = {}
+    for name in [name for name in members if name.startswith("signatures/")]:
+        kept[name.partition("/")[2]] = members.pop(name)
+        if not kept[name.partition("/")[2]]:
+            raise EvidenceError(f"{path}: {name} is empty", hint=_HINT)
+    return Many(silos, kept)
 
 
 def _typed(raw: bytes | None, kind: Any) -> Any:

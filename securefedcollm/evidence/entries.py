@@ -39,7 +39,7 @@ from securefedcollm.evidence.fields import (
     Whole,
 )
 from securefedcollm.evidence.fields import Slip as Slip
-from securefedcollm.evidence.many import Many
+from securefedcollm.evidence.many import SETS, Many
 from securefedcollm.evidence.votes import Polled as Polled
 from securefedcollm.evidence.votes import Tallied as Tallied
 from securefedcollm.evidence.votes import Voted as Voted
@@ -475,9 +475,9 @@ def _decode_many(raw: bytes, many: Many) -> tuple[Entry, Any]:
     entry = msgspec.convert({**found, "what": long}, Entry)
     plain = msgspec.to_builtins(entry)
     plain["what"] |= {key: what[key] for key in long if long[key] is not what[key]}
+    # One list in memory for the same set of silos in all entries.
+    shared: dict[str, Any] = {key: long[key] for key in SETS if key in long}
     if isinstance(entry.what, Opened):
-        whole = many.whole(entry.what.roster)
-        entry = msgspec.structs.replace(
-            entry, what=msgspec.structs.replace(entry.what, roster=whole)
-        )
-    return entry, plain
+        shared = {"roster": many.whole(entry.what.roster)}
+    what = msgspec.structs.replace(entry.what, **shared)
+    return msgspec.structs.replace(entry, what=what), plain

@@ -24,7 +24,7 @@ from msgspec import structs
 from securefedcollm.aggregation.header import Roster
 from securefedcollm.errors import CryptoError, EvidenceError, StateError
 from securefedcollm.evidence.entries import Entry, Opening, What, decode_entry, encode_entry
-from securefedcollm.evidence.many import Many, are_many
+from securefedcollm.evidence.many import ROOT_DIGITS, Many, agreements_of, are_many
 from securefedcollm.evidence.merkle import Frontier
 from securefedcollm.evidence.note import Checkpoint, origin, parse_checkpoint, sign_checkpoint
 from securefedcollm.primitives import KEY_BYTES, SigningKey, sha256
@@ -115,7 +115,8 @@ class EvidenceLog:
             entry = Entry(self.size, stamp, self.owner, what)
             raw = encode_entry(entry, self._many)
             if self._many is not None and isinstance(what, Opening):
-                db.executemany("INSERT OR IGNORE INTO kept VALUES (?, ?)", self.kept.items())
+                root = agreements_of(raw)[:ROOT_DIGITS]
+                db.execute("INSERT OR IGNORE INTO kept VALUES (?, ?)", (root, self.kept[root]))
             db.execute("INSERT INTO entries VALUES (?, ?)", (entry.seq, raw))
             tip = self._tree.size
             self._take(raw, entry)

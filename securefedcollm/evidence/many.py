@@ -36,9 +36,9 @@ from securefedcollm.study import Study
 SETS: Final = ("survivors", "dropouts", "seeds_of", "keys_of")
 ROSTER: Final = "roster.json"
 """Beside the server's log, in a run whose study names no participants: the silos and their keys."""
-_ROOT: Final = 64
+ROOT_DIGITS: Final = 64
 """Hex digits of a root."""
-IS_ROOT: Final = re.compile(f"[0-9a-f]{{{_ROOT}}}")
+IS_ROOT: Final = re.compile(f"[0-9a-f]{{{ROOT_DIGITS}}}")
 
 
 def are_many(silos: int) -> bool:
@@ -105,7 +105,7 @@ class Many:
 
     def _signed(self, said: object) -> dict[str, str]:
         whole = _text(said)
-        root, names = whole[:_ROOT], names_of(self.silos, whole[_ROOT:])
+        root, names = whole[:ROOT_DIGITS], names_of(self.silos, whole[ROOT_DIGITS:])
         # Adversary: a server whose opening silos vouch for, and nobody who has the bundle can read.
         if not IS_ROOT.fullmatch(root):
             raise ValueError("agreements without the root of their signatures")
@@ -237,6 +237,7 @@ def encode_roster(silos: Roster) -> bytes:
     return canonical([[name, key.hex()] for name, key in pairs])
 
 
+@lru_cache(maxsize=2)
 def decode_roster(raw: bytes) -> Roster:
     """Inverse of :func:`encode_roster`.
 

@@ -128,7 +128,8 @@ class Coordinator:
         """
         if self._asking.away:  # the last call: for the adapter, and to settle
             self._hooks.rejoined(self._asking.away, len(self._asking.away), LAST_CALL)
-        absent = [silo for silo in self._roster.names if silo not in self._evidence.vouching]
+        vouching = self._evidence.vouching
+        absent = [silo for silo in self._roster.names if silo not in vouching]
         if absent:
             silent = self._countersign(absent)
             needed = self._study.threshold - len(self._evidence.vouching)

@@ -73,7 +73,7 @@ def starting_tree(chosen: Choices) -> dict[str, Any]:
     if chosen.scheme == "ckks-authority":
         aggregation["key_model"] = "authority"
     if chosen.silos > MAX_SILOS:
-        aggregation["graph"] = {}
+        aggregation["graph"] = {"neighbours": None}  # as few as the bounds allow
     if chosen.joint:
         aggregation["value_bits"] = 20  # a sum of hundreds of gradients and noise needs the room
     tree = {

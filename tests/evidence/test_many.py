@@ -91,6 +91,14 @@ def test_an_entry_is_the_same_in_fewer_bytes(what) -> None:
     assert type(decode_entry(raw, "here", UNNAMED).what) is type(what)
 
 
+def test_entries_about_the_same_silos_share_one_list() -> None:
+    """Or the memory of an auditor of n logs would grow with n²."""
+    raw = encode_entry(entry_of(CONTENT[1]), Many(ROSTER, {}))
+    one, two = (decode_entry(raw, "here", Many(ROSTER, {})).what for _ in range(2))
+    assert one.survivors is two.survivors
+    assert one.dropouts is two.dropouts
+
+
 def spoilt(kind: int, change) -> bytes:
     plain = json.loads(encode_entry(entry_of(CONTENT[kind]), Many(ROSTER, {})))
     change(plain["what"])
@@ -293,6 +301,11 @@ def beside(f):
     f.members["signatures/" + "0" * 64] = bytes(64)
 
 
+def emptied(f):
+    """Of no signatures, beside a log that names none of them."""
+    f.members["signatures/" + "0" * 64] = b""
+
+
 def made_up(f):
     """The server, which holds its log's key, names a signature that nobody made."""
     what, name = of_opening(f)
@@ -319,6 +332,7 @@ def other_roster(f):
     [
         (exchanged, "archive", "are missing or others"),
         (left_out, "archive", "are missing or others"),
+        (emptied, "archive", f"signatures/{'0' * 64} is empty"),
         (beside, "archive", "no log names signatures/000"),
         (made_up, "agreements", "the agreement of silo-01 does not verify"),
         (without_one, "agreements", "not the digest of these lists"),
@@ -337,6 +351,14 @@ def test_a_bundle_without_a_sound_roster_is_refused(finished, tmp_path, raw) -> 
     path.write_bytes(pack(members | {"roster.json": raw}))
     (fault,) = verify(path).results[0].faults
     assert "roster.json" in fault
+
+
+def test_a_bundle_without_a_roster_says_what_is_missing(finished, tmp_path) -> None:
+    members = {k: v for k, v in read_members(finished).items() if k != "manifest.json"}
+    path = tmp_path / "forged.zip"
+    path.write_bytes(pack({k: v for k, v in members.items() if k != "roster.json"}))
+    (fault,) = verify(path).results[0].faults
+    assert "roster.json: missing" in fault
 
 
 def test_a_roster_in_another_order_is_refused() -> None:
