@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 
 _BASELINES = ("standalone", "fedavg")
+_MOST_ROWS = 24
+"""Silos in the table that is printed; results.json has all."""
 
 
 def simulate(
@@ -203,10 +205,12 @@ def _accuracy_table(results: dict[str, Any]) -> Table:
 def _silo_table(results: dict[str, Any]) -> Table:
     from rich.table import Table
 
-    table = Table(title="What it cost each silo", title_justify="left")
+    few = len(results["silos"]) <= _MOST_ROWS
+    each = "each silo" if few else f"the {_MOST_ROWS} silos that spent most"
+    table = Table(title=f"What it cost {each}", title_justify="left")
     for column in ("silo", "records", "ε spent", "of", "sent", "received"):
         table.add_column(column, justify="left" if column == "silo" else "right")
-    for silo in results["silos"]:
+    for silo in _most_spent(results["silos"]):
         spent, budget = silo["epsilon_spent"], silo["epsilon_budget"]
         table.add_row(
             silo["name"],
@@ -217,6 +221,13 @@ def _silo_table(results: dict[str, Any]) -> Table:
             _bytes(silo["bytes_down"]),
         )
     return table
+
+
+def _most_spent(silos: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All in their order, or of many those that spent most."""
+    if len(silos) <= _MOST_ROWS:
+        return silos
+    return sorted(silos, key=lambda silo: -(silo["epsilon_spent"] or 0.0))[:_MOST_ROWS]
 
 
 def _print_places(console: Console, places: dict[str, str]) -> None:

@@ -63,7 +63,14 @@ def new(
         Literal["masking", "ckks", "ckks-authority"],
         typer.Option("--scheme", help="How the sum is protected; masking is the fastest."),
     ] = "masking",
-    silos: Annotated[int, typer.Option(min=3, max=128, help="Number of silos.")] = 4,
+    silos: Annotated[
+        int,
+        typer.Option(
+            min=3,
+            max=10_000,
+            help="Number of silos. Above 128 they mask on a graph, which is then set.",
+        ),
+    ] = 4,
     records: Annotated[
         int | None,
         typer.Option(

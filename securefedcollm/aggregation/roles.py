@@ -113,6 +113,8 @@ class Transcript(msgspec.Struct, frozen=True):
             verdict (CKKS) or over the delivery (under an authority's key).
         sealing: coordinator only: the content of which ``delivery`` is the digest, under CKKS.
         word: silo only: the authority's, once it was seen.
+        tally: silo on a graph only: the root of the agreements that the server counted, and the set
+            of silos that made them, once it was seen.
     """
 
     header: bytes
@@ -123,6 +125,7 @@ class Transcript(msgspec.Struct, frozen=True):
     agreements: dict[str, bytes] = {}
     sealing: Sealing | None = None
     word: Word | None = None
+    tally: bytes = b""
 
 
 class SiloSide(Protocol):

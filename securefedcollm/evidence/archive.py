@@ -13,7 +13,8 @@ import zipfile
 from collections.abc import Mapping
 from typing import Final
 
-MAX_MEMBERS: Final = 512
+MAX_MEMBERS: Final = 32_768
+"""A log and its heads of each of 10,000 silos, and the signatures of some thousand sums."""
 _PATH: Final = re.compile(r"^[a-z0-9][a-z0-9._-]{0,127}(/[a-z0-9][a-z0-9._-]{0,127})?\Z")
 _END: Final = struct.Struct("<4s4H2LH")
 """End of the central directory, without a comment: what ends every bundle."""

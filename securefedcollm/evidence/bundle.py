@@ -11,6 +11,8 @@ not what this module would write from its members is refused, so no bit of it go
     logs/NAME.jsonl          a participant's log, one entry a line
     heads/NAME.json          its signed heads: the newest, and all that were cosigned
     sbom.json                bill of materials of the server's software (CycloneDX)
+    roster.json              more than 128 silos that the study does not name: their keys
+    signatures/ROOT          likewise more than 128: the signatures under a root that a log names
     artefacts.json           SHA-256 of the adapters that the run left behind; those of the best
                              round, if the study keeps them, under adapters-best/
 
@@ -21,11 +23,13 @@ trusted. Sizes and counts are checked before anything is decoded.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
+from securefedcollm.aggregation.header import Roster
 from securefedcollm.errors import ConfigError, EvidenceError, SecureFedCoLLMError
 from securefedcollm.evidence.archive import unzipped, zipped
 from securefedcollm.evidence.entries import (
@@ -37,6 +41,14 @@ from securefedcollm.evidence.entries import (
 )
 from securefedcollm.evidence.ledger import VOTES, check_anchors
 from securefedcollm.evidence.log import FILE_NAME, EvidenceLog
+from securefedcollm.evidence.many import (
+    ROSTER,
+    Many,
+    are_many,
+    decode_roster,
+    encode_roster,
+    silos_of,
+)
 from securefedcollm.evidence.note import Checkpoint, parse_checkpoint
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy.ledger import Ledger
@@ -63,6 +75,17 @@ class Bundle(msgspec.Struct, frozen=True):
     sbom: bytes | None
     artefacts: dict[str, str] | None
     """Path → SHA-256 (hex) of the run's adapters."""
+    silos: Roster | None = None
+    """Those of a study of more than 128."""
+    signatures: dict[str, bytes] = {}
+    """Root (hex) → signatures one after another."""
+
+    def of_many(self) -> dict[str, bytes]:
+        """The members of a bundle of more than 128 silos beside the others'."""
+        found = {f"signatures/{root}": raw for root, raw in self.signatures.items()}
+        if self.silos is not None and not self.study.roster:
+            found[ROSTER] = encode_roster(self.silos)
+        return found
 
 
 def make_bundle(run: Path, only: Sequence[str] = ()) -> bytes:
@@ -78,10 +101,13 @@ def make_bundle(run: Path, only: Sequence[str] = ()) -> bytes:
         EvidenceError: a log or ledger does not verify.
     """
     study_file, study = run / "study.yaml", _study(run)
-    homes = _homes(run, only)
+    homes, silos = _homes(run, only), silos_of(study, run)
     members: dict[str, bytes] = {"study.json": canonical(study.tree)}
+    if silos is not None and not study.roster:
+        members[ROSTER] = encode_roster(silos)
     for name, home in homes.items():
-        log = EvidenceLog(home / FILE_NAME, study=digest(study), owner=name, key=None)
+        log = EvidenceLog(home / FILE_NAME, study=digest(study), owner=name, key=None, silos=silos)
+        members |= {f"signatures/{root}": raw for root, raw in log.kept.items()}
         members[f"logs/{name}.jsonl"] = b"".join(leaf + b"\n" for leaf in log.leaves)
         members[f"heads/{name}.json"] = canonical([head.note for head in log.heads()])
         if (home / "ledger.sqlite").exists():
@@ -115,8 +141,9 @@ def audits_of(run: Path) -> list[tuple[str, Audited]]:
         EvidenceError: a log does not verify.
     """
     study, found = _study(run), []
+    silos = silos_of(study, run)
     for name, home in _homes(run, ()).items():
-        log = EvidenceLog(home / FILE_NAME, study=digest(study), owner=name, key=None)
+        log = EvidenceLog(home / FILE_NAME, study=digest(study), owner=name, key=None, silos=silos)
         found += [(name, e.what) for e in log.entries if isinstance(e.what, Audited)]
         log.close()
     return found
@@ -233,12 +260,7 @@ def decode_bundle(content: bytes, path: Path) -> Bundle:
     members.pop("manifest.json")
     study_bytes = members.pop("study.json", b"")
     try:
-        if len(study_bytes) > _MAX_STUDY:
-            raise ValueError(f"study.json is over {_MAX_STUDY >> 20} MiB")
-        tree = decode_canonical(study_bytes)
-        study = study_from_tree(tree)
-        if canonical(study.tree) != study_bytes:
-            raise ValueError("not a study with every default written out")
+        study, named = _signed(study_bytes)
         sbom = members.pop("sbom.json", None)
         artefacts = _typed(members.pop("artefacts.json", None), dict[str, str])
         envelope = _typed(members.pop("study.signatures.json", None), Envelope)
@@ -246,6 +268,7 @@ def decode_bundle(content: bytes, path: Path) -> Bundle:
         raise EvidenceError(f"{path}: {str(error)[:200]}", hint=_HINT) from None
     except SecureFedCoLLMError as error:
         raise EvidenceError(f"{path}: study.json: {error.message}", hint=_HINT) from None
+    many = _many(study, named, members, path)
     logs, leaves, heads = {}, {}, {}
     for name in sorted(members):
         room, _, base = name.partition("/")
@@ -257,13 +280,62 @@ def decode_bundle(content: bytes, path: Path) -> Bundle:
             if not members[name].endswith(b"\n"):
                 raise EvidenceError(f"{path}: {name} breaks off", hint=_HINT)
             logs[who] = [
-                decode_entry(raw, f"{path}: {who}#{seq}") for seq, raw in enumerate(leaves[who])
+                decode_entry(raw, f"{path}: {who}#{seq}", many)
+                for seq, raw in enumerate(leaves[who])
             ]
         else:
             heads[who] = _heads(members[name], f"{path}: {name}")
     if set(logs) != set(heads) or not logs:
         raise EvidenceError(f"{path}: logs and signed heads do not pair up", hint=_HINT)
-    return Bundle(study, envelope, logs, leaves, heads, sbom, artefacts)
+    bundle = Bundle(study, envelope, logs, leaves, heads, sbom, artefacts)
+    if many is None:
+        return bundle
+    kept = many.kept or {}
+    if unread := sorted(set(kept) - many.read):
+        raise EvidenceError(f"{path}: no log names signatures/{unread[0]}", hint=_HINT)
+    return msgspec.structs.replace(bundle, silos=many.silos, signatures=kept)
+
+
+@lru_cache(maxsize=2)  # of one run's thousand bundles, `merge` reads the study once
+def _signed(raw: bytes) -> tuple[Study, Roster | None]:
+    """The study of these bytes; and its silos, if they are more than 128 and it names them.
+
+    Raises:
+        ValueError, ConfigError: it is none.
+    """
+    if len(raw) > _MAX_STUDY:
+        raise ValueError(f"study.json is over {_MAX_STUDY >> 20} MiB")
+    study = study_from_tree(decode_canonical(raw))
+    if canonical(study.tree) != raw:
+        raise ValueError("not a study with every default written out")
+    if not (are_many(study.silos.count) and study.roster):
+        return study, None
+    return study, Roster({p.name: bytes.fromhex(p.key) for p in study.roster if p.role == "silo"})
+
+
+def _many(study: Study, named: Roster | None, members: dict[str, bytes], path: Path) -> Many | None:
+    """How the logs of this bundle are written; takes its own members from ``members``.
+
+    Args:
+        named: the silos that the study names.
+
+    Raises:
+        EvidenceError: the silos are not named, or not as they must be.
+    """
+    if not are_many(study.silos.count):
+        return None
+    try:
+        if named is None and ROSTER not in members:
+            raise ValueError("missing: neither it nor the study names the silos")
+        silos = named or decode_roster(members.pop(ROSTER))
+    except (ValueError, ConfigError) as error:
+        raise EvidenceError(f"{path}: {ROSTER}: {str(error)[:200]}", hint=_HINT) from None
+    kept: dict[str, bytes] = {}
+    for name in [name for name in members if name.startswith("signatures/")]:
+        kept[name.partition("/")[2]] = members.pop(name)
+        if not kept[name.partition("/")[2]]:
+            raise EvidenceError(f"{path}: {name} is empty", hint=_HINT)
+    return Many(silos, kept)
 
 
 def _typed(raw: bytes | None, kind: Any) -> Any:

@@ -20,14 +20,17 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import msgspec
-import rfc8785
 from msgspec import Meta
 
+from securefedcollm.aggregation.header import MAX_COHORT
 from securefedcollm.errors import EvidenceError
+from securefedcollm.evidence.canonical import canonical as canonical
+from securefedcollm.evidence.canonical import decode_canonical as decode_canonical
 from securefedcollm.evidence.fields import (
     Content,
     Count,
     Hex,
+    Member,
     Names,
     Positive,
     Short,
@@ -36,23 +39,16 @@ from securefedcollm.evidence.fields import (
     Whole,
 )
 from securefedcollm.evidence.fields import Slip as Slip
+from securefedcollm.evidence.many import SETS, Many
 from securefedcollm.evidence.votes import Polled as Polled
 from securefedcollm.evidence.votes import Tallied as Tallied
 from securefedcollm.evidence.votes import Voted as Voted
 from securefedcollm.evidence.votes import Voting as Voting
-from securefedcollm.foreign import decode_json, nested_deeper
+from securefedcollm.foreign import nested_deeper
 
 MAX_ENTRY = 256 << 10
 """Bytes of one entry: an opening agreed to by 128 silos takes 40 kB."""
 _DEEPEST = 16
-
-
-class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A participant as this log's keeper knew it: name, role, Ed25519 key."""
-
-    name: Who
-    role: Annotated[str, Meta(pattern=r"^(server|silo|authority)(?!\n)$")]
-    key: Hex
 
 
 class Opened(Content, frozen=True, tag="opened"):
@@ -64,7 +60,7 @@ class Opened(Content, frozen=True, tag="opened"):
 
     study: Hex
     run: Short
-    roster: Annotated[list[Member], Meta(max_length=130)]
+    roster: Annotated[list[Member], Meta(max_length=MAX_COHORT + 2)]
     version: str
     code: Hex
     sbom: Hex | None = None
@@ -206,7 +202,7 @@ class Opening(Content, frozen=True, tag="opening"):
     survivors: Names
     dropouts: Names
     lists: Hex
-    agreements: Annotated[dict[Who, Signature], Meta(max_length=128)]
+    agreements: Annotated[dict[Who, Signature], Meta(max_length=MAX_COHORT)]
     ciphertexts: Ciphertexts | None = None
 
 
@@ -420,19 +416,25 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"{self.owner}#{self.seq} ({self.what.__struct_config__.tag})"
 
 
-def encode_entry(entry: Entry) -> bytes:
+def encode_entry(entry: Entry, many: Many | None = None) -> bytes:
     """RFC 8785 canonical JSON: the leaf of the Merkle tree.
+
+    Args:
+        many: the spelling of a log of more than 128 silos.
 
     Raises:
         EvidenceError: longer than :data:`MAX_ENTRY`.
     """
-    raw = rfc8785.dumps(msgspec.to_builtins(entry))
+    plain = msgspec.to_builtins(entry)
+    if many is not None:
+        plain["what"] = many.short(plain["what"])
+    raw = canonical(plain)
     if len(raw) > MAX_ENTRY:
         raise EvidenceError(f"an evidence entry of {len(raw)} bytes is too long")
     return raw
 
 
-def decode_entry(raw: bytes, place: str) -> Entry:
+def decode_entry(raw: bytes, place: str, many: Many | None = None) -> Entry:
     """Inverse of :func:`encode_entry`.
 
     Adversary: the author of the file. Unknown kinds and fields, duplicate keys, numbers that two
@@ -445,8 +447,8 @@ def decode_entry(raw: bytes, place: str) -> Entry:
     try:
         if len(raw) > MAX_ENTRY or nested_deeper(raw, _DEEPEST):
             raise ValueError("too long, or nested too deeply")
-        entry = msgspec.json.decode(raw, type=Entry)
-        if canonical(msgspec.to_builtins(entry)) == raw:
+        entry, plain = _decode(raw) if many is None else _decode_many(raw, many)
+        if canonical(plain) == raw:
             return entry
         why = "not in its canonical form"
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -457,32 +459,25 @@ def decode_entry(raw: bytes, place: str) -> Entry:
     )
 
 
-def canonical(plain: Any) -> bytes:
-    """RFC 8785 form of plain JSON values.
-
-    Raises:
-        ValueError: a value that JSON cannot carry exactly (an integer beyond 2^53, NaN).
-    """
-    try:
-        return rfc8785.dumps(plain)
-    except rfc8785.CanonicalizationError as error:
-        raise ValueError(str(error)) from None
+def _decode(raw: bytes) -> tuple[Entry, Any]:
+    """The entry, and what it re-encodes to."""
+    entry = msgspec.json.decode(raw, type=Entry)
+    return entry, msgspec.to_builtins(entry)
 
 
-def decode_canonical(raw: bytes) -> Any:
-    """Plain values of a canonical JSON document.
-
-    Raises:
-        ValueError: not JSON, or not in canonical form (duplicate keys, spaces, huge numbers).
-    """
-    try:
-        plain = decode_json(raw)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({str(error)[:120]})") from None
-    try:
-        same = canonical(plain) == raw
-    except (RecursionError, ValueError):  # a number that canonical JSON cannot carry
-        same = False
-    if not same:
-        raise ValueError("not in canonical form (RFC 8785)")
-    return plain
+def _decode_many(raw: bytes, many: Many) -> tuple[Entry, Any]:
+    """The same in a log of more than 128 silos."""
+    found = msgspec.json.decode(raw, type=dict[str, Any])
+    what = found.get("what")
+    if not isinstance(what, dict):
+        raise ValueError("without content")
+    long = many.long(what)
+    entry = msgspec.convert({**found, "what": long}, Entry)
+    plain = msgspec.to_builtins(entry)
+    plain["what"] |= {key: what[key] for key in long if long[key] is not what[key]}
+    # One list in memory for the same set of silos in all entries.
+    shared: dict[str, Any] = {key: long[key] for key in SETS if key in long}
+    if isinstance(entry.what, Opened):
+        shared = {"roster": many.whole(entry.what.roster)}
+    what = msgspec.structs.replace(entry.what, **shared)
+    return msgspec.structs.replace(entry, what=what), plain

@@ -30,6 +30,7 @@ from securefedcollm.evidence.entries import (
     decode_entry,
 )
 from securefedcollm.evidence.log import EvidenceLog, blinded
+from securefedcollm.evidence.many import UNNAMED
 from securefedcollm.privacy.events import Event, encode_events
 from securefedcollm.privacy.identities import Records
 from securefedcollm.privacy.journal import Row
@@ -184,7 +185,9 @@ def read_anchors(path: Path) -> Anchors:
             f"{path}: the evidence log cannot be read ({error})",
             hint="restore it; without it an older privacy ledger would not be noticed",
         ) from None
-    entries = [decode_entry(bytes(body), f"{path}: entry {i}") for i, (body,) in enumerate(bodies)]
+    entries = [
+        decode_entry(bytes(body), f"{path}: entry {i}", UNNAMED) for i, (body,) in enumerate(bodies)
+    ]
     answered = any(isinstance(entry.what, VOTES) for entry in entries)
     first = entries[0].what if entries else None
     study = bytes.fromhex(first.study) if isinstance(first, Opened) else b""

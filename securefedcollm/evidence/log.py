@@ -14,13 +14,17 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from msgspec import structs
+
+from securefedcollm.aggregation.header import Roster
 from securefedcollm.errors import CryptoError, EvidenceError, StateError
-from securefedcollm.evidence.entries import Entry, What, decode_entry, encode_entry
+from securefedcollm.evidence.entries import Entry, Opening, What, decode_entry, encode_entry
+from securefedcollm.evidence.many import ROOT_DIGITS, Many, agreements_of, are_many
 from securefedcollm.evidence.merkle import Frontier
 from securefedcollm.evidence.note import Checkpoint, origin, parse_checkpoint, sign_checkpoint
 from securefedcollm.primitives import KEY_BYTES, SigningKey, sha256
@@ -35,6 +39,9 @@ CREATE TRIGGER IF NOT EXISTS entries_keep BEFORE UPDATE ON entries
   BEGIN SELECT RAISE(ABORT, 'the log is append-only'); END;
 CREATE TRIGGER IF NOT EXISTS entries_hold BEFORE DELETE ON entries
   BEGIN SELECT RAISE(ABORT, 'the log is append-only'); END;
+"""
+_KEPT: Final = """
+CREATE TABLE IF NOT EXISTS kept (root TEXT PRIMARY KEY, signatures BLOB NOT NULL) STRICT;
 """
 
 
@@ -53,6 +60,8 @@ class EvidenceLog:
         key: its identity; None to read only.
         now: the clock that stamps entries, seconds since the epoch.
         on_entry: called with every entry that is appended here, once it is durable.
+        silos: of the study; needed where they are more than 128, for the log's spelling
+            (:mod:`~.many`).
 
     Raises:
         StateError: the file cannot be used.
@@ -68,6 +77,7 @@ class EvidenceLog:
         key: SigningKey | None,
         now: Callable[[], float] = time.time,
         on_entry: Callable[[Entry], None] | None = None,
+        silos: Roster | None = None,
     ) -> None:
         self.path = path
         self.owner = owner
@@ -76,11 +86,13 @@ class EvidenceLog:
         self._key = key
         self._now = now
         self._on_entry = on_entry
+        self._many = Many(silos, {}) if silos and are_many(len(silos)) else None
+        self._parsed: tuple[str, Checkpoint] | None = None
         self._tree = Frontier()
         self.leaves: list[bytes] = []
         self.entries: list[Entry] = []
         try:
-            self._db = durable_database(path, _SCHEMA)
+            self._db = durable_database(path, _SCHEMA + (_KEPT if self._many else ""))
         except (OSError, sqlite3.Error) as error:
             raise self._unusable(error) from None
         with self._writing() as db:
@@ -101,7 +113,10 @@ class EvidenceLog:
             self._catch_up()
             stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._now()))
             entry = Entry(self.size, stamp, self.owner, what)
-            raw = encode_entry(entry)
+            raw = encode_entry(entry, self._many)
+            if self._many is not None and isinstance(what, Opening):
+                root = agreements_of(raw)[:ROOT_DIGITS]
+                db.execute("INSERT OR IGNORE INTO kept VALUES (?, ?)", (root, self.kept[root]))
             db.execute("INSERT INTO entries VALUES (?, ?)", (entry.seq, raw))
             tip = self._tree.size
             self._take(raw, entry)
@@ -119,16 +134,26 @@ class EvidenceLog:
         return len(self.leaves)
 
     @property
+    def kept(self) -> dict[str, bytes]:
+        """Signatures that entries name by their root, hex (:mod:`~.many`); root → signatures."""
+        return {} if self._many is None or self._many.kept is None else self._many.kept
+
+    @property
     def head(self) -> Checkpoint:
         """The newest head, with the cosignatures collected for it.
 
         Raises:
             EvidenceError: the log is empty.
         """
-        heads = self.heads()
-        if not heads:
+        try:
+            row = self._db.execute("SELECT note FROM heads ORDER BY size DESC LIMIT 1").fetchone()
+        except sqlite3.Error as error:
+            raise self._unusable(error) from None
+        if row is None:
             raise EvidenceError(f"{self.path}: the evidence log is empty")
-        return heads[-1]
+        if self._parsed is None or self._parsed[0] != row[0]:
+            self._parsed = row[0], parse_checkpoint(row[0])
+        return self._parsed[1]
 
     def heads(self) -> list[Checkpoint]:
         """The newest head and every earlier one that somebody cosigned, by size."""
@@ -138,16 +163,21 @@ class EvidenceLog:
             raise self._unusable(error) from None
         return [parse_checkpoint(note) for (note,) in rows]
 
-    def add_cosignature(self, size: int, name: str, blob: bytes) -> None:
-        """Keep a witness's signature (already verified) under the head of ``size`` entries."""
+    def add_cosignatures(self, size: int, lines: Mapping[str, bytes]) -> None:
+        """Keep witnesses' signatures (already verified) under the head of ``size`` entries.
+
+        Args:
+            lines: key name → signature line's bytes.
+        """
         with self._writing() as db:
             row = db.execute("SELECT note FROM heads WHERE size = ?", (size,)).fetchone()
             if row is None:
                 return
             head = parse_checkpoint(row[0])
-            if any(signer == name for signer, _ in head.lines):
-                return  # asked again by a server that died before it was done
-            head = head.with_line(name, blob)
+            there = {signer for signer, _ in head.lines}
+            # One may be there: asked again by a server that died before it was done.
+            new = tuple(line for line in lines.items() if line[0] not in there)
+            head = structs.replace(head, lines=head.lines + new)
             db.execute("UPDATE heads SET note = ? WHERE size = ?", (head.note, size))
 
     def blinded(self, content: bytes) -> bytes:
@@ -169,8 +199,10 @@ class EvidenceLog:
         found = self._db.execute(
             "SELECT seq, body FROM entries WHERE seq >= ? ORDER BY seq", (self.size,)
         ).fetchall()
+        if found and self._many is not None:
+            self.kept.update(self._db.execute("SELECT root, signatures FROM kept").fetchall())
         for seq, body in found:
-            entry = decode_entry(bytes(body), f"{self.path}: entry {self.size}")
+            entry = decode_entry(bytes(body), f"{self.path}: entry {self.size}", self._many)
             if (seq, entry.seq, entry.owner) != (self.size, self.size, self.owner):
                 raise EvidenceError(
                     f"{self.path}: entry {self.size} is missing or of another log",

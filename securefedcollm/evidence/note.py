@@ -31,8 +31,8 @@ _SIGNATURE: Final = b"\x01"
 _COSIGNATURE: Final = b"\x04"
 _ID_BYTES: Final = 4
 _TIME_BYTES: Final = 8
-_MAX_NOTE: Final = 64 << 10
-"""Characters of a note: 128 cosignatures and room to spare."""
+_MAX_NOTE: Final = 4 << 20
+"""Characters of a note: 10,000 cosignatures take 2.5 MB."""
 
 
 def origin(study: bytes, name: str) -> str:

@@ -16,6 +16,7 @@ import msgspec
 from securefedcollm.errors import ConfigError, SecureFedCoLLMError
 from securefedcollm.evidence.entries import Finished
 from securefedcollm.evidence.log import FILE_NAME, EvidenceLog
+from securefedcollm.evidence.many import silos_of
 from securefedcollm.federation.keeping import BEST
 from securefedcollm.primitives import sha256
 from securefedcollm.study import Study, digest, load_study
@@ -148,7 +149,8 @@ def continued(run: Path, place: str, *, best: bool = False) -> tuple[Study, list
             where=str(run),
             hint="continue from the directory of the server, or of a simulation",
         )
-    log = EvidenceLog(path, study=digest(study), owner="server", key=None)
+    silos = silos_of(study, run)
+    log = EvidenceLog(path, study=digest(study), owner="server", key=None, silos=silos)
     head, made = log.head, [e.what.files for e in log.entries if isinstance(e.what, Finished)]
     log.close()
     room = run / (BEST if best else "adapters")

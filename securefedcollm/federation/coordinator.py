@@ -128,7 +128,8 @@ class Coordinator:
         """
         if self._asking.away:  # the last call: for the adapter, and to settle
             self._hooks.rejoined(self._asking.away, len(self._asking.away), LAST_CALL)
-        absent = [silo for silo in self._roster.names if silo not in self._evidence.vouching]
+        vouching = self._evidence.vouching
+        absent = [silo for silo in self._roster.names if silo not in vouching]
         if absent:
             silent = self._countersign(absent)
             needed = self._study.threshold - len(self._evidence.vouching)
@@ -290,11 +291,9 @@ class Coordinator:
             if not requests:
                 break
             replies = self._asking.ask(requests, STEP_TIMEOUT, Traffic(self._parties), lost)
-            silos = [
-                silo
-                for silo, reply in replies.items()
-                if isinstance(reply, Witnessed) and not self._evidence.witnessed(silo, reply)
-            ]
+            silos = self._evidence.witnessed(
+                {silo: reply for silo, reply in replies.items() if isinstance(reply, Witnessed)}
+            )
         for silo, reason in lost.items():
             log.warning("%s does not vouch for the evidence log: %s", silo, reason)
         return lost

@@ -154,9 +154,7 @@ class SiloTuning(Holdings):
         """
         super().__init__(study, questions, alone=alone)
         self._name = name
-        self._tuned = Tuned.load(
-            study, study.models.slm, data=data, device=device, progress=progress
-        )
+        self._tuned = self._load(data, device, progress)
         self._loss = loss_plan(study.local, self._tuned.scoring)
         if by_unit(study):
             refuse_coupling(self._tuned.model, "models.slm", study.task.max_tokens)
@@ -172,6 +170,11 @@ class SiloTuning(Holdings):
             refuse_joint_units(study, self._units)
         if by_unit(study):
             self._prove_independence()
+
+    def _load(self, data: Path | None, device: str, progress: Progress) -> Tuned:
+        """The model with a fresh adapter. Every use of it begins by loading an adapter."""
+        model = self._study.models.slm
+        return Tuned.load(self._study, model, data=data, device=device, progress=progress)
 
     def _prove_independence(self) -> None:
         """Finish the test of independence before anybody asks for anything.

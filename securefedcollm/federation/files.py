@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import resource
 import shutil
 import stat
 import tempfile
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Final
 
 from securefedcollm.errors import ConfigError, StateError
+
+_FILES_OF_A_PROCESS: Final = 512
+"""Open files beside the silos': models, libraries, pipes."""
 
 LOCK: Final = ".lock"
 """In a directory that one process at a time may work in."""
@@ -34,6 +38,30 @@ def make_directory(path: Path) -> Path:
             hint="choose another directory with --out",
         ) from None
     return path
+
+
+def allow_open_files(count: int) -> None:
+    """Let this process have so many files open, beside what it has; or as many as it may.
+
+    Raises:
+        StateError: the system allows fewer.
+    """
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + _FILES_OF_A_PROCESS
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    wanted = needed if most == resource.RLIM_INFINITY else min(needed, most)
+    if wanted > soft:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+        except (ValueError, OSError):  # macOS has a limit of its own below the hard one
+            wanted = soft
+    if wanted < needed:
+        raise StateError(
+            f"the silos of one process need {needed} open files, and this system allows {wanted}",
+            hint="raise the limit (ulimit -Hn), or spread the silos over more processes with "
+            "--workers",
+        )
 
 
 def write_durably(path: Path, *content: bytes | memoryview) -> None:

@@ -32,6 +32,7 @@ from securefedcollm.evidence.entries import (
 )
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.evidence.many import silos_of
 from securefedcollm.federation.parts import validation_study
 from securefedcollm.federation.plan import (
     AUTHORITY,
@@ -187,7 +188,10 @@ def _worst(ledger: Ledger, last: Charge, delta: float) -> float:
 def _entries(study: Study, place: Path) -> list[Entry]:
     if not (place / EVIDENCE).exists():
         return []
-    log = EvidenceLog(place / EVIDENCE, study=digest(study), owner=place.name, key=None)
+    silos = silos_of(study, place.parent.parent)
+    log = EvidenceLog(
+        place / EVIDENCE, study=digest(study), owner=place.name, key=None, silos=silos
+    )
     log.close()
     return log.entries
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,13 +20,14 @@ from securefedcollm.errors import ConfigError, SecureFedCoLLMError
 from securefedcollm.evidence.ledger import Anchors, LoggedLedger, read_anchors
 from securefedcollm.evidence.log import FILE_NAME as EVIDENCE
 from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.evidence.many import ROSTER, are_many, encode_roster, read_roster
 from securefedcollm.federation.authority import AuthoritySession
 from securefedcollm.federation.charged import ChargedTraining
 from securefedcollm.federation.coordinator import Coordinator
 from securefedcollm.federation.engines import SiloPort
 from securefedcollm.federation.engines.dropouts import Drop, DroppingEngine
 from securefedcollm.federation.engines.embedded import EmbeddedEngine
-from securefedcollm.federation.files import make_directory
+from securefedcollm.federation.files import make_directory, write_durably
 from securefedcollm.federation.hooks import Hooks, OnRound
 from securefedcollm.federation.keeping import is_over
 from securefedcollm.federation.plan import AUTHORITY, authority_of, stated
@@ -37,6 +38,7 @@ from securefedcollm.federation.silo import Seat, SiloSession
 from securefedcollm.federation.silostore import SiloStore
 from securefedcollm.federation.workload import Progress, ServerWorkload, SiloWorkload
 from securefedcollm.primitives import SigningKey
+from securefedcollm.privacy.journal import rehearsed
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.simulation.plan import ledger_of
 from securefedcollm.study import Study, digest
@@ -86,8 +88,14 @@ class Cohort:
         roster = Roster(
             {name: identity_at(directory / "silos" / name, name).public for name in self.names}
         )
+        if are_many(len(roster)):
+            _keep_roster(directory / "server" / ROSTER, roster)
         log = EvidenceLog(
-            directory / "server" / EVIDENCE, study=digest(study), owner=SERVER, key=key
+            directory / "server" / EVIDENCE,
+            study=digest(study),
+            owner=SERVER,
+            key=key,
+            silos=roster,
         )
         office = b""
         if study.scheme == "ckks-authority":
@@ -140,6 +148,25 @@ class Cohort:
         )
 
 
+def _keep_roster(path: Path, roster: Roster) -> None:
+    """Have the list of silos at ``path`` that all logs of this run name by its root.
+
+    Raises:
+        ConfigError: the run began with other silos. The list stays: without it no log can be read.
+    """
+    began = read_roster(path) if path.exists() else roster
+    was, now = (dict(zip(silos.names, silos.keys, strict=True)) for silos in (began, roster))
+    for name in sorted(was.keys() | now.keys()):
+        if was.get(name) != now.get(name):
+            raise ConfigError(
+                f"{name} has another identity than the run began with",
+                where=str(path),
+                hint="put its identity.json back, or begin another run in another directory",
+            )
+    if not path.exists():
+        write_durably(path, encode_roster(roster))
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Parties:
     """The participants' public data, for every process: no secrets.
@@ -178,13 +205,17 @@ def _make_party(
     home = make_directory(directory / "silos" / name)
     training = workload(name, progress)
     key = identity_at(home, name)
-    log = EvidenceLog(home / EVIDENCE, study=digest(study), owner=name, key=key)
-    opened.callback(log.close)
-    book = _ledger(home, name, ledgers)
-    ledger = LoggedLedger(book, name, log, **stated(study))
-    opened.callback(ledger.close)
-    store = SiloStore(home)
-    opened.callback(store.close)
+    # The disk of this one machine, not privacy, would take most of the time of a thousand silos.
+    with rehearsed() if are_many(len(parties.roster)) and ledgers is None else nullcontext():
+        log = EvidenceLog(
+            home / EVIDENCE, study=digest(study), owner=name, key=key, silos=parties.roster
+        )
+        opened.callback(log.close)
+        book = _ledger(home, name, ledgers)
+        ledger = LoggedLedger(book, name, log, **stated(study))
+        opened.callback(ledger.close)
+        store = SiloStore(home)
+        opened.callback(store.close)
     return SiloSession(
         Seat(study, name, parties.roster, key, parties.authority),
         ChargedTraining(study, name, training, store, ledger, progress=progress),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from securefedcollm.federation.tracking import Kind
 from securefedcollm.privacy.events import PoissonGaussian
@@ -13,6 +13,8 @@ from securefedcollm.study import Study
 
 if TYPE_CHECKING:
     from securefedcollm.federation.dealing import Files
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,7 @@ class SiloPlan:
         noisy, files: as in :class:`SimulationPlan`.
         run: the run's directory, beside which earlier ones may lie.
         kept: silo → places of the questions that take part; a silo that is not in it has all.
+        shared: what a process has made of the plan, for all of its silos; empty at its beginning.
     """
 
     study: Study
@@ -118,6 +121,14 @@ class SiloPlan:
     noisy: int = 0
     files: Files | None = None
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """``make()``, or what it gave this process before under ``name``."""
+        if name not in self.shared:
+            self.shared[name] = make()
+        found: T = self.shared[name]
+        return found
 
 
 def ledger_of(ledgers: Path | None, name: str) -> Path | None:

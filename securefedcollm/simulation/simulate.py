@@ -277,18 +277,11 @@ def _held(directory: Path) -> AbstractContextManager[None]:
 def silo_tuning(name: str, progress: Progress, *, plan: SiloPlan) -> SiloTuning:
     """The tuning of one silo, in the process that will run it."""
     from securefedcollm.federation import cotuning
+    from securefedcollm.simulation.sharing import SharingSilo
 
     cotuning.set_threads(plan.threads)
     with beside(plan.run):
-        return cotuning.SiloTuning(
-            plan.study,
-            name,
-            _own(_dealt(plan), name, plan),
-            data=plan.data,
-            device=plan.device,
-            progress=progress,
-            planned=plan.planned[name],
-        )
+        return SharingSilo(plan, name, _own(_dealt(plan), name, plan), progress)
 
 
 def tune_alone(name: str, *, plan: SiloPlan, directory: Path) -> dict[str, float]:
@@ -327,7 +320,7 @@ def tuned_alone(name: str, plan: SiloPlan) -> tuple[SiloTuning, Sequence[Questio
 def _dealt(plan: SiloPlan) -> Dealt:
     from securefedcollm.federation.dealing import deal
 
-    return deal(plan.study, plan.data, plan.noisy, plan.files)
+    return plan.once("dealt", lambda: deal(plan.study, plan.data, plan.noisy, plan.files))
 
 
 def _own(dealt: Dealt, name: str, plan: SiloPlan) -> Sequence[Question]:

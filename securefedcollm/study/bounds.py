@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import reduce
 from typing import Any, Final
 
+from securefedcollm.aggregation.header import MAX_COHORT
 from securefedcollm.errors import ConfigError
 
 _DEEPEST: Final = 16
@@ -33,9 +34,9 @@ MOST: Final = {
     "local.steps": 10**7,
     "local.batch_size": 10**10,
     "local.micro_batch": 10**9,
-    "silos.minimum": 128,
-    "silos.colluders": 128,
-    "aggregation.threshold": 128,
+    "silos.minimum": MAX_COHORT,
+    "silos.colluders": MAX_COHORT,
+    "aggregation.threshold": MAX_COHORT,
     "server.central.steps": 10**9,
     "server.central.batch_size": 10**9,
     "distillation.steps": 10**9,
@@ -46,7 +47,7 @@ MOST: Final = {
 """Far above any value used in training."""
 _LARGEST: Final = 1e30
 """Largest float. Its square and products are finite too."""
-_MOST_PARTICIPANTS: Final = 130
+_MOST_PARTICIPANTS: Final = MAX_COHORT + 2
 
 
 def check_plain(tree: dict[Any, Any]) -> None:
@@ -78,7 +79,7 @@ def check_plain(tree: dict[Any, Any]) -> None:
         raise ConfigError(
             f"{len(roster)} participants, {_MOST_PARTICIPANTS} are the most",
             where="roster",
-            hint="128 silos, a server and an authority",
+            hint=f"{MAX_COHORT} silos, a server and an authority",
         )
 
 

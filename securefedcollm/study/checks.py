@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from securefedcollm.aggregation.header import MOST_ATTEMPTS
+from collections import Counter
+
+from securefedcollm.aggregation.header import MAX_SILOS, MOST_ATTEMPTS
 from securefedcollm.errors import ConfigError
 from securefedcollm.study.bounds import check_sizes
 from securefedcollm.study.config import (
@@ -42,6 +44,7 @@ def check(study: Study) -> None:
         ConfigError: for the first one found, with its key path and a hint.
     """
     check_sizes(study)
+    _check_cohort(study)
     _check_silos(study)
     _check_graph(study)
     _check_own(study)
@@ -65,6 +68,26 @@ def check(study: Study) -> None:
     check_validation(study)
     check_retrieval(study)
     _check_roster(study)
+
+
+def _check_cohort(study: Study) -> None:
+    """What works among every pair of silos: refuse it for too many of them."""
+    n = study.silos.count
+    if n <= MAX_SILOS:
+        return
+    if study.aggregation.graph is None:
+        raise ConfigError(
+            f"{n} silos, and {MAX_SILOS} are the most without aggregation.graph",
+            where="silos.count",
+            hint="with `aggregation: {graph: {}}` each silo shares masks with some hundred others "
+            "that it draws, instead of with all",
+        )
+    if study.retrieval is not None:
+        raise ConfigError(
+            f"{n} silos, and {MAX_SILOS} are the most that answer questions",
+            where="retrieval",
+            hint="leave it out, or take part with fewer silos",
+        )
 
 
 def _check_silos(study: Study) -> None:
@@ -369,7 +392,7 @@ def _check_roster(study: Study) -> None:
         return
     names = [p.name for p in study.roster]
     for values, what in ((names, "name"), ([p.key for p in study.roster], "key")):
-        twice = {v for v in values if values.count(v) > 1}
+        twice = [value for value, times in Counter(values).items() if times > 1]
         if twice:
             raise ConfigError(
                 f"the {what} {min(twice)[:16]} appears twice",

@@ -18,8 +18,10 @@ from securefedcollm.study.bounds import check_plain
 from securefedcollm.study.checks import check
 from securefedcollm.study.config import Study
 
-_MAX_BYTES = 1 << 20  # a study is a page of text; a larger file is a mistake or an attack
-_MAX_NODES = 20_000
+# A study is a page of text, and a list of those who take part. 10,000 silos with names of about 30
+# characters are 1.3 MB and 70,000 values. A larger file is a mistake or an attack.
+_MAX_BYTES = 4 << 20
+_MAX_NODES = 100_000
 _MAX_DEPTH = 32
 _MAX_NUMBER = 400  # characters of what is no text
 
@@ -174,7 +176,9 @@ def read_text(path: Path) -> str:
             content = file.read(_MAX_BYTES + 1)
         if len(content) > _MAX_BYTES:
             raise ConfigError(
-                "the file is over 1 MiB", where=str(path), hint="is this the study file?"
+                f"the file is over {_MAX_BYTES >> 20} MiB",
+                where=str(path),
+                hint="is this the study file?",
             )
         return content.decode("utf-8")
     except FileNotFoundError:

@@ -7,13 +7,17 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from securefedcollm.aggregation.ckks.parameters import CkksSet
+from securefedcollm.aggregation.header import MAX_COHORT, MIN_SILOS
 from securefedcollm.study.kinds import Hex32, Name, Positive, Section, says
 
 
 class Silos(Section, frozen=True):
     """Who takes part."""
 
-    count: Annotated[Annotated[int, Meta(ge=3, le=128)], says("Number of silos.")]
+    count: Annotated[
+        Annotated[int, Meta(ge=MIN_SILOS, le=MAX_COHORT)],
+        says("Number of silos. More than 128 need `aggregation.graph`."),
+    ]
     minimum: Annotated[
         Annotated[int, Meta(ge=2)] | None,
         says(

@@ -19,7 +19,7 @@ from securefedcollm.primitives import SigningKey, equal, verify_statement
 from securefedcollm.study.config import Study
 
 PAYLOAD_TYPE = "application/vnd.securefedcollm.study.v1+json"
-_MAX_BYTES = 4 << 20
+_MAX_BYTES = 8 << 20  # the study and the signatures of 10,000 participants are 3.4 MB
 
 
 class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

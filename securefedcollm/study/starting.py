@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal, NamedTuple
 
+from securefedcollm.aggregation.header import MAX_SILOS
 from securefedcollm.aggregation.steps import SchemeName
 from securefedcollm.study.learning import VIRTUAL, VIRTUAL_TOKENS, RowKind
 
@@ -71,6 +72,8 @@ def starting_tree(chosen: Choices) -> dict[str, Any]:
     }
     if chosen.scheme == "ckks-authority":
         aggregation["key_model"] = "authority"
+    if chosen.silos > MAX_SILOS:
+        aggregation["graph"] = {"neighbours": None}  # as few as the bounds allow
     if chosen.joint:
         aggregation["value_bits"] = 20  # a sum of hundreds of gradients and noise needs the room
     tree = {

@@ -66,6 +66,17 @@ def test_study_check_plans_its_noise(tmp_path, more):
     assert facts["noise_multiplier"] > 0.1
 
 
+@pytest.mark.parametrize("more", [[], ["--joint"], ["--unit", "silo"]])
+def test_more_than_128_silos_mask_on_a_graph(tmp_path, more):
+    for silos in (128, 129):
+        words = ["--model", "builtin:hospital-slm", "--silos", silos, *more]
+        call("study", "new", tmp_path / f"{silos}.yaml", *words)
+        study = load_study(tmp_path / f"{silos}.yaml")
+        assert (study.aggregation.graph is not None) == (silos > 128)
+    with pytest.raises(ConfigError, match="graph"):
+        call("study", "new", tmp_path / "ckks.yaml", *words, "--scheme", "ckks")
+
+
 def test_the_phase_at_the_server_is_sized_to_the_models(tmp_path):
     """The defaults are for models of a few hundred thousand weights."""
     pairs = {"own": ("path:s", "path:l"), "built-in": ("builtin:hospital-slm",) * 2}

@@ -65,9 +65,9 @@ def test_cosigned_heads_are_kept(tmp_path):
     log = open_log(tmp_path)
     log.append(Lost(round=0))
     name = origin(STUDY, "silo-2")
-    log.add_cosignature(1, name, cosign(log.head, name, OTHER, 77))
+    log.add_cosignatures(1, {name: cosign(log.head, name, OTHER, 77)})
     # A server that died before it was done asks again: one line of each witness stays.
-    log.add_cosignature(1, name, cosign(log.head, name, OTHER, 78))
+    log.add_cosignatures(1, {name: cosign(log.head, name, OTHER, 78)})
     assert len(log.head.lines) == 2
     log.append(Lost(round=1))
     first, second = log.heads()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,22 @@ def test_the_digest_is_that_of_the_meaning_not_of_the_spelling(tmp_path):
     assert digest(load_study(QUICKSTART, ["privacy.delta=0.00001"])) == digest(study)
 
 
+def test_a_study_may_name_thousands_of_silos(tmp_path):
+    path = tmp_path / "study.yaml"
+    keys = [sha256(bytes([i % 256, i >> 8])).hexdigest() for i in range(3001)]
+    silos = [
+        f"- {{name: clinic-{i:05d}.example.org, role: silo, key: {keys[i]}}}" for i in range(3000)
+    ]
+    roster = ["roster:", f"- {{name: hub, role: server, key: {keys[3000]}}}", *silos]
+    text = (ROOT / "configs" / "thousand.yaml").read_text()
+    text = text.replace("count: 1000", "count: 3000") + "\n".join(roster)
+    path.write_text(text)
+    assert len(load_study(path).roster) == 3001
+    path.write_text(text.replace(keys[2], keys[1]))
+    with pytest.raises(ConfigError, match=f"the key {keys[1][:16]} appears twice"):
+        load_study(path)
+
+
 @pytest.mark.parametrize(
     ("override", "where", "hint"),
     [
@@ -46,6 +63,8 @@ def test_the_digest_is_that_of_the_meaning_not_of_the_spelling(tmp_path):
         ("study=A B", "study: expected `str` matching regex", ""),
         ("silos.minimum=2", "silos.minimum: a sum over 2 silos, 1 of them", "colluders + 2 = 3"),
         ("silos.minimum=5", "silos.minimum: 5 survivors of 4", "at most 4"),
+        ("silos.count=129", "silos.count: 129 silos, and 128 are the most", "graph: {}"),
+        ("silos.count=10001", "silos.count: expected `int` <= 10000", ""),
         ("aggregation.threshold=2", "aggregation.threshold: a server with 1", "at least 3"),
         ("aggregation.threshold=5", "aggregation.threshold: 5 of 4", "at most 4"),
         ("aggregation.value_bits=33", "aggregation.value_bits: sums and squares", "lower it"),
@@ -355,7 +374,7 @@ def test_what_a_task_without_choices_cannot_have():
         ("a: [", "line 1"),
         ("- a\n- b\n", "a study must be a mapping"),
         ("study: a\nstudy: b\n", "'study' is given twice \\(line 2\\)"),
-        ("x" * (2 << 20), "over 1 MiB"),
+        ("x" * (5 << 20), "over 4 MiB"),
         ("\udc80", "cannot be read"),
     ],
 )
@@ -430,3 +449,13 @@ def test_later_keys_leave_older_studies_their_digest():
         changed = study_from_tree({**files.tree, "task": files.tree["task"] | {name: value}})
         assert digest(changed) != digest(files)
         assert digest(study_from_tree(changed.tree)) == digest(changed)
+
+
+def test_a_thousand_silos_take_a_graph() -> None:
+    study = load_study(ROOT / "configs" / "thousand.yaml")
+    assert (study.silos.count, study.threshold, study.minimum) == (1000, 526, 900)
+    assert study.graph is not None
+    with pytest.raises(ConfigError, match=r"retrieval: 200 silos, and 128 .* answer questions"):
+        load_study(
+            ROOT / "configs" / "retrieval.yaml", ["silos.count=200", "aggregation={graph: {}}"]
+        )

@@ -10,6 +10,7 @@ import msgspec
 from securefedcollm.errors import ConfigError
 from securefedcollm.evidence.entries import Audited
 from securefedcollm.evidence.log import FILE_NAME, EvidenceLog
+from securefedcollm.evidence.many import silos_of
 from securefedcollm.evidence.software import code_digest
 from securefedcollm.primitives import SigningKey
 from securefedcollm.study import Study, digest, load_study
@@ -97,7 +98,9 @@ def write_down(finding: Finding, run: Path, owner: str, key: SigningKey) -> str:
             where=str(run),
             hint="--run names a run's directory, --owner a participant whose log is in it",
         )
-    log = EvidenceLog(path, study=digest(load_study(run / "study.yaml")), owner=owner, key=key)
+    study = load_study(run / "study.yaml")
+    silos = silos_of(study, run)
+    log = EvidenceLog(path, study=digest(study), owner=owner, key=key, silos=silos)
     try:
         return log.append(finding.entry()).place
     finally:

@@ -19,7 +19,6 @@ from typing import Any, Final, NamedTuple
 from jinja2 import Environment
 from markupsafe import Markup, escape
 
-from securefedcollm.evidence.entries import encode_entry
 from securefedcollm.primitives import sha256
 from securefedcollm.privacy import shown
 from securefedcollm.privacy.page import environment, render, step_plot
@@ -128,7 +127,7 @@ class Citations:
         found = []
         for owner, seq in sorted(self._cited):
             entry = self._case.logs[owner][seq]
-            raw = encode_entry(entry)
+            raw = self._case.bundle.leaves[owner][seq]
             leaf = sha256(b"\0", raw).hex()
             text = raw.decode()[:1200]
             found.append(Cited(_anchor(owner, seq), entry.place, entry.time, leaf, text))

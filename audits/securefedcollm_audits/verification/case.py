@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any, TypeVar
 
+from msgspec import structs
+
 from securefedcollm.aggregation.header import Roster, RoundHeader
+from securefedcollm.errors import CryptoError
 from securefedcollm.evidence.bundle import Bundle
 from securefedcollm.evidence.entries import Entry, Finished, Keyed, Opened, Round
 from securefedcollm.evidence.merkle import Frontier
+from securefedcollm.evidence.note import Checkpoint, origin
 from securefedcollm.federation.keeping import ended
 from securefedcollm.federation.plan import AUTHORITY, round_header
 from securefedcollm.study import Study, digest
@@ -50,7 +55,7 @@ class Case:
         """Whether one party, the authority, holds the decryption key."""
         return self.study.scheme == "ckks-authority"
 
-    @property
+    @cached_property
     def keys(self) -> dict[str, bytes]:
         """Participant → Ed25519 public key."""
         if self.study.roster:
@@ -58,7 +63,7 @@ class Case:
         first = next(iter(self.opened.values()), None)
         return {} if first is None else {m.name: bytes.fromhex(m.key) for m in first.roster}
 
-    @property
+    @cached_property
     def roster(self) -> Roster:
         """The silos.
 
@@ -68,13 +73,20 @@ class Case:
         offices = {self.server_name, self.authority_name}
         return Roster({name: key for name, key in self.keys.items() if name not in offices})
 
-    @property
+    @cached_property
+    def witnesses(self) -> dict[str, tuple[str, bytes]]:
+        """Name of the key by which a silo vouches for a head → the silo, and its Ed25519 key."""
+        roster = self.roster
+        pairs = zip(roster.names, roster.keys, strict=True)
+        return {origin(self.digest, name): (name, key) for name, key in pairs}
+
+    @cached_property
     def server_name(self) -> str:
         """The server's name: logs and signed heads call it ``server`` in every study."""
         named = [p.name for p in self.study.roster if p.role == "server"]
         return named[0] if named else SERVER
 
-    @property
+    @cached_property
     def authority_name(self) -> str:
         """The key holder's name, likewise; empty if nobody holds the key."""
         named = [p.name for p in self.study.roster if p.role == "authority"]
@@ -143,6 +155,18 @@ class Case:
         Only the scores say so, which silos vouched for with the rest of the log.
         """
         return ended(self.study, self.scores)
+
+    def vouched(self, head: Checkpoint, line: tuple[str, bytes]) -> int:
+        """When the silo whose signature line of ``head`` this is vouched for it, seconds.
+
+        Raises:
+            CryptoError: it is no silo's, or does not verify.
+        """
+        if line[0] not in self.witnesses:
+            raise CryptoError("a signature of no silo")
+        return structs.replace(head, lines=(line,)).verify_cosigned(
+            line[0], self.witnesses[line[0]][1]
+        )
 
     def need_server(self) -> list[Entry]:
         """The server's log.

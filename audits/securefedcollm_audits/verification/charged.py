@@ -11,13 +11,14 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
+from securefedcollm.aggregation.header import MAX_COHORT
 from securefedcollm.errors import EvidenceError
 from securefedcollm.privacy import events
 from securefedcollm.privacy.accounting import MOST_WORK
 from securefedcollm.privacy.events import DiscreteGaussian, Event, Events, times
 
 _MOST_TIMES: Final = 10**9
-_MOST_SHARES: Final = 256
+_MOST_SHARES: Final = MAX_COHORT
 _MOST_VALUES: Final = 2**40
 _NOISE: Final = (1e-2, 1e9)
 _MOST_KINDS: Final = 256

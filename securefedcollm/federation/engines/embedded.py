@@ -12,16 +12,18 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, Final
 
-from securefedcollm.errors import SecureFedCoLLMError, TransportError
+from securefedcollm.aggregation.header import MAX_SILOS
+from securefedcollm.errors import SecureFedCoLLMError, StateError, TransportError
 from securefedcollm.federation.engines import Failure, SiloPort
+from securefedcollm.federation.files import allow_open_files
 from securefedcollm.federation.workload import Progress
 from securefedcollm.foreign import log_to_stderr
 
@@ -31,6 +33,14 @@ KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_":
 """glibc, in child processes: keep a step's freed tensors for the next (a fifth of its time)."""
 
 _GRACE = 2.0  # seconds
+
+OPEN_FILES: Final = 12
+"""Of one silo: journal, ledger, evidence and a lock, three files each at most."""
+
+_FEW: Final = MAX_SILOS + 1
+"""Parties of a study without a graph. They have always run with what systems allow a process."""
+_NAMED: Final = 5
+"""The most silos that a message names."""
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -66,6 +76,7 @@ class EmbeddedEngine:
         self._workers: list[_Worker] = []
         self._home: dict[str, _Worker] = {}
         if workers == 0:
+            _allow_files(silos)
             self._local = {name: factory(name, _prefixed(progress, name)) for name in silos}
             return
         try:
@@ -89,6 +100,12 @@ class EmbeddedEngine:
         to_send: dict[_Worker, deque[str]] = {}
         for name in frames:
             to_send.setdefault(self._home[name], deque()).append(name)
+        busy = Counter(self._home[name] for name in frames)
+
+        def take(name: str, reply: bytes | Failure) -> None:
+            replies[name] = reply
+            waiting.discard(name)
+            busy[self._home[name]] -= 1
 
         def send_next(worker: _Worker) -> None:
             """One frame at a time: a worker that cannot get rid of its reply reads no other."""
@@ -97,14 +114,13 @@ class EmbeddedEngine:
                 name = names.popleft()
                 if worker.send(name, frames[name]):
                     return
-                replies[name] = Failure("its worker process has ended")
-                waiting.discard(name)
+                take(name, Failure("its worker process has ended"))
 
         for worker in to_send:
             send_next(worker)
         deadline = time.monotonic() + timeout
         while waiting:
-            homes = {self._home[name].pipe: self._home[name] for name in waiting}
+            homes = {worker.pipe: worker for worker, names in busy.items() if names}
             ready = wait(list(homes), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 replies.update({n: Failure(f"no reply in {timeout:.0f} s") for n in waiting})
@@ -114,9 +130,10 @@ class EmbeddedEngine:
             for pipe in ready:
                 worker = homes[pipe]  # type: ignore[index]
                 for name, reply in worker.receive(self._progress, waiting):
-                    replies[name] = reply
-                    waiting.discard(name)
+                    take(name, reply)
                     send_next(worker)
+                    # The silos of a worker take turns: each has the whole time.
+                    deadline = time.monotonic() + timeout
         return replies
 
     def close(self) -> None:
@@ -167,7 +184,7 @@ class _Worker:
                 message = self.pipe.recv()
             except EOFError:
                 raise TransportError(
-                    f"the worker process of {', '.join(self.silos)} ended while starting",
+                    f"the worker process of {_some(self.silos)} ended while starting",
                     hint="is there enough memory? try --workers 1",
                 ) from None
             match message:
@@ -201,7 +218,7 @@ class _Worker:
                 return []
             case ("failed", silo, reason):
                 return [(silo, Failure(reason))]
-        raise TransportError(f"the worker of {', '.join(self.silos)} sent an unknown message")
+        raise TransportError(f"the worker of {_some(self.silos)} sent an unknown message")
 
     def stop(self) -> None:
         self.pipe.close()
@@ -228,6 +245,7 @@ def _serve(
         pipe.send(("progress", done, total, text))
 
     try:
+        _allow_files(silos)
         ports = {name: factory(name, _prefixed(report, name)) for name in silos}
     except SecureFedCoLLMError as error:
         pipe.send(("error", error))
@@ -254,6 +272,21 @@ def _serve(
         except OSError:  # nobody waits for it any more
             return
         del reply
+
+
+def _allow_files(silos: Sequence[str]) -> None:
+    """Raises: StateError, if this process may open too few files for so many parties."""
+    try:
+        allow_open_files(OPEN_FILES * len(silos))
+    except StateError:
+        if len(silos) > _FEW:
+            raise
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of them, for a message."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _prefixed(progress: Progress, silo: str) -> Progress:

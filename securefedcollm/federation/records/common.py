@@ -18,7 +18,6 @@ from securefedcollm.errors import (
 from securefedcollm.evidence.entries import (
     Ciphertexts,
     Keyed,
-    Member,
     Offer,
     Opened,
     Refused,
@@ -26,7 +25,9 @@ from securefedcollm.evidence.entries import (
     Round,
     Word,
 )
+from securefedcollm.evidence.fields import Member
 from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.evidence.many import silo_members
 from securefedcollm.evidence.software import code_digest
 from securefedcollm.federation.plan import AUTHORITY
 from securefedcollm.federation.silostore import Mark
@@ -58,14 +59,11 @@ def opened(
         server, authority: Ed25519 public keys, 32 bytes; ``authority`` may be empty.
         sbom: the software bill of materials, where it lies beside the log.
     """
-    silos = [
-        Member(name, "silo", key.hex()) for name, key in zip(roster.names, roster.keys, strict=True)
-    ]
     office = [Member(AUTHORITY, "authority", authority.hex())] if authority else []
     return Opened(
         study=study.hex(),
         run=run.hex(),
-        roster=[Member(SERVER, "server", server.hex()), *office, *silos],
+        roster=[Member(SERVER, "server", server.hex()), *office, *silo_members(roster)],
         version=__version__,
         code=code_digest().hex(),
         sbom=None if sbom is None else sha256(sbom).hex(),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import structs
 
 from securefedcollm.aggregation import (
     Roster,
@@ -28,6 +30,7 @@ from securefedcollm.evidence.entries import (
     Summed,
 )
 from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.evidence.many import are_many
 from securefedcollm.evidence.merkle import (
     consistency_proof,
     inclusion_proofs,
@@ -109,7 +112,16 @@ class ServerRecord(RoundRecord):
             return None
         leaves, at = self._log.leaves, ends[-1]
         (proof,) = inclusion_proofs(leaves, [at])
-        return self._log.head.note, messages.Shown(at, leaves[at], proof)
+        return self._enough(), messages.Shown(at, leaves[at], proof)
+
+    def _enough(self) -> str:
+        """The newest head with as many cosignatures as a silo asks for: each of n silos gets it."""
+        head = self._log.head
+        if are_many(len(self._roster)):
+            names = {origin(self._log.study, name) for name in self.vouching}
+            lines = [line for line in head.lines[1:] if line[0] in names]
+            head = structs.replace(head, lines=(head.lines[0], *lines[: self._quorum]))
+        return head.note
 
     def _software(self) -> bytes:
         sbom = bill_of_materials()
@@ -197,7 +209,7 @@ class ServerRecord(RoundRecord):
     def _shown(self, silo: str, old: int) -> list[messages.Shown]:
         """The openings of the newest round that has any, as a silo may know of an earlier attempt,
         and those that ``silo`` may have taken part in since it vouched for ``old`` entries."""
-        at = self._log.size, min(self._vouched.get(name, 0) for name in self._roster.names)
+        at = self._log.size, self._oldest()
         if self._shown_at != at:
             self._openings, self._shown_at = self._proven(at[1]), at
         newest = self._openings[-1][0].round if self._openings else -1
@@ -206,6 +218,12 @@ class ServerRecord(RoundRecord):
             for what, shown in self._openings
             if what.round == newest or (shown.index >= old and silo in what.survivors)
         ]
+
+    def _oldest(self) -> int:
+        """Entries of the oldest head that some silo vouched for last."""
+        if len(self._vouched) < len(self._roster):
+            return 0
+        return min(self._vouched.values())
 
     def _proven(self, oldest: int) -> list[tuple[Opening, messages.Shown]]:
         """The openings of the newest round and from entry ``oldest`` on, with proofs."""
@@ -226,21 +244,26 @@ class ServerRecord(RoundRecord):
             self._proofs[key] = consistency_proof(leaves, old)
         return self._proofs[key]
 
-    def witnessed(self, silo: str, reply: messages.Witnessed) -> bool:
-        """Take a silo's cosignature; False if it must be asked again with another proof."""
-        if not reply.cosignature:
-            self._vouched[silo] = min(max(0, reply.size), self._log.size)
-            return False
-        name = origin(self._log.study, silo)
-        head = self._log.head.with_line(name, reply.cosignature)
-        try:
-            head.verify_cosigned(name, self._roster.key(self._roster.index(silo)))
-        except CryptoError as error:
-            _messages.warning("%s: %s", silo, error)
-            return True
-        self._log.add_cosignature(head.size, name, reply.cosignature)
-        self._vouched[silo] = head.size
-        return True
+    def witnessed(self, replies: Mapping[str, messages.Witnessed]) -> list[str]:
+        """Take silos' cosignatures; returns the silos to ask again with another proof."""
+        again, lines, head = [], dict[str, bytes](), self._log.head
+        for silo, reply in replies.items():
+            if not reply.cosignature:
+                self._vouched[silo] = min(max(0, reply.size), self._log.size)
+                again.append(silo)
+                continue
+            name = origin(self._log.study, silo)
+            signed = structs.replace(head, lines=((name, reply.cosignature),))
+            try:
+                signed.verify_cosigned(name, self._roster.key(self._roster.index(silo)))
+            except CryptoError as error:
+                _messages.warning("%s: %s", silo, error)
+                continue
+            lines[name] = reply.cosignature
+            self._vouched[silo] = head.size
+        if lines:
+            self._log.add_cosignatures(head.size, lines)
+        return again
 
 
 def sum_digest(total: npt.NDArray[np.signedinteger[Any]]) -> bytes:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
+from functools import lru_cache
 from typing import Final
+
+from msgspec import structs
 
 from securefedcollm.aggregation import (
     Roster,
@@ -30,6 +33,7 @@ from securefedcollm.evidence.entries import (
     decode_entry,
 )
 from securefedcollm.evidence.log import EvidenceLog
+from securefedcollm.evidence.many import Many, agreements_of, are_many
 from securefedcollm.evidence.merkle import (
     verify_consistency,
     verify_inclusion,
@@ -71,7 +75,10 @@ class SiloRecord(RoundRecord):
     ) -> None:
         super().__init__(log, roster=roster, server=server, authority=authority)
         self._key = key
+        self._many = Many(roster) if are_many(len(roster)) else None
         self._header: RoundHeader | None = None
+        self._tallies: dict[str, str] = {}
+        """Attempt (header, hex) → root and set of the agreements that the server showed, hex."""
 
     @property
     def marks(self) -> list[Mark]:
@@ -102,6 +109,8 @@ class SiloRecord(RoundRecord):
         seen, round_, attempt = side.transcript, self._header.round, self._header.attempt
         header, lists = seen.header.hex(), seen.lists.hex()
         survivors, dropouts = list(seen.survivors), list(seen.dropouts)
+        if seen.tally and self._many is not None:
+            self._tallies[header] = seen.tally.hex()
         match side.step:
             case Step.AGREE | Step.NOTE:
                 self._log.append(
@@ -188,6 +197,7 @@ class SiloRecord(RoundRecord):
                     peer=SERVER,
                 )
             self._log.append(Witnessed(size=head.size, root=head.root.hex()))
+            self._tallies.clear()
         line = cosign(head, self._log.origin, self._key, int(time.time()))
         return messages.Witnessed(head.size, line)
 
@@ -208,11 +218,11 @@ class SiloRecord(RoundRecord):
             last, head = self._vouched()[0], self._head(delivery.checkpoint)
             if (head.size, head.root.hex()) != (last.size, last.root):
                 raise EvidenceError("its head is not the one that this silo vouched for last")
-            if (count := self._cosigners(head)) < quorum:
+            if (count := _cosigners(delivery.checkpoint, self._log.study, self._roster)) < quorum:
                 raise EvidenceError(f"{count} silos vouch for it, {quorum} are needed")
             shown = delivery.finished
             verify_inclusion(shown.entry, shown.index, head.size, shown.inclusion, head.root)
-            what = decode_entry(shown.entry, "the server's entry").what
+            what = decode_entry(shown.entry, "the server's entry", self._many).what
             if not isinstance(what, Finished) or what.adapter != sha256(delivery.adapter).hex():
                 raise EvidenceError("no round ended with this adapter")
             if any(what.round < mark.sum for mark in self.marks):
@@ -233,14 +243,6 @@ class SiloRecord(RoundRecord):
         head.verify(self._server)
         return head
 
-    def _cosigners(self, head: Checkpoint) -> int:
-        count = 0
-        for name, key in zip(self._roster.names, self._roster.keys, strict=True):
-            with contextlib.suppress(CryptoError):
-                head.verify_cosigned(origin(self._log.study, name), key)
-                count += 1
-        return count
-
     def _vouched(self) -> tuple[Witnessed, int]:
         """The newest head vouched for, and how many there are since the newest attempt."""
         heads, attempted = 0, False
@@ -258,14 +260,20 @@ class SiloRecord(RoundRecord):
         """Compare the openings since this silo last vouched in the server's log and in its own.
 
         Adversary: a server that hides an opening in which this silo took part, or says that others
-        were in the sum; whatever openings of other rounds it shows instead.
+        were in the sum; whatever openings of other rounds it shows instead. And one that has this
+        silo challenge some agreements, and logs others. Only in memory is what was challenged.
         """
         theirs: dict[str, Opening] = {}
         for shown in request.openings:
             verify_inclusion(shown.entry, shown.index, head.size, shown.inclusion, head.root)
-            what = decode_entry(shown.entry, "the server's entry").what
+            what = decode_entry(shown.entry, "the server's entry", self._many).what
             if not isinstance(what, Opening):
                 raise EvidenceError("the entry shown is not an opening")
+            tally = self._tallies.get(what.header)
+            if tally is not None and tally != agreements_of(shown.entry):
+                raise EvidenceError(
+                    f"it names other agreements to sum {what.round + 1} than it showed this silo"
+                )
             theirs[what.header] = what
         for mine in self._unvouched():
             same = theirs.get(mine.header)
@@ -286,3 +294,18 @@ class SiloRecord(RoundRecord):
             if isinstance(entry.what, Agreed | Unmasked | Told):
                 found.append(entry.what)
         return found[::-1]
+
+
+@lru_cache(maxsize=2)  # many silos of one simulation are shown the same head
+def _cosigners(note: str, study: bytes, roster: Roster) -> int:
+    """How many silos vouch for a head of the server's log."""
+    head, vouching, tried = parse_checkpoint(note), set[str](), set[str]()
+    keys = {origin(study, name): roster.key(roster.index(name)) for name in roster.names}
+    for line in head.lines:
+        if line[0] in keys and line[0] not in tried:
+            # Adversary: a server that repeats one line, each of which would take a verification.
+            tried.add(line[0])
+            with contextlib.suppress(CryptoError):
+                structs.replace(head, lines=(line,)).verify_cosigned(line[0], keys[line[0]])
+                vouching.add(line[0])
+    return len(vouching)

@@ -60,8 +60,7 @@ def coordinate(
     study, run = member.study, member.run
     resume = (run / "server" / "state.json").exists()
     store = RunStore(run, digest(study), resume=resume)
-    log = EvidenceLog(run / "server" / EVIDENCE, study=digest(study), owner=SERVER, key=member.key)
-    office = member.authority
+    log, office = _log_of(member), member.authority
     evidence = ServerRecord(
         log,
         key=member.key,
@@ -93,6 +92,16 @@ def coordinate(
     log.close()
     record: dict[str, Any] = json.loads((run / _RESULTS).read_bytes())
     return record
+
+
+def _log_of(member: Member) -> EvidenceLog:
+    return EvidenceLog(
+        member.run / "server" / EVIDENCE,
+        study=digest(member.study),
+        owner=SERVER,
+        key=member.key,
+        silos=member.roster,
+    )
 
 
 def _go_to_the_end(member: Member, coordinator: Coordinator, store: RunStore) -> None:

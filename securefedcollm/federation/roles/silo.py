@@ -109,7 +109,12 @@ def silo_session(
     office = member.authority.key if member.authority else b""
     place = make_directory(member.run / "silos" / name)
     log = EvidenceLog(
-        place / EVIDENCE, study=digest(study), owner=name, key=member.key, on_entry=on_entry
+        place / EVIDENCE,
+        study=digest(study),
+        owner=name,
+        key=member.key,
+        on_entry=on_entry,
+        silos=member.roster,
     )
     ledger = LoggedLedger(member.home / LEDGER, name, log, **stated(study))
     link = place / LEDGER  # where `audit bundle` looks for it

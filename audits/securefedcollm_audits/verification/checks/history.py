@@ -35,7 +35,6 @@ from securefedcollm.evidence.entries import (
     Uploaded,
     Witnessed,
 )
-from securefedcollm.evidence.note import origin
 from securefedcollm.federation.plan import sum_name
 from securefedcollm_audits.verification.case import SERVER, Case, NotCovered, count, of
 from securefedcollm_audits.verification.verdict import Check, Faults
@@ -215,13 +214,11 @@ def _vouched(case: Case) -> Iterator[tuple[str, int, int]]:
     for name, log in case.silos.items():
         for entry, what in of(log, Witnessed):
             yield name, what.size, _time(entry)
-    roster = zip(case.roster.names, case.roster.keys, strict=True)
-    absent = {origin(case.digest, n): (n, key) for n, key in roster if n not in case.silos}
     for head in case.bundle.heads[SERVER]:
-        for signer, _ in head.lines[1:]:
-            if signer in absent:
-                name, key = absent[signer]
-                yield name, head.size, head.verify_cosigned(signer, key)
+        for line in head.lines[1:]:
+            name, _ = case.witnesses.get(line[0], ("", b""))
+            if name and name not in case.silos:
+                yield name, head.size, case.vouched(head, line)
 
 
 def _against_attempts(case: Case, wrong: Faults) -> int:

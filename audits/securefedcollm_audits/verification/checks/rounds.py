@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from securefedcollm.aggregation.masking.graph.choice import pack_set, survivors_digest
+from securefedcollm.aggregation.masking.graph.choice import survivors_digest
 from securefedcollm.aggregation.masking.messages import Agreement
 from securefedcollm.aggregation.messages import UNSIGNED, lists_digest
 from securefedcollm.errors import CryptoError
@@ -22,6 +22,7 @@ from securefedcollm.evidence.entries import (
     Unmasked,
     Uploaded,
 )
+from securefedcollm.evidence.many import bits_of
 from securefedcollm.federation.keeping import BEST, best_of
 from securefedcollm.federation.messages import model_digest_of
 from securefedcollm.federation.plan import round_of, sum_name, validates
@@ -179,9 +180,10 @@ def agreements(case: Case, wrong: Faults) -> str:
 def _signed_lists(case: Case, what: Opening | Agreed | Told | Decrypted) -> bytes:
     """The digest of who is in the sum, as silos sign it."""
     delivery, roster = bytes.fromhex(what.delivery), case.roster
-    survivors = [roster.index(name) for name in what.survivors]
     if case.study.graph is not None:
-        return survivors_digest(delivery, pack_set(survivors, len(roster)))
+        packed = bytes.fromhex(bits_of(roster, tuple(what.survivors)))
+        return survivors_digest(delivery, packed)
+    survivors = [roster.index(name) for name in what.survivors]
     return lists_digest(delivery, survivors, [roster.index(name) for name in what.dropouts])
 
 
@@ -195,9 +197,14 @@ def one_kind(case: Case, wrong: Faults) -> str:
     """Adversary: a server that collects both kinds of share of one silo: seed and mask key together
     unmask its update."""
     kinds: dict[tuple[int, int], dict[str, dict[str, Entry]]] = defaultdict(dict)
-    answers = 0
+    answers, known = 0, set[object]()
     for log in case.need_silos().values():
         for entry, what in of(log, Unmasked):
+            answers += 1
+            said = (what.round, what.attempt, tuple(what.seeds_of), tuple(what.keys_of))
+            if said in known:
+                continue
+            known.add(said)
             attempt = kinds[what.round, what.attempt]
             for kind, dealers in (("seed", what.seeds_of), ("mask key", what.keys_of)):
                 for dealer in dealers:
@@ -206,7 +213,6 @@ def one_kind(case: Case, wrong: Faults) -> str:
                     if len(given) > 1:
                         other = next(e for k, e in given.items() if k != kind)
                         wrong(entry, f"{dealer}: both kinds of share, see {other.place}")
-            answers += 1
     if not answers:
         raise NotCovered("no silo has unmasked anything")
     return f"{count(answers, 'answer')} of silos: one kind of share of each dealer"

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from msgspec import structs
+
 from securefedcollm.aggregation.checks import check_signature, refuse
 from securefedcollm.aggregation.masking import keys
 from securefedcollm.aggregation.masking.graph import bounds, choice
@@ -42,7 +44,7 @@ from securefedcollm.aggregation.masking.messages import Advertise, Agreement
 from securefedcollm.aggregation.masking.parcels import DealerFaultError, Parcels
 from securefedcollm.aggregation.masking.upload import Upload, UploadBuffer
 from securefedcollm.aggregation.messages import UNSIGNED, Ask, decode, sign
-from securefedcollm.aggregation.roles import SERVER
+from securefedcollm.aggregation.roles import SERVER, Transcript
 from securefedcollm.aggregation.steps import SchemeName, Step
 from securefedcollm.primitives import KEY_BYTES, equal
 
@@ -77,6 +79,13 @@ class GraphSiloRound(MaskedSilo[GraphSecrets]):
     """
 
     SCHEME: ClassVar[SchemeName] = "masking-graph"
+
+    @property
+    def transcript(self) -> Transcript:
+        seen = super().transcript
+        if not self._signers:
+            return seen
+        return structs.replace(seen, tally=self._tally.root + self._tally.signers)
 
     def _check_suite(self) -> None:
         self._graph = choice.graph_of(self._header)
