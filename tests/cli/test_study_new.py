@@ -204,7 +204,7 @@ def test_every_key_of_the_schema_has_a_meaning():
     assert keys["local.batch_size"].required
     assert keys["local.steps"].needed == "there are no `epochs`"
     assert keys["adapter.dropout"].allowed == "at least 0, below 1"
-    assert keys["silos.count"].allowed == "at least 3, at most 128"
+    assert keys["silos.count"].allowed == "at least 3, at most 10,000"
     assert keys["task.data.public"].allowed.endswith("at most 1,000,000,000")  # study/bounds.py
     schema = json.loads(call("study", "schema", "--json"))["$defs"]
     assert schema["Local"]["properties"]["steps"]["description"] == keys["local.steps"].meaning
