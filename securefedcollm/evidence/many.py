@@ -2,7 +2,8 @@
 
 With n names an entry, and n keys or signatures, an entry would grow by some 100 bytes a silo. A
 set of bits grows by a quarter of a byte. The logs of n silos together still grow with n², by n² / 4
-bytes a set. Only the spelling differs. In memory an entry has the same lists, so every reader is the same.
+bytes a set. Only the spelling differs. In memory an entry has the same lists, so every reader is
+the same.
 
 ::
 
