@@ -20,10 +20,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from securefedcollm_audits.verification.expected import expectation
+from securefedcollm_audits.verification.merge import merge
 from securefedcollm_audits.verification.verify import CHECKS, verify
 
 from securefedcollm.aggregation.messages import lists_digest
-from securefedcollm.errors import ConfigError
+from securefedcollm.errors import ConfigError, EvidenceError
 from securefedcollm.evidence.bundle import make_bundle, pack, read_members
 from securefedcollm.evidence.entries import canonical
 from securefedcollm.primitives import sha256
@@ -713,6 +714,15 @@ def envelope_edit(change):
         f.members["study.signatures.json"] = canonical(envelope)
 
     return edit
+
+
+def test_a_bundle_joins_no_other_under_the_signatures_of_the_first(signed_bundle, tmp_path):
+    """The first bundle's signatures are verified once, and count for the same bytes alone."""
+    assert merge([signed_bundle, signed_bundle]) == signed_bundle.read_bytes()
+    edit = envelope_edit(lambda e: e["signatures"].pop())
+    forged = doctor(signed_bundle, tmp_path / "forged.zip", edit)
+    with pytest.raises(EvidenceError, match="study-signed"):
+        merge([signed_bundle, forged])
 
 
 @pytest.mark.parametrize(
