@@ -12,8 +12,8 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
@@ -96,44 +96,38 @@ class EmbeddedEngine:
         if self._local:
             return {name: self._local[name].step(frame) for name, frame in frames.items()}
         replies: dict[str, bytes | Failure] = {}
-        waiting = set(frames)
-        to_send: dict[_Worker, deque[str]] = {}
+        pending: dict[_Worker, deque[str]] = {}  # the first is at work
+        due: dict[_Worker, float] = {}
         for name in frames:
-            to_send.setdefault(self._home[name], deque()).append(name)
-        busy = Counter(self._home[name] for name in frames)
-
-        def take(name: str, reply: bytes | Failure) -> None:
-            replies[name] = reply
-            waiting.discard(name)
-            busy[self._home[name]] -= 1
+            pending.setdefault(self._home[name], deque()).append(name)
 
         def send_next(worker: _Worker) -> None:
             """One frame at a time: a worker that cannot get rid of its reply reads no other."""
-            names = to_send[worker]
-            while names:
-                name = names.popleft()
-                if worker.send(name, frames[name]):
-                    return
-                take(name, Failure("its worker process has ended"))
+            due[worker] = (
+                time.monotonic() + timeout
+            )  # its silos take turns: each has the whole time
+            while (names := pending[worker]) and not worker.send(names[0], frames[names[0]]):
+                replies[names.popleft()] = Failure("its worker process has ended")
 
-        for worker in to_send:
+        for worker in pending:
             send_next(worker)
-        deadline = time.monotonic() + timeout
-        while waiting:
-            homes = {worker.pipe: worker for worker, names in busy.items() if names}
-            ready = wait(list(homes), timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                replies.update({n: Failure(f"no reply in {timeout:.0f} s") for n in waiting})
-                for worker in {self._home[name] for name in waiting}:
+        while busy := {worker.pipe: worker for worker, names in pending.items() if names}:
+            soonest = min(due[worker] for worker in busy.values())
+            ready = set(wait(list(busy), timeout=max(0.0, soonest - time.monotonic())))
+            for pipe, worker in busy.items():
+                if pipe in ready:
+                    found = worker.receive(self._progress, pending[worker])
+                elif due[worker] <= time.monotonic():
                     worker.stop()  # a late reply must not be taken for the next exchange's
-                break
-            for pipe in ready:
-                worker = homes[pipe]  # type: ignore[index]
-                for name, reply in worker.receive(self._progress, waiting):
-                    take(name, reply)
+                    late = Failure(f"no reply in {timeout:.0f} s")
+                    found = [(name, late) for name in pending[worker]]
+                else:
+                    continue
+                for name, reply in found:
+                    replies[name] = reply
+                    pending[worker].remove(name)
+                if found:
                     send_next(worker)
-                    # The silos of a worker take turns: each has the whole time.
-                    deadline = time.monotonic() + timeout
         return replies
 
     def close(self) -> None:
@@ -203,15 +197,17 @@ class _Worker:
             return False
         return True
 
-    def receive(self, progress: Progress, waiting: set[str]) -> list[tuple[str, bytes | Failure]]:
-        """What has arrived: at most one reply, or the failure of all its silos."""
+    def receive(
+        self, progress: Progress, pending: Iterable[str]
+    ) -> list[tuple[str, bytes | Failure]]:
+        """What has arrived: at most one reply, or the failure of all silos that are ``pending``."""
         try:
             message = self.pipe.recv()
             if message[0] == "reply":
                 return [(message[1], self.pipe.recv_bytes())]
         except (EOFError, OSError):
             self.stop()
-            return [(s, Failure("its worker process ended")) for s in self.silos if s in waiting]
+            return [(silo, Failure("its worker process ended")) for silo in pending]
         match message:
             case ("progress", done, total, text):
                 progress(done, total, text)
