@@ -1,10 +1,10 @@
 """Would noise that is correlated between steps serve better than independent noise?
 
-    python -m benchmarks.correlated --seeds 2026 2027 2028 --json
+    python -m benchmarks.correlated --seeds 2026 2027 2028
 
 Central DP-SGD on the built-in world: the records of all silos of ``configs/quickstart-joint.yaml``
-in one place, the study's number of steps, batch, clip norm and δ, no distillation. Three methods
-spend the same ε:
+in one place, the study's number of steps, batch, clip norm and δ, no distillation. Four methods spend
+the same ε:
 
 ``adam``: independent noise in every step and Adam, as in the product (``local.optimizer``);
 ``sgd``: independent noise, SGD with momentum 0.9;
@@ -12,7 +12,8 @@ spend the same ε:
 C of ``--bands`` diagonals (Choquette-Choo et al., "(Amplified) Banded Matrix Factorization", 2023).
 Its records are dealt into as many classes as there are bands. Step t draws from class t mod b with
 probability bq, so that no record comes twice within b steps: T/b Poisson-sampled Gaussians for the
-accountant. C has the least mean squared error on the sums that momentum makes.
+accountant. C has the least mean squared error on the sums that momentum makes;
+``adam-banded``: the same noise and Adam.
 
 Every line has the accuracy of the small model on the private topic and on general questions, and
 ``error``: the root mean square error of the noise in the iterates of SGD, in units of that of
@@ -132,7 +133,7 @@ class World:
                 noise -= bands[lag] * past[-lag]
             past.append(noise / bands[0])
             gradient = (self.clipped_sum(point, taken) + past[-1]) / self.batch
-            if method == "adam":
+            if method.startswith("adam"):
                 point = adam.step(point, gradient.astype(np.float32))
             else:
                 speed = MOMENTUM * speed + gradient
@@ -143,18 +144,18 @@ class World:
 
 def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One line a seed, ε, method and rate."""
-    rates = {"adam": given.adam, "sgd": given.sgd, "banded": given.sgd}
+    rates = {"adam": given.adam, "sgd": given.sgd, "banded": given.sgd, "adam-banded": given.adam}
     for seed in given.seeds:
         world = World(load_study("quickstart-joint", {"seed": seed}))
         wanted = workload(world.steps, MOMENTUM)
         alone = np.ones(1)
         for epsilon in given.epsilon:
             plain = multiplier(epsilon, world.delta, world.q, world.steps, 1)
-            for method, tried in rates.items():
-                bands = best_bands(given.bands, wanted) if method == "banded" else alone
+            for method in given.methods:
+                bands = best_bands(given.bands, wanted) if "banded" in method else alone
                 sigma = multiplier(epsilon, world.delta, world.q, world.steps, len(bands))
                 ratio = sigma * error(bands, wanted) / ((plain or 1.0) * error(alone, wanted))
-                for rate in tried:
+                for rate in rates[method]:
                     started = time.monotonic()
                     scores = world.run(method, sigma, rate, bands)
                     spent = None if math.isinf(epsilon) else epsilon
@@ -171,9 +172,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[2026, 2027, 2028])
     parser.add_argument("--epsilon", type=float, nargs="+", default=[math.inf, 8.0, 3.0, 1.0])
     parser.add_argument("--bands", type=int, default=6)
+    methods = ["adam", "sgd", "banded", "adam-banded"]
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     parser.add_argument("--adam", type=float, nargs="*", default=[2e-2], help="rates for Adam")
     parser.add_argument("--sgd", type=float, nargs="*", default=[1.0], help="rates for SGD")
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     cotuning.set_threads(1)
     print(json.dumps({"benchmark": "correlated", "machine": machine("torch", "numpy", "scipy")}))

@@ -46,7 +46,7 @@ from securefedcollm.evidence.many import (
     Many,
     are_many,
     decode_roster,
-    encode_roster,
+    members_of,
     silos_of,
 )
 from securefedcollm.evidence.note import Checkpoint, parse_checkpoint
@@ -81,11 +81,8 @@ class Bundle(msgspec.Struct, frozen=True):
     """Root (hex) → signatures one after another."""
 
     def of_many(self) -> dict[str, bytes]:
-        """The members of a bundle of more than 128 silos beside the others'."""
-        found = {f"signatures/{root}": raw for root, raw in self.signatures.items()}
-        if self.silos is not None and not self.study.roster:
-            found[ROSTER] = encode_roster(self.silos)
-        return found
+        """See :func:`.many.members_of`; nothing, if there are fewer silos."""
+        return {} if self.silos is None else members_of(self.study, self.silos, self.signatures)
 
 
 def make_bundle(run: Path, only: Sequence[str] = ()) -> bytes:
@@ -103,11 +100,10 @@ def make_bundle(run: Path, only: Sequence[str] = ()) -> bytes:
     study_file, study = run / "study.yaml", _study(run)
     homes, silos = _homes(run, only), silos_of(study, run)
     members: dict[str, bytes] = {"study.json": canonical(study.tree)}
-    if silos is not None and not study.roster:
-        members[ROSTER] = encode_roster(silos)
     for name, home in homes.items():
         log = EvidenceLog(home / FILE_NAME, study=digest(study), owner=name, key=None, silos=silos)
-        members |= {f"signatures/{root}": raw for root, raw in log.kept.items()}
+        if silos is not None:
+            members |= members_of(study, silos, log.kept)
         members[f"logs/{name}.jsonl"] = b"".join(leaf + b"\n" for leaf in log.leaves)
         members[f"heads/{name}.json"] = canonical([head.note for head in log.heads()])
         if (home / "ledger.sqlite").exists():
@@ -310,7 +306,7 @@ def _signed(raw: bytes) -> tuple[Study, Roster | None]:
         raise ValueError("not a study with every default written out")
     if not (are_many(study.silos.count) and study.roster):
         return study, None
-    return study, Roster({p.name: bytes.fromhex(p.key) for p in study.roster if p.role == "silo"})
+    return study, Roster(study.silo_keys)
 
 
 def _many(study: Study, named: Roster | None, members: dict[str, bytes], path: Path) -> Many | None:

@@ -214,7 +214,7 @@ def silos_of(study: Study, run: Path) -> Roster | None:
     if not are_many(study.silos.count):
         return None
     if study.roster:
-        return Roster({p.name: bytes.fromhex(p.key) for p in study.roster if p.role == "silo"})
+        return Roster(study.silo_keys)
     return read_roster(run / "server" / ROSTER)
 
 
@@ -231,6 +231,16 @@ def read_roster(path: Path) -> Roster:
         raise StateError(
             f"{path}: the list of the run's silos cannot be read ({why})", hint="restore it"
         ) from None
+
+
+def members_of(study: Study, silos: Roster, signatures: Mapping[str, bytes]) -> dict[str, bytes]:
+    """What a bundle of more than 128 silos holds beside the logs.
+
+    Args:
+        signatures: root, hex → the signatures under it, one after another.
+    """
+    found = {f"signatures/{root}": raw for root, raw in signatures.items()}
+    return found if study.roster else found | {ROSTER: encode_roster(silos)}
 
 
 def encode_roster(silos: Roster) -> bytes:

@@ -85,7 +85,7 @@ class AuthoritySession:
                 where="roster",
                 hint="run with the identity that signed the study",
             )
-        listed = {p.name: bytes.fromhex(p.key) for p in study.roster if p.role == "silo"}
+        listed = study.silo_keys
         if listed and Roster(listed).root != roster.root:
             raise ConfigError(
                 "the silos of this run are not those of the signed study",

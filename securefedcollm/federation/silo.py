@@ -129,7 +129,7 @@ class SiloSession:
             ConfigError: the roster is not the study's, or the authority is not known.
         """
         study = self._study = seat.study
-        listed = {p.name: bytes.fromhex(p.key) for p in study.roster if p.role == "silo"}
+        listed = study.silo_keys
         if listed and Roster(listed).root != seat.roster.root:
             raise ConfigError(
                 "the silos of this run are not those of the signed study",

@@ -261,6 +261,11 @@ class Study(Section, frozen=True, dict=True):
         silos = self.silos
         return derive(silos.count, silos.colluders, self.quorum, plan.neighbours)
 
+    @property
+    def silo_keys(self) -> dict[str, bytes]:
+        """Silo → Ed25519 public key, 32 bytes, of those that the study names."""
+        return {p.name: bytes.fromhex(p.key) for p in self.roster if p.role == "silo"}
+
     @cached_property
     def graph_bounds(self) -> Bounds | None:
         """What can go wrong with the graph, and with what probability in an attempt."""

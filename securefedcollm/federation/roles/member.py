@@ -99,13 +99,12 @@ def take_part(
         # Adversary: whoever may exchange the files meanwhile. We keep exactly what we checked.
         write_durably(run / "study.yaml", dump_study(study).encode())
         write_durably(signatures_path(run / "study.yaml"), encode_envelope(envelope))
-        silos = {p.name: bytes.fromhex(p.key) for p in study.roster if p.role == "silo"}
         yield Member(
             study=study,
             name=file.name,
             role=role,
             key=key,
-            roster=Roster(silos),
+            roster=Roster(study.silo_keys),
             server=bytes.fromhex(server.key),
             authority=authority_of(study),
             home=home,
