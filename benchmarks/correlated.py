@@ -3,8 +3,8 @@
     python -m benchmarks.correlated --seeds 2026 2027 2028
 
 Central DP-SGD on the built-in world: the records of all silos of ``configs/quickstart-joint.yaml``
-in one place, the study's number of steps, batch, clip norm and δ, no distillation. Four methods spend
-the same ε:
+in one place, the study's number of steps, batch, clip norm and δ, no distillation. Four methods
+spend the same ε:
 
 ``adam``: independent noise in every step and Adam, as in the product (``local.optimizer``);
 ``sgd``: independent noise, SGD with momentum 0.9;
