@@ -68,6 +68,7 @@ def make_all(
         _lock_file(making.directory).close()  # reports an unwritable cache
     total = sum(making.steps for making in missing)
     done: dict[Any, int] = {}  # pipe → steps
+    whole: dict[Any, int] = {}
     makers: list[Any] = []
     start = context or multiprocessing.get_context("spawn")
     try:
@@ -76,15 +77,16 @@ def make_all(
             makers.append(start.Process(target=_make, args=(making, writer)))  # type: ignore[attr-defined]
             makers[-1].start()
             writer.close()
-            done[reader] = 0
+            done[reader], whole[reader] = 0, making.steps
         working: list[Any] = list(done)
         ready: Any
         while working:
             for ready in wait(working):
                 try:
                     done[ready] = ready.recv()
-                except EOFError:
+                except EOFError:  # a last part of a batch is not trained on, and not reported
                     working.remove(ready)
+                    done[ready] = whole[ready]
             progress(sum(done.values()), total, "pretraining the built-in models")
         for making, maker in zip(missing, makers, strict=True):
             maker.join()

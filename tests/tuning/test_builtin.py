@@ -14,8 +14,9 @@ import torch
 from transformers import PreTrainedModel, initialization
 
 from securefedcollm.errors import StateError
-from securefedcollm.tuning import builtin, recipe
+from securefedcollm.tuning import builtin, making, recipe
 from securefedcollm.tuning.identity import weights_digest
+from securefedcollm.tuning.recipe import Progress
 
 TINY = replace(
     builtin.RECIPES["slm"], hidden=16, layers=1, intermediate=32, sentences=1920, learning_rate=1e-2
@@ -132,6 +133,27 @@ def test_a_killed_pretraining_leaves_nothing_that_looks_finished(
         builtin.builtin_models("slm", cache_dir=tmp_path, progress=killed)
     assert not [p for p in (tmp_path / "models").iterdir() if p.is_dir()]
     builtin.builtin_models("slm", cache_dir=tmp_path)
+
+
+class Saved:
+    """What can be saved, made in 96 of 100 steps: the last part of a batch is left out."""
+
+    def save_pretrained(self, directory: Path, **_: object) -> None:
+        Path(directory).mkdir(exist_ok=True)
+        (Path(directory) / "saved").touch()
+
+
+def in_most_steps(progress: Progress) -> Saved:
+    progress(96, 100, "pretraining")
+    return Saved()
+
+
+def test_what_was_made_in_other_processes_is_told_as_done(tmp_path: Path) -> None:
+    reports: list[tuple[int, int, str]] = []
+    made = making.Making("tiny", tmp_path / "models" / "tiny", 100, in_most_steps, Saved)
+    making.make_all([made], lambda *report: reports.append(report))
+    assert reports[-1][:2] == (100, 100)
+    assert (made.directory / "saved").exists()
 
 
 def test_an_unwritable_cache_is_told_in_one_line(tmp_path: Path) -> None:
