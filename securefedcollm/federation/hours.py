@@ -141,7 +141,7 @@ def _silo(
 
         def step() -> None:
             with evaluation_mode(tuned.model):
-                for _ in records.of_records(np.arange(len(asked))):
+                for _ in records.of_units(np.arange(len(asked))):
                     pass
     else:
         plan = train_plan(study, loss, 0, steps=1, batch_size=len(asked))

@@ -5,17 +5,31 @@ Importing this module imports torch.
 
 from __future__ import annotations
 
+import msgspec
+
 from securefedcollm.primitives import sha256
 from securefedcollm.study import Study
 from securefedcollm.study.config import Central, Distillation, Local
-from securefedcollm.tuning.plans import DistilLossPlan, DistilPlan, LossPlan, TrainPlan
+from securefedcollm.tuning.plans import (
+    Augmentation,
+    DistilLossPlan,
+    DistilPlan,
+    LossPlan,
+    TrainPlan,
+)
 from securefedcollm.tuning.questions import Scoring
 from securefedcollm.tuning.recipe import Pace
 
 
 def loss_plan(local: Local, scoring: Scoring) -> LossPlan:
     """What a silo minimises, under a model's scoring of choices."""
-    return LossPlan(kind=local.loss, scoring=scoring, micro_batch=local.micro_batch)
+    given = local.augmentation
+    return LossPlan(
+        kind=local.loss,
+        scoring=scoring,
+        micro_batch=local.micro_batch,
+        augmentation=None if given is None else Augmentation(**msgspec.structs.asdict(given)),
+    )
 
 
 def train_plan(

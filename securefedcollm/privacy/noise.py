@@ -184,6 +184,10 @@ class NoiseSource:
             np.multiply(part, step, out=out[start : start + _CHUNK])
         return out
 
+    def key(self) -> bytes:
+        """32 bytes for what is drawn by chance elsewhere, such as views of records."""
+        return self._stream.words(KEY_BYTES // 8).tobytes()
+
     def poisson_batch(self, n_records: int, q: float) -> npt.NDArray[np.int64]:
         """Draw a Poisson sample: every record independently with probability ``q``.
 

@@ -148,7 +148,9 @@ class Quantiser:
         squares = []
         for start in range(0, self.values, _CHUNK):
             part = vector[start : start + _CHUNK].astype(np.float64, copy=False)
-            squares.append(float(np.dot(part, part)))
+            # Not np.dot: OpenBLAS wakes a thread for every core, and each spins for a while. Of
+            # several silos on a machine they slow one another down by half, once for every record.
+            squares.append(float(np.einsum("i,i", part, part)))
         total = sum(squares)
         if not math.isfinite(total):
             raise TrainingError(

@@ -96,6 +96,7 @@ _LATER: Final[dict[tuple[str, ...], Any]] = {
     ("distillation", "weight_decay"): 0.0,
     ("distillation", "weighting"): "none",
     ("keep",): None,
+    ("local", "augmentation"): None,
     ("local", "epochs"): None,
     ("local", "reply_slot"): None,
     ("local", "schedule"): "constant",

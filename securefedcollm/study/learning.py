@@ -363,6 +363,36 @@ class Adapter(Section, frozen=True):
         return f"{self.method}, rank {self.rank}, α {self.alpha:g}"
 
 
+class Augmentation(Section, frozen=True):
+    """Views of pictures and recordings to tune on: a record varied by chance, anew in every step.
+
+    The loss of a record is the mean over its views. A record still has one gradient, so ε stays
+    the same (De et al. 2022, "augmentation multiplicity").
+    """
+
+    views: Annotated[
+        Annotated[int, Meta(ge=1, le=64)],
+        says("Views of each record in a step. Tuning takes this many times as long."),
+    ] = 4
+    shift: Annotated[
+        Annotated[float, Meta(ge=0, le=0.5)],
+        says(
+            "A view is moved by up to this fraction of a picture's sides, a pixel at least, or of "
+            "a recording's length. What moves in repeats the edge."
+        ),
+    ] = 0.0
+    flip: Annotated[bool, says("Half of the views of a picture are mirrored, left to right.")] = (
+        False
+    )
+    noise: Annotated[
+        Annotated[float, Meta(ge=0, le=1)],
+        says(
+            "Standard deviation of normal noise on a view: as a fraction of the range from black "
+            "to white, or of a recording's own standard deviation."
+        ),
+    ] = 0.0
+
+
 class Local(Section, frozen=True):
     """Tuning inside a silo, per round.
 
@@ -429,6 +459,10 @@ class Local(Section, frozen=True):
             "batches. DP-SGD cannot use epochs, because its cost follows from steps that all "
             "know."
         ),
+    ] = None
+    augmentation: Annotated[
+        Augmentation | None,
+        says("Tunes on several views of each picture or recording, varied by chance."),
     ] = None
     schedule: Annotated[
         Schedule,

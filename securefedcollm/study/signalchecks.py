@@ -38,6 +38,9 @@ def check_signals(study: Study) -> None:
             f"kind: {study.task.kind} has no recordings", where="task.max_seconds", hint="remove it"
         )
     if not study.task.senses:
+        if study.local.augmentation is not None:
+            what = "words have no views: only pictures and recordings are varied"
+            raise ConfigError(what, where="local.augmentation", hint="remove it")
         return
     for where, what, hint in _faults(study):
         raise ConfigError(what, where=where, hint=hint)
@@ -60,6 +63,13 @@ def _faults(study: Study) -> Iterator[tuple[str, str, str]]:
     if task.score != "plain":
         what = f"{task.score} is about the words of a label, and a class has none"
         yield "task.score", what, "choose plain"
+    if (views := study.local.augmentation) is not None:
+        if views.flip and task.kind == "audio_classification":
+            what = "a recording cannot be mirrored"
+            yield "local.augmentation.flip", what, "remove it"
+        if not (views.shift or views.flip or views.noise):
+            what = "nothing says how views differ from their record"
+            yield "local.augmentation", what, "give a shift or noise, e.g. shift: 0.1"
     if method in VIRTUAL or method == "full":
         what = f"{method} is for models that read text"
         yield "adapter.method", what, "choose ffa-lora, rolora or lora"

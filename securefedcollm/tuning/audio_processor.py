@@ -69,7 +69,8 @@ class AudioProcessor:
     def __call__(self, sounds: Sequence[bytes]) -> Signal:
         """The inputs made of some recordings, each for itself: a batch has no part in them."""
         values = np.stack([self._input(unfold(sound)[: self.heard]) for sound in sounds])
-        return Signal(torch.from_numpy(values), torch.ones(1), torch.zeros(1))
+        along = (1,) if self.form == "whisper" else (0,)
+        return Signal(torch.from_numpy(values), torch.ones(1), torch.zeros(1), along)
 
     def _input(self, samples: Samples) -> Floats:
         wave: Wave = samples.astype(np.float32) / 32768

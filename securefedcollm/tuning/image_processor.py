@@ -65,6 +65,7 @@ class ImageProcessor:
             values=torch.from_numpy(values),
             scale=self.factor / std,
             shift=-torch.tensor(self.mean).view(-1, 1, 1) / std,
+            along=(1, 2),
         )
 
     def _fitted(self, pixels: Pixels) -> npt.NDArray[np.uint8]:

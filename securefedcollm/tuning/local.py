@@ -47,6 +47,7 @@ from securefedcollm.tuning.recipe import (
     silent,
     training_mode,
 )
+from securefedcollm.tuning.views import anew, views_of
 from securefedcollm.tuning.whole import WholeModel
 
 _DIVERGED = "lower local.learning_rate, or use a float32 model"
@@ -140,9 +141,13 @@ def _descend(
     parameters = select(model, layout)
     loss, optimizer = plan.loss, _optimizer(plan, parameters)
     batches = shuffled_batches(len(data), plan.batch_size, torch.Generator().manual_seed(seed))
+    if loss.augmentation is not None:
+        data = views_of(data, loss.augmentation, seed.to_bytes(8, "big"))
+    views = torch.arange(loss.views)
     with training_mode(model, seed=seed):
         for step in range(plan.steps):
-            batch = next(batches)
+            batch = (next(batches)[:, None] * loss.views + views).flatten()
+            data = anew(data)
             optimizer.zero_grad()
             total = torch.zeros(())
             for rows in torch.split(sorted_by_length(data, batch), loss.micro_batch):
@@ -198,7 +203,7 @@ def train_dp(
     rate, sigma = _sampling_rate(plan.batch_size, units), protection.sigma
     total = GridSum(layout.size, protection.clip_norm, sigma, batch_cap(units, rate))
     descend = _optimizer(plan, parameters)
-    records = records_of(model, layout, data, plan.loss, members)
+    records = records_of(model, layout, data, plan.loss, members, views=noise)
     with evaluation_mode(model):
         for step in range(plan.steps):
             sum_clipped(total, records, noise.poisson_batch(units, rate))
@@ -236,7 +241,7 @@ def sampled_gradients(
     _begin(model, layout, data)
     members = members_of(len(data), subjects)
     units = len(data) if members is None else len(members)
-    records = records_of(model, layout, data, loss, members)
+    records = records_of(model, layout, data, loss, members, views=noise)
     with evaluation_mode(model):
         for blocks in records.of_units(noise.poisson_batch(units, q)):
             yield from np.concatenate(without_broken(blocks)[0], axis=1)
@@ -256,11 +261,14 @@ def records_of(
     data: EncodedQuestions,
     loss: LossPlan,
     members: list[Indices] | None = None,
+    *,
+    views: NoiseSource | None = None,
 ) -> Records:
     """The silo's records, in passes for which the test of independence holds.
 
     Args:
         members: the records of every unit; None: each record is one.
+        views: draws them, where ``loss`` augments; None: they are the same every time.
     """
     parameters, whole = select(model, layout), isinstance(model, WholeModel)
     among = partial(
@@ -283,7 +291,10 @@ def records_of(
             compute,
             f"gradients of {layout.digest[:8]} by {loss.kind} {tuple(loss.scoring)}",
         )
-    return among(data, widths=widths, members=members)
+    if loss.augmentation is not None:
+        key = b"" if views is None else views.key()
+        data = views_of(data, loss.augmentation, key)
+    return among(data, widths=widths, members=members, views=loss.views)
 
 
 def check_records(model: nn.Module, loss: LossPlan) -> None:

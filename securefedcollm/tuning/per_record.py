@@ -39,6 +39,7 @@ from securefedcollm.tuning.questions import (
     scores_of,
     token_log_probs,
 )
+from securefedcollm.tuning.views import anew
 
 FLATTENING: Final = {"opt"}
 """Families with layers that see [B · T, in]: rows and tokens in their order, none left out."""
@@ -175,6 +176,7 @@ class Records:
             weights are for :class:`WholeRecords`.
         widths: of the fixed passes.
         members: the records of every privacy unit; by default each record is one.
+        views: rows of ``data`` for each record, one after the other; its gradient is their mean.
 
     Use it within ``evaluation_mode(model)``.
     """
@@ -189,18 +191,21 @@ class Records:
         scoring: Scoring,
         widths: Widths,
         members: Sequence[Indices] | None = None,
+        views: int = 1,
     ) -> None:
         self._model, self._parameters, self._data = model, list(parameters), data
         self._loss, self._scoring, self._widths = loss, scoring, widths
         self._shapes = shapes_of(data, widths)
-        self._members = members
-        self.units = len(data) if members is None else len(members)
+        self._members, self._views = _rows(members, len(data), views), views
+        self.units = len(data) if self._members is None else len(self._members)
 
     def of_units(self, units: Indices) -> Iterator[Blocks]:
         """Gradients of ``units``, some at a time: every unit once, in no promised order.
 
-        A unit's records are summed in float64, in an order that follows from them alone.
+        A unit's records are summed in float64, in an order that follows from them alone. Every call
+        draws the views anew.
         """
+        self._data = anew(self._data)
         if self._members is None:
             for rows, found in self.of_records(units):
                 yield [_flat(gradient)[: len(rows)] for gradient in found]
@@ -279,7 +284,7 @@ class Records:
                 with np.errstate(invalid="ignore"):  # ∞ − ∞: the unit counts as zero later
                     for row, values in zip(rows.tolist(), _flat(gradient), strict=True):
                         total[owner[row]] += values
-        return sums
+        return sums if self._views == 1 else [total / self._views for total in sums]
 
 
 class WholeRecords(Records):
@@ -297,6 +302,14 @@ class WholeRecords(Records):
             # A weight that this record does not reach, such as an expert's, has a gradient of 0.
             found = torch.autograd.grad(losses.sum(), self._parameters, materialize_grads=True)
             yield one.rows, [gradient[None] for gradient in found]
+
+
+def _rows(members: Sequence[Indices] | None, rows: int, views: int) -> Sequence[Indices] | None:
+    """The rows of every unit, whose records have ``views`` of them each; None: one of one."""
+    if views == 1:
+        return members
+    each = np.arange(rows, dtype=np.int64).reshape(-1, views)
+    return list(each) if members is None else [each[unit].reshape(-1) for unit in members]
 
 
 def _flat(gradient: Tensor) -> npt.NDArray[np.float64]:

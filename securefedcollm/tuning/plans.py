@@ -24,6 +24,24 @@ Over = Literal["answer", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """How a picture or a recording is varied; every view is drawn anew in every step.
+
+    Attributes:
+        views: of one record in a step. Its loss is their mean.
+        shift: how far a view is moved at most, as a fraction of each side or of the length.
+        flip: half of the views are mirrored, left to right.
+        noise: standard deviation of normal noise: of a picture, as a fraction of the range from
+            black to white; of a recording, of its own standard deviation.
+    """
+
+    views: int
+    shift: float = 0.0
+    flip: bool = False
+    noise: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossPlan:
     """What tuning minimises, and for how many records at a time.
 
@@ -33,11 +51,18 @@ class LossPlan:
         scoring: the scores of the choices, for the loss ``choices``.
         micro_batch: records in memory at a time, about. Without differential privacy the gradients
             of a batch are accumulated over them; under DP-SGD each of them has its own gradient.
+        augmentation: the loss of a record is the mean over views of it.
     """
 
     kind: Loss = "answer"
     scoring: Scoring = PLAIN
     micro_batch: int = 64
+    augmentation: Augmentation | None = None
+
+    @property
+    def views(self) -> int:
+        """Of one record in a step."""
+        return 1 if self.augmentation is None else self.augmentation.views
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,15 @@ class Signal:
 
     Kept in bytes, a picture takes a quarter of the memory of its numbers. A recording's are numbers
     already, so its scale is 1.
+
+    ``along``: the dimensions of one record along which it lies in space or time: height and width
+    of a picture, the samples or frames of a recording.
     """
 
     values: Tensor  # uint8 [N, C, H, W]; float32 [N, T] or [N, T, bins]
     scale: Tensor  # float32 [C, 1, 1]; [1]
     shift: Tensor  # as scale
+    along: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.values)
@@ -30,7 +34,8 @@ class Signal:
 
     def to(self, device: torch.device) -> Signal:
         """The same on ``device``."""
-        return Signal(*(value.to(device) for value in (self.values, self.scale, self.shift)))
+        values, scale, shift = (v.to(device) for v in (self.values, self.scale, self.shift))
+        return replace(self, values=values, scale=scale, shift=shift)
 
     def padded(self, index: Tensor, size: int) -> Signal:
         """The rows ``index``, then rows of zeros, ``size`` in all."""

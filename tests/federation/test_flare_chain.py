@@ -7,11 +7,7 @@ one chain.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,13 +17,11 @@ from typer.testing import CliRunner
 from securefedcollm.federation.parts import validation_study
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import digest, load_study
-from tests.support.consortium import SILOS, make_homes
+from tests.support.consortium import SILOS, make_homes, play_roles
 from tests.support.inputs import make_inputs
 from tests.support.members import write_signed
 
 pytestmark = [pytest.mark.soak, pytest.mark.long, pytest.mark.timeout(900)]
-
-MAIN = "from securefedcollm_cli.main import main; main()"
 
 
 def typed(*words) -> str:
@@ -41,23 +35,12 @@ def run_of(home: Path, study) -> Path:
 
 
 def play(file: Path, homes: dict[str, Path], inputs: Path) -> None:
-    """The study ``file`` by real processes, to its end."""
+    """The study ``file`` on the files that were dealt out, to its end."""
     dealt = inputs / "dealt"
     words = {"server": ["server", file, "--public", dealt / "public.jsonl"]}
     for name in SILOS:
-        words[name] = ["client", file, "--data", dealt / f"{name}.jsonl", "--yes", "--threads", "1"]
-        words[name] += ["--budget", "8"]
-    with contextlib.ExitStack() as stack:
-        started = {}
-        for name, home in homes.items():
-            command = [sys.executable, "-c", MAIN, *words[name], "--home", home, "--models", inputs]
-            log = stack.enter_context((home / "said.log").open("ab"))
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ)
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-            started[name] = process
-        for name, process in started.items():
-            assert process.wait(400) == 0, (homes[name] / "said.log").read_text()[-3000:]
+        words[name] = ["client", file, "--data", dealt / f"{name}.jsonl", "--budget", "8"]
+    play_roles(words, homes, inputs)
 
 
 def test_a_chain_whose_second_study_has_a_validation(tmp_path):

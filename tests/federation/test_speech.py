@@ -185,6 +185,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "another world": (["task.data={builtin: digits}"], "task.kind"),
     "pictures": (["task.kind=image_classification", "task.max_seconds=10.0"], "task.kind"),
     "sites": (["silos.count=13"], "silos.count"),
+    "mirrored": (["local.augmentation={flip: true}"], "local.augmentation.flip"),
     "patient": (["privacy.unit=subject", "privacy.subject=patient"], "privacy.subject"),
     "no time": (["task.max_seconds=0.01"], "task.max_seconds"),
 }

@@ -29,7 +29,7 @@ from securefedcollm.tuning import class_builtin, digits
 from securefedcollm.tuning.adapters import layout_of, quiet_peft
 from securefedcollm.tuning.identity import weights_digest
 from tests.support.pictures import tiny_study
-from tests.support.signals import run_without_noise
+from tests.support.signals import TUNING, run_without_noise
 
 VISION = Path(__file__).parents[2] / "configs" / "vision.yaml"
 
@@ -99,9 +99,14 @@ def test_a_classifiers_adapter_is_merged_by_its_run(run: Any, directory: Path) -
     assert CliRunner().invoke(app, words).exit_code == 0  # the control
 
 
-def test_no_picture_moves_what_the_others_contribute(directory: Path) -> None:
+@pytest.mark.parametrize("views", [None, {"views": 3, "shift": 0.2, "noise": 0.1}])
+def test_no_picture_moves_what_the_others_contribute(
+    views: dict[str, Any] | None, directory: Path
+) -> None:
     """The control has no fixed passes: the last one is as large as there are pictures left."""
-    found = audit(tiny_study(directory), data=directory, records=3, adapters=8, seed=1)
+    local = {**TUNING, "augmentation": views}
+    study = tiny_study(directory, local=local)
+    found = audit(study, data=directory, records=3, adapters=8, seed=1)
     assert not found.faults
     assert found.figures["control, any adapter"] > 1e-8
     assert found.figures["moved, mixed records"] == 0
@@ -128,6 +133,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "words": (["task.kind=classification"], "task.kind"),
     "template": (['task.template="Text: {}"'], "task.template"),
     "sites": (["silos.count=900"], "silos.count"),
+    "equal views": (["local.augmentation={views: 2}"], "local.augmentation"),
     "patient": (["privacy.unit=subject", "privacy.subject=patient"], "privacy.subject"),
 }
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from securefedcollm.federation.engines.flare.kit import (
     approve_request,
@@ -15,6 +21,7 @@ from securefedcollm.study.identity import create_identity
 
 SILOS = ("silo-1", "silo-2", "silo-3")
 PASSPHRASE = "correct horse battery"
+MAIN = "from securefedcollm_cli.main import main; main()"
 
 
 def free_port() -> int:
@@ -40,3 +47,29 @@ def make_homes(directory: Path, silos=SILOS, port: int | None = None) -> dict[st
         install_kits(home, profile, signed, name)
         create_identity(name, home / "identity.json", None)
     return homes
+
+
+def play_roles(words: Mapping[str, Sequence[Any]], homes: Mapping[str, Path], models: Path) -> None:
+    """Every participant's command as a process of its own, to its end; it says what it says in
+    ``said.log`` of its home.
+
+    Args:
+        words: by participant, such as ``server STUDY`` or ``client STUDY --data FILE``.
+    """
+    with contextlib.ExitStack() as stack:
+        started = {}
+        for name, home in homes.items():
+            more = ["--home", home, "--models", models]
+            more += ["--yes", "--threads", "1"] if words[name][0] == "client" else []
+            log = stack.enter_context((home / "said.log").open("ab"))
+            process = subprocess.Popen(
+                [sys.executable, "-c", MAIN, *words[name], *more],
+                stdout=log,
+                stderr=log,
+                env=os.environ,
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            started[name] = process
+        for name, process in started.items():
+            assert process.wait(400) == 0, (homes[name] / "said.log").read_text()[-3000:]

@@ -25,6 +25,15 @@ NAMED: Final = {
 }
 LOSS: Final = LossPlan(kind="answer", scoring=PLAIN, micro_batch=16)
 
+TUNING: Final = {
+    "steps": 2,
+    "batch_size": 24,
+    "sampling_rate": 0.2,
+    "learning_rate": 0.01,
+    "micro_batch": 16,
+}
+"""The silos' part of :func:`tiny_signal_study`."""
+
 
 def tiny_signal_study(task: Mapping[str, Any], world: str, /, **changes: Any) -> Study:
     """A built-in ``world`` on the models ``slm`` and ``llm`` of a directory, with joint noise."""
@@ -36,13 +45,7 @@ def tiny_signal_study(task: Mapping[str, Any], world: str, /, **changes: Any) ->
         "models": {"llm": {"source": "path:llm"}, "slm": {"source": "path:slm"}},
         "adapter": {"rank": 2},
         "silos": {"count": 3},
-        "local": {
-            "steps": 2,
-            "batch_size": 24,
-            "sampling_rate": 0.2,
-            "learning_rate": 0.01,
-            "micro_batch": 16,
-        },
+        "local": TUNING,
         "privacy": {"epsilon": 8, "delta": 1e-5, "noise": "distributed"},
         "aggregation": {"value_bits": 20, "clip_norm": 1.0},
         "distillation": {"steps": 2, "batch_labelled": 4, "batch_unlabelled": 8},
