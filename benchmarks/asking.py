@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -66,7 +67,9 @@ def signed_study(homes: dict[str, Path], place: Path, name: str) -> Study:
 
 def start(*words: str | Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, "shelf", *map(str, words)], stdout=subprocess.DEVNULL
+        [sys.executable, "-c", COMMAND, "shelf", *map(str, words)],
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # four silos embed on this machine's cores
     )
 
 
@@ -134,8 +137,8 @@ def over_network(
 
 
 def _ask_when_ready(study: Study, home: Path, place: Path) -> Any:
-    """The first answer of all silos: they need some seconds to connect."""
-    deadline = time.monotonic() + 300
+    """The first answer of all silos: they need some minutes to embed their records."""
+    deadline = time.monotonic() + 900  # they embed all records first
     while True:
         with contextlib.suppress(ConfigError, TransportError):
             answer, silos = ask_over(study, home, place, 0)
