@@ -378,7 +378,7 @@ class Augmentation(Section, frozen=True):
         Annotated[float, Meta(ge=0, le=0.5)],
         says(
             "A view is moved by up to this fraction of a picture's sides, a pixel at least, or of "
-            "a recording's length. What moves in repeats the edge."
+            "a recording's own length. What moves in repeats the edge."
         ),
     ] = 0.0
     flip: Annotated[bool, says("Half of the views of a picture are mirrored, left to right.")] = (
@@ -431,8 +431,8 @@ class Local(Section, frozen=True):
     micro_batch: Annotated[
         Count,
         says(
-            "Number of records whose gradients are in memory at a time. A smaller "
-            "number takes less memory and more passes."
+            "Number of records (or of their views) whose gradients are in memory at a time. A "
+            "smaller number takes less memory and more passes."
         ),
     ] = 64
     sampling_rate: Annotated[

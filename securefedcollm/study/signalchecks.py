@@ -69,7 +69,7 @@ def _faults(study: Study) -> Iterator[tuple[str, str, str]]:
             yield "local.augmentation.flip", what, "remove it"
         if not (views.shift or views.flip or views.noise):
             what = "nothing says how views differ from their record"
-            yield "local.augmentation", what, "give a shift or noise, e.g. shift: 0.1"
+            yield "local.augmentation", what, "give a shift, a flip or noise, e.g. shift: 0.1"
     if method in VIRTUAL or method == "full":
         what = f"{method} is for models that read text"
         yield "adapter.method", what, "choose ffa-lora, rolora or lora"

@@ -68,9 +68,21 @@ class AudioProcessor:
 
     def __call__(self, sounds: Sequence[bytes]) -> Signal:
         """The inputs made of some recordings, each for itself: a batch has no part in them."""
-        values = np.stack([self._input(unfold(sound)[: self.heard]) for sound in sounds])
-        along = (1,) if self.form == "whisper" else (0,)
-        return Signal(torch.from_numpy(values), torch.ones(1), torch.zeros(1), along)
+        heard = [unfold(sound)[: self.heard] for sound in sounds]
+        values = np.stack([self._input(samples) for samples in heard])
+        return Signal(
+            torch.from_numpy(values),
+            torch.ones(1),
+            torch.zeros(1),
+            along=(1,) if self.form == "whisper" else (0,),
+            lengths=torch.tensor([self._length(samples) for samples in heard]),
+        )
+
+    def _length(self, samples: Samples) -> int:
+        """Samples, or frames, of the input that hold the recording."""
+        if self.form == "samples":
+            return len(samples)
+        return min(self.frames, max(1, len(samples) // _HOP))
 
     def _input(self, samples: Samples) -> Floats:
         wave: Wave = samples.astype(np.float32) / 32768

@@ -98,9 +98,9 @@ def noise_for(model: Any, kinds: Sequence[int]) -> Signal:
         )
     values = torch.stack([made[kind] for kind in kinds])
     if hears(model):
-        return Signal(values, torch.ones(1), torch.zeros(1), (0,))
+        return Signal(values, torch.ones(1), torch.zeros(1))
     half = torch.full((shape[0], 1, 1), 1 / 127.5)
-    return Signal(values, half, torch.full_like(half, -1.0), (1, 2))
+    return Signal(values, half, torch.full_like(half, -1.0))
 
 
 def check_classifier(model: Any, where: str) -> None:

@@ -143,16 +143,16 @@ def _descend(
     batches = shuffled_batches(len(data), plan.batch_size, torch.Generator().manual_seed(seed))
     if loss.augmentation is not None:
         data = views_of(data, loss.augmentation, seed.to_bytes(8, "big"))
-    views = torch.arange(loss.views)
+    views = torch.arange(data.views)
     with training_mode(model, seed=seed):
         for step in range(plan.steps):
-            batch = (next(batches)[:, None] * loss.views + views).flatten()
-            data = anew(data)
+            batch, data = next(batches), anew(data)
             optimizer.zero_grad()
             total = torch.zeros(())
-            for rows in torch.split(sorted_by_length(data, batch), loss.micro_batch):
+            every = (sorted_by_length(data, batch)[:, None] * data.views + views).flatten()
+            for rows in torch.split(every, loss.micro_batch):
                 losses = question_losses(model, data.select(rows), loss.kind, loss.scoring)
-                mean = losses.sum() / len(batch)
+                mean = losses.sum() / len(every)
                 torch.autograd.backward(mean)
                 total = mean.detach() + total.to(mean.device)
             norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or torch.inf)
@@ -268,7 +268,7 @@ def records_of(
 
     Args:
         members: the records of every unit; None: each record is one.
-        views: draws them, where ``loss`` augments; None: they are the same every time.
+        views: draws them, where ``loss`` augments; None: they follow from the records alone.
     """
     parameters, whole = select(model, layout), isinstance(model, WholeModel)
     among = partial(
@@ -294,7 +294,7 @@ def records_of(
     if loss.augmentation is not None:
         key = b"" if views is None else views.key()
         data = views_of(data, loss.augmentation, key)
-    return among(data, widths=widths, members=members, views=loss.views)
+    return among(data, widths=widths, members=members)
 
 
 def check_records(model: nn.Module, loss: LossPlan) -> None:

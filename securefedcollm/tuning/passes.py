@@ -142,10 +142,13 @@ def shapes_of(data: EncodedQuestions, widths: Widths) -> list[Shape]:
 def passes(
     data: EncodedQuestions, shapes: list[Shape], rows: Indices, widths: Widths
 ) -> Iterator[Pass]:
-    """All records ``rows``, each once, shape by shape, in the order of their numbers."""
+    """All ``rows``, each once, shape by shape, in the order of their numbers.
+
+    ``shapes``: of every record.
+    """
     by_shape: dict[Shape, list[int]] = {}
     for row in sorted(rows.tolist()):
-        by_shape.setdefault(shapes[row], []).append(row)
+        by_shape.setdefault(shapes[row // data.views], []).append(row)
     for shape in sorted(by_shape):
         allowed, members = widths.allowed(shape), by_shape[shape]
         for start in range(0, len(members), allowed[-1]):
@@ -176,11 +179,11 @@ def one_thread_if(wide: bool) -> Iterator[None]:
 def shaped(
     data: EncodedQuestions, rows: Indices, shape: Shape, size: int, head: int
 ) -> EncodedQuestions:
-    """The records ``rows`` as a batch of exactly ``size`` rows of exactly ``shape``.
+    """The rows ``rows`` as a batch of exactly ``size`` rows of exactly ``shape``.
 
     Nothing in a row depends on another row. A dummy is one prompt of zeros.
     """
-    index = torch.from_numpy(rows)
+    index = torch.from_numpy(rows) // data.views
     length, width = shape.length, shape.length + shape.choices  # targets: slots - 1 + choices
 
     def fit(values: Tensor, columns: int, filler: int) -> Tensor:
@@ -194,7 +197,7 @@ def shaped(
         out[: len(rows)] = values[index]
         return out
 
-    signal = None if data.signal is None else data.signal.padded(index, size)
+    signal = None if data.signal is None else data.signal.padded(torch.from_numpy(rows), size)
     choice_mask = torch.ones(size, shape.choices, dtype=torch.bool)
     lengths = torch.ones(size, shape.choices)
     lengths[: len(rows)] = data.choice_lengths[index, : shape.choices]
@@ -218,6 +221,7 @@ def shaped(
         prefix=None,
         pieces=None,
         signal=signal,
+        views=1,
         head=head,
     )
     if data.prior is not None:

@@ -175,8 +175,8 @@ class Records:
         parameters: what is trained, in layout order; linear weights, or the virtual tokens. All
             weights are for :class:`WholeRecords`.
         widths: of the fixed passes.
-        members: the records of every privacy unit; by default each record is one.
-        views: rows of ``data`` for each record, one after the other; its gradient is their mean.
+        members: the records of every privacy unit; by default each record is one. The gradient of
+            a record with several views is their mean.
 
     Use it within ``evaluation_mode(model)``.
     """
@@ -191,13 +191,12 @@ class Records:
         scoring: Scoring,
         widths: Widths,
         members: Sequence[Indices] | None = None,
-        views: int = 1,
     ) -> None:
         self._model, self._parameters, self._data = model, list(parameters), data
         self._loss, self._scoring, self._widths = loss, scoring, widths
         self._shapes = shapes_of(data, widths)
-        self._members, self._views = _rows(members, len(data), views), views
-        self.units = len(data) if self._members is None else len(self._members)
+        self._members = members
+        self.units = len(data.groups) if members is None else len(members)
 
     def of_units(self, units: Indices) -> Iterator[Blocks]:
         """Gradients of ``units``, some at a time: every unit once, in no promised order.
@@ -206,15 +205,15 @@ class Records:
         draws the views anew.
         """
         self._data = anew(self._data)
-        if self._members is None:
+        if self._members is None and self._data.views == 1:
             for rows, found in self.of_records(units):
                 yield [_flat(gradient)[: len(rows)] for gradient in found]
             return
         for block in self._blocks_of(units):
-            yield self._summed([self._members[unit] for unit in block])
+            yield self._summed([self._rows(unit) for unit in block])
 
     def of_records(self, rows: Indices) -> Iterator[tuple[Indices, list[Tensor]]]:
-        """(records of a pass, their gradients [rows, out, in] for every parameter)."""
+        """(rows of a pass, their gradients [rows, out, in] for every parameter)."""
         group: list[Pass] = []
         size = 0
         widths = self._widths
@@ -263,20 +262,26 @@ class Records:
 
     def _blocks_of(self, units: Indices) -> Iterator[list[int]]:
         """Units whose sums are in memory at a time; the grouping changes no sum."""
-        assert self._members is not None
         block: list[int] = []
         size, room = 0, 2 * self._widths.most if self._widths.most > 1 else 1
         for unit in units.tolist():
-            if block and size + len(self._members[unit]) > room:
+            rows = len(self._rows(unit))
+            if block and size + rows > room:
                 yield block
                 block, size = [], 0
             block.append(unit)
-            size += len(self._members[unit])
+            size += rows
         if block:
             yield block
 
+    def _rows(self, unit: int) -> Indices:
+        """All views of all records of a unit."""
+        records = np.array([unit]) if self._members is None else self._members[unit]
+        views = self._data.views
+        return (records[:, None] * views + np.arange(views)).reshape(-1)
+
     def _summed(self, members: list[Indices]) -> Blocks:
-        """Each unit's records summed, shape by shape and in the order of their numbers."""
+        """Each unit's rows summed, shape by shape and in the order of their numbers."""
         owner = {int(row): unit for unit, rows in enumerate(members) for row in rows}
         sums = [np.zeros((len(members), weight.numel())) for weight in self._parameters]
         for rows, found in self.of_records(np.concatenate(members)):
@@ -284,7 +289,7 @@ class Records:
                 with np.errstate(invalid="ignore"):  # ∞ − ∞: the unit counts as zero later
                     for row, values in zip(rows.tolist(), _flat(gradient), strict=True):
                         total[owner[row]] += values
-        return sums if self._views == 1 else [total / self._views for total in sums]
+        return sums if self._data.views == 1 else [total / self._data.views for total in sums]
 
 
 class WholeRecords(Records):
@@ -302,14 +307,6 @@ class WholeRecords(Records):
             # A weight that this record does not reach, such as an expert's, has a gradient of 0.
             found = torch.autograd.grad(losses.sum(), self._parameters, materialize_grads=True)
             yield one.rows, [gradient[None] for gradient in found]
-
-
-def _rows(members: Sequence[Indices] | None, rows: int, views: int) -> Sequence[Indices] | None:
-    """The rows of every unit, whose records have ``views`` of them each; None: one of one."""
-    if views == 1:
-        return members
-    each = np.arange(rows, dtype=np.int64).reshape(-1, views)
-    return list(each) if members is None else [each[unit].reshape(-1) for unit in members]
 
 
 def _flat(gradient: Tensor) -> npt.NDArray[np.float64]:

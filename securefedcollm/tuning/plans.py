@@ -59,11 +59,6 @@ class LossPlan:
     micro_batch: int = 64
     augmentation: Augmentation | None = None
 
-    @property
-    def views(self) -> int:
-        """Of one record in a step."""
-        return 1 if self.augmentation is None else self.augmentation.views
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainPlan:

@@ -89,11 +89,12 @@ class EncodedQuestions:
     prefix_layers: int = 0
     pieces: tuple[Row, ...] | None = None  # where tokens stand in the text; lost by a selection
     signal: Signal | None = None  # what a model sees in place of tokens
+    views: int = 1  # rows of each record, one after the other: they differ in their signal alone
     # Set in a fixed pass (.passes), where no row's arithmetic may follow from another row:
     head: int | None = None  # positions of one call of the output layer; 0: all of the batch
 
     def __len__(self) -> int:
-        return len(self.groups)
+        return len(self.groups) * self.views
 
     @property
     def generative(self) -> bool:
@@ -102,6 +103,8 @@ class EncodedQuestions:
 
     def select(self, index: Tensor) -> EncodedQuestions:
         """The rows ``index`` (int64 [B]), padding trimmed to what these rows need."""
+        signal = None if self.signal is None else self.signal.select(index)
+        index = index // self.views
         segments = self.segments[index]
         targets = self.target_choices[index] < self.choice_mask.shape[1]
         length = int((segments != _PAD).sum(1).max()) if len(index) else 0
@@ -121,7 +124,7 @@ class EncodedQuestions:
             prior=None if self.prior is None else self.prior[index],
             prefix=None if self.prefix is None else self.prefix[index, :length],
             prefix_layers=self.prefix_layers,
-            signal=None if self.signal is None else self.signal.select(index),
+            signal=signal,
         )
 
     def to(self, device: torch.device) -> EncodedQuestions:

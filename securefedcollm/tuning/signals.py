@@ -16,21 +16,24 @@ class Signal:
     Kept in bytes, a picture takes a quarter of the memory of its numbers. A recording's are numbers
     already, so its scale is 1.
 
-    ``along``: the dimensions of one record along which it lies in space or time: height and width
-    of a picture, the samples or frames of a recording.
+    ``along``: the dimensions of one record along which it can be moved: height and width of a
+    picture, the samples or frames of a recording. ``lengths``: how far a recording goes along its
+    own; silence follows. A picture is all there is.
     """
 
     values: Tensor  # uint8 [N, C, H, W]; float32 [N, T] or [N, T, bins]
     scale: Tensor  # float32 [C, 1, 1]; [1]
     shift: Tensor  # as scale
-    along: tuple[int, ...]
+    along: tuple[int, ...] = ()
+    lengths: Tensor | None = None  # int64 [N]
 
     def __len__(self) -> int:
         return len(self.values)
 
     def select(self, index: Tensor) -> Signal:
         """The rows ``index``, int64 [B]."""
-        return replace(self, values=self.values[index])
+        lengths = None if self.lengths is None else self.lengths[index]
+        return replace(self, values=self.values[index], lengths=lengths)
 
     def to(self, device: torch.device) -> Signal:
         """The same on ``device``."""
@@ -41,7 +44,7 @@ class Signal:
         """The rows ``index``, then rows of zeros, ``size`` in all."""
         values = self.values.new_zeros(size, *self.values.shape[1:])
         values[: len(index)] = self.values[index]
-        return replace(self, values=values)
+        return replace(self, values=values, lengths=None)
 
     def inputs(self, dtype: torch.dtype) -> Tensor:
         """The numbers that the model is given, shaped as the values. Each follows from one."""

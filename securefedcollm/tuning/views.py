@@ -4,13 +4,14 @@ The loss of a record is the mean of its views' losses. So its gradient is one gr
 and with the sensitivity of one record (De et al. 2022, arXiv 2204.13650, section 3.2, "augmentation
 multiplicity"). ε stays what it is without augmentation.
 
-A view follows from its record, its number and a key, and from nothing else: for every key the
-record's gradient is a function of that record alone. The key is drawn without regard to any record.
+A view follows from its record, its number, the step and a key, and from nothing else: for every key
+the record's gradient is a function of that record alone. The key is drawn without regard to any
+record.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,9 @@ class Views(Signal):
     ``values`` are the records', not the views': a row is computed when it is selected.
     """
 
-    how: Augmentation
-    key: bytes
-    turn: int = 0
+    how: Augmentation = field(kw_only=True)
+    key: bytes = field(kw_only=True, repr=False)
+    turn: int = field(kw_only=True, default=0)
 
     def __len__(self) -> int:
         return len(self.values) * self.how.views
@@ -47,7 +48,10 @@ class Views(Signal):
         values = self.values.new_zeros(size, *self.values.shape[1:])
         for place, row in enumerate(index.tolist()):
             values[place] = self._view(*divmod(row, self.how.views))
-        return Signal(values, self.scale, self.shift, self.along)
+        return Signal(values, self.scale, self.shift)
+
+    def inputs(self, dtype: torch.dtype) -> Tensor:
+        raise NotImplementedError("select the rows first")
 
     def _view(self, record: int, view: int) -> Tensor:
         """One view, shaped as one of ``values``. Equal records have equal views."""
@@ -60,26 +64,31 @@ class Views(Signal):
             plain.tobytes(),
         )
         draw = np.random.Generator(np.random.Philox(key=int.from_bytes(seed[:16], "big")))
-        found = plain
+        found, own = plain, plain
         for axis in self.along:
-            side = plain.shape[axis]
-            most = max(int(self.how.shift * side), int(self.how.shift > 0))
+            side = length = plain.shape[axis]
+            if self.lengths is not None:
+                length = int(self.lengths[record])
+                own = plain.take(np.arange(length), axis)
+            most = max(int(self.how.shift * length), int(self.how.shift > 0))
             moved = np.arange(side) - int(draw.integers(-most, most, endpoint=True))
             found = found.take(moved.clip(0, side - 1), axis)  # what moves in repeats the edge
         if self.how.flip and draw.integers(2):
             found = np.flip(found, -1)
         if self.how.noise:
-            found = _noisy(found, self.how.noise, draw)
+            spread = 255.0 if plain.dtype == np.uint8 else float(own.std())
+            found = _noisy(found, self.how.noise * spread, draw)
         return torch.from_numpy(np.ascontiguousarray(found))
 
 
-def _noisy(values: Values, spread: float, draw: np.random.Generator) -> Values:
+def _noisy(values: Values, sigma: float, draw: np.random.Generator) -> Values:
     """``values`` with normal noise, in their own type."""
-    noise = draw.standard_normal(values.shape, dtype=np.float32)
-    found: Values = values + noise * (np.float32(spread) * values.std())
+    noisy: Values = values + draw.standard_normal(values.shape, dtype=np.float32) * np.float32(
+        sigma
+    )
     if values.dtype == np.uint8:
-        found = np.rint(values + noise * np.float32(255 * spread)).clip(0, 255).astype(np.uint8)
-    return found
+        noisy = np.rint(noisy).clip(0, 255).astype(np.uint8)
+    return noisy
 
 
 def views_of(data: EncodedQuestions, how: Augmentation, key: bytes) -> EncodedQuestions:
@@ -89,11 +98,7 @@ def views_of(data: EncodedQuestions, how: Augmentation, key: bytes) -> EncodedQu
         key: of all views; equal keys give equal ones.
     """
     assert data.signal is not None  # the study's checks
-    rows = torch.arange(len(data)).repeat_interleave(how.views)
-    return replace(
-        replace(data, signal=None).select(rows),
-        signal=Views(**vars(data.signal), how=how, key=key),
-    )
+    return replace(data, signal=Views(**vars(data.signal), how=how, key=key), views=how.views)
 
 
 def anew(data: EncodedQuestions) -> EncodedQuestions:

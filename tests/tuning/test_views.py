@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,9 @@ import pytest
 import torch
 
 from securefedcollm.privacy.noise import GridSum, NoiseSource
-from securefedcollm.tuning.adapters import attach, layout_of, select
+from securefedcollm.tuning import sounds
+from securefedcollm.tuning.adapters import attach, layout_of, select, to_vector
+from securefedcollm.tuning.audio_processor import AudioProcessor
 from securefedcollm.tuning.classifiers import set_head
 from securefedcollm.tuning.independence import made_up_adapter
 from securefedcollm.tuning.local import (
@@ -23,12 +24,13 @@ from securefedcollm.tuning.local import (
 )
 from securefedcollm.tuning.models import load_model
 from securefedcollm.tuning.per_record import question_losses
+from securefedcollm.tuning.pictures import pack
 from securefedcollm.tuning.plans import Augmentation, LossPlan, Protection, TrainPlan
 from securefedcollm.tuning.questions import PLAIN, EncodedQuestions, encode
 from securefedcollm.tuning.recipe import evaluation_mode
 from securefedcollm.tuning.signals import Signal
 from securefedcollm.tuning.views import anew, views_of
-from tests.support.pictures import FAMILIES, SIDE, noise, saved
+from tests.support.pictures import FAMILIES, SIDE, noise, processor, saved
 from tests.support.signals import LABELS
 
 HOW = Augmentation(views=3, shift=0.25, flip=True, noise=0.1)
@@ -49,7 +51,9 @@ def pictures_of(data: EncodedQuestions, rows: list[int] | range) -> torch.Tensor
     return data.signal.select(torch.tensor(rows)).values
 
 
-def signal_of(values: torch.Tensor, along: tuple[int, ...]) -> EncodedQuestions:
+def signal_of(
+    values: torch.Tensor, along: tuple[int, ...], lengths: list[int] | None = None
+) -> EncodedQuestions:
     """Records without anything but a signal."""
     n = len(values)
     nothing, one = torch.zeros(n, 1, dtype=torch.int64), torch.ones(n, 1)
@@ -65,7 +69,13 @@ def signal_of(values: torch.Tensor, along: tuple[int, ...]) -> EncodedQuestions:
         choice_lengths=one,
         answers=nothing[:, 0],
         groups=("",) * n,
-        signal=Signal(values, torch.ones(1), torch.zeros(1), along),
+        signal=Signal(
+            values,
+            torch.ones(1),
+            torch.zeros(1),
+            along,
+            None if lengths is None else torch.tensor(lengths),
+        ),
     )
 
 
@@ -125,7 +135,7 @@ def test_a_record_contributes_itself_and_at_most_one_clip_norm(
             parts = [data.select(torch.tensor(r)) for r in rows]
             singles = [summed(model, p, HOW, members_of(len(p), ["x"] * len(p))) for p in parts]
         together = summed(model, data, HOW, members_of(6, subjects))
-        views = replace(anew(views_of(data, HOW, b"")).select(torch.arange(3)), groups=("",) * 3)
+        views = anew(views_of(data, HOW, b"")).select(torch.arange(3))
         apart = summed(model, views, None)
     assert np.array_equal(together, sum(singles))
     grid = CLIP * 2.0**-46
@@ -191,19 +201,20 @@ def test_half_of_the_views_are_mirrored() -> None:
     )
 
 
-@pytest.mark.parametrize(("shape", "along"), [((50,), (0,)), ((40, 8), (0,)), ((8, 40), (1,))])
+@pytest.mark.parametrize(("shape", "along"), [((60,), (0,)), ((50, 8), (0,)), ((8, 50), (1,))])
 def test_recordings_move_in_time_alone(shape: tuple[int, ...], along: tuple[int, ...]) -> None:
     """Samples, AST's frames and bins, and Whisper's bins and frames."""
     time = torch.arange(shape[along[0]], dtype=torch.float32)
     band = torch.tensor([[100.0 * b] for b in range(8)])
     values = time if len(shape) == 1 else (band + time if along == (1,) else (band + time).T)
-    data = views_of(signal_of(values[None], along), Augmentation(views=30, shift=0.1), KEY)
-    for view in pictures_of(data, range(30)):
-        later = (view - values).abs()
-        most = 0.1 * shape[along[0]]
-        assert later.max() <= most
+    signal = signal_of(values[None], along, [40])
+    data = views_of(signal, Augmentation(views=60, shift=0.1), KEY)
+    steps = set()
+    for view in pictures_of(data, range(60)):
         middle = (view - values).movedim(along[0], 0)[6:-6]
-        assert len(middle.unique()) == 1  # the same step for every time and band
+        (step,) = middle.unique().tolist()  # the same for every time and band
+        steps.add(step)
+    assert steps == set(range(-4, 5))  # a tenth of its own length
 
 
 def test_noise_has_its_spread_and_bytes_stay_bytes() -> None:
@@ -218,6 +229,69 @@ def test_noise_has_its_spread_and_bytes_stay_bytes() -> None:
         views_of(signal_of(white, (1, 2)), Augmentation(views=1, noise=0.1), KEY), [0]
     )
     assert bright.min() > 100  # nothing wraps around
-    wave = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 5000)) * 3).float()
-    view = pictures_of(views_of(signal_of(wave, (0,)), Augmentation(views=1, noise=0.2), KEY), [0])
-    assert float((view - wave).std()) == pytest.approx(0.6, rel=0.05)
+    draw = np.random.default_rng(0)
+    waves = torch.zeros(2, 8000)
+    waves[:, :5000] = torch.from_numpy(draw.standard_normal((2, 5000)) * [[3], [0.5]]).float()
+    data = views_of(signal_of(waves, (0,), [5000] * 2), Augmentation(views=1, noise=0.2), KEY)
+    views = pictures_of(data, [0, 1])
+    for view, wave, spread in zip(
+        views, waves, (3, 0.5), strict=True
+    ):  # silence counts for nothing
+        assert float((view - wave).std()) == pytest.approx(0.2 * spread, rel=0.05)
+
+
+def test_processors_say_along_what_and_how_far_their_records_go() -> None:
+    wave = sounds.pack((np.arange(3200) % 100).astype(np.int16))
+    for form, along, length in (
+        ("samples", (0,), 3200),
+        ("kaldi", (0,), 20),
+        ("whisper", (1,), 20),
+    ):
+        signal = AudioProcessor(form, bins=8, frames=50, heard=4800)([wave])
+        assert signal.values.shape[1 + along[0]] == (4800 if form == "samples" else 50)
+        assert (signal.along, signal.lengths.tolist()) == (along, [length])
+        assert signal.select(torch.tensor([0, 0])).lengths.tolist() == [length] * 2
+    picture = processor()([pack(np.zeros((SIDE, SIDE, 3), dtype=np.uint8))])
+    assert picture.along == (1, 2)
+    assert picture.lengths is None
+
+
+def test_plain_tuning_takes_the_mean_of_new_views_in_every_step(model_and_data: Any) -> None:
+    model, data = model_and_data
+    layout = layout_of(model, "ffa-lora")
+    start = to_vector(model, layout)
+    rate = 0.01
+    loss = LossPlan(micro_batch=4, augmentation=HOW)
+    plan = TrainPlan(steps=2, batch_size=6, learning_rate=rate, loss=loss, optimizer="sgd")
+    with made_up_adapter(model, 0.3), evaluation_mode(model):
+        found = train_plain(model, layout, data, plan, seed=1).delta
+    seen, expected = views_of(data, HOW, (1).to_bytes(8, "big")), np.zeros_like(start)
+    with made_up_adapter(model, 0.3), evaluation_mode(model):
+        parameters = select(model, layout)
+        for _ in range(2):
+            seen = anew(seen)
+            batch = seen.select(torch.arange(18))
+            mean = question_losses(model, batch, "answer", PLAIN).mean()
+            slopes = torch.autograd.grad(mean, parameters)
+            with torch.no_grad():
+                for parameter, slope in zip(parameters, slopes, strict=True):
+                    parameter -= rate * slope
+            expected -= rate * torch.cat([slope.flatten() for slope in slopes]).numpy()
+    assert np.allclose(found, expected, atol=1e-3 * np.abs(expected).max())
+
+
+def test_a_view_that_is_not_finite_makes_its_record_count_as_zero(model_and_data: Any) -> None:
+    model, data = model_and_data
+    with made_up_adapter(model, 1e30):
+        assert not summed(model, data, HOW).any()
+    with made_up_adapter(model, 0.3):
+        assert summed(model, data, HOW).any()  # the control
+
+
+def test_views_say_nothing_of_their_key_and_are_no_input(model_and_data: Any) -> None:
+    _, data = model_and_data
+    signal = views_of(data, HOW, b"secret").signal
+    assert "secret" not in repr(signal)
+    assert signal is not None
+    with pytest.raises(NotImplementedError):
+        signal.inputs(torch.float32)

@@ -18,6 +18,7 @@ Imports torch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
@@ -34,7 +35,7 @@ from securefedcollm.federation.dealing import deal
 from securefedcollm.federation.recipes import loss_plan
 from securefedcollm.federation.tuned import Tuned
 from securefedcollm.federation.workload import Progress, Vector, silent
-from securefedcollm.privacy.noise import GridSum, grid_step
+from securefedcollm.privacy.noise import GridSum, NoiseSource, grid_step
 from securefedcollm.study import Study
 from securefedcollm.study.config import Privacy
 from securefedcollm.tuning.adapters import (
@@ -271,6 +272,7 @@ class Bench:
 
     def __init__(self, tuned: Tuned, clip_norm: float) -> None:
         self._tuned, self._clip_norm = tuned, clip_norm
+        self._views = os.urandom(32)  # one key: the same records have the same views
         self._encoded: dict[tuple[bool, tuple[Question, ...]], EncodedQuestions] = {}
 
     def control(self, adapter: Vector, case: Case) -> float:
@@ -309,6 +311,7 @@ class Bench:
             self._encode(questions, private=True),
             loss_plan(study.local, tuned.scoring),
             members_of(len(questions), subjects),
+            views=NoiseSource(self._views),
         )
         total = GridSum(layout.size, self._clip_norm, self._clip_norm, len(questions))
         with evaluation_mode(tuned.model):
