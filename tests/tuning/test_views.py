@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from securefedcollm.privacy.aside import SparingNoise
 from securefedcollm.privacy.noise import GridSum, NoiseSource
 from securefedcollm.tuning import sounds
 from securefedcollm.tuning.adapters import attach, layout_of, select, to_vector
@@ -170,6 +171,15 @@ def test_every_kind_of_tuning_draws_views(model_and_data: Any) -> None:
             for loss in [LossPlan(micro_batch=4, augmentation=HOW)] * 2
         )
     assert not np.allclose(first, second)  # joint steps draw anew
+
+
+def test_units_that_are_set_aside_are_not_looked_at(model_and_data: Any) -> None:
+    model, data = model_and_data
+    loss = LossPlan(micro_batch=4, augmentation=HOW)
+    for aside, left in ((np.arange(6) < 4, 2), (np.ones(6, dtype=np.bool_), 0)):
+        noise = SparingNoise(aside)
+        layout = layout_of(model, "ffa-lora")
+        assert len([*sampled_gradients(model, layout, data, loss, q=1.0, noise=noise)]) == left
 
 
 def test_pictures_move_by_the_shift_at_most_and_repeat_their_edge() -> None:
