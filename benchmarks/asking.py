@@ -137,8 +137,8 @@ def over_network(
 
 
 def _ask_when_ready(study: Study, home: Path, place: Path) -> Any:
-    """The first answer of all silos: they need some minutes to embed their records."""
-    deadline = time.monotonic() + 900  # they embed all records first
+    """The first answer of all silos: they embed their records first."""
+    deadline = time.monotonic() + 300
     while True:
         with contextlib.suppress(ConfigError, TransportError):
             answer, silos = ask_over(study, home, place, 0)

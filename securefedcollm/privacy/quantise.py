@@ -148,8 +148,8 @@ class Quantiser:
         squares = []
         for start in range(0, self.values, _CHUNK):
             part = vector[start : start + _CHUNK].astype(np.float64, copy=False)
-            # Not np.dot: OpenBLAS wakes a thread for every core, and each spins for a while. Of
-            # several silos on a machine they slow one another down by half, once for every record.
+            # np.dot would wake OpenBLAS's threads, which then spin for a while. This runs for every
+            # record, so several silos on one machine would take the cores from each other.
             squares.append(float(np.einsum("i,i", part, part)))
         total = sum(squares)
         if not math.isfinite(total):

@@ -27,7 +27,6 @@ from securefedcollm.study.learning import (
     MAX_ABS,
     Adapter,
     Data,
-    Local,
     Model,
     Models,
     Task,
@@ -42,6 +41,7 @@ from securefedcollm.study.protection import (
 )
 from securefedcollm.study.retrieval import Encoder, Reduction, Retrieval
 from securefedcollm.study.server import Central, Distillation, Keep, Outer, Server
+from securefedcollm.study.tuning import Local
 
 if TYPE_CHECKING:  # what they need takes a while to import
     from securefedcollm.aggregation.masking.graph.bounds import Bounds

@@ -26,8 +26,8 @@ def markdown() -> str:
         "these texts as comments.",
         "",
         "`securefedcollm study keys --markdown` writes this page from the schema. To change a",
-        "text, edit `learning.py`, `server.py`, `protection.py`, `retrieval.py` or `config.py` in",
-        "`securefedcollm/study/`, then run the command again.",
+        "text, edit `learning.py`, `tuning.py`, `server.py`, `protection.py`, `retrieval.py` or",
+        "`config.py` in `securefedcollm/study/`, then run the command again.",
         "",
         *_table([key for key in found if key.depth == 0]),
     ]

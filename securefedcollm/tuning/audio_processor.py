@@ -82,7 +82,9 @@ class AudioProcessor:
         """Samples, or frames, of the input that hold the recording."""
         if self.form == "samples":
             return len(samples)
-        return min(self.frames, max(1, len(samples) // _HOP))
+        # Whisper's frames are around their places, and Kaldi's begin there.
+        whole = len(samples) if self.form == "whisper" else len(samples) - _FRAME + _HOP
+        return min(self.frames, whole // _HOP)
 
     def _input(self, samples: Samples) -> Floats:
         wave: Wave = samples.astype(np.float32) / 32768

@@ -51,7 +51,7 @@ class Views(Signal):
         return Signal(values, self.scale, self.shift)
 
     def inputs(self, dtype: torch.dtype) -> Tensor:
-        raise NotImplementedError("select the rows first")
+        return self.select(torch.arange(len(self))).inputs(dtype)
 
     def _view(self, record: int, view: int) -> Tensor:
         """One view, shaped as one of ``values``. Equal records have equal views."""
@@ -83,9 +83,8 @@ class Views(Signal):
 
 def _noisy(values: Values, sigma: float, draw: np.random.Generator) -> Values:
     """``values`` with normal noise, in their own type."""
-    noisy: Values = values + draw.standard_normal(values.shape, dtype=np.float32) * np.float32(
-        sigma
-    )
+    drawn = draw.standard_normal(values.shape, dtype=np.float32)
+    noisy: Values = values + drawn * np.float32(sigma)
     if values.dtype == np.uint8:
         noisy = np.rint(noisy).clip(0, 255).astype(np.uint8)
     return noisy

@@ -54,7 +54,7 @@ from tests.support.arithmetic import (
     server_record,
     silo_record,
 )
-from tests.support.consortium import SILOS, make_homes
+from tests.support.consortium import SILOS, evidence_holds, make_homes
 from tests.support.members import write_signed
 
 pytestmark = pytest.mark.timeout(600)
@@ -139,13 +139,7 @@ def test_a_run_survives_the_death_of_a_silo_and_of_the_server(homes, study_file,
     calm = calm_run(study, tmp_path)
     np.testing.assert_array_equal(np.load(run / "adapters" / "slm" / "theta.npy"), calm)
 
-    # Every participant's evidence holds by itself.
-    for name, home in homes.items():
-        (run,) = (home / "studies").iterdir()
-        path = tmp_path / f"{name}.zip"
-        path.write_bytes(make_bundle(run))
-        verdict = verify(path)
-        assert verdict.holds, [(c.title, c.faults) for c in verdict.failed]
+    evidence_holds(homes, tmp_path)
 
 
 def calm_run(study, directory) -> np.ndarray:

@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from securefedcollm_audits.verification.verify import verify
 
-from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation.dealing import deal
 from securefedcollm.privacy.ledger import Ledger
 from securefedcollm.study import load_study
 from securefedcollm.tuning import pictures, sounds
 from securefedcollm.tuning.question import Question
-from tests.support.consortium import SILOS, make_homes, play_roles
+from tests.support.consortium import SILOS, evidence_holds, make_homes, play_roles
 from tests.support.members import write_signed
 from tests.support.pictures import tiny_study as vision_study
 from tests.support.signals import TUNING
@@ -72,12 +70,9 @@ def test_silos_with_folders_of_their_own_run_a_study(kind: str, tmp_path: Path) 
         words[name] = ["client", file, "--data", own, "--budget", "8"]
     play_roles(words, homes, inputs)
 
+    evidence_holds(homes, tmp_path)
     for name, home in homes.items():
         (run,) = (home / "studies").iterdir()
-        bundle = tmp_path / f"{name}.zip"
-        bundle.write_bytes(make_bundle(run))
-        verdict = verify(bundle)
-        assert verdict.holds, [(c.title, c.faults) for c in verdict.failed]
         if name in SILOS:
             with Ledger(home / "ledger.sqlite", name) as ledger:
                 entries = ledger.entries()

@@ -147,6 +147,12 @@ def test_what_pictures_have_no_use_for_is_refused(case: str) -> None:
     assert refused.value.where == where
 
 
+def test_words_have_no_views() -> None:
+    with pytest.raises(ConfigError, match="words have no views") as refused:
+        load_study(VISION.with_name("quickstart.yaml"), ["local.augmentation={shift: 0.1}"])
+    assert refused.value.where == "local.augmentation"
+
+
 def test_a_model_of_words_is_refused(directory: Path) -> None:
     study = tiny_study(
         directory, models={"slm": {"source": "builtin:hospital-slm"}}, distillation={}

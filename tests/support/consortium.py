@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from securefedcollm_audits.verification.verify import verify
+
+from securefedcollm.evidence.bundle import make_bundle
 from securefedcollm.federation.engines.flare.kit import (
     approve_request,
     create_consortium,
@@ -47,6 +50,16 @@ def make_homes(directory: Path, silos=SILOS, port: int | None = None) -> dict[st
         install_kits(home, profile, signed, name)
         create_identity(name, home / "identity.json", None)
     return homes
+
+
+def evidence_holds(homes: Mapping[str, Path], directory: Path) -> None:
+    """Every participant's evidence of its only run, by itself."""
+    for name, home in homes.items():
+        (run,) = (home / "studies").iterdir()
+        path = directory / f"{name}.zip"
+        path.write_bytes(make_bundle(run))
+        verdict = verify(path)
+        assert verdict.holds, [(check.title, check.faults) for check in verdict.failed]
 
 
 def play_roles(words: Mapping[str, Sequence[Any]], homes: Mapping[str, Path], models: Path) -> None:

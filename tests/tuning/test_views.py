@@ -244,9 +244,8 @@ def test_noise_has_its_spread_and_bytes_stay_bytes() -> None:
     waves[:, :5000] = torch.from_numpy(draw.standard_normal((2, 5000)) * [[3], [0.5]]).float()
     data = views_of(signal_of(waves, (0,), [5000] * 2), Augmentation(views=1, noise=0.2), KEY)
     views = pictures_of(data, [0, 1])
-    for view, wave, spread in zip(
-        views, waves, (3, 0.5), strict=True
-    ):  # silence counts for nothing
+    # Silence counts for nothing.
+    for view, wave, spread in zip(views, waves, (3, 0.5), strict=True):
         assert float((view - wave).std()) == pytest.approx(0.2 * spread, rel=0.05)
 
 
@@ -254,12 +253,16 @@ def test_processors_say_along_what_and_how_far_their_records_go() -> None:
     wave = sounds.pack((np.arange(3200) % 100).astype(np.int16))
     for form, along, length in (
         ("samples", (0,), 3200),
-        ("kaldi", (0,), 20),
+        ("kaldi", (0,), 18),
         ("whisper", (1,), 20),
     ):
         signal = AudioProcessor(form, bins=8, frames=50, heard=4800)([wave])
         assert signal.values.shape[1 + along[0]] == (4800 if form == "samples" else 50)
         assert (signal.along, signal.lengths.tolist()) == (along, [length])
+        if form != "whisper":  # its silence is not zero
+            heard = signal.values[0].reshape(signal.values.shape[1], -1).any(1)
+            assert heard[length - 2 : length].any()
+            assert not heard[length:].any()
         assert signal.select(torch.tensor([0, 0])).lengths.tolist() == [length] * 2
     picture = processor()([pack(np.zeros((SIDE, SIDE, 3), dtype=np.uint8))])
     assert picture.along == (1, 2)
@@ -298,10 +301,10 @@ def test_a_view_that_is_not_finite_makes_its_record_count_as_zero(model_and_data
         assert summed(model, data, HOW).any()  # the control
 
 
-def test_views_say_nothing_of_their_key_and_are_no_input(model_and_data: Any) -> None:
+def test_views_are_inputs_and_say_nothing_of_their_key(model_and_data: Any) -> None:
     _, data = model_and_data
     signal = views_of(data, HOW, b"secret").signal
     assert "secret" not in repr(signal)
     assert signal is not None
-    with pytest.raises(NotImplementedError):
-        signal.inputs(torch.float32)
+    chosen = signal.select(torch.tensor([4])).inputs(torch.float32)
+    assert torch.equal(signal.inputs(torch.float32)[4:5], chosen)

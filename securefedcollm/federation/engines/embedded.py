@@ -102,10 +102,11 @@ class EmbeddedEngine:
             pending.setdefault(self._home[name], deque()).append(name)
 
         def send_next(worker: _Worker) -> None:
-            """One frame at a time: a worker that cannot get rid of its reply reads no other."""
-            due[worker] = (
-                time.monotonic() + timeout
-            )  # its silos take turns: each has the whole time
+            """One frame at a time: a worker that cannot get rid of its reply reads no other.
+
+            Its silos take turns, so each has the whole time.
+            """
+            due[worker] = time.monotonic() + timeout
             while (names := pending[worker]) and not worker.send(names[0], frames[names[0]]):
                 replies[names.popleft()] = Failure("its worker process has ended")
 
